@@ -1,0 +1,42 @@
+# make demo   virtual environment, install, distil the digits teacher into 5 steps, evaluate
+# make test   the same environment, the tests
+# make lint   ruff and mypy, as pre-commit and CI run them
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/digits_t5
+# One thread each: two noisy threads on a small machine are often slower than one.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow lint format docs clean
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {v} was found: make {sys.argv[1]} PYTHON=python3.12")' "$(or $(MAKECMDGOALS),demo)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		training/train_hsivi.py --config training/configs/digits_t5.yaml --output_dir $(RUN) --resume_from_checkpoint latest
+	$(BIN)/python training/evaluate.py --config training/configs/digits_evaluation.yaml --run_dir $(RUN)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest --cov --cov-fail-under=95
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .coverage .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

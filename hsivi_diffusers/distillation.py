@@ -1,0 +1,191 @@
+"""Diffusion UNets as the three players of the core: the teacher's bridge, the student's layers, the critic.
+
+Only adapters: the losses are in `vi.objectives`, the layer's formula in `HSIVIScheduler.transition`. UNets speak of
+noise, the core of scores: score = -eps / sigma.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from torch import Tensor, nn
+
+from .modeling_hsivi import HSIVINoiseScale
+from .scheduling_hsivi import HSIVIScheduler
+from .vi.bridges import Bridge
+from .vi.distributions import DiagonalGaussian
+from .vi.layers import ConditionalLayers
+from .vi.objectives import Weight
+
+
+class UNetCritic(nn.Module):
+    """A diffusion UNet as the score of the density at each noise level: -eps(x, level) / sigma_level.
+
+    Args:
+        unet: Predicts what the scheduler's `prediction_type` says.
+        scheduler: Gives alpha and sigma.
+    """
+
+    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler) -> None:
+        super().__init__()
+        self.unet = unet
+        self.scheduler = scheduler
+
+    def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Returns the score at x, shape (B, C, H, W).
+
+        Args:
+            x: Shape (B, C, H, W).
+            level: Timesteps, shape (B,), 0..N-1.
+            condition: Class labels, shape (B,), or None.
+        """
+        _, noise_pred = self.scheduler.predict(_call(self.unet, x, level, condition), level, x)
+        _, sigma = self.scheduler.alpha_sigma(level, noise_pred)
+        return -noise_pred / sigma
+
+
+class UNetLayers(ConditionalLayers):
+    """The student: one UNet shared by all layers, q_t(x_t | x_{t+1}) by `HSIVIScheduler.transition`.
+
+    Args:
+        unet: Starts as a copy of the teacher's.
+        scheduler: Holds the grid.
+        noise_scale: The learned per-pixel scale, or None for that of the scheduler's config.
+    """
+
+    def __init__(
+        self, unet: UNet2DModel, scheduler: HSIVIScheduler, noise_scale: HSIVINoiseScale | None = None
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.scheduler = scheduler
+        self.noise_scale = noise_scale
+        self.num_layers = len(scheduler.timesteps)
+
+    def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
+        """Returns q_t(. | x_next), see `ConditionalLayers`; the condition is class labels of shape (B,)."""
+        timestep = self.scheduler.input_timestep(t)
+        model_output = _call(self.unet, x_next, timestep, condition)
+        noise_scale = None if self.noise_scale is None else self.noise_scale()
+        mean, std = self.scheduler.transition(model_output, timestep, x_next, noise_scale)
+        return DiagonalGaussian(mean=mean, std=std)
+
+
+class TeacherBridge(Bridge):
+    """The diffusion bridge (Example 2): p_level is the data at a noise level, its score the pretrained network's.
+
+    Args:
+        unet: The teacher; it is frozen.
+        scheduler: Holds the grid; layer t is fitted to the data at tau_t.
+        level_range: Lowest and highest timestep of random levels.
+
+    Raises:
+        ValueError: The range leaves the teacher's clock, or the grid ends at -1, where the score is infinite.
+    """
+
+    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler, level_range: tuple[int, int] = (5, 800)) -> None:
+        low, high = level_range
+        if not 0 <= low <= high < len(scheduler):
+            raise ValueError(f"level_range={level_range}: give two timesteps in order, from 0 to {len(scheduler) - 1}")
+        self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
+        self.scheduler = scheduler
+        self.level_range = level_range
+        self.num_layers = len(scheduler.timesteps)
+        self.shape = _sample_shape(unet)
+        if int(self.level(torch.tensor(0))) < 0:
+            raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
+
+    def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Returns -eps*(x, level) / sigma_level."""
+        score: Tensor = self.network(x, level, condition)
+        return score
+
+    def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws x_T ~ N(0, I) on the teacher's device."""
+        return torch.randn(batch_size, *self.shape, generator=generator).to(self.network.unet.device)
+
+    def level(self, t: Tensor) -> Tensor:
+        """Returns tau_t."""
+        return self.scheduler.output_timestep(t)
+
+    def sample_level(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws timesteps, uniform over `level_range`."""
+        low, high = self.level_range
+        return torch.randint(low, high + 1, (batch_size,), generator=generator)
+
+    def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
+        """Returns N(alpha_s x0, sigma_s^2), s the level and x0 = mean / alpha_t: the "renoise" kernel only."""
+        if self.scheduler.config.kernel != "renoise":
+            return super().renoise(q, t, level)
+        alpha_t, _ = self.scheduler.alpha_sigma(self.level(t), q.mean)
+        alpha, sigma = self.scheduler.alpha_sigma(level, q.mean)
+        return DiagonalGaussian(mean=q.mean * (alpha / alpha_t), std=sigma)
+
+    def weight(self, sigma_power: float = 0, alpha_power: float = 0) -> Weight:
+        """Returns the weight sigma^a alpha^b of a level, in score units; multiply by sigma^-2 for noise units."""
+
+        def weight(level: Tensor) -> Tensor:
+            alpha, sigma = self.scheduler.alpha_sigma(level, torch.zeros(1, device=level.device))
+            return sigma**sigma_power * alpha**alpha_power
+
+        return weight
+
+
+def load_teacher(name: str, revision: str | None = None) -> tuple[UNet2DModel, HSIVIScheduler]:
+    """Loads a pretrained pipeline and takes its UNet and its noise schedule.
+
+    Args:
+        name: Folder or repo id of a diffusers pipeline with a `UNet2DModel` and a scheduler with a beta schedule.
+        revision: Branch, tag or commit of a repo.
+
+    Returns:
+        The UNet, and a `HSIVIScheduler` without a grid: make one with `from_config(scheduler.config, ...)`.
+
+    Raises:
+        ValueError: The pipeline is missing, damaged, or no teacher for this method.
+    """
+    remedy = "give a folder or repo id that DiffusionPipeline.from_pretrained loads, such as google/ddpm-cifar10-32"
+    path = Path(name)
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ValueError(f"teacher {name!r} is not a folder: {remedy}")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, revision=revision)
+    except Exception as error:  # diffusers raises many types here, and all mean the same to the user
+        raise ValueError(f"teacher {name!r} cannot be loaded ({type(error).__name__}: {error}): {remedy}") from error
+    unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
+    if not isinstance(unet, UNet2DModel):
+        raise ValueError(f"teacher {name!r} has a unet of type {type(unet).__name__}, a UNet2DModel is needed")
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"teacher {name!r}: {type(scheduler).__name__} has no beta schedule; {remedy}")
+    _check_agreement(name, unet, scheduler)
+    return unet, HSIVIScheduler.from_config(scheduler.config)
+
+
+def _check_agreement(name: str, unet: UNet2DModel, scheduler: HSIVIScheduler) -> None:
+    """Refuses a UNet and a scheduler that cannot have been trained together."""
+    channels, outputs = unet.config.in_channels, unet.config.out_channels
+    if outputs not in (channels, 2 * channels):
+        raise ValueError(
+            f"teacher {name!r}: the unet takes {channels} channels and returns {outputs}; a noise prediction has "
+            f"{channels}, or {2 * channels} with a learned variance"
+        )
+    clock, wanted = scheduler.config.num_train_timesteps, unet.config.get("num_train_timesteps")
+    if wanted is not None and wanted != clock:
+        raise ValueError(
+            f"teacher {name!r}: the unet was made for {wanted} timesteps, the scheduler counts {clock}; mend "
+            "num_train_timesteps in one of the two configs"
+        )
+
+
+def _sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return unet.config.in_channels, height, width
+
+
+def _call(unet: UNet2DModel, x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
+    labels = {} if condition is None else {"class_labels": condition}
+    output: Tensor = unet(x, timestep, **labels).sample
+    return output

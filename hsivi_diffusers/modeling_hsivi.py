@@ -1,0 +1,32 @@
+"""The learned noise scale of the layers, one number per pixel."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+
+class HSIVINoiseScale(ModelMixin, ConfigMixin):
+    """Scale of the layers' noise, exp(log_scale), one per pixel and shared by all layers (app. of the paper).
+
+    Args:
+        sample_shape: (channels, height, width) of the samples.
+
+    Raises:
+        ValueError: `sample_shape` is not made of positive integers.
+    """
+
+    __module__ = "hsivi_diffusers"
+
+    @register_to_config
+    def __init__(self, sample_shape: Sequence[int] = (3, 32, 32)):
+        super().__init__()
+        if not sample_shape or any(int(size) != size or size < 1 for size in sample_shape):
+            raise ValueError(f"sample_shape={sample_shape!r}: give positive integers, such as (3, 32, 32)")
+        self.register_to_config(sample_shape=[int(size) for size in sample_shape])
+        self.log_scale = torch.nn.Parameter(torch.zeros(1, *self.config.sample_shape))
+
+    def forward(self) -> torch.Tensor:
+        """Returns the scale, > 0, of shape (1, channels, height, width); 1 everywhere at first."""
+        return self.log_scale.exp()

@@ -1,0 +1,182 @@
+"""Where the inputs x_{t+1} of the layers come from: x_T ~ base, then x_t ~ q_t(. | x_{t+1}) without gradient.
+
+`SimulatedChain` runs a fresh chain down to each layer that is trained (the paper). `PoolChain` keeps live chains at
+staggered depths: a training step moves the chains it used by one layer, with the very network call that trained them,
+so that no call is spent on simulation alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .distributions import DiagonalGaussian, randn_like
+from .layers import ConditionalLayers
+
+SampleBase = Callable[[int, torch.Generator | None], Tensor]
+
+
+@dataclass(frozen=True)
+class ChainBatch:
+    """Inputs of layers.
+
+    Attributes:
+        x_next: x_{t+1}, shape (B, ...).
+        t: Layer that takes it, shape (B,).
+        condition: Condition of each chain, shape (B, ...), or None.
+        index: Place of each row in a pool, shape (B,), or None.
+    """
+
+    x_next: Tensor
+    t: Tensor
+    condition: Tensor | None = None
+    index: Tensor | None = None
+
+
+@torch.no_grad()
+def simulate(layers: ConditionalLayers, x: Tensor, t: Tensor, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+    """Runs chains from the base down to the inputs of the given layers.
+
+    Args:
+        layers: The sampler, with T layers.
+        x: Base draws x_T, shape (B, ...).
+        t: Layer whose input is wanted, shape (B,).
+        noise: Draws for the outputs of layers 0..T-1, shape (T, B, ...); noise[s] makes x_s from x_{s+1}.
+        condition: Condition of each chain.
+
+    Returns:
+        x_{t+1} for each row, shape (B, ...). A row with t = T-1 is x_T itself.
+    """
+    x = x.clone()
+    for above in range(len(noise) - 1, int(t.min()), -1):
+        rows = (t < above).nonzero().squeeze(1)
+        q = layers(x[rows], torch.full_like(rows, above), None if condition is None else condition[rows])
+        x[rows] = q.rsample(noise[above, rows]).to(x.dtype)
+    return x
+
+
+class Chain(ABC):
+    """A source of layer inputs.
+
+    Args:
+        sample_base: Draws x_T: (batch_size, generator) -> shape (batch_size, ...).
+        num_layers: T.
+        batch_size: B, rows of a batch.
+        sample_condition: Draws a condition per chain, of shape (batch_size, ...); None for no condition.
+    """
+
+    def __init__(
+        self, sample_base: SampleBase, num_layers: int, batch_size: int, sample_condition: SampleBase | None = None
+    ) -> None:
+        self.sample_base = sample_base
+        self.num_layers = num_layers
+        self.batch_size = batch_size
+        self.sample_condition = sample_condition
+
+    @abstractmethod
+    def draw(self, layers: ConditionalLayers, generator: torch.Generator | None = None) -> ChainBatch:
+        """Draws inputs, with t uniform over the layers."""
+
+    def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
+        """Takes back the layers' answer q_t(. | x_next) for a drawn batch; only a pool has use for it."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` returned."""
+
+    def _base(self, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        condition = None if self.sample_condition is None else self.sample_condition(size, generator)
+        return self.sample_base(size, generator), condition
+
+    def _simulate(
+        self, layers: ConditionalLayers, t: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        x, condition = self._base(len(t), generator)
+        noise = torch.stack([randn_like(x, generator) for _ in range(self.num_layers)])
+        return simulate(layers, x, t.to(x.device), noise, condition), condition
+
+
+class SimulatedChain(Chain):
+    """Fresh chains for every batch: the paper's way. Costs up to T-1 network calls a batch."""
+
+    def draw(self, layers: ConditionalLayers, generator: torch.Generator | None = None) -> ChainBatch:
+        """Draws t uniformly for each row, and simulates its chain."""
+        t = torch.randint(self.num_layers, (self.batch_size,), generator=generator)
+        x_next, condition = self._simulate(layers, t, generator)
+        return ChainBatch(x_next=x_next, t=t.to(x_next.device), condition=condition)
+
+
+class PoolChain(Chain):
+    """B T live chains at staggered depths; a batch is B of them, and `advance` moves those down by one layer.
+
+    A chain that has left the last layer starts again from the base. A state is as old as the B T / B = T steps since
+    it was made, on average, so it is nearly, not exactly, a draw from today's sampler.
+    """
+
+    x_next: Tensor | None = None
+    t: Tensor
+    condition: Tensor | None = None
+
+    def draw(self, layers: ConditionalLayers, generator: torch.Generator | None = None) -> ChainBatch:
+        """Draws B chains of the pool without replacement; the first call fills the pool."""
+        if self.x_next is None:
+            self.t = torch.arange(self.batch_size * self.num_layers) % self.num_layers
+            self.x_next, self.condition = self._simulate(layers, self.t, generator)
+            self.t = self.t.to(self.x_next.device)
+        index = torch.randperm(len(self.t), generator=generator)[: self.batch_size].to(self.t.device)
+        condition = None if self.condition is None else self.condition[index]
+        return ChainBatch(x_next=self.x_next[index], t=self.t[index], condition=condition, index=index)
+
+    @torch.no_grad()
+    def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
+        """Writes x_t ~ q_t(. | x_next) in the place of x_next, or a new base draw where t was 0."""
+        assert self.x_next is not None and batch.index is not None, "advance() takes a batch that draw() returned"
+        x, condition = self._base(len(batch.t), generator)
+        noise = randn_like(x, generator)
+        done = batch.t == 0
+        keep = done.reshape(-1, *[1] * (x.ndim - 1))
+        self.x_next[batch.index] = torch.where(keep, x, q.rsample(noise).to(x.dtype))
+        self.t[batch.index] = torch.where(done, self.num_layers - 1, batch.t - 1)
+        if self.condition is not None and condition is not None:
+            self.condition[batch.index[done]] = condition[done]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The states, depths and conditions of all chains; empty before the first draw."""
+        if self.x_next is None:
+            return {}
+        state = {"x_next": self.x_next, "t": self.t}
+        return state if self.condition is None else {**state, "condition": self.condition}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores the chains, on the device that the base is drawn on."""
+        if not state:
+            return
+        device = self.sample_base(1, None).device
+        self.x_next, self.t = state["x_next"].to(device), state["t"].to(device)
+        self.condition = state["condition"].to(device) if "condition" in state else None
+
+
+def make_chain(
+    source: Literal["pool", "simulate"],
+    sample_base: SampleBase,
+    num_layers: int,
+    batch_size: int,
+    sample_condition: SampleBase | None = None,
+) -> Chain:
+    """Returns the chain of that name, see `PoolChain` and `SimulatedChain`.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    kinds: dict[str, type[Chain]] = {"pool": PoolChain, "simulate": SimulatedChain}
+    if source not in kinds:
+        raise ValueError(f"source={source!r} is unknown: choose 'pool' or 'simulate'")
+    return kinds[source](sample_base, num_layers, batch_size, sample_condition)

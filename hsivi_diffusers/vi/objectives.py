@@ -1,0 +1,171 @@
+r"""The two players' losses, unreduced, of shape (B,).
+
+With x ~ q(. | x_next), S the bridge score, s the critic's estimate of the marginal score and v = S - s:
+
+    critic        1/2 |s(x) - grad log q(x | x_next)|^2            denoising score matching (the max of sec. 3.2)
+    HSIVI-SM      v(x) . (S(x) - grad log q(x | x_next)) - alpha |v(x)|^2                  (sec. 3.2; alpha = 1/2)
+    HSIVI-KL      x . stopgrad(s(x) - S(x))                        gradient of KL(q || p), as the layer sees it
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .bridges import Bridge
+from .distributions import DiagonalGaussian, randn_like
+
+Critic = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Weight = Callable[[Tensor], Tensor]
+Scoring = Literal["own", "random"]
+
+
+@dataclass(frozen=True)
+class LayerDraw:
+    """A draw x ~ q(. | x_next) from a layer, at the level where it is scored.
+
+    Attributes:
+        q: Conditional law that x was drawn from.
+        x: Shape (B, ...).
+        level: Level of the bridge that q belongs to, shape (B,).
+        condition: Condition of each row, or None.
+    """
+
+    q: DiagonalGaussian
+    x: Tensor
+    level: Tensor
+    condition: Tensor | None = None
+
+    @property
+    def layer_score(self) -> Tensor:
+        """grad_x log q(x | x_next), of the shape of x."""
+        return self.q.score(self.x)
+
+    def detach(self) -> LayerDraw:
+        """The same draw, cut from the graph of the layers."""
+        return replace(self, q=self.q.detach(), x=self.x.detach())
+
+
+def draw_layer(
+    q: DiagonalGaussian,
+    t: Tensor,
+    bridge: Bridge,
+    *,
+    scoring: Scoring = "own",
+    condition: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> LayerDraw:
+    """Draws from layer t at its own level (the paper), or at a random level of the bridge.
+
+    Args:
+        q: q_t(. | x_next).
+        t: Layer indices, shape (B,).
+        bridge: Tells the levels; for `scoring="random"` it also re-noises q to them.
+        scoring: "own" or "random".
+        condition: Condition of each row.
+        generator: Source of the level and the noise.
+
+    Raises:
+        ValueError: `scoring` is neither.
+    """
+    if scoring == "random":
+        level = bridge.sample_level(len(t), generator).to(t.device)
+        q = bridge.renoise(q, t, level)
+    elif scoring == "own":
+        level = bridge.level(t)
+    else:
+        raise ValueError(f"scoring={scoring!r} is unknown: choose 'own' or 'random'")
+    return LayerDraw(q=q, x=q.rsample(randn_like(q.mean, generator)), level=level, condition=condition)
+
+
+def unit_weight(level: Tensor) -> Tensor:
+    """Weight 1 at every level."""
+    return torch.ones_like(level, dtype=torch.float32)
+
+
+class CriticObjective(ABC):
+    """What the objectives with a critic share: the critic's loss, and the weights.
+
+    Args:
+        layer_weight: w(level) >= 0 of the layers' loss, (B,) -> (B,), in score units; 1 by default.
+        critic_weight: The same for the critic's loss.
+        normalise: Divide each row of the layers' loss by mean |S - grad log q(x | x_next)| over its coordinates. With
+            a diffusion bridge that is alpha_s/sigma_s^2 times the mean distance of the layer's clean picture from the
+            teacher's: the per-sample weight of score identity distillation (arXiv 2404.04057).
+    """
+
+    def __init__(
+        self, layer_weight: Weight = unit_weight, critic_weight: Weight = unit_weight, normalise: bool = False
+    ) -> None:
+        self.layer_weight = layer_weight
+        self.critic_weight = critic_weight
+        self.normalise = normalise
+
+    def critic_loss(self, critic: Critic, draw: LayerDraw) -> Tensor:
+        """Returns w/2 |s(x) - grad log q(x | x_next)|^2, minimal at the marginal score: shape (B,).
+
+        Args:
+            critic: (x, level, condition) -> estimate of grad log q(x), of the shape of x.
+            draw: A draw cut from the graph of the layers.
+        """
+        error = critic(draw.x, draw.level, draw.condition) - draw.layer_score
+        return 0.5 * self.critic_weight(draw.level) * _sum(error.square())
+
+    @abstractmethod
+    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        """Returns the loss whose gradient in the layers' parameters pulls q towards p: shape (B,).
+
+        Args:
+            critic: As for `critic_loss`; its parameters must not be updated with this loss.
+            bridge: Where S comes from.
+            draw: A draw on the graph of the layers.
+        """
+
+    def _row_weight(self, draw: LayerDraw, bridge_score: Tensor) -> Tensor:
+        weight = self.layer_weight(draw.level)
+        if self.normalise:
+            distance = (bridge_score - draw.layer_score).detach().abs().flatten(1).mean(1)
+            weight = weight / distance.clamp_min(torch.finfo(distance.dtype).tiny)
+        return weight
+
+
+class ScoreMatching(CriticObjective):
+    """HSIVI-SM: the Fisher divergence as a game between layers and critic (sec. 3.2).
+
+    Args:
+        alpha: Share of |v|^2 that is taken off; 1/2 is the paper, up to 1.2 is the fused loss of score identity
+            distillation.
+        **weights: See `CriticObjective`.
+    """
+
+    def __init__(self, alpha: float = 0.5, **weights: object) -> None:
+        super().__init__(**weights)  # type: ignore[arg-type]
+        self.alpha = alpha
+
+    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        """Returns w (v . (S - grad log q(x | x_next)) - alpha |v|^2); its gradient passes through both networks."""
+        bridge_score = bridge.score(draw.x, draw.level, draw.condition)
+        v = bridge_score - critic(draw.x, draw.level, draw.condition)
+        loss = _sum(v * (bridge_score - draw.layer_score) - self.alpha * v.square())
+        return self._row_weight(draw, bridge_score) * loss
+
+
+class KullbackLeibler(CriticObjective):
+    """HSIVI-KL: the gradient of KL(q || p), with the critic in the place of the marginal score."""
+
+    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        """Returns w x . stopgrad(s - S). Only its gradient means something, its value does not."""
+        with torch.no_grad():
+            bridge_score = bridge.score(draw.x, draw.level, draw.condition)
+            gap = critic(draw.x, draw.level, draw.condition) - bridge_score
+            weight = self._row_weight(draw, bridge_score)
+        return weight * _sum(gap * draw.x)
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.flatten(1).sum(1)

@@ -1,0 +1,111 @@
+"""Options of the scripts: preset, then YAML file, then command line, each overriding the one before."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of an options dataclass, with the text of `--help`."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def parse_options(
+    groups: Sequence[type],
+    description: str,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    args: Sequence[str] | None = None,
+) -> tuple[Any, ...]:
+    """Reads one dataclass per group of options.
+
+    A value on the command line wins over the YAML file of `--config`, which wins over the `--preset`, which wins
+    over the default written in the dataclass. Bad options end the program with a message and exit status 2.
+
+    Args:
+        groups: Dataclasses; `_argument_group_name` of each is its heading in `--help`.
+        description: First lines of `--help`.
+        presets: Settings by name of preset; the first one is the default. A group then has the field `preset`.
+        args: Arguments, `sys.argv[1:]` by default.
+
+    Returns:
+        One instance of each dataclass, in the order given.
+    """
+    parser = HfArgumentParser(
+        list(groups),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file of options; the command line overrides it")
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    early.add_argument("--preset")
+    given, _ = early.parse_known_args(args)
+
+    settings = _read_yaml(parser, given.config) if given.config else {}
+    known = {field.name for group in groups for field in fields(group)}
+    _refuse_unknown_keys(parser, settings, known, given.config)
+    if presets:
+        preset = given.preset or settings.get("preset") or next(iter(presets))
+        if preset not in presets:
+            parser.error(f"--preset {preset!r} is unknown: choose one of {', '.join(presets)}")
+        settings = {**presets[preset], **settings, "preset": preset}
+    # Strings go through argparse's own type conversion, so that "1e-4", which YAML takes for text, is a number.
+    parser.set_defaults(
+        **{key: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for key, v in settings.items()}
+    )
+    return tuple(parser.parse_args_into_dataclasses(args=args)[: len(groups)])
+
+
+def _read_yaml(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {path} cannot be read: {error}")
+    if not isinstance(settings, dict):
+        parser.error(f"--config {path} must hold lines of `option: value`, got {type(settings).__name__}")
+    return settings
+
+
+def _refuse_unknown_keys(
+    parser: argparse.ArgumentParser, settings: Mapping[str, Any], known: set[str], path: str | None
+) -> None:
+    for key in settings:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else "`--help` lists the options."
+            parser.error(f"{path}: unknown option `{key}`; {hint}")
+
+
+def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
+    """Makes the output folder, and refuses one that holds something.
+
+    Args:
+        output_dir: Path of the folder.
+        keep: The user resumes or asked to overwrite, so that a filled folder is welcome.
+
+    Raises:
+        ValueError: No folder was named, it is a file, or it is not empty and `keep` is false.
+    """
+    if not output_dir:
+        raise ValueError("--output_dir is missing: name the folder to write to")
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--output_dir {path} is a file: name a folder")
+    if path.is_dir() and any(path.iterdir()) and not keep:
+        raise ValueError(
+            f"--output_dir {path} is not empty: name another folder, go on with --resume_from_checkpoint latest "
+            "(where the script has it), or pass --overwrite_output_dir"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    return path

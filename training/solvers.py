@@ -1,0 +1,74 @@
+"""Sampling the teacher by every rival method of the report, each in the setting that suits it best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+
+from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+
+# Pictures in [0, 1], shape (B, C, H, W), from a batch size and a generator.
+Sampler = Callable[[int, torch.Generator], torch.Tensor]
+
+
+def make_solver(method: str, num_steps: int, unet: UNet2DModel, config: Any) -> Sampler:
+    """Returns a sampler of the teacher.
+
+    Args:
+        method: "DDPM"; "DDIM", eta 0 on the quadratic grid; "DDIM eta 1"; "DPM-Solver++", 2M; or "UniPC".
+        num_steps: Network calls.
+        unet: The teacher.
+        config: Config of the teacher's scheduler.
+
+    Raises:
+        ValueError: The method is unknown.
+    """
+    arguments: dict[str, Any] = {}
+    if method == "DDPM":
+        scheduler = DDPMScheduler.from_config(config)
+    elif method == "DDIM":
+        # diffusers' DDIMScheduler has no quadratic grid, which is the best for few steps; the formulas are the same.
+        scheduler = HSIVIScheduler.from_config(config, timestep_spacing="quadratic", noise_eta=0.0)
+    elif method == "DDIM eta 1":
+        scheduler, arguments = DDIMScheduler.from_config(config), {"eta": 1.0}
+    elif method == "DPM-Solver++":
+        scheduler = DPMSolverMultistepScheduler.from_config(config)
+    elif method == "UniPC":
+        scheduler = UniPCMultistepScheduler.from_config(config)
+    else:
+        raise ValueError(f"method {method!r} is unknown: choose DDPM, DDIM, DDIM eta 1, DPM-Solver++ or UniPC")
+    takes_generator = method != "UniPC"
+
+    def sampler(batch_size: int, generator: torch.Generator) -> torch.Tensor:
+        size = unet.config.sample_size
+        x = torch.randn(batch_size, unet.config.in_channels, size, size, generator=generator)
+        scheduler.set_timesteps(num_steps)
+        for timestep in scheduler.timesteps:
+            given = {**arguments, "generator": generator} if takes_generator else arguments
+            x = scheduler.step(unet(x, timestep).sample, timestep, x, **given).prev_sample
+        return (x / 2 + 0.5).clamp(0, 1)
+
+    return sampler
+
+
+def make_student(pipeline: HSIVIPipeline) -> Sampler:
+    """Returns the distilled pipeline as a sampler."""
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda batch_size, generator: pipeline(batch_size, generator=generator, output_type="pt").images
+
+
+@torch.no_grad()
+def sample(sampler: Sampler, num_samples: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Yields batches of pictures, `num_samples` in all; the seed fixes them for a given batch size."""
+    generator = torch.Generator().manual_seed(seed)
+    for first in range(0, num_samples, batch_size):
+        yield sampler(min(batch_size, num_samples - first), generator)

@@ -1,0 +1,110 @@
+"""Trains a small DDPM, the teacher of a distillation, and saves it as a stock DDPMPipeline.
+
+    python training/train_teacher.py --config training/configs/digits_teacher.yaml
+
+The loss is the plain denoising one, E |noise - UNet(x_t, t)|^2 over uniform timesteps (Ho et al. 2020, eq. 14). The
+run is a function of its seed: same machine, same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from torch.nn.functional import mse_loss
+from tqdm import trange
+
+from images import load_images, to_model_range
+from options import claim_output_dir, option, parse_options
+
+
+@dataclass
+class Data:
+    _argument_group_name = "data"
+    train_data: str = option("digits", "`digits`, a folder of pictures, or a dataset's name")
+    resolution: int = option(8, "height and width in pixels")
+    channels: int = option(1, "1 for grey, 3 for RGB")
+
+
+@dataclass
+class Network:
+    _argument_group_name = "network"
+    block_out_channels: list[int] = option([16, 32], "width of each level")
+    layers_per_block: int = option(1, "residual blocks at each level")
+    attention_levels: list[int] = option([1], "levels with self-attention")
+    num_train_timesteps: int = option(1000, "length of the linear beta schedule")
+
+
+@dataclass
+class Training:
+    _argument_group_name = "training"
+    output_dir: str | None = option(None, "folder of the pipeline")
+    overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
+    seed: int = option(0, "seed of weights, batches and noise")
+    max_train_steps: int = option(10_000, "number of updates")
+    train_batch_size: int = option(128, "pictures in an update")
+    learning_rate: float = option(1e-3, "AdamW's, warmed up, then cosine to 0")
+    lr_warmup_steps: int = option(200, "updates of linear warm-up")
+    ema_decay: float = option(0.999, "decay of the averaged weights, which are saved")
+
+
+def make_unet(data: Data, network: Network) -> UNet2DModel:
+    levels = range(len(network.block_out_channels))
+    attends = [level in network.attention_levels for level in levels]
+    return UNet2DModel(
+        sample_size=data.resolution,
+        in_channels=data.channels,
+        out_channels=data.channels,
+        block_out_channels=tuple(network.block_out_channels),
+        layers_per_block=network.layers_per_block,
+        norm_num_groups=8,
+        down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
+        up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    data, network, training = parse_options([Data, Network, Training], __doc__ or "", args=args)
+    output_dir = claim_output_dir(training.output_dir, training.overwrite_output_dir)
+    accelerator = Accelerator()
+    set_seed(training.seed)
+    images, _ = load_images(data.train_data, data.resolution, data.channels)
+    images = to_model_range(images).to(accelerator.device)
+    scheduler = DDPMScheduler(num_train_timesteps=network.num_train_timesteps)
+    unet = make_unet(data, network)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=training.learning_rate)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    parameters = list(accelerator.unwrap_model(unet).parameters())
+    ema = EMAModel(parameters, decay=training.ema_decay, use_ema_warmup=False)
+
+    progress = trange(training.max_train_steps, desc="teacher", disable=not accelerator.is_main_process)
+    for _ in progress:
+        clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(network.num_train_timesteps, (len(clean),), device=images.device)
+        noise_pred = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+        loss = mse_loss(noise_pred, noise)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {progress.n}: lower --learning_rate")
+        accelerator.backward(loss)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+
+    ema.copy_to(parameters)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        DDPMPipeline(unet=accelerator.unwrap_model(unet), scheduler=scheduler).save_pretrained(output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
