@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
 from torch import Tensor, nn
 
 from .modeling_hsivi import HSIVINoiseScale
@@ -157,13 +157,13 @@ def load_teacher(name: str, revision: str | None = None) -> tuple[UNet2DModel, H
     unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
     if not isinstance(unet, UNet2DModel):
         raise ValueError(f"teacher {name!r} has a unet of type {type(unet).__name__}, a UNet2DModel is needed")
-    if not hasattr(scheduler, "alphas_cumprod"):
+    if scheduler is None or not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(f"teacher {name!r}: {type(scheduler).__name__} has no beta schedule; {remedy}")
     _check_agreement(name, unet, scheduler)
     return unet, HSIVIScheduler.from_config(scheduler.config)
 
 
-def _check_agreement(name: str, unet: UNet2DModel, scheduler: HSIVIScheduler) -> None:
+def _check_agreement(name: str, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
     """Refuses a UNet and a scheduler that cannot have been trained together."""
     channels, outputs = unet.config.in_channels, unet.config.out_channels
     if outputs not in (channels, 2 * channels):

@@ -111,7 +111,7 @@ class HSIVIPipeline(DiffusionPipeline):
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: only {self._callback_tensor_inputs} is there"
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: choose from {self._callback_tensor_inputs}"
             )
 
     def _prepare_latents(

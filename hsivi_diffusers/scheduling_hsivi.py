@@ -223,11 +223,11 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
     def input_timestep(self, t: torch.Tensor) -> torch.Tensor:
         """Returns tau_{t+1}, the timestep of the input of layer t, of the shape of t."""
-        return self._grid().to(t.device)[self.num_inference_steps - 1 - t]
+        return self._grid().to(t.device)[:-1].flip(0)[t]
 
     def output_timestep(self, t: torch.Tensor) -> torch.Tensor:
         """Returns tau_t, the timestep of the output of layer t, of the shape of t."""
-        return self._grid().to(t.device)[self.num_inference_steps - t]
+        return self._grid().to(t.device).flip(0)[t]
 
     def _grid(self) -> torch.Tensor:
         if self.layer_grid is None:

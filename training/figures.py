@@ -49,10 +49,9 @@ def draw_curve(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     for method in dict.fromkeys(row["method"] for row in rows):
         points = sorted((row["nfe"], row["fd"]) for row in rows if row["method"] == method)
         size = 260 if method == "HSIVI" else 45
-        axis.scatter(
-            *zip(*points, strict=True), s=size, marker=MARKERS[method], color=COLOURS[method], label=method, zorder=3
-        )
-        axis.plot(*zip(*points, strict=True), color=COLOURS[method], alpha=0.5)
+        calls, distances = zip(*points, strict=True)
+        axis.scatter(calls, distances, s=size, marker=MARKERS[method], color=COLOURS[method], label=method, zorder=3)
+        axis.plot(calls, distances, color=COLOURS[method], alpha=0.5)
     ticks = sorted({row["nfe"] for row in rows})
     axis.set(xscale="log", yscale="log", xlabel="network calls (NFE)", ylabel=f"{metric}, lower is better")
     axis.set_xticks(ticks, [str(tick) for tick in ticks])

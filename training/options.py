@@ -21,7 +21,7 @@ def option(default: Any, help: str) -> Any:
 
 
 def parse_options(
-    groups: Sequence[type],
+    groups: Sequence[Any],
     description: str,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     args: Sequence[str] | None = None,

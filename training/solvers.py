@@ -63,7 +63,7 @@ def make_solver(method: str, num_steps: int, unet: UNet2DModel, config: Any) -> 
 def make_student(pipeline: HSIVIPipeline) -> Sampler:
     """Returns the distilled pipeline as a sampler."""
     pipeline.set_progress_bar_config(disable=True)
-    return lambda batch_size, generator: pipeline(batch_size, generator=generator, output_type="pt").images
+    return lambda batch_size, generator: pipeline(batch_size, generator, output_type="pt", return_dict=False)[0]
 
 
 @torch.no_grad()

@@ -126,7 +126,7 @@ class Method:
     layer_weight: Literal["unit", "sigma2", "normalised"] = option("unit", "weight of the layers' loss, in noise units")
     critic_weight: Literal["unit", "sigma2"] = option("unit", "weight of the critic's loss, in noise units")
     source: Literal["pool", "simulate"] = option("pool", "layer inputs from a pool of live chains, or from fresh ones")
-    critic_updates: int = option(1, "critic updates before each layer update")
+    critic_updates: int = option(1, "critic updates for each layer update")
 
 
 @dataclass
@@ -181,7 +181,12 @@ class Players:
         layer_optimizer = torch.optim.Adam(groups, betas=betas)
         critic_optimizer = torch.optim.Adam(critic.parameters(), lr=training.critic_learning_rate, betas=betas)
         self.lr_schedulers = [
-            get_scheduler(training.lr_scheduler, optimizer, training.lr_warmup_steps, training.max_train_steps)
+            get_scheduler(
+                training.lr_scheduler,
+                optimizer,
+                num_warmup_steps=training.lr_warmup_steps,
+                num_training_steps=training.max_train_steps,
+            )
             for optimizer in (layer_optimizer, critic_optimizer)
         ]
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
@@ -210,7 +215,7 @@ def make_scheduler(schedule: HSIVIScheduler, options: Layers) -> HSIVIScheduler:
 
 
 def make_objective(method: Method, bridge: TeacherBridge) -> CriticObjective:
-    """Weights in noise units become sigma^2 times that in score units; `normalised` is 1/(alpha mean|S - layer score|)."""
+    """A weight in noise units is sigma^2 times that in score units; `normalised` is 1/(alpha mean|S - layer score|)."""
     sigma_power = {"unit": 2.0, "sigma2": 4.0}
     normalised = method.layer_weight == "normalised"
     weights: dict[str, Any] = {

@@ -84,6 +84,7 @@ class Chain(ABC):
 
     def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
         """Takes back the layers' answer q_t(. | x_next) for a drawn batch; only a pool has use for it."""
+        del batch, q, generator
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that a resumed run needs."""
@@ -91,6 +92,7 @@ class Chain(ABC):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_dict` returned."""
+        del state
 
     def _base(self, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
         condition = None if self.sample_condition is None else self.sample_condition(size, generator)
@@ -138,7 +140,8 @@ class PoolChain(Chain):
     @torch.no_grad()
     def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
         """Writes x_t ~ q_t(. | x_next) in the place of x_next, or a new base draw where t was 0."""
-        assert self.x_next is not None and batch.index is not None, "advance() takes a batch that draw() returned"
+        if self.x_next is None or batch.index is None:
+            raise ValueError("advance() takes a batch that draw() of the same pool returned")
         x, condition = self._base(len(batch.t), generator)
         noise = randn_like(x, generator)
         done = batch.t == 0

@@ -42,7 +42,7 @@ class Step:
         step: Its index, from 0.
         t: Layers that were trained, shape (B,).
         layer_loss: Shape (B,), detached, before beta(t).
-        critic_loss: Shape (B,), detached, of the last critic update before it.
+        critic_loss: Shape (B,), detached, of the last critic update.
     """
 
     step: int
@@ -68,11 +68,14 @@ def fit(
     start_step: int = 0,
     backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> Iterator[Step]:
-    """Fits layers to a bridge: `critic_updates` updates of the critic, then one of the layers, and again.
+    """Fits layers to a bridge: one update of the layers, then `critic_updates` of the critic, and again.
 
-    Every batch costs one call of the layers. The last critic update and the layer update share it, and every answer
-    is given back to the chain. Randomness comes from a generator per (seed, rank, step), so a run that is resumed at
-    `start_step`, with parameters, optimizers and chain restored, repeats one that was never stopped.
+    Every batch costs one call of the layers, and every answer is given back to the chain. The layer update and the
+    first critic update share a batch, in this order: a critic that has just been fitted to these very draws leans
+    towards their noise, and would pull the layers together.
+
+    Randomness comes from a generator per (seed, rank, step), so a run that is resumed at `start_step`, with
+    parameters, optimizers and chain restored, repeats one that was never stopped.
 
     Args:
         layers: The sampler; called as layers(x_next, t, condition).
@@ -83,7 +86,7 @@ def fit(
         curriculum: Stages, one after the other.
         layer_optimizer: Of the layers' parameters.
         critic_optimizer: Of the critic's parameters.
-        critic_updates: Critic updates before each layer update, >= 1 (the paper: 20).
+        critic_updates: Critic updates for each layer update, >= 1 (the paper: 20).
         scoring: Level at which layers are scored, "own" (the paper) or "random", see `draw_layer`.
         seed: Seed of the run.
         rank: Index of this process.
@@ -98,9 +101,7 @@ def fit(
         DivergenceError: A loss is not finite.
     """
     if critic_updates < 1:
-        raise ValueError(
-            f"critic_updates={critic_updates}: the critic needs at least 1 update before each of the layers"
-        )
+        raise ValueError(f"critic_updates={critic_updates}: the critic needs at least 1 update for each of the layers")
 
     def answer(generator: torch.Generator) -> tuple[Tensor, LayerDraw]:
         batch = chain.draw(layers, generator)
@@ -118,15 +119,18 @@ def fit(
 
     for step, stage in _steps(curriculum, start_step):
         generator = step_generator(seed, rank, step)
-        for k in reversed(range(critic_updates)):
-            with torch.set_grad_enabled(k == 0):
-                t, draw = answer(generator)
-            critic_loss = objective.critic_loss(critic, draw.detach())
-            update("critic", critic_optimizer, critic_loss.mean(), t, step)
+        t, draw = answer(generator)
         with _frozen(critic) as frozen:
             layer_loss = objective.layer_loss(frozen, bridge, draw)
             update("layers", layer_optimizer, (stage.beta.to(t.device)[t] * layer_loss).mean(), t, step)
-        yield Step(step=step, t=t, layer_loss=layer_loss.detach(), critic_loss=critic_loss.detach())
+        trained = t
+        for k in range(critic_updates):
+            if k > 0:
+                with torch.no_grad():
+                    t, draw = answer(generator)
+            critic_loss = objective.critic_loss(critic, draw.detach())
+            update("critic", critic_optimizer, critic_loss.mean(), t, step)
+        yield Step(step=step, t=trained, layer_loss=layer_loss.detach(), critic_loss=critic_loss.detach())
 
 
 def step_generator(seed: int, rank: int, step: int) -> torch.Generator:
@@ -139,8 +143,10 @@ def step_generator(seed: int, rank: int, step: int) -> torch.Generator:
 def _frozen(critic: nn.Module) -> Iterator[nn.Module]:
     """The critic as a function of its input alone, outside of any gradient reduction between processes."""
     critic.requires_grad_(False)
-    yield critic.module if isinstance(critic, DistributedDataParallel) else critic
-    critic.requires_grad_(True)
+    try:
+        yield critic.module if isinstance(critic, DistributedDataParallel) else critic
+    finally:
+        critic.requires_grad_(True)
 
 
 def _steps(curriculum: Sequence[Stage], start_step: int) -> Iterator[tuple[int, Stage]]:
