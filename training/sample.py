@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.utils import make_image_grid
-from options import claim_output_dir, option, parse_options
 from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIPipeline
+from options import claim_output_dir, option, parse_options
 
 
 @dataclass
