@@ -6,16 +6,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/digits_t5
+# Extra arguments of pip, such as --constraint tests/oldest.txt
+PIP_PINS ?=
 # One thread each: two noisy threads on a small machine are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint format docs clean
+.PHONY: demo test test-slow lint format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {v} was found: make {sys.argv[1]} PYTHON=python3.12")' "$(or $(MAKECMDGOALS),demo)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_PINS) --editable ".[dev]"
 	@touch $@
 
 demo: $(VENV)/installed

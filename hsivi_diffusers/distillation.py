@@ -110,18 +110,28 @@ class TeacherBridge(Bridge):
         """Returns tau_t."""
         return self.scheduler.output_timestep(t)
 
-    def sample_level(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws timesteps, uniform over `level_range`."""
+    def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draws timesteps, uniform over `level_range`; for the ddim kernel over its part at or above tau_t."""
         low, high = self.level_range
-        return torch.randint(low, high + 1, (batch_size,), generator=generator)
+        lowest = torch.full_like(t, low)
+        if self.scheduler.config.kernel == "ddim":
+            lowest = self.level(t).clamp(low, high)
+        uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(t.device)
+        return lowest + (uniform * (high + 1 - lowest)).long()
 
     def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
-        """Returns N(alpha_s x0, sigma_s^2), s the level and x0 = mean / alpha_t: the "renoise" kernel only."""
-        if self.scheduler.config.kernel != "renoise":
-            return super().renoise(q, t, level)
-        alpha_t, _ = self.scheduler.alpha_sigma(self.level(t), q.mean)
+        """Returns the law of x_s given x_{t+1}, s the level and r = alpha_s / alpha_t.
+
+        For x_t diffused up to s >= tau_t that is N(r mean, r^2 std^2 + sigma_s^2 - r^2 sigma_t^2). A layer of the
+        "renoise" kernel has std = sigma_t, so that the variance is sigma_s^2: the formula then holds at every s.
+        """
+        alpha_t, sigma_t = self.scheduler.alpha_sigma(self.level(t), q.mean)
         alpha, sigma = self.scheduler.alpha_sigma(level, q.mean)
-        return DiagonalGaussian(mean=q.mean * (alpha / alpha_t), std=sigma)
+        ratio = alpha / alpha_t
+        if self.scheduler.config.kernel == "renoise":
+            return DiagonalGaussian(mean=ratio * q.mean, std=sigma)
+        variance = (ratio * q.std).square() + sigma.square() - (ratio * sigma_t).square()
+        return DiagonalGaussian(mean=ratio * q.mean, std=variance.sqrt())
 
     def weight(self, sigma_power: float = 0, alpha_power: float = 0) -> Weight:
         """Returns the weight sigma^a alpha^b of a level, in score units; multiply by sigma^-2 for noise units."""

@@ -136,8 +136,10 @@ class HSIVIPipeline(DiffusionPipeline):
         if class_labels is None:
             return {}
         labels = torch.as_tensor(class_labels, device=device)
-        if labels.shape != (batch_size,):
-            raise ValueError(f"class_labels has shape {tuple(labels.shape)}: expected ({batch_size},)")
+        if labels.shape != (batch_size,) or labels.is_floating_point():
+            raise ValueError(
+                f"class_labels has shape {tuple(labels.shape)} and {labels.dtype}: expected ({batch_size},) integers"
+            )
         return {"class_labels": labels}
 
     def _to_images(self, latents: torch.Tensor, output_type: str) -> Any:

@@ -130,12 +130,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             ValueError: The config is of a flow-matching scheduler, which has no alpha and sigma of this kind.
         """
         if isinstance(config, dict):
-            name = str(config.get("_class_name", ""))
-            flow = [key for key in ("use_flow_sigmas", "use_dynamic_shifting") if config.get(key)]
-            if "FlowMatch" in name or flow:
+            name = config.get("_class_name", "this config")
+            shifted = "shift" in config and "beta_start" not in config
+            if "FlowMatch" in name or config.get("use_flow_sigmas") or shifted:
                 raise ValueError(
-                    f"{name or 'this config'} is a flow-matching scheduler{f' ({flow[0]})' if flow else ''}: HSIVI "
-                    "needs a teacher with a beta schedule, such as one trained with DDPMScheduler"
+                    f"{name} is of a flow-matching scheduler: HSIVI needs a teacher with a beta schedule, such as one "
+                    "trained with DDPMScheduler"
                 )
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 

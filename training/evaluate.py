@@ -82,20 +82,23 @@ def measure(
                 progress.update(len(batch) * line.nfe)
             images = torch.cat(batches)
             pictures[line.method, line.nfe] = images[: options.columns]
-            ours = line.method == "HSIVI"
-            rows.append(
-                {
-                    "dataset": options.real_data,
-                    "method": line.method,
-                    "nfe": line.nfe,
-                    "train_seed": training["seed"] if ours else None,
-                    "eval_seed": options.eval_seed,
-                    "num_samples": options.num_samples,
-                    **distances(images),
-                    "train_seconds": training["seconds"] if ours else None,
-                }
-            )
+            rows.append(make_row(line, options, training, distances(images)))
     return rows, pictures
+
+
+def make_row(line: Entry, options: Evaluation, training: dict[str, Any], measured: dict[str, float]) -> dict[str, Any]:
+    """A row of report.json; only ours was trained."""
+    ours = line.method == "HSIVI"
+    return {
+        "dataset": options.real_data,
+        "method": line.method,
+        "nfe": line.nfe,
+        "train_seed": training["seed"] if ours else None,
+        "eval_seed": options.eval_seed,
+        "num_samples": options.num_samples,
+        **measured,
+        "train_seconds": training["seconds"] if ours else None,
+    }
 
 
 def write_report(run_dir: Path, rows: list[dict[str, Any]], options: Evaluation, training: dict[str, Any]) -> None:
@@ -135,13 +138,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def picture_rows(
-    pictures: dict[tuple[str, int], torch.Tensor], real: torch.Tensor, nfe: int, columns: int
+    pictures: dict[tuple[str, int], torch.Tensor], real: torch.Tensor, nfe: int
 ) -> list[tuple[str, torch.Tensor]]:
     """The teacher first, then each solver and HSIVI at equal calls, then real pictures."""
     teacher = [(f"teacher, {key[0]} at {key[1]}", pictures[key]) for key in pictures if key[0] == "DDPM"]
     solvers = [(f"{key[0]} at {key[1]}", pictures[key]) for key in pictures if key[1] == nfe and key[0] != "HSIVI"]
-    shown = real[torch.linspace(0, len(real) - 1, columns).long()]
-    return [*teacher, *solvers, (f"HSIVI at {nfe}", pictures["HSIVI", nfe]), ("real", shown)]
+    ours = pictures["HSIVI", nfe]
+    shown = real[torch.linspace(0, len(real) - 1, len(ours)).long()]
+    return [*teacher, *solvers, (f"HSIVI at {nfe}", ours), ("real", shown)]
 
 
 def closing_lines(run_dir: Path, rows: list[dict[str, Any]]) -> list[str]:
@@ -182,7 +186,8 @@ def main(args: list[str] | None = None) -> None:
     run_dir = Path(options.run_dir)
     training = load_run(run_dir)
     student = HSIVIPipeline.from_pretrained(run_dir / "pipeline")
-    unet, schedule = load_teacher(options.teacher or training["pretrained_teacher_model"])
+    revision = None if options.teacher else training["revision"]
+    unet, schedule = load_teacher(options.teacher or training["pretrained_teacher_model"], revision)
     real, _ = load_images(options.real_data, unet.config.sample_size, unet.config.in_channels)
     real = real.float() / 255
     distances = Distances(ImageClassifier.from_pretrained(options.feature_extractor).eval(), real)
@@ -190,7 +195,7 @@ def main(args: list[str] | None = None) -> None:
     rows, pictures = measure(options, list(entries(options, student, unet, schedule.config)), distances, training)
     write_report(run_dir, rows, options, training)
     nfe = len(student.scheduler.timesteps)
-    draw_samples(picture_rows(pictures, real, nfe, options.columns), run_dir / "samples.png")
+    draw_samples(picture_rows(pictures, real, nfe), run_dir / "samples.png")
     draw_curve(rows, f"FD, {options.feature_name}", run_dir / "curve.png")
     print("\n".join(closing_lines(run_dir, rows)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,20 @@ def load_images(source: str, resolution: int, channels: int) -> tuple[torch.Tens
     Raises:
         ValueError: The source is unknown or holds no picture.
     """
+    pictures: Iterable[Image.Image]
     if source == "digits":
         digits = load_digits()
         grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
         pictures, labels = [Image.fromarray(picture) for picture in grey], torch.from_numpy(digits.target).long()
     elif Path(source).is_dir():
-        paths = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in SUFFIXES)
-        pictures, labels = [Image.open(path) for path in paths], None
+        paths = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        pictures, labels = map(Image.open, paths), None  # one after the other: an open picture is an open file
     else:
         pictures, labels = _load_dataset(source), None
-    if not pictures:
+    tensors = [_to_tensor(picture, resolution, channels) for picture in pictures]
+    if not tensors:
         raise ValueError(f"{source} holds no picture: expected files ending in {', '.join(sorted(SUFFIXES))}")
-    return torch.stack([_to_tensor(picture, resolution, channels) for picture in pictures]), labels
+    return torch.stack(tensors), labels
 
 
 def _load_dataset(name: str) -> list[Image.Image]:

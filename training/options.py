@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
@@ -60,17 +61,30 @@ def parse_options(
         if preset not in presets:
             parser.error(f"--preset {preset!r} is unknown: choose one of {', '.join(presets)}")
         settings = {**presets[preset], **settings, "preset": preset}
-    # Strings go through argparse's own type conversion, so that "1e-4", which YAML takes for text, is a number.
-    parser.set_defaults(
-        **{key: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for key, v in settings.items()}
+    parser.set_defaults(**{key: value for key, value in settings.items() if value == []})
+    *chosen, _, unknown = parser.parse_args_into_dataclasses(
+        [*_as_arguments(settings), *(sys.argv[1:] if args is None else args)], return_remaining_strings=True
     )
-    return tuple(parser.parse_args_into_dataclasses(args=args)[: len(groups)])
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return tuple(chosen)
+
+
+def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """The settings as a command line, so that argparse converts and checks them: `1e-4` is text for YAML."""
+    arguments = []
+    for key, value in settings.items():
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)] if value else []
+        elif value is not None:
+            arguments.append(f"--{key}={value}")
+    return arguments
 
 
 def _read_yaml(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {path} cannot be read: {error}")
     if not isinstance(settings, dict):
         parser.error(f"--config {path} must hold lines of `option: value`, got {type(settings).__name__}")

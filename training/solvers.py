@@ -1,4 +1,4 @@
-"""Sampling the teacher by every rival method of the report, each in the setting that suits it best."""
+"""Sampling the teacher by every rival method of the report."""
 
 from __future__ import annotations
 
@@ -68,7 +68,10 @@ def make_student(pipeline: HSIVIPipeline) -> Sampler:
 
 @torch.no_grad()
 def sample(sampler: Sampler, num_samples: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yields batches of pictures, `num_samples` in all; the seed fixes them for a given batch size."""
-    generator = torch.Generator().manual_seed(seed)
+    """Yields batches of pictures, `num_samples` in all.
+
+    Each batch has a generator of its own, so that every method starts each batch from the same noise.
+    """
     for first in range(0, num_samples, batch_size):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
         yield sampler(min(batch_size, num_samples - first), generator)

@@ -140,7 +140,8 @@ class Training:
     noise_scale_learning_rate: float = option(1e-2, "Adam's, of the log noise scale")
     adam_beta1: float = option(0.0, "first-moment decay of both optimizers")
     adam_beta2: float = option(0.999, "second-moment decay of both optimizers")
-    lr_scheduler: str = option("constant_with_warmup", "name known to diffusers' get_scheduler")
+    lr_scheduler: str = option("cosine", "of the layers, a name known to diffusers' get_scheduler")
+    critic_lr_scheduler: str = option("constant_with_warmup", "of the critic")
     lr_warmup_steps: int = option(50, "layer updates of warm-up")
     ema_decay: float = option(0.995, "decay of the averaged layers, which are saved")
 
@@ -182,12 +183,15 @@ class Players:
         critic_optimizer = torch.optim.Adam(critic.parameters(), lr=training.critic_learning_rate, betas=betas)
         self.lr_schedulers = [
             get_scheduler(
-                training.lr_scheduler,
+                name,
                 optimizer,
                 num_warmup_steps=training.lr_warmup_steps,
                 num_training_steps=training.max_train_steps,
             )
-            for optimizer in (layer_optimizer, critic_optimizer)
+            for name, optimizer in (
+                (training.lr_scheduler, layer_optimizer),
+                (training.critic_lr_scheduler, critic_optimizer),
+            )
         ]
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
             layers, critic, layer_optimizer, critic_optimizer
@@ -215,13 +219,14 @@ def make_scheduler(schedule: HSIVIScheduler, options: Layers) -> HSIVIScheduler:
 
 
 def make_objective(method: Method, bridge: TeacherBridge) -> CriticObjective:
-    """A weight in noise units is sigma^2 times that in score units; `normalised` is 1/(alpha mean|S - layer score|)."""
-    sigma_power = {"unit": 2.0, "sigma2": 4.0}
+    """The objective with its weights in score units: sigma^2 times those in noise units.
+
+    `normalised` is score identity distillation's 1 / mean|x0 - x0_teacher|, see docs/math.md.
+    """
+    sigma_power = {"unit": 2.0, "sigma2": 4.0, "normalised": 0.0 if method.objective == "KL" else 2.0}
     normalised = method.layer_weight == "normalised"
     weights: dict[str, Any] = {
-        "layer_weight": bridge.weight(alpha_power=-1)
-        if normalised
-        else bridge.weight(sigma_power[method.layer_weight]),
+        "layer_weight": bridge.weight(sigma_power[method.layer_weight], alpha_power=-1.0 if normalised else 0.0),
         "critic_weight": bridge.weight(sigma_power[method.critic_weight]),
         "normalise": normalised,
     }
@@ -269,8 +274,8 @@ class Checkpoints:
 
     def list(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        found = self.folder.glob("checkpoint-*/progress.json")
-        return sorted((path.parent for path in found), key=lambda path: int(path.name.split("-")[1]))
+        found = [path.parent for path in self.folder.glob("checkpoint-*/progress.json") if not path.parent.suffix]
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
     def load(self) -> tuple[int, float]:
         """Restores what --resume_from_checkpoint names; returns updates done and seconds spent."""
@@ -283,6 +288,7 @@ class Checkpoints:
                 f"--resume_from_checkpoint {path} holds no checkpoint: name one of {self.folder}, or latest"
             )
         self.accelerator.load_state(str(path))
+        self.players.ema.to(self.accelerator.device)  # accelerate loads it to the CPU
         self.chain.load_state_dict(load_file(path / f"chains-{self.accelerator.process_index}.safetensors"))
         progress = json.loads((path / "progress.json").read_text())
         return progress["step"], progress["seconds"]
@@ -303,8 +309,13 @@ def check_options(options: Options) -> None:
     teacher, layers, method, training, run = options
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
-    if method.scoring == "random" and layers.kernel != "renoise":
-        raise ValueError(f"--scoring random goes with --kernel renoise, not with {layers.kernel}: use --scoring own")
+    if method.scoring == "random" and layers.noise_scale_type == "per_pixel" and layers.kernel == "renoise":
+        raise ValueError(
+            "--scoring random with --kernel renoise cannot learn a noise scale, for the law of the scored picture does "
+            "not depend on it: use --noise_scale_type config"
+        )
+    if layers.kernel == "ddim" and layers.noise_eta == 0:
+        raise ValueError("--noise_eta 0 leaves the layers no noise, and so no score to train on: give up to 1, say 0.2")
     for name, value in [
         ("num_layers", layers.num_layers),
         ("critic_updates", method.critic_updates),
@@ -330,8 +341,9 @@ def start_run(output_dir: Path, options: Options, resume: bool) -> None:
                 "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
             )
         return
-    for name in ("checkpoints", "pipeline"):
-        shutil.rmtree(output_dir / name, ignore_errors=True)
+    if not resume:
+        for name in ("checkpoints", "pipeline"):
+            shutil.rmtree(output_dir / name, ignore_errors=True)
     write_json(path, now)
 
 

@@ -84,14 +84,14 @@ def main(args: list[str] | None = None) -> None:
     ema = EMAModel(parameters, decay=training.ema_decay, use_ema_warmup=False)
 
     progress = trange(training.max_train_steps, desc="teacher", disable=not accelerator.is_main_process)
-    for _ in progress:
+    for step in progress:
         clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
         noise = torch.randn_like(clean)
         timesteps = torch.randint(network.num_train_timesteps, (len(clean),), device=images.device)
         noise_pred = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
         loss = mse_loss(noise_pred, noise)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {progress.n}: lower --learning_rate")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower --learning_rate")
         accelerator.backward(loss)
         optimizer.step()
         lr_scheduler.step()

@@ -40,8 +40,8 @@ class Bridge(ABC):
         """Returns the level of p_t on the bridge's clock, shape (B,); here t itself."""
         return t
 
-    def sample_level(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws levels at which layers are scored, shape (batch_size,), for `scoring="random"`.
+    def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draws levels at which layers t are scored, of the shape of t, for `scoring="random"`.
 
         Raises:
             NotImplementedError: This bridge has only the T levels of its layers.
@@ -49,14 +49,14 @@ class Bridge(ABC):
         raise NotImplementedError(f'{type(self).__name__} has no random levels: use scoring="own"')
 
     def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
-        """Moves the law of x_t given x_{t+1} to another level of the bridge, for `scoring="random"`.
+        """Moves the law of x_t given x_{t+1} along the bridge to another level, for `scoring="random"`.
 
         Args:
             q: Law of layer t, q_t(. | x_{t+1}).
             t: Layer indices, shape (B,).
-            level: Where to, shape (B,).
+            level: Where to, shape (B,), of those that `sample_level` draws.
 
         Raises:
-            NotImplementedError: Only re-noising layers know their output at every level.
+            NotImplementedError: This bridge has only the T levels of its layers.
         """
         raise NotImplementedError(f'{type(self).__name__} cannot re-noise a layer: use scoring="own"')

@@ -74,7 +74,7 @@ def draw_layer(
         ValueError: `scoring` is neither.
     """
     if scoring == "random":
-        level = bridge.sample_level(len(t), generator).to(t.device)
+        level = bridge.sample_level(t, generator)
         q = bridge.renoise(q, t, level)
     elif scoring == "own":
         level = bridge.level(t)

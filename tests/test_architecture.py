@@ -1,0 +1,93 @@
+"""Who imports whom, and how long functions may be: the rules of docs/design.md."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hsivi_diffusers"
+CORE = {"torch"}
+HOST = {"torch", "diffusers", "huggingface_hub"}
+# file: (imports from the package, imports from outside, standard library apart)
+ALLOWED = {
+    "vi/__init__": ({"vi/*"}, set()),
+    "vi/distributions": (set(), CORE),
+    "vi/bridges": ({"vi/distributions"}, CORE),
+    "vi/layers": ({"vi/distributions"}, CORE),
+    "vi/chains": ({"vi/distributions", "vi/layers"}, CORE),
+    "vi/objectives": ({"vi/distributions", "vi/bridges"}, CORE),
+    "vi/curricula": (set(), CORE),
+    "vi/fitting": ({"vi/bridges", "vi/chains", "vi/curricula", "vi/layers", "vi/objectives"}, CORE),
+    "scheduling_hsivi": (set(), HOST),
+    "modeling_hsivi": (set(), HOST),
+    "pipeline_hsivi": (set(), HOST),
+    "distillation": ({"vi/*", "scheduling_hsivi", "modeling_hsivi"}, {"torch", "diffusers"}),
+    "__init__": ({"distillation", "scheduling_hsivi", "modeling_hsivi", "pipeline_hsivi"}, {"diffusers"}),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted((ROOT / "training").glob("*.py"))
+
+
+def name_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
+def imports(path):
+    """Names of the package's files and of outside packages that a file imports."""
+    from sys import stdlib_module_names
+
+    inside, outside = set(), set()
+    folder = path.parent
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = folder if node.level == 1 else folder.parents[node.level - 2]
+            inside.add(name_of(base.joinpath(*(node.module or "").split(".")).with_suffix(".py")))
+        elif isinstance(node, ast.ImportFrom):
+            outside.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Import):
+            outside |= {alias.name.split(".")[0] for alias in node.names}
+    return inside, outside - stdlib_module_names
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_imports_what_the_table_allows(path):
+    inside, outside = imports(path)
+    allowed_inside, allowed_outside = ALLOWED[name_of(path)]
+    if "vi/*" in allowed_inside:
+        allowed_inside = allowed_inside | {name for name in ALLOWED if name.startswith("vi/")}
+    assert inside <= allowed_inside
+    assert outside <= allowed_outside
+
+
+def test_there_is_no_cycle():
+    graph = {name_of(path): imports(path)[0] for path in FILES}
+    done = set()
+    while ready := {name for name, needs in graph.items() if name not in done and needs <= done}:
+        done |= ready
+    assert done == set(graph)
+
+
+def functions(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            has_docstring = ast.get_docstring(node) is not None
+            first = node.body[1] if has_docstring and len(node.body) > 1 else node.body[0]
+            yield f"{path.name}:{node.name}", node.end_lineno - first.lineno + 1
+
+
+@pytest.mark.parametrize("paths", [FILES, SCRIPTS], ids=["package", "training"])
+def test_functions_fit_in_the_head(paths):
+    lengths = {name: length for path in paths for name, length in functions(path)}
+    assert {name: length for name, length in lengths.items() if length > 50} == {}
+    assert sorted(lengths.values())[int(0.9 * len(lengths))] < 25
+
+
+def test_the_package_imports_no_script():
+    names = {path.stem for path in SCRIPTS}
+    for path in FILES:
+        assert not imports(path)[1] & names
+
+
+def test_no_two_files_share_a_noun_that_says_nothing():
+    assert not [path for path in [*FILES, *SCRIPTS] if path.stem in {"utils", "helpers", "common", "misc"}]

@@ -1,0 +1,237 @@
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
+
+from conftest import make_unet
+from hsivi_diffusers import HSIVINoiseScale, HSIVIScheduler, TeacherBridge, UNetCritic, UNetLayers, load_teacher
+from hsivi_diffusers.vi import DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer
+
+GRID = [440, 220, 10]
+
+
+@pytest.fixture
+def bridge(unet):
+    return TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, kernel="renoise"))
+
+
+def test_the_bridge_score_is_minus_noise_over_sigma(unet, bridge):
+    x, level = torch.randn(3, 1, 8, 8), torch.tensor([10, 220, 700])
+    sigma = (1 - DDPMScheduler().alphas_cumprod[level]).sqrt().reshape(3, 1, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(bridge.score(x, level), -unet(x, level).sample / sigma)
+
+
+def test_the_critic_starts_as_the_teacher(unet, bridge):
+    critic = UNetCritic(unet, bridge.scheduler)
+    x, level = torch.randn(3, 1, 8, 8), torch.tensor([10, 220, 700])
+    assert torch.equal(critic(x, level), bridge.score(x, level))
+
+
+def test_layers_are_the_transition_that_step_makes(unet):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    layers = UNetLayers(unet, scheduler)
+    assert layers.num_layers == 2
+    x_next, noise = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        q = layers(x_next, torch.ones(4, dtype=torch.long))
+        stepped = scheduler.step(unet(x_next, torch.full((4,), 440)).sample, 440, x_next, variance_noise=noise)
+    assert torch.equal(q.rsample(noise), stepped.prev_sample)
+
+
+def test_layers_use_the_learned_noise_scale(unet):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_scale_type="per_pixel", noise_eta=1.0)
+    noise_scale = HSIVINoiseScale(sample_shape=(1, 8, 8))
+    layers = UNetLayers(unet, scheduler, noise_scale)
+    q = layers(torch.randn(4, 1, 8, 8), torch.ones(4, dtype=torch.long))
+    q.rsample(torch.ones(4, 1, 8, 8)).sum().backward()
+    torch.testing.assert_close(noise_scale.log_scale.grad, 4 * q.std.detach().mean() * torch.ones(1, 1, 8, 8))
+
+
+def test_levels_of_the_bridge_are_the_grid_and_the_clock(bridge):
+    assert bridge.level(torch.tensor([0, 1])).tolist() == [10, 220]
+    levels = bridge.sample_level(torch.zeros(2000, dtype=torch.long), torch.Generator().manual_seed(0))
+    assert levels.min() >= 5
+    assert levels.max() <= 800
+    assert levels.float().mean() == pytest.approx(402.5, abs=20)
+    assert bridge.sample_base(5, torch.Generator().manual_seed(0)).shape == (5, 1, 8, 8)
+
+
+def test_renoising_to_its_own_level_changes_nothing_and_to_another_keeps_the_clean_picture(unet, bridge):
+    layers = UNetLayers(unet, bridge.scheduler)
+    t = torch.tensor([0, 1, 1])
+    q = layers(torch.randn(3, 1, 8, 8), t).detach()
+    own = bridge.renoise(q, t, bridge.level(t))
+    torch.testing.assert_close(own.mean, q.mean)
+    torch.testing.assert_close(own.std, q.std)
+    level = torch.tensor([300, 5, 799])
+    moved = bridge.renoise(q, t, level)
+    clean = [
+        mean / bridge.scheduler.alpha_sigma(at, mean)[0]
+        for mean, at in ((q.mean, bridge.level(t)), (moved.mean, level))
+    ]
+    torch.testing.assert_close(*clean)
+
+
+def test_ddim_layers_are_diffused_to_levels_at_or_above_their_own(unet):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, kernel="ddim", noise_eta=0.7)
+    bridge = TeacherBridge(unet, scheduler)
+    t = torch.tensor([1, 0]).repeat(500)
+    levels = bridge.sample_level(t, torch.Generator().manual_seed(0))
+    assert levels[t == 1].min() >= 220
+    assert levels[t == 0].min() < 100
+    assert levels.max() <= 800
+
+    q = UNetLayers(unet, scheduler)(torch.randn(2, 1, 8, 8), t[:2]).detach()
+    own = bridge.renoise(q, t[:2], bridge.level(t[:2]))
+    torch.testing.assert_close(own.mean, q.mean)
+    torch.testing.assert_close(own.std, q.std, rtol=1e-3, atol=1e-4)
+    level = torch.tensor([300, 300])
+    moved = bridge.renoise(q, t[:2], level)
+    ratio = (scheduler.alphas_cumprod[level] / scheduler.alphas_cumprod[bridge.level(t[:2])]).reshape(2, 1, 1, 1)
+    torch.testing.assert_close(moved.mean, ratio.sqrt() * q.mean)
+    torch.testing.assert_close(moved.std**2, ratio * q.std**2 + 1 - ratio, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_are_powers_of_sigma_and_alpha(bridge):
+    level = torch.tensor([5, 800])
+    abar = DDPMScheduler().alphas_cumprod[level]
+    torch.testing.assert_close(bridge.weight(sigma_power=4)(level), (1 - abar) ** 2)
+    torch.testing.assert_close(bridge.weight(alpha_power=-1)(level), abar**-0.5)
+
+
+def test_the_normalised_weight_is_that_of_score_identity_distillation(unet, bridge):
+    """The gradient in x0 is (eps_teacher - eps_critic) sigma / alpha / mean |x0 - x0_teacher|."""
+    critic = UNetCritic(make_unet(), bridge.scheduler)
+    t = torch.tensor([0, 1, 1, 0])
+    clean = torch.randn(4, 1, 8, 8, requires_grad=True)
+    alpha_t, sigma_t = bridge.scheduler.alpha_sigma(bridge.level(t), clean)
+    q = DiagonalGaussian(alpha_t * clean, sigma_t)
+    draw = draw_layer(q, t, bridge, scoring="random", generator=torch.Generator().manual_seed(0))
+    objective = KullbackLeibler(layer_weight=bridge.weight(alpha_power=-1), normalise=True)
+    objective.layer_loss(critic, bridge, draw).sum().backward()
+
+    alpha, sigma = bridge.scheduler.alpha_sigma(draw.level, clean)
+    with torch.no_grad():
+        teacher, other = unet(draw.x, draw.level).sample, critic.unet(draw.x, draw.level).sample
+        distance = (clean - (draw.x - sigma * teacher) / alpha).abs().mean((1, 2, 3), keepdim=True)
+        torch.testing.assert_close(clean.grad, sigma / alpha * (teacher - other) / distance, rtol=1e-3, atol=1e-4)
+
+
+def test_score_matching_reaches_the_student_through_frozen_networks(unet, bridge):
+    student = UNetLayers(make_unet(), bridge.scheduler)
+    critic = UNetCritic(make_unet(), bridge.scheduler).requires_grad_(False)
+    t = torch.tensor([0, 1])
+    draw = draw_layer(student(torch.randn(2, 1, 8, 8), t), t, bridge)
+    ScoreMatching().layer_loss(critic, bridge, draw).sum().backward()
+    assert all(parameter.grad is None for parameter in unet.parameters())
+    assert any(bool(parameter.grad.abs().sum() > 0) for parameter in student.parameters())
+
+
+def test_conditions_reach_teacher_student_and_critic():
+    unet = make_unet(num_class_embeds=3).eval()
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, kernel="renoise")
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 0])
+    one, two = torch.tensor([0, 1]), torch.tensor([0, 2])
+    for player in (TeacherBridge(unet, scheduler).score, UNetCritic(unet, scheduler)):
+        first, second = player(x, t, one), player(x, t, two)
+        assert torch.equal(first[0], second[0])
+        assert not torch.equal(first[1], second[1])
+    layers = UNetLayers(unet, scheduler)
+    assert not torch.equal(layers(x, t, one).mean[1], layers(x, t, two).mean[1])
+
+
+def test_bad_bridges_are_refused(unet):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    with pytest.raises(ValueError, match=r"level_range=\(5, 1000\): give two timesteps in order, from 0 to 999"):
+        TeacherBridge(unet, scheduler, level_range=(5, 1000))
+    with pytest.raises(ValueError, match="the grid ends at -1"):
+        TeacherBridge(unet, HSIVIScheduler(layer_timesteps=[800, 400, -1]))
+
+
+# ----- loading -----
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "scheduler_class"), [(DDPMPipeline, DDPMScheduler), (DDIMPipeline, DDIMScheduler)]
+)
+def test_a_teacher_is_loaded_with_its_schedule(unet, tmp_path, pipeline_class, scheduler_class):
+    scheduler = scheduler_class(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    pipeline_class(unet=unet, scheduler=scheduler).save_pretrained(tmp_path)
+    loaded, schedule = load_teacher(str(tmp_path))
+    assert schedule.config.prediction_type == "v_prediction"
+    assert torch.equal(schedule.alphas_cumprod, scheduler.alphas_cumprod)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), unet.parameters(), strict=True))
+
+
+def test_a_missing_folder_is_told_before_the_hub_is_asked(tmp_path):
+    with pytest.raises(ValueError, match="is not a folder: give a folder or repo id"):
+        load_teacher(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="is not a folder"):
+        load_teacher("./nothing")
+
+
+def test_a_repo_that_cannot_be_reached_is_told():
+    with pytest.raises(ValueError, match="'nobody/nothing' cannot be loaded"):
+        load_teacher("nobody/nothing")
+
+
+def test_an_empty_folder_is_no_teacher(tmp_path):
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_teacher(str(tmp_path))
+
+
+def test_a_damaged_teacher_is_refused(teacher_folder):
+    weights = teacher_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_teacher(str(teacher_folder))
+
+
+def test_a_flow_matching_teacher_is_refused(teacher_folder):
+    shutil.rmtree(teacher_folder / "scheduler")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(teacher_folder / "scheduler")
+    index = json.loads((teacher_folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (teacher_folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no beta schedule"):
+        load_teacher(str(teacher_folder))
+
+
+def test_another_kind_of_unet_is_refused(tmp_path):
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        mid_block_type=None,
+    )
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="unet of type UNet2DConditionModel, a UNet2DModel is needed"):
+        load_teacher(str(tmp_path))
+
+
+def test_a_unet_and_a_scheduler_that_disagree_are_refused(tmp_path):
+    for name, options, message in (
+        ("channels", {"out_channels": 3}, "takes 1 channels and returns 3"),
+        ("clock", {"num_train_timesteps": 500}, "made for 500 timesteps, the scheduler counts 1000"),
+    ):
+        path = tmp_path / name
+        DDPMPipeline(unet=make_unet(**options), scheduler=DDPMScheduler()).save_pretrained(path)
+        with pytest.raises(ValueError, match=message):
+            load_teacher(str(path))

@@ -1,0 +1,384 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsivi_diffusers import HSIVIScheduler, HSIVISchedulerOutput
+
+SHAPE = (4, 3, 8, 8)
+PREDICTIONS = ["epsilon", "v_prediction", "sample"]
+GRID = [800, 512, 288, 128, 32, 0]
+
+
+def output_and_sample():
+    return torch.randn(SHAPE), torch.randn(SHAPE)
+
+
+# ----- equality with diffusers' DDIM -----
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("eta", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("clip_sample", [False, True])
+def test_with_noise_scale_one_it_is_ddim(prediction_type, spacing, eta, clip_sample):
+    options = {"prediction_type": prediction_type, "timestep_spacing": spacing, "clip_sample": clip_sample}
+    ours, stock = HSIVIScheduler(noise_eta=eta, **options), DDIMScheduler(**options)
+    ours.set_timesteps(10)
+    stock.set_timesteps(10)
+    assert torch.equal(ours.timesteps, stock.timesteps)
+    sample = torch.randn(SHAPE)
+    for timestep in stock.timesteps:
+        output, noise = torch.randn(SHAPE), torch.randn(SHAPE)
+        got = ours.step(output, timestep, sample, variance_noise=noise)
+        wanted = stock.step(output, timestep, sample, eta=eta, variance_noise=noise)
+        torch.testing.assert_close(got.prev_sample, wanted.prev_sample, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.pred_original_sample, wanted.pred_original_sample, rtol=1e-4, atol=1e-4)
+        sample = wanted.prev_sample
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_a_trained_uniform_grid_is_ddim_too(prediction_type):
+    ours = HSIVIScheduler(prediction_type=prediction_type, noise_eta=0.5, layer_timesteps=[800, 600, 400, 200, 0, -1])
+    stock = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
+    stock.set_timesteps(5)
+    for timestep in ours.timesteps:
+        (output, sample), noise = output_and_sample(), torch.randn(SHAPE)
+        got = ours.step(output, timestep, sample, variance_noise=noise).prev_sample
+        wanted = stock.step(output, int(timestep), sample, eta=0.5, variance_noise=noise).prev_sample
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_set_alpha_to_one_is_ddims():
+    output, sample = output_and_sample()
+    for set_alpha_to_one in (True, False):
+        options = {"timestep_spacing": "leading", "set_alpha_to_one": set_alpha_to_one, "clip_sample": False}
+        ours, stock = HSIVIScheduler(noise_eta=0.0, **options), DDIMScheduler(**options)
+        ours.set_timesteps(10)
+        stock.set_timesteps(10)
+        got, wanted = (scheduler.step(output, 0, sample).prev_sample for scheduler in (ours, stock))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+# ----- the layer -----
+
+
+@pytest.mark.parametrize("kernel", ["ddim", "renoise"])
+def test_transition_and_step_agree_to_the_last_bit(kernel):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, kernel=kernel, noise_scale=[0.5, 0.6, 0.7, 0.8, 0.9])
+    for timestep in scheduler.timesteps:
+        (output, sample), noise = output_and_sample(), torch.randn(SHAPE)
+        mean, std = scheduler.transition(output, timestep, sample)
+        vector = scheduler.transition(output, timestep.repeat(len(sample)), sample)
+        assert torch.equal(vector[0], mean)
+        assert torch.equal(vector[1].expand(SHAPE), std.expand(SHAPE))
+        wanted = mean if timestep == scheduler.timesteps[-1] else mean + std * noise
+        assert torch.equal(scheduler.step(output, timestep, sample, variance_noise=noise).prev_sample, wanted)
+
+
+def test_rows_at_different_timesteps_do_not_mix():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_scale=[0.5, 0.6, 0.7, 0.8, 0.9])
+    output, sample = output_and_sample()
+    timesteps = torch.tensor([32, 800, 128, 288])
+    mean, std = scheduler.transition(output, timesteps, sample)
+    noise = torch.randn(SHAPE)
+    stepped = scheduler.step(output, timesteps, sample, variance_noise=noise).prev_sample
+    for row, timestep in enumerate(timesteps):
+        one = slice(row, row + 1)
+        alone = scheduler.transition(output[one], timestep, sample[one])
+        torch.testing.assert_close(mean[one], alone[0])
+        torch.testing.assert_close(std[one], alone[1])
+        step = scheduler.step(output[one], timestep, sample[one], variance_noise=noise[one])
+        torch.testing.assert_close(stepped[one], step.prev_sample)
+
+
+def test_the_renoise_kernel_is_fresh_noise_on_the_clean_picture():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, kernel="renoise")
+    output, sample = output_and_sample()
+    clean, _ = scheduler.predict(output, 512, sample)
+    mean, std = scheduler.transition(output, 512, sample)
+    alpha, sigma = scheduler.alpha_sigma(torch.tensor([288]), sample)
+    torch.testing.assert_close(mean, alpha * clean)
+    torch.testing.assert_close(std, sigma)
+    noise = torch.randn(SHAPE)
+    torch.testing.assert_close(
+        scheduler.step(output, 512, sample, variance_noise=noise).prev_sample,
+        DDPMScheduler().add_noise(clean, noise, torch.full((4,), 288)),
+    )
+
+
+def test_noise_scale_multiplies_the_std_of_its_layer_alone():
+    plain = HSIVIScheduler(layer_timesteps=GRID)
+    output, sample = output_and_sample()
+    scales = [0.5, 0.6, 0.7, 0.8, 0.9]
+    per_layer = HSIVIScheduler(layer_timesteps=GRID, noise_scale=scales)
+    for t in range(5):
+        timestep = plain.input_timestep(torch.tensor(t))
+        mean, std = plain.transition(output, timestep, sample)
+        scaled_mean, scaled_std = per_layer.transition(output, timestep, sample)
+        assert torch.equal(mean, scaled_mean)
+        torch.testing.assert_close(scaled_std, scales[t] * std)
+        given_scale = torch.rand(1, 3, 8, 8)
+        torch.testing.assert_close(plain.transition(output, timestep, sample, given_scale)[1], given_scale * std)
+
+
+def test_per_pixel_noise_scale_must_come_with_the_call():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_scale_type="per_pixel")
+    output, sample = output_and_sample()
+    with pytest.raises(ValueError, match="no noise_scale was given: sample with HSIVIPipeline"):
+        scheduler.step(output, 800, sample)
+    scheduler.step(output, 800, sample, noise_scale=torch.ones(1, 3, 8, 8))
+
+
+def test_step_is_stateless_in_any_order_and_repetition():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    output, sample = output_and_sample()
+    noise = torch.randn(SHAPE)
+
+    def step(timestep):
+        return scheduler.step(output, timestep, sample, variance_noise=noise).prev_sample
+
+    first = {timestep: step(timestep) for timestep in (800, 512, 288, 128, 32)}
+    for timestep in (32, 800, 800, 128, 512, 288, 32):
+        assert torch.equal(step(timestep), first[timestep])
+
+
+def test_generators_fix_the_noise_one_for_all_or_one_for_each():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    output, sample = output_and_sample()
+
+    def step(generator):
+        return scheduler.step(output, 800, sample, generator=generator).prev_sample
+
+    def seeded(seed):
+        return torch.Generator().manual_seed(seed)
+
+    assert torch.equal(step(seeded(1)), step(seeded(1)))
+    assert not torch.equal(step(seeded(1)), step(seeded(2)))
+    each = step([seeded(i) for i in range(4)])
+    alone = scheduler.step(output[2:3], 800, sample[2:3], generator=seeded(2)).prev_sample
+    torch.testing.assert_close(each[2:3], alone)
+
+
+def test_eta_given_by_a_pipeline_does_not_silence_the_noise():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    output, sample = output_and_sample()
+    noise = torch.randn(SHAPE)
+    plain = scheduler.step(output, 800, sample, variance_noise=noise).prev_sample
+    given = scheduler.step(output, 800, sample, variance_noise=noise, eta=0.0, use_clipped_model_output=True)
+    assert torch.equal(plain, given.prev_sample)
+
+
+def test_output_is_a_named_tuple_or_a_tuple():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    output, sample = output_and_sample()
+    noise = torch.randn(SHAPE)
+    named = scheduler.step(output, 800, sample, variance_noise=noise)
+    assert isinstance(named, HSIVISchedulerOutput)
+    prev_sample, clean = scheduler.step(output, 800, sample, variance_noise=noise, return_dict=False)
+    assert torch.equal(named.prev_sample, prev_sample)
+    assert torch.equal(named.pred_original_sample, clean)
+
+
+def test_a_learned_variance_is_dropped():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    output, sample = output_and_sample()
+    mean, _ = scheduler.transition(output, 800, sample)
+    wide, _ = scheduler.transition(torch.cat([output, torch.randn(SHAPE)], dim=1), 800, sample)
+    assert torch.equal(mean, wide)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_sample_keeps_its_dtype(dtype):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_scale_type="per_pixel")
+    output, sample = (tensor.to(dtype) for tensor in output_and_sample())
+    step = scheduler.step(output, 800, sample, noise_scale=torch.ones(1, 3, 8, 8))
+    assert step.prev_sample.dtype == step.pred_original_sample.dtype == dtype
+    assert step.prev_sample.isfinite().all()
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_predict_recovers_picture_and_noise(prediction_type):
+    scheduler = HSIVIScheduler(prediction_type=prediction_type)
+    clean, noise = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
+    timesteps = torch.tensor([10, 200, 500, 900])
+    sample = scheduler.add_noise(clean, noise, timesteps)
+    output = {"epsilon": noise, "sample": clean, "v_prediction": scheduler.get_velocity(clean, noise, timesteps)}
+    got = scheduler.predict(output[prediction_type], timesteps, sample)
+    torch.testing.assert_close(got[0], clean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[1], noise, rtol=1e-4, atol=1e-4)
+
+
+def test_add_noise_velocity_and_scaling_are_those_of_ddpm():
+    ours, stock = HSIVIScheduler(), DDPMScheduler()
+    clean, noise = output_and_sample()
+    timesteps = torch.tensor([0, 20, 500, 999])
+    assert torch.equal(ours.add_noise(clean, noise, timesteps), stock.add_noise(clean, noise, timesteps))
+    assert torch.equal(ours.get_velocity(clean, noise, timesteps), stock.get_velocity(clean, noise, timesteps))
+    assert ours.scale_model_input(clean, 3) is clean
+    assert ours.init_noise_sigma == 1.0
+    assert len(ours) == 1000
+
+
+# ----- grids -----
+
+
+@pytest.mark.parametrize(
+    ("spacing", "grid"),
+    [
+        ("quadratic", [800, 512, 288, 128, 32, 0]),
+        ("uniform", [999, 799, 599, 400, 200, 0]),
+        ("trailing", [999, 799, 599, 399, 199, -1]),
+        ("leading", [800, 600, 400, 200, 0, -1]),
+        ("linspace", [999, 749, 500, 250, 0, -1]),
+    ],
+)
+def test_five_step_grids(spacing, grid):
+    assert HSIVIScheduler.make_layer_timesteps(5, spacing) == grid
+
+
+@given(st.sampled_from(["quadratic", "uniform", "trailing", "leading", "linspace"]), st.integers(1, 1000))
+def test_every_count_has_a_strictly_descending_grid_on_the_clock(spacing, count):
+    grid = HSIVIScheduler.make_layer_timesteps(count, spacing)
+    assert len(grid) == count + 1
+    assert all(above > below for above, below in zip(grid[:-1], grid[1:], strict=True))
+    assert grid[0] <= 999
+    assert grid[-1] >= -1
+
+
+def test_the_grid_can_start_below_the_end_of_the_clock():
+    assert HSIVIScheduler.make_layer_timesteps(5, "uniform", start=440) == [440, 352, 264, 176, 88, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_layers": 0}, "0 steps: give a number from 1 to"),
+        ({"num_layers": 1001}, "1001 steps: give a number from 1"),
+        ({"num_layers": 5, "start": 1000}, "start=1000: give a timestep from 5"),
+        ({"num_layers": 5, "start": 4}, "start=4: give a timestep from 5"),
+        ({"num_layers": 5, "timestep_spacing": "leading", "start": 500}, "goes with timestep_spacing 'quadratic'"),
+        ({"num_layers": 5, "timestep_spacing": "cosine"}, "timestep_spacing='cosine' is unknown: choose one of"),
+    ],
+)
+def test_grids_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        HSIVIScheduler.make_layer_timesteps(**arguments)
+
+
+def test_a_trained_grid_is_used_from_the_start_and_any_other_count_refused():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    assert scheduler.timesteps.tolist() == GRID[:-1]
+    for count in (None, 5):
+        scheduler.set_timesteps(count)
+        assert scheduler.num_inference_steps == 5
+    with pytest.raises(ValueError, match="num_inference_steps=50.*trained for 5 steps.*pass num_inference_steps=5"):
+        scheduler.set_timesteps(50)
+
+
+def test_layers_know_their_timesteps():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    t = torch.tensor([0, 4, 2])
+    assert scheduler.input_timestep(t).tolist() == [32, 800, 288]
+    assert scheduler.output_timestep(t).tolist() == [0, 512, 128]
+
+
+def test_without_a_grid_the_count_must_come_first():
+    scheduler = HSIVIScheduler()
+    with pytest.raises(ValueError, match="pass num_inference_steps"):
+        scheduler.set_timesteps()
+    output, sample = output_and_sample()
+    with pytest.raises(ValueError, match="call set_timesteps"):
+        scheduler.step(output, 10, sample)
+
+
+def test_off_the_grid_only_an_untrained_scheduler_steps():
+    output, sample = output_and_sample()
+    generic, stock = HSIVIScheduler(timestep_spacing="leading", noise_eta=0.0), DDIMScheduler(clip_sample=False)
+    for scheduler in (generic, stock):
+        scheduler.set_timesteps(10)
+    for timestep in (555, 37):
+        torch.testing.assert_close(
+            generic.step(output, timestep, sample).prev_sample,
+            stock.step(output, timestep, sample).prev_sample,
+            rtol=1e-4,
+            atol=1e-4,
+        )
+    with pytest.raises(ValueError, match=r"timestep \[555\] is not an input of a layer.*trained at \[800, 512"):
+        HSIVIScheduler(layer_timesteps=GRID).step(output, 555, sample)
+
+
+# ----- configuration -----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction' is unknown"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing='karras' is unknown"),
+        ({"kernel": "euler"}, "kernel='euler' is unknown: choose one of 'ddim', 'renoise'"),
+        ({"noise_scale_type": "tensor"}, "noise_scale_type='tensor' is unknown"),
+        ({"noise_eta": 1.5}, "noise_eta=1.5: give a number in"),
+        ({"layer_timesteps": [500]}, "no grid of at least 1 layer"),
+        ({"layer_timesteps": [500.5, 0]}, "no grid of at least 1 layer"),
+        ({"layer_timesteps": [500, 500, 0]}, "not strictly descending"),
+        ({"layer_timesteps": [0, 500]}, "not strictly descending"),
+        ({"layer_timesteps": [1000, 0]}, "leaves the teacher's clock: give T\\+1 strictly descending"),
+        ({"layer_timesteps": [500, 0, -2]}, "leaves the teacher's clock"),
+        ({"noise_scale": 0.0}, "give numbers > 0"),
+        ({"noise_scale": [1.0, 1.0]}, "it needs a grid"),
+        ({"layer_timesteps": GRID, "noise_scale": [1.0, 1.0]}, "noise_scale has 2 numbers: it needs 5 numbers"),
+        ({"layer_timesteps": GRID, "noise_scale": [1.0, -1.0, 1.0, 1.0, 1.0]}, "give numbers > 0"),
+    ],
+)
+def test_bad_settings_are_refused_with_a_remedy(options, message):
+    with pytest.raises(ValueError, match=message):
+        HSIVIScheduler(**options)
+
+
+@pytest.mark.parametrize(
+    ("output", "timestep", "message"),
+    [
+        (torch.zeros(4, 5, 8, 8), 800, "must be equal, or the output must have twice the channels"),
+        (torch.zeros(4, 3, 4, 4), 800, "must be equal"),
+        (torch.zeros(SHAPE), torch.tensor([800, 512]), "2 timesteps for 4 samples"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(output, timestep, message):
+    with pytest.raises(ValueError, match=message):
+        HSIVIScheduler(layer_timesteps=GRID).step(output, timestep, torch.zeros(SHAPE))
+
+
+def test_flow_matching_schedulers_are_refused(tmp_path):
+    flow = FlowMatchEulerDiscreteScheduler()
+    flow.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler is of a flow-matching scheduler"):
+        HSIVIScheduler.from_pretrained(tmp_path)
+    for config in (flow.config, {"use_flow_sigmas": True}):
+        with pytest.raises(ValueError, match="is of a flow-matching scheduler"):
+            HSIVIScheduler.from_config(config)
+
+
+def test_config_survives_saving_and_other_schedulers(tmp_path):
+    scheduler = HSIVIScheduler(
+        layer_timesteps=GRID, kernel="renoise", noise_eta=0.7, noise_scale=[0.5, 0.6, 0.7, 0.8, 0.9]
+    )
+    scheduler.save_pretrained(tmp_path)
+    loaded = HSIVIScheduler.from_pretrained(tmp_path)
+    through = HSIVIScheduler.from_config(DDIMScheduler.from_config(scheduler.config).config)
+    for other in (loaded, through):
+        for key in ("layer_timesteps", "kernel", "noise_eta", "noise_scale", "noise_scale_type"):
+            assert other.config[key] == scheduler.config[key]
+        assert torch.equal(other.timesteps, scheduler.timesteps)
+
+
+def test_beta_schedules_are_those_of_ddpm():
+    for options in (
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"trained_betas": np.linspace(1e-4, 0.02, 1000).tolist()},
+        {"num_train_timesteps": 2, "trained_betas": [0.1, 0.2]},
+    ):
+        assert torch.equal(HSIVIScheduler(**options).alphas_cumprod, DDPMScheduler(**options).alphas_cumprod)

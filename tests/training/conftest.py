@@ -1,0 +1,133 @@
+"""Fixtures of the script tests: a random teacher of two levels, and what the scripts make of it in a few steps."""
+
+import contextlib
+import io
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
+os.environ["ACCELERATE_USE_CPU"] = "true"  # bit-identical runs are promised on one machine's CPU
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+import train_hsivi
+from classifier import ImageClassifier
+
+
+def save_teacher(folder, **options):
+    """Saves a pipeline of random weights that do not depend on the order of the tests."""
+    settings = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DModel(**{**settings, **options})
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def class_teacher(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("class_teacher"), num_class_embeds=3)
+
+
+@pytest.fixture(scope="session")
+def distil(teacher):
+    """Runs train_hsivi.main with 2 layers and 4 rows, and returns the output folder; options by keyword."""
+
+    def run(output_dir, *flags, **options):
+        settings = {
+            "pretrained_teacher_model": teacher,
+            "num_layers": 2,
+            "train_batch_size": 4,
+            "max_train_steps": 5,
+            "critic_updates": 2,
+            "checkpointing_steps": 2,
+            "lr_warmup_steps": 4,
+            **options,
+        }
+        arguments = [f"--{name}={value}" for name, value in settings.items()]
+        train_hsivi.main([*arguments, f"--output_dir={output_dir}", *flags])
+        return output_dir
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fast_run(distil, tmp_path_factory):
+    """A finished run of the preset `fast`: to be read, not written to."""
+    return distil(tmp_path_factory.mktemp("runs") / "fast", preset="fast")
+
+
+@pytest.fixture(scope="session")
+def paper_run(distil, tmp_path_factory):
+    return distil(tmp_path_factory.mktemp("runs") / "paper", preset="paper")
+
+
+@pytest.fixture(scope="session")
+def class_run(distil, class_teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "classes"
+    return distil(folder, pretrained_teacher_model=class_teacher, max_train_steps=3)
+
+
+@pytest.fixture(scope="session")
+def extractor(tmp_path_factory):
+    """Folder of an ImageClassifier of random weights, with 8 features."""
+    folder = tmp_path_factory.mktemp("classifier")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ImageClassifier(channels=1, num_classes=10, num_features=8).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def printed():
+    """Calls a function and returns what it printed; for fixtures, where capsys is not to be had."""
+
+    def call(function, *arguments):
+        with contextlib.redirect_stdout(io.StringIO()) as stream:
+            function(*arguments)
+        return stream.getvalue()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def same_tensors():
+    """Tells whether two dictionaries hold bit-identical tensors under the same names."""
+
+    def compare(one, other):
+        return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+    return compare
+
+
+@pytest.fixture
+def check_help(capsys):
+    """Asks a script for --help: exit status 0, and the headings."""
+
+    def check(main, *headings):
+        with pytest.raises(SystemExit) as exit:
+            main(["--help"])
+        text = capsys.readouterr().out
+        assert exit.value.code == 0
+        for heading in headings:
+            assert f"\n{heading}:\n" in text
+        assert "--config" in text
+
+    return check

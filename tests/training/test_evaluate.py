@@ -1,0 +1,382 @@
+import itertools
+import json
+import shutil
+
+import numpy as np
+import ot
+import pytest
+import scipy.linalg
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline
+from PIL import Image
+
+import evaluate
+from classifier import ImageClassifier
+from figures import COLOURS, MARKERS, draw_curve, draw_samples
+from hsivi_diffusers import HSIVIPipeline, load_teacher
+from images import load_images
+from metrics import Distances
+from solvers import make_solver, make_student, sample
+
+METHODS = ["DDPM", "DDIM", "DDIM eta 1", "DPM-Solver++", "UniPC"]
+KEYS = ["dataset", "method", "nfe", "train_seed", "eval_seed", "num_samples", "fd", "swd", "train_seconds"]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def rival(teacher):
+    """A solver of the teacher, and the list of the timesteps at which it calls the network."""
+    unet, schedule = load_teacher(str(teacher))
+    calls = []
+    unet.register_forward_pre_hook(lambda module, given: calls.append(int(given[1])))
+
+    def make(method, num_steps):
+        calls.clear()
+        return make_solver(method, num_steps, unet, schedule.config), calls
+
+    return make
+
+
+# ----- solvers -----
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_solver_makes_as_many_network_calls_as_it_says(rival, method):
+    sampler, calls = rival(method, 5)
+    (images,) = sample(sampler, 3, 3, seed=0)
+    assert len(calls) == 5
+    assert calls == sorted(calls, reverse=True)
+    assert images.shape == (3, 1, 8, 8)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert images.std() > 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_solver_may_be_called_again(rival, method):
+    sampler, _ = rival(method, 4)
+    first, again = (torch.cat([*sample(sampler, 3, 2, seed=0)]) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_every_method_starts_each_batch_from_the_same_noise(teacher, fast_run):
+    unet, schedule = load_teacher(str(teacher))
+    student = HSIVIPipeline.from_pretrained(fast_run / "pipeline")
+    samplers = [(make_student(student), student.unet)]
+    samplers += [(make_solver(method, 2, unet, schedule.config), unet) for method in METHODS]
+    starts = []
+    for sampler, network in samplers:
+        inputs = []
+        handle = network.register_forward_pre_hook(lambda module, given, inputs=inputs: inputs.append(given[0]))
+        assert [len(batch) for batch in sample(sampler, 5, 3, seed=5)] == [3, 2]
+        handle.remove()
+        starts.append(torch.cat([inputs[0], inputs[2]]))
+    assert starts[0].std() == pytest.approx(1, abs=0.2)
+    assert len(starts[0].flatten().unique()) == 5 * 64
+    assert all(torch.equal(start, starts[0]) for start in starts)
+
+
+@torch.no_grad()
+def test_ddpm_is_that_of_diffusers(rival, teacher):
+    pipeline = DDPMPipeline.from_pretrained(teacher)
+    pipeline.set_progress_bar_config(disable=True)
+    (wanted,) = pipeline(3, generator(), num_inference_steps=6, output_type="np", return_dict=False)
+    images = rival("DDPM", 6)[0](3, generator())
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), wanted)
+
+
+@torch.no_grad()
+def test_ddim_eta_1_is_that_of_diffusers(rival, teacher):
+    pipeline = DDIMPipeline.from_pretrained(teacher)
+    pipeline.set_progress_bar_config(disable=True)
+    (wanted,) = pipeline(3, generator(), eta=1.0, num_inference_steps=6, output_type="np", return_dict=False)
+    images = rival("DDIM eta 1", 6)[0](3, generator())
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), wanted)
+
+
+@torch.no_grad()
+def test_ddim_is_the_formula_on_the_quadratic_grid(rival, teacher):
+    unet, schedule = load_teacher(str(teacher))
+    grid = [round((i / 4) ** 2 * 800) for i in range(4, -1, -1)]
+    x = torch.randn(3, 1, 8, 8, generator=generator())
+    for above, below in itertools.pairwise(grid):
+        abar, abar_below = schedule.alphas_cumprod[[above, below]]
+        eps = unet(x, above).sample
+        x0 = ((x - (1 - abar).sqrt() * eps) / abar.sqrt()).clamp(-1, 1)
+        x = abar_below.sqrt() * x0 + (1 - abar_below).sqrt() * eps
+    sampler, calls = rival("DDIM", 4)
+    images = sampler(3, generator())
+    assert calls == grid[:-1]
+    torch.testing.assert_close(images, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+
+
+def test_an_unknown_method_is_refused(rival):
+    with pytest.raises(ValueError, match="method 'Euler' is unknown: choose DDPM, DDIM, DDIM eta 1, DPM-Solver"):
+        rival("Euler", 5)
+
+
+def test_the_student_is_the_pipeline(fast_run):
+    pipeline = HSIVIPipeline.from_pretrained(fast_run / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    images = make_student(pipeline)(3, generator(4))
+    assert torch.equal(images, pipeline(3, generator(4), output_type="pt").images)
+
+
+def test_sample_goes_by_batches_and_follows_its_seed():
+    sizes = []
+
+    def sampler(batch_size, source):
+        assert not torch.is_grad_enabled()
+        sizes.append(batch_size)
+        return torch.rand(batch_size, 1, 2, 2, generator=source)
+
+    images = torch.cat([*sample(sampler, 7, 3, seed=1)])
+    assert sizes == [3, 3, 1]
+    assert torch.equal(images, torch.cat([*sample(sampler, 7, 3, seed=1)]))
+    assert not torch.equal(images, torch.cat([*sample(sampler, 7, 3, seed=2)]))
+    assert not torch.equal(images[:3], images[3:6])
+
+
+# ----- metrics -----
+
+
+class Projections(torch.nn.Module):
+    """Six random features, none of them constant."""
+
+    num_features = 6
+
+    def __init__(self):
+        super().__init__()
+        self.directions = torch.randn(64, 6, generator=generator()) / 8
+
+    def forward(self, images):
+        return torch.tanh(images.flatten(1) @ self.directions)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return Projections()
+
+
+@pytest.fixture(scope="module")
+def real():
+    return load_images("digits", 8, 1)[0][:400].float() / 255
+
+
+def test_the_distance_of_a_set_to_itself_is_zero(network, real):
+    distances = Distances(network, real)(real)
+    assert distances.keys() == {"fd", "swd"}
+    assert distances["fd"] == pytest.approx(0, abs=1e-6)
+    assert distances["swd"] == 0
+
+
+@torch.no_grad()
+def test_fd_is_that_of_two_gaussians_in_the_features(network, real):
+    fake = (0.7 * real.flip(3) + 0.3 * torch.rand(real.shape, generator=generator()))[:150]
+    features = [network(pictures).double().numpy() for pictures in (real, fake)]
+    (mean, covariance), (other_mean, other_covariance) = ((f.mean(0), np.cov(f, rowvar=False)) for f in features)
+    root = scipy.linalg.sqrtm(covariance @ other_covariance).real
+    wanted = ((mean - other_mean) ** 2).sum() + np.trace(covariance + other_covariance - 2 * root)
+    found = Distances(network, real)(fake)["fd"]
+    assert wanted > 1e-3
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+def test_swd_of_a_shifted_set_is_the_shift_along_500_directions(network, real):
+    """The distance of X + c 1 along u is c |1 . u|; the mean of its square over all directions is c^2."""
+    doubles, backend = real.double(), ot.backend.TorchBackend()
+    directions = ot.sliced.get_random_projections(64, 500, seed=0, backend=backend, type_as=doubles)
+    wanted = 0.25 * directions.sum(0).square().mean().sqrt().item()
+    assert Distances(network, real)(real + 0.25)["swd"] == pytest.approx(wanted, rel=1e-5)
+    assert wanted == pytest.approx(0.25, rel=0.1)
+
+
+def test_distances_do_not_depend_on_earlier_calls(network, real):
+    distances = Distances(network, real)
+    first = distances(real[:100])
+    distances(1 - real)
+    assert distances(real[:100]) == first
+
+
+# ----- figures -----
+
+
+def test_samples_are_drawn_row_by_row(tmp_path):
+    black, white = torch.zeros(3, 1, 8, 8), torch.ones(3, 1, 8, 8)
+    draw_samples([("black", black), ("HSIVI at 5", white)], tmp_path / "samples.png")
+    pixels = np.asarray(Image.open(tmp_path / "samples.png").convert("L"))
+    upper, lower = np.array_split(pixels[:, pixels.shape[1] // 4 :], 2)
+    assert (upper < 30).mean() > 0.3
+    assert (lower < 30).mean() < 0.1
+
+
+def test_samples_may_have_colour(tmp_path):
+    red = torch.zeros(2, 3, 8, 8)
+    red[:, 0] = 1
+    draw_samples([("red", red)], tmp_path / "samples.png")
+    pixels = np.asarray(Image.open(tmp_path / "samples.png").convert("RGB"))
+    assert (pixels == [255, 0, 0]).all(2).mean() > 0.2
+
+
+def test_rows_of_different_length_are_refused(tmp_path):
+    rows = [("a", torch.zeros(3, 1, 8, 8)), ("b", torch.zeros(2, 1, 8, 8))]
+    with pytest.raises(ValueError, match="argument 2"):
+        draw_samples(rows, tmp_path / "samples.png")
+
+
+def test_the_curve_has_every_method_in_its_colour(tmp_path):
+    rows = [
+        {"method": method, "nfe": nfe, "fd": 10.0 * i + nfe} for i, method in enumerate(COLOURS, 1) for nfe in (5, 10)
+    ]
+    draw_curve(rows, "FD", tmp_path / "curve.png")
+    pixels = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB"))
+    for colour in COLOURS.values():
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (pixels == wanted).all(2).sum() > 20
+
+
+def test_every_method_of_the_report_has_colour_and_marker():
+    assert {*COLOURS} == {*MARKERS} == {"HSIVI", "DDIM", "DPM-Solver++", "UniPC", "DDPM"}
+
+
+# ----- the report -----
+
+
+def arguments(run_dir, extractor):
+    return [
+        *[f"--run_dir={run_dir}", f"--feature_extractor={extractor}", "--feature_name=my own features"],
+        *["--num_samples=24", "--batch_size=10", "--eval_seed=3", "--columns=4"],
+        *["--solver_steps", "2", "3", "--ddim_steps=4", "--ddpm_steps=5"],
+    ]
+
+
+@pytest.fixture(scope="module")
+def run_copy(fast_run, tmp_path_factory):
+    return shutil.copytree(fast_run, tmp_path_factory.mktemp("evaluated") / "fast")
+
+
+@pytest.fixture(scope="module")
+def evaluated(run_copy, extractor, printed):
+    """A tiny evaluation: folder, and what was printed."""
+    return run_copy, printed(evaluate.main, arguments(run_copy, extractor))
+
+
+@pytest.fixture(scope="module")
+def rows(evaluated):
+    return json.loads((evaluated[0] / "report.json").read_text())["rows"]
+
+
+def test_every_method_has_its_row(rows):
+    solvers = ["DDIM", "DPM-Solver++", "UniPC"]
+    methods = [("HSIVI", 2), *[(name, 2) for name in solvers], *[(name, 3) for name in solvers]]
+    assert [(row["method"], row["nfe"]) for row in rows] == [*methods, ("DDIM", 4), ("DDPM", 5)]
+
+
+def test_rows_have_exactly_the_keys_promised(rows, evaluated):
+    training = json.loads((evaluated[0] / "training.json").read_text())
+    for row in rows:
+        ours = row["method"] == "HSIVI"
+        assert list(row) == KEYS
+        assert (row["dataset"], row["num_samples"], row["eval_seed"]) == ("digits", 24, 3)
+        assert row["train_seed"] == (0 if ours else None)
+        assert row["train_seconds"] == (training["seconds"] if ours else None)
+
+
+def test_rows_hold_the_distances_of_the_pictures(rows, evaluated, rival, extractor):
+    network = ImageClassifier.from_pretrained(extractor).eval()
+    distances = Distances(network, load_images("digits", 8, 1)[0].float() / 255)
+    student = make_student(HSIVIPipeline.from_pretrained(evaluated[0] / "pipeline"))
+    measured = {0: student, 5: ("DPM-Solver++", 3), 7: ("DDIM eta 1", 4)}
+    for number, given in measured.items():
+        row, sampler = rows[number], given if callable(given) else rival(*given)[0]
+        wanted = distances(torch.cat([*sample(sampler, 24, 10, seed=3)]))
+        assert row["fd"] == pytest.approx(wanted["fd"], rel=1e-6)
+        assert row["swd"] == pytest.approx(wanted["swd"], rel=1e-6)
+
+
+def test_the_table_is_sorted_and_says_what_was_measured(rows, evaluated, teacher):
+    text = (evaluated[0] / "report.md").read_text()
+    assert "FD, my own features" in text
+    assert "preset `fast` for 5 updates" in text
+    assert f"Teacher `{teacher}`, real pictures `digits`" in text
+    cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    wanted = sorted(rows, key=lambda row: (row["nfe"], row["fd"]))
+    assert [cell[0] for cell in cells] == [f"| {row['nfe']}" for row in wanted]
+    assert [cell[1].strip("*") for cell in cells] == [row["method"] for row in wanted]
+    assert [cell[2] for cell in cells] == [f"{row['fd']:.2f}" for row in wanted]
+
+
+@pytest.mark.parametrize("name", ["samples.png", "curve.png"])
+def test_pictures_open(evaluated, name):
+    with Image.open(evaluated[0] / name) as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert len(picture.convert("L").getcolors()) > 10
+
+
+def test_three_lines_close_the_run(rows, evaluated):
+    folder, text = evaluated
+    made, compares, following = text.splitlines()
+    assert made.startswith(f"Made:     {folder / 'pipeline'}")
+    best = min(rows[1:4], key=lambda row: row["fd"])
+    assert compares == (
+        f"Compares: FD {rows[0]['fd']:.2f} at 2 network calls, against {best['fd']:.2f} of {best['method']}, the best "
+        f"solver at as many, and {rows[8]['fd']:.2f} of DDPM at 5"
+    )
+    assert following.startswith(f"Next:     look at {folder / 'samples.png'}")
+
+
+def test_no_partial_file_is_left(evaluated):
+    assert not [*evaluated[0].glob("*.partial")]
+
+
+def test_solvers_may_be_left_out_and_pictures_fewer_than_columns(fast_run, extractor, tmp_path, printed):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    options = ["--solver_steps", "3", "--ddim_steps=0", "--ddpm_steps=0", "--num_samples=3", "--columns=16"]
+    text = printed(evaluate.main, [*arguments(folder, extractor), *options])
+    rows = json.loads((folder / "report.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["HSIVI", "DDIM", "DPM-Solver++", "UniPC"]
+    assert [row["nfe"] for row in rows] == [2, 3, 3, 3]
+    assert "the best solver at as many" not in text
+    assert len(text.splitlines()) == 3
+
+
+def test_the_teacher_is_that_of_the_run_with_its_revision_unless_named(fast_run, extractor, tmp_path, monkeypatch):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    options = json.loads((folder / "options.json").read_text())
+    written = {**options, "pretrained_teacher_model": "somebody/teacher", "revision": "v2"}
+    (folder / "options.json").write_text(json.dumps(written))
+    asked = []
+
+    def load(name, revision=None):
+        asked.append((name, revision))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "load_teacher", load)
+    for extra in ([], ["--teacher=other"]):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main([*arguments(folder, extractor), *extra])
+    assert asked == [("somebody/teacher", "v2"), ("other", None)]
+
+
+def test_a_missing_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--run_dir is missing"):
+        evaluate.main([])
+    with pytest.raises(ValueError, match="nowhere lacks pipeline, options.json, training.json: give the folder"):
+        evaluate.main([f"--run_dir={tmp_path / 'nowhere'}"])
+
+
+@pytest.mark.parametrize("name", ["pipeline", "training.json"])
+def test_an_unfinished_run_is_refused(fast_run, tmp_path, name):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    (folder / name).rename(tmp_path / name)
+    with pytest.raises(ValueError, match=f"run lacks {name}: give the folder of a finished run"):
+        evaluate.main([f"--run_dir={folder}"])
+    assert not (folder / "report.json").exists()
+
+
+def test_help(check_help):
+    check_help(evaluate.main, "evaluation")

@@ -1,0 +1,438 @@
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_hsivi
+from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
+
+GRIDS = {"fast": [440, 220, 0], "paper": [800, 200, 0]}
+
+
+def pipeline_weights(folder):
+    """The tensors of all components of a saved pipeline."""
+    files = sorted((folder / "pipeline").rglob("*.safetensors"))
+    return {f"{path.parent.name}.{name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def checkpoints(folder):
+    return sorted(os.listdir(folder / "checkpoints"))
+
+
+def contents(folder):
+    """Every file under a folder, with its bytes."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """Steps at which the loop was entered."""
+    entered = []
+    fit = train_hsivi.fit
+    monkeypatch.setattr(
+        train_hsivi, "fit", lambda *given, **named: entered.append(named["start_step"]) or fit(*given, **named)
+    )
+    return entered
+
+
+@pytest.fixture
+def interrupt(distil):
+    """Runs up to 3 steps of 5, with one checkpoint, after the 2nd; then Ctrl-C."""
+
+    def run(folder, **options):
+        fit = train_hsivi.fit
+
+        def stopping(*given, **named):
+            for step in fit(*given, **named):
+                if step.step == 3:
+                    raise KeyboardInterrupt
+                yield step
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(train_hsivi, "fit", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                distil(folder, **options)
+        assert checkpoints(folder) == ["checkpoint-2"]
+        assert not (folder / "pipeline").exists()
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Makes the teacher's score NaN from a call on; there is one call in each update of the layers."""
+
+    def patch(first):
+        calls = []
+        score = train_hsivi.TeacherBridge.score
+
+        def poisoned(self, x, level, condition=None):
+            calls.append(level)
+            return score(self, x, level, condition) * (1 if len(calls) <= first else torch.nan)
+
+        monkeypatch.setattr(train_hsivi.TeacherBridge, "score", poisoned)
+
+    return patch
+
+
+# ----- what a run makes -----
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+def test_a_preset_makes_a_pipeline_of_its_layers(request, preset):
+    folder = request.getfixturevalue(f"{preset}_run")
+    pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    settings = train_hsivi.PRESETS[preset]
+    assert pipeline.scheduler.config.layer_timesteps == GRIDS[preset]
+    assert pipeline.scheduler.config.kernel == settings["kernel"]
+    assert pipeline.scheduler.config.clip_sample is False
+    assert (pipeline.unet_noise_scale is not None) == (settings["noise_scale_type"] == "per_pixel")
+
+    called = []
+    images = pipeline(
+        3,
+        torch.Generator().manual_seed(0),
+        output_type="pt",
+        callback_on_step_end=lambda _, step, timestep, tensors: called.append(timestep) or tensors,
+    ).images
+    assert called == GRIDS[preset][:-1]
+    assert images.shape == (3, 1, 8, 8)
+    assert images.isfinite().all()
+    assert images.std() > 0.05
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+def test_options_json_records_preset_and_overrides(request, teacher, preset):
+    options = json.loads((request.getfixturevalue(f"{preset}_run") / "options.json").read_text())
+    overridden = {"preset": preset, "critic_updates": 2, "max_train_steps": 5, "pretrained_teacher_model": str(teacher)}
+    assert {**options, **train_hsivi.PRESETS[preset], **overridden} == options
+
+
+def test_training_json_records_the_cost(fast_run):
+    training = json.loads((fast_run / "training.json").read_text())
+    assert training["processes"] == 1
+    assert training["seconds"] > 0
+
+
+def test_every_player_is_trained(paper_run, teacher):
+    before = dict(load_teacher(str(teacher))[0].named_parameters())
+    after = pipeline_weights(paper_run)
+    assert all(not torch.equal(after[f"unet.{name}"], tensor) for name, tensor in before.items())
+    assert (after["unet_noise_scale.log_scale"] != 0).all()
+    layers, critic = (
+        load_file(paper_run / "checkpoints" / "checkpoint-5" / name)
+        for name in ("model.safetensors", "model_1.safetensors")
+    )
+    assert all(not torch.equal(critic[f"unet.{name}"], tensor) for name, tensor in before.items())
+    assert not torch.equal(critic["unet.conv_in.weight"], layers["unet.conv_in.weight"])
+
+
+def test_the_averaged_layers_are_saved(distil, tmp_path):
+    """The first update sets the average, the others enter it with 1 - decay."""
+    folder = distil(tmp_path / "run", ema_decay=0.15, checkpointing_steps=1, checkpoints_total_limit=5)
+    path, *others = (folder / "checkpoints" / f"checkpoint-{step}" / "model.safetensors" for step in range(1, 6))
+    averaged = load_file(path)
+    for path in others:
+        averaged = {name: averaged[name].lerp(tensor, 0.85) for name, tensor in load_file(path).items()}
+    saved = pipeline_weights(folder)
+    assert not torch.equal(saved["unet.conv_in.weight"], load_file(path)["unet.conv_in.weight"])
+    for name, tensor in averaged.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_run_is_a_function_of_its_seed(distil, fast_run, tmp_path, same_tensors):
+    again, other = (pipeline_weights(distil(tmp_path / str(seed), seed=seed)) for seed in (0, 1))
+    assert same_tensors(again, pipeline_weights(fast_run))
+    assert not same_tensors(other, pipeline_weights(fast_run))
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+def test_a_class_conditional_teacher_trains(distil, class_teacher, tmp_path, preset):
+    folder = distil(tmp_path / preset, preset=preset, pretrained_teacher_model=class_teacher, max_train_steps=3)
+    pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    before = load_teacher(str(class_teacher))[0].class_embedding.weight
+    assert pipeline.unet.class_embedding.weight.shape == (3, 32)
+    assert not torch.equal(pipeline.unet.class_embedding.weight, before)
+
+    def draw(label):
+        return pipeline(1, torch.Generator().manual_seed(0), class_labels=[label], output_type="latent").images
+
+    assert not torch.equal(draw(0), draw(2))
+    if preset == "fast":
+        state = load_file(folder / "checkpoints" / "checkpoint-3" / "chains-0.safetensors")
+        assert set(state["condition"].tolist()) <= {0, 1, 2}
+        assert len(state["condition"]) == 2 * 4
+
+
+def test_fused_loss_and_one_layer(distil, tmp_path, same_tensors):
+    """alpha reaches the loss of SM; T = 1 is SIVI-SM."""
+    options = {"preset": "paper", "num_layers": 1, "max_train_steps": 3}
+    plain, fused = (pipeline_weights(distil(tmp_path / str(alpha), alpha=alpha, **options)) for alpha in (0.5, 1.0))
+    assert not same_tensors(plain, fused)
+    assert HSIVIPipeline.from_pretrained(tmp_path / "0.5" / "pipeline").scheduler.config.layer_timesteps == [800, 0]
+
+
+def test_ddim_layers_may_be_scored_at_random_levels(distil, paper_run, tmp_path, same_tensors):
+    random = pipeline_weights(distil(tmp_path / "run", preset="paper", scoring="random"))
+    assert all(tensor.isfinite().all() for tensor in random.values())
+    assert not same_tensors(random, pipeline_weights(paper_run))
+
+
+def test_the_weights_of_the_losses(teacher):
+    """In score units `unit` is sigma^2, `sigma2` sigma^4; `normalised` has 1/alpha, for SM times sigma^2."""
+    unet, schedule = load_teacher(str(teacher))
+    grid = HSIVIScheduler.from_config(schedule.config, layer_timesteps=[440, 220, 0])
+    bridge = train_hsivi.TeacherBridge(unet, grid)
+    abar = schedule.alphas_cumprod
+    level = torch.tensor([0, 300, 800])
+
+    def make(**settings):
+        return train_hsivi.make_objective(train_hsivi.Method(**settings), bridge)
+
+    objective = make(objective="SM", alpha=1.1, layer_weight="sigma2", critic_weight="unit")
+    assert type(objective) is train_hsivi.ScoreMatching
+    assert (objective.alpha, objective.normalise) == (1.1, False)
+    torch.testing.assert_close(objective.layer_weight(level), (1 - abar[level]) ** 2)
+    torch.testing.assert_close(objective.critic_weight(level), 1 - abar[level])
+    objective = make(objective="SM", layer_weight="normalised")
+    assert objective.normalise
+    torch.testing.assert_close(objective.layer_weight(level), (1 - abar[level]) * abar[level] ** -0.5)
+    objective = make(objective="KL", layer_weight="normalised", critic_weight="sigma2")
+    assert type(objective) is train_hsivi.KullbackLeibler
+    assert objective.normalise
+    torch.testing.assert_close(objective.layer_weight(level), abar[level] ** -0.5)
+    torch.testing.assert_close(objective.critic_weight(level), (1 - abar[level]) ** 2)
+
+
+# ----- going on -----
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+def test_a_resumed_run_equals_one_at_once(request, interrupt, distil, tmp_path, starts, same_tensors, preset):
+    at_once = request.getfixturevalue(f"{preset}_run")
+    starts.clear()
+    folder = interrupt(tmp_path / "run", preset=preset)
+    distil(folder, preset=preset, resume_from_checkpoint="latest")
+    assert starts == [0, 2]
+    assert same_tensors(pipeline_weights(folder), pipeline_weights(at_once))
+    for name in ("model.safetensors", "model_1.safetensors", "chains-0.safetensors"):
+        last = [load_file(run / "checkpoints" / "checkpoint-5" / name) for run in (folder, at_once)]
+        assert same_tensors(*last)
+
+
+def test_a_class_conditional_run_resumes(interrupt, distil, class_teacher, tmp_path, same_tensors):
+    at_once = distil(tmp_path / "at_once", pretrained_teacher_model=class_teacher)
+    folder = interrupt(tmp_path / "run", pretrained_teacher_model=class_teacher)
+    distil(folder, pretrained_teacher_model=class_teacher, resume_from_checkpoint="latest")
+    assert same_tensors(pipeline_weights(folder), pipeline_weights(at_once))
+
+
+def test_latest_starts_where_there_is_no_checkpoint(distil, fast_run, tmp_path, starts, same_tensors):
+    folder = distil(tmp_path / "new", resume_from_checkpoint="latest")
+    assert starts == [0]
+    assert same_tensors(pipeline_weights(folder), pipeline_weights(fast_run))
+
+
+def test_a_checkpoint_is_resumed_by_its_path(distil, fast_run, tmp_path, starts, same_tensors):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    (folder / "training.json").unlink()
+    distil(folder, resume_from_checkpoint=folder / "checkpoints" / "checkpoint-4")
+    assert starts == [4]
+    assert same_tensors(pipeline_weights(folder), pipeline_weights(fast_run))
+    assert (folder / "training.json").is_file()
+
+
+def test_a_finished_run_resumes_to_itself(distil, fast_run, tmp_path, starts, same_tensors):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    shutil.rmtree(folder / "pipeline")
+    distil(folder, resume_from_checkpoint="latest")
+    assert starts == [5]
+    assert same_tensors(pipeline_weights(folder), pipeline_weights(fast_run))
+
+
+def test_incomplete_checkpoints_are_ignored(interrupt, distil, fast_run, tmp_path, starts, same_tensors):
+    folder = interrupt(tmp_path / "run")
+    complete = folder / "checkpoints" / "checkpoint-2"
+    shutil.copytree(complete, folder / "checkpoints" / "partial-4")
+    shutil.copytree(complete, folder / "checkpoints" / "checkpoint-3.retired")
+    shutil.copytree(complete, folder / "checkpoints" / "checkpoint-4")
+    (folder / "checkpoints" / "checkpoint-4" / "progress.json").unlink()
+    distil(folder, resume_from_checkpoint="latest")
+    assert starts == [0, 2]
+    assert same_tensors(pipeline_weights(folder), pipeline_weights(fast_run))
+
+
+def test_a_checkpoint_that_is_cut_short_has_no_final_name(distil, tmp_path, monkeypatch):
+    save_file = train_hsivi.save_file
+
+    def failing(tensors, path):
+        if "partial-4" in str(path):
+            raise OSError("no space left")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(train_hsivi, "save_file", failing)
+    with pytest.raises(OSError, match="no space left"):
+        distil(tmp_path / "run")
+    assert checkpoints(tmp_path / "run") == ["checkpoint-2", "partial-4"]
+
+
+def test_checkpoints_are_pruned_to_the_limit(distil, fast_run, tmp_path):
+    assert checkpoints(fast_run) == ["checkpoint-4", "checkpoint-5"]
+    folder = distil(tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=3)
+    assert checkpoints(folder) == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
+    assert json.loads((folder / "checkpoints" / "checkpoint-4" / "progress.json").read_text())["step"] == 4
+
+
+def test_the_order_of_checkpoints_is_that_of_numbers(distil, tmp_path):
+    folder = distil(tmp_path / "run", max_train_steps=10, checkpointing_steps=9, critic_updates=1)
+    assert checkpoints(folder) == ["checkpoint-10", "checkpoint-9"]
+    with pytest.raises(ValueError, match="checkpoint-7 holds no checkpoint"):
+        distil(
+            folder,
+            max_train_steps=10,
+            critic_updates=1,
+            resume_from_checkpoint=folder / "checkpoints" / "checkpoint-7",
+        )
+
+
+def test_resuming_with_other_options_is_refused_and_names_them(distil, fast_run, tmp_path):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    before = contents(folder)
+    changed = r"other options \(max_train_steps: 5 -> 6; learning_rate: 0.0002 -> 0.1\): name another --output_dir"
+    with pytest.raises(ValueError, match=changed):
+        distil(folder, learning_rate=0.1, max_train_steps=6, resume_from_checkpoint="latest")
+    assert contents(folder) == before
+
+
+def test_what_only_concerns_saving_may_change_on_resuming(distil, fast_run, tmp_path):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    distil(folder, checkpointing_steps=7, checkpoints_total_limit=1, resume_from_checkpoint="latest")
+
+
+def test_resuming_never_removes_checkpoints(distil, fast_run, tmp_path, starts):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    (folder / "options.json").unlink()
+    distil(folder, resume_from_checkpoint="latest")
+    assert starts == [5]
+    assert checkpoints(folder) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_a_filled_output_folder_is_refused_and_left_as_it_is(distil, fast_run):
+    before = contents(fast_run)
+    with pytest.raises(ValueError, match="is not empty.*--resume_from_checkpoint latest"):
+        distil(fast_run)
+    assert contents(fast_run) == before
+
+
+def test_overwriting_starts_anew(distil, fast_run, tmp_path, starts, same_tensors):
+    fresh = distil(tmp_path / "fresh", seed=3, max_train_steps=3)
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    distil(folder, "--overwrite_output_dir", seed=3, max_train_steps=3)
+    assert starts == [0, 0]
+    assert checkpoints(folder) == ["checkpoint-2", "checkpoint-3"]
+    assert json.loads((folder / "options.json").read_text())["seed"] == 3
+    assert same_tensors(pipeline_weights(folder), pipeline_weights(fresh))
+
+
+# ----- divergence -----
+
+
+def test_a_nan_ends_the_run_with_the_step_and_the_last_good_checkpoint(
+    distil, fast_run, tmp_path, poison, monkeypatch, same_tensors
+):
+    folder = tmp_path / "run"
+    poison(first=3)
+    with pytest.raises(SystemExit) as exit:
+        distil(folder)
+    message, kept = str(exit.value.code), folder / "checkpoints" / "checkpoint-2"
+    assert "the loss of the layers is not finite at step 3" in message
+    assert message.endswith(f"the last good checkpoint is {kept}")
+    assert checkpoints(folder) == ["checkpoint-2"]
+    assert not (folder / "pipeline").exists()
+
+    monkeypatch.undo()
+    distil(folder, resume_from_checkpoint=kept)
+    assert same_tensors(pipeline_weights(folder), pipeline_weights(fast_run))
+
+
+def test_a_nan_before_any_checkpoint_says_so(distil, tmp_path, poison):
+    poison(first=1)
+    with pytest.raises(SystemExit, match="not finite at step 1.*there was no checkpoint yet"):
+        distil(tmp_path / "run", preset="paper")
+
+
+@pytest.mark.parametrize("player", ["layers", "critic"])
+def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypatch, player):
+    fit = train_hsivi.fit
+
+    def poisoned(layers, critic, *given, **named):
+        for step in fit(layers, critic, *given, **named):
+            if step.step == 3:
+                unet = {"layers": layers, "critic": critic}[player].unet
+                torch.nn.init.constant_(unet.conv_out.bias, torch.inf)
+            yield step
+
+    monkeypatch.setattr(train_hsivi, "fit", poisoned)
+    with pytest.raises(SystemExit) as exit:
+        distil(tmp_path / "run")
+    assert re.search("weights.* not finite at step 4", exit.value.code)
+    assert exit.value.code.endswith(f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / 'checkpoint-2'}")
+    assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
+
+
+# ----- refusals before long work -----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pretrained_teacher_model": ""}, "--pretrained_teacher_model is missing"),
+        ({"pretrained_teacher_model": "./nowhere"}, "teacher './nowhere' is not a folder"),
+        ({"num_layers": 0}, "--num_layers 0: give a number of at least 1"),
+        ({"num_layers": 1001}, "1001 steps"),
+        ({"max_train_steps": 0}, "--max_train_steps 0"),
+        ({"train_batch_size": 0}, "--train_batch_size 0"),
+        ({"critic_updates": 0}, "--critic_updates 0"),
+        ({"checkpointing_steps": 0}, "--checkpointing_steps 0"),
+        ({"checkpoints_total_limit": 0}, "--checkpoints_total_limit 0"),
+        ({"noise_scale_type": "per_pixel"}, "--scoring random with --kernel renoise cannot learn a noise scale"),
+        ({"preset": "paper", "noise_eta": 0}, "--noise_eta 0"),
+        ({"preset": "paper", "noise_eta": 1.5}, "noise_eta=1.5"),
+        ({"start_timestep": 1000}, "start=1000: give a timestep from 2 .* to 999"),
+        ({"start_timestep": 1}, "start=1: give a timestep from 2"),
+        ({"level_max": 1000}, r"level_range=\(5, 1000\)"),
+        ({"level_min": 900}, r"level_range=\(900, 800\)"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_work(distil, tmp_path, starts, options, message):
+    with pytest.raises(ValueError, match=message):
+        distil(tmp_path / "run", **options)
+    assert starts == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_teacher_is_refused_before_work(distil, teacher, tmp_path, starts):
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="teacher .* cannot be loaded .*give a folder or repo id"):
+        distil(tmp_path / "run", pretrained_teacher_model=folder)
+    assert starts == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_output_folder_is_refused(teacher, starts):
+    with pytest.raises(ValueError, match="--output_dir is missing"):
+        train_hsivi.main([f"--pretrained_teacher_model={teacher}"])
+    assert starts == []
+
+
+def test_help(check_help):
+    check_help(train_hsivi.main, "teacher", "layers (the sampler)", "method", "training", "run")

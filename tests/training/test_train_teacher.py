@@ -1,0 +1,108 @@
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from safetensors.torch import load_file
+
+import train_teacher
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Trains for 3 steps and returns the output folder."""
+
+    def run(*arguments):
+        folder = tmp_path_factory.mktemp("teachers") / "teacher"
+        sizes = [
+            "--block_out_channels",
+            "8",
+            "16",
+            "--max_train_steps=3",
+            "--train_batch_size=4",
+            "--lr_warmup_steps=1",
+        ]
+        train_teacher.main([*sizes, f"--output_dir={folder}", *arguments])
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(train):
+    return train()
+
+
+def weights(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_output_is_a_stock_pipeline_of_the_network_asked_for(train):
+    folder = train(
+        *["--num_train_timesteps=50", "--layers_per_block=2", "--attention_levels", "0"],
+        *["--resolution=16", "--channels=3"],
+    )
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    config = pipeline.unet.config
+    assert pipeline.scheduler.config.num_train_timesteps == 50
+    assert (config.sample_size, config.in_channels, config.out_channels) == (16, 3, 3)
+    assert (config.layers_per_block, tuple(config.block_out_channels)) == (2, (8, 16))
+    assert tuple(config.down_block_types) == ("AttnDownBlock2D", "DownBlock2D")
+    assert tuple(config.up_block_types) == ("UpBlock2D", "AttnUpBlock2D")
+    (images,) = pipeline(2, num_inference_steps=2, output_type="np", return_dict=False)
+    assert images.shape == (2, 16, 16, 3)
+
+
+def test_a_run_is_a_function_of_its_seed(train, trained, same_tensors):
+    assert same_tensors(weights(train("--seed=0")), weights(trained))
+    assert not same_tensors(weights(train("--seed=1")), weights(trained))
+
+
+def test_the_averaged_weights_are_saved(train, monkeypatch):
+    """The first update sets the average, the others enter it with 1 - decay."""
+    visited = []
+
+    class Recorded(train_teacher.EMAModel):
+        def step(self, parameters):
+            visited.append(parameters[0].detach().clone())
+            super().step(parameters)
+
+    monkeypatch.setattr(train_teacher, "EMAModel", Recorded)
+    saved = DDPMPipeline.from_pretrained(train("--ema_decay=0.15")).unet
+    first, second, third = visited
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(next(saved.parameters()), first.lerp(second, 0.85).lerp(third, 0.85), rtol=0, atol=1e-6)
+
+
+def test_the_loss_falls(train, monkeypatch):
+    losses = []
+    mse_loss = train_teacher.mse_loss
+    monkeypatch.setattr(train_teacher, "mse_loss", lambda *given: losses.append(mse_loss(*given)) or losses[-1])
+    train("--max_train_steps=40", "--train_batch_size=32", "--learning_rate=3e-3")
+    assert len(losses) == 40
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch):
+    calls = []
+    mse_loss = train_teacher.mse_loss
+
+    def poisoned(*given):
+        calls.append(given)
+        return mse_loss(*given) * (1 if len(calls) < 3 else torch.nan)
+
+    monkeypatch.setattr(train_teacher, "mse_loss", poisoned)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 2: lower --learning_rate"):
+        train()
+
+
+def test_a_filled_output_folder_is_refused_before_work_unless_overwritten(trained, train, tmp_path, monkeypatch):
+    (tmp_path / "precious").touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(train_teacher, "load_images", lambda *given: pytest.fail("work was begun"))
+        with pytest.raises(ValueError, match="is not empty"):
+            train(f"--output_dir={tmp_path}")
+    train(f"--output_dir={tmp_path}", "--overwrite_output_dir")
+    assert weights(tmp_path).keys() == weights(trained).keys()
+
+
+def test_help(check_help):
+    check_help(train_teacher.main, "data", "network", "training")
