@@ -80,18 +80,26 @@ class TeacherBridge(Bridge):
         unet: The teacher; it is frozen.
         scheduler: Holds the grid; layer t is fitted to the data at tau_t.
         level_range: Lowest and highest timestep of random levels.
+        level_power: Random levels are low + (high - low) u^level_power with u uniform: 1 is uniform, 2 favours low
+            levels as a quadratic grid does.
 
     Raises:
         ValueError: The range leaves the teacher's clock, or the grid ends at -1, where the score is infinite.
     """
 
-    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler, level_range: tuple[int, int] = (5, 800)) -> None:
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: HSIVIScheduler,
+        level_range: tuple[int, int] = (5, 800),
+        level_power: float = 1.0,
+    ) -> None:
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
             raise ValueError(f"level_range={level_range}: give two timesteps in order, from 0 to {len(scheduler) - 1}")
         self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
         self.scheduler = scheduler
-        self.level_range = level_range
+        self.level_range, self.level_power = level_range, level_power
         self.num_layers = len(scheduler.timesteps)
         self.shape = _sample_shape(unet)
         if int(self.level(torch.tensor(0))) < 0:
@@ -111,13 +119,13 @@ class TeacherBridge(Bridge):
         return self.scheduler.output_timestep(t)
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws timesteps, uniform over `level_range`; for the ddim kernel over its part at or above tau_t."""
+        """Draws timesteps from `level_range`; for the ddim kernel from its part at or above tau_t."""
         low, high = self.level_range
         lowest = torch.full_like(t, low)
         if self.scheduler.config.kernel == "ddim":
             lowest = self.level(t).clamp(low, high)
         uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(t.device)
-        return lowest + (uniform * (high + 1 - lowest)).long()
+        return lowest + (uniform**self.level_power * (high + 1 - lowest)).long()
 
     def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
         """Returns the law of x_s given x_{t+1}, s the level and r = alpha_s / alpha_t.

@@ -9,12 +9,15 @@ from torch import nn
 
 
 class ImageClassifier(ModelMixin, ConfigMixin):
-    """Three convolutions and two linear layers.
+    """Three convolutions, averaged over the picture, and a linear head.
+
+    Its features are those averages, the layer before the logits, as the features of the usual FID are those of
+    Inception.
 
     Args:
         channels: Of the pictures.
         num_classes: Of the labels.
-        num_features: Width of the last hidden layer.
+        num_features: Width of the last convolution.
     """
 
     @register_to_config
@@ -22,16 +25,14 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         super().__init__()
         self.num_features = num_features
         self.features = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(4),
+            nn.Conv2d(channels, num_features // 2, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(num_features // 2, num_features, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(num_features, num_features, 3, padding=1),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(64 * 16, num_features),
-            nn.ReLU(),
         )
         self.head = nn.Linear(num_features, num_classes)
 

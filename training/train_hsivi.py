@@ -50,22 +50,24 @@ from hsivi_diffusers.vi import (
 from options import claim_output_dir, option, parse_options
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Re-noising layers, scored at random noise levels by the KL gradient; the chain starts where the picture begins.
+    # DDIM layers of eta 1, whose outputs are diffused to a random level and scored there by the KL gradient. The chain
+    # starts at 440, where the picture begins to show; the layers' learning rate falls to 0, the critic's does not.
     "fast": {
-        "kernel": "renoise",
+        "kernel": "ddim",
+        "noise_eta": 1.0,
         "timestep_spacing": "uniform",
         "start_timestep": 440,
         "objective": "KL",
         "scoring": "random",
+        "level_max": 500,
         "layer_weight": "normalised",
         "critic_weight": "unit",
         "source": "pool",
         "critic_updates": 1,
         "noise_scale_type": "config",
-        "learning_rate": 2e-4,
-        "critic_learning_rate": 5e-4,
-        "adam_beta1": 0.0,
-        "ema_decay": 0.995,
+        "learning_rate": 1e-4,
+        "lr_scheduler": "cosine",
+        "critic_learning_rate": 1e-3,
     },
     # The recipe of the paper: DDIM layers of eta 0.2, each scored at its own level, 20 critic updates, fresh chains.
     "paper": {
@@ -81,9 +83,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "critic_updates": 20,
         "noise_scale_type": "per_pixel",
         "learning_rate": 1e-4,
+        "lr_scheduler": "constant_with_warmup",
         "critic_learning_rate": 1e-4,
-        "adam_beta1": 0.0,
-        "ema_decay": 0.995,
     },
 }
 
@@ -123,6 +124,7 @@ class Method:
     )
     level_min: int = option(5, "lowest timestep of random levels")
     level_max: int = option(800, "highest timestep of random levels")
+    level_power: float = option(1.0, "random levels are low + (high - low) u^level_power, u uniform")
     layer_weight: Literal["unit", "sigma2", "normalised"] = option("unit", "weight of the layers' loss, in noise units")
     critic_weight: Literal["unit", "sigma2"] = option("unit", "weight of the critic's loss, in noise units")
     source: Literal["pool", "simulate"] = option("pool", "layer inputs from a pool of live chains, or from fresh ones")
@@ -169,7 +171,8 @@ class Players:
         teacher, layer_options, method, training, _ = options
         unet, schedule = load_teacher(str(teacher.pretrained_teacher_model), teacher.revision)
         scheduler = make_scheduler(schedule, layer_options)
-        self.bridge = TeacherBridge(copy.deepcopy(unet), scheduler, (method.level_min, method.level_max))
+        levels = (method.level_min, method.level_max)
+        self.bridge = TeacherBridge(copy.deepcopy(unet), scheduler, levels, method.level_power)
         self.bridge.network.to(accelerator.device)
         noise_scale = HSIVINoiseScale(self.bridge.shape) if layer_options.noise_scale_type == "per_pixel" else None
         unet.requires_grad_(True).train()

@@ -1,0 +1,30 @@
+"""The main job on real input, in small: slow."""
+
+import pytest
+import torch
+
+import train_hsivi
+from classifier import ImageClassifier
+from hsivi_diffusers import HSIVIPipeline, load_teacher
+from images import load_images
+from metrics import Distances
+from solvers import make_solver, make_student, sample
+
+
+@pytest.mark.slow
+def test_a_short_distillation_of_the_digits_beats_the_solvers_at_five_calls(tmp_path):
+    run_dir = tmp_path / "run"
+    train_hsivi.main(
+        ["--config", "training/configs/digits_t5.yaml", "--output_dir", str(run_dir), "--max_train_steps", "500"]
+    )
+    real, _ = load_images("digits", 8, 1)
+    classifier = ImageClassifier.from_pretrained("assets/digits_classifier").eval()
+    distances = Distances(classifier, real.float() / 255)
+
+    unet, schedule = load_teacher("assets/digits_ddpm")
+    samplers = {method: make_solver(method, 5, unet, schedule.config) for method in ("DDIM", "DPM-Solver++", "UniPC")}
+    samplers["HSIVI"] = make_student(HSIVIPipeline.from_pretrained(run_dir / "pipeline"))
+    measured = {name: distances(torch.cat(list(sample(sampler, 2000, 500, 0)))) for name, sampler in samplers.items()}
+    ours = measured.pop("HSIVI")
+    assert ours["fd"] < 0.7 * min(row["fd"] for row in measured.values())
+    assert ours["swd"] < 0.9 * min(row["swd"] for row in measured.values())
