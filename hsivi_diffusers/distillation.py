@@ -84,7 +84,8 @@ class TeacherBridge(Bridge):
             levels as a quadratic grid does.
 
     Raises:
-        ValueError: The range leaves the teacher's clock, or the grid ends at -1, where the score is infinite.
+        ValueError: The range leaves the teacher's clock, the power is not positive, or the grid ends at -1, where the
+            score is infinite.
     """
 
     def __init__(
@@ -97,6 +98,8 @@ class TeacherBridge(Bridge):
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
             raise ValueError(f"level_range={level_range}: give two timesteps in order, from 0 to {len(scheduler) - 1}")
+        if not level_power > 0:
+            raise ValueError(f"level_power={level_power}: give a number > 0; 1 is uniform")
         self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
         self.scheduler = scheduler
         self.level_range, self.level_power = level_range, level_power
@@ -119,11 +122,21 @@ class TeacherBridge(Bridge):
         return self.scheduler.output_timestep(t)
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws timesteps from `level_range`; for the ddim kernel from its part at or above tau_t."""
+        """Draws timesteps from `level_range`; for the ddim kernel from its part at or above tau_t.
+
+        Raises:
+            ValueError: A ddim layer has no level in the range.
+        """
         low, high = self.level_range
         lowest = torch.full_like(t, low)
         if self.scheduler.config.kernel == "ddim":
-            lowest = self.level(t).clamp(low, high)
+            top = int(self.level(torch.tensor(self.num_layers - 1)))
+            if top > high:
+                raise ValueError(
+                    f"a ddim layer ends at timestep {top}, above the random levels up to {high}: start the grid lower, "
+                    "or raise the upper end of level_range"
+                )
+            lowest = self.level(t).clamp_min(low)
         uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(t.device)
         return lowest + (uniform**self.level_power * (high + 1 - lowest)).long()
 

@@ -154,8 +154,20 @@ def test_bad_bridges_are_refused(unet):
     scheduler = HSIVIScheduler(layer_timesteps=GRID)
     with pytest.raises(ValueError, match=r"level_range=\(5, 1000\): give two timesteps in order, from 0 to 999"):
         TeacherBridge(unet, scheduler, level_range=(5, 1000))
+    with pytest.raises(ValueError, match="level_power=0: give a number > 0"):
+        TeacherBridge(unet, scheduler, level_power=0)
+    high = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=[900, 600, 0]), level_range=(5, 500))
+    with pytest.raises(ValueError, match="ends at timestep 600, above the random levels up to 500: start the grid"):
+        high.sample_level(torch.tensor([0]))
     with pytest.raises(ValueError, match="the grid ends at -1"):
         TeacherBridge(unet, HSIVIScheduler(layer_timesteps=[800, 400, -1]))
+
+
+def test_a_power_above_one_favours_low_levels(unet):
+    bridge = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, kernel="renoise"), (0, 999), level_power=2.0)
+    levels = bridge.sample_level(torch.zeros(4000, dtype=torch.long), torch.Generator().manual_seed(0))
+    assert (levels < 250).float().mean() == pytest.approx(0.5, abs=0.03)
+    assert levels.max() > 990
 
 
 # ----- loading -----

@@ -119,9 +119,7 @@ class Method:
     )
     objective: Literal["SM", "KL"] = option("SM", "HSIVI-SM (score matching, the paper) or HSIVI-KL")
     alpha: float = option(0.5, "of SM: 0.5 is the paper, up to 1.2 the fused loss of score identity distillation")
-    scoring: Literal["own", "random"] = option(
-        "own", "score a layer at its own level, or at a random one (renoise only)"
-    )
+    scoring: Literal["own", "random"] = option("own", "score a layer at its own level, or diffused to a random one")
     level_min: int = option(5, "lowest timestep of random levels")
     level_max: int = option(800, "highest timestep of random levels")
     level_power: float = option(1.0, "random levels are low + (high - low) u^level_power, u uniform")
@@ -224,7 +222,7 @@ def make_scheduler(schedule: HSIVIScheduler, options: Layers) -> HSIVIScheduler:
 def make_objective(method: Method, bridge: TeacherBridge) -> CriticObjective:
     """The objective with its weights in score units: sigma^2 times those in noise units.
 
-    `normalised` is score identity distillation's 1 / mean|x0 - x0_teacher|, see docs/math.md.
+    `normalised` is the per-sample weight of score identity distillation, see docs/math.md.
     """
     sigma_power = {"unit": 2.0, "sigma2": 4.0, "normalised": 0.0 if method.objective == "KL" else 2.0}
     normalised = method.layer_weight == "normalised"

@@ -94,9 +94,9 @@ class CriticObjective(ABC):
     Args:
         layer_weight: w(level) >= 0 of the layers' loss, (B,) -> (B,), in score units; 1 by default.
         critic_weight: The same for the critic's loss.
-        normalise: Divide each row of the layers' loss by mean |S - grad log q(x | x_next)| over its coordinates. With
-            a diffusion bridge that is alpha_s/sigma_s^2 times the mean distance of the layer's clean picture from the
-            teacher's: the per-sample weight of score identity distillation (arXiv 2404.04057).
+        normalise: Divide each row of the layers' loss by mean |S - grad log q(x | x_next)| over its coordinates. For
+            re-noising layers on a diffusion bridge that is alpha_s/sigma_s^2 times the mean distance of the layer's
+            clean picture from the teacher's: the per-sample weight of score identity distillation (arXiv 2404.04057).
     """
 
     def __init__(

@@ -1,5 +1,7 @@
 """The main job on real input, in small: slow."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,8 +13,12 @@ from metrics import Distances
 from solvers import make_solver, make_student, sample
 
 
+ROOT = Path(__file__).parents[2]
+
+
 @pytest.mark.slow
-def test_a_short_distillation_of_the_digits_beats_the_solvers_at_five_calls(tmp_path):
+def test_a_short_distillation_of_the_digits_beats_the_solvers_at_five_calls(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # the config names the teacher from there
     run_dir = tmp_path / "run"
     train_hsivi.main(
         ["--config", "training/configs/digits_t5.yaml", "--output_dir", str(run_dir), "--max_train_steps", "500"]
