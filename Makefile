@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/digits_t5
 # Extra arguments of pip, such as --constraint tests/oldest.txt
 PIP_PINS ?=
-# One thread each: two noisy threads on a small machine are often slower than one.
+# One thread: on a small, busy machine two are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-slow lint format clean

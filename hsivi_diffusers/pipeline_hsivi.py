@@ -1,7 +1,7 @@
 """Sampling with T network calls."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
@@ -26,7 +26,12 @@ class HSIVIPipeline(DiffusionPipeline):
     _optional_components = ["unet_noise_scale"]
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, unet_noise_scale: ModelMixin | None = None):
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        unet_noise_scale: Optional[ModelMixin] = None,  # noqa: UP045 (diffusers < 0.36 reads no `|` here)
+    ):
         super().__init__()
         if not hasattr(scheduler, "transition"):
             raise ValueError(

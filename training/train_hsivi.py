@@ -50,8 +50,9 @@ from hsivi_diffusers.vi import (
 from options import claim_output_dir, option, parse_options
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # DDIM layers of eta 1, whose outputs are diffused to a random level and scored there by the KL gradient. The chain
-    # starts at 440, where the picture begins to show; the layers' learning rate falls to 0, the critic's does not.
+    # DDIM layers of eta 1, whose outputs are diffused to a random level, rather low than high, and scored there by the
+    # KL gradient. The chain starts at 440, where the picture begins to show; the layers' learning rate falls to 0, the
+    # critic's does not.
     "fast": {
         "kernel": "ddim",
         "noise_eta": 1.0,
@@ -59,7 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "start_timestep": 440,
         "objective": "KL",
         "scoring": "random",
-        "level_max": 500,
+        "level_power": 2.0,
         "layer_weight": "normalised",
         "critic_weight": "unit",
         "source": "pool",

@@ -12,7 +12,6 @@ from images import load_images
 from metrics import Distances
 from solvers import make_solver, make_student, sample
 
-
 ROOT = Path(__file__).parents[2]
 
 

@@ -20,7 +20,7 @@ def test_a_run_is_a_function_of_its_seed(tmp_path, same_tensors):
 
 
 def test_it_learns_and_prints_the_accuracy_on_the_digits_held_out(tmp_path, capsys):
-    settings = ["--max_train_steps=60", "--train_batch_size=64", "--learning_rate=3e-3"]
+    settings = ["--max_train_steps=150", "--train_batch_size=64", "--learning_rate=1e-2"]
     model = train(tmp_path / "classifier", *settings)
     count, accuracy = re.fullmatch(r"accuracy on (\d+) held-out digits: ([\d.]+)\n", capsys.readouterr().out).groups()
     assert int(count) == 1797 // 5

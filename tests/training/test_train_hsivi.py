@@ -305,7 +305,7 @@ def test_the_order_of_checkpoints_is_that_of_numbers(distil, tmp_path):
 def test_resuming_with_other_options_is_refused_and_names_them(distil, fast_run, tmp_path):
     folder = shutil.copytree(fast_run, tmp_path / "run")
     before = contents(folder)
-    changed = r"other options \(max_train_steps: 5 -> 6; learning_rate: 0.0002 -> 0.1\): name another --output_dir"
+    changed = r"other options \(max_train_steps: 5 -> 6; learning_rate: 0.0001 -> 0.1\): name another --output_dir"
     with pytest.raises(ValueError, match=changed):
         distil(folder, learning_rate=0.1, max_train_steps=6, resume_from_checkpoint="latest")
     assert contents(folder) == before
@@ -402,7 +402,10 @@ def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypat
         ({"critic_updates": 0}, "--critic_updates 0"),
         ({"checkpointing_steps": 0}, "--checkpointing_steps 0"),
         ({"checkpoints_total_limit": 0}, "--checkpoints_total_limit 0"),
-        ({"noise_scale_type": "per_pixel"}, "--scoring random with --kernel renoise cannot learn a noise scale"),
+        (
+            {"noise_scale_type": "per_pixel", "kernel": "renoise"},
+            "--scoring random with --kernel renoise cannot learn a noise scale",
+        ),
         ({"preset": "paper", "noise_eta": 0}, "--noise_eta 0"),
         ({"preset": "paper", "noise_eta": 1.5}, "noise_eta=1.5"),
         ({"start_timestep": 1000}, "start=1000: give a timestep from 2 .* to 999"),
