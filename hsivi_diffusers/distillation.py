@@ -80,12 +80,9 @@ class TeacherBridge(Bridge):
         unet: The teacher; it is frozen.
         scheduler: Holds the grid; layer t is fitted to the data at tau_t.
         level_range: Lowest and highest timestep of random levels.
-        level_power: Random levels are low + (high - low) u^level_power with u uniform: 1 is uniform, 2 favours low
-            levels as a quadratic grid does.
 
     Raises:
-        ValueError: The range leaves the teacher's clock, the power is not positive, or the grid ends at -1, where the
-            score is infinite.
+        ValueError: The range leaves the teacher's clock, or the grid ends at -1, where the score is infinite.
     """
 
     def __init__(
@@ -93,16 +90,13 @@ class TeacherBridge(Bridge):
         unet: UNet2DModel,
         scheduler: HSIVIScheduler,
         level_range: tuple[int, int] = (5, 800),
-        level_power: float = 1.0,
     ) -> None:
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
             raise ValueError(f"level_range={level_range}: give two timesteps in order, from 0 to {len(scheduler) - 1}")
-        if not level_power > 0:
-            raise ValueError(f"level_power={level_power}: give a number > 0; 1 is uniform")
         self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
         self.scheduler = scheduler
-        self.level_range, self.level_power = level_range, level_power
+        self.level_range = level_range
         self.num_layers = len(scheduler.timesteps)
         self.shape = _sample_shape(unet)
         if int(self.level(torch.tensor(0))) < 0:
@@ -122,13 +116,17 @@ class TeacherBridge(Bridge):
         return self.scheduler.output_timestep(t)
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws timesteps from `level_range`; for the ddim kernel from its part at or above tau_t.
+        """Draws timesteps uniformly: for the renoise kernel from `level_range`, for ddim from the levels of the layer.
+
+        A ddim layer t is scored from tau_t up to, not including, tau_{t+1}; the first one, t = T-1, up to the end of
+        `level_range`. So no two layers share a level, and the critic, which is told the level alone, learns the
+        marginal of each layer and not of their mixture.
 
         Raises:
             ValueError: A ddim layer has no level in the range.
         """
         low, high = self.level_range
-        lowest = torch.full_like(t, low)
+        lowest, highest = torch.full_like(t, low), torch.full_like(t, high)
         if self.scheduler.config.kernel == "ddim":
             top = int(self.level(torch.tensor(self.num_layers - 1)))
             if top > high:
@@ -137,8 +135,10 @@ class TeacherBridge(Bridge):
                     "or raise the upper end of level_range"
                 )
             lowest = self.level(t).clamp_min(low)
+            below_top = self.scheduler.input_timestep(t) - 1
+            highest = torch.where(t == self.num_layers - 1, highest, torch.maximum(below_top, lowest))
         uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(t.device)
-        return lowest + (uniform**self.level_power * (high + 1 - lowest)).long()
+        return lowest + (uniform * (highest + 1 - lowest)).long()
 
     def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
         """Returns the law of x_s given x_{t+1}, s the level and r = alpha_s / alpha_t.

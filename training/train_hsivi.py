@@ -50,8 +50,8 @@ from hsivi_diffusers.vi import (
 from options import claim_output_dir, option, parse_options
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # DDIM layers of eta 1, whose outputs are diffused to a random level, rather low than high, and scored there by the
-    # KL gradient. The chain starts at 440, where the picture begins to show; the layers' learning rate falls to 0, the
+    # DDIM layers of eta 1, each diffused to a random level between its output and its input and scored there by the KL
+    # gradient. The chain starts at 440, where the picture begins to show; the layers' learning rate falls to 0, the
     # critic's does not.
     "fast": {
         "kernel": "ddim",
@@ -60,7 +60,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "start_timestep": 440,
         "objective": "KL",
         "scoring": "random",
-        "level_power": 2.0,
         "layer_weight": "normalised",
         "critic_weight": "unit",
         "source": "pool",
@@ -123,7 +122,6 @@ class Method:
     scoring: Literal["own", "random"] = option("own", "score a layer at its own level, or diffused to a random one")
     level_min: int = option(5, "lowest timestep of random levels")
     level_max: int = option(800, "highest timestep of random levels")
-    level_power: float = option(1.0, "random levels are low + (high - low) u^level_power, u uniform")
     layer_weight: Literal["unit", "sigma2", "normalised"] = option("unit", "weight of the layers' loss, in noise units")
     critic_weight: Literal["unit", "sigma2"] = option("unit", "weight of the critic's loss, in noise units")
     source: Literal["pool", "simulate"] = option("pool", "layer inputs from a pool of live chains, or from fresh ones")
@@ -171,7 +169,7 @@ class Players:
         unet, schedule = load_teacher(str(teacher.pretrained_teacher_model), teacher.revision)
         scheduler = make_scheduler(schedule, layer_options)
         levels = (method.level_min, method.level_max)
-        self.bridge = TeacherBridge(copy.deepcopy(unet), scheduler, levels, method.level_power)
+        self.bridge = TeacherBridge(copy.deepcopy(unet), scheduler, levels)
         self.bridge.network.to(accelerator.device)
         noise_scale = HSIVINoiseScale(self.bridge.shape) if layer_options.noise_scale_type == "per_pixel" else None
         unet.requires_grad_(True).train()
