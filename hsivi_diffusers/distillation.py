@@ -134,6 +134,8 @@ class TeacherBridge(Bridge):
                     f"a ddim layer ends at timestep {top}, above the random levels up to {high}: start the grid lower, "
                     "or raise the upper end of level_range"
                 )
+            if low >= int(self.scheduler.input_timestep(torch.tensor(0))):
+                raise ValueError(f"the random levels start at {low}, above the levels of the last layer: lower them")
             lowest = self.level(t).clamp_min(low)
             below_top = self.scheduler.input_timestep(t) - 1
             highest = torch.where(t == self.num_layers - 1, highest, torch.maximum(below_top, lowest))
@@ -186,12 +188,24 @@ def load_teacher(name: str, revision: str | None = None) -> tuple[UNet2DModel, H
     except Exception as error:  # diffusers raises many types here, and all mean the same to the user
         raise ValueError(f"teacher {name!r} cannot be loaded ({type(error).__name__}: {error}): {remedy}") from error
     unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
+    others = sorted(set(pipeline.components) - {"unet", "scheduler"})
+    if others:
+        raise ValueError(
+            f"teacher {name!r} is a {type(pipeline).__name__} with {', '.join(others)}: only pipelines of a unet and a "
+            "scheduler, which make pictures of pixels, can be distilled"
+        )
     if not isinstance(unet, UNet2DModel):
         raise ValueError(f"teacher {name!r} has a unet of type {type(unet).__name__}, a UNet2DModel is needed")
     if scheduler is None or not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(f"teacher {name!r}: {type(scheduler).__name__} has no beta schedule; {remedy}")
     _check_agreement(name, unet, scheduler)
-    return unet, HSIVIScheduler.from_config(scheduler.config)
+    schedule = HSIVIScheduler.from_config(scheduler.config)
+    if not torch.allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod.float()):
+        raise ValueError(
+            f"teacher {name!r}: the noise levels of its {type(scheduler).__name__} cannot be rebuilt from its betas; "
+            "schedules rescaled to zero terminal SNR (rescale_betas_zero_snr) are not supported"
+        )
+    return unet, schedule
 
 
 def _check_agreement(name: str, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:

@@ -190,7 +190,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             timesteps = [i * (size // num_layers) + steps_offset for i in range(num_layers - 1, -1, -1)]
         else:
             timesteps = [round(i * (size - 1) / max(num_layers - 1, 1)) for i in range(num_layers - 1, -1, -1)]
-        return [min(timestep, size - 1) for timestep in timesteps] + [-1]
+        return [min(timestep, size - 1 - place) for place, timestep in enumerate(timesteps)] + [-1]
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None) -> None:
         """Sets the grid: the trained one, or one made for this count.
@@ -260,7 +260,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             timestep: Shape (B,) or (1,), -1 for the final alpha.
             sample: Gives the device, dtype and number of dimensions.
         """
-        abar = torch.cat([self.alphas_cumprod, self.final_alpha_cumprod[None]]).to(sample)[timestep.to(sample.device)]
+        abar = torch.cat([self.alphas_cumprod.to(sample), self.final_alpha_cumprod[None].to(sample)])
+        abar = abar[timestep.to(sample.device)]
         abar = abar.reshape(-1, *[1] * (sample.ndim - 1))
         return abar.sqrt(), (1 - abar).sqrt()
 

@@ -9,7 +9,9 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LDMPipeline,
     UNet2DConditionModel,
+    VQModel,
 )
 
 from conftest import make_unet
@@ -158,6 +160,9 @@ def test_bad_bridges_are_refused(unet):
     high = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=[900, 600, 0]), level_range=(5, 500))
     with pytest.raises(ValueError, match="ends at timestep 600, above the random levels up to 500: start the grid"):
         high.sample_level(torch.tensor([0]))
+    late = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID), level_range=(220, 800))
+    with pytest.raises(ValueError, match="random levels start at 220, above the levels of the last layer"):
+        late.sample_level(torch.tensor([0]))
     with pytest.raises(ValueError, match="the grid ends at -1"):
         TeacherBridge(unet, HSIVIScheduler(layer_timesteps=[800, 400, -1]))
 
@@ -227,6 +232,19 @@ def test_another_kind_of_unet_is_refused(tmp_path):
     )
     DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="unet of type UNet2DConditionModel, a UNet2DModel is needed"):
+        load_teacher(str(tmp_path))
+
+
+def test_a_schedule_that_cannot_be_rebuilt_is_refused(unet, tmp_path):
+    DDIMPipeline(unet=unet, scheduler=DDIMScheduler(rescale_betas_zero_snr=True)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        load_teacher(str(tmp_path))
+
+
+def test_a_latent_teacher_is_refused(unet, tmp_path):
+    vae = VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=1, num_vq_embeddings=8)
+    LDMPipeline(vqvae=vae, unet=unet, scheduler=DDIMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a LDMPipeline with vqvae"):
         load_teacher(str(tmp_path))
 
 

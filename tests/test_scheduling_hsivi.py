@@ -222,6 +222,18 @@ def test_add_noise_velocity_and_scaling_are_those_of_ddpm():
     assert len(ours) == 1000
 
 
+def test_noising_on_one_device_leaves_stepping_on_it_possible():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to("meta")  # what add_noise does with the sample's device
+    alpha, sigma = scheduler.alpha_sigma(torch.tensor([800], device="meta"), torch.zeros(SHAPE, device="meta"))
+    assert alpha.device.type == sigma.device.type == "meta"
+
+
+def test_leading_with_an_offset_has_no_duplicates():
+    grid = HSIVIScheduler.make_layer_timesteps(1000, "leading", steps_offset=1)
+    assert grid == list(range(999, -2, -1))
+
+
 # ----- grids -----
 
 

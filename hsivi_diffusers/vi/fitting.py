@@ -29,7 +29,7 @@ class DivergenceError(FloatingPointError):
     def __init__(self, player: str, step: int, layers: Sequence[int]) -> None:
         super().__init__(
             f"the loss of the {player} is not finite at step {step} (layers t = {', '.join(map(str, layers))}): "
-            "go on from the last checkpoint with a lower learning rate, or with more critic updates"
+            "start a new run with a lower learning rate, or with more critic updates"
         )
         self.step = step
 
