@@ -14,9 +14,9 @@ from diffusers import (
     VQModel,
 )
 
-from conftest import make_unet
 from hsivi_diffusers import HSIVINoiseScale, HSIVIScheduler, TeacherBridge, UNetCritic, UNetLayers, load_teacher
 from hsivi_diffusers.vi import DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer
+from tiny_unet import make_unet
 
 GRID = [440, 220, 10]
 

@@ -6,8 +6,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from PIL import Image
 
-from conftest import make_unet
 from hsivi_diffusers import HSIVINoiseScale, HSIVIPipeline, HSIVIScheduler
+from tiny_unet import make_unet
 
 GRID = [700, 400, 100, 0]
 
