@@ -6,6 +6,7 @@ noise, the core of scores: score = -eps / sigma.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -125,22 +126,28 @@ class TeacherBridge(Bridge):
         Raises:
             ValueError: A ddim layer has no level in the range.
         """
-        low, high = self.level_range
-        lowest, highest = torch.full_like(t, low), torch.full_like(t, high)
-        if self.scheduler.config.kernel == "ddim":
-            top = int(self.level(torch.tensor(self.num_layers - 1)))
-            if top > high:
-                raise ValueError(
-                    f"a ddim layer ends at timestep {top}, above the random levels up to {high}: start the grid lower, "
-                    "or raise the upper end of level_range"
-                )
-            if low >= int(self.scheduler.input_timestep(torch.tensor(0))):
-                raise ValueError(f"the random levels start at {low}, above the levels of the last layer: lower them")
-            lowest = self.level(t).clamp_min(low)
-            below_top = self.scheduler.input_timestep(t) - 1
-            highest = torch.where(t == self.num_layers - 1, highest, torch.maximum(below_top, lowest))
+        lowest, highest = (bound.to(t.device)[t] for bound in self._layer_levels)
         uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(t.device)
         return lowest + (uniform * (highest + 1 - lowest)).long()
+
+    @cached_property
+    def _layer_levels(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest random level of each layer, both of shape (T,)."""
+        low, high = self.level_range
+        t = torch.arange(self.num_layers)
+        if self.scheduler.config.kernel != "ddim":
+            return torch.full_like(t, low), torch.full_like(t, high)
+        outputs, inputs = self.level(t), self.scheduler.input_timestep(t)
+        if outputs[-1] > high:
+            raise ValueError(
+                f"a ddim layer ends at timestep {outputs[-1]}, above the random levels up to {high}: start the grid "
+                "lower, or raise the upper end of level_range"
+            )
+        if low >= inputs[0]:
+            raise ValueError(f"the random levels start at {low}, above the levels of the last layer: lower them")
+        highest = inputs - 1
+        highest[-1] = high
+        return outputs.clamp_min(low), highest
 
     def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
         """Returns the law of x_s given x_{t+1}, s the level and r = alpha_s / alpha_t.

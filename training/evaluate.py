@@ -26,7 +26,7 @@ from figures import draw_curve, draw_samples
 from hsivi_diffusers import HSIVIPipeline, load_teacher
 from images import load_images
 from metrics import Distances
-from options import option, parse_options
+from options import option, parse_options, write_text
 from solvers import Sampler, make_solver, make_student, sample
 
 
@@ -129,12 +129,6 @@ def write_report(run_dir: Path, rows: list[dict[str, Any]], options: Evaluation,
     )
     write_text(run_dir / "report.json", json.dumps({"rows": rows}, indent=2) + "\n")
     write_text(run_dir / "report.md", text)
-
-
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def picture_rows(

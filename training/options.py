@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
@@ -123,3 +124,10 @@ def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -47,7 +47,7 @@ from hsivi_diffusers.vi import (
     joint,
     make_chain,
 )
-from options import claim_output_dir, option, parse_options
+from options import claim_output_dir, option, parse_options, write_text
 
 PRESETS: dict[str, dict[str, Any]] = {
     # DDIM layers of eta 1, each diffused to a random level between its output and its input and scored there by the KL
@@ -348,9 +348,7 @@ def start_run(output_dir: Path, options: Options, resume: bool) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def save_pipeline(output_dir: Path, players: Players) -> None:
