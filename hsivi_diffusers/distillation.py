@@ -210,7 +210,7 @@ def load_teacher(name: str, revision: str | None = None) -> tuple[UNet2DModel, H
     if not torch.allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod.float()):
         raise ValueError(
             f"teacher {name!r}: the noise levels of its {type(scheduler).__name__} cannot be rebuilt from its betas; "
-            "schedules rescaled to zero terminal SNR (rescale_betas_zero_snr) are not supported"
+            f"{remedy}"
         )
     return unet, schedule
 

@@ -1,6 +1,10 @@
 """The learned noise scale of the layers, one number per pixel."""
 
+import functools
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -19,6 +23,8 @@ class HSIVINoiseScale(ModelMixin, ConfigMixin):
 
     __module__ = "hsivi_diffusers"
 
+    _source = Path(__file__).read_text(encoding="utf-8")
+
     @register_to_config
     def __init__(self, sample_shape: Sequence[int] = (3, 32, 32)):
         super().__init__()
@@ -30,3 +36,11 @@ class HSIVINoiseScale(ModelMixin, ConfigMixin):
     def forward(self) -> torch.Tensor:
         """Returns the scale, > 0, of shape (1, channels, height, width); 1 everywhere at first."""
         return self.log_scale.exp()
+
+    # `wraps`: a pipeline passes on the options (variant, ...) that it finds in the signature.
+    @functools.wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves weights and config, and this file beside them, so that the folder loads without the package too."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / "hsivi_diffusers.py").write_text(self._source, encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)

@@ -1,6 +1,8 @@
 """Sampling with T network calls."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -17,10 +19,12 @@ class HSIVIPipeline(DiffusionPipeline):
         unet_noise_scale: The `HSIVINoiseScale`, where the scheduler's `noise_scale_type` is "per_pixel".
 
     Raises:
-        ValueError: The scheduler is of another kind, or its noise scale is missing.
+        ValueError: The scheduler or the unet is of another kind, or the noise scale is missing.
     """
 
     __module__ = "hsivi_diffusers"
+
+    _source = Path(__file__).read_text(encoding="utf-8")
 
     model_cpu_offload_seq = "unet->unet_noise_scale"
     _optional_components = ["unet_noise_scale"]
@@ -34,9 +38,11 @@ class HSIVIPipeline(DiffusionPipeline):
     ):
         super().__init__()
         if not hasattr(scheduler, "transition"):
+            raise ValueError(_wrong_scheduler(scheduler))
+        if "cross_attention_dim" in unet.config:
             raise ValueError(
-                f"HSIVIPipeline got a {type(scheduler).__name__}: pass HSIVIScheduler.from_config(scheduler.config), "
-                "or use the pipeline this scheduler came with"
+                f"HSIVIPipeline got a {type(unet).__name__}: it draws with a UNet2DModel. Use the stock pipeline of "
+                "this unet, and assign the HSIVIScheduler to its `scheduler`"
             )
         if scheduler.config.noise_scale_type == "per_pixel" and unet_noise_scale is None:
             raise ValueError(
@@ -47,8 +53,34 @@ class HSIVIPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """T, the steps of the last call."""
-        return self._num_timesteps
+        """T, the steps of the last call, or of the trained grid before any."""
+        return getattr(self, "_num_timesteps", len(self.scheduler.timesteps))
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """Saves the pipeline, and with it the code of its classes, so that it loads without the package too.
+
+        Args:
+            save_directory: Folder to write to; made if need be.
+            safe_serialization: Must stay True: pickles are not written.
+            **kwargs: variant, max_shard_size, push_to_hub, ...: see `DiffusionPipeline.save_pretrained`.
+
+        Raises:
+            ValueError: `safe_serialization` is False.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write pickles: leave it out, weights are safetensors")
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / "pipeline.py").write_text(self._source, encoding="utf-8")
+        super().save_pretrained(save_directory, **kwargs)
+
+    def __repr__(self) -> str:
+        """What it draws and with how many calls, then the components."""
+        grid = self.scheduler.config.layer_timesteps
+        steps = "any number of" if grid is None else f"{len(grid) - 1}"
+        shape = "x".join(map(str, self._sample_shape()))
+        return f"HSIVIPipeline: {shape} pictures in {steps} network calls, layer_timesteps={grid}\n{super().__repr__()}"
 
     @torch.no_grad()
     def __call__(
@@ -84,21 +116,23 @@ class HSIVIPipeline(DiffusionPipeline):
             ValueError: The step count, a shape, a label or an option does not fit.
         """
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
-        device, dtype = self._execution_device, self.unet.dtype
+        device, dtype = self._device_and_dtype()
         latents = self._prepare_latents(batch_size, latents, generator, device, dtype)
         conditions = self._prepare_class_labels(batch_size, class_labels, device)
         noise_scale = None if self.unet_noise_scale is None else self.unet_noise_scale()
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
 
-        for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            model_output = self.unet(latents, timestep, **conditions).sample
-            latents = self.scheduler.step(
-                model_output, timestep, latents, generator=generator, noise_scale=noise_scale
-            ).prev_sample
+        # The step is told a number, the network a tensor: so a GPU is not waited for at each step.
+        timesteps = self.scheduler.timesteps.tolist()
+        for i, timestep in enumerate(self.progress_bar(timesteps)):
+            model_output = self.unet(latents, self.scheduler.timesteps[i], **conditions).sample
+            latents, _ = self.scheduler.step(
+                model_output, timestep, latents, generator=generator, noise_scale=noise_scale, return_dict=False
+            )
             if callback_on_step_end is not None:
                 wanted = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                latents = callback_on_step_end(self, i, int(timestep), wanted).pop("latents", latents)
+                latents = callback_on_step_end(self, i, timestep, wanted).pop("latents", latents)
 
         images = self._to_images(latents, output_type)
         self.maybe_free_model_hooks()
@@ -119,12 +153,25 @@ class HSIVIPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: choose from {self._callback_tensor_inputs}"
             )
 
+    def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Where the unet takes its input, and in what precision.
+
+        Its first layer knows, unless hooks move or cast the weights: then diffusers searches all layers for them,
+        which would take a hundredth of the time of a small sampler.
+        """
+        first = self.unet.conv_in
+        hooked = any(hasattr(module, hook) for module in (self.unet, first) for hook in ("_hf_hook", "_diffusers_hook"))
+        return (self._execution_device, self.unet.dtype) if hooked else (first.weight.device, first.weight.dtype)
+
+    def _sample_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
     def _prepare_latents(
         self, batch_size: int, latents: torch.Tensor | None, generator: Any, device: torch.device, dtype: torch.dtype
     ) -> torch.Tensor:
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
+        shape = (batch_size, *self._sample_shape())
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif tuple(latents.shape) != shape:
@@ -155,3 +202,18 @@ class HSIVIPipeline(DiffusionPipeline):
             return images
         array = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def _wrong_scheduler(scheduler: SchedulerMixin) -> str:
+    name, grid = type(scheduler).__name__, scheduler.config.get("layer_timesteps")
+    if grid is not None:
+        return (
+            f"HSIVIPipeline got a {name} that carries the settings of a sampler of {len(grid) - 1} steps: pass "
+            "scheduler=HSIVIScheduler.from_config(scheduler.config), or in from_pretrained "
+            'scheduler=HSIVIScheduler.from_pretrained(repo, subfolder="scheduler")'
+        )
+    return (
+        f"HSIVIPipeline got a {name}: this model was not distilled. Distil it with training/train_hsivi.py, or use the "
+        "pipeline it came with, or sample it as it is with scheduler=HSIVIScheduler.from_config(scheduler.config), "
+        "which is DDIM with some noise"
+    )

@@ -13,8 +13,10 @@ With noise_scale = 1 and kernel "ddim" this is DDIM(eta) (Song et al. 2021, eq. 
 noise_scale. With kernel "renoise" it is the re-noising of consistency sampling.
 """
 
+import os
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
@@ -42,6 +44,18 @@ class HSIVISchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor | None = None
 
 
+class LayerCoefficients(NamedTuple):
+    """The numbers of a layer's formula: floats of one layer, or tensors (B, 1, ...) of one layer for each row."""
+
+    alpha_next: Any
+    sigma_next: Any
+    alpha: Any
+    direction: Any  # sqrt(sigma_t^2 - c^2)
+    c: Any
+    noise_scale: Any
+    last: Any
+
+
 class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     """Scheduler of a T-layer hierarchical semi-implicit sampler; one network call per layer.
 
@@ -62,20 +76,29 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         noise_scale_type: "config": `noise_scale` above. "per_pixel": `step` must be given a tensor.
         clip_sample: Clamp the predicted x0 to +- `clip_sample_range`.
         clip_sample_range: See there.
+        thresholding: Clamp x0 to a quantile of its own absolute values and divide by it, in the place of
+            `clip_sample` (dynamic thresholding of Imagen, for pictures of pixels only).
+        dynamic_thresholding_ratio: That quantile, in [0, 1].
+        sample_max_value: Upper bound of the threshold.
         set_alpha_to_one: The final alpha (level -1) is 1; otherwise that of timestep 0.
         steps_offset: Added to the timesteps of spacing "leading".
+        rescale_betas_zero_snr: The betas were rescaled so that abar is 0 at the last timestep (alg. 1 of arXiv
+            2305.08891). From there a noise prediction says nothing of x0, so it needs "v_prediction" or "sample".
 
     Raises:
         ValueError: A value is outside what is said above.
     """
 
+    # Saved pipelines name the class by its module; this name also stands where the file travels with the weights.
     __module__ = "hsivi_diffusers"
 
+    _source = Path(__file__).read_text(encoding="utf-8")
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
     order = 1
 
     add_noise = DDPMScheduler.add_noise
     get_velocity = DDPMScheduler.get_velocity
+    _threshold_sample = DDPMScheduler._threshold_sample
 
     @register_to_config
     def __init__(
@@ -94,8 +117,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         noise_scale_type: str = "config",
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
         set_alpha_to_one: bool = True,
         steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
     ):
         _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
@@ -103,8 +130,16 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         _check_choice("noise_scale_type", noise_scale_type, NOISE_SCALE_TYPES)
         if not 0 <= noise_eta <= 1:
             raise ValueError(f"noise_eta={noise_eta}: give a number in [0, 1]; 0 is DDIM, 1 is DDPM's noise")
-        _check_layer_timesteps(layer_timesteps, num_train_timesteps)
+        if rescale_betas_zero_snr and prediction_type == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the noise is "
+                "all there is to see, and a prediction of it says nothing of the picture"
+            )
+        if layer_timesteps is not None:
+            _check_timesteps("layer_timesteps", layer_timesteps, num_train_timesteps)
         _check_noise_scale(noise_scale, layer_timesteps)
+        if layer_timesteps is not None:  # of a trained sampler no setting may give way to the default of another class
+            self.register_to_config(_use_default_values=[])
 
         schedule = DDPMScheduler(
             num_train_timesteps=num_train_timesteps,
@@ -112,6 +147,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             beta_end=beta_end,
             beta_schedule=beta_schedule,
             trained_betas=trained_betas,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
         self.betas, self.alphas, self.alphas_cumprod = schedule.betas, schedule.alphas, schedule.alphas_cumprod
         self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
@@ -119,6 +155,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self.layer_grid: torch.Tensor | None = None
         self.timesteps = schedule.timesteps
+        self._layers: dict[int, LayerCoefficients] = {}
+        self._begin_index: int | None = None
         if layer_timesteps is not None:
             self.set_timesteps()
 
@@ -127,17 +165,29 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """Makes the scheduler from the config of any scheduler with a beta schedule.
 
         Raises:
-            ValueError: The config is of a flow-matching scheduler, which has no alpha and sigma of this kind.
+            ValueError: The config is of a scheduler without one: of flow matching, or of the noise levels of EDM.
         """
         if isinstance(config, dict):
-            name = config.get("_class_name", "this config")
-            shifted = "shift" in config and "beta_start" not in config
-            if "FlowMatch" in name or config.get("use_flow_sigmas") or shifted:
+            name = config.get("_class_name")
+            betas = {"beta_start", "trained_betas"} & {*config, *kwargs}
+            if "FlowMatch" in str(name) or config.get("use_flow_sigmas") or (name and not betas):
                 raise ValueError(
-                    f"{name} is of a flow-matching scheduler: HSIVI needs a teacher with a beta schedule, such as one "
-                    "trained with DDPMScheduler"
+                    f"the config of {name} has no beta schedule: HSIVI needs a teacher with one, such as a network "
+                    "trained with DDPMScheduler; flow-matching and EDM models have none"
                 )
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves the config, and this file beside it: the folder then also loads where the package is not installed.
+
+        Args:
+            save_directory: Folder to write to; made if need be.
+            push_to_hub: Upload it afterwards.
+            **kwargs: Of the upload, see `SchedulerMixin.save_pretrained`.
+        """
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / "hsivi_diffusers.py").write_text(self._source, encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def __len__(self) -> int:
         """N, the length of the teacher's clock."""
@@ -192,34 +242,75 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             timesteps = [round(i * (size - 1) / max(num_layers - 1, 1)) for i in range(num_layers - 1, -1, -1)]
         return [min(timestep, size - 1 - place) for place, timestep in enumerate(timesteps)] + [-1]
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None) -> None:
-        """Sets the grid: the trained one, or one made for this count.
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Sets the grid: the trained one, one made for this count, or the one given.
 
         Args:
             num_inference_steps: T. With a trained grid only its own T is accepted, and None means T.
             device: Where `timesteps` goes.
+            timesteps: Inputs tau_T .. tau_1 of the layers, in the place of T; the last layer ends at -1. With a
+                trained grid only its own are accepted.
 
         Raises:
-            ValueError: The count differs from that of the trained grid, is missing without one, or is out of range.
+            ValueError: Count or timesteps differ from those of the trained grid, both or none are given, or they are
+                out of range.
         """
-        grid = self.config.layer_timesteps
-        if grid is None:
-            if num_inference_steps is None:
-                raise ValueError("this scheduler has no trained grid (layer_timesteps): pass num_inference_steps")
-            grid = self.make_layer_timesteps(
-                num_inference_steps,
-                self.config.timestep_spacing,
-                self.config.num_train_timesteps,
-                steps_offset=self.config.steps_offset,
-            )
-        elif num_inference_steps not in (None, len(grid) - 1):
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps}, but this sampler was trained for {len(grid) - 1} steps, "
-                f"layer_timesteps={list(grid)}: pass num_inference_steps={len(grid) - 1}"
-            )
-        self.layer_grid = torch.tensor(grid, dtype=torch.long)
+        grid = self._choose_grid(num_inference_steps, timesteps)
+        if self.layer_grid is None or self.layer_grid.tolist() != grid:
+            self.layer_grid = torch.tensor(grid, dtype=torch.long)
+            self._layers = self._make_layers()
         self.num_inference_steps = len(grid) - 1
         self.timesteps = self.layer_grid[:-1].to(device)
+        self._begin_index = None
+
+    def _choose_grid(self, num_inference_steps: int | None, timesteps: list[int] | None) -> list[int]:
+        trained = self.config.layer_timesteps
+        if num_inference_steps is not None and timesteps is not None:
+            raise ValueError("num_inference_steps and timesteps were both given: pass one of them")
+        if trained is not None:
+            remedy = (
+                f"this sampler was trained for {len(trained) - 1} steps, layer_timesteps={list(trained)}: pass "
+                f"num_inference_steps={len(trained) - 1}"
+            )
+            if num_inference_steps not in (None, len(trained) - 1):
+                raise ValueError(f"num_inference_steps={num_inference_steps}, but {remedy}")
+            if timesteps is not None and list(timesteps) != trained[:-1]:
+                raise ValueError(f"timesteps={list(timesteps)}, but {remedy}")
+            return list(trained)
+        if timesteps is not None:
+            _check_timesteps("timesteps + [-1]", [*timesteps, -1], self.config.num_train_timesteps)
+            return [*map(int, timesteps), -1]
+        if num_inference_steps is None:
+            raise ValueError("this scheduler has no trained grid (layer_timesteps): pass num_inference_steps")
+        return self.make_layer_timesteps(
+            num_inference_steps,
+            self.config.timestep_spacing,
+            self.config.num_train_timesteps,
+            steps_offset=self.config.steps_offset,
+        )
+
+    @property
+    def begin_index(self) -> int | None:
+        """What `set_begin_index` was given."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Takes note of the layer that a pipeline starts at; `step` does not need it, it looks the timestep up.
+
+        Raises:
+            ValueError: The sampler has no such layer, as when an image-to-image pipeline is given a low strength.
+        """
+        if self.num_inference_steps is not None and begin_index >= self.num_inference_steps:
+            raise ValueError(
+                f"begin_index={begin_index}, but there are {self.num_inference_steps} layers, so no layer is left to "
+                f"run: with an image-to-image pipeline raise `strength` to 1/{self.num_inference_steps} or more"
+            )
+        self._begin_index = begin_index
 
     def input_timestep(self, t: torch.Tensor) -> torch.Tensor:
         """Returns tau_{t+1}, the timestep of the input of layer t, of the shape of t."""
@@ -234,7 +325,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("the scheduler has no grid yet: call set_timesteps(num_inference_steps) first")
         return self.layer_grid
 
-    def _position(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _below(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the place of each timestep in the grid, and the timestep below it, both of shape (B,)."""
         grid = self._grid().to(timestep.device)
         matches = timestep[:, None] == grid[None, :-1]
@@ -283,14 +374,20 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             ValueError: The output does not fit the sample.
         """
         model_output, sample = self._match(model_output, sample)
-        alpha, sigma = self.alpha_sigma(self._vector(timestep, sample), sample)
+        return self._predict(model_output, sample, *self.alpha_sigma(self._vector(timestep, sample), sample))
+
+    def _predict(
+        self, model_output: torch.Tensor, sample: torch.Tensor, alpha: Any, sigma: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.config.prediction_type == "epsilon":
             x0, eps = (sample - sigma * model_output) / alpha, model_output
         elif self.config.prediction_type == "sample":
             x0, eps = model_output, (sample - alpha * model_output) / sigma
         else:
             x0, eps = alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
-        if self.config.clip_sample:
+        if self.config.thresholding:
+            x0 = self._threshold_sample(x0)
+        elif self.config.clip_sample:
             x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return x0, eps
 
@@ -316,8 +413,29 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: The timestep is no layer's input, the shapes do not fit, or a per-pixel scale is missing.
         """
-        mean, std, _, _ = self._layer(model_output, timestep, sample, noise_scale)
-        return mean, std
+        mean, std, _, _ = self._transition(model_output, timestep, sample, noise_scale)
+        return mean, std if isinstance(std, torch.Tensor) else mean.new_full([1] * mean.ndim, std)
+
+    def _transition(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        noise_scale: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Any, torch.Tensor, Any]:
+        """Returns mean and std of the layer, x0, and whether it is the last layer, of each row or of all."""
+        model_output, sample = self._match(model_output, sample)
+        layer = self._layer(timestep, sample)
+        x0, eps = self._predict(model_output, sample, layer.alpha_next, layer.sigma_next)
+        mean = layer.alpha * x0 + layer.direction * eps
+        if noise_scale is not None:
+            return mean, noise_scale.to(sample) * layer.c, x0, layer.last
+        if self.config.noise_scale_type == "per_pixel":
+            raise ValueError(
+                "noise_scale_type is 'per_pixel', but no noise_scale was given: sample with HSIVIPipeline, which holds "
+                "it, or pass step(..., noise_scale=tensor)"
+            )
+        return mean, layer.noise_scale * layer.c, x0, layer.last
 
     def step(
         self,
@@ -345,37 +463,53 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: As `transition`.
         """
-        mean, std, x0, last = self._layer(model_output, timestep, sample, noise_scale)
-        if bool(last.all()):
+        mean, std, x0, last = self._transition(model_output, timestep, sample, noise_scale)
+        if last is True:
             x = mean
         else:
-            noise = variance_noise
-            if noise is None:
-                noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=mean.dtype)
-            x = torch.where(last, mean, mean + std * noise)
+            if variance_noise is None:
+                variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=mean.dtype)
+            x = mean + std * variance_noise
+            if last is not False:
+                x = torch.where(last, mean, x)
         x, x0 = x.to(sample.dtype), x0.to(sample.dtype)
         return HSIVISchedulerOutput(prev_sample=x, pred_original_sample=x0) if return_dict else (x, x0)
 
-    def _layer(
-        self,
-        model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
-        sample: torch.Tensor,
-        noise_scale: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns mean and std of the layer, x0, and whether each row is in the last layer, shaped (B, 1, ...)."""
-        x0, eps = self.predict(model_output, timestep, sample)
-        timestep = self._vector(timestep, x0)
-        position, below = self._position(timestep)
-        alpha_next, sigma_next = self.alpha_sigma(timestep, x0)
-        alpha, sigma = self.alpha_sigma(below, x0)
+    # ----- the numbers of the layers -----
+
+    def _layer(self, timestep: int | torch.Tensor, sample: torch.Tensor) -> LayerCoefficients:
+        """Returns the numbers of the layer, or layers, that start at the timestep.
+
+        One timestep on the grid is looked up as floats, which spares some twenty small operations a step.
+        """
+        if not isinstance(timestep, torch.Tensor) or timestep.numel() == 1:
+            known = self._layers.get(int(timestep))
+            if known is not None:
+                return known
+        return self._coefficients(self._vector(timestep, sample), sample)
+
+    def _make_layers(self) -> dict[int, LayerCoefficients]:
+        """The numbers of each layer of the grid, by the timestep of its input."""
+        inputs = self._grid()[:-1]
+        columns = self._coefficients(inputs, inputs[:, None].float())
+        rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
+        return {timestep: LayerCoefficients(*row) for timestep, row in zip(inputs.tolist(), rows, strict=True)}
+
+    def _coefficients(self, timestep: torch.Tensor, sample: torch.Tensor) -> LayerCoefficients:
+        """The formulas at the head of this file for timesteps (B,), as tensors (B, 1, ...) to go with the sample."""
+        position, below = self._below(timestep)
+        alpha_next, sigma_next = self.alpha_sigma(timestep, sample)
+        alpha, sigma = self.alpha_sigma(below, sample)
         c = sigma
         if self.config.kernel == "ddim":
             variance = (1 - (alpha_next / alpha).square()) * (sigma / sigma_next).square()
             c = self.config.noise_eta * variance.sqrt()
-        mean = alpha * x0 + (sigma.square() - c.square()).clamp_min(0).sqrt() * eps
+        direction = (sigma.square() - c.square()).clamp_min(0).sqrt()
         last = (below <= self._grid()[-1].to(below.device)).reshape(alpha.shape)
-        return mean, self._noise_scale(noise_scale, position, x0) * c, x0, last
+        noise_scale = torch.as_tensor(self.config.noise_scale).to(alpha)
+        if noise_scale.ndim:  # counted from the data side, the positions from the base
+            noise_scale = noise_scale.flip(0)[position].reshape(alpha.shape)
+        return LayerCoefficients(alpha_next, sigma_next, alpha, direction, c, noise_scale.expand(alpha.shape), last)
 
     def _match(self, model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Drops a learned variance, checks the shapes, and leaves half precision."""
@@ -395,37 +529,20 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{len(timestep)} timesteps for {len(sample)} samples: give one, or one for each")
         return timestep
 
-    def _noise_scale(
-        self, noise_scale: torch.Tensor | None, position: torch.Tensor, sample: torch.Tensor
-    ) -> torch.Tensor | float:
-        if noise_scale is not None:
-            return noise_scale.to(sample)
-        if self.config.noise_scale_type == "per_pixel":
-            raise ValueError(
-                "noise_scale_type is 'per_pixel', but no noise_scale was given: sample with HSIVIPipeline, which holds "
-                "it, or pass step(..., noise_scale=tensor)"
-            )
-        if isinstance(self.config.noise_scale, int | float):
-            return float(self.config.noise_scale)
-        scales = torch.tensor(self.config.noise_scale).flip(0).to(sample)[position]
-        return scales.reshape(-1, *[1] * (sample.ndim - 1))
-
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 
 
-def _check_layer_timesteps(grid: list[int] | None, num_train_timesteps: int) -> None:
-    if grid is None:
-        return
+def _check_timesteps(name: str, grid: list[int], num_train_timesteps: int) -> None:
     remedy = f"give T+1 strictly descending integers from {num_train_timesteps - 1} to 0; the last may be -1"
     if len(grid) < 2 or any(isinstance(tau, bool) or int(tau) != tau for tau in grid):
-        raise ValueError(f"layer_timesteps={grid!r} is no grid of at least 1 layer: {remedy}")
+        raise ValueError(f"{name}={grid!r} is no grid of at least 1 layer: {remedy}")
     if any(above <= below for above, below in zip(grid[:-1], grid[1:], strict=True)):
-        raise ValueError(f"layer_timesteps={list(grid)} is not strictly descending: {remedy}")
+        raise ValueError(f"{name}={list(grid)} is not strictly descending: {remedy}")
     if grid[0] >= num_train_timesteps or grid[-1] < -1:
-        raise ValueError(f"layer_timesteps={list(grid)} leaves the teacher's clock: {remedy}")
+        raise ValueError(f"{name}={list(grid)} leaves the teacher's clock: {remedy}")
 
 
 def _check_noise_scale(noise_scale: float | list[float], grid: list[int] | None) -> None:

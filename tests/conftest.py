@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
+from hub_server import Hub
 from tiny_unet import make_unet
 
 torch.set_num_threads(1)
@@ -27,3 +28,10 @@ def teacher_folder(tmp_path, unet):
     path = tmp_path / "teacher"
     DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def hub():
+    """A Hub on the loopback, of this test alone."""
+    with Hub() as server:
+        yield server

@@ -23,7 +23,9 @@ ALLOWED = {
     "modeling_hsivi": (set(), HOST),
     "pipeline_hsivi": (set(), HOST),
     "distillation": ({"vi/*", "scheduling_hsivi", "modeling_hsivi"}, {"torch", "diffusers"}),
-    "__init__": ({"distillation", "scheduling_hsivi", "modeling_hsivi", "pipeline_hsivi"}, {"diffusers"}),
+    "model_card": ({"pipeline_hsivi"}, {"diffusers", "huggingface_hub"}),
+    "hub": ({"model_card", "pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub"}),
+    "__init__": ({"distillation", "hub", "scheduling_hsivi", "modeling_hsivi", "pipeline_hsivi"}, {"diffusers"}),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "training").glob("*.py"))

@@ -16,7 +16,7 @@ def test_it_survives_saving_as_safetensors(tmp_path):
     noise_scale = HSIVINoiseScale(sample_shape=(3, 4, 5))
     torch.nn.init.normal_(noise_scale.log_scale)
     noise_scale.save_pretrained(tmp_path)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".py"}
     assert torch.equal(HSIVINoiseScale.from_pretrained(tmp_path)(), noise_scale())
 
 

@@ -108,6 +108,10 @@ def write_report(run_dir: Path, rows: list[dict[str, Any]], options: Evaluation,
         f"| {row['eval_seed']} | {'' if row['train_seconds'] is None else format(row['train_seconds'], '.0f')} |"
         for row in sorted(rows, key=lambda row: (row["nfe"], row["fd"]))
     ]
+    measured = (
+        f"Measured on {datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, diffusers {diffusers.__version__}."
+    )
     text = "\n".join(
         [
             f"# {run_dir.name}",
@@ -122,12 +126,12 @@ def write_report(run_dir: Path, rows: list[dict[str, Any]], options: Evaluation,
             "",
             f"Lower is better in both. DDIM has eta 0 on the quadratic grid, and eta 1 at {options.ddim_steps}; "
             "DPM-Solver++ is 2M. Every method starts from the same noise.",
-            f"Measured on {datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, "
-            f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, diffusers {diffusers.__version__}.",
+            measured,
             "",
         ]
     )
-    write_text(run_dir / "report.json", json.dumps({"rows": rows}, indent=2) + "\n")
+    report = {"features": options.feature_name, "measured": measured, "rows": rows}
+    write_text(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
     write_text(run_dir / "report.md", text)
 
 

@@ -35,7 +35,9 @@ from hsivi_diffusers import (
     UNetCritic,
     UNetLayers,
     load_teacher,
+    push,
 )
+from hsivi_diffusers.hub import claim
 from hsivi_diffusers.vi import (
     Chain,
     CriticObjective,
@@ -158,14 +160,24 @@ class Run:
     tracker_project_name: str = option("hsivi", "project name for the trackers")
 
 
-Options = tuple[Teacher, Layers, Method, Training, Run]
+@dataclass
+class Hub:
+    _argument_group_name = "hub"
+    push_to_hub: bool = option(False, "push the pipeline to the Hub at the end")
+    hub_model_id: str | None = option(None, "repo to push to: user/name or organisation/name")
+    hub_token: str | None = option(None, "access token; that of `hf auth login` by default")
+    hub_private_repo: bool = option(False, "make a new repo private")
+    hub_exist_ok: bool = option(False, "add a commit to a repo that already holds files")
+
+
+Options = tuple[Teacher, Layers, Method, Training, Run, Hub]
 
 
 class Players:
     """The modules and optimizers of a run, prepared by accelerate."""
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
-        teacher, layer_options, method, training, _ = options
+        teacher, layer_options, method, training, *_ = options
         unet, schedule = load_teacher(str(teacher.pretrained_teacher_model), teacher.revision)
         scheduler = make_scheduler(schedule, layer_options)
         levels = (method.level_min, method.level_max)
@@ -306,7 +318,7 @@ def replace_folder(new: Path, old: Path) -> None:
 
 def check_options(options: Options) -> None:
     """Refuses, before any work, what could not run."""
-    teacher, layers, method, training, run = options
+    teacher, layers, method, training, run, hub = options
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
     if method.scoring == "random" and layers.noise_scale_type == "per_pixel" and layers.kernel == "renoise":
@@ -316,6 +328,8 @@ def check_options(options: Options) -> None:
         )
     if layers.kernel == "ddim" and layers.noise_eta == 0:
         raise ValueError("--noise_eta 0 leaves the layers no noise, and so no score to train on: give up to 1, say 0.2")
+    if hub.push_to_hub and not hub.hub_model_id:
+        raise ValueError("--push_to_hub needs --hub_model_id: name the repo, such as user/digits-hsivi-5")
     for name, value in [
         ("num_layers", layers.num_layers),
         ("critic_updates", method.critic_updates),
@@ -331,7 +345,7 @@ def check_options(options: Options) -> None:
 def start_run(output_dir: Path, options: Options, resume: bool) -> None:
     """Records the options of a run, or checks that a resumed run has the same."""
     path = output_dir / "options.json"
-    now = {key: value for group in options[:-1] for key, value in asdict(group).items()}
+    now = {key: value for group in options[:4] for key, value in asdict(group).items()}
     if resume and path.is_file():
         before = json.loads(path.read_text())
         changed = [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
@@ -344,6 +358,8 @@ def start_run(output_dir: Path, options: Options, resume: bool) -> None:
     if not resume:
         for name in ("checkpoints", "pipeline"):
             shutil.rmtree(output_dir / name, ignore_errors=True)
+        for name in ("training.json", "report.json", "report.md", "samples.png", "curve.png"):  # of an earlier run
+            (output_dir / name).unlink(missing_ok=True)
     write_json(path, now)
 
 
@@ -364,6 +380,32 @@ def save_pipeline(output_dir: Path, players: Players) -> None:
     replace_folder(partial, output_dir / "pipeline")
 
 
+def summarise(options: Options, seconds: float, processes: int) -> dict[str, Any]:
+    """What training.json says: the cost, and the repo of the teacher if it came from the Hub."""
+    teacher = str(options[0].pretrained_teacher_model)
+    return {"seconds": seconds, "processes": processes, "base_model": None if Path(teacher).exists() else teacher}
+
+
+def push_pipeline(output_dir: Path, hub: Hub) -> None:
+    """Pushes OUTPUT_DIR/pipeline with its card."""
+    try:
+        url = push(
+            HSIVIPipeline.from_pretrained(output_dir / "pipeline"),
+            str(hub.hub_model_id),
+            run_dir=output_dir,
+            exist_ok=hub.hub_exist_ok,
+            private=hub.hub_private_repo or None,
+            token=hub.hub_token,
+        )
+    except Exception as error:
+        error.add_note(
+            f"The training is done and its pipeline is in {output_dir / 'pipeline'}: push it with python "
+            f"training/push_to_hub.py --run_dir {output_dir} --hub_model_id {hub.hub_model_id}"
+        )
+        raise
+    print(f"pushed to {url}")
+
+
 def show_progress(steps: Iterator[Step], start: int, total: int, accelerator: Accelerator) -> Iterator[Step]:
     """Passes the steps on, with a bar of running losses and a line to the trackers every 20 steps."""
     running: dict[str, float] = {}
@@ -382,7 +424,7 @@ def train(
     players: Players, chain: Chain, checkpoints: Checkpoints, options: Options, accelerator: Accelerator
 ) -> float:
     """Runs the updates that are left; returns the seconds of all."""
-    _, _, method, training, run = options
+    _, _, method, training, run, _ = options
     start, spent = checkpoints.load()
     steps = fit(
         players.layers,
@@ -417,8 +459,8 @@ def train(
 
 
 def main(args: list[str] | None = None) -> None:
-    options: Options = parse_options([Teacher, Layers, Method, Training, Run], __doc__ or "", PRESETS, args)
-    *_, method, training, run = options
+    options: Options = parse_options([Teacher, Layers, Method, Training, Run, Hub], __doc__ or "", PRESETS, args)
+    _, _, method, training, run, hub = options
     check_options(options)
     accelerator = Accelerator(log_with=run.report_to, project_dir=str(Path(run.output_dir or ".") / run.logging_dir))
     set_seed(training.seed)
@@ -428,15 +470,23 @@ def main(args: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         claim_output_dir(run.output_dir, run.overwrite_output_dir or run.resume_from_checkpoint is not None)
         start_run(output_dir, options, resume=run.resume_from_checkpoint is not None)
+        if hub.push_to_hub:  # now, for a name or token that is refused should not cost the training
+            claim(
+                str(hub.hub_model_id),
+                exist_ok=hub.hub_exist_ok,
+                private=hub.hub_private_repo or None,
+                token=hub.hub_token,
+            )
     accelerator.wait_for_everyone()
     if run.report_to:
         accelerator.init_trackers(run.tracker_project_name)
 
-    checkpoints = Checkpoints(output_dir, run, accelerator, players, chain)
-    seconds = train(players, chain, checkpoints, options, accelerator)
+    seconds = train(players, chain, Checkpoints(output_dir, run, accelerator, players, chain), options, accelerator)
     if accelerator.is_main_process:
         save_pipeline(output_dir, players)
-        write_json(output_dir / "training.json", {"seconds": seconds, "processes": accelerator.num_processes})
+        write_json(output_dir / "training.json", summarise(options, seconds, accelerator.num_processes))
+        if hub.push_to_hub:
+            push_pipeline(output_dir, hub)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

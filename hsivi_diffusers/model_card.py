@@ -1,0 +1,206 @@
+"""The model card of a distilled sampler: metadata, how to use it, how good it is, how it was trained, its limits."""
+
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .pipeline_hsivi import HSIVIPipeline
+
+METRICS = {"fd": "Frechet distance", "swd": "sliced Wasserstein distance"}
+# The options of a run that a reader of its card wants to know.
+TOLD = ("preset", "objective", "max_train_steps", "train_batch_size", "learning_rate", "critic_learning_rate", "seed")
+
+OURS = """\
+With the package `hsivi_diffusers` installed:
+
+```python
+from hsivi_diffusers import HSIVIPipeline
+
+pipeline = HSIVIPipeline.from_pretrained("{repo_id}")
+images = pipeline(batch_size=16{labels}).images
+```
+
+After `import hsivi_diffusers`, `DiffusionPipeline.from_pretrained` loads it as well.{half}
+
+{stock}
+
+Without the package, with the code that is in this repository (`pipeline.py`, and `hsivi_diffusers.py` in the folders of
+the components; read it first):
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="{repo_id}", trust_remote_code=True)
+images = pipeline(batch_size=16{labels}).images
+```
+
+The number of steps is part of the sampler: {steps}, and no other."""
+
+IN_DDPM_PIPELINE = """\
+In a pipeline of diffusers:
+
+```python
+from diffusers import DDPMPipeline
+from hsivi_diffusers import HSIVIScheduler
+
+scheduler = HSIVIScheduler.from_pretrained("{repo_id}", subfolder="scheduler")
+pipeline = DDPMPipeline.from_pretrained("{repo_id}", scheduler=scheduler)
+images = pipeline(batch_size=16, num_inference_steps={steps}).images
+```"""
+
+STOCK = """\
+With the package `hsivi_diffusers` installed:
+
+```python
+import hsivi_diffusers
+from diffusers import {name}
+
+pipeline = {name}.from_pretrained("{repo_id}")
+images = pipeline({prompt}num_inference_steps={steps}).images
+```
+
+Without it, with the code that is in this repository (`scheduler/hsivi_diffusers.py`; read it first):
+
+```python
+from diffusers import {name}
+
+pipeline = {name}.from_pretrained("{repo_id}", trust_remote_code=True)
+images = pipeline({prompt}num_inference_steps={steps}).images
+```
+
+The number of steps is part of the sampler: pass {steps}, any other is refused."""
+
+
+def make_card(
+    pipeline: DiffusionPipeline,
+    repo_id: str,
+    run: dict[str, Any],
+    base_model: str | None = None,
+    license: str | None = None,
+    fp16: bool = False,
+) -> ModelCard:
+    """Writes the card.
+
+    Args:
+        pipeline: What is shared.
+        repo_id: Where.
+        run: options, training and report (JSON contents, empty if unknown); samples and curve, if there are figures.
+        base_model: Repo id of the teacher; that of the run by default.
+        license: Identifier of the licence.
+        fp16: There are weights in half precision as well.
+    """
+    name, steps = repo_id.split("/")[-1], len(pipeline.scheduler.config.layer_timesteps) - 1
+    base_model = base_model or run["training"].get("base_model")
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image" if hasattr(pipeline, "tokenizer") else "unconditional-image-generation",
+        license=license,
+        base_model=base_model,
+        tags=["diffusers", "hsivi", "few-step", "distillation", "arxiv:2310.17153"],
+        model_name=name,
+        eval_results=_eval_results(run["report"]),
+    )
+    teacher = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained diffusion model"
+    sections = [
+        f"# {name}",
+        f"A sampler of **{_calls(steps)}**, distilled from {teacher} without training data, by hierarchical "
+        "semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153)).",
+        "![Pictures drawn by this model](samples.png)" if isinstance(pipeline, HSIVIPipeline) else "",
+        f"## Use it\n\n{_usage(pipeline, repo_id, steps, fp16)}",
+        f"## Quality\n\n{_quality(run)}",
+        f"## Training\n\n{_training(pipeline, run)}",
+        f"## Limits\n\n{_limits(steps, license)}",
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def _calls(steps: int) -> str:
+    return f"{steps} network call{'s' * (steps > 1)}"
+
+
+def _metric_name(metric: str, report: dict[str, Any]) -> str:
+    features = report.get("features")
+    return f"{METRICS[metric]}, {features}" if metric == "fd" and features else METRICS[metric]
+
+
+def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
+    """The measured rows of this model, for the model-index."""
+    results = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=str(row["dataset"]),
+            dataset_name=str(row["dataset"]),
+            metric_type=METRICS[metric].lower().replace(" ", "_"),
+            metric_name=f"{_metric_name(metric, report)}, {_calls(row['nfe'])}, {row['num_samples']} pictures",
+            metric_value=round(row[metric], 4),
+        )
+        for row in report.get("rows", [])
+        if row["method"] == "HSIVI"
+        for metric in METRICS
+    ]
+    return results or None
+
+
+def _usage(pipeline: DiffusionPipeline, repo_id: str, steps: int, fp16: bool) -> str:
+    """Snippets: with the package, in a stock pipeline, without the package."""
+    if not isinstance(pipeline, HSIVIPipeline):
+        prompt = '"a prompt", ' if hasattr(pipeline, "tokenizer") else ""
+        return STOCK.format(name=type(pipeline).__name__, repo_id=repo_id, prompt=prompt, steps=steps)
+    classes = pipeline.unet.config.num_class_embeds
+    labels = f", class_labels=[i % {classes} for i in range(16)]" if classes else ""
+    stock = IN_DDPM_PIPELINE.format(repo_id=repo_id, steps=steps)
+    if classes:
+        stock = "A stock DDPMPipeline cannot draw with it, for it passes no class labels."
+    elif pipeline.unet_noise_scale is not None:
+        stock = "A stock DDPMPipeline cannot draw with it, for it does not know the learned noise scale, one per pixel."
+    half = ' `variant="fp16"` takes the weights in half precision.' if fp16 else ""
+    return OURS.format(repo_id=repo_id, labels=labels, half=half, stock=stock, steps=steps)
+
+
+def _quality(run: dict[str, Any]) -> str:
+    report = run["report"]
+    if not report:
+        return "Not measured yet."
+    head = f"| NFE | method | {_metric_name('fd', report)} | {_metric_name('swd', report)} | pictures |"
+    lines = [
+        f"| {row['nfe']} | {'**HSIVI, this model**' if row['method'] == 'HSIVI' else row['method']} | {row['fd']:.2f} "
+        f"| {row['swd']:.4f} | {row['num_samples']} |"
+        for row in sorted(report["rows"], key=lambda row: (row["nfe"], row["fd"]))
+    ]
+    notes = (
+        "NFE: network calls for one picture. Lower is better. All methods sample the same teacher from the same noise. "
+        f"{report.get('measured', '')}"
+    )
+    figures = {"samples": "![Rows of pictures of each method](comparison.png)", "curve": "![The curve](curve.png)"}
+    parts = ["\n".join([head, "|---:|---|---:|---:|---:|", *lines]), notes.strip()]
+    return "\n\n".join([*parts, *(line for name, line in figures.items() if name in run)])
+
+
+def _training(pipeline: DiffusionPipeline, run: dict[str, Any]) -> str:
+    config, options, training = pipeline.scheduler.config, run["options"], run["training"]
+    noise = (
+        f"DDIM layers of eta {config.noise_eta}" if config.kernel == "ddim" else "layers that noise the picture anew"
+    )
+    text = (
+        f"{_calls(len(config.layer_timesteps) - 1).capitalize()} at the timesteps {list(config.layer_timesteps)[:-1]}, "
+        f"{noise}. Each is a conditional distribution, trained so that its marginal matches the data at a noise level, "
+        "which the score of the teacher knows. No pictures were used."
+    )
+    settings = ", ".join(f"{name} {options[name]}" for name in TOLD if options.get(name) is not None)
+    if settings:
+        text += f"\n\nProgram `train_hsivi.py` of hsivi_diffusers: {settings}."
+    if training:
+        processes = f"{training['processes']} process{'es' * (training['processes'] > 1)}"
+        text += f" It took {training['seconds']:.0f} s in {processes}."
+    return text
+
+
+def _limits(steps: int, license: str | None) -> str:
+    terms = "" if license else " No licence was stated at the upload; terms of the teacher may apply to this model too."
+    return (
+        f"It draws with {_calls(steps)} only. It has the faults and biases of its teacher, and it can draw some kinds "
+        "of picture more often than the teacher does: look at many before you rely on their shares. It has no filter "
+        f"of any kind.{terms}"
+    )

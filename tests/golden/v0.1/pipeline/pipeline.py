@@ -1,0 +1,219 @@
+"""Sampling with T network calls."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class HSIVIPipeline(DiffusionPipeline):
+    """Draws pictures with a distilled UNet: x_T ~ N(0, I), then one network call for each of T layers.
+
+    Args:
+        unet: The student.
+        scheduler: A `HSIVIScheduler`.
+        unet_noise_scale: The `HSIVINoiseScale`, where the scheduler's `noise_scale_type` is "per_pixel".
+
+    Raises:
+        ValueError: The scheduler or the unet is of another kind, or the noise scale is missing.
+    """
+
+    __module__ = "hsivi_diffusers"
+
+    _source = Path(__file__).read_text(encoding="utf-8")
+
+    model_cpu_offload_seq = "unet->unet_noise_scale"
+    _optional_components = ["unet_noise_scale"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        unet_noise_scale: Optional[ModelMixin] = None,  # noqa: UP045 (diffusers < 0.36 reads no `|` here)
+    ):
+        super().__init__()
+        if not hasattr(scheduler, "transition"):
+            raise ValueError(_wrong_scheduler(scheduler))
+        if "cross_attention_dim" in unet.config:
+            raise ValueError(
+                f"HSIVIPipeline got a {type(unet).__name__}: it draws with a UNet2DModel. Use the stock pipeline of "
+                "this unet, and assign the HSIVIScheduler to its `scheduler`"
+            )
+        if scheduler.config.noise_scale_type == "per_pixel" and unet_noise_scale is None:
+            raise ValueError(
+                "the scheduler's noise_scale_type is 'per_pixel', but unet_noise_scale is None: pass the "
+                "HSIVINoiseScale that was trained with this unet"
+            )
+        self.register_modules(unet=unet, scheduler=scheduler, unet_noise_scale=unet_noise_scale)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the steps of the last call, or of the trained grid before any."""
+        return getattr(self, "_num_timesteps", len(self.scheduler.timesteps))
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """Saves the pipeline, and with it the code of its classes, so that it loads without the package too.
+
+        Args:
+            save_directory: Folder to write to; made if need be.
+            safe_serialization: Must stay True: pickles are not written.
+            **kwargs: variant, max_shard_size, push_to_hub, ...: see `DiffusionPipeline.save_pretrained`.
+
+        Raises:
+            ValueError: `safe_serialization` is False.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write pickles: leave it out, weights are safetensors")
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / "pipeline.py").write_text(self._source, encoding="utf-8")
+        super().save_pretrained(save_directory, **kwargs)
+
+    def __repr__(self) -> str:
+        """What it draws and with how many calls, then the components."""
+        grid = self.scheduler.config.layer_timesteps
+        steps = "any number of" if grid is None else f"{len(grid) - 1}"
+        shape = "x".join(map(str, self._sample_shape()))
+        return f"HSIVIPipeline: {shape} pictures in {steps} network calls, layer_timesteps={grid}\n{super().__repr__()}"
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        latents: torch.Tensor | None = None,
+        class_labels: torch.Tensor | list[int] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (the signature of diffusers)
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draws a batch of pictures.
+
+        Args:
+            batch_size: Number of pictures.
+            generator: Source of all noise; a list gives each picture its own.
+            num_inference_steps: T; None takes the trained one.
+            latents: x_T, shape (batch_size, C, H, W), in the place of a draw.
+            class_labels: Shape (batch_size,), for a class-conditional UNet.
+            output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), both in [0, 1], or "latent" (x_0 as it is).
+            return_dict: Return `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: Called as f(pipeline, step, timestep, {"latents": x_t}) after each step; what it
+                returns under "latents" replaces x_t.
+            callback_on_step_end_tensor_inputs: Names it wants, of "latents".
+
+        Returns:
+            The pictures.
+
+        Raises:
+            ValueError: The step count, a shape, a label or an option does not fit.
+        """
+        self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
+        device, dtype = self._device_and_dtype()
+        latents = self._prepare_latents(batch_size, latents, generator, device, dtype)
+        conditions = self._prepare_class_labels(batch_size, class_labels, device)
+        noise_scale = None if self.unet_noise_scale is None else self.unet_noise_scale()
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = len(self.scheduler.timesteps)
+
+        # The step is told a number, the network a tensor: so a GPU is not waited for at each step.
+        timesteps = self.scheduler.timesteps.tolist()
+        for i, timestep in enumerate(self.progress_bar(timesteps)):
+            model_output = self.unet(latents, self.scheduler.timesteps[i], **conditions).sample
+            latents, _ = self.scheduler.step(
+                model_output, timestep, latents, generator=generator, noise_scale=noise_scale, return_dict=False
+            )
+            if callback_on_step_end is not None:
+                wanted = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                latents = callback_on_step_end(self, i, timestep, wanted).pop("latents", latents)
+
+        images = self._to_images(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_inputs(
+        self, batch_size: int, generator: Any, output_type: str, callback_on_step_end_tensor_inputs: list[str]
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: ask for at least 1 picture")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for batch_size={batch_size}: give one, or one for each")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} is unknown: choose 'pil', 'np', 'pt' or 'latent'")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: choose from {self._callback_tensor_inputs}"
+            )
+
+    def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Where the unet takes its input, and in what precision.
+
+        Its first layer knows, unless hooks move or cast the weights: then diffusers searches all layers for them,
+        which would take a hundredth of the time of a small sampler.
+        """
+        first = self.unet.conv_in
+        hooked = any(hasattr(module, hook) for module in (self.unet, first) for hook in ("_hf_hook", "_diffusers_hook"))
+        return (self._execution_device, self.unet.dtype) if hooked else (first.weight.device, first.weight.dtype)
+
+    def _sample_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    def _prepare_latents(
+        self, batch_size: int, latents: torch.Tensor | None, generator: Any, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor:
+        shape = (batch_size, *self._sample_shape())
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}: expected {shape}")
+        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+
+    def _prepare_class_labels(
+        self, batch_size: int, class_labels: Any, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        conditional = getattr(self.unet, "class_embedding", None) is not None
+        if conditional != (class_labels is not None):
+            have = "needs class_labels" if conditional else "takes no class_labels: it is unconditional"
+            raise ValueError(f"this unet {have}")
+        if class_labels is None:
+            return {}
+        labels = torch.as_tensor(class_labels, device=device)
+        if labels.shape != (batch_size,) or labels.is_floating_point():
+            raise ValueError(
+                f"class_labels has shape {tuple(labels.shape)} and {labels.dtype}: expected ({batch_size},) integers"
+            )
+        return {"class_labels": labels}
+
+    def _to_images(self, latents: torch.Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        images = (latents / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def _wrong_scheduler(scheduler: SchedulerMixin) -> str:
+    name, grid = type(scheduler).__name__, scheduler.config.get("layer_timesteps")
+    if grid is not None:
+        return (
+            f"HSIVIPipeline got a {name} that carries the settings of a sampler of {len(grid) - 1} steps: pass "
+            "scheduler=HSIVIScheduler.from_config(scheduler.config), or in from_pretrained "
+            'scheduler=HSIVIScheduler.from_pretrained(repo, subfolder="scheduler")'
+        )
+    return (
+        f"HSIVIPipeline got a {name}: this model was not distilled. Distil it with training/train_hsivi.py, or use the "
+        "pipeline it came with, or sample it as it is with scheduler=HSIVIScheduler.from_config(scheduler.config), "
+        "which is DDIM with some noise"
+    )

@@ -1,0 +1,503 @@
+"""A small Hugging Face Hub on the loopback, for tests.
+
+Model repositories live in memory; the unmodified client reaches them over HTTP with `HF_ENDPOINT` set to
+`hub.url`. Answers, headers and error texts follow the real Hub as far as the client looks at them. Left out:
+pull requests, Xet, revisions with a slash in their name.
+
+`HF_*` variables are read when huggingface_hub is imported, hence `run_client`, which runs code in a process of
+its own. It sets `HF_HUB_DISABLE_XET`, or the client would take files called "lfs" to Xet.
+"""
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import uvicorn
+import yaml
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+ORGS = {"alice": ["org"], "bob": []}
+READS = ("GET", "HEAD")
+
+
+class HubError(Exception):
+    """An answer that the client raises an error for."""
+
+    def __init__(self, status, message, code=None, headers=None, **body):
+        self.status = status
+        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
+        self.body = {"error": message, **body}
+
+
+@dataclass(frozen=True)
+class Commit:
+    sha: str
+    files: dict[str, bytes]
+    title: str
+    message: str
+    author: str
+    date: str
+    parents: tuple["Commit", ...]  # all of them, the newest first
+
+
+@dataclass
+class Repo:
+    id: str
+    private: bool = False
+    gated: bool | str = False
+    readers: set[str] = field(default_factory=set)  # who was let in to a gated repository
+    commits: list[Commit] = field(default_factory=list)
+    branches: dict[str, Commit] = field(default_factory=dict)
+    tags: dict[str, Commit] = field(default_factory=dict)
+
+    def commit(self, files, title, author, message="", branch="main"):
+        head = self.branches.get(branch)
+        # The number of the commit keeps two commits of one content apart, as the date does in git.
+        content = [self.id, len(self.commits), title, sorted((path, git_sha(data)) for path, data in files.items())]
+        sha = hashlib.sha1(repr(content).encode()).hexdigest()
+        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        parents = (head, *head.parents) if head else ()
+        self.branches[branch] = Commit(sha, dict(files), title, message, author, date, parents)
+        self.commits.append(self.branches[branch])
+        return self.branches[branch]
+
+    def find(self, revision):
+        known = {commit.sha: commit for commit in self.commits} | self.tags | self.branches
+        if revision not in known:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return known[revision]
+
+
+@dataclass
+class Call:
+    """What a handler is told of a request; `repo` is None where the address names none."""
+
+    params: dict
+    query: dict
+    headers: dict
+    body: bytes
+    user: str | None
+    repo: Repo | None
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def commit(self):
+        return self.repo.find(self.params.get("rev", "main"))
+
+
+def is_lfs(path):
+    return path.endswith((".safetensors", ".png"))
+
+
+def git_sha(data):
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def file_sha(path, data):
+    """The hash the Hub knows the file by: its ETag, and what the client compares before an upload."""
+    return hashlib.sha256(data).hexdigest() if is_lfs(path) else git_sha(data)
+
+
+def list_tree(files, folder, recursive):
+    prefix, rows = f"{folder}/" if folder else "", {}
+    for path, data in sorted(files.items()):
+        name, _, below = path.removeprefix(prefix).partition("/")
+        if not path.startswith(prefix):
+            continue
+        if below and not recursive:
+            rows[name] = {"type": "directory", "path": prefix + name, "size": 0, "oid": git_sha(b"")}
+        else:
+            rows[path] = {"type": "file", "path": path, "size": len(data), "oid": git_sha(data)}
+            if is_lfs(path):
+                rows[path]["lfs"] = {"oid": file_sha(path, data), "size": len(data), "pointerSize": 134}
+    return list(rows.values())
+
+
+def read_card(readme):
+    """The metadata at the head of a model card, and what is wrong with it."""
+    block = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", readme, re.DOTALL)
+    try:
+        card = (yaml.safe_load(block[1]) if block else None) or {}
+    except yaml.YAMLError as error:
+        return {}, [f"YAML parsing error: {error}"]
+    if not isinstance(card, dict):
+        return {}, ["metadata must be an object"]
+    return card, [] if isinstance(card.get("license", ""), str) else ['"license" must be a string']
+
+
+def card_tags(card):
+    first = [card["library_name"]] if "library_name" in card else []
+    last = [f"license:{card['license']}"] if "license" in card else []
+    return [*first, *(card.get("tags") or []), *last]
+
+
+def send_bytes(data, wanted, headers):
+    """The file, or the part of it that a Range header asks for."""
+    part = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
+    if not part:
+        return Response(data, 200, headers)
+    start, end = int(part[1]), min(int(part[2] or len(data)), len(data) - 1)
+    if start > end:
+        return Response(b"", 416, headers | {"Content-Range": f"bytes */{len(data)}"})
+    return Response(data[start : end + 1], 206, headers | {"Content-Range": f"bytes {start}-{end}/{len(data)}"})
+
+
+class Hub:
+    """The server and its state: `with Hub() as hub:` runs it in a thread.
+
+    Switches: `down` answers 503 to everything; `cut_uploads` and `refuse_uploads` hold the numbers (from 1) of
+    the PUTs of lfs files that lose the connection half-way, or are answered 403. Records: `requests`, pairs of
+    method and path, and `uploads`, the sha256 of each lfs file stored. `stop()` closes the port, as with no
+    network; `start()` opens the same one again.
+    """
+
+    def __init__(self):
+        self.tokens = {"hf_alice": "alice", "hf_bob": "bob"}
+        self.repos = {}
+        self.blobs = {}
+        self.requests = []
+        self.uploads = []
+        self.puts = 0
+        self.cut_uploads = set()
+        self.refuse_uploads = set()
+        self.down = False
+        self.port = 0
+        self.app = Starlette(routes=self.routes(), exception_handlers={HubError: self.refuse})
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *error):
+        self.stop()
+
+    def start(self):
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", self.port))
+        self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        # h11 is named because `cut` reaches into its connection, asgi3 because uvicorn misreads bound methods.
+        options = {"http": "h11", "interface": "asgi3", "lifespan": "off", "timeout_graceful_shutdown": 1}
+        self.server = uvicorn.Server(uvicorn.Config(self.serve, log_level="error", **options))
+        self.thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
+        self.thread.start()
+        while not self.server.started and self.thread.is_alive():
+            time.sleep(0.005)
+        return self
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join()
+
+    def add_repo(self, name, files=None, author="alice", **options):
+        """Make a repository, as the tests may do without a client."""
+        self.repos[name] = repo = Repo(name, **options)
+        first = repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit", author)
+        if files:
+            repo.commit(first.files | files, "Add files", author)
+        return repo
+
+    def routes(self):
+        api, lfs = "/api/models/{space}/{name}", "/{space}/{name}.git/info/lfs/objects"
+        table = [
+            ("GET", "/api/whoami-v2", self.whoami),
+            ("POST", "/api/validate-yaml", self.validate_yaml),
+            ("POST", "/api/repos/create", self.create_repo),
+            ("DELETE", "/api/repos/delete", self.delete_repo),
+            ("GET", "/{space}/{name}/resolve/{rev}/{path:path}", self.resolve),
+            ("GET", api, self.model_info),
+            ("GET", api + "/revision/{rev}", self.model_info),
+            ("GET", api + "/tree/{rev}", self.tree),
+            ("GET", api + "/tree/{rev}/{path:path}", self.tree),
+            ("GET", api + "/refs", self.refs),
+            ("GET", api + "/commits/{rev}", self.commits),
+            ("POST", api + "/branch/{branch}", self.create_branch),
+            ("POST", api + "/tag/{rev}", self.create_tag),
+            ("POST", api + "/preupload/{rev}", self.preupload),
+            ("POST", api + "/commit/{rev}", self.commit),
+            ("POST", lfs + "/batch", self.lfs_batch),
+            ("POST", lfs + "/verify", self.lfs_verify),
+        ]
+        routes = [Route(path, self.endpoint(handler), methods=[method]) for method, path, handler in table]
+        return [*routes, Route("/lfs/{oid}", self.put_blob, methods=["PUT"])]
+
+    def endpoint(self, handler):
+        async def answer(request):
+            user, repo = self.user(request), None
+            if "name" in request.path_params:
+                repo = self.readable(request, user) if request.method in READS else self.writable(request, user)
+            body = await request.body()
+            reply = handler(Call(request.path_params, request.query_params, request.headers, body, user, repo))
+            return reply if isinstance(reply, Response) else JSONResponse(reply)
+
+        return answer
+
+    async def serve(self, scope, receive, send):
+        self.requests.append((scope["method"], scope["path"]))
+        app = JSONResponse({"error": "Service Unavailable"}, 503) if self.down else self.app
+        await app(scope, receive, send)
+
+    async def refuse(self, request, error):
+        return JSONResponse(error.body, error.status, error.headers)
+
+    # Who may do what.
+
+    def user(self, request):
+        """The name behind the token; None without a token."""
+        token = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if token and token not in self.tokens and request.method in READS:
+            raise HubError(401, "Invalid credentials in Authorization header")
+        if token and token not in self.tokens:
+            self.ask_to_log_in(request.path_params)
+        return self.tokens.get(token)
+
+    def ask_to_log_in(self, params):
+        # Over https the client takes such a 401 on a repository for a missing one; over http it needs the code.
+        raise HubError(401, "Invalid username or password.", "RepoNotFound" if "name" in params else None)
+
+    def owns(self, user, space):
+        return space == user or space in ORGS.get(user, [])
+
+    def readable(self, request, user):
+        space = request.path_params["space"]
+        repo = self.repos.get(f"{space}/{request.path_params['name']}")
+        if repo and (not repo.private or self.owns(user, space)):
+            return repo
+        if user is None:
+            self.ask_to_log_in(request.path_params)
+        raise HubError(404, "Repository not found", "RepoNotFound")
+
+    def writable(self, request, user):
+        repo = self.readable(request, user)
+        if user is None:
+            self.ask_to_log_in(request.path_params)
+        if "create_pr" in request.query_params:
+            raise HubError(400, "This Hub has no pull requests")
+        if not self.owns(user, request.path_params["space"]):
+            raise HubError(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
+        return repo
+
+    def check_gate(self, repo, user, headers):
+        if not repo.gated or user in repo.readers or self.owns(user, repo.id.split("/")[0]):
+            return
+        text = f"Access to model {repo.id} is restricted"
+        if user is None:
+            text += ". You must have access to it and be authenticated to access it. Please log in."
+            raise HubError(401, text, "GatedRepo", headers)
+        text += f" and you are not in the authorized list. Visit {self.url}/{repo.id} to ask for access."
+        raise HubError(403, text, "GatedRepo", headers)
+
+    # Accounts and repositories.
+
+    def whoami(self, call):
+        if call.user is None:
+            raise HubError(401, "Invalid credentials in Authorization header")
+        orgs = [{"type": "org", "name": org, "roleInOrg": "write"} for org in ORGS.get(call.user, [])]
+        auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
+        return {"type": "user", "name": call.user, "fullname": call.user, "orgs": orgs, "auth": auth}
+
+    def validate_yaml(self, call):
+        """Asked without a token by `ModelCard.validate`."""
+        _, errors = read_card(call.json["content"])
+        answer = {"errors": [{"message": error} for error in errors], "warnings": []}
+        return JSONResponse(answer, 400 if errors else 200)
+
+    def owned_name(self, call):
+        if call.user is None:
+            self.ask_to_log_in(call.params)
+        space = call.json.get("organization") or call.user
+        if not self.owns(call.user, space):
+            raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{space}"')
+        return f"{space}/{call.json['name']}"
+
+    def create_repo(self, call):
+        name = self.owned_name(call)
+        if (call.json.get("type") or "model") != "model":
+            raise HubError(400, "This Hub has models only")
+        if name in self.repos:
+            raise HubError(409, "You already created this model repo", url=f"{self.url}/{name}")
+        # huggingface_hub 0.34 says "private", later releases "visibility".
+        private = bool(call.json.get("private")) or call.json.get("visibility") == "private"
+        self.add_repo(name, author=call.user, private=private)
+        return {"url": f"{self.url}/{name}", "name": name}
+
+    def delete_repo(self, call):
+        if self.repos.pop(self.owned_name(call), None) is None:
+            raise HubError(404, "Repository not found", "RepoNotFound")
+        return {}
+
+    # Reading.
+
+    def resolve(self, call):
+        path, commit = call.params["path"], call.commit
+        headers = {"X-Repo-Commit": commit.sha}
+        self.check_gate(call.repo, call.user, headers)
+        if path not in commit.files:
+            raise HubError(404, "Entry not found", "EntryNotFound", headers)
+        data = commit.files[path]
+        headers |= {"ETag": f'"{file_sha(path, data)}"', "Accept-Ranges": "bytes"}
+        if is_lfs(path):
+            headers |= {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(data))}
+        return send_bytes(data, call.headers.get("range"), headers)
+
+    def model_info(self, call):
+        """Open for gated repositories too: only their files are closed."""
+        repo, commit = call.repo, call.commit
+        card, _ = read_card(commit.files.get("README.md", b"").decode())
+        return {
+            "id": repo.id,
+            "author": repo.id.split("/")[0],
+            "sha": commit.sha,
+            "lastModified": commit.date,
+            "private": repo.private,
+            "gated": repo.gated,
+            "tags": card_tags(card),
+            "library_name": card.get("library_name"),
+            "pipeline_tag": card.get("pipeline_tag"),
+            "cardData": card,
+            "siblings": [{"rfilename": path} for path in sorted(commit.files)],
+        }
+
+    def tree(self, call):
+        folder = call.params.get("path", "")
+        rows = list_tree(call.commit.files, folder, call.query.get("recursive", "").lower() in ("1", "true"))
+        if folder and not rows:
+            raise HubError(404, f"{folder} does not exist", "EntryNotFound")
+        return JSONResponse(rows)
+
+    def refs(self, call):
+        def rows(kind, refs):
+            return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": at.sha} for name, at in refs.items()]
+
+        return {"branches": rows("heads", call.repo.branches), "tags": rows("tags", call.repo.tags), "converts": []}
+
+    def commits(self, call):
+        return [
+            {"id": at.sha, "title": at.title, "message": at.message, "date": at.date, "authors": [{"user": at.author}]}
+            for at in (call.commit, *call.commit.parents)
+        ]
+
+    # Writing.
+
+    def create_branch(self, call):
+        if call.params["branch"] in call.repo.branches:
+            raise HubError(409, "Reference already exists")
+        call.repo.branches[call.params["branch"]] = call.repo.find(call.json.get("startingPoint", "main"))
+        return {}
+
+    def create_tag(self, call):
+        if call.json["tag"] in call.repo.tags:
+            raise HubError(409, "Tag reference exists already")
+        call.repo.tags[call.json["tag"]] = call.commit
+        return {}
+
+    def preupload(self, call):
+        answers, files = [], call.commit.files
+        for path in (wanted["path"] for wanted in call.json["files"]):
+            mode = "lfs" if is_lfs(path) else "regular"
+            sha = file_sha(path, files[path]) if path in files else None
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": sha})
+        return {"files": answers}
+
+    def lfs_batch(self, call):
+        objects = [{"oid": wanted["oid"], "size": wanted["size"]} for wanted in call.json["objects"]]
+        for answer in objects:
+            if answer["oid"] not in self.blobs:  # no actions: nothing to send
+                upload = {"href": f"{self.url}/lfs/{answer['oid']}"}
+                verify = {"href": f"{self.url}/{call.repo.id}.git/info/lfs/objects/verify"}
+                answer["actions"] = {"upload": upload, "verify": verify}
+        return {"transfer": "basic", "objects": objects}
+
+    async def put_blob(self, request):
+        """Stands for the signed address of a store, which asks for no token."""
+        self.puts += 1
+        number, sha = self.puts, request.path_params["oid"]
+        if number in self.cut_uploads:
+            await self.cut(request)
+            return Response()
+        data = await request.body()
+        if number in self.refuse_uploads:
+            raise HubError(403, "Request has expired")
+        if hashlib.sha256(data).hexdigest() != sha:
+            raise HubError(400, "The content does not match its sha256")
+        self.blobs[sha] = data
+        self.uploads.append(sha)
+        return Response()
+
+    async def cut(self, request):
+        await request.receive()
+        # ASGI has no way to drop a connection; uvicorn's `receive` is a method of the object that holds it.
+        request.receive.__self__.transport.abort()
+        await asyncio.sleep(0)  # until uvicorn has noticed: else it complains of the answer that is missing
+
+    def lfs_verify(self, call):
+        if call.json["oid"] not in self.blobs:
+            raise HubError(404, "Object does not exist")
+        return {}
+
+    def commit(self, call):
+        branch, repo = call.params["rev"], call.repo
+        if branch not in repo.branches:
+            raise HubError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
+        header, *changes = map(json.loads, call.body.splitlines())
+        head, about = repo.branches[branch], header["value"]
+        if about.get("parentCommit", head.sha) != head.sha:
+            raise HubError(412, "A commit has happened since. Please refresh and try again.")
+        files = dict(head.files)
+        for change in changes:
+            self.change(files, change["key"], **change["value"])
+        done = repo.commit(files, about["summary"], call.user, about.get("description", ""), branch)
+        return {"success": True, "commitOid": done.sha, "commitUrl": f"{self.url}/{repo.id}/commit/{done.sha}"}
+
+    def change(self, files, key, path, content="", oid="", **_):
+        if key == "file":
+            files[path] = base64.b64decode(content)
+        elif key == "lfsFile" and oid in self.blobs:
+            files[path] = self.blobs[oid]
+        elif key in ("deletedFile", "deletedFolder"):
+            gone = [name for name in files if name == path or name.startswith(path.rstrip("/") + "/")]
+            if not gone:
+                raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
+            for name in gone:
+                del files[name]
+        else:
+            raise HubError(400, f"{key} {path} cannot be committed")
+
+
+def client_env(hub, home, token=None, **env):
+    """The environment of a process whose client talks to the hub and keeps its cache and logins under `home`."""
+    foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
+    ours = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        **({"HF_TOKEN": token} if token else {}),
+    }
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | ours | env
+
+
+def run_client(code, hub, home, token=None, **env):
+    """Run Python code in such a process, started in tests/; returns the completed process."""
+    command, env = [sys.executable, "-c", code], client_env(hub, home, token, **env)
+    return subprocess.run(command, env=env, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)

@@ -1,0 +1,266 @@
+"""Pushing and pulling over HTTP, with the client as it is and a Hub on the loopback."""
+
+import json
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import save_file
+
+from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, push
+from hub_server import Hub, run_client
+from make_golden import draw, make_pipeline
+from tiny_unet import make_unet
+
+PUSH = """
+from hsivi_diffusers import HSIVIPipeline, push
+pipeline = HSIVIPipeline.from_pretrained({pipeline!r})
+pipeline.set_progress_bar_config(disable=True)
+"""
+# The pictures of tests/make_golden.py, and whether a pipeline draws them.
+SAME = """
+import torch
+from safetensors.torch import load_file
+wanted = load_file({pictures!r})["pictures"]
+def same(pipeline):
+    pictures = pipeline(batch_size=4, generator=torch.Generator().manual_seed(0), output_type="np").images
+    return torch.equal(torch.from_numpy(pictures), wanted)
+"""
+ROWS = [
+    {"dataset": "digits", "method": method, "nfe": nfe, "num_samples": 500, "fd": fd, "swd": 0.02}
+    for method, nfe, fd in (("HSIVI", 4, 1.25), ("DDIM", 4, 9.5), ("DDPM", 100, 0.75))
+]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A finished run: pipeline, options, cost, report and figures."""
+    folder = tmp_path_factory.mktemp("run")
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(folder / "pipeline")
+    save_file({"pictures": draw(pipeline)}, folder / "pictures.safetensors")
+    report = {"features": "digits classifier features", "measured": "Measured on a test.", "rows": ROWS}
+    options = {"preset": "fast", "seed": 3, "pretrained_teacher_model": "google/ddpm-cifar10-32"}
+    training = {"seconds": 12.3, "processes": 1, "base_model": "google/ddpm-cifar10-32"}
+    for name, content in (("report", report), ("options", options), ("training", training)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    for name in ("samples", "curve"):
+        (folder / f"{name}.png").write_bytes(b"a figure of " + name.encode())
+    return folder
+
+
+def client(code, hub, home, run_dir, token="hf_alice", **env):
+    """Runs code after PUSH and SAME; returns what it printed."""
+    head = PUSH.format(pipeline=str(run_dir / "pipeline")) + SAME.format(pictures=str(run_dir / "pictures.safetensors"))
+    run = run_client(head + code, hub, home, token, **env)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def pushed(run_dir, tmp_path_factory):
+    """A hub with alice/digits, pushed with its run, and what push returned."""
+    with Hub() as hub:
+        before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+        code = f"print(push(pipeline, 'alice/digits', run_dir={str(run_dir)!r}, license='apache-2.0'))"
+        hub.answer = client(code, hub, tmp_path_factory.mktemp("home"), run_dir).strip()
+        assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+        yield hub
+
+
+def files_of(hub, name):
+    return hub.repos[name].branches["main"].files
+
+
+# ----- what is pushed -----
+
+
+def test_one_commit_holds_weights_code_and_card_and_no_pickle(pushed):
+    head = pushed.repos["alice/digits"].branches["main"]
+    assert pushed.answer == f"{pushed.url}/alice/digits/commit/{head.sha}"
+    assert head.title == "Upload a sampler of 4 network calls"
+    assert set(head.files) == {
+        ".gitattributes",
+        "README.md",
+        "comparison.png",
+        "curve.png",
+        "model_index.json",
+        "pipeline.py",
+        "samples.png",
+        "scheduler/hsivi_diffusers.py",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet_noise_scale/config.json",
+        "unet_noise_scale/diffusion_pytorch_model.fp16.safetensors",
+        "unet_noise_scale/diffusion_pytorch_model.safetensors",
+        "unet_noise_scale/hsivi_diffusers.py",
+    }
+    assert head.files["comparison.png"] == b"a figure of samples"
+    assert head.files["samples.png"].startswith(b"\x89PNG")
+
+
+def test_the_card_has_the_metadata_of_the_run(pushed):
+    card = ModelCard(files_of(pushed, "alice/digits")["README.md"].decode())
+    assert card.data.library_name == "diffusers"
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    assert card.data.base_model == "google/ddpm-cifar10-32"
+    assert card.data.license == "apache-2.0"
+    assert {"hsivi", "arxiv:2310.17153"} <= set(card.data.tags)
+    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert metrics == {"frechet_distance": 1.25, "sliced_wasserstein_distance": 0.02}
+    assert "| 4 | **HSIVI, this model** | 1.25 | 0.0200 | 500 |" in card.text
+    assert "preset fast, seed 3. It took 12 s in 1 process." in card.text
+
+
+# ----- what is pulled -----
+
+
+def test_what_was_pushed_is_pulled_and_pushed_again(pushed, run_dir, tmp_path):
+    code = f"""
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi
+first = HfApi().model_info("alice/digits").sha
+pulled = HSIVIPipeline.from_pretrained("alice/digits")
+assert same(pulled) and same(DiffusionPipeline.from_pretrained("alice/digits"))
+half = HSIVIPipeline.from_pretrained("alice/digits", variant="fp16")
+assert not same(half)
+pulled.save_pretrained({str(tmp_path / "again")!r})
+assert same(HSIVIPipeline.from_pretrained({str(tmp_path / "again")!r}))
+with torch.no_grad():
+    pulled.unet_noise_scale.log_scale.add_(1.0)
+push(pulled, "alice/digits", exist_ok=True, fp16=False, commit_message="Louder")
+assert not same(HSIVIPipeline.from_pretrained("alice/digits"))
+assert same(HSIVIPipeline.from_pretrained("alice/digits", revision=first))
+push(pipeline, "org/digits", revision="trial", private=True)
+assert same(HSIVIPipeline.from_pretrained("org/digits", revision="trial"))
+print(first)
+"""
+    first = client(code, pushed, tmp_path / "home", run_dir).strip()
+    repo = pushed.repos["alice/digits"]
+    assert repo.branches["main"].title == "Louder"
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" not in repo.branches["main"].files  # it was of older weights
+    assert pushed.repos["org/digits"].private
+    offline = f"""
+assert same(HSIVIPipeline.from_pretrained("alice/digits", revision={first!r}))
+assert not same(HSIVIPipeline.from_pretrained("alice/digits"))
+"""
+    client(offline, pushed, tmp_path / "home", run_dir, HF_HUB_OFFLINE="1")
+    repo.branches["main"] = repo.branches["main"].parents[0]  # as the other tests found it
+
+
+def test_without_the_package_it_draws_the_same_pictures_and_can_be_saved(pushed, run_dir, tmp_path):
+    head = "import sys\nsys.modules['hsivi_diffusers'] = None\n" + SAME.format(
+        pictures=str(run_dir / "pictures.safetensors")
+    )
+    code = f"""
+from diffusers import DiffusionPipeline
+calls = []
+def load(x):
+    pipeline = DiffusionPipeline.from_pretrained(x, custom_pipeline=x, trust_remote_code=True)
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    return pipeline
+pulled = load("alice/digits")
+assert same(pulled) and len(calls) == 4
+pulled.save_pretrained({str(tmp_path / "again")!r})
+assert same(load({str(tmp_path / "again")!r}))
+"""
+    run = run_client(head + code, pushed, tmp_path / "home", "hf_bob")
+    assert run.returncode == 0, run.stderr
+    assert HSIVIPipeline.from_pretrained(tmp_path / "again").unet_noise_scale is not None
+
+
+def test_no_code_of_a_repo_is_run_unless_it_is_trusted(pushed, run_dir, tmp_path):
+    evil = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')\n".encode()
+    files = files_of(pushed, "alice/digits")
+    pushed.add_repo("alice/evil", {name: evil + data if name.endswith(".py") else data for name, data in files.items()})
+    code = """
+from diffusers import DiffusionPipeline
+assert same(HSIVIPipeline.from_pretrained("alice/evil")) and same(DiffusionPipeline.from_pretrained("alice/evil"))
+assert same(HSIVIPipeline.from_pretrained("alice/evil", trust_remote_code=True))
+"""
+    client(code, pushed, tmp_path / "home", run_dir)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_snippets_of_the_card_run(pushed, run_dir, tmp_path):
+    scheduler = HSIVIScheduler(layer_timesteps=[700, 300, 0])
+    HSIVIPipeline(unet=make_unet().eval(), scheduler=scheduler).save_pretrained(tmp_path / "plain")
+    code = f"push(HSIVIPipeline.from_pretrained({str(tmp_path / 'plain')!r}), 'alice/plain')"
+    client(code, pushed, tmp_path / "home", run_dir)
+    card = files_of(pushed, "alice/plain")["README.md"].decode()
+    ours, stock, alone = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    check = "\nassert len(images) == 16 and len(pipeline.scheduler.timesteps) == 2\n"
+    for snippet in (ours + check + stock, "import sys\nsys.modules['hsivi_diffusers'] = None\n" + alone):
+        run = run_client(snippet + check, pushed, tmp_path / "elsewhere")
+        assert run.returncode == 0, run.stderr
+
+
+# ----- what is refused -----
+
+ERRORS = """
+import json, os
+def attempt(name, run):
+    try:
+        run()
+        print("RESULT", json.dumps([name, "none", ""]))
+    except Exception as error:
+        notes = "".join(getattr(error, "__notes__", []))
+        cause = type(error.__cause__).__name__
+        print("RESULT", json.dumps([name, type(error).__name__, cause, f"{error} {notes}"]))
+attempt("token", lambda: push(pipeline, "alice/new", token="hf_wrong"))
+attempt("foreign", lambda: push(pipeline, "bob/new"))
+attempt("taken", lambda: push(pipeline, "alice/digits"))
+attempt("missing", lambda: HSIVIPipeline.from_pretrained("alice/nothing"))
+attempt("gated", lambda: HSIVIPipeline.from_pretrained("bob/gated"))
+attempt("revision", lambda: HSIVIPipeline.from_pretrained("alice/digits", revision="v9"))
+"""
+
+
+def test_what_the_hub_refuses_comes_as_its_own_error_with_the_remedy(pushed, run_dir, tmp_path):
+    pushed.add_repo("bob/gated", files_of(pushed, "alice/digits"), author="bob", gated="manual")
+    lines = client(ERRORS, pushed, tmp_path / "home", run_dir).splitlines()
+    results = {line[0]: line[1:] for line in (json.loads(text[7:]) for text in lines if text.startswith("RESULT "))}
+    assert results["token"][0] == "HfHubHTTPError"
+    assert "hf auth login" in results["token"][2]
+    assert results["foreign"][0] == "HfHubHTTPError"
+    assert "push under your own name" in results["foreign"][2]
+    assert results["taken"][0] == "HfHubHTTPError"
+    assert "choose another name, or add a commit to it with exist_ok=True" in results["taken"][2]
+    assert results["missing"][:2] == ["OSError", "RepositoryNotFoundError"]
+    assert results["gated"][0] == "GatedRepoError"
+    assert results["revision"][1] == "RevisionNotFoundError" or results["revision"][0] == "RevisionNotFoundError"
+    assert "alice/new" not in pushed.repos
+    assert len(pushed.repos["alice/digits"].branches["main"].parents) == 1
+
+
+def test_after_a_cut_connection_a_second_push_sends_only_what_is_missing(run_dir, tmp_path):
+    code = """
+try:
+    push(pipeline, "alice/cut")
+except Exception as error:
+    print("FIRST", type(error).__name__, *getattr(error, "__notes__", []), error)
+"""
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with Hub() as hub:
+        hub.refuse_uploads = {3}
+        assert "has arrived is not sent twice" in client(code, hub, tmp_path / "home", run_dir)
+        assert set(files_of(hub, "alice/cut")) == {".gitattributes"}
+        arrived = list(hub.uploads)
+        assert arrived
+        client("push(pipeline, 'alice/cut')", hub, tmp_path / "home", run_dir)
+        assert not set(arrived) & set(hub.uploads[len(arrived) :])
+        assert "model_index.json" in files_of(hub, "alice/cut")
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_only_a_trained_sampler_is_pushed(tmp_path):
+    pipeline = HSIVIPipeline(unet=make_unet(), scheduler=HSIVIScheduler())
+    with pytest.raises(ValueError, match="no HSIVIScheduler with a trained grid"):
+        push(pipeline, "alice/new")
+    pipeline.scheduler = HSIVIScheduler(layer_timesteps=[500, 0])
+    with pytest.raises(ValueError, match="is no folder: give the folder of a run"):
+        push(pipeline, "alice/new", run_dir=tmp_path / "nothing")
+    assert torch.is_grad_enabled()

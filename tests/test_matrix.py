@@ -1,0 +1,181 @@
+"""Which loader loads which layout, with and without the package, from a folder and from the Hub.
+
+Every cell is tried; the table in docs/loading.md is the one that is written here.
+"""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
+
+from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+from hub_server import Hub, run_client
+from tiny_unet import make_unet
+
+DOCS = Path(__file__).parents[1] / "docs" / "loading.md"
+STATES = ["imported", "not imported", "not installed"]
+PLACES = ["folder", "Hub"]
+LOADERS = {
+    "HSIVIPipeline": "HSIVIPipeline.from_pretrained(x)",
+    "HSIVIPipeline, scheduler=": (
+        'HSIVIPipeline.from_pretrained(x, scheduler=HSIVIScheduler.from_pretrained(x, subfolder="scheduler"))'
+    ),
+    "DiffusionPipeline": "DiffusionPipeline.from_pretrained(x)",
+    "DiffusionPipeline, trust": "DiffusionPipeline.from_pretrained(x, trust_remote_code=True)",
+    "DiffusionPipeline, custom": "DiffusionPipeline.from_pretrained(x, custom_pipeline=x, trust_remote_code=True)",
+    "DDPMPipeline": "DDPMPipeline.from_pretrained(x)",
+    "DDPMPipeline, trust": "DDPMPipeline.from_pretrained(x, trust_remote_code=True)",
+    "DDPMPipeline, scheduler=": (
+        'DDPMPipeline.from_pretrained(x, scheduler=HSIVIScheduler.from_pretrained(x, subfolder="scheduler"))'
+    ),
+}
+NEED_IMPORT = [name for name, code in LOADERS.items() if "HSIVI" in code]
+YES, TRUST, UNKNOWN, STOCK, NONE = "✓", "needs trust", "unknown", "stock", "·"
+# layout and loader: what happens where the package is imported, not imported, not installed
+EXPECTED = {
+    ("ours", "HSIVIPipeline"): [YES, NONE, NONE],
+    ("ours", "HSIVIPipeline, scheduler="): [YES, NONE, NONE],
+    ("ours", "DiffusionPipeline"): [YES, UNKNOWN, UNKNOWN],
+    ("ours", "DiffusionPipeline, trust"): [YES, UNKNOWN, UNKNOWN],
+    ("ours", "DiffusionPipeline, custom"): [YES, YES, YES],
+    ("ours", "DDPMPipeline"): [YES, TRUST, TRUST],
+    ("ours", "DDPMPipeline, trust"): [YES, YES, YES],
+    ("ours", "DDPMPipeline, scheduler="): [YES, NONE, NONE],
+    ("stock pipeline", "HSIVIPipeline"): [YES, NONE, NONE],
+    ("stock pipeline", "HSIVIPipeline, scheduler="): [YES, NONE, NONE],
+    ("stock pipeline", "DiffusionPipeline"): [YES, TRUST, TRUST],
+    ("stock pipeline", "DiffusionPipeline, trust"): [YES, YES, YES],
+    ("stock pipeline", "DDPMPipeline"): [YES, TRUST, TRUST],
+    ("stock pipeline", "DDPMPipeline, trust"): [YES, YES, YES],
+    ("stock pipeline", "DDPMPipeline, scheduler="): [YES, NONE, NONE],
+    ("stock classes", "HSIVIPipeline"): [STOCK, NONE, NONE],
+    ("stock classes", "HSIVIPipeline, scheduler="): [YES, NONE, NONE],
+    ("stock classes", "DiffusionPipeline"): [STOCK, STOCK, STOCK],
+    ("stock classes", "DDPMPipeline"): [STOCK, STOCK, STOCK],
+    ("stock classes", "DDPMPipeline, scheduler="): [YES, NONE, NONE],
+}
+CLIENT = """
+import json, sys
+if {state!r} == "not installed":
+    sys.modules["hsivi_diffusers"] = None
+import torch
+from diffusers import DDPMPipeline, DiffusionPipeline
+if {state!r} == "imported":
+    from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+from safetensors.torch import load_file
+
+def outcome(load, x):
+    try:
+        pipeline = eval(load, globals(), {{"x": x}})
+        assert type(pipeline.scheduler).__name__ == "HSIVIScheduler", "a stock scheduler"
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(1)
+        pictures = pipeline(batch_size=2, generator=generator, num_inference_steps=3, output_type="np").images
+        return "same" if torch.equal(torch.from_numpy(pictures), wanted) else "other pictures"
+    except Exception as error:
+        return f"{{type(error).__name__}}: {{error}}"
+
+wanted = load_file({pictures!r})["pictures"]
+for layout, loader, place, load, x in {cells!r}:
+    print("CELL", json.dumps([layout, loader, place, outcome(load, x)]))
+"""
+
+
+def classify(outcome):
+    """The mark of an outcome in the table."""
+    signs = {
+        "same": YES,
+        "contains custom code": TRUST,
+        "has no attribute HSIVIPipeline": UNKNOWN,
+        "a stock scheduler": STOCK,
+        "that carries the settings of a sampler of 3 steps": STOCK,
+    }
+    return next((mark for sign, mark in signs.items() if sign in outcome), outcome)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of the three layouts, and the pictures that each must draw."""
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("layouts")
+    unet = make_unet().eval()
+    scheduler = HSIVIScheduler(layer_timesteps=[800, 400, 100, 0], noise_eta=1.0)
+    ours = HSIVIPipeline(unet=unet, scheduler=scheduler)
+    stock = DDPMPipeline(unet=unet, scheduler=scheduler)
+    ours.save_pretrained(root / "ours")
+    stock.save_pretrained(root / "stock pipeline")
+    stock.scheduler = DDPMScheduler.from_config(scheduler.config)
+    stock.save_pretrained(root / "stock classes")
+    pictures = ours(batch_size=2, generator=torch.Generator().manual_seed(1), output_type="np").images
+    save_file({"pictures": torch.from_numpy(pictures)}, root / "pictures.safetensors")
+    return root
+
+
+@pytest.fixture(scope="module")
+def outcomes(saved, tmp_path_factory):
+    """What each cell came to: {(layout, loader, state, place): mark}."""
+    with Hub() as hub:
+        sources = {}
+        for layout in {layout for layout, _ in EXPECTED}:
+            files = (path for path in (saved / layout).rglob("*") if path.is_file())
+            repo = "alice/" + layout.replace(" ", "-")
+            hub.add_repo(repo, {path.relative_to(saved / layout).as_posix(): path.read_bytes() for path in files})
+            sources[layout] = {"folder": str(saved / layout), "Hub": repo}
+        return {
+            (layout, loader, state, place): classify(outcome)
+            for state in STATES
+            for layout, loader, place, outcome in try_cells(hub, tmp_path_factory.mktemp("home"), saved, sources, state)
+        }
+
+
+def try_cells(hub, home, saved, sources, state):
+    cells = [
+        (layout, loader, place, LOADERS[loader], sources[layout][place])
+        for layout, loader in EXPECTED
+        for place in PLACES
+        if state == "imported" or loader not in NEED_IMPORT
+    ]
+    code = CLIENT.format(state=state, cells=cells, pictures=str(saved / "pictures.safetensors"))
+    run = run_client(code, hub, home)
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(line[5:]) for line in run.stdout.splitlines() if line.startswith("CELL ")]
+    assert len(lines) == len(cells)
+    return lines
+
+
+CASES = [
+    (layout, loader, state, place, marks[STATES.index(state)])
+    for (layout, loader), marks in EXPECTED.items()
+    for state in STATES
+    for place in PLACES
+    if state == "imported" or loader not in NEED_IMPORT
+]
+
+
+@pytest.mark.parametrize(("layout", "loader", "state", "place", "mark"), CASES)
+def test_each_cell_of_the_matrix(outcomes, layout, loader, state, place, mark):
+    got = outcomes[layout, loader, state, place]
+    if mark != YES and diffusers.__version__ < "0.42":
+        pytest.skip("older releases refuse in other words, or ask for less trust")
+    assert got == mark
+
+
+def test_the_matrix_stands_in_the_docs():
+    lines = [
+        "| layout | loader | " + " | ".join(STATES) + " |",
+        "|---|---|" + ":---:|" * len(STATES),
+        *(f"| {layout} | `{LOADERS[loader]}` | {' | '.join(marks)} |" for (layout, loader), marks in EXPECTED.items()),
+    ]
+    assert "\n".join(lines) in DOCS.read_text()
+
+
+def test_no_cell_that_could_work_is_left_out():
+    for layout in {layout for layout, _ in EXPECTED}:
+        for state in range(len(STATES)):
+            works = any(marks[state] == YES for (name, _), marks in EXPECTED.items() if name == layout)
+            assert works or (layout == "stock classes" and state > 0)

@@ -1,0 +1,100 @@
+"""Measures what a pipeline costs beside its network calls.
+
+    OMP_NUM_THREADS=1 python training/bench_sampling.py --pipeline runs/digits_t5/pipeline
+
+In one run, by turns: T bare calls of the UNet, a whole HSIVIPipeline call, and DDPMPipeline at as many steps. Prints
+the medians, and each as a ratio to the bare calls. Without --pipeline the digits teacher stands in, with 5 steps.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from tqdm import tqdm
+
+from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
+from options import option, parse_options
+
+
+@dataclass
+class Benchmark:
+    _argument_group_name = "benchmark"
+    pipeline: str | None = option(None, "folder or repo id of an HSIVIPipeline; the digits teacher by default")
+    batch_size: int = option(16, "pictures at once")
+    repetitions: int = option(200, "turns")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to sample")
+
+
+def load_pipeline(name: str | None) -> HSIVIPipeline:
+    if name is not None:
+        return HSIVIPipeline.from_pretrained(name)
+    unet, schedule = load_teacher("assets/digits_ddpm")
+    grid = HSIVIScheduler.make_layer_timesteps(5, "uniform", len(schedule), start=440)
+    scheduler = HSIVIScheduler.from_config(schedule.config, layer_timesteps=grid, noise_eta=1.0, clip_sample=False)
+    return HSIVIPipeline(unet=unet, scheduler=scheduler)
+
+
+def make_contenders(pipeline: HSIVIPipeline, batch_size: int) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; the bare calls first."""
+    unet, timesteps = pipeline.unet, pipeline.scheduler.timesteps.to(pipeline.device)
+    stock = DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))
+    stock.scheduler.register_to_config(timestep_spacing="leading")
+    for each in (pipeline, stock):
+        each.set_progress_bar_config(disable=True)
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    x = torch.randn(batch_size, unet.config.in_channels, height, width, device=pipeline.device, dtype=unet.dtype)
+
+    def bare() -> None:
+        with torch.no_grad():
+            for timestep in timesteps:
+                unet(x, timestep)
+
+    steps = len(timesteps)
+    return {
+        f"{steps} bare calls of the UNet": bare,
+        "HSIVIPipeline, output_type='pt'": lambda: pipeline(batch_size, output_type="pt"),
+        "HSIVIPipeline, output_type='pil'": lambda: pipeline(batch_size),
+        f"DDPMPipeline at {steps} steps, output_type='pil'": lambda: stock(batch_size, num_inference_steps=steps),
+    }
+
+
+def measure(contenders: dict[str, Callable[[], object]], repetitions: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each turn; in every turn all contenders run, one after the other."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in tqdm(range(repetitions + 5), desc="turns"):
+        for name, run in contenders.items():
+            begin = time.perf_counter()
+            run()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if turn >= 5:  # the first ones warm up
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def main(args: list[str] | None = None) -> None:
+    (options,) = parse_options([Benchmark], __doc__ or "", args=args)
+    if options.batch_size < 1 or options.repetitions < 1:
+        raise ValueError(f"--batch_size {options.batch_size}, --repetitions {options.repetitions}: give at least 1")
+    pipeline = load_pipeline(options.pipeline).to(options.device)
+    contenders = make_contenders(pipeline, options.batch_size)
+    seconds = measure(contenders, options.repetitions, options.device)
+    reference = next(iter(seconds.values()))
+    print(
+        f"batch {options.batch_size}, {options.repetitions} turns, {options.device}, "
+        f"{torch.get_num_threads()} thread(s)"
+    )
+    for name, times in seconds.items():
+        # The median of the turns' own ratios: a disturbance of the machine falls on both of a turn.
+        ratio = statistics.median(own / bare for own, bare in zip(times, reference, strict=True))
+        print(f"{name:45s} {1e3 * statistics.median(times):8.2f} ms   {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()
