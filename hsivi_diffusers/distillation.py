@@ -206,11 +206,15 @@ def load_teacher(name: str, revision: str | None = None) -> tuple[UNet2DModel, H
     if scheduler is None or not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(f"teacher {name!r}: {type(scheduler).__name__} has no beta schedule; {remedy}")
     _check_agreement(name, unet, scheduler)
-    schedule = HSIVIScheduler.from_config(scheduler.config)
-    if not torch.allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod.float()):
+    try:
+        schedule = HSIVIScheduler.from_config(scheduler.config)
+    except ValueError as error:
+        raise ValueError(f"teacher {name!r}: {error}") from error
+    # Some schedulers of diffusers keep 2^-24 in the place of a zero at the end.
+    if not torch.allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod.float(), atol=1e-6):
         raise ValueError(
             f"teacher {name!r}: the noise levels of its {type(scheduler).__name__} cannot be rebuilt from its betas; "
-            f"{remedy}"
+            "only levels that follow from beta_start, beta_end and beta_schedule, or from trained_betas, are supported"
         )
     return unet, schedule
 

@@ -180,10 +180,19 @@ def write_repo(
         half.save_pretrained(folder, variant="fp16")
     if isinstance(pipeline, HSIVIPipeline):
         draw_grid(pipeline).save(folder / "samples.png")
+    _forget_paths(folder)
     for name, figure in (("samples", "comparison.png"), ("curve", "curve.png")):
         if name in run:
             (folder / figure).write_bytes(run[name].read_bytes())
     make_card(pipeline, repo_id, run, base_model, license, fp16).save(folder / "README.md")
+
+
+def _forget_paths(folder: Path) -> None:
+    """Drops from the configs the folder that each was loaded from: the paths of a machine are no one else's."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def draw_grid(pipeline: HSIVIPipeline, rows: int = 4, columns: int = 8) -> Any:

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -57,6 +58,19 @@ def test_layers_use_the_learned_noise_scale(unet):
     q = layers(torch.randn(4, 1, 8, 8), torch.ones(4, dtype=torch.long))
     q.rsample(torch.ones(4, 1, 8, 8)).sum().backward()
     torch.testing.assert_close(noise_scale.log_scale.grad, 4 * q.std.detach().mean() * torch.ones(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("kernel", ["ddim", "renoise"])
+def test_layers_that_start_at_pure_noise_have_finite_values_and_gradients(unet, kernel):
+    schedule = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    scheduler = HSIVIScheduler(layer_timesteps=[999, 500, 0], kernel=kernel, noise_eta=1.0, **schedule)
+    q = UNetLayers(unet, scheduler)(torch.randn(2, 1, 8, 8), torch.ones(2, dtype=torch.long))
+    assert q.mean.isfinite().all()
+    assert (q.std.isfinite() & (q.std > 0)).all()
+    q.rsample(torch.randn(2, 1, 8, 8)).square().sum().backward()
+    gradients = [parameter.grad for parameter in unet.parameters()]
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert any(bool(gradient.abs().sum() > 0) for gradient in gradients)
 
 
 def test_levels_of_the_bridge_are_the_grid_and_the_clock(bridge):
@@ -235,9 +249,20 @@ def test_another_kind_of_unet_is_refused(tmp_path):
         load_teacher(str(tmp_path))
 
 
+def test_a_teacher_of_zero_terminal_snr_is_loaded_unless_it_predicts_noise(unet, tmp_path):
+    for prediction_type in ("v_prediction", "epsilon"):
+        scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction_type)
+        DDIMPipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path / prediction_type)
+    _, schedule = load_teacher(str(tmp_path / "v_prediction"))
+    assert torch.equal(schedule.alphas_cumprod, scheduler.alphas_cumprod)
+    assert schedule.alphas_cumprod[-1] == 0
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample'"):
+        load_teacher(str(tmp_path / "epsilon"))
+
+
 def test_a_schedule_that_cannot_be_rebuilt_is_refused(unet, tmp_path):
-    DDIMPipeline(unet=unet, scheduler=DDIMScheduler(rescale_betas_zero_snr=True)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="zero terminal SNR"):
+    DDPMPipeline(unet=unet, scheduler=CogVideoXDDIMScheduler(snr_shift_scale=3.0)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="noise levels of its CogVideoXDDIMScheduler cannot be rebuilt from its betas"):
         load_teacher(str(tmp_path))
 
 

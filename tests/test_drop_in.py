@@ -362,12 +362,6 @@ def test_ddim_pipeline_turns_our_scheduler_into_ddim_and_says_so(unet, log):
     assert timesteps_of(calls) == [750, 500, 250, 0]
 
 
-def test_the_ddim_made_of_a_trained_sampler_does_not_run_with_our_default_spacing(unet):
-    pipe = DDIMPipeline(unet=unet, scheduler=HSIVIScheduler(layer_timesteps=GRID))
-    with pytest.raises(ValueError, match="quadratic is not supported"):
-        draw(pipe)
-
-
 def test_ddim_pipeline_keeps_the_scheduler_assigned_afterwards(unet):
     scheduler = HSIVIScheduler(layer_timesteps=GRID)
     pipe = DDIMPipeline(unet=unet, scheduler=scheduler)

@@ -100,6 +100,7 @@ def test_one_commit_holds_weights_code_and_card_and_no_pickle(pushed):
     }
     assert head.files["comparison.png"] == b"a figure of samples"
     assert head.files["samples.png"].startswith(b"\x89PNG")
+    assert not [name for name, data in head.files.items() if b"/tmp" in data or b"_name_or_path" in data]
 
 
 def test_the_card_has_the_metadata_of_the_run(pushed):

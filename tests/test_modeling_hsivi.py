@@ -24,3 +24,9 @@ def test_it_survives_saving_as_safetensors(tmp_path):
 def test_shapes_that_are_none_are_refused(shape):
     with pytest.raises(ValueError, match="give positive integers"):
         HSIVINoiseScale(sample_shape=shape)
+
+
+def test_it_writes_no_pickle(tmp_path):
+    with pytest.raises(ValueError, match="would write pickles"):
+        HSIVINoiseScale(sample_shape=(1, 8, 8)).save_pretrained(tmp_path, safe_serialization=False)
+    assert not list(tmp_path.iterdir())

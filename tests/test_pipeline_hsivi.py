@@ -1,15 +1,30 @@
+import copy
 import json
+import re
+from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.callbacks import PipelineCallback
 from PIL import Image
 
+import hsivi_diffusers
 from hsivi_diffusers import HSIVINoiseScale, HSIVIPipeline, HSIVIScheduler
 from tiny_unet import make_unet
 
 GRID = [700, 400, 100, 0]
+CPU = torch.device("cpu")
+# diffusers renamed the argument.
+DTYPE = "dtype" if re.search(r"^ +dtype \(", DiffusionPipeline.from_pretrained.__doc__, re.M) else "torch_dtype"
+BOTH_NOISE_SCALES = pytest.mark.parametrize("noise_scale_type", ["config", "per_pixel"])
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def make_pipeline(unet, **options):
@@ -18,9 +33,7 @@ def make_pipeline(unet, **options):
         noise_scale = HSIVINoiseScale(sample_shape=(1, 8, 8))
         torch.nn.init.normal_(noise_scale.log_scale)
     scheduler = HSIVIScheduler(**{"layer_timesteps": GRID, **options})
-    pipeline = HSIVIPipeline(unet=unet, scheduler=scheduler, unet_noise_scale=noise_scale)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return quiet(HSIVIPipeline(unet=unet, scheduler=scheduler, unet_noise_scale=noise_scale))
 
 
 def seeded(seed=0):
@@ -34,8 +47,11 @@ def draw(pipeline, **options):
 def test_it_calls_the_network_once_for_each_layer(unet):
     calls = []
     unet.register_forward_pre_hook(lambda _, inputs: calls.append(int(inputs[1])))
-    draw(make_pipeline(unet))
+    pipeline = make_pipeline(unet)
+    assert pipeline.num_timesteps == 3
+    draw(pipeline)
     assert calls == GRID[:-1]
+    assert pipeline.num_timesteps == 3
 
 
 def test_pictures_are_those_of_the_scheduler_by_hand(unet):
@@ -48,20 +64,6 @@ def test_pictures_are_those_of_the_scheduler_by_hand(unet):
     assert torch.equal(draw(pipeline), (x / 2 + 0.5).clamp(0, 1))
 
 
-@pytest.mark.parametrize("noise_scale_type", ["config", "per_pixel"])
-def test_a_saved_pipeline_gives_identical_pictures(unet, tmp_path, noise_scale_type):
-    pipeline = make_pipeline(unet, noise_scale_type=noise_scale_type)
-    pipeline.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["scheduler"] == ["hsivi_diffusers", "HSIVIScheduler"]
-    if noise_scale_type == "per_pixel":
-        assert index["unet_noise_scale"] == ["hsivi_diffusers", "HSIVINoiseScale"]
-    assert {path.suffix for path in tmp_path.rglob("*.*")} == {".json", ".safetensors"}
-    loaded = HSIVIPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(draw(loaded), draw(pipeline))
-
-
 def test_the_per_pixel_noise_scale_is_used(unet):
     pipeline = make_pipeline(unet, noise_scale_type="per_pixel")
     first = draw(pipeline)
@@ -71,26 +73,37 @@ def test_the_per_pixel_noise_scale_is_used(unet):
     torch.testing.assert_close(draw(pipeline), draw(make_pipeline(unet)))
 
 
-def test_output_types(unet):
-    pipeline = make_pipeline(unet)
-    tensor = draw(pipeline)
-    array = pipeline(3, seeded(), output_type="np").images
-    pictures = pipeline(3, seeded()).images
-    latents = pipeline(3, seeded(), output_type="latent").images
-    assert tensor.shape == (3, 1, 8, 8)
-    assert array.shape == (3, 8, 8, 1)
-    assert isinstance(pictures[0], Image.Image)
-    np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
-    np.testing.assert_array_equal(np.array(pictures[0]), (array[0, :, :, 0] * 255).round().astype("uint8"))
-    assert torch.equal((latents / 2 + 0.5).clamp(0, 1), tensor)
-    assert pipeline(1, return_dict=False)[0][0].size == (8, 8)
+@pytest.mark.parametrize(
+    ("channels", "dtype", "mode"), [(1, torch.float32, "L"), (3, torch.float32, "RGB"), (3, torch.bfloat16, "RGB")]
+)
+def test_all_output_types_show_the_same_pictures(channels, dtype, mode):
+    pipeline = make_pipeline(make_unet(in_channels=channels, out_channels=channels).eval()).to(dtype)
+    drawn = {name: pipeline(3, seeded(), output_type=name).images for name in ("latent", "pt", "np", "pil")}
+    tensor = (drawn["latent"] / 2 + 0.5).clamp(0, 1)
+    assert tensor.shape == (3, channels, 8, 8)
+    assert tensor.dtype == dtype
+    assert torch.equal(drawn["pt"], tensor)
+    array = tensor.float().permute(0, 2, 3, 1).numpy()
+    assert drawn["np"].dtype == np.float32
+    np.testing.assert_array_equal(drawn["np"], array)
+    assert [(type(picture), picture.mode) for picture in drawn["pil"]] == [(Image.Image, mode)] * 3
+    bytes_of = np.stack([np.array(picture).reshape(8, 8, channels) for picture in drawn["pil"]])
+    np.testing.assert_array_equal(bytes_of, (array * 255).round().astype("uint8"))
 
 
-def test_a_list_of_generators_gives_each_picture_its_own(unet):
+def test_return_dict_false_gives_a_tuple_of_the_pictures(unet):
     pipeline = make_pipeline(unet)
-    together = pipeline(2, generator=[seeded(5), seeded(6)], output_type="pt").images
-    alone = pipeline(1, generator=[seeded(6)], output_type="pt").images
-    torch.testing.assert_close(together[1:], alone)
+    result = pipeline(3, seeded(), output_type="pt", return_dict=False)
+    assert type(result) is tuple
+    assert torch.equal(*result, draw(pipeline))
+
+
+@BOTH_NOISE_SCALES
+def test_a_list_of_generators_gives_the_pictures_of_single_draws(unet, noise_scale_type):
+    pipeline = make_pipeline(unet, noise_scale_type=noise_scale_type)
+    together = pipeline(3, generator=[seeded(5), seeded(6), seeded(7)], output_type="pt").images
+    alone = torch.cat([pipeline(1, generator=seeded(seed), output_type="pt").images for seed in (5, 6, 7)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
 def test_latents_take_the_place_of_the_first_draw(unet):
@@ -104,19 +117,25 @@ def test_a_callback_sees_and_may_replace_the_state(unet):
 
     def callback(pipe, step, timestep, tensors):
         assert pipe is pipeline
-        seen.append((step, timestep))
-        return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else {}
+        assert type(timestep) is int
+        seen.append((step, timestep, *tensors))
+        return {"latents": torch.zeros(3, 1, 8, 8)} if step == 2 else tensors
 
     images = draw(pipeline, callback_on_step_end=callback)
-    assert seen == [(0, 700), (1, 400), (2, 100)]
+    assert seen == [(0, 700, "latents"), (1, 400, "latents"), (2, 100, "latents")]
     assert torch.equal(images, torch.full_like(images, 0.5))
-    assert pipeline.num_timesteps == 3
+    seen.clear()
+    draw(pipeline, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=[])
+    assert seen == [(0, 700), (1, 400), (2, 100)]
 
 
-def test_without_a_trained_grid_any_count_goes(unet):
+def test_without_a_trained_grid_any_count_goes_but_none(unet):
     pipeline = make_pipeline(unet, layer_timesteps=None)
-    assert draw(pipeline, num_inference_steps=7).shape == (3, 1, 8, 8)
-    assert pipeline.num_timesteps == 7
+    for steps in (7, 4):
+        assert draw(pipeline, num_inference_steps=steps).shape == (3, 1, 8, 8)
+        assert pipeline.num_timesteps == steps
+    with pytest.raises(ValueError, match="no trained grid .* pass num_inference_steps"):
+        draw(pipeline)
 
 
 def test_class_labels_reach_the_network():
@@ -147,17 +166,16 @@ def test_bad_calls_are_refused(unet, options, message):
 
 
 def test_bad_components_are_refused(unet):
-    with pytest.raises(ValueError, match="got a DDIMScheduler: pass HSIVIScheduler.from_config"):
+    with pytest.raises(ValueError, match="got a DDIMScheduler: this model was not distilled"):
         HSIVIPipeline(unet=unet, scheduler=DDIMScheduler())
-    with pytest.raises(ValueError, match="unet_noise_scale is None"):
+    with pytest.raises(ValueError, match="unet_noise_scale is None: pass the HSIVINoiseScale"):
         HSIVIPipeline(unet=unet, scheduler=HSIVIScheduler(noise_scale_type="per_pixel"))
 
 
 def test_the_scheduler_swaps_into_a_stock_pipeline(unet):
     stock = DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
     stock.scheduler = HSIVIScheduler.from_config(stock.scheduler.config, layer_timesteps=GRID, clip_sample=False)
-    stock.set_progress_bar_config(disable=True)
-    images = stock(batch_size=3, generator=seeded(), num_inference_steps=3, output_type="np").images
+    images = quiet(stock)(batch_size=3, generator=seeded(), num_inference_steps=3, output_type="np").images
     np.testing.assert_array_equal(images, draw(make_pipeline(unet)).permute(0, 2, 3, 1).numpy())
     with pytest.raises(ValueError, match="pass num_inference_steps=3"):
         stock(batch_size=3)
@@ -166,3 +184,275 @@ def test_the_scheduler_swaps_into_a_stock_pipeline(unet):
 def test_non_square_samples():
     pipeline = make_pipeline(make_unet(sample_size=(8, 16)).eval())
     assert draw(pipeline).shape == (3, 1, 8, 16)
+
+
+def test_the_latents_of_a_callback_are_the_input_of_the_next_layer(unet):
+    start = torch.randn(3, 1, 8, 8, generator=seeded(1))
+
+    def callback(pipe, step, timestep, tensors):
+        return {"latents": start} if step == 0 else tensors
+
+    images = draw(make_pipeline(unet, noise_eta=0.0), callback_on_step_end=callback)
+    rest = make_pipeline(unet, noise_eta=0.0, layer_timesteps=GRID[1:])
+    assert torch.equal(images, draw(rest, latents=start))
+
+
+class Blank(PipelineCallback):
+    tensor_inputs = ["latents"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        return {"latents": torch.zeros(3, 1, 8, 8)}
+
+
+def test_the_callback_class_of_diffusers_works_and_may_not_ask_for_other_tensors(unet):
+    pipeline, callback = make_pipeline(unet), Blank()
+    assert torch.equal(draw(pipeline, callback_on_step_end=callback), torch.full((3, 1, 8, 8), 0.5))
+    callback.tensor_inputs = ["prompt_embeds"]
+    with pytest.raises(ValueError, match="prompt_embeds"):
+        draw(pipeline, callback_on_step_end=callback)
+
+
+def test_the_progress_bar_counts_the_network_calls_and_can_be_named_or_left_out(unet, capsys):
+    pipeline = make_pipeline(unet)
+    draw(pipeline)
+    assert capsys.readouterr() == ("", "")
+    pipeline.set_progress_bar_config(desc="Drawing")
+    draw(pipeline)
+    assert re.search(r"Drawing: 100%.* 3/3 ", capsys.readouterr().err)
+
+
+def test_latents_given_are_left_as_they_are(unet):
+    latents = torch.randn(3, 1, 8, 8, generator=seeded())
+    before = latents.clone()
+    doubled = {"callback_on_step_end": lambda *args: {"latents": args[3]["latents"].mul_(2)}}
+    draw(make_pipeline(unet), latents=latents, **doubled)
+    assert torch.equal(latents, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_class_labels_of_any_integer_type_give_the_same_pictures(dtype):
+    pipeline = make_pipeline(make_unet(num_class_embeds=3).eval())
+    images = draw(pipeline, class_labels=torch.tensor([0, 1, 2], dtype=dtype))
+    assert torch.equal(images, draw(pipeline, class_labels=[0, 1, 2]))
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_class_labels_that_are_no_class_are_refused(label):
+    pipeline = make_pipeline(make_unet(num_class_embeds=3).eval())
+    with pytest.raises(ValueError, match="class_labels"):
+        draw(pipeline, class_labels=[0, 1, label])
+
+
+# ----- files -----
+
+
+@pytest.mark.parametrize("cls", [HSIVIPipeline, DiffusionPipeline])
+@pytest.mark.parametrize("classes", [None, 3])
+@BOTH_NOISE_SCALES
+def test_a_saved_pipeline_gives_identical_pictures(tmp_path, cls, classes, noise_scale_type):
+    pipeline = make_pipeline(make_unet(num_class_embeds=classes).eval(), noise_scale_type=noise_scale_type)
+    pipeline.save_pretrained(tmp_path / "new" / "folder")
+    loaded = quiet(cls.from_pretrained(tmp_path / "new" / "folder"))
+    assert type(loaded) is HSIVIPipeline
+    labels = {"class_labels": [0, 1, 2]} if classes else {}
+    assert torch.equal(draw(loaded, **labels), draw(pipeline, **labels))
+
+
+@BOTH_NOISE_SCALES
+def test_a_saved_folder_names_our_classes_carries_their_code_and_holds_no_pickles(unet, tmp_path, noise_scale_type):
+    make_pipeline(unet, noise_scale_type=noise_scale_type).save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors", ".py"}
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert (index["_class_name"], index["unet"]) == ("HSIVIPipeline", ["diffusers", "UNet2DModel"])
+    assert index["scheduler"] == ["hsivi_diffusers", "HSIVIScheduler"]
+    sources = {"pipeline.py": "pipeline_hsivi.py", "scheduler/hsivi_diffusers.py": "scheduling_hsivi.py"}
+    if noise_scale_type == "per_pixel":
+        assert index["unet_noise_scale"] == ["hsivi_diffusers", "HSIVINoiseScale"]
+        sources["unet_noise_scale/hsivi_diffusers.py"] = "modeling_hsivi.py"
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.py")} == set(sources)
+    for copied, source in sources.items():
+        assert (tmp_path / copied).read_bytes() == Path(hsivi_diffusers.__file__).with_name(source).read_bytes()
+
+
+def test_saving_over_an_earlier_save_takes_its_place(unet, tmp_path):
+    pipeline = make_pipeline(unet, noise_scale_type="per_pixel")
+    pipeline.save_pretrained(tmp_path)
+    with torch.no_grad():
+        unet.conv_out.bias.add_(0.5)
+        pipeline.unet_noise_scale.log_scale.add_(0.5)
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(draw(quiet(HSIVIPipeline.from_pretrained(tmp_path))), draw(pipeline))
+
+
+def test_pickles_are_refused_before_anything_is_written(unet, tmp_path):
+    with pytest.raises(ValueError, match="would write pickles: leave it out"):
+        make_pipeline(unet).save_pretrained(tmp_path / "new", safe_serialization=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_variant_lies_beside_the_full_weights_and_both_load(unet, tmp_path):
+    pipeline = make_pipeline(unet, noise_scale_type="per_pixel")
+    half = copy.deepcopy(pipeline).to(torch.float16)
+    pipeline.save_pretrained(tmp_path)
+    half.save_pretrained(tmp_path, variant="fp16")
+    for component in ("unet", "unet_noise_scale"):
+        names = {path.name for path in (tmp_path / component).glob("*.safetensors")}
+        assert names == {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"}
+    for saved, options in ((pipeline, {}), (half, {"variant": "fp16", DTYPE: torch.float16})):
+        loaded = quiet(HSIVIPipeline.from_pretrained(tmp_path, **options))
+        assert loaded.unet.dtype == loaded.unet_noise_scale.dtype == saved.dtype
+        assert torch.equal(draw(loaded), draw(saved))
+
+
+# Noise of double precision is another draw, so there it is left out.
+@pytest.mark.parametrize(
+    ("dtype", "noise_eta", "tolerance"),
+    [(torch.float16, 0.2, 0.05), (torch.bfloat16, 0.2, 0.1), (torch.float64, 0.0, 1e-4)],
+)
+def test_another_precision_draws_nearly_the_same_pictures(unet, tmp_path, dtype, noise_eta, tolerance):
+    pipeline = make_pipeline(unet, noise_scale_type="per_pixel", noise_eta=noise_eta)
+    pipeline.save_pretrained(tmp_path)
+    loaded = quiet(HSIVIPipeline.from_pretrained(tmp_path, **{DTYPE: dtype}))
+    latents = torch.randn(3, 1, 8, 8, generator=seeded(1))
+    images = draw(loaded, latents=latents)
+    assert images.dtype == loaded.unet_noise_scale.dtype == dtype
+    torch.testing.assert_close(images.float(), draw(pipeline, latents=latents), rtol=0, atol=tolerance)
+    assert torch.equal(draw(pipeline.to("cpu", dtype)), draw(loaded))
+
+
+# ----- where it comes from -----
+
+
+def test_a_teacher_is_refused_and_the_remedies_of_the_error_work(teacher_folder):
+    with pytest.raises(ValueError, match=r"not distilled\. Distil it with .*, or use the .*HSIVIScheduler.from_config"):
+        HSIVIPipeline.from_pretrained(teacher_folder)
+    teacher = DDPMPipeline.from_pretrained(teacher_folder)
+    scheduler = HSIVIScheduler.from_config(teacher.scheduler.config)
+    pipeline = quiet(HSIVIPipeline.from_pretrained(teacher_folder, scheduler=scheduler))
+    assert draw(pipeline, num_inference_steps=4).shape == (3, 1, 8, 8)
+
+
+def test_a_folder_of_stock_classes_is_refused_until_it_gets_our_scheduler(unet, tmp_path):
+    pipeline = make_pipeline(unet, noise_scale=[1.0, 0.9, 0.8])
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(pipeline.scheduler.config)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a sampler of 3 steps: .* scheduler=HSIVIScheduler.from_pretrained\("):
+        HSIVIPipeline.from_pretrained(tmp_path)
+    scheduler = HSIVIScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert torch.equal(draw(quiet(HSIVIPipeline.from_pretrained(tmp_path, scheduler=scheduler))), draw(pipeline))
+
+
+def test_a_text_conditional_unet_is_sent_to_its_stock_pipeline():
+    blocks = {"down_block_types": ["DownBlock2D"], "mid_block_type": None, "up_block_types": ["UpBlock2D"]}
+    unet = UNet2DConditionModel(sample_size=8, block_out_channels=[8], norm_num_groups=4, **blocks)
+    with pytest.raises(ValueError, match="got a UNet2DConditionModel.* stock pipeline .* assign the HSIVIScheduler"):
+        HSIVIPipeline(unet=unet, scheduler=HSIVIScheduler(layer_timesteps=GRID))
+
+
+def test_from_pipe_takes_the_network_of_a_stock_pipeline_and_gives_it_back(unet):
+    stock, scheduler = DDPMPipeline(unet=unet, scheduler=DDPMScheduler()), HSIVIScheduler(layer_timesteps=GRID)
+    pipeline = quiet(HSIVIPipeline.from_pipe(stock, scheduler=scheduler))
+    assert pipeline.unet is unet
+    assert pipeline.scheduler is scheduler
+    images = draw(pipeline)
+    assert torch.equal(images, draw(make_pipeline(unet)))
+    stock = quiet(DDPMPipeline.from_pipe(pipeline))
+    assert torch.equal(draw(quiet(HSIVIPipeline.from_pipe(stock))), images)
+    array = stock(3, seeded(), num_inference_steps=3, output_type="np").images
+    np.testing.assert_array_equal(array, images.permute(0, 2, 3, 1).numpy())
+
+
+@BOTH_NOISE_SCALES
+@pytest.mark.parametrize(
+    "make",
+    [lambda pipeline: HSIVIPipeline(**pipeline.components), HSIVIPipeline.from_pipe, copy.deepcopy],
+    ids=["components", "from_pipe", "deepcopy"],
+)
+def test_a_pipeline_made_of_another_gives_identical_pictures(unet, noise_scale_type, make):
+    pipeline = make_pipeline(unet, noise_scale_type=noise_scale_type)
+    other = quiet(make(pipeline))
+    assert (other.unet is unet) == (make is not copy.deepcopy)
+    assert torch.equal(draw(other), draw(pipeline))
+
+
+def test_print_tells_what_is_drawn_and_then_the_components(unet, capsys):
+    print(make_pipeline(unet))
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "HSIVIPipeline: 1x8x8 pictures in 3 network calls, layer_timesteps=[700, 400, 100, 0]"
+    assert {'  "scheduler": [', '  "unet": [', '  "unet_noise_scale": ['} <= set(rest)
+    print(make_pipeline(make_unet(sample_size=(8, 16)), layer_timesteps=None))
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "HSIVIPipeline: 1x8x16 pictures in any number of network calls, layer_timesteps=None"
+
+
+def test_print_works_with_another_scheduler_assigned(unet):
+    pipeline = make_pipeline(unet)
+    pipeline.scheduler = DDIMScheduler()
+    assert "DDIMScheduler" in repr(pipeline)
+
+
+# ----- hooks that move or cast the weights -----
+
+
+def offload_layers(pipeline):
+    for model in (pipeline.unet, pipeline.unet_noise_scale):
+        accelerate.cpu_offload(model, execution_device=CPU)
+    assert pipeline.unet.conv_in.weight.device.type == "meta"
+
+
+def offload_groups(pipeline):
+    for model in (pipeline.unet, pipeline.unet_noise_scale):
+        model.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+
+
+def offload_models(pipeline):
+    networks = {name for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    assert set(pipeline.model_cpu_offload_seq.split("->")) == networks
+    pipeline.enable_model_cpu_offload(device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("offload", [offload_layers, offload_groups, offload_models])
+def test_offloading_changes_no_picture(unet, dtype, offload):
+    pipeline = make_pipeline(unet, noise_scale_type="per_pixel").to(dtype)
+    images = draw(pipeline)
+    offload(pipeline)
+    for _ in range(2):  # hooks are set anew after a call
+        assert torch.equal(draw(pipeline), images)
+
+
+def test_layerwise_casting_draws_in_the_compute_precision_with_rounded_weights(unet):
+    rounded = copy.deepcopy(unet)
+    for layer in rounded.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            layer.to(torch.bfloat16).to(torch.float32)
+    unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert unet.conv_in.weight.dtype == torch.bfloat16
+    images = draw(make_pipeline(unet))
+    assert images.dtype == torch.float32
+    assert torch.equal(images, draw(make_pipeline(rounded)))
+
+
+def test_a_noise_scale_that_is_not_wanted_or_of_other_samples_is_refused(unet):
+    with pytest.raises(ValueError, match="noise_scale_type is 'config' and unet_noise_scale is given: leave it out"):
+        HSIVIPipeline(unet=unet, scheduler=HSIVIScheduler(), unet_noise_scale=HSIVINoiseScale(sample_shape=(1, 8, 8)))
+    with pytest.raises(ValueError, match=r"of samples \(1, 4, 4\), the unet of \(1, 8, 8\)"):
+        HSIVIPipeline(
+            unet=unet,
+            scheduler=HSIVIScheduler(noise_scale_type="per_pixel"),
+            unet_noise_scale=HSIVINoiseScale(sample_shape=(1, 4, 4)),
+        )
+
+
+def test_another_scheduler_assigned_later_is_refused_at_the_call(unet):
+    pipeline = make_pipeline(unet)
+    pipeline.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match="got a DDIMScheduler: this model was not distilled"):
+        pipeline(1, num_inference_steps=3)
+
+
+def test_a_unet_of_no_size_takes_it_from_the_latents():
+    pipeline = make_pipeline(make_unet(sample_size=None).eval())
+    assert "any size pictures" in repr(pipeline)
+    assert pipeline(2, latents=torch.randn(2, 1, 16, 8), output_type="pt").images.shape == (2, 1, 16, 8)
+    with pytest.raises(ValueError, match="has no sample_size: pass latents"):
+        pipeline(2)

@@ -43,7 +43,6 @@ def make_contenders(pipeline: HSIVIPipeline, batch_size: int) -> dict[str, Calla
     """What is timed, by name; the bare calls first."""
     unet, timesteps = pipeline.unet, pipeline.scheduler.timesteps.to(pipeline.device)
     stock = DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))
-    stock.scheduler.register_to_config(timestep_spacing="leading")
     for each in (pipeline, stock):
         each.set_progress_bar_config(disable=True)
     size = unet.config.sample_size

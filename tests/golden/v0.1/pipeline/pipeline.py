@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -44,12 +45,19 @@ class HSIVIPipeline(DiffusionPipeline):
                 f"HSIVIPipeline got a {type(unet).__name__}: it draws with a UNet2DModel. Use the stock pipeline of "
                 "this unet, and assign the HSIVIScheduler to its `scheduler`"
             )
-        if scheduler.config.noise_scale_type == "per_pixel" and unet_noise_scale is None:
-            raise ValueError(
-                "the scheduler's noise_scale_type is 'per_pixel', but unet_noise_scale is None: pass the "
-                "HSIVINoiseScale that was trained with this unet"
-            )
         self.register_modules(unet=unet, scheduler=scheduler, unet_noise_scale=unet_noise_scale)
+        self._check_noise_scale()
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """Makes the pipeline of the components of another, see `DiffusionPipeline.from_pipe`.
+
+        Args:
+            pipeline: One of ours, or a stock one together with scheduler=.
+            **kwargs: Components in the place of its own.
+        """
+        kwargs.setdefault("unet_noise_scale", pipeline.components.get("unet_noise_scale"))
+        return super().from_pipe(pipeline, **kwargs)
 
     @property
     def num_timesteps(self) -> int:
@@ -57,14 +65,15 @@ class HSIVIPipeline(DiffusionPipeline):
         return getattr(self, "_num_timesteps", len(self.scheduler.timesteps))
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any
+        self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args: Any, **kwargs: Any
     ) -> None:
         """Saves the pipeline, and with it the code of its classes, so that it loads without the package too.
 
         Args:
             save_directory: Folder to write to; made if need be.
             safe_serialization: Must stay True: pickles are not written.
-            **kwargs: variant, max_shard_size, push_to_hub, ...: see `DiffusionPipeline.save_pretrained`.
+            *args: variant, max_shard_size, push_to_hub, ...: see `DiffusionPipeline.save_pretrained`.
+            **kwargs: See there.
 
         Raises:
             ValueError: `safe_serialization` is False.
@@ -73,14 +82,17 @@ class HSIVIPipeline(DiffusionPipeline):
             raise ValueError("safe_serialization=False would write pickles: leave it out, weights are safetensors")
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / "pipeline.py").write_text(self._source, encoding="utf-8")
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, True, *args, **kwargs)
 
     def __repr__(self) -> str:
         """What it draws and with how many calls, then the components."""
-        grid = self.scheduler.config.layer_timesteps
+        if not hasattr(self, "scheduler"):  # the constructor has refused its arguments
+            return super().__repr__()
+        grid = self.scheduler.config.get("layer_timesteps")
         steps = "any number of" if grid is None else f"{len(grid) - 1}"
-        shape = "x".join(map(str, self._sample_shape()))
-        return f"HSIVIPipeline: {shape} pictures in {steps} network calls, layer_timesteps={grid}\n{super().__repr__()}"
+        calls = "network call" if steps == "1" else "network calls"
+        shape = "x".join(map(str, self._sample_shape() or ["any size"]))
+        return f"HSIVIPipeline: {shape} pictures in {steps} {calls}, layer_timesteps={grid}\n{super().__repr__()}"
 
     @torch.no_grad()
     def __call__(
@@ -115,18 +127,22 @@ class HSIVIPipeline(DiffusionPipeline):
         Raises:
             ValueError: The step count, a shape, a label or an option does not fit.
         """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
-        device, dtype = self._device_and_dtype()
+        hooked = self._has_hooks()
+        device, dtype = (self._execution_device, self.unet.dtype) if hooked else self._first_layer()
         latents = self._prepare_latents(batch_size, latents, generator, device, dtype)
         conditions = self._prepare_class_labels(batch_size, class_labels, device)
-        noise_scale = None if self.unet_noise_scale is None else self.unet_noise_scale()
+        per_pixel = self.scheduler.config.noise_scale_type == "per_pixel"
+        noise_scale = self.unet_noise_scale() if per_pixel and self.unet_noise_scale is not None else None
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
 
         # The step is told a number, the network a tensor: so a GPU is not waited for at each step.
-        timesteps = self.scheduler.timesteps.tolist()
-        for i, timestep in enumerate(self.progress_bar(timesteps)):
-            model_output = self.unet(latents, self.scheduler.timesteps[i], **conditions).sample
+        steps = list(zip(self.scheduler.timesteps.tolist(), self.scheduler.timesteps, strict=True))
+        for i, (timestep, tensor) in enumerate(self.progress_bar(steps)):
+            model_output = self.unet(latents, tensor, **conditions).sample
             latents, _ = self.scheduler.step(
                 model_output, timestep, latents, generator=generator, noise_scale=noise_scale, return_dict=False
             )
@@ -135,12 +151,29 @@ class HSIVIPipeline(DiffusionPipeline):
                 latents = callback_on_step_end(self, i, timestep, wanted).pop("latents", latents)
 
         images = self._to_images(latents, output_type)
-        self.maybe_free_model_hooks()
+        if hooked:
+            self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_noise_scale(self) -> None:
+        """Refuses a per-pixel noise scale that is missing, not wanted, or of other samples."""
+        kind, scale = self.scheduler.config.noise_scale_type, self.unet_noise_scale
+        if (kind == "per_pixel") != (scale is not None):
+            remedy = "pass the HSIVINoiseScale that was trained with this unet" if scale is None else "leave it out"
+            given = "None" if scale is None else "given"
+            raise ValueError(f"noise_scale_type is {kind!r} and unet_noise_scale is {given}: {remedy}")
+        shape = self._sample_shape()
+        if scale is not None and shape not in (None, tuple(scale.config.sample_shape)):
+            raise ValueError(
+                f"unet_noise_scale is of samples {tuple(scale.config.sample_shape)}, the unet of {shape}: pass the one "
+                "that was trained with this unet"
+            )
 
     def _check_inputs(
         self, batch_size: int, generator: Any, output_type: str, callback_on_step_end_tensor_inputs: list[str]
     ) -> None:
+        if not hasattr(self.scheduler, "transition"):  # assigned after the pipeline was made
+            raise ValueError(_wrong_scheduler(self.scheduler))
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: ask for at least 1 picture")
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -153,30 +186,38 @@ class HSIVIPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: choose from {self._callback_tensor_inputs}"
             )
 
-    def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Where the unet takes its input, and in what precision.
+    def _has_hooks(self) -> bool:
+        """Whether weights are moved or cast by hooks, of accelerate or diffusers, which then know device and dtype.
 
-        Its first layer knows, unless hooks move or cast the weights: then diffusers searches all layers for them,
-        which would take a hundredth of the time of a small sampler.
+        To ask them takes a search through all layers, a hundredth of the time of a small sampler.
         """
-        first = self.unet.conv_in
-        hooked = any(hasattr(module, hook) for module in (self.unet, first) for hook in ("_hf_hook", "_diffusers_hook"))
-        return (self._execution_device, self.unet.dtype) if hooked else (first.weight.device, first.weight.dtype)
+        modules = (self.unet, self.unet.conv_in)
+        return any(hasattr(module, hook) for module in modules for hook in ("_hf_hook", "_diffusers_hook"))
 
-    def _sample_shape(self) -> tuple[int, int, int]:
+    def _first_layer(self) -> tuple[torch.device, torch.dtype]:
+        weight = self.unet.conv_in.weight
+        return weight.device, weight.dtype
+
+    def _sample_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W), or None where the unet was made for no size of its own."""
         size = self.unet.config.sample_size
+        if size is None:
+            return None
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
 
     def _prepare_latents(
         self, batch_size: int, latents: torch.Tensor | None, generator: Any, device: torch.device, dtype: torch.dtype
     ) -> torch.Tensor:
-        shape = (batch_size, *self._sample_shape())
+        shape = self._sample_shape() or (tuple(latents.shape[1:]) if latents is not None else None)
+        if shape is None:
+            raise ValueError("this unet has no sample_size: pass latents, which give the size of the pictures")
+        shape = (batch_size, *shape)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}: expected {shape}")
-        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device=device, dtype=dtype)
 
     def _prepare_class_labels(
         self, batch_size: int, class_labels: Any, device: torch.device
@@ -187,12 +228,15 @@ class HSIVIPipeline(DiffusionPipeline):
             raise ValueError(f"this unet {have}")
         if class_labels is None:
             return {}
-        labels = torch.as_tensor(class_labels, device=device)
+        labels = torch.as_tensor(class_labels)
         if labels.shape != (batch_size,) or labels.is_floating_point():
             raise ValueError(
                 f"class_labels has shape {tuple(labels.shape)} and {labels.dtype}: expected ({batch_size},) integers"
             )
-        return {"class_labels": labels}
+        classes = self.unet.config.num_class_embeds
+        if classes is not None and not bool(((labels >= 0) & (labels < classes)).all()):
+            raise ValueError(f"class_labels={labels.tolist()}: the classes of this unet are 0 to {classes - 1}")
+        return {"class_labels": labels.to(device=device, dtype=torch.long)}
 
     def _to_images(self, latents: torch.Tensor, output_type: str) -> Any:
         if output_type == "latent":

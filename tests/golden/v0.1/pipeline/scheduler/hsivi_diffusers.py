@@ -28,7 +28,8 @@ from diffusers.utils.torch_utils import randn_tensor
 KERNELS = ("ddim", "renoise")
 NOISE_SCALE_TYPES = ("config", "per_pixel")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-TIMESTEP_SPACINGS = ("quadratic", "uniform", "trailing", "leading", "linspace")
+OUR_SPACINGS = ("quadratic", "uniform")
+TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
 
 
 @dataclass
@@ -68,7 +69,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: What the network predicts: "epsilon", "v_prediction" or "sample".
         layer_timesteps: The trained grid, T+1 strictly descending integers tau_T .. tau_0 in 0..N-1. The last one may
             be -1: the final alpha of DDIM. When set, only T steps can be asked for.
-        timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`.
+        timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`. With a grid it
+            is not needed, and the config keeps a name that all schedulers know.
         kernel: "ddim" or "renoise", see above.
         noise_eta: eta of the ddim kernel, in [0, 1]; the paper has 0.2.
         noise_scale: Factor > 0 on the standard deviation, one for all layers or a list of T, noise_scale[t] for layer
@@ -135,11 +137,15 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
                 "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the noise is "
                 "all there is to see, and a prediction of it says nothing of the picture"
             )
+        noise_scale = torch.as_tensor(noise_scale, dtype=torch.float64).tolist()  # plain numbers, for JSON
+        self.register_to_config(noise_scale=noise_scale)
         if layer_timesteps is not None:
-            _check_timesteps("layer_timesteps", layer_timesteps, num_train_timesteps)
+            layer_timesteps = _check_timesteps("layer_timesteps", layer_timesteps, num_train_timesteps)
+            # Of a trained sampler no setting may give way to the default of another class. It needs no spacing, and
+            # some classes take none but their own.
+            spacing = "leading" if timestep_spacing in OUR_SPACINGS else timestep_spacing
+            self.register_to_config(layer_timesteps=layer_timesteps, timestep_spacing=spacing, _use_default_values=[])
         _check_noise_scale(noise_scale, layer_timesteps)
-        if layer_timesteps is not None:  # of a trained sampler no setting may give way to the default of another class
-            self.register_to_config(_use_default_values=[])
 
         schedule = DDPMScheduler(
             num_train_timesteps=num_train_timesteps,
@@ -156,6 +162,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         self.layer_grid: torch.Tensor | None = None
         self.timesteps = schedule.timesteps
         self._layers: dict[int, LayerCoefficients] = {}
+        self._layers_are_of: tuple[Any, ...] = ()
         self._begin_index: int | None = None
         if layer_timesteps is not None:
             self.set_timesteps()
@@ -170,10 +177,11 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, dict):
             name = config.get("_class_name")
             betas = {"beta_start", "trained_betas"} & {*config, *kwargs}
-            if "FlowMatch" in str(name) or config.get("use_flow_sigmas") or (name and not betas):
+            whole = name is not None or "num_train_timesteps" in config
+            if "FlowMatch" in str(name) or config.get("use_flow_sigmas") or (whole and not betas):
                 raise ValueError(
-                    f"the config of {name} has no beta schedule: HSIVI needs a teacher with one, such as a network "
-                    "trained with DDPMScheduler; flow-matching and EDM models have none"
+                    f"the config of {name or 'this scheduler'} has no beta schedule: HSIVI needs a teacher with one, "
+                    "such as a network trained with DDPMScheduler; flow-matching and EDM models have none"
                 )
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
@@ -261,11 +269,14 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
                 out of range.
         """
         grid = self._choose_grid(num_inference_steps, timesteps)
-        if self.layer_grid is None or self.layer_grid.tolist() != grid:
+        if grid[0] >= len(self.betas):
+            raise ValueError(f"the grid {grid} starts beyond the {len(self.betas)} betas: give trained_betas for all")
+        settings = (grid, self.config.kernel, self.config.noise_eta, self.config.noise_scale)
+        if settings != self._layers_are_of:
             self.layer_grid = torch.tensor(grid, dtype=torch.long)
-            self._layers = self._make_layers()
+            self._layers, self._layers_are_of = self._make_layers(), settings
         self.num_inference_steps = len(grid) - 1
-        self.timesteps = self.layer_grid[:-1].to(device)
+        self.timesteps = self._grid()[:-1].to(device)
         self._begin_index = None
 
     def _choose_grid(self, num_inference_steps: int | None, timesteps: list[int] | None) -> list[int]:
@@ -273,18 +284,20 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps is not None and timesteps is not None:
             raise ValueError("num_inference_steps and timesteps were both given: pass one of them")
         if trained is not None:
-            remedy = (
-                f"this sampler was trained for {len(trained) - 1} steps, layer_timesteps={list(trained)}: pass "
-                f"num_inference_steps={len(trained) - 1}"
+            steps = len(trained) - 1
+            if num_inference_steps in (None, steps) and (timesteps is None or list(timesteps) == trained[:-1]):
+                return list(trained)
+            given = (
+                f"timesteps={timesteps}"
+                if num_inference_steps is None
+                else f"num_inference_steps={num_inference_steps}"
             )
-            if num_inference_steps not in (None, len(trained) - 1):
-                raise ValueError(f"num_inference_steps={num_inference_steps}, but {remedy}")
-            if timesteps is not None and list(timesteps) != trained[:-1]:
-                raise ValueError(f"timesteps={list(timesteps)}, but {remedy}")
-            return list(trained)
+            raise ValueError(
+                f"{given}, but this sampler was trained for {steps} steps, layer_timesteps={list(trained)}: pass "
+                f"num_inference_steps={steps}"
+            )
         if timesteps is not None:
-            _check_timesteps("timesteps + [-1]", [*timesteps, -1], self.config.num_train_timesteps)
-            return [*map(int, timesteps), -1]
+            return _check_timesteps("timesteps + [-1]", [*timesteps, -1], self.config.num_train_timesteps)
         if num_inference_steps is None:
             raise ValueError("this scheduler has no trained grid (layer_timesteps): pass num_inference_steps")
         return self.make_layer_timesteps(
@@ -461,15 +474,17 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             **kwargs: What pipelines pass to other schedulers (`eta`, `use_clipped_model_output`); ignored.
 
         Raises:
-            ValueError: As `transition`.
+            ValueError: As `transition`; or generator and variance_noise are both given.
         """
         mean, std, x0, last = self._transition(model_output, timestep, sample, noise_scale)
+        if generator is not None and variance_noise is not None:
+            raise ValueError("generator and variance_noise were both given: pass the source of the noise, or the noise")
         if last is True:
             x = mean
         else:
             if variance_noise is None:
                 variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=mean.dtype)
-            x = mean + std * variance_noise
+            x = mean + std * variance_noise.to(mean.dtype)
             if last is not False:
                 x = torch.where(last, mean, x)
         x, x0 = x.to(sample.dtype), x0.to(sample.dtype)
@@ -480,9 +495,11 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def _layer(self, timestep: int | torch.Tensor, sample: torch.Tensor) -> LayerCoefficients:
         """Returns the numbers of the layer, or layers, that start at the timestep.
 
-        One timestep on the grid is looked up as floats, which spares some twenty small operations a step.
+        One timestep on the grid is looked up as floats, which spares some twenty small operations a step. They are of
+        single precision, as the samples that are no float64.
         """
-        if not isinstance(timestep, torch.Tensor) or timestep.numel() == 1:
+        single = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
+        if single and sample.dtype == torch.float32:
             known = self._layers.get(int(timestep))
             if known is not None:
                 return known
@@ -520,14 +537,20 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
                 f"model_output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}: they must be "
                 "equal, or the output must have twice the channels"
             )
+        if model_output.dtype == sample.dtype == torch.float32:
+            return model_output, sample
         dtype = torch.promote_types(sample.dtype, torch.float32)
         return model_output.to(dtype), sample.to(dtype)
 
     def _vector(self, timestep: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).long()
+        timestep = torch.as_tensor(timestep).reshape(-1).long()
         if len(timestep) not in (1, len(sample)):
             raise ValueError(f"{len(timestep)} timesteps for {len(sample)} samples: give one, or one for each")
-        return timestep
+        size = len(self.alphas_cumprod)
+        # Only on the CPU, for a GPU would have to be waited for.
+        if timestep.device.type == "cpu" and not bool(((timestep >= 0) & (timestep < size)).all()):
+            raise ValueError(f"timestep {timestep.tolist()} is off the clock: give timesteps from 0 to {size - 1}")
+        return timestep.to(sample.device)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -535,20 +558,23 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 
 
-def _check_timesteps(name: str, grid: list[int], num_train_timesteps: int) -> None:
+def _check_timesteps(name: str, timesteps: Any, num_train_timesteps: int) -> list[int]:
+    """Returns the grid as plain integers."""
+    grid = list(timesteps)
     remedy = f"give T+1 strictly descending integers from {num_train_timesteps - 1} to 0; the last may be -1"
-    if len(grid) < 2 or any(isinstance(tau, bool) or int(tau) != tau for tau in grid):
+    if len(grid) < 2 or any(isinstance(tau, bool) or not float(tau).is_integer() for tau in grid):
         raise ValueError(f"{name}={grid!r} is no grid of at least 1 layer: {remedy}")
     if any(above <= below for above, below in zip(grid[:-1], grid[1:], strict=True)):
-        raise ValueError(f"{name}={list(grid)} is not strictly descending: {remedy}")
+        raise ValueError(f"{name}={grid} is not strictly descending: {remedy}")
     if grid[0] >= num_train_timesteps or grid[-1] < -1:
-        raise ValueError(f"{name}={list(grid)} leaves the teacher's clock: {remedy}")
+        raise ValueError(f"{name}={grid} leaves the teacher's clock: {remedy}")
+    return [int(tau) for tau in grid]
 
 
 def _check_noise_scale(noise_scale: float | list[float], grid: list[int] | None) -> None:
-    scales = [noise_scale] if isinstance(noise_scale, int | float) else list(noise_scale)
+    scales = noise_scale if isinstance(noise_scale, list) else [noise_scale]
     if any(not scale > 0 for scale in scales):
         raise ValueError(f"noise_scale={noise_scale!r}: give numbers > 0; for no noise use noise_eta=0")
-    if not isinstance(noise_scale, int | float) and (grid is None or len(scales) != len(grid) - 1):
+    if isinstance(noise_scale, list) and (grid is None or len(scales) != len(grid) - 1):
         wanted = "a grid, layer_timesteps" if grid is None else f"{len(grid) - 1} numbers, one for each layer"
         raise ValueError(f"noise_scale has {len(scales)} numbers: it needs {wanted}")

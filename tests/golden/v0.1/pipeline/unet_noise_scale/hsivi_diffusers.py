@@ -39,8 +39,10 @@ class HSIVINoiseScale(ModelMixin, ConfigMixin):
 
     # `wraps`: a pipeline passes on the options (variant, ...) that it finds in the signature.
     @functools.wraps(ModelMixin.save_pretrained)
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves weights and config, and this file beside them, so that the folder loads without the package too."""
+        if not kwargs.get("safe_serialization", True):
+            raise ValueError("safe_serialization=False would write pickles: leave it out, weights are safetensors")
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / "hsivi_diffusers.py").write_text(self._source, encoding="utf-8")
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)

@@ -1,0 +1,375 @@
+"""What diffusers asks of every scheduler: saving, converting, shapes, types, and no state of its own."""
+
+import copy
+import inspect
+import json
+import pickle
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsivi_diffusers import HSIVIScheduler, scheduling_hsivi
+
+SHAPE = (4, 3, 8, 8)
+GRID = [800, 512, 288, 128, 32, 0]
+SCALES = [0.5, 0.6, 0.7, 0.8, 0.9]
+LATENT_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+NAMED = {**LATENT_BETAS, "timestep_spacing": "trailing", "clip_sample": True, "set_alpha_to_one": False}
+CONVERTED = {
+    "trained": {"layer_timesteps": GRID},
+    "named": {"layer_timesteps": GRID, "kernel": "renoise", "noise_scale": SCALES, **NAMED},
+    "generic": {"noise_eta": 0.7, "noise_scale_type": "per_pixel", **NAMED},
+}
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# Without DPMSolverSDEScheduler where torchsde is not installed: a placeholder then.
+STOCK = [getattr(diffusers, scheduler.name) for scheduler in KarrasDiffusionSchedulers]
+STOCK = [cls for cls in STOCK if not hasattr(cls, "_backends")]
+
+
+def tensors(dtype=torch.float32):
+    """The same output, sample and noise at every call."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, *SHAPE, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def ready(scheduler):
+    scheduler.set_timesteps(None if scheduler.config.layer_timesteps is not None else min(5, len(scheduler)))
+    return scheduler
+
+
+def walk(scheduler, **arguments):
+    """A step from the same tensors at each timestep, stacked."""
+    output, sample, noise = tensors()
+    if scheduler.config.get("noise_scale_type") == "per_pixel":
+        arguments["noise_scale"] = noise[:1].exp()
+    steps = [scheduler.step(output, t, sample, variance_noise=noise, **arguments) for t in scheduler.timesteps]
+    return torch.stack([step.prev_sample for step in steps])
+
+
+def saved_and_loaded(scheduler, folder, cls=HSIVIScheduler):
+    scheduler.save_pretrained(folder)
+    return cls.from_pretrained(folder)
+
+
+def arguments_of(scheduler):
+    """The arguments of our constructor as they stand in the config, those left at their defaults too."""
+    return {name: scheduler.config[name] for name in inspect.signature(HSIVIScheduler).parameters}
+
+
+# ----- saving -----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"beta_schedule": name} for name in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")),
+        *({"prediction_type": name} for name in ("v_prediction", "sample")),
+        *({"timestep_spacing": name} for name in ("uniform", "trailing", "leading", "linspace")),
+        {"num_train_timesteps": 100, "beta_start": 0.01, "beta_end": 0.2},
+        {"num_train_timesteps": 2, "trained_betas": np.array([0.1, 0.3])},
+        {"clip_sample": True, "clip_sample_range": 0.7},
+        {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.0},
+        {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False},
+        {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        {"kernel": "renoise", "noise_scale": 0.5},
+        {"layer_timesteps": GRID, "noise_eta": 0.7, "noise_scale": SCALES},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_a_saved_scheduler_loads_with_the_same_config_and_steps(options, tmp_path):
+    scheduler = ready(HSIVIScheduler(**options))
+    loaded = ready(saved_and_loaded(scheduler, tmp_path))
+    assert loaded.to_json_string() == scheduler.to_json_string()
+    assert torch.equal(walk(loaded), walk(scheduler))
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array])
+def test_two_betas_on_a_longer_clock_survive_saving(make, tmp_path):
+    scheduler = HSIVIScheduler(trained_betas=make([0.1, 0.3]))
+    assert torch.equal(saved_and_loaded(scheduler, tmp_path).betas, scheduler.betas)
+
+
+def test_saving_writes_a_strict_json_and_the_code_and_nothing_else(tmp_path):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_scale=SCALES)
+    scheduler.save_pretrained(tmp_path / "new" / "folder")
+    files = {path.name: path.read_text() for path in (tmp_path / "new" / "folder").iterdir()}
+    assert sorted(files) == ["hsivi_diffusers.py", "scheduler_config.json"]
+    assert files["hsivi_diffusers.py"] == Path(scheduling_hsivi.__file__).read_text()
+    config = json.loads(files["scheduler_config.json"], parse_constant=pytest.fail)
+    assert (config.pop("_class_name"), config.pop("_diffusers_version")) == ("HSIVIScheduler", diffusers.__version__)
+    assert config == arguments_of(scheduler)
+
+
+@pytest.mark.parametrize("make", [tuple, np.array, lambda numbers: list(np.array(numbers))])
+def test_grids_and_scales_of_other_types_become_plain_numbers(make, tmp_path):
+    scheduler = HSIVIScheduler(layer_timesteps=make(GRID), noise_scale=make(SCALES))
+    loaded = saved_and_loaded(scheduler, tmp_path)
+    assert arguments_of(loaded) == arguments_of(HSIVIScheduler(layer_timesteps=GRID, noise_scale=SCALES))
+    scheduler.set_timesteps(timesteps=GRID[:-1])
+
+
+def test_a_grid_changed_by_its_maker_does_not_change_the_scheduler():
+    grid = list(GRID)
+    scheduler = HSIVIScheduler(layer_timesteps=grid)
+    grid.append(-1)
+    assert scheduler.config.layer_timesteps == GRID
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
+@pytest.mark.parametrize("options", [{}, {"layer_timesteps": GRID, "noise_scale": SCALES}])
+def test_a_copy_steps_like_its_original_and_lives_on_its_own(copied, options):
+    original = ready(HSIVIScheduler(**options))
+    twin, before = copied(original), walk(original)
+    assert torch.equal(walk(twin), before)
+    twin.register_to_config(layer_timesteps=None, noise_scale=1.0)
+    twin.set_timesteps(3)
+    assert torch.equal(walk(original), before)
+    assert len(walk(twin)) == 3
+
+
+# ----- other schedulers -----
+
+
+def test_the_compatible_schedulers_are_those_of_the_diffusion_pipelines():
+    names = {cls.__name__ for cls in HSIVIScheduler().compatibles}
+    assert names == {scheduler.name for scheduler in KarrasDiffusionSchedulers}
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+@pytest.mark.parametrize("cls", STOCK)
+def test_every_other_scheduler_hands_our_settings_back(cls, kind, tmp_path):
+    ours = ready(HSIVIScheduler(**CONVERTED[kind]))
+    other = cls.from_config(ours.config)
+    for config in (other.config, saved_and_loaded(other, tmp_path, cls).config, HSIVIScheduler.load_config(tmp_path)):
+        back = HSIVIScheduler.from_config(config)
+        assert arguments_of(back) == arguments_of(ours)
+        assert torch.equal(walk(ready(back)), walk(ours))
+
+
+@pytest.mark.parametrize("cls", [cls for cls in STOCK if cls.__name__ != "EDMEulerScheduler"])
+def test_it_takes_the_betas_of_every_saved_scheduler(cls, tmp_path):
+    other = cls()
+    assert walk(ready(HSIVIScheduler.from_config(other.config))).isfinite().all()
+    loaded = saved_and_loaded(other, tmp_path)
+    assert torch.equal(loaded.alphas_cumprod, other.alphas_cumprod)
+    assert walk(ready(loaded)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["EDMEuler", "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "UniPCMultistep"])
+def test_schedulers_without_betas_are_refused_before_and_after_saving(name, tmp_path):
+    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if name == "UniPCMultistep" else {}
+    other = getattr(diffusers, f"{name}Scheduler")(**options)
+    with pytest.raises(ValueError, match="has no beta schedule: HSIVI needs a teacher with one"):
+        HSIVIScheduler.from_config(other.config)
+    with pytest.raises(ValueError, match=f"the config of {name}Scheduler has no beta schedule: HSIVI needs a teacher"):
+        saved_and_loaded(other, tmp_path)
+
+
+# ----- DDIM's options -----
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clip_sample": True, "clip_sample_range": 0.5},
+        {"thresholding": True},
+        {"thresholding": True, "dynamic_thresholding_ratio": 0.5, "sample_max_value": 3.0},
+        {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 0.5},
+        {"thresholding": True, "clip_sample": True, "sample_max_value": 100.0},
+        {"steps_offset": 1, "set_alpha_to_one": False},
+    ],
+)
+def test_clamps_thresholds_and_offsets_are_ddims(prediction_type, options):
+    options = {"prediction_type": prediction_type, "timestep_spacing": "leading", "clip_sample": False, **options}
+    ours, stock = ready(HSIVIScheduler(noise_eta=0.0, **options)), DDIMScheduler(**options)
+    stock.set_timesteps(5)
+    assert torch.equal(ours.timesteps, stock.timesteps)
+    torch.testing.assert_close(walk(ours), walk(stock), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 5, 10])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_from_pure_noise_at_zero_terminal_snr_it_is_ddim(prediction_type, eta, count):
+    options = {"prediction_type": prediction_type, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    ours, stock = HSIVIScheduler(noise_eta=eta, **options), DDIMScheduler(**options, clip_sample=False)
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(count)
+        assert (scheduler.timesteps[0], scheduler.alphas_cumprod[999]) == (999, 0)
+    assert torch.equal(ours.alphas_cumprod, stock.alphas_cumprod)
+    torch.testing.assert_close(walk(ours), walk(stock, eta=eta), rtol=1e-5, atol=1e-5)
+
+
+def test_zero_terminal_snr_does_not_go_with_noise_prediction():
+    with pytest.raises(ValueError, match="goes with prediction_type 'v_prediction' or 'sample'"):
+        HSIVIScheduler(rescale_betas_zero_snr=True)
+
+
+# ----- timesteps -----
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor])
+def test_timesteps_given_one_by_one_are_used_as_they_are(make):
+    scheduler, stock = HSIVIScheduler(noise_eta=0.5), DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(timesteps=make([800, 600, 400, 200, 0]))
+    stock.set_timesteps(5)
+    assert torch.equal(scheduler.timesteps, stock.timesteps)
+    torch.testing.assert_close(walk(scheduler), walk(stock, eta=0.5), rtol=1e-4, atol=1e-4)
+    scheduler.set_timesteps(timesteps=make([999, 3]))
+    assert (scheduler.timesteps.tolist(), scheduler.num_inference_steps) == ([999, 3], 2)
+
+
+@pytest.mark.parametrize("timesteps", [[0, 500], [500, 500], [1000, 500], [500, -1], [500.5, 0], []])
+def test_timesteps_that_are_no_grid_are_refused(timesteps):
+    with pytest.raises(ValueError, match="strictly descending integers from 999 to 0"):
+        HSIVIScheduler().set_timesteps(timesteps=timesteps)
+
+
+def test_a_trained_grid_accepts_no_timesteps_but_its_own():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    for timesteps in (GRID[:-1], tuple(GRID[:-1]), scheduler.timesteps):
+        scheduler.set_timesteps(timesteps=timesteps)
+        assert scheduler.timesteps.tolist() == GRID[:-1]
+    for timesteps in (GRID, GRID[1:-1], [800, 600, 400, 200, 0]):
+        with pytest.raises(ValueError, match="trained for 5 steps.*pass num_inference_steps=5"):
+            scheduler.set_timesteps(timesteps=timesteps)
+    for either in (scheduler, HSIVIScheduler()):
+        with pytest.raises(ValueError, match="both given: pass one of them"):
+            either.set_timesteps(5, timesteps=GRID[:-1])
+
+
+def test_another_count_leaves_nothing_of_the_one_before():
+    scheduler = HSIVIScheduler()
+    for arguments in ({"num_inference_steps": 7}, {"timesteps": [900, 100]}, {"num_inference_steps": 5}):
+        scheduler.set_timesteps(**arguments)
+    assert torch.equal(walk(scheduler), walk(ready(HSIVIScheduler())))
+
+
+def test_a_setting_changed_in_place_counts_from_the_next_set_timesteps():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    scheduler.register_to_config(noise_eta=1.0)
+    assert torch.equal(walk(ready(scheduler)), walk(HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)))
+
+
+def test_the_begin_index_is_noted_and_changes_no_step():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    before = walk(scheduler)
+    scheduler.set_begin_index(3)
+    assert scheduler.begin_index == 3
+    assert torch.equal(walk(scheduler), before)
+    scheduler.set_timesteps()
+    assert scheduler.begin_index is None
+
+
+def test_schedulers_share_no_state():
+    one, two = ready(HSIVIScheduler()), HSIVIScheduler()
+    before = walk(one)
+    two.set_timesteps(7)
+    two.set_begin_index(2)
+    two.alphas_cumprod.zero_()
+    assert (len(one.timesteps), one.begin_index) == (5, None)
+    assert torch.equal(walk(ready(one)), before)
+
+
+@pytest.mark.parametrize("timestep", [1000, -1])
+def test_a_timestep_off_the_clock_is_refused(timestep):
+    output, sample, _ = tensors()
+    with pytest.raises((ValueError, IndexError)):
+        ready(HSIVIScheduler()).step(output, timestep, sample)
+
+
+# ----- a step -----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{"layer_timesteps": [997, 300, 2, 1], "noise_scale": [0.5, 0.6, 0.7]}, {}])
+def test_a_timestep_is_a_number_or_a_tensor_of_any_kind_and_the_dtype_stays(options, dtype):
+    scheduler = ready(HSIVIScheduler(noise_eta=1.0, thresholding=not options, **options))
+    output, sample, noise = tensors(dtype)
+    for timestep in [*scheduler.timesteps.tolist(), *([] if options else [555])]:
+        wanted = scheduler.step(output, timestep, sample, variance_noise=noise)
+        assert wanted.prev_sample.dtype == wanted.pred_original_sample.dtype == dtype
+        scalar = torch.tensor(timestep)
+        for given_as in (np.int64(timestep), scalar, scalar[None], scalar.int(), scalar.float(), scalar.repeat(4)):
+            step = scheduler.step(output, given_as, sample, variance_noise=noise)
+            for name, value in step.items():
+                torch.testing.assert_close(value, wanted[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 8), (1, 3, 8, 8), (4, 3, 5, 8, 2)])
+def test_a_step_keeps_any_shape_and_drops_the_learned_variance(shape):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    output, variance, sample, noise = torch.randn(4, *shape)
+    for timestep in (800, torch.full(shape[:1], 32)):
+        step = scheduler.step(output, timestep, sample, variance_noise=noise)
+        wide = scheduler.step(torch.cat([output, variance], dim=1), timestep, sample, variance_noise=noise)
+        assert step.prev_sample.shape == step.pred_original_sample.shape == shape
+        assert torch.equal(wide.prev_sample, step.prev_sample)
+        assert step[0] is step["prev_sample"] is step.to_tuple()[0] is step.prev_sample
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noising_and_velocity_keep_the_dtype_and_are_those_of_ddpm(dtype):
+    ours, stock = HSIVIScheduler(**LATENT_BETAS), DDPMScheduler(**LATENT_BETAS)
+    clean, noise, _ = tensors(dtype)
+    for name in ("add_noise", "get_velocity"):
+        for timesteps in (torch.tensor([0, 20, 500, 999]), torch.tensor([300])):
+            got = getattr(ours, name)(clean, noise, timesteps)
+            assert got.dtype == dtype
+            assert torch.equal(got, getattr(stock, name)(clean, noise, timesteps))
+    assert ours.alphas_cumprod.dtype == torch.float32
+
+
+def test_the_last_layer_draws_nothing_and_repeats_itself():
+    scheduler, (output, sample, _) = HSIVIScheduler(layer_timesteps=GRID), tensors()
+    state = torch.get_rng_state()
+    step = scheduler.step(output, 32, sample).prev_sample
+    assert torch.equal(scheduler.step(output, 32, sample).prev_sample, step)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(scheduler.step(output, torch.full((4,), 32), sample).prev_sample, step)
+
+
+def test_attributes_are_those_of_the_object_then_of_the_config_and_no_others(recwarn):
+    scheduler = HSIVIScheduler(kernel="renoise")
+    scheduler.own = 5
+    assert (scheduler.own, len(recwarn)) == (5, 0)
+    with pytest.warns(FutureWarning, match="Accessing config attribute `kernel` directly"):
+        assert scheduler.kernel == "renoise"
+    with pytest.raises(AttributeError, match="'HSIVIScheduler' object has no attribute 'sigmas'"):
+        scheduler.sigmas  # noqa: B018
+
+
+# ----- the law -----
+
+
+@given(
+    grid=st.lists(st.integers(-1, 999), min_size=2, max_size=6, unique=True).map(lambda grid: sorted(grid)[::-1]),
+    kernel=st.sampled_from(["ddim", "renoise"]),
+    eta=st.floats(0, 1),
+    prediction=st.sampled_from(["epsilon", "v_prediction", "sample"]),
+    zero_snr=st.booleans(),
+)
+@settings(deadline=None)
+def test_with_a_perfect_network_every_layer_has_the_marginal_of_the_teacher(grid, kernel, eta, prediction, zero_snr):
+    """A layer goes from alpha x0 + sigma eps to the mean alpha_t x0, with a variance that adds up to sigma_t^2."""
+    betas = {"prediction_type": prediction, "rescale_betas_zero_snr": zero_snr and prediction != "epsilon"}
+    scheduler = HSIVIScheduler(layer_timesteps=grid, kernel=kernel, noise_eta=eta, **betas)
+    abar = torch.cat([scheduler.alphas_cumprod, torch.ones(1)]).double()[grid].reshape(-1, 1, 1, 1)
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    row = torch.arange(len(grid) - 1).repeat_interleave(2)
+    generator = torch.Generator().manual_seed(0)
+    clean, eps = torch.randn(2, len(row), 1, 2, 2, generator=generator, dtype=torch.float64)
+    sample, velocity = alpha[row] * clean + sigma[row] * eps, alpha[row] * eps - sigma[row] * clean
+    output = {"epsilon": eps, "sample": clean, "v_prediction": velocity}[prediction]
+    mean, std = scheduler.transition(output, scheduler.timesteps[row], sample)
+    assert (std <= sigma[row + 1] + 1e-9).all()
+    direction = (sigma[row + 1] ** 2 - std**2).clamp_min(0).sqrt()
+    torch.testing.assert_close(mean, alpha[row + 1] * clean + direction * eps, rtol=1e-5, atol=1e-5)
