@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import ImageOps
 
 from .model_card import make_card
 from .pipeline_hsivi import HSIVIPipeline
@@ -204,5 +205,5 @@ def draw_grid(pipeline: HSIVIPipeline, rows: int = 4, columns: int = 8) -> Any:
         labels = [seed % classes for seed in seeds] if classes else None
         pictures += pipeline(columns, generator=generators, class_labels=labels, return_dict=False)[0]
     width, height = (max(1, 64 // pictures[0].width) * size for size in pictures[0].size)
-    pictures = [picture.resize((width, height), resample=0) for picture in pictures]
+    pictures = [ImageOps.expand(picture.resize((width, height), resample=0), 2, "white") for picture in pictures]
     return make_image_grid(pictures, rows=rows, cols=columns)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
@@ -35,7 +35,7 @@ class HSIVIPipeline(DiffusionPipeline):
         self,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        unet_noise_scale: Optional[ModelMixin] = None,  # noqa: UP045 (diffusers < 0.36 reads no `|` here)
+        unet_noise_scale: ModelMixin | None = None,
     ):
         super().__init__()
         if not hasattr(scheduler, "transition"):

@@ -137,7 +137,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
                 "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the noise is "
                 "all there is to see, and a prediction of it says nothing of the picture"
             )
-        noise_scale = torch.as_tensor(noise_scale, dtype=torch.float64).tolist()  # plain numbers, for JSON
+        # Plain numbers, for JSON.
+        noise_scale = torch.as_tensor(noise_scale, dtype=torch.float64, device="cpu").tolist()
         self.register_to_config(noise_scale=noise_scale)
         if layer_timesteps is not None:
             layer_timesteps = _check_timesteps("layer_timesteps", layer_timesteps, num_train_timesteps)

@@ -24,7 +24,7 @@ ALLOWED = {
     "pipeline_hsivi": (set(), HOST),
     "distillation": ({"vi/*", "scheduling_hsivi", "modeling_hsivi"}, {"torch", "diffusers"}),
     "model_card": ({"pipeline_hsivi"}, {"diffusers", "huggingface_hub"}),
-    "hub": ({"model_card", "pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub"}),
+    "hub": ({"model_card", "pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub", "PIL"}),
     "__init__": ({"distillation", "hub", "scheduling_hsivi", "modeling_hsivi", "pipeline_hsivi"}, {"diffusers"}),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -19,7 +19,7 @@ from options import claim_output_dir, option, parse_options
 @dataclass
 class Sampling:
     _argument_group_name = "sampling"
-    pipeline: str | None = option(None, "folder of an HSIVIPipeline")
+    pipeline: str | None = option(None, "folder or repo id of an HSIVIPipeline")
     output_dir: str | None = option(None, "folder of the pictures")
     overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
     num_samples: int = option(64, "pictures to draw")
@@ -32,7 +32,7 @@ class Sampling:
 def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Sampling], __doc__ or "", args=args)
     if not options.pipeline:
-        raise ValueError("--pipeline is missing: give the folder of an HSIVIPipeline")
+        raise ValueError("--pipeline is missing: give the folder or the repo id of an HSIVIPipeline")
     if options.num_samples < 1 or options.batch_size < 1:
         raise ValueError(f"--num_samples {options.num_samples}, --batch_size {options.batch_size}: give at least 1")
     pipeline = HSIVIPipeline.from_pretrained(options.pipeline).to(options.device)

@@ -266,7 +266,10 @@ def evaluated(run_copy, extractor, printed):
 
 @pytest.fixture(scope="module")
 def rows(evaluated):
-    return json.loads((evaluated[0] / "report.json").read_text())["rows"]
+    report = json.loads((evaluated[0] / "report.json").read_text())
+    assert report["features"] == "my own features"
+    assert report["measured"].startswith("Measured on 20")
+    return report["rows"]
 
 
 def test_every_method_has_its_row(rows):
