@@ -196,6 +196,8 @@ def load_teacher(name: str, revision: str | None = None) -> tuple[UNet2DModel, H
         raise ValueError(f"teacher {name!r} cannot be loaded ({type(error).__name__}: {error}): {remedy}") from error
     unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
     others = sorted(set(pipeline.components) - {"unet", "scheduler"})
+    if hasattr(pipeline, "unet_noise_scale"):
+        raise ValueError(f"teacher {name!r} is an HSIVIPipeline, a sampler that was distilled: give the teacher it had")
     if others:
         raise ValueError(
             f"teacher {name!r} is a {type(pipeline).__name__} with {', '.join(others)}: only pipelines of a unet and a "

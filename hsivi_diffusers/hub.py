@@ -6,7 +6,7 @@ of train_hsivi.py, report.json, samples.png and curve.png of evaluate.py.
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,16 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 from PIL import ImageOps
 
-from .model_card import make_card
+from .model_card import is_ours, make_card
 from .pipeline_hsivi import HSIVIPipeline
+
+AGAIN = "Nothing of yours was lost. Push again later: what has arrived is not sent twice."
+# Ends of the names of files that hold weights or tell where they are.
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
 
 def push(
@@ -39,7 +44,9 @@ def push(
     """Uploads a distilled pipeline with its model card, all in one commit.
 
     Everything is written to a temporary folder first and sent from there; no file of yours is touched. After a cut
-    connection, push again: weights that have arrived are not sent twice.
+    connection, push again: weights that have arrived are not sent twice. In a repo that holds files already, weights
+    in the folders of the components are replaced and removed, also those of other variants, and so is README.md; the
+    rest stays, and the repo's history keeps all.
 
     Args:
         pipeline: An `HSIVIPipeline`, or a stock pipeline whose scheduler is an `HSIVIScheduler` with a trained grid.
@@ -58,30 +65,59 @@ def push(
         URL of the commit.
 
     Raises:
-        ValueError: The pipeline has no trained grid, or `run_dir` is no folder.
+        ValueError: The pipeline has no trained grid or would not load as it is, `run_dir` is no folder, `repo_id` is no
+            name of a repo, or a repo that is to be private is public.
         HfHubHTTPError: The Hub refuses: no valid token, no right to write, or a name that is taken.
     """
+    check_repo_id(repo_id)
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise ValueError(
+            f"push got a {type(pipeline).__name__}: give a pipeline, HSIVIPipeline.from_pretrained(folder)"
+        )
     grid = pipeline.scheduler.config.get("layer_timesteps")
     if grid is None or not hasattr(pipeline.scheduler, "transition"):
         raise ValueError(
             f"the scheduler of this {type(pipeline).__name__} is no HSIVIScheduler with a trained grid "
             "(layer_timesteps): distil the model first, with training/train_hsivi.py"
         )
-    run = read_run(run_dir)
-    api = HfApi(token=token)
-    claim(repo_id, exist_ok=exist_ok, private=private, token=token)
-    with tempfile.TemporaryDirectory() as folder, remedies(repo_id):
-        write_repo(Path(folder), pipeline, repo_id, run, base_model, license, fp16)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message or f"Upload a sampler of {len(grid) - 1} network calls",
-            delete_patterns=[f"{name}/*" for name in pipeline.components],
+    if type(pipeline).__name__ == "DDIMPipeline":
+        raise ValueError(
+            "a DDIMPipeline turns every scheduler that it is loaded with into a DDIMScheduler, so this one would be "
+            "lost: push HSIVIPipeline.from_pipe(pipeline)"
         )
+    run = read_run(run_dir, grid)
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        write_repo(Path(folder), pipeline, repo_id, run, base_model, license, fp16)
+        claim(repo_id, exist_ok=exist_ok, private=private, token=token)
+        with remedies(repo_id):
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message or f"Upload a sampler of {len(grid) - 1} network calls",
+                # Old shards would win over new weights in one file.
+                delete_patterns=[f"{name}/*{kind}" for name in pipeline.components for kind in WEIGHTS],
+            )
     return str(commit.commit_url)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuses what is no full name of a repo.
+
+    Raises:
+        ValueError: It is not "user/name".
+    """
+    if not isinstance(repo_id, str):
+        raise ValueError(f"repo {repo_id!r} is no name: give user/name or organisation/name")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{error}: give user/name or organisation/name") from error
+    if "/" not in repo_id:
+        raise ValueError(f"repo {repo_id!r} says not whose it is: give user/name or organisation/name")
 
 
 def claim(
@@ -96,21 +132,35 @@ def claim(
         token: See `push`.
 
     Raises:
+        ValueError: As in `push`.
         HfHubHTTPError: As in `push`.
     """
+    check_repo_id(repo_id)
     api = HfApi(token=token)
     with remedies(repo_id):
         try:
-            api.create_repo(
-                repo_id, private=private
-            )  # not exist_ok: with it the client takes a 403 for a repo of yours
+            # Not with exist_ok: the client then takes any 403 for a repo of yours.
+            api.create_repo(repo_id, private=private)
         except HfHubHTTPError as error:
-            status = _status(error)
-            if status == 409 and (exist_ok or not set(api.list_repo_files(repo_id)) - {".gitattributes"}):
-                return
-            if status == 403 and exist_ok and api.repo_exists(repo_id):
-                return  # a token may write to a repo and not make new ones; the upload will tell
-            raise
+            if not _may_add(api, repo_id, error, exist_ok):
+                raise
+            if private and not api.repo_info(repo_id).private:
+                raise ValueError(
+                    f"{repo_id} exists and is public, and private=True was asked for: make it private in its settings, "
+                    "or choose another name"
+                ) from error
+
+
+def _may_add(api: HfApi, repo_id: str, refusal: HfHubHTTPError, exist_ok: bool) -> bool:
+    """Whether a repo that could not be made is there to be filled."""
+    if _status(refusal) == 403:  # a token may write to a repo and yet not make new ones; the upload will tell
+        user = api.whoami()
+        names = {user["name"], *(organisation["name"] for organisation in user.get("orgs", []))}
+        if repo_id.split("/")[0] not in names or not api.repo_exists(repo_id):
+            return False
+    elif _status(refusal) != 409:
+        return False
+    return exist_ok or not set(api.list_repo_files(repo_id)) - {".gitattributes"}
 
 
 @contextmanager
@@ -119,23 +169,26 @@ def remedies(repo_id: str) -> Iterator[None]:
     try:
         yield
     except HfHubHTTPError as error:
-        remedy = {
+        remedies = {
             401: "Log in with `hf auth login`, or pass a token that is valid and may write.",
             403: f"This token may not write to {repo_id}: push under your own name or that of an organisation you are "
             "in, with a token that may write.",
             404: f"Check the spelling of {repo_id}, and that your token may see it.",
             409: f"{repo_id} exists and holds files: choose another name, or add a commit to it with exist_ok=True "
             "(--hub_exist_ok).",
-        }.get(_status(error), "Nothing of yours was lost: push again later, what has arrived is not sent twice.")
-        error.append_to_message(f"\n{remedy}")
+        }
+        status = _status(error)
+        remedy = "" if 400 <= status < 500 and status not in (408, 429) else AGAIN
+        error.append_to_message(f"\n{remedies.get(status, remedy)}")
         raise
-    except ValueError:  # of our own, or of a card that the Hub does not accept: it says what is wrong
+    except LocalTokenNotFoundError as error:
+        error.add_note("Log in with `hf auth login`, or pass a token.")
         raise
-    except Exception as error:
-        error.add_note(
-            f"The push to {repo_id} was cut short; the repo is as it was, and nothing of yours was lost. Push again: "
-            "what has arrived is not sent twice."
-        )
+    except OfflineModeIsEnabled as error:
+        error.add_note("Unset HF_HUB_OFFLINE to push.")
+        raise
+    except (OSError, RuntimeError) as error:  # of the connection; what is a ValueError says itself what is wrong
+        error.add_note(f"The Hub was not reached, or the connection was cut; {repo_id} is as it was. {AGAIN}")
         raise
 
 
@@ -143,23 +196,39 @@ def _status(error: HfHubHTTPError) -> int:
     return 0 if error.response is None else int(error.response.status_code)
 
 
-def read_run(run_dir: str | Path | None) -> dict[str, Any]:
+def read_run(run_dir: str | Path | None, grid: Sequence[int] | None = None) -> dict[str, Any]:
     """Reads what a run left for its card.
+
+    Args:
+        run_dir: Folder of the run, or None.
+        grid: The trained grid of the pipeline that is pushed.
 
     Returns:
         options, training, report: contents of the JSON files, empty where there is none; curve: path of the figure.
 
     Raises:
-        ValueError: `run_dir` is no folder.
+        ValueError: `run_dir` is no folder of a run, a file in it is damaged, or it is the run of another sampler.
     """
     if run_dir is not None and not Path(run_dir).is_dir():
         raise ValueError(f"run_dir={str(run_dir)!r} is no folder: give the folder of a run of train_hsivi.py, or None")
     run: dict[str, Any] = {name: {} for name in ("options", "training", "report")}
     if run_dir is None:
         return run
+    if not any((Path(run_dir) / f"{name}.json").is_file() for name in run):
+        raise ValueError(f"run_dir={str(run_dir)!r} holds no run: give the folder that train_hsivi.py wrote, or None")
+    config = Path(run_dir) / "pipeline" / "scheduler" / "scheduler_config.json"
+    theirs = json.loads(config.read_text(encoding="utf-8"))["layer_timesteps"] if config.is_file() else grid
+    if grid is not None and list(grid) != theirs:
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} is the run of another sampler, layer_timesteps={theirs}, and this pipeline has "
+            f"{list(grid)}: give its own run, or None"
+        )
     for name in run:
         path = Path(run_dir) / f"{name}.json"
-        run[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            run[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}): make it again, or take it away") from error
     figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
     return {**run, **{name: path for name, path in figures.items() if path.is_file()}}
 
@@ -177,23 +246,41 @@ def write_repo(
     pipeline.save_pretrained(folder)
     fp16 = fp16 and pipeline.dtype == torch.float32
     if fp16:
-        half = type(pipeline).from_pretrained(folder).to(torch.float16)
-        half.save_pretrained(folder, variant="fp16")
-    if isinstance(pipeline, HSIVIPipeline):
+        save_half(folder, pipeline)
+    if can_draw(pipeline):
         draw_grid(pipeline).save(folder / "samples.png")
     _forget_paths(folder)
     for name, figure in (("samples", "comparison.png"), ("curve", "curve.png")):
         if name in run:
             (folder / figure).write_bytes(run[name].read_bytes())
-    make_card(pipeline, repo_id, run, base_model, license, fp16).save(folder / "README.md")
+    drawn = (folder / "samples.png").is_file()
+    make_card(pipeline, repo_id, run, base_model, license, fp16, drawn).save(folder / "README.md")
 
 
 def _forget_paths(folder: Path) -> None:
     """Drops from the configs the folder that each was loaded from: the paths of a machine are no one else's."""
-    for path in folder.rglob("*.json"):
+    for path in [*folder.rglob("*config.json"), folder / "model_index.json"]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_half(folder: Path, pipeline: DiffusionPipeline) -> None:
+    """Saves the weights of a saved pipeline again, in half precision, as the variant fp16."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            kind: Any = type(getattr(part, "_orig_mod", part))  # compiled or not
+            half = torch.nn.Module.to(kind.from_pretrained(folder / name), torch.float16)
+            half.save_pretrained(folder / name, variant="fp16")
+
+
+def can_draw(pipeline: DiffusionPipeline) -> bool:
+    """Whether it is ours and draws pictures of a size of its own, grey or coloured, of numbered classes or none."""
+    if not is_ours(pipeline):
+        return False
+    config = pipeline.unet.config
+    known = config.class_embed_type is None or bool(config.num_class_embeds)
+    return config.sample_size is not None and config.in_channels in (1, 3) and known
 
 
 def draw_grid(pipeline: HSIVIPipeline, rows: int = 4, columns: int = 8) -> Any:

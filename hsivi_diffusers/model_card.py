@@ -1,5 +1,7 @@
 """The model card of a distilled sampler: metadata, how to use it, how good it is, how it was trained, its limits."""
 
+import math
+from inspect import signature
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -57,7 +59,7 @@ import hsivi_diffusers
 from diffusers import {name}
 
 pipeline = {name}.from_pretrained("{repo_id}")
-images = pipeline({prompt}num_inference_steps={steps}).images
+images = pipeline({inputs}num_inference_steps={steps}).images
 ```
 
 Without it, with the code that is in this repository (`scheduler/hsivi_diffusers.py`; read it first):
@@ -66,10 +68,15 @@ Without it, with the code that is in this repository (`scheduler/hsivi_diffusers
 from diffusers import {name}
 
 pipeline = {name}.from_pretrained("{repo_id}", trust_remote_code=True)
-images = pipeline({prompt}num_inference_steps={steps}).images
+images = pipeline({inputs}num_inference_steps={steps}).images
 ```
 
 The number of steps is part of the sampler: pass {steps}, any other is refused."""
+
+
+def is_ours(pipeline: DiffusionPipeline) -> bool:
+    """Whether it is an `HSIVIPipeline`, of this package or of the code that travels with a repo."""
+    return type(pipeline).__name__ == HSIVIPipeline.__name__
 
 
 def make_card(
@@ -79,6 +86,7 @@ def make_card(
     base_model: str | None = None,
     license: str | None = None,
     fp16: bool = False,
+    drawn: bool = False,
 ) -> ModelCard:
     """Writes the card.
 
@@ -89,6 +97,7 @@ def make_card(
         base_model: Repo id of the teacher; that of the run by default.
         license: Identifier of the licence.
         fp16: There are weights in half precision as well.
+        drawn: There is a grid of its pictures, samples.png.
     """
     name, steps = repo_id.split("/")[-1], len(pipeline.scheduler.config.layer_timesteps) - 1
     base_model = base_model or run["training"].get("base_model")
@@ -106,7 +115,7 @@ def make_card(
         f"# {name}",
         f"A sampler of **{_calls(steps)}**, distilled from {teacher} without training data, by hierarchical "
         "semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153)).",
-        "![Pictures drawn by this model](samples.png)" if isinstance(pipeline, HSIVIPipeline) else "",
+        "![Pictures drawn by this model](samples.png)" if drawn else "",
         f"## Use it\n\n{_usage(pipeline, repo_id, steps, fp16)}",
         f"## Quality\n\n{_quality(run)}",
         f"## Training\n\n{_training(pipeline, run)}",
@@ -125,6 +134,20 @@ def _metric_name(metric: str, report: dict[str, Any]) -> str:
     return f"{METRICS[metric]}, {features}" if metric == "fd" and features else METRICS[metric]
 
 
+def _measured(row: dict[str, Any], metric: str) -> bool:
+    return isinstance(row.get(metric), int | float) and math.isfinite(row[metric])
+
+
+def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that say of what they are."""
+    return [row for row in report.get("rows", []) if {"method", "nfe", "num_samples"} <= row.keys()]
+
+
+def _cell(text: Any) -> str:
+    """Text for a cell of a table."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
 def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
     """The measured rows of this model, for the model-index."""
     results = [
@@ -136,18 +159,18 @@ def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
             metric_name=f"{_metric_name(metric, report)}, {_calls(row['nfe'])}, {row['num_samples']} pictures",
             metric_value=round(row[metric], 4),
         )
-        for row in report.get("rows", [])
-        if row["method"] == "HSIVI"
+        for row in _rows(report)
+        if row["method"] == "HSIVI" and row.get("dataset")
         for metric in METRICS
+        if _measured(row, metric)
     ]
     return results or None
 
 
 def _usage(pipeline: DiffusionPipeline, repo_id: str, steps: int, fp16: bool) -> str:
     """Snippets: with the package, in a stock pipeline, without the package."""
-    if not isinstance(pipeline, HSIVIPipeline):
-        prompt = '"a prompt", ' if hasattr(pipeline, "tokenizer") else ""
-        return STOCK.format(name=type(pipeline).__name__, repo_id=repo_id, prompt=prompt, steps=steps)
+    if not is_ours(pipeline):
+        return STOCK.format(name=type(pipeline).__name__, repo_id=repo_id, inputs=_inputs(pipeline), steps=steps)
     classes = pipeline.unet.config.num_class_embeds
     labels = f", class_labels=[i % {classes} for i in range(16)]" if classes else ""
     stock = IN_DDPM_PIPELINE.format(repo_id=repo_id, steps=steps)
@@ -155,20 +178,35 @@ def _usage(pipeline: DiffusionPipeline, repo_id: str, steps: int, fp16: bool) ->
         stock = "A stock DDPMPipeline cannot draw with it, for it passes no class labels."
     elif pipeline.unet_noise_scale is not None:
         stock = "A stock DDPMPipeline cannot draw with it, for it does not know the learned noise scale, one per pixel."
-    half = ' `variant="fp16"` takes the weights in half precision.' if fp16 else ""
+    half = ' For half precision add `variant="fp16"` and `.to(torch.float16)`.' if fp16 else ""
     return OURS.format(repo_id=repo_id, labels=labels, half=half, stock=stock, steps=steps)
+
+
+def _inputs(pipeline: DiffusionPipeline) -> str:
+    """What a call of the stock pipeline needs, as code; the reader fills in the names."""
+    given = {"prompt": '"a prompt", '} if hasattr(pipeline, "tokenizer") else {}
+    for name, parameter in signature(pipeline.__call__).parameters.items():
+        wanted = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if name == "image" or wanted:
+            given.setdefault(name, f"{name}=[0], " if name == "class_labels" else f"{name}={name}, ")
+    return "".join(given.values())
 
 
 def _quality(run: dict[str, Any]) -> str:
     report = run["report"]
-    if not report:
+    rows = _rows(report)
+    if not rows:
         return "Not measured yet."
-    head = f"| NFE | method | {_metric_name('fd', report)} | {_metric_name('swd', report)} | pictures |"
-    lines = [
-        f"| {row['nfe']} | {'**HSIVI, this model**' if row['method'] == 'HSIVI' else row['method']} | {row['fd']:.2f} "
-        f"| {row['swd']:.4f} | {row['num_samples']} |"
-        for row in sorted(report["rows"], key=lambda row: (row["nfe"], row["fd"]))
-    ]
+
+    def line(row: dict[str, Any]) -> str:
+        method = "**HSIVI, this model**" if row["method"] == "HSIVI" else _cell(row["method"])
+        fd, swd = (
+            f"{row[metric]:.{digits}f}" if _measured(row, metric) else "-" for metric, digits in (("fd", 2), ("swd", 4))
+        )
+        return f"| {row['nfe']} | {method} | {fd} | {swd} | {row['num_samples']} |"
+
+    head = f"| NFE | method | {_cell(_metric_name('fd', report))} | {_metric_name('swd', report)} | pictures |"
+    lines = map(line, sorted(rows, key=lambda row: (row["nfe"], row["fd"] if _measured(row, "fd") else math.inf)))
     notes = (
         "NFE: network calls for one picture. Lower is better. All methods sample the same teacher from the same noise. "
         f"{report.get('measured', '')}"
@@ -191,7 +229,7 @@ def _training(pipeline: DiffusionPipeline, run: dict[str, Any]) -> str:
     settings = ", ".join(f"{name} {options[name]}" for name in TOLD if options.get(name) is not None)
     if settings:
         text += f"\n\nProgram `train_hsivi.py` of hsivi_diffusers: {settings}."
-    if training:
+    if {"processes", "seconds"} <= training.keys():
         processes = f"{training['processes']} process{'es' * (training['processes'] > 1)}"
         text += f" It took {training['seconds']:.0f} s in {processes}."
     return text

@@ -62,7 +62,7 @@ def entries(options: Evaluation, student: HSIVIPipeline, unet: UNet2DModel, conf
         for method in ("DDIM", "DPM-Solver++", "UniPC"):
             yield Entry(method, nfe, make_solver(method, nfe, unet, config))
     if options.ddim_steps:
-        yield Entry("DDIM", options.ddim_steps, make_solver("DDIM eta 1", options.ddim_steps, unet, config))
+        yield Entry("DDIM, eta 1", options.ddim_steps, make_solver("DDIM eta 1", options.ddim_steps, unet, config))
     if options.ddpm_steps:
         yield Entry("DDPM", options.ddpm_steps, make_solver("DDPM", options.ddpm_steps, unet, config))
 
@@ -90,7 +90,7 @@ def make_row(line: Entry, options: Evaluation, training: dict[str, Any], measure
     """A row of report.json; only ours was trained."""
     ours = line.method == "HSIVI"
     return {
-        "dataset": options.real_data,
+        "dataset": Path(options.real_data).resolve().name if Path(options.real_data).exists() else options.real_data,
         "method": line.method,
         "nfe": line.nfe,
         "train_seed": training["seed"] if ours else None,
@@ -124,7 +124,7 @@ def write_report(run_dir: Path, rows: list[dict[str, Any]], options: Evaluation,
             "|---:|---|---:|---:|---:|---:|---:|---:|",
             *cells,
             "",
-            f"Lower is better in both. DDIM has eta 0 on the quadratic grid, and eta 1 at {options.ddim_steps}; "
+            "Lower is better in both. DDIM has eta 0 on the quadratic grid; "
             "DPM-Solver++ is 2M. Every method starts from the same noise.",
             measured,
             "",

@@ -11,8 +11,15 @@ import torch
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-COLOURS = {"HSIVI": "#d62728", "DDIM": "#1f77b4", "DPM-Solver++": "#2ca02c", "UniPC": "#9467bd", "DDPM": "#7f7f7f"}
-MARKERS = {"HSIVI": "*", "DDIM": "o", "DPM-Solver++": "s", "UniPC": "^", "DDPM": "D"}
+COLOURS = {
+    "HSIVI": "#d62728",
+    "DDIM": "#1f77b4",
+    "DDIM, eta 1": "#17becf",
+    "DPM-Solver++": "#2ca02c",
+    "UniPC": "#9467bd",
+    "DDPM": "#7f7f7f",
+}
+MARKERS = {"HSIVI": "*", "DDIM": "o", "DDIM, eta 1": "v", "DPM-Solver++": "s", "UniPC": "^", "DDPM": "D"}
 
 
 def draw_samples(rows: list[tuple[str, torch.Tensor]], path: Path) -> None:

@@ -15,6 +15,10 @@ import yaml
 from transformers import HfArgumentParser
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and tells the defaults."""
+
+
 def option(default: Any, help: str) -> Any:
     """A field of an options dataclass, with the text of `--help`."""
     if isinstance(default, list):
@@ -45,7 +49,7 @@ def parse_options(
     parser = HfArgumentParser(
         list(groups),
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file of options; the command line overrides it")

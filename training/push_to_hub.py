@@ -25,7 +25,7 @@ class Push:
     base_model: str | None = option(None, "repo id of the teacher, for the card; that of the run by default")
     license: str | None = option(None, "identifier of the licence, such as apache-2.0, for the card")
     fp16: bool = option(True, "push the weights in half precision too, as the variant fp16")
-    hub_exist_ok: bool = option(False, "add a commit to a repo that already holds files")
+    hub_exist_ok: bool = option(False, "add to a repo that holds files; replaces its weights and README.md")
     hub_private_repo: bool = option(False, "make a new repo private")
     hub_revision: str | None = option(None, "branch to push to; made if need be")
     hub_token: str | None = option(None, "access token; that of `hf auth login` by default")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers.utils import make_image_grid
@@ -33,6 +34,8 @@ def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Sampling], __doc__ or "", args=args)
     if not options.pipeline:
         raise ValueError("--pipeline is missing: give the folder or the repo id of an HSIVIPipeline")
+    if (Path(options.pipeline) / "pipeline").is_dir():
+        raise ValueError(f"--pipeline {options.pipeline} is a run: give {Path(options.pipeline) / 'pipeline'}")
     if options.num_samples < 1 or options.batch_size < 1:
         raise ValueError(f"--num_samples {options.num_samples}, --batch_size {options.batch_size}: give at least 1")
     pipeline = HSIVIPipeline.from_pretrained(options.pipeline).to(options.device)

@@ -37,7 +37,7 @@ from hsivi_diffusers import (
     load_teacher,
     push,
 )
-from hsivi_diffusers.hub import claim
+from hsivi_diffusers.hub import check_repo_id, claim
 from hsivi_diffusers.vi import (
     Chain,
     CriticObjective,
@@ -167,7 +167,7 @@ class Hub:
     hub_model_id: str | None = option(None, "repo to push to: user/name or organisation/name")
     hub_token: str | None = option(None, "access token; that of `hf auth login` by default")
     hub_private_repo: bool = option(False, "make a new repo private")
-    hub_exist_ok: bool = option(False, "add a commit to a repo that already holds files")
+    hub_exist_ok: bool = option(False, "add to a repo that holds files; replaces its weights and README.md")
 
 
 Options = tuple[Teacher, Layers, Method, Training, Run, Hub]
@@ -227,6 +227,7 @@ def make_scheduler(schedule: HSIVIScheduler, options: Layers) -> HSIVIScheduler:
         noise_eta=options.noise_eta,
         noise_scale_type=options.noise_scale_type,
         clip_sample=False,  # a clamp would stop the gradient of every pixel at black or white
+        thresholding=False,
     )
 
 
@@ -328,8 +329,7 @@ def check_options(options: Options) -> None:
         )
     if layers.kernel == "ddim" and layers.noise_eta == 0:
         raise ValueError("--noise_eta 0 leaves the layers no noise, and so no score to train on: give up to 1, say 0.2")
-    if hub.push_to_hub and not hub.hub_model_id:
-        raise ValueError("--push_to_hub needs --hub_model_id: name the repo, such as user/digits-hsivi-5")
+    check_hub(hub)
     for name, value in [
         ("num_layers", layers.num_layers),
         ("critic_updates", method.critic_updates),
@@ -340,6 +340,16 @@ def check_options(options: Options) -> None:
     ]:
         if value < 1:
             raise ValueError(f"--{name} {value}: give a number of at least 1")
+
+
+def check_hub(hub: Hub) -> None:
+    """Refuses half a wish to push, and what is no name of a repo."""
+    if hub.push_to_hub and not hub.hub_model_id:
+        raise ValueError("--push_to_hub needs --hub_model_id: name the repo, such as user/digits-hsivi-5")
+    if hub.hub_model_id and not hub.push_to_hub:
+        raise ValueError(f"--hub_model_id {hub.hub_model_id} names where to push: pass --push_to_hub too, or neither")
+    if hub.hub_model_id:
+        check_repo_id(hub.hub_model_id)
 
 
 def start_run(output_dir: Path, options: Options, resume: bool) -> None:
@@ -469,14 +479,14 @@ def main(args: list[str] | None = None) -> None:
     output_dir = Path(run.output_dir or "")
     if accelerator.is_main_process:
         claim_output_dir(run.output_dir, run.overwrite_output_dir or run.resume_from_checkpoint is not None)
-        start_run(output_dir, options, resume=run.resume_from_checkpoint is not None)
-        if hub.push_to_hub:  # now, for a name or token that is refused should not cost the training
+        if hub.push_to_hub:  # now, for a name or token that is refused should cost no training, and no earlier run
             claim(
                 str(hub.hub_model_id),
                 exist_ok=hub.hub_exist_ok,
                 private=hub.hub_private_repo or None,
                 token=hub.hub_token,
             )
+        start_run(output_dir, options, resume=run.resume_from_checkpoint is not None)
     accelerator.wait_for_everyone()
     if run.report_to:
         accelerator.init_trackers(run.tracker_project_name)
@@ -485,10 +495,12 @@ def main(args: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         save_pipeline(output_dir, players)
         write_json(output_dir / "training.json", summarise(options, seconds, accelerator.num_processes))
-        if hub.push_to_hub:
-            push_pipeline(output_dir, hub)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if accelerator.is_main_process:
+        print(f"the pipeline is in {output_dir / 'pipeline'}: measure it with evaluate.py, draw with sample.py")
+    if accelerator.is_main_process and hub.push_to_hub:  # last, for the others would not wait long enough
+        push_pipeline(output_dir, hub)
 
 
 if __name__ == "__main__":
