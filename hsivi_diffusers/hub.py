@@ -70,7 +70,7 @@ def push(
         HfHubHTTPError: The Hub refuses: no valid token, no right to write, or a name that is taken.
     """
     check_repo_id(repo_id)
-    if not isinstance(pipeline, DiffusionPipeline):
+    if not (isinstance(pipeline, DiffusionPipeline) and hasattr(pipeline, "scheduler")):
         raise ValueError(
             f"push got a {type(pipeline).__name__}: give a pipeline, HSIVIPipeline.from_pretrained(folder)"
         )
@@ -217,7 +217,7 @@ def read_run(run_dir: str | Path | None, grid: Sequence[int] | None = None) -> d
     if not any((Path(run_dir) / f"{name}.json").is_file() for name in run):
         raise ValueError(f"run_dir={str(run_dir)!r} holds no run: give the folder that train_hsivi.py wrote, or None")
     config = Path(run_dir) / "pipeline" / "scheduler" / "scheduler_config.json"
-    theirs = json.loads(config.read_text(encoding="utf-8"))["layer_timesteps"] if config.is_file() else grid
+    theirs = _read_json(config).get("layer_timesteps") if config.is_file() else grid
     if grid is not None and list(grid) != theirs:
         raise ValueError(
             f"run_dir={str(run_dir)!r} is the run of another sampler, layer_timesteps={theirs}, and this pipeline has "
@@ -225,12 +225,16 @@ def read_run(run_dir: str | Path | None, grid: Sequence[int] | None = None) -> d
         )
     for name in run:
         path = Path(run_dir) / f"{name}.json"
-        try:
-            run[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged ({error}): make it again, or take it away") from error
+        run[name] = _read_json(path) if path.is_file() else {}
     figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
     return {**run, **{name: path for name, path in figures.items() if path.is_file()}}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # no JSON, no text, or no object
+        raise ValueError(f"{path} is damaged ({error}): make it again, or take it away") from error
 
 
 def write_repo(

@@ -140,7 +140,7 @@ def _measured(row: dict[str, Any], metric: str) -> bool:
 
 def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that say of what they are."""
-    return [row for row in report.get("rows", []) if {"method", "nfe", "num_samples"} <= row.keys()]
+    return [row for row in report.get("rows") or [] if {"method", "nfe", "num_samples"} <= row.keys()]
 
 
 def _cell(text: Any) -> str:
@@ -209,7 +209,7 @@ def _quality(run: dict[str, Any]) -> str:
     lines = map(line, sorted(rows, key=lambda row: (row["nfe"], row["fd"] if _measured(row, "fd") else math.inf)))
     notes = (
         "NFE: network calls for one picture. Lower is better. All methods sample the same teacher from the same noise. "
-        f"{report.get('measured', '')}"
+        f"{report.get('measured') or ''}"
     )
     figures = {"samples": "![Rows of pictures of each method](comparison.png)", "curve": "![The curve](curve.png)"}
     parts = ["\n".join([head, "|---:|---|---:|---:|---:|", *lines]), notes.strip()]
@@ -229,7 +229,7 @@ def _training(pipeline: DiffusionPipeline, run: dict[str, Any]) -> str:
     settings = ", ".join(f"{name} {options[name]}" for name in TOLD if options.get(name) is not None)
     if settings:
         text += f"\n\nProgram `train_hsivi.py` of hsivi_diffusers: {settings}."
-    if {"processes", "seconds"} <= training.keys():
+    if training.get("processes") and training.get("seconds"):
         processes = f"{training['processes']} process{'es' * (training['processes'] > 1)}"
         text += f" It took {training['seconds']:.0f} s in {processes}."
     return text

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class HSIVIPipeline(DiffusionPipeline):
             **kwargs: Components in the place of its own.
         """
         scheduler = kwargs.get("scheduler", pipeline.scheduler)
+        if not hasattr(scheduler, "config"):
+            raise ValueError(_wrong_scheduler(scheduler))
         per_pixel = scheduler.config.get("noise_scale_type") == "per_pixel"
         kwargs.setdefault("unet_noise_scale", pipeline.components.get("unet_noise_scale") if per_pixel else None)
         return super().from_pipe(pipeline, **kwargs)
@@ -177,7 +180,7 @@ class HSIVIPipeline(DiffusionPipeline):
         if not hasattr(self.scheduler, "transition"):  # assigned after the pipeline was made
             raise ValueError(_wrong_scheduler(self.scheduler))
         self._check_noise_scale()
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: ask for a whole number of pictures, at least 1")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for batch_size={batch_size}: give one, or one for each")

@@ -15,7 +15,15 @@ from diffusers import (
     VQModel,
 )
 
-from hsivi_diffusers import HSIVINoiseScale, HSIVIScheduler, TeacherBridge, UNetCritic, UNetLayers, load_teacher
+from hsivi_diffusers import (
+    HSIVINoiseScale,
+    HSIVIPipeline,
+    HSIVIScheduler,
+    TeacherBridge,
+    UNetCritic,
+    UNetLayers,
+    load_teacher,
+)
 from hsivi_diffusers.vi import DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer
 from tiny_unet import make_unet
 
@@ -270,6 +278,12 @@ def test_a_latent_teacher_is_refused(unet, tmp_path):
     vae = VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=1, num_vq_embeddings=8)
     LDMPipeline(vqvae=vae, unet=unet, scheduler=DDIMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a LDMPipeline with vqvae"):
+        load_teacher(str(tmp_path))
+
+
+def test_a_distilled_sampler_is_no_teacher(unet, tmp_path):
+    HSIVIPipeline(unet=unet, scheduler=HSIVIScheduler(layer_timesteps=GRID)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a sampler that was distilled: give the teacher it had"):
         load_teacher(str(tmp_path))
 
 

@@ -27,6 +27,7 @@ from diffusers import (
 from diffusers.utils import logging
 
 from hsivi_diffusers import HSIVIScheduler
+from hsivi_diffusers.model_card import make_card
 from tiny_unet import make_unet
 
 GRID = [700, 400, 100, 0]
@@ -558,3 +559,20 @@ def test_a_saved_pipeline_loads_with_our_scheduler_and_gives_the_same_pixels(nam
     images = draw(pipe, num_inference_steps=3)
     torch.manual_seed(0)
     assert torch.equal(draw(loaded, num_inference_steps=3), images)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("ddpm", ""),
+        ("sd", '"a prompt", '),
+        ("img2img", '"a prompt", image=image, '),
+        ("dit", "class_labels=[0], "),
+    ],
+)
+def test_the_card_gives_a_stock_pipeline_what_its_call_needs(name, inputs):
+    pipe = make_pipe(name, layer_timesteps=GRID)
+    card = make_card(pipe, "alice/stock", {"options": {}, "training": {}, "report": {}})
+    assert card.text.count(f"images = pipeline({inputs}num_inference_steps=3).images") == 2
+    if name in ("ddpm", "dit"):
+        assert len(eval(f"pipeline({inputs}num_inference_steps=3).images", {"pipeline": pipe})) == 1

@@ -2,13 +2,17 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler
 from huggingface_hub import ModelCard
-from safetensors.torch import save_file
+from huggingface_hub.errors import OfflineModeIsEnabled
+from safetensors.torch import load, save_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, push
+from hsivi_diffusers.model_card import make_card
 from hub_server import Hub, run_client
 from make_golden import draw, make_pipeline
 from tiny_unet import make_unet
@@ -116,6 +120,107 @@ def test_the_card_has_the_metadata_of_the_run(pushed):
     assert "preset fast, seed 3. It took 12 s in 1 process." in card.text
 
 
+def test_half_precision_lies_beside_weights_and_configs_that_stay(pushed, run_dir):
+    files, saved = files_of(pushed, "alice/digits"), run_dir / "pipeline"
+    for part in ("unet", "unet_noise_scale"):
+        whole = load(files[f"{part}/diffusion_pytorch_model.safetensors"])
+        half = load(files[f"{part}/diffusion_pytorch_model.fp16.safetensors"])
+        assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+        assert half.keys() == whole.keys()
+        assert all(torch.equal(half[name], whole[name].half()) for name in whole)
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        assert json.loads(files[name]) == json.loads((saved / name).read_text())
+
+
+def test_what_cannot_be_drawn_has_no_grid_and_only_old_weights_are_removed(pushed, run_dir, tmp_path):
+    kept = {"notes.txt": b"mine", "unet/notes.txt": b"mine", "other/model.safetensors": b"mine"}
+    shards = [f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    stale = [*shards, "unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model.bin"]
+    pushed.add_repo("alice/old", {"README.md": b"old", **kept, **dict.fromkeys(stale, b"old")})
+    code = """
+from diffusers import DiffusionPipeline
+from hsivi_diffusers import HSIVIScheduler
+from tiny_unet import make_unet
+for name, options in (("any_size", {"sample_size": None}), ("five", {"in_channels": 5, "out_channels": 5})):
+    push(HSIVIPipeline(unet=make_unet(**options), scheduler=HSIVIScheduler(layer_timesteps=[500, 0])), f"alice/{name}")
+push(pipeline, "alice/old", exist_ok=True, fp16=False)
+assert same(HSIVIPipeline.from_pretrained("alice/old"))
+trusted = DiffusionPipeline.from_pretrained("alice/digits", custom_pipeline="alice/digits", trust_remote_code=True)
+assert type(trusted) is not HSIVIPipeline
+trusted.set_progress_bar_config(disable=True)
+push(trusted, "alice/trusted")
+"""
+    client(code, pushed, tmp_path / "home", run_dir)
+    for name in ("any_size", "five"):
+        files = files_of(pushed, f"alice/{name}")
+        assert "samples.png" not in files
+        assert "samples.png" not in files["README.md"].decode()
+        assert "unet/diffusion_pytorch_model.safetensors" in files
+    files = files_of(pushed, "alice/old")
+    assert kept.items() <= files.items()
+    assert not {*stale} & {*files}
+    assert files["README.md"].startswith(b"---\nlibrary_name: diffusers")
+    files = files_of(pushed, "alice/trusted")
+    assert files.keys() == files_of(pushed, "alice/digits").keys() - {"comparison.png", "curve.png"}
+    assert 'custom_pipeline="alice/trusted"' in files["README.md"].decode()
+    assert "(samples.png)" in files["README.md"].decode()
+
+
+# ----- the card -----
+
+
+def card_of(report, training=None):
+    run = {"options": {}, "training": training or {}, "report": report}
+    return ModelCard(str(make_card(make_pipeline(), "alice/digits", run)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "metrics", "cells"),
+    [
+        ({"fd": float("nan")}, ["sliced_wasserstein_distance"], "- | 0.0200"),
+        ({"fd": float("inf"), "swd": None}, [], "- | -"),
+        ({"swd": None}, ["frechet_distance"], "1.25 | -"),
+        ({"dataset": None}, [], "1.25 | 0.0200"),
+    ],
+)
+def test_what_was_not_measured_is_a_dash_and_no_metric(changed, metrics, cells):
+    card = card_of({"rows": [*ROWS[1:], {**ROWS[0], **changed}]})
+    assert [result.metric_type for result in card.data.eval_results or []] == metrics
+    assert f"| 4 | **HSIVI, this model** | {cells} | 500 |" in card.text
+
+
+def test_rows_that_lack_a_measure_or_say_not_of_what_they_are():
+    lacking = {name: value for name, value in ROWS[0].items() if name != "swd"}
+    card = card_of({"rows": [lacking, {"fd": 1.0}]})
+    assert [result.metric_type for result in card.data.eval_results] == ["frechet_distance"]
+    assert [line for line in card.text.splitlines() if line.startswith("| ")][1:] == [
+        "| 4 | **HSIVI, this model** | 1.25 | - | 500 |"
+    ]
+
+
+@pytest.mark.parametrize("report", [{}, {"rows": []}, {"rows": None}, {"features": "mine"}])
+def test_a_report_without_rows_says_so(report):
+    card = card_of(report)
+    assert "Not measured yet." in card.text
+    assert card.data.eval_results is None
+
+
+def test_bars_and_line_breaks_leave_the_table_whole():
+    rows = [ROWS[0], {**ROWS[1], "method": "DDIM | eta 1\nagain"}]
+    card = card_of({"rows": rows, "features": "mine | of\ntwo lines", "measured": None})
+    head, _, *lines = [line for line in card.text.splitlines() if line.startswith("|")]
+    assert head == "| NFE | method | Frechet distance, mine \\| of two lines | sliced Wasserstein distance | pictures |"
+    assert lines[1] == "| 4 | DDIM \\| eta 1 again | 9.50 | 0.0200 | 500 |"
+    assert len(lines) == 2
+    assert "None" not in card.text
+    assert len(card.data.eval_results) == 2
+
+
+def test_a_cost_that_is_not_known_in_full_is_left_out():
+    assert "It took" not in card_of({}, {"seconds": 12.3, "base_model": None}).text
+    assert "It took 12 s in 2 processes." in card_of({}, {"seconds": 12.3, "processes": 2}).text
+
+
 # ----- what is pulled -----
 
 
@@ -217,11 +322,19 @@ attempt("taken", lambda: push(pipeline, "alice/digits"))
 attempt("missing", lambda: HSIVIPipeline.from_pretrained("alice/nothing"))
 attempt("gated", lambda: HSIVIPipeline.from_pretrained("bob/gated"))
 attempt("revision", lambda: HSIVIPipeline.from_pretrained("alice/digits", revision="v9"))
+from hsivi_diffusers import hub
+attempt("public", lambda: push(pipeline, "alice/public", private=True))
+attempt("theirs", lambda: hub.claim("bob/theirs", exist_ok=True))
+attempt("mine", lambda: hub.claim("alice/digits", exist_ok=True))
+hub.draw_grid = lambda pipeline: open("/nowhere/at/all")
+attempt("unwritten", lambda: push(pipeline, "alice/unwritten"))
 """
 
 
 def test_what_the_hub_refuses_comes_as_its_own_error_with_the_remedy(pushed, run_dir, tmp_path):
     pushed.add_repo("bob/gated", files_of(pushed, "alice/digits"), author="bob", gated="manual")
+    pushed.add_repo("bob/theirs", author="bob")
+    pushed.add_repo("alice/public")
     lines = client(ERRORS, pushed, tmp_path / "home", run_dir).splitlines()
     results = {line[0]: line[1:] for line in (json.loads(text[7:]) for text in lines if text.startswith("RESULT "))}
     assert results["token"][0] == "HfHubHTTPError"
@@ -233,7 +346,14 @@ def test_what_the_hub_refuses_comes_as_its_own_error_with_the_remedy(pushed, run
     assert results["missing"][:2] == ["OSError", "RepositoryNotFoundError"]
     assert results["gated"][0] == "GatedRepoError"
     assert results["revision"][1] == "RevisionNotFoundError" or results["revision"][0] == "RevisionNotFoundError"
-    assert "alice/new" not in pushed.repos
+    assert results["public"][0] == "ValueError"
+    assert "alice/public exists and is public, and private=True was asked for" in results["public"][2]
+    assert len(pushed.repos["alice/public"].commits) == 1
+    assert results["theirs"][0] == "HfHubHTTPError"
+    assert "This token may not write to bob/theirs: push under your own name" in results["theirs"][2]
+    assert results["mine"][0] == "none"
+    assert results["unwritten"][0] == "FileNotFoundError"
+    assert not {"alice/new", "bob/new", "alice/unwritten"} & {*pushed.repos}
     assert len(pushed.repos["alice/digits"].branches["main"].parents) == 1
 
 
@@ -265,3 +385,54 @@ def test_only_a_trained_sampler_is_pushed(tmp_path):
     with pytest.raises(ValueError, match="is no folder: give the folder of a run"):
         push(pipeline, "alice/new", run_dir=tmp_path / "nothing")
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("repo", "message"),
+    [
+        ("digits", "'digits' says not whose it is: give user/name or organisation/name"),
+        ("alice/digits/five", "give user/name or organisation/name"),
+        ("alice/", "give user/name or organisation/name"),
+        ("", "give user/name or organisation/name"),
+        (None, "repo None is no name: give user/name"),
+        (5, "repo 5 is no name: give user/name"),
+    ],
+)
+def test_what_is_no_name_of_a_repo_is_refused(repo, message):
+    with pytest.raises(ValueError, match=message):
+        push(make_pipeline(), repo)
+
+
+def test_what_would_not_load_again_is_not_pushed(unet):
+    for given in (unet, "runs/digits_t5/pipeline", None):
+        with pytest.raises(ValueError, match=f"push got a {type(given).__name__}: give a pipeline"):
+            push(given, "alice/new")
+    stock = DDIMPipeline(unet=unet, scheduler=DDIMScheduler())
+    stock.scheduler = HSIVIScheduler(layer_timesteps=[500, 0])
+    with pytest.raises(ValueError, match=r"would be lost: push HSIVIPipeline.from_pipe\(pipeline\)"):
+        push(stock, "alice/new")
+
+
+def test_only_the_run_of_the_pipeline_is_pushed_with_it(run_dir, tmp_path):
+    other = HSIVIPipeline(unet=make_unet(), scheduler=HSIVIScheduler(layer_timesteps=[500, 0]))
+    with pytest.raises(
+        ValueError, match=r"another sampler, layer_timesteps=\[800, 450, 200, 50, 0\], and .* has \[500, 0\]"
+    ):
+        push(other, "alice/new", run_dir=run_dir)
+    with pytest.raises(ValueError, match="holds no run: give the folder that train_hsivi.py wrote"):
+        push(other, "alice/new", run_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["options.json", "report.json", "pipeline/scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("content", [b"", b'{"rows": [', b"\xff{}", b"null", b"[1]"])
+def test_a_damaged_file_of_a_run_is_named(run_dir, tmp_path, name, content):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder / name))} is damaged .*: make it again"):
+        push(make_pipeline(), "alice/new", run_dir=folder)
+
+
+def test_offline_the_remedy_is_to_unset_it():
+    with pytest.raises(OfflineModeIsEnabled) as error:
+        push(make_pipeline(), "alice/new")
+    assert error.value.__notes__ == ["Unset HF_HUB_OFFLINE to push."]

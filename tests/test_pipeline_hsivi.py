@@ -154,7 +154,9 @@ def test_class_labels_reach_the_network():
     [
         ({"num_inference_steps": 50}, "pass num_inference_steps=3"),
         ({"latents": torch.zeros(3, 1, 4, 4)}, r"latents has shape \(3, 1, 4, 4\): expected \(3, 1, 8, 8\)"),
-        ({"batch_size": 0}, "ask for at least 1 picture"),
+        ({"batch_size": 0}, "ask for a whole number of pictures, at least 1"),
+        ({"batch_size": 2.0}, "batch_size=2.0: ask for a whole number"),
+        ({"batch_size": "a cat"}, "batch_size='a cat': ask for a whole number"),
         ({"generator": [torch.Generator()]}, "1 generators for batch_size=3"),
         ({"output_type": "jpeg"}, "output_type='jpeg' is unknown"),
         ({"class_labels": [1, 1, 1]}, "takes no class_labels"),
@@ -166,11 +168,21 @@ def test_bad_calls_are_refused(unet, options, message):
         make_pipeline(unet)(**{"batch_size": 3, **options})
 
 
+def test_the_number_of_pictures_may_be_of_numpy(unet):
+    pipeline = make_pipeline(unet)
+    assert torch.equal(pipeline(np.int64(3), seeded(), output_type="pt").images, draw(pipeline))
+
+
 def test_bad_components_are_refused(unet):
     with pytest.raises(ValueError, match="got a DDIMScheduler: this model was not distilled"):
         HSIVIPipeline(unet=unet, scheduler=DDIMScheduler())
     with pytest.raises(ValueError, match="unet_noise_scale is None: pass the HSIVINoiseScale"):
         HSIVIPipeline(unet=unet, scheduler=HSIVIScheduler(noise_scale_type="per_pixel"))
+    for scheduler in (None, "ddim"):
+        with pytest.raises(ValueError, match=f"got scheduler={scheduler!r}: pass an HSIVIScheduler"):
+            HSIVIPipeline(unet=unet, scheduler=scheduler)
+        with pytest.raises(ValueError, match=f"got scheduler={scheduler!r}: pass an HSIVIScheduler"):
+            HSIVIPipeline.from_pipe(make_pipeline(unet), scheduler=scheduler)
 
 
 def test_the_scheduler_swaps_into_a_stock_pipeline(unet):
@@ -196,6 +208,13 @@ def test_the_latents_of_a_callback_are_the_input_of_the_next_layer(unet):
     images = draw(make_pipeline(unet, noise_eta=0.0), callback_on_step_end=callback)
     rest = make_pipeline(unet, noise_eta=0.0, layer_timesteps=GRID[1:])
     assert torch.equal(images, draw(rest, latents=start))
+
+
+def test_a_callback_that_returns_nothing_changes_nothing(unet):
+    pipeline, seen = make_pipeline(unet), []
+    images = draw(pipeline, callback_on_step_end=lambda pipe, step, timestep, tensors: seen.append(step))
+    assert seen == [0, 1, 2]
+    assert torch.equal(images, draw(pipeline))
 
 
 class Blank(PipelineCallback):
@@ -325,7 +344,7 @@ def test_another_precision_draws_nearly_the_same_pictures(unet, tmp_path, dtype,
 
 
 def test_a_teacher_is_refused_and_the_remedies_of_the_error_work(teacher_folder):
-    with pytest.raises(ValueError, match=r"not distilled\. Distil it with .*, or use the .*HSIVIScheduler.from_config"):
+    with pytest.raises(ValueError, match=r"not distilled\. Distil it with .*HSIVIScheduler.from_pretrained"):
         HSIVIPipeline.from_pretrained(teacher_folder)
     teacher = DDPMPipeline.from_pretrained(teacher_folder)
     scheduler = HSIVIScheduler.from_config(teacher.scheduler.config)
@@ -373,6 +392,14 @@ def test_a_pipeline_made_of_another_gives_identical_pictures(unet, noise_scale_t
     other = quiet(make(pipeline))
     assert (other.unet is unet) == (make is not copy.deepcopy)
     assert torch.equal(draw(other), draw(pipeline))
+
+
+def test_from_pipe_leaves_the_scale_behind_where_the_scheduler_wants_none(unet):
+    source = make_pipeline(unet, noise_scale_type="per_pixel")
+    pipeline = quiet(HSIVIPipeline.from_pipe(source, scheduler=HSIVIScheduler(layer_timesteps=GRID)))
+    assert pipeline.unet_noise_scale is None
+    assert source.unet_noise_scale is not None
+    assert torch.equal(draw(pipeline), draw(make_pipeline(unet)))
 
 
 def test_print_tells_what_is_drawn_and_then_the_components(unet, capsys):
@@ -451,6 +478,9 @@ def test_another_scheduler_assigned_later_is_refused_at_the_call(unet):
     pipeline.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match="got a DDIMScheduler: this model was not distilled"):
         pipeline(1, num_inference_steps=3)
+    pipeline.scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_scale_type="per_pixel")
+    with pytest.raises(ValueError, match="noise_scale_type is 'per_pixel' and unet_noise_scale is None"):
+        pipeline(1)
 
 
 def test_a_unet_of_no_size_takes_it_from_the_latents():

@@ -290,6 +290,34 @@ def test_a_trained_grid_is_used_from_the_start_and_any_other_count_refused():
         scheduler.set_timesteps(50)
 
 
+@pytest.mark.parametrize("count", ["5", 2.5, True, "many"])
+def test_a_count_that_is_no_whole_number_is_refused(count):
+    with pytest.raises(ValueError, match=f"num_inference_steps={count!r}: give a whole number of steps"):
+        HSIVIScheduler().set_timesteps(count)
+    with pytest.raises(ValueError, match=f"num_inference_steps={count!r}, but this sampler was trained for 5 steps"):
+        HSIVIScheduler(layer_timesteps=GRID).set_timesteps(count)
+
+
+def test_a_whole_number_may_be_of_any_type():
+    scheduler = HSIVIScheduler()
+    for count in (5, 5.0, np.int64(5), torch.tensor(5)):
+        scheduler.set_timesteps(count)
+        assert scheduler.timesteps.tolist() == GRID[:-1]
+        assert scheduler.num_inference_steps == 5
+
+
+def test_a_noise_prediction_has_no_layer_that_starts_where_abar_is_0():
+    options = {"num_train_timesteps": 3, "trained_betas": [0.1, 0.2, 1.0]}
+    scheduler = HSIVIScheduler(**options)
+    for start in ({"num_inference_steps": 3}, {"timesteps": [2, 0]}):
+        with pytest.raises(ValueError, match="abar is 0 at 2, .*: start lower"):
+            scheduler.set_timesteps(**start)
+    with pytest.raises(ValueError, match="abar is 0 at 2"):
+        HSIVIScheduler(**options, layer_timesteps=[2, 0])
+    scheduler.set_timesteps(timesteps=[1, 0])
+    HSIVIScheduler(**options, prediction_type="v_prediction").set_timesteps(3)
+
+
 def test_layers_know_their_timesteps():
     scheduler = HSIVIScheduler(layer_timesteps=GRID)
     t = torch.tensor([0, 4, 2])
@@ -322,6 +350,29 @@ def test_off_the_grid_only_an_untrained_scheduler_steps():
         HSIVIScheduler(layer_timesteps=GRID).step(output, 555, sample)
 
 
+@pytest.mark.parametrize(
+    "timestep", [800.5, torch.tensor(800.5), torch.tensor([800.5]), torch.tensor([800.5, 512, 288, 128])], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fraction_of_a_timestep_is_refused(timestep, dtype):
+    output, sample = (tensor.to(dtype) for tensor in output_and_sample())
+    for scheduler in (HSIVIScheduler(layer_timesteps=GRID), HSIVIScheduler()):
+        scheduler.set_timesteps(5)
+        for method in (scheduler.step, scheduler.transition, scheduler.predict):
+            with pytest.raises(ValueError, match=r"timestep \[800.5.*\] is off the clock: give integers from 0 to 999"):
+                method(output, timestep, sample)
+
+
+def test_a_timestep_may_be_a_whole_float():
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    output, sample = output_and_sample()
+    mean, std = scheduler.transition(output, 800, sample)
+    for timestep in (800.0, np.float32(800), torch.tensor(800.0), torch.full((4,), 800.0)):
+        got = scheduler.transition(output, timestep, sample)
+        assert torch.equal(got[0], mean)
+        assert torch.equal(got[1].expand(SHAPE), std.expand(SHAPE))
+
+
 # ----- configuration -----
 
 
@@ -335,11 +386,14 @@ def test_off_the_grid_only_an_untrained_scheduler_steps():
         ({"noise_eta": 1.5}, "noise_eta=1.5: give a number in"),
         ({"layer_timesteps": [500]}, "no grid of at least 1 layer"),
         ({"layer_timesteps": [500.5, 0]}, "no grid of at least 1 layer"),
+        ({"layer_timesteps": ["500", "0"]}, "no grid of at least 1 layer"),
         ({"layer_timesteps": [500, 500, 0]}, "not strictly descending"),
         ({"layer_timesteps": [0, 500]}, "not strictly descending"),
         ({"layer_timesteps": [1000, 0]}, "leaves the teacher's clock: give T\\+1 strictly descending"),
         ({"layer_timesteps": [500, 0, -2]}, "leaves the teacher's clock"),
         ({"noise_scale": 0.0}, "give numbers > 0"),
+        ({"noise_scale": float("inf")}, "give numbers > 0"),
+        ({"layer_timesteps": [500, 0], "noise_scale": [float("nan")]}, "give numbers > 0"),
         ({"noise_scale": [1.0, 1.0]}, "it needs a grid"),
         ({"layer_timesteps": GRID, "noise_scale": [1.0, 1.0]}, "noise_scale has 2 numbers: it needs 5 numbers"),
         ({"layer_timesteps": GRID, "noise_scale": [1.0, -1.0, 1.0, 1.0, 1.0]}, "give numbers > 0"),

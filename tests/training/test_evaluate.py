@@ -239,7 +239,7 @@ def test_the_curve_has_every_method_in_its_colour(tmp_path):
 
 
 def test_every_method_of_the_report_has_colour_and_marker():
-    assert {*COLOURS} == {*MARKERS} == {"HSIVI", "DDIM", "DPM-Solver++", "UniPC", "DDPM"}
+    assert {*COLOURS} == {*MARKERS} == {"HSIVI", "DDIM", "DDIM, eta 1", "DPM-Solver++", "UniPC", "DDPM"}
 
 
 # ----- the report -----
@@ -275,7 +275,7 @@ def rows(evaluated):
 def test_every_method_has_its_row(rows):
     solvers = ["DDIM", "DPM-Solver++", "UniPC"]
     methods = [("HSIVI", 2), *[(name, 2) for name in solvers], *[(name, 3) for name in solvers]]
-    assert [(row["method"], row["nfe"]) for row in rows] == [*methods, ("DDIM", 4), ("DDPM", 5)]
+    assert [(row["method"], row["nfe"]) for row in rows] == [*methods, ("DDIM, eta 1", 4), ("DDPM", 5)]
 
 
 def test_rows_have_exactly_the_keys_promised(rows, evaluated):
@@ -286,6 +286,15 @@ def test_rows_have_exactly_the_keys_promised(rows, evaluated):
         assert (row["dataset"], row["num_samples"], row["eval_seed"]) == ("digits", 24, 3)
         assert row["train_seed"] == (0 if ours else None)
         assert row["train_seconds"] == (training["seconds"] if ours else None)
+
+
+def test_a_folder_of_pictures_is_told_by_its_last_part(tmp_path, monkeypatch):
+    (tmp_path / "cats").mkdir()
+    monkeypatch.chdir(tmp_path / "cats")
+    entry = evaluate.Entry("DDIM", 2, None)
+    names = {str(tmp_path / "cats"): "cats", f"{tmp_path}/cats/": "cats", ".": "cats", "somebody/dogs": "somebody/dogs"}
+    for given, name in names.items():
+        assert evaluate.make_row(entry, evaluate.Evaluation(real_data=given), {}, {})["dataset"] == name
 
 
 def test_rows_hold_the_distances_of_the_pictures(rows, evaluated, rival, extractor):

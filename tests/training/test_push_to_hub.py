@@ -62,18 +62,26 @@ def test_training_pushes_at_its_end_what_it_saved(hub, teacher, tmp_path):
     run = run_script("train_hsivi", arguments, hub, tmp_path / "home", token=None)
     assert run.returncode == 0, run.stderr
     files = hub.repos["org/tiny"].branches["main"].files
+    made, pushed = run.stdout.splitlines()[-2:]
+    assert made == f"the pipeline is in {tmp_path / 'run/pipeline'}: measure it with evaluate.py, draw with sample.py"
+    assert pushed.startswith("pushed to ")
     saved = tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors"
     assert files["unet/diffusion_pytorch_model.safetensors"] == saved.read_bytes()
     for path in (tmp_path / "run").glob("*.json"):
         assert "hf_alice" not in path.read_text()
 
 
-def test_a_name_that_cannot_be_pushed_to_is_refused_before_the_training(hub, teacher, tmp_path):
-    arguments = training_arguments(teacher, tmp_path / "run", "--hub_model_id=bob/tiny")
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_name_that_cannot_be_pushed_to_is_refused_before_the_training(hub, teacher, fast_run, tmp_path):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    arguments = training_arguments(teacher, folder, "--hub_model_id=bob/tiny", "--overwrite_output_dir=true")
     run = run_script("train_hsivi", arguments, hub, tmp_path / "home")
     assert run.returncode == 1
     assert "push under your own name" in run.stderr
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert contents(folder) == contents(fast_run)
 
 
 def test_a_push_that_fails_leaves_the_pipeline_and_says_how_to_push_it(hub, teacher, tmp_path):
@@ -100,8 +108,14 @@ def test_what_is_missing_is_named(arguments, message):
 
 
 def test_training_needs_a_name_to_push_to(teacher, tmp_path):
+    arguments = training_arguments(teacher, tmp_path / "run")
     with pytest.raises(ValueError, match="--push_to_hub needs --hub_model_id"):
-        train_hsivi.main(training_arguments(teacher, tmp_path / "run"))
+        train_hsivi.main(arguments)
+    with pytest.raises(ValueError, match="'tiny' says not whose it is: give user/name"):
+        train_hsivi.main([*arguments, "--hub_model_id=tiny"])
+    with pytest.raises(ValueError, match="--hub_model_id alice/tiny names where to push: pass --push_to_hub too"):
+        train_hsivi.main([*arguments, "--push_to_hub=false", "--hub_model_id=alice/tiny"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_begun_anew_forgets_the_report_of_the_old_one(distil, fast_run, tmp_path):

@@ -89,6 +89,12 @@ def test_a_missing_pipeline_is_refused(tmp_path):
     assert not (tmp_path / "samples").exists()
 
 
+def test_a_run_is_sent_to_its_pipeline(fast_run, tmp_path):
+    with pytest.raises(ValueError, match=f"--pipeline {fast_run} is a run: give {fast_run / 'pipeline'}"):
+        script.main([f"--output_dir={tmp_path / 'samples'}", f"--pipeline={fast_run}"])
+    assert not (tmp_path / "samples").exists()
+
+
 def test_a_filled_output_folder_is_refused_unless_overwritten(draw, tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "precious").touch()

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
 import train_hsivi
@@ -183,6 +184,14 @@ def test_ddim_layers_may_be_scored_at_random_levels(distil, paper_run, tmp_path,
     random = pipeline_weights(distil(tmp_path / "run", preset="paper", scoring="random"))
     assert all(tensor.isfinite().all() for tensor in random.values())
     assert not same_tensors(random, pipeline_weights(paper_run))
+
+
+def test_the_layers_clamp_nothing_whatever_the_teacher_does(teacher, tmp_path):
+    scheduler = DDPMScheduler(clip_sample=True, thresholding=True)
+    DDPMPipeline(unet=load_teacher(str(teacher))[0], scheduler=scheduler).save_pretrained(tmp_path)
+    _, schedule = load_teacher(str(tmp_path))
+    config = train_hsivi.make_scheduler(schedule, train_hsivi.Layers()).config
+    assert (config.clip_sample, config.thresholding) == (False, False)
 
 
 def test_the_weights_of_the_losses(teacher):

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
@@ -35,12 +36,12 @@ class HSIVIPipeline(DiffusionPipeline):
         self,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        unet_noise_scale: Optional[ModelMixin] = None,  # noqa: UP045 (diffusers < 0.36 reads no `|` here)
+        unet_noise_scale: ModelMixin | None = None,
     ):
         super().__init__()
         if not hasattr(scheduler, "transition"):
             raise ValueError(_wrong_scheduler(scheduler))
-        if "cross_attention_dim" in unet.config:
+        if "cross_attention_dim" in unet.config or not hasattr(unet, "conv_in"):
             raise ValueError(
                 f"HSIVIPipeline got a {type(unet).__name__}: it draws with a UNet2DModel. Use the stock pipeline of "
                 "this unet, and assign the HSIVIScheduler to its `scheduler`"
@@ -56,7 +57,11 @@ class HSIVIPipeline(DiffusionPipeline):
             pipeline: One of ours, or a stock one together with scheduler=.
             **kwargs: Components in the place of its own.
         """
-        kwargs.setdefault("unet_noise_scale", pipeline.components.get("unet_noise_scale"))
+        scheduler = kwargs.get("scheduler", pipeline.scheduler)
+        if not hasattr(scheduler, "config"):
+            raise ValueError(_wrong_scheduler(scheduler))
+        per_pixel = scheduler.config.get("noise_scale_type") == "per_pixel"
+        kwargs.setdefault("unet_noise_scale", pipeline.components.get("unet_noise_scale") if per_pixel else None)
         return super().from_pipe(pipeline, **kwargs)
 
     @property
@@ -86,7 +91,7 @@ class HSIVIPipeline(DiffusionPipeline):
 
     def __repr__(self) -> str:
         """What it draws and with how many calls, then the components."""
-        if not hasattr(self, "scheduler"):  # the constructor has refused its arguments
+        if getattr(self, "scheduler", None) is None:  # the constructor has refused its arguments
             return super().__repr__()
         grid = self.scheduler.config.get("layer_timesteps")
         steps = "any number of" if grid is None else f"{len(grid) - 1}"
@@ -118,7 +123,7 @@ class HSIVIPipeline(DiffusionPipeline):
             output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), both in [0, 1], or "latent" (x_0 as it is).
             return_dict: Return `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: Called as f(pipeline, step, timestep, {"latents": x_t}) after each step; what it
-                returns under "latents" replaces x_t.
+                returns under "latents" replaces x_t; None replaces nothing.
             callback_on_step_end_tensor_inputs: Names it wants, of "latents".
 
         Returns:
@@ -148,7 +153,7 @@ class HSIVIPipeline(DiffusionPipeline):
             )
             if callback_on_step_end is not None:
                 wanted = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                latents = callback_on_step_end(self, i, timestep, wanted).pop("latents", latents)
+                latents = (callback_on_step_end(self, i, timestep, wanted) or {}).get("latents", latents)
 
         images = self._to_images(latents, output_type)
         if hooked:
@@ -174,8 +179,9 @@ class HSIVIPipeline(DiffusionPipeline):
     ) -> None:
         if not hasattr(self.scheduler, "transition"):  # assigned after the pipeline was made
             raise ValueError(_wrong_scheduler(self.scheduler))
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: ask for at least 1 picture")
+        self._check_noise_scale()
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: ask for a whole number of pictures, at least 1")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for batch_size={batch_size}: give one, or one for each")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -248,7 +254,9 @@ class HSIVIPipeline(DiffusionPipeline):
         return self.numpy_to_pil(array) if output_type == "pil" else array
 
 
-def _wrong_scheduler(scheduler: SchedulerMixin) -> str:
+def _wrong_scheduler(scheduler: Any) -> str:
+    if not hasattr(scheduler, "config"):
+        return f"HSIVIPipeline got scheduler={scheduler!r}: pass an HSIVIScheduler"
     name, grid = type(scheduler).__name__, scheduler.config.get("layer_timesteps")
     if grid is not None:
         return (
@@ -258,6 +266,6 @@ def _wrong_scheduler(scheduler: SchedulerMixin) -> str:
         )
     return (
         f"HSIVIPipeline got a {name}: this model was not distilled. Distil it with training/train_hsivi.py, or use the "
-        "pipeline it came with, or sample it as it is with scheduler=HSIVIScheduler.from_config(scheduler.config), "
-        "which is DDIM with some noise"
+        "pipeline it came with. To sample it as it is, with DDIM and some noise, pass "
+        'scheduler=HSIVIScheduler.from_pretrained(repo, subfolder="scheduler") and call it with num_inference_steps=10'
     )

@@ -13,6 +13,7 @@ With noise_scale = 1 and kernel "ddim" this is DDIM(eta) (Song et al. 2021, eq. 
 noise_scale. With kernel "renoise" it is the re-noising of consistency sampling.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
                 "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the noise is "
                 "all there is to see, and a prediction of it says nothing of the picture"
             )
-        noise_scale = torch.as_tensor(noise_scale, dtype=torch.float64).tolist()  # plain numbers, for JSON
+        # Plain numbers, for JSON.
+        noise_scale = torch.as_tensor(noise_scale, dtype=torch.float64, device="cpu").tolist()
         self.register_to_config(noise_scale=noise_scale)
         if layer_timesteps is not None:
             layer_timesteps = _check_timesteps("layer_timesteps", layer_timesteps, num_train_timesteps)
@@ -271,6 +273,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         grid = self._choose_grid(num_inference_steps, timesteps)
         if grid[0] >= len(self.betas):
             raise ValueError(f"the grid {grid} starts beyond the {len(self.betas)} betas: give trained_betas for all")
+        if self.config.prediction_type == "epsilon" and self.alphas_cumprod[grid[0]] == 0:
+            raise ValueError(f"abar is 0 at {grid[0]}, where a noise prediction says nothing of x0: start lower")
         settings = (grid, self.config.kernel, self.config.noise_eta, self.config.noise_scale)
         if settings != self._layers_are_of:
             self.layer_grid = torch.tensor(grid, dtype=torch.long)
@@ -290,7 +294,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             given = (
                 f"timesteps={timesteps}"
                 if num_inference_steps is None
-                else f"num_inference_steps={num_inference_steps}"
+                else f"num_inference_steps={num_inference_steps!r}"
             )
             raise ValueError(
                 f"{given}, but this sampler was trained for {steps} steps, layer_timesteps={list(trained)}: pass "
@@ -300,8 +304,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             return _check_timesteps("timesteps + [-1]", [*timesteps, -1], self.config.num_train_timesteps)
         if num_inference_steps is None:
             raise ValueError("this scheduler has no trained grid (layer_timesteps): pass num_inference_steps")
+        if isinstance(num_inference_steps, bool | str) or num_inference_steps != int(num_inference_steps):
+            raise ValueError(f"num_inference_steps={num_inference_steps!r}: give a whole number of steps")
         return self.make_layer_timesteps(
-            num_inference_steps,
+            int(num_inference_steps),
             self.config.timestep_spacing,
             self.config.num_train_timesteps,
             steps_offset=self.config.steps_offset,
@@ -500,7 +506,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """
         single = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
         if single and sample.dtype == torch.float32:
-            known = self._layers.get(int(timestep))
+            number: Any = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
+            known = self._layers.get(number)
             if known is not None:
                 return known
         return self._coefficients(self._vector(timestep, sample), sample)
@@ -543,14 +550,15 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         return model_output.to(dtype), sample.to(dtype)
 
     def _vector(self, timestep: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        timestep = torch.as_tensor(timestep).reshape(-1).long()
+        timestep = torch.as_tensor(timestep).reshape(-1)
         if len(timestep) not in (1, len(sample)):
             raise ValueError(f"{len(timestep)} timesteps for {len(sample)} samples: give one, or one for each")
         size = len(self.alphas_cumprod)
         # Only on the CPU, for a GPU would have to be waited for.
-        if timestep.device.type == "cpu" and not bool(((timestep >= 0) & (timestep < size)).all()):
-            raise ValueError(f"timestep {timestep.tolist()} is off the clock: give timesteps from 0 to {size - 1}")
-        return timestep.to(sample.device)
+        on_clock = (timestep >= 0) & (timestep < size) & (timestep % 1 == 0)
+        if timestep.device.type == "cpu" and not bool(on_clock.all()):
+            raise ValueError(f"timestep {timestep.tolist()} is off the clock: give integers from 0 to {size - 1}")
+        return timestep.to(sample.device, torch.long)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -562,7 +570,7 @@ def _check_timesteps(name: str, timesteps: Any, num_train_timesteps: int) -> lis
     """Returns the grid as plain integers."""
     grid = list(timesteps)
     remedy = f"give T+1 strictly descending integers from {num_train_timesteps - 1} to 0; the last may be -1"
-    if len(grid) < 2 or any(isinstance(tau, bool) or not float(tau).is_integer() for tau in grid):
+    if len(grid) < 2 or any(isinstance(tau, bool | str) or not float(tau).is_integer() for tau in grid):
         raise ValueError(f"{name}={grid!r} is no grid of at least 1 layer: {remedy}")
     if any(above <= below for above, below in zip(grid[:-1], grid[1:], strict=True)):
         raise ValueError(f"{name}={grid} is not strictly descending: {remedy}")
@@ -573,7 +581,7 @@ def _check_timesteps(name: str, timesteps: Any, num_train_timesteps: int) -> lis
 
 def _check_noise_scale(noise_scale: float | list[float], grid: list[int] | None) -> None:
     scales = noise_scale if isinstance(noise_scale, list) else [noise_scale]
-    if any(not scale > 0 for scale in scales):
+    if any(not 0 < scale < math.inf for scale in scales):
         raise ValueError(f"noise_scale={noise_scale!r}: give numbers > 0; for no noise use noise_eta=0")
     if isinstance(noise_scale, list) and (grid is None or len(scales) != len(grid) - 1):
         wanted = "a grid, layer_timesteps" if grid is None else f"{len(grid) - 1} numbers, one for each layer"
