@@ -7,7 +7,7 @@ import diffusers
 # diffusers looks the base classes of a saved component up in this namespace: without them, loading fails.
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
-from .distillation import TeacherBridge, UNetCritic, UNetLayers, load_teacher
+from .distillation import LayerNoiseScale, TeacherBridge, UNetCritic, UNetLayers, load_teacher
 from .hub import push
 from .modeling_hsivi import HSIVINoiseScale
 from .pipeline_hsivi import HSIVIPipeline
@@ -26,6 +26,7 @@ __all__ = [
     "HSIVIPipeline",
     "HSIVIScheduler",
     "HSIVISchedulerOutput",
+    "LayerNoiseScale",
     "ModelMixin",
     "SchedulerMixin",
     "TeacherBridge",

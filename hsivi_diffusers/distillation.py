@@ -21,6 +21,30 @@ from .vi.layers import ConditionalLayers
 from .vi.objectives import Weight
 
 
+class LayerNoiseScale(nn.Module):
+    """A learned noise scale of the layers, exp(log_scale): one number, or one for each layer.
+
+    Its values belong into `noise_scale` of the scheduler's config.
+
+    Args:
+        noise_scale: What to start from, > 0: a number for all layers, or a list of T, counted from the data side.
+    """
+
+    def __init__(self, noise_scale: float | list[float] = 1.0) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.as_tensor(noise_scale, dtype=torch.float32).log())
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Returns the scale of each row's layer, shape (B, 1, 1, 1), for layers t of shape (B,)."""
+        log_scale = self.log_scale[t] if self.log_scale.ndim else self.log_scale.expand(t.shape)
+        return log_scale.exp()[:, None, None, None]
+
+    def tolist(self) -> float | list[float]:
+        """Plain numbers, for the scheduler's config."""
+        scale: float | list[float] = self.log_scale.detach().double().exp().tolist()
+        return scale
+
+
 class UNetCritic(nn.Module):
     """A diffusion UNet as the score of the density at each noise level: -eps(x, level) / sigma_level.
 
@@ -53,11 +77,14 @@ class UNetLayers(ConditionalLayers):
     Args:
         unet: Starts as a copy of the teacher's.
         scheduler: Holds the grid.
-        noise_scale: The learned per-pixel scale, or None for that of the scheduler's config.
+        noise_scale: The learned scale, per pixel or per layer, or None for that of the scheduler's config.
     """
 
     def __init__(
-        self, unet: UNet2DModel, scheduler: HSIVIScheduler, noise_scale: HSIVINoiseScale | None = None
+        self,
+        unet: UNet2DModel,
+        scheduler: HSIVIScheduler,
+        noise_scale: HSIVINoiseScale | LayerNoiseScale | None = None,
     ) -> None:
         super().__init__()
         self.unet = unet
@@ -69,9 +96,14 @@ class UNetLayers(ConditionalLayers):
         """Returns q_t(. | x_next), see `ConditionalLayers`; the condition is class labels of shape (B,)."""
         timestep = self.scheduler.input_timestep(t)
         model_output = _call(self.unet, x_next, timestep, condition)
-        noise_scale = None if self.noise_scale is None else self.noise_scale()
-        mean, std = self.scheduler.transition(model_output, timestep, x_next, noise_scale)
+        mean, std = self.scheduler.transition(model_output, timestep, x_next, self._noise_scale(t))
         return DiagonalGaussian(mean=mean, std=std)
+
+    def _noise_scale(self, t: Tensor) -> Tensor | None:
+        if self.noise_scale is None:
+            return None
+        scale: Tensor = self.noise_scale(t) if isinstance(self.noise_scale, LayerNoiseScale) else self.noise_scale()
+        return scale
 
 
 class TeacherBridge(Bridge):
@@ -244,6 +276,11 @@ def _sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:
 
 
 def _call(unet: UNet2DModel, x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
+    """Calls a network in its own precision and answers in that of x.
+
+    So every formula after it, 1 / sigma among them, runs in the precision of x, and of half precision only the network
+    itself sees anything.
+    """
     labels = {} if condition is None else {"class_labels": condition}
-    output: Tensor = unet(x, timestep, **labels).sample
+    output: Tensor = unet(x.to(unet.dtype), timestep, **labels).sample.to(x.dtype)
     return output

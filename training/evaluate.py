@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from classifier import ImageClassifier
 from figures import draw_curve, draw_samples
+from folders import write_text
 from hsivi_diffusers import HSIVIPipeline, load_teacher
 from images import load_images
 from metrics import Distances
-from options import option, parse_options, write_text
+from options import option, parse_options
 from solvers import Sampler, make_solver, make_student, sample
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
@@ -104,34 +103,3 @@ def _refuse_unknown_keys(
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean `{close[0]}`?" if close else "`--help` lists the options."
             parser.error(f"{path}: unknown option `{key}`; {hint}")
-
-
-def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
-    """Makes the output folder, and refuses one that holds something.
-
-    Args:
-        output_dir: Path of the folder.
-        keep: The user resumes or asked to overwrite, so that a filled folder is welcome.
-
-    Raises:
-        ValueError: No folder was named, it is a file, or it is not empty and `keep` is false.
-    """
-    if not output_dir:
-        raise ValueError("--output_dir is missing: name the folder to write to")
-    path = Path(output_dir)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--output_dir {path} is a file: name a folder")
-    if path.is_dir() and any(path.iterdir()) and not keep:
-        raise ValueError(
-            f"--output_dir {path} is not empty: name another folder, go on with --resume_from_checkpoint latest "
-            "(where the script has it), or pass --overwrite_output_dir"
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

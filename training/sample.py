@@ -13,8 +13,9 @@ import torch
 from diffusers.utils import make_image_grid
 from tqdm import tqdm
 
+from folders import claim_output_dir
 from hsivi_diffusers import HSIVIPipeline
-from options import claim_output_dir, option, parse_options
+from options import option, parse_options
 
 
 @dataclass

@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import trange
 
 from classifier import ImageClassifier
+from folders import claim_output_dir
 from images import load_images
-from options import claim_output_dir, option, parse_options
+from options import option, parse_options
 
 
 @dataclass

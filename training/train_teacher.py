@@ -19,8 +19,9 @@ from diffusers.training_utils import EMAModel
 from torch.nn.functional import mse_loss
 from tqdm import trange
 
+from folders import claim_output_dir
 from images import load_images, to_model_range
-from options import claim_output_dir, option, parse_options
+from options import option, parse_options
 
 
 @dataclass

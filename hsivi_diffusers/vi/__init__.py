@@ -7,7 +7,7 @@ from .bridges import Bridge
 from .chains import Chain, ChainBatch, PoolChain, SimulatedChain, make_chain, simulate
 from .curricula import Stage, joint
 from .distributions import DiagonalGaussian
-from .fitting import DivergenceError, Step, fit
+from .fitting import DivergenceError, Step, Update, fit
 from .layers import ConditionalLayers
 from .objectives import CriticObjective, KullbackLeibler, LayerDraw, ScoreMatching, draw_layer
 
@@ -26,6 +26,7 @@ __all__ = [
     "SimulatedChain",
     "Stage",
     "Step",
+    "Update",
     "draw_layer",
     "fit",
     "joint",

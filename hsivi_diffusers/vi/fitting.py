@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from .bridges import Bridge
 from .chains import Chain
 from .curricula import Stage
 from .layers import ConditionalLayers
-from .objectives import CriticObjective, LayerDraw, Scoring, draw_layer
+from .objectives import Critic, CriticObjective, LayerDraw, Scoring, draw_layer
 
 
 class DivergenceError(FloatingPointError):
@@ -24,6 +25,7 @@ class DivergenceError(FloatingPointError):
 
     Attributes:
         step: Index of the layer update at which it happened.
+        layers: Layers whose rows were in it.
     """
 
     def __init__(self, player: str, step: int, layers: Sequence[int]) -> None:
@@ -31,24 +33,37 @@ class DivergenceError(FloatingPointError):
             f"the loss of the {player} is not finite at step {step} (layers t = {', '.join(map(str, layers))}): "
             "start a new run with a lower learning rate, or with more critic updates"
         )
-        self.step = step
+        self.step, self.layers = step, list(layers)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of a player, by the rows of all shards of this process.
+
+    Attributes:
+        t: Layers of the rows, shape (B,).
+        loss: Shape (B,), detached; of the layers, before beta(t).
+        grad_norm: What `clip_grad_norm` returned, or None without it.
+    """
+
+    t: Tensor
+    loss: Tensor
+    grad_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one layer update did.
+    """What one step of the loop did.
 
     Attributes:
         step: Its index, from 0.
-        t: Layers that were trained, shape (B,).
-        layer_loss: Shape (B,), detached, before beta(t).
-        critic_loss: Shape (B,), detached, of the last critic update.
+        layers: The update of the layers.
+        critic: The last update of the critic.
     """
 
     step: int
-    t: Tensor
-    layer_loss: Tensor
-    critic_loss: Tensor
+    layers: Update
+    critic: Update
 
 
 def fit(
@@ -56,7 +71,7 @@ def fit(
     critic: nn.Module,
     bridge: Bridge,
     objective: CriticObjective,
-    chain: Chain,
+    chain: Chain | Sequence[Chain],
     curriculum: Sequence[Stage],
     *,
     layer_optimizer: Optimizer,
@@ -67,86 +82,168 @@ def fit(
     rank: int = 0,
     start_step: int = 0,
     backward: Callable[[Tensor], None] = Tensor.backward,
+    no_sync: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext(),
+    clip_grad_norm: Callable[[Iterable[Tensor]], Tensor] | None = None,
 ) -> Iterator[Step]:
     """Fits layers to a bridge: one update of the layers, then `critic_updates` of the critic, and again.
 
     Every batch costs one call of the layers, and every answer is given back to the chain. The layer update and the
     first critic update share a batch, in this order: a critic that has just been fitted to these very draws leans
-    towards their noise, and would pull the layers together.
+    towards their noise, and would pull the layers together. With a single shard and an objective that takes no
+    gradient through the critic, they share the critic's answer too.
 
-    Randomness comes from a generator per (seed, rank, step), so a run that is resumed at `start_step`, with
-    parameters, optimizers and chain restored, repeats one that was never stopped.
+    An update is the mean over shards: the chains given here, one after the other (gradient accumulation), in each of
+    the processes (data parallelism). It does not matter which: N shards in one process give the same update as one in
+    each of N. Randomness comes from a generator per (seed, shard, step), so a run that is resumed at `start_step`, with
+    parameters, optimizers and chains restored, repeats one that was never stopped.
 
     Args:
         layers: The sampler; called as layers(x_next, t, condition).
         critic: Estimate of the marginal score; called as critic(x, level, condition).
         bridge: What the layers are fitted to.
         objective: The two losses.
-        chain: Where layer inputs come from.
+        chain: Where layer inputs come from; a list of chains for gradient accumulation, one for each shard.
         curriculum: Stages, one after the other.
         layer_optimizer: Of the layers' parameters.
         critic_optimizer: Of the critic's parameters.
         critic_updates: Critic updates for each layer update, >= 1 (the paper: 20).
         scoring: Level at which layers are scored, "own" (the paper) or "random", see `draw_layer`.
         seed: Seed of the run.
-        rank: Index of this process.
+        rank: Index of this process; its first shard is rank * (number of chains).
         start_step: First step to do; those before it are taken as done.
-        backward: Called with each mean loss, such as `accelerator.backward`.
+        backward: Called with each shard's share of the loss, such as `accelerator.backward`.
+        no_sync: Context in which the gradients of a module stay in this process, such as `accelerator.no_sync`; entered
+            for all shards but the last.
+        clip_grad_norm: Called with a player's parameters before its optimizer moves them; returns the norm of the
+            gradient, before it is clipped.
 
     Yields:
         A `Step` after each layer update.
 
     Raises:
-        ValueError: `critic_updates` < 1.
+        ValueError: `critic_updates` < 1, or there is no chain.
         DivergenceError: A loss is not finite.
     """
+    chains = [chain] if isinstance(chain, Chain) else list(chain)
     if critic_updates < 1:
         raise ValueError(f"critic_updates={critic_updates}: the critic needs at least 1 update for each of the layers")
+    if not chains:
+        raise ValueError("chain=[]: give a chain, or one for each shard")
 
-    def answer(generator: torch.Generator) -> tuple[Tensor, LayerDraw]:
-        batch = chain.draw(layers, generator)
-        q = layers(batch.x_next, batch.t, batch.condition)
-        chain.advance(batch, q, generator)
-        draw = draw_layer(q, batch.t, bridge, scoring=scoring, condition=batch.condition, generator=generator)
-        return batch.t, draw
-
-    def update(player: str, optimizer: Optimizer, loss: Tensor, t: Tensor, step: int) -> None:
-        if not bool(torch.isfinite(loss)):
-            raise DivergenceError(player, step, sorted(set(t.tolist())))
-        backward(loss)
+    def update(player: str, optimizer: Optimizer, make: Callable[[int], _Rows], step: int) -> Update:
+        module, made = (layers if player == "layers" else critic), []
+        for shard in range(len(chains)):
+            with nullcontext() if shard == len(chains) - 1 else no_sync(module):
+                rows = make(shard)
+                mean = (rows.share * rows.loss).mean()
+                if not bool(torch.isfinite(mean)):
+                    raise DivergenceError(player, step, sorted(set(rows.t.tolist())))
+                backward(mean / len(chains))
+            made.append(rows)
+        norm = clip_grad_norm(module.parameters()) if clip_grad_norm else None
         optimizer.step()
         optimizer.zero_grad()
+        return Update(torch.cat([rows.t for rows in made]), torch.cat([rows.loss.detach() for rows in made]), norm)
 
+    game = _Game(layers, critic, bridge, objective, chains, scoring)
     for step, stage in _steps(curriculum, start_step):
-        generator = step_generator(seed, rank, step)
-        t, draw = answer(generator)
-        with _frozen(critic) as frozen:
-            layer_loss = objective.layer_loss(frozen, bridge, draw)
-            update("layers", layer_optimizer, (stage.beta.to(t.device)[t] * layer_loss).mean(), t, step)
-        trained = t
-        for k in range(critic_updates):
-            if k > 0:
-                with torch.no_grad():
-                    t, draw = answer(generator)
-            critic_loss = objective.critic_loss(critic, draw.detach())
-            update("critic", critic_optimizer, critic_loss.mean(), t, step)
-        yield Step(step=step, t=trained, layer_loss=layer_loss.detach(), critic_loss=critic_loss.detach())
+        game.begin(stage.beta, [step_generator(seed, rank * len(chains) + i, step) for i in range(len(chains))])
+        with game.critic_in_layer_loss():
+            layer_update = update("layers", layer_optimizer, game.layer_rows, step)
+        for _ in range(critic_updates):
+            critic_update = update("critic", critic_optimizer, game.critic_rows, step)
+        yield Step(step=step, layers=layer_update, critic=critic_update)
 
 
-def step_generator(seed: int, rank: int, step: int) -> torch.Generator:
+class _Rows(NamedTuple):
+    """Layers, losses and shares in the mean of the rows of a shard, each of shape (B,)."""
+
+    t: Tensor
+    loss: Tensor
+    share: Tensor
+
+
+class _Game:
+    """The losses of both players, shard by shard, and what the one leaves to the other within a step."""
+
+    def __init__(
+        self,
+        layers: ConditionalLayers,
+        critic: nn.Module,
+        bridge: Bridge,
+        objective: CriticObjective,
+        chains: Sequence[Chain],
+        scoring: Scoring,
+    ) -> None:
+        self.layers, self.critic, self.bridge, self.objective = layers, critic, bridge, objective
+        self.chains, self.scoring = chains, scoring
+        self.critic_seen: Callable[..., Tensor] = critic
+        # The graph of one answer is kept until the critic's loss; those of several shards would not fit.
+        self.shares_answer = len(chains) == 1 and not objective.critic_gradient
+
+    def begin(self, beta: Tensor, generators: Sequence[torch.Generator]) -> None:
+        """Starts a step."""
+        self.beta, self.generators = beta, generators
+        self.left: dict[int, tuple[Tensor, LayerDraw, Critic]] = {}
+
+    @contextmanager
+    def critic_in_layer_loss(self) -> Iterator[None]:
+        """Within it the layers' loss sees the critic as a function of its input alone, backward passes included."""
+        if self.shares_answer:
+            yield
+        else:
+            with _frozen(self.critic) as self.critic_seen:
+                yield
+
+    def layer_rows(self, shard: int) -> _Rows:
+        t, draw = self._draw(shard)
+        cut = draw.detach()
+        critic_seen: Critic = self.critic_seen
+        critic: Critic = self.critic
+        if self.shares_answer:
+            answer = self.critic(cut.x, cut.level, cut.condition)
+            critic_seen, critic = (lambda *_: answer.detach()), (lambda *_: answer)
+        self.left[shard] = (t, cut, critic)
+        loss = self.objective.layer_loss(critic_seen, self.bridge, draw)
+        return _Rows(t, loss, self.beta.to(t.device)[t])
+
+    def critic_rows(self, shard: int) -> _Rows:
+        if shard in self.left:
+            t, draw, critic = self.left.pop(shard)
+        else:
+            with torch.no_grad():
+                t, draw = self._draw(shard)
+            critic = self.critic
+        loss = self.objective.critic_loss(critic, draw)
+        return _Rows(t, loss, torch.ones_like(loss))
+
+    def _draw(self, shard: int) -> tuple[Tensor, LayerDraw]:
+        chain, generator = self.chains[shard], self.generators[shard]
+        batch = chain.draw(self.layers, generator)
+        q = self.layers(batch.x_next, batch.t, batch.condition)
+        chain.advance(batch, q, generator)
+        draw = draw_layer(q, batch.t, self.bridge, scoring=self.scoring, condition=batch.condition, generator=generator)
+        return batch.t, draw
+
+
+def step_generator(seed: int, shard: int, step: int) -> torch.Generator:
     """Returns a generator that depends on all three and on nothing else."""
-    digest = hashlib.blake2b(f"{seed} {rank} {step}".encode(), digest_size=7).digest()
+    digest = hashlib.blake2b(f"{seed} {shard} {step}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 @contextmanager
 def _frozen(critic: nn.Module) -> Iterator[nn.Module]:
     """The critic as a function of its input alone, outside of any gradient reduction between processes."""
-    critic.requires_grad_(False)
+    inner = getattr(critic, "_orig_mod", critic)  # of torch.compile
+    trained = [parameter for parameter in critic.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
-        yield critic.module if isinstance(critic, DistributedDataParallel) else critic
+        yield inner.module if isinstance(inner, DistributedDataParallel) else critic
     finally:
-        critic.requires_grad_(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _steps(curriculum: Sequence[Stage], start_step: int) -> Iterator[tuple[int, Stage]]:

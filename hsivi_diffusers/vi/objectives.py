@@ -97,7 +97,13 @@ class CriticObjective(ABC):
         normalise: Divide each row of the layers' loss by mean |S - grad log q(x | x_next)| over its coordinates. For
             re-noising layers on a diffusion bridge that is alpha_s/sigma_s^2 times the mean distance of the layer's
             clean picture from the teacher's: the per-sample weight of score identity distillation (arXiv 2404.04057).
+
+    Attributes:
+        critic_gradient: The layers' loss has a gradient through the critic. Without one, a single answer of the critic
+            serves both losses.
     """
+
+    critic_gradient = True
 
     def __init__(
         self, layer_weight: Weight = unit_weight, critic_weight: Weight = unit_weight, normalise: bool = False
@@ -157,6 +163,8 @@ class ScoreMatching(CriticObjective):
 
 class KullbackLeibler(CriticObjective):
     """HSIVI-KL: the gradient of KL(q || p), with the critic in the place of the marginal score."""
+
+    critic_gradient = False
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
         """Returns w x . stopgrad(s - S). Only its gradient means something, its value does not."""

@@ -125,4 +125,4 @@ def test_a_run_begun_anew_forgets_the_report_of_the_old_one(distil, fast_run, tm
     (tmp_path / "run" / "notes.txt").write_text("mine")
     distil(tmp_path / "run", "--overwrite_output_dir=true", preset="fast", max_train_steps=2)
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"checkpoints", "notes.txt", "options.json", "pipeline", "training.json"}
+    assert left == {"checkpoints", "critic", "notes.txt", "options.json", "pipeline", "training.json"}

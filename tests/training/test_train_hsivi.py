@@ -8,6 +8,9 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
+import checkpoints as saving
+import players
+import recipe
 import train_hsivi
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
 
@@ -33,9 +36,9 @@ def contents(folder):
 def starts(monkeypatch):
     """Steps at which the loop was entered."""
     entered = []
-    fit = train_hsivi.fit
+    fit = players.fit
     monkeypatch.setattr(
-        train_hsivi, "fit", lambda *given, **named: entered.append(named["start_step"]) or fit(*given, **named)
+        players, "fit", lambda *given, **named: entered.append(named["start_step"]) or fit(*given, **named)
     )
     return entered
 
@@ -45,7 +48,7 @@ def interrupt(distil):
     """Runs up to 3 steps of 5, with one checkpoint, after the 2nd; then Ctrl-C."""
 
     def run(folder, **options):
-        fit = train_hsivi.fit
+        fit = players.fit
 
         def stopping(*given, **named):
             for step in fit(*given, **named):
@@ -54,7 +57,7 @@ def interrupt(distil):
                 yield step
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(train_hsivi, "fit", stopping)
+            patched.setattr(players, "fit", stopping)
             with pytest.raises(KeyboardInterrupt):
                 distil(folder, **options)
         assert checkpoints(folder) == ["checkpoint-2"]
@@ -70,13 +73,13 @@ def poison(monkeypatch):
 
     def patch(first):
         calls = []
-        score = train_hsivi.TeacherBridge.score
+        score = players.TeacherBridge.score
 
         def poisoned(self, x, level, condition=None):
             calls.append(level)
             return score(self, x, level, condition) * (1 if len(calls) <= first else torch.nan)
 
-        monkeypatch.setattr(train_hsivi.TeacherBridge, "score", poisoned)
+        monkeypatch.setattr(players.TeacherBridge, "score", poisoned)
 
     return patch
 
@@ -89,7 +92,7 @@ def test_a_preset_makes_a_pipeline_of_its_layers(request, preset):
     folder = request.getfixturevalue(f"{preset}_run")
     pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
-    settings = train_hsivi.PRESETS[preset]
+    settings = recipe.PRESETS[preset]
     assert pipeline.scheduler.config.layer_timesteps == GRIDS[preset]
     assert pipeline.scheduler.config.kernel == settings["kernel"]
     assert pipeline.scheduler.config.clip_sample is False
@@ -112,7 +115,7 @@ def test_a_preset_makes_a_pipeline_of_its_layers(request, preset):
 def test_options_json_records_preset_and_overrides(request, teacher, preset):
     options = json.loads((request.getfixturevalue(f"{preset}_run") / "options.json").read_text())
     overridden = {"preset": preset, "critic_updates": 2, "max_train_steps": 5, "pretrained_teacher_model": str(teacher)}
-    assert {**options, **train_hsivi.PRESETS[preset], **overridden} == options
+    assert {**options, **recipe.PRESETS[preset], **overridden} == options
 
 
 def test_training_json_records_the_cost(fast_run):
@@ -190,7 +193,7 @@ def test_the_layers_clamp_nothing_whatever_the_teacher_does(teacher, tmp_path):
     scheduler = DDPMScheduler(clip_sample=True, thresholding=True)
     DDPMPipeline(unet=load_teacher(str(teacher))[0], scheduler=scheduler).save_pretrained(tmp_path)
     _, schedule = load_teacher(str(tmp_path))
-    config = train_hsivi.make_scheduler(schedule, train_hsivi.Layers()).config
+    config = players.make_scheduler(schedule, recipe.Layers()).config
     assert (config.clip_sample, config.thresholding) == (False, False)
 
 
@@ -198,15 +201,15 @@ def test_the_weights_of_the_losses(teacher):
     """In score units `unit` is sigma^2, `sigma2` sigma^4; `normalised` has 1/alpha, for SM times sigma^2."""
     unet, schedule = load_teacher(str(teacher))
     grid = HSIVIScheduler.from_config(schedule.config, layer_timesteps=[440, 220, 0])
-    bridge = train_hsivi.TeacherBridge(unet, grid)
+    bridge = players.TeacherBridge(unet, grid)
     abar = schedule.alphas_cumprod
     level = torch.tensor([0, 300, 800])
 
     def make(**settings):
-        return train_hsivi.make_objective(train_hsivi.Method(**settings), bridge)
+        return players.make_objective(recipe.Method(**settings), bridge)
 
     objective = make(objective="SM", alpha=1.1, layer_weight="sigma2", critic_weight="unit")
-    assert type(objective) is train_hsivi.ScoreMatching
+    assert type(objective) is players.ScoreMatching
     assert (objective.alpha, objective.normalise) == (1.1, False)
     torch.testing.assert_close(objective.layer_weight(level), (1 - abar[level]) ** 2)
     torch.testing.assert_close(objective.critic_weight(level), 1 - abar[level])
@@ -214,7 +217,7 @@ def test_the_weights_of_the_losses(teacher):
     assert objective.normalise
     torch.testing.assert_close(objective.layer_weight(level), (1 - abar[level]) * abar[level] ** -0.5)
     objective = make(objective="KL", layer_weight="normalised", critic_weight="sigma2")
-    assert type(objective) is train_hsivi.KullbackLeibler
+    assert type(objective) is players.KullbackLeibler
     assert objective.normalise
     torch.testing.assert_close(objective.layer_weight(level), abar[level] ** -0.5)
     torch.testing.assert_close(objective.critic_weight(level), (1 - abar[level]) ** 2)
@@ -279,14 +282,14 @@ def test_incomplete_checkpoints_are_ignored(interrupt, distil, fast_run, tmp_pat
 
 
 def test_a_checkpoint_that_is_cut_short_has_no_final_name(distil, tmp_path, monkeypatch):
-    save_file = train_hsivi.save_file
+    save_file = saving.save_file
 
     def failing(tensors, path):
         if "partial-4" in str(path):
             raise OSError("no space left")
         save_file(tensors, path)
 
-    monkeypatch.setattr(train_hsivi, "save_file", failing)
+    monkeypatch.setattr(saving, "save_file", failing)
     with pytest.raises(OSError, match="no space left"):
         distil(tmp_path / "run")
     assert checkpoints(tmp_path / "run") == ["checkpoint-2", "partial-4"]
@@ -379,7 +382,7 @@ def test_a_nan_before_any_checkpoint_says_so(distil, tmp_path, poison):
 
 @pytest.mark.parametrize("player", ["layers", "critic"])
 def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypatch, player):
-    fit = train_hsivi.fit
+    fit = players.fit
 
     def poisoned(layers, critic, *given, **named):
         for step in fit(layers, critic, *given, **named):
@@ -388,7 +391,7 @@ def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypat
                 torch.nn.init.constant_(unet.conv_out.bias, torch.inf)
             yield step
 
-    monkeypatch.setattr(train_hsivi, "fit", poisoned)
+    monkeypatch.setattr(players, "fit", poisoned)
     with pytest.raises(SystemExit) as exit:
         distil(tmp_path / "run")
     assert re.search("weights.* not finite at step 4", exit.value.code)

@@ -58,8 +58,10 @@ def test_a_step_tells_what_was_trained():
     steps = list(game.fit(ScoreMatching(), 3))
     assert [step.step for step in steps] == [0, 1, 2]
     for step in steps:
-        assert step.t.shape == step.layer_loss.shape == step.critic_loss.shape == (64,)
-        assert not step.layer_loss.requires_grad
+        for update in (step.layers, step.critic):
+            assert update.t.shape == update.loss.shape == (64,)
+            assert not update.loss.requires_grad
+            assert update.grad_norm is None
 
 
 def test_one_call_of_the_layers_for_each_critic_update_and_none_for_simulation():

@@ -1,0 +1,202 @@
+"""The recipes for published teachers: the shapes of the teachers, and configs that fit them. No weights are loaded."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file
+
+import make_teacher
+from hsivi_diffusers import HSIVIScheduler, TeacherBridge, load_teacher
+from options import parse_options
+from recipe import GROUPS, PRESETS, check_options
+from tiny_unet import make_unet
+
+TRAINING = Path(__file__).parents[2] / "training"
+RECIPES = sorted(path.stem for path in (TRAINING / "configs").glob("*_t*_*.yaml"))
+TEACHERS = {"cifar10": "cifar10_32", "celeba64": "celeba_64", "imagenet64": "imagenet_64", "church256": "church_256"}
+
+
+def folder_of(name):
+    return TRAINING / "teachers" / name
+
+
+def meta_unet(name):
+    with torch.device("meta"):
+        return UNet2DModel.from_config(UNet2DModel.load_config(folder_of(name), subfolder="unet"))
+
+
+def schedule_of(name):
+    return HSIVIScheduler.from_config(DDPMScheduler.from_pretrained(folder_of(name), subfolder="scheduler").config)
+
+
+def settings(recipe):
+    """The options of a recipe as one dictionary, checked as a run would."""
+    groups = parse_options(GROUPS, "", PRESETS, ["--config", str(TRAINING / "configs" / f"{recipe}.yaml")])
+    check_options(groups)
+    return {key: value for group in groups for key, value in vars(group).items()}
+
+
+# ----- teachers -----
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "size", "outputs", "clock"),
+    [
+        ("cifar10_32", 35_746_307, 32, 3, 1000),
+        ("celeba_64", 78_700_803, 64, 3, 1000),
+        ("imagenet_64", 121_575_942, 64, 6, 4000),
+        ("church_256", 113_673_219, 256, 3, 1000),
+    ],
+)
+def test_a_teacher_has_its_published_shape(name, parameters, size, outputs, clock):
+    unet = meta_unet(name)
+    timestep = torch.zeros(1, dtype=torch.long, device="meta")
+    sample = unet(torch.zeros(1, 3, size, size, device="meta"), timestep).sample
+    assert unet.num_parameters() == parameters
+    assert f"{parameters:,}" in (TRAINING / "teachers" / "README.md").read_text()
+    assert sample.shape == (1, outputs, size, size)
+    assert len(schedule_of(name)) == clock
+
+
+@pytest.mark.parametrize("name", TEACHERS.values())
+def test_a_teacher_attends_where_the_original_does(name):
+    unet = meta_unet(name)
+    size, levels = unet.config.sample_size, unet.config.down_block_types
+    resolutions = {size >> level for level, block in enumerate(levels) if block.startswith("Attn")}
+    assert resolutions == ({16, 8} if name == "imagenet_64" else {16})
+    mirrored = [block.replace("Down", "Up") for block in reversed(levels)]
+    assert list(unet.config.up_block_types) == mirrored
+
+
+@pytest.mark.parametrize("name", TEACHERS.values())
+def test_a_teacher_folder_holds_a_pipeline_without_weights(name):
+    files = {str(path.relative_to(folder_of(name))) for path in folder_of(name).rglob("*") if path.is_file()}
+    assert files == {"model_index.json", "unet/config.json", "scheduler/scheduler_config.json"}
+    assert DDPMPipeline.load_config(folder_of(name))["_class_name"] == "DDPMPipeline"
+
+
+def test_the_imagenet_levels_are_those_of_the_linear_clock():
+    linear, cosine = schedule_of("cifar10_32").alphas_cumprod, schedule_of("imagenet_64").alphas_cumprod
+    nearest = [int((cosine - linear[timestep]).abs().argmin()) for timestep in (440, 5, 800)]
+    options = settings("imagenet64_t5_fast")
+    assert nearest == [options["start_timestep"], options["level_min"], options["level_max"]] == [3023, 50, 3899]
+
+
+# ----- make_teacher.py -----
+
+
+@pytest.fixture
+def empty_teacher(tmp_path):
+    """Saves the configs of a tiny teacher, and returns the folder; options are those of its UNet."""
+
+    def save(clock=1000, **options):
+        make_unet(**options).save_config(tmp_path / "empty" / "unet")
+        DDPMScheduler(num_train_timesteps=clock).save_config(tmp_path / "empty" / "scheduler")
+        return tmp_path / "empty"
+
+    return save
+
+
+def make(folder, output_dir, *arguments):
+    make_teacher.main([f"--teacher={folder}", f"--output_dir={output_dir}", *arguments])
+    return load_file(output_dir / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("clock", "options"),
+    [(1000, {}), (40, {"time_embedding_type": "learned", "num_train_timesteps": 40, "out_channels": 2})],
+)
+def test_a_made_teacher_is_accepted_as_one(empty_teacher, tmp_path, clock, options):
+    make(empty_teacher(clock, **options), tmp_path / "made")
+    unet, schedule = load_teacher(str(tmp_path / "made"))
+    assert unet.num_parameters() == make_unet(**options).num_parameters()
+    scheduler = HSIVIScheduler.from_config(schedule.config, layer_timesteps=[30, 10, 0])
+    bridge = TeacherBridge(unet, scheduler, (5, 35))
+    score = bridge.score(bridge.sample_base(2), torch.tensor([5, 35]))
+    assert score.shape == (2, 1, 8, 8)
+    assert score.isfinite().all()
+
+
+def test_the_weights_are_a_function_of_the_seed(empty_teacher, tmp_path, same_tensors):
+    folder = empty_teacher()
+    first = make(folder, tmp_path / "first")
+    assert same_tensors(make(folder, tmp_path / "again"), first)
+    assert not same_tensors(make(folder, tmp_path / "other", "--seed=1"), first)
+
+
+@pytest.mark.parametrize("missing", ["unet/config.json", "scheduler/scheduler_config.json"])
+def test_a_folder_without_configs_is_refused_before_work(empty_teacher, tmp_path, missing):
+    folder = empty_teacher()
+    (folder / missing).unlink()
+    with pytest.raises(ValueError, match=f"holds no {missing}: name a folder of training/teachers"):
+        make(folder, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_missing_folder_and_a_filled_output_folder_are_refused(empty_teacher, tmp_path):
+    with pytest.raises(ValueError, match="holds no unet/config.json"):
+        make(tmp_path / "nowhere", tmp_path / "made")
+    with pytest.raises(ValueError, match="--teacher is missing"):
+        make_teacher.main([f"--output_dir={tmp_path / 'made'}"])
+    folder = empty_teacher()
+    with pytest.raises(ValueError, match="is not empty"):
+        make(folder, folder)
+
+
+def test_help(check_help):
+    check_help(make_teacher.main, "teacher")
+
+
+# ----- recipes -----
+
+
+def test_the_recipes_are_complete():
+    layers = {"cifar10": (5, 10, 15), "celeba64": (5, 10), "imagenet64": (5, 10, 15), "church256": (5, 10)}
+    names = {f"{data}_t{t}_{preset}" for data in layers for t in layers[data] for preset in ("fast", "paper")}
+    assert set(RECIPES) == names
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_says_what_its_name_says(recipe):
+    path = TRAINING / "configs" / f"{recipe}.yaml"
+    options, written = settings(recipe), yaml.safe_load(path.read_text())
+    data, layers, preset = re.fullmatch(r"(\w+)_t(\d+)_(\w+)", recipe).groups()
+    assert path.read_text().startswith("# ")
+    assert {key: options[key] for key in written} == written
+    assert (options["num_layers"], options["preset"]) == (int(layers), preset)
+    assert options["output_dir"] == f"runs/{recipe}"
+    name = TEACHERS[data]
+    assert options["pretrained_teacher_model"] in (f"google/ddpm-{name.replace('_', '-')}", f"runs/teachers/{name}")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_fits_the_clock_of_its_teacher(recipe):
+    options, name = settings(recipe), TEACHERS[recipe.split("_")[0]]
+    schedule, t = schedule_of(name), torch.arange(options["num_layers"])
+    grid = HSIVIScheduler.make_layer_timesteps(
+        options["num_layers"], options["timestep_spacing"], len(schedule), start=options["start_timestep"]
+    )
+    scheduler = HSIVIScheduler.from_config(schedule.config, layer_timesteps=grid, kernel=options["kernel"])
+    bridge = TeacherBridge(meta_unet(name), scheduler, (options["level_min"], options["level_max"]))
+    if options["scoring"] == "random":
+        levels = torch.stack([bridge.sample_level(t) for _ in range(50)])
+        assert (levels >= options["level_min"]).all()
+        assert (levels <= options["level_max"]).all()
+    # The first call sees hardly anything but noise in the paper, and some of the picture in ours.
+    alpha = float(schedule.alphas_cumprod[grid[0]].sqrt())
+    assert 0.3 < alpha < 0.4 if options["preset"] == "fast" else alpha < 0.3
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe.endswith("paper")])
+def test_a_run_that_another_starts_from_is_a_recipe_of_the_same_teacher_with_more_layers(recipe):
+    options = settings(recipe)
+    if options["init_from"] is None:
+        return
+    other = settings(options["init_from"].removeprefix("runs/"))
+    assert other["pretrained_teacher_model"] == options["pretrained_teacher_model"]
+    assert other["num_layers"] > options["num_layers"]
+    assert other["noise_scale_type"] == options["noise_scale_type"]

@@ -1,0 +1,4 @@
+from recipe import Options
+
+
+def print_plan(options: Options) -> None: ...

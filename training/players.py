@@ -1,0 +1,268 @@
+"""Teacher, student and critic of a run: loaded, prepared for the hardware, trained, and saved."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from folders import replace_folder
+from hsivi_diffusers import (
+    HSIVINoiseScale,
+    HSIVIPipeline,
+    HSIVIScheduler,
+    LayerNoiseScale,
+    TeacherBridge,
+    UNetCritic,
+    UNetLayers,
+    load_teacher,
+)
+from hsivi_diffusers.vi import Chain, CriticObjective, KullbackLeibler, ScoreMatching, Step, fit, joint, make_chain
+from recipe import Layers, Method, Options
+
+NoiseScale = HSIVINoiseScale | LayerNoiseScale
+
+
+@dataclass
+class Networks:
+    """What a run starts from.
+
+    Attributes:
+        teacher: Frozen by the bridge.
+        student: UNet of the layers.
+        critic: UNet of the critic.
+        scheduler: Schedule of the teacher, with the grid and kernel of the student.
+        noise_scale: The learned noise scale, if any.
+    """
+
+    teacher: UNet2DModel
+    student: UNet2DModel
+    critic: UNet2DModel
+    scheduler: HSIVIScheduler
+    noise_scale: NoiseScale | None
+
+
+def load_networks(options: Options) -> Networks:
+    """Loads the teacher, and student and critic from it or from the run of --init_from."""
+    teacher, schedule = load_teacher(str(options.teacher.pretrained_teacher_model), options.teacher.revision)
+    networks = make_networks(teacher, schedule, options)
+    if options.teacher.init_from is not None:
+        carry_over(networks, Path(options.teacher.init_from))
+    return networks
+
+
+def make_networks(teacher: UNet2DModel, schedule: HSIVIScheduler, options: Options) -> Networks:
+    """Student and critic as copies of the teacher; all noise scales are 1."""
+    scheduler = make_scheduler(schedule, options.layers)
+    kind = options.layers.noise_scale_type
+    noise_scale: NoiseScale | None = None
+    if kind == "per_pixel":
+        size = teacher.config.sample_size
+        noise_scale = HSIVINoiseScale((teacher.config.in_channels, *((size, size) if isinstance(size, int) else size)))
+    elif kind != "config":
+        noise_scale = LayerNoiseScale(1.0 if kind == "scalar" else [1.0] * options.layers.num_layers)
+    return Networks(teacher, copy.deepcopy(teacher), copy.deepcopy(teacher), scheduler, noise_scale)
+
+
+def make_scheduler(schedule: HSIVIScheduler, options: Layers) -> HSIVIScheduler:
+    """The teacher's noise schedule with the grid and kernel of the student."""
+    grid = HSIVIScheduler.make_layer_timesteps(
+        options.num_layers, options.timestep_spacing, len(schedule), start=options.start_timestep
+    )
+    return HSIVIScheduler.from_config(
+        schedule.config,
+        layer_timesteps=grid,
+        timestep_spacing=options.timestep_spacing,
+        kernel=options.kernel,
+        noise_eta=options.noise_eta,
+        noise_scale_type="per_pixel" if options.noise_scale_type == "per_pixel" else "config",
+        clip_sample=False,  # a clamp would stop the gradient of every pixel at black or white
+        thresholding=False,
+    )
+
+
+def carry_over(networks: Networks, run: Path) -> None:
+    """Lets student, critic and noise scale start where a finished run ended, on another grid if need be.
+
+    Raises:
+        ValueError: The run had networks of another shape, or its noise scale does not fit the one to be learned.
+    """
+    pipeline = HSIVIPipeline.from_pretrained(run / "pipeline")
+    critic = UNet2DModel.from_pretrained(run / "critic")
+    for module, source in ((networks.student, pipeline.unet), (networks.critic, critic)):
+        try:
+            module.load_state_dict(source.state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"--init_from {run} has networks of another shape than the teacher: give a run of the same teacher"
+            ) from error
+    if pipeline.unet_noise_scale is not None:
+        if not isinstance(networks.noise_scale, HSIVINoiseScale):
+            raise ValueError(f"--init_from {run} has a noise scale per pixel: pass --noise_scale_type per_pixel")
+        networks.noise_scale.load_state_dict(pipeline.unet_noise_scale.state_dict())
+    else:
+        _carry_scales(networks, pipeline.scheduler)
+
+
+def _carry_scales(networks: Networks, before: HSIVIScheduler) -> None:
+    """Takes over the numbers of a config: those of the layers interpolated, in log scale, at their output timesteps."""
+    scale = before.config.noise_scale
+    if isinstance(scale, list):
+        old, new = (np.array(each.config.layer_timesteps[:0:-1]) for each in (before, networks.scheduler))
+        values = np.exp(np.interp(new, old, np.log(scale))).tolist()
+    else:
+        values = [float(scale)] * len(networks.scheduler.timesteps)
+    mean = math.exp(sum(map(math.log, values)) / len(values))
+    if isinstance(networks.noise_scale, HSIVINoiseScale):
+        nn.init.constant_(networks.noise_scale.log_scale, math.log(mean))
+    elif networks.noise_scale is None:
+        fixed = values if isinstance(scale, list) else scale
+        networks.scheduler = HSIVIScheduler.from_config(networks.scheduler.config, noise_scale=fixed)
+    else:
+        per_layer = networks.noise_scale.log_scale.ndim == 1
+        networks.noise_scale = LayerNoiseScale(values if per_layer else mean)
+
+
+def make_objective(method: Method, bridge: TeacherBridge) -> CriticObjective:
+    """The objective with its weights in score units: sigma^2 times those in noise units.
+
+    `normalised` is the per-sample weight of score identity distillation, see docs/math.md.
+    """
+    sigma_power = {"unit": 2.0, "sigma2": 4.0, "normalised": 0.0 if method.objective == "KL" else 2.0}
+    normalised = method.layer_weight == "normalised"
+    weights: dict[str, Any] = {
+        "layer_weight": bridge.weight(sigma_power[method.layer_weight], alpha_power=-1.0 if normalised else 0.0),
+        "critic_weight": bridge.weight(sigma_power[method.critic_weight]),
+        "normalise": normalised,
+    }
+    return KullbackLeibler(**weights) if method.objective == "KL" else ScoreMatching(alpha=method.alpha, **weights)
+
+
+class Players:
+    """The modules, optimizers and chains of a run, prepared by accelerate.
+
+    Args:
+        networks: Where they start from; they are trained in place.
+        options: Of the run.
+        accelerator: Of the process.
+    """
+
+    def __init__(self, networks: Networks, options: Options, accelerator: Accelerator) -> None:
+        self.options, self.accelerator = options, accelerator
+        method, training = options.method, options.training
+        self.bridge = TeacherBridge(networks.teacher, networks.scheduler, (method.level_min, method.level_max))
+        # The teacher is only called, so it needs no second copy in full precision.
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+        self.bridge.network.to(accelerator.device, half)
+        if options.hardware.gradient_checkpointing:
+            for unet in (networks.teacher, networks.student, networks.critic):
+                unet.enable_gradient_checkpointing()
+        layers: nn.Module = UNetLayers(
+            networks.student.requires_grad_(True).train(), networks.scheduler, networks.noise_scale
+        )
+        critic: nn.Module = UNetCritic(networks.critic.requires_grad_(True).train(), networks.scheduler)
+        layer_optimizer, critic_optimizer = self._make_optimizers(networks)
+        self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
+            layers, critic, layer_optimizer, critic_optimizer
+        )
+        self.student = accelerator.unwrap_model(self.layers)
+        self.ema = EMAModel(self.student.parameters(), decay=training.ema_decay, use_ema_warmup=False)
+        self.ema.to(accelerator.device)
+        accelerator.register_for_checkpointing(self.ema, *self.lr_schedulers)
+        self.chains = [self._make_chain() for _ in range(options.hardware.gradient_accumulation_steps)]
+
+    def _make_optimizers(self, networks: Networks) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        training = self.options.training
+        betas = (training.adam_beta1, training.adam_beta2)
+        groups: list[dict[str, Any]] = [{"params": networks.student.parameters(), "lr": training.learning_rate}]
+        if networks.noise_scale is not None:
+            groups.append({"params": networks.noise_scale.parameters(), "lr": training.noise_scale_learning_rate})
+        optimizers = (
+            torch.optim.Adam(groups, betas=betas),
+            torch.optim.Adam(networks.critic.parameters(), lr=training.critic_learning_rate, betas=betas),
+        )
+        self.lr_schedulers = [
+            get_scheduler(
+                name,
+                optimizer,
+                num_warmup_steps=training.lr_warmup_steps,
+                num_training_steps=training.max_train_steps,
+            )
+            for name, optimizer in zip((training.lr_scheduler, training.critic_lr_scheduler), optimizers, strict=True)
+        ]
+        return optimizers
+
+    def _make_chain(self) -> Chain:
+        classes, device = self.student.unet.config.num_class_embeds, self.student.unet.device
+
+        def sample_condition(size: int, generator: torch.Generator | None) -> Tensor:
+            return torch.randint(classes, (size,), generator=generator).to(device)
+
+        return make_chain(
+            self.options.method.source,
+            self.bridge.sample_base,
+            self.student.num_layers,
+            self.options.training.train_batch_size,
+            sample_condition if classes else None,
+        )
+
+    def updates(self, start_step: int) -> Iterator[Step]:
+        """Trains from a step on; learning rates and the average of the weights have moved when a step is yielded."""
+        method, training, accelerator = self.options.method, self.options.training, self.accelerator
+        limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
+
+        def clip_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+            return accelerator.clip_grad_norm_(list(parameters), limit)
+
+        steps = fit(
+            self.layers,
+            self.critic,
+            self.bridge,
+            make_objective(method, self.bridge),
+            self.chains,
+            joint(self.student.num_layers, training.max_train_steps),
+            layer_optimizer=self.layer_optimizer,
+            critic_optimizer=self.critic_optimizer,
+            critic_updates=method.critic_updates,
+            scoring=method.scoring,
+            seed=training.seed,
+            rank=accelerator.process_index,
+            start_step=start_step,
+            backward=accelerator.backward,
+            no_sync=accelerator.no_sync,
+            clip_grad_norm=clip_grad_norm,
+        )
+        for step in steps:
+            for lr_scheduler in self.lr_schedulers:
+                lr_scheduler.step()
+            self.ema.step(self.student.parameters())
+            yield step
+
+    def make_pipeline(self) -> HSIVIPipeline:
+        """The averaged layers as a pipeline of their own, on the device of the run."""
+        student: UNetLayers = copy.deepcopy(self.student)
+        self.ema.copy_to(student.parameters())
+        scheduler, scale = student.scheduler, student.noise_scale
+        if isinstance(scale, LayerNoiseScale):
+            scheduler, scale = HSIVIScheduler.from_config(scheduler.config, noise_scale=scale.tolist()), None
+        student.unet.disable_gradient_checkpointing()
+        return HSIVIPipeline(unet=student.unet.eval(), scheduler=scheduler, unet_noise_scale=scale)
+
+    def save(self, output_dir: Path) -> None:
+        """Saves the averaged layers as OUTPUT_DIR/pipeline, and the critic, for --init_from, as OUTPUT_DIR/critic."""
+        critic = self.accelerator.unwrap_model(self.critic).unet
+        for name, part in (("pipeline", self.make_pipeline()), ("critic", critic)):
+            partial = output_dir / f"{name}.partial"
+            part.save_pretrained(partial)
+            replace_folder(partial, output_dir / name)

@@ -1,0 +1,239 @@
+"""What a distillation is told: its options, the presets, and what of them cannot run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from hsivi_diffusers.hub import check_repo_id
+from options import option
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # DDIM layers of eta 1, each diffused to a random level between its output and its input and scored there by the KL
+    # gradient. The chain starts at 440, where the picture begins to show; the layers' learning rate falls to 0, the
+    # critic's does not.
+    "fast": {
+        "kernel": "ddim",
+        "noise_eta": 1.0,
+        "timestep_spacing": "uniform",
+        "start_timestep": 440,
+        "objective": "KL",
+        "scoring": "random",
+        "layer_weight": "normalised",
+        "critic_weight": "unit",
+        "source": "pool",
+        "critic_updates": 1,
+        "noise_scale_type": "config",
+        "learning_rate": 1e-4,
+        "lr_scheduler": "cosine",
+        "critic_learning_rate": 1e-3,
+    },
+    # The recipe of the paper: DDIM layers of eta 0.2, each scored at its own level, 20 critic updates, fresh chains.
+    "paper": {
+        "kernel": "ddim",
+        "noise_eta": 0.2,
+        "timestep_spacing": "quadratic",
+        "objective": "SM",
+        "alpha": 0.5,
+        "scoring": "own",
+        "layer_weight": "sigma2",
+        "critic_weight": "sigma2",
+        "source": "simulate",
+        "critic_updates": 20,
+        "noise_scale_type": "per_pixel",
+        "learning_rate": 1e-4,
+        "lr_scheduler": "constant_with_warmup",
+        "critic_learning_rate": 1e-4,
+    },
+}
+
+
+@dataclass
+class Teacher:
+    _argument_group_name = "teacher"
+    pretrained_teacher_model: str | None = option(None, "folder or repo id of a diffusers pipeline with a UNet2DModel")
+    revision: str | None = option(None, "branch, tag or commit of the repo")
+    init_from: str | None = option(
+        None, "folder of a finished run: layers, critic and noise scale start from its, on whatever grid"
+    )
+
+
+@dataclass
+class Layers:
+    _argument_group_name = "layers (the sampler)"
+    num_layers: int = option(5, "T: network calls of the sampler")
+    timestep_spacing: Literal["quadratic", "uniform"] = option("quadratic", "how the grid is spread over the clock")
+    start_timestep: int | None = option(None, "tau_T, the timestep of the first call; the spacing's own by default")
+    kernel: Literal["ddim", "renoise"] = option(
+        "ddim", "noise of a layer: DDIM(eta), or fresh noise on the clean picture"
+    )
+    noise_eta: float = option(0.2, "eta of the ddim kernel, 0 to 1")
+    noise_scale_type: Literal["config", "scalar", "per_layer", "per_pixel"] = option(
+        "config", "keep the noise scale at 1, or learn one: a single number, one for each layer, or one for each pixel"
+    )
+
+
+@dataclass
+class Method:
+    _argument_group_name = "method"
+    preset: Literal["fast", "paper"] = option(
+        "fast", "recipe; the options of --config and of the command line override it"
+    )
+    objective: Literal["SM", "KL"] = option("SM", "HSIVI-SM (score matching, the paper) or HSIVI-KL")
+    alpha: float = option(0.5, "of SM: 0.5 is the paper, up to 1.2 the fused loss of score identity distillation")
+    scoring: Literal["own", "random"] = option("own", "score a layer at its own level, or diffused to a random one")
+    level_min: int = option(5, "lowest timestep of random levels")
+    level_max: int = option(800, "highest timestep of random levels")
+    layer_weight: Literal["unit", "sigma2", "normalised"] = option("unit", "weight of the layers' loss, in noise units")
+    critic_weight: Literal["unit", "sigma2"] = option("unit", "weight of the critic's loss, in noise units")
+    source: Literal["pool", "simulate"] = option("pool", "layer inputs from a pool of live chains, or from fresh ones")
+    critic_updates: int = option(1, "critic updates for each layer update")
+
+
+@dataclass
+class Training:
+    _argument_group_name = "training"
+    seed: int = option(0, "seed of everything")
+    max_train_steps: int = option(1000, "layer updates")
+    train_batch_size: int = option(64, "rows of an update, per process and accumulation step")
+    learning_rate: float = option(2e-4, "Adam's, of the layers")
+    critic_learning_rate: float = option(5e-4, "Adam's, of the critic")
+    noise_scale_learning_rate: float = option(1e-2, "Adam's, of the log noise scale")
+    adam_beta1: float = option(0.0, "first-moment decay of both optimizers")
+    adam_beta2: float = option(0.999, "second-moment decay of both optimizers")
+    lr_scheduler: str = option("cosine", "of the layers, a name known to diffusers' get_scheduler")
+    critic_lr_scheduler: str = option("constant_with_warmup", "of the critic")
+    lr_warmup_steps: int = option(50, "layer updates of warm-up")
+    max_grad_norm: float | None = option(None, "clip the gradient of either player to this norm")
+    ema_decay: float = option(0.995, "decay of the averaged layers, which are saved")
+
+
+@dataclass
+class Hardware:
+    _argument_group_name = "hardware"
+    gradient_accumulation_steps: int = option(1, "batches of an update, one after the other, in each process")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "precision of the networks; that of `accelerate config` by default"
+    )
+    gradient_checkpointing: bool = option(False, "compute activations twice rather than keep them")
+    allow_tf32: bool = option(False, "let matrix products of an Ampere GPU round their factors to TF32")
+
+
+@dataclass
+class Validation:
+    _argument_group_name = "validation"
+    validation_steps: int | None = option(None, "layer updates between sample grids of the averaged layers")
+    validation_samples: int = option(500, "pictures drawn for the Frechet distance")
+    validation_data: str | None = option(
+        None, "real pictures to measure the distance to: `digits`, a folder, or a dataset's name; none by default"
+    )
+    feature_extractor: str = option("assets/digits_classifier", "folder of the ImageClassifier it is measured in")
+
+
+@dataclass
+class Run:
+    _argument_group_name = "run"
+    output_dir: str | None = option(None, "folder of the run")
+    plan: bool = option(False, "say what the run would cost, and do not start it")
+    overwrite_output_dir: bool = option(False, "start anew in a folder that is not empty, removing an earlier run")
+    resume_from_checkpoint: str | None = option(None, "`latest`, or the path of a checkpoint")
+    checkpointing_steps: int = option(500, "layer updates between checkpoints")
+    checkpoints_total_limit: int = option(2, "checkpoints that are kept")
+    report_to: str | None = option(None, "trackers of accelerate: tensorboard, wandb, comet_ml or all")
+    logging_dir: str = option("logs", "folder of the trackers, inside output_dir")
+    tracker_project_name: str = option("hsivi", "project name for the trackers")
+
+
+@dataclass
+class Hub:
+    _argument_group_name = "hub"
+    push_to_hub: bool = option(False, "push the pipeline to the Hub at the end")
+    hub_model_id: str | None = option(None, "repo to push to: user/name or organisation/name")
+    hub_token: str | None = option(None, "access token; that of `hf auth login` by default")
+    hub_private_repo: bool = option(False, "make a new repo private")
+    hub_exist_ok: bool = option(False, "add to a repo that holds files; replaces its weights and README.md")
+
+
+GROUPS = (Teacher, Layers, Method, Training, Hardware, Validation, Run, Hub)
+
+
+class Options(NamedTuple):
+    """All options of a run, in the order of GROUPS."""
+
+    teacher: Teacher
+    layers: Layers
+    method: Method
+    training: Training
+    hardware: Hardware
+    validation: Validation
+    run: Run
+    hub: Hub
+
+
+def complete(options: Options) -> None:
+    """Fills in what the run of --init_from tells: the teacher it had.
+
+    Raises:
+        ValueError: That folder is no finished run.
+    """
+    teacher = options.teacher
+    if teacher.init_from is None:
+        return
+    run = Path(teacher.init_from)
+    missing = [name for name in ("pipeline", "critic", "options.json") if not (run / name).exists()]
+    if missing:
+        raise ValueError(f"--init_from {run} lacks {', '.join(missing)}: give the folder of a finished run")
+    if teacher.pretrained_teacher_model is None:
+        before = json.loads((run / "options.json").read_text())
+        teacher.pretrained_teacher_model, teacher.revision = before["pretrained_teacher_model"], before["revision"]
+
+
+def check_options(options: Options) -> None:
+    """Refuses, before any work, what could not run."""
+    teacher, layers, method, training, hardware, validation, run, hub = options
+    if not teacher.pretrained_teacher_model:
+        raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
+    if method.scoring == "random" and layers.noise_scale_type != "config" and layers.kernel == "renoise":
+        raise ValueError(
+            "--scoring random with --kernel renoise cannot learn a noise scale, for the law of the scored picture does "
+            "not depend on it: use --noise_scale_type config"
+        )
+    if layers.kernel == "ddim" and layers.noise_eta == 0:
+        raise ValueError("--noise_eta 0 leaves the layers no noise, and so no score to train on: give up to 1, say 0.2")
+    if validation.validation_data and not validation.validation_steps:
+        raise ValueError("--validation_data is measured every --validation_steps: give that too, say 500")
+    if validation.validation_samples < 2:
+        raise ValueError(f"--validation_samples {validation.validation_samples}: a distance needs at least 2")
+    if training.max_grad_norm is not None and not training.max_grad_norm > 0:
+        raise ValueError(f"--max_grad_norm {training.max_grad_norm}: give a number above 0, or leave it out")
+    check_hub(hub)
+    check_counts(options)
+
+
+def check_counts(options: Options) -> None:
+    """Refuses what must be a number of at least 1."""
+    _, layers, method, training, hardware, validation, run, _ = options
+    for name, value in [
+        ("num_layers", layers.num_layers),
+        ("critic_updates", method.critic_updates),
+        ("max_train_steps", training.max_train_steps),
+        ("train_batch_size", training.train_batch_size),
+        ("gradient_accumulation_steps", hardware.gradient_accumulation_steps),
+        ("validation_steps", 1 if validation.validation_steps is None else validation.validation_steps),
+        ("checkpointing_steps", run.checkpointing_steps),
+        ("checkpoints_total_limit", run.checkpoints_total_limit),
+    ]:
+        if value < 1:
+            raise ValueError(f"--{name} {value}: give a number of at least 1")
+
+
+def check_hub(hub: Hub) -> None:
+    """Refuses half a wish to push, and what is no name of a repo."""
+    if hub.push_to_hub and not hub.hub_model_id:
+        raise ValueError("--push_to_hub needs --hub_model_id: name the repo, such as user/digits-hsivi-5")
+    if hub.hub_model_id and not hub.push_to_hub:
+        raise ValueError(f"--hub_model_id {hub.hub_model_id} names where to push: pass --push_to_hub too, or neither")
+    if hub.hub_model_id:
+        check_repo_id(hub.hub_model_id)
