@@ -17,7 +17,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from folders import replace_folder
+from folders import remove_folder, replace_folder
 from hsivi_diffusers import (
     HSIVINoiseScale,
     HSIVIPipeline,
@@ -31,6 +31,7 @@ from hsivi_diffusers import (
 from hsivi_diffusers.vi import Chain, CriticObjective, KullbackLeibler, ScoreMatching, Step, fit, joint, make_chain
 from recipe import Layers, Method, Options
 
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NoiseScale = HSIVINoiseScale | LayerNoiseScale
 
 
@@ -53,26 +54,32 @@ class Networks:
     noise_scale: NoiseScale | None
 
 
-def load_networks(options: Options) -> Networks:
-    """Loads the teacher, and student and critic from it or from the run of --init_from."""
+def load_networks(options: Options, accelerator: Accelerator) -> Networks:
+    """Loads the teacher, and student and critic from it or from the run of --init_from.
+
+    The teacher is only called, never trained, so it is kept in the precision of its calls.
+    """
     teacher, schedule = load_teacher(str(options.teacher.pretrained_teacher_model), options.teacher.revision)
-    networks = make_networks(teacher, schedule, options)
+    networks = make_networks((teacher, copy.deepcopy(teacher), copy.deepcopy(teacher)), schedule, options)
     if options.teacher.init_from is not None:
         carry_over(networks, Path(options.teacher.init_from))
+    networks.teacher.to(accelerator.device, HALF.get(accelerator.mixed_precision))
     return networks
 
 
-def make_networks(teacher: UNet2DModel, schedule: HSIVIScheduler, options: Options) -> Networks:
-    """Student and critic as copies of the teacher; all noise scales are 1."""
+def make_networks(
+    unets: tuple[UNet2DModel, UNet2DModel, UNet2DModel], schedule: HSIVIScheduler, options: Options
+) -> Networks:
+    """Teacher, student and critic with the grid of the student; the noise scale is 1."""
     scheduler = make_scheduler(schedule, options.layers)
-    kind = options.layers.noise_scale_type
+    kind, config = options.layers.noise_scale_type, unets[0].config
     noise_scale: NoiseScale | None = None
     if kind == "per_pixel":
-        size = teacher.config.sample_size
-        noise_scale = HSIVINoiseScale((teacher.config.in_channels, *((size, size) if isinstance(size, int) else size)))
+        size = config.sample_size
+        noise_scale = HSIVINoiseScale((config.in_channels, *((size, size) if isinstance(size, int) else size)))
     elif kind != "config":
         noise_scale = LayerNoiseScale(1.0 if kind == "scalar" else [1.0] * options.layers.num_layers)
-    return Networks(teacher, copy.deepcopy(teacher), copy.deepcopy(teacher), scheduler, noise_scale)
+    return Networks(*unets, scheduler, noise_scale)
 
 
 def make_scheduler(schedule: HSIVIScheduler, options: Layers) -> HSIVIScheduler:
@@ -162,9 +169,6 @@ class Players:
         self.options, self.accelerator = options, accelerator
         method, training = options.method, options.training
         self.bridge = TeacherBridge(networks.teacher, networks.scheduler, (method.level_min, method.level_max))
-        # The teacher is only called, so it needs no second copy in full precision.
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
-        self.bridge.network.to(accelerator.device, half)
         if options.hardware.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
                 unet.enable_gradient_checkpointing()
@@ -264,5 +268,6 @@ class Players:
         critic = self.accelerator.unwrap_model(self.critic).unet
         for name, part in (("pipeline", self.make_pipeline()), ("critic", critic)):
             partial = output_dir / f"{name}.partial"
+            remove_folder(partial)  # of a run that was killed here, and was perhaps another
             part.save_pretrained(partial)
             replace_folder(partial, output_dir / name)

@@ -10,6 +10,7 @@ arXiv 2310.17153. --plan says what a run would cost. A run that is stopped goes 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -41,7 +42,7 @@ def make_accelerator(options: Options) -> Accelerator:
     """The processes and the precision of the run.
 
     Raises:
-        ValueError: The launcher asks for a plugin that takes a single model.
+        ValueError: The launcher asks for a plugin that takes a single model, or its processes do not know each other.
     """
     if options.hardware.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -56,6 +57,12 @@ def make_accelerator(options: Options) -> Accelerator:
             f"the launcher asks for {accelerator.distributed_type.value}, which under accelerate takes one model, and "
             "here two are trained, layers and critic: launch with data parallelism, see training/accelerate_configs, "
             "and save memory by --mixed_precision bf16, --gradient_checkpointing and --gradient_accumulation_steps"
+        )
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"the launcher started {started} processes, of which each takes itself for the only one: on a CPU set "
+            "ACCELERATE_USE_CPU=true"
         )
     return accelerator
 
@@ -184,7 +191,7 @@ def main(args: list[str] | None = None) -> None:
         return
     accelerator = make_accelerator(options)
     set_seed(options.training.seed)
-    players = Players(load_networks(options), options, accelerator)
+    players = Players(load_networks(options, accelerator), options, accelerator)
     output_dir = Path(options.run.output_dir or "")
     monitor = Monitor(players, options, output_dir)
     if accelerator.is_main_process:
