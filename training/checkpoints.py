@@ -54,14 +54,15 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             write_json(partial / "progress.json", _progress(partial, step, seconds, self.shards))
             replace_folder(partial, final)
-            for old in self.finished()[: -self.run.checkpoints_total_limit]:
+            written = [path for path in self.finished() if _step(path) <= step]  # a later one may be damaged
+            for old in written[: -self.run.checkpoints_total_limit]:
                 remove_folder(old)
         self.accelerator.wait_for_everyone()
 
     def finished(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
         found = [path.parent for path in self.folder.glob("checkpoint-*/progress.json") if not path.parent.suffix]
-        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+        return sorted(found, key=_step)
 
     def load(self) -> tuple[int, float]:
         """Restores what --resume_from_checkpoint names; returns updates done and seconds spent.
@@ -122,7 +123,7 @@ def find_damage(path: Path) -> str | None:
     try:
         progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         seal = progress.pop("sha256")
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         return f"{path}/progress.json is damaged"
     if seal != _digest(json.dumps(progress, sort_keys=True).encode()):
         return f"{path}/progress.json is damaged"
@@ -132,6 +133,10 @@ def find_damage(path: Path) -> str | None:
         if _file_digest(path / name) != digest:
             return f"{path / name} is damaged"
     return None
+
+
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[1])
 
 
 def _progress(folder: Path, step: int, seconds: float, shards: int) -> dict[str, Any]:

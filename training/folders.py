@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
@@ -33,6 +40,25 @@ def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
     return path
 
 
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Keeps other processes of this program out of a folder, for as long as it lasts and the process lives.
+
+    Raises:
+        ValueError: Another one is at work in it.
+    """
+    handle = None if fcntl is None else os.open(path, os.O_RDONLY)
+    try:
+        if handle is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"--output_dir {path} is being written by another run: wait for it, or stop it") from error
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
@@ -46,25 +72,30 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Puts a finished folder in the place of another, so that a reader finds the one or the other, also after a crash.
+    """Puts a finished folder in the place of another, so that a reader never finds half of one, also after a crash.
 
     What is in it is on the disk before it gets its name.
     """
     for path in [*new.rglob("*"), new]:
         _to_disk(path)
-    if old.exists():
-        remove_folder(old)
+    retired = _retire(old)
     os.replace(new, old)
     _to_disk(old.parent)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
     """Removes a folder that has lost its name first, so that half of it is never taken for the whole."""
+    shutil.rmtree(_retire(path), ignore_errors=True)
+
+
+def _retire(path: Path) -> Path:
+    """Takes its name from a folder, if there is one, and returns the one it has now."""
     retired = path.with_name(f"{path.name}.retired")
     shutil.rmtree(retired, ignore_errors=True)
     if path.exists():
         os.replace(path, retired)
-    shutil.rmtree(retired, ignore_errors=True)
+    return retired
 
 
 def _to_disk(path: Path) -> None:

@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 
 from checkpoints import Checkpoints
-from folders import claim_output_dir, write_json
+from folders import claim_output_dir, sole_writer, write_json
 from hsivi_diffusers import HSIVIPipeline, push
 from hsivi_diffusers.hub import claim
 from hsivi_diffusers.vi import DivergenceError
@@ -42,7 +42,7 @@ def make_accelerator(options: Options) -> Accelerator:
     """The processes and the precision of the run.
 
     Raises:
-        ValueError: The launcher asks for a plugin that takes a single model, or its processes do not know each other.
+        ValueError: The launcher or the precision is none for this script, see `check_accelerator`.
     """
     if options.hardware.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -52,6 +52,12 @@ def make_accelerator(options: Options) -> Accelerator:
         log_with=options.run.report_to,
         project_dir=str(Path(options.run.output_dir or ".") / options.run.logging_dir),
     )
+    check_accelerator(accelerator)
+    return accelerator
+
+
+def check_accelerator(accelerator: Accelerator) -> None:
+    """Refuses a plugin that takes a single model, processes that do not know each other, and fp16 on a CPU."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"the launcher asks for {accelerator.distributed_type.value}, which under accelerate takes one model, and "
@@ -64,7 +70,8 @@ def make_accelerator(options: Options) -> Accelerator:
             f"the launcher started {started} processes, of which each takes itself for the only one: on a CPU set "
             "ACCELERATE_USE_CPU=true"
         )
-    return accelerator
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would leave it out
+        raise ValueError("--mixed_precision fp16 requires a GPU: on a CPU take bf16, or no")
 
 
 def start_run(output_dir: Path, options: Options) -> None:
@@ -88,15 +95,17 @@ def start_run(output_dir: Path, options: Options) -> None:
     write_json(path, now)
 
 
-def claim_folders(options: Options) -> None:
+@contextmanager
+def claim_folders(options: Options) -> Iterator[None]:
     """Makes the output folder and the repo, or refuses: now, for later it would cost a training or an earlier run."""
     run, hub = options.run, options.hub
-    claim_output_dir(run.output_dir, run.overwrite_output_dir or run.resume_from_checkpoint is not None)
-    if hub.push_to_hub:
-        claim(
-            str(hub.hub_model_id), exist_ok=hub.hub_exist_ok, private=hub.hub_private_repo or None, token=hub.hub_token
-        )
-    start_run(Path(str(run.output_dir)), options)
+    path = claim_output_dir(run.output_dir, run.overwrite_output_dir or run.resume_from_checkpoint is not None)
+    with sole_writer(path):
+        if hub.push_to_hub:
+            private = hub.hub_private_repo or None
+            claim(str(hub.hub_model_id), exist_ok=hub.hub_exist_ok, private=private, token=hub.hub_token)
+        start_run(path, options)
+        yield
 
 
 @contextmanager
@@ -192,14 +201,19 @@ def main(args: list[str] | None = None) -> None:
     accelerator = make_accelerator(options)
     set_seed(options.training.seed)
     players = Players(load_networks(options, accelerator), options, accelerator)
-    output_dir = Path(options.run.output_dir or "")
-    monitor = Monitor(players, options, output_dir)
-    if accelerator.is_main_process:
-        claim_folders(options)
-    accelerator.wait_for_everyone()
+    monitor = Monitor(players, options, Path(options.run.output_dir or ""))
+    with claim_folders(options) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        run(players, monitor, options)
+        if accelerator.is_main_process and options.hub.push_to_hub:  # last, for the others would not wait long enough
+            push_pipeline(Path(str(options.run.output_dir)), options.hub)
+
+
+def run(players: Players, monitor: Monitor, options: Options) -> None:
+    """Trains, and saves what was trained."""
+    accelerator, output_dir = players.accelerator, Path(str(options.run.output_dir))
     if options.run.report_to:
         accelerator.init_trackers(options.run.tracker_project_name)
-
     checkpoints = Checkpoints(output_dir, options.run, accelerator, players)
     with sigterm_as_trigger(accelerator):
         seconds = train(players, checkpoints, monitor, options)
@@ -209,8 +223,6 @@ def main(args: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.print(closing_line(options, seconds, accelerator))
-    if accelerator.is_main_process and options.hub.push_to_hub:  # last, for the others would not wait long enough
-        push_pipeline(output_dir, options.hub)
 
 
 if __name__ == "__main__":

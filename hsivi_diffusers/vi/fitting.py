@@ -177,7 +177,7 @@ class _Game:
     ) -> None:
         self.layers, self.critic, self.bridge, self.objective = layers, critic, bridge, objective
         self.chains, self.scoring = chains, scoring
-        self.critic_seen: Callable[..., Tensor] = critic
+        self.critic_seen = _local(critic)
         # The graph of one answer is kept until the critic's loss; those of several shards would not fit.
         self.shares_answer = len(chains) == 1 and not objective.critic_gradient
 
@@ -186,14 +186,12 @@ class _Game:
         self.beta, self.generators = beta, generators
         self.left: dict[int, tuple[Tensor, LayerDraw, Critic]] = {}
 
-    @contextmanager
-    def critic_in_layer_loss(self) -> Iterator[None]:
-        """Within it the layers' loss sees the critic as a function of its input alone, backward passes included."""
-        if self.shares_answer:
-            yield
-        else:
-            with _frozen(self.critic) as self.critic_seen:
-                yield
+    def critic_in_layer_loss(self) -> AbstractContextManager[None]:
+        """Within it the layers' loss sees the critic as a function of its input alone, backward passes included.
+
+        Frozen only where it must be, for torch rounds the products with a frozen matrix otherwise.
+        """
+        return _frozen(self.critic) if self.objective.critic_gradient else nullcontext()
 
     def layer_rows(self, shard: int) -> _Rows:
         t, draw = self._draw(shard)
@@ -232,15 +230,20 @@ def step_generator(seed: int, shard: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-@contextmanager
-def _frozen(critic: nn.Module) -> Iterator[nn.Module]:
-    """The critic as a function of its input alone, outside of any gradient reduction between processes."""
+def _local(critic: nn.Module) -> nn.Module:
+    """The critic outside of any reduction between processes."""
     inner = getattr(critic, "_orig_mod", critic)  # of torch.compile
+    return inner.module if isinstance(inner, DistributedDataParallel) else critic
+
+
+@contextmanager
+def _frozen(critic: nn.Module) -> Iterator[None]:
+    """Within it no parameter of the critic takes a gradient."""
     trained = [parameter for parameter in critic.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield inner.module if isinstance(inner, DistributedDataParallel) else critic
+        yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,10 +40,10 @@ def class_teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def distil(teacher):
-    """Runs train_hsivi.main with 2 layers and 4 rows, and returns the output folder; options by keyword."""
+def arguments(teacher):
+    """The command line of a run with 2 layers and 4 rows; options by keyword."""
 
-    def run(output_dir, *flags, **options):
+    def make(output_dir, *flags, **options):
         settings = {
             "pretrained_teacher_model": teacher,
             "num_layers": 2,
@@ -52,11 +54,59 @@ def distil(teacher):
             "lr_warmup_steps": 4,
             **options,
         }
-        arguments = [f"--{name}={value}" for name, value in settings.items()]
-        train_hsivi.main([*arguments, f"--output_dir={output_dir}", *flags])
+        return [*(f"--{name}={value}" for name, value in settings.items()), f"--output_dir={output_dir}", *flags]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def distil(arguments):
+    """Runs train_hsivi.main with 2 layers and 4 rows, and returns the output folder; options by keyword."""
+
+    def run(output_dir, *flags, **options):
+        train_hsivi.main(arguments(output_dir, *flags, **options))
         return output_dir
 
     return run
+
+
+@pytest.fixture(scope="session")
+def launch(arguments):
+    """The same in processes of their own, which a request may have killed (see worker.py).
+
+    Returns their exit statuses and what they printed.
+    """
+    script = Path(__file__).with_name("worker.py")
+    with subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as worker:
+
+        def run(output_dir, *flags, processes=1, environment=None, kill=None, **options):
+            request = {"processes": processes, "environment": environment or {}, "kill": kill}
+            request["arguments"] = arguments(output_dir, *flags, **options)
+            worker.stdin.write(json.dumps(request) + "\n")
+            answer = json.loads(worker.stdout.readline())
+            return answer["statuses"], "\n".join(answer["texts"])
+
+        yield run
+        worker.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def differences():
+    """Tells in which files two runs differ: those of pipeline and critic, and the weights and chains at the end."""
+
+    def files(folder):
+        patterns = ("pipeline/**/*", "critic/**/*")
+        last = max((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        found = [*(path for pattern in patterns for path in folder.glob(pattern)), *last.glob("*.safetensors")]
+        return {path.relative_to(folder): path.read_bytes() for path in found if path.is_file()}
+
+    def compare(one, other):
+        one, other = files(one), files(other)
+        return sorted(str(name) for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+    return compare
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import yaml
 import evaluate
 import recipe
 import train_teacher
-from folders import claim_output_dir
+from folders import claim_output_dir, sole_writer
 from options import option, parse_options
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -262,3 +262,11 @@ def test_a_file_or_no_name_is_no_output_folder(tmp_path, keep):
         claim_output_dir(str(tmp_path / "file"), keep)
     with pytest.raises(ValueError, match="--output_dir is missing"):
         claim_output_dir(None, keep)
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with sole_writer(tmp_path):
+        with pytest.raises(ValueError, match="is being written by another run"), sole_writer(tmp_path):
+            pass
+    with sole_writer(tmp_path):
+        pass

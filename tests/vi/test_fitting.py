@@ -1,4 +1,5 @@
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -132,3 +133,161 @@ def test_nan_stops_before_it_touches_a_parameter():
 def test_the_critic_needs_an_update():
     with pytest.raises(ValueError, match="critic_updates=0"):
         next(Game(GaussianBridge([0.0] * 3, [1.0] * 3)).fit(ScoreMatching(), 1, critic_updates=0))
+
+
+# ----- shards -----
+
+
+class SeenThrough(KullbackLeibler):
+    """The same loss, for which the critic is asked apart."""
+
+    critic_gradient = True
+
+
+class Counting(torch.nn.Module):
+    """Counts the calls of a critic."""
+
+    def __init__(self, critic):
+        super().__init__()
+        self.critic, self.calls = critic, 0
+
+    def forward(self, *given):
+        self.calls += 1
+        return self.critic(*given)
+
+
+def shards_of(game, number, source="pool", size=64):
+    game.chain = [make_chain(source, game.bridge.sample_base, 3, size) for _ in range(number)]
+    return game
+
+
+def trained(game):
+    return [*game.layers.parameters(), *game.critic.parameters()]
+
+
+def gradients(game, objective, **options):
+    """What the optimizers are given in one step: of the layers, and of the critic in its last update."""
+    seen = []
+
+    def keep(parameters):
+        seen.append([parameter.grad.clone() for parameter in parameters])
+        return torch.zeros(())
+
+    next(game.fit(objective, 1, clip_grad_norm=keep, **options))
+    return seen[0] + seen[-1]
+
+
+@pytest.mark.parametrize("objective", [KullbackLeibler(), ScoreMatching()])
+@pytest.mark.parametrize("source", ["pool", "simulate"])
+def test_an_update_is_the_mean_over_the_shards(objective, source):
+    bridge = target()
+    together = gradients(shards_of(Game(bridge), 3, source), objective)
+    alone = [gradients(Game(bridge, source), objective, rank=rank) for rank in range(3)]
+    for got, *each in zip(together, *alone, strict=True):
+        torch.testing.assert_close(got, torch.stack(each).mean(0))
+
+
+def test_shards_of_two_ranks_are_those_of_one():
+    bridge = target()
+    whole = gradients(shards_of(Game(bridge), 4), KullbackLeibler())
+    halves = [gradients(shards_of(Game(bridge), 2), KullbackLeibler(), rank=rank) for rank in (0, 1)]
+    for got, one, other in zip(whole, *halves, strict=True):
+        torch.testing.assert_close(got, (one + other) / 2)
+
+
+def test_a_step_tells_the_rows_of_all_shards_in_order():
+    game = shards_of(Game(target()), 2)
+    step = next(game.fit(ScoreMatching(), 1))
+    rows = [next(Game(target()).fit(ScoreMatching(), 1, rank=rank)) for rank in (0, 1)]
+    for name in ("t", "loss"):
+        for player in ("layers", "critic"):
+            each = [getattr(getattr(row, player), name) for row in rows]
+            assert getattr(getattr(step, player), name).equal(torch.cat(each))
+
+
+@pytest.mark.parametrize(
+    ("objective", "shards", "calls"),
+    [(KullbackLeibler(), 1, 1), (SeenThrough(), 1, 2), (ScoreMatching(), 1, 2), (KullbackLeibler(), 2, 4)],
+)
+def test_one_shard_shares_the_critics_answer_where_no_gradient_passes_through_it(objective, shards, calls):
+    game = shards_of(Game(target()), shards)
+    game.critic = Counting(game.critic)
+    list(game.fit(objective, 3))
+    assert game.critic.calls == 3 * calls
+
+
+@pytest.mark.parametrize("critic_updates", [1, 3])
+def test_sharing_the_answer_changes_no_bit(critic_updates):
+    shared, apart = Game(target()), Game(target())
+    steps = [
+        list(game.fit(objective, 6, critic_updates=critic_updates))
+        for game, objective in ((shared, KullbackLeibler()), (apart, SeenThrough()))
+    ]
+    for got, wanted in zip(trained(shared), trained(apart), strict=True):
+        assert got.equal(wanted)
+    for got, wanted in zip(*steps, strict=True):
+        assert got.layers.loss.equal(wanted.layers.loss)
+        assert got.critic.loss.equal(wanted.critic.loss)
+
+
+def test_gradients_stay_in_the_process_for_all_shards_but_the_last():
+    game, events = shards_of(Game(target()), 3), []
+
+    @contextmanager
+    def no_sync(module):
+        events.append("layers" if module is game.layers else "critic")
+        yield
+        events.append("end")
+
+    def backward(loss):
+        events.append("backward")
+        loss.backward()
+
+    next(game.fit(KullbackLeibler(), 1, critic_updates=2, no_sync=no_sync, backward=backward))
+    update = [*["player", "backward", "end"] * 2, "backward"]
+    players = ["layers", "critic", "critic"]
+    assert events == [player if event == "player" else event for player in players for event in update]
+
+
+def test_the_norm_is_taken_once_an_update_and_told():
+    game, seen = shards_of(Game(target()), 2), []
+
+    def clip_grad_norm(parameters):
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 0.1)
+        seen.append(norm)
+        return norm
+
+    step = next(game.fit(KullbackLeibler(), 1, critic_updates=3, clip_grad_norm=clip_grad_norm))
+    assert len(seen) == 1 + 3
+    assert (step.layers.grad_norm, step.critic.grad_norm) == (seen[0], seen[-1])
+    assert seen[0] > 0.1
+
+
+def test_a_list_without_chains_is_refused():
+    game = shards_of(Game(target()), 0)
+    with pytest.raises(ValueError, match=r"chain=\[\]: give a chain, or one for each shard"):
+        next(game.fit(KullbackLeibler(), 1))
+
+
+@pytest.mark.parametrize("objective", [KullbackLeibler(), ScoreMatching()])
+def test_a_frozen_parameter_of_the_critic_stays_frozen(objective):
+    game = Game(target())
+    game.critic.slope.requires_grad_(False)
+    before = game.critic.slope.clone()
+    list(game.fit(objective, 3))
+    assert game.critic.slope.equal(before)
+    assert not game.critic.slope.requires_grad
+    assert game.critic.intercept.requires_grad
+
+
+@pytest.mark.parametrize("objective", [KullbackLeibler(), ScoreMatching()])
+def test_the_layers_loss_leaves_no_gradient_to_the_critic(objective):
+    game, seen = shards_of(Game(target()), 2), []
+
+    def backward(loss):
+        loss.backward()
+        seen.append(game.critic.slope.grad)
+
+    next(game.fit(objective, 1, backward=backward))
+    assert seen[:2] == [None, None]
+    assert seen[2] is not None

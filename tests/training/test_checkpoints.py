@@ -1,0 +1,199 @@
+"""Checkpoints are sealed, pruned and made once more when SIGTERM comes."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoints import Checkpoints, find_damage
+
+SCRIPT = Path(__file__).parents[2] / "training" / "train_hsivi.py"
+PREEMPTED = 75
+FILES = [
+    "model.safetensors",
+    "model_1.safetensors",
+    "optimizer.bin",
+    "optimizer_1.bin",
+    "custom_checkpoint_0.pkl",
+    "custom_checkpoint_1.pkl",
+    "random_states_0.pkl",
+    "chains-0.safetensors",
+    "progress.json",
+]
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def run(fast_run, tmp_path):
+    """A copy of a finished run, with the checkpoints 4 and 5."""
+    return shutil.copytree(fast_run, tmp_path / "run")
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Ctrl-C after the checkpoint of a step."""
+
+    def patch(step):
+        save = Checkpoints.save
+
+        def interrupted(self, done, seconds):
+            save(self, done, seconds)
+            if done == step:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Checkpoints, "save", interrupted)
+
+    return patch
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_byte_that_changed_is_found(distil, run, name):
+    path = run / "checkpoints" / "checkpoint-5"
+    assert find_damage(path) is None
+    damage(path / name)
+    with pytest.raises(ValueError, match=re.escape(f"--resume_from_checkpoint {path / name} is damaged: name one of")):
+        distil(run, resume_from_checkpoint=path)
+
+
+def test_every_file_is_under_the_seal(run):
+    path = run / "checkpoints" / "checkpoint-5"
+    for file in path.rglob("*"):
+        content = file.read_bytes()
+        damage(file)
+        assert find_damage(path) == f"{file} is damaged"
+        file.unlink()
+        assert find_damage(path) in (f"{path} lacks {file.name}", f"{path} holds no checkpoint")
+        file.write_bytes(content)
+    assert find_damage(path) is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"sha256": 1}', '{"step": 5, "sha256": "0"}', "\x00"])
+def test_a_progress_file_of_nonsense_is_damage(run, text):
+    path = run / "checkpoints" / "checkpoint-5"
+    (path / "progress.json").write_text(text)
+    assert find_damage(path) == f"{path}/progress.json is damaged"
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_latest_passes_over_what_is_damaged_and_says_so(distil, run, fast_run, differences, capsys, remove):
+    path = run / "checkpoints" / "checkpoint-5" / "optimizer_1.bin"
+    path.unlink() if remove else damage(path)
+    distil(run, resume_from_checkpoint="latest")
+    said = f"{path.parent} lacks {path.name}" if remove else f"{path} is damaged"
+    assert f"passed over: {said}\n" in capsys.readouterr().out
+    assert differences(run, fast_run) == []
+    assert find_damage(path.parent) is None
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_anew_by_itself(distil, run):
+    for step in (4, 5):
+        damage(run / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
+    before = names(run)
+    with pytest.raises(ValueError, match="no checkpoint of .*checkpoint-5.*checkpoint-4.*--overwrite_output_dir"):
+        distil(run, resume_from_checkpoint="latest")
+    assert names(run) == before
+
+
+def test_a_path_that_is_no_checkpoint_is_refused(distil, run, tmp_path):
+    with pytest.raises(ValueError, match="nowhere holds no checkpoint"):
+        distil(run, resume_from_checkpoint=tmp_path / "nowhere")
+
+
+def test_stale_partial_folders_are_removed_at_the_next_save(distil, run):
+    folder = run / "checkpoints"
+    for name in ("partial-3", "partial-5", "checkpoint-2.retired"):
+        shutil.copytree(folder / "checkpoint-4", folder / name)
+    (folder / "partial-5" / "stale.bin").write_bytes(b"0")
+    distil(run, resume_from_checkpoint=folder / "checkpoint-4")
+    assert names(run) == ["checkpoint-4", "checkpoint-5"]
+    assert not (folder / "checkpoint-5" / "stale.bin").exists()
+
+
+def test_pruning_never_counts_on_checkpoints_of_a_later_step(distil, tmp_path, stop_after):
+    """They may be damaged, which is why one resumed before them."""
+    folder = distil(tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=5)
+    stop_after(3)
+    with pytest.raises(KeyboardInterrupt):
+        distil(
+            folder,
+            checkpointing_steps=1,
+            checkpoints_total_limit=1,
+            resume_from_checkpoint=folder / "checkpoints" / "checkpoint-2",
+        )
+    assert names(folder) == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
+
+
+def test_what_is_left_of_a_pipeline_half_saved_is_not_taken_into_the_next(distil, run, fast_run, differences):
+    shutil.copytree(run / "pipeline" / "unet", run / "pipeline.partial" / "unet_noise_scale")
+    shutil.rmtree(run / "pipeline")
+    distil(run, resume_from_checkpoint="latest")
+    assert differences(run, fast_run) == []
+
+
+# ----- SIGTERM -----
+
+
+@pytest.mark.parametrize("options", [{}, {"processes": 2, "preset": "paper"}])
+def test_sigterm_saves_and_leaves_with_the_status_try_again(launch, tmp_path, differences, options):
+    """One of the processes gets it, and all stop."""
+    processes = options.get("processes", 1)
+    kill = {"point": "SIGTERM", "step": 3, "rank": processes - 1}
+    statuses, text = launch(tmp_path / "run", kill=kill, **options)
+    assert statuses == [PREEMPTED] * processes, text
+    assert "SIGTERM: saved after step 3; go on with --resume_from_checkpoint latest" in text
+    assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"]
+    assert not (tmp_path / "run" / "pipeline").exists()
+    for folder, resume in (("run", {"resume_from_checkpoint": "latest"}), ("at_once", {})):
+        assert launch(tmp_path / folder, **resume, **options)[0] == [0] * processes
+    assert differences(tmp_path / "run", tmp_path / "at_once") == []
+
+
+def test_sigterm_in_the_last_step_ends_the_run(launch, fast_run, tmp_path, differences):
+    assert launch(tmp_path / "run", kill={"point": "SIGTERM", "step": 5})[0] == [0]
+    assert differences(tmp_path / "run", fast_run) == []
+
+
+@pytest.mark.parametrize(
+    ("launcher", "statuses"),
+    [
+        pytest.param([sys.executable], {PREEMPTED}, id="python"),
+        pytest.param(["torchrun", "--nproc_per_node=2"], range(-15, 256), id="torchrun", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_taken_away_goes_on(launch, arguments, tmp_path, differences, launcher, statuses):
+    processes = 1 if launcher[0] == sys.executable else 2
+    options = {"max_train_steps": 100, "checkpointing_steps": 10, "critic_updates": 1}
+    folder = tmp_path / "run"
+    if processes == 2:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *launcher[1:]]
+    command = [*launcher, SCRIPT, *arguments(folder, **options)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
+        end = time.monotonic() + 60
+        while job.poll() is None and time.monotonic() < end and not (folder / "checkpoints" / "checkpoint-10").exists():
+            time.sleep(0.01)
+        job.send_signal(signal.SIGTERM)
+        said = job.communicate(timeout=60)[1]
+    assert job.returncode in statuses, said
+    saved = max(int(name.split("-")[1]) for name in names(folder))
+    assert 10 < saved < 100
+    assert not any("partial" in name for name in names(folder))
+    resume = {"processes": processes, "resume_from_checkpoint": "latest", **options}
+    assert launch(folder, **resume)[0] == [0] * processes
+    assert launch(tmp_path / "at_once", **resume)[0] == [0] * processes
+    assert differences(folder, tmp_path / "at_once") == []

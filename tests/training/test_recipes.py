@@ -1,0 +1,87 @@
+"""Every recipe on a teacher of the published shape, with random weights: what it would cost, and two updates."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import UNet2DModel
+
+import plan
+from options import parse_options
+from players import Players, make_networks
+from recipe import GROUPS, PRESETS, Options
+
+TRAINING = Path(plan.__file__).parent
+RECIPES = sorted(path for preset in PRESETS for path in (TRAINING / "configs").glob(f"*_{preset}.yaml"))
+TEACHERS = {"cifar10": "cifar10_32", "celeba64": "celeba_64", "imagenet64": "imagenet_64", "church256": "church_256"}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    gc.collect()
+
+
+def read(path, *arguments):
+    """The options of a recipe, for its teacher here."""
+    teacher = TRAINING / "teachers" / TEACHERS[path.stem.split("_")[0]]
+    given = ["--config", str(path), f"--pretrained_teacher_model={teacher}", *arguments]
+    return Options(*parse_options(GROUPS, "", PRESETS, given))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_can_be_planned(path):
+    """In the batch and the precision it says."""
+    options = read(path)
+    written = yaml.safe_load(path.read_text())
+    assert options.training.train_batch_size == written["train_batch_size"]
+    cost = plan.measure(options)
+    assert cost.calls["teacher"] == 1
+    assert cost.memory["activations and gradients"] > cost.memory["teacher"] / 10
+    assert cost.flops > 1e11
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_makes_two_updates(path):
+    """One row and one critic update at a time; for longer grids the large pictures have a quarter of their side."""
+    options = read(path, "--train_batch_size=1", "--gradient_accumulation_steps=1", "--critic_updates=1")
+    config, schedule = plan.read_configs(str(options.teacher.pretrained_teacher_model), None)
+    if options.layers.num_layers > 5 and config["sample_size"] > 32:
+        config["sample_size"] //= 4
+    torch.manual_seed(0)
+    unets = tuple(UNet2DModel.from_config(config) for _ in range(3))
+    for unet in unets[1:]:
+        unet.load_state_dict(unets[0].state_dict())
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    players = Players(make_networks(unets, schedule, options), options, accelerator)
+    before = players.student.unet.conv_in.weight.detach().clone()
+    steps = players.updates(0)
+    for _ in range(2):
+        step = next(steps)
+        assert step.layers.loss.isfinite().all()
+        assert step.critic.loss.isfinite().all()
+    assert not torch.equal(players.student.unet.conv_in.weight, before)
+
+
+def test_the_peak_of_a_32x32_unet_is_known_within_15_percent(tmp_path):
+    from test_plan import peak_of_a_run, planned_peak
+
+    from make_teacher import main
+
+    teacher = tmp_path / "teacher"
+    main([f"--teacher={TRAINING / 'teachers' / 'cifar10_32'}", f"--output_dir={teacher}"])
+    arguments = [
+        f"--config={TRAINING / 'configs' / 'cifar10_t5_fast.yaml'}",
+        f"--pretrained_teacher_model={teacher}",
+        "--train_batch_size=4",
+        "--mixed_precision=no",
+    ]
+    real = peak_of_a_run(*arguments, "--max_train_steps=2", f"--output_dir={tmp_path / 'run'}")
+    assert planned_peak(*arguments) == pytest.approx(real, rel=0.15)

@@ -1,0 +1,457 @@
+"""Measures how much sooner the preset `fast` has the Frechet distance (FD) that the preset `paper` reaches.
+
+    OMP_NUM_THREADS=1 python training/bench_train.py --output_dir runs/bench_train
+
+For each number of layers T and each seed, in one process and one after the other:
+
+1. the cost of a layer update, both presets in turns: seconds, and the rows that each network is called with;
+2. one run of `paper`, measured at the marks --paper_seconds;
+3. complete runs of `fast`, one for each of --fast_seconds, for its learning rate ends at 0.
+
+The clock is CPU time of the process, which has one thread: on a free core that is wall-clock, and other work on the
+machine does not change it; wall-clock is kept too. It runs during updates only, not while a sampler is measured.
+
+Writes OUTPUT_DIR/bench.json, bench.md and bench.png. What bench.json holds is not run again, so a benchmark that was
+stopped goes on by the same command.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from tqdm import tqdm
+
+from classifier import ImageClassifier
+from figures import plt
+from folders import claim_output_dir, write_json, write_text
+from hsivi_diffusers import load_teacher
+from hsivi_diffusers.vi import Step
+from images import load_images
+from metrics import Distances
+from options import option, parse_options
+from players import Networks, Players, load_networks
+from recipe import GROUPS, PRESETS, Options, check_options
+from solvers import make_student, sample
+
+Record = dict[str, Any]
+MOST_UPDATES = 1_000_000  # of a run that the clock ends
+TURN = {"paper": 1, "fast": 10}  # layer updates of a turn
+COLOURS = {"paper": "#1f77b4", "fast": "#d62728"}
+
+
+@dataclass
+class Benchmark:
+    _argument_group_name = "benchmark"
+    output_dir: str | None = option(None, "folder of the benchmark")
+    pretrained_teacher_model: str = option("assets/digits_ddpm", "folder or repo id of a diffusers pipeline")
+    real_data: str = option("digits", "`digits`, a folder of pictures, or a dataset's name")
+    feature_extractor: str = option("assets/digits_classifier", "folder of an ImageClassifier")
+    num_layers: list[int] = option([5, 10], "T")
+    seeds: list[int] = option([0, 1, 2], "of training")
+    train_batch_size: int = option(64, "rows of an update")
+    paper_seconds: list[float] = option(
+        [40, 80, 120, 160, 200], "CPU time when `paper` is measured; it ends at the last"
+    )
+    fast_seconds: list[float] = option([2.5, 5, 10, 20, 40, 200], "CPU time of the runs of `fast`")
+    turns: int = option(3, "turns for the cost of an update")
+    num_samples: int = option(2000, "pictures for a distance")
+    eval_seed: int = option(0, "seed of the noise that sampling starts from")
+
+
+class Stopwatch:
+    """Adds up the time spent inside `with` blocks.
+
+    Attributes:
+        seconds: Wall-clock.
+        cpu_seconds: CPU time of the process; less than wall-clock where other processes take the core.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self.cpu_seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.seconds += time.perf_counter() - self._start[0]
+        self.cpu_seconds += time.process_time() - self._start[1]
+
+
+def count_rows(networks: Networks) -> dict[str, int]:
+    """Returns a count of the rows that each network is called with from now on."""
+    rows = {"student": 0, "critic": 0, "teacher": 0}
+
+    def add(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        rows[name] += len(output[0])
+
+    for name in rows:
+        getattr(networks, name).register_forward_hook(partial(add, name))
+    return rows
+
+
+def make_players(preset: str, num_layers: int, seed: int, steps: int, bench: Benchmark) -> tuple[Players, Networks]:
+    """What train_hsivi.py would train with this preset."""
+    settings = {
+        "preset": preset,
+        "pretrained_teacher_model": bench.pretrained_teacher_model,
+        "num_layers": num_layers,
+        "seed": seed,
+        "max_train_steps": steps,
+        "train_batch_size": bench.train_batch_size,
+    }
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    options = Options(*parse_options(GROUPS, __doc__ or "", PRESETS, arguments))
+    check_options(options)
+    set_seed(seed)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    networks = load_networks(options, accelerator)
+    return Players(networks, options, accelerator), networks
+
+
+def measure(players: Players, distances: Distances, bench: Benchmark) -> float:
+    """FD of the averaged layers; the noise is the same each time."""
+    student = make_student(players.make_pipeline())
+    return distances(torch.cat(list(sample(student, bench.num_samples, 500, bench.eval_seed))))["fd"]
+
+
+def compare_costs(num_layers: int, seed: int, distances: Distances, bench: Benchmark) -> Record:
+    """Cost of a layer update of each preset, in turns, and the FD that each starts from.
+
+    A first turn, in which `fast` fills its pool, is not counted.
+    """
+    made = {preset: make_players(preset, num_layers, seed, MOST_UPDATES, bench) for preset in TURN}
+    steps = {preset: players.updates(0) for preset, (players, _) in made.items()}
+    costs: Record = {}
+    for preset, (players, _) in made.items():
+        costs[preset] = {"untrained_fd": measure(players, distances, bench), "seconds": [], "cpu_seconds": []}
+        take(steps[preset], TURN[preset])
+    rows = {preset: count_rows(networks) for preset, (_, networks) in made.items()}
+    for _ in range(bench.turns):
+        for preset, updates in TURN.items():
+            watch = take(steps[preset], updates)
+            costs[preset]["seconds"].append(watch.seconds / updates)
+            costs[preset]["cpu_seconds"].append(watch.cpu_seconds / updates)
+    for preset, (players, _) in made.items():
+        batches = bench.turns * TURN[preset] * bench.train_batch_size
+        calls = {name: number / batches for name, number in rows[preset].items()}
+        # Every batch is one call of the student, and the layers share theirs with the first critic update.
+        calls["simulated"] = calls["student"] - players.options.method.critic_updates
+        costs[preset]["calls"] = calls
+    return costs
+
+
+def take(steps: Iterator[Step], updates: int) -> Stopwatch:
+    """Does so many layer updates; returns the time they took."""
+    with Stopwatch() as watch:
+        for _ in range(updates):
+            next(steps)
+    return watch
+
+
+def run_paper(num_layers: int, seed: int, distances: Distances, bench: Benchmark) -> Record:
+    """One run of `paper`, stopped by the clock: its learning rates do not depend on when it ends."""
+    players, _ = make_players("paper", num_layers, seed, MOST_UPDATES, bench)
+    return run(players, sorted(bench.paper_seconds), distances, bench)
+
+
+def run_fast(
+    num_layers: int, seed: int, distances: Distances, bench: Benchmark, seconds: float, costs: Record
+) -> Record:
+    """One run of `fast`, of as many updates as should take these seconds; it ends with the last of them."""
+    steps = max(1, round(seconds / statistics.median(costs["fast"]["cpu_seconds"])))
+    players, _ = make_players("fast", num_layers, seed, steps, bench)
+    return run(players, [], distances, bench)
+
+
+def run(players: Players, marks: list[float], distances: Distances, bench: Benchmark) -> Record:
+    """Trains to the last mark, or to the end without marks; measures at each mark, and at the end."""
+    watch, steps, points, left = Stopwatch(), players.updates(0), [], list(marks)
+    total = players.options.training.max_train_steps
+    for update in range(1, total + 1):
+        with watch:
+            next(steps)
+        if (left and watch.cpu_seconds >= left[0]) or update == total:
+            fd = measure(players, distances, bench)
+            points.append({"updates": update, "seconds": watch.seconds, "cpu_seconds": watch.cpu_seconds, "fd": fd})
+            left = [mark for mark in left if mark > watch.cpu_seconds]
+            if marks and not left:
+                break
+    return {"points": points}
+
+
+def jobs(bench: Benchmark, distances: Distances, runs: dict[str, Record]) -> Iterator[tuple[str, Callable[[], Record]]]:
+    """Names of the parts, and what does them; the contenders take turns in being first."""
+    for turn, seed in enumerate(bench.seeds):
+        for num_layers in bench.num_layers:
+            given = (num_layers, seed, distances, bench)
+            case = case_name(num_layers, seed)
+            yield f"{case}, costs", partial(compare_costs, *given)
+            costs = runs[f"{case}, costs"]
+            contenders: list[tuple[str, Callable[[], Record]]] = [(f"{case}, paper", partial(run_paper, *given))]
+            for seconds in bench.fast_seconds:
+                contenders.append((f"{case}, fast {seconds:g} s", partial(run_fast, *given, seconds, costs)))
+            yield from contenders if turn % 2 == 0 else contenders[::-1]
+
+
+def case_name(num_layers: int, seed: int) -> str:
+    return f"T {num_layers}, seed {seed}"
+
+
+def points_of(runs: dict[str, Record], num_layers: int, seed: int, preset: str) -> list[Record]:
+    """The measurements of a preset, by time."""
+    start = f"{case_name(num_layers, seed)}, {preset}"
+    points = [point for name, record in runs.items() if name.startswith(start) for point in record["points"]]
+    return sorted(points, key=lambda point: float(point["cpu_seconds"]))
+
+
+def match(target: Record, fast: list[Record]) -> Record:
+    """The run of `fast` that has the FD of a point of `paper`, and how much sooner.
+
+    It is the shortest that is as good, as all longer ones are too: FD does not fall steadily, and luck is not counted.
+    """
+    reached = None
+    for point in takewhile(lambda point: point["fd"] <= target["fd"], reversed(fast)):
+        reached = point
+    return {
+        "target": target,
+        "reached": reached,
+        "speed_up": reached and target["cpu_seconds"] / reached["cpu_seconds"],
+        "wall_speed_up": reached and target["seconds"] / reached["seconds"],
+        "bound": reached is fast[0],
+    }
+
+
+def decide(runs: dict[str, Record], num_layers: int, seed: int) -> Record:
+    """Who had what FD, and when: to the best of all marks of `paper`, to its end, and the longest run of `fast`."""
+    paper = points_of(runs, num_layers, seed, "paper")
+    fast = points_of(runs, num_layers, seed, "fast")
+    costs = runs[f"{case_name(num_layers, seed)}, costs"]
+    return {
+        "untrained": {preset: costs[preset]["untrained_fd"] for preset in TURN},
+        "best": match(min(paper, key=lambda point: float(point["fd"])), fast),
+        "end": match(paper[-1], fast),
+        "longest": fast[-1],
+    }
+
+
+def point_cell(points: list[Record]) -> str:
+    """FD, time and updates, or their means; no point at all is a FD that was not reached."""
+    if not points:
+        return "not reached"
+    fd, seconds, updates = (statistics.mean(point[key] for point in points) for key in ("fd", "cpu_seconds", "updates"))
+    return f"{fd:.2f}: {seconds:.1f} s, {updates:.0f}"
+
+
+def match_cells(matches: list[Record]) -> list[str]:
+    """Target, what reached it, and the speed-up, of one seed or in the mean over those that reached it."""
+    done = [each for each in matches if each["reached"]]
+    said = []
+    if done:
+        bound = ">= " if any(each["bound"] for each in done) else ""
+        speed, wall = (statistics.mean(each[key] for each in done) for key in ("speed_up", "wall_speed_up"))
+        said = [f"**{bound}{speed:.1f}** ({wall:.1f})"]
+    if len(done) < len(matches):
+        said.append(f"{len(done)} of {len(matches)} seeds")
+    elif len(done) > 1:
+        said.append(f"least {min(each['speed_up'] for each in done):.1f}")
+    targets, reached = ([each[key] for each in group] for key, group in (("target", matches), ("reached", done)))
+    return [point_cell(targets), point_cell(reached), ", ".join(said)]
+
+
+def race_row(num_layers: int, label: str, found: list[Record]) -> str:
+    """A line of one seed, or of the means over seeds."""
+    untrained = [f"{statistics.mean(each['untrained'][preset] for each in found):.2f}" for preset in TURN]
+    cells = [str(num_layers), label, *untrained]
+    for target in ("best", "end"):
+        cells += match_cells([each[target] for each in found])
+    return f"| {' | '.join([*cells, point_cell([each['longest'] for each in found])])} |"
+
+
+def race_table(runs: dict[str, Record], bench: Benchmark) -> list[str]:
+    lines = [
+        "| T | seed | untrained `paper` | untrained `fast` | `paper` at its best | `fast` as good | speed-up "
+        "| `paper` at its end | `fast` as good | speed-up | longest run of `fast` |",
+        "|---:|---|---:|---:|---|---|---|---|---|---|---|",
+    ]
+    for num_layers in bench.num_layers:
+        found = [decide(runs, num_layers, seed) for seed in bench.seeds]
+        lines += [race_row(num_layers, str(seed), [each]) for seed, each in zip(bench.seeds, found, strict=True)]
+        lines.append(race_row(num_layers, "mean", found))
+    return lines
+
+
+def cost_table(runs: dict[str, Record], bench: Benchmark) -> list[str]:
+    lines = [
+        "| T | preset | CPU s per layer update | wall-clock s | student, training | student, simulating | critic "
+        "| teacher | network calls |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for num_layers in bench.num_layers:
+        for preset in ("paper", "fast"):
+            costs = [runs[f"{case_name(num_layers, seed)}, costs"][preset] for seed in bench.seeds]
+            cpu, wall = (statistics.median(sum((c[k] for c in costs), [])) for k in ("cpu_seconds", "seconds"))
+            calls = {name: statistics.mean(cost["calls"][name] for cost in costs) for name in costs[0]["calls"]}
+            shares = [calls["student"] - calls["simulated"], *(calls[k] for k in ("simulated", "critic", "teacher"))]
+            cells = [f"{cpu:.3f}", f"{wall:.3f}", *(f"{share:.1f}" for share in [*shares, sum(shares)])]
+            lines.append(f"| {num_layers} | `{preset}` | {' | '.join(cells)} |")
+    return lines
+
+
+def report(runs: dict[str, Record], bench: Benchmark, measured: str) -> str:
+    """The text of bench.md."""
+    return "\n".join(
+        [
+            f"Teacher `{bench.pretrained_teacher_model}`, batches of {bench.train_batch_size} rows, FD of "
+            f"{bench.num_samples:,} pictures of the averaged layers, always from the same noise.",
+            "",
+            "```",
+            command(bench),
+            "```",
+            "",
+            *race_table(runs, bench),
+            "",
+            "A cell is an FD, the time it took, and layer updates. Untrained is the teacher on the grid and with the "
+            f"noise of the preset. `paper` is measured at {listed(bench.paper_seconds)} s; at its best is the best of "
+            f"these marks, at its own time. Runs of `fast` take {listed(bench.fast_seconds)} s, each complete: its "
+            "learning rate ends at 0. As good is the shortest one with an FD no higher, as of all longer ones too. The "
+            "speed-up is the ratio of the times, in brackets that of wall-clock; `>=` stands where the shortest run of "
+            "all was good enough. Times are CPU time of the updates, by one thread: wall-clock on a free core, "
+            "sampling not included.",
+            "",
+            *cost_table(runs, bench),
+            "",
+            f"Medians over {bench.turns} turns and all seeds. A network call is a forward pass of a batch: rows / "
+            f"{bench.train_batch_size}, without those that fill the pool of `fast` once.",
+            "",
+            measured,
+            "",
+        ]
+    )
+
+
+def listed(seconds: list[float]) -> str:
+    return ", ".join(f"{each:g}" for each in sorted(seconds))
+
+
+def command(bench: Benchmark) -> str:
+    """The command line, without the name of the folder."""
+    words = ["python training/bench_train.py --output_dir runs/bench_train"]
+    before = asdict(Benchmark())
+    for name, value in asdict(bench).items():
+        if name != "output_dir" and value != before[name]:
+            words.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+    return " ".join(words)
+
+
+def draw_race(runs: dict[str, Record], bench: Benchmark, path: Path) -> None:
+    """Draws FD against seconds of training, both on log axes, for each T; a line is a seed, dotted is untrained."""
+    figure, axes = plt.subplots(
+        1, len(bench.num_layers), figsize=(4.8 * len(bench.num_layers), 4), squeeze=False, layout="constrained"
+    )
+    for num_layers, axis in zip(bench.num_layers, axes[0], strict=True):
+        for preset, marker in (("paper", "o"), ("fast", "*")):
+            for seed in bench.seeds:
+                points = points_of(runs, num_layers, seed, preset)
+                x, y = ([point[key] for point in points] for key in ("cpu_seconds", "fd"))
+                label = f"preset {preset}" if seed == bench.seeds[0] else None
+                axis.plot(x, y, marker=marker, color=COLOURS[preset], alpha=0.8, label=label)
+            untrained = runs[f"{case_name(num_layers, bench.seeds[0])}, costs"][preset]["untrained_fd"]
+            axis.axhline(untrained, color=COLOURS[preset], linestyle=":", alpha=0.7)
+        axis.set(xscale="log", yscale="log", title=f"T = {num_layers}", xlabel="CPU seconds of training")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    axes[0][0].set_ylabel("FD, lower is better")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def load_runs(output_dir: Path, bench: Benchmark) -> Record:
+    """What bench.json holds, or its beginning.
+
+    Raises:
+        ValueError: It is of a benchmark with other settings.
+    """
+    kept = {"output_dir", "num_layers", "seeds", "fast_seconds"}  # these only add parts
+    settings = {key: value for key, value in asdict(bench).items() if key not in kept}
+    path = output_dir / "bench.json"
+    if not path.is_file():
+        return {"benchmark": "bench_train", "settings": settings, "measured": "", "runs": {}}
+    state: Record = json.loads(path.read_text())
+    before = state.get("settings", {})
+    changed = [f"{key}: {before.get(key)} -> {settings[key]}" for key in settings if before.get(key) != settings[key]]
+    if changed:
+        raise ValueError(f"{path} has other settings ({'; '.join(changed)}): name another --output_dir")
+    return state
+
+
+def machine() -> str:
+    return (
+        f"Measured on {datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} thread(s), Python {platform.python_version()}, torch {torch.__version__}, "
+        f"diffusers {diffusers.__version__}."
+    )
+
+
+def check(bench: Benchmark) -> None:
+    """Refuses what could not run."""
+    for name in ("num_layers", "seeds", "paper_seconds", "fast_seconds"):
+        if not getattr(bench, name):
+            raise ValueError(f"--{name} is empty: give at least one number")
+    for name in ("paper_seconds", "fast_seconds"):
+        if min(getattr(bench, name)) <= 0:
+            raise ValueError(f"--{name} {getattr(bench, name)}: give seconds above 0")
+    if bench.turns < 1 or bench.num_samples < 2:
+        raise ValueError(f"--turns {bench.turns}, --num_samples {bench.num_samples}: give at least 1 and 2")
+
+
+def claim(bench: Benchmark) -> Path:
+    """The output folder: empty, or that of a benchmark to go on with."""
+    path = Path(bench.output_dir or "") / "bench.json"
+    ours = bench.output_dir is not None and path.is_file()
+    return claim_output_dir(bench.output_dir, ours and json.loads(path.read_text()).get("benchmark") == "bench_train")
+
+
+def main(args: list[str] | None = None) -> None:
+    (bench,) = parse_options([Benchmark], __doc__ or "", args=args)
+    check(bench)
+    torch.set_num_threads(1)
+    output_dir = claim(bench)
+    state = load_runs(output_dir, bench)
+    unet, _ = load_teacher(bench.pretrained_teacher_model)
+    real = load_images(bench.real_data, unet.config.sample_size, unet.config.in_channels)[0].float() / 255
+    distances = Distances(ImageClassifier.from_pretrained(bench.feature_extractor).eval(), real)
+    runs = state["runs"]
+    total = len(bench.seeds) * len(bench.num_layers) * (2 + len(bench.fast_seconds))
+    with tqdm(total=total, desc="parts") as progress:
+        for name, work in jobs(bench, distances, runs):
+            progress.set_postfix_str(name)
+            if name not in runs:
+                runs[name] = work()
+                state["measured"] = machine()
+                write_json(output_dir / "bench.json", state)
+            progress.update()
+    write_text(output_dir / "bench.md", report(runs, bench, state["measured"]))
+    draw_race(runs, bench, output_dir / "bench.png")
+    print(f"{output_dir / 'bench.md'} and bench.png are written")
+
+
+if __name__ == "__main__":
+    main()
