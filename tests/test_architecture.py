@@ -27,6 +27,21 @@ ALLOWED = {
     "hub": ({"model_card", "pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub", "PIL"}),
     "__init__": ({"distillation", "hub", "scheduling_hsivi", "modeling_hsivi", "pipeline_hsivi"}, {"diffusers"}),
 }
+# The scripts that others may import, and the siblings they may import themselves; the rest are programs.
+NOUNS = {
+    "classifier": set(),
+    "figures": set(),
+    "folders": set(),
+    "images": set(),
+    "metrics": set(),
+    "options": set(),
+    "solvers": set(),
+    "recipe": {"options"},
+    "players": {"folders", "recipe"},
+    "checkpoints": {"folders", "players", "recipe"},
+    "monitor": {"classifier", "images", "metrics", "players", "recipe"},
+    "plan": {"players", "recipe"},
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "training").glob("*.py"))
 
@@ -86,6 +101,12 @@ def test_functions_fit_in_the_head(paths):
     lengths = {name: length for path in paths for name, length in functions(path)}
     assert {name: length for name, length in lengths.items() if length > 50} == {}
     assert sorted(lengths.values())[int(0.9 * len(lengths))] < 25
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_imports_what_the_table_allows(path):
+    siblings = imports(path)[1] & {script.stem for script in SCRIPTS}
+    assert siblings <= NOUNS.get(path.stem, set(NOUNS))
 
 
 def test_the_package_imports_no_script():

@@ -43,10 +43,6 @@ class Checkpoints:
             if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
                 raise DivergenceError("weights", step, range(self.players.student.num_layers))
         final, partial = self.folder / f"checkpoint-{step}", self.folder / f"partial-{step}"
-        if self.accelerator.is_main_process:
-            for stale in [*self.folder.glob("partial-*"), *self.folder.glob("*.retired")]:
-                remove_folder(stale)
-        self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(partial))
         for shard, chain in self._own_chains(partial):
             save_file(self.players.chains[chain].state_dict(), shard)
@@ -67,12 +63,16 @@ class Checkpoints:
     def load(self) -> tuple[int, float]:
         """Restores what --resume_from_checkpoint names; returns updates done and seconds spent.
 
-        `latest` takes the newest checkpoint that is whole.
+        `latest` takes the newest checkpoint that is whole. What a run that was killed left half written goes.
 
         Raises:
             ValueError: The checkpoint that was named is missing or damaged, all are damaged, or it is of another number
                 of shards.
         """
+        if self.accelerator.is_main_process:
+            for stale in [*self.folder.glob("partial-*"), *self.folder.glob("*.retired")]:
+                remove_folder(stale)
+        self.accelerator.wait_for_everyone()
         path = self._choose()
         if path is None:
             return 0, 0.0

@@ -114,7 +114,7 @@ def test_a_path_that_is_no_checkpoint_is_refused(distil, run, tmp_path):
         distil(run, resume_from_checkpoint=tmp_path / "nowhere")
 
 
-def test_stale_partial_folders_are_removed_at_the_next_save(distil, run):
+def test_what_a_killed_run_left_half_written_is_removed_on_resuming(distil, run):
     folder = run / "checkpoints"
     for name in ("partial-3", "partial-5", "checkpoint-2.retired"):
         shutil.copytree(folder / "checkpoint-4", folder / name)

@@ -265,8 +265,8 @@ def test_a_file_or_no_name_is_no_output_folder(tmp_path, keep):
 
 
 def test_a_folder_has_one_writer(tmp_path):
-    with sole_writer(tmp_path):
-        with pytest.raises(ValueError, match="is being written by another run"), sole_writer(tmp_path):
-            pass
+    first = sole_writer(tmp_path)
+    with first, pytest.raises(ValueError, match="is being written by another run"), sole_writer(tmp_path):
+        pass
     with sole_writer(tmp_path):
         pass
