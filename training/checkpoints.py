@@ -39,9 +39,11 @@ class Checkpoints:
         Raises:
             DivergenceError: A weight is not finite; nothing is written.
         """
-        for module in (self.players.layers, self.players.critic):
-            if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
-                raise DivergenceError("weights", step, range(self.players.student.num_layers))
+        players = self.players
+        weights = {"the layers": players.layers.parameters(), "the critic": players.critic.parameters()}
+        for name, parameters in {**weights, "the average": players.ema.shadow_params}.items():
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+                raise DivergenceError(f"a weight of {name}", step - 1, range(players.student.num_layers))
         final, partial = self.folder / f"checkpoint-{step}", self.folder / f"partial-{step}"
         self.accelerator.save_state(str(partial))
         for shard, chain in self._own_chains(partial):
@@ -82,6 +84,8 @@ class Checkpoints:
                 f"{path} is of a run with {progress['shards']} batches an update, now there are {self.shards}: choose "
                 "--gradient_accumulation_steps so that times the number of processes it is as many"
             )
+        if self.accelerator.scaler is not None and not (path / "scaler.pt").is_file():
+            raise ValueError(f"{path} was not trained in fp16 and has no loss scale: resume it with another precision")
         self.accelerator.load_state(str(path))
         self.players.ema.to(self.accelerator.device)  # accelerate loads it to the CPU
         for shard, chain in self._own_chains(path):

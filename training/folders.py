@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,16 +48,24 @@ def sole_writer(path: Path) -> Iterator[None]:
     Raises:
         ValueError: Another one is at work in it.
     """
-    handle = None if fcntl is None else os.open(path, os.O_RDONLY)
-    try:
-        if handle is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if fcntl is None:
         yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        _lock(handle, path)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(f"--output_dir {path} is being written by another run: wait for it, or stop it") from error
-    finally:
-        if handle is not None:
-            os.close(handle)
+    except OSError as error:  # some network file systems lock no folders
+        warnings.warn(f"{path} cannot be locked ({error}): let no second run write to it", stacklevel=2)
 
 
 def write_text(path: Path, text: str) -> None:

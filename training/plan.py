@@ -1,4 +1,4 @@
-"""What a run would cost, told before it starts: by two updates of its very loop, on tensors that have no memory.
+"""What a run would cost, told before it starts: by updates of its very loop, on tensors that have no memory.
 
 The networks are made from their configs, without weights, as fake tensors of torch, which know their shape and no
 numbers. `Meter` adds up what would be alive at each moment; only time is measured on real ones, on a single network.
@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -141,8 +142,7 @@ def make_unet(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> UNe
 def make_fake_players(options: Options, meter: Meter) -> Players:
     """The players of the run without weights; to be called within a `FakeTensorMode`."""
     config, schedule = read_configs(str(options.teacher.pretrained_teacher_model), options.teacher.revision)
-    # Half precisions are of one size, and the CPU has both players' autocast for this one only.
-    half = options.hardware.mixed_precision not in (None, "no")
+    half = precision_of(options) != "no"  # the two are of one size
     accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="bf16" if half else "no")
     unets = (make_unet(config, torch.bfloat16 if half else torch.float32), make_unet(config), make_unet(config))
     with meter:
@@ -190,8 +190,7 @@ def measure(options: Options) -> Cost:
 def _counting(players: Players) -> Iterator[dict[str, float]]:
     """Counts the rows that each network is called with, and the operations."""
     count = dict.fromkeys(("student", "critic", "teacher"), 0.0)
-    critic = players.accelerator.unwrap_model(players.critic).unet
-    networks = {"student": players.student.unet, "critic": critic, "teacher": players.bridge.network.unet}
+    networks = {"student": players.student.unet, "critic": players.critic_unet, "teacher": players.bridge.network.unet}
 
     def counter(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -244,14 +243,21 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def precision_of(options: Options) -> str:
+    """The precision of the run: that of the launcher where the options name none."""
+    return options.hardware.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def seconds_per_flop(options: Options) -> tuple[float, str]:
     """Times a call of one real network of random weights; returns its speed and the device.
 
     As many rows of the batch are used as the calls may cost, so that a small network is timed in the batch it gets.
     """
     config, _ = read_configs(str(options.teacher.pretrained_teacher_model), options.teacher.revision)
-    device = Accelerator(mixed_precision=None).device
-    half = HALF.get(str(options.hardware.mixed_precision)) or torch.float32
+    device = torch.device("cpu")
+    if torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        device = torch.accelerator.current_accelerator() or device
+    half = HALF.get(precision_of(options), torch.float32)
     unet = make_unet(config).to(device).eval()
 
     def call(rows: int) -> float:

@@ -28,9 +28,20 @@ from hsivi_diffusers import (
     UNetLayers,
     load_teacher,
 )
-from hsivi_diffusers.vi import Chain, CriticObjective, KullbackLeibler, ScoreMatching, Step, fit, joint, make_chain
+from hsivi_diffusers.vi import (
+    Chain,
+    CriticObjective,
+    DivergenceError,
+    KullbackLeibler,
+    ScoreMatching,
+    Step,
+    fit,
+    joint,
+    make_chain,
+)
 from recipe import Layers, Method, Options
 
+MAX_OVERFLOWS = 50
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NoiseScale = HSIVINoiseScale | LayerNoiseScale
 
@@ -172,15 +183,15 @@ class Players:
         if options.hardware.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
                 unet.enable_gradient_checkpointing()
-        layers: nn.Module = UNetLayers(
+        self.student = UNetLayers(
             networks.student.requires_grad_(True).train(), networks.scheduler, networks.noise_scale
         )
+        self.critic_unet = networks.critic
         critic: nn.Module = UNetCritic(networks.critic.requires_grad_(True).train(), networks.scheduler)
         layer_optimizer, critic_optimizer = self._make_optimizers(networks)
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
-            layers, critic, layer_optimizer, critic_optimizer
+            self.student, critic, layer_optimizer, critic_optimizer
         )
-        self.student = accelerator.unwrap_model(self.layers)
         self.ema = EMAModel(self.student.parameters(), decay=training.ema_decay, use_ema_warmup=False)
         self.ema.to(accelerator.device)
         accelerator.register_for_checkpointing(self.ema, *self.lr_schedulers)
@@ -222,7 +233,11 @@ class Players:
         )
 
     def updates(self, start_step: int) -> Iterator[Step]:
-        """Trains from a step on; learning rates and the average of the weights have moved when a step is yielded."""
+        """Trains from a step on; learning rates and the average of the weights have moved when a step is yielded.
+
+        Raises:
+            DivergenceError: A loss is not finite, or under fp16 the gradients overflowed 50 times in a row.
+        """
         method, training, accelerator = self.options.method, self.options.training, self.accelerator
         limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
 
@@ -247,9 +262,15 @@ class Players:
             no_sync=accelerator.no_sync,
             clip_grad_norm=clip_grad_norm,
         )
+        optimizers, overflows = (self.layer_optimizer, self.critic_optimizer), 0
         for step in steps:
-            for lr_scheduler in self.lr_schedulers:
-                lr_scheduler.step()
+            skipped = [optimizer.step_was_skipped for optimizer in optimizers]  # by the loss scaling of fp16
+            overflows = overflows + 1 if any(skipped) else 0
+            if overflows == MAX_OVERFLOWS:
+                raise DivergenceError("the gradient", step.step, sorted(set(step.layers.t.tolist())))
+            for lr_scheduler, skip in zip(self.lr_schedulers, skipped, strict=True):
+                if not skip:
+                    lr_scheduler.step()
             self.ema.step(self.student.parameters())
             yield step
 
@@ -265,8 +286,7 @@ class Players:
 
     def save(self, output_dir: Path) -> None:
         """Saves the averaged layers as OUTPUT_DIR/pipeline, and the critic, for --init_from, as OUTPUT_DIR/critic."""
-        critic = self.accelerator.unwrap_model(self.critic).unet
-        for name, part in (("pipeline", self.make_pipeline()), ("critic", critic)):
+        for name, part in (("pipeline", self.make_pipeline()), ("critic", self.critic_unet)):
             partial = output_dir / f"{name}.partial"
             remove_folder(partial)  # of a run that was killed here, and was perhaps another
             part.save_pretrained(partial)

@@ -202,6 +202,8 @@ def check_options(options: Options) -> None:
         )
     if layers.kernel == "ddim" and layers.noise_eta == 0:
         raise ValueError("--noise_eta 0 leaves the layers no noise, and so no score to train on: give up to 1, say 0.2")
+    if teacher.init_from and run.output_dir and Path(teacher.init_from).resolve() == Path(run.output_dir).resolve():
+        raise ValueError(f"--init_from {teacher.init_from} is the --output_dir too: name another, or it would be lost")
     if validation.validation_data and not validation.validation_steps:
         raise ValueError("--validation_data is measured every --validation_steps: give that too, say 500")
     if validation.validation_samples < 2:

@@ -76,18 +76,20 @@ def check_accelerator(accelerator: Accelerator) -> None:
 
 def start_run(output_dir: Path, options: Options) -> None:
     """Records the options of a run, or checks that a resumed run has the same."""
-    path, resume = output_dir / "options.json", options.run.resume_from_checkpoint is not None
+    path, checkpoint = output_dir / "options.json", options.run.resume_from_checkpoint
     now = {key: value for group in options[:4] for key, value in asdict(group).items()}
-    if resume and path.is_file():
-        before = json.loads(path.read_text())
+    recorded = [] if checkpoint is None else [path]
+    if checkpoint not in (None, "latest"):
+        recorded.append(Path(str(checkpoint)).parent.parent / "options.json")
+    for record in filter(Path.is_file, recorded):
+        before = json.loads(record.read_text())
         changed = [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
         if changed:
             raise ValueError(
-                f"{output_dir} holds a run with other options ({'; '.join(changed)}): name another --output_dir, or "
+                f"{record.parent} holds a run with other options ({'; '.join(changed)}): name another --output_dir, or "
                 "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
             )
-        return
-    if not resume:
+    if checkpoint is None:
         for name in ("checkpoints", "pipeline", "critic", "validation"):
             shutil.rmtree(output_dir / name, ignore_errors=True)
         for name in ("training.json", "report.json", "report.md", "samples.png", "curve.png"):  # of an earlier run
@@ -95,11 +97,17 @@ def start_run(output_dir: Path, options: Options) -> None:
     write_json(path, now)
 
 
+def holds_run(path: Path) -> bool:
+    """Tells whether a folder is of this program, so that a resumed run may write to it."""
+    return (path / "options.json").is_file() or (path / "checkpoints").is_dir()
+
+
 @contextmanager
 def claim_folders(options: Options) -> Iterator[None]:
     """Makes the output folder and the repo, or refuses: now, for later it would cost a training or an earlier run."""
     run, hub = options.run, options.hub
-    path = claim_output_dir(run.output_dir, run.overwrite_output_dir or run.resume_from_checkpoint is not None)
+    resumes = run.resume_from_checkpoint is not None and holds_run(Path(str(run.output_dir)))
+    path = claim_output_dir(run.output_dir, run.overwrite_output_dir or resumes)
     with sole_writer(path):
         if hub.push_to_hub:
             private = hub.hub_private_repo or None

@@ -28,9 +28,9 @@ class DivergenceError(FloatingPointError):
         layers: Layers whose rows were in it.
     """
 
-    def __init__(self, player: str, step: int, layers: Sequence[int]) -> None:
+    def __init__(self, subject: str, step: int, layers: Sequence[int]) -> None:
         super().__init__(
-            f"the loss of the {player} is not finite at step {step} (layers t = {', '.join(map(str, layers))}): "
+            f"{subject} is not finite at step {step} (layers t = {', '.join(map(str, layers))}): "
             "start a new run with a lower learning rate, or with more critic updates"
         )
         self.step, self.layers = step, list(layers)
@@ -137,7 +137,7 @@ def fit(
                 rows = make(shard)
                 mean = (rows.share * rows.loss).mean()
                 if not bool(torch.isfinite(mean)):
-                    raise DivergenceError(player, step, sorted(set(rows.t.tolist())))
+                    raise DivergenceError(f"the loss of the {player}", step, sorted(set(rows.t.tolist())))
                 backward(mean / len(chains))
             made.append(rows)
         norm = clip_grad_norm(module.parameters()) if clip_grad_norm else None

@@ -16,11 +16,13 @@ from recipe import GROUPS, PRESETS, Options
 
 SCRIPT = Path(train_hsivi.__file__)
 PEAK = """
-import resource, sys
+import sys
 sys.path.insert(0, sys.argv.pop(1))
 import train_hsivi
 train_hsivi.main(sys.argv[1:])
-print("peak", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not getrusage, which counts the memory of the process that started this one.
+(peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print("peak", 1024 * int(peak))
 """
 
 
@@ -219,3 +221,9 @@ def test_the_meter_forgets_what_is_gone():
         del view, one
         assert (meter.now, meter.peak) == (0, 2 * 40_000)
         assert torch.arange(5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_precision_is_that_of_the_launcher_unless_the_options_say_one(options, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert plan.precision_of(options()) == "bf16"
+    assert plan.precision_of(options(mixed_precision="no")) == "no"

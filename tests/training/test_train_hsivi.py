@@ -394,7 +394,7 @@ def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypat
     monkeypatch.setattr(players, "fit", poisoned)
     with pytest.raises(SystemExit) as exit:
         distil(tmp_path / "run")
-    assert re.search("weights.* not finite at step 4", exit.value.code)
+    assert re.search("a weight of the .* not finite at step 3", exit.value.code)
     assert exit.value.code.endswith(f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / 'checkpoint-2'}")
     assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
 
@@ -451,3 +451,44 @@ def test_a_missing_output_folder_is_refused(teacher, starts):
 
 def test_help(check_help):
     check_help(train_hsivi.main, "teacher", "layers (the sampler)", "method", "training", "run")
+
+
+# ----- nothing is lost -----
+
+
+def test_resuming_into_a_folder_that_is_no_run_is_refused_and_leaves_it(distil, tmp_path):
+    (tmp_path / "mine" / "pipeline").mkdir(parents=True)
+    (tmp_path / "mine" / "pipeline" / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match="is not empty"):
+        distil(tmp_path / "mine", resume_from_checkpoint="latest")
+    assert contents(tmp_path / "mine") == {recipe.Path("pipeline/notes.txt"): b"precious"}
+
+
+def test_a_checkpoint_of_a_run_with_other_options_is_refused(distil, fast_run, tmp_path, starts):
+    with pytest.raises(ValueError, match=r"holds a run with other options \(learning_rate"):
+        distil(
+            tmp_path / "other",
+            learning_rate=0.1,
+            resume_from_checkpoint=fast_run / "checkpoints" / "checkpoint-5",
+        )
+    assert starts == []
+
+
+def test_a_run_does_not_start_from_the_folder_it_would_empty(distil, fast_run, tmp_path):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    before = contents(folder)
+    with pytest.raises(ValueError, match="is the --output_dir too"):
+        distil(folder, "--overwrite_output_dir=true", init_from=folder)
+    assert contents(folder) == before
+
+
+def test_gradients_that_always_overflow_end_the_run(distil, tmp_path, monkeypatch):
+    """As under fp16, where a step with an overflow is skipped."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda _: True))
+    monkeypatch.setattr(players, "MAX_OVERFLOWS", 4)
+    with pytest.raises(
+        SystemExit, match="the gradient is not finite at step 3.*last good checkpoint is .*checkpoint-2"
+    ):
+        distil(tmp_path / "run")
