@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 
+import make_teacher
 import plan
 import train_hsivi
 from options import parse_options
@@ -116,6 +117,20 @@ def test_the_peak_of_the_digits_run_is_known_within_15_percent(tmp_path, preset)
     arguments = ["--config=training/configs/digits_t5.yaml", f"--preset={preset}", f"--output_dir={tmp_path / 'run'}"]
     real = peak_of_a_run(*arguments, "--max_train_steps=2")
     assert planned_peak(*arguments[:2]) == pytest.approx(real, rel=0.15)
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_32x32_unet_is_known_within_15_percent(tmp_path):
+    teacher = tmp_path / "teacher"
+    make_teacher.main([f"--teacher={SCRIPT.parent / 'teachers' / 'cifar10_32'}", f"--output_dir={teacher}"])
+    arguments = [
+        "--config=training/configs/cifar10_t5_fast.yaml",
+        f"--pretrained_teacher_model={teacher}",
+        "--train_batch_size=4",
+        "--mixed_precision=no",
+    ]
+    real = peak_of_a_run(*arguments, "--max_train_steps=2", f"--output_dir={tmp_path / 'run'}")
+    assert planned_peak(*arguments) == pytest.approx(real, rel=0.15)
 
 
 # ----- calls, time, what is written -----

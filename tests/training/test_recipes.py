@@ -50,11 +50,11 @@ def test_a_recipe_can_be_planned(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_makes_two_updates(path):
-    """One row and one critic update at a time; for longer grids the large pictures have a quarter of their side."""
+    """One row and one critic update at a time, and smaller pictures where it would take minutes; all weights are there."""
     options = read(path, "--train_batch_size=1", "--gradient_accumulation_steps=1", "--critic_updates=1")
     config, schedule = plan.read_configs(str(options.teacher.pretrained_teacher_model), None)
-    if options.layers.num_layers > 5 and config["sample_size"] > 32:
-        config["sample_size"] //= 4
+    side = 64 if options.layers.num_layers == 5 else 32
+    config["sample_size"] = min(config["sample_size"], side)
     torch.manual_seed(0)
     unets = tuple(UNet2DModel.from_config(config) for _ in range(3))
     for unet in unets[1:]:
@@ -68,20 +68,3 @@ def test_a_recipe_makes_two_updates(path):
         assert step.layers.loss.isfinite().all()
         assert step.critic.loss.isfinite().all()
     assert not torch.equal(players.student.unet.conv_in.weight, before)
-
-
-def test_the_peak_of_a_32x32_unet_is_known_within_15_percent(tmp_path):
-    from test_plan import peak_of_a_run, planned_peak
-
-    from make_teacher import main
-
-    teacher = tmp_path / "teacher"
-    main([f"--teacher={TRAINING / 'teachers' / 'cifar10_32'}", f"--output_dir={teacher}"])
-    arguments = [
-        f"--config={TRAINING / 'configs' / 'cifar10_t5_fast.yaml'}",
-        f"--pretrained_teacher_model={teacher}",
-        "--train_batch_size=4",
-        "--mixed_precision=no",
-    ]
-    real = peak_of_a_run(*arguments, "--max_train_steps=2", f"--output_dir={tmp_path / 'run'}")
-    assert planned_peak(*arguments) == pytest.approx(real, rel=0.15)
