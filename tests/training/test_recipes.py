@@ -50,7 +50,7 @@ def test_a_recipe_can_be_planned(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_makes_two_updates(path):
-    """One row and one critic update at a time, and smaller pictures where it would take minutes; all weights are there."""
+    """One row and one critic update at a time, on smaller pictures where it would take minutes; with all weights."""
     options = read(path, "--train_batch_size=1", "--gradient_accumulation_steps=1", "--critic_updates=1")
     config, schedule = plan.read_configs(str(options.teacher.pretrained_teacher_model), None)
     side = 64 if options.layers.num_layers == 5 else 32
