@@ -131,7 +131,7 @@ class TeacherBridge(Bridge):
         self.scheduler = scheduler
         self.level_range = level_range
         self.num_layers = len(scheduler.timesteps)
-        self.shape = _sample_shape(unet)
+        self.shape = sample_shape(unet)
         if int(self.level(torch.tensor(0))) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
 
@@ -269,7 +269,8 @@ def _check_agreement(name: str, unet: UNet2DModel, scheduler: SchedulerMixin) ->
         )
 
 
-def _sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:
+def sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:
+    """Returns (channels, height, width) of the pictures of a UNet."""
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return unet.config.in_channels, height, width

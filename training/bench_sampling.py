@@ -18,6 +18,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
+from hsivi_diffusers.distillation import sample_shape
 from options import option, parse_options
 
 
@@ -45,9 +46,7 @@ def make_contenders(pipeline: HSIVIPipeline, batch_size: int) -> dict[str, Calla
     stock = DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))
     for each in (pipeline, stock):
         each.set_progress_bar_config(disable=True)
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    x = torch.randn(batch_size, unet.config.in_channels, height, width, device=pipeline.device, dtype=unet.dtype)
+    x = torch.randn(batch_size, *sample_shape(unet), device=pipeline.device, dtype=unet.dtype)
 
     def bare() -> None:
         with torch.no_grad():

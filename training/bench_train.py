@@ -24,6 +24,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
@@ -35,7 +36,6 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 from tqdm import tqdm
 
 from classifier import ImageClassifier
@@ -45,8 +45,8 @@ from hsivi_diffusers import load_teacher
 from hsivi_diffusers.vi import Step
 from images import load_images
 from metrics import Distances
-from options import option, parse_options
-from players import Networks, Players, load_networks
+from options import changes, option, parse_options
+from players import Players, load_networks
 from recipe import GROUPS, PRESETS, Options, check_options
 from solvers import make_student, sample
 
@@ -95,19 +95,7 @@ class Stopwatch:
         self.cpu_seconds += time.process_time() - self._start[1]
 
 
-def count_rows(networks: Networks) -> dict[str, int]:
-    """Returns a count of the rows that each network is called with from now on."""
-    rows = {"student": 0, "critic": 0, "teacher": 0}
-
-    def add(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        rows[name] += len(output[0])
-
-    for name in rows:
-        getattr(networks, name).register_forward_hook(partial(add, name))
-    return rows
-
-
-def make_players(preset: str, num_layers: int, seed: int, steps: int, bench: Benchmark) -> tuple[Players, Networks]:
+def make_players(preset: str, num_layers: int, seed: int, steps: int, bench: Benchmark) -> Players:
     """What train_hsivi.py would train with this preset."""
     settings = {
         "preset": preset,
@@ -122,8 +110,7 @@ def make_players(preset: str, num_layers: int, seed: int, steps: int, bench: Ben
     check_options(options)
     set_seed(seed)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    networks = load_networks(options, accelerator)
-    return Players(networks, options, accelerator), networks
+    return Players(load_networks(options, accelerator), options, accelerator)
 
 
 def measure(players: Players, distances: Distances, bench: Benchmark) -> float:
@@ -138,18 +125,19 @@ def compare_costs(num_layers: int, seed: int, distances: Distances, bench: Bench
     A first turn, in which `fast` fills its pool, is not counted.
     """
     made = {preset: make_players(preset, num_layers, seed, MOST_UPDATES, bench) for preset in TURN}
-    steps = {preset: players.updates(0) for preset, (players, _) in made.items()}
+    steps = {preset: players.updates(0) for preset, players in made.items()}
     costs: Record = {}
-    for preset, (players, _) in made.items():
+    for preset, players in made.items():
         costs[preset] = {"untrained_fd": measure(players, distances, bench), "seconds": [], "cpu_seconds": []}
         take(steps[preset], TURN[preset])
-    rows = {preset: count_rows(networks) for preset, (_, networks) in made.items()}
-    for _ in range(bench.turns):
-        for preset, updates in TURN.items():
-            watch = take(steps[preset], updates)
-            costs[preset]["seconds"].append(watch.seconds / updates)
-            costs[preset]["cpu_seconds"].append(watch.cpu_seconds / updates)
-    for preset, (players, _) in made.items():
+    with ExitStack() as stack:
+        rows = {preset: stack.enter_context(players.counting_rows()) for preset, players in made.items()}
+        for _ in range(bench.turns):
+            for preset, updates in TURN.items():
+                watch = take(steps[preset], updates)
+                costs[preset]["seconds"].append(watch.seconds / updates)
+                costs[preset]["cpu_seconds"].append(watch.cpu_seconds / updates)
+    for preset, players in made.items():
         batches = bench.turns * TURN[preset] * bench.train_batch_size
         calls = {name: number / batches for name, number in rows[preset].items()}
         # Every batch is one call of the student, and the layers share theirs with the first critic update.
@@ -168,7 +156,7 @@ def take(steps: Iterator[Step], updates: int) -> Stopwatch:
 
 def run_paper(num_layers: int, seed: int, distances: Distances, bench: Benchmark) -> Record:
     """One run of `paper`, stopped by the clock: its learning rates do not depend on when it ends."""
-    players, _ = make_players("paper", num_layers, seed, MOST_UPDATES, bench)
+    players = make_players("paper", num_layers, seed, MOST_UPDATES, bench)
     return run(players, sorted(bench.paper_seconds), distances, bench)
 
 
@@ -177,7 +165,7 @@ def run_fast(
 ) -> Record:
     """One run of `fast`, of as many updates as should take these seconds; it ends with the last of them."""
     steps = max(1, round(seconds / statistics.median(costs["fast"]["cpu_seconds"])))
-    players, _ = make_players("fast", num_layers, seed, steps, bench)
+    players = make_players("fast", num_layers, seed, steps, bench)
     return run(players, [], distances, bench)
 
 
@@ -396,9 +384,8 @@ def load_runs(output_dir: Path, bench: Benchmark) -> Record:
         return {"benchmark": "bench_train", "settings": settings, "measured": "", "runs": {}}
     state: Record = json.loads(path.read_text())
     before = state.get("settings", {})
-    changed = [f"{key}: {before.get(key)} -> {settings[key]}" for key in settings if before.get(key) != settings[key]]
-    if changed:
-        raise ValueError(f"{path} has other settings ({'; '.join(changed)}): name another --output_dir")
+    if changed := changes(before, settings):
+        raise ValueError(f"{path} has other settings ({changed}): name another --output_dir")
     return state
 
 

@@ -28,11 +28,6 @@ class Checkpoints:
         self.folder = output_dir / "checkpoints"
         self.run, self.accelerator, self.players = run, accelerator, players
 
-    @property
-    def shards(self) -> int:
-        """Chains in all processes."""
-        return self.accelerator.num_processes * len(self.players.chains)
-
     def save(self, step: int, seconds: float) -> None:
         """Saves the state after `step` updates, under its final name only when it is all on the disk.
 
@@ -50,7 +45,7 @@ class Checkpoints:
             save_file(self.players.chains[chain].state_dict(), shard)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_json(partial / "progress.json", _progress(partial, step, seconds, self.shards))
+            write_json(partial / "progress.json", _progress(partial, step, seconds, self.players.shards))
             replace_folder(partial, final)
             written = [path for path in self.finished() if _step(path) <= step]  # a later one may be damaged
             for old in written[: -self.run.checkpoints_total_limit]:
@@ -79,9 +74,10 @@ class Checkpoints:
         if path is None:
             return 0, 0.0
         progress = json.loads((path / "progress.json").read_text())
-        if progress["shards"] != self.shards:
+        shards = self.players.shards
+        if progress["shards"] != shards:
             raise ValueError(
-                f"{path} is of a run with {progress['shards']} batches an update, now there are {self.shards}: choose "
+                f"{path} is of a run with {progress['shards']} batches an update, now there are {shards}: choose "
                 "--gradient_accumulation_steps so that times the number of processes it is as many"
             )
         if self.accelerator.scaler is not None and not (path / "scaler.pt").is_file():

@@ -87,8 +87,7 @@ class Monitor:
 
     def _images_per_second(self, step: int) -> float:
         """Rows of layer updates in all processes a second, since the last question."""
-        rows = self.options.training.train_batch_size * len(self.players.chains) * self.accelerator.num_processes
-        speed = (step - self.clock_step) * rows / (time.perf_counter() - self.clock)
+        speed = (step - self.clock_step) * self.players.rows / (time.perf_counter() - self.clock)
         self._restart_clock(step)
         return speed
 

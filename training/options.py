@@ -103,3 +103,8 @@ def _refuse_unknown_keys(
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean `{close[0]}`?" if close else "`--help` lists the options."
             parser.error(f"{path}: unknown option `{key}`; {hint}")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Says which of the options now are others than before; nothing if none is."""
+    return "; ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key])

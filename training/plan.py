@@ -10,7 +10,7 @@ import gc
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hsivi_diffusers import HSIVIScheduler, LayerNoiseScale
+from hsivi_diffusers.distillation import sample_shape
 from players import HALF, Players, make_networks
 from recipe import Options
 
@@ -182,28 +183,17 @@ def measure(options: Options) -> Cost:
         memory={**static, "activations and gradients": meter.peak - sum(static.values()), "libraries": libraries},
         calls={name: total[name] / rows for name in ("student", "critic", "teacher")},
         flops=total["flops"],
-        written=_written(players, options),
+        written=_written(static, options.run.checkpoints_total_limit),
     )
 
 
 @contextmanager
 def _counting(players: Players) -> Iterator[dict[str, float]]:
     """Counts the rows that each network is called with, and the operations."""
-    count = dict.fromkeys(("student", "critic", "teacher"), 0.0)
-    networks = {"student": players.student.unet, "critic": players.critic_unet, "teacher": players.bridge.network.unet}
-
-    def counter(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            count[name] += len(inputs[0])
-
-        return hook
-
-    handles = [network.register_forward_pre_hook(counter(name)) for name, network in networks.items()]
-    with FlopCounterMode(display=False) as flops:
+    count: dict[str, float] = {}
+    with players.counting_rows() as rows, FlopCounterMode(display=False) as flops:
         yield count
-    count["flops"] = float(flops.get_total_flops())
-    for handle in handles:
-        handle.remove()
+    count.update(rows, flops=float(flops.get_total_flops()))
 
 
 def _static(players: Players) -> dict[str, int]:
@@ -224,14 +214,13 @@ def _static(players: Players) -> dict[str, int]:
     }
 
 
-def _written(players: Players, options: Options) -> dict[str, int]:
+def _written(static: dict[str, int], limit: int) -> dict[str, int]:
     """Bytes of what a run leaves behind."""
-    static = _static(players)
     checkpoint = sum(size for name, size in static.items() if name != "teacher")
     return {
         "pipeline": static["student"],
         "critic": static["critic"],
-        f"{options.run.checkpoints_total_limit} checkpoints": options.run.checkpoints_total_limit * checkpoint,
+        f"{limit} checkpoints": limit * checkpoint,
     }
 
 
@@ -261,9 +250,8 @@ def seconds_per_flop(options: Options) -> tuple[float, str]:
     unet = make_unet(config).to(device).eval()
 
     def call(rows: int) -> float:
-        size, classes = unet.config.sample_size, unet.config.num_class_embeds
-        height, width = (size, size) if isinstance(size, int) else size
-        x = torch.randn(rows, unet.config.in_channels, height, width, device=device)
+        classes = unet.config.num_class_embeds
+        x = torch.randn(rows, *sample_shape(unet), device=device)
         labels = torch.zeros(rows, dtype=torch.long, device=device) if classes else None
         begin = time.perf_counter()
         with torch.no_grad(), torch.autocast(device.type, half, enabled=half != torch.float32):

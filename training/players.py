@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from hsivi_diffusers import (
     UNetLayers,
     load_teacher,
 )
+from hsivi_diffusers.distillation import sample_shape
 from hsivi_diffusers.vi import (
     Chain,
     CriticObjective,
@@ -83,11 +86,10 @@ def make_networks(
 ) -> Networks:
     """Teacher, student and critic with the grid of the student; the noise scale is 1."""
     scheduler = make_scheduler(schedule, options.layers)
-    kind, config = options.layers.noise_scale_type, unets[0].config
+    kind = options.layers.noise_scale_type
     noise_scale: NoiseScale | None = None
     if kind == "per_pixel":
-        size = config.sample_size
-        noise_scale = HSIVINoiseScale((config.in_channels, *((size, size) if isinstance(size, int) else size)))
+        noise_scale = HSIVINoiseScale(sample_shape(unets[0]))
     elif kind != "config":
         noise_scale = LayerNoiseScale(1.0 if kind == "scalar" else [1.0] * options.layers.num_layers)
     return Networks(*unets, scheduler, noise_scale)
@@ -231,6 +233,30 @@ class Players:
             self.options.training.train_batch_size,
             sample_condition if classes else None,
         )
+
+    @property
+    def shards(self) -> int:
+        """Chains in all processes."""
+        return self.accelerator.num_processes * len(self.chains)
+
+    @property
+    def rows(self) -> int:
+        """Rows of an update, in all shards."""
+        return self.shards * self.options.training.train_batch_size
+
+    @contextmanager
+    def counting_rows(self) -> Iterator[dict[str, int]]:
+        """Counts the rows that student, critic and teacher are called with, in this process."""
+        networks = {"student": self.student.unet, "critic": self.critic_unet, "teacher": self.bridge.network.unet}
+        rows = dict.fromkeys(networks, 0)
+
+        def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows[name] += len(inputs[0])
+
+        handles = [each.register_forward_pre_hook(partial(add, name)) for name, each in networks.items()]
+        yield rows
+        for handle in handles:
+            handle.remove()
 
     def updates(self, start_step: int) -> Iterator[Step]:
         """Trains from a step on; learning rates and the average of the weights have moved when a step is yielded.

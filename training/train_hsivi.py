@@ -30,7 +30,7 @@ from hsivi_diffusers import HSIVIPipeline, push
 from hsivi_diffusers.hub import claim
 from hsivi_diffusers.vi import DivergenceError
 from monitor import Monitor
-from options import parse_options
+from options import changes, parse_options
 from plan import print_plan
 from players import Players, load_networks
 from recipe import GROUPS, PRESETS, Hub, Options, check_options, complete
@@ -83,10 +83,9 @@ def start_run(output_dir: Path, options: Options) -> None:
         recorded.append(Path(str(checkpoint)).parent.parent / "options.json")
     for record in filter(Path.is_file, recorded):
         before = json.loads(record.read_text())
-        changed = [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
-        if changed:
+        if changed := changes(before, now):
             raise ValueError(
-                f"{record.parent} holds a run with other options ({'; '.join(changed)}): name another --output_dir, or "
+                f"{record.parent} holds a run with other options ({changed}): name another --output_dir, or "
                 "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
             )
     if checkpoint is None:
@@ -169,12 +168,11 @@ def summarise(options: Options, seconds: float, accelerator: Accelerator) -> dic
     }
 
 
-def closing_line(options: Options, seconds: float, accelerator: Accelerator) -> str:
-    training, output_dir = options.training, Path(str(options.run.output_dir))
-    rows = training.train_batch_size * options.hardware.gradient_accumulation_steps * accelerator.num_processes
-    speed = training.max_train_steps * rows / max(seconds, 1e-9)
+def closing_line(players: Players, seconds: float, output_dir: Path) -> str:
+    steps, rows = players.options.training.max_train_steps, players.rows
+    speed = steps * rows / max(seconds, 1e-9)
     return (
-        f"{training.max_train_steps} updates of {rows} rows in {seconds:.0f} s, {speed:.0f} pictures a second\n"
+        f"{steps} updates of {rows} rows in {seconds:.0f} s, {speed:.0f} pictures a second\n"
         f"the pipeline is in {output_dir / 'pipeline'}: measure it with evaluate.py, draw with sample.py"
     )
 
@@ -230,7 +228,7 @@ def run(players: Players, monitor: Monitor, options: Options) -> None:
         write_json(output_dir / "training.json", summarise(options, seconds, accelerator))
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    accelerator.print(closing_line(options, seconds, accelerator))
+    accelerator.print(closing_line(players, seconds, output_dir))
 
 
 if __name__ == "__main__":

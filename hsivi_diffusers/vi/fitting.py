@@ -130,8 +130,8 @@ def fit(
     if not chains:
         raise ValueError("chain=[]: give a chain, or one for each shard")
 
-    def update(player: str, optimizer: Optimizer, make: Callable[[int], _Rows], step: int) -> Update:
-        module, made = (layers if player == "layers" else critic), []
+    def update(player: str, module: nn.Module, optimizer: Optimizer, make: Callable[[int], _Rows], step: int) -> Update:
+        made = []
         for shard in range(len(chains)):
             with nullcontext() if shard == len(chains) - 1 else no_sync(module):
                 rows = make(shard)
@@ -149,9 +149,9 @@ def fit(
     for step, stage in _steps(curriculum, start_step):
         game.begin(stage.beta, [step_generator(seed, rank * len(chains) + i, step) for i in range(len(chains))])
         with game.critic_in_layer_loss():
-            layer_update = update("layers", layer_optimizer, game.layer_rows, step)
+            layer_update = update("layers", layers, layer_optimizer, game.layer_rows, step)
         for _ in range(critic_updates):
-            critic_update = update("critic", critic_optimizer, game.critic_rows, step)
+            critic_update = update("critic", critic, critic_optimizer, game.critic_rows, step)
         yield Step(step=step, layers=layer_update, critic=critic_update)
 
 

@@ -13,6 +13,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"  # bit-identical runs are promised on 
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
 
 import train_hsivi
@@ -156,6 +157,14 @@ def same_tensors():
         return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
     return compare
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate keeps the precision of a process; a plan is one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def test_measuring_does_not_count_as_training(teacher, monkeypatch):
 
     monkeypatch.setattr(script, "measure", measure)
     bench = script.Benchmark(pretrained_teacher_model=str(teacher), train_batch_size=4)
-    players, _ = script.make_players("fast", 2, 0, 10**6, bench)
+    players = script.make_players("fast", 2, 0, 10**6, bench)
     points = script.run(players, [0.1, 0.2, 0.3], None, bench)["points"]
     assert len(points) == 3
     assert 0.3 <= points[-1]["cpu_seconds"] < 0.8
@@ -169,7 +169,7 @@ def test_measuring_does_not_count_as_training(teacher, monkeypatch):
 def test_a_run_without_marks_ends_with_its_learning_rate_at_zero(teacher, monkeypatch):
     monkeypatch.setattr(script, "measure", lambda *_: 1.0)
     bench = script.Benchmark(pretrained_teacher_model=str(teacher), train_batch_size=4)
-    players, _ = script.make_players("fast", 2, 0, 60, bench)
+    players = script.make_players("fast", 2, 0, 60, bench)
     (point,) = script.run(players, [], None, bench)["points"]
     assert point["updates"] == 60
     assert players.layer_optimizer.param_groups[0]["lr"] == 0
@@ -192,7 +192,7 @@ def test_the_students_calls_are_those_of_the_chains_and_of_the_batches(teacher, 
     """The rows said to be simulated are those that the chains asked for."""
     monkeypatch.setattr(script, "measure", lambda *_: 1.0)
     bench = script.Benchmark(pretrained_teacher_model=str(teacher), train_batch_size=8)
-    players, networks = script.make_players("paper", 3, 0, 10, bench)
+    players = script.make_players("paper", 3, 0, 10, bench)
     (chain,) = players.chains
     drawn, draw = [], chain.draw
 
@@ -202,8 +202,8 @@ def test_the_students_calls_are_those_of_the_chains_and_of_the_batches(teacher, 
         return batch
 
     chain.draw = watched
-    rows = script.count_rows(networks)
-    script.take(players.updates(0), 2)
+    with players.counting_rows() as rows:
+        script.take(players.updates(0), 2)
     assert len(drawn) == 2 * 20
     assert rows["student"] == sum(drawn) + 8 * 2 * 20
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 
 import make_teacher
@@ -27,12 +26,7 @@ print("peak", 1024 * int(peak))
 """
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """accelerate keeps the precision of a process; a plan is one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,11 @@
 """Every recipe on a teacher of the published shape, with random weights: what it would cost, and two updates."""
 
-import gc
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 
 import plan
@@ -18,15 +16,7 @@ from recipe import GROUPS, PRESETS, Options
 TRAINING = Path(plan.__file__).parent
 RECIPES = sorted(path for preset in PRESETS for path in (TRAINING / "configs").glob(f"*_{preset}.yaml"))
 TEACHERS = {"cifar10": "cifar10_32", "celeba64": "celeba_64", "imagenet64": "imagenet_64", "church256": "church_256"}
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    gc.collect()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerator")]
 
 
 def read(path, *arguments):
