@@ -1,0 +1,12 @@
+"""Targets: the user's own, densities on the plane with exact answers, Bayesian posteriors."""
+
+from .target import DiffusibleTarget, LogProbTarget, SampledTarget, ScoreTarget, Target, as_target
+
+__all__ = [
+    "DiffusibleTarget",
+    "LogProbTarget",
+    "SampledTarget",
+    "ScoreTarget",
+    "Target",
+    "as_target",
+]

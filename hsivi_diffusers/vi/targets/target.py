@@ -1,0 +1,177 @@
+"""What is to be inferred: a density p(x) on R^d, known up to a constant, or by its score alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+LogProb = Callable[[Tensor], Tensor]
+
+
+class Target(ABC):
+    """A density on R^d.
+
+    A subclass gives `log_prob`, or `score`, or both; where only the former is given, the score is its gradient.
+
+    Attributes:
+        dimension: d.
+    """
+
+    dimension: int
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns log p(x) + constant, shape (B,), for x of shape (B, d).
+
+        Raises:
+            NotImplementedError: Only the score is known.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a score and no log-density")
+
+    def score(self, x: Tensor) -> Tensor:
+        """Returns grad_x log p(x), shape (B, d); on the graph of x where x has one."""
+        return gradient(self.log_prob, x)
+
+
+class SampledTarget(Target):
+    """A density that exact draws can be had from: the base of a bridge, or a test case."""
+
+    @abstractmethod
+    def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Returns draws, shape (size, d)."""
+
+
+class DiffusibleTarget(SampledTarget):
+    """A density whose diffused form is known: the law of alpha x + sigma z, x ~ p and z ~ N(0, I).
+
+    The density itself is the case alpha = 1, sigma = 0.
+    """
+
+    @abstractmethod
+    def diffused_log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Returns the log-density of the diffused law, shape (B,).
+
+        Args:
+            x: Shape (B, d).
+            alpha: > 0, shape (B,).
+            sigma: >= 0, shape (B,).
+        """
+
+    def diffused_score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Returns the score of the diffused law, shape (B, d)."""
+        return gradient(lambda x: self.diffused_log_prob(x, alpha, sigma), x)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns log p(x), shape (B,)."""
+        return self.diffused_log_prob(x, *_undiffused(x))
+
+    def score(self, x: Tensor) -> Tensor:
+        """Returns grad_x log p(x), shape (B, d)."""
+        return self.diffused_score(x, *_undiffused(x))
+
+
+class LogProbTarget(Target):
+    """A function as a target.
+
+    Args:
+        log_prob: x of shape (B, d) -> log p(x) + constant, shape (B,), differentiable by torch.
+        dimension: d.
+    """
+
+    def __init__(self, log_prob: LogProb, dimension: int) -> None:
+        self._log_prob = log_prob
+        self.dimension = dimension
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns what the function says.
+
+        Raises:
+            ValueError: Its answer has another shape than (B,).
+        """
+        value = self._log_prob(x)
+        if value.shape != x.shape[:1]:
+            raise ValueError(
+                f"log_prob returned the shape {tuple(value.shape)} for x of shape {tuple(x.shape)}: return one number "
+                f"a row, shape {tuple(x.shape[:1])}"
+            )
+        return value
+
+
+class ScoreTarget(Target):
+    """A score alone as a target; fitted by every objective but `LowerBound(surrogate=False)`.
+
+    Args:
+        score: x of shape (B, d) -> grad log p(x), shape (B, d).
+        dimension: d.
+    """
+
+    def __init__(self, score: Callable[[Tensor], Tensor], dimension: int) -> None:
+        self._score = score
+        self.dimension = dimension
+
+    def score(self, x: Tensor) -> Tensor:
+        """Returns what the function says.
+
+        Raises:
+            ValueError: Its answer has another shape than x.
+        """
+        value = self._score(x)
+        if value.shape != x.shape:
+            raise ValueError(f"score returned the shape {tuple(value.shape)} for x of shape {tuple(x.shape)}")
+        return value
+
+
+def as_target(source: Target | Distribution | LogProb, dimension: int | None = None) -> Target:
+    """Makes a target of whatever has a log-density.
+
+    Args:
+        source: A target, which is returned as it is; a distribution of torch over vectors of all real numbers; or a
+            function x of shape (B, d) -> log p(x), shape (B,).
+        dimension: d; needed for a function.
+
+    Raises:
+        ValueError: The dimension is missing or wrong, the distribution is not one over R^d.
+    """
+    if isinstance(source, Target):
+        return source
+    if isinstance(source, Distribution):
+        return LogProbTarget(source.log_prob, _dimension_of(source))
+    if not callable(source):
+        raise ValueError(f"a target of type {type(source).__name__}: give a Target, a torch distribution or a function")
+    if dimension is None:
+        raise ValueError("dimension is missing: a function does not tell how many coordinates its x has")
+    return LogProbTarget(source, dimension)
+
+
+def gradient(log_prob: LogProb, x: Tensor) -> Tensor:
+    """Returns grad_x of log_prob at each row, shape (B, d), on the graph of x if gradients are wanted of x."""
+    keep = torch.is_grad_enabled() and x.requires_grad
+    with torch.enable_grad():
+        point = x if keep else x.detach().requires_grad_(True)
+        value = log_prob(point).sum()
+        return torch.autograd.grad(value, point, create_graph=keep)[0]
+
+
+def _undiffused(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_ones(len(x)), x.new_zeros(len(x))
+
+
+def _dimension_of(distribution: Distribution) -> int:
+    shape = distribution.event_shape
+    if len(shape) != 1 or distribution.batch_shape:
+        raise ValueError(
+            f"{distribution} has event shape {tuple(shape)} and batch shape {tuple(distribution.batch_shape)}: a target "
+            "is one law of vectors; wrap it in torch.distributions.Independent"
+        )
+    support = distribution.support
+    if not _is_whole_space(support):
+        raise ValueError(f"{distribution} lives on {support}: a target has all of R^d; transform it first")
+    return int(shape[0])
+
+
+def _is_whole_space(support: object) -> bool:
+    base = getattr(support, "base_constraint", support)
+    return base is torch.distributions.constraints.real or base is torch.distributions.constraints.real_vector
