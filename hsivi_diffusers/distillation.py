@@ -189,11 +189,9 @@ class TeacherBridge(Bridge):
         """
         alpha_t, sigma_t = self.scheduler.alpha_sigma(self.level(t), q.mean)
         alpha, sigma = self.scheduler.alpha_sigma(level, q.mean)
-        ratio = alpha / alpha_t
         if self.scheduler.config.kernel == "renoise":
-            return DiagonalGaussian(mean=ratio * q.mean, std=sigma)
-        variance = (ratio * q.std).square() + sigma.square() - (ratio * sigma_t).square()
-        return DiagonalGaussian(mean=ratio * q.mean, std=variance.sqrt())
+            return DiagonalGaussian(mean=alpha / alpha_t * q.mean, std=sigma)
+        return q.diffuse(alpha_t, sigma_t, alpha, sigma)
 
     def weight(self, sigma_power: float = 0, alpha_power: float = 0) -> Weight:
         """Returns the weight sigma^a alpha^b of a level, in score units; multiply by sigma^-2 for noise units."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .distributions import DiagonalGaussian
+from .targets.target import DiffusibleTarget, IsotropicNormal, SampledTarget, Target
+
+ScoreNetwork = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Bridge(ABC):
@@ -31,6 +36,16 @@ class Bridge(ABC):
             level: Shape (B,).
             condition: Opaque to the core; passed on by layers, bridge and critic alike.
         """
+
+    def log_prob(self, x: Tensor, level: Tensor) -> Tensor:
+        """Returns log p_level(x) + constant, shape (B,), which `LowerBound` asks for.
+
+        Raises:
+            NotImplementedError: Only the score is known.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no log-density: use LowerBound(surrogate=True) or a critic"
+        )
 
     @abstractmethod
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
@@ -60,3 +75,163 @@ class Bridge(ABC):
             NotImplementedError: This bridge has only the T levels of its layers.
         """
         raise NotImplementedError(f'{type(self).__name__} cannot re-noise a layer: use scoring="own"')
+
+
+class GeometricBridge(Bridge):
+    r"""Example 1: p_t(x) proportional to p_base(x)^(1 - lambda_t) p_target(x)^lambda_t, lambda_0 = 1.
+
+    The level of p_t is 1 - lambda_t: 0 is the target, 1 the base.
+
+    Args:
+        target: p_target.
+        num_layers: T.
+        base: p_base, of which x_T is drawn; N(0, I) by default.
+        schedule: lambda_0 = 1 >= lambda_1 >= ... >= lambda_{T-1} >= 0; by default lambda_t = 1 - t/T.
+
+    Raises:
+        ValueError: T < 1, the schedule does not fit, or target and base differ in dimension.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        num_layers: int,
+        base: SampledTarget | None = None,
+        schedule: Sequence[float] | None = None,
+    ) -> None:
+        self.target = target
+        self.num_layers = _at_least_one(num_layers)
+        self.base = base or IsotropicNormal(target.dimension)
+        if self.base.dimension != target.dimension:
+            raise ValueError(f"the base has {self.base.dimension} dimensions, the target {target.dimension}")
+        steps = torch.arange(num_layers, dtype=torch.float64)
+        lambdas = 1 - steps / num_layers if schedule is None else torch.as_tensor(schedule, dtype=torch.float64)
+        in_range = lambdas.shape == (num_layers,) and bool(((lambdas >= 0) & (lambdas <= 1)).all())
+        if not in_range or lambdas[0] != 1 or bool((lambdas.diff() > 0).any()):
+            raise ValueError(f"schedule={schedule!r}: give {num_layers} values of lambda that fall from 1, all >= 0")
+        self.levels = 1 - lambdas
+
+    def level(self, t: Tensor) -> Tensor:
+        """Returns 1 - lambda_t, shape (B,)."""
+        return self.levels.to(t.device)[t].float()
+
+    def log_prob(self, x: Tensor, level: Tensor) -> Tensor:
+        """Returns (1 - lambda) log p_base(x) + lambda log p_target(x), shape (B,)."""
+        level = level.to(x)
+        return _mix(level, self.base.log_prob, self.target.log_prob, x)
+
+    def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Returns (1 - lambda) S_base(x) + lambda S_target(x), shape (B, d)."""
+        return _mix(level.to(x)[:, None], self.base.score, self.target.score, x)
+
+    def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws x_T from the base."""
+        return self.base.sample(batch_size, generator)
+
+
+class DiffusionBridge(Bridge):
+    r"""Example 2: p_t is the law of alpha_t x + sigma_t z, x from the target, z ~ N(0, I), alpha_t^2 + sigma_t^2 = 1.
+
+    The level of p_t is its noise, sigma_t: 0 is the target, 1 the base N(0, I).
+
+    Args:
+        target: Its diffused form is known, as of a Gaussian mixture; or None, with `score_network`.
+        num_layers: T.
+        schedule: 0 <= sigma_0 <= sigma_1 <= ... <= sigma_{T-1} < 1; by default sigma_t = sin(pi t / 2T), so sigma_0 = 0.
+        score_network: Estimate of the score at a level, (x, level, condition) -> shape of x, in the place of the exact one.
+            It is frozen if it is a module.
+        dimension: d; needed with `score_network` alone.
+        device: Where the base is drawn.
+
+    Raises:
+        ValueError: T < 1, the schedule does not fit, the target cannot be diffused and there is no network.
+    """
+
+    def __init__(
+        self,
+        target: Target | None,
+        num_layers: int,
+        schedule: Sequence[float] | None = None,
+        score_network: ScoreNetwork | None = None,
+        dimension: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if score_network is None and not isinstance(target, DiffusibleTarget):
+            raise ValueError(
+                f"the diffused law of a {type(target).__name__} is not known: give a DiffusibleTarget such as a Gaussian "
+                "mixture, or a score_network fitted to draws of the target; or take a GeometricBridge"
+            )
+        dimension = dimension or (target.dimension if target else None)
+        if dimension is None:
+            raise ValueError("dimension is missing: a score network does not tell how many coordinates its x has")
+        self.target = target
+        self.num_layers = _at_least_one(num_layers)
+        self.network = score_network
+        if isinstance(score_network, nn.Module):
+            score_network.requires_grad_(False)
+        self.base = IsotropicNormal(dimension, device=device)
+        steps = torch.arange(num_layers, dtype=torch.float64)
+        sines = (0.5 * math.pi * steps / num_layers).sin()
+        self.levels = sines if schedule is None else torch.as_tensor(schedule, dtype=torch.float64)
+        in_range = self.levels.shape == (num_layers,) and bool(((self.levels >= 0) & (self.levels < 1)).all())
+        if not in_range or bool((self.levels.diff() < 0).any()):
+            raise ValueError(f"schedule={schedule!r}: give {num_layers} values of sigma that rise, from >= 0 to < 1")
+
+    def level(self, t: Tensor) -> Tensor:
+        """Returns sigma_t, shape (B,)."""
+        return self.levels.to(t.device)[t].float()
+
+    def log_prob(self, x: Tensor, level: Tensor) -> Tensor:
+        """Returns the log-density of the diffused target, shape (B,).
+
+        Raises:
+            NotImplementedError: Only a network is known.
+        """
+        if self.network is not None or not isinstance(self.target, DiffusibleTarget):
+            raise NotImplementedError("a score network has no log-density: use LowerBound(surrogate=True) or a critic")
+        return self.target.diffused_log_prob(x, *self._alpha_sigma(level, x))
+
+    def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Returns the score of the diffused target, shape (B, d)."""
+        if self.network is not None:
+            return self.network(x, level, condition)
+        assert isinstance(self.target, DiffusibleTarget)
+        return self.target.diffused_score(x, *self._alpha_sigma(level, x))
+
+    def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws x_T ~ N(0, I)."""
+        return self.base.sample(batch_size, generator)
+
+    def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draws levels between the layer's output and its input, sigma_t <= sigma < sigma_{t+1}, uniformly in sigma.
+
+        The first layer, t = T-1, is scored up to .99. So no two layers share a level, and the critic, which is told the
+        level alone, learns the marginal of each.
+        """
+        ends = torch.cat([self.levels[1:], self.levels.new_tensor([max(0.99, float(self.levels[-1]))])])
+        low, high = self.levels.to(t.device)[t], ends.to(t.device)[t]
+        uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(t.device)
+        return (low + uniform * (high - low)).float()
+
+    def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
+        """Returns the law of x_t given x_{t+1}, diffused up to the level."""
+        here = [value[:, None] for value in self._alpha_sigma(self.level(t), q.mean)]
+        there = [value[:, None] for value in self._alpha_sigma(level, q.mean)]
+        return q.diffuse(*here, *there)
+
+    def _alpha_sigma(self, level: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = level.to(x)
+        return (1 - sigma.square()).sqrt(), sigma
+
+
+def _at_least_one(num_layers: int) -> int:
+    if num_layers < 1:
+        raise ValueError(f"num_layers={num_layers}: a hierarchy has at least 1 layer")
+    return num_layers
+
+
+def _mix(level: Tensor, base: Callable[[Tensor], Tensor], target: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """(1 - lambda) base + lambda target, with no call of the base where it has no weight."""
+    if not bool(level.any()):
+        return target(x)
+    return level * base(x) + (1 - level) * target(x)

@@ -39,6 +39,29 @@ class ChainBatch:
 
 
 @torch.no_grad()
+def draw_marginals(
+    layers: ConditionalLayers, x: Tensor, generator: torch.Generator | None = None, condition: Tensor | None = None
+) -> list[Tensor]:
+    """Runs chains from the base to the end.
+
+    Args:
+        layers: The sampler, with T layers.
+        x: Base draws x_T, shape (B, ...).
+        generator: Source of the noise.
+        condition: Condition of each chain.
+
+    Returns:
+        [x_0, x_1, ..., x_T], each of shape (B, ...): x_t is a draw from the marginal q_t.
+    """
+    marginals = [x]
+    for t in reversed(range(layers.num_layers)):
+        q = layers(x, torch.full((len(x),), t, device=x.device), condition)
+        x = q.rsample(randn_like(x, generator)).to(x.dtype)
+        marginals.insert(0, x)
+    return marginals
+
+
+@torch.no_grad()
 def simulate(layers: ConditionalLayers, x: Tensor, t: Tensor, noise: Tensor, condition: Tensor | None = None) -> Tensor:
     """Runs chains from the base down to the inputs of the given layers.
 
@@ -79,8 +102,17 @@ class Chain(ABC):
         self.sample_condition = sample_condition
 
     @abstractmethod
-    def draw(self, layers: ConditionalLayers, generator: torch.Generator | None = None) -> ChainBatch:
-        """Draws inputs, with t uniform over the layers."""
+    def draw(
+        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
+    ) -> ChainBatch:
+        """Draws inputs of the layers.
+
+        Args:
+            layers: The sampler as it is now.
+            generator: Source of t, the base draws and the noise.
+            beta: Share of each layer in the loss, shape (T,): tells a chain for layer-by-layer training its layer. The
+                others draw t uniformly over all layers.
+        """
 
     def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
         """Takes back the layers' answer q_t(. | x_next) for a drawn batch; only a pool has use for it."""
@@ -109,8 +141,11 @@ class Chain(ABC):
 class SimulatedChain(Chain):
     """Fresh chains for every batch: the paper's way. Costs up to T-1 network calls a batch."""
 
-    def draw(self, layers: ConditionalLayers, generator: torch.Generator | None = None) -> ChainBatch:
+    def draw(
+        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
+    ) -> ChainBatch:
         """Draws t uniformly for each row, and simulates its chain."""
+        del beta
         t = torch.randint(self.num_layers, (self.batch_size,), generator=generator)
         x_next, condition = self._simulate(layers, t, generator)
         return ChainBatch(x_next=x_next, t=t.to(x_next.device), condition=condition)
@@ -121,19 +156,41 @@ class PoolChain(Chain):
 
     A chain that has left the last layer starts again from the base. A state is as old as the B T / B = T steps since
     it was made, on average, so it is nearly, not exactly, a draw from today's sampler.
+
+    Args:
+        sample_base: See `Chain`.
+        num_layers: T.
+        batch_size: B.
+        sample_condition: See `Chain`.
+        cohorts: A batch is B chains that go down together, all of them at the same layer: what the lower bound needs,
+            whose K extra draws are the other rows of the batch at that layer.
     """
 
     x_next: Tensor | None = None
     t: Tensor
     condition: Tensor | None = None
 
-    def draw(self, layers: ConditionalLayers, generator: torch.Generator | None = None) -> ChainBatch:
+    def __init__(
+        self,
+        sample_base: SampleBase,
+        num_layers: int,
+        batch_size: int,
+        sample_condition: SampleBase | None = None,
+        cohorts: bool = False,
+    ) -> None:
+        super().__init__(sample_base, num_layers, batch_size, sample_condition)
+        self.cohorts = cohorts
+
+    def draw(
+        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
+    ) -> ChainBatch:
         """Draws B chains of the pool without replacement; the first call fills the pool."""
+        del beta
         if self.x_next is None:
             self.t = torch.arange(self.batch_size * self.num_layers) % self.num_layers
             self.x_next, self.condition = self._simulate(layers, self.t, generator)
             self.t = self.t.to(self.x_next.device)
-        index = torch.randperm(len(self.t), generator=generator)[: self.batch_size].to(self.t.device)
+        index = self._rows(generator).to(self.t.device)
         condition = None if self.condition is None else self.condition[index]
         return ChainBatch(x_next=self.x_next[index], t=self.t[index], condition=condition, index=index)
 
@@ -151,6 +208,13 @@ class PoolChain(Chain):
         if self.condition is not None and condition is not None:
             self.condition[batch.index[done]] = condition[done]
 
+    def _rows(self, generator: torch.Generator | None) -> Tensor:
+        size = self.batch_size * self.num_layers
+        if self.cohorts:  # every T-th chain started at the same layer
+            first = int(torch.randint(self.num_layers, (), generator=generator))
+            return torch.arange(first, size, self.num_layers)
+        return torch.randperm(size, generator=generator)[: self.batch_size]
+
     def state_dict(self) -> dict[str, Tensor]:
         """The states, depths and conditions of all chains; empty before the first draw."""
         if self.x_next is None:
@@ -164,6 +228,88 @@ class PoolChain(Chain):
             return
         device = self.sample_base(1, None).device
         self.x_next, self.t = state["x_next"].to(device), state["t"].to(device)
+        self.condition = state["condition"].to(device) if "condition" in state else None
+
+
+class FrozenPoolChain(Chain):
+    """For layer-by-layer training: many draws of x_{t+1} from layers that have learnt and move no more.
+
+    When the curriculum goes on to the next layer, the whole pool is moved down by the layer that has just been trained.
+
+    Args:
+        sample_base: See `Chain`.
+        num_layers: T.
+        batch_size: B.
+        sample_condition: See `Chain`.
+        num_states: Draws of x_{t+1} that are kept; batches are drawn from them with replacement. For t = T-1 the base
+            is drawn afresh every time.
+    """
+
+    def __init__(
+        self,
+        sample_base: SampleBase,
+        num_layers: int,
+        batch_size: int,
+        sample_condition: SampleBase | None = None,
+        num_states: int = 60_000,
+    ) -> None:
+        super().__init__(sample_base, num_layers, batch_size, sample_condition)
+        self.num_states = num_states
+        self.x_next: Tensor | None = None
+        self.condition: Tensor | None = None
+        self.t = num_layers - 1
+
+    def draw(
+        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
+    ) -> ChainBatch:
+        """Draws rows of the pool of the one layer that learns.
+
+        Raises:
+            ValueError: Not one layer learns, or one above a layer that was trained before.
+        """
+        t = self._learning(beta)
+        if t == self.num_layers - 1:
+            x_next, condition = self._base(self.batch_size, generator)
+        else:
+            self._move_down(layers, t, generator)
+            if self.x_next is None:
+                raise AssertionError("the pool is filled on the way down")
+            index = torch.randint(self.num_states, (self.batch_size,), generator=generator).to(self.x_next.device)
+            x_next, condition = self.x_next[index], None if self.condition is None else self.condition[index]
+        return ChainBatch(x_next, torch.full((len(x_next),), t, device=x_next.device), condition)
+
+    def _learning(self, beta: Tensor | None) -> int:
+        learning = [] if beta is None else beta.nonzero().flatten().tolist()
+        if len(learning) != 1 or learning[0] > self.t:
+            raise ValueError(
+                f"layers {learning} are to learn, the pool is at layer {self.t}: a FrozenPoolChain trains one layer after "
+                "the other, from the base down; use it with `sequential`, or take a SimulatedChain"
+            )
+        return int(learning[0])
+
+    @torch.no_grad()
+    def _move_down(self, layers: ConditionalLayers, t: int, generator: torch.Generator | None) -> None:
+        if self.x_next is None:
+            self.x_next, self.condition = self._base(self.num_states, generator)
+        for above in range(self.t, t, -1):
+            noise = randn_like(self.x_next, generator)
+            q = layers(self.x_next, torch.full((self.num_states,), above, device=noise.device), self.condition)
+            self.x_next = q.rsample(noise).to(noise.dtype)
+        self.t = t
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The pool and its layer; empty while the first layer learns."""
+        if self.x_next is None:
+            return {}
+        state = {"x_next": self.x_next, "t": torch.tensor(self.t)}
+        return state if self.condition is None else {**state, "condition": self.condition}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores the pool, on the device that the base is drawn on."""
+        if not state:
+            return
+        device = self.sample_base(1, None).device
+        self.x_next, self.t = state["x_next"].to(device), int(state["t"])
         self.condition = state["condition"].to(device) if "condition" in state else None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,8 @@ class Stage:
     """A stretch of training.
 
     Attributes:
-        beta: Share beta(t) of each layer in the loss, shape (T,), mean 1.
+        beta: Share beta(t) of each layer in the loss, shape (T,). The loss of a batch is the mean of beta(t) L_t over its
+            rows; a chain that draws all layers alike wants shares of mean 1, one that draws a single layer a share of 1.
         num_steps: Layer updates in this stage.
     """
 
@@ -42,3 +45,71 @@ def joint(num_layers: int, num_steps: int, beta: Sequence[float] | None = None) 
     if shares.shape != (num_layers,) or bool((shares < 0).any()) or not float(shares.sum()) > 0:
         raise ValueError(f"beta={beta!r}: give {num_layers} shares, none negative and not all zero")
     return [Stage(beta=shares / shares.mean(), num_steps=num_steps)]
+
+
+def sequential(num_layers: int, num_steps: int) -> list[Stage]:
+    """One layer after the other, from the base down: t = T-1 learns, is frozen, and t = T-2 is next (sec. 3.3).
+
+    The layers need parameters of their own, such as those of `IndependentLayers`; inputs come from a `FrozenPoolChain`.
+
+    Args:
+        num_layers: T.
+        num_steps: Layer updates for each layer.
+
+    Returns:
+        T stages.
+
+    Raises:
+        ValueError: T < 1.
+    """
+    if num_layers < 1:
+        raise ValueError(f"num_layers={num_layers}: a hierarchy has at least 1 layer")
+    return [Stage(beta=one_layer, num_steps=num_steps) for one_layer in torch.eye(num_layers).flip(0)]
+
+
+class Plateau:
+    """Tells when a value has stopped falling: `stop_stage` of `fit`.
+
+    The mean of `value` over a window of updates is compared with the lowest such mean so far. When `patience` windows in
+    a row are not lower by `tolerance` of the value's standard error, the stage ends.
+
+    Args:
+        window: Updates in a mean.
+        patience: Windows without progress, >= 1.
+        tolerance: Progress that counts, in standard errors of the mean of a window.
+
+    Raises:
+        ValueError: A window of fewer than 2 updates, or no patience.
+    """
+
+    def __init__(self, window: int = 200, patience: int = 3, tolerance: float = 1.0) -> None:
+        if window < 2 or patience < 1:
+            raise ValueError(
+                f"window={window}, patience={patience}: give a window of 2 or more, and patience of 1 or more"
+            )
+        self.window, self.patience, self.tolerance = window, patience, tolerance
+        self.values: list[float] = []
+        self.best, self.waited = math.inf, 0
+
+    def __call__(self, value: float) -> bool:
+        """Takes the value of an update; returns whether the stage should end, and starts anew if so."""
+        self.values.append(value)
+        if len(self.values) < self.window:
+            return False
+        values = torch.tensor(self.values, dtype=torch.float64)
+        self.values.clear()
+        mean, error = float(values.mean()), float(values.std()) / self.window**0.5
+        self.waited = 0 if mean < self.best - self.tolerance * error else self.waited + 1
+        self.best = min(self.best, mean)
+        if self.waited < self.patience:
+            return False
+        self.best, self.waited = math.inf, 0
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"values": list(self.values), "best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.values, self.best, self.waited = list(state["values"]), state["best"], state["waited"]

@@ -39,6 +39,35 @@ class DiagonalGaussian:
         """Returns grad_x log N(x; mean, std^2) = -(x - mean) / std^2, of the shape of `x`."""
         return -(x - self.mean) / self.std.square()
 
+    def pairwise_log_prob(self, x: Tensor) -> Tensor:
+        """Returns log N(x_i; mean_j, std_j^2) for each row i of x and each Gaussian j: shape (N, B).
+
+        Args:
+            x: Shape (N, ...).
+        """
+        centre = self.mean.detach().mean(0, keepdim=True)
+        x, mean = (x - centre).flatten(1), (self.mean - centre).flatten(1)
+        std = self.std.expand_as(self.mean).flatten(1)
+        precision = std.square().reciprocal()
+        squares = x.square() @ precision.T - 2 * x @ (mean * precision).T + (mean.square() * precision).sum(1)
+        return -0.5 * squares - std.log().sum(1) - 0.5 * x.shape[1] * math.log(2 * math.pi)
+
+    def diffuse(self, alpha_t: Tensor, sigma_t: Tensor, alpha: Tensor, sigma: Tensor) -> DiagonalGaussian:
+        r"""Returns the law after diffusion from one noise level up to another.
+
+        With r = alpha / alpha_t, x is taken to r x + sqrt(sigma^2 - r^2 sigma_t^2) z, z ~ N(0, I), the step that takes data
+        diffused to the one level to the other; so the law is N(r mean, r^2 std^2 + sigma^2 - r^2 sigma_t^2).
+
+        Args:
+            alpha_t: Where the law is; like the others of a shape that broadcasts against `mean`.
+            sigma_t: Its noise.
+            alpha: Where to.
+            sigma: Its noise, >= r sigma_t.
+        """
+        ratio = alpha / alpha_t
+        variance = (ratio * self.std).square() + sigma.square() - (ratio * sigma_t).square()
+        return DiagonalGaussian(mean=ratio * self.mean, std=variance.sqrt())
+
     def detach(self) -> DiagonalGaussian:
         """The same law, cut from the graph of its parameters."""
         return DiagonalGaussian(self.mean.detach(), self.std.detach())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from .bridges import Bridge
 from .chains import Chain
 from .curricula import Stage
 from .layers import ConditionalLayers
-from .objectives import Critic, CriticObjective, LayerDraw, Scoring, draw_layer
+from .objectives import Critic, CriticObjective, LayerDraw, Objective, Scoring, draw_layer
 
 
 class DivergenceError(FloatingPointError):
@@ -58,24 +58,26 @@ class Step:
     Attributes:
         step: Its index, from 0.
         layers: The update of the layers.
-        critic: The last update of the critic.
+        critic: The last update of the critic; of no rows where the objective has none.
+        next_step: Number of the step after it, which is the next stage's first if this one was stopped.
     """
 
     step: int
     layers: Update
     critic: Update
+    next_step: int
 
 
 def fit(
     layers: ConditionalLayers,
-    critic: nn.Module,
+    critic: nn.Module | None,
     bridge: Bridge,
-    objective: CriticObjective,
+    objective: Objective,
     chain: Chain | Sequence[Chain],
     curriculum: Sequence[Stage],
     *,
     layer_optimizer: Optimizer,
-    critic_optimizer: Optimizer,
+    critic_optimizer: Optimizer | None = None,
     critic_updates: int = 1,
     scoring: Scoring = "own",
     seed: int = 0,
@@ -84,6 +86,7 @@ def fit(
     backward: Callable[[Tensor], None] = Tensor.backward,
     no_sync: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext(),
     clip_grad_norm: Callable[[Iterable[Tensor]], Tensor] | None = None,
+    stop_stage: Callable[[Step], bool] = lambda _: False,
 ) -> Iterator[Step]:
     """Fits layers to a bridge: one update of the layers, then `critic_updates` of the critic, and again.
 
@@ -99,9 +102,9 @@ def fit(
 
     Args:
         layers: The sampler; called as layers(x_next, t, condition).
-        critic: Estimate of the marginal score; called as critic(x, level, condition).
+        critic: Estimate of the marginal score; called as critic(x, level, condition). None for `LowerBound`.
         bridge: What the layers are fitted to.
-        objective: The two losses.
+        objective: The losses.
         chain: Where layer inputs come from; a list of chains for gradient accumulation, one for each shard.
         curriculum: Stages, one after the other.
         layer_optimizer: Of the layers' parameters.
@@ -116,12 +119,14 @@ def fit(
             for all shards but the last.
         clip_grad_norm: Called with a player's parameters before its optimizer moves them; returns the norm of the
             gradient, before it is clipped.
+        stop_stage: Called with each step before it is yielded; true ends the stage, and the next step is the first of
+            the next one. Numbers of steps are not moved by it.
 
     Yields:
         A `Step` after each layer update.
 
     Raises:
-        ValueError: `critic_updates` < 1, or there is no chain.
+        ValueError: `critic_updates` < 1, there is no chain, or no critic or optimizer for an objective that needs them.
         DivergenceError: A loss is not finite.
     """
     chains = [chain] if isinstance(chain, Chain) else list(chain)
@@ -129,6 +134,8 @@ def fit(
         raise ValueError(f"critic_updates={critic_updates}: the critic needs at least 1 update for each of the layers")
     if not chains:
         raise ValueError("chain=[]: give a chain, or one for each shard")
+    if isinstance(objective, CriticObjective) and (critic is None or critic_optimizer is None):
+        raise ValueError(f"{type(objective).__name__} needs a critic and a critic_optimizer: LowerBound alone has none")
 
     def update(player: str, module: nn.Module, optimizer: Optimizer, make: Callable[[int], _Rows], step: int) -> Update:
         made = []
@@ -146,13 +153,22 @@ def fit(
         return Update(torch.cat([rows.t for rows in made]), torch.cat([rows.loss.detach() for rows in made]), norm)
 
     game = _Game(layers, critic, bridge, objective, chains, scoring)
-    for step, stage in _steps(curriculum, start_step):
+    next_step = start_step
+    for step, end, stage in _steps(curriculum):
+        if step < next_step:
+            continue
         game.begin(stage.beta, [step_generator(seed, rank * len(chains) + i, step) for i in range(len(chains))])
         with game.critic_in_layer_loss():
             layer_update = update("layers", layers, layer_optimizer, game.layer_rows, step)
-        for _ in range(critic_updates):
-            critic_update = update("critic", critic, critic_optimizer, game.critic_rows, step)
-        yield Step(step=step, layers=layer_update, critic=critic_update)
+        critic_update = Update(t=layer_update.t[:0], loss=layer_update.loss[:0])
+        if critic is not None and critic_optimizer is not None and game.has_critic:
+            for _ in range(critic_updates):
+                critic_update = update("critic", critic, critic_optimizer, game.critic_rows, step)
+        done = Step(step=step, layers=layer_update, critic=critic_update, next_step=step + 1)
+        if stop_stage(done):
+            done = replace(done, next_step=end)
+        next_step = done.next_step
+        yield done
 
 
 class _Rows(NamedTuple):
@@ -169,17 +185,19 @@ class _Game:
     def __init__(
         self,
         layers: ConditionalLayers,
-        critic: nn.Module,
+        critic: nn.Module | None,
         bridge: Bridge,
-        objective: CriticObjective,
+        objective: Objective,
         chains: Sequence[Chain],
         scoring: Scoring,
     ) -> None:
-        self.layers, self.critic, self.bridge, self.objective = layers, critic, bridge, objective
+        self.layers, self.bridge, self.objective = layers, bridge, objective
+        self.critic = nn.Identity() if critic is None else critic
         self.chains, self.scoring = chains, scoring
-        self.critic_seen = _local(critic)
+        self.critic_seen = _local(self.critic)
+        self.has_critic = isinstance(objective, CriticObjective)
         # The graph of one answer is kept until the critic's loss; those of several shards would not fit.
-        self.shares_answer = len(chains) == 1 and not objective.critic_gradient
+        self.shares_answer = self.has_critic and len(chains) == 1 and not objective.critic_gradient
 
     def begin(self, beta: Tensor, generators: Sequence[torch.Generator]) -> None:
         """Starts a step."""
@@ -201,7 +219,8 @@ class _Game:
         if self.shares_answer:
             answer = self.critic(cut.x, cut.level, cut.condition)
             critic_seen, critic = (lambda *_: answer.detach()), (lambda *_: answer)
-        self.left[shard] = (t, cut, critic)
+        if self.has_critic:
+            self.left[shard] = (t, cut, critic)
         loss = self.objective.layer_loss(critic_seen, self.bridge, draw)
         return _Rows(t, loss, self.beta.to(t.device)[t])
 
@@ -212,12 +231,13 @@ class _Game:
             with torch.no_grad():
                 t, draw = self._draw(shard)
             critic = self.critic
+        assert isinstance(self.objective, CriticObjective)
         loss = self.objective.critic_loss(critic, draw)
         return _Rows(t, loss, torch.ones_like(loss))
 
     def _draw(self, shard: int) -> tuple[Tensor, LayerDraw]:
         chain, generator = self.chains[shard], self.generators[shard]
-        batch = chain.draw(self.layers, generator)
+        batch = chain.draw(self.layers, generator, self.beta)
         q = self.layers(batch.x_next, batch.t, batch.condition)
         chain.advance(batch, q, generator)
         draw = draw_layer(q, batch.t, self.bridge, scoring=self.scoring, condition=batch.condition, generator=generator)
@@ -249,10 +269,10 @@ def _frozen(critic: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _steps(curriculum: Sequence[Stage], start_step: int) -> Iterator[tuple[int, Stage]]:
-    step = 0
+def _steps(curriculum: Sequence[Stage]) -> Iterator[tuple[int, int, Stage]]:
+    """Number of each step, the end of its stage, and the stage."""
+    end = 0
     for stage in curriculum:
-        for _ in range(stage.num_steps):
-            if step >= start_step:
-                yield step, stage
-            step += 1
+        begin, end = end, end + stage.num_steps
+        for step in range(begin, end):
+            yield step, end, stage

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .distributions import DiagonalGaussian
@@ -27,3 +29,73 @@ class ConditionalLayers(nn.Module, ABC):
             t: Layer index of each row, shape (B,), values 0 (the data side) .. T-1.
             condition: Opaque to the core, such as class labels of shape (B,).
         """
+
+
+class IndependentLayers(ConditionalLayers):
+    """Each layer is a network with parameters of its own: what layer-by-layer training needs.
+
+    Args:
+        networks: T modules, from the data side up; each takes x_next of shape (B, ...) and returns a `DiagonalGaussian`.
+
+    Raises:
+        ValueError: No network is given.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if not networks:
+            raise ValueError("networks=[]: give a network for each of the T layers, at least one")
+        self.networks = nn.ModuleList(networks)
+        self.num_layers = len(networks)
+
+    def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
+        """Returns q_t(. | x_next), each row by the network of its layer.
+
+        Raises:
+            ValueError: A condition is given.
+        """
+        _refuse_condition(condition)
+        present = t.unique().tolist()
+        if len(present) == 1:
+            q: DiagonalGaussian = self.networks[present[0]](x_next)
+            return q
+        rows = [(t == layer).nonzero().squeeze(1) for layer in present]
+        answers = [self.networks[layer](x_next[of]) for layer, of in zip(present, rows, strict=True)]
+        place = torch.cat(rows).argsort()
+        mean = torch.cat([q.mean for q in answers])[place]
+        std = torch.cat([q.std.expand_as(q.mean) for q in answers])[place]
+        return DiagonalGaussian(mean=mean, std=std)
+
+
+class SharedLayers(ConditionalLayers):
+    """All layers are one network that is told the layer: for joint training.
+
+    Args:
+        network: Takes x_next of shape (B, ...) and t of shape (B,), and returns a `DiagonalGaussian`.
+        num_layers: T.
+
+    Raises:
+        ValueError: T < 1.
+    """
+
+    def __init__(self, network: nn.Module, num_layers: int) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers={num_layers}: a hierarchy has at least 1 layer")
+        self.network = network
+        self.num_layers = num_layers
+
+    def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
+        """Returns q_t(. | x_next), see `ConditionalLayers`.
+
+        Raises:
+            ValueError: A condition is given.
+        """
+        _refuse_condition(condition)
+        q: DiagonalGaussian = self.network(x_next, t)
+        return q
+
+
+def _refuse_condition(condition: Tensor | None) -> None:
+    if condition is not None:
+        raise ValueError("these layers take no condition: write a ConditionalLayers of your own that does")

@@ -1,14 +1,19 @@
-r"""The two players' losses, unreduced, of shape (B,).
+r"""The losses of the layers and, where there is one, of the critic: unreduced, of shape (B,).
 
 With x ~ q(. | x_next), S the bridge score, s the critic's estimate of the marginal score and v = S - s:
 
     critic        1/2 |s(x) - grad log q(x | x_next)|^2            denoising score matching (the max of sec. 3.2)
     HSIVI-SM      v(x) . (S(x) - grad log q(x | x_next)) - alpha |v(x)|^2                  (sec. 3.2; alpha = 1/2)
     HSIVI-KL      x . stopgrad(s(x) - S(x))                        gradient of KL(q || p), as the layer sees it
+
+Without a critic, from K extra draws of x_next (x_next^(0) is the one that x came from):
+
+    HSIVI-LB      log 1/(K+1) sum_k q(x | x_next^(k)) - log p(x)                       (sec. 3.1; an upper bound of KL)
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -88,7 +93,29 @@ def unit_weight(level: Tensor) -> Tensor:
     return torch.ones_like(level, dtype=torch.float32)
 
 
-class CriticObjective(ABC):
+class Objective(ABC):
+    """What draws of the layers are worth.
+
+    Attributes:
+        critic_gradient: The layers' loss has a gradient through the critic. Without one, a single answer of the critic
+            serves both losses.
+    """
+
+    critic_gradient = False
+
+    @abstractmethod
+    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        """Returns the loss whose gradient in the layers' parameters pulls q towards p: shape (B,).
+
+        Args:
+            critic: (x, level, condition) -> estimate of grad log q(x), of the shape of x; its parameters must not be
+                updated with this loss. Objectives without a critic never call it.
+            bridge: Where S and log p come from.
+            draw: A draw on the graph of the layers.
+        """
+
+
+class CriticObjective(Objective):
     """What the objectives with a critic share: the critic's loss, and the weights.
 
     Args:
@@ -97,10 +124,6 @@ class CriticObjective(ABC):
         normalise: Divide each row of the layers' loss by mean |S - grad log q(x | x_next)| over its coordinates. For
             re-noising layers on a diffusion bridge that is alpha_s/sigma_s^2 times the mean distance of the layer's
             clean picture from the teacher's: the per-sample weight of score identity distillation (arXiv 2404.04057).
-
-    Attributes:
-        critic_gradient: The layers' loss has a gradient through the critic. Without one, a single answer of the critic
-            serves both losses.
     """
 
     critic_gradient = True
@@ -121,16 +144,6 @@ class CriticObjective(ABC):
         """
         error = critic(draw.x, draw.level, draw.condition) - draw.layer_score
         return 0.5 * self.critic_weight(draw.level) * _sum(error.square())
-
-    @abstractmethod
-    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns the loss whose gradient in the layers' parameters pulls q towards p: shape (B,).
-
-        Args:
-            critic: As for `critic_loss`; its parameters must not be updated with this loss.
-            bridge: Where S comes from.
-            draw: A draw on the graph of the layers.
-        """
 
     def _row_weight(self, draw: LayerDraw, bridge_score: Tensor) -> Tensor:
         weight = self.layer_weight(draw.level)
@@ -167,12 +180,81 @@ class KullbackLeibler(CriticObjective):
     critic_gradient = False
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns w x . stopgrad(s - S). Only its gradient means something, its value does not."""
+        """Returns a loss with the gradient of w x . stopgrad(s - S), that of KL(q || p).
+
+        KL itself is not known; the value is w/2 |s - S|^2, in the mean the critic's estimate of the Fisher divergence,
+        which is 0 at the truth as KL is.
+        """
         with torch.no_grad():
             bridge_score = bridge.score(draw.x, draw.level, draw.condition)
             gap = critic(draw.x, draw.level, draw.condition) - bridge_score
             weight = self._row_weight(draw, bridge_score)
-        return weight * _sum(gap * draw.x)
+            value = 0.5 * _sum(gap.square())
+        product = _sum(gap * draw.x)
+        return weight * (value + (product - product.detach()))
+
+
+class LowerBound(Objective):
+    """HSIVI-LB: the bound of semi-implicit variational inference, layer by layer (sec. 3.1).
+
+    The mean of the loss bounds KL(q || p) - log Z from above, is nearer to it the larger K is, and equal in the limit.
+    The K extra draws of x_{t+1} are the inputs of other rows of the batch at the same level, so that the mixture costs
+    one B x B matrix and no network call. A small K makes q too narrow: the bound counts the spread within a layer, and
+    little of that between its inputs.
+
+    Args:
+        num_extra: K; by default all other rows at the same level.
+        surrogate: Take stopgrad(S(x)) . x in the place of log p(x), which has the same gradient: for a target of which only
+            the score is known. The value then means nothing.
+
+    Raises:
+        ValueError: K < 0.
+    """
+
+    def __init__(self, num_extra: int | None = None, surrogate: bool = False) -> None:
+        if num_extra is not None and num_extra < 0:
+            raise ValueError(
+                f"num_extra={num_extra}: give the number K >= 0 of extra draws, or None for the whole batch"
+            )
+        self.num_extra = num_extra
+        self.surrogate = surrogate
+
+    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        """Returns log 1/(K+1) sum_k q(x | x_next^(k)) - log p(x).
+
+        Raises:
+            ValueError: The rows have conditions, or a level has fewer than K + 1 rows.
+        """
+        if draw.condition is not None:
+            raise ValueError(
+                "LowerBound mixes the rows of a batch, so it takes no conditions: use an objective with a critic"
+            )
+        marginal = draw.x.new_empty(len(draw.x))
+        for level in draw.level.unique():
+            rows = (draw.level == level).nonzero().squeeze(1)
+            marginal = marginal.index_put((rows,), self._log_marginal(draw, rows))
+        return marginal - self._log_target(bridge, draw)
+
+    def _log_marginal(self, draw: LayerDraw, rows: Tensor) -> Tensor:
+        std = draw.q.std.expand_as(draw.q.mean)[rows]
+        matrix = DiagonalGaussian(draw.q.mean[rows], std).pairwise_log_prob(draw.x[rows])
+        size, extra = len(rows), len(rows) - 1 if self.num_extra is None else self.num_extra
+        if extra >= size:
+            raise ValueError(
+                f"num_extra={extra}, and only {size} rows of the batch are at level {float(draw.level[rows[0]]):.3g}: give "
+                f"a larger batch, or num_extra < {size}"
+            )
+        if extra < size - 1:
+            place = torch.arange(size, device=matrix.device)
+            matrix = matrix.masked_fill((place[None] - place[:, None]) % size > extra, -torch.inf)
+        return matrix.logsumexp(1) - math.log(extra + 1)
+
+    def _log_target(self, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        if not self.surrogate:
+            return bridge.log_prob(draw.x, draw.level)
+        with torch.no_grad():
+            score = bridge.score(draw.x, draw.level)
+        return _sum(score * draw.x)
 
 
 def _sum(x: Tensor) -> Tensor:

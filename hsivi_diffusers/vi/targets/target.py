@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -42,6 +43,40 @@ class SampledTarget(Target):
     @abstractmethod
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
         """Returns draws, shape (size, d)."""
+
+
+class IsotropicNormal(SampledTarget):
+    """N(0, std^2 I), the usual base.
+
+    Args:
+        dimension: d.
+        std: > 0.
+        device: Where draws are put.
+
+    Raises:
+        ValueError: std <= 0.
+    """
+
+    def __init__(self, dimension: int, std: float = 1.0, device: torch.device | str | None = None) -> None:
+        if not std > 0:
+            raise ValueError(f"std={std}: a standard deviation is positive")
+        self.dimension, self.std, self.device = dimension, std, device
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns log N(x; 0, std^2 I), shape (B,)."""
+        constant = self.dimension * math.log(self.std * math.sqrt(2 * math.pi))
+        return -0.5 * (x / self.std).square().sum(1) - constant
+
+    def score(self, x: Tensor) -> Tensor:
+        """Returns -x / std^2, shape (B, d)."""
+        return -x / self.std**2
+
+    def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Returns draws, shape (size, d)."""
+        source = None if generator is None else generator.device
+        return self.std * torch.randn(size, self.dimension, generator=generator, device=source or self.device).to(
+            self.device
+        )
 
 
 class DiffusibleTarget(SampledTarget):

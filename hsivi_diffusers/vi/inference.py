@@ -1,0 +1,190 @@
+"""Everything that a small target needs, with settings that work: networks, chain, curriculum, optimizers, rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .bridges import Bridge
+from .chains import Chain, FrozenPoolChain, PoolChain, draw_marginals
+from .curricula import Plateau, Stage, joint, sequential
+from .fitting import Step, fit
+from .layers import ConditionalLayers, IndependentLayers, SharedLayers
+from .networks import GaussianMLP, ScoreMLP
+from .objectives import CriticObjective, KullbackLeibler, LowerBound, Objective, ScoreMatching
+
+Training = Literal["sequential", "joint"]
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "lower_bound": LowerBound,
+    "score_matching": ScoreMatching,
+    "kullback_leibler": KullbackLeibler,
+}
+
+
+class Inference:
+    """Fits a hierarchy of T Gaussian layers to a bridge, and draws from it.
+
+        inference = Inference(GeometricBridge(target, num_layers=5))
+        for step in inference.steps():
+            ...
+        x = inference.sample(10_000)
+
+    Args:
+        bridge: From the base to the target; says T.
+        objective: "lower_bound", "score_matching" or "kullback_leibler", or an `Objective`.
+        training: "sequential", layer by layer with independent networks, or "joint", all layers at once, shared network.
+        num_steps: Layer updates in all, an equal part for each layer if sequential.
+        batch_size: B.
+        layers: The sampler; residual MLPs by default.
+        critic: For the objectives with a critic; a residual MLP by default.
+        width: Of the default networks.
+        depth: Of the default networks.
+        std: Of the default layers, see `GaussianMLP`.
+        learning_rate: Of the layers, by Adam, with a cosine to 5 % over each stage.
+        critic_learning_rate: Of the critic, constant.
+        critic_updates: For each layer update.
+        max_grad_norm: Both players' gradients are clipped to it.
+        plateau: Ends a stage whose loss has stopped falling.
+        seed: Of parameters and draws.
+
+    Attributes:
+        layers: The sampler, an nn.Module.
+        critic: The critic, or None.
+        next_step: Number of the step that `steps` goes on with.
+
+    Raises:
+        ValueError: A name is unknown, or there are fewer steps than layers.
+    """
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        objective: str | Objective = "lower_bound",
+        training: Training = "sequential",
+        *,
+        num_steps: int = 8000,
+        batch_size: int = 256,
+        layers: ConditionalLayers | None = None,
+        critic: nn.Module | None = None,
+        width: int = 64,
+        depth: int = 3,
+        std: Literal["global", "network"] = "global",
+        learning_rate: float = 2e-3,
+        critic_learning_rate: float = 2e-3,
+        critic_updates: int = 1,
+        max_grad_norm: float = 10.0,
+        plateau: Plateau | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.bridge, self.seed = bridge, seed
+        self.objective = _make_objective(objective)
+        self.curriculum, self.chain = _make_training(training, bridge, self.objective, num_steps, batch_size)
+        self.critic_updates, self.max_grad_norm, self.plateau = critic_updates, max_grad_norm, plateau
+        self.next_step = 0
+        dimension = bridge.sample_base(1, torch.Generator()).shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = layers or _make_layers(training, bridge.num_layers, dimension, width, depth, std)
+            self.critic = None
+            if isinstance(self.objective, CriticObjective):
+                self.critic = critic or ScoreMLP(dimension, width, depth)
+        self.learning_rate = learning_rate
+        self.layer_optimizer = torch.optim.Adam(self.layers.parameters(), lr=learning_rate)
+        self.critic_optimizer = None
+        if self.critic is not None:
+            self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=critic_learning_rate)
+
+    def steps(self) -> Iterator[Step]:
+        """Trains from `next_step` to the end; yields after each layer update, and can be left and called again."""
+        self._set_rate(self.next_step)
+        for step in fit(
+            self.layers,
+            self.critic,
+            self.bridge,
+            self.objective,
+            self.chain,
+            self.curriculum,
+            layer_optimizer=self.layer_optimizer,
+            critic_optimizer=self.critic_optimizer,
+            critic_updates=self.critic_updates,
+            seed=self.seed,
+            start_step=self.next_step,
+            clip_grad_norm=lambda parameters: nn.utils.clip_grad_norm_(parameters, self.max_grad_norm),
+            stop_stage=self._stop_stage,
+        ):
+            self.next_step = step.next_step
+            self._set_rate(step.next_step)
+            yield step
+
+    def run(self) -> None:
+        """Trains to the end."""
+        for _ in self.steps():
+            pass
+
+    def marginals(self, size: int, seed: int = 0) -> list[Tensor]:
+        """Draws [x_0, ..., x_T], each of shape (size, d): x_0 is from the fitted law, x_t from q_t, x_T from the base."""
+        generator = torch.Generator().manual_seed(seed)
+        return draw_marginals(self.layers, self.bridge.sample_base(size, generator), generator)
+
+    def sample(self, size: int, seed: int = 0) -> Tensor:
+        """Draws from the fitted law, shape (size, d)."""
+        return self.marginals(size, seed)[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to repeat one that was never stopped."""
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**state, "next_step": self.next_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.next_step = int(state["next_step"])
+
+    def _parts(self) -> dict[str, Any]:
+        names = ("layers", "critic", "layer_optimizer", "critic_optimizer", "chain", "plateau")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def _stop_stage(self, step: Step) -> bool:
+        return self.plateau is not None and self.plateau(float(step.layers.loss.mean()))
+
+    def _set_rate(self, step: int) -> None:
+        length = self.curriculum[0].num_steps
+        progress = step % length / length
+        for group in self.layer_optimizer.param_groups:
+            group["lr"] = self.learning_rate * (0.525 + 0.475 * math.cos(math.pi * progress))
+
+
+def _make_objective(objective: str | Objective) -> Objective:
+    if isinstance(objective, Objective):
+        return objective
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective={objective!r} is unknown: choose {', '.join(OBJECTIVES)}, or give an Objective")
+    return OBJECTIVES[objective]()
+
+
+def _make_training(
+    training: Training, bridge: Bridge, objective: Objective, num_steps: int, batch_size: int
+) -> tuple[list[Stage], Chain]:
+    num_layers = bridge.num_layers
+    if num_steps < num_layers:
+        raise ValueError(f"num_steps={num_steps}: give at least one update for each of the {num_layers} layers")
+    if training == "sequential":
+        frozen = FrozenPoolChain(bridge.sample_base, num_layers, batch_size)
+        return sequential(num_layers, num_steps // num_layers), frozen
+    if training == "joint":
+        pool = PoolChain(bridge.sample_base, num_layers, batch_size, cohorts=isinstance(objective, LowerBound))
+        return joint(num_layers, num_steps), pool
+    raise ValueError(f"training={training!r} is unknown: choose 'sequential' or 'joint'")
+
+
+def _make_layers(
+    training: Training, num_layers: int, dimension: int, width: int, depth: int, std: Literal["global", "network"]
+) -> ConditionalLayers:
+    if training == "joint":
+        return SharedLayers(GaussianMLP(dimension, width, depth, std, num_layers=num_layers), num_layers)
+    return IndependentLayers([GaussianMLP(dimension, width, depth, std) for _ in range(num_layers)])

@@ -1,0 +1,128 @@
+"""Networks for small targets: residual MLPs with a level as input, for layers and critics."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .distributions import DiagonalGaussian
+
+Std = Literal["global", "network"]
+
+
+class ResidualMLP(nn.Module):
+    """in -> width, then depth - 1 residual blocks h + linear(silu(h)), -> out; a level in [0, 1] is added to the first h.
+
+    Args:
+        inputs: Coordinates of x.
+        outputs: Coordinates of the answer.
+        width: Of the hidden layers.
+        depth: Number of hidden layers, >= 1.
+        levels: Takes a level, as the cosines cos(pi k level), k = 1..16.
+
+    Raises:
+        ValueError: A size is not positive.
+    """
+
+    NUM_COSINES = 16
+
+    def __init__(self, inputs: int, outputs: int, width: int = 128, depth: int = 3, levels: bool = False) -> None:
+        super().__init__()
+        if min(inputs, outputs, width, depth) < 1:
+            raise ValueError(f"inputs={inputs}, outputs={outputs}, width={width}, depth={depth}: all must be 1 or more")
+        self.first = nn.Linear(inputs, width)
+        self.level = nn.Linear(self.NUM_COSINES, width, bias=False) if levels else None
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
+        self.last = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor, level: Tensor | None = None) -> Tensor:
+        """Returns the answer, shape (B, outputs).
+
+        Args:
+            x: Shape (B, inputs).
+            level: Shape (B,), in [0, 1]; if the network takes one.
+        """
+        h = self.first(x)
+        if self.level is not None and level is not None:
+            k = torch.arange(1, self.NUM_COSINES + 1, device=x.device)
+            h = h + self.level((math.pi * k * level.to(x)[:, None]).cos())
+        for block in self.blocks:
+            h = h + block(nn.functional.silu(h))
+        answer: Tensor = self.last(nn.functional.silu(h))
+        return answer
+
+
+class GaussianMLP(nn.Module):
+    r"""A layer: x -> N(A x + net(x), std^2), A = I and net nearly 0 at the start.
+
+    Args:
+        dimension: d.
+        width: Of the hidden layers.
+        depth: Number of hidden layers.
+        std: "global", a learned number for each coordinate (and each layer, where layers share the network), or "network",
+            an output of the network.
+        initial_std: What it starts from.
+        num_layers: T of the layers that share the network, or None for a layer of its own.
+    """
+
+    def __init__(
+        self,
+        dimension: int,
+        width: int = 128,
+        depth: int = 3,
+        std: Std = "global",
+        initial_std: float = 0.5,
+        num_layers: int | None = None,
+    ) -> None:
+        super().__init__()
+        if std not in ("global", "network"):
+            raise ValueError(f"std={std!r} is unknown: choose 'global' or 'network'")
+        outputs = dimension if std == "global" else 2 * dimension
+        self.num_layers = num_layers
+        self.network = ResidualMLP(dimension, outputs, width, depth, levels=num_layers is not None)
+        self.skip = nn.Parameter(torch.eye(dimension))
+        self.log_std = nn.Parameter(torch.full((num_layers or 1, dimension), math.log(initial_std)))
+        with torch.no_grad():
+            self.network.last.weight.mul_(0.1)
+            self.network.last.bias.zero_()
+
+    def forward(self, x_next: Tensor, t: Tensor | None = None) -> DiagonalGaussian:
+        """Returns q(. | x_next), of shape (B, d).
+
+        Args:
+            x_next: Shape (B, d).
+            t: Layer of each row, shape (B,); where layers share the network.
+        """
+        level = None if t is None or self.num_layers is None else t / self.num_layers
+        answer = self.network(x_next, level)
+        dimension = x_next.shape[1]
+        log_std = self.log_std[0] if level is None else self.log_std[t]
+        if answer.shape[1] > dimension:
+            log_std = log_std + answer[:, dimension:]
+        mean = x_next @ self.skip.T + answer[:, :dimension]
+        return DiagonalGaussian(mean=mean, std=log_std.exp().expand_as(mean))
+
+
+class ScoreMLP(nn.Module):
+    """A critic, or the score network of a diffusion bridge: (x, level) -> -x + net(x, level), net nearly 0 at the start.
+
+    Args:
+        dimension: d.
+        width: Of the hidden layers.
+        depth: Number of hidden layers.
+    """
+
+    def __init__(self, dimension: int, width: int = 128, depth: int = 3) -> None:
+        super().__init__()
+        self.network = ResidualMLP(dimension, dimension, width, depth, levels=True)
+        with torch.no_grad():
+            self.network.last.weight.mul_(0.1)
+            self.network.last.bias.zero_()
+
+    def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Returns the score, shape (B, d), for x of shape (B, d) and levels in [0, 1] of shape (B,)."""
+        score: Tensor = self.network(x, level) - x
+        return score
