@@ -29,6 +29,7 @@ ALLOWED = {
 }
 # The scripts that others may import, and the siblings they may import themselves; the rest are programs.
 NOUNS = {
+    "agreement": set(),
     "classifier": set(),
     "figures": set(),
     "folders": set(),

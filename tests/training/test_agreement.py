@@ -1,0 +1,215 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agreement import (
+    compare,
+    compare_moments,
+    histogram_bounds,
+    js_divergence,
+    ksd,
+    mmd,
+    mode_errors,
+    mode_weights,
+    moments,
+    sliced_wasserstein,
+)
+from hsivi_diffusers.vi.targets.target import LogProbTarget, as_target
+
+UNIT = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+CORNERS = torch.tensor([[3.0, 3.0], [-3.0, 3.0], [3.0, -3.0], [-3.0, -3.0]])
+
+
+def normal(size, dimension=2, seed=1):
+    return torch.randn(size, dimension, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def standard(dimension=2):
+    zero = torch.zeros(dimension, dtype=torch.float64)
+    return as_target(torch.distributions.MultivariateNormal(zero, torch.eye(dimension, dtype=torch.float64)))
+
+
+def two_modes(gap, weights=(0.5, 0.5)):
+    """Unit Gaussians at +- gap on the first axis, with the attribute `modes`."""
+    modes = torch.tensor([[gap, 0.0], [-gap, 0.0]], dtype=torch.float64)
+    log_weights = torch.tensor(weights, dtype=torch.float64).log()
+    target = LogProbTarget(
+        lambda x: torch.logsumexp(log_weights - 0.5 * (x[:, None] - modes).square().sum(2), 1), dimension=2
+    )
+    target.modes = modes
+    return target
+
+
+def test_js_of_a_sample_with_itself_is_zero_and_of_disjoint_ones_ln_2():
+    x = torch.rand(500, 2)
+    assert js_divergence(x, x) == 0
+    assert js_divergence(0.4 * x, 0.6 + 0.4 * x, bounds=UNIT) == pytest.approx(math.log(2))
+
+
+def test_js_of_two_cells_is_the_formula():
+    p, q = torch.tensor([0.75, 0.25]), torch.tensor([0.25, 0.75])
+    one = torch.tensor([[0.1, 0.1]] * 3 + [[0.9, 0.1]])
+    other = torch.tensor([[0.1, 0.1]] + [[0.9, 0.1]] * 3)
+    m = (p + q) / 2
+    expected = float(0.5 * (p * (p / m).log()).sum() + 0.5 * (q * (q / m).log()).sum())
+    assert js_divergence(one, other, bins=2, bounds=UNIT) == pytest.approx(expected, rel=1e-6)
+
+
+@given(st.integers(0, 1000), st.floats(0.1, 2))
+@settings(max_examples=20, deadline=None)
+def test_js_is_symmetric_and_at_most_ln_2(seed, factor):
+    x, y = normal(300, seed=seed), factor * normal(200, seed=seed + 1)
+    bounds = histogram_bounds(y)
+    value = js_divergence(x, y, bounds=bounds)
+    assert value == pytest.approx(js_divergence(y, x, bounds=bounds))
+    assert 0 <= value <= math.log(2) + 1e-9
+
+
+def test_draws_outside_the_bounds_are_counted_in_a_cell_of_their_own():
+    inside = torch.rand(100, 2)
+    half_lost = torch.cat([inside, inside + 5])
+    # Cells are halved, and the overflow has 1/2 against 0: the divergence of (1, 0) and (1/2, 1/2).
+    expected = 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3) + 0.25 * math.log(2)
+    assert js_divergence(half_lost, inside, bounds=UNIT) == pytest.approx(expected)
+    assert js_divergence(inside + 5, inside, bounds=UNIT) == pytest.approx(math.log(2))
+
+
+def test_bounds_hold_all_of_the_reference():
+    x = normal(100)
+    low, high = histogram_bounds(x).T
+    assert bool((low < x).all())
+    assert bool((x < high).all())
+
+
+@pytest.mark.parametrize("dimension", [2, 10])
+def test_sliced_wasserstein_of_a_shift_is_its_length_over_the_root_of_the_dimension(dimension):
+    x = normal(500, dimension)
+    shift = torch.full((dimension,), 1.5)
+    expected = float(shift.norm()) / math.sqrt(dimension)
+    assert sliced_wasserstein(x, x + shift, seed=3) == pytest.approx(expected, rel=0.06)
+    assert sliced_wasserstein(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_mmd_is_unbiased():
+    values = torch.tensor([mmd(normal(60, seed=2 * k), normal(50, seed=2 * k + 1), 1.0) for k in range(300)])
+    assert abs(float(values.mean())) < 3 * float(values.std()) / math.sqrt(300)
+    assert bool((values < 0).any())
+
+
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_mmd_of_gaussians_is_the_closed_form(dimension):
+    h, shift, sd = 0.8, 1.0, 1.5
+
+    def mean_kernel(variance, distance):
+        return (h**2 / (h**2 + variance)) ** (dimension / 2) * math.exp(-(distance**2) / (2 * (h**2 + variance)))
+
+    expected = mean_kernel(2, 0) + mean_kernel(2 * sd**2, 0) - 2 * mean_kernel(1 + sd**2, shift * math.sqrt(dimension))
+    values = [mmd(normal(1000, dimension, k), shift + sd * normal(1000, dimension, 50 + k), h) for k in range(8)]
+    assert sum(values) / 8 == pytest.approx(expected, rel=0.05)
+
+
+def test_mmd_has_the_bandwidth_of_the_reference_and_takes_evenly_spaced_rows():
+    x, y = normal(400), normal(400, seed=2)
+    median = float(torch.pdist(y).quantile(0.5))
+    assert mmd(x, y) == pytest.approx(mmd(x, y, bandwidth=median))
+    stationary = torch.cat([torch.zeros(300, 2), torch.ones(300, 2)]) + 0.1 * normal(600)
+    assert abs(mmd(stationary, stationary.flip(0), max_rows=100)) < 0.02
+
+
+def test_ksd_of_exact_draws_falls_with_the_root_of_their_number_and_is_larger_for_wrong_ones():
+    def mean(size, shift=0.0):
+        return sum(ksd(normal(size, seed=k) + shift, standard()) for k in range(6)) / 6
+
+    assert mean(100) / mean(900) == pytest.approx(3, rel=0.25)
+    assert mean(900, shift=0.5) > 5 * mean(900)
+    assert ksd(0.5 * normal(900), standard()) > 5 * mean(900)
+
+
+def test_ksd_is_the_sum_of_derivatives_that_its_docstring_gives():
+    x, scale = normal(5, 3), 0.7
+    score = standard(3).score(x)
+
+    def kernel(a, b):
+        return (scale**2 + (a - b).square().sum()) ** -0.5
+
+    def stein(a, b, score_a, score_b):
+        by_a, by_b = torch.autograd.functional.jacobian(kernel, (a, b))
+        mixed = torch.autograd.functional.hessian(kernel, (a, b))[0][1]
+        return float(kernel(a, b) * score_a @ score_b + score_a @ by_b + score_b @ by_a + mixed.trace())
+
+    total = sum(stein(x[i], x[j], score[i], score[j]) for i in range(5) for j in range(5))
+    assert ksd(x, standard(3), scale=scale) == pytest.approx(math.sqrt(total / 25))
+
+
+def test_ksd_does_not_see_that_one_of_two_far_modes_is_missing():
+    target = two_modes(20.0)
+    side = torch.sign(normal(1000, 1, seed=5)) * target.modes[0]
+    both, one = normal(1000) + side, normal(1000) + target.modes[0]
+    assert ksd(one, target) < 1.3 * ksd(both, target)
+    assert compare(one, both, target)["modes_found"] == 1
+    assert compare(one, both, target)["js"] > 0.2
+
+
+def test_mode_weights_are_shares_of_the_nearest():
+    counts = [5, 3, 2, 0]
+    draws = CORNERS.repeat_interleave(torch.tensor(counts), dim=0) + 0.5
+    torch.testing.assert_close(mode_weights(draws, CORNERS), torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64))
+    errors = mode_errors(draws, CORNERS)
+    assert errors == pytest.approx({"modes_found": 3, "mode_tv": 0.3, "mode_max_error": 1.0})
+    assert mode_errors(draws, CORNERS, due=0.9)["modes_found"] == 2
+    exact = mode_errors(draws, CORNERS[:3], weights=torch.tensor([5.0, 3.0, 2.0]))
+    assert exact == pytest.approx({"modes_found": 3, "mode_tv": 0, "mode_max_error": 0}, abs=1e-12)
+
+
+@given(st.floats(-2, 2), st.floats(0.2, 3))
+@settings(max_examples=20, deadline=None)
+def test_moments_of_a_shifted_and_scaled_copy_are_known(shift, scale):
+    x = normal(200, 3) @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, 0.3], [0.0, 0.0, 0.1]], dtype=torch.float64)
+    mean, covariance = x.mean(0), torch.cov(x.T)
+    sd = covariance.diagonal().sqrt()
+    moved = mean + scale * (x - mean) + shift * sd * torch.tensor([1.0, -0.5, 0.0])
+    expected = {
+        "mean_error": abs(shift),
+        "mean_error_rms": abs(shift) * math.sqrt(1.25 / 3),
+        "sd_ratio_min": scale,
+        "sd_ratio_max": scale,
+        "covariance_error": abs(scale**2 - 1),
+    }
+    assert moments(moved, mean, covariance) == pytest.approx(expected, abs=1e-9)
+
+
+def test_compare_has_what_applies_and_a_floor():
+    target = two_modes(3.0)
+    side = torch.sign(normal(4000, 1, seed=5)) * target.modes[0]
+    draws = normal(4000) + side
+    floor = compare(draws[:2000], draws[2000:], target)
+    assert set(floor) == {"js", "swd", "mmd", "ksd", "modes_found", "mode_tv", "mode_max_error"}
+    wrong = compare(draws[:2000] * 1.5, draws[2000:], target, bounds=histogram_bounds(draws))
+    assert all(wrong[name] > 1.5 * floor[name] for name in ("js", "swd", "mmd", "ksd"))
+    assert floor["modes_found"] == 2
+    assert set(compare(normal(100, 3), normal(100, 3, 2))) == {"swd", "mmd"}
+
+
+def test_compare_moments_measures_in_units_of_the_reference():
+    sd = torch.tensor([0.01, 1.0, 100.0], dtype=torch.float64)
+    target = as_target(torch.distributions.MultivariateNormal(torch.zeros(3).double(), sd.diag().square()))
+    x, y = normal(300, 3), normal(300, 3, seed=2)
+    scaled = compare_moments(x * sd, torch.zeros(3), sd.diag().square(), y * sd, target)
+    plain = compare_moments(x, torch.zeros(3), torch.eye(3), y, standard(3))
+    names = {"mean_error", "mean_error_rms", "sd_ratio_min", "sd_ratio_max", "swd", "mmd", "ksd"}
+    assert names | {"covariance_error"} == set(scaled)
+    assert {k: scaled[k] for k in names} == pytest.approx({k: plain[k] for k in names})
+    assert "swd" not in compare_moments(x, torch.zeros(3), torch.eye(3))
+
+
+def test_draws_that_are_not_finite_are_refused():
+    x = normal(10)
+    x[3, 1] = float("nan")
+    for measure in (js_divergence, sliced_wasserstein, mmd, mode_weights):
+        with pytest.raises(ValueError, match="1 of 20 numbers are not finite"):
+            measure(x, normal(10))
+    with pytest.raises(ValueError, match="not finite"):
+        ksd(x, standard())

@@ -1,0 +1,235 @@
+r"""How well draws agree with a target, measured against exact draws, known modes, known moments or the score.
+
+    JS     KL(P || M) / 2 + KL(Q || M) / 2,  M = (P + Q) / 2               histograms on the plane, nats
+    SWD    (E_theta W_2^2(theta . x, theta . y))^(1/2)                     theta uniform on the sphere
+    MMD^2  E k(x, x') + E k(y, y') - 2 E k(x, y)                           Gaussian kernel, unbiased
+    KSD^2  E k_p(x, x')                                                    needs the score alone
+
+None is exactly 0 for finite draws, not even for exact ones. The floor of each is the same function between two
+independent exact sets of the same sizes: `compare(target.sample(n), reference, target)`.
+
+Each function takes draws of shape (N, d), and refuses any that are not finite.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import ot
+import torch
+from scipy.spatial.distance import jensenshannon, pdist
+from sklearn.metrics.pairwise import rbf_kernel
+from torch import Tensor
+
+from hsivi_diffusers.vi.targets.target import ScoreTarget, Target
+
+
+def histogram_bounds(reference: Tensor, margin: float = 0.05) -> Tensor:
+    """Returns the least and greatest reference draw of each coordinate, `margin` of the range further out.
+
+    Returns:
+        Shape (d, 2). Fix it once for all samplers that are compared.
+    """
+    low, high = _double(reference).aminmax(dim=0)
+    room = margin * (high - low)
+    return torch.stack([low - room, high + room], dim=1)
+
+
+def js_divergence(draws: Tensor, reference: Tensor, bins: int = 50, bounds: Tensor | None = None) -> float:
+    """Jensen-Shannon divergence of two histograms on the plane, between 0 and ln 2 nats.
+
+    Draws outside the bounds are counted in one cell more, so that none is lost. The floor between exact sets of N
+    draws each is near (occupied cells) / (8 N).
+
+    Args:
+        draws: Shape (N, 2).
+        reference: Shape (M, 2).
+        bins: Cells along each axis.
+        bounds: Low and high end of each axis, shape (2, 2); `histogram_bounds(reference)` by default.
+    """
+    edges = (histogram_bounds(reference) if bounds is None else bounds).tolist()
+    p, q = (_histogram(_double(x), bins, edges) for x in (draws, reference))
+    return float(jensenshannon(p, q)) ** 2
+
+
+def sliced_wasserstein(draws: Tensor, reference: Tensor, seed: int = 0) -> float:
+    """Sliced Wasserstein 2-distance over 500 random projections; |shift| / sqrt(d) between shifted copies."""
+    return float(ot.sliced_wasserstein_distance(_double(draws), _double(reference), n_projections=500, seed=seed))
+
+
+def mmd(draws: Tensor, reference: Tensor, bandwidth: float | None = None, max_rows: int = 2000) -> float:
+    """Squared maximum mean discrepancy, unbiased and so below 0 at times, with k = exp(-|x - y|^2 / (2 h^2)).
+
+    Source: Gretton et al., A Kernel Two-Sample Test, JMLR 2012, lemma 6.
+
+    Args:
+        draws: Shape (N, d).
+        reference: Shape (M, d).
+        bandwidth: h; the median distance between reference draws by default, so that it is the same for all samplers.
+        max_rows: At most so many rows of each are used, evenly spaced.
+    """
+    x, y = (_rows(_double(z), max_rows).numpy() for z in (draws, reference))
+    h = float(np.median(pdist(y))) if bandwidth is None else bandwidth
+    xx, yy, xy = (rbf_kernel(a, b, gamma=0.5 / h**2) for a, b in ((x, x), (y, y), (x, y)))
+    return float(_mean_off_diagonal(xx) + _mean_off_diagonal(yy) - 2 * xy.mean())
+
+
+def ksd(draws: Tensor, target: Target, scale: float = 1.0, max_rows: int = 1000) -> float:
+    r"""Kernel Stein discrepancy with the inverse multiquadric k(x, y) = (c^2 + |x - y|^2)^(-1/2), a V-statistic.
+
+        KSD^2 = 1/N^2 sum_ij k_p(x_i, x_j)
+        k_p(x, y) = k S(x).S(y) + S(x).grad_y k + S(y).grad_x k + div_x grad_y k
+                  = u^(-1/2) S(x).S(y) + u^(-3/2) (d + (S(x) - S(y)).r) - 3 u^(-5/2) |r|^2,   r = x - y, u = c^2 + |r|^2
+
+    For exact draws it falls as N^(-1/2). It needs no exact draws, but it is blind to missing modes: between modes that
+    lie far apart the score does not know how much each weighs, so that draws from one of them alone pass.
+
+    Source: Gorham & Mackey, Measuring Sample Quality with Kernels, ICML 2017 (arXiv 1703.01717).
+
+    Args:
+        draws: Shape (N, d).
+        target: Whose score S is used.
+        scale: c, in the units of x.
+        max_rows: At most so many rows are used, evenly spaced.
+    """
+    rows = _rows(draws, max_rows)
+    x, s = _double(rows), _double(target.score(rows))
+    square = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    along = (s * x).sum(1)
+    gap = along[:, None] + along[None, :] - s @ x.T - x @ s.T
+    u = scale**2 + square
+    kernel = u**-0.5 * (s @ s.T) + u**-1.5 * (x.shape[1] + gap) - 3 * u**-2.5 * square
+    return float(kernel.mean().clamp_min(0).sqrt())
+
+
+def mode_weights(draws: Tensor, modes: Tensor) -> Tensor:
+    """Returns the share of the draws that is nearest to each of K modes, shape (K,), for modes of shape (K, d)."""
+    nearest = torch.cdist(_double(draws), _double(modes)).argmin(1)
+    return torch.bincount(nearest, minlength=len(modes)).double() / len(draws)
+
+
+def mode_errors(draws: Tensor, modes: Tensor, weights: Tensor | None = None, due: float = 0.2) -> dict[str, float]:
+    """Compares the mass at each mode with what is due to it.
+
+    Args:
+        draws: Shape (N, d).
+        modes: Shape (K, d).
+        weights: True mass nearest to each mode, shape (K,), scaled to sum 1; equal by default.
+        due: A mode is found if it has this share of its due mass.
+
+    Returns:
+        {"modes_found": their number, "mode_tv": total variation of the masses, "mode_max_error": greatest relative
+        error of a mass}.
+    """
+    true = torch.ones(len(modes)).double() if weights is None else _double(weights)
+    true = true / true.sum()
+    mass = mode_weights(draws, modes)
+    return {
+        "modes_found": float((mass >= due * true).sum()),
+        "mode_tv": float(0.5 * (mass - true).abs().sum()),
+        "mode_max_error": float((mass / true - 1).abs().max()),
+    }
+
+
+def moments(draws: Tensor, mean: Tensor, covariance: Tensor) -> dict[str, float]:
+    """Compares mean and covariance with those of the target, of shapes (d,) and (d, d).
+
+    Returns:
+        {"mean_error": greatest error of a coordinate's mean in units of the target's standard deviation,
+        "mean_error_rms": its root mean square over coordinates, "sd_ratio_min", "sd_ratio_max": least and greatest
+        ratio of the standard deviations, "covariance_error": |C - C_ref|_F / |C_ref|_F}.
+    """
+    x, center, reference = _double(draws), _double(mean), _double(covariance)
+    sd = reference.diagonal().sqrt()
+    estimate = torch.cov(x.T).reshape(reference.shape)
+    error = (x.mean(0) - center) / sd
+    ratio = estimate.diagonal().sqrt() / sd
+    return {
+        "mean_error": float(error.abs().max()),
+        "mean_error_rms": float(error.square().mean().sqrt()),
+        "sd_ratio_min": float(ratio.min()),
+        "sd_ratio_max": float(ratio.max()),
+        "covariance_error": float((estimate - reference).norm() / reference.norm()),
+    }
+
+
+def compare(
+    draws: Tensor,
+    reference: Tensor,
+    target: Target | None = None,
+    bounds: Tensor | None = None,
+    weights: Tensor | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """All that applies to a target with exact draws, such as one on the plane.
+
+    Args:
+        draws: Shape (N, d).
+        reference: Exact draws, shape (M, d).
+        target: Gives the score of "ksd", and the modes of `mode_errors` if it has the attribute `modes`, shape (K, d).
+        bounds: See `js_divergence`.
+        weights: True masses of the modes, see `mode_errors`.
+        seed: Of the projections of "swd".
+
+    Returns:
+        {"swd", "mmd"}, "js" on the plane, "ksd" with a target, and those of `mode_errors` if it has modes.
+    """
+    result = {"js": js_divergence(draws, reference, bounds=bounds)} if draws.shape[1] == 2 else {}
+    result |= {"swd": sliced_wasserstein(draws, reference, seed), "mmd": mmd(draws, reference)}
+    if target is not None:
+        result["ksd"] = ksd(draws, target)
+    modes = getattr(target, "modes", None)
+    return result if modes is None else result | mode_errors(draws, modes, weights)
+
+
+def compare_moments(
+    draws: Tensor,
+    mean: Tensor,
+    covariance: Tensor,
+    reference: Tensor | None = None,
+    target: Target | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """All that applies to a posterior with reference moments.
+
+    Distances and discrepancies are those of x divided by the reference's standard deviation of each coordinate.
+
+    Args:
+        draws: Shape (N, d).
+        mean: Of the reference, shape (d,).
+        covariance: Of the reference, shape (d, d).
+        reference: Reference draws, shape (M, d).
+        target: Gives the score of "ksd".
+        seed: Of the projections of "swd".
+
+    Returns:
+        What `moments` gives, what `compare` gives with reference draws, and "ksd" with a target.
+    """
+    result = moments(draws, mean, covariance)
+    sd = covariance.diagonal().sqrt().to(draws)
+    if reference is not None:
+        result |= compare(draws / sd, reference.to(draws) / sd, seed=seed)
+    if target is not None:
+        scaled = ScoreTarget(lambda z: target.score(z * sd) * sd, len(sd))
+        result["ksd"] = ksd(draws / sd, scaled)
+    return result
+
+
+def _double(x: Tensor) -> Tensor:
+    bad = int((~x.isfinite()).sum())
+    if bad:
+        raise ValueError(f"{bad} of {x.numel()} numbers are not finite: a sampler that diverged cannot be measured")
+    return x.detach().cpu().double()
+
+
+def _rows(x: Tensor, limit: int) -> Tensor:
+    return x if len(x) <= limit else x[torch.linspace(0, len(x) - 1, limit).round().long()]
+
+
+def _histogram(x: Tensor, bins: int, edges: list[list[float]]) -> np.ndarray:
+    counts = np.histogram2d(x[:, 0].numpy(), x[:, 1].numpy(), bins=bins, range=edges)[0].ravel()
+    return np.append(counts, len(x) - counts.sum())
+
+
+def _mean_off_diagonal(kernel: np.ndarray) -> float:
+    n = len(kernel)
+    return float((kernel.sum() - np.trace(kernel)) / (n * (n - 1)))
