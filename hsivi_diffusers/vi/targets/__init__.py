@@ -1,13 +1,27 @@
 """Targets: the user's own, densities on the plane with exact answers, Bayesian posteriors."""
 
+from .plane import Banana, Checkerboard, GaussianMixture, circles, cross, ring, swiss_roll
+from .posteriors import ConditionedDiffusion, LogisticRegression, RareEvents, conditioned_diffusion, rare_events
 from .target import DiffusibleTarget, IsotropicNormal, LogProbTarget, SampledTarget, ScoreTarget, Target, as_target
 
 __all__ = [
+    "Banana",
+    "Checkerboard",
+    "ConditionedDiffusion",
     "DiffusibleTarget",
+    "GaussianMixture",
     "IsotropicNormal",
     "LogProbTarget",
+    "LogisticRegression",
+    "RareEvents",
     "SampledTarget",
     "ScoreTarget",
     "Target",
     "as_target",
+    "circles",
+    "conditioned_diffusion",
+    "cross",
+    "rare_events",
+    "ring",
+    "swiss_roll",
 ]

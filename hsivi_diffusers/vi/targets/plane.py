@@ -1,0 +1,299 @@
+"""Densities with exact answers, most on the plane: mixtures of Gaussians, curves made of them, squares, a banana."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .target import DiffusibleTarget, SampledTarget
+
+SPACING = 1.25  # of Gaussians in a chain, in std: the density of their sum varies by 1e-5 of itself along it
+
+
+class GaussianMixture(DiffusibleTarget):
+    """p(x) = sum_m w_m N(x; mu_m, C_m) on R^d.
+
+    Diffused, it is sum_m w_m N(x; alpha mu_m, alpha^2 C_m + sigma^2 I). With C_m = V_m diag(v_m) V_m^T, the coordinates
+    V_m^T x of each component are independent at every level, with variances alpha^2 v_m + sigma^2.
+
+    Args:
+        means: mu, shape (M, d). Draws get its dtype and device.
+        covariances: C, shape (M, d, d), symmetric and positive definite.
+        weights: w, shape (M,), >= 0; divided by their sum. Equal by default.
+
+    Attributes:
+        modes: mu.
+
+    Raises:
+        ValueError: An argument is not as above.
+    """
+
+    def __init__(self, means: Tensor, covariances: Tensor, weights: Tensor | None = None) -> None:
+        weights = means.new_ones(len(means)) if weights is None else weights
+        _check_shapes(means, covariances, weights)
+        covariances = covariances.to(means.device, torch.float64)
+        variances, axes = torch.linalg.eigh(covariances)
+        _check_covariances(covariances, variances)
+        self.modes = means
+        self.dimension = means.shape[1]
+        self.weights = weights.to(means.device, torch.float64) / weights.sum()
+        flat_axes = axes.transpose(0, 1).flatten(1)  # (d, M d): the coordinates of all components in one product
+        centres = torch.einsum("md,mde->me", means.double(), axes)
+        self._scales = axes * variances.sqrt()[:, None]
+        if (variances == variances[0, 0]).all():
+            variances = variances[:1, :1]  # one number for all: much less to compute at each call
+        self._parameters = (self.weights.log(), centres, variances, flat_axes)
+        self._converted: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+
+    def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Returns draws, shape (size, d)."""
+        device = self.modes.device if generator is None else generator.device
+        weights = self.weights.to(device, self.modes.dtype)
+        component = torch.multinomial(weights, size, replacement=True, generator=generator).to(self.modes.device)
+        noise = _randn((size, self.dimension), self.modes, generator)
+        return self.modes[component] + torch.einsum("bde,be->bd", self._scales.to(noise)[component], noise)
+
+    def diffused_log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Returns the log-density of the diffused law, shape (B,)."""
+        return self._joint(x, alpha, sigma)[0].logsumexp(1)
+
+    def diffused_score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Returns sum_m P(m given x) V_m diag(alpha^2 v_m + sigma^2)^-1 V_m^T (alpha mu_m - x), shape (B, d)."""
+        joint, pull, axes = self._joint(x, alpha, sigma)
+        return -(joint.softmax(1)[..., None] * pull).flatten(1) @ axes.T
+
+    def _joint(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns log w_m N_m(x), shape (B, M); -grad log N_m along the axes, shape (B, M, d); and the axes."""
+        log_weights, centres, variances, axes = self._like(x)
+        variance = alpha.square()[:, None, None] * variances + sigma.square()[:, None, None]
+        offset = (x @ axes).unflatten(1, centres.shape) - alpha[:, None, None] * centres
+        pull = offset / variance
+        log_det = variance.log().sum(2) * (self.dimension / variance.shape[2])
+        constant = self.dimension * math.log(2 * math.pi)
+        return log_weights - 0.5 * ((offset * pull).sum(2) + log_det + constant), pull, axes
+
+    def _like(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The parameters in the dtype and on the device of x; converted once."""
+        key = (x.dtype, x.device)
+        if key not in self._converted:
+            self._converted[key] = tuple(value.to(x.device, x.dtype) for value in self._parameters)
+        return self._converted[key]
+
+
+class Checkerboard(DiffusibleTarget):
+    """Uniform on the black squares of a board, blurred by N(0, smoothing^2 I).
+
+    Column i and row j of the board, counted from the lower left corner, meet in a black square where i + j is even.
+    With g_i(u) = Phi((alpha b_i - u) / s) - Phi((alpha a_i - u) / s), s^2 = alpha^2 smoothing^2 + sigma^2, for a column
+    (or row) from a_i to b_i, the diffused density is sum over black (i, j) of g_i(x_1) g_j(x_2) / (alpha^2 area), where
+    area is that of all black squares. As i and j are both even or both odd, it is a sum of two products.
+
+    Args:
+        half_width: The board is [-half_width, half_width]^2; > 0.
+        cells: Columns, and rows; >= 2.
+        smoothing: > 0.
+
+    Attributes:
+        modes: Centres of the black squares, shape (M, 2).
+
+    Raises:
+        ValueError: An argument is not as above.
+    """
+
+    dimension = 2
+
+    def __init__(self, half_width: float = 4.0, cells: int = 4, smoothing: float = 0.05) -> None:
+        if not (half_width > 0 and smoothing > 0 and cells >= 2):
+            raise ValueError(
+                f"half_width={half_width}, cells={cells}, smoothing={smoothing}: give lengths > 0 and 2 cells or more"
+            )
+        self.smoothing = smoothing
+        self.width = 2 * half_width / cells
+        self.edges = torch.linspace(-half_width, half_width, cells + 1, dtype=torch.float64)
+        centres = (self.edges[:-1] + self.edges[1:]).float() / 2
+        black = [(i, j) for i in range(cells) for j in range(cells) if (i + j) % 2 == 0]
+        self.modes = centres[torch.tensor(black)]
+
+    def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Returns draws, shape (size, 2)."""
+        device = None if generator is None else generator.device
+        square = torch.randint(len(self.modes), (size,), generator=generator, device=device).to(self.modes.device)
+        place = torch.rand(size, 2, generator=generator, device=device, dtype=self.modes.dtype).to(self.modes.device)
+        noise = _randn((size, 2), self.modes, generator)
+        return self.modes[square] + self.width * (place - 0.5) + self.smoothing * noise
+
+    def diffused_log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Returns the log-density of the diffused law, shape (B,)."""
+        edges, _ = self._edges(x, alpha, sigma)
+        area = len(self.modes) * self.width**2
+        return _of_black(_intervals(edges)[0]).logsumexp(1) - math.log(area) - 2 * alpha.log()
+
+    def diffused_score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Returns the score of the diffused law, shape (B, 2), in closed form."""
+        edges, std = self._edges(x, alpha, sigma)
+        mass, slope = _intervals(edges)
+        parity = _of_black(mass).softmax(1)[:, None]  # (B, 1, 2): x is in an even column and row, or in odd ones
+        within = [(mass[..., k::2].softmax(2) * slope[..., k::2]).sum(2) for k in (0, 1)]
+        return (parity * torch.stack(within, 2)).sum(2) / std[:, None]
+
+    def _edges(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the edges as seen from x, (alpha edge - x) / s, shape (B, 2, cells + 1), and s, shape (B,)."""
+        std = (alpha.square() * self.smoothing**2 + sigma.square()).sqrt()
+        edges = alpha[:, None] * self.edges.to(x.device, x.dtype)
+        return (edges[:, None] - x[..., None]) / std[:, None, None], std
+
+
+class Banana(SampledTarget):
+    """x_1 ~ N(0, std_1^2), x_2 given x_1 ~ N(curvature x_1^2 + shift, std_2^2).
+
+    Args:
+        std_1: > 0.
+        std_2: > 0.
+        curvature: Of the ridge.
+        shift: Of the ridge; by default x_2 has the mean 0.
+
+    Attributes:
+        modes: The only one, shape (1, 2).
+
+    Raises:
+        ValueError: A standard deviation is not positive.
+    """
+
+    dimension = 2
+
+    def __init__(
+        self, std_1: float = 2.0, std_2: float = 0.5, curvature: float = 0.25, shift: float | None = None
+    ) -> None:
+        if not (std_1 > 0 and std_2 > 0):
+            raise ValueError(f"std_1={std_1}, std_2={std_2}: standard deviations are positive")
+        self.std_1 = std_1
+        self.std_2 = std_2
+        self.curvature = curvature
+        self.shift = -curvature * std_1**2 if shift is None else shift
+        self.modes = torch.tensor([[0.0, self.shift]])
+
+    def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Returns draws, shape (size, 2)."""
+        first, second = _randn((size, 2), self.modes, generator).unbind(1)
+        first = self.std_1 * first
+        return torch.stack([first, self._ridge(first) + self.std_2 * second], 1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns log p(x), shape (B,)."""
+        across, off = x[:, 0] / self.std_1, (x[:, 1] - self._ridge(x[:, 0])) / self.std_2
+        return -0.5 * (across.square() + off.square()) - math.log(2 * math.pi * self.std_1 * self.std_2)
+
+    def score(self, x: Tensor) -> Tensor:
+        """Returns grad_x log p(x), shape (B, 2)."""
+        pull = (x[:, 1] - self._ridge(x[:, 0])) / self.std_2**2
+        return torch.stack([2 * self.curvature * x[:, 0] * pull - x[:, 0] / self.std_1**2, -pull], 1)
+
+    def _ridge(self, first: Tensor) -> Tensor:
+        return self.curvature * first.square() + self.shift
+
+
+def ring(num_modes: int = 8, radius: float = 5.0, std: float = 0.2) -> GaussianMixture:
+    """Returns separate round Gaussians, evenly spaced on a circle."""
+    return _round(_circle(num_modes, radius), std)
+
+
+def cross() -> GaussianMixture:
+    """Returns two Gaussians of opposite correlation, in the shape of an X."""
+    covariances = torch.tensor([[[2.0, 1.8], [1.8, 2.0]], [[2.0, -1.8], [-1.8, 2.0]]])
+    return GaussianMixture(torch.zeros(2, 2), covariances)
+
+
+def circles(inner: float = 1.5, outer: float = 3.5, std: float = 0.3) -> GaussianMixture:
+    """Returns two circles around the origin with a Gaussian section, about equally dense along their lengths.
+
+    Each is a chain of round Gaussians, `SPACING` std apart or less.
+    """
+    means = [_circle(math.ceil(2 * math.pi * radius / (SPACING * std)), radius) for radius in (inner, outer)]
+    return _round(torch.cat(means), std)
+
+
+def swiss_roll(turns: float = 1.5, std: float = 0.25, radius: float = 4.0) -> GaussianMixture:
+    """Returns a spiral with a Gaussian section, equally dense along its length.
+
+    Its end is at the radius, less room for three std, and its start 1 + 2 turns times nearer to the origin. It is a
+    chain of round Gaussians, `SPACING` std apart or less.
+    """
+    outer = radius - 3 * std
+    angle = math.pi * (1 + 2 * turns * torch.linspace(0, 1, 20001, dtype=torch.float64))
+    curve = outer * angle[:, None] / angle[-1] * torch.stack([angle.cos(), angle.sin()], 1)
+    length = torch.cat([angle.new_zeros(1), curve.diff(dim=0).norm(dim=1).cumsum(0)])
+    num_modes = math.ceil(float(length[-1]) / (SPACING * std)) + 1
+    at = torch.searchsorted(length, torch.linspace(0, float(length[-1]), num_modes, dtype=torch.float64))
+    return _round(curve[at.clamp(max=len(curve) - 1)].float(), std)
+
+
+def _circle(num_modes: int, radius: float) -> Tensor:
+    angle = 2 * math.pi * torch.arange(num_modes, dtype=torch.float64) / num_modes
+    return (radius * torch.stack([angle.cos(), angle.sin()], 1)).float()
+
+
+def _round(means: Tensor, std: float) -> GaussianMixture:
+    return GaussianMixture(means, (std**2 * torch.eye(2, dtype=torch.float64)).expand(len(means), 2, 2))
+
+
+def _randn(shape: tuple[int, int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard Gaussian draw, made on the generator's device: one seed, one draw, on every device."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+def _of_black(mass: Tensor) -> Tensor:
+    """From log masses of columns and rows, shape (B, 2, cells), those of the even and the odd squares, shape (B, 2)."""
+    return torch.stack([mass[..., k::2].logsumexp(2).sum(1) for k in (0, 1)], 1)
+
+
+def _intervals(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what a Gaussian says of the intervals between ascending z along the last dimension, exact in both tails.
+
+    Returns:
+        log(Phi(z_{i+1}) - Phi(z_i)), and (phi(z_i) - phi(z_{i+1})) / (Phi(z_{i+1}) - Phi(z_i)). Where an interval lies
+        on one side of 0, both go by its nearer end, less what lies beyond the farther, and by
+        Phi(-|z|) = exp(-z^2 / 2) scaled(|z|) / 2, scaled(z) = erfcx(z / sqrt(2)).
+    """
+    straddles = (z[..., :-1] <= 0) & (z[..., 1:] >= 0)
+    inside = torch.where(straddles, torch.erf(z / math.sqrt(2)).diff(dim=-1), 1.0) / 2
+    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+    near, far = _ordered(z.abs())
+    scaled_far, scaled_near = _ordered(torch.special.erfcx(z.abs() / math.sqrt(2)))
+    gap = (scaled_far / scaled_near).log() - 0.5 * (far - near) * (far + near)
+    gap = torch.where(straddles, -1.0, gap)  # any number: log and division must bear what is not chosen, too
+    rest = -torch.expm1(gap)
+    mass = (scaled_near * rest / 2).log() - 0.5 * near.square()
+    slope = z[..., :-1].sign() * math.sqrt(2 / math.pi) * (1 / scaled_near - gap.exp() / scaled_far) / rest
+    return torch.where(straddles, inside.log(), mass), torch.where(straddles, -density.diff(dim=-1) / inside, slope)
+
+
+def _ordered(ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the smaller and the larger of the two ends of each interval."""
+    return torch.minimum(ends[..., :-1], ends[..., 1:]), torch.maximum(ends[..., :-1], ends[..., 1:])
+
+
+def _check_shapes(means: Tensor, covariances: Tensor, weights: Tensor) -> None:
+    given = f"means {tuple(means.shape)}, covariances {tuple(covariances.shape)}, weights {tuple(weights.shape)}"
+    if means.ndim != 2 or not means.numel():
+        raise ValueError(f"{given}: give means of shape (M, d), one row a component")
+    num_modes, dimension = means.shape
+    if covariances.shape != (num_modes, dimension, dimension):
+        raise ValueError(f"{given}: give covariances of shape ({num_modes}, {dimension}, {dimension}), one a component")
+    if weights.shape != (num_modes,):
+        raise ValueError(f"{given}: give weights of shape ({num_modes},), one a component, or none")
+    if not ((weights >= 0).all() and 0 < weights.sum() < math.inf):
+        raise ValueError(f"weights {weights.tolist()}: give finite numbers >= 0 with a sum > 0, or none")
+
+
+def _check_covariances(covariances: Tensor, variances: Tensor) -> None:
+    if not torch.allclose(covariances, covariances.mT, rtol=1e-4, atol=1e-6):
+        raise ValueError("covariances are not symmetric: give (C + C^T) / 2")
+    if not (variances > 0).all():
+        worst = int(variances[:, 0].argmin())
+        raise ValueError(
+            f"covariance {worst} has the eigenvalue {float(variances[worst, 0]):.3g}: all must be > 0; add a little to "
+            "its diagonal"
+        )

@@ -1,0 +1,107 @@
+"""The targets of the benchmarks by name, and what is known of those that cannot be sampled exactly.
+
+A reference is a long run of NUTS, kept in assets/references; training/make_references.py makes them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from sklearn.datasets import load_breast_cancer
+from torch import Tensor
+
+from hsivi_diffusers.vi.targets.plane import Banana, Checkerboard, circles, cross, ring, swiss_roll
+from hsivi_diffusers.vi.targets.posteriors import LogisticRegression, conditioned_diffusion, rare_events
+from hsivi_diffusers.vi.targets.target import Target
+
+REFERENCES = Path(__file__).parents[1] / "assets" / "references"
+
+
+def breast_cancer() -> LogisticRegression:
+    """Malignant (0) or benign (1) by 30 standardised features and an intercept, the last: d = 31."""
+    features, labels = (torch.from_numpy(part) for part in load_breast_cancer(return_X_y=True))
+    features = (features - features.mean(0)) / features.std(0, correction=0)
+    features = torch.cat([features, torch.ones(len(features), 1)], 1)
+    return LogisticRegression(features.float(), labels.float())
+
+
+TARGETS: dict[str, Callable[[], Target]] = {
+    "checkerboard": Checkerboard,
+    "swiss_roll": swiss_roll,
+    "circles": circles,
+    "ring": ring,
+    "banana": Banana,
+    "cross": cross,
+    "logistic_regression": breast_cancer,
+    "conditioned_diffusion": conditioned_diffusion,
+    "rare_events": rare_events,
+}
+
+
+def make_target(name: str) -> Target:
+    """Returns a target by its name.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name not in TARGETS:
+        raise ValueError(f"no target is called {name!r}: choose one of {', '.join(TARGETS)}")
+    return TARGETS[name]()
+
+
+class Reference(NamedTuple):
+    """What a long run of NUTS says of a posterior on R^d.
+
+    Attributes:
+        mean: Of all draws, shape (d,).
+        covariance: Of all draws, shape (d, d).
+        mean_1: Of the first half of the chains.
+        covariance_1: Of the first half of the chains; with covariance_2 it tells how well covariance is known.
+        mean_2: Of the second half.
+        covariance_2: Of the second half.
+        draws: Some of the draws, evenly spaced, shape (n, d).
+        metadata: How it was made and how far it can be trusted: `max_rhat`, `min_ess`, `covariance_floor` and others.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    mean_1: Tensor
+    covariance_1: Tensor
+    mean_2: Tensor
+    covariance_2: Tensor
+    draws: Tensor
+    metadata: dict[str, str]
+
+
+def load_reference(name: str, folder: str | Path = REFERENCES) -> Reference:
+    """Returns the reference of a target.
+
+    Raises:
+        ValueError: The folder holds none of that name.
+    """
+    path = Path(folder) / f"{name}.safetensors"
+    if not path.is_file():
+        held = ", ".join(sorted(path.stem for path in Path(folder).glob("*.safetensors"))) or "none"
+        raise ValueError(
+            f"{folder} holds no reference of {name!r}, only of {held}: make it with training/make_references.py"
+        )
+    with safe_open(path, framework="pt") as file:
+        tensors = {field: file.get_tensor(field) for field in Reference._fields if field != "metadata"}
+        return Reference(**tensors, metadata=file.metadata())
+
+
+def save_reference(name: str, reference: Reference, folder: str | Path) -> Path:
+    """Writes a reference in single precision, whole or not at all, and returns the path of its file."""
+    path = Path(folder) / f"{name}.safetensors"
+    partial = path.with_name(f"{path.name}.partial")
+    fields = reference._asdict()
+    metadata = fields.pop("metadata")
+    save_file({field: value.float().contiguous() for field, value in fields.items()}, partial, metadata)
+    os.replace(partial, path)
+    return path

@@ -1,0 +1,172 @@
+"""Computes what the posteriors of the benchmarks look like, by long runs of NUTS (Pyro), in double precision.
+
+    python training/make_references.py --output_dir runs/references
+
+NUTS walks in the coordinates z of x = mode + L z, where L L^T is the inverse Hessian at the mode: the posterior is
+nearly N(0, I) there. The first half of the chains and the second are kept apart as well: how far they differ is the
+floor below which no error against the reference means anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import MCMC, NUTS
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from scipy.optimize import minimize
+from torch import Tensor
+
+from benchmark_targets import Reference, make_target, save_reference
+from hsivi_diffusers.vi.targets.target import Target
+from options import option, parse_options
+
+POSTERIORS = ["logistic_regression", "conditioned_diffusion", "rare_events"]
+
+
+@dataclass
+class Options:
+    _argument_group_name = "reference"
+    targets: list[str] = option(POSTERIORS, "names of the posteriors")
+    output_dir: str | None = option(None, "folder of the files <name>.safetensors")
+    overwrite_output_dir: bool = option(False, "replace files of the same names")
+    num_chains: int = option(4, "chains, run one after the other")
+    num_draws: int = option(10000, "draws of each chain, after warm-up")
+    num_warmup: int = option(1000, "steps of each chain in which NUTS adapts, not kept")
+    num_kept: int = option(2000, "draws of all chains together that the file keeps")
+    seed: int = option(0, "seed of the chains")
+
+
+def claim_files(options: Options) -> Path:
+    """Refuses options that cannot be run, and files that would be replaced; makes the folder."""
+    if not options.output_dir:
+        raise ValueError("--output_dir is missing: name the folder to write to")
+    for name in options.targets:
+        make_target(name)
+    if options.num_chains < 2 or options.num_draws < 4:
+        raise ValueError(
+            f"--num_chains {options.num_chains} --num_draws {options.num_draws}: give 2 chains of 4 draws or more, to "
+            "be compared with each other"
+        )
+    folder = Path(options.output_dir)
+    found = [name for name in options.targets if (folder / f"{name}.safetensors").exists()]
+    if found and not options.overwrite_output_dir:
+        raise ValueError(
+            f"--output_dir {folder} has references of {', '.join(found)}: name another folder, or pass "
+            "--overwrite_output_dir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def laplace(target: Target) -> tuple[Tensor, Tensor]:
+    """The mode and the factor L of the inverse Hessian there, L L^T, in double precision."""
+
+    def negative(x: Any) -> tuple[float, Any]:
+        point = torch.from_numpy(x)[None]
+        return -float(target.log_prob(point)), -target.score(point)[0].numpy()
+
+    start = torch.zeros(target.dimension, dtype=torch.float64).numpy()
+    mode = torch.from_numpy(minimize(negative, start, jac=True, method="BFGS").x)
+    hessian: Tensor = torch.autograd.functional.hessian(lambda x: -target.log_prob(x[None])[0], mode)
+    upper = torch.linalg.cholesky(hessian).T
+    return mode, torch.linalg.solve_triangular(upper, torch.eye(len(mode), dtype=mode.dtype), upper=True)
+
+
+def run_chain(potential: Callable[[dict[str, Tensor]], Tensor], start: Tensor, options: Options) -> tuple[Tensor, int]:
+    """The draws of one chain, and how often it diverged."""
+    kernel = NUTS(potential_fn=potential)
+    chain = MCMC(
+        kernel,
+        num_samples=options.num_draws,
+        warmup_steps=options.num_warmup,
+        initial_params={"z": start},
+        disable_progbar=True,
+    )
+    chain.run()
+    return chain.get_samples()["z"], len(chain.diagnostics()["divergences"]["chain 0"])
+
+
+def run_chains(target: Target, options: Options) -> tuple[Tensor, int]:
+    """Draws of the posterior, shape (chains, draws, d), and the number of divergences."""
+    mode, factor = laplace(target)
+
+    def potential(parameters: dict[str, Tensor]) -> Tensor:
+        return -target.log_prob((mode + factor @ parameters["z"])[None])[0]
+
+    chains, divergences = [], 0
+    for number in range(options.num_chains):
+        pyro.set_rng_seed(1000 * options.seed + number)
+        draws, diverged = run_chain(potential, torch.randn_like(mode), options)
+        chains.append(mode + draws @ factor.T)
+        divergences += diverged
+    return torch.stack(chains), divergences
+
+
+def summarise(chains: Tensor, num_kept: int) -> Reference:
+    """Moments of all draws and of the halves, the draws that are kept, and how far all of it can be trusted."""
+    halves = [half.flatten(0, 1) for half in chains.tensor_split(2)]
+    (mean_1, covariance_1), (mean_2, covariance_2) = [(half.mean(0), half.T.cov()) for half in halves]
+    draws = chains.flatten(0, 1)
+    covariance = draws.T.cov()
+    std = covariance.diagonal().sqrt()
+    skewness = ((draws - draws.mean(0)) / std).pow(3).mean(0)
+    # of the draws and of their squares, which the covariance is made of
+    moments = torch.cat([chains, (chains - draws.mean(0)).square()], 2)
+    quality = {
+        "max_rhat": split_gelman_rubin(moments).max(),
+        "min_ess": effective_sample_size(moments).min(),
+        "max_abs_skewness": skewness.abs().max(),
+        "mean_floor": ((mean_1 - mean_2) / std).square().mean().sqrt(),
+        "variance_floor": (covariance_1.diagonal() / covariance_2.diagonal() - 1).abs().max(),
+        "covariance_floor": (covariance_1 - covariance_2).norm() / covariance_2.norm(),
+    }
+    kept = torch.linspace(0, len(draws) - 1, min(num_kept, len(draws)), dtype=torch.float64).round().long()
+    return Reference(
+        mean=draws.mean(0),
+        covariance=covariance,
+        mean_1=mean_1,
+        covariance_1=covariance_1,
+        mean_2=mean_2,
+        covariance_2=covariance_2,
+        draws=draws[kept],
+        metadata={name: f"{float(value):.5g}" for name, value in quality.items()},
+    )
+
+
+def make_reference(name: str, options: Options) -> Reference:
+    began = time.perf_counter()
+    chains, divergences = run_chains(make_target(name), options)
+    reference = summarise(chains, options.num_kept)
+    origin = {
+        "target": name,
+        "num_chains": options.num_chains,
+        "num_draws": options.num_draws,
+        "num_warmup": options.num_warmup,
+        "divergences": divergences,
+        "seed": options.seed,
+        "seconds": round(time.perf_counter() - began),
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+        "date": date.today().isoformat(),
+    }
+    return reference._replace(metadata=reference.metadata | {key: str(value) for key, value in origin.items()})
+
+
+def main(args: list[str] | None = None) -> None:
+    (options,) = parse_options([Options], __doc__ or "", args=args)
+    folder = claim_files(options)
+    for name in options.targets:
+        reference = make_reference(name, options)
+        path = save_reference(name, reference, folder)
+        print(f"{path}: " + ", ".join(f"{key} {value}" for key, value in reference.metadata.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
