@@ -25,6 +25,8 @@ class GaussianMixture(DiffusibleTarget):
 
     Attributes:
         modes: mu.
+        covariances: C, in double precision, on the CPU.
+        weights: w, likewise.
 
     Raises:
         ValueError: An argument is not as above.
@@ -33,14 +35,15 @@ class GaussianMixture(DiffusibleTarget):
     def __init__(self, means: Tensor, covariances: Tensor, weights: Tensor | None = None) -> None:
         weights = means.new_ones(len(means)) if weights is None else weights
         _check_shapes(means, covariances, weights)
-        covariances = covariances.to(means.device, torch.float64)
+        covariances = covariances.to("cpu", torch.float64)
         variances, axes = torch.linalg.eigh(covariances)
         _check_covariances(covariances, variances)
         self.modes = means
+        self.covariances = covariances
         self.dimension = means.shape[1]
-        self.weights = weights.to(means.device, torch.float64) / weights.sum()
+        self.weights = weights.to("cpu", torch.float64) / float(weights.sum())
         flat_axes = axes.transpose(0, 1).flatten(1)  # (d, M d): the coordinates of all components in one product
-        centres = torch.einsum("md,mde->me", means.double(), axes)
+        centres = torch.einsum("md,mde->me", means.to("cpu", torch.float64), axes)
         self._scales = axes * variances.sqrt()[:, None]
         if (variances == variances[0, 0]).all():
             variances = variances[:1, :1]  # one number for all: much less to compute at each call
@@ -78,7 +81,8 @@ class GaussianMixture(DiffusibleTarget):
         """The parameters in the dtype and on the device of x; converted once."""
         key = (x.dtype, x.device)
         if key not in self._converted:
-            self._converted[key] = tuple(value.to(x.device, x.dtype) for value in self._parameters)
+            with torch.inference_mode(False):  # kept, so that later calls may want gradients
+                self._converted[key] = tuple(value.to(x.device, x.dtype) for value in self._parameters)
         return self._converted[key]
 
 

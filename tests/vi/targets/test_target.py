@@ -1,0 +1,110 @@
+import pytest
+import torch
+from torch.distributions import Independent, LogNormal, MultivariateNormal, Normal
+
+from hsivi_diffusers.vi.targets import DiffusibleTarget, LogProbTarget, ScoreTarget, Target, as_target
+
+
+@pytest.fixture
+def normal():
+    factor = torch.randn(3, 3, dtype=torch.float64)
+    return MultivariateNormal(torch.randn(3, dtype=torch.float64), factor @ factor.T + torch.eye(3))
+
+
+def quartic(x):
+    return -x.pow(4).sum(1)
+
+
+def test_a_torch_distribution_becomes_a_target_with_its_exact_score(normal):
+    target = as_target(normal)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    assert target.dimension == 3
+    torch.testing.assert_close(target.log_prob(x), normal.log_prob(x))
+    torch.testing.assert_close(target.score(x), (normal.mean - x) @ normal.precision_matrix)
+
+
+def test_independent_coordinates_are_a_law_of_vectors():
+    target = as_target(Independent(Normal(torch.zeros(2), torch.tensor([1.0, 2.0])), 1))
+    torch.testing.assert_close(target.score(torch.ones(1, 2)), torch.tensor([[-1.0, -0.25]]))
+
+
+def test_a_target_stays_as_it_is():
+    target = LogProbTarget(quartic, 2)
+    assert as_target(target) is target
+
+
+def test_a_function_becomes_a_target():
+    target = as_target(quartic, dimension=2)
+    x = torch.randn(4, 2)
+    assert target.dimension == 2
+    torch.testing.assert_close(target.score(x), -4 * x.pow(3))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (quartic, "dimension is missing"),
+        (3.0, "a target of type float: give a Target, a torch distribution or a function"),
+        (Normal(0.0, 1.0), r"event shape \(\)"),
+        (Normal(torch.zeros(2), torch.ones(2)), "wrap it in torch.distributions.Independent"),
+        (Independent(LogNormal(torch.zeros(2), torch.ones(2)), 1), "a target has all of R"),
+    ],
+    ids=["function", "number", "scalar", "batch", "support"],
+)
+def test_what_is_no_density_on_vectors_is_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        as_target(source)
+
+
+def test_second_derivatives_flow_through_the_score_where_x_has_a_graph():
+    x = torch.randn(4, 2, requires_grad=True)
+    (hessian_sum,) = torch.autograd.grad(LogProbTarget(quartic, 2).score(x).sum(), x)
+    torch.testing.assert_close(hessian_sum, -12 * x.square())
+
+
+def test_the_score_has_no_graph_where_x_has_none_and_is_there_without_gradients():
+    target, x = LogProbTarget(quartic, 2), torch.randn(4, 2)
+    with torch.no_grad():
+        score = target.score(x)
+    assert not score.requires_grad
+    assert not target.score(x).requires_grad
+    assert not x.requires_grad
+
+
+def test_log_prob_must_give_one_number_a_row():
+    with pytest.raises(ValueError, match=r"returned the shape \(\) for x of shape \(4, 2\): return one number a row"):
+        LogProbTarget(lambda x: x.sum(), 2).log_prob(torch.zeros(4, 2))
+
+
+def test_a_score_alone_is_a_target_without_a_log_density():
+    target, x = ScoreTarget(lambda x: -x, 2), torch.randn(4, 2)
+    assert torch.equal(target.score(x), -x)
+    with pytest.raises(NotImplementedError, match="ScoreTarget has a score and no log-density"):
+        target.log_prob(x)
+
+
+def test_a_score_must_have_the_shape_of_x():
+    with pytest.raises(ValueError, match=r"score returned the shape \(4,\) for x of shape \(4, 2\)"):
+        ScoreTarget(lambda x: -x.sum(1), 2).score(torch.zeros(4, 2))
+
+
+def test_a_diffusible_target_needs_its_diffused_log_density_alone():
+    class Gaussian(DiffusibleTarget):
+        dimension = 2
+
+        def sample(self, size, generator=None):
+            return torch.randn(size, 2, generator=generator)
+
+        def diffused_log_prob(self, x, alpha, sigma):
+            return -0.5 * x.square().sum(1) / (alpha.square() + sigma.square())
+
+    x, alpha, sigma = torch.randn(3, 2), torch.tensor([1.0, 0.6, 0.1]), torch.tensor([0.0, 0.8, 2.0])
+    target = Gaussian()
+    torch.testing.assert_close(target.log_prob(x), -0.5 * x.square().sum(1))
+    torch.testing.assert_close(target.score(x), -x)
+    torch.testing.assert_close(target.diffused_score(x, alpha, sigma), -x / (alpha**2 + sigma**2)[:, None])
+
+
+def test_targets_are_abstract_only_in_what_they_lack():
+    with pytest.raises(NotImplementedError):
+        Target().log_prob(torch.zeros(1, 1))
