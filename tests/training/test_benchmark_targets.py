@@ -1,0 +1,161 @@
+import math
+
+import pytest
+import torch
+
+from benchmark_targets import REFERENCES, TARGETS, load_reference, make_target
+from hsivi_diffusers.vi.targets import as_target
+
+POSTERIORS = ["logistic_regression", "conditioned_diffusion", "rare_events"]
+every_posterior = pytest.mark.parametrize("name", POSTERIORS)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_name_makes_a_target_with_scores_in_single_precision(name):
+    target = make_target(name)
+    x = torch.randn(4, target.dimension)
+    assert target.log_prob(x).shape == (4,)
+    assert target.score(x).shape == x.shape
+    assert target.score(x).dtype == torch.float32
+
+
+def test_dimensions_are_those_of_the_docs():
+    dimensions = {name: make_target(name).dimension for name in POSTERIORS}
+    assert dimensions == {"logistic_regression": 31, "conditioned_diffusion": 100, "rare_events": 10}
+
+
+def test_another_name_is_refused_with_those_there_are():
+    with pytest.raises(
+        ValueError, match="no target is called 'moons': choose one of checkerboard, swiss_roll, circles"
+    ):
+        make_target("moons")
+
+
+def test_features_of_the_regression_are_standardised_with_an_intercept():
+    target = make_target("logistic_regression")
+    assert target.features.shape == (569, 31)
+    torch.testing.assert_close(target.features[:, :-1].mean(0), torch.zeros(30), rtol=0, atol=1e-5)
+    torch.testing.assert_close(target.features[:, :-1].std(0, correction=0), torch.ones(30))
+    assert (target.features[:, -1] == 1).all()
+    assert int(target.labels.sum()) == 357
+
+
+@every_posterior
+def test_the_chains_of_a_reference_agree(name):
+    reference = load_reference(name)
+    metadata = reference.metadata
+    dimension = make_target(name).dimension
+    assert float(metadata["max_rhat"]) < 1.01
+    assert float(metadata["min_ess"]) > 4000
+    assert float(metadata["covariance_floor"]) < 0.05
+    assert metadata["divergences"] == "0"
+    assert reference.draws.shape == (2000, dimension)
+    assert reference.mean.shape == (dimension,)
+    assert reference.covariance.shape == reference.covariance_1.shape == (dimension, dimension)
+    assert (REFERENCES / f"{name}.safetensors").stat().st_size < 1_000_000
+
+
+@every_posterior
+def test_the_kept_draws_have_the_moments_of_all(name):
+    reference = load_reference(name)
+    std = reference.covariance.diagonal().sqrt()
+    assert ((reference.draws.mean(0) - reference.mean) / std).abs().max() < 5 / math.sqrt(len(reference.draws))
+    assert (reference.draws.T.cov() - reference.covariance).norm() / reference.covariance.norm() < 0.3
+    assert ((reference.mean_1 + reference.mean_2) / 2 - reference.mean).abs().max() < 1e-4
+
+
+@every_posterior
+def test_steins_identities_hold_on_the_kept_draws(name):
+    """E[score] = 0 and E[score (x - mean)^T] = -I, within the error of 2,000 draws that are nearly independent."""
+    reference = load_reference(name)
+    draws = reference.draws.double()
+    score = make_target(name).score(draws)
+    error = score.std(0) / math.sqrt(len(draws))
+    assert (score.mean(0).abs() / error).max() < 5
+    products = score * (draws - reference.mean)
+    error = products.std(0) / math.sqrt(len(draws))
+    assert ((products.mean(0) + 1).abs() / error).max() < 5
+
+
+def test_rare_events_are_skewed():
+    draws = load_reference("rare_events").draws
+    skewness = ((draws - draws.mean(0)) / draws.std(0)).pow(3).mean(0)
+    assert int((skewness < -0.7).sum()) >= 4
+    assert float(load_reference("rare_events").metadata["max_abs_skewness"]) > 0.7
+
+
+def test_rare_events_agree_with_quadrature():
+    """Given mu the rates are independent: means and variances of their marginals by sums over two grids."""
+    target, reference = make_target("rare_events"), load_reference("rare_events")
+    mu = torch.linspace(-16, 12, 141, dtype=torch.float64)
+    x = torch.linspace(-24, 12, 361, dtype=torch.float64)
+    likelihood = target.counts[:, None] * x - target.exposures[:, None] * x.exp()
+    joint = likelihood[:, None] - 0.5 * (x - mu[:, None]).square() / target.rate_std**2
+    of_mu = (joint.logsumexp(2).sum(0) - 0.5 * mu.square() / target.mean_std**2).softmax(0)
+    marginals = torch.einsum("m,nmx->nx", of_mu, joint.softmax(2))
+    mean = torch.cat([marginals @ x, (of_mu @ mu)[None]])
+    variance = torch.cat([marginals @ x.square(), (of_mu @ mu.square())[None]]) - mean.square()
+    std = variance.sqrt()
+    assert ((reference.mean - mean).abs() / std).max() < 0.05
+    assert (reference.covariance.diagonal() / variance - 1).abs().max() < 0.08
+
+
+def test_a_missing_reference_is_refused_with_the_way_to_make_it(tmp_path):
+    with pytest.raises(ValueError, match="holds no reference of 'ring', only of none: make it with training/make_ref"):
+        load_reference("ring", tmp_path)
+
+
+@pytest.fixture
+def make_references():
+    pytest.importorskip("pyro")
+    import make_references
+
+    return make_references
+
+
+def test_a_reference_is_made_as_the_options_say(make_references, tmp_path):
+    flags = ["--targets", "rare_events", "--num_chains=2", "--num_draws=20", "--num_warmup=10", "--num_kept=8"]
+    make_references.main([*flags, f"--output_dir={tmp_path}"])
+    reference = load_reference("rare_events", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["rare_events.safetensors"]
+    assert reference.draws.shape == (8, 10)
+    assert reference.metadata["num_draws"] == "20"
+    with pytest.raises(ValueError, match="has references of rare_events: name another folder, or pass --overwrite"):
+        make_references.main([*flags, f"--output_dir={tmp_path}"])
+    make_references.main([*flags, f"--output_dir={tmp_path}", "--overwrite_output_dir", "true"])
+    assert torch.equal(load_reference("rare_events", tmp_path).draws, reference.draws)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--output_dir is missing"),
+        (["--output_dir=x", "--targets", "moons"], "no target is called 'moons'"),
+        (["--output_dir=x", "--num_chains=1"], "--num_chains 1 --num_draws 10000: give 2 chains of 4 draws or more"),
+    ],
+)
+def test_options_that_cannot_be_run_are_refused(make_references, flags, message):
+    with pytest.raises(ValueError, match=message):
+        make_references.main(flags)
+
+
+def test_the_coordinates_of_the_walk_are_whitened_at_the_mode(make_references):
+    mean = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    covariance = torch.tensor([[2.0, 0.6], [0.6, 0.5]], dtype=torch.float64)
+    law = torch.distributions.MultivariateNormal(mean, covariance)
+    mode, factor = make_references.laplace(as_target(law))
+    torch.testing.assert_close(mode, mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(factor @ factor.T, covariance)
+
+
+def test_moments_and_quality_of_chains_are_those_of_their_draws(make_references):
+    chains = torch.randn(4, 500, 3, dtype=torch.float64)
+    chains[2:] += 0.5
+    reference = make_references.summarise(chains, num_kept=100)
+    halves = chains.reshape(2, 1000, 3)
+    torch.testing.assert_close(reference.covariance, chains.reshape(-1, 3).T.cov())
+    torch.testing.assert_close(torch.stack([reference.mean_1, reference.mean_2]), halves.mean(1))
+    torch.testing.assert_close(reference.covariance_2, halves[1].T.cov())
+    assert float(reference.metadata["max_rhat"]) > 1.02
+    assert 0.4 < float(reference.metadata["mean_floor"]) < 0.6
+    assert reference.draws.shape == (100, 3)
