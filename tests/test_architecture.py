@@ -19,6 +19,7 @@ ALLOWED = {
     "vi/objectives": ({"vi/distributions", "vi/bridges"}, CORE),
     "vi/curricula": (set(), CORE),
     "vi/fitting": ({"vi/bridges", "vi/chains", "vi/curricula", "vi/layers", "vi/objectives"}, CORE),
+    "vi/diagnostics": ({"vi/bridges", "vi/chains", "vi/distributions", "vi/layers", "vi/objectives"}, CORE),
     "vi/targets/__init__": ({"vi/targets/target", "vi/targets/plane", "vi/targets/posteriors"}, set()),
     "vi/targets/target": (set(), CORE),
     "vi/targets/plane": ({"vi/targets/target"}, CORE),

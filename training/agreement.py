@@ -167,7 +167,7 @@ def compare(
         reference: Exact draws, shape (M, d).
         target: Gives the score of "ksd", and the modes of `mode_errors` if it has the attribute `modes`, shape (K, d).
         bounds: See `js_divergence`.
-        weights: True masses of the modes, see `mode_errors`.
+        weights: True masses of the modes, see `mode_errors`; those of the target by default, if it has them.
         seed: Of the projections of "swd".
 
     Returns:
@@ -178,6 +178,7 @@ def compare(
     if target is not None:
         result["ksd"] = ksd(draws, target)
     modes = getattr(target, "modes", None)
+    weights = getattr(target, "weights", None) if weights is None else weights
     return result if modes is None else result | mode_errors(draws, modes, weights)
 
 

@@ -6,6 +6,7 @@ Reading order: `distributions`, `bridges`, `layers`, `chains`, `objectives`, `cu
 from .bridges import Bridge
 from .chains import Chain, ChainBatch, PoolChain, SimulatedChain, make_chain, simulate
 from .curricula import Stage, joint
+from .diagnostics import Finding, diagnose
 from .distributions import DiagonalGaussian
 from .fitting import DivergenceError, Step, Update, fit
 from .layers import ConditionalLayers
@@ -19,6 +20,7 @@ __all__ = [
     "CriticObjective",
     "DiagonalGaussian",
     "DivergenceError",
+    "Finding",
     "KullbackLeibler",
     "LayerDraw",
     "PoolChain",
@@ -27,6 +29,7 @@ __all__ = [
     "Stage",
     "Step",
     "Update",
+    "diagnose",
     "draw_layer",
     "fit",
     "joint",

@@ -1,0 +1,211 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsivi_diffusers.vi import Bridge, ConditionalLayers, DiagonalGaussian
+from hsivi_diffusers.vi.diagnostics import critic_lag, diagnose, lost_modes, stein_ratio, variance_collapse
+from hsivi_diffusers.vi.targets.target import gradient
+from scenarios import ExactCritic, GaussianBridge, LinearCritic, LinearLayers, linear_layers, matching_bridge
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class OneLayer(ConditionalLayers):
+    """Draws from a mixture of equal Gaussians, which of them being told by the angle of x_next in the first plane."""
+
+    num_layers = 1
+
+    def __init__(self, modes, std=1.0):
+        super().__init__()
+        self.modes, self.std = modes, std
+
+    def forward(self, x_next, t, condition=None):
+        angle = torch.atan2(x_next[:, 1], x_next[:, 0]) / (2 * torch.pi) + 0.5
+        mode = (angle * len(self.modes)).long().clamp(max=len(self.modes) - 1)
+        return DiagonalGaussian(self.modes[mode], torch.full_like(x_next, self.std))
+
+
+class DensityBridge(Bridge):
+    """One level, a density on R^d, from a base N(0, I)."""
+
+    num_layers = 1
+
+    def __init__(self, log_prob, dimension):
+        self.log_density, self.dimension = log_prob, dimension
+
+    def level(self, t):
+        return 0.25 * torch.ones_like(t, dtype=torch.float64)
+
+    def score(self, x, level, condition=None):
+        assert bool((level == 0.25).all())
+        return gradient(self.log_density, x)
+
+    def sample_base(self, batch_size, generator=None):
+        return torch.randn(batch_size, self.dimension, generator=generator, dtype=torch.float64)
+
+
+def two_modes(gap, dimension=2):
+    modes = torch.zeros(2, dimension, dtype=torch.float64)
+    modes[0, 0], modes[1, 0] = gap, -gap
+    return modes
+
+
+def mixture_bridge(modes, std=1.0):
+    return DensityBridge(lambda x: (-0.5 * (x[:, None] - modes).square().sum(2) / std**2).logsumexp(1), modes.shape[1])
+
+
+def signatures(findings):
+    return [finding.signature for finding in findings]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_found_where_the_layers_match_and_the_critic_is_exact(seed):
+    layers = linear_layers()
+    assert diagnose(layers, matching_bridge(layers), critic=ExactCritic(layers), generator=seeded(seed)) == []
+
+
+def test_one_seed_gives_one_answer():
+    layers, bridge = linear_layers(), GaussianBridge([0.0, 0, 0], [9.0, 1, 1])
+    first = diagnose(layers, bridge, generator=seeded())
+    assert first
+    assert first == diagnose(layers, bridge, generator=seeded())
+
+
+@given(st.floats(0.1, 2), st.floats(0.2, 3), st.floats(-2, 2))
+@settings(max_examples=20, deadline=None)
+def test_the_stein_ratio_of_gaussians_is_that_of_their_variances(sd_q, sd_p, shift):
+    x = shift + sd_q * torch.randn(4000, 3, generator=seeded(), dtype=torch.float64)
+    ratio, error = stein_ratio(x, -x / sd_p**2)
+    expected = torch.full((3,), (sd_q / sd_p) ** 2, dtype=torch.float64)
+    assert bool(((ratio - expected).abs() < 5 * error).all())
+
+
+def test_the_stein_ratio_of_correlated_gaussians_is_the_diagonal_of_the_covariance_times_the_precision():
+    root = torch.tensor([[1.0, 0.0], [0.8, 0.6]], dtype=torch.float64)
+    precision = torch.tensor([[2.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
+    x = torch.randn(20000, 2, generator=seeded(), dtype=torch.float64) @ root.T
+    ratio, error = stein_ratio(x, -x @ precision)
+    assert bool(((ratio - (root @ root.T @ precision).diagonal()).abs() < 4 * error).all())
+
+
+@pytest.mark.parametrize("shrink", [0.3, 0.6])
+def test_a_sampler_that_is_too_narrow_is_under_dispersed_by_the_ratio_of_the_variances(shrink):
+    layers = LinearLayers(scale=[0.8, 0.5], shift=[0.3, 1.0], std=[0.4, 0.6])
+    mean, variance = layers.marginals()
+    bridge = GaussianBridge(mean.detach()[:-1], variance.detach()[:-1] / shrink)
+    (finding,) = variance_collapse(layers, bridge, num_draws=5000, generator=seeded())
+    assert finding.signature == "under_dispersed"
+    assert finding.layer == 0
+    assert finding.value == pytest.approx(shrink, rel=0.05)
+    assert "in 3 of 3 coordinates" in finding.message
+
+
+def test_a_layer_without_noise_has_collapsed():
+    layers = LinearLayers(scale=[0.8, 0.5, -0.7], shift=[0.3, -0.5, 1.0], std=[0.4, 1e-3, 0.9])
+    (finding,) = variance_collapse(layers, matching_bridge(layers), generator=seeded())
+    assert (finding.signature, finding.layer) == ("variance_collapse", 1)
+    spread = float(layers.marginals()[1][1].detach().sqrt())
+    assert finding.value == pytest.approx(1e-3 / spread, rel=0.1)
+    assert "layer 1 is deterministic in 3 of 3 coordinates" in finding.message
+
+
+def scaled(critic, factor=1.0, shift=0.0):
+    return lambda x, level, condition: factor * critic(x, level, condition) + shift
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.5])
+def test_a_scaled_critic_lags_by_the_closed_form(factor):
+    layers = linear_layers()
+    critic = scaled(ExactCritic(layers), factor)
+    found = critic_lag(layers, matching_bridge(layers), critic, num_draws=5000, generator=seeded())
+    # E[s . (s - s*)] / E|s|^2 = (a - 1) / a and 1 + E[(x - E x) . s] / d = 1 - a for s = a s*.
+    assert signatures(found) == ["critic_lag"] * 3
+    assert [finding.layer for finding in found] == [2, 1, 0]
+    for finding in found:
+        assert finding.value == pytest.approx(max(abs(factor - 1) / factor, abs(1 - factor)), rel=0.1)
+
+
+def test_a_shifted_critic_lags_by_the_closed_form():
+    layers = linear_layers()
+    critic = scaled(ExactCritic(layers), shift=1.0)
+    (finding,) = critic_lag(layers, matching_bridge(layers), critic, [1], num_draws=5000, generator=seeded())
+    square = 1 / float(layers.marginals()[1][1].detach())
+    assert finding.layer == 1
+    assert finding.value == pytest.approx(1 / (1 + square), rel=0.1)
+
+
+def test_a_critic_of_another_layer_lags():
+    layers = linear_layers()
+    critic = LinearCritic(3)
+    assert len(critic_lag(layers, matching_bridge(layers), critic, generator=seeded())) == 3
+    exact = ExactCritic(layers)
+    with torch.no_grad():
+        critic.slope.copy_(-1 / exact.variance[:-1])
+        critic.intercept.copy_(exact.mean[:-1] / exact.variance[:-1])
+    assert critic_lag(layers, matching_bridge(layers), critic, generator=seeded()) == []
+
+
+def test_a_sign_within_its_error_is_no_finding():
+    layers = linear_layers()
+    exact, bridge = ExactCritic(layers), matching_bridge(layers)
+    found = [len(critic_lag(layers, bridge, exact, num_draws=50, generator=seeded(seed))) for seed in range(20)]
+    assert sum(found) <= 2
+    assert len(critic_lag(layers, bridge, scaled(exact, 1.2), num_draws=8000, generator=seeded())) == 3
+
+
+@pytest.mark.parametrize(("dimension", "gap", "std"), [(2, 3.0, 1.0), (2, 3.0, 0.1), (10, 4.0, 0.5), (30, 8.0, 1.0)])
+def test_a_mode_that_is_never_visited_is_found(dimension, gap, std):
+    modes = two_modes(gap, dimension)
+    (finding,) = lost_modes(OneLayer(modes[:1], std), mixture_bridge(modes, std), generator=seeded())
+    assert finding.signature == "lost_modes"
+    assert finding.value == pytest.approx(0.5, abs=0.2)
+    place = float(finding.message.split("x = [")[1].split(",")[0])
+    assert place == pytest.approx(-gap, abs=4 * std)
+    assert lost_modes(OneLayer(modes, std), mixture_bridge(modes, std), generator=seeded()) == []
+
+
+def test_a_lost_mode_is_the_only_sign_of_it():
+    modes = two_modes(4.0)
+    assert signatures(diagnose(OneLayer(modes[:1]), mixture_bridge(modes), generator=seeded())) == ["lost_modes"]
+    assert diagnose(OneLayer(modes), mixture_bridge(modes), generator=seeded()) == []
+
+
+def test_a_funnel_has_no_lost_modes():
+    class Funnel(ConditionalLayers):
+        num_layers = 1
+
+        def forward(self, x_next, t, condition=None):
+            v, z = 3 * x_next[:, :1], x_next[:, 1:]
+            return DiagonalGaussian(torch.cat([v, (v / 2).exp() * z], 1), torch.full_like(x_next, 1e-6))
+
+    def log_prob(x):
+        v = x[:, 0]
+        return -v.square() / 18 - 2 * v - 0.5 * x[:, 1:].square().sum(1) * (-v).exp()
+
+    assert lost_modes(Funnel(), DensityBridge(log_prob, 5), generator=seeded()) == []
+
+
+@pytest.mark.parametrize(("reach", "expected"), [(60.0, ["lost_modes"]), (0.0, [])])
+def test_a_mode_beyond_the_base_is_found_from_an_upper_layer_alone(reach, expected):
+    class TwoLayers(ConditionalLayers):
+        """Half of x_1 lie at `reach`, all of x_0 at 0."""
+
+        num_layers = 2
+
+        def forward(self, x_next, t, condition=None):
+            far = (t == 1) & (x_next[:, 1] > 0)
+            mean = torch.zeros_like(x_next)
+            mean[:, 0] = reach * far
+            return DiagonalGaussian(mean, torch.ones_like(x_next))
+
+    bridge = mixture_bridge(torch.tensor([[0.0, 0.0], [60.0, 0.0]], dtype=torch.float64))
+    assert signatures(lost_modes(TwoLayers(), bridge, generator=seeded())) == expected
+
+
+def test_draws_that_are_not_finite_are_refused():
+    layers = LinearLayers(scale=[0.8, 0.5], shift=[0.3, float("nan")], std=[0.4, 0.6])
+    with pytest.raises(ValueError, match="numbers of x_0 are not finite"):
+        diagnose(layers, GaussianBridge([0.0, 0.0], [1.0, 1.0]))
