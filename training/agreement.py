@@ -171,7 +171,8 @@ def compare(
         seed: Of the projections of "swd".
 
     Returns:
-        {"swd", "mmd"}, "js" on the plane, "ksd" with a target, and those of `mode_errors` if it has modes.
+        {"swd", "mmd"}, "js" on the plane, "ksd" with a target, and those of `mode_errors` if it has modes,
+        no two in the same place.
     """
     result = {"js": js_divergence(draws, reference, bounds=bounds)} if draws.shape[1] == 2 else {}
     result |= {"swd": sliced_wasserstein(draws, reference, seed), "mmd": mmd(draws, reference)}
@@ -179,7 +180,8 @@ def compare(
         result["ksd"] = ksd(draws, target)
     modes = getattr(target, "modes", None)
     weights = getattr(target, "weights", None) if weights is None else weights
-    return result if modes is None else result | mode_errors(draws, modes, weights)
+    apart = modes is not None and len(modes.unique(dim=0)) == len(modes)
+    return result | mode_errors(draws, modes, weights) if apart else result
 
 
 def compare_moments(

@@ -191,6 +191,18 @@ def test_compare_has_what_applies_and_a_floor():
     assert all(wrong[name] > 1.5 * floor[name] for name in ("js", "swd", "mmd", "ksd"))
     assert floor["modes_found"] == 2
     assert set(compare(normal(100, 3), normal(100, 3, 2))) == {"swd", "mmd"}
+    target.modes = torch.zeros(2, 2)
+    assert set(compare(normal(100), normal(100, 2, 2), target)) == {"js", "swd", "mmd", "ksd"}
+
+
+def test_compare_asks_the_target_for_the_weights_of_its_modes():
+    target = two_modes(20.0, (0.8, 0.2))
+    side = torch.tensor([1.0] * 80 + [-1.0] * 20)[:, None] * target.modes[0]
+    draws = normal(100) + side
+    assert compare(draws, draws, target)["mode_tv"] == pytest.approx(0.3)
+    assert compare(draws, draws, target, weights=torch.tensor([8.0, 2.0]))["mode_tv"] == pytest.approx(0)
+    target.weights = torch.tensor([0.8, 0.2])
+    assert compare(draws, draws, target)["mode_tv"] == pytest.approx(0)
 
 
 def test_compare_moments_measures_in_units_of_the_reference():
