@@ -52,7 +52,10 @@ def js_divergence(draws: Tensor, reference: Tensor, bins: int = 50, bounds: Tens
 
 
 def sliced_wasserstein(draws: Tensor, reference: Tensor, seed: int = 0) -> float:
-    """Sliced Wasserstein 2-distance over 500 random projections; |shift| / sqrt(d) between shifted copies."""
+    """Sliced Wasserstein 2-distance over 500 random projections; |shift| / sqrt(d) between shifted copies.
+
+    Between modes far apart its floor falls as N^(-1/4) only, with the root of the mass that must be moved.
+    """
     return float(ot.sliced_wasserstein_distance(_double(draws), _double(reference), n_projections=500, seed=seed))
 
 
@@ -180,8 +183,9 @@ def compare(
         result["ksd"] = ksd(draws, target)
     modes = getattr(target, "modes", None)
     weights = getattr(target, "weights", None) if weights is None else weights
-    apart = modes is not None and len(modes.unique(dim=0)) == len(modes)
-    return result | mode_errors(draws, modes, weights) if apart else result
+    if modes is None or len(modes.unique(dim=0)) < len(modes):
+        return result
+    return result | mode_errors(draws, modes, weights)
 
 
 def compare_moments(
