@@ -1,16 +1,37 @@
 """Hierarchical semi-implicit variational inference: the method itself, in torch only.
 
-Reading order: `distributions`, `bridges`, `layers`, `chains`, `objectives`, `curricula`, `fitting`.
+Reading order: `distributions`, `targets`, `bridges`, `layers`, `chains`, `objectives`, `curricula`, `fitting`; then
+`networks` and `inference`, which put them together for small targets, and `diagnostics`.
 """
 
-from .bridges import Bridge
-from .chains import Chain, ChainBatch, PoolChain, SimulatedChain, make_chain, simulate
-from .curricula import Stage, joint
+from .bridges import Bridge, DiffusionBridge, GeometricBridge
+from .chains import (
+    Chain,
+    ChainBatch,
+    FrozenPoolChain,
+    PoolChain,
+    SimulatedChain,
+    draw_marginals,
+    make_chain,
+    simulate,
+)
+from .curricula import Plateau, Stage, joint, sequential
 from .diagnostics import Finding, diagnose
 from .distributions import DiagonalGaussian
 from .fitting import DivergenceError, Step, Update, fit
-from .layers import ConditionalLayers
-from .objectives import CriticObjective, KullbackLeibler, LayerDraw, ScoreMatching, draw_layer
+from .inference import Inference
+from .layers import ConditionalLayers, IndependentLayers, SharedLayers
+from .networks import GaussianMLP, ResidualMLP, ScoreMLP
+from .objectives import (
+    CriticObjective,
+    KullbackLeibler,
+    LayerDraw,
+    LowerBound,
+    Objective,
+    ScoreMatching,
+    draw_layer,
+)
+from .targets import LogProbTarget, ScoreTarget, Target, as_target
 
 __all__ = [
     "Bridge",
@@ -19,20 +40,38 @@ __all__ = [
     "ConditionalLayers",
     "CriticObjective",
     "DiagonalGaussian",
+    "DiffusionBridge",
     "DivergenceError",
     "Finding",
+    "FrozenPoolChain",
+    "GaussianMLP",
+    "GeometricBridge",
+    "IndependentLayers",
+    "Inference",
     "KullbackLeibler",
     "LayerDraw",
+    "LogProbTarget",
+    "LowerBound",
+    "Objective",
+    "Plateau",
     "PoolChain",
+    "ResidualMLP",
+    "ScoreMLP",
     "ScoreMatching",
+    "ScoreTarget",
+    "SharedLayers",
     "SimulatedChain",
     "Stage",
     "Step",
+    "Target",
     "Update",
+    "as_target",
     "diagnose",
     "draw_layer",
+    "draw_marginals",
     "fit",
     "joint",
     "make_chain",
+    "sequential",
     "simulate",
 ]

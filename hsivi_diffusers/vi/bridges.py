@@ -137,9 +137,9 @@ class DiffusionBridge(Bridge):
     Args:
         target: Its diffused form is known, as of a Gaussian mixture; or None, with `score_network`.
         num_layers: T.
-        schedule: 0 <= sigma_0 <= sigma_1 <= ... <= sigma_{T-1} < 1; by default sigma_t = sin(pi t / 2T), so sigma_0 = 0.
-        score_network: Estimate of the score at a level, (x, level, condition) -> shape of x, in the place of the exact one.
-            It is frozen if it is a module.
+        schedule: 0 <= sigma_0 <= sigma_1 <= ... <= sigma_{T-1} < 1; sigma_t = sin(pi t / 2T) by default, sigma_0 = 0.
+        score_network: Estimate of the score at a level, (x, level, condition) -> shape of x, in the place of the exact
+            one. It is frozen if it is a module.
         dimension: d; needed with `score_network` alone.
         device: Where the base is drawn.
 
@@ -158,8 +158,8 @@ class DiffusionBridge(Bridge):
     ) -> None:
         if score_network is None and not isinstance(target, DiffusibleTarget):
             raise ValueError(
-                f"the diffused law of a {type(target).__name__} is not known: give a DiffusibleTarget such as a Gaussian "
-                "mixture, or a score_network fitted to draws of the target; or take a GeometricBridge"
+                f"the diffused law of a {type(target).__name__} is not known: give a DiffusibleTarget such as a "
+                "GaussianMixture, or a score_network fitted to draws of the target; or take a GeometricBridge"
             )
         dimension = dimension or (target.dimension if target else None)
         if dimension is None:

@@ -282,8 +282,8 @@ class FrozenPoolChain(Chain):
         learning = [] if beta is None else beta.nonzero().flatten().tolist()
         if len(learning) != 1 or learning[0] > self.t:
             raise ValueError(
-                f"layers {learning} are to learn, the pool is at layer {self.t}: a FrozenPoolChain trains one layer after "
-                "the other, from the base down; use it with `sequential`, or take a SimulatedChain"
+                f"layers {learning} are to learn, the pool is at layer {self.t}: a FrozenPoolChain trains one layer "
+                "after the other, from the base down; use it with `sequential`, or take a SimulatedChain"
             )
         return int(learning[0])
 

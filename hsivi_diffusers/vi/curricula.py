@@ -16,8 +16,8 @@ class Stage:
     """A stretch of training.
 
     Attributes:
-        beta: Share beta(t) of each layer in the loss, shape (T,). The loss of a batch is the mean of beta(t) L_t over its
-            rows; a chain that draws all layers alike wants shares of mean 1, one that draws a single layer a share of 1.
+        beta: Share beta(t) of each layer in the loss, shape (T,). The loss of a batch is the mean of beta(t) L_t over
+            its rows; a chain that draws all layers alike wants shares of mean 1, one that draws one layer a share of 1.
         num_steps: Layer updates in this stage.
     """
 
@@ -70,8 +70,8 @@ def sequential(num_layers: int, num_steps: int) -> list[Stage]:
 class Plateau:
     """Tells when a value has stopped falling: `stop_stage` of `fit`.
 
-    The mean of `value` over a window of updates is compared with the lowest such mean so far. When `patience` windows in
-    a row are not lower by `tolerance` of the value's standard error, the stage ends.
+    The mean of the value over a window of updates is compared with the lowest such mean so far. When `patience` windows
+    in a row are not lower by `tolerance` standard errors of that mean, the stage ends.
 
     Args:
         window: Updates in a mean.

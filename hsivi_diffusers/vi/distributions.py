@@ -55,8 +55,8 @@ class DiagonalGaussian:
     def diffuse(self, alpha_t: Tensor, sigma_t: Tensor, alpha: Tensor, sigma: Tensor) -> DiagonalGaussian:
         r"""Returns the law after diffusion from one noise level up to another.
 
-        With r = alpha / alpha_t, x is taken to r x + sqrt(sigma^2 - r^2 sigma_t^2) z, z ~ N(0, I), the step that takes data
-        diffused to the one level to the other; so the law is N(r mean, r^2 std^2 + sigma^2 - r^2 sigma_t^2).
+        With r = alpha / alpha_t, x is taken to r x + sqrt(sigma^2 - r^2 sigma_t^2) z, z ~ N(0, I), the step that takes
+        data diffused to the one level to the other; so the law is N(r mean, r^2 std^2 + sigma^2 - r^2 sigma_t^2).
 
         Args:
             alpha_t: Where the law is; like the others of a shape that broadcasts against `mean`.

@@ -36,7 +36,7 @@ class Inference:
     Args:
         bridge: From the base to the target; says T.
         objective: "lower_bound", "score_matching" or "kullback_leibler", or an `Objective`.
-        training: "sequential", layer by layer with independent networks, or "joint", all layers at once, shared network.
+        training: "sequential", layer by layer with independent networks, or "joint", all at once with a shared one.
         num_steps: Layer updates in all, an equal part for each layer if sequential.
         batch_size: B.
         layers: The sampler; residual MLPs by default.
@@ -73,8 +73,8 @@ class Inference:
         width: int = 64,
         depth: int = 3,
         std: Literal["global", "network"] = "global",
-        learning_rate: float = 2e-3,
-        critic_learning_rate: float = 2e-3,
+        learning_rate: float = 4e-3,
+        critic_learning_rate: float = 4e-3,
         critic_updates: int = 1,
         max_grad_norm: float = 10.0,
         plateau: Plateau | None = None,
@@ -93,10 +93,10 @@ class Inference:
             if isinstance(self.objective, CriticObjective):
                 self.critic = critic or ScoreMLP(dimension, width, depth)
         self.learning_rate = learning_rate
-        self.layer_optimizer = torch.optim.Adam(self.layers.parameters(), lr=learning_rate)
+        self.layer_optimizer = torch.optim.Adam(self.layers.parameters(), lr=learning_rate, fused=True)
         self.critic_optimizer = None
         if self.critic is not None:
-            self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=critic_learning_rate)
+            self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=critic_learning_rate, fused=True)
 
     def steps(self) -> Iterator[Step]:
         """Trains from `next_step` to the end; yields after each layer update, and can be left and called again."""
@@ -126,7 +126,7 @@ class Inference:
             pass
 
     def marginals(self, size: int, seed: int = 0) -> list[Tensor]:
-        """Draws [x_0, ..., x_T], each of shape (size, d): x_0 is from the fitted law, x_t from q_t, x_T from the base."""
+        """Draws [x_0, ..., x_T], each of shape (size, d): x_0 from the fitted law, x_t from q_t, x_T from the base."""
         generator = torch.Generator().manual_seed(seed)
         return draw_marginals(self.layers, self.bridge.sample_base(size, generator), generator)
 

@@ -35,7 +35,7 @@ class IndependentLayers(ConditionalLayers):
     """Each layer is a network with parameters of its own: what layer-by-layer training needs.
 
     Args:
-        networks: T modules, from the data side up; each takes x_next of shape (B, ...) and returns a `DiagonalGaussian`.
+        networks: T modules, from the data side up; each takes x_next of shape (B, ...), returns a `DiagonalGaussian`.
 
     Raises:
         ValueError: No network is given.

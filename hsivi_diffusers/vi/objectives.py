@@ -204,8 +204,8 @@ class LowerBound(Objective):
 
     Args:
         num_extra: K; by default all other rows at the same level.
-        surrogate: Take stopgrad(S(x)) . x in the place of log p(x), which has the same gradient: for a target of which only
-            the score is known. The value then means nothing.
+        surrogate: Take stopgrad(S(x)) . x in the place of log p(x), which has the same gradient: for a target of which
+            only the score is known. The value then means nothing.
 
     Raises:
         ValueError: K < 0.
@@ -241,8 +241,8 @@ class LowerBound(Objective):
         size, extra = len(rows), len(rows) - 1 if self.num_extra is None else self.num_extra
         if extra >= size:
             raise ValueError(
-                f"num_extra={extra}, and only {size} rows of the batch are at level {float(draw.level[rows[0]]):.3g}: give "
-                f"a larger batch, or num_extra < {size}"
+                f"num_extra={extra}, and only {size} rows of the batch are at level {float(draw.level[rows[0]]):.3g}: "
+                f"give a larger batch, or num_extra < {size}"
             )
         if extra < size - 1:
             place = torch.arange(size, device=matrix.device)

@@ -3,6 +3,7 @@
 from .plane import Banana, Checkerboard, GaussianMixture, circles, cross, ring, swiss_roll
 from .posteriors import ConditionedDiffusion, LogisticRegression, RareEvents, conditioned_diffusion, rare_events
 from .target import DiffusibleTarget, IsotropicNormal, LogProbTarget, SampledTarget, ScoreTarget, Target, as_target
+from .whitened import Laplace, Whitened, laplace
 
 __all__ = [
     "Banana",
@@ -11,16 +12,19 @@ __all__ = [
     "DiffusibleTarget",
     "GaussianMixture",
     "IsotropicNormal",
+    "Laplace",
     "LogProbTarget",
     "LogisticRegression",
     "RareEvents",
     "SampledTarget",
     "ScoreTarget",
     "Target",
+    "Whitened",
     "as_target",
     "circles",
     "conditioned_diffusion",
     "cross",
+    "laplace",
     "rare_events",
     "ring",
     "swiss_roll",

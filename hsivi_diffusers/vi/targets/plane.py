@@ -108,7 +108,7 @@ class Checkerboard(DiffusibleTarget):
 
     dimension = 2
 
-    def __init__(self, half_width: float = 4.0, cells: int = 4, smoothing: float = 0.05) -> None:
+    def __init__(self, half_width: float = 4.0, cells: int = 4, smoothing: float = 0.2) -> None:
         if not (half_width > 0 and smoothing > 0 and cells >= 2):
             raise ValueError(
                 f"half_width={half_width}, cells={cells}, smoothing={smoothing}: give lengths > 0 and 2 cells or more"

@@ -198,8 +198,8 @@ def _dimension_of(distribution: Distribution) -> int:
     shape = distribution.event_shape
     if len(shape) != 1 or distribution.batch_shape:
         raise ValueError(
-            f"{distribution} has event shape {tuple(shape)} and batch shape {tuple(distribution.batch_shape)}: a target "
-            "is one law of vectors; wrap it in torch.distributions.Independent"
+            f"{distribution} has event shape {tuple(shape)} and batch shape {tuple(distribution.batch_shape)}: a "
+            "target is one law of vectors; wrap it in torch.distributions.Independent"
         )
     support = distribution.support
     if not _is_whole_space(support):

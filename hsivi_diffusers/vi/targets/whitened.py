@@ -1,0 +1,128 @@
+"""Targets in coordinates in which they look like N(0, I) around their mode: Laplace's approximation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .target import SampledTarget, Target
+
+
+class Laplace(SampledTarget):
+    """N(mean, L L^T): a Gaussian with a full covariance, such as `laplace` fits.
+
+    Args:
+        mean: Shape (d,).
+        scale: L, lower triangular with a positive diagonal, shape (d, d).
+    """
+
+    def __init__(self, mean: Tensor, scale: Tensor) -> None:
+        self.mean, self.scale = mean, scale
+        self.dimension = len(mean)
+
+    def whiten(self, x: Tensor) -> Tensor:
+        """Returns z = L^{-1} (x - mean), shape (B, d)."""
+        return torch.linalg.solve_triangular(self.scale.to(x), (x - self.mean.to(x)).T, upper=False).T
+
+    def unwhiten(self, z: Tensor) -> Tensor:
+        """Returns x = mean + L z, shape (B, d)."""
+        return self.mean.to(z) + z @ self.scale.to(z).T
+
+    @property
+    def log_volume(self) -> float:
+        """Log det L."""
+        return float(self.scale.diagonal().log().sum())
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns log N(x; mean, L L^T), shape (B,)."""
+        constant = self.log_volume + 0.5 * self.dimension * math.log(2 * math.pi)
+        return -0.5 * self.whiten(x).square().sum(1) - constant
+
+    def score(self, x: Tensor) -> Tensor:
+        """Returns -(L L^T)^{-1} (x - mean), shape (B, d)."""
+        return -torch.linalg.solve_triangular(self.scale.to(x).T, self.whiten(x).T, upper=True).T
+
+    def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Returns draws, shape (size, d)."""
+        device = self.mean.device if generator is None else generator.device
+        z = torch.randn(size, self.dimension, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.unwhiten(z.to(self.mean.device))
+
+
+def laplace(target: Target, start: Tensor | None = None, num_steps: int = 500) -> Laplace:
+    """Fits Laplace's approximation: the mode, and the inverse of the negative Hessian of log p there.
+
+    Needs the score alone: the mode is found by L-BFGS on it if there is no log-density, else on the log-density.
+
+    Args:
+        target: Unimodal around the start, twice differentiable.
+        start: Where to look for the mode, shape (d,); 0 by default.
+        num_steps: Most steps of L-BFGS.
+
+    Returns:
+        The approximation, in double precision.
+
+    Raises:
+        ValueError: No mode was found: the score is not 0 there, or the density is not log-concave there.
+    """
+    x = torch.zeros(target.dimension) if start is None else start
+    x = _ascend(target, x.double().clone(), num_steps)
+    hessian = torch.autograd.functional.jacobian(lambda x: target.score(x[None])[0], x)
+    precision = -(hessian + hessian.T) / 2
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    slope = float(target.score(x[None]).abs().max())
+    step = float((target.score(x[None])[0] @ torch.linalg.pinv(precision)).abs().max())
+    if failed or not step < 1e-2 * float(precision.diagonal().clamp_min(1e-300).rsqrt().max()):
+        raise ValueError(
+            f"no mode was found in {num_steps} steps (largest slope {slope:.2g}): give another start, or more num_steps; "
+            "a target without a single smooth mode has no Laplace approximation"
+        )
+    covariance = torch.cholesky_inverse(factor)
+    return Laplace(mean=x, scale=torch.linalg.cholesky(covariance))
+
+
+def _ascend(target: Target, x: Tensor, num_steps: int) -> Tensor:
+    """L-BFGS with the score for gradient; the line search sees log p, or without one takes plain steps."""
+    x.requires_grad_(True)
+    has_density = type(target).log_prob is not Target.log_prob
+    search = "strong_wolfe" if has_density else None
+    rate = 1.0 if has_density else 0.5
+    optimizer = torch.optim.LBFGS([x], lr=rate, max_iter=num_steps, tolerance_grad=1e-9, line_search_fn=search)
+
+    def closure() -> Tensor:
+        with torch.no_grad():
+            x.grad = -target.score(x[None])[0]
+            return -target.log_prob(x[None])[0] if has_density else x.grad.square().sum()
+
+    optimizer.step(closure)
+    return x.detach()
+
+
+class Whitened(Target):
+    """A target in the coordinates z of x = mean + L z of its Laplace approximation.
+
+    Fit the layers to it, and bring their draws back with `unwhiten`.
+
+    Args:
+        target: In x.
+        approximation: By default `laplace(target)`.
+    """
+
+    def __init__(self, target: Target, approximation: Laplace | None = None) -> None:
+        self.target = target
+        self.approximation = approximation or laplace(target)
+        self.dimension = target.dimension
+
+    def unwhiten(self, z: Tensor) -> Tensor:
+        """Returns x = mean + L z, shape (B, d)."""
+        return self.approximation.unwhiten(z)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns log p(mean + L x) + log det L, shape (B,)."""
+        return self.target.log_prob(self.unwhiten(x)) + self.approximation.log_volume
+
+    def score(self, x: Tensor) -> Tensor:
+        """Returns L^T S(mean + L x), shape (B, d)."""
+        return self.target.score(self.unwhiten(x)) @ self.approximation.scale.to(x)
