@@ -30,7 +30,9 @@ class Target(ABC):
         Raises:
             NotImplementedError: Only the score is known.
         """
-        raise NotImplementedError(f"{type(self).__name__} has a score and no log-density")
+        raise NotImplementedError(
+            f"{type(self).__name__} has a score and no log-density: use LowerBound(surrogate=True) or a critic"
+        )
 
     def score(self, x: Tensor) -> Tensor:
         """Returns grad_x log p(x), shape (B, d); on the graph of x where x has one."""
