@@ -3,7 +3,7 @@
 from .plane import Banana, Checkerboard, GaussianMixture, circles, cross, ring, swiss_roll
 from .posteriors import ConditionedDiffusion, LogisticRegression, RareEvents, conditioned_diffusion, rare_events
 from .target import DiffusibleTarget, IsotropicNormal, LogProbTarget, SampledTarget, ScoreTarget, Target, as_target
-from .whitened import Laplace, Whitened, laplace
+from .whitened import Laplace, Whitened, laplace, moment_match
 
 __all__ = [
     "Banana",
@@ -25,6 +25,7 @@ __all__ = [
     "conditioned_diffusion",
     "cross",
     "laplace",
+    "moment_match",
     "rare_events",
     "ring",
     "swiss_roll",

@@ -126,3 +126,23 @@ class Whitened(Target):
     def score(self, x: Tensor) -> Tensor:
         """Returns L^T S(mean + L x), shape (B, d)."""
         return self.target.score(self.unwhiten(x)) @ self.approximation.scale.to(x)
+
+
+def moment_match(draws: Tensor) -> Laplace:
+    """Returns the Gaussian with the mean and the covariance of draws, shape (N, d): whitening without a mode.
+
+    A first, rough fit gives the draws; a second one, of `Whitened(target, moment_match(draws))`, starts from coordinates
+    in which nothing is stiff.
+
+    Raises:
+        ValueError: The draws have no positive definite covariance.
+    """
+    draws = draws.double()
+    covariance = torch.cov(draws.T).reshape(draws.shape[1], draws.shape[1])
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed or len(draws) <= draws.shape[1]:
+        raise ValueError(
+            f"{len(draws)} draws of {draws.shape[1]} coordinates have no positive definite covariance: give more draws, of "
+            "a sampler that has not collapsed"
+        )
+    return Laplace(mean=draws.mean(0), scale=factor)
