@@ -43,6 +43,10 @@ class GaussianBridge(Bridge):
     def score(self, x, level, condition=None):
         return -(x - self.mean[level, None]) / self.variance[level, None]
 
+    def log_prob(self, x, level):
+        mean, variance = self.mean[level, None], self.variance[level, None]
+        return torch.distributions.Normal(mean, variance.sqrt()).log_prob(x).sum(1)
+
     def sample_base(self, batch_size, generator=None):
         return torch.randn(batch_size, DIMENSION, generator=generator, dtype=torch.float64)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hsivi_diffusers.vi import joint
+from hsivi_diffusers.vi import Plateau, joint, sequential
 
 
 def test_joint_is_one_stage_in_which_all_layers_count_alike():
@@ -24,3 +24,81 @@ def test_shares_that_do_not_fit_are_refused(beta):
 def test_a_hierarchy_has_a_layer():
     with pytest.raises(ValueError, match="at least 1 layer"):
         joint(0, 10)
+
+
+def test_sequential_trains_one_layer_after_the_other_from_the_base_down():
+    stages = sequential(3, 7)
+    assert [stage.beta.tolist() for stage in stages] == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+    assert [stage.num_steps for stage in stages] == [7, 7, 7]
+
+
+def test_with_one_layer_sequential_is_joint():
+    for one, other in zip(sequential(1, 5), joint(1, 5), strict=True):
+        assert torch.equal(one.beta, other.beta)
+        assert one.num_steps == other.num_steps
+
+
+def test_a_hierarchy_trained_in_sequence_has_a_layer():
+    with pytest.raises(ValueError, match="num_layers=0: a hierarchy has at least 1 layer"):
+        sequential(0, 10)
+
+
+# ----- plateaus -----
+
+
+def noise(size, seed=0):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def stops_at(plateau, values):
+    """The first update at which the plateau ends the stage, or None."""
+    return next((i for i, value in enumerate(values) if plateau(value)), None)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("height", [-1e3, 0.0, 50.0])
+def test_noise_around_a_constant_ends_a_stage(seed, height):
+    stop = stops_at(Plateau(window=50, patience=3), [height + value for value in noise(5000, seed)])
+    assert 4 * 50 - 1 <= stop < 1500
+    assert (stop + 1) % 50 == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_value_that_falls_ends_no_stage(seed):
+    falling = [value - 0.01 * i for i, value in enumerate(noise(5000, seed))]  # half a std in each window of 50
+    assert stops_at(Plateau(window=50, patience=3), falling) is None
+
+
+def test_a_stage_ends_soon_after_the_fall_does():
+    values = [value - 0.02 * min(i, 2000) for i, value in enumerate(noise(6000))]
+    assert 2000 < stops_at(Plateau(window=50, patience=3), values) < 3500
+
+
+def test_a_value_without_any_noise_ends_a_stage_after_patience_windows_more_than_the_first():
+    assert stops_at(Plateau(window=4, patience=2), [1.0] * 50) == 3 * 4 - 1
+    assert stops_at(Plateau(window=4, patience=2), [-float(i) for i in range(50)]) is None
+
+
+def test_after_a_stage_a_plateau_starts_anew():
+    plateau, fresh = Plateau(window=4, patience=2), Plateau(window=4, patience=2)
+    assert stops_at(plateau, [1.0] * 12) == 11
+    assert plateau.state_dict() == fresh.state_dict()
+    assert stops_at(plateau, [7.0] * 50) == 11
+
+
+def test_a_restored_plateau_stops_where_the_saved_one_does():
+    values = noise(3000)
+    whole, half, rest = (Plateau(window=30, patience=4) for _ in range(3))
+    stop = stops_at(whole, values)
+    assert stops_at(half, values[:137]) is None
+    state = half.state_dict()
+    rest.load_state_dict(state)
+    half(0.0)
+    assert len(state["values"]) == 137 % 30
+    assert stops_at(rest, values[137:]) == stop - 137
+
+
+@pytest.mark.parametrize("given", [{"window": 1}, {"patience": 0}])
+def test_a_plateau_needs_a_window_and_patience(given):
+    with pytest.raises(ValueError, match="give a window of 2 or more, and patience of 1 or more"):
+        Plateau(**given)

@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsivi_diffusers.vi import DiagonalGaussian
@@ -42,3 +42,78 @@ def test_one_seed_gives_one_draw():
     assert torch.equal(*draws)
     assert draws[0].dtype == torch.float64
     assert not torch.equal(draws[0], randn_like(x, None))
+
+
+@given(
+    rows=st.integers(1, 6),
+    laws=st.integers(1, 6),
+    shape=st.sampled_from([(1,), (3,), (2, 2), (2, 1, 3)]),
+    broadcast=st.sampled_from(["full", "row", "coordinate", "one"]),
+    far=st.sampled_from([0.0, 1e4]),
+)
+@settings(deadline=None, max_examples=60)
+def test_pairwise_log_prob_is_log_prob_pair_by_pair(rows, laws, shape, broadcast, far):
+    random = torch.Generator().manual_seed(rows + 10 * laws)
+    x, mean = (far + torch.randn(n, *shape, generator=random, dtype=torch.float64) for n in (rows, laws))
+    ones = [1] * len(shape)
+    of = {"full": (laws, *shape), "row": (laws, *ones), "coordinate": (1, *shape), "one": (1, *ones)}[broadcast]
+    std = 0.1 + torch.rand(of, generator=random, dtype=torch.float64)
+    pairs = DiagonalGaussian(mean, std).pairwise_log_prob(x)
+    assert pairs.shape == (rows, laws)
+    each = std.expand_as(mean)
+    for j in range(laws):
+        alone = DiagonalGaussian(mean[j].expand_as(x), each[j].expand_as(x)).log_prob(x)
+        torch.testing.assert_close(pairs[:, j], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_the_gradients_of_pairwise_log_prob_are_those_of_the_pairs():
+    x, mean = torch.randn(4, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    std = torch.rand(3, 2, dtype=torch.float64) + 0.2
+    found = []
+    for pairwise in (True, False):
+        given = [value.clone().requires_grad_(True) for value in (x, mean, std)]
+        q = DiagonalGaussian(*given[1:])
+        if pairwise:
+            log_prob = q.pairwise_log_prob(given[0])
+        else:
+            pairs = [DiagonalGaussian(q.mean[j : j + 1], q.std[j : j + 1]).log_prob(given[0]) for j in range(3)]
+            log_prob = torch.stack(pairs, 1)
+        found.append(torch.autograd.grad(log_prob.logsumexp(1).sum(), given))
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+sigmas = st.lists(st.floats(0, 0.99), min_size=3, max_size=3).map(sorted)
+
+
+def alpha_sigma(sigma):
+    return torch.tensor([[(1 - sigma**2) ** 0.5]], dtype=torch.float64), torch.tensor([[sigma]], dtype=torch.float64)
+
+
+@given(sigmas, st.floats(0.05, 3), numbers)
+def test_diffusion_in_two_steps_is_that_in_one(levels, std, mean):
+    first, second, third = map(alpha_sigma, levels)
+    q = DiagonalGaussian(torch.full((2, 3), mean, dtype=torch.float64), torch.full((2, 1), std, dtype=torch.float64))
+    there = q.diffuse(*first, *second).diffuse(*second, *third)
+    at_once = q.diffuse(*first, *third)
+    torch.testing.assert_close(there.mean, at_once.mean)
+    torch.testing.assert_close(there.std, at_once.std)
+
+
+@given(sigmas)
+def test_diffusion_leaves_standard_normal_data_alone(levels):
+    q = DiagonalGaussian(torch.zeros(2, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64))
+    moved = q.diffuse(*alpha_sigma(levels[0]), *alpha_sigma(levels[2]))
+    torch.testing.assert_close(moved.mean, q.mean)
+    torch.testing.assert_close(moved.std, q.std)
+
+
+@given(sigmas, numbers)
+def test_diffusion_takes_diffused_data_to_data_diffused_further(levels, point):
+    (alpha_t, sigma_t), (alpha, sigma) = alpha_sigma(levels[0]), alpha_sigma(max(levels[1], 0.01))
+    if sigma_t > sigma:
+        return
+    q = DiagonalGaussian(alpha_t * point, sigma_t.clamp_min(1e-12))  # of data that is a point
+    moved = q.diffuse(alpha_t, sigma_t, alpha, sigma)
+    torch.testing.assert_close(moved.mean, alpha * point)
+    torch.testing.assert_close(moved.std, sigma)

@@ -1,8 +1,21 @@
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
-from hsivi_diffusers.vi import KullbackLeibler, LayerDraw, ScoreMatching, draw_layer, make_chain
-from scenarios import DIMENSION, ExactCritic, GaussianBridge, LinearCritic, linear_layers, matching_bridge
+from hsivi_diffusers.vi import (
+    DiagonalGaussian,
+    GeometricBridge,
+    KullbackLeibler,
+    LayerDraw,
+    LowerBound,
+    ScoreMatching,
+    ScoreTarget,
+    draw_layer,
+    make_chain,
+)
+from scenarios import DIMENSION, ExactCritic, GaussianBridge, LinearCritic, LinearLayers, linear_layers, matching_bridge
 
 
 def make_draw(layers, bridge, size=64, **options):
@@ -29,7 +42,8 @@ def test_no_gradient_at_the_truth(objective):
     layers = linear_layers()
     bridge = matching_bridge(layers)
     objective.layer_loss(ExactCritic(layers), bridge, make_draw(layers, bridge)).mean().backward()
-    assert torch.equal(layers.shift.grad, torch.zeros(3, dtype=torch.float64))
+    for parameter in layers.parameters():
+        assert torch.equal(parameter.grad, torch.zeros(3, dtype=torch.float64))
 
 
 def test_score_matching_loss_is_the_fisher_divergence_in_the_mean():
@@ -153,3 +167,197 @@ def test_unknown_scoring_is_refused():
     layers = linear_layers()
     with pytest.raises(ValueError, match="scoring='all' is unknown: choose 'own' or 'random'"):
         make_draw(layers, matching_bridge(layers), scoring="all")
+
+
+@pytest.mark.parametrize("t", range(3))
+@pytest.mark.parametrize("name", ["scale", "shift", "std"])
+@pytest.mark.parametrize("by", [-0.15, 0.15])
+def test_score_matching_grows_by_half_the_fisher_divergence_whichever_way_a_parameter_leaves_the_truth(t, name, by):
+    bridge, layers = matching_bridge(linear_layers()), linear_layers()
+    with torch.no_grad():
+        getattr(layers, name)[t] += by
+    rows = ScoreMatching().layer_loss(ExactCritic(layers), bridge, make_draw(layers, bridge, size=40_000))
+    loss, error = rows.mean(), float(rows.detach().std()) / 200
+    mean, variance = (moment[:-1] for moment in layers.marginals())
+    slope, offset = 1 / variance - 1 / bridge.variance, bridge.mean / bridge.variance - mean / variance
+    fisher = DIMENSION * (slope.square() * variance + (slope * mean + offset).square()).mean()  # v = slope x + offset
+    assert loss > 4 * error
+    torch.testing.assert_close(loss, 0.5 * fisher, rtol=0, atol=4 * error)
+
+
+def test_the_value_of_kl_is_half_the_weighted_square_of_what_the_critic_and_the_bridge_differ_by():
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    draw, critic = make_draw(layers, bridge), LinearCritic(3)
+    gap = critic(draw.x, draw.level) - bridge.score(draw.x, draw.level)
+    loss = KullbackLeibler(layer_weight=lambda level: 1.0 + level).layer_loss(critic, bridge, draw)
+    torch.testing.assert_close(loss, 0.5 * (1.0 + draw.level) * gap.square().sum(1))
+
+
+def test_kl_has_the_gradient_of_x_times_the_gap_and_none_of_its_value():
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    draw, critic = make_draw(layers, bridge), LinearCritic(3)
+    gap = (critic(draw.x, draw.level) - bridge.score(draw.x, draw.level)).detach()
+    loss = KullbackLeibler().layer_loss(critic, bridge, draw)
+    got = torch.autograd.grad(loss.sum(), draw.x, retain_graph=True)
+    torch.testing.assert_close(got, (gap,))
+
+
+def test_kl_is_zero_row_by_row_at_the_truth():
+    layers = linear_layers()
+    bridge = matching_bridge(layers)
+    loss = KullbackLeibler().layer_loss(ExactCritic(layers), bridge, make_draw(layers, bridge))
+    assert torch.equal(loss, torch.zeros(64, dtype=torch.float64))
+
+
+# ----- the lower bound -----
+
+
+def no_critic(*_):
+    raise AssertionError("the lower bound asks no critic")
+
+
+def bound(draw, bridge, num_extra=None, **options):
+    return LowerBound(num_extra, **options).layer_loss(no_critic, bridge, draw)
+
+
+def draw_at(layers, bridge, t, size, seed=0):
+    """A draw of one layer, whose inputs have the exact marginal."""
+    random = torch.Generator().manual_seed(seed)
+    mean, variance = (moment[t + 1].detach() for moment in layers.marginals())
+    x_next = mean + variance.sqrt() * torch.randn(size, DIMENSION, generator=random, dtype=torch.float64)
+    rows = torch.full((size,), t)
+    return draw_layer(layers(x_next, rows), rows, bridge, generator=random)
+
+
+@pytest.mark.parametrize("num_extra", [0, 1, 5, None])
+def test_the_bound_is_zero_row_by_row_where_layers_match_and_do_not_look_at_their_input(num_extra):
+    layers = LinearLayers(scale=[0.0, 0.0, 0.0], shift=[0.3, -0.5, 1.0], std=[0.4, 0.6, 0.9])
+    bridge = matching_bridge(layers)
+    loss = bound(make_draw(layers, bridge), bridge, num_extra)
+    assert loss.shape == (64,)
+    torch.testing.assert_close(loss, torch.zeros(64, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("t", range(3))
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_bound_falls_with_the_number_of_extra_draws_from_kl_and_the_mutual_information_to_kl(t, moved):
+    layers, size = linear_layers(), 1200
+    bridge = shifted(matching_bridge(layers)) if moved else matching_bridge(layers)
+    kl = exact_kl(layers, bridge)[t].detach()
+    information = 0.5 * DIMENSION * (layers.marginals()[1][t].detach() / layers.std[t] ** 2).log()
+    draw = draw_at(layers, bridge, t, size).detach()
+    rows = [bound(draw, bridge, num_extra) for num_extra in (0, 1, 4, 16, 128, None)]
+    error = 4 * float(rows[0].std()) / size**0.5
+    means = [float(loss.mean()) for loss in rows]
+    assert means == sorted(means, reverse=True)
+    assert means[0] - means[1] > 0.1
+    assert min(means) > kl - error
+    torch.testing.assert_close(means[0], float(kl + information), rtol=0, atol=error)
+    torch.testing.assert_close(means[-1], float(kl), rtol=0, atol=error + 0.05)
+
+
+@pytest.mark.parametrize("num_extra", [0, 2, None])
+def test_the_bound_of_a_batch_is_that_of_a_plain_double_loop(num_extra):
+    layers, size = linear_layers(), 7
+    bridge = shifted(matching_bridge(layers))
+    draw = draw_at(layers, bridge, 1, size)
+    extra = size - 1 if num_extra is None else num_extra
+    expected = []
+    for i in range(size):
+        densities = []
+        for k in range(extra + 1):  # its own input, and those of the next rows
+            j = (i + k) % size
+            law = DiagonalGaussian(draw.q.mean[j : j + 1], draw.q.std[j : j + 1])
+            densities.append(law.log_prob(draw.x[i : i + 1]))
+        expected.append(torch.cat(densities).logsumexp(0) - math.log(extra + 1))
+    expected = torch.stack(expected) - bridge.log_prob(draw.x, draw.level)
+    loss = bound(draw, bridge, num_extra)
+    torch.testing.assert_close(loss, expected)
+    for got, wanted in zip(
+        *(torch.autograd.grad(value.sum(), list(layers.parameters()), retain_graph=True) for value in (loss, expected)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("num_extra", [1, None])
+def test_rows_are_mixed_with_rows_of_their_own_level_alone(num_extra):
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    draw = make_draw(layers, bridge)
+    loss = bound(draw, bridge, num_extra)
+    for level in range(3):
+        of = draw.level == level
+        q = DiagonalGaussian(draw.q.mean[of], draw.q.std[of])
+        torch.testing.assert_close(loss[of], bound(LayerDraw(q, draw.x[of], draw.level[of]), bridge, num_extra))
+
+
+def test_a_std_that_broadcasts_is_that_of_every_row():
+    layers = linear_layers()
+    bridge = matching_bridge(layers)
+    draw = draw_at(layers, bridge, 2, 6)
+    for std in (draw.q.std[:1], draw.q.std.expand_as(draw.q.mean)):
+        other = replace(draw, q=DiagonalGaussian(draw.q.mean, std))
+        torch.testing.assert_close(bound(other, bridge), bound(draw, bridge))
+
+
+def test_more_extra_draws_than_rows_at_a_level_are_refused():
+    layers = linear_layers()
+    bridge = matching_bridge(layers)
+    draw = draw_at(layers, bridge, 1, 8)
+    assert bound(draw, bridge, 7).equal(bound(draw, bridge))
+    with pytest.raises(ValueError, match="num_extra=8, and only 8 rows of the batch are at level 1: .*num_extra < 8"):
+        bound(draw, bridge, 8)
+    with pytest.raises(ValueError, match="num_extra=-1: give the number K >= 0"):
+        LowerBound(-1)
+
+
+def test_the_bound_takes_no_conditions():
+    layers = linear_layers()
+    bridge = matching_bridge(layers)
+    draw = make_draw(layers, bridge, condition=torch.zeros(64))
+    with pytest.raises(ValueError, match="LowerBound mixes the rows of a batch, so it takes no conditions"):
+        bound(draw, bridge)
+
+
+@pytest.mark.parametrize("num_extra", [0, 3, None])
+def test_the_surrogate_has_the_gradient_of_the_log_density(num_extra):
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    draw = make_draw(layers, bridge)
+    gradients = [
+        torch.autograd.grad(
+            bound(draw, bridge, num_extra, surrogate=surrogate).mean(), list(layers.parameters()), retain_graph=True
+        )
+        for surrogate in (False, True)
+    ]
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted)
+        assert bool((wanted != 0).all())
+
+
+def test_the_surrogate_needs_a_score_alone():
+    bridge = GeometricBridge(ScoreTarget(lambda x: -x, 2), 2)
+    q = DiagonalGaussian(torch.zeros(4, 2, requires_grad=True), torch.ones(4, 2))
+    draw = draw_layer(q, torch.zeros(4, dtype=torch.long), bridge)
+    bound(draw, bridge, surrogate=True).sum().backward()
+    assert q.mean.grad is not None
+    with pytest.raises(NotImplementedError, match="ScoreTarget has a score and no log-density"):
+        bound(draw, bridge)
+
+
+def test_with_many_extra_draws_the_gradient_of_the_bound_is_that_of_kl():
+    layers, size, batches = linear_layers(), 1000, 12
+    bridge = shifted(matching_bridge(layers))
+    inputs = [layers.shift, layers.scale]
+    gradients = []
+    for seed in range(batches):
+        loss = bound(draw_at(layers, bridge, 2, size, seed), bridge).mean()
+        gradients.append(torch.stack([of[2] for of in torch.autograd.grad(loss, inputs)]))
+    expected = torch.stack([of[2] for of in torch.autograd.grad(exact_kl(layers, bridge)[2], inputs)])
+    error = torch.stack(gradients).std(0) / batches**0.5
+    got = torch.stack(gradients).mean(0)
+    assert bool(((got - expected).abs() < 5 * error + 0.02).all())
+    torch.testing.assert_close(got, expected, rtol=0.1, atol=0.02)
