@@ -1,0 +1,138 @@
+"""Fits a semi-implicit sampler to a target of the benchmarks, or does a whole study of such fits.
+
+One fit:
+
+    python training/fit_target.py --target checkerboard --num_layers 5 --bridge diffusion --objective LB \
+        --output_dir runs/checkerboard
+
+writes OUTPUT_DIR/report.json (settings, agreement with the target, signs of failure), layers.safetensors,
+draws.safetensors and, for targets on the plane, marginals.png. `--resume_from_checkpoint latest` goes on with a fit that
+was stopped.
+
+A study, which goes on where it was stopped by itself:
+
+    python training/fit_target.py --study training/configs/study_*.yaml
+
+writes docs/inference/results.json, and the figures and tables of docs/inference/index.md that are made from it.
+`--quick true` does a short version of each study and writes to runs/inference_quick.
+
+A target of your own is fitted by a few lines of Python; see docs/inference/index.md.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from folders import claim_output_dir, replace_folder, sole_writer, write_json
+from hsivi_diffusers.vi.diagnostics import diagnose
+from options import option, parse_options
+from study import read_study, run_study
+from study_pages import draw_marginals_figure, write_pages
+from target_fit import Fit, Fitted, Stopwatch, measure, prepare
+
+
+@dataclass
+class Output:
+    _argument_group_name = "output of one fit"
+    output_dir: str | None = option(None, "folder of the fit, or of a study's pages")
+    overwrite_output_dir: bool = option(False, "write to a folder that is not empty")
+    resume_from_checkpoint: str | None = option(None, "`latest` goes on with a fit that was stopped")
+    checkpointing_steps: int = option(2000, "layer updates between checkpoints")
+
+
+@dataclass
+class Study:
+    _argument_group_name = "study"
+    study: list[str] | None = option(None, "YAML files of studies, in the place of one fit")
+    quick: bool = option(False, "a short version of each study")
+    workers: int = option(os.cpu_count() or 1, "processes side by side, of one thread each")
+    pages_only: bool = option(False, "make the pages of docs/inference again from results.json")
+
+
+def fit_one(fit: Fit, output: Output) -> None:
+    """Trains, with a progress bar and checkpoints, and writes the results."""
+    resumes = output.resume_from_checkpoint is not None
+    if resumes and output.resume_from_checkpoint != "latest":
+        raise ValueError(f"--resume_from_checkpoint {output.resume_from_checkpoint}: there is only `latest`")
+    folder = claim_output_dir(output.output_dir, resumes or output.overwrite_output_dir)
+    with sole_writer(folder):
+        stopwatch = Stopwatch()
+        fitted = prepare(fit, stopwatch)
+        _train(fitted, folder, resumes, output.checkpointing_steps, stopwatch)
+        _write_results(fitted, fit, folder, stopwatch.seconds)
+
+
+def _train(fitted: Fitted, folder: Path, resumes: bool, checkpointing_steps: int, stopwatch: Stopwatch) -> None:
+    inference, checkpoint = fitted.inference, folder / "checkpoint"
+    accelerator = Accelerator(cpu=True)
+    accelerator.register_for_checkpointing(inference)
+    if resumes and checkpoint.is_dir():
+        accelerator.load_state(str(checkpoint))
+    total = sum(stage.num_steps for stage in inference.curriculum)
+    bar = tqdm(total=total, initial=inference.next_step, unit="step")
+    with stopwatch.running():
+        for step in inference.steps():
+            bar.update(step.next_step - step.step)
+            if step.step % 100 == 0:
+                layer = ", ".join(map(str, step.layers.t.unique().tolist()))
+                bar.set_postfix(layer=layer, loss=f"{float(step.layers.loss.mean()):.3f}")
+            if step.next_step % checkpointing_steps == 0 and step.next_step < total:
+                accelerator.save_state(str(folder / "checkpoint.partial"))
+                replace_folder(folder / "checkpoint.partial", checkpoint)
+    bar.close()
+
+
+def _write_results(fitted: Fitted, fit: Fit, folder: Path, seconds: float) -> None:
+    inference = fitted.inference
+    found = diagnose(inference.layers, inference.bridge, critic=inference.critic, critic_layers=[0])
+    for finding in found:
+        print(f"{finding.signature}: {finding.message}")
+    agreement = measure(fitted.sample, fit.target)
+    save_file(
+        {name: value.contiguous() for name, value in inference.layers.state_dict().items()},
+        folder / "layers.safetensors",
+    )
+    save_file({"x": fitted.sample(10_000, seed=0).contiguous()}, folder / "draws.safetensors")
+    if fitted.target.dimension == 2:
+        draw_marginals_figure(fitted, folder / "marginals.png")
+    report = {
+        "fit": asdict(fit),
+        "seconds": seconds,
+        "agreement": agreement,
+        "findings": [asdict(one) for one in found],
+    }
+    write_json(folder / "report.json", report)
+    print(f"{folder / 'report.json'}:", ", ".join(f"{name} {value:.4g}" for name, value in agreement.items()))
+
+
+def study_all(study: Study, output: Output) -> None:
+    """Does what results.json lacks, then makes the pages."""
+    default = "runs/inference_quick" if study.quick else "docs/inference"
+    folder = Path(output.output_dir or default)
+    folder.mkdir(parents=True, exist_ok=True)
+    with sole_writer(folder):
+        if not study.pages_only:
+            jobs = [job for path in study.study or [] for job in read_study(path, study.quick)]
+            run_study(jobs, folder / "results.json", study.workers)
+        write_pages(folder)
+
+
+def main() -> None:
+    """Reads the options, and does one fit or a study."""
+    fit, output, study = parse_options([Fit, Output, Study], __doc__ or "")
+    torch.set_num_threads(1)
+    if study.study or study.pages_only:
+        study_all(study, output)
+    else:
+        fit_one(fit, output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""A study: many fits from YAML files, side by side in several processes, and the file of their results.
+
+    {"settings": {study: ...}, "rows": [{"study", "method", "target", "T", "objective", "bridge", "training", "seed",
+     "parameters", "seconds", "js", ...}, ...]}
+
+Every row that is done is in the file at once, so a study that was stopped goes on by the same command.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, fields, replace
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from benchmark_targets import load_reference, make_target
+from folders import write_json
+from hsivi_diffusers.vi import DivergenceError
+from hsivi_diffusers.vi.targets import SampledTarget, laplace, moment_match
+from target_fit import DRAWS, JS_DRAWS, Fit, Fitted, Stopwatch, findings, measure, prepare
+
+Row = dict[str, Any]
+AXES = {
+    "targets": "target",
+    "num_layers": "num_layers",
+    "objectives": "objective",
+    "bridges": "bridge",
+    "training": "training",
+    "seeds": "seed",
+    "whitening": "whitening",
+    "parameters": "parameters",
+    "depths": "depth",
+}
+KEYS = ("T", "objective", "bridge", "training", "seed", "whitening", "num_steps", "parameters_wanted", "depth")
+NULLS = ("exact", "untrained", "laplace", "gaussian")
+Job = tuple[str, str, Fit]
+
+
+def read_study(path: str | Path, quick: bool = False) -> list[Job]:
+    """Reads a YAML file: its axes, of which all combinations are fitted, and settings of all fits or of one objective.
+
+    Args:
+        path: YAML with `study` (a name), `axes` (lists), `fit` (settings of `Fit`), `by_objective` and `by_target` (more
+            of them), `quick` (axes and settings that replace those in a quick run), and `nulls` (false for none).
+        quick: Take the quick ones.
+
+    Returns:
+        Study, method and settings of each row; rows with one layer once, for neither bridge nor training matters there.
+
+    Raises:
+        ValueError: The file has other keys, or settings that `Fit` does not know.
+    """
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    _refuse_unknown(path, content, {"study", "axes", "fit", "by_objective", "by_target", "quick", "nulls"})
+    axes, common = dict(content["axes"]), dict(content.get("fit", {}))
+    if quick:
+        for name, value in content.get("quick", {}).items():
+            (axes if name in AXES else common)[name] = value
+    _refuse_unknown(path, axes, set(AXES))
+    jobs: dict[Job, None] = {}
+    for values in product(*axes.values()):
+        settings = common | dict(zip((AXES[name] for name in axes), values, strict=True))
+        more = content.get("by_objective", {}).get(settings.get("objective"), {})
+        more = more | content.get("by_target", {}).get(settings.get("target"), {})
+        if quick:
+            more = {name: value for name, value in more.items() if name not in content.get("quick", {})}
+        _refuse_unknown(path, settings | more, {field.name for field in fields(Fit)})
+        fit = Fit(**(settings | more))
+        if fit.num_layers == 1 and axes.get("bridges") and fit.bridge != axes["bridges"][0]:
+            continue
+        if fit.num_layers == 1 and axes.get("training") and fit.training != axes["training"][0]:
+            continue
+        jobs[(content["study"], "SIVI" if fit.num_layers == 1 else "HSIVI", fit)] = None
+    nulls = [
+        (content["study"], method, Fit(target=target, num_steps=1, seed=seed))
+        for target in axes["targets"]
+        for method in (NULLS if content.get("nulls", True) else ())
+        for seed in axes["seeds"]
+        if method in _nulls_of(target)
+    ]
+    return [*nulls, *jobs]
+
+
+def run_study(jobs: Sequence[Job], path: Path, workers: int) -> None:
+    """Fits what the file of results does not hold yet; each row is written when it is done."""
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    done = {_key(row) for row in results["rows"]}
+    left = [job for job in jobs if _key(_describe(job)) not in done]
+    # spawn, not fork: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        futures = [pool.submit(run_job, job) for job in left]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="fit"):
+            results["rows"].append(future.result())
+            write_json(path, results)
+    results["rows"].sort(key=lambda row: [str(value) for value in _key(row)])
+    write_json(path, results)
+
+
+def run_job(job: Job) -> Row:
+    """Does one row. A fit that diverges is a row too, without measures."""
+    study, method, fit = job
+    row = _describe(job)
+    if method in NULLS:
+        return row | _measure_null(method, fit)
+    stopwatch = Stopwatch()
+    try:
+        fitted = prepare(fit, stopwatch)
+        with stopwatch.running():
+            fitted.inference.run()
+        row |= measure(fitted.sample, fit.target) | {"findings": findings(fitted)}
+    except (DivergenceError, ValueError) as error:
+        return row | {"seconds": round(stopwatch.seconds, 2), "failed": str(error)}
+    return row | {"parameters": _count(fitted), "seconds": round(stopwatch.seconds, 2)}
+
+
+def _describe(job: Job) -> Row:
+    study, method, fit = job
+    row = {"study": study, "method": method, "T": fit.num_layers, "parameters_wanted": fit.parameters, **asdict(fit)}
+    row.pop("num_layers")
+    row.pop("parameters")
+    if method in NULLS:
+        row |= dict.fromkeys(("T", "objective", "bridge", "training", "whitening"))
+    return row
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (row["study"], row["method"], row["target"], *(row[key] for key in KEYS))
+
+
+def _nulls_of(name: str) -> tuple[str, ...]:
+    """Exact draws exist of some targets, Laplace's approximation of others."""
+    if isinstance(make_target(name), SampledTarget):
+        return ("exact", "untrained", "gaussian")
+    return ("exact", "untrained", "laplace", "gaussian")
+
+
+def _measure_null(method: str, fit: Fit) -> dict[str, float]:
+    """Rows to hold the others against; "exact" is the floor: exact draws, or the half of a reference against it all."""
+    target = make_target(fit.target)
+    if method == "untrained":
+        return measure(prepare(replace(fit, bridge="geometric", num_layers=1)).sample, fit.target)
+    if method == "laplace":
+        return measure(lambda size, seed: laplace(target).sample(size, _seeded(seed)).float(), fit.target)
+    if isinstance(target, SampledTarget):
+        exact = target.sample(JS_DRAWS, _seeded(1000 + fit.seed))
+    else:
+        exact = _reference_half(fit.target, fit.seed)
+    if method == "gaussian":
+        matched = moment_match(exact)
+        return measure(lambda size, seed: matched.sample(size, _seeded(seed + fit.seed)).float(), fit.target)
+    return measure(lambda size, seed: exact[:size], fit.target)
+
+
+def _reference_half(name: str, seed: int) -> torch.Tensor:
+    """The stored draws of the reference, moved so that they have the moments of one half of its chains."""
+    reference = load_reference(name)
+    mean, covariance = (
+        (reference.mean_1, reference.covariance_1) if seed % 2 else (reference.mean_2, reference.covariance_2)
+    )
+    here = moment_match(reference.draws)
+    z = here.whiten(reference.draws.double())
+    half = moment_match(reference.draws)
+    half.mean, half.scale = mean.double(), torch.linalg.cholesky(covariance.double())
+    return half.unwhiten(z).float()[:DRAWS]
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _count(fitted: Fitted) -> int:
+    return sum(parameter.numel() for parameter in fitted.inference.layers.parameters())
+
+
+def _refuse_unknown(path: str | Path, given: Mapping[str, Any], known: set[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{path}: unknown key {name!r}; known are {', '.join(sorted(known))}")
+
+
+def rows_of(path: str | Path, **wanted: Any) -> Iterator[Row]:
+    """Rows of a file of results with the given values."""
+    for row in json.loads(Path(path).read_text(encoding="utf-8"))["rows"]:
+        if all(row.get(name) == value for name, value in wanted.items()):
+            yield row

@@ -1,0 +1,276 @@
+"""One fit of a benchmark's target: how it is set up from plain numbers, run, and measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from agreement import compare, compare_moments, histogram_bounds
+from benchmark_targets import load_reference, make_target
+from hsivi_diffusers.vi import (
+    Bridge,
+    DiagonalGaussian,
+    DiffusionBridge,
+    GeometricBridge,
+    Inference,
+    LayerDraw,
+    LowerBound,
+    Objective,
+    ScoreMatching,
+    ScoreMLP,
+    Target,
+)
+from hsivi_diffusers.vi.diagnostics import diagnose
+from hsivi_diffusers.vi.inference import OBJECTIVES
+from hsivi_diffusers.vi.targets import DiffusibleTarget, IsotropicNormal, SampledTarget, Whitened, laplace, moment_match
+from options import option
+
+NAMES = {"LB": "lower_bound", "SM": "score_matching", "KL": "kullback_leibler"}
+JS_DRAWS, DRAWS = 50_000, 20_000
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit is made of."""
+
+    _argument_group_name = "fit"
+    target: str = option("checkerboard", "name of a target, see benchmark_targets.py")
+    num_layers: int = option(5, "T; 1 is semi-implicit inference without a hierarchy")
+    objective: str = option("LB", "`LB`, `SM` or `KL`")
+    bridge: str = option("diffusion", "`diffusion` or `geometric`")
+    training: str = option("sequential", "`sequential`, layer by layer, or `joint`")
+    seed: int = option(0, "of parameters and draws")
+    num_steps: int = option(8000, "layer updates in all")
+    batch_size: int = option(256, "B")
+    parameters: int = option(30_000, "of all layers together, about; the width follows from it")
+    depth: int = option(3, "hidden layers of each network")
+    std: str = option("global", "std of a layer: `global` or `network`")
+    base_std: float = option(2.5, "of the base of a geometric bridge; 1 for a whitened target")
+    learning_rate: float = option(4e-3, "of the layers")
+    critic_learning_rate: float = option(4e-3, "of the critic")
+    critic_updates: int = option(1, "for each layer update")
+    whitening: str = option("none", "`none`, `laplace`, or `moments`: of rounds of KL at T = 1 that come first")
+    whitening_steps: int = option(1000, "layer updates of each round")
+    whitening_rounds: int = option(2, "rounds")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An inference and the way back to the target's own coordinates."""
+
+    inference: Inference
+    unwhiten: Callable[[Tensor], Tensor]
+    target: Target
+
+    def sample(self, size: int, seed: int) -> Tensor:
+        """Draws in the target's coordinates, shape (size, d)."""
+        return self.unwhiten(self.inference.sample(size, seed))
+
+
+def prepare(fit: Fit, stopwatch: Stopwatch | None = None) -> Fitted:
+    """Sets a fit up, rounds of whitening included; nothing of the fit itself is trained.
+
+    Raises:
+        ValueError: A name is unknown, or a bridge does not exist for the target.
+    """
+    _check(fit)
+    target = make_target(fit.target)
+    whitened = _whiten(target, fit, stopwatch or Stopwatch())
+    if whitened is None:
+        return Fitted(_inference(target, fit), lambda x: x, target)
+    return Fitted(_inference(whitened, fit), whitened.unwhiten, target)
+
+
+def run(fit: Fit) -> tuple[Fitted, float]:
+    """Does a whole fit; returns it and the CPU seconds it took."""
+    stopwatch = Stopwatch()
+    fitted = prepare(fit, stopwatch)
+    with stopwatch.running():
+        fitted.inference.run()
+    return fitted, stopwatch.seconds
+
+
+class Stopwatch:
+    """Adds up CPU seconds of this process, which other work on the machine does not change."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts the time inside."""
+        start = time.process_time()
+        yield
+        self.seconds += time.process_time() - start
+
+
+def measure(draw: Callable[[int, int], Tensor], name: str) -> dict[str, float]:
+    """Measures a sampler against exact draws of its target, or against the reference of a posterior.
+
+    Args:
+        draw: (size, seed) -> draws, shape (size, d).
+        name: Of the target.
+    """
+    target = make_target(name)
+    if isinstance(target, SampledTarget):
+        exact = target.sample(JS_DRAWS, torch.Generator().manual_seed(10_000))
+        return compare(draw(JS_DRAWS, 1), exact, target, bounds=histogram_bounds(exact))
+    reference = load_reference(name)
+    return compare_moments(draw(DRAWS, 1), reference.mean, reference.covariance, reference.draws, target)
+
+
+def findings(fitted: Fitted) -> list[str]:
+    """Signatures of failure, each once; the critic knows the last layer best."""
+    inference = fitted.inference
+    found = diagnose(
+        inference.layers,
+        inference.bridge,
+        critic=inference.critic,
+        critic_layers=[0],
+        generator=torch.Generator().manual_seed(2),
+    )
+    return sorted({finding.signature for finding in found})
+
+
+def width_of(parameters: int, depth: int, dimension: int, networks: int, outputs: int) -> int:
+    """Width at which so many networks of `GaussianMLP` have about so many parameters together, at least 8.
+
+    One has (d + outputs) w + (depth - 1) w (w + 1) + w + outputs + d^2 + d of them.
+    """
+    each = parameters / networks - dimension**2 - dimension - outputs
+    linear = dimension + outputs + depth
+    if depth == 1:
+        return max(8, round(each / linear))
+    root = math.sqrt(max(0.0, linear**2 + 4 * (depth - 1) * each))
+    return max(8, round((root - linear) / (2 * (depth - 1))))
+
+
+def _check(fit: Fit) -> None:
+    for name, value, known in (
+        ("objective", fit.objective, NAMES),
+        ("bridge", fit.bridge, ("diffusion", "geometric")),
+        ("training", fit.training, ("sequential", "joint")),
+        ("whitening", fit.whitening, ("none", "laplace", "moments")),
+    ):
+        if value not in known:
+            raise ValueError(f"--{name} {value} is unknown: choose one of {', '.join(known)}")
+    if fit.whitening != "none" and fit.bridge == "diffusion":
+        raise ValueError(
+            "--whitening changes the target, whose diffused form is then not known: use --bridge geometric"
+        )
+
+
+def _whiten(target: Target, fit: Fit, stopwatch: Stopwatch) -> Whitened | None:
+    if fit.whitening == "none":
+        return None
+    if fit.whitening == "laplace":
+        with stopwatch.running():
+            return Whitened(target, laplace(target))
+    width = _width(fit, target.dimension, 1)
+    whitened, seconds = rough_fits(fit.target, fit.seed, fit.whitening_rounds, fit.whitening_steps, width, fit.depth)
+    stopwatch.seconds += seconds
+    return whitened
+
+
+@cache
+def rough_fits(name: str, seed: int, rounds: int, num_steps: int, width: int, depth: int) -> tuple[Whitened, float]:
+    """Whitens a target by fits of KL with one layer, each in the coordinates of the one before it.
+
+    Returns:
+        The whitened target, and the CPU seconds it took.
+    """
+    stopwatch = Stopwatch()
+    target = make_target(name)
+    here: Whitened | None = None
+    with stopwatch.running():
+        for number in range(rounds):
+            rough = Inference(
+                GeometricBridge(here or target, 1),
+                "kullback_leibler",
+                num_steps=num_steps,
+                width=width,
+                depth=depth,
+                learning_rate=2e-3,
+                seed=1000 * (number + 1) + seed,
+            )
+            rough.run()
+            draws = rough.sample(DRAWS, seed=seed)
+            here = Whitened(target, moment_match(here.unwhiten(draws) if here else draws))
+    if here is None:
+        raise ValueError("--whitening_rounds 0: give 1 or more, or --whitening none")
+    return here, stopwatch.seconds
+
+
+def _width(fit: Fit, dimension: int, networks: int) -> int:
+    outputs = dimension if fit.std == "global" else 2 * dimension
+    return width_of(fit.parameters, fit.depth, dimension, networks, outputs)
+
+
+def _inference(target: Target, fit: Fit) -> Inference:
+    bridge = _make_bridge(target, fit)
+    return Inference(
+        bridge,
+        _make_objective(bridge, fit),
+        fit.training,  # type: ignore[arg-type]
+        num_steps=fit.num_steps,
+        batch_size=fit.batch_size,
+        width=_width(fit, target.dimension, fit.num_layers if fit.training == "sequential" else 1),
+        depth=fit.depth,
+        std=fit.std,  # type: ignore[arg-type]
+        learning_rate=fit.learning_rate,
+        critic=ScoreMLP(target.dimension, _width(fit, target.dimension, 1), fit.depth),
+        critic_learning_rate=fit.critic_learning_rate,
+        critic_updates=fit.critic_updates,
+        seed=fit.seed,
+    )
+
+
+def _make_bridge(target: Target, fit: Fit) -> Bridge:
+    if fit.bridge == "geometric":
+        std = fit.base_std if fit.whitening == "none" else 1.0
+        return GeometricBridge(target, fit.num_layers, base=IsotropicNormal(target.dimension, std))
+    if isinstance(target, DiffusibleTarget) or not isinstance(target, SampledTarget):
+        return DiffusionBridge(target, fit.num_layers)
+    return DiffusionBridge(target, fit.num_layers, score_network=score_network(fit.target), schedule=_noisy(fit))
+
+
+def _noisy(fit: Fit) -> list[float]:
+    """The default schedule, but for p_0, where a network is better at a little noise than at none."""
+    return [max(0.05, math.sin(0.5 * math.pi * t / fit.num_layers)) for t in range(fit.num_layers)]
+
+
+def _make_objective(bridge: Bridge, fit: Fit) -> Objective:
+    if fit.objective == "LB" and isinstance(bridge, DiffusionBridge) and bridge.network is not None:
+        return LowerBound(surrogate=True)
+    return OBJECTIVES[NAMES[fit.objective]]()
+
+
+@cache
+def score_network(name: str, num_steps: int = 4000) -> ScoreMLP:
+    """The score of a diffused target, learnt from exact draws by denoising score matching, the critic's loss."""
+    target = make_target(name)
+    assert isinstance(target, SampledTarget)
+    random = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = ScoreMLP(target.dimension, 128, 3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3, fused=True)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    objective = ScoreMatching(critic_weight=lambda level: level.square())
+    for _ in range(num_steps):
+        x = target.sample(512, random)
+        sigma = 0.05 + 0.94 * torch.rand(len(x), generator=random).square()
+        q = DiagonalGaussian((1 - sigma.square()).sqrt()[:, None] * x, sigma[:, None].expand_as(x))
+        draw = LayerDraw(q=q, x=q.rsample(torch.randn(x.shape, generator=random)), level=sigma)
+        objective.critic_loss(network, draw).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+    return network.eval()
