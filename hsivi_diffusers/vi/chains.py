@@ -86,6 +86,8 @@ def simulate(layers: ConditionalLayers, x: Tensor, t: Tensor, noise: Tensor, con
 class Chain(ABC):
     """A source of layer inputs.
 
+    With one layer all chains are alike: its inputs are fresh draws of the base.
+
     Args:
         sample_base: Draws x_T: (batch_size, generator) -> shape (batch_size, ...).
         num_layers: T.
@@ -130,6 +132,11 @@ class Chain(ABC):
         condition = None if self.sample_condition is None else self.sample_condition(size, generator)
         return self.sample_base(size, generator), condition
 
+    def _first_layer(self, generator: torch.Generator | None) -> ChainBatch:
+        x_next, condition = self._base(self.batch_size, generator)
+        t = torch.full((self.batch_size,), self.num_layers - 1, device=x_next.device)
+        return ChainBatch(x_next=x_next, t=t, condition=condition)
+
     def _simulate(
         self, layers: ConditionalLayers, t: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -146,6 +153,8 @@ class SimulatedChain(Chain):
     ) -> ChainBatch:
         """Draws t uniformly for each row, and simulates its chain."""
         del beta
+        if self.num_layers == 1:
+            return self._first_layer(generator)
         t = torch.randint(self.num_layers, (self.batch_size,), generator=generator)
         x_next, condition = self._simulate(layers, t, generator)
         return ChainBatch(x_next=x_next, t=t.to(x_next.device), condition=condition)
@@ -186,6 +195,8 @@ class PoolChain(Chain):
     ) -> ChainBatch:
         """Draws B chains of the pool without replacement; the first call fills the pool."""
         del beta
+        if self.num_layers == 1:
+            return self._first_layer(generator)
         if self.x_next is None:
             self.t = torch.arange(self.batch_size * self.num_layers) % self.num_layers
             self.x_next, self.condition = self._simulate(layers, self.t, generator)
@@ -197,6 +208,8 @@ class PoolChain(Chain):
     @torch.no_grad()
     def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
         """Writes x_t ~ q_t(. | x_next) in the place of x_next, or a new base draw where t was 0."""
+        if self.num_layers == 1:
+            return
         if self.x_next is None or batch.index is None:
             raise ValueError("advance() takes a batch that draw() of the same pool returned")
         x, condition = self._base(len(batch.t), generator)
@@ -224,11 +237,12 @@ class PoolChain(Chain):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores the chains, on the device that the base is drawn on."""
+        self.x_next = self.condition = None
         if not state:
             return
         device = self.sample_base(1, None).device
-        self.x_next, self.t = state["x_next"].to(device), state["t"].to(device)
-        self.condition = state["condition"].to(device) if "condition" in state else None
+        self.x_next, self.t = state["x_next"].to(device, copy=True), state["t"].to(device, copy=True)
+        self.condition = state["condition"].to(device, copy=True) if "condition" in state else None
 
 
 class FrozenPoolChain(Chain):
@@ -269,13 +283,12 @@ class FrozenPoolChain(Chain):
         """
         t = self._learning(beta)
         if t == self.num_layers - 1:
-            x_next, condition = self._base(self.batch_size, generator)
-        else:
-            self._move_down(layers, t, generator)
-            if self.x_next is None:
-                raise AssertionError("the pool is filled on the way down")
-            index = torch.randint(self.num_states, (self.batch_size,), generator=generator).to(self.x_next.device)
-            x_next, condition = self.x_next[index], None if self.condition is None else self.condition[index]
+            return self._first_layer(generator)
+        self._move_down(layers, t, generator)
+        if self.x_next is None:
+            raise AssertionError("the pool is filled on the way down")
+        index = torch.randint(self.num_states, (self.batch_size,), generator=generator).to(self.x_next.device)
+        x_next, condition = self.x_next[index], None if self.condition is None else self.condition[index]
         return ChainBatch(x_next, torch.full((len(x_next),), t, device=x_next.device), condition)
 
     def _learning(self, beta: Tensor | None) -> int:
@@ -306,6 +319,7 @@ class FrozenPoolChain(Chain):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores the pool, on the device that the base is drawn on."""
+        self.x_next, self.condition, self.t = None, None, self.num_layers - 1
         if not state:
             return
         device = self.sample_base(1, None).device

@@ -1,8 +1,16 @@
 import pytest
 import torch
 
-from hsivi_diffusers.vi import DiagonalGaussian, PoolChain, SimulatedChain, make_chain, simulate
-from scenarios import DIMENSION, linear_layers, matching_bridge
+from hsivi_diffusers.vi import (
+    DiagonalGaussian,
+    FrozenPoolChain,
+    PoolChain,
+    SimulatedChain,
+    draw_marginals,
+    make_chain,
+    simulate,
+)
+from scenarios import DIMENSION, LinearLayers, linear_layers, matching_bridge
 
 
 class Recorded(DiagonalGaussian):
@@ -159,3 +167,224 @@ def test_advance_refuses_a_batch_of_another_source():
 def test_an_unknown_source_is_refused_by_name():
     with pytest.raises(ValueError, match="source='replay' is unknown: choose 'pool' or 'simulate'"):
         make_chain("replay", matching_bridge(linear_layers()).sample_base, 3, 4)
+
+
+# ----- a cohort at a time -----
+
+
+def test_a_batch_of_a_pool_without_cohorts_is_drawn_without_replacement_from_all_depths():
+    layers = linear_layers()
+    pool = PoolChain(matching_bridge(layers).sample_base, 3, 4)
+    pool.draw(layers, generator())
+    batch = pool.draw(layers, generator(1))
+    assert torch.equal(batch.index, torch.randperm(12, generator=generator(1))[:4])
+    assert torch.equal(batch.x_next, pool.x_next[batch.index])
+
+
+def test_a_cohort_is_one_layer_and_all_layers_have_their_turn():
+    layers = linear_layers()
+    pool = PoolChain(matching_bridge(layers).sample_base, 3, 4, cohorts=True)
+    visits = torch.zeros(3)
+    for step in range(60):
+        batch = pool.draw(layers, generator(step))
+        assert batch.x_next.shape == (4, DIMENSION)
+        assert len(batch.t.unique()) == 1
+        assert len(batch.index.unique()) == 4
+        assert torch.bincount(pool.t, minlength=3).sum() == 12
+        visits[batch.t[0]] += 1
+        pool.advance(batch, layers(batch.x_next, batch.t), generator(step + 100))
+    assert bool((visits >= 10).all())
+
+
+def test_cohorts_have_the_marginals_of_the_layers():
+    layers, size = linear_layers(), 1000
+    chain = PoolChain(matching_bridge(layers).sample_base, 3, size, cohorts=True)
+    mean, variance = layers.marginals()
+    random, seen = generator(), {}
+    for _ in range(20):
+        batch = chain.draw(layers, random)
+        seen[int(batch.t[0])] = batch.x_next
+        chain.advance(batch, layers(batch.x_next, batch.t), random)
+    assert sorted(seen) == [0, 1, 2]
+    for t, rows in seen.items():
+        assert (rows.mean() - mean[t + 1]).abs() < 5 * (variance[t + 1] / rows.numel()).sqrt()
+        assert (rows.var() / variance[t + 1] - 1).abs() < 5 * (2 / rows.numel()) ** 0.5
+
+
+# ----- layer by layer -----
+
+
+def one_layer(t):
+    return torch.eye(3)[t]
+
+
+def frozen_pool(layers, size=50, num_states=4000, sample_condition=None):
+    base = matching_bridge(layers).sample_base
+    return FrozenPoolChain(base, 3, size, sample_condition, num_states=num_states)
+
+
+def test_the_first_layer_is_given_fresh_draws_of_the_base():
+    layers = linear_layers()
+    chain = frozen_pool(layers)
+    batch = chain.draw(layers, generator(4), one_layer(2))
+    assert torch.equal(batch.x_next, chain.sample_base(50, generator(4)))
+    assert batch.t.tolist() == [2] * 50
+    assert chain.state_dict() == {}
+    assert layers.calls == 0
+
+
+def test_a_frozen_pool_has_the_law_of_the_marginal_above_the_layer_that_learns():
+    layers = linear_layers()
+    chain = frozen_pool(layers, num_states=20_000)
+    mean, variance = layers.marginals()
+    for t in (2, 1, 0):
+        chain.draw(layers, generator(t), one_layer(t))
+        if t < 2:
+            assert (chain.x_next.mean() - mean[t + 1]).abs() < 4 * (variance[t + 1] / chain.x_next.numel()).sqrt()
+            assert (chain.x_next.var() / variance[t + 1] - 1).abs() < 4 * (2 / chain.x_next.numel()) ** 0.5
+    assert not chain.x_next.requires_grad
+
+
+def test_a_frozen_pool_may_begin_at_any_layer():
+    layers = linear_layers()
+    chain = frozen_pool(layers, num_states=20_000)
+    batch = chain.draw(layers, generator(), one_layer(0))
+    mean, variance = layers.marginals()
+    assert batch.t.tolist() == [0] * 50
+    assert layers.calls == 2
+    assert (chain.x_next.mean() - mean[1]).abs() < 4 * (variance[1] / chain.x_next.numel()).sqrt()
+
+
+def test_a_batch_is_of_rows_of_the_pool_which_moves_when_the_next_layer_learns():
+    layers = linear_layers()
+    chain = frozen_pool(layers)
+    chain.draw(layers, generator(0), one_layer(1))
+    pool, calls = chain.x_next.clone(), layers.calls
+    batches = [chain.draw(layers, generator(seed), one_layer(1)) for seed in (1, 2)]
+    for batch in batches:
+        assert bool((batch.x_next[:, None] == pool[None]).all(2).any(1).all())
+    assert not torch.equal(batches[0].x_next, batches[1].x_next)
+    assert torch.equal(chain.x_next, pool)
+    assert layers.calls == calls
+    chain.draw(layers, generator(3), one_layer(0))
+    assert layers.calls == calls + 1
+    assert not torch.equal(chain.x_next, pool)
+
+
+@pytest.mark.parametrize("beta", [None, torch.ones(3), torch.zeros(3)])
+def test_a_frozen_pool_trains_one_layer_at_a_time(beta):
+    layers = linear_layers()
+    with pytest.raises(ValueError, match="a FrozenPoolChain trains one layer after the other"):
+        frozen_pool(layers).draw(layers, generator(), beta)
+
+
+def test_a_frozen_pool_does_not_go_up():
+    layers = linear_layers()
+    chain = frozen_pool(layers)
+    chain.draw(layers, generator(), one_layer(0))
+    with pytest.raises(ValueError, match=r"layers \[1\] are to learn, the pool is at layer 0"):
+        chain.draw(layers, generator(), one_layer(1))
+
+
+def test_conditions_go_down_with_a_frozen_pool():
+    layers = LinearLayers(scale=[1.0, 1.0, 1.0], shift=[0.0, 0.0, 0.0], std=[1e-3, 1e-3, 1e-3])
+    chain = FrozenPoolChain(lambda size, _: torch.zeros(size, DIMENSION).double(), 3, 50, labels, num_states=200)
+    batch = chain.draw(layers, generator(), one_layer(0))
+    torch.testing.assert_close(batch.x_next.mean(1), 2 * batch.condition, rtol=0, atol=0.1)
+    assert len(batch.condition.unique()) > 10
+
+
+@pytest.mark.parametrize("sample_condition", [None, labels])
+def test_a_restored_frozen_pool_goes_on_as_the_one_that_was_saved(sample_condition):
+    layers = linear_layers()
+    first, second = (frozen_pool(layers, sample_condition=sample_condition) for _ in range(2))
+    first.draw(layers, generator(), one_layer(1))
+    second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
+    for t in (1, 0):
+        batches = [chain.draw(layers, generator(t + 1), one_layer(t)) for chain in (first, second)]
+        assert torch.equal(batches[0].x_next, batches[1].x_next)
+        if sample_condition is not None:
+            assert torch.equal(batches[0].condition, batches[1].condition)
+
+
+# ----- what all of them share -----
+
+
+@pytest.mark.parametrize("kind", [PoolChain, FrozenPoolChain])
+def test_the_state_before_the_first_draw_may_be_restored_later(kind):
+    layers = linear_layers()
+    chain = kind(matching_bridge(layers).sample_base, 3, 4)
+    state = chain.state_dict()
+    drawn = [chain.draw(layers, generator(), one_layer(1)).x_next for _ in range(2)]
+    chain.load_state_dict(state)
+    drawn.append(chain.draw(layers, generator(), one_layer(2)).x_next)
+    fresh = kind(matching_bridge(layers).sample_base, 3, 4)
+    assert torch.equal(drawn[2], fresh.draw(layers, generator(), one_layer(2)).x_next)
+
+
+def test_a_restored_pool_leaves_the_saved_state_alone():
+    layers = linear_layers()
+    base = matching_bridge(layers).sample_base
+    first, second = PoolChain(base, 3, 4), PoolChain(base, 3, 4)
+    first.draw(layers, generator())
+    state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    second.load_state_dict(state)
+    batch = second.draw(layers, generator(1))
+    second.advance(batch, layers(batch.x_next, batch.t), generator(2))
+    assert all(torch.equal(state[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize("sample_condition", [None, labels])
+def test_with_one_layer_all_chains_draw_the_same_fresh_bases(sample_condition):
+    layers = LinearLayers(scale=[0.5], shift=[1.0], std=[0.3])
+    base = matching_bridge(layers).sample_base
+    chains = [
+        SimulatedChain(base, 1, 6, sample_condition),
+        PoolChain(base, 1, 6, sample_condition),
+        PoolChain(base, 1, 6, sample_condition, cohorts=True),
+        FrozenPoolChain(base, 1, 6, sample_condition),
+    ]
+    for step in range(3):
+        random = [generator(step) for _ in chains]
+        batches = [chain.draw(layers, of, torch.ones(1)) for chain, of in zip(chains, random, strict=True)]
+        for chain, of, batch in zip(chains, random, batches, strict=True):
+            chain.advance(batch, layers(batch.x_next, batch.t, batch.condition), of)
+            assert torch.equal(batch.x_next, batches[0].x_next)
+            assert batch.t.tolist() == [0] * 6
+            assert (batch.condition is None) == (sample_condition is None)
+            assert sample_condition is None or torch.equal(batch.condition, batches[0].condition)
+            assert torch.equal(of.get_state(), random[0].get_state())
+
+
+# ----- draws from the whole hierarchy -----
+
+
+def test_draws_of_all_marginals_have_their_moments():
+    layers, size = linear_layers(), 20_000
+    draws = draw_marginals(layers, matching_bridge(layers).sample_base(size, generator()), generator(1))
+    mean, variance = layers.marginals()
+    assert len(draws) == 4
+    for t, x in enumerate(draws):
+        assert not x.requires_grad
+        assert (x.mean() - mean[t]).abs() < 4 * (variance[t] / x.numel()).sqrt()
+        assert (x.var() / variance[t] - 1).abs() < 4 * (2 / x.numel()) ** 0.5
+
+
+def test_each_marginal_is_drawn_from_the_one_above():
+    layers = linear_layers()
+    x = matching_bridge(layers).sample_base(5, generator())
+    draws = draw_marginals(layers, x, generator(1))
+    assert draws[3] is x
+    random = generator(1)
+    for t in (2, 1, 0):
+        noise = torch.randn(5, DIMENSION, generator=random, dtype=torch.float64)
+        expected = layers.scale[t] * draws[t + 1] + layers.shift[t] + layers.std[t] * noise
+        torch.testing.assert_close(draws[t], expected.detach())
+
+
+def test_draws_see_their_condition():
+    layers = LinearLayers(scale=[1.0, 1.0], shift=[0.0, 0.0], std=[1e-3, 1e-3])
+    condition = torch.tensor([0.0, 10.0], dtype=torch.float64)
+    draws = draw_marginals(layers, torch.zeros(2, DIMENSION, dtype=torch.float64), generator(), condition)
+    torch.testing.assert_close(draws[0][1] - draws[0][0], torch.full((3,), 20.0).double(), rtol=0, atol=0.02)
