@@ -70,6 +70,9 @@ class GaussianMLP(nn.Module):
             "network", an output of the network.
         initial_std: What it starts from.
         num_layers: T of the layers that share the network, or None for a layer of its own.
+
+    Raises:
+        ValueError: The kind of std is unknown, or `initial_std` <= 0.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class GaussianMLP(nn.Module):
         super().__init__()
         if std not in ("global", "network"):
             raise ValueError(f"std={std!r} is unknown: choose 'global' or 'network'")
+        if not initial_std > 0:
+            raise ValueError(f"initial_std={initial_std}: give a number > 0")
         outputs = dimension if std == "global" else 2 * dimension
         self.num_layers = num_layers
         self.network = ResidualMLP(dimension, outputs, width, depth, levels=num_layers is not None)

@@ -1,0 +1,100 @@
+import pytest
+import torch
+
+from hsivi_diffusers.vi import DiagonalGaussian, GaussianMLP, IndependentLayers, SharedLayers
+
+
+def independent(std="global", num_layers=3):
+    return IndependentLayers([GaussianMLP(2, width=8, std=std, initial_std=0.1 * (i + 1)) for i in range(num_layers)])
+
+
+def shared(std="global", num_layers=3):
+    layers = SharedLayers(GaussianMLP(2, width=8, std=std, num_layers=num_layers), num_layers)
+    with torch.no_grad():
+        layers.network.log_std += torch.arange(num_layers)[:, None]
+    return layers
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("make", [independent, shared])
+@pytest.mark.parametrize("std", ["global", "network"])
+@pytest.mark.parametrize("t", [[0, 2, 1, 2, 0], [2, 2, 0, 0, 0], [1, 1, 1, 1, 1]])
+def test_each_row_is_answered_by_its_own_layer_in_its_own_place(make, std, t):
+    layers, x, t = make(std), torch.randn(5, 2), torch.tensor(t)
+    q = layers(x, t)
+    assert q.mean.shape == q.std.shape == (5, 2)
+    for i in range(5):
+        alone = layers(x[i : i + 1], t[i : i + 1])
+        torch.testing.assert_close(q.mean[i : i + 1], alone.mean)
+        torch.testing.assert_close(q.std[i : i + 1], alone.std)
+    for one, other in ((0, 1), (1, 2)):
+        assert not torch.allclose(layers(x, torch.full((5,), one)).std, layers(x, torch.full((5,), other)).std)
+
+
+def test_layer_t_is_the_network_at_place_t():
+    layers, x = independent(), torch.randn(4, 2)
+    for t in range(3):
+        q, wanted = layers(x, torch.full((4,), t)), layers.networks[t](x)
+        assert torch.equal(q.mean, wanted.mean)
+        assert torch.equal(q.std, wanted.std)
+        torch.testing.assert_close(q.std, torch.full((4, 2), 0.1 * (t + 1)))
+
+
+def test_independent_layers_that_do_not_learn_get_no_gradient():
+    layers = independent()
+    layers(torch.randn(4, 2), torch.tensor([1, 1, 2, 1])).mean.sum().backward()
+    seen = [layers.networks[t].network.last.bias.grad is not None for t in range(3)]
+    assert seen == [False, True, True]
+
+
+def test_a_std_that_broadcasts_is_spread_over_the_rows():
+    class Constant(torch.nn.Module):
+        def __init__(self, std):
+            super().__init__()
+            self.std = std
+
+        def forward(self, x_next):
+            return DiagonalGaussian(x_next, torch.full((1, 1), self.std))
+
+    q = IndependentLayers([Constant(0.5), Constant(2.0)])(torch.zeros(3, 2), torch.tensor([0, 1, 0]))
+    assert q.std.tolist() == [[0.5, 0.5], [2.0, 2.0], [0.5, 0.5]]
+
+
+def test_pictures_go_through_independent_layers_as_vectors_do():
+    class Shift(torch.nn.Module):
+        def __init__(self, by):
+            super().__init__()
+            self.by = by
+
+        def forward(self, x_next):
+            return DiagonalGaussian(x_next + self.by, torch.ones_like(x_next))
+
+    q = IndependentLayers([Shift(1.0), Shift(2.0)])(torch.zeros(2, 1, 3, 3), torch.tensor([1, 0]))
+    assert q.mean.flatten(1).mean(1).tolist() == [2, 1]
+
+
+def test_independent_layers_have_parameters_of_their_own_and_shared_ones_do_not():
+    assert count(independent(num_layers=6)) == 2 * count(independent(num_layers=3))
+    assert count(shared(num_layers=6)) - count(shared(num_layers=3)) == 3 * 2  # a std for each layer and coordinate
+    one = GaussianMLP(2, width=8)
+    assert count(independent(num_layers=3)) == 3 * count(one)
+
+
+def test_layers_know_their_number():
+    assert independent(num_layers=4).num_layers == shared(num_layers=4).num_layers == 4
+
+
+@pytest.mark.parametrize("make", [independent, shared])
+def test_conditions_are_refused(make):
+    with pytest.raises(ValueError, match="these layers take no condition: write a ConditionalLayers of your own"):
+        make()(torch.zeros(2, 2), torch.zeros(2, dtype=torch.long), torch.zeros(2))
+
+
+def test_a_hierarchy_has_a_layer():
+    with pytest.raises(ValueError, match=r"networks=\[\]: give a network for each of the T layers"):
+        IndependentLayers([])
+    with pytest.raises(ValueError, match="num_layers=0: a hierarchy has at least 1 layer"):
+        SharedLayers(GaussianMLP(2, num_layers=1), 0)
