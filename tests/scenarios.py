@@ -2,7 +2,7 @@
 
 import torch
 
-from hsivi_diffusers.vi import Bridge, ConditionalLayers, DiagonalGaussian
+from hsivi_diffusers.vi import Bridge, ConditionalLayers, DiagonalGaussian, IndependentLayers
 
 DIMENSION = 3
 
@@ -83,3 +83,31 @@ def matching_bridge(layers):
     """The bridge that the layers fit exactly."""
     mean, variance = layers.marginals()
     return GaussianBridge(mean.detach()[:-1], variance.detach()[:-1])
+
+
+class AffineLayer(torch.nn.Module):
+    """N(scale x_next + shift, std^2): one layer of `LinearLayers`, with parameters of its own."""
+
+    def __init__(self, scale, shift, std):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale, dtype=torch.float64))
+        self.shift = torch.nn.Parameter(torch.tensor(shift, dtype=torch.float64))
+        self.std = torch.tensor(std, dtype=torch.float64)
+
+    def forward(self, x_next):
+        return DiagonalGaussian(mean=self.scale * x_next + self.shift, std=self.std)
+
+
+def independent_layers(std=(0.9, 0.9, 0.9)):
+    """The layers of `linear_layers()`, each with parameters of its own, and as wide as the lower bound likes them."""
+    layers = linear_layers()
+    scale, shift = layers.scale.tolist(), layers.shift.tolist()
+    return IndependentLayers([AffineLayer(*of) for of in zip(scale, shift, std, strict=True)])
+
+
+def marginals_of(layers):
+    """Mean and variance of each coordinate of x_0, ..., x_T of independent affine layers."""
+    numbers = [
+        [float(getattr(layer, name).detach()) for layer in layers.networks] for name in ("scale", "shift", "std")
+    ]
+    return LinearLayers(*numbers).marginals()

@@ -50,7 +50,8 @@ def joint(num_layers: int, num_steps: int, beta: Sequence[float] | None = None) 
 def sequential(num_layers: int, num_steps: int) -> list[Stage]:
     """One layer after the other, from the base down: t = T-1 learns, is frozen, and t = T-2 is next (sec. 3.3).
 
-    The layers need parameters of their own, such as those of `IndependentLayers`; inputs come from a `FrozenPoolChain`.
+    The layers need parameters of their own, such as those of `IndependentLayers`: of a tensor that layers share, an
+    optimizer with momentum moves the rows of those that are frozen, too. Inputs come from a `FrozenPoolChain`.
 
     Args:
         num_layers: T.

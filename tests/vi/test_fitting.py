@@ -4,9 +4,29 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from hsivi_diffusers.vi import DivergenceError, KullbackLeibler, ScoreMatching, fit, joint, make_chain
+from hsivi_diffusers.vi import (
+    DivergenceError,
+    FrozenPoolChain,
+    KullbackLeibler,
+    LowerBound,
+    PoolChain,
+    ScoreMatching,
+    SimulatedChain,
+    fit,
+    joint,
+    make_chain,
+    sequential,
+)
 from hsivi_diffusers.vi.fitting import step_generator
-from scenarios import GaussianBridge, LinearCritic, linear_layers, matching_bridge
+from scenarios import (
+    GaussianBridge,
+    LinearCritic,
+    LinearLayers,
+    independent_layers,
+    linear_layers,
+    marginals_of,
+    matching_bridge,
+)
 
 
 class Game:
@@ -291,3 +311,154 @@ def test_the_layers_loss_leaves_no_gradient_to_the_critic(objective):
     next(game.fit(objective, 1, backward=backward))
     assert seen[:2] == [None, None]
     assert seen[2] is not None
+
+
+# ----- without a critic, and layer by layer -----
+
+
+class Alone:
+    """Independent layers to be fitted without a critic; their bridge has a perfect fit."""
+
+    def __init__(self, chain=FrozenPoolChain, size=64, lr=0.02, **options):
+        self.layers = independent_layers()
+        best = LinearLayers(scale=[1.0, 0.9, -1.0], shift=[-0.1, -0.2, 1.5], std=[0.9, 0.9, 0.9])
+        self.bridge = matching_bridge(best)
+        self.chain = chain(self.bridge.sample_base, 3, size, **options)
+        self.optimizer = torch.optim.Adam(self.layers.parameters(), lr=lr)
+
+    def fit(self, curriculum, **options):
+        return fit(
+            self.layers,
+            options.pop("critic", None),
+            self.bridge,
+            options.pop("objective", LowerBound()),
+            self.chain,
+            curriculum,
+            layer_optimizer=self.optimizer,
+            **options,
+        )
+
+    def copy_from(self, other):
+        for name in ("layers", "optimizer", "chain"):
+            getattr(self, name).load_state_dict(copy.deepcopy(getattr(other, name).state_dict()))
+        return self
+
+
+def same(one, other):
+    return all(a.equal(b) for a, b in zip(one.layers.parameters(), other.layers.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("chain", "options", "curriculum"),
+    [
+        (FrozenPoolChain, {"num_states": 5000}, sequential(3, 300)),
+        (PoolChain, {"cohorts": True}, joint(3, 900)),
+        (SimulatedChain, {}, joint(3, 900)),
+    ],
+)
+def test_the_lower_bound_brings_layers_to_the_bridge_without_a_critic(chain, options, curriculum):
+    game = Alone(chain, 256 if chain is SimulatedChain else 128, **options)
+    length = curriculum[0].num_steps
+    for step in game.fit(curriculum):
+        for group in game.optimizer.param_groups:
+            group["lr"] = 0.03 * (1.02 - (step.next_step % length) / length)
+    mean, variance = (moment[:-1] for moment in marginals_of(game.layers))
+    torch.testing.assert_close(mean.detach(), game.bridge.mean, rtol=0, atol=0.1)
+    torch.testing.assert_close(variance.detach(), game.bridge.variance, rtol=0.12, atol=0)
+
+
+def test_a_step_without_a_critic_has_no_rows_of_one():
+    for step in Alone().fit(sequential(3, 1)):
+        assert step.layers.t.tolist() == [2 - step.step] * 64
+        assert step.layers.loss.shape == (64,)
+        assert step.critic.t.shape == step.critic.loss.shape == (0,)
+        assert step.critic.grad_norm is None
+
+
+def test_a_critic_that_is_not_asked_does_not_move():
+    game, critic = Alone(), LinearCritic(3)
+    optimizer = torch.optim.Adam(critic.parameters())
+    before = copy.deepcopy(critic.state_dict())
+    list(game.fit(sequential(3, 2), critic=critic, critic_optimizer=optimizer))
+    assert all(tensor.equal(before[name]) for name, tensor in critic.state_dict().items())
+    assert same(game, Alone()) is False
+
+
+@pytest.mark.parametrize("objective", [KullbackLeibler(), ScoreMatching()])
+@pytest.mark.parametrize("critic", [None, LinearCritic(3)])
+def test_an_objective_with_a_critic_is_not_run_without_one_and_its_optimizer(objective, critic):
+    name = type(objective).__name__
+    with pytest.raises(ValueError, match=f"{name} needs a critic and a critic_optimizer: LowerBound alone has none"):
+        next(Alone().fit(sequential(3, 1), objective=objective, critic=critic))
+
+
+@pytest.mark.parametrize("objective", [LowerBound(), KullbackLeibler()])
+def test_layer_by_layer_moves_the_one_that_learns_and_no_bit_of_the_others(objective):
+    game, critic = Alone(), LinearCritic(3)
+    options = {"critic": critic, "critic_optimizer": torch.optim.Adam(critic.parameters())}
+    before = copy.deepcopy(game.layers.state_dict())
+    for step in game.fit(sequential(3, 4), objective=objective, **options):
+        learning = 2 - step.step // 4
+        for name, tensor in game.layers.state_dict().items():
+            if f"networks.{learning}." in name:
+                assert not tensor.equal(before[name])
+            else:
+                assert tensor.equal(before[name])
+        before = copy.deepcopy(game.layers.state_dict())
+
+
+@pytest.mark.parametrize("stop", [0, 3, 4, 7, 11, 13])
+def test_layer_by_layer_a_resumed_run_repeats_one_that_was_never_stopped(stop):
+    whole, begun = Alone(num_states=100), Alone(num_states=100)
+    list(whole.fit(sequential(3, 4), seed=5))
+    for step in begun.fit(sequential(3, 4), seed=5):
+        if step.step == stop:
+            break
+    resumed = Alone(num_states=100).copy_from(begun)
+    list(resumed.fit(sequential(3, 4), seed=5, start_step=step.next_step))
+    assert same(resumed, whole)
+
+
+def test_a_frozen_pool_refuses_to_train_all_layers_at_once():
+    with pytest.raises(ValueError, match="trains one layer after the other.*use it with `sequential`"):
+        next(Alone().fit(joint(3, 4)))
+
+
+def test_a_stage_ends_where_the_caller_says_and_numbers_stay():
+    asked = []
+
+    def stop_stage(step):
+        asked.append(step.step)
+        return step.step in (4, 12, 25)
+
+    steps = list(Alone().fit(sequential(3, 10), stop_stage=stop_stage))
+    assert [step.step for step in steps] == [0, 1, 2, 3, 4, 10, 11, 12, 20, 21, 22, 23, 24, 25]
+    assert [step.next_step for step in steps] == [1, 2, 3, 4, 10, 11, 12, 20, 21, 22, 23, 24, 25, 30]
+    assert asked == [step.step for step in steps]
+    assert [int(step.layers.t[0]) for step in steps] == [2] * 5 + [1] * 3 + [0] * 6
+
+
+def test_a_stage_that_was_stopped_at_its_last_step_changes_nothing():
+    steps = list(Alone().fit(sequential(3, 2), stop_stage=lambda step: step.step == 1))
+    assert [step.next_step for step in steps] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("left_at", [3, 4, 11, 12])
+def test_a_run_resumed_after_a_stopped_stage_repeats_one_that_went_on(left_at):
+    def stop_stage(step):
+        return step.step in (4, 12)
+
+    whole, begun = Alone(num_states=100), Alone(num_states=100)
+    list(whole.fit(sequential(3, 10), stop_stage=stop_stage))
+    for step in begun.fit(sequential(3, 10), stop_stage=stop_stage):
+        if step.step == left_at:
+            break
+    resumed = Alone(num_states=100).copy_from(begun)
+    list(resumed.fit(sequential(3, 10), stop_stage=stop_stage, start_step=step.next_step))
+    assert same(resumed, whole)
+
+
+def test_a_run_that_is_over_does_nothing_more():
+    game = Alone()
+    assert list(game.fit(sequential(3, 2), start_step=6)) == []
+    assert same(game, Alone())
