@@ -44,7 +44,8 @@ class Inference:
         width: Of the default networks.
         depth: Of the default networks.
         std: Of the default layers, see `GaussianMLP`.
-        learning_rate: Of the layers, by Adam, with a cosine to 5 % over each stage.
+        learning_rate: Of the layers, by Adam, with a cosine to 5 % over each stage; by default 4e-3, or 1e-3 with
+            `ScoreMatching`, which diverges sooner.
         critic_learning_rate: Of the critic, constant.
         critic_updates: For each layer update.
         max_grad_norm: Both players' gradients are clipped to it.
@@ -73,7 +74,7 @@ class Inference:
         width: int = 64,
         depth: int = 3,
         std: Literal["global", "network"] = "global",
-        learning_rate: float = 4e-3,
+        learning_rate: float | None = None,
         critic_learning_rate: float = 4e-3,
         critic_updates: int = 1,
         max_grad_norm: float = 10.0,
@@ -85,15 +86,16 @@ class Inference:
         self.curriculum, self.chain = _make_training(training, bridge, self.objective, num_steps, batch_size)
         self.critic_updates, self.max_grad_norm, self.plateau = critic_updates, max_grad_norm, plateau
         self.next_step = 0
-        dimension = bridge.sample_base(1, torch.Generator()).shape[1]
+        base = bridge.sample_base(1, torch.Generator())
+        dimension, device = base.shape[1], base.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.layers = layers or _make_layers(training, bridge.num_layers, dimension, width, depth, std)
+            self.layers = layers or _make_layers(training, bridge.num_layers, dimension, width, depth, std).to(device)
             self.critic = None
             if isinstance(self.objective, CriticObjective):
-                self.critic = critic or ScoreMLP(dimension, width, depth)
-        self.learning_rate = learning_rate
-        self.layer_optimizer = torch.optim.Adam(self.layers.parameters(), lr=learning_rate, fused=True)
+                self.critic = critic or ScoreMLP(dimension, width, depth).to(device)
+        self.learning_rate = learning_rate or (1e-3 if isinstance(self.objective, ScoreMatching) else 4e-3)
+        self.layer_optimizer = torch.optim.Adam(self.layers.parameters(), lr=self.learning_rate, fused=True)
         self.critic_optimizer = None
         if self.critic is not None:
             self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=critic_learning_rate, fused=True)
