@@ -20,11 +20,10 @@ import pyro
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
-from scipy.optimize import minimize
 from torch import Tensor
 
 from benchmark_targets import Reference, make_target, save_reference
-from hsivi_diffusers.vi.targets.target import Target
+from hsivi_diffusers.vi.targets import Target, Whitened
 from options import option, parse_options
 
 POSTERIORS = ["logistic_regression", "conditioned_diffusion", "rare_events"]
@@ -65,20 +64,6 @@ def claim_files(options: Options) -> Path:
     return folder
 
 
-def laplace(target: Target) -> tuple[Tensor, Tensor]:
-    """The mode and the factor L of the inverse Hessian there, L L^T, in double precision."""
-
-    def negative(x: Any) -> tuple[float, Any]:
-        point = torch.from_numpy(x)[None]
-        return -float(target.log_prob(point)), -target.score(point)[0].numpy()
-
-    start = torch.zeros(target.dimension, dtype=torch.float64).numpy()
-    mode = torch.from_numpy(minimize(negative, start, jac=True, method="BFGS").x)
-    hessian: Tensor = torch.autograd.functional.hessian(lambda x: -target.log_prob(x[None])[0], mode)
-    upper = torch.linalg.cholesky(hessian).T
-    return mode, torch.linalg.solve_triangular(upper, torch.eye(len(mode), dtype=mode.dtype), upper=True)
-
-
 def run_chain(potential: Callable[[dict[str, Tensor]], Tensor], start: Tensor, options: Options) -> tuple[Tensor, int]:
     """The draws of one chain, and how often it diverged."""
     divergences = []
@@ -101,19 +86,20 @@ def run_chain(potential: Callable[[dict[str, Tensor]], Tensor], start: Tensor, o
 
 def run_chains(target: Target, options: Options) -> tuple[Tensor, int]:
     """Draws of the posterior, shape (chains, draws, d), and the number of divergences."""
-    mode, factor = laplace(target)
+    whitened = Whitened(target)
 
     def potential(parameters: dict[str, Tensor]) -> Tensor:
-        x = (mode + factor @ parameters["z"])[None]
-        at = x.detach()
+        z = parameters["z"][None]
+        at = z.detach()
         # the log-density, with the score as its gradient: faster than autograd
-        return -target.log_prob(at)[0] - (target.score(at) * (x - at)).sum()
+        return -whitened.log_prob(at)[0] - (whitened.score(at) * (z - at)).sum()
 
     chains, divergences = [], 0
     for number in range(options.num_chains):
         pyro.set_rng_seed(1000 * options.seed + number)
-        draws, diverged = run_chain(potential, torch.randn_like(mode), options)
-        chains.append(mode + draws @ factor.T)
+        start = torch.randn(target.dimension, dtype=torch.float64)
+        draws, diverged = run_chain(potential, start, options)
+        chains.append(whitened.unwhiten(draws))
         divergences += diverged
     return torch.stack(chains), divergences
 
