@@ -72,7 +72,8 @@ class Plateau:
     """Tells when a value has stopped falling: `stop_stage` of `fit`.
 
     The mean of the value over a window of updates is compared with the lowest such mean so far. When `patience` windows
-    in a row are not lower by `tolerance` standard errors of that mean, the stage ends.
+    in a row are not lower by `tolerance` standard errors of that mean, the stage ends. A stage that ends by its number of
+    updates calls for `reset`.
 
     Args:
         window: Updates in a mean.
@@ -89,6 +90,10 @@ class Plateau:
                 f"window={window}, patience={patience}: give a window of 2 or more, and patience of 1 or more"
             )
         self.window, self.patience, self.tolerance = window, patience, tolerance
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts anew, as a stage must that is not to be compared with the one before."""
         self.values: list[float] = []
         self.best, self.waited = math.inf, 0
 
@@ -104,7 +109,7 @@ class Plateau:
         self.best = min(self.best, mean)
         if self.waited < self.patience:
             return False
-        self.best, self.waited = math.inf, 0
+        self.reset()
         return True
 
     def state_dict(self) -> dict[str, Any]:

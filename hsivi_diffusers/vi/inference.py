@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -58,7 +59,7 @@ class Inference:
         next_step: Number of the step that `steps` goes on with.
 
     Raises:
-        ValueError: A name is unknown, or there are fewer steps than layers.
+        ValueError: A name is unknown, there are fewer steps than layers, or `layers` has another T than the bridge.
     """
 
     def __init__(
@@ -86,6 +87,10 @@ class Inference:
         self.curriculum, self.chain = _make_training(training, bridge, self.objective, num_steps, batch_size)
         self.critic_updates, self.max_grad_norm, self.plateau = critic_updates, max_grad_norm, plateau
         self.next_step = 0
+        if layers is not None and layers.num_layers != bridge.num_layers:
+            raise ValueError(
+                f"layers has {layers.num_layers} layers, and the bridge {bridge.num_layers}: give both one T"
+            )
         base = bridge.sample_base(1, torch.Generator())
         dimension, device = base.shape[1], base.device
         with torch.random.fork_rng(devices=[]):
@@ -137,14 +142,14 @@ class Inference:
         return self.marginals(size, seed)[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to repeat one that was never stopped."""
+        """A copy of all that a resumed run needs to repeat one that was never stopped."""
         state = {name: part.state_dict() for name, part in self._parts().items()}
-        return {**state, "next_step": self.next_step}
+        return copy.deepcopy({**state, "next_step": self.next_step})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(copy.deepcopy(state[name]))  # an optimizer goes on with the tensors that it is given
         self.next_step = int(state["next_step"])
 
     def _parts(self) -> dict[str, Any]:
@@ -152,7 +157,12 @@ class Inference:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _stop_stage(self, step: Step) -> bool:
-        return self.plateau is not None and self.plateau(float(step.layers.loss.mean()))
+        if self.plateau is None:
+            return False
+        stop = self.plateau(float(step.layers.loss.mean()))
+        if step.next_step % self.curriculum[0].num_steps == 0:
+            self.plateau.reset()
+        return stop
 
     def _set_rate(self, step: int) -> None:
         length = self.curriculum[0].num_steps

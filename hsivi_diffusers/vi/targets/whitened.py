@@ -45,9 +45,9 @@ class Laplace(SampledTarget):
         return -torch.linalg.solve_triangular(self.scale.to(x).T, self.whiten(x).T, upper=True).T
 
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Returns draws, shape (size, d)."""
+        """Returns draws in torch's default precision, shape (size, d)."""
         device = self.mean.device if generator is None else generator.device
-        z = torch.randn(size, self.dimension, generator=generator, device=device, dtype=self.mean.dtype)
+        z = torch.randn(size, self.dimension, generator=generator, device=device)
         return self.unwhiten(z.to(self.mean.device))
 
 

@@ -1,0 +1,414 @@
+import copy
+import itertools
+
+import pytest
+import torch
+
+from hsivi_diffusers.vi import (
+    Bridge,
+    ConditionalLayers,
+    DiagonalGaussian,
+    DiffusionBridge,
+    GaussianMLP,
+    GeometricBridge,
+    IndependentLayers,
+    Inference,
+    KullbackLeibler,
+    LowerBound,
+    Plateau,
+    ScoreMatching,
+    ScoreMLP,
+    ScoreTarget,
+    SharedLayers,
+)
+from hsivi_diffusers.vi.targets import GaussianMixture, Laplace
+
+MEAN = torch.tensor([1.0, -0.5])
+COVARIANCE = torch.tensor([[1.0, 0.6], [0.6, 0.8]])
+OBJECTIVES = ("lower_bound", "score_matching", "kullback_leibler")
+TRAININGS = ("sequential", "joint")
+
+each_objective = pytest.mark.parametrize("objective", OBJECTIVES)
+each_training = pytest.mark.parametrize("training", TRAININGS)
+
+
+def gaussian():
+    return GaussianMixture(MEAN[None], COVARIANCE[None])
+
+
+def gaussian_score(x):
+    return (MEAN - x) @ torch.linalg.inv(COVARIANCE)
+
+
+def bridge(num_layers=2):
+    return GeometricBridge(gaussian(), num_layers)
+
+
+def tiny(objective="lower_bound", training="sequential", of=None, **options):
+    """A fit of six steps."""
+    options = {"num_steps": 6, "batch_size": 16, "width": 8, "depth": 1, **options}
+    return Inference(of or bridge(), objective, training, **options)
+
+
+def parameters(inference):
+    modules = [inference.layers, *([] if inference.critic is None else [inference.critic])]
+    return [parameter.detach().clone() for module in modules for parameter in module.parameters()]
+
+
+def equal(one, other):
+    return all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+def run_to(inference, step):
+    """Leaves the loop after the step of that number."""
+    for done in inference.steps():
+        if done.step == step:
+            return inference
+    raise AssertionError("the run was over before")
+
+
+# ----- it fits -----
+
+
+@each_objective
+@each_training
+@pytest.mark.parametrize("kind", [GeometricBridge, DiffusionBridge])
+def test_every_objective_runs_in_every_order_on_every_bridge(objective, training, kind):
+    inference = tiny(objective, training, kind(gaussian(), 3), critic_updates=2)
+    before = parameters(inference)
+    steps = list(inference.steps())
+    assert [step.step for step in steps] == list(range(6))
+    assert inference.next_step == 6
+    assert all(bool(step.layers.loss.isfinite().all()) for step in steps)
+    assert all(step.layers.grad_norm > 0 for step in steps)
+    assert not any(a.equal(b) for a, b in zip(before[-2:], parameters(inference)[-2:], strict=True))
+    assert (inference.critic is None) == (objective == "lower_bound")
+    x = inference.sample(100)
+    assert x.shape == (100, 2)
+    assert bool(x.isfinite().all())
+    assert list(inference.steps()) == []
+
+
+@pytest.mark.parametrize(
+    ("objective", "training", "kind"),
+    [
+        ("lower_bound", "sequential", GeometricBridge),
+        ("lower_bound", "joint", DiffusionBridge),
+        ("score_matching", "joint", GeometricBridge),
+        ("kullback_leibler", "sequential", GeometricBridge),
+        ("kullback_leibler", "joint", DiffusionBridge),
+    ],
+)
+def test_the_moments_of_a_gaussian_are_found(objective, training, kind):
+    inference = Inference(kind(gaussian(), 2), objective, training, num_steps=700, batch_size=128, width=16, depth=2)
+    inference.run()
+    x = inference.sample(20_000)
+    torch.testing.assert_close(x.mean(0), MEAN, rtol=0, atol=0.12)
+    torch.testing.assert_close(torch.cov(x.T), COVARIANCE, rtol=0, atol=0.15)
+
+
+@pytest.mark.parametrize("objective", [LowerBound(surrogate=True), KullbackLeibler()])
+def test_a_score_is_all_that_is_needed(objective):
+    target = ScoreTarget(gaussian_score, 2)
+    inference = Inference(GeometricBridge(target, 1), objective, num_steps=400, batch_size=128, width=16, depth=2)
+    inference.run()
+    x = inference.sample(20_000)
+    torch.testing.assert_close(x.mean(0), MEAN, rtol=0, atol=0.12)
+    torch.testing.assert_close(torch.cov(x.T), COVARIANCE, rtol=0, atol=0.2)
+
+
+def test_the_surrogate_trains_as_the_log_density_does():
+    fits = [tiny(LowerBound(surrogate=surrogate)) for surrogate in (False, True)]
+    for fit in fits:
+        fit.run()
+    for got, wanted in zip(*map(parameters, fits), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_the_log_density_of_a_score_is_missed_with_advice():
+    with pytest.raises(NotImplementedError, match=r"use LowerBound\(surrogate=True\) or a critic"):
+        tiny(of=GeometricBridge(ScoreTarget(gaussian_score, 2), 2)).run()
+
+
+# ----- the order of training -----
+
+
+@each_objective
+@pytest.mark.parametrize("kind", [GeometricBridge, DiffusionBridge])
+def test_with_one_layer_both_orders_are_one_bit_for_bit(objective, kind):
+    layers = IndependentLayers([GaussianMLP(2, width=8)])
+    fits = [
+        tiny(objective, training, kind(gaussian(), 1), layers=copy.deepcopy(layers), num_steps=20, critic_updates=2)
+        for training in TRAININGS
+    ]
+    losses = [[step.layers.loss for step in fit.steps()] for fit in fits]
+    assert equal(*losses)
+    assert equal(*map(parameters, fits))
+    assert not equal(parameters(fits[0])[:1], [next(layers.parameters())])
+
+
+def test_with_two_layers_the_orders_differ():
+    layers = IndependentLayers([GaussianMLP(2, width=8) for _ in range(2)])
+    fits = [tiny(training=training, layers=copy.deepcopy(layers)) for training in TRAININGS]
+    for fit in fits:
+        fit.run()
+    assert not equal(*map(parameters, fits))
+
+
+@each_objective
+def test_in_sequence_layers_that_have_learnt_keep_every_bit(objective):
+    inference = tiny(objective, of=bridge(3), num_steps=12)
+    kept = {}
+    for step in inference.steps():
+        learning = 2 - step.step // 4
+        assert step.layers.t.tolist() == [learning] * 16
+        for t, network in enumerate(inference.layers.networks):
+            now = [parameter.detach().clone() for parameter in network.parameters()]
+            if t != learning and t in kept:
+                assert equal(now, kept[t])
+            kept[t] = now
+
+
+def test_the_default_layers_and_chains_are_those_of_the_order():
+    for objective, training in itertools.product(OBJECTIVES, TRAININGS):
+        inference = tiny(objective, training, of=bridge(3))
+        assert isinstance(inference.layers, IndependentLayers if training == "sequential" else SharedLayers)
+        assert inference.layers.num_layers == 3
+        assert len(inference.curriculum) == (3 if training == "sequential" else 1)
+        if training == "joint":
+            assert inference.chain.cohorts == (objective == "lower_bound")
+
+
+@pytest.mark.parametrize(("training", "length"), [("sequential", 10), ("joint", 20)])
+def test_the_rate_falls_to_a_twentieth_in_each_stage(training, length):
+    inference = tiny(training=training, num_steps=20, learning_rate=0.01)
+    rates = []
+    original = inference.layer_optimizer.step
+    group = inference.layer_optimizer.param_groups[0]
+    inference.layer_optimizer.step = lambda: (rates.append(group["lr"]), original())
+    inference.run()
+    for stage in range(20 // length):
+        of = rates[stage * length : (stage + 1) * length]
+        assert of[0] == 0.01
+        assert of == sorted(of, reverse=True)
+        assert of[length // 2] == pytest.approx(0.00525)
+        assert 0.0005 < of[-1] < 0.001
+
+
+def test_gradients_are_clipped():
+    inference = tiny("kullback_leibler", max_grad_norm=1e-3)
+    next(inference.steps())
+    norms = []
+    for player, optimizer in ((inference.layers, inference.layer_optimizer), (inference.critic, None)):
+        del optimizer
+        original = torch.nn.utils.clip_grad_norm_
+        norms.append(original(player.parameters(), 1.0))
+    assert norms == [0, 0]  # both were emptied after their update
+    assert all(step.layers.grad_norm > 1e-3 for step in inference.steps())
+
+
+# ----- seeds and resuming -----
+
+
+@each_objective
+@each_training
+def test_one_seed_is_one_fit_and_leaves_the_global_random_state_alone(objective, training):
+    state = torch.get_rng_state()
+    fits = [tiny(objective, training, seed=seed) for seed in (3, 3, 4)]
+    for fit in fits:
+        fit.run()
+        fit.sample(5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert equal(parameters(fits[0]), parameters(fits[1]))
+    assert not equal(parameters(fits[0]), parameters(fits[2]))
+    torch.manual_seed(99)
+    again = tiny(objective, training, seed=3)
+    again.run()
+    assert equal(parameters(fits[0]), parameters(again))
+
+
+@each_objective
+@each_training
+@pytest.mark.parametrize("stop", [0, 2, 4])
+def test_a_resumed_fit_repeats_one_that_was_never_stopped(objective, training, stop, tmp_path):
+    whole = tiny(objective, training, plateau=Plateau(window=2, patience=9))
+    whole.run()
+    begun = run_to(tiny(objective, training, plateau=Plateau(window=2, patience=9)), stop)
+    torch.save(begun.state_dict(), tmp_path / "state.pt")
+    resumed = tiny(objective, training, plateau=Plateau(window=2, patience=9))
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert resumed.next_step == stop + 1
+    resumed.run()
+    assert equal(parameters(resumed), parameters(whole))
+    assert torch.equal(resumed.sample(10), whole.sample(10))
+
+
+@each_objective
+@each_training
+def test_a_loop_that_was_left_goes_on_where_it_was(objective, training):
+    whole, halves = tiny(objective, training), tiny(objective, training)
+    whole.run()
+    run_to(halves, 2).run()
+    assert equal(parameters(halves), parameters(whole))
+
+
+@each_objective
+@each_training
+def test_a_state_in_memory_stays_as_it_was_taken(objective, training):
+    inference = run_to(tiny(objective, training), 1)
+    state = inference.state_dict()
+    inference.run()
+    for _ in range(2):  # each resumed run must find the state untouched by those before it
+        resumed = tiny(objective, training)
+        resumed.load_state_dict(state)
+        resumed.run()
+        assert equal(parameters(resumed), parameters(inference))
+
+
+@each_objective
+@each_training
+def test_a_fit_may_go_back_to_a_state_of_its_own(objective, training):
+    inference = tiny(objective, training)
+    state = inference.state_dict()
+    inference.run()
+    end = parameters(inference)
+    inference.load_state_dict(state)
+    assert inference.next_step == 0
+    inference.run()
+    assert equal(parameters(inference), end)
+
+
+# ----- draws -----
+
+
+def test_draws_of_all_layers_are_from_one_chain():
+    inference = tiny(of=bridge(3))
+    draws = inference.marginals(7, seed=2)
+    assert [x.shape for x in draws] == [(7, 2)] * 4
+    assert torch.equal(draws[0], inference.sample(7, seed=2))
+    assert torch.equal(draws[3], inference.bridge.sample_base(7, torch.Generator().manual_seed(2)))
+    assert not torch.equal(draws[0], inference.sample(7, seed=3))
+    assert not any(x.requires_grad for x in draws)
+
+
+# ----- plateaus -----
+
+
+class Falling(GeometricBridge):
+    """A far target, whose upper levels have a log-density that is greater by a large constant."""
+
+    def __init__(self, offset):
+        super().__init__(GaussianMixture(torch.full((1, 2), 40.0), torch.eye(2)[None]), 2)
+        self.offset = offset
+
+    def log_prob(self, x, level):
+        return super().log_prob(x, level) + self.offset * (level > 0)
+
+
+def fast(of, plateau):
+    return tiny(of=of, num_steps=80, batch_size=256, learning_rate=0.05, plateau=plateau)
+
+
+def test_a_plateau_ends_each_stage_early():
+    inference = tiny(num_steps=2000, plateau=Plateau(window=5, patience=2), learning_rate=1e-9)
+    steps = [step.step for step in inference.steps()]
+    assert len(steps) < 400
+    assert 1000 in steps
+    assert inference.next_step == 2000
+
+
+def test_a_plateau_ends_no_stage_whose_loss_falls():
+    assert len(list(fast(Falling(0.0), Plateau(window=8, patience=2)).steps())) == 80
+
+
+def test_a_plateau_does_not_compare_a_stage_with_the_one_before():
+    plateau = Plateau(window=8, patience=2)
+    inference = fast(Falling(1e5), plateau)
+    run_to(inference, 39)
+    assert plateau.state_dict() == Plateau(window=8, patience=2).state_dict()
+    assert [step.step for step in inference.steps()] == list(range(40, 80))
+
+
+# ----- parts of the user's own -----
+
+
+class Shift(ConditionalLayers):
+    """N(x_next + shift_t, std_t^2), written by a user."""
+
+    def __init__(self, num_layers):
+        super().__init__()
+        self.num_layers = num_layers
+        self.shift = torch.nn.Parameter(torch.zeros(num_layers, 2))
+        self.log_std = torch.nn.Parameter(torch.zeros(num_layers, 2))
+
+    def forward(self, x_next, t, condition=None):
+        return DiagonalGaussian(x_next + self.shift[t], self.log_std[t].exp())
+
+
+class Ladder(Bridge):
+    """N(3 (T - t) / T, (T - t) I) at layer t, written by a user."""
+
+    def __init__(self, num_layers):
+        self.num_layers = num_layers
+
+    def _moments(self, level):
+        above = self.num_layers - level[:, None].float()
+        return 3 * above / self.num_layers, 1 + above
+
+    def log_prob(self, x, level):
+        mean, variance = self._moments(level)
+        return -0.5 * ((x - mean).square() / variance).sum(1)
+
+    def score(self, x, level, condition=None):
+        mean, variance = self._moments(level)
+        return (mean - x) / variance
+
+    def sample_base(self, batch_size, generator=None):
+        return torch.randn(batch_size, 2, generator=generator)
+
+
+@pytest.mark.parametrize("objective", [LowerBound(), ScoreMatching(), KullbackLeibler()])
+def test_layers_and_a_bridge_of_the_users_own_are_fitted(objective):
+    layers, options = Shift(2), {"num_steps": 600, "batch_size": 128, "critic_updates": 2, "width": 16, "depth": 2}
+    inference = Inference(Ladder(2), objective, "joint", layers=layers, learning_rate=0.02, **options)
+    inference.run()
+    assert inference.layers is layers
+    torch.testing.assert_close(layers.shift.detach(), torch.full((2, 2), 1.5), rtol=0, atol=0.2)
+    torch.testing.assert_close(layers.log_std.detach().exp(), torch.ones(2, 2), rtol=0, atol=0.15)
+
+
+def test_a_critic_of_the_users_own_is_trained():
+    critic = ScoreMLP(2, width=4, depth=1)
+    inference = tiny("score_matching", critic=critic)
+    before = copy.deepcopy(critic.state_dict())
+    inference.run()
+    assert inference.critic is critic
+    assert not critic.state_dict()["network.first.weight"].equal(before["network.first.weight"])
+
+
+def test_a_gaussian_fitted_to_the_mode_may_be_the_base():
+    base = Laplace(MEAN.double(), torch.linalg.cholesky(COVARIANCE.double()))
+    inference = tiny(of=GeometricBridge(gaussian(), 2, base=base))
+    inference.run()
+    assert inference.sample(10).shape == (10, 2)
+
+
+# ----- refusals -----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"objective": "elbo"},
+            "objective='elbo' is unknown: choose lower_bound, score_matching, kullback_leibler, or give an Objective",
+        ),
+        ({"training": "parallel"}, "training='parallel' is unknown: choose 'sequential' or 'joint'"),
+        ({"std": "local"}, "std='local' is unknown: choose 'global' or 'network'"),
+        ({"num_steps": 1}, "num_steps=1: give at least one update for each of the 2 layers"),
+        ({"layers": Shift(3)}, "layers has 3 layers, and the bridge 2"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_starts(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
