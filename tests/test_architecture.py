@@ -54,6 +54,9 @@ NOUNS = {
     "checkpoints": {"folders", "players", "recipe"},
     "monitor": {"classifier", "images", "metrics", "players", "recipe"},
     "plan": {"players", "recipe"},
+    "target_fit": {"agreement", "benchmark_targets", "options"},
+    "study": {"benchmark_targets", "folders", "target_fit"},
+    "study_pages": {"benchmark_targets", "folders", "study", "target_fit"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "training").glob("*.py"))
