@@ -72,8 +72,8 @@ class Plateau:
     """Tells when a value has stopped falling: `stop_stage` of `fit`.
 
     The mean of the value over a window of updates is compared with the lowest such mean so far. When `patience` windows
-    in a row are not lower by `tolerance` standard errors of that mean, the stage ends. A stage that ends by its number of
-    updates calls for `reset`.
+    in a row are not lower by `tolerance` standard errors of that mean, the stage ends. A stage that ends by its number
+    of updates calls for `reset`.
 
     Args:
         window: Updates in a mean.

@@ -69,16 +69,18 @@ def laplace(target: Target, start: Tensor | None = None, num_steps: int = 500) -
     """
     x = torch.zeros(target.dimension) if start is None else start
     x = _ascend(target, x.double().clone(), num_steps)
-    hessian = torch.autograd.functional.jacobian(lambda x: target.score(x[None])[0], x)
-    precision = -(hessian + hessian.T) / 2
-    factor, failed = torch.linalg.cholesky_ex(precision)
-    slope = float(target.score(x[None]).abs().max())
-    step = float((target.score(x[None])[0] @ torch.linalg.pinv(precision)).abs().max())
-    if failed or not step < 1e-2 * float(precision.diagonal().clamp_min(1e-300).rsqrt().max()):
-        raise ValueError(
-            f"no mode was found in {num_steps} steps (largest slope {slope:.2g}): give another start, or more num_steps; "
-            "a target without a single smooth mode has no Laplace approximation"
-        )
+    for _ in range(2):  # Newton's method, for the last digits
+        hessian = torch.autograd.functional.jacobian(lambda x: target.score(x[None])[0], x)
+        precision = -(hessian + hessian.T) / 2
+        factor, failed = torch.linalg.cholesky_ex(precision)
+        score = target.score(x[None])[0]
+        step = torch.cholesky_solve(score[:, None], factor)[:, 0]
+        if failed or not step.abs().max() < 1e-2 * precision.diagonal().rsqrt().max():
+            raise ValueError(
+                f"no mode was found in {num_steps} steps (largest slope {float(score.abs().max()):.2g}): give another "
+                "start, or more num_steps; a target without a single smooth mode has no Laplace approximation"
+            )
+        x = x + step
     covariance = torch.cholesky_inverse(factor)
     return Laplace(mean=x, scale=torch.linalg.cholesky(covariance))
 
@@ -89,7 +91,9 @@ def _ascend(target: Target, x: Tensor, num_steps: int) -> Tensor:
     has_density = type(target).log_prob is not Target.log_prob
     search = "strong_wolfe" if has_density else None
     rate = 1.0 if has_density else 0.5
-    optimizer = torch.optim.LBFGS([x], lr=rate, max_iter=num_steps, tolerance_grad=1e-9, line_search_fn=search)
+    optimizer = torch.optim.LBFGS(
+        [x], lr=rate, max_iter=num_steps, tolerance_grad=1e-9, tolerance_change=0.0, line_search_fn=search
+    )
 
     def closure() -> Tensor:
         with torch.no_grad():
@@ -131,8 +135,8 @@ class Whitened(Target):
 def moment_match(draws: Tensor) -> Laplace:
     """Returns the Gaussian with the mean and the covariance of draws, shape (N, d): whitening without a mode.
 
-    A first, rough fit gives the draws; a second one, of `Whitened(target, moment_match(draws))`, starts from coordinates
-    in which nothing is stiff.
+    A first, rough fit gives the draws; a second one, of `Whitened(target, moment_match(draws))`, starts from
+    coordinates in which nothing is stiff.
 
     Raises:
         ValueError: The draws have no positive definite covariance.
@@ -142,7 +146,7 @@ def moment_match(draws: Tensor) -> Laplace:
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed or len(draws) <= draws.shape[1]:
         raise ValueError(
-            f"{len(draws)} draws of {draws.shape[1]} coordinates have no positive definite covariance: give more draws, of "
-            "a sampler that has not collapsed"
+            f"{len(draws)} draws of {draws.shape[1]} coordinates have no positive definite covariance: give more draws, "
+            "of a sampler that has not collapsed"
         )
     return Laplace(mean=draws.mean(0), scale=factor)
