@@ -223,14 +223,21 @@ class LowerBound(Objective):
         """Returns log 1/(K+1) sum_k q(x | x_next^(k)) - log p(x).
 
         Raises:
-            ValueError: The rows have conditions, or a level has fewer than K + 1 rows.
+            ValueError: The rows have conditions, or a level has fewer than K + 1 rows, or none has two, as with
+                `scoring="random"`.
         """
         if draw.condition is not None:
             raise ValueError(
                 "LowerBound mixes the rows of a batch, so it takes no conditions: use an objective with a critic"
             )
+        levels = draw.level.unique()
+        if self.num_extra is None and 1 < len(levels) == len(draw.level):
+            raise ValueError(
+                f"each of the {len(levels)} rows is at a level of its own, so there is nothing to mix: use "
+                'scoring="own", and a larger batch'
+            )
         marginal = draw.x.new_empty(len(draw.x))
-        for level in draw.level.unique():
+        for level in levels:
             rows = (draw.level == level).nonzero().squeeze(1)
             marginal = marginal.index_put((rows,), self._log_marginal(draw, rows))
         return marginal - self._log_target(bridge, draw)

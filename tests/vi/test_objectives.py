@@ -314,6 +314,16 @@ def test_more_extra_draws_than_rows_at_a_level_are_refused():
         LowerBound(-1)
 
 
+def test_rows_that_have_nothing_to_mix_with_are_refused():
+    layers = linear_layers()
+    bridge = matching_bridge(layers)
+    t = torch.arange(3)
+    draw = draw_layer(layers(torch.zeros(3, DIMENSION, dtype=torch.float64), t), t, bridge)
+    with pytest.raises(ValueError, match='each of the 3 rows is at a level of its own, .*use scoring="own"'):
+        bound(draw, bridge)
+    assert bound(draw, bridge, 0).shape == (3,)  # that none is mixed in was asked for
+
+
 def test_the_bound_takes_no_conditions():
     layers = linear_layers()
     bridge = matching_bridge(layers)

@@ -146,7 +146,7 @@ def moment_match(draws: Tensor) -> Laplace:
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed or len(draws) <= draws.shape[1]:
         raise ValueError(
-            f"{len(draws)} draws of {draws.shape[1]} coordinates have no positive definite covariance: give more draws, "
-            "of a sampler that has not collapsed"
+            f"{len(draws)} draws of {draws.shape[1]} coordinates have no positive definite covariance: give more "
+            "draws, of a sampler that has not collapsed"
         )
     return Laplace(mean=draws.mean(0), scale=factor)
