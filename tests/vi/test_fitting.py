@@ -351,13 +351,13 @@ def same(one, other):
 @pytest.mark.parametrize(
     ("chain", "options", "curriculum"),
     [
-        (FrozenPoolChain, {"num_states": 5000}, sequential(3, 300)),
-        (PoolChain, {"cohorts": True}, joint(3, 900)),
-        (SimulatedChain, {}, joint(3, 900)),
+        (FrozenPoolChain, {"num_states": 5000}, sequential(3, 200)),
+        (PoolChain, {"cohorts": True}, joint(3, 600)),
+        (SimulatedChain, {}, joint(3, 500)),
     ],
 )
 def test_the_lower_bound_brings_layers_to_the_bridge_without_a_critic(chain, options, curriculum):
-    game = Alone(chain, 256 if chain is SimulatedChain else 128, **options)
+    game = Alone(chain, 300 if chain is SimulatedChain else 128, **options)
     length = curriculum[0].num_steps
     for step in game.fit(curriculum):
         for group in game.optimizer.param_groups:

@@ -100,7 +100,7 @@ def test_every_objective_runs_in_every_order_on_every_bridge(objective, training
     ],
 )
 def test_the_moments_of_a_gaussian_are_found(objective, training, kind):
-    inference = Inference(kind(gaussian(), 2), objective, training, num_steps=700, batch_size=128, width=16, depth=2)
+    inference = Inference(kind(gaussian(), 2), objective, training, num_steps=500, batch_size=128, width=16, depth=2)
     inference.run()
     x = inference.sample(20_000)
     torch.testing.assert_close(x.mean(0), MEAN, rtol=0, atol=0.12)
@@ -369,7 +369,7 @@ class Ladder(Bridge):
 
 @pytest.mark.parametrize("objective", [LowerBound(), ScoreMatching(), KullbackLeibler()])
 def test_layers_and_a_bridge_of_the_users_own_are_fitted(objective):
-    layers, options = Shift(2), {"num_steps": 600, "batch_size": 128, "critic_updates": 2, "width": 16, "depth": 2}
+    layers, options = Shift(2), {"num_steps": 450, "batch_size": 128, "critic_updates": 2, "width": 16, "depth": 2}
     inference = Inference(Ladder(2), objective, "joint", layers=layers, learning_rate=0.02, **options)
     inference.run()
     assert inference.layers is layers
