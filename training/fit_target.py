@@ -6,8 +6,8 @@ One fit:
         --output_dir runs/checkerboard
 
 writes OUTPUT_DIR/report.json (settings, agreement with the target, signs of failure), layers.safetensors,
-draws.safetensors and, for targets on the plane, marginals.png. `--resume_from_checkpoint latest` goes on with a fit that
-was stopped.
+draws.safetensors and, for targets on the plane, marginals.png. `--resume_from_checkpoint latest` goes on with a fit
+that was stopped.
 
 A study, which goes on where it was stopped by itself:
 
@@ -21,7 +21,9 @@ A target of your own is fitted by a few lines of Python; see docs/inference/inde
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,8 +33,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from folders import claim_output_dir, replace_folder, sole_writer, write_json
+from hsivi_diffusers.vi import Step
 from hsivi_diffusers.vi.diagnostics import diagnose
-from options import option, parse_options
+from options import changes, option, parse_options
 from study import read_study, run_study
 from study_pages import draw_marginals_figure, write_pages
 from target_fit import Fit, Fitted, Stopwatch, measure, prepare
@@ -65,33 +68,54 @@ def fit_one(fit: Fit, output: Output) -> None:
     with sole_writer(folder):
         stopwatch = Stopwatch()
         fitted = prepare(fit, stopwatch)
-        _train(fitted, folder, resumes, output.checkpointing_steps, stopwatch)
+        _train(fitted, fit, folder, output, stopwatch)
         _write_results(fitted, fit, folder, stopwatch.seconds)
 
 
-def _train(fitted: Fitted, folder: Path, resumes: bool, checkpointing_steps: int, stopwatch: Stopwatch) -> None:
+def _train(fitted: Fitted, fit: Fit, folder: Path, output: Output, stopwatch: Stopwatch) -> None:
     inference, checkpoint = fitted.inference, folder / "checkpoint"
     accelerator = Accelerator(cpu=True)
     accelerator.register_for_checkpointing(inference)
-    if resumes and checkpoint.is_dir():
+    if output.resume_from_checkpoint and checkpoint.is_dir():
+        stopwatch.seconds = _seconds_before(checkpoint, fit)
         accelerator.load_state(str(checkpoint))
     total = sum(stage.num_steps for stage in inference.curriculum)
     bar = tqdm(total=total, initial=inference.next_step, unit="step")
-    with stopwatch.running():
-        for step in inference.steps():
-            bar.update(step.next_step - step.step)
-            if step.step % 100 == 0:
-                layer = ", ".join(map(str, step.layers.t.unique().tolist()))
-                bar.set_postfix(layer=layer, loss=f"{float(step.layers.loss.mean()):.3f}")
-            if step.next_step % checkpointing_steps == 0 and step.next_step < total:
-                accelerator.save_state(str(folder / "checkpoint.partial"))
-                replace_folder(folder / "checkpoint.partial", checkpoint)
+    for step in _timed(inference.steps(), stopwatch):
+        bar.update(step.next_step - step.step)
+        if step.step % 100 == 0:
+            layer = ", ".join(map(str, step.layers.t.unique().tolist()))
+            bar.set_postfix(layer=layer, loss=f"{float(step.layers.loss.mean()):.3f}")
+        if step.next_step % output.checkpointing_steps == 0 and step.next_step < total:
+            partial = folder / "checkpoint.partial"
+            accelerator.save_state(str(partial))
+            write_json(partial / "fit.json", {"fit": asdict(fit), "seconds": stopwatch.seconds})
+            replace_folder(partial, checkpoint)
     bar.close()
+
+
+def _timed(steps: Iterator[Step], stopwatch: Stopwatch) -> Iterator[Step]:
+    """Counts what the steps take, not what is done between them."""
+    while True:
+        with stopwatch.running():
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
+
+
+def _seconds_before(checkpoint: Path, fit: Fit) -> float:
+    """Returns what a stopped fit has taken, and refuses one of other settings."""
+    before = json.loads((checkpoint / "fit.json").read_text(encoding="utf-8"))
+    if other := changes(before["fit"], asdict(fit)):
+        raise ValueError(f"{checkpoint} is of a fit with other settings ({other}): name another --output_dir")
+    return float(before["seconds"])
 
 
 def _write_results(fitted: Fitted, fit: Fit, folder: Path, seconds: float) -> None:
     inference = fitted.inference
-    found = diagnose(inference.layers, inference.bridge, critic=inference.critic, critic_layers=[0])
+    random = torch.Generator().manual_seed(2)
+    found = diagnose(inference.layers, inference.bridge, critic=inference.critic, critic_layers=[0], generator=random)
     for finding in found:
         print(f"{finding.signature}: {finding.message}")
     agreement = measure(fitted.sample, fit.target)
@@ -124,9 +148,9 @@ def study_all(study: Study, output: Output) -> None:
         write_pages(folder)
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Reads the options, and does one fit or a study."""
-    fit, output, study = parse_options([Fit, Output, Study], __doc__ or "")
+    fit, output, study = parse_options([Fit, Output, Study], __doc__ or "", args=args)
     torch.set_num_threads(1)
     if study.study or study.pages_only:
         study_all(study, output)

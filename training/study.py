@@ -48,8 +48,8 @@ def read_study(path: str | Path, quick: bool = False) -> list[Job]:
     """Reads a YAML file: its axes, of which all combinations are fitted, and settings of all fits or of one objective.
 
     Args:
-        path: YAML with `study` (a name), `axes` (lists), `fit` (settings of `Fit`), `by_objective` and `by_target` (more
-            of them), `quick` (axes and settings that replace those in a quick run), and `nulls` (false for none).
+        path: YAML with `study` (a name), `axes` (lists), `fit` (settings of `Fit`), `by_objective` and `by_target`
+            (more of them), `quick` (axes and settings that replace those in a quick run), and `nulls` (false for none).
         quick: Take the quick ones.
 
     Returns:
@@ -99,9 +99,13 @@ def run_study(jobs: Sequence[Job], path: Path, workers: int) -> None:
         workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         futures = [pool.submit(run_job, job) for job in left]
-        for future in tqdm(as_completed(futures), total=len(futures), unit="fit"):
-            results["rows"].append(future.result())
-            write_json(path, results)
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), unit="fit"):
+                results["rows"].append(future.result())
+                write_json(path, results)
+        except BaseException:  # else it would wait for all others first, and lose them
+            pool.shutdown(cancel_futures=True)
+            raise
     results["rows"].sort(key=lambda row: [str(value) for value in _key(row)])
     write_json(path, results)
 

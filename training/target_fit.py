@@ -107,8 +107,10 @@ class Stopwatch:
     def running(self) -> Iterator[None]:
         """Counts the time inside."""
         start = time.process_time()
-        yield
-        self.seconds += time.process_time() - start
+        try:
+            yield
+        finally:  # a fit that diverged took its time, too
+            self.seconds += time.process_time() - start
 
 
 def measure(draw: Callable[[int, int], Tensor], name: str) -> dict[str, float]:
@@ -225,11 +227,17 @@ def _inference(target: Target, fit: Fit) -> Inference:
         depth=fit.depth,
         std=fit.std,  # type: ignore[arg-type]
         learning_rate=fit.learning_rate,
-        critic=ScoreMLP(target.dimension, _width(fit, target.dimension, 1), fit.depth),
+        critic=_make_critic(target, fit),
         critic_learning_rate=fit.critic_learning_rate,
         critic_updates=fit.critic_updates,
         seed=fit.seed,
     )
+
+
+def _make_critic(target: Target, fit: Fit) -> ScoreMLP:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fit.seed)
+        return ScoreMLP(target.dimension, _width(fit, target.dimension, 1), fit.depth)
 
 
 def _make_bridge(target: Target, fit: Fit) -> Bridge:

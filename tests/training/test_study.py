@@ -1,0 +1,602 @@
+import json
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import fit_target as script
+import study
+import study_pages
+import target_fit
+from fit_target import Output, fit_one
+from hsivi_diffusers.vi import DivergenceError, GaussianMLP, Inference
+from study import NULLS, read_study, run_job, run_study
+from study_pages import TABLES, draw_fits, draw_marginals_figure, pair_up, write_pages
+from target_fit import Fit, prepare, score_network, width_of
+
+STUDIES = sorted((Path(__file__).parents[2] / "training" / "configs").glob("study_*.yaml"))
+TINY = Fit("ring", 2, "LB", "geometric", num_steps=20, batch_size=16, parameters=1000, depth=1)
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """Measures of few draws are as good here, and quick."""
+    monkeypatch.setattr(target_fit, "JS_DRAWS", 500)
+    monkeypatch.setattr(study, "JS_DRAWS", 500)
+
+
+@pytest.fixture
+def quick_score_network(monkeypatch):
+    monkeypatch.setattr(target_fit, "score_network", lambda name: score_network(name, 3))
+
+
+@pytest.fixture
+def inline_pool(monkeypatch):
+    """Does the jobs of a study in this process, each when it is submitted."""
+
+    class Pool(nullcontext):
+        def __enter__(self):
+            return self
+
+        def submit(self, function, job):
+            future = Future()
+            try:
+                future.set_result(function(job))
+            except Exception as error:
+                future.set_exception(error)
+            return future
+
+        def shutdown(self, cancel_futures):
+            assert cancel_futures
+
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *args, **options: Pool())
+
+
+# Reading
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_study_has_the_combinations_of_its_axes(path, quick):
+    content = yaml.safe_load(path.read_text())
+    axes = content["axes"] | {k: v for k, v in content["quick"].items() if quick and k in content["axes"]}
+    jobs = read_study(path, quick)
+    fits = [fit for _, method, fit in jobs if method not in NULLS]
+    others = {name: len(values) for name, values in axes.items() if name not in ("num_layers", "bridges", "training")}
+    each = torch.tensor(list(others.values())).prod()
+    deep = sum(number > 1 for number in axes["num_layers"])
+    ways = len(axes.get("bridges", [0])) * len(axes.get("training", [0]))
+    assert len(fits) == each * (deep * ways + (1 in axes["num_layers"]))
+    assert len(set(jobs)) == len(jobs)
+    assert {fit.target for fit in fits} == set(axes["targets"])
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_with_one_layer_neither_bridge_nor_training_is_varied(path):
+    shallow = [(method, fit) for _, method, fit in read_study(path) if method not in NULLS and fit.num_layers == 1]
+    assert {method for method, _ in shallow} == {"SIVI"}
+    assert len({(fit.bridge, fit.training) for _, fit in shallow}) == 1
+
+
+def test_quick_studies_are_few_and_short():
+    fits = [fit for path in STUDIES for _, method, fit in read_study(path, True) if method not in NULLS]
+    assert len(fits) < 25
+    assert max(fit.num_steps for fit in fits) <= 600
+
+
+def test_there_is_a_laplace_row_for_posteriors_alone():
+    nulls = {(fit.target, method) for path in STUDIES for _, method, fit in read_study(path) if method in NULLS}
+    assert ("rare_events", "laplace") in nulls
+    assert ("ring", "laplace") not in nulls
+    assert ("ring", "exact") in nulls
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("axes: {targets: [ring], seeds: [0]}\nsteps: 5", "unknown key 'steps'; known are axes, by_objective"),
+        ("axes: {targets: [ring], seeds: [0], layers: [1]}", "unknown key 'layers'; known are bridges, depths"),
+        ("axes: {targets: [ring], seeds: [0]}\nfit: {rate: 1}", "unknown key 'rate'; known are base_std, batch_size"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_those_that_are_known(tmp_path, content, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(f"study: mine\n{content}\n")
+    with pytest.raises(ValueError, match=message):
+        read_study(path)
+
+
+def test_settings_of_an_objective_or_a_target_go_before_those_of_all_and_quick_before_them(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "study: mine\nnulls: false\naxes: {targets: [ring, cross], objectives: [LB, KL], seeds: [0]}\n"
+        "fit: {num_steps: 1}\nby_objective: {KL: {num_steps: 2}}\nby_target: {cross: {num_steps: 3}}\n"
+        "quick: {num_steps: 4}\n"
+    )
+    steps = {(fit.target, fit.objective): fit.num_steps for _, _, fit in read_study(path)}
+    assert steps == {("ring", "LB"): 1, ("ring", "KL"): 2, ("cross", "LB"): 3, ("cross", "KL"): 3}
+    assert {fit.num_steps for _, _, fit in read_study(path, quick=True)} == {4}
+
+
+# Running
+
+
+def rows_in(path):
+    return json.loads(path.read_text())["rows"]
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path, inline_pool, monkeypatch):
+    path = tmp_path / "results.json"
+    jobs = [("mine", "HSIVI", replace(TINY, seed=seed)) for seed in range(3)]
+    done = []
+    monkeypatch.setattr(study, "run_job", lambda job: done.append(job) or run_job(job))
+    run_study(jobs[:2], path, workers=1)
+    first = path.read_text()
+    run_study(jobs[:2], path, workers=1)
+    assert path.read_text() == first
+    run_study(jobs, path, workers=1)
+    assert done == jobs
+    assert [row["seed"] for row in rows_in(path)] == [0, 1, 2]
+    assert rows_in(path)[:2] == json.loads(first)["rows"]
+
+
+def test_jobs_run_in_processes_of_their_own(tmp_path):
+    path = tmp_path / "results.json"
+    refused = replace(TINY, bridge="diffusion", whitening="laplace")
+    run_study([("mine", "HSIVI", TINY), ("mine", "HSIVI", refused)], path, workers=1)
+    (fitted,) = (row for row in rows_in(path) if "failed" not in row)
+    assert fitted["T"] == 2
+    assert fitted["js"] > 0
+
+
+def test_an_error_stops_the_study_and_what_is_done_is_kept(tmp_path, inline_pool, monkeypatch):
+    def work(job):
+        if job[2].seed == 1:
+            raise RuntimeError("no room")
+        return run_job(job)
+
+    monkeypatch.setattr(study, "run_job", work)
+    monkeypatch.setattr(study, "as_completed", lambda futures: futures)
+    path = tmp_path / "results.json"
+    with pytest.raises(RuntimeError, match="no room"):
+        run_study([("mine", "HSIVI", replace(TINY, seed=seed)) for seed in range(3)], path, workers=1)
+    assert [row["seed"] for row in rows_in(path)] == [0]
+
+
+def test_a_row_tells_what_was_fitted_and_how_well():
+    row = run_job(("mine", "HSIVI", TINY))
+    assert (
+        row.items()
+        >= {
+            "study": "mine",
+            "method": "HSIVI",
+            "target": "ring",
+            "T": 2,
+            "objective": "LB",
+            "bridge": "geometric",
+            "training": "sequential",
+            "seed": 0,
+            "whitening": "none",
+            "num_steps": 20,
+            "depth": 1,
+            "parameters_wanted": 1000,
+        }.items()
+    )
+    assert row.keys() >= {"parameters", "seconds", "js", "swd", "mmd", "ksd", "mode_tv", "modes_found", "findings"}
+    assert abs(row["parameters"] / 1000 - 1) < 0.15
+    json.dumps(row)
+
+
+def test_a_fit_that_is_refused_is_a_row_that_says_why():
+    row = run_job(("mine", "HSIVI", replace(TINY, bridge="diffusion", whitening="laplace")))
+    assert "use --bridge geometric" in row["failed"]
+    assert row["T"] == 2
+    assert "js" not in row
+
+
+@pytest.mark.parametrize("method", ["exact", "untrained", "gaussian"])
+def test_rows_to_hold_fits_against_have_no_settings_of_a_fit(method):
+    row = run_job(("mine", method, Fit(target="ring", num_steps=1)))
+    assert row["method"] == method
+    assert row["T"] is row["objective"] is row["bridge"] is None
+    assert row["js"] >= 0
+    assert "seconds" not in row
+
+
+def test_the_time_of_a_fit_that_fails_counts(monkeypatch):
+    def diverge(self):
+        sum(range(10**6))
+        raise DivergenceError("the loss of the layers", 3, [0])
+
+    monkeypatch.setattr(Inference, "run", diverge)
+    row = run_job(("mine", "HSIVI", TINY))
+    assert row["failed"].startswith("the loss of the layers is not finite at step 3")
+    assert row["seconds"] > 0
+
+
+def test_a_fit_is_repeated_by_its_seed_alone():
+    fit = replace(TINY, objective="KL")
+    torch.manual_seed(1)
+    one, _ = target_fit.run(fit)
+    torch.manual_seed(2)
+    other, _ = target_fit.run(fit)
+    assert torch.equal(one.sample(50, seed=0), other.sample(50, seed=0))
+    third, _ = target_fit.run(replace(fit, seed=1))
+    assert not torch.equal(one.sample(50, seed=0), third.sample(50, seed=0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    parameters=st.integers(500, 100_000),
+    depth=st.integers(1, 6),
+    dimension=st.integers(1, 30),
+    networks=st.integers(1, 10),
+    std=st.sampled_from(["global", "network"]),
+)
+def test_networks_have_about_the_parameters_that_were_asked_for(parameters, depth, dimension, networks, std):
+    outputs = dimension if std == "global" else 2 * dimension
+    width = width_of(parameters, depth, dimension, networks, outputs)
+    assert width >= 8
+    assume(width > 8)
+    network = GaussianMLP(dimension, width, depth, std)
+    count = networks * sum(parameter.numel() for parameter in network.parameters())
+    assert abs(count / parameters - 1) < 0.15
+
+
+# One fit
+
+
+@pytest.fixture
+def stops_at(monkeypatch):
+    """Has the user press Ctrl-C in the given step."""
+
+    class Bar:
+        def __init__(self, total, initial, unit):
+            self.number = initial
+
+        def update(self, steps):
+            self.number += steps
+            if self.number == self.last:
+                raise KeyboardInterrupt
+
+        def set_postfix(self, **_):
+            pass
+
+        def close(self):
+            pass
+
+    def stop(step):
+        Bar.last = step
+        monkeypatch.setattr(script, "tqdm", Bar)
+
+    return stop
+
+
+def test_a_fit_writes_its_files(tmp_path, capsys):
+    fit_one(TINY, Output(str(tmp_path / "fit")))
+    assert {path.name for path in (tmp_path / "fit").iterdir()} == {
+        "report.json",
+        "layers.safetensors",
+        "draws.safetensors",
+        "marginals.png",
+    }
+    report = json.loads((tmp_path / "fit" / "report.json").read_text())
+    assert report["fit"]["target"] == "ring"
+    assert report["agreement"]["js"] > 0
+    assert load_file(tmp_path / "fit" / "draws.safetensors")["x"].shape == (10_000, 2)
+    assert "report.json: js" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="is not empty"):
+        fit_one(TINY, Output(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "training", "checkpointing_steps", "last"), [("KL", "sequential", 6, 14), ("LB", "joint", 7, 9)]
+)
+def test_a_fit_that_was_stopped_goes_on_as_if_it_had_not(
+    tmp_path, monkeypatch, stops_at, objective, training, checkpointing_steps, last
+):
+    monkeypatch.setattr(script, "draw_marginals_figure", lambda *_: None)
+    fit = replace(TINY, objective=objective, training=training)
+    fit_one(fit, Output(str(tmp_path / "whole")))
+    output = Output(str(tmp_path / "stopped"), checkpointing_steps=checkpointing_steps)
+    stops_at(last)
+    with pytest.raises(KeyboardInterrupt):
+        fit_one(fit, output)
+    assert (tmp_path / "stopped" / "checkpoint").is_dir()
+    assert not (tmp_path / "stopped" / "report.json").exists()
+    stops_at(None)
+    fit_one(fit, replace(output, resume_from_checkpoint="latest"))
+    assert _weights(tmp_path / "stopped") == _weights(tmp_path / "whole")
+
+
+def _weights(folder):
+    return (folder / "layers.safetensors").read_bytes()
+
+
+def test_a_fit_of_other_settings_is_not_gone_on_with(tmp_path, stops_at):
+    output = Output(str(tmp_path), checkpointing_steps=5)
+    stops_at(6)
+    with pytest.raises(KeyboardInterrupt):
+        fit_one(TINY, output)
+    with pytest.raises(ValueError, match="other settings .seed: 0 -> 1.: name another --output_dir"):
+        fit_one(replace(TINY, seed=1), replace(output, resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match="there is only `latest`"):
+        fit_one(TINY, replace(output, resume_from_checkpoint="step-5"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "ELBO"}, "--objective ELBO is unknown: choose one of LB, SM, KL"),
+        ({"target": "moon"}, "no target is called 'moon'"),
+        ({"whitening": "moments", "whitening_rounds": 0}, "give 1 or more"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(replace(TINY, **settings))
+
+
+def test_a_whitened_fit_draws_in_the_coordinates_of_its_target():
+    fit = replace(TINY, target="rare_events", whitening="moments", whitening_rounds=1, whitening_steps=5)
+    fitted = prepare(fit)
+    z = fitted.inference.sample(100, seed=0)
+    torch.testing.assert_close(fitted.sample(100, seed=0), fitted.unwhiten(z))
+    assert not torch.allclose(fitted.unwhiten(z), z)
+
+
+def test_the_program_fits_and_does_studies(tmp_path, inline_pool, no_figures, monkeypatch):
+    options = [f"--{name}={getattr(TINY, name)}" for name in ("target", "num_layers", "num_steps", "depth")]
+    script.main([*options, "--bridge=geometric", f"--output_dir={tmp_path / 'fit'}"])
+    assert (tmp_path / "fit" / "report.json").exists()
+    path = tmp_path / "mine.yaml"
+    path.write_text("study: plane\nnulls: false\naxes: {targets: [ring], seeds: [0]}\nfit: {num_steps: 5}\n")
+    monkeypatch.setattr(script, "draw_fits", lambda *_: None, raising=False)
+    script.main([f"--study={path}", f"--output_dir={tmp_path / 'pages'}", "--workers=1"])
+    assert "| LB | diffusion | sequential | 0." in (tmp_path / "pages" / "index.md").read_text()
+    script.main(["--pages_only=true", f"--output_dir={tmp_path / 'pages'}"])
+
+
+def test_help_names_its_groups(check_help):
+    check_help(script.main, "fit", "output of one fit", "study")
+
+
+# Pages
+
+
+def fitted_row(js, **changes):
+    row = {"study": "plane", "method": "HSIVI", "target": "ring", "T": 2, "objective": "LB", "bridge": "geometric"}
+    row |= {"training": "sequential", "seed": 0, "whitening": "none", "parameters": 30_100, "parameters_wanted": 30_000}
+    row |= {"seconds": 12.5, "num_steps": 20, "depth": 3, "findings": [], "js": js, "swd": 0.1, "mmd": 1e-5, "ksd": 0.2}
+    return row | {"modes_found": 8.0, "mode_tv": 0.05, "mode_max_error": 0.1} | changes
+
+
+def failed_row(**changes):
+    row = fitted_row(0.0, **changes)
+    for name in ("js", "swd", "mmd", "ksd", "modes_found", "mode_tv", "mode_max_error", "findings", "parameters"):
+        row.pop(name, None)
+    return row | {"failed": "a loss | is\nnan"}
+
+
+def null_row(method, js, **changes):
+    return fitted_row(js, method=method, T=None, objective=None, bridge=None, training=None, whitening=None, **changes)
+
+
+def posterior_row(error, **changes):
+    row = {name: value for name, value in fitted_row(0.0).items() if name != "js" and not name.startswith("mode")}
+    row |= {"study": "posteriors", "target": "rare_events", "whitening": "moments", "sd_ratio_min": 0.75}
+    return (
+        row | {"sd_ratio_max": 1.25, "mean_error": error, "mean_error_rms": error, "covariance_error": error} | changes
+    )
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """They take most of the time."""
+    monkeypatch.setattr(study_pages, "FIGURES", {})
+
+
+@pytest.fixture
+def page(tmp_path, no_figures):
+    """Writes the pages of the given rows into a folder, and returns the text of one table."""
+
+    def make(rows, name, text=None):
+        (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+        if text is not None:
+            (tmp_path / "index.md").write_text(text)
+        write_pages(tmp_path)
+        page = (tmp_path / "index.md").read_text()
+        return page.split(f"<!-- table: {name} -->")[1].split("<!-- end of table -->")[0]
+
+    return make
+
+
+def lines(table):
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_a_cell_is_the_mean_with_the_range_over_seeds(page):
+    rows = [fitted_row(js, seed=seed) for seed, js in enumerate((0.1, 0.2, 0.36))]
+    assert ["LB", "geometric", "sequential", "0.220 (0.100..0.360)"] in lines(page(rows, "ring"))
+
+
+def test_one_layer_is_shown_for_all_bridges_and_training(page):
+    rows = [fitted_row(0.5, T=1, method="SIVI"), fitted_row(0.25)]
+    table = lines(page(rows, "ring"))
+    assert ["LB", "geometric", "sequential", "0.500", "0.250"] in table
+    assert ["LB", "diffusion", "joint", "0.500", "–"] in table
+
+
+def test_the_floor_comes_first(page):
+    rows = [null_row("gaussian", 0.3), null_row("exact", 0.008), fitted_row(0.25)]
+    table = lines(page(rows, "ring"))
+    assert [line[:2] for line in table[2:4]] == [
+        ["exact, the floor", "0.00800"],
+        ["Gaussian of the same moments", "0.300"],
+    ]
+
+
+def test_fits_that_failed_are_counted(page):
+    rows = [fitted_row(0.2), failed_row(seed=1), failed_row(seed=2)]
+    for name, cell in (
+        ("ring", "0.200, 2 of 3 failed"),
+        ("ring_modes", "0.0500, 2 of 3 failed; 8"),
+        ("costs", "12.5; 30,100, 2 of 3 failed"),
+    ):
+        assert cell in [line[-1] for line in lines(page(rows, name))], name
+    assert "Not counted: 2 fits that failed." in page(rows, "findings")
+    assert ["LB", "geometric", "sequential", "2 of 2 failed"] in lines(page(rows[1:], "ring"))
+
+
+def test_a_long_fit_has_a_line_with_all_that_is_known(page):
+    rows = [fitted_row(0.2, study="long", findings=["lost_modes"]), failed_row(study="long", seed=1)]
+    table = lines(page(rows, "long"))
+    assert table[2][:9] == ["ring", "LB", "geometric", "sequential", "2", "0", "lost_modes", "0.200", "0.100"]
+    assert table[3][5:8] == ["1", "failed: a loss / is nan", "–"]
+    assert len({len(line) for line in table}) == 1
+
+
+def test_a_posterior_has_its_errors(page):
+    rows = [null_row("laplace", 0.0, study="posteriors", target="rare_events", mean_error=0.5, covariance_error=0.6)]
+    rows += [posterior_row(0.1), posterior_row(0.3, seed=1, sd_ratio_min=0.5)]
+    table = lines(page(rows, "rare_events"))
+    assert table[2] == ["Laplace", "", "", "0.500", "–", "0.600", "–"]
+    assert table[3] == ["LB", "sequential", "2", "0.200 (0.100..0.300)", "0.500..1.25", "0.200 (0.100..0.300)", "12.5"]
+
+
+def test_whitening_by_moments_is_taken_from_the_posteriors(page):
+    rows = [posterior_row(0.1), posterior_row(0.4, study="whitening", whitening="none"), posterior_row(0.9, T=5)]
+    found = {line[3]: line[4] for line in lines(page(rows, "whitening"))[2:]}
+    assert found == {"none": "0.400", "moments": "0.100"}
+
+
+def test_shapes_and_sizes_have_a_column_for_each_target_and_size(page):
+    rows = [fitted_row(0.2, study="shapes", target=target, T=5) for target in ("cross", "banana")]
+    rows += [fitted_row(0.1, study="size", parameters_wanted=size) for size in (5000, 30_000)]
+    shapes = lines(page(rows, "shapes"))
+    assert shapes[0][4:] == ["banana", "cross"]
+    assert ["LB", "geometric", "sequential", "5", "0.200", "0.200"] in shapes
+    assert lines(page(rows, "size"))[2] == ["LB", "2", "3", "0.100", "0.100"]
+
+
+def test_pairs_differ_in_one_axis_alone():
+    one, other = fitted_row(0.3), fitted_row(0.1, bridge="diffusion")
+    alone = [fitted_row(0.2, seed=1), fitted_row(0.2, seed=2, bridge="diffusion")]
+    assert pair_up([one, *alone, other], "bridge", "geometric", "diffusion") == [(one, other)]
+
+
+def test_the_winner_of_pairs_is_told_and_pairs_that_failed(page):
+    rows = [fitted_row(0.3, seed=seed) for seed in range(3)]
+    rows += [fitted_row(0.1, bridge="diffusion"), fitted_row(0.4, bridge="diffusion", seed=1)]
+    rows += [failed_row(bridge="diffusion", seed=2), fitted_row(0.1, objective="KL", num_steps=7)]
+    table = lines(page(rows, "winners"))
+    assert table[2] == ["geometric, diffusion", "JS", "2", "0.300", "0.250", "-0.0500", "0.833", "1 (50 %)", "0, 1"]
+    assert table[3][:3] == ["LB, KL", "JS", "1"]
+    assert ["ring", "JS", "0.250 (0.100..0.400), 1 of 7 failed"] in table
+
+
+def test_signs_of_failure_are_held_against_the_truth(page):
+    rows = [null_row("exact", 0.01), fitted_row(0.2, findings=["lost_modes"], modes_found=7.0)]
+    rows += [fitted_row(0.3, seed=1), fitted_row(0.02, seed=2, findings=["critic_lag"])]
+    found = {line[0]: line[1:] for line in lines(page(rows, "findings"))}
+    assert found["lost modes"] == ["1 of 2", "1 of 1", "0 of 1", "–", "–"]
+    assert found["critic lag"] == ["0 of 2", "0 of 1", "1 of 1", "–", "–"]
+    assert found["any of them"] == ["1 of 2", "1 of 1", "1 of 1", "–", "–"]
+
+
+@pytest.mark.parametrize("rows", [[], [fitted_row(0.2)], [failed_row()]], ids=["none", "one", "one that failed"])
+def test_a_part_of_the_results_makes_a_page_of_what_there_is(rows, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    write_pages(tmp_path)
+    text = (tmp_path / "index.md").read_text()
+    for name in TABLES:
+        assert f"<!-- table: {name} -->\n\n" in text
+    assert "<!-- table: size -->\n\nNot run yet.\n\n<!-- end of table -->" in text
+    for name in study_pages.FIGURES:
+        assert (tmp_path / name).read_bytes().startswith(PNG)
+        assert f"]({name})" in text
+
+
+def test_what_stands_between_the_markers_is_replaced_and_nothing_else(page, tmp_path):
+    text = "# Mine\n\n<!-- table: ring -->\nold\n<!-- end of table -->\n\nprose\n"
+    page([fitted_row(0.2)], "ring", text)
+    before = (tmp_path / "index.md").read_text()
+    assert before.startswith("# Mine\n\n<!-- table: ring -->\n\n| objective |")
+    assert before.endswith("|\n\n<!-- end of table -->\n\nprose\n")
+    assert "old" not in before
+    page([fitted_row(0.2)], "ring")
+    assert (tmp_path / "index.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "<!-- table: rang -->\n<!-- end of table -->\n",
+            "no table 'rang': there are checkerboard, checkerboard_modes",
+        ),
+        ("<!-- table: ring -->\n", "1 tables begin and 0 end"),
+        ("<!-- table: ring -->\n<!-- table: size -->\n<!-- end of table -->\n", "2 tables begin and 1 end"),
+    ],
+)
+def test_markers_that_are_wrong_are_refused_and_the_page_stays(page, tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        page([fitted_row(0.2)], "ring", text)
+    assert (tmp_path / "index.md").read_text() == text
+
+
+def test_pages_without_results_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="results.json is missing: do a study first"):
+        write_pages(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.05, "0.0500"), (9.996, "10.0"), (123.4, "123"), (12345, "12,300"), (-1e-5, "-1.00e-05"), (0, "0"), (1, "1.00")],
+)
+def test_numbers_have_three_digits(value, text):
+    assert study_pages._number(value) == text
+
+
+# Pictures
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [TINY, replace(TINY, bridge="diffusion"), replace(TINY, target="banana", bridge="diffusion")],
+    ids=["geometric", "diffusion", "score network"],
+)
+def test_the_marginals_are_drawn(fit, tmp_path, quick_score_network):
+    fitted = prepare(fit)
+    assert (fit.target == "banana") == (getattr(fitted.inference.bridge, "network", None) is not None)
+    draw_marginals_figure(fitted, tmp_path / "marginals.png")
+    assert (tmp_path / "marginals.png").read_bytes().startswith(PNG)
+    assert [path.name for path in tmp_path.iterdir()] == ["marginals.png"]
+
+
+def test_pictures_of_fits_are_drawn(tmp_path, monkeypatch, quick_score_network):
+    done = []
+
+    def run(fit):
+        done.append(fit)
+        return prepare(fit), 0.0
+
+    monkeypatch.setattr(study_pages, "run", run)
+    monkeypatch.setattr(study_pages, "PICTURES", study_pages.PICTURES[1:2])
+    draw_fits(tmp_path, quick=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"marginals_checkerboard_diffusion.png", "shapes.png"}
+    assert {fit.num_steps for fit in done} == {200}
+    assert len(done) == 1 + 6 + 5
