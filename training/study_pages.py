@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
@@ -20,6 +21,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from benchmark_targets import make_target
@@ -477,6 +479,9 @@ def _finish(axis: Axes, places: Sequence[int], title: str, xlabel: str, ylabel: 
 
 def _label_ticks(axis: Axes) -> None:
     """Numbers at 1, 2 and 5 of each power of ten, so that even a short log axis has some."""
+    if not axis.has_data():
+        axis.set_yticks([])
+        return
     axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -558,8 +563,11 @@ FIGURES: dict[str, Callable[[Rows], Figure]] = {
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
+    """With 128 colours, so that the noise of draws does not fill the repository."""
+    whole = BytesIO()
+    figure.savefig(whole, dpi=110)
     plt.close(figure)
+    Image.open(whole).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 # Pictures of fits

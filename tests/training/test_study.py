@@ -358,7 +358,7 @@ def test_a_whitened_fit_draws_in_the_coordinates_of_its_target():
 
 
 def test_the_program_fits_and_does_studies(tmp_path, inline_pool, no_figures, monkeypatch):
-    options = [f"--{name}={getattr(TINY, name)}" for name in ("target", "num_layers", "num_steps", "depth")]
+    options = [f"--{name}={getattr(TINY, name)}" for name in ("target", "num_layers", "num_steps", "parameters")]
     script.main([*options, "--bridge=geometric", f"--output_dir={tmp_path / 'fit'}"])
     assert (tmp_path / "fit" / "report.json").exists()
     path = tmp_path / "mine.yaml"
@@ -596,7 +596,8 @@ def test_pictures_of_fits_are_drawn(tmp_path, monkeypatch, quick_score_network):
 
     monkeypatch.setattr(study_pages, "run", run)
     monkeypatch.setattr(study_pages, "PICTURES", study_pages.PICTURES[1:2])
+    monkeypatch.setattr(study_pages, "PLANE", ("checkerboard", "banana"))
     draw_fits(tmp_path, quick=True)
     assert {path.name for path in tmp_path.iterdir()} == {"marginals_checkerboard_diffusion.png", "shapes.png"}
     assert {fit.num_steps for fit in done} == {200}
-    assert len(done) == 1 + 6 + 5
+    assert len(done) == 1 + 2 + 1  # five layers on the checkerboard once
