@@ -563,11 +563,11 @@ FIGURES: dict[str, Callable[[Rows], Figure]] = {
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """With 128 colours, so that the noise of draws does not fill the repository."""
+    """With 256 colours, so that the noise of draws does not fill the repository."""
     whole = BytesIO()
     figure.savefig(whole, dpi=110)
     plt.close(figure)
-    Image.open(whole).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(whole).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 # Pictures of fits
