@@ -37,7 +37,7 @@ from hsivi_diffusers.vi import Step
 from hsivi_diffusers.vi.diagnostics import diagnose
 from options import changes, option, parse_options
 from study import read_study, run_study
-from study_pages import draw_marginals_figure, write_pages
+from study_pages import draw_fits, draw_marginals_figure, write_pages
 from target_fit import Fit, Fitted, Stopwatch, measure, prepare
 
 
@@ -145,6 +145,7 @@ def study_all(study: Study, output: Output) -> None:
         if not study.pages_only:
             jobs = [job for path in study.study or [] for job in read_study(path, study.quick)]
             run_study(jobs, folder / "results.json", study.workers)
+            draw_fits(folder, study.quick)
         write_pages(folder)
 
 

@@ -9,9 +9,11 @@ Every row that is done is in the file at once, so a study that was stopped goes 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import platform
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, fields, replace
+from datetime import date
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,7 +41,13 @@ AXES = {
     "parameters": "parameters",
     "depths": "depth",
 }
-KEYS = ("T", "objective", "bridge", "training", "seed", "whitening", "num_steps", "parameters_wanted", "depth")
+KEYS = (
+    "study",
+    "method",
+    "T",
+    "parameters_wanted",
+    *(field.name for field in fields(Fit) if field.name not in ("num_layers", "parameters")),
+)
 NULLS = ("exact", "untrained", "laplace", "gaussian")
 Job = tuple[str, str, Fit]
 
@@ -92,8 +100,12 @@ def read_study(path: str | Path, quick: bool = False) -> list[Job]:
 def run_study(jobs: Sequence[Job], path: Path, workers: int) -> None:
     """Fits what the file of results does not hold yet; each row is written when it is done."""
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    wanted = {_key(_describe(job)): job for job in jobs}
     done = {_key(row) for row in results["rows"]}
-    left = [job for job in jobs if _key(_describe(job)) not in done]
+    _refuse_stale(path, results["rows"], wanted)
+    left = [job for key, job in wanted.items() if key not in done]
+    results["made_with"] = {"torch": torch.__version__, "python": platform.python_version(), "processes": workers}
+    results["made_on"] = date.today().isoformat()
     # spawn, not fork: torch's threads do not survive a fork.
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
@@ -138,7 +150,18 @@ def _describe(job: Job) -> Row:
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (row["study"], row["method"], row["target"], *(row[key] for key in KEYS))
+    return tuple(row[key] for key in KEYS)
+
+
+def _refuse_stale(path: Path, rows: Sequence[Row], wanted: Collection[tuple[Any, ...]]) -> None:
+    """Rows of the same studies with other settings would be averaged with the new ones."""
+    studies = {key[0] for key in wanted}
+    stale = sum(row["study"] in studies and _key(row) not in wanted for row in rows)
+    if stale:
+        raise ValueError(
+            f"{path} holds {stale} rows of {', '.join(sorted(studies))} with settings that are no longer asked for: move "
+            "the file away, or write to another --output_dir"
+        )
 
 
 def _nulls_of(name: str) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from hsivi_diffusers.vi import (
     LayerDraw,
     LowerBound,
     Objective,
+    ResidualMLP,
     ScoreMatching,
     ScoreMLP,
     Target,
@@ -141,13 +142,15 @@ def findings(fitted: Fitted) -> list[str]:
     return sorted({finding.signature for finding in found})
 
 
-def width_of(parameters: int, depth: int, dimension: int, networks: int, outputs: int) -> int:
+def width_of(
+    parameters: int, depth: int, dimension: int, networks: int, outputs: int, takes_level: bool = False
+) -> int:
     """Width at which so many networks of `GaussianMLP` have about so many parameters together, at least 8.
 
-    One has (d + outputs) w + (depth - 1) w (w + 1) + w + outputs + d^2 + d of them.
+    One has (d + outputs) w + (depth - 1) w (w + 1) + w + outputs + d^2 + d of them, and 16 w more if it takes a level.
     """
     each = parameters / networks - dimension**2 - dimension - outputs
-    linear = dimension + outputs + depth
+    linear = dimension + outputs + depth + (ResidualMLP.NUM_COSINES if takes_level else 0)
     if depth == 1:
         return max(8, round(each / linear))
     root = math.sqrt(max(0.0, linear**2 + 4 * (depth - 1) * each))
@@ -210,9 +213,9 @@ def rough_fits(name: str, seed: int, rounds: int, num_steps: int, width: int, de
     return here, stopwatch.seconds
 
 
-def _width(fit: Fit, dimension: int, networks: int) -> int:
+def _width(fit: Fit, dimension: int, networks: int, takes_level: bool = False) -> int:
     outputs = dimension if fit.std == "global" else 2 * dimension
-    return width_of(fit.parameters, fit.depth, dimension, networks, outputs)
+    return width_of(fit.parameters, fit.depth, dimension, networks, outputs, takes_level)
 
 
 def _inference(target: Target, fit: Fit) -> Inference:
@@ -223,7 +226,7 @@ def _inference(target: Target, fit: Fit) -> Inference:
         fit.training,  # type: ignore[arg-type]
         num_steps=fit.num_steps,
         batch_size=fit.batch_size,
-        width=_width(fit, target.dimension, fit.num_layers if fit.training == "sequential" else 1),
+        width=_layer_width(target, fit),
         depth=fit.depth,
         std=fit.std,  # type: ignore[arg-type]
         learning_rate=fit.learning_rate,
@@ -232,6 +235,12 @@ def _inference(target: Target, fit: Fit) -> Inference:
         critic_updates=fit.critic_updates,
         seed=fit.seed,
     )
+
+
+def _layer_width(target: Target, fit: Fit) -> int:
+    if fit.training == "joint":
+        return _width(fit, target.dimension, 1, takes_level=True)
+    return _width(fit, target.dimension, fit.num_layers)
 
 
 def _make_critic(target: Target, fit: Fit) -> ScoreMLP:
