@@ -79,6 +79,11 @@ def test_a_value_without_any_noise_ends_a_stage_after_patience_windows_more_than
     assert stops_at(Plateau(window=4, patience=2), [-float(i) for i in range(50)]) is None
 
 
+def test_a_window_is_compared_with_the_lowest_before_it_and_not_with_the_last():
+    windows = [1.0, 5.0, 4.0, 3.0, 2.0]
+    assert stops_at(Plateau(window=2, patience=3), [value for value in windows for _ in range(2)]) == 2 * 4 - 1
+
+
 def test_after_a_stage_a_plateau_starts_anew():
     plateau, fresh = Plateau(window=4, patience=2), Plateau(window=4, patience=2)
     assert stops_at(plateau, [1.0] * 12) == 11
