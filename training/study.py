@@ -159,8 +159,8 @@ def _refuse_stale(path: Path, rows: Sequence[Row], wanted: Collection[tuple[Any,
     stale = sum(row["study"] in studies and _key(row) not in wanted for row in rows)
     if stale:
         raise ValueError(
-            f"{path} holds {stale} rows of {', '.join(sorted(studies))} with settings that are no longer asked for: move "
-            "the file away, or write to another --output_dir"
+            f"{path} holds {stale} rows of {', '.join(sorted(studies))} with settings that are no longer asked for: "
+            "move the file away, or write to another --output_dir"
         )
 
 

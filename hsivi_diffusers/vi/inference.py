@@ -59,7 +59,8 @@ class Inference:
         next_step: Number of the step that `steps` goes on with.
 
     Raises:
-        ValueError: A name is unknown, there are fewer steps than layers, or `layers` has another T than the bridge.
+        ValueError: A name is unknown, there are fewer steps than layers, `layers` has another T than the bridge, or the
+            plateau of a loss is asked for that means nothing.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class Inference:
         self.bridge, self.seed = bridge, seed
         self.objective = _make_objective(objective)
         self.curriculum, self.chain = _make_training(training, bridge, self.objective, num_steps, batch_size)
+        if plateau is not None and isinstance(self.objective, LowerBound) and self.objective.surrogate:
+            raise ValueError("a plateau needs a loss that means something: LowerBound(surrogate=True) has none")
         self.critic_updates, self.max_grad_norm, self.plateau = critic_updates, max_grad_norm, plateau
         self.next_step = 0
         if layers is not None and layers.num_layers != bridge.num_layers:
@@ -93,7 +96,7 @@ class Inference:
             )
         base = bridge.sample_base(1, torch.Generator())
         dimension, device = base.shape[1], base.device
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             self.layers = layers or _make_layers(training, bridge.num_layers, dimension, width, depth, std).to(device)
             self.critic = None

@@ -29,5 +29,10 @@ def test_it_runs_and_its_draws_have_the_moments_of_the_target(example, tmp_path,
     axis = torch.linspace(-5, 5, 401)
     grid = torch.cartesian_prod(axis, axis)
     mass = names["log_prob"](grid).softmax(0)
-    for moment in (lambda x: x[:, 0] ** 2, lambda x: x[:, 1] ** 2, lambda x: x.norm(dim=1), lambda x: (x[:, 0] > 0).float()):
+    for moment in (
+        lambda x: x[:, 0] ** 2,
+        lambda x: x[:, 1] ** 2,
+        lambda x: x.norm(dim=1),
+        lambda x: (x[:, 0] > 0).float(),
+    ):
         torch.testing.assert_close(moment(x).mean(), (mass * moment(grid)).sum(), rtol=0.08, atol=0.03)

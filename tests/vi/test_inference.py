@@ -21,7 +21,7 @@ from hsivi_diffusers.vi import (
     ScoreTarget,
     SharedLayers,
 )
-from hsivi_diffusers.vi.targets import GaussianMixture, Laplace
+from hsivi_diffusers.vi.targets import FullNormal, GaussianMixture
 
 MEAN = torch.tensor([1.0, -0.5])
 COVARIANCE = torch.tensor([[1.0, 0.6], [0.6, 0.8]])
@@ -401,7 +401,7 @@ def test_a_critic_of_the_users_own_is_trained():
 
 
 def test_a_gaussian_fitted_to_the_mode_may_be_the_base():
-    base = Laplace(MEAN.double(), torch.linalg.cholesky(COVARIANCE.double()))
+    base = FullNormal(MEAN.double(), torch.linalg.cholesky(COVARIANCE.double()))
     inference = tiny(of=GeometricBridge(gaussian(), 2, base=base))
     inference.run()
     assert inference.sample(10).shape == (10, 2)
@@ -421,6 +421,10 @@ def test_a_gaussian_fitted_to_the_mode_may_be_the_base():
         ({"std": "local"}, "std='local' is unknown: choose 'global' or 'network'"),
         ({"num_steps": 1}, "num_steps=1: give at least one update for each of the 2 layers"),
         ({"layers": Shift(3)}, "layers has 3 layers, and the bridge 2"),
+        (
+            {"objective": LowerBound(surrogate=True), "plateau": Plateau()},
+            "a plateau needs a loss that means something",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_starts(options, message):

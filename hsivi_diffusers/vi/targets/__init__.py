@@ -3,16 +3,16 @@
 from .plane import Banana, Checkerboard, GaussianMixture, circles, cross, ring, swiss_roll
 from .posteriors import ConditionedDiffusion, LogisticRegression, RareEvents, conditioned_diffusion, rare_events
 from .target import DiffusibleTarget, IsotropicNormal, LogProbTarget, SampledTarget, ScoreTarget, Target, as_target
-from .whitened import Laplace, Whitened, laplace, moment_match
+from .whitened import FullNormal, Whitened, laplace, moment_match
 
 __all__ = [
     "Banana",
     "Checkerboard",
     "ConditionedDiffusion",
     "DiffusibleTarget",
+    "FullNormal",
     "GaussianMixture",
     "IsotropicNormal",
-    "Laplace",
     "LogProbTarget",
     "LogisticRegression",
     "RareEvents",

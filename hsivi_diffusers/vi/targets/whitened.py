@@ -1,4 +1,4 @@
-"""Targets in coordinates in which they look like N(0, I) around their mode: Laplace's approximation."""
+"""Targets in coordinates in which they look like N(0, I): by Laplace's approximation, or by the moments of draws."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from .target import SampledTarget, Target
 
 
-class Laplace(SampledTarget):
-    """N(mean, L L^T): a Gaussian with a full covariance, such as `laplace` fits.
+class FullNormal(SampledTarget):
+    """N(mean, L L^T), a Gaussian with a full covariance, such as `laplace` and `moment_match` fit.
 
     Args:
         mean: Shape (d,).
@@ -51,7 +51,7 @@ class Laplace(SampledTarget):
         return self.unwhiten(z.to(self.mean.device))
 
 
-def laplace(target: Target, start: Tensor | None = None, num_steps: int = 500) -> Laplace:
+def laplace(target: Target, start: Tensor | None = None, num_steps: int = 500) -> FullNormal:
     """Fits Laplace's approximation: the mode, and the inverse of the negative Hessian of log p there.
 
     Needs the score alone: the mode is found by L-BFGS on it if there is no log-density, else on the log-density.
@@ -82,7 +82,7 @@ def laplace(target: Target, start: Tensor | None = None, num_steps: int = 500) -
             )
         x = x + step
     covariance = torch.cholesky_inverse(factor)
-    return Laplace(mean=x, scale=torch.linalg.cholesky(covariance))
+    return FullNormal(mean=x, scale=torch.linalg.cholesky(covariance))
 
 
 def _ascend(target: Target, x: Tensor, num_steps: int) -> Tensor:
@@ -114,7 +114,7 @@ class Whitened(Target):
         approximation: By default `laplace(target)`.
     """
 
-    def __init__(self, target: Target, approximation: Laplace | None = None) -> None:
+    def __init__(self, target: Target, approximation: FullNormal | None = None) -> None:
         self.target = target
         self.approximation = approximation or laplace(target)
         self.dimension = target.dimension
@@ -132,7 +132,7 @@ class Whitened(Target):
         return self.target.score(self.unwhiten(x)) @ self.approximation.scale.to(x)
 
 
-def moment_match(draws: Tensor) -> Laplace:
+def moment_match(draws: Tensor) -> FullNormal:
     """Returns the Gaussian with the mean and the covariance of draws, shape (N, d): whitening without a mode.
 
     A first, rough fit gives the draws; a second one, of `Whitened(target, moment_match(draws))`, starts from
@@ -149,4 +149,4 @@ def moment_match(draws: Tensor) -> Laplace:
             f"{len(draws)} draws of {draws.shape[1]} coordinates have no positive definite covariance: give more "
             "draws, of a sampler that has not collapsed"
         )
-    return Laplace(mean=draws.mean(0), scale=factor)
+    return FullNormal(mean=draws.mean(0), scale=factor)

@@ -6,8 +6,8 @@ from torch.distributions import MultivariateNormal
 
 from hsivi_diffusers.vi.targets import (
     Banana,
+    FullNormal,
     GaussianMixture,
-    Laplace,
     LogProbTarget,
     ScoreTarget,
     Whitened,
@@ -109,7 +109,7 @@ def test_a_mode_that_is_not_reached_is_refused():
 
 
 def fitted_to(normal):
-    return Laplace(normal.mean, torch.linalg.cholesky(normal.covariance_matrix))
+    return FullNormal(normal.mean, torch.linalg.cholesky(normal.covariance_matrix))
 
 
 @given(st.integers(1, 6), st.floats(1, 1e4))
@@ -181,7 +181,7 @@ def test_draws_are_brought_back():
 
 
 def test_an_approximation_of_the_users_own_is_used():
-    approximation, z = Laplace(torch.tensor([1.0, 2.0]), torch.tensor([[2.0, 0.0], [1.0, 3.0]])), torch.randn(5, 2)
+    approximation, z = FullNormal(torch.tensor([1.0, 2.0]), torch.tensor([[2.0, 0.0], [1.0, 3.0]])), torch.randn(5, 2)
     whitened = Whitened(Banana(), approximation)
     x = torch.tensor([1.0, 2.0]) + z @ torch.tensor([[2.0, 0.0], [1.0, 3.0]]).T
     torch.testing.assert_close(whitened.log_prob(z), Banana().log_prob(x) + torch.tensor(6.0).log())
