@@ -56,7 +56,9 @@ NOUNS = {
     "plan": {"players", "recipe"},
     "target_fit": {"agreement", "benchmark_targets", "options"},
     "study": {"benchmark_targets", "folders", "target_fit"},
-    "study_pages": {"benchmark_targets", "folders", "study", "target_fit"},
+    "study_tables": {"study"},
+    "study_figures": {"benchmark_targets", "study_tables", "target_fit"},
+    "study_pages": {"folders", "study_figures", "study_tables"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "training").glob("*.py"))

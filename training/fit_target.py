@@ -37,7 +37,8 @@ from hsivi_diffusers.vi import Step
 from hsivi_diffusers.vi.diagnostics import diagnose
 from options import changes, option, parse_options
 from study import read_study, run_study
-from study_pages import draw_fits, draw_marginals_figure, write_pages
+from study_figures import draw_fits, draw_marginals_figure
+from study_pages import write_pages
 from target_fit import Fit, Fitted, Stopwatch, measure, prepare
 
 

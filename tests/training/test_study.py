@@ -13,12 +13,16 @@ from safetensors.torch import load_file
 
 import fit_target as script
 import study
+import study_figures
 import study_pages
+import study_tables
 import target_fit
 from fit_target import Output, fit_one
 from hsivi_diffusers.vi import DivergenceError, GaussianMLP, Inference
 from study import NULLS, read_study, run_job, run_study
-from study_pages import TABLES, draw_fits, draw_marginals_figure, pair_up, write_pages
+from study_figures import FIGURES, draw_fits, draw_marginals_figure
+from study_pages import write_pages
+from study_tables import TABLES, pair_up
 from target_fit import Fit, prepare, score_network, width_of
 
 STUDIES = sorted((Path(__file__).parents[2] / "training" / "configs").glob("study_*.yaml"))
@@ -525,7 +529,7 @@ def test_a_part_of_the_results_makes_a_page_of_what_there_is(rows, tmp_path):
     for name in TABLES:
         assert f"<!-- table: {name} -->\n\n" in text
     assert "<!-- table: size -->\n\nNot run yet.\n\n<!-- end of table -->" in text
-    for name in study_pages.FIGURES:
+    for name in FIGURES:
         assert (tmp_path / name).read_bytes().startswith(PNG)
         assert f"]({name})" in text
 
@@ -568,7 +572,7 @@ def test_pages_without_results_are_refused(tmp_path):
     [(0.05, "0.0500"), (9.996, "10.0"), (123.4, "123"), (12345, "12,300"), (-1e-5, "-1.00e-05"), (0, "0"), (1, "1.00")],
 )
 def test_numbers_have_three_digits(value, text):
-    assert study_pages._number(value) == text
+    assert study_tables._number(value) == text
 
 
 # Pictures
@@ -594,9 +598,9 @@ def test_pictures_of_fits_are_drawn(tmp_path, monkeypatch, quick_score_network):
         done.append(fit)
         return prepare(fit), 0.0
 
-    monkeypatch.setattr(study_pages, "run", run)
-    monkeypatch.setattr(study_pages, "PICTURES", study_pages.PICTURES[1:2])
-    monkeypatch.setattr(study_pages, "PLANE", ("checkerboard", "banana"))
+    monkeypatch.setattr(study_figures, "run", run)
+    monkeypatch.setattr(study_figures, "PICTURES", study_figures.PICTURES[1:2])
+    monkeypatch.setattr(study_figures, "PLANE", ("checkerboard", "banana"))
     draw_fits(tmp_path, quick=True)
     assert {path.name for path in tmp_path.iterdir()} == {"marginals_checkerboard_diffusion.png", "shapes.png"}
     assert {fit.num_steps for fit in done} == {200}

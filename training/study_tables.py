@@ -1,0 +1,380 @@
+"""The tables of a study.
+
+A cell is the mean over seeds, with the least and the greatest in brackets where there are several. Fits that failed are
+counted beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from statistics import fmean, median
+from typing import Any
+
+from study import NULLS, Row
+
+Rows = Sequence[Row]
+NOT_RUN = "Not run yet."
+OBJECTIVES, BRIDGES, TRAINING = ("LB", "SM", "KL"), ("geometric", "diffusion"), ("sequential", "joint")
+PLANE = ("checkerboard", "ring", "swiss_roll", "circles", "banana", "cross")
+POSTERIORS = ("rare_events", "logistic_regression", "conditioned_diffusion")
+SIGNATURES = ("variance_collapse", "under_dispersed", "critic_lag", "lost_modes")
+NULL_LABELS = {
+    "exact": "exact, the floor",
+    "untrained": "untrained",
+    "laplace": "Laplace",
+    "gaussian": "Gaussian of the same moments",
+}
+MEASURES = {
+    "js": "JS",
+    "swd": "SWD",
+    "mmd": "MMD²",
+    "ksd": "KSD",
+    "modes_found": "modes",
+    "mode_tv": "mode TV",
+    "mode_max_error": "mode max error",
+    "mean_error": "mean error",
+    "mean_error_rms": "mean error, rms",
+    "covariance_error": "covariance error",
+}
+PLANE_MEASURES = ("js", "swd", "mmd", "ksd", "modes_found", "mode_tv", "mode_max_error")
+POSTERIOR_MEASURES = ("mean_error", "mean_error_rms", "covariance_error", "swd", "mmd", "ksd")
+
+
+# Rows and cells
+
+
+def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """Returns the rows with the given values, where a tuple is a choice of them."""
+    choices = {name: value if isinstance(value, tuple) else (value,) for name, value in wanted.items()}
+    return [row for row in rows if all(row.get(name) in choice for name, choice in choices.items())]
+
+
+def fits_of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The same of rows that are fits, not things they are held against."""
+    return [row for row in select(rows, **wanted) if row["method"] not in NULLS]
+
+
+def values_of(rows: Iterable[Row], name: str) -> list[Any]:
+    """Values of an axis that occur, in order."""
+    return sorted({row[name] for row in rows if row[name] is not None})
+
+
+def measured(rows: Iterable[Row]) -> list[Row]:
+    """Rows of fits that did not fail."""
+    return [row for row in rows if "failed" not in row]
+
+
+def _number(value: float) -> str:
+    """Three significant digits, the zeros at the end as well."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    value = float(f"{value:.3g}")
+    decimals = 2 - math.floor(math.log10(abs(value)))
+    return f"{value:.2e}" if decimals > 6 else f"{value:,.{max(0, decimals)}f}"
+
+
+def _count(value: float) -> str:
+    """A number that is whole for each seed."""
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _mean(rows: Rows, key: str, number: Callable[[float], str] = _number, failures: bool = True) -> str:
+    """A cell: mean (least..greatest), and how many failed."""
+    values = [row[key] for row in measured(rows) if key in row]
+    parts = [number(fmean(values))] if values else []
+    if len(values) > 1 and number(min(values)) != number(max(values)):
+        parts = [f"{parts[0]} ({number(min(values))}..{number(max(values))})"]
+    failed = len(rows) - len(measured(rows))
+    if failed and failures:
+        parts.append(f"{failed} of {len(rows)} failed")
+    return ", ".join(parts) or "–"
+
+
+def _sd_ratios(rows: Rows) -> str:
+    """A cell: the least and the greatest ratio of any seed."""
+    done = [row for row in measured(rows) if "sd_ratio_min" in row]
+    if not done:
+        return "–"
+    low, high = min(row["sd_ratio_min"] for row in done), max(row["sd_ratio_max"] for row in done)
+    return f"{_number(low)}..{_number(high)}"
+
+
+def _table(labels: Sequence[str], numbers: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = [*("---:" if name in ("T", "depth", "seed") else "---" for name in labels), *(["---:"] * len(numbers))]
+    heading = ["| " + " | ".join([*labels, *numbers]) + " |", "|" + "|".join(rule) + "|"]
+    return "\n".join([*heading, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def _nulls(rows: Rows) -> Iterator[tuple[str, list[Row]]]:
+    """Label and rows of each thing that fits are held against, the floor first."""
+    for method in NULLS:
+        if here := select(rows, method=method):
+            yield NULL_LABELS[method], here
+
+
+# Tables of the plane
+
+
+def _modes(rows: Rows) -> str:
+    found = _mean(rows, "modes_found", _count, failures=False)
+    return f"{_mean(rows, 'mode_tv')}; {found}" if measured(rows) else _mean(rows, "mode_tv")
+
+
+def _plane_grid(target: str, cell: Callable[[Rows], str], rows: Rows) -> str:
+    """Objective, bridge and training by number of layers; one layer is the same for all bridges and training."""
+    fits = fits_of(rows, study="plane", target=target)
+    layers = values_of(fits, "T")
+    lines = []
+    for objective, bridge, training in product(OBJECTIVES, BRIDGES, TRAINING):
+        of_objective = select(fits, objective=objective)
+        deep = select(of_objective, bridge=bridge, training=training)
+        cells = [cell(select(of_objective if T == 1 else deep, T=T)) for T in layers]
+        lines.append([objective, bridge, training, *cells])
+    return _table(["objective", "bridge", "training"], [f"T = {T}" for T in layers], lines) if fits else NOT_RUN
+
+
+def _plane_table(target: str, rows: Rows) -> str:
+    """What there is to hold JS against, then JS."""
+    nulls = list(_nulls(select(rows, study="plane", target=target)))
+    if not nulls:
+        return _plane_grid(target, partial(_mean, key="js"), rows)
+    keys = ("js", "swd", "ksd", "modes_found", "mode_tv", "mode_max_error")
+    lines = [
+        [label, *(_mean(here, key, _count if key == "modes_found" else _number) for key in keys)]
+        for label, here in nulls
+    ]
+    first = _table(["no fit"], [MEASURES[key] for key in keys], lines)
+    return f"{first}\n\nJS of the fits:\n\n{_plane_grid(target, partial(_mean, key='js'), rows)}"
+
+
+def _modes_table(target: str, rows: Rows) -> str:
+    grid = _plane_grid(target, _modes, rows)
+    return grid if grid == NOT_RUN else f"Mode TV; modes found:\n\n{grid}"
+
+
+def _costs_table(rows: Rows) -> str:
+    """Over both targets, both bridges and all seeds."""
+    fits = fits_of(rows, study="plane")
+    layers = values_of(fits, "T")
+    lines = []
+    for objective, training in product(OBJECTIVES, TRAINING):
+        line = [objective, training]
+        for number in layers:
+            which = TRAINING if number == 1 else training
+            here = select(fits, objective=objective, T=number, training=which)
+            failed = len(here) - len(measured(here))
+            cost = f"{_mean(here, 'seconds', failures=False)}; {_mean(here, 'parameters', _whole, failures=False)}"
+            line.append(cost + (f", {failed} of {len(here)} failed" if failed else ""))
+        lines.append(line)
+    table = _table(["objective", "training"], [f"T = {T}" for T in layers], lines)
+    return f"CPU seconds; parameters of the layers:\n\n{table}" if fits else NOT_RUN
+
+
+def _shapes_table(rows: Rows) -> str:
+    here = select(rows, study="shapes")
+    targets = [target for target in PLANE if select(here, target=target)]
+    if not targets:
+        return NOT_RUN
+
+    def cells(some: Rows) -> list[str]:
+        return [_mean(select(some, target=target), "js") for target in targets]
+
+    lines = [[label, "", "", "", *cells(some)] for label, some in _nulls(here)]
+    for objective in OBJECTIVES:
+        lines.append([objective, "–", "–", "1", *cells(fits_of(here, objective=objective, T=1))])
+    for number in (number for number in values_of(here, "T") if number > 1):
+        for objective, bridge, training in product(OBJECTIVES, BRIDGES, TRAINING):
+            some = fits_of(here, objective=objective, bridge=bridge, training=training, T=number)
+            lines.append([objective, bridge, training, str(number), *cells(some)])
+    return _table(["objective", "bridge", "training", "T"], targets, lines)
+
+
+def _size_table(rows: Rows) -> str:
+    fits = fits_of(rows, study="size")
+    sizes = values_of(fits, "parameters_wanted")
+    lines = []
+    for objective, number, depth in product(OBJECTIVES, values_of(fits, "T"), values_of(fits, "depth")):
+        some = select(fits, objective=objective, T=number, depth=depth)
+        if some:
+            cells = [_mean(select(some, parameters_wanted=size), "js") for size in sizes]
+            lines.append([objective, str(number), str(depth), *cells])
+    return _table(["objective", "T", "depth"], [f"{size:,} parameters" for size in sizes], lines) if fits else NOT_RUN
+
+
+# Tables of the posteriors
+
+_POSTERIOR_HEADS = ("mean error", "sd ratios", "covariance error")
+
+
+def _posterior_cells(rows: Rows) -> list[str]:
+    return [_mean(rows, "mean_error"), _sd_ratios(rows), _mean(rows, "covariance_error", failures=False)]
+
+
+def _posterior_table(target: str, rows: Rows) -> str:
+    here = select(rows, study="posteriors", target=target)
+    lines = [[label, "", "", *_posterior_cells(some), "–"] for label, some in _nulls(here)]
+    for objective, number in product(OBJECTIVES, values_of(here, "T")):
+        for training in ("–",) if number == 1 else TRAINING:
+            some = fits_of(here, objective=objective, T=number, training=TRAINING if number == 1 else training)
+            if some:
+                cells = [*_posterior_cells(some), _mean(some, "seconds", failures=False)]
+                lines.append([objective, training, str(number), *cells])
+    return _table(["objective", "training", "T"], [*_POSTERIOR_HEADS, "seconds"], lines) if here else NOT_RUN
+
+
+def _whitening_table(rows: Rows) -> str:
+    """Those with moments are of the study of the posteriors."""
+    layers = tuple(values_of(fits_of(rows, study="whitening"), "T"))
+    if not layers:
+        return NOT_RUN
+    moments = fits_of(rows, study="posteriors", whitening="moments", training="sequential", T=layers)
+    fits = [*fits_of(rows, study="whitening"), *moments]
+    lines = []
+    for target, objective, number in product(POSTERIORS, OBJECTIVES, layers):
+        for whitening in ("none", "laplace", "moments"):
+            some = select(fits, target=target, objective=objective, T=number, whitening=whitening)
+            if some:
+                lines.append([target, objective, str(number), whitening, *_posterior_cells(some)])
+    return _table(["target", "objective", "T", "whitening"], _POSTERIOR_HEADS, lines)
+
+
+def _every_fit(study: str, measures: Sequence[str], rows: Rows) -> str:
+    """One line a fit, with all that is known of it."""
+    order = ("target", "objective", "bridge", "training", "T", "seed")
+    fits = sorted(fits_of(rows, study=study), key=lambda row: [row[key] for key in order])
+    if not fits:
+        return NOT_RUN
+    wide = any("sd_ratio_min" in row for row in fits)
+    lines = []
+    for row in fits:
+        cells = [_mean([row], key, _count if key == "modes_found" else _number, failures=False) for key in measures]
+        ratios = [_sd_ratios([row])] if wide else []
+        last = f"failed: {row['failed']}" if "failed" in row else ", ".join(row["findings"]) or "–"
+        cost = [
+            _mean([row], key, number, failures=False) for key, number in (("parameters", _whole), ("seconds", _number))
+        ]
+        names = [str(row[key]) for key in order]
+        lines.append([*names, " ".join(last.replace("|", "/").split()), *cells, *ratios, *cost])
+    heads = [*(MEASURES[key] for key in measures), *(["sd ratios"] if wide else []), "parameters", "seconds"]
+    return _table([*order, "findings"], heads, lines)
+
+
+# What is better
+
+_PAIR_KEYS = (
+    "study",
+    "target",
+    "T",
+    "objective",
+    "bridge",
+    "training",
+    "seed",
+    "whitening",
+    "parameters_wanted",
+    "depth",
+)
+
+
+def pair_up(rows: Rows, axis: str, first: str, second: str) -> list[tuple[Row, Row]]:
+    """Returns the pairs of rows that differ in one axis alone; steps and rates may go with the objective."""
+    places = {tuple(row[key] for key in _PAIR_KEYS if key != axis): row for row in select(rows, **{axis: second})}
+    keys = [(row, tuple(row[key] for key in _PAIR_KEYS if key != axis)) for row in select(rows, **{axis: first})]
+    return [(row, places[key]) for row, key in keys if key in places]
+
+
+def _compare(rows: Rows, axis: str, first: str, second: str, measure: str) -> list[str]:
+    pairs = pair_up(rows, axis, first, second)
+    if not pairs:
+        return []
+    both = [(one[measure], other[measure]) for one, other in pairs if len(measured([one, other])) == 2]
+    failed = ", ".join(str(len(pairs) - len(measured([pair[side] for pair in pairs]))) for side in (0, 1))
+    head = [f"{first}, {second}", MEASURES[measure], str(len(both))]
+    if not both:
+        return [*head, *(["–"] * 5), failed]
+    means = [_number(fmean(pair[side] for pair in both)) for side in (0, 1)]
+    difference = _number(fmean(other - one for one, other in both))
+    ratio = _number(median(other / one if one else math.inf for one, other in both))
+    better = sum(other < one for one, other in both)
+    return [*head, *means, difference, ratio, f"{better} ({100 * better / len(both):.0f} %)", failed]
+
+
+def _winners_table(rows: Rows) -> str:
+    """Pairs of fits that differ in one thing, and means by the number of layers."""
+    plane, posteriors = fits_of(rows, study=("plane", "shapes")), fits_of(rows, study="posteriors")
+    deep, deep_posteriors = ([row for row in some if row["T"] > 1] for some in (plane, posteriors))
+    lines = [_compare(deep, "bridge", *BRIDGES, "js"), _compare(deep, "training", *TRAINING, "js")]
+    lines += [_compare(deep_posteriors, "training", *TRAINING, key) for key in ("mean_error", "covariance_error")]
+    for first, second in (("LB", "SM"), ("LB", "KL"), ("SM", "KL")):
+        lines.append(_compare(plane, "objective", first, second, "js"))
+        for key in ("mean_error", "covariance_error"):
+            lines.append(_compare(posteriors, "objective", first, second, key))
+    lines = [line for line in lines if line]
+    if not lines:
+        return NOT_RUN
+    heads = ["pairs", "mean A", "mean B", "mean of B - A", "median of B / A", "B is better", "failed A, B"]
+    return _table(["A, B", "measure"], heads, lines) + f"\n\nMeans over all fits:\n\n{_layers_table(plane, posteriors)}"
+
+
+def _layers_table(plane: Rows, posteriors: Rows) -> str:
+    layers = values_of([*plane, *posteriors], "T")
+    lines = []
+    for targets, rows, keys in ((PLANE, plane, ("js",)), (POSTERIORS, posteriors, ("mean_error", "covariance_error"))):
+        for target, key in product(targets, keys):
+            here = select(rows, target=target)
+            if here:
+                lines.append([target, MEASURES[key], *(_mean(select(here, T=T), key) for T in layers)])
+    return _table(["target", "measure"], [f"T = {T}" for T in layers], lines)
+
+
+def _findings_table(rows: Rows) -> str:
+    """How often each sign was seen where there is something to see, and where there is nothing."""
+    fits = [row for row in measured(fits_of(rows)) if "findings" in row]
+    all_modes = {row["target"]: _modes_found(row) for row in sorted(measured(rows), key=_modes_found)}
+    plane, posteriors = [row for row in fits if "js" in row], [row for row in fits if "sd_ratio_min" in row]
+
+    def loses(row: Row) -> bool:
+        return bool(row.get("mode_tv", 0) > 0.2 or _modes_found(row) < all_modes[row["target"]])
+
+    groups = {
+        "JS > 0.1": [row for row in plane if row["js"] > 0.1],
+        "mode TV > 0.2 or a mode lost": [row for row in plane if "mode_tv" in row and loses(row)],
+        "JS < 0.05, no mode lost": [row for row in plane if row["js"] < 0.05 and not ("mode_tv" in row and loses(row))],
+        "an sd ratio < 0.8": [row for row in posteriors if row["sd_ratio_min"] < 0.8],
+        "sd ratios in 0.9..1.1": [row for row in posteriors if row["sd_ratio_min"] > 0.9 and row["sd_ratio_max"] < 1.1],
+    }
+    lines = []
+    for name in (*SIGNATURES, "any of them"):
+        wanted = set(SIGNATURES) if name not in SIGNATURES else {name}
+        counts = [(sum(bool(wanted & set(row["findings"])) for row in some), len(some)) for some in groups.values()]
+        lines.append([name.replace("_", " "), *(f"{seen} of {number}" if number else "–" for seen, number in counts)])
+    failed = len(fits_of(rows)) - len(measured(fits_of(rows)))
+    note = f"\n\nNot counted: {failed} fits that failed." if failed else ""
+    return _table(["sign"], list(groups), lines) + note if fits else NOT_RUN
+
+
+def _modes_found(row: Row) -> float:
+    return float(row.get("modes_found", 0))
+
+
+TABLES: dict[str, Callable[[Rows], str]] = {
+    "checkerboard": partial(_plane_table, "checkerboard"),
+    "checkerboard_modes": partial(_modes_table, "checkerboard"),
+    "ring": partial(_plane_table, "ring"),
+    "ring_modes": partial(_modes_table, "ring"),
+    "costs": _costs_table,
+    "shapes": _shapes_table,
+    **{target: partial(_posterior_table, target) for target in POSTERIORS},
+    "whitening": _whitening_table,
+    "size": _size_table,
+    "long": partial(_every_fit, "long", PLANE_MEASURES),
+    "long_posteriors": partial(_every_fit, "long_posteriors", POSTERIOR_MEASURES),
+    "winners": _winners_table,
+    "findings": _findings_table,
+}
