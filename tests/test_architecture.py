@@ -21,7 +21,8 @@ ALLOWED = {
     "vi/fitting": ({"vi/bridges", "vi/chains", "vi/curricula", "vi/layers", "vi/objectives"}, CORE),
     "vi/networks": ({"vi/distributions"}, CORE),
     "vi/inference": (
-        {"vi/bridges", "vi/chains", "vi/curricula", "vi/fitting", "vi/layers", "vi/networks", "vi/objectives"},
+        {f"vi/{noun}" for noun in ("bridges", "chains", "curricula", "diagnostics", "fitting", "layers", "networks")}
+        | {"vi/objectives"},
         CORE,
     ),
     "vi/diagnostics": ({"vi/bridges", "vi/chains", "vi/distributions", "vi/layers", "vi/objectives"}, CORE),

@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 from folders import claim_output_dir, replace_folder, sole_writer, write_json
 from hsivi_diffusers.vi import Step
-from hsivi_diffusers.vi.diagnostics import diagnose
 from options import changes, option, parse_options
 from study import read_study, run_study
 from study_figures import draw_fits, draw_marginals_figure
@@ -65,6 +64,10 @@ def fit_one(fit: Fit, output: Output) -> None:
     resumes = output.resume_from_checkpoint is not None
     if resumes and output.resume_from_checkpoint != "latest":
         raise ValueError(f"--resume_from_checkpoint {output.resume_from_checkpoint}: there is only `latest`")
+    if output.checkpointing_steps < 1:
+        raise ValueError(f"--checkpointing_steps {output.checkpointing_steps}: give 1 or more")
+    if resumes and not (Path(output.output_dir or "") / "checkpoint").is_dir():
+        raise ValueError(f"--output_dir {output.output_dir} holds no checkpoint: leave --resume_from_checkpoint out")
     folder = claim_output_dir(output.output_dir, resumes or output.overwrite_output_dir)
     with sole_writer(folder):
         stopwatch = Stopwatch()
@@ -115,16 +118,15 @@ def _seconds_before(checkpoint: Path, fit: Fit) -> float:
 
 def _write_results(fitted: Fitted, fit: Fit, folder: Path, seconds: float) -> None:
     inference = fitted.inference
-    random = torch.Generator().manual_seed(2)
-    found = diagnose(inference.layers, inference.bridge, critic=inference.critic, critic_layers=[0], generator=random)
-    for finding in found:
-        print(f"{finding.signature}: {finding.message}")
-    agreement = measure(fitted.sample, fit.target)
     save_file(
         {name: value.contiguous() for name, value in inference.layers.state_dict().items()},
         folder / "layers.safetensors",
     )
     save_file({"x": fitted.sample(10_000, seed=0).contiguous()}, folder / "draws.safetensors")
+    found = inference.diagnose(seed=2)
+    for finding in found:
+        print(f"{finding.signature}: {finding.message}")
+    agreement = measure(fitted.sample, fit.target)
     if fitted.target.dimension == 2:
         draw_marginals_figure(fitted, folder / "marginals.png")
     report = {
@@ -156,6 +158,8 @@ def main(args: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     if study.study or study.pages_only:
         study_all(study, output)
+    elif study.quick:
+        raise ValueError("--quick is for a --study: name its files")
     else:
         fit_one(fit, output)
 

@@ -28,12 +28,10 @@ from hsivi_diffusers.vi import (
     ScoreMLP,
     Target,
 )
-from hsivi_diffusers.vi.diagnostics import diagnose
 from hsivi_diffusers.vi.inference import OBJECTIVES
 from hsivi_diffusers.vi.targets import DiffusibleTarget, IsotropicNormal, SampledTarget, Whitened, laplace, moment_match
 from options import option
 
-NAMES = {"LB": "lower_bound", "SM": "score_matching", "KL": "kullback_leibler"}
 JS_DRAWS, DRAWS = 50_000, 20_000
 
 
@@ -130,16 +128,8 @@ def measure(draw: Callable[[int, int], Tensor], name: str) -> dict[str, float]:
 
 
 def findings(fitted: Fitted) -> list[str]:
-    """Signatures of failure, each once; the critic knows the last layer best."""
-    inference = fitted.inference
-    found = diagnose(
-        inference.layers,
-        inference.bridge,
-        critic=inference.critic,
-        critic_layers=[0],
-        generator=torch.Generator().manual_seed(2),
-    )
-    return sorted({finding.signature for finding in found})
+    """Signatures of failure, each once."""
+    return sorted({finding.signature for finding in fitted.inference.diagnose(seed=2)})
 
 
 def width_of(
@@ -159,7 +149,7 @@ def width_of(
 
 def _check(fit: Fit) -> None:
     for name, value, known in (
-        ("objective", fit.objective, NAMES),
+        ("objective", fit.objective, OBJECTIVES),
         ("bridge", fit.bridge, ("diffusion", "geometric")),
         ("training", fit.training, ("sequential", "joint")),
         ("whitening", fit.whitening, ("none", "laplace", "moments")),
@@ -198,7 +188,7 @@ def rough_fits(name: str, seed: int, rounds: int, num_steps: int, width: int, de
         for number in range(rounds):
             rough = Inference(
                 GeometricBridge(here or target, 1),
-                "kullback_leibler",
+                "KL",
                 num_steps=num_steps,
                 width=width,
                 depth=depth,
@@ -230,7 +220,7 @@ def _inference(target: Target, fit: Fit) -> Inference:
         depth=fit.depth,
         std=fit.std,  # type: ignore[arg-type]
         learning_rate=fit.learning_rate,
-        critic=_make_critic(target, fit),
+        critic=None if fit.objective == "LB" else _make_critic(target, fit),
         critic_learning_rate=fit.critic_learning_rate,
         critic_updates=fit.critic_updates,
         seed=fit.seed,
@@ -255,18 +245,13 @@ def _make_bridge(target: Target, fit: Fit) -> Bridge:
         return GeometricBridge(target, fit.num_layers, base=IsotropicNormal(target.dimension, std))
     if isinstance(target, DiffusibleTarget) or not isinstance(target, SampledTarget):
         return DiffusionBridge(target, fit.num_layers)
-    return DiffusionBridge(target, fit.num_layers, score_network=score_network(fit.target), schedule=_noisy(fit))
-
-
-def _noisy(fit: Fit) -> list[float]:
-    """The default schedule, but for p_0, where a network is better at a little noise than at none."""
-    return [max(0.05, math.sin(0.5 * math.pi * t / fit.num_layers)) for t in range(fit.num_layers)]
+    return DiffusionBridge(target, fit.num_layers, score_network=score_network(fit.target))
 
 
 def _make_objective(bridge: Bridge, fit: Fit) -> Objective:
     if fit.objective == "LB" and isinstance(bridge, DiffusionBridge) and bridge.network is not None:
         return LowerBound(surrogate=True)
-    return OBJECTIVES[NAMES[fit.objective]]()
+    return OBJECTIVES[fit.objective]()
 
 
 @cache

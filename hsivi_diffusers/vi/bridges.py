@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from .distributions import DiagonalGaussian
-from .targets.target import DiffusibleTarget, IsotropicNormal, SampledTarget, Target
+from .targets.target import DiffusibleTarget, IsotropicNormal, SampledTarget, Target, as_target
 
 ScoreNetwork = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -83,10 +84,10 @@ class GeometricBridge(Bridge):
     The level of p_t is 1 - lambda_t: 0 is the target, 1 the base.
 
     Args:
-        target: p_target.
+        target: p_target; also a distribution of torch.
         num_layers: T.
         base: p_base, of which x_T is drawn; N(0, I) by default.
-        schedule: lambda_0 = 1 >= lambda_1 >= ... >= lambda_{T-1} >= 0; by default lambda_t = 1 - t/T.
+        schedule: lambda_0 = 1 > lambda_1 > ... > lambda_{T-1} >= 0; by default lambda_t = 1 - t/T.
 
     Raises:
         ValueError: T < 1, the schedule does not fit, or target and base differ in dimension.
@@ -94,20 +95,20 @@ class GeometricBridge(Bridge):
 
     def __init__(
         self,
-        target: Target,
+        target: Target | Distribution,
         num_layers: int,
         base: SampledTarget | None = None,
         schedule: Sequence[float] | None = None,
     ) -> None:
-        self.target = target
+        self.target = as_target(target)
         self.num_layers = _at_least_one(num_layers)
-        self.base = base or IsotropicNormal(target.dimension)
-        if self.base.dimension != target.dimension:
-            raise ValueError(f"the base has {self.base.dimension} dimensions, the target {target.dimension}")
+        self.base = base or IsotropicNormal(self.target.dimension)
+        if self.base.dimension != self.target.dimension:
+            raise ValueError(f"the base has {self.base.dimension} dimensions, the target {self.target.dimension}")
         steps = torch.arange(num_layers, dtype=torch.float64)
         lambdas = 1 - steps / num_layers if schedule is None else torch.as_tensor(schedule, dtype=torch.float64)
         in_range = lambdas.shape == (num_layers,) and bool(((lambdas >= 0) & (lambdas <= 1)).all())
-        if not in_range or lambdas[0] != 1 or bool((lambdas.diff() > 0).any()):
+        if not in_range or lambdas[0] != 1 or bool((lambdas.diff() >= 0).any()):
             raise ValueError(f"schedule={schedule!r}: give {num_layers} values of lambda that fall from 1, all >= 0")
         self.levels = 1 - lambdas
 
@@ -137,7 +138,8 @@ class DiffusionBridge(Bridge):
     Args:
         target: Its diffused form is known, as of a Gaussian mixture; or None, with `score_network`.
         num_layers: T.
-        schedule: 0 <= sigma_0 <= sigma_1 <= ... <= sigma_{T-1} < 1; sigma_t = sin(pi t / 2T) by default, sigma_0 = 0.
+        schedule: 0 <= sigma_0 < sigma_1 < ... < sigma_{T-1} < 1; by default sigma_t = sin(pi t / 2T), but 0.05 at least
+            with a network, which knows the score better at a little noise than at none.
         score_network: Estimate of the score at a level, (x, level, condition) -> shape of x, in the place of the exact
             one. It is frozen if it is a module.
         dimension: d; needed with `score_network` alone.
@@ -160,7 +162,8 @@ class DiffusionBridge(Bridge):
         if score_network is None and not isinstance(target, DiffusibleTarget):
             raise ValueError(
                 f"the diffused law of a {type(target).__name__} is not known: give a DiffusibleTarget such as a "
-                "GaussianMixture, or a score_network fitted to draws of the target; or take a GeometricBridge"
+                "GaussianMixture(means, covariances, weights), or a score_network fitted to draws of the target; or "
+                "take a GeometricBridge"
             )
         if target is not None and dimension not in (None, target.dimension):
             raise ValueError(f"dimension={dimension}, and the target has {target.dimension}: leave it out")
@@ -174,10 +177,10 @@ class DiffusionBridge(Bridge):
             score_network.requires_grad_(False)
         self.base = IsotropicNormal(dimension, device=device)
         steps = torch.arange(num_layers, dtype=torch.float64)
-        sines = (0.5 * math.pi * steps / num_layers).sin()
+        sines = (0.5 * math.pi * steps / num_layers).sin().clamp_min(0.0 if score_network is None else 0.05)
         self.levels = sines if schedule is None else torch.as_tensor(schedule, dtype=torch.float64)
         in_range = self.levels.shape == (num_layers,) and bool(((self.levels >= 0) & (self.levels < 1)).all())
-        if not in_range or bool((self.levels.diff() < 0).any()):
+        if not in_range or bool((self.levels.diff() <= 0).any()):
             raise ValueError(f"schedule={schedule!r}: give {num_layers} values of sigma that rise, from >= 0 to < 1")
 
     def level(self, t: Tensor) -> Tensor:
@@ -228,13 +231,18 @@ class DiffusionBridge(Bridge):
 
 
 def _at_least_one(num_layers: int) -> int:
+    if not isinstance(num_layers, int):
+        raise ValueError(f"num_layers={num_layers}: give a whole number")
     if num_layers < 1:
         raise ValueError(f"num_layers={num_layers}: a hierarchy has at least 1 layer")
     return num_layers
 
 
 def _mix(level: Tensor, base: Callable[[Tensor], Tensor], target: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """(1 - lambda) base + lambda target, with no call of the base where it has no weight."""
+    """(1 - lambda) base + lambda target; what has no weight counts for nothing, also where it is infinite."""
     if not bool(level.any()):
         return target(x)
-    return level * base(x) + (1 - level) * target(x)
+    if bool((level == 1).all()):
+        return base(x)
+    mixed = level * base(x) + (1 - level) * target(x)
+    return torch.where(level == 1, base(x), mixed) if bool((level == 1).any()) else mixed

@@ -1,6 +1,7 @@
 r"""Signs of failure that show without a reference posterior: in the sampler, its critic and the score S of the target.
 
-    variance collapse  std of layer t << sd of its outputs, or E_q[-(x_k - E x_k) S_k(x)] << 1; Stein: it is 1 if q = p
+    variance collapse  std of layer t << sd of its outputs
+    wrong spread       E_q[-(x_k - E x_k) S_k(x)] is not near 1, which by Stein's identity it is where q = p
     critic lag         E_q[s . (s - grad log q(x | x_next))] or d + E_q[(x - E x) . s] is not 0; both are if s is right
     lost modes         Langevin chains in S, from a wide start, that settle where the sampler never goes
 
@@ -30,7 +31,7 @@ class Finding:
     """A sign of failure.
 
     Attributes:
-        signature: "variance_collapse", "under_dispersed", "critic_lag" or "lost_modes".
+        signature: "variance_collapse", "under_dispersed", "over_dispersed", "critic_lag" or "lost_modes".
         layer: Layer t that shows it.
         value: What was measured.
         threshold: What it was held against.
@@ -91,13 +92,15 @@ def variance_collapse(
         layers: The sampler.
         bridge: What it was fitted to.
         num_draws: N.
-        std_ratio: A layer is collapsed in a coordinate if mean std < std_ratio * sd(x_t).
+        std_ratio: A layer is collapsed in a coordinate if mean std < std_ratio * sd(x_t), and if mean std is less than
+            a tenth of 1 / rms(S_t), the width that p_t has there.
         stein: The sampler is under-dispersed in a coordinate if `stein_ratio` is below this, and below 1 by more than
-            (9 + 2 log d)^(1/2) standard errors.
+            (9 + 2 log d)^(1/2) standard errors; over-dispersed if it is as far above 1, beyond 1 / stein.
         generator: Source of the draws.
 
     Returns:
-        At most one "variance_collapse" a layer, and one "under_dispersed"; each with the worst coordinate's value.
+        At most one "variance_collapse" a layer, one "under_dispersed" and one "over_dispersed"; each with the worst
+        coordinate's value.
     """
     found = []
     marginals = _draw(layers, bridge, num_draws, generator)
@@ -105,6 +108,8 @@ def variance_collapse(
         std = layers(marginals[t + 1], _fill(t, marginals[t])).std.expand_as(marginals[t]).flatten(1)
         spread = marginals[t].flatten(1).std(0)
         ratio = std.mean(0) / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+        local = std.mean(0) * _score(bridge, marginals[t], t).flatten(1).square().mean(0).sqrt()
+        ratio = ratio.masked_fill(local > 0.1, math.inf)  # as narrow as p_t itself is, there
         narrow = int((ratio < std_ratio).sum())
         if narrow:
             message = (
@@ -114,7 +119,7 @@ def variance_collapse(
                 "of ScoreMatching"
             )
             found.append(Finding("variance_collapse", t, float(ratio.min()), std_ratio, message))
-    score = bridge.score(marginals[0], bridge.level(_fill(0, marginals[0])))
+    score = _score(bridge, marginals[0], 0)
     ratio, error = stein_ratio(marginals[0], score)
     errors = math.sqrt(STANDARD_ERRORS**2 + 2 * math.log(len(ratio)))  # the least of d ratios strays farther than one
     seen = (ratio < stein) & (ratio + errors * error < 1)
@@ -127,7 +132,21 @@ def variance_collapse(
             "ScoreMatching"
         )
         found.append(Finding("under_dispersed", 0, float(ratio.min()), stein, message))
-    return found
+    return found + _over_dispersed(*stein_ratio(marginals[0], score), stein)
+
+
+def _over_dispersed(ratio: Tensor, error: Tensor, stein: float) -> list[Finding]:
+    errors = math.sqrt(STANDARD_ERRORS**2 + 2 * math.log(len(ratio)))
+    seen = (ratio > 1 / stein) & (ratio - errors * error > 1)
+    if not bool(seen.any()):
+        return []
+    ratio = ratio.masked_fill(~seen, -math.inf)
+    message = (
+        f"x_0 is wider than the target in {int(seen.sum())} of {len(ratio)} coordinates, or in a thin direction: in "
+        f"coordinate {int(ratio.argmax())} the Stein ratio E[-(x - E x) S(x)] is {float(ratio.max()):.3g} where the "
+        "target has 1. Train longer; if the target is stiff, fit Whitened(target, moment_match(draws)), and that again"
+    )
+    return [Finding("over_dispersed", 0, float(ratio.max()), 1 / stein, message)]
 
 
 def stein_ratio(x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,17 +259,25 @@ def lost_modes(
     draws = (draws - center) @ root
     usual = torch.cdist(draws, draws).fill_diagonal_(math.inf).amin(1)
     far = 3 * usual.quantile(0.99) - 2 * usual.median()
-    lost = probes[torch.cdist(probes, draws).amin(1) > far]
+    lost = center + probes[torch.cdist(probes, draws).amin(1) > far] @ inverse
+    lost = lost[_is_dense(bridge, lost.reshape(-1, *shape), marginals[0])]
     value = len(lost) / num_probes
     if value <= share:
         return []
-    place = ", ".join(f"{number:.3g}" for number in (center + lost[0] @ inverse)[:4].tolist())
+    place = ", ".join(f"{number:.3g}" for number in lost[0, :4].tolist())
     message = (
-        f"{value:.1%} of {num_probes} probes settled where the target is dense and the sampler never goes, one at x = "
+        f"{value:.1%} of {num_probes} probes settled where the target is dense and the sampler hardly goes, one at x = "
         f"[{place}{', ...' if len(center) > 4 else ''}]. Train by KullbackLeibler or LowerBound in the place of "
         "ScoreMatching, with more layers, a diffusion bridge or a wider base. Mend a collapsed variance first"
     )
     return [Finding("lost_modes", 0, value, share, message)]
+
+
+def _score(bridge: Bridge, x: Tensor, t: int) -> Tensor:
+    score = bridge.score(x, bridge.level(_fill(t, x)))
+    if not bool(score.isfinite().all()):
+        raise ValueError(f"the target's score is not finite at draws of x_{t}: the sampler diverged, train anew")
+    return score
 
 
 def _fill(t: int, x: Tensor) -> Tensor:
@@ -290,14 +317,28 @@ def _critic_signs(
     return [(float(value), float(error)) for value, error in signs]
 
 
+def _is_dense(bridge: Bridge, x: Tensor, draws: Tensor) -> Tensor:
+    """Whether the target is as dense at x as at its least likely draws, less d; true where only the score is known."""
+    try:
+        least = bridge.log_prob(draws, bridge.level(_fill(0, draws))).min() - draws[0].numel()
+        return bridge.log_prob(x, bridge.level(_fill(0, x))) > least
+    except NotImplementedError:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+
+
 def _precision_root(score: Tensor, base: Tensor) -> Tensor:
     """Cholesky root of cov(S), the mean precision of the modes, a little shrunk to a diagonal so that it has one."""
     dimension = score.shape[1]
-    precision = torch.cov(score.T).reshape(dimension, dimension)
+    precision = torch.cov(score.double().T).reshape(dimension, dimension)
     shrinkage = dimension / (dimension + len(score))
-    floor = 1e-2 / base.var(0).clamp_min(torch.finfo(base.dtype).eps)
+    floor = 1e-2 / base.double().var(0).clamp_min(torch.finfo(base.dtype).eps)
     diagonal = shrinkage * precision.diagonal() + floor
-    return torch.linalg.cholesky((1 - shrinkage) * precision + diagonal.diag())
+    root, failed = torch.linalg.cholesky_ex((1 - shrinkage) * precision + diagonal.diag())
+    if failed:
+        raise ValueError(
+            "the target's score is too large at draws of x_0 to be squared: the sampler diverged, train anew"
+        )
+    return root.to(score.dtype)
 
 
 def _starts(

@@ -31,7 +31,8 @@ class DivergenceError(FloatingPointError):
     def __init__(self, subject: str, step: int, layers: Sequence[int]) -> None:
         super().__init__(
             f"{subject} is not finite at step {step} (layers t = {', '.join(map(str, layers))}): "
-            "start a new run with a lower learning rate, or with more critic updates"
+            "start a new run with a lower learning rate, or with more critic updates; if it is at once, see that the "
+            "target is finite on all of R^d"
         )
         self.step, self.layers = step, list(layers)
 

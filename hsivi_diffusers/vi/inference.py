@@ -13,17 +13,14 @@ from torch import Tensor, nn
 from .bridges import Bridge
 from .chains import Chain, FrozenPoolChain, PoolChain, draw_marginals
 from .curricula import Plateau, Stage, joint, sequential
+from .diagnostics import Finding, diagnose
 from .fitting import Step, fit
 from .layers import ConditionalLayers, IndependentLayers, SharedLayers
 from .networks import GaussianMLP, ScoreMLP
 from .objectives import CriticObjective, KullbackLeibler, LowerBound, Objective, ScoreMatching
 
 Training = Literal["sequential", "joint"]
-OBJECTIVES: dict[str, Callable[[], Objective]] = {
-    "lower_bound": LowerBound,
-    "score_matching": ScoreMatching,
-    "kullback_leibler": KullbackLeibler,
-}
+OBJECTIVES: dict[str, Callable[[], Objective]] = {"LB": LowerBound, "SM": ScoreMatching, "KL": KullbackLeibler}
 
 
 class Inference:
@@ -36,7 +33,7 @@ class Inference:
 
     Args:
         bridge: From the base to the target; says T.
-        objective: "lower_bound", "score_matching" or "kullback_leibler", or an `Objective`.
+        objective: "LB" (`LowerBound`), "SM" (`ScoreMatching`) or "KL" (`KullbackLeibler`), or an `Objective`.
         training: "sequential", layer by layer with independent networks, or "joint", all at once with a shared one.
         num_steps: Layer updates in all, an equal part for each layer if sequential.
         batch_size: B.
@@ -66,7 +63,7 @@ class Inference:
     def __init__(
         self,
         bridge: Bridge,
-        objective: str | Objective = "lower_bound",
+        objective: str | Objective = "LB",
         training: Training = "sequential",
         *,
         num_steps: int = 8000,
@@ -83,26 +80,42 @@ class Inference:
         plateau: Plateau | None = None,
         seed: int = 0,
     ) -> None:
-        self.bridge, self.seed = bridge, seed
+        self.bridge, self.training, self.seed = bridge, training, seed
         self.objective = _make_objective(objective)
+        _check_players(bridge, training, self.objective, layers, critic)
+        if batch_size < 2:
+            raise ValueError(f"batch_size={batch_size}: give 2 rows or more")
         self.curriculum, self.chain = _make_training(training, bridge, self.objective, num_steps, batch_size)
         if plateau is not None and isinstance(self.objective, LowerBound) and self.objective.surrogate:
             raise ValueError("a plateau needs a loss that means something: LowerBound(surrogate=True) has none")
         self.critic_updates, self.max_grad_norm, self.plateau = critic_updates, max_grad_norm, plateau
         self.next_step = 0
-        if layers is not None and layers.num_layers != bridge.num_layers:
-            raise ValueError(
-                f"layers has {layers.num_layers} layers, and the bridge {bridge.num_layers}: give both one T"
-            )
+        self._settings = {
+            "bridge": type(bridge).__name__,
+            "num_layers": bridge.num_layers,
+            "objective": type(self.objective).__name__,
+            "training": training,
+            "num_steps": num_steps,
+            "batch_size": batch_size,
+            "width": width,
+            "depth": depth,
+            "std": std,
+            "learning_rate": learning_rate,
+            "critic_learning_rate": critic_learning_rate,
+            "critic_updates": critic_updates,
+            "plateau": plateau is not None,
+            "seed": seed,
+        }
         base = bridge.sample_base(1, torch.Generator())
-        dimension, device = base.shape[1], base.device
+        dimension = base.shape[1]
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
-            self.layers = layers or _make_layers(training, bridge.num_layers, dimension, width, depth, std).to(device)
+            self.layers = layers or _make_layers(training, bridge.num_layers, dimension, width, depth, std).to(base)
             self.critic = None
             if isinstance(self.objective, CriticObjective):
-                self.critic = critic or ScoreMLP(dimension, width, depth).to(device)
-        self.learning_rate = learning_rate or (1e-3 if isinstance(self.objective, ScoreMatching) else 4e-3)
+                self.critic = critic or ScoreMLP(dimension, width, depth).to(base)
+        usual = 1e-3 if isinstance(self.objective, ScoreMatching) else 4e-3
+        self.learning_rate = usual if learning_rate is None else learning_rate
         self.layer_optimizer = torch.optim.Adam(self.layers.parameters(), lr=self.learning_rate, fused=True)
         self.critic_optimizer = None
         if self.critic is not None:
@@ -141,16 +154,40 @@ class Inference:
         return draw_marginals(self.layers, self.bridge.sample_base(size, generator), generator)
 
     def sample(self, size: int, seed: int = 0) -> Tensor:
-        """Draws from the fitted law, shape (size, d)."""
+        """Draws from the fitted law, shape (size, d); the same ones again unless the seed is another."""
         return self.marginals(size, seed)[0]
+
+    def diagnose(self, seed: int = 0) -> list[Finding]:
+        """Looks for signs of failure, see `diagnostics.diagnose`; each finding has a message with the remedy.
+
+        After layer-by-layer training the critic is looked at for the last layer alone: it has gone on from the others.
+        """
+        return diagnose(
+            self.layers,
+            self.bridge,
+            critic=self.critic,
+            critic_layers=[0] if self.training == "sequential" else None,
+            generator=torch.Generator().manual_seed(seed),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that a resumed run needs to repeat one that was never stopped."""
         state = {name: part.state_dict() for name, part in self._parts().items()}
-        return copy.deepcopy({**state, "next_step": self.next_step})
+        return copy.deepcopy({**state, "settings": self._settings, "next_step": self.next_step})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores what `state_dict` returned.
+
+        Raises:
+            ValueError: It is the state of a fit with other settings, or no state of a fit.
+        """
+        before = state.get("settings", {})
+        if other := [
+            f"{name}: {before.get(name)} -> {now}" for name, now in self._settings.items() if before.get(name) != now
+        ]:
+            raise ValueError(
+                f"this is the state of another fit ({'; '.join(other)}): make the Inference as it was made"
+            )
         for name, part in self._parts().items():
             part.load_state_dict(copy.deepcopy(state[name]))  # an optimizer goes on with the tensors that it is given
         self.next_step = int(state["next_step"])
@@ -172,6 +209,20 @@ class Inference:
         progress = step % length / length
         for group in self.layer_optimizer.param_groups:
             group["lr"] = self.learning_rate * (0.525 + 0.475 * math.cos(math.pi * progress))
+
+
+def _check_players(
+    bridge: Bridge, training: str, objective: Objective, layers: ConditionalLayers | None, critic: nn.Module | None
+) -> None:
+    if layers is not None and layers.num_layers != bridge.num_layers:
+        raise ValueError(f"layers has {layers.num_layers} layers, and the bridge {bridge.num_layers}: give both one T")
+    if isinstance(layers, SharedLayers) and training == "sequential" and bridge.num_layers > 1:
+        raise ValueError(
+            "SharedLayers cannot be trained one after the other, for each would undo the one before: take "
+            'training="joint", or IndependentLayers'
+        )
+    if critic is not None and not isinstance(objective, CriticObjective):
+        raise ValueError(f"{type(objective).__name__} has no critic: leave it out, or take another objective")
 
 
 def _make_objective(objective: str | Objective) -> Objective:

@@ -49,6 +49,8 @@ class ResidualMLP(nn.Module):
             x: Shape (B, inputs).
             level: Shape (B,), in [0, 1]; if the network takes one.
         """
+        if (level is None) != (self.level is None):
+            raise ValueError("a network made with levels=True takes a level, and no other does")
         h = self.first(x)
         if self.level is not None and level is not None:
             k = torch.arange(1, self.NUM_COSINES + 1, device=x.device)
@@ -105,6 +107,10 @@ class GaussianMLP(nn.Module):
             x_next: Shape (B, d).
             t: Layer of each row, shape (B,); where layers share the network.
         """
+        if (t is None) != (self.num_layers is None):
+            raise ValueError(
+                "give num_layers=T to a network that layers share, and leave it out for a layer of its own"
+            )
         level = None if t is None or self.num_layers is None else t / self.num_layers
         answer = self.network(x_next, level)
         dimension = x_next.shape[1]

@@ -225,7 +225,7 @@ def test_a_score_alone_has_no_geometric_log_density_and_the_error_tells_what_to_
         bridge.log_prob(torch.ones(3, 2), level)
 
 
-@pytest.mark.parametrize("schedule", [None, [0.1, 0.1, 0.6, 0.995]])
+@pytest.mark.parametrize("schedule", [None, [0.1, 0.2, 0.6, 0.995]])
 def test_random_levels_lie_between_the_output_of_a_layer_and_its_input(schedule):
     bridge, t = diffusion(4, schedule), torch.arange(4).repeat(2000)
     level = bridge.sample_level(t, torch.Generator().manual_seed(0))

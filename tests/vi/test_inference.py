@@ -25,7 +25,7 @@ from hsivi_diffusers.vi.targets import FullNormal, GaussianMixture
 
 MEAN = torch.tensor([1.0, -0.5])
 COVARIANCE = torch.tensor([[1.0, 0.6], [0.6, 0.8]])
-OBJECTIVES = ("lower_bound", "score_matching", "kullback_leibler")
+OBJECTIVES = ("LB", "SM", "KL")
 TRAININGS = ("sequential", "joint")
 
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES)
@@ -44,7 +44,7 @@ def bridge(num_layers=2):
     return GeometricBridge(gaussian(), num_layers)
 
 
-def tiny(objective="lower_bound", training="sequential", of=None, **options):
+def tiny(objective="LB", training="sequential", of=None, **options):
     """A fit of six steps."""
     options = {"num_steps": 6, "batch_size": 16, "width": 8, "depth": 1, **options}
     return Inference(of or bridge(), objective, training, **options)
@@ -82,7 +82,7 @@ def test_every_objective_runs_in_every_order_on_every_bridge(objective, training
     assert all(bool(step.layers.loss.isfinite().all()) for step in steps)
     assert all(step.layers.grad_norm > 0 for step in steps)
     assert not any(a.equal(b) for a, b in zip(before[-2:], parameters(inference)[-2:], strict=True))
-    assert (inference.critic is None) == (objective == "lower_bound")
+    assert (inference.critic is None) == (objective == "LB")
     x = inference.sample(100)
     assert x.shape == (100, 2)
     assert bool(x.isfinite().all())
@@ -92,11 +92,11 @@ def test_every_objective_runs_in_every_order_on_every_bridge(objective, training
 @pytest.mark.parametrize(
     ("objective", "training", "kind"),
     [
-        ("lower_bound", "sequential", GeometricBridge),
-        ("lower_bound", "joint", DiffusionBridge),
-        ("score_matching", "joint", GeometricBridge),
-        ("kullback_leibler", "sequential", GeometricBridge),
-        ("kullback_leibler", "joint", DiffusionBridge),
+        ("LB", "sequential", GeometricBridge),
+        ("LB", "joint", DiffusionBridge),
+        ("SM", "joint", GeometricBridge),
+        ("KL", "sequential", GeometricBridge),
+        ("KL", "joint", DiffusionBridge),
     ],
 )
 def test_the_moments_of_a_gaussian_are_found(objective, training, kind):
@@ -176,7 +176,7 @@ def test_the_default_layers_and_chains_are_those_of_the_order():
         assert inference.layers.num_layers == 3
         assert len(inference.curriculum) == (3 if training == "sequential" else 1)
         if training == "joint":
-            assert inference.chain.cohorts == (objective == "lower_bound")
+            assert inference.chain.cohorts == (objective == "LB")
 
 
 @pytest.mark.parametrize(("training", "length"), [("sequential", 10), ("joint", 20)])
@@ -196,7 +196,7 @@ def test_the_rate_falls_to_a_twentieth_in_each_stage(training, length):
 
 
 def test_the_gradients_of_both_players_are_clipped():
-    inference = tiny("kullback_leibler", max_grad_norm=1e-3)
+    inference = tiny("KL", max_grad_norm=1e-3)
     seen = []
     for player, optimizer in (
         (inference.layers, inference.layer_optimizer),
@@ -393,7 +393,7 @@ def test_layers_and_a_bridge_of_the_users_own_are_fitted(objective):
 
 def test_a_critic_of_the_users_own_is_trained():
     critic = ScoreMLP(2, width=4, depth=1)
-    inference = tiny("score_matching", critic=critic)
+    inference = tiny("SM", critic=critic)
     before = copy.deepcopy(critic.state_dict())
     inference.run()
     assert inference.critic is critic
@@ -415,7 +415,7 @@ def test_a_gaussian_fitted_to_the_mode_may_be_the_base():
     [
         (
             {"objective": "elbo"},
-            "objective='elbo' is unknown: choose lower_bound, score_matching, kullback_leibler, or give an Objective",
+            "objective='elbo' is unknown: choose LB, SM, KL, or give an Objective",
         ),
         ({"training": "parallel"}, "training='parallel' is unknown: choose 'sequential' or 'joint'"),
         ({"std": "local"}, "std='local' is unknown: choose 'global' or 'network'"),

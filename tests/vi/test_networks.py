@@ -36,10 +36,18 @@ def test_a_level_matters_row_by_row():
             assert not torch.allclose(answer[i], answer[j], atol=1e-3)
 
 
-def test_a_network_without_levels_ignores_them():
-    network, x = ResidualMLP(2, 3, width=8), torch.randn(4, 2)
-    assert network.level is None
-    assert torch.equal(network(x, torch.rand(4)), network(x))
+@pytest.mark.parametrize("levels", [True, False])
+def test_a_level_is_neither_ignored_nor_forgotten(levels):
+    network, x = ResidualMLP(2, 3, width=8, levels=levels), torch.randn(4, 2)
+    with pytest.raises(ValueError, match="levels=True takes a level, and no other does"):
+        network(x, None if levels else torch.rand(4))
+
+
+@pytest.mark.parametrize("num_layers", [2, None])
+def test_a_shared_network_is_told_the_layer_and_no_other(num_layers):
+    network, x = GaussianMLP(2, width=8, num_layers=num_layers), torch.randn(4, 2)
+    with pytest.raises(ValueError, match="give num_layers=T to a network that layers share"):
+        network(x, None if num_layers else torch.zeros(4, dtype=torch.long))
 
 
 @pytest.mark.parametrize("given", [{"inputs": 0}, {"outputs": 0}, {"width": 0}, {"depth": 0}])

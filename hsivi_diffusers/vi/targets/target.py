@@ -126,7 +126,7 @@ class LogProbTarget(Target):
         """Returns what the function says.
 
         Raises:
-            ValueError: Its answer has another shape than (B,).
+            ValueError: Its answer has another shape than (B,), or no gradient where one is asked for.
         """
         value = self._log_prob(x)
         if value.shape != x.shape[:1]:
@@ -134,14 +134,15 @@ class LogProbTarget(Target):
                 f"log_prob returned the shape {tuple(value.shape)} for x of shape {tuple(x.shape)}: return one number "
                 f"a row, shape {tuple(x.shape[:1])}"
             )
+        _refuse_cut(value, x, "log_prob")
         return value
 
 
 class ScoreTarget(Target):
-    """A score alone as a target; fitted by every objective but `LowerBound(surrogate=False)`.
+    """A score alone as a target, for `KullbackLeibler`, `LowerBound(surrogate=True)` and `ScoreMatching`.
 
     Args:
-        score: x of shape (B, d) -> grad log p(x), shape (B, d).
+        score: x of shape (B, d) -> grad log p(x), shape (B, d); differentiable by torch for `ScoreMatching`.
         dimension: d.
     """
 
@@ -153,11 +154,12 @@ class ScoreTarget(Target):
         """Returns what the function says.
 
         Raises:
-            ValueError: Its answer has another shape than x.
+            ValueError: Its answer has another shape than x, or no gradient where one is asked for.
         """
         value = self._score(x)
         if value.shape != x.shape:
             raise ValueError(f"score returned the shape {tuple(value.shape)} for x of shape {tuple(x.shape)}")
+        _refuse_cut(value, x, "score")
         return value
 
 
@@ -172,15 +174,24 @@ def as_target(source: Target | Distribution | LogProb, dimension: int | None = N
     Raises:
         ValueError: The dimension is missing or wrong, the distribution is not one over R^d.
     """
-    if isinstance(source, Target):
-        return source
-    if isinstance(source, Distribution):
-        return LogProbTarget(source.log_prob, _dimension_of(source))
+    if isinstance(source, Target | Distribution):
+        target = source if isinstance(source, Target) else LogProbTarget(source.log_prob, _dimension_of(source))
+        if dimension not in (None, target.dimension):
+            raise ValueError(f"dimension={dimension}, and the target has {target.dimension}: leave it out")
+        return target
     if not callable(source):
         raise ValueError(f"a target of type {type(source).__name__}: give a Target, a torch distribution or a function")
     if dimension is None:
         raise ValueError("dimension is missing: a function does not tell how many coordinates its x has")
     return LogProbTarget(source, dimension)
+
+
+def _refuse_cut(value: Tensor, x: Tensor, name: str) -> None:
+    if torch.is_grad_enabled() and x.requires_grad and not value.requires_grad:
+        raise ValueError(
+            f"{name} has no gradient in x: write it in torch, without detach, no_grad or NumPy; a score that cannot be "
+            "differentiated goes with KullbackLeibler or LowerBound(surrogate=True)"
+        )
 
 
 def gradient(log_prob: LogProb, x: Tensor) -> Tensor:
@@ -210,5 +221,6 @@ def _dimension_of(distribution: Distribution) -> int:
 
 
 def _is_whole_space(support: object) -> bool:
-    base = getattr(support, "base_constraint", support)
-    return base is torch.distributions.constraints.real or base is torch.distributions.constraints.real_vector
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is torch.distributions.constraints.real or support is torch.distributions.constraints.real_vector

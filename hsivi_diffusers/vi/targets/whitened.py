@@ -65,7 +65,8 @@ def laplace(target: Target, start: Tensor | None = None, num_steps: int = 500) -
         The approximation, in double precision.
 
     Raises:
-        ValueError: No mode was found: the score is not 0 there, or the density is not log-concave there.
+        ValueError: No mode was found: the score is not 0 there, or the density is not log-concave there; or the target
+            cannot be evaluated in double precision.
     """
     x = torch.zeros(target.dimension) if start is None else start
     x = _ascend(target, x.double().clone(), num_steps)
@@ -100,7 +101,15 @@ def _ascend(target: Target, x: Tensor, num_steps: int) -> Tensor:
             x.grad = -target.score(x[None])[0]
             return -target.log_prob(x[None])[0] if has_density else x.grad.square().sum()
 
-    optimizer.step(closure)
+    try:
+        optimizer.step(closure)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        raise ValueError(
+            f"Laplace's approximation is found in double precision, which the target did not take ({error}): convert "
+            "its constants to that of x, as in features.to(x)"
+        ) from error
     return x.detach()
 
 
@@ -116,7 +125,7 @@ class Whitened(Target):
 
     def __init__(self, target: Target, approximation: FullNormal | None = None) -> None:
         self.target = target
-        self.approximation = approximation or laplace(target)
+        self.approximation = laplace(target) if approximation is None else approximation
         self.dimension = target.dimension
 
     def unwhiten(self, z: Tensor) -> Tensor:

@@ -96,7 +96,9 @@ def test_laplace_is_at_the_mode_with_its_curvature(target):
 def test_a_target_without_a_mode_is_refused(log_prob, start):
     target = LogProbTarget(log_prob, 2)
     for of in (target, ScoreTarget(target.score, 2)):
-        with pytest.raises(ValueError, match="no mode was found in 100 steps .*give another start"):
+        with pytest.raises(
+            ValueError, match="no mode was found in 100 steps .*give another start|has no gradient in x"
+        ):
             laplace(of, start, num_steps=100)
 
 
