@@ -605,3 +605,23 @@ def test_pictures_of_fits_are_drawn(tmp_path, monkeypatch, quick_score_network):
     assert {path.name for path in tmp_path.iterdir()} == {"marginals_checkerboard_diffusion.png", "shapes.png"}
     assert {fit.num_steps for fit in done} == {200}
     assert len(done) == 1 + 2 + 1  # five layers on the checkerboard once
+
+
+def test_resuming_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    (tmp_path / "report.json").write_text("mine")
+    with pytest.raises(ValueError, match="holds no checkpoint: leave --resume_from_checkpoint out"):
+        script.main(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"])
+    assert (tmp_path / "report.json").read_text() == "mine"
+
+
+def test_a_quick_fit_without_a_study_is_refused():
+    with pytest.raises(ValueError, match="--quick is for a --study"):
+        script.main(["--quick", "true"])
+
+
+def test_rows_of_other_settings_are_not_mixed_with_new_ones(tmp_path):
+    path = tmp_path / "results.json"
+    job = ("plane", "SIVI", Fit(num_layers=1, num_steps=1))
+    path.write_text(json.dumps({"rows": [study._describe(("plane", "SIVI", Fit(num_layers=1, learning_rate=1.0)))]}))
+    with pytest.raises(ValueError, match="holds 1 rows of plane with settings that are no longer asked for"):
+        study.run_study([job], path, workers=1)

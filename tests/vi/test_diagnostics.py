@@ -209,3 +209,40 @@ def test_draws_that_are_not_finite_are_refused():
     layers = LinearLayers(scale=[0.8, 0.5], shift=[0.3, float("nan")], std=[0.4, 0.6])
     with pytest.raises(ValueError, match="numbers of x_0 are not finite"):
         diagnose(layers, GaussianBridge([0.0, 0.0], [1.0, 1.0]))
+
+
+@pytest.mark.parametrize(("factor", "found"), [(1.5, ["over_dispersed"]), (1.0, [])])
+def test_a_sampler_that_is_too_wide_is_found_by_the_ratio_of_variances(factor, found):
+    layers = LinearLayers(scale=[0.0], shift=[0.0], std=[factor])
+    findings = variance_collapse(layers, GaussianBridge([0.0], [1.0]), generator=seeded())
+    assert signatures(findings) == found
+    assert all(abs(finding.value - factor**2) < 0.3 for finding in findings)
+
+
+class Diagonal(ConditionalLayers):
+    """Both coordinates near the first of x_next: a thin law around the diagonal of the plane."""
+
+    num_layers = 1
+
+    def __init__(self, std):
+        super().__init__()
+        self.std = std
+
+    def forward(self, x_next, t, condition=None):
+        mean = x_next[:, :1].expand(-1, 2)
+        return DiagonalGaussian(mean, torch.full_like(mean, self.std))
+
+
+@pytest.mark.parametrize(("std", "found"), [(1e-3, False), (1e-5, True)])
+def test_a_layer_as_narrow_as_its_target_has_not_collapsed(std, found):
+    width = 1e-3 * 2**0.5
+    target = DensityBridge(lambda x: -0.5 * x[:, 0].square() - 0.5 * ((x[:, 1] - x[:, 0]) / width).square(), 2)
+    findings = variance_collapse(Diagonal(std), target, generator=seeded())
+    assert ("variance_collapse" in signatures(findings)) == found
+
+
+def test_draws_whose_score_overflows_say_that_the_sampler_diverged():
+    layers = LinearLayers(scale=[0.0], shift=[400.0], std=[0.1])
+    bridge = DensityBridge(lambda x: -x.exp().sum(1), 3)
+    with pytest.raises(ValueError, match="the sampler diverged"):
+        lost_modes(layers, bridge, generator=seeded())

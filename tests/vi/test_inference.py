@@ -21,6 +21,7 @@ from hsivi_diffusers.vi import (
     ScoreTarget,
     SharedLayers,
 )
+from hsivi_diffusers.vi import inference as inference_module
 from hsivi_diffusers.vi.targets import FullNormal, GaussianMixture
 
 MEAN = torch.tensor([1.0, -0.5])
@@ -430,3 +431,46 @@ def test_a_gaussian_fitted_to_the_mode_may_be_the_base():
 def test_what_cannot_run_is_refused_before_it_starts(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": SharedLayers(GaussianMLP(2, num_layers=2), 2)}, 'cannot be trained one after the other.*"joint"'),
+        ({"critic": ScoreMLP(2)}, "LowerBound has no critic: leave it out"),
+        ({"batch_size": 1}, "batch_size=1: give 2 rows or more"),
+    ],
+)
+def test_players_that_do_not_fit_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
+
+
+def test_the_seed_is_that_of_the_parameters():
+    first, second, again = (parameters(tiny(seed=seed)) for seed in (0, 1, 0))
+    assert equal(first, again)
+    assert not equal(first, second)
+
+
+@pytest.mark.parametrize("critic_updates", [1, 3])
+def test_the_critic_has_its_updates(critic_updates):
+    inference, calls = tiny("KL", critic_updates=critic_updates), []
+    inference.critic.register_forward_hook(lambda *_: calls.append(1))
+    inference.run()
+    assert len(calls) == inference.next_step * critic_updates
+
+
+def test_the_state_of_another_fit_is_refused():
+    state = tiny(learning_rate=1e-3).state_dict()
+    with pytest.raises(ValueError, match=r"another fit \(learning_rate: 0.001 -> 0.01\)"):
+        tiny(learning_rate=1e-2).load_state_dict(state)
+    with pytest.raises(ValueError, match="another fit"):
+        tiny().load_state_dict(tiny().layers.state_dict())
+
+
+def test_a_fit_looks_at_the_critic_where_it_still_knows_the_layer(monkeypatch):
+    seen = []
+    monkeypatch.setattr(inference_module, "diagnose", lambda *_, critic_layers, **__: seen.append(critic_layers) or [])
+    for training in ("sequential", "joint"):
+        assert tiny("KL", training).diagnose() == []
+    assert seen == [[0], None]

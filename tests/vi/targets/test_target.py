@@ -108,3 +108,27 @@ def test_a_diffusible_target_needs_its_diffused_log_density_alone():
 def test_targets_are_abstract_only_in_what_they_lack():
     with pytest.raises(NotImplementedError):
         Target().log_prob(torch.zeros(1, 1))
+
+
+def test_a_mixture_of_torch_is_a_target_over_the_whole_plane():
+    parts = torch.distributions.MultivariateNormal(torch.tensor([[-2.0, 0.0], [2.0, 1.0]]), torch.eye(2))
+    mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(torch.ones(2)), parts)
+    x = torch.randn(5, 2)
+    torch.testing.assert_close(as_target(mixture).log_prob(x), mixture.log_prob(x))
+
+
+def test_a_dimension_that_contradicts_the_target_is_refused():
+    law = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    with pytest.raises(ValueError, match="dimension=3, and the target has 2"):
+        as_target(law, dimension=3)
+
+
+@pytest.mark.parametrize("cut", [lambda x: x.detach(), lambda x: torch.from_numpy(x.detach().numpy())])
+def test_a_function_without_a_gradient_is_refused_where_one_is_needed(cut):
+    x = torch.randn(4, 2, requires_grad=True)
+    target = LogProbTarget(lambda x: -0.5 * cut(x).square().sum(1), 2)
+    for ask in (target.log_prob, target.score, ScoreTarget(lambda x: -cut(x), 2).score):
+        with pytest.raises(ValueError, match="has no gradient in x: write it in torch"):
+            ask(x)
+    with torch.no_grad():
+        assert target.log_prob(x).shape == (4,)

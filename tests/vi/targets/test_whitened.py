@@ -205,3 +205,9 @@ def test_moments_are_those_of_the_draws():
 def test_draws_without_a_covariance_are_refused(draws):
     with pytest.raises(ValueError, match="no positive definite covariance: give more draws"):
         moment_match(draws)
+
+
+def test_a_target_that_cannot_be_evaluated_in_double_precision_says_what_to_do():
+    features = torch.randn(3, 2)
+    with pytest.raises(ValueError, match=r"double precision.*features.to\(x\)"):
+        laplace(LogProbTarget(lambda x: -(x @ features.T).square().sum(1), 2))
