@@ -148,8 +148,10 @@ def study_all(study: Study, output: Output) -> None:
         if not study.pages_only:
             jobs = [job for path in study.study or [] for job in read_study(path, study.quick)]
             run_study(jobs, folder / "results.json", study.workers)
+            print(f"{folder}: {len(jobs)} rows are there; fitting for the pictures", flush=True)
             draw_fits(folder, study.quick)
         write_pages(folder)
+    print(f"{folder / 'index.md'} is made")
 
 
 def main(args: list[str] | None = None) -> None:

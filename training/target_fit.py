@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agreement import compare, compare_moments, histogram_bounds
-from benchmark_targets import load_reference, make_target
+from benchmark_targets import TARGETS, load_reference, make_target
 from hsivi_diffusers.vi import (
     Bridge,
     DiagonalGaussian,
@@ -40,7 +40,7 @@ class Fit:
     """What a fit is made of."""
 
     _argument_group_name = "fit"
-    target: str = option("checkerboard", "name of a target, see benchmark_targets.py")
+    target: str = option("checkerboard", f"one of {', '.join(TARGETS)}")
     num_layers: int = option(5, "T; 1 is semi-implicit inference without a hierarchy")
     objective: str = option("LB", "`LB`, `SM` or `KL`")
     bridge: str = option("diffusion", "`diffusion` or `geometric`")

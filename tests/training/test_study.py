@@ -591,7 +591,8 @@ def test_the_marginals_are_drawn(fit, tmp_path, quick_score_network):
     assert [path.name for path in tmp_path.iterdir()] == ["marginals.png"]
 
 
-def test_pictures_of_fits_are_drawn(tmp_path, monkeypatch, quick_score_network):
+@pytest.mark.parametrize(("quick", "num_steps", "gallery"), [(True, 200, []), (False, 3000, ["shapes.png"])])
+def test_pictures_of_fits_are_drawn(quick, num_steps, gallery, tmp_path, monkeypatch, quick_score_network):
     done = []
 
     def run(fit):
@@ -601,10 +602,10 @@ def test_pictures_of_fits_are_drawn(tmp_path, monkeypatch, quick_score_network):
     monkeypatch.setattr(study_figures, "run", run)
     monkeypatch.setattr(study_figures, "PICTURES", study_figures.PICTURES[1:2])
     monkeypatch.setattr(study_figures, "PLANE", ("checkerboard", "banana"))
-    draw_fits(tmp_path, quick=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"marginals_checkerboard_diffusion.png", "shapes.png"}
-    assert {fit.num_steps for fit in done} == {200}
-    assert len(done) == 1 + 2 + 1  # five layers on the checkerboard once
+    draw_fits(tmp_path, quick)
+    assert {path.name for path in tmp_path.iterdir()} == {"marginals_checkerboard_diffusion.png", *gallery}
+    assert {fit.num_steps for fit in done} == {num_steps}
+    assert len(done) == 1 + len(gallery) * 3  # five layers on the checkerboard once
 
 
 def test_resuming_a_folder_without_a_checkpoint_is_refused(tmp_path):
