@@ -44,7 +44,7 @@ from matplotlib.figure import Figure  # noqa: E402
 COLOURS = {"LB": "#d62728", "SM": "#1f77b4", "KL": "#2ca02c"}
 DASHES = {"sequential": "-", "joint": "--"}
 # Targets, bridges and training of the pictures of marginals; of the gallery, the targets are those of PLANE.
-PICTURES = tuple((target, bridge, "sequential") for target in ("checkerboard", "ring") for bridge in BRIDGES)
+PICTURES = tuple((target, bridge, "joint") for target in ("checkerboard", "ring") for bridge in BRIDGES)
 BASE_STD = {"ring": 4.0}
 
 
@@ -267,7 +267,7 @@ def draw_fits(folder: Path, quick: bool = False) -> None:
     gallery = []
     for target in PLANE:
         one = _fit(target, 1, "geometric", "sequential", num_steps)
-        five = done.get((target, "diffusion")) or _fit(target, 5, "diffusion", "sequential", num_steps)
+        five = done.get((target, "diffusion")) or _fit(target, 5, "diffusion", "joint", num_steps)
         gallery.append((target, one, five))
     draw_gallery(gallery, folder / "shapes.png")
 

@@ -189,6 +189,7 @@ def rough_fits(name: str, seed: int, rounds: int, num_steps: int, width: int, de
             rough = Inference(
                 GeometricBridge(here or target, 1),
                 "KL",
+                "sequential",
                 num_steps=num_steps,
                 width=width,
                 depth=depth,
