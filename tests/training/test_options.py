@@ -231,8 +231,9 @@ def test_the_configs_parse_for_their_scripts(config, groups, presets):
 
 
 def test_no_config_is_left_untested():
-    """Those that end in a preset are tested in test_teachers.py."""
+    """Those that end in a preset are tested in test_teachers.py, those of studies in test_study.py."""
     recipes = {path.name for preset in recipe.PRESETS for path in CONFIGS.glob(f"*_{preset}.yaml")}
+    recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
         "digits_t5.yaml",
         "digits_teacher.yaml",
