@@ -374,6 +374,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "whitening": _whitening_table,
     "size": _size_table,
     "long": partial(_every_fit, "long", PLANE_MEASURES),
+    "board": partial(_every_fit, "board", PLANE_MEASURES),
     "long_posteriors": partial(_every_fit, "long_posteriors", POSTERIOR_MEASURES),
     "winners": _winners_table,
     "findings": _findings_table,
