@@ -1,7 +1,7 @@
 """A study: many fits from YAML files, side by side in several processes, and the file of their results.
 
-    {"settings": {study: ...}, "rows": [{"study", "method", "target", "T", "objective", "bridge", "training", "seed",
-     "parameters", "seconds", "js", ...}, ...]}
+    {"rows": [{"study", "method", "target", "T", "objective", "bridge", "training", "seed", "parameters", "seconds",
+     "js", ...}, ...], "made": [{"date", "torch", "python"}, ...]}
 
 Every row that is done is in the file at once, so a study that was stopped goes on by the same command.
 """
@@ -26,8 +26,8 @@ from tqdm import tqdm
 from benchmark_targets import load_reference, make_target
 from folders import write_json
 from hsivi_diffusers.vi import DivergenceError
-from hsivi_diffusers.vi.targets import SampledTarget, laplace, moment_match
-from target_fit import DRAWS, JS_DRAWS, Fit, Fitted, Stopwatch, findings, measure, prepare
+from hsivi_diffusers.vi.targets import FullNormal, SampledTarget, laplace, moment_match
+from target_fit import DRAWS, JS_DRAWS, Fit, Fitted, Stopwatch, findings, measure, prepare, run
 
 Row = dict[str, Any]
 AXES = {
@@ -133,9 +133,7 @@ def run_job(job: Job) -> Row:
         return row | _measure_null(method, fit)
     stopwatch = Stopwatch()
     try:
-        fitted = prepare(fit, stopwatch)
-        with stopwatch.running():
-            fitted.inference.run()
+        fitted, _ = run(fit, stopwatch)
         row |= measure(fitted.sample, fit.target) | {"findings": findings(fitted)}
     except (DivergenceError, ValueError) as error:
         return row | {"seconds": round(stopwatch.seconds, 2), "failed": str(error)}
@@ -201,11 +199,8 @@ def _reference_half(name: str, seed: int) -> torch.Tensor:
     mean, covariance = (
         (reference.mean_1, reference.covariance_1) if seed % 2 else (reference.mean_2, reference.covariance_2)
     )
-    here = moment_match(reference.draws)
-    z = here.whiten(reference.draws.double())
-    half = moment_match(reference.draws)
-    half.mean, half.scale = mean.double(), torch.linalg.cholesky(covariance.double())
-    return half.unwhiten(z).float()[:DRAWS]
+    half = FullNormal(mean.double(), torch.linalg.cholesky(covariance.double()))
+    return half.unwhiten(moment_match(reference.draws).whiten(reference.draws.double())).float()[:DRAWS]
 
 
 def _seeded(seed: int) -> torch.Generator:

@@ -87,9 +87,9 @@ def prepare(fit: Fit, stopwatch: Stopwatch | None = None) -> Fitted:
     return Fitted(_inference(whitened, fit), whitened.unwhiten, target)
 
 
-def run(fit: Fit) -> tuple[Fitted, float]:
-    """Does a whole fit; returns it and the CPU seconds it took."""
-    stopwatch = Stopwatch()
+def run(fit: Fit, stopwatch: Stopwatch | None = None) -> tuple[Fitted, float]:
+    """Does a whole fit; returns it and the CPU seconds it took, which the stopwatch has also of a fit that failed."""
+    stopwatch = stopwatch or Stopwatch()
     fitted = prepare(fit, stopwatch)
     with stopwatch.running():
         fitted.inference.run()

@@ -108,7 +108,8 @@ def variance_collapse(
         std = layers(marginals[t + 1], _fill(t, marginals[t])).std.expand_as(marginals[t]).flatten(1)
         spread = marginals[t].flatten(1).std(0)
         ratio = std.mean(0) / spread.clamp_min(torch.finfo(spread.dtype).tiny)
-        local = std.mean(0) * _score(bridge, marginals[t], t).flatten(1).square().mean(0).sqrt()
+        score = _score(bridge, marginals[t], t)
+        local = std.mean(0) * score.flatten(1).square().mean(0).sqrt()
         ratio = ratio.masked_fill(local > 0.1, math.inf)  # as narrow as p_t itself is, there
         narrow = int((ratio < std_ratio).sum())
         if narrow:
@@ -119,34 +120,35 @@ def variance_collapse(
                 "of ScoreMatching"
             )
             found.append(Finding("variance_collapse", t, float(ratio.min()), std_ratio, message))
-    score = _score(bridge, marginals[0], 0)
-    ratio, error = stein_ratio(marginals[0], score)
+    return found + _wrong_spread(marginals[0], score, stein)  # the score of the last layer, t = 0
+
+
+def _wrong_spread(x: Tensor, score: Tensor, stein: float) -> list[Finding]:
+    """At most one "under_dispersed" and one "over_dispersed", by `stein_ratio`."""
+    found = []
+    ratio, error = stein_ratio(x, score)
     errors = math.sqrt(STANDARD_ERRORS**2 + 2 * math.log(len(ratio)))  # the least of d ratios strays farther than one
-    seen = (ratio < stein) & (ratio + errors * error < 1)
-    if bool(seen.any()):
-        ratio = ratio.masked_fill(~seen, math.inf)
+    narrow = (ratio < stein) & (ratio + errors * error < 1)
+    wide = (ratio > 1 / stein) & (ratio - errors * error > 1)
+    if bool(narrow.any()):
+        least = ratio.masked_fill(~narrow, math.inf)
         message = (
-            f"x_0 is narrower than the target in {int(seen.sum())} of {len(ratio)} coordinates: in coordinate "
-            f"{int(ratio.argmin())} the Stein ratio E[-(x - E x) S(x)] is {float(ratio.min()):.2g} where the target "
+            f"x_0 is narrower than the target in {int(narrow.sum())} of {len(ratio)} coordinates: in coordinate "
+            f"{int(least.argmin())} the Stein ratio E[-(x - E x) S(x)] is {float(least.min()):.2g} where the target "
             "has 1. Train longer, with a larger std at the start, or by LowerBound or KullbackLeibler in the place of "
             "ScoreMatching"
         )
-        found.append(Finding("under_dispersed", 0, float(ratio.min()), stein, message))
-    return found + _over_dispersed(*stein_ratio(marginals[0], score), stein)
-
-
-def _over_dispersed(ratio: Tensor, error: Tensor, stein: float) -> list[Finding]:
-    errors = math.sqrt(STANDARD_ERRORS**2 + 2 * math.log(len(ratio)))
-    seen = (ratio > 1 / stein) & (ratio - errors * error > 1)
-    if not bool(seen.any()):
-        return []
-    ratio = ratio.masked_fill(~seen, -math.inf)
-    message = (
-        f"x_0 is wider than the target in {int(seen.sum())} of {len(ratio)} coordinates, or in a thin direction: in "
-        f"coordinate {int(ratio.argmax())} the Stein ratio E[-(x - E x) S(x)] is {float(ratio.max()):.3g} where the "
-        "target has 1. Train longer; if the target is stiff, fit Whitened(target, moment_match(draws)), and that again"
-    )
-    return [Finding("over_dispersed", 0, float(ratio.max()), 1 / stein, message)]
+        found.append(Finding("under_dispersed", 0, float(least.min()), stein, message))
+    if bool(wide.any()):
+        most = ratio.masked_fill(~wide, -math.inf)
+        message = (
+            f"x_0 is wider than the target in {int(wide.sum())} of {len(ratio)} coordinates, or in a thin direction: "
+            f"in coordinate {int(most.argmax())} the Stein ratio E[-(x - E x) S(x)] is {float(most.max()):.3g} where "
+            "the target has 1. Train longer; if the target is stiff, fit Whitened(target, moment_match(draws)), and "
+            "that again"
+        )
+        found.append(Finding("over_dispersed", 0, float(most.max()), 1 / stein, message))
+    return found
 
 
 def stein_ratio(x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
