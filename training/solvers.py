@@ -1,4 +1,4 @@
-"""Sampling the teacher by every rival method of the report."""
+"""Sampling by every rival method of the report: solvers of the teacher, and trained consistency models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    LCMScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
@@ -46,15 +47,32 @@ def make_solver(method: str, num_steps: int, unet: UNet2DModel, config: Any) -> 
         scheduler = UniPCMultistepScheduler.from_config(config)
     else:
         raise ValueError(f"method {method!r} is unknown: choose DDPM, DDIM, DDIM eta 1, DPM-Solver++ or UniPC")
-    takes_generator = method != "UniPC"
+    return _follow(scheduler, num_steps, unet, arguments, takes_generator=method != "UniPC")
+
+
+def make_consistency_sampler(unet: UNet2DModel, config: Any, num_steps: int) -> Sampler:
+    """Returns a sampler of a trained consistency model, by diffusers' LCMScheduler.
+
+    A step predicts the clean picture and adds fresh noise to it; the last step adds none.
+
+    Args:
+        unet: Of the pipeline that train_consistency.py wrote.
+        config: Config of that pipeline's scheduler.
+        num_steps: Network calls.
+    """
+    return _follow(LCMScheduler.from_config(config), num_steps, unet, {}, takes_generator=True)
+
+
+def _follow(scheduler: Any, num_steps: int, unet: UNet2DModel, given: dict[str, Any], takes_generator: bool) -> Sampler:
+    """Returns the sampler that goes from noise to a picture by the steps of a scheduler, which takes what is given."""
 
     def sampler(batch_size: int, generator: torch.Generator) -> torch.Tensor:
         size = unet.config.sample_size
         x = torch.randn(batch_size, unet.config.in_channels, size, size, generator=generator)
         scheduler.set_timesteps(num_steps)
+        arguments = {**given, "generator": generator} if takes_generator else given
         for timestep in scheduler.timesteps:
-            given = {**arguments, "generator": generator} if takes_generator else arguments
-            x = scheduler.step(unet(x, timestep).sample, timestep, x, **given).prev_sample
+            x = scheduler.step(unet(x, timestep).sample, timestep, x, **arguments).prev_sample
         return (x / 2 + 0.5).clamp(0, 1)
 
     return sampler
