@@ -76,7 +76,7 @@ class UNetLayers(ConditionalLayers):
 
     Args:
         unet: Starts as a copy of the teacher's.
-        scheduler: Holds the grid.
+        scheduler: Holds the grid, or the grids of several hierarchies, see `HSIVIScheduler.depths`.
         noise_scale: The learned scale, per pixel or per layer, or None for that of the scheduler's config.
     """
 
@@ -90,13 +90,15 @@ class UNetLayers(ConditionalLayers):
         self.unet = unet
         self.scheduler = scheduler
         self.noise_scale = noise_scale
-        self.num_layers = len(scheduler.timesteps)
+        self.num_layers = sum(scheduler.depths)
 
     def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
         """Returns q_t(. | x_next), see `ConditionalLayers`; the condition is class labels of shape (B,)."""
         timestep = self.scheduler.input_timestep(t)
         model_output = _call(self.unet, x_next, timestep, condition)
-        mean, std = self.scheduler.transition(model_output, timestep, x_next, self._noise_scale(t))
+        several = len(self.scheduler.depths) > 1  # grids, which may share an input and not the output
+        prev_timestep = self.scheduler.output_timestep(t) if several else None
+        mean, std = self.scheduler.transition(model_output, timestep, x_next, self._noise_scale(t), prev_timestep)
         return DiagonalGaussian(mean=mean, std=std)
 
     def _noise_scale(self, t: Tensor) -> Tensor | None:
@@ -130,7 +132,7 @@ class TeacherBridge(Bridge):
         self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
         self.scheduler = scheduler
         self.level_range = level_range
-        self.num_layers = len(scheduler.timesteps)
+        self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
         if int(self.level(torch.tensor(0))) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
@@ -170,15 +172,15 @@ class TeacherBridge(Bridge):
         if self.scheduler.config.kernel != "ddim":
             return torch.full_like(t, low), torch.full_like(t, high)
         outputs, inputs = self.level(t), self.scheduler.input_timestep(t)
-        if outputs[-1] > high:
+        if outputs.max() > high:
             raise ValueError(
-                f"a ddim layer ends at timestep {outputs[-1]}, above the random levels up to {high}: start the grid "
+                f"a ddim layer ends at timestep {outputs.max()}, above the random levels up to {high}: start the grid "
                 "lower, or raise the upper end of level_range"
             )
-        if low >= inputs[0]:
+        if low >= inputs.min():
             raise ValueError(f"the random levels start at {low}, above the levels of the last layer: lower them")
         highest = inputs - 1
-        highest[-1] = high
+        highest[torch.tensor(self.scheduler.depths).cumsum(0) - 1] = high
         return outputs.clamp_min(low), highest
 
     def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:

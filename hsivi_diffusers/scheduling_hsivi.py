@@ -69,7 +69,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         trained_betas: Betas themselves, instead of the three above.
         prediction_type: What the network predicts: "epsilon", "v_prediction" or "sample".
         layer_timesteps: The trained grid, T+1 strictly descending integers tau_T .. tau_0 in 0..N-1. The last one may
-            be -1: the final alpha of DDIM. When set, only T steps can be asked for.
+            be -1: the final alpha of DDIM. When set, only T steps can be asked for. Or a list of such grids of
+            different T, of a network that was trained for all of them.
         timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`. With a grid it
             is not needed, and the config keeps a name that all schedulers know.
         kernel: "ddim" or "renoise", see above.
@@ -112,7 +113,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule: str = "linear",
         trained_betas: list[float] | None = None,
         prediction_type: str = "epsilon",
-        layer_timesteps: list[int] | None = None,
+        layer_timesteps: list[int] | list[list[int]] | None = None,
         timestep_spacing: str = "quadratic",
         kernel: str = "ddim",
         noise_eta: float = 0.2,
@@ -142,7 +143,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         noise_scale = torch.as_tensor(noise_scale, dtype=torch.float64, device="cpu").tolist()
         self.register_to_config(noise_scale=noise_scale)
         if layer_timesteps is not None:
-            layer_timesteps = _check_timesteps("layer_timesteps", layer_timesteps, num_train_timesteps)
+            layer_timesteps = _check_grids(layer_timesteps, num_train_timesteps)
             # Of a trained sampler no setting may give way to the default of another class. It needs no spacing, and
             # some classes take none but their own.
             spacing = "leading" if timestep_spacing in OUR_SPACINGS else timestep_spacing
@@ -261,13 +262,13 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """Sets the grid: the trained one, one made for this count, or the one given.
 
         Args:
-            num_inference_steps: T. With a trained grid only its own T is accepted, and None means T.
+            num_inference_steps: T. With trained grids only a T of theirs is accepted, and None means the largest.
             device: Where `timesteps` goes.
-            timesteps: Inputs tau_T .. tau_1 of the layers, in the place of T; the last layer ends at -1. With a
-                trained grid only its own are accepted.
+            timesteps: Inputs tau_T .. tau_1 of the layers, in the place of T; the last layer ends at -1. With trained
+                grids only theirs are accepted.
 
         Raises:
-            ValueError: Count or timesteps differ from those of the trained grid, both or none are given, or they are
+            ValueError: Count or timesteps differ from those of the trained grids, both or none are given, or they are
                 out of range.
         """
         grid = self._choose_grid(num_inference_steps, timesteps)
@@ -284,22 +285,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = None
 
     def _choose_grid(self, num_inference_steps: int | None, timesteps: list[int] | None) -> list[int]:
-        trained = self.config.layer_timesteps
         if num_inference_steps is not None and timesteps is not None:
             raise ValueError("num_inference_steps and timesteps were both given: pass one of them")
-        if trained is not None:
-            steps = len(trained) - 1
-            if num_inference_steps in (None, steps) and (timesteps is None or list(timesteps) == trained[:-1]):
-                return list(trained)
-            given = (
-                f"timesteps={timesteps}"
-                if num_inference_steps is None
-                else f"num_inference_steps={num_inference_steps!r}"
-            )
-            raise ValueError(
-                f"{given}, but this sampler was trained for {steps} steps, layer_timesteps={list(trained)}: pass "
-                f"num_inference_steps={steps}"
-            )
+        if trained := self.trained_grids:
+            return _choose_trained(trained, num_inference_steps, timesteps)
         if timesteps is not None:
             return _check_timesteps("timesteps + [-1]", [*timesteps, -1], self.config.num_train_timesteps)
         if num_inference_steps is None:
@@ -331,13 +320,30 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             )
         self._begin_index = begin_index
 
+    @property
+    def trained_grids(self) -> list[list[int]]:
+        """The grids of `layer_timesteps`, by rising T; none where nothing was trained."""
+        grids = self.config.layer_timesteps or []
+        return [list(grids)] if grids and isinstance(grids[0], int) else sorted(map(list, grids), key=len)
+
+    @property
+    def depths(self) -> list[int]:
+        """T of each trained grid, or of the one that is set: the layers of all are counted one grid after the other."""
+        return [len(grid) - 1 for grid in self.trained_grids] or [len(self._grid()) - 1]
+
     def input_timestep(self, t: torch.Tensor) -> torch.Tensor:
-        """Returns tau_{t+1}, the timestep of the input of layer t, of the shape of t."""
-        return self._grid().to(t.device)[:-1].flip(0)[t]
+        """Returns tau_{t+1}, the timestep of the input of layer t, of the shape of t; `depths` tells how t counts."""
+        return self._layers_of_all_grids[0].to(t.device)[t]
 
     def output_timestep(self, t: torch.Tensor) -> torch.Tensor:
-        """Returns tau_t, the timestep of the output of layer t, of the shape of t."""
-        return self._grid().to(t.device).flip(0)[t]
+        """Returns tau_t, the timestep of the output of layer t, of the shape of t; `depths` tells how t counts."""
+        return self._layers_of_all_grids[1].to(t.device)[t]
+
+    @property
+    def _layers_of_all_grids(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Timesteps of input and output of each layer, counted from the data side, one grid after the other."""
+        rising = [torch.tensor(grid).flip(0) for grid in self.trained_grids] or [self._grid().flip(0)]
+        return torch.cat([grid[1:] for grid in rising]), torch.cat([grid[:-1] for grid in rising])
 
     def _grid(self) -> torch.Tensor:
         if self.layer_grid is None:
@@ -416,6 +422,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
         noise_scale: torch.Tensor | None = None,
+        prev_timestep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns mean and standard deviation of q_t(x_t | x_{t+1}), the formulas at the head of this file.
 
@@ -424,6 +431,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             timestep: tau_{t+1}, a scalar or shape (B,).
             sample: x_{t+1}, shape (B, C, H, W).
             noise_scale: In the place of the config's; any shape that broadcasts against the sample.
+            prev_timestep: tau_t, shape (B,), where it does not follow from tau_{t+1} in the grid that is set: in the
+                training of several grids at once.
 
         Returns:
             Mean, of the shape of the sample, and std, which broadcasts against it. At the last layer too, where
@@ -432,7 +441,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: The timestep is no layer's input, the shapes do not fit, or a per-pixel scale is missing.
         """
-        mean, std, _, _ = self._transition(model_output, timestep, sample, noise_scale)
+        mean, std, _, _ = self._transition(model_output, timestep, sample, noise_scale, prev_timestep)
         return mean, std if isinstance(std, torch.Tensor) else mean.new_full([1] * mean.ndim, std)
 
     def _transition(
@@ -441,10 +450,11 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
         noise_scale: torch.Tensor | None,
+        prev_timestep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Any, torch.Tensor, Any]:
         """Returns mean and std of the layer, x0, and whether it is the last layer, of each row or of all."""
         model_output, sample = self._match(model_output, sample)
-        layer = self._layer(timestep, sample)
+        layer = self._layer(timestep, sample, prev_timestep)
         x0, eps = self._predict(model_output, sample, layer.alpha_next, layer.sigma_next)
         mean = layer.alpha * x0 + layer.direction * eps
         if noise_scale is not None:
@@ -498,19 +508,21 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
     # ----- the numbers of the layers -----
 
-    def _layer(self, timestep: int | torch.Tensor, sample: torch.Tensor) -> LayerCoefficients:
+    def _layer(
+        self, timestep: int | torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor | None = None
+    ) -> LayerCoefficients:
         """Returns the numbers of the layer, or layers, that start at the timestep.
 
         One timestep on the grid is looked up as floats, which spares some twenty small operations a step. They are of
         single precision, as the samples that are no float64.
         """
         single = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
-        if single and sample.dtype == torch.float32:
+        if single and prev_timestep is None and sample.dtype == torch.float32:
             number: Any = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
             known = self._layers.get(number)
             if known is not None:
                 return known
-        return self._coefficients(self._vector(timestep, sample), sample)
+        return self._coefficients(self._vector(timestep, sample), sample, prev_timestep)
 
     def _make_layers(self) -> dict[int, LayerCoefficients]:
         """The numbers of each layer of the grid, by the timestep of its input."""
@@ -519,9 +531,11 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
         return {timestep: LayerCoefficients(*row) for timestep, row in zip(inputs.tolist(), rows, strict=True)}
 
-    def _coefficients(self, timestep: torch.Tensor, sample: torch.Tensor) -> LayerCoefficients:
+    def _coefficients(
+        self, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor | None = None
+    ) -> LayerCoefficients:
         """The formulas at the head of this file for timesteps (B,), as tensors (B, 1, ...) to go with the sample."""
-        position, below = self._below(timestep)
+        position, below = (None, prev_timestep) if prev_timestep is not None else self._below(timestep)
         alpha_next, sigma_next = self.alpha_sigma(timestep, sample)
         alpha, sigma = self.alpha_sigma(below, sample)
         c = sigma
@@ -531,7 +545,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         direction = (sigma.square() - c.square()).clamp_min(0).sqrt()
         last = (below <= self._grid()[-1].to(below.device)).reshape(alpha.shape)
         noise_scale = torch.as_tensor(self.config.noise_scale).to(alpha)
-        if noise_scale.ndim:  # counted from the data side, the positions from the base
+        if noise_scale.ndim and position is not None:  # counted from the data side, the positions from the base
             noise_scale = noise_scale.flip(0)[position].reshape(alpha.shape)
         return LayerCoefficients(alpha_next, sigma_next, alpha, direction, c, noise_scale.expand(alpha.shape), last)
 
@@ -579,10 +593,41 @@ def _check_timesteps(name: str, timesteps: Any, num_train_timesteps: int) -> lis
     return [int(tau) for tau in grid]
 
 
-def _check_noise_scale(noise_scale: float | list[float], grid: list[int] | None) -> None:
+def _check_grids(grids: Any, num_train_timesteps: int) -> list[int] | list[list[int]]:
+    """Returns one grid, or several of different T, as plain integers."""
+    grids = list(grids)
+    if not grids or not isinstance(grids[0], list | tuple | torch.Tensor) or getattr(grids[0], "ndim", 1) == 0:
+        return _check_timesteps("layer_timesteps", grids, num_train_timesteps)
+    checked = [_check_timesteps(f"layer_timesteps[{i}]", grid, num_train_timesteps) for i, grid in enumerate(grids)]
+    counts = [len(grid) - 1 for grid in checked]
+    if len(set(counts)) < len(counts):
+        raise ValueError(f"layer_timesteps holds grids of {counts} steps: give each number of steps one grid")
+    return checked
+
+
+def _choose_trained(
+    trained: list[list[int]], num_inference_steps: int | None, timesteps: list[int] | None
+) -> list[int]:
+    """Returns the trained grid that was asked for; the longest, if nothing was."""
+    for grid in reversed(trained):
+        if num_inference_steps in (None, len(grid) - 1) and (timesteps is None or list(timesteps) == grid[:-1]):
+            return grid
+    counts = " or ".join(str(len(grid) - 1) for grid in trained)
+    asked = f"num_inference_steps={num_inference_steps!r}" if timesteps is None else f"timesteps={timesteps}"
+    raise ValueError(
+        f"{asked}, but this sampler was trained for {counts} steps, layer_timesteps="
+        f"{trained[0] if len(trained) == 1 else trained}: pass num_inference_steps={counts}"
+    )
+
+
+def _check_noise_scale(noise_scale: float | list[float], grid: Any) -> None:
     scales = noise_scale if isinstance(noise_scale, list) else [noise_scale]
     if any(not 0 < scale < math.inf for scale in scales):
         raise ValueError(f"noise_scale={noise_scale!r}: give numbers > 0; for no noise use noise_eta=0")
+    if isinstance(noise_scale, list) and grid is not None and isinstance(grid[0], list):
+        raise ValueError(
+            f"noise_scale has {len(scales)} numbers, for {len(grid)} grids: give one number for all layers"
+        )
     if isinstance(noise_scale, list) and (grid is None or len(scales) != len(grid) - 1):
         wanted = "a grid, layer_timesteps" if grid is None else f"{len(grid) - 1} numbers, one for each layer"
         raise ValueError(f"noise_scale has {len(scales)} numbers: it needs {wanted}")

@@ -3,12 +3,16 @@
 `SimulatedChain` runs a fresh chain down to each layer that is trained (the paper). `PoolChain` keeps live chains at
 staggered depths: a training step moves the chains it used by one layer, with the very network call that trained them,
 so that no call is spent on simulation alone.
+
+Layers may serve several hierarchies, of T_1, T_2, ... layers, that share a network: they are counted one hierarchy
+after the other, each from the data side, and every hierarchy gets an equal part of the rows.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,7 +66,14 @@ def draw_marginals(
 
 
 @torch.no_grad()
-def simulate(layers: ConditionalLayers, x: Tensor, t: Tensor, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+def simulate(
+    layers: ConditionalLayers,
+    x: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    condition: Tensor | None = None,
+    first: Tensor | None = None,
+) -> Tensor:
     """Runs chains from the base down to the inputs of the given layers.
 
     Args:
@@ -71,15 +82,16 @@ def simulate(layers: ConditionalLayers, x: Tensor, t: Tensor, noise: Tensor, con
         t: Layer whose input is wanted, shape (B,).
         noise: Draws for the outputs of layers 0..T-1, shape (T, B, ...); noise[s] makes x_s from x_{s+1}.
         condition: Condition of each chain.
+        first: Layer that each chain starts with, shape (B,); T-1 by default.
 
     Returns:
         x_{t+1} for each row, shape (B, ...). A row with t = T-1 is x_T itself.
     """
-    x = x.clone()
-    for above in range(len(noise) - 1, int(t.min()), -1):
-        rows = (t < above).nonzero().squeeze(1)
-        q = layers(x[rows], torch.full_like(rows, above), None if condition is None else condition[rows])
-        x[rows] = q.rsample(noise[above, rows]).to(x.dtype)
+    x, above = x.clone(), torch.full_like(t, len(noise) - 1) if first is None else first.clone()
+    while len(rows := (above > t).nonzero().squeeze(1)):
+        q = layers(x[rows], above[rows], None if condition is None else condition[rows])
+        x[rows] = q.rsample(noise[above[rows], rows]).to(x.dtype)
+        above[rows] -= 1
     return x
 
 
@@ -90,18 +102,29 @@ class Chain(ABC):
 
     Args:
         sample_base: Draws x_T: (batch_size, generator) -> shape (batch_size, ...).
-        num_layers: T.
+        num_layers: T; or a list, the T of each of several hierarchies.
         batch_size: B, rows of a batch.
         sample_condition: Draws a condition per chain, of shape (batch_size, ...); None for no condition.
     """
 
     def __init__(
-        self, sample_base: SampleBase, num_layers: int, batch_size: int, sample_condition: SampleBase | None = None
+        self,
+        sample_base: SampleBase,
+        num_layers: int | Sequence[int],
+        batch_size: int,
+        sample_condition: SampleBase | None = None,
     ) -> None:
         self.sample_base = sample_base
-        self.num_layers = num_layers
+        self.depths = [num_layers] if isinstance(num_layers, int) else list(num_layers)
+        self.num_layers = sum(self.depths)
         self.batch_size = batch_size
         self.sample_condition = sample_condition
+        # The first and the last layer of each layer's hierarchy.
+        ends = torch.tensor(self.depths).cumsum(0)
+        self.first = torch.cat(
+            [torch.full((depth,), int(end) - 1) for depth, end in zip(self.depths, ends, strict=True)]
+        )
+        self.last = torch.cat([torch.full((d,), int(end) - d) for d, end in zip(self.depths, ends, strict=True)])
 
     @abstractmethod
     def draw(
@@ -132,6 +155,10 @@ class Chain(ABC):
         condition = None if self.sample_condition is None else self.sample_condition(size, generator)
         return self.sample_base(size, generator), condition
 
+    def _in_hierarchy(self, hierarchy: Tensor, number: Tensor) -> Tensor:
+        """Returns layer (number modulo T) of each hierarchy, counted over all."""
+        return self.last.unique()[hierarchy] + number % torch.tensor(self.depths)[hierarchy]
+
     def _first_layer(self, generator: torch.Generator | None) -> ChainBatch:
         x_next, condition = self._base(self.batch_size, generator)
         t = torch.full((self.batch_size,), self.num_layers - 1, device=x_next.device)
@@ -142,7 +169,8 @@ class Chain(ABC):
     ) -> tuple[Tensor, Tensor | None]:
         x, condition = self._base(len(t), generator)
         noise = torch.stack([randn_like(x, generator) for _ in range(self.num_layers)])
-        return simulate(layers, x, t.to(x.device), noise, condition), condition
+        t, first = t.to(x.device), self.first[t].to(x.device)
+        return simulate(layers, x, t, noise, condition, first), condition
 
 
 class SimulatedChain(Chain):
@@ -151,11 +179,13 @@ class SimulatedChain(Chain):
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        """Draws t uniformly for each row, and simulates its chain."""
+        """Draws t uniformly for each row, of a hierarchy drawn before it, and simulates its chain."""
         del beta
         if self.num_layers == 1:
             return self._first_layer(generator)
-        t = torch.randint(self.num_layers, (self.batch_size,), generator=generator)
+        common = math.lcm(*self.depths)
+        draw = torch.randint(len(self.depths) * common, (self.batch_size,), generator=generator)
+        t = self._in_hierarchy(draw // common, draw % common)
         x_next, condition = self._simulate(layers, t, generator)
         return ChainBatch(x_next=x_next, t=t.to(x_next.device), condition=condition)
 
@@ -163,16 +193,21 @@ class SimulatedChain(Chain):
 class PoolChain(Chain):
     """B T live chains at staggered depths; a batch is B of them, and `advance` moves those down by one layer.
 
+    With several hierarchies T is the largest, and a chain stays in its own.
+
     A chain that has left the last layer starts again from the base. A state is as old as the B T / B = T steps since
     it was made, on average, so it is nearly, not exactly, a draw from today's sampler.
 
     Args:
         sample_base: See `Chain`.
-        num_layers: T.
+        num_layers: T, see `Chain`.
         batch_size: B.
         sample_condition: See `Chain`.
         cohorts: A batch is B chains that go down together, all of them at the same layer: what the lower bound needs,
             whose K extra draws are the other rows of the batch at that layer.
+
+    Raises:
+        ValueError: Cohorts of several hierarchies.
     """
 
     x_next: Tensor | None = None
@@ -182,13 +217,16 @@ class PoolChain(Chain):
     def __init__(
         self,
         sample_base: SampleBase,
-        num_layers: int,
+        num_layers: int | Sequence[int],
         batch_size: int,
         sample_condition: SampleBase | None = None,
         cohorts: bool = False,
     ) -> None:
         super().__init__(sample_base, num_layers, batch_size, sample_condition)
         self.cohorts = cohorts
+        self.size = batch_size * max(self.depths)
+        if cohorts and len(self.depths) > 1:
+            raise ValueError(f"cohorts go down one hierarchy, and there are {len(self.depths)}: give one num_layers")
 
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
@@ -198,7 +236,7 @@ class PoolChain(Chain):
         if self.num_layers == 1:
             return self._first_layer(generator)
         if self.x_next is None:
-            self.t = torch.arange(self.batch_size * self.num_layers) % self.num_layers
+            self.t = self._staggered()
             self.x_next, self.condition = self._simulate(layers, self.t, generator)
             self.t = self.t.to(self.x_next.device)
         index = self._rows(generator).to(self.t.device)
@@ -207,26 +245,30 @@ class PoolChain(Chain):
 
     @torch.no_grad()
     def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
-        """Writes x_t ~ q_t(. | x_next) in the place of x_next, or a new base draw where t was 0."""
+        """Writes x_t ~ q_t(. | x_next) in the place of x_next, or a new base draw where the chain has ended."""
         if self.num_layers == 1:
             return
         if self.x_next is None or batch.index is None:
             raise ValueError("advance() takes a batch that draw() of the same pool returned")
         x, condition = self._base(len(batch.t), generator)
         noise = randn_like(x, generator)
-        done = batch.t == 0
+        done = batch.t == self.last.to(batch.t.device)[batch.t]
         keep = done.reshape(-1, *[1] * (x.ndim - 1))
         self.x_next[batch.index] = torch.where(keep, x, q.rsample(noise).to(x.dtype))
-        self.t[batch.index] = torch.where(done, self.num_layers - 1, batch.t - 1)
+        self.t[batch.index] = torch.where(done, self.first.to(batch.t.device)[batch.t], batch.t - 1)
         if self.condition is not None and condition is not None:
             self.condition[batch.index[done]] = condition[done]
 
+    def _staggered(self) -> Tensor:
+        """Layers of the chains at the start: the hierarchies take turns, each from its last layer up."""
+        chain = torch.arange(self.size)
+        return self._in_hierarchy(chain % len(self.depths), chain // len(self.depths))
+
     def _rows(self, generator: torch.Generator | None) -> Tensor:
-        size = self.batch_size * self.num_layers
         if self.cohorts:  # every T-th chain started at the same layer
             first = int(torch.randint(self.num_layers, (), generator=generator))
-            return torch.arange(first, size, self.num_layers)
-        return torch.randperm(size, generator=generator)[: self.batch_size]
+            return torch.arange(first, self.size, self.num_layers)
+        return torch.randperm(self.size, generator=generator)[: self.batch_size]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The states, depths and conditions of all chains; empty before the first draw."""
@@ -252,7 +294,7 @@ class FrozenPoolChain(Chain):
 
     Args:
         sample_base: See `Chain`.
-        num_layers: T.
+        num_layers: T, of one hierarchy.
         batch_size: B.
         sample_condition: See `Chain`.
         num_states: Draws of x_{t+1} that are kept; batches are drawn from them with replacement. For t = T-1 the base
@@ -330,7 +372,7 @@ class FrozenPoolChain(Chain):
 def make_chain(
     source: Literal["pool", "simulate"],
     sample_base: SampleBase,
-    num_layers: int,
+    num_layers: int | Sequence[int],
     batch_size: int,
     sample_condition: SampleBase | None = None,
 ) -> Chain:
