@@ -167,8 +167,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         self._layers: dict[int, LayerCoefficients] = {}
         self._layers_are_of: tuple[Any, ...] = ()
         self._begin_index: int | None = None
-        if layer_timesteps is not None:
-            self.set_timesteps()
+        for depth in self.depths if layer_timesteps is not None else []:  # checks each; the largest stays
+            self.set_timesteps(depth)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -596,13 +596,13 @@ def _check_timesteps(name: str, timesteps: Any, num_train_timesteps: int) -> lis
 def _check_grids(grids: Any, num_train_timesteps: int) -> list[int] | list[list[int]]:
     """Returns one grid, or several of different T, as plain integers."""
     grids = list(grids)
-    if not grids or not isinstance(grids[0], list | tuple | torch.Tensor) or getattr(grids[0], "ndim", 1) == 0:
+    if not grids or not hasattr(grids[0], "__len__") or isinstance(grids[0], str) or getattr(grids[0], "ndim", 1) == 0:
         return _check_timesteps("layer_timesteps", grids, num_train_timesteps)
     checked = [_check_timesteps(f"layer_timesteps[{i}]", grid, num_train_timesteps) for i, grid in enumerate(grids)]
     counts = [len(grid) - 1 for grid in checked]
     if len(set(counts)) < len(counts):
         raise ValueError(f"layer_timesteps holds grids of {counts} steps: give each number of steps one grid")
-    return checked
+    return checked if len(checked) > 1 else checked[0]
 
 
 def _choose_trained(

@@ -20,11 +20,13 @@ from hsivi_diffusers import HSIVIScheduler, scheduling_hsivi
 SHAPE = (4, 3, 8, 8)
 GRID = [800, 512, 288, 128, 32, 0]
 SCALES = [0.5, 0.6, 0.7, 0.8, 0.9]
+GRIDS = [[440, 330, 220, 110, 0], [500, 0], [440, 220, 10]]  # for 4, 1 and 2 steps
 LATENT_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 NAMED = {**LATENT_BETAS, "timestep_spacing": "trailing", "clip_sample": True, "set_alpha_to_one": False}
 CONVERTED = {
     "trained": {"layer_timesteps": GRID},
     "named": {"layer_timesteps": GRID, "kernel": "renoise", "noise_scale": SCALES, **NAMED},
+    "several": {"layer_timesteps": GRIDS, "noise_eta": 1.0, "noise_scale": 0.7},
     "generic": {"noise_eta": 0.7, "noise_scale_type": "per_pixel", **NAMED},
 }
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -80,6 +82,7 @@ def arguments_of(scheduler):
         {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
         {"kernel": "renoise", "noise_scale": 0.5},
         {"layer_timesteps": GRID, "noise_eta": 0.7, "noise_scale": SCALES},
+        {"layer_timesteps": GRIDS, "noise_eta": 1.0, "noise_scale": 0.7},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -115,15 +118,31 @@ def test_grids_and_scales_of_other_types_become_plain_numbers(make, tmp_path):
     scheduler.set_timesteps(timesteps=GRID[:-1])
 
 
+@pytest.mark.parametrize("make", [tuple, np.array, torch.tensor, lambda grid: [float(tau) for tau in grid]])
+def test_several_grids_of_other_types_become_plain_numbers(make, tmp_path):
+    loaded = saved_and_loaded(HSIVIScheduler(layer_timesteps=tuple(map(make, GRIDS))), tmp_path)
+    assert json.loads((tmp_path / "scheduler_config.json").read_text())["layer_timesteps"] == GRIDS
+    assert loaded.config.layer_timesteps == GRIDS
+
+
+def test_a_list_of_one_grid_is_that_grid():
+    assert HSIVIScheduler(layer_timesteps=[GRID], noise_scale=SCALES).config.layer_timesteps == GRID
+
+
 def test_a_grid_changed_by_its_maker_does_not_change_the_scheduler():
     grid = list(GRID)
     scheduler = HSIVIScheduler(layer_timesteps=grid)
     grid.append(-1)
     assert scheduler.config.layer_timesteps == GRID
+    grids = copy.deepcopy(GRIDS)
+    scheduler = HSIVIScheduler(layer_timesteps=grids)
+    grids[0].append(-1)
+    scheduler.trained_grids[0].append(-1)
+    assert scheduler.config.layer_timesteps == GRIDS
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
-@pytest.mark.parametrize("options", [{}, {"layer_timesteps": GRID, "noise_scale": SCALES}])
+@pytest.mark.parametrize("options", [{}, {"layer_timesteps": GRID, "noise_scale": SCALES}, {"layer_timesteps": GRIDS}])
 def test_a_copy_steps_like_its_original_and_lives_on_its_own(copied, options):
     original = ready(HSIVIScheduler(**options))
     twin, before = copied(original), walk(original)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsivi_diffusers import HSIVIScheduler, HSIVISchedulerOutput
@@ -10,6 +10,7 @@ from hsivi_diffusers import HSIVIScheduler, HSIVISchedulerOutput
 SHAPE = (4, 3, 8, 8)
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 GRID = [800, 512, 288, 128, 32, 0]
+GRIDS = [[440, 330, 220, 110, 0], [500, 0], [440, 220, 10]]  # for 4, 1 and 2 steps
 
 
 def output_and_sample():
@@ -371,6 +372,120 @@ def test_a_timestep_may_be_a_whole_float():
         got = scheduler.transition(output, timestep, sample)
         assert torch.equal(got[0], mean)
         assert torch.equal(got[1].expand(SHAPE), std.expand(SHAPE))
+
+
+# ----- several grids for one network -----
+
+
+def test_a_count_picks_its_grid_and_none_the_longest():
+    scheduler = HSIVIScheduler(layer_timesteps=GRIDS)
+    assert scheduler.timesteps.tolist() == GRIDS[0][:-1]
+    assert scheduler.trained_grids == [GRIDS[1], GRIDS[2], GRIDS[0]]
+    assert scheduler.depths == [1, 2, 4]
+    for count, grid in ((2, GRIDS[2]), (1, GRIDS[1]), (4, GRIDS[0]), (np.int64(2), GRIDS[2]), (None, GRIDS[0])):
+        scheduler.set_timesteps(count)
+        assert (scheduler.timesteps.tolist(), scheduler.num_inference_steps) == (grid[:-1], len(grid) - 1)
+    scheduler.set_timesteps(timesteps=[440, 220])
+    assert scheduler.layer_grid.tolist() == GRIDS[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        ({"num_inference_steps": 3}, "num_inference_steps=3"),
+        ({"num_inference_steps": 50}, "num_inference_steps=50"),
+        ({"num_inference_steps": "2"}, "num_inference_steps='2'"),
+        ({"timesteps": [440, 330]}, r"timesteps=\[440, 330\]"),
+    ],
+)
+def test_any_other_count_is_refused_and_those_there_are_are_listed(arguments, asked):
+    scheduler = HSIVIScheduler(layer_timesteps=GRIDS)
+    scheduler.set_timesteps(2)
+    message = f"{asked}, but this sampler was trained for 1 or 2 or 4 steps.*: pass num_inference_steps=1 or 2 or 4"
+    with pytest.raises(ValueError, match=message):
+        scheduler.set_timesteps(**arguments)
+    assert scheduler.timesteps.tolist() == [440, 220]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_timesteps": [[440, 0], [500, 0]]}, r"grids of \[1, 1\] steps: give each number of steps one grid"),
+        ({"layer_timesteps": [[440, 0], []]}, r"layer_timesteps\[1\]=\[\] is no grid of at least 1 layer"),
+        ({"layer_timesteps": [[440, 0], [220, 440, 0]]}, r"layer_timesteps\[1\]=.* is not strictly descending"),
+        ({"layer_timesteps": GRIDS, "noise_scale": [1.0, 1.0]}, "2 numbers, for 3 grids: give one number for all"),
+        ({"layer_timesteps": GRIDS, "noise_scale": [1.0] * 7}, "7 numbers, for 3 grids: give one number for all"),
+    ],
+)
+def test_grids_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        HSIVIScheduler(**options)
+
+
+def test_each_of_several_grids_must_be_one_to_sample_on():
+    betas = {"num_train_timesteps": 3, "trained_betas": [0.1, 0.2, 1.0]}
+    with pytest.raises(ValueError, match="abar is 0 at 2"):
+        HSIVIScheduler(**betas, layer_timesteps=[[1, 0, -1], [2, 0]])
+    with pytest.raises(ValueError, match="starts beyond the 2 betas"):
+        HSIVIScheduler(trained_betas=[0.1, 0.2], layer_timesteps=[[1, 0, -1], [2, 0]])
+
+
+def test_layers_are_counted_over_all_grids_by_rising_count():
+    scheduler = HSIVIScheduler(layer_timesteps=GRIDS)
+    for count in scheduler.depths:
+        scheduler.set_timesteps(count)
+        assert scheduler.input_timestep(torch.arange(7)).tolist() == [500, 220, 440, 110, 220, 330, 440]
+        assert scheduler.output_timestep(torch.arange(7)).tolist() == [0, 10, 220, 0, 110, 220, 330]
+    assert scheduler.input_timestep(torch.tensor([[6, 0], [1, 1]])).tolist() == [[440, 500], [220, 220]]
+
+
+def test_a_timestep_of_another_grid_is_refused():
+    scheduler, (output, sample) = HSIVIScheduler(layer_timesteps=GRIDS), output_and_sample()
+    scheduler.set_timesteps(2)
+    with pytest.raises(ValueError, match=r"timestep \[330\] is not an input of a layer: .* trained at \[440, 220\]"):
+        scheduler.step(output, 330, sample)
+
+
+one_grid = st.lists(st.integers(-1, 999), min_size=2, max_size=7, unique=True).map(lambda grid: sorted(grid)[::-1])
+settings_of_layers = st.fixed_dictionaries(
+    {
+        "layer_timesteps": st.lists(one_grid, min_size=2, max_size=4, unique_by=len),
+        "kernel": st.sampled_from(["ddim", "renoise"]),
+        "noise_eta": st.floats(0, 1),
+        "noise_scale": st.floats(0.1, 3),
+        "prediction_type": st.sampled_from(PREDICTIONS),
+    }
+)
+
+
+@given(options=settings_of_layers)
+@settings(deadline=None, max_examples=50)
+def test_each_count_steps_exactly_as_its_grid_alone(options):
+    several, (output, sample), noise = HSIVIScheduler(**options), output_and_sample(), torch.randn(SHAPE)
+    for grid in options["layer_timesteps"]:
+        alone = HSIVIScheduler(**{**options, "layer_timesteps": grid})
+        several.set_timesteps(len(grid) - 1)
+        assert torch.equal(several.timesteps, alone.timesteps)
+        for timestep in grid[:-1]:
+            for at in (timestep, torch.full((4,), timestep)):
+                steps = [each.step(output, at, sample, variance_noise=noise) for each in (several, alone)]
+                assert torch.equal(steps[0].prev_sample, steps[1].prev_sample)
+
+
+@given(options=settings_of_layers)
+@settings(deadline=None, max_examples=50)
+def test_a_transition_told_where_it_ends_is_that_of_the_layer_in_its_grid(options):
+    several = HSIVIScheduler(**options)
+    t = torch.arange(sum(several.depths))
+    output, sample = torch.randn(2, len(t), 3, 8, 8)
+    inputs, outputs = several.input_timestep(t), several.output_timestep(t)
+    mean, std = several.transition(output, inputs, sample, prev_timestep=outputs)
+    for grid, rows in zip(several.trained_grids, t.split(several.depths), strict=True):
+        alone = HSIVIScheduler(**{**options, "layer_timesteps": grid})
+        assert grid == [*inputs[rows].tolist()[::-1], int(outputs[rows[0]])]
+        wanted = alone.transition(output[rows], inputs[rows], sample[rows])
+        assert torch.equal(mean[rows], wanted[0])
+        assert torch.equal(std[rows], wanted[1])
 
 
 # ----- configuration -----
