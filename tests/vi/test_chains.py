@@ -211,6 +211,117 @@ def test_cohorts_have_the_marginals_of_the_layers():
         assert (rows.var() / variance[t + 1] - 1).abs() < 5 * (2 / rows.numel()) ** 0.5
 
 
+# ----- several hierarchies -----
+
+DEPTHS = [1, 2, 4]
+FIRST = torch.tensor([0, 2, 2, 6, 6, 6, 6])  # the layer that a chain of each layer starts with
+LAST = torch.tensor([0, 1, 1, 3, 3, 3, 3])
+
+
+def several_hierarchies():
+    """Linear layers of three hierarchies, and mean and variance of the input of each layer."""
+    scale, shift = [0.3, 0.8, -0.7, 0.9, 0.5, -1.2, 0.6], [2.0, 0.3, 1.0, -1.5, 0.4, 0.8, -0.6]
+    std = [0.5, 0.4, 0.9, 0.3, 0.7, 0.5, 1.1]
+    moments = []
+    for first, last in ((0, 0), (2, 1), (6, 3)):
+        mean, variance = LinearLayers(*(each[last : first + 1] for each in (scale, shift, std))).marginals()
+        moments += zip(mean[1:].tolist(), variance[1:].tolist(), strict=True)
+    return LinearLayers(scale, shift, std), moments
+
+
+def bases(size, random):
+    return torch.randn(size, DIMENSION, generator=random, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("source", ["pool", "simulate"])
+def test_inputs_have_the_marginals_of_their_own_hierarchy_in_equal_parts(source):
+    layers, moments = several_hierarchies()
+    size, random = 6000, generator()
+    chain = make_chain(source, bases, DEPTHS, size)
+    for _ in range(8):
+        batch = chain.draw(layers, random)
+        chain.advance(batch, layers(batch.x_next, batch.t), random)
+    for depth, last in zip(DEPTHS, (0, 1, 3), strict=True):
+        for t in range(last, last + depth):
+            rows, (mean, variance) = batch.x_next[batch.t == t], moments[t]
+            assert len(rows) == pytest.approx(size / 3 / depth, abs=5 * (size / 3 / depth) ** 0.5)
+            assert rows.mean() == pytest.approx(mean, abs=5 * (variance / rows.numel()) ** 0.5)
+            assert rows.var() == pytest.approx(variance, rel=5 * (2 / rows.numel()) ** 0.5)
+
+
+def test_simulate_starts_each_row_at_the_top_of_its_hierarchy():
+    layers, _ = several_hierarchies()
+    x, noise = bases(7, generator()), torch.randn(7, 7, DIMENSION, dtype=torch.float64)
+    simulated = simulate(layers, x, torch.arange(7), noise, first=FIRST)
+    for row, (t, first) in enumerate(zip(range(7), FIRST.tolist(), strict=True)):
+        wanted = x[row]
+        for above in range(first, t, -1):
+            wanted = layers.scale[above] * wanted + layers.shift[above] + layers.std[above] * noise[above, row]
+        torch.testing.assert_close(simulated[row], wanted.detach())
+
+
+def test_a_pool_of_several_hierarchies_starts_with_equal_parts_at_every_depth():
+    layers, _ = several_hierarchies()
+    pool = PoolChain(bases, DEPTHS, 6)
+    pool.draw(layers, generator())
+    assert torch.bincount(pool.t).tolist() == [8, 4, 4, 2, 2, 2, 2]
+
+
+def test_a_chain_stays_in_its_hierarchy_and_starts_again_at_its_top():
+    layers, _ = several_hierarchies()
+    pool, random = PoolChain(bases, DEPTHS, 6), generator()
+    pool.draw(layers, random)
+    hierarchy, ended = FIRST[pool.t], torch.zeros(7)
+    for step in range(60):
+        batch = pool.draw(layers, random)
+        fresh = bases(6, generator(step))
+        pool.advance(batch, layers(batch.x_next, batch.t), generator(step))
+        done = batch.t == LAST[batch.t]
+        assert torch.equal(pool.t[batch.index], torch.where(done, FIRST[batch.t], batch.t - 1))
+        assert torch.equal(pool.x_next[batch.index[done]], fresh[done])
+        assert torch.equal(FIRST[pool.t], hierarchy)
+        ended += torch.bincount(batch.t[done], minlength=7)
+    assert ended.nonzero().flatten().tolist() == [0, 1, 3]
+    assert ended.sum() > 100
+
+
+def test_fresh_chains_of_several_hierarchies_cost_no_call_above_the_top():
+    layers, _ = several_hierarchies()
+    SimulatedChain(bases, DEPTHS, 200).draw(layers, generator())
+    assert layers.calls == max(DEPTHS) - 1
+
+
+@pytest.mark.parametrize("source", ["pool", "simulate"])
+def test_a_list_of_one_depth_is_that_depth(source):
+    layers = linear_layers()
+    chains = [make_chain(source, bases, depth, 5, labels) for depth in (3, [3])]
+    for step in range(5):
+        batches = [chain.draw(layers, generator(step)) for chain in chains]
+        for name in ("x_next", "t", "condition"):
+            assert torch.equal(getattr(batches[0], name), getattr(batches[1], name))
+        for chain, batch in zip(chains, batches, strict=True):
+            chain.advance(batch, layers(batch.x_next, batch.t, batch.condition), generator(step + 100))
+
+
+@pytest.mark.parametrize("sample_condition", [None, labels])
+def test_a_restored_pool_of_several_hierarchies_goes_on_as_the_one_that_was_saved(sample_condition):
+    layers, _ = several_hierarchies()
+    first, second = (PoolChain(bases, DEPTHS, 4, sample_condition) for _ in range(2))
+    first.draw(layers, generator())
+    second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
+    for step in range(1, 20):
+        for pool in (first, second):
+            batch = pool.draw(layers, generator(step))
+            pool.advance(batch, layers(batch.x_next, batch.t, batch.condition), generator(-step))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+
+
+def test_cohorts_of_several_hierarchies_are_refused():
+    with pytest.raises(ValueError, match="cohorts go down one hierarchy, and there are 3: give one num_layers"):
+        PoolChain(bases, DEPTHS, 4, cohorts=True)
+
+
 # ----- layer by layer -----
 
 
