@@ -134,7 +134,7 @@ class TeacherBridge(Bridge):
         self.level_range = level_range
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
-        if int(self.level(torch.tensor(0))) < 0:
+        if int(self.level(torch.arange(self.num_layers)).min()) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
 
     def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -154,8 +154,9 @@ class TeacherBridge(Bridge):
         """Draws timesteps uniformly: for the renoise kernel from `level_range`, for ddim from the levels of the layer.
 
         A ddim layer t is scored from tau_t up to, not including, tau_{t+1}; the first one, t = T-1, up to the end of
-        `level_range`. So no two layers share a level, and the critic, which is told the level alone, learns the
-        marginal of each layer and not of their mixture.
+        `level_range`. So no two layers of a grid share a level, and the critic, which is told the level alone, learns
+        the marginal of each layer and not of their mixture. Layers of several grids share levels: there it learns the
+        mixture over the grids.
 
         Raises:
             ValueError: A ddim layer has no level in the range.

@@ -19,6 +19,7 @@ from hsivi_diffusers import (
     HSIVINoiseScale,
     HSIVIPipeline,
     HSIVIScheduler,
+    LayerNoiseScale,
     TeacherBridge,
     UNetCritic,
     UNetLayers,
@@ -185,8 +186,65 @@ def test_bad_bridges_are_refused(unet):
     late = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID), level_range=(220, 800))
     with pytest.raises(ValueError, match="random levels start at 220, above the levels of the last layer"):
         late.sample_level(torch.tensor([0]))
-    with pytest.raises(ValueError, match="the grid ends at -1"):
-        TeacherBridge(unet, HSIVIScheduler(layer_timesteps=[800, 400, -1]))
+    for grids in ([800, 400, -1], [[440, 0], [800, 400, -1]]):
+        with pytest.raises(ValueError, match="the grid ends at -1"):
+            TeacherBridge(unet, HSIVIScheduler(layer_timesteps=grids))
+
+
+# ----- several grids -----
+
+GRIDS = [[440, 330, 220, 110, 0], [500, 0], [440, 220, 10]]  # for 4, 1 and 2 steps
+
+
+def test_levels_and_layers_are_counted_over_all_grids(unet):
+    scheduler = HSIVIScheduler(layer_timesteps=GRIDS)
+    bridge, layers = TeacherBridge(unet, scheduler), UNetLayers(unet, scheduler)
+    assert bridge.num_layers == layers.num_layers == 7
+    assert bridge.level(torch.arange(7)).tolist() == [0, 10, 220, 0, 110, 220, 330]
+
+
+def test_random_levels_of_a_layer_lie_within_its_grid(unet):
+    bridge = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRIDS, noise_eta=1.0), level_range=(5, 800))
+    t = torch.arange(7).repeat(2000)
+    levels = bridge.sample_level(t, torch.Generator().manual_seed(0))
+    ranges = [(5, 800), (10, 219), (220, 800), (5, 109), (110, 219), (220, 329), (330, 800)]
+    for layer, (low, high) in enumerate(ranges):
+        own = levels[t == layer]
+        assert own.min() >= low
+        assert own.max() <= high
+        assert own.float().mean() == pytest.approx((low + high) / 2, abs=0.1 * (high - low))
+
+
+def test_a_layer_of_several_grids_is_that_of_its_grid_alone(unet):
+    scheduler = HSIVIScheduler(layer_timesteps=GRIDS, noise_eta=1.0, noise_scale=0.7)
+    layers, t = UNetLayers(unet, scheduler), torch.arange(7)
+    x_next, noise = torch.randn(2, 7, 1, 8, 8)
+    with torch.no_grad():
+        x = layers(x_next, t).rsample(noise)
+        for grid, rows in zip(scheduler.trained_grids, t.split(scheduler.depths), strict=True):
+            alone = HSIVIScheduler(layer_timesteps=grid, noise_eta=1.0, noise_scale=0.7)
+            own = torch.arange(len(rows))
+            torch.testing.assert_close(x[rows], UNetLayers(unet, alone)(x_next[rows], own).rsample(noise[rows]))
+
+
+@pytest.mark.parametrize("scoring", ["own", "random"])
+@pytest.mark.parametrize("learned", ["config", "scalar", "per_pixel"])
+@pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler()], ids=["SM", "KL"])
+def test_every_layer_of_several_grids_has_a_gradient(unet, scoring, learned, objective):
+    kind = "per_pixel" if learned == "per_pixel" else "config"
+    scheduler = HSIVIScheduler(layer_timesteps=GRIDS, noise_eta=1.0, noise_scale_type=kind)
+    scale = {"config": None, "scalar": LayerNoiseScale(0.8), "per_pixel": HSIVINoiseScale(sample_shape=(1, 8, 8))}
+    student, bridge = UNetLayers(make_unet(), scheduler, scale[learned]), TeacherBridge(unet, scheduler)
+    critic = UNetCritic(make_unet(), scheduler).requires_grad_(False)
+    for layer in range(7):
+        t = torch.full((2,), layer)
+        q = student(torch.randn(2, 1, 8, 8), t)
+        draw = draw_layer(q, t, bridge, scoring=scoring, generator=torch.Generator().manual_seed(layer))
+        student.zero_grad()
+        objective.layer_loss(critic, bridge, draw).sum().backward()
+        gradients = [parameter.grad for parameter in student.parameters()]
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+        assert any(bool(gradient.abs().sum() > 0) for gradient in gradients)
 
 
 # ----- loading -----
