@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import ImageOps
 
 from .model_card import is_ours, make_card
-from .pipeline_hsivi import HSIVIPipeline
+from .pipeline_hsivi import HSIVIPipeline, network_calls, step_counts
 
 AGAIN = "Nothing of yours was lost. Push again later: what has arrived is not sent twice."
 # Ends of the names of files that hold weights or tell where they are.
@@ -97,7 +97,7 @@ def push(
                 repo_id=repo_id,
                 folder_path=folder,
                 revision=revision,
-                commit_message=commit_message or f"Upload a sampler of {len(grid) - 1} network calls",
+                commit_message=commit_message or f"Upload a sampler of {network_calls(step_counts(grid))}",
                 # Old shards would win over new weights in one file.
                 delete_patterns=[f"{name}/*{kind}" for name in pipeline.components for kind in WEIGHTS],
             )
@@ -196,12 +196,12 @@ def _status(error: HfHubHTTPError) -> int:
     return 0 if error.response is None else int(error.response.status_code)
 
 
-def read_run(run_dir: str | Path | None, grid: Sequence[int] | None = None) -> dict[str, Any]:
+def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:
     """Reads what a run left for its card.
 
     Args:
         run_dir: Folder of the run, or None.
-        grid: The trained grid of the pipeline that is pushed.
+        grid: The trained grid of the pipeline that is pushed, or the list of its grids.
 
     Returns:
         options, training, report: contents of the JSON files, empty where there is none; curve: path of the figure.

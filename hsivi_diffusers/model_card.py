@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .pipeline_hsivi import HSIVIPipeline
+from .pipeline_hsivi import HSIVIPipeline, network_calls, one_of, step_counts, trained_grids
 
 METRICS = {"fd": "Frechet distance", "swd": "sliced Wasserstein distance"}
 # The options of a run that a reader of its card wants to know.
@@ -20,7 +20,7 @@ With the package `hsivi_diffusers` installed:
 from hsivi_diffusers import HSIVIPipeline
 
 pipeline = HSIVIPipeline.from_pretrained("{repo_id}")
-images = pipeline(batch_size=16{labels}).images
+images = pipeline(batch_size=16{choice}{labels}).images
 ```
 
 After `import hsivi_diffusers`, `DiffusionPipeline.from_pretrained` loads it as well.{half}
@@ -34,10 +34,10 @@ the components; read it first):
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="{repo_id}", trust_remote_code=True)
-images = pipeline(batch_size=16{labels}).images
+images = pipeline(batch_size=16{choice}{labels}).images
 ```
 
-The number of steps is part of the sampler: {steps}, and no other."""
+The number of steps is part of the sampler: {counts}, and no other."""
 
 IN_DDPM_PIPELINE = """\
 In a pipeline of diffusers:
@@ -71,7 +71,7 @@ pipeline = {name}.from_pretrained("{repo_id}", trust_remote_code=True)
 images = pipeline({inputs}num_inference_steps={steps}).images
 ```
 
-The number of steps is part of the sampler: pass {steps}, any other is refused."""
+The number of steps is part of the sampler: pass {counts}, any other is refused."""
 
 
 def is_ours(pipeline: DiffusionPipeline) -> bool:
@@ -99,7 +99,7 @@ def make_card(
         fp16: There are weights in half precision as well.
         drawn: There is a grid of its pictures, samples.png.
     """
-    name, steps = repo_id.split("/")[-1], len(pipeline.scheduler.config.layer_timesteps) - 1
+    name, counts = repo_id.split("/")[-1], step_counts(pipeline.scheduler.config.layer_timesteps)
     base_model = base_model or run["training"].get("base_model")
     data = ModelCardData(
         library_name="diffusers",
@@ -113,20 +113,16 @@ def make_card(
     teacher = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained diffusion model"
     sections = [
         f"# {name}",
-        f"A sampler of **{_calls(steps)}**, distilled from {teacher} without training data, by hierarchical "
+        f"A sampler of **{network_calls(counts)}**, distilled from {teacher} without training data, by hierarchical "
         "semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153)).",
-        "![Pictures drawn by this model](samples.png)" if drawn else "",
-        f"## Use it\n\n{_usage(pipeline, repo_id, steps, fp16)}",
+        f"![Pictures drawn by this model, {network_calls(counts[-1:])} each](samples.png)" if drawn else "",
+        f"## Use it\n\n{_usage(pipeline, repo_id, counts, fp16)}",
         f"## Quality\n\n{_quality(run)}",
         f"## Training\n\n{_training(pipeline, run)}",
-        f"## Limits\n\n{_limits(steps, license)}",
+        f"## Limits\n\n{_limits(counts, license)}",
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
-
-
-def _calls(steps: int) -> str:
-    return f"{steps} network call{'s' * (steps > 1)}"
 
 
 def _metric_name(metric: str, report: dict[str, Any]) -> str:
@@ -156,7 +152,7 @@ def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
             dataset_type=str(row["dataset"]),
             dataset_name=str(row["dataset"]),
             metric_type=METRICS[metric].lower().replace(" ", "_"),
-            metric_name=f"{_metric_name(metric, report)}, {_calls(row['nfe'])}, {row['num_samples']} pictures",
+            metric_name=f"{_metric_name(metric, report)}, {network_calls([row['nfe']])}, {row['num_samples']} pictures",
             metric_value=round(row[metric], 4),
         )
         for row in _rows(report)
@@ -167,19 +163,21 @@ def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
     return results or None
 
 
-def _usage(pipeline: DiffusionPipeline, repo_id: str, steps: int, fp16: bool) -> str:
-    """Snippets: with the package, in a stock pipeline, without the package."""
+def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: bool) -> str:
+    """Snippets: with the package, in a stock pipeline, without the package; of several counts with the largest."""
+    given = {"repo_id": repo_id, "steps": counts[-1], "counts": one_of(counts)}
     if not is_ours(pipeline):
-        return STOCK.format(name=type(pipeline).__name__, repo_id=repo_id, inputs=_inputs(pipeline), steps=steps)
+        return STOCK.format(name=type(pipeline).__name__, inputs=_inputs(pipeline), **given)
     classes = pipeline.unet.config.num_class_embeds
     labels = f", class_labels=[i % {classes} for i in range(16)]" if classes else ""
-    stock = IN_DDPM_PIPELINE.format(repo_id=repo_id, steps=steps)
+    stock = IN_DDPM_PIPELINE.format(**given)
     if classes:
         stock = "A stock DDPMPipeline cannot draw with it, for it passes no class labels."
     elif pipeline.unet_noise_scale is not None:
         stock = "A stock DDPMPipeline cannot draw with it, for it does not know the learned noise scale, one per pixel."
     half = ' For half precision add `variant="fp16"` and `.to(torch.float16)`.' if fp16 else ""
-    return OURS.format(repo_id=repo_id, labels=labels, half=half, stock=stock, steps=steps)
+    choice = f", num_inference_steps={counts[-1]}" if len(counts) > 1 else ""
+    return OURS.format(labels=labels, half=half, stock=stock, choice=choice, **given)
 
 
 def _inputs(pipeline: DiffusionPipeline) -> str:
@@ -221,10 +219,11 @@ def _training(pipeline: DiffusionPipeline, run: dict[str, Any]) -> str:
     noise = (
         f"DDIM layers of eta {config.noise_eta}" if config.kernel == "ddim" else "layers that noise the picture anew"
     )
+    calls, grids = network_calls(step_counts(config.layer_timesteps)), trained_grids(config.layer_timesteps)
     text = (
-        f"{_calls(len(config.layer_timesteps) - 1).capitalize()} at the timesteps {list(config.layer_timesteps)[:-1]}, "
-        f"{noise}. Each is a conditional distribution, trained so that its marginal matches the data at a noise level, "
-        "which the score of the teacher knows. No pictures were used."
+        f"{calls.capitalize()} at the timesteps {one_of([grid[:-1] for grid in grids])}, {noise}. Each is a "
+        "conditional distribution, trained so that its marginal matches the data at a noise level, which the score of "
+        "the teacher knows. No pictures were used."
     )
     settings = ", ".join(f"{name} {options[name]}" for name in TOLD if options.get(name) is not None)
     if settings:
@@ -235,10 +234,10 @@ def _training(pipeline: DiffusionPipeline, run: dict[str, Any]) -> str:
     return text
 
 
-def _limits(steps: int, license: str | None) -> str:
+def _limits(counts: list[int], license: str | None) -> str:
     terms = "" if license else " No licence was stated at the upload; terms of the teacher may apply to this model too."
     return (
-        f"It draws with {_calls(steps)} only. It has the faults and biases of its teacher, and it can draw some kinds "
-        "of picture more often than the teacher does: look at many before you rely on their shares. It has no filter "
-        f"of any kind.{terms}"
+        f"It draws with {network_calls(counts)} only. It has the faults and biases of its teacher, and it can draw "
+        "some kinds of picture more often than the teacher does: look at many before you rely on their shares. It has "
+        f"no filter of any kind.{terms}"
     )

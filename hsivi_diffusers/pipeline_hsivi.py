@@ -66,7 +66,7 @@ class HSIVIPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """T, the steps of the last call, or of the trained grid before any."""
+        """T, the steps of the last call, or of the trained grid (the largest) before any."""
         return getattr(self, "_num_timesteps", len(self.scheduler.timesteps))
 
     def save_pretrained(
@@ -94,10 +94,9 @@ class HSIVIPipeline(DiffusionPipeline):
         if getattr(self, "scheduler", None) is None:  # the constructor has refused its arguments
             return super().__repr__()
         grid = self.scheduler.config.get("layer_timesteps")
-        steps = "any number of" if grid is None else f"{len(grid) - 1}"
-        calls = "network call" if steps == "1" else "network calls"
+        calls = "any number of network calls" if grid is None else network_calls(step_counts(grid))
         shape = "x".join(map(str, self._sample_shape() or ["any size"]))
-        return f"HSIVIPipeline: {shape} pictures in {steps} {calls}, layer_timesteps={grid}\n{super().__repr__()}"
+        return f"HSIVIPipeline: {shape} pictures in {calls}, layer_timesteps={grid}\n{super().__repr__()}"
 
     @torch.no_grad()
     def __call__(
@@ -117,7 +116,8 @@ class HSIVIPipeline(DiffusionPipeline):
         Args:
             batch_size: Number of pictures.
             generator: Source of all noise; a list gives each picture its own.
-            num_inference_steps: T; None takes the trained one.
+            num_inference_steps: T, one of those that were trained; None takes the largest, which is the only one
+                unless the scheduler has several grids.
             latents: x_T, shape (batch_size, C, H, W), in the place of a draw.
             class_labels: Shape (batch_size,), for a class-conditional UNet.
             output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), both in [0, 1], or "latent" (x_0 as it is).
@@ -254,14 +254,36 @@ class HSIVIPipeline(DiffusionPipeline):
         return self.numpy_to_pil(array) if output_type == "pil" else array
 
 
+def trained_grids(layer_timesteps: list[Any]) -> list[list[int]]:
+    """Returns the grids of a scheduler's config, which may be a single one, by rising T."""
+    single = isinstance(layer_timesteps[0], int)
+    return [list(layer_timesteps)] if single else sorted(map(list, layer_timesteps), key=len)
+
+
+def step_counts(layer_timesteps: list[Any]) -> list[int]:
+    """Returns T of each of them, rising."""
+    return [len(grid) - 1 for grid in trained_grids(layer_timesteps)]
+
+
+def network_calls(counts: list[int]) -> str:
+    """Returns "1 network call", "5 network calls", or "1, 2 or 4 network calls"."""
+    return f"{one_of(counts)} network call{'s' * (counts != [1])}"
+
+
+def one_of(choices: list[Any]) -> str:
+    """Returns "5", or "1, 2 or 4"."""
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def _wrong_scheduler(scheduler: Any) -> str:
     if not hasattr(scheduler, "config"):
         return f"HSIVIPipeline got scheduler={scheduler!r}: pass an HSIVIScheduler"
     name, grid = type(scheduler).__name__, scheduler.config.get("layer_timesteps")
     if grid is not None:
         return (
-            f"HSIVIPipeline got a {name} that carries the settings of a sampler of {len(grid) - 1} steps: pass "
-            "scheduler=HSIVIScheduler.from_config(scheduler.config), or in from_pretrained "
+            f"HSIVIPipeline got a {name} that carries the settings of a sampler of {one_of(step_counts(grid))} steps: "
+            "pass scheduler=HSIVIScheduler.from_config(scheduler.config), or in from_pretrained "
             'scheduler=HSIVIScheduler.from_pretrained(repo, subfolder="scheduler")'
         )
     return (

@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load, save_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, push
+from hsivi_diffusers.hub import read_run
 from hsivi_diffusers.model_card import make_card
 from hub_server import Hub, run_client
 from make_golden import draw, make_pipeline
@@ -221,6 +222,38 @@ def test_a_cost_that_is_not_known_in_full_is_left_out():
     assert "It took 12 s in 2 processes." in card_of({}, {"seconds": 12.3, "processes": 2}).text
 
 
+GRIDS = [[500, 0], [440, 220, 0], [440, 330, 220, 110, 0]]
+
+
+def test_the_card_of_several_grids_says_which_counts_there_are():
+    pipeline = HSIVIPipeline(unet=make_unet(), scheduler=HSIVIScheduler(layer_timesteps=GRIDS))
+    rows = [{**ROWS[0], "nfe": nfe, "fd": 4.0 / nfe} for nfe in (1, 2, 4)]
+    run = {"options": {}, "training": {}, "report": {"rows": [*rows, *ROWS[1:]]}}
+    card = ModelCard(str(make_card(pipeline, "alice/several", run, drawn=True)))
+    for line in (
+        "A sampler of **1, 2 or 4 network calls**, distilled",
+        "this model, 4 network calls each](samples.png)",
+        "images = pipeline(batch_size=16, num_inference_steps=4).images",
+        "part of the sampler: 1, 2 or 4, and no other.",
+        "1, 2 or 4 network calls at the timesteps [500], [440, 220] or [440, 330, 220, 110], DDIM layers",
+        "It draws with 1, 2 or 4 network calls only.",
+        *(f"| {nfe} | **HSIVI, this model** | {4 / nfe:.2f} | 0.0200 | 500 |" for nfe in (1, 2, 4)),
+    ):
+        assert line in card.text
+    names = [result.metric_name for result in card.data.eval_results if result.metric_type == "frechet_distance"]
+    assert [name.split(", ")[1] for name in names] == ["1 network call", "2 network calls", "4 network calls"]
+    labelled = HSIVIPipeline(unet=make_unet(num_class_embeds=3), scheduler=pipeline.scheduler)
+    wanted = "pipeline(batch_size=16, num_inference_steps=4, class_labels=[i % 3 for i in range(16)])"
+    assert wanted in make_card(labelled, "alice/several", run).text
+
+
+def test_the_card_of_a_stock_pipeline_with_several_grids_says_what_to_pass(unet):
+    stock = DDPMPipeline(unet=unet, scheduler=HSIVIScheduler(layer_timesteps=GRIDS))
+    text = make_card(stock, "alice/several", {"options": {}, "training": {}, "report": {}}).text
+    assert "num_inference_steps=4).images" in text
+    assert "part of the sampler: pass 1, 2 or 4, any other is refused." in text
+
+
 # ----- what is pulled -----
 
 
@@ -291,11 +324,14 @@ assert same(HSIVIPipeline.from_pretrained("alice/evil", trust_remote_code=True))
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_snippets_of_the_card_run(pushed, run_dir, tmp_path):
-    scheduler = HSIVIScheduler(layer_timesteps=[700, 300, 0])
+@pytest.mark.parametrize("grids", [[700, 300, 0], [[500, 0], [700, 300, 0]]], ids=["one", "several"])
+def test_the_snippets_of_the_card_run(pushed, run_dir, tmp_path, grids):
+    scheduler = HSIVIScheduler(layer_timesteps=grids)
     HSIVIPipeline(unet=make_unet().eval(), scheduler=scheduler).save_pretrained(tmp_path / "plain")
-    code = f"push(HSIVIPipeline.from_pretrained({str(tmp_path / 'plain')!r}), 'alice/plain')"
+    code = f"push(HSIVIPipeline.from_pretrained({str(tmp_path / 'plain')!r}), 'alice/plain', exist_ok=True)"
     client(code, pushed, tmp_path / "home", run_dir)
+    title = "Upload a sampler of 2 network calls" if grids[0] == 700 else "Upload a sampler of 1 or 2 network calls"
+    assert pushed.repos["alice/plain"].branches["main"].title == title
     card = files_of(pushed, "alice/plain")["README.md"].decode()
     ours, stock, alone = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     check = "\nassert len(images) == 16 and len(pipeline.scheduler.timesteps) == 2\n"
@@ -421,6 +457,16 @@ def test_only_the_run_of_the_pipeline_is_pushed_with_it(run_dir, tmp_path):
         push(other, "alice/new", run_dir=run_dir)
     with pytest.raises(ValueError, match="holds no run: give the folder that train_hsivi.py wrote"):
         push(other, "alice/new", run_dir=tmp_path)
+
+
+def test_the_run_of_several_grids_is_known_by_all_of_them(unet, tmp_path):
+    HSIVIPipeline(unet=unet, scheduler=HSIVIScheduler(layer_timesteps=GRIDS)).save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "options.json").write_text('{"preset": "fast"}')
+    pipeline = HSIVIPipeline.from_pretrained(tmp_path / "pipeline")
+    assert read_run(tmp_path, pipeline.scheduler.config.layer_timesteps)["options"] == {"preset": "fast"}
+    for others in (GRIDS[:2], GRIDS[2]):
+        with pytest.raises(ValueError, match=r"another sampler, layer_timesteps=\[\[500, 0\], .* give its own run"):
+            read_run(tmp_path, others)
 
 
 @pytest.mark.parametrize("name", ["options.json", "report.json", "pipeline/scheduler/scheduler_config.json"])

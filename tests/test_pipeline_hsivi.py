@@ -412,6 +412,31 @@ def test_print_tells_what_is_drawn_and_then_the_components(unet, capsys):
     assert first == "HSIVIPipeline: 1x8x16 pictures in any number of network calls, layer_timesteps=None"
 
 
+def test_one_network_may_have_several_grids(unet, tmp_path):
+    grids = [[440, 220, 0], [500, 0], [440, 330, 220, 110, 0]]
+    pipeline = make_pipeline(unet, layer_timesteps=grids, noise_eta=1.0)
+    pipeline.save_pretrained(tmp_path)
+    loaded = quiet(HSIVIPipeline.from_pretrained(tmp_path))
+    assert repr(loaded).startswith("HSIVIPipeline: 1x8x8 pictures in 1, 2 or 4 network calls, layer_timesteps=[[440, ")
+    assert loaded.num_timesteps == 4
+    for grid in grids:
+        images = draw(loaded, num_inference_steps=len(grid) - 1)
+        assert loaded.num_timesteps == len(grid) - 1
+        assert torch.equal(images, draw(make_pipeline(unet, layer_timesteps=grid, noise_eta=1.0)))
+    assert torch.equal(draw(loaded), images)
+    with pytest.raises(ValueError, match="trained for 1 or 2 or 4 steps.*pass num_inference_steps=1 or 2 or 4"):
+        loaded(1, num_inference_steps=3)
+    stock = DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(loaded.scheduler.config))
+    with pytest.raises(ValueError, match="carries the settings of a sampler of 1, 2 or 4 steps: pass scheduler="):
+        HSIVIPipeline.from_pipe(stock)
+
+
+def test_print_says_one_network_call(unet):
+    assert "8 pictures in 1 network call, layer_timesteps=[500, 0]" in repr(
+        make_pipeline(unet, layer_timesteps=[500, 0])
+    )
+
+
 def test_print_works_with_another_scheduler_assigned(unet):
     pipeline = make_pipeline(unet)
     pipeline.scheduler = DDIMScheduler()
