@@ -49,6 +49,7 @@ NOUNS = {
     "images": set(),
     "metrics": set(),
     "options": set(),
+    "pages": set(),
     "solvers": set(),
     "recipe": {"options"},
     "players": {"folders", "recipe"},
@@ -59,7 +60,8 @@ NOUNS = {
     "study": {"benchmark_targets", "folders", "target_fit"},
     "study_tables": {"study"},
     "study_figures": {"benchmark_targets", "study_tables", "target_fit"},
-    "study_pages": {"folders", "study_figures", "study_tables"},
+    "study_pages": {"folders", "pages", "study_figures", "study_tables"},
+    "benchmark_pages": {"figures", "folders", "pages"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "training").glob("*.py"))

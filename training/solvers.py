@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     LCMScheduler,
     UNet2DModel,
@@ -20,12 +21,24 @@ from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 # Pictures in [0, 1], shape (B, C, H, W), from a batch size and a generator.
 Sampler = Callable[[int, torch.Generator], torch.Tensor]
 
+# Class and settings of each solver; what is not set is of the teacher's config, or the default of diffusers.
+SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "DDPM": (DDPMScheduler, {}),
+    # diffusers' DDIMScheduler has no quadratic grid, which is the best for few steps; the formulas are the same.
+    "DDIM": (HSIVIScheduler, {"timestep_spacing": "quadratic", "noise_eta": 0.0}),
+    "DDIM eta 1": (DDIMScheduler, {}),
+    "DPM-Solver++": (DPMSolverMultistepScheduler, {}),
+    "DPM-Solver++ SDE": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "UniPC": (UniPCMultistepScheduler, {}),
+    "DEIS": (DEISMultistepScheduler, {}),
+}
+
 
 def make_solver(method: str, num_steps: int, unet: UNet2DModel, config: Any) -> Sampler:
     """Returns a sampler of the teacher.
 
     Args:
-        method: "DDPM"; "DDIM", eta 0 on the quadratic grid; "DDIM eta 1"; "DPM-Solver++", 2M; or "UniPC".
+        method: Key of SOLVERS, such as "DDIM", eta 0 on the quadratic grid, or "DPM-Solver++", 2M.
         num_steps: Network calls.
         unet: The teacher.
         config: Config of the teacher's scheduler.
@@ -33,21 +46,12 @@ def make_solver(method: str, num_steps: int, unet: UNet2DModel, config: Any) -> 
     Raises:
         ValueError: The method is unknown.
     """
-    arguments: dict[str, Any] = {}
-    if method == "DDPM":
-        scheduler = DDPMScheduler.from_config(config)
-    elif method == "DDIM":
-        # diffusers' DDIMScheduler has no quadratic grid, which is the best for few steps; the formulas are the same.
-        scheduler = HSIVIScheduler.from_config(config, timestep_spacing="quadratic", noise_eta=0.0)
-    elif method == "DDIM eta 1":
-        scheduler, arguments = DDIMScheduler.from_config(config), {"eta": 1.0}
-    elif method == "DPM-Solver++":
-        scheduler = DPMSolverMultistepScheduler.from_config(config)
-    elif method == "UniPC":
-        scheduler = UniPCMultistepScheduler.from_config(config)
-    else:
-        raise ValueError(f"method {method!r} is unknown: choose DDPM, DDIM, DDIM eta 1, DPM-Solver++ or UniPC")
-    return _follow(scheduler, num_steps, unet, arguments, takes_generator=method != "UniPC")
+    if method not in SOLVERS:
+        raise ValueError(f"method {method!r} is unknown: choose one of {', '.join(SOLVERS)}")
+    scheduler, settings = SOLVERS[method]
+    arguments = {"eta": 1.0} if method == "DDIM eta 1" else {}
+    takes_generator = method not in ("UniPC", "DEIS")
+    return _follow(scheduler.from_config(config, **settings), num_steps, unet, arguments, takes_generator)
 
 
 def make_consistency_sampler(unet: UNet2DModel, config: Any, num_steps: int) -> Sampler:
@@ -78,10 +82,17 @@ def _follow(scheduler: Any, num_steps: int, unet: UNet2DModel, given: dict[str, 
     return sampler
 
 
-def make_student(pipeline: HSIVIPipeline) -> Sampler:
-    """Returns the distilled pipeline as a sampler."""
+def make_student(pipeline: HSIVIPipeline, num_steps: int | None = None) -> Sampler:
+    """Returns the distilled pipeline as a sampler.
+
+    Args:
+        pipeline: See there.
+        num_steps: Network calls, one of the counts that were trained; the largest by default.
+    """
     pipeline.set_progress_bar_config(disable=True)
-    return lambda batch_size, generator: pipeline(batch_size, generator, output_type="pt", return_dict=False)[0]
+    return lambda batch_size, generator: pipeline(
+        batch_size, generator, num_steps, output_type="pt", return_dict=False
+    )[0]
 
 
 @torch.no_grad()

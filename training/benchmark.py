@@ -1,0 +1,266 @@
+"""Compares few-step samplers of one teacher: solvers, our students, and a consistency model trained for as long.
+
+    python training/benchmark.py --config training/configs/benchmark_digits.yaml
+
+Trains what is missing (teacher, classifier, students, rivals), draws the same number of pictures by every method from
+the same noise, measures them against real ones, and writes OUTPUT_DIR/results.json, and with it the tables and figures
+of OUTPUT_DIR. A row that is there is not measured again, and a training that was stopped goes on, so a benchmark that
+was stopped is simply started again; to measure anew, name another --output_dir.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import yaml
+from diffusers import DDPMPipeline
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from benchmark_pages import write_pages
+from classifier import ImageClassifier
+from folders import replace_folder, write_json
+from hsivi_diffusers import HSIVIPipeline, load_teacher
+from images import load_images
+from metrics import Measures
+from options import option, parse_options
+from solvers import Sampler, make_consistency_sampler, make_solver, make_student, sample
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Parts:
+    _argument_group_name = "what is compared"
+    dataset: str | None = option(None, "name of the set in the tables")
+    teacher: str | None = option(None, "folder of the teacher; trained if it is missing")
+    teacher_config: str | None = option(None, "config of train_teacher.py")
+    classifier: str | None = option(None, "folder of the ImageClassifier; trained if it is missing")
+    classifier_config: str | None = option(None, "config of train_classifier.py")
+    real_data: str = option("digits", "real pictures, see train_teacher.py")
+    students: list[str] = option([], "configs of train_hsivi.py")
+    rival: str | None = option(None, "config of train_consistency.py; it is given the time of --rival_of")
+    rival_of: str | None = option(None, "the student's config whose training seconds the rival is given")
+    rival_steps: list[int] = option([1, 2, 4, 8], "network calls of the rival")
+    seeds: list[int] = option([0, 1, 2], "training seeds of students and rivals")
+
+
+@dataclass
+class Sampling:
+    _argument_group_name = "sampling"
+    solvers: list[str] = option(
+        ["DDIM", "DPM-Solver++", "DPM-Solver++ SDE", "UniPC", "DEIS", "DDPM"], "solvers of the teacher"
+    )
+    solver_steps: list[int] = option([1, 2, 3, 4, 5, 8, 10, 15, 20, 50, 100], "their network calls")
+    ddpm_steps: list[int] = option([1000], "further network calls of DDPM")
+    num_samples: int = option(10_000, "pictures of each row")
+    slow_samples: int = option(10_000, "pictures of a row of more than 100 calls")
+    batch_size: int = option(500, "pictures at once")
+    eval_seed: int = option(0, "seed of the noise")
+
+
+@dataclass
+class Folders:
+    _argument_group_name = "folders"
+    output_dir: str = option("docs/benchmarks", "results, tables and figures")
+    runs_dir: str = option("runs/benchmark", "trainings and pictures, in a folder for each set")
+    kept_dir: str = option("assets/students", "where finished students are looked for first, in a folder for each set")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A sampler that was trained: its folder, and what its training cost."""
+
+    folder: Path
+    seed: int
+    seconds: float
+    network_calls: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row before it is measured."""
+
+    method: str
+    nfe: int
+    sampler: Sampler = field(compare=False)
+    trained: Trained | None = None
+
+    @property
+    def key(self) -> tuple[str, int, int | None]:
+        """Method, network calls and training seed."""
+        return self.method, self.nfe, self.trained.seed if self.trained else None
+
+
+class Comparison:
+    """Teacher, measures and results of one set."""
+
+    def __init__(self, parts: Parts, sampling: Sampling, folders: Folders) -> None:
+        self.parts, self.sampling, self.folders = parts, sampling, folders
+        name = str(parts.dataset)
+        self.runs, self.kept = Path(folders.runs_dir) / name, Path(folders.kept_dir) / name
+        self.path = Path(folders.output_dir) / "results.json"
+        self.runs.mkdir(parents=True, exist_ok=True)
+        _make(Path(str(parts.teacher)), "train_teacher.py", parts.teacher_config)
+        _make(Path(str(parts.classifier)), "train_classifier.py", parts.classifier_config)
+        self.unet, self.schedule = load_teacher(str(parts.teacher))
+        self.unet.eval()
+
+    def entries(self) -> Iterator[Entry]:
+        """Every row: what is trained first, then the solvers, the cheap ones first."""
+        for config in self.parts.students:
+            for seed in self.parts.seeds:
+                yield from self._student(config, seed)
+        if self.parts.rival is not None:
+            for seed in self.parts.seeds:
+                yield from self._rival(seed)
+        counts = [(method, nfe) for nfe in self.sampling.solver_steps for method in self.sampling.solvers]
+        for method, nfe in [*counts, *(("DDPM", nfe) for nfe in self.sampling.ddpm_steps)]:
+            yield Entry(method, nfe, make_solver(method, nfe, self.unet, self.schedule.config))
+
+    def _student(self, config: str, seed: int) -> Iterator[Entry]:
+        trained = self._trained(config, seed, "train_hsivi.py", ["--resume_from_checkpoint", "latest"])
+        pipeline = HSIVIPipeline.from_pretrained(trained.folder / "pipeline")
+        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        counts = pipeline.scheduler.depths
+        name = f"HSIVI {settings.get('preset', 'fast')}" + (", one for all" if len(counts) > 1 else "")
+        for nfe in counts:
+            yield Entry(name, nfe, make_student(pipeline, nfe), trained)
+
+    def _rival(self, seed: int) -> Iterator[Entry]:
+        seconds = self._trained(str(self.parts.rival_of), seed, "train_hsivi.py", []).seconds
+        limit = ["--max_train_seconds", str(seconds), "--overwrite_output_dir", "true"]
+        trained = self._trained(str(self.parts.rival), seed, "train_consistency.py", limit)
+        pipeline = DDPMPipeline.from_pretrained(trained.folder / "pipeline")
+        scheduler = json.loads((trained.folder / "pipeline/scheduler/scheduler_config.json").read_text())
+        for nfe in self.parts.rival_steps:
+            sampler = make_consistency_sampler(pipeline.unet.eval(), scheduler, nfe)
+            yield Entry("consistency distillation", nfe, sampler, trained)
+
+    def _trained(self, config: str, seed: int, program: str, arguments: list[str]) -> Trained:
+        """The training of a config and a seed: kept, or done before, or done now."""
+        name = f"{Path(config).stem}_seed{seed}"
+        found = [folder for folder in (self.kept / name, self.runs / name) if (folder / "training.json").exists()]
+        folder = found[0] if found else self.runs / name
+        if not found:
+            teacher = ["--pretrained_teacher_model", str(self.parts.teacher)]
+            _call(program, ["--config", config, "--seed", str(seed), "--output_dir", str(folder), *teacher, *arguments])
+        costs = json.loads((folder / "training.json").read_text())
+        return Trained(folder, seed, costs["seconds"], costs["network_calls"])
+
+    def measure(self) -> None:
+        """Adds the rows that are missing, one after the other."""
+        wanted = [entry for entry in self.entries() if entry.key not in self._keys()]
+        if not wanted:
+            return
+        real, _ = load_images(self.parts.real_data, self.unet.config.sample_size, self.unet.config.in_channels)
+        measures = Measures(ImageClassifier.from_pretrained(self.parts.classifier).eval(), real.float() / 255)
+        progress = tqdm(wanted, desc=str(self.parts.dataset), unit="row")
+        for entry in progress:
+            progress.set_postfix_str(f"{entry.method} at {entry.nfe}")
+            pictures = self._draw(entry)
+            self._add_row(entry, len(pictures), {**measures(pictures), "class_shares": measures.shares})
+            self._keep_pictures(entry, pictures[:16], real)
+
+    def _draw(self, entry: Entry) -> torch.Tensor:
+        number = self.sampling.num_samples if entry.nfe <= 100 else self.sampling.slow_samples
+        return torch.cat(list(sample(entry.sampler, number, self.sampling.batch_size, self.sampling.eval_seed)))
+
+    def _add_row(self, entry: Entry, number: int, measured: dict[str, Any]) -> None:
+        row = {
+            "dataset": self.parts.dataset,
+            "method": entry.method,
+            "nfe": entry.nfe,
+            "train_seed": entry.trained.seed if entry.trained else None,
+            "eval_seed": self.sampling.eval_seed,
+            "num_samples": number,
+            **measured,
+            "train_seconds": entry.trained.seconds if entry.trained else None,
+            "train_calls": entry.trained.network_calls if entry.trained else None,
+            "measured": measured_on(),
+        }
+        rows = read_rows(self.path)  # anew, for another set may have been measured meanwhile
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"rows": [*rows, row]})
+
+    def _keys(self) -> set[tuple[str, int, int | None]]:
+        rows = read_rows(self.path)
+        return {(row["method"], row["nfe"], row["train_seed"]) for row in rows if row["dataset"] == self.parts.dataset}
+
+    def _keep_pictures(self, entry: Entry, pictures: torch.Tensor, real: torch.Tensor) -> None:
+        """Keeps the first pictures of each method, of the first seed, for the figures."""
+        if entry.trained and entry.trained.seed != self.parts.seeds[0]:
+            return
+        path = self.runs / "pictures.safetensors"
+        kept = load_file(path) if path.exists() else {}
+        shown = real[torch.linspace(0, len(real) - 1, 16).long()].float() / 255
+        save_file({**kept, f"{entry.method} at {entry.nfe}": pictures.contiguous(), "real": shown}, path)
+
+
+def _make(folder: Path, program: str, config: str | None) -> None:
+    """Trains a part that is missing."""
+    if folder.is_dir():
+        return
+    if config is None:
+        raise ValueError(f"{folder} is missing: give the config of {program} that makes it, or another folder")
+    partial = folder.with_name(f"{folder.name}.partial")
+    _call(program, ["--config", config, "--output_dir", str(partial), "--overwrite_output_dir", "true"])
+    replace_folder(partial, folder)
+
+
+def _call(program: str, arguments: list[str]) -> None:
+    """Runs a program of this folder to its end."""
+    done = subprocess.run([sys.executable, str(HERE / program), *arguments], check=False)
+    if done.returncode:
+        raise SystemExit(f"{program} {' '.join(arguments)} ended with status {done.returncode}: see above")
+
+
+def keep_students(runs: Path, kept: Path, names: list[str]) -> None:
+    """Copies pipeline and costs of finished runs to where they are looked for first."""
+    for name in names:
+        partial = kept / f"{name}.partial"
+        shutil.copytree(runs / name / "pipeline", partial / "pipeline", dirs_exist_ok=True)
+        shutil.copy(runs / name / "training.json", partial)
+        replace_folder(partial, kept / name)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a results.json; none if there is no such file."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return rows
+
+
+def measured_on() -> str:
+    """Day, machine and versions."""
+    return (
+        f"{datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, {torch.get_num_threads()} "
+        f"thread(s), torch {torch.__version__}, diffusers {diffusers.__version__}"
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    parts, sampling, folders = parse_options([Parts, Sampling, Folders], __doc__ or "", args=args)
+    missing = [name for name in ("dataset", "teacher", "classifier") if not getattr(parts, name)]
+    if missing:
+        raise ValueError(f"--{', --'.join(missing)} missing: give --config training/configs/benchmark_digits.yaml")
+    if (parts.rival is None) != (parts.rival_of is None):
+        raise ValueError("--rival and --rival_of go together: the second tells how long the first may train")
+    comparison = Comparison(parts, sampling, folders)
+    comparison.measure()
+    write_pages(Path(folders.output_dir), Path(folders.runs_dir))
+
+
+if __name__ == "__main__":
+    main()

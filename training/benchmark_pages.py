@@ -1,0 +1,249 @@
+"""Tables and figures of a benchmark, from its results.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib
+from safetensors.torch import load_file
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+from figures import draw_samples  # noqa: E402
+from folders import write_text  # noqa: E402
+from pages import fill_tables, new_page  # noqa: E402
+
+Row = dict[str, Any]
+Group = tuple[str, int]  # method and network calls
+
+RIVAL = "consistency distillation"
+# Name in the head of a table, how it is written, and whether larger is better.
+MEASURES: dict[str, tuple[str, str, bool]] = {
+    "fd": ("FD", ".2f", False),
+    "kid": ("KID x 1000", ".2f", False),
+    "precision": ("precision", ".3f", True),
+    "recall": ("recall", ".3f", True),
+    "density": ("density", ".3f", True),
+    "coverage": ("coverage", ".3f", True),
+    "swd": ("SWD", ".4f", False),
+    "class_tv": ("class TV", ".3f", False),
+    "nearest": ("nearest", ".3f", True),
+}
+SHOWN_CALLS = (1, 2, 4, 5, 8, 10, 15, 20, 100, 1000)
+SHOWN_PICTURES = [("DDPM", 100), ("UniPC", 4), ("UniPC", 10), (RIVAL, 1), (RIVAL, 4)]
+
+
+def write_pages(folder: Path, runs: Path) -> None:
+    """Fills the tables of FOLDER/index.md, which is begun if there is none, and draws the figures of FOLDER.
+
+    Args:
+        folder: Has results.json.
+        runs: Has the pictures of each set, RUNS/SET/pictures.safetensors; the samples of a set without are not drawn.
+    """
+    rows: list[Row] = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
+    sets = {name: [row for row in rows if row["dataset"] == name] for name in dict.fromkeys(r["dataset"] for r in rows)}
+    tables, figures = {"goals": goals_table(sets)}, []
+    for name, of_set in sets.items():
+        word = name.replace("-", "_")
+        tables[f"fd_{word}"], tables[f"measures_{word}"] = calls_table(of_set), measures_table(of_set)
+        draw_curves(of_set, folder / f"curves_{word}.png")
+        draw_classes(of_set, folder / f"classes_{word}.png")
+        pictures = runs / name / "pictures.safetensors"
+        if pictures.exists():
+            draw_samples(picture_rows(load_file(pictures)), folder / f"samples_{word}.png")
+        figures += [f"{kind}_{word}.png" for kind in ("curves", "samples", "classes")]
+    page = folder / "index.md"
+    old = page.read_text(encoding="utf-8") if page.exists() else new_page("Benchmark", [*tables], figures)
+    write_text(page, fill_tables(old, tables))
+
+
+def grouped(rows: list[Row]) -> dict[Group, list[Row]]:
+    """The rows of all training seeds of each method and number of calls."""
+    groups: dict[Group, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["nfe"]), []).append(row)
+    return groups
+
+
+def is_ours(method: str) -> bool:
+    return method.startswith("HSIVI")
+
+
+def is_solver(method: str) -> bool:
+    return not is_ours(method) and method != RIVAL
+
+
+def value(rows: list[Row], measure: str) -> float:
+    """Mean over the training seeds."""
+    return mean(row[measure] for row in rows)
+
+
+def written(rows: list[Row], measure: str) -> str:
+    """Mean over the training seeds, and their standard deviation where there are several."""
+    _, form, _ = MEASURES[measure]
+    factor = 1000 if measure == "kid" else 1
+    numbers = [factor * row[measure] for row in rows]
+    spread = f" ± {format(stdev(numbers), form)}" if len(numbers) > 1 else ""
+    return format(mean(numbers), form) + spread
+
+
+def calls_table(rows: list[Row]) -> str:
+    """FD of every method at every number of calls."""
+    groups = grouped(rows)
+    counts = sorted({nfe for _, nfe in groups})
+    lines = [f"| method | {' | '.join(map(str, counts))} |", f"|---|{'---:|' * len(counts)}"]
+    for method in dict.fromkeys(method for method, _ in groups):
+        cells = [written(groups[method, nfe], "fd") if (method, nfe) in groups else "" for nfe in counts]
+        lines.append(f"| {bold(method)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def measures_table(rows: list[Row]) -> str:
+    """Every measure, and what the training cost, at some numbers of calls."""
+    heads = [name for name, _, _ in MEASURES.values()]
+    lines = [
+        f"| calls | method | {' | '.join(heads)} | pictures | training s | calls of training |",
+        f"|---:|---|{'---:|' * (len(heads) + 3)}",
+    ]
+    groups = grouped(rows)
+    for (method, nfe), of_group in sorted(groups.items(), key=lambda item: (item[0][1], value(item[1], "fd"))):
+        if nfe not in SHOWN_CALLS:
+            continue
+        cells = [written(of_group, measure) for measure in MEASURES]
+        costs = ["", ""]
+        if of_group[0]["train_seconds"] is not None:
+            costs = [f"{value(of_group, 'train_seconds'):.0f}", f"{value(of_group, 'train_calls') / 1e6:.2f} M"]
+        lines.append(
+            f"| {nfe} | {bold(method)} | {' | '.join(cells)} | {of_group[0]['num_samples']} | {' | '.join(costs)} |"
+        )
+    return "\n".join(lines)
+
+
+def bold(method: str) -> str:
+    return f"**{method}**" if is_ours(method) else method
+
+
+Claim = tuple[str, int, str, Callable[[dict[Group, list[Row]]], float | None]]
+
+
+def best_solver(nfe: int, measure: str) -> Callable[[dict[Group, list[Row]]], float | None]:
+    """The best value among the solvers at so many calls."""
+
+    def find(groups: dict[Group, list[Row]]) -> float | None:
+        values = [
+            value(rows, measure) for (method, calls), rows in groups.items() if is_solver(method) and calls == nfe
+        ]
+        return (max if MEASURES[measure][2] else min)(values) if values else None
+
+    return find
+
+
+def row_of(
+    method: str, nfe: int, measure: str, factor: float = 1.0
+) -> Callable[[dict[Group, list[Row]]], float | None]:
+    """The value of one row, times a factor."""
+    return lambda groups: factor * value(groups[method, nfe], measure) if (method, nfe) in groups else None
+
+
+# What is asked of our samplers: the words, our calls, the measure, and what it is held against.
+CLAIMS: list[Claim] = [
+    ("the best solver at 15", 5, "fd", best_solver(15, "fd")),
+    ("DDPM at 100", 4, "fd", row_of("DDPM", 100, "fd")),
+    ("the best solver at 10", 2, "fd", best_solver(10, "fd")),
+    ("the best solver at 8", 1, "fd", best_solver(8, "fd")),
+    *((f"{RIVAL} at {nfe}", nfe, "fd", row_of(RIVAL, nfe, "fd")) for nfe in (1, 2, 4)),
+    ("the best solver at 10", 4, "recall", best_solver(10, "recall")),
+    ("the best solver at 10", 4, "swd", best_solver(10, "swd")),
+    ("0.1", 1, "class_tv", lambda _: 0.1),
+    ("1.2 times DDPM at 1000", 1, "fd", row_of("DDPM", 1000, "fd", 1.2)),
+    ("DDPM at 1000", 4, "fd", row_of("DDPM", 1000, "fd")),
+]
+
+
+def goals_table(sets: dict[str, list[Row]]) -> str:
+    """Each goal, for each set and each of our samplers that has the number of calls."""
+    lines = [
+        "| set | method | calls | measure | ours | held against | it has | reached |",
+        "|---|---|---:|---|---:|---|---:|---|",
+    ]
+    for name, rows in sets.items():
+        groups = grouped(rows)
+        for words, nfe, measure, find in CLAIMS:
+            held = find(groups)
+            for method in dict.fromkeys(method for method, _ in groups if is_ours(method) and "paper" not in method):
+                if held is not None and (method, nfe) in groups:
+                    lines.append(_goal(name, method, nfe, measure, groups[method, nfe], words, held))
+    return "\n".join(lines)
+
+
+def _goal(name: str, method: str, nfe: int, measure: str, rows: list[Row], words: str, held: float) -> str:
+    head, form, larger = MEASURES[measure]
+    ours = value(rows, measure)
+    reached = ours >= held if larger else ours <= held
+    return (
+        f"| {name} | {method} | {nfe} | {head} | {written(rows, measure)} | {words} | {format(held, form)} "
+        f"| {'yes' if reached else 'no'} |"
+    )
+
+
+def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Labelled rows of one figure: the teacher and its solvers, the rival, ours, real pictures."""
+    others = [f"{method} at {nfe}" for method, nfe in SHOWN_PICTURES]
+    ours = sorted(
+        (name for name in pictures if is_ours(name)), key=lambda name: (name.split(" at ")[0], len(name), name)
+    )
+    return [(name, pictures[name]) for name in [*others, *ours, "real"] if name in pictures]
+
+
+def draw_curves(rows: list[Row], path: Path) -> None:
+    """Draws FD, sliced Wasserstein distance and recall against network calls; bars are one standard deviation."""
+    groups = grouped(rows)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for axis, measure in zip(axes, ("fd", "swd", "recall"), strict=True):
+        for place, method in enumerate(dict.fromkeys(method for method, _ in groups)):
+            points = sorted((nfe, of_group) for (name, nfe), of_group in groups.items() if name == method)
+            calls, numbers = [nfe for nfe, _ in points], [[row[measure] for row in each] for _, each in points]
+            bars = [stdev(each) if len(each) > 1 else 0 for each in numbers]
+            style = {"lw": 2.4, "marker": "*", "ms": 12} if is_ours(method) else {"lw": 1.2, "marker": "o", "ms": 4}
+            axis.errorbar(calls, [*map(mean, numbers)], bars, label=method, color=f"C{place % 10}", capsize=3, **style)
+        axis.set(xscale="log", yscale="linear" if measure == "recall" else "log", xlabel="network calls")
+        axis.set_ylabel(f"{MEASURES[measure][0]}, {'higher' if MEASURES[measure][2] else 'lower'} is better")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_classes(rows: list[Row], path: Path) -> None:
+    """Draws the share of each class, as the classifier sees it, for the teacher and for what was distilled."""
+    groups = {
+        group: of_group
+        for group, of_group in grouped(rows).items()
+        if not is_solver(group[0]) or group in (("DDPM", 100), ("UniPC", 10))
+    }
+    columns = 4
+    figure, axes = plt.subplots(
+        math.ceil(len(groups) / columns),
+        columns,
+        figsize=(14, 2 * math.ceil(len(groups) / columns)),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, ((method, nfe), of_group) in zip(axes.flat, groups.items(), strict=False):
+        shares = [mean(each) for each in zip(*(row["class_shares"] for row in of_group), strict=True)]
+        axis.axis("on")
+        axis.bar(range(len(shares)), shares, color="#d62728" if is_ours(method) else "#7f7f7f")
+        axis.axhline(1 / len(shares), color="black", lw=0.8, ls=":")
+        axis.set_title(f"{method} at {nfe}", fontsize=8)
+        axis.set_xticks(range(len(shares)))
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
