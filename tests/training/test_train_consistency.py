@@ -1,0 +1,387 @@
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from safetensors.torch import load_file
+
+import train_consistency
+from hsivi_diffusers import HSIVIScheduler
+from solvers import make_consistency_sampler
+from tiny_unet import make_unet
+from train_consistency import Distiller, Method, Training, apply, distance, follow, learning_rate, make_sampler
+
+PREDICTIONS = ["epsilon", "v_prediction", "sample"]
+GRID = {"start_timestep": 699, "num_ddim_timesteps": 10}
+
+
+class Network(torch.nn.Module):
+    """Answers with a given clean picture, in the prediction of the schedule; one parameter shifts the answer."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule = schedule
+        self.shift = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, timestep):
+        alpha, sigma = self.schedule.alpha_sigma(timestep, x)
+        x0 = self.clean(x, timestep)
+        noise = (x - alpha * x0) / sigma
+        output = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "sample": x0}
+        return UNet2DOutput(sample=output[self.schedule.config.prediction_type] + self.shift)
+
+
+class GaussianTeacher(Network):
+    """The exact network for data N(0.3, 0.4^2) in each pixel."""
+
+    def clean(self, x, timestep):
+        alpha, sigma = self.schedule.alpha_sigma(timestep, x)
+        return 0.3 + 0.16 * alpha * (x - 0.3 * alpha) / (0.16 * alpha**2 + sigma**2)
+
+
+class GaussianConsistency(Network):
+    """The consistency function of that teacher, affine: where its DDIM steps on a grid end, at timestep 0."""
+
+    def __init__(self, schedule, sampler):
+        super().__init__(schedule)
+        self.sampler = sampler
+        sampler.set_timesteps(sampler.config.original_inference_steps)
+        teacher, ends, below = GaussianTeacher(schedule), {0: (0.0, 1.0)}, 0
+        for timestep in reversed(sampler.timesteps.tolist()):
+            at, unit = torch.tensor([timestep]), torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
+            x0, noise = schedule.predict(teacher(unit, at).sample, at, unit)
+            alpha, sigma = schedule.alpha_sigma(torch.tensor([below]), unit)
+            first, second = (alpha * x0 + sigma * noise).flatten().tolist()
+            shift, slope = ends[below]
+            ends[timestep], below = (shift + slope * first, slope * (second - first)), timestep
+        self.ends = ends
+
+    def clean(self, x, timestep):
+        shift, slope = torch.tensor([self.ends[int(each)] for each in timestep]).T[..., None, None, None]
+        c_skip, c_out = self.sampler.get_scalings_for_boundary_condition_discrete(timestep[:, None, None, None])
+        return (shift + slope * x - c_skip * x) / c_out.clamp_min(1e-3)
+
+
+def gaussian_distiller(prediction_type="epsilon", **options):
+    schedule = HSIVIScheduler(prediction_type=prediction_type)
+    sampler = make_sampler(schedule, Method(**{**GRID, **options}))
+    student, target = GaussianConsistency(schedule, sampler), GaussianConsistency(schedule, sampler)
+    return Distiller(GaussianTeacher(schedule), student, target, schedule, sampler)
+
+
+def tiny_distiller(unet, **config):
+    schedule = HSIVIScheduler(**config)
+    torch.manual_seed(1)
+    return Distiller(
+        make_unet(),
+        unet,
+        make_unet(),
+        schedule,
+        make_sampler(schedule, Method(start_timestep=999, num_ddim_timesteps=50)),
+    )
+
+
+@pytest.fixture(scope="module")
+def train(teacher, tmp_path_factory):
+    """Trains for 3 steps of 4 rows and returns the output folder."""
+
+    def run(*arguments):
+        folder = tmp_path_factory.mktemp("consistency") / "run"
+        settings = [f"--pretrained_teacher_model={teacher}", "--max_train_steps=3", "--train_batch_size=4"]
+        train_consistency.main([*settings, "--lr_warmup_steps=1", f"--output_dir={folder}", *arguments])
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(train):
+    return train()
+
+
+def weights(folder):
+    return load_file(folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+# ----- the consistency function -----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("clip_sample", [True, False])
+def test_the_function_is_what_the_scheduler_of_diffusers_samples(unet, prediction_type, clip_sample):
+    distiller = tiny_distiller(unet, prediction_type=prediction_type, clip_sample=clip_sample)
+    x = torch.randn(3, 1, 8, 8)
+    for timestep in (999, 499, 19):
+        at = torch.full((3,), timestep)
+        scheduler = LCMScheduler.from_config(distiller.sampler.config)
+        scheduler.set_timesteps(timesteps=[timestep])
+        wanted = scheduler.step(unet(x, at).sample, timestep, x).denoised
+        torch.testing.assert_close(apply(unet, distiller.schedule, distiller.sampler, x, at), wanted)
+
+
+@torch.no_grad()
+def test_at_timestep_0_the_function_is_the_identity_and_above_it_the_clean_picture(unet):
+    distiller = tiny_distiller(unet)
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(distiller.predict(x, torch.zeros(3, dtype=torch.long)), x)
+    for timestep in (1, 2, 19):  # c_skip = 1 / (400 t^2 + 1), c_out = (1 + 1 / (400 t^2))^(-1/2)
+        at = torch.full((3,), timestep)
+        x0, _ = distiller.schedule.predict(unet(x, at).sample, at, x)
+        square = 400 * timestep**2
+        wanted = x / (square + 1) + x0 / (1 + 1 / square) ** 0.5
+        torch.testing.assert_close(distiller.predict(x, at), wanted)
+
+
+def test_the_student_is_not_clipped_and_its_target_is(unet):
+    distiller = tiny_distiller(unet, clip_sample=True)
+    x, at = 3 * torch.randn(8, 1, 8, 8), torch.full((8,), 999)
+    assert distiller.predict(x, at).abs().max() > 1
+    assert distiller.aim(x, at).abs().max() <= 1
+
+
+# ----- the loss -----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_the_target_sees_the_next_picture_of_ddim_on_the_grid_of_the_sampler(unet, prediction_type):
+    distiller = tiny_distiller(unet, prediction_type=prediction_type, clip_sample=True)
+    assert distiller.grid.tolist() == list(range(999, 0, -20))
+    seen = []
+    distiller.target.register_forward_pre_hook(lambda module, given: seen.append(given))
+    ddim = DDIMScheduler(
+        beta_start=1e-4, prediction_type=prediction_type, timestep_spacing="trailing", set_alpha_to_one=False
+    )
+    ddim.set_timesteps(50)
+    x = torch.randn(3, 1, 8, 8)
+    for timestep, below in ((999, 979), (519, 499), (19, 0)):
+        distiller.aim(x, torch.full((3,), timestep))
+        wanted = ddim.step(distiller.teacher(x, timestep).sample, timestep, x).prev_sample
+        torch.testing.assert_close(seen[-1][0], wanted)
+        assert seen[-1][1].tolist() == [below] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("loss_type", ["huber", "l2"])
+def test_the_loss_of_the_exact_consistency_function_is_nothing(prediction_type, loss_type):
+    distiller = gaussian_distiller(prediction_type)
+    clean = 0.3 + 0.4 * torch.randn(200, 1, 8, 8)
+    assert float(distiller.loss(clean, Method(loss_type=loss_type))) < 1e-6
+    distiller.student.shift.fill_(0.05)
+    assert float(distiller.loss(clean, Method(loss_type=loss_type))) > 1e-3
+
+
+def test_one_step_of_the_exact_consistency_function_draws_the_data():
+    distiller = gaussian_distiller(num_ddim_timesteps=100)
+    start = torch.randn(1000, 1, 8, 8)
+    with torch.no_grad():
+        images = distiller.predict(start, torch.full((1000,), 699))
+    assert images.mean() == pytest.approx(0.3, abs=0.03)
+    assert images.std() == pytest.approx(0.4, abs=0.03)
+
+
+def test_only_the_student_is_trained(unet):
+    distiller = tiny_distiller(unet)
+    distiller.loss(torch.randn(4, 1, 8, 8), Method()).backward()
+    assert all(parameter.grad is not None for parameter in distiller.student.parameters())
+    for fixed in (distiller.teacher, distiller.target):
+        assert all(parameter.grad is None for parameter in fixed.parameters())
+
+
+def test_the_distances_are_those_of_the_example():
+    one, other = torch.tensor([[0.0, 3.0]]), torch.tensor([[4.0, 0.0]])
+    assert distance(one, other, Method(loss_type="l2")) == pytest.approx((16 + 9) / 2)
+    huber = Method(loss_type="huber", huber_c=3.0)
+    assert distance(one, other, huber) == pytest.approx((5 - 3 + 18**0.5 - 3) / 2)
+
+
+def test_the_target_follows_the_student(unet):
+    other = make_unet()
+    before = [parameter.detach().clone() for parameter in other.parameters()]
+    follow(other, unet, 0.75)
+    for was, now, goal in zip(before, other.parameters(), unet.parameters(), strict=True):
+        torch.testing.assert_close(now, 0.75 * was + 0.25 * goal)
+
+
+def test_the_learning_rate_warms_up_by_updates_and_falls_by_the_share_of_the_run():
+    training = Training(learning_rate=2.0, lr_warmup_steps=4, lr_scheduler="cosine")
+    assert [learning_rate(step, 0.0, training) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert [round(learning_rate(9, share, training), 9) for share in (0.5, 1.0, 1.5)] == [1.0, 0.0, 0.0]
+    training.lr_scheduler = "constant"
+    assert learning_rate(9, 0.9, training) == 2.0
+
+
+# ----- the sampler -----
+
+
+def test_the_sampler_has_the_noise_levels_of_the_teacher_up_to_its_start():
+    for options in ({}, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}):
+        schedule = HSIVIScheduler(beta_schedule="sigmoid", **options)  # of which LCMScheduler does not know
+        whole = make_sampler(schedule, Method(start_timestep=999))
+        part = make_sampler(schedule, Method(start_timestep=699))
+        torch.testing.assert_close(whole.alphas_cumprod, schedule.alphas_cumprod, rtol=0, atol=1e-7)
+        torch.testing.assert_close(part.alphas_cumprod, schedule.alphas_cumprod[:700], rtol=0, atol=1e-7)
+        part.set_timesteps(2)
+        assert part.timesteps[0] == 699
+
+
+def test_sampling_starts_at_the_noise_of_stable_diffusion_where_the_clock_has_it():
+    linear = make_sampler(HSIVIScheduler(), Method())
+    alpha = linear.alphas_cumprod.sqrt()
+    assert alpha[-1] <= train_consistency.START_ALPHA < alpha[-2]
+    stable_diffusion = HSIVIScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    assert len(make_sampler(stable_diffusion, Method()).betas) == 1000
+    assert len(make_sampler(HSIVIScheduler(num_train_timesteps=50), Method()).betas) == 50
+
+
+def test_the_sampler_clips_as_the_teacher_does():
+    clips = {"clip_sample": True, "clip_sample_range": 2.0, "thresholding": True, "sample_max_value": 3.0}
+    for options in ({}, clips):
+        schedule = HSIVIScheduler(**options)
+        sampler = make_sampler(schedule, Method())
+        assert {name: sampler.config[name] for name in clips} == {name: schedule.config[name] for name in clips}
+
+
+# ----- runs -----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_the_saved_folder_samples_in_diffusers_as_the_sampler_of_the_report(trained, num_steps):
+    pipeline = DiffusionPipeline.from_pretrained(trained / "pipeline")
+    assert type(pipeline) is DDPMPipeline
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(3, torch.Generator().manual_seed(5), num_inference_steps=num_steps, output_type="pt").images
+    sampler = make_consistency_sampler(pipeline.unet, pipeline.scheduler.config, num_steps)
+    assert torch.equal(images, sampler(3, torch.Generator().manual_seed(5)))
+    assert images.std() > 0.05
+
+
+def test_training_json_holds_the_cost_and_the_options(trained, teacher):
+    record = json.loads((trained / "training.json").read_text())
+    wanted = {"pretrained_teacher_model": str(teacher), "seed": 0, "max_train_steps": 3, "train_batch_size": 4}
+    assert wanted.items() <= record.items()
+    assert record["network_calls"] == 36
+    assert 0 < record["seconds"] < 60
+
+
+def test_the_network_calls_are_the_rows_that_the_networks_see(unet):
+    distiller, rows = tiny_distiller(unet), []
+    for network in (distiller.teacher, distiller.student, distiller.target):
+        network.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    training = Training(max_train_steps=3, train_batch_size=5)
+    train_consistency.train(distiller, torch.randn(10, 1, 8, 8), Method(), training)
+    assert sum(rows) == train_consistency.summarise(3, 1.0, training)["network_calls"] == 45
+
+
+def test_a_run_is_a_function_of_its_seed(train, trained, same_tensors):
+    assert same_tensors(weights(train("--seed=0")), weights(trained))
+    assert not same_tensors(weights(train("--seed=1")), weights(trained))
+
+
+def test_the_averaged_weights_are_saved(train, monkeypatch):
+    """The first update sets the average, the others enter it with 1 - decay."""
+    visited = []
+
+    class Recorded(train_consistency.EMAModel):
+        def step(self, parameters):
+            visited.append(parameters[0].detach().clone())
+            super().step(parameters)
+
+    monkeypatch.setattr(train_consistency, "EMAModel", Recorded)
+    saved = DDPMPipeline.from_pretrained(train("--ema_decay=0.15", "--lr_scheduler=constant") / "pipeline").unet
+    first, second, third = visited
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(next(saved.parameters()), first.lerp(second, 0.85).lerp(third, 0.85), rtol=0, atol=1e-6)
+
+
+def test_the_clock_ends_a_run_and_lets_the_learning_rate_fall(unet, monkeypatch):
+    """The clock here moves one second each time it is read: once at the start, once for each update."""
+    rates = []
+    make = train_consistency.learning_rate
+    monkeypatch.setattr(train_consistency, "learning_rate", lambda *given: rates.append(make(*given)) or rates[-1])
+    clock = itertools.count(100.0)
+    monkeypatch.setattr(train_consistency, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    training = Training(max_train_steps=1, max_train_seconds=4.0, train_batch_size=2, learning_rate=1.0)
+    training.lr_warmup_steps, training.lr_scheduler = 0, "cosine"
+    ended = train_consistency.train(tiny_distiller(unet), torch.randn(10, 1, 8, 8), Method(), training)
+    assert ended == (4, 4.0)
+    assert rates == pytest.approx([1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
+
+
+def test_a_budget_of_seconds_is_kept_by_the_clock_on_the_wall(train):
+    folder = train("--max_train_steps=1000000", "--max_train_seconds=0.2")
+    record = json.loads((folder / "training.json").read_text())
+    assert 0.2 <= record["seconds"] < 20
+    assert 1 <= record["max_train_steps"] < 1000
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch):
+    monkeypatch.setattr(train_consistency, "distance", lambda *given: given[0].sum() * torch.nan)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0: lower --learning_rate"):
+        train()
+
+
+# ----- refusals -----
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--pretrained_teacher_model=", "--pretrained_teacher_model is missing: give a folder or repo id"),
+        ("--max_train_steps=0", "--max_train_steps 0: give a number of at least 1"),
+        ("--max_train_seconds=0", "--max_train_seconds 0.0: give a number above 0"),
+        ("--train_batch_size=0", "--train_batch_size 0: give a number of at least 1"),
+        ("--learning_rate=-1", "--learning_rate -1.0: give a number above 0"),
+        ("--ema_decay=1", "--ema_decay 1.0: give a number from 0 up to, not including, 1"),
+        ("--target_decay=-0.1", "--target_decay -0.1: give a number from 0 up to, not including, 1"),
+        ("--start_timestep=1000", "--start_timestep 1000: give a timestep of the teacher's clock, from 0 to 999"),
+        ("--start_timestep=-1", "--start_timestep -1: give a timestep of the teacher's clock, from 0 to 999"),
+        ("--num_ddim_timesteps=0", "--num_ddim_timesteps 0: give a number from 1 to"),
+        ("--pretrained_teacher_model=./nowhere", "teacher './nowhere' is not a folder"),
+    ],
+)
+def test_what_cannot_run_is_refused(train, argument, message):
+    with pytest.raises(ValueError, match=message):
+        train(argument)
+
+
+def test_a_grid_finer_than_the_clock_is_refused(train):
+    with pytest.raises(ValueError, match="--num_ddim_timesteps 50: give a number from 1 to 21, the timesteps from 0"):
+        train("--start_timestep=20", "--num_ddim_timesteps=50")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_class_embeds": 3}, r"draws classes \(num_class_embeds=3\): this script takes teachers without classes"),
+        ({"out_channels": 2}, "takes 1 channels and returns 2, a learned variance, of which LCMScheduler knows noth"),
+        ({"in_channels": 2, "out_channels": 2}, r"draws pictures of shape \(2, 8, 8\): give one of square pictures"),
+        ({"sample_size": (8, 16)}, r"draws pictures of shape \(1, 8, 16\): give one of square pictures"),
+    ],
+)
+def test_a_teacher_that_does_not_suit_is_refused(train, tmp_path, options, message):
+    DDPMPipeline(unet=make_unet(**options), scheduler=DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(f"--pretrained_teacher_model={tmp_path}")
+
+
+def test_a_filled_output_folder_is_refused_before_work_unless_overwritten(trained, train, tmp_path, monkeypatch):
+    (tmp_path / "precious").touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(train_consistency, "load_teacher", lambda *given: pytest.fail("work was begun"))
+        with pytest.raises(ValueError, match="is not empty"):
+            train(f"--output_dir={tmp_path}")
+    train(f"--output_dir={tmp_path}", "--overwrite_output_dir")
+    assert weights(tmp_path).keys() == weights(trained).keys()
+
+
+def test_help(check_help):
+    check_help(train_consistency.main, "teacher and data", "method", "training", "run")
