@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
@@ -19,6 +20,8 @@ from .vi.bridges import Bridge
 from .vi.distributions import DiagonalGaussian
 from .vi.layers import ConditionalLayers
 from .vi.objectives import Weight
+
+LevelLaw = Literal["layer", "uniform"]
 
 
 class LayerNoiseScale(nn.Module):
@@ -115,9 +118,14 @@ class TeacherBridge(Bridge):
         unet: The teacher; it is frozen.
         scheduler: Holds the grid; layer t is fitted to the data at tau_t.
         level_range: Lowest and highest timestep of random levels.
+        level_law: Where the random levels of a layer lie, see `sample_level`: "layer", between its output and its
+            input, or "uniform", in all of the range; by default "layer" for kernel ddim, "uniform" for renoise.
+        level_power: p > 0. A random level is low + (high - low) u^p, u uniform on [0, 1): p = 1 is uniform, a larger p
+            has more levels of low noise.
 
     Raises:
-        ValueError: The range leaves the teacher's clock, or the grid ends at -1, where the score is infinite.
+        ValueError: The range leaves the teacher's clock, the law is unknown, the power is not above 0, or the grid ends
+            at -1, where the score is infinite.
     """
 
     def __init__(
@@ -125,13 +133,21 @@ class TeacherBridge(Bridge):
         unet: UNet2DModel,
         scheduler: HSIVIScheduler,
         level_range: tuple[int, int] = (5, 800),
+        level_law: LevelLaw | None = None,
+        level_power: float = 1.0,
     ) -> None:
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
             raise ValueError(f"level_range={level_range}: give two timesteps in order, from 0 to {len(scheduler) - 1}")
+        if level_law not in (None, "layer", "uniform"):
+            raise ValueError(f"level_law={level_law!r} is unknown: choose 'layer' or 'uniform'")
+        if not level_power > 0:
+            raise ValueError(f"level_power={level_power}: give a number > 0; 1 is uniform, 2 has more low noise")
         self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
         self.scheduler = scheduler
         self.level_range = level_range
+        self.level_law = level_law or ("layer" if scheduler.config.kernel == "ddim" else "uniform")
+        self.level_power = level_power
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
         if int(self.level(torch.arange(self.num_layers)).min()) < 0:
@@ -151,36 +167,40 @@ class TeacherBridge(Bridge):
         return self.scheduler.output_timestep(t)
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws timesteps uniformly: for the renoise kernel from `level_range`, for ddim from the levels of the layer.
+        """Draws timesteps low + (high - low) u^p, p the `level_power`: uniformly by default.
 
-        A ddim layer t is scored from tau_t up to, not including, tau_{t+1}; the first one, t = T-1, up to the end of
-        `level_range`. So no two layers of a grid share a level, and the critic, which is told the level alone, learns
-        the marginal of each layer and not of their mixture. Layers of several grids share levels: there it learns the
-        mixture over the grids.
+        With `level_law` "layer" a layer t is scored from tau_t up to, not including, tau_{t+1}; the first one,
+        t = T-1, up to the end of `level_range`. So no two layers of a grid share a level, and the critic, which is told
+        the level alone, learns the marginal of each layer and not of their mixture. Layers of several grids share
+        levels: there it learns the mixture over the grids. With "uniform" it learns the mixture over all layers that
+        reach the level: a renoise layer has all of `level_range`, a ddim layer, which can only be diffused upwards,
+        what of it is at or above tau_t.
 
         Raises:
-            ValueError: A ddim layer has no level in the range.
+            ValueError: A layer has no level in the range.
         """
         lowest, highest = (bound.to(t.device)[t] for bound in self._layer_levels)
         uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(t.device)
-        return lowest + (uniform * (highest + 1 - lowest)).long()
+        level = lowest + (uniform.pow(self.level_power) * (highest + 1 - lowest)).long()
+        return level.minimum(highest)  # for a small power may round to 1
 
     @cached_property
     def _layer_levels(self) -> tuple[Tensor, Tensor]:
         """Lowest and highest random level of each layer, both of shape (T,)."""
         low, high = self.level_range
         t = torch.arange(self.num_layers)
-        if self.scheduler.config.kernel != "ddim":
+        own = self.level_law == "layer"
+        if not own and self.scheduler.config.kernel != "ddim":
             return torch.full_like(t, low), torch.full_like(t, high)
         outputs, inputs = self.level(t), self.scheduler.input_timestep(t)
         if outputs.max() > high:
             raise ValueError(
-                f"a ddim layer ends at timestep {outputs.max()}, above the random levels up to {high}: start the grid "
+                f"a layer ends at timestep {outputs.max()}, above the random levels up to {high}: start the grid "
                 "lower, or raise the upper end of level_range"
             )
-        if low >= inputs.min():
+        if own and low >= inputs.min():
             raise ValueError(f"the random levels start at {low}, above the levels of the last layer: lower them")
-        highest = inputs - 1
+        highest = inputs - 1 if own else torch.full_like(t, high)
         highest[torch.tensor(self.scheduler.depths).cumsum(0) - 1] = high
         return outputs.clamp_min(low), highest
 

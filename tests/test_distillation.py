@@ -128,6 +128,68 @@ def test_ddim_layers_are_diffused_to_levels_of_their_own(unet):
     torch.testing.assert_close(moved.std**2, ratio * q.std**2 + 1 - ratio, rtol=1e-3, atol=1e-4)
 
 
+def levels_of(unet, t, size=4000, **options):
+    """Random levels of layer t; the grid of the layers is GRID, their range 5..800."""
+    settings = {name: options.pop(name) for name in ("level_law", "level_power") if name in options}
+    bridge = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0, **options), **settings)
+    return bridge.sample_level(torch.full((size,), t), torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "law", "ranges"),
+    [
+        ("ddim", "layer", [(10, 219), (220, 800)]),
+        ("ddim", "uniform", [(10, 800), (220, 800)]),
+        ("renoise", "layer", [(10, 219), (220, 800)]),
+        ("renoise", "uniform", [(5, 800), (5, 800)]),
+    ],
+)
+def test_the_law_says_where_the_random_levels_of_a_layer_lie(unet, kernel, law, ranges):
+    for t, (low, high) in enumerate(ranges):
+        levels = levels_of(unet, t, kernel=kernel, level_law=law)
+        assert low <= levels.min() < low + 5
+        assert high - 5 < levels.max() <= high
+        assert levels.float().mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
+
+
+@pytest.mark.parametrize(("kernel", "law"), [("ddim", "layer"), ("renoise", "uniform")])
+def test_each_kernel_has_the_law_it_always_had(unet, kernel, law):
+    given = levels_of(unet, 0, kernel=kernel, level_law=law, level_power=1.0)
+    assert torch.equal(levels_of(unet, 0, kernel=kernel), given)
+
+
+@pytest.mark.parametrize("power", [0.5, 2.0, 3.0])
+def test_the_power_bends_the_law_of_the_levels(unet, power):
+    """P(s <= low + share (high - low)) = share^(1/p)."""
+    levels = levels_of(unet, 1, kernel="renoise", level_power=power, size=20_000).double()
+    for share in (0.1, 0.5, 0.9):
+        below = (levels < 5 + share * 796).double().mean()
+        assert below == pytest.approx(share ** (1 / power), abs=0.02)
+    assert levels.min() >= 5
+    assert levels.max() <= 800
+
+
+def test_a_power_next_to_0_stays_within_the_range(unet):
+    assert levels_of(unet, 0, kernel="renoise", level_power=1e-18).unique().tolist() == [800]
+
+
+def test_a_renoise_layer_of_a_grid_above_the_range_has_levels_only_by_the_uniform_law(unet):
+    scheduler = HSIVIScheduler(layer_timesteps=[900, 600, 0], kernel="renoise")
+    t = torch.tensor([0, 1])
+    assert TeacherBridge(unet, scheduler, (5, 500)).sample_level(t).max() <= 500
+    with pytest.raises(ValueError, match="a layer ends at timestep 600, above the random levels up to 500"):
+        TeacherBridge(unet, scheduler, (5, 500), level_law="layer").sample_level(t)
+
+
+def test_unknown_laws_of_levels_are_refused(unet):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    with pytest.raises(ValueError, match="level_law='cosine' is unknown: choose 'layer' or 'uniform'"):
+        TeacherBridge(unet, scheduler, level_law="cosine")
+    for power in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"level_power={power}: give a number > 0"):
+            TeacherBridge(unet, scheduler, level_power=power)
+
+
 def test_weights_are_powers_of_sigma_and_alpha(bridge):
     level = torch.tensor([5, 800])
     abar = DDPMScheduler().alphas_cumprod[level]

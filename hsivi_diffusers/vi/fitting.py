@@ -233,7 +233,7 @@ class _Game:
                 t, draw = self._draw(shard)
             critic = self.critic
         assert isinstance(self.objective, CriticObjective)
-        loss = self.objective.critic_loss(critic, draw)
+        loss = self.objective.critic_loss(critic, draw, self.bridge)
         return _Rows(t, loss, torch.ones_like(loss))
 
     def _draw(self, shard: int) -> tuple[Tensor, LayerDraw]:

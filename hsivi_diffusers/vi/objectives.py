@@ -6,6 +6,9 @@ With x ~ q(. | x_next), S the bridge score, s the critic's estimate of the margi
     HSIVI-SM      v(x) . (S(x) - grad log q(x | x_next)) - alpha |v(x)|^2                  (sec. 3.2; alpha = 1/2)
     HSIVI-KL      x . stopgrad(s(x) - S(x))                        gradient of KL(q || p), as the layer sees it
 
+With a share m of the teacher in its target, (1 - m) grad log q(x | x_next) + m S(x), the critic is nearer to S, and
+v / (1 - m) estimates S - grad log q (continuous semi-implicit models, arXiv 2506.06778).
+
 Without a critic, from K extra draws of x_next (x_next^(0) is the one that x came from):
 
     HSIVI-LB      log 1/(K+1) sum_k q(x | x_next^(k)) - log p(x)                       (sec. 3.1; an upper bound of KL)
@@ -124,25 +127,53 @@ class CriticObjective(Objective):
         normalise: Divide each row of the layers' loss by mean |S - grad log q(x | x_next)| over its coordinates. For
             re-noising layers on a diffusion bridge that is alpha_s/sigma_s^2 times the mean distance of the layer's
             clean picture from the teacher's: the per-sample weight of score identity distillation (arXiv 2404.04057).
+        teacher_share: m, 0 <= m < 1, the share of the bridge score S in the critic's target (continuous semi-implicit
+            models, arXiv 2506.06778, which has 1/2). With the marginal score s_q the best critic then is
+            (1 - m) s_q + m S, and v = S - critic is (1 - m)(S - s_q): a smaller thing to learn, for a critic that
+            starts as the teacher, from a target of less noise. The losses of the layers are divided such that their
+            gradients keep their size, see `KullbackLeibler` and `ScoreMatching`.
+
+    Raises:
+        ValueError: `teacher_share` is not in [0, 1).
     """
 
     critic_gradient = True
 
     def __init__(
-        self, layer_weight: Weight = unit_weight, critic_weight: Weight = unit_weight, normalise: bool = False
+        self,
+        layer_weight: Weight = unit_weight,
+        critic_weight: Weight = unit_weight,
+        normalise: bool = False,
+        teacher_share: float = 0.0,
     ) -> None:
+        if not 0 <= teacher_share < 1:
+            raise ValueError(f"teacher_share={teacher_share}: give a number from 0 up to, not including, 1")
         self.layer_weight = layer_weight
         self.critic_weight = critic_weight
         self.normalise = normalise
+        self.teacher_share = teacher_share
 
-    def critic_loss(self, critic: Critic, draw: LayerDraw) -> Tensor:
-        """Returns w/2 |s(x) - grad log q(x | x_next)|^2, minimal at the marginal score: shape (B,).
+    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
+        """Returns w/2 |s(x) - target|^2, target = (1 - m) grad log q(x | x_next) + m S(x): shape (B,).
+
+        Minimal at (1 - m) grad log q(x) + m S(x); m is 0 by default.
 
         Args:
             critic: (x, level, condition) -> estimate of grad log q(x), of the shape of x.
             draw: A draw cut from the graph of the layers.
+            bridge: Where S comes from; asked only with a `teacher_share`.
+
+        Raises:
+            ValueError: There is a `teacher_share`, and no bridge.
         """
-        error = critic(draw.x, draw.level, draw.condition) - draw.layer_score
+        target = draw.layer_score
+        if self.teacher_share:
+            if bridge is None:
+                raise ValueError(f"teacher_share={self.teacher_share} needs the bridge: give it as the third argument")
+            with torch.no_grad():
+                bridge_score = bridge.score(draw.x, draw.level, draw.condition)
+            target = (1 - self.teacher_share) * target + self.teacher_share * bridge_score
+        error = critic(draw.x, draw.level, draw.condition) - target
         return 0.5 * self.critic_weight(draw.level) * _sum(error.square())
 
     def _row_weight(self, draw: LayerDraw, bridge_score: Tensor) -> Tensor:
@@ -156,38 +187,54 @@ class CriticObjective(Objective):
 class ScoreMatching(CriticObjective):
     """HSIVI-SM: the Fisher divergence as a game between layers and critic (sec. 3.2).
 
+    The critic's target with a share m of the teacher is the other player's side of the game
+    E [v . (S - grad log q(x | x_next)) - |v|^2 / (2 (1 - m))], whose maximum is at v = (1 - m)(S - s_q) and has
+    the value (1 - m)/2 E|S - s_q|^2. The layers' loss is that of the paper divided by 1 - m; at the best critic its
+    mean is (1 - alpha (1 - m)) E|S - s_q|^2, as with the critic of m = 0 and (1 - m) alpha in the place of alpha. So
+    both players play the same game where alpha = 1 / (2 (1 - m)): 1/2 for m = 0 (the paper), 1 for m = 1/2. The 1.2 of
+    arXiv 2506.06778, which has m = 1/2, is 0.6 without a share; the 1.2 of arXiv 2404.04057 has none.
+
     Args:
-        alpha: Share of |v|^2 that is taken off; 1/2 is the paper, up to 1.2 is the fused loss of score identity
+        alpha: Share of |v|^2 that is taken off, 0.5 to 1.2; 1/2 is the paper, more is the fused loss of score identity
             distillation.
         **weights: See `CriticObjective`.
+
+    Raises:
+        ValueError: `alpha` is out of its range, or what `CriticObjective` refuses.
     """
 
     def __init__(self, alpha: float = 0.5, **weights: object) -> None:
         super().__init__(**weights)  # type: ignore[arg-type]
+        if not 0.5 <= alpha <= 1.2:
+            raise ValueError(f"alpha={alpha}: give 0.5, which is the paper, up to 1.2")
         self.alpha = alpha
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns w (v . (S - grad log q(x | x_next)) - alpha |v|^2); its gradient passes through both networks."""
+        """Returns w/(1 - m) (v . (S - grad log q(x | x_next)) - alpha |v|^2), its gradient through both networks."""
         bridge_score = bridge.score(draw.x, draw.level, draw.condition)
         v = bridge_score - critic(draw.x, draw.level, draw.condition)
-        loss = _sum(v * (bridge_score - draw.layer_score) - self.alpha * v.square())
+        loss = _sum(v * (bridge_score - draw.layer_score) - self.alpha * v.square()) / (1 - self.teacher_share)
         return self._row_weight(draw, bridge_score) * loss
 
 
 class KullbackLeibler(CriticObjective):
-    """HSIVI-KL: the gradient of KL(q || p), with the critic in the place of the marginal score."""
+    """HSIVI-KL: the gradient of KL(q || p), with the critic in the place of the marginal score.
+
+    With a share m of the teacher in the critic's target (s - S) / (1 - m) is the estimate of s_q - S, and the loss has
+    that in the place of s - S: at the best critic it is the loss of m = 0, gradient and value.
+    """
 
     critic_gradient = False
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns a loss with the gradient of w x . stopgrad(s - S), that of KL(q || p).
+        """Returns a loss with the gradient of w x . stopgrad((s - S) / (1 - m)), that of KL(q || p).
 
-        KL itself is not known; the value is w/2 |s - S|^2, in the mean the critic's estimate of the Fisher divergence,
-        which is 0 at the truth as KL is.
+        KL itself is not known; the value is w/2 |(s - S) / (1 - m)|^2, in the mean the critic's estimate of the Fisher
+        divergence, which is 0 at the truth as KL is.
         """
         with torch.no_grad():
             bridge_score = bridge.score(draw.x, draw.level, draw.condition)
-            gap = critic(draw.x, draw.level, draw.condition) - bridge_score
+            gap = (critic(draw.x, draw.level, draw.condition) - bridge_score) / (1 - self.teacher_share)
             weight = self._row_weight(draw, bridge_score)
             value = 0.5 * _sum(gap.square())
         product = _sum(gap * draw.x)

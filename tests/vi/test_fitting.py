@@ -61,7 +61,16 @@ def target():
     return matching_bridge(layers)
 
 
-@pytest.mark.parametrize("objective", [ScoreMatching(), ScoreMatching(alpha=1.0), KullbackLeibler()])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ScoreMatching(),
+        ScoreMatching(alpha=1.0),
+        KullbackLeibler(),
+        ScoreMatching(alpha=1.2, teacher_share=0.5),
+        KullbackLeibler(teacher_share=0.5),
+    ],
+)
 @pytest.mark.parametrize("source", ["pool", "simulate"])
 def test_layers_reach_the_bridge(objective, source):
     game = Game(target(), source)
@@ -237,11 +246,12 @@ def test_one_shard_shares_the_critics_answer_where_no_gradient_passes_through_it
 
 
 @pytest.mark.parametrize("critic_updates", [1, 3])
-def test_sharing_the_answer_changes_no_bit(critic_updates):
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_sharing_the_answer_changes_no_bit(critic_updates, share):
     shared, apart = Game(target()), Game(target())
     steps = [
-        list(game.fit(objective, 6, critic_updates=critic_updates))
-        for game, objective in ((shared, KullbackLeibler()), (apart, SeenThrough()))
+        list(game.fit(objective(teacher_share=share), 6, critic_updates=critic_updates))
+        for game, objective in ((shared, KullbackLeibler), (apart, SeenThrough))
     ]
     for got, wanted in zip(trained(shared), trained(apart), strict=True):
         assert got.equal(wanted)

@@ -15,7 +15,16 @@ from hsivi_diffusers.vi import (
     draw_layer,
     make_chain,
 )
-from scenarios import DIMENSION, ExactCritic, GaussianBridge, LinearCritic, LinearLayers, linear_layers, matching_bridge
+from scenarios import (
+    DIMENSION,
+    ExactCritic,
+    GaussianBridge,
+    LinearCritic,
+    LinearLayers,
+    SharingCritic,
+    linear_layers,
+    matching_bridge,
+)
 
 
 def make_draw(layers, bridge, size=64, **options):
@@ -100,21 +109,24 @@ def test_kl_and_sm_gradients_point_the_same_way_on_a_gaussian():
     assert (gradients[1] < 0).all()
 
 
-def test_the_critic_loss_is_smallest_at_the_marginal_score():
-    layers = linear_layers()
-    bridge = matching_bridge(layers)
-    critic = LinearCritic(3)
-    objective = ScoreMatching()
-    optimizer = torch.optim.LBFGS(critic.parameters(), max_iter=50, line_search_fn="strong_wolfe")
-    draw = make_draw(layers, bridge, size=100_000).detach()
+def fitted(critic, objective, draw, bridge):
+    """Fits a critic to the minimum of its loss on a draw."""
+    optimizer = torch.optim.LBFGS(critic.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = objective.critic_loss(critic, draw).mean()
+        loss = objective.critic_loss(critic, draw, bridge).mean()
         loss.backward()
         return loss
 
     optimizer.step(closure)
+    return critic
+
+
+def test_the_critic_loss_is_smallest_at_the_marginal_score():
+    layers = linear_layers()
+    bridge = matching_bridge(layers)
+    critic = fitted(LinearCritic(3), ScoreMatching(), make_draw(layers, bridge, size=100_000).detach(), bridge)
     mean, variance = (moment[:-1] for moment in layers.marginals())
     torch.testing.assert_close(critic.slope, -1 / variance, rtol=0.03, atol=0)
     torch.testing.assert_close(critic.intercept, mean / variance, rtol=0.1, atol=0.03)
@@ -183,6 +195,110 @@ def test_score_matching_grows_by_half_the_fisher_divergence_whichever_way_a_para
     fisher = DIMENSION * (slope.square() * variance + (slope * mean + offset).square()).mean()  # v = slope x + offset
     assert loss > 4 * error
     torch.testing.assert_close(loss, 0.5 * fisher, rtol=0, atol=4 * error)
+
+
+@pytest.mark.parametrize("alpha", [0.49, 1.21, -0.5, float("nan")])
+def test_an_alpha_that_is_neither_the_papers_nor_of_a_fused_loss_is_refused(alpha):
+    with pytest.raises(ValueError, match=f"alpha={alpha}: give 0.5, which is the paper, up to 1.2"):
+        ScoreMatching(alpha=alpha)
+    assert [ScoreMatching(alpha=end).alpha for end in (0.5, 1.2)] == [0.5, 1.2]
+
+
+# ----- a share of the teacher in the critic's target -----
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+def test_the_best_critic_is_a_mixture_of_the_marginal_score_and_the_teachers(share):
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    draw = make_draw(layers, bridge, size=100_000).detach()
+    critic = fitted(LinearCritic(3), KullbackLeibler(teacher_share=share), draw, bridge)
+    mean, variance = (moment[:-1] for moment in layers.marginals())
+    slope = -(1 - share) / variance - share / bridge.variance
+    intercept = (1 - share) * mean / variance + share * bridge.mean / bridge.variance
+    torch.testing.assert_close(critic.slope, slope, rtol=0.03, atol=0)
+    torch.testing.assert_close(critic.intercept, intercept, rtol=0.1, atol=0.03)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+def test_the_minimum_moves_row_by_row_by_the_share_of_the_gap(share):
+    """On the same rows: the targets are an affine function of those without a share, and so is the minimum."""
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    draw = make_draw(layers, bridge, size=500).detach()
+    plain, shared = (fitted(LinearCritic(3), KullbackLeibler(teacher_share=m), draw, bridge) for m in (0.0, share))
+    own, teacher = plain(draw.x, draw.level), bridge.score(draw.x, draw.level)
+    mixture = (1 - share) * own + share * teacher
+    torch.testing.assert_close(shared(draw.x, draw.level), mixture, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_at_the_best_critic_a_share_changes_neither_the_kl_loss_nor_its_gradient(share, normalise):
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    draw = make_draw(layers, bridge)
+    seen = []
+    for m in (0.0, share):
+        objective = KullbackLeibler(normalise=normalise, teacher_share=m)
+        loss = objective.layer_loss(SharingCritic(layers, bridge, m), bridge, draw)
+        seen.append([loss, *torch.autograd.grad(loss.mean(), list(layers.parameters()), retain_graph=True)])
+    for got, wanted in zip(*seen, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(("share", "alpha"), [(0.1, 0.6), (0.5, 1.0), (0.5, 1.2)])
+def test_at_the_best_critic_the_sm_loss_with_a_share_is_that_of_a_smaller_alpha_without(share, alpha):
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    draw = make_draw(layers, bridge)
+    seen = []
+    for m, own in ((0.0, (1 - share) * alpha), (share, alpha)):
+        objective = ScoreMatching(alpha=own, teacher_share=m)
+        loss = objective.layer_loss(SharingCritic(layers, bridge, m), bridge, draw)
+        seen.append([loss, *torch.autograd.grad(loss.mean(), list(layers.parameters()), retain_graph=True)])
+    for got, wanted in zip(*seen, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
+def test_with_the_alpha_of_its_share_both_players_of_sm_play_one_game(share):
+    """Then the layers' loss is at its largest at the critic that is best for its own loss, whose gradient is its."""
+    layers, critic = linear_layers(), LinearCritic(3)
+    bridge = shifted(matching_bridge(layers))
+    draw = make_draw(layers, bridge, size=200).detach()
+    objective = ScoreMatching(alpha=1 / (2 * (1 - share)), teacher_share=share)
+    losses = [objective.layer_loss(critic, bridge, draw), objective.critic_loss(critic, draw, bridge)]
+    layer, own = (torch.autograd.grad(loss.sum(), list(critic.parameters())) for loss in losses)
+    for got, wanted in zip(layer, own, strict=True):
+        torch.testing.assert_close(got * (1 - share) ** 2, -wanted)
+
+
+@pytest.mark.parametrize("objective", [ScoreMatching(teacher_share=0.5), KullbackLeibler(teacher_share=0.5)])
+def test_no_gradient_at_the_truth_with_a_share(objective):
+    layers = linear_layers()
+    bridge = matching_bridge(layers)
+    loss = objective.layer_loss(SharingCritic(layers, bridge, 0.5), bridge, make_draw(layers, bridge))
+    torch.testing.assert_close(loss, torch.zeros(64, dtype=torch.float64), rtol=0, atol=1e-24)
+    for gradient in torch.autograd.grad(loss.mean(), list(layers.parameters())):
+        torch.testing.assert_close(gradient, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_without_a_share_the_bridge_is_not_asked_and_with_one_it_must_be_given():
+    layers = linear_layers()
+    bridge = matching_bridge(layers)
+    draw, critic = make_draw(layers, bridge).detach(), LinearCritic(3)
+    plain = KullbackLeibler().critic_loss(critic, draw)
+    torch.testing.assert_close(plain, KullbackLeibler().critic_loss(critic, draw, None))
+    with pytest.raises(ValueError, match=r"teacher_share=0.5 needs the bridge"):
+        KullbackLeibler(teacher_share=0.5).critic_loss(critic, draw)
+
+
+@pytest.mark.parametrize("share", [1.0, -0.1, float("nan")])
+def test_a_share_that_leaves_nothing_to_learn_is_refused(share):
+    for kind in (ScoreMatching, KullbackLeibler):
+        with pytest.raises(ValueError, match=f"teacher_share={share}: give a number from 0 up to, not including, 1"):
+            kind(teacher_share=share)
 
 
 def test_the_value_of_kl_is_half_the_weighted_square_of_what_the_critic_and_the_bridge_differ_by():
