@@ -106,5 +106,14 @@ def _refuse_unknown_keys(
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Says which of the options now are others than before; nothing if none is."""
-    return "; ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key])
+    """Says which of the options now are others than before; nothing if none is.
+
+    A number is the list of it: an option that takes several may have taken one.
+    """
+    return "; ".join(
+        f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) not in (now[key], _alone(now[key]))
+    )
+
+
+def _alone(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value

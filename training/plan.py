@@ -291,8 +291,9 @@ def describe(options: Options, cost: Cost, speed: float, device: str, processes:
     rows = training.train_batch_size * hardware.gradient_accumulation_steps
     seconds = speed * cost.flops
     calls = ", ".join(f"{name} {number:.1f}" for name, number in cost.calls.items())
+    layers = ", ".join(map(str, options.layers.num_layers))
     return [
-        f"{options.teacher.pretrained_teacher_model}, T = {options.layers.num_layers}, preset {options.method.preset}: "
+        f"{options.teacher.pretrained_teacher_model}, T = {layers}, preset {options.method.preset}: "
         f"{training.max_train_steps} updates of {rows * processes} rows in {processes} process(es)",
         "",
         *_table("parameters", cost.parameters, 1, ",.0f"),

@@ -91,18 +91,21 @@ def make_networks(
     if kind == "per_pixel":
         noise_scale = HSIVINoiseScale(sample_shape(unets[0]))
     elif kind != "config":
-        noise_scale = LayerNoiseScale(1.0 if kind == "scalar" else [1.0] * options.layers.num_layers)
+        noise_scale = LayerNoiseScale(1.0 if kind == "scalar" else [1.0] * sum(scheduler.depths))
     return Networks(*unets, scheduler, noise_scale)
 
 
 def make_scheduler(schedule: HSIVIScheduler, options: Layers) -> HSIVIScheduler:
-    """The teacher's noise schedule with the grid and kernel of the student."""
-    grid = HSIVIScheduler.make_layer_timesteps(
-        options.num_layers, options.timestep_spacing, len(schedule), start=options.start_timestep
-    )
+    """The teacher's noise schedule with the grid, or the grids, and the kernel of the student."""
+    grids = [
+        HSIVIScheduler.make_layer_timesteps(
+            count, options.timestep_spacing, len(schedule), start=options.start_timestep
+        )
+        for count in options.num_layers
+    ]
     return HSIVIScheduler.from_config(
         schedule.config,
-        layer_timesteps=grid,
+        layer_timesteps=grids,
         timestep_spacing=options.timestep_spacing,
         kernel=options.kernel,
         noise_eta=options.noise_eta,
@@ -116,7 +119,7 @@ def carry_over(networks: Networks, run: Path) -> None:
     """Lets student, critic and noise scale start where a finished run ended, on another grid if need be.
 
     Raises:
-        ValueError: The run had networks of another shape, or its noise scale does not fit the one to be learned.
+        ValueError: The run had networks of another shape, or its noise scale does not fit the one of this run.
     """
     pipeline = HSIVIPipeline.from_pretrained(run / "pipeline")
     critic = UNet2DModel.from_pretrained(run / "critic")
@@ -136,17 +139,26 @@ def carry_over(networks: Networks, run: Path) -> None:
 
 
 def _carry_scales(networks: Networks, before: HSIVIScheduler) -> None:
-    """Takes over the numbers of a config: those of the layers interpolated, in log scale, at their output timesteps."""
+    """Takes over the numbers of a config: those of the layers interpolated, in log scale, at their output timesteps.
+
+    Raises:
+        ValueError: The layers have numbers of their own, and this run several grids and no scale to learn.
+    """
     scale = before.config.noise_scale
     if isinstance(scale, list):
-        old, new = (np.array(each.config.layer_timesteps[:0:-1]) for each in (before, networks.scheduler))
+        old, new = (each.output_timestep(torch.arange(sum(each.depths))) for each in (before, networks.scheduler))
         values = np.exp(np.interp(new, old, np.log(scale))).tolist()
     else:
-        values = [float(scale)] * len(networks.scheduler.timesteps)
+        values = [float(scale)] * sum(networks.scheduler.depths)
     mean = math.exp(sum(map(math.log, values)) / len(values))
     if isinstance(networks.noise_scale, HSIVINoiseScale):
         nn.init.constant_(networks.noise_scale.log_scale, math.log(mean))
     elif networks.noise_scale is None:
+        if isinstance(scale, list) and len(networks.scheduler.depths) > 1:
+            raise ValueError(
+                "the run of --init_from has a noise scale for each layer, and with several --num_layers there is one "
+                "for all: pass --noise_scale_type scalar, which starts at their mean"
+            )
         fixed = values if isinstance(scale, list) else scale
         networks.scheduler = HSIVIScheduler.from_config(networks.scheduler.config, noise_scale=fixed)
     else:
@@ -229,7 +241,7 @@ class Players:
         return make_chain(
             self.options.method.source,
             self.bridge.sample_base,
-            self.student.num_layers,
+            self.student.scheduler.depths,
             self.options.training.train_batch_size,
             sample_condition if classes else None,
         )

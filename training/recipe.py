@@ -63,7 +63,9 @@ class Teacher:
 @dataclass
 class Layers:
     _argument_group_name = "layers (the sampler)"
-    num_layers: int = option(5, "T: network calls of the sampler")
+    num_layers: list[int] = option(
+        [5], "T: network calls of the sampler; several, such as 1 2 4 8, train one student for all"
+    )
     timestep_spacing: Literal["quadratic", "uniform"] = option("quadratic", "how the grid is spread over the clock")
     start_timestep: int | None = option(None, "tau_T, the timestep of the first call; the spacing's own by default")
     kernel: Literal["ddim", "renoise"] = option(
@@ -73,6 +75,9 @@ class Layers:
     noise_scale_type: Literal["config", "scalar", "per_layer", "per_pixel"] = option(
         "config", "keep the noise scale at 1, or learn one: a single number, one for each layer, or one for each pixel"
     )
+
+    def __post_init__(self) -> None:
+        self.num_layers = sorted(self.num_layers)
 
 
 @dataclass
@@ -210,15 +215,29 @@ def check_options(options: Options) -> None:
         raise ValueError(f"--validation_samples {validation.validation_samples}: a distance needs at least 2")
     if training.max_grad_norm is not None and not training.max_grad_norm > 0:
         raise ValueError(f"--max_grad_norm {training.max_grad_norm}: give a number above 0, or leave it out")
+    check_layers(layers)
     check_hub(hub)
     check_counts(options)
+
+
+def check_layers(layers: Layers) -> None:
+    """Refuses step counts that are none, or named twice, and a noise scale that has no meaning for several."""
+    counts = layers.num_layers
+    given = f"--num_layers {' '.join(map(str, counts))}"
+    if not counts or len(set(counts)) < len(counts):
+        raise ValueError(f"{given}: give one number of network calls, or several that differ, such as 1 2 4 8")
+    if len(counts) > 1 and layers.noise_scale_type == "per_layer":
+        raise ValueError(
+            f"--noise_scale_type per_layer goes with one number of layers, and {given} has {len(counts)}: use scalar "
+            "or per_pixel"
+        )
 
 
 def check_counts(options: Options) -> None:
     """Refuses what must be a number of at least 1."""
     _, layers, method, training, hardware, validation, run, _ = options
     for name, value in [
-        ("num_layers", layers.num_layers),
+        ("num_layers", min(layers.num_layers)),
         ("critic_updates", method.critic_updates),
         ("max_train_steps", training.max_train_steps),
         ("train_batch_size", training.train_batch_size),

@@ -42,7 +42,7 @@ def class_teacher(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def arguments(teacher):
-    """The command line of a run with 2 layers and 4 rows; options by keyword."""
+    """The command line of a run with 2 layers and 4 rows; options by keyword, a tuple for a list."""
 
     def make(output_dir, *flags, **options):
         settings = {
@@ -55,7 +55,10 @@ def arguments(teacher):
             "lr_warmup_steps": 4,
             **options,
         }
-        return [*(f"--{name}={value}" for name, value in settings.items()), f"--output_dir={output_dir}", *flags]
+        line = []
+        for name, value in settings.items():
+            line += [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
+        return [*line, f"--output_dir={output_dir}", *flags]
 
     return make
 
@@ -119,6 +122,12 @@ def fast_run(distil, tmp_path_factory):
 @pytest.fixture(scope="session")
 def paper_run(distil, tmp_path_factory):
     return distil(tmp_path_factory.mktemp("runs") / "paper", preset="paper")
+
+
+@pytest.fixture(scope="session")
+def several_run(distil, tmp_path_factory):
+    """A finished run of one student for 1, 2 and 4 network calls."""
+    return distil(tmp_path_factory.mktemp("runs") / "several", preset="fast", num_layers=(4, 1, 2))
 
 
 @pytest.fixture(scope="session")

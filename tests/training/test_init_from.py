@@ -50,7 +50,7 @@ def begin(teacher):
     def load(run, **layers):
         options = Options(*(group() for group in GROUPS))._replace(
             teacher=Teacher(pretrained_teacher_model=str(teacher), init_from=str(run)),
-            layers=Layers(**{"num_layers": 2, "timestep_spacing": "uniform", "start_timestep": 440, **layers}),
+            layers=Layers(**{"num_layers": [2], "timestep_spacing": "uniform", "start_timestep": 440, **layers}),
         )
         return players.load_networks(options, SimpleNamespace(device="cpu", mixed_precision="no"))
 
@@ -113,6 +113,33 @@ def test_the_numbers_of_the_layers_are_interpolated_in_log_scale_at_their_output
     assert begin(run).scheduler.config.noise_scale == pytest.approx(wanted, rel=1e-5)
     mean = math.sqrt(wanted[0] * wanted[1])
     assert begin(run, noise_scale_type="scalar").noise_scale.tolist() == pytest.approx(mean, rel=1e-5)
+
+
+def test_the_numbers_of_the_layers_go_to_several_grids_as_their_mean_alone(begin, runs):
+    """One layer ends at 0, two at 0 and 220."""
+    several, single = {"num_layers": [1, 2]}, runs("per_layer")
+    low, high = begin(single, noise_scale_type="per_layer").noise_scale.tolist()
+    mean = (low * low * high) ** (1 / 3)
+    assert begin(single, noise_scale_type="scalar", **several).noise_scale.tolist() == pytest.approx(mean, rel=1e-5)
+    scale = begin(single, noise_scale_type="per_pixel", **several).noise_scale
+    torch.testing.assert_close(scale(), torch.full((1, 1, 8, 8), mean))
+    with pytest.raises(ValueError, match="one for all: pass --noise_scale_type scalar, which starts at their mean"):
+        begin(single, **several)
+
+
+@pytest.mark.parametrize("kind", ["config", "scalar", "per_layer", "per_pixel"])
+def test_a_student_of_several_counts_and_one_of_a_single_start_from_each_other(begin, distil, runs, tmp_path, kind):
+    number = scale_of(runs("scalar"))
+    networks = begin(runs("scalar"), num_layers=[1, 2], noise_scale_type="config")
+    assert networks.scheduler.config.noise_scale == number
+    assert networks.scheduler.depths == [1, 2]
+    options = {"noise_scale_type": "scalar", "noise_scale_learning_rate": 0.1, "max_train_steps": 2}
+    run = distil(tmp_path / "run", num_layers=(1, 2), critic_updates=1, **options)
+    networks, number = begin(run, num_layers=[3], noise_scale_type=kind), scale_of(run)
+    assert number != 1
+    scale = networks.scheduler.config.noise_scale if kind == "config" else networks.noise_scale.log_scale.exp()
+    torch.testing.assert_close(torch.as_tensor(scale), torch.full_like(torch.as_tensor(scale), number))
+    assert (kind == "per_layer") == (torch.as_tensor(scale).shape == (3,))
 
 
 def test_the_pixels_are_carried_to_pixels_alone(begin, runs, same_tensors):

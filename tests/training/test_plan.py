@@ -195,6 +195,14 @@ def test_every_noise_scale_and_class_conditional_teachers_can_be_planned(options
     assert math.isfinite(cost.flops)
 
 
+def test_a_student_of_several_counts_is_planned_with_all_its_chains(distil, options, tmp_path, capsys):
+    cost = plan.measure(options(preset="fast", critic_updates=1, num_layers=(1, 2, 4)))
+    assert cost.memory["chains"] == 4 * 4 * (64 * 4 + 8)  # max(T) B states of 8x8 floats and an index
+    assert cost.calls == {"student": 1, "critic": 1, "teacher": 1}
+    distil(tmp_path / "run", "--plan=true", num_layers=(4, 2, 1))
+    assert "T = 1, 2, 4, preset fast: 5 updates" in capsys.readouterr().out
+
+
 def test_of_several_processes_the_first_plans(distil, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

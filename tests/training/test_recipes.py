@@ -44,7 +44,7 @@ def test_a_recipe_makes_two_updates(path):
     few = ("--train_batch_size=1", "--gradient_accumulation_steps=1", "--critic_updates=1")
     options = read(path, *few, "--lr_warmup_steps=0")  # in a warm-up the first updates are too small to be seen
     config, schedule = plan.read_configs(str(options.teacher.pretrained_teacher_model), None)
-    side = 64 if options.layers.num_layers == 5 else 32
+    side = 64 if options.layers.num_layers == [5] else 32
     config["sample_size"] = min(config["sample_size"], side)
     torch.manual_seed(0)
     unets = tuple(UNet2DModel.from_config(config) for _ in range(3))

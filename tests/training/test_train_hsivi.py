@@ -223,6 +223,75 @@ def test_the_weights_of_the_losses(teacher):
     torch.testing.assert_close(objective.critic_weight(level), (1 - abar[level]) ** 2)
 
 
+# ----- one student, several step counts -----
+
+
+def draw(pipeline, steps):
+    return pipeline(3, torch.Generator().manual_seed(0), steps, output_type="pt", return_dict=False)[0]
+
+
+def test_one_student_is_trained_for_several_counts(several_run, fast_run, teacher):
+    pipeline = HSIVIPipeline.from_pretrained(several_run / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    grids = [[440, 0], [440, 220, 0], [440, 330, 220, 110, 0]]
+    assert pipeline.scheduler.config.layer_timesteps == grids
+    assert json.loads((several_run / "options.json").read_text())["num_layers"] == [1, 2, 4]
+    images = {count: draw(pipeline, count) for count in (1, 2, 4)}
+    assert pipeline.num_timesteps == 4
+    for drawn in images.values():
+        assert drawn.isfinite().all()
+        assert drawn.std() > 0.05
+    assert not torch.equal(images[1], images[2])
+    assert torch.equal(draw(pipeline, None), images[4])
+    with pytest.raises(ValueError, match="num_inference_steps=3, .* pass num_inference_steps=1 or 2 or 4"):
+        draw(pipeline, 3)
+    before = dict(load_teacher(str(teacher))[0].named_parameters())
+    after = pipeline_weights(several_run)
+    assert all(not torch.equal(after[f"unet.{name}"], tensor) for name, tensor in before.items())
+    chains = load_file(several_run / "checkpoints" / "checkpoint-5" / "chains-0.safetensors")
+    assert len(chains["t"]) == 4 * 4
+    hierarchies = torch.bucketize(chains["t"], torch.tensor([0, 2, 6])).bincount().tolist()
+    assert hierarchies == [6, 5, 5]
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+def test_a_run_of_several_counts_resumes_to_the_same_bits(interrupt, distil, tmp_path, differences, preset):
+    options = {"preset": preset, "num_layers": (1, 2, 4)}
+    at_once = distil(tmp_path / "at_once", **options)
+    folder = interrupt(tmp_path / "run", **options)
+    distil(folder, resume_from_checkpoint="latest", **{**options, "num_layers": (2, 4, 1)})
+    assert differences(folder, at_once) == []
+
+
+def test_a_run_of_several_counts_is_not_one_of_a_single_count(distil, several_run, tmp_path):
+    folder = shutil.copytree(several_run, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"other options \(num_layers: \[1, 2, 4\] -> \[4\]\): name another"):
+        distil(folder, num_layers=4, resume_from_checkpoint="latest")
+
+
+def test_a_run_that_recorded_a_plain_number_of_layers_resumes(distil, fast_run, tmp_path, starts, same_tensors):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    options = json.loads((folder / "options.json").read_text())
+    assert options["num_layers"] == [2]
+    (folder / "options.json").write_text(json.dumps({**options, "num_layers": 2}))
+    distil(folder, resume_from_checkpoint="latest")
+    assert starts == [5]
+    assert same_tensors(pipeline_weights(folder), pipeline_weights(fast_run))
+
+
+def test_several_counts_may_learn_one_scale_for_all(distil, tmp_path):
+    options = {"noise_scale_type": "scalar", "noise_scale_learning_rate": 0.1, "max_train_steps": 3}
+    folder = distil(tmp_path / "run", num_layers=(1, 2), critic_updates=1, **options)
+    pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
+    assert pipeline.scheduler.config.noise_scale != 1
+    assert draw(pipeline, 2).isfinite().all()
+
+
+def test_no_count_is_refused():
+    with pytest.raises(ValueError, match="--num_layers : give one number of network calls, or several that differ"):
+        recipe.check_layers(recipe.Layers(num_layers=[]))
+
+
 # ----- going on -----
 
 
@@ -409,6 +478,14 @@ def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypat
         ({"pretrained_teacher_model": "./nowhere"}, "teacher './nowhere' is not a folder"),
         ({"num_layers": 0}, "--num_layers 0: give a number of at least 1"),
         ({"num_layers": 1001}, "1001 steps"),
+        ({"num_layers": (2, 0)}, "--num_layers 0: give a number of at least 1"),
+        ({"num_layers": (1, 1001)}, "1001 steps"),
+        ({"num_layers": (2, 4, 2)}, "--num_layers 2 2 4: give one number of network calls, or several that differ"),
+        (
+            {"num_layers": (1, 4), "noise_scale_type": "per_layer"},
+            "per_layer goes with one number of layers, and --num_layers 1 4 has 2: use scalar or per_pixel",
+        ),
+        ({"num_layers": (1, 4), "start_timestep": 3}, "start=3: give a timestep from 4"),
         ({"max_train_steps": 0}, "--max_train_steps 0"),
         ({"train_batch_size": 0}, "--train_batch_size 0"),
         ({"critic_updates": 0}, "--critic_updates 0"),
