@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from classifier import ImageClassifier
 from hsivi_diffusers import LayerNoiseScale
+from hsivi_diffusers.pipeline_hsivi import network_calls
 from hsivi_diffusers.vi import Step, Update
 from images import load_images
 from metrics import Distances
@@ -112,7 +113,10 @@ class Monitor:
         return {f"noise_scale/{name}": float(getattr(scale, name)()) for name in ("min", "mean", "max")}
 
     def validate(self, step: int) -> None:
-        """Draws a grid of the averaged layers, always from the same noise, and measures their distance if asked to."""
+        """Draws a grid of the averaged layers, always from the same noise, and measures their distance if asked to.
+
+        Of several step counts the largest is drawn with.
+        """
         if self.accelerator.is_main_process:
             size = self.options.validation.validation_samples if self.distances else GRID[0] * GRID[1]
             pictures = self._draw(max(size, GRID[0] * GRID[1]))
@@ -124,7 +128,8 @@ class Monitor:
             if self.distances is not None:
                 fd = self.distances(pictures[:size])["fd"]
                 self.accelerator.log({"validation/fd": fd}, step=step)
-                tqdm.write(f"step {step}: FD {fd:.2f} of {size} pictures")
+                calls = network_calls(self.players.student.scheduler.depths[-1:])
+                tqdm.write(f"step {step}: FD {fd:.2f} of {size} pictures, {calls} each")
         self.accelerator.wait_for_everyone()
 
     def _draw(self, size: int) -> Tensor:

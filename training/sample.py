@@ -25,6 +25,9 @@ class Sampling:
     output_dir: str | None = option(None, "folder of the pictures")
     overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
     num_samples: int = option(64, "pictures to draw")
+    num_inference_steps: int | None = option(
+        None, "network calls for each, one of the counts that were trained; the largest by default"
+    )
     batch_size: int = option(64, "pictures at once")
     seed: int = option(0, "each picture has a generator of its own, seeded with seed + its number")
     class_label: int | None = option(None, "class of all pictures, for a class-conditional pipeline")
@@ -41,13 +44,14 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(f"--num_samples {options.num_samples}, --batch_size {options.batch_size}: give at least 1")
     pipeline = HSIVIPipeline.from_pretrained(options.pipeline).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler.set_timesteps(options.num_inference_steps)  # refuses a count that was not trained
     output_dir = claim_output_dir(options.output_dir, options.overwrite_output_dir)
     pictures = []
     for first in tqdm(range(0, options.num_samples, options.batch_size), desc="sample", unit="batch"):
         seeds = [options.seed + i for i in range(first, min(first + options.batch_size, options.num_samples))]
         labels = None if options.class_label is None else [options.class_label] * len(seeds)
         generators = [torch.Generator(options.device).manual_seed(seed) for seed in seeds]
-        pictures += pipeline(len(seeds), generator=generators, class_labels=labels).images
+        pictures += pipeline(len(seeds), generators, options.num_inference_steps, class_labels=labels).images
     for number, picture in enumerate(pictures):
         picture.save(output_dir / f"{number:05d}.png")
     columns = math.isqrt(len(pictures))

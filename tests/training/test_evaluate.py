@@ -125,6 +125,15 @@ def test_the_student_is_the_pipeline(fast_run):
     assert torch.equal(images, pipeline(3, generator(4), output_type="pt").images)
 
 
+def test_a_student_of_several_counts_is_sampled_with_each(several_run):
+    pipeline = HSIVIPipeline.from_pretrained(several_run / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    samplers = {count: make_student(pipeline, count) for count in (1, 2, 4, None)}
+    for count, sampler in samplers.items():
+        wanted = pipeline(3, generator(4), num_inference_steps=count or 4, output_type="pt").images
+        assert torch.equal(sampler(3, generator(4)), wanted)
+
+
 def test_sample_goes_by_batches_and_follows_its_seed():
     sizes = []
 
@@ -339,6 +348,46 @@ def test_three_lines_close_the_run(rows, evaluated):
         f"solver at as many, and {rows[8]['fd']:.2f} of DDPM at 5"
     )
     assert following.startswith(f"Next:     look at {folder / 'samples.png'}")
+
+
+@pytest.fixture(scope="module")
+def evaluated_several(several_run, extractor, printed, tmp_path_factory):
+    """Folder, the rows of pictures, and what was printed."""
+    folder, shown = shutil.copytree(several_run, tmp_path_factory.mktemp("evaluated") / "several"), []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(evaluate, "draw_samples", lambda rows, path: shown.append(rows) or draw_samples(rows, path))
+        text = printed(evaluate.main, [*arguments(folder, extractor), "--solver_steps", "2", "4", "--ddim_steps=0"])
+    return folder, shown[0], text
+
+
+def test_each_count_of_a_student_has_its_row(evaluated_several, extractor):
+    folder, _, text = evaluated_several
+    rows = json.loads((folder / "report.json").read_text())["rows"]
+    ours = [row for row in rows if row["method"] == "HSIVI"]
+    assert [row["nfe"] for row in ours] == [1, 2, 4]
+    assert len({row["train_seconds"] for row in ours}) == 1
+    pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
+    distances = Distances(ImageClassifier.from_pretrained(extractor).eval(), load_images("digits", 8, 1)[0] / 255)
+    for row in ours:
+        pictures = torch.cat([*sample(make_student(pipeline, row["nfe"]), 24, 10, seed=3)])
+        assert row["fd"] == pytest.approx(distances(pictures)["fd"], rel=1e-6)
+    table = (folder / "report.md").read_text()
+    assert all(f"| {nfe} | **HSIVI** |" in table for nfe in (1, 2, 4))
+    best = min((row for row in rows if row["nfe"] == 4 and row["method"] != "HSIVI"), key=lambda row: row["fd"])
+    wanted = (
+        f"FD {ours[-1]['fd']:.2f} at 4 network calls, against {best['fd']:.2f} of {best['method']}, the best solver"
+    )
+    assert wanted in text
+
+
+def test_each_count_of_a_student_is_shown_with_the_solvers_of_as_many_calls(evaluated_several):
+    folder, shown, _ = evaluated_several
+    solvers = ["DDIM", "DPM-Solver++", "UniPC"]
+    two, four = ([f"{name} at {nfe}" for name in (*solvers, "HSIVI")] for nfe in (2, 4))
+    assert [label for label, _ in shown] == ["teacher, DDPM at 5", "HSIVI at 1", *two, *four, "real"]
+    assert len({tuple(pictures.shape) for _, pictures in shown}) == 1
+    with Image.open(folder / "samples.png") as picture:
+        assert picture.format == "PNG"
 
 
 def test_no_partial_file_is_left(evaluated):

@@ -68,20 +68,22 @@ def test_pictures_go_to_the_tracker_and_to_a_file(events, shown):
             assert np.asarray(grid).std() > 0
 
 
-def test_the_distance_is_that_of_the_averaged_layers(distil, extractor, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("num_layers", [2, (1, 2)])
+def test_the_distance_is_that_of_the_averaged_layers(distil, extractor, tmp_path, monkeypatch, capsys, num_layers):
+    """With several step counts in the most calls."""
     measured = []
     validate = monitor.Monitor.validate
     monkeypatch.setattr(monitor.Monitor, "validate", lambda *given: measured.append(given[1]) or validate(*given))
-    options = {**VALIDATION, "validation_steps": 3, "max_train_steps": 3}
+    options = {**VALIDATION, "validation_steps": 3, "max_train_steps": 3, "num_layers": num_layers}
     folder = distil(tmp_path / "run", validation_data="digits", feature_extractor=extractor, **options)
     assert measured == [3]
     said = next(line for line in capsys.readouterr().out.splitlines() if "FD" in line)
     pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
     generator = torch.Generator().manual_seed(0)
-    pictures = [pipeline(size, generator, output_type="pt").images for size in (12, 12, 12, 4)]
+    pictures = [pipeline(size, generator, 2, output_type="pt").images for size in (12, 12, 12, 4)]
     real, _ = load_images("digits", 8, 1)
     distances = Distances(ImageClassifier.from_pretrained(extractor).eval(), real.float() / 255)
-    assert said == f"step 3: FD {distances(torch.cat(pictures))['fd']:.2f} of 40 pictures"
+    assert said == f"step 3: FD {distances(torch.cat(pictures))['fd']:.2f} of 40 pictures, 2 network calls each"
 
 
 def test_looking_changes_nothing(distil, shown, tmp_path, differences):

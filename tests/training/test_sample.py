@@ -65,6 +65,17 @@ def test_pictures_are_those_of_the_pipeline(draw, paper_run):
     assert np.array_equal(np.asarray(picture), pixels(folder, 0))
 
 
+def test_the_number_of_calls_may_be_chosen_among_those_trained(draw, several_run, tmp_path):
+    pipeline = HSIVIPipeline.from_pretrained(several_run / "pipeline")
+    for name, given, steps in (("one", ["--num_inference_steps=1"], 1), ("default", [], 4)):
+        folder = draw(name, "--num_samples=1", "--seed=9", *given, run=several_run)
+        (picture,) = pipeline(1, [torch.Generator().manual_seed(9)], steps).images
+        assert np.array_equal(np.asarray(picture), pixels(folder, 0))
+    with pytest.raises(ValueError, match="num_inference_steps=3, .* pass num_inference_steps=1 or 2 or 4"):
+        draw("three", "--num_inference_steps=3", run=several_run)
+    assert not (tmp_path / "three").exists()
+
+
 def test_a_class_may_be_chosen_for_a_conditional_pipeline_only(draw, class_run):
     zero, two = (draw(f"class{c}", "--num_samples=2", f"--class_label={c}", run=class_run) for c in (0, 2))
     assert contents(zero) != contents(two)
