@@ -1,14 +1,15 @@
 """Diffusion UNets as the three players of the core: the teacher's bridge, the student's layers, the critic.
 
 Only adapters: the losses are in `vi.objectives`, the layer's formula in `HSIVIScheduler.transition`. UNets speak of
-noise, the core of scores: score = -eps / sigma.
+noise, the core of scores: score = -eps / sigma. Real data is optional: with it the bridge can be drawn from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from .modeling_hsivi import HSIVINoiseScale
 from .scheduling_hsivi import HSIVIScheduler
 from .vi.bridges import Bridge
-from .vi.distributions import DiagonalGaussian
+from .vi.distributions import DiagonalGaussian, randn_like
 from .vi.layers import ConditionalLayers
 from .vi.objectives import Weight
 
 LevelLaw = Literal["layer", "uniform"]
+SampleData = Callable[[int, Tensor | None, torch.Generator | None], Tensor]
 
 
 class LayerNoiseScale(nn.Module):
@@ -69,9 +71,49 @@ class UNetCritic(nn.Module):
             level: Timesteps, shape (B,), 0..N-1.
             condition: Class labels, shape (B,), or None.
         """
-        _, noise_pred = self.scheduler.predict(_call(self.unet, x, level, condition), level, x)
-        _, sigma = self.scheduler.alpha_sigma(level, noise_pred)
-        return -noise_pred / sigma
+        return _score(self.unet, self.scheduler, x, level, condition)
+
+
+class UNetDiscriminator(nn.Module):
+    """A `UNetCritic` that also tells draws of the data from draws of the layers, for `Adversarial`; by one network.
+
+    The logits are the mean over channels of the output of the UNet's middle block, one for each place of its map, as in
+    adversarial score identity distillation (arXiv 2410.14919): features of the critic, and not one parameter more.
+
+    Args:
+        unet: See `UNetCritic`.
+        scheduler: See `UNetCritic`.
+
+    Raises:
+        ValueError: The UNet has no middle block.
+    """
+
+    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler) -> None:
+        super().__init__()
+        if unet.mid_block is None:
+            raise ValueError("the unet has no mid_block, of which the adversarial term takes its logits: leave it out")
+        self.unet = unet
+        self.scheduler = scheduler
+
+    def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the score at x, shape (B, C, H, W), and the logits, shape (B, H', W'), from one call of the UNet.
+
+        Args:
+            x: Shape (B, C, H, W).
+            level: Timesteps, shape (B,), 0..N-1.
+            condition: Class labels, shape (B,), or None.
+        """
+        features: list[Tensor] = []
+
+        def keep(module: nn.Module, given: Any, output: Tensor) -> None:
+            features.append(output)
+
+        handle = self.unet.mid_block.register_forward_hook(keep)
+        try:
+            score = _score(self.unet, self.scheduler, x, level, condition)
+        finally:
+            handle.remove()
+        return score, features[0].to(x.dtype).mean(1)
 
 
 class UNetLayers(ConditionalLayers):
@@ -122,6 +164,8 @@ class TeacherBridge(Bridge):
             input, or "uniform", in all of the range; by default "layer" for kernel ddim, "uniform" for renoise.
         level_power: p > 0. A random level is low + (high - low) u^p, u uniform on [0, 1): p = 1 is uniform, a larger p
             has more levels of low noise.
+        data: Draws clean data, (size, condition, generator) -> shape (size, ...), each row with its condition; None for
+            a bridge that is not drawn from.
 
     Raises:
         ValueError: The range leaves the teacher's clock, the law is unknown, the power is not above 0, or the grid ends
@@ -135,6 +179,7 @@ class TeacherBridge(Bridge):
         level_range: tuple[int, int] = (5, 800),
         level_law: LevelLaw | None = None,
         level_power: float = 1.0,
+        data: SampleData | None = None,
     ) -> None:
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
@@ -148,6 +193,7 @@ class TeacherBridge(Bridge):
         self.level_range = level_range
         self.level_law = level_law or ("layer" if scheduler.config.kernel == "ddim" else "uniform")
         self.level_power = level_power
+        self.data = data
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
         if int(self.level(torch.arange(self.num_layers)).min()) < 0:
@@ -161,6 +207,26 @@ class TeacherBridge(Bridge):
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws x_T ~ N(0, I) on the teacher's device."""
         return torch.randn(batch_size, *self.shape, generator=generator).to(self.network.unet.device)
+
+    def sample(
+        self, level: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draws from p_level: alpha x + sigma z, x of the data with the row's condition, z ~ N(0, I).
+
+        Raises:
+            ValueError: The bridge has no data.
+        """
+        if self.data is None:
+            raise ValueError("a draw of the bridge takes real data: make it with TeacherBridge(..., data=...)")
+        x = self.data(len(level), condition, generator).to(self.network.unet.device)
+        alpha, sigma = self.scheduler.alpha_sigma(level, x)
+        return alpha * x + sigma * randn_like(x, generator)
+
+    def sample_input(
+        self, t: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draws p_{t+1}, the data at the level of the input of layers t, for `DataChain`; see `sample`."""
+        return self.sample(self.scheduler.input_timestep(t), condition, generator)
 
     def level(self, t: Tensor) -> Tensor:
         """Returns tau_t."""
@@ -295,6 +361,13 @@ def sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return unet.config.in_channels, height, width
+
+
+def _score(unet: UNet2DModel, scheduler: HSIVIScheduler, x: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
+    """Returns -eps(x, level) / sigma_level."""
+    _, noise_pred = scheduler.predict(_call(unet, x, level, condition), level, x)
+    _, sigma = scheduler.alpha_sigma(level, noise_pred)
+    return -noise_pred / sigma
 
 
 def _call(unet: UNet2DModel, x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:

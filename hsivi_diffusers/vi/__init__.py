@@ -8,6 +8,7 @@ from .bridges import Bridge, DiffusionBridge, GeometricBridge
 from .chains import (
     Chain,
     ChainBatch,
+    DataChain,
     FrozenPoolChain,
     PoolChain,
     SimulatedChain,
@@ -23,6 +24,7 @@ from .inference import Inference
 from .layers import ConditionalLayers, IndependentLayers, SharedLayers
 from .networks import GaussianMLP, ResidualMLP, ScoreMLP
 from .objectives import (
+    Adversarial,
     CriticObjective,
     KullbackLeibler,
     LayerDraw,
@@ -47,11 +49,13 @@ from .targets import (
 )
 
 __all__ = [
+    "Adversarial",
     "Bridge",
     "Chain",
     "ChainBatch",
     "ConditionalLayers",
     "CriticObjective",
+    "DataChain",
     "DiagonalGaussian",
     "DiffusibleTarget",
     "DiffusionBridge",

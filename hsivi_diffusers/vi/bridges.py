@@ -52,6 +52,23 @@ class Bridge(ABC):
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws x_T, the input of the first layer: shape (batch_size, ...)."""
 
+    def sample(
+        self, level: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draws from p_level, shape (B, ...), for `DataChain` and `Adversarial`.
+
+        Args:
+            level: Shape (B,).
+            condition: Condition of each row, or None.
+            generator: Source of the draw.
+
+        Raises:
+            NotImplementedError: There is no data to draw from.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no draws of its densities: take another chain, and no adversarial term"
+        )
+
     def level(self, t: Tensor) -> Tensor:
         """Returns the level of p_t on the bridge's clock, shape (B,); here t itself."""
         return t

@@ -2,7 +2,7 @@
 
 `SimulatedChain` runs a fresh chain down to each layer that is trained (the paper). `PoolChain` keeps live chains at
 staggered depths: a training step moves the chains it used by one layer, with the very network call that trained them,
-so that no call is spent on simulation alone.
+so that no call is spent on simulation alone. `DataChain` takes draws of the bridge in the place of the layers'.
 
 Layers may serve several hierarchies, of T_1, T_2, ... layers, that share a network: they are counted one hierarchy
 after the other, each from the data side, and every hierarchy gets an equal part of the rows.
@@ -23,6 +23,7 @@ from .distributions import DiagonalGaussian, randn_like
 from .layers import ConditionalLayers
 
 SampleBase = Callable[[int, torch.Generator | None], Tensor]
+SampleInput = Callable[[Tensor, Tensor | None, torch.Generator | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,12 @@ class Chain(ABC):
         """Returns layer (number modulo T) of each hierarchy, counted over all."""
         return self.last.unique()[hierarchy] + number % torch.tensor(self.depths)[hierarchy]
 
+    def _any_layer(self, generator: torch.Generator | None) -> Tensor:
+        """Draws a layer for each row, uniformly from a hierarchy that is drawn before it."""
+        common = math.lcm(*self.depths)
+        draw = torch.randint(len(self.depths) * common, (self.batch_size,), generator=generator)
+        return self._in_hierarchy(draw // common, draw % common)
+
     def _first_layer(self, generator: torch.Generator | None) -> ChainBatch:
         x_next, condition = self._base(self.batch_size, generator)
         t = torch.full((self.batch_size,), self.num_layers - 1, device=x_next.device)
@@ -183,11 +190,51 @@ class SimulatedChain(Chain):
         del beta
         if self.num_layers == 1:
             return self._first_layer(generator)
-        common = math.lcm(*self.depths)
-        draw = torch.randint(len(self.depths) * common, (self.batch_size,), generator=generator)
-        t = self._in_hierarchy(draw // common, draw % common)
+        t = self._any_layer(generator)
         x_next, condition = self._simulate(layers, t, generator)
         return ChainBatch(x_next=x_next, t=t.to(x_next.device), condition=condition)
+
+
+class DataChain(Chain):
+    """Draws of the bridge at the level of the input: x_{t+1} ~ p_{t+1}, of the first layer x_T ~ base.
+
+    That is data noised to tau_{t+1}, as in continuous semi-implicit models (arXiv 2506.06778). It costs no network call
+    and keeps no state. A layer then sees the inputs that it would have if those before it were perfect, so what these
+    do wrong it does not learn to mend.
+
+    Args:
+        sample_base: See `Chain`.
+        num_layers: See `Chain`.
+        batch_size: B.
+        sample_condition: See `Chain`.
+        sample_input: Draws x_{t+1}: (t, condition, generator) -> shape (B, ...), for layers t of shape (B,).
+    """
+
+    def __init__(
+        self,
+        sample_base: SampleBase,
+        num_layers: int | Sequence[int],
+        batch_size: int,
+        sample_condition: SampleBase | None = None,
+        *,
+        sample_input: SampleInput,
+    ) -> None:
+        super().__init__(sample_base, num_layers, batch_size, sample_condition)
+        self.sample_input = sample_input
+
+    def draw(
+        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
+    ) -> ChainBatch:
+        """Draws t uniformly for each row, of a hierarchy drawn before it, and its input."""
+        del layers, beta
+        if self.num_layers == 1:
+            return self._first_layer(generator)
+        t = self._any_layer(generator)
+        base, condition = self._base(self.batch_size, generator)
+        t, is_first = t.to(base.device), (t == self.first[t]).to(base.device)
+        data = self.sample_input(t, condition, generator)
+        x_next = torch.where(is_first.reshape(-1, *[1] * (base.ndim - 1)), base, data)
+        return ChainBatch(x_next=x_next, t=t, condition=condition)
 
 
 class PoolChain(Chain):
@@ -370,18 +417,23 @@ class FrozenPoolChain(Chain):
 
 
 def make_chain(
-    source: Literal["pool", "simulate"],
+    source: Literal["pool", "simulate", "data"],
     sample_base: SampleBase,
     num_layers: int | Sequence[int],
     batch_size: int,
     sample_condition: SampleBase | None = None,
+    sample_input: SampleInput | None = None,
 ) -> Chain:
-    """Returns the chain of that name, see `PoolChain` and `SimulatedChain`.
+    """Returns the chain of that name, see `PoolChain`, `SimulatedChain` and `DataChain`.
 
     Raises:
-        ValueError: The name is unknown.
+        ValueError: The name is unknown, or "data" without `sample_input`.
     """
+    if source == "data":
+        if sample_input is None:
+            raise ValueError("source='data' needs sample_input, which draws the inputs of the layers")
+        return DataChain(sample_base, num_layers, batch_size, sample_condition, sample_input=sample_input)
     kinds: dict[str, type[Chain]] = {"pool": PoolChain, "simulate": SimulatedChain}
     if source not in kinds:
-        raise ValueError(f"source={source!r} is unknown: choose 'pool' or 'simulate'")
+        raise ValueError(f"source={source!r} is unknown: choose 'pool', 'simulate' or 'data'")
     return kinds[source](sample_base, num_layers, batch_size, sample_condition)

@@ -103,7 +103,8 @@ def fit(
 
     Args:
         layers: The sampler; called as layers(x_next, t, condition).
-        critic: Estimate of the marginal score; called as critic(x, level, condition). None for `LowerBound`.
+        critic: Estimate of the marginal score; called as critic(x, level, condition). None for `LowerBound`; for
+            `Adversarial` one that answers with a score and logits.
         bridge: What the layers are fitted to.
         objective: The losses.
         chain: Where layer inputs come from; a list of chains for gradient accumulation, one for each shard.
@@ -241,7 +242,15 @@ class _Game:
         batch = chain.draw(self.layers, generator, self.beta)
         q = self.layers(batch.x_next, batch.t, batch.condition)
         chain.advance(batch, q, generator)
-        draw = draw_layer(q, batch.t, self.bridge, scoring=self.scoring, condition=batch.condition, generator=generator)
+        draw = draw_layer(
+            q,
+            batch.t,
+            self.bridge,
+            scoring=self.scoring,
+            condition=batch.condition,
+            generator=generator,
+            real=self.objective.needs_real,
+        )
         return batch.t, draw
 
 

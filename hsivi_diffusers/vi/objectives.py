@@ -9,6 +9,11 @@ With x ~ q(. | x_next), S the bridge score, s the critic's estimate of the margi
 With a share m of the teacher in its target, (1 - m) grad log q(x | x_next) + m S(x), the critic is nearer to S, and
 v / (1 - m) estimates S - grad log q (continuous semi-implicit models, arXiv 2506.06778).
 
+With draws of the bridge itself, and a critic that is a discriminator D besides, `Adversarial` adds to either
+
+    layers        weight d softplus(-D(x))                         d the number of coordinates of x
+    critic        weight d/2 (softplus(D(x)) + softplus(-D(x_real)))
+
 Without a critic, from K extra draws of x_next (x_next^(0) is the one that x came from):
 
     HSIVI-LB      log 1/(K+1) sum_k q(x | x_next^(k)) - log p(x)                       (sec. 3.1; an upper bound of KL)
@@ -20,10 +25,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from .bridges import Bridge
 from .distributions import DiagonalGaussian, randn_like
@@ -42,12 +48,14 @@ class LayerDraw:
         x: Shape (B, ...).
         level: Level of the bridge that q belongs to, shape (B,).
         condition: Condition of each row, or None.
+        real: Draw of the bridge at the level and condition of each row, of the shape of x, or None.
     """
 
     q: DiagonalGaussian
     x: Tensor
     level: Tensor
     condition: Tensor | None = None
+    real: Tensor | None = None
 
     @property
     def layer_score(self) -> Tensor:
@@ -67,6 +75,7 @@ def draw_layer(
     scoring: Scoring = "own",
     condition: Tensor | None = None,
     generator: torch.Generator | None = None,
+    real: bool = False,
 ) -> LayerDraw:
     """Draws from layer t at its own level (the paper), or at a random level of the bridge.
 
@@ -77,6 +86,7 @@ def draw_layer(
         scoring: "own" or "random".
         condition: Condition of each row.
         generator: Source of the level and the noise.
+        real: Draw from the bridge too, at the same level and condition, see `LayerDraw.real`.
 
     Raises:
         ValueError: `scoring` is neither.
@@ -88,7 +98,9 @@ def draw_layer(
         level = bridge.level(t)
     else:
         raise ValueError(f"scoring={scoring!r} is unknown: choose 'own' or 'random'")
-    return LayerDraw(q=q, x=q.rsample(randn_like(q.mean, generator)), level=level, condition=condition)
+    x = q.rsample(randn_like(q.mean, generator))
+    drawn = bridge.sample(level, condition, generator) if real else None
+    return LayerDraw(q=q, x=x, level=level, condition=condition, real=drawn)
 
 
 def unit_weight(level: Tensor) -> Tensor:
@@ -102,9 +114,11 @@ class Objective(ABC):
     Attributes:
         critic_gradient: The layers' loss has a gradient through the critic. Without one, a single answer of the critic
             serves both losses.
+        needs_real: The losses take draws of the bridge itself, `LayerDraw.real`.
     """
 
     critic_gradient = False
+    needs_real = False
 
     @abstractmethod
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
@@ -241,6 +255,70 @@ class KullbackLeibler(CriticObjective):
         return weight * (value + (product - product.detach()))
 
 
+class Adversarial(CriticObjective):
+    r"""Another objective and, with a weight, a game of layers and critic over draws of the bridge itself.
+
+    The critic answers with a score and with logits D, which tell draws of the bridge (real) from draws of the layers.
+    With the number d of coordinates of x, the loss of the layers gains weight d softplus(-D(x)), the non-saturating
+    one, and that of the critic weight d/2 (softplus(D(x)) + softplus(-D(x_real))). The best D is log p(x) / q(x). Where
+    there are several logits for a row, the mean over them is taken. This is the term of adversarial score identity
+    distillation (arXiv 2410.14919), and of DMD2 (arXiv 2405.14867), on features of the critic; both of its weights are
+    one here, and neither the weight of a level nor the per-sample one is applied to it.
+
+    The gradient for the layers passes through the critic to x, and is of the layers alone.
+
+    Args:
+        objective: What it is added to.
+        weight: > 0; the scripts of DMD2 have 1e-3 for the layers and 1e-2 for the critic.
+
+    Raises:
+        ValueError: The weight is not above 0.
+    """
+
+    needs_real = True
+
+    def __init__(self, objective: CriticObjective, weight: float) -> None:
+        if not weight > 0:
+            raise ValueError(f"weight={weight}: give a number > 0, or leave the adversarial term out")
+        super().__init__(objective.layer_weight, objective.critic_weight, objective.normalise, objective.teacher_share)
+        self.objective = objective
+        self.weight = weight
+
+    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        """Returns the objective's loss + weight d softplus(-D(x)), from one call of the critic.
+
+        Raises:
+            TypeError: The critic does not answer with a score and logits.
+        """
+        score, logits = _score_and_logits(critic(draw.x, draw.level, draw.condition))
+        loss = self.objective.layer_loss(lambda *_: score, bridge, draw)
+        return loss + self._scale(draw) * _mean(softplus(-logits))
+
+    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
+        """Returns the objective's loss + weight d/2 (softplus(D(x)) + softplus(-D(x_real))): shape (B,).
+
+        Drawn and real rows go through the critic in one call, of 2 B rows, so that it may be one that reduces its
+        gradients between processes.
+
+        Raises:
+            TypeError: The critic does not answer with a score and logits.
+            ValueError: The draw has no real rows.
+        """
+        if draw.real is None:
+            raise ValueError("the draw has no real rows: take draw_layer(..., real=True)")
+        size = len(draw.x)
+        condition = None if draw.condition is None else torch.cat([draw.condition, draw.condition])
+        score, logits = _score_and_logits(
+            critic(torch.cat([draw.x, draw.real]), torch.cat([draw.level, draw.level]), condition)
+        )
+        loss = self.objective.critic_loss(lambda *_: score[:size], draw, bridge)
+        game = _mean(softplus(logits[:size])) + _mean(softplus(-logits[size:]))
+        return loss + 0.5 * self._scale(draw) * game
+
+    def _scale(self, draw: LayerDraw) -> float:
+        return self.weight * draw.x[0].numel()
+
+
 class LowerBound(Objective):
     """HSIVI-LB: the bound of semi-implicit variational inference, layer by layer (sec. 3.1).
 
@@ -311,5 +389,18 @@ class LowerBound(Objective):
         return _sum(score * draw.x)
 
 
+def _score_and_logits(answer: Any) -> tuple[Tensor, Tensor]:
+    if not (isinstance(answer, tuple) and len(answer) == 2):
+        raise TypeError(
+            f"the critic answers with a {type(answer).__name__}: the adversarial term needs one that returns a score "
+            "and logits, such as UNetDiscriminator"
+        )
+    return answer
+
+
 def _sum(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1)
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1).mean(1)

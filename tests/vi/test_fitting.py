@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from hsivi_diffusers.vi import (
+    Adversarial,
+    DataChain,
     DivergenceError,
     FrozenPoolChain,
     KullbackLeibler,
@@ -22,6 +24,7 @@ from scenarios import (
     GaussianBridge,
     LinearCritic,
     LinearLayers,
+    QuadraticDiscriminator,
     independent_layers,
     linear_layers,
     marginals_of,
@@ -67,7 +70,7 @@ def target():
         ScoreMatching(),
         ScoreMatching(alpha=1.0),
         KullbackLeibler(),
-        ScoreMatching(alpha=1.2, teacher_share=0.5),
+        ScoreMatching(alpha=1.0, teacher_share=0.5),
         KullbackLeibler(teacher_share=0.5),
     ],
 )
@@ -321,6 +324,84 @@ def test_the_layers_loss_leaves_no_gradient_to_the_critic(objective):
     next(game.fit(objective, 1, backward=backward))
     assert seen[:2] == [None, None]
     assert seen[2] is not None
+
+
+# ----- with draws of the bridge -----
+
+
+class AdversarialGame(Game):
+    """A game whose critic is a discriminator too."""
+
+    def __init__(self, bridge, **options):
+        super().__init__(bridge, **options)
+        self.critic = QuadraticDiscriminator(self.critic, 3)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=0.05)
+
+
+def data_chain(bridge, size=64):
+    """Inputs of layer t are draws of p_{t+1}."""
+    return DataChain(
+        bridge.sample_base, 3, size, sample_input=lambda t, c, g: bridge.sample((t + 1).clamp_max(2), c, g)
+    )
+
+
+def anneal(game, objective, steps):
+    for _ in game.fit(objective, steps, critic_updates=2):
+        for optimizer in (game.layer_optimizer, game.critic_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.996
+    return game.layers.marginals()
+
+
+@pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler()])
+def test_layers_reach_the_bridge_with_an_adversarial_term(objective):
+    game = AdversarialGame(target())
+    mean, variance = (moment[:-1] for moment in anneal(game, Adversarial(objective, 0.1), 900))
+    torch.testing.assert_close(mean, game.bridge.mean, rtol=0, atol=0.1)
+    torch.testing.assert_close(variance, game.bridge.variance, rtol=0.15, atol=0)
+
+
+def test_layers_reach_the_bridge_from_inputs_of_the_bridge():
+    game = Game(target())
+    game.chain = data_chain(game.bridge)
+    mean, variance = (moment[:-1] for moment in anneal(game, KullbackLeibler(), 900))
+    torch.testing.assert_close(mean, game.bridge.mean, rtol=0, atol=0.1)
+    torch.testing.assert_close(variance, game.bridge.variance, rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("objective", [KullbackLeibler(), ScoreMatching(), KullbackLeibler(teacher_share=0.5)])
+def test_the_adversarial_loss_of_the_layers_leaves_no_gradient_to_the_discriminator(objective):
+    game, seen = shards_of(AdversarialGame(target()), 2), []
+
+    def backward(loss):
+        loss.backward()
+        seen.append([parameter.grad is not None for parameter in game.critic.parameters()])
+
+    next(game.fit(Adversarial(objective, 0.1), 1, backward=backward))
+    assert [set(some) for some in seen] == [{False}, {False}, {True}, {True}]
+    assert all(parameter.requires_grad for parameter in game.critic.parameters())
+
+
+def test_with_an_adversarial_term_an_update_is_the_mean_over_the_shards():
+    bridge, objective = target(), Adversarial(KullbackLeibler(), 0.1)
+    together = gradients(shards_of(AdversarialGame(bridge), 3), objective)
+    alone = [gradients(AdversarialGame(bridge), objective, rank=rank) for rank in range(3)]
+    for got, *each in zip(together, *alone, strict=True):
+        torch.testing.assert_close(got, torch.stack(each).mean(0))
+
+
+def test_a_run_from_data_with_an_adversarial_term_resumes_to_the_same_bits():
+    objective = Adversarial(ScoreMatching(), 0.1)
+    whole, halves, resumed = (AdversarialGame(target()) for _ in range(3))
+    for game in (whole, halves, resumed):
+        game.chain = data_chain(game.bridge)
+    list(whole.fit(objective, 6))
+    list(halves.fit(objective, 6, curriculum=joint(3, 2)))
+    for name in ("layers", "critic", "layer_optimizer", "critic_optimizer", "chain"):
+        getattr(resumed, name).load_state_dict(copy.deepcopy(getattr(halves, name).state_dict()))
+    list(resumed.fit(objective, 6, start_step=2))
+    for got, wanted in zip(trained(resumed), trained(whole), strict=True):
+        assert torch.equal(got, wanted)
 
 
 # ----- without a critic, and layer by layer -----

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hsivi_diffusers.vi import (
+    Adversarial,
     DiagonalGaussian,
     GeometricBridge,
     KullbackLeibler,
@@ -21,8 +22,10 @@ from scenarios import (
     GaussianBridge,
     LinearCritic,
     LinearLayers,
+    QuadraticDiscriminator,
     SharingCritic,
     linear_layers,
+    log_ratio,
     matching_bridge,
 )
 
@@ -325,6 +328,151 @@ def test_kl_is_zero_row_by_row_at_the_truth():
     bridge = matching_bridge(layers)
     loss = KullbackLeibler().layer_loss(ExactCritic(layers), bridge, make_draw(layers, bridge))
     assert torch.equal(loss, torch.zeros(64, dtype=torch.float64))
+
+
+# ----- the adversarial term -----
+
+
+def discriminator(layers, bridge, critic=None):
+    """A critic, the exact one by default, with the best logits."""
+    made = QuadraticDiscriminator(critic or ExactCritic(layers), 3)
+    with torch.no_grad():
+        for parameter, value in zip((made.square, made.slope, made.intercept), log_ratio(layers, bridge), strict=True):
+            parameter.copy_(value)
+    return made
+
+
+def test_a_draw_has_real_rows_at_its_levels_where_they_are_asked_for():
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    plain, draw = (make_draw(layers, bridge, size=30_000, real=real) for real in (False, True))
+    assert plain.real is None
+    assert torch.equal(draw.x, plain.x)  # the real rows are drawn last
+    for t in range(3):
+        rows = draw.real[draw.level == t]
+        assert rows.mean() == pytest.approx(
+            float(bridge.mean[t]), abs=5 * float(bridge.variance[t] / rows.numel()) ** 0.5
+        )
+        assert rows.var() == pytest.approx(float(bridge.variance[t]), rel=5 * (2 / rows.numel()) ** 0.5)
+    assert draw.detach().real is draw.real
+
+
+def test_a_bridge_without_draws_of_its_own_says_so():
+    layers = linear_layers()
+    bridge = GeometricBridge(ScoreTarget(lambda x: -x, DIMENSION), 3)
+    t = torch.arange(3)
+    q = layers(torch.zeros(3, DIMENSION, dtype=torch.float64), t)
+    with pytest.raises(NotImplementedError, match="GeometricBridge has no draws of its densities"):
+        draw_layer(q, t, bridge, real=True)
+
+
+def test_the_best_discriminator_is_the_log_ratio_and_leaves_the_score_alone():
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers), by=0.2)
+    draw = make_draw(layers, bridge, size=200_000, real=True).detach()
+    critic = QuadraticDiscriminator(LinearCritic(3), 3)
+    fitted(critic, Adversarial(KullbackLeibler(), 1.0), draw, bridge)
+    for got, wanted in zip((critic.square, critic.slope, critic.intercept), log_ratio(layers, bridge), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0.05)
+    alone = fitted(LinearCritic(3), KullbackLeibler(), draw, bridge)
+    torch.testing.assert_close(critic.critic.slope, alone.slope, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("objective", [ScoreMatching(alpha=1.0), KullbackLeibler(), KullbackLeibler(teacher_share=0.5)])
+def test_the_term_is_added_to_both_losses_row_by_row(objective):
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    draw, critic = make_draw(layers, bridge, real=True), LinearCritic(3)
+    both, scale = discriminator(layers, bridge, critic), 0.1 * DIMENSION
+    logits = {name: both(x, draw.level)[1] for name, x in (("drawn", draw.x), ("real", draw.real))}
+    adversarial = Adversarial(objective, 0.1)
+    softplus = torch.nn.functional.softplus
+    torch.testing.assert_close(
+        adversarial.layer_loss(both, bridge, draw),
+        objective.layer_loss(critic, bridge, draw) + scale * softplus(-logits["drawn"]),
+    )
+    torch.testing.assert_close(
+        adversarial.critic_loss(both, draw.detach(), bridge),
+        objective.critic_loss(critic, draw.detach(), bridge)
+        + scale / 2 * (softplus(logits["drawn"]) + softplus(-logits["real"])),
+    )
+
+
+@pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler()])
+def test_the_layers_gain_the_non_saturating_gradient_at_x(objective):
+    """weight d sigmoid(-D) (grad log q - grad log p) at the best discriminator."""
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    draw = make_draw(layers, bridge, real=True)
+    critic = discriminator(layers, bridge)
+    with_term, without = (
+        torch.autograd.grad(loss.sum(), draw.x, retain_graph=True)[0]
+        for loss in (
+            Adversarial(objective, 0.1).layer_loss(critic, bridge, draw),
+            objective.layer_loss(critic.critic, bridge, draw),
+        )
+    )
+    score, logits = critic(draw.x, draw.level)
+    push = torch.sigmoid(-logits)[:, None] * (score - bridge.score(draw.x, draw.level))
+    torch.testing.assert_close(with_term - without, 0.1 * DIMENSION * push)
+
+
+@pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler()])
+def test_at_the_truth_the_game_is_a_draw_and_moves_no_one(objective):
+    layers = linear_layers()
+    bridge = matching_bridge(layers)
+    critic, draw = discriminator(layers, bridge), make_draw(layers, bridge, real=True)
+    adversarial = Adversarial(objective, 0.1)
+    game = 0.1 * DIMENSION * math.log(2) * torch.ones(64, dtype=torch.float64)
+    loss = adversarial.layer_loss(critic, bridge, draw)
+    torch.testing.assert_close(loss, game)
+    for gradient in torch.autograd.grad(loss.mean(), list(layers.parameters())):
+        torch.testing.assert_close(gradient, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    gain = adversarial.critic_loss(critic, draw.detach(), bridge) - objective.critic_loss(critic.critic, draw.detach())
+    torch.testing.assert_close(gain, game)
+
+
+def test_logits_of_several_places_count_by_their_mean():
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    draw, critic = make_draw(layers, bridge, real=True).detach(), LinearCritic(3)
+
+    def make(places):
+        return lambda x, level, condition: (critic(x, level), x[:, :places].reshape(len(x), places, 1))
+
+    adversarial, softplus = Adversarial(KullbackLeibler(), 0.1), torch.nn.functional.softplus
+    losses = [adversarial.layer_loss(make(places), bridge, draw) for places in (1, 3)]
+    difference = softplus(-draw.x).mean(1) - softplus(-draw.x[:, 0])
+    torch.testing.assert_close(losses[1] - losses[0], 0.1 * DIMENSION * difference)
+
+
+def test_each_loss_is_one_call_of_the_critic():
+    layers, sizes = linear_layers(), []
+    bridge = shifted(matching_bridge(layers))
+    draw, critic = make_draw(layers, bridge, real=True, condition=torch.arange(64)), discriminator(layers, bridge)
+
+    def counting(x, level, condition):
+        sizes.append(len(x))
+        assert torch.equal(condition, torch.arange(64).repeat(len(x) // 64))
+        return critic(x, level)
+
+    adversarial = Adversarial(ScoreMatching(), 0.1)
+    adversarial.layer_loss(counting, bridge, draw)
+    adversarial.critic_loss(counting, draw.detach(), bridge)
+    assert sizes == [64, 128]
+
+
+def test_what_the_adversarial_term_cannot_use_is_refused():
+    layers = linear_layers()
+    bridge = matching_bridge(layers)
+    adversarial = Adversarial(KullbackLeibler(), 0.1)
+    with pytest.raises(TypeError, match="the critic answers with a Tensor: .*score and logits"):
+        adversarial.layer_loss(LinearCritic(3), bridge, make_draw(layers, bridge, real=True))
+    with pytest.raises(ValueError, match="the draw has no real rows: take draw_layer"):
+        adversarial.critic_loss(discriminator(layers, bridge), make_draw(layers, bridge), bridge)
+    for weight in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"weight={weight}: give a number > 0"):
+            Adversarial(KullbackLeibler(), weight)
 
 
 # ----- the lower bound -----
