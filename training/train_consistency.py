@@ -75,7 +75,7 @@ class Training:
     max_train_steps: int = option(1000, "number of updates; 1,000 in the example's command line")
     max_train_seconds: float | None = option(None, "wall-clock seconds of updates, in the place of their number")
     train_batch_size: int = option(64, "pictures in an update; 12 in the example's command line")
-    learning_rate: float = option(1e-4, "AdamW's; 1e-6 in the example's command line, for Stable Diffusion")
+    learning_rate: float = option(1e-3, "AdamW's; 1e-6 in the example's command line, for Stable Diffusion")
     lr_scheduler: Literal["cosine", "constant"] = option("cosine", "after the warm-up; constant in the example")
     lr_warmup_steps: int = option(50, "updates of linear warm-up; 500 in the example")
     adam_weight_decay: float = option(0.0, "AdamW's; 0 in the example's command line")
@@ -121,7 +121,7 @@ class Distiller:
 
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         """Returns f of the student, shape (B, C, H, W). No clipping, which would stop the gradient."""
-        return apply(self.student, self.unclipped, self.sampler, x, timestep)
+        return consistency(self.student, self.unclipped, self.sampler, x, timestep)
 
     @torch.no_grad()
     def aim(self, x: Tensor, timestep: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class Distiller:
         below = (timestep - self.stride).clamp_min(0)
         x0, noise_pred = self.schedule.predict(self.teacher(x, timestep).sample, timestep, x)
         alpha, sigma = self.schedule.alpha_sigma(below, x)
-        return apply(self.target, self.schedule, self.sampler, alpha * x0 + sigma * noise_pred, below)
+        return consistency(self.target, self.schedule, self.sampler, alpha * x0 + sigma * noise_pred, below)
 
     def loss(self, clean: Tensor, method: Method) -> Tensor:
         """Returns the loss of a batch of real pictures, shape (B, C, H, W)."""
@@ -138,7 +138,9 @@ class Distiller:
         return distance(self.predict(x, timestep), self.aim(x, timestep), method)
 
 
-def apply(unet: UNet2DModel, schedule: HSIVIScheduler, sampler: LCMScheduler, x: Tensor, timestep: Tensor) -> Tensor:
+def consistency(
+    unet: UNet2DModel, schedule: HSIVIScheduler, sampler: LCMScheduler, x: Tensor, timestep: Tensor
+) -> Tensor:
     """Returns f(x, t) = c_skip(t) x + c_out(t) x0(x, t), shape (B, C, H, W), for timesteps (B,)."""
     x0, _ = schedule.predict(unet(x, timestep).sample, timestep, x)
     c_skip, c_out = sampler.get_scalings_for_boundary_condition_discrete(timestep[:, None, None, None])

@@ -12,7 +12,7 @@ import train_consistency
 from hsivi_diffusers import HSIVIScheduler
 from solvers import make_consistency_sampler
 from tiny_unet import make_unet
-from train_consistency import Distiller, Method, Training, apply, distance, follow, learning_rate, make_sampler
+from train_consistency import Distiller, Method, Training, consistency, distance, follow, learning_rate, make_sampler
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 GRID = {"start_timestep": 699, "num_ddim_timesteps": 10}
@@ -122,7 +122,7 @@ def test_the_function_is_what_the_scheduler_of_diffusers_samples(unet, predictio
         scheduler = LCMScheduler.from_config(distiller.sampler.config)
         scheduler.set_timesteps(timesteps=[timestep])
         wanted = scheduler.step(unet(x, at).sample, timestep, x).denoised
-        torch.testing.assert_close(apply(unet, distiller.schedule, distiller.sampler, x, at), wanted)
+        torch.testing.assert_close(consistency(unet, distiller.schedule, distiller.sampler, x, at), wanted)
 
 
 @torch.no_grad()
