@@ -76,7 +76,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         kernel: "ddim" or "renoise", see above.
         noise_eta: eta of the ddim kernel, in [0, 1]; the paper has 0.2.
         noise_scale: Factor > 0 on the standard deviation, one for all layers or a list of T, noise_scale[t] for layer
-            t (so the last of the list is for the first step).
+            t (so the last of the list is for the first step). With several grids one number.
         noise_scale_type: "config": `noise_scale` above. "per_pixel": `step` must be given a tensor.
         clip_sample: Clamp the predicted x0 to +- `clip_sample_range`.
         clip_sample_range: See there.
