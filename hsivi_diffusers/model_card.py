@@ -111,10 +111,11 @@ def make_card(
         eval_results=_eval_results(run["report"]),
     )
     teacher = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained diffusion model"
+    data_used = "with" if run["options"].get("train_data") else "without"
     sections = [
         f"# {name}",
-        f"A sampler of **{network_calls(counts)}**, distilled from {teacher} without training data, by hierarchical "
-        "semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153)).",
+        f"A sampler of **{network_calls(counts)}**, distilled from {teacher} {data_used} training data, by "
+        "hierarchical semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153)).",
         f"![Pictures drawn by this model, {network_calls(counts[-1:])} each](samples.png)" if drawn else "",
         f"## Use it\n\n{_usage(pipeline, repo_id, counts, fp16)}",
         f"## Quality\n\n{_quality(run)}",

@@ -52,7 +52,7 @@ NOUNS = {
     "pages": set(),
     "solvers": set(),
     "recipe": {"options"},
-    "players": {"folders", "recipe"},
+    "players": {"folders", "images", "recipe"},
     "checkpoints": {"folders", "players", "recipe"},
     "monitor": {"classifier", "images", "metrics", "players", "recipe"},
     "plan": {"players", "recipe"},

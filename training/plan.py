@@ -148,11 +148,18 @@ def make_fake_players(options: Options, meter: Meter) -> Players:
     unets = (make_unet(config, torch.bfloat16 if half else torch.float32), make_unet(config), make_unet(config))
     with meter:
         networks = make_networks(unets, schedule, options)
+    if options.method.train_data is not None:
+        networks.data = partial(_stand_in, sample_shape(unets[0]))
     if isinstance(networks.noise_scale, LayerNoiseScale):  # so small that the meter left it real
         networks.noise_scale.log_scale = nn.Parameter(torch.empty(networks.noise_scale.log_scale.shape))
     meter.add(parameter for unet in unets for parameter in unet.parameters())
     with meter:
         return Players(networks, options, accelerator)
+
+
+def _stand_in(shape: tuple[int, int, int], size: int, condition: Tensor | None, generator: Any) -> Tensor:
+    """In the place of real pictures, which a plan does not load."""
+    return torch.randn(size, *shape)
 
 
 def measure(options: Options) -> Cost:
@@ -301,6 +308,11 @@ def describe(options: Options, cost: Cost, speed: float, device: str, processes:
         *_table("memory of a process, MiB", cost.memory, MIB, ",.1f"),
         f"  {'in all, at the peak':40s}{sum(cost.memory.values()) / MIB:>16,.1f}",
         "  (libraries: of this process, in main memory; the rest is on the device)",
+        *(
+            ["  (the pictures of --train_data stay in main memory and come on top)"]
+            if options.method.train_data
+            else []
+        ),
         "",
         f"an update calls for each row: {calls}; {cost.flops / 1e9:,.1f} GFLOP in a process",
         f"about {seconds:,.2f} s an update and {_duration(seconds * training.max_train_steps)} in all on {device}, by "

@@ -30,8 +30,9 @@ from hsivi_diffusers import (
     UNetLayers,
     load_teacher,
 )
-from hsivi_diffusers.distillation import sample_shape
+from hsivi_diffusers.distillation import SampleData, UNetDiscriminator, sample_shape
 from hsivi_diffusers.vi import (
+    Adversarial,
     Chain,
     CriticObjective,
     DivergenceError,
@@ -42,6 +43,7 @@ from hsivi_diffusers.vi import (
     joint,
     make_chain,
 )
+from images import load_images, to_model_range
 from recipe import Layers, Method, Options
 
 MAX_OVERFLOWS = 50
@@ -59,6 +61,7 @@ class Networks:
         critic: UNet of the critic.
         scheduler: Schedule of the teacher, with the grid and kernel of the student.
         noise_scale: The learned noise scale, if any.
+        data: Draws real pictures, if there are any.
     """
 
     teacher: UNet2DModel
@@ -66,10 +69,11 @@ class Networks:
     critic: UNet2DModel
     scheduler: HSIVIScheduler
     noise_scale: NoiseScale | None
+    data: SampleData | None = None
 
 
 def load_networks(options: Options, accelerator: Accelerator) -> Networks:
-    """Loads the teacher, and student and critic from it or from the run of --init_from.
+    """Loads the teacher, student and critic from it or from the run of --init_from, and the pictures of --train_data.
 
     The teacher is only called, never trained, so it is kept in the precision of its calls.
     """
@@ -77,8 +81,42 @@ def load_networks(options: Options, accelerator: Accelerator) -> Networks:
     networks = make_networks((teacher, copy.deepcopy(teacher), copy.deepcopy(teacher)), schedule, options)
     if options.teacher.init_from is not None:
         carry_over(networks, Path(options.teacher.init_from))
+    if options.method.train_data is not None:
+        networks.data = load_data(options.method.train_data, teacher)
     networks.teacher.to(accelerator.device, HALF.get(accelerator.mixed_precision))
     return networks
+
+
+def load_data(name: str, teacher: UNet2DModel) -> SampleData:
+    """Loads real pictures, to be drawn with replacement: of a conditional teacher those of the class that is asked for.
+
+    Raises:
+        ValueError: There are none, or the teacher takes others, or classes of which there is none.
+    """
+    channels, height, width = sample_shape(teacher)
+    if channels not in (1, 3) or height != width:
+        raise ValueError(
+            f"--train_data {name}: the teacher's pictures of {channels} x {height} x {width} are not loaded"
+        )
+    pictures, labels = load_images(name, height, channels)
+    classes = teacher.config.num_class_embeds
+    if classes is not None and labels is None:
+        raise ValueError(f"--train_data {name} tells no labels, and the teacher has {classes} classes: take other data")
+    kinds = torch.zeros(len(pictures), dtype=torch.long) if classes is None or labels is None else labels
+    counts = kinds.bincount(minlength=classes or 1)
+    if classes is not None and (len(counts) > classes or bool((counts == 0).any())):
+        raise ValueError(
+            f"--train_data {name} has pictures of the classes {kinds.unique().tolist()}, and the teacher is for 0 to "
+            f"{classes - 1}, each of which it needs: take the data of the teacher"
+        )
+    by_kind, first = kinds.argsort(stable=True), counts.cumsum(0) - counts
+
+    def sample(size: int, condition: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        kind = torch.zeros(size, dtype=torch.long) if condition is None else condition.cpu()
+        uniform = torch.rand(size, generator=generator, dtype=torch.float64)
+        return to_model_range(pictures[by_kind[first[kind] + (uniform * counts[kind]).long()]])
+
+    return sample
 
 
 def make_networks(
@@ -177,8 +215,11 @@ def make_objective(method: Method, bridge: TeacherBridge) -> CriticObjective:
         "layer_weight": bridge.weight(sigma_power[method.layer_weight], alpha_power=-1.0 if normalised else 0.0),
         "critic_weight": bridge.weight(sigma_power[method.critic_weight]),
         "normalise": normalised,
+        "teacher_share": method.teacher_share,
     }
-    return KullbackLeibler(**weights) if method.objective == "KL" else ScoreMatching(alpha=method.alpha, **weights)
+    kl, alpha = method.objective == "KL", method.alpha
+    objective: CriticObjective = KullbackLeibler(**weights) if kl else ScoreMatching(alpha=alpha, **weights)
+    return Adversarial(objective, method.adversarial_weight) if method.adversarial_weight else objective
 
 
 class Players:
@@ -193,7 +234,14 @@ class Players:
     def __init__(self, networks: Networks, options: Options, accelerator: Accelerator) -> None:
         self.options, self.accelerator = options, accelerator
         method, training = options.method, options.training
-        self.bridge = TeacherBridge(networks.teacher, networks.scheduler, (method.level_min, method.level_max))
+        self.bridge = TeacherBridge(
+            networks.teacher,
+            networks.scheduler,
+            (method.level_min, method.level_max),
+            method.level_law,
+            method.level_power,
+            networks.data,
+        )
         if options.hardware.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
                 unet.enable_gradient_checkpointing()
@@ -201,7 +249,8 @@ class Players:
             networks.student.requires_grad_(True).train(), networks.scheduler, networks.noise_scale
         )
         self.critic_unet = networks.critic
-        critic: nn.Module = UNetCritic(networks.critic.requires_grad_(True).train(), networks.scheduler)
+        kind = UNetDiscriminator if method.adversarial_weight else UNetCritic
+        critic: nn.Module = kind(networks.critic.requires_grad_(True).train(), networks.scheduler)
         layer_optimizer, critic_optimizer = self._make_optimizers(networks)
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
             self.student, critic, layer_optimizer, critic_optimizer
@@ -244,6 +293,7 @@ class Players:
             self.student.scheduler.depths,
             self.options.training.train_batch_size,
             sample_condition if classes else None,
+            self.bridge.sample_input,
         )
 
     @property
@@ -263,7 +313,8 @@ class Players:
         rows = dict.fromkeys(networks, 0)
 
         def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows[name] += len(inputs[0])
+            if module is networks[name]:  # and no copy of it, which has the hook too
+                rows[name] += len(inputs[0])
 
         handles = [each.register_forward_pre_hook(partial(add, name)) for name, each in networks.items()]
         yield rows

@@ -91,10 +91,26 @@ class Method:
     scoring: Literal["own", "random"] = option("own", "score a layer at its own level, or diffused to a random one")
     level_min: int = option(5, "lowest timestep of random levels")
     level_max: int = option(800, "highest timestep of random levels")
+    level_law: Literal["layer", "uniform"] | None = option(
+        None,
+        "random levels of a layer: between its output and input (ddim by default), or anywhere (renoise by default)",
+    )
+    level_power: float = option(1.0, "p > 0: levels are low + (high - low) u^p, u uniform; above 1 there is less noise")
     layer_weight: Literal["unit", "sigma2", "normalised"] = option("unit", "weight of the layers' loss, in noise units")
     critic_weight: Literal["unit", "sigma2"] = option("unit", "weight of the critic's loss, in noise units")
-    source: Literal["pool", "simulate"] = option("pool", "layer inputs from a pool of live chains, or from fresh ones")
+    teacher_share: float = option(
+        0.0, "share of the teacher's score in the critic's target, from 0 to below 1; 0.5 is CoSIM"
+    )
+    source: Literal["pool", "simulate", "data"] = option(
+        "pool", "layer inputs from a pool of live chains, from fresh ones, or from noised pictures of --train_data"
+    )
     critic_updates: int = option(1, "critic updates for each layer update")
+    train_data: str | None = option(
+        None, "real pictures, for --source data and --adversarial_weight: `digits`, a folder, or a dataset's name"
+    )
+    adversarial_weight: float = option(
+        0.0, "lambda of an adversarial term on the critic's features, against --train_data; 0 is none, try 0.001"
+    )
 
 
 @dataclass
@@ -216,6 +232,7 @@ def check_options(options: Options) -> None:
     if training.max_grad_norm is not None and not training.max_grad_norm > 0:
         raise ValueError(f"--max_grad_norm {training.max_grad_norm}: give a number above 0, or leave it out")
     check_layers(layers)
+    check_method(method)
     check_hub(hub)
     check_counts(options)
 
@@ -230,6 +247,27 @@ def check_layers(layers: Layers) -> None:
         raise ValueError(
             f"--noise_scale_type per_layer goes with one number of layers, and {given} has {len(counts)}: use scalar "
             "or per_pixel"
+        )
+
+
+def check_method(method: Method) -> None:
+    """Refuses numbers out of their range, and real pictures that are missing or that nothing would use."""
+    for name, value, good, advice in [
+        ("alpha", method.alpha, 0.5 <= method.alpha <= 1.2, "0.5, which is the paper, up to 1.2"),
+        ("teacher_share", method.teacher_share, 0 <= method.teacher_share < 1, "a number from 0 to below 1"),
+        ("level_power", method.level_power, method.level_power > 0, "a number above 0; 1 is uniform"),
+        ("adversarial_weight", method.adversarial_weight, method.adversarial_weight >= 0, "a number from 0 on"),
+    ]:
+        if not good:
+            raise ValueError(f"--{name} {value}: give {advice}")
+    uses = [f"--source {method.source}"] if method.source == "data" else []
+    uses += [f"--adversarial_weight {method.adversarial_weight}"] if method.adversarial_weight else []
+    if uses and not method.train_data:
+        raise ValueError(f"{' and '.join(uses)} needs real pictures: name them by --train_data")
+    if method.train_data and not uses:
+        raise ValueError(
+            f"--train_data {method.train_data} would not be used: pass --source data or --adversarial_weight too, or "
+            "leave it out"
         )
 
 

@@ -1,4 +1,4 @@
-"""Distils a pretrained diffusion UNet into T layers, without any training data.
+"""Distils a pretrained diffusion UNet into T layers; training data may be used, and is not needed.
 
     accelerate launch training/train_hsivi.py --config training/configs/digits_t5.yaml
 
@@ -78,11 +78,12 @@ def start_run(output_dir: Path, options: Options) -> None:
     """Records the options of a run, or checks that a resumed run has the same."""
     path, checkpoint = output_dir / "options.json", options.run.resume_from_checkpoint
     now = {key: value for group in options[:4] for key, value in asdict(group).items()}
+    defaults = {key: value for group in GROUPS[:4] for key, value in asdict(group()).items()}
     recorded = [] if checkpoint is None else [path]
     if checkpoint not in (None, "latest"):
         recorded.append(Path(str(checkpoint)).parent.parent / "options.json")
     for record in filter(Path.is_file, recorded):
-        before = json.loads(record.read_text())
+        before = {**defaults, **json.loads(record.read_text())}  # an older record lacks the options that came later
         if changed := changes(before, now):
             raise ValueError(
                 f"{record.parent} holds a run with other options ({changed}): name another --output_dir, or "
@@ -125,14 +126,15 @@ def sigterm_as_trigger(accelerator: Accelerator) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def train(players: Players, checkpoints: Checkpoints, monitor: Monitor, options: Options) -> float:
-    """Runs the updates that are left; returns the seconds of all.
+def train(
+    players: Players, checkpoints: Checkpoints, monitor: Monitor, options: Options, start: int, spent: float
+) -> float:
+    """Runs the updates from `start` on, before which `spent` seconds went by; returns the seconds of all.
 
     Raises:
         SystemExit: The run diverged, or SIGTERM came: then a checkpoint was saved, and the status is 75.
     """
     run, total = options.run, options.training.max_train_steps
-    start, spent = checkpoints.load()
     clock = time.perf_counter()
 
     def seconds() -> float:
@@ -156,16 +158,28 @@ def train(players: Players, checkpoints: Checkpoints, monitor: Monitor, options:
     return seconds()
 
 
-def summarise(options: Options, seconds: float, accelerator: Accelerator) -> dict[str, Any]:
-    """What training.json says: the cost, and the repo of the teacher if it came from the Hub."""
+def summarise(options: Options, seconds: float, calls: int | None, accelerator: Accelerator) -> dict[str, Any]:
+    """What training.json says: the cost, and the repo of the teacher if it came from the Hub.
+
+    A network call is a forward pass of one picture through student, critic or teacher, in any process.
+    """
     teacher = str(options.teacher.pretrained_teacher_model)
     return {
         "seconds": seconds,
+        "network_calls": calls,
         "processes": accelerator.num_processes,
         "gradient_accumulation_steps": options.hardware.gradient_accumulation_steps,
         "mixed_precision": accelerator.mixed_precision,
         "base_model": None if Path(teacher).exists() else teacher,
     }
+
+
+def count_calls(counted: int, done: int, before: int, record: Path) -> int | None:
+    """Network calls of all updates, by those that were counted; if none was done, what the record of the run says."""
+    if done > 0:
+        return round(counted * (before + done) / done)
+    calls: int | None = json.loads(record.read_text()).get("network_calls") if record.exists() else None
+    return calls
 
 
 def closing_line(players: Players, seconds: float, output_dir: Path) -> str:
@@ -221,11 +235,14 @@ def run(players: Players, monitor: Monitor, options: Options) -> None:
     if options.run.report_to:
         accelerator.init_trackers(options.run.tracker_project_name)
     checkpoints = Checkpoints(output_dir, options.run, accelerator, players)
-    with sigterm_as_trigger(accelerator):
-        seconds = train(players, checkpoints, monitor, options)
+    start, spent = checkpoints.load()
+    with sigterm_as_trigger(accelerator), players.counting_rows() as rows:
+        seconds = train(players, checkpoints, monitor, options, start, spent)
     if accelerator.is_main_process:
         players.save(output_dir)
-        write_json(output_dir / "training.json", summarise(options, seconds, accelerator))
+        done = options.training.max_train_steps - start
+        calls = count_calls(sum(rows.values()) * accelerator.num_processes, done, start, output_dir / "training.json")
+        write_json(output_dir / "training.json", summarise(options, seconds, calls, accelerator))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.print(closing_line(players, seconds, output_dir))

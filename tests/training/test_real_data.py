@@ -1,0 +1,253 @@
+"""Levels, the critic's target, and real data as options of a distillation."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from PIL import Image
+from safetensors.torch import load_file
+
+import plan
+import players
+import recipe
+from hsivi_diffusers import HSIVIScheduler, TeacherBridge, load_teacher
+from hsivi_diffusers.distillation import UNetDiscriminator
+from hsivi_diffusers.vi import Adversarial, KullbackLeibler, ScoreMatching
+from images import load_images, to_model_range
+from options import parse_options
+from tiny_unet import make_unet
+
+DATA = {"train_data": "digits", "source": "data"}
+GAME = {"train_data": "digits", "adversarial_weight": 0.01}
+KINDS = {
+    "data": DATA,
+    "game": GAME,
+    "both": {**DATA, **GAME, "preset": "paper", "scoring": "random", "teacher_share": 0.5, "num_layers": (1, 2)},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(distil, tmp_path_factory):
+    """Finished runs with real data, by kind: to be read, not written to."""
+    folders = tmp_path_factory.mktemp("runs")
+    made = {}
+
+    def run(kind):
+        if kind not in made:
+            made[kind] = distil(folders / kind, **KINDS[kind])
+        return made[kind]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def digits_teacher(tmp_path_factory):
+    """A teacher of random weights for the ten classes of the digits."""
+    folder = tmp_path_factory.mktemp("digits_teacher")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = make_unet(num_class_embeds=10)
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def method(**settings):
+    return recipe.Method(**settings)
+
+
+# ----- the options reach the core -----
+
+
+def test_the_objective_has_the_share_and_the_adversarial_term(teacher):
+    unet, schedule = load_teacher(str(teacher))
+    bridge = TeacherBridge(unet, HSIVIScheduler.from_config(schedule.config, layer_timesteps=[440, 220, 0]))
+    plain = players.make_objective(method(objective="KL", teacher_share=0.5), bridge)
+    assert (type(plain), plain.teacher_share) == (KullbackLeibler, 0.5)
+    both = players.make_objective(method(objective="SM", alpha=1.2, teacher_share=0.3, adversarial_weight=0.01), bridge)
+    assert (type(both), both.weight, both.teacher_share) == (Adversarial, 0.01, 0.3)
+    assert (type(both.objective), both.objective.alpha) == (ScoreMatching, 1.2)
+
+
+def test_the_bridge_has_the_law_and_the_critic_answers_with_logits(teacher):
+    chosen = method(level_law="uniform", level_power=2.0, **GAME)
+    options = recipe.Options(*(chosen if group is recipe.Method else group() for group in recipe.GROUPS))
+    options.teacher.pretrained_teacher_model = str(teacher)
+    options.training.train_batch_size = 4
+    accelerator = players.Accelerator()
+    made = players.Players(players.load_networks(options, accelerator), options, accelerator)
+    assert (made.bridge.level_law, made.bridge.level_power) == ("uniform", 2.0)
+    assert isinstance(made.critic, UNetDiscriminator)
+    assert made.bridge.sample(torch.tensor([0, 0, 0])).shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"level_law": "uniform"}, {"level_power": 3.0}, {"teacher_share": 0.5}, DATA, GAME],
+    ids=lambda settings: next(iter(settings)) + str(len(settings)),
+)
+def test_each_setting_changes_the_run(distil, fast_run, tmp_path, differences, settings):
+    changed = differences(distil(tmp_path / "run", preset="fast", **settings), fast_run)
+    assert any(name.startswith("pipeline/unet") for name in changed)
+
+
+def test_the_settings_of_before_are_those_of_today(distil, fast_run, tmp_path, differences):
+    same = {"level_law": "layer", "level_power": 1.0, "teacher_share": 0.0, "adversarial_weight": 0.0}
+    assert differences(distil(tmp_path / "run", preset="fast", **same), fast_run) == []
+
+
+# ----- runs -----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_with_real_data_is_finite_and_records_it(runs, kind):
+    folder = runs(kind)
+    for path in (folder / "pipeline").rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+    options = json.loads((folder / "options.json").read_text())
+    assert options["train_data"] == "digits"
+    chains = load_file(folder / "checkpoints" / "checkpoint-5" / "chains-0.safetensors")
+    assert (len(chains) == 0) == ("source" in KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_with_real_data_resumes_to_the_same_bits(runs, distil, tmp_path, differences, kind):
+    """From the checkpoint after the 4th of 5 updates."""
+    folder = shutil.copytree(runs(kind), tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-5")
+    shutil.rmtree(folder / "pipeline")
+    distil(folder, resume_from_checkpoint="latest", **KINDS[kind])
+    assert differences(folder, runs(kind)) == []
+
+
+def test_two_processes_with_real_data_equal_two_accumulated_batches(launch, tmp_path, differences):
+    """The adversarial critic is reduced between the processes, drawn and real rows in one call."""
+    for name, settings in (("two", {"processes": 2}), ("one", {"gradient_accumulation_steps": 2})):
+        statuses, text = launch(
+            tmp_path / name, preset="fast", max_train_steps=3, **DATA, adversarial_weight=0.01, **settings
+        )
+        assert set(statuses) == {0}, text
+    assert differences(tmp_path / "two", tmp_path / "one") == []
+
+
+def test_a_run_without_data_goes_on_with_one(runs, distil, fast_run, tmp_path):
+    """The critic that is a discriminator has the weights of a plain one."""
+    distil(tmp_path / "run", init_from=fast_run, max_train_steps=1, **GAME)
+    distil(tmp_path / "back", init_from=runs("game"), max_train_steps=1)
+
+
+def test_a_record_without_the_newer_options_counts_as_their_defaults(distil, fast_run, tmp_path):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    path = folder / "options.json"
+    newer = ("level_law", "level_power", "teacher_share", "train_data", "adversarial_weight")
+    before = {key: value for key, value in json.loads(path.read_text()).items() if key not in newer}
+    path.write_text(json.dumps(before))
+    distil(folder, resume_from_checkpoint="latest")
+    path.write_text(json.dumps(before))
+    with pytest.raises(ValueError, match=r"other options \(teacher_share: 0.0 -> 0.5\)"):
+        distil(folder, resume_from_checkpoint="latest", teacher_share=0.5)
+
+
+# ----- the pictures -----
+
+
+def test_pictures_are_drawn_evenly_and_by_the_generator(teacher):
+    unet, _ = load_teacher(str(teacher))
+    sample = players.load_data("digits", unet)
+    real = to_model_range(load_images("digits", 8, 1)[0])
+    drawn = sample(5000, None, torch.Generator().manual_seed(0))
+    assert drawn.shape == (5000, 1, 8, 8)
+    assert torch.equal(drawn[:9], sample(5000, None, torch.Generator().manual_seed(0))[:9])
+    known = {picture.numpy().tobytes() for picture in real}
+    assert {picture.numpy().tobytes() for picture in drawn} <= known
+    torch.testing.assert_close(drawn.mean(0), real.mean(0), rtol=0, atol=0.05)
+
+
+def test_a_conditional_teacher_gets_pictures_of_the_class_asked_for(digits_teacher):
+    unet, _ = load_teacher(str(digits_teacher))
+    sample = players.load_data("digits", unet)
+    pictures, labels = load_images("digits", 8, 1)
+    label_of = {}
+    for picture, label in zip(to_model_range(pictures), labels.tolist(), strict=True):
+        label_of.setdefault(picture.numpy().tobytes(), set()).add(label)
+    asked = torch.arange(10).repeat(50)
+    for picture, label in zip(sample(500, asked, torch.Generator().manual_seed(0)), asked.tolist(), strict=True):
+        assert label in label_of[picture.numpy().tobytes()]
+
+
+def test_a_conditional_teacher_trains_on_its_classes(distil, digits_teacher, tmp_path):
+    folder = distil(tmp_path / "run", pretrained_teacher_model=digits_teacher, max_train_steps=2, **{**DATA, **GAME})
+    assert all(
+        t.isfinite().all() for path in folder.glob("pipeline/unet/*.safetensors") for t in load_file(path).values()
+    )
+
+
+def test_data_without_the_classes_of_the_teacher_is_refused(distil, class_teacher, digits_teacher, tmp_path):
+    message = r"has pictures of the classes \[0, 1, .*\], and the teacher is for 0 to 2, each of which it needs"
+    with pytest.raises(ValueError, match=message):
+        distil(tmp_path / "run", pretrained_teacher_model=class_teacher, **DATA)
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    with pytest.raises(ValueError, match="tells no labels, and the teacher has 10 classes: take other data"):
+        distil(tmp_path / "run", pretrained_teacher_model=digits_teacher, **{**DATA, "train_data": tmp_path})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_pictures_will_do(distil, tmp_path):
+    for grey in (0, 100, 255):
+        Image.new("L", (16, 16), grey).save(tmp_path / f"{grey}.png")
+    distil(tmp_path / "run", max_train_steps=1, **{**DATA, "train_data": tmp_path})
+
+
+def test_a_teacher_whose_pictures_cannot_be_loaded_is_told():
+    for shape in ({"in_channels": 2, "out_channels": 2}, {"sample_size": (8, 16)}):
+        with pytest.raises(ValueError, match=r"the teacher's pictures of \d x 8 x \d+ are not loaded"):
+            players.load_data("digits", make_unet(**shape))
+
+
+# ----- what cannot run, and what it would cost -----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": "data"}, "--source data needs real pictures: name them by --train_data"),
+        ({"adversarial_weight": 0.01}, "--adversarial_weight 0.01 needs real pictures"),
+        ({"source": "data", "adversarial_weight": 0.01}, "--source data and --adversarial_weight 0.01 needs real"),
+        ({"train_data": "digits"}, "--train_data digits would not be used: pass --source data or"),
+        ({"alpha": 1.3}, "--alpha 1.3: give 0.5, which is the paper, up to 1.2"),
+        ({"teacher_share": 1.0}, "--teacher_share 1.0: give a number from 0 to below 1"),
+        ({"level_power": 0.0}, "--level_power 0.0: give a number above 0"),
+        ({"adversarial_weight": -0.1}, "--adversarial_weight -0.1: give a number from 0 on"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_work(distil, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        distil(tmp_path / "run", pretrained_teacher_model="nowhere", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def options(arguments, fresh_accelerator):
+    def make(**settings):
+        return recipe.Options(*parse_options(recipe.GROUPS, "", recipe.PRESETS, arguments("nowhere", **settings)))
+
+    return make
+
+
+def test_a_plan_needs_no_pictures_and_counts_the_calls(options):
+    """The critic is asked for its layers' loss, and for drawn and real rows in its own."""
+    settings = {"preset": "fast", "critic_updates": 1}
+    plain = plan.measure(options(**settings))
+    cost = plan.measure(options(**settings, train_data="nowhere", source="data", adversarial_weight=0.01))
+    assert plain.calls == {"student": 1, "critic": 1, "teacher": 1}
+    assert cost.calls == {"student": 1, "critic": 3, "teacher": 1}
+    assert cost.memory["chains"] == 0
+    assert cost.parameters == plain.parameters
+    shared = plan.measure(options(**settings, teacher_share=0.5))
+    assert shared.calls == {"student": 1, "critic": 1, "teacher": 2}
+
+
+def test_a_plan_says_that_the_pictures_come_on_top(distil, tmp_path, capsys, fresh_accelerator):
+    distil(tmp_path / "run", "--plan=true", **{**DATA, "train_data": "nowhere"})
+    assert "the pictures of --train_data stay in main memory and come on top" in capsys.readouterr().out
