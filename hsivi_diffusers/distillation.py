@@ -56,22 +56,24 @@ class UNetCritic(nn.Module):
     Args:
         unet: Predicts what the scheduler's `prediction_type` says.
         scheduler: Gives alpha and sigma.
+        num_layers: Layers that the unet tells apart, see `label_layers`; 0 for one that does not.
     """
 
-    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler) -> None:
+    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
         super().__init__()
         self.unet = unet
         self.scheduler = scheduler
+        self.num_layers = num_layers
 
     def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns the score at x, shape (B, C, H, W).
 
         Args:
             x: Shape (B, C, H, W).
-            level: Timesteps, shape (B,), 0..N-1.
+            level: Timesteps, 0..N-1, or timestep + N t where the bridge tells the layer, shape (B,).
             condition: Class labels, shape (B,), or None.
         """
-        return _score(self.unet, self.scheduler, x, level, condition)
+        return _score(self, x, level, condition)
 
 
 class UNetDiscriminator(nn.Module):
@@ -83,24 +85,26 @@ class UNetDiscriminator(nn.Module):
     Args:
         unet: See `UNetCritic`.
         scheduler: See `UNetCritic`.
+        num_layers: See `UNetCritic`.
 
     Raises:
         ValueError: The UNet has no middle block.
     """
 
-    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler) -> None:
+    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
         super().__init__()
         if unet.mid_block is None:
             raise ValueError("the unet has no mid_block, of which the adversarial term takes its logits: leave it out")
         self.unet = unet
         self.scheduler = scheduler
+        self.num_layers = num_layers
 
     def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the score at x, shape (B, C, H, W), and the logits, shape (B, H', W'), from one call of the UNet.
 
         Args:
             x: Shape (B, C, H, W).
-            level: Timesteps, shape (B,), 0..N-1.
+            level: See `UNetCritic`.
             condition: Class labels, shape (B,), or None.
         """
         features: list[Tensor] = []
@@ -110,7 +114,7 @@ class UNetDiscriminator(nn.Module):
 
         handle = self.unet.mid_block.register_forward_hook(keep)
         try:
-            score = _score(self.unet, self.scheduler, x, level, condition)
+            score = _score(self, x, level, condition)
         finally:
             handle.remove()
         return score, features[0].to(x.dtype).mean(1)
@@ -164,6 +168,8 @@ class TeacherBridge(Bridge):
             input, or "uniform", in all of the range; by default "layer" for kernel ddim, "uniform" for renoise.
         level_power: p > 0. A random level is low + (high - low) u^p, u uniform on [0, 1): p = 1 is uniform, a larger p
             has more levels of low noise.
+        tell_layer: Let a level be timestep + N t in the place of a timestep, so that a critic is told the layer, too:
+            for layers that are scored at the same timesteps, of which it would learn the mixture otherwise.
         data: Draws clean data, (size, condition, generator) -> shape (size, ...), each row with its condition; None for
             a bridge that is not drawn from.
 
@@ -180,6 +186,7 @@ class TeacherBridge(Bridge):
         level_law: LevelLaw | None = None,
         level_power: float = 1.0,
         data: SampleData | None = None,
+        tell_layer: bool = False,
     ) -> None:
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
@@ -194,9 +201,10 @@ class TeacherBridge(Bridge):
         self.level_law = level_law or ("layer" if scheduler.config.kernel == "ddim" else "uniform")
         self.level_power = level_power
         self.data = data
+        self.tell_layer = tell_layer
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
-        if int(self.level(torch.arange(self.num_layers)).min()) < 0:
+        if int(scheduler.output_timestep(torch.arange(self.num_layers)).min()) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
 
     def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -219,7 +227,7 @@ class TeacherBridge(Bridge):
         if self.data is None:
             raise ValueError("a draw of the bridge takes real data: make it with TeacherBridge(..., data=...)")
         x = self.data(len(level), condition, generator).to(self.network.unet.device)
-        alpha, sigma = self.scheduler.alpha_sigma(level, x)
+        alpha, sigma = self._alpha_sigma(level, x)
         return alpha * x + sigma * randn_like(x, generator)
 
     def sample_input(
@@ -229,18 +237,23 @@ class TeacherBridge(Bridge):
         return self.sample(self.scheduler.input_timestep(t), condition, generator)
 
     def level(self, t: Tensor) -> Tensor:
-        """Returns tau_t."""
-        return self.scheduler.output_timestep(t)
+        """Returns tau_t, or tau_t + N t if the layer is told."""
+        return self._with_layer(self.scheduler.output_timestep(t), t)
+
+    def _with_layer(self, timestep: Tensor, t: Tensor) -> Tensor:
+        return timestep + len(self.scheduler) * t if self.tell_layer else timestep
+
+    def _alpha_sigma(self, level: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scheduler.alpha_sigma(level % len(self.scheduler), x)
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws timesteps low + (high - low) u^p, p the `level_power`: uniformly by default.
+        """Draws levels low + (high - low) u^p, p the `level_power`: uniformly by default.
 
         With `level_law` "layer" a layer t is scored from tau_t up to, not including, tau_{t+1}; the first one,
         t = T-1, up to the end of `level_range`. So no two layers of a grid share a level, and the critic, which is told
-        the level alone, learns the marginal of each layer and not of their mixture. Layers of several grids share
-        levels: there it learns the mixture over the grids. With "uniform" it learns the mixture over all layers that
-        reach the level: a renoise layer has all of `level_range`, a ddim layer, which can only be diffused upwards,
-        what of it is at or above tau_t.
+        the level alone, learns the marginal of each layer and not of their mixture. With "uniform" a renoise layer has
+        all of `level_range`, a ddim layer, which can only be diffused upwards, what of it is at or above tau_t. Layers
+        then share levels, as those of several grids do: that is what `tell_layer` is for.
 
         Raises:
             ValueError: A layer has no level in the range.
@@ -248,7 +261,7 @@ class TeacherBridge(Bridge):
         lowest, highest = (bound.to(t.device)[t] for bound in self._layer_levels)
         uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(t.device)
         level = lowest + (uniform.pow(self.level_power) * (highest + 1 - lowest)).long()
-        return level.minimum(highest)  # for a small power may round to 1
+        return self._with_layer(level.minimum(highest), t)  # for a small power may round to 1
 
     @cached_property
     def _layer_levels(self) -> tuple[Tensor, Tensor]:
@@ -258,7 +271,7 @@ class TeacherBridge(Bridge):
         own = self.level_law == "layer"
         if not own and self.scheduler.config.kernel != "ddim":
             return torch.full_like(t, low), torch.full_like(t, high)
-        outputs, inputs = self.level(t), self.scheduler.input_timestep(t)
+        outputs, inputs = self.scheduler.output_timestep(t), self.scheduler.input_timestep(t)
         if outputs.max() > high:
             raise ValueError(
                 f"a layer ends at timestep {outputs.max()}, above the random levels up to {high}: start the grid "
@@ -276,8 +289,8 @@ class TeacherBridge(Bridge):
         For x_t diffused up to s >= tau_t that is N(r mean, r^2 std^2 + sigma_s^2 - r^2 sigma_t^2). A layer of the
         "renoise" kernel has std = sigma_t, so that the variance is sigma_s^2: the formula then holds at every s.
         """
-        alpha_t, sigma_t = self.scheduler.alpha_sigma(self.level(t), q.mean)
-        alpha, sigma = self.scheduler.alpha_sigma(level, q.mean)
+        alpha_t, sigma_t = self._alpha_sigma(self.level(t), q.mean)
+        alpha, sigma = self._alpha_sigma(level, q.mean)
         if self.scheduler.config.kernel == "renoise":
             return DiagonalGaussian(mean=alpha / alpha_t * q.mean, std=sigma)
         return q.diffuse(alpha_t, sigma_t, alpha, sigma)
@@ -286,7 +299,7 @@ class TeacherBridge(Bridge):
         """Returns the weight sigma^a alpha^b of a level, in score units; multiply by sigma^-2 for noise units."""
 
         def weight(level: Tensor) -> Tensor:
-            alpha, sigma = self.scheduler.alpha_sigma(level, torch.zeros(1, device=level.device))
+            alpha, sigma = self._alpha_sigma(level, torch.zeros(1, device=level.device))
             return sigma**sigma_power * alpha**alpha_power
 
         return weight
@@ -363,10 +376,34 @@ def sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:
     return unet.config.in_channels, height, width
 
 
-def _score(unet: UNet2DModel, scheduler: HSIVIScheduler, x: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
+def label_layers(unet: UNet2DModel, num_layers: int) -> UNet2DModel:
+    """Returns a copy of a UNet that is told the layer: for each one it starts as the UNet itself.
+
+    Args:
+        unet: With or without classes.
+        num_layers: L. The copy takes class labels, t of a UNet without classes, otherwise class * L + t.
+
+    Raises:
+        ValueError: The classes of the UNet are no numbers.
+    """
+    kind, classes = unet.config.class_embed_type, unet.config.num_class_embeds
+    if kind is not None:
+        raise ValueError(f"class_embed_type={kind!r} of the unet leaves no place to tell a critic the layer")
+    labelled: UNet2DModel = UNet2DModel.from_config(unet.config, num_class_embeds=num_layers * (classes or 1))
+    state, name = dict(unet.state_dict()), "class_embedding.weight"
+    old = state[name] if classes else torch.zeros_like(labelled.class_embedding.weight[:1])
+    labelled.load_state_dict({**state, name: old.detach().repeat_interleave(num_layers, 0)})
+    return labelled.to(unet.device, unet.dtype).train(unet.training)
+
+
+def _score(critic: UNetCritic | UNetDiscriminator, x: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
     """Returns -eps(x, level) / sigma_level."""
-    _, noise_pred = scheduler.predict(_call(unet, x, level, condition), level, x)
-    _, sigma = scheduler.alpha_sigma(level, noise_pred)
+    scheduler = critic.scheduler
+    timestep, t = level % len(scheduler), level // len(scheduler)
+    if critic.num_layers:
+        condition = t if condition is None else condition * critic.num_layers + t
+    _, noise_pred = scheduler.predict(_call(critic.unet, x, timestep, condition), timestep, x)
+    _, sigma = scheduler.alpha_sigma(timestep, noise_pred)
     return -noise_pred / sigma
 
 

@@ -25,7 +25,7 @@ from hsivi_diffusers import (
     UNetLayers,
     load_teacher,
 )
-from hsivi_diffusers.distillation import UNetDiscriminator
+from hsivi_diffusers.distillation import UNetDiscriminator, label_layers
 from hsivi_diffusers.vi import Adversarial, DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer, make_chain
 from tiny_unet import make_unet
 
@@ -48,6 +48,46 @@ def test_the_critic_starts_as_the_teacher(unet, bridge):
     critic = UNetCritic(unet, bridge.scheduler)
     x, level = torch.randn(3, 1, 8, 8), torch.tensor([10, 220, 700])
     assert torch.equal(critic(x, level), bridge.score(x, level))
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_a_critic_that_is_told_the_layer_starts_as_the_unet_for_each(classes):
+    unet = make_unet(num_class_embeds=classes).eval()
+    labelled = label_layers(unet, 4)
+    critic = UNetCritic(labelled, HSIVIScheduler(), num_layers=4)
+    x, timestep, t = torch.randn(4, 1, 8, 8), torch.tensor([10, 220, 700, 999]), torch.tensor([0, 1, 3, 2])
+    condition = None if classes is None else torch.tensor([2, 0, 1, 1])
+    plain = UNetCritic(unet, HSIVIScheduler())(x, timestep, condition)
+    torch.testing.assert_close(critic(x, timestep + 1000 * t, condition), plain)
+    with torch.no_grad():
+        labelled.class_embedding.weight[3 if classes is None else 4 * 1 + 3] += 1
+    told = critic(x, timestep + 1000 * t, condition)
+    assert [torch.allclose(a, b, atol=1e-6) for a, b in zip(told, plain, strict=True)] == [True, True, False, True]
+
+
+def test_what_is_no_class_number_leaves_no_place_for_the_layer():
+    unet = make_unet(class_embed_type="timestep")
+    with pytest.raises(ValueError, match="class_embed_type='timestep' of the unet leaves no place"):
+        label_layers(unet, 2)
+
+
+@pytest.mark.parametrize("kernel", ["ddim", "renoise"])
+def test_a_level_that_tells_the_layer_is_the_same_level(unet, kernel):
+    grids = [[440, 0], [460, 230, 0]]
+    scheduler = HSIVIScheduler(layer_timesteps=grids, kernel=kernel, noise_eta=1.0)
+    plain = TeacherBridge(unet, scheduler, level_law="uniform")
+    told = TeacherBridge(unet, scheduler, level_law="uniform", tell_layer=True)
+    t = torch.tensor([0, 1, 2, 0])
+    assert torch.equal(told.level(t), plain.level(t) + 1000 * t)
+    level, same = (bridge.sample_level(t, torch.Generator().manual_seed(0)) for bridge in (told, plain))
+    assert torch.equal(level, same + 1000 * t)
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(told.score(x, level), plain.score(x, same))
+    assert torch.equal(told.weight(2, -1)(level), plain.weight(2, -1)(same))
+    q = UNetLayers(unet, scheduler)(x, t)
+    ours, theirs = told.renoise(q, t, level), plain.renoise(q, t, same)
+    assert torch.equal(ours.mean, theirs.mean)
+    assert torch.equal(ours.std, theirs.std)
 
 
 def test_layers_are_the_transition_that_step_makes(unet):

@@ -30,7 +30,7 @@ from hsivi_diffusers import (
     UNetLayers,
     load_teacher,
 )
-from hsivi_diffusers.distillation import SampleData, UNetDiscriminator, sample_shape
+from hsivi_diffusers.distillation import SampleData, UNetDiscriminator, label_layers, sample_shape
 from hsivi_diffusers.vi import (
     Adversarial,
     Chain,
@@ -130,16 +130,29 @@ def make_networks(
         noise_scale = HSIVINoiseScale(sample_shape(unets[0]))
     elif kind != "config":
         noise_scale = LayerNoiseScale(1.0 if kind == "scalar" else [1.0] * sum(scheduler.depths))
-    return Networks(*unets, scheduler, noise_scale)
+    teacher, student, critic = unets
+    if tells_layer(options):
+        critic = label_layers(critic, sum(scheduler.depths))
+    return Networks(teacher, student, critic, scheduler, noise_scale)
+
+
+def tells_layer(options: Options) -> bool:
+    """Whether layers are scored at the same levels, so that the critic must be told the layer to know its marginal."""
+    layers, method = options.layers, options.method
+    anywhere = (method.level_law or ("layer" if layers.kernel == "ddim" else "uniform")) == "uniform"
+    return len(layers.num_layers) > 1 or (layers.num_layers[0] > 1 and method.scoring == "random" and anywhere)
 
 
 def make_scheduler(schedule: HSIVIScheduler, options: Layers) -> HSIVIScheduler:
     """The teacher's noise schedule with the grid, or the grids, and the kernel of the student."""
     grids = [
         HSIVIScheduler.make_layer_timesteps(
-            count, options.timestep_spacing, len(schedule), start=options.start_timestep
+            count,
+            options.timestep_spacing,
+            len(schedule),
+            start=None if options.start_timestep is None else options.start_timestep + place * options.start_spacing,
         )
-        for count in options.num_layers
+        for place, count in enumerate(options.num_layers)
     ]
     return HSIVIScheduler.from_config(
         schedule.config,
@@ -163,7 +176,7 @@ def carry_over(networks: Networks, run: Path) -> None:
     critic = UNet2DModel.from_pretrained(run / "critic")
     for module, source in ((networks.student, pipeline.unet), (networks.critic, critic)):
         try:
-            module.load_state_dict(source.state_dict())
+            module.load_state_dict(_fitting_labels(source.state_dict(), module))
         except RuntimeError as error:
             raise ValueError(
                 f"--init_from {run} has networks of another shape than the teacher: give a run of the same teacher"
@@ -174,6 +187,14 @@ def carry_over(networks: Networks, run: Path) -> None:
         networks.noise_scale.load_state_dict(pipeline.unet_noise_scale.state_dict())
     else:
         _carry_scales(networks, pipeline.scheduler)
+
+
+def _fitting_labels(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The state of a critic that was told other layers, or none: what it is told of them starts anew."""
+    name, own = "class_embedding.weight", module.state_dict()
+    if name in own and (name not in state or state[name].shape != own[name].shape):
+        return {**state, name: own[name]}
+    return state if name in own else {key: value for key, value in state.items() if key != name}
 
 
 def _carry_scales(networks: Networks, before: HSIVIScheduler) -> None:
@@ -241,6 +262,7 @@ class Players:
             method.level_law,
             method.level_power,
             networks.data,
+            tell_layer=tells_layer(options),
         )
         if options.hardware.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
@@ -250,7 +272,8 @@ class Players:
         )
         self.critic_unet = networks.critic
         kind = UNetDiscriminator if method.adversarial_weight else UNetCritic
-        critic: nn.Module = kind(networks.critic.requires_grad_(True).train(), networks.scheduler)
+        told = self.bridge.num_layers if self.bridge.tell_layer else 0
+        critic: nn.Module = kind(networks.critic.requires_grad_(True).train(), networks.scheduler, told)
         layer_optimizer, critic_optimizer = self._make_optimizers(networks)
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
             self.student, critic, layer_optimizer, critic_optimizer

@@ -68,6 +68,9 @@ class Layers:
     )
     timestep_spacing: Literal["quadratic", "uniform"] = option("quadratic", "how the grid is spread over the clock")
     start_timestep: int | None = option(None, "tau_T, the timestep of the first call; the spacing's own by default")
+    start_spacing: int = option(
+        0, "with several T, timesteps from the start of one grid to that of the next, by which the network tells them"
+    )
     kernel: Literal["ddim", "renoise"] = option(
         "ddim", "noise of a layer: DDIM(eta), or fresh noise on the clean picture"
     )
@@ -220,6 +223,11 @@ def check_options(options: Options) -> None:
         raise ValueError(
             "--scoring random with --kernel renoise cannot learn a noise scale, for the law of the scored picture does "
             "not depend on it: use --noise_scale_type config"
+        )
+    if layers.start_spacing and (layers.start_timestep is None or layers.start_spacing < 0):
+        raise ValueError(
+            f"--start_spacing {layers.start_spacing}: give 0 or more, and with it --start_timestep, where the first "
+            "grid starts"
         )
     if layers.kernel == "ddim" and layers.noise_eta == 0:
         raise ValueError("--noise_eta 0 leaves the layers no noise, and so no score to train on: give up to 1, say 0.2")
