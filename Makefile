@@ -1,5 +1,6 @@
 # make demo   virtual environment, install, distil the digits teacher into 5 steps, evaluate
 # make test   the same environment, the tests
+# make benchmark   few-step samplers of each teacher, measured and drawn into docs/benchmarks; hours, and resumable
 # make lint   ruff and mypy, as pre-commit and CI run them
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP_PINS ?=
 # One thread: on a small, busy machine two are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow benchmark lint format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {v} was found: make {sys.argv[1]} PYTHON=python3.12")' "$(or $(MAKECMDGOALS),demo)"
@@ -30,6 +31,12 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# What docs/benchmarks/results.json has is not measured again: BENCHMARK=--output_dir=runs/again measures anew.
+benchmark: $(VENV)/installed
+	for set in digits fashion; do \
+		$(BIN)/python training/benchmark.py --config training/configs/benchmark_$$set.yaml $(BENCHMARK) || exit; \
+	done
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

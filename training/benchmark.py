@@ -76,6 +76,7 @@ class Folders:
     _argument_group_name = "folders"
     output_dir: str = option("docs/benchmarks", "results, tables and figures")
     runs_dir: str = option("runs/benchmark", "trainings and pictures, in a folder for each set")
+    kept_seeds: list[int] = option([], "training seeds whose students are copied to --kept_dir")
     kept_dir: str = option("assets/students", "where finished students are looked for first, in a folder for each set")
 
 
@@ -157,6 +158,8 @@ class Comparison:
         if not found:
             teacher = ["--pretrained_teacher_model", str(self.parts.teacher)]
             _call(program, ["--config", config, "--seed", str(seed), "--output_dir", str(folder), *teacher, *arguments])
+        if seed in self.folders.kept_seeds and program == "train_hsivi.py" and folder != self.kept / name:
+            keep(folder, self.kept / name)
         costs = json.loads((folder / "training.json").read_text())
         return Trained(folder, seed, costs["seconds"], costs["network_calls"])
 
@@ -227,13 +230,12 @@ def _call(program: str, arguments: list[str]) -> None:
         raise SystemExit(f"{program} {' '.join(arguments)} ended with status {done.returncode}: see above")
 
 
-def keep_students(runs: Path, kept: Path, names: list[str]) -> None:
-    """Copies pipeline and costs of finished runs to where they are looked for first."""
-    for name in names:
-        partial = kept / f"{name}.partial"
-        shutil.copytree(runs / name / "pipeline", partial / "pipeline", dirs_exist_ok=True)
-        shutil.copy(runs / name / "training.json", partial)
-        replace_folder(partial, kept / name)
+def keep(run: Path, kept: Path) -> None:
+    """Copies pipeline and costs of a finished run to where they are looked for first."""
+    partial = kept.with_name(f"{kept.name}.partial")
+    shutil.copytree(run / "pipeline", partial / "pipeline", dirs_exist_ok=True)
+    shutil.copy(run / "training.json", partial)
+    replace_folder(partial, kept)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
