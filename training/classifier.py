@@ -9,7 +9,7 @@ from torch import nn
 
 
 class ImageClassifier(ModelMixin, ConfigMixin):
-    """Three convolutions, averaged over the picture, and a linear head.
+    """Three convolutions or more, averaged over the picture, and a linear head.
 
     Its features are those averages, the layer before the logits, as the features of the usual FID are those of
     Inception.
@@ -18,13 +18,19 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         channels: Of the pictures.
         num_classes: Of the labels.
         num_features: Width of the last convolution.
+        num_halvings: Convolutions before these, each of which halves height and width.
     """
 
     @register_to_config
-    def __init__(self, channels: int = 1, num_classes: int = 10, num_features: int = 64):
+    def __init__(self, channels: int = 1, num_classes: int = 10, num_features: int = 64, num_halvings: int = 0):
         super().__init__()
         self.num_features = num_features
+        halvings: list[nn.Module] = []
+        for _ in range(num_halvings):
+            halvings += [nn.Conv2d(channels, num_features // 4, 3, stride=2, padding=1), nn.SiLU()]
+            channels = num_features // 4
         self.features = nn.Sequential(
+            *halvings,
             nn.Conv2d(channels, num_features // 2, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(num_features // 2, num_features, 3, stride=2, padding=1),

@@ -1,11 +1,15 @@
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import train_classifier
 from classifier import ImageClassifier
 from images import load_images
+
+ASSETS = Path(__file__).parents[2] / "assets"
 
 
 def train(folder, *arguments):
@@ -22,7 +26,9 @@ def test_a_run_is_a_function_of_its_seed(tmp_path, same_tensors):
 def test_it_learns_and_prints_the_accuracy_on_the_digits_held_out(tmp_path, capsys):
     settings = ["--max_train_steps=150", "--train_batch_size=64", "--learning_rate=1e-2"]
     model = train(tmp_path / "classifier", *settings)
-    count, accuracy = re.fullmatch(r"accuracy on (\d+) held-out digits: ([\d.]+)\n", capsys.readouterr().out).groups()
+    count, accuracy = re.fullmatch(
+        r"accuracy on (\d+) held-out pictures of digits: ([\d.]+)\n", capsys.readouterr().out
+    ).groups()
     assert int(count) == 1797 // 5
     assert float(accuracy) > 0.7
 
@@ -34,11 +40,59 @@ def test_it_learns_and_prints_the_accuracy_on_the_digits_held_out(tmp_path, caps
     assert float(accuracy) == pytest.approx(right.float().mean().item(), abs=6e-4)
 
 
+def test_the_pictures_of_other_sources_have_their_own_shape_and_classes(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def load(*given):
+        asked.append(given)
+        return torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8), torch.arange(40) % 4
+
+    monkeypatch.setattr(train_classifier, "load_images", load)
+    options = ["--train_data=emoji", "--resolution=16", "--channels=3", "--num_features=12", "--num_halvings=2"]
+    monkeypatch.setattr(train_classifier, "load_families", lambda source: torch.arange(40) // 2)
+    model = train(tmp_path, *options)
+    assert asked == [("emoji", 16, 3)]
+    assert {**model.config}.items() >= {"channels": 3, "num_classes": 4, "num_features": 12, "num_halvings": 2}.items()
+    assert "accuracy on 8 held-out pictures of emoji: " in capsys.readouterr().out
+
+
+def test_pictures_without_labels_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_classifier, "load_images", lambda *given: (torch.zeros(2, 1, 8, 8), None))
+    with pytest.raises(ValueError, match="--train_data cats has no labels: take `digits`"):
+        train(tmp_path, "--train_data=cats")
+
+
+def test_a_family_is_on_one_side_of_the_split():
+    families = torch.randint(50, (300,))
+    families[:50] = torch.arange(50)
+    held_out, rest = train_classifier.split(families)
+    assert sorted([*held_out.tolist(), *rest.tolist()]) == list(range(300))
+    assert len(families[held_out].unique()) == 10
+    assert not {*families[held_out].tolist()} & {*families[rest].tolist()}
+
+
+def test_the_classifiers_in_assets_load():
+    for name, channels, size in (("digits", 1, 8), ("fashion", 1, 32), ("emoji", 3, 32)):
+        model = ImageClassifier.from_pretrained(ASSETS / f"{name}_classifier")
+        assert model(torch.rand(2, channels, size, size)).shape == (2, model.config.num_features)
+        assert sum(weight.numel() for weight in model.parameters()) * 4 < 2**20
+
+
+def test_the_configs_are_those_of_the_classifiers_in_assets():
+    for name in ("fashion", "emoji"):
+        text = (ASSETS.parent / "training" / "configs" / f"{name}_classifier.yaml").read_text()
+        settings = yaml.safe_load(text)
+        config = ImageClassifier.load_config(ASSETS / f"{name}_classifier")
+        assert settings["output_dir"] == f"assets/{name}_classifier"
+        assert {key: settings[key] for key in ("channels", "num_features", "num_halvings")}.items() <= config.items()
+
+
+@pytest.mark.parametrize("halvings", [0, 2])
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 16)])
-def test_features_and_logits_have_the_shape_of_the_config(channels, size):
-    model = ImageClassifier(channels=channels, num_classes=4, num_features=6)
+def test_features_and_logits_have_the_shape_of_the_config(channels, size, halvings):
+    model = ImageClassifier(channels=channels, num_classes=4, num_features=8, num_halvings=halvings)
     images = torch.rand(2, channels, size, size)
-    assert model(images).shape == (2, model.num_features) == (2, 6)
+    assert model(images).shape == (2, model.num_features) == (2, 8)
     assert model.logits(images).shape == (2, 4)
     torch.testing.assert_close(model.logits(images), model.head(model(images)))
 
