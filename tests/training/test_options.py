@@ -7,8 +7,11 @@ from typing import Literal
 import pytest
 import yaml
 
+import benchmark
 import evaluate
 import recipe
+import train_classifier
+import train_consistency
 import train_teacher
 from folders import claim_output_dir, sole_writer
 from options import changes, option, parse_options
@@ -216,8 +219,23 @@ def test_an_unknown_argument_is_refused(refused, args):
             recipe.GROUPS,
             recipe.PRESETS,
         ),
-        ("digits_teacher.yaml", [train_teacher.Data, train_teacher.Network, train_teacher.Training], None),
+        ("digits_t1248.yaml", recipe.GROUPS, recipe.PRESETS),
+        *[
+            (name, [train_teacher.Data, train_teacher.Network, train_teacher.Training], None)
+            for name in ("digits_teacher.yaml", "fashion_teacher.yaml")
+        ],
         ("digits_evaluation.yaml", [evaluate.Evaluation], None),
+        (
+            "digits_lcm.yaml",
+            [train_consistency.Teacher, train_consistency.Method, train_consistency.Training, train_consistency.Run],
+            None,
+        ),
+        ("fashion_classifier.yaml", [train_classifier.Training], None),
+        ("emoji_classifier.yaml", [train_classifier.Training], None),
+        *[
+            (name, [benchmark.Parts, benchmark.Sampling, benchmark.Folders], None)
+            for name in ("benchmark_digits.yaml", "benchmark_fashion.yaml")
+        ],
     ],
 )
 def test_the_configs_parse_for_their_scripts(config, groups, presets):
@@ -235,9 +253,9 @@ def test_no_config_is_left_untested():
     recipes = {path.name for preset in recipe.PRESETS for path in CONFIGS.glob(f"*_{preset}.yaml")}
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
-        "digits_t5.yaml",
-        "digits_teacher.yaml",
-        "digits_evaluation.yaml",
+        *["digits_t5.yaml", "digits_t1248.yaml", "digits_teacher.yaml", "digits_evaluation.yaml", "digits_lcm.yaml"],
+        *["fashion_teacher.yaml", "fashion_classifier.yaml", "emoji_classifier.yaml"],
+        *["benchmark_digits.yaml", "benchmark_fashion.yaml"],
     }
 
 
