@@ -119,7 +119,8 @@ def write_report(run_dir: Path, rows: list[dict[str, Any]], options: Evaluation,
             f"# {run_dir.name}",
             "",
             f"Teacher `{training['pretrained_teacher_model']}`, real pictures `{options.real_data}`. HSIVI was trained "
-            f"without data by the preset `{training['preset']}` for {training['max_train_steps']} updates.",
+            f"{'with' if training.get('train_data') else 'without'} data by the preset `{training['preset']}` for "
+            f"{training['max_train_steps']} updates.",
             "",
             f"| NFE | method | FD, {options.feature_name} | sliced Wasserstein | samples | train seed | eval seed "
             "| training s |",

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 import plan
 import players
 import recipe
-from hsivi_diffusers import HSIVIScheduler, TeacherBridge, load_teacher
+from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, TeacherBridge, load_teacher
 from hsivi_diffusers.distillation import UNetDiscriminator
+from hsivi_diffusers.model_card import make_card
 from hsivi_diffusers.vi import Adversarial, KullbackLeibler, ScoreMatching
 from images import load_images, to_model_range
 from options import parse_options
@@ -109,6 +110,13 @@ def test_a_run_with_real_data_is_finite_and_records_it(runs, kind):
     assert options["train_data"] == "digits"
     chains = load_file(folder / "checkpoints" / "checkpoint-5" / "chains-0.safetensors")
     assert (len(chains) == 0) == ("source" in KINDS[kind])
+
+
+def test_the_card_says_whether_data_was_used(runs, fast_run):
+    for folder, said in ((runs("game"), "with"), (fast_run, "without")):
+        run = {"options": json.loads((folder / "options.json").read_text()), "training": {}, "report": {}}
+        card = make_card(HSIVIPipeline.from_pretrained(folder / "pipeline"), "alice/digits", run)
+        assert f" {said} training data" in card.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
