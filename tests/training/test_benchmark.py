@@ -1,0 +1,185 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmark
+import benchmark_pages
+
+ROOT = Path(__file__).parents[2]
+STUDENT = """
+preset: fast
+num_layers: [1, 2]
+max_train_steps: 2
+train_batch_size: 8
+lr_warmup_steps: 1
+checkpointing_steps: 1
+"""
+RIVAL = """
+train_data: digits
+train_batch_size: 8
+lr_warmup_steps: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """A benchmark of the digits teacher that takes seconds."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    (folder / "student.yaml").write_text(STUDENT)
+    (folder / "rival.yaml").write_text(RIVAL)
+    return [
+        *["--dataset=digits", f"--teacher={ROOT / 'assets/digits_ddpm'}"],
+        *[f"--classifier={ROOT / 'assets/digits_classifier'}", f"--students={folder / 'student.yaml'}"],
+        *[f"--rival={folder / 'rival.yaml'}", f"--rival_of={folder / 'student.yaml'}", "--rival_steps=1"],
+        *["--seeds", "0", "1", "--solvers", "DDIM", "DEIS", "--solver_steps", "1", "2", "--ddpm_steps=3"],
+        *["--num_samples=20", "--batch_size=15", f"--output_dir={folder / 'docs'}", f"--runs_dir={folder / 'runs'}"],
+        *[f"--kept_dir={folder / 'kept'}", "--kept_seeds=1"],
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(arguments):
+    benchmark.main(arguments)
+    return Path(next(text for text in arguments if text.startswith("--output_dir=")).split("=")[1]).parent
+
+
+def rows_of(folder):
+    return benchmark.read_rows(folder / "docs" / "results.json")
+
+
+def test_every_method_and_seed_has_a_row_at_each_number_of_calls(folder):
+    keys = [(row["method"], row["nfe"], row["train_seed"]) for row in rows_of(folder)]
+    ours = [("HSIVI fast, one for all", nfe, seed) for seed in (0, 1) for nfe in (1, 2)]
+    rival = [("consistency distillation", 1, seed) for seed in (0, 1)]
+    solvers = [(method, nfe, None) for nfe in (1, 2) for method in ("DDIM", "DEIS")]
+    assert keys == [*ours, *rival, *solvers, ("DDPM", 3, None)]
+
+
+def test_a_row_has_all_measures_and_what_its_training_cost(folder):
+    for row in rows_of(folder):
+        assert row.keys() >= {*benchmark_pages.MEASURES, "dataset", "eval_seed", "num_samples", "measured"}
+        assert sum(row["class_shares"]) == pytest.approx(1)
+        assert row["num_samples"] == 20
+        trained = row["train_seed"] is not None
+        assert (row["train_seconds"] is not None, row["train_calls"] is not None) == (trained, trained)
+
+
+def test_the_rival_is_trained_for_as_long_as_the_student(folder):
+    seconds = {(row["method"], row["train_seed"]): row["train_seconds"] for row in rows_of(folder)}
+    for seed in (0, 1):
+        ours, theirs = seconds["HSIVI fast, one for all", seed], seconds["consistency distillation", seed]
+        assert theirs >= ours
+        steps = json.loads((folder / f"runs/digits/rival_seed{seed}/training.json").read_text())["max_train_steps"]
+        assert steps >= 1
+
+
+def test_a_student_is_kept_and_found_again(folder, arguments, monkeypatch):
+    kept = folder / "kept/digits/student_seed1"
+    assert sorted(path.name for path in kept.iterdir()) == ["pipeline", "training.json"]
+    assert not (folder / "kept/digits/student_seed0").exists()
+
+    def never(*_):
+        raise AssertionError("it was trained again")
+
+    monkeypatch.setattr(benchmark, "_call", never)
+    before = (folder / "docs/results.json").read_text()
+    benchmark.main(arguments)
+    assert (folder / "docs/results.json").read_text() == before
+
+
+def test_a_stopped_benchmark_measures_only_what_is_missing(folder, arguments, monkeypatch):
+    path = folder / "docs/results.json"
+    rows = rows_of(folder)
+    lost = [row for row in rows if row["method"] == "DEIS"]
+    path.write_text(json.dumps({"rows": [row for row in rows if row["method"] != "DEIS"]}))
+    drawn = []
+    monkeypatch.setattr(benchmark.Comparison, "_draw", _recording(benchmark.Comparison._draw, drawn))
+    benchmark.main(arguments)
+    assert drawn == [("DEIS", 1), ("DEIS", 2)]
+    again = [row for row in rows_of(folder) if row["method"] == "DEIS"]
+    for row, before in zip(again, lost, strict=True):
+        assert {name: row[name] for name in ("fd", "swd", "kid")} == {
+            name: before[name] for name in ("fd", "swd", "kid")
+        }
+
+
+def _recording(draw, drawn):
+    def recorded(comparison, entry):
+        drawn.append((entry.method, entry.nfe))
+        return draw(comparison, entry)
+
+    return recorded
+
+
+def test_rows_of_another_set_stay(folder, arguments):
+    path = folder / "docs/results.json"
+    other = {**rows_of(folder)[0], "dataset": "other"}
+    path.write_text(json.dumps({"rows": [other, *rows_of(folder)]}))
+    benchmark.main(arguments)
+    assert rows_of(folder)[0] == other
+    text = (folder / "docs/index.md").read_text()
+    assert "| other | HSIVI fast, one for all | 1 | class TV" in text
+    path.write_text(json.dumps({"rows": rows_of(folder)[1:]}))
+
+
+def test_the_page_has_tables_and_figures(folder):
+    text = (folder / "docs/index.md").read_text()
+    assert "| **HSIVI fast, one for all** |" in text
+    for name in ("curves_digits.png", "samples_digits.png", "classes_digits.png"):
+        assert f"({name})" in text
+        assert (folder / "docs" / name).stat().st_size > 1000
+
+
+def test_a_missing_teacher_without_a_config_is_refused(arguments, tmp_path):
+    with pytest.raises(ValueError, match="is missing: give the config of train_teacher.py"):
+        benchmark.main([*arguments, f"--teacher={tmp_path / 'none'}"])
+
+
+def test_half_a_rival_is_refused(arguments):
+    given = [text for text in arguments if not text.startswith("--rival_of")]
+    with pytest.raises(ValueError, match="--rival and --rival_of go together"):
+        benchmark.main(given)
+
+
+def test_a_failed_training_ends_the_benchmark(tmp_path):
+    with pytest.raises(SystemExit, match="train_hsivi.py --config none.yaml ended with status 2"):
+        benchmark._call("train_hsivi.py", ["--config", "none.yaml"])
+
+
+def row(method, nfe, fd, seed=None, **more):
+    measures = dict.fromkeys(benchmark_pages.MEASURES, 0.5)
+    return {"dataset": "digits", "method": method, "nfe": nfe, "train_seed": seed, **measures, "fd": fd, **more}
+
+
+def test_goals_hold_the_mean_of_the_seeds_against_the_best_solver():
+    rows = [
+        *(row("HSIVI fast", 5, fd, seed) for seed, fd in enumerate((0.5, 0.7))),
+        *[row("UniPC", 15, 0.55), row("DDIM", 15, 0.65), row("HSIVI paper", 5, 9.0, 0)],
+    ]
+    table = benchmark_pages.goals_table({"digits": rows}).splitlines()
+    assert table[2:] == ["| digits | HSIVI fast | 5 | FD | 0.60 ± 0.14 | the best solver at 15 | 0.55 | no |"]
+    rows[0]["fd"] = 0.4
+    assert benchmark_pages.goals_table({"digits": rows}).endswith("| 0.55 | yes |")
+
+
+def test_a_larger_recall_reaches_the_goal():
+    rows = [row("HSIVI fast", 4, 1.0, 0, recall=0.8, swd=0.6), row("UniPC", 10, 1.0, recall=0.7)]
+    table = {
+        line.split("|")[4].strip(): line for line in benchmark_pages.goals_table({"digits": rows}).splitlines()[2:]
+    }
+    assert table["recall"].endswith("| 0.700 | yes |")
+    assert table["SWD"].endswith("| 0.5000 | no |")
+
+
+def test_a_mean_has_its_spread():
+    assert benchmark_pages.written([row("a", 1, 1.0), row("a", 1, 3.0)], "fd") == "2.00 ± 1.41"
+    assert benchmark_pages.written([row("a", 1, 1.0, kid=0.0012)], "kid") == "1.20"
+
+
+def test_pictures_are_shown_in_order():
+    kept = dict.fromkeys(["real", "HSIVI fast at 10", "HSIVI fast at 2", "UniPC at 4", "DDIM at 4"], torch.zeros(1))
+    assert [name for name, _ in benchmark_pages.picture_rows(kept)] == [
+        *["UniPC at 4", "HSIVI fast at 2", "HSIVI fast at 10", "real"],
+    ]
