@@ -114,7 +114,7 @@ def test_ddim_is_the_formula_on_the_quadratic_grid(rival, teacher):
 
 
 def test_an_unknown_method_is_refused(rival):
-    with pytest.raises(ValueError, match="method 'Euler' is unknown: choose DDPM, DDIM, DDIM eta 1, DPM-Solver"):
+    with pytest.raises(ValueError, match="method 'Euler' is unknown: choose one of DDPM, DDIM, DDIM eta 1, DPM-Solver"):
         rival("Euler", 5)
 
 
