@@ -612,7 +612,8 @@ def _choose_trained(
     for grid in reversed(trained):
         if num_inference_steps in (None, len(grid) - 1) and (timesteps is None or list(timesteps) == grid[:-1]):
             return grid
-    counts = " or ".join(str(len(grid) - 1) for grid in trained)
+    *most, last = (str(len(grid) - 1) for grid in trained)
+    counts = f"{', '.join(most)} or {last}" if most else last
     asked = f"num_inference_steps={num_inference_steps!r}" if timesteps is None else f"timesteps={timesteps}"
     raise ValueError(
         f"{asked}, but this sampler was trained for {counts} steps, layer_timesteps="

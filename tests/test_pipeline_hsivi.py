@@ -424,7 +424,7 @@ def test_one_network_may_have_several_grids(unet, tmp_path):
         assert loaded.num_timesteps == len(grid) - 1
         assert torch.equal(images, draw(make_pipeline(unet, layer_timesteps=grid, noise_eta=1.0)))
     assert torch.equal(draw(loaded), images)
-    with pytest.raises(ValueError, match="trained for 1 or 2 or 4 steps.*pass num_inference_steps=1 or 2 or 4"):
+    with pytest.raises(ValueError, match="trained for 1, 2 or 4 steps.*pass num_inference_steps=1, 2 or 4"):
         loaded(1, num_inference_steps=3)
     stock = DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(loaded.scheduler.config))
     with pytest.raises(ValueError, match="carries the settings of a sampler of 1, 2 or 4 steps: pass scheduler="):

@@ -401,7 +401,7 @@ def test_a_count_picks_its_grid_and_none_the_longest():
 def test_any_other_count_is_refused_and_those_there_are_are_listed(arguments, asked):
     scheduler = HSIVIScheduler(layer_timesteps=GRIDS)
     scheduler.set_timesteps(2)
-    message = f"{asked}, but this sampler was trained for 1 or 2 or 4 steps.*: pass num_inference_steps=1 or 2 or 4"
+    message = f"{asked}, but this sampler was trained for 1, 2 or 4 steps.*: pass num_inference_steps=1, 2 or 4"
     with pytest.raises(ValueError, match=message):
         scheduler.set_timesteps(**arguments)
     assert scheduler.timesteps.tolist() == [440, 220]
