@@ -32,7 +32,8 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 
-# What docs/benchmarks/results.json has is not measured again: BENCHMARK=--output_dir=runs/again measures anew.
+# What docs/benchmarks/results.json has is not measured again: BENCHMARK=--output_dir=runs/again measures anew, with the
+# trainings that are there.
 benchmark: $(VENV)/installed
 	for set in digits fashion; do \
 		$(BIN)/python training/benchmark.py --config training/configs/benchmark_$$set.yaml $(BENCHMARK) || exit; \

@@ -141,6 +141,11 @@ class UNetLayers(ConditionalLayers):
         self.noise_scale = noise_scale
         self.num_layers = sum(scheduler.depths)
 
+    @property
+    def depths(self) -> list[int]:
+        """T of each grid."""
+        return self.scheduler.depths
+
     def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
         """Returns q_t(. | x_next), see `ConditionalLayers`; the condition is class labels of shape (B,)."""
         timestep = self.scheduler.input_timestep(t)
@@ -388,7 +393,10 @@ def label_layers(unet: UNet2DModel, num_layers: int) -> UNet2DModel:
     """
     kind, classes = unet.config.class_embed_type, unet.config.num_class_embeds
     if kind is not None:
-        raise ValueError(f"class_embed_type={kind!r} of the unet leaves no place to tell a critic the layer")
+        raise ValueError(
+            f"class_embed_type={kind!r} of the unet leaves no place to tell a critic the layer: train where it need "
+            "not be told, with one --num_layers, and --level_law layer or --scoring own"
+        )
     labelled: UNet2DModel = UNet2DModel.from_config(unet.config, num_class_embeds=num_layers * (classes or 1))
     state, name = dict(unet.state_dict()), "class_embedding.weight"
     old = state[name] if classes else torch.zeros_like(labelled.class_embedding.weight[:1])

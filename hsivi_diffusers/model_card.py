@@ -221,10 +221,13 @@ def _training(pipeline: DiffusionPipeline, run: dict[str, Any]) -> str:
         f"DDIM layers of eta {config.noise_eta}" if config.kernel == "ddim" else "layers that noise the picture anew"
     )
     calls, grids = network_calls(step_counts(config.layer_timesteps)), trained_grids(config.layer_timesteps)
+    data = (
+        "Real pictures of its training data were used too." if options.get("train_data") else "No pictures were used."
+    )
     text = (
         f"{calls.capitalize()} at the timesteps {one_of([grid[:-1] for grid in grids])}, {noise}. Each is a "
         "conditional distribution, trained so that its marginal matches the data at a noise level, which the score of "
-        "the teacher knows. No pictures were used."
+        f"the teacher knows. {data}"
     )
     settings = ", ".join(f"{name} {options[name]}" for name in TOLD if options.get(name) is not None)
     if settings:

@@ -17,7 +17,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
@@ -359,13 +359,18 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         on_grid = matches.any(1)
         if not bool(on_grid.all()):
             if self.config.layer_timesteps is not None:
-                raise ValueError(
-                    f"timestep {timestep[~on_grid].tolist()} is not an input of a layer: this sampler was trained at "
-                    f"{grid[:-1].tolist()}"
-                )
+                self._refuse(timestep[~on_grid].tolist())
             stride = self.config.num_train_timesteps // len(grid[:-1])
             below = torch.where(on_grid, below, (timestep - stride).clamp_min(-1))
         return position, below
+
+    def _refuse(self, timesteps: list[int]) -> NoReturn:
+        trained, inputs = self.trained_grids, self._grid()[:-1].tolist()
+        which, remedy = "this sampler", f"give one of these {len(inputs)}"
+        if len(trained) > 1:
+            which = f"the grid that is set, of {len(inputs)} steps,"
+            remedy = f"there are grids of {_counts(trained)} steps, call set_timesteps(T) with the T you mean first"
+        raise ValueError(f"timestep {timesteps} is not an input of a layer: {which} was trained at {inputs}: {remedy}")
 
     # ----- the layer -----
 
@@ -545,8 +550,9 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         direction = (sigma.square() - c.square()).clamp_min(0).sqrt()
         last = (below <= self._grid()[-1].to(below.device)).reshape(alpha.shape)
         noise_scale = torch.as_tensor(self.config.noise_scale).to(alpha)
-        if noise_scale.ndim and position is not None:  # counted from the data side, the positions from the base
-            noise_scale = noise_scale.flip(0)[position].reshape(alpha.shape)
+        if noise_scale.ndim:  # of the only grid, counted from the data side, the positions from the base
+            position = self._below(timestep)[0] if position is None else position
+            noise_scale = noise_scale.flip(0)[position].reshape(alpha_next.shape)
         return LayerCoefficients(alpha_next, sigma_next, alpha, direction, c, noise_scale.expand(alpha.shape), last)
 
     def _match(self, model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -605,6 +611,11 @@ def _check_grids(grids: Any, num_train_timesteps: int) -> list[int] | list[list[
     return checked if len(checked) > 1 else checked[0]
 
 
+def _counts(trained: list[list[int]]) -> str:
+    *most, last = (str(len(grid) - 1) for grid in trained)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 def _choose_trained(
     trained: list[list[int]], num_inference_steps: int | None, timesteps: list[int] | None
 ) -> list[int]:
@@ -612,8 +623,7 @@ def _choose_trained(
     for grid in reversed(trained):
         if num_inference_steps in (None, len(grid) - 1) and (timesteps is None or list(timesteps) == grid[:-1]):
             return grid
-    *most, last = (str(len(grid) - 1) for grid in trained)
-    counts = f"{', '.join(most)} or {last}" if most else last
+    counts = _counts(trained)
     asked = f"num_inference_steps={num_inference_steps!r}" if timesteps is None else f"timesteps={timesteps}"
     raise ValueError(
         f"{asked}, but this sampler was trained for {counts} steps, layer_timesteps="

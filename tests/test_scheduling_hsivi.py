@@ -442,7 +442,11 @@ def test_layers_are_counted_over_all_grids_by_rising_count():
 def test_a_timestep_of_another_grid_is_refused():
     scheduler, (output, sample) = HSIVIScheduler(layer_timesteps=GRIDS), output_and_sample()
     scheduler.set_timesteps(2)
-    with pytest.raises(ValueError, match=r"timestep \[330\] is not an input of a layer: .* trained at \[440, 220\]"):
+    message = (
+        r"timestep \[330\] is not an input of a layer: the grid that is set, of 2 steps, was trained at \[440, 220\]: "
+        r"there are grids of 1, 2 or 4 steps, call set_timesteps\(T\)"
+    )
+    with pytest.raises(ValueError, match=message):
         scheduler.step(output, 330, sample)
 
 
@@ -486,6 +490,17 @@ def test_a_transition_told_where_it_ends_is_that_of_the_layer_in_its_grid(option
         wanted = alone.transition(output[rows], inputs[rows], sample[rows])
         assert torch.equal(mean[rows], wanted[0])
         assert torch.equal(std[rows], wanted[1])
+
+
+@pytest.mark.parametrize("scale", [0.5, [0.5, 0.6, 0.7]])
+def test_a_transition_of_one_grid_may_be_told_where_it_ends(scale):
+    scheduler = HSIVIScheduler(layer_timesteps=[440, 220, 110, 0], noise_scale=scale)
+    t = torch.tensor([2, 0, 1])
+    output, sample = torch.randn(2, 3, 3, 8, 8)
+    inputs, outputs = scheduler.input_timestep(t), scheduler.output_timestep(t)
+    told = scheduler.transition(output, inputs, sample, prev_timestep=outputs)
+    for one, other in zip(told, scheduler.transition(output, inputs, sample), strict=True):
+        assert torch.equal(one, other)
 
 
 # ----- configuration -----

@@ -4,7 +4,7 @@
 
 Trains what is missing (teacher, classifier, students, rivals), draws the same number of pictures by every method from
 the same noise, measures them against real ones, and writes OUTPUT_DIR/results.json, and with it the tables and figures
-of OUTPUT_DIR. A row that is there is not measured again, and a training that was stopped goes on, so a benchmark that
+of OUTPUT_DIR. A row that is there is not measured again, so a benchmark that
 was stopped is simply started again; to measure anew, name another --output_dir.
 """
 
@@ -17,14 +17,14 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-import yaml
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -35,7 +35,8 @@ from folders import replace_folder, write_json
 from hsivi_diffusers import HSIVIPipeline, load_teacher
 from images import load_images
 from metrics import Measures
-from options import option, parse_options
+from options import changes, option, parse_options
+from recipe import GROUPS, PRESETS, Options
 from solvers import Sampler, make_consistency_sampler, make_solver, make_student, sample
 
 HERE = Path(__file__).parent
@@ -85,24 +86,23 @@ class Trained:
     """A sampler that was trained: its folder, and what its training cost."""
 
     folder: Path
-    seed: int
     seconds: float
-    network_calls: int
+    network_calls: int | None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row before it is measured."""
+    """A row before it is measured; `make` trains what it needs, if that was not done before."""
 
     method: str
     nfe: int
-    sampler: Sampler = field(compare=False)
-    trained: Trained | None = None
+    seed: int | None
+    make: Callable[[], tuple[Sampler, Trained | None]] = field(compare=False)
 
     @property
     def key(self) -> tuple[str, int, int | None]:
         """Method, network calls and training seed."""
-        return self.method, self.nfe, self.trained.seed if self.trained else None
+        return self.method, self.nfe, self.seed
 
 
 class Comparison:
@@ -119,38 +119,75 @@ class Comparison:
         self.unet, self.schedule = load_teacher(str(parts.teacher))
         self.unet.eval()
 
-    def entries(self) -> Iterator[Entry]:
-        """Every row: what is trained first, then the solvers, the cheap ones first."""
-        for config in self.parts.students:
-            for seed in self.parts.seeds:
-                yield from self._student(config, seed)
+    def entries(self) -> list[Entry]:
+        """Every row: what is trained first, then the solvers, the cheap ones first.
+
+        Raises:
+            ValueError: Two students have a row in common.
+        """
+        trained = [entry for config in self.parts.students for entry in self._students(config)]
         if self.parts.rival is not None:
-            for seed in self.parts.seeds:
-                yield from self._rival(seed)
+            trained += [
+                Entry("consistency distillation", nfe, seed, partial(self._make_rival, nfe, seed))
+                for seed in self.parts.seeds
+                for nfe in self.parts.rival_steps
+            ]
+        keys = [entry.key for entry in trained]
+        if twice := sorted({f"{key[0]} at {key[1]}" for key in keys if keys.count(key) > 1}):
+            raise ValueError(
+                f"--students have {', '.join(twice)} more than once: compare one student of each preset and number of "
+                "calls, and the others in another --output_dir"
+            )
         counts = [(method, nfe) for nfe in self.sampling.solver_steps for method in self.sampling.solvers]
-        for method, nfe in [*counts, *(("DDPM", nfe) for nfe in self.sampling.ddpm_steps)]:
-            yield Entry(method, nfe, make_solver(method, nfe, self.unet, self.schedule.config))
+        counts += [("DDPM", nfe) for nfe in self.sampling.ddpm_steps]
+        return [*trained, *(Entry(*count, None, partial(self._make_solver, *count)) for count in counts)]
 
-    def _student(self, config: str, seed: int) -> Iterator[Entry]:
-        trained = self._trained(config, seed, "train_hsivi.py", ["--resume_from_checkpoint", "latest"])
-        pipeline = HSIVIPipeline.from_pretrained(trained.folder / "pipeline")
-        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        counts = pipeline.scheduler.depths
-        name = f"HSIVI {settings.get('preset', 'fast')}" + (", one for all" if len(counts) > 1 else "")
-        for nfe in counts:
-            yield Entry(name, nfe, make_student(pipeline, nfe), trained)
+    def _students(self, config: str) -> Iterator[Entry]:
+        options = self._options(config, self.parts.seeds[0])
+        counts = options.layers.num_layers
+        name = f"HSIVI {options.method.preset}" + (", one for all" if len(counts) > 1 else "")
+        for seed in self.parts.seeds:
+            for nfe in counts:
+                yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed))
 
-    def _rival(self, seed: int) -> Iterator[Entry]:
-        seconds = self._trained(str(self.parts.rival_of), seed, "train_hsivi.py", []).seconds
+    def _options(self, config: str, seed: int) -> Options:
+        given = ["--config", config, f"--seed={seed}", f"--pretrained_teacher_model={self.parts.teacher}"]
+        return Options(*parse_options(GROUPS, "", PRESETS, given))
+
+    def _make_solver(self, method: str, nfe: int) -> tuple[Sampler, None]:
+        return make_solver(method, nfe, self.unet, self.schedule.config), None
+
+    def _make_student(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Trained]:
+        trained = self._train_student(config, seed)
+        return make_student(HSIVIPipeline.from_pretrained(trained.folder / "pipeline"), nfe), trained
+
+    def _make_rival(self, nfe: int, seed: int) -> tuple[Sampler, Trained]:
+        seconds = self._train_student(str(self.parts.rival_of), seed).seconds
         limit = ["--max_train_seconds", str(seconds), "--overwrite_output_dir", "true"]
-        trained = self._trained(str(self.parts.rival), seed, "train_consistency.py", limit)
-        pipeline = DDPMPipeline.from_pretrained(trained.folder / "pipeline")
+        trained = self._train(str(self.parts.rival), seed, "train_consistency.py", limit)
+        unet = DDPMPipeline.from_pretrained(trained.folder / "pipeline").unet.eval()
         scheduler = json.loads((trained.folder / "pipeline/scheduler/scheduler_config.json").read_text())
-        for nfe in self.parts.rival_steps:
-            sampler = make_consistency_sampler(pipeline.unet.eval(), scheduler, nfe)
-            yield Entry("consistency distillation", nfe, sampler, trained)
+        return make_consistency_sampler(unet, scheduler, nfe), trained
 
-    def _trained(self, config: str, seed: int, program: str, arguments: list[str]) -> Trained:
+    def _train_student(self, config: str, seed: int) -> Trained:
+        """The training of a student.
+
+        Raises:
+            ValueError: It was done before with other options.
+        """
+        trained = self._train(config, seed, "train_hsivi.py", ["--resume_from_checkpoint", "latest"])
+        before = json.loads((trained.folder / "options.json").read_text())
+        now = {key: value for group in self._options(config, seed)[1:4] for key, value in asdict(group).items()}
+        if changed := changes(before, now):
+            raise ValueError(
+                f"{trained.folder} was trained with other options than {config} has ({changed}): name another "
+                "--runs_dir, --kept_dir and --output_dir, or remove it and its rows"
+            )
+        if seed in self.folders.kept_seeds and trained.folder.parent != self.kept:
+            keep(trained.folder, self.kept / trained.folder.name)
+        return trained
+
+    def _train(self, config: str, seed: int, program: str, arguments: list[str]) -> Trained:
         """The training of a config and a seed: kept, or done before, or done now."""
         name = f"{Path(config).stem}_seed{seed}"
         found = [folder for folder in (self.kept / name, self.runs / name) if (folder / "training.json").exists()]
@@ -158,14 +195,13 @@ class Comparison:
         if not found:
             teacher = ["--pretrained_teacher_model", str(self.parts.teacher)]
             _call(program, ["--config", config, "--seed", str(seed), "--output_dir", str(folder), *teacher, *arguments])
-        if seed in self.folders.kept_seeds and program == "train_hsivi.py" and folder != self.kept / name:
-            keep(folder, self.kept / name)
         costs = json.loads((folder / "training.json").read_text())
-        return Trained(folder, seed, costs["seconds"], costs["network_calls"])
+        return Trained(folder, costs["seconds"], costs.get("network_calls"))
 
     def measure(self) -> None:
         """Adds the rows that are missing, one after the other."""
-        wanted = [entry for entry in self.entries() if entry.key not in self._keys()]
+        there = self._keys()
+        wanted = [entry for entry in self.entries() if entry.key not in there]
         if not wanted:
             return
         real, _ = load_images(self.parts.real_data, self.unet.config.sample_size, self.unet.config.in_channels)
@@ -173,25 +209,31 @@ class Comparison:
         progress = tqdm(wanted, desc=str(self.parts.dataset), unit="row")
         for entry in progress:
             progress.set_postfix_str(f"{entry.method} at {entry.nfe}")
-            pictures = self._draw(entry)
-            self._add_row(entry, len(pictures), {**measures(pictures), "class_shares": measures.shares})
+            sampler, trained = entry.make()
+            pictures = self._draw(entry, sampler)
+            try:
+                measured = measures(pictures)
+            except ValueError as error:
+                error.add_note(f"These are the pictures of {entry.method} at {entry.nfe} calls, seed {entry.seed}.")
+                raise
+            self._add_row(entry, trained, len(pictures), {**measured, "class_shares": measures.shares})
             self._keep_pictures(entry, pictures[:16], real)
 
-    def _draw(self, entry: Entry) -> torch.Tensor:
+    def _draw(self, entry: Entry, sampler: Sampler) -> torch.Tensor:
         number = self.sampling.num_samples if entry.nfe <= 100 else self.sampling.slow_samples
-        return torch.cat(list(sample(entry.sampler, number, self.sampling.batch_size, self.sampling.eval_seed)))
+        return torch.cat(list(sample(sampler, number, self.sampling.batch_size, self.sampling.eval_seed)))
 
-    def _add_row(self, entry: Entry, number: int, measured: dict[str, Any]) -> None:
+    def _add_row(self, entry: Entry, trained: Trained | None, number: int, measured: dict[str, Any]) -> None:
         row = {
             "dataset": self.parts.dataset,
             "method": entry.method,
             "nfe": entry.nfe,
-            "train_seed": entry.trained.seed if entry.trained else None,
+            "train_seed": entry.seed,
             "eval_seed": self.sampling.eval_seed,
             "num_samples": number,
             **measured,
-            "train_seconds": entry.trained.seconds if entry.trained else None,
-            "train_calls": entry.trained.network_calls if entry.trained else None,
+            "train_seconds": trained.seconds if trained else None,
+            "train_calls": trained.network_calls if trained else None,
             "measured": measured_on(),
         }
         rows = read_rows(self.path)  # anew, for another set may have been measured meanwhile
@@ -204,7 +246,7 @@ class Comparison:
 
     def _keep_pictures(self, entry: Entry, pictures: torch.Tensor, real: torch.Tensor) -> None:
         """Keeps the first pictures of each method, of the first seed, for the figures."""
-        if entry.trained and entry.trained.seed != self.parts.seeds[0]:
+        if entry.seed not in (None, self.parts.seeds[0]):
             return
         path = self.runs / "pictures.safetensors"
         kept = load_file(path) if path.exists() else {}
@@ -231,10 +273,11 @@ def _call(program: str, arguments: list[str]) -> None:
 
 
 def keep(run: Path, kept: Path) -> None:
-    """Copies pipeline and costs of a finished run to where they are looked for first."""
+    """Copies pipeline, options and costs of a finished run to where they are looked for first."""
     partial = kept.with_name(f"{kept.name}.partial")
     shutil.copytree(run / "pipeline", partial / "pipeline", dirs_exist_ok=True)
-    shutil.copy(run / "training.json", partial)
+    for name in ("options.json", "training.json"):
+        shutil.copy(run / name, partial)
     replace_folder(partial, kept)
 
 

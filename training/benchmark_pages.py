@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from figures import draw_samples  # noqa: E402
 from folders import write_text  # noqa: E402
-from pages import fill_tables, new_page  # noqa: E402
+from pages import figure_line, fill_tables, table_section  # noqa: E402
 
 Row = dict[str, Any]
 Group = tuple[str, int]  # method and network calls
@@ -59,8 +59,15 @@ def write_pages(folder: Path, runs: Path) -> None:
             draw_samples(picture_rows(load_file(pictures)), folder / f"samples_{word}.png")
         figures += [f"{kind}_{word}.png" for kind in ("curves", "samples", "classes")]
     page = folder / "index.md"
-    old = page.read_text(encoding="utf-8") if page.exists() else new_page("Benchmark", [*tables], figures)
-    write_text(page, fill_tables(old, tables))
+    text = page.read_text(encoding="utf-8") if page.exists() else "# Benchmark\n"
+    write_text(page, fill_tables(text + missing_parts(text, [*tables], figures, folder), tables))
+
+
+def missing_parts(text: str, tables: list[str], figures: list[str], folder: Path) -> str:
+    """Sections of the tables, and the figures that were drawn, which a page lacks: those of a set that is new."""
+    lacking = [name for name in tables if f"<!-- table: {name} -->" not in text]
+    drawn = [name for name in figures if f"({name})" not in text and (folder / name).exists()]
+    return "".join(f"\n{part}" for part in (*map(table_section, lacking), *map(figure_line, drawn)))
 
 
 def grouped(rows: list[Row]) -> dict[Group, list[Row]]:
@@ -118,7 +125,9 @@ def measures_table(rows: list[Row]) -> str:
         cells = [written(of_group, measure) for measure in MEASURES]
         costs = ["", ""]
         if of_group[0]["train_seconds"] is not None:
-            costs = [f"{value(of_group, 'train_seconds'):.0f}", f"{value(of_group, 'train_calls') / 1e6:.2f} M"]
+            counted = [row for row in of_group if row["train_calls"] is not None]
+            calls = f"{value(counted, 'train_calls') / 1e6:.2f} M" if counted else ""
+            costs = [f"{value(of_group, 'train_seconds'):.0f}", calls]
         lines.append(
             f"| {nfe} | {bold(method)} | {' | '.join(cells)} | {of_group[0]['num_samples']} | {' | '.join(costs)} |"
         )

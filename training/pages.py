@@ -28,5 +28,14 @@ def fill_tables(text: str, tables: dict[str, str]) -> str:
 
 def new_page(title: str, tables: list[str], figures: list[str]) -> str:
     """A page with every table between markers, and every figure."""
-    parts = [f"## {name.replace('_', ' ')}\n\n<!-- table: {name} -->\n<!-- end of table -->\n" for name in tables]
-    return "\n".join([f"# {title}\n", *parts, *(f"![{name.rsplit('.', 1)[0]}]({name})\n" for name in figures)])
+    return "\n".join([f"# {title}\n", *map(table_section, tables), *map(figure_line, figures)])
+
+
+def table_section(name: str) -> str:
+    """A heading, and the markers of a table."""
+    return f"## {name.replace('_', ' ')}\n\n<!-- table: {name} -->\n<!-- end of table -->\n"
+
+
+def figure_line(name: str) -> str:
+    """A figure that lies beside the page."""
+    return f"![{name.rsplit('.', 1)[0]}]({name})\n"

@@ -96,7 +96,8 @@ def load_data(name: str, teacher: UNet2DModel) -> SampleData:
     channels, height, width = sample_shape(teacher)
     if channels not in (1, 3) or height != width:
         raise ValueError(
-            f"--train_data {name}: the teacher's pictures of {channels} x {height} x {width} are not loaded"
+            f"--train_data {name}: the teacher's pictures of {channels} x {height} x {width} are not loaded: take a "
+            "teacher of square pictures of 1 or 3 channels, or leave --train_data out"
         )
     pictures, labels = load_images(name, height, channels)
     classes = teacher.config.num_class_embeds
@@ -174,13 +175,13 @@ def carry_over(networks: Networks, run: Path) -> None:
     """
     pipeline = HSIVIPipeline.from_pretrained(run / "pipeline")
     critic = UNet2DModel.from_pretrained(run / "critic")
-    for module, source in ((networks.student, pipeline.unet), (networks.critic, critic)):
-        try:
-            module.load_state_dict(_fitting_labels(source.state_dict(), module))
-        except RuntimeError as error:
-            raise ValueError(
-                f"--init_from {run} has networks of another shape than the teacher: give a run of the same teacher"
-            ) from error
+    try:
+        networks.student.load_state_dict(pipeline.unet.state_dict())
+        networks.critic.load_state_dict(_fitting_labels(critic.state_dict(), networks, pipeline.scheduler))
+    except RuntimeError as error:
+        raise ValueError(
+            f"--init_from {run} has networks of another shape than the teacher: give a run of the same teacher"
+        ) from error
     if pipeline.unet_noise_scale is not None:
         if not isinstance(networks.noise_scale, HSIVINoiseScale):
             raise ValueError(f"--init_from {run} has a noise scale per pixel: pass --noise_scale_type per_pixel")
@@ -189,12 +190,14 @@ def carry_over(networks: Networks, run: Path) -> None:
         _carry_scales(networks, pipeline.scheduler)
 
 
-def _fitting_labels(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The state of a critic that was told other layers, or none: what it is told of them starts anew."""
-    name, own = "class_embedding.weight", module.state_dict()
-    if name in own and (name not in state or state[name].shape != own[name].shape):
-        return {**state, name: own[name]}
-    return state if name in own else {key: value for key, value in state.items() if key != name}
+def _fitting_labels(state: dict[str, Tensor], networks: Networks, before: HSIVIScheduler) -> dict[str, Tensor]:
+    """The state of a critic that was told layers of other grids, or none: what it is told of them starts anew."""
+    name, own = "class_embedding.weight", networks.critic.state_dict()
+    if name not in own:
+        return {key: value for key, value in state.items() if key != name}
+    tells = networks.critic.config.num_class_embeds != networks.teacher.config.num_class_embeds
+    same = not tells or before.trained_grids == networks.scheduler.trained_grids
+    return state if same and name in state and state[name].shape == own[name].shape else {**state, name: own[name]}
 
 
 def _carry_scales(networks: Networks, before: HSIVIScheduler) -> None:

@@ -241,6 +241,7 @@ def check_options(options: Options) -> None:
         raise ValueError(f"--max_grad_norm {training.max_grad_norm}: give a number above 0, or leave it out")
     check_layers(layers)
     check_method(method)
+    check_unused(layers, method)
     check_hub(hub)
     check_counts(options)
 
@@ -276,6 +277,27 @@ def check_method(method: Method) -> None:
         raise ValueError(
             f"--train_data {method.train_data} would not be used: pass --source data or --adversarial_weight too, or "
             "leave it out"
+        )
+
+
+def check_unused(layers: Layers, method: Method) -> None:
+    """Refuses options that the others leave nothing to do."""
+    levels = [] if method.level_law is None else [f"--level_law {method.level_law}"]
+    levels += [] if method.level_power == 1 else [f"--level_power {method.level_power}"]
+    if levels and method.scoring == "own":
+        raise ValueError(
+            f"{' and '.join(levels)} would not be used: --scoring own has no random levels. Either pass --scoring "
+            "random too, or leave out what is of levels"
+        )
+    if layers.start_spacing and len(layers.num_layers) == 1:
+        raise ValueError(
+            f"--start_spacing {layers.start_spacing} would not be used: --num_layers {layers.num_layers[0]} has one "
+            "grid: give several, such as 1 2 4 8, or leave it out"
+        )
+    if method.source == "data" and layers.num_layers == [1] and not method.adversarial_weight:
+        raise ValueError(
+            "--source data would not be used: the one layer of --num_layers 1 starts from noise. Either pass several "
+            "--num_layers, or --adversarial_weight, or leave out --source and --train_data"
         )
 
 

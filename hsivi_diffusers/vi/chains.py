@@ -45,21 +45,36 @@ class ChainBatch:
 
 @torch.no_grad()
 def draw_marginals(
-    layers: ConditionalLayers, x: Tensor, generator: torch.Generator | None = None, condition: Tensor | None = None
+    layers: ConditionalLayers,
+    x: Tensor,
+    generator: torch.Generator | None = None,
+    condition: Tensor | None = None,
+    hierarchy: int | None = None,
 ) -> list[Tensor]:
     """Runs chains from the base to the end.
 
     Args:
-        layers: The sampler, with T layers.
+        layers: The sampler, with T layers, or of several hierarchies.
         x: Base draws x_T, shape (B, ...).
         generator: Source of the noise.
         condition: Condition of each chain.
+        hierarchy: Place in `layers.depths` of the one to run; needed where there are several.
 
     Returns:
         [x_0, x_1, ..., x_T], each of shape (B, ...): x_t is a draw from the marginal q_t.
+
+    Raises:
+        ValueError: There are several hierarchies and none is chosen, or there is none of that place.
     """
-    marginals = [x]
-    for t in reversed(range(layers.num_layers)):
+    depths, marginals = layers.depths, [x]
+    place = 0 if hierarchy is None and len(depths) == 1 else hierarchy
+    if place is None or not 0 <= place < len(depths):
+        raise ValueError(
+            f"hierarchy={hierarchy}, but the layers serve {len(depths)}, of {depths} layers: give the place of one, "
+            f"from 0 to {len(depths) - 1}"
+        )
+    last = sum(depths[:place])
+    for t in reversed(range(last, last + depths[place])):
         q = layers(x, torch.full((len(x),), t, device=x.device), condition)
         x = q.rsample(randn_like(x, generator)).to(x.dtype)
         marginals.insert(0, x)

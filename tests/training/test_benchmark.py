@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,21 @@ def folder(arguments):
     return Path(next(text for text in arguments if text.startswith("--output_dir=")).split("=")[1]).parent
 
 
+@pytest.fixture
+def copied(folder, arguments, tmp_path):
+    """A copy of the finished benchmark, and the arguments to go on in it."""
+    shutil.copytree(folder, tmp_path / "copy")
+    return tmp_path / "copy", [text.replace(str(folder), str(tmp_path / "copy")) for text in arguments]
+
+
 def rows_of(folder):
     return benchmark.read_rows(folder / "docs" / "results.json")
+
+
+def forget(folder, method):
+    """Removes the rows of a method."""
+    rows = [row for row in rows_of(folder) if row["method"] != method]
+    (folder / "docs/results.json").write_text(json.dumps({"rows": rows}))
 
 
 def test_every_method_and_seed_has_a_row_at_each_number_of_calls(folder):
@@ -66,62 +80,103 @@ def test_a_row_has_all_measures_and_what_its_training_cost(folder):
         assert (row["train_seconds"] is not None, row["train_calls"] is not None) == (trained, trained)
 
 
-def test_the_rival_is_trained_for_as_long_as_the_student(folder):
-    seconds = {(row["method"], row["train_seed"]): row["train_seconds"] for row in rows_of(folder)}
-    for seed in (0, 1):
-        ours, theirs = seconds["HSIVI fast, one for all", seed], seconds["consistency distillation", seed]
-        assert theirs >= ours
-        steps = json.loads((folder / f"runs/digits/rival_seed{seed}/training.json").read_text())["max_train_steps"]
-        assert steps >= 1
+def test_the_rival_is_given_the_seconds_of_the_student(copied, monkeypatch):
+    folder, arguments = copied
+    forget(folder, "consistency distillation")
+    shutil.rmtree(folder / "runs/digits/rival_seed0")
+    called = []
+
+    def stop(program, given):
+        called.append((program, given))
+        raise SystemExit
+
+    monkeypatch.setattr(benchmark, "_call", stop)
+    with pytest.raises(SystemExit):
+        benchmark.main(arguments)
+    ((program, given),) = called
+    assert program == "train_consistency.py"
+    seconds = json.loads((folder / "runs/digits/student_seed0/training.json").read_text())["seconds"]
+    assert float(given[given.index("--max_train_seconds") + 1]) == seconds
 
 
-def test_a_student_is_kept_and_found_again(folder, arguments, monkeypatch):
+def never(*_):
+    raise AssertionError("it was trained again")
+
+
+def test_a_student_is_kept_and_found_again(copied, monkeypatch):
+    folder, arguments = copied
     kept = folder / "kept/digits/student_seed1"
-    assert sorted(path.name for path in kept.iterdir()) == ["pipeline", "training.json"]
+    assert sorted(path.name for path in kept.iterdir()) == ["options.json", "pipeline", "training.json"]
     assert not (folder / "kept/digits/student_seed0").exists()
-
-    def never(*_):
-        raise AssertionError("it was trained again")
-
+    shutil.rmtree(folder / "runs/digits/student_seed1")
+    before = [row for row in rows_of(folder) if row["train_seed"] == 1 and "HSIVI" in row["method"]]
+    forget(folder, "HSIVI fast, one for all")
     monkeypatch.setattr(benchmark, "_call", never)
-    before = (folder / "docs/results.json").read_text()
     benchmark.main(arguments)
-    assert (folder / "docs/results.json").read_text() == before
+    again = [row for row in rows_of(folder) if row["train_seed"] == 1 and "HSIVI" in row["method"]]
+    assert [row["fd"] for row in again] == [row["fd"] for row in before]
 
 
-def test_a_stopped_benchmark_measures_only_what_is_missing(folder, arguments, monkeypatch):
-    path = folder / "docs/results.json"
-    rows = rows_of(folder)
-    lost = [row for row in rows if row["method"] == "DEIS"]
-    path.write_text(json.dumps({"rows": [row for row in rows if row["method"] != "DEIS"]}))
-    drawn = []
-    monkeypatch.setattr(benchmark.Comparison, "_draw", _recording(benchmark.Comparison._draw, drawn))
+def test_nothing_is_trained_for_rows_that_are_there(copied, monkeypatch):
+    folder, arguments = copied
+    for name in ("runs", "kept"):
+        shutil.rmtree(folder / name)
+    monkeypatch.setattr(benchmark, "_call", never)
+    before = rows_of(folder)
+    benchmark.main(arguments)
+    assert rows_of(folder) == before
+
+
+def test_a_stopped_benchmark_measures_only_what_is_missing(copied, monkeypatch):
+    folder, arguments = copied
+    lost = [row for row in rows_of(folder) if row["method"] == "DEIS"]
+    forget(folder, "DEIS")
+    drawn, draw = [], benchmark.Comparison._draw
+
+    def recorded(comparison, entry, sampler):
+        drawn.append((entry.method, entry.nfe))
+        return draw(comparison, entry, sampler)
+
+    monkeypatch.setattr(benchmark.Comparison, "_draw", recorded)
     benchmark.main(arguments)
     assert drawn == [("DEIS", 1), ("DEIS", 2)]
     again = [row for row in rows_of(folder) if row["method"] == "DEIS"]
-    for row, before in zip(again, lost, strict=True):
-        assert {name: row[name] for name in ("fd", "swd", "kid")} == {
-            name: before[name] for name in ("fd", "swd", "kid")
-        }
+    assert [(row["fd"], row["swd"], row["kid"]) for row in again] == [
+        (row["fd"], row["swd"], row["kid"]) for row in lost
+    ]
 
 
-def _recording(draw, drawn):
-    def recorded(comparison, entry):
-        drawn.append((entry.method, entry.nfe))
-        return draw(comparison, entry)
+def test_a_student_of_other_options_is_refused(copied):
+    folder, arguments = copied
+    forget(folder, "HSIVI fast, one for all")
+    (folder / "student.yaml").write_text(STUDENT + "learning_rate: 0.5\n")
+    with pytest.raises(ValueError, match="was trained with other options.*learning_rate: .* -> 0.5.*--runs_dir"):
+        benchmark.main(arguments)
 
-    return recorded
+
+def test_two_students_of_the_same_rows_are_refused(copied):
+    folder, arguments = copied
+    (folder / "second.yaml").write_text(STUDENT)
+    given = [text for text in arguments if not text.startswith("--students")]
+    with pytest.raises(ValueError, match="have HSIVI fast, one for all at 1, HSIVI fast, one for all at 2 more than"):
+        benchmark.main([*given, "--students", str(folder / "student.yaml"), str(folder / "second.yaml")])
 
 
-def test_rows_of_another_set_stay(folder, arguments):
-    path = folder / "docs/results.json"
-    other = {**rows_of(folder)[0], "dataset": "other"}
-    path.write_text(json.dumps({"rows": [other, *rows_of(folder)]}))
+def test_rows_and_parts_of_another_set_are_kept_and_added(copied):
+    folder, arguments = copied
+    rows = rows_of(folder)
+    other = [{**row, "dataset": "other-set"} for row in rows]
+    (folder / "docs/results.json").write_text(json.dumps({"rows": [*other, *rows]}))
+    page = folder / "docs/index.md"
+    page.write_text("# By hand\n\n" + page.read_text())
     benchmark.main(arguments)
-    assert rows_of(folder)[0] == other
-    text = (folder / "docs/index.md").read_text()
-    assert "| other | HSIVI fast, one for all | 1 | class TV" in text
-    path.write_text(json.dumps({"rows": rows_of(folder)[1:]}))
+    assert rows_of(folder) == [*other, *rows]
+    text = page.read_text()
+    assert text.startswith("# By hand")
+    assert "| other-set | HSIVI fast, one for all | 1 | class TV" in text
+    assert text.count("<!-- table: fd_digits -->") == text.count("<!-- table: fd_other_set -->") == 1
+    assert "(curves_other_set.png)" in text
+    assert "(samples_other_set.png)" not in text
 
 
 def test_the_page_has_tables_and_figures(folder):
@@ -130,6 +185,15 @@ def test_the_page_has_tables_and_figures(folder):
     for name in ("curves_digits.png", "samples_digits.png", "classes_digits.png"):
         assert f"({name})" in text
         assert (folder / "docs" / name).stat().st_size > 1000
+
+
+def test_a_sampler_of_no_pictures_is_named(copied, monkeypatch):
+    folder, arguments = copied
+    forget(folder, "DEIS")
+    monkeypatch.setattr(benchmark.Comparison, "_draw", lambda *_: torch.full((20, 1, 8, 8), torch.nan))
+    with pytest.raises(ValueError, match="give floats") as caught:
+        benchmark.main(arguments)
+    assert caught.value.__notes__ == ["These are the pictures of DEIS at 1 calls, seed None."]
 
 
 def test_a_missing_teacher_without_a_config_is_refused(arguments, tmp_path):

@@ -47,7 +47,7 @@ def runs(distil, tmp_path_factory):
 def begin(teacher):
     """The networks of a run that has made no update yet."""
 
-    def load(run, **layers):
+    def load(run, teacher=teacher, **layers):
         options = Options(*(group() for group in GROUPS))._replace(
             teacher=Teacher(pretrained_teacher_model=str(teacher), init_from=str(run)),
             layers=Layers(**{"num_layers": [2], "timestep_spacing": "uniform", "start_timestep": 440, **layers}),
@@ -162,6 +162,38 @@ def test_a_run_of_another_teacher_is_refused(distil, class_run, tmp_path):
     with pytest.raises(ValueError, match="has networks of another shape than the teacher"):
         distil(tmp_path / "run", init_from=class_run)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_no_classes_for_a_run_of_classes_and_the_other_way_are_refused(
+    distil, runs, class_run, class_teacher, tmp_path
+):
+    """Though the critic's labels may differ, of a student they may not."""
+    for run, other in ((runs("config"), {"pretrained_teacher_model": class_teacher}), (class_run, {})):
+        with pytest.raises(ValueError, match="has networks of another shape than the teacher: give a run of the same"):
+            distil(tmp_path / "run", init_from=run, num_layers=(1, 2), **other)
+
+
+def test_what_a_critic_was_told_of_the_layers_holds_for_the_same_grids_alone(begin, several_run, same_tensors):
+    """Grids of 1, 2 and 4 layers from 440; others have as many layers."""
+    saved = load_file(several_run / "critic" / "diffusion_pytorch_model.safetensors")
+    name = "class_embedding.weight"
+    rest = {key: value for key, value in saved.items() if key != name}
+    assert saved[name].any()
+    for layers, kept in (({}, True), ({"start_timestep": 500}, False), ({"start_spacing": 20}, False)):
+        state = begin(several_run, num_layers=[1, 2, 4], **layers).critic.state_dict()
+        assert torch.equal(state[name], saved[name] if kept else torch.zeros(7, saved[name].shape[1]))
+        assert same_tensors({key: state[key] for key in rest}, rest)
+
+
+def test_a_critic_of_classes_keeps_them_on_any_grid_and_is_told_layers_anew(begin, class_run, class_teacher):
+    name = "class_embedding.weight"
+    saved = load_file(class_run / "critic" / "diffusion_pytorch_model.safetensors")[name]
+    for start in (440, 500):
+        critic = begin(class_run, teacher=class_teacher, start_timestep=start).critic
+        assert torch.equal(critic.state_dict()[name], saved)
+    networks = begin(class_run, teacher=class_teacher, num_layers=[1, 2])
+    own = networks.teacher.state_dict()[name]
+    assert torch.equal(networks.critic.state_dict()[name], own.repeat_interleave(3, 0))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -113,10 +113,15 @@ def test_a_run_with_real_data_is_finite_and_records_it(runs, kind):
 
 
 def test_the_card_says_whether_data_was_used(runs, fast_run):
-    for folder, said in ((runs("game"), "with"), (fast_run, "without")):
+    kinds = (
+        (runs("game"), "with", "Real pictures of its training data were used too."),
+        (fast_run, "without", "No pictures were used."),
+    )
+    for folder, said, sentence in kinds:
         run = {"options": json.loads((folder / "options.json").read_text()), "training": {}, "report": {}}
         card = make_card(HSIVIPipeline.from_pretrained(folder / "pipeline"), "alice/digits", run)
         assert f" {said} training data" in card.text
+        assert [told for *_, told in kinds if told in card.text] == [sentence]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -209,7 +214,8 @@ def test_a_folder_of_pictures_will_do(distil, tmp_path):
 
 def test_a_teacher_whose_pictures_cannot_be_loaded_is_told():
     for shape in ({"in_channels": 2, "out_channels": 2}, {"sample_size": (8, 16)}):
-        with pytest.raises(ValueError, match=r"the teacher's pictures of \d x 8 x \d+ are not loaded"):
+        message = r"pictures of \d x 8 x \d+ are not loaded: .* of 1 or 3 channels, or leave --train_data out"
+        with pytest.raises(ValueError, match=message):
             players.load_data("digits", make_unet(**shape))
 
 
@@ -226,6 +232,16 @@ def test_a_teacher_whose_pictures_cannot_be_loaded_is_told():
         ({"alpha": 1.3}, "--alpha 1.3: give 0.5, which is the paper, up to 1.2"),
         ({"teacher_share": 1.0}, "--teacher_share 1.0: give a number from 0 to below 1"),
         ({"level_power": 0.0}, "--level_power 0.0: give a number above 0"),
+        (
+            {"preset": "paper", "level_law": "layer"},
+            "--level_law layer would not be used: .* pass --scoring random too, or",
+        ),
+        (
+            {"scoring": "own", "level_law": "uniform", "level_power": 2.0},
+            "--level_law uniform and --level_power 2.0 would not be used: --scoring own .* or leave out",
+        ),
+        ({"start_spacing": 20}, "--start_spacing 20 would not be used: --num_layers 2 has one grid: give several"),
+        ({**DATA, "num_layers": 1}, "--source data would not be used: .* pass several --num_layers, or --adversarial_"),
         ({"adversarial_weight": -0.1}, "--adversarial_weight -0.1: give a number from 0 on"),
     ],
 )

@@ -502,6 +502,26 @@ def test_draws_see_their_condition():
     torch.testing.assert_close(draws[0][1] - draws[0][0], torch.full((3,), 20.0).double(), rtol=0, atol=0.02)
 
 
+def test_draws_are_of_one_hierarchy_which_must_be_named_among_several(monkeypatch):
+    """Of three layers the first is a hierarchy of its own."""
+    layers = linear_layers()
+    x = matching_bridge(layers).sample_base(5, generator())
+    monkeypatch.setattr(LinearLayers, "depths", [1, 2])
+    for hierarchy, wanted in ((0, [0]), (1, [2, 1])):
+        draws, random = draw_marginals(layers, x, generator(1), hierarchy=hierarchy), generator(1)
+        assert len(draws) == len(wanted) + 1
+        for t, above, below in zip(wanted, draws[:0:-1], draws[-2::-1], strict=True):
+            noise = torch.randn(5, DIMENSION, generator=random, dtype=torch.float64)
+            expected = layers.scale[t] * above + layers.shift[t] + layers.std[t] * noise
+            torch.testing.assert_close(below, expected.detach())
+    for hierarchy in (None, 2, -1):
+        message = (
+            rf"hierarchy={hierarchy}, but the layers serve 2, of \[1, 2\] layers: give the place of one, from 0 to 1"
+        )
+        with pytest.raises(ValueError, match=message):
+            draw_marginals(layers, x, hierarchy=hierarchy)
+
+
 # ----- inputs from data -----
 
 
