@@ -188,7 +188,7 @@ def goals_table(sets: dict[str, list[Row]]) -> str:
             for method in dict.fromkeys(method for method, _ in groups if is_ours(method) and "paper" not in method):
                 if held is not None and (method, nfe) in groups:
                     lines.append(_goal(name, method, nfe, measure, groups[method, nfe], words, held))
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else "No sampler of ours is measured yet."
 
 
 def _goal(name: str, method: str, nfe: int, measure: str, rows: list[Row], words: str, held: float) -> str:
@@ -223,6 +223,9 @@ def draw_curves(rows: list[Row], path: Path) -> None:
             axis.errorbar(calls, [*map(mean, numbers)], bars, label=method, color=f"C{place % 10}", capsize=3, **style)
         axis.set(xscale="log", yscale="linear" if measure == "recall" else "log", xlabel="network calls")
         axis.set_ylabel(f"{MEASURES[measure][0]}, {'higher' if MEASURES[measure][2] else 'lower'} is better")
+        ticks = [nfe for nfe in SHOWN_CALLS if nfe <= max(calls for _, calls in groups)]
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -235,12 +238,12 @@ def draw_classes(rows: list[Row], path: Path) -> None:
         group: of_group
         for group, of_group in grouped(rows).items()
         if not is_solver(group[0]) or group in (("DDPM", 100), ("UniPC", 10))
-    }
-    columns = 4
+    } or grouped(rows)
+    columns = min(4, len(groups))
     figure, axes = plt.subplots(
         math.ceil(len(groups) / columns),
         columns,
-        figsize=(14, 2 * math.ceil(len(groups) / columns)),
+        figsize=(3.5 * columns, 2 * math.ceil(len(groups) / columns)),
         squeeze=False,
         sharey=True,
         layout="constrained",
