@@ -401,7 +401,9 @@ def label_layers(unet: UNet2DModel, num_layers: int) -> UNet2DModel:
     state, name = dict(unet.state_dict()), "class_embedding.weight"
     old = state[name] if classes else torch.zeros_like(labelled.class_embedding.weight[:1])
     labelled.load_state_dict({**state, name: old.detach().repeat_interleave(num_layers, 0)})
-    return labelled.to(unet.device, unet.dtype).train(unet.training)
+    if (unet.device, unet.dtype) != (labelled.device, labelled.dtype):  # fake tensors, of --plan, cannot be moved
+        labelled = labelled.to(unet.device, unet.dtype)
+    return labelled.train(unet.training)
 
 
 def _score(critic: UNetCritic | UNetDiscriminator, x: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
