@@ -50,7 +50,26 @@ class LayerNoiseScale(nn.Module):
         return scale
 
 
-class UNetCritic(nn.Module):
+class _ScoreUNet(nn.Module):
+    """What critic and discriminator share: the UNet, and its score."""
+
+    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
+        super().__init__()
+        self.unet = unet
+        self.scheduler = scheduler
+        self.num_layers = num_layers
+
+    def _score(self, x: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
+        """Returns -eps(x, level) / sigma_level."""
+        timestep, t = level % len(self.scheduler), level // len(self.scheduler)
+        if self.num_layers:
+            condition = t if condition is None else condition * self.num_layers + t
+        _, noise_pred = self.scheduler.predict(_call(self.unet, x, timestep, condition), timestep, x)
+        _, sigma = self.scheduler.alpha_sigma(timestep, noise_pred)
+        return -noise_pred / sigma
+
+
+class UNetCritic(_ScoreUNet):
     """A diffusion UNet as the score of the density at each noise level: -eps(x, level) / sigma_level.
 
     Args:
@@ -58,12 +77,6 @@ class UNetCritic(nn.Module):
         scheduler: Gives alpha and sigma.
         num_layers: Layers that the unet tells apart, see `label_layers`; 0 for one that does not.
     """
-
-    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
-        super().__init__()
-        self.unet = unet
-        self.scheduler = scheduler
-        self.num_layers = num_layers
 
     def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns the score at x, shape (B, C, H, W).
@@ -73,10 +86,10 @@ class UNetCritic(nn.Module):
             level: Timesteps, 0..N-1, or timestep + N t where the bridge tells the layer, shape (B,).
             condition: Class labels, shape (B,), or None.
         """
-        return _score(self, x, level, condition)
+        return self._score(x, level, condition)
 
 
-class UNetDiscriminator(nn.Module):
+class UNetDiscriminator(_ScoreUNet):
     """A `UNetCritic` that also tells draws of the data from draws of the layers, for `Adversarial`; by one network.
 
     The logits are the mean over channels of the output of the UNet's middle block, one for each place of its map, as in
@@ -92,12 +105,9 @@ class UNetDiscriminator(nn.Module):
     """
 
     def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
-        super().__init__()
+        super().__init__(unet, scheduler, num_layers)
         if unet.mid_block is None:
             raise ValueError("the unet has no mid_block, of which the adversarial term takes its logits: leave it out")
-        self.unet = unet
-        self.scheduler = scheduler
-        self.num_layers = num_layers
 
     def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the score at x, shape (B, C, H, W), and the logits, shape (B, H', W'), from one call of the UNet.
@@ -114,7 +124,7 @@ class UNetDiscriminator(nn.Module):
 
         handle = self.unet.mid_block.register_forward_hook(keep)
         try:
-            score = _score(self, x, level, condition)
+            score = self._score(x, level, condition)
         finally:
             handle.remove()
         return score, features[0].to(x.dtype).mean(1)
@@ -203,7 +213,7 @@ class TeacherBridge(Bridge):
         self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
         self.scheduler = scheduler
         self.level_range = level_range
-        self.level_law = level_law or ("layer" if scheduler.config.kernel == "ddim" else "uniform")
+        self.level_law = level_law or usual_law(scheduler.config.kernel)
         self.level_power = level_power
         self.data = data
         self.tell_layer = tell_layer
@@ -381,6 +391,11 @@ def sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:
     return unet.config.in_channels, height, width
 
 
+def usual_law(kernel: str) -> LevelLaw:
+    """The level law of a kernel where none is asked for."""
+    return "layer" if kernel == "ddim" else "uniform"
+
+
 def label_layers(unet: UNet2DModel, num_layers: int) -> UNet2DModel:
     """Returns a copy of a UNet that is told the layer: for each one it starts as the UNet itself.
 
@@ -404,17 +419,6 @@ def label_layers(unet: UNet2DModel, num_layers: int) -> UNet2DModel:
     if (unet.device, unet.dtype) != (labelled.device, labelled.dtype):  # fake tensors, of --plan, cannot be moved
         labelled = labelled.to(unet.device, unet.dtype)
     return labelled.train(unet.training)
-
-
-def _score(critic: UNetCritic | UNetDiscriminator, x: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
-    """Returns -eps(x, level) / sigma_level."""
-    scheduler = critic.scheduler
-    timestep, t = level % len(scheduler), level // len(scheduler)
-    if critic.num_layers:
-        condition = t if condition is None else condition * critic.num_layers + t
-    _, noise_pred = scheduler.predict(_call(critic.unet, x, timestep, condition), timestep, x)
-    _, sigma = scheduler.alpha_sigma(timestep, noise_pred)
-    return -noise_pred / sigma
 
 
 def _call(unet: UNet2DModel, x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ from hsivi_diffusers import (
     UNetLayers,
     load_teacher,
 )
-from hsivi_diffusers.distillation import SampleData, UNetDiscriminator, label_layers, sample_shape
+from hsivi_diffusers.distillation import SampleData, UNetDiscriminator, label_layers, sample_shape, usual_law
 from hsivi_diffusers.vi import (
     Adversarial,
     Chain,
@@ -140,7 +140,7 @@ def make_networks(
 def tells_layer(options: Options) -> bool:
     """Whether layers are scored at the same levels, so that the critic must be told the layer to know its marginal."""
     layers, method = options.layers, options.method
-    anywhere = (method.level_law or ("layer" if layers.kernel == "ddim" else "uniform")) == "uniform"
+    anywhere = (method.level_law or usual_law(layers.kernel)) == "uniform"
     return len(layers.num_layers) > 1 or (layers.num_layers[0] > 1 and method.scoring == "random" and anywhere)
 
 

@@ -136,11 +136,9 @@ class Chain(ABC):
         self.batch_size = batch_size
         self.sample_condition = sample_condition
         # The first and the last layer of each layer's hierarchy.
-        ends = torch.tensor(self.depths).cumsum(0)
-        self.first = torch.cat(
-            [torch.full((depth,), int(end) - 1) for depth, end in zip(self.depths, ends, strict=True)]
-        )
-        self.last = torch.cat([torch.full((d,), int(end) - d) for d, end in zip(self.depths, ends, strict=True)])
+        depths = torch.tensor(self.depths)
+        self.first = (depths.cumsum(0) - 1).repeat_interleave(depths)
+        self.last = (depths.cumsum(0) - depths).repeat_interleave(depths)
 
     @abstractmethod
     def draw(
