@@ -4,39 +4,37 @@
 
 Trains what is missing (teacher, classifier, students, rivals), draws the same number of pictures by every method from
 the same noise, measures them against real ones, and writes OUTPUT_DIR/results.json, and with it the tables and figures
-of OUTPUT_DIR. A row that is there is not measured again, so a benchmark that
-was stopped is simply started again; to measure anew, name another --output_dir.
+of OUTPUT_DIR. A row that is there is not measured again, and only what a missing row needs is trained, where a training
+that was stopped goes on: so a benchmark that was stopped is simply started again. To measure anew, name another
+--output_dir; to train anew, another --runs_dir and --kept_dir too.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from benchmark_pages import write_pages
+from benchmark_pages import RIVAL, write_pages
 from classifier import ImageClassifier
 from folders import replace_folder, write_json
 from hsivi_diffusers import HSIVIPipeline, load_teacher
 from images import load_images
 from metrics import Measures
-from options import changes, option, parse_options
-from recipe import GROUPS, PRESETS, Options
+from options import flatten, option, parse_options
+from pages import measured_on
+from recipe import GROUPS, PRESETS, Options, changes_since
 from solvers import Sampler, make_consistency_sampler, make_solver, make_student, sample
 
 HERE = Path(__file__).parent
@@ -128,7 +126,7 @@ class Comparison:
         trained = [entry for config in self.parts.students for entry in self._students(config)]
         if self.parts.rival is not None:
             trained += [
-                Entry("consistency distillation", nfe, seed, partial(self._make_rival, nfe, seed))
+                Entry(RIVAL, nfe, seed, partial(self._make_rival, nfe, seed))
                 for seed in self.parts.seeds
                 for nfe in self.parts.rival_steps
             ]
@@ -165,9 +163,8 @@ class Comparison:
         seconds = self._train_student(str(self.parts.rival_of), seed).seconds
         limit = ["--max_train_seconds", str(seconds), "--overwrite_output_dir", "true"]
         trained = self._train(str(self.parts.rival), seed, "train_consistency.py", limit)
-        unet = DDPMPipeline.from_pretrained(trained.folder / "pipeline").unet.eval()
-        scheduler = json.loads((trained.folder / "pipeline/scheduler/scheduler_config.json").read_text())
-        return make_consistency_sampler(unet, scheduler, nfe), trained
+        pipeline = DDPMPipeline.from_pretrained(trained.folder / "pipeline")
+        return make_consistency_sampler(pipeline.unet, pipeline.scheduler.config, nfe), trained
 
     def _train_student(self, config: str, seed: int) -> Trained:
         """The training of a student.
@@ -176,9 +173,8 @@ class Comparison:
             ValueError: It was done before with other options.
         """
         trained = self._train(config, seed, "train_hsivi.py", ["--resume_from_checkpoint", "latest"])
-        before = json.loads((trained.folder / "options.json").read_text())
-        now = {key: value for group in self._options(config, seed)[1:4] for key, value in asdict(group).items()}
-        if changed := changes(before, now):
+        now = flatten(self._options(config, seed)[1:4])
+        if changed := changes_since(trained.folder / "options.json", now):
             raise ValueError(
                 f"{trained.folder} was trained with other options than {config} has ({changed}): name another "
                 "--runs_dir, --kept_dir and --output_dir, or remove it and its rows"
@@ -285,14 +281,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a results.json; none if there is no such file."""
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     return rows
-
-
-def measured_on() -> str:
-    """Day, machine and versions."""
-    return (
-        f"{datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, {torch.get_num_threads()} "
-        f"thread(s), torch {torch.__version__}, diffusers {diffusers.__version__}"
-    )
 
 
 def main(args: list[str] | None = None) -> None:

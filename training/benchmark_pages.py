@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from figures import draw_samples  # noqa: E402
 from folders import write_text  # noqa: E402
-from pages import figure_line, fill_tables, table_section  # noqa: E402
+from pages import fill_tables, new_parts  # noqa: E402
 
 Row = dict[str, Any]
 Group = tuple[str, int]  # method and network calls
@@ -67,7 +67,7 @@ def missing_parts(text: str, tables: list[str], figures: list[str], folder: Path
     """Sections of the tables, and the figures that were drawn, which a page lacks: those of a set that is new."""
     lacking = [name for name in tables if f"<!-- table: {name} -->" not in text]
     drawn = [name for name in figures if f"({name})" not in text and (folder / name).exists()]
-    return "".join(f"\n{part}" for part in (*map(table_section, lacking), *map(figure_line, drawn)))
+    return new_parts(lacking, drawn)
 
 
 def grouped(rows: list[Row]) -> dict[Group, list[Row]]:

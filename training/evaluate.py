@@ -7,16 +7,12 @@ Writes RUN_DIR/report.json, report.md, samples.png and curve.png. Every method s
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import UNet2DModel
 from tqdm import tqdm
@@ -28,6 +24,7 @@ from hsivi_diffusers import HSIVIPipeline, load_teacher
 from images import load_images
 from metrics import Distances
 from options import option, parse_options
+from pages import measured_on
 from solvers import Sampler, make_solver, make_student, sample
 
 
@@ -110,10 +107,7 @@ def write_report(run_dir: Path, rows: list[dict[str, Any]], options: Evaluation,
         f"| {row['eval_seed']} | {'' if row['train_seconds'] is None else format(row['train_seconds'], '.0f')} |"
         for row in sorted(rows, key=lambda row: (row["nfe"], row["fd"]))
     ]
-    measured = (
-        f"Measured on {datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, diffusers {diffusers.__version__}."
-    )
+    measured = f"Measured on {measured_on()}."
     text = "\n".join(
         [
             f"# {run_dir.name}",

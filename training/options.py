@@ -6,7 +6,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,11 @@ def _refuse_unknown_keys(
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean `{close[0]}`?" if close else "`--help` lists the options."
             parser.error(f"{path}: unknown option `{key}`; {hint}")
+
+
+def flatten(groups: Sequence[Any]) -> dict[str, Any]:
+    """The options of several groups, by name."""
+    return {name: value for group in groups for name, value in asdict(group).items()}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -1,8 +1,14 @@
-"""Pages with tables that are made from results, between markers; the text around them is written by hand."""
+"""Pages of results: tables between markers, in a text that is written by hand, and what they were measured on."""
 
 from __future__ import annotations
 
+import datetime
+import os
+import platform
 import re
+
+import diffusers
+import torch
 
 
 def fill_tables(text: str, tables: dict[str, str]) -> str:
@@ -26,16 +32,15 @@ def fill_tables(text: str, tables: dict[str, str]) -> str:
     return filled
 
 
-def new_page(title: str, tables: list[str], figures: list[str]) -> str:
-    """A page with every table between markers, and every figure."""
-    return "\n".join([f"# {title}\n", *map(table_section, tables), *map(figure_line, figures)])
+def new_parts(tables: list[str], figures: list[str]) -> str:
+    """What a page without them gets: a section with markers for every table, then the figures, which lie beside it."""
+    sections = [f"\n## {name.replace('_', ' ')}\n\n<!-- table: {name} -->\n<!-- end of table -->\n" for name in tables]
+    return "".join([*sections, *(f"\n![{name.rsplit('.', 1)[0]}]({name})\n" for name in figures)])
 
 
-def table_section(name: str) -> str:
-    """A heading, and the markers of a table."""
-    return f"## {name.replace('_', ' ')}\n\n<!-- table: {name} -->\n<!-- end of table -->\n"
-
-
-def figure_line(name: str) -> str:
-    """A figure that lies beside the page."""
-    return f"![{name.rsplit('.', 1)[0]}]({name})\n"
+def measured_on() -> str:
+    """Day, machine and versions of a measurement."""
+    return (
+        f"{datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, {torch.get_num_threads()} "
+        f"thread(s), torch {torch.__version__}, diffusers {diffusers.__version__}"
+    )

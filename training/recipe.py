@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hsivi_diffusers.hub import check_repo_id
-from options import option
+from options import changes, flatten, option
 
 PRESETS: dict[str, dict[str, Any]] = {
     # DDIM layers of eta 1, each diffused to a random level between its output and its input and scored there by the KL
@@ -194,6 +195,12 @@ class Options(NamedTuple):
     validation: Validation
     run: Run
     hub: Hub
+
+
+def changes_since(record: Path, now: Mapping[str, Any]) -> str:
+    """Says which options are others than in a run's options.json; those that an old one lacks count as defaults."""
+    defaults = flatten([group() for group in GROUPS])
+    return changes({**defaults, **json.loads(record.read_text())}, now)
 
 
 def complete(options: Options) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from folders import write_text
-from pages import fill_tables, new_page
+from pages import fill_tables, new_parts
 from study_figures import FIGURES, save
 from study_tables import TABLES
 
@@ -25,7 +25,7 @@ def write_pages(folder: Path) -> None:
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     tables = {name: make(rows) for name, make in TABLES.items()}
     figures = [*dict.fromkeys([*FIGURES, *sorted(each.name for each in folder.glob("*.png"))])]
-    old = page.read_text(encoding="utf-8") if page.exists() else new_page("Results", [*TABLES], figures)
+    old = page.read_text(encoding="utf-8") if page.exists() else "# Results\n" + new_parts([*TABLES], figures)
     text = fill_tables(old, tables)
     for name, draw in FIGURES.items():
         save(draw(rows), folder / name)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from folders import claim_output_dir, remove_folder, replace_folder, sole_writer
 from hsivi_diffusers import HSIVIScheduler, load_teacher
 from hsivi_diffusers.distillation import sample_shape
 from images import load_images, to_model_range
-from options import option, parse_options
+from options import flatten, option, parse_options
 
 # sqrt(abar) at the last timestep of Stable Diffusion, where the example's grid starts. A noise prediction becomes a
 # picture by a division by it; at the last timestep of a DDPM of pixels it is 0.006, and errors are all one sees.
@@ -297,7 +297,7 @@ def summarise(steps: int, seconds: float, *options: Any) -> dict[str, Any]:
 
     A network call is a forward pass of one picture through student, teacher or target.
     """
-    settings = {name: value for group in options for name, value in asdict(group).items()}
+    settings = flatten(options)
     calls = 3 * steps * settings["train_batch_size"]
     return {**settings, "max_train_steps": steps, "seconds": seconds, "network_calls": calls}
 

@@ -16,7 +16,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,10 @@ from hsivi_diffusers import HSIVIPipeline, push
 from hsivi_diffusers.hub import claim
 from hsivi_diffusers.vi import DivergenceError
 from monitor import Monitor
-from options import changes, parse_options
+from options import flatten, parse_options
 from plan import print_plan
 from players import Players, load_networks
-from recipe import GROUPS, PRESETS, Hub, Options, check_options, complete
+from recipe import GROUPS, PRESETS, Hub, Options, changes_since, check_options, complete
 
 PREEMPTED = 75  # exit status after SIGTERM: EX_TEMPFAIL, "try again"
 
@@ -77,14 +76,12 @@ def check_accelerator(accelerator: Accelerator) -> None:
 def start_run(output_dir: Path, options: Options) -> None:
     """Records the options of a run, or checks that a resumed run has the same."""
     path, checkpoint = output_dir / "options.json", options.run.resume_from_checkpoint
-    now = {key: value for group in options[:4] for key, value in asdict(group).items()}
-    defaults = {key: value for group in GROUPS[:4] for key, value in asdict(group()).items()}
+    now = flatten(options[:4])
     recorded = [] if checkpoint is None else [path]
     if checkpoint not in (None, "latest"):
         recorded.append(Path(str(checkpoint)).parent.parent / "options.json")
     for record in filter(Path.is_file, recorded):
-        before = {**defaults, **json.loads(record.read_text())}  # an older record lacks the options that came later
-        if changed := changes(before, now):
+        if changed := changes_since(record, now):
             raise ValueError(
                 f"{record.parent} holds a run with other options ({changed}): name another --output_dir, or "
                 "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
