@@ -4,9 +4,9 @@
 
 Trains what is missing (teacher, classifier, students, rivals), draws the same number of pictures by every method from
 the same noise, measures them against real ones, and writes OUTPUT_DIR/results.json, and with it the tables and figures
-of OUTPUT_DIR. A row that is there is not measured again, and only what a missing row needs is trained, where a training
-that was stopped goes on: so a benchmark that was stopped is simply started again. To measure anew, name another
---output_dir; to train anew, another --runs_dir and --kept_dir too.
+of OUTPUT_DIR. A row that is there, of as many pictures from the same noise, is not measured again, and only what a
+missing row needs is trained, where a training that was stopped goes on: so a benchmark that was stopped is simply
+started again. To measure anew, name another --output_dir; to train anew, another --runs_dir and --kept_dir too.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Parts:
     classifier: str | None = option(None, "folder of the ImageClassifier; trained if it is missing")
     classifier_config: str | None = option(None, "config of train_classifier.py")
     real_data: str = option("digits", "real pictures, see train_teacher.py")
-    students: list[str] = option([], "configs of train_hsivi.py")
+    students: list[str] = option([], "configs of train_hsivi.py, each with the options it is given besides, if any")
     rival: str | None = option(None, "config of train_consistency.py; it is given the time of --rival_of")
-    rival_of: str | None = option(None, "the student's config whose training seconds the rival is given")
+    rival_of: str | None = option(None, "the one of --students whose training seconds the rival is given")
     rival_steps: list[int] = option([1, 2, 4, 8], "network calls of the rival")
     seeds: list[int] = option([0, 1, 2], "training seeds of students and rivals")
 
@@ -149,7 +149,7 @@ class Comparison:
                 yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed))
 
     def _options(self, config: str, seed: int) -> Options:
-        given = ["--config", config, f"--seed={seed}", f"--pretrained_teacher_model={self.parts.teacher}"]
+        given = ["--config", *config.split(), f"--seed={seed}", f"--pretrained_teacher_model={self.parts.teacher}"]
         return Options(*parse_options(GROUPS, "", PRESETS, given))
 
     def _make_solver(self, method: str, nfe: int) -> tuple[Sampler, None]:
@@ -185,19 +185,20 @@ class Comparison:
 
     def _train(self, config: str, seed: int, program: str, arguments: list[str]) -> Trained:
         """The training of a config and a seed: kept, or done before, or done now."""
-        name = f"{Path(config).stem}_seed{seed}"
+        path, *others = config.split()
+        name = "_".join([Path(path).stem, *(word.strip("-").replace("/", "-") for word in others), f"seed{seed}"])
         found = [folder for folder in (self.kept / name, self.runs / name) if (folder / "training.json").exists()]
         folder = found[0] if found else self.runs / name
         if not found:
             teacher = ["--pretrained_teacher_model", str(self.parts.teacher)]
-            _call(program, ["--config", config, "--seed", str(seed), "--output_dir", str(folder), *teacher, *arguments])
+            _call(program, ["--config", *config.split(), "--seed", str(seed), "--output_dir", str(folder), *teacher, *arguments])
         costs = json.loads((folder / "training.json").read_text())
         return Trained(folder, costs["seconds"], costs.get("network_calls"))
 
     def measure(self) -> None:
         """Adds the rows that are missing, one after the other."""
-        there = self._keys()
-        wanted = [entry for entry in self.entries() if entry.key not in there]
+        there = self._measured()
+        wanted = [e for e in self.entries() if there.get(e.key) != (self._number(e.nfe), self.sampling.eval_seed)]
         if not wanted:
             return
         real, _ = load_images(self.parts.real_data, self.unet.config.sample_size, self.unet.config.in_channels)
@@ -215,8 +216,11 @@ class Comparison:
             self._add_row(entry, trained, len(pictures), {**measured, "class_shares": measures.shares})
             self._keep_pictures(entry, pictures[:16], real)
 
+    def _number(self, nfe: int) -> int:
+        return self.sampling.num_samples if nfe <= 100 else self.sampling.slow_samples
+
     def _draw(self, entry: Entry, sampler: Sampler) -> torch.Tensor:
-        number = self.sampling.num_samples if entry.nfe <= 100 else self.sampling.slow_samples
+        number = self._number(entry.nfe)
         return torch.cat(list(sample(sampler, number, self.sampling.batch_size, self.sampling.eval_seed)))
 
     def _add_row(self, entry: Entry, trained: Trained | None, number: int, measured: dict[str, Any]) -> None:
@@ -232,13 +236,15 @@ class Comparison:
             "train_calls": trained.network_calls if trained else None,
             "measured": measured_on(),
         }
-        rows = read_rows(self.path)  # anew, for another set may have been measured meanwhile
+        name = ("dataset", "method", "nfe", "train_seed")
+        others = [each for each in read_rows(self.path) if any(each[part] != row[part] for part in name)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"rows": [*rows, row]})
+        write_json(self.path, {"rows": [*others, row]})
 
-    def _keys(self) -> set[tuple[str, int, int | None]]:
-        rows = read_rows(self.path)
-        return {(row["method"], row["nfe"], row["train_seed"]) for row in rows if row["dataset"] == self.parts.dataset}
+    def _measured(self) -> dict[tuple[str, int, int | None], tuple[int, int]]:
+        """How many pictures, from which noise, each row has that is there."""
+        rows = [row for row in read_rows(self.path) if row["dataset"] == self.parts.dataset]
+        return {(r["method"], r["nfe"], r["train_seed"]): (r["num_samples"], r["eval_seed"]) for r in rows}
 
     def _keep_pictures(self, entry: Entry, pictures: torch.Tensor, real: torch.Tensor) -> None:
         """Keeps the first pictures of each method, of the first seed, for the figures."""

@@ -146,6 +146,35 @@ def test_a_stopped_benchmark_measures_only_what_is_missing(copied, monkeypatch):
     ]
 
 
+def test_another_number_of_pictures_measures_anew(copied, monkeypatch):
+    folder, arguments = copied
+    monkeypatch.setattr(benchmark, "_call", never)
+    before = rows_of(folder)
+    benchmark.main([*arguments, "--num_samples=25"])
+    after = rows_of(folder)
+    assert {row["num_samples"] for row in after} == {25}
+    assert [(row["method"], row["nfe"], row["train_seed"]) for row in after] == [
+        (row["method"], row["nfe"], row["train_seed"]) for row in before
+    ]
+
+
+def test_a_student_may_be_given_options_besides_its_config(copied, monkeypatch):
+    folder, arguments = copied
+    given = [text for text in arguments if not text.startswith("--students")]
+    called = []
+
+    def stop(program, given):
+        called.append((program, given))
+        raise SystemExit
+
+    monkeypatch.setattr(benchmark, "_call", stop)
+    with pytest.raises(SystemExit):
+        benchmark.main([*given, "--students", f"{folder / 'student.yaml'} --num_layers 3 --noise_eta 0.5"])
+    ((program, words),) = called
+    assert (program, words[2:6]) == ("train_hsivi.py", ["--num_layers", "3", "--noise_eta", "0.5"])
+    assert words[words.index("--output_dir") + 1].endswith("digits/student_num_layers_3_noise_eta_0.5_seed0")
+
+
 def test_a_student_of_other_options_is_refused(copied):
     folder, arguments = copied
     forget(folder, "HSIVI fast, one for all")
