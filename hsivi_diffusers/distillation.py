@@ -187,10 +187,11 @@ class TeacherBridge(Bridge):
             for layers that are scored at the same timesteps, of which it would learn the mixture otherwise.
         data: Draws clean data, (size, condition, generator) -> shape (size, ...), each row with its condition; None for
             a bridge that is not drawn from.
+        between_share: Share of the rows that are scored so with `scoring="between"`, see `between`; above 0, up to 1.
 
     Raises:
-        ValueError: The range leaves the teacher's clock, the law is unknown, the power is not above 0, or the grid ends
-            at -1, where the score is infinite.
+        ValueError: The range leaves the teacher's clock, the law is unknown, the power is not above 0, the share is out
+            of its range, or the grid ends at -1, where the score is infinite.
     """
 
     def __init__(
@@ -202,6 +203,7 @@ class TeacherBridge(Bridge):
         level_power: float = 1.0,
         data: SampleData | None = None,
         tell_layer: bool = False,
+        between_share: float = 0.5,
     ) -> None:
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
@@ -216,7 +218,10 @@ class TeacherBridge(Bridge):
         self.level_law = level_law or usual_law(scheduler.config.kernel)
         self.level_power = level_power
         self.data = data
+        if not 0 < between_share <= 1:
+            raise ValueError(f"between_share={between_share}: give a number above 0 and up to 1")
         self.tell_layer = tell_layer
+        self.between_share = between_share
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
         if int(scheduler.output_timestep(torch.arange(self.num_layers)).min()) < 0:
@@ -278,6 +283,11 @@ class TeacherBridge(Bridge):
         level = lowest + (uniform.pow(self.level_power) * (highest + 1 - lowest)).long()
         return self._with_layer(level.minimum(highest), t)  # for a small power may round to 1
 
+    @property
+    def _first_layers(self) -> Tensor:
+        """The layer of each grid that takes the base."""
+        return torch.tensor(self.scheduler.depths).cumsum(0) - 1
+
     @cached_property
     def _layer_levels(self) -> tuple[Tensor, Tensor]:
         """Lowest and highest random level of each layer, both of shape (T,)."""
@@ -295,7 +305,7 @@ class TeacherBridge(Bridge):
         if own and low >= inputs.min():
             raise ValueError(f"the random levels start at {low}, above the levels of the last layer: lower them")
         highest = inputs - 1 if own else torch.full_like(t, high)
-        highest[torch.tensor(self.scheduler.depths).cumsum(0) - 1] = high
+        highest[self._first_layers] = high
         return outputs.clamp_min(low), highest
 
     def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
@@ -309,6 +319,33 @@ class TeacherBridge(Bridge):
         if self.scheduler.config.kernel == "renoise":
             return DiagonalGaussian(mean=alpha / alpha_t * q.mean, std=sigma)
         return q.diffuse(alpha_t, sigma_t, alpha, sigma)
+
+    def between(
+        self,
+        q: DiagonalGaussian,
+        t: Tensor,
+        level: Tensor,
+        x_next: Tensor,
+        noise: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[DiagonalGaussian, Tensor]:
+        """Returns N(alpha_s x0, sigma_s^2), s the level, and the noise of a draw that keeps to the layer's input.
+
+        With x0 the clean picture of the layer, eps = (x_{t+1} - alpha_{t+1} x0) / sigma_{t+1}, and c that of a layer
+        from tau_{t+1} to s, the noise is (sqrt(sigma_s^2 - c^2) eps + c z) / sigma_s, without gradient: x_s is what
+        such a layer would draw. That is done with `between_share` of the rows below the first layer, whose input says
+        nothing of a picture, and where the level is below the input; the others have the law of `renoise`, and z.
+        """
+        timestep, tau = level % len(self.scheduler), self.scheduler.input_timestep(t)
+        chosen = torch.rand(len(t), generator=generator).to(t.device) < self.between_share
+        chosen &= ~torch.isin(t, self._first_layers.to(t.device)) & (timestep < tau)
+        x0, eps = self.scheduler.invert(q.mean, tau, x_next, self.scheduler.output_timestep(t))
+        direction, c = self.scheduler.split_noise(tau, torch.minimum(timestep, tau), x_next)
+        alpha, sigma = self._alpha_sigma(level, q.mean)
+        fresh, chosen = self.renoise(q, t, level), chosen.reshape(alpha.shape)
+        mean, std = torch.where(chosen, alpha * x0, fresh.mean), torch.where(chosen, sigma, fresh.std)
+        kept = ((direction * eps + c * noise) / sigma).detach()
+        return DiagonalGaussian(mean=mean, std=std), torch.where(chosen, kept, noise)
 
     def weight(self, sigma_power: float = 0, alpha_power: float = 0) -> Weight:
         """Returns the weight sigma^a alpha^b of a level, in score units; multiply by sigma^-2 for noise units."""

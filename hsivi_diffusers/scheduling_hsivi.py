@@ -449,6 +449,32 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         mean, std, _, _ = self._transition(model_output, timestep, sample, noise_scale, prev_timestep)
         return mean, std if isinstance(std, torch.Tensor) else mean.new_full([1] * mean.ndim, std)
 
+    def invert(
+        self, mean: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads the mean of a layer as the clean picture and the noise it was made of, both of the shape of the sample.
+
+        Args:
+            mean: Of `transition`, shape (B, C, H, W).
+            timestep: tau_{t+1}, shape (B,).
+            sample: x_{t+1}, shape (B, C, H, W).
+            prev_timestep: tau_t, shape (B,).
+
+        Returns:
+            (x0, eps) with sample = alpha x0 + sigma eps at tau_{t+1}. If x0 was clamped it is that one.
+        """
+        layer = self._coefficients(timestep, sample, prev_timestep)
+        share = layer.direction / layer.sigma_next
+        x0 = (mean - share * sample) / (layer.alpha - share * layer.alpha_next)
+        return x0, (sample - layer.alpha_next * x0) / layer.sigma_next
+
+    def split_noise(
+        self, timestep: torch.Tensor, level: torch.Tensor, sample: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns sqrt(sigma^2 - c^2) and c of a layer from `timestep` to `level`, shaped (B, 1, ...)."""
+        layer = self._coefficients(timestep, sample, level)
+        return layer.direction, layer.c
+
     def _transition(
         self,
         model_output: torch.Tensor,

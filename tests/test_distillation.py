@@ -549,3 +549,83 @@ def test_a_unet_and_a_scheduler_that_disagree_are_refused(tmp_path):
         DDPMPipeline(unet=make_unet(**options), scheduler=DDPMScheduler()).save_pretrained(path)
         with pytest.raises(ValueError, match=message):
             load_teacher(str(path))
+
+
+@pytest.fixture
+def between(unet):
+    """A bridge whose rows below the first layer are all scored between the ends of the layer."""
+    return TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, kernel="ddim", noise_eta=0.7), between_share=1.0)
+
+
+def test_between_its_ends_a_layer_is_scored_where_one_that_ends_there_would_draw(unet, between):
+    scheduler, t, level = between.scheduler, torch.tensor([0, 0, 0]), torch.tensor([10, 150, 219])
+    x_next, noise = torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        model_output = unet(x_next, torch.full((3,), 220)).sample
+        law, kept = between.between(UNetLayers(unet, scheduler)(x_next, t), t, level, x_next, noise)
+    mean, std = scheduler.transition(model_output, torch.full((3,), 220), x_next, prev_timestep=level)
+    torch.testing.assert_close(law.rsample(kept), mean + std * noise, rtol=1e-4, atol=1e-4)
+    x0, _ = scheduler.predict(model_output, torch.full((3,), 220), x_next)
+    alpha, sigma = scheduler.alpha_sigma(level, x0)
+    torch.testing.assert_close(law.mean, alpha * x0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(law.std, sigma)
+
+
+def test_only_the_clean_picture_of_a_draw_between_has_a_gradient(between):
+    t, level, shape = torch.zeros(2, dtype=torch.long), torch.tensor([60, 180]), (2, 1, 8, 8)
+    x0 = torch.randn(shape, requires_grad=True)
+    x_next = torch.randn(shape)
+    scheduler, tau = between.scheduler, torch.full((2,), 220)
+    alpha, sigma = scheduler.alpha_sigma(tau, x0)
+    model_output = (x_next - alpha * x0) / sigma
+    mean, std = scheduler.transition(model_output, tau, x_next)
+    law, kept = between.between(DiagonalGaussian(mean, std), t, level, x_next, torch.randn(shape))
+    (gradient,) = torch.autograd.grad(law.rsample(kept).sum(), x0)
+    torch.testing.assert_close(gradient, scheduler.alpha_sigma(level, x0)[0].expand(shape), rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_layer_and_levels_above_an_input_are_scored_as_at_random_levels(unet, between):
+    t, level = torch.tensor([1, 1, 0]), torch.tensor([230, 700, 300])
+    x_next, noise = torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8)
+    q = UNetLayers(unet, between.scheduler)(x_next, t).detach()
+    law, kept = between.between(q, t, level, x_next, noise)
+    fresh = between.renoise(q, t, level)
+    torch.testing.assert_close(law.mean, fresh.mean)
+    torch.testing.assert_close(law.std, fresh.std.expand_as(law.std))
+    assert torch.equal(kept, noise)
+
+
+def test_between_two_ends_of_a_true_layer_are_draws_of_the_bridge(unet):
+    """Data N(0, 1/4), a layer that draws x0 from the data given its input: x_s is N(0, alpha_s^2 / 4 + sigma_s^2)."""
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, kernel="ddim", noise_eta=1.0)
+    bridge = TeacherBridge(unet, scheduler, between_share=1.0)
+    random = torch.Generator().manual_seed(0)
+    shape, tau = (4000, 1, 8, 8), torch.full((4000,), 220)
+    x0, eps, z = (torch.randn(shape, generator=random) for _ in range(3))
+    alpha, sigma = scheduler.alpha_sigma(tau, x0)
+    x_next = alpha * 0.5 * x0 + sigma * eps  # x0 and eps given x_next are as likely as any other pair
+    t, level = torch.zeros(4000, dtype=torch.long), torch.full((4000,), 120)
+    mean, std = scheduler.transition(eps, tau, x_next)
+    law, kept = bridge.between(DiagonalGaussian(mean, std), t, level, x_next, z)
+    x = law.rsample(kept)
+    alpha_s, sigma_s = (value[0].item() for value in scheduler.alpha_sigma(level, x))
+    variance = alpha_s**2 / 4 + sigma_s**2
+    assert x.var().item() == pytest.approx(variance, rel=0.01)
+    score = law.score(x)  # its mean given x is the score of the marginal, -x / variance
+    assert (score * x).mean().item() == pytest.approx(-1, rel=0.01)
+
+
+def test_a_share_of_the_rows_is_scored_between(unet):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, kernel="ddim", noise_eta=1.0)
+    bridge = TeacherBridge(unet, scheduler, between_share=0.3)
+    t, shape = torch.zeros(1000, dtype=torch.long), (1000, 1, 8, 8)
+    x_next, noise = torch.randn(shape), torch.randn(shape)
+    q = DiagonalGaussian(torch.randn(shape), torch.ones(1000, 1, 1, 1))
+    _, kept = bridge.between(q, t, torch.full((1000,), 100), x_next, noise, torch.Generator().manual_seed(0))
+    assert (kept != noise).flatten(1).any(1).float().mean().item() == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.1])
+def test_a_share_out_of_its_range_is_refused(unet, share):
+    with pytest.raises(ValueError, match=f"between_share={share}: give a number above 0 and up to 1"):
+        TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID), between_share=share)

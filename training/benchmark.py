@@ -191,7 +191,10 @@ class Comparison:
         folder = found[0] if found else self.runs / name
         if not found:
             teacher = ["--pretrained_teacher_model", str(self.parts.teacher)]
-            _call(program, ["--config", *config.split(), "--seed", str(seed), "--output_dir", str(folder), *teacher, *arguments])
+            _call(
+                program,
+                ["--config", *config.split(), "--seed", str(seed), "--output_dir", str(folder), *teacher, *arguments],
+            )
         costs = json.loads((folder / "training.json").read_text())
         return Trained(folder, costs["seconds"], costs.get("network_calls"))
 

@@ -141,7 +141,7 @@ def tells_layer(options: Options) -> bool:
     """Whether layers are scored at the same levels, so that the critic must be told the layer to know its marginal."""
     layers, method = options.layers, options.method
     anywhere = (method.level_law or usual_law(layers.kernel)) == "uniform"
-    return len(layers.num_layers) > 1 or (layers.num_layers[0] > 1 and method.scoring == "random" and anywhere)
+    return len(layers.num_layers) > 1 or (layers.num_layers[0] > 1 and method.scoring != "own" and anywhere)
 
 
 def make_scheduler(schedule: HSIVIScheduler, options: Layers) -> HSIVIScheduler:
@@ -266,6 +266,7 @@ class Players:
             method.level_power,
             networks.data,
             tell_layer=tells_layer(options),
+            between_share=method.between_share,
         )
         if options.hardware.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):

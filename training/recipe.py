@@ -12,17 +12,17 @@ from hsivi_diffusers.hub import check_repo_id
 from options import changes, flatten, option
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # DDIM layers of eta 1, each diffused to a random level between its output and its input and scored there by the KL
-    # gradient. The chain starts at 440, where the picture begins to show; the layers' learning rate falls to 0, the
-    # critic's does not.
+    # DDIM layers of eta 1, scored by the KL gradient at a random level between output and input: half of the rows
+    # diffused to it, half on the way to it. The chain starts at 440, where the picture begins to show; both learning
+    # rates fall to 0.
     "fast": {
         "kernel": "ddim",
         "noise_eta": 1.0,
         "timestep_spacing": "uniform",
         "start_timestep": 440,
         "objective": "KL",
-        "scoring": "random",
-        "layer_weight": "normalised",
+        "scoring": "between",
+        "layer_weight": "unit",
         "critic_weight": "unit",
         "source": "pool",
         "critic_updates": 1,
@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-4,
         "lr_scheduler": "cosine",
         "critic_learning_rate": 1e-3,
+        "critic_lr_scheduler": "cosine",
     },
     # The recipe of the paper: DDIM layers of eta 0.2, each scored at its own level, 20 critic updates, fresh chains.
     "paper": {
@@ -92,7 +93,12 @@ class Method:
     )
     objective: Literal["SM", "KL"] = option("SM", "HSIVI-SM (score matching, the paper) or HSIVI-KL")
     alpha: float = option(0.5, "of SM: 0.5 is the paper, up to 1.2 the fused loss of score identity distillation")
-    scoring: Literal["own", "random"] = option("own", "score a layer at its own level, or diffused to a random one")
+    scoring: Literal["own", "random", "between"] = option(
+        "own",
+        "score a layer at its own level, or diffused to a random one, or, a share of the rows, at a random one between "
+        "its output and its input, of which it then keeps noise",
+    )
+    between_share: float = option(0.5, "of --scoring between: share of the rows, above 0 and up to 1")
     level_min: int = option(5, "lowest timestep of random levels")
     level_max: int = option(800, "highest timestep of random levels")
     level_law: Literal["layer", "uniform"] | None = option(
@@ -226,6 +232,11 @@ def check_options(options: Options) -> None:
     teacher, layers, method, training, hardware, validation, run, hub = options
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
+    if method.scoring == "between" and layers.kernel != "ddim":
+        raise ValueError(
+            f"--scoring between with --kernel {layers.kernel}: such a layer keeps no noise of its input, so there is "
+            "nothing between: use --kernel ddim, or --scoring random"
+        )
     if method.scoring == "random" and layers.noise_scale_type != "config" and layers.kernel == "renoise":
         raise ValueError(
             "--scoring random with --kernel renoise cannot learn a noise scale, for the law of the scored picture does "
@@ -270,6 +281,7 @@ def check_method(method: Method) -> None:
     """Refuses numbers out of their range, and real pictures that are missing or that nothing would use."""
     for name, value, good, advice in [
         ("alpha", method.alpha, 0.5 <= method.alpha <= 1.2, "0.5, which is the paper, up to 1.2"),
+        ("between_share", method.between_share, 0 < method.between_share <= 1, "a number above 0 and up to 1"),
         ("teacher_share", method.teacher_share, 0 <= method.teacher_share < 1, "a number from 0 to below 1"),
         ("level_power", method.level_power, method.level_power > 0, "a number above 0; 1 is uniform"),
         ("adversarial_weight", method.adversarial_weight, method.adversarial_weight >= 0, "a number from 0 on"),
@@ -295,6 +307,11 @@ def check_unused(layers: Layers, method: Method) -> None:
         raise ValueError(
             f"{' and '.join(levels)} would not be used: --scoring own has no random levels. Either pass --scoring "
             "random too, or leave out what is of levels"
+        )
+    if method.between_share != 0.5 and method.scoring != "between":
+        raise ValueError(
+            f"--between_share {method.between_share} would not be used: --scoring {method.scoring}: pass --scoring "
+            "between too, or leave it out"
         )
     if layers.start_spacing and len(layers.num_layers) == 1:
         raise ValueError(

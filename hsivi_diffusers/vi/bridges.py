@@ -94,6 +94,32 @@ class Bridge(ABC):
         """
         raise NotImplementedError(f'{type(self).__name__} cannot re-noise a layer: use scoring="own"')
 
+    def between(
+        self,
+        q: DiagonalGaussian,
+        t: Tensor,
+        level: Tensor,
+        x_next: Tensor,
+        noise: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[DiagonalGaussian, Tensor]:
+        """Returns the law at a level for `scoring="between"`, and the noise of the draw from it that is scored.
+
+        Args:
+            q: Law of layer t, q_t(. | x_{t+1}).
+            t: Layer indices, shape (B,).
+            level: Where to, shape (B,), of those that `sample_level` draws.
+            x_next: x_{t+1}, shape (B, ...).
+            noise: Standard normal draws, of the shape of q.mean.
+            generator: Source of which rows these are, if not all.
+
+        Raises:
+            NotImplementedError: This bridge knows no clean picture.
+        """
+        raise NotImplementedError(
+            f'{type(self).__name__} cannot score a layer between its ends: use scoring="own", or "random"'
+        )
+
 
 class GeometricBridge(Bridge):
     r"""Example 1: p_t(x) proportional to p_base(x)^(1 - lambda_t) p_target(x)^lambda_t, lambda_0 = 1.

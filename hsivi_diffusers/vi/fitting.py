@@ -246,6 +246,7 @@ class _Game:
             q,
             batch.t,
             self.bridge,
+            x_next=batch.x_next,
             scoring=self.scoring,
             condition=batch.condition,
             generator=generator,

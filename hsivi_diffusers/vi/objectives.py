@@ -36,7 +36,7 @@ from .distributions import DiagonalGaussian, randn_like
 
 Critic = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Weight = Callable[[Tensor], Tensor]
-Scoring = Literal["own", "random"]
+Scoring = Literal["own", "random", "between"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def draw_layer(
     t: Tensor,
     bridge: Bridge,
     *,
+    x_next: Tensor | None = None,
     scoring: Scoring = "own",
     condition: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -79,26 +80,35 @@ def draw_layer(
 ) -> LayerDraw:
     """Draws from layer t at its own level (the paper), or at a random level of the bridge.
 
+    With "between" a row, or a share of them, is what a layer from x_{t+1} to the level would draw of the same clean
+    picture x0, and so keeps a part of the noise of its input; its law is taken to be that of x0 diffused afresh. At the
+    optimum the layer's E[x0 | x_s] is the data's (moment matching, arXiv 2406.04103): the layer cannot make of its
+    input what that does not say, where the KL gradient at "random" levels makes more of what is easily drawn.
+
     Args:
         q: q_t(. | x_next).
         t: Layer indices, shape (B,).
         bridge: Tells the levels; for `scoring="random"` it also re-noises q to them.
-        scoring: "own" or "random".
+        x_next: x_{t+1}, shape (B, ...), for "between".
+        scoring: "own", "random" or "between".
         condition: Condition of each row.
         generator: Source of the level and the noise.
         real: Draw from the bridge too, at the same level and condition, see `LayerDraw.real`.
 
     Raises:
-        ValueError: `scoring` is neither.
+        ValueError: `scoring` is none of these, or "between" has no x_next.
     """
+    if scoring not in ("own", "random", "between"):
+        raise ValueError(f"scoring={scoring!r} is unknown: choose 'own', 'random' or 'between'")
+    if scoring == "between" and x_next is None:
+        raise ValueError("scoring='between' needs the input of the layers: give x_next")
+    level = bridge.level(t) if scoring == "own" else bridge.sample_level(t, generator)
     if scoring == "random":
-        level = bridge.sample_level(t, generator)
         q = bridge.renoise(q, t, level)
-    elif scoring == "own":
-        level = bridge.level(t)
-    else:
-        raise ValueError(f"scoring={scoring!r} is unknown: choose 'own' or 'random'")
-    x = q.rsample(randn_like(q.mean, generator))
+    noise = randn_like(q.mean, generator)
+    if x_next is not None and scoring == "between":
+        q, noise = bridge.between(q, t, level, x_next, noise, generator)
+    x = q.rsample(noise)
     drawn = bridge.sample(level, condition, generator) if real else None
     return LayerDraw(q=q, x=x, level=level, condition=condition, real=drawn)
 

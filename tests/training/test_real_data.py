@@ -242,6 +242,9 @@ def test_a_teacher_whose_pictures_cannot_be_loaded_is_told():
         ),
         ({"start_spacing": 20}, "--start_spacing 20 would not be used: --num_layers 2 has one grid: give several"),
         ({**DATA, "num_layers": 1}, "--source data would not be used: .* pass several --num_layers, or --adversarial_"),
+        ({"kernel": "renoise"}, "--scoring between with --kernel renoise: .* use --kernel ddim, or --scoring random"),
+        ({"between_share": 0.0}, "--between_share 0.0: give a number above 0 and up to 1"),
+        ({"scoring": "random", "between_share": 1.0}, "--between_share 1.0 would not be used: --scoring random"),
         ({"adversarial_weight": -0.1}, "--adversarial_weight -0.1: give a number from 0 on"),
     ],
 )

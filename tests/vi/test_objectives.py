@@ -180,7 +180,7 @@ def test_a_draw_knows_its_own_score_and_level():
 
 def test_unknown_scoring_is_refused():
     layers = linear_layers()
-    with pytest.raises(ValueError, match="scoring='all' is unknown: choose 'own' or 'random'"):
+    with pytest.raises(ValueError, match="scoring='all' is unknown: choose 'own', 'random' or 'between'"):
         make_draw(layers, matching_bridge(layers), scoring="all")
 
 
@@ -364,6 +364,16 @@ def test_a_bridge_without_draws_of_its_own_says_so():
     q = layers(torch.zeros(3, DIMENSION, dtype=torch.float64), t)
     with pytest.raises(NotImplementedError, match="GeometricBridge has no draws of its densities"):
         draw_layer(q, t, bridge, real=True)
+
+
+def test_a_draw_between_takes_the_input_and_a_bridge_that_knows_clean_pictures():
+    layers, t = linear_layers(), torch.arange(3)
+    bridge = GeometricBridge(ScoreTarget(lambda x: -x, DIMENSION), 3)
+    x_next = torch.zeros(3, DIMENSION, dtype=torch.float64)
+    with pytest.raises(ValueError, match="scoring='between' needs the input of the layers: give x_next"):
+        draw_layer(layers(x_next, t), t, bridge, scoring="between")
+    with pytest.raises(NotImplementedError, match="GeometricBridge cannot score a layer between its ends"):
+        bridge.between(layers(x_next, t), t, t, x_next, x_next)
 
 
 def test_the_best_discriminator_is_the_log_ratio_and_leaves_the_score_alone():
