@@ -222,7 +222,7 @@ def test_an_unknown_argument_is_refused(refused, args):
         ("digits_t1248.yaml", recipe.GROUPS, recipe.PRESETS),
         *[
             (name, [train_teacher.Data, train_teacher.Network, train_teacher.Training], None)
-            for name in ("digits_teacher.yaml", "fashion_teacher.yaml")
+            for name in ("digits_teacher.yaml", "fashion_teacher.yaml", "emoji_teacher.yaml")
         ],
         ("digits_evaluation.yaml", [evaluate.Evaluation], None),
         (
@@ -254,7 +254,7 @@ def test_no_config_is_left_untested():
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
         *["digits_t5.yaml", "digits_t1248.yaml", "digits_teacher.yaml", "digits_evaluation.yaml", "digits_lcm.yaml"],
-        *["fashion_teacher.yaml", "fashion_classifier.yaml", "emoji_classifier.yaml"],
+        *["fashion_teacher.yaml", "fashion_classifier.yaml", "emoji_teacher.yaml", "emoji_classifier.yaml"],
         *["benchmark_digits.yaml", "benchmark_fashion.yaml"],
     }
 
