@@ -340,7 +340,7 @@ class TeacherBridge(Bridge):
         chosen = torch.rand(len(t), generator=generator).to(t.device) < self.between_share
         chosen &= ~torch.isin(t, self._first_layers.to(t.device)) & (timestep < tau)
         x0, eps = self.scheduler.invert(q.mean, tau, x_next, self.scheduler.output_timestep(t))
-        direction, c = self.scheduler.split_noise(tau, torch.minimum(timestep, tau), x_next)
+        direction, c = self.scheduler.split_noise(tau, torch.minimum(timestep, tau), q.mean)
         alpha, sigma = self._alpha_sigma(level, q.mean)
         fresh, chosen = self.renoise(q, t, level), chosen.reshape(alpha.shape)
         mean, std = torch.where(chosen, alpha * x0, fresh.mean), torch.where(chosen, sigma, fresh.std)

@@ -11,7 +11,16 @@ from .pipeline_hsivi import HSIVIPipeline, network_calls, one_of, step_counts, t
 
 METRICS = {"fd": "Frechet distance", "swd": "sliced Wasserstein distance"}
 # The options of a run that a reader of its card wants to know.
-TOLD = ("preset", "objective", "max_train_steps", "train_batch_size", "learning_rate", "critic_learning_rate", "seed")
+TOLD = (
+    "preset",
+    "objective",
+    "scoring",
+    "max_train_steps",
+    "train_batch_size",
+    "learning_rate",
+    "critic_learning_rate",
+    "seed",
+)
 
 OURS = """\
 With the package `hsivi_diffusers` installed:

@@ -422,7 +422,7 @@ def test_a_layer_of_several_grids_is_that_of_its_grid_alone(unet):
             torch.testing.assert_close(x[rows], UNetLayers(unet, alone)(x_next[rows], own).rsample(noise[rows]))
 
 
-@pytest.mark.parametrize("scoring", ["own", "random"])
+@pytest.mark.parametrize("scoring", ["own", "random", "between"])
 @pytest.mark.parametrize("learned", ["config", "scalar", "per_pixel"])
 @pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler()], ids=["SM", "KL"])
 def test_every_layer_of_several_grids_has_a_gradient(unet, scoring, learned, objective):
@@ -433,8 +433,9 @@ def test_every_layer_of_several_grids_has_a_gradient(unet, scoring, learned, obj
     critic = UNetCritic(make_unet(), scheduler).requires_grad_(False)
     for layer in range(7):
         t = torch.full((2,), layer)
-        q = student(torch.randn(2, 1, 8, 8), t)
-        draw = draw_layer(q, t, bridge, scoring=scoring, generator=torch.Generator().manual_seed(layer))
+        x_next = torch.randn(2, 1, 8, 8)
+        random = torch.Generator().manual_seed(layer)
+        draw = draw_layer(student(x_next, t), t, bridge, x_next=x_next, scoring=scoring, generator=random)
         student.zero_grad()
         objective.layer_loss(critic, bridge, draw).sum().backward()
         gradients = [parameter.grad for parameter in student.parameters()]
@@ -569,6 +570,20 @@ def test_between_its_ends_a_layer_is_scored_where_one_that_ends_there_would_draw
     alpha, sigma = scheduler.alpha_sigma(level, x0)
     torch.testing.assert_close(law.mean, alpha * x0, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(law.std, sigma)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_layers_of_several_grids_are_scored_between_their_own_ends(unet, prediction_type):
+    scheduler = HSIVIScheduler(layer_timesteps=GRIDS, noise_eta=1.0, prediction_type=prediction_type)
+    bridge, layers = TeacherBridge(unet, scheduler, tell_layer=True, between_share=1.0), UNetLayers(unet, scheduler)
+    t = torch.tensor([1, 3, 4, 5])  # below the first of each grid
+    tau, x_next, noise = scheduler.input_timestep(t), torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    timestep = (scheduler.output_timestep(t) + tau) // 2
+    with torch.no_grad():
+        model_output = unet(x_next, tau).sample
+        law, kept = bridge.between(layers(x_next, t), t, timestep + 1000 * t, x_next, noise)
+    mean, std = scheduler.transition(model_output, tau, x_next, prev_timestep=timestep)
+    torch.testing.assert_close(law.rsample(kept), mean + std * noise, rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_clean_picture_of_a_draw_between_has_a_gradient(between):

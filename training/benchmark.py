@@ -12,6 +12,7 @@ started again. To measure anew, name another --output_dir; to train anew, anothe
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -149,7 +150,7 @@ class Comparison:
                 yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed))
 
     def _options(self, config: str, seed: int) -> Options:
-        given = ["--config", *config.split(), f"--seed={seed}", f"--pretrained_teacher_model={self.parts.teacher}"]
+        given = ["--config", *shlex.split(config), f"--seed={seed}", f"--pretrained_teacher_model={self.parts.teacher}"]
         return Options(*parse_options(GROUPS, "", PRESETS, given))
 
     def _make_solver(self, method: str, nfe: int) -> tuple[Sampler, None]:
@@ -185,15 +186,26 @@ class Comparison:
 
     def _train(self, config: str, seed: int, program: str, arguments: list[str]) -> Trained:
         """The training of a config and a seed: kept, or done before, or done now."""
-        path, *others = config.split()
-        name = "_".join([Path(path).stem, *(word.strip("-").replace("/", "-") for word in others), f"seed{seed}"])
+        path, *others = shlex.split(config)
+        name = "_".join(
+            [Path(path).stem, *(word.removeprefix("--").replace("/", "-") for word in others), f"seed{seed}"]
+        )
         found = [folder for folder in (self.kept / name, self.runs / name) if (folder / "training.json").exists()]
         folder = found[0] if found else self.runs / name
         if not found:
             teacher = ["--pretrained_teacher_model", str(self.parts.teacher)]
             _call(
                 program,
-                ["--config", *config.split(), "--seed", str(seed), "--output_dir", str(folder), *teacher, *arguments],
+                [
+                    "--config",
+                    *shlex.split(config),
+                    "--seed",
+                    str(seed),
+                    "--output_dir",
+                    str(folder),
+                    *teacher,
+                    *arguments,
+                ],
             )
         costs = json.loads((folder / "training.json").read_text())
         return Trained(folder, costs["seconds"], costs.get("network_calls"))
@@ -299,6 +311,8 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(f"--{', --'.join(missing)} missing: give --config training/configs/benchmark_digits.yaml")
     if (parts.rival is None) != (parts.rival_of is None):
         raise ValueError("--rival and --rival_of go together: the second tells how long the first may train")
+    if parts.rival_of not in (None, *parts.students):
+        raise ValueError(f"--rival_of {parts.rival_of} is none of --students: give one of them, word for word")
     comparison = Comparison(parts, sampling, folders)
     comparison.measure()
     write_pages(Path(folders.output_dir), Path(folders.runs_dir))

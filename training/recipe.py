@@ -13,8 +13,8 @@ from options import changes, flatten, option
 
 PRESETS: dict[str, dict[str, Any]] = {
     # DDIM layers of eta 1, scored by the KL gradient at a random level between output and input: half of the rows
-    # diffused to it, half on the way to it. The chain starts at 440, where the picture begins to show; both learning
-    # rates fall to 0.
+    # diffused to it, half on the way to it. The chain starts at 440, where the picture begins to show; the layers'
+    # learning rate falls to 0, the critic's does not.
     "fast": {
         "kernel": "ddim",
         "noise_eta": 1.0,
@@ -30,7 +30,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-4,
         "lr_scheduler": "cosine",
         "critic_learning_rate": 1e-3,
-        "critic_lr_scheduler": "cosine",
     },
     # The recipe of the paper: DDIM layers of eta 0.2, each scored at its own level, 20 critic updates, fresh chains.
     "paper": {
@@ -98,7 +97,9 @@ class Method:
         "score a layer at its own level, or diffused to a random one, or, a share of the rows, at a random one between "
         "its output and its input, of which it then keeps noise",
     )
-    between_share: float = option(0.5, "of --scoring between: share of the rows, above 0 and up to 1")
+    between_share: float = option(
+        0.5, "of --scoring between: share of the rows below a layer's input, above 0, up to 1"
+    )
     level_min: int = option(5, "lowest timestep of random levels")
     level_max: int = option(800, "highest timestep of random levels")
     level_law: Literal["layer", "uniform"] | None = option(
@@ -232,16 +233,6 @@ def check_options(options: Options) -> None:
     teacher, layers, method, training, hardware, validation, run, hub = options
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
-    if method.scoring == "between" and layers.kernel != "ddim":
-        raise ValueError(
-            f"--scoring between with --kernel {layers.kernel}: such a layer keeps no noise of its input, so there is "
-            "nothing between: use --kernel ddim, or --scoring random"
-        )
-    if method.scoring == "random" and layers.noise_scale_type != "config" and layers.kernel == "renoise":
-        raise ValueError(
-            "--scoring random with --kernel renoise cannot learn a noise scale, for the law of the scored picture does "
-            "not depend on it: use --noise_scale_type config"
-        )
     if layers.start_spacing and (layers.start_timestep is None or layers.start_spacing < 0):
         raise ValueError(
             f"--start_spacing {layers.start_spacing}: give 0 or more, and with it --start_timestep, where the first "
@@ -258,6 +249,7 @@ def check_options(options: Options) -> None:
     if training.max_grad_norm is not None and not training.max_grad_norm > 0:
         raise ValueError(f"--max_grad_norm {training.max_grad_norm}: give a number above 0, or leave it out")
     check_layers(layers)
+    check_scoring(layers, method)
     check_method(method)
     check_unused(layers, method)
     check_hub(hub)
@@ -274,6 +266,30 @@ def check_layers(layers: Layers) -> None:
         raise ValueError(
             f"--noise_scale_type per_layer goes with one number of layers, and {given} has {len(counts)}: use scalar "
             "or per_pixel"
+        )
+
+
+def check_scoring(layers: Layers, method: Method) -> None:
+    """Refuses scoring that does not go with the layers or the objective."""
+    if method.scoring == "between" and layers.kernel != "ddim":
+        raise ValueError(
+            f"--scoring between with --kernel {layers.kernel}: such a layer keeps no noise of its input, so there is "
+            "nothing between: use --kernel ddim, or --scoring random"
+        )
+    if method.scoring == "between" and method.objective != "KL":
+        raise ValueError(
+            f"--scoring between with --objective {method.objective}: its rows have a law that is theirs at the optimum "
+            "alone, which the KL gradient bears and score matching does not: use --objective KL, or --scoring random"
+        )
+    if method.between_share == 1 and layers.noise_scale_type != "config":
+        raise ValueError(
+            f"--between_share 1 with --noise_scale_type {layers.noise_scale_type}: rows between the ends of a layer "
+            "have no gradient for its noise scale, so leave it some others, say 0.5, or use --noise_scale_type config"
+        )
+    if method.scoring == "random" and layers.noise_scale_type != "config" and layers.kernel == "renoise":
+        raise ValueError(
+            "--scoring random with --kernel renoise cannot learn a noise scale, for the law of the scored picture does "
+            "not depend on it: use --noise_scale_type config"
         )
 
 
@@ -306,7 +322,7 @@ def check_unused(layers: Layers, method: Method) -> None:
     if levels and method.scoring == "own":
         raise ValueError(
             f"{' and '.join(levels)} would not be used: --scoring own has no random levels. Either pass --scoring "
-            "random too, or leave out what is of levels"
+            "random or between too, or leave out what is of levels"
         )
     if method.between_share != 0.5 and method.scoring != "between":
         raise ValueError(

@@ -116,9 +116,7 @@ class Bridge(ABC):
         Raises:
             NotImplementedError: This bridge knows no clean picture.
         """
-        raise NotImplementedError(
-            f'{type(self).__name__} cannot score a layer between its ends: use scoring="own", or "random"'
-        )
+        raise NotImplementedError(f"{type(self).__name__} cannot score a layer between its ends: use another scoring")
 
 
 class GeometricBridge(Bridge):

@@ -44,7 +44,7 @@ class LayerDraw:
     """A draw x ~ q(. | x_next) from a layer, at the level where it is scored.
 
     Attributes:
-        q: Conditional law that x was drawn from.
+        q: Conditional law of x given x_next, or, of `scoring="between"`, given its clean picture.
         x: Shape (B, ...).
         level: Level of the bridge that q belongs to, shape (B,).
         condition: Condition of each row, or None.
@@ -88,7 +88,7 @@ def draw_layer(
     Args:
         q: q_t(. | x_next).
         t: Layer indices, shape (B,).
-        bridge: Tells the levels; for `scoring="random"` it also re-noises q to them.
+        bridge: Tells the levels; for random ones it also moves q to them.
         x_next: x_{t+1}, shape (B, ...), for "between".
         scoring: "own", "random" or "between".
         condition: Condition of each row.
@@ -359,7 +359,7 @@ class LowerBound(Objective):
 
         Raises:
             ValueError: The rows have conditions, or a level has fewer than K + 1 rows, or none has two, as with
-                `scoring="random"`.
+                random levels.
         """
         if draw.condition is not None:
             raise ValueError(

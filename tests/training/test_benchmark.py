@@ -168,11 +168,17 @@ def test_a_student_may_be_given_options_besides_its_config(copied, monkeypatch):
         raise SystemExit
 
     monkeypatch.setattr(benchmark, "_call", stop)
+    student = f"{folder / 'student.yaml'} --num_layers 3 --noise_eta 0.5"
     with pytest.raises(SystemExit):
-        benchmark.main([*given, "--students", f"{folder / 'student.yaml'} --num_layers 3 --noise_eta 0.5"])
+        benchmark.main([*given, "--students", student, f"--rival_of={student}"])
     ((program, words),) = called
     assert (program, words[2:6]) == ("train_hsivi.py", ["--num_layers", "3", "--noise_eta", "0.5"])
     assert words[words.index("--output_dir") + 1].endswith("digits/student_num_layers_3_noise_eta_0.5_seed0")
+
+
+def test_a_rival_of_none_of_the_students_is_refused(arguments):
+    with pytest.raises(ValueError, match="--rival_of other.yaml is none of --students: give one of them, word for"):
+        benchmark.main([*arguments, "--rival_of=other.yaml"])
 
 
 def test_a_student_of_other_options_is_refused(copied):

@@ -234,7 +234,7 @@ def test_a_teacher_whose_pictures_cannot_be_loaded_is_told():
         ({"level_power": 0.0}, "--level_power 0.0: give a number above 0"),
         (
             {"preset": "paper", "level_law": "layer"},
-            "--level_law layer would not be used: .* pass --scoring random too, or",
+            "--level_law layer would not be used: .* pass --scoring random or between too, or",
         ),
         (
             {"scoring": "own", "level_law": "uniform", "level_power": 2.0},
@@ -244,6 +244,8 @@ def test_a_teacher_whose_pictures_cannot_be_loaded_is_told():
         ({**DATA, "num_layers": 1}, "--source data would not be used: .* pass several --num_layers, or --adversarial_"),
         ({"kernel": "renoise"}, "--scoring between with --kernel renoise: .* use --kernel ddim, or --scoring random"),
         ({"between_share": 0.0}, "--between_share 0.0: give a number above 0 and up to 1"),
+        ({"objective": "SM"}, "--scoring between with --objective SM: .* use --objective KL, or --scoring random"),
+        ({"between_share": 1.0, "noise_scale_type": "scalar"}, "--between_share 1 with --noise_scale_type scalar"),
         ({"scoring": "random", "between_share": 1.0}, "--between_share 1.0 would not be used: --scoring random"),
         ({"adversarial_weight": -0.1}, "--adversarial_weight -0.1: give a number from 0 on"),
     ],

@@ -492,7 +492,7 @@ def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypat
         ({"checkpointing_steps": 0}, "--checkpointing_steps 0"),
         ({"checkpoints_total_limit": 0}, "--checkpoints_total_limit 0"),
         (
-            {"noise_scale_type": "per_pixel", "kernel": "renoise"},
+            {"noise_scale_type": "per_pixel", "kernel": "renoise", "scoring": "random"},
             "--scoring random with --kernel renoise cannot learn a noise scale",
         ),
         ({"preset": "paper", "noise_eta": 0}, "--noise_eta 0"),
