@@ -4,9 +4,9 @@
 
 Trains what is missing (teacher, classifier, students, rivals), draws the same number of pictures by every method from
 the same noise, measures them against real ones, and writes OUTPUT_DIR/results.json, and with it the tables and figures
-of OUTPUT_DIR. A row that is there, of as many pictures from the same noise, is not measured again, and only what a
-missing row needs is trained, where a training that was stopped goes on: so a benchmark that was stopped is simply
-started again. To measure anew, name another --output_dir; to train anew, another --runs_dir and --kept_dir too.
+of OUTPUT_DIR. A row that is there is not measured again, and only what a missing row needs is trained, where a training
+that was stopped goes on: so a benchmark that was stopped is simply started again. To measure anew, name another
+--output_dir; to train anew, another --runs_dir and --kept_dir too.
 """
 
 from __future__ import annotations
@@ -193,27 +193,15 @@ class Comparison:
         found = [folder for folder in (self.kept / name, self.runs / name) if (folder / "training.json").exists()]
         folder = found[0] if found else self.runs / name
         if not found:
-            teacher = ["--pretrained_teacher_model", str(self.parts.teacher)]
-            _call(
-                program,
-                [
-                    "--config",
-                    *shlex.split(config),
-                    "--seed",
-                    str(seed),
-                    "--output_dir",
-                    str(folder),
-                    *teacher,
-                    *arguments,
-                ],
-            )
+            where = ["--pretrained_teacher_model", str(self.parts.teacher), "--output_dir", str(folder)]
+            _call(program, ["--config", *shlex.split(config), "--seed", str(seed), *where, *arguments])
         costs = json.loads((folder / "training.json").read_text())
         return Trained(folder, costs["seconds"], costs.get("network_calls"))
 
     def measure(self) -> None:
         """Adds the rows that are missing, one after the other."""
         there = self._measured()
-        wanted = [e for e in self.entries() if there.get(e.key) != (self._number(e.nfe), self.sampling.eval_seed)]
+        wanted = [entry for entry in self.entries() if entry.key not in there]
         if not wanted:
             return
         real, _ = load_images(self.parts.real_data, self.unet.config.sample_size, self.unet.config.in_channels)
@@ -251,15 +239,25 @@ class Comparison:
             "train_calls": trained.network_calls if trained else None,
             "measured": measured_on(),
         }
-        name = ("dataset", "method", "nfe", "train_seed")
-        others = [each for each in read_rows(self.path) if any(each[part] != row[part] for part in name)]
+        rows = read_rows(self.path)  # anew, for another set may have been measured meanwhile
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"rows": [*others, row]})
+        write_json(self.path, {"rows": [*rows, row]})
 
-    def _measured(self) -> dict[tuple[str, int, int | None], tuple[int, int]]:
-        """How many pictures, from which noise, each row has that is there."""
+    def _measured(self) -> set[tuple[str, int, int | None]]:
+        """Keys of the rows that are there.
+
+        Raises:
+            ValueError: One is of another number of pictures, or of other noise, and may not be compared.
+        """
         rows = [row for row in read_rows(self.path) if row["dataset"] == self.parts.dataset]
-        return {(r["method"], r["nfe"], r["train_seed"]): (r["num_samples"], r["eval_seed"]) for r in rows}
+        for row in rows:
+            now = (self._number(row["nfe"]), self.sampling.eval_seed)
+            if (row["num_samples"], row["eval_seed"]) != now:
+                raise ValueError(
+                    f"{self.path} has {row['method']} at {row['nfe']} of {row['num_samples']} pictures from the noise "
+                    f"of seed {row['eval_seed']}, and not {now[0]} of seed {now[1]}: name another --output_dir"
+                )
+        return {(row["method"], row["nfe"], row["train_seed"]) for row in rows}
 
     def _keep_pictures(self, entry: Entry, pictures: torch.Tensor, real: torch.Tensor) -> None:
         """Keeps the first pictures of each method, of the first seed, for the figures."""

@@ -146,16 +146,13 @@ def test_a_stopped_benchmark_measures_only_what_is_missing(copied, monkeypatch):
     ]
 
 
-def test_another_number_of_pictures_measures_anew(copied, monkeypatch):
+@pytest.mark.parametrize("other", ["--num_samples=25", "--eval_seed=1"])
+def test_rows_of_other_pictures_are_not_added_to(copied, other):
     folder, arguments = copied
-    monkeypatch.setattr(benchmark, "_call", never)
     before = rows_of(folder)
-    benchmark.main([*arguments, "--num_samples=25"])
-    after = rows_of(folder)
-    assert {row["num_samples"] for row in after} == {25}
-    assert [(row["method"], row["nfe"], row["train_seed"]) for row in after] == [
-        (row["method"], row["nfe"], row["train_seed"]) for row in before
-    ]
+    with pytest.raises(ValueError, match="results.json has HSIVI .* of 20 pictures from the noise of seed 0, and not"):
+        benchmark.main([*arguments, other])
+    assert rows_of(folder) == before
 
 
 def test_a_student_may_be_given_options_besides_its_config(copied, monkeypatch):
