@@ -379,6 +379,7 @@ def load_runs(output_dir: Path, bench: Benchmark) -> Record:
     """
     kept = {"output_dir", "num_layers", "seeds", "fast_seconds"}  # these only add parts
     settings = {key: value for key, value in asdict(bench).items() if key not in kept}
+    settings |= {f"{name}: {key}": value for name, preset in PRESETS.items() for key, value in preset.items()}
     path = output_dir / "bench.json"
     if not path.is_file():
         return {"benchmark": "bench_train", "settings": settings, "measured": "", "runs": {}}

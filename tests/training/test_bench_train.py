@@ -119,6 +119,13 @@ def test_one_of_other_settings_is_not_gone_on_with(state, arguments, tmp_path):
         script.main(arguments(tmp_path, "--turns=2"))
 
 
+def test_one_of_another_preset_is_not_gone_on_with(state, arguments, tmp_path):
+    before = {**state, "settings": {**state["settings"], "fast: scoring": "random"}}
+    (tmp_path / "bench.json").write_text(json.dumps(before))
+    with pytest.raises(ValueError, match="other settings .fast: scoring: random -> between.: name another"):
+        script.main(arguments(tmp_path))
+
+
 @pytest.mark.parametrize(("name", "content"), [("pipeline.txt", "x"), ("bench.json", "{}")])
 def test_a_folder_of_something_else_is_refused(arguments, tmp_path, name, content):
     (tmp_path / name).write_text(content)
