@@ -461,8 +461,9 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             prev_timestep: tau_t, shape (B,).
 
         Returns:
-            (x0, eps) with sample = alpha x0 + sigma eps at tau_{t+1}. If x0 was clamped it is that one.
+            (x0, eps) with sample = alpha x0 + sigma eps at tau_{t+1}, those of `predict` unless it clamped x0.
         """
+        sample = sample.to(mean.dtype)
         layer = self._coefficients(timestep, sample, prev_timestep)
         share = layer.direction / layer.sigma_next
         x0 = (mean - share * sample) / (layer.alpha - share * layer.alpha_next)
