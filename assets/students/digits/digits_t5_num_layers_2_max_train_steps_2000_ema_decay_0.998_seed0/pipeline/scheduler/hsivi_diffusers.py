@@ -1,0 +1,671 @@
+"""The layer of a diffusion UNet, as a diffusers scheduler.
+
+On a grid tau_T > ... > tau_0 of the teacher's clock, with alpha = sqrt(abar) and sigma = sqrt(1 - abar), layer t is
+
+    x0    = (x_{t+1} - sigma_{t+1} eps) / alpha_{t+1},       eps = UNet(x_{t+1}, tau_{t+1})
+    c     = noise_eta sqrt((1 - abar_{t+1} / abar_t) sigma_t^2 / sigma_{t+1}^2)        kernel "ddim"
+          = sigma_t                                                                    kernel "renoise"
+    mean  = alpha_t x0 + sqrt(sigma_t^2 - c^2) eps
+    std   = noise_scale_t c
+    x_t   = mean + std noise                                 (the last layer, t = 0, returns the mean)
+
+With noise_scale = 1 and kernel "ddim" this is DDIM(eta) (Song et al. 2021, eq. 12); the paper's app. B fits eps and
+noise_scale. With kernel "renoise" it is the re-noising of consistency sampling.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+KERNELS = ("ddim", "renoise")
+NOISE_SCALE_TYPES = ("config", "per_pixel")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+OUR_SPACINGS = ("quadratic", "uniform")
+TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
+
+
+@dataclass
+class HSIVISchedulerOutput(BaseOutput):
+    """Output of `HSIVIScheduler.step`.
+
+    Args:
+        prev_sample: x_t, shape (B, C, H, W), of the dtype of the sample given.
+        pred_original_sample: The clean picture x0 that the network predicts, of the same shape.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+class LayerCoefficients(NamedTuple):
+    """The numbers of a layer's formula: floats of one layer, or tensors (B, 1, ...) of one layer for each row."""
+
+    alpha_next: Any
+    sigma_next: Any
+    alpha: Any
+    direction: Any  # sqrt(sigma_t^2 - c^2)
+    c: Any
+    noise_scale: Any
+    last: Any
+
+
+class HSIVIScheduler(SchedulerMixin, ConfigMixin):
+    """Scheduler of a T-layer hierarchical semi-implicit sampler; one network call per layer.
+
+    Args:
+        num_train_timesteps: Length N of the teacher's clock.
+        beta_start: First beta.
+        beta_end: Last beta.
+        beta_schedule: Any name that `DDPMScheduler` knows.
+        trained_betas: Betas themselves, instead of the three above.
+        prediction_type: What the network predicts: "epsilon", "v_prediction" or "sample".
+        layer_timesteps: The trained grid, T+1 strictly descending integers tau_T .. tau_0 in 0..N-1. The last one may
+            be -1: the final alpha of DDIM. When set, only T steps can be asked for. Or a list of such grids of
+            different T, of a network that was trained for all of them.
+        timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`. With a grid it
+            is not needed, and the config keeps a name that all schedulers know.
+        kernel: "ddim" or "renoise", see above.
+        noise_eta: eta of the ddim kernel, in [0, 1]; the paper has 0.2.
+        noise_scale: Factor > 0 on the standard deviation, one for all layers or a list of T, noise_scale[t] for layer
+            t (so the last of the list is for the first step). With several grids one number.
+        noise_scale_type: "config": `noise_scale` above. "per_pixel": `step` must be given a tensor.
+        clip_sample: Clamp the predicted x0 to +- `clip_sample_range`.
+        clip_sample_range: See there.
+        thresholding: Clamp x0 to a quantile of its own absolute values and divide by it, in the place of
+            `clip_sample` (dynamic thresholding of Imagen, for pictures of pixels only).
+        dynamic_thresholding_ratio: That quantile, in [0, 1].
+        sample_max_value: Upper bound of the threshold.
+        set_alpha_to_one: The final alpha (level -1) is 1; otherwise that of timestep 0.
+        steps_offset: Added to the timesteps of spacing "leading".
+        rescale_betas_zero_snr: The betas were rescaled so that abar is 0 at the last timestep (alg. 1 of arXiv
+            2305.08891). From there a noise prediction says nothing of x0, so it needs "v_prediction" or "sample".
+
+    Raises:
+        ValueError: A value is outside what is said above.
+    """
+
+    # Saved pipelines name the class by its module; this name also stands where the file travels with the weights.
+    __module__ = "hsivi_diffusers"
+
+    _source = Path(__file__).read_text(encoding="utf-8")
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    order = 1
+
+    add_noise = DDPMScheduler.add_noise
+    get_velocity = DDPMScheduler.get_velocity
+    _threshold_sample = DDPMScheduler._threshold_sample
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        prediction_type: str = "epsilon",
+        layer_timesteps: list[int] | list[list[int]] | None = None,
+        timestep_spacing: str = "quadratic",
+        kernel: str = "ddim",
+        noise_eta: float = 0.2,
+        noise_scale: float | list[float] = 1.0,
+        noise_scale_type: str = "config",
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        _check_choice("kernel", kernel, KERNELS)
+        _check_choice("noise_scale_type", noise_scale_type, NOISE_SCALE_TYPES)
+        if not 0 <= noise_eta <= 1:
+            raise ValueError(f"noise_eta={noise_eta}: give a number in [0, 1]; 0 is DDIM, 1 is DDPM's noise")
+        if rescale_betas_zero_snr and prediction_type == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the noise is "
+                "all there is to see, and a prediction of it says nothing of the picture"
+            )
+        # Plain numbers, for JSON.
+        noise_scale = torch.as_tensor(noise_scale, dtype=torch.float64, device="cpu").tolist()
+        self.register_to_config(noise_scale=noise_scale)
+        if layer_timesteps is not None:
+            layer_timesteps = _check_grids(layer_timesteps, num_train_timesteps)
+            # Of a trained sampler no setting may give way to the default of another class. It needs no spacing, and
+            # some classes take none but their own.
+            spacing = "leading" if timestep_spacing in OUR_SPACINGS else timestep_spacing
+            self.register_to_config(layer_timesteps=layer_timesteps, timestep_spacing=spacing, _use_default_values=[])
+        _check_noise_scale(noise_scale, layer_timesteps)
+
+        schedule = DDPMScheduler(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )
+        self.betas, self.alphas, self.alphas_cumprod = schedule.betas, schedule.alphas, schedule.alphas_cumprod
+        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self.layer_grid: torch.Tensor | None = None
+        self.timesteps = schedule.timesteps
+        self._layers: dict[int, LayerCoefficients] = {}
+        self._layers_are_of: tuple[Any, ...] = ()
+        self._begin_index: int | None = None
+        for depth in self.depths if layer_timesteps is not None else []:  # checks each; the largest stays
+            self.set_timesteps(depth)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Makes the scheduler from the config of any scheduler with a beta schedule.
+
+        Raises:
+            ValueError: The config is of a scheduler without one: of flow matching, or of the noise levels of EDM.
+        """
+        if isinstance(config, dict):
+            name = config.get("_class_name")
+            betas = {"beta_start", "trained_betas"} & {*config, *kwargs}
+            whole = name is not None or "num_train_timesteps" in config
+            if "FlowMatch" in str(name) or config.get("use_flow_sigmas") or (whole and not betas):
+                raise ValueError(
+                    f"the config of {name or 'this scheduler'} has no beta schedule: HSIVI needs a teacher with one, "
+                    "such as a network trained with DDPMScheduler; flow-matching and EDM models have none"
+                )
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves the config, and this file beside it: the folder then also loads where the package is not installed.
+
+        Args:
+            save_directory: Folder to write to; made if need be.
+            push_to_hub: Upload it afterwards.
+            **kwargs: Of the upload, see `SchedulerMixin.save_pretrained`.
+        """
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / "hsivi_diffusers.py").write_text(self._source, encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def __len__(self) -> int:
+        """N, the length of the teacher's clock."""
+        return int(self.config.num_train_timesteps)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the sample as it is; other schedulers scale here."""
+        return sample
+
+    # ----- the grid -----
+
+    @staticmethod
+    def make_layer_timesteps(
+        num_layers: int,
+        timestep_spacing: str = "quadratic",
+        num_train_timesteps: int = 1000,
+        start: int | None = None,
+        steps_offset: int = 0,
+    ) -> list[int]:
+        """Makes a grid tau_T .. tau_0 of T+1 descending integers.
+
+        Args:
+            num_layers: T, 1..N.
+            timestep_spacing: "quadratic": (i/T)^2 start, as in the paper. "uniform": (i/T) start. "trailing",
+                "leading" and "linspace": those of diffusers (table 2 of arXiv 2305.08891), ending at -1, the final
+                alpha. Where rounding would repeat a timestep, neighbours are moved apart; T = N always takes every
+                timestep down to -1.
+            num_train_timesteps: N.
+            start: tau_T of the first two; 0.8 N for quadratic, N-1 for uniform by default.
+            steps_offset: Added to the timesteps of "leading".
+
+        Raises:
+            ValueError: T or `start` is out of range, or the spacing unknown.
+        """
+        size = num_train_timesteps
+        _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        if not 1 <= num_layers <= size:
+            raise ValueError(f"{num_layers} steps: give a number from 1 to num_train_timesteps={size}")
+        if timestep_spacing in ("quadratic", "uniform") and num_layers < size:
+            power, default = (2, round(0.8 * size)) if timestep_spacing == "quadratic" else (1, size - 1)
+            start = max(default, num_layers) if start is None else start
+            if not num_layers <= start < size:
+                raise ValueError(f"start={start}: give a timestep from {num_layers} (the steps) to {size - 1}")
+            return [max(round((i / num_layers) ** power * start), i) for i in range(num_layers, -1, -1)]
+        if start is not None:
+            raise ValueError(f"start={start} goes with timestep_spacing 'quadratic' or 'uniform' only")
+        if timestep_spacing == "trailing":
+            timesteps = [round(i * size / num_layers) - 1 for i in range(num_layers, 0, -1)]
+        elif timestep_spacing == "leading":
+            timesteps = [i * (size // num_layers) + steps_offset for i in range(num_layers - 1, -1, -1)]
+        else:
+            timesteps = [round(i * (size - 1) / max(num_layers - 1, 1)) for i in range(num_layers - 1, -1, -1)]
+        return [min(timestep, size - 1 - place) for place, timestep in enumerate(timesteps)] + [-1]
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Sets the grid: the trained one, one made for this count, or the one given.
+
+        Args:
+            num_inference_steps: T. With trained grids only a T of theirs is accepted, and None means the largest.
+            device: Where `timesteps` goes.
+            timesteps: Inputs tau_T .. tau_1 of the layers, in the place of T; the last layer ends at -1. With trained
+                grids only theirs are accepted.
+
+        Raises:
+            ValueError: Count or timesteps differ from those of the trained grids, both or none are given, or they are
+                out of range.
+        """
+        grid = self._choose_grid(num_inference_steps, timesteps)
+        if grid[0] >= len(self.betas):
+            raise ValueError(f"the grid {grid} starts beyond the {len(self.betas)} betas: give trained_betas for all")
+        if self.config.prediction_type == "epsilon" and self.alphas_cumprod[grid[0]] == 0:
+            raise ValueError(f"abar is 0 at {grid[0]}, where a noise prediction says nothing of x0: start lower")
+        settings = (grid, self.config.kernel, self.config.noise_eta, self.config.noise_scale)
+        if settings != self._layers_are_of:
+            self.layer_grid = torch.tensor(grid, dtype=torch.long)
+            self._layers, self._layers_are_of = self._make_layers(), settings
+        self.num_inference_steps = len(grid) - 1
+        self.timesteps = self._grid()[:-1].to(device)
+        self._begin_index = None
+
+    def _choose_grid(self, num_inference_steps: int | None, timesteps: list[int] | None) -> list[int]:
+        if num_inference_steps is not None and timesteps is not None:
+            raise ValueError("num_inference_steps and timesteps were both given: pass one of them")
+        if trained := self.trained_grids:
+            return _choose_trained(trained, num_inference_steps, timesteps)
+        if timesteps is not None:
+            return _check_timesteps("timesteps + [-1]", [*timesteps, -1], self.config.num_train_timesteps)
+        if num_inference_steps is None:
+            raise ValueError("this scheduler has no trained grid (layer_timesteps): pass num_inference_steps")
+        if isinstance(num_inference_steps, bool | str) or num_inference_steps != int(num_inference_steps):
+            raise ValueError(f"num_inference_steps={num_inference_steps!r}: give a whole number of steps")
+        return self.make_layer_timesteps(
+            int(num_inference_steps),
+            self.config.timestep_spacing,
+            self.config.num_train_timesteps,
+            steps_offset=self.config.steps_offset,
+        )
+
+    @property
+    def begin_index(self) -> int | None:
+        """What `set_begin_index` was given."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Takes note of the layer that a pipeline starts at; `step` does not need it, it looks the timestep up.
+
+        Raises:
+            ValueError: The sampler has no such layer, as when an image-to-image pipeline is given a low strength.
+        """
+        if self.num_inference_steps is not None and begin_index >= self.num_inference_steps:
+            raise ValueError(
+                f"begin_index={begin_index}, but there are {self.num_inference_steps} layers, so no layer is left to "
+                f"run: with an image-to-image pipeline raise `strength` to 1/{self.num_inference_steps} or more"
+            )
+        self._begin_index = begin_index
+
+    @property
+    def trained_grids(self) -> list[list[int]]:
+        """The grids of `layer_timesteps`, by rising T; none where nothing was trained."""
+        grids = self.config.layer_timesteps or []
+        return [list(grids)] if grids and isinstance(grids[0], int) else sorted(map(list, grids), key=len)
+
+    @property
+    def depths(self) -> list[int]:
+        """T of each trained grid, or of the one that is set: the layers of all are counted one grid after the other."""
+        return [len(grid) - 1 for grid in self.trained_grids] or [len(self._grid()) - 1]
+
+    def input_timestep(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns tau_{t+1}, the timestep of the input of layer t, of the shape of t; `depths` tells how t counts."""
+        return self._layers_of_all_grids[0].to(t.device)[t]
+
+    def output_timestep(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns tau_t, the timestep of the output of layer t, of the shape of t; `depths` tells how t counts."""
+        return self._layers_of_all_grids[1].to(t.device)[t]
+
+    @property
+    def _layers_of_all_grids(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Timesteps of input and output of each layer, counted from the data side, one grid after the other."""
+        rising = [torch.tensor(grid).flip(0) for grid in self.trained_grids] or [self._grid().flip(0)]
+        return torch.cat([grid[1:] for grid in rising]), torch.cat([grid[:-1] for grid in rising])
+
+    def _grid(self) -> torch.Tensor:
+        if self.layer_grid is None:
+            raise ValueError("the scheduler has no grid yet: call set_timesteps(num_inference_steps) first")
+        return self.layer_grid
+
+    def _below(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the place of each timestep in the grid, and the timestep below it, both of shape (B,)."""
+        grid = self._grid().to(timestep.device)
+        matches = timestep[:, None] == grid[None, :-1]
+        position = matches.int().argmax(1)
+        below = grid[position + 1]
+        on_grid = matches.any(1)
+        if not bool(on_grid.all()):
+            if self.config.layer_timesteps is not None:
+                self._refuse(timestep[~on_grid].tolist())
+            stride = self.config.num_train_timesteps // len(grid[:-1])
+            below = torch.where(on_grid, below, (timestep - stride).clamp_min(-1))
+        return position, below
+
+    def _refuse(self, timesteps: list[int]) -> NoReturn:
+        trained, inputs = self.trained_grids, self._grid()[:-1].tolist()
+        which, remedy = "this sampler", f"give one of these {len(inputs)}"
+        if len(trained) > 1:
+            which = f"the grid that is set, of {len(inputs)} steps,"
+            remedy = f"there are grids of {_counts(trained)} steps, call set_timesteps(T) with the T you mean first"
+        raise ValueError(f"timestep {timesteps} is not an input of a layer: {which} was trained at {inputs}: {remedy}")
+
+    # ----- the layer -----
+
+    def alpha_sigma(self, timestep: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns sqrt(abar) and sqrt(1 - abar) of each timestep, shaped (B, 1, ...) to go with the sample.
+
+        Args:
+            timestep: Shape (B,) or (1,), -1 for the final alpha.
+            sample: Gives the device, dtype and number of dimensions.
+        """
+        abar = torch.cat([self.alphas_cumprod.to(sample), self.final_alpha_cumprod[None].to(sample)])
+        abar = abar[timestep.to(sample.device)]
+        abar = abar.reshape(-1, *[1] * (sample.ndim - 1))
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def predict(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads a network output as the clean picture and the noise, both of the shape of the sample.
+
+        Args:
+            model_output: Shape (B, C, H, W), or (B, 2C, H, W) with a learned variance, which is dropped.
+            timestep: Where the sample is, a scalar or shape (B,).
+            sample: Shape (B, C, H, W).
+
+        Returns:
+            (x0, eps) with sample = alpha x0 + sigma eps; x0 is clamped afterwards if `clip_sample`. Half precision
+            comes back as float32.
+
+        Raises:
+            ValueError: The output does not fit the sample.
+        """
+        model_output, sample = self._match(model_output, sample)
+        return self._predict(model_output, sample, *self.alpha_sigma(self._vector(timestep, sample), sample))
+
+    def _predict(
+        self, model_output: torch.Tensor, sample: torch.Tensor, alpha: Any, sigma: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.prediction_type == "epsilon":
+            x0, eps = (sample - sigma * model_output) / alpha, model_output
+        elif self.config.prediction_type == "sample":
+            x0, eps = model_output, (sample - alpha * model_output) / sigma
+        else:
+            x0, eps = alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
+        if self.config.thresholding:
+            x0 = self._threshold_sample(x0)
+        elif self.config.clip_sample:
+            x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return x0, eps
+
+    def transition(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        noise_scale: torch.Tensor | None = None,
+        prev_timestep: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns mean and standard deviation of q_t(x_t | x_{t+1}), the formulas at the head of this file.
+
+        Args:
+            model_output: Output of the network at the sample, see `predict`.
+            timestep: tau_{t+1}, a scalar or shape (B,).
+            sample: x_{t+1}, shape (B, C, H, W).
+            noise_scale: In the place of the config's; any shape that broadcasts against the sample.
+            prev_timestep: tau_t, shape (B,), where it does not follow from tau_{t+1} in the grid that is set: in the
+                training of several grids at once.
+
+        Returns:
+            Mean, of the shape of the sample, and std, which broadcasts against it. At the last layer too, where
+            `step` leaves the noise out.
+
+        Raises:
+            ValueError: The timestep is no layer's input, the shapes do not fit, or a per-pixel scale is missing.
+        """
+        mean, std, _, _ = self._transition(model_output, timestep, sample, noise_scale, prev_timestep)
+        return mean, std if isinstance(std, torch.Tensor) else mean.new_full([1] * mean.ndim, std)
+
+    def invert(
+        self, mean: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads the mean of a layer as the clean picture and the noise it was made of, both of the shape of the sample.
+
+        Args:
+            mean: Of `transition`, shape (B, C, H, W).
+            timestep: tau_{t+1}, shape (B,).
+            sample: x_{t+1}, shape (B, C, H, W).
+            prev_timestep: tau_t, shape (B,).
+
+        Returns:
+            (x0, eps) with sample = alpha x0 + sigma eps at tau_{t+1}, those of `predict` unless it clamped x0.
+        """
+        sample = sample.to(mean.dtype)
+        layer = self._coefficients(timestep, sample, prev_timestep)
+        share = layer.direction / layer.sigma_next
+        x0 = (mean - share * sample) / (layer.alpha - share * layer.alpha_next)
+        return x0, (sample - layer.alpha_next * x0) / layer.sigma_next
+
+    def split_noise(
+        self, timestep: torch.Tensor, level: torch.Tensor, sample: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns sqrt(sigma^2 - c^2) and c of a layer from `timestep` to `level`, shaped (B, 1, ...)."""
+        layer = self._coefficients(timestep, sample, level)
+        return layer.direction, layer.c
+
+    def _transition(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        noise_scale: torch.Tensor | None,
+        prev_timestep: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Any, torch.Tensor, Any]:
+        """Returns mean and std of the layer, x0, and whether it is the last layer, of each row or of all."""
+        model_output, sample = self._match(model_output, sample)
+        layer = self._layer(timestep, sample, prev_timestep)
+        x0, eps = self._predict(model_output, sample, layer.alpha_next, layer.sigma_next)
+        mean = layer.alpha * x0 + layer.direction * eps
+        if noise_scale is not None:
+            return mean, noise_scale.to(sample) * layer.c, x0, layer.last
+        if self.config.noise_scale_type == "per_pixel":
+            raise ValueError(
+                "noise_scale_type is 'per_pixel', but no noise_scale was given: sample with HSIVIPipeline, which holds "
+                "it, or pass step(..., noise_scale=tensor)"
+            )
+        return mean, layer.noise_scale * layer.c, x0, layer.last
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
+        noise_scale: torch.Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> HSIVISchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Draws x_t ~ q_t(. | x_{t+1}); the last layer returns the mean. Keeps no state: any order, any repetition.
+
+        Args:
+            model_output: Output of the network at the sample, see `predict`.
+            timestep: tau_{t+1}.
+            sample: x_{t+1}, shape (B, C, H, W).
+            generator: Source of the noise, one or a list of B.
+            variance_noise: The noise itself, of the shape of the sample.
+            noise_scale: The per-pixel scale, where `noise_scale_type` is "per_pixel".
+            return_dict: Return `HSIVISchedulerOutput` rather than a tuple.
+            **kwargs: What pipelines pass to other schedulers (`eta`, `use_clipped_model_output`); ignored.
+
+        Raises:
+            ValueError: As `transition`; or generator and variance_noise are both given.
+        """
+        mean, std, x0, last = self._transition(model_output, timestep, sample, noise_scale)
+        if generator is not None and variance_noise is not None:
+            raise ValueError("generator and variance_noise were both given: pass the source of the noise, or the noise")
+        if last is True:
+            x = mean
+        else:
+            if variance_noise is None:
+                variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=mean.dtype)
+            x = mean + std * variance_noise.to(mean.dtype)
+            if last is not False:
+                x = torch.where(last, mean, x)
+        x, x0 = x.to(sample.dtype), x0.to(sample.dtype)
+        return HSIVISchedulerOutput(prev_sample=x, pred_original_sample=x0) if return_dict else (x, x0)
+
+    # ----- the numbers of the layers -----
+
+    def _layer(
+        self, timestep: int | torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor | None = None
+    ) -> LayerCoefficients:
+        """Returns the numbers of the layer, or layers, that start at the timestep.
+
+        One timestep on the grid is looked up as floats, which spares some twenty small operations a step. They are of
+        single precision, as the samples that are no float64.
+        """
+        single = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
+        if single and prev_timestep is None and sample.dtype == torch.float32:
+            number: Any = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
+            known = self._layers.get(number)
+            if known is not None:
+                return known
+        return self._coefficients(self._vector(timestep, sample), sample, prev_timestep)
+
+    def _make_layers(self) -> dict[int, LayerCoefficients]:
+        """The numbers of each layer of the grid, by the timestep of its input."""
+        inputs = self._grid()[:-1]
+        columns = self._coefficients(inputs, inputs[:, None].float())
+        rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
+        return {timestep: LayerCoefficients(*row) for timestep, row in zip(inputs.tolist(), rows, strict=True)}
+
+    def _coefficients(
+        self, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor | None = None
+    ) -> LayerCoefficients:
+        """The formulas at the head of this file for timesteps (B,), as tensors (B, 1, ...) to go with the sample."""
+        position, below = (None, prev_timestep) if prev_timestep is not None else self._below(timestep)
+        alpha_next, sigma_next = self.alpha_sigma(timestep, sample)
+        alpha, sigma = self.alpha_sigma(below, sample)
+        c = sigma
+        if self.config.kernel == "ddim":
+            variance = (1 - (alpha_next / alpha).square()) * (sigma / sigma_next).square()
+            c = self.config.noise_eta * variance.sqrt()
+        direction = (sigma.square() - c.square()).clamp_min(0).sqrt()
+        last = (below <= self._grid()[-1].to(below.device)).reshape(alpha.shape)
+        noise_scale = torch.as_tensor(self.config.noise_scale).to(alpha)
+        if noise_scale.ndim:  # of the only grid, counted from the data side, the positions from the base
+            position = self._below(timestep)[0] if position is None else position
+            noise_scale = noise_scale.flip(0)[position].reshape(alpha_next.shape)
+        return LayerCoefficients(alpha_next, sigma_next, alpha, direction, c, noise_scale.expand(alpha.shape), last)
+
+    def _match(self, model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drops a learned variance, checks the shapes, and leaves half precision."""
+        if model_output.ndim == sample.ndim and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output.chunk(2, dim=1)[0]
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"model_output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}: they must be "
+                "equal, or the output must have twice the channels"
+            )
+        if model_output.dtype == sample.dtype == torch.float32:
+            return model_output, sample
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        return model_output.to(dtype), sample.to(dtype)
+
+    def _vector(self, timestep: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        timestep = torch.as_tensor(timestep).reshape(-1)
+        if len(timestep) not in (1, len(sample)):
+            raise ValueError(f"{len(timestep)} timesteps for {len(sample)} samples: give one, or one for each")
+        size = len(self.alphas_cumprod)
+        # Only on the CPU, for a GPU would have to be waited for.
+        on_clock = (timestep >= 0) & (timestep < size) & (timestep % 1 == 0)
+        if timestep.device.type == "cpu" and not bool(on_clock.all()):
+            raise ValueError(f"timestep {timestep.tolist()} is off the clock: give integers from 0 to {size - 1}")
+        return timestep.to(sample.device, torch.long)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+
+
+def _check_timesteps(name: str, timesteps: Any, num_train_timesteps: int) -> list[int]:
+    """Returns the grid as plain integers."""
+    grid = list(timesteps)
+    remedy = f"give T+1 strictly descending integers from {num_train_timesteps - 1} to 0; the last may be -1"
+    if len(grid) < 2 or any(isinstance(tau, bool | str) or not float(tau).is_integer() for tau in grid):
+        raise ValueError(f"{name}={grid!r} is no grid of at least 1 layer: {remedy}")
+    if any(above <= below for above, below in zip(grid[:-1], grid[1:], strict=True)):
+        raise ValueError(f"{name}={grid} is not strictly descending: {remedy}")
+    if grid[0] >= num_train_timesteps or grid[-1] < -1:
+        raise ValueError(f"{name}={grid} leaves the teacher's clock: {remedy}")
+    return [int(tau) for tau in grid]
+
+
+def _check_grids(grids: Any, num_train_timesteps: int) -> list[int] | list[list[int]]:
+    """Returns one grid, or several of different T, as plain integers."""
+    grids = list(grids)
+    if not grids or not hasattr(grids[0], "__len__") or isinstance(grids[0], str) or getattr(grids[0], "ndim", 1) == 0:
+        return _check_timesteps("layer_timesteps", grids, num_train_timesteps)
+    checked = [_check_timesteps(f"layer_timesteps[{i}]", grid, num_train_timesteps) for i, grid in enumerate(grids)]
+    counts = [len(grid) - 1 for grid in checked]
+    if len(set(counts)) < len(counts):
+        raise ValueError(f"layer_timesteps holds grids of {counts} steps: give each number of steps one grid")
+    return checked if len(checked) > 1 else checked[0]
+
+
+def _counts(trained: list[list[int]]) -> str:
+    *most, last = (str(len(grid) - 1) for grid in trained)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _choose_trained(
+    trained: list[list[int]], num_inference_steps: int | None, timesteps: list[int] | None
+) -> list[int]:
+    """Returns the trained grid that was asked for; the longest, if nothing was."""
+    for grid in reversed(trained):
+        if num_inference_steps in (None, len(grid) - 1) and (timesteps is None or list(timesteps) == grid[:-1]):
+            return grid
+    counts = _counts(trained)
+    asked = f"num_inference_steps={num_inference_steps!r}" if timesteps is None else f"timesteps={timesteps}"
+    raise ValueError(
+        f"{asked}, but this sampler was trained for {counts} steps, layer_timesteps="
+        f"{trained[0] if len(trained) == 1 else trained}: pass num_inference_steps={counts}"
+    )
+
+
+def _check_noise_scale(noise_scale: float | list[float], grid: Any) -> None:
+    scales = noise_scale if isinstance(noise_scale, list) else [noise_scale]
+    if any(not 0 < scale < math.inf for scale in scales):
+        raise ValueError(f"noise_scale={noise_scale!r}: give numbers > 0; for no noise use noise_eta=0")
+    if isinstance(noise_scale, list) and grid is not None and isinstance(grid[0], list):
+        raise ValueError(
+            f"noise_scale has {len(scales)} numbers, for {len(grid)} grids: give one number for all layers"
+        )
+    if isinstance(noise_scale, list) and (grid is None or len(scales) != len(grid) - 1):
+        wanted = "a grid, layer_timesteps" if grid is None else f"{len(grid) - 1} numbers, one for each layer"
+        raise ValueError(f"noise_scale has {len(scales)} numbers: it needs {wanted}")
