@@ -212,14 +212,14 @@ class TeacherBridge(Bridge):
             raise ValueError(f"level_law={level_law!r} is unknown: choose 'layer' or 'uniform'")
         if not level_power > 0:
             raise ValueError(f"level_power={level_power}: give a number > 0; 1 is uniform, 2 has more low noise")
+        if not 0 < between_share <= 1:
+            raise ValueError(f"between_share={between_share}: give a number above 0 and up to 1")
         self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
         self.scheduler = scheduler
         self.level_range = level_range
         self.level_law = level_law or usual_law(scheduler.config.kernel)
         self.level_power = level_power
         self.data = data
-        if not 0 < between_share <= 1:
-            raise ValueError(f"between_share={between_share}: give a number above 0 and up to 1")
         self.tell_layer = tell_layer
         self.between_share = between_share
         self.num_layers = sum(scheduler.depths)

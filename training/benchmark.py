@@ -150,8 +150,11 @@ class Comparison:
                 yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed))
 
     def _options(self, config: str, seed: int) -> Options:
-        given = ["--config", *shlex.split(config), f"--seed={seed}", f"--pretrained_teacher_model={self.parts.teacher}"]
-        return Options(*parse_options(GROUPS, "", PRESETS, given))
+        return Options(*parse_options(GROUPS, "", PRESETS, self._arguments(config, seed)))
+
+    def _arguments(self, config: str, seed: int) -> list[str]:
+        """What the program of a config is called with, for the teacher and a seed."""
+        return ["--config", *shlex.split(config), f"--seed={seed}", f"--pretrained_teacher_model={self.parts.teacher}"]
 
     def _make_solver(self, method: str, nfe: int) -> tuple[Sampler, None]:
         return make_solver(method, nfe, self.unet, self.schedule.config), None
@@ -193,8 +196,7 @@ class Comparison:
         found = [folder for folder in (self.kept / name, self.runs / name) if (folder / "training.json").exists()]
         folder = found[0] if found else self.runs / name
         if not found:
-            where = ["--pretrained_teacher_model", str(self.parts.teacher), "--output_dir", str(folder)]
-            _call(program, ["--config", *shlex.split(config), "--seed", str(seed), *where, *arguments])
+            _call(program, [*self._arguments(config, seed), "--output_dir", str(folder), *arguments])
         costs = json.loads((folder / "training.json").read_text())
         return Trained(folder, costs["seconds"], costs.get("network_calls"))
 
@@ -288,9 +290,12 @@ def _call(program: str, arguments: list[str]) -> None:
 
 
 def keep(run: Path, kept: Path) -> None:
-    """Copies pipeline, options and costs of a finished run to where they are looked for first."""
+    """Copies pipeline, options and costs of a finished run to where they are looked for first.
+
+    The code that a pipeline carries for those without this package is left out, for the benchmark has it.
+    """
     partial = kept.with_name(f"{kept.name}.partial")
-    shutil.copytree(run / "pipeline", partial / "pipeline", dirs_exist_ok=True)
+    shutil.copytree(run / "pipeline", partial / "pipeline", ignore=shutil.ignore_patterns("*.py"), dirs_exist_ok=True)
     for name in ("options.json", "training.json"):
         shutil.copy(run / name, partial)
     replace_folder(partial, kept)
