@@ -14,7 +14,7 @@ averaged weights. c_skip and c_out are those of LCMScheduler, which makes f(x, 0
 not that of the example. What is saved are the weights averaged by --ema_decay.
 
 Writes OUTPUT_DIR/pipeline, to be sampled in a few steps by num_inference_steps, and OUTPUT_DIR/training.json. It is one
-process in float32. With --max_train_steps a run is a function of its seed; with --max_train_seconds the clock ends it.
+process. With --max_train_steps a run is a function of its seed; with --max_train_seconds the clock ends it.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ class Training:
     adam_weight_decay: float = option(0.0, "AdamW's; 0 in the example's command line")
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 1 in the example")
     ema_decay: float = option(0.995, "decay of the averaged weights, which are saved; the example saves both networks")
+    mixed_precision: Literal["no", "bf16"] = option(
+        "no", "precision of the networks; fp16 in the example's command line"
+    )
 
 
 @dataclass
@@ -243,7 +246,8 @@ def train(distiller: Distiller, images: Tensor, method: Method, training: Traini
         while share < 1:
             optimizer.param_groups[0]["lr"] = learning_rate(step, share, training)
             clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
-            loss = distiller.loss(clean, method)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=training.mixed_precision == "bf16"):
+                loss = distiller.loss(clean, method)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower --learning_rate")
             loss.backward()

@@ -2,13 +2,15 @@
 
     python training/train_teacher.py --config training/configs/digits_teacher.yaml
 
-The loss is the plain denoising one, E |noise - UNet(x_t, t)|^2 over uniform timesteps (Ho et al. 2020, eq. 14). The
-run is a function of its seed: same machine, same numbers.
+The loss is the plain denoising one, E |noise - UNet(x_t, t)|^2 over uniform timesteps (Ho et al. 2020, eq. 14). With
+--prediction_type v_prediction the network learns the velocity alpha noise - sigma x_0 (Salimans and Ho 2022, arXiv
+2202.00512). The run is a function of its seed: same machine, same numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +18,7 @@ from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
+from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import trange
 
@@ -39,6 +42,9 @@ class Network:
     layers_per_block: int = option(1, "residual blocks at each level")
     attention_levels: list[int] = option([1], "levels with self-attention")
     num_train_timesteps: int = option(1000, "length of the linear beta schedule")
+    prediction_type: Literal["epsilon", "v_prediction"] = option(
+        "epsilon", "what the network predicts: the noise, or the velocity, whose errors do not grow where noise is all"
+    )
 
 
 @dataclass
@@ -69,6 +75,14 @@ def make_unet(data: Data, network: Network) -> UNet2DModel:
     )
 
 
+def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the network is to predict, shape (B, C, H, W)."""
+    if scheduler.config.prediction_type == "v_prediction":
+        velocity: Tensor = scheduler.get_velocity(clean, noise, timesteps)
+        return velocity
+    return noise
+
+
 def main(args: list[str] | None = None) -> None:
     data, network, training = parse_options([Data, Network, Training], __doc__ or "", args=args)
     output_dir = claim_output_dir(training.output_dir, training.overwrite_output_dir)
@@ -76,7 +90,7 @@ def main(args: list[str] | None = None) -> None:
     set_seed(training.seed)
     images, _ = load_images(data.train_data, data.resolution, data.channels)
     images = to_model_range(images).to(accelerator.device)
-    scheduler = DDPMScheduler(num_train_timesteps=network.num_train_timesteps)
+    scheduler = DDPMScheduler(num_train_timesteps=network.num_train_timesteps, prediction_type=network.prediction_type)
     unet = make_unet(data, network)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=training.learning_rate)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
@@ -89,8 +103,8 @@ def main(args: list[str] | None = None) -> None:
         clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
         noise = torch.randn_like(clean)
         timesteps = torch.randint(network.num_train_timesteps, (len(clean),), device=images.device)
-        noise_pred = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
-        loss = mse_loss(noise_pred, noise)
+        prediction = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+        loss = mse_loss(prediction, target(scheduler, clean, noise, timesteps))
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower --learning_rate")
         accelerator.backward(loss)

@@ -286,6 +286,13 @@ def test_a_run_is_a_function_of_its_seed(train, trained, same_tensors):
     assert not same_tensors(weights(train("--seed=1")), weights(trained))
 
 
+def test_half_precision_changes_the_networks_and_not_much_of_the_result(train, trained):
+    full, half = weights(trained), weights(train("--mixed_precision=bf16"))
+    assert all(value.dtype == torch.float32 for value in half.values())
+    difference = torch.stack([(half[name] - full[name]).abs().max() for name in full]).max()
+    assert 0 < difference < 0.02
+
+
 def test_the_averaged_weights_are_saved(train, monkeypatch):
     """The first update sets the average, the others enter it with 1 - decay."""
     visited = []

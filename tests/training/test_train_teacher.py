@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
 import train_teacher
@@ -79,6 +79,25 @@ def test_the_loss_falls(train, monkeypatch):
     train("--max_train_steps=40", "--train_batch_size=32", "--learning_rate=3e-3")
     assert len(losses) == 40
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_perfect_prediction_leads_back_to_the_clean_picture(prediction_type):
+    scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
+    clean, noise = torch.randn(2, 3, 1, 4, 4).unbind()
+    timesteps = torch.tensor([3, 400, 900])
+    prediction = train_teacher.target(scheduler, clean, noise, timesteps)
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    for each in range(3):
+        step = scheduler.step(prediction[each], timesteps[each], noisy[each])
+        torch.testing.assert_close(step.pred_original_sample, clean[each], rtol=0, atol=1e-4)
+
+
+def test_the_pipeline_knows_what_the_network_predicts(train, trained):
+    assert DDPMPipeline.from_pretrained(trained).scheduler.config.prediction_type == "epsilon"
+    folder = train("--prediction_type=v_prediction")
+    assert DDPMPipeline.from_pretrained(folder).scheduler.config.prediction_type == "v_prediction"
+    assert weights(folder).keys() == weights(trained).keys()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch):
