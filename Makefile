@@ -35,7 +35,7 @@ test-slow: $(VENV)/installed
 # What docs/benchmarks/results.json has is not measured again: BENCHMARK=--output_dir=runs/again measures anew, with the
 # trainings that are there.
 benchmark: $(VENV)/installed
-	for set in digits fashion; do \
+	for set in digits fashion emoji; do \
 		$(BIN)/python training/benchmark.py --config training/configs/benchmark_$$set.yaml $(BENCHMARK) || exit; \
 	done
 

@@ -214,27 +214,33 @@ def test_an_unknown_argument_is_refused(refused, args):
 @pytest.mark.parametrize(
     ("config", "groups", "presets"),
     [
-        (
-            "digits_t5.yaml",
-            recipe.GROUPS,
-            recipe.PRESETS,
-        ),
-        ("digits_t1248.yaml", recipe.GROUPS, recipe.PRESETS),
+        *[
+            (name, recipe.GROUPS, recipe.PRESETS)
+            for name in ("digits_t5.yaml", "digits_t1248.yaml", "fashion_t4.yaml", "emoji_t4.yaml")
+        ],
         *[
             (name, [train_teacher.Data, train_teacher.Network, train_teacher.Training], None)
             for name in ("digits_teacher.yaml", "fashion_teacher.yaml", "emoji_teacher.yaml")
         ],
         ("digits_evaluation.yaml", [evaluate.Evaluation], None),
-        (
-            "digits_lcm.yaml",
-            [train_consistency.Teacher, train_consistency.Method, train_consistency.Training, train_consistency.Run],
-            None,
-        ),
+        *[
+            (
+                name,
+                [
+                    train_consistency.Teacher,
+                    train_consistency.Method,
+                    train_consistency.Training,
+                    train_consistency.Run,
+                ],
+                None,
+            )
+            for name in ("digits_lcm.yaml", "fashion_lcm.yaml", "emoji_lcm.yaml")
+        ],
         ("fashion_classifier.yaml", [train_classifier.Training], None),
         ("emoji_classifier.yaml", [train_classifier.Training], None),
         *[
             (name, [benchmark.Parts, benchmark.Sampling, benchmark.Folders], None)
-            for name in ("benchmark_digits.yaml", "benchmark_fashion.yaml")
+            for name in ("benchmark_digits.yaml", "benchmark_fashion.yaml", "benchmark_emoji.yaml")
         ],
     ],
 )
@@ -253,9 +259,9 @@ def test_no_config_is_left_untested():
     recipes = {path.name for preset in recipe.PRESETS for path in CONFIGS.glob(f"*_{preset}.yaml")}
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
-        *["digits_t5.yaml", "digits_t1248.yaml", "digits_teacher.yaml", "digits_evaluation.yaml", "digits_lcm.yaml"],
-        *["fashion_teacher.yaml", "fashion_classifier.yaml", "emoji_teacher.yaml", "emoji_classifier.yaml"],
-        *["benchmark_digits.yaml", "benchmark_fashion.yaml"],
+        *["digits_t5.yaml", "digits_t1248.yaml", "digits_evaluation.yaml", "digits_teacher.yaml", "digits_lcm.yaml"],
+        *[f"{name}_{part}.yaml" for name in ("fashion", "emoji") for part in ("teacher", "classifier", "t4", "lcm")],
+        *[f"benchmark_{name}.yaml" for name in ("digits", "fashion", "emoji")],
     }
 
 
