@@ -6,6 +6,7 @@ noise, the core of scores: score = -eps / sigma. Real data is optional: with it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -355,6 +356,28 @@ class TeacherBridge(Bridge):
             return sigma**sigma_power * alpha**alpha_power
 
         return weight
+
+
+def signal_timestep(schedule: HSIVIScheduler, shape: tuple[int, ...], signal: float) -> int:
+    """Returns the first timestep where sqrt(H W) alpha / sigma is at most a number, the last one if there is none.
+
+    A mean over n pixels has the noise of one by sqrt(n). So the coarse features of a large picture are seen through
+    noise that hides those of a small one, at alpha / sigma as many times lower as its side is longer (Hoogeboom et al.
+    2023, arXiv 2301.11093), and levels that are to mean the same for both are told by this product.
+
+    Args:
+        schedule: Gives alpha and sigma at each timestep.
+        shape: (C, H, W) of the pictures.
+        signal: Above 0. On the linear clock of 1000, 3.2 is at timestep 440 of 8x8 pixels, 674 of 32x32, 769 of 64x64.
+
+    Raises:
+        ValueError: The signal is not above 0.
+    """
+    if not signal > 0:
+        raise ValueError(f"signal={signal}: give a number above 0, such as 3.2")
+    alpha, sigma = schedule.alpha_sigma(torch.arange(len(schedule)), torch.zeros(1))
+    above = math.sqrt(shape[-2] * shape[-1]) * alpha / sigma > signal
+    return min(int(above.sum()), len(schedule) - 1)
 
 
 def load_teacher(name: str, revision: str | None = None) -> tuple[UNet2DModel, HSIVIScheduler]:

@@ -14,6 +14,8 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hsivi_diffusers import (
     HSIVINoiseScale,
@@ -25,7 +27,7 @@ from hsivi_diffusers import (
     UNetLayers,
     load_teacher,
 )
-from hsivi_diffusers.distillation import UNetDiscriminator, label_layers
+from hsivi_diffusers.distillation import UNetDiscriminator, label_layers, signal_timestep
 from hsivi_diffusers.vi import Adversarial, DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer, make_chain
 from tiny_unet import make_unet
 
@@ -132,6 +134,22 @@ def test_levels_of_the_bridge_are_the_grid_and_the_clock(bridge):
     assert levels.max() <= 800
     assert levels.float().mean() == pytest.approx(402.5, abs=20)
     assert bridge.sample_base(5, torch.Generator().manual_seed(0)).shape == (5, 1, 8, 8)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 16, 64)])
+@given(signal=st.floats(1e-3, 1e3))
+def test_the_signal_is_the_first_that_is_as_low_as_asked_for(shape, signal):
+    schedule = HSIVIScheduler()
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    signals = (shape[-2] * shape[-1] * snr).sqrt().tolist()
+    found = signal_timestep(schedule, shape, signal)
+    assert found == 999 or signals[found] <= signal * (1 + 1e-6)
+    assert found == 0 or signals[found - 1] >= signal * (1 - 1e-6)
+
+
+def test_a_signal_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"signal=0: give a number above 0"):
+        signal_timestep(HSIVIScheduler(), (1, 8, 8), 0)
 
 
 def test_renoising_to_its_own_level_changes_nothing_and_to_another_keeps_the_clean_picture(unet, bridge):

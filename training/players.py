@@ -30,7 +30,14 @@ from hsivi_diffusers import (
     UNetLayers,
     load_teacher,
 )
-from hsivi_diffusers.distillation import SampleData, UNetDiscriminator, label_layers, sample_shape, usual_law
+from hsivi_diffusers.distillation import (
+    SampleData,
+    UNetDiscriminator,
+    label_layers,
+    sample_shape,
+    signal_timestep,
+    usual_law,
+)
 from hsivi_diffusers.vi import (
     Adversarial,
     Chain,
@@ -49,6 +56,7 @@ from recipe import Layers, Method, Options
 MAX_OVERFLOWS = 50
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NoiseScale = HSIVINoiseScale | LayerNoiseScale
+LEVEL_SIGNAL = 0.312  # see signal_timestep; at timestep 800 of 8x8 pixels, 956 of 32x32
 
 
 @dataclass
@@ -124,7 +132,7 @@ def make_networks(
     unets: tuple[UNet2DModel, UNet2DModel, UNet2DModel], schedule: HSIVIScheduler, options: Options
 ) -> Networks:
     """Teacher, student and critic with the grid of the student; the noise scale is 1."""
-    scheduler = make_scheduler(schedule, options.layers)
+    scheduler = make_scheduler(schedule, options.layers, sample_shape(unets[0]))
     kind = options.layers.noise_scale_type
     noise_scale: NoiseScale | None = None
     if kind == "per_pixel":
@@ -144,14 +152,17 @@ def tells_layer(options: Options) -> bool:
     return len(layers.num_layers) > 1 or (layers.num_layers[0] > 1 and method.scoring != "own" and anywhere)
 
 
-def make_scheduler(schedule: HSIVIScheduler, options: Layers) -> HSIVIScheduler:
-    """The teacher's noise schedule with the grid, or the grids, and the kernel of the student."""
+def make_scheduler(schedule: HSIVIScheduler, options: Layers, shape: tuple[int, ...]) -> HSIVIScheduler:
+    """The teacher's noise schedule with the grid, or the grids, and the kernel of a student of pictures of a shape."""
+    start = options.start_timestep
+    if start is None and options.start_signal is not None:
+        start = signal_timestep(schedule, shape, options.start_signal)
     grids = [
         HSIVIScheduler.make_layer_timesteps(
             count,
             options.timestep_spacing,
             len(schedule),
-            start=None if options.start_timestep is None else options.start_timestep + place * options.start_spacing,
+            start=None if start is None else start + place * options.start_spacing,
         )
         for place, count in enumerate(options.num_layers)
     ]
@@ -228,6 +239,13 @@ def _carry_scales(networks: Networks, before: HSIVIScheduler) -> None:
         networks.noise_scale = LayerNoiseScale(values if per_layer else mean)
 
 
+def level_range(method: Method, networks: Networks) -> tuple[int, int]:
+    """Lowest and highest timestep of random levels."""
+    if method.level_max is not None:
+        return method.level_min, method.level_max
+    return method.level_min, signal_timestep(networks.scheduler, sample_shape(networks.teacher), LEVEL_SIGNAL)
+
+
 def make_objective(method: Method, bridge: TeacherBridge) -> CriticObjective:
     """The objective with its weights in score units: sigma^2 times those in noise units.
 
@@ -261,7 +279,7 @@ class Players:
         self.bridge = TeacherBridge(
             networks.teacher,
             networks.scheduler,
-            (method.level_min, method.level_max),
+            level_range(method, networks),
             method.level_law,
             method.level_power,
             networks.data,

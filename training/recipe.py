@@ -13,13 +13,13 @@ from options import changes, flatten, option
 
 PRESETS: dict[str, dict[str, Any]] = {
     # DDIM layers of eta 1, scored by the KL gradient at a random level between output and input: half of the rows
-    # diffused to it, half on the way to it. The chain starts at 440, where the picture begins to show; the layers'
-    # learning rate falls to 0, the critic's does not.
+    # diffused to it, half on the way to it. The chain starts where the picture begins to show, at 440 of 8x8
+    # pixels and 674 of 32x32; the layers' learning rate falls to 0, the critic's does not.
     "fast": {
         "kernel": "ddim",
         "noise_eta": 1.0,
         "timestep_spacing": "uniform",
-        "start_timestep": 440,
+        "start_signal": 3.2,
         "objective": "KL",
         "scoring": "between",
         "layer_weight": "unit",
@@ -68,7 +68,12 @@ class Layers:
         [5], "T: network calls of the sampler; several, such as 1 2 4 8, train one student for all"
     )
     timestep_spacing: Literal["quadratic", "uniform"] = option("quadratic", "how the grid is spread over the clock")
-    start_timestep: int | None = option(None, "tau_T, the timestep of the first call; the spacing's own by default")
+    start_timestep: int | None = option(
+        None, "tau_T, the timestep of the first call; by default that of --start_signal, or else the spacing's own"
+    )
+    start_signal: float | None = option(
+        None, "start where sqrt(height width) alpha / sigma has fallen to this, and not at a timestep"
+    )
     start_spacing: int = option(
         0, "with several T, timesteps from the start of one grid to that of the next, by which the network tells them"
     )
@@ -101,7 +106,9 @@ class Method:
         0.5, "of --scoring between: share of the rows below a layer's input, above 0, up to 1"
     )
     level_min: int = option(5, "lowest timestep of random levels")
-    level_max: int = option(800, "highest timestep of random levels")
+    level_max: int | None = option(
+        None, "highest timestep of random levels; by default where sqrt(height width) alpha / sigma is 0.312"
+    )
     level_law: Literal["layer", "uniform"] | None = option(
         None,
         "random levels of a layer: between its output and input (ddim by default), or anywhere (renoise by default)",
@@ -233,10 +240,13 @@ def check_options(options: Options) -> None:
     teacher, layers, method, training, hardware, validation, run, hub = options
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
-    if layers.start_spacing and (layers.start_timestep is None or layers.start_spacing < 0):
+    if layers.start_signal is not None and not layers.start_signal > 0:
+        raise ValueError(f"--start_signal {layers.start_signal}: give a number above 0; that of preset fast is 3.2")
+    starts = layers.start_timestep is not None or layers.start_signal is not None
+    if layers.start_spacing and (not starts or layers.start_spacing < 0):
         raise ValueError(
-            f"--start_spacing {layers.start_spacing}: give 0 or more, and with it --start_timestep, where the first "
-            "grid starts"
+            f"--start_spacing {layers.start_spacing}: give 0 or more, and with it --start_timestep or --start_signal, "
+            "where the first grid starts"
         )
     if layers.kernel == "ddim" and layers.noise_eta == 0:
         raise ValueError("--noise_eta 0 leaves the layers no noise, and so no score to train on: give up to 1, say 0.2")

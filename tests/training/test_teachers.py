@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import make_teacher
 from hsivi_diffusers import HSIVIScheduler, TeacherBridge, load_teacher
 from options import changes, parse_options
-from recipe import GROUPS, PRESETS, check_options
+from players import level_range, make_networks
+from recipe import GROUPS, PRESETS, Options, check_options
 from tiny_unet import make_unet
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -33,11 +34,15 @@ def schedule_of(name):
     return HSIVIScheduler.from_config(DDPMScheduler.from_pretrained(folder_of(name), subfolder="scheduler").config)
 
 
+def options_of(recipe):
+    """The options of a recipe, checked as a run would."""
+    options = Options(*parse_options(GROUPS, "", PRESETS, ["--config", str(TRAINING / "configs" / f"{recipe}.yaml")]))
+    check_options(options)
+    return options
+
+
 def settings(recipe):
-    """The options of a recipe as one dictionary, checked as a run would."""
-    groups = parse_options(GROUPS, "", PRESETS, ["--config", str(TRAINING / "configs" / f"{recipe}.yaml")])
-    check_options(groups)
-    return {key: value for group in groups for key, value in vars(group).items()}
+    return {key: value for group in options_of(recipe) for key, value in vars(group).items()}
 
 
 # ----- teachers -----
@@ -79,11 +84,9 @@ def test_a_teacher_folder_holds_a_pipeline_without_weights(name):
     assert DDPMPipeline.load_config(folder_of(name))["_class_name"] == "DDPMPipeline"
 
 
-def test_the_imagenet_levels_are_those_of_the_linear_clock():
+def test_the_lowest_imagenet_level_is_that_of_the_linear_clock():
     linear, cosine = schedule_of("cifar10_32").alphas_cumprod, schedule_of("imagenet_64").alphas_cumprod
-    nearest = [int((cosine - linear[timestep]).abs().argmin()) for timestep in (440, 5, 800)]
-    options = settings("imagenet64_t5_fast")
-    assert nearest == [options["start_timestep"], options["level_min"], options["level_max"]] == [3023, 50, 3899]
+    assert int((cosine - linear[5]).abs().argmin()) == settings("imagenet64_t5_fast")["level_min"] == 50
 
 
 # ----- make_teacher.py -----
@@ -175,21 +178,20 @@ def test_a_recipe_says_what_its_name_says(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_fits_the_clock_of_its_teacher(recipe):
-    options, name = settings(recipe), TEACHERS[recipe.split("_")[0]]
-    (num_layers,), schedule = options["num_layers"], schedule_of(name)
-    t = torch.arange(num_layers)
-    grid = HSIVIScheduler.make_layer_timesteps(
-        num_layers, options["timestep_spacing"], len(schedule), start=options["start_timestep"]
-    )
-    scheduler = HSIVIScheduler.from_config(schedule.config, layer_timesteps=grid, kernel=options["kernel"])
-    bridge = TeacherBridge(meta_unet(name), scheduler, (options["level_min"], options["level_max"]))
-    if options["scoring"] != "own":
-        levels = torch.stack([bridge.sample_level(t) for _ in range(50)])
-        assert (levels >= options["level_min"]).all()
-        assert (levels <= options["level_max"]).all()
-    # The first call sees hardly anything but noise in the paper, and some of the picture in ours.
-    alpha = float(schedule.alphas_cumprod[grid[0]].sqrt())
-    assert 0.3 < alpha < 0.4 if options["preset"] == "fast" else alpha < 0.3
+    options, name = options_of(recipe), TEACHERS[recipe.split("_")[0]]
+    schedule, unets = schedule_of(name), (meta_unet(name), meta_unet(name), meta_unet(name))
+    networks = make_networks(unets, schedule, options)
+    lowest, highest = level_range(options.method, networks)
+    bridge = TeacherBridge(networks.teacher, networks.scheduler, (lowest, highest))
+    if options.method.scoring != "own":
+        levels = torch.stack([bridge.sample_level(torch.arange(*options.layers.num_layers)) for _ in range(50)])
+        assert ((levels >= lowest) & (levels <= highest)).all()
+    # The first call sees hardly anything but noise, in ours some of the coarse features of the picture.
+    alpha = schedule.alphas_cumprod[networks.scheduler.config.layer_timesteps[0]].sqrt()
+    if options.method.preset == "fast":
+        assert 3 < unets[0].config.sample_size * alpha / (1 - alpha**2).sqrt() <= 3.2
+    else:
+        assert alpha < 0.3
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe.endswith("paper")])

@@ -13,6 +13,7 @@ import players
 import recipe
 import train_hsivi
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
+from tiny_unet import make_unet
 
 GRIDS = {"fast": [440, 220, 0], "paper": [800, 200, 0]}
 
@@ -193,8 +194,25 @@ def test_the_layers_clamp_nothing_whatever_the_teacher_does(teacher, tmp_path):
     scheduler = DDPMScheduler(clip_sample=True, thresholding=True)
     DDPMPipeline(unet=load_teacher(str(teacher))[0], scheduler=scheduler).save_pretrained(tmp_path)
     _, schedule = load_teacher(str(tmp_path))
-    config = players.make_scheduler(schedule, recipe.Layers()).config
+    config = players.make_scheduler(schedule, recipe.Layers(), (1, 8, 8)).config
     assert (config.clip_sample, config.thresholding) == (False, False)
+
+
+def test_the_chain_starts_at_a_signal_unless_a_timestep_is_given():
+    def start(side, **layers):
+        scheduler = players.make_scheduler(HSIVIScheduler(), recipe.Layers(num_layers=[2], **layers), (1, side, side))
+        return scheduler.config.layer_timesteps[0]
+
+    assert start(8) == 800  # the quadratic spacing's own
+    assert [start(side, start_signal=3.2) for side in (8, 16, 32)] == [440, 566, 674]
+    assert start(32, start_signal=3.2, start_timestep=500) == 500
+
+
+@pytest.mark.parametrize(("side", "level_max", "highest"), [(8, None, 800), (32, None, 956), (32, 700, 700)])
+def test_the_random_levels_end_at_a_signal_unless_a_timestep_is_given(side, level_max, highest):
+    unet = make_unet(sample_size=side)
+    networks = players.Networks(unet, unet, unet, HSIVIScheduler(), None)
+    assert players.level_range(recipe.Method(level_max=level_max), networks) == (5, highest)
 
 
 def test_the_weights_of_the_losses(teacher):
@@ -499,6 +517,7 @@ def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypat
         ({"preset": "paper", "noise_eta": 1.5}, "noise_eta=1.5"),
         ({"start_timestep": 1000}, "start=1000: give a timestep from 2 .* to 999"),
         ({"start_timestep": 1}, "start=1: give a timestep from 2"),
+        ({"start_signal": 0}, "--start_signal 0.0: give a number above 0; that of preset fast is 3.2"),
         ({"level_max": 1000}, r"level_range=\(5, 1000\)"),
         ({"level_min": 900}, r"level_range=\(900, 800\)"),
     ],
