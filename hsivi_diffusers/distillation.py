@@ -359,7 +359,7 @@ class TeacherBridge(Bridge):
 
 
 def signal_timestep(schedule: HSIVIScheduler, shape: tuple[int, ...], signal: float) -> int:
-    """Returns the first timestep where sqrt(H W) alpha / sigma is at most a number, the last one if there is none.
+    """Returns the first timestep where sqrt(H W) alpha / sigma is at most a number, or the last where alpha > 0.
 
     A mean over n pixels has the noise of one by sqrt(n). So the coarse features of a large picture are seen through
     noise that hides those of a small one, at alpha / sigma as many times lower as its side is longer (Hoogeboom et al.
@@ -377,7 +377,7 @@ def signal_timestep(schedule: HSIVIScheduler, shape: tuple[int, ...], signal: fl
         raise ValueError(f"signal={signal}: give a number above 0, such as 3.2")
     alpha, sigma = schedule.alpha_sigma(torch.arange(len(schedule)), torch.zeros(1))
     above = math.sqrt(shape[-2] * shape[-1]) * alpha / sigma > signal
-    return min(int(above.sum()), len(schedule) - 1)
+    return min(int(above.sum()), int((alpha > 0).sum()) - 1)
 
 
 def load_teacher(name: str, revision: str | None = None) -> tuple[UNet2DModel, HSIVIScheduler]:

@@ -147,6 +147,12 @@ def test_the_signal_is_the_first_that_is_as_low_as_asked_for(shape, signal):
     assert found == 0 or signals[found - 1] >= signal * (1 - 1e-6)
 
 
+def test_the_end_of_a_clock_without_any_signal_is_left_out():
+    schedule = HSIVIScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert schedule.alphas_cumprod[999] == 0 < schedule.alphas_cumprod[998]
+    assert signal_timestep(schedule, (3, 8, 8), 1e-6) == 998
+
+
 def test_a_signal_of_nothing_is_refused():
     with pytest.raises(ValueError, match=r"signal=0: give a number above 0"):
         signal_timestep(HSIVIScheduler(), (1, 8, 8), 0)
