@@ -142,7 +142,8 @@ def make_unet(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> UNe
 
 def make_fake_players(options: Options, meter: Meter) -> Players:
     """The players of the run without weights; to be called within a `FakeTensorMode`."""
-    config, schedule = read_configs(str(options.teacher.pretrained_teacher_model), options.teacher.revision)
+    with meter:  # which leaves the schedule its numbers
+        config, schedule = read_configs(str(options.teacher.pretrained_teacher_model), options.teacher.revision)
     half = precision_of(options) != "no"  # the two are of one size
     accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="bf16" if half else "no")
     unets = (make_unet(config, torch.bfloat16 if half else torch.float32), make_unet(config), make_unet(config))

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from accelerate import Accelerator
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 import make_teacher
 import plan
 import train_hsivi
 from options import parse_options
+from players import Players, load_networks
 from recipe import GROUPS, PRESETS, Options
+from tiny_unet import make_unet
 
 SCRIPT = Path(train_hsivi.__file__)
 PEAK = """
@@ -47,6 +50,19 @@ def measured(options):
 def weights_of(teacher):
     unet = UNet2DModel.from_pretrained(teacher, subfolder="unet")
     return sum(parameter.numel() for parameter in unet.parameters())
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
+def test_a_plan_is_of_the_levels_of_the_run(options, tmp_path, monkeypatch, beta_schedule):
+    """They follow from the numbers of the schedule, which a fake tensor has not."""
+    DDPMPipeline(make_unet(), DDPMScheduler(beta_schedule=beta_schedule)).save_pretrained(tmp_path)
+    planned = []
+    monkeypatch.setattr(plan, "Players", lambda *given: planned.append(Players(*given)) or planned[0])
+    asked = options(preset="fast", pretrained_teacher_model=tmp_path)
+    plan.measure(asked)
+    run = Players(load_networks(asked, Accelerator(cpu=True)), asked, Accelerator(cpu=True))
+    assert planned[0].bridge.level_range == run.bridge.level_range
+    assert planned[0].bridge.scheduler.config.layer_timesteps == run.bridge.scheduler.config.layer_timesteps
 
 
 # ----- memory -----
