@@ -240,14 +240,6 @@ def check_options(options: Options) -> None:
     teacher, layers, method, training, hardware, validation, run, hub = options
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
-    if layers.start_signal is not None and not layers.start_signal > 0:
-        raise ValueError(f"--start_signal {layers.start_signal}: give a number above 0; that of preset fast is 3.2")
-    starts = layers.start_timestep is not None or layers.start_signal is not None
-    if layers.start_spacing and (not starts or layers.start_spacing < 0):
-        raise ValueError(
-            f"--start_spacing {layers.start_spacing}: give 0 or more, and with it --start_timestep or --start_signal, "
-            "where the first grid starts"
-        )
     if layers.kernel == "ddim" and layers.noise_eta == 0:
         raise ValueError("--noise_eta 0 leaves the layers no noise, and so no score to train on: give up to 1, say 0.2")
     if teacher.init_from and run.output_dir and Path(teacher.init_from).resolve() == Path(run.output_dir).resolve():
@@ -259,6 +251,7 @@ def check_options(options: Options) -> None:
     if training.max_grad_norm is not None and not training.max_grad_norm > 0:
         raise ValueError(f"--max_grad_norm {training.max_grad_norm}: give a number above 0, or leave it out")
     check_layers(layers)
+    check_start(layers)
     check_scoring(layers, method)
     check_method(method)
     check_unused(layers, method)
@@ -276,6 +269,18 @@ def check_layers(layers: Layers) -> None:
         raise ValueError(
             f"--noise_scale_type per_layer goes with one number of layers, and {given} has {len(counts)}: use scalar "
             "or per_pixel"
+        )
+
+
+def check_start(layers: Layers) -> None:
+    """Refuses a start that is none, and one for each grid without a first."""
+    if layers.start_signal is not None and not layers.start_signal > 0:
+        raise ValueError(f"--start_signal {layers.start_signal}: give a number above 0; that of preset fast is 3.2")
+    starts = layers.start_timestep is not None or layers.start_signal is not None
+    if layers.start_spacing and (not starts or layers.start_spacing < 0):
+        raise ValueError(
+            f"--start_spacing {layers.start_spacing}: give 0 or more, and with it --start_timestep or --start_signal, "
+            "where the first grid starts"
         )
 
 
