@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel, UniPCMultistepScheduler
 from torch import Tensor, nn
 
 from .modeling_hsivi import HSIVINoiseScale
@@ -24,6 +24,11 @@ from .vi.layers import ConditionalLayers
 from .vi.objectives import Weight
 
 LevelLaw = Literal["layer", "uniform"]
+# Of a scheduler's config, what a teacher was trained with.
+SCHEDULE = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+    "rescale_betas_zero_snr",
+)
 SampleData = Callable[[int, Tensor | None, torch.Generator | None], Tensor]
 
 
@@ -171,6 +176,51 @@ class UNetLayers(ConditionalLayers):
             return None
         scale: Tensor = self.noise_scale(t) if isinstance(self.noise_scale, LayerNoiseScale) else self.noise_scale()
         return scale
+
+
+class TeacherPairs:
+    """Pairs (x_T, x_0) of noise and what a solver of the teacher's ODE makes of it, drawn with replacement.
+
+    The solver is UniPC of diffusers, on its grid of spacing "leading".
+
+    Args:
+        unet: The teacher.
+        scheduler: Gives its noise schedule and what it predicts.
+        noise: x_T ~ N(0, I), shape (N, C, H, W).
+        condition: Class label of each pair, shape (N,), or None.
+        num_calls: Network calls for a pair.
+        batch_size: Pairs that the network is called with at once.
+
+    Attributes:
+        noise: Shape (N, C, H, W).
+        end: x_0, pictures between -1 and 1, of the same shape.
+        condition: Shape (N,), or None.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: HSIVIScheduler,
+        noise: Tensor,
+        condition: Tensor | None = None,
+        num_calls: int = 8,
+        batch_size: int = 64,
+    ) -> None:
+        self.noise, self.condition = noise, condition
+        classes = None if condition is None else condition.split(batch_size)
+        schedule = {name: scheduler.config[name] for name in SCHEDULE}
+        solver = UniPCMultistepScheduler(**schedule, timestep_spacing="leading")
+        ends = [
+            _solve(unet, solver, x, None if classes is None else classes[place], num_calls)
+            for place, x in enumerate(noise.split(batch_size))
+        ]
+        self.end = torch.cat(ends).clamp(-1, 1)
+
+    def sample(self, size: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Draws (x_T, x_0, condition) for `PairChain`."""
+        index = torch.randint(len(self.noise), (size,), generator=generator).to(self.noise.device)
+        condition = None if self.condition is None else self.condition[index]
+        return self.noise[index], self.end[index], condition
 
 
 class TeacherBridge(Bridge):
@@ -479,6 +529,17 @@ def label_layers(unet: UNet2DModel, num_layers: int) -> UNet2DModel:
     if (unet.device, unet.dtype) != (labelled.device, labelled.dtype):  # fake tensors, of --plan, cannot be moved
         labelled = labelled.to(unet.device, unet.dtype)
     return labelled.train(unet.training)
+
+
+@torch.no_grad()
+def _solve(
+    unet: UNet2DModel, solver: UniPCMultistepScheduler, x: Tensor, condition: Tensor | None, num_calls: int
+) -> Tensor:
+    """Follows the ODE from noise to a picture."""
+    solver.set_timesteps(num_calls, device=x.device)
+    for timestep in solver.timesteps:
+        x = solver.step(_call(unet, x, timestep, condition), timestep, x).prev_sample
+    return x
 
 
 def _call(unet: UNet2DModel, x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
     VQModel,
 )
 from hypothesis import given
@@ -27,7 +28,7 @@ from hsivi_diffusers import (
     UNetLayers,
     load_teacher,
 )
-from hsivi_diffusers.distillation import UNetDiscriminator, label_layers, signal_timestep
+from hsivi_diffusers.distillation import TeacherPairs, UNetDiscriminator, label_layers, signal_timestep
 from hsivi_diffusers.vi import Adversarial, DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer, make_chain
 from tiny_unet import make_unet
 
@@ -668,3 +669,30 @@ def test_a_share_of_the_rows_is_scored_between(unet):
 def test_a_share_out_of_its_range_is_refused(unet, share):
     with pytest.raises(ValueError, match=f"between_share={share}: give a number above 0 and up to 1"):
         TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID), between_share=share)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("classes", [None, 3])
+def test_pairs_are_noise_and_what_diffusers_solver_makes_of_it(prediction_type, classes):
+    unet = make_unet(num_class_embeds=classes).eval()
+    config = DDPMScheduler(prediction_type=prediction_type).config
+    noise, condition = torch.randn(5, 1, 8, 8), None if classes is None else torch.tensor([0, 1, 2, 0, 1])
+    grid = HSIVIScheduler.from_config(config, layer_timesteps=[440, 0])
+    pairs = TeacherPairs(unet, grid, noise, condition, num_calls=3, batch_size=2)
+    solver, x = UniPCMultistepScheduler.from_config(config, timestep_spacing="leading"), noise
+    solver.set_timesteps(3)
+    for timestep in solver.timesteps:
+        with torch.no_grad():
+            x = solver.step(unet(x, timestep, class_labels=condition).sample, timestep, x).prev_sample
+    torch.testing.assert_close(pairs.end, x.clamp(-1, 1))
+    assert not pairs.end.requires_grad
+
+
+def test_pairs_are_drawn_as_pairs(unet):
+    noise, condition = torch.randn(6, 1, 8, 8), None
+    pairs = TeacherPairs(unet, HSIVIScheduler(), noise, condition, num_calls=2)
+    x, end, label = pairs.sample(50, torch.Generator().manual_seed(0))
+    places = [(noise == row).flatten(1).all(1).nonzero().item() for row in x]
+    assert set(places) == set(range(6))
+    assert torch.equal(end, pairs.end[places])
+    assert label is None

@@ -47,7 +47,7 @@ from images import load_images
 from metrics import Distances
 from options import changes, option, parse_options
 from players import Players, load_networks
-from recipe import GROUPS, PRESETS, Options, check_options
+from recipe import PRESETS, check_options, parse_recipe
 from solvers import make_student, sample
 
 Record = dict[str, Any]
@@ -106,7 +106,7 @@ def make_players(preset: str, num_layers: int, seed: int, steps: int, bench: Ben
         "train_batch_size": bench.train_batch_size,
     }
     arguments = [f"--{name}={value}" for name, value in settings.items()]
-    options = Options(*parse_options(GROUPS, __doc__ or "", PRESETS, arguments))
+    options = parse_recipe(__doc__ or "", arguments)
     check_options(options)
     set_seed(seed)
     accelerator = Accelerator(cpu=True, mixed_precision="no")

@@ -35,7 +35,7 @@ from images import load_images
 from metrics import Measures
 from options import flatten, option, parse_options
 from pages import measured_on
-from recipe import GROUPS, PRESETS, Options, changes_since
+from recipe import Options, changes_since, parse_recipe
 from solvers import Sampler, make_consistency_sampler, make_solver, make_student, sample
 
 HERE = Path(__file__).parent
@@ -150,7 +150,7 @@ class Comparison:
                 yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed))
 
     def _options(self, config: str, seed: int) -> Options:
-        return Options(*parse_options(GROUPS, "", PRESETS, self._arguments(config, seed)))
+        return parse_recipe("", self._arguments(config, seed))
 
     def _arguments(self, config: str, seed: int) -> list[str]:
         """What the program of a config is called with, for the teacher and a seed."""

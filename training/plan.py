@@ -94,6 +94,7 @@ class Cost:
         memory: Bytes by use; together they are the peak.
         calls: Network calls of student, critic and teacher for each row of the batch.
         flops: Floating-point operations.
+        call_flops: Those of a call of one network for one row, without a gradient.
         written: Bytes of each thing that is saved.
     """
 
@@ -101,6 +102,7 @@ class Cost:
     memory: dict[str, int]
     calls: dict[str, float]
     flops: float
+    call_flops: float
     written: dict[str, int]
 
 
@@ -167,7 +169,7 @@ def measure(options: Options) -> Cost:
     """Runs the loop on fake tensors: two steps with one critic update, and one with two; the rest is as many more."""
     libraries = psutil.Process().memory_info().rss
     updates = options.method.critic_updates
-    options = options._replace(method=replace(options.method, critic_updates=1))
+    options = options._replace(method=replace(options.method, critic_updates=1, ode_pairs=0))
     counts: list[dict[str, float]] = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         meter = Meter()
@@ -179,6 +181,11 @@ def measure(options: Options) -> Cost:
                     next(players.updates(step))
                 gc.collect()
                 counts.append(count)
+            peak = meter.peak
+            with _counting(players) as call, torch.no_grad():
+                no_level = torch.zeros(1, dtype=torch.long)
+                classes = no_level if players.bridge.network.unet.config.num_class_embeds else None
+                players.bridge.score(torch.randn(1, *players.bridge.shape), no_level, classes)
         _, one, two = counts
     total = {name: one[name] + (updates - 1) * (two[name] - one[name]) for name in one}
     rows = options.training.train_batch_size * options.hardware.gradient_accumulation_steps
@@ -188,9 +195,10 @@ def measure(options: Options) -> Cost:
             "each network": _numel(players.bridge.network),
             "student, with its noise scale": _numel(players.student),
         },
-        memory={**static, "activations and gradients": meter.peak - sum(static.values()), "libraries": libraries},
+        memory={**static, "activations and gradients": peak - sum(static.values()), "libraries": libraries},
         calls={name: total[name] / rows for name in ("student", "critic", "teacher")},
         flops=total["flops"],
+        call_flops=call["flops"],
         written=_written(static, options.run.checkpoints_total_limit),
     )
 
@@ -318,8 +326,22 @@ def describe(options: Options, cost: Cost, speed: float, device: str, processes:
         f"an update calls for each row: {calls}; {cost.flops / 1e9:,.1f} GFLOP in a process",
         f"about {seconds:,.2f} s an update and {_duration(seconds * training.max_train_steps)} in all on {device}, by "
         "the speed of one network",
+        *_pair_lines(options, cost, speed, processes),
         "",
         *_table("written, MiB", cost.written, MIB, ",.1f"),
+    ]
+
+
+def _pair_lines(options: Options, cost: Cost, speed: float, processes: int) -> list[str]:
+    """What the pairs and the fit to them cost before the updates: a backward pass is two calls."""
+    method, hardware = options.method, options.hardware
+    if not method.ode_pairs:
+        return []
+    rows = options.training.train_batch_size * hardware.gradient_accumulation_steps
+    made, fitted = method.ode_pairs * method.ode_calls / processes, 3 * method.ode_steps * rows
+    return [
+        f"before them about {_duration(speed * cost.call_flops * (made + fitted))} for {method.ode_pairs:,} pairs of "
+        f"{method.ode_calls} calls of the teacher and {method.ode_steps:,} updates of the layer by them"
     ]
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from folders import remove_folder, replace_folder
 from hsivi_diffusers import (
@@ -32,6 +33,7 @@ from hsivi_diffusers import (
 )
 from hsivi_diffusers.distillation import (
     SampleData,
+    TeacherPairs,
     UNetDiscriminator,
     label_layers,
     sample_shape,
@@ -43,12 +45,18 @@ from hsivi_diffusers.vi import (
     Chain,
     CriticObjective,
     DivergenceError,
+    Guided,
     KullbackLeibler,
+    Objective,
+    PairChain,
+    Regression,
     ScoreMatching,
+    Stage,
     Step,
     fit,
     joint,
     make_chain,
+    step_generator,
 )
 from images import load_images, to_model_range
 from recipe import Layers, Method, Options
@@ -155,7 +163,9 @@ def tells_layer(options: Options) -> bool:
 def make_scheduler(schedule: HSIVIScheduler, options: Layers, shape: tuple[int, ...]) -> HSIVIScheduler:
     """The teacher's noise schedule with the grid, or the grids, and the kernel of a student of pictures of a shape."""
     start = options.start_timestep
-    if start is None and options.start_signal is not None:
+    if start is None and options.start_noise is not None:
+        start = signal_timestep(schedule, (1, 1, 1), 1 / options.start_noise)
+    elif start is None and options.start_signal is not None:
         start = signal_timestep(schedule, shape, options.start_signal)
     grids = [
         HSIVIScheduler.make_layer_timesteps(
@@ -261,7 +271,9 @@ def make_objective(method: Method, bridge: TeacherBridge) -> CriticObjective:
     }
     kl, alpha = method.objective == "KL", method.alpha
     objective: CriticObjective = KullbackLeibler(**weights) if kl else ScoreMatching(alpha=alpha, **weights)
-    return Adversarial(objective, method.adversarial_weight) if method.adversarial_weight else objective
+    if method.adversarial_weight:
+        objective = Adversarial(objective, method.adversarial_weight)
+    return Guided(objective, method.ode_weight) if method.ode_pairs and method.ode_weight else objective
 
 
 class Players:
@@ -303,7 +315,7 @@ class Players:
         self.ema = EMAModel(self.student.parameters(), decay=training.ema_decay, use_ema_warmup=False)
         self.ema.to(accelerator.device)
         accelerator.register_for_checkpointing(self.ema, *self.lr_schedulers)
-        self.chains = [self._make_chain() for _ in range(options.hardware.gradient_accumulation_steps)]
+        self.chains = [self._make_chain(place) for place in range(options.hardware.gradient_accumulation_steps)]
 
     def _make_optimizers(self, networks: Networks) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
         training = self.options.training
@@ -326,19 +338,38 @@ class Players:
         ]
         return optimizers
 
-    def _make_chain(self) -> Chain:
-        classes, device = self.student.unet.config.num_class_embeds, self.student.unet.device
-
-        def sample_condition(size: int, generator: torch.Generator | None) -> Tensor:
-            return torch.randint(classes, (size,), generator=generator).to(device)
-
+    def _make_chain(self, place: int) -> Chain:
+        rows = self.options.training.train_batch_size
+        if self.options.method.ode_pairs:
+            pairs = cache(lambda: self._make_pairs(place))  # made when first asked for, and anew by a resumed run
+            return PairChain(lambda size, generator: pairs().sample(size, generator), rows)
         return make_chain(
             self.options.method.source,
             self.bridge.sample_base,
             self.student.scheduler.depths,
-            self.options.training.train_batch_size,
-            sample_condition if classes else None,
+            rows,
+            self._sample_condition if self.student.unet.config.num_class_embeds else None,
             self.bridge.sample_input,
+        )
+
+    def _sample_condition(self, size: int, generator: torch.Generator | None) -> Tensor:
+        unet = self.student.unet
+        return torch.randint(unet.config.num_class_embeds, (size,), generator=generator).to(unet.device)
+
+    def _make_pairs(self, place: int) -> TeacherPairs:
+        """The share of the pairs of one shard."""
+        method, training = self.options.method, self.options.training
+        shard, number = self.accelerator.process_index * len(self.chains) + place, method.ode_pairs // self.shards
+        generator = step_generator(training.seed, shard, -1)
+        number = max(1, number)
+        condition = self._sample_condition(number, generator) if self.student.unet.config.num_class_embeds else None
+        return TeacherPairs(
+            self.bridge.network.unet,
+            self.student.scheduler,
+            self.bridge.sample_base(number, generator),
+            condition,
+            method.ode_calls,
+            training.train_batch_size,
         )
 
     @property
@@ -372,29 +403,17 @@ class Players:
         Raises:
             DivergenceError: A loss is not finite, or under fp16 the gradients overflowed 50 times in a row.
         """
-        method, training, accelerator = self.options.method, self.options.training, self.accelerator
-        limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
-
-        def clip_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
-            return accelerator.clip_grad_norm_(list(parameters), limit)
-
-        steps = fit(
-            self.layers,
-            self.critic,
-            self.bridge,
+        method, training = self.options.method, self.options.training
+        if method.ode_pairs and start_step == 0:
+            self._regress()
+        steps = self._fit(
             make_objective(method, self.bridge),
-            self.chains,
-            joint(self.student.num_layers, training.max_train_steps),
-            layer_optimizer=self.layer_optimizer,
+            joint(self.student.num_layers, training.max_train_steps, critic_first=training.critic_first),
+            critic=self.critic,
             critic_optimizer=self.critic_optimizer,
             critic_updates=method.critic_updates,
             scoring=method.scoring,
-            seed=training.seed,
-            rank=accelerator.process_index,
             start_step=start_step,
-            backward=accelerator.backward,
-            no_sync=accelerator.no_sync,
-            clip_grad_norm=clip_grad_norm,
         )
         optimizers, overflows = (self.layer_optimizer, self.critic_optimizer), 0
         for step in steps:
@@ -407,6 +426,42 @@ class Players:
                     lr_scheduler.step()
             self.ema.step(self.student.parameters())
             yield step
+
+    def _fit(self, objective: Objective, curriculum: list[Stage], **settings: Any) -> Iterator[Step]:
+        """`vi.fit` of the layers, with the settings that are the same whatever they are fitted by."""
+        accelerator, training = self.accelerator, self.options.training
+        limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
+
+        def clip_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+            return accelerator.clip_grad_norm_(list(parameters), limit)
+
+        return fit(
+            self.layers,
+            settings.pop("critic", None),
+            self.bridge,
+            objective,
+            self.chains,
+            curriculum,
+            layer_optimizer=self.layer_optimizer,
+            seed=training.seed,
+            rank=accelerator.process_index,
+            backward=accelerator.backward,
+            no_sync=accelerator.no_sync,
+            clip_grad_norm=clip_grad_norm,
+            **settings,
+        )
+
+    def _regress(self) -> None:
+        """Fits the layer to the pairs, by its optimizer at a rate that falls to 0; then the optimizer starts anew."""
+        method, group = self.options.method, self.layer_optimizer.param_groups[0]
+        rate, steps = group["lr"], self._fit(Regression(), joint(self.student.num_layers, method.ode_steps))
+        for step in tqdm(range(method.ode_steps), "regress", disable=not self.accelerator.is_main_process):
+            group["lr"] = method.ode_learning_rate * (1 + math.cos(math.pi * step / method.ode_steps)) / 2
+            next(steps)
+        group["lr"] = rate
+        self.layer_optimizer.state.clear()
+        for average, parameter in zip(self.ema.shadow_params, self.student.parameters(), strict=True):
+            average.copy_(parameter.detach())
 
     def make_pipeline(self) -> HSIVIPipeline:
         """The averaged layers as a pipeline of their own, on the device of the run."""

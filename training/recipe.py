@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hsivi_diffusers.hub import check_repo_id
-from options import changes, flatten, option
+from options import changes, flatten, option, parse_options
 
 PRESETS: dict[str, dict[str, Any]] = {
     # DDIM layers of eta 1, scored by the KL gradient at a random level between output and input: half of the rows
@@ -49,6 +49,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "critic_learning_rate": 1e-4,
     },
 }
+# What `fast` has in their place for a sampler of one call: regression on pairs of the teacher's ODE comes first, then
+# the critic alone, and the layer moves slowly, for nothing but its inputs tells it what it has lost.
+ONE_CALL: dict[str, Any] = {
+    "start_signal": None,
+    "start_noise": 2.5,
+    "ode_pairs": 6400,
+    "critic_first": 50,
+    "critic_updates": 2,
+    "learning_rate": 3e-5,
+    "critic_learning_rate": 5e-4,
+    "max_grad_norm": 20.0,
+}
 
 
 @dataclass
@@ -73,6 +85,9 @@ class Layers:
     )
     start_signal: float | None = option(
         None, "start where sqrt(height width) alpha / sigma has fallen to this, and not at a timestep"
+    )
+    start_noise: float | None = option(
+        None, "start where sigma / alpha has risen to this, whatever the size of the pictures"
     )
     start_spacing: int = option(
         0, "with several T, timesteps from the start of one grid to that of the next, by which the network tells them"
@@ -123,6 +138,15 @@ class Method:
         "pool", "layer inputs from a pool of live chains, from fresh ones, or from noised pictures of --train_data"
     )
     critic_updates: int = option(1, "critic updates for each layer update")
+    ode_pairs: int = option(
+        0,
+        "pairs of noise and what a solver of the teacher makes of it, on which a sampler of one call is fitted before "
+        "all else; 0 is none",
+    )
+    ode_calls: int = option(8, "network calls of the solver for a pair")
+    ode_steps: int = option(500, "updates of that fit")
+    ode_learning_rate: float = option(5e-4, "Adam's in it; it falls to 0")
+    ode_weight: float = option(0.005, "weight of the pairs in the loss of the layers after it")
     train_data: str | None = option(
         None, "real pictures, for --source data and --adversarial_weight: `digits`, a folder, or a dataset's name"
     )
@@ -145,6 +169,7 @@ class Training:
     lr_scheduler: str = option("cosine", "of the layers, a name known to diffusers' get_scheduler")
     critic_lr_scheduler: str = option("constant_with_warmup", "of the critic")
     lr_warmup_steps: int = option(50, "layer updates of warm-up")
+    critic_first: int = option(0, "of the layer updates the first ones, in which the critic alone learns")
     max_grad_norm: float | None = option(None, "clip the gradient of either player to this norm")
     ema_decay: float = option(0.995, "decay of the averaged layers, which are saved")
 
@@ -211,6 +236,15 @@ class Options(NamedTuple):
     hub: Hub
 
 
+def parse_recipe(description: str, args: Sequence[str] | None = None) -> Options:
+    """Reads the options; preset `fast` for one network call has the settings of ONE_CALL."""
+    options = Options(*parse_options(GROUPS, description, PRESETS, args))
+    if options.method.preset == "fast" and options.layers.num_layers == [1]:
+        presets = {**PRESETS, "fast": {**PRESETS["fast"], **ONE_CALL}}
+        options = Options(*parse_options(GROUPS, description, presets, args))
+    return options
+
+
 def changes_since(record: Path, now: Mapping[str, Any]) -> str:
     """Says which options are others than in a run's options.json; those that an old one lacks count as defaults."""
     defaults = flatten([group() for group in GROUPS])
@@ -255,6 +289,7 @@ def check_options(options: Options) -> None:
     check_scoring(layers, method)
     check_method(method)
     check_unused(layers, method)
+    check_pairs(layers, method)
     check_hub(hub)
     check_counts(options)
 
@@ -274,13 +309,14 @@ def check_layers(layers: Layers) -> None:
 
 def check_start(layers: Layers) -> None:
     """Refuses a start that is none, and one for each grid without a first."""
-    if layers.start_signal is not None and not layers.start_signal > 0:
-        raise ValueError(f"--start_signal {layers.start_signal}: give a number above 0; that of preset fast is 3.2")
-    starts = layers.start_timestep is not None or layers.start_signal is not None
+    for name, value, fast in [("start_signal", layers.start_signal, 3.2), ("start_noise", layers.start_noise, 2.5)]:
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} {value}: give a number above 0; that of preset fast is {fast}")
+    starts = any(start is not None for start in (layers.start_timestep, layers.start_signal, layers.start_noise))
     if layers.start_spacing and (not starts or layers.start_spacing < 0):
         raise ValueError(
-            f"--start_spacing {layers.start_spacing}: give 0 or more, and with it --start_timestep or --start_signal, "
-            "where the first grid starts"
+            f"--start_spacing {layers.start_spacing}: give 0 or more, and with it --start_timestep, --start_signal or "
+            "--start_noise, where the first grid starts"
         )
 
 
@@ -356,6 +392,24 @@ def check_unused(layers: Layers, method: Method) -> None:
         )
 
 
+def check_pairs(layers: Layers, method: Method) -> None:
+    """Refuses pairs for a sampler of several calls, numbers of them that are none, and those that nothing would use."""
+    numbers = {name: getattr(method, name) for name in ("ode_calls", "ode_steps", "ode_learning_rate")}
+    for name, value in [("ode_pairs", method.ode_pairs), ("ode_weight", method.ode_weight)]:
+        if not value >= 0:
+            raise ValueError(f"--{name} {value}: give a number from 0 on")
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ValueError(f"--{name} {value}: give a number above 0")
+    if method.ode_pairs and layers.num_layers != [1]:
+        raise ValueError(
+            f"--ode_pairs {method.ode_pairs} tell where noise leads in one call: pass --num_layers 1, or leave them out"
+        )
+    changed = [f"--{name} {value}" for name, value in numbers.items() if value != getattr(Method(), name)]
+    if changed and not method.ode_pairs:
+        raise ValueError(f"{' and '.join(changed)} would not be used: pass --ode_pairs too, say 6400, or leave it out")
+
+
 def check_counts(options: Options) -> None:
     """Refuses what must be a number of at least 1."""
     _, layers, method, training, hardware, validation, run, _ = options
@@ -371,6 +425,11 @@ def check_counts(options: Options) -> None:
     ]:
         if value < 1:
             raise ValueError(f"--{name} {value}: give a number of at least 1")
+    if not 0 <= training.critic_first < training.max_train_steps:
+        raise ValueError(
+            f"--critic_first {training.critic_first}: give a number of updates from 0 to below the "
+            f"{training.max_train_steps} of --max_train_steps"
+        )
 
 
 def check_hub(hub: Hub) -> None:

@@ -29,10 +29,10 @@ from hsivi_diffusers import HSIVIPipeline, push
 from hsivi_diffusers.hub import claim
 from hsivi_diffusers.vi import DivergenceError
 from monitor import Monitor
-from options import flatten, parse_options
+from options import flatten
 from plan import print_plan
 from players import Players, load_networks
-from recipe import GROUPS, PRESETS, Hub, Options, changes_since, check_options, complete
+from recipe import Hub, Options, changes_since, check_options, complete, parse_recipe
 
 PREEMPTED = 75  # exit status after SIGTERM: EX_TEMPFAIL, "try again"
 
@@ -209,7 +209,7 @@ def push_pipeline(output_dir: Path, hub: Hub) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    options = Options(*parse_options(GROUPS, __doc__ or "", PRESETS, args))
+    options = parse_recipe(__doc__ or "", args)
     complete(options)
     check_options(options)
     if options.run.plan:

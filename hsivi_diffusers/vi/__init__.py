@@ -10,6 +10,7 @@ from .chains import (
     ChainBatch,
     DataChain,
     FrozenPoolChain,
+    PairChain,
     PoolChain,
     SimulatedChain,
     draw_marginals,
@@ -19,17 +20,19 @@ from .chains import (
 from .curricula import Plateau, Stage, joint, sequential
 from .diagnostics import Finding, diagnose
 from .distributions import DiagonalGaussian
-from .fitting import DivergenceError, Step, Update, fit
+from .fitting import DivergenceError, Step, Update, fit, step_generator
 from .inference import Inference
 from .layers import ConditionalLayers, IndependentLayers, SharedLayers
 from .networks import GaussianMLP, ResidualMLP, ScoreMLP
 from .objectives import (
     Adversarial,
     CriticObjective,
+    Guided,
     KullbackLeibler,
     LayerDraw,
     LowerBound,
     Objective,
+    Regression,
     ScoreMatching,
     draw_layer,
 )
@@ -66,6 +69,7 @@ __all__ = [
     "GaussianMLP",
     "GaussianMixture",
     "GeometricBridge",
+    "Guided",
     "IndependentLayers",
     "Inference",
     "IsotropicNormal",
@@ -74,8 +78,10 @@ __all__ = [
     "LogProbTarget",
     "LowerBound",
     "Objective",
+    "PairChain",
     "Plateau",
     "PoolChain",
+    "Regression",
     "ResidualMLP",
     "SampledTarget",
     "ScoreMLP",
@@ -99,4 +105,5 @@ __all__ = [
     "moment_match",
     "sequential",
     "simulate",
+    "step_generator",
 ]

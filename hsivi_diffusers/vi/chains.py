@@ -2,7 +2,8 @@
 
 `SimulatedChain` runs a fresh chain down to each layer that is trained (the paper). `PoolChain` keeps live chains at
 staggered depths: a training step moves the chains it used by one layer, with the very network call that trained them,
-so that no call is spent on simulation alone. `DataChain` takes draws of the bridge in the place of the layers'.
+so that no call is spent on simulation alone. `DataChain` takes draws of the bridge in the place of the layers'. For a
+single layer `PairChain` also tells where it is to lead.
 
 Layers may serve several hierarchies, of T_1, T_2, ... layers, that share a network: they are counted one hierarchy
 after the other, each from the data side, and every hierarchy gets an equal part of the rows.
@@ -24,6 +25,7 @@ from .layers import ConditionalLayers
 
 SampleBase = Callable[[int, torch.Generator | None], Tensor]
 SampleInput = Callable[[Tensor, Tensor | None, torch.Generator | None], Tensor]
+SamplePairs = Callable[[int, torch.Generator | None], tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class ChainBatch:
         t: Layer that takes it, shape (B,).
         condition: Condition of each chain, shape (B, ...), or None.
         index: Place of each row in a pool, shape (B,), or None.
+        end: What the layer is to make of each row, of the shape of x_next, or None; see `PairChain`.
     """
 
     x_next: Tensor
     t: Tensor
     condition: Tensor | None = None
     index: Tensor | None = None
+    end: Tensor | None = None
 
 
 @torch.no_grad()
@@ -248,6 +252,31 @@ class DataChain(Chain):
         data = self.sample_input(t, condition, generator)
         x_next = torch.where(is_first.reshape(-1, *[1] * (base.ndim - 1)), base, data)
         return ChainBatch(x_next=x_next, t=t, condition=condition)
+
+
+class PairChain(Chain):
+    """Pairs (x_1, x_0) of a map from the base to the target, for a single layer: the input, and where it is to lead.
+
+    The map, such as the teacher's ODE, is known by draws alone; `Regression` and `Guided` make use of them.
+
+    Args:
+        sample_pairs: Draws (x_1, x_0, condition): (size, generator) -> tensors of shape (size, ...), or None for no
+            condition.
+        batch_size: B.
+    """
+
+    def __init__(self, sample_pairs: SamplePairs, batch_size: int) -> None:
+        super().__init__(lambda size, generator: sample_pairs(size, generator)[0], 1, batch_size)
+        self.sample_pairs = sample_pairs
+
+    def draw(
+        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
+    ) -> ChainBatch:
+        """Draws pairs."""
+        del layers, beta
+        x_next, end, condition = self.sample_pairs(self.batch_size, generator)
+        t = torch.zeros(len(x_next), dtype=torch.long, device=x_next.device)
+        return ChainBatch(x_next=x_next, t=t, condition=condition, end=end)
 
 
 class PoolChain(Chain):

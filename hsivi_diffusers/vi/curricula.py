@@ -25,26 +25,30 @@ class Stage:
     num_steps: int
 
 
-def joint(num_layers: int, num_steps: int, beta: Sequence[float] | None = None) -> list[Stage]:
+def joint(num_layers: int, num_steps: int, beta: Sequence[float] | None = None, critic_first: int = 0) -> list[Stage]:
     """All layers at once: the loss is the mean over t of beta(t) L_t (sec. 3.3, the way for shared networks).
 
     Args:
         num_layers: T.
         num_steps: Layer updates.
         beta: T shares, >= 0 and not all zero, rescaled to mean 1; equal by default.
+        critic_first: Steps, of these, in which the critic alone learns: the layers' shares are 0.
 
     Returns:
-        One stage.
+        One stage, or with `critic_first` two.
 
     Raises:
-        ValueError: T < 1, or `beta` does not fit.
+        ValueError: T < 1, or `beta` does not fit, or the steps of the critic are not from 0 up to all of them.
     """
     if num_layers < 1:
         raise ValueError(f"num_layers={num_layers}: a hierarchy has at least 1 layer")
     shares = torch.ones(num_layers) if beta is None else torch.as_tensor(beta, dtype=torch.float32)
     if shares.shape != (num_layers,) or bool((shares < 0).any()) or not float(shares.sum()) > 0:
         raise ValueError(f"beta={beta!r}: give {num_layers} shares, none negative and not all zero")
-    return [Stage(beta=shares / shares.mean(), num_steps=num_steps)]
+    if not 0 <= critic_first <= num_steps:
+        raise ValueError(f"critic_first={critic_first}: give a number of steps from 0 up to the {num_steps} of all")
+    alone = [Stage(beta=torch.zeros(num_layers), num_steps=critic_first)] if critic_first else []
+    return [*alone, Stage(beta=shares / shares.mean(), num_steps=num_steps - critic_first)]
 
 
 def sequential(num_layers: int, num_steps: int) -> list[Stage]:

@@ -103,8 +103,8 @@ def fit(
 
     Args:
         layers: The sampler; called as layers(x_next, t, condition).
-        critic: Estimate of the marginal score; called as critic(x, level, condition). None for `LowerBound`; for
-            `Adversarial` one that answers with a score and logits.
+        critic: Estimate of the marginal score; called as critic(x, level, condition). None for `LowerBound` and
+            `Regression`; for `Adversarial` one that answers with a score and logits.
         bridge: What the layers are fitted to.
         objective: The losses.
         chain: Where layer inputs come from; a list of chains for gradient accumulation, one for each shard.
@@ -137,7 +137,9 @@ def fit(
     if not chains:
         raise ValueError("chain=[]: give a chain, or one for each shard")
     if isinstance(objective, CriticObjective) and (critic is None or critic_optimizer is None):
-        raise ValueError(f"{type(objective).__name__} needs a critic and a critic_optimizer: LowerBound alone has none")
+        raise ValueError(
+            f"{type(objective).__name__} needs a critic and a critic_optimizer; LowerBound and Regression need none"
+        )
 
     def update(player: str, module: nn.Module, optimizer: Optimizer, make: Callable[[int], _Rows], step: int) -> Update:
         made = []
@@ -251,6 +253,7 @@ class _Game:
             condition=batch.condition,
             generator=generator,
             real=self.objective.needs_real,
+            end=batch.end,
         )
         return batch.t, draw
 

@@ -9,6 +9,10 @@ With x ~ q(. | x_next), S the bridge score, s the critic's estimate of the margi
 With a share m of the teacher in its target, (1 - m) grad log q(x | x_next) + m S(x), the critic is nearer to S, and
 v / (1 - m) estimates S - grad log q (continuous semi-implicit models, arXiv 2506.06778).
 
+With pairs (x_next, x_0) of a map from the base to the target, mu the mean of the layer, `Guided` adds to either
+
+    layers        weight/2 |mu(x_next) - x_0|^2                    alone it is `Regression`
+
 With draws of the bridge itself, and a critic that is a discriminator D besides, `Adversarial` adds to either
 
     layers        weight d softplus(-D(x))                         d the number of coordinates of x
@@ -49,6 +53,7 @@ class LayerDraw:
         level: Level of the bridge that q belongs to, shape (B,).
         condition: Condition of each row, or None.
         real: Draw of the bridge at the level and condition of each row, of the shape of x, or None.
+        miss: Mean of the layer, at its own level, less where it is to lead, of the shape of x, or None.
     """
 
     q: DiagonalGaussian
@@ -56,6 +61,7 @@ class LayerDraw:
     level: Tensor
     condition: Tensor | None = None
     real: Tensor | None = None
+    miss: Tensor | None = None
 
     @property
     def layer_score(self) -> Tensor:
@@ -64,7 +70,8 @@ class LayerDraw:
 
     def detach(self) -> LayerDraw:
         """The same draw, cut from the graph of the layers."""
-        return replace(self, q=self.q.detach(), x=self.x.detach())
+        miss = None if self.miss is None else self.miss.detach()
+        return replace(self, q=self.q.detach(), x=self.x.detach(), miss=miss)
 
 
 def draw_layer(
@@ -77,6 +84,7 @@ def draw_layer(
     condition: Tensor | None = None,
     generator: torch.Generator | None = None,
     real: bool = False,
+    end: Tensor | None = None,
 ) -> LayerDraw:
     """Draws from layer t at its own level (the paper), or at a random level of the bridge.
 
@@ -94,6 +102,7 @@ def draw_layer(
         condition: Condition of each row.
         generator: Source of the level and the noise.
         real: Draw from the bridge too, at the same level and condition, see `LayerDraw.real`.
+        end: What the layer is to make of its input, see `LayerDraw.miss`.
 
     Raises:
         ValueError: `scoring` is none of these, or "between" has no x_next.
@@ -102,6 +111,7 @@ def draw_layer(
         raise ValueError(f"scoring={scoring!r} is unknown: choose 'own', 'random' or 'between'")
     if scoring == "between" and x_next is None:
         raise ValueError("scoring='between' needs the input of the layers: give x_next")
+    miss = None if end is None else q.mean - end
     level = bridge.level(t) if scoring == "own" else bridge.sample_level(t, generator)
     if scoring == "random":
         q = bridge.renoise(q, t, level)
@@ -110,7 +120,7 @@ def draw_layer(
         q, noise = bridge.between(q, t, level, x_next, noise, generator)
     x = q.rsample(noise)
     drawn = bridge.sample(level, condition, generator) if real else None
-    return LayerDraw(q=q, x=x, level=level, condition=condition, real=drawn)
+    return LayerDraw(q=q, x=x, level=level, condition=condition, real=drawn, miss=miss)
 
 
 def unit_weight(level: Tensor) -> Tensor:
@@ -329,6 +339,59 @@ class Adversarial(CriticObjective):
         return self.weight * draw.x[0].numel()
 
 
+class Regression(Objective):
+    """The layer is fitted to pairs of a map, without critic or score (arXiv 2101.02388): a start for other objectives.
+
+    Its best mean is the map where that is smooth, and a mean over what is near where it is not, so pictures are soft;
+    but each part of the target gets the mass that the map gives it.
+    """
+
+    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        """Returns 1/2 |mu(x_next) - x_0|^2.
+
+        Raises:
+            ValueError: The draw is of no pair.
+        """
+        return 0.5 * _sum(_miss(draw).square())
+
+
+class Guided(CriticObjective):
+    """Another objective and, with a weight, `Regression`: the regression loss of DMD (arXiv 2311.18828).
+
+    The objectives with a critic feel where mass is missing from high levels alone, and there the critic errs; a small
+    weight keeps the masses of the map.
+
+    Args:
+        objective: What it is added to.
+        weight: > 0. The loss is in the units of `KullbackLeibler` with a weight sigma^2: try 0.005.
+
+    Raises:
+        ValueError: The weight is not above 0.
+    """
+
+    def __init__(self, objective: CriticObjective, weight: float) -> None:
+        if not weight > 0:
+            raise ValueError(f"weight={weight}: give a number > 0, or leave the pairs out")
+        super().__init__(objective.layer_weight, objective.critic_weight, objective.normalise, objective.teacher_share)
+        self.objective = objective
+        self.weight = weight
+        self.critic_gradient = objective.critic_gradient
+        self.needs_real = objective.needs_real
+
+    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        """Returns the objective's loss + weight/2 |mu(x_next) - x_0|^2.
+
+        Raises:
+            ValueError: The draw is of no pair.
+        """
+        regression = 0.5 * self.weight * _sum(_miss(draw).square())
+        return self.objective.layer_loss(critic, bridge, draw) + regression
+
+    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
+        """Returns the objective's."""
+        return self.objective.critic_loss(critic, draw, bridge)
+
+
 class LowerBound(Objective):
     """HSIVI-LB: the bound of semi-implicit variational inference, layer by layer (sec. 3.1).
 
@@ -397,6 +460,12 @@ class LowerBound(Objective):
         with torch.no_grad():
             score = bridge.score(draw.x, draw.level)
         return _sum(score * draw.x)
+
+
+def _miss(draw: LayerDraw) -> Tensor:
+    if draw.miss is None:
+        raise ValueError("the draw is of no pair: take its layer's input from a PairChain")
+    return draw.miss
 
 
 def _score_and_logits(answer: Any) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 import make_teacher
 import plan
 import train_hsivi
-from options import parse_options
 from players import Players, load_networks
-from recipe import GROUPS, PRESETS, Options
+from recipe import parse_recipe
 from tiny_unet import make_unet
 
 SCRIPT = Path(train_hsivi.__file__)
@@ -37,7 +36,7 @@ def options(arguments):
     """The options of a run that is only planned."""
 
     def make(**settings):
-        return Options(*parse_options(GROUPS, "", PRESETS, arguments("nowhere", **settings)))
+        return parse_recipe("", arguments("nowhere", **settings))
 
     return make
 

@@ -17,7 +17,6 @@ from hsivi_diffusers.distillation import UNetDiscriminator
 from hsivi_diffusers.model_card import make_card
 from hsivi_diffusers.vi import Adversarial, KullbackLeibler, ScoreMatching
 from images import load_images, to_model_range
-from options import parse_options
 from tiny_unet import make_unet
 
 DATA = {"train_data": "digits", "source": "data"}
@@ -259,7 +258,7 @@ def test_what_cannot_run_is_refused_before_any_work(distil, tmp_path, settings, 
 @pytest.fixture
 def options(arguments, fresh_accelerator):
     def make(**settings):
-        return recipe.Options(*parse_options(recipe.GROUPS, "", recipe.PRESETS, arguments("nowhere", **settings)))
+        return recipe.parse_recipe("", arguments("nowhere", **settings))
 
     return make
 

@@ -9,9 +9,8 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 import plan
-from options import parse_options
 from players import Players, make_networks
-from recipe import GROUPS, PRESETS, Options
+from recipe import PRESETS, parse_recipe
 
 TRAINING = Path(plan.__file__).parent
 RECIPES = sorted(path for preset in PRESETS for path in (TRAINING / "configs").glob(f"*_{preset}.yaml"))
@@ -23,7 +22,7 @@ def read(path, *arguments):
     """The options of a recipe, for its teacher here."""
     teacher = TRAINING / "teachers" / TEACHERS[path.stem.split("_")[0]]
     given = ["--config", str(path), f"--pretrained_teacher_model={teacher}", *arguments]
-    return Options(*parse_options(GROUPS, "", PRESETS, given))
+    return parse_recipe("", given)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

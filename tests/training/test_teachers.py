@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 import make_teacher
 from hsivi_diffusers import HSIVIScheduler, TeacherBridge, load_teacher
-from options import changes, parse_options
+from options import changes
 from players import level_range, make_networks
-from recipe import GROUPS, PRESETS, Options, check_options
+from recipe import check_options, parse_recipe
 from tiny_unet import make_unet
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -36,7 +36,7 @@ def schedule_of(name):
 
 def options_of(recipe):
     """The options of a recipe, checked as a run would."""
-    options = Options(*parse_options(GROUPS, "", PRESETS, ["--config", str(TRAINING / "configs" / f"{recipe}.yaml")]))
+    options = parse_recipe("", ["--config", str(TRAINING / "configs" / f"{recipe}.yaml")])
     check_options(options)
     return options
 

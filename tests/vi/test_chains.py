@@ -5,6 +5,7 @@ from hsivi_diffusers.vi import (
     DataChain,
     DiagonalGaussian,
     FrozenPoolChain,
+    PairChain,
     PoolChain,
     SimulatedChain,
     draw_marginals,
@@ -586,3 +587,18 @@ def test_one_layer_takes_the_base_and_no_data():
 def test_data_must_come_from_somewhere():
     with pytest.raises(ValueError, match="source='data' needs sample_input"):
         make_chain("data", bases, 3, 5)
+
+
+def test_a_pair_chain_draws_inputs_of_the_one_layer_and_where_they_lead():
+    def sample_pairs(size, generator):
+        x = torch.randn(size, DIMENSION, generator=generator)
+        return x, 2 * x, torch.arange(size)
+
+    chain = PairChain(sample_pairs, 4)
+    batch = chain.draw(None, generator())
+    assert torch.equal(batch.end, 2 * batch.x_next)
+    assert torch.equal(batch.x_next, torch.randn(4, DIMENSION, generator=generator()))
+    assert (batch.t.tolist(), batch.condition.tolist()) == ([0] * 4, [0, 1, 2, 3])
+    assert chain.num_layers == 1
+    assert chain.state_dict() == {}
+    assert chain.sample_base(4, generator()).equal(batch.x_next)

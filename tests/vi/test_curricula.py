@@ -21,6 +21,18 @@ def test_shares_that_do_not_fit_are_refused(beta):
         joint(2, 10, beta=beta)
 
 
+def test_the_critic_may_learn_alone_at_first():
+    alone, both = joint(2, 10, beta=[1, 3], critic_first=4)
+    assert (alone.beta.tolist(), alone.num_steps) == ([0, 0], 4)
+    assert (both.beta.tolist(), both.num_steps) == ([0.5, 1.5], 6)
+
+
+@pytest.mark.parametrize("critic_first", [-1, 11])
+def test_the_critic_cannot_learn_alone_for_longer_than_all(critic_first):
+    with pytest.raises(ValueError, match=f"critic_first={critic_first}: give a number of steps from 0 up to the 10"):
+        joint(2, 10, critic_first=critic_first)
+
+
 def test_a_hierarchy_has_a_layer():
     with pytest.raises(ValueError, match="at least 1 layer"):
         joint(0, 10)

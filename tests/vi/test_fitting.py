@@ -11,7 +11,9 @@ from hsivi_diffusers.vi import (
     FrozenPoolChain,
     KullbackLeibler,
     LowerBound,
+    PairChain,
     PoolChain,
+    Regression,
     ScoreMatching,
     SimulatedChain,
     fit,
@@ -479,7 +481,7 @@ def test_a_critic_that_is_not_asked_does_not_move():
 @pytest.mark.parametrize("critic", [None, LinearCritic(3)])
 def test_an_objective_with_a_critic_is_not_run_without_one_and_its_optimizer(objective, critic):
     name = type(objective).__name__
-    with pytest.raises(ValueError, match=f"{name} needs a critic and a critic_optimizer: LowerBound alone has none"):
+    with pytest.raises(ValueError, match=f"{name} needs a critic and a critic_optimizer; LowerBound and"):
         next(Alone().fit(sequential(3, 1), objective=objective, critic=critic))
 
 
@@ -553,3 +555,29 @@ def test_a_run_that_is_over_does_nothing_more():
     game = Alone()
     assert list(game.fit(sequential(3, 2), start_step=6)) == []
     assert same(game, Alone())
+
+
+def test_pairs_of_a_linear_map_are_fitted_exactly_without_a_critic():
+    def sample_pairs(size, generator):
+        x = torch.randn(size, 3, generator=generator, dtype=torch.float64)
+        return x, 0.7 * x - 0.2, None
+
+    layers = LinearLayers([0.1], [0.3], [0.5])
+    optimizer = torch.optim.Adam(layers.parameters(), lr=0.02)
+    steps = fit(layers, None, None, Regression(), PairChain(sample_pairs, 32), joint(1, 500), layer_optimizer=optimizer)
+    *_, last = steps
+    assert layers.scale.item() == pytest.approx(0.7, abs=1e-6)
+    assert layers.shift.item() == pytest.approx(-0.2, abs=1e-6)
+    assert last.critic.loss.shape == (0,)
+
+
+def test_where_the_critic_learns_alone_the_layers_stay_as_they_are_to_the_bit():
+    game = Game(target())
+    before = copy.deepcopy((game.layers.state_dict(), game.critic.state_dict()))
+    steps = game.fit(KullbackLeibler(), 0, curriculum=joint(3, 6, critic_first=4))
+    for _ in range(4):
+        next(steps)
+    assert all(torch.equal(game.layers.state_dict()[name], value) for name, value in before[0].items())
+    assert not any(torch.equal(game.critic.state_dict()[name], value) for name, value in before[1].items())
+    next(steps)
+    assert not any(torch.equal(game.layers.state_dict()[name], value) for name, value in before[0].items())

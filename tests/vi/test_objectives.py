@@ -8,9 +8,11 @@ from hsivi_diffusers.vi import (
     Adversarial,
     DiagonalGaussian,
     GeometricBridge,
+    Guided,
     KullbackLeibler,
     LayerDraw,
     LowerBound,
+    Regression,
     ScoreMatching,
     ScoreTarget,
     draw_layer,
@@ -486,6 +488,61 @@ def test_what_the_adversarial_term_cannot_use_is_refused():
 
 
 # ----- the lower bound -----
+
+
+@pytest.mark.parametrize("scoring", ["own", "random"])
+def test_a_draw_knows_by_how_much_the_layers_mean_misses_wherever_it_is_scored(scoring):
+    layers = linear_layers()
+    bridge = matching_bridge(layers)
+    end = torch.randn(64, DIMENSION, dtype=torch.float64)
+    if scoring == "random":
+        bridge.sample_level, bridge.renoise = (lambda t, generator: bridge.level(t)), (lambda q, t, level: q.detach())
+    draw = make_draw(layers, bridge, scoring=scoring, end=end)
+    batch = make_chain("simulate", bridge.sample_base, 3, 64).draw(layers, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(draw.miss, layers(batch.x_next, batch.t).mean - end)
+    assert draw.miss.requires_grad
+    assert not draw.detach().miss.requires_grad
+
+
+def test_regression_is_half_the_square_of_the_miss_and_asks_no_one():
+    layers = linear_layers()
+    bridge = matching_bridge(layers)
+    draw = make_draw(layers, bridge, end=torch.zeros(64, DIMENSION, dtype=torch.float64))
+    loss = Regression().layer_loss(no_critic, None, draw)
+    torch.testing.assert_close(loss, 0.5 * draw.miss.square().sum(1))
+
+
+@pytest.mark.parametrize(
+    "objective", [ScoreMatching(alpha=1.0), KullbackLeibler(), Adversarial(KullbackLeibler(), 0.1)]
+)
+def test_guidance_is_added_to_the_layers_loss_and_leaves_the_critics(objective):
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    draw = make_draw(layers, bridge, real=True, end=torch.ones(64, DIMENSION, dtype=torch.float64))
+    critic = discriminator(layers, bridge) if isinstance(objective, Adversarial) else LinearCritic(3)
+    guided = Guided(objective, 0.3)
+    torch.testing.assert_close(
+        guided.layer_loss(critic, bridge, draw),
+        objective.layer_loss(critic, bridge, draw) + 0.3 * Regression().layer_loss(no_critic, None, draw),
+    )
+    torch.testing.assert_close(
+        guided.critic_loss(critic, draw.detach(), bridge), objective.critic_loss(critic, draw.detach(), bridge)
+    )
+    assert (guided.critic_gradient, guided.needs_real) == (objective.critic_gradient, objective.needs_real)
+
+
+@pytest.mark.parametrize("objective", [Regression(), Guided(KullbackLeibler(), 0.3)])
+def test_what_is_fitted_to_pairs_needs_pairs(objective):
+    layers = linear_layers()
+    bridge = matching_bridge(layers)
+    with pytest.raises(ValueError, match="take its layer's input from a PairChain"):
+        objective.layer_loss(ExactCritic(layers), bridge, make_draw(layers, bridge))
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
+def test_a_guidance_of_no_weight_is_refused(weight):
+    with pytest.raises(ValueError, match="give a number > 0, or leave the pairs out"):
+        Guided(KullbackLeibler(), weight)
 
 
 def no_critic(*_):

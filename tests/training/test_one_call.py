@@ -1,0 +1,181 @@
+"""A sampler of one call: its layer is fitted to pairs of the teacher's ODE, then the critic learns, then both do."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+import players
+import recipe
+from hsivi_diffusers import HSIVIPipeline, load_teacher
+from hsivi_diffusers.distillation import TeacherPairs
+from hsivi_diffusers.vi import Guided, KullbackLeibler, PairChain
+
+ONE = {"preset": "fast", "num_layers": 1, "ode_pairs": 8, "ode_calls": 2, "ode_steps": 3, "critic_first": 1}
+
+
+@pytest.fixture
+def options(arguments, fresh_accelerator):
+    def make(*flags, **settings):
+        return recipe.parse_recipe("", arguments("nowhere", *flags, **settings))
+
+    return make
+
+
+@pytest.fixture
+def make_players(options):
+    def make(**settings):
+        asked, accelerator = options(**{**ONE, **settings}), Accelerator(cpu=True)
+        return players.Players(players.load_networks(asked, accelerator), asked, accelerator)
+
+    return make
+
+
+def weights(folder):
+    return load_file(folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+# ----- options -----
+
+
+def test_fast_has_its_own_settings_for_one_call_and_what_is_given_wins(options):
+    one = recipe.flatten(options(preset="fast", num_layers=1))
+    ours = {name: value for name, value in recipe.ONE_CALL.items() if name != "critic_updates"}
+    assert {name: one[name] for name in ours} == ours
+    assert one["critic_updates"] == 2  # of the fixture, as everything that is given
+    assert recipe.flatten(options(preset="fast", num_layers=1, ode_pairs=7))["ode_pairs"] == 7
+    two = recipe.flatten(options(preset="fast", num_layers=2))
+    assert {name: two[name] for name in ("ode_pairs", "critic_first", "start_signal")} == {
+        "ode_pairs": 0,
+        "critic_first": 0,
+        "start_signal": 3.2,
+    }
+    assert recipe.flatten(options(preset="paper", num_layers=1))["ode_pairs"] == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 64, 64)])
+def test_one_call_starts_at_a_noise_whatever_the_size_of_the_pictures(options, teacher, shape):
+    scheduler = players.make_scheduler(load_teacher(str(teacher))[1], options(**ONE).layers, shape)
+    assert scheduler.config.layer_timesteps == [440, 0]
+    alpha, sigma = scheduler.alpha_sigma(torch.tensor([439, 440]), torch.zeros(2, 1, 1, 1))
+    assert (sigma / alpha >= 2.5).flatten().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_layers": 2}, "--ode_pairs 8 tell where noise leads in one call: pass --num_layers 1, or leave them out"),
+        ({"ode_pairs": -1}, "--ode_pairs -1: give a number from 0 on"),
+        ({"ode_weight": -0.1}, "--ode_weight -0.1: give a number from 0 on"),
+        ({"ode_calls": 0}, "--ode_calls 0: give a number above 0"),
+        ({"ode_steps": 0}, "--ode_steps 0: give a number above 0"),
+        ({"ode_learning_rate": 0.0}, "--ode_learning_rate 0.0: give a number above 0"),
+        ({"ode_pairs": 0}, "--ode_calls 2 and --ode_steps 3 would not be used: pass --ode_pairs too"),
+        ({"critic_first": -1}, "--critic_first -1: give a number of updates from 0 to below the 5"),
+        ({"critic_first": 5}, "--critic_first 5: give a number of updates from 0 to below the 5"),
+        ({"start_noise": 0.0}, "--start_noise 0.0: give a number above 0; that of preset fast is 2.5"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_work(distil, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        distil(tmp_path / "run", **{**ONE, "pretrained_teacher_model": "nowhere", **settings})
+    assert not (tmp_path / "run").exists()
+
+
+# ----- the fit to the pairs -----
+
+
+def test_the_layer_is_fitted_to_the_pairs_first_and_the_optimizer_starts_anew(make_players):
+    made = make_players(ode_steps=300, ode_pairs=4)
+    before = {name: value.clone() for name, value in made.critic.state_dict().items()}
+    batch = made.chains[0].draw(made.layers)
+
+    def misses():
+        with torch.no_grad():
+            return (made.layers(batch.x_next, batch.t).mean - batch.end).square().mean()
+
+    at_first = misses()
+    made._regress()
+    assert misses() < at_first / 2
+    assert all(torch.equal(value, before[name]) for name, value in made.critic.state_dict().items())
+    assert len(made.layer_optimizer.state) == 0
+    assert made.layer_optimizer.param_groups[0]["lr"] == 0  # of the first step of the warm-up
+    for average, parameter in zip(made.ema.shadow_params, made.student.parameters(), strict=True):
+        assert torch.equal(average, parameter)
+
+
+def test_each_shard_has_its_share_of_the_pairs(make_players):
+    made = make_players(gradient_accumulation_steps=2, ode_pairs=6)
+    draws = [chain.draw(made.layers, torch.Generator().manual_seed(0)) for chain in made.chains]
+    assert all(isinstance(chain, PairChain) for chain in made.chains)
+    seen = [{row.sum().item() for _ in range(20) for row in chain.draw(made.layers).x_next} for chain in made.chains]
+    assert [len(each) for each in seen] == [3, 3]
+    assert not seen[0] & seen[1]
+    assert not torch.equal(draws[0].x_next, draws[1].x_next)
+
+
+@pytest.mark.parametrize(("weight", "kind"), [(0.0, KullbackLeibler), (0.01, Guided)])
+def test_the_pairs_go_on_guiding_the_layer_by_their_weight(make_players, weight, kind):
+    made = make_players(ode_weight=weight)
+    assert type(players.make_objective(made.options.method, made.bridge)) is kind
+
+
+def test_the_critic_learns_alone_before_the_layer_moves(make_players):
+    made = make_players(critic_first=2, max_train_steps=4)
+    steps = made.updates(0)
+    next(steps)
+    layers, critic = ({k: v.clone() for k, v in each.state_dict().items()} for each in (made.layers, made.critic))
+    next(steps)
+    assert all(torch.equal(value, layers[name]) for name, value in made.layers.state_dict().items())
+    assert not all(torch.equal(value, critic[name]) for name, value in made.critic.state_dict().items())
+    next(steps)
+    assert not all(torch.equal(value, layers[name]) for name, value in made.layers.state_dict().items())
+
+
+# ----- whole runs -----
+
+
+def test_a_run_resumes_to_the_same_bits_and_does_not_fit_the_pairs_again(distil, tmp_path, monkeypatch):
+    whole = distil(tmp_path / "whole", **ONE)
+    fit, starts = players.fit, []
+
+    def stopping(*given, **named):
+        starts.append(named.get("start_step"))
+        for step in fit(*given, **named):
+            if step.step == 3 and len(starts) == 2:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(players, "fit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        distil(tmp_path / "run", **ONE)
+    distil(tmp_path / "run", resume_from_checkpoint="latest", **ONE)
+    assert starts == [None, 0, 2]
+    ended, resumed = weights(whole), weights(tmp_path / "run")
+    assert all(torch.equal(ended[name], resumed[name]) for name in ended)
+
+
+def test_a_run_counts_the_calls_of_its_pairs_and_makes_a_pipeline_of_one_call(distil, tmp_path):
+    run = distil(tmp_path / "run", **ONE)
+    calls = json.loads((run / "training.json").read_text())["network_calls"]
+    # 8 pairs of 2 calls, 3 updates of 4 rows, and 5 of the layers, with 2 of the critic, which share the first answer.
+    assert calls == 8 * 2 + 3 * 4 + 5 * 4 * (1 + 1 + 1 + 2)
+    pipeline = HSIVIPipeline.from_pretrained(run / "pipeline")
+    assert pipeline.scheduler.config.layer_timesteps == [440, 0]
+    assert pipeline(2, output_type="np", return_dict=False)[0].shape == (2, 8, 8, 1)
+
+
+def test_pairs_of_a_class_conditional_teacher_have_classes(distil, class_teacher, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(players, "TeacherPairs", lambda *given: made.append(TeacherPairs(*given)) or made[0])
+    distil(tmp_path / "run", **ONE, pretrained_teacher_model=class_teacher)
+    assert set(made[0].condition.tolist()) <= {0, 1, 2}
+    assert len(made[0].condition) == 8
+
+
+def test_a_plan_tells_what_the_pairs_cost(distil, tmp_path, capsys, fresh_accelerator):
+    distil(tmp_path / "run", "--plan", **ONE)
+    assert "for 8 pairs of 2 calls of the teacher and 3 updates of the layer by them" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
