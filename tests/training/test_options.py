@@ -17,6 +17,8 @@ from folders import claim_output_dir, sole_writer
 from options import changes, option, parse_options
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
+SETS = ("fashion", "emoji")
+ONE_CALL = {**recipe.PRESETS["fast"], **recipe.ONE_CALL}
 PRESETS = {"quick": {"rate": 0.1, "steps": 10, "start": 7}, "slow": {"rate": 0.2, "steps": 20}}
 
 
@@ -214,9 +216,10 @@ def test_an_unknown_argument_is_refused(refused, args):
 @pytest.mark.parametrize(
     ("config", "groups", "presets"),
     [
+        *[(name, recipe.GROUPS, {"fast": ONE_CALL}) for name in ("fashion_t1.yaml", "emoji_t1.yaml")],
         *[
             (name, recipe.GROUPS, recipe.PRESETS)
-            for name in ("digits_t5.yaml", "digits_t1248.yaml", "fashion_t4.yaml", "emoji_t4.yaml")
+            for name in ("digits_t1.yaml", "digits_t5.yaml", "digits_t1248.yaml", "fashion_t4.yaml", "emoji_t4.yaml")
         ],
         *[
             (name, [train_teacher.Data, train_teacher.Network, train_teacher.Training], None)
@@ -259,9 +262,9 @@ def test_no_config_is_left_untested():
     recipes = {path.name for preset in recipe.PRESETS for path in CONFIGS.glob(f"*_{preset}.yaml")}
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
-        *["digits_t5.yaml", "digits_t1248.yaml", "digits_evaluation.yaml", "digits_teacher.yaml", "digits_lcm.yaml"],
-        *[f"{name}_{part}.yaml" for name in ("fashion", "emoji") for part in ("teacher", "classifier", "t4", "lcm")],
-        *[f"benchmark_{name}.yaml" for name in ("digits", "fashion", "emoji")],
+        *[f"digits_{part}.yaml" for part in ("t1", "t5", "t1248", "evaluation", "teacher", "lcm")],
+        *[f"{name}_{part}.yaml" for name in SETS for part in ("teacher", "classifier", "t1", "t4", "lcm")],
+        *[f"benchmark_{name}.yaml" for name in ("digits", *SETS)],
     }
 
 
