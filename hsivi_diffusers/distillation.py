@@ -143,6 +143,10 @@ class UNetLayers(ConditionalLayers):
         unet: Starts as a copy of the teacher's.
         scheduler: Holds the grid, or the grids of several hierarchies, see `HSIVIScheduler.depths`.
         noise_scale: The learned scale, per pixel or per layer, or None for that of the scheduler's config.
+        clip_pictures: Clip the mean of the last layer to [-1, 1], as pipelines do with what is drawn, and let its
+            gradient pass as if it were not clipped (straight through). What lies beyond white or black then counts as
+            white or black in training, too, where it would be taken for a fault, and a layer may hide there the grain
+            that a prediction of noise leaves.
     """
 
     def __init__(
@@ -150,11 +154,13 @@ class UNetLayers(ConditionalLayers):
         unet: UNet2DModel,
         scheduler: HSIVIScheduler,
         noise_scale: HSIVINoiseScale | LayerNoiseScale | None = None,
+        clip_pictures: bool = False,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.scheduler = scheduler
         self.noise_scale = noise_scale
+        self.clip_pictures = clip_pictures
         self.num_layers = sum(scheduler.depths)
 
     @property
@@ -169,7 +175,13 @@ class UNetLayers(ConditionalLayers):
         several = len(self.scheduler.depths) > 1  # grids, which may share an input and not the output
         prev_timestep = self.scheduler.output_timestep(t) if several else None
         mean, std = self.scheduler.transition(model_output, timestep, x_next, self._noise_scale(t), prev_timestep)
-        return DiagonalGaussian(mean=mean, std=std)
+        return DiagonalGaussian(mean=self._clip(mean, t) if self.clip_pictures else mean, std=std)
+
+    def _clip(self, mean: Tensor, t: Tensor) -> Tensor:
+        """The mean, that of a last layer clipped in value and not in gradient."""
+        depths = torch.tensor(self.scheduler.depths)
+        is_last = torch.isin(t, (depths.cumsum(0) - depths).to(t.device)).reshape(-1, *[1] * (mean.ndim - 1))
+        return torch.where(is_last, mean + (mean.clamp(-1, 1) - mean).detach(), mean)
 
     def _noise_scale(self, t: Tensor) -> Tensor | None:
         if self.noise_scale is None:

@@ -115,6 +115,23 @@ def test_layers_use_the_learned_noise_scale(unet):
     torch.testing.assert_close(noise_scale.log_scale.grad, 4 * q.std.detach().mean() * torch.ones(1, 1, 8, 8))
 
 
+@pytest.mark.parametrize("grids", [[440, 220, 10], [[440, 10], [440, 220, 10]]])
+def test_last_layers_are_clipped_in_value_and_not_in_gradient(unet, grids):
+    """Each grid has a last layer: of one grid layer 0, of a first of T = 1 and a second of T = 2 layers 0 and 1."""
+    scheduler = HSIVIScheduler(layer_timesteps=grids, kernel="ddim", noise_eta=0.7)
+    x, t = 3 * torch.randn(6, 1, 8, 8), torch.arange(6) % sum(scheduler.depths)
+    plain, clipped = (UNetLayers(unet, scheduler, clip_pictures=clip)(x, t) for clip in (False, True))
+    is_last = t < len(scheduler.depths)
+    assert plain.mean[is_last].abs().max() > 1
+    torch.testing.assert_close(clipped.mean[is_last], plain.mean[is_last].clamp(-1, 1))
+    assert torch.equal(clipped.mean[~is_last], plain.mean[~is_last])
+    assert torch.equal(clipped.std, plain.std)
+    weight = torch.randn(6, 1, 8, 8)
+    gradients = [torch.autograd.grad((weight * q.mean).sum(), list(unet.parameters())) for q in (plain, clipped)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("kernel", ["ddim", "renoise"])
 def test_layers_that_start_at_pure_noise_have_finite_values_and_gradients(unet, kernel):
     schedule = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}

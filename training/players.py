@@ -302,7 +302,10 @@ class Players:
             for unet in (networks.teacher, networks.student, networks.critic):
                 unet.enable_gradient_checkpointing()
         self.student = UNetLayers(
-            networks.student.requires_grad_(True).train(), networks.scheduler, networks.noise_scale
+            networks.student.requires_grad_(True).train(),
+            networks.scheduler,
+            networks.noise_scale,
+            options.layers.clip_pictures,
         )
         self.critic_unet = networks.critic
         kind = UNetDiscriminator if method.adversarial_weight else UNetCritic

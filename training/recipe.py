@@ -13,13 +13,15 @@ from options import changes, flatten, option, parse_options
 
 PRESETS: dict[str, dict[str, Any]] = {
     # DDIM layers of eta 1, scored by the KL gradient at a random level between output and input: half of the rows
-    # diffused to it, half on the way to it. The chain starts where the picture begins to show, at 440 of 8x8
-    # pixels and 674 of 32x32; the layers' learning rate falls to 0, the critic's does not.
+    # diffused to it, half on the way to it; pictures are clipped as when they are drawn. The chain starts where the
+    # picture begins to show, at 440 of 8x8 pixels and 674 of 32x32; the layers' learning rate falls to 0, the critic's
+    # does not.
     "fast": {
         "kernel": "ddim",
         "noise_eta": 1.0,
         "timestep_spacing": "uniform",
         "start_signal": 3.2,
+        "clip_pictures": True,
         "objective": "KL",
         "scoring": "between",
         "layer_weight": "unit",
@@ -98,6 +100,9 @@ class Layers:
     noise_eta: float = option(0.2, "eta of the ddim kernel, 0 to 1")
     noise_scale_type: Literal["config", "scalar", "per_layer", "per_pixel"] = option(
         "config", "keep the noise scale at 1, or learn one: a single number, one for each layer, or one for each pixel"
+    )
+    clip_pictures: bool = option(
+        False, "clip the mean of the last layer to black and white in training too; its gradient passes"
     )
 
     def __post_init__(self) -> None:

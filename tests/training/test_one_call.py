@@ -55,6 +55,11 @@ def test_fast_has_its_own_settings_for_one_call_and_what_is_given_wins(options):
     assert recipe.flatten(options(preset="paper", num_layers=1))["ode_pairs"] == 0
 
 
+@pytest.mark.parametrize(("preset", "clips"), [("fast", True), ("paper", False)])
+def test_the_layers_clip_pictures_as_the_preset_has_it(make_players, preset, clips):
+    assert make_players(preset=preset, ode_pairs=0, ode_calls=8, ode_steps=500).student.clip_pictures is clips
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 64, 64)])
 def test_one_call_starts_at_a_noise_whatever_the_size_of_the_pictures(options, teacher, shape):
     scheduler = players.make_scheduler(load_teacher(str(teacher))[1], options(**ONE).layers, shape)
