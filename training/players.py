@@ -362,9 +362,8 @@ class Players:
     def _make_pairs(self, place: int) -> TeacherPairs:
         """The share of the pairs of one shard."""
         method, training = self.options.method, self.options.training
-        shard, number = self.accelerator.process_index * len(self.chains) + place, method.ode_pairs // self.shards
-        generator = step_generator(training.seed, shard, -1)
-        number = max(1, number)
+        shard = self.accelerator.process_index * len(self.chains) + place
+        number, generator = max(1, method.ode_pairs // self.shards), step_generator(training.seed, shard, -1)
         condition = self._sample_condition(number, generator) if self.student.unet.config.num_class_embeds else None
         return TeacherPairs(
             self.bridge.network.unet,
@@ -430,7 +429,9 @@ class Players:
             self.ema.step(self.student.parameters())
             yield step
 
-    def _fit(self, objective: Objective, curriculum: list[Stage], **settings: Any) -> Iterator[Step]:
+    def _fit(
+        self, objective: Objective, curriculum: list[Stage], critic: nn.Module | None = None, **settings: Any
+    ) -> Iterator[Step]:
         """`vi.fit` of the layers, with the settings that are the same whatever they are fitted by."""
         accelerator, training = self.accelerator, self.options.training
         limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
@@ -440,7 +441,7 @@ class Players:
 
         return fit(
             self.layers,
-            settings.pop("critic", None),
+            critic,
             self.bridge,
             objective,
             self.chains,
