@@ -62,6 +62,7 @@ def test_a_curriculum_of_three_two_and_one_layers(runs, tmp_path):
     run = runs("per_layer")
     for num_layers in (2, 1):
         options = {"noise_scale_type": "per_layer", "max_train_steps": 2, "train_batch_size": 4}
+        options |= {"ode_pairs": 4, "ode_calls": 1, "ode_steps": 1, "critic_first": 0} if num_layers == 1 else {}
         arguments = [f"--{name}={value}" for name, value in options.items()]
         folder = tmp_path / str(num_layers)
         train_hsivi.main([*arguments, f"--num_layers={num_layers}", f"--init_from={run}", f"--output_dir={folder}"])

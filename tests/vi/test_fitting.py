@@ -564,7 +564,8 @@ def test_pairs_of_a_linear_map_are_fitted_exactly_without_a_critic():
 
     layers = LinearLayers([0.1], [0.3], [0.5])
     optimizer = torch.optim.Adam(layers.parameters(), lr=0.02)
-    steps = fit(layers, None, None, Regression(), PairChain(sample_pairs, 32), joint(1, 500), layer_optimizer=optimizer)
+    bridge, chain = GaussianBridge([0.0], [1.0]), PairChain(sample_pairs, 32)
+    steps = fit(layers, None, bridge, Regression(), chain, joint(1, 500), layer_optimizer=optimizer)
     *_, last = steps
     assert layers.scale.item() == pytest.approx(0.7, abs=1e-6)
     assert layers.shift.item() == pytest.approx(-0.2, abs=1e-6)
