@@ -20,7 +20,7 @@ from .modeling_hsivi import HSIVINoiseScale
 from .scheduling_hsivi import HSIVIScheduler
 from .vi.bridges import Bridge
 from .vi.distributions import DiagonalGaussian, randn_like
-from .vi.layers import ConditionalLayers
+from .vi.layers import ConditionalLayers, hierarchy_ends
 from .vi.objectives import Weight
 
 LevelLaw = Literal["layer", "uniform"]
@@ -179,8 +179,8 @@ class UNetLayers(ConditionalLayers):
 
     def _clip(self, mean: Tensor, t: Tensor) -> Tensor:
         """The mean, that of a last layer clipped in value and not in gradient."""
-        depths = torch.tensor(self.scheduler.depths)
-        is_last = torch.isin(t, (depths.cumsum(0) - depths).to(t.device)).reshape(-1, *[1] * (mean.ndim - 1))
+        _, last = hierarchy_ends(self.depths)
+        is_last = torch.isin(t, last.to(t.device)).reshape(-1, *[1] * (mean.ndim - 1))
         return torch.where(is_last, mean + (mean.clamp(-1, 1) - mean).detach(), mean)
 
     def _noise_scale(self, t: Tensor) -> Tensor | None:
@@ -349,7 +349,7 @@ class TeacherBridge(Bridge):
     @property
     def _first_layers(self) -> Tensor:
         """The layer of each grid that takes the base."""
-        return torch.tensor(self.scheduler.depths).cumsum(0) - 1
+        return hierarchy_ends(self.scheduler.depths)[0]
 
     @cached_property
     def _layer_levels(self) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ class Checkpoints:
 
     def _own_chains(self, folder: Path) -> list[tuple[Path, int]]:
         """Files of the shards of this process, and the chains they are of."""
-        first = self.accelerator.process_index * len(self.players.chains)
+        first = self.players.first_shard
         return [(folder / f"chains-{first + i}.safetensors", i) for i in range(len(self.players.chains))]
 
 

@@ -362,8 +362,8 @@ class Players:
     def _make_pairs(self, place: int) -> TeacherPairs:
         """The share of the pairs of one shard."""
         method, training = self.options.method, self.options.training
-        shard = self.accelerator.process_index * len(self.chains) + place
-        number, generator = max(1, method.ode_pairs // self.shards), step_generator(training.seed, shard, -1)
+        number = max(1, method.ode_pairs // self.shards)
+        generator = step_generator(training.seed, self.first_shard + place, -1)
         condition = self._sample_condition(number, generator) if self.student.unet.config.num_class_embeds else None
         return TeacherPairs(
             self.bridge.network.unet,
@@ -378,6 +378,11 @@ class Players:
     def shards(self) -> int:
         """Chains in all processes."""
         return self.accelerator.num_processes * len(self.chains)
+
+    @property
+    def first_shard(self) -> int:
+        """Number of this process's first chain among those of all."""
+        return self.accelerator.process_index * len(self.chains)
 
     @property
     def rows(self) -> int:

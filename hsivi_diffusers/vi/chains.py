@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .distributions import DiagonalGaussian, randn_like
-from .layers import ConditionalLayers
+from .layers import ConditionalLayers, hierarchy_ends
 
 SampleBase = Callable[[int, torch.Generator | None], Tensor]
 SampleInput = Callable[[Tensor, Tensor | None, torch.Generator | None], Tensor]
@@ -140,9 +140,9 @@ class Chain(ABC):
         self.batch_size = batch_size
         self.sample_condition = sample_condition
         # The first and the last layer of each layer's hierarchy.
-        depths = torch.tensor(self.depths)
-        self.first = (depths.cumsum(0) - 1).repeat_interleave(depths)
-        self.last = (depths.cumsum(0) - depths).repeat_interleave(depths)
+        self.first, self.last = (
+            ends.repeat_interleave(torch.tensor(self.depths)) for ends in hierarchy_ends(self.depths)
+        )
 
     @abstractmethod
     def draw(

@@ -36,6 +36,17 @@ class ConditionalLayers(nn.Module, ABC):
         """
 
 
+def hierarchy_ends(depths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Returns the first layer of each hierarchy, which takes the base, and the last, t = 0 of a single one.
+
+    Args:
+        depths: T of each hierarchy, see `ConditionalLayers.depths`.
+    """
+    sizes = torch.tensor(depths)
+    ends = sizes.cumsum(0)
+    return ends - 1, ends - sizes
+
+
 class IndependentLayers(ConditionalLayers):
     """Each layer is a network with parameters of its own: what layer-by-layer training needs.
 

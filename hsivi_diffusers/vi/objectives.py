@@ -275,7 +275,39 @@ class KullbackLeibler(CriticObjective):
         return weight * (value + (product - product.detach()))
 
 
-class Adversarial(CriticObjective):
+class Extended(CriticObjective):
+    """Another objective and a term with a weight; as it stands without the term, which subclasses add.
+
+    Args:
+        objective: What the term is added to.
+        weight: > 0.
+
+    Attributes:
+        term: Its name in the error.
+
+    Raises:
+        ValueError: The weight is not above 0.
+    """
+
+    term = "the term"
+
+    def __init__(self, objective: CriticObjective, weight: float) -> None:
+        if not weight > 0:
+            raise ValueError(f"weight={weight}: give a number > 0, or leave {self.term} out")
+        super().__init__(objective.layer_weight, objective.critic_weight, objective.normalise, objective.teacher_share)
+        self.objective = objective
+        self.weight = weight
+
+    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        """Returns the objective's."""
+        return self.objective.layer_loss(critic, bridge, draw)
+
+    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
+        """Returns the objective's."""
+        return self.objective.critic_loss(critic, draw, bridge)
+
+
+class Adversarial(Extended):
     r"""Another objective and, with a weight, a game of layers and critic over draws of the bridge itself.
 
     The critic answers with a score and with logits D, which tell draws of the bridge (real) from draws of the layers.
@@ -296,13 +328,7 @@ class Adversarial(CriticObjective):
     """
 
     needs_real = True
-
-    def __init__(self, objective: CriticObjective, weight: float) -> None:
-        if not weight > 0:
-            raise ValueError(f"weight={weight}: give a number > 0, or leave the adversarial term out")
-        super().__init__(objective.layer_weight, objective.critic_weight, objective.normalise, objective.teacher_share)
-        self.objective = objective
-        self.weight = weight
+    term = "the adversarial term"
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
         """Returns the objective's loss + weight d softplus(-D(x)), from one call of the critic.
@@ -352,10 +378,12 @@ class Regression(Objective):
         Raises:
             ValueError: The draw is of no pair.
         """
-        return 0.5 * _sum(_miss(draw).square())
+        if draw.miss is None:
+            raise ValueError("the draw is of no pair: take its layer's input from a PairChain")
+        return 0.5 * _sum(draw.miss.square())
 
 
-class Guided(CriticObjective):
+class Guided(Extended):
     """Another objective and, with a weight, `Regression`: the regression loss of DMD (arXiv 2311.18828).
 
     The objectives with a critic feel where mass is missing from high levels alone, and there the critic errs; a small
@@ -369,12 +397,10 @@ class Guided(CriticObjective):
         ValueError: The weight is not above 0.
     """
 
+    term = "the pairs"
+
     def __init__(self, objective: CriticObjective, weight: float) -> None:
-        if not weight > 0:
-            raise ValueError(f"weight={weight}: give a number > 0, or leave the pairs out")
-        super().__init__(objective.layer_weight, objective.critic_weight, objective.normalise, objective.teacher_share)
-        self.objective = objective
-        self.weight = weight
+        super().__init__(objective, weight)
         self.critic_gradient = objective.critic_gradient
         self.needs_real = objective.needs_real
 
@@ -384,12 +410,7 @@ class Guided(CriticObjective):
         Raises:
             ValueError: The draw is of no pair.
         """
-        regression = 0.5 * self.weight * _sum(_miss(draw).square())
-        return self.objective.layer_loss(critic, bridge, draw) + regression
-
-    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
-        """Returns the objective's."""
-        return self.objective.critic_loss(critic, draw, bridge)
+        return super().layer_loss(critic, bridge, draw) + self.weight * Regression().layer_loss(critic, bridge, draw)
 
 
 class LowerBound(Objective):
@@ -460,12 +481,6 @@ class LowerBound(Objective):
         with torch.no_grad():
             score = bridge.score(draw.x, draw.level)
         return _sum(score * draw.x)
-
-
-def _miss(draw: LayerDraw) -> Tensor:
-    if draw.miss is None:
-        raise ValueError("the draw is of no pair: take its layer's input from a PairChain")
-    return draw.miss
 
 
 def _score_and_logits(answer: Any) -> tuple[Tensor, Tensor]:
