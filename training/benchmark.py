@@ -27,7 +27,7 @@ from diffusers import DDPMPipeline
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from benchmark_pages import RIVAL, write_pages
+from benchmark_pages import RIVAL, is_shown, pictures_path, write_pages
 from classifier import ImageClassifier
 from folders import replace_folder, write_json
 from hsivi_diffusers import HSIVIPipeline, load_teacher
@@ -74,8 +74,8 @@ class Sampling:
 @dataclass
 class Folders:
     _argument_group_name = "folders"
-    output_dir: str = option("docs/benchmarks", "results, tables and figures")
-    runs_dir: str = option("runs/benchmark", "trainings and pictures, in a folder for each set")
+    output_dir: str = option("docs/benchmarks", "results, pictures, tables and figures")
+    runs_dir: str = option("runs/benchmark", "trainings, in a folder for each set")
     kept_seeds: list[int] = option([], "training seeds whose students are copied to --kept_dir")
     kept_dir: str = option("assets/students", "where finished students are looked for first, in a folder for each set")
 
@@ -262,13 +262,14 @@ class Comparison:
         return {(row["method"], row["nfe"], row["train_seed"]) for row in rows}
 
     def _keep_pictures(self, entry: Entry, pictures: torch.Tensor, real: torch.Tensor) -> None:
-        """Keeps the first pictures of each method, of the first seed, for the figures."""
-        if entry.seed not in (None, self.parts.seeds[0]):
+        """Keeps the first pictures of what the figures show, of the first seed, beside the results."""
+        if entry.seed not in (None, self.parts.seeds[0]) or not is_shown(entry.method, entry.nfe):
             return
-        path = self.runs / "pictures.safetensors"
+        path = pictures_path(self.path.parent, str(self.parts.dataset))
         kept = load_file(path) if path.exists() else {}
-        shown = real[torch.linspace(0, len(real) - 1, 16).long()].float() / 255
-        save_file({**kept, f"{entry.method} at {entry.nfe}": pictures.contiguous(), "real": shown}, path)
+        drawn = (255 * pictures).round().to(torch.uint8)
+        shown = real[torch.linspace(0, len(real) - 1, len(drawn)).long()]
+        save_file({**kept, f"{entry.method} at {entry.nfe}": drawn.contiguous(), "real": shown.contiguous()}, path)
 
 
 def _make(folder: Path, program: str, config: str | None) -> None:
@@ -318,7 +319,7 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(f"--rival_of {parts.rival_of} is none of --students: give one of them, word for word")
     comparison = Comparison(parts, sampling, folders)
     comparison.measure()
-    write_pages(Path(folders.output_dir), Path(folders.runs_dir))
+    write_pages(Path(folders.output_dir))
 
 
 if __name__ == "__main__":

@@ -39,12 +39,11 @@ SHOWN_CALLS = (1, 2, 4, 5, 8, 10, 15, 20, 100, 1000)
 SHOWN_PICTURES = [("DDPM", 100), ("UniPC", 4), ("UniPC", 10), (RIVAL, 1), (RIVAL, 4)]
 
 
-def write_pages(folder: Path, runs: Path) -> None:
+def write_pages(folder: Path) -> None:
     """Fills the tables of FOLDER/index.md, which is begun if there is none, and draws the figures of FOLDER.
 
     Args:
-        folder: Has results.json.
-        runs: Has the pictures of each set, RUNS/SET/pictures.safetensors; the samples of a set without are not drawn.
+        folder: Has results.json, and the pictures of each set; the samples of a set without are not drawn.
     """
     rows: list[Row] = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
     sets = {name: [row for row in rows if row["dataset"] == name] for name in dict.fromkeys(r["dataset"] for r in rows)}
@@ -54,13 +53,17 @@ def write_pages(folder: Path, runs: Path) -> None:
         tables[f"fd_{word}"], tables[f"measures_{word}"] = calls_table(of_set), measures_table(of_set)
         draw_curves(of_set, folder / f"curves_{word}.png")
         draw_classes(of_set, folder / f"classes_{word}.png")
-        pictures = runs / name / "pictures.safetensors"
-        if pictures.exists():
+        if (pictures := pictures_path(folder, name)).exists():
             draw_samples(picture_rows(load_file(pictures)), folder / f"samples_{word}.png")
         figures += [f"{kind}_{word}.png" for kind in ("curves", "samples", "classes")]
     page = folder / "index.md"
     text = page.read_text(encoding="utf-8") if page.exists() else "# Benchmark\n"
     write_text(page, fill_tables(text + missing_parts(text, [*tables], figures, folder), tables))
+
+
+def pictures_path(folder: Path, dataset: str) -> Path:
+    """File of the first pictures of each shown row of a set, as bytes."""
+    return folder / f"pictures_{dataset}.safetensors"
 
 
 def missing_parts(text: str, tables: list[str], figures: list[str], folder: Path) -> str:
@@ -84,6 +87,11 @@ def is_ours(method: str) -> bool:
 
 def is_solver(method: str) -> bool:
     return not is_ours(method) and method != RIVAL
+
+
+def is_shown(method: str, nfe: int) -> bool:
+    """Whether the figure of samples has pictures of it."""
+    return is_ours(method) or (method, nfe) in SHOWN_PICTURES
 
 
 def value(rows: list[Row], measure: str) -> float:
@@ -207,7 +215,7 @@ def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
     ours = sorted(
         (name for name in pictures if is_ours(name)), key=lambda name: (name.split(" at ")[0], len(name), name)
     )
-    return [(name, pictures[name]) for name in [*others, *ours, "real"] if name in pictures]
+    return [(name, pictures[name].float() / 255) for name in [*others, *ours, "real"] if name in pictures]
 
 
 def draw_curves(rows: list[Row], path: Path) -> None:

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import benchmark
 import benchmark_pages
+from hsivi_diffusers import HSIVIPipeline
+from solvers import make_student, sample
 
 ROOT = Path(__file__).parents[2]
 STUDENT = """
@@ -274,8 +277,20 @@ def test_a_mean_has_its_spread():
     assert benchmark_pages.written([row("a", 1, 1.0, kid=0.0012)], "kid") == "1.20"
 
 
+def test_pictures_of_what_is_shown_stay_beside_the_results(folder):
+    """So the figures are drawn anew where nothing has to be sampled."""
+    kept = load_file(folder / "docs" / "pictures_digits.safetensors")
+    ours = "HSIVI fast, one for all at 2"
+    assert set(kept) == {"real", ours, ours[:-1] + "1", f"{benchmark_pages.RIVAL} at 1"}
+    student = make_student(HSIVIPipeline.from_pretrained(folder / "runs/digits/student_seed0/pipeline"), 2)
+    drawn = torch.cat([*sample(student, 20, 15, 0)])[:16]
+    torch.testing.assert_close(kept[ours] / 255, drawn, atol=0.51 / 255, rtol=0)
+
+
 def test_pictures_are_shown_in_order():
-    kept = dict.fromkeys(["real", "HSIVI fast at 10", "HSIVI fast at 2", "UniPC at 4", "DDIM at 4"], torch.zeros(1))
+    white = torch.full((1,), 255, dtype=torch.uint8)
+    kept = dict.fromkeys(["real", "HSIVI fast at 10", "HSIVI fast at 2", "UniPC at 4", "DDIM at 4"], white)
+    assert all(pictures == 1.0 for _, pictures in benchmark_pages.picture_rows(kept))
     assert [name for name, _ in benchmark_pages.picture_rows(kept)] == [
         *["UniPC at 4", "HSIVI fast at 2", "HSIVI fast at 10", "real"],
     ]
