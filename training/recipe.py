@@ -242,11 +242,13 @@ class Options(NamedTuple):
 
 
 def parse_recipe(description: str, args: Sequence[str] | None = None) -> Options:
-    """Reads the options; preset `fast` for one network call has the settings of ONE_CALL."""
+    """Reads the options; preset `fast` for one network call has the settings of ONE_CALL, but a start that is named."""
     options = Options(*parse_options(GROUPS, description, PRESETS, args))
     if options.method.preset == "fast" and options.layers.num_layers == [1]:
-        presets = {**PRESETS, "fast": {**PRESETS["fast"], **ONE_CALL}}
+        presets = {**PRESETS, "fast": {**PRESETS["fast"], **ONE_CALL, "start_noise": None}}
         options = Options(*parse_options(GROUPS, description, presets, args))
+        if options.layers.start_signal is None and options.layers.start_noise is None:
+            options.layers.start_noise = ONE_CALL["start_noise"]
     return options
 
 
