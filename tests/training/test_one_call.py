@@ -55,7 +55,9 @@ def test_fast_has_its_own_settings_for_one_call_and_what_is_given_wins(options):
     assert recipe.flatten(options(preset="paper", num_layers=1))["ode_pairs"] == 0
 
 
-@pytest.mark.parametrize(("named", "start"), [({"start_signal": 3.2}, (3.2, None)), ({"start_noise": 4.0}, (None, 4.0))])
+@pytest.mark.parametrize(
+    ("named", "start"), [({"start_signal": 3.2}, (3.2, None)), ({"start_noise": 4.0}, (None, 4.0))]
+)
 def test_a_start_that_is_named_goes_before_that_of_one_call(options, named, start):
     """Also the start that preset `fast` has for several calls."""
     layers = options(preset="fast", num_layers=1, **named).layers
