@@ -421,16 +421,17 @@ class TeacherBridge(Bridge):
 
 
 def signal_timestep(schedule: HSIVIScheduler, shape: tuple[int, ...], signal: float) -> int:
-    """Returns the first timestep where sqrt(H W) alpha / sigma is at most a number, or the last where alpha > 0.
+    """Returns the first timestep where sqrt(C H W) alpha / sigma is at most a number, or the last where alpha > 0.
 
-    A mean over n pixels has the noise of one by sqrt(n). So the coarse features of a large picture are seen through
-    noise that hides those of a small one, at alpha / sigma as many times lower as its side is longer (Hoogeboom et al.
-    2023, arXiv 2301.11093), and levels that are to mean the same for both are told by this product.
+    A mean over n values has the noise of one by sqrt(n). So the coarse features of a large picture, or of one in
+    colour, are seen through noise that hides those of a small one, at alpha / sigma as many times lower as its side is
+    longer (Hoogeboom et al. 2023, arXiv 2301.11093), and levels that are to mean the same are told by this product.
 
     Args:
         schedule: Gives alpha and sigma at each timestep.
         shape: (C, H, W) of the pictures.
-        signal: Above 0. On the linear clock of 1000, 3.2 is at timestep 440 of 8x8 pixels, 674 of 32x32, 769 of 64x64.
+        signal: Above 0. On the linear clock of 1000, 3.2 is at timestep 440 of 8x8 grey pixels, 674 of 32x32, 750 of
+            32x32 in colour, 836 of 64x64.
 
     Raises:
         ValueError: The signal is not above 0.
@@ -438,7 +439,7 @@ def signal_timestep(schedule: HSIVIScheduler, shape: tuple[int, ...], signal: fl
     if not signal > 0:
         raise ValueError(f"signal={signal}: give a number above 0, such as 3.2")
     alpha, sigma = schedule.alpha_sigma(torch.arange(len(schedule)), torch.zeros(1))
-    above = math.sqrt(shape[-2] * shape[-1]) * alpha / sigma > signal
+    above = math.sqrt(math.prod(shape)) * alpha / sigma > signal
     return min(int(above.sum()), int((alpha > 0).sum()) - 1)
 
 

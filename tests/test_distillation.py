@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 
 import pytest
@@ -159,7 +160,7 @@ def test_levels_of_the_bridge_are_the_grid_and_the_clock(bridge):
 def test_the_signal_is_the_first_that_is_as_low_as_asked_for(shape, signal):
     schedule = HSIVIScheduler()
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    signals = (shape[-2] * shape[-1] * snr).sqrt().tolist()
+    signals = (math.prod(shape) * snr).sqrt().tolist()
     found = signal_timestep(schedule, shape, signal)
     assert found == 999 or signals[found] <= signal * (1 + 1e-6)
     assert found == 0 or signals[found - 1] >= signal * (1 - 1e-6)

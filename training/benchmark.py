@@ -116,7 +116,7 @@ class Comparison:
         _make(Path(str(parts.teacher)), "train_teacher.py", parts.teacher_config)
         _make(Path(str(parts.classifier)), "train_classifier.py", parts.classifier_config)
         self.unet, self.schedule = load_teacher(str(parts.teacher))
-        self.unet.eval()
+        self.unet.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same pictures
 
     def entries(self) -> list[Entry]:
         """Every row: what is trained first, then the solvers, the cheap ones first.

@@ -64,7 +64,7 @@ from recipe import Layers, Method, Options
 MAX_OVERFLOWS = 50
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NoiseScale = HSIVINoiseScale | LayerNoiseScale
-LEVEL_SIGNAL = 0.312  # see signal_timestep; at timestep 800 of 8x8 pixels, 956 of 32x32
+LEVEL_SIGNAL = 0.312  # see signal_timestep; at timestep 800 of 8x8 grey pixels, 956 of 32x32
 
 
 @dataclass

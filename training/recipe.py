@@ -14,8 +14,8 @@ from options import changes, flatten, option, parse_options
 PRESETS: dict[str, dict[str, Any]] = {
     # DDIM layers of eta 1, scored by the KL gradient at a random level between output and input: half of the rows
     # diffused to it, half on the way to it; pictures are clipped as when they are drawn. The chain starts where the
-    # picture begins to show, at 440 of 8x8 pixels and 674 of 32x32; the layers' learning rate falls to 0, the critic's
-    # does not.
+    # picture begins to show, at 440 of 8x8 pixels and 674 of 32x32, 750 in colour; the layers' learning rate falls to
+    # 0, the critic's does not.
     "fast": {
         "kernel": "ddim",
         "noise_eta": 1.0,
@@ -86,7 +86,7 @@ class Layers:
         None, "tau_T, the timestep of the first call; by default that of --start_signal, or else the spacing's own"
     )
     start_signal: float | None = option(
-        None, "start where sqrt(height width) alpha / sigma has fallen to this, and not at a timestep"
+        None, "start where sqrt(channels height width) alpha / sigma has fallen to this, and not at a timestep"
     )
     start_noise: float | None = option(
         None, "start where sigma / alpha has risen to this, whatever the size of the pictures"
@@ -127,7 +127,7 @@ class Method:
     )
     level_min: int = option(5, "lowest timestep of random levels")
     level_max: int | None = option(
-        None, "highest timestep of random levels; by default where sqrt(height width) alpha / sigma is 0.312"
+        None, "highest timestep of random levels; by default where sqrt(channels height width) alpha / sigma is 0.312"
     )
     level_law: Literal["layer", "uniform"] | None = option(
         None,

@@ -199,12 +199,14 @@ def test_the_layers_clamp_nothing_whatever_the_teacher_does(teacher, tmp_path):
 
 
 def test_the_chain_starts_at_a_signal_unless_a_timestep_is_given():
-    def start(side, **layers):
-        scheduler = players.make_scheduler(HSIVIScheduler(), recipe.Layers(num_layers=[2], **layers), (1, side, side))
+    def start(side, channels=1, **layers):
+        shape = (channels, side, side)
+        scheduler = players.make_scheduler(HSIVIScheduler(), recipe.Layers(num_layers=[2], **layers), shape)
         return scheduler.config.layer_timesteps[0]
 
     assert start(8) == 800  # the quadratic spacing's own
     assert [start(side, start_signal=3.2) for side in (8, 16, 32)] == [440, 566, 674]
+    assert [start(side, channels=3, start_signal=3.2) for side in (32, 64)] == [750, 836]
     assert start(32, start_signal=3.2, start_timestep=500) == 500
 
 
