@@ -164,7 +164,7 @@ def make_scheduler(schedule: HSIVIScheduler, options: Layers, shape: tuple[int, 
     """The teacher's noise schedule with the grid, or the grids, and the kernel of a student of pictures of a shape."""
     start = options.start_timestep
     if start is None and options.start_noise is not None:
-        start = signal_timestep(schedule, (1, 1, 1), 1 / options.start_noise)
+        start = signal_timestep(schedule, (shape[0], 1, 1), 1 / options.start_noise)
     elif start is None and options.start_signal is not None:
         start = signal_timestep(schedule, shape, options.start_signal)
     grids = [

@@ -89,7 +89,7 @@ class Layers:
         None, "start where sqrt(channels height width) alpha / sigma has fallen to this, and not at a timestep"
     )
     start_noise: float | None = option(
-        None, "start where sigma / alpha has risen to this, whatever the size of the pictures"
+        None, "start where sigma / (sqrt(channels) alpha) has risen to this, whatever the size of the pictures"
     )
     start_spacing: int = option(
         0, "with several T, timesteps from the start of one grid to that of the next, by which the network tells them"

@@ -69,12 +69,12 @@ def test_the_layers_clip_pictures_as_the_preset_has_it(make_players, preset, cli
     assert make_players(preset=preset, ode_pairs=0, ode_calls=8, ode_steps=500).student.clip_pictures is clips
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 64, 64)])
-def test_one_call_starts_at_a_noise_whatever_the_size_of_the_pictures(options, teacher, shape):
+@pytest.mark.parametrize(("shape", "start"), [((1, 8, 8), 440), ((1, 64, 64), 440), ((3, 64, 64), 541)])
+def test_one_call_starts_at_a_noise_whatever_the_size_of_the_pictures(options, teacher, shape, start):
     scheduler = players.make_scheduler(load_teacher(str(teacher))[1], options(**ONE).layers, shape)
-    assert scheduler.config.layer_timesteps == [440, 0]
-    alpha, sigma = scheduler.alpha_sigma(torch.tensor([439, 440]), torch.zeros(2, 1, 1, 1))
-    assert (sigma / alpha >= 2.5).flatten().tolist() == [False, True]
+    assert scheduler.config.layer_timesteps == [start, 0]
+    alpha, sigma = scheduler.alpha_sigma(torch.tensor([start - 1, start]), torch.zeros(2, 1, 1, 1))
+    assert (sigma / alpha >= 2.5 * shape[0] ** 0.5).flatten().tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
