@@ -193,7 +193,8 @@ class UNetLayers(ConditionalLayers):
 class TeacherPairs:
     """Pairs (x_T, x_0) of noise and what a solver of the teacher's ODE makes of it, drawn with replacement.
 
-    The solver is UniPC of diffusers, on its grid of spacing "leading".
+    The solver is UniPC of diffusers, on its grid of spacing "leading". Of a teacher that predicts a variance, too, the
+    mean is used. The pairs wait in main memory, and what is drawn goes to the device of the noise.
 
     Args:
         unet: The teacher.
@@ -218,21 +219,23 @@ class TeacherPairs:
         num_calls: int = 8,
         batch_size: int = 64,
     ) -> None:
-        self.noise, self.condition = noise, condition
+        self._device = noise.device
+        self.noise, self.condition = noise.cpu(), None if condition is None else condition.cpu()
         classes = None if condition is None else condition.split(batch_size)
-        schedule = {name: scheduler.config[name] for name in SCHEDULE}
-        solver = UniPCMultistepScheduler(**schedule, timestep_spacing="leading")
+        # The betas themselves, for the solver knows fewer names of schedules.
+        schedule = {name: scheduler.config[name] for name in SCHEDULE} | {"trained_betas": scheduler.betas.tolist()}
+        solver = UniPCMultistepScheduler(**schedule | {"beta_schedule": "linear"}, timestep_spacing="leading")
         ends = [
-            _solve(unet, solver, x, None if classes is None else classes[place], num_calls)
+            _solve(unet, solver, x, None if classes is None else classes[place], num_calls).cpu()
             for place, x in enumerate(noise.split(batch_size))
         ]
-        self.end = torch.cat(ends).clamp(-1, 1)
+        self.end = torch.cat(ends).clamp_(-1, 1)
 
     def sample(self, size: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Draws (x_T, x_0, condition) for `PairChain`."""
-        index = torch.randint(len(self.noise), (size,), generator=generator).to(self.noise.device)
-        condition = None if self.condition is None else self.condition[index]
-        return self.noise[index], self.end[index], condition
+        index = torch.randint(len(self.noise), (size,), generator=generator)
+        condition = None if self.condition is None else self.condition[index].to(self._device)
+        return self.noise[index].to(self._device), self.end[index].to(self._device), condition
 
 
 class TeacherBridge(Bridge):
@@ -431,7 +434,7 @@ def signal_timestep(schedule: HSIVIScheduler, shape: tuple[int, ...], signal: fl
         schedule: Gives alpha and sigma at each timestep.
         shape: (C, H, W) of the pictures.
         signal: Above 0. On the linear clock of 1000, 3.2 is at timestep 440 of 8x8 grey pixels, 674 of 32x32, 750 of
-            32x32 in colour, 836 of 64x64.
+            32x32 in colour, 836 of 64x64 in colour.
 
     Raises:
         ValueError: The signal is not above 0.
@@ -551,7 +554,8 @@ def _solve(
     """Follows the ODE from noise to a picture."""
     solver.set_timesteps(num_calls, device=x.device)
     for timestep in solver.timesteps:
-        x = solver.step(_call(unet, x, timestep, condition), timestep, x).prev_sample
+        output = _call(unet, x, timestep, condition)[:, : x.shape[1]]
+        x = solver.step(output, timestep, x).prev_sample
     return x
 
 

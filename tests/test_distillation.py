@@ -16,6 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     VQModel,
 )
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -689,11 +690,15 @@ def test_a_share_out_of_its_range_is_refused(unet, share):
         TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID), between_share=share)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"prediction_type": "v_prediction"}, {"beta_schedule": "squaredcos_cap_v2"}, {"rescaled": True}]
+)
 @pytest.mark.parametrize("classes", [None, 3])
-def test_pairs_are_noise_and_what_diffusers_solver_makes_of_it(prediction_type, classes):
+def test_pairs_are_noise_and_what_diffusers_solver_makes_of_it(settings, classes):
     unet = make_unet(num_class_embeds=classes).eval()
-    config = DDPMScheduler(prediction_type=prediction_type).config
+    if settings == {"rescaled": True}:
+        settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    config = DDPMScheduler(**settings).config
     noise, condition = torch.randn(5, 1, 8, 8), None if classes is None else torch.tensor([0, 1, 2, 0, 1])
     grid = HSIVIScheduler.from_config(config, layer_timesteps=[440, 0])
     pairs = TeacherPairs(unet, grid, noise, condition, num_calls=3, batch_size=2)
@@ -704,6 +709,26 @@ def test_pairs_are_noise_and_what_diffusers_solver_makes_of_it(prediction_type, 
             x = solver.step(unet(x, timestep, class_labels=condition).sample, timestep, x).prev_sample
     torch.testing.assert_close(pairs.end, x.clamp(-1, 1))
     assert not pairs.end.requires_grad
+
+
+def test_pairs_of_a_schedule_that_the_solver_has_no_name_for_have_its_betas(unet):
+    grid = HSIVIScheduler(beta_schedule="sigmoid", layer_timesteps=[440, 0])
+    pairs = TeacherPairs(unet, grid, torch.randn(2, 1, 8, 8), num_calls=1)
+    alpha, sigma = grid.alpha_sigma(torch.tensor([500, 500]), pairs.noise)  # the one timestep of the spacing
+    with torch.no_grad():
+        clean = (pairs.noise - sigma * unet(pairs.noise, 500).sample) / alpha
+    torch.testing.assert_close(pairs.end, clean.clamp(-1, 1), atol=1e-4, rtol=1e-4)
+
+
+def test_pairs_of_a_teacher_that_predicts_a_variance_are_those_of_its_mean():
+    unet = make_unet(in_channels=3, out_channels=6).eval()
+    noise = torch.randn(2, 3, 8, 8)
+    pairs = TeacherPairs(unet, HSIVIScheduler(layer_timesteps=[440, 0]), noise, num_calls=3)
+    whole = unet.forward
+    unet.forward = lambda *given, **named: UNet2DOutput(sample=whole(*given, **named).sample[:, :3])
+    mean = TeacherPairs(unet, HSIVIScheduler(layer_timesteps=[440, 0]), noise, num_calls=3)
+    assert torch.equal(pairs.end, mean.end)
+    assert pairs.end.shape == noise.shape
 
 
 def test_pairs_are_drawn_as_pairs(unet):

@@ -12,6 +12,7 @@ that was stopped goes on: so a benchmark that was stopped is simply started agai
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -218,8 +219,8 @@ class Comparison:
             except ValueError as error:
                 error.add_note(f"These are the pictures of {entry.method} at {entry.nfe} calls, seed {entry.seed}.")
                 raise
+            self._keep_pictures(entry, pictures[:16], real)  # first, for a row that is there is not drawn again
             self._add_row(entry, trained, len(pictures), {**measured, "class_shares": measures.shares})
-            self._keep_pictures(entry, pictures[:16], real)
 
     def _number(self, nfe: int) -> int:
         return self.sampling.num_samples if nfe <= 100 else self.sampling.slow_samples
@@ -269,7 +270,10 @@ class Comparison:
         kept = load_file(path) if path.exists() else {}
         drawn = (255 * pictures).round().to(torch.uint8)
         shown = real[torch.linspace(0, len(real) - 1, len(drawn)).long()]
-        save_file({**kept, f"{entry.method} at {entry.nfe}": drawn.contiguous(), "real": shown.contiguous()}, path)
+        kept |= {f"{entry.method} at {entry.nfe}": drawn.contiguous(), "real": shown.contiguous()}
+        partial = path.with_name(f"{path.name}.partial")
+        save_file(kept, partial)
+        os.replace(partial, path)
 
 
 def _make(folder: Path, program: str, config: str | None) -> None:

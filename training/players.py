@@ -375,6 +375,14 @@ class Players:
         )
 
     @property
+    def pair_calls(self) -> tuple[int, int]:
+        """Network calls, in all processes, that make the pairs, and that fit the layer to them."""
+        method = self.options.method
+        if not method.ode_pairs:
+            return 0, 0
+        return max(1, method.ode_pairs // self.shards) * self.shards * method.ode_calls, method.ode_steps * self.rows
+
+    @property
     def shards(self) -> int:
         """Chains in all processes."""
         return self.accelerator.num_processes * len(self.chains)
@@ -466,7 +474,11 @@ class Players:
         rate, steps = group["lr"], self._fit(Regression(), joint(self.student.num_layers, method.ode_steps))
         for step in tqdm(range(method.ode_steps), "regress", disable=not self.accelerator.is_main_process):
             group["lr"] = method.ode_learning_rate * (1 + math.cos(math.pi * step / method.ode_steps)) / 2
-            next(steps)
+            try:
+                next(steps)
+            except DivergenceError as error:
+                subject = f"the loss of the fit to pairs, of --ode_learning_rate {method.ode_learning_rate},"
+                raise DivergenceError(subject, error.step, error.layers) from error
         group["lr"] = rate
         self.layer_optimizer.state.clear()
         for average, parameter in zip(self.ema.shadow_params, self.student.parameters(), strict=True):

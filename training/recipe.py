@@ -83,7 +83,9 @@ class Layers:
     )
     timestep_spacing: Literal["quadratic", "uniform"] = option("quadratic", "how the grid is spread over the clock")
     start_timestep: int | None = option(
-        None, "tau_T, the timestep of the first call; by default that of --start_signal, or else the spacing's own"
+        None,
+        "tau_T, the timestep of the first call; by default that of --start_noise, or of --start_signal, or else the "
+        "spacing's own",
     )
     start_signal: float | None = option(
         None, "start where sqrt(channels height width) alpha / sigma has fallen to this, and not at a timestep"
@@ -242,13 +244,18 @@ class Options(NamedTuple):
 
 
 def parse_recipe(description: str, args: Sequence[str] | None = None) -> Options:
-    """Reads the options; preset `fast` for one network call has the settings of ONE_CALL, but a start that is named."""
+    """Reads the options; preset `fast` for one network call has the settings of ONE_CALL.
+
+    A start that is named goes before theirs, and of a short run the critic has a sixth at most to learn alone.
+    """
     options = Options(*parse_options(GROUPS, description, PRESETS, args))
     if options.method.preset == "fast" and options.layers.num_layers == [1]:
-        presets = {**PRESETS, "fast": {**PRESETS["fast"], **ONE_CALL, "start_noise": None}}
-        options = Options(*parse_options(GROUPS, description, presets, args))
-        if options.layers.start_signal is None and options.layers.start_noise is None:
-            options.layers.start_noise = ONE_CALL["start_noise"]
+        first = min(ONE_CALL["critic_first"], options.training.max_train_steps // 6)
+        fast = {**PRESETS["fast"], **ONE_CALL, "start_noise": None, "critic_first": first}
+        options = Options(*parse_options(GROUPS, description, {**PRESETS, "fast": fast}, args))
+        layers = options.layers
+        if layers.start_timestep is None and layers.start_signal is None and layers.start_noise is None:
+            layers.start_noise = ONE_CALL["start_noise"]
     return options
 
 
@@ -412,6 +419,12 @@ def check_pairs(layers: Layers, method: Method) -> None:
         raise ValueError(
             f"--ode_pairs {method.ode_pairs} tell where noise leads in one call: pass --num_layers 1, or leave them out"
         )
+    if method.ode_pairs and layers.noise_scale_type != "config":
+        raise ValueError(
+            f"--noise_scale_type {layers.noise_scale_type} has nothing to learn from pairs, whose ends have no noise: "
+            "leave it out, or pass --ode_pairs 0"
+        )
+    numbers["ode_weight"] = method.ode_weight
     changed = [f"--{name} {value}" for name, value in numbers.items() if value != getattr(Method(), name)]
     if changed and not method.ode_pairs:
         raise ValueError(f"{' and '.join(changed)} would not be used: pass --ode_pairs too, say 6400, or leave it out")

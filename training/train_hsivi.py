@@ -171,10 +171,16 @@ def summarise(options: Options, seconds: float, calls: int | None, accelerator: 
     }
 
 
-def count_calls(counted: int, done: int, before: int, record: Path) -> int | None:
-    """Network calls of all updates, by those that were counted; if none was done, what the record of the run says."""
+def count_calls(counted: int, players: Players, before: int, record: Path) -> int | None:
+    """Network calls of a run, of which those after `before` updates were counted; if none was done, of its record.
+
+    Updates cost the same before as after. Pairs are made in each part of a run, and fitted in the first; once is told.
+    """
+    done = players.options.training.max_train_steps - before
+    made, fitted = players.pair_calls
     if done > 0:
-        return round(counted * (before + done) / done)
+        updates = counted - made - (0 if before else fitted)
+        return round(updates * (before + done) / done) + made + fitted
     calls: int | None = json.loads(record.read_text()).get("network_calls") if record.exists() else None
     return calls
 
@@ -237,8 +243,8 @@ def run(players: Players, monitor: Monitor, options: Options) -> None:
         seconds = train(players, checkpoints, monitor, options, start, spent)
     if accelerator.is_main_process:
         players.save(output_dir)
-        done = options.training.max_train_steps - start
-        calls = count_calls(sum(rows.values()) * accelerator.num_processes, done, start, output_dir / "training.json")
+        counted = sum(rows.values()) * accelerator.num_processes
+        calls = count_calls(counted, players, start, output_dir / "training.json")
         write_json(output_dir / "training.json", summarise(options, seconds, calls, accelerator))
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -41,7 +41,7 @@ def weights(folder):
 
 
 def test_fast_has_its_own_settings_for_one_call_and_what_is_given_wins(options):
-    one = recipe.flatten(options(preset="fast", num_layers=1))
+    one = recipe.flatten(options(preset="fast", num_layers=1, max_train_steps=300))
     ours = {name: value for name, value in recipe.ONE_CALL.items() if name != "critic_updates"}
     assert {name: one[name] for name in ours} == ours
     assert one["critic_updates"] == 2  # of the fixture, as everything that is given
@@ -62,6 +62,16 @@ def test_a_start_that_is_named_goes_before_that_of_one_call(options, named, star
     """Also the start that preset `fast` has for several calls."""
     layers = options(preset="fast", num_layers=1, **named).layers
     assert (layers.start_signal, layers.start_noise) == start
+
+
+def test_a_timestep_that_is_named_is_the_only_start_of_the_record(options):
+    layers = options(preset="fast", num_layers=1, start_timestep=300).layers
+    assert (layers.start_timestep, layers.start_signal, layers.start_noise) == (300, None, None)
+
+
+@pytest.mark.parametrize(("updates", "alone"), [(5, 0), (60, 10), (3000, 50)])
+def test_of_a_short_run_the_critic_has_less_to_learn_alone(options, updates, alone):
+    assert options(preset="fast", num_layers=1, max_train_steps=updates).training.critic_first == alone
 
 
 @pytest.mark.parametrize(("preset", "clips"), [("fast", True), ("paper", False)])
@@ -86,6 +96,8 @@ def test_one_call_starts_at_a_noise_whatever_the_size_of_the_pictures(options, t
         ({"ode_calls": 0}, "--ode_calls 0: give a number above 0"),
         ({"ode_steps": 0}, "--ode_steps 0: give a number above 0"),
         ({"ode_learning_rate": 0.0}, "--ode_learning_rate 0.0: give a number above 0"),
+        ({"noise_scale_type": "scalar"}, "--noise_scale_type scalar has nothing to learn from pairs"),
+        ({"ode_pairs": 0, "ode_calls": 8, "ode_steps": 500, "ode_weight": 1.0}, "--ode_weight 1.0 would not be used"),
         ({"ode_pairs": 0}, "--ode_calls 2 and --ode_steps 3 would not be used: pass --ode_pairs too"),
         ({"critic_first": -1}, "--critic_first -1: give a number of updates from 0 to below the 5"),
         ({"critic_first": 5}, "--critic_first 5: give a number of updates from 0 to below the 5"),
@@ -169,6 +181,8 @@ def test_a_run_resumes_to_the_same_bits_and_does_not_fit_the_pairs_again(distil,
     assert starts == [None, 0, 2]
     ended, resumed = weights(whole), weights(tmp_path / "run")
     assert all(torch.equal(ended[name], resumed[name]) for name in ended)
+    calls = [json.loads((run / "training.json").read_text())["network_calls"] for run in (whole, tmp_path / "run")]
+    assert calls[0] == calls[1]  # though the pairs were made twice
 
 
 def test_a_run_counts_the_calls_of_its_pairs_and_makes_a_pipeline_of_one_call(distil, tmp_path):
@@ -184,9 +198,9 @@ def test_a_run_counts_the_calls_of_its_pairs_and_makes_a_pipeline_of_one_call(di
 def test_pairs_of_a_class_conditional_teacher_have_classes(distil, class_teacher, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(players, "TeacherPairs", lambda *given: made.append(TeacherPairs(*given)) or made[0])
-    distil(tmp_path / "run", **ONE, pretrained_teacher_model=class_teacher)
-    assert set(made[0].condition.tolist()) <= {0, 1, 2}
-    assert len(made[0].condition) == 8
+    distil(tmp_path / "run", **{**ONE, "ode_pairs": 24}, pretrained_teacher_model=class_teacher)
+    assert set(made[0].condition.tolist()) == {0, 1, 2}
+    assert len(made[0].condition) == 24
 
 
 def test_a_plan_tells_what_the_pairs_cost(distil, tmp_path, capsys, fresh_accelerator):
