@@ -330,14 +330,11 @@ class Players:
             torch.optim.Adam(groups, betas=betas),
             torch.optim.Adam(networks.critic.parameters(), lr=training.critic_learning_rate, betas=betas),
         )
+        names, warmup = (training.lr_scheduler, training.critic_lr_scheduler), training.lr_warmup_steps
+        steps = (training.max_train_steps - training.critic_first, training.max_train_steps)
         self.lr_schedulers = [
-            get_scheduler(
-                name,
-                optimizer,
-                num_warmup_steps=training.lr_warmup_steps,
-                num_training_steps=training.max_train_steps,
-            )
-            for name, optimizer in zip((training.lr_scheduler, training.critic_lr_scheduler), optimizers, strict=True)
+            get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=number)
+            for name, optimizer, number in zip(names, optimizers, steps, strict=True)
         ]
         return optimizers
 
@@ -436,7 +433,8 @@ class Players:
             overflows = overflows + 1 if any(skipped) else 0
             if overflows == MAX_OVERFLOWS:
                 raise DivergenceError("the gradient", step.step, sorted(set(step.layers.t.tolist())))
-            for lr_scheduler, skip in zip(self.lr_schedulers, skipped, strict=True):
+            still = step.step < training.critic_first
+            for lr_scheduler, skip in zip(self.lr_schedulers, (skipped[0] or still, skipped[1]), strict=True):
                 if not skip:
                     lr_scheduler.step()
             self.ema.step(self.student.parameters())

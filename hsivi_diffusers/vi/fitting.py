@@ -141,7 +141,14 @@ def fit(
             f"{type(objective).__name__} needs a critic and a critic_optimizer; LowerBound and Regression need none"
         )
 
-    def update(player: str, module: nn.Module, optimizer: Optimizer, make: Callable[[int], _Rows], step: int) -> Update:
+    def update(
+        player: str,
+        module: nn.Module,
+        optimizer: Optimizer,
+        make: Callable[[int], _Rows],
+        step: int,
+        moves: bool = True,
+    ) -> Update:
         made = []
         for shard in range(len(chains)):
             with nullcontext() if shard == len(chains) - 1 else no_sync(module):
@@ -152,7 +159,8 @@ def fit(
                 backward(mean / len(chains))
             made.append(rows)
         norm = clip_grad_norm(module.parameters()) if clip_grad_norm else None
-        optimizer.step()
+        if moves:
+            optimizer.step()
         optimizer.zero_grad()
         return Update(torch.cat([rows.t for rows in made]), torch.cat([rows.loss.detach() for rows in made]), norm)
 
@@ -163,7 +171,8 @@ def fit(
             continue
         game.begin(stage.beta, [step_generator(seed, rank * len(chains) + i, step) for i in range(len(chains))])
         with game.critic_in_layer_loss():
-            layer_update = update("layers", layers, layer_optimizer, game.layer_rows, step)
+            moves = bool(stage.beta.any())  # Adam would count gradients of 0, and take the first others for far larger
+            layer_update = update("layers", layers, layer_optimizer, game.layer_rows, step, moves)
         critic_update = Update(t=layer_update.t[:0], loss=layer_update.loss[:0])
         if critic is not None and critic_optimizer is not None and game.has_critic:
             for _ in range(critic_updates):

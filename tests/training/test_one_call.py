@@ -156,8 +156,21 @@ def test_the_critic_learns_alone_before_the_layer_moves(make_players):
     next(steps)
     assert all(torch.equal(value, layers[name]) for name, value in made.layers.state_dict().items())
     assert not all(torch.equal(value, critic[name]) for name, value in made.critic.state_dict().items())
+    next(steps)  # of the warm-up, at a rate of 0
     next(steps)
     assert not all(torch.equal(value, layers[name]) for name, value in made.layers.state_dict().items())
+
+
+@pytest.mark.parametrize("first", [3, 20])
+def test_the_first_updates_of_the_layer_are_no_larger_for_the_critic_that_learned_alone(make_players, first):
+    """Adam, without a first moment, moves a weight by the rate, of which the second update has a quarter."""
+    settings = {"ode_pairs": 0, "ode_calls": 8, "ode_steps": 500, "lr_warmup_steps": 4}
+    made = make_players(**settings, critic_first=first, max_train_steps=40)
+    steps, before = made.updates(0), [parameter.clone() for parameter in made.student.parameters()]
+    for _ in range(first + 2):
+        next(steps)
+    moved = max((new - old).abs().max().item() for new, old in zip(made.student.parameters(), before, strict=True))
+    assert 0 < moved < 1.5 * made.options.training.learning_rate / 4
 
 
 # ----- whole runs -----
