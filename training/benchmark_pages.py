@@ -221,9 +221,10 @@ def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
 def draw_curves(rows: list[Row], path: Path) -> None:
     """Draws FD, sliced Wasserstein distance and recall against network calls; bars are one standard deviation."""
     groups = grouped(rows)
+    methods = sorted({method for method, _ in groups}, key=lambda name: (not is_ours(name), name))
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for axis, measure in zip(axes, ("fd", "swd", "recall"), strict=True):
-        for place, method in enumerate(dict.fromkeys(method for method, _ in groups)):
+        for place, method in enumerate(methods):
             points = sorted((nfe, of_group) for (name, nfe), of_group in groups.items() if name == method)
             calls, numbers = [nfe for nfe, _ in points], [[row[measure] for row in each] for _, each in points]
             bars = [stdev(each) if len(each) > 1 else 0 for each in numbers]
