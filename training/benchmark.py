@@ -113,7 +113,8 @@ class Comparison:
         name = str(parts.dataset)
         self.runs, self.kept = Path(folders.runs_dir) / name, Path(folders.kept_dir) / name
         self.path = Path(folders.output_dir) / "results.json"
-        self.runs.mkdir(parents=True, exist_ok=True)
+        for folder in (self.runs, self.path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         _make(Path(str(parts.teacher)), "train_teacher.py", parts.teacher_config)
         _make(Path(str(parts.classifier)), "train_classifier.py", parts.classifier_config)
         self.unet, self.schedule = load_teacher(str(parts.teacher))
@@ -243,7 +244,6 @@ class Comparison:
             "measured": measured_on(),
         }
         rows = read_rows(self.path)  # anew, for another set may have been measured meanwhile
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"rows": [*rows, row]})
 
     def _measured(self) -> set[tuple[str, int, int | None]]:
