@@ -12,7 +12,6 @@ that was stopped goes on: so a benchmark that was stopped is simply started agai
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -270,10 +269,7 @@ class Comparison:
         kept = load_file(path) if path.exists() else {}
         drawn = (255 * pictures).round().to(torch.uint8)
         shown = real[torch.linspace(0, len(real) - 1, len(drawn)).long()]
-        kept |= {f"{entry.method} at {entry.nfe}": drawn.contiguous(), "real": shown.contiguous()}
-        partial = path.with_name(f"{path.name}.partial")
-        save_file(kept, partial)
-        os.replace(partial, path)
+        save_file({**kept, f"{entry.method} at {entry.nfe}": drawn.contiguous(), "real": shown.contiguous()}, path)
 
 
 def _make(folder: Path, program: str, config: str | None) -> None:

@@ -359,7 +359,7 @@ class Players:
     def _make_pairs(self, place: int) -> TeacherPairs:
         """The share of the pairs of one shard."""
         method, training = self.options.method, self.options.training
-        number = max(1, method.ode_pairs // self.shards)
+        number = self.pairs_per_shard
         generator = step_generator(training.seed, self.first_shard + place, -1)
         condition = self._sample_condition(number, generator) if self.student.unet.config.num_class_embeds else None
         return TeacherPairs(
@@ -372,12 +372,16 @@ class Players:
         )
 
     @property
+    def pairs_per_shard(self) -> int:
+        """Pairs of each shard: at least one, if there are any."""
+        pairs = self.options.method.ode_pairs
+        return max(1, pairs // self.shards) if pairs else 0
+
+    @property
     def pair_calls(self) -> tuple[int, int]:
         """Network calls, in all processes, that make the pairs, and that fit the layer to them."""
-        method = self.options.method
-        if not method.ode_pairs:
-            return 0, 0
-        return max(1, method.ode_pairs // self.shards) * self.shards * method.ode_calls, method.ode_steps * self.rows
+        method, pairs = self.options.method, self.pairs_per_shard * self.shards
+        return pairs * method.ode_calls, method.ode_steps * self.rows if pairs else 0
 
     @property
     def shards(self) -> int:

@@ -107,6 +107,11 @@ class Layers:
         False, "clip the mean of the last layer to black and white in training too; its gradient passes"
     )
 
+    @property
+    def has_start(self) -> bool:
+        """Whether anything but the spacing says where the first grid starts."""
+        return any(start is not None for start in (self.start_timestep, self.start_signal, self.start_noise))
+
     def __post_init__(self) -> None:
         self.num_layers = sorted(self.num_layers)
 
@@ -253,9 +258,8 @@ def parse_recipe(description: str, args: Sequence[str] | None = None) -> Options
         first = min(ONE_CALL["critic_first"], options.training.max_train_steps // 6)
         fast = {**PRESETS["fast"], **ONE_CALL, "start_noise": None, "critic_first": first}
         options = Options(*parse_options(GROUPS, description, {**PRESETS, "fast": fast}, args))
-        layers = options.layers
-        if layers.start_timestep is None and layers.start_signal is None and layers.start_noise is None:
-            layers.start_noise = ONE_CALL["start_noise"]
+        if not options.layers.has_start:
+            options.layers.start_noise = ONE_CALL["start_noise"]
     return options
 
 
@@ -326,8 +330,7 @@ def check_start(layers: Layers) -> None:
     for name, value, fast in [("start_signal", layers.start_signal, 3.2), ("start_noise", layers.start_noise, 2.5)]:
         if value is not None and not value > 0:
             raise ValueError(f"--{name} {value}: give a number above 0; that of preset fast is {fast}")
-    starts = any(start is not None for start in (layers.start_timestep, layers.start_signal, layers.start_noise))
-    if layers.start_spacing and (not starts or layers.start_spacing < 0):
+    if layers.start_spacing and (not layers.has_start or layers.start_spacing < 0):
         raise ValueError(
             f"--start_spacing {layers.start_spacing}: give 0 or more, and with it --start_timestep, --start_signal or "
             "--start_noise, where the first grid starts"
@@ -424,8 +427,8 @@ def check_pairs(layers: Layers, method: Method) -> None:
             f"--noise_scale_type {layers.noise_scale_type} has nothing to learn from pairs, whose ends have no noise: "
             "leave it out, or pass --ode_pairs 0"
         )
-    numbers["ode_weight"] = method.ode_weight
-    changed = [f"--{name} {value}" for name, value in numbers.items() if value != getattr(Method(), name)]
+    used = {**numbers, "ode_weight": method.ode_weight}
+    changed = [f"--{name} {value}" for name, value in used.items() if value != getattr(Method(), name)]
     if changed and not method.ode_pairs:
         raise ValueError(f"{' and '.join(changed)} would not be used: pass --ode_pairs too, say 6400, or leave it out")
 

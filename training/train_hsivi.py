@@ -174,13 +174,14 @@ def summarise(options: Options, seconds: float, calls: int | None, accelerator: 
 def count_calls(counted: int, players: Players, before: int, record: Path) -> int | None:
     """Network calls of a run, of which those after `before` updates were counted; if none was done, of its record.
 
-    Updates cost the same before as after. Pairs are made in each part of a run, and fitted in the first; once is told.
+    The updates before cost what those after do. A run that is resumed makes its pairs again and does not fit them
+    again; both are told as of a run that was never stopped.
     """
-    done = players.options.training.max_train_steps - before
+    total = players.options.training.max_train_steps
     made, fitted = players.pair_calls
-    if done > 0:
+    if before < total:
         updates = counted - made - (0 if before else fitted)
-        return round(updates * (before + done) / done) + made + fitted
+        return round(updates * total / (total - before)) + made + fitted
     calls: int | None = json.loads(record.read_text()).get("network_calls") if record.exists() else None
     return calls
 

@@ -142,12 +142,7 @@ def fit(
         )
 
     def update(
-        player: str,
-        module: nn.Module,
-        optimizer: Optimizer,
-        make: Callable[[int], _Rows],
-        step: int,
-        moves: bool = True,
+        player: str, module: nn.Module, optimizer: Optimizer, make: Callable[[int], _Rows], step: int, move: bool = True
     ) -> Update:
         made = []
         for shard in range(len(chains)):
@@ -159,7 +154,7 @@ def fit(
                 backward(mean / len(chains))
             made.append(rows)
         norm = clip_grad_norm(module.parameters()) if clip_grad_norm else None
-        if moves:
+        if move:  # Adam would count gradients that are 0, and take the first others for far larger
             optimizer.step()
         optimizer.zero_grad()
         return Update(torch.cat([rows.t for rows in made]), torch.cat([rows.loss.detach() for rows in made]), norm)
@@ -171,8 +166,8 @@ def fit(
             continue
         game.begin(stage.beta, [step_generator(seed, rank * len(chains) + i, step) for i in range(len(chains))])
         with game.critic_in_layer_loss():
-            moves = bool(stage.beta.any())  # Adam would count gradients of 0, and take the first others for far larger
-            layer_update = update("layers", layers, layer_optimizer, game.layer_rows, step, moves)
+            move = bool(stage.beta.any())
+            layer_update = update("layers", layers, layer_optimizer, game.layer_rows, step, move)
         critic_update = Update(t=layer_update.t[:0], loss=layer_update.loss[:0])
         if critic is not None and critic_optimizer is not None and game.has_critic:
             for _ in range(critic_updates):
