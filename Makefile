@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 RUN ?= runs/digits_t5
 # Extra arguments of pip, such as --constraint tests/oldest.txt
 PIP_PINS ?=
+# Processes that share the tests; a slow one takes up to 6 GiB.
+WORKERS ?= 2
 # One thread: on a small, busy machine two are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
@@ -27,10 +29,10 @@ demo: $(VENV)/installed
 	$(BIN)/python training/evaluate.py --config training/configs/digits_evaluation.yaml --run_dir $(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --cov --cov-fail-under=95
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --cov --cov-fail-under=95
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m slow
 
 # What docs/benchmarks/results.json has is not measured again: BENCHMARK=--output_dir=runs/again measures anew, with the
 # trainings that are there.

@@ -37,14 +37,14 @@ def test_a_recipe_can_be_planned(path):
     assert cost.flops > 1e11
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+# Those of more layers are the same networks and options in a longer loop, which a plan of them goes through.
+@pytest.mark.parametrize("path", [path for path in RECIPES if "_t5_" in path.name], ids=lambda path: path.stem)
 def test_a_recipe_makes_two_updates(path):
-    """One row and one critic update at a time, on smaller pictures where it would take minutes; with all weights."""
+    """One row and one critic update at a time, on pictures of 32x32, or it would take minutes; with all weights."""
     few = ("--train_batch_size=1", "--gradient_accumulation_steps=1", "--critic_updates=1")
     options = read(path, *few, "--lr_warmup_steps=0")  # in a warm-up the first updates are too small to be seen
     config, schedule = plan.read_configs(str(options.teacher.pretrained_teacher_model), None)
-    side = 64 if options.layers.num_layers == [5] else 32
-    config["sample_size"] = min(config["sample_size"], side)
+    config["sample_size"] = 32
     torch.manual_seed(0)
     unets = tuple(UNet2DModel.from_config(config) for _ in range(3))
     for unet in unets[1:]:
