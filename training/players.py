@@ -273,7 +273,8 @@ def make_objective(method: Method, bridge: TeacherBridge) -> CriticObjective:
     objective: CriticObjective = KullbackLeibler(**weights) if kl else ScoreMatching(alpha=alpha, **weights)
     if method.adversarial_weight:
         objective = Adversarial(objective, method.adversarial_weight)
-    return Guided(objective, method.ode_weight) if method.ode_pairs and method.ode_weight else objective
+    guides = bool(method.ode_pairs and method.ode_weight)
+    return Guided(objective, method.ode_weight, method.ode_coarse) if guides else objective
 
 
 class Players:

@@ -14,8 +14,7 @@ from options import changes, flatten, option, parse_options
 PRESETS: dict[str, dict[str, Any]] = {
     # DDIM layers of eta 1, scored by the KL gradient at a random level between output and input: half of the rows
     # diffused to it, half on the way to it; pictures are clipped as when they are drawn. The chain starts where the
-    # picture begins to show, at 440 of 8x8 pixels and 674 of 32x32, 750 in colour; the layers' learning rate falls to
-    # 0, the critic's does not.
+    # picture begins to show, at 440 of 8x8 pixels and 674 of 32x32, 750 in colour; both learning rates fall to 0.
     "fast": {
         "kernel": "ddim",
         "noise_eta": 1.0,
@@ -32,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-4,
         "lr_scheduler": "cosine",
         "critic_learning_rate": 1e-3,
+        "critic_lr_scheduler": "cosine",
     },
     # The recipe of the paper: DDIM layers of eta 0.2, each scored at its own level, 20 critic updates, fresh chains.
     "paper": {
@@ -159,6 +159,9 @@ class Method:
     ode_steps: int = option(500, "updates of that fit")
     ode_learning_rate: float = option(5e-4, "Adam's in it; it falls to 0")
     ode_weight: float = option(0.005, "weight of the pairs in the loss of the layers after it")
+    ode_coarse: float = option(
+        20.0, "how often the coarse part of a miss counts in it, its means over 4 x 4 fields; 1 is as the rest"
+    )
     train_data: str | None = option(
         None, "real pictures, for --source data and --adversarial_weight: `digits`, a folder, or a dataset's name"
     )
@@ -411,7 +414,7 @@ def check_unused(layers: Layers, method: Method) -> None:
 
 def check_pairs(layers: Layers, method: Method) -> None:
     """Refuses pairs for a sampler of several calls, numbers of them that are none, and those that nothing would use."""
-    numbers = {name: getattr(method, name) for name in ("ode_calls", "ode_steps", "ode_learning_rate")}
+    numbers = {name: getattr(method, name) for name in ("ode_calls", "ode_steps", "ode_learning_rate", "ode_coarse")}
     for name, value in [("ode_pairs", method.ode_pairs), ("ode_weight", method.ode_weight)]:
         if not value >= 0:
             raise ValueError(f"--{name} {value}: give a number from 0 on")

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import adaptive_avg_pool2d, softplus
 
 from .bridges import Bridge
 from .distributions import DiagonalGaussian, randn_like
@@ -370,47 +370,72 @@ class Regression(Objective):
 
     Its best mean is the map where that is smooth, and a mean over what is near where it is not, so pictures are soft;
     but each part of the target gets the mass that the map gives it.
+
+    Args:
+        coarse: c > 0: how often the coarse part of a picture's miss counts. That is P m, the means of m over 4 x 4
+            fields of equal size: brightness, colour and layout. 1, the default, is the plain loss, for x of any shape.
+
+    Raises:
+        ValueError: c is not above 0.
     """
 
+    def __init__(self, coarse: float = 1.0) -> None:
+        if not coarse > 0:
+            raise ValueError(f"coarse={coarse}: give a number > 0, 1 to count all of a miss alike")
+        self.coarse = coarse
+
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns 1/2 |mu(x_next) - x_0|^2.
+        """Returns 1/2 (|m|^2 + (c - 1) |P m|^2), m = mu(x_next) - x_0.
 
         Raises:
-            ValueError: The draw is of no pair.
+            ValueError: The draw is of no pair, or c is not 1 and x no picture (channels, height, width).
         """
-        if draw.miss is None:
+        miss = draw.miss
+        if miss is None:
             raise ValueError("the draw is of no pair: take its layer's input from a PairChain")
-        return 0.5 * _sum(draw.miss.square())
+        loss = 0.5 * _sum(miss.square())
+        if self.coarse == 1:
+            return loss
+        if miss.ndim != 4:
+            raise ValueError(
+                f"coarse={self.coarse} with x of shape {tuple(miss.shape[1:])}: only pictures, of shape (channels, "
+                "height, width), have a coarse part: leave it out"
+            )
+        coarse = adaptive_avg_pool2d(miss, 4)
+        return loss + 0.5 * (self.coarse - 1) * _sum(coarse.square()) * (miss[0].numel() / coarse[0].numel())
 
 
 class Guided(Extended):
     """Another objective and, with a weight, `Regression`: the regression loss of DMD (arXiv 2311.18828).
 
     The objectives with a critic feel where mass is missing from high levels alone, and there the critic errs; a small
-    weight keeps the masses of the map.
+    weight keeps the masses of the map. A larger one makes pictures soft, unless it is of their coarse part alone, which
+    the map tells well: it keeps colours and classes, and the other objective makes the details.
 
     Args:
         objective: What it is added to.
         weight: > 0. The loss is in the units of `KullbackLeibler` with a weight sigma^2: try 0.005.
+        coarse: Of `Regression`: try 20 for pictures.
 
     Raises:
-        ValueError: The weight is not above 0.
+        ValueError: The weight or `coarse` is not above 0.
     """
 
     term = "the pairs"
 
-    def __init__(self, objective: CriticObjective, weight: float) -> None:
+    def __init__(self, objective: CriticObjective, weight: float, coarse: float = 1.0) -> None:
         super().__init__(objective, weight)
+        self.regression = Regression(coarse)
         self.critic_gradient = objective.critic_gradient
         self.needs_real = objective.needs_real
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns the objective's loss + weight/2 |mu(x_next) - x_0|^2.
+        """Returns the objective's loss + weight times that of `Regression`.
 
         Raises:
-            ValueError: The draw is of no pair.
+            ValueError: The draw is of no pair, or `coarse` is not 1 and x no picture.
         """
-        return super().layer_loss(critic, bridge, draw) + self.weight * Regression().layer_loss(critic, bridge, draw)
+        return super().layer_loss(critic, bridge, draw) + self.weight * self.regression.layer_loss(critic, bridge, draw)
 
 
 class LowerBound(Objective):

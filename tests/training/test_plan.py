@@ -123,7 +123,7 @@ def planned_peak(*arguments):
 
 @pytest.mark.parametrize("preset", ["fast", pytest.param("paper", marks=pytest.mark.slow)])
 def test_the_peak_of_the_digits_run_is_known_within_20_percent(tmp_path, preset):
-    """Most of it are the libraries, of which a run touches more than a plan does, more on some machines than on others."""
+    """Most of it are the libraries, of which a run touches more than a plan does, and more on some machines."""
     arguments = ["--config=training/configs/digits_t5.yaml", f"--preset={preset}", f"--output_dir={tmp_path / 'run'}"]
     real = peak_of_a_run(*arguments, "--max_train_steps=2")
     assert planned_peak(*arguments[:2]) == pytest.approx(real, rel=0.2)

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -512,6 +513,26 @@ def test_regression_is_half_the_square_of_the_miss_and_asks_no_one():
     torch.testing.assert_close(loss, 0.5 * draw.miss.square().sum(1))
 
 
+def test_the_coarse_part_of_a_picture_counts_more_and_the_rest_as_before():
+    """On 8x8 pixels its fields have 2x2: what is constant there is coarse, what has mean 0 in each is not."""
+    fields = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    coarse = fields.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    fine = torch.randn(2, 3, 8, 4, dtype=torch.float64).repeat_interleave(2, -1)
+    fine[..., 1::2] *= -1
+    loss = Regression(coarse=7.0).layer_loss(no_critic, None, SimpleNamespace(miss=coarse + fine))
+    torch.testing.assert_close(loss, 0.5 * (7 * coarse.square() + fine.square()).sum((1, 2, 3)))
+    guided = Guided(Constant(), 0.3, coarse=7.0).layer_loss(no_critic, None, SimpleNamespace(miss=coarse + fine))
+    torch.testing.assert_close(guided, 2 + 0.3 * loss)
+
+
+def test_a_coarse_part_that_is_none_is_refused():
+    for coarse in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="give a number > 0, 1 to count all of a miss alike"):
+            Regression(coarse)
+    with pytest.raises(ValueError, match=r"coarse=2 with x of shape \(3,\): only pictures"):
+        Regression(2).layer_loss(no_critic, None, SimpleNamespace(miss=torch.zeros(5, 3)))
+
+
 @pytest.mark.parametrize(
     "objective", [ScoreMatching(alpha=1.0), KullbackLeibler(), Adversarial(KullbackLeibler(), 0.1)]
 )
@@ -543,6 +564,13 @@ def test_what_is_fitted_to_pairs_needs_pairs(objective):
 def test_a_guidance_of_no_weight_is_refused(weight):
     with pytest.raises(ValueError, match="give a number > 0, or leave the pairs out"):
         Guided(KullbackLeibler(), weight)
+
+
+class Constant(KullbackLeibler):
+    """An objective whose loss is 2."""
+
+    def layer_loss(self, critic, bridge, draw):
+        return torch.full((len(draw.miss),), 2.0, dtype=draw.miss.dtype)
 
 
 def no_critic(*_):
