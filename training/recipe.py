@@ -160,7 +160,7 @@ class Method:
     ode_learning_rate: float = option(5e-4, "Adam's in it; it falls to 0")
     ode_weight: float = option(0.005, "weight of the pairs in the loss of the layers after it")
     ode_coarse: float = option(
-        20.0, "how often the coarse part of a miss counts in it, its means over 4 x 4 fields; 1 is as the rest"
+        20.0, "what the coarse part of a miss, its means over 4 x 4 fields, counts in it on top; 0 is nothing"
     )
     train_data: str | None = option(
         None, "real pictures, for --source data and --adversarial_weight: `digits`, a folder, or a dataset's name"
@@ -414,8 +414,9 @@ def check_unused(layers: Layers, method: Method) -> None:
 
 def check_pairs(layers: Layers, method: Method) -> None:
     """Refuses pairs for a sampler of several calls, numbers of them that are none, and those that nothing would use."""
-    numbers = {name: getattr(method, name) for name in ("ode_calls", "ode_steps", "ode_learning_rate", "ode_coarse")}
-    for name, value in [("ode_pairs", method.ode_pairs), ("ode_weight", method.ode_weight)]:
+    numbers = {name: getattr(method, name) for name in ("ode_calls", "ode_steps", "ode_learning_rate")}
+    weights = {"ode_weight": method.ode_weight, "ode_coarse": method.ode_coarse}
+    for name, value in [("ode_pairs", method.ode_pairs), *weights.items()]:
         if not value >= 0:
             raise ValueError(f"--{name} {value}: give a number from 0 on")
     for name, value in numbers.items():
@@ -430,7 +431,7 @@ def check_pairs(layers: Layers, method: Method) -> None:
             f"--noise_scale_type {layers.noise_scale_type} has nothing to learn from pairs, whose ends have no noise: "
             "leave it out, or pass --ode_pairs 0"
         )
-    used = {**numbers, "ode_weight": method.ode_weight}
+    used = {**numbers, **weights}
     changed = [f"--{name} {value}" for name, value in used.items() if value != getattr(Method(), name)]
     if changed and not method.ode_pairs:
         raise ValueError(f"{' and '.join(changed)} would not be used: pass --ode_pairs too, say 6400, or leave it out")

@@ -372,29 +372,29 @@ class Regression(Objective):
     but each part of the target gets the mass that the map gives it.
 
     Args:
-        coarse: c > 0: how often the coarse part of a picture's miss counts. That is P m, the means of m over 4 x 4
-            fields of equal size: brightness, colour and layout. 1, the default, is the plain loss, for x of any shape.
+        coarse: c >= 0: what the coarse part of a picture's miss counts on top. That is P m, the means of m over 4 x 4
+            fields of equal size: brightness, colour and layout. 0, the default, is the plain loss, for x of any shape.
 
     Raises:
-        ValueError: c is not above 0.
+        ValueError: c is below 0.
     """
 
-    def __init__(self, coarse: float = 1.0) -> None:
-        if not coarse > 0:
-            raise ValueError(f"coarse={coarse}: give a number > 0, 1 to count all of a miss alike")
+    def __init__(self, coarse: float = 0.0) -> None:
+        if not coarse >= 0:
+            raise ValueError(f"coarse={coarse}: give a number >= 0, 0 to count all of a miss alike")
         self.coarse = coarse
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns 1/2 (|m|^2 + (c - 1) |P m|^2), m = mu(x_next) - x_0.
+        """Returns 1/2 (|m|^2 + c |P m|^2), m = mu(x_next) - x_0.
 
         Raises:
-            ValueError: The draw is of no pair, or c is not 1 and x no picture (channels, height, width).
+            ValueError: The draw is of no pair, or c is not 0 and x no picture (channels, height, width).
         """
         miss = draw.miss
         if miss is None:
             raise ValueError("the draw is of no pair: take its layer's input from a PairChain")
         loss = 0.5 * _sum(miss.square())
-        if self.coarse == 1:
+        if self.coarse == 0:
             return loss
         if miss.ndim != 4:
             raise ValueError(
@@ -402,7 +402,7 @@ class Regression(Objective):
                 "height, width), have a coarse part: leave it out"
             )
         coarse = adaptive_avg_pool2d(miss, 4)
-        return loss + 0.5 * (self.coarse - 1) * _sum(coarse.square()) * (miss[0].numel() / coarse[0].numel())
+        return loss + 0.5 * self.coarse * _sum(coarse.square()) * (miss[0].numel() / coarse[0].numel())
 
 
 class Guided(Extended):
@@ -418,12 +418,12 @@ class Guided(Extended):
         coarse: Of `Regression`: try 20 for pictures.
 
     Raises:
-        ValueError: The weight or `coarse` is not above 0.
+        ValueError: The weight is not above 0, or `coarse` is below it.
     """
 
     term = "the pairs"
 
-    def __init__(self, objective: CriticObjective, weight: float, coarse: float = 1.0) -> None:
+    def __init__(self, objective: CriticObjective, weight: float, coarse: float = 0.0) -> None:
         super().__init__(objective, weight)
         self.regression = Regression(coarse)
         self.critic_gradient = objective.critic_gradient
@@ -433,7 +433,7 @@ class Guided(Extended):
         """Returns the objective's loss + weight times that of `Regression`.
 
         Raises:
-            ValueError: The draw is of no pair, or `coarse` is not 1 and x no picture.
+            ValueError: The draw is of no pair, or `coarse` is not 0 and x no picture.
         """
         return super().layer_loss(critic, bridge, draw) + self.weight * self.regression.layer_loss(critic, bridge, draw)
 

@@ -93,7 +93,7 @@ def test_one_call_starts_at_a_noise_whatever_the_size_of_the_pictures(options, t
         ({"num_layers": 2}, "--ode_pairs 8 tell where noise leads in one call: pass --num_layers 1, or leave them out"),
         ({"ode_pairs": -1}, "--ode_pairs -1: give a number from 0 on"),
         ({"ode_weight": -0.1}, "--ode_weight -0.1: give a number from 0 on"),
-        ({"ode_coarse": 0.0}, "--ode_coarse 0.0: give a number above 0"),
+        ({"ode_coarse": -1.0}, "--ode_coarse -1.0: give a number from 0 on"),
         ({"ode_calls": 0}, "--ode_calls 0: give a number above 0"),
         ({"ode_steps": 0}, "--ode_steps 0: give a number above 0"),
         ({"ode_learning_rate": 0.0}, "--ode_learning_rate 0.0: give a number above 0"),

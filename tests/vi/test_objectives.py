@@ -520,14 +520,14 @@ def test_the_coarse_part_of_a_picture_counts_more_and_the_rest_as_before():
     fine = torch.randn(2, 3, 8, 4, dtype=torch.float64).repeat_interleave(2, -1)
     fine[..., 1::2] *= -1
     loss = Regression(coarse=7.0).layer_loss(no_critic, None, SimpleNamespace(miss=coarse + fine))
-    torch.testing.assert_close(loss, 0.5 * (7 * coarse.square() + fine.square()).sum((1, 2, 3)))
+    torch.testing.assert_close(loss, 0.5 * (8 * coarse.square() + fine.square()).sum((1, 2, 3)))
     guided = Guided(Constant(), 0.3, coarse=7.0).layer_loss(no_critic, None, SimpleNamespace(miss=coarse + fine))
     torch.testing.assert_close(guided, 2 + 0.3 * loss)
 
 
 def test_a_coarse_part_that_is_none_is_refused():
-    for coarse in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="give a number > 0, 1 to count all of a miss alike"):
+    for coarse in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="give a number >= 0, 0 to count all of a miss alike"):
             Regression(coarse)
     with pytest.raises(ValueError, match=r"coarse=2 with x of shape \(3,\): only pictures"):
         Regression(2).layer_loss(no_critic, None, SimpleNamespace(miss=torch.zeros(5, 3)))
