@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -165,11 +165,17 @@ class Comparison:
         return make_student(HSIVIPipeline.from_pretrained(trained.folder / "pipeline"), nfe), trained
 
     def _make_rival(self, nfe: int, seed: int) -> tuple[Sampler, Trained]:
-        seconds = self._train_student(str(self.parts.rival_of), seed).seconds
-        limit = ["--max_train_seconds", str(seconds), "--overwrite_output_dir", "true"]
+        limit = ["--max_train_seconds", str(self._rival_seconds(seed)), "--overwrite_output_dir", "true"]
         trained = self._train(str(self.parts.rival), seed, "train_consistency.py", limit)
         pipeline = DDPMPipeline.from_pretrained(trained.folder / "pipeline")
         return make_consistency_sampler(pipeline.unet, pipeline.scheduler.config, nfe), trained
+
+    def _rival_seconds(self, seed: int) -> float:
+        """Training seconds of the student that a rival is held against: by its row, if there is one."""
+        config = str(self.parts.rival_of)
+        keys = {entry.key for entry in self._students(config) if entry.seed == seed}
+        known = [row["train_seconds"] for row in self._rows() if _key(row) in keys]
+        return float(known[0]) if known else self._train_student(config, seed).seconds
 
     def _train_student(self, config: str, seed: int) -> Trained:
         """The training of a student.
@@ -251,7 +257,7 @@ class Comparison:
         Raises:
             ValueError: One is of another number of pictures, or of other noise, and may not be compared.
         """
-        rows = [row for row in read_rows(self.path) if row["dataset"] == self.parts.dataset]
+        rows = self._rows()
         for row in rows:
             now = (self._number(row["nfe"]), self.sampling.eval_seed)
             if (row["num_samples"], row["eval_seed"]) != now:
@@ -259,7 +265,11 @@ class Comparison:
                     f"{self.path} has {row['method']} at {row['nfe']} of {row['num_samples']} pictures from the noise "
                     f"of seed {row['eval_seed']}, and not {now[0]} of seed {now[1]}: name another --output_dir"
                 )
-        return {(row["method"], row["nfe"], row["train_seed"]) for row in rows}
+        return {_key(row) for row in rows}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The rows of this set."""
+        return [row for row in read_rows(self.path) if row["dataset"] == self.parts.dataset]
 
     def _keep_pictures(self, entry: Entry, pictures: torch.Tensor, real: torch.Tensor) -> None:
         """Keeps the first pictures of what the figures show, of the first seed, beside the results."""
@@ -300,6 +310,11 @@ def keep(run: Path, kept: Path) -> None:
     for name in ("options.json", "training.json"):
         shutil.copy(run / name, partial)
     replace_folder(partial, kept)
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, int, int | None]:
+    """What a row is of, see `Entry.key`."""
+    return row["method"], row["nfe"], row["train_seed"]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

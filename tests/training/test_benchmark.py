@@ -83,10 +83,15 @@ def test_a_row_has_all_measures_and_what_its_training_cost(folder):
         assert (row["train_seconds"] is not None, row["train_calls"] is not None) == (trained, trained)
 
 
-def test_the_rival_is_given_the_seconds_of_the_student(copied, monkeypatch):
+@pytest.mark.parametrize("forgotten", [["HSIVI fast, one for all"], []])
+def test_the_rival_is_given_the_seconds_of_the_student(copied, monkeypatch, forgotten):
     folder, arguments = copied
-    forget(folder, "consistency distillation")
+    seconds = json.loads((folder / "runs/digits/student_seed0/training.json").read_text())["seconds"]
+    for method in ["consistency distillation", *forgotten]:
+        forget(folder, method)
     shutil.rmtree(folder / "runs/digits/rival_seed0")
+    if not forgotten:  # the row tells, and the student may be gone
+        shutil.rmtree(folder / "runs/digits/student_seed0")
     called = []
 
     def stop(program, given):
@@ -98,7 +103,6 @@ def test_the_rival_is_given_the_seconds_of_the_student(copied, monkeypatch):
         benchmark.main(arguments)
     ((program, given),) = called
     assert program == "train_consistency.py"
-    seconds = json.loads((folder / "runs/digits/student_seed0/training.json").read_text())["seconds"]
     assert float(given[given.index("--max_train_seconds") + 1]) == seconds
 
 
