@@ -245,7 +245,7 @@ def draw_classes(rows: list[Row], path: Path) -> None:
     """Draws the share of each class, as the classifier sees it, for the teacher and for what was distilled."""
     groups = {
         group: of_group
-        for group, of_group in grouped(rows).items()
+        for group, of_group in sorted(grouped(rows).items(), key=lambda item: (is_ours(item[0][0]), item[0]))
         if not is_solver(group[0]) or group in (("DDPM", 100), ("UniPC", 10))
     } or grouped(rows)
     columns = min(4, len(groups))

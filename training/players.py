@@ -423,8 +423,9 @@ class Players:
         method, training = self.options.method, self.options.training
         if method.ode_pairs and start_step == 0:
             self._regress()
+        objective = make_objective(method, self.bridge)
         steps = self._fit(
-            make_objective(method, self.bridge),
+            objective,
             joint(self.student.num_layers, training.max_train_steps, critic_first=training.critic_first),
             critic=self.critic,
             critic_optimizer=self.critic_optimizer,
@@ -433,6 +434,7 @@ class Players:
             start_step=start_step,
         )
         optimizers, overflows = (self.layer_optimizer, self.critic_optimizer), 0
+        self._relax(objective)
         for step in steps:
             skipped = [optimizer.step_was_skipped for optimizer in optimizers]  # by the loss scaling of fp16
             overflows = overflows + 1 if any(skipped) else 0
@@ -443,7 +445,14 @@ class Players:
                 if not skip:
                     lr_scheduler.step()
             self.ema.step(self.student.parameters())
+            self._relax(objective)
             yield step
+
+    def _relax(self, objective: Objective) -> None:
+        """Lets the weight of the pairs fall as the layers' rate does: what the solver tells wrong counts less and less."""
+        if isinstance(objective, Guided):
+            (rate, *_), first = self.lr_schedulers[0].get_last_lr(), self.options.training.learning_rate
+            objective.weight = self.options.method.ode_weight * rate / first
 
     def _fit(
         self, objective: Objective, curriculum: list[Stage], critic: nn.Module | None = None, **settings: Any

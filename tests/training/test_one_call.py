@@ -149,6 +149,23 @@ def test_the_pairs_go_on_guiding_the_layer_by_their_weight(make_players, weight,
     assert type(players.make_objective(made.options.method, made.bridge)) is kind
 
 
+def test_the_weight_of_the_pairs_falls_as_the_rate_does(make_players, monkeypatch):
+    seen, rates = [], []
+
+    class Recorded(Guided):
+        def layer_loss(self, critic, bridge, draw):
+            seen.append(self.weight)
+            return super().layer_loss(critic, bridge, draw)
+
+    monkeypatch.setattr(players, "Guided", Recorded)
+    made = make_players(ode_weight=0.01, critic_first=0, max_train_steps=6, lr_warmup_steps=2, learning_rate=1e-3)
+    for _ in made.updates(0):
+        rates.append(made.lr_schedulers[0].get_last_lr()[0])
+    assert seen == pytest.approx([0.0, *(0.01 * rate / 1e-3 for rate in rates[:-1])])
+    assert max(seen) == pytest.approx(0.01)
+    assert seen[-1] < 0.002
+
+
 def test_the_critic_learns_alone_before_the_layer_moves(make_players):
     made = make_players(critic_first=2, max_train_steps=4)
     steps = made.updates(0)
