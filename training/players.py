@@ -449,7 +449,7 @@ class Players:
             yield step
 
     def _relax(self, objective: Objective) -> None:
-        """Lets the weight of the pairs fall as the layers' rate does: what the solver tells wrong counts less and less."""
+        """Lets the weight of the pairs fall as the layers' rate does, so that the solver's faults do not stay."""
         if isinstance(objective, Guided):
             (rate, *_), first = self.lr_schedulers[0].get_last_lr(), self.options.training.learning_rate
             objective.weight = self.options.method.ode_weight * rate / first

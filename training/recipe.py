@@ -158,7 +158,9 @@ class Method:
     ode_calls: int = option(8, "network calls of the solver for a pair")
     ode_steps: int = option(500, "updates of that fit")
     ode_learning_rate: float = option(5e-4, "Adam's in it; it falls to 0")
-    ode_weight: float = option(0.005, "weight of the pairs in the loss of the layers after it")
+    ode_weight: float = option(
+        0.005, "weight of the pairs in the loss of the layers after it; it falls as their rate does"
+    )
     ode_coarse: float = option(
         20.0, "what the coarse part of a miss, its means over 4 x 4 fields, counts in it on top; 0 is nothing"
     )
