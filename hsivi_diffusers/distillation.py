@@ -194,7 +194,7 @@ class TeacherPairs:
     """Pairs (x_T, x_0) of noise and what a solver of the teacher's ODE makes of it, drawn with replacement.
 
     The solver is UniPC of diffusers, on its grid of spacing "leading". Of a teacher that predicts a variance, too, the
-    mean is used. The pairs wait in main memory, and what is drawn goes to the device of the noise.
+    mean is used. The noise may be, and the pairs wait, in main memory; what is drawn goes to the device of the teacher.
 
     Args:
         unet: The teacher.
@@ -219,15 +219,16 @@ class TeacherPairs:
         num_calls: int = 8,
         batch_size: int = 64,
     ) -> None:
-        self._device = noise.device
+        self._device = unet.device
         self.noise, self.condition = noise.cpu(), None if condition is None else condition.cpu()
-        classes = None if condition is None else condition.split(batch_size)
+        noises = noise.split(batch_size)
+        classes = [None] * len(noises) if condition is None else condition.to(unet.device).split(batch_size)
         # The betas themselves, for the solver knows fewer names of schedules.
         schedule = {name: scheduler.config[name] for name in SCHEDULE} | {"trained_betas": scheduler.betas.tolist()}
         solver = UniPCMultistepScheduler(**schedule | {"beta_schedule": "linear"}, timestep_spacing="leading")
         ends = [
-            _solve(unet, solver, x, None if classes is None else classes[place], num_calls).cpu()
-            for place, x in enumerate(noise.split(batch_size))
+            _solve(unet, solver, x.to(unet.device), labels, num_calls).cpu()
+            for x, labels in zip(noises, classes, strict=True)
         ]
         self.end = torch.cat(ends).clamp_(-1, 1)
 

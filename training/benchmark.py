@@ -29,14 +29,14 @@ from tqdm import tqdm
 
 from benchmark_pages import RIVAL, is_shown, pictures_path, write_pages
 from classifier import ImageClassifier
-from folders import replace_folder, write_json
+from folders import in_turn, replace_folder, write_json
 from hsivi_diffusers import HSIVIPipeline, load_teacher
 from images import load_images
 from metrics import Measures
 from options import flatten, option, parse_options
 from pages import measured_on
-from recipe import Options, changes_since, parse_recipe
-from solvers import Sampler, make_consistency_sampler, make_solver, make_student, sample
+from recipe import Options, changes_since, chosen, parse_recipe
+from solvers import SOLVERS, Sampler, make_consistency_sampler, make_solver, make_student, sample
 
 HERE = Path(__file__).parent
 
@@ -89,17 +89,25 @@ class Trained:
     network_calls: int | None
 
 
+Key = tuple[str, int, int | None]  # method, network calls and training seed
+Recipe = dict[str, Any] | None  # options of a student that are not the defaults
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A row before it is measured; `make` trains what it needs, if that was not done before."""
+    """A row before it is measured; `make` trains what it needs, if that was not done before.
+
+    `recipe` has the options of a student, so that rows of other options are told from it.
+    """
 
     method: str
     nfe: int
     seed: int | None
     make: Callable[[], tuple[Sampler, Trained | None]] = field(compare=False)
+    recipe: Recipe = field(default=None, compare=False)
 
     @property
-    def key(self) -> tuple[str, int, int | None]:
+    def key(self) -> Key:
         """Method, network calls and training seed."""
         return self.method, self.nfe, self.seed
 
@@ -147,8 +155,9 @@ class Comparison:
         counts = options.layers.num_layers
         name = f"HSIVI {options.method.preset}" + (", one for all" if len(counts) > 1 else "")
         for seed in self.parts.seeds:
+            recipe = chosen(self._options(config, seed))
             for nfe in counts:
-                yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed))
+                yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed), recipe)
 
     def _options(self, config: str, seed: int) -> Options:
         return parse_recipe("", self._arguments(config, seed))
@@ -165,8 +174,15 @@ class Comparison:
         return make_student(HSIVIPipeline.from_pretrained(trained.folder / "pipeline"), nfe), trained
 
     def _make_rival(self, nfe: int, seed: int) -> tuple[Sampler, Trained]:
-        limit = ["--max_train_seconds", str(self._rival_seconds(seed)), "--overwrite_output_dir", "true"]
+        seconds = self._rival_seconds(seed)
+        limit = ["--max_train_seconds", str(seconds), "--overwrite_output_dir", "true"]
         trained = self._train(str(self.parts.rival), seed, "train_consistency.py", limit)
+        given = json.loads((trained.folder / "training.json").read_text())["max_train_seconds"]
+        if given != seconds:
+            raise ValueError(
+                f"{trained.folder} was given {given} s, and the student that it is held against had {seconds} s: "
+                "remove it and its rows, or name another --runs_dir and --output_dir"
+            )
         pipeline = DDPMPipeline.from_pretrained(trained.folder / "pipeline")
         return make_consistency_sampler(pipeline.unet, pipeline.scheduler.config, nfe), trained
 
@@ -209,8 +225,9 @@ class Comparison:
 
     def measure(self) -> None:
         """Adds the rows that are missing, one after the other."""
-        there = self._measured()
-        wanted = [entry for entry in self.entries() if entry.key not in there]
+        entries = self.entries()
+        there = self._measured({entry.key: entry.recipe for entry in entries})
+        wanted = [entry for entry in entries if entry.key not in there]
         if not wanted:
             return
         real, _ = load_images(self.parts.real_data, self.unet.config.sample_size, self.unet.config.in_channels)
@@ -226,7 +243,8 @@ class Comparison:
                 error.add_note(f"These are the pictures of {entry.method} at {entry.nfe} calls, seed {entry.seed}.")
                 raise
             self._keep_pictures(entry, pictures[:16], real)  # first, for a row that is there is not drawn again
-            self._add_row(entry, trained, len(pictures), {**measured, "class_shares": measures.shares})
+            shares = {"class_shares": measures.shares, "real_class_shares": measures.real_shares}
+            self._add_row(entry, trained, len(pictures), {**measured, **shares})
 
     def _number(self, nfe: int) -> int:
         return self.sampling.num_samples if nfe <= 100 else self.sampling.slow_samples
@@ -246,16 +264,18 @@ class Comparison:
             **measured,
             "train_seconds": trained.seconds if trained else None,
             "train_calls": trained.network_calls if trained else None,
+            "recipe": entry.recipe,
             "measured": measured_on(),
         }
-        rows = read_rows(self.path)  # anew, for another set may have been measured meanwhile
-        write_json(self.path, {"rows": [*rows, row]})
+        with in_turn(self.path.parent):  # for another set may be measured at the same time
+            write_json(self.path, {"rows": [*read_rows(self.path), row]})
 
-    def _measured(self) -> set[tuple[str, int, int | None]]:
-        """Keys of the rows that are there.
+    def _measured(self, recipes: Mapping[Key, Recipe]) -> set[Key]:
+        """Keys of the rows that are there, where those of students should be of these recipes.
 
         Raises:
-            ValueError: One is of another number of pictures, or of other noise, and may not be compared.
+            ValueError: One is of other options, of another number of pictures, or of other noise, and may not be
+                compared.
         """
         rows = self._rows()
         for row in rows:
@@ -264,6 +284,11 @@ class Comparison:
                 raise ValueError(
                     f"{self.path} has {row['method']} at {row['nfe']} of {row['num_samples']} pictures from the noise "
                     f"of seed {row['eval_seed']}, and not {now[0]} of seed {now[1]}: name another --output_dir"
+                )
+            if row.get("recipe") != recipes.get(_key(row), row.get("recipe")):
+                raise ValueError(
+                    f"{self.path} has {row['method']} at {row['nfe']}, seed {row['train_seed']}, of other options than "
+                    "--students have now: remove that row, or name another --output_dir"
                 )
         return {_key(row) for row in rows}
 
@@ -276,10 +301,11 @@ class Comparison:
         if entry.seed not in (None, self.parts.seeds[0]) or not is_shown(entry.method, entry.nfe):
             return
         path = pictures_path(self.path.parent, str(self.parts.dataset))
-        kept = load_file(path) if path.exists() else {}
         drawn = (255 * pictures).round().to(torch.uint8)
         shown = real[torch.linspace(0, len(real) - 1, len(drawn)).long()]
-        save_file({**kept, f"{entry.method} at {entry.nfe}": drawn.contiguous(), "real": shown.contiguous()}, path)
+        now = {f"{entry.method} at {entry.nfe}": drawn.contiguous(), "real": shown.contiguous()}
+        with in_turn(path.parent):
+            save_file({**(load_file(path) if path.exists() else {}), **now}, path)
 
 
 def _make(folder: Path, program: str, config: str | None) -> None:
@@ -312,7 +338,7 @@ def keep(run: Path, kept: Path) -> None:
     replace_folder(partial, kept)
 
 
-def _key(row: Mapping[str, Any]) -> tuple[str, int, int | None]:
+def _key(row: Mapping[str, Any]) -> Key:
     """What a row is of, see `Entry.key`."""
     return row["method"], row["nfe"], row["train_seed"]
 
@@ -332,9 +358,12 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("--rival and --rival_of go together: the second tells how long the first may train")
     if parts.rival_of not in (None, *parts.students):
         raise ValueError(f"--rival_of {parts.rival_of} is none of --students: give one of them, word for word")
+    if unknown := [name for name in sampling.solvers if name not in SOLVERS]:  # now, and not after the trainings
+        raise ValueError(f"--solvers {', '.join(unknown)} unknown: choose from {', '.join(SOLVERS)}")
     comparison = Comparison(parts, sampling, folders)
     comparison.measure()
-    write_pages(Path(folders.output_dir))
+    with in_turn(Path(folders.output_dir)):
+        write_pages(Path(folders.output_dir))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
@@ -35,7 +36,7 @@ MEASURES: dict[str, tuple[str, str, bool]] = {
     "class_tv": ("class TV", ".3f", False),
     "nearest": ("nearest", ".3f", True),
 }
-SHOWN_CALLS = (1, 2, 4, 5, 8, 10, 15, 20, 100, 1000)
+SHOWN_CALLS = (1, 2, 4, 5, 8, 10, 15, 20, 50, 100, 1000)
 SHOWN_PICTURES = [("DDPM", 100), ("UniPC", 4), ("UniPC", 10), (RIVAL, 1), (RIVAL, 4)]
 
 
@@ -49,7 +50,7 @@ def write_pages(folder: Path) -> None:
     sets = {name: [row for row in rows if row["dataset"] == name] for name in dict.fromkeys(r["dataset"] for r in rows)}
     tables, figures = {"goals": goals_table(sets)}, []
     for name, of_set in sets.items():
-        word = name.replace("-", "_")
+        word = re.sub(r"\W", "_", name)
         tables[f"fd_{word}"], tables[f"measures_{word}"] = calls_table(of_set), measures_table(of_set)
         draw_curves(of_set, folder / f"curves_{word}.png")
         draw_classes(of_set, folder / f"classes_{word}.png")
@@ -242,7 +243,7 @@ def draw_curves(rows: list[Row], path: Path) -> None:
 
 
 def draw_classes(rows: list[Row], path: Path) -> None:
-    """Draws the share of each class, as the classifier sees it, for the teacher and for what was distilled."""
+    """Draws the share of each class for the teacher and what was distilled, by bars, and for the data, by dashes."""
     groups = {
         group: of_group
         for group, of_group in sorted(grouped(rows).items(), key=lambda item: (is_ours(item[0][0]), item[0]))
@@ -261,9 +262,10 @@ def draw_classes(rows: list[Row], path: Path) -> None:
         axis.axis("off")
     for axis, ((method, nfe), of_group) in zip(axes.flat, groups.items(), strict=False):
         shares = [mean(each) for each in zip(*(row["class_shares"] for row in of_group), strict=True)]
+        real = of_group[0]["real_class_shares"]
         axis.axis("on")
         axis.bar(range(len(shares)), shares, color="#d62728" if is_ours(method) else "#7f7f7f")
-        axis.axhline(1 / len(shares), color="black", lw=0.8, ls=":")
+        axis.plot(range(len(real)), real, color="black", ls="", marker="_", ms=12)
         axis.set_title(f"{method} at {nfe}", fontsize=8)
         axis.set_xticks(range(len(shares)))
     figure.savefig(path, dpi=100)

@@ -7,6 +7,7 @@ numbers. `Meter` adds up what would be alive at each moment; only time is measur
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
 import weakref
@@ -169,7 +170,11 @@ def measure(options: Options) -> Cost:
     """Runs the loop on fake tensors: two steps with one critic update, and one with two; the rest is as many more."""
     libraries = psutil.Process().memory_info().rss
     updates = options.method.critic_updates
-    options = options._replace(method=replace(options.method, critic_updates=1, ode_pairs=0))
+    pairs = options.method.ode_pairs
+    options = options._replace(
+        method=replace(options.method, critic_updates=1, ode_pairs=0),
+        training=replace(options.training, critic_first=0),  # in these the layers' optimizer has no moments yet
+    )
     counts: list[dict[str, float]] = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         meter = Meter()
@@ -195,7 +200,12 @@ def measure(options: Options) -> Cost:
             "each network": _numel(players.bridge.network),
             "student, with its noise scale": _numel(players.student),
         },
-        memory={**static, "activations and gradients": peak - sum(static.values()), "libraries": libraries},
+        memory={
+            **static,
+            "activations and gradients": peak - sum(static.values()),
+            "libraries": libraries,
+            **({"pairs": 2 * 4 * pairs * math.prod(players.bridge.shape)} if pairs else {}),
+        },
         calls={name: total[name] / rows for name in ("student", "critic", "teacher")},
         flops=total["flops"],
         call_flops=call["flops"],
@@ -298,6 +308,8 @@ def print_plan(options: Options) -> None:
     if processes > 1:
         trained = cost.memory["student"] + cost.memory["critic"]
         cost.memory["gradient buckets of data parallelism"] = trained
+        if "pairs" in cost.memory:
+            cost.memory["pairs"] //= processes
     print("\n".join(describe(options, cost, *seconds_per_flop(options), processes)))
 
 
@@ -316,7 +328,7 @@ def describe(options: Options, cost: Cost, speed: float, device: str, processes:
         "",
         *_table("memory of a process, MiB", cost.memory, MIB, ",.1f"),
         f"  {'in all, at the peak':40s}{sum(cost.memory.values()) / MIB:>16,.1f}",
-        "  (libraries: of this process, in main memory; the rest is on the device)",
+        "  (libraries, of this process, and pairs are in main memory; the rest is on the device)",
         *(
             ["  (the pictures of --train_data stay in main memory and come on top)"]
             if options.method.train_data

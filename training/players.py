@@ -366,7 +366,7 @@ class Players:
         return TeacherPairs(
             self.bridge.network.unet,
             self.student.scheduler,
-            self.bridge.sample_base(number, generator),
+            torch.randn(number, *self.bridge.shape, generator=generator),  # of all pairs: too many for a GPU
             condition,
             method.ode_calls,
             training.train_batch_size,

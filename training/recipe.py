@@ -256,12 +256,16 @@ class Options(NamedTuple):
 def parse_recipe(description: str, args: Sequence[str] | None = None) -> Options:
     """Reads the options; preset `fast` for one network call has the settings of ONE_CALL.
 
-    A start that is named goes before theirs, and of a short run the critic has a sixth at most to learn alone.
+    A start that is named goes before theirs, and of a short run the critic has a sixth at most to learn alone. A run of
+    --init_from has a layer and a critic that have learned already, so it takes neither pairs nor updates of the critic
+    alone.
     """
     options = Options(*parse_options(GROUPS, description, PRESETS, args))
     if options.method.preset == "fast" and options.layers.num_layers == [1]:
         first = min(ONE_CALL["critic_first"], options.training.max_train_steps // 6)
         fast = {**PRESETS["fast"], **ONE_CALL, "start_noise": None, "critic_first": first}
+        if options.teacher.init_from is not None:
+            fast.update(ode_pairs=0, critic_first=0)
         options = Options(*parse_options(GROUPS, description, {**PRESETS, "fast": fast}, args))
         if not options.layers.has_start:
             options.layers.start_noise = ONE_CALL["start_noise"]
@@ -272,6 +276,12 @@ def changes_since(record: Path, now: Mapping[str, Any]) -> str:
     """Says which options are others than in a run's options.json; those that an old one lacks count as defaults."""
     defaults = flatten([group() for group in GROUPS])
     return changes({**defaults, **json.loads(record.read_text())}, now)
+
+
+def chosen(options: Options) -> dict[str, Any]:
+    """The options of layers, method and training that are not the defaults."""
+    defaults = flatten([group() for group in GROUPS[1:4]])
+    return {name: value for name, value in flatten(options[1:4]).items() if value != defaults[name]}
 
 
 def complete(options: Options) -> None:
@@ -389,7 +399,7 @@ def check_method(method: Method) -> None:
 
 
 def check_unused(layers: Layers, method: Method) -> None:
-    """Refuses options that the others leave nothing to do."""
+    """Refuses options of levels, grids and sources that the others leave nothing to do."""
     levels = [] if method.level_law is None else [f"--level_law {method.level_law}"]
     levels += [] if method.level_power == 1 else [f"--level_power {method.level_power}"]
     if levels and method.scoring == "own":

@@ -153,8 +153,9 @@ def fit(
                     raise DivergenceError(f"the loss of the {player}", step, sorted(set(rows.t.tolist())))
                 backward(mean / len(chains))
             made.append(rows)
-        norm = clip_grad_norm(module.parameters()) if clip_grad_norm else None
+        norm = None
         if move:  # Adam would count gradients that are 0, and take the first others for far larger
+            norm = clip_grad_norm(module.parameters()) if clip_grad_norm else None
             optimizer.step()
         optimizer.zero_grad()
         return Update(torch.cat([rows.t for rows in made]), torch.cat([rows.loss.detach() for rows in made]), norm)

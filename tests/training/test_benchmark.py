@@ -78,6 +78,9 @@ def test_a_row_has_all_measures_and_what_its_training_cost(folder):
     for row in rows_of(folder):
         assert row.keys() >= {*benchmark_pages.MEASURES, "dataset", "eval_seed", "num_samples", "measured"}
         assert sum(row["class_shares"]) == pytest.approx(1)
+        assert sum(row["real_class_shares"]) == pytest.approx(1)
+        assert (row["recipe"] is not None) == ("HSIVI" in row["method"])
+        assert row["recipe"] is None or row["recipe"].items() >= {"num_layers": [1, 2], "objective": "KL"}.items()
         assert row["num_samples"] == 20
         trained = row["train_seed"] is not None
         assert (row["train_seconds"] is not None, row["train_calls"] is not None) == (trained, trained)
@@ -193,6 +196,28 @@ def test_a_student_of_other_options_is_refused(copied):
         benchmark.main(arguments)
 
 
+def test_rows_of_a_student_of_other_options_are_not_added_to(copied):
+    folder, arguments = copied
+    (folder / "student.yaml").write_text(STUDENT + "learning_rate: 0.5\n")
+    with pytest.raises(ValueError, match="one for all at 1, seed 0, of other options than --students have now: remove"):
+        benchmark.main(arguments)
+
+
+def test_a_rival_of_another_time_is_refused(copied):
+    folder, arguments = copied
+    forget(folder, "consistency distillation")
+    path = folder / "runs/digits/rival_seed0/training.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_train_seconds": 1000.5}))
+    with pytest.raises(ValueError, match="rival_seed0 was given 1000.5 s, and the student that it is held against had"):
+        benchmark.main(arguments)
+
+
+def test_an_unknown_solver_is_refused_before_any_training(arguments, monkeypatch):
+    monkeypatch.setattr(benchmark, "Comparison", never)
+    with pytest.raises(ValueError, match="--solvers DPM unknown: choose from DDPM, DDIM,"):
+        benchmark.main([*arguments, "--solvers", "DPM", "DDIM"])
+
+
 def test_two_students_of_the_same_rows_are_refused(copied):
     folder, arguments = copied
     (folder / "second.yaml").write_text(STUDENT)
@@ -204,7 +229,7 @@ def test_two_students_of_the_same_rows_are_refused(copied):
 def test_rows_and_parts_of_another_set_are_kept_and_added(copied):
     folder, arguments = copied
     rows = rows_of(folder)
-    other = [{**row, "dataset": "other-set"} for row in rows]
+    other = [{**row, "dataset": "other-set.2"} for row in rows]
     (folder / "docs/results.json").write_text(json.dumps({"rows": [*other, *rows]}))
     page = folder / "docs/index.md"
     page.write_text("# By hand\n\n" + page.read_text())
@@ -212,10 +237,10 @@ def test_rows_and_parts_of_another_set_are_kept_and_added(copied):
     assert rows_of(folder) == [*other, *rows]
     text = page.read_text()
     assert text.startswith("# By hand")
-    assert "| other-set | HSIVI fast, one for all | 1 | class TV" in text
-    assert text.count("<!-- table: fd_digits -->") == text.count("<!-- table: fd_other_set -->") == 1
-    assert "(curves_other_set.png)" in text
-    assert "(samples_other_set.png)" not in text
+    assert "| other-set.2 | HSIVI fast, one for all | 1 | class TV" in text
+    assert text.count("<!-- table: fd_digits -->") == text.count("<!-- table: fd_other_set_2 -->") == 1
+    assert "(curves_other_set_2.png)" in text
+    assert "(samples_other_set_2.png)" not in text
 
 
 def test_the_page_has_tables_and_figures(folder):

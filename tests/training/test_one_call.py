@@ -74,6 +74,14 @@ def test_of_a_short_run_the_critic_has_less_to_learn_alone(options, updates, alo
     assert options(preset="fast", num_layers=1, max_train_steps=updates).training.critic_first == alone
 
 
+def test_a_run_that_goes_on_from_another_takes_no_pairs_unless_they_are_named(options):
+    one = options(preset="fast", num_layers=1, init_from="runs/other", max_train_steps=3000)
+    assert (one.method.ode_pairs, one.training.critic_first) == (0, 0)
+    assert one.training.learning_rate == recipe.ONE_CALL["learning_rate"]
+    named = options(preset="fast", num_layers=1, init_from="runs/other", max_train_steps=3000, ode_pairs=7)
+    assert named.method.ode_pairs == 7
+
+
 @pytest.mark.parametrize(("preset", "clips"), [("fast", True), ("paper", False)])
 def test_the_layers_clip_pictures_as_the_preset_has_it(make_players, preset, clips):
     assert make_players(preset=preset, ode_pairs=0, ode_calls=8, ode_steps=500).student.clip_pictures is clips

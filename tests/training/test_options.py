@@ -1,5 +1,7 @@
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +15,7 @@ import recipe
 import train_classifier
 import train_consistency
 import train_teacher
-from folders import claim_output_dir, sole_writer
+from folders import claim_output_dir, in_turn, sole_writer
 from options import changes, option, parse_options
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -314,3 +316,28 @@ def test_a_folder_has_one_writer(tmp_path):
         pass
     with sole_writer(tmp_path):
         pass
+
+
+def test_processes_write_in_turn(tmp_path):
+    """A lock is of the handle, and each has its own, so threads wait as processes do."""
+    there, leave, order = threading.Event(), threading.Event(), []
+
+    def first():
+        with in_turn(tmp_path):
+            there.set()
+            leave.wait(10)
+            order.append("first")
+
+    def second():
+        with in_turn(tmp_path):
+            order.append("second")
+
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(first)]
+        there.wait(10)
+        running.append(pool.submit(second))
+        assert not running[1].done()
+        leave.set()
+        for each in running:
+            each.result(10)
+    assert order == ["first", "second"]

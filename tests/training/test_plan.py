@@ -67,6 +67,14 @@ def test_a_plan_is_of_the_levels_of_the_run(options, tmp_path, monkeypatch, beta
 # ----- memory -----
 
 
+def test_a_sampler_of_one_call_has_its_moments_and_its_pairs(options, measured):
+    settings = {"num_layers": 1, "ode_pairs": 100, "critic_first": 2}
+    one = plan.measure(options(preset="fast", **settings)).memory
+    assert one["Adam's moments"] == measured.memory["Adam's moments"]
+    assert one["pairs"] == 100 * 2 * 64 * 4  # noise and end, of 8x8 floats
+    assert "pairs" not in measured.memory
+
+
 def test_what_stays_is_counted_exactly(measured, teacher):
     """float32: 4 bytes for a weight of each network and of the average, 8 for Adam's moments of both players."""
     weights = weights_of(teacher)

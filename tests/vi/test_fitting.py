@@ -298,6 +298,22 @@ def test_the_norm_is_taken_once_an_update_and_told():
     assert seen[0] > 0.1
 
 
+def test_the_norm_of_layers_that_wait_for_the_critic_is_not_taken():
+    """Under fp16 it would take the loss scale from the gradients of both players, and that of the critic again."""
+    game, seen = Game(target()), []
+
+    def clip_grad_norm(parameters):
+        seen.append(next(iter(parameters)))
+        return torch.zeros(())
+
+    steps = game.fit(KullbackLeibler(), 2, curriculum=joint(3, 2, critic_first=1), clip_grad_norm=clip_grad_norm)
+    first, _ = next(steps), next(steps)
+    critic, layers = (next(iter(module.parameters())) for module in (game.critic, game.layers))
+    assert [each is critic for each in seen] == [True, False, True]
+    assert seen[1] is layers
+    assert first.layers.grad_norm is None
+
+
 def test_a_list_without_chains_is_refused():
     game = shards_of(Game(target()), 0)
     with pytest.raises(ValueError, match=r"chain=\[\]: give a chain, or one for each shard"):
