@@ -35,7 +35,7 @@ from images import load_images
 from metrics import Measures
 from options import flatten, option, parse_options
 from pages import measured_on
-from recipe import Options, changes_since, chosen, parse_recipe
+from recipe import Options, changes_since, check_options, chosen, parse_recipe
 from solvers import SOLVERS, Sampler, make_consistency_sampler, make_solver, make_student, sample
 
 HERE = Path(__file__).parent
@@ -160,7 +160,9 @@ class Comparison:
                 yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed), recipe)
 
     def _options(self, config: str, seed: int) -> Options:
-        return parse_recipe("", self._arguments(config, seed))
+        options = parse_recipe("", self._arguments(config, seed))
+        check_options(options)  # now, and not after the trainings before it
+        return options
 
     def _arguments(self, config: str, seed: int) -> list[str]:
         """What the program of a config is called with, for the teacher and a seed."""

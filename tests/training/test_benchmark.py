@@ -218,6 +218,15 @@ def test_an_unknown_solver_is_refused_before_any_training(arguments, monkeypatch
         benchmark.main([*arguments, "--solvers", "DPM", "DDIM"])
 
 
+def test_a_student_that_cannot_be_trained_is_refused_before_any_training(copied, monkeypatch):
+    folder, arguments = copied
+    monkeypatch.setattr(benchmark, "_call", never)
+    (folder / "last.yaml").write_text("num_layers: 4\nmax_train_steps: 0\n")
+    given = [text for text in arguments if not text.startswith("--students")]
+    with pytest.raises(ValueError, match="--max_train_steps 0: give a number of at least 1"):
+        benchmark.main([*given, "--students", str(folder / "student.yaml"), str(folder / "last.yaml")])
+
+
 def test_two_students_of_the_same_rows_are_refused(copied):
     folder, arguments = copied
     (folder / "second.yaml").write_text(STUDENT)
