@@ -151,13 +151,12 @@ class Comparison:
         return [*trained, *(Entry(*count, None, partial(self._make_solver, *count)) for count in counts)]
 
     def _students(self, config: str) -> Iterator[Entry]:
-        options = self._options(config, self.parts.seeds[0])
-        counts = options.layers.num_layers
-        name = f"HSIVI {options.method.preset}" + (", one for all" if len(counts) > 1 else "")
         for seed in self.parts.seeds:
-            recipe = chosen(self._options(config, seed))
+            options = self._options(config, seed)
+            counts = options.layers.num_layers
+            name = f"HSIVI {options.method.preset}" + (", one for all" if len(counts) > 1 else "")
             for nfe in counts:
-                yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed), recipe)
+                yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed), chosen(options))
 
     def _options(self, config: str, seed: int) -> Options:
         options = parse_recipe("", self._arguments(config, seed))

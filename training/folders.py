@@ -48,28 +48,31 @@ def sole_writer(path: Path) -> Iterator[None]:
     Raises:
         ValueError: Another one is at work in it.
     """
-    if fcntl is None:
+    with _handle(path) as handle:
+        if handle is not None:
+            _lock(handle, path)
         yield
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        _lock(handle, path)
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager
 def in_turn(path: Path) -> Iterator[None]:
     """Lets the processes that work on the files of a folder do so one after the other."""
-    if fcntl is None:
+    with _handle(path) as handle:
+        if handle is not None:
+            with suppress(OSError):  # some network file systems lock no folders
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _handle(path: Path) -> Iterator[int | None]:
+    """Opens a folder to be locked, until it is closed; None where the system has no such locks."""
+    if fcntl is None:
+        yield None
         return
     handle = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network file systems lock no folders
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield handle
     finally:
         os.close(handle)
 
