@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 from figures import draw_samples  # noqa: E402
 from folders import write_text  # noqa: E402
@@ -90,6 +91,11 @@ def is_solver(method: str) -> bool:
     return not is_ours(method) and method != RIVAL
 
 
+def in_order(groups: Iterable[Group]) -> list[str]:
+    """The methods of these groups: ours, the solvers, the rival."""
+    return sorted({method for method, _ in groups}, key=lambda name: (not is_ours(name), name == RIVAL, name))
+
+
 def is_shown(method: str, nfe: int) -> bool:
     """Whether the figure of samples has pictures of it."""
     return is_ours(method) or (method, nfe) in SHOWN_PICTURES
@@ -114,7 +120,7 @@ def calls_table(rows: list[Row]) -> str:
     groups = grouped(rows)
     counts = sorted({nfe for _, nfe in groups})
     lines = [f"| method | {' | '.join(map(str, counts))} |", f"|---|{'---:|' * len(counts)}"]
-    for method in dict.fromkeys(method for method, _ in groups):
+    for method in in_order(groups):
         cells = [written(groups[method, nfe], "fd") if (method, nfe) in groups else "" for nfe in counts]
         lines.append(f"| {bold(method)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -222,20 +228,24 @@ def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
 def draw_curves(rows: list[Row], path: Path) -> None:
     """Draws FD, sliced Wasserstein distance and recall against network calls; bars are one standard deviation."""
     groups = grouped(rows)
-    methods = sorted({method for method, _ in groups}, key=lambda name: (not is_ours(name), name))
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for axis, measure in zip(axes, ("fd", "swd", "recall"), strict=True):
-        for place, method in enumerate(methods):
+        for place, method in enumerate(in_order(groups)):
             points = sorted((nfe, of_group) for (name, nfe), of_group in groups.items() if name == method)
             calls, numbers = [nfe for nfe, _ in points], [[row[measure] for row in each] for _, each in points]
             bars = [stdev(each) if len(each) > 1 else 0 for each in numbers]
             style = {"lw": 2.4, "marker": "*", "ms": 12} if is_ours(method) else {"lw": 1.2, "marker": "o", "ms": 4}
             axis.errorbar(calls, [*map(mean, numbers)], bars, label=method, color=f"C{place % 10}", capsize=3, **style)
-        axis.set(xscale="log", yscale="linear" if measure == "recall" else "log", xlabel="network calls")
+        axis.set(xscale="log", xlabel="network calls")
+        if measure != "recall":
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.set_ylabel(f"{MEASURES[measure][0]}, {'higher' if MEASURES[measure][2] else 'lower'} is better")
         ticks = [nfe for nfe in SHOWN_CALLS if nfe <= max(calls for _, calls in groups)]
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -400,12 +400,17 @@ def check_method(method: Method) -> None:
 
 def check_unused(layers: Layers, method: Method) -> None:
     """Refuses options of levels, grids and sources that the others leave nothing to do."""
-    levels = [] if method.level_law is None else [f"--level_law {method.level_law}"]
-    levels += [] if method.level_power == 1 else [f"--level_power {method.level_power}"]
+    names = ("level_law", "level_power", "level_min", "level_max")
+    levels = [f"--{name} {value}" for name in names if (value := getattr(method, name)) != getattr(Method(), name)]
     if levels and method.scoring == "own":
         raise ValueError(
             f"{' and '.join(levels)} would not be used: --scoring own has no random levels. Either pass --scoring "
             "random or between too, or leave out what is of levels"
+        )
+    if method.alpha != 0.5 and method.objective != "SM":
+        raise ValueError(
+            f"--alpha {method.alpha} would not be used: --objective is {method.objective}, and it is of SM: "
+            "pass --objective SM too, or leave it out"
         )
     if method.between_share != 0.5 and method.scoring != "between":
         raise ValueError(

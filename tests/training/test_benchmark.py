@@ -315,6 +315,12 @@ def test_a_mean_has_its_spread():
     assert benchmark_pages.written([row("a", 1, 1.0, kid=0.0012)], "kid") == "1.20"
 
 
+def test_methods_have_the_same_order_whatever_was_measured_first():
+    rows = [row(method, 4, 1.0) for method in ("UniPC", benchmark_pages.RIVAL, "HSIVI paper", "DDIM", "HSIVI fast")]
+    names = [line.split("|")[1].strip(" *") for line in benchmark_pages.calls_table(rows).splitlines()[2:]]
+    assert names == ["HSIVI fast", "HSIVI paper", "DDIM", "UniPC", benchmark_pages.RIVAL]
+
+
 def test_pictures_of_what_is_shown_stay_beside_the_results(folder):
     """So the figures are drawn anew where nothing has to be sampled."""
     kept = load_file(folder / "docs" / "pictures_digits.safetensors")
