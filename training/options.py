@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields
 from pathlib import Path
@@ -48,6 +49,7 @@ def parse_options(
     parser = HfArgumentParser(
         list(groups),
         description=description,
+        epilog=_describe(presets or {}),
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
@@ -72,6 +74,15 @@ def parse_options(
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return tuple(chosen)
+
+
+def _describe(presets: Mapping[str, Mapping[str, Any]]) -> str:
+    """The last lines of `--help`: what a preset has in the place of the defaults above them."""
+    lines = []
+    for name, settings in presets.items():
+        lines.append(f"--preset {name} has, in the place of the defaults above:")
+        lines += textwrap.wrap(" ".join(_as_arguments(settings)), initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(lines)
 
 
 def _as_arguments(settings: Mapping[str, Any]) -> list[str]:

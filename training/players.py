@@ -277,6 +277,10 @@ def make_objective(method: Method, bridge: TeacherBridge) -> CriticObjective:
     return Guided(objective, method.ode_weight, method.ode_coarse) if guides else objective
 
 
+class PreemptionError(Exception):
+    """The machine is to be taken away before the first update, when there is nothing to save."""
+
+
 class Players:
     """The modules, optimizers and chains of a run, prepared by accelerate.
 
@@ -419,9 +423,11 @@ class Players:
 
         Raises:
             DivergenceError: A loss is not finite, or under fp16 the gradients overflowed 50 times in a row.
+            PreemptionError: SIGTERM came before the first update.
         """
         method, training = self.options.method, self.options.training
         if method.ode_pairs and start_step == 0:
+            self.accelerator.print(f"making {method.ode_pairs} pairs of {method.ode_calls} calls of the teacher, first")
             self._regress()
         objective = make_objective(method, self.bridge)
         steps = self._fit(
@@ -491,6 +497,8 @@ class Players:
             except DivergenceError as error:
                 subject = f"the loss of the fit to pairs, of --ode_learning_rate {method.ode_learning_rate},"
                 raise DivergenceError(subject, error.step, error.layers) from error
+            if self.accelerator.check_trigger():
+                raise PreemptionError
         group["lr"] = rate
         self.layer_optimizer.state.clear()
         for average, parameter in zip(self.ema.shadow_params, self.student.parameters(), strict=True):

@@ -120,7 +120,9 @@ class Layers:
 class Method:
     _argument_group_name = "method"
     preset: Literal["fast", "paper"] = option(
-        "fast", "recipe; the options of --config and of the command line override it"
+        "fast",
+        "recipe, whose settings are listed at the end; the options of --config and of the command line override it; "
+        "with --num_layers 1 fast has some others, see docs/training.md",
     )
     objective: Literal["SM", "KL"] = option("SM", "HSIVI-SM (score matching, the paper) or HSIVI-KL")
     alpha: float = option(0.5, "of SM: 0.5 is the paper, up to 1.2 the fused loss of score identity distillation")
@@ -311,6 +313,11 @@ def check_options(options: Options) -> None:
         raise ValueError("--noise_eta 0 leaves the layers no noise, and so no score to train on: give up to 1, say 0.2")
     if teacher.init_from and run.output_dir and Path(teacher.init_from).resolve() == Path(run.output_dir).resolve():
         raise ValueError(f"--init_from {teacher.init_from} is the --output_dir too: name another, or it would be lost")
+    if run.overwrite_output_dir and run.resume_from_checkpoint:
+        raise ValueError(
+            f"--overwrite_output_dir starts anew and --resume_from_checkpoint {run.resume_from_checkpoint} goes on: "
+            "pass one of them"
+        )
     if validation.validation_data and not validation.validation_steps:
         raise ValueError("--validation_data is measured every --validation_steps: give that too, say 500")
     if validation.validation_samples < 2:

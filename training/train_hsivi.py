@@ -31,7 +31,7 @@ from hsivi_diffusers.vi import DivergenceError
 from monitor import Monitor
 from options import flatten
 from plan import print_plan
-from players import Players, load_networks
+from players import Players, PreemptionError, load_networks
 from recipe import Hub, Options, changes_since, check_options, complete, parse_recipe
 
 PREEMPTED = 75  # exit status after SIGTERM: EX_TEMPFAIL, "try again"
@@ -83,8 +83,9 @@ def start_run(output_dir: Path, options: Options) -> None:
     for record in filter(Path.is_file, recorded):
         if changed := changes_since(record, now):
             raise ValueError(
-                f"{record.parent} holds a run with other options ({changed}): name another --output_dir, or "
-                "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
+                f"{record.parent} holds a run with other options ({changed}): name another --output_dir, where "
+                f"--init_from {record.parent} goes on from its layers and critic if it is finished, or start anew with "
+                "--overwrite_output_dir and without --resume_from_checkpoint"
             )
     if checkpoint is None:
         for name in ("checkpoints", "pipeline", "critic", "validation"):
@@ -129,7 +130,8 @@ def train(
     """Runs the updates from `start` on, before which `spent` seconds went by; returns the seconds of all.
 
     Raises:
-        SystemExit: The run diverged, or SIGTERM came: then a checkpoint was saved, and the status is 75.
+        SystemExit: The run diverged, or SIGTERM came: then a checkpoint was saved, if there was an update, and the
+            status is 75.
     """
     run, total = options.run, options.training.max_train_steps
     clock = time.perf_counter()
@@ -148,6 +150,9 @@ def train(
                     f"SIGTERM: saved after step {done}; go on with --resume_from_checkpoint latest"
                 )
                 raise SystemExit(PREEMPTED)
+    except PreemptionError as error:
+        players.accelerator.print("SIGTERM before the first update: nothing to save, start the run again")
+        raise SystemExit(PREEMPTED) from error
     except DivergenceError as error:
         kept = checkpoints.finished()
         place = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
@@ -186,11 +191,12 @@ def count_calls(counted: int, players: Players, before: int, record: Path) -> in
     return calls
 
 
-def closing_line(players: Players, seconds: float, output_dir: Path) -> str:
+def closing_line(players: Players, start: int, seconds: float, output_dir: Path) -> str:
     steps, rows = players.options.training.max_train_steps, players.rows
     speed = steps * rows / max(seconds, 1e-9)
+    done = "nothing was left to do, the run had " if start == steps else ""
     return (
-        f"{steps} updates of {rows} rows in {seconds:.0f} s, {speed:.0f} pictures a second\n"
+        f"{done}{steps} updates of {rows} rows in {seconds:.0f} s, {speed:.0f} pictures a second\n"
         f"the pipeline is in {output_dir / 'pipeline'}: measure it with evaluate.py, draw with sample.py"
     )
 
@@ -249,7 +255,7 @@ def run(players: Players, monitor: Monitor, options: Options) -> None:
         write_json(output_dir / "training.json", summarise(options, seconds, calls, accelerator))
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    accelerator.print(closing_line(players, seconds, output_dir))
+    accelerator.print(closing_line(players, start, seconds, output_dir))
 
 
 if __name__ == "__main__":

@@ -224,6 +224,17 @@ def test_a_run_resumes_to_the_same_bits_and_does_not_fit_the_pairs_again(distil,
     assert calls[0] == calls[1]  # though the pairs were made twice
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_before_the_first_update_ends_a_run_that_may_start_again(launch, tmp_path, processes):
+    """Between the updates by the pairs, of which nothing is saved."""
+    statuses, text = launch(tmp_path / "run", kill={"point": "SIGTERM", "step": 2}, processes=processes, **ONE)
+    assert statuses == [75] * processes, text
+    assert "SIGTERM before the first update: nothing to save, start the run again" in text
+    assert not any((tmp_path / "run" / name).exists() for name in ("checkpoints", "pipeline"))
+    again = launch(tmp_path / "run", processes=processes, resume_from_checkpoint="latest", **ONE)
+    assert again[0] == [0] * processes, again[1]
+
+
 def test_a_run_counts_the_calls_of_its_pairs_and_makes_a_pipeline_of_one_call(distil, tmp_path):
     run = distil(tmp_path / "run", **ONE)
     calls = json.loads((run / "training.json").read_text())["network_calls"]

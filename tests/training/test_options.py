@@ -341,3 +341,15 @@ def test_processes_write_in_turn(tmp_path):
         for each in running:
             each.result(10)
     assert order == ["first", "second"]
+
+
+def test_help_lists_what_each_preset_has_instead_of_the_defaults(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse(None, "--help")
+    end = capsys.readouterr().out.splitlines()[-4:]
+    assert end == [
+        "--preset quick has, in the place of the defaults above:",
+        "  --rate=0.1 --steps=10 --start=7",
+        "--preset slow has, in the place of the defaults above:",
+        "  --rate=0.2 --steps=20",
+    ]

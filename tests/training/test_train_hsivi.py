@@ -350,11 +350,12 @@ def test_a_checkpoint_is_resumed_by_its_path(distil, fast_run, tmp_path, starts,
     assert (folder / "training.json").is_file()
 
 
-def test_a_finished_run_resumes_to_itself(distil, fast_run, tmp_path, starts, same_tensors):
+def test_a_finished_run_resumes_to_itself(distil, fast_run, tmp_path, starts, same_tensors, capsys):
     folder = shutil.copytree(fast_run, tmp_path / "run")
     shutil.rmtree(folder / "pipeline")
     distil(folder, resume_from_checkpoint="latest")
     assert starts == [5]
+    assert "nothing was left to do, the run had 5 updates" in capsys.readouterr().out
     assert same_tensors(pipeline_weights(folder), pipeline_weights(fast_run))
 
 
@@ -577,6 +578,14 @@ def test_a_run_does_not_start_from_the_folder_it_would_empty(distil, fast_run, t
     before = contents(folder)
     with pytest.raises(ValueError, match="is the --output_dir too"):
         distil(folder, "--overwrite_output_dir=true", init_from=folder)
+    assert contents(folder) == before
+
+
+def test_a_run_does_not_both_start_anew_and_go_on(distil, fast_run, tmp_path):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    before = contents(folder)
+    with pytest.raises(ValueError, match="starts anew and --resume_from_checkpoint latest goes on: pass one"):
+        distil(folder, "--overwrite_output_dir=true", resume_from_checkpoint="latest")
     assert contents(folder) == before
 
 
