@@ -80,7 +80,7 @@ def _describe(presets: Mapping[str, Mapping[str, Any]]) -> str:
     """The last lines of `--help`: what a preset has in the place of the defaults above them."""
     lines = []
     for name, settings in presets.items():
-        lines.append(f"--preset {name} has, in the place of the defaults above:")
+        lines.append(f"--preset {name} sets:")
         lines += textwrap.wrap(" ".join(_as_arguments(settings)), initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)
 

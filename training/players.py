@@ -365,6 +365,7 @@ class Players:
         """The share of the pairs of one shard."""
         method, training = self.options.method, self.options.training
         number = self.pairs_per_shard
+        self.accelerator.print(f"making {number} pairs of {method.ode_calls} calls of the teacher")
         generator = step_generator(training.seed, self.first_shard + place, -1)
         condition = self._sample_condition(number, generator) if self.student.unet.config.num_class_embeds else None
         return TeacherPairs(
@@ -427,7 +428,6 @@ class Players:
         """
         method, training = self.options.method, self.options.training
         if method.ode_pairs and start_step == 0:
-            self.accelerator.print(f"making {method.ode_pairs} pairs of {method.ode_calls} calls of the teacher, first")
             self._regress()
         objective = make_objective(method, self.bridge)
         steps = self._fit(

@@ -151,7 +151,9 @@ def train(
                 )
                 raise SystemExit(PREEMPTED)
     except PreemptionError as error:
-        players.accelerator.print("SIGTERM before the first update: nothing to save, start the run again")
+        players.accelerator.print(
+            "SIGTERM before the first update, nothing was saved: --resume_from_checkpoint latest starts anew"
+        )
         raise SystemExit(PREEMPTED) from error
     except DivergenceError as error:
         kept = checkpoints.finished()

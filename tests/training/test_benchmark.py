@@ -319,6 +319,9 @@ def test_methods_have_the_same_order_whatever_was_measured_first():
     rows = [row(method, 4, 1.0) for method in ("UniPC", benchmark_pages.RIVAL, "HSIVI paper", "DDIM", "HSIVI fast")]
     names = [line.split("|")[1].strip(" *") for line in benchmark_pages.calls_table(rows).splitlines()[2:]]
     assert names == ["HSIVI fast", "HSIVI paper", "DDIM", "UniPC", benchmark_pages.RIVAL]
+    rows = [row("DDIM", 10, 1.0), *(row(f"HSIVI fast{more}", 2, 1.0, 0) for more in (", one for all", ""))]
+    goals = benchmark_pages.goals_table({"digits": rows}).splitlines()[2:]
+    assert [line.split("|")[2].strip() for line in goals] == ["HSIVI fast", "HSIVI fast, one for all"]
 
 
 def test_pictures_of_what_is_shown_stay_beside_the_results(folder):

@@ -348,8 +348,8 @@ def test_help_lists_what_each_preset_has_instead_of_the_defaults(parse, capsys):
         parse(None, "--help")
     end = capsys.readouterr().out.splitlines()[-4:]
     assert end == [
-        "--preset quick has, in the place of the defaults above:",
+        "--preset quick sets:",
         "  --rate=0.1 --steps=10 --start=7",
-        "--preset slow has, in the place of the defaults above:",
+        "--preset slow sets:",
         "  --rate=0.2 --steps=20",
     ]
