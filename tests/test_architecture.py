@@ -61,7 +61,7 @@ NOUNS = {
     "study_tables": {"study"},
     "study_figures": {"benchmark_targets", "study_tables", "target_fit"},
     "study_pages": {"folders", "pages", "study_figures", "study_tables"},
-    "benchmark_pages": {"figures", "folders", "pages"},
+    "benchmark_pages": {"figures", "folders", "metrics", "pages"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "training").glob("*.py"))

@@ -33,9 +33,9 @@ from folders import in_turn, replace_folder, write_json
 from hsivi_diffusers import HSIVIPipeline, load_teacher
 from images import load_images
 from metrics import Measures
-from options import flatten, option, parse_options
+from options import changes, flatten, option, parse_options
 from pages import measured_on
-from recipe import Options, changes_since, check_options, chosen, parse_recipe
+from recipe import Options, changes_of_chosen, changes_since, check_options, chosen, parse_recipe
 from solvers import SOLVERS, Sampler, make_consistency_sampler, make_solver, make_student, sample
 
 HERE = Path(__file__).parent
@@ -245,23 +245,27 @@ class Comparison:
                 raise
             self._keep_pictures(entry, pictures[:16], real)  # first, for a row that is there is not drawn again
             shares = {"class_shares": measures.shares, "real_class_shares": measures.real_shares}
-            self._add_row(entry, trained, len(pictures), {**measured, **shares})
+            self._add_row(entry, trained, {**measured, **shares})
 
     def _number(self, nfe: int) -> int:
         return self.sampling.num_samples if nfe <= 100 else self.sampling.slow_samples
+
+    def _drawn(self, nfe: int) -> dict[str, int]:
+        """What a row tells of its pictures; the noise of a batch depends on its size."""
+        batch_size, eval_seed = self.sampling.batch_size, self.sampling.eval_seed
+        return {"num_samples": self._number(nfe), "batch_size": batch_size, "eval_seed": eval_seed}
 
     def _draw(self, entry: Entry, sampler: Sampler) -> torch.Tensor:
         number = self._number(entry.nfe)
         return torch.cat(list(sample(sampler, number, self.sampling.batch_size, self.sampling.eval_seed)))
 
-    def _add_row(self, entry: Entry, trained: Trained | None, number: int, measured: dict[str, Any]) -> None:
+    def _add_row(self, entry: Entry, trained: Trained | None, measured: dict[str, Any]) -> None:
         row = {
             "dataset": self.parts.dataset,
             "method": entry.method,
             "nfe": entry.nfe,
             "train_seed": entry.seed,
-            "eval_seed": self.sampling.eval_seed,
-            "num_samples": number,
+            **self._drawn(entry.nfe),
             **measured,
             "train_seconds": trained.seconds if trained else None,
             "train_calls": trained.network_calls if trained else None,
@@ -275,21 +279,20 @@ class Comparison:
         """Keys of the rows that are there, where those of students should be of these recipes.
 
         Raises:
-            ValueError: One is of other options, of another number of pictures, or of other noise, and may not be
-                compared.
+            ValueError: One is of other options or other pictures, and may not be compared.
         """
         rows = self._rows()
         for row in rows:
-            now = (self._number(row["nfe"]), self.sampling.eval_seed)
-            if (row["num_samples"], row["eval_seed"]) != now:
+            if other := changes(row, self._drawn(row["nfe"])):
                 raise ValueError(
-                    f"{self.path} has {row['method']} at {row['nfe']} of {row['num_samples']} pictures from the noise "
-                    f"of seed {row['eval_seed']}, and not {now[0]} of seed {now[1]}: name another --output_dir"
+                    f"{self.path} has {row['method']} at {row['nfe']} of other pictures ({other}): name another "
+                    "--output_dir"
                 )
-            if row.get("recipe") != recipes.get(_key(row), row.get("recipe")):
+            recipe = recipes.get(_key(row))
+            if recipe is not None and (other := changes_of_chosen(row["recipe"], recipe)):
                 raise ValueError(
                     f"{self.path} has {row['method']} at {row['nfe']}, seed {row['train_seed']}, of other options than "
-                    "--students have now: remove that row, or name another --output_dir"
+                    f"--students have now ({other}): remove that row, or name another --output_dir"
                 )
         return {_key(row) for row in rows}
 

@@ -19,12 +19,14 @@ from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 from figures import draw_samples  # noqa: E402
 from folders import write_text  # noqa: E402
+from metrics import total_variation  # noqa: E402
 from pages import fill_tables, new_parts  # noqa: E402
 
 Row = dict[str, Any]
 Group = tuple[str, int]  # method and network calls
 
 RIVAL = "consistency distillation"
+TEACHER: Group = ("DDPM", 100)
 # Name in the head of a table, how it is written, and whether larger is better.
 MEASURES: dict[str, tuple[str, str, bool]] = {
     "fd": ("FD", ".2f", False),
@@ -35,10 +37,11 @@ MEASURES: dict[str, tuple[str, str, bool]] = {
     "coverage": ("coverage", ".3f", True),
     "swd": ("SWD", ".4f", False),
     "class_tv": ("class TV", ".3f", False),
+    "teacher_tv": ("TV to teacher", ".3f", False),
     "nearest": ("nearest", ".3f", True),
 }
 SHOWN_CALLS = (1, 2, 4, 5, 8, 10, 15, 20, 50, 100, 1000)
-SHOWN_PICTURES = [("DDPM", 100), ("UniPC", 4), ("UniPC", 10), (RIVAL, 1), (RIVAL, 4)]
+SHOWN_PICTURES = [TEACHER, ("UniPC", 4), ("UniPC", 10), (RIVAL, 1), (RIVAL, 4)]
 
 
 def write_pages(folder: Path) -> None:
@@ -48,7 +51,8 @@ def write_pages(folder: Path) -> None:
         folder: Has results.json, and the pictures of each set; the samples of a set without are not drawn.
     """
     rows: list[Row] = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
-    sets = {name: [row for row in rows if row["dataset"] == name] for name in dict.fromkeys(r["dataset"] for r in rows)}
+    names = dict.fromkeys(row["dataset"] for row in rows)
+    sets = {name: beside_teacher([row for row in rows if row["dataset"] == name]) for name in names}
     tables, figures = {"goals": goals_table(sets)}, []
     for name, of_set in sets.items():
         word = re.sub(r"\W", "_", name)
@@ -73,6 +77,12 @@ def missing_parts(text: str, tables: list[str], figures: list[str], folder: Path
     lacking = [name for name in tables if f"<!-- table: {name} -->" not in text]
     drawn = [name for name in figures if f"({name})" not in text and (folder / name).exists()]
     return new_parts(lacking, drawn)
+
+
+def beside_teacher(rows: list[Row]) -> list[Row]:
+    """Rows of a set with `teacher_tv`, the total variation to the teacher's shares of classes, if it was measured."""
+    shares = [row["class_shares"] for row in rows if (row["method"], row["nfe"]) == TEACHER]
+    return [{**row, "teacher_tv": total_variation(row["class_shares"], shares[0])} for row in rows] if shares else rows
 
 
 def grouped(rows: list[Row]) -> dict[Group, list[Row]]:
@@ -133,7 +143,8 @@ def calls_table(rows: list[Row]) -> str:
 
 def measures_table(rows: list[Row]) -> str:
     """Every measure, and what the training cost, at some numbers of calls."""
-    heads = [name for name, _, _ in MEASURES.values()]
+    measures = [measure for measure in MEASURES if all(measure in row for row in rows)]
+    heads = [MEASURES[measure][0] for measure in measures]
     lines = [
         f"| calls | method | {' | '.join(heads)} | pictures | training s | calls of training |",
         f"|---:|---|{'---:|' * (len(heads) + 3)}",
@@ -142,7 +153,7 @@ def measures_table(rows: list[Row]) -> str:
     for (method, nfe), of_group in sorted(groups.items(), key=lambda item: (item[0][1], value(item[1], "fd"))):
         if nfe not in SHOWN_CALLS:
             continue
-        cells = [written(of_group, measure) for measure in MEASURES]
+        cells = [written(of_group, measure) for measure in measures]
         costs = ["", ""]
         if of_group[0]["train_seconds"] is not None:
             counted = [row for row in of_group if row["train_calls"] is not None]
@@ -183,13 +194,13 @@ def row_of(
 # What is asked of our samplers: the words, our calls, the measure, and what it is held against.
 CLAIMS: list[Claim] = [
     ("the best solver at 15", 5, "fd", best_solver(15, "fd")),
-    ("DDPM at 100", 4, "fd", row_of("DDPM", 100, "fd")),
+    ("DDPM at 100", 4, "fd", row_of(*TEACHER, "fd")),
     ("the best solver at 10", 2, "fd", best_solver(10, "fd")),
     ("the best solver at 8", 1, "fd", best_solver(8, "fd")),
     *((f"{RIVAL} at {nfe}", nfe, "fd", row_of(RIVAL, nfe, "fd")) for nfe in (1, 2, 4)),
     ("the best solver at 10", 4, "recall", best_solver(10, "recall")),
     ("the best solver at 10", 4, "swd", best_solver(10, "swd")),
-    ("0.1", 1, "class_tv", lambda _: 0.1),
+    ("0.1", 1, "teacher_tv", lambda _: 0.1),
     ("1.2 times DDPM at 1000", 1, "fd", row_of("DDPM", 1000, "fd", 1.2)),
     ("DDPM at 1000", 4, "fd", row_of("DDPM", 1000, "fd")),
 ]
@@ -206,8 +217,9 @@ def goals_table(sets: dict[str, list[Row]]) -> str:
         for words, nfe, measure, find in CLAIMS:
             held = find(groups)
             for method in filter(is_fast, in_order(groups)):
-                if held is not None and (method, nfe) in groups:
-                    lines.append(_goal(name, method, nfe, measure, groups[method, nfe], words, held))
+                ours = groups.get((method, nfe), [])
+                if held is not None and ours and measure in ours[0]:
+                    lines.append(_goal(name, method, nfe, measure, ours, words, held))
     return "\n".join(lines) if len(lines) > 2 else "No sampler of ours is measured yet."
 
 
@@ -262,7 +274,7 @@ def draw_classes(rows: list[Row], path: Path) -> None:
     groups = {
         group: of_group
         for group, of_group in sorted(grouped(rows).items(), key=lambda item: (is_ours(item[0][0]), item[0]))
-        if not is_solver(group[0]) or group in (("DDPM", 100), ("UniPC", 10))
+        if not is_solver(group[0]) or group in (TEACHER, ("UniPC", 10))
     } or grouped(rows)
     columns = min(4, len(groups))
     figure, axes = plt.subplots(

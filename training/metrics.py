@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 
 import ot
 import torch
@@ -43,6 +44,11 @@ class Distances:
         for batch in pictures.split(BATCH):
             self.frechet.update(batch, real=False)
         return {"fd": float(self.frechet.compute()), "swd": _sliced_wasserstein(pictures, self.real)}
+
+
+def total_variation(p: Sequence[float], q: Sequence[float]) -> float:
+    """Total variation 1/2 sum |p - q| between the shares of classes of two sets, in [0, 1]."""
+    return sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2
 
 
 class Measures:
@@ -109,7 +115,7 @@ class Measures:
             "kid": self.kernel + _mean_kernel(self.gamma, some) - 2 * _mean_kernel(self.gamma, some, self.features),
             **_compute_prdc(self.features, some),
             "swd": _sliced_wasserstein(pictures[rows], self.real[self.rows]),
-            "class_tv": sum(abs(a - b) for a, b in zip(self.shares, self.real_shares, strict=True)) / 2,
+            "class_tv": total_variation(self.shares, self.real_shares),
             "nearest": self._distance(pictures[_choose(len(pictures), MOST_COPIES)]) / self.spacing,
         }
 

@@ -282,8 +282,18 @@ def changes_since(record: Path, now: Mapping[str, Any]) -> str:
 
 def chosen(options: Options) -> dict[str, Any]:
     """The options of layers, method and training that are not the defaults."""
-    defaults = flatten([group() for group in GROUPS[1:4]])
+    defaults = _defaults()
     return {name: value for name, value in flatten(options[1:4]).items() if value != defaults[name]}
+
+
+def changes_of_chosen(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Says in which options two of what `chosen` returned differ; nothing if in none."""
+    return changes({**_defaults(), **before}, {**_defaults(), **now})
+
+
+def _defaults() -> dict[str, Any]:
+    """Of the options of layers, method and training."""
+    return flatten([group() for group in GROUPS[1:4]])
 
 
 def complete(options: Options) -> None:

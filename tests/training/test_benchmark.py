@@ -76,12 +76,12 @@ def test_every_method_and_seed_has_a_row_at_each_number_of_calls(folder):
 
 def test_a_row_has_all_measures_and_what_its_training_cost(folder):
     for row in rows_of(folder):
-        assert row.keys() >= {*benchmark_pages.MEASURES, "dataset", "eval_seed", "num_samples", "measured"}
+        assert row.keys() >= {*benchmark_pages.MEASURES, "dataset", "eval_seed", "measured"} - {"teacher_tv"}
         assert sum(row["class_shares"]) == pytest.approx(1)
         assert sum(row["real_class_shares"]) == pytest.approx(1)
         assert (row["recipe"] is not None) == ("HSIVI" in row["method"])
         assert row["recipe"] is None or row["recipe"].items() >= {"num_layers": [1, 2], "objective": "KL"}.items()
-        assert row["num_samples"] == 20
+        assert (row["num_samples"], row["batch_size"]) == (20, 15)
         trained = row["train_seed"] is not None
         assert (row["train_seconds"] is not None, row["train_calls"] is not None) == (trained, trained)
 
@@ -156,12 +156,13 @@ def test_a_stopped_benchmark_measures_only_what_is_missing(copied, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("other", ["--num_samples=25", "--eval_seed=1"])
+@pytest.mark.parametrize("other", ["num_samples: 20 -> 25", "batch_size: 15 -> 10", "eval_seed: 0 -> 1"])
 def test_rows_of_other_pictures_are_not_added_to(copied, other):
     folder, arguments = copied
     before = rows_of(folder)
-    with pytest.raises(ValueError, match="results.json has HSIVI .* of 20 pictures from the noise of seed 0, and not"):
-        benchmark.main([*arguments, other])
+    name, number = other.split(":")[0], other.split()[-1]
+    with pytest.raises(ValueError, match=rf"results.json has HSIVI .* of other pictures \({other}\): name another"):
+        benchmark.main([*arguments, f"--{name}={number}"])
     assert rows_of(folder) == before
 
 
@@ -199,7 +200,17 @@ def test_a_student_of_other_options_is_refused(copied):
 def test_rows_of_a_student_of_other_options_are_not_added_to(copied):
     folder, arguments = copied
     (folder / "student.yaml").write_text(STUDENT + "learning_rate: 0.5\n")
-    with pytest.raises(ValueError, match="one for all at 1, seed 0, of other options than --students have now: remove"):
+    with pytest.raises(ValueError, match="one for all at 1, seed 0, of other .*learning_rate: .* -> 0.5.: remove"):
+        benchmark.main(arguments)
+
+
+def test_rows_tell_by_which_options_a_student_differed(copied):
+    folder, arguments = copied
+    rows = rows_of(folder)
+    for each in rows[:4]:
+        each["recipe"] = {**each["recipe"], "critic_updates": 3}
+    (folder / "docs/results.json").write_text(json.dumps({"rows": rows}))
+    with pytest.raises(ValueError, match="than --students have now .critic_updates: 3 -> 1.: remove that row"):
         benchmark.main(arguments)
 
 
@@ -246,7 +257,7 @@ def test_rows_and_parts_of_another_set_are_kept_and_added(copied):
     assert rows_of(folder) == [*other, *rows]
     text = page.read_text()
     assert text.startswith("# By hand")
-    assert "| other-set.2 | HSIVI fast, one for all | 1 | class TV" in text
+    assert "| other-set.2 | HSIVI fast, one for all | 1 | FD" in text
     assert text.count("<!-- table: fd_digits -->") == text.count("<!-- table: fd_other_set_2 -->") == 1
     assert "(curves_other_set_2.png)" in text
     assert "(samples_other_set_2.png)" not in text
@@ -286,8 +297,8 @@ def test_a_failed_training_ends_the_benchmark(tmp_path):
 
 
 def row(method, nfe, fd, seed=None, **more):
-    measures = dict.fromkeys(benchmark_pages.MEASURES, 0.5)
-    return {"dataset": "digits", "method": method, "nfe": nfe, "train_seed": seed, **measures, "fd": fd, **more}
+    measured = {**dict.fromkeys(benchmark_pages.MEASURES, 0.5), "fd": fd, "num_samples": 20, "train_seconds": None}
+    return {"dataset": "digits", "method": method, "nfe": nfe, "train_seed": seed, **measured, **more}
 
 
 def test_goals_hold_the_mean_of_the_seeds_against_the_best_solver():
@@ -308,6 +319,26 @@ def test_a_larger_recall_reaches_the_goal():
     }
     assert table["recall"].endswith("| 0.700 | yes |")
     assert table["SWD"].endswith("| 0.5000 | no |")
+
+
+def test_classes_are_held_against_those_of_the_teacher():
+    rows = [
+        *(row("HSIVI fast", 1, 1.0, seed, class_shares=[share, 1 - share]) for seed, share in enumerate((0.5, 0.3))),
+        row("DDPM", 100, 1.0, class_shares=[0.7, 0.3]),
+    ]
+    rows = benchmark_pages.beside_teacher(rows)
+    assert [each["teacher_tv"] for each in rows] == pytest.approx([0.2, 0.4, 0])
+    goals = benchmark_pages.goals_table({"digits": rows})
+    assert "| digits | HSIVI fast | 1 | TV to teacher | 0.300 ± 0.141 | 0.1 | 0.100 | no |" in goals
+    assert "TV to teacher" in benchmark_pages.measures_table(rows)
+
+
+def test_without_the_teacher_no_classes_are_held_against_its():
+    rows = [{**row("HSIVI fast", 1, 1.0, 0), "class_shares": [1.0]}]
+    del rows[0]["teacher_tv"]
+    rows = benchmark_pages.beside_teacher(rows)
+    assert "teacher_tv" not in rows[0]
+    assert "TV to teacher" not in benchmark_pages.measures_table(rows) + benchmark_pages.goals_table({"digits": rows})
 
 
 def test_a_mean_has_its_spread():
