@@ -510,12 +510,12 @@ def test_a_missing_folder_is_told_before_the_hub_is_asked(tmp_path):
 
 
 def test_a_repo_that_cannot_be_reached_is_told():
-    with pytest.raises(ValueError, match="'nobody/nothing' cannot be loaded"):
+    with pytest.raises(ValueError, match="'nobody/nothing' is no folder here, and cannot be loaded"):
         load_teacher("nobody/nothing")
 
 
 def test_an_empty_folder_is_no_teacher(tmp_path):
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match=f"teacher '{tmp_path}' cannot be loaded"):
         load_teacher(str(tmp_path))
 
 
