@@ -500,4 +500,4 @@ def client_env(hub, home, token=None, **env):
 def run_client(code, hub, home, token=None, **env):
     """Run Python code in such a process, started in tests/; returns the completed process."""
     command, env = [sys.executable, "-c", code], client_env(hub, home, token, **env)
-    return subprocess.run(command, env=env, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=env, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=600)

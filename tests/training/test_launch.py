@@ -26,7 +26,7 @@ def launch_script(config, arguments, **environment):
         [*command, "--main_process_port=0", TRAINING / "train_hsivi.py", *arguments],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", **environment},
         check=True,
-        timeout=120,
+        timeout=600,
     )
 
 

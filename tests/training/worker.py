@@ -27,7 +27,7 @@ import folders
 import players
 import train_hsivi
 
-PATIENCE = 60  # seconds that a run may take
+PATIENCE = 600  # seconds that a run may take
 GRACE = 1  # seconds that the other children have after one died
 
 # Function before which the child dies, and the path it is called with.
