@@ -289,7 +289,7 @@ class Comparison:
                     "--output_dir"
                 )
             recipe = recipes.get(_key(row))
-            if recipe is not None and (other := changes_of_chosen(row["recipe"], recipe)):
+            if recipe is not None and (other := changes_of_chosen(row.get("recipe") or {}, recipe)):
                 raise ValueError(
                     f"{self.path} has {row['method']} at {row['nfe']}, seed {row['train_seed']}, of other options than "
                     f"--students have now ({other}): remove that row, or name another --output_dir"
