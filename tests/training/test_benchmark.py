@@ -204,6 +204,15 @@ def test_rows_of_a_student_of_other_options_are_not_added_to(copied):
         benchmark.main(arguments)
 
 
+def test_rows_that_do_not_tell_their_options_have_the_defaults(copied):
+    folder, arguments = copied
+    rows = rows_of(folder)
+    del rows[0]["recipe"]
+    (folder / "docs/results.json").write_text(json.dumps({"rows": rows}))
+    with pytest.raises(ValueError, match="than --students have now .*objective: SM -> KL.*: remove that row"):
+        benchmark.main(arguments)
+
+
 def test_rows_tell_by_which_options_a_student_differed(copied):
     folder, arguments = copied
     rows = rows_of(folder)
