@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,16 +29,18 @@ from tqdm import tqdm
 
 from benchmark_pages import RIVAL, is_shown, pictures_path, write_pages
 from classifier import ImageClassifier
-from folders import in_turn, replace_folder, write_json
+from folders import in_turn, remove_folder, replace_folder, write_json
 from hsivi_diffusers import HSIVIPipeline, load_teacher
 from images import load_images
 from metrics import Measures
-from options import changes, flatten, option, parse_options
+from options import changes, changes_since, option, parse_options
 from pages import measured_on
-from recipe import Options, changes_of_chosen, changes_since, check_options, chosen, parse_recipe
+from recipe import Options, changes_of_chosen, check_options, chosen, parse_recipe
 from solvers import SOLVERS, Sampler, make_consistency_sampler, make_solver, make_student, sample
 
 HERE = Path(__file__).parent
+RESUME = ("--resume_from_checkpoint", "latest")
+ANEW = ("--overwrite_output_dir", "true")
 
 
 @dataclass
@@ -122,8 +124,8 @@ class Comparison:
         self.path = Path(folders.output_dir) / "results.json"
         for folder in (self.runs, self.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        _make(Path(str(parts.teacher)), "train_teacher.py", parts.teacher_config)
-        _make(Path(str(parts.classifier)), "train_classifier.py", parts.classifier_config)
+        _make(Path(str(parts.teacher)), "train_teacher.py", parts.teacher_config, *RESUME)
+        _make(Path(str(parts.classifier)), "train_classifier.py", parts.classifier_config, *ANEW)
         self.unet, self.schedule = load_teacher(str(parts.teacher))
         self.unet.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same pictures
 
@@ -176,7 +178,7 @@ class Comparison:
 
     def _make_rival(self, nfe: int, seed: int) -> tuple[Sampler, Trained]:
         seconds = self._rival_seconds(seed)
-        limit = ["--max_train_seconds", str(seconds), "--overwrite_output_dir", "true"]
+        limit = ["--max_train_seconds", str(seconds), *RESUME]
         trained = self._train(str(self.parts.rival), seed, "train_consistency.py", limit)
         given = json.loads((trained.folder / "training.json").read_text())["max_train_seconds"]
         if given != seconds:
@@ -200,9 +202,8 @@ class Comparison:
         Raises:
             ValueError: It was done before with other options.
         """
-        trained = self._train(config, seed, "train_hsivi.py", ["--resume_from_checkpoint", "latest"])
-        now = flatten(self._options(config, seed)[1:4])
-        if changed := changes_since(trained.folder / "options.json", now):
+        trained = self._train(config, seed, "train_hsivi.py", RESUME)
+        if changed := changes_since(trained.folder / "options.json", self._options(config, seed)[1:4]):
             raise ValueError(
                 f"{trained.folder} was trained with other options than {config} has ({changed}): name another "
                 "--runs_dir, --kept_dir and --output_dir, or remove it and its rows"
@@ -211,7 +212,7 @@ class Comparison:
             keep(trained.folder, self.kept / trained.folder.name)
         return trained
 
-    def _train(self, config: str, seed: int, program: str, arguments: list[str]) -> Trained:
+    def _train(self, config: str, seed: int, program: str, arguments: Sequence[str]) -> Trained:
         """The training of a config and a seed: kept, or done before, or done now."""
         path, *others = shlex.split(config)
         name = "_".join(
@@ -312,14 +313,15 @@ class Comparison:
             save_file({**(load_file(path) if path.exists() else {}), **now}, path)
 
 
-def _make(folder: Path, program: str, config: str | None) -> None:
-    """Trains a part that is missing."""
+def _make(folder: Path, program: str, config: str | None, *arguments: str) -> None:
+    """Trains a part that is missing; one that was stopped goes on, if the arguments say so."""
     if folder.is_dir():
         return
     if config is None:
         raise ValueError(f"{folder} is missing: give the config of {program} that makes it, or another folder")
     partial = folder.with_name(f"{folder.name}.partial")
-    _call(program, ["--config", config, "--output_dir", str(partial), "--overwrite_output_dir", "true"])
+    _call(program, ["--config", config, "--output_dir", str(partial), *arguments])
+    remove_folder(partial / "checkpoints")
     replace_folder(partial, folder)
 
 

@@ -4,48 +4,172 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from diffusers.training_utils import EMAModel
 
-from folders import remove_folder, replace_folder, write_json
-from hsivi_diffusers.vi import DivergenceError
-from players import Players
-from recipe import Run
+from folders import claim_output_dir, remove_folder, replace_folder, sole_writer, write_json
+from options import changes_since, flatten, option
+
+
+@dataclass
+class Output:
+    _argument_group_name = "run"
+    output_dir: str | None = option(None, "folder of the run")
+    overwrite_output_dir: bool = option(False, "start anew in a folder that is not empty, removing an earlier run")
+    resume_from_checkpoint: str | None = option(None, "`latest`, or the path of a checkpoint")
+    checkpointing_steps: int = option(500, "updates between checkpoints")
+    checkpoints_total_limit: int = option(2, "checkpoints that are kept")
+
+
+def check_output(run: Output) -> None:
+    """Refuses numbers below 1, and a run that is to start anew and to go on."""
+    for name in ("checkpointing_steps", "checkpoints_total_limit"):
+        if getattr(run, name) < 1:
+            raise ValueError(f"--{name} {getattr(run, name)}: give a number of at least 1")
+    if run.overwrite_output_dir and run.resume_from_checkpoint:
+        raise ValueError(
+            f"--overwrite_output_dir starts anew and --resume_from_checkpoint {run.resume_from_checkpoint} goes on: "
+            "pass one of them"
+        )
+
+
+@contextmanager
+def claimed(run: Output) -> Iterator[Path]:
+    """Makes the output folder or refuses, and keeps other processes out of it for as long as it lasts.
+
+    Raises:
+        ValueError: See `claim_output_dir` and `sole_writer`. A resumed run may write to the folder of an earlier one.
+    """
+    resumes = run.resume_from_checkpoint is not None and _holds_run(Path(str(run.output_dir)))
+    path = claim_output_dir(run.output_dir, run.overwrite_output_dir or resumes)
+    with sole_writer(path):
+        yield path
+
+
+def _holds_run(path: Path) -> bool:
+    """Tells whether a folder is of a run."""
+    return (path / "options.json").is_file() or (path / "checkpoints").is_dir()
+
+
+def start_run(output_dir: Path, run: Output, groups: Sequence[Any], leftovers: Sequence[str], remedy: str = "") -> None:
+    """Records the options of a run, or checks that a resumed run has the same.
+
+    Args:
+        output_dir: Folder of the run.
+        run: What was asked for.
+        groups: Dataclasses of the options that decide what is trained.
+        leftovers: Files and folders of an earlier run, which a new one removes; `checkpoints` is one without saying.
+        remedy: What else may be done with a run of other options.
+
+    Raises:
+        ValueError: A resumed run has other options than before.
+    """
+    path, checkpoint = output_dir / "options.json", run.resume_from_checkpoint
+    recorded = [] if checkpoint is None else [path]
+    if checkpoint not in (None, "latest"):
+        recorded.append(Path(str(checkpoint)).parent.parent / "options.json")
+    for record in filter(Path.is_file, recorded):
+        if changed := changes_since(record, groups):
+            raise ValueError(
+                f"{record.parent} holds a run with other options ({changed}): name another --output_dir{remedy}, or "
+                "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
+            )
+    if checkpoint is None:
+        for old in (output_dir / name for name in ("checkpoints", *leftovers)):
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink(missing_ok=True)
+    write_json(path, flatten(groups))
+
+
+@contextmanager
+def claim_folder(run: Output, groups: Sequence[Any], leftovers: Sequence[str]) -> Iterator[Path]:
+    """`claimed`, and then `start_run`."""
+    with claimed(run) as path:
+        start_run(path, run, groups, leftovers)
+        yield path
+
+
+class State(Protocol):
+    """What is trained, beside what accelerate knows of."""
+
+    @property
+    def shards(self) -> int:
+        """Batches of an update, in all processes."""
+
+    def check_finite(self, step: int) -> None:
+        """Raises an error of its own if a weight is not finite after so many updates."""
+
+    def save_state(self, folder: Path) -> None:
+        """Writes what this process has and accelerate does not save."""
+
+    def load_state(self, folder: Path) -> None:
+        """Restores what `save_state` wrote, after accelerate restored its part."""
+
+
+class Registered:
+    """The state of a training of which accelerate saves everything.
+
+    Args:
+        accelerator: Of the process.
+        ema: The averaged weights.
+        parts: What else has a `state_dict` and was not prepared by accelerate.
+    """
+
+    def __init__(self, accelerator: Accelerator, ema: EMAModel, *parts: Any) -> None:
+        self.accelerator, self.ema = accelerator, ema
+        accelerator.register_for_checkpointing(ema, *parts)
+
+    @property
+    def shards(self) -> int:
+        """Batches of an update, one in each process."""
+        return self.accelerator.num_processes
+
+    def check_finite(self, step: int) -> None:
+        """Raises FloatingPointError if an averaged weight is not finite."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.ema.shadow_params):
+            raise FloatingPointError(f"a weight is not finite after {step} updates: lower --learning_rate")
+
+    def save_state(self, folder: Path) -> None:
+        """Nothing is left to save."""
+
+    def load_state(self, folder: Path) -> None:
+        """Moves the averages from the CPU, where accelerate loads them."""
+        self.ema.to(self.accelerator.device)
 
 
 class Checkpoints:
     """Folders OUTPUT_DIR/checkpoints/checkpoint-STEP.
 
-    Each holds what accelerate saves, the chains of every shard, and progress.json, written last: updates done, seconds
+    Each holds what accelerate saves, what the state saves, and progress.json, written last: updates done, seconds
     spent, number of shards, and the SHA-256 of every other file.
     """
 
-    def __init__(self, output_dir: Path, run: Run, accelerator: Accelerator, players: Players) -> None:
-        self.folder = output_dir / "checkpoints"
-        self.run, self.accelerator, self.players = run, accelerator, players
+    def __init__(self, run: Output, accelerator: Accelerator, state: State) -> None:
+        self.folder = Path(str(run.output_dir)) / "checkpoints"
+        self.run, self.accelerator, self.state = run, accelerator, state
 
     def save(self, step: int, seconds: float) -> None:
         """Saves the state after `step` updates, under its final name only when it is all on the disk.
 
-        Raises:
-            DivergenceError: A weight is not finite; nothing is written.
+        Nothing is written if a weight is not finite: see `State.check_finite` for the error.
         """
-        players = self.players
-        weights = {"the layers": players.layers.parameters(), "the critic": players.critic.parameters()}
-        for name, parameters in {**weights, "the average": players.ema.shadow_params}.items():
-            if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
-                raise DivergenceError(f"a weight of {name}", step - 1, range(players.student.num_layers))
+        self.state.check_finite(step)
         final, partial = self.folder / f"checkpoint-{step}", self.folder / f"partial-{step}"
         self.accelerator.save_state(str(partial))
-        for shard, chain in self._own_chains(partial):
-            save_file(self.players.chains[chain].state_dict(), shard)
+        self.state.save_state(partial)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_json(partial / "progress.json", _progress(partial, step, seconds, self.players.shards))
+            write_json(partial / "progress.json", _progress(partial, step, seconds, self.state.shards))
             replace_folder(partial, final)
             written = [path for path in self.finished() if _step(path) <= step]  # a later one may be damaged
             for old in written[: -self.run.checkpoints_total_limit]:
@@ -74,7 +198,7 @@ class Checkpoints:
         if path is None:
             return 0, 0.0
         progress = json.loads((path / "progress.json").read_text())
-        shards = self.players.shards
+        shards = self.state.shards
         if progress["shards"] != shards:
             raise ValueError(
                 f"{path} is of a run with {progress['shards']} batches an update, now there are {shards}: choose "
@@ -83,9 +207,7 @@ class Checkpoints:
         if self.accelerator.scaler is not None and not (path / "scaler.pt").is_file():
             raise ValueError(f"{path} was not trained in fp16 and has no loss scale: resume it with another precision")
         self.accelerator.load_state(str(path))
-        self.players.ema.to(self.accelerator.device)  # accelerate loads it to the CPU
-        for shard, chain in self._own_chains(path):
-            self.players.chains[chain].load_state_dict(load_file(shard))
+        self.state.load_state(path)
         return progress["step"], progress["seconds"]
 
     def _choose(self) -> Path | None:
@@ -109,11 +231,6 @@ class Checkpoints:
                 "--overwrite_output_dir and without --resume_from_checkpoint"
             )
         return None
-
-    def _own_chains(self, folder: Path) -> list[tuple[Path, int]]:
-        """Files of the shards of this process, and the chains they are of."""
-        first = self.players.first_shard
-        return [(folder / f"chains-{first + i}.safetensors", i) for i in range(len(self.players.chains))]
 
 
 def find_damage(path: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -129,6 +130,12 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(
         f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) not in (now[key], _alone(now[key]))
     )
+
+
+def changes_since(record: Path, groups: Sequence[Any]) -> str:
+    """Says which options are others than in a run's options.json; those that an old one lacks count as defaults."""
+    defaults = flatten([type(group)() for group in groups])
+    return changes({**defaults, **json.loads(record.read_text())}, flatten(groups))
 
 
 def _alone(value: Any) -> Any:

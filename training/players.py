@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -513,6 +514,27 @@ class Players:
             scheduler, scale = HSIVIScheduler.from_config(scheduler.config, noise_scale=scale.tolist()), None
         student.unet.disable_gradient_checkpointing()
         return HSIVIPipeline(unet=student.unet.eval(), scheduler=scheduler, unet_noise_scale=scale)
+
+    def check_finite(self, step: int) -> None:
+        """Raises DivergenceError if a weight is not finite after so many updates."""
+        weights = {"the layers": self.layers.parameters(), "the critic": self.critic.parameters()}
+        for name, parameters in {**weights, "the average": self.ema.shadow_params}.items():
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+                raise DivergenceError(f"a weight of {name}", step - 1, range(self.student.num_layers))
+
+    def save_state(self, folder: Path) -> None:
+        """Writes the chains of this process into a checkpoint, of which accelerate has saved the rest."""
+        for path, chain in zip(self._chain_paths(folder), self.chains, strict=True):
+            save_file(chain.state_dict(), path)
+
+    def load_state(self, folder: Path) -> None:
+        """Restores the chains of this process, and moves the averages from the CPU, where accelerate loads them."""
+        self.ema.to(self.accelerator.device)
+        for path, chain in zip(self._chain_paths(folder), self.chains, strict=True):
+            chain.load_state_dict(load_file(path))
+
+    def _chain_paths(self, folder: Path) -> list[Path]:
+        return [folder / f"chains-{self.first_shard + place}.safetensors" for place in range(len(self.chains))]
 
     def save(self, output_dir: Path) -> None:
         """Saves the averaged layers as OUTPUT_DIR/pipeline, and the critic, for --init_from, as OUTPUT_DIR/critic."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from checkpoints import Output, check_output
 from hsivi_diffusers.hub import check_repo_id
 from options import changes, flatten, option, parse_options
 
@@ -216,14 +217,8 @@ class Validation:
 
 
 @dataclass
-class Run:
-    _argument_group_name = "run"
-    output_dir: str | None = option(None, "folder of the run")
+class Run(Output):
     plan: bool = option(False, "say what the run would cost, and do not start it")
-    overwrite_output_dir: bool = option(False, "start anew in a folder that is not empty, removing an earlier run")
-    resume_from_checkpoint: str | None = option(None, "`latest`, or the path of a checkpoint")
-    checkpointing_steps: int = option(500, "layer updates between checkpoints")
-    checkpoints_total_limit: int = option(2, "checkpoints that are kept")
     report_to: str | None = option(None, "trackers of accelerate: tensorboard, wandb, comet_ml or all")
     logging_dir: str = option("logs", "folder of the trackers, inside output_dir")
     tracker_project_name: str = option("hsivi", "project name for the trackers")
@@ -274,12 +269,6 @@ def parse_recipe(description: str, args: Sequence[str] | None = None) -> Options
     return options
 
 
-def changes_since(record: Path, now: Mapping[str, Any]) -> str:
-    """Says which options are others than in a run's options.json; those that an old one lacks count as defaults."""
-    defaults = flatten([group() for group in GROUPS])
-    return changes({**defaults, **json.loads(record.read_text())}, now)
-
-
 def chosen(options: Options) -> dict[str, Any]:
     """The options of layers, method and training that are not the defaults."""
     defaults = _defaults()
@@ -323,11 +312,7 @@ def check_options(options: Options) -> None:
         raise ValueError("--noise_eta 0 leaves the layers no noise, and so no score to train on: give up to 1, say 0.2")
     if teacher.init_from and run.output_dir and Path(teacher.init_from).resolve() == Path(run.output_dir).resolve():
         raise ValueError(f"--init_from {teacher.init_from} is the --output_dir too: name another, or it would be lost")
-    if run.overwrite_output_dir and run.resume_from_checkpoint:
-        raise ValueError(
-            f"--overwrite_output_dir starts anew and --resume_from_checkpoint {run.resume_from_checkpoint} goes on: "
-            "pass one of them"
-        )
+    check_output(run)
     if validation.validation_data and not validation.validation_steps:
         raise ValueError("--validation_data is measured every --validation_steps: give that too, say 500")
     if validation.validation_samples < 2:
@@ -473,7 +458,7 @@ def check_pairs(layers: Layers, method: Method) -> None:
 
 def check_counts(options: Options) -> None:
     """Refuses what must be a number of at least 1."""
-    _, layers, method, training, hardware, validation, run, _ = options
+    _, layers, method, training, hardware, validation, _, _ = options
     for name, value in [
         ("num_layers", min(layers.num_layers)),
         ("critic_updates", method.critic_updates),
@@ -481,8 +466,6 @@ def check_counts(options: Options) -> None:
         ("train_batch_size", training.train_batch_size),
         ("gradient_accumulation_steps", hardware.gradient_accumulation_steps),
         ("validation_steps", 1 if validation.validation_steps is None else validation.validation_steps),
-        ("checkpointing_steps", run.checkpointing_steps),
-        ("checkpoints_total_limit", run.checkpoints_total_limit),
     ]:
         if value < 1:
             raise ValueError(f"--{name} {value}: give a number of at least 1")

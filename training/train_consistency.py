@@ -13,8 +13,9 @@ where x_t is a noised real picture, x_s the teacher's DDIM step from it to the t
 averaged weights. c_skip and c_out are those of LCMScheduler, which makes f(x, 0) = x. `--help` says where a setting is
 not that of the example. What is saved are the weights averaged by --ema_decay.
 
-Writes OUTPUT_DIR/pipeline, to be sampled in a few steps by num_inference_steps, and OUTPUT_DIR/training.json. It is one
-process. With --max_train_steps a run is a function of its seed; with --max_train_seconds the clock ends it.
+Writes OUTPUT_DIR/pipeline, to be sampled in a few steps by num_inference_steps, OUTPUT_DIR/checkpoints and
+OUTPUT_DIR/training.json. It is one process. With --max_train_steps a run is a function of its seed; with
+--max_train_seconds the clock ends it. A run that is stopped goes on with --resume_from_checkpoint latest.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
-from folders import claim_output_dir, remove_folder, replace_folder, sole_writer, write_json
+from checkpoints import Checkpoints, Output, Registered, check_output, claim_folder
+from folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers import HSIVIScheduler, load_teacher
 from hsivi_diffusers.distillation import sample_shape
 from images import load_images, to_model_range
@@ -44,6 +46,7 @@ from options import flatten, option, parse_options
 # sqrt(abar) at the last timestep of Stable Diffusion, where the example's grid starts. A noise prediction becomes a
 # picture by a division by it; at the last timestep of a DDPM of pixels it is 0.006, and errors are all one sees.
 START_ALPHA = 0.068
+WRITTEN = ("pipeline", "training.json")
 
 
 @dataclass
@@ -84,13 +87,6 @@ class Training:
     mixed_precision: Literal["no", "bf16"] = option(
         "no", "precision of the networks; fp16 in the example's command line"
     )
-
-
-@dataclass
-class Run:
-    _argument_group_name = "run"
-    output_dir: str | None = option(None, "folder of the run")
-    overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
 
 
 @dataclass
@@ -220,6 +216,13 @@ def learning_rate(step: int, share: float, training: Training) -> float:
     return training.learning_rate * warm_up * decay
 
 
+def share_done(step: int, seconds: float, training: Training) -> float:
+    """Share of the run that is done, by its seconds if they are limited, or else by its updates."""
+    if training.max_train_seconds is None:
+        return step / training.max_train_steps
+    return seconds / training.max_train_seconds
+
+
 @torch.no_grad()
 def follow(target: UNet2DModel, student: UNet2DModel, decay: float) -> None:
     """Moves the target's weights towards the student's."""
@@ -227,23 +230,28 @@ def follow(target: UNet2DModel, student: UNet2DModel, decay: float) -> None:
         average.lerp_(current, 1 - decay)
 
 
-def train(distiller: Distiller, images: Tensor, method: Method, training: Training) -> tuple[int, float]:
+def train(
+    distiller: Distiller, images: Tensor, method: Method, training: Training, run: Output, accelerator: Accelerator
+) -> tuple[int, float]:
     """Trains on real pictures, shape (N, C, H, W), and leaves the averaged weights in the student.
 
     Returns:
-        Updates, and their seconds.
+        Updates, and their seconds; those of a run that is resumed are all that it had.
 
     Raises:
-        FloatingPointError: The loss is not finite.
+        FloatingPointError: The loss, or a weight that is to be saved, is not finite.
     """
     student = distiller.student
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.adam_weight_decay)
     ema = EMAModel(parameters, decay=training.ema_decay, use_ema_warmup=False)
-    budget = training.max_train_seconds
-    step, share, seconds, clock = 0, 0.0, 0.0, time.perf_counter()
-    with tqdm(total=None if budget else training.max_train_steps, desc="consistency") as progress:
-        while share < 1:
+    state = Registered(accelerator, ema, student, distiller.target, optimizer)
+    checkpoints = Checkpoints(run, accelerator, state)
+    step, seconds = checkpoints.load()
+    clock = time.perf_counter() - seconds
+    total = training.max_train_steps if training.max_train_seconds is None else None
+    with tqdm(initial=step, total=total, desc="consistency") as progress:
+        while (share := share_done(step, seconds, training)) < 1:
             optimizer.param_groups[0]["lr"] = learning_rate(step, share, training)
             clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
             with torch.autocast(images.device.type, torch.bfloat16, enabled=training.mixed_precision == "bf16"):
@@ -258,7 +266,8 @@ def train(distiller: Distiller, images: Tensor, method: Method, training: Traini
             ema.step(parameters)
             step += 1
             seconds = time.perf_counter() - clock
-            share = step / training.max_train_steps if budget is None else seconds / budget
+            if step % run.checkpointing_steps == 0 or share_done(step, seconds, training) >= 1:
+                checkpoints.save(step, seconds)
             progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             progress.update()
     ema.copy_to(parameters)
@@ -307,17 +316,17 @@ def summarise(steps: int, seconds: float, *options: Any) -> dict[str, Any]:
 
 
 def main(args: list[str] | None = None) -> None:
-    teacher, method, training, run = parse_options([Teacher, Method, Training, Run], __doc__ or "", args=args)
+    teacher, method, training, run = parse_options([Teacher, Method, Training, Output], __doc__ or "", args=args)
     check_options(teacher, method, training)
-    output_dir = claim_output_dir(run.output_dir, run.overwrite_output_dir)
-    with sole_writer(output_dir):
+    check_output(run)
+    with claim_folder(run, [teacher, method, training], WRITTEN) as output_dir:
         accelerator = Accelerator()
         set_seed(training.seed)
         distiller = make_distiller(teacher, method, accelerator.device)
         channels, size, _ = sample_shape(distiller.teacher)
         images, _ = load_images(teacher.train_data, size, channels)
-        steps, seconds = train(distiller, to_model_range(images).to(accelerator.device), method, training)
-        (output_dir / "training.json").unlink(missing_ok=True)  # of an earlier run, whose pipeline goes now
+        images = to_model_range(images).to(accelerator.device)
+        steps, seconds = train(distiller, images, method, training, run, accelerator)
         save(distiller, output_dir)
         write_json(output_dir / "training.json", summarise(steps, seconds, teacher, method, training))
         accelerator.end_training()

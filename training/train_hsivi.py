@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -23,18 +22,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 
-from checkpoints import Checkpoints
-from folders import claim_output_dir, sole_writer, write_json
+from checkpoints import Checkpoints, claimed, start_run
+from folders import write_json
 from hsivi_diffusers import HSIVIPipeline, push
 from hsivi_diffusers.hub import claim
 from hsivi_diffusers.vi import DivergenceError
 from monitor import Monitor
-from options import flatten
 from plan import print_plan
 from players import Players, PreemptionError, load_networks
-from recipe import Hub, Options, changes_since, check_options, complete, parse_recipe
+from recipe import Hub, Options, check_options, complete, parse_recipe
 
 PREEMPTED = 75  # exit status after SIGTERM: EX_TEMPFAIL, "try again"
+WRITTEN = ("pipeline", "critic", "validation", "training.json", "report.json", "report.md", "samples.png", "curve.png")
 
 
 def make_accelerator(options: Options) -> Accelerator:
@@ -73,44 +72,16 @@ def check_accelerator(accelerator: Accelerator) -> None:
         raise ValueError("--mixed_precision fp16 requires a GPU: on a CPU take bf16, or no")
 
 
-def start_run(output_dir: Path, options: Options) -> None:
-    """Records the options of a run, or checks that a resumed run has the same."""
-    path, checkpoint = output_dir / "options.json", options.run.resume_from_checkpoint
-    now = flatten(options[:4])
-    recorded = [] if checkpoint is None else [path]
-    if checkpoint not in (None, "latest"):
-        recorded.append(Path(str(checkpoint)).parent.parent / "options.json")
-    for record in filter(Path.is_file, recorded):
-        if changed := changes_since(record, now):
-            raise ValueError(
-                f"{record.parent} holds a run with other options ({changed}): name another --output_dir, where "
-                f"--init_from {record.parent} goes on from its layers and critic if it is finished, or start anew with "
-                "--overwrite_output_dir and without --resume_from_checkpoint"
-            )
-    if checkpoint is None:
-        for name in ("checkpoints", "pipeline", "critic", "validation"):
-            shutil.rmtree(output_dir / name, ignore_errors=True)
-        for name in ("training.json", "report.json", "report.md", "samples.png", "curve.png"):  # of an earlier run
-            (output_dir / name).unlink(missing_ok=True)
-    write_json(path, now)
-
-
-def holds_run(path: Path) -> bool:
-    """Tells whether a folder is of this program, so that a resumed run may write to it."""
-    return (path / "options.json").is_file() or (path / "checkpoints").is_dir()
-
-
 @contextmanager
 def claim_folders(options: Options) -> Iterator[None]:
     """Makes the output folder and the repo, or refuses: now, for later it would cost a training or an earlier run."""
     run, hub = options.run, options.hub
-    resumes = run.resume_from_checkpoint is not None and holds_run(Path(str(run.output_dir)))
-    path = claim_output_dir(run.output_dir, run.overwrite_output_dir or resumes)
-    with sole_writer(path):
+    with claimed(run) as path:
         if hub.push_to_hub:
             private = hub.hub_private_repo or None
             claim(str(hub.hub_model_id), exist_ok=hub.hub_exist_ok, private=private, token=hub.hub_token)
-        start_run(path, options)
+        remedy = ", where --init_from goes on from the layers and critic of a finished run"
+        start_run(path, run, options[:4], WRITTEN, remedy)
         yield
 
 
@@ -246,7 +217,7 @@ def run(players: Players, monitor: Monitor, options: Options) -> None:
     accelerator, output_dir = players.accelerator, Path(str(options.run.output_dir))
     if options.run.report_to:
         accelerator.init_trackers(options.run.tracker_project_name)
-    checkpoints = Checkpoints(output_dir, options.run, accelerator, players)
+    checkpoints = Checkpoints(options.run, accelerator, players)
     start, spent = checkpoints.load()
     with sigterm_as_trigger(accelerator), players.counting_rows() as rows:
         seconds = train(players, checkpoints, monitor, options, start, spent)

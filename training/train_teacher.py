@@ -5,10 +5,15 @@
 The loss is the plain denoising one, E |noise - UNet(x_t, t)|^2 over uniform timesteps (Ho et al. 2020, eq. 14). With
 --prediction_type v_prediction the network learns the velocity alpha noise - sigma x_0 (Salimans and Ho 2022, arXiv
 2202.00512). The run is a function of its seed: same machine, same numbers.
+
+Writes the pipeline into OUTPUT_DIR, and OUTPUT_DIR/checkpoints: a run that is stopped goes on with
+--resume_from_checkpoint latest.
 """
 
 from __future__ import annotations
 
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,9 +27,11 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import trange
 
-from folders import claim_output_dir
+from checkpoints import Checkpoints, Output, Registered, check_output, claim_folder
 from images import load_images, to_model_range
 from options import option, parse_options
+
+WRITTEN = ("unet", "scheduler", "model_index.json")
 
 
 @dataclass
@@ -50,8 +57,6 @@ class Network:
 @dataclass
 class Training:
     _argument_group_name = "training"
-    output_dir: str | None = option(None, "folder of the pipeline")
-    overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
     seed: int = option(0, "seed of weights, batches and noise")
     max_train_steps: int = option(10_000, "number of updates")
     train_batch_size: int = option(128, "pictures in an update")
@@ -75,6 +80,10 @@ def make_unet(data: Data, network: Network) -> UNet2DModel:
     )
 
 
+def make_scheduler(network: Network) -> DDPMScheduler:
+    return DDPMScheduler(num_train_timesteps=network.num_train_timesteps, prediction_type=network.prediction_type)
+
+
 def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """What the network is to predict, shape (B, C, H, W)."""
     if scheduler.config.prediction_type == "v_prediction":
@@ -83,27 +92,33 @@ def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Te
     return noise
 
 
-def main(args: list[str] | None = None) -> None:
-    data, network, training = parse_options([Data, Network, Training], __doc__ or "", args=args)
-    output_dir = claim_output_dir(training.output_dir, training.overwrite_output_dir)
-    accelerator = Accelerator()
-    set_seed(training.seed)
-    images, _ = load_images(data.train_data, data.resolution, data.channels)
-    images = to_model_range(images).to(accelerator.device)
-    scheduler = DDPMScheduler(num_train_timesteps=network.num_train_timesteps, prediction_type=network.prediction_type)
-    unet = make_unet(data, network)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=training.learning_rate)
-    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    parameters = list(accelerator.unwrap_model(unet).parameters())
-    ema = EMAModel(parameters, decay=training.ema_decay, use_ema_warmup=False)
+def train(
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    images: Tensor,
+    training: Training,
+    run: Output,
+    accelerator: Accelerator,
+) -> None:
+    """Trains on pictures in [-1, 1], shape (N, C, H, W), and leaves the averaged weights in the network.
 
-    progress = trange(training.max_train_steps, desc="teacher", disable=not accelerator.is_main_process)
+    Raises:
+        FloatingPointError: The loss, or a weight that is to be saved, is not finite.
+    """
+    total, clock = training.max_train_steps, time.perf_counter()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=training.learning_rate)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, total)
+    network, optimizer = accelerator.prepare(unet, optimizer)
+    parameters = list(unet.parameters())
+    ema = EMAModel(parameters, decay=training.ema_decay, use_ema_warmup=False)
+    checkpoints = Checkpoints(run, accelerator, Registered(accelerator, ema, lr_scheduler))
+    start, spent = checkpoints.load()
+    progress = trange(start, total, initial=start, total=total, desc="teacher", disable=not accelerator.is_main_process)
     for step in progress:
         clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
         noise = torch.randn_like(clean)
-        timesteps = torch.randint(network.num_train_timesteps, (len(clean),), device=images.device)
-        prediction = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), device=images.device)
+        prediction = network(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
         loss = mse_loss(prediction, target(scheduler, clean, noise, timesteps))
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower --learning_rate")
@@ -113,12 +128,26 @@ def main(args: list[str] | None = None) -> None:
         optimizer.zero_grad()
         ema.step(parameters)
         progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-
+        if (step + 1) % run.checkpointing_steps == 0 or step + 1 == total:
+            checkpoints.save(step + 1, spent + time.perf_counter() - clock)
     ema.copy_to(parameters)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        DDPMPipeline(unet=accelerator.unwrap_model(unet), scheduler=scheduler).save_pretrained(output_dir)
-    accelerator.end_training()
+
+
+def main(args: list[str] | None = None) -> None:
+    data, network, training, run = parse_options([Data, Network, Training, Output], __doc__ or "", args=args)
+    check_output(run)
+    accelerator = Accelerator()
+    with claim_folder(run, [data, network, training], WRITTEN) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        set_seed(training.seed)
+        images, _ = load_images(data.train_data, data.resolution, data.channels)
+        scheduler = make_scheduler(network)
+        unet = make_unet(data, network)
+        train(unet, scheduler, to_model_range(images).to(accelerator.device), training, run, accelerator)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(str(run.output_dir))
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Checkpoints are sealed, pruned and made once more when SIGTERM comes."""
 
+import contextlib
+import itertools
+import json
 import os
 import re
 import shutil
@@ -8,10 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 
-from checkpoints import Checkpoints, find_damage
+import train_consistency
+import train_teacher
+from checkpoints import Checkpoints, Output, Registered, find_damage
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_hsivi.py"
 PREEMPTED = 75
@@ -143,6 +152,101 @@ def test_what_is_left_of_a_pipeline_half_saved_is_not_taken_into_the_next(distil
     shutil.rmtree(run / "pipeline")
     distil(run, resume_from_checkpoint="latest")
     assert differences(run, fast_run) == []
+
+
+# ----- teachers and consistency models -----
+
+
+@pytest.fixture(params=[train_teacher, train_consistency], ids=lambda program: program.__name__)
+def train(request, teacher):
+    """Trains for five updates of 4 rows, with checkpoints after 2, 4 and 5."""
+    own = {
+        train_teacher: ["--block_out_channels", "8", "16"],
+        train_consistency: [f"--pretrained_teacher_model={teacher}"],
+    }
+    settings = ["--max_train_steps=5", "--train_batch_size=4", "--lr_warmup_steps=2", "--checkpointing_steps=2"]
+
+    def run(folder, *arguments):
+        request.param.main([*own[request.param], *settings, f"--output_dir={folder}", *arguments])
+        return folder
+
+    return run
+
+
+def weights(folder):
+    (path,) = folder.rglob("diffusion_pytorch_model.safetensors")
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("step", [2, 4, 5])
+def test_a_training_that_was_stopped_goes_on_to_the_same_bits(train, tmp_path, stop_after, monkeypatch, step):
+    whole = train(tmp_path / "whole")
+    stop_after(step)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("diffusion_pytorch_model.safetensors"))
+    monkeypatch.undo()
+    train(tmp_path / "run", "--resume_from_checkpoint=latest")
+    assert weights(tmp_path / "run") == weights(whole)
+    assert names(tmp_path / "run") == names(whole) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_a_training_without_a_checkpoint_yet_starts_and_a_finished_one_stays(train, tmp_path):
+    folder = train(tmp_path / "run", "--resume_from_checkpoint=latest")
+    before = weights(folder)
+    train(folder, "--resume_from_checkpoint=latest")
+    assert weights(folder) == before
+
+
+def test_a_training_goes_on_with_its_own_options_alone(train, tmp_path):
+    folder = train(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"other options \(seed: 0 -> 1\): name another --output_dir, or start anew"):
+        train(folder, "--resume_from_checkpoint=latest", "--seed=1")
+    with pytest.raises(ValueError, match="--overwrite_output_dir starts anew and --resume_from_checkpoint latest goes"):
+        train(folder, "--resume_from_checkpoint=latest", "--overwrite_output_dir")
+    with pytest.raises(ValueError, match="--checkpointing_steps 0: give a number of at least 1"):
+        train(folder, "--overwrite_output_dir", "--checkpointing_steps=0")
+    shorter = train(tmp_path / "shorter", "--max_train_steps=1")
+    train(folder, "--overwrite_output_dir", "--max_train_steps=1")
+    assert weights(folder) == weights(shorter)
+    assert names(folder) == ["checkpoint-1"]
+
+
+def test_a_folder_of_something_else_is_not_gone_on_with(train, tmp_path):
+    (tmp_path / "precious").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        train(tmp_path, "--resume_from_checkpoint=latest")
+
+
+def test_seconds_before_a_stop_count_towards_a_limit_of_seconds(teacher, tmp_path, monkeypatch):
+    """The clock moves one second each time it is read: once at the start, once for each update."""
+    arguments = [f"--pretrained_teacher_model={teacher}", "--train_batch_size=4", "--max_train_seconds=5"]
+    arguments += ["--checkpointing_steps=2", "--resume_from_checkpoint=latest", f"--output_dir={tmp_path / 'run'}"]
+    save = Checkpoints.save
+
+    def stop(self, step, seconds):
+        save(self, step, seconds)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    for patched in (stop, save):
+        clock = itertools.count(100.0)
+        monkeypatch.setattr(train_consistency, "time", SimpleNamespace(perf_counter=lambda clock=clock: next(clock)))
+        monkeypatch.setattr(Checkpoints, "save", patched)
+        with contextlib.suppress(KeyboardInterrupt):
+            train_consistency.main(arguments)
+    record = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert (record["max_train_steps"], record["seconds"]) == (5, 5.0)
+
+
+def test_an_average_that_is_not_finite_is_not_saved(tmp_path):
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    accelerator = Accelerator()
+    state = Registered(accelerator, EMAModel([parameter]))
+    state.ema.shadow_params[0][1] = torch.nan
+    with pytest.raises(FloatingPointError, match="a weight is not finite after 7 updates: lower --learning_rate"):
+        Checkpoints(Output(str(tmp_path)), accelerator, state).save(7, 1.0)
+    assert not list(tmp_path.iterdir())
 
 
 # ----- SIGTERM -----

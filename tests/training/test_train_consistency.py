@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import load_file
 
 import train_consistency
+from checkpoints import Output
 from hsivi_diffusers import HSIVIScheduler
 from solvers import make_consistency_sampler
 from tiny_unet import make_unet
@@ -106,6 +108,12 @@ def trained(train):
 
 def weights(folder):
     return load_file(folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def run_for(distiller, training, folder):
+    """Trains on ten pictures of noise."""
+    images, output = torch.randn(10, 1, 8, 8), Output(str(folder))
+    return train_consistency.train(distiller, images, Method(), training, output, Accelerator())
 
 
 # ----- the consistency function -----
@@ -272,12 +280,12 @@ def test_training_json_holds_the_cost_and_the_options(trained, teacher):
     assert 0 < record["seconds"] < 60
 
 
-def test_the_network_calls_are_the_rows_that_the_networks_see(unet):
+def test_the_network_calls_are_the_rows_that_the_networks_see(unet, tmp_path):
     distiller, rows = tiny_distiller(unet), []
     for network in (distiller.teacher, distiller.student, distiller.target):
         network.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
     training = Training(max_train_steps=3, train_batch_size=5)
-    train_consistency.train(distiller, torch.randn(10, 1, 8, 8), Method(), training)
+    run_for(distiller, training, tmp_path)
     assert sum(rows) == train_consistency.summarise(3, 1.0, training)["network_calls"] == 45
 
 
@@ -309,7 +317,7 @@ def test_the_averaged_weights_are_saved(train, monkeypatch):
     torch.testing.assert_close(next(saved.parameters()), first.lerp(second, 0.85).lerp(third, 0.85), rtol=0, atol=1e-6)
 
 
-def test_the_clock_ends_a_run_and_lets_the_learning_rate_fall(unet, monkeypatch):
+def test_the_clock_ends_a_run_and_lets_the_learning_rate_fall(unet, tmp_path, monkeypatch):
     """The clock here moves one second each time it is read: once at the start, once for each update."""
     rates = []
     make = train_consistency.learning_rate
@@ -318,7 +326,7 @@ def test_the_clock_ends_a_run_and_lets_the_learning_rate_fall(unet, monkeypatch)
     monkeypatch.setattr(train_consistency, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     training = Training(max_train_steps=1, max_train_seconds=4.0, train_batch_size=2, learning_rate=1.0)
     training.lr_warmup_steps, training.lr_scheduler = 0, "cosine"
-    ended = train_consistency.train(tiny_distiller(unet), torch.randn(10, 1, 8, 8), Method(), training)
+    ended = run_for(tiny_distiller(unet), training, tmp_path)
     assert ended == (4, 4.0)
     assert rates == pytest.approx([1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
 

@@ -124,4 +124,4 @@ def test_a_filled_output_folder_is_refused_before_work_unless_overwritten(traine
 
 
 def test_help(check_help):
-    check_help(train_teacher.main, "data", "network", "training")
+    check_help(train_teacher.main, "data", "network", "training", "run")
