@@ -1,5 +1,6 @@
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from safetensors.torch import load_file
 
 import benchmark
 import benchmark_pages
+import train_teacher
+from checkpoints import Checkpoints
 from hsivi_diffusers import HSIVIPipeline
 from solvers import make_student, sample
 
@@ -292,6 +295,29 @@ def test_a_sampler_of_no_pictures_is_named(copied, monkeypatch):
 def test_a_missing_teacher_without_a_config_is_refused(arguments, tmp_path):
     with pytest.raises(ValueError, match="is missing: give the config of train_teacher.py"):
         benchmark.main([*arguments, f"--teacher={tmp_path / 'none'}"])
+
+
+def test_a_teacher_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    config = tmp_path / "teacher.yaml"
+    config.write_text("block_out_channels: [8, 16]\nmax_train_steps: 3\ntrain_batch_size: 4\ncheckpointing_steps: 1\n")
+    make = partial(benchmark._make, tmp_path / "teacher", "train_teacher.py", str(config), *benchmark.RESUME)
+    saved, save = [], Checkpoints.save
+
+    def stop_once(self, step, seconds):
+        save(self, step, seconds)
+        saved.append(step)
+        if saved == [1, 2]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", stop_once)
+    monkeypatch.setattr(benchmark, "_call", lambda program, given: train_teacher.main(given))
+    with pytest.raises(KeyboardInterrupt):
+        make()
+    assert not (tmp_path / "teacher").exists()
+    make()
+    assert saved == [1, 2, 3]
+    names = sorted(path.name for path in (tmp_path / "teacher").iterdir())
+    assert names == ["model_index.json", "options.json", "scheduler", "unet"]
 
 
 def test_half_a_rival_is_refused(arguments):
