@@ -321,15 +321,18 @@ def _make(folder: Path, program: str, config: str | None, *arguments: str) -> No
         raise ValueError(f"{folder} is missing: give the config of {program} that makes it, or another folder")
     partial = folder.with_name(f"{folder.name}.partial")
     _call(program, ["--config", config, "--output_dir", str(partial), *arguments])
-    remove_folder(partial / "checkpoints")
     replace_folder(partial, folder)
+    remove_folder(folder / "checkpoints")
 
 
 def _call(program: str, arguments: list[str]) -> None:
     """Runs a program of this folder to its end."""
     done = subprocess.run([sys.executable, str(HERE / program), *arguments], check=False)
     if done.returncode:
-        raise SystemExit(f"{program} {' '.join(arguments)} ended with status {done.returncode}: see above")
+        raise SystemExit(
+            f"{program} {' '.join(arguments)} ended with status {done.returncode}: see above; to start "
+            "anew what was stopped, remove its --output_dir"
+        )
 
 
 def keep(run: Path, kept: Path) -> None:

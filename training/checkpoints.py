@@ -60,7 +60,7 @@ def _holds_run(path: Path) -> bool:
 
 
 def start_run(output_dir: Path, run: Output, groups: Sequence[Any], leftovers: Sequence[str], remedy: str = "") -> None:
-    """Records the options of a run, or checks that a resumed run has the same.
+    """Records the options of a run and removes what an earlier one left, or checks that a resumed run has the same.
 
     Args:
         output_dir: Folder of the run.
@@ -89,14 +89,6 @@ def start_run(output_dir: Path, run: Output, groups: Sequence[Any], leftovers: S
             else:
                 old.unlink(missing_ok=True)
     write_json(path, flatten(groups))
-
-
-@contextmanager
-def claim_folder(run: Output, groups: Sequence[Any], leftovers: Sequence[str]) -> Iterator[Path]:
-    """`claimed`, and then `start_run`."""
-    with claimed(run) as path:
-        start_run(path, run, groups, leftovers)
-        yield path
 
 
 class State(Protocol):
@@ -202,7 +194,7 @@ class Checkpoints:
         if progress["shards"] != shards:
             raise ValueError(
                 f"{path} is of a run with {progress['shards']} batches an update, now there are {shards}: choose "
-                "--gradient_accumulation_steps so that times the number of processes it is as many"
+                "the processes and, where there are any, --gradient_accumulation_steps so that their product is as many"
             )
         if self.accelerator.scaler is not None and not (path / "scaler.pt").is_file():
             raise ValueError(f"{path} was not trained in fp16 and has no loss scale: resume it with another precision")

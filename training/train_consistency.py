@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
-from checkpoints import Checkpoints, Output, Registered, check_output, claim_folder
+from checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
 from folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers import HSIVIScheduler, load_teacher
 from hsivi_diffusers.distillation import sample_shape
@@ -274,10 +274,14 @@ def train(
     return step, seconds
 
 
-def check_options(teacher: Teacher, method: Method, training: Training) -> None:
+def check_options(teacher: Teacher, method: Method, training: Training, run: Output) -> None:
     """Refuses, before any work, what could not run."""
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
+    check_output(run)
+    place, output = Path(teacher.pretrained_teacher_model).resolve(), Path(str(run.output_dir)).resolve()
+    if output in (place, *place.parents):
+        raise ValueError(f"--output_dir {run.output_dir} holds the teacher, which would be lost: name another folder")
     for name, count in (
         ("max_train_steps", training.max_train_steps),
         ("train_batch_size", training.train_batch_size),
@@ -317,15 +321,15 @@ def summarise(steps: int, seconds: float, *options: Any) -> dict[str, Any]:
 
 def main(args: list[str] | None = None) -> None:
     teacher, method, training, run = parse_options([Teacher, Method, Training, Output], __doc__ or "", args=args)
-    check_options(teacher, method, training)
-    check_output(run)
-    with claim_folder(run, [teacher, method, training], WRITTEN) as output_dir:
+    check_options(teacher, method, training, run)
+    with claimed(run) as output_dir:
         accelerator = Accelerator()
         set_seed(training.seed)
         distiller = make_distiller(teacher, method, accelerator.device)
         channels, size, _ = sample_shape(distiller.teacher)
         images, _ = load_images(teacher.train_data, size, channels)
         images = to_model_range(images).to(accelerator.device)
+        start_run(output_dir, run, [teacher, method, training], WRITTEN)
         steps, seconds = train(distiller, images, method, training, run, accelerator)
         save(distiller, output_dir)
         write_json(output_dir / "training.json", summarise(steps, seconds, teacher, method, training))

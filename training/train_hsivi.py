@@ -80,7 +80,7 @@ def claim_folders(options: Options) -> Iterator[None]:
         if hub.push_to_hub:
             private = hub.hub_private_repo or None
             claim(str(hub.hub_model_id), exist_ok=hub.hub_exist_ok, private=private, token=hub.hub_token)
-        remedy = ", where --init_from goes on from the layers and critic of a finished run"
+        remedy = ", where --init_from goes on from the layers and critic of a run that is finished"
         start_run(path, run, options[:4], WRITTEN, remedy)
         yield
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import trange
 
-from checkpoints import Checkpoints, Output, Registered, check_output, claim_folder
+from checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
 from images import load_images, to_model_range
 from options import option, parse_options
 
@@ -137,12 +138,14 @@ def main(args: list[str] | None = None) -> None:
     data, network, training, run = parse_options([Data, Network, Training, Output], __doc__ or "", args=args)
     check_output(run)
     accelerator = Accelerator()
-    with claim_folder(run, [data, network, training], WRITTEN) if accelerator.is_main_process else nullcontext():
-        accelerator.wait_for_everyone()
+    with claimed(run) if accelerator.is_main_process else nullcontext():
         set_seed(training.seed)
         images, _ = load_images(data.train_data, data.resolution, data.channels)
         scheduler = make_scheduler(network)
         unet = make_unet(data, network)
+        if accelerator.is_main_process:
+            start_run(Path(str(run.output_dir)), run, [data, network, training], WRITTEN)
+        accelerator.wait_for_everyone()
         train(unet, scheduler, to_model_range(images).to(accelerator.device), training, run, accelerator)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:

@@ -109,6 +109,7 @@ def test_the_rival_is_given_the_seconds_of_the_student(copied, monkeypatch, forg
         benchmark.main(arguments)
     ((program, given),) = called
     assert program == "train_consistency.py"
+    assert given[-2:] == ["--resume_from_checkpoint", "latest"]
     assert float(given[given.index("--max_train_seconds") + 1]) == seconds
 
 

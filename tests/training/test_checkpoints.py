@@ -178,24 +178,51 @@ def weights(folder):
     return path.read_bytes()
 
 
+@pytest.fixture
+def saved(monkeypatch):
+    """Steps after which checkpoints were written."""
+    steps, save = [], Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, *given: save(self, *given) or steps.append(given[0]))
+    return steps
+
+
 @pytest.mark.parametrize("step", [2, 4, 5])
-def test_a_training_that_was_stopped_goes_on_to_the_same_bits(train, tmp_path, stop_after, monkeypatch, step):
+def test_a_training_that_was_stopped_goes_on_to_the_same_bits(train, tmp_path, saved, stop_after, step):
     whole = train(tmp_path / "whole")
     stop_after(step)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run")
     assert not list((tmp_path / "run").rglob("diffusion_pytorch_model.safetensors"))
-    monkeypatch.undo()
+    saved.clear()
     train(tmp_path / "run", "--resume_from_checkpoint=latest")
+    assert saved == [after for after in (2, 4, 5) if after > step]
     assert weights(tmp_path / "run") == weights(whole)
     assert names(tmp_path / "run") == names(whole) == ["checkpoint-4", "checkpoint-5"]
 
 
-def test_a_training_without_a_checkpoint_yet_starts_and_a_finished_one_stays(train, tmp_path):
+def test_a_training_without_a_checkpoint_yet_starts_and_a_finished_one_stays(train, tmp_path, saved):
     folder = train(tmp_path / "run", "--resume_from_checkpoint=latest")
     before = weights(folder)
     train(folder, "--resume_from_checkpoint=latest")
     assert weights(folder) == before
+    assert saved == [2, 4, 5]
+
+
+def test_an_earlier_training_stays_until_the_next_can_start(train, tmp_path):
+    folder = train(tmp_path / "run")
+    before = weights(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no picture"):
+        train(folder, "--overwrite_output_dir", f"--train_data={tmp_path / 'empty'}")
+    assert weights(folder) == before
+    assert names(folder) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_a_consistency_model_is_not_written_over_its_teacher(teacher):
+    with pytest.raises(ValueError, match="--output_dir .* holds the teacher, which would be lost: name another folder"):
+        train_consistency.main(
+            [f"--pretrained_teacher_model={teacher}", f"--output_dir={teacher.parent}", "--overwrite_output_dir"]
+        )
 
 
 def test_a_training_goes_on_with_its_own_options_alone(train, tmp_path):
@@ -218,23 +245,18 @@ def test_a_folder_of_something_else_is_not_gone_on_with(train, tmp_path):
         train(tmp_path, "--resume_from_checkpoint=latest")
 
 
-def test_seconds_before_a_stop_count_towards_a_limit_of_seconds(teacher, tmp_path, monkeypatch):
+def test_seconds_before_a_stop_count_towards_a_limit_of_seconds(teacher, tmp_path, monkeypatch, saved, stop_after):
     """The clock moves one second each time it is read: once at the start, once for each update."""
     arguments = [f"--pretrained_teacher_model={teacher}", "--train_batch_size=4", "--max_train_seconds=5"]
     arguments += ["--checkpointing_steps=2", "--resume_from_checkpoint=latest", f"--output_dir={tmp_path / 'run'}"]
-    save = Checkpoints.save
-
-    def stop(self, step, seconds):
-        save(self, step, seconds)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    for patched in (stop, save):
+    for interrupted in (True, False):
         clock = itertools.count(100.0)
         monkeypatch.setattr(train_consistency, "time", SimpleNamespace(perf_counter=lambda clock=clock: next(clock)))
-        monkeypatch.setattr(Checkpoints, "save", patched)
-        with contextlib.suppress(KeyboardInterrupt):
+        if interrupted:
+            stop_after(2)
+        with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
             train_consistency.main(arguments)
+    assert saved == [2, 4, 5]
     record = json.loads((tmp_path / "run" / "training.json").read_text())
     assert (record["max_train_steps"], record["seconds"]) == (5, 5.0)
 

@@ -15,6 +15,7 @@ import recipe
 import train_classifier
 import train_consistency
 import train_teacher
+from checkpoints import Output
 from folders import claim_output_dir, in_turn, sole_writer
 from options import changes, option, parse_options
 
@@ -224,7 +225,7 @@ def test_an_unknown_argument_is_refused(refused, args):
             for name in ("digits_t1.yaml", "digits_t5.yaml", "digits_t1248.yaml", "fashion_t4.yaml", "emoji_t4.yaml")
         ],
         *[
-            (name, [train_teacher.Data, train_teacher.Network, train_teacher.Training], None)
+            (name, [train_teacher.Data, train_teacher.Network, train_teacher.Training, Output], None)
             for name in ("digits_teacher.yaml", "fashion_teacher.yaml", "emoji_teacher.yaml")
         ],
         ("digits_evaluation.yaml", [evaluate.Evaluation], None),
@@ -235,7 +236,7 @@ def test_an_unknown_argument_is_refused(refused, args):
                     train_consistency.Teacher,
                     train_consistency.Method,
                     train_consistency.Training,
-                    train_consistency.Run,
+                    Output,
                 ],
                 None,
             )

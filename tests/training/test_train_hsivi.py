@@ -8,7 +8,6 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
-import checkpoints as saving
 import players
 import recipe
 import train_hsivi
@@ -372,14 +371,14 @@ def test_incomplete_checkpoints_are_ignored(interrupt, distil, fast_run, tmp_pat
 
 
 def test_a_checkpoint_that_is_cut_short_has_no_final_name(distil, tmp_path, monkeypatch):
-    save_file = saving.save_file
+    save_file = players.save_file
 
     def failing(tensors, path):
         if "partial-4" in str(path):
             raise OSError("no space left")
         save_file(tensors, path)
 
-    monkeypatch.setattr(saving, "save_file", failing)
+    monkeypatch.setattr(players, "save_file", failing)
     with pytest.raises(OSError, match="no space left"):
         distil(tmp_path / "run")
     assert checkpoints(tmp_path / "run") == ["checkpoint-2", "partial-4"]

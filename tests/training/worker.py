@@ -32,8 +32,8 @@ GRACE = 1  # seconds that the other children have after one died
 
 # Function before which the child dies, and the path it is called with.
 POINTS = {
-    "state": (checkpoints, "save_file", r"partial-{step}/chains"),  # accelerate has saved
-    "half a file": (checkpoints, "save_file", r"partial-{step}/chains"),
+    "state": (players, "save_file", r"partial-{step}/chains"),  # accelerate has saved
+    "half a file": (players, "save_file", r"partial-{step}/chains"),
     "chains": (checkpoints, "write_json", r"partial-{step}/progress.json$"),
     "progress": (checkpoints, "replace_folder", r"partial-{step}$"),
     "between retire and rename": (folders.os, "replace", r"partial-{step}$"),
