@@ -59,11 +59,10 @@ def _holds_run(path: Path) -> bool:
     return (path / "options.json").is_file() or (path / "checkpoints").is_dir()
 
 
-def start_run(output_dir: Path, run: Output, groups: Sequence[Any], leftovers: Sequence[str], remedy: str = "") -> None:
+def start_run(run: Output, groups: Sequence[Any], leftovers: Sequence[str], remedy: str = "") -> None:
     """Records the options of a run and removes what an earlier one left, or checks that a resumed run has the same.
 
     Args:
-        output_dir: Folder of the run.
         run: What was asked for.
         groups: Dataclasses of the options that decide what is trained.
         leftovers: Files and folders of an earlier run, which a new one removes; `checkpoints` is one without saying.
@@ -72,7 +71,8 @@ def start_run(output_dir: Path, run: Output, groups: Sequence[Any], leftovers: S
     Raises:
         ValueError: A resumed run has other options than before.
     """
-    path, checkpoint = output_dir / "options.json", run.resume_from_checkpoint
+    output_dir, checkpoint = Path(str(run.output_dir)), run.resume_from_checkpoint
+    path = output_dir / "options.json"
     recorded = [] if checkpoint is None else [path]
     if checkpoint not in (None, "latest"):
         recorded.append(Path(str(checkpoint)).parent.parent / "options.json")

@@ -329,7 +329,7 @@ def main(args: list[str] | None = None) -> None:
         channels, size, _ = sample_shape(distiller.teacher)
         images, _ = load_images(teacher.train_data, size, channels)
         images = to_model_range(images).to(accelerator.device)
-        start_run(output_dir, run, [teacher, method, training], WRITTEN)
+        start_run(run, [teacher, method, training], WRITTEN)
         steps, seconds = train(distiller, images, method, training, run, accelerator)
         save(distiller, output_dir)
         write_json(output_dir / "training.json", summarise(steps, seconds, teacher, method, training))

@@ -76,12 +76,12 @@ def check_accelerator(accelerator: Accelerator) -> None:
 def claim_folders(options: Options) -> Iterator[None]:
     """Makes the output folder and the repo, or refuses: now, for later it would cost a training or an earlier run."""
     run, hub = options.run, options.hub
-    with claimed(run) as path:
+    with claimed(run):
         if hub.push_to_hub:
             private = hub.hub_private_repo or None
             claim(str(hub.hub_model_id), exist_ok=hub.hub_exist_ok, private=private, token=hub.hub_token)
         remedy = ", where --init_from goes on from the layers and critic of a run that is finished"
-        start_run(path, run, options[:4], WRITTEN, remedy)
+        start_run(run, options[:4], WRITTEN, remedy)
         yield
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -81,10 +80,6 @@ def make_unet(data: Data, network: Network) -> UNet2DModel:
     )
 
 
-def make_scheduler(network: Network) -> DDPMScheduler:
-    return DDPMScheduler(num_train_timesteps=network.num_train_timesteps, prediction_type=network.prediction_type)
-
-
 def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """What the network is to predict, shape (B, C, H, W)."""
     if scheduler.config.prediction_type == "v_prediction":
@@ -141,10 +136,12 @@ def main(args: list[str] | None = None) -> None:
     with claimed(run) if accelerator.is_main_process else nullcontext():
         set_seed(training.seed)
         images, _ = load_images(data.train_data, data.resolution, data.channels)
-        scheduler = make_scheduler(network)
+        scheduler = DDPMScheduler(
+            num_train_timesteps=network.num_train_timesteps, prediction_type=network.prediction_type
+        )
         unet = make_unet(data, network)
         if accelerator.is_main_process:
-            start_run(Path(str(run.output_dir)), run, [data, network, training], WRITTEN)
+            start_run(run, [data, network, training], WRITTEN)
         accelerator.wait_for_everyone()
         train(unet, scheduler, to_model_range(images).to(accelerator.device), training, run, accelerator)
         accelerator.wait_for_everyone()
