@@ -279,8 +279,8 @@ def check_options(teacher: Teacher, method: Method, training: Training, run: Out
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
     check_output(run)
-    place, output = Path(teacher.pretrained_teacher_model).resolve(), Path(str(run.output_dir)).resolve()
-    if output in (place, *place.parents):
+    place, output = Path(teacher.pretrained_teacher_model), Path(str(run.output_dir)).resolve()
+    if place.exists() and output in (place.resolve(), *place.resolve().parents):
         raise ValueError(f"--output_dir {run.output_dir} holds the teacher, which would be lost: name another folder")
     for name, count in (
         ("max_train_steps", training.max_train_steps),

@@ -368,6 +368,12 @@ def test_what_cannot_run_is_refused(train, argument, message):
         train(argument)
 
 
+def test_a_folder_named_like_the_organisation_of_a_repo_is_no_teacher(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = train_consistency.Teacher(pretrained_teacher_model="google/ddpm-cifar10-32")
+    train_consistency.check_options(teacher, Method(), Training(), Output(output_dir="google"))
+
+
 def test_a_grid_finer_than_the_clock_is_refused(train):
     with pytest.raises(ValueError, match="--num_ddim_timesteps 50: give a number from 1 to 21, the timesteps from 0"):
         train("--start_timestep=20", "--num_ddim_timesteps=50")
