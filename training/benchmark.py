@@ -5,8 +5,8 @@
 Trains what is missing (teacher, classifier, students, rivals), draws the same number of pictures by every method from
 the same noise, measures them against real ones, and writes OUTPUT_DIR/results.json, and with it the tables and figures
 of OUTPUT_DIR. A row that is there is not measured again, and only what a missing row needs is trained, where a training
-that was stopped goes on: so a benchmark that was stopped is simply started again. To measure anew, name another
---output_dir; to train anew, another --runs_dir and --kept_dir too.
+that was stopped goes on (that of a classifier, a minute, starts anew): so a benchmark that was stopped is simply
+started again. To measure anew, name another --output_dir; to train anew, another --runs_dir and --kept_dir too.
 """
 
 from __future__ import annotations
@@ -329,10 +329,7 @@ def _call(program: str, arguments: list[str]) -> None:
     """Runs a program of this folder to its end."""
     done = subprocess.run([sys.executable, str(HERE / program), *arguments], check=False)
     if done.returncode:
-        raise SystemExit(
-            f"{program} {' '.join(arguments)} ended with status {done.returncode}: see above; to start "
-            "anew what was stopped, remove its --output_dir"
-        )
+        raise SystemExit(f"{program} {' '.join(arguments)} ended with status {done.returncode}: see above")
 
 
 def keep(run: Path, kept: Path) -> None:

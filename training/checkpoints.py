@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from diffusers.training_utils import EMAModel
 
 from folders import claim_output_dir, remove_folder, replace_folder, sole_writer, write_json
 from options import changes_since, flatten, option
+
+FINISHED = "checkpoints/checkpoint-*/progress.json"  # in the folder of a run
 
 
 @dataclass
@@ -48,7 +49,12 @@ def claimed(run: Output) -> Iterator[Path]:
     Raises:
         ValueError: See `claim_output_dir` and `sole_writer`. A resumed run may write to the folder of an earlier one.
     """
-    resumes = run.resume_from_checkpoint is not None and _holds_run(Path(str(run.output_dir)))
+    place, resumes = Path(str(run.output_dir)), run.resume_from_checkpoint is not None
+    if resumes and place.is_dir() and any(place.iterdir()) and not _holds_run(place):
+        raise ValueError(
+            f"--output_dir {place} is not empty and holds no run to go on with: name another folder, or pass "
+            f"--overwrite_output_dir in the place of --resume_from_checkpoint {run.resume_from_checkpoint}"
+        )
     path = claim_output_dir(run.output_dir, run.overwrite_output_dir or resumes)
     with sole_writer(path):
         yield path
@@ -66,10 +72,11 @@ def start_run(run: Output, groups: Sequence[Any], leftovers: Sequence[str], reme
         run: What was asked for.
         groups: Dataclasses of the options that decide what is trained.
         leftovers: Files and folders of an earlier run, which a new one removes; `checkpoints` is one without saying.
+            The first is there when a run has ended, and not before.
         remedy: What else may be done with a run of other options.
 
     Raises:
-        ValueError: A resumed run has other options than before.
+        ValueError: A resumed run has other options than before, or it has ended and its checkpoints are gone.
     """
     output_dir, checkpoint = Path(str(run.output_dir)), run.resume_from_checkpoint
     path = output_dir / "options.json"
@@ -83,11 +90,16 @@ def start_run(run: Output, groups: Sequence[Any], leftovers: Sequence[str], reme
                 "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
             )
     if checkpoint is None:
-        for old in (output_dir / name for name in ("checkpoints", *leftovers)):
-            if old.is_dir():
-                shutil.rmtree(old, ignore_errors=True)
+        for old in (output_dir / name for name in (*leftovers, "checkpoints")):
+            if old.is_dir() and not old.is_symlink():
+                remove_folder(old)
             else:
                 old.unlink(missing_ok=True)
+    elif checkpoint == "latest" and (output_dir / leftovers[0]).exists() and not any(output_dir.glob(FINISHED)):
+        raise ValueError(
+            f"{output_dir} holds a run that has ended, and no checkpoint to go on from: name another --output_dir, or "
+            "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
+        )
     write_json(path, flatten(groups))
 
 
@@ -170,7 +182,7 @@ class Checkpoints:
 
     def finished(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
-        found = [path.parent for path in self.folder.glob("checkpoint-*/progress.json") if not path.parent.suffix]
+        found = [path.parent for path in self.folder.parent.glob(FINISHED) if not path.parent.suffix]
         return sorted(found, key=_step)
 
     def load(self) -> tuple[int, float]:

@@ -46,7 +46,7 @@ from options import flatten, option, parse_options
 # sqrt(abar) at the last timestep of Stable Diffusion, where the example's grid starts. A noise prediction becomes a
 # picture by a division by it; at the last timestep of a DDPM of pixels it is 0.006, and errors are all one sees.
 START_ALPHA = 0.068
-WRITTEN = ("pipeline", "training.json")
+WRITTEN = ("training.json", "pipeline")
 
 
 @dataclass
@@ -280,7 +280,8 @@ def check_options(teacher: Teacher, method: Method, training: Training, run: Out
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
     check_output(run)
     place, output = Path(teacher.pretrained_teacher_model), Path(str(run.output_dir)).resolve()
-    if place.exists() and output in (place.resolve(), *place.resolve().parents):
+    written = {output / name for name in ("checkpoints", *WRITTEN)}
+    if place.exists() and written & {place.resolve(), *place.resolve().parents}:
         raise ValueError(f"--output_dir {run.output_dir} holds the teacher, which would be lost: name another folder")
     for name, count in (
         ("max_train_steps", training.max_train_steps),

@@ -33,7 +33,7 @@ from players import Players, PreemptionError, load_networks
 from recipe import Hub, Options, check_options, complete, parse_recipe
 
 PREEMPTED = 75  # exit status after SIGTERM: EX_TEMPFAIL, "try again"
-WRITTEN = ("pipeline", "critic", "validation", "training.json", "report.json", "report.md", "samples.png", "curve.png")
+WRITTEN = ("training.json", "pipeline", "critic", "validation", "report.json", "report.md", "samples.png", "curve.png")
 
 
 def make_accelerator(options: Options) -> Accelerator:

@@ -31,7 +31,7 @@ from checkpoints import Checkpoints, Output, Registered, check_output, claimed, 
 from images import load_images, to_model_range
 from options import option, parse_options
 
-WRITTEN = ("unet", "scheduler", "model_index.json")
+WRITTEN = ("model_index.json", "unet", "scheduler")
 
 
 @dataclass
@@ -134,7 +134,7 @@ def main(args: list[str] | None = None) -> None:
     check_output(run)
     accelerator = Accelerator()
     with claimed(run) if accelerator.is_main_process else nullcontext():
-        set_seed(training.seed)
+        set_seed(training.seed, device_specific=True)  # each process draws batches of its own
         images, _ = load_images(data.train_data, data.resolution, data.channels)
         scheduler = DDPMScheduler(
             num_train_timesteps=network.num_train_timesteps, prediction_type=network.prediction_type

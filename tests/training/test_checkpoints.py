@@ -218,11 +218,20 @@ def test_an_earlier_training_stays_until_the_next_can_start(train, tmp_path):
     assert names(folder) == ["checkpoint-4", "checkpoint-5"]
 
 
-def test_a_consistency_model_is_not_written_over_its_teacher(teacher):
+@pytest.mark.parametrize("inside", ["pipeline", "checkpoints/kept"])
+def test_a_consistency_model_is_not_written_over_its_teacher(teacher, tmp_path, inside):
+    place = shutil.copytree(teacher, tmp_path / "run" / inside)
     with pytest.raises(ValueError, match="--output_dir .* holds the teacher, which would be lost: name another folder"):
         train_consistency.main(
-            [f"--pretrained_teacher_model={teacher}", f"--output_dir={teacher.parent}", "--overwrite_output_dir"]
+            [f"--pretrained_teacher_model={place}", f"--output_dir={tmp_path / 'run'}", "--overwrite_output_dir"]
         )
+    assert (place / "unet" / "config.json").exists()
+
+
+def test_a_consistency_model_may_lie_beside_its_teacher(teacher, tmp_path):
+    place = shutil.copytree(teacher, tmp_path / "teacher")
+    options = train_consistency.Teacher(str(place)), train_consistency.Method(), train_consistency.Training()
+    train_consistency.check_options(*options, Output(output_dir=str(tmp_path)))
 
 
 def test_a_training_goes_on_with_its_own_options_alone(train, tmp_path):
@@ -241,8 +250,28 @@ def test_a_training_goes_on_with_its_own_options_alone(train, tmp_path):
 
 def test_a_folder_of_something_else_is_not_gone_on_with(train, tmp_path):
     (tmp_path / "precious").touch()
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="is not empty and holds no run to go on with: name another folder, or pass"):
         train(tmp_path, "--resume_from_checkpoint=latest")
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_an_ended_training_whose_checkpoints_are_gone_is_not_trained_again(train, tmp_path):
+    folder = train(tmp_path / "run")
+    before = weights(folder)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ValueError, match="holds a run that has ended, and no checkpoint to go on from: name another"):
+        train(folder, "--resume_from_checkpoint=latest")
+    assert weights(folder) == before
+
+
+def test_a_new_run_never_finds_the_checkpoints_of_an_earlier_one(train, tmp_path):
+    """Not where they lie elsewhere either, which is as the user wants it."""
+    folder, scratch = train(tmp_path / "run"), tmp_path / "scratch"
+    os.replace(folder / "checkpoints", scratch)
+    (folder / "checkpoints").symlink_to(scratch)
+    train(folder, "--overwrite_output_dir", "--max_train_steps=1")
+    assert names(folder) == ["checkpoint-1"]
+    assert sorted(path.name for path in scratch.iterdir()) == ["checkpoint-4", "checkpoint-5"]
 
 
 def test_seconds_before_a_stop_count_towards_a_limit_of_seconds(teacher, tmp_path, monkeypatch, saved, stop_after):

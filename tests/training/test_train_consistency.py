@@ -370,7 +370,7 @@ def test_what_cannot_run_is_refused(train, argument, message):
 
 def test_a_folder_named_like_the_organisation_of_a_repo_is_no_teacher(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    teacher = train_consistency.Teacher(pretrained_teacher_model="google/ddpm-cifar10-32")
+    teacher = train_consistency.Teacher(pretrained_teacher_model="google/pipeline")
     train_consistency.check_options(teacher, Method(), Training(), Output(output_dir="google"))
 
 
