@@ -193,12 +193,14 @@ class UNetLayers(ConditionalLayers):
 class TeacherPairs:
     """Pairs (x_T, x_0) of noise and what a solver of the teacher's ODE makes of it, drawn with replacement.
 
-    The solver is UniPC of diffusers, on its grid of spacing "leading". Of a teacher that predicts a variance, too, the
-    mean is used. The noise may be, and the pairs wait, in main memory; what is drawn goes to the device of the teacher.
+    The layer that takes noise is to lead from x_T to x_0, those below it from x_0, diffused to their input, back to
+    it. The solver is UniPC of diffusers, on its grid of spacing "leading". Of a teacher that predicts a variance, too,
+    the mean is used. The noise may be, and the pairs wait, in main memory; what is drawn goes to the device of the
+    teacher.
 
     Args:
         unet: The teacher.
-        scheduler: Gives its noise schedule and what it predicts.
+        scheduler: Gives its noise schedule and what it predicts, and the grid of the layers.
         noise: x_T ~ N(0, I), shape (N, C, H, W).
         condition: Class label of each pair, shape (N,), or None.
         num_calls: Network calls for a pair.
@@ -219,7 +221,7 @@ class TeacherPairs:
         num_calls: int = 8,
         batch_size: int = 64,
     ) -> None:
-        self._device = unet.device
+        self._device, self.scheduler = unet.device, scheduler
         self.noise, self.condition = noise.cpu(), None if condition is None else condition.cpu()
         noises = noise.split(batch_size)
         classes = [None] * len(noises) if condition is None else condition.to(unet.device).split(batch_size)
@@ -232,11 +234,22 @@ class TeacherPairs:
         ]
         self.end = torch.cat(ends).clamp_(-1, 1)
 
-    def sample(self, size: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Draws (x_T, x_0, condition) for `PairChain`."""
-        index = torch.randint(len(self.noise), (size,), generator=generator)
-        condition = None if self.condition is None else self.condition[index].to(self._device)
-        return self.noise[index].to(self._device), self.end[index].to(self._device), condition
+    def sample(self, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Draws (x_{t+1}, the mean of layer t whose clean picture is x_0, condition) for `PairChain`.
+
+        Args:
+            t: Layer of each row, shape (B,).
+            generator: Source of the pairs and of the noise of the layers below the first.
+        """
+        index = torch.randint(len(self.noise), (len(t),), generator=generator)
+        x_next, x0 = self.noise[index].to(self._device), self.end[index].to(self._device)
+        timestep, below = self.scheduler.input_timestep(t), ~torch.isin(t, hierarchy_ends(self.scheduler.depths)[0])
+        if bool(below.any()):
+            alpha, sigma = self.scheduler.alpha_sigma(timestep, x0)
+            diffused = alpha * x0 + sigma * randn_like(x0, generator)
+            x_next = torch.where(below.to(x0.device).reshape(alpha.shape), diffused, x_next)
+        end = self.scheduler.lead(x0, timestep, x_next, self.scheduler.output_timestep(t))
+        return x_next, end, None if self.condition is None else self.condition[index].to(self._device)
 
 
 class TeacherBridge(Bridge):

@@ -469,6 +469,21 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         x0 = (mean - share * sample) / (layer.alpha - share * layer.alpha_next)
         return x0, (sample - layer.alpha_next * x0) / layer.sigma_next
 
+    def lead(
+        self, x0: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the mean of a layer whose clean picture is x0, of its shape: what `invert` reads.
+
+        Args:
+            x0: Shape (B, C, H, W).
+            timestep: tau_{t+1}, shape (B,).
+            sample: x_{t+1}, shape (B, C, H, W).
+            prev_timestep: tau_t, shape (B,).
+        """
+        layer = self._coefficients(timestep, sample, prev_timestep)
+        mean: torch.Tensor = layer.alpha * x0 + layer.direction * (sample - layer.alpha_next * x0) / layer.sigma_next
+        return mean
+
     def split_noise(
         self, timestep: torch.Tensor, level: torch.Tensor, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -274,7 +274,7 @@ def make_objective(method: Method, bridge: TeacherBridge) -> CriticObjective:
     objective: CriticObjective = KullbackLeibler(**weights) if kl else ScoreMatching(alpha=alpha, **weights)
     if method.adversarial_weight:
         objective = Adversarial(objective, method.adversarial_weight)
-    guides = bool(method.ode_pairs and method.ode_weight)
+    guides = method.ode_pairs and method.ode_weight and bridge.num_layers == 1
     return Guided(objective, method.ode_weight, method.ode_coarse) if guides else objective
 
 
@@ -345,18 +345,21 @@ class Players:
         return optimizers
 
     def _make_chain(self, place: int) -> Chain:
-        rows = self.options.training.train_batch_size
-        if self.options.method.ode_pairs:
-            pairs = cache(lambda: self._make_pairs(place))  # made when first asked for, and anew by a resumed run
-            return PairChain(lambda size, generator: pairs().sample(size, generator), rows)
+        if self.options.method.ode_pairs and self.student.num_layers == 1:
+            return self._make_pair_chain(place)
         return make_chain(
             self.options.method.source,
             self.bridge.sample_base,
             self.student.scheduler.depths,
-            rows,
+            self.options.training.train_batch_size,
             self._sample_condition if self.student.unet.config.num_class_embeds else None,
             self.bridge.sample_input,
         )
+
+    def _make_pair_chain(self, place: int) -> PairChain:
+        pairs = cache(lambda: self._make_pairs(place))  # made when first asked for, and anew by a resumed run
+        rows = self.options.training.train_batch_size
+        return PairChain(lambda t, generator: pairs().sample(t, generator), self.student.scheduler.depths, rows)
 
     def _sample_condition(self, size: int, generator: torch.Generator | None) -> Tensor:
         unet = self.student.unet
@@ -433,6 +436,7 @@ class Players:
         objective = make_objective(method, self.bridge)
         steps = self._fit(
             objective,
+            self.chains,
             joint(self.student.num_layers, training.max_train_steps, critic_first=training.critic_first),
             critic=self.critic,
             critic_optimizer=self.critic_optimizer,
@@ -462,7 +466,12 @@ class Players:
             objective.weight = self.options.method.ode_weight * rate / first
 
     def _fit(
-        self, objective: Objective, curriculum: list[Stage], critic: nn.Module | None = None, **settings: Any
+        self,
+        objective: Objective,
+        chains: list[Chain],
+        curriculum: list[Stage],
+        critic: nn.Module | None = None,
+        **settings: Any,
     ) -> Iterator[Step]:
         """`vi.fit` of the layers, with the settings that are the same whatever they are fitted by."""
         accelerator, training = self.accelerator, self.options.training
@@ -476,7 +485,7 @@ class Players:
             critic,
             self.bridge,
             objective,
-            self.chains,
+            chains,
             curriculum,
             layer_optimizer=self.layer_optimizer,
             seed=training.seed,
@@ -488,9 +497,15 @@ class Players:
         )
 
     def _regress(self) -> None:
-        """Fits the layer to the pairs, by its optimizer at a rate that falls to 0; then the optimizer starts anew."""
-        method, group = self.options.method, self.layer_optimizer.param_groups[0]
-        rate, steps = group["lr"], self._fit(Regression(), joint(self.student.num_layers, method.ode_steps))
+        """Fits the layers to the pairs, by their optimizer at a rate that falls to 0; then it starts anew.
+
+        The pairs of several layers are for this alone, and go when it ends.
+        """
+        method, group, number = self.options.method, self.layer_optimizer.param_groups[0], self.student.num_layers
+        chains = self.chains
+        if number > 1:
+            chains = [self._make_pair_chain(place) for place in range(len(chains))]
+        rate, steps = group["lr"], self._fit(Regression(), chains, joint(number, method.ode_steps))
         for step in tqdm(range(method.ode_steps), "regress", disable=not self.accelerator.is_main_process):
             group["lr"] = method.ode_learning_rate * (1 + math.cos(math.pi * step / method.ode_steps)) / 2
             try:

@@ -155,17 +155,17 @@ class Method:
     critic_updates: int = option(1, "critic updates for each layer update")
     ode_pairs: int = option(
         0,
-        "pairs of noise and what a solver of the teacher makes of it, on which a sampler of one call is fitted before "
-        "all else; 0 is none",
+        "pairs of noise and what a solver of the teacher makes of it, on which the layers are fitted before all else; "
+        "0 is none",
     )
     ode_calls: int = option(8, "network calls of the solver for a pair")
     ode_steps: int = option(500, "updates of that fit")
     ode_learning_rate: float = option(5e-4, "Adam's in it; it falls to 0")
     ode_weight: float = option(
-        0.005, "weight of the pairs in the loss of the layers after it; it falls as their rate does"
+        0.005, "of one call: weight of the pairs in the loss of the layer after it; it falls as its rate does"
     )
     ode_coarse: float = option(
-        20.0, "what the coarse part of a miss, its means over 4 x 4 fields, counts in it on top; 0 is nothing"
+        20.0, "what the coarse part of a miss, its means over 4 x 4 fields, counts in that on top; 0 is nothing"
     )
     train_data: str | None = option(
         None, "real pictures, for --source data and --adversarial_weight: `digits`, a folder, or a dataset's name"
@@ -432,7 +432,7 @@ def check_unused(layers: Layers, method: Method) -> None:
 
 
 def check_pairs(layers: Layers, method: Method) -> None:
-    """Refuses pairs for a sampler of several calls, numbers of them that are none, and those that nothing would use."""
+    """Refuses numbers of pairs that are none, and those that nothing would use."""
     numbers = {name: getattr(method, name) for name in ("ode_calls", "ode_steps", "ode_learning_rate")}
     weights = {"ode_weight": method.ode_weight, "ode_coarse": method.ode_coarse}
     for name, value in [("ode_pairs", method.ode_pairs), *weights.items()]:
@@ -441,19 +441,22 @@ def check_pairs(layers: Layers, method: Method) -> None:
     for name, value in numbers.items():
         if not value > 0:
             raise ValueError(f"--{name} {value}: give a number above 0")
-    if method.ode_pairs and layers.num_layers != [1]:
-        raise ValueError(
-            f"--ode_pairs {method.ode_pairs} tell where noise leads in one call: pass --num_layers 1, or leave them out"
-        )
     if method.ode_pairs and layers.noise_scale_type != "config":
         raise ValueError(
             f"--noise_scale_type {layers.noise_scale_type} has nothing to learn from pairs, whose ends have no noise: "
             "leave it out, or pass --ode_pairs 0"
         )
-    used = {**numbers, **weights}
-    changed = [f"--{name} {value}" for name, value in used.items() if value != getattr(Method(), name)]
+    used, usual = {**numbers, **weights}, Method()
+    changed = {name: f"--{name} {value}" for name, value in used.items() if value != getattr(usual, name)}
     if changed and not method.ode_pairs:
-        raise ValueError(f"{' and '.join(changed)} would not be used: pass --ode_pairs too, say 6400, or leave it out")
+        given = " and ".join(changed.values())
+        raise ValueError(f"{given} would not be used: pass --ode_pairs too, say 6400, or leave it out")
+    guiding = [given for name, given in changed.items() if name in weights]
+    if guiding and layers.num_layers != [1]:
+        raise ValueError(
+            f"{' and '.join(guiding)} would not be used: after the fit the pairs guide a layer that leads from noise "
+            "to the picture, so pass --num_layers 1, or leave it out"
+        )
 
 
 def check_counts(options: Options) -> None:

@@ -2,8 +2,8 @@
 
 `SimulatedChain` runs a fresh chain down to each layer that is trained (the paper). `PoolChain` keeps live chains at
 staggered depths: a training step moves the chains it used by one layer, with the very network call that trained them,
-so that no call is spent on simulation alone. `DataChain` takes draws of the bridge in the place of the layers'. For a
-single layer `PairChain` also tells where it is to lead.
+so that no call is spent on simulation alone. `DataChain` takes draws of the bridge in the place of the layers'.
+`PairChain` also tells where they are to lead.
 
 Layers may serve several hierarchies, of T_1, T_2, ... layers, that share a network: they are counted one hierarchy
 after the other, each from the data side, and every hierarchy gets an equal part of the rows.
@@ -25,7 +25,7 @@ from .layers import ConditionalLayers, hierarchy_ends
 
 SampleBase = Callable[[int, torch.Generator | None], Tensor]
 SampleInput = Callable[[Tensor, Tensor | None, torch.Generator | None], Tensor]
-SamplePairs = Callable[[int, torch.Generator | None], tuple[Tensor, Tensor, Tensor | None]]
+SamplePairs = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -255,28 +255,33 @@ class DataChain(Chain):
 
 
 class PairChain(Chain):
-    """Pairs (x_1, x_0) of a map from the base to the target, for a single layer: the input, and where it is to lead.
+    """Pairs of a map from the base to the target: the input of a layer, and where its mean is to lead.
 
     The map, such as the teacher's ODE, is known by draws alone; `Regression` and `Guided` make use of them.
 
     Args:
-        sample_pairs: Draws (x_1, x_0, condition): (size, generator) -> tensors of shape (size, ...), or None for no
-            condition.
+        sample_pairs: Draws (x_{t+1}, end, condition) for layers t: (t of shape (B,), generator) -> tensors of shape
+            (B, ...), or None for no condition. Of a single layer that is (x_1, x_0).
+        num_layers: T, see `Chain`.
         batch_size: B.
     """
 
-    def __init__(self, sample_pairs: SamplePairs, batch_size: int) -> None:
-        super().__init__(lambda size, generator: sample_pairs(size, generator)[0], 1, batch_size)
+    def __init__(self, sample_pairs: SamplePairs, num_layers: int | Sequence[int], batch_size: int) -> None:
+        super().__init__(self._sample_base, num_layers, batch_size)
         self.sample_pairs = sample_pairs
+
+    def _sample_base(self, size: int, generator: torch.Generator | None) -> Tensor:
+        return self.sample_pairs(torch.full((size,), self.num_layers - 1), generator)[0]
 
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        """Draws pairs."""
+        """Draws t uniformly for each row, of a hierarchy drawn before it, and a pair."""
         del layers, beta
-        x_next, end, condition = self.sample_pairs(self.batch_size, generator)
-        t = torch.zeros(len(x_next), dtype=torch.long, device=x_next.device)
-        return ChainBatch(x_next=x_next, t=t, condition=condition, end=end)
+        alone = self.num_layers == 1
+        t = torch.zeros(self.batch_size, dtype=torch.long) if alone else self._any_layer(generator)
+        x_next, end, condition = self.sample_pairs(t, generator)
+        return ChainBatch(x_next=x_next, t=t.to(x_next.device), condition=condition, end=end)
 
 
 class PoolChain(Chain):

@@ -11,7 +11,7 @@ import players
 import recipe
 from hsivi_diffusers import HSIVIPipeline, load_teacher
 from hsivi_diffusers.distillation import TeacherPairs
-from hsivi_diffusers.vi import Guided, KullbackLeibler, PairChain
+from hsivi_diffusers.vi import Guided, KullbackLeibler, PairChain, PoolChain
 
 ONE = {"preset": "fast", "num_layers": 1, "ode_pairs": 8, "ode_calls": 2, "ode_steps": 3, "critic_first": 1}
 
@@ -98,7 +98,10 @@ def test_one_call_starts_at_a_noise_whatever_the_size_of_the_pictures(options, t
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_layers": 2}, "--ode_pairs 8 tell where noise leads in one call: pass --num_layers 1, or leave them out"),
+        (
+            {"num_layers": 2, "ode_weight": 0.1},
+            "--ode_weight 0.1 would not be used: after the fit the pairs",
+        ),
         ({"ode_pairs": -1}, "--ode_pairs -1: give a number from 0 on"),
         ({"ode_weight": -0.1}, "--ode_weight -0.1: give a number from 0 on"),
         ({"ode_coarse": -1.0}, "--ode_coarse -1.0: give a number from 0 on"),
@@ -139,6 +142,24 @@ def test_the_layer_is_fitted_to_the_pairs_first_and_the_optimizer_starts_anew(ma
     assert made.layer_optimizer.param_groups[0]["lr"] == 0  # of the first step of the warm-up
     for average, parameter in zip(made.ema.shadow_params, made.student.parameters(), strict=True):
         assert torch.equal(average, parameter)
+
+
+def test_several_layers_are_fitted_to_pairs_and_then_draw_from_their_own_chains(make_players, monkeypatch):
+    fitted, fit = [], players.fit
+    monkeypatch.setattr(players, "fit", lambda *given, **named: fitted.append(given[4]) or fit(*given, **named))
+    made = make_players(num_layers=2, ode_steps=300, ode_pairs=4, gradient_accumulation_steps=2)
+    pairs = made._make_pair_chain(0)
+    batch = pairs.draw(made.layers, torch.Generator().manual_seed(0))
+
+    def misses():
+        with torch.no_grad():
+            return (made.layers(batch.x_next, batch.t).mean - batch.end).square().mean()
+
+    at_first = misses()
+    next(made.updates(0))
+    assert misses() < at_first / 2
+    assert [[type(chain) for chain in chains] for chains in fitted] == [[PairChain] * 2, [PoolChain] * 2]
+    assert type(players.make_objective(made.options.method, made.bridge)) is KullbackLeibler
 
 
 def test_each_shard_has_its_share_of_the_pairs(make_players):

@@ -589,12 +589,24 @@ def test_data_must_come_from_somewhere():
         make_chain("data", bases, 3, 5)
 
 
-def test_a_pair_chain_draws_inputs_of_the_one_layer_and_where_they_lead():
-    def sample_pairs(size, generator):
-        x = torch.randn(size, DIMENSION, generator=generator)
-        return x, 2 * x, torch.arange(size)
+def sample_pairs(t, generator):
+    x = torch.randn(len(t), DIMENSION, generator=generator)
+    return x, (2 + t[:, None]) * x, torch.arange(len(t))
 
-    chain = PairChain(sample_pairs, 4)
+
+@pytest.mark.parametrize("num_layers", [3, [1, 2]])
+def test_a_pair_chain_of_several_layers_draws_them_alike_and_tells_where_each_leads(num_layers):
+    chain = PairChain(sample_pairs, num_layers, 3000)
+    batch = chain.draw(None, generator())
+    shares = batch.t.bincount(minlength=3) / 3000
+    expected = [1 / 3] * 3 if num_layers == 3 else [1 / 2, 1 / 4, 1 / 4]
+    assert shares.tolist() == pytest.approx(expected, abs=0.04)
+    assert torch.equal(batch.end, (2 + batch.t[:, None]) * batch.x_next)
+    assert batch.condition.tolist() == list(range(3000))
+
+
+def test_a_pair_chain_draws_inputs_of_the_one_layer_and_where_they_lead():
+    chain = PairChain(sample_pairs, 1, 4)
     batch = chain.draw(None, generator())
     assert torch.equal(batch.end, 2 * batch.x_next)
     assert torch.equal(batch.x_next, torch.randn(4, DIMENSION, generator=generator()))

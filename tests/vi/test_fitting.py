@@ -574,13 +574,13 @@ def test_a_run_that_is_over_does_nothing_more():
 
 
 def test_pairs_of_a_linear_map_are_fitted_exactly_without_a_critic():
-    def sample_pairs(size, generator):
-        x = torch.randn(size, 3, generator=generator, dtype=torch.float64)
+    def sample_pairs(t, generator):
+        x = torch.randn(len(t), 3, generator=generator, dtype=torch.float64)
         return x, 0.7 * x - 0.2, None
 
     layers = LinearLayers([0.1], [0.3], [0.5])
     optimizer = torch.optim.Adam(layers.parameters(), lr=0.02)
-    bridge, chain = GaussianBridge([0.0], [1.0]), PairChain(sample_pairs, 32)
+    bridge, chain = GaussianBridge([0.0], [1.0]), PairChain(sample_pairs, 1, 32)
     steps = fit(layers, None, bridge, Regression(), chain, joint(1, 500), layer_optimizer=optimizer)
     *_, last = steps
     assert layers.scale.item() == pytest.approx(0.7, abs=1e-6)
