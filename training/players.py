@@ -47,6 +47,7 @@ from hsivi_diffusers.vi import (
     CriticObjective,
     DivergenceError,
     Guided,
+    GuidedChain,
     KullbackLeibler,
     Objective,
     PairChain,
@@ -274,8 +275,12 @@ def make_objective(method: Method, bridge: TeacherBridge) -> CriticObjective:
     objective: CriticObjective = KullbackLeibler(**weights) if kl else ScoreMatching(alpha=alpha, **weights)
     if method.adversarial_weight:
         objective = Adversarial(objective, method.adversarial_weight)
-    guides = method.ode_pairs and method.ode_weight and bridge.num_layers == 1
-    return Guided(objective, method.ode_weight, method.ode_coarse) if guides else objective
+    return Guided(objective, method.ode_weight, method.ode_coarse) if guides(method) else objective
+
+
+def guides(method: Method) -> bool:
+    """Whether the pairs are made use of after the fit, too."""
+    return bool(method.ode_pairs and method.ode_weight)
 
 
 class PreemptionError(Exception):
@@ -324,6 +329,7 @@ class Players:
         self.ema = EMAModel(self.student.parameters(), decay=training.ema_decay, use_ema_warmup=False)
         self.ema.to(accelerator.device)
         accelerator.register_for_checkpointing(self.ema, *self.lr_schedulers)
+        self.pairs = cache(self._make_pairs)  # made when first asked for, and anew by a resumed run
         self.chains = [self._make_chain(place) for place in range(options.hardware.gradient_accumulation_steps)]
 
     def _make_optimizers(self, networks: Networks) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
@@ -345,9 +351,7 @@ class Players:
         return optimizers
 
     def _make_chain(self, place: int) -> Chain:
-        if self.options.method.ode_pairs and self.student.num_layers == 1:
-            return self._make_pair_chain(place)
-        return make_chain(
+        chain = make_chain(
             self.options.method.source,
             self.bridge.sample_base,
             self.student.scheduler.depths,
@@ -355,11 +359,12 @@ class Players:
             self._sample_condition if self.student.unet.config.num_class_embeds else None,
             self.bridge.sample_input,
         )
+        return GuidedChain(chain, partial(self._sample_pairs, place)) if guides(self.options.method) else chain
 
-    def _make_pair_chain(self, place: int) -> PairChain:
-        pairs = cache(lambda: self._make_pairs(place))  # made when first asked for, and anew by a resumed run
-        rows = self.options.training.train_batch_size
-        return PairChain(lambda t, generator: pairs().sample(t, generator), self.student.scheduler.depths, rows)
+    def _sample_pairs(
+        self, place: int, t: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.pairs(place).sample(t, generator)
 
     def _sample_condition(self, size: int, generator: torch.Generator | None) -> Tensor:
         unet = self.student.unet
@@ -497,15 +502,13 @@ class Players:
         )
 
     def _regress(self) -> None:
-        """Fits the layers to the pairs, by their optimizer at a rate that falls to 0; then it starts anew.
-
-        The pairs of several layers are for this alone, and go when it ends.
-        """
-        method, group, number = self.options.method, self.layer_optimizer.param_groups[0], self.student.num_layers
-        chains = self.chains
-        if number > 1:
-            chains = [self._make_pair_chain(place) for place in range(len(chains))]
-        rate, steps = group["lr"], self._fit(Regression(), chains, joint(number, method.ode_steps))
+        """Fits the layers to the pairs, by their optimizer at a rate that falls to 0; then it starts anew."""
+        method, group = self.options.method, self.layer_optimizer.param_groups[0]
+        rows, depths = self.options.training.train_batch_size, self.student.scheduler.depths
+        chains: list[Chain] = [
+            PairChain(partial(self._sample_pairs, place), depths, rows) for place in range(len(self.chains))
+        ]
+        rate, steps = group["lr"], self._fit(Regression(), chains, joint(sum(depths), method.ode_steps))
         for step in tqdm(range(method.ode_steps), "regress", disable=not self.accelerator.is_main_process):
             group["lr"] = method.ode_learning_rate * (1 + math.cos(math.pi * step / method.ode_steps)) / 2
             try:
@@ -515,6 +518,8 @@ class Players:
                 raise DivergenceError(subject, error.step, error.layers) from error
             if self.accelerator.check_trigger():
                 raise PreemptionError
+        if not guides(method):
+            self.pairs.cache_clear()
         group["lr"] = rate
         self.layer_optimizer.state.clear()
         for average, parameter in zip(self.ema.shadow_params, self.student.parameters(), strict=True):

@@ -162,7 +162,7 @@ class Method:
     ode_steps: int = option(500, "updates of that fit")
     ode_learning_rate: float = option(5e-4, "Adam's in it; it falls to 0")
     ode_weight: float = option(
-        0.005, "of one call: weight of the pairs in the loss of the layer after it; it falls as its rate does"
+        0.005, "weight of the pairs in the loss of the layers that take noise, after it; it falls as their rate does"
     )
     ode_coarse: float = option(
         20.0, "what the coarse part of a miss, its means over 4 x 4 fields, counts in that on top; 0 is nothing"
@@ -446,17 +446,10 @@ def check_pairs(layers: Layers, method: Method) -> None:
             f"--noise_scale_type {layers.noise_scale_type} has nothing to learn from pairs, whose ends have no noise: "
             "leave it out, or pass --ode_pairs 0"
         )
-    used, usual = {**numbers, **weights}, Method()
-    changed = {name: f"--{name} {value}" for name, value in used.items() if value != getattr(usual, name)}
+    used = {**numbers, **weights}
+    changed = [f"--{name} {value}" for name, value in used.items() if value != getattr(Method(), name)]
     if changed and not method.ode_pairs:
-        given = " and ".join(changed.values())
-        raise ValueError(f"{given} would not be used: pass --ode_pairs too, say 6400, or leave it out")
-    guiding = [given for name, given in changed.items() if name in weights]
-    if guiding and layers.num_layers != [1]:
-        raise ValueError(
-            f"{' and '.join(guiding)} would not be used: after the fit the pairs guide a layer that leads from noise "
-            "to the picture, so pass --num_layers 1, or leave it out"
-        )
+        raise ValueError(f"{' and '.join(changed)} would not be used: pass --ode_pairs too, say 6400, or leave it out")
 
 
 def check_counts(options: Options) -> None:

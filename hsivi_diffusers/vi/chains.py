@@ -3,7 +3,7 @@
 `SimulatedChain` runs a fresh chain down to each layer that is trained (the paper). `PoolChain` keeps live chains at
 staggered depths: a training step moves the chains it used by one layer, with the very network call that trained them,
 so that no call is spent on simulation alone. `DataChain` takes draws of the bridge in the place of the layers'.
-`PairChain` also tells where they are to lead.
+`PairChain` also tells where they are to lead, and `GuidedChain` where those of another chain do that are base draws.
 
 Layers may serve several hierarchies, of T_1, T_2, ... layers, that share a network: they are counted one hierarchy
 after the other, each from the data side, and every hierarchy gets an equal part of the rows.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -37,7 +37,8 @@ class ChainBatch:
         t: Layer that takes it, shape (B,).
         condition: Condition of each chain, shape (B, ...), or None.
         index: Place of each row in a pool, shape (B,), or None.
-        end: What the layer is to make of each row, of the shape of x_next, or None; see `PairChain`.
+        end: What the layer is to make of each row, of the shape of x_next, NaN in rows of which that is unknown, or
+            None; see `PairChain`.
     """
 
     x_next: Tensor
@@ -257,7 +258,7 @@ class DataChain(Chain):
 class PairChain(Chain):
     """Pairs of a map from the base to the target: the input of a layer, and where its mean is to lead.
 
-    The map, such as the teacher's ODE, is known by draws alone; `Regression` and `Guided` make use of them.
+    The map, such as the teacher's ODE, is known by draws alone; `Regression` makes use of them.
 
     Args:
         sample_pairs: Draws (x_{t+1}, end, condition) for layers t: (t of shape (B,), generator) -> tensors of shape
@@ -282,6 +283,46 @@ class PairChain(Chain):
         t = torch.zeros(self.batch_size, dtype=torch.long) if alone else self._any_layer(generator)
         x_next, end, condition = self.sample_pairs(t, generator)
         return ChainBatch(x_next=x_next, t=t.to(x_next.device), condition=condition, end=end)
+
+
+class GuidedChain(Chain):
+    """Another chain, in which the inputs of the layers that take the base are those of pairs, for `Guided`.
+
+    Args:
+        chain: Where the rows come from; those below the first layer stay as they are.
+        sample_pairs: See `PairChain`.
+    """
+
+    def __init__(self, chain: Chain, sample_pairs: SamplePairs) -> None:
+        super().__init__(chain.sample_base, chain.depths, chain.batch_size, chain.sample_condition)
+        self.chain = chain
+        self.sample_pairs = sample_pairs
+
+    def draw(
+        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
+    ) -> ChainBatch:
+        """Draws a batch of the chain, and a pair in the place of each base draw; `end` is NaN in the other rows."""
+        batch = self.chain.draw(layers, generator, beta)
+        first = self.first.to(batch.t.device)[batch.t]
+        x_next, end, condition = self.sample_pairs(first.cpu(), generator)
+        starts = batch.t == first
+        rows = starts.reshape(-1, *[1] * (end.ndim - 1))
+        if condition is not None and batch.condition is not None:
+            condition = torch.where(starts.reshape(-1, *[1] * (condition.ndim - 1)), condition, batch.condition)
+        x_next, end = torch.where(rows, x_next, batch.x_next), torch.where(rows, end, torch.nan)
+        return replace(batch, x_next=x_next, condition=condition, end=end)
+
+    def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
+        """See `Chain`."""
+        self.chain.advance(batch, q, generator)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """That of the chain."""
+        return self.chain.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """That of the chain."""
+        self.chain.load_state_dict(state)
 
 
 class PoolChain(Chain):
@@ -350,7 +391,8 @@ class PoolChain(Chain):
         keep = done.reshape(-1, *[1] * (x.ndim - 1))
         self.x_next[batch.index] = torch.where(keep, x, q.rsample(noise).to(x.dtype))
         self.t[batch.index] = torch.where(done, self.first.to(batch.t.device)[batch.t], batch.t - 1)
-        if self.condition is not None and condition is not None:
+        if self.condition is not None and condition is not None and batch.condition is not None:
+            self.condition[batch.index] = batch.condition  # of a guided row it is that of the pair
             self.condition[batch.index[done]] = condition[done]
 
     def _staggered(self) -> Tensor:

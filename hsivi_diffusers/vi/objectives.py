@@ -53,7 +53,8 @@ class LayerDraw:
         level: Level of the bridge that q belongs to, shape (B,).
         condition: Condition of each row, or None.
         real: Draw of the bridge at the level and condition of each row, of the shape of x, or None.
-        miss: Mean of the layer, at its own level, less where it is to lead, of the shape of x, or None.
+        miss: Mean of the layer, at its own level, less where it is to lead, of the shape of x, 0 in the rows of which
+            that is unknown, or None.
     """
 
     q: DiagonalGaussian
@@ -111,7 +112,7 @@ def draw_layer(
         raise ValueError(f"scoring={scoring!r} is unknown: choose 'own', 'random' or 'between'")
     if scoring == "between" and x_next is None:
         raise ValueError("scoring='between' needs the input of the layers: give x_next")
-    miss = None if end is None else q.mean - end
+    miss = None if end is None else torch.where(end.isnan(), 0, q.mean - end)
     level = bridge.level(t) if scoring == "own" else bridge.sample_level(t, generator)
     if scoring == "random":
         q = bridge.renoise(q, t, level)
@@ -392,7 +393,7 @@ class Regression(Objective):
         """
         miss = draw.miss
         if miss is None:
-            raise ValueError("the draw is of no pair: take its layer's input from a PairChain")
+            raise ValueError("the draw is of no pair: take its layer's input from a PairChain or a GuidedChain")
         loss = 0.5 * _sum(miss.square())
         if self.coarse == 0:
             return loss

@@ -11,7 +11,7 @@ import players
 import recipe
 from hsivi_diffusers import HSIVIPipeline, load_teacher
 from hsivi_diffusers.distillation import TeacherPairs
-from hsivi_diffusers.vi import Guided, KullbackLeibler, PairChain, PoolChain
+from hsivi_diffusers.vi import Guided, GuidedChain, KullbackLeibler, PairChain, PoolChain
 
 ONE = {"preset": "fast", "num_layers": 1, "ode_pairs": 8, "ode_calls": 2, "ode_steps": 3, "critic_first": 1}
 
@@ -98,10 +98,6 @@ def test_one_call_starts_at_a_noise_whatever_the_size_of_the_pictures(options, t
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"num_layers": 2, "ode_weight": 0.1},
-            "--ode_weight 0.1 would not be used: after the fit the pairs",
-        ),
         ({"ode_pairs": -1}, "--ode_pairs -1: give a number from 0 on"),
         ({"ode_weight": -0.1}, "--ode_weight -0.1: give a number from 0 on"),
         ({"ode_coarse": -1.0}, "--ode_coarse -1.0: give a number from 0 on"),
@@ -144,28 +140,30 @@ def test_the_layer_is_fitted_to_the_pairs_first_and_the_optimizer_starts_anew(ma
         assert torch.equal(average, parameter)
 
 
-def test_several_layers_are_fitted_to_pairs_and_then_draw_from_their_own_chains(make_players, monkeypatch):
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+def test_several_layers_are_fitted_to_pairs_which_then_guide_the_first_or_go(make_players, monkeypatch, weight):
     fitted, fit = [], players.fit
     monkeypatch.setattr(players, "fit", lambda *given, **named: fitted.append(given[4]) or fit(*given, **named))
-    made = make_players(num_layers=2, ode_steps=300, ode_pairs=4, gradient_accumulation_steps=2)
-    pairs = made._make_pair_chain(0)
-    batch = pairs.draw(made.layers, torch.Generator().manual_seed(0))
+    made = make_players(num_layers=2, ode_steps=300, ode_pairs=4, ode_weight=weight, gradient_accumulation_steps=2)
+    t = torch.tensor([0, 1] * 8)
+    x_next, end, _ = made._sample_pairs(0, t, torch.Generator().manual_seed(0))
 
     def misses():
         with torch.no_grad():
-            return (made.layers(batch.x_next, batch.t).mean - batch.end).square().mean()
+            return (made.layers(x_next, t).mean - end).square().mean()
 
     at_first = misses()
     next(made.updates(0))
     assert misses() < at_first / 2
-    assert [[type(chain) for chain in chains] for chains in fitted] == [[PairChain] * 2, [PoolChain] * 2]
-    assert type(players.make_objective(made.options.method, made.bridge)) is KullbackLeibler
+    kinds = [[type(chain) for chain in chains] for chains in fitted]
+    assert kinds == [[PairChain] * 2, [GuidedChain if weight else PoolChain] * 2]
+    assert made.pairs.cache_info().currsize == (2 if weight else 0)
 
 
 def test_each_shard_has_its_share_of_the_pairs(make_players):
     made = make_players(gradient_accumulation_steps=2, ode_pairs=6)
     draws = [chain.draw(made.layers, torch.Generator().manual_seed(0)) for chain in made.chains]
-    assert all(isinstance(chain, PairChain) for chain in made.chains)
+    assert all(isinstance(chain, GuidedChain) for chain in made.chains)
     seen = [{row.sum().item() for _ in range(20) for row in chain.draw(made.layers).x_next} for chain in made.chains]
     assert [len(each) for each in seen] == [3, 3]
     assert not seen[0] & seen[1]

@@ -5,6 +5,7 @@ from hsivi_diffusers.vi import (
     DataChain,
     DiagonalGaussian,
     FrozenPoolChain,
+    GuidedChain,
     PairChain,
     PoolChain,
     SimulatedChain,
@@ -603,6 +604,31 @@ def test_a_pair_chain_of_several_layers_draws_them_alike_and_tells_where_each_le
     assert shares.tolist() == pytest.approx(expected, abs=0.04)
     assert torch.equal(batch.end, (2 + batch.t[:, None]) * batch.x_next)
     assert batch.condition.tolist() == list(range(3000))
+
+
+@pytest.mark.parametrize("num_layers", [1, 3, [1, 2]])
+def test_a_guided_chain_has_pairs_in_the_place_of_base_draws_and_nothing_else_of_its_own(num_layers):
+    """The layers add 1 to their input, so that a chain of the pool still tells the pair that it began with."""
+
+    def shift(x_next, t, condition):
+        return DiagonalGaussian(x_next + 1, torch.zeros(()))
+
+    def sample_pairs(t, generator):
+        return torch.full((len(t), DIMENSION), 100.0), (7.0 + t[:, None]).expand(-1, DIMENSION), 5 + t
+
+    pool = PoolChain(bases, num_layers, 8, lambda size, generator: torch.full((size,), -1))
+    chain, source = GuidedChain(pool, sample_pairs), generator()
+    for _ in range(60):
+        batch = chain.draw(shift, source)
+        chain.advance(batch, shift(batch.x_next, batch.t, None), source)
+    first = chain.first[batch.t]
+    starts = batch.t == first
+    assert bool(starts.all()) is (num_layers == 1)
+    assert torch.equal(batch.x_next, (100.0 + (first - batch.t)[:, None]).expand(-1, DIMENSION).to(batch.x_next))
+    assert torch.equal(batch.end[starts], (7.0 + first[starts, None]).expand(-1, DIMENSION))
+    assert batch.end[~starts].isnan().all()
+    assert torch.equal(batch.condition, 5 + first)
+    assert chain.state_dict().keys() == pool.state_dict().keys()
 
 
 def test_a_pair_chain_draws_inputs_of_the_one_layer_and_where_they_lead():

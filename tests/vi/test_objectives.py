@@ -505,6 +505,18 @@ def test_a_draw_knows_by_how_much_the_layers_mean_misses_wherever_it_is_scored(s
     assert not draw.detach().miss.requires_grad
 
 
+def test_a_row_whose_end_is_unknown_misses_nothing_and_a_mean_that_is_none_still_shows():
+    q = DiagonalGaussian(torch.tensor([[1.0], [2.0], [torch.nan]], requires_grad=True), torch.ones(3, 1))
+    bridge = matching_bridge(linear_layers())
+    end = torch.tensor([[torch.nan], [0.5], [0.5]])
+    draw = draw_layer(q, torch.zeros(3, dtype=torch.long), bridge, end=end)
+    assert draw.miss[:2].tolist() == [[0.0], [1.5]]
+    assert draw.miss[2].isnan().all()
+    loss = Regression().layer_loss(no_critic, None, draw)[:2].sum()
+    (gradient,) = torch.autograd.grad(loss, q.mean)
+    assert gradient[:2].tolist() == [[0.0], [1.5]]
+
+
 def test_regression_is_half_the_square_of_the_miss_and_asks_no_one():
     layers = linear_layers()
     bridge = matching_bridge(layers)
@@ -556,7 +568,7 @@ def test_guidance_is_added_to_the_layers_loss_and_leaves_the_critics(objective):
 def test_what_is_fitted_to_pairs_needs_pairs(objective):
     layers = linear_layers()
     bridge = matching_bridge(layers)
-    with pytest.raises(ValueError, match="take its layer's input from a PairChain"):
+    with pytest.raises(ValueError, match="take its layer's input from a PairChain or a Gu"):
         objective.layer_loss(ExactCritic(layers), bridge, make_draw(layers, bridge))
 
 
