@@ -222,8 +222,9 @@ def test_an_unknown_argument_is_refused(refused, args):
         *[(name, recipe.GROUPS, {"fast": ONE_CALL}) for name in ("fashion_t1.yaml", "emoji_t1.yaml")],
         *[
             (name, recipe.GROUPS, recipe.PRESETS)
-            for name in ("digits_t1.yaml", "digits_t5.yaml", "digits_t1248.yaml", "fashion_t4.yaml", "emoji_t4.yaml")
+            for name in ("digits_t1.yaml", "digits_t5.yaml", "digits_t1248.yaml", "fashion_t4.yaml")
         ],
+        *[(name, recipe.GROUPS, recipe.PRESETS) for name in ("emoji_t2.yaml", "emoji_t4.yaml")],
         *[
             (name, [train_teacher.Data, train_teacher.Network, train_teacher.Training, Output], None)
             for name in ("digits_teacher.yaml", "fashion_teacher.yaml", "emoji_teacher.yaml")
