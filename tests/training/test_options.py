@@ -269,6 +269,7 @@ def test_no_config_is_left_untested():
         *[f"digits_{part}.yaml" for part in ("t1", "t5", "t1248", "evaluation", "teacher", "lcm")],
         *[f"{name}_{part}.yaml" for name in SETS for part in ("teacher", "classifier", "t1", "t4", "lcm")],
         *[f"benchmark_{name}.yaml" for name in ("digits", *SETS)],
+        "emoji_t2.yaml",
     }
 
 
