@@ -57,6 +57,14 @@ class LayerCoefficients(NamedTuple):
     noise_scale: Any
     last: Any
 
+    def mean(self, x0: Any, eps: Any) -> Any:
+        """The mean of the layer, of the clean picture and the noise in its input."""
+        return self.alpha * x0 + self.direction * eps
+
+    def noise_in(self, sample: Any, x0: Any) -> Any:
+        """The noise eps in the input of the layer, when its clean picture is x0."""
+        return (sample - self.alpha_next * x0) / self.sigma_next
+
 
 class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     """Scheduler of a T-layer hierarchical semi-implicit sampler; one network call per layer.
@@ -467,7 +475,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         layer = self._coefficients(timestep, sample, prev_timestep)
         share = layer.direction / layer.sigma_next
         x0 = (mean - share * sample) / (layer.alpha - share * layer.alpha_next)
-        return x0, (sample - layer.alpha_next * x0) / layer.sigma_next
+        return x0, layer.noise_in(sample, x0)
 
     def lead(
         self, x0: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor
@@ -481,7 +489,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             prev_timestep: tau_t, shape (B,).
         """
         layer = self._coefficients(timestep, sample, prev_timestep)
-        mean: torch.Tensor = layer.alpha * x0 + layer.direction * (sample - layer.alpha_next * x0) / layer.sigma_next
+        mean: torch.Tensor = layer.mean(x0, layer.noise_in(sample, x0))
         return mean
 
     def split_noise(
@@ -503,7 +511,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         model_output, sample = self._match(model_output, sample)
         layer = self._layer(timestep, sample, prev_timestep)
         x0, eps = self._predict(model_output, sample, layer.alpha_next, layer.sigma_next)
-        mean = layer.alpha * x0 + layer.direction * eps
+        mean = layer.mean(x0, eps)
         if noise_scale is not None:
             return mean, noise_scale.to(sample) * layer.c, x0, layer.last
         if self.config.noise_scale_type == "per_pixel":
