@@ -25,7 +25,9 @@ from pages import fill_tables, new_parts  # noqa: E402
 Row = dict[str, Any]
 Group = tuple[str, int]  # method and network calls
 
+OURS = "HSIVI fast"
 RIVAL = "consistency distillation"
+BEST = "the best solver"
 TEACHER: Group = ("DDPM", 100)
 # Name in the head of a table, how it is written, and whether larger is better.
 MEASURES: dict[str, tuple[str, str, bool]] = {
@@ -51,12 +53,9 @@ def write_pages(folder: Path) -> None:
         folder: Has results.json, and the pictures of each set; the samples of a set without are not drawn.
     """
     rows: list[Row] = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
-    names = dict.fromkeys(row["dataset"] for row in rows)
-    sets = {name: beside_teacher([row for row in rows if row["dataset"] == name]) for name in names}
-    tables, figures = {"goals": goals_table(sets)}, []
-    for name, of_set in sets.items():
-        word = re.sub(r"\W", "_", name)
-        tables[f"fd_{word}"], tables[f"measures_{word}"] = calls_table(of_set), measures_table(of_set)
+    tables, figures = make_tables(rows), []
+    for name, of_set in in_sets(rows).items():
+        word = as_word(name)
         draw_curves(of_set, folder / f"curves_{word}.png")
         draw_classes(of_set, folder / f"classes_{word}.png")
         if (pictures := pictures_path(folder, name)).exists():
@@ -65,6 +64,27 @@ def write_pages(folder: Path) -> None:
     page = folder / "index.md"
     text = page.read_text(encoding="utf-8") if page.exists() else "# Benchmark\n"
     write_text(page, fill_tables(text + missing_parts(text, [*tables], figures, folder), tables))
+
+
+def make_tables(rows: list[Row]) -> dict[str, str]:
+    """The tables by name: of all sets together, and of each."""
+    sets = in_sets(rows)
+    tables = {"summary": summary_table(sets), "goals": goals_table(sets)}
+    for name, of_set in sets.items():
+        tables[f"fd_{as_word(name)}"] = calls_table(of_set)
+        tables[f"measures_{as_word(name)}"] = measures_table(of_set)
+    return tables
+
+
+def in_sets(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each set."""
+    names = dict.fromkeys(row["dataset"] for row in rows)
+    return {name: beside_teacher([row for row in rows if row["dataset"] == name]) for name in names}
+
+
+def as_word(dataset: str) -> str:
+    """The name of a set as a part of names."""
+    return re.sub(r"\W", "_", dataset)
 
 
 def pictures_path(folder: Path, dataset: str) -> Path:
@@ -128,6 +148,27 @@ def written(rows: list[Row], measure: str) -> str:
     numbers = [factor * row[measure] for row in rows]
     spread = f" ± {format(stdev(numbers), form)}" if len(numbers) > 1 else ""
     return format(mean(numbers), form) + spread
+
+
+def summary_table(sets: dict[str, list[Row]]) -> str:
+    """FD on each set of what one would choose from: ours, the rival and the best solver, and DDPM at many calls."""
+    groups = {name: grouped(rows) for name, rows in sets.items()}
+    counts = {nfe for of_set in groups.values() for _, nfe in of_set}
+    lines = [f"| calls | method | {' | '.join(sets)} |", f"|---:|---|{'---:|' * len(sets)}"]
+    for nfe in sorted(counts & {*SHOWN_CALLS}):
+        for method in (OURS, RIVAL, BEST) if nfe <= 20 else (TEACHER[0],):
+            cells = [_summary(groups[name], method, nfe) for name in sets]
+            if any(cells):
+                lines.append(f"| {nfe} | {bold(method)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _summary(groups: dict[Group, list[Row]], method: str, nfe: int) -> str:
+    """A cell of the summary: the FD, and of the best solver its name."""
+    if method != BEST:
+        return written(groups[method, nfe], "fd") if (method, nfe) in groups else ""
+    solvers = [(value(rows, "fd"), name) for (name, calls), rows in groups.items() if is_solver(name) and calls == nfe]
+    return "{:.2f} {}".format(*min(solvers)) if solvers else ""
 
 
 def calls_table(rows: list[Row]) -> str:
@@ -295,5 +336,7 @@ def draw_classes(rows: list[Row], path: Path) -> None:
         axis.plot(range(len(real)), real, color="black", ls="", marker="_", ms=12)
         axis.set_title(f"{method} at {nfe}", fontsize=8)
         axis.set_xticks(range(len(shares)))
+    figure.supxlabel("class", fontsize=9)
+    figure.supylabel("share of the pictures (dashes: of the real ones)", fontsize=9)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import benchmark
 import benchmark_pages
+import pages
 import train_teacher
 from checkpoints import Checkpoints
 from hsivi_diffusers import HSIVIPipeline
@@ -346,6 +347,27 @@ def test_goals_hold_the_mean_of_the_seeds_against_the_best_solver():
     assert table[2:] == ["| digits | HSIVI fast | 5 | FD | 0.60 ± 0.14 | the best solver at 15 | 0.55 | no |"]
     rows[0]["fd"] = 0.4
     assert benchmark_pages.goals_table({"digits": rows}).endswith("| 0.55 | yes |")
+
+
+def test_the_summary_has_ours_the_rival_and_the_best_solver_and_ddpm_at_many_calls():
+    few = [row("HSIVI fast", 4, 0.5, 0), row("HSIVI fast", 4, 0.7, 1), row("DDIM", 4, 3.0), row("UniPC", 4, 2.0)]
+    others = [row(benchmark_pages.RIVAL, 4, 4.0, 0), row("HSIVI paper", 4, 0.1, 0), row("HSIVI fast", 3, 0.1, 0)]
+    many = [row("DDPM", 100, 0.4), row("DDIM", 100, 0.3)]
+    table = benchmark_pages.summary_table({"digits": [*few, *others, *many], "fashion": [row("UniPC", 4, 9.0)]})
+    assert table.splitlines()[2:] == [
+        "| 4 | **HSIVI fast** | 0.60 ± 0.14 |  |",
+        f"| 4 | {benchmark_pages.RIVAL} | 4.00 |  |",
+        "| 4 | the best solver | 2.00 UniPC | 9.00 UniPC |",
+        "| 100 | DDPM | 0.40 |  |",
+    ]
+
+
+def test_the_tables_of_the_docs_are_those_of_the_results_and_the_readme_has_the_summary():
+    docs = ROOT / "docs" / "benchmarks"
+    page = (docs / "index.md").read_text(encoding="utf-8")
+    tables = benchmark_pages.make_tables(json.loads((docs / "results.json").read_text(encoding="utf-8"))["rows"])
+    assert pages.fill_tables(page, tables) == page
+    assert tables["summary"] in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_larger_recall_reaches_the_goal():
