@@ -233,6 +233,11 @@ class TeacherPairs:
             for x, labels in zip(noises, classes, strict=True)
         ]
         self.end = torch.cat(ends).clamp_(-1, 1)
+        if lost := int((~self.end.isfinite()).flatten(1).any(1).sum()):
+            raise ValueError(
+                f"{lost} of {len(noise)} pairs end in numbers that are not finite: look at what the teacher draws, and "
+                "if it runs in fp16, take bf16 or single precision"
+            )
 
     def sample(self, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Draws (x_{t+1}, the mean of layer t whose clean picture is x_0, condition) for `PairChain`.

@@ -482,12 +482,15 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Returns the mean of a layer whose clean picture is x0, of its shape: what `invert` reads.
 
+        Half precision comes back as float32.
+
         Args:
             x0: Shape (B, C, H, W).
             timestep: tau_{t+1}, shape (B,).
             sample: x_{t+1}, shape (B, C, H, W).
             prev_timestep: tau_t, shape (B,).
         """
+        x0, sample = (tensor.to(torch.promote_types(x0.dtype, torch.float32)) for tensor in (x0, sample))
         layer = self._coefficients(timestep, sample, prev_timestep)
         mean: torch.Tensor = layer.mean(x0, layer.noise_in(sample, x0))
         return mean

@@ -741,6 +741,22 @@ def test_pairs_are_drawn_as_pairs(unet):
     assert label is None
 
 
+def test_pairs_of_a_teacher_that_draws_no_numbers_are_refused():
+    unet = make_unet()
+    next(unet.parameters()).data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="6 of 6 pairs end in numbers that are not finite: .* take bf16"):
+        TeacherPairs(unet, HSIVIScheduler(layer_timesteps=[700, 0]), torch.randn(6, 1, 8, 8), num_calls=2)
+
+
+def test_the_mean_for_a_clean_picture_is_of_single_precision_at_least():
+    grid, t = HSIVIScheduler(layer_timesteps=[700, 300, 0]), torch.tensor([0, 1])
+    x0, x = torch.randn(2, 2, 1, 8, 8)
+    places = grid.input_timestep(t), grid.output_timestep(t)
+    exact = grid.lead(x0.half().float(), places[0], x.half().float(), places[1])
+    assert torch.equal(grid.lead(x0.half(), places[0], x.half(), places[1]), exact)
+    assert grid.lead(x0.double(), places[0], x.double(), places[1]).dtype == torch.float64
+
+
 @pytest.mark.parametrize("settings", [{"kernel": "ddim", "noise_eta": 1.0}, {"kernel": "ddim"}, {"kernel": "renoise"}])
 def test_pairs_of_several_layers_lead_each_to_its_picture(settings):
     """The first layer from the noise of the pair, the others from its picture, diffused to their input."""

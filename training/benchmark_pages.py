@@ -156,7 +156,7 @@ def summary_table(sets: dict[str, list[Row]]) -> str:
     counts = {nfe for of_set in groups.values() for _, nfe in of_set}
     lines = [f"| calls | method | {' | '.join(sets)} |", f"|---:|---|{'---:|' * len(sets)}"]
     for nfe in sorted(counts & {*SHOWN_CALLS}):
-        for method in (OURS, RIVAL, BEST) if nfe <= 20 else (TEACHER[0],):
+        for method in (OURS, RIVAL, BEST) if nfe <= 20 else (BEST, TEACHER[0]):
             cells = [_summary(groups[name], method, nfe) for name in sets]
             if any(cells):
                 lines.append(f"| {nfe} | {bold(method)} | {' | '.join(cells)} |")
@@ -168,7 +168,7 @@ def _summary(groups: dict[Group, list[Row]], method: str, nfe: int) -> str:
     if method != BEST:
         return written(groups[method, nfe], "fd") if (method, nfe) in groups else ""
     solvers = [(value(rows, "fd"), name) for (name, calls), rows in groups.items() if is_solver(name) and calls == nfe]
-    return "{:.2f} {}".format(*min(solvers)) if solvers else ""
+    return "{:.2f} {}".format(*min(solvers)) if {name for _, name in solvers} - {TEACHER[0]} else ""
 
 
 def calls_table(rows: list[Row]) -> str:

@@ -353,7 +353,7 @@ def _pair_lines(options: Options, cost: Cost, speed: float, processes: int) -> l
     made, fitted = method.ode_pairs * method.ode_calls / processes, 3 * method.ode_steps * rows
     return [
         f"before them about {_duration(speed * cost.call_flops * (made + fitted))} for {method.ode_pairs:,} pairs of "
-        f"{method.ode_calls} calls of the teacher and {method.ode_steps:,} updates of the layer by them"
+        f"{method.ode_calls} calls of the teacher and {method.ode_steps:,} updates of the layers by them"
     ]
 
 

@@ -394,7 +394,7 @@ class Players:
 
     @property
     def pair_calls(self) -> tuple[int, int]:
-        """Network calls, in all processes, that make the pairs, and that fit the layer to them."""
+        """Network calls, in all processes, that make the pairs, and that fit the layers to them."""
         method, pairs = self.options.method, self.pairs_per_shard * self.shards
         return pairs * method.ode_calls, method.ode_steps * self.rows if pairs else 0
 

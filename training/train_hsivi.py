@@ -29,7 +29,7 @@ from hsivi_diffusers.hub import claim
 from hsivi_diffusers.vi import DivergenceError
 from monitor import Monitor
 from plan import print_plan
-from players import Players, PreemptionError, load_networks
+from players import Players, PreemptionError, guides, load_networks
 from recipe import Hub, Options, check_options, complete, parse_recipe
 
 PREEMPTED = 75  # exit status after SIGTERM: EX_TEMPFAIL, "try again"
@@ -152,13 +152,14 @@ def summarise(options: Options, seconds: float, calls: int | None, accelerator: 
 def count_calls(counted: int, players: Players, before: int, record: Path) -> int | None:
     """Network calls of a run, of which those after `before` updates were counted; if none was done, of its record.
 
-    The updates before cost what those after do. A run that is resumed makes its pairs again and does not fit them
-    again; both are told as of a run that was never stopped.
+    The updates before cost what those after do. A run that is resumed does not fit its pairs again, and makes them
+    again if they guide the layers; both are told as of a run that was never stopped.
     """
     total = players.options.training.max_train_steps
     made, fitted = players.pair_calls
     if before < total:
-        updates = counted - made - (0 if before else fitted)
+        again = made if guides(players.options.method) else 0
+        updates = counted - (again if before else made + fitted)
         return round(updates * total / (total - before)) + made + fitted
     calls: int | None = json.loads(record.read_text()).get("network_calls") if record.exists() else None
     return calls

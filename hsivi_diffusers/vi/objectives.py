@@ -9,9 +9,10 @@ With x ~ q(. | x_next), S the bridge score, s the critic's estimate of the margi
 With a share m of the teacher in its target, (1 - m) grad log q(x | x_next) + m S(x), the critic is nearer to S, and
 v / (1 - m) estimates S - grad log q (continuous semi-implicit models, arXiv 2506.06778).
 
-With pairs (x_next, x_0) of a map from the base to the target, mu the mean of the layer, `Guided` adds to either
+With pairs (x_next, end) of a map, such as the one from the base to the target, mu the mean of the layer, `Guided` adds
+to either
 
-    layers        weight/2 |mu(x_next) - x_0|^2                    alone it is `Regression`
+    layers        weight/2 |mu(x_next) - end|^2                    alone it is `Regression`
 
 With draws of the bridge itself, and a critic that is a discriminator D besides, `Adversarial` adds to either
 
@@ -53,8 +54,8 @@ class LayerDraw:
         level: Level of the bridge that q belongs to, shape (B,).
         condition: Condition of each row, or None.
         real: Draw of the bridge at the level and condition of each row, of the shape of x, or None.
-        miss: Mean of the layer, at its own level, less where it is to lead, of the shape of x, 0 in the rows of which
-            that is unknown, or None.
+        miss: Mean of the layer, at its own level, less where its pair leads, of the shape of x, NaN in the rows of no
+            pair; or None, where no row is of one.
     """
 
     q: DiagonalGaussian
@@ -103,7 +104,7 @@ def draw_layer(
         condition: Condition of each row.
         generator: Source of the level and the noise.
         real: Draw from the bridge too, at the same level and condition, see `LayerDraw.real`.
-        end: What the layer is to make of its input, see `LayerDraw.miss`.
+        end: Where the pair of each row leads, NaN where it is of none, see `LayerDraw.miss`.
 
     Raises:
         ValueError: `scoring` is none of these, or "between" has no x_next.
@@ -112,7 +113,7 @@ def draw_layer(
         raise ValueError(f"scoring={scoring!r} is unknown: choose 'own', 'random' or 'between'")
     if scoring == "between" and x_next is None:
         raise ValueError("scoring='between' needs the input of the layers: give x_next")
-    miss = None if end is None else torch.where(end.isnan(), 0, q.mean - end)
+    miss = None if end is None else q.mean - end
     level = bridge.level(t) if scoring == "own" else bridge.sample_level(t, generator)
     if scoring == "random":
         q = bridge.renoise(q, t, level)
@@ -386,14 +387,16 @@ class Regression(Objective):
         self.coarse = coarse
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns 1/2 (|m|^2 + c |P m|^2), m = mu(x_next) - x_0.
+        """Returns 1/2 (|m|^2 + c |P m|^2), m = mu(x_next) - end, end where the pair leads.
 
         Raises:
             ValueError: The draw is of no pair, or c is not 0 and x no picture (channels, height, width).
         """
         miss = draw.miss
         if miss is None:
-            raise ValueError("the draw is of no pair: take its layer's input from a PairChain or a GuidedChain")
+            raise ValueError(
+                "the draw is of no pair: take its layer's input from a PairChain, or with Guided from a GuidedChain"
+            )
         loss = 0.5 * _sum(miss.square())
         if self.coarse == 0:
             return loss
@@ -431,12 +434,15 @@ class Guided(Extended):
         self.needs_real = objective.needs_real
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns the objective's loss + weight times that of `Regression`.
+        """Returns the objective's loss + weight times that of `Regression`, which is 0 in rows of no pair.
 
         Raises:
-            ValueError: The draw is of no pair, or `coarse` is not 0 and x no picture.
+            ValueError: No row is of a pair, or `coarse` is not 0 and x no picture.
         """
-        return super().layer_loss(critic, bridge, draw) + self.weight * self.regression.layer_loss(critic, bridge, draw)
+        pairs = draw if draw.miss is None else replace(draw, miss=torch.where(draw.miss.isnan(), 0, draw.miss))
+        return super().layer_loss(critic, bridge, draw) + self.weight * self.regression.layer_loss(
+            critic, bridge, pairs
+        )
 
 
 class LowerBound(Objective):

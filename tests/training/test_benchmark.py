@@ -352,12 +352,14 @@ def test_goals_hold_the_mean_of_the_seeds_against_the_best_solver():
 def test_the_summary_has_ours_the_rival_and_the_best_solver_and_ddpm_at_many_calls():
     few = [row("HSIVI fast", 4, 0.5, 0), row("HSIVI fast", 4, 0.7, 1), row("DDIM", 4, 3.0), row("UniPC", 4, 2.0)]
     others = [row(benchmark_pages.RIVAL, 4, 4.0, 0), row("HSIVI paper", 4, 0.1, 0), row("HSIVI fast", 3, 0.1, 0)]
-    many = [row("DDPM", 100, 0.4), row("DDIM", 100, 0.3)]
+    many = [row("DDPM", 50, 0.5), row("DDPM", 100, 0.4), row("DDIM", 100, 0.3)]
     table = benchmark_pages.summary_table({"digits": [*few, *others, *many], "fashion": [row("UniPC", 4, 9.0)]})
     assert table.splitlines()[2:] == [
         "| 4 | **HSIVI fast** | 0.60 ± 0.14 |  |",
         f"| 4 | {benchmark_pages.RIVAL} | 4.00 |  |",
         "| 4 | the best solver | 2.00 UniPC | 9.00 UniPC |",
+        "| 50 | DDPM | 0.50 |  |",
+        "| 100 | the best solver | 0.30 DDIM |  |",
         "| 100 | DDPM | 0.40 |  |",
     ]
 

@@ -101,6 +101,7 @@ def test_one_call_starts_at_a_noise_whatever_the_size_of_the_pictures(options, t
         ({"ode_pairs": -1}, "--ode_pairs -1: give a number from 0 on"),
         ({"ode_weight": -0.1}, "--ode_weight -0.1: give a number from 0 on"),
         ({"ode_coarse": -1.0}, "--ode_coarse -1.0: give a number from 0 on"),
+        ({"ode_weight": 0.0, "ode_coarse": 5.0}, "--ode_coarse 5.0 is of the loss that --ode_weight 0 leaves out"),
         ({"ode_calls": 0}, "--ode_calls 0: give a number above 0"),
         ({"ode_steps": 0}, "--ode_steps 0: give a number above 0"),
         ({"ode_learning_rate": 0.0}, "--ode_learning_rate 0.0: give a number above 0"),
@@ -150,11 +151,12 @@ def test_several_layers_are_fitted_to_pairs_which_then_guide_the_first_or_go(mak
 
     def misses():
         with torch.no_grad():
-            return (made.layers(x_next, t).mean - end).square().mean()
+            miss = (made.layers(x_next, t).mean - end).square()
+            return torch.stack([miss[t == layer].mean() for layer in (0, 1)])
 
     at_first = misses()
     next(made.updates(0))
-    assert misses() < at_first / 2
+    assert (misses() < 0.8 * at_first).all()
     kinds = [[type(chain) for chain in chains] for chains in fitted]
     assert kinds == [[PairChain] * 2, [GuidedChain if weight else PoolChain] * 2]
     assert made.pairs.cache_info().currsize == (2 if weight else 0)
@@ -221,8 +223,10 @@ def test_the_first_updates_of_the_layer_are_no_larger_for_the_critic_that_learne
 # ----- whole runs -----
 
 
-def test_a_run_resumes_to_the_same_bits_and_does_not_fit_the_pairs_again(distil, tmp_path, monkeypatch):
-    whole = distil(tmp_path / "whole", **ONE)
+@pytest.mark.parametrize("settings", [{}, {"ode_weight": 0.0}, {"num_layers": 2}], ids=str)
+def test_a_run_resumes_to_the_same_bits_and_does_not_fit_the_pairs_again(distil, tmp_path, monkeypatch, settings):
+    run = {**ONE, **settings}
+    whole = distil(tmp_path / "whole", **run)
     fit, starts = players.fit, []
 
     def stopping(*given, **named):
@@ -234,13 +238,14 @@ def test_a_run_resumes_to_the_same_bits_and_does_not_fit_the_pairs_again(distil,
 
     monkeypatch.setattr(players, "fit", stopping)
     with pytest.raises(KeyboardInterrupt):
-        distil(tmp_path / "run", **ONE)
-    distil(tmp_path / "run", resume_from_checkpoint="latest", **ONE)
+        distil(tmp_path / "run", **run)
+    distil(tmp_path / "run", resume_from_checkpoint="latest", **run)
     assert starts == [None, 0, 2]
     ended, resumed = weights(whole), weights(tmp_path / "run")
     assert all(torch.equal(ended[name], resumed[name]) for name in ended)
     calls = [json.loads((run / "training.json").read_text())["network_calls"] for run in (whole, tmp_path / "run")]
-    assert calls[0] == calls[1]  # though the pairs were made twice
+    # though the pairs were made twice, if they guide the layers; a pool is filled in a call of 4 rows more
+    assert calls[0] == pytest.approx(calls[1], abs=4 * (settings.get("num_layers", 1) - 1))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -274,5 +279,5 @@ def test_pairs_of_a_class_conditional_teacher_have_classes(distil, class_teacher
 
 def test_a_plan_tells_what_the_pairs_cost(distil, tmp_path, capsys, fresh_accelerator):
     distil(tmp_path / "run", "--plan", **ONE)
-    assert "for 8 pairs of 2 calls of the teacher and 3 updates of the layer by them" in capsys.readouterr().out
+    assert "for 8 pairs of 2 calls of the teacher and 3 updates of the layers by them" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,5 @@
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -505,16 +504,19 @@ def test_a_draw_knows_by_how_much_the_layers_mean_misses_wherever_it_is_scored(s
     assert not draw.detach().miss.requires_grad
 
 
-def test_a_row_whose_end_is_unknown_misses_nothing_and_a_mean_that_is_none_still_shows():
-    q = DiagonalGaussian(torch.tensor([[1.0], [2.0], [torch.nan]], requires_grad=True), torch.ones(3, 1))
-    bridge = matching_bridge(linear_layers())
-    end = torch.tensor([[torch.nan], [0.5], [0.5]])
-    draw = draw_layer(q, torch.zeros(3, dtype=torch.long), bridge, end=end)
-    assert draw.miss[:2].tolist() == [[0.0], [1.5]]
-    assert draw.miss[2].isnan().all()
-    loss = Regression().layer_loss(no_critic, None, draw)[:2].sum()
-    (gradient,) = torch.autograd.grad(loss, q.mean)
-    assert gradient[:2].tolist() == [[0.0], [1.5]]
+def test_a_row_of_no_pair_is_not_guided_and_has_no_regression():
+    q = DiagonalGaussian(torch.tensor([[1.0], [2.0]], requires_grad=True), torch.ones(2, 1))
+    draw = draw_layer(
+        q,
+        torch.zeros(2, dtype=torch.long),
+        matching_bridge(linear_layers()),
+        end=torch.tensor([[torch.nan], [0.5]]),
+    )
+    assert Regression().layer_loss(no_critic, None, draw).isnan().tolist() == [True, False]
+    loss = Guided(Constant(), 2.0).layer_loss(no_critic, None, draw)
+    assert loss.tolist() == [2.0, 2 + 2 * 1.5**2 / 2]
+    (gradient,) = torch.autograd.grad(loss.sum(), q.mean)
+    assert gradient.tolist() == [[0.0], [3.0]]
 
 
 def test_regression_is_half_the_square_of_the_miss_and_asks_no_one():
@@ -525,15 +527,21 @@ def test_regression_is_half_the_square_of_the_miss_and_asks_no_one():
     torch.testing.assert_close(loss, 0.5 * draw.miss.square().sum(1))
 
 
+def of_pairs(miss):
+    """A draw of rows that miss the ends of their pairs by so much."""
+    q = DiagonalGaussian(miss, torch.ones_like(miss))
+    return LayerDraw(q=q, x=miss, level=torch.zeros(len(miss), dtype=torch.long), condition=None, miss=miss)
+
+
 def test_the_coarse_part_of_a_picture_counts_more_and_the_rest_as_before():
     """On 8x8 pixels its fields have 2x2: what is constant there is coarse, what has mean 0 in each is not."""
     fields = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     coarse = fields.repeat_interleave(2, -1).repeat_interleave(2, -2)
     fine = torch.randn(2, 3, 8, 4, dtype=torch.float64).repeat_interleave(2, -1)
     fine[..., 1::2] *= -1
-    loss = Regression(coarse=7.0).layer_loss(no_critic, None, SimpleNamespace(miss=coarse + fine))
+    loss = Regression(coarse=7.0).layer_loss(no_critic, None, of_pairs(coarse + fine))
     torch.testing.assert_close(loss, 0.5 * (8 * coarse.square() + fine.square()).sum((1, 2, 3)))
-    guided = Guided(Constant(), 0.3, coarse=7.0).layer_loss(no_critic, None, SimpleNamespace(miss=coarse + fine))
+    guided = Guided(Constant(), 0.3, coarse=7.0).layer_loss(no_critic, None, of_pairs(coarse + fine))
     torch.testing.assert_close(guided, 2 + 0.3 * loss)
 
 
@@ -542,7 +550,7 @@ def test_a_coarse_part_that_is_none_is_refused():
         with pytest.raises(ValueError, match="give a number >= 0, 0 to count all of a miss alike"):
             Regression(coarse)
     with pytest.raises(ValueError, match=r"coarse=2 with x of shape \(3,\): only pictures"):
-        Regression(2).layer_loss(no_critic, None, SimpleNamespace(miss=torch.zeros(5, 3)))
+        Regression(2).layer_loss(no_critic, None, of_pairs(torch.zeros(5, 3)))
 
 
 @pytest.mark.parametrize(
@@ -568,7 +576,7 @@ def test_guidance_is_added_to_the_layers_loss_and_leaves_the_critics(objective):
 def test_what_is_fitted_to_pairs_needs_pairs(objective):
     layers = linear_layers()
     bridge = matching_bridge(layers)
-    with pytest.raises(ValueError, match="take its layer's input from a PairChain or a Gu"):
+    with pytest.raises(ValueError, match="take its layer's input from a PairChain, or with Gu"):
         objective.layer_loss(ExactCritic(layers), bridge, make_draw(layers, bridge))
 
 
