@@ -294,16 +294,12 @@ def draw_curves(rows: list[Row], path: Path) -> None:
             bars = [stdev(each) if len(each) > 1 else 0 for each in numbers]
             style = {"lw": 2.4, "marker": "*", "ms": 12} if is_ours(method) else {"lw": 1.2, "marker": "o", "ms": 4}
             axis.errorbar(calls, [*map(mean, numbers)], bars, label=method, color=f"C{place % 10}", capsize=3, **style)
-        axis.set(xscale="log", xlabel="network calls")
-        if measure != "recall":
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set(xscale="log", xlabel="network calls", yscale="linear" if measure == "recall" else "log")
+        for line in [axis.xaxis] if measure == "recall" else [axis.xaxis, axis.yaxis]:
+            line.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            line.set_major_formatter("{x:g}")
+            line.set_minor_locator(NullLocator())
         axis.set_ylabel(f"{MEASURES[measure][0]}, {'higher' if MEASURES[measure][2] else 'lower'} is better")
-        ticks = [nfe for nfe in SHOWN_CALLS if nfe <= max(calls for _, calls in groups)]
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
