@@ -485,9 +485,9 @@ def load_teacher(name: str, revision: str | None = None) -> tuple[UNet2DModel, H
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, revision=revision)
     except Exception as error:  # diffusers raises many types here, and all mean the same to the user
-        place = "" if path.is_dir() else "is no folder here, and "
+        place, reach = ("", "") if path.is_dir() else ("is no folder here, and ", ", from a Hub within reach")
         raise ValueError(
-            f"teacher {name!r} {place}cannot be loaded ({type(error).__name__}: {error}): {remedy}"
+            f"teacher {name!r} {place}cannot be loaded ({type(error).__name__}: {error}): {remedy}{reach}"
         ) from error
     unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
     others = sorted(set(pipeline.components) - {"unet", "scheduler"})

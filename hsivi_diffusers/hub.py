@@ -15,7 +15,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of the library that it speaks HTTP by, which is not the same in all versions
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import validate_repo_id
 from PIL import ImageOps
 
@@ -187,7 +193,7 @@ def remedies(repo_id: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         error.add_note("Unset HF_HUB_OFFLINE to push.")
         raise
-    except (OSError, RuntimeError) as error:  # of the connection; what is a ValueError says itself what is wrong
+    except (OSError, RuntimeError, HTTPError) as error:  # of the connection; a ValueError says itself what is wrong
         error.add_note(f"The Hub was not reached, or the connection was cut; {repo_id} is as it was. {AGAIN}")
         raise
 

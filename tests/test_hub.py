@@ -478,6 +478,19 @@ def test_a_damaged_file_of_a_run_is_named(run_dir, tmp_path, name, content):
         push(make_pipeline(), "alice/new", run_dir=folder)
 
 
+def test_a_hub_that_is_not_reached_is_told_of(pushed, tmp_path):
+    code = """
+from hsivi_diffusers import push
+from make_golden import make_pipeline
+try:
+    push(make_pipeline(), "alice/new")
+except Exception as error:
+    print(type(error).__name__, *getattr(error, "__notes__", []))
+"""
+    run = run_client(code, pushed, tmp_path / "home", "hf_alice", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "The Hub was not reached, or the connection was cut; alice/new is as it was." in run.stdout, run.stderr
+
+
 def test_offline_the_remedy_is_to_unset_it():
     with pytest.raises(OfflineModeIsEnabled) as error:
         push(make_pipeline(), "alice/new")

@@ -66,7 +66,7 @@ class Sampling:
         ["DDIM", "DPM-Solver++", "DPM-Solver++ SDE", "UniPC", "DEIS", "DDPM"], "solvers of the teacher"
     )
     solver_steps: list[int] = option([1, 2, 3, 4, 5, 8, 10, 15, 20, 50, 100], "their network calls")
-    ddpm_steps: list[int] = option([1000], "further network calls of DDPM")
+    ddpm_steps: list[int] = option([1000], "further network calls of DDPM, if it is among the solvers")
     num_samples: int = option(10_000, "pictures of each row")
     slow_samples: int = option(10_000, "pictures of a row of more than 100 calls")
     batch_size: int = option(500, "pictures at once")
@@ -149,7 +149,8 @@ class Comparison:
                 "calls, and the others in another --output_dir"
             )
         counts = [(method, nfe) for nfe in self.sampling.solver_steps for method in self.sampling.solvers]
-        counts += [("DDPM", nfe) for nfe in self.sampling.ddpm_steps]
+        if "DDPM" in self.sampling.solvers:
+            counts += [("DDPM", nfe) for nfe in self.sampling.ddpm_steps]
         return [*trained, *(Entry(*count, None, partial(self._make_solver, *count)) for count in counts)]
 
     def _students(self, config: str) -> Iterator[Entry]:
@@ -370,6 +371,7 @@ def main(args: list[str] | None = None) -> None:
     comparison.measure()
     with in_turn(Path(folders.output_dir)):
         write_pages(Path(folders.output_dir))
+    print(f"tables and figures are in {Path(folders.output_dir) / 'index.md'}, the rows in {comparison.path}")
 
 
 if __name__ == "__main__":

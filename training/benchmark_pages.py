@@ -261,7 +261,11 @@ def goals_table(sets: dict[str, list[Row]]) -> str:
                 ours = groups.get((method, nfe), [])
                 if held is not None and ours and measure in ours[0]:
                     lines.append(_goal(name, method, nfe, measure, ours, words, held))
-    return "\n".join(lines) if len(lines) > 2 else "No sampler of ours is measured yet."
+    return (
+        "\n".join(lines)
+        if len(lines) > 2
+        else "No goal can be told: the rows lack ours, or what they are held against."
+    )
 
 
 def _goal(name: str, method: str, nfe: int, measure: str, rows: list[Row], words: str, held: float) -> str:
@@ -333,6 +337,6 @@ def draw_classes(rows: list[Row], path: Path) -> None:
         axis.set_title(f"{method} at {nfe}", fontsize=8)
         axis.set_xticks(range(len(shares)))
     figure.supxlabel("class", fontsize=9)
-    figure.supylabel("share of the pictures (dashes: of the real ones)", fontsize=9)
+    figure.supylabel("share (dashes: real)", fontsize=9)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -41,7 +41,7 @@ def arguments(tmp_path_factory):
         *["--dataset=digits", f"--teacher={ROOT / 'assets/digits_ddpm'}"],
         *[f"--classifier={ROOT / 'assets/digits_classifier'}", f"--students={folder / 'student.yaml'}"],
         *[f"--rival={folder / 'rival.yaml'}", f"--rival_of={folder / 'student.yaml'}", "--rival_steps=1"],
-        *["--seeds", "0", "1", "--solvers", "DDIM", "DEIS", "--solver_steps", "1", "2", "--ddpm_steps=3"],
+        *["--seeds", "0", "1", "--solvers", "DDIM", "DEIS", "DDPM", "--solver_steps", "1", "2", "--ddpm_steps=3"],
         *["--num_samples=20", "--batch_size=15", f"--output_dir={folder / 'docs'}", f"--runs_dir={folder / 'runs'}"],
         *[f"--kept_dir={folder / 'kept'}", "--kept_seeds=1"],
     ]
@@ -74,7 +74,7 @@ def test_every_method_and_seed_has_a_row_at_each_number_of_calls(folder):
     keys = [(row["method"], row["nfe"], row["train_seed"]) for row in rows_of(folder)]
     ours = [("HSIVI fast, one for all", nfe, seed) for seed in (0, 1) for nfe in (1, 2)]
     rival = [("consistency distillation", 1, seed) for seed in (0, 1)]
-    solvers = [(method, nfe, None) for nfe in (1, 2) for method in ("DDIM", "DEIS")]
+    solvers = [(method, nfe, None) for nfe in (1, 2) for method in ("DDIM", "DEIS", "DDPM")]
     assert keys == [*ours, *rival, *solvers, ("DDPM", 3, None)]
 
 
@@ -116,6 +116,14 @@ def test_the_rival_is_given_the_seconds_of_the_student(copied, monkeypatch, forg
 
 def never(*_):
     raise AssertionError("it was trained again")
+
+
+def test_ddpm_has_no_further_rows_where_it_is_not_among_the_solvers(copied, monkeypatch):
+    folder, arguments = copied
+    forget(folder, "DDPM")
+    monkeypatch.setattr(benchmark, "sample", lambda *given: pytest.fail("nothing is missing"))
+    benchmark.main([*arguments, "--solvers", "DDIM", "DEIS"])
+    assert all(row["method"] != "DDPM" for row in rows_of(folder))
 
 
 def test_a_student_is_kept_and_found_again(copied, monkeypatch):
