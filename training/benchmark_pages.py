@@ -53,8 +53,9 @@ def write_pages(folder: Path) -> None:
         folder: Has results.json, and the pictures of each set; the samples of a set without are not drawn.
     """
     rows: list[Row] = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
-    tables, figures = make_tables(rows), []
-    for name, of_set in in_sets(rows).items():
+    sets = in_sets(rows)
+    tables, figures = make_tables(sets), []
+    for name, of_set in sets.items():
         word = as_word(name)
         draw_curves(of_set, folder / f"curves_{word}.png")
         draw_classes(of_set, folder / f"classes_{word}.png")
@@ -66,9 +67,8 @@ def write_pages(folder: Path) -> None:
     write_text(page, fill_tables(text + missing_parts(text, [*tables], figures, folder), tables))
 
 
-def make_tables(rows: list[Row]) -> dict[str, str]:
+def make_tables(sets: dict[str, list[Row]]) -> dict[str, str]:
     """The tables by name: of all sets together, and of each."""
-    sets = in_sets(rows)
     tables = {"summary": summary_table(sets), "goals": goals_table(sets)}
     for name, of_set in sets.items():
         tables[f"fd_{as_word(name)}"] = calls_table(of_set)
@@ -167,8 +167,15 @@ def _summary(groups: dict[Group, list[Row]], method: str, nfe: int) -> str:
     """A cell of the summary: the FD, and of the best solver its name."""
     if method != BEST:
         return written(groups[method, nfe], "fd") if (method, nfe) in groups else ""
-    solvers = [(value(rows, "fd"), name) for (name, calls), rows in groups.items() if is_solver(name) and calls == nfe]
+    solvers = of_solvers(groups, nfe, "fd")
     return "{:.2f} {}".format(*min(solvers)) if {name for _, name in solvers} - {TEACHER[0]} else ""
+
+
+def of_solvers(groups: dict[Group, list[Row]], nfe: int, measure: str) -> list[tuple[float, str]]:
+    """Value and name of each solver at so many calls."""
+    return [
+        (value(rows, measure), method) for (method, calls), rows in groups.items() if is_solver(method) and calls == nfe
+    ]
 
 
 def calls_table(rows: list[Row]) -> str:
@@ -217,9 +224,7 @@ def best_solver(nfe: int, measure: str) -> Callable[[dict[Group, list[Row]]], fl
     """The best value among the solvers at so many calls."""
 
     def find(groups: dict[Group, list[Row]]) -> float | None:
-        values = [
-            value(rows, measure) for (method, calls), rows in groups.items() if is_solver(method) and calls == nfe
-        ]
+        values = [number for number, _ in of_solvers(groups, nfe, measure)]
         return (max if MEASURES[measure][2] else min)(values) if values else None
 
     return find
@@ -261,11 +266,9 @@ def goals_table(sets: dict[str, list[Row]]) -> str:
                 ours = groups.get((method, nfe), [])
                 if held is not None and ours and measure in ours[0]:
                     lines.append(_goal(name, method, nfe, measure, ours, words, held))
-    return (
-        "\n".join(lines)
-        if len(lines) > 2
-        else "No goal can be told: the rows lack ours, or what they are held against."
-    )
+    if len(lines) == 2:
+        return "No goal can be told: the rows lack ours, or what they are held against."
+    return "\n".join(lines)
 
 
 def _goal(name: str, method: str, nfe: int, measure: str, rows: list[Row], words: str, held: float) -> str:
