@@ -26,7 +26,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 demo: $(VENV)/installed
 	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		training/train_hsivi.py --config training/configs/digits_t5.yaml --output_dir $(RUN) --resume_from_checkpoint latest
-	$(BIN)/python training/evaluate.py --config training/configs/digits_evaluation.yaml --run_dir $(RUN)
+	$(BIN)/python -m hsivi_diffusers.evaluation.evaluate --config training/configs/digits_evaluation.yaml --run_dir $(RUN)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --cov --cov-fail-under=95
@@ -38,7 +38,7 @@ test-slow: $(VENV)/installed
 # trainings that are there.
 benchmark: $(VENV)/installed
 	for set in digits fashion emoji; do \
-		$(BIN)/python training/benchmark.py --config training/configs/benchmark_$$set.yaml $(BENCHMARK) || exit; \
+		$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_$$set.yaml $(BENCHMARK) || exit; \
 	done
 
 lint: $(VENV)/installed

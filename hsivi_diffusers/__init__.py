@@ -7,7 +7,9 @@ import diffusers
 # diffusers looks the base classes of a saved component up in this namespace: without them, loading fails.
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
-from .distillation import LayerNoiseScale, TeacherBridge, UNetCritic, UNetLayers, load_teacher
+from .distillation.bridge import TeacherBridge
+from .distillation.denoisers import load_teacher
+from .distillation.student import LayerNoiseScale, UNetCritic, UNetLayers
 from .hub import push
 from .modeling_hsivi import HSIVINoiseScale
 from .pipeline_hsivi import HSIVIPipeline

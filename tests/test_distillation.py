@@ -30,7 +30,9 @@ from hsivi_diffusers import (
     UNetLayers,
     load_teacher,
 )
-from hsivi_diffusers.distillation import TeacherPairs, UNetDiscriminator, label_layers, signal_timestep
+from hsivi_diffusers.distillation.bridge import signal_timestep
+from hsivi_diffusers.distillation.pairs import TeacherPairs
+from hsivi_diffusers.distillation.student import UNetDiscriminator, label_layers
 from hsivi_diffusers.vi import Adversarial, DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer, make_chain
 from tiny_unet import make_unet
 

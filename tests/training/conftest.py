@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 os.environ["ACCELERATE_USE_CPU"] = "true"  # bit-identical runs are promised on one machine's CPU
 
 import pytest
@@ -16,8 +15,8 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
 
-import train_hsivi
-from classifier import ImageClassifier
+from hsivi_diffusers.distillation import run as train_hsivi
+from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from tiny_unet import make_unet
 
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agreement import (
+from hsivi_diffusers.vi.targets.target import LogProbTarget, as_target
+from training.benchmarks.inference.agreement import (
     compare,
     compare_moments,
     histogram_bounds,
@@ -17,7 +18,6 @@ from agreement import (
     moments,
     sliced_wasserstein,
 )
-from hsivi_diffusers.vi.targets.target import LogProbTarget, as_target
 
 UNIT = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
 CORNERS = torch.tensor([[3.0, 3.0], [-3.0, 3.0], [3.0, -3.0], [-3.0, -3.0]])

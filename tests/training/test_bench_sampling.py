@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-import bench_sampling as script
+from training.benchmarks.images import bench_sampling as script
 
 
 def test_it_prints_a_ratio_to_the_bare_calls_for_each_contender(fast_run, capsys):

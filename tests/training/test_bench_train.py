@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-import bench_train as script
+from training.benchmarks.images import bench_train as script
 
 FILES = {"bench.json", "bench.md", "bench.png"}
 

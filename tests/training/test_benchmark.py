@@ -7,13 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import benchmark
-import benchmark_pages
-import pages
-import train_teacher
-from checkpoints import Checkpoints
 from hsivi_diffusers import HSIVIPipeline
-from solvers import make_student, sample
+from hsivi_diffusers.distillation.checkpoints import Checkpoints
+from hsivi_diffusers.evaluation import pages
+from hsivi_diffusers.evaluation.solvers import make_student, sample
+from training.benchmarks.images import benchmark, benchmark_pages, train_teacher
 
 ROOT = Path(__file__).parents[2]
 STUDENT = """

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from benchmark_targets import REFERENCES, TARGETS, load_reference, make_target
+from training.benchmarks.inference.benchmark_targets import REFERENCES, TARGETS, load_reference, make_target
 
 POSTERIORS = ["logistic_regression", "conditioned_diffusion", "rare_events"]
 every_posterior = pytest.mark.parametrize("name", POSTERIORS)
@@ -107,7 +107,7 @@ def test_a_missing_reference_is_refused_with_the_way_to_make_it(tmp_path):
 @pytest.fixture
 def make_references():
     pytest.importorskip("pyro")
-    import make_references
+    from training.benchmarks.inference import make_references
 
     return make_references
 

@@ -18,9 +18,8 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-import train_consistency
-import train_teacher
-from checkpoints import Checkpoints, Output, Registered, find_damage
+from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, find_damage
+from training.benchmarks.images import train_consistency, train_teacher
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_hsivi.py"
 PREEMPTED = 75

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from checkpoints import find_damage
+from hsivi_diffusers.distillation.checkpoints import find_damage
 
 STEPS = 4
 OPTIONS = {"max_train_steps": STEPS, "checkpointing_steps": 1, "critic_updates": 1}

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_hsivi
-from classifier import ImageClassifier
 from hsivi_diffusers import HSIVIPipeline, load_teacher
-from images import load_images
-from metrics import Distances
-from solvers import make_solver, make_student, sample
+from hsivi_diffusers.distillation import run as train_hsivi
+from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from hsivi_diffusers.evaluation.images import load_images
+from hsivi_diffusers.evaluation.metrics import Distances
+from hsivi_diffusers.evaluation.solvers import make_solver, make_student, sample
 
 ROOT = Path(__file__).parents[2]
 

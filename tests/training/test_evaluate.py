@@ -10,13 +10,13 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline
 from PIL import Image
 
-import evaluate
-from classifier import ImageClassifier
-from figures import COLOURS, MARKERS, draw_curve, draw_samples
 from hsivi_diffusers import HSIVIPipeline, load_teacher
-from images import load_images
-from metrics import Distances
-from solvers import make_solver, make_student, sample
+from hsivi_diffusers.evaluation import evaluate
+from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from hsivi_diffusers.evaluation.figures import COLOURS, MARKERS, draw_curve, draw_samples
+from hsivi_diffusers.evaluation.images import load_images
+from hsivi_diffusers.evaluation.metrics import Distances
+from hsivi_diffusers.evaluation.solvers import make_solver, make_student, sample
 
 METHODS = ["DDPM", "DDIM", "DDIM eta 1", "DPM-Solver++", "UniPC"]
 KEYS = ["dataset", "method", "nfe", "train_seed", "eval_seed", "num_samples", "fd", "swd", "train_seconds"]

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import images as images_file
-from images import EMOJI_KINDS, load_families, load_images, to_model_range
+from hsivi_diffusers.evaluation import images as images_file
+from hsivi_diffusers.evaluation.images import EMOJI_KINDS, load_families, load_images, to_model_range
 
 
 @pytest.fixture

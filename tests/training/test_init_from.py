@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import players
-import train_hsivi
 from hsivi_diffusers import HSIVINoiseScale, HSIVIPipeline
-from recipe import GROUPS, Layers, Options, Teacher, complete
+from hsivi_diffusers.distillation import run as train_hsivi
+from hsivi_diffusers.distillation import trainer as players
+from hsivi_diffusers.distillation.config import GROUPS, Layers, Options, Teacher, complete
 
 KINDS = ["scalar", "per_layer", "per_pixel"]
 

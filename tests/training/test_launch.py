@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-import train_hsivi
+from hsivi_diffusers.distillation import run as train_hsivi
 
 TRAINING = Path(__file__).parents[2] / "training"
 CONFIGS = TRAINING / "accelerate_configs"

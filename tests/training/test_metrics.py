@@ -6,9 +6,9 @@ import torch
 from prdc import compute_prdc
 from torchmetrics.image.kid import poly_mmd
 
-import metrics
-from images import load_images
-from metrics import Distances, Measures
+from hsivi_diffusers.evaluation import metrics
+from hsivi_diffusers.evaluation.images import load_images
+from hsivi_diffusers.evaluation.metrics import Distances, Measures
 
 NAMES = {"fd", "kid", "precision", "recall", "density", "coverage", "swd", "class_tv", "nearest"}
 
@@ -174,7 +174,7 @@ def test_the_global_generator_is_left_alone(measures, real, monkeypatch):
 
 def test_the_classifier_of_the_digits_sees_the_digits(extractor):
     """Of random weights: shapes and ranges only."""
-    from classifier import ImageClassifier
+    from hsivi_diffusers.evaluation.classifier import ImageClassifier
 
     digits = load_images("digits", 8, 1)[0][:600].float() / 255
     measures = Measures(ImageClassifier.from_pretrained(extractor).eval(), digits[:300])

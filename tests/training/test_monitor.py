@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import monitor
-from classifier import ImageClassifier
 from hsivi_diffusers import HSIVIPipeline
-from images import load_images
-from metrics import Distances
+from hsivi_diffusers.distillation import progress as monitor
+from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from hsivi_diffusers.evaluation.images import load_images
+from hsivi_diffusers.evaluation.metrics import Distances
 
 VALIDATION = {"validation_steps": 2, "validation_samples": 40, "train_batch_size": 12}
 

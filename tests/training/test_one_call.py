@@ -7,10 +7,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-import players
-import recipe
 from hsivi_diffusers import HSIVIPipeline, load_teacher
-from hsivi_diffusers.distillation import TeacherPairs
+from hsivi_diffusers.distillation import config as recipe
+from hsivi_diffusers.distillation import trainer as players
+from hsivi_diffusers.distillation.pairs import TeacherPairs
 from hsivi_diffusers.vi import Guided, GuidedChain, KullbackLeibler, PairChain, PoolChain
 
 ONE = {"preset": "fast", "num_layers": 1, "ode_pairs": 8, "ode_calls": 2, "ode_steps": 3, "critic_first": 1}

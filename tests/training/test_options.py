@@ -9,15 +9,12 @@ from typing import Literal
 import pytest
 import yaml
 
-import benchmark
-import evaluate
-import recipe
-import train_classifier
-import train_consistency
-import train_teacher
-from checkpoints import Output
-from folders import claim_output_dir, in_turn, sole_writer
-from options import changes, option, parse_options
+from hsivi_diffusers.distillation import config as recipe
+from hsivi_diffusers.distillation.checkpoints import Output
+from hsivi_diffusers.evaluation import evaluate
+from hsivi_diffusers.folders import claim_output_dir, in_turn, sole_writer
+from hsivi_diffusers.options import changes, option, parse_options
+from training.benchmarks.images import benchmark, train_classifier, train_consistency, train_teacher
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 SETS = ("fashion", "emoji")

@@ -9,18 +9,17 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-import make_teacher
-import plan
-import train_hsivi
-from players import Players, load_networks
-from recipe import parse_recipe
+from hsivi_diffusers.distillation import plan
+from hsivi_diffusers.distillation.config import parse_recipe
+from hsivi_diffusers.distillation.trainer import Players, load_networks
 from tiny_unet import make_unet
+from training.benchmarks.images import make_teacher
 
-SCRIPT = Path(train_hsivi.__file__)
+ROOT = Path(__file__).parents[2]
 PEAK = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-import train_hsivi
+from hsivi_diffusers.distillation import run as train_hsivi
 train_hsivi.main(sys.argv[1:])
 # Not getrusage, which counts the memory of the process that started this one.
 (peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
@@ -116,15 +115,15 @@ def test_half_precision_halves_the_teacher_alone(options, measured):
 
 def peak_of_a_run(*arguments):
     """Bytes that a process which trains had at its peak."""
-    command = [sys.executable, "-c", PEAK, str(SCRIPT.parent), *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=SCRIPT.parents[1])
+    command = [sys.executable, "-c", PEAK, str(ROOT), *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     return int(done.stdout.split()[-1])
 
 
 def planned_peak(*arguments):
     """What --plan prints, in bytes."""
-    command = [sys.executable, str(SCRIPT), "--plan=true", *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=SCRIPT.parents[1])
+    command = [sys.executable, str(ROOT / "training" / "train_hsivi.py"), "--plan=true", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     (line,) = [line for line in done.stdout.splitlines() if "at the peak" in line]
     return float(line.split()[-1].replace(",", "")) * plan.MIB
 
@@ -140,7 +139,7 @@ def test_the_peak_of_the_digits_run_is_known_within_20_percent(tmp_path, preset)
 @pytest.mark.slow
 def test_the_peak_of_a_32x32_unet_is_known_within_15_percent(tmp_path):
     teacher = tmp_path / "teacher"
-    make_teacher.main([f"--teacher={SCRIPT.parent / 'teachers' / 'cifar10_32'}", f"--output_dir={teacher}"])
+    make_teacher.main([f"--teacher={ROOT / 'training' / 'teachers' / 'cifar10_32'}", f"--output_dir={teacher}"])
     arguments = [
         "--config=training/configs/cifar10_t5_fast.yaml",
         f"--pretrained_teacher_model={teacher}",

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import players
 from hsivi_diffusers import HSIVIScheduler, UNetCritic, load_teacher
-from recipe import GROUPS, Options
-from train_hsivi import make_accelerator
+from hsivi_diffusers.distillation import trainer as players
+from hsivi_diffusers.distillation.config import GROUPS, Options
+from hsivi_diffusers.distillation.run import make_accelerator
 
 SHORT = {"max_train_steps": 3, "critic_updates": 1}
 

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-import push_to_hub as script
-import train_hsivi
+from hsivi_diffusers.distillation import push_to_hub as script
+from hsivi_diffusers.distillation import run as train_hsivi
 from hub_server import run_client
 
-TRAINING = Path(__file__).parents[2] / "training"
+ROOT = Path(__file__).parents[2]
 
 
 def run_script(name, arguments, hub, home, token="hf_alice"):
     code = f"""
 import os, sys
 os.environ["ACCELERATE_USE_CPU"] = "true"
-sys.path.insert(0, {str(TRAINING)!r})
-import {name}
+sys.path.insert(0, {str(ROOT)!r})
+from hsivi_diffusers.distillation import {name}
 {name}.main({[str(argument) for argument in arguments]!r})
 """
     return run_client(code, hub, home, token)
@@ -59,7 +59,7 @@ def test_a_finished_run_is_pushed_with_its_card(hub, fast_run, tmp_path):
 
 def test_training_pushes_at_its_end_what_it_saved(hub, teacher, tmp_path):
     arguments = training_arguments(teacher, tmp_path / "run", "--hub_model_id=org/tiny", "--hub_token=hf_alice")
-    run = run_script("train_hsivi", arguments, hub, tmp_path / "home", token=None)
+    run = run_script("run", arguments, hub, tmp_path / "home", token=None)
     assert run.returncode == 0, run.stderr
     files = hub.repos["org/tiny"].branches["main"].files
     made, pushed = run.stdout.splitlines()[-2:]
@@ -78,7 +78,7 @@ def contents(folder):
 def test_a_name_that_cannot_be_pushed_to_is_refused_before_the_training(hub, teacher, fast_run, tmp_path):
     folder = shutil.copytree(fast_run, tmp_path / "run")
     arguments = training_arguments(teacher, folder, "--hub_model_id=bob/tiny", "--overwrite_output_dir=true")
-    run = run_script("train_hsivi", arguments, hub, tmp_path / "home")
+    run = run_script("run", arguments, hub, tmp_path / "home")
     assert run.returncode == 1
     assert "push under your own name" in run.stderr
     assert contents(folder) == contents(fast_run)
@@ -87,9 +87,12 @@ def test_a_name_that_cannot_be_pushed_to_is_refused_before_the_training(hub, tea
 def test_a_push_that_fails_leaves_the_pipeline_and_says_how_to_push_it(hub, teacher, tmp_path):
     hub.refuse_uploads = set(range(1, 9))
     arguments = training_arguments(teacher, tmp_path / "run", "--hub_model_id=alice/tiny")
-    run = run_script("train_hsivi", arguments, hub, tmp_path / "home")
+    run = run_script("run", arguments, hub, tmp_path / "home")
     assert run.returncode == 1
-    assert f"training/push_to_hub.py --run_dir {tmp_path / 'run'} --hub_model_id alice/tiny" in run.stderr
+    assert (
+        f"python -m hsivi_diffusers.distillation.push_to_hub --run_dir {tmp_path / 'run'} --hub_model_id alice/tiny"
+        in run.stderr
+    )
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
     assert json.loads((tmp_path / "run" / "training.json").read_text())["processes"] == 1
 

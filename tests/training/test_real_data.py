@@ -9,14 +9,14 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-import plan
-import players
-import recipe
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, TeacherBridge, load_teacher
-from hsivi_diffusers.distillation import UNetDiscriminator
+from hsivi_diffusers.distillation import config as recipe
+from hsivi_diffusers.distillation import plan
+from hsivi_diffusers.distillation import trainer as players
+from hsivi_diffusers.distillation.student import UNetDiscriminator
+from hsivi_diffusers.evaluation.images import load_images, to_model_range
 from hsivi_diffusers.model_card import make_card
 from hsivi_diffusers.vi import Adversarial, KullbackLeibler, ScoreMatching
-from images import load_images, to_model_range
 from tiny_unet import make_unet
 
 DATA = {"train_data": "digits", "source": "data"}

@@ -8,11 +8,11 @@ import yaml
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
-import plan
-from players import Players, make_networks
-from recipe import PRESETS, parse_recipe
+from hsivi_diffusers.distillation import plan
+from hsivi_diffusers.distillation.config import PRESETS, parse_recipe
+from hsivi_diffusers.distillation.trainer import Players, make_networks
 
-TRAINING = Path(plan.__file__).parent
+TRAINING = Path(__file__).parents[2] / "training"
 RECIPES = sorted(path for preset in PRESETS for path in (TRAINING / "configs").glob(f"*_{preset}.yaml"))
 TEACHERS = {"cifar10": "cifar10_32", "celeba64": "celeba_64", "imagenet64": "imagenet_64", "church256": "church_256"}
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerator")]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-import sample as script
 from hsivi_diffusers import HSIVIPipeline
+from hsivi_diffusers.evaluation import sample as script
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, LCMScheduler
 
-from solvers import make_consistency_sampler, sample
+from hsivi_diffusers.evaluation.solvers import make_consistency_sampler, sample
 
 
 @pytest.fixture

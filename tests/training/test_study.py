@@ -11,19 +11,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import fit_target as script
-import study
-import study_figures
-import study_pages
-import study_tables
-import target_fit
-from fit_target import Output, fit_one
 from hsivi_diffusers.vi import DivergenceError, GaussianMLP, Inference
-from study import NULLS, read_study, run_job, run_study
-from study_figures import FIGURES, draw_fits, draw_marginals_figure
-from study_pages import write_pages
-from study_tables import TABLES, pair_up
-from target_fit import Fit, prepare, score_network, width_of
+from training.benchmarks.inference import fit_target as script
+from training.benchmarks.inference import study, study_figures, study_pages, study_tables, target_fit
+from training.benchmarks.inference.fit_target import Output, fit_one
+from training.benchmarks.inference.study import NULLS, read_study, run_job, run_study
+from training.benchmarks.inference.study_figures import FIGURES, draw_fits, draw_marginals_figure
+from training.benchmarks.inference.study_pages import write_pages
+from training.benchmarks.inference.study_tables import TABLES, pair_up
+from training.benchmarks.inference.target_fit import Fit, prepare, score_network, width_of
 
 STUDIES = sorted((Path(__file__).parents[2] / "training" / "configs").glob("study_*.yaml"))
 TINY = Fit("ring", 2, "LB", "geometric", num_steps=20, batch_size=16, parameters=1000, depth=1)

@@ -10,13 +10,13 @@ import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
-import make_teacher
 from hsivi_diffusers import HSIVIScheduler, TeacherBridge, load_teacher
-from hsivi_diffusers.distillation import sample_shape
-from options import changes
-from players import level_range, make_networks
-from recipe import check_options, parse_recipe
+from hsivi_diffusers.distillation.config import check_options, parse_recipe
+from hsivi_diffusers.distillation.denoisers import sample_shape
+from hsivi_diffusers.distillation.trainer import level_range, make_networks
+from hsivi_diffusers.options import changes
 from tiny_unet import make_unet
+from training.benchmarks.images import make_teacher
 
 TRAINING = Path(__file__).parents[2] / "training"
 RECIPES = sorted(path.stem for path in (TRAINING / "configs").glob("*_t*_*.yaml"))

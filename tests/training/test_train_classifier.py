@@ -5,9 +5,9 @@ import pytest
 import torch
 import yaml
 
-import train_classifier
-from classifier import ImageClassifier
-from images import load_images
+from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from hsivi_diffusers.evaluation.images import load_images
+from training.benchmarks.images import train_classifier
 
 ASSETS = Path(__file__).parents[2] / "assets"
 

@@ -9,12 +9,21 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import load_file
 
-import train_consistency
-from checkpoints import Output
 from hsivi_diffusers import HSIVIScheduler
-from solvers import make_consistency_sampler
+from hsivi_diffusers.distillation.checkpoints import Output
+from hsivi_diffusers.evaluation.solvers import make_consistency_sampler
 from tiny_unet import make_unet
-from train_consistency import Distiller, Method, Training, consistency, distance, follow, learning_rate, make_sampler
+from training.benchmarks.images import train_consistency
+from training.benchmarks.images.train_consistency import (
+    Distiller,
+    Method,
+    Training,
+    consistency,
+    distance,
+    follow,
+    learning_rate,
+    make_sampler,
+)
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 GRID = {"start_timestep": 699, "num_ddim_timesteps": 10}

@@ -8,10 +8,10 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
-import players
-import recipe
-import train_hsivi
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
+from hsivi_diffusers.distillation import config as recipe
+from hsivi_diffusers.distillation import run as train_hsivi
+from hsivi_diffusers.distillation import trainer as players
 from tiny_unet import make_unet
 
 GRIDS = {"fast": [440, 220, 0], "paper": [800, 200, 0]}

@@ -4,7 +4,7 @@ from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
-import train_teacher
+from training.benchmarks.images import train_teacher
 
 
 @pytest.fixture(scope="module")

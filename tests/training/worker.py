@@ -20,12 +20,12 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import checkpoints
-import folders
-import players
-import train_hsivi
+from hsivi_diffusers import folders
+from hsivi_diffusers.distillation import checkpoints
+from hsivi_diffusers.distillation import run as train_hsivi
+from hsivi_diffusers.distillation import trainer as players
 
 PATIENCE = 600  # seconds that a run may take
 GRACE = 1  # seconds that the other children have after one died

@@ -17,10 +17,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
-from figures import draw_samples  # noqa: E402
-from folders import write_text  # noqa: E402
-from metrics import total_variation  # noqa: E402
-from pages import fill_tables, new_parts  # noqa: E402
+from hsivi_diffusers.evaluation.figures import draw_samples  # noqa: E402
+from hsivi_diffusers.evaluation.metrics import total_variation  # noqa: E402
+from hsivi_diffusers.evaluation.pages import fill_tables, new_parts  # noqa: E402
+from hsivi_diffusers.folders import write_text  # noqa: E402
 
 Row = dict[str, Any]
 Group = tuple[str, int]  # method and network calls

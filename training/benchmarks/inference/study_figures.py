@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmark_targets import make_target
 from hsivi_diffusers.vi import DiffusionBridge, GeometricBridge
 from hsivi_diffusers.vi.targets import SampledTarget
-from study_tables import (
+
+from .benchmark_targets import make_target
+from .study_tables import (
     BRIDGES,
     MEASURES,
     NOT_RUN,
@@ -34,7 +35,7 @@ from study_tables import (
     select,
     values_of,
 )
-from target_fit import Fit, Fitted, run
+from .target_fit import Fit, Fitted, run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

@@ -13,14 +13,14 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 from tqdm import tqdm
 
-from classifier import ImageClassifier
-from hsivi_diffusers import LayerNoiseScale
-from hsivi_diffusers.pipeline_hsivi import network_calls
-from hsivi_diffusers.vi import Step, Update
-from images import load_images
-from metrics import Distances
-from players import Players
-from recipe import Options
+from ..evaluation.classifier import ImageClassifier
+from ..evaluation.images import load_images
+from ..evaluation.metrics import Distances
+from ..pipeline_hsivi import network_calls
+from ..vi import Step, Update
+from .config import Options
+from .student import LayerNoiseScale
+from .trainer import Players
 
 EVERY = 20  # steps between two lines of the trackers
 GRID = (4, 8)  # rows and columns of the pictures shown

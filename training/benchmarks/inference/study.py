@@ -23,11 +23,12 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from benchmark_targets import load_reference, make_target
-from folders import write_json
+from hsivi_diffusers.folders import write_json
 from hsivi_diffusers.vi import DivergenceError
 from hsivi_diffusers.vi.targets import FullNormal, SampledTarget, laplace, moment_match
-from target_fit import DRAWS, JS_DRAWS, Fit, Fitted, Stopwatch, findings, measure, prepare, run
+
+from .benchmark_targets import load_reference, make_target
+from .target_fit import DRAWS, JS_DRAWS, Fit, Fitted, Stopwatch, findings, measure, prepare, run
 
 Row = dict[str, Any]
 AXES = {

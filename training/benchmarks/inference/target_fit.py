@@ -12,8 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from agreement import compare, compare_moments, histogram_bounds
-from benchmark_targets import TARGETS, load_reference, make_target
+from hsivi_diffusers.options import option
 from hsivi_diffusers.vi import (
     Bridge,
     DiagonalGaussian,
@@ -30,7 +29,9 @@ from hsivi_diffusers.vi import (
 )
 from hsivi_diffusers.vi.inference import OBJECTIVES
 from hsivi_diffusers.vi.targets import DiffusibleTarget, IsotropicNormal, SampledTarget, Whitened, laplace, moment_match
-from options import option
+
+from .agreement import compare, compare_moments, histogram_bounds
+from .benchmark_targets import TARGETS, load_reference, make_target
 
 JS_DRAWS, DRAWS = 50_000, 20_000
 

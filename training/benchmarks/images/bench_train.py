@@ -1,6 +1,6 @@
 """Measures how much sooner the preset `fast` has the Frechet distance (FD) that the preset `paper` reaches.
 
-    OMP_NUM_THREADS=1 python training/bench_train.py --output_dir runs/bench_train
+    OMP_NUM_THREADS=1 python -m training.benchmarks.images.bench_train --output_dir runs/bench_train
 
 For each number of layers T and each seed, in one process and one after the other:
 
@@ -38,17 +38,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from classifier import ImageClassifier
-from figures import plt
-from folders import claim_output_dir, write_json, write_text
 from hsivi_diffusers import load_teacher
+from hsivi_diffusers.distillation.config import PRESETS, check_options, parse_recipe
+from hsivi_diffusers.distillation.trainer import Players, load_networks
+from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from hsivi_diffusers.evaluation.figures import plt
+from hsivi_diffusers.evaluation.images import load_images
+from hsivi_diffusers.evaluation.metrics import Distances
+from hsivi_diffusers.evaluation.solvers import make_student, sample
+from hsivi_diffusers.folders import claim_output_dir, write_json, write_text
+from hsivi_diffusers.options import changes, option, parse_options
 from hsivi_diffusers.vi import Step
-from images import load_images
-from metrics import Distances
-from options import changes, option, parse_options
-from players import Players, load_networks
-from recipe import PRESETS, check_options, parse_recipe
-from solvers import make_student, sample
 
 Record = dict[str, Any]
 MOST_UPDATES = 1_000_000  # of a run that the clock ends
@@ -341,7 +341,7 @@ def listed(seconds: list[float]) -> str:
 
 def command(bench: Benchmark) -> str:
     """The command line, without the name of the folder."""
-    words = ["python training/bench_train.py --output_dir runs/bench_train"]
+    words = ["python -m training.benchmarks.images.bench_train --output_dir runs/bench_train"]
     before = asdict(Benchmark())
     for name, value in asdict(bench).items():
         if name != "output_dir" and value != before[name]:

@@ -1,6 +1,6 @@
 """Compares few-step samplers of one teacher: solvers, our students, and a consistency model trained for as long.
 
-    python training/benchmark.py --config training/configs/benchmark_digits.yaml
+    python -m training.benchmarks.images.benchmark --config training/configs/benchmark_digits.yaml
 
 Trains what is missing (teacher, classifier, students, rivals), draws the same number of pictures by every method from
 the same noise, measures them against real ones, and writes OUTPUT_DIR/results.json, and with it the tables and figures
@@ -27,18 +27,26 @@ from diffusers import DDPMPipeline
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from benchmark_pages import RIVAL, is_shown, pictures_path, write_pages
-from classifier import ImageClassifier
-from folders import in_turn, remove_folder, replace_folder, write_json
 from hsivi_diffusers import HSIVIPipeline, load_teacher
-from images import load_images
-from metrics import Measures
-from options import changes, changes_since, option, parse_options
-from pages import measured_on
-from recipe import Options, changes_of_chosen, check_options, chosen, parse_recipe
-from solvers import SOLVERS, Sampler, make_consistency_sampler, make_solver, make_student, sample
+from hsivi_diffusers.distillation.config import Options, changes_of_chosen, check_options, chosen, parse_recipe
+from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from hsivi_diffusers.evaluation.images import load_images
+from hsivi_diffusers.evaluation.metrics import Measures
+from hsivi_diffusers.evaluation.pages import measured_on
+from hsivi_diffusers.evaluation.solvers import (
+    SOLVERS,
+    Sampler,
+    make_consistency_sampler,
+    make_solver,
+    make_student,
+    sample,
+)
+from hsivi_diffusers.folders import in_turn, remove_folder, replace_folder, write_json
+from hsivi_diffusers.options import changes, changes_since, option, parse_options
 
-HERE = Path(__file__).parent
+from .benchmark_pages import RIVAL, is_shown, pictures_path, write_pages
+
+DISTIL = "hsivi_diffusers.distillation.run"
 RESUME = ("--resume_from_checkpoint", "latest")
 ANEW = ("--overwrite_output_dir", "true")
 
@@ -124,8 +132,8 @@ class Comparison:
         self.path = Path(folders.output_dir) / "results.json"
         for folder in (self.runs, self.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        _make(Path(str(parts.teacher)), "train_teacher.py", parts.teacher_config, *RESUME)
-        _make(Path(str(parts.classifier)), "train_classifier.py", parts.classifier_config, *ANEW)
+        _make(Path(str(parts.teacher)), f"{__package__}.train_teacher", parts.teacher_config, *RESUME)
+        _make(Path(str(parts.classifier)), f"{__package__}.train_classifier", parts.classifier_config, *ANEW)
         self.unet, self.schedule = load_teacher(str(parts.teacher))
         self.unet.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same pictures
 
@@ -180,7 +188,7 @@ class Comparison:
     def _make_rival(self, nfe: int, seed: int) -> tuple[Sampler, Trained]:
         seconds = self._rival_seconds(seed)
         limit = ["--max_train_seconds", str(seconds), *RESUME]
-        trained = self._train(str(self.parts.rival), seed, "train_consistency.py", limit)
+        trained = self._train(str(self.parts.rival), seed, f"{__package__}.train_consistency", limit)
         given = json.loads((trained.folder / "training.json").read_text())["max_train_seconds"]
         if given != seconds:
             raise ValueError(
@@ -203,7 +211,7 @@ class Comparison:
         Raises:
             ValueError: It was done before with other options.
         """
-        trained = self._train(config, seed, "train_hsivi.py", RESUME)
+        trained = self._train(config, seed, DISTIL, RESUME)
         if changed := changes_since(trained.folder / "options.json", self._options(config, seed)[1:4]):
             raise ValueError(
                 f"{trained.folder} was trained with other options than {config} has ({changed}): name another "
@@ -327,8 +335,8 @@ def _make(folder: Path, program: str, config: str | None, *arguments: str) -> No
 
 
 def _call(program: str, arguments: list[str]) -> None:
-    """Runs a program of this folder to its end."""
-    done = subprocess.run([sys.executable, str(HERE / program), *arguments], check=False)
+    """Runs a program, given as a module, to its end."""
+    done = subprocess.run([sys.executable, "-m", program, *arguments], check=False)
     if done.returncode:
         raise SystemExit(f"{program} {' '.join(arguments)} ended with status {done.returncode}: see above")
 

@@ -1,7 +1,7 @@
 """Trains the small classifier whose features the Frechet distance is measured in ("FD, digits classifier features").
 
-    python training/train_classifier.py --output_dir assets/digits_classifier
-    python training/train_classifier.py --config training/configs/fashion_classifier.yaml
+    python -m training.benchmarks.images.train_classifier --output_dir assets/digits_classifier
+    python -m training.benchmarks.images.train_classifier --config training/configs/fashion_classifier.yaml
 
 A fifth of the pictures is held out, and the accuracy on it printed. Variants of one emoji are never on both sides. A
 function of the seed.
@@ -15,10 +15,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import trange
 
-from classifier import ImageClassifier
-from folders import claim_output_dir
-from images import load_families, load_images
-from options import option, parse_options
+from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from hsivi_diffusers.evaluation.images import load_families, load_images
+from hsivi_diffusers.folders import claim_output_dir
+from hsivi_diffusers.options import option, parse_options
 
 
 @dataclass

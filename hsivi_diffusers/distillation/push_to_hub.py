@@ -1,6 +1,7 @@
 """Pushes the pipeline of a finished run to the Hub, with a model card made from the run's report.
 
-    python training/push_to_hub.py --run_dir runs/digits_t5 --hub_model_id user/digits-hsivi-5 --license apache-2.0
+    python -m hsivi_diffusers.distillation.push_to_hub --run_dir runs/digits_t5 \
+        --hub_model_id user/digits-hsivi-5 --license apache-2.0
 
 Run evaluate.py before, and the card says how good the sampler is. --pipeline pushes a pipeline without a run.
 """
@@ -12,8 +13,8 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from hsivi_diffusers import push
-from options import option, parse_options
+from ..hub import push
+from ..options import option, parse_options
 
 
 @dataclass

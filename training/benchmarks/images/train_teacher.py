@@ -1,6 +1,6 @@
 """Trains a small DDPM, the teacher of a distillation, and saves it as a stock DDPMPipeline.
 
-    python training/train_teacher.py --config training/configs/digits_teacher.yaml
+    python -m training.benchmarks.images.train_teacher --config training/configs/digits_teacher.yaml
 
 The loss is the plain denoising one, E |noise - UNet(x_t, t)|^2 over uniform timesteps (Ho et al. 2020, eq. 14). With
 --prediction_type v_prediction the network learns the velocity alpha noise - sigma x_0 (Salimans and Ho 2022, arXiv
@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import trange
 
-from checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
-from images import load_images, to_model_range
-from options import option, parse_options
+from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
+from hsivi_diffusers.evaluation.images import load_images, to_model_range
+from hsivi_diffusers.options import option, parse_options
 
 WRITTEN = ("model_index.json", "unet", "scheduler")
 

@@ -1,6 +1,7 @@
 """Draws pictures from a distilled pipeline into a folder of PNG files and one contact sheet.
 
-python training/sample.py --pipeline runs/digits_t5/pipeline --output_dir runs/digits_t5/samples --num_samples 64
+python -m hsivi_diffusers.evaluation.sample --pipeline runs/digits_t5/pipeline \
+        --output_dir runs/digits_t5/samples --num_samples 64
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 from diffusers.utils import make_image_grid
 from tqdm import tqdm
 
-from folders import claim_output_dir
-from hsivi_diffusers import HSIVIPipeline
-from options import option, parse_options
+from ..folders import claim_output_dir
+from ..options import option, parse_options
+from ..pipeline_hsivi import HSIVIPipeline
 
 
 @dataclass

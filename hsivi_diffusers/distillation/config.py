@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from checkpoints import Output, check_output
-from hsivi_diffusers.hub import check_repo_id
-from options import changes, flatten, option, parse_options
+from ..hub import check_repo_id
+from ..options import changes, flatten, option, parse_options
+from .checkpoints import Output, check_output
 
 PRESETS: dict[str, dict[str, Any]] = {
     # DDIM layers of eta 1, scored by the KL gradient at a random level between output and input: half of the rows

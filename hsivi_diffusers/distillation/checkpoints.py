@@ -14,8 +14,8 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from folders import claim_output_dir, remove_folder, replace_folder, sole_writer, write_json
-from options import changes_since, flatten, option
+from ..folders import claim_output_dir, remove_folder, replace_folder, sole_writer, write_json
+from ..options import changes_since, flatten, option
 
 FINISHED = "checkpoints/checkpoint-*/progress.json"  # in the folder of a run
 

@@ -2,8 +2,8 @@
 
 One fit:
 
-    python training/fit_target.py --target checkerboard --num_layers 5 --bridge diffusion --objective LB \
-        --output_dir runs/checkerboard
+    python -m training.benchmarks.inference.fit_target --target checkerboard --num_layers 5 --bridge diffusion \
+        --objective LB --output_dir runs/checkerboard
 
 writes OUTPUT_DIR/report.json (settings, agreement with the target, signs of failure), layers.safetensors,
 draws.safetensors and, for targets on the plane, marginals.png. `--resume_from_checkpoint latest` goes on with a fit
@@ -11,7 +11,7 @@ that was stopped.
 
 A study, which goes on where it was stopped by itself:
 
-    python training/fit_target.py --study training/configs/study_*.yaml
+    python -m training.benchmarks.inference.fit_target --study training/configs/study_*.yaml
 
 writes docs/inference/results.json, and the figures and tables of docs/inference/index.md that are made from it.
 `--quick true` does a short version of each study and writes to runs/inference_quick.
@@ -32,13 +32,14 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from folders import claim_output_dir, replace_folder, sole_writer, write_json
+from hsivi_diffusers.folders import claim_output_dir, replace_folder, sole_writer, write_json
+from hsivi_diffusers.options import changes, option, parse_options
 from hsivi_diffusers.vi import Step
-from options import changes, option, parse_options
-from study import read_study, run_study
-from study_figures import draw_fits, draw_marginals_figure
-from study_pages import write_pages
-from target_fit import Fit, Fitted, Stopwatch, measure, prepare
+
+from .study import read_study, run_study
+from .study_figures import draw_fits, draw_marginals_figure
+from .study_pages import write_pages
+from .target_fit import Fit, Fitted, Stopwatch, measure, prepare
 
 
 @dataclass

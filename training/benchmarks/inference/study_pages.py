@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from folders import write_text
-from pages import fill_tables, new_parts
-from study_figures import FIGURES, save
-from study_tables import TABLES
+from hsivi_diffusers.evaluation.pages import fill_tables, new_parts
+from hsivi_diffusers.folders import write_text
+
+from .study_figures import FIGURES, save
+from .study_tables import TABLES
 
 
 def write_pages(folder: Path) -> None:

@@ -13,7 +13,7 @@ from itertools import product
 from statistics import fmean, median
 from typing import Any
 
-from study import NULLS, Row
+from .study import NULLS, Row
 
 Rows = Sequence[Row]
 NOT_RUN = "Not run yet."

@@ -1,6 +1,7 @@
 """Makes a teacher of random weights from a folder that holds its configs.
 
-    python training/make_teacher.py --teacher training/teachers/cifar10_32 --output_dir runs/teachers/cifar10_32
+    python -m training.benchmarks.images.make_teacher --teacher training/teachers/cifar10_32 \
+        --output_dir runs/teachers/cifar10_32
 
 For trying a recipe, its memory and its speed, before the real weights are downloaded. Such a teacher has learned
 nothing, and neither does what is distilled from it. The weights are a function of the seed.
@@ -14,8 +15,8 @@ from pathlib import Path
 from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from folders import claim_output_dir
-from options import option, parse_options
+from hsivi_diffusers.folders import claim_output_dir
+from hsivi_diffusers.options import option, parse_options
 
 
 @dataclass

@@ -20,7 +20,7 @@ from hsivi_diffusers.vi.targets.plane import Banana, Checkerboard, circles, cros
 from hsivi_diffusers.vi.targets.posteriors import LogisticRegression, conditioned_diffusion, rare_events
 from hsivi_diffusers.vi.targets.target import Target
 
-REFERENCES = Path(__file__).parents[1] / "assets" / "references"
+REFERENCES = Path(__file__).parents[3] / "assets" / "references"
 
 
 def breast_cancer() -> LogisticRegression:

@@ -1,6 +1,7 @@
 """Measures a distilled sampler against the solvers on the same teacher, and writes the report.
 
-    python training/evaluate.py --config training/configs/digits_evaluation.yaml --run_dir runs/digits_t5
+    python -m hsivi_diffusers.evaluation.evaluate \
+        --config training/configs/digits_evaluation.yaml --run_dir runs/digits_t5
 
 Writes RUN_DIR/report.json, report.md, samples.png and curve.png. Every method starts from the same noise.
 """
@@ -17,15 +18,16 @@ import torch
 from diffusers import UNet2DModel
 from tqdm import tqdm
 
-from classifier import ImageClassifier
-from figures import draw_curve, draw_samples
-from folders import write_text
-from hsivi_diffusers import HSIVIPipeline, load_teacher
-from images import load_images
-from metrics import Distances
-from options import option, parse_options
-from pages import measured_on
-from solvers import Sampler, make_solver, make_student, sample
+from ..distillation.denoisers import load_teacher
+from ..folders import write_text
+from ..options import option, parse_options
+from ..pipeline_hsivi import HSIVIPipeline
+from .classifier import ImageClassifier
+from .figures import draw_curve, draw_samples
+from .images import load_images
+from .metrics import Distances
+from .pages import measured_on
+from .solvers import Sampler, make_solver, make_student, sample
 
 
 @dataclass

@@ -21,27 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from folders import remove_folder, replace_folder
-from hsivi_diffusers import (
-    HSIVINoiseScale,
-    HSIVIPipeline,
-    HSIVIScheduler,
-    LayerNoiseScale,
-    TeacherBridge,
-    UNetCritic,
-    UNetLayers,
-    load_teacher,
-)
-from hsivi_diffusers.distillation import (
-    SampleData,
-    TeacherPairs,
-    UNetDiscriminator,
-    label_layers,
-    sample_shape,
-    signal_timestep,
-    usual_law,
-)
-from hsivi_diffusers.vi import (
+from ..evaluation.images import load_images, to_model_range
+from ..folders import remove_folder, replace_folder
+from ..modeling_hsivi import HSIVINoiseScale
+from ..pipeline_hsivi import HSIVIPipeline
+from ..scheduling_hsivi import HSIVIScheduler
+from ..vi import (
     Adversarial,
     Chain,
     CriticObjective,
@@ -60,8 +45,11 @@ from hsivi_diffusers.vi import (
     make_chain,
     step_generator,
 )
-from images import load_images, to_model_range
-from recipe import Layers, Method, Options
+from .bridge import SampleData, TeacherBridge, signal_timestep, usual_law
+from .config import Layers, Method, Options
+from .denoisers import load_teacher, sample_shape
+from .pairs import TeacherPairs
+from .student import LayerNoiseScale, UNetCritic, UNetDiscriminator, UNetLayers, label_layers
 
 MAX_OVERFLOWS = 50
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}

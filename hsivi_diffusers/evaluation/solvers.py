@@ -16,7 +16,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+from ..pipeline_hsivi import HSIVIPipeline
+from ..scheduling_hsivi import HSIVIScheduler
 
 # Pictures in [0, 1], shape (B, C, H, W), from a batch size and a generator.
 Sampler = Callable[[int, torch.Generator], torch.Tensor]

@@ -1,6 +1,6 @@
 """Computes what the posteriors of the benchmarks look like, by long runs of NUTS (Pyro), in double precision.
 
-    python training/make_references.py --output_dir runs/references
+    python -m training.benchmarks.inference.make_references --output_dir runs/references
 
 NUTS walks in the coordinates z of x = mode + L z, where L L^T is the inverse Hessian at the mode: the posterior is
 nearly N(0, I) there. The first half of the chains and the second are kept apart as well: how far they differ is the
@@ -22,9 +22,10 @@ from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
-from benchmark_targets import Reference, make_target, save_reference
+from hsivi_diffusers.options import option, parse_options
 from hsivi_diffusers.vi.targets import Target, Whitened
-from options import option, parse_options
+
+from .benchmark_targets import Reference, make_target, save_reference
 
 POSTERIORS = ["logistic_regression", "conditioned_diffusion", "rare_events"]
 

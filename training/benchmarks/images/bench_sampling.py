@@ -1,6 +1,6 @@
 """Measures what a pipeline costs beside its network calls.
 
-    OMP_NUM_THREADS=1 python training/bench_sampling.py --pipeline runs/digits_t5/pipeline
+    OMP_NUM_THREADS=1 python -m training.benchmarks.images.bench_sampling --pipeline runs/digits_t5/pipeline
 
 In one run, by turns: T bare calls of the UNet, a whole HSIVIPipeline call, and DDPMPipeline at as many steps. Prints
 the medians, and each as a ratio to the bare calls. Without --pipeline the digits teacher stands in, with 5 steps.
@@ -18,8 +18,8 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
-from hsivi_diffusers.distillation import sample_shape
-from options import option, parse_options
+from hsivi_diffusers.distillation.denoisers import sample_shape
+from hsivi_diffusers.options import option, parse_options
 
 
 @dataclass

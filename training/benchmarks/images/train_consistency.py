@@ -1,7 +1,7 @@
 """Distils a consistency model, the rival of train_hsivi.py, and saves it as a DDPMPipeline with an LCMScheduler.
 
-    python training/train_consistency.py --pretrained_teacher_model assets/digits_ddpm --train_data digits \
-        --max_train_seconds 120 --output_dir runs/digits_lcm
+    python -m training.benchmarks.images.train_consistency --pretrained_teacher_model assets/digits_ddpm \
+        --train_data digits --max_train_seconds 120 --output_dir runs/digits_lcm
 
 The recipe is that of diffusers' examples/consistency_distillation, for a teacher of pixels without classes, and so
 without guidance (Luo et al. 2023, arXiv 2310.04378, alg. 1): on a grid of timesteps,
@@ -36,12 +36,12 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
-from checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
-from folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers import HSIVIScheduler, load_teacher
-from hsivi_diffusers.distillation import sample_shape
-from images import load_images, to_model_range
-from options import flatten, option, parse_options
+from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
+from hsivi_diffusers.distillation.denoisers import sample_shape
+from hsivi_diffusers.evaluation.images import load_images, to_model_range
+from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
+from hsivi_diffusers.options import flatten, option, parse_options
 
 # sqrt(abar) at the last timestep of Stable Diffusion, where the example's grid starts. A noise prediction becomes a
 # picture by a division by it; at the last timestep of a DDPM of pixels it is 0.006, and errors are all one sees.

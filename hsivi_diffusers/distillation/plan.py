@@ -28,10 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hsivi_diffusers import HSIVIScheduler, LayerNoiseScale
-from hsivi_diffusers.distillation import sample_shape
-from players import HALF, Players, make_networks
-from recipe import Options
+from ..scheduling_hsivi import HSIVIScheduler
+from .config import Options
+from .denoisers import sample_shape
+from .student import LayerNoiseScale
+from .trainer import HALF, Players, make_networks
 
 MIB = 2**20
 CALIBRATION_FLOPS = 2e11  # about what the calls may cost that the speed is taken from

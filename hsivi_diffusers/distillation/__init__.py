@@ -1,0 +1,1 @@
+"""Distillation of a pretrained diffusion network into a few layers, without training data."""

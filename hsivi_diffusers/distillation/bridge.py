@@ -1,0 +1,239 @@
+"""The teacher as the bridge of the core: p_t is the data at a noise level, its score the pretrained network's.
+
+Real data is optional: with it the bridge can be drawn from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Literal
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from ..scheduling_hsivi import HSIVIScheduler
+from ..vi.bridges import Bridge
+from ..vi.distributions import DiagonalGaussian, randn_like
+from ..vi.layers import hierarchy_ends
+from ..vi.objectives import Weight
+from .denoisers import sample_shape
+from .student import UNetCritic
+
+LevelLaw = Literal["layer", "uniform"]
+SampleData = Callable[[int, Tensor | None, torch.Generator | None], Tensor]
+
+
+class TeacherBridge(Bridge):
+    """The diffusion bridge (Example 2): p_level is the data at a noise level, its score the pretrained network's.
+
+    Args:
+        unet: The teacher; it is frozen.
+        scheduler: Holds the grid; layer t is fitted to the data at tau_t.
+        level_range: Lowest and highest timestep of random levels.
+        level_law: Where the random levels of a layer lie, see `sample_level`: "layer", between its output and its
+            input, or "uniform", in all of the range; by default "layer" for kernel ddim, "uniform" for renoise.
+        level_power: p > 0. A random level is low + (high - low) u^p, u uniform on [0, 1): p = 1 is uniform, a larger p
+            has more levels of low noise.
+        tell_layer: Let a level be timestep + N t in the place of a timestep, so that a critic is told the layer, too:
+            for layers that are scored at the same timesteps, of which it would learn the mixture otherwise.
+        data: Draws clean data, (size, condition, generator) -> shape (size, ...), each row with its condition; None for
+            a bridge that is not drawn from.
+        between_share: Share of the rows that are scored so with `scoring="between"`, see `between`; above 0, up to 1.
+
+    Raises:
+        ValueError: The range leaves the teacher's clock, the law is unknown, the power is not above 0, the share is out
+            of its range, or the grid ends at -1, where the score is infinite.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: HSIVIScheduler,
+        level_range: tuple[int, int] = (5, 800),
+        level_law: LevelLaw | None = None,
+        level_power: float = 1.0,
+        data: SampleData | None = None,
+        tell_layer: bool = False,
+        between_share: float = 0.5,
+    ) -> None:
+        low, high = level_range
+        if not 0 <= low <= high < len(scheduler):
+            raise ValueError(f"level_range={level_range}: give two timesteps in order, from 0 to {len(scheduler) - 1}")
+        if level_law not in (None, "layer", "uniform"):
+            raise ValueError(f"level_law={level_law!r} is unknown: choose 'layer' or 'uniform'")
+        if not level_power > 0:
+            raise ValueError(f"level_power={level_power}: give a number > 0; 1 is uniform, 2 has more low noise")
+        if not 0 < between_share <= 1:
+            raise ValueError(f"between_share={between_share}: give a number above 0 and up to 1")
+        self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
+        self.scheduler = scheduler
+        self.level_range = level_range
+        self.level_law = level_law or usual_law(scheduler.config.kernel)
+        self.level_power = level_power
+        self.data = data
+        self.tell_layer = tell_layer
+        self.between_share = between_share
+        self.num_layers = sum(scheduler.depths)
+        self.shape = sample_shape(unet)
+        if int(scheduler.output_timestep(torch.arange(self.num_layers)).min()) < 0:
+            raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
+
+    def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Returns -eps*(x, level) / sigma_level."""
+        score: Tensor = self.network(x, level, condition)
+        return score
+
+    def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws x_T ~ N(0, I) on the teacher's device."""
+        return torch.randn(batch_size, *self.shape, generator=generator).to(self.network.unet.device)
+
+    def sample(
+        self, level: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draws from p_level: alpha x + sigma z, x of the data with the row's condition, z ~ N(0, I).
+
+        Raises:
+            ValueError: The bridge has no data.
+        """
+        if self.data is None:
+            raise ValueError("a draw of the bridge takes real data: make it with TeacherBridge(..., data=...)")
+        x = self.data(len(level), condition, generator).to(self.network.unet.device)
+        alpha, sigma = self._alpha_sigma(level, x)
+        return alpha * x + sigma * randn_like(x, generator)
+
+    def sample_input(
+        self, t: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draws p_{t+1}, the data at the level of the input of layers t, for `DataChain`; see `sample`."""
+        return self.sample(self.scheduler.input_timestep(t), condition, generator)
+
+    def level(self, t: Tensor) -> Tensor:
+        """Returns tau_t, or tau_t + N t if the layer is told."""
+        return self._with_layer(self.scheduler.output_timestep(t), t)
+
+    def _with_layer(self, timestep: Tensor, t: Tensor) -> Tensor:
+        return timestep + len(self.scheduler) * t if self.tell_layer else timestep
+
+    def _alpha_sigma(self, level: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scheduler.alpha_sigma(level % len(self.scheduler), x)
+
+    def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draws levels low + (high - low) u^p, p the `level_power`: uniformly by default.
+
+        With `level_law` "layer" a layer t is scored from tau_t up to, not including, tau_{t+1}; the first one,
+        t = T-1, up to the end of `level_range`. So no two layers of a grid share a level, and the critic, which is told
+        the level alone, learns the marginal of each layer and not of their mixture. With "uniform" a renoise layer has
+        all of `level_range`, a ddim layer, which can only be diffused upwards, what of it is at or above tau_t. Layers
+        then share levels, as those of several grids do: that is what `tell_layer` is for.
+
+        Raises:
+            ValueError: A layer has no level in the range.
+        """
+        lowest, highest = (bound.to(t.device)[t] for bound in self._layer_levels)
+        uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(t.device)
+        level = lowest + (uniform.pow(self.level_power) * (highest + 1 - lowest)).long()
+        return self._with_layer(level.minimum(highest), t)  # for a small power may round to 1
+
+    @property
+    def _first_layers(self) -> Tensor:
+        """The layer of each grid that takes the base."""
+        return hierarchy_ends(self.scheduler.depths)[0]
+
+    @cached_property
+    def _layer_levels(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest random level of each layer, both of shape (T,)."""
+        low, high = self.level_range
+        t = torch.arange(self.num_layers)
+        own = self.level_law == "layer"
+        if not own and self.scheduler.config.kernel != "ddim":
+            return torch.full_like(t, low), torch.full_like(t, high)
+        outputs, inputs = self.scheduler.output_timestep(t), self.scheduler.input_timestep(t)
+        if outputs.max() > high:
+            raise ValueError(
+                f"a layer ends at timestep {outputs.max()}, above the random levels up to {high}: start the grid "
+                "lower, or raise the upper end of level_range"
+            )
+        if own and low >= inputs.min():
+            raise ValueError(f"the random levels start at {low}, above the levels of the last layer: lower them")
+        highest = inputs - 1 if own else torch.full_like(t, high)
+        highest[self._first_layers] = high
+        return outputs.clamp_min(low), highest
+
+    def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
+        """Returns the law of x_s given x_{t+1}, s the level and r = alpha_s / alpha_t.
+
+        For x_t diffused up to s >= tau_t that is N(r mean, r^2 std^2 + sigma_s^2 - r^2 sigma_t^2). A layer of the
+        "renoise" kernel has std = sigma_t, so that the variance is sigma_s^2: the formula then holds at every s.
+        """
+        alpha_t, sigma_t = self._alpha_sigma(self.level(t), q.mean)
+        alpha, sigma = self._alpha_sigma(level, q.mean)
+        if self.scheduler.config.kernel == "renoise":
+            return DiagonalGaussian(mean=alpha / alpha_t * q.mean, std=sigma)
+        return q.diffuse(alpha_t, sigma_t, alpha, sigma)
+
+    def between(
+        self,
+        q: DiagonalGaussian,
+        t: Tensor,
+        level: Tensor,
+        x_next: Tensor,
+        noise: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[DiagonalGaussian, Tensor]:
+        """Returns N(alpha_s x0, sigma_s^2), s the level, and the noise of a draw that keeps to the layer's input.
+
+        With x0 the clean picture of the layer, eps = (x_{t+1} - alpha_{t+1} x0) / sigma_{t+1}, and c that of a layer
+        from tau_{t+1} to s, the noise is (sqrt(sigma_s^2 - c^2) eps + c z) / sigma_s, without gradient: x_s is what
+        such a layer would draw. That is done with `between_share` of the rows below the first layer, whose input says
+        nothing of a picture, and where the level is below the input; the others have the law of `renoise`, and z.
+        """
+        timestep, tau = level % len(self.scheduler), self.scheduler.input_timestep(t)
+        chosen = torch.rand(len(t), generator=generator).to(t.device) < self.between_share
+        chosen &= ~torch.isin(t, self._first_layers.to(t.device)) & (timestep < tau)
+        x0, eps = self.scheduler.invert(q.mean, tau, x_next, self.scheduler.output_timestep(t))
+        direction, c = self.scheduler.split_noise(tau, torch.minimum(timestep, tau), q.mean)
+        alpha, sigma = self._alpha_sigma(level, q.mean)
+        fresh, chosen = self.renoise(q, t, level), chosen.reshape(alpha.shape)
+        mean, std = torch.where(chosen, alpha * x0, fresh.mean), torch.where(chosen, sigma, fresh.std)
+        kept = ((direction * eps + c * noise) / sigma).detach()
+        return DiagonalGaussian(mean=mean, std=std), torch.where(chosen, kept, noise)
+
+    def weight(self, sigma_power: float = 0, alpha_power: float = 0) -> Weight:
+        """Returns the weight sigma^a alpha^b of a level, in score units; multiply by sigma^-2 for noise units."""
+
+        def weight(level: Tensor) -> Tensor:
+            alpha, sigma = self._alpha_sigma(level, torch.zeros(1, device=level.device))
+            return sigma**sigma_power * alpha**alpha_power
+
+        return weight
+
+
+def signal_timestep(schedule: HSIVIScheduler, shape: tuple[int, ...], signal: float) -> int:
+    """Returns the first timestep where sqrt(C H W) alpha / sigma is at most a number, or the last where alpha > 0.
+
+    A mean over n values has the noise of one by sqrt(n). So the coarse features of a large picture, or of one in
+    colour, are seen through noise that hides those of a small one, at alpha / sigma as many times lower as its side is
+    longer (Hoogeboom et al. 2023, arXiv 2301.11093), and levels that are to mean the same are told by this product.
+
+    Args:
+        schedule: Gives alpha and sigma at each timestep.
+        shape: (C, H, W) of the pictures.
+        signal: Above 0. On the linear clock of 1000, 3.2 is at timestep 440 of 8x8 grey pixels, 674 of 32x32, 750 of
+            32x32 in colour, 836 of 64x64 in colour.
+
+    Raises:
+        ValueError: The signal is not above 0.
+    """
+    if not signal > 0:
+        raise ValueError(f"signal={signal}: give a number above 0, such as 3.2")
+    alpha, sigma = schedule.alpha_sigma(torch.arange(len(schedule)), torch.zeros(1))
+    above = math.sqrt(math.prod(shape)) * alpha / sigma > signal
+    return min(int(above.sum()), int((alpha > 0).sum()) - 1)
+
+
+def usual_law(kernel: str) -> LevelLaw:
+    """The level law of a kernel where none is asked for."""
+    return "layer" if kernel == "ddim" else "uniform"

@@ -1,0 +1,96 @@
+"""Networks as denoisers: a pretrained pipeline loaded as a teacher, and its UNet called in its own precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
+from torch import Tensor
+
+from ..scheduling_hsivi import HSIVIScheduler
+
+
+def load_teacher(name: str, revision: str | None = None) -> tuple[UNet2DModel, HSIVIScheduler]:
+    """Loads a pretrained pipeline and takes its UNet and its noise schedule.
+
+    Args:
+        name: Folder or repo id of a diffusers pipeline with a `UNet2DModel` and a scheduler with a beta schedule.
+        revision: Branch, tag or commit of a repo.
+
+    Returns:
+        The UNet, and a `HSIVIScheduler` without a grid: make one with `from_config(scheduler.config, ...)`.
+
+    Raises:
+        ValueError: The pipeline is missing, damaged, or no teacher for this method.
+    """
+    remedy = "give a folder or repo id that DiffusionPipeline.from_pretrained loads, such as google/ddpm-cifar10-32"
+    path = Path(name)
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ValueError(f"teacher {name!r} is not a folder: {remedy}")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, revision=revision)
+    except Exception as error:  # diffusers raises many types here, and all mean the same to the user
+        place, reach = ("", "") if path.is_dir() else ("is no folder here, and ", ", from a Hub within reach")
+        raise ValueError(
+            f"teacher {name!r} {place}cannot be loaded ({type(error).__name__}: {error}): {remedy}{reach}"
+        ) from error
+    unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
+    others = sorted(set(pipeline.components) - {"unet", "scheduler"})
+    if hasattr(pipeline, "unet_noise_scale"):
+        raise ValueError(f"teacher {name!r} is an HSIVIPipeline, a sampler that was distilled: give the teacher it had")
+    if others:
+        raise ValueError(
+            f"teacher {name!r} is a {type(pipeline).__name__} with {', '.join(others)}: only pipelines of a unet and a "
+            "scheduler, which make pictures of pixels, can be distilled"
+        )
+    if not isinstance(unet, UNet2DModel):
+        raise ValueError(f"teacher {name!r} has a unet of type {type(unet).__name__}, a UNet2DModel is needed")
+    if scheduler is None or not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"teacher {name!r}: {type(scheduler).__name__} has no beta schedule; {remedy}")
+    _check_agreement(name, unet, scheduler)
+    try:
+        schedule = HSIVIScheduler.from_config(scheduler.config)
+    except ValueError as error:
+        raise ValueError(f"teacher {name!r}: {error}") from error
+    # Some schedulers of diffusers keep 2^-24 in the place of a zero at the end.
+    if not torch.allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod.float(), atol=1e-6):
+        raise ValueError(
+            f"teacher {name!r}: the noise levels of its {type(scheduler).__name__} cannot be rebuilt from its betas; "
+            "only levels that follow from beta_start, beta_end and beta_schedule, or from trained_betas, are supported"
+        )
+    return unet, schedule
+
+
+def _check_agreement(name: str, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
+    """Refuses a UNet and a scheduler that cannot have been trained together."""
+    channels, outputs = unet.config.in_channels, unet.config.out_channels
+    if outputs not in (channels, 2 * channels):
+        raise ValueError(
+            f"teacher {name!r}: the unet takes {channels} channels and returns {outputs}; a noise prediction has "
+            f"{channels}, or {2 * channels} with a learned variance"
+        )
+    clock, wanted = scheduler.config.num_train_timesteps, unet.config.get("num_train_timesteps")
+    if wanted is not None and wanted != clock:
+        raise ValueError(
+            f"teacher {name!r}: the unet was made for {wanted} timesteps, the scheduler counts {clock}; mend "
+            "num_train_timesteps in one of the two configs"
+        )
+
+
+def sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:
+    """Returns (channels, height, width) of the pictures of a UNet."""
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return unet.config.in_channels, height, width
+
+
+def call_unet(unet: UNet2DModel, x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
+    """Calls a network in its own precision and answers in that of x.
+
+    So every formula after it, 1 / sigma among them, runs in the precision of x, and of half precision only the network
+    itself sees anything.
+    """
+    labels = {} if condition is None else {"class_labels": condition}
+    output: Tensor = unet(x.to(unet.dtype), timestep, **labels).sample.to(x.dtype)
+    return output

@@ -1,0 +1,97 @@
+"""Pairs of noise and what a solver of the teacher's ODE makes of it."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DModel, UniPCMultistepScheduler
+from torch import Tensor
+
+from ..scheduling_hsivi import HSIVIScheduler
+from ..vi.distributions import randn_like
+from ..vi.layers import hierarchy_ends
+from .denoisers import call_unet
+
+# Of a scheduler's config, what a teacher was trained with.
+SCHEDULE = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+    "rescale_betas_zero_snr",
+)
+
+
+class TeacherPairs:
+    """Pairs (x_T, x_0) of noise and what a solver of the teacher's ODE makes of it, drawn with replacement.
+
+    The layer that takes noise is to lead from x_T to x_0, those below it from x_0, diffused to their input, back to
+    it. The solver is UniPC of diffusers, on its grid of spacing "leading". Of a teacher that predicts a variance, too,
+    the mean is used. The noise may be, and the pairs wait, in main memory; what is drawn goes to the device of the
+    teacher.
+
+    Args:
+        unet: The teacher.
+        scheduler: Gives its noise schedule and what it predicts, and the grid of the layers.
+        noise: x_T ~ N(0, I), shape (N, C, H, W).
+        condition: Class label of each pair, shape (N,), or None.
+        num_calls: Network calls for a pair.
+        batch_size: Pairs that the network is called with at once.
+
+    Attributes:
+        noise: Shape (N, C, H, W).
+        end: x_0, pictures between -1 and 1, of the same shape.
+        condition: Shape (N,), or None.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: HSIVIScheduler,
+        noise: Tensor,
+        condition: Tensor | None = None,
+        num_calls: int = 8,
+        batch_size: int = 64,
+    ) -> None:
+        self._device, self.scheduler = unet.device, scheduler
+        self.noise, self.condition = noise.cpu(), None if condition is None else condition.cpu()
+        noises = noise.split(batch_size)
+        classes = [None] * len(noises) if condition is None else condition.to(unet.device).split(batch_size)
+        # The betas themselves, for the solver knows fewer names of schedules.
+        schedule = {name: scheduler.config[name] for name in SCHEDULE} | {"trained_betas": scheduler.betas.tolist()}
+        solver = UniPCMultistepScheduler(**schedule | {"beta_schedule": "linear"}, timestep_spacing="leading")
+        ends = [
+            _solve(unet, solver, x.to(unet.device), labels, num_calls).cpu()
+            for x, labels in zip(noises, classes, strict=True)
+        ]
+        self.end = torch.cat(ends).clamp_(-1, 1)
+        if lost := int((~self.end.isfinite()).flatten(1).any(1).sum()):
+            raise ValueError(
+                f"{lost} of {len(noise)} pairs end in numbers that are not finite: look at what the teacher draws, and "
+                "if it runs in fp16, take bf16 or single precision"
+            )
+
+    def sample(self, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Draws (x_{t+1}, the mean of layer t whose clean picture is x_0, condition) for `PairChain`.
+
+        Args:
+            t: Layer of each row, shape (B,).
+            generator: Source of the pairs and of the noise of the layers below the first.
+        """
+        index = torch.randint(len(self.noise), (len(t),), generator=generator)
+        x_next, x0 = self.noise[index].to(self._device), self.end[index].to(self._device)
+        timestep, below = self.scheduler.input_timestep(t), ~torch.isin(t, hierarchy_ends(self.scheduler.depths)[0])
+        if bool(below.any()):
+            alpha, sigma = self.scheduler.alpha_sigma(timestep, x0)
+            diffused = alpha * x0 + sigma * randn_like(x0, generator)
+            x_next = torch.where(below.to(x0.device).reshape(alpha.shape), diffused, x_next)
+        end = self.scheduler.lead(x0, timestep, x_next, self.scheduler.output_timestep(t))
+        return x_next, end, None if self.condition is None else self.condition[index].to(self._device)
+
+
+@torch.no_grad()
+def _solve(
+    unet: UNet2DModel, solver: UniPCMultistepScheduler, x: Tensor, condition: Tensor | None, num_calls: int
+) -> Tensor:
+    """Follows the ODE from noise to a picture."""
+    solver.set_timesteps(num_calls, device=x.device)
+    for timestep in solver.timesteps:
+        output = call_unet(unet, x, timestep, condition)[:, : x.shape[1]]
+        x = solver.step(output, timestep, x).prev_sample
+    return x

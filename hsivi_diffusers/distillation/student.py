@@ -1,0 +1,202 @@
+"""The student's layers and the critic: diffusion UNets as what the core calls.
+
+Only adapters: the losses are in `vi.objectives`, the layer's formula in `HSIVIScheduler.transition`. UNets speak of
+noise, the core of scores: score = -eps / sigma.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from ..modeling_hsivi import HSIVINoiseScale
+from ..scheduling_hsivi import HSIVIScheduler
+from ..vi.distributions import DiagonalGaussian
+from ..vi.layers import ConditionalLayers, hierarchy_ends
+from .denoisers import call_unet
+
+
+class LayerNoiseScale(nn.Module):
+    """A learned noise scale of the layers, exp(log_scale): one number, or one for each layer.
+
+    Its values belong into `noise_scale` of the scheduler's config.
+
+    Args:
+        noise_scale: What to start from, > 0: a number for all layers, or a list of T, counted from the data side.
+    """
+
+    def __init__(self, noise_scale: float | list[float] = 1.0) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.as_tensor(noise_scale, dtype=torch.float32).log())
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Returns the scale of each row's layer, shape (B, 1, 1, 1), for layers t of shape (B,)."""
+        log_scale = self.log_scale[t] if self.log_scale.ndim else self.log_scale.expand(t.shape)
+        return log_scale.exp()[:, None, None, None]
+
+    def tolist(self) -> float | list[float]:
+        """Plain numbers, for the scheduler's config."""
+        scale: float | list[float] = self.log_scale.detach().double().exp().tolist()
+        return scale
+
+
+class _ScoreUNet(nn.Module):
+    """What critic and discriminator share: the UNet, and its score."""
+
+    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
+        super().__init__()
+        self.unet = unet
+        self.scheduler = scheduler
+        self.num_layers = num_layers
+
+    def _score(self, x: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
+        """Returns -eps(x, level) / sigma_level."""
+        timestep, t = level % len(self.scheduler), level // len(self.scheduler)
+        if self.num_layers:
+            condition = t if condition is None else condition * self.num_layers + t
+        _, noise_pred = self.scheduler.predict(call_unet(self.unet, x, timestep, condition), timestep, x)
+        _, sigma = self.scheduler.alpha_sigma(timestep, noise_pred)
+        return -noise_pred / sigma
+
+
+class UNetCritic(_ScoreUNet):
+    """A diffusion UNet as the score of the density at each noise level: -eps(x, level) / sigma_level.
+
+    Args:
+        unet: Predicts what the scheduler's `prediction_type` says.
+        scheduler: Gives alpha and sigma.
+        num_layers: Layers that the unet tells apart, see `label_layers`; 0 for one that does not.
+    """
+
+    def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Returns the score at x, shape (B, C, H, W).
+
+        Args:
+            x: Shape (B, C, H, W).
+            level: Timesteps, 0..N-1, or timestep + N t where the bridge tells the layer, shape (B,).
+            condition: Class labels, shape (B,), or None.
+        """
+        return self._score(x, level, condition)
+
+
+class UNetDiscriminator(_ScoreUNet):
+    """A `UNetCritic` that also tells draws of the data from draws of the layers, for `Adversarial`; by one network.
+
+    The logits are the mean over channels of the output of the UNet's middle block, one for each place of its map, as in
+    adversarial score identity distillation (arXiv 2410.14919): features of the critic, and not one parameter more.
+
+    Args:
+        unet: See `UNetCritic`.
+        scheduler: See `UNetCritic`.
+        num_layers: See `UNetCritic`.
+
+    Raises:
+        ValueError: The UNet has no middle block.
+    """
+
+    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
+        super().__init__(unet, scheduler, num_layers)
+        if unet.mid_block is None:
+            raise ValueError("the unet has no mid_block, of which the adversarial term takes its logits: leave it out")
+
+    def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the score at x, shape (B, C, H, W), and the logits, shape (B, H', W'), from one call of the UNet.
+
+        Args:
+            x: Shape (B, C, H, W).
+            level: See `UNetCritic`.
+            condition: Class labels, shape (B,), or None.
+        """
+        features: list[Tensor] = []
+
+        def keep(module: nn.Module, given: Any, output: Tensor) -> None:
+            features.append(output)
+
+        handle = self.unet.mid_block.register_forward_hook(keep)
+        try:
+            score = self._score(x, level, condition)
+        finally:
+            handle.remove()
+        return score, features[0].to(x.dtype).mean(1)
+
+
+class UNetLayers(ConditionalLayers):
+    """The student: one UNet shared by all layers, q_t(x_t | x_{t+1}) by `HSIVIScheduler.transition`.
+
+    Args:
+        unet: Starts as a copy of the teacher's.
+        scheduler: Holds the grid, or the grids of several hierarchies, see `HSIVIScheduler.depths`.
+        noise_scale: The learned scale, per pixel or per layer, or None for that of the scheduler's config.
+        clip_pictures: Clip the mean of the last layer to [-1, 1], as pipelines do with what is drawn, and let its
+            gradient pass as if it were not clipped (straight through). What lies beyond white or black then counts as
+            white or black in training, too, where it would be taken for a fault, and a layer may hide there the grain
+            that a prediction of noise leaves.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: HSIVIScheduler,
+        noise_scale: HSIVINoiseScale | LayerNoiseScale | None = None,
+        clip_pictures: bool = False,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.scheduler = scheduler
+        self.noise_scale = noise_scale
+        self.clip_pictures = clip_pictures
+        self.num_layers = sum(scheduler.depths)
+
+    @property
+    def depths(self) -> list[int]:
+        """T of each grid."""
+        return self.scheduler.depths
+
+    def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
+        """Returns q_t(. | x_next), see `ConditionalLayers`; the condition is class labels of shape (B,)."""
+        timestep = self.scheduler.input_timestep(t)
+        model_output = call_unet(self.unet, x_next, timestep, condition)
+        several = len(self.scheduler.depths) > 1  # grids, which may share an input and not the output
+        prev_timestep = self.scheduler.output_timestep(t) if several else None
+        mean, std = self.scheduler.transition(model_output, timestep, x_next, self._noise_scale(t), prev_timestep)
+        return DiagonalGaussian(mean=self._clip(mean, t) if self.clip_pictures else mean, std=std)
+
+    def _clip(self, mean: Tensor, t: Tensor) -> Tensor:
+        """The mean, that of a last layer clipped in value and not in gradient."""
+        _, last = hierarchy_ends(self.depths)
+        is_last = torch.isin(t, last.to(t.device)).reshape(-1, *[1] * (mean.ndim - 1))
+        return torch.where(is_last, mean + (mean.clamp(-1, 1) - mean).detach(), mean)
+
+    def _noise_scale(self, t: Tensor) -> Tensor | None:
+        if self.noise_scale is None:
+            return None
+        scale: Tensor = self.noise_scale(t) if isinstance(self.noise_scale, LayerNoiseScale) else self.noise_scale()
+        return scale
+
+
+def label_layers(unet: UNet2DModel, num_layers: int) -> UNet2DModel:
+    """Returns a copy of a UNet that is told the layer: for each one it starts as the UNet itself.
+
+    Args:
+        unet: With or without classes.
+        num_layers: L. The copy takes class labels, t of a UNet without classes, otherwise class * L + t.
+
+    Raises:
+        ValueError: The classes of the UNet are no numbers.
+    """
+    kind, classes = unet.config.class_embed_type, unet.config.num_class_embeds
+    if kind is not None:
+        raise ValueError(
+            f"class_embed_type={kind!r} of the unet leaves no place to tell a critic the layer: train where it need "
+            "not be told, with one --num_layers, and --level_law layer or --scoring own"
+        )
+    labelled: UNet2DModel = UNet2DModel.from_config(unet.config, num_class_embeds=num_layers * (classes or 1))
+    state, name = dict(unet.state_dict()), "class_embedding.weight"
+    old = state[name] if classes else torch.zeros_like(labelled.class_embedding.weight[:1])
+    labelled.load_state_dict({**state, name: old.detach().repeat_interleave(num_layers, 0)})
+    if (unet.device, unet.dtype) != (labelled.device, labelled.dtype):  # fake tensors, of --plan, cannot be moved
+        labelled = labelled.to(unet.device, unet.dtype)
+    return labelled.train(unet.training)
