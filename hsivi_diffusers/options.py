@@ -1,120 +1,199 @@
-"""Options of the scripts: preset, then YAML file, then command line, each overriding the one before."""
+"""Options of the commands: dataclasses, read from a YAML file of `--config` and from the command line, which wins."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import sys
-import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, field, fields
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import Field, asdict, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of the description, and tells the defaults."""
+def option(default: Any, help: str, common: bool = True) -> Any:
+    """A field of an options dataclass.
 
-
-def option(default: Any, help: str) -> Any:
-    """A field of an options dataclass, with the text of `--help`."""
+    Args:
+        default: Its default; a list is copied for each instance.
+        help: Its text in `--help`.
+        common: Shown by `--help`; the others are shown by `--help_all` alone.
+    """
+    metadata = {"help": help, "common": common}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser of dataclasses, whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with status 2 and one line, without the list of all options."""
+        self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
 
 
 def parse_options(
-    groups: Sequence[Any],
+    groups: Sequence[type[Any]],
     description: str,
-    presets: Mapping[str, Mapping[str, Any]] | None = None,
     args: Sequence[str] | None = None,
+    prog: str | None = None,
+    aliases: Mapping[str, str] | None = None,
 ) -> tuple[Any, ...]:
     """Reads one dataclass per group of options.
 
-    A value on the command line wins over the YAML file of `--config`, which wins over the `--preset`, which wins
-    over the default written in the dataclass. Bad options end the program with a message and exit status 2.
+    A value on the command line wins over the YAML file of `--config`, which wins over the default of the dataclass. A
+    bad option ends the program with one line and exit status 2.
 
     Args:
-        groups: Dataclasses; `_argument_group_name` of each is its heading in `--help`.
+        groups: Dataclasses; `_group` of each is its heading in `--help`.
         description: First lines of `--help`.
-        presets: Settings by name of preset; the first one is the default. A group then has the field `preset`.
         args: Arguments, `sys.argv[1:]` by default.
+        prog: Name of the program in messages.
+        aliases: Old names of options, which are still read.
 
     Returns:
         One instance of each dataclass, in the order given.
     """
-    parser = HfArgumentParser(
-        list(groups),
+    parser = Parser(
+        prog=prog,
         description=description,
-        epilog=_describe(presets or {}),
-        formatter_class=_Formatter,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
-    parser.add_argument("--config", help="YAML file of options; the command line overrides it")
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config")
-    early.add_argument("--preset")
-    given, _ = early.parse_known_args(args)
-
-    settings = _read_yaml(parser, given.config) if given.config else {}
-    known = {field.name for group in groups for field in fields(group)}
-    _refuse_unknown_keys(parser, settings, known, given.config)
-    if presets:
-        preset = given.preset or settings.get("preset") or next(iter(presets))
-        if preset not in presets:
-            parser.error(f"--preset {preset!r} is unknown: choose one of {', '.join(presets)}")
-        settings = {**presets[preset], **settings, "preset": preset}
-    parser.set_defaults(**{key: value for key, value in settings.items() if value == []})
-    *chosen, _, unknown = parser.parse_args_into_dataclasses(
-        [*_as_arguments(settings), *(sys.argv[1:] if args is None else args)], return_remaining_strings=True
-    )
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return tuple(chosen)
+    parser.add_argument("--config", help="YAML file of options; the command line wins over it")
+    parser.add_argument("--help", "-h", action="store_true", help="show the common options")
+    parser.add_argument("--help_all", action="store_true", help="show all options")
+    for group in groups:
+        _add_group(parser, group)
+    words = [_renamed(word, aliases or {}) for word in (sys.argv[1:] if args is None else args)]
+    given = vars(parser.parse_args(words))
+    settings = _read_config(parser, given.pop("config", None), groups, aliases or {})
+    shown = [name for name in ("help", "help_all") if given.pop(name, False)]
+    instances = tuple(_make(group, {**settings, **given}) for group in groups)
+    if shown:
+        _show_help(parser, instances, everything="help_all" in shown)
+    return instances
 
 
-def _describe(presets: Mapping[str, Mapping[str, Any]]) -> str:
-    """The last lines of `--help`: what a preset has in the place of the defaults above them."""
-    lines = []
-    for name, settings in presets.items():
-        lines.append(f"--preset {name} sets:")
-        lines += textwrap.wrap(" ".join(_as_arguments(settings)), initial_indent="  ", subsequent_indent="  ")
-    return "\n".join(lines)
+def _add_group(parser: Parser, group: type[Any]) -> None:
+    hints = get_type_hints(group)
+    heading = parser.add_argument_group(getattr(group, "_group", "options"))
+    for each in _fields(group):
+        heading.add_argument(f"--{each.name}", help=each.metadata["help"], **_keywords(hints[each.name]))
 
 
-def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
-    """The settings as a command line, so that argparse converts and checks them: `1e-4` is text for YAML."""
-    arguments = []
-    for key, value in settings.items():
-        if isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)] if value else []
-        elif value is not None:
-            arguments.append(f"--{key}={value}")
-    return arguments
+def _fields(group: type[Any]) -> Iterator[Field[Any]]:
+    """The fields that are options."""
+    return (each for each in fields(group) if "help" in each.metadata)
 
 
-def _read_yaml(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
+def _keywords(hint: Any) -> dict[str, Any]:
+    """How argparse reads a value of a type."""
+    if get_origin(hint) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+        lists = [kind for kind in kinds if get_origin(kind) is list]
+        return _keywords((lists or kinds)[0])  # of a number or a list of them, the list
+    if get_origin(hint) is list:
+        return {"nargs": "*", **_keywords(get_args(hint)[0])}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    if hint is bool:
+        return {"type": _to_bool, "nargs": "?", "const": True, "metavar": "true|false"}
+    return {"type": hint}
+
+
+def _to_bool(text: str) -> bool:
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return known[text.lower()]
+
+
+def _renamed(word: str, aliases: Mapping[str, str]) -> str:
+    """An option of the command line under its name of today."""
+    name, equals, value = word.removeprefix("--").partition("=")
+    return f"--{aliases[name]}{equals}{value}" if word.startswith("--") and name in aliases else word
+
+
+def _read_config(
+    parser: Parser, path: str | None, groups: Sequence[type[Any]], aliases: Mapping[str, str]
+) -> dict[str, Any]:
+    """The settings of a YAML file, checked and converted as those of the command line; `1e-4` is text for YAML."""
+    if path is None:
+        return {}
+    settings = {aliases.get(str(key), str(key)): value for key, value in _read_yaml(parser, path).items()}
+    known = {each.name: each for group in groups for each in _fields(group)}
+    for name in settings.keys() - known.keys():
+        close = difflib.get_close_matches(name, known, n=1)
+        parser.error(f"{path}: unknown option `{name}`" + (f"; did you mean `{close[0]}`?" if close else ""))
+    arguments = [word for name, value in settings.items() if value is not None for word in _as_words(name, value)]
+    empty = {name: None for name, value in settings.items() if value is None and _takes_none(groups, name)}
+    return {**empty, **vars(parser.parse_args(arguments))}
+
+
+def _as_words(name: str, value: Any) -> list[str]:
+    return [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+
+
+def _takes_none(groups: Sequence[type[Any]], name: str) -> bool:
+    hints = {key: hint for group in groups for key, hint in get_type_hints(group).items()}
+    return type(None) in get_args(hints[name])
+
+
+def _read_yaml(parser: Parser, path: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"--config {path} cannot be read: {error}")
+        parser.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(settings, dict):
         parser.error(f"--config {path} must hold lines of `option: value`, got {type(settings).__name__}")
     return settings
 
 
-def _refuse_unknown_keys(
-    parser: argparse.ArgumentParser, settings: Mapping[str, Any], known: set[str], path: str | None
-) -> None:
-    for key in settings:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else "`--help` lists the options."
-            parser.error(f"{path}: unknown option `{key}`; {hint}")
+def _make(group: type[Any], settings: Mapping[str, Any]) -> Any:
+    return group(**{each.name: settings[each.name] for each in _fields(group) if each.name in settings})
+
+
+def _show_help(parser: Parser, instances: Sequence[Any], everything: bool) -> NoReturn:
+    """Prints the options with the defaults that hold beside what was given, and ends the program."""
+    values = {each.name: (each, getattr(group, each.name)) for group in instances for each in _fields(type(group))}
+    for action in parser._actions:
+        if action.dest in values:
+            each, value = values[action.dest]
+            text = " ".join(map(str, value)) if isinstance(value, list) else value
+            action.help = f"{action.help} (default: {text})".replace("%", "%%")
+            if not (everything or each.metadata.get("common")):
+                action.help = argparse.SUPPRESS
+    parser.print_help()
+    parser.exit()
+
+
+def run_command(command: Callable[[], Any], traceback: bool = False) -> None:
+    """Runs a command: an expected error is one line, `error: ...`, and exit status 2.
+
+    Args:
+        command: Raises `ValueError` or `OSError` for what its user can mend; notes of the error are printed below it.
+        traceback: Leave the error as it is.
+    """
+    try:
+        command()
+    except (ValueError, OSError) as error:
+        if traceback:
+            raise
+        text = " ".join(str(error).split())
+        sys.exit(print_error("\n".join([text, *getattr(error, "__notes__", [])])))
+
+
+def print_error(text: str) -> int:
+    """Prints one line of an error; returns the exit status of it."""
+    print(f"error: {text}", file=sys.stderr)
+    return 2
 
 
 def flatten(groups: Sequence[Any]) -> dict[str, Any]:
@@ -122,21 +201,8 @@ def flatten(groups: Sequence[Any]) -> dict[str, Any]:
     return {name: value for group in groups for name, value in asdict(group).items()}
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Says which of the options now are others than before; nothing if none is.
-
-    A number is the list of it: an option that takes several may have taken one.
-    """
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Says which settings of now differ from those before; empty if none does."""
     return "; ".join(
-        f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) not in (now[key], _alone(now[key]))
+        f"{name}: {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value
     )
-
-
-def changes_since(record: Path, groups: Sequence[Any]) -> str:
-    """Says which options are others than in a run's options.json; those that an old one lacks count as defaults."""
-    defaults = flatten([type(group)() for group in groups])
-    return changes({**defaults, **json.loads(record.read_text())}, flatten(groups))
-
-
-def _alone(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and len(value) == 1 else value

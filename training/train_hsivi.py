@@ -1,9 +1,11 @@
-"""Distils a pretrained diffusion UNet into T layers; what `accelerate launch` runs.
+"""Distils a pretrained diffusion pipeline; the same program as `hsivi distil`.
 
 accelerate launch training/train_hsivi.py --config training/configs/digits_t5.yaml
 """
 
-from hsivi_diffusers.distillation.run import main
+import sys
+
+from hsivi_diffusers.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["distil", *sys.argv[1:]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,14 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from ..folders import claim_output_dir, remove_folder, replace_folder, sole_writer, write_json
-from ..options import changes_since, flatten, option
+from ..options import differences, option
 
 FINISHED = "checkpoints/checkpoint-*/progress.json"  # in the folder of a run
 
 
 @dataclass
 class Output:
-    _argument_group_name = "run"
+    _group = "run"
     output_dir: str | None = option(None, "folder of the run")
     overwrite_output_dir: bool = option(False, "start anew in a folder that is not empty, removing an earlier run")
     resume_from_checkpoint: str | None = option(None, "`latest`, or the path of a checkpoint")
@@ -65,12 +65,12 @@ def _holds_run(path: Path) -> bool:
     return (path / "options.json").is_file() or (path / "checkpoints").is_dir()
 
 
-def start_run(run: Output, groups: Sequence[Any], leftovers: Sequence[str], remedy: str = "") -> None:
+def start_run(run: Output, settings: Mapping[str, Any], leftovers: Sequence[str], remedy: str = "") -> None:
     """Records the options of a run and removes what an earlier one left, or checks that a resumed run has the same.
 
     Args:
         run: What was asked for.
-        groups: Dataclasses of the options that decide what is trained.
+        settings: What decides what is trained.
         leftovers: Files and folders of an earlier run, which a new one removes; `checkpoints` is one without saying.
             The first is there when a run has ended, and not before.
         remedy: What else may be done with a run of other options.
@@ -84,7 +84,7 @@ def start_run(run: Output, groups: Sequence[Any], leftovers: Sequence[str], reme
     if checkpoint not in (None, "latest"):
         recorded.append(Path(str(checkpoint)).parent.parent / "options.json")
     for record in filter(Path.is_file, recorded):
-        if changed := changes_since(record, groups):
+        if changed := differences(json.loads(record.read_text()), settings):
             raise ValueError(
                 f"{record.parent} holds a run with other options ({changed}): name another --output_dir{remedy}, or "
                 "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
@@ -100,7 +100,7 @@ def start_run(run: Output, groups: Sequence[Any], leftovers: Sequence[str], reme
             f"{output_dir} holds a run that has ended, and no checkpoint to go on from: name another --output_dir, or "
             "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
         )
-    write_json(path, flatten(groups))
+    write_json(path, dict(settings))
 
 
 class State(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from pathlib import Path
 
 import torch
@@ -11,11 +13,14 @@ from torch import Tensor
 from ..scheduling_hsivi import HSIVIScheduler
 
 
-def load_teacher(name: str, revision: str | None = None) -> tuple[UNet2DModel, HSIVIScheduler]:
+def load_teacher(
+    teacher: str | os.PathLike[str] | DiffusionPipeline, revision: str | None = None
+) -> tuple[UNet2DModel, HSIVIScheduler]:
     """Loads a pretrained pipeline and takes its UNet and its noise schedule.
 
     Args:
-        name: Folder or repo id of a diffusers pipeline with a `UNet2DModel` and a scheduler with a beta schedule.
+        teacher: Folder or repo id of a diffusers pipeline with a `UNet2DModel` and a scheduler with a beta schedule, or
+            such a pipeline itself, whose UNet is copied.
         revision: Branch, tag or commit of a repo.
 
     Returns:
@@ -24,39 +29,54 @@ def load_teacher(name: str, revision: str | None = None) -> tuple[UNet2DModel, H
     Raises:
         ValueError: The pipeline is missing, damaged, or no teacher for this method.
     """
+    if isinstance(teacher, DiffusionPipeline):
+        unet, schedule = _take(teacher, type(teacher).__name__)
+        return copy.deepcopy(unet), schedule
+    name = os.fspath(teacher)
+    return _take(_load(name, revision), repr(name))
+
+
+def _load(name: str, revision: str | None) -> DiffusionPipeline:
     remedy = "give a folder or repo id that DiffusionPipeline.from_pretrained loads, such as google/ddpm-cifar10-32"
     path = Path(name)
     if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ValueError(f"teacher {name!r} is not a folder: {remedy}")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name, revision=revision)
+        return DiffusionPipeline.from_pretrained(name, revision=revision)
     except Exception as error:  # diffusers raises many types here, and all mean the same to the user
         place, reach = ("", "") if path.is_dir() else ("is no folder here, and ", ", from a Hub within reach")
         raise ValueError(
             f"teacher {name!r} {place}cannot be loaded ({type(error).__name__}: {error}): {remedy}{reach}"
         ) from error
+
+
+def _take(pipeline: DiffusionPipeline, name: str) -> tuple[UNet2DModel, HSIVIScheduler]:
+    """Takes UNet and schedule of a loaded pipeline, or refuses it."""
     unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
     others = sorted(set(pipeline.components) - {"unet", "scheduler"})
     if hasattr(pipeline, "unet_noise_scale"):
-        raise ValueError(f"teacher {name!r} is an HSIVIPipeline, a sampler that was distilled: give the teacher it had")
+        raise ValueError(f"teacher {name} is an HSIVIPipeline, a sampler that was distilled: give the teacher it had")
     if others:
         raise ValueError(
-            f"teacher {name!r} is a {type(pipeline).__name__} with {', '.join(others)}: only pipelines of a unet and a "
-            "scheduler, which make pictures of pixels, can be distilled"
+            f"teacher {name} is a {type(pipeline).__name__} with {', '.join(others)}: only pipelines of a unet and a "
+            "scheduler, which make images of pixels, can be distilled"
         )
     if not isinstance(unet, UNet2DModel):
-        raise ValueError(f"teacher {name!r} has a unet of type {type(unet).__name__}, a UNet2DModel is needed")
+        raise ValueError(f"teacher {name} has a unet of type {type(unet).__name__}, a UNet2DModel is needed")
     if scheduler is None or not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"teacher {name!r}: {type(scheduler).__name__} has no beta schedule; {remedy}")
+        raise ValueError(
+            f"teacher {name}: {type(scheduler).__name__} has no beta schedule, which a teacher needs today; flow "
+            "matching and EDM are not supported yet"
+        )
     _check_agreement(name, unet, scheduler)
     try:
         schedule = HSIVIScheduler.from_config(scheduler.config)
     except ValueError as error:
-        raise ValueError(f"teacher {name!r}: {error}") from error
-    # Some schedulers of diffusers keep 2^-24 in the place of a zero at the end.
+        raise ValueError(f"teacher {name}: {error}") from error
+    # Some schedulers of diffusers keep 2^-24 instead of a zero at the end.
     if not torch.allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod.float(), atol=1e-6):
         raise ValueError(
-            f"teacher {name!r}: the noise levels of its {type(scheduler).__name__} cannot be rebuilt from its betas; "
+            f"teacher {name}: the noise levels of its {type(scheduler).__name__} cannot be rebuilt from its betas; "
             "only levels that follow from beta_start, beta_end and beta_schedule, or from trained_betas, are supported"
         )
     return unet, schedule
@@ -67,13 +87,13 @@ def _check_agreement(name: str, unet: UNet2DModel, scheduler: SchedulerMixin) ->
     channels, outputs = unet.config.in_channels, unet.config.out_channels
     if outputs not in (channels, 2 * channels):
         raise ValueError(
-            f"teacher {name!r}: the unet takes {channels} channels and returns {outputs}; a noise prediction has "
+            f"teacher {name}: the unet takes {channels} channels and returns {outputs}; a noise prediction has "
             f"{channels}, or {2 * channels} with a learned variance"
         )
     clock, wanted = scheduler.config.num_train_timesteps, unet.config.get("num_train_timesteps")
     if wanted is not None and wanted != clock:
         raise ValueError(
-            f"teacher {name!r}: the unet was made for {wanted} timesteps, the scheduler counts {clock}; mend "
+            f"teacher {name}: the unet was made for {wanted} timesteps, the scheduler counts {clock}; mend "
             "num_train_timesteps in one of the two configs"
         )
 

@@ -29,10 +29,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..scheduling_hsivi import HSIVIScheduler
-from .config import Options
+from .config import HSIVIConfig
 from .denoisers import sample_shape
-from .student import LayerNoiseScale
-from .trainer import HALF, Players, make_networks
+from .networks import HALF, make_networks
+from .state import TrainingState
 
 MIB = 2**20
 CALIBRATION_FLOPS = 2e11  # about what the calls may cost that the speed is taken from
@@ -124,13 +124,12 @@ def read_configs(name: str, revision: str | None) -> tuple[dict[str, Any], HSIVI
                 cause = error
         else:
             raise ValueError(
-                f"--pretrained_teacher_model {name} has no config of a {part} ({cause}): give a folder or repo id of a "
+                f"teacher {name!r} has no config of a {part} ({cause}): give a folder or repo id of a "
                 "diffusers pipeline with a UNet2DModel"
             )
     if configs[0].get("_class_name") != "UNet2DModel":
         raise ValueError(
-            f"--pretrained_teacher_model {name} has a unet of type {configs[0].get('_class_name')}: a UNet2DModel is "
-            "needed"
+            f"teacher {name!r} has a unet of type {configs[0].get('_class_name')}: a UNet2DModel is needed"
         )
     return configs[0], HSIVIScheduler.from_config(configs[1])
 
@@ -144,100 +143,95 @@ def make_unet(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> UNe
         torch.set_default_dtype(before)
 
 
-def make_fake_players(options: Options, meter: Meter) -> Players:
-    """The players of the run without weights; to be called within a `FakeTensorMode`."""
-    with meter:  # which leaves the schedule its numbers
-        config, schedule = read_configs(str(options.teacher.pretrained_teacher_model), options.teacher.revision)
-    half = precision_of(options) != "no"  # the two are of one size
+def make_fake_state(
+    shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig, meter: Meter
+) -> TrainingState:
+    """Makes the state of the run without weights; to be called within a `FakeTensorMode`."""
+    half = precision_of(config) != "no"  # the two are of one size
     accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="bf16" if half else "no")
-    unets = (make_unet(config, torch.bfloat16 if half else torch.float32), make_unet(config), make_unet(config))
+    unets = (make_unet(shape, torch.bfloat16 if half else torch.float32), make_unet(shape), make_unet(shape))
     with meter:
-        networks = make_networks(unets, schedule, options)
-    if options.method.train_data is not None:
+        networks = make_networks(unets, schedule, config)
+    if config.trials.train_data is not None:
         networks.data = partial(_stand_in, sample_shape(unets[0]))
-    if isinstance(networks.noise_scale, LayerNoiseScale):  # so small that the meter left it real
-        networks.noise_scale.log_scale = nn.Parameter(torch.empty(networks.noise_scale.log_scale.shape))
     meter.add(parameter for unet in unets for parameter in unet.parameters())
     with meter:
-        return Players(networks, options, accelerator)
+        return TrainingState(networks, config, accelerator)
 
 
 def _stand_in(shape: tuple[int, int, int], size: int, condition: Tensor | None, generator: Any) -> Tensor:
-    """In the place of real pictures, which a plan does not load."""
+    """Stands for real images, which a plan does not load."""
     return torch.randn(size, *shape)
 
 
-def measure(options: Options) -> Cost:
+def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig) -> Cost:
     """Runs the loop on fake tensors: two steps with one critic update, and one with two; the rest is as many more."""
     libraries = psutil.Process().memory_info().rss
-    updates = options.method.critic_updates
-    pairs = options.method.ode_pairs
-    options = options._replace(
-        method=replace(options.method, critic_updates=1, ode_pairs=0),
-        training=replace(options.training, critic_first=0),  # in these the layers' optimizer has no moments yet
-    )
+    updates, pairs = config.critic_updates, config.num_pairs
+    # Of the first updates in which the critic learns alone, the student's optimizer would have no moments yet.
+    config = replace(config, critic_updates=1, num_pairs=0, critic_first=0, max_train_steps=3)
     counts: list[dict[str, float]] = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         meter = Meter()
-        players = make_fake_players(options, meter)
+        state = make_fake_state(shape, schedule, config, meter)
         with meter:
             for step, critic_updates in enumerate([1, 1, min(updates, 2)]):
-                options.method.critic_updates = critic_updates
-                with _counting(players) as count:
-                    next(players.updates(step))
+                config.critic_updates = critic_updates
+                with _counting(state) as count:
+                    next(state.updates(step))
                 gc.collect()
                 counts.append(count)
             peak = meter.peak
-            with _counting(players) as call, torch.no_grad():
+            with _counting(state) as call, torch.no_grad():
                 no_level = torch.zeros(1, dtype=torch.long)
-                classes = no_level if players.bridge.network.unet.config.num_class_embeds else None
-                players.bridge.score(torch.randn(1, *players.bridge.shape), no_level, classes)
+                classes = no_level if state.bridge.network.unet.config.num_class_embeds else None
+                state.bridge.score(torch.randn(1, *state.bridge.shape), no_level, classes)
         _, one, two = counts
     total = {name: one[name] + (updates - 1) * (two[name] - one[name]) for name in one}
-    rows = options.training.train_batch_size * options.hardware.gradient_accumulation_steps
-    static = _static(players)
+    rows = config.train_batch_size * config.gradient_accumulation_steps
+    static = _static(state)
     return Cost(
         parameters={
-            "each network": _numel(players.bridge.network),
-            "student, with its noise scale": _numel(players.student),
+            "each network": _numel(state.bridge.network),
+            "student, with its noise scale": _numel(state.student),
         },
         memory={
             **static,
             "activations and gradients": peak - sum(static.values()),
             "libraries": libraries,
-            **({"pairs": 2 * 4 * pairs * math.prod(players.bridge.shape)} if pairs else {}),
+            **({"pairs": 2 * 4 * pairs * math.prod(state.bridge.shape)} if pairs else {}),
         },
         calls={name: total[name] / rows for name in ("student", "critic", "teacher")},
         flops=total["flops"],
         call_flops=call["flops"],
-        written=_written(static, options.run.checkpoints_total_limit),
+        written=_written(static, config.checkpoints_total_limit),
     )
 
 
 @contextmanager
-def _counting(players: Players) -> Iterator[dict[str, float]]:
+def _counting(state: TrainingState) -> Iterator[dict[str, float]]:
     """Counts the rows that each network is called with, and the operations."""
     count: dict[str, float] = {}
-    with players.counting_rows() as rows, FlopCounterMode(display=False) as flops:
+    with state.counting_rows() as rows, FlopCounterMode(display=False) as flops:
         yield count
     count.update(rows, flops=float(flops.get_total_flops()))
 
 
-def _static(players: Players) -> dict[str, int]:
+def _static(state: TrainingState) -> dict[str, int]:
     """Bytes that stay from update to update."""
     moments = [
         value
-        for optimizer in (players.layer_optimizer, players.critic_optimizer)
+        for optimizer in (state.layer_optimizer, state.critic_optimizer)
         for state in optimizer.state.values()
         for value in state.values()
     ]
     return {
-        "teacher": _bytes(players.bridge.network.parameters()),
-        "student": _bytes(players.student.parameters()),
-        "critic": _bytes(players.critic.parameters()),
-        "average of the student": _bytes(players.ema.shadow_params),
+        "teacher": _bytes(state.bridge.network.parameters()),
+        "student": _bytes(state.student.parameters()),
+        "critic": _bytes(state.critic.parameters()),
+        "average of the student": _bytes(state.ema.shadow_params),
         "Adam's moments": _bytes(moments),
-        "chains": _bytes(tensor for chain in players.chains for tensor in chain.state_dict().values()),
+        "chains": _bytes(tensor for chain in state.chains for tensor in chain.state_dict().values()),
     }
 
 
@@ -259,36 +253,40 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def precision_of(options: Options) -> str:
-    """The precision of the run: that of the launcher where the options name none."""
-    return options.hardware.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+def precision_of(config: HSIVIConfig) -> str:
+    """The precision of the run: that of the launcher where the config names none."""
+    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def seconds_per_flop(options: Options) -> tuple[float, str]:
+def seconds_per_flop(shape: dict[str, Any], config: HSIVIConfig) -> tuple[float, str]:
     """Times a call of one real network of random weights; returns its speed and the device.
+
+    On a CPU it is the time that the call had of it, so that other work on the machine does not count.
 
     As many rows of the batch are used as the calls may cost, so that a small network is timed in the batch it gets.
     """
-    config, _ = read_configs(str(options.teacher.pretrained_teacher_model), options.teacher.revision)
     device = torch.device("cpu")
     if torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         device = torch.accelerator.current_accelerator() or device
-    half = HALF.get(precision_of(options), torch.float32)
-    unet = make_unet(config).to(device).eval()
+    half = HALF.get(precision_of(config), torch.float32)
+    unet = make_unet(shape).to(device).eval()
+
+    def clock() -> float:
+        return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.perf_counter()
 
     def call(rows: int) -> float:
         classes = unet.config.num_class_embeds
         x = torch.randn(rows, *sample_shape(unet), device=device)
         labels = torch.zeros(rows, dtype=torch.long, device=device) if classes else None
-        begin = time.perf_counter()
+        begin = clock()
         with torch.no_grad(), torch.autocast(device.type, half, enabled=half != torch.float32):
             float(unet(x, 0, class_labels=labels).sample.sum())  # a number, for which a GPU must have finished
-        return time.perf_counter() - begin
+        return clock() - begin
 
     with FlopCounterMode(display=False) as counter:
         call(1)
     flops = counter.get_total_flops()
-    rows = int(min(options.training.train_batch_size, max(1, CALIBRATION_FLOPS // flops)))
+    rows = int(min(config.train_batch_size, max(1, CALIBRATION_FLOPS // flops)))
     return min(call(rows) for _ in range(3)) / (rows * flops), _device_name(device)
 
 
@@ -298,63 +296,58 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
 
 
-def print_plan(options: Options) -> None:
-    """Prints what a run of these options would cost; with several processes, the first of them does."""
+def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -> None:
+    """Prints what a run would cost; with several processes, the first of them does."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if int(os.environ.get("RANK", 0)) > 0:
         return
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # from here on it is alone
         os.environ.pop(name, None)
-    cost = measure(options)
+    shape, schedule = read_configs(teacher, revision)
+    cost = measure(shape, schedule, config)
     if processes > 1:
         trained = cost.memory["student"] + cost.memory["critic"]
         cost.memory["gradient buckets of data parallelism"] = trained
         if "pairs" in cost.memory:
             cost.memory["pairs"] //= processes
-    print("\n".join(describe(options, cost, *seconds_per_flop(options), processes)))
+    print("\n".join(describe(teacher, config, cost, *seconds_per_flop(shape, config), processes)))
 
 
-def describe(options: Options, cost: Cost, speed: float, device: str, processes: int) -> list[str]:
+def describe(teacher: str, config: HSIVIConfig, cost: Cost, speed: float, device: str, processes: int) -> list[str]:
     """The lines of the plan."""
-    training, hardware = options.training, options.hardware
-    rows = training.train_batch_size * hardware.gradient_accumulation_steps
+    rows = config.train_batch_size * config.gradient_accumulation_steps
     seconds = speed * cost.flops
     calls = ", ".join(f"{name} {number:.1f}" for name, number in cost.calls.items())
-    layers = ", ".join(map(str, options.layers.num_layers))
+    steps = ", ".join(map(str, config.depths))
     return [
-        f"{options.teacher.pretrained_teacher_model}, T = {layers}, preset {options.method.preset}: "
-        f"{training.max_train_steps} updates of {rows * processes} rows in {processes} process(es)",
+        f"{teacher}, {steps} steps, preset {config.preset}: "
+        f"{config.max_train_steps} updates of {rows * processes} rows in {processes} process(es)",
         "",
         *_table("parameters", cost.parameters, 1, ",.0f"),
         "",
         *_table("memory of a process, MiB", cost.memory, MIB, ",.1f"),
         f"  {'in all, at the peak':40s}{sum(cost.memory.values()) / MIB:>16,.1f}",
         "  (libraries, of this process, and pairs are in main memory; the rest is on the device)",
-        *(
-            ["  (the pictures of --train_data stay in main memory and come on top)"]
-            if options.method.train_data
-            else []
-        ),
+        *(["  (the images of train_data stay in main memory and come on top)"] if config.trials.train_data else []),
         "",
         f"an update calls for each row: {calls}; {cost.flops / 1e9:,.1f} GFLOP in a process",
-        f"about {seconds:,.2f} s an update and {_duration(seconds * training.max_train_steps)} in all on {device}, by "
+        f"about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all on {device}, by "
         "the speed of one network",
-        *_pair_lines(options, cost, speed, processes),
+        *_pair_lines(config, cost, speed, processes),
         "",
         *_table("written, MiB", cost.written, MIB, ",.1f"),
     ]
 
 
-def _pair_lines(options: Options, cost: Cost, speed: float, processes: int) -> list[str]:
+def _pair_lines(config: HSIVIConfig, cost: Cost, speed: float, processes: int) -> list[str]:
     """What the pairs and the fit to them cost before the updates: a backward pass is two calls."""
-    method, hardware = options.method, options.hardware
-    if not method.ode_pairs:
+    if not config.num_pairs:
         return []
-    rows = options.training.train_batch_size * hardware.gradient_accumulation_steps
-    made, fitted = method.ode_pairs * method.ode_calls / processes, 3 * method.ode_steps * rows
+    rows = config.train_batch_size * config.gradient_accumulation_steps
+    made, fitted = config.num_pairs * config.pair_calls / processes, 3 * config.pair_steps * rows
     return [
-        f"before them about {_duration(speed * cost.call_flops * (made + fitted))} for {method.ode_pairs:,} pairs of "
-        f"{method.ode_calls} calls of the teacher and {method.ode_steps:,} updates of the layers by them"
+        f"before them about {_duration(speed * cost.call_flops * (made + fitted))} for {config.num_pairs:,} pairs of "
+        f"{config.pair_calls} calls of the teacher and {config.pair_steps:,} updates of the layers by them"
     ]
 
 

@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from hsivi_diffusers.distillation import run as train_hsivi
+from hsivi_diffusers import cli
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from tiny_unet import make_unet
 
@@ -52,6 +52,7 @@ def arguments(teacher):
             "critic_updates": 2,
             "checkpointing_steps": 2,
             "lr_warmup_steps": 4,
+            "validation_steps": 0,
             **options,
         }
         line = []
@@ -64,10 +65,10 @@ def arguments(teacher):
 
 @pytest.fixture(scope="session")
 def distil(arguments):
-    """Runs train_hsivi.main with 2 layers and 4 rows, and returns the output folder; options by keyword."""
+    """Runs `hsivi distil` with 2 layers and 4 rows, and returns the output folder; options by keyword."""
 
     def run(output_dir, *flags, **options):
-        train_hsivi.main(arguments(output_dir, *flags, **options))
+        cli.distil(arguments(output_dir, *flags, **options))
         return output_dir
 
     return run
@@ -177,11 +178,11 @@ def fresh_accelerator():
 
 @pytest.fixture
 def check_help(capsys):
-    """Asks a script for --help: exit status 0, and the headings."""
+    """Asks a program for --help: exit status 0, and the headings."""
 
     def check(main, *headings):
         with pytest.raises(SystemExit) as exit:
-            main(["--help"])
+            main(["--help_all"])
         text = capsys.readouterr().out
         assert exit.value.code == 0
         for heading in headings:

@@ -1,0 +1,6 @@
+"""`python -m hsivi_diffusers`, the same as the command `hsivi`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""The command `hsivi`: distil a model, plan it, sample, evaluate, and push to the Hub."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .hub import check_repo_id, claim, push
+from .options import option, parse_options, print_error, run_command
+from .pipeline_hsivi import HSIVIPipeline
+
+INTERRUPTED = 75  # exit status after SIGTERM or Ctrl-C: EX_TEMPFAIL, "try again"
+USAGE = """usage: hsivi COMMAND [OPTIONS]
+
+commands:
+  distil     distil a pretrained diffusion pipeline into a few steps
+  plan       tell what that would cost in memory and time, and train nothing
+  sample     draw images from a distilled pipeline
+  evaluate   measure a run against solvers of its teacher
+  push       push a run to the Hub, with its model card
+
+`hsivi COMMAND --help` lists the common options of a command, `--help_all` all of them. `--traceback` shows where an
+error came from. `accelerate launch -m hsivi_diffusers distil ...` runs on several devices.
+"""
+DISTIL = """Distil a pretrained diffusion pipeline into a few steps; no training data is needed.
+
+    hsivi distil --pretrained_teacher_model google/ddpm-cifar10-32 --num_inference_steps 5 --output_dir runs/cifar10
+
+Writes OUTPUT_DIR/pipeline (an HSIVIPipeline), critic, samples, checkpoints and training.json. A run that is stopped
+goes on with --resume_from_checkpoint latest. The command line wins over the YAML file of --config, which wins over the
+preset."""
+PLAN = """Tell what `hsivi distil` would cost with these options, in memory and time, and train nothing."""
+SAMPLE = """Draw images from a distilled pipeline into a folder of PNG files and one contact sheet.
+
+    hsivi sample --pipeline runs/digits_t5/pipeline --output_dir runs/digits_t5/drawn"""
+PUSH = """Push the pipeline of a finished run to the Hub, with a model card made from the run's report.
+
+    hsivi push --run_dir runs/digits_t5 --hub_model_id user/digits-hsivi-5 --license apache-2.0
+
+Run `hsivi evaluate` before, and the card says how good the sampler is."""
+
+
+@dataclass
+class Teacher:
+    """The teacher of a run, and where the run goes on."""
+
+    _group = "teacher and checkpoints"
+    pretrained_teacher_model: str | None = option(None, "folder or repo id of a diffusers pipeline with a UNet2DModel")
+    revision: str | None = option(None, "branch, tag or commit of the repo", common=False)
+    resume_from_checkpoint: str | None = option(None, "`latest`, or the path of a checkpoint")
+
+
+@dataclass
+class Hub:
+    """The repo to push to."""
+
+    _group = "hub"
+    hub_model_id: str | None = option(None, "repo to push to: user/name or organisation/name")
+    hub_exist_ok: bool = option(False, "add to a repo that holds files; replaces its weights and README.md")
+    hub_private_repo: bool = option(False, "make a new repo private", common=False)
+    hub_token: str | None = option(None, "access token; that of `hf auth login` by default", common=False)
+
+    def settings(self) -> dict[str, Any]:
+        """How to push, as arguments of `hsivi_diffusers.push`."""
+        return {"exist_ok": self.hub_exist_ok, "private": self.hub_private_repo or None, "token": self.hub_token}
+
+
+@dataclass
+class PushAtEnd(Hub):
+    """A push at the end of a run."""
+
+    push_to_hub: bool = option(False, "push the pipeline to the Hub at the end")
+
+    def check(self) -> None:
+        """Refuses one of the two options without the other, and what is no name of a repo."""
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("--push_to_hub needs --hub_model_id: name the repo, such as user/digits-hsivi-5")
+        if self.hub_model_id and not self.push_to_hub:
+            raise ValueError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub: pass both")
+        if self.hub_model_id:
+            check_repo_id(self.hub_model_id)
+
+
+@dataclass
+class Sampling:
+    """What `hsivi sample` draws."""
+
+    _group = "sampling"
+    pipeline: str | None = option(None, "folder or repo id of an HSIVIPipeline, or folder of a run")
+    output_dir: str | None = option(None, "folder of the images")
+    overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
+    num_samples: int = option(64, "images to draw")
+    num_inference_steps: int | None = option(None, "steps, one of the counts that were trained; the largest by default")
+    batch_size: int = option(64, "images at once")
+    seed: int = option(0, "each image has a generator of its own, seeded with seed + its number")
+    class_label: list[int] = option([], "classes of the images, in turn; all classes in turn by default")
+    device: str | None = option(None, "where to sample; the GPU if there is one")
+
+
+@dataclass
+class Push(Hub):
+    """What `hsivi push` pushes."""
+
+    run_dir: str | None = option(None, "folder of a run; its pipeline is pushed")
+    pipeline: str | None = option(None, "folder of a pipeline, instead of a run")
+    base_model: str | None = option(None, "repo id of the teacher, for the card; that of the run by default")
+    license: str | None = option(None, "identifier of the licence, such as apache-2.0, for the card")
+    fp16: bool = option(True, "push the weights in half precision too, as the variant fp16")
+    hub_revision: str | None = option(None, "branch to push to; made if need be")
+
+
+def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
+    """Runs `hsivi distil`."""
+    from .distillation.trainer import HSIVITrainer, InterruptedRunError
+    from .vi import DivergenceError
+
+    teacher, config, hub = _read_distillation(args, prog, DISTIL)
+    trainer = HSIVITrainer(teacher.pretrained_teacher_model, config, teacher.revision)
+    if trainer.accelerator.is_main_process and hub.push_to_hub:
+        claim(str(hub.hub_model_id), **hub.settings())
+    try:
+        summary = trainer.train(teacher.resume_from_checkpoint)
+    except InterruptedRunError as error:
+        trainer.accelerator.print(error)
+        raise SystemExit(INTERRUPTED) from error
+    except DivergenceError as error:
+        raise SystemExit("; ".join([f"error: {error}", *error.__notes__])) from error
+    if trainer.accelerator.is_main_process:
+        _report(config.output_dir, summary)
+        if hub.push_to_hub:  # last, for the others would not wait long enough
+            _push_trained(trainer, hub)
+
+
+def _read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
+    """Reads the options of a distillation, and refuses what cannot run."""
+    from .distillation.config import ALIASES, HSIVIConfig, read_settings
+    from .distillation.networks import check_init_from
+    from .distillation.trials import Trials
+
+    groups = [Teacher, HSIVIConfig, PushAtEnd, Trials]
+    teacher, config, hub, config.trials = parse_options(groups, description, args, prog, ALIASES)
+    config.check()
+    hub.check()
+    if config.init_from is not None:
+        check_init_from(Path(config.init_from))
+        if teacher.pretrained_teacher_model is None:
+            before = read_settings(Path(config.init_from) / "options.json")
+            teacher.pretrained_teacher_model, teacher.revision = before["pretrained_teacher_model"], before["revision"]
+    if not teacher.pretrained_teacher_model:
+        raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
+    return teacher, config, hub
+
+
+def _report(output_dir: str, summary: dict[str, Any]) -> None:
+    print(
+        f"trained in {summary['seconds']:.0f} s; the pipeline is in {Path(output_dir) / 'pipeline'}\n"
+        f"measure it: hsivi evaluate --run_dir {output_dir}\n"
+        f"draw from it: hsivi sample --pipeline {output_dir} --output_dir {Path(output_dir) / 'drawn'}"
+    )
+
+
+def _push_trained(trainer: Any, hub: PushAtEnd) -> None:
+    folder = trainer.config.output_dir
+    try:
+        url = trainer.push_to_hub(hub.hub_model_id, **hub.settings())
+    except Exception as error:
+        error.add_note(
+            f"the training is done and its pipeline is in {Path(folder) / 'pipeline'}: push it with "
+            f"hsivi push --run_dir {folder} --hub_model_id {hub.hub_model_id}"
+        )
+        raise
+    print(f"pushed to {url}")
+
+
+def plan(args: Sequence[str]) -> None:
+    """Runs `hsivi plan`."""
+    from .distillation.plan import print_plan
+
+    teacher, config, _ = _read_distillation(args, "hsivi plan", PLAN)
+    print_plan(teacher.pretrained_teacher_model, config, teacher.revision)
+
+
+def sample(args: Sequence[str]) -> None:
+    """Runs `hsivi sample`."""
+    import torch
+    from diffusers.utils import make_image_grid
+    from tqdm import tqdm
+
+    from .folders import claim_output_dir
+
+    (options,) = parse_options([Sampling], SAMPLE, args, "hsivi sample")
+    if options.num_samples < 1 or options.batch_size < 1:
+        raise ValueError(f"--num_samples {options.num_samples}, --batch_size {options.batch_size}: give at least 1")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = HSIVIPipeline.from_pretrained(_pipeline_of(options.pipeline)).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler.set_timesteps(options.num_inference_steps)  # refuses a count that was not trained
+    classes = options.class_label or list(range(pipeline.unet.config.num_class_embeds or 0))
+    output_dir = claim_output_dir(options.output_dir, options.overwrite_output_dir)
+    images: list[Any] = []
+    for first in tqdm(range(0, options.num_samples, options.batch_size), desc="sample", unit="batch"):
+        numbers = range(first, min(first + options.batch_size, options.num_samples))
+        labels = [classes[number % len(classes)] for number in numbers] if classes else None
+        generators = [torch.Generator(device).manual_seed(options.seed + number) for number in numbers]
+        images += pipeline(len(numbers), generators, options.num_inference_steps, class_labels=labels).images
+    for number, image in enumerate(images):
+        image.save(output_dir / f"{number:05d}.png")
+    columns = math.isqrt(len(images))
+    rows = len(images) // columns
+    make_image_grid(images[: rows * columns], rows=rows, cols=columns).save(output_dir / "grid.png")
+    print(f"{len(images)} images in {output_dir}, {rows * columns} of them in {output_dir / 'grid.png'}")
+
+
+def _pipeline_of(name: str | None) -> str:
+    """The folder or repo of a pipeline, of which the folder of a run may be given."""
+    if not name:
+        raise ValueError("--pipeline is missing: give the folder or the repo id of an HSIVIPipeline")
+    inside = Path(name) / "pipeline"
+    return str(inside) if inside.is_dir() else name
+
+
+def evaluate(args: Sequence[str]) -> None:
+    """Runs `hsivi evaluate`."""
+    from .evaluation.evaluate import main
+
+    main(list(args))
+
+
+def push_run(args: Sequence[str]) -> None:
+    """Runs `hsivi push`."""
+    from diffusers import DiffusionPipeline
+
+    (options,) = parse_options([Push], PUSH, args, "hsivi push")
+    if not options.hub_model_id:
+        raise ValueError("--hub_model_id is missing: name the repo, such as user/digits-hsivi-5")
+    if not (options.run_dir or options.pipeline):
+        raise ValueError("--run_dir is missing: give the folder of a run, or --pipeline FOLDER")
+    folder = Path(options.pipeline or _pipeline_of(options.run_dir))
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline")
+    url = push(
+        DiffusionPipeline.from_pretrained(folder),
+        options.hub_model_id,
+        run_dir=options.run_dir,
+        base_model=options.base_model,
+        license=options.license,
+        fp16=options.fp16,
+        revision=options.hub_revision,
+        **options.settings(),
+    )
+    print(f"pushed to {url}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "distil": distil,
+    "plan": plan,
+    "sample": sample,
+    "evaluate": evaluate,
+    "push": push_run,
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs a command of `hsivi`; an expected error is one line and exit status 2."""
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    name, *rest = words
+    if name not in COMMANDS:
+        sys.exit(print_error(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}"))
+    traceback = "--traceback" in rest
+    run_command(lambda: COMMANDS[name]([word for word in rest if word != "--traceback"]), traceback)

@@ -1,0 +1,155 @@
+"""What a run starts from: teacher, student and critic, the grid of the student, and an earlier run's weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from ..modeling_hsivi import HSIVINoiseScale
+from ..pipeline_hsivi import HSIVIPipeline
+from ..scheduling_hsivi import HSIVIScheduler
+from .bridge import SampleData, signal_timestep
+from .config import HSIVIConfig
+from .denoisers import sample_shape
+from .student import label_layers
+from .trials import load_data
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Networks:
+    """What a run starts from.
+
+    Attributes:
+        teacher: Frozen by the bridge.
+        student: UNet of the layers.
+        critic: UNet of the critic.
+        scheduler: Schedule of the teacher, with the grid and kernel of the student.
+        noise_scale: The learned noise scale, if any.
+        data: Draws real images, if there are any.
+    """
+
+    teacher: UNet2DModel
+    student: UNet2DModel
+    critic: UNet2DModel
+    scheduler: HSIVIScheduler
+    noise_scale: HSIVINoiseScale | None
+    data: SampleData | None = None
+
+
+def load_networks(
+    teacher: UNet2DModel, schedule: HSIVIScheduler, config: HSIVIConfig, accelerator: Accelerator
+) -> Networks:
+    """Copies student and critic from the teacher, or takes them from the run of `init_from`.
+
+    The teacher is only called, never trained, so it is kept in the precision of its calls.
+    """
+    networks = make_networks((teacher, copy.deepcopy(teacher), copy.deepcopy(teacher)), schedule, config)
+    if config.init_from is not None:
+        carry_over(networks, Path(config.init_from))
+    if config.trials.train_data is not None:
+        networks.data = load_data(config.trials.train_data, teacher)
+    networks.teacher.to(accelerator.device, HALF.get(accelerator.mixed_precision))
+    return networks
+
+
+def make_networks(
+    unets: tuple[UNet2DModel, UNet2DModel, UNet2DModel], schedule: HSIVIScheduler, config: HSIVIConfig
+) -> Networks:
+    """Returns teacher, student and critic with the grid of the student; the noise scale is 1."""
+    teacher, student, critic = unets
+    scheduler = make_scheduler(schedule, config, sample_shape(teacher))
+    noise_scale = HSIVINoiseScale(sample_shape(teacher)) if config.noise_scale_type == "per_pixel" else None
+    if tells_layer(config):
+        critic = label_layers(critic, sum(scheduler.depths))
+    return Networks(teacher, student, critic, scheduler, noise_scale)
+
+
+def tells_layer(config: HSIVIConfig) -> bool:
+    """Whether layers are scored at the same levels, so that the critic must be told the layer to know its marginal."""
+    shared = config.scoring != "own" and config.trials.kernel == "renoise"
+    return len(config.depths) > 1 or (config.depths[0] > 1 and shared)
+
+
+def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[int, ...]) -> HSIVIScheduler:
+    """Returns the teacher's noise schedule with the grid, or grids, and the kernel of a student."""
+    start = config.start_timestep
+    if start is None and config.start_noise is not None:
+        start = signal_timestep(schedule, (shape[0], 1, 1), 1 / config.start_noise)
+    elif start is None and config.start_signal is not None:
+        start = signal_timestep(schedule, shape, config.start_signal)
+    grids = [
+        HSIVIScheduler.make_layer_timesteps(
+            count,
+            config.timestep_spacing,
+            len(schedule),
+            start=None if start is None else start + place * config.start_spacing,
+        )
+        for place, count in enumerate(config.depths)
+    ]
+    return HSIVIScheduler.from_config(
+        schedule.config,
+        layer_timesteps=grids,
+        timestep_spacing=config.timestep_spacing,
+        kernel=config.trials.kernel,
+        noise_eta=config.noise_eta,
+        noise_scale_type=config.noise_scale_type,
+        clip_sample=False,  # a clamp would stop the gradient of every pixel at black or white
+        thresholding=False,
+    )
+
+
+def check_init_from(run: Path) -> None:
+    """Refuses a folder that is no finished run.
+
+    Raises:
+        ValueError: Something is missing.
+    """
+    missing = [name for name in ("pipeline", "critic", "options.json") if not (run / name).exists()]
+    if missing:
+        raise ValueError(f"init_from={str(run)!r} lacks {', '.join(missing)}: give the folder of a finished run")
+
+
+def carry_over(networks: Networks, run: Path) -> None:
+    """Lets student, critic and noise scale start where a finished run ended, on another grid if need be.
+
+    Raises:
+        ValueError: The run had networks of another shape, or its noise scale does not fit the one of this run.
+    """
+    pipeline = HSIVIPipeline.from_pretrained(run / "pipeline")
+    critic = UNet2DModel.from_pretrained(run / "critic")
+    try:
+        networks.student.load_state_dict(pipeline.unet.state_dict())
+        networks.critic.load_state_dict(_fitting_labels(critic.state_dict(), networks, pipeline.scheduler))
+    except RuntimeError as error:
+        raise ValueError(
+            f"init_from={str(run)!r} has networks of another shape than the teacher: give a run of the same teacher"
+        ) from error
+    scale, learned = pipeline.scheduler.config.noise_scale, pipeline.unet_noise_scale
+    if learned is not None and networks.noise_scale is None:
+        raise ValueError(f"init_from={str(run)!r} has a noise scale per pixel: set noise_scale_type to 'per_pixel'")
+    if isinstance(scale, list):
+        raise ValueError(f"init_from={str(run)!r} has a noise scale per layer, which cannot be trained further")
+    if networks.noise_scale is None:
+        networks.scheduler = HSIVIScheduler.from_config(networks.scheduler.config, noise_scale=scale)
+    elif learned is not None:
+        networks.noise_scale.load_state_dict(learned.state_dict())
+    else:
+        nn.init.constant_(networks.noise_scale.log_scale, float(torch.tensor(scale).log()))
+
+
+def _fitting_labels(state: dict[str, Tensor], networks: Networks, before: HSIVIScheduler) -> dict[str, Tensor]:
+    """The state of a critic that was told layers of other grids, or none: what it is told of them starts anew."""
+    name, own = "class_embedding.weight", networks.critic.state_dict()
+    if name not in own:
+        return {key: value for key, value in state.items() if key != name}
+    tells = networks.critic.config.num_class_embeds != networks.teacher.config.num_class_embeds
+    same = not tells or before.trained_grids == networks.scheduler.trained_grids
+    return state if same and name in state and state[name].shape == own[name].shape else {**state, name: own[name]}
