@@ -41,7 +41,6 @@ def arguments(tmp_path_factory):
         *[f"--rival={folder / 'rival.yaml'}", f"--rival_of={folder / 'student.yaml'}", "--rival_steps=1"],
         *["--seeds", "0", "1", "--solvers", "DDIM", "DEIS", "DDPM", "--solver_steps", "1", "2", "--ddpm_steps=3"],
         *["--num_samples=20", "--batch_size=15", f"--output_dir={folder / 'docs'}", f"--runs_dir={folder / 'runs'}"],
-        *[f"--kept_dir={folder / 'kept'}", "--kept_seeds=1"],
     ]
 
 
@@ -124,12 +123,8 @@ def test_ddpm_has_no_further_rows_where_it_is_not_among_the_solvers(copied, monk
     assert all(row["method"] != "DDPM" for row in rows_of(folder))
 
 
-def test_a_student_is_kept_and_found_again(copied, monkeypatch):
+def test_a_student_is_found_again(copied, monkeypatch):
     folder, arguments = copied
-    kept = folder / "kept/digits/student_seed1"
-    assert sorted(path.name for path in kept.iterdir()) == ["options.json", "pipeline", "training.json"]
-    assert not (folder / "kept/digits/student_seed0").exists()
-    shutil.rmtree(folder / "runs/digits/student_seed1")
     before = [row for row in rows_of(folder) if row["train_seed"] == 1 and "HSIVI" in row["method"]]
     forget(folder, "HSIVI fast, one for all")
     monkeypatch.setattr(benchmark, "_call", never)
@@ -140,8 +135,7 @@ def test_a_student_is_kept_and_found_again(copied, monkeypatch):
 
 def test_nothing_is_trained_for_rows_that_are_there(copied, monkeypatch):
     folder, arguments = copied
-    for name in ("runs", "kept"):
-        shutil.rmtree(folder / name)
+    shutil.rmtree(folder / "runs")
     monkeypatch.setattr(benchmark, "_call", never)
     before = rows_of(folder)
     benchmark.main(arguments)
