@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 from diffusers.callbacks import PipelineCallback
 from packaging.version import Version
 from PIL import Image
+from safetensors.torch import load_file
 
 import hsivi_diffusers
 from hsivi_diffusers import HSIVINoiseScale, HSIVIPipeline, HSIVIScheduler
@@ -514,3 +515,14 @@ def test_a_unet_of_no_size_takes_it_from_the_latents():
     assert pipeline(2, latents=torch.randn(2, 1, 16, 8), output_type="pt").images.shape == (2, 1, 16, 8)
     with pytest.raises(ValueError, match="has no sample_size: pass latents"):
         pipeline(2)
+
+
+def test_each_set_has_one_student_stored_in_half_precision_that_draws_in_single_precision():
+    folders = sorted((Path(__file__).parents[1] / "assets/students").glob("*/*/pipeline"))
+    assert [folder.parents[1].name for folder in folders] == ["digits", "emoji", "fashion"]
+    for folder in folders:
+        stored = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+        assert {weights.dtype for weights in stored.values()} == {torch.float16}
+        pipeline = quiet(HSIVIPipeline.from_pretrained(folder))
+        assert {weights.dtype for weights in pipeline.unet.parameters()} == {torch.float32}
+        assert pipeline(1, seeded(), output_type="pt", return_dict=False)[0].std() > 0.05
