@@ -65,10 +65,10 @@ def test_a_critic_that_is_told_the_layer_starts_as_the_unet_for_each(classes):
     x, timestep, t = torch.randn(4, 1, 8, 8), torch.tensor([10, 220, 700, 999]), torch.tensor([0, 1, 3, 2])
     condition = None if classes is None else torch.tensor([2, 0, 1, 1])
     plain = UNetCritic(unet, HSIVIScheduler())(x, timestep, condition)
-    torch.testing.assert_close(critic(x, timestep + 1000 * t, condition), plain)
+    torch.testing.assert_close(critic(x, timestep, condition, t), plain)
     with torch.no_grad():
         labelled.class_embedding.weight[3 if classes is None else 4 * 1 + 3] += 1
-    told = critic(x, timestep + 1000 * t, condition)
+    told = critic(x, timestep, condition, t)
     assert [torch.allclose(a, b, atol=1e-6) for a, b in zip(told, plain, strict=True)] == [True, True, False, True]
 
 
@@ -80,23 +80,10 @@ def test_what_is_no_class_number_leaves_no_place_for_the_layer():
         label_layers(unet, 2)
 
 
-@pytest.mark.parametrize("kernel", ["ddim", "renoise"])
-def test_a_level_that_tells_the_layer_is_the_same_level(unet, kernel):
-    grids = [[440, 0], [460, 230, 0]]
-    scheduler = HSIVIScheduler(layer_timesteps=grids, kernel=kernel, noise_eta=1.0)
-    plain = TeacherBridge(unet, scheduler, level_law="uniform")
-    told = TeacherBridge(unet, scheduler, level_law="uniform", tell_layer=True)
-    t = torch.tensor([0, 1, 2, 0])
-    assert torch.equal(told.level(t), plain.level(t) + 1000 * t)
-    level, same = (bridge.sample_level(t, torch.Generator().manual_seed(0)) for bridge in (told, plain))
-    assert torch.equal(level, same + 1000 * t)
-    x = torch.randn(4, 1, 8, 8)
-    assert torch.equal(told.score(x, level), plain.score(x, same))
-    assert torch.equal(told.weight(2, -1)(level), plain.weight(2, -1)(same))
-    q = UNetLayers(unet, scheduler)(x, t)
-    ours, theirs = told.renoise(q, t, level), plain.renoise(q, t, same)
-    assert torch.equal(ours.mean, theirs.mean)
-    assert torch.equal(ours.std, theirs.std)
+def test_a_critic_that_tells_layers_apart_needs_the_layer():
+    critic = UNetCritic(label_layers(make_unet(), 2), HSIVIScheduler(), num_layers=2)
+    with pytest.raises(ValueError, match="t is missing: this critic tells 2 layers apart"):
+        critic(torch.randn(1, 1, 8, 8), torch.tensor([10]))
 
 
 def test_layers_are_the_transition_that_step_makes(unet):
@@ -621,13 +608,13 @@ def test_between_its_ends_a_layer_is_scored_where_one_that_ends_there_would_draw
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_layers_of_several_grids_are_scored_between_their_own_ends(unet, prediction_type):
     scheduler = HSIVIScheduler(layer_timesteps=GRIDS, noise_eta=1.0, prediction_type=prediction_type)
-    bridge, layers = TeacherBridge(unet, scheduler, tell_layer=True, between_share=1.0), UNetLayers(unet, scheduler)
+    bridge, layers = TeacherBridge(unet, scheduler, between_share=1.0), UNetLayers(unet, scheduler)
     t = torch.tensor([1, 3, 4, 5])  # below the first of each grid
     tau, x_next, noise = scheduler.input_timestep(t), torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
     timestep = (scheduler.output_timestep(t) + tau) // 2
     with torch.no_grad():
         model_output = unet(x_next, tau).sample
-        law, kept = bridge.between(layers(x_next, t), t, timestep + 1000 * t, x_next, noise)
+        law, kept = bridge.between(layers(x_next, t), t, timestep, x_next, noise)
     mean, std = scheduler.transition(model_output, tau, x_next, prev_timestep=timestep)
     torch.testing.assert_close(law.rsample(kept), mean + std * noise, rtol=1e-4, atol=1e-4)
 

@@ -294,7 +294,6 @@ class Players:
             method.level_law,
             method.level_power,
             networks.data,
-            tell_layer=tells_layer(options),
             between_share=method.between_share,
         )
         if options.hardware.gradient_checkpointing:
@@ -308,7 +307,7 @@ class Players:
         )
         self.critic_unet = networks.critic
         kind = UNetDiscriminator if method.adversarial_weight else UNetCritic
-        told = self.bridge.num_layers if self.bridge.tell_layer else 0
+        told = self.bridge.num_layers if tells_layer(options) else 0
         critic: nn.Module = kind(networks.critic.requires_grad_(True).train(), networks.scheduler, told)
         layer_optimizer, critic_optimizer = self._make_optimizers(networks)
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(

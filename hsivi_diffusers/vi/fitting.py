@@ -103,7 +103,7 @@ def fit(
 
     Args:
         layers: The sampler; called as layers(x_next, t, condition).
-        critic: Estimate of the marginal score; called as critic(x, level, condition). None for `LowerBound` and
+        critic: Estimate of the marginal score; called as critic(x, level, condition, t). None for `LowerBound` and
             `Regression`; for `Adversarial` one that answers with a score and logits.
         bridge: What the layers are fitted to.
         objective: The losses.
@@ -226,7 +226,7 @@ class _Game:
         critic_seen: Critic = self.critic_seen
         critic: Critic = self.critic
         if self.shares_answer:
-            answer = self.critic(cut.x, cut.level, cut.condition)
+            answer = cut.answer(self.critic)
             critic_seen, critic = (lambda *_: answer.detach()), (lambda *_: answer)
         if self.has_critic:
             self.left[shard] = (t, cut, critic)

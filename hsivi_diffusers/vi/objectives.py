@@ -39,7 +39,7 @@ from torch.nn.functional import adaptive_avg_pool2d, softplus
 from .bridges import Bridge
 from .distributions import DiagonalGaussian, randn_like
 
-Critic = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Critic = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 Weight = Callable[[Tensor], Tensor]
 Scoring = Literal["own", "random", "between"]
 
@@ -52,6 +52,7 @@ class LayerDraw:
         q: Conditional law of x given x_next, or, of `scoring="between"`, given its clean picture.
         x: Shape (B, ...).
         level: Level of the bridge that q belongs to, shape (B,).
+        t: Layer of each row, shape (B,).
         condition: Condition of each row, or None.
         real: Draw of the bridge at the level and condition of each row, of the shape of x, or None.
         miss: Mean of the layer, at its own level, less where its pair leads, of the shape of x, NaN in the rows of no
@@ -61,6 +62,7 @@ class LayerDraw:
     q: DiagonalGaussian
     x: Tensor
     level: Tensor
+    t: Tensor
     condition: Tensor | None = None
     real: Tensor | None = None
     miss: Tensor | None = None
@@ -69,6 +71,10 @@ class LayerDraw:
     def layer_score(self) -> Tensor:
         """grad_x log q(x | x_next), of the shape of x."""
         return self.q.score(self.x)
+
+    def answer(self, critic: Critic) -> Tensor:
+        """Returns critic(x, level, condition, t)."""
+        return critic(self.x, self.level, self.condition, self.t)
 
     def detach(self) -> LayerDraw:
         """The same draw, cut from the graph of the layers."""
@@ -122,7 +128,7 @@ def draw_layer(
         q, noise = bridge.between(q, t, level, x_next, noise, generator)
     x = q.rsample(noise)
     drawn = bridge.sample(level, condition, generator) if real else None
-    return LayerDraw(q=q, x=x, level=level, condition=condition, real=drawn, miss=miss)
+    return LayerDraw(q=q, x=x, level=level, t=t, condition=condition, real=drawn, miss=miss)
 
 
 def unit_weight(level: Tensor) -> Tensor:
@@ -147,7 +153,7 @@ class Objective(ABC):
         """Returns the loss whose gradient in the layers' parameters pulls q towards p: shape (B,).
 
         Args:
-            critic: (x, level, condition) -> estimate of grad log q(x), of the shape of x; its parameters must not be
+            critic: (x, level, condition, t) -> estimate of grad log q(x), of the shape of x; its parameters must not be
                 updated with this loss. Objectives without a critic never call it.
             bridge: Where S and log p come from.
             draw: A draw on the graph of the layers.
@@ -195,7 +201,7 @@ class CriticObjective(Objective):
         Minimal at (1 - m) grad log q(x) + m S(x); m is 0 by default.
 
         Args:
-            critic: (x, level, condition) -> estimate of grad log q(x), of the shape of x.
+            critic: (x, level, condition, t) -> estimate of grad log q(x), of the shape of x.
             draw: A draw cut from the graph of the layers.
             bridge: Where S comes from; asked only with a `teacher_share`.
 
@@ -209,7 +215,7 @@ class CriticObjective(Objective):
             with torch.no_grad():
                 bridge_score = bridge.score(draw.x, draw.level, draw.condition)
             target = (1 - self.teacher_share) * target + self.teacher_share * bridge_score
-        error = critic(draw.x, draw.level, draw.condition) - target
+        error = draw.answer(critic) - target
         return 0.5 * self.critic_weight(draw.level) * _sum(error.square())
 
     def _row_weight(self, draw: LayerDraw, bridge_score: Tensor) -> Tensor:
@@ -248,7 +254,7 @@ class ScoreMatching(CriticObjective):
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
         """Returns w/(1 - m) (v . (S - grad log q(x | x_next)) - alpha |v|^2), its gradient through both networks."""
         bridge_score = bridge.score(draw.x, draw.level, draw.condition)
-        v = bridge_score - critic(draw.x, draw.level, draw.condition)
+        v = bridge_score - draw.answer(critic)
         loss = _sum(v * (bridge_score - draw.layer_score) - self.alpha * v.square()) / (1 - self.teacher_share)
         return self._row_weight(draw, bridge_score) * loss
 
@@ -270,7 +276,7 @@ class KullbackLeibler(CriticObjective):
         """
         with torch.no_grad():
             bridge_score = bridge.score(draw.x, draw.level, draw.condition)
-            gap = (critic(draw.x, draw.level, draw.condition) - bridge_score) / (1 - self.teacher_share)
+            gap = (draw.answer(critic) - bridge_score) / (1 - self.teacher_share)
             weight = self._row_weight(draw, bridge_score)
             value = 0.5 * _sum(gap.square())
         product = _sum(gap * draw.x)
@@ -338,7 +344,7 @@ class Adversarial(Extended):
         Raises:
             TypeError: The critic does not answer with a score and logits.
         """
-        score, logits = _score_and_logits(critic(draw.x, draw.level, draw.condition))
+        score, logits = _score_and_logits(draw.answer(critic))
         loss = self.objective.layer_loss(lambda *_: score, bridge, draw)
         return loss + self._scale(draw) * _mean(softplus(-logits))
 
@@ -357,7 +363,7 @@ class Adversarial(Extended):
         size = len(draw.x)
         condition = None if draw.condition is None else torch.cat([draw.condition, draw.condition])
         score, logits = _score_and_logits(
-            critic(torch.cat([draw.x, draw.real]), torch.cat([draw.level, draw.level]), condition)
+            critic(torch.cat([draw.x, draw.real]), draw.level.repeat(2), condition, draw.t.repeat(2))
         )
         loss = self.objective.critic_loss(lambda *_: score[:size], draw, bridge)
         game = _mean(softplus(logits[:size])) + _mean(softplus(-logits[size:]))

@@ -450,7 +450,7 @@ def test_logits_of_several_places_count_by_their_mean():
     draw, critic = make_draw(layers, bridge, real=True).detach(), LinearCritic(3)
 
     def make(places):
-        return lambda x, level, condition: (critic(x, level), x[:, :places].reshape(len(x), places, 1))
+        return lambda x, level, condition, t: (critic(x, level), x[:, :places].reshape(len(x), places, 1))
 
     adversarial, softplus = Adversarial(KullbackLeibler(), 0.1), torch.nn.functional.softplus
     losses = [adversarial.layer_loss(make(places), bridge, draw) for places in (1, 3)]
@@ -463,8 +463,9 @@ def test_each_loss_is_one_call_of_the_critic():
     bridge = shifted(matching_bridge(layers))
     draw, critic = make_draw(layers, bridge, real=True, condition=torch.arange(64)), discriminator(layers, bridge)
 
-    def counting(x, level, condition):
+    def counting(x, level, condition, t):
         sizes.append(len(x))
+        assert torch.equal(t, level)
         assert torch.equal(condition, torch.arange(64).repeat(len(x) // 64))
         return critic(x, level)
 
@@ -530,7 +531,7 @@ def test_regression_is_half_the_square_of_the_miss_and_asks_no_one():
 def of_pairs(miss):
     """A draw of rows that miss the ends of their pairs by so much."""
     q = DiagonalGaussian(miss, torch.ones_like(miss))
-    return LayerDraw(q=q, x=miss, level=torch.zeros(len(miss), dtype=torch.long), condition=None, miss=miss)
+    return LayerDraw(q=q, x=miss, level=torch.zeros(len(miss)), t=torch.zeros(len(miss)), condition=None, miss=miss)
 
 
 def test_the_coarse_part_of_a_picture_counts_more_and_the_rest_as_before():
@@ -670,7 +671,8 @@ def test_rows_are_mixed_with_rows_of_their_own_level_alone(num_extra):
     for level in range(3):
         of = draw.level == level
         q = DiagonalGaussian(draw.q.mean[of], draw.q.std[of])
-        torch.testing.assert_close(loss[of], bound(LayerDraw(q, draw.x[of], draw.level[of]), bridge, num_extra))
+        rows = LayerDraw(q, draw.x[of], draw.level[of], draw.t[of])
+        torch.testing.assert_close(loss[of], bound(rows, bridge, num_extra))
 
 
 def test_a_std_that_broadcasts_is_that_of_every_row():
