@@ -39,7 +39,7 @@ class TeacherBridge(Bridge):
             has more levels of low noise.
         data: Draws clean data, (size, condition, generator) -> shape (size, ...), each row with its condition; None for
             a bridge that is not drawn from.
-        between_share: Share of the rows that are scored so with `scoring="between"`, see `between`; above 0, up to 1.
+        between_share: Share of the rows scored at a random level that keep to their input, see `place`; 0 to 1.
 
     Raises:
         ValueError: The range leaves the teacher's clock, the law is unknown, the power is not above 0, the share is out
@@ -54,7 +54,7 @@ class TeacherBridge(Bridge):
         level_law: LevelLaw | None = None,
         level_power: float = 1.0,
         data: SampleData | None = None,
-        between_share: float = 0.5,
+        between_share: float = 0.0,
     ) -> None:
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
@@ -63,8 +63,8 @@ class TeacherBridge(Bridge):
             raise ValueError(f"level_law={level_law!r} is unknown: choose 'layer' or 'uniform'")
         if not level_power > 0:
             raise ValueError(f"level_power={level_power}: give a number > 0; 1 is uniform, 2 has more low noise")
-        if not 0 < between_share <= 1:
-            raise ValueError(f"between_share={between_share}: give a number above 0 and up to 1")
+        if not 0 <= between_share <= 1:
+            raise ValueError(f"between_share={between_share}: give a share of rows, 0 to 1")
         self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
         self.scheduler = scheduler
         self.level_range = level_range
@@ -164,29 +164,38 @@ class TeacherBridge(Bridge):
             return DiagonalGaussian(mean=alpha / alpha_t * q.mean, std=sigma)
         return q.diffuse(alpha_t, sigma_t, alpha, sigma)
 
-    def between(
+    def place(
         self,
         q: DiagonalGaussian,
         t: Tensor,
         level: Tensor,
-        x_next: Tensor,
         noise: Tensor,
+        x_next: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[DiagonalGaussian, Tensor]:
-        """Returns N(alpha_s x0, sigma_s^2), s the level, and the noise of a draw that keeps to the layer's input.
+        """Returns the law of `renoise` and the noise z; in `between_share` of the rows, a draw that keeps to its input.
 
-        With x0 the clean picture of the layer, eps = (x_{t+1} - alpha_{t+1} x0) / sigma_{t+1}, and c that of a layer
-        from tau_{t+1} to s, the noise is (sqrt(sigma_s^2 - c^2) eps + c z) / sigma_s, without gradient: x_s is what
-        such a layer would draw. That is done with `between_share` of the rows below the first layer, whose input says
-        nothing of a picture, and where the level is below the input; the others have the law of `renoise`, and z.
+        There, with x0 the clean image of the layer, eps = (x_{t+1} - alpha_{t+1} x0) / sigma_{t+1}, s the level and c
+        that of a layer from tau_{t+1} to s, the law is N(alpha_s x0, sigma_s^2) and the noise
+        (sqrt(sigma_s^2 - c^2) eps + c z) / sigma_s, without gradient: x_s is what such a layer would draw. At the
+        optimum the layer's E[x0 | x_s] is the data's (moment matching, arXiv 2406.04103). Rows of the first layer,
+        whose input tells nothing of an image, and rows with a level above their input are never chosen.
+
+        Raises:
+            ValueError: There is a share and no x_next.
         """
+        fresh = self.renoise(q, t, level)
+        if not self.between_share:
+            return fresh, noise
+        if x_next is None:
+            raise ValueError(f"between_share={self.between_share} needs the input of the layers: give x_next")
         tau = self.scheduler.input_timestep(t)
         chosen = torch.rand(len(t), generator=generator).to(t.device) < self.between_share
         chosen &= ~torch.isin(t, self._first_layers.to(t.device)) & (level < tau)
         x0, eps = self.scheduler.invert(q.mean, tau, x_next, self.scheduler.output_timestep(t))
         direction, c = self.scheduler.split_noise(tau, torch.minimum(level, tau), q.mean)
         alpha, sigma = self.scheduler.alpha_sigma(level, q.mean)
-        fresh, chosen = self.renoise(q, t, level), chosen.reshape(alpha.shape)
+        chosen = chosen.reshape(alpha.shape)
         mean, std = torch.where(chosen, alpha * x0, fresh.mean), torch.where(chosen, sigma, fresh.std)
         kept = ((direction * eps + c * noise) / sigma).detach()
         return DiagonalGaussian(mean=mean, std=std), torch.where(chosen, kept, noise)

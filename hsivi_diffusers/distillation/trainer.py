@@ -48,7 +48,7 @@ from ..vi import (
 from .bridge import SampleData, TeacherBridge, signal_timestep, usual_law
 from .config import Layers, Method, Options
 from .denoisers import load_teacher, sample_shape
-from .pairs import TeacherPairs
+from .pairs import TeacherPairs, coarse_loss
 from .student import LayerNoiseScale, UNetCritic, UNetDiscriminator, UNetLayers, label_layers
 
 MAX_OVERFLOWS = 50
@@ -263,7 +263,7 @@ def make_objective(method: Method, bridge: TeacherBridge) -> CriticObjective:
     objective: CriticObjective = KullbackLeibler(**weights) if kl else ScoreMatching(alpha=alpha, **weights)
     if method.adversarial_weight:
         objective = Adversarial(objective, method.adversarial_weight)
-    return Guided(objective, method.ode_weight, method.ode_coarse) if guides(method) else objective
+    return Guided(objective, method.ode_weight, coarse_loss(method.ode_coarse)) if guides(method) else objective
 
 
 def guides(method: Method) -> bool:
@@ -294,7 +294,7 @@ class Players:
             method.level_law,
             method.level_power,
             networks.data,
-            between_share=method.between_share,
+            between_share=method.between_share if method.scoring == "between" else 0.0,
         )
         if options.hardware.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
@@ -433,7 +433,7 @@ class Players:
             critic=self.critic,
             critic_optimizer=self.critic_optimizer,
             critic_updates=method.critic_updates,
-            scoring=method.scoring,
+            scoring="own" if method.scoring == "own" else "random",
             start_step=start_step,
         )
         optimizers, overflows = (self.layer_optimizer, self.critic_optimizer), 0

@@ -112,7 +112,7 @@ def fit(
         layer_optimizer: Of the layers' parameters.
         critic_optimizer: Of the critic's parameters.
         critic_updates: Critic updates for each layer update, >= 1 (the paper: 20).
-        scoring: Level at which layers are scored, "own" (the paper), "random" or "between", see `draw_layer`.
+        scoring: Level at which layers are scored, "own" (the paper) or "random", see `draw_layer`.
         seed: Seed of the run.
         rank: Index of this process; its first shard is rank * (number of chains).
         start_step: First step to do; those before it are taken as done.
