@@ -43,11 +43,12 @@ from .bridge import TeacherBridge, signal_timestep
 from .config import HSIVIConfig
 from .denoisers import sample_shape
 from .networks import Networks, tells_layer
-from .pairs import TeacherPairs
+from .pairs import TeacherPairs, coarse_loss
 from .student import UNetCritic, UNetDiscriminator, UNetLayers
 
 MAX_OVERFLOWS = 50
 NOISE_SCALE_LEARNING_RATE = 1e-2
+BETWEEN_SHARE = 0.5  # of the rows that are scored between the ends of their layer, with scoring="between"
 COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs, see Guided
 LEVEL_SIGNAL = 0.312  # see signal_timestep; at timestep 800 of 8x8 grey pixels, 956 of 32x32
 
@@ -64,7 +65,7 @@ def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjectiv
     objective: CriticObjective = KullbackLeibler(**weights) if kl else ScoreMatching(**weights)
     if config.trials.adversarial_weight:
         objective = Adversarial(objective, config.trials.adversarial_weight)
-    return Guided(objective, config.pair_weight, COARSE_WEIGHT) if guides(config) else objective
+    return Guided(objective, config.pair_weight, coarse_loss(COARSE_WEIGHT)) if guides(config) else objective
 
 
 def guides(config: HSIVIConfig) -> bool:
@@ -93,7 +94,7 @@ class TrainingState:
             (config.level_min, signal_timestep(networks.scheduler, sample_shape(networks.teacher), LEVEL_SIGNAL)),
             level_power=config.trials.level_power,
             data=networks.data,
-            tell_layer=tells_layer(config),
+            between_share=BETWEEN_SHARE if config.scoring == "between" else 0.0,
         )
         if config.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
@@ -106,7 +107,7 @@ class TrainingState:
         )
         self.critic_unet = networks.critic
         kind = UNetDiscriminator if config.trials.adversarial_weight else UNetCritic
-        told = self.bridge.num_layers if self.bridge.tell_layer else 0
+        told = self.bridge.num_layers if tells_layer(config) else 0
         critic: nn.Module = kind(networks.critic.requires_grad_(True).train(), networks.scheduler, told)
         layer_optimizer, critic_optimizer = self._make_optimizers(networks)
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
@@ -231,7 +232,7 @@ class TrainingState:
             critic=self.critic,
             critic_optimizer=self.critic_optimizer,
             critic_updates=config.critic_updates,
-            scoring=config.scoring,
+            scoring="own" if config.scoring == "own" else "random",
             start_step=start_step,
         )
         optimizers, overflows = (self.layer_optimizer, self.critic_optimizer), 0
