@@ -152,7 +152,7 @@ def closing_lines(run_dir: Path, rows: list[dict[str, Any]]) -> list[str]:
     compared = f"FD {ours['fd']:.2f} at {ours['nfe']} network calls"
     if rivals:
         best = min(rivals, key=lambda row: row["fd"])
-        compared += f", against {best['fd']:.2f} of {best['method']}, the best solver at as many"
+        compared += f", against {best['fd']:.2f} of {best['method']}, the best stock solver at as many"
     slow = [row for row in rows if row["nfe"] > ours["nfe"] and row["method"] != "HSIVI"]
     if slow:
         longest = max(slow, key=lambda row: row["nfe"])
