@@ -163,6 +163,15 @@ def test_generators_fix_the_noise_one_for_all_or_one_for_each():
     torch.testing.assert_close(each[2:3], alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_noise_of_a_generator_is_drawn_in_single_precision_for_half(dtype):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)
+    output, sample = (tensor.to(dtype) for tensor in output_and_sample())
+    step = scheduler.step(output, 800, sample, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(step.prev_sample, scheduler.step(output, 800, sample, variance_noise=noise).prev_sample)
+
+
 def test_eta_given_by_a_pipeline_does_not_silence_the_noise():
     scheduler = HSIVIScheduler(layer_timesteps=GRID)
     output, sample = output_and_sample()
