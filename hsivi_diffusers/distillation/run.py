@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from .plan import print_plan
 from .progress import Monitor
 from .trainer import Players, PreemptionError, guides, load_networks
 
-PREEMPTED = 75  # exit status after SIGTERM: EX_TEMPFAIL, "try again"
+PREEMPTED = 75  # exit status after SIGTERM or Ctrl-C: EX_TEMPFAIL, "try again"
 WRITTEN = ("training.json", "pipeline", "critic", "validation", "report.json", "report.md", "samples.png", "curve.png")
 
 
@@ -86,13 +87,19 @@ def claim_folders(options: Options) -> Iterator[None]:
 
 
 @contextmanager
-def sigterm_as_trigger(accelerator: Accelerator) -> Iterator[None]:
-    """Lets SIGTERM, the sign of a machine that is taken away, pull accelerate's trigger, and not end the process."""
-    before = signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
+def signals_as_trigger(accelerator: Accelerator) -> Iterator[None]:
+    """Lets SIGTERM and Ctrl-C pull accelerate's trigger, and not end the process; a second Ctrl-C ends it at once."""
+
+    def pull(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        accelerator.set_trigger()
+
+    before = {number: signal.signal(number, pull) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(
@@ -101,8 +108,8 @@ def train(
     """Runs the updates from `start` on, before which `spent` seconds went by; returns the seconds of all.
 
     Raises:
-        SystemExit: The run diverged, or SIGTERM came: then a checkpoint was saved, if there was an update, and the
-            status is 75.
+        SystemExit: The run diverged, or SIGTERM or Ctrl-C came: then a checkpoint was saved, if there was an update,
+            and the status is 75.
     """
     run, total = options.run, options.training.max_train_steps
     clock = time.perf_counter()
@@ -118,12 +125,12 @@ def train(
                 checkpoints.save(done, seconds())
             if stop and done < total:
                 players.accelerator.print(
-                    f"SIGTERM: saved after step {done}; go on with --resume_from_checkpoint latest"
+                    f"stopped: saved after step {done}; go on with --resume_from_checkpoint latest"
                 )
                 raise SystemExit(PREEMPTED)
     except PreemptionError as error:
         players.accelerator.print(
-            "SIGTERM before the first update, nothing was saved: --resume_from_checkpoint latest starts anew"
+            "stopped before the first update, nothing was saved: --resume_from_checkpoint latest starts anew"
         )
         raise SystemExit(PREEMPTED) from error
     except DivergenceError as error:
@@ -219,9 +226,9 @@ def run(players: Players, monitor: Monitor, options: Options) -> None:
     accelerator, output_dir = players.accelerator, Path(str(options.run.output_dir))
     if options.run.report_to:
         accelerator.init_trackers(options.run.tracker_project_name)
-    checkpoints = Checkpoints(options.run, accelerator, players)
+    checkpoints = Checkpoints(options.run, accelerator, players, players.identity)
     start, spent = checkpoints.load()
-    with sigterm_as_trigger(accelerator), players.counting_rows() as rows:
+    with signals_as_trigger(accelerator), players.counting_rows() as rows:
         seconds = train(players, checkpoints, monitor, options, start, spent)
     if accelerator.is_main_process:
         players.save(output_dir)

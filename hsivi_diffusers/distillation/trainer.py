@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ..evaluation.images import load_images, to_model_range
 from ..folders import remove_folder, replace_folder
 from ..modeling_hsivi import HSIVINoiseScale
+from ..options import flatten
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
 from ..vi import (
@@ -47,7 +48,7 @@ from ..vi import (
 )
 from .bridge import SampleData, TeacherBridge, signal_timestep, usual_law
 from .config import Layers, Method, Options
-from .denoisers import load_teacher, sample_shape
+from .denoisers import fingerprint, load_teacher, sample_shape
 from .pairs import TeacherPairs
 from .student import LayerNoiseScale, UNetCritic, UNetDiscriminator, UNetLayers, label_layers
 
@@ -68,6 +69,7 @@ class Networks:
         scheduler: Schedule of the teacher, with the grid and kernel of the student.
         noise_scale: The learned noise scale, if any.
         data: Draws real pictures, if there are any.
+        fingerprint: Of the teacher as it was loaded; none if it was made.
     """
 
     teacher: UNet2DModel
@@ -76,6 +78,7 @@ class Networks:
     scheduler: HSIVIScheduler
     noise_scale: NoiseScale | None
     data: SampleData | None = None
+    fingerprint: str | None = None
 
 
 def load_networks(options: Options, accelerator: Accelerator) -> Networks:
@@ -89,6 +92,7 @@ def load_networks(options: Options, accelerator: Accelerator) -> Networks:
         carry_over(networks, Path(options.teacher.init_from))
     if options.method.train_data is not None:
         networks.data = load_data(options.method.train_data, teacher)
+    networks.fingerprint = fingerprint(teacher, schedule)
     networks.teacher.to(accelerator.device, HALF.get(accelerator.mixed_precision))
     return networks
 
@@ -286,6 +290,7 @@ class Players:
 
     def __init__(self, networks: Networks, options: Options, accelerator: Accelerator) -> None:
         self.options, self.accelerator = options, accelerator
+        self.identity = {**flatten(options[:4]), "teacher_sha256": networks.fingerprint}
         method, training = options.method, options.training
         self.bridge = TeacherBridge(
             networks.teacher,
@@ -316,7 +321,15 @@ class Players:
         )
         self.ema = EMAModel(self.student.parameters(), decay=training.ema_decay, use_ema_warmup=False)
         self.ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(self.ema, *self.lr_schedulers)
+        self.parts = {
+            "layers": self.student,
+            "critic": critic,
+            "layer_optimizer": self.layer_optimizer,
+            "critic_optimizer": self.critic_optimizer,
+            "layer_schedule": self.lr_schedulers[0],
+            "critic_schedule": self.lr_schedulers[1],
+            "average": self.ema,
+        }
         self.pairs = cache(self._make_pairs)  # made when first asked for, and anew by a resumed run
         self.chains = [self._make_chain(place) for place in range(options.hardware.gradient_accumulation_steps)]
 
@@ -378,16 +391,16 @@ class Players:
     def pairs_per_shard(self) -> int:
         """Pairs of each shard: at least one, if there are any."""
         pairs = self.options.method.ode_pairs
-        return max(1, pairs // self.shards) if pairs else 0
+        return max(1, pairs // self.micro_batches) if pairs else 0
 
     @property
     def pair_calls(self) -> tuple[int, int]:
         """Network calls, in all processes, that make the pairs, and that fit the layers to them."""
-        method, pairs = self.options.method, self.pairs_per_shard * self.shards
+        method, pairs = self.options.method, self.pairs_per_shard * self.micro_batches
         return pairs * method.ode_calls, method.ode_steps * self.rows if pairs else 0
 
     @property
-    def shards(self) -> int:
+    def micro_batches(self) -> int:
         """Chains in all processes."""
         return self.accelerator.num_processes * len(self.chains)
 
@@ -399,7 +412,7 @@ class Players:
     @property
     def rows(self) -> int:
         """Rows of an update, in all shards."""
-        return self.shards * self.options.training.train_batch_size
+        return self.micro_batches * self.options.training.train_batch_size
 
     @contextmanager
     def counting_rows(self) -> Iterator[dict[str, int]]:
@@ -531,12 +544,12 @@ class Players:
                 raise DivergenceError(f"a weight of {name}", step - 1, range(self.student.num_layers))
 
     def save_state(self, folder: Path) -> None:
-        """Writes the chains of this process into a checkpoint, of which accelerate has saved the rest."""
+        """Writes the chains of this process into a checkpoint."""
         for path, chain in zip(self._chain_paths(folder), self.chains, strict=True):
             save_file(chain.state_dict(), path)
 
     def load_state(self, folder: Path) -> None:
-        """Restores the chains of this process, and moves the averages from the CPU, where accelerate loads them."""
+        """Restores the chains of this process, and moves the averages from the CPU."""
         self.ema.to(self.accelerator.device)
         for path, chain in zip(self._chain_paths(folder), self.chains, strict=True):
             chain.load_state_dict(load_file(path))
