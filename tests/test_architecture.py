@@ -40,18 +40,20 @@ ALLOWED = {
     "pipeline_hsivi": (set(), HOST),
     "model_card": ({"pipeline_hsivi"}, {"diffusers", "huggingface_hub"}),
     "hub": ({"model_card", "pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub", "PIL"}),
-    "folders": (set(), set()),
+    "folders": (set(), {"filelock"}),
     "options": (set(), {"transformers", "yaml"}),
     "distillation/__init__": (set(), set()),
     "distillation/denoisers": ({"scheduling_hsivi"}, TRAIN),
     "distillation/student": ({"vi/*", "scheduling_hsivi", "modeling_hsivi", "distillation/denoisers"}, TRAIN),
     "distillation/bridge": ({"vi/*", "scheduling_hsivi", "distillation/denoisers", "distillation/student"}, TRAIN),
     "distillation/pairs": ({"vi/*", "scheduling_hsivi", "distillation/denoisers"}, TRAIN),
-    "distillation/checkpoints": ({"folders", "options"}, TRAIN),
+    "distillation/seals": (set(), set()),
+    "distillation/state_dicts": (set(), TRAIN),
+    "distillation/checkpoints": ({"distillation/seals", "distillation/state_dicts", "folders", "options"}, TRAIN),
     "distillation/config": ({"distillation/checkpoints", "hub", "options"}, TRAIN),
     "distillation/trainer": (
         {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "pairs", "student")}
-        | {"vi/*", "modeling_hsivi", "pipeline_hsivi", "scheduling_hsivi", "evaluation/images", "folders"},
+        | {"vi/*", "modeling_hsivi", "pipeline_hsivi", "scheduling_hsivi", "evaluation/images", "folders", "options"},
         TRAIN,
     ),
     "distillation/progress": (

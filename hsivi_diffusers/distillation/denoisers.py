@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -96,6 +98,21 @@ def _check_agreement(name: str, unet: UNet2DModel, scheduler: SchedulerMixin) ->
             f"teacher {name}: the unet was made for {wanted} timesteps, the scheduler counts {clock}; mend "
             "num_train_timesteps in one of the two configs"
         )
+
+
+def fingerprint(unet: UNet2DModel, scheduler: SchedulerMixin) -> str:
+    """Returns the SHA-256 of the weights and the two configs of a teacher, as hexadecimal digits.
+
+    What a config says of where it was loaded from, and by which version of diffusers, does not enter.
+    """
+    hash = hashlib.sha256()
+    for part in (unet, scheduler):
+        config = {name: value for name, value in part.config.items() if not name.startswith("_")}
+        hash.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(unet.state_dict().items()):
+        hash.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        hash.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hash.hexdigest()
 
 
 def sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:

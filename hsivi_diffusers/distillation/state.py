@@ -88,6 +88,7 @@ class TrainingState:
 
     def __init__(self, networks: Networks, config: HSIVIConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
+        self.fingerprint = networks.fingerprint
         self.bridge = TeacherBridge(
             networks.teacher,
             networks.scheduler,
@@ -115,7 +116,15 @@ class TrainingState:
         )
         self.ema = EMAModel(self.student.parameters(), decay=config.ema_decay, use_ema_warmup=False)
         self.ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(self.ema, *self.lr_schedulers)
+        self.parts = {
+            "layers": self.student,
+            "critic": critic,
+            "layer_optimizer": self.layer_optimizer,
+            "critic_optimizer": self.critic_optimizer,
+            "layer_schedule": self.lr_schedulers[0],
+            "critic_schedule": self.lr_schedulers[1],
+            "average": self.ema,
+        }
         self.pairs = cache(self._make_pairs)  # made when first asked for, and anew by a resumed run
         self.chains = [self._make_chain(place) for place in range(config.gradient_accumulation_steps)]
 
@@ -158,10 +167,10 @@ class TrainingState:
         return torch.randint(unet.config.num_class_embeds, (size,), generator=generator).to(unet.device)
 
     def _make_pairs(self, place: int) -> TeacherPairs:
-        """The share of the pairs of one shard."""
-        config, number = self.config, self.pairs_per_shard
+        """The share of the pairs of one micro-batch."""
+        config, number = self.config, self.pairs_per_micro_batch
         self.accelerator.print(f"making {number} pairs of {config.pair_calls} calls of the teacher")
-        generator = step_generator(config.seed, self.first_shard + place, -1)
+        generator = step_generator(config.seed, self.first_micro_batch + place, -1)
         condition = self._sample_condition(number, generator) if self.student.unet.config.num_class_embeds else None
         return TeacherPairs(
             self.bridge.network.unet,
@@ -173,31 +182,31 @@ class TrainingState:
         )
 
     @property
-    def pairs_per_shard(self) -> int:
-        """Pairs of each shard: at least one, if there are any."""
+    def pairs_per_micro_batch(self) -> int:
+        """Pairs of each micro-batch: at least one, if there are any."""
         pairs = self.config.num_pairs
-        return max(1, pairs // self.shards) if pairs else 0
+        return max(1, pairs // self.micro_batches) if pairs else 0
 
     @property
     def pair_calls(self) -> tuple[int, int]:
         """Network calls, in all processes, that make the pairs, and that fit the layers to them."""
-        pairs = self.pairs_per_shard * self.shards
+        pairs = self.pairs_per_micro_batch * self.micro_batches
         return pairs * self.config.pair_calls, self.config.pair_steps * self.rows if pairs else 0
 
     @property
-    def shards(self) -> int:
+    def micro_batches(self) -> int:
         """Chains in all processes."""
         return self.accelerator.num_processes * len(self.chains)
 
     @property
-    def first_shard(self) -> int:
+    def first_micro_batch(self) -> int:
         """Number of this process's first chain among those of all."""
         return self.accelerator.process_index * len(self.chains)
 
     @property
     def rows(self) -> int:
-        """Rows of an update, in all shards."""
-        return self.shards * self.config.train_batch_size
+        """Rows of an update, in all micro-batches."""
+        return self.micro_batches * self.config.train_batch_size
 
     @contextmanager
     def counting_rows(self) -> Iterator[dict[str, int]]:
@@ -328,18 +337,18 @@ class TrainingState:
                 raise DivergenceError(f"a weight of {name}", step - 1, range(self.student.num_layers))
 
     def save_state(self, folder: Path) -> None:
-        """Writes the chains of this process into a checkpoint, of which accelerate has saved the rest."""
+        """Writes the chains of this process into a checkpoint."""
         for path, chain in zip(self._chain_paths(folder), self.chains, strict=True):
             save_file(chain.state_dict(), path)
 
     def load_state(self, folder: Path) -> None:
-        """Restores the chains of this process, and moves the averages from the CPU, where accelerate loads them."""
+        """Restores the chains of this process, and moves the averages from the CPU."""
         self.ema.to(self.accelerator.device)
         for path, chain in zip(self._chain_paths(folder), self.chains, strict=True):
             chain.load_state_dict(load_file(path))
 
     def _chain_paths(self, folder: Path) -> list[Path]:
-        return [folder / f"chains-{self.first_shard + place}.safetensors" for place in range(len(self.chains))]
+        return [folder / f"chains-{self.first_micro_batch + place}.safetensors" for place in range(len(self.chains))]
 
     def save(self, output_dir: Path) -> None:
         """Saves the averaged layers as OUTPUT_DIR/pipeline, and the critic, for --init_from, as OUTPUT_DIR/critic."""

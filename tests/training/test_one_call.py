@@ -253,7 +253,7 @@ def test_sigterm_before_the_first_update_ends_a_run_that_may_start_again(launch,
     """Between the updates by the pairs, of which nothing is saved."""
     statuses, text = launch(tmp_path / "run", kill={"point": "SIGTERM", "step": 2}, processes=processes, **ONE)
     assert statuses == [75] * processes, text
-    assert "SIGTERM before the first update, nothing was saved: --resume_from_checkpoint latest starts anew" in text
+    assert "stopped before the first update, nothing was saved: --resume_from_checkpoint latest starts anew" in text
     assert not any((tmp_path / "run" / name).exists() for name in ("checkpoints", "pipeline"))
     again = launch(tmp_path / "run", processes=processes, resume_from_checkpoint="latest", **ONE)
     assert again[0] == [0] * processes, again[1]

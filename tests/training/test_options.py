@@ -1,7 +1,4 @@
-import os
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +9,6 @@ import yaml
 from hsivi_diffusers.distillation import config as recipe
 from hsivi_diffusers.distillation.checkpoints import Output
 from hsivi_diffusers.evaluation import evaluate
-from hsivi_diffusers.folders import claim_output_dir, in_turn, sole_writer
 from hsivi_diffusers.options import changes, option, parse_options
 from training.benchmarks.images import benchmark, train_classifier, train_consistency, train_teacher
 
@@ -284,63 +280,6 @@ def test_no_config_is_left_untested():
 )
 def test_a_number_is_the_list_of_it_and_nothing_else(before, now, said):
     assert changes({"n": before, "m": 1}, {"n": now}) == said
-
-
-def test_a_new_output_folder_is_made_with_its_parents(tmp_path):
-    path = claim_output_dir(str(tmp_path / "a" / "b"), keep=False)
-    assert path == tmp_path / "a" / "b"
-    assert path.is_dir()
-    assert claim_output_dir(str(path), keep=False) == path
-
-
-def test_a_filled_output_folder_is_refused_unless_it_may_be_kept(tmp_path):
-    (tmp_path / "precious").touch()
-    with pytest.raises(ValueError, match="is not empty.*--overwrite_output_dir"):
-        claim_output_dir(str(tmp_path), keep=False)
-    assert claim_output_dir(str(tmp_path), keep=True) == tmp_path
-    assert os.listdir(tmp_path) == ["precious"]
-
-
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_file_or_no_name_is_no_output_folder(tmp_path, keep):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is a file"):
-        claim_output_dir(str(tmp_path / "file"), keep)
-    with pytest.raises(ValueError, match="--output_dir is missing"):
-        claim_output_dir(None, keep)
-
-
-def test_a_folder_has_one_writer(tmp_path):
-    first = sole_writer(tmp_path)
-    with first, pytest.raises(ValueError, match="is being written by another run"), sole_writer(tmp_path):
-        pass
-    with sole_writer(tmp_path):
-        pass
-
-
-def test_processes_write_in_turn(tmp_path):
-    """A lock is of the handle, and each has its own, so threads wait as processes do."""
-    there, leave, order = threading.Event(), threading.Event(), []
-
-    def first():
-        with in_turn(tmp_path):
-            there.set()
-            leave.wait(10)
-            order.append("first")
-
-    def second():
-        with in_turn(tmp_path):
-            order.append("second")
-
-    with ThreadPoolExecutor(2) as pool:
-        running = [pool.submit(first)]
-        there.wait(10)
-        running.append(pool.submit(second))
-        assert not running[1].done()
-        leave.set()
-        for each in running:
-            each.result(10)
-    assert order == ["first", "second"]
 
 
 def test_help_lists_what_each_preset_has_instead_of_the_defaults(parse, capsys):

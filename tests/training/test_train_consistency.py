@@ -122,7 +122,7 @@ def weights(folder):
 def run_for(distiller, training, folder):
     """Trains on ten pictures of noise."""
     images, output = torch.randn(10, 1, 8, 8), Output(str(folder))
-    return train_consistency.train(distiller, images, Method(), training, output, Accelerator())
+    return train_consistency.train(distiller, images, Method(), training, output, Accelerator(), {})
 
 
 # ----- the consistency function -----

@@ -131,7 +131,7 @@ def test_every_player_is_trained(paper_run, teacher):
     assert (after["unet_noise_scale.log_scale"] != 0).all()
     layers, critic = (
         load_file(paper_run / "checkpoints" / "checkpoint-5" / name)
-        for name in ("model.safetensors", "model_1.safetensors")
+        for name in ("layers.safetensors", "critic.safetensors")
     )
     assert all(not torch.equal(critic[f"unet.{name}"], tensor) for name, tensor in before.items())
     assert not torch.equal(critic["unet.conv_in.weight"], layers["unet.conv_in.weight"])
@@ -140,7 +140,7 @@ def test_every_player_is_trained(paper_run, teacher):
 def test_the_averaged_layers_are_saved(distil, tmp_path):
     """The first update sets the average, the others enter it with 1 - decay."""
     folder = distil(tmp_path / "run", ema_decay=0.15, checkpointing_steps=1, checkpoints_total_limit=5)
-    path, *others = (folder / "checkpoints" / f"checkpoint-{step}" / "model.safetensors" for step in range(1, 6))
+    path, *others = (folder / "checkpoints" / f"checkpoint-{step}" / "layers.safetensors" for step in range(1, 6))
     averaged = load_file(path)
     for path in others:
         averaged = {name: averaged[name].lerp(tensor, 0.85) for name, tensor in load_file(path).items()}
@@ -322,7 +322,7 @@ def test_a_resumed_run_equals_one_at_once(request, interrupt, distil, tmp_path, 
     distil(folder, preset=preset, resume_from_checkpoint="latest")
     assert starts == [0, 2]
     assert same_tensors(pipeline_weights(folder), pipeline_weights(at_once))
-    for name in ("model.safetensors", "model_1.safetensors", "chains-0.safetensors"):
+    for name in ("layers.safetensors", "critic.safetensors", "chains-0.safetensors"):
         last = [load_file(run / "checkpoints" / "checkpoint-5" / name) for run in (folder, at_once)]
         assert same_tensors(*last)
 

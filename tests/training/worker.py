@@ -2,8 +2,9 @@
 
 Reads a request of JSON on each line of its input: `arguments` of main, `processes`, `environment`, and `kill`. That is
 null, or {"after": seconds}, for SIGKILL from here, or {"point": ..., "step": ...}, for a child that kills itself while
-it saves the checkpoint of a step (see POINTS) or, at the point "SIGTERM", sends itself that signal. Answers with the
-exit statuses of the children, minus the signal where there was one, and with the last lines that each printed.
+it saves the checkpoint of a step (see POINTS) or, if the point is the name of a signal, sends itself that after a step.
+Answers with the exit statuses of the children, minus the signal where there was one, and with the last lines that each
+printed.
 """
 
 import json
@@ -17,13 +18,12 @@ import tempfile
 import time
 import traceback
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hsivi_diffusers import folders
-from hsivi_diffusers.distillation import checkpoints
+from hsivi_diffusers.distillation import checkpoints, state_dicts
 from hsivi_diffusers.distillation import run as train_hsivi
 from hsivi_diffusers.distillation import trainer as players
 
@@ -32,8 +32,9 @@ GRACE = 1  # seconds that the other children have after one died
 
 # Function before which the child dies, and the path it is called with.
 POINTS = {
-    "state": (players, "save_file", r"partial-{step}/chains"),  # accelerate has saved
+    "state": (players, "save_file", r"partial-{step}/chains"),  # the parts are saved
     "half a file": (players, "save_file", r"partial-{step}/chains"),
+    "half a part": (state_dicts, "save_file", r"partial-{step}/average"),
     "chains": (checkpoints, "write_json", r"partial-{step}/progress.json$"),
     "progress": (checkpoints, "replace_folder", r"partial-{step}$"),
     "between retire and rename": (folders.os, "replace", r"partial-{step}$"),
@@ -55,7 +56,7 @@ def arrange_death(point, step):
     def dying(*given, **named):
         paths = [path for path in given if isinstance(path, str | Path) and re.search(pattern, str(path))]
         if paths and os.path.exists(paths[0]) >= (point == "half removed"):
-            if point == "half a file":
+            if point.startswith("half a "):
                 function(*given, **named)
                 os.truncate(paths[0], os.path.getsize(paths[0]) // 2)
             if point == "half removed":
@@ -67,14 +68,14 @@ def arrange_death(point, step):
     setattr(module, name, dying)
 
 
-def send_sigterm(step):
-    """Has this process send itself SIGTERM after a step."""
+def send_signal(name, step):
+    """Has this process send itself a signal after a step."""
     fit = players.fit
 
     def signalled(*given, **named):
         for done in fit(*given, **named):
             if done.step + 1 == step:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.Signals[name])
             yield done
 
     players.fit = signalled
@@ -95,7 +96,8 @@ def start(rank, request, port, log):
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(request["processes"])}
         kill = request["kill"] or {}
         if "point" in kill and rank == kill.get("rank", 0):
-            (send_sigterm if kill["point"] == "SIGTERM" else partial(arrange_death, kill["point"]))(kill["step"])
+            act = send_signal if kill["point"] in signal.Signals.__members__ else arrange_death
+            act(kill["point"], kill["step"])
         train_hsivi.main(request["arguments"])
         status = 0
     except SystemExit as exit:

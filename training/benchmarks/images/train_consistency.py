@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIScheduler, load_teacher
 from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
-from hsivi_diffusers.distillation.denoisers import sample_shape
+from hsivi_diffusers.distillation.denoisers import fingerprint, sample_shape
 from hsivi_diffusers.evaluation.images import load_images, to_model_range
 from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.options import flatten, option, parse_options
@@ -231,7 +231,13 @@ def follow(target: UNet2DModel, student: UNet2DModel, decay: float) -> None:
 
 
 def train(
-    distiller: Distiller, images: Tensor, method: Method, training: Training, run: Output, accelerator: Accelerator
+    distiller: Distiller,
+    images: Tensor,
+    method: Method,
+    training: Training,
+    run: Output,
+    accelerator: Accelerator,
+    identity: dict[str, Any],
 ) -> tuple[int, float]:
     """Trains on real pictures, shape (N, C, H, W), and leaves the averaged weights in the student.
 
@@ -245,8 +251,8 @@ def train(
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.adam_weight_decay)
     ema = EMAModel(parameters, decay=training.ema_decay, use_ema_warmup=False)
-    state = Registered(accelerator, ema, student, distiller.target, optimizer)
-    checkpoints = Checkpoints(run, accelerator, state)
+    state = Registered(accelerator, ema, student=student, target=distiller.target, optimizer=optimizer)
+    checkpoints = Checkpoints(run, accelerator, state, identity)
     step, seconds = checkpoints.load()
     clock = time.perf_counter() - seconds
     total = training.max_train_steps if training.max_train_seconds is None else None
@@ -330,8 +336,12 @@ def main(args: list[str] | None = None) -> None:
         channels, size, _ = sample_shape(distiller.teacher)
         images, _ = load_images(teacher.train_data, size, channels)
         images = to_model_range(images).to(accelerator.device)
-        start_run(run, [teacher, method, training], WRITTEN)
-        steps, seconds = train(distiller, images, method, training, run, accelerator)
+        start_run(run, flatten([teacher, method, training]), WRITTEN)
+        identity = {
+            **flatten([teacher, method, training]),
+            "teacher_sha256": fingerprint(distiller.teacher, distiller.schedule),
+        }
+        steps, seconds = train(distiller, images, method, training, run, accelerator, identity)
         save(distiller, output_dir)
         write_json(output_dir / "training.json", summarise(steps, seconds, teacher, method, training))
         accelerator.end_training()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +29,7 @@ from tqdm import trange
 
 from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
 from hsivi_diffusers.evaluation.images import load_images, to_model_range
-from hsivi_diffusers.options import option, parse_options
+from hsivi_diffusers.options import flatten, option, parse_options
 
 WRITTEN = ("model_index.json", "unet", "scheduler")
 
@@ -95,8 +95,9 @@ def train(
     training: Training,
     run: Output,
     accelerator: Accelerator,
+    identity: dict[str, Any],
 ) -> None:
-    """Trains on pictures in [-1, 1], shape (N, C, H, W), and leaves the averaged weights in the network.
+    """Trains on images in [-1, 1], shape (N, C, H, W), and leaves the averaged weights in the network.
 
     Raises:
         FloatingPointError: The loss, or a weight that is to be saved, is not finite.
@@ -107,7 +108,8 @@ def train(
     network, optimizer = accelerator.prepare(unet, optimizer)
     parameters = list(unet.parameters())
     ema = EMAModel(parameters, decay=training.ema_decay, use_ema_warmup=False)
-    checkpoints = Checkpoints(run, accelerator, Registered(accelerator, ema, lr_scheduler))
+    state = Registered(accelerator, ema, unet=network, optimizer=optimizer, schedule=lr_scheduler)
+    checkpoints = Checkpoints(run, accelerator, state, identity)
     start, spent = checkpoints.load()
     progress = trange(start, total, initial=start, total=total, desc="teacher", disable=not accelerator.is_main_process)
     for step in progress:
@@ -141,9 +143,10 @@ def main(args: list[str] | None = None) -> None:
         )
         unet = make_unet(data, network)
         if accelerator.is_main_process:
-            start_run(run, [data, network, training], WRITTEN)
+            start_run(run, flatten([data, network, training]), WRITTEN)
         accelerator.wait_for_everyone()
-        train(unet, scheduler, to_model_range(images).to(accelerator.device), training, run, accelerator)
+        images, identity = to_model_range(images).to(accelerator.device), flatten([data, network, training])
+        train(unet, scheduler, images, training, run, accelerator, identity)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(str(run.output_dir))
