@@ -9,9 +9,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
-from hsivi_diffusers.distillation import config as recipe
-from hsivi_diffusers.distillation import run as train_hsivi
-from hsivi_diffusers.distillation import trainer as players
+from hsivi_diffusers.distillation import HSIVIConfig, HSIVITrainer, networks, state
 from tiny_unet import make_unet
 
 GRIDS = {"fast": [440, 220, 0], "paper": [800, 200, 0]}
@@ -36,9 +34,9 @@ def contents(folder):
 def starts(monkeypatch):
     """Steps at which the loop was entered."""
     entered = []
-    fit = players.fit
+    fit = state.fit
     monkeypatch.setattr(
-        players, "fit", lambda *given, **named: entered.append(named["start_step"]) or fit(*given, **named)
+        state, "fit", lambda *given, **named: entered.append(named["start_step"]) or fit(*given, **named)
     )
     return entered
 
@@ -48,7 +46,7 @@ def interrupt(distil):
     """Runs up to 3 steps of 5, with one checkpoint, after the 2nd; then Ctrl-C."""
 
     def run(folder, **options):
-        fit = players.fit
+        fit = state.fit
 
         def stopping(*given, **named):
             for step in fit(*given, **named):
@@ -57,7 +55,7 @@ def interrupt(distil):
                 yield step
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(players, "fit", stopping)
+            patched.setattr(state, "fit", stopping)
             with pytest.raises(KeyboardInterrupt):
                 distil(folder, **options)
         assert checkpoints(folder) == ["checkpoint-2"]
@@ -73,13 +71,13 @@ def poison(monkeypatch):
 
     def patch(first):
         calls = []
-        score = players.TeacherBridge.score
+        score = state.TeacherBridge.score
 
         def poisoned(self, x, level, condition=None):
             calls.append(level)
             return score(self, x, level, condition) * (1 if len(calls) <= first else torch.nan)
 
-        monkeypatch.setattr(players.TeacherBridge, "score", poisoned)
+        monkeypatch.setattr(state.TeacherBridge, "score", poisoned)
 
     return patch
 
@@ -92,11 +90,11 @@ def test_a_preset_makes_a_pipeline_of_its_layers(request, preset):
     folder = request.getfixturevalue(f"{preset}_run")
     pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
-    settings = recipe.PRESETS[preset]
+    settings = HSIVIConfig(preset=preset)
     assert pipeline.scheduler.config.layer_timesteps == GRIDS[preset]
-    assert pipeline.scheduler.config.kernel == settings["kernel"]
+    assert pipeline.scheduler.config.kernel == settings.trials.kernel
     assert pipeline.scheduler.config.clip_sample is False
-    assert (pipeline.unet_noise_scale is not None) == (settings["noise_scale_type"] == "per_pixel")
+    assert (pipeline.unet_noise_scale is not None) == (settings.noise_scale_type == "per_pixel")
 
     called = []
     images = pipeline(
@@ -112,10 +110,12 @@ def test_a_preset_makes_a_pipeline_of_its_layers(request, preset):
 
 
 @pytest.mark.parametrize("preset", ["fast", "paper"])
-def test_options_json_records_preset_and_overrides(request, teacher, preset):
+def test_options_json_records_the_preset_and_what_was_given(request, teacher, preset):
     options = json.loads((request.getfixturevalue(f"{preset}_run") / "options.json").read_text())
-    overridden = {"preset": preset, "critic_updates": 2, "max_train_steps": 5, "pretrained_teacher_model": str(teacher)}
-    assert {**options, **recipe.PRESETS[preset], **overridden} == options
+    given = {"num_inference_steps": [2], "critic_updates": 2, "max_train_steps": 5, "train_batch_size": 4}
+    config = HSIVIConfig(preset=preset, lr_warmup_steps=4, **given)
+    assert options == {"pretrained_teacher_model": str(teacher), "revision": None, **config.settings()}
+    assert {**options, **given} == options
 
 
 def test_training_json_records_the_cost(fast_run):
@@ -124,7 +124,7 @@ def test_training_json_records_the_cost(fast_run):
     assert training["seconds"] > 0
 
 
-def test_every_player_is_trained(paper_run, teacher):
+def test_every_network_is_trained(paper_run, teacher):
     before = dict(load_teacher(str(teacher))[0].named_parameters())
     after = pipeline_weights(paper_run)
     assert all(not torch.equal(after[f"unet.{name}"], tensor) for name, tensor in before.items())
@@ -157,8 +157,8 @@ def test_a_run_is_a_function_of_its_seed(distil, fast_run, tmp_path, same_tensor
 
 
 @pytest.mark.parametrize("preset", ["fast", "paper"])
-def test_a_class_conditional_teacher_trains(distil, class_teacher, tmp_path, preset):
-    folder = distil(tmp_path / preset, preset=preset, pretrained_teacher_model=class_teacher, max_train_steps=3)
+def test_a_class_conditional_teacher_trains(class_runs, class_teacher, preset):
+    folder = class_runs[preset]
     pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     before = load_teacher(str(class_teacher))[0].class_embedding.weight
@@ -175,12 +175,10 @@ def test_a_class_conditional_teacher_trains(distil, class_teacher, tmp_path, pre
         assert len(state["condition"]) == 2 * 4
 
 
-def test_fused_loss_and_one_layer(distil, tmp_path, same_tensors):
-    """alpha reaches the loss of SM; T = 1 is SIVI-SM."""
-    options = {"preset": "paper", "num_layers": 1, "max_train_steps": 3}
-    plain, fused = (pipeline_weights(distil(tmp_path / str(alpha), alpha=alpha, **options)) for alpha in (0.5, 1.0))
-    assert not same_tensors(plain, fused)
-    assert HSIVIPipeline.from_pretrained(tmp_path / "0.5" / "pipeline").scheduler.config.layer_timesteps == [800, 0]
+def test_one_step_of_the_paper_is_a_single_layer(distil, tmp_path):
+    """T = 1 is SIVI-SM."""
+    folder = distil(tmp_path / "run", preset="paper", num_inference_steps=1, max_train_steps=1)
+    assert HSIVIPipeline.from_pretrained(folder / "pipeline").scheduler.config.layer_timesteps == [800, 0]
 
 
 def test_ddim_layers_may_be_scored_at_random_levels(distil, paper_run, tmp_path, same_tensors):
@@ -193,53 +191,43 @@ def test_the_layers_clamp_nothing_whatever_the_teacher_does(teacher, tmp_path):
     scheduler = DDPMScheduler(clip_sample=True, thresholding=True)
     DDPMPipeline(unet=load_teacher(str(teacher))[0], scheduler=scheduler).save_pretrained(tmp_path)
     _, schedule = load_teacher(str(tmp_path))
-    config = players.make_scheduler(schedule, recipe.Layers(), (1, 8, 8)).config
+    config = networks.make_scheduler(schedule, HSIVIConfig(), (1, 8, 8)).config
     assert (config.clip_sample, config.thresholding) == (False, False)
 
 
 def test_the_chain_starts_at_a_signal_unless_a_timestep_is_given():
-    def start(side, channels=1, **layers):
-        shape = (channels, side, side)
-        scheduler = players.make_scheduler(HSIVIScheduler(), recipe.Layers(num_layers=[2], **layers), shape)
-        return scheduler.config.layer_timesteps[0]
+    def start(side, channels=1, **settings):
+        config = HSIVIConfig(num_inference_steps=2, **settings)
+        return networks.make_scheduler(HSIVIScheduler(), config, (channels, side, side)).config.layer_timesteps[0]
 
-    assert start(8) == 800  # the quadratic spacing's own
-    assert [start(side, start_signal=3.2) for side in (8, 16, 32)] == [440, 566, 674]
-    assert [start(side, channels=3, start_signal=3.2) for side in (32, 64)] == [750, 836]
-    assert start(32, start_signal=3.2, start_timestep=500) == 500
+    assert start(8, preset="paper") == 800  # the quadratic spacing's own
+    assert [start(side) for side in (8, 16, 32)] == [440, 566, 674]
+    assert [start(side, channels=3) for side in (32, 64)] == [750, 836]
+    assert start(32, start_timestep=500) == 500
 
 
-@pytest.mark.parametrize(("side", "level_max", "highest"), [(8, None, 800), (32, None, 956), (32, 700, 700)])
-def test_the_random_levels_end_at_a_signal_unless_a_timestep_is_given(side, level_max, highest):
+@pytest.mark.parametrize(("side", "highest"), [(8, 800), (32, 956)])
+def test_the_random_levels_end_at_a_signal(side, highest):
     unet = make_unet(sample_size=side)
-    networks = players.Networks(unet, unet, unet, HSIVIScheduler(), None)
-    assert players.level_range(recipe.Method(level_max=level_max), networks) == (5, highest)
+    config = HSIVIConfig(num_inference_steps=2, train_batch_size=1)
+    made = networks.make_networks((unet, copy.deepcopy(unet), copy.deepcopy(unet)), HSIVIScheduler(), config)
+    assert state.TrainingState(made, config, Accelerator(cpu=True)).bridge.level_range == (5, highest)
 
 
 def test_the_weights_of_the_losses(teacher):
-    """In score units `unit` is sigma^2, `sigma2` sigma^4; `normalised` has 1/alpha, for SM times sigma^2."""
+    """In score units `unit` is sigma^2, `sigma2` sigma^4."""
     unet, schedule = load_teacher(str(teacher))
     grid = HSIVIScheduler.from_config(schedule.config, layer_timesteps=[440, 220, 0])
-    bridge = players.TeacherBridge(unet, grid)
-    abar = schedule.alphas_cumprod
+    bridge = state.TeacherBridge(unet, grid)
     level = torch.tensor([0, 300, 800])
-
-    def make(**settings):
-        return players.make_objective(recipe.Method(**settings), bridge)
-
-    objective = make(objective="SM", alpha=1.1, layer_weight="sigma2", critic_weight="unit")
-    assert type(objective) is players.ScoreMatching
-    assert (objective.alpha, objective.normalise) == (1.1, False)
-    torch.testing.assert_close(objective.layer_weight(level), (1 - abar[level]) ** 2)
-    torch.testing.assert_close(objective.critic_weight(level), 1 - abar[level])
-    objective = make(objective="SM", layer_weight="normalised")
-    assert objective.normalise
-    torch.testing.assert_close(objective.layer_weight(level), (1 - abar[level]) * abar[level] ** -0.5)
-    objective = make(objective="KL", layer_weight="normalised", critic_weight="sigma2")
-    assert type(objective) is players.KullbackLeibler
-    assert objective.normalise
-    torch.testing.assert_close(objective.layer_weight(level), abar[level] ** -0.5)
-    torch.testing.assert_close(objective.critic_weight(level), (1 - abar[level]) ** 2)
+    variance = 1 - schedule.alphas_cumprod[level]
+    for objective, kind in (("SM", state.ScoreMatching), ("KL", state.KullbackLeibler)):
+        for weight, wanted in (("unit", variance), ("sigma2", variance**2)):
+            config = HSIVIConfig(preset="fast", objective=objective, loss_weight=weight)
+            made = state.make_objective(config, bridge)
+            assert type(made) is kind
+            torch.testing.assert_close(made.layer_weight(level), wanted)
+            torch.testing.assert_close(made.critic_weight(level), wanted)
 
 
 # ----- one student, several step counts -----
@@ -254,7 +242,7 @@ def test_one_student_is_trained_for_several_counts(several_run, fast_run, teache
     pipeline.set_progress_bar_config(disable=True)
     grids = [[440, 0], [440, 220, 0], [440, 330, 220, 110, 0]]
     assert pipeline.scheduler.config.layer_timesteps == grids
-    assert json.loads((several_run / "options.json").read_text())["num_layers"] == [1, 2, 4]
+    assert json.loads((several_run / "options.json").read_text())["num_inference_steps"] == [1, 2, 4]
     images = {count: draw(pipeline, count) for count in (1, 2, 4)}
     assert pipeline.num_timesteps == 4
     for drawn in images.values():
@@ -275,24 +263,24 @@ def test_one_student_is_trained_for_several_counts(several_run, fast_run, teache
 
 @pytest.mark.parametrize("preset", ["fast", "paper"])
 def test_a_run_of_several_counts_resumes_to_the_same_bits(interrupt, distil, tmp_path, differences, preset):
-    options = {"preset": preset, "num_layers": (1, 2, 4)}
+    options = {"preset": preset, "num_inference_steps": (1, 2, 4)}
     at_once = distil(tmp_path / "at_once", **options)
     folder = interrupt(tmp_path / "run", **options)
-    distil(folder, resume_from_checkpoint="latest", **{**options, "num_layers": (2, 4, 1)})
+    distil(folder, resume_from_checkpoint="latest", **{**options, "num_inference_steps": (2, 4, 1)})
     assert differences(folder, at_once) == []
 
 
 def test_a_run_of_several_counts_is_not_one_of_a_single_count(distil, several_run, tmp_path):
     folder = shutil.copytree(several_run, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"other options \(num_layers: \[1, 2, 4\] -> \[4\]\): name another"):
-        distil(folder, num_layers=4, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=r"other options \(num_inference_steps: \[1, 2, 4\] -> \[4\]\): name another"):
+        distil(folder, num_inference_steps=4, resume_from_checkpoint="latest")
 
 
 def test_a_run_that_recorded_a_plain_number_of_layers_resumes(distil, fast_run, tmp_path, starts, same_tensors):
     folder = shutil.copytree(fast_run, tmp_path / "run")
     options = json.loads((folder / "options.json").read_text())
-    assert options["num_layers"] == [2]
-    (folder / "options.json").write_text(json.dumps({**options, "num_layers": 2}))
+    assert options["num_inference_steps"] == [2]
+    (folder / "options.json").write_text(json.dumps({**options, "num_inference_steps": 2}))
     distil(folder, resume_from_checkpoint="latest")
     assert starts == [5]
     assert same_tensors(pipeline_weights(folder), pipeline_weights(fast_run))
@@ -300,15 +288,15 @@ def test_a_run_that_recorded_a_plain_number_of_layers_resumes(distil, fast_run, 
 
 def test_several_counts_may_learn_one_scale_for_all(distil, tmp_path):
     options = {"noise_scale_type": "scalar", "noise_scale_learning_rate": 0.1, "max_train_steps": 3}
-    folder = distil(tmp_path / "run", num_layers=(1, 2), critic_updates=1, **options)
+    folder = distil(tmp_path / "run", num_inference_steps=(1, 2), critic_updates=1, **options)
     pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
     assert pipeline.scheduler.config.noise_scale != 1
     assert draw(pipeline, 2).isfinite().all()
 
 
 def test_no_count_is_refused():
-    with pytest.raises(ValueError, match="--num_layers : give one number of network calls, or several that differ"):
-        recipe.check_layers(recipe.Layers(num_layers=[]))
+    with pytest.raises(ValueError, match="--num_inference_steps : give one number of network calls, or several that differ"):
+        recipe.check_layers(recipe.Layers(num_inference_steps=[]))
 
 
 # ----- going on -----
@@ -371,14 +359,14 @@ def test_incomplete_checkpoints_are_ignored(interrupt, distil, fast_run, tmp_pat
 
 
 def test_a_checkpoint_that_is_cut_short_has_no_final_name(distil, tmp_path, monkeypatch):
-    save_file = players.save_file
+    save_file = state.save_file
 
     def failing(tensors, path):
         if "partial-4" in str(path):
             raise OSError("no space left")
         save_file(tensors, path)
 
-    monkeypatch.setattr(players, "save_file", failing)
+    monkeypatch.setattr(state, "save_file", failing)
     with pytest.raises(OSError, match="no space left"):
         distil(tmp_path / "run")
     assert checkpoints(tmp_path / "run") == ["checkpoint-2", "partial-4"]
@@ -471,7 +459,7 @@ def test_a_nan_before_any_checkpoint_says_so(distil, tmp_path, poison):
 
 @pytest.mark.parametrize("player", ["layers", "critic"])
 def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypatch, player):
-    fit = players.fit
+    fit = state.fit
 
     def poisoned(layers, critic, *given, **named):
         for step in fit(layers, critic, *given, **named):
@@ -480,7 +468,7 @@ def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypat
                 torch.nn.init.constant_(unet.conv_out.bias, torch.inf)
             yield step
 
-    monkeypatch.setattr(players, "fit", poisoned)
+    monkeypatch.setattr(state, "fit", poisoned)
     with pytest.raises(SystemExit) as exit:
         distil(tmp_path / "run")
     assert re.search("a weight of the .* not finite at step 3", exit.value.code)
@@ -496,16 +484,16 @@ def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypat
     [
         ({"pretrained_teacher_model": ""}, "--pretrained_teacher_model is missing"),
         ({"pretrained_teacher_model": "./nowhere"}, "teacher './nowhere' is not a folder"),
-        ({"num_layers": 0}, "--num_layers 0: give a number of at least 1"),
-        ({"num_layers": 1001}, "1001 steps"),
-        ({"num_layers": (2, 0)}, "--num_layers 0: give a number of at least 1"),
-        ({"num_layers": (1, 1001)}, "1001 steps"),
-        ({"num_layers": (2, 4, 2)}, "--num_layers 2 2 4: give one number of network calls, or several that differ"),
+        ({"num_inference_steps": 0}, "--num_inference_steps 0: give a number of at least 1"),
+        ({"num_inference_steps": 1001}, "1001 steps"),
+        ({"num_inference_steps": (2, 0)}, "--num_inference_steps 0: give a number of at least 1"),
+        ({"num_inference_steps": (1, 1001)}, "1001 steps"),
+        ({"num_inference_steps": (2, 4, 2)}, "--num_inference_steps 2 2 4: give one number of network calls, or several that differ"),
         (
-            {"num_layers": (1, 4), "noise_scale_type": "per_layer"},
-            "per_layer goes with one number of layers, and --num_layers 1 4 has 2: use scalar or per_pixel",
+            {"num_inference_steps": (1, 4), "noise_scale_type": "per_layer"},
+            "per_layer goes with one number of layers, and --num_inference_steps 1 4 has 2: use scalar or per_pixel",
         ),
-        ({"num_layers": (1, 4), "start_timestep": 3}, "start=3: give a timestep from 4"),
+        ({"num_inference_steps": (1, 4), "start_timestep": 3}, "start=3: give a timestep from 4"),
         ({"max_train_steps": 0}, "--max_train_steps 0"),
         ({"train_batch_size": 0}, "--train_batch_size 0"),
         ({"critic_updates": 0}, "--critic_updates 0"),
@@ -593,7 +581,7 @@ def test_gradients_that_always_overflow_end_the_run(distil, tmp_path, monkeypatc
     from accelerate.optimizer import AcceleratedOptimizer
 
     monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda _: True))
-    monkeypatch.setattr(players, "MAX_OVERFLOWS", 4)
+    monkeypatch.setattr(state, "MAX_OVERFLOWS", 4)
     with pytest.raises(
         SystemExit, match="the gradient is not finite at step 3.*last good checkpoint is .*checkpoint-2"
     ):
