@@ -516,7 +516,15 @@ def test_old_names_are_read_on_the_command_line_in_yaml_and_in_the_record_of_a_r
     config = make_config("--ode_calls=3", "--layer_weight", "sigma2", f"--config={tmp_path / 'old.yaml'}")
     assert config.depths == [2]  # of the fixture's command line, which wins
     assert (config.num_pairs, config.pair_calls, config.loss_weight, config.clip_images) == (9, 3, "sigma2", False)
-    (tmp_path / "options.json").write_text('{"num_layers": [2], "ode_steps": 4, "seed": 0}')
-    assert read_settings(tmp_path / "options.json") == {"num_inference_steps": [2], "pair_steps": 4, "seed": 0}
     assert set(ALIASES.values()) <= config.settings().keys()
     assert not ALIASES.keys() & config.settings().keys()
+
+
+def test_the_record_of_an_older_run_is_read_as_one_of_today(tmp_path):
+    """With old names, a plain number, options that are gone, and the preset that one step had; others were not there."""
+    record = tmp_path / "options.json"
+    record.write_text('{"revision": null, "num_layers": 1, "preset": "fast", "ode_steps": 4, "seed": 3, "alpha": 0.5}')
+    settings = read_settings(record)
+    today = HSIVIConfig(num_inference_steps=1, pair_steps=4, seed=3).settings()
+    assert settings == {"revision": None, "alpha": 0.5, **today}
+    assert (settings["num_inference_steps"], settings["preset"], settings["teacher_share"]) == ([1], "one_call", 0.0)
