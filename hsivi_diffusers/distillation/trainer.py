@@ -128,6 +128,8 @@ class HSIVITrainer:
             identity = {**self.settings, "teacher_sha256": self.state.fingerprint}
             checkpoints = Checkpoints(run, self.accelerator, self.state, identity)
             start, spent = checkpoints.load()
+            if start >= self.config.max_train_steps:
+                self.accelerator.print(f"nothing is left to do, the run had {start} updates")
             with signals_as_trigger(self.accelerator), self.state.counting_rows() as rows:
                 seconds = self._run(checkpoints, start, spent)
             summary = self._summarise(start, seconds, sum(rows.values()) * self.accelerator.num_processes)

@@ -177,7 +177,7 @@ def load_run(run_dir: Path) -> dict[str, Any]:
 
 
 def main(args: list[str] | None = None) -> None:
-    (options,) = parse_options([Evaluation], __doc__ or "", args=args)
+    (options,) = parse_options([Evaluation], __doc__ or "", args, "hsivi evaluate")
     if not options.run_dir:
         raise ValueError("--run_dir is missing: give the folder of a run of train_hsivi.py")
     run_dir = Path(options.run_dir)
