@@ -232,7 +232,6 @@ def test_an_unknown_argument_is_refused(refused, args):
                 name,
                 [
                     train_consistency.Teacher,
-                    train_consistency.Method,
                     train_consistency.Training,
                     Output,
                 ],
