@@ -125,13 +125,13 @@ class Registered:
 
     Args:
         accelerator: Of the process.
-        ema: The averaged weights.
+        ema: The averaged weights, or None if there are none.
         parts: What else has a `state_dict` and was not prepared by accelerate.
     """
 
-    def __init__(self, accelerator: Accelerator, ema: EMAModel, *parts: Any) -> None:
+    def __init__(self, accelerator: Accelerator, ema: EMAModel | None, *parts: Any) -> None:
         self.accelerator, self.ema = accelerator, ema
-        accelerator.register_for_checkpointing(ema, *parts)
+        accelerator.register_for_checkpointing(*([] if ema is None else [ema]), *parts)
 
     @property
     def shards(self) -> int:
@@ -140,7 +140,8 @@ class Registered:
 
     def check_finite(self, step: int) -> None:
         """Raises FloatingPointError if an averaged weight is not finite."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.ema.shadow_params):
+        averages = [] if self.ema is None else self.ema.shadow_params
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in averages):
             raise FloatingPointError(f"a weight is not finite after {step} updates: lower --learning_rate")
 
     def save_state(self, folder: Path) -> None:
@@ -148,7 +149,8 @@ class Registered:
 
     def load_state(self, folder: Path) -> None:
         """Moves the averages from the CPU, where accelerate loads them."""
-        self.ema.to(self.accelerator.device)
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
 
 
 class Checkpoints:

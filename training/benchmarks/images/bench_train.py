@@ -17,22 +17,16 @@ stopped goes on by the same command.
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -45,10 +39,13 @@ from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.figures import plt
 from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Distances
+from hsivi_diffusers.evaluation.pages import measured_on
 from hsivi_diffusers.evaluation.solvers import make_student, sample
 from hsivi_diffusers.folders import claim_output_dir, write_json, write_text
 from hsivi_diffusers.options import changes, option, parse_options
 from hsivi_diffusers.vi import Step
+
+from ..stopwatch import Stopwatch
 
 Record = dict[str, Any]
 MOST_UPDATES = 1_000_000  # of a run that the clock ends
@@ -61,7 +58,6 @@ class Benchmark:
     _argument_group_name = "benchmark"
     output_dir: str | None = option(None, "folder of the benchmark")
     pretrained_teacher_model: str = option("assets/digits_ddpm", "folder or repo id of a diffusers pipeline")
-    real_data: str = option("digits", "`digits`, a folder of pictures, or a dataset's name")
     feature_extractor: str = option("assets/digits_classifier", "folder of an ImageClassifier")
     num_layers: list[int] = option([5, 10], "T")
     seeds: list[int] = option([0, 1, 2], "of training")
@@ -71,41 +67,18 @@ class Benchmark:
     )
     fast_seconds: list[float] = option([2.5, 5, 10, 20, 40, 200], "CPU time of the runs of `fast`")
     turns: int = option(3, "turns for the cost of an update")
-    num_samples: int = option(2000, "pictures for a distance")
-    eval_seed: int = option(0, "seed of the noise that sampling starts from")
-
-
-class Stopwatch:
-    """Adds up the time spent inside `with` blocks.
-
-    Attributes:
-        seconds: Wall-clock.
-        cpu_seconds: CPU time of the process; less than wall-clock where other processes take the core.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = self.cpu_seconds = 0.0
-
-    def __enter__(self) -> Stopwatch:
-        self._start = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.seconds += time.perf_counter() - self._start[0]
-        self.cpu_seconds += time.process_time() - self._start[1]
+    num_samples: int = option(2000, "images for a distance")
 
 
 def make_players(preset: str, num_layers: int, seed: int, steps: int, bench: Benchmark) -> Players:
     """What train_hsivi.py would train with this preset."""
-    settings = {
-        "preset": preset,
-        "pretrained_teacher_model": bench.pretrained_teacher_model,
-        "num_layers": num_layers,
-        "seed": seed,
-        "max_train_steps": steps,
-        "train_batch_size": bench.train_batch_size,
-    }
-    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    arguments = [
+        *[f"--preset={preset}", f"--num_layers={num_layers}", f"--seed={seed}", f"--max_train_steps={steps}"],
+        *[
+            f"--pretrained_teacher_model={bench.pretrained_teacher_model}",
+            f"--train_batch_size={bench.train_batch_size}",
+        ],
+    ]
     options = parse_recipe(__doc__ or "", arguments)
     check_options(options)
     set_seed(seed)
@@ -116,7 +89,7 @@ def make_players(preset: str, num_layers: int, seed: int, steps: int, bench: Ben
 def measure(players: Players, distances: Distances, bench: Benchmark) -> float:
     """FD of the averaged layers; the noise is the same each time."""
     student = make_student(players.make_pipeline())
-    return distances(torch.cat(list(sample(student, bench.num_samples, 500, bench.eval_seed))))["fd"]
+    return distances(torch.cat(list(sample(student, bench.num_samples, 500, seed=0))))["fd"]
 
 
 def compare_costs(num_layers: int, seed: int, distances: Distances, bench: Benchmark) -> Record:
@@ -154,29 +127,19 @@ def take(steps: Iterator[Step], updates: int) -> Stopwatch:
     return watch
 
 
-def run_paper(num_layers: int, seed: int, distances: Distances, bench: Benchmark) -> Record:
-    """One run of `paper`, stopped by the clock: its learning rates do not depend on when it ends."""
-    players = make_players("paper", num_layers, seed, MOST_UPDATES, bench)
-    return run(players, sorted(bench.paper_seconds), distances, bench)
-
-
-def run_fast(
-    num_layers: int, seed: int, distances: Distances, bench: Benchmark, seconds: float, costs: Record
+def run(
+    preset: str, max_steps: int, marks: list[float], num_layers: int, seed: int, distances: Distances, bench: Benchmark
 ) -> Record:
-    """One run of `fast`, of as many updates as should take these seconds; it ends with the last of them."""
-    steps = max(1, round(seconds / statistics.median(costs["fast"]["cpu_seconds"])))
-    players = make_players("fast", num_layers, seed, steps, bench)
-    return run(players, [], distances, bench)
+    """Trains to the last mark of CPU seconds, or to the end without marks; measures at each mark, and at the end.
 
-
-def run(players: Players, marks: list[float], distances: Distances, bench: Benchmark) -> Record:
-    """Trains to the last mark, or to the end without marks; measures at each mark, and at the end."""
+    Only `paper` may be stopped by the clock: its learning rates do not depend on when it ends.
+    """
+    players = make_players(preset, num_layers, seed, max_steps, bench)
     watch, steps, points, left = Stopwatch(), players.updates(0), [], list(marks)
-    total = players.options.training.max_train_steps
-    for update in range(1, total + 1):
+    for update in range(1, max_steps + 1):
         with watch:
             next(steps)
-        if (left and watch.cpu_seconds >= left[0]) or update == total:
+        if (left and watch.cpu_seconds >= left[0]) or update == max_steps:
             fd = measure(players, distances, bench)
             points.append({"updates": update, "seconds": watch.seconds, "cpu_seconds": watch.cpu_seconds, "fd": fd})
             left = [mark for mark in left if mark > watch.cpu_seconds]
@@ -189,13 +152,13 @@ def jobs(bench: Benchmark, distances: Distances, runs: dict[str, Record]) -> Ite
     """Names of the parts, and what does them; the contenders take turns in being first."""
     for turn, seed in enumerate(bench.seeds):
         for num_layers in bench.num_layers:
-            given = (num_layers, seed, distances, bench)
-            case = case_name(num_layers, seed)
+            given, case = (num_layers, seed, distances, bench), case_name(num_layers, seed)
             yield f"{case}, costs", partial(compare_costs, *given)
-            costs = runs[f"{case}, costs"]
-            contenders: list[tuple[str, Callable[[], Record]]] = [(f"{case}, paper", partial(run_paper, *given))]
-            for seconds in bench.fast_seconds:
-                contenders.append((f"{case}, fast {seconds:g} s", partial(run_fast, *given, seconds, costs)))
+            cost = statistics.median(runs[f"{case}, costs"]["fast"]["cpu_seconds"])
+            contenders = [(f"{case}, paper", partial(run, "paper", MOST_UPDATES, sorted(bench.paper_seconds), *given))]
+            for seconds in bench.fast_seconds:  # as many updates as should take these seconds
+                steps = max(1, round(seconds / cost))
+                contenders.append((f"{case}, fast {seconds:g} s", partial(run, "fast", steps, [], *given)))
             yield from contenders if turn % 2 == 0 else contenders[::-1]
 
 
@@ -304,49 +267,9 @@ def cost_table(runs: dict[str, Record], bench: Benchmark) -> list[str]:
 
 
 def report(runs: dict[str, Record], bench: Benchmark, measured: str) -> str:
-    """The text of bench.md."""
-    return "\n".join(
-        [
-            f"Teacher `{bench.pretrained_teacher_model}`, batches of {bench.train_batch_size} rows, FD of "
-            f"{bench.num_samples:,} pictures of the averaged layers, always from the same noise.",
-            "",
-            "```",
-            command(bench),
-            "```",
-            "",
-            *race_table(runs, bench),
-            "",
-            "A cell is an FD, the time it took, and layer updates. Untrained is the teacher on the grid and with the "
-            f"noise of the preset. `paper` is measured at {listed(bench.paper_seconds)} s; at its best is the best of "
-            f"these marks, at its own time. Runs of `fast` take {listed(bench.fast_seconds)} s, each complete: its "
-            "learning rate ends at 0. As good is the shortest one with an FD no higher, as of all longer ones too. The "
-            "speed-up is the ratio of the times, in brackets that of wall-clock; `>=` stands where the shortest run of "
-            "all was good enough. Times are CPU time of the updates, by one thread: wall-clock on a free core, "
-            "sampling not included.",
-            "",
-            *cost_table(runs, bench),
-            "",
-            f"Medians over {bench.turns} turns and all seeds. A network call is a forward pass of a batch: rows / "
-            f"{bench.train_batch_size}, without those that fill the pool of `fast` once.",
-            "",
-            measured,
-            "",
-        ]
-    )
-
-
-def listed(seconds: list[float]) -> str:
-    return ", ".join(f"{each:g}" for each in sorted(seconds))
-
-
-def command(bench: Benchmark) -> str:
-    """The command line, without the name of the folder."""
-    words = ["python -m training.benchmarks.images.bench_train --output_dir runs/bench_train"]
-    before = asdict(Benchmark())
-    for name, value in asdict(bench).items():
-        if name != "output_dir" and value != before[name]:
-            words.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
-    return " ".join(words)
+    """The text of bench.md; docs/reproducing.md says how to read it."""
+    head = f"Teacher `{bench.pretrained_teacher_model}`, {bench.train_batch_size} rows, {bench.num_samples:,} images."
+    return "\n".join([head, "", *race_table(runs, bench), "", *cost_table(runs, bench), "", measured, ""])
 
 
 def draw_race(runs: dict[str, Record], bench: Benchmark, path: Path) -> None:
@@ -382,7 +305,7 @@ def load_runs(output_dir: Path, bench: Benchmark) -> Record:
     settings |= {f"{name}: {key}": value for name, preset in PRESETS.items() for key, value in preset.items()}
     path = output_dir / "bench.json"
     if not path.is_file():
-        return {"benchmark": "bench_train", "settings": settings, "measured": "", "runs": {}}
+        return {"settings": settings, "measured": "", "runs": {}}
     state: Record = json.loads(path.read_text())
     before = state.get("settings", {})
     if changed := changes(before, settings):
@@ -390,41 +313,23 @@ def load_runs(output_dir: Path, bench: Benchmark) -> Record:
     return state
 
 
-def machine() -> str:
-    return (
-        f"Measured on {datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} thread(s), Python {platform.python_version()}, torch {torch.__version__}, "
-        f"diffusers {diffusers.__version__}."
-    )
-
-
 def check(bench: Benchmark) -> None:
     """Refuses what could not run."""
     for name in ("num_layers", "seeds", "paper_seconds", "fast_seconds"):
-        if not getattr(bench, name):
-            raise ValueError(f"--{name} is empty: give at least one number")
-    for name in ("paper_seconds", "fast_seconds"):
-        if min(getattr(bench, name)) <= 0:
-            raise ValueError(f"--{name} {getattr(bench, name)}: give seconds above 0")
+        if not getattr(bench, name) or (name != "seeds" and min(getattr(bench, name)) <= 0):
+            raise ValueError(f"--{name} {getattr(bench, name)}: give at least one number, above 0")
     if bench.turns < 1 or bench.num_samples < 2:
         raise ValueError(f"--turns {bench.turns}, --num_samples {bench.num_samples}: give at least 1 and 2")
-
-
-def claim(bench: Benchmark) -> Path:
-    """The output folder: empty, or that of a benchmark to go on with."""
-    path = Path(bench.output_dir or "") / "bench.json"
-    ours = bench.output_dir is not None and path.is_file()
-    return claim_output_dir(bench.output_dir, ours and json.loads(path.read_text()).get("benchmark") == "bench_train")
 
 
 def main(args: list[str] | None = None) -> None:
     (bench,) = parse_options([Benchmark], __doc__ or "", args=args)
     check(bench)
     torch.set_num_threads(1)
-    output_dir = claim(bench)
+    output_dir = claim_output_dir(bench.output_dir, (Path(bench.output_dir or "") / "bench.json").is_file())
     state = load_runs(output_dir, bench)
     unet, _ = load_teacher(bench.pretrained_teacher_model)
-    real = load_images(bench.real_data, unet.config.sample_size, unet.config.in_channels)[0].float() / 255
+    real = load_images("digits", unet.config.sample_size, unet.config.in_channels)[0].float() / 255
     distances = Distances(ImageClassifier.from_pretrained(bench.feature_extractor).eval(), real)
     runs = state["runs"]
     total = len(bench.seeds) * len(bench.num_layers) * (2 + len(bench.fast_seconds))
@@ -433,7 +338,7 @@ def main(args: list[str] | None = None) -> None:
             progress.set_postfix_str(name)
             if name not in runs:
                 runs[name] = work()
-                state["measured"] = machine()
+                state["measured"] = measured_on()
                 write_json(output_dir / "bench.json", state)
             progress.update()
     write_text(output_dir / "bench.md", report(runs, bench, state["measured"]))
