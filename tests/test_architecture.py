@@ -71,7 +71,7 @@ ALLOWED = {
     "evaluation/classifier": (set(), {"torch", "diffusers"}),
     "evaluation/images": (set(), EVALUATE),
     "evaluation/metrics": (set(), EVALUATE),
-    "evaluation/solvers": ({"pipeline_hsivi", "scheduling_hsivi"}, EVALUATE),
+    "evaluation/solvers": ({"distillation/denoisers", "pipeline_hsivi", "scheduling_hsivi"}, EVALUATE),
     "evaluation/figures": (set(), EVALUATE),
     "evaluation/pages": (set(), EVALUATE),
     "evaluation/evaluate": (

@@ -149,13 +149,13 @@ class Registered:
 
     Args:
         accelerator: Of the process.
-        average: The averaged weights.
+        average: The averaged weights, or None if there are none.
         parts: What else has a `state_dict`.
     """
 
-    def __init__(self, accelerator: Accelerator, average: EMAModel, **parts: Any) -> None:
+    def __init__(self, accelerator: Accelerator, average: EMAModel | None, **parts: Any) -> None:
         self.accelerator, self.average = accelerator, average
-        self.parts = {"average": average, **parts}
+        self.parts = parts if average is None else {"average": average, **parts}
 
     @property
     def micro_batches(self) -> int:
@@ -164,7 +164,8 @@ class Registered:
 
     def check_finite(self, step: int) -> None:
         """Raises FloatingPointError if an averaged weight is not finite."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.average.shadow_params):
+        averages = [] if self.average is None else self.average.shadow_params
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in averages):
             raise FloatingPointError(f"a weight is not finite after {step} updates: lower --learning_rate")
 
     def save_state(self, folder: Path) -> None:
@@ -172,7 +173,8 @@ class Registered:
 
     def load_state(self, folder: Path) -> None:
         """Moves the averages from the CPU."""
-        self.average.to(self.accelerator.device)
+        if self.average is not None:
+            self.average.to(self.accelerator.device)
 
 
 class Checkpoints:

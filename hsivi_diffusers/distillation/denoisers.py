@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
@@ -131,3 +132,25 @@ def call_unet(unet: UNet2DModel, x: Tensor, timestep: Tensor, condition: Tensor 
     labels = {} if condition is None else {"class_labels": condition}
     output: Tensor = unet(x.to(unet.dtype), timestep, **labels).sample.to(x.dtype)
     return output
+
+
+@torch.no_grad()
+def run_solver(
+    unet: UNet2DModel, solver: Any, x: Tensor, num_steps: int, condition: Tensor | None = None, **arguments: Any
+) -> Tensor:
+    """Follows the steps of a diffusers scheduler from noise to an image, both of shape (B, C, H, W).
+
+    Args:
+        unet: The teacher. A variance that it predicts is dropped, unless the solver takes one.
+        solver: Scheduler of diffusers.
+        x: Noise.
+        num_steps: Network calls.
+        condition: Class labels, shape (B,), or None.
+        arguments: Of `solver.step`.
+    """
+    solver.set_timesteps(num_steps, device=x.device)
+    takes_variance = str(solver.config.get("variance_type")).startswith("learned")
+    for timestep in solver.timesteps:
+        output = call_unet(unet, x, timestep, condition)
+        x = solver.step(output if takes_variance else output[:, : x.shape[1]], timestep, x, **arguments).prev_sample
+    return x

@@ -13,7 +13,7 @@ from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.distributions import randn_like
 from ..vi.layers import hierarchy_ends
 from ..vi.objectives import half_square
-from .denoisers import call_unet
+from .denoisers import run_solver
 
 # Of a scheduler's config, what a teacher was trained with.
 SCHEDULE = (
@@ -61,7 +61,7 @@ class TeacherPairs:
         schedule = {name: scheduler.config[name] for name in SCHEDULE} | {"trained_betas": scheduler.betas.tolist()}
         solver = UniPCMultistepScheduler(**schedule | {"beta_schedule": "linear"}, timestep_spacing="leading")
         ends = [
-            _solve(unet, solver, x.to(unet.device), labels, num_calls).cpu()
+            run_solver(unet, solver, x.to(unet.device), num_calls, labels).cpu()
             for x, labels in zip(noises, classes, strict=True)
         ]
         self.end = torch.cat(ends).clamp_(-1, 1)
@@ -82,9 +82,8 @@ class TeacherPairs:
         x_next, x0 = self.noise[index].to(self._device), self.end[index].to(self._device)
         timestep, below = self.scheduler.input_timestep(t), ~torch.isin(t, hierarchy_ends(self.scheduler.depths)[0])
         if bool(below.any()):
-            alpha, sigma = self.scheduler.alpha_sigma(timestep, x0)
-            diffused = alpha * x0 + sigma * randn_like(x0, generator)
-            x_next = torch.where(below.to(x0.device).reshape(alpha.shape), diffused, x_next)
+            diffused = self.scheduler.add_noise(x0, randn_like(x0, generator), timestep)
+            x_next = torch.where(below.to(x0.device)[:, None, None, None], diffused, x_next)
         end = self.scheduler.lead(x0, timestep, x_next, self.scheduler.output_timestep(t))
         return x_next, end, None if self.condition is None else self.condition[index].to(self._device)
 
@@ -113,15 +112,3 @@ def coarse_loss(weight: float) -> Callable[[Tensor], Tensor]:
         return fine + weight * half_square(coarse) * (residual[0].numel() / coarse[0].numel())
 
     return loss
-
-
-@torch.no_grad()
-def _solve(
-    unet: UNet2DModel, solver: UniPCMultistepScheduler, x: Tensor, condition: Tensor | None, num_calls: int
-) -> Tensor:
-    """Follows the ODE from noise to a picture."""
-    solver.set_timesteps(num_calls, device=x.device)
-    for timestep in solver.timesteps:
-        output = call_unet(unet, x, timestep, condition)[:, : x.shape[1]]
-        x = solver.step(output, timestep, x).prev_sample
-    return x

@@ -20,14 +20,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from hsivi_diffusers.distillation.run import signals_as_trigger
 
 from hsivi_diffusers import load_teacher
 from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, claimed
 from hsivi_diffusers.distillation.denoisers import fingerprint
 from hsivi_diffusers.distillation.seals import find_damage
 from hsivi_diffusers.distillation.state_dicts import load_state_dict, random_state, save_state_dict, set_random_state
-from training.benchmarks.images import train_consistency, train_teacher
+from hsivi_diffusers.distillation.trainer import signals_as_trigger
+from training.benchmarks.images import train_consistency, train_teacher, training_loop
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_hsivi.py"
 PREEMPTED = 75
@@ -441,7 +441,7 @@ def test_a_consistency_model_is_not_written_over_its_teacher(teacher, tmp_path, 
 
 def test_a_consistency_model_may_lie_beside_its_teacher(teacher, tmp_path):
     place = shutil.copytree(teacher, tmp_path / "teacher")
-    options = train_consistency.Teacher(str(place)), train_consistency.Method(), train_consistency.Training()
+    options = train_consistency.Teacher(str(place)), train_consistency.Training()
     train_consistency.check_options(*options, Output(output_dir=str(tmp_path)))
 
 
@@ -491,7 +491,7 @@ def test_seconds_before_a_stop_count_towards_a_limit_of_seconds(teacher, tmp_pat
     arguments += ["--checkpointing_steps=2", "--resume_from_checkpoint=latest", f"--output_dir={tmp_path / 'run'}"]
     for interrupted in (True, False):
         clock = itertools.count(100.0)
-        monkeypatch.setattr(train_consistency, "time", SimpleNamespace(perf_counter=lambda clock=clock: next(clock)))
+        monkeypatch.setattr(training_loop, "time", SimpleNamespace(perf_counter=lambda clock=clock: next(clock)))
         if interrupted:
             stop_after(2)
         with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():

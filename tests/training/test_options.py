@@ -224,7 +224,7 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
         ],
         ("digits_evaluation", [evaluate.Evaluation]),
         *[
-            (f"{name}_lcm", [train_consistency.Teacher, train_consistency.Method, train_consistency.Training, Output])
+            (f"{name}_lcm", [train_consistency.Teacher, train_consistency.Training, Output])
             for name in ("digits", *SETS)
         ],
         *[(f"{name}_classifier", [train_classifier.Training]) for name in SETS],
