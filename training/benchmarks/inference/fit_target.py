@@ -56,7 +56,7 @@ def fit_one(fit: Fit, output: Output) -> None:
     """Trains, with a progress bar and checkpoints, and writes the results."""
     check_output(output)
     with claimed(output) as folder:
-        start_run(output, [fit], WRITTEN)
+        start_run(output, asdict(fit), WRITTEN)
         stopwatch = Stopwatch()
         fitted = prepare(fit, stopwatch)
         _train(fitted, output, stopwatch)
