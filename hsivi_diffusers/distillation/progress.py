@@ -13,9 +13,9 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 from tqdm import tqdm
 
-from ..evaluation.classifier import ImageClassifier
+from ..evaluation.features import load_network
 from ..evaluation.images import load_images
-from ..evaluation.metrics import Distances
+from ..evaluation.metrics import Measures
 from ..pipeline_hsivi import network_calls
 from ..vi import Step, Update
 from .config import Options
@@ -41,26 +41,15 @@ class Monitor:
     def __init__(self, players: Players, options: Options, output_dir: Path) -> None:
         self.players, self.options, self.folder = players, options, output_dir / "validation"
         self.accelerator = players.accelerator
-        self.distances: Distances | None = None
+        self.distances: Measures | None = None
         if options.validation.validation_data and self.accelerator.is_main_process:
             self.distances = self._load_distances(options.validation.validation_data)
 
-    def _load_distances(self, source: str) -> Distances:
+    def _load_distances(self, source: str) -> Measures:
         config = self.players.student.unet.config
         real, _ = load_images(source, config.sample_size, config.in_channels)
-        folder = self.options.validation.feature_extractor
-        try:
-            extractor = ImageClassifier.from_pretrained(folder).eval()
-        except OSError as error:
-            raise ValueError(
-                f"--feature_extractor {folder} holds no ImageClassifier: train one with train_classifier.py"
-            ) from error
-        if extractor.config.channels != config.in_channels:
-            raise ValueError(
-                f"--feature_extractor {folder} takes {extractor.config.channels} channels, the pictures have "
-                f"{config.in_channels}: train one for them with train_classifier.py"
-            )
-        return Distances(extractor, real.float() / 255)
+        network, _ = load_network(self.options.validation.feature_extractor, config.in_channels)
+        return Measures(network, real.float() / 255, ["fd"])
 
     def watch(self, steps: Iterator[Step], start: int) -> Iterator[Step]:
         """Yields the steps, with a bar of running losses and of the time left."""

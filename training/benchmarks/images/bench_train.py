@@ -42,9 +42,9 @@ from hsivi_diffusers import load_teacher
 from hsivi_diffusers.distillation.config import PRESETS, check_options, parse_recipe
 from hsivi_diffusers.distillation.trainer import Players, load_networks
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
-from hsivi_diffusers.evaluation.figures import plt
+from hsivi_diffusers.evaluation.figures import pyplot
 from hsivi_diffusers.evaluation.images import load_images
-from hsivi_diffusers.evaluation.metrics import Distances
+from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.evaluation.solvers import make_student, sample
 from hsivi_diffusers.folders import claim_output_dir, write_json, write_text
 from hsivi_diffusers.options import changes, option, parse_options
@@ -113,13 +113,13 @@ def make_players(preset: str, num_layers: int, seed: int, steps: int, bench: Ben
     return Players(load_networks(options, accelerator), options, accelerator)
 
 
-def measure(players: Players, distances: Distances, bench: Benchmark) -> float:
+def measure(players: Players, distances: Measures, bench: Benchmark) -> float:
     """FD of the averaged layers; the noise is the same each time."""
     student = make_student(players.make_pipeline())
     return distances(torch.cat(list(sample(student, bench.num_samples, 500, bench.eval_seed))))["fd"]
 
 
-def compare_costs(num_layers: int, seed: int, distances: Distances, bench: Benchmark) -> Record:
+def compare_costs(num_layers: int, seed: int, distances: Measures, bench: Benchmark) -> Record:
     """Cost of a layer update of each preset, in turns, and the FD that each starts from.
 
     A first turn, in which `fast` fills its pool, is not counted.
@@ -154,14 +154,14 @@ def take(steps: Iterator[Step], updates: int) -> Stopwatch:
     return watch
 
 
-def run_paper(num_layers: int, seed: int, distances: Distances, bench: Benchmark) -> Record:
+def run_paper(num_layers: int, seed: int, distances: Measures, bench: Benchmark) -> Record:
     """One run of `paper`, stopped by the clock: its learning rates do not depend on when it ends."""
     players = make_players("paper", num_layers, seed, MOST_UPDATES, bench)
     return run(players, sorted(bench.paper_seconds), distances, bench)
 
 
 def run_fast(
-    num_layers: int, seed: int, distances: Distances, bench: Benchmark, seconds: float, costs: Record
+    num_layers: int, seed: int, distances: Measures, bench: Benchmark, seconds: float, costs: Record
 ) -> Record:
     """One run of `fast`, of as many updates as should take these seconds; it ends with the last of them."""
     steps = max(1, round(seconds / statistics.median(costs["fast"]["cpu_seconds"])))
@@ -169,7 +169,7 @@ def run_fast(
     return run(players, [], distances, bench)
 
 
-def run(players: Players, marks: list[float], distances: Distances, bench: Benchmark) -> Record:
+def run(players: Players, marks: list[float], distances: Measures, bench: Benchmark) -> Record:
     """Trains to the last mark, or to the end without marks; measures at each mark, and at the end."""
     watch, steps, points, left = Stopwatch(), players.updates(0), [], list(marks)
     total = players.options.training.max_train_steps
@@ -185,7 +185,7 @@ def run(players: Players, marks: list[float], distances: Distances, bench: Bench
     return {"points": points}
 
 
-def jobs(bench: Benchmark, distances: Distances, runs: dict[str, Record]) -> Iterator[tuple[str, Callable[[], Record]]]:
+def jobs(bench: Benchmark, distances: Measures, runs: dict[str, Record]) -> Iterator[tuple[str, Callable[[], Record]]]:
     """Names of the parts, and what does them; the contenders take turns in being first."""
     for turn, seed in enumerate(bench.seeds):
         for num_layers in bench.num_layers:
@@ -351,6 +351,7 @@ def command(bench: Benchmark) -> str:
 
 def draw_race(runs: dict[str, Record], bench: Benchmark, path: Path) -> None:
     """Draws FD against seconds of training, both on log axes, for each T; a line is a seed, dotted is untrained."""
+    plt = pyplot()
     figure, axes = plt.subplots(
         1, len(bench.num_layers), figsize=(4.8 * len(bench.num_layers), 4), squeeze=False, layout="constrained"
     )
@@ -425,7 +426,7 @@ def main(args: list[str] | None = None) -> None:
     state = load_runs(output_dir, bench)
     unet, _ = load_teacher(bench.pretrained_teacher_model)
     real = load_images(bench.real_data, unet.config.sample_size, unet.config.in_channels)[0].float() / 255
-    distances = Distances(ImageClassifier.from_pretrained(bench.feature_extractor).eval(), real)
+    distances = Measures(ImageClassifier.from_pretrained(bench.feature_extractor).eval(), real, ["fd"])
     runs = state["runs"]
     total = len(bench.seeds) * len(bench.num_layers) * (2 + len(bench.fast_seconds))
     with tqdm(total=total, desc="parts") as progress:

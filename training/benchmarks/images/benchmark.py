@@ -30,7 +30,6 @@ from tqdm import tqdm
 from hsivi_diffusers import HSIVIPipeline, load_teacher
 from hsivi_diffusers.distillation.config import Options, changes_of_chosen, check_options, chosen, parse_recipe
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
-from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.evaluation.pages import measured_on
 from hsivi_diffusers.evaluation.solvers import (
@@ -45,6 +44,7 @@ from hsivi_diffusers.folders import in_turn, remove_folder, replace_folder, writ
 from hsivi_diffusers.options import changes, changes_since, option, parse_options
 
 from .benchmark_pages import RIVAL, is_shown, pictures_path, write_pages
+from .sets import load_images
 
 DISTIL = "hsivi_diffusers.distillation.run"
 RESUME = ("--resume_from_checkpoint", "latest")

@@ -39,9 +39,11 @@ from tqdm import tqdm
 from hsivi_diffusers import HSIVIScheduler, load_teacher
 from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
 from hsivi_diffusers.distillation.denoisers import sample_shape
-from hsivi_diffusers.evaluation.images import load_images, to_model_range
+from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.options import flatten, option, parse_options
+
+from .sets import load_images
 
 # sqrt(abar) at the last timestep of Stable Diffusion, where the example's grid starts. A noise prediction becomes a
 # picture by a division by it; at the last timestep of a DDPM of pixels it is 0.006, and errors are all one sees.

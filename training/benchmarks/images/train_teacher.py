@@ -28,8 +28,10 @@ from torch.nn.functional import mse_loss
 from tqdm import trange
 
 from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
-from hsivi_diffusers.evaluation.images import load_images, to_model_range
+from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.options import option, parse_options
+
+from .sets import load_images
 
 WRITTEN = ("model_index.json", "unet", "scheduler")
 
