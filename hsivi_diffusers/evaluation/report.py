@@ -25,11 +25,12 @@ METRICS: dict[str, tuple[str, int, str]] = {
 }
 NOTES = """\
 KID is the squared maximum mean discrepancy of the features under the kernel (x . y / s + 1)^3, with s the mean of
-|x|^2 in the reference; FD is the Frechet distance of the features. Both depend on the features named above: they are not
-the KID and FID of Inception features, and compare within this table only. Lower is better in both and in SWD, the sliced
-Wasserstein distance of the pixels; higher is better in precision, recall and coverage. DDIM has eta 0; DPM-Solver++ is
-2M. All methods start from the same noise and have the same class labels, if any, in equal numbers. The last column is
-the spacing of the timesteps, and the timesteps of the network calls. Another grid can make a baseline better."""
+|x|^2 in the reference; FD is the Frechet distance of the features. Both depend on the features named above: they
+are not the KID and FID of Inception features, and compare within this table only. Lower is better in both and in
+SWD, the sliced Wasserstein distance of the pixels; higher is better in precision, recall and coverage. DDIM has eta
+0; DPM-Solver++ is 2M. All methods start from the same noise and have the same class labels, if any, in equal
+numbers. The last column is the spacing of the timesteps, and the timesteps of the network calls. Another grid can
+make a baseline better."""
 
 
 def load_run(run_dir: Path) -> dict[str, Any]:
