@@ -30,7 +30,6 @@ from hsivi_diffusers import HSIVIPipeline, load_teacher
 from hsivi_diffusers.cli import read_distillation
 from hsivi_diffusers.distillation.config import HSIVIConfig, read_settings
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
-from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.evaluation.pages import measured_on
 from hsivi_diffusers.evaluation.solvers import (
@@ -45,6 +44,7 @@ from hsivi_diffusers.folders import in_turn, remove_folder, replace_folder, writ
 from hsivi_diffusers.options import differences, option, parse_options
 
 from .benchmark_pages import RIVAL, is_shown, pictures_path, write_pages
+from .sets import load_images
 
 DISTIL = "hsivi_diffusers distil"
 RESUME = ("--resume_from_checkpoint", "latest")
@@ -53,7 +53,7 @@ ANEW = ("--overwrite_output_dir", "true")
 
 @dataclass
 class Parts:
-    _argument_group_name = "what is compared"
+    _group = "what is compared"
     dataset: str | None = option(None, "name of the set in the tables")
     teacher: str | None = option(None, "folder of the teacher; trained if it is missing")
     teacher_config: str | None = option(None, "config of train_teacher.py")
@@ -69,7 +69,7 @@ class Parts:
 
 @dataclass
 class Sampling:
-    _argument_group_name = "sampling"
+    _group = "sampling"
     solvers: list[str] = option(
         ["DDIM", "DPM-Solver++", "DPM-Solver++ SDE", "UniPC", "DEIS", "DDPM"], "solvers of the teacher"
     )
@@ -83,7 +83,7 @@ class Sampling:
 
 @dataclass
 class Folders:
-    _argument_group_name = "folders"
+    _group = "folders"
     output_dir: str = option("docs/benchmarks", "results, pictures, tables and figures")
     runs_dir: str = option("runs/benchmark", "trainings, in a folder for each set")
 

@@ -45,7 +45,7 @@ WRITTEN = ("report.json", "layers.safetensors", "draws.safetensors", "marginals.
 
 @dataclass
 class Study:
-    _argument_group_name = "study"
+    _group = "study"
     study: list[str] | None = option(None, "YAML files of studies, instead of one fit")
     quick: bool = option(False, "a short version of each study")
     workers: int = option(os.cpu_count() or 1, "processes side by side, of one thread each")
