@@ -318,7 +318,11 @@ class Comparison:
 
 def recipe_of(config: HSIVIConfig) -> dict[str, Any]:
     """Preset, steps and updates of a student, and its settings that are not those of the preset."""
-    given = {"preset": config.preset, "num_inference_steps": config.depths, "max_train_steps": config.max_train_steps}
+    given: dict[str, Any] = {
+        "preset": config.preset,
+        "num_inference_steps": config.depths,
+        "max_train_steps": config.max_train_steps,
+    }
     usual = HSIVIConfig(**given).settings()
     others = {name: value for name, value in config.settings().items() if value != usual[name] and name != "seed"}
     return {**given, **others}
