@@ -485,6 +485,7 @@ class Players:
             backward=accelerator.backward,
             no_sync=accelerator.no_sync,
             clip_grad_norm=clip_grad_norm,
+            skips_overflows=accelerator.scaler is not None,
             **settings,
         )
 
