@@ -81,8 +81,9 @@ ALLOWED = {
         EVALUATE,
     ),
     "evaluation/sample": ({"folders", "options", "pipeline_hsivi"}, EVALUATE),
+    "registration": (set(), set()),
     "__init__": (
-        {"distillation/bridge", "distillation/denoisers", "distillation/student", "hub"}
+        {"distillation/bridge", "distillation/denoisers", "distillation/student", "hub", "registration"}
         | {"scheduling_hsivi", "modeling_hsivi", "pipeline_hsivi"},
         {"diffusers"},
     ),
