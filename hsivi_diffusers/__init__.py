@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from .distillation.bridge import TeacherBridge as TeacherBridge
     from .distillation.denoisers import load_teacher as load_teacher
-    from .distillation.student import LayerNoiseScale as LayerNoiseScale
     from .distillation.student import UNetCritic as UNetCritic
     from .distillation.student import UNetLayers as UNetLayers
     from .hub import push as push
@@ -36,7 +35,6 @@ _MODULES = {
     "HSIVIPipeline": ".pipeline_hsivi",
     "HSIVIScheduler": ".scheduling_hsivi",
     "HSIVISchedulerOutput": ".scheduling_hsivi",
-    "LayerNoiseScale": ".distillation.student",
     "TeacherBridge": ".distillation.bridge",
     "UNetCritic": ".distillation.student",
     "UNetLayers": ".distillation.student",

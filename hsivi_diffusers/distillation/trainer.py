@@ -28,7 +28,8 @@ from .config import HSIVIConfig
 from .denoisers import load_teacher
 from .networks import check_init_from, load_networks
 from .progress import Progress
-from .state import PreemptionError, TrainingState, guides
+from .state import TrainingState
+from .updates import PreemptionError, updates
 
 WRITTEN = ("training.json", "pipeline", "critic", "samples", "report.json", "report.md", "samples.png", "curve.png")
 Callback = Callable[["HSIVITrainer", Step], dict[str, float] | None]
@@ -152,7 +153,7 @@ class HSIVITrainer:
         """Runs the updates from `start` on, before which `spent` seconds went by; returns the seconds of all."""
         total, clock = self.config.max_train_steps, time.perf_counter()
         try:
-            for step in self.progress.watch(self.state.updates(start), start, self._call_back):
+            for step in self.progress.watch(updates(self.state, start), start, self._call_back):
                 done, seconds = step.step + 1, spent + time.perf_counter() - clock
                 stop = self.accelerator.check_trigger()
                 if done % self.config.checkpointing_steps == 0 or done == total or stop:
@@ -198,7 +199,7 @@ class HSIVITrainer:
         total, record = self.config.max_train_steps, Path(str(self.output_dir)) / "training.json"
         made, fitted = self.state.pair_calls
         if start < total:
-            again = made if guides(self.config) else 0
+            again = made if self.config.is_guided else 0
             updates = counted - (again if start else made + fitted)
             return round(updates * total / (total - start)) + made + fitted
         calls: int | None = json.loads(record.read_text()).get("network_calls") if record.exists() else None
