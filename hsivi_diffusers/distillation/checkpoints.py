@@ -45,6 +45,19 @@ def check_output(run: Output) -> None:
         )
 
 
+def check_teacher(run: Output, teacher: str, written: Sequence[str]) -> None:
+    """Refuses a teacher that lies where the run writes to, and so would be removed.
+
+    Args:
+        run: Names the output folder.
+        teacher: Folder or repo id.
+        written: Files and folders of a run, in its output folder, `checkpoints` apart.
+    """
+    place, output = Path(teacher).resolve(), Path(str(run.output_dir)).resolve()
+    if place.exists() and {output / name for name in ("checkpoints", *written)} & {place, *place.parents}:
+        raise ValueError(f"--output_dir {run.output_dir} holds the teacher, which would be lost: name another folder")
+
+
 @contextmanager
 def claimed(run: Output) -> Iterator[Path]:
     """Makes the output folder or refuses, and keeps other processes out of it for as long as it lasts.
@@ -97,7 +110,7 @@ def start_run(run: Output, groups: Sequence[Any], leftovers: Sequence[str], reme
                 remove_folder(old)
             else:
                 old.unlink(missing_ok=True)
-    for place, changed in () if checkpoint is None else _changes(output_dir, checkpoint, groups):
+    for place, changed in _changes(output_dir, checkpoint, groups):
         if changed:
             raise ValueError(
                 f"{place} holds a run with other options ({changed}): name another --output_dir{remedy}, or {ANEW}"
@@ -110,8 +123,10 @@ def start_run(run: Output, groups: Sequence[Any], leftovers: Sequence[str], reme
     write_json(output_dir / "options.json", flatten(groups))
 
 
-def _changes(output_dir: Path, checkpoint: str, groups: Sequence[Any]) -> Iterator[tuple[Path, str]]:
+def _changes(output_dir: Path, checkpoint: str | None, groups: Sequence[Any]) -> Iterator[tuple[Path, str]]:
     """Which options are others in the runs to go on with: by options.json, by the seal if it is missing."""
+    if checkpoint is None:
+        return
     record = output_dir / "options.json"
     if record.is_file():
         yield output_dir, changes_since(record, groups)

@@ -27,7 +27,7 @@ from ..folders import write_json
 from ..hub import claim, push
 from ..pipeline_hsivi import HSIVIPipeline
 from ..vi import DivergenceError
-from .checkpoints import Checkpoints, claimed, start_run
+from .checkpoints import Checkpoints, check_teacher, claimed, start_run
 from .config import Hub, Options, check_options, complete, parse_recipe
 from .plan import print_plan
 from .progress import Monitor
@@ -77,6 +77,7 @@ def check_accelerator(accelerator: Accelerator) -> None:
 def claim_folders(options: Options) -> Iterator[None]:
     """Makes the output folder and the repo, or refuses: now, for later it would cost a training or an earlier run."""
     run, hub = options.run, options.hub
+    check_teacher(run, str(options.teacher.pretrained_teacher_model), WRITTEN)
     with claimed(run):
         if hub.push_to_hub:
             private = hub.hub_private_repo or None

@@ -37,7 +37,15 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIScheduler, load_teacher
-from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
+from hsivi_diffusers.distillation.checkpoints import (
+    Checkpoints,
+    Output,
+    Registered,
+    check_output,
+    check_teacher,
+    claimed,
+    start_run,
+)
 from hsivi_diffusers.distillation.denoisers import fingerprint, sample_shape
 from hsivi_diffusers.evaluation.images import load_images, to_model_range
 from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
@@ -285,10 +293,7 @@ def check_options(teacher: Teacher, method: Method, training: Training, run: Out
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
     check_output(run)
-    place, output = Path(teacher.pretrained_teacher_model), Path(str(run.output_dir)).resolve()
-    written = {output / name for name in ("checkpoints", *WRITTEN)}
-    if place.exists() and written & {place.resolve(), *place.resolve().parents}:
-        raise ValueError(f"--output_dir {run.output_dir} holds the teacher, which would be lost: name another folder")
+    check_teacher(run, teacher.pretrained_teacher_model, WRITTEN)
     for name, count in (
         ("max_train_steps", training.max_train_steps),
         ("train_batch_size", training.train_batch_size),
