@@ -211,9 +211,7 @@ def levels_of(unet, t, size=4000, **options):
     return bridge.sample_level(torch.full((size,), t), torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    ("kernel", "ranges"), [("ddim", [(10, 219), (220, 800)]), ("renoise", [(5, 800), (5, 800)])]
-)
+@pytest.mark.parametrize(("kernel", "ranges"), [("ddim", [(10, 219), (220, 800)]), ("renoise", [(5, 800), (5, 800)])])
 def test_the_kernel_says_where_the_random_levels_of_a_layer_lie(unet, kernel, ranges):
     for t, (low, high) in enumerate(ranges):
         levels = levels_of(unet, t, kernel=kernel)

@@ -63,12 +63,8 @@ class TeacherPairs:
         # The betas themselves, for the solver knows fewer names of schedules.
         schedule = {name: scheduler.config[name] for name in SCHEDULE} | {"trained_betas": scheduler.betas.tolist()}
         solver = UniPCMultistepScheduler(**schedule | {"beta_schedule": "linear"}, timestep_spacing="leading")
-        ends = [
-            run_solver(unet, solver, x.to(unet.device), num_calls, labels).cpu()
-            for x, labels in tqdm(
-                zip(noises, classes, strict=True), "pairs", len(noises), leave=False, disable=not show
-            )
-        ]
+        batches = tqdm(list(zip(noises, classes, strict=True)), "pairs", leave=False, disable=not show)
+        ends = [run_solver(unet, solver, x.to(unet.device), num_calls, labels).cpu() for x, labels in batches]
         self.end = torch.cat(ends).clamp_(-1, 1)
         if lost := int((~self.end.isfinite()).flatten(1).any(1).sum()):
             raise ValueError(

@@ -23,7 +23,7 @@ from ..folders import write_json
 from ..hub import push
 from ..pipeline_hsivi import HSIVIPipeline
 from ..vi import DivergenceError, Step
-from .checkpoints import Checkpoints, Output, check_output, claimed, start_run
+from .checkpoints import Checkpoints, Output, check_output, check_teacher, claimed, start_run
 from .config import HSIVIConfig
 from .denoisers import load_teacher
 from .networks import check_init_from, load_networks
@@ -122,6 +122,7 @@ class HSIVITrainer:
             self.config.checkpoints_total_limit,
         )
         check_output(run)
+        check_teacher(run, self.teacher["pretrained_teacher_model"], WRITTEN)
         with self._claim(run) if main else nullcontext():
             self.accelerator.wait_for_everyone()
             if self.config.report_to:

@@ -34,7 +34,7 @@ from diffusers import DDPMPipeline, LCMScheduler, UNet2DModel
 from torch import Tensor
 
 from hsivi_diffusers import HSIVIScheduler, load_teacher
-from hsivi_diffusers.distillation.checkpoints import Output, check_output, claimed, start_run
+from hsivi_diffusers.distillation.checkpoints import Output, check_output, check_teacher, claimed, start_run
 from hsivi_diffusers.distillation.denoisers import fingerprint, sample_shape
 from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
@@ -234,10 +234,7 @@ def check_options(teacher: Teacher, training: Training, run: Output) -> None:
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
     check_output(run)
-    place, output = Path(teacher.pretrained_teacher_model), Path(str(run.output_dir)).resolve()
-    written = {output / name for name in ("checkpoints", *WRITTEN)}
-    if place.exists() and written & {place.resolve(), *place.resolve().parents}:
-        raise ValueError(f"--output_dir {run.output_dir} holds the teacher, which would be lost: name another folder")
+    check_teacher(run, teacher.pretrained_teacher_model, WRITTEN)
     for name in ("max_train_steps", "train_batch_size"):
         if getattr(training, name) < 1:
             raise ValueError(f"--{name} {getattr(training, name)}: give a number of at least 1")
