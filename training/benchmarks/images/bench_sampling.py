@@ -26,7 +26,7 @@ from hsivi_diffusers.options import option, parse_options
 class Benchmark:
     _group = "benchmark"
     pipeline: str | None = option(None, "folder or repo id of an HSIVIPipeline; the digits teacher by default")
-    batch_size: int = option(16, "pictures at once")
+    batch_size: int = option(16, "images at once")
     repetitions: int = option(200, "turns")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to sample")
 

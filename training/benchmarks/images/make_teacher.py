@@ -30,15 +30,13 @@ class Options:
 
 def check_teacher(teacher: str | None) -> Path:
     """Refuses a folder without the two configs."""
-    if not teacher:
-        raise ValueError("--teacher is missing: name a folder, such as training/teachers/cifar10_32")
-    for name in ("unet/config.json", "scheduler/scheduler_config.json"):
-        if not (Path(teacher) / name).is_file():
-            raise ValueError(
-                f"--teacher {teacher} holds no {name}: name a folder of training/teachers, or one with the configs of "
-                "a DDPMPipeline"
-            )
-    return Path(teacher)
+    folder = Path(teacher or "")
+    if not all((folder / name).is_file() for name in ("unet/config.json", "scheduler/scheduler_config.json")):
+        raise ValueError(
+            f"--teacher {teacher} lacks unet/config.json or scheduler/scheduler_config.json: name a folder with the "
+            "configs of a DDPMPipeline, such as training/teachers/cifar10_32"
+        )
+    return folder
 
 
 def make_pipeline(folder: Path, seed: int) -> DDPMPipeline:
