@@ -120,7 +120,7 @@ class Report:
             classes: Number of classes of which image i is of class i modulo their number; None if there are none.
         """
         titles = [f"class {i % classes}" for i in range(len(reference))] if classes else None
-        rows = [*image_rows(shown), (f"reference: {self.reference}", reference)]
+        rows = [*image_rows(shown), ("reference", reference)]
         draw_samples(rows, run_dir / "samples.png", titles)
         draw_curve(self.rows, self.headline, self.metric, run_dir / "curve.png")
 

@@ -426,7 +426,7 @@ def test_each_count_of_a_student_is_shown_with_the_solvers_of_as_many_calls(eval
     folder, shown, _ = evaluated_several
     solvers = ["DDIM", "DPM-Solver++", "UniPC"]
     two, four = ([f"{name} at {nfe}" for name in (*solvers, "HSIVI")] for nfe in (2, 4))
-    assert [label for label, _ in shown] == ["teacher, DDPM at 5", "HSIVI at 1", *two, *four, "reference: digits"]
+    assert [label for label, _ in shown] == ["teacher, DDPM at 5", "HSIVI at 1", *two, *four, "reference"]
     assert len({tuple(pictures.shape) for _, pictures in shown}) == 1
     with Image.open(folder / "samples.png") as picture:
         assert picture.format == "PNG"
