@@ -99,7 +99,7 @@ class Report:
     def _table(self) -> str:
         names = [self.headline, *(name for name in METRICS if name != self.headline)]
         heads = ["NFE", "method", *(METRICS[name][0] for name in names), "images", "train seed", "eval seed"]
-        lines = [f"| {' | '.join([*heads, 'training s', 'grid'])} |", f"|{'---:|' * (len(heads) + 1)}---|"]
+        lines = [f"| {' | '.join([*heads, 'training s', 'grid'])} |", f"|---:|---|{'---:|' * (len(heads) - 1)}---|"]
         for row in sorted(self.rows, key=lambda row: (row["nfe"], row[self.headline])):
             method = f"**{OURS}**" if row["method"] == OURS else row["method"]
             seed = "" if row["train_seed"] is None else row["train_seed"]
@@ -120,7 +120,7 @@ class Report:
             classes: Number of classes of which image i is of class i modulo their number; None if there are none.
         """
         titles = [f"class {i % classes}" for i in range(len(reference))] if classes else None
-        rows = [*image_rows(shown), (f"reference: {self.reference}", reference)]
+        rows = [*image_rows(shown), ("reference", reference)]
         draw_samples(rows, run_dir / "samples.png", titles)
         draw_curve(self.rows, self.headline, self.metric, run_dir / "curve.png")
 

@@ -185,11 +185,11 @@ def test_a_solver_tells_its_grid(teacher):
     unet, schedule = load_teacher(str(teacher))
     grids = {
         ("DDIM", 4): "quadratic: 800, 450, 200, 50",
-        ("UniPC", 4): "leading: 600, 400, 200, 0",
+        ("UniPC", 4): "leading: 800, 600, 400, 200",
         ("DDPM", 100): "leading: 990, 980, 970, ..., 0",
     }
     for (method, steps), grid in grids.items():
-        assert make_solver(method, steps, unet, {**schedule.config, "timestep_spacing": "leading"}).grid == grid
+        assert make_solver(method, steps, unet, schedule.config).grid == grid
     trailing = make_solver("DPM-Solver++", 4, unet, schedule.config, timestep_spacing="trailing")
     assert trailing.grid == "trailing: 999, 749, 499, 249"
 
@@ -360,7 +360,7 @@ def test_rows_hold_the_distances_of_the_pictures(rows, evaluated, solver, extrac
 
 def test_the_table_is_sorted_and_says_what_was_measured(rows, evaluated, teacher):
     text = (evaluated[0] / "report.md").read_text()
-    assert "FD, my own features" in text
+    assert "Features: my own features." in text
     assert "preset `fast` for 5 updates" in text
     assert f"Teacher `{teacher}`. Reference: digits. Between its two halves the reference has FD " in text
     assert "| quadratic: 800, 200 |" in text
@@ -426,7 +426,7 @@ def test_each_count_of_a_student_is_shown_with_the_solvers_of_as_many_calls(eval
     folder, shown, _ = evaluated_several
     solvers = ["DDIM", "DPM-Solver++", "UniPC"]
     two, four = ([f"{name} at {nfe}" for name in (*solvers, "HSIVI")] for nfe in (2, 4))
-    assert [label for label, _ in shown] == ["teacher, DDPM at 5", "HSIVI at 1", *two, *four, "reference: digits"]
+    assert [label for label, _ in shown] == ["teacher, DDPM at 5", "HSIVI at 1", *two, *four, "reference"]
     assert len({tuple(pictures.shape) for _, pictures in shown}) == 1
     with Image.open(folder / "samples.png") as picture:
         assert picture.format == "PNG"
@@ -476,7 +476,7 @@ def test_a_missing_run_is_refused(tmp_path):
 def test_an_unfinished_run_is_refused(fast_run, tmp_path, name):
     folder = shutil.copytree(fast_run, tmp_path / "run")
     (folder / name).rename(tmp_path / name)
-    with pytest.raises(ValueError, match=f"run lacks {name}: give the folder of a finished run"):
+    with pytest.raises(ValueError, match=f"run lacks {name}: give the folder of a finished distillation"):
         evaluate.main([f"--run_dir={folder}"])
     assert not (folder / "report.json").exists()
 
