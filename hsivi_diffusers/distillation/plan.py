@@ -33,7 +33,7 @@ from .config import HSIVIConfig
 from .denoisers import sample_shape
 from .networks import HALF, make_networks
 from .state import TrainingState
-from .updates import updates
+from .updates import run_updates
 
 MIB = 2**20
 CALIBRATION_FLOPS = 2e11  # about what the calls may cost that the speed is taken from
@@ -179,7 +179,7 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
             for step, critic_updates in enumerate([1, 1, min(wanted, 2)]):
                 config.critic_updates = critic_updates
                 with _counting(state) as count:
-                    next(updates(state, step))
+                    next(run_updates(state, step))
                 gc.collect()
                 counts.append(count)
             peak = meter.peak

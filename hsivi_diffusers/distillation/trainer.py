@@ -29,7 +29,7 @@ from .denoisers import load_teacher
 from .networks import check_init_from, load_networks
 from .progress import Progress
 from .state import TrainingState
-from .updates import PreemptionError, updates
+from .updates import PreemptionError, run_updates
 
 WRITTEN = ("training.json", "pipeline", "critic", "samples", "report.json", "report.md", "samples.png", "curve.png")
 Callback = Callable[["HSIVITrainer", Step], dict[str, float] | None]
@@ -154,7 +154,7 @@ class HSIVITrainer:
         """Runs the updates from `start` on, before which `spent` seconds went by; returns the seconds of all."""
         total, clock = self.config.max_train_steps, time.perf_counter()
         try:
-            for step in self.progress.watch(updates(self.state, start), start, self._call_back):
+            for step in self.progress.watch(run_updates(self.state, start), start, self._call_back):
                 done, seconds = step.step + 1, spent + time.perf_counter() - clock
                 stop = self.accelerator.check_trigger()
                 if done % self.config.checkpointing_steps == 0 or done == total or stop:

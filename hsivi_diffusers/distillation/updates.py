@@ -54,7 +54,7 @@ def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjectiv
     return Guided(objective, config.pair_weight, coarse_loss(COARSE_WEIGHT)) if config.is_guided else objective
 
 
-def updates(state: TrainingState, start_step: int) -> Iterator[Step]:
+def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
     """Trains from a step on; learning rates and the average of the weights have moved when a step is yielded.
 
     Raises:

@@ -458,7 +458,7 @@ def test_old_names_are_read_on_the_command_line_in_yaml_and_in_the_record_of_a_r
 
 
 def test_the_record_of_an_older_run_is_read_as_one_of_today(tmp_path):
-    """With old names, a plain number, options that are gone, and the preset that one step had; others were not there."""
+    """It has old names, a plain number, an option that is gone, and the preset of one step as it was."""
     record = tmp_path / "options.json"
     record.write_text('{"revision": null, "num_layers": 1, "preset": "fast", "ode_steps": 4, "seed": 3, "alpha": 0.5}')
     settings = read_settings(record)
