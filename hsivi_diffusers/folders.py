@@ -7,14 +7,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"  # file in a folder that is locked; it stays there
 
 
 def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
@@ -22,7 +21,7 @@ def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
 
     Args:
         output_dir: Path of the folder.
-        keep: The user resumes or asked to overwrite, so that a filled folder is welcome.
+        keep: The user resumes or asked to overwrite, so a folder that holds something is accepted.
 
     Raises:
         ValueError: No folder was named, it is a file, or it is not empty and `keep` is false.
@@ -32,13 +31,18 @@ def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output_dir {path} is a file: name a folder")
-    if path.is_dir() and any(path.iterdir()) and not keep:
+    if path.is_dir() and not is_empty(path) and not keep:
         raise ValueError(
             f"--output_dir {path} is not empty: name another folder, go on with --resume_from_checkpoint latest "
             "(where the script has it), or pass --overwrite_output_dir"
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def is_empty(path: Path) -> bool:
+    """Whether nothing but a lock is in a folder."""
+    return all(entry.name == LOCK for entry in path.iterdir())
 
 
 @contextmanager
@@ -48,42 +52,31 @@ def sole_writer(path: Path) -> Iterator[None]:
     Raises:
         ValueError: Another one is at work in it.
     """
-    with _handle(path) as handle:
-        if handle is not None:
-            _lock(handle, path)
+    with _locked(path, timeout=0):
         yield
 
 
 @contextmanager
 def in_turn(path: Path) -> Iterator[None]:
     """Lets the processes that work on the files of a folder do so one after the other."""
-    with _handle(path) as handle:
-        if handle is not None:
-            with suppress(OSError):  # some network file systems lock no folders
-                fcntl.flock(handle, fcntl.LOCK_EX)
+    with _locked(path, timeout=-1):
         yield
 
 
 @contextmanager
-def _handle(path: Path) -> Iterator[int | None]:
-    """Opens a folder to be locked, until it is closed; None where the system has no such locks."""
-    if fcntl is None:
-        yield None
-        return
-    handle = os.open(path, os.O_RDONLY)
+def _locked(path: Path, timeout: float) -> Iterator[None]:
+    """Holds the lock of a folder, for which it waits so many seconds, or forever if there are fewer than 0."""
+    lock = FileLock(path / LOCK, timeout=timeout)
     try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, path: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        lock.acquire()
+    except Timeout as error:
         raise ValueError(f"--output_dir {path} is being written by another run: wait for it, or stop it") from error
-    except OSError as error:  # some network file systems lock no folders
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
         warnings.warn(f"{path} cannot be locked ({error}): let no second run write to it", stacklevel=2)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,9 +92,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Puts a finished folder in the place of another, so that a reader never finds half of one, also after a crash.
+    """Replaces a folder by a finished one, so that a reader never finds half of one, not even after a crash.
 
-    What is in it is on the disk before it gets its name.
+    Its files are on the disk before it gets its name.
     """
     for path in [*new.rglob("*"), new]:
         _to_disk(path)
@@ -112,12 +105,12 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder that has lost its name first, so that half of it is never taken for the whole."""
+    """Removes a folder; it is renamed first, so that half of it is never taken for the whole."""
     shutil.rmtree(_retire(path), ignore_errors=True)
 
 
 def _retire(path: Path) -> Path:
-    """Takes its name from a folder, if there is one, and returns the one it has now."""
+    """Renames a folder, if it exists, and returns its new path."""
     retired = path.with_name(f"{path.name}.retired")
     shutil.rmtree(retired, ignore_errors=True)
     if path.exists():
@@ -126,7 +119,7 @@ def _retire(path: Path) -> Path:
 
 
 def _to_disk(path: Path) -> None:
-    if os.name == "nt":  # knows no such call for folders
+    if os.name == "nt":  # has no such call for folders
         return
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -7,7 +7,7 @@ of train_hsivi.py, report.json, samples.png and curve.png of evaluate.py.
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from .model_card import is_ours, make_card
-from .pipeline_hsivi import HSIVIPipeline, network_calls, step_counts
+from .pipeline_hsivi import HSIVIPipeline, check_finite_weights, network_calls
 
 AGAIN = "Nothing of yours was lost. Push again later: what has arrived is not sent twice."
+CUT = (OSError, RuntimeError, HTTPError)  # what a cut connection raises; a ValueError says itself what is wrong
 # Ends of the names of files that hold weights or tell where they are.
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
@@ -49,16 +50,16 @@ def push(
 ) -> str:
     """Uploads a distilled pipeline with its model card, all in one commit.
 
-    Everything is written to a temporary folder first and sent from there; no file of yours is touched. After a cut
-    connection, push again: weights that have arrived are not sent twice. In a repo that holds files already, weights
-    in the folders of the components are replaced and removed, also those of other variants, and so is README.md; the
-    rest stays, and the repo's history keeps all.
+    Everything is written to a temporary folder first and sent from there; no file of yours is touched. If the
+    connection is cut, the Hub is asked whether the commit arrived; if it did not, push again: weights that have arrived
+    are not sent twice. In a repo that holds files already, README.md and all weights in the folders of the components
+    are replaced, also those of other variants; the rest stays, and the history of the repo keeps everything.
 
     Args:
         pipeline: An `HSIVIPipeline`, or a stock pipeline whose scheduler is an `HSIVIScheduler` with a trained grid.
         repo_id: "user/name" or "organisation/name".
-        run_dir: Folder of the run, for the card; what it lacks is left out of it.
-        base_model: Repo id of the teacher, for the card; that of the run by default.
+        run_dir: Folder of the run, for the card; what it lacks is left out.
+        base_model: Repo id of the teacher, for the card; that of the run by default, if the Hub knows it.
         license: Identifier of the licence, such as "apache-2.0", for the card.
         fp16: Also upload the weights in half precision, as the variant "fp16".
         exist_ok: Add a commit to a repo that already holds files.
@@ -71,59 +72,103 @@ def push(
         URL of the commit.
 
     Raises:
-        ValueError: The pipeline has no trained grid or would not load as it is, `run_dir` is no folder, `repo_id` is no
-            name of a repo, or a repo that is to be private is public.
+        ValueError: The pipeline has no trained grid, has weights that are not finite or would not load as it is,
+            `run_dir` is not the folder of its run, `repo_id` or `base_model` is not the name of a repo, or a repo that
+            should be private is public.
         HfHubHTTPError: The Hub refuses: no valid token, no right to write, or a name that is taken.
     """
-    check_repo_id(repo_id)
-    if not (isinstance(pipeline, DiffusionPipeline) and hasattr(pipeline, "scheduler")):
-        raise ValueError(
-            f"push got a {type(pipeline).__name__}: give a pipeline, HSIVIPipeline.from_pretrained(folder)"
-        )
-    grid = pipeline.scheduler.config.get("layer_timesteps")
-    if grid is None or not hasattr(pipeline.scheduler, "transition"):
-        raise ValueError(
-            f"the scheduler of this {type(pipeline).__name__} is no HSIVIScheduler with a trained grid "
-            "(layer_timesteps): distil the model first, with training/train_hsivi.py"
-        )
-    if type(pipeline).__name__ == "DDIMPipeline":
-        raise ValueError(
-            "a DDIMPipeline turns every scheduler that it is loaded with into a DDIMScheduler, so this one would be "
-            "lost: push HSIVIPipeline.from_pipe(pipeline)"
-        )
-    run = read_run(run_dir, grid)
-    api = HfApi(token=token)
+    for name in [repo_id] if base_model is None else [repo_id, base_model]:
+        check_repo_id(name)
+    check_pipeline(pipeline)
+    run, api = read_run(run_dir, pipeline.scheduler.config.layer_timesteps), HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
+        base_model = base_model or _public_teacher(api, run)
         write_repo(Path(folder), pipeline, repo_id, run, base_model, license, fp16)
         claim(repo_id, exist_ok=exist_ok, private=private, token=token)
         with remedies(repo_id):
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                commit_message=commit_message or f"Upload a sampler of {network_calls(step_counts(grid))}",
-                # Old shards would win over new weights in one file.
-                delete_patterns=[f"{name}/*{kind}" for name in pipeline.components for kind in WEIGHTS],
-            )
-    return str(commit.commit_url)
+            # Old shards would take precedence over new weights in one file.
+            stale = [f"{name}/*{kind}" for name in pipeline.components for kind in WEIGHTS]
+            message = commit_message or f"Upload a sampler of {network_calls(pipeline.scheduler.depths)}"
+            return _upload(api, repo_id, folder, revision, message, stale)
+
+
+def check_pipeline(pipeline: DiffusionPipeline) -> None:
+    """Refuses what is not a distilled sampler, or would not load as it is.
+
+    Raises:
+        ValueError: See `push`.
+    """
+    kind = type(pipeline).__name__
+    if not (isinstance(pipeline, DiffusionPipeline) and hasattr(pipeline, "scheduler")):
+        raise ValueError(f"push got a {kind}: give a pipeline, HSIVIPipeline.from_pretrained(folder)")
+    if not getattr(pipeline.scheduler, "trained_grids", None):
+        raise ValueError(
+            f"the scheduler of this {kind} is not an HSIVIScheduler with a trained grid (layer_timesteps): distil the "
+            "model first, with training/train_hsivi.py"
+        )
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            check_finite_weights(part, name)
+    if not hasattr(type(pipeline)(**pipeline.components).scheduler, "trained_grids"):
+        raise ValueError(
+            f"a {kind} replaces the scheduler that it is loaded with, so this one would be lost: push "
+            "HSIVIPipeline.from_pipe(pipeline)"
+        )
+
+
+def _public_teacher(api: HfApi, run: dict[str, Any]) -> str | None:
+    """Returns the teacher of the run if the Hub has a repo of that name; a local path stays private."""
+    name = run["training"].get("base_model")
+    try:
+        check_repo_id(name)
+    except ValueError:
+        return None
+    with remedies(name):
+        return name if api.repo_exists(name) else None
+
+
+def _upload(
+    api: HfApi, repo_id: str, folder: str, revision: str | None, message: str, delete_patterns: list[str]
+) -> str:
+    """Uploads a folder in one commit and returns its URL, also where the connection was cut after the commit."""
+    before = api.repo_info(repo_id, revision=revision).sha
+    try:
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            delete_patterns=delete_patterns,
+        )
+        return str(commit.commit_url)
+    except CUT as error:
+        url = f"{api.endpoint}/{repo_id}"
+        note = f"Look at {url} first: if the commit arrived, a second push needs exist_ok=True."
+        with suppress(*CUT):
+            head, *others = api.list_repo_commits(repo_id, revision=revision)
+            if head.title == message and before in [commit.commit_id for commit in others[:1]]:
+                return f"{url}/commit/{head.commit_id}"
+            note = f"{repo_id} is as it was." if head.commit_id == before else note
+        error.add_note(note)
+        raise
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuses what is no full name of a repo.
+    """Refuses what is not the full name of a repo.
 
     Raises:
         ValueError: It is not "user/name".
     """
     if not isinstance(repo_id, str):
-        raise ValueError(f"repo {repo_id!r} is no name: give user/name or organisation/name")
+        raise ValueError(f"repo {repo_id!r} is not a name: give user/name or organisation/name")
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"{error}: give user/name or organisation/name") from error
     if "/" not in repo_id:
-        raise ValueError(f"repo {repo_id!r} says not whose it is: give user/name or organisation/name")
+        raise ValueError(f"repo {repo_id!r} does not say whose it is: give user/name or organisation/name")
 
 
 def claim(
@@ -193,8 +238,8 @@ def remedies(repo_id: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         error.add_note("Unset HF_HUB_OFFLINE to push.")
         raise
-    except (OSError, RuntimeError, HTTPError) as error:  # of the connection; a ValueError says itself what is wrong
-        error.add_note(f"The Hub was not reached, or the connection was cut; {repo_id} is as it was. {AGAIN}")
+    except CUT as error:
+        error.add_note(f"The Hub was not reached, or the connection was cut. {AGAIN}")
         raise
 
 
@@ -210,13 +255,17 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
         grid: The trained grid of the pipeline that is pushed, or the list of its grids.
 
     Returns:
-        options, training, report: contents of the JSON files, empty where there is none; curve: path of the figure.
+        options, training, report: contents of the JSON files, empty where a file is missing; samples, curve: figures as
+        images, where there are files.
 
     Raises:
-        ValueError: `run_dir` is no folder of a run, a file in it is damaged, or it is the run of another sampler.
+        ValueError: `run_dir` is not the folder of a run, a file in it is damaged, a figure is a link, or it is the run
+            of another sampler.
     """
     if run_dir is not None and not Path(run_dir).is_dir():
-        raise ValueError(f"run_dir={str(run_dir)!r} is no folder: give the folder of a run of train_hsivi.py, or None")
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} is not a folder: give the folder of a run of train_hsivi.py, or None"
+        )
     run: dict[str, Any] = {name: {} for name in ("options", "training", "report")}
     if run_dir is None:
         return run
@@ -233,14 +282,29 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
         path = Path(run_dir) / f"{name}.json"
         run[name] = _read_json(path) if path.is_file() else {}
     figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
-    return {**run, **{name: path for name, path in figures.items() if path.is_file()}}
+    return {
+        **run,
+        **{name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()},
+    }
+
+
+def _read_figure(path: Path) -> Image.Image:
+    """Returns the pixels of an image and nothing else of the file."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, and what it leads to would be public: put the image there, or remove it")
+    try:
+        with Image.open(path) as image:
+            pixels = image.convert("RGB")
+        return Image.frombytes("RGB", pixels.size, pixels.tobytes())
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is damaged ({error}): make it again, or remove it") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:  # no JSON, no text, or no object
-        raise ValueError(f"{path} is damaged ({error}): make it again, or take it away") from error
+        raise ValueError(f"{path} is damaged ({error}): make it again, or remove it") from error
 
 
 def write_repo(
@@ -262,13 +326,13 @@ def write_repo(
     _forget_paths(folder)
     for name, figure in (("samples", "comparison.png"), ("curve", "curve.png")):
         if name in run:
-            (folder / figure).write_bytes(run[name].read_bytes())
+            run[name].save(folder / figure)
     drawn = (folder / "samples.png").is_file()
     make_card(pipeline, repo_id, run, base_model, license, fp16, drawn).save(folder / "README.md")
 
 
 def _forget_paths(folder: Path) -> None:
-    """Drops from the configs the folder that each was loaded from: the paths of a machine are no one else's."""
+    """Drops from the configs the folder that each was loaded from: paths of a machine stay private."""
     for path in [*folder.rglob("*config.json"), folder / "model_index.json"]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
@@ -285,7 +349,7 @@ def save_half(folder: Path, pipeline: DiffusionPipeline) -> None:
 
 
 def can_draw(pipeline: DiffusionPipeline) -> bool:
-    """Whether it is ours and draws pictures of a size of its own, grey or coloured, of numbered classes or none."""
+    """Whether it is ours and draws images of a fixed size, grey or RGB, without classes or with numbered ones."""
     if not is_ours(pipeline):
         return False
     config = pipeline.unet.config
@@ -294,13 +358,13 @@ def can_draw(pipeline: DiffusionPipeline) -> bool:
 
 
 def draw_grid(pipeline: HSIVIPipeline, rows: int = 4, columns: int = 8) -> Any:
-    """Draws a grid of pictures, seeded; with classes, each in turn."""
-    classes, pictures = pipeline.unet.config.num_class_embeds, []
+    """Draws a grid of images, seeded; with classes, each in turn."""
+    classes, images = pipeline.unet.config.num_class_embeds, []
     for first in range(0, rows * columns, columns):
         seeds = range(first, first + columns)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         labels = [seed % classes for seed in seeds] if classes else None
-        pictures += pipeline(columns, generator=generators, class_labels=labels, return_dict=False)[0]
-    width, height = (max(1, 64 // pictures[0].width) * size for size in pictures[0].size)
-    pictures = [ImageOps.expand(picture.resize((width, height), resample=0), 2, "white") for picture in pictures]
-    return make_image_grid(pictures, rows=rows, cols=columns)
+        images += pipeline(columns, generator=generators, class_labels=labels, return_dict=False)[0]
+    width, height = (max(1, 64 // images[0].width) * size for size in images[0].size)
+    images = [ImageOps.expand(image.resize((width, height), resample=0), 2, "white") for image in images]
+    return make_image_grid(images, rows=rows, cols=columns)

@@ -1,13 +1,15 @@
 """The model card of a distilled sampler: metadata, how to use it, how good it is, how it was trained, its limits."""
 
+import html
 import math
+import re
 from inspect import signature
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .pipeline_hsivi import HSIVIPipeline, network_calls, one_of, step_counts, trained_grids
+from .pipeline_hsivi import HSIVIPipeline, network_calls, one_of
 
 METRICS = {"fd": "Frechet distance", "swd": "sliced Wasserstein distance"}
 # The options of a run that a reader of its card wants to know.
@@ -23,7 +25,7 @@ TOLD = (
 )
 
 OURS = """\
-With the package `hsivi_diffusers` installed:
+With the package installed (`pip install hsivi-diffusers`; without it, use the code in this repository, below):
 
 ```python
 from hsivi_diffusers import HSIVIPipeline
@@ -37,7 +39,7 @@ After `import hsivi_diffusers`, `DiffusionPipeline.from_pretrained` loads it as 
 {stock}
 
 Without the package, with the code that is in this repository (`pipeline.py`, and `hsivi_diffusers.py` in the folders of
-the components; read it first):
+the components; read it first). If the repository is private, log in with `hf auth login` or set `HF_TOKEN`:
 
 ```python
 from diffusers import DiffusionPipeline
@@ -52,16 +54,15 @@ IN_DDPM_PIPELINE = """\
 In a pipeline of diffusers:
 
 ```python
+import hsivi_diffusers
 from diffusers import DDPMPipeline
-from hsivi_diffusers import HSIVIScheduler
 
-scheduler = HSIVIScheduler.from_pretrained("{repo_id}", subfolder="scheduler")
-pipeline = DDPMPipeline.from_pretrained("{repo_id}", scheduler=scheduler)
+pipeline = DDPMPipeline.from_pretrained("{repo_id}")
 images = pipeline(batch_size=16, num_inference_steps={steps}).images
 ```"""
 
 STOCK = """\
-With the package `hsivi_diffusers` installed:
+With the package installed (`pip install hsivi-diffusers`; without it, use the code in this repository, below):
 
 ```python
 import hsivi_diffusers
@@ -71,7 +72,8 @@ pipeline = {name}.from_pretrained("{repo_id}")
 images = pipeline({inputs}num_inference_steps={steps}).images
 ```
 
-Without it, with the code that is in this repository (`scheduler/hsivi_diffusers.py`; read it first):
+Without it, with the code that is in this repository (`scheduler/hsivi_diffusers.py`; read it first). If the repository
+is private, log in with `hf auth login` or set `HF_TOKEN`:
 
 ```python
 from diffusers import {name}
@@ -102,14 +104,13 @@ def make_card(
     Args:
         pipeline: What is shared.
         repo_id: Where.
-        run: options, training and report (JSON contents, empty if unknown); samples and curve, if there are figures.
-        base_model: Repo id of the teacher; that of the run by default.
+        run: See `hub.read_run`.
+        base_model: Repo id of the teacher.
         license: Identifier of the licence.
         fp16: There are weights in half precision as well.
-        drawn: There is a grid of its pictures, samples.png.
+        drawn: There is a grid of its images, samples.png.
     """
-    name, counts = repo_id.split("/")[-1], step_counts(pipeline.scheduler.config.layer_timesteps)
-    base_model = base_model or run["training"].get("base_model")
+    name, counts = repo_id.split("/")[-1], pipeline.scheduler.depths
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image" if hasattr(pipeline, "tokenizer") else "unconditional-image-generation",
@@ -125,7 +126,7 @@ def make_card(
         f"# {name}",
         f"A sampler of **{network_calls(counts)}**, distilled from {teacher} {data_used} training data, by "
         "hierarchical semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153)).",
-        f"![Pictures drawn by this model, {network_calls(counts[-1:])} each](samples.png)" if drawn else "",
+        f"![Images drawn by this model, {network_calls(counts[-1:])} each](samples.png)" if drawn else "",
         f"## Use it\n\n{_usage(pipeline, repo_id, counts, fp16)}",
         f"## Quality\n\n{_quality(run)}",
         f"## Training\n\n{_training(pipeline, run)}",
@@ -145,13 +146,13 @@ def _measured(row: dict[str, Any], metric: str) -> bool:
 
 
 def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that say of what they are."""
+    """The rows that name their method, NFE and number of samples."""
     return [row for row in report.get("rows") or [] if {"method", "nfe", "num_samples"} <= row.keys()]
 
 
-def _cell(text: Any) -> str:
-    """Text for a cell of a table."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+def _plain(text: Any) -> str:
+    """Text of a file of the run as one line that Markdown and HTML show as it is, also in a cell of a table."""
+    return html.escape(re.sub(r"([\\`*_\[\]#|])", r"\\\1", " ".join(str(text).split())), quote=False)
 
 
 def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
@@ -162,7 +163,7 @@ def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
             dataset_type=str(row["dataset"]),
             dataset_name=str(row["dataset"]),
             metric_type=METRICS[metric].lower().replace(" ", "_"),
-            metric_name=f"{_metric_name(metric, report)}, {network_calls([row['nfe']])}, {row['num_samples']} pictures",
+            metric_name=f"{_metric_name(metric, report)}, {network_calls([row['nfe']])}, {row['num_samples']} images",
             metric_value=round(row[metric], 4),
         )
         for row in _rows(report)
@@ -207,19 +208,19 @@ def _quality(run: dict[str, Any]) -> str:
         return "Not measured yet."
 
     def line(row: dict[str, Any]) -> str:
-        method = "**HSIVI, this model**" if row["method"] == "HSIVI" else _cell(row["method"])
+        method = "**HSIVI, this model**" if row["method"] == "HSIVI" else _plain(row["method"])
         fd, swd = (
             f"{row[metric]:.{digits}f}" if _measured(row, metric) else "-" for metric, digits in (("fd", 2), ("swd", 4))
         )
-        return f"| {row['nfe']} | {method} | {fd} | {swd} | {row['num_samples']} |"
+        return f"| {_plain(row['nfe'])} | {method} | {fd} | {swd} | {_plain(row['num_samples'])} |"
 
-    head = f"| NFE | method | {_cell(_metric_name('fd', report))} | {_metric_name('swd', report)} | pictures |"
+    head = f"| NFE | method | {_plain(_metric_name('fd', report))} | {_metric_name('swd', report)} | images |"
     lines = map(line, sorted(rows, key=lambda row: (row["nfe"], row["fd"] if _measured(row, "fd") else math.inf)))
     notes = (
-        "NFE: network calls for one picture. Lower is better. All methods sample the same teacher from the same noise. "
-        f"{report.get('measured') or ''}"
+        "NFE: network calls for one image. Lower is better. All methods sample the same teacher from the same noise. "
+        f"{_plain(report.get('measured') or '')}"
     )
-    figures = {"samples": "![Rows of pictures of each method](comparison.png)", "curve": "![The curve](curve.png)"}
+    figures = {"samples": "![Rows of images of each method](comparison.png)", "curve": "![The curve](curve.png)"}
     parts = ["\n".join([head, "|---:|---|---:|---:|---:|", *lines]), notes.strip()]
     return "\n\n".join([*parts, *(line for name, line in figures.items() if name in run)])
 
@@ -227,18 +228,18 @@ def _quality(run: dict[str, Any]) -> str:
 def _training(pipeline: DiffusionPipeline, run: dict[str, Any]) -> str:
     config, options, training = pipeline.scheduler.config, run["options"], run["training"]
     noise = (
-        f"DDIM layers of eta {config.noise_eta}" if config.kernel == "ddim" else "layers that noise the picture anew"
+        f"DDIM layers of eta {config.noise_eta}"
+        if config.kernel == "ddim"
+        else "layers that add new noise to the clean image"
     )
-    calls, grids = network_calls(step_counts(config.layer_timesteps)), trained_grids(config.layer_timesteps)
-    data = (
-        "Real pictures of its training data were used too." if options.get("train_data") else "No pictures were used."
-    )
+    calls, grids = network_calls(pipeline.scheduler.depths), pipeline.scheduler.trained_grids
+    data = "Real images of its training data were used too." if options.get("train_data") else "No images were used."
     text = (
         f"{calls.capitalize()} at the timesteps {one_of([grid[:-1] for grid in grids])}, {noise}. Each is a "
         "conditional distribution, trained so that its marginal matches the data at a noise level, which the score of "
         f"the teacher knows. {data}"
     )
-    settings = ", ".join(f"{name} {options[name]}" for name in TOLD if options.get(name) is not None)
+    settings = ", ".join(f"{name} {_plain(options[name])}" for name in TOLD if options.get(name) is not None)
     if settings:
         text += f"\n\nProgram `train_hsivi.py` of hsivi_diffusers: {settings}."
     if training.get("processes") and training.get("seconds"):
@@ -251,6 +252,6 @@ def _limits(counts: list[int], license: str | None) -> str:
     terms = "" if license else " No licence was stated at the upload; terms of the teacher may apply to this model too."
     return (
         f"It draws with {network_calls(counts)} only. It has the faults and biases of its teacher, and it can draw "
-        "some kinds of picture more often than the teacher does: look at many before you rely on their shares. It has "
-        f"no filter of any kind.{terms}"
+        "some kinds of images more often than the teacher does: look at many before you rely on their frequencies. It "
+        f"has no content filter.{terms}"
     )

@@ -1,7 +1,9 @@
 """Sampling with T network calls."""
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, Schedu
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 
+HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
+
 
 class HSIVIPipeline(DiffusionPipeline):
-    """Draws pictures with a distilled UNet: x_T ~ N(0, I), then one network call for each of T layers.
+    """Draws images with a distilled UNet: x_T ~ N(0, I), then one network call for each of T layers.
 
     Args:
         unet: The student.
@@ -21,7 +25,7 @@ class HSIVIPipeline(DiffusionPipeline):
         unet_noise_scale: The `HSIVINoiseScale`, where the scheduler's `noise_scale_type` is "per_pixel".
 
     Raises:
-        ValueError: The scheduler or the unet is of another kind, or the noise scale is missing.
+        ValueError: The scheduler or the unet is of another kind, the noise scale is missing, or weights are not finite.
     """
 
     __module__ = "hsivi_diffusers"
@@ -48,6 +52,28 @@ class HSIVIPipeline(DiffusionPipeline):
             )
         self.register_modules(unet=unet, scheduler=scheduler, unet_noise_scale=unet_noise_scale)
         self._check_noise_scale()
+        check_finite_weights(unet, "unet")
+        if unet_noise_scale is not None:
+            check_finite_weights(unet_noise_scale, "unet_noise_scale")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Loads a folder or a repo, see `DiffusionPipeline.from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path: Folder or repo id.
+            **kwargs: See there.
+
+        Raises:
+            ValueError: It is a pipeline of another kind, which is known before weights are downloaded, it was not
+                distilled, or a file of weights is damaged.
+        """
+        if "unet" not in kwargs:
+            with suppress(OSError):  # which the loading itself reports
+                options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+                _check_kind(pretrained_model_name_or_path, cls.load_config(pretrained_model_name_or_path, **options))
+        with damage_named():
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
@@ -55,7 +81,7 @@ class HSIVIPipeline(DiffusionPipeline):
 
         Args:
             pipeline: One of ours, or a stock one together with scheduler=.
-            **kwargs: Components in the place of its own.
+            **kwargs: Components to use instead of its own.
         """
         scheduler = kwargs.get("scheduler", pipeline.scheduler)
         if not hasattr(scheduler, "config"):
@@ -93,10 +119,10 @@ class HSIVIPipeline(DiffusionPipeline):
         """What it draws and with how many calls, then the components."""
         if getattr(self, "scheduler", None) is None:  # the constructor has refused its arguments
             return super().__repr__()
-        grid = self.scheduler.config.get("layer_timesteps")
-        calls = "any number of network calls" if grid is None else network_calls(step_counts(grid))
+        grid, grids = self.scheduler.config.get("layer_timesteps"), getattr(self.scheduler, "trained_grids", [])
+        calls = network_calls([len(grid) - 1 for grid in grids]) if grids else "any number of network calls"
         shape = "x".join(map(str, self._sample_shape() or ["any size"]))
-        return f"HSIVIPipeline: {shape} pictures in {calls}, layer_timesteps={grid}\n{super().__repr__()}"
+        return f"HSIVIPipeline: {shape} images in {calls}, layer_timesteps={grid}\n{super().__repr__()}"
 
     @torch.no_grad()
     def __call__(
@@ -111,14 +137,13 @@ class HSIVIPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (the signature of diffusers)
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draws a batch of pictures.
+        """Draws a batch of images.
 
         Args:
-            batch_size: Number of pictures.
-            generator: Source of all noise; a list gives each picture its own.
-            num_inference_steps: T, one of those that were trained; None takes the largest, which is the only one
-                unless the scheduler has several grids.
-            latents: x_T, shape (batch_size, C, H, W), in the place of a draw.
+            batch_size: Number of images.
+            generator: Source of all noise; a list gives each image its own.
+            num_inference_steps: T, one of the trained counts; None takes the largest.
+            latents: x_T, shape (batch_size, C, H, W), instead of a draw.
             class_labels: Shape (batch_size,), for a class-conditional UNet.
             output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), both in [0, 1], or "latent" (x_0 as it is).
             return_dict: Return `ImagePipelineOutput` rather than a tuple.
@@ -127,7 +152,7 @@ class HSIVIPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: Names it wants, of "latents".
 
         Returns:
-            The pictures.
+            The images.
 
         Raises:
             ValueError: The step count, a shape, a label or an option does not fit.
@@ -181,7 +206,7 @@ class HSIVIPipeline(DiffusionPipeline):
             raise ValueError(_wrong_scheduler(self.scheduler))
         self._check_noise_scale()
         if not isinstance(batch_size, Integral) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: ask for a whole number of pictures, at least 1")
+            raise ValueError(f"batch_size={batch_size!r}: ask for a whole number of images, at least 1")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for batch_size={batch_size}: give one, or one for each")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -217,7 +242,7 @@ class HSIVIPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         shape = self._sample_shape() or (tuple(latents.shape[1:]) if latents is not None else None)
         if shape is None:
-            raise ValueError("this unet has no sample_size: pass latents, which give the size of the pictures")
+            raise ValueError("this unet has no sample_size: pass latents, which give the size of the images")
         shape = (batch_size, *shape)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
@@ -254,15 +279,41 @@ class HSIVIPipeline(DiffusionPipeline):
         return self.numpy_to_pil(array) if output_type == "pil" else array
 
 
-def trained_grids(layer_timesteps: list[Any]) -> list[list[int]]:
-    """Returns the grids of a scheduler's config, which may be a single one, by rising T."""
-    single = isinstance(layer_timesteps[0], int)
-    return [list(layer_timesteps)] if single else sorted(map(list, layer_timesteps), key=len)
+def check_finite_weights(module: torch.nn.Module, name: str) -> None:
+    """Refuses weights that are NaN or infinite, in one pass over them.
+
+    Args:
+        module: Any network; weights on the meta device and of 8 bits are not looked at.
+        name: What to call it.
+
+    Raises:
+        ValueError: Some weights are not finite.
+    """
+    for key, weight in module.state_dict().items():
+        known = weight.is_floating_point() and weight.element_size() > 1 and weight.device.type != "meta"
+        if known and weight.numel() and not bool(torch.stack(weight.aminmax()).isfinite().all()):
+            raise ValueError(
+                f"{name} has weights that are NaN or infinite, the first in {key}: its training diverged or its file "
+                "is damaged; take an earlier checkpoint, or download it again"
+            )
 
 
-def step_counts(layer_timesteps: list[Any]) -> list[int]:
-    """Returns T of each of them, rising."""
-    return [len(grid) - 1 for grid in trained_grids(layer_timesteps)]
+@contextmanager
+def damage_named() -> Iterator[None]:
+    """Says of a file of weights that cannot be read that it is damaged; diffusers says that it could not be loaded.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    try:
+        yield
+    except OSError as error:
+        file = re.search(r"Unable to load weights from checkpoint file for '([^']+)'", str(error))
+        if file is None:
+            raise
+        raise ValueError(
+            f"{file[1]} is damaged or incomplete: download it again (force_download=True), or copy it again"
+        ) from error
 
 
 def network_calls(counts: list[int]) -> str:
@@ -276,15 +327,33 @@ def one_of(choices: list[Any]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+def _check_kind(name: str | os.PathLike, index: dict[str, Any]) -> None:
+    """Refuses what model_index.json says to be more than a unet and a scheduler, or to have no unet."""
+    parts = {part for part, kind in index.items() if isinstance(kind, list | tuple) and kind[0] and part[0] != "_"}
+    others = sorted(parts - {"unet", "scheduler", "unet_noise_scale"})
+    if others or "unet" not in parts:
+        kind = index.get("_class_name")
+        raise ValueError(
+            f"{str(name)!r} is a {kind} of {', '.join(sorted(parts))}: HSIVIPipeline draws with a UNet2DModel alone, "
+            "and only unconditional or class-labelled pipelines of a UNet2DModel on pixels can be distilled today. "
+            f"Load this one with {kind}.from_pretrained"
+        )
+
+
 def _wrong_scheduler(scheduler: Any) -> str:
     if not hasattr(scheduler, "config"):
         return f"HSIVIPipeline got scheduler={scheduler!r}: pass an HSIVIScheduler"
-    name, grid = type(scheduler).__name__, scheduler.config.get("layer_timesteps")
-    if grid is not None:
+    name, config = type(scheduler).__name__, scheduler.config
+    if config.get("layer_timesteps") is not None:
         return (
-            f"HSIVIPipeline got a {name} that carries the settings of a sampler of {one_of(step_counts(grid))} steps: "
-            "pass scheduler=HSIVIScheduler.from_config(scheduler.config), or in from_pretrained "
+            f"HSIVIPipeline got a {name} that carries the settings of a distilled sampler: pass "
+            "scheduler=HSIVIScheduler.from_config(scheduler.config), or in from_pretrained "
             'scheduler=HSIVIScheduler.from_pretrained(repo, subfolder="scheduler")'
+        )
+    if config.get("use_flow_sigmas") or not {"beta_start", "trained_betas"} & {*config}:
+        return (
+            f"HSIVIPipeline got a {name}, which has no beta schedule: flow-matching and EDM models are not supported "
+            "yet. Use the pipeline it came with"
         )
     return (
         f"HSIVIPipeline got a {name}: this model was not distilled. Distil it with training/train_hsivi.py, or use the "

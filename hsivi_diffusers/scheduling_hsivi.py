@@ -15,7 +15,9 @@ noise_scale. With kernel "renoise" it is the re-noising of consistency sampling.
 
 import math
 import os
+import sys
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -108,7 +110,6 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
     order = 1
 
-    add_noise = DDPMScheduler.add_noise
     get_velocity = DDPMScheduler.get_velocity
     _threshold_sample = DDPMScheduler._threshold_sample
 
@@ -140,25 +141,27 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         _check_choice("kernel", kernel, KERNELS)
         _check_choice("noise_scale_type", noise_scale_type, NOISE_SCALE_TYPES)
-        if not 0 <= noise_eta <= 1:
-            raise ValueError(f"noise_eta={noise_eta}: give a number in [0, 1]; 0 is DDIM, 1 is DDPM's noise")
+        _check_number("num_train_timesteps", num_train_timesteps, 1, kind=Integral)
+        _check_number("steps_offset", steps_offset, 0, num_train_timesteps - 1, kind=Integral)
+        _check_number("noise_eta", noise_eta, 0, 1, remedy="; 0 is DDIM, 1 is the noise of DDPM")
+        _check_number("dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0, 1)
+        _check_number("clip_sample_range", clip_sample_range, sys.float_info.min)
+        _check_number("sample_max_value", sample_max_value, sys.float_info.min)
         if rescale_betas_zero_snr and prediction_type == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the noise is "
                 "all there is to see, and a prediction of it says nothing of the picture"
             )
-        # Plain numbers, for JSON.
-        noise_scale = torch.as_tensor(noise_scale, dtype=torch.float64, device="cpu").tolist()
+        noise_scale = _read_noise_scale(noise_scale)
         self.register_to_config(noise_scale=noise_scale)
         if layer_timesteps is not None:
             layer_timesteps = _check_grids(layer_timesteps, num_train_timesteps)
-            # Of a trained sampler no setting may give way to the default of another class. It needs no spacing, and
-            # some classes take none but their own.
+            # A trained grid needs no spacing, and some classes accept only their own.
             spacing = "leading" if timestep_spacing in OUR_SPACINGS else timestep_spacing
-            self.register_to_config(layer_timesteps=layer_timesteps, timestep_spacing=spacing, _use_default_values=[])
+            self.register_to_config(layer_timesteps=layer_timesteps, timestep_spacing=spacing)
         _check_noise_scale(noise_scale, layer_timesteps)
 
-        schedule = DDPMScheduler(
+        schedule = _make_schedule(
             num_train_timesteps=num_train_timesteps,
             beta_start=beta_start,
             beta_end=beta_end,
@@ -178,6 +181,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         for depth in self.depths if layer_timesteps is not None else []:  # checks each; the largest stays
             self.set_timesteps(depth)
 
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Adds to the config. A trained sampler keeps all of it: no setting gives way to another class's default."""
+        if kwargs.get("layer_timesteps") is not None:
+            kwargs.pop("_use_default_values", None)
+        super().register_to_config(**kwargs)
+
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Makes the scheduler from the config of any scheduler with a beta schedule.
@@ -191,8 +200,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             whole = name is not None or "num_train_timesteps" in config
             if "FlowMatch" in str(name) or config.get("use_flow_sigmas") or (whole and not betas):
                 raise ValueError(
-                    f"the config of {name or 'this scheduler'} has no beta schedule: HSIVI needs a teacher with one, "
-                    "such as a network trained with DDPMScheduler; flow-matching and EDM models have none"
+                    f"the config of {name or 'this scheduler'} has no beta schedule: flow-matching and EDM models are "
+                    "not supported yet; use a teacher trained with betas, such as those of DDPMScheduler"
                 )
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
@@ -243,13 +252,14 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """
         size = num_train_timesteps
         _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        if not 1 <= num_layers <= size:
-            raise ValueError(f"{num_layers} steps: give a number from 1 to num_train_timesteps={size}")
+        if not _is_whole(num_layers) or not 1 <= num_layers <= size:
+            raise ValueError(f"{num_layers!r} steps: give a whole number from 1 to num_train_timesteps={size}")
+        num_layers = int(num_layers)
         if timestep_spacing in ("quadratic", "uniform") and num_layers < size:
             power, default = (2, round(0.8 * size)) if timestep_spacing == "quadratic" else (1, size - 1)
             start = max(default, num_layers) if start is None else start
-            if not num_layers <= start < size:
-                raise ValueError(f"start={start}: give a timestep from {num_layers} (the steps) to {size - 1}")
+            if not _is_whole(start) or not num_layers <= start < size:
+                raise ValueError(f"start={start!r}: give a timestep from {num_layers} (the steps) to {size - 1}")
             return [max(round((i / num_layers) ** power * start), i) for i in range(num_layers, -1, -1)]
         if start is not None:
             raise ValueError(f"start={start} goes with timestep_spacing 'quadratic' or 'uniform' only")
@@ -298,13 +308,11 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         if trained := self.trained_grids:
             return _choose_trained(trained, num_inference_steps, timesteps)
         if timesteps is not None:
-            return _check_timesteps("timesteps + [-1]", [*timesteps, -1], self.config.num_train_timesteps)
+            return _check_timesteps("timesteps + [-1]", [*_listed(timesteps), -1], self.config.num_train_timesteps)
         if num_inference_steps is None:
             raise ValueError("this scheduler has no trained grid (layer_timesteps): pass num_inference_steps")
-        if isinstance(num_inference_steps, bool | str) or num_inference_steps != int(num_inference_steps):
-            raise ValueError(f"num_inference_steps={num_inference_steps!r}: give a whole number of steps")
         return self.make_layer_timesteps(
-            int(num_inference_steps),
+            num_inference_steps,
             self.config.timestep_spacing,
             self.config.num_train_timesteps,
             steps_offset=self.config.steps_offset,
@@ -393,6 +401,18 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         abar = abar[timestep.to(sample.device)]
         abar = abar.reshape(-1, *[1] * (sample.ndim - 1))
         return abar.sqrt(), (1 - abar).sqrt()
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Returns alpha x0 + sigma noise, of the shape and dtype of x0.
+
+        Args:
+            original_samples: x0, shape (B, C, H, W).
+            noise: Of the same shape.
+            timesteps: Shape (B,) or (1,), -1 for the final alpha.
+        """
+        alpha, sigma = self.alpha_sigma(timesteps, original_samples)
+        noisy: torch.Tensor = alpha * original_samples + sigma * noise
+        return noisy
 
     def predict(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
@@ -516,6 +536,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         x0, eps = self._predict(model_output, sample, layer.alpha_next, layer.sigma_next)
         mean = layer.mean(x0, eps)
         if noise_scale is not None:
+            _check_broadcast("noise_scale", noise_scale, sample)
             return mean, noise_scale.to(sample) * layer.c, x0, layer.last
         if self.config.noise_scale_type == "per_pixel":
             raise ValueError(
@@ -558,6 +579,11 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         else:
             if variance_noise is None:
                 variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=mean.dtype)
+            elif variance_noise.shape != sample.shape:
+                raise ValueError(
+                    f"variance_noise has shape {tuple(variance_noise.shape)}: give that of the sample, "
+                    f"{tuple(sample.shape)}"
+                )
             x = mean + std * variance_noise.to(mean.dtype)
             if last is not False:
                 x = torch.where(last, mean, x)
@@ -619,10 +645,17 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             )
         if model_output.dtype == sample.dtype == torch.float32:
             return model_output, sample
+        if not sample.is_floating_point() or not model_output.is_floating_point():
+            raise ValueError(
+                f"model_output is {model_output.dtype} and the sample {sample.dtype}: give floating-point tensors, "
+                "such as sample.float()"
+            )
         dtype = torch.promote_types(sample.dtype, torch.float32)
         return model_output.to(dtype), sample.to(dtype)
 
     def _vector(self, timestep: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        if isinstance(timestep, str):
+            raise ValueError(f"timestep={timestep!r}: give a number or a tensor, such as one of scheduler.timesteps")
         timestep = torch.as_tensor(timestep).reshape(-1)
         if len(timestep) not in (1, len(sample)):
             raise ValueError(f"{len(timestep)} timesteps for {len(sample)} samples: give one, or one for each")
@@ -639,11 +672,48 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 
 
+def _check_number(
+    name: str, value: Any, low: float, high: float = sys.float_info.max, kind: type = Real, remedy: str = ""
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # type: ignore[operator]
+        whole = "a whole number" if kind is Integral else "a number"
+        bounds = f"from {low} to {high}" if high < sys.float_info.max else "> 0" if low < 1 else f"of at least {low}"
+        raise ValueError(f"{name}={value!r}: give {whole} {bounds}{remedy}")
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool | str) and float(value).is_integer()
+    except (TypeError, ValueError):
+        return False
+
+
+def _listed(values: Any) -> list[Any]:
+    """Returns the values as a list; a single number as a list of one, which a check of a grid then refuses."""
+    try:
+        return list(values)
+    except TypeError:
+        return [values]
+
+
+def _make_schedule(**options: Any) -> DDPMScheduler:
+    """Returns the scheduler of diffusers that has these betas."""
+    remedy = "give betas from 0 to 1, such as beta_start=0.0001, beta_end=0.02, or a list of them as trained_betas"
+    try:
+        schedule = DDPMScheduler(**options)
+        low, high = schedule.betas.aminmax()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"no betas follow from these settings ({str(error).splitlines()[0]}): {remedy}") from error
+    if not 0 <= low <= high <= 1 or schedule.betas.ndim != 1:
+        raise ValueError(f"betas from {float(low):g} to {float(high):g}, shape {tuple(schedule.betas.shape)}: {remedy}")
+    return schedule
+
+
 def _check_timesteps(name: str, timesteps: Any, num_train_timesteps: int) -> list[int]:
     """Returns the grid as plain integers."""
-    grid = list(timesteps)
+    grid = _listed(timesteps)
     remedy = f"give T+1 strictly descending integers from {num_train_timesteps - 1} to 0; the last may be -1"
-    if len(grid) < 2 or any(isinstance(tau, bool | str) or not float(tau).is_integer() for tau in grid):
+    if len(grid) < 2 or not all(map(_is_whole, grid)):
         raise ValueError(f"{name}={grid!r} is no grid of at least 1 layer: {remedy}")
     if any(above <= below for above, below in zip(grid[:-1], grid[1:], strict=True)):
         raise ValueError(f"{name}={grid} is not strictly descending: {remedy}")
@@ -654,7 +724,7 @@ def _check_timesteps(name: str, timesteps: Any, num_train_timesteps: int) -> lis
 
 def _check_grids(grids: Any, num_train_timesteps: int) -> list[int] | list[list[int]]:
     """Returns one grid, or several of different T, as plain integers."""
-    grids = list(grids)
+    grids = _listed(grids)
     if not grids or not hasattr(grids[0], "__len__") or isinstance(grids[0], str) or getattr(grids[0], "ndim", 1) == 0:
         return _check_timesteps("layer_timesteps", grids, num_train_timesteps)
     checked = [_check_timesteps(f"layer_timesteps[{i}]", grid, num_train_timesteps) for i, grid in enumerate(grids)]
@@ -674,7 +744,7 @@ def _choose_trained(
 ) -> list[int]:
     """Returns the trained grid that was asked for; the longest, if nothing was."""
     for grid in reversed(trained):
-        if num_inference_steps in (None, len(grid) - 1) and (timesteps is None or list(timesteps) == grid[:-1]):
+        if num_inference_steps in (None, len(grid) - 1) and (timesteps is None or _listed(timesteps) == grid[:-1]):
             return grid
     counts = _counts(trained)
     asked = f"num_inference_steps={num_inference_steps!r}" if timesteps is None else f"timesteps={timesteps}"
@@ -684,14 +754,32 @@ def _choose_trained(
     )
 
 
+def _read_noise_scale(noise_scale: Any) -> float | list[float]:
+    """Returns plain numbers, for JSON."""
+    try:
+        scale = torch.as_tensor(noise_scale, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        scale = torch.tensor(math.nan)
+    if scale.ndim > 1 or not bool(((scale > 0) & scale.isfinite()).all()):
+        raise ValueError(f"noise_scale={noise_scale!r}: give a number > 0 or a list; for no noise use noise_eta=0")
+    numbers: float | list[float] = scale.tolist()
+    return numbers
+
+
 def _check_noise_scale(noise_scale: float | list[float], grid: Any) -> None:
-    scales = noise_scale if isinstance(noise_scale, list) else [noise_scale]
-    if any(not 0 < scale < math.inf for scale in scales):
-        raise ValueError(f"noise_scale={noise_scale!r}: give numbers > 0; for no noise use noise_eta=0")
-    if isinstance(noise_scale, list) and grid is not None and isinstance(grid[0], list):
-        raise ValueError(
-            f"noise_scale has {len(scales)} numbers, for {len(grid)} grids: give one number for all layers"
-        )
-    if isinstance(noise_scale, list) and (grid is None or len(scales) != len(grid) - 1):
+    if not isinstance(noise_scale, list):
+        return
+    count = len(noise_scale)
+    if grid is not None and isinstance(grid[0], list):
+        raise ValueError(f"noise_scale has {count} numbers, for {len(grid)} grids: give one number for all layers")
+    if grid is None or count != len(grid) - 1:
         wanted = "a grid, layer_timesteps" if grid is None else f"{len(grid) - 1} numbers, one for each layer"
-        raise ValueError(f"noise_scale has {len(scales)} numbers: it needs {wanted}")
+        raise ValueError(f"noise_scale has {count} numbers: it needs {wanted}")
+
+
+def _check_broadcast(name: str, given: torch.Tensor, sample: torch.Tensor) -> None:
+    sizes = zip(reversed(given.shape), reversed(sample.shape), strict=False)
+    if given.ndim > sample.ndim or any(size not in (1, wanted) for size, wanted in sizes):
+        raise ValueError(
+            f"{name} has shape {tuple(given.shape)}: give one that broadcasts to the sample, {tuple(sample.shape)}"
+        )

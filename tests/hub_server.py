@@ -162,7 +162,8 @@ class Hub:
     """The server and its state: `with Hub() as hub:` runs it in a thread.
 
     Switches: `down` answers 503 to everything; `cut_uploads` and `refuse_uploads` hold the numbers (from 1) of
-    the PUTs of lfs files that lose the connection half-way, or are answered 403. Records: `requests`, pairs of
+    the PUTs of lfs files that lose the connection half-way, or are answered 403; `after_commit` is called
+    after each commit, which then loses the connection instead of being answered. Records: `requests`, pairs of
     method and path, and `uploads`, the sha256 of each lfs file stored. `stop()` closes the port, as with no
     network; `start()` opens the same one again.
     """
@@ -176,6 +177,7 @@ class Hub:
         self.puts = 0
         self.cut_uploads = set()
         self.refuse_uploads = set()
+        self.after_commit = None
         self.down = False
         self.port = 0
         self.app = Starlette(routes=self.routes(), exception_handlers={HubError: self.refuse})
@@ -244,6 +246,10 @@ class Hub:
                 repo = self.readable(request, user) if request.method in READS else self.writable(request, user)
             body = await request.body()
             reply = handler(Call(request.path_params, request.query_params, request.headers, body, user, repo))
+            if handler == self.commit and self.after_commit:
+                self.after_commit()
+                await self.drop(request)
+                return Response()
             return reply if isinstance(reply, Response) else JSONResponse(reply)
 
         return answer
@@ -442,6 +448,9 @@ class Hub:
 
     async def cut(self, request):
         await request.receive()
+        await self.drop(request)
+
+    async def drop(self, request):
         # ASGI has no way to drop a connection; uvicorn's `receive` is a method of the object that holds it.
         request.receive.__self__.transport.abort()
         await asyncio.sleep(0)  # until uvicorn has noticed: else it complains of the answer that is missing

@@ -63,7 +63,7 @@ class ExactCritic(torch.nn.Module):
         mean, variance = layers.marginals()
         self.mean, self.variance = mean.detach(), variance.detach()
 
-    def forward(self, x, level, condition=None):
+    def forward(self, x, level, condition=None, t=None):
         return -(x - self.mean[level, None]) / self.variance[level, None]
 
 
@@ -74,7 +74,7 @@ class SharingCritic(ExactCritic):
         super().__init__(layers)
         self.bridge, self.share = bridge, share
 
-    def forward(self, x, level, condition=None):
+    def forward(self, x, level, condition=None, t=None):
         return (1 - self.share) * super().forward(x, level) + self.share * self.bridge.score(x, level)
 
 
@@ -86,7 +86,7 @@ class LinearCritic(torch.nn.Module):
         self.slope = torch.nn.Parameter(-torch.ones(num_layers, dtype=torch.float64))
         self.intercept = torch.nn.Parameter(torch.zeros(num_layers, dtype=torch.float64))
 
-    def forward(self, x, level, condition=None):
+    def forward(self, x, level, condition=None, t=None):
         return self.slope[level, None] * x + self.intercept[level, None]
 
 
@@ -100,7 +100,7 @@ class QuadraticDiscriminator(torch.nn.Module):
             torch.nn.Parameter(torch.zeros(num_layers, dtype=torch.float64)) for _ in range(3)
         )
 
-    def forward(self, x, level, condition=None):
+    def forward(self, x, level, condition=None, t=None):
         logits = self.square[level] * x.square().sum(1) + self.slope[level] * x.sum(1) + self.intercept[level]
         return self.critic(x, level, condition), logits
 

@@ -31,9 +31,10 @@ from hsivi_diffusers import (
     load_teacher,
 )
 from hsivi_diffusers.distillation.bridge import signal_timestep
-from hsivi_diffusers.distillation.pairs import TeacherPairs
+from hsivi_diffusers.distillation.pairs import TeacherPairs, coarse_loss
 from hsivi_diffusers.distillation.student import UNetDiscriminator, label_layers
 from hsivi_diffusers.vi import Adversarial, DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer, make_chain
+from hsivi_diffusers.vi.objectives import half_square
 from tiny_unet import make_unet
 
 GRID = [440, 220, 10]
@@ -65,10 +66,10 @@ def test_a_critic_that_is_told_the_layer_starts_as_the_unet_for_each(classes):
     x, timestep, t = torch.randn(4, 1, 8, 8), torch.tensor([10, 220, 700, 999]), torch.tensor([0, 1, 3, 2])
     condition = None if classes is None else torch.tensor([2, 0, 1, 1])
     plain = UNetCritic(unet, HSIVIScheduler())(x, timestep, condition)
-    torch.testing.assert_close(critic(x, timestep + 1000 * t, condition), plain)
+    torch.testing.assert_close(critic(x, timestep, condition, t), plain)
     with torch.no_grad():
         labelled.class_embedding.weight[3 if classes is None else 4 * 1 + 3] += 1
-    told = critic(x, timestep + 1000 * t, condition)
+    told = critic(x, timestep, condition, t)
     assert [torch.allclose(a, b, atol=1e-6) for a, b in zip(told, plain, strict=True)] == [True, True, False, True]
 
 
@@ -80,23 +81,10 @@ def test_what_is_no_class_number_leaves_no_place_for_the_layer():
         label_layers(unet, 2)
 
 
-@pytest.mark.parametrize("kernel", ["ddim", "renoise"])
-def test_a_level_that_tells_the_layer_is_the_same_level(unet, kernel):
-    grids = [[440, 0], [460, 230, 0]]
-    scheduler = HSIVIScheduler(layer_timesteps=grids, kernel=kernel, noise_eta=1.0)
-    plain = TeacherBridge(unet, scheduler, level_law="uniform")
-    told = TeacherBridge(unet, scheduler, level_law="uniform", tell_layer=True)
-    t = torch.tensor([0, 1, 2, 0])
-    assert torch.equal(told.level(t), plain.level(t) + 1000 * t)
-    level, same = (bridge.sample_level(t, torch.Generator().manual_seed(0)) for bridge in (told, plain))
-    assert torch.equal(level, same + 1000 * t)
-    x = torch.randn(4, 1, 8, 8)
-    assert torch.equal(told.score(x, level), plain.score(x, same))
-    assert torch.equal(told.weight(2, -1)(level), plain.weight(2, -1)(same))
-    q = UNetLayers(unet, scheduler)(x, t)
-    ours, theirs = told.renoise(q, t, level), plain.renoise(q, t, same)
-    assert torch.equal(ours.mean, theirs.mean)
-    assert torch.equal(ours.std, theirs.std)
+def test_a_critic_that_tells_layers_apart_needs_the_layer():
+    critic = UNetCritic(label_layers(make_unet(), 2), HSIVIScheduler(), num_layers=2)
+    with pytest.raises(ValueError, match="t is missing: this critic tells 2 layers apart"):
+        critic(torch.randn(1, 1, 8, 8), torch.tensor([10]))
 
 
 def test_layers_are_the_transition_that_step_makes(unet):
@@ -475,13 +463,21 @@ def test_every_layer_of_several_grids_has_a_gradient(unet, scoring, learned, obj
     kind = "per_pixel" if learned == "per_pixel" else "config"
     scheduler = HSIVIScheduler(layer_timesteps=GRIDS, noise_eta=1.0, noise_scale_type=kind)
     scale = {"config": None, "scalar": LayerNoiseScale(0.8), "per_pixel": HSIVINoiseScale(sample_shape=(1, 8, 8))}
-    student, bridge = UNetLayers(make_unet(), scheduler, scale[learned]), TeacherBridge(unet, scheduler)
+    bridge = TeacherBridge(unet, scheduler, between_share=0.5 if scoring == "between" else 0.0)
+    student = UNetLayers(make_unet(), scheduler, scale[learned])
     critic = UNetCritic(make_unet(), scheduler).requires_grad_(False)
     for layer in range(7):
         t = torch.full((2,), layer)
         x_next = torch.randn(2, 1, 8, 8)
         random = torch.Generator().manual_seed(layer)
-        draw = draw_layer(student(x_next, t), t, bridge, x_next=x_next, scoring=scoring, generator=random)
+        draw = draw_layer(
+            student(x_next, t),
+            t,
+            bridge,
+            x_next=x_next,
+            scoring="own" if scoring == "own" else "random",
+            generator=random,
+        )
         student.zero_grad()
         objective.layer_loss(critic, bridge, draw).sum().backward()
         gradients = [parameter.grad for parameter in student.parameters()]
@@ -609,7 +605,7 @@ def test_between_its_ends_a_layer_is_scored_where_one_that_ends_there_would_draw
     x_next, noise = torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8)
     with torch.no_grad():
         model_output = unet(x_next, torch.full((3,), 220)).sample
-        law, kept = between.between(UNetLayers(unet, scheduler)(x_next, t), t, level, x_next, noise)
+        law, kept = between.place(UNetLayers(unet, scheduler)(x_next, t), t, level, noise, x_next)
     mean, std = scheduler.transition(model_output, torch.full((3,), 220), x_next, prev_timestep=level)
     torch.testing.assert_close(law.rsample(kept), mean + std * noise, rtol=1e-4, atol=1e-4)
     x0, _ = scheduler.predict(model_output, torch.full((3,), 220), x_next)
@@ -621,13 +617,13 @@ def test_between_its_ends_a_layer_is_scored_where_one_that_ends_there_would_draw
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_layers_of_several_grids_are_scored_between_their_own_ends(unet, prediction_type):
     scheduler = HSIVIScheduler(layer_timesteps=GRIDS, noise_eta=1.0, prediction_type=prediction_type)
-    bridge, layers = TeacherBridge(unet, scheduler, tell_layer=True, between_share=1.0), UNetLayers(unet, scheduler)
+    bridge, layers = TeacherBridge(unet, scheduler, between_share=1.0), UNetLayers(unet, scheduler)
     t = torch.tensor([1, 3, 4, 5])  # below the first of each grid
     tau, x_next, noise = scheduler.input_timestep(t), torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
     timestep = (scheduler.output_timestep(t) + tau) // 2
     with torch.no_grad():
         model_output = unet(x_next, tau).sample
-        law, kept = bridge.between(layers(x_next, t), t, timestep + 1000 * t, x_next, noise)
+        law, kept = bridge.place(layers(x_next, t), t, timestep, noise, x_next)
     mean, std = scheduler.transition(model_output, tau, x_next, prev_timestep=timestep)
     torch.testing.assert_close(law.rsample(kept), mean + std * noise, rtol=1e-4, atol=1e-4)
 
@@ -640,7 +636,7 @@ def test_only_the_clean_picture_of_a_draw_between_has_a_gradient(between):
     alpha, sigma = scheduler.alpha_sigma(tau, x0)
     model_output = (x_next - alpha * x0) / sigma
     mean, std = scheduler.transition(model_output, tau, x_next)
-    law, kept = between.between(DiagonalGaussian(mean, std), t, level, x_next, torch.randn(shape))
+    law, kept = between.place(DiagonalGaussian(mean, std), t, level, torch.randn(shape), x_next)
     (gradient,) = torch.autograd.grad(law.rsample(kept).sum(), x0)
     torch.testing.assert_close(gradient, scheduler.alpha_sigma(level, x0)[0].expand(shape), rtol=1e-4, atol=1e-5)
 
@@ -649,7 +645,7 @@ def test_the_first_layer_and_levels_above_an_input_are_scored_as_at_random_level
     t, level = torch.tensor([1, 1, 0]), torch.tensor([230, 700, 300])
     x_next, noise = torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8)
     q = UNetLayers(unet, between.scheduler)(x_next, t).detach()
-    law, kept = between.between(q, t, level, x_next, noise)
+    law, kept = between.place(q, t, level, noise, x_next)
     fresh = between.renoise(q, t, level)
     torch.testing.assert_close(law.mean, fresh.mean)
     torch.testing.assert_close(law.std, fresh.std.expand_as(law.std))
@@ -667,7 +663,7 @@ def test_between_two_ends_of_a_true_layer_are_draws_of_the_bridge(unet):
     x_next = alpha * 0.5 * x0 + sigma * eps  # x0 and eps given x_next are as likely as any other pair
     t, level = torch.zeros(4000, dtype=torch.long), torch.full((4000,), 120)
     mean, std = scheduler.transition(eps, tau, x_next)
-    law, kept = bridge.between(DiagonalGaussian(mean, std), t, level, x_next, z)
+    law, kept = bridge.place(DiagonalGaussian(mean, std), t, level, z, x_next)
     x = law.rsample(kept)
     alpha_s, sigma_s = (value[0].item() for value in scheduler.alpha_sigma(level, x))
     variance = alpha_s**2 / 4 + sigma_s**2
@@ -682,13 +678,36 @@ def test_a_share_of_the_rows_is_scored_between(unet):
     t, shape = torch.zeros(1000, dtype=torch.long), (1000, 1, 8, 8)
     x_next, noise = torch.randn(shape), torch.randn(shape)
     q = DiagonalGaussian(torch.randn(shape), torch.ones(1000, 1, 1, 1))
-    _, kept = bridge.between(q, t, torch.full((1000,), 100), x_next, noise, torch.Generator().manual_seed(0))
+    _, kept = bridge.place(q, t, torch.full((1000,), 100), noise, x_next, torch.Generator().manual_seed(0))
     assert (kept != noise).flatten(1).any(1).float().mean().item() == pytest.approx(0.3, abs=0.05)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.1])
+def test_rows_that_keep_to_their_input_need_it(between):
+    q, t = DiagonalGaussian(torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 1, 1)), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="between_share=1.0 needs the input of the layers: give x_next"):
+        draw_layer(q, t, between, scoring="random")
+
+
+def test_the_coarse_part_of_an_image_counts_more_and_the_rest_as_before():
+    """On 8x8 pixels its fields have 2x2: what is constant there is coarse, what has mean 0 in each is not."""
+    fields = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    coarse = fields.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    fine = torch.randn(2, 3, 8, 4, dtype=torch.float64).repeat_interleave(2, -1)
+    fine[..., 1::2] *= -1
+    expected = 0.5 * (8 * coarse.square() + fine.square()).sum((1, 2, 3))
+    torch.testing.assert_close(coarse_loss(7.0)(coarse + fine), expected)
+    assert torch.equal(coarse_loss(0.0)(fine), half_square(fine))
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan")])
+def test_a_coarse_weight_below_zero_is_refused(weight):
+    with pytest.raises(ValueError, match="give a weight >= 0; 0 counts every part of a residual alike"):
+        coarse_loss(weight)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_a_share_out_of_its_range_is_refused(unet, share):
-    with pytest.raises(ValueError, match=f"between_share={share}: give a number above 0 and up to 1"):
+    with pytest.raises(ValueError, match=f"between_share={share}: give a share of rows, 0 to 1"):
         TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID), between_share=share)
 
 

@@ -1,14 +1,17 @@
 """Pushing and pulling over HTTP, with the client as it is and a Hub on the loopback."""
 
+import io
 import json
 import re
 import shutil
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, PNDMPipeline, PNDMScheduler
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load, save_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, push
@@ -51,8 +54,20 @@ def run_dir(tmp_path_factory):
     for name, content in (("report", report), ("options", options), ("training", training)):
         (folder / f"{name}.json").write_text(json.dumps(content))
     for name in ("samples", "curve"):
-        (folder / f"{name}.png").write_bytes(b"a figure of " + name.encode())
+        Image.new("RGBA", (3, 2), name == "samples" and "red" or "blue").save(folder / f"{name}.png", pnginfo=secret())
     return folder
+
+
+def secret():
+    """Text that a PNG holds beside its pixels."""
+    info = PngInfo()
+    info.add_text("Source", "/home/alice/figure.py")
+    return info
+
+
+def pixel(png):
+    with Image.open(io.BytesIO(png)) as image:
+        return image.size, image.getpixel((0, 0))
 
 
 def client(code, hub, home, run_dir, token="hf_alice", **env):
@@ -67,6 +82,7 @@ def client(code, hub, home, run_dir, token="hf_alice", **env):
 def pushed(run_dir, tmp_path_factory):
     """A hub with alice/digits, pushed with its run, and what push returned."""
     with Hub() as hub:
+        hub.add_repo("google/ddpm-cifar10-32", author="bob")
         before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
         code = f"print(push(pipeline, 'alice/digits', run_dir={str(run_dir)!r}, license='apache-2.0'))"
         hub.answer = client(code, hub, tmp_path_factory.mktemp("home"), run_dir).strip()
@@ -103,9 +119,14 @@ def test_one_commit_holds_weights_code_and_card_and_no_pickle(pushed):
         "unet_noise_scale/diffusion_pytorch_model.safetensors",
         "unet_noise_scale/hsivi_diffusers.py",
     }
-    assert head.files["comparison.png"] == b"a figure of samples"
+    assert pixel(head.files["comparison.png"]) == ((3, 2), (255, 0, 0))
+    assert pixel(head.files["curve.png"]) == ((3, 2), (0, 0, 255))
     assert head.files["samples.png"].startswith(b"\x89PNG")
-    assert not [name for name, data in head.files.items() if b"/tmp" in data or b"_name_or_path" in data]
+    assert not [
+        name
+        for name, data in head.files.items()
+        if b"/tmp" in data or b"alice/figure" in data or b'"_name_or_path"' in data
+    ]
 
 
 def test_the_card_has_the_metadata_of_the_run(pushed):
@@ -199,6 +220,26 @@ def test_rows_that_lack_a_measure_or_say_not_of_what_they_are():
     ]
 
 
+EVIL = "fast\n# Heading <script>alert(1)</script> [link](https://evil.example) `code` ![](x) *b* _i_ | c"
+
+
+def test_nothing_of_the_files_of_a_run_becomes_markdown():
+    rows = [{**ROWS[0], "nfe": EVIL, "num_samples": EVIL}, {**ROWS[1], "nfe": EVIL, "method": EVIL}]
+    run = {
+        "options": {"preset": EVIL, "seed": EVIL},
+        "training": {"base_model": EVIL},
+        "report": {"rows": rows, "features": EVIL, "measured": EVIL},
+    }
+    plain = make_card(make_pipeline(), "alice/digits", {**run, "options": {}, "report": {}}).text
+    text = make_card(make_pipeline(), "alice/digits", run).text
+    assert text.count("&lt;script&gt;") == 8
+    for mark in ("<script>", "[link](", "![](x)", "*b*", " _i_", " | c", " `code`"):
+        assert mark not in text
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        line for line in plain.splitlines() if line.startswith("#")
+    ]
+
+
 @pytest.mark.parametrize("report", [{}, {"rows": []}, {"rows": None}, {"features": "mine"}])
 def test_a_report_without_rows_says_so(report):
     card = card_of(report)
@@ -210,7 +251,7 @@ def test_bars_and_line_breaks_leave_the_table_whole():
     rows = [ROWS[0], {**ROWS[1], "method": "DDIM | eta 1\nagain"}]
     card = card_of({"rows": rows, "features": "mine | of\ntwo lines", "measured": None})
     head, _, *lines = [line for line in card.text.splitlines() if line.startswith("|")]
-    assert head == "| NFE | method | Frechet distance, mine \\| of two lines | sliced Wasserstein distance | pictures |"
+    assert head == "| NFE | method | Frechet distance, mine \\| of two lines | sliced Wasserstein distance | images |"
     assert lines[1] == "| 4 | DDIM \\| eta 1 again | 9.50 | 0.0200 | 500 |"
     assert len(lines) == 2
     assert "None" not in card.text
@@ -324,6 +365,26 @@ assert same(HSIVIPipeline.from_pretrained("alice/evil", trust_remote_code=True))
     assert not (tmp_path / "ran").exists()
 
 
+def test_no_code_of_a_hostile_index_is_run_without_trust(pushed, run_dir, tmp_path):
+    evil = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')\n".encode()
+    files = files_of(pushed, "alice/digits")
+    index = json.loads(files["model_index.json"])
+    listed = json.dumps({**index, "_class_name": ["pipeline", "HSIVIPipeline"]}).encode()
+    pushed.add_repo("alice/listed", {**files, "model_index.json": listed, "pipeline.py": evil + files["pipeline.py"]})
+    module = {"unet/diffusers.py": evil + b"from diffusers import UNet2DModel\n"}
+    pushed.add_repo("alice/module", {**files, **module})
+    code = """
+for name in ("alice/listed", "alice/module"):
+    for options in ({}, {"trust_remote_code": False}):
+        try:
+            HSIVIPipeline.from_pretrained(name, **options)
+        except Exception as error:
+            print(name, type(error).__name__)
+"""
+    client(code, pushed, tmp_path / "home", run_dir)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("grids", [[700, 300, 0], [[500, 0], [700, 300, 0]]], ids=["one", "several"])
 def test_the_snippets_of_the_card_run(pushed, run_dir, tmp_path, grids):
     scheduler = HSIVIScheduler(layer_timesteps=grids)
@@ -335,9 +396,12 @@ def test_the_snippets_of_the_card_run(pushed, run_dir, tmp_path, grids):
     card = files_of(pushed, "alice/plain")["README.md"].decode()
     ours, stock, alone = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     check = "\nassert len(images) == 16 and len(pipeline.scheduler.timesteps) == 2\n"
-    for snippet in (ours + check + stock, "import sys\nsys.modules['hsivi_diffusers'] = None\n" + alone):
+    for snippet in (ours + check, stock, "import sys\nsys.modules['hsivi_diffusers'] = None\n" + alone):
         run = run_client(snippet + check, pushed, tmp_path / "elsewhere")
         assert run.returncode == 0, run.stderr
+        assert "non-standard module" not in run.stderr
+    assert "`pip install hsivi-diffusers`" in card
+    assert "private, log in with `hf auth login` or set `HF_TOKEN`" in " ".join(card.split())
 
 
 # ----- what is refused -----
@@ -413,12 +477,89 @@ except Exception as error:
     assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
+def test_a_commit_that_arrived_before_the_connection_was_cut_is_no_error(run_dir, tmp_path):
+    with Hub() as hub:
+        hub.after_commit = lambda: None
+        url = client("print(push(pipeline, 'alice/cut'))", hub, tmp_path / "home", run_dir).strip()
+        assert url == f"{hub.url}/alice/cut/commit/{hub.repos['alice/cut'].branches['main'].sha}"
+        assert "model_index.json" in files_of(hub, "alice/cut")
+
+
+CUT = """
+try:
+    push(pipeline, "alice/cut")
+except Exception as error:
+    print(*error.__notes__)
+"""
+
+
+def test_a_cut_connection_is_told_with_what_is_known_of_the_repo(run_dir, tmp_path):
+    def undo():
+        branch = hub.repos["alice/cut"].branches
+        branch["main"] = branch["main"].parents[0]
+
+    with Hub() as hub:
+        hub.after_commit = undo
+        assert "alice/cut is as it was." in client(CUT, hub, tmp_path / "home", run_dir)
+        hub.after_commit = lambda: setattr(hub, "down", True)
+        notes = client(CUT, hub, tmp_path / "home", run_dir)
+        assert "if the commit arrived, a second push needs exist_ok=True." in notes
+        assert f"Look at {hub.url}/alice/cut first" in notes
+        assert "as it was" not in notes
+
+
+def test_a_teacher_that_the_hub_does_not_know_is_not_named(run_dir, tmp_path):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    pushes, names = "", ["runs/teacher", "/home/alice/teacher", "../teacher", None]
+    for number, name in enumerate(names):
+        other = shutil.copytree(folder, tmp_path / str(number))
+        (other / "training.json").write_text(json.dumps({"base_model": name}))
+        pushes += f"push(pipeline, 'alice/m{number}', run_dir={str(other)!r})\n"
+    with Hub() as hub:
+        client(pushes, hub, tmp_path / "home", run_dir)
+        for number in range(len(names)):
+            card = files_of(hub, f"alice/m{number}")["README.md"].decode()
+            assert "base_model" not in card
+            assert "teacher]" not in card
+    with pytest.raises(ValueError, match="'../teacher'.*: give user/name"):
+        push(make_pipeline(), "alice/new", base_model="../teacher")
+
+
+@pytest.mark.parametrize("name", ["samples", "curve"])
+def test_a_figure_that_is_a_link_or_no_image_is_refused(run_dir, tmp_path, name):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    file = folder / f"{name}.png"
+    secrets = tmp_path / "secrets.png"
+    Image.new("L", (1, 1)).save(secrets)
+    for target in (secrets, tmp_path / "nothing"):
+        file.unlink()
+        file.symlink_to(target)
+        with pytest.raises(
+            ValueError, match=f"{re.escape(str(file))} is a link, .*: put the image there, or remove it"
+        ):
+            push(make_pipeline(), "alice/new", run_dir=folder)
+    for content in (b"no image", (run_dir / f"{name}.png").read_bytes()[:60]):
+        file.unlink()
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{re.escape(str(file))} is damaged .*: make it again"):
+            push(make_pipeline(), "alice/new", run_dir=folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_pushed(value):
+    pipeline = make_pipeline()
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias[0] = value
+    with pytest.raises(ValueError, match="unet has weights that are NaN or infinite, the first in conv_out.bias"):
+        push(pipeline, "alice/new")
+
+
 def test_only_a_trained_sampler_is_pushed(tmp_path):
     pipeline = HSIVIPipeline(unet=make_unet(), scheduler=HSIVIScheduler())
-    with pytest.raises(ValueError, match="no HSIVIScheduler with a trained grid"):
+    with pytest.raises(ValueError, match="is not an HSIVIScheduler with a trained grid"):
         push(pipeline, "alice/new")
     pipeline.scheduler = HSIVIScheduler(layer_timesteps=[500, 0])
-    with pytest.raises(ValueError, match="is no folder: give the folder of a run"):
+    with pytest.raises(ValueError, match="is not a folder: give the folder of a run"):
         push(pipeline, "alice/new", run_dir=tmp_path / "nothing")
     assert torch.is_grad_enabled()
 
@@ -426,12 +567,12 @@ def test_only_a_trained_sampler_is_pushed(tmp_path):
 @pytest.mark.parametrize(
     ("repo", "message"),
     [
-        ("digits", "'digits' says not whose it is: give user/name or organisation/name"),
+        ("digits", "'digits' does not say whose it is: give user/name or organisation/name"),
         ("alice/digits/five", "give user/name or organisation/name"),
         ("alice/", "give user/name or organisation/name"),
         ("", "give user/name or organisation/name"),
-        (None, "repo None is no name: give user/name"),
-        (5, "repo 5 is no name: give user/name"),
+        (None, "repo None is not a name: give user/name"),
+        (5, "repo 5 is not a name: give user/name"),
     ],
 )
 def test_what_is_no_name_of_a_repo_is_refused(repo, message):
@@ -443,10 +584,10 @@ def test_what_would_not_load_again_is_not_pushed(unet):
     for given in (unet, "runs/digits_t5/pipeline", None):
         with pytest.raises(ValueError, match=f"push got a {type(given).__name__}: give a pipeline"):
             push(given, "alice/new")
-    stock = DDIMPipeline(unet=unet, scheduler=DDIMScheduler())
-    stock.scheduler = HSIVIScheduler(layer_timesteps=[500, 0])
-    with pytest.raises(ValueError, match=r"would be lost: push HSIVIPipeline.from_pipe\(pipeline\)"):
-        push(stock, "alice/new")
+    for stock in (DDIMPipeline(unet, DDIMScheduler()), PNDMPipeline(unet, PNDMScheduler())):
+        stock.scheduler = HSIVIScheduler(layer_timesteps=[500, 0])
+        with pytest.raises(ValueError, match=r"would be lost: push HSIVIPipeline.from_pipe\(pipeline\)"):
+            push(stock, "alice/new")
 
 
 def test_only_the_run_of_the_pipeline_is_pushed_with_it(run_dir, tmp_path):
@@ -488,7 +629,7 @@ except Exception as error:
     print(type(error).__name__, *getattr(error, "__notes__", []))
 """
     run = run_client(code, pushed, tmp_path / "home", "hf_alice", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "The Hub was not reached, or the connection was cut; alice/new is as it was." in run.stdout, run.stderr
+    assert "The Hub was not reached, or the connection was cut. Nothing of yours was lost." in run.stdout, run.stderr
 
 
 def test_offline_the_remedy_is_to_unset_it():

@@ -7,13 +7,24 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from diffusers.callbacks import PipelineCallback
 from packaging.version import Version
 from PIL import Image
+from safetensors.torch import load_file
 
 import hsivi_diffusers
 from hsivi_diffusers import HSIVINoiseScale, HSIVIPipeline, HSIVIScheduler
+from hsivi_diffusers.pipeline_hsivi import check_finite_weights
 from tiny_unet import make_unet
 
 GRID = [700, 400, 100, 0]
@@ -154,7 +165,7 @@ def test_class_labels_reach_the_network():
     [
         ({"num_inference_steps": 50}, "pass num_inference_steps=3"),
         ({"latents": torch.zeros(3, 1, 4, 4)}, r"latents has shape \(3, 1, 4, 4\): expected \(3, 1, 8, 8\)"),
-        ({"batch_size": 0}, "ask for a whole number of pictures, at least 1"),
+        ({"batch_size": 0}, "ask for a whole number of images, at least 1"),
         ({"batch_size": 2.0}, "batch_size=2.0: ask for a whole number"),
         ({"batch_size": "a cat"}, "batch_size='a cat': ask for a whole number"),
         ({"generator": [torch.Generator()]}, "1 generators for batch_size=3"),
@@ -171,6 +182,82 @@ def test_bad_calls_are_refused(unet, options, message):
 def test_the_number_of_pictures_may_be_of_numpy(unet):
     pipeline = make_pipeline(unet)
     assert torch.equal(pipeline(np.int64(3), seeded(), output_type="pt").images, draw(pipeline))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weights_that_are_not_finite_are_refused_before_anything_is_drawn(unet, value, dtype, tmp_path):
+    pipeline = make_pipeline(unet, noise_scale_type="per_pixel").to(dtype)
+    for part, name, weight in (
+        (unet, "unet", unet.conv_out.bias),
+        (pipeline.unet_noise_scale, "unet_noise_scale", pipeline.unet_noise_scale.log_scale),
+    ):
+        pipeline.save_pretrained(tmp_path)
+        with torch.no_grad():
+            kept = weight.flatten()[0].clone()
+            weight.view(-1)[0] = value
+        with pytest.raises(ValueError, match=f"{name} has weights that are NaN or infinite, the first in .*: its"):
+            HSIVIPipeline(**pipeline.components)
+        part.save_pretrained(tmp_path / name)
+        for cls in (HSIVIPipeline, DiffusionPipeline):
+            with pytest.raises(ValueError, match=f"{name} has weights that are NaN or infinite"):
+                cls.from_pretrained(tmp_path)
+        with torch.no_grad():
+            weight.view(-1)[0] = kept
+
+
+def test_weights_that_are_not_there_yet_or_of_8_bits_are_not_looked_at(unet):
+    check_finite_weights(torch.nn.Linear(2, 2, device="meta"), "unet")
+    check_finite_weights(torch.nn.Linear(2, 2).to(torch.float8_e4m3fn), "unet")
+    check_finite_weights(torch.nn.Embedding(0, 2), "unet")
+    large = torch.nn.Linear(2, 1, dtype=torch.float16)
+    torch.nn.init.constant_(large.weight, 65504)  # of which the sum is infinite
+    check_finite_weights(large, "unet")
+
+
+@pytest.mark.parametrize("size", [0, 50, 2000, -100])
+def test_a_damaged_file_of_weights_is_called_damaged(unet, tmp_path, size):
+    make_pipeline(unet).save_pretrained(tmp_path)
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))} is damaged or incomplete: download it again"):
+        HSIVIPipeline.from_pretrained(tmp_path)
+    file.unlink()
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
+        HSIVIPipeline.from_pretrained(tmp_path)
+
+
+SD = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "scheduler": "PNDM"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("StableDiffusionPipeline", SD),
+        ("LDMPipeline", {"vqvae": "VQModel", "unet": "UNet2DModel", "scheduler": "DDIMScheduler"}),
+        ("DiTPipeline", {"transformer": "DiTTransformer2DModel", "scheduler": "DDIMScheduler"}),
+    ],
+)
+def test_a_pipeline_of_another_kind_is_named_before_its_weights_are_loaded(tmp_path, kind, parts):
+    index = {"_class_name": kind, "safety_checker": [None, None], **{n: ["diffusers", c] for n, c in parts.items()}}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    message = (
+        f"is a {kind} of {', '.join(sorted(parts))}: .* only unconditional or class-labelled .* today. "
+        f"Load this one with {kind}.from_pretrained"
+    )
+    with pytest.raises(ValueError, match=message):
+        HSIVIPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [FlowMatchEulerDiscreteScheduler(), EDMEulerScheduler(), UniPCMultistepScheduler(use_flow_sigmas=True)],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_scheduler_without_betas_is_not_told_to_be_distilled(unet, scheduler):
+    message = f"got a {type(scheduler).__name__}, which has no beta schedule: .* are not supported yet"
+    with pytest.raises(ValueError, match=message):
+        HSIVIPipeline(unet=unet, scheduler=scheduler)
 
 
 def test_bad_components_are_refused(unet):
@@ -355,7 +442,7 @@ def test_a_teacher_is_refused_and_the_remedies_of_the_error_work(teacher_folder)
 def test_a_folder_of_stock_classes_is_refused_until_it_gets_our_scheduler(unet, tmp_path):
     pipeline = make_pipeline(unet, noise_scale=[1.0, 0.9, 0.8])
     DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(pipeline.scheduler.config)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"a sampler of 3 steps: .* scheduler=HSIVIScheduler.from_pretrained\("):
+    with pytest.raises(ValueError, match=r"of a distilled sampler: .* scheduler=HSIVIScheduler.from_pretrained\("):
         HSIVIPipeline.from_pretrained(tmp_path)
     scheduler = HSIVIScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert torch.equal(draw(quiet(HSIVIPipeline.from_pretrained(tmp_path, scheduler=scheduler))), draw(pipeline))
@@ -405,11 +492,11 @@ def test_from_pipe_leaves_the_scale_behind_where_the_scheduler_wants_none(unet):
 def test_print_tells_what_is_drawn_and_then_the_components(unet, capsys):
     print(make_pipeline(unet))
     first, *rest = capsys.readouterr().out.splitlines()
-    assert first == "HSIVIPipeline: 1x8x8 pictures in 3 network calls, layer_timesteps=[700, 400, 100, 0]"
+    assert first == "HSIVIPipeline: 1x8x8 images in 3 network calls, layer_timesteps=[700, 400, 100, 0]"
     assert {'  "scheduler": [', '  "unet": [', '  "unet_noise_scale": ['} <= set(rest)
     print(make_pipeline(make_unet(sample_size=(8, 16)), layer_timesteps=None))
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == "HSIVIPipeline: 1x8x16 pictures in any number of network calls, layer_timesteps=None"
+    assert first == "HSIVIPipeline: 1x8x16 images in any number of network calls, layer_timesteps=None"
 
 
 def test_one_network_may_have_several_grids(unet, tmp_path):
@@ -417,7 +504,7 @@ def test_one_network_may_have_several_grids(unet, tmp_path):
     pipeline = make_pipeline(unet, layer_timesteps=grids, noise_eta=1.0)
     pipeline.save_pretrained(tmp_path)
     loaded = quiet(HSIVIPipeline.from_pretrained(tmp_path))
-    assert repr(loaded).startswith("HSIVIPipeline: 1x8x8 pictures in 1, 2 or 4 network calls, layer_timesteps=[[440, ")
+    assert repr(loaded).startswith("HSIVIPipeline: 1x8x8 images in 1, 2 or 4 network calls, layer_timesteps=[[440, ")
     assert loaded.num_timesteps == 4
     for grid in grids:
         images = draw(loaded, num_inference_steps=len(grid) - 1)
@@ -427,14 +514,12 @@ def test_one_network_may_have_several_grids(unet, tmp_path):
     with pytest.raises(ValueError, match="trained for 1, 2 or 4 steps.*pass num_inference_steps=1, 2 or 4"):
         loaded(1, num_inference_steps=3)
     stock = DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(loaded.scheduler.config))
-    with pytest.raises(ValueError, match="carries the settings of a sampler of 1, 2 or 4 steps: pass scheduler="):
+    with pytest.raises(ValueError, match="carries the settings of a distilled sampler: pass scheduler="):
         HSIVIPipeline.from_pipe(stock)
 
 
 def test_print_says_one_network_call(unet):
-    assert "8 pictures in 1 network call, layer_timesteps=[500, 0]" in repr(
-        make_pipeline(unet, layer_timesteps=[500, 0])
-    )
+    assert "8 images in 1 network call, layer_timesteps=[500, 0]" in repr(make_pipeline(unet, layer_timesteps=[500, 0]))
 
 
 def test_print_works_with_another_scheduler_assigned(unet):
@@ -475,6 +560,15 @@ def test_offloading_changes_no_picture(unet, dtype, offload):
         assert torch.equal(draw(pipeline), images)
 
 
+def test_offloaded_models_are_moved_back_after_the_call(unet):
+    pipeline = make_pipeline(unet, noise_scale_type="per_pixel")
+    offload_models(pipeline)
+    hooks = list(pipeline._all_hooks)
+    draw(pipeline)
+    assert len(pipeline._all_hooks) == len(hooks) == 2
+    assert not {*map(id, pipeline._all_hooks)} & {*map(id, hooks)}
+
+
 def test_layerwise_casting_draws_in_the_compute_precision_with_rounded_weights(unet):
     rounded = copy.deepcopy(unet)
     for layer in rounded.modules():
@@ -510,7 +604,18 @@ def test_another_scheduler_assigned_later_is_refused_at_the_call(unet):
 
 def test_a_unet_of_no_size_takes_it_from_the_latents():
     pipeline = make_pipeline(make_unet(sample_size=None).eval())
-    assert "any size pictures" in repr(pipeline)
+    assert "any size images" in repr(pipeline)
     assert pipeline(2, latents=torch.randn(2, 1, 16, 8), output_type="pt").images.shape == (2, 1, 16, 8)
     with pytest.raises(ValueError, match="has no sample_size: pass latents"):
         pipeline(2)
+
+
+def test_each_set_has_one_student_stored_in_half_precision_that_draws_in_single_precision():
+    folders = sorted((Path(__file__).parents[1] / "assets/students").glob("*/pipeline"))
+    assert [folder.parent.name for folder in folders] == ["digits_t4", "emoji_t4", "fashion_t4"]
+    for folder in folders:
+        stored = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+        assert {weights.dtype for weights in stored.values()} == {torch.float16}
+        pipeline = quiet(HSIVIPipeline.from_pretrained(folder))
+        assert {weights.dtype for weights in pipeline.unet.parameters()} == {torch.float32}
+        assert pipeline(1, seeded(), output_type="pt", return_dict=False)[0].std() > 0.05

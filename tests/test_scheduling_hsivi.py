@@ -163,6 +163,15 @@ def test_generators_fix_the_noise_one_for_all_or_one_for_each():
     torch.testing.assert_close(each[2:3], alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_noise_of_a_generator_is_drawn_in_single_precision_for_half(dtype):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)
+    output, sample = (tensor.to(dtype) for tensor in output_and_sample())
+    step = scheduler.step(output, 800, sample, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(step.prev_sample, scheduler.step(output, 800, sample, variance_noise=noise).prev_sample)
+
+
 def test_eta_given_by_a_pipeline_does_not_silence_the_noise():
     scheduler = HSIVIScheduler(layer_timesteps=GRID)
     output, sample = output_and_sample()
@@ -268,9 +277,12 @@ def test_the_grid_can_start_below_the_end_of_the_clock():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_layers": 0}, "0 steps: give a number from 1 to"),
-        ({"num_layers": 1001}, "1001 steps: give a number from 1"),
+        ({"num_layers": 0}, "0 steps: give a whole number from 1 to"),
+        ({"num_layers": 1001}, "1001 steps: give a whole number from 1"),
         ({"num_layers": 5, "start": 1000}, "start=1000: give a timestep from 5"),
+        ({"num_layers": "5"}, "'5' steps: give a whole number from 1"),
+        ({"num_layers": 2.5}, "2.5 steps: give a whole number from 1"),
+        ({"num_layers": 5, "start": "500"}, "start='500': give a timestep from 5"),
         ({"num_layers": 5, "start": 4}, "start=4: give a timestep from 5"),
         ({"num_layers": 5, "timestep_spacing": "leading", "start": 500}, "goes with timestep_spacing 'quadratic'"),
         ({"num_layers": 5, "timestep_spacing": "cosine"}, "timestep_spacing='cosine' is unknown: choose one of"),
@@ -291,9 +303,9 @@ def test_a_trained_grid_is_used_from_the_start_and_any_other_count_refused():
         scheduler.set_timesteps(50)
 
 
-@pytest.mark.parametrize("count", ["5", 2.5, True, "many"])
+@pytest.mark.parametrize("count", ["5", 2.5, True, "many", float("nan")])
 def test_a_count_that_is_no_whole_number_is_refused(count):
-    with pytest.raises(ValueError, match=f"num_inference_steps={count!r}: give a whole number of steps"):
+    with pytest.raises(ValueError, match=f"{count!r} steps: give a whole number from 1 to"):
         HSIVIScheduler().set_timesteps(count)
     with pytest.raises(ValueError, match=f"num_inference_steps={count!r}, but this sampler was trained for 5 steps"):
         HSIVIScheduler(layer_timesteps=GRID).set_timesteps(count)
@@ -513,7 +525,35 @@ def test_a_transition_of_one_grid_may_be_told_where_it_ends(scale):
         ({"timestep_spacing": "karras"}, "timestep_spacing='karras' is unknown"),
         ({"kernel": "euler"}, "kernel='euler' is unknown: choose one of 'ddim', 'renoise'"),
         ({"noise_scale_type": "tensor"}, "noise_scale_type='tensor' is unknown"),
-        ({"noise_eta": 1.5}, "noise_eta=1.5: give a number in"),
+        ({"noise_eta": 1.5}, "noise_eta=1.5: give a number from 0 to 1; 0 is DDIM"),
+        ({"noise_eta": "0.2"}, "noise_eta='0.2': give a number from 0 to 1"),
+        ({"noise_eta": float("nan")}, "noise_eta=nan: give a number from 0 to 1"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps=0: give a whole number of at least 1"),
+        ({"num_train_timesteps": 10.0}, "num_train_timesteps=10.0: give a whole number"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps='1000': give a whole number"),
+        ({"steps_offset": -400}, "steps_offset=-400: give a whole number from 0 to 999"),
+        ({"steps_offset": 1000}, "steps_offset=1000: give a whole number from 0 to 999"),
+        ({"steps_offset": True}, "steps_offset=True: give a whole number"),
+        ({"clip_sample_range": -1.0}, "clip_sample_range=-1.0: give a number > 0"),
+        ({"clip_sample_range": 0.0}, "clip_sample_range=0.0: give a number > 0"),
+        ({"clip_sample_range": float("inf")}, "clip_sample_range=inf: give a number > 0"),
+        ({"sample_max_value": 0.0}, "sample_max_value=0.0: give a number > 0"),
+        ({"dynamic_thresholding_ratio": 1.1}, "dynamic_thresholding_ratio=1.1: give a number from 0 to 1"),
+        ({"beta_start": "a"}, "no betas follow from these settings .*: give betas from 0 to 1"),
+        ({"beta_schedule": "square"}, "no betas follow from these settings .*square.*: give betas from 0 to 1"),
+        ({"beta_start": -0.1}, "betas from -0.1 to 0.02, .*: give betas from 0 to 1"),
+        ({"beta_end": 1.5}, "to 1.5, .*: give betas from 0 to 1"),
+        ({"beta_end": float("nan")}, "betas from nan to nan"),
+        ({"trained_betas": [0.1, float("nan"), 0.2]}, "betas from nan to nan"),
+        ({"trained_betas": []}, "no betas follow from these settings"),
+        ({"trained_betas": [[0.1, 0.2]]}, r"shape \(1, 2\): give betas"),
+        ({"trained_betas": ["0.1"]}, "no betas follow from these settings"),
+        ({"layer_timesteps": 500}, "no grid of at least 1 layer"),
+        ({"layer_timesteps": "many"}, "no grid of at least 1 layer"),
+        ({"layer_timesteps": [None, 0]}, "no grid of at least 1 layer"),
+        ({"layer_timesteps": [[500, 0], 5]}, r"layer_timesteps\[1\]=\[5\] is no grid of at least 1 layer"),
+        ({"noise_scale": "1"}, "noise_scale='1': give a number > 0 or a list"),
+        ({"layer_timesteps": [500, 0], "noise_scale": [[1.0]]}, "give a number > 0 or a list"),
         ({"layer_timesteps": [500]}, "no grid of at least 1 layer"),
         ({"layer_timesteps": [500.5, 0]}, "no grid of at least 1 layer"),
         ({"layer_timesteps": ["500", "0"]}, "no grid of at least 1 layer"),
@@ -521,12 +561,12 @@ def test_a_transition_of_one_grid_may_be_told_where_it_ends(scale):
         ({"layer_timesteps": [0, 500]}, "not strictly descending"),
         ({"layer_timesteps": [1000, 0]}, "leaves the teacher's clock: give T\\+1 strictly descending"),
         ({"layer_timesteps": [500, 0, -2]}, "leaves the teacher's clock"),
-        ({"noise_scale": 0.0}, "give numbers > 0"),
-        ({"noise_scale": float("inf")}, "give numbers > 0"),
-        ({"layer_timesteps": [500, 0], "noise_scale": [float("nan")]}, "give numbers > 0"),
+        ({"noise_scale": 0.0}, "give a number > 0"),
+        ({"noise_scale": float("inf")}, "give a number > 0"),
+        ({"layer_timesteps": [500, 0], "noise_scale": [float("nan")]}, "give a number > 0"),
         ({"noise_scale": [1.0, 1.0]}, "it needs a grid"),
         ({"layer_timesteps": GRID, "noise_scale": [1.0, 1.0]}, "noise_scale has 2 numbers: it needs 5 numbers"),
-        ({"layer_timesteps": GRID, "noise_scale": [1.0, -1.0, 1.0, 1.0, 1.0]}, "give numbers > 0"),
+        ({"layer_timesteps": GRID, "noise_scale": [1.0, -1.0, 1.0, 1.0, 1.0]}, "give a number > 0"),
     ],
 )
 def test_bad_settings_are_refused_with_a_remedy(options, message):
@@ -540,11 +580,44 @@ def test_bad_settings_are_refused_with_a_remedy(options, message):
         (torch.zeros(4, 5, 8, 8), 800, "must be equal, or the output must have twice the channels"),
         (torch.zeros(4, 3, 4, 4), 800, "must be equal"),
         (torch.zeros(SHAPE), torch.tensor([800, 512]), "2 timesteps for 4 samples"),
+        (torch.zeros(SHAPE), "800", "timestep='800': give a number or a tensor"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(output, timestep, message):
     with pytest.raises(ValueError, match=message):
         HSIVIScheduler(layer_timesteps=GRID).step(output, timestep, torch.zeros(SHAPE))
+
+
+@pytest.mark.parametrize(("output", "sample"), [(torch.float32, torch.int64), (torch.uint8, torch.float32)])
+def test_integer_samples_are_refused_rather_than_truncated(output, sample):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
+    with pytest.raises(ValueError, match=f"model_output is {output} and the sample {sample}: give floating-point"):
+        scheduler.step(torch.zeros(SHAPE, dtype=output), 800, torch.zeros(SHAPE, dtype=sample))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 8, 8), (1, 1, 3, 8, 8), (2, 8, 8)])
+def test_a_noise_scale_that_would_change_the_shape_is_refused(shape):
+    scheduler, (output, sample) = HSIVIScheduler(layer_timesteps=GRID), output_and_sample()
+    for method in (scheduler.step, scheduler.transition):
+        with pytest.raises(
+            ValueError, match=r"noise_scale has shape .*: give one that broadcasts to the sample, \(4, 3"
+        ):
+            method(output, 800, sample, noise_scale=torch.ones(shape))
+    with pytest.raises(ValueError, match=r"noise_scale has shape \(1, 3, 8, 8\)"):
+        scheduler.step(output[:, :1], 800, sample[:, :1], noise_scale=torch.ones(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (3, 8, 8), (2, 4, 3, 8, 8)])
+def test_noise_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"variance_noise has shape .*: give that of the sample, \(4, 3, 8, 8\)"):
+        HSIVIScheduler(layer_timesteps=GRID).step(
+            *output_and_sample()[:1], 800, *output_and_sample()[1:], variance_noise=torch.ones(shape)
+        )
+
+
+def test_adding_noise_reaches_the_final_alpha():
+    clean, noise = output_and_sample()
+    assert torch.equal(HSIVIScheduler().add_noise(clean, noise, torch.tensor([-1])), clean)
 
 
 def test_flow_matching_schedulers_are_refused(tmp_path):
@@ -553,7 +626,9 @@ def test_flow_matching_schedulers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the config of FlowMatchEulerDiscreteScheduler has no beta schedule"):
         HSIVIScheduler.from_pretrained(tmp_path)
     for config in (flow.config, {"use_flow_sigmas": True}):
-        with pytest.raises(ValueError, match="has no beta schedule: HSIVI needs a teacher with one"):
+        with pytest.raises(
+            ValueError, match="has no beta schedule: flow-matching and EDM models are not supported yet"
+        ):
             HSIVIScheduler.from_config(config)
 
 

@@ -37,11 +37,9 @@ class TeacherBridge(Bridge):
             input, or "uniform", in all of the range; by default "layer" for kernel ddim, "uniform" for renoise.
         level_power: p > 0. A random level is low + (high - low) u^p, u uniform on [0, 1): p = 1 is uniform, a larger p
             has more levels of low noise.
-        tell_layer: Let a level be timestep + N t in the place of a timestep, so that a critic is told the layer, too:
-            for layers that are scored at the same timesteps, of which it would learn the mixture otherwise.
         data: Draws clean data, (size, condition, generator) -> shape (size, ...), each row with its condition; None for
             a bridge that is not drawn from.
-        between_share: Share of the rows that are scored so with `scoring="between"`, see `between`; above 0, up to 1.
+        between_share: Share of the rows scored at a random level that keep to their input, see `place`; 0 to 1.
 
     Raises:
         ValueError: The range leaves the teacher's clock, the law is unknown, the power is not above 0, the share is out
@@ -56,8 +54,7 @@ class TeacherBridge(Bridge):
         level_law: LevelLaw | None = None,
         level_power: float = 1.0,
         data: SampleData | None = None,
-        tell_layer: bool = False,
-        between_share: float = 0.5,
+        between_share: float = 0.0,
     ) -> None:
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
@@ -66,15 +63,14 @@ class TeacherBridge(Bridge):
             raise ValueError(f"level_law={level_law!r} is unknown: choose 'layer' or 'uniform'")
         if not level_power > 0:
             raise ValueError(f"level_power={level_power}: give a number > 0; 1 is uniform, 2 has more low noise")
-        if not 0 < between_share <= 1:
-            raise ValueError(f"between_share={between_share}: give a number above 0 and up to 1")
+        if not 0 <= between_share <= 1:
+            raise ValueError(f"between_share={between_share}: give a share of rows, 0 to 1")
         self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
         self.scheduler = scheduler
         self.level_range = level_range
         self.level_law = level_law or usual_law(scheduler.config.kernel)
         self.level_power = level_power
         self.data = data
-        self.tell_layer = tell_layer
         self.between_share = between_share
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
@@ -101,7 +97,7 @@ class TeacherBridge(Bridge):
         if self.data is None:
             raise ValueError("a draw of the bridge takes real data: make it with TeacherBridge(..., data=...)")
         x = self.data(len(level), condition, generator).to(self.network.unet.device)
-        alpha, sigma = self._alpha_sigma(level, x)
+        alpha, sigma = self.scheduler.alpha_sigma(level, x)
         return alpha * x + sigma * randn_like(x, generator)
 
     def sample_input(
@@ -111,14 +107,8 @@ class TeacherBridge(Bridge):
         return self.sample(self.scheduler.input_timestep(t), condition, generator)
 
     def level(self, t: Tensor) -> Tensor:
-        """Returns tau_t, or tau_t + N t if the layer is told."""
-        return self._with_layer(self.scheduler.output_timestep(t), t)
-
-    def _with_layer(self, timestep: Tensor, t: Tensor) -> Tensor:
-        return timestep + len(self.scheduler) * t if self.tell_layer else timestep
-
-    def _alpha_sigma(self, level: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.scheduler.alpha_sigma(level % len(self.scheduler), x)
+        """Returns tau_t, shape (B,)."""
+        return self.scheduler.output_timestep(t)
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws levels low + (high - low) u^p, p the `level_power`: uniformly by default.
@@ -127,7 +117,7 @@ class TeacherBridge(Bridge):
         t = T-1, up to the end of `level_range`. So no two layers of a grid share a level, and the critic, which is told
         the level alone, learns the marginal of each layer and not of their mixture. With "uniform" a renoise layer has
         all of `level_range`, a ddim layer, which can only be diffused upwards, what of it is at or above tau_t. Layers
-        then share levels, as those of several grids do: that is what `tell_layer` is for.
+        then share levels, as those of several grids do: the critic must then be told the layer, see `label_layers`.
 
         Raises:
             ValueError: A layer has no level in the range.
@@ -135,7 +125,7 @@ class TeacherBridge(Bridge):
         lowest, highest = (bound.to(t.device)[t] for bound in self._layer_levels)
         uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(t.device)
         level = lowest + (uniform.pow(self.level_power) * (highest + 1 - lowest)).long()
-        return self._with_layer(level.minimum(highest), t)  # for a small power may round to 1
+        return level.minimum(highest)  # for a small power may round to 1
 
     @property
     def _first_layers(self) -> Tensor:
@@ -168,35 +158,44 @@ class TeacherBridge(Bridge):
         For x_t diffused up to s >= tau_t that is N(r mean, r^2 std^2 + sigma_s^2 - r^2 sigma_t^2). A layer of the
         "renoise" kernel has std = sigma_t, so that the variance is sigma_s^2: the formula then holds at every s.
         """
-        alpha_t, sigma_t = self._alpha_sigma(self.level(t), q.mean)
-        alpha, sigma = self._alpha_sigma(level, q.mean)
+        alpha_t, sigma_t = self.scheduler.alpha_sigma(self.level(t), q.mean)
+        alpha, sigma = self.scheduler.alpha_sigma(level, q.mean)
         if self.scheduler.config.kernel == "renoise":
             return DiagonalGaussian(mean=alpha / alpha_t * q.mean, std=sigma)
         return q.diffuse(alpha_t, sigma_t, alpha, sigma)
 
-    def between(
+    def place(
         self,
         q: DiagonalGaussian,
         t: Tensor,
         level: Tensor,
-        x_next: Tensor,
         noise: Tensor,
+        x_next: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[DiagonalGaussian, Tensor]:
-        """Returns N(alpha_s x0, sigma_s^2), s the level, and the noise of a draw that keeps to the layer's input.
+        """Returns the law of `renoise` and the noise z; in `between_share` of the rows, a draw that keeps to its input.
 
-        With x0 the clean picture of the layer, eps = (x_{t+1} - alpha_{t+1} x0) / sigma_{t+1}, and c that of a layer
-        from tau_{t+1} to s, the noise is (sqrt(sigma_s^2 - c^2) eps + c z) / sigma_s, without gradient: x_s is what
-        such a layer would draw. That is done with `between_share` of the rows below the first layer, whose input says
-        nothing of a picture, and where the level is below the input; the others have the law of `renoise`, and z.
+        There, with x0 the clean image of the layer, eps = (x_{t+1} - alpha_{t+1} x0) / sigma_{t+1}, s the level and c
+        that of a layer from tau_{t+1} to s, the law is N(alpha_s x0, sigma_s^2) and the noise
+        (sqrt(sigma_s^2 - c^2) eps + c z) / sigma_s, without gradient: x_s is what such a layer would draw. At the
+        optimum the layer's E[x0 | x_s] is the data's (moment matching, arXiv 2406.04103). Rows of the first layer,
+        whose input tells nothing of an image, and rows with a level above their input are never chosen.
+
+        Raises:
+            ValueError: There is a share and no x_next.
         """
-        timestep, tau = level % len(self.scheduler), self.scheduler.input_timestep(t)
+        fresh = self.renoise(q, t, level)
+        if not self.between_share:
+            return fresh, noise
+        if x_next is None:
+            raise ValueError(f"between_share={self.between_share} needs the input of the layers: give x_next")
+        tau = self.scheduler.input_timestep(t)
         chosen = torch.rand(len(t), generator=generator).to(t.device) < self.between_share
-        chosen &= ~torch.isin(t, self._first_layers.to(t.device)) & (timestep < tau)
+        chosen &= ~torch.isin(t, self._first_layers.to(t.device)) & (level < tau)
         x0, eps = self.scheduler.invert(q.mean, tau, x_next, self.scheduler.output_timestep(t))
-        direction, c = self.scheduler.split_noise(tau, torch.minimum(timestep, tau), q.mean)
-        alpha, sigma = self._alpha_sigma(level, q.mean)
-        fresh, chosen = self.renoise(q, t, level), chosen.reshape(alpha.shape)
+        direction, c = self.scheduler.split_noise(tau, torch.minimum(level, tau), q.mean)
+        alpha, sigma = self.scheduler.alpha_sigma(level, q.mean)
+        chosen = chosen.reshape(alpha.shape)
         mean, std = torch.where(chosen, alpha * x0, fresh.mean), torch.where(chosen, sigma, fresh.std)
         kept = ((direction * eps + c * noise) / sigma).detach()
         return DiagonalGaussian(mean=mean, std=std), torch.where(chosen, kept, noise)
@@ -205,7 +204,7 @@ class TeacherBridge(Bridge):
         """Returns the weight sigma^a alpha^b of a level, in score units; multiply by sigma^-2 for noise units."""
 
         def weight(level: Tensor) -> Tensor:
-            alpha, sigma = self._alpha_sigma(level, torch.zeros(1, device=level.device))
+            alpha, sigma = self.scheduler.alpha_sigma(level, torch.zeros(1, device=level.device))
             return sigma**sigma_power * alpha**alpha_power
 
         return weight

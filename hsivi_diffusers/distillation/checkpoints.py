@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +12,15 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from torch import nn
 
-from ..folders import claim_output_dir, remove_folder, replace_folder, sole_writer, write_json
+from ..folders import LOCK, claim_output_dir, remove_folder, replace_folder, sole_writer, write_json, write_text
 from ..options import differences, option
+from .seals import find_damage, finished, is_partial, read_progress, seal, step_of
+from .state_dicts import load_state_dict, random_state, save_state_dict, set_random_state
 
-FINISHED = "checkpoints/checkpoint-*/progress.json"  # in the folder of a run
+STARTED = {LOCK, "options.json", "options.json.partial", "logs", "samples"}  # in a folder before the first checkpoint
+ANEW = "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
 
 
 @dataclass
@@ -47,22 +50,31 @@ def claimed(run: Output) -> Iterator[Path]:
     """Makes the output folder or refuses, and keeps other processes out of it for as long as it lasts.
 
     Raises:
-        ValueError: See `claim_output_dir` and `sole_writer`. A resumed run may write to the folder of an earlier one.
+        ValueError: See `claim_output_dir` and `sole_writer`. A resumed run may write to the folder of an earlier one,
+            and any run to that of one that stopped before its first checkpoint.
     """
     place, resumes = Path(str(run.output_dir)), run.resume_from_checkpoint is not None
-    if resumes and place.is_dir() and any(place.iterdir()) and not _holds_run(place):
+    anew = place.is_dir() and _only_started(place)
+    if resumes and place.is_dir() and not anew and not _holds_run(place):
         raise ValueError(
             f"--output_dir {place} is not empty and holds no run to go on with: name another folder, or pass "
-            f"--overwrite_output_dir in the place of --resume_from_checkpoint {run.resume_from_checkpoint}"
+            f"--overwrite_output_dir instead of --resume_from_checkpoint {run.resume_from_checkpoint}"
         )
-    path = claim_output_dir(run.output_dir, run.overwrite_output_dir or resumes)
+    path = claim_output_dir(run.output_dir, run.overwrite_output_dir or resumes or anew)
     with sole_writer(path):
         yield path
 
 
 def _holds_run(path: Path) -> bool:
-    """Tells whether a folder is of a run."""
+    """Whether a folder is that of a run."""
     return (path / "options.json").is_file() or (path / "checkpoints").is_dir()
+
+
+def _only_started(path: Path) -> bool:
+    """Whether a folder holds nothing but the start of a run that stopped before its first checkpoint."""
+    checkpoints = path / "checkpoints"
+    unfinished = all(is_partial(entry) for entry in checkpoints.iterdir()) if checkpoints.is_dir() else True
+    return unfinished and {entry.name for entry in path.iterdir()} <= STARTED | {"checkpoints"}
 
 
 def start_run(run: Output, settings: Mapping[str, Any], leftovers: Sequence[str], remedy: str = "") -> None:
@@ -71,148 +83,223 @@ def start_run(run: Output, settings: Mapping[str, Any], leftovers: Sequence[str]
     Args:
         run: What was asked for.
         settings: What decides what is trained.
-        leftovers: Files and folders of an earlier run, which a new one removes; `checkpoints` is one without saying.
-            The first is there when a run has ended, and not before.
+        leftovers: Files and folders of an earlier run, which a new one removes, as it does `checkpoints`. The first is
+            written when a run has ended, and not before.
         remedy: What else may be done with a run of other options.
 
     Raises:
         ValueError: A resumed run has other options than before, or it has ended and its checkpoints are gone.
     """
     output_dir, checkpoint = Path(str(run.output_dir)), run.resume_from_checkpoint
-    path = output_dir / "options.json"
-    recorded = [] if checkpoint is None else [path]
-    if checkpoint not in (None, "latest"):
-        recorded.append(Path(str(checkpoint)).parent.parent / "options.json")
-    for record in filter(Path.is_file, recorded):
-        if changed := differences(json.loads(record.read_text()), settings):
-            raise ValueError(
-                f"{record.parent} holds a run with other options ({changed}): name another --output_dir{remedy}, or "
-                "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
-            )
     if checkpoint is None:
         for old in (output_dir / name for name in (*leftovers, "checkpoints")):
             if old.is_dir() and not old.is_symlink():
                 remove_folder(old)
             else:
                 old.unlink(missing_ok=True)
-    elif checkpoint == "latest" and (output_dir / leftovers[0]).exists() and not any(output_dir.glob(FINISHED)):
+    for place, changed in () if checkpoint is None else _changes(output_dir, checkpoint, settings):
+        if changed:
+            raise ValueError(
+                f"{place} holds a run with other options ({changed}): name another --output_dir{remedy}, or {ANEW}"
+            )
+    if checkpoint == "latest" and (output_dir / leftovers[0]).exists() and not finished(output_dir):
         raise ValueError(
             f"{output_dir} holds a run that has ended, and no checkpoint to go on from: name another --output_dir, or "
-            "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
+            f"{ANEW}"
         )
-    write_json(path, dict(settings))
+    write_json(output_dir / "options.json", dict(settings))
+
+
+def _changes(output_dir: Path, checkpoint: str, settings: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    """Which options are others in the runs to go on with: by options.json, by the seal if it is missing."""
+    record = output_dir / "options.json"
+    if record.is_file():
+        yield output_dir, differences(json.loads(record.read_text(encoding="utf-8")), settings)
+    if not record.is_file() or checkpoint != "latest":
+        named = finished(output_dir)[::-1] if checkpoint == "latest" else [Path(checkpoint)]
+        path = next((path for path in named if find_damage(path) is None), None)
+        identity = {} if path is None else read_progress(path).get("identity", {})
+        if path is not None and identity:
+            yield path.parent.parent, differences(identity, settings)
 
 
 class State(Protocol):
-    """What is trained, beside what accelerate knows of."""
+    """What is trained."""
 
     @property
-    def shards(self) -> int:
+    def parts(self) -> Mapping[str, Any]:
+        """What has a `state_dict` and is the same in all processes, by the name of its file."""
+
+    @property
+    def micro_batches(self) -> int:
         """Batches of an update, in all processes."""
 
     def check_finite(self, step: int) -> None:
         """Raises an error of its own if a weight is not finite after so many updates."""
 
     def save_state(self, folder: Path) -> None:
-        """Writes what this process has and accelerate does not save."""
+        """Writes what only this process has."""
 
     def load_state(self, folder: Path) -> None:
-        """Restores what `save_state` wrote, after accelerate restored its part."""
+        """Restores what `save_state` wrote, after the parts were restored on the CPU."""
 
 
 class Registered:
-    """The state of a training of which accelerate saves everything.
+    """The state of a training with one batch in each process.
 
     Args:
         accelerator: Of the process.
-        ema: The averaged weights.
-        parts: What else has a `state_dict` and was not prepared by accelerate.
+        average: The averaged weights, or None if there are none.
+        parts: What else has a `state_dict`.
     """
 
-    def __init__(self, accelerator: Accelerator, ema: EMAModel, *parts: Any) -> None:
-        self.accelerator, self.ema = accelerator, ema
-        accelerator.register_for_checkpointing(ema, *parts)
+    def __init__(self, accelerator: Accelerator, average: EMAModel | None, **parts: Any) -> None:
+        self.accelerator, self.average = accelerator, average
+        self.parts = parts if average is None else {"average": average, **parts}
 
     @property
-    def shards(self) -> int:
+    def micro_batches(self) -> int:
         """Batches of an update, one in each process."""
         return self.accelerator.num_processes
 
     def check_finite(self, step: int) -> None:
         """Raises FloatingPointError if an averaged weight is not finite."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.ema.shadow_params):
+        averages = [] if self.average is None else self.average.shadow_params
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in averages):
             raise FloatingPointError(f"a weight is not finite after {step} updates: lower --learning_rate")
 
     def save_state(self, folder: Path) -> None:
-        """Nothing is left to save."""
+        """Writes nothing."""
 
     def load_state(self, folder: Path) -> None:
-        """Moves the averages from the CPU, where accelerate loads them."""
-        self.ema.to(self.accelerator.device)
+        """Moves the averages from the CPU."""
+        if self.average is not None:
+            self.average.to(self.accelerator.device)
 
 
 class Checkpoints:
-    """Folders OUTPUT_DIR/checkpoints/checkpoint-STEP.
+    """Folders OUTPUT_DIR/checkpoints/checkpoint-STEP; nothing else of that folder is touched.
 
-    Each holds what accelerate saves, what the state saves, and progress.json, written last: updates done, seconds
-    spent, number of shards, and the SHA-256 of every other file.
+    Each holds the parts of the state as safetensors, what the state saves, the generators of each process as JSON, and
+    progress.json, written last: updates done, seconds spent, number of micro-batches, the identity of the run, and the
+    SHA-256 of every other file. The seal finds damage; it is no signature. No pickle is written or read, so a
+    checkpoint from elsewhere runs no code.
+
+    Args:
+        run: Where to write to, and what to go on from.
+        accelerator: Of the process.
+        state: What is trained.
+        identity: What a run that goes on must have in common with the one it goes on from, by name: options, and the
+            hash of the teacher. Plain JSON.
     """
 
-    def __init__(self, run: Output, accelerator: Accelerator, state: State) -> None:
-        self.folder = Path(str(run.output_dir)) / "checkpoints"
+    def __init__(self, run: Output, accelerator: Accelerator, state: State, identity: Mapping[str, Any]) -> None:
+        self.output_dir = Path(str(run.output_dir))
+        self.folder = self.output_dir / "checkpoints"
         self.run, self.accelerator, self.state = run, accelerator, state
+        self.identity = json.loads(json.dumps(identity))  # as it is read from a checkpoint
+        self.place = _place(self.output_dir)
 
     def save(self, step: int, seconds: float) -> None:
         """Saves the state after `step` updates, under its final name only when it is all on the disk.
 
         Nothing is written if a weight is not finite: see `State.check_finite` for the error.
+
+        Raises:
+            ValueError: The output folder was moved or deleted since the run began.
         """
         self.state.check_finite(step)
         final, partial = self.folder / f"checkpoint-{step}", self.folder / f"partial-{step}"
-        self.accelerator.save_state(str(partial))
+        if self.accelerator.is_main_process:
+            self._check_place()
+            partial.mkdir(parents=True, exist_ok=True)
+            for name, part in self._parts().items():
+                save_state_dict(part.state_dict(), partial / f"{name}.safetensors")
+        self.accelerator.wait_for_everyone()
+        partial.mkdir(parents=True, exist_ok=True)  # on a machine whose folders are its own
         self.state.save_state(partial)
+        write_text(self._random_path(partial), json.dumps(random_state(self.accelerator.device)))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_json(partial / "progress.json", _progress(partial, step, seconds, self.state.shards))
-            replace_folder(partial, final)
-            written = [path for path in self.finished() if _step(path) <= step]  # a later one may be damaged
-            for old in written[: -self.run.checkpoints_total_limit]:
-                remove_folder(old)
+            self._finish(partial, final, {"step": step, "seconds": seconds})
         self.accelerator.wait_for_everyone()
+
+    def _finish(self, partial: Path, final: Path, progress: dict[str, Any]) -> None:
+        """Seals a checkpoint, gives it its name, and removes those above the limit."""
+        progress |= {"micro_batches": self.state.micro_batches, "identity": self.identity}
+        write_json(partial / "progress.json", seal(partial, progress))
+        replace_folder(partial, final)
+        written = [path for path in self.finished() if step_of(path) <= progress["step"]]  # a later one may be damaged
+        for old in written[: -self.run.checkpoints_total_limit]:
+            remove_folder(old)
+
+    def _check_place(self) -> None:
+        if _place(self.output_dir) != self.place:
+            raise ValueError(
+                f"--output_dir {self.output_dir} was moved or deleted during the run, and nothing more is written: "
+                "name where it is now and go on with --resume_from_checkpoint latest, or start anew"
+            )
+
+    def _parts(self) -> dict[str, Any]:
+        """The parts of the state, modules without what accelerate wrapped them in, and the loss scale of fp16."""
+        parts = dict(self.state.parts)
+        if self.accelerator.scaler is not None:
+            parts["scaler"] = self.accelerator.scaler
+        unwrap = self.accelerator.unwrap_model
+        return {name: unwrap(part) if isinstance(part, nn.Module) else part for name, part in parts.items()}
+
+    def _random_path(self, folder: Path) -> Path:
+        return folder / f"random-{self.accelerator.process_index}.json"
 
     def finished(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
-        found = [path.parent for path in self.folder.parent.glob(FINISHED) if not path.parent.suffix]
-        return sorted(found, key=_step)
+        return finished(self.output_dir)
 
     def load(self) -> tuple[int, float]:
         """Restores what --resume_from_checkpoint names; returns updates done and seconds spent.
 
-        `latest` takes the newest checkpoint that is whole. What a run that was killed left half written goes.
+        `latest` takes the newest checkpoint that is whole. What a killed run left half written is removed.
 
         Raises:
-            ValueError: The checkpoint that was named is missing or damaged, all are damaged, or it is of another number
-                of shards.
+            ValueError: The checkpoint that was named is missing or damaged, all are damaged, or it is that of another
+                run, of another number of micro-batches, or of a version that wrote pickles.
         """
-        if self.accelerator.is_main_process:
-            for stale in [*self.folder.glob("partial-*"), *self.folder.glob("*.retired")]:
+        if self.accelerator.is_main_process and self.folder.is_dir():
+            for stale in filter(is_partial, self.folder.iterdir()):
                 remove_folder(stale)
         self.accelerator.wait_for_everyone()
         path = self._choose()
         if path is None:
             return 0, 0.0
-        progress = json.loads((path / "progress.json").read_text())
-        shards = self.state.shards
-        if progress["shards"] != shards:
-            raise ValueError(
-                f"{path} is of a run with {progress['shards']} batches an update, now there are {shards}: choose "
-                "the processes and, where there are any, --gradient_accumulation_steps so that their product is as many"
-            )
-        if self.accelerator.scaler is not None and not (path / "scaler.pt").is_file():
-            raise ValueError(f"{path} was not trained in fp16 and has no loss scale: resume it with another precision")
-        self.accelerator.load_state(str(path))
+        progress = read_progress(path)
+        self._check(path, progress)
+        for name, part in self._parts().items():
+            part.load_state_dict(load_state_dict(path / f"{name}.safetensors"))
         self.state.load_state(path)
+        if (random := self._random_path(path)).is_file():  # else it was saved by fewer processes
+            set_random_state(json.loads(random.read_text(encoding="utf-8")), self.accelerator.device)
         return progress["step"], progress["seconds"]
+
+    def _check(self, path: Path, progress: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint that this run cannot go on from."""
+        if "identity" not in progress:
+            raise ValueError(
+                f"{path} was written by an earlier version and holds pickles, which can run code and are not read: "
+                f"finish the run with the version that wrote it, or {ANEW}"
+            )
+        if changed := differences(progress["identity"], self.identity):
+            raise ValueError(
+                f"{path} is of a run with another teacher or other options ({changed}): give those it had, or {ANEW}"
+            )
+        now = self.state.micro_batches
+        if progress["micro_batches"] != now:
+            raise ValueError(
+                f"{path} is of a run with {progress['micro_batches']} micro-batches an update, now there are {now}: "
+                "choose the processes and, where it is an option, --gradient_accumulation_steps so that their product "
+                "is the same"
+            )
+        if self.accelerator.scaler is not None and not (path / "scaler.safetensors").is_file():
+            raise ValueError(f"{path} was not trained in fp16 and has no loss scale: resume it with another precision")
 
     def _choose(self) -> Path | None:
         name = self.run.resume_from_checkpoint
@@ -230,50 +317,13 @@ class Checkpoints:
             self.accelerator.print(f"passed over: {damage}")
             damages.append(damage)
         if damages:
-            raise ValueError(
-                f"no checkpoint of {self.folder} is whole ({'; '.join(damages)}): start anew with "
-                "--overwrite_output_dir and without --resume_from_checkpoint"
-            )
+            raise ValueError(f"no checkpoint of {self.folder} is whole ({'; '.join(damages)}): {ANEW}")
         return None
 
 
-def find_damage(path: Path) -> str | None:
-    """Says what is wrong with a checkpoint, or None if every byte is as it was written."""
-    if not (path / "progress.json").is_file():
-        return f"{path} holds no checkpoint"
-    try:
-        progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-        seal = progress.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return f"{path}/progress.json is damaged"
-    if seal != _digest(json.dumps(progress, sort_keys=True).encode()):
-        return f"{path}/progress.json is damaged"
-    for name, digest in progress["files"].items():
-        if not (path / name).is_file():
-            return f"{path} lacks {name}"
-        if _file_digest(path / name) != digest:
-            return f"{path / name} is damaged"
-    return None
-
-
-def _step(path: Path) -> int:
-    return int(path.name.split("-")[1])
-
-
-def _progress(folder: Path, step: int, seconds: float, shards: int) -> dict[str, Any]:
-    files = {
-        path.relative_to(folder).as_posix(): _file_digest(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "progress.json"
-    }
-    progress = {"step": step, "seconds": seconds, "shards": shards, "files": files}
-    return {**progress, "sha256": _digest(json.dumps(progress, sort_keys=True).encode())}
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _place(path: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one of the same path, or None if there is none."""
+    if not path.is_dir():
+        return None
+    status = path.stat()
+    return status.st_dev, status.st_ino

@@ -214,9 +214,14 @@ class HSIVIConfig:
 
 
 def read_settings(record: Path) -> dict[str, Any]:
-    """The settings of a run by its options.json, under the names of today."""
-    settings: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-    return {ALIASES.get(name, name): value for name, value in settings.items()}
+    """The settings of a run by its options.json, as a run of today writes them; what it lacks counts as the default."""
+    recorded = json.loads(record.read_text(encoding="utf-8"))
+    recorded = {ALIASES.get(name, name): value for name, value in recorded.items()}
+    config, trials = (
+        {each.name: recorded[each.name] for each in fields(group) if each.name in recorded}
+        for group in (HSIVIConfig, Trials)
+    )
+    return {**recorded, **HSIVIConfig(**config, trials=Trials(**trials)).settings()}
 
 
 def _check_ranges(config: HSIVIConfig) -> None:

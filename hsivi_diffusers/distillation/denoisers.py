@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
@@ -98,6 +101,21 @@ def _check_agreement(name: str, unet: UNet2DModel, scheduler: SchedulerMixin) ->
         )
 
 
+def fingerprint(unet: UNet2DModel, scheduler: SchedulerMixin) -> str:
+    """Returns the SHA-256 of the weights and the two configs of a teacher, as hexadecimal digits.
+
+    What a config says of where it was loaded from, and by which version of diffusers, does not enter.
+    """
+    hash = hashlib.sha256()
+    for part in (unet, scheduler):
+        config = {name: value for name, value in part.config.items() if not name.startswith("_")}
+        hash.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(unet.state_dict().items()):
+        hash.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        hash.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hash.hexdigest()
+
+
 def sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:
     """Returns (channels, height, width) of the pictures of a UNet."""
     size = unet.config.sample_size
@@ -114,3 +132,25 @@ def call_unet(unet: UNet2DModel, x: Tensor, timestep: Tensor, condition: Tensor 
     labels = {} if condition is None else {"class_labels": condition}
     output: Tensor = unet(x.to(unet.dtype), timestep, **labels).sample.to(x.dtype)
     return output
+
+
+@torch.no_grad()
+def run_solver(
+    unet: UNet2DModel, solver: Any, x: Tensor, num_steps: int, condition: Tensor | None = None, **arguments: Any
+) -> Tensor:
+    """Follows the steps of a diffusers scheduler from noise to an image, both of shape (B, C, H, W).
+
+    Args:
+        unet: The teacher. A variance that it predicts is dropped, unless the solver takes one.
+        solver: Scheduler of diffusers.
+        x: Noise.
+        num_steps: Network calls.
+        condition: Class labels, shape (B,), or None.
+        arguments: Of `solver.step`.
+    """
+    solver.set_timesteps(num_steps, device=x.device)
+    takes_variance = str(solver.config.get("variance_type")).startswith("learned")
+    for timestep in solver.timesteps:
+        output = call_unet(unet, x, timestep, condition)
+        x = solver.step(output if takes_variance else output[:, : x.shape[1]], timestep, x, **arguments).prev_sample
+    return x

@@ -16,7 +16,7 @@ from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
 from .bridge import SampleData, signal_timestep
 from .config import HSIVIConfig
-from .denoisers import sample_shape
+from .denoisers import fingerprint, sample_shape
 from .student import label_layers
 from .trials import load_data
 
@@ -34,6 +34,7 @@ class Networks:
         scheduler: Schedule of the teacher, with the grid and kernel of the student.
         noise_scale: The learned noise scale, if any.
         data: Draws real images, if there are any.
+        fingerprint: SHA-256 of the teacher as it was loaded; none if it was made.
     """
 
     teacher: UNet2DModel
@@ -42,6 +43,7 @@ class Networks:
     scheduler: HSIVIScheduler
     noise_scale: HSIVINoiseScale | None
     data: SampleData | None = None
+    fingerprint: str | None = None
 
 
 def load_networks(
@@ -56,6 +58,7 @@ def load_networks(
         carry_over(networks, Path(config.init_from))
     if config.trials.train_data is not None:
         networks.data = load_data(config.trials.train_data, teacher)
+    networks.fingerprint = fingerprint(teacher, schedule)
     networks.teacher.to(accelerator.device, HALF.get(accelerator.mixed_precision))
     return networks
 

@@ -43,11 +43,12 @@ from .bridge import TeacherBridge, signal_timestep
 from .config import HSIVIConfig
 from .denoisers import sample_shape
 from .networks import Networks, tells_layer
-from .pairs import TeacherPairs
+from .pairs import TeacherPairs, coarse_loss
 from .student import UNetCritic, UNetDiscriminator, UNetLayers
 
 MAX_OVERFLOWS = 50
 NOISE_SCALE_LEARNING_RATE = 1e-2
+BETWEEN_SHARE = 0.5  # of the rows that are scored between the ends of their layer, with scoring="between"
 COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs, see Guided
 LEVEL_SIGNAL = 0.312  # see signal_timestep; at timestep 800 of 8x8 grey pixels, 956 of 32x32
 
@@ -64,7 +65,7 @@ def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjectiv
     objective: CriticObjective = KullbackLeibler(**weights) if kl else ScoreMatching(**weights)
     if config.trials.adversarial_weight:
         objective = Adversarial(objective, config.trials.adversarial_weight)
-    return Guided(objective, config.pair_weight, COARSE_WEIGHT) if guides(config) else objective
+    return Guided(objective, config.pair_weight, coarse_loss(COARSE_WEIGHT)) if guides(config) else objective
 
 
 def guides(config: HSIVIConfig) -> bool:
@@ -87,13 +88,14 @@ class TrainingState:
 
     def __init__(self, networks: Networks, config: HSIVIConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
+        self.fingerprint = networks.fingerprint
         self.bridge = TeacherBridge(
             networks.teacher,
             networks.scheduler,
             (config.level_min, signal_timestep(networks.scheduler, sample_shape(networks.teacher), LEVEL_SIGNAL)),
             level_power=config.trials.level_power,
             data=networks.data,
-            tell_layer=tells_layer(config),
+            between_share=BETWEEN_SHARE if config.scoring == "between" else 0.0,
         )
         if config.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
@@ -106,7 +108,7 @@ class TrainingState:
         )
         self.critic_unet = networks.critic
         kind = UNetDiscriminator if config.trials.adversarial_weight else UNetCritic
-        told = self.bridge.num_layers if self.bridge.tell_layer else 0
+        told = self.bridge.num_layers if tells_layer(config) else 0
         critic: nn.Module = kind(networks.critic.requires_grad_(True).train(), networks.scheduler, told)
         layer_optimizer, critic_optimizer = self._make_optimizers(networks)
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
@@ -114,7 +116,15 @@ class TrainingState:
         )
         self.ema = EMAModel(self.student.parameters(), decay=config.ema_decay, use_ema_warmup=False)
         self.ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(self.ema, *self.lr_schedulers)
+        self.parts = {
+            "layers": self.student,
+            "critic": critic,
+            "layer_optimizer": self.layer_optimizer,
+            "critic_optimizer": self.critic_optimizer,
+            "layer_schedule": self.lr_schedulers[0],
+            "critic_schedule": self.lr_schedulers[1],
+            "average": self.ema,
+        }
         self.pairs = cache(self._make_pairs)  # made when first asked for, and anew by a resumed run
         self.chains = [self._make_chain(place) for place in range(config.gradient_accumulation_steps)]
 
@@ -157,10 +167,10 @@ class TrainingState:
         return torch.randint(unet.config.num_class_embeds, (size,), generator=generator).to(unet.device)
 
     def _make_pairs(self, place: int) -> TeacherPairs:
-        """The share of the pairs of one shard."""
-        config, number = self.config, self.pairs_per_shard
+        """The share of the pairs of one micro-batch."""
+        config, number = self.config, self.pairs_per_micro_batch
         self.accelerator.print(f"making {number} pairs of {config.pair_calls} calls of the teacher")
-        generator = step_generator(config.seed, self.first_shard + place, -1)
+        generator = step_generator(config.seed, self.first_micro_batch + place, -1)
         condition = self._sample_condition(number, generator) if self.student.unet.config.num_class_embeds else None
         return TeacherPairs(
             self.bridge.network.unet,
@@ -172,31 +182,31 @@ class TrainingState:
         )
 
     @property
-    def pairs_per_shard(self) -> int:
-        """Pairs of each shard: at least one, if there are any."""
+    def pairs_per_micro_batch(self) -> int:
+        """Pairs of each micro-batch: at least one, if there are any."""
         pairs = self.config.num_pairs
-        return max(1, pairs // self.shards) if pairs else 0
+        return max(1, pairs // self.micro_batches) if pairs else 0
 
     @property
     def pair_calls(self) -> tuple[int, int]:
         """Network calls, in all processes, that make the pairs, and that fit the layers to them."""
-        pairs = self.pairs_per_shard * self.shards
+        pairs = self.pairs_per_micro_batch * self.micro_batches
         return pairs * self.config.pair_calls, self.config.pair_steps * self.rows if pairs else 0
 
     @property
-    def shards(self) -> int:
+    def micro_batches(self) -> int:
         """Chains in all processes."""
         return self.accelerator.num_processes * len(self.chains)
 
     @property
-    def first_shard(self) -> int:
+    def first_micro_batch(self) -> int:
         """Number of this process's first chain among those of all."""
         return self.accelerator.process_index * len(self.chains)
 
     @property
     def rows(self) -> int:
-        """Rows of an update, in all shards."""
-        return self.shards * self.config.train_batch_size
+        """Rows of an update, in all micro-batches."""
+        return self.micro_batches * self.config.train_batch_size
 
     @contextmanager
     def counting_rows(self) -> Iterator[dict[str, int]]:
@@ -231,7 +241,7 @@ class TrainingState:
             critic=self.critic,
             critic_optimizer=self.critic_optimizer,
             critic_updates=config.critic_updates,
-            scoring=config.scoring,
+            scoring="own" if config.scoring == "own" else "random",
             start_step=start_step,
         )
         optimizers, overflows = (self.layer_optimizer, self.critic_optimizer), 0
@@ -327,18 +337,18 @@ class TrainingState:
                 raise DivergenceError(f"a weight of {name}", step - 1, range(self.student.num_layers))
 
     def save_state(self, folder: Path) -> None:
-        """Writes the chains of this process into a checkpoint, of which accelerate has saved the rest."""
+        """Writes the chains of this process into a checkpoint."""
         for path, chain in zip(self._chain_paths(folder), self.chains, strict=True):
             save_file(chain.state_dict(), path)
 
     def load_state(self, folder: Path) -> None:
-        """Restores the chains of this process, and moves the averages from the CPU, where accelerate loads them."""
+        """Restores the chains of this process, and moves the averages from the CPU."""
         self.ema.to(self.accelerator.device)
         for path, chain in zip(self._chain_paths(folder), self.chains, strict=True):
             chain.load_state_dict(load_file(path))
 
     def _chain_paths(self, folder: Path) -> list[Path]:
-        return [folder / f"chains-{self.first_shard + place}.safetensors" for place in range(len(self.chains))]
+        return [folder / f"chains-{self.first_micro_batch + place}.safetensors" for place in range(len(self.chains))]
 
     def save(self, output_dir: Path) -> None:
         """Saves the averaged layers as OUTPUT_DIR/pipeline, and the critic, for --init_from, as OUTPUT_DIR/critic."""

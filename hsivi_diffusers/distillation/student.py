@@ -52,14 +52,20 @@ class _ScoreUNet(nn.Module):
         self.scheduler = scheduler
         self.num_layers = num_layers
 
-    def _score(self, x: Tensor, level: Tensor, condition: Tensor | None) -> Tensor:
+    def _score(self, x: Tensor, level: Tensor, condition: Tensor | None, t: Tensor | None) -> Tensor:
         """Returns -eps(x, level) / sigma_level."""
-        timestep, t = level % len(self.scheduler), level // len(self.scheduler)
-        if self.num_layers:
-            condition = t if condition is None else condition * self.num_layers + t
-        _, noise_pred = self.scheduler.predict(call_unet(self.unet, x, timestep, condition), timestep, x)
-        _, sigma = self.scheduler.alpha_sigma(timestep, noise_pred)
+        output = call_unet(self.unet, x, level, self._label(condition, t))
+        _, noise_pred = self.scheduler.predict(output, level, x)
+        _, sigma = self.scheduler.alpha_sigma(level, noise_pred)
         return -noise_pred / sigma
+
+    def _label(self, condition: Tensor | None, t: Tensor | None) -> Tensor | None:
+        """The row of the embedding that `label_layers` made: t, or class * L + t."""
+        if not self.num_layers:
+            return condition
+        if t is None:
+            raise ValueError(f"t is missing: this critic tells {self.num_layers} layers apart; give one for each row")
+        return t if condition is None else condition * self.num_layers + t
 
 
 class UNetCritic(_ScoreUNet):
@@ -71,15 +77,16 @@ class UNetCritic(_ScoreUNet):
         num_layers: Layers that the unet tells apart, see `label_layers`; 0 for one that does not.
     """
 
-    def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None, t: Tensor | None = None) -> Tensor:
         """Returns the score at x, shape (B, C, H, W).
 
         Args:
             x: Shape (B, C, H, W).
-            level: Timesteps, 0..N-1, or timestep + N t where the bridge tells the layer, shape (B,).
+            level: Timesteps, 0..N-1, shape (B,).
             condition: Class labels, shape (B,), or None.
+            t: Layers, 0..L-1, shape (B,); needed with `num_layers`, ignored without it.
         """
-        return self._score(x, level, condition)
+        return self._score(x, level, condition, t)
 
 
 class UNetDiscriminator(_ScoreUNet):
@@ -102,13 +109,16 @@ class UNetDiscriminator(_ScoreUNet):
         if unet.mid_block is None:
             raise ValueError("the unet has no mid_block, of which the adversarial term takes its logits: leave it out")
 
-    def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, level: Tensor, condition: Tensor | None = None, t: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Returns the score at x, shape (B, C, H, W), and the logits, shape (B, H', W'), from one call of the UNet.
 
         Args:
             x: Shape (B, C, H, W).
             level: See `UNetCritic`.
             condition: Class labels, shape (B,), or None.
+            t: See `UNetCritic`.
         """
         features: list[Tensor] = []
 
@@ -117,7 +127,7 @@ class UNetDiscriminator(_ScoreUNet):
 
         handle = self.unet.mid_block.register_forward_hook(keep)
         try:
-            score = self._score(x, level, condition)
+            score = self._score(x, level, condition, t)
         finally:
             handle.remove()
         return score, features[0].to(x.dtype).mean(1)

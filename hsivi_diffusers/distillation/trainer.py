@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -80,6 +82,11 @@ class HSIVITrainer:
         self.progress = Progress(self.state, self.accelerator, self.output_dir)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What decides which student is trained, as options.json holds it."""
+        return {**self.teacher, **self.config.settings()}
+
+    @property
     def output_dir(self) -> Path | None:
         """Folder of the run."""
         return None if self.config.output_dir is None else Path(self.config.output_dir)
@@ -118,8 +125,11 @@ class HSIVITrainer:
             self.accelerator.wait_for_everyone()
             if self.config.report_to:
                 self.accelerator.init_trackers("hsivi")
-            checkpoints = Checkpoints(run, self.accelerator, self.state)
+            identity = {**self.settings, "teacher_sha256": self.state.fingerprint}
+            checkpoints = Checkpoints(run, self.accelerator, self.state, identity)
             start, spent = checkpoints.load()
+            if start >= self.config.max_train_steps:
+                self.accelerator.print(f"nothing is left to do, the run had {start} updates")
             with signals_as_trigger(self.accelerator), self.state.counting_rows() as rows:
                 seconds = self._run(checkpoints, start, spent)
             summary = self._summarise(start, seconds, sum(rows.values()) * self.accelerator.num_processes)
@@ -135,7 +145,7 @@ class HSIVITrainer:
         """Makes the output folder or refuses: now, for later it would cost a training or an earlier run."""
         with claimed(run):
             remedy = ", where init_from goes on from student and critic of a finished run"
-            start_run(run, {**self.teacher, **self.config.settings()}, WRITTEN, remedy)
+            start_run(run, self.settings, WRITTEN, remedy)
             yield
 
     def _run(self, checkpoints: Checkpoints, start: int, spent: float) -> float:
@@ -242,16 +252,16 @@ def check_accelerator(accelerator: Accelerator) -> None:
 
 @contextmanager
 def signals_as_trigger(accelerator: Accelerator) -> Iterator[None]:
-    """Lets SIGTERM, the sign of a machine that is taken away, and Ctrl-C pull accelerate's trigger."""
-    try:
-        before = {each: signal.signal(each, lambda *_: accelerator.set_trigger()) for each in STOP_SIGNALS}
-    except ValueError:  # signals are handled in the main thread alone
-        before = {}
+    """Lets SIGTERM and Ctrl-C pull accelerate's trigger, and not end the process; a second Ctrl-C ends it at once."""
+
+    def pull(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        accelerator.set_trigger()
+
+    alone = threading.current_thread() is threading.main_thread()  # which alone handles signals
+    before = {number: signal.signal(number, pull) for number in (signal.SIGTERM, signal.SIGINT) if alone}
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -152,7 +152,7 @@ def closing_lines(run_dir: Path, rows: list[dict[str, Any]]) -> list[str]:
     compared = f"FD {ours['fd']:.2f} at {ours['nfe']} network calls"
     if rivals:
         best = min(rivals, key=lambda row: row["fd"])
-        compared += f", against {best['fd']:.2f} of {best['method']}, the best solver at as many"
+        compared += f", against {best['fd']:.2f} of {best['method']}, the best stock solver at as many"
     slow = [row for row in rows if row["nfe"] > ours["nfe"] and row["method"] != "HSIVI"]
     if slow:
         longest = max(slow, key=lambda row: row["nfe"])
@@ -177,7 +177,7 @@ def load_run(run_dir: Path) -> dict[str, Any]:
 
 
 def main(args: list[str] | None = None) -> None:
-    (options,) = parse_options([Evaluation], __doc__ or "", args=args)
+    (options,) = parse_options([Evaluation], __doc__ or "", args, "hsivi evaluate")
     if not options.run_dir:
         raise ValueError("--run_dir is missing: give the folder of a run of train_hsivi.py")
     run_dir = Path(options.run_dir)

@@ -16,6 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from ..distillation.denoisers import run_solver, sample_shape
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
 
@@ -72,13 +73,9 @@ def _follow(scheduler: Any, num_steps: int, unet: UNet2DModel, given: dict[str, 
     """Returns the sampler that goes from noise to a picture by the steps of a scheduler, which takes what is given."""
 
     def sampler(batch_size: int, generator: torch.Generator) -> torch.Tensor:
-        size = unet.config.sample_size
-        x = torch.randn(batch_size, unet.config.in_channels, size, size, generator=generator)
-        scheduler.set_timesteps(num_steps)
+        x = torch.randn(batch_size, *sample_shape(unet), generator=generator)
         arguments = {**given, "generator": generator} if takes_generator else given
-        for timestep in scheduler.timesteps:
-            x = scheduler.step(unet(x, timestep).sample, timestep, x, **arguments).prev_sample
-        return (x / 2 + 0.5).clamp(0, 1)
+        return (run_solver(unet, scheduler, x, num_steps, **arguments) / 2 + 0.5).clamp(0, 1)
 
     return sampler
 

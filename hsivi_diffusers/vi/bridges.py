@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .distributions import DiagonalGaussian
+from .distributions import DiagonalGaussian, randn_like
 from .targets.target import DiffusibleTarget, IsotropicNormal, SampledTarget, Target, as_target
 
 ScoreNetwork = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -94,29 +94,29 @@ class Bridge(ABC):
         """
         raise NotImplementedError(f'{type(self).__name__} cannot re-noise a layer: use scoring="own"')
 
-    def between(
+    def place(
         self,
         q: DiagonalGaussian,
         t: Tensor,
         level: Tensor,
-        x_next: Tensor,
         noise: Tensor,
+        x_next: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[DiagonalGaussian, Tensor]:
-        """Returns the law at a level for `scoring="between"`, and the noise of the draw from it that is scored.
+        """Returns the law of x at a random level, and the noise of the draw from it that is scored.
+
+        Here that is the law of `renoise` and fresh noise. A bridge may keep a part of the noise of the layer's input.
 
         Args:
             q: Law of layer t, q_t(. | x_{t+1}).
             t: Layer indices, shape (B,).
             level: Where to, shape (B,), of those that `sample_level` draws.
-            x_next: x_{t+1}, shape (B, ...).
             noise: Standard normal draws, of the shape of q.mean.
-            generator: Source of which rows these are, if not all.
-
-        Raises:
-            NotImplementedError: This bridge knows no clean picture.
+            x_next: x_{t+1}, shape (B, ...).
+            generator: Source of a choice between rows.
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot score a layer between its ends: use another scoring")
+        del x_next, generator
+        return self.renoise(q, t, level), noise
 
 
 class GeometricBridge(Bridge):
@@ -248,6 +248,20 @@ class DiffusionBridge(Bridge):
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws x_T ~ N(0, I)."""
         return self.base.sample(batch_size, generator)
+
+    def sample(
+        self, level: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draws alpha x + sigma z, x from the target and z ~ N(0, I): shape (B, d).
+
+        Raises:
+            NotImplementedError: There is a score network and no target.
+        """
+        if self.target is None:
+            return super().sample(level, condition, generator)
+        x = self.target.sample(len(level), generator)
+        alpha, sigma = (value[:, None] for value in self._alpha_sigma(level, x))
+        return alpha * x + sigma * randn_like(x, generator)
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws levels between the layer's output and its input, sigma_t <= sigma < sigma_{t+1}, uniformly in sigma.

@@ -186,7 +186,7 @@ def critic_lag(
     Args:
         layers: The sampler.
         bridge: Tells the levels.
-        critic: (x, level, condition) -> estimate of the marginal score.
+        critic: (x, level, condition, t) -> estimate of the marginal score.
         only: Layers t to look at, all by default. After layer-by-layer training the critic knows the last of them
             alone: give [0].
         num_draws: N; each is scored at mean + std z and mean - std z, which takes most of the noise off.
@@ -308,10 +308,11 @@ def _critic_signs(
     generator: torch.Generator | None,
 ) -> list[tuple[float, float]]:
     """The two signs of `critic_lag`, which should be 0, each with its standard error."""
-    q, level = layers(x_next, _fill(t, x_next)), bridge.level(_fill(t, x_next))
+    layer = _fill(t, x_next)
+    q, level = layers(x_next, layer), bridge.level(layer)
     noise = randn_like(q.mean, generator)
     pair = [q.rsample(noise), q.rsample(-noise)]
-    scores = [critic(x, level, None) for x in pair]
+    scores = [critic(x, level, None, layer) for x in pair]
     center, norm = torch.cat(pair).mean(0), torch.cat(scores).flatten(1).square().sum(1).mean()
     by_score = [(s * (s - q.score(x))).flatten(1).sum(1) / norm for x, s in zip(pair, scores, strict=True)]
     by_place = [1 + ((x - center) * s).flatten(1).mean(1) for x, s in zip(pair, scores, strict=True)]

@@ -103,7 +103,7 @@ def fit(
 
     Args:
         layers: The sampler; called as layers(x_next, t, condition).
-        critic: Estimate of the marginal score; called as critic(x, level, condition). None for `LowerBound` and
+        critic: Estimate of the marginal score; called as critic(x, level, condition, t). None for `LowerBound` and
             `Regression`; for `Adversarial` one that answers with a score and logits.
         bridge: What the layers are fitted to.
         objective: The losses.
@@ -112,7 +112,7 @@ def fit(
         layer_optimizer: Of the layers' parameters.
         critic_optimizer: Of the critic's parameters.
         critic_updates: Critic updates for each layer update, >= 1 (the paper: 20).
-        scoring: Level at which layers are scored, "own" (the paper), "random" or "between", see `draw_layer`.
+        scoring: Level at which layers are scored, "own" (the paper) or "random", see `draw_layer`.
         seed: Seed of the run.
         rank: Index of this process; its first shard is rank * (number of chains).
         start_step: First step to do; those before it are taken as done.
@@ -226,7 +226,7 @@ class _Game:
         critic_seen: Critic = self.critic_seen
         critic: Critic = self.critic
         if self.shares_answer:
-            answer = self.critic(cut.x, cut.level, cut.condition)
+            answer = cut.answer(self.critic)
             critic_seen, critic = (lambda *_: answer.detach()), (lambda *_: answer)
         if self.has_critic:
             self.left[shard] = (t, cut, critic)

@@ -137,7 +137,7 @@ class ScoreMLP(nn.Module):
             self.network.last.weight.mul_(0.1)
             self.network.last.bias.zero_()
 
-    def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Returns the score, shape (B, d), for x of shape (B, d) and levels in [0, 1] of shape (B,)."""
+    def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None, t: Tensor | None = None) -> Tensor:
+        """Returns the score, shape (B, d), for x of shape (B, d) and levels in [0, 1] of shape (B,); ignores t."""
         score: Tensor = self.network(x, level) - x
         return score

@@ -34,14 +34,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, softplus
+from torch.nn.functional import softplus
 
 from .bridges import Bridge
 from .distributions import DiagonalGaussian, randn_like
 
-Critic = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Critic = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 Weight = Callable[[Tensor], Tensor]
-Scoring = Literal["own", "random", "between"]
+ResidualLoss = Callable[[Tensor], Tensor]
+Scoring = Literal["own", "random"]
 
 
 @dataclass(frozen=True)
@@ -49,31 +50,37 @@ class LayerDraw:
     """A draw x ~ q(. | x_next) from a layer, at the level where it is scored.
 
     Attributes:
-        q: Conditional law of x given x_next, or, of `scoring="between"`, given its clean picture.
+        q: Conditional law of x, of `scoring="own"` given x_next, else what `Bridge.renoise` makes of that.
         x: Shape (B, ...).
         level: Level of the bridge that q belongs to, shape (B,).
+        t: Layer of each row, shape (B,).
         condition: Condition of each row, or None.
         real: Draw of the bridge at the level and condition of each row, of the shape of x, or None.
-        miss: Mean of the layer, at its own level, less where its pair leads, of the shape of x, NaN in the rows of no
-            pair; or None, where no row is of one.
+        residual: Mean of the layer, at its own level, minus the end of its pair, of the shape of x, NaN in rows
+            without a pair; None if no row has one.
     """
 
     q: DiagonalGaussian
     x: Tensor
     level: Tensor
+    t: Tensor
     condition: Tensor | None = None
     real: Tensor | None = None
-    miss: Tensor | None = None
+    residual: Tensor | None = None
 
     @property
     def layer_score(self) -> Tensor:
         """grad_x log q(x | x_next), of the shape of x."""
         return self.q.score(self.x)
 
+    def answer(self, critic: Critic) -> Tensor:
+        """Returns critic(x, level, condition, t)."""
+        return critic(self.x, self.level, self.condition, self.t)
+
     def detach(self) -> LayerDraw:
         """The same draw, cut from the graph of the layers."""
-        miss = None if self.miss is None else self.miss.detach()
-        return replace(self, q=self.q.detach(), x=self.x.detach(), miss=miss)
+        residual = None if self.residual is None else self.residual.detach()
+        return replace(self, q=self.q.detach(), x=self.x.detach(), residual=residual)
 
 
 def draw_layer(
@@ -90,39 +97,30 @@ def draw_layer(
 ) -> LayerDraw:
     """Draws from layer t at its own level (the paper), or at a random level of the bridge.
 
-    With "between" a row, or a share of them, is what a layer from x_{t+1} to the level would draw of the same clean
-    picture x0, and so keeps a part of the noise of its input; its law is taken to be that of x0 diffused afresh. At the
-    optimum the layer's E[x0 | x_s] is the data's (moment matching, arXiv 2406.04103): the layer cannot make of its
-    input what that does not say, where the KL gradient at "random" levels makes more of what is easily drawn.
-
     Args:
         q: q_t(. | x_next).
         t: Layer indices, shape (B,).
         bridge: Tells the levels; for random ones it also moves q to them.
-        x_next: x_{t+1}, shape (B, ...), for "between".
-        scoring: "own", "random" or "between".
+        x_next: x_{t+1}, shape (B, ...); for random levels of a bridge that asks for it.
+        scoring: "own" or "random".
         condition: Condition of each row.
         generator: Source of the level and the noise.
         real: Draw from the bridge too, at the same level and condition, see `LayerDraw.real`.
-        end: Where the pair of each row leads, NaN where it is of none, see `LayerDraw.miss`.
+        end: Where the pair of each row ends, NaN in rows without a pair, see `LayerDraw.residual`.
 
     Raises:
-        ValueError: `scoring` is none of these, or "between" has no x_next.
+        ValueError: `scoring` is neither of these.
     """
-    if scoring not in ("own", "random", "between"):
-        raise ValueError(f"scoring={scoring!r} is unknown: choose 'own', 'random' or 'between'")
-    if scoring == "between" and x_next is None:
-        raise ValueError("scoring='between' needs the input of the layers: give x_next")
-    miss = None if end is None else q.mean - end
+    if scoring not in ("own", "random"):
+        raise ValueError(f"scoring={scoring!r} is unknown: choose 'own' or 'random'")
+    residual = None if end is None else q.mean - end
     level = bridge.level(t) if scoring == "own" else bridge.sample_level(t, generator)
-    if scoring == "random":
-        q = bridge.renoise(q, t, level)
     noise = randn_like(q.mean, generator)
-    if x_next is not None and scoring == "between":
-        q, noise = bridge.between(q, t, level, x_next, noise, generator)
+    if scoring == "random":
+        q, noise = bridge.place(q, t, level, noise, x_next, generator)
     x = q.rsample(noise)
     drawn = bridge.sample(level, condition, generator) if real else None
-    return LayerDraw(q=q, x=x, level=level, condition=condition, real=drawn, miss=miss)
+    return LayerDraw(q=q, x=x, level=level, t=t, condition=condition, real=drawn, residual=residual)
 
 
 def unit_weight(level: Tensor) -> Tensor:
@@ -147,7 +145,7 @@ class Objective(ABC):
         """Returns the loss whose gradient in the layers' parameters pulls q towards p: shape (B,).
 
         Args:
-            critic: (x, level, condition) -> estimate of grad log q(x), of the shape of x; its parameters must not be
+            critic: (x, level, condition, t) -> estimate of grad log q(x), of the shape of x; its parameters must not be
                 updated with this loss. Objectives without a critic never call it.
             bridge: Where S and log p come from.
             draw: A draw on the graph of the layers.
@@ -195,7 +193,7 @@ class CriticObjective(Objective):
         Minimal at (1 - m) grad log q(x) + m S(x); m is 0 by default.
 
         Args:
-            critic: (x, level, condition) -> estimate of grad log q(x), of the shape of x.
+            critic: (x, level, condition, t) -> estimate of grad log q(x), of the shape of x.
             draw: A draw cut from the graph of the layers.
             bridge: Where S comes from; asked only with a `teacher_share`.
 
@@ -209,7 +207,7 @@ class CriticObjective(Objective):
             with torch.no_grad():
                 bridge_score = bridge.score(draw.x, draw.level, draw.condition)
             target = (1 - self.teacher_share) * target + self.teacher_share * bridge_score
-        error = critic(draw.x, draw.level, draw.condition) - target
+        error = draw.answer(critic) - target
         return 0.5 * self.critic_weight(draw.level) * _sum(error.square())
 
     def _row_weight(self, draw: LayerDraw, bridge_score: Tensor) -> Tensor:
@@ -248,7 +246,7 @@ class ScoreMatching(CriticObjective):
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
         """Returns w/(1 - m) (v . (S - grad log q(x | x_next)) - alpha |v|^2), its gradient through both networks."""
         bridge_score = bridge.score(draw.x, draw.level, draw.condition)
-        v = bridge_score - critic(draw.x, draw.level, draw.condition)
+        v = bridge_score - draw.answer(critic)
         loss = _sum(v * (bridge_score - draw.layer_score) - self.alpha * v.square()) / (1 - self.teacher_share)
         return self._row_weight(draw, bridge_score) * loss
 
@@ -270,7 +268,7 @@ class KullbackLeibler(CriticObjective):
         """
         with torch.no_grad():
             bridge_score = bridge.score(draw.x, draw.level, draw.condition)
-            gap = (critic(draw.x, draw.level, draw.condition) - bridge_score) / (1 - self.teacher_share)
+            gap = (draw.answer(critic) - bridge_score) / (1 - self.teacher_share)
             weight = self._row_weight(draw, bridge_score)
             value = 0.5 * _sum(gap.square())
         product = _sum(gap * draw.x)
@@ -338,7 +336,7 @@ class Adversarial(Extended):
         Raises:
             TypeError: The critic does not answer with a score and logits.
         """
-        score, logits = _score_and_logits(critic(draw.x, draw.level, draw.condition))
+        score, logits = _score_and_logits(draw.answer(critic))
         loss = self.objective.layer_loss(lambda *_: score, bridge, draw)
         return loss + self._scale(draw) * _mean(softplus(-logits))
 
@@ -357,7 +355,7 @@ class Adversarial(Extended):
         size = len(draw.x)
         condition = None if draw.condition is None else torch.cat([draw.condition, draw.condition])
         score, logits = _score_and_logits(
-            critic(torch.cat([draw.x, draw.real]), torch.cat([draw.level, draw.level]), condition)
+            critic(torch.cat([draw.x, draw.real]), draw.level.repeat(2), condition, draw.t.repeat(2))
         )
         loss = self.objective.critic_loss(lambda *_: score[:size], draw, bridge)
         game = _mean(softplus(logits[:size])) + _mean(softplus(-logits[size:]))
@@ -367,79 +365,69 @@ class Adversarial(Extended):
         return self.weight * draw.x[0].numel()
 
 
+def half_square(residual: Tensor) -> Tensor:
+    """Returns 1/2 |residual|^2, shape (B,)."""
+    return 0.5 * _sum(residual.square())
+
+
 class Regression(Objective):
     """The layer is fitted to pairs of a map, without critic or score (arXiv 2101.02388): a start for other objectives.
 
-    Its best mean is the map where that is smooth, and a mean over what is near where it is not, so pictures are soft;
+    Its best mean is the map where that is smooth, and an average over the neighbourhood elsewhere, so details are lost;
     but each part of the target gets the mass that the map gives it.
 
     Args:
-        coarse: c >= 0: what the coarse part of a picture's miss counts on top. That is P m, the means of m over 4 x 4
-            fields of equal size: brightness, colour and layout. 0, the default, is the plain loss, for x of any shape.
-
-    Raises:
-        ValueError: c is below 0.
+        loss: Residual mu(x_next) - end, of shape (B, ...) -> loss of each row, shape (B,).
     """
 
-    def __init__(self, coarse: float = 0.0) -> None:
-        if not coarse >= 0:
-            raise ValueError(f"coarse={coarse}: give a number >= 0, 0 to count all of a miss alike")
-        self.coarse = coarse
+    def __init__(self, loss: ResidualLoss = half_square) -> None:
+        self.loss = loss
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns 1/2 (|m|^2 + c |P m|^2), m = mu(x_next) - end, end where the pair leads.
+        """Returns the loss of mu(x_next) - end.
 
         Raises:
-            ValueError: The draw is of no pair, or c is not 0 and x no picture (channels, height, width).
+            ValueError: The draw has no pair.
         """
-        miss = draw.miss
-        if miss is None:
+        if draw.residual is None:
             raise ValueError(
-                "the draw is of no pair: take its layer's input from a PairChain, or with Guided from a GuidedChain"
+                "the draw has no pair: take the layer's input from a PairChain, or with Guided from a GuidedChain"
             )
-        loss = 0.5 * _sum(miss.square())
-        if self.coarse == 0:
-            return loss
-        if miss.ndim != 4:
-            raise ValueError(
-                f"coarse={self.coarse} with x of shape {tuple(miss.shape[1:])}: only pictures, of shape (channels, "
-                "height, width), have a coarse part: leave it out"
-            )
-        coarse = adaptive_avg_pool2d(miss, 4)
-        return loss + 0.5 * self.coarse * _sum(coarse.square()) * (miss[0].numel() / coarse[0].numel())
+        return self.loss(draw.residual)
 
 
 class Guided(Extended):
-    """Another objective and, with a weight, `Regression`: the regression loss of DMD (arXiv 2311.18828).
+    """Another objective plus a weight times `Regression`: the regression loss of DMD (arXiv 2311.18828).
 
-    The objectives with a critic feel where mass is missing from high levels alone, and there the critic errs; a small
-    weight keeps the masses of the map. A larger one makes pictures soft, unless it is of their coarse part alone, which
-    the map tells well: it keeps colours and classes, and the other objective makes the details.
+    Objectives with a critic see missing mass at high levels only, and there the critic errs; a small weight keeps the
+    masses of the map. A larger one costs detail, unless the loss is of what the map tells well.
 
     Args:
-        objective: What it is added to.
+        objective: What the term is added to.
         weight: > 0. The loss is in the units of `KullbackLeibler` with a weight sigma^2: try 0.005.
-        coarse: Of `Regression`: try 20 for pictures.
+        loss: See `Regression`.
 
     Raises:
-        ValueError: The weight is not above 0, or `coarse` is below it.
+        ValueError: The weight is not above 0.
     """
 
     term = "the pairs"
 
-    def __init__(self, objective: CriticObjective, weight: float, coarse: float = 0.0) -> None:
+    def __init__(self, objective: CriticObjective, weight: float, loss: ResidualLoss = half_square) -> None:
         super().__init__(objective, weight)
-        self.regression = Regression(coarse)
+        self.regression = Regression(loss)
         self.critic_gradient = objective.critic_gradient
         self.needs_real = objective.needs_real
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns the objective's loss + weight times that of `Regression`, which is 0 in rows of no pair.
+        """Returns the objective's loss + weight times that of `Regression`, which is 0 in rows without a pair.
 
         Raises:
-            ValueError: No row is of a pair, or `coarse` is not 0 and x no picture.
+            ValueError: No row has a pair.
         """
-        pairs = draw if draw.miss is None else replace(draw, miss=torch.where(draw.miss.isnan(), 0, draw.miss))
+        pairs = draw
+        if draw.residual is not None:
+            pairs = replace(draw, residual=torch.where(draw.residual.isnan(), 0, draw.residual))
         return super().layer_loss(critic, bridge, draw) + self.weight * self.regression.layer_loss(
             critic, bridge, pairs
         )

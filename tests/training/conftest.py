@@ -12,10 +12,13 @@ os.environ["ACCELERATE_USE_CPU"] = "true"  # bit-identical runs are promised on 
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from hsivi_diffusers import cli
+from hsivi_diffusers import cli, load_teacher
+from hsivi_diffusers.distillation.networks import load_networks
+from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from tiny_unet import make_unet
 
@@ -46,7 +49,7 @@ def arguments(teacher):
     def make(output_dir, *flags, **options):
         settings = {
             "pretrained_teacher_model": teacher,
-            "num_layers": 2,
+            "num_inference_steps": 2,
             "train_batch_size": 4,
             "max_train_steps": 5,
             "critic_updates": 2,
@@ -72,6 +75,27 @@ def distil(arguments):
         return output_dir
 
     return run
+
+
+@pytest.fixture(scope="session")
+def make_config(arguments):
+    """Returns the HSIVIConfig that `hsivi distil` reads; options by keyword."""
+
+    def make(*flags, **options):
+        return cli._read_distillation(arguments("nowhere", *flags, **options), "hsivi distil", "")[1]
+
+    return make
+
+
+@pytest.fixture
+def make_state(make_config, teacher, fresh_accelerator):
+    """Makes the TrainingState of a run that has made no update yet; options by keyword."""
+
+    def make(**options):
+        config, accelerator = make_config(**options), Accelerator(cpu=True)
+        return TrainingState(load_networks(*load_teacher(str(teacher)), config, accelerator), config, accelerator)
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -126,8 +150,8 @@ def paper_run(distil, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def several_run(distil, tmp_path_factory):
-    """A finished run of one student for 1, 2 and 4 network calls."""
-    return distil(tmp_path_factory.mktemp("runs") / "several", preset="fast", num_layers=(4, 1, 2))
+    """A finished run of one student for 1, 2 and 4 steps."""
+    return distil(tmp_path_factory.mktemp("runs") / "several", preset="fast", num_inference_steps=(4, 1, 2))
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,7 @@ def test_sliced_wasserstein_of_a_shift_is_its_length_over_the_root_of_the_dimens
     x = normal(500, dimension)
     shift = torch.full((dimension,), 1.5)
     expected = float(shift.norm()) / math.sqrt(dimension)
-    assert sliced_wasserstein(x, x + shift, seed=3) == pytest.approx(expected, rel=0.06)
+    assert sliced_wasserstein(x, x + shift) == pytest.approx(expected, rel=0.06)
     assert sliced_wasserstein(x, x) == pytest.approx(0, abs=1e-9)
 
 
@@ -159,7 +159,6 @@ def test_mode_weights_are_shares_of_the_nearest():
     torch.testing.assert_close(mode_weights(draws, CORNERS), torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64))
     errors = mode_errors(draws, CORNERS)
     assert errors == pytest.approx({"modes_found": 3, "mode_tv": 0.3, "mode_max_error": 1.0})
-    assert mode_errors(draws, CORNERS, due=0.9)["modes_found"] == 2
     exact = mode_errors(draws, CORNERS[:3], weights=torch.tensor([5.0, 3.0, 2.0]))
     assert exact == pytest.approx({"modes_found": 3, "mode_tv": 0, "mode_max_error": 0}, abs=1e-12)
 
@@ -200,7 +199,6 @@ def test_compare_asks_the_target_for_the_weights_of_its_modes():
     side = torch.tensor([1.0] * 80 + [-1.0] * 20)[:, None] * target.modes[0]
     draws = normal(100) + side
     assert compare(draws, draws, target)["mode_tv"] == pytest.approx(0.3)
-    assert compare(draws, draws, target, weights=torch.tensor([8.0, 2.0]))["mode_tv"] == pytest.approx(0)
     target.weights = torch.tensor([0.8, 0.2])
     assert compare(draws, draws, target)["mode_tv"] == pytest.approx(0)
 
@@ -214,7 +212,6 @@ def test_compare_moments_measures_in_units_of_the_reference():
     names = {"mean_error", "mean_error_rms", "sd_ratio_min", "sd_ratio_max", "swd", "mmd", "ksd"}
     assert names | {"covariance_error"} == set(scaled)
     assert {k: scaled[k] for k in names} == pytest.approx({k: plain[k] for k in names})
-    assert "swd" not in compare_moments(x, torch.zeros(3), torch.eye(3))
 
 
 def test_draws_that_are_not_finite_are_refused():

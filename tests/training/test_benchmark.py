@@ -41,7 +41,6 @@ def arguments(tmp_path_factory):
         *[f"--rival={folder / 'rival.yaml'}", f"--rival_of={folder / 'student.yaml'}", "--rival_steps=1"],
         *["--seeds", "0", "1", "--solvers", "DDIM", "DEIS", "DDPM", "--solver_steps", "1", "2", "--ddpm_steps=3"],
         *["--num_samples=20", "--batch_size=15", f"--output_dir={folder / 'docs'}", f"--runs_dir={folder / 'runs'}"],
-        *[f"--kept_dir={folder / 'kept'}", "--kept_seeds=1"],
     ]
 
 
@@ -124,12 +123,8 @@ def test_ddpm_has_no_further_rows_where_it_is_not_among_the_solvers(copied, monk
     assert all(row["method"] != "DDPM" for row in rows_of(folder))
 
 
-def test_a_student_is_kept_and_found_again(copied, monkeypatch):
+def test_a_student_is_found_again(copied, monkeypatch):
     folder, arguments = copied
-    kept = folder / "kept/digits/student_seed1"
-    assert sorted(path.name for path in kept.iterdir()) == ["options.json", "pipeline", "training.json"]
-    assert not (folder / "kept/digits/student_seed0").exists()
-    shutil.rmtree(folder / "runs/digits/student_seed1")
     before = [row for row in rows_of(folder) if row["train_seed"] == 1 and "HSIVI" in row["method"]]
     forget(folder, "HSIVI fast, one for all")
     monkeypatch.setattr(benchmark, "_call", never)
@@ -140,8 +135,7 @@ def test_a_student_is_kept_and_found_again(copied, monkeypatch):
 
 def test_nothing_is_trained_for_rows_that_are_there(copied, monkeypatch):
     folder, arguments = copied
-    for name in ("runs", "kept"):
-        shutil.rmtree(folder / name)
+    shutil.rmtree(folder / "runs")
     monkeypatch.setattr(benchmark, "_call", never)
     before = rows_of(folder)
     benchmark.main(arguments)
@@ -344,13 +338,13 @@ def row(method, nfe, fd, seed=None, **more):
     return {"dataset": "digits", "method": method, "nfe": nfe, "train_seed": seed, **measured, **more}
 
 
-def test_goals_hold_the_mean_of_the_seeds_against_the_best_solver():
+def test_goals_hold_the_mean_of_the_seeds_against_the_best_solver_at_equal_calls():
     rows = [
         *(row("HSIVI fast", 5, fd, seed) for seed, fd in enumerate((0.5, 0.7))),
-        *[row("UniPC", 15, 0.55), row("DDIM", 15, 0.65), row("HSIVI paper", 5, 9.0, 0)],
+        *[row("UniPC", 5, 0.55), row("DDIM", 5, 0.65), row("UniPC", 15, 9.0), row("HSIVI paper", 5, 9.0, 0)],
     ]
     table = benchmark_pages.goals_table({"digits": rows}).splitlines()
-    assert table[2:] == ["| digits | HSIVI fast | 5 | FD | 0.60 ± 0.14 | the best solver at 15 | 0.55 | no |"]
+    assert table[2:] == ["| digits | HSIVI fast | 5 | FD | 0.60 ± 0.14 | best stock solver at 5 | 0.55 | no |"]
     rows[0]["fd"] = 0.4
     assert benchmark_pages.goals_table({"digits": rows}).endswith("| 0.55 | yes |")
 
@@ -363,9 +357,9 @@ def test_the_summary_has_ours_the_rival_and_the_best_solver_and_ddpm_at_many_cal
     assert table.splitlines()[2:] == [
         "| 4 | **HSIVI fast** | 0.60 ± 0.14 |  |",
         f"| 4 | {benchmark_pages.RIVAL} | 4.00 |  |",
-        "| 4 | the best solver | 2.00 UniPC | 9.00 UniPC |",
+        "| 4 | best stock solver | 2.00 UniPC | 9.00 UniPC |",
         "| 50 | DDPM | 0.50 |  |",
-        "| 100 | the best solver | 0.30 DDIM |  |",
+        "| 100 | best stock solver | 0.30 DDIM |  |",
         "| 100 | DDPM | 0.40 |  |",
     ]
 
@@ -377,15 +371,6 @@ def test_the_tables_of_the_docs_are_those_of_the_results_and_the_readme_has_the_
     tables = benchmark_pages.make_tables(benchmark_pages.in_sets(rows))
     assert pages.fill_tables(page, tables) == page
     assert tables["summary"] in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_a_larger_recall_reaches_the_goal():
-    rows = [row("HSIVI fast", 4, 1.0, 0, recall=0.8, swd=0.6), row("UniPC", 10, 1.0, recall=0.7)]
-    table = {
-        line.split("|")[4].strip(): line for line in benchmark_pages.goals_table({"digits": rows}).splitlines()[2:]
-    }
-    assert table["recall"].endswith("| 0.700 | yes |")
-    assert table["SWD"].endswith("| 0.5000 | no |")
 
 
 def test_classes_are_held_against_those_of_the_teacher():
@@ -417,7 +402,7 @@ def test_methods_have_the_same_order_whatever_was_measured_first():
     rows = [row(method, 4, 1.0) for method in ("UniPC", benchmark_pages.RIVAL, "HSIVI paper", "DDIM", "HSIVI fast")]
     names = [line.split("|")[1].strip(" *") for line in benchmark_pages.calls_table(rows).splitlines()[2:]]
     assert names == ["HSIVI fast", "HSIVI paper", "DDIM", "UniPC", benchmark_pages.RIVAL]
-    rows = [row("DDIM", 10, 1.0), *(row(f"HSIVI fast{more}", 2, 1.0, 0) for more in (", one for all", ""))]
+    rows = [row("DDIM", 2, 1.0), *(row(f"HSIVI fast{more}", 2, 1.0, 0) for more in (", one for all", ""))]
     goals = benchmark_pages.goals_table({"digits": rows}).splitlines()[2:]
     assert [line.split("|")[2].strip() for line in goals] == ["HSIVI fast", "HSIVI fast, one for all"]
 

@@ -5,11 +5,11 @@ import signal
 
 import pytest
 
-from hsivi_diffusers.distillation.checkpoints import find_damage
+from hsivi_diffusers.distillation.seals import find_damage
 
 STEPS = 4
 OPTIONS = {"max_train_steps": STEPS, "checkpointing_steps": 1, "critic_updates": 1}
-POINTS = ["state", "half a file", "chains", "progress", "renamed", "half removed", "pipeline"]
+POINTS = ["state", "half a file", "half a part", "chains", "progress", "renamed", "half removed", "pipeline"]
 KILLED = [-signal.SIGKILL]
 
 
@@ -42,7 +42,7 @@ def test_a_run_killed_twice_ends_as_if_it_had_not_been(launch, at_once, tmp_path
     folder = tmp_path / "run"
     resume = {"resume_from_checkpoint": "latest", **OPTIONS}
     assert launch(folder, kill={"point": "half a file", "step": 4}, **resume)[0] == KILLED
-    weights = folder / "checkpoints" / "checkpoint-3" / "model.safetensors"
+    weights = folder / "checkpoints" / "checkpoint-3" / "layers.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert launch(folder, kill={"point": "between retire and rename", "step": 3}, **resume)[0] == KILLED
     check_checkpoints(folder)

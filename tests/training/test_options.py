@@ -1,56 +1,57 @@
 import os
+import re
+import runpy
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import yaml
 
-from hsivi_diffusers.distillation import config as recipe
+import hsivi_diffusers
+from hsivi_diffusers import cli
 from hsivi_diffusers.distillation.checkpoints import Output
+from hsivi_diffusers.distillation.config import ALIASES, PRESETS, HSIVIConfig, read_settings
+from hsivi_diffusers.distillation.trials import Trials
 from hsivi_diffusers.evaluation import evaluate
-from hsivi_diffusers.folders import claim_output_dir, in_turn, sole_writer
-from hsivi_diffusers.options import changes, option, parse_options
-from training.benchmarks.images import benchmark, train_classifier, train_consistency, train_teacher
+from hsivi_diffusers.options import differences, flatten, option, parse_options, run_command
+from training.benchmarks.images import train_classifier, train_consistency, train_teacher
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 SETS = ("fashion", "emoji")
-ONE_CALL = {**recipe.PRESETS["fast"], **recipe.ONE_CALL}
-PRESETS = {"quick": {"rate": 0.1, "steps": 10, "start": 7}, "slow": {"rate": 0.2, "steps": 20}}
+OLD_NAMES = {"pace": "rate"}
 
 
 @dataclass
 class Method:
-    _argument_group_name = "method"
-    preset: Literal["quick", "slow"] = option("quick", "recipe")
+    _group = "method"
     kernel: Literal["ddim", "renoise"] = option("ddim", "kernel")
-    start: int | None = option(None, "may be left out")
+    start: int | None = option(7, "may be left out", common=False)
 
 
 @dataclass
 class Training:
-    _argument_group_name = "training"
+    _group = "training"
     rate: float = option(1.0, "a number")
     steps: int = option(1, "a count")
     name: str = option("plain", "a text")
-    keep: bool = option(False, "a switch")
+    keep: bool = option(False, "a switch", common=False)
     widths: list[int] = option([3, 4], "a list")
+    counts: int | list[int] = option(2, "one or several")
 
 
 @pytest.fixture
 def parse(tmp_path):
     """Parses a YAML text and a command line into one dictionary."""
 
-    def run(text=None, *args, presets=PRESETS):
+    def run(text=None, *args):
         config = []
         if text is not None:
             path = tmp_path / "options.yaml"
             path.write_bytes(text if isinstance(text, bytes) else text.encode())
             config = ["--config", str(path)]
-        groups = parse_options([Method, Training], "About.", presets, [*config, *args])
+        groups = parse_options([Method, Training], "About.", [*config, *args], "quiz", OLD_NAMES)
         assert [type(group) for group in groups] == [Method, Training]
         return {**vars(groups[0]), **vars(groups[1])}
 
@@ -70,16 +71,16 @@ def refused(parse, capsys):
     return run
 
 
-def test_defaults_are_those_of_the_dataclass_without_presets(parse):
-    assert parse(None, presets=None) == {
-        "preset": "quick",
+def test_defaults_are_those_of_the_dataclasses(parse):
+    assert parse() == {
         "kernel": "ddim",
-        "start": None,
+        "start": 7,
         "rate": 1.0,
         "steps": 1,
         "name": "plain",
         "keep": False,
         "widths": [3, 4],
+        "counts": 2,
     }
 
 
@@ -88,31 +89,26 @@ def test_a_list_is_not_shared_between_two_calls(parse):
     assert parse(None)["widths"] == [3, 4]
 
 
-def test_the_first_preset_is_the_default(parse):
-    options = parse(None)
-    assert (options["preset"], options["rate"], options["steps"]) == ("quick", 0.1, 10)
-
-
 @pytest.mark.parametrize(
     ("text", "args", "wanted"),
     [
-        ("name: x", [], (0.1, 10)),
-        ("rate: 0.5", [], (0.5, 10)),
-        ("rate: 0.5", ["--rate", "0.7"], (0.7, 10)),
-        ("preset: slow", [], (0.2, 20)),
-        ("preset: slow", ["--preset", "quick"], (0.1, 10)),
-        ("preset: slow\nrate: 0.5", ["--preset=quick"], (0.5, 10)),
-        ("preset: quick\nrate: 0.5", ["--preset", "slow", "--steps", "3"], (0.5, 3)),
+        ("name: x", [], (1.0, 1)),
+        ("rate: 0.5", [], (0.5, 1)),
+        ("rate: 0.5", ["--rate", "0.7"], (0.7, 1)),
+        ("rate: 0.5", ["--steps=3"], (0.5, 3)),
+        ("pace: 0.5", [], (0.5, 1)),
+        ("pace: 0.5", ["--pace", "0.7"], (0.7, 1)),
+        ("rate: 0.5", ["--pace=0.7"], (0.7, 1)),
     ],
 )
-def test_the_command_line_wins_over_yaml_and_yaml_over_the_preset(parse, text, args, wanted):
+def test_the_command_line_wins_over_yaml_under_names_old_or_new(parse, text, args, wanted):
     options = parse(text, *args)
     assert (options["rate"], options["steps"]) == wanted
 
 
 def test_without_args_the_command_line_of_the_program_is_read(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script", "--rate", "0.25"])
-    assert parse_options([Method, Training], "About.", PRESETS)[1].rate == 0.25
+    assert parse_options([Method, Training], "About.")[1].rate == 0.25
 
 
 @pytest.mark.parametrize(
@@ -132,6 +128,8 @@ def test_without_args_the_command_line_of_the_program_is_read(monkeypatch):
         ("widths: 8", "widths", [8]),
         ("widths: []", "widths", []),
         ("kernel: renoise", "kernel", "renoise"),
+        ("counts: 4", "counts", [4]),
+        ("counts: [4, 8]", "counts", [4, 8]),
     ],
 )
 def test_yaml_values_have_the_type_of_the_option(parse, text, key, value):
@@ -140,8 +138,7 @@ def test_yaml_values_have_the_type_of_the_option(parse, text, key, value):
     assert type(found) is type(value)
 
 
-def test_null_is_the_default_of_the_dataclass_and_overrides_the_preset(parse):
-    assert parse(None)["start"] == 7
+def test_null_is_none_where_the_option_takes_it_and_the_default_elsewhere(parse):
     options = parse("start: null\nrate: null")
     assert (options["start"], options["rate"]) == (None, 1.0)
 
@@ -162,13 +159,6 @@ def test_an_unknown_yaml_key_without_a_match_points_to_help(refused):
     message = refused("qqqqqq: 3")
     assert "`qqqqqq`" in message
     assert "--help" in message
-
-
-@pytest.mark.parametrize(("text", "args"), [("preset: sloow", []), ("preset: slow", ["--preset", "sloow"])])
-def test_an_unknown_preset_is_named_with_the_choices(refused, text, args):
-    message = refused(text, *args)
-    assert "'sloow'" in message
-    assert "quick, slow" in message
 
 
 @pytest.mark.parametrize(
@@ -213,54 +203,68 @@ def test_an_unknown_argument_is_refused(refused, args):
     assert "unrecognized arguments: " + " ".join(args) in refused(None, *args)
 
 
+def test_an_error_is_one_line_that_names_the_program(parse, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(None, "--kernel", "foo")
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: argument --kernel: invalid choice: 'foo' (choose from ")
+    assert line.endswith("(see `quiz --help`)")
+
+
+# ----- the configs of the repository -----
+
+
 @pytest.mark.parametrize(
-    ("config", "groups", "presets"),
+    ("name", "groups"),
     [
-        *[(name, recipe.GROUPS, {"fast": ONE_CALL}) for name in ("fashion_t1.yaml", "emoji_t1.yaml")],
         *[
-            (name, recipe.GROUPS, recipe.PRESETS)
-            for name in ("digits_t1.yaml", "digits_t5.yaml", "digits_t1248.yaml", "fashion_t4.yaml")
+            (f"{name}_teacher", [train_teacher.Data, train_teacher.Network, train_teacher.Training, Output])
+            for name in ("digits", *SETS)
         ],
-        *[(name, recipe.GROUPS, recipe.PRESETS) for name in ("emoji_t2.yaml", "emoji_t4.yaml")],
+        ("digits_evaluation", [evaluate.Evaluation]),
         *[
-            (name, [train_teacher.Data, train_teacher.Network, train_teacher.Training, Output], None)
-            for name in ("digits_teacher.yaml", "fashion_teacher.yaml", "emoji_teacher.yaml")
+            (f"{name}_lcm", [train_consistency.Teacher, train_consistency.Training, Output])
+            for name in ("digits", *SETS)
         ],
-        ("digits_evaluation.yaml", [evaluate.Evaluation], None),
-        *[
-            (
-                name,
-                [
-                    train_consistency.Teacher,
-                    train_consistency.Method,
-                    train_consistency.Training,
-                    Output,
-                ],
-                None,
-            )
-            for name in ("digits_lcm.yaml", "fashion_lcm.yaml", "emoji_lcm.yaml")
-        ],
-        ("fashion_classifier.yaml", [train_classifier.Training], None),
-        ("emoji_classifier.yaml", [train_classifier.Training], None),
-        *[
-            (name, [benchmark.Parts, benchmark.Sampling, benchmark.Folders], None)
-            for name in ("benchmark_digits.yaml", "benchmark_fashion.yaml", "benchmark_emoji.yaml")
-        ],
+        *[(f"{name}_classifier", [train_classifier.Training]) for name in SETS],
     ],
 )
-def test_the_configs_parse_for_their_scripts(config, groups, presets):
-    parsed = parse_options(groups, "", presets, ["--config", str(CONFIGS / config)])
-    options = {key: value for group in parsed for key, value in vars(group).items()}
-    written = yaml.safe_load((CONFIGS / config).read_text())
-    assert changes(written, {key: options[key] for key in written}) == ""
-    if presets:
-        preset = {key: value for key, value in presets[written["preset"]].items() if key not in written}
-        assert {key: options[key] for key in preset} == preset
+def test_the_configs_parse_for_their_programs(name, groups):
+    path = CONFIGS / f"{name}.yaml"
+    options = flatten(parse_options(groups, "", ["--config", str(path)]))
+    assert differences(options, yaml.safe_load(path.read_text())) == ""
+
+
+@pytest.mark.parametrize("name", ["digits", *SETS])
+def test_the_configs_parse_for_the_benchmark(name):
+    from training.benchmarks.images import benchmark
+
+    groups = [benchmark.Parts, benchmark.Sampling, benchmark.Folders]
+    test_the_configs_parse_for_their_programs(f"benchmark_{name}", groups)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        *[(f"{name}_t1", "one_call") for name in ("digits", *SETS)],
+        *[(name, "fast") for name in ("digits_t5", "digits_t1248", "fashion_t4", "emoji_t2", "emoji_t4")],
+    ],
+)
+def test_the_configs_of_a_distillation_can_run_and_are_of_a_preset(name, preset):
+    path = CONFIGS / f"{name}.yaml"
+    teacher, config, _ = cli._read_distillation(["--config", str(path)], "hsivi distil", "")
+    written = {ALIASES.get(key, key): value for key, value in yaml.safe_load(path.read_text()).items()}
+    assert config.preset == preset
+    counts = written.pop("num_inference_steps")
+    assert config.depths == (counts if isinstance(counts, list) else [counts])
+    written.pop("preset")  # `fast` of one step is one_call
+    assert differences(flatten([teacher, config, config.trials]), written) == ""
 
 
 def test_no_config_is_left_untested():
     """Those that end in a preset are tested in test_teachers.py, those of studies in test_study.py."""
-    recipes = {path.name for preset in recipe.PRESETS for path in CONFIGS.glob(f"*_{preset}.yaml")}
+    recipes = {path.name for preset in PRESETS for path in CONFIGS.glob(f"*_{preset}.yaml")}
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
         *[f"digits_{part}.yaml" for part in ("t1", "t5", "t1248", "evaluation", "teacher", "lcm")],
@@ -270,86 +274,194 @@ def test_no_config_is_left_untested():
     }
 
 
+# ----- help and errors -----
+
+
+def ask_for_help(capsys, call):
+    with pytest.raises(SystemExit) as exit:
+        call()
+    assert exit.value.code == 0
+    return capsys.readouterr().out
+
+
+def options_in(text):
+    return set(re.findall(r"^  --(\w+)", text, re.MULTILINE))
+
+
+def test_help_shows_the_common_options_with_the_values_that_hold_and_help_all_every_one(parse, capsys):
+    short = ask_for_help(capsys, lambda: parse("rate: 0.5", "--help", "--widths", "5", "6"))
+    assert short.startswith("usage: quiz ")
+    assert "a number (default: 0.5)" in short
+    assert "a list (default: 5 6)" in short
+    every = options_in(ask_for_help(capsys, lambda: parse(None, "--help_all")))
+    named = {each.name for group in (Method, Training) for each in fields(group)}
+    assert every - {"help", "help_all", "config"} == named
+    assert every - options_in(short) == {"start", "keep"}
+
+
+def test_an_error_of_a_command_is_one_line_with_its_notes_below(capsys):
+    def fail():
+        error = ValueError("two\nlines")
+        error.add_note("and a note")
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run_command(fail)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: two lines\nand a note\n"
+    with pytest.raises(ValueError, match="two"):
+        run_command(fail, traceback=True)
+
+
+def test_an_error_of_the_program_itself_is_left_as_it_is():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 / 0)
+
+
 @pytest.mark.parametrize(
-    ("before", "now", "said"),
+    ("args", "message"),
     [
-        (5, [5], ""),
-        ([5], [5], ""),
-        (5, [6], "n: 5 -> [6]"),
-        (5, [5, 6], "n: 5 -> [5, 6]"),
-        ([5, 6], [5], "n: [5, 6] -> [5]"),
-        (None, [5], "n: None -> [5]"),
-        (None, [], "n: None -> []"),
+        (["distil", "--output_dir", "x"], "--pretrained_teacher_model is missing"),
+        (["distil", "--pretrained_teacher_model", "./nowhere", "--output_dir", "x"], "teacher './nowhere' is not a f"),
+        (["plan", "--num_inference_steps", "0"], "num_inference_steps=[0]: give one number of steps of at least 1"),
+        (["plan", "--bogus"], "unrecognized arguments: --bogus (see `hsivi plan --help`)"),
+        (["sample", "--output_dir", "x"], "--pipeline is missing"),
+        (["push", "--hub_model_id", "a/b"], "--run_dir is missing"),
+        (["evaluate", "--run_dir", "nowhere"], "nowhere"),
+        (["bogus"], "unknown command 'bogus': choose one of distil, plan, sample, evaluate, push"),
     ],
 )
-def test_a_number_is_the_list_of_it_and_nothing_else(before, now, said):
-    assert changes({"n": before, "m": 1}, {"n": now}) == said
+def test_bad_input_of_a_command_is_one_line_and_exit_status_2(capsys, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        cli.main(args)
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert os.listdir() == []
 
 
-def test_a_new_output_folder_is_made_with_its_parents(tmp_path):
-    path = claim_output_dir(str(tmp_path / "a" / "b"), keep=False)
-    assert path == tmp_path / "a" / "b"
-    assert path.is_dir()
-    assert claim_output_dir(str(path), keep=False) == path
+def test_traceback_shows_where_an_error_came_from(tmp_path):
+    with pytest.raises(ValueError, match="--pretrained_teacher_model is missing"):
+        cli.main(["distil", "--traceback", f"--output_dir={tmp_path / 'run'}"])
 
 
-def test_a_filled_output_folder_is_refused_unless_it_may_be_kept(tmp_path):
-    (tmp_path / "precious").touch()
-    with pytest.raises(ValueError, match="is not empty.*--overwrite_output_dir"):
-        claim_output_dir(str(tmp_path), keep=False)
-    assert claim_output_dir(str(tmp_path), keep=True) == tmp_path
-    assert os.listdir(tmp_path) == ["precious"]
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_tells_its_options(capsys, command):
+    text = ask_for_help(capsys, lambda: cli.main([command, "--help"]))
+    assert text.startswith(f"usage: hsivi {command} ")
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_file_or_no_name_is_no_output_folder(tmp_path, keep):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is a file"):
-        claim_output_dir(str(tmp_path / "file"), keep)
-    with pytest.raises(ValueError, match="--output_dir is missing"):
-        claim_output_dir(None, keep)
+def test_the_help_of_a_distillation_has_the_defaults_of_the_preset_that_is_named(capsys):
+    def ask(*args):
+        return " ".join(ask_for_help(capsys, lambda: cli.main(["distil", *args])).split())
+
+    fast, paper, one = ask("--help"), ask("--help", "--preset", "paper"), ask("--help", "--num_inference_steps=1")
+    assert "Adam's, of the critic (default: 0.001)" in fast
+    assert "Adam's, of the critic (default: 0.0001)" in paper
+    assert "Adam's, of the critic (default: 0.0005)" in one
+    every = ask("--help_all", "--preset", "paper")
+    assert "critic updates for each student update (default: 20)" in every
+    assert "critic updates for each student update" not in paper
 
 
-def test_a_folder_has_one_writer(tmp_path):
-    first = sole_writer(tmp_path)
-    with first, pytest.raises(ValueError, match="is being written by another run"), sole_writer(tmp_path):
-        pass
-    with sole_writer(tmp_path):
-        pass
+def test_the_help_of_a_distillation_is_shorter_than_all_its_options(capsys):
+    common, every = (
+        options_in(ask_for_help(capsys, lambda word=word: cli.main(["distil", word])))
+        for word in ("--help", "--help_all")
+    )
+    assert common < every
+    assert len(common) <= 35
+    hidden = {each.name for group in (HSIVIConfig, Trials) for each in fields(group)} - {"trials"}
+    assert hidden < every
 
 
-def test_processes_write_in_turn(tmp_path):
-    """A lock is of the handle, and each has its own, so threads wait as processes do."""
-    there, leave, order = threading.Event(), threading.Event(), []
-
-    def first():
-        with in_turn(tmp_path):
-            there.set()
-            leave.wait(10)
-            order.append("first")
-
-    def second():
-        with in_turn(tmp_path):
-            order.append("second")
-
-    with ThreadPoolExecutor(2) as pool:
-        running = [pool.submit(first)]
-        there.wait(10)
-        running.append(pool.submit(second))
-        assert not running[1].done()
-        leave.set()
-        for each in running:
-            each.result(10)
-    assert order == ["first", "second"]
+def test_the_module_is_the_command(capsys, monkeypatch):
+    """As `python -m hsivi_diffusers` runs it."""
+    monkeypatch.setattr(sys, "argv", ["hsivi_diffusers", "--help"])
+    runpy.run_module("hsivi_diffusers", run_name="__main__")
+    assert capsys.readouterr().out == cli.USAGE
 
 
-def test_help_lists_what_each_preset_has_instead_of_the_defaults(parse, capsys):
-    with pytest.raises(SystemExit):
-        parse(None, "--help")
-    end = capsys.readouterr().out.splitlines()[-4:]
-    assert end == [
-        "--preset quick sets:",
-        "  --rate=0.1 --steps=10 --start=7",
-        "--preset slow sets:",
-        "  --rate=0.2 --steps=20",
-    ]
+# ----- the config -----
+
+
+def test_a_config_has_at_most_45_fields_and_each_is_used():
+    """By the code outside of its own file, or by what the file computes for others."""
+    names = [each.name for each in fields(HSIVIConfig)]
+    assert len(names) <= 45
+    package = Path(hsivi_diffusers.__file__).parent
+    code = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "config.py")
+    code += (package / "distillation" / "config.py").read_text().split("def __post_init__")[1].split("def check")[0]
+    unused = [name for name in names if not re.search(rf"(config|self)\.{name}\b", code)]
+    assert unused == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_can_be_printed_with_every_value(preset):
+    config = HSIVIConfig(preset=preset)
+    assert config.preset == preset
+    assert "ByPreset" not in repr(config)
+    assert f"preset={preset!r}" in repr(config)
+    config.check()
+    assert "ByPreset" not in repr(config.settings())
+
+
+@pytest.mark.parametrize(
+    ("given", "preset", "found"),
+    [
+        ({}, "fast", {"objective": "KL", "num_pairs": 0, "start_signal": 3.2, "start_noise": None}),
+        ({"num_inference_steps": [1, 2]}, "fast", {"num_pairs": 0, "critic_first": 0}),
+        ({"num_inference_steps": 1}, "one_call", {"num_pairs": 6400, "critic_first": 50, "max_grad_norm": 20.0}),
+        ({"num_inference_steps": 1, "preset": "fast"}, "one_call", {"start_signal": None, "start_noise": 2.5}),
+        ({"num_inference_steps": 1, "preset": "paper"}, "paper", {"num_pairs": 0, "objective": "SM"}),
+        ({"preset": "paper"}, "paper", {"critic_updates": 20, "noise_eta": 0.2, "start_signal": None}),
+        ({"preset": "paper", "critic_updates": 3}, "paper", {"critic_updates": 3, "noise_eta": 0.2}),
+        ({"num_inference_steps": 1, "num_pairs": 7}, "one_call", {"num_pairs": 7, "critic_updates": 2}),
+        ({"num_inference_steps": 1, "critic_updates": 1}, "one_call", {"num_pairs": 6400, "critic_updates": 1}),
+        ({"start_noise": 4.0}, "fast", {"start_signal": None, "start_noise": 4.0}),
+        ({"num_inference_steps": 1, "start_signal": 3.2}, "one_call", {"start_signal": 3.2, "start_noise": None}),
+        (
+            {"num_inference_steps": 1, "start_timestep": 300},
+            "one_call",
+            {"start_timestep": 300, "start_signal": None, "start_noise": None},
+        ),
+        ({"num_inference_steps": 1, "max_train_steps": 5}, "one_call", {"critic_first": 0}),
+        ({"num_inference_steps": 1, "max_train_steps": 60}, "one_call", {"critic_first": 10}),
+        (
+            {"num_inference_steps": 1, "init_from": "runs/other"},
+            "one_call",
+            {"num_pairs": 0, "critic_first": 0, "learning_rate": 3e-5},
+        ),
+        ({"num_inference_steps": 1, "init_from": "runs/other", "num_pairs": 7}, "one_call", {"num_pairs": 7}),
+    ],
+)
+def test_a_preset_sets_what_is_not_given(given, preset, found):
+    config = HSIVIConfig(**given)
+    assert config.preset == preset
+    assert {name: getattr(config, name) for name in found} == found
+
+
+def test_an_unknown_preset_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="preset='slow' is unknown: choose one of fast, one_call, paper"):
+        HSIVIConfig(preset="slow")
+
+
+def test_old_names_are_read_on_the_command_line_in_yaml_and_in_the_record_of_a_run(tmp_path, make_config):
+    (tmp_path / "old.yaml").write_text("num_layers: [1, 4]\node_pairs: 9\nclip_pictures: false\n")
+    config = make_config("--ode_calls=3", "--layer_weight", "sigma2", f"--config={tmp_path / 'old.yaml'}")
+    assert config.depths == [2]  # of the fixture's command line, which wins
+    assert (config.num_pairs, config.pair_calls, config.loss_weight, config.clip_images) == (9, 3, "sigma2", False)
+    assert set(ALIASES.values()) <= config.settings().keys()
+    assert not ALIASES.keys() & config.settings().keys()
+
+
+def test_the_record_of_an_older_run_is_read_as_one_of_today(tmp_path):
+    """With old names, a plain number, options that are gone, and the preset that one step had; others were not there."""
+    record = tmp_path / "options.json"
+    record.write_text('{"revision": null, "num_layers": 1, "preset": "fast", "ode_steps": 4, "seed": 3, "alpha": 0.5}')
+    settings = read_settings(record)
+    today = HSIVIConfig(num_inference_steps=1, pair_steps=4, seed=3).settings()
+    assert settings == {"revision": None, "alpha": 0.5, **today}
+    assert (settings["num_inference_steps"], settings["preset"], settings["teacher_share"]) == ([1], "one_call", 0.0)

@@ -35,7 +35,7 @@ def test_two_processes_equal_two_accumulated_batches(make, accumulated, tmp_path
     folder = make(tmp_path / "run", kind, **PROCESSES)
     assert differences(folder, accumulated[kind]) == []
     assert json.loads((folder / "training.json").read_text())["processes"] == 2
-    chains = [load_file(folder / "checkpoints" / "checkpoint-5" / f"chains-{shard}.safetensors") for shard in (0, 1)]
+    chains = [load_file(folder / "checkpoints" / "checkpoint-5" / f"chains-{place}.safetensors") for place in (0, 1)]
     if kind != "paper":
         assert not chains[0]["x_next"].equal(chains[1]["x_next"])
 
@@ -58,7 +58,7 @@ def test_a_run_resumes_with_its_batches_in_other_processes(
 
 @pytest.mark.parametrize("options", [{}, {"processes": 2, "gradient_accumulation_steps": 2}])
 def test_another_number_of_batches_is_refused(launch, accumulated, tmp_path, options):
-    shards = 1 if not options else 4
+    number = 1 if not options else 4
     statuses, text = launch(
         tmp_path / "run",
         resume_from_checkpoint=accumulated["fast"] / "checkpoints" / "checkpoint-4",
@@ -66,4 +66,4 @@ def test_another_number_of_batches_is_refused(launch, accumulated, tmp_path, opt
         **options,
     )
     assert set(statuses) == {1}
-    assert f"checkpoint-4 is of a run with 2 batches an update, now there are {shards}: choose" in text
+    assert f"checkpoint-4 is of a run with 2 micro-batches an update, now there are {number}: choose" in text

@@ -113,8 +113,8 @@ def test_a_run_with_real_data_is_finite_and_records_it(runs, kind):
 
 def test_the_card_says_whether_data_was_used(runs, fast_run):
     kinds = (
-        (runs("game"), "with", "Real pictures of its training data were used too."),
-        (fast_run, "without", "No pictures were used."),
+        (runs("game"), "with", "Real images of its training data were used too."),
+        (fast_run, "without", "No images were used."),
     )
     for folder, said, sentence in kinds:
         run = {"options": json.loads((folder / "options.json").read_text()), "training": {}, "report": {}}

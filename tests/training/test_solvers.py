@@ -1,8 +1,9 @@
 import pytest
 import torch
-from diffusers import DDPMPipeline, LCMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler
 
-from hsivi_diffusers.evaluation.solvers import make_consistency_sampler, sample
+from hsivi_diffusers.evaluation.solvers import make_consistency_sampler, make_solver, sample
+from tiny_unet import make_unet
 
 
 @pytest.fixture
@@ -45,3 +46,16 @@ def test_a_consistency_sampler_may_be_called_again_and_follows_its_seed(consiste
     first, again, other = (torch.cat([*sample(sampler, 3, 2, seed=seed)]) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("method", ["DDIM", "UniPC", "DPM-Solver++"])
+def test_a_variance_that_the_teacher_predicts_is_dropped(method):
+    unet = make_unet(out_channels=2).eval()
+    (images,) = sample(make_solver(method, 2, unet, DDPMScheduler().config), 3, 3, seed=0)
+    mean_alone = make_unet(out_channels=1).eval()
+    weights = unet.state_dict()
+    for name in ("conv_out.weight", "conv_out.bias"):
+        weights[name] = weights[name][:1]
+    mean_alone.load_state_dict(weights)
+    (wanted,) = sample(make_solver(method, 2, mean_alone, DDPMScheduler().config), 3, 3, seed=0)
+    torch.testing.assert_close(images, wanted)

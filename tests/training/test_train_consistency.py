@@ -13,20 +13,17 @@ from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.distillation.checkpoints import Output
 from hsivi_diffusers.evaluation.solvers import make_consistency_sampler
 from tiny_unet import make_unet
-from training.benchmarks.images import train_consistency
+from training.benchmarks.images import train_consistency, training_loop
 from training.benchmarks.images.train_consistency import (
     Distiller,
-    Method,
     Training,
     consistency,
     distance,
-    follow,
     learning_rate,
     make_sampler,
 )
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
-GRID = {"start_timestep": 699, "num_ddim_timesteps": 10}
 
 
 class Network(torch.nn.Module):
@@ -78,9 +75,9 @@ class GaussianConsistency(Network):
         return (shift + slope * x - c_skip * x) / c_out.clamp_min(1e-3)
 
 
-def gaussian_distiller(prediction_type="epsilon", **options):
+def gaussian_distiller(prediction_type="epsilon", num_timesteps=10):
     schedule = HSIVIScheduler(prediction_type=prediction_type)
-    sampler = make_sampler(schedule, Method(**{**GRID, **options}))
+    sampler = make_sampler(schedule, num_timesteps, start=699)
     student, target = GaussianConsistency(schedule, sampler), GaussianConsistency(schedule, sampler)
     return Distiller(GaussianTeacher(schedule), student, target, schedule, sampler)
 
@@ -88,13 +85,7 @@ def gaussian_distiller(prediction_type="epsilon", **options):
 def tiny_distiller(unet, **config):
     schedule = HSIVIScheduler(**config)
     torch.manual_seed(1)
-    return Distiller(
-        make_unet(),
-        unet,
-        make_unet(),
-        schedule,
-        make_sampler(schedule, Method(start_timestep=999, num_ddim_timesteps=50)),
-    )
+    return Distiller(make_unet(), unet, make_unet(), schedule, make_sampler(schedule, 50, start=999))
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +111,9 @@ def weights(folder):
 
 
 def run_for(distiller, training, folder):
-    """Trains on ten pictures of noise."""
+    """Trains on ten images of noise."""
     images, output = torch.randn(10, 1, 8, 8), Output(str(folder))
-    return train_consistency.train(distiller, images, Method(), training, output, Accelerator())
+    return train_consistency.train(distiller, images, training, output, Accelerator(), {})
 
 
 # ----- the consistency function -----
@@ -186,17 +177,16 @@ def test_the_target_sees_the_next_picture_of_ddim_on_the_grid_of_the_sampler(une
 
 @torch.no_grad()
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-@pytest.mark.parametrize("loss_type", ["huber", "l2"])
-def test_the_loss_of_the_exact_consistency_function_is_nothing(prediction_type, loss_type):
+def test_the_loss_of_the_exact_consistency_function_is_nothing(prediction_type):
     distiller = gaussian_distiller(prediction_type)
     clean = 0.3 + 0.4 * torch.randn(200, 1, 8, 8)
-    assert float(distiller.loss(clean, Method(loss_type=loss_type))) < 1e-6
+    assert float(distiller.loss(clean)) < 1e-6
     distiller.student.shift.fill_(0.05)
-    assert float(distiller.loss(clean, Method(loss_type=loss_type))) > 1e-3
+    assert float(distiller.loss(clean)) > 1e-3
 
 
 def test_one_step_of_the_exact_consistency_function_draws_the_data():
-    distiller = gaussian_distiller(num_ddim_timesteps=100)
+    distiller = gaussian_distiller(num_timesteps=100)
     start = torch.randn(1000, 1, 8, 8)
     with torch.no_grad():
         images = distiller.predict(start, torch.full((1000,), 699))
@@ -206,33 +196,30 @@ def test_one_step_of_the_exact_consistency_function_draws_the_data():
 
 def test_only_the_student_is_trained(unet):
     distiller = tiny_distiller(unet)
-    distiller.loss(torch.randn(4, 1, 8, 8), Method()).backward()
+    distiller.loss(torch.randn(4, 1, 8, 8)).backward()
     assert all(parameter.grad is not None for parameter in distiller.student.parameters())
     for fixed in (distiller.teacher, distiller.target):
         assert all(parameter.grad is None for parameter in fixed.parameters())
 
 
-def test_the_distances_are_those_of_the_example():
+def test_the_distance_is_that_of_the_example(monkeypatch):
+    monkeypatch.setattr(train_consistency, "HUBER_C", 3.0)
     one, other = torch.tensor([[0.0, 3.0]]), torch.tensor([[4.0, 0.0]])
-    assert distance(one, other, Method(loss_type="l2")) == pytest.approx((16 + 9) / 2)
-    huber = Method(loss_type="huber", huber_c=3.0)
-    assert distance(one, other, huber) == pytest.approx((5 - 3 + 18**0.5 - 3) / 2)
+    assert distance(one, other) == pytest.approx((5 - 3 + 18**0.5 - 3) / 2)
 
 
 def test_the_target_follows_the_student(unet):
-    other = make_unet()
-    before = [parameter.detach().clone() for parameter in other.parameters()]
-    follow(other, unet, 0.75)
-    for was, now, goal in zip(before, other.parameters(), unet.parameters(), strict=True):
-        torch.testing.assert_close(now, 0.75 * was + 0.25 * goal)
+    distiller = tiny_distiller(unet)
+    before = [parameter.detach().clone() for parameter in distiller.target.parameters()]
+    distiller.move_target()
+    for was, now, goal in zip(before, distiller.target.parameters(), unet.parameters(), strict=True):
+        torch.testing.assert_close(now, 0.95 * was + 0.05 * goal)
 
 
 def test_the_learning_rate_warms_up_by_updates_and_falls_by_the_share_of_the_run():
-    training = Training(learning_rate=2.0, lr_warmup_steps=4, lr_scheduler="cosine")
+    training = Training(learning_rate=2.0, lr_warmup_steps=4)
     assert [learning_rate(step, 0.0, training) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert [round(learning_rate(9, share, training), 9) for share in (0.5, 1.0, 1.5)] == [1.0, 0.0, 0.0]
-    training.lr_scheduler = "constant"
-    assert learning_rate(9, 0.9, training) == 2.0
 
 
 # ----- the sampler -----
@@ -241,8 +228,8 @@ def test_the_learning_rate_warms_up_by_updates_and_falls_by_the_share_of_the_run
 def test_the_sampler_has_the_noise_levels_of_the_teacher_up_to_its_start():
     for options in ({}, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}):
         schedule = HSIVIScheduler(beta_schedule="sigmoid", **options)  # of which LCMScheduler does not know
-        whole = make_sampler(schedule, Method(start_timestep=999))
-        part = make_sampler(schedule, Method(start_timestep=699))
+        whole = make_sampler(schedule, start=999)
+        part = make_sampler(schedule, start=699)
         torch.testing.assert_close(whole.alphas_cumprod, schedule.alphas_cumprod, rtol=0, atol=1e-7)
         torch.testing.assert_close(part.alphas_cumprod, schedule.alphas_cumprod[:700], rtol=0, atol=1e-7)
         part.set_timesteps(2)
@@ -250,19 +237,19 @@ def test_the_sampler_has_the_noise_levels_of_the_teacher_up_to_its_start():
 
 
 def test_sampling_starts_at_the_noise_of_stable_diffusion_where_the_clock_has_it():
-    linear = make_sampler(HSIVIScheduler(), Method())
+    linear = make_sampler(HSIVIScheduler())
     alpha = linear.alphas_cumprod.sqrt()
     assert alpha[-1] <= train_consistency.START_ALPHA < alpha[-2]
     stable_diffusion = HSIVIScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    assert len(make_sampler(stable_diffusion, Method()).betas) == 1000
-    assert len(make_sampler(HSIVIScheduler(num_train_timesteps=50), Method()).betas) == 50
+    assert len(make_sampler(stable_diffusion).betas) == 1000
+    assert len(make_sampler(HSIVIScheduler(num_train_timesteps=50)).betas) == 50
 
 
 def test_the_sampler_clips_as_the_teacher_does():
     clips = {"clip_sample": True, "clip_sample_range": 2.0, "thresholding": True, "sample_max_value": 3.0}
     for options in ({}, clips):
         schedule = HSIVIScheduler(**options)
-        sampler = make_sampler(schedule, Method())
+        sampler = make_sampler(schedule)
         assert {name: sampler.config[name] for name in clips} == {name: schedule.config[name] for name in clips}
 
 
@@ -310,20 +297,21 @@ def test_half_precision_changes_the_networks_and_not_much_of_the_result(train, t
     assert 0 < difference < 0.02
 
 
-def test_the_averaged_weights_are_saved(train, monkeypatch):
+def test_the_averaged_weights_are_saved(unet, tmp_path, monkeypatch):
     """The first update sets the average, the others enter it with 1 - decay."""
     visited = []
 
-    class Recorded(train_consistency.EMAModel):
+    class Recorded(training_loop.EMAModel):
         def step(self, parameters):
             visited.append(parameters[0].detach().clone())
             super().step(parameters)
 
-    monkeypatch.setattr(train_consistency, "EMAModel", Recorded)
-    saved = DDPMPipeline.from_pretrained(train("--ema_decay=0.15", "--lr_scheduler=constant") / "pipeline").unet
+    monkeypatch.setattr(training_loop, "EMAModel", Recorded)
+    monkeypatch.setattr(train_consistency, "EMA_DECAY", 0.15)
+    run_for(tiny_distiller(unet), Training(max_train_steps=3, train_batch_size=4, lr_warmup_steps=1), tmp_path)
     first, second, third = visited
     assert not torch.equal(first, second)
-    torch.testing.assert_close(next(saved.parameters()), first.lerp(second, 0.85).lerp(third, 0.85), rtol=0, atol=1e-6)
+    torch.testing.assert_close(next(unet.parameters()), first.lerp(second, 0.85).lerp(third, 0.85), rtol=0, atol=1e-6)
 
 
 def test_the_clock_ends_a_run_and_lets_the_learning_rate_fall(unet, tmp_path, monkeypatch):
@@ -332,9 +320,9 @@ def test_the_clock_ends_a_run_and_lets_the_learning_rate_fall(unet, tmp_path, mo
     make = train_consistency.learning_rate
     monkeypatch.setattr(train_consistency, "learning_rate", lambda *given: rates.append(make(*given)) or rates[-1])
     clock = itertools.count(100.0)
-    monkeypatch.setattr(train_consistency, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(training_loop, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     training = Training(max_train_steps=1, max_train_seconds=4.0, train_batch_size=2, learning_rate=1.0)
-    training.lr_warmup_steps, training.lr_scheduler = 0, "cosine"
+    training.lr_warmup_steps = 0
     ended = run_for(tiny_distiller(unet), training, tmp_path)
     assert ended == (4, 4.0)
     assert rates == pytest.approx([1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
@@ -364,11 +352,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch):
         ("--max_train_seconds=0", "--max_train_seconds 0.0: give a number above 0"),
         ("--train_batch_size=0", "--train_batch_size 0: give a number of at least 1"),
         ("--learning_rate=-1", "--learning_rate -1.0: give a number above 0"),
-        ("--ema_decay=1", "--ema_decay 1.0: give a number from 0 up to, not including, 1"),
-        ("--target_decay=-0.1", "--target_decay -0.1: give a number from 0 up to, not including, 1"),
-        ("--start_timestep=1000", "--start_timestep 1000: give a timestep of the teacher's clock, from 0 to 999"),
-        ("--start_timestep=-1", "--start_timestep -1: give a timestep of the teacher's clock, from 0 to 999"),
-        ("--num_ddim_timesteps=0", "--num_ddim_timesteps 0: give a number from 1 to"),
         ("--pretrained_teacher_model=./nowhere", "teacher './nowhere' is not a folder"),
     ],
 )
@@ -380,21 +363,21 @@ def test_what_cannot_run_is_refused(train, argument, message):
 def test_a_folder_named_like_the_organisation_of_a_repo_is_no_teacher(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     teacher = train_consistency.Teacher(pretrained_teacher_model="google/pipeline")
-    train_consistency.check_options(teacher, Method(), Training(), Output(output_dir="google"))
+    train_consistency.check_options(teacher, Training(), Output(output_dir="google"))
 
 
-def test_a_grid_finer_than_the_clock_is_refused(train):
-    with pytest.raises(ValueError, match="--num_ddim_timesteps 50: give a number from 1 to 21, the timesteps from 0"):
-        train("--start_timestep=20", "--num_ddim_timesteps=50")
+def test_a_grid_finer_than_the_clock_is_refused():
+    with pytest.raises(ValueError, match="the teacher has 10 timesteps up to the start, and the grid 20: give a teach"):
+        make_sampler(HSIVIScheduler(num_train_timesteps=10))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_class_embeds": 3}, r"draws classes \(num_class_embeds=3\): this script takes teachers without classes"),
-        ({"out_channels": 2}, "takes 1 channels and returns 2, a learned variance, of which LCMScheduler knows noth"),
-        ({"in_channels": 2, "out_channels": 2}, r"draws pictures of shape \(2, 8, 8\): give one of square pictures"),
-        ({"sample_size": (8, 16)}, r"draws pictures of shape \(1, 8, 16\): give one of square pictures"),
+        ({"out_channels": 2}, "takes 1 channels and returns 2: LCMScheduler does not support a learned variance"),
+        ({"in_channels": 2, "out_channels": 2}, r"draws images of shape \(2, 8, 8\): give one of square images"),
+        ({"sample_size": (8, 16)}, r"draws images of shape \(1, 8, 16\): give one of square images"),
     ],
 )
 def test_a_teacher_that_does_not_suit_is_refused(train, tmp_path, options, message):
@@ -414,4 +397,4 @@ def test_a_filled_output_folder_is_refused_before_work_unless_overwritten(traine
 
 
 def test_help(check_help):
-    check_help(train_consistency.main, "teacher and data", "method", "training", "run")
+    check_help(train_consistency.main, "teacher and data", "training", "run")

@@ -1,9 +1,9 @@
-"""Runs train_hsivi.main in forked children, which may be killed; imports once, so that a run starts in no time.
+"""Runs `hsivi distil` in forked children, which may be killed; imports once, so that a run starts in no time.
 
-Reads a request of JSON on each line of its input: `arguments` of main, `processes`, `environment`, and `kill`. That is
-null, or {"after": seconds}, for SIGKILL from here, or {"point": ..., "step": ...}, for a child that kills itself while
-it saves the checkpoint of a step (see POINTS) or, at the point "SIGTERM", sends itself that signal. Answers with the
-exit statuses of the children, minus the signal where there was one, and with the last lines that each printed.
+Reads a request of JSON on each line of its input: `arguments`, `processes`, `environment`, and `kill`. That is null, or
+{"after": seconds}, for SIGKILL from here, or {"point": ..., "step": ...}, for a child that kills itself while it saves
+the checkpoint of a step (see POINTS) or, if the point is the name of a signal, sends itself that after a step. Answers
+with the exit statuses of the children, minus the signal where there was one, and with the last lines that each printed.
 """
 
 import json
@@ -17,23 +17,21 @@ import tempfile
 import time
 import traceback
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from hsivi_diffusers import folders
-from hsivi_diffusers.distillation import checkpoints
-from hsivi_diffusers.distillation import run as train_hsivi
-from hsivi_diffusers.distillation import trainer as players
+from hsivi_diffusers import cli, folders
+from hsivi_diffusers.distillation import checkpoints, state, state_dicts
 
 PATIENCE = 600  # seconds that a run may take
 GRACE = 1  # seconds that the other children have after one died
 
 # Function before which the child dies, and the path it is called with.
 POINTS = {
-    "state": (players, "save_file", r"partial-{step}/chains"),  # accelerate has saved
-    "half a file": (players, "save_file", r"partial-{step}/chains"),
+    "state": (state, "save_file", r"partial-{step}/chains"),  # the parts are saved
+    "half a file": (state, "save_file", r"partial-{step}/chains"),
+    "half a part": (state_dicts, "save_file", r"partial-{step}/average"),
     "chains": (checkpoints, "write_json", r"partial-{step}/progress.json$"),
     "progress": (checkpoints, "replace_folder", r"partial-{step}$"),
     "between retire and rename": (folders.os, "replace", r"partial-{step}$"),
@@ -55,7 +53,7 @@ def arrange_death(point, step):
     def dying(*given, **named):
         paths = [path for path in given if isinstance(path, str | Path) and re.search(pattern, str(path))]
         if paths and os.path.exists(paths[0]) >= (point == "half removed"):
-            if point == "half a file":
+            if point.startswith("half a "):
                 function(*given, **named)
                 os.truncate(paths[0], os.path.getsize(paths[0]) // 2)
             if point == "half removed":
@@ -67,21 +65,21 @@ def arrange_death(point, step):
     setattr(module, name, dying)
 
 
-def send_sigterm(step):
-    """Has this process send itself SIGTERM after a step."""
-    fit = players.fit
+def send_signal(name, step):
+    """Has this process send itself a signal after a step."""
+    fit = state.fit
 
     def signalled(*given, **named):
         for done in fit(*given, **named):
             if done.step + 1 == step:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.Signals[name])
             yield done
 
-    players.fit = signalled
+    state.fit = signalled
 
 
 def start(rank, request, port, log):
-    """Forks a child that runs main as one of the processes of a launcher."""
+    """Forks a child that runs `hsivi distil` as one of the processes of a launcher."""
     child = os.fork()
     if child:
         return child
@@ -95,8 +93,9 @@ def start(rank, request, port, log):
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(request["processes"])}
         kill = request["kill"] or {}
         if "point" in kill and rank == kill.get("rank", 0):
-            (send_sigterm if kill["point"] == "SIGTERM" else partial(arrange_death, kill["point"]))(kill["step"])
-        train_hsivi.main(request["arguments"])
+            act = send_signal if kill["point"] in signal.Signals.__members__ else arrange_death
+            act(kill["point"], kill["step"])
+        cli.distil(request["arguments"])
         status = 0
     except SystemExit as exit:
         print(exit.code, flush=True)

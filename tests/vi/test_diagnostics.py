@@ -113,7 +113,7 @@ def test_a_layer_without_noise_has_collapsed():
 
 
 def scaled(critic, factor=1.0, shift=0.0):
-    return lambda x, level, condition: factor * critic(x, level, condition) + shift
+    return lambda x, level, condition, t: factor * critic(x, level, condition, t) + shift
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.5])

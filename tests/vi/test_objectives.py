@@ -182,7 +182,7 @@ def test_a_draw_knows_its_own_score_and_level():
 
 def test_unknown_scoring_is_refused():
     layers = linear_layers()
-    with pytest.raises(ValueError, match="scoring='all' is unknown: choose 'own', 'random' or 'between'"):
+    with pytest.raises(ValueError, match="scoring='all' is unknown: choose 'own' or 'random'"):
         make_draw(layers, matching_bridge(layers), scoring="all")
 
 
@@ -368,16 +368,6 @@ def test_a_bridge_without_draws_of_its_own_says_so():
         draw_layer(q, t, bridge, real=True)
 
 
-def test_a_draw_between_takes_the_input_and_a_bridge_that_knows_clean_pictures():
-    layers, t = linear_layers(), torch.arange(3)
-    bridge = GeometricBridge(ScoreTarget(lambda x: -x, DIMENSION), 3)
-    x_next = torch.zeros(3, DIMENSION, dtype=torch.float64)
-    with pytest.raises(ValueError, match="scoring='between' needs the input of the layers: give x_next"):
-        draw_layer(layers(x_next, t), t, bridge, scoring="between")
-    with pytest.raises(NotImplementedError, match="GeometricBridge cannot score a layer between its ends"):
-        bridge.between(layers(x_next, t), t, t, x_next, x_next)
-
-
 def test_the_best_discriminator_is_the_log_ratio_and_leaves_the_score_alone():
     layers = linear_layers()
     bridge = shifted(matching_bridge(layers), by=0.2)
@@ -450,7 +440,7 @@ def test_logits_of_several_places_count_by_their_mean():
     draw, critic = make_draw(layers, bridge, real=True).detach(), LinearCritic(3)
 
     def make(places):
-        return lambda x, level, condition: (critic(x, level), x[:, :places].reshape(len(x), places, 1))
+        return lambda x, level, condition, t: (critic(x, level), x[:, :places].reshape(len(x), places, 1))
 
     adversarial, softplus = Adversarial(KullbackLeibler(), 0.1), torch.nn.functional.softplus
     losses = [adversarial.layer_loss(make(places), bridge, draw) for places in (1, 3)]
@@ -463,8 +453,9 @@ def test_each_loss_is_one_call_of_the_critic():
     bridge = shifted(matching_bridge(layers))
     draw, critic = make_draw(layers, bridge, real=True, condition=torch.arange(64)), discriminator(layers, bridge)
 
-    def counting(x, level, condition):
+    def counting(x, level, condition, t):
         sizes.append(len(x))
+        assert torch.equal(t, level)
         assert torch.equal(condition, torch.arange(64).repeat(len(x) // 64))
         return critic(x, level)
 
@@ -499,9 +490,9 @@ def test_a_draw_knows_by_how_much_the_layers_mean_misses_wherever_it_is_scored(s
         bridge.sample_level, bridge.renoise = (lambda t, generator: bridge.level(t)), (lambda q, t, level: q.detach())
     draw = make_draw(layers, bridge, scoring=scoring, end=end)
     batch = make_chain("simulate", bridge.sample_base, 3, 64).draw(layers, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(draw.miss, layers(batch.x_next, batch.t).mean - end)
-    assert draw.miss.requires_grad
-    assert not draw.detach().miss.requires_grad
+    torch.testing.assert_close(draw.residual, layers(batch.x_next, batch.t).mean - end)
+    assert draw.residual.requires_grad
+    assert not draw.detach().residual.requires_grad
 
 
 def test_a_row_of_no_pair_is_not_guided_and_has_no_regression():
@@ -519,38 +510,21 @@ def test_a_row_of_no_pair_is_not_guided_and_has_no_regression():
     assert gradient.tolist() == [[0.0], [3.0]]
 
 
-def test_regression_is_half_the_square_of_the_miss_and_asks_no_one():
+def test_regression_is_half_the_square_of_the_residual_and_asks_no_one():
     layers = linear_layers()
     bridge = matching_bridge(layers)
     draw = make_draw(layers, bridge, end=torch.zeros(64, DIMENSION, dtype=torch.float64))
     loss = Regression().layer_loss(no_critic, None, draw)
-    torch.testing.assert_close(loss, 0.5 * draw.miss.square().sum(1))
+    torch.testing.assert_close(loss, 0.5 * draw.residual.square().sum(1))
 
 
-def of_pairs(miss):
-    """A draw of rows that miss the ends of their pairs by so much."""
-    q = DiagonalGaussian(miss, torch.ones_like(miss))
-    return LayerDraw(q=q, x=miss, level=torch.zeros(len(miss), dtype=torch.long), condition=None, miss=miss)
-
-
-def test_the_coarse_part_of_a_picture_counts_more_and_the_rest_as_before():
-    """On 8x8 pixels its fields have 2x2: what is constant there is coarse, what has mean 0 in each is not."""
-    fields = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    coarse = fields.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    fine = torch.randn(2, 3, 8, 4, dtype=torch.float64).repeat_interleave(2, -1)
-    fine[..., 1::2] *= -1
-    loss = Regression(coarse=7.0).layer_loss(no_critic, None, of_pairs(coarse + fine))
-    torch.testing.assert_close(loss, 0.5 * (8 * coarse.square() + fine.square()).sum((1, 2, 3)))
-    guided = Guided(Constant(), 0.3, coarse=7.0).layer_loss(no_critic, None, of_pairs(coarse + fine))
-    torch.testing.assert_close(guided, 2 + 0.3 * loss)
-
-
-def test_a_coarse_part_that_is_none_is_refused():
-    for coarse in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="give a number >= 0, 0 to count all of a miss alike"):
-            Regression(coarse)
-    with pytest.raises(ValueError, match=r"coarse=2 with x of shape \(3,\): only pictures"):
-        Regression(2).layer_loss(no_critic, None, of_pairs(torch.zeros(5, 3)))
+def test_a_loss_of_residuals_may_be_given():
+    layers = linear_layers()
+    draw = make_draw(layers, matching_bridge(layers), end=torch.zeros(64, DIMENSION, dtype=torch.float64))
+    expected = draw.residual.abs().sum(1)
+    loss = lambda residual: residual.abs().sum(1)  # noqa: E731
+    torch.testing.assert_close(Regression(loss).layer_loss(no_critic, None, draw), expected)
+    torch.testing.assert_close(Guided(Constant(), 0.3, loss).layer_loss(no_critic, None, draw), 2 + 0.3 * expected)
 
 
 @pytest.mark.parametrize(
@@ -576,7 +550,7 @@ def test_guidance_is_added_to_the_layers_loss_and_leaves_the_critics(objective):
 def test_what_is_fitted_to_pairs_needs_pairs(objective):
     layers = linear_layers()
     bridge = matching_bridge(layers)
-    with pytest.raises(ValueError, match="take its layer's input from a PairChain, or with Gu"):
+    with pytest.raises(ValueError, match="take the layer's input from a PairChain, or with Gu"):
         objective.layer_loss(ExactCritic(layers), bridge, make_draw(layers, bridge))
 
 
@@ -590,7 +564,7 @@ class Constant(KullbackLeibler):
     """An objective whose loss is 2."""
 
     def layer_loss(self, critic, bridge, draw):
-        return torch.full((len(draw.miss),), 2.0, dtype=draw.miss.dtype)
+        return torch.full((len(draw.residual),), 2.0, dtype=draw.residual.dtype)
 
 
 def no_critic(*_):
@@ -670,7 +644,8 @@ def test_rows_are_mixed_with_rows_of_their_own_level_alone(num_extra):
     for level in range(3):
         of = draw.level == level
         q = DiagonalGaussian(draw.q.mean[of], draw.q.std[of])
-        torch.testing.assert_close(loss[of], bound(LayerDraw(q, draw.x[of], draw.level[of]), bridge, num_extra))
+        rows = LayerDraw(q, draw.x[of], draw.level[of], draw.t[of])
+        torch.testing.assert_close(loss[of], bound(rows, bridge, num_extra))
 
 
 def test_a_std_that_broadcasts_is_that_of_every_row():

@@ -6,14 +6,13 @@ Trains what is missing (teacher, classifier, students, rivals), draws the same n
 the same noise, measures them against real ones, and writes OUTPUT_DIR/results.json, and with it the tables and figures
 of OUTPUT_DIR. A row that is there is not measured again, and only what a missing row needs is trained, where a training
 that was stopped goes on (that of a classifier, a minute, starts anew): so a benchmark that was stopped is simply
-started again. To measure anew, name another --output_dir; to train anew, another --runs_dir and --kept_dir too.
+started again. To measure anew, name another --output_dir; to train anew, another --runs_dir too.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,8 +85,6 @@ class Folders:
     _argument_group_name = "folders"
     output_dir: str = option("docs/benchmarks", "results, pictures, tables and figures")
     runs_dir: str = option("runs/benchmark", "trainings, in a folder for each set")
-    kept_seeds: list[int] = option([], "training seeds whose students are copied to --kept_dir")
-    kept_dir: str = option("assets/students", "where finished students are looked for first, in a folder for each set")
 
 
 @dataclass(frozen=True)
@@ -126,9 +123,8 @@ class Comparison:
     """Teacher, measures and results of one set."""
 
     def __init__(self, parts: Parts, sampling: Sampling, folders: Folders) -> None:
-        self.parts, self.sampling, self.folders = parts, sampling, folders
-        name = str(parts.dataset)
-        self.runs, self.kept = Path(folders.runs_dir) / name, Path(folders.kept_dir) / name
+        self.parts, self.sampling = parts, sampling
+        self.runs = Path(folders.runs_dir) / str(parts.dataset)
         self.path = Path(folders.output_dir) / "results.json"
         for folder in (self.runs, self.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -215,21 +211,18 @@ class Comparison:
         if changed := changes_since(trained.folder / "options.json", self._options(config, seed)[1:4]):
             raise ValueError(
                 f"{trained.folder} was trained with other options than {config} has ({changed}): name another "
-                "--runs_dir, --kept_dir and --output_dir, or remove it and its rows"
+                "--runs_dir and --output_dir, or remove it and its rows"
             )
-        if seed in self.folders.kept_seeds and trained.folder.parent != self.kept:
-            keep(trained.folder, self.kept / trained.folder.name)
         return trained
 
     def _train(self, config: str, seed: int, program: str, arguments: Sequence[str]) -> Trained:
-        """The training of a config and a seed: kept, or done before, or done now."""
+        """The training of a config and a seed: done before, or now."""
         path, *others = shlex.split(config)
         name = "_".join(
             [Path(path).stem, *(word.removeprefix("--").replace("/", "-") for word in others), f"seed{seed}"]
         )
-        found = [folder for folder in (self.kept / name, self.runs / name) if (folder / "training.json").exists()]
-        folder = found[0] if found else self.runs / name
-        if not found:
+        folder = self.runs / name
+        if not (folder / "training.json").exists():
             _call(program, [*self._arguments(config, seed), "--output_dir", str(folder), *arguments])
         costs = json.loads((folder / "training.json").read_text())
         return Trained(folder, costs["seconds"], costs.get("network_calls"))
@@ -339,18 +332,6 @@ def _call(program: str, arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", program, *arguments], check=False)
     if done.returncode:
         raise SystemExit(f"{program} {' '.join(arguments)} ended with status {done.returncode}: see above")
-
-
-def keep(run: Path, kept: Path) -> None:
-    """Copies pipeline, options and costs of a finished run to where they are looked for first.
-
-    The code that a pipeline carries for those without this package is left out, for the benchmark has it.
-    """
-    partial = kept.with_name(f"{kept.name}.partial")
-    shutil.copytree(run / "pipeline", partial / "pipeline", ignore=shutil.ignore_patterns("*.py"), dirs_exist_ok=True)
-    for name in ("options.json", "training.json"):
-        shutil.copy(run / name, partial)
-    replace_folder(partial, kept)
 
 
 def _key(row: Mapping[str, Any]) -> Key:

@@ -27,7 +27,8 @@ Group = tuple[str, int]  # method and network calls
 
 OURS = "HSIVI fast"
 RIVAL = "consistency distillation"
-BEST = "the best solver"
+# Of those that were run, on the timestep grids that diffusers has by default: others may be better.
+BEST = "best stock solver"
 TEACHER: Group = ("DDPM", 100)
 # Name in the head of a table, how it is written, and whether larger is better.
 MEASURES: dict[str, tuple[str, str, bool]] = {
@@ -151,7 +152,7 @@ def written(rows: list[Row], measure: str) -> str:
 
 
 def summary_table(sets: dict[str, list[Row]]) -> str:
-    """FD on each set of what one would choose from: ours, the rival and the best solver, and DDPM at many calls."""
+    """FD on each set: ours, the trained baseline and the best stock solver, and DDPM at many calls."""
     groups = {name: grouped(rows) for name, rows in sets.items()}
     counts = {nfe for of_set in groups.values() for _, nfe in of_set}
     lines = [f"| calls | method | {' | '.join(sets)} |", f"|---:|---|{'---:|' * len(sets)}"]
@@ -164,7 +165,7 @@ def summary_table(sets: dict[str, list[Row]]) -> str:
 
 
 def _summary(groups: dict[Group, list[Row]], method: str, nfe: int) -> str:
-    """A cell of the summary: the FD, and of the best solver its name."""
+    """A cell of the summary: the FD, and of the best stock solver its name."""
     if method != BEST:
         return written(groups[method, nfe], "fd") if (method, nfe) in groups else ""
     solvers = of_solvers(groups, nfe, "fd")
@@ -194,7 +195,7 @@ def measures_table(rows: list[Row]) -> str:
     measures = [measure for measure in MEASURES if all(measure in row for row in rows)]
     heads = [MEASURES[measure][0] for measure in measures]
     lines = [
-        f"| calls | method | {' | '.join(heads)} | pictures | training s | calls of training |",
+        f"| calls | method | {' | '.join(heads)} | images | training s | calls of training |",
         f"|---:|---|{'---:|' * (len(heads) + 3)}",
     ]
     groups = grouped(rows)
@@ -220,35 +221,25 @@ def bold(method: str) -> str:
 Claim = tuple[str, int, str, Callable[[dict[Group, list[Row]]], float | None]]
 
 
-def best_solver(nfe: int, measure: str) -> Callable[[dict[Group, list[Row]]], float | None]:
-    """The best value among the solvers at so many calls."""
-
-    def find(groups: dict[Group, list[Row]]) -> float | None:
-        values = [number for number, _ in of_solvers(groups, nfe, measure)]
-        return (max if MEASURES[measure][2] else min)(values) if values else None
-
-    return find
+def best_solver(nfe: int) -> Callable[[dict[Group, list[Row]]], float | None]:
+    """The lowest FD among the solvers at so many calls."""
+    return lambda groups: min((number for number, _ in of_solvers(groups, nfe, "fd")), default=None)
 
 
-def row_of(
-    method: str, nfe: int, measure: str, factor: float = 1.0
-) -> Callable[[dict[Group, list[Row]]], float | None]:
-    """The value of one row, times a factor."""
-    return lambda groups: factor * value(groups[method, nfe], measure) if (method, nfe) in groups else None
+def row_of(method: str, nfe: int, factor: float = 1.0) -> Callable[[dict[Group, list[Row]]], float | None]:
+    """The FD of one row, times a factor."""
+    return lambda groups: factor * value(groups[method, nfe], "fd") if (method, nfe) in groups else None
 
 
-# What is asked of our samplers: the words, our calls, the measure, and what it is held against.
+# What is asked of our samplers: the words, our calls, the measure, and what it is held against. Solvers count at equal
+# calls only: their rows are on diffusers' default grids, and on better grids solvers of more calls than ours are ahead.
 CLAIMS: list[Claim] = [
-    ("the best solver at 15", 5, "fd", best_solver(15, "fd")),
-    ("DDPM at 100", 4, "fd", row_of(*TEACHER, "fd")),
-    ("the best solver at 10", 2, "fd", best_solver(10, "fd")),
-    ("the best solver at 8", 1, "fd", best_solver(8, "fd")),
-    *((f"{RIVAL} at {nfe}", nfe, "fd", row_of(RIVAL, nfe, "fd")) for nfe in (1, 2, 4)),
-    ("the best solver at 10", 4, "recall", best_solver(10, "recall")),
-    ("the best solver at 10", 4, "swd", best_solver(10, "swd")),
+    *((f"{BEST} at {nfe}", nfe, "fd", best_solver(nfe)) for nfe in (1, 2, 4, 5)),
+    ("DDPM at 100", 4, "fd", row_of(*TEACHER)),
+    *((f"{RIVAL} at {nfe}", nfe, "fd", row_of(RIVAL, nfe)) for nfe in (1, 2, 4)),
     ("0.1", 1, "teacher_tv", lambda _: 0.1),
-    ("1.2 times DDPM at 1000", 1, "fd", row_of("DDPM", 1000, "fd", 1.2)),
-    ("DDPM at 1000", 4, "fd", row_of("DDPM", 1000, "fd")),
+    ("1.2 times DDPM at 1000", 1, "fd", row_of("DDPM", 1000, 1.2)),
+    ("DDPM at 1000", 4, "fd", row_of("DDPM", 1000)),
 ]
 
 
@@ -272,9 +263,8 @@ def goals_table(sets: dict[str, list[Row]]) -> str:
 
 
 def _goal(name: str, method: str, nfe: int, measure: str, rows: list[Row], words: str, held: float) -> str:
-    head, form, larger = MEASURES[measure]
-    ours = value(rows, measure)
-    reached = ours >= held if larger else ours <= held
+    head, form, _ = MEASURES[measure]
+    reached = value(rows, measure) <= held
     return (
         f"| {name} | {method} | {nfe} | {head} | {written(rows, measure)} | {words} | {format(held, form)} "
         f"| {'yes' if reached else 'no'} |"

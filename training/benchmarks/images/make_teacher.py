@@ -21,7 +21,7 @@ from hsivi_diffusers.options import option, parse_options
 
 @dataclass
 class Options:
-    _argument_group_name = "teacher"
+    _group = "teacher"
     teacher: str | None = option(None, "folder of unet/config.json and scheduler/scheduler_config.json")
     output_dir: str | None = option(None, "folder of the pipeline")
     overwrite_output_dir: bool = option(False, "write into a folder that is not empty")

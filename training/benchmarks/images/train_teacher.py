@@ -12,24 +12,23 @@ Writes the pipeline into OUTPUT_DIR, and OUTPUT_DIR/checkpoints: a run that is s
 
 from __future__ import annotations
 
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn.functional import mse_loss
-from tqdm import trange
 
-from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
+from hsivi_diffusers.distillation.checkpoints import Output, check_output, claimed, start_run
 from hsivi_diffusers.evaluation.images import load_images, to_model_range
-from hsivi_diffusers.options import option, parse_options
+from hsivi_diffusers.options import flatten, option, parse_options
+
+from .training_loop import TrainingLoop
 
 WRITTEN = ("model_index.json", "unet", "scheduler")
 
@@ -37,7 +36,7 @@ WRITTEN = ("model_index.json", "unet", "scheduler")
 @dataclass
 class Data:
     _argument_group_name = "data"
-    train_data: str = option("digits", "`digits`, a folder of pictures, or a dataset's name")
+    train_data: str = option("digits", "`digits`, a folder of images, or a dataset's name")
     resolution: int = option(8, "height and width in pixels")
     channels: int = option(1, "1 for grey, 3 for RGB")
 
@@ -46,11 +45,10 @@ class Data:
 class Network:
     _argument_group_name = "network"
     block_out_channels: list[int] = option([16, 32], "width of each level")
-    layers_per_block: int = option(1, "residual blocks at each level")
     attention_levels: list[int] = option([1], "levels with self-attention")
-    num_train_timesteps: int = option(1000, "length of the linear beta schedule")
     prediction_type: Literal["epsilon", "v_prediction"] = option(
-        "epsilon", "what the network predicts: the noise, or the velocity, whose errors do not grow where noise is all"
+        "epsilon",
+        "what the network predicts: the noise, or the velocity, accurate also at the highest noise",
     )
 
 
@@ -59,7 +57,7 @@ class Training:
     _argument_group_name = "training"
     seed: int = option(0, "seed of weights, batches and noise")
     max_train_steps: int = option(10_000, "number of updates")
-    train_batch_size: int = option(128, "pictures in an update")
+    train_batch_size: int = option(128, "images in an update")
     learning_rate: float = option(1e-3, "AdamW's, warmed up, then cosine to 0")
     lr_warmup_steps: int = option(200, "updates of linear warm-up")
     ema_decay: float = option(0.999, "decay of the averaged weights, which are saved")
@@ -73,7 +71,7 @@ def make_unet(data: Data, network: Network) -> UNet2DModel:
         in_channels=data.channels,
         out_channels=data.channels,
         block_out_channels=tuple(network.block_out_channels),
-        layers_per_block=network.layers_per_block,
+        layers_per_block=1,
         norm_num_groups=8,
         down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
         up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
@@ -95,38 +93,25 @@ def train(
     training: Training,
     run: Output,
     accelerator: Accelerator,
+    identity: dict[str, Any],
 ) -> None:
-    """Trains on pictures in [-1, 1], shape (N, C, H, W), and leaves the averaged weights in the network.
+    """Trains on images in [-1, 1], shape (N, C, H, W), and leaves the averaged weights in the network.
 
     Raises:
         FloatingPointError: The loss, or a weight that is to be saved, is not finite.
     """
-    total, clock = training.max_train_steps, time.perf_counter()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=training.learning_rate)
-    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, total)
+    rate = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
     network, optimizer = accelerator.prepare(unet, optimizer)
-    parameters = list(unet.parameters())
-    ema = EMAModel(parameters, decay=training.ema_decay, use_ema_warmup=False)
-    checkpoints = Checkpoints(run, accelerator, Registered(accelerator, ema, lr_scheduler))
-    start, spent = checkpoints.load()
-    progress = trange(start, total, initial=start, total=total, desc="teacher", disable=not accelerator.is_main_process)
-    for step in progress:
+    parts = {"unet": network, "optimizer": optimizer, "schedule": rate}
+    loop = TrainingLoop(run, accelerator, unet, optimizer, training.ema_decay, identity, **parts)
+    for _ in loop.updates(training.max_train_steps):
         clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
         noise = torch.randn_like(clean)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), device=images.device)
         prediction = network(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
-        loss = mse_loss(prediction, target(scheduler, clean, noise, timesteps))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower --learning_rate")
-        accelerator.backward(loss)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        ema.step(parameters)
-        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if (step + 1) % run.checkpointing_steps == 0 or step + 1 == total:
-            checkpoints.save(step + 1, spent + time.perf_counter() - clock)
-    ema.copy_to(parameters)
+        loop.descend(mse_loss(prediction, target(scheduler, clean, noise, timesteps)))
+        rate.step()
 
 
 def main(args: list[str] | None = None) -> None:
@@ -136,14 +121,13 @@ def main(args: list[str] | None = None) -> None:
     with claimed(run) if accelerator.is_main_process else nullcontext():
         set_seed(training.seed, device_specific=True)  # each process draws batches of its own
         images, _ = load_images(data.train_data, data.resolution, data.channels)
-        scheduler = DDPMScheduler(
-            num_train_timesteps=network.num_train_timesteps, prediction_type=network.prediction_type
-        )
+        scheduler = DDPMScheduler(prediction_type=network.prediction_type)
         unet = make_unet(data, network)
         if accelerator.is_main_process:
-            start_run(run, [data, network, training], WRITTEN)
+            start_run(run, flatten([data, network, training]), WRITTEN)
         accelerator.wait_for_everyone()
-        train(unet, scheduler, to_model_range(images).to(accelerator.device), training, run, accelerator)
+        images, identity = to_model_range(images).to(accelerator.device), flatten([data, network, training])
+        train(unet, scheduler, images, training, run, accelerator, identity)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(str(run.output_dir))

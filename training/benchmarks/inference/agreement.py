@@ -37,8 +37,8 @@ def histogram_bounds(reference: Tensor, margin: float = 0.05) -> Tensor:
 def js_divergence(draws: Tensor, reference: Tensor, bins: int = 50, bounds: Tensor | None = None) -> float:
     """Jensen-Shannon divergence of two histograms on the plane, between 0 and ln 2 nats.
 
-    Draws outside the bounds are counted in one cell more, so that none is lost. The floor between exact sets of N
-    draws each is near (occupied cells) / (8 N).
+    Draws outside the bounds share one more cell. The floor between exact sets of N draws is near
+    (occupied cells) / (8 N).
 
     Args:
         draws: Shape (N, 2).
@@ -51,19 +51,14 @@ def js_divergence(draws: Tensor, reference: Tensor, bins: int = 50, bounds: Tens
     return float(jensenshannon(p, q)) ** 2
 
 
-def sliced_wasserstein(draws: Tensor, reference: Tensor, seed: int = 0, max_rows: int = 5000) -> float:
+def sliced_wasserstein(draws: Tensor, reference: Tensor) -> float:
     """Sliced Wasserstein 2-distance over 100 random projections; |shift| / sqrt(d) between shifted copies.
 
-    Between modes far apart its floor falls as N^(-1/4) only, with the root of the mass that must be moved.
-
-    Args:
-        draws: Shape (N, d).
-        reference: Shape (M, d).
-        seed: Of the projections.
-        max_rows: Of either, evenly spaced.
+    Of at most 5,000 rows of each. Between modes far apart its floor falls as N^(-1/4) only, with the root of the mass
+    that must be moved.
     """
-    x, y = (_rows(_double(x), max_rows) for x in (draws, reference))
-    return float(ot.sliced_wasserstein_distance(x, y, n_projections=100, seed=seed))
+    x, y = (_rows(_double(x), 5000) for x in (draws, reference))
+    return float(ot.sliced_wasserstein_distance(x, y, n_projections=100, seed=0))
 
 
 def mmd(draws: Tensor, reference: Tensor, bandwidth: float | None = None, max_rows: int = 2000) -> float:
@@ -75,7 +70,7 @@ def mmd(draws: Tensor, reference: Tensor, bandwidth: float | None = None, max_ro
         draws: Shape (N, d).
         reference: Shape (M, d).
         bandwidth: h; the median distance between reference draws by default, so that it is the same for all samplers.
-        max_rows: At most so many rows of each are used, evenly spaced.
+        max_rows: Of each, evenly spaced.
     """
     x, y = (_rows(_double(z), max_rows).numpy() for z in (draws, reference))
     h = float(np.median(pdist(y))) if bandwidth is None else bandwidth
@@ -83,7 +78,7 @@ def mmd(draws: Tensor, reference: Tensor, bandwidth: float | None = None, max_ro
     return float(_mean_off_diagonal(xx) + _mean_off_diagonal(yy) - 2 * xy.mean())
 
 
-def ksd(draws: Tensor, target: Target, scale: float = 1.0, max_rows: int = 1000) -> float:
+def ksd(draws: Tensor, target: Target, scale: float = 1.0) -> float:
     r"""Kernel Stein discrepancy with the inverse multiquadric k(x, y) = (c^2 + |x - y|^2)^(-1/2), a V-statistic.
 
         KSD^2 = 1/N^2 sum_ij k_p(x_i, x_j)
@@ -96,12 +91,11 @@ def ksd(draws: Tensor, target: Target, scale: float = 1.0, max_rows: int = 1000)
     Source: Gorham & Mackey, Measuring Sample Quality with Kernels, ICML 2017 (arXiv 1703.01717).
 
     Args:
-        draws: Shape (N, d).
+        draws: Shape (N, d), of which at most 1,000 are used.
         target: Whose score S is used.
         scale: c, in the units of x.
-        max_rows: At most so many rows are used, evenly spaced.
     """
-    rows = _rows(draws, max_rows)
+    rows = _rows(draws, 1000)
     x, s = _double(rows), _double(target.score(rows))
     square = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
     along = (s * x).sum(1)
@@ -117,24 +111,23 @@ def mode_weights(draws: Tensor, modes: Tensor) -> Tensor:
     return torch.bincount(nearest, minlength=len(modes)).double() / len(draws)
 
 
-def mode_errors(draws: Tensor, modes: Tensor, weights: Tensor | None = None, due: float = 0.2) -> dict[str, float]:
+def mode_errors(draws: Tensor, modes: Tensor, weights: Tensor | None = None) -> dict[str, float]:
     """Compares the mass at each mode with what is due to it.
 
     Args:
         draws: Shape (N, d).
         modes: Shape (K, d).
         weights: True mass nearest to each mode, shape (K,), scaled to sum 1; equal by default.
-        due: A mode is found if it has this share of its due mass.
 
     Returns:
-        {"modes_found": their number, "mode_tv": total variation of the masses, "mode_max_error": greatest relative
-        error of a mass}.
+        {"modes_found": how many have a fifth of their due mass, "mode_tv": total variation of the masses,
+        "mode_max_error": greatest relative error of a mass}.
     """
     true = torch.ones(len(modes)).double() if weights is None else _double(weights)
     true = true / true.sum()
     mass = mode_weights(draws, modes)
     return {
-        "modes_found": float((mass >= due * true).sum()),
+        "modes_found": float((mass >= 0.2 * true).sum()),
         "mode_tv": float(0.5 * (mass - true).abs().sum()),
         "mode_max_error": float((mass / true - 1).abs().max()),
     }
@@ -163,69 +156,42 @@ def moments(draws: Tensor, mean: Tensor, covariance: Tensor) -> dict[str, float]
 
 
 def compare(
-    draws: Tensor,
-    reference: Tensor,
-    target: Target | None = None,
-    bounds: Tensor | None = None,
-    weights: Tensor | None = None,
-    seed: int = 0,
+    draws: Tensor, reference: Tensor, target: Target | None = None, bounds: Tensor | None = None
 ) -> dict[str, float]:
     """All that applies to a target with exact draws, such as one on the plane.
 
     Args:
         draws: Shape (N, d).
         reference: Exact draws, shape (M, d).
-        target: Gives the score of "ksd", and the modes of `mode_errors` if it has the attribute `modes`, shape (K, d).
+        target: Gives the score of "ksd", and of `mode_errors` the `modes`, shape (K, d), and `weights` if it has them.
         bounds: See `js_divergence`.
-        weights: True masses of the modes, see `mode_errors`; those of the target by default, if it has them.
-        seed: Of the projections of "swd".
 
     Returns:
-        {"swd", "mmd"}, "js" on the plane, "ksd" with a target, and those of `mode_errors` if it has modes,
-        no two in the same place.
+        {"swd", "mmd"}, "js" on the plane, "ksd" with a target, and those of `mode_errors` if it has distinct modes.
     """
     result = {"js": js_divergence(draws, reference, bounds=bounds)} if draws.shape[1] == 2 else {}
-    result |= {"swd": sliced_wasserstein(draws, reference, seed), "mmd": mmd(draws, reference)}
+    result |= {"swd": sliced_wasserstein(draws, reference), "mmd": mmd(draws, reference)}
     if target is not None:
         result["ksd"] = ksd(draws, target)
     modes = getattr(target, "modes", None)
-    weights = getattr(target, "weights", None) if weights is None else weights
     if modes is None or len(modes.unique(dim=0)) < len(modes):
         return result
-    return result | mode_errors(draws, modes, weights)
+    return result | mode_errors(draws, modes, getattr(target, "weights", None))
 
 
 def compare_moments(
-    draws: Tensor,
-    mean: Tensor,
-    covariance: Tensor,
-    reference: Tensor | None = None,
-    target: Target | None = None,
-    seed: int = 0,
+    draws: Tensor, mean: Tensor, covariance: Tensor, reference: Tensor, target: Target
 ) -> dict[str, float]:
-    """All that applies to a posterior with reference moments.
+    """All that applies to a posterior with reference moments and draws, shape (M, d).
 
     Distances and discrepancies are those of x divided by the reference's standard deviation of each coordinate.
 
-    Args:
-        draws: Shape (N, d).
-        mean: Of the reference, shape (d,).
-        covariance: Of the reference, shape (d, d).
-        reference: Reference draws, shape (M, d).
-        target: Gives the score of "ksd".
-        seed: Of the projections of "swd".
-
     Returns:
-        What `moments` gives, what `compare` gives with reference draws, and "ksd" with a target.
+        What `moments` and `compare` give.
     """
-    result = moments(draws, mean, covariance)
     sd = covariance.diagonal().sqrt().to(draws)
-    if reference is not None:
-        result |= compare(draws / sd, reference.to(draws) / sd, seed=seed)
-    if target is not None:
-        scaled = ScoreTarget(lambda z: target.score(z * sd) * sd, len(sd))
-        result["ksd"] = ksd(draws / sd, scaled)
-    return result
+    scaled = ScoreTarget(lambda z: target.score(z * sd) * sd, len(sd))
+    return moments(draws, mean, covariance) | compare(draws / sd, reference.to(draws) / sd, scaled)
 
 
 def _double(x: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ One fit:
         --objective LB --output_dir runs/checkerboard
 
 writes OUTPUT_DIR/report.json (settings, agreement with the target, signs of failure), layers.safetensors,
-draws.safetensors and, for targets on the plane, marginals.png. `--resume_from_checkpoint latest` goes on with a fit
-that was stopped.
+draws.safetensors, OUTPUT_DIR/checkpoints and, for targets on the plane, marginals.png. A fit that was stopped goes on
+with `--resume_from_checkpoint latest`.
 
 A study, which goes on where it was stopped by itself:
 
@@ -21,9 +21,7 @@ A target of your own is fitted by a few lines of Python; see docs/inference/inde
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,29 +30,23 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from hsivi_diffusers.folders import claim_output_dir, replace_folder, sole_writer, write_json
-from hsivi_diffusers.options import changes, option, parse_options
-from hsivi_diffusers.vi import Step
+from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
+from hsivi_diffusers.folders import sole_writer, write_json
+from hsivi_diffusers.options import option, parse_options
 
+from ..stopwatch import Stopwatch
 from .study import read_study, run_study
 from .study_figures import draw_fits, draw_marginals_figure
 from .study_pages import write_pages
-from .target_fit import Fit, Fitted, Stopwatch, measure, prepare
+from .target_fit import Fit, Fitted, measure, prepare
 
-
-@dataclass
-class Output:
-    _argument_group_name = "output of one fit"
-    output_dir: str | None = option(None, "folder of the fit, or of a study's pages")
-    overwrite_output_dir: bool = option(False, "write to a folder that is not empty")
-    resume_from_checkpoint: str | None = option(None, "`latest` goes on with a fit that was stopped")
-    checkpointing_steps: int = option(2000, "layer updates between checkpoints")
+WRITTEN = ("report.json", "layers.safetensors", "draws.safetensors", "marginals.png")
 
 
 @dataclass
 class Study:
     _argument_group_name = "study"
-    study: list[str] | None = option(None, "YAML files of studies, in the place of one fit")
+    study: list[str] | None = option(None, "YAML files of studies, instead of one fit")
     quick: bool = option(False, "a short version of each study")
     workers: int = option(os.cpu_count() or 1, "processes side by side, of one thread each")
     pages_only: bool = option(False, "make the pages of docs/inference again from results.json")
@@ -62,59 +54,36 @@ class Study:
 
 def fit_one(fit: Fit, output: Output) -> None:
     """Trains, with a progress bar and checkpoints, and writes the results."""
-    resumes = output.resume_from_checkpoint is not None
-    if resumes and output.resume_from_checkpoint != "latest":
-        raise ValueError(f"--resume_from_checkpoint {output.resume_from_checkpoint}: there is only `latest`")
-    if output.checkpointing_steps < 1:
-        raise ValueError(f"--checkpointing_steps {output.checkpointing_steps}: give 1 or more")
-    if resumes and not (Path(output.output_dir or "") / "checkpoint").is_dir():
-        raise ValueError(f"--output_dir {output.output_dir} holds no checkpoint: leave --resume_from_checkpoint out")
-    folder = claim_output_dir(output.output_dir, resumes or output.overwrite_output_dir)
-    with sole_writer(folder):
+    check_output(output)
+    with claimed(output) as folder:
+        start_run(output, [fit], WRITTEN)
         stopwatch = Stopwatch()
         fitted = prepare(fit, stopwatch)
-        _train(fitted, fit, folder, output, stopwatch)
-        _write_results(fitted, fit, folder, stopwatch.seconds)
+        _train(fitted, output, stopwatch)
+        _write_results(fitted, fit, folder, stopwatch.cpu_seconds)
 
 
-def _train(fitted: Fitted, fit: Fit, folder: Path, output: Output, stopwatch: Stopwatch) -> None:
-    inference, checkpoint = fitted.inference, folder / "checkpoint"
-    accelerator = Accelerator(cpu=True)
-    accelerator.register_for_checkpointing(inference)
-    if output.resume_from_checkpoint and checkpoint.is_dir():
-        stopwatch.seconds = _seconds_before(checkpoint, fit)
-        accelerator.load_state(str(checkpoint))
+def _train(fitted: Fitted, output: Output, stopwatch: Stopwatch) -> None:
+    """Does the updates, or those that are left; the stopwatch counts them, not what is done between them."""
+    inference, accelerator = fitted.inference, Accelerator(cpu=True)
+    checkpoints = Checkpoints(output, accelerator, Registered(accelerator, None, inference=inference), {})
+    done, seconds = checkpoints.load()
+    if done:
+        stopwatch.cpu_seconds = seconds
     total = sum(stage.num_steps for stage in inference.curriculum)
-    bar = tqdm(total=total, initial=inference.next_step, unit="step")
-    for step in _timed(inference.steps(), stopwatch):
-        bar.update(step.next_step - step.step)
-        if step.step % 100 == 0:
-            layer = ", ".join(map(str, step.layers.t.unique().tolist()))
-            bar.set_postfix(layer=layer, loss=f"{float(step.layers.loss.mean()):.3f}")
-        if step.next_step % output.checkpointing_steps == 0 and step.next_step < total:
-            partial = folder / "checkpoint.partial"
-            accelerator.save_state(str(partial))
-            write_json(partial / "fit.json", {"fit": asdict(fit), "seconds": stopwatch.seconds})
-            replace_folder(partial, checkpoint)
-    bar.close()
-
-
-def _timed(steps: Iterator[Step], stopwatch: Stopwatch) -> Iterator[Step]:
-    """Counts what the steps take, not what is done between them."""
-    while True:
-        with stopwatch.running():
-            step = next(steps, None)
-        if step is None:
-            return
-        yield step
-
-
-def _seconds_before(checkpoint: Path, fit: Fit) -> float:
-    """Returns what a stopped fit has taken, and refuses one of other settings."""
-    before = json.loads((checkpoint / "fit.json").read_text(encoding="utf-8"))
-    if other := changes(before["fit"], asdict(fit)):
-        raise ValueError(f"{checkpoint} is of a fit with other settings ({other}): name another --output_dir")
-    return float(before["seconds"])
+    steps = inference.steps()
+    with tqdm(total=total, initial=inference.next_step, unit="step") as bar:
+        while True:
+            with stopwatch:
+                step = next(steps, None)
+            if step is None:
+                return
+            bar.update(step.next_step - step.step)
+            if step.step % 100 == 0:
+                layer = ", ".join(map(str, step.layers.t.unique().tolist()))
+                bar.set_postfix(layer=layer, loss=f"{float(step.layers.loss.mean()):.3f}")
+            if step.next_step % output.checkpointing_steps == 0 or step.next_step == total:
+                checkpoints.save(step.next_step, stopwatch.cpu_seconds)
 
 
 def _write_results(fitted: Fitted, fit: Fit, folder: Path, seconds: float) -> None:
@@ -149,7 +118,7 @@ def study_all(study: Study, output: Output) -> None:
         if not study.pages_only:
             jobs = [job for path in study.study or [] for job in read_study(path, study.quick)]
             run_study(jobs, folder / "results.json", study.workers)
-            print(f"{folder}: {len(jobs)} rows are there; fitting for the pictures", flush=True)
+            print(f"{folder}: {len(jobs)} rows are there; fitting for the images", flush=True)
             draw_fits(folder, study.quick)
         write_pages(folder)
     print(f"{folder / 'index.md'} is made")

@@ -27,8 +27,9 @@ from hsivi_diffusers.folders import write_json
 from hsivi_diffusers.vi import DivergenceError
 from hsivi_diffusers.vi.targets import FullNormal, SampledTarget, laplace, moment_match
 
+from ..stopwatch import Stopwatch
 from .benchmark_targets import load_reference, make_target
-from .target_fit import DRAWS, JS_DRAWS, Fit, Fitted, Stopwatch, findings, measure, prepare, run
+from .target_fit import DRAWS, JS_DRAWS, Fit, Fitted, findings, measure, prepare, run
 
 Row = dict[str, Any]
 AXES = {
@@ -137,8 +138,8 @@ def run_job(job: Job) -> Row:
         fitted, _ = run(fit, stopwatch)
         row |= measure(fitted.sample, fit.target) | {"findings": findings(fitted)}
     except (DivergenceError, ValueError) as error:
-        return row | {"seconds": round(stopwatch.seconds, 2), "failed": str(error)}
-    return row | {"parameters": _count(fitted), "seconds": round(stopwatch.seconds, 2)}
+        return row | {"seconds": round(stopwatch.cpu_seconds, 2), "failed": str(error)}
+    return row | {"parameters": _count(fitted), "seconds": round(stopwatch.cpu_seconds, 2)}
 
 
 def _describe(job: Job) -> Row:

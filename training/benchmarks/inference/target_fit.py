@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -30,6 +28,7 @@ from hsivi_diffusers.vi import (
 from hsivi_diffusers.vi.inference import OBJECTIVES
 from hsivi_diffusers.vi.targets import DiffusibleTarget, IsotropicNormal, SampledTarget, Whitened, laplace, moment_match
 
+from ..stopwatch import Stopwatch
 from .agreement import compare, compare_moments, histogram_bounds
 from .benchmark_targets import TARGETS, load_reference, make_target
 
@@ -51,7 +50,6 @@ class Fit:
     batch_size: int = option(256, "B")
     parameters: int = option(30_000, "of all layers together, about; the width follows from it")
     depth: int = option(3, "hidden layers of each network")
-    std: str = option("global", "std of a layer: `global` or `network`")
     base_std: float = option(2.5, "of the base of a geometric bridge; 1 for a whitened target")
     learning_rate: float = option(4e-3, "of the layers")
     critic_learning_rate: float = option(4e-3, "of the critic")
@@ -92,25 +90,9 @@ def run(fit: Fit, stopwatch: Stopwatch | None = None) -> tuple[Fitted, float]:
     """Does a whole fit; returns it and the CPU seconds it took, which the stopwatch has also of a fit that failed."""
     stopwatch = stopwatch or Stopwatch()
     fitted = prepare(fit, stopwatch)
-    with stopwatch.running():
+    with stopwatch:
         fitted.inference.run()
-    return fitted, stopwatch.seconds
-
-
-class Stopwatch:
-    """Adds up CPU seconds of this process, which other work on the machine does not change."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Counts the time inside."""
-        start = time.process_time()
-        try:
-            yield
-        finally:  # a fit that diverged took its time, too
-            self.seconds += time.process_time() - start
+    return fitted, stopwatch.cpu_seconds
 
 
 def measure(draw: Callable[[int, int], Tensor], name: str) -> dict[str, float]:
@@ -133,15 +115,13 @@ def findings(fitted: Fitted) -> list[str]:
     return sorted({finding.signature for finding in fitted.inference.diagnose(seed=2)})
 
 
-def width_of(
-    parameters: int, depth: int, dimension: int, networks: int, outputs: int, takes_level: bool = False
-) -> int:
+def width_of(parameters: int, depth: int, dimension: int, networks: int, takes_level: bool = False) -> int:
     """Width at which so many networks of `GaussianMLP` have about so many parameters together, at least 8.
 
-    One has (d + outputs) w + (depth - 1) w (w + 1) + w + outputs + d^2 + d of them, and 16 w more if it takes a level.
+    One has 2 d w + (depth - 1) w (w + 1) + w + 2 d + d^2 of them, and 16 w more if it takes a level.
     """
-    each = parameters / networks - dimension**2 - dimension - outputs
-    linear = dimension + outputs + depth + (ResidualMLP.NUM_COSINES if takes_level else 0)
+    each = parameters / networks - dimension**2 - 2 * dimension
+    linear = 2 * dimension + depth + (ResidualMLP.NUM_COSINES if takes_level else 0)
     if depth == 1:
         return max(8, round(each / linear))
     root = math.sqrt(max(0.0, linear**2 + 4 * (depth - 1) * each))
@@ -167,11 +147,11 @@ def _whiten(target: Target, fit: Fit, stopwatch: Stopwatch) -> Whitened | None:
     if fit.whitening == "none":
         return None
     if fit.whitening == "laplace":
-        with stopwatch.running():
+        with stopwatch:
             return Whitened(target, laplace(target))
     width = _width(fit, target.dimension, 1)
     whitened, seconds = rough_fits(fit.target, fit.seed, fit.whitening_rounds, fit.whitening_steps, width, fit.depth)
-    stopwatch.seconds += seconds
+    stopwatch.cpu_seconds += seconds
     return whitened
 
 
@@ -185,7 +165,7 @@ def rough_fits(name: str, seed: int, rounds: int, num_steps: int, width: int, de
     stopwatch = Stopwatch()
     target = make_target(name)
     here: Whitened | None = None
-    with stopwatch.running():
+    with stopwatch:
         for number in range(rounds):
             rough = Inference(
                 GeometricBridge(here or target, 1),
@@ -202,12 +182,11 @@ def rough_fits(name: str, seed: int, rounds: int, num_steps: int, width: int, de
             here = Whitened(target, moment_match(here.unwhiten(draws) if here else draws))
     if here is None:
         raise ValueError("--whitening_rounds 0: give 1 or more, or --whitening none")
-    return here, stopwatch.seconds
+    return here, stopwatch.cpu_seconds
 
 
 def _width(fit: Fit, dimension: int, networks: int, takes_level: bool = False) -> int:
-    outputs = dimension if fit.std == "global" else 2 * dimension
-    return width_of(fit.parameters, fit.depth, dimension, networks, outputs, takes_level)
+    return width_of(fit.parameters, fit.depth, dimension, networks, takes_level)
 
 
 def _inference(target: Target, fit: Fit) -> Inference:
@@ -220,7 +199,6 @@ def _inference(target: Target, fit: Fit) -> Inference:
         batch_size=fit.batch_size,
         width=_layer_width(target, fit),
         depth=fit.depth,
-        std=fit.std,  # type: ignore[arg-type]
         learning_rate=fit.learning_rate,
         critic=None if fit.objective == "LB" else _make_critic(target, fit),
         critic_learning_rate=fit.critic_learning_rate,
@@ -272,7 +250,8 @@ def score_network(name: str, num_steps: int = 4000) -> ScoreMLP:
         x = target.sample(512, random)
         sigma = 0.05 + 0.94 * torch.rand(len(x), generator=random).square()
         q = DiagonalGaussian((1 - sigma.square()).sqrt()[:, None] * x, sigma[:, None].expand_as(x))
-        draw = LayerDraw(q=q, x=q.rsample(torch.randn(x.shape, generator=random)), level=sigma)
+        noised = q.rsample(torch.randn(x.shape, generator=random))
+        draw = LayerDraw(q=q, x=noised, level=sigma, t=torch.zeros(len(x), dtype=torch.long))
         objective.critic_loss(network, draw).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,0 +1,84 @@
+"""State dicts on the disk without pickles: tensors as safetensors, the rest as JSON."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_state_dict(state: Mapping[Any, Any], path: Path) -> None:
+    """Writes a state dict of any depth as one safetensors file, with what is not a tensor as JSON in its header.
+
+    Args:
+        state: Mappings, lists and tuples of tensors, numbers, text, booleans and None. Lists and tuples are read as
+            lists.
+        path: Of the file. A tensor is named by its keys, joined by `/`.
+
+    Raises:
+        TypeError: Something else is in it.
+    """
+    tensors: dict[str, Tensor] = {}
+    rest = json.dumps(_take_tensors(state, "", tensors))
+    save_file(tensors, path, metadata={"rest": rest})
+
+
+def load_state_dict(path: Path) -> dict[Any, Any]:
+    """Returns what `save_state_dict` wrote, on the CPU, bit for bit."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        state: dict[Any, Any] = _put_tensors(json.loads(file.metadata()["rest"]), tensors)
+    return state
+
+
+def _take_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Moves the tensors of a tree to a flat dictionary; mappings become pairs, since JSON has no numbers as keys."""
+    if isinstance(tree, Tensor):
+        tensors[name] = tree.detach().contiguous()
+        return {"tensor": name}
+    if isinstance(tree, Mapping):
+        start = f"{name}/" if name else ""
+        return {"pairs": [[key, _take_tensors(value, f"{start}{key}", tensors)] for key, value in tree.items()]}
+    if isinstance(tree, list | tuple):
+        return [_take_tensors(value, f"{name}/{place}", tensors) for place, value in enumerate(tree)]
+    return tree
+
+
+def _put_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Inverse of `_take_tensors`."""
+    if isinstance(tree, list):
+        return [_put_tensors(value, tensors) for value in tree]
+    if isinstance(tree, dict):
+        if "tensor" in tree:
+            return tensors[tree["tensor"]]
+        return {key: _put_tensors(value, tensors) for key, value in tree["pairs"]}
+    return tree
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The global generators of this process as JSON: of Python, NumPy, torch on the CPU, and torch on its device."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  # the global one, which libraries use
+    state = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+    state["cpu"] = torch.get_rng_state().tolist()
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state().tolist()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Restores what `random_state` returned; a device of another type keeps its generator."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(torch.tensor(state["cpu"], dtype=torch.uint8))
+    if device.type != "cpu" and device.type in state:
+        torch.get_device_module(device).set_rng_state(torch.tensor(state[device.type], dtype=torch.uint8))

@@ -1,0 +1,90 @@
+"""The loop that trains a teacher or a consistency model: updates, averaged weights and checkpoints, up to a limit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm import tqdm
+
+from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered
+
+
+class TrainingLoop:
+    """Updates of a network that go on where they were stopped.
+
+    Args:
+        run: Output folder and checkpoints.
+        accelerator: Of the process.
+        network: Whose weights are trained and averaged.
+        optimizer: Of these weights.
+        ema_decay: Of the averaged weights, from 0 up to, not including, 1.
+        identity: What must be the same when it goes on, see `Checkpoints`.
+        parts: What else a checkpoint keeps.
+
+    Attributes:
+        steps: Updates that are done.
+        seconds: Their wall-clock, including those before a resume.
+    """
+
+    def __init__(
+        self,
+        run: Output,
+        accelerator: Accelerator,
+        network: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | AcceleratedOptimizer,
+        ema_decay: float,
+        identity: dict[str, Any],
+        **parts: Any,
+    ) -> None:
+        self.run, self.accelerator, self.optimizer = run, accelerator, optimizer
+        self.parameters = list(network.parameters())
+        self.ema = EMAModel(self.parameters, decay=ema_decay, use_ema_warmup=False)
+        self.checkpoints = Checkpoints(run, accelerator, Registered(accelerator, self.ema, **parts), identity)
+        self.steps, self.seconds = 0, 0.0
+
+    def updates(self, max_steps: int, max_seconds: float | None = None) -> Iterator[float]:
+        """Yields the share of the run that is done, below 1, for each update; leaves the network the averaged weights.
+
+        Args:
+            max_steps: Number of updates.
+            max_seconds: Wall-clock that limits the run instead of their number.
+        """
+
+        def share() -> float:
+            return self.steps / max_steps if max_seconds is None else self.seconds / max_seconds
+
+        self.steps, self.seconds = self.checkpoints.load()
+        clock = time.perf_counter() - self.seconds
+        total = max_steps if max_seconds is None else None
+        with tqdm(initial=self.steps, total=total, disable=not self.accelerator.is_main_process) as self.progress:
+            while share() < 1:
+                yield share()
+                self.ema.step(self.parameters)
+                self.steps += 1
+                self.seconds = time.perf_counter() - clock
+                if self.steps % self.run.checkpointing_steps == 0 or share() >= 1:
+                    self.checkpoints.save(self.steps, self.seconds)
+                self.progress.update()
+        self.ema.copy_to(self.parameters)
+
+    def descend(self, loss: Tensor, max_grad_norm: float | None = None) -> None:
+        """Takes a step of the optimizer, with the gradient clipped to a norm.
+
+        Raises:
+            FloatingPointError: The loss is not finite.
+        """
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {self.steps}: lower --learning_rate")
+        self.accelerator.backward(loss)
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
