@@ -122,10 +122,7 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(measure, 
 
 @pytest.mark.slow
 def test_accumulation_takes_the_memory_of_one_batch(measure):
-    one, four = (
-        measure(preset="paper", train_batch_size=32, gradient_accumulation_steps=steps)
-        for steps in (1, 4)
-    )
+    one, four = (measure(preset="paper", train_batch_size=32, gradient_accumulation_steps=steps) for steps in (1, 4))
     assert four.memory["activations and gradients"] < 1.1 * one.memory["activations and gradients"]
     assert four.calls == one.calls
     assert four.flops == pytest.approx(4 * one.flops, rel=0.01)
@@ -180,9 +177,7 @@ def test_calls_are_those_of_the_loop(one_call, measured):
 
 @pytest.mark.slow
 def test_further_critic_updates_are_counted_without_being_run(measure):
-    one, two, five = (
-        measure(preset="paper", num_inference_steps=1, critic_updates=updates) for updates in (1, 2, 5)
-    )
+    one, two, five = (measure(preset="paper", num_inference_steps=1, critic_updates=updates) for updates in (1, 2, 5))
     assert five.flops == pytest.approx(one.flops + 4 * (two.flops - one.flops))
 
 

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hsivi_diffusers.distillation.run import make_accelerator
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIScheduler, UNetCritic, load_teacher
 from hsivi_diffusers.distillation import trainer as players
 from hsivi_diffusers.distillation.config import GROUPS, Options
-from hsivi_diffusers.distillation.run import make_accelerator
 
 SHORT = {"max_train_steps": 3, "critic_updates": 1}
 

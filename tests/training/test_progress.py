@@ -86,7 +86,9 @@ def test_grids_go_to_the_tracker_and_to_files_at_the_start_in_between_and_at_the
 def test_a_tenth_of_the_run_lies_between_two_grids(teacher, tmp_path, monkeypatch):
     drawn_at = []
     monkeypatch.setattr(progress.Progress, "draw", lambda self, step: drawn_at.append(step))
-    config = HSIVIConfig(num_inference_steps=2, train_batch_size=1, max_train_steps=21, output_dir=str(tmp_path / "run"))
+    config = HSIVIConfig(
+        num_inference_steps=2, train_batch_size=1, max_train_steps=21, output_dir=str(tmp_path / "run")
+    )
     HSIVITrainer(teacher, config).train()
     assert drawn_at == [*range(0, 21, 2), 21]
 

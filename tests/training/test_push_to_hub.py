@@ -4,20 +4,8 @@ import json
 import shutil
 
 import pytest
-from huggingface_hub import constants
 
 from hsivi_diffusers import cli
-
-
-@pytest.fixture
-def logged_in(hub, monkeypatch, tmp_path):
-    """The client of this process talks to the Hub on the loopback, as alice; the processes of test_hub.py do so too."""
-    for name, value in (("ENDPOINT", hub.url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HF_TOKEN", "hf_alice")
-    return hub
 
 
 @pytest.fixture

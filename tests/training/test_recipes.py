@@ -8,8 +8,8 @@ import yaml
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
-from hsivi_diffusers.distillation import plan
 from hsivi_diffusers.cli import PushAtEnd, Teacher
+from hsivi_diffusers.distillation import plan
 from hsivi_diffusers.distillation.config import ALIASES, PRESETS, HSIVIConfig
 from hsivi_diffusers.distillation.networks import make_networks
 from hsivi_diffusers.distillation.state import TrainingState
@@ -46,7 +46,9 @@ def test_a_recipe_can_be_planned(path):
 def test_a_recipe_makes_two_updates(path):
     """One row and one critic update at a time, on images of 32x32, or it would take minutes; with all weights."""
     few = ("--train_batch_size=1", "--gradient_accumulation_steps=1", "--critic_updates=1")
-    shape, schedule, config = read(path, *few, "--lr_warmup_steps=0")  # in a warm-up the first updates are too small to be seen
+    shape, schedule, config = read(
+        path, *few, "--lr_warmup_steps=0"
+    )  # in a warm-up the first updates are too small to be seen
     shape["sample_size"] = 32
     torch.manual_seed(0)
     unets = tuple(UNet2DModel.from_config(shape) for _ in range(3))
