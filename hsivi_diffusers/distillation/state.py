@@ -293,6 +293,7 @@ class TrainingState:
             backward=accelerator.backward,
             no_sync=accelerator.no_sync,
             clip_grad_norm=clip_grad_norm,
+            skips_overflows=accelerator.scaler is not None,
             **settings,
         )
 

@@ -10,10 +10,9 @@ import torch
 from diffusers import DDPMPipeline
 from huggingface_hub.errors import HfHubHTTPError
 
-from hsivi_diffusers import HSIVIPipeline
+from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVITrainer
 from hsivi_diffusers.distillation import progress
-from hsivi_diffusers.distillation.config import HSIVIConfig
-from hsivi_diffusers.distillation.trainer import HSIVITrainer, InterruptedRunError
+from hsivi_diffusers.distillation.trainer import InterruptedRunError
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 # Those of the command line in conftest.py.

@@ -253,7 +253,7 @@ def test_the_configs_parse_for_the_benchmark(name):
 )
 def test_the_configs_of_a_distillation_can_run_and_are_of_a_preset(name, preset):
     path = CONFIGS / f"{name}.yaml"
-    teacher, config, _ = cli._read_distillation(["--config", str(path)], "hsivi distil", "")
+    teacher, config, _ = cli.read_distillation(["--config", str(path)], "hsivi distil", "")
     written = {ALIASES.get(key, key): value for key, value in yaml.safe_load(path.read_text()).items()}
     assert config.preset == preset
     counts = written.pop("num_inference_steps")

@@ -74,8 +74,9 @@ def test_a_plan_is_of_the_levels_of_the_run(tmp_path):
     """They follow from the numbers of the schedule, which a fake tensor has not."""
     DDPMPipeline(make_unet(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(tmp_path)
     config, accelerator = make_config(), Accelerator(cpu=True)
+    configs = plan.read_configs(tmp_path, None)
     with plan.FakeTensorMode(allow_non_fake_inputs=True):
-        planned = plan.make_fake_state(*plan.read_configs(tmp_path, None), config, plan.Meter())
+        planned = plan.make_fake_state(*configs, config, plan.Meter())
     run = TrainingState(load_networks(*load_teacher(tmp_path), config, accelerator), config, accelerator)
     assert planned.bridge.level_range == run.bridge.level_range
     assert planned.bridge.scheduler.config.layer_timesteps == run.bridge.scheduler.config.layer_timesteps

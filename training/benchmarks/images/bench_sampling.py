@@ -24,7 +24,7 @@ from hsivi_diffusers.options import option, parse_options
 
 @dataclass
 class Benchmark:
-    _argument_group_name = "benchmark"
+    _group = "benchmark"
     pipeline: str | None = option(None, "folder or repo id of an HSIVIPipeline; the digits teacher by default")
     batch_size: int = option(16, "pictures at once")
     repetitions: int = option(200, "turns")

@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIPipeline, load_teacher
-from hsivi_diffusers.distillation.config import Options, changes_of_chosen, check_options, chosen, parse_recipe
+from hsivi_diffusers.cli import read_distillation
+from hsivi_diffusers.distillation.config import HSIVIConfig, read_settings
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
-from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.evaluation.pages import measured_on
 from hsivi_diffusers.evaluation.solvers import (
@@ -41,18 +41,19 @@ from hsivi_diffusers.evaluation.solvers import (
     sample,
 )
 from hsivi_diffusers.folders import in_turn, remove_folder, replace_folder, write_json
-from hsivi_diffusers.options import changes, changes_since, option, parse_options
+from hsivi_diffusers.options import differences, option, parse_options
 
 from .benchmark_pages import RIVAL, is_shown, pictures_path, write_pages
+from .sets import load_images
 
-DISTIL = "hsivi_diffusers.distillation.run"
+DISTIL = "hsivi_diffusers distil"
 RESUME = ("--resume_from_checkpoint", "latest")
 ANEW = ("--overwrite_output_dir", "true")
 
 
 @dataclass
 class Parts:
-    _argument_group_name = "what is compared"
+    _group = "what is compared"
     dataset: str | None = option(None, "name of the set in the tables")
     teacher: str | None = option(None, "folder of the teacher; trained if it is missing")
     teacher_config: str | None = option(None, "config of train_teacher.py")
@@ -68,7 +69,7 @@ class Parts:
 
 @dataclass
 class Sampling:
-    _argument_group_name = "sampling"
+    _group = "sampling"
     solvers: list[str] = option(
         ["DDIM", "DPM-Solver++", "DPM-Solver++ SDE", "UniPC", "DEIS", "DDPM"], "solvers of the teacher"
     )
@@ -82,7 +83,7 @@ class Sampling:
 
 @dataclass
 class Folders:
-    _argument_group_name = "folders"
+    _group = "folders"
     output_dir: str = option("docs/benchmarks", "results, pictures, tables and figures")
     runs_dir: str = option("runs/benchmark", "trainings, in a folder for each set")
 
@@ -97,7 +98,7 @@ class Trained:
 
 
 Key = tuple[str, int, int | None]  # method, network calls and training seed
-Recipe = dict[str, Any] | None  # options of a student that are not the defaults
+Recipe = dict[str, Any] | None  # preset, steps, updates, and settings that are not those of the preset
 
 
 @dataclass(frozen=True)
@@ -159,16 +160,15 @@ class Comparison:
 
     def _students(self, config: str) -> Iterator[Entry]:
         for seed in self.parts.seeds:
-            options = self._options(config, seed)
-            counts = options.layers.num_layers
-            name = f"HSIVI {options.method.preset}" + (", one for all" if len(counts) > 1 else "")
-            for nfe in counts:
-                yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed), chosen(options))
+            settings = self._config(config, seed)
+            name = "HSIVI paper" if settings.preset == "paper" else "HSIVI fast"
+            name += ", one for all" if len(settings.depths) > 1 else ""
+            for nfe in settings.depths:
+                yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed), recipe_of(settings))
 
-    def _options(self, config: str, seed: int) -> Options:
-        options = parse_recipe("", self._arguments(config, seed))
-        check_options(options)  # now, and not after the trainings before it
-        return options
+    def _config(self, config: str, seed: int) -> HSIVIConfig:
+        """The settings of a student, refused now and not after the trainings before it if they cannot run."""
+        return read_distillation(self._arguments(config, seed), config, "")[1]
 
     def _arguments(self, config: str, seed: int) -> list[str]:
         """What the program of a config is called with, for the teacher and a seed."""
@@ -208,7 +208,8 @@ class Comparison:
             ValueError: It was done before with other options.
         """
         trained = self._train(config, seed, DISTIL, RESUME)
-        if changed := changes_since(trained.folder / "options.json", self._options(config, seed)[1:4]):
+        before = read_settings(trained.folder / "options.json")
+        if changed := differences(before, self._config(config, seed).settings()):
             raise ValueError(
                 f"{trained.folder} was trained with other options than {config} has ({changed}): name another "
                 "--runs_dir and --output_dir, or remove it and its rows"
@@ -286,13 +287,13 @@ class Comparison:
         """
         rows = self._rows()
         for row in rows:
-            if other := changes(row, self._drawn(row["nfe"])):
+            if other := differences(row, self._drawn(row["nfe"])):
                 raise ValueError(
                     f"{self.path} has {row['method']} at {row['nfe']} of other pictures ({other}): name another "
                     "--output_dir"
                 )
             recipe = recipes.get(_key(row))
-            if recipe is not None and (other := changes_of_chosen(row.get("recipe") or {}, recipe)):
+            if recipe is not None and (other := differences(_whole(row["recipe"]), _whole(recipe))):
                 raise ValueError(
                     f"{self.path} has {row['method']} at {row['nfe']}, seed {row['train_seed']}, of other options than "
                     f"--students have now ({other}): remove that row, or name another --output_dir"
@@ -315,6 +316,24 @@ class Comparison:
             save_file({**(load_file(path) if path.exists() else {}), **now}, path)
 
 
+def recipe_of(config: HSIVIConfig) -> dict[str, Any]:
+    """Preset, steps and updates of a student, and its settings that are not those of the preset."""
+    given: dict[str, Any] = {
+        "preset": config.preset,
+        "num_inference_steps": config.depths,
+        "max_train_steps": config.max_train_steps,
+    }
+    usual = HSIVIConfig(**given).settings()
+    others = {name: value for name, value in config.settings().items() if value != usual[name] and name != "seed"}
+    return {**given, **others}
+
+
+def _whole(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a recipe."""
+    given = {name: recipe[name] for name in ("preset", "num_inference_steps", "max_train_steps")}
+    return {**HSIVIConfig(**given).settings(), **recipe}
+
+
 def _make(folder: Path, program: str, config: str | None, *arguments: str) -> None:
     """Trains a part that is missing; one that was stopped goes on, if the arguments say so."""
     if folder.is_dir():
@@ -329,7 +348,7 @@ def _make(folder: Path, program: str, config: str | None, *arguments: str) -> No
 
 def _call(program: str, arguments: list[str]) -> None:
     """Runs a program, given as a module, to its end."""
-    done = subprocess.run([sys.executable, "-m", program, *arguments], check=False)
+    done = subprocess.run([sys.executable, "-m", *program.split(), *arguments], check=False)
     if done.returncode:
         raise SystemExit(f"{program} {' '.join(arguments)} ended with status {done.returncode}: see above")
 

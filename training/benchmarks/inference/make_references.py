@@ -32,7 +32,7 @@ POSTERIORS = ["logistic_regression", "conditioned_diffusion", "rare_events"]
 
 @dataclass
 class Options:
-    _argument_group_name = "reference"
+    _group = "reference"
     targets: list[str] = option(POSTERIORS, "names of the posteriors")
     output_dir: str | None = option(None, "folder of the files <name>.safetensors")
     overwrite_output_dir: bool = option(False, "replace files of the same names")
