@@ -74,10 +74,7 @@ def make_players(preset: str, num_layers: int, seed: int, steps: int, bench: Ben
     """What train_hsivi.py would train with this preset."""
     arguments = [
         *[f"--preset={preset}", f"--num_layers={num_layers}", f"--seed={seed}", f"--max_train_steps={steps}"],
-        *[
-            f"--pretrained_teacher_model={bench.pretrained_teacher_model}",
-            f"--train_batch_size={bench.train_batch_size}",
-        ],
+        *["--pretrained_teacher_model", bench.pretrained_teacher_model, f"--train_batch_size={bench.train_batch_size}"],
     ]
     options = parse_recipe(__doc__ or "", arguments)
     check_options(options)
@@ -307,8 +304,7 @@ def load_runs(output_dir: Path, bench: Benchmark) -> Record:
     if not path.is_file():
         return {"settings": settings, "measured": "", "runs": {}}
     state: Record = json.loads(path.read_text())
-    before = state.get("settings", {})
-    if changed := changes(before, settings):
+    if changed := changes(state.get("settings", {}), settings):
         raise ValueError(f"{path} has other settings ({changed}): name another --output_dir")
     return state
 
