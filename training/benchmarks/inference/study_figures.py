@@ -60,6 +60,15 @@ def _curve(axis: Axes, rows: Rows, x: str, key: str, **style: Any) -> None:
     axis.fill_between(places, list(map(min, values)), list(map(max, values)), color=style["color"], alpha=0.12, lw=0)
 
 
+def _curves(axis: Axes, fits: Rows, key: str, **deep: Any) -> None:
+    """A measure against T, for each objective and training; one layer is the same for all training and `deep`."""
+    for objective, training in product(OBJECTIVES, TRAINING):
+        chosen = select(fits, objective=objective, training=training, **deep)
+        line = [*select(fits, objective=objective, T=1), *(row for row in chosen if row["T"] > 1)]
+        style = {"color": COLOURS[objective], "linestyle": DASHES[training]}
+        _curve(axis, line, "T", key, label=f"{objective}, {training}", **style)
+
+
 def _level(axis: Axes, rows: Rows, key: str, label: str, **style: Any) -> None:
     """A line across, at the mean."""
     values = [row[key] for row in measured(rows) if key in row]
@@ -101,12 +110,7 @@ def draw_layers(rows: Rows) -> Figure:
     figure, axes = plt.subplots(2, 2, figsize=(9, 7), sharex=True, sharey="row", layout="constrained")
     for (target, bridge), axis in zip(product(targets, BRIDGES), axes.flat, strict=True):
         here = select(rows, study="plane", target=target)
-        fits = fits_of(here)
-        for objective, training in product(OBJECTIVES, TRAINING):
-            deep = select(fits, objective=objective, bridge=bridge, training=training)
-            line = [*select(fits, objective=objective, T=1), *(row for row in deep if row["T"] > 1)]
-            label, dash = f"{objective}, {training}", DASHES[training]
-            _curve(axis, line, "T", "js", label=label, color=COLOURS[objective], linestyle=dash)
+        _curves(axis, fits_of(here), "js", bridge=bridge)
         _level(axis, select(here, method="exact"), "js", NULL_LABELS["exact"], color="black", linestyle=":")
         _finish(axis, layers, f"{target}, {bridge} bridge", "layers T", "JS, nats")
         axis.label_outer()
@@ -120,12 +124,7 @@ def draw_posteriors(rows: Rows) -> Figure:
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), sharex=True, layout="constrained")
     for (key, target), axis in zip(product(keys, POSTERIORS), axes.flat, strict=True):
         here = select(rows, study="posteriors", target=target)
-        fits = fits_of(here)
-        for objective, training in product(OBJECTIVES, TRAINING):
-            deep = select(fits, objective=objective, training=training)
-            line = [*select(fits, objective=objective, T=1), *(row for row in deep if row["T"] > 1)]
-            label, dash = f"{objective}, {training}", DASHES[training]
-            _curve(axis, line, "T", key, label=label, color=COLOURS[objective], linestyle=dash)
+        _curves(axis, fits_of(here), key)
         _level(axis, select(here, method="exact"), key, NULL_LABELS["exact"], color="black", linestyle=":")
         _level(axis, select(here, method="laplace"), key, NULL_LABELS["laplace"], color="gray", linestyle="-.")
         below, left = key == keys[1], target == POSTERIORS[0]
