@@ -1,39 +1,62 @@
-"""Few-step sampling of pretrained diffusion models by hierarchical semi-implicit variational inference."""
+"""Few-step sampling of pretrained diffusion models by hierarchical semi-implicit variational inference.
 
-import sys
+Names are imported when they are first asked for, so that `hsivi_diffusers.vi` loads torch alone.
+"""
 
-import diffusers
+import importlib
+from typing import TYPE_CHECKING, Any
 
-# diffusers looks the base classes of a saved component up in this namespace: without them, loading fails.
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from .registration import register
 
-from .distillation.bridge import TeacherBridge
-from .distillation.denoisers import load_teacher
-from .distillation.student import LayerNoiseScale, UNetCritic, UNetLayers
-from .hub import push
-from .modeling_hsivi import HSIVINoiseScale
-from .pipeline_hsivi import HSIVIPipeline
-from .scheduling_hsivi import HSIVIScheduler, HSIVISchedulerOutput
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as DiffusionPipeline
+    from diffusers import ModelMixin as ModelMixin
+    from diffusers import SchedulerMixin as SchedulerMixin
+
+    from .distillation.bridge import TeacherBridge as TeacherBridge
+    from .distillation.denoisers import load_teacher as load_teacher
+    from .distillation.student import UNetCritic as UNetCritic
+    from .distillation.student import UNetLayers as UNetLayers
+    from .hub import push as push
+    from .modeling_hsivi import HSIVINoiseScale as HSIVINoiseScale
+    from .pipeline_hsivi import HSIVIPipeline as HSIVIPipeline
+    from .scheduling_hsivi import HSIVIScheduler as HSIVIScheduler
+    from .scheduling_hsivi import HSIVISchedulerOutput as HSIVISchedulerOutput
 
 __version__ = "0.1.0"
 
-# Where diffusers looks up the names of a saved pipeline: "hsivi_diffusers" among its own pipeline modules, the class of
-# the pipeline in its namespace. Without these, DiffusionPipeline.from_pretrained and every repo of the Hub are refused.
-diffusers.pipelines.hsivi_diffusers = sys.modules[__name__]
-diffusers.HSIVIPipeline = HSIVIPipeline
+# Name: the module that has it. A new name has a line here and one above, for type checkers.
+_MODULES = {
+    # diffusers looks the base classes of a saved component up in this namespace: without them, loading fails.
+    "DiffusionPipeline": "diffusers",
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+    "HSIVINoiseScale": ".modeling_hsivi",
+    "HSIVIPipeline": ".pipeline_hsivi",
+    "HSIVIScheduler": ".scheduling_hsivi",
+    "HSIVISchedulerOutput": ".scheduling_hsivi",
+    "TeacherBridge": ".distillation.bridge",
+    "UNetCritic": ".distillation.student",
+    "UNetLayers": ".distillation.student",
+    "load_teacher": ".distillation.denoisers",
+    "push": ".hub",
+}
 
-__all__ = [
-    "DiffusionPipeline",
-    "HSIVINoiseScale",
-    "HSIVIPipeline",
-    "HSIVIScheduler",
-    "HSIVISchedulerOutput",
-    "LayerNoiseScale",
-    "ModelMixin",
-    "SchedulerMixin",
-    "TeacherBridge",
-    "UNetCritic",
-    "UNetLayers",
-    "load_teacher",
-    "push",
-]
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "vi":
+        return importlib.import_module(".vi", __name__)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register(__name__)

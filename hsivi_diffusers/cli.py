@@ -118,7 +118,7 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     from .distillation.trainer import HSIVITrainer, InterruptedRunError
     from .vi import DivergenceError
 
-    teacher, config, hub = _read_distillation(args, prog, DISTIL)
+    teacher, config, hub = read_distillation(args, prog, DISTIL)
     trainer = HSIVITrainer(teacher.pretrained_teacher_model, config, teacher.revision)
     if trainer.accelerator.is_main_process and hub.push_to_hub:
         claim(str(hub.hub_model_id), **hub.settings())
@@ -135,7 +135,7 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
             _push_trained(trainer, hub)
 
 
-def _read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
+def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
     """Reads the options of a distillation, and refuses what cannot run."""
     from .distillation.config import ALIASES, HSIVIConfig, read_settings
     from .distillation.networks import check_init_from
@@ -180,7 +180,7 @@ def plan(args: Sequence[str]) -> None:
     """Runs `hsivi plan`."""
     from .distillation.plan import print_plan
 
-    teacher, config, _ = _read_distillation(args, "hsivi plan", PLAN)
+    teacher, config, _ = read_distillation(args, "hsivi plan", PLAN)
     print_plan(teacher.pretrained_teacher_model, config, teacher.revision)
 
 

@@ -64,7 +64,7 @@ def push(
         fp16: Also upload the weights in half precision, as the variant "fp16".
         exist_ok: Add a commit to a repo that already holds files.
         private: Make a new repo private.
-        revision: Branch to push to; made if need be.
+        revision: Branch to push to; created if missing.
         commit_message: Of the commit.
         token: Access token; that of `hf auth login` by default.
 

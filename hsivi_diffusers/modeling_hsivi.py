@@ -18,7 +18,7 @@ class HSIVINoiseScale(ModelMixin, ConfigMixin):
         sample_shape: (channels, height, width) of the samples.
 
     Raises:
-        ValueError: `sample_shape` is not made of positive integers.
+        ValueError: `sample_shape` is not a sequence of positive integers.
     """
 
     __module__ = "hsivi_diffusers"
@@ -34,7 +34,7 @@ class HSIVINoiseScale(ModelMixin, ConfigMixin):
         self.log_scale = torch.nn.Parameter(torch.zeros(1, *self.config.sample_shape))
 
     def forward(self) -> torch.Tensor:
-        """Returns the scale, > 0, of shape (1, channels, height, width); 1 everywhere at first."""
+        """Returns the scale, > 0, shape (1, channels, height, width); initially 1 everywhere."""
         return self.log_scale.exp()
 
     # `wraps`: a pipeline passes on the options (variant, ...) that it finds in the signature.

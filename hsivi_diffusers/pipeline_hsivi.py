@@ -101,7 +101,7 @@ class HSIVIPipeline(DiffusionPipeline):
         """Saves the pipeline, and with it the code of its classes, so that it loads without the package too.
 
         Args:
-            save_directory: Folder to write to; made if need be.
+            save_directory: Folder to write to; created if missing.
             safe_serialization: Must stay True: pickles are not written.
             *args: variant, max_shard_size, push_to_hub, ...: see `DiffusionPipeline.save_pretrained`.
             **kwargs: See there.

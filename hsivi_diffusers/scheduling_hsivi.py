@@ -41,7 +41,7 @@ class HSIVISchedulerOutput(BaseOutput):
 
     Args:
         prev_sample: x_t, shape (B, C, H, W), of the dtype of the sample given.
-        pred_original_sample: The clean picture x0 that the network predicts, of the same shape.
+        pred_original_sample: The clean image x0 that the network predicts, of the same shape.
     """
 
     prev_sample: torch.Tensor
@@ -60,11 +60,11 @@ class LayerCoefficients(NamedTuple):
     last: Any
 
     def mean(self, x0: Any, eps: Any) -> Any:
-        """The mean of the layer, of the clean picture and the noise in its input."""
+        """Returns the mean of the layer, given the clean image x0 and the noise eps in its input."""
         return self.alpha * x0 + self.direction * eps
 
     def noise_in(self, sample: Any, x0: Any) -> Any:
-        """The noise eps in the input of the layer, when its clean picture is x0."""
+        """Returns the noise eps in the input of the layer when its clean image is x0."""
         return (sample - self.alpha_next * x0) / self.sigma_next
 
 
@@ -73,37 +73,37 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: Length N of the teacher's clock.
-        beta_start: First beta.
-        beta_end: Last beta.
+        beta_start: First beta, in [0, 1].
+        beta_end: Last beta, in [0, 1].
         beta_schedule: Any name that `DDPMScheduler` knows.
-        trained_betas: Betas themselves, instead of the three above.
+        trained_betas: The betas, in [0, 1], instead of the three above.
         prediction_type: What the network predicts: "epsilon", "v_prediction" or "sample".
         layer_timesteps: The trained grid, T+1 strictly descending integers tau_T .. tau_0 in 0..N-1. The last one may
-            be -1: the final alpha of DDIM. When set, only T steps can be asked for. Or a list of such grids of
-            different T, of a network that was trained for all of them.
-        timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`. With a grid it
-            is not needed, and the config keeps a name that all schedulers know.
+            be -1, the final alpha of DDIM. When set, only T steps are accepted. Or a list of such grids of different
+            T, for a network that was trained for all of them.
+        timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`. A trained grid
+            does not need it; the config then keeps a name that all schedulers know.
         kernel: "ddim" or "renoise", see above.
         noise_eta: eta of the ddim kernel, in [0, 1]; the paper has 0.2.
         noise_scale: Factor > 0 on the standard deviation, one for all layers or a list of T, noise_scale[t] for layer
             t (so the last of the list is for the first step). With several grids one number.
         noise_scale_type: "config": `noise_scale` above. "per_pixel": `step` must be given a tensor.
         clip_sample: Clamp the predicted x0 to +- `clip_sample_range`.
-        clip_sample_range: See there.
-        thresholding: Clamp x0 to a quantile of its own absolute values and divide by it, in the place of
-            `clip_sample` (dynamic thresholding of Imagen, for pictures of pixels only).
+        clip_sample_range: Bound of the clamp, > 0.
+        thresholding: Clamp x0 to a quantile of its own absolute values and divide by it, instead of `clip_sample`
+            (dynamic thresholding of Imagen, for pixels only).
         dynamic_thresholding_ratio: That quantile, in [0, 1].
-        sample_max_value: Upper bound of the threshold.
+        sample_max_value: Upper bound of the threshold, > 0.
         set_alpha_to_one: The final alpha (level -1) is 1; otherwise that of timestep 0.
-        steps_offset: Added to the timesteps of spacing "leading".
+        steps_offset: Added to the timesteps of spacing "leading", 0..N-1.
         rescale_betas_zero_snr: The betas were rescaled so that abar is 0 at the last timestep (alg. 1 of arXiv
-            2305.08891). From there a noise prediction says nothing of x0, so it needs "v_prediction" or "sample".
+            2305.08891). There a noise prediction does not determine x0, so it needs "v_prediction" or "sample".
 
     Raises:
-        ValueError: A value is outside what is said above.
+        ValueError: A value is outside the ranges above.
     """
 
-    # Saved pipelines name the class by its module; this name also stands where the file travels with the weights.
+    # Saved pipelines name the class by its module, also where this file is saved beside the weights.
     __module__ = "hsivi_diffusers"
 
     _source = Path(__file__).read_text(encoding="utf-8")
@@ -149,8 +149,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         _check_number("sample_max_value", sample_max_value, sys.float_info.min)
         if rescale_betas_zero_snr and prediction_type == "epsilon":
             raise ValueError(
-                "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the noise is "
-                "all there is to see, and a prediction of it says nothing of the picture"
+                "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the sample "
+                "is pure noise, and a prediction of it does not determine x0"
             )
         noise_scale = _read_noise_scale(noise_scale)
         self.register_to_config(noise_scale=noise_scale)
@@ -206,12 +206,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves the config, and this file beside it: the folder then also loads where the package is not installed.
+        """Saves the config and this file beside it, so that the folder also loads without the package.
 
         Args:
-            save_directory: Folder to write to; made if need be.
+            save_directory: Folder to write to; created if missing.
             push_to_hub: Upload it afterwards.
-            **kwargs: Of the upload, see `SchedulerMixin.save_pretrained`.
+            **kwargs: Options of the upload, see `SchedulerMixin.save_pretrained`.
         """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / "hsivi_diffusers.py").write_text(self._source, encoding="utf-8")
@@ -282,18 +282,18 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: T. With trained grids only a T of theirs is accepted, and None means the largest.
             device: Where `timesteps` goes.
-            timesteps: Inputs tau_T .. tau_1 of the layers, in the place of T; the last layer ends at -1. With trained
-                grids only theirs are accepted.
+            timesteps: Inputs tau_T .. tau_1 of the layers, instead of T; the last layer ends at -1. With trained grids
+                only theirs are accepted.
 
         Raises:
-            ValueError: Count or timesteps differ from those of the trained grids, both or none are given, or they are
-                out of range.
+            ValueError: Count or timesteps differ from those of the trained grids, both or neither are given, or they
+                are out of range.
         """
         grid = self._choose_grid(num_inference_steps, timesteps)
         if grid[0] >= len(self.betas):
             raise ValueError(f"the grid {grid} starts beyond the {len(self.betas)} betas: give trained_betas for all")
         if self.config.prediction_type == "epsilon" and self.alphas_cumprod[grid[0]] == 0:
-            raise ValueError(f"abar is 0 at {grid[0]}, where a noise prediction says nothing of x0: start lower")
+            raise ValueError(f"abar is 0 at {grid[0]}, where a noise prediction does not determine x0: start lower")
         settings = (grid, self.config.kernel, self.config.noise_eta, self.config.noise_scale)
         if settings != self._layers_are_of:
             self.layer_grid = torch.tensor(grid, dtype=torch.long)
@@ -324,7 +324,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Takes note of the layer that a pipeline starts at; `step` does not need it, it looks the timestep up.
+        """Stores the layer that a pipeline starts at; `step` does not need it, because it looks the timestep up.
 
         Raises:
             ValueError: The sampler has no such layer, as when an image-to-image pipeline is given a low strength.
@@ -338,7 +338,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def trained_grids(self) -> list[list[int]]:
-        """The grids of `layer_timesteps`, by rising T; none where nothing was trained."""
+        """The grids of `layer_timesteps`, by rising T; empty if nothing was trained."""
         grids = self.config.layer_timesteps or []
         return [list(grids)] if grids and isinstance(grids[0], int) else sorted(map(list, grids), key=len)
 
@@ -417,7 +417,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def predict(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads a network output as the clean picture and the noise, both of the shape of the sample.
+        """Converts a network output to the clean image and the noise, both of the shape of the sample.
 
         Args:
             model_output: Shape (B, C, H, W), or (B, 2C, H, W) with a learned variance, which is dropped.
@@ -463,7 +463,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             model_output: Output of the network at the sample, see `predict`.
             timestep: tau_{t+1}, a scalar or shape (B,).
             sample: x_{t+1}, shape (B, C, H, W).
-            noise_scale: In the place of the config's; any shape that broadcasts against the sample.
+            noise_scale: Instead of that of the config; any shape that broadcasts against the sample.
             prev_timestep: tau_t, shape (B,), where it does not follow from tau_{t+1} in the grid that is set: in the
                 training of several grids at once.
 
@@ -480,7 +480,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def invert(
         self, mean: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads the mean of a layer as the clean picture and the noise it was made of, both of the shape of the sample.
+        """Converts the mean of a layer to the clean image and the noise it was made of, both of its shape.
 
         Args:
             mean: Of `transition`, shape (B, C, H, W).
@@ -500,7 +500,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def lead(
         self, x0: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the mean of a layer whose clean picture is x0, of its shape: what `invert` reads.
+        """Returns the mean of a layer whose clean image is x0, of the same shape: the inverse of `invert`.
 
         Half precision comes back as float32.
 
@@ -660,7 +660,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         if len(timestep) not in (1, len(sample)):
             raise ValueError(f"{len(timestep)} timesteps for {len(sample)} samples: give one, or one for each")
         size = len(self.alphas_cumprod)
-        # Only on the CPU, for a GPU would have to be waited for.
+        # Only on the CPU: on a GPU the check would wait for the device.
         on_clock = (timestep >= 0) & (timestep < size) & (timestep % 1 == 0)
         if timestep.device.type == "cpu" and not bool(on_clock.all()):
             raise ValueError(f"timestep {timestep.tolist()} is off the clock: give integers from 0 to {size - 1}")

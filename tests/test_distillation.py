@@ -24,7 +24,6 @@ from hsivi_diffusers import (
     HSIVINoiseScale,
     HSIVIPipeline,
     HSIVIScheduler,
-    LayerNoiseScale,
     TeacherBridge,
     UNetCritic,
     UNetLayers,
@@ -112,7 +111,7 @@ def test_last_layers_are_clipped_in_value_and_not_in_gradient(unet, grids):
     """Each grid has a last layer: of one grid layer 0, of a first of T = 1 and a second of T = 2 layers 0 and 1."""
     scheduler = HSIVIScheduler(layer_timesteps=grids, kernel="ddim", noise_eta=0.7)
     x, t = 3 * torch.randn(6, 1, 8, 8), torch.arange(6) % sum(scheduler.depths)
-    plain, clipped = (UNetLayers(unet, scheduler, clip_pictures=clip)(x, t) for clip in (False, True))
+    plain, clipped = (UNetLayers(unet, scheduler, clip_images=clip)(x, t) for clip in (False, True))
     is_last = t < len(scheduler.depths)
     assert plain.mean[is_last].abs().max() > 1
     torch.testing.assert_close(clipped.mean[is_last], plain.mean[is_last].clamp(-1, 1))
@@ -207,32 +206,18 @@ def test_ddim_layers_are_diffused_to_levels_of_their_own(unet):
 
 def levels_of(unet, t, size=4000, **options):
     """Random levels of layer t; the grid of the layers is GRID, their range 5..800."""
-    settings = {name: options.pop(name) for name in ("level_law", "level_power") if name in options}
+    settings = {name: options.pop(name) for name in ("level_power",) if name in options}
     bridge = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0, **options), **settings)
     return bridge.sample_level(torch.full((size,), t), torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    ("kernel", "law", "ranges"),
-    [
-        ("ddim", "layer", [(10, 219), (220, 800)]),
-        ("ddim", "uniform", [(10, 800), (220, 800)]),
-        ("renoise", "layer", [(10, 219), (220, 800)]),
-        ("renoise", "uniform", [(5, 800), (5, 800)]),
-    ],
-)
-def test_the_law_says_where_the_random_levels_of_a_layer_lie(unet, kernel, law, ranges):
+@pytest.mark.parametrize(("kernel", "ranges"), [("ddim", [(10, 219), (220, 800)]), ("renoise", [(5, 800), (5, 800)])])
+def test_the_kernel_says_where_the_random_levels_of_a_layer_lie(unet, kernel, ranges):
     for t, (low, high) in enumerate(ranges):
-        levels = levels_of(unet, t, kernel=kernel, level_law=law)
+        levels = levels_of(unet, t, kernel=kernel)
         assert low <= levels.min() < low + 5
         assert high - 5 < levels.max() <= high
         assert levels.float().mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
-
-
-@pytest.mark.parametrize(("kernel", "law"), [("ddim", "layer"), ("renoise", "uniform")])
-def test_each_kernel_has_the_law_it_always_had(unet, kernel, law):
-    given = levels_of(unet, 0, kernel=kernel, level_law=law, level_power=1.0)
-    assert torch.equal(levels_of(unet, 0, kernel=kernel), given)
 
 
 @pytest.mark.parametrize("power", [0.5, 2.0, 3.0])
@@ -250,18 +235,16 @@ def test_a_power_next_to_0_stays_within_the_range(unet):
     assert levels_of(unet, 0, kernel="renoise", level_power=1e-18).unique().tolist() == [800]
 
 
-def test_a_renoise_layer_of_a_grid_above_the_range_has_levels_only_by_the_uniform_law(unet):
-    scheduler = HSIVIScheduler(layer_timesteps=[900, 600, 0], kernel="renoise")
-    t = torch.tensor([0, 1])
-    assert TeacherBridge(unet, scheduler, (5, 500)).sample_level(t).max() <= 500
+def test_of_a_grid_above_the_range_only_renoise_layers_have_levels(unet):
+    grid, t = [900, 600, 0], torch.tensor([0, 1])
+    renoise = HSIVIScheduler(layer_timesteps=grid, kernel="renoise")
+    assert TeacherBridge(unet, renoise, (5, 500)).sample_level(t).max() <= 500
     with pytest.raises(ValueError, match="a layer ends at timestep 600, above the random levels up to 500"):
-        TeacherBridge(unet, scheduler, (5, 500), level_law="layer").sample_level(t)
+        TeacherBridge(unet, HSIVIScheduler(layer_timesteps=grid), (5, 500)).sample_level(t)
 
 
-def test_unknown_laws_of_levels_are_refused(unet):
+def test_powers_of_levels_out_of_range_are_refused(unet):
     scheduler = HSIVIScheduler(layer_timesteps=GRID)
-    with pytest.raises(ValueError, match="level_law='cosine' is unknown: choose 'layer' or 'uniform'"):
-        TeacherBridge(unet, scheduler, level_law="cosine")
     for power in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"level_power={power}: give a number > 0"):
             TeacherBridge(unet, scheduler, level_power=power)
@@ -457,12 +440,11 @@ def test_a_layer_of_several_grids_is_that_of_its_grid_alone(unet):
 
 
 @pytest.mark.parametrize("scoring", ["own", "random", "between"])
-@pytest.mark.parametrize("learned", ["config", "scalar", "per_pixel"])
+@pytest.mark.parametrize("learned", ["config", "per_pixel"])
 @pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler()], ids=["SM", "KL"])
 def test_every_layer_of_several_grids_has_a_gradient(unet, scoring, learned, objective):
-    kind = "per_pixel" if learned == "per_pixel" else "config"
-    scheduler = HSIVIScheduler(layer_timesteps=GRIDS, noise_eta=1.0, noise_scale_type=kind)
-    scale = {"config": None, "scalar": LayerNoiseScale(0.8), "per_pixel": HSIVINoiseScale(sample_shape=(1, 8, 8))}
+    scheduler = HSIVIScheduler(layer_timesteps=GRIDS, noise_eta=1.0, noise_scale_type=learned)
+    scale = {"config": None, "per_pixel": HSIVINoiseScale(sample_shape=(1, 8, 8))}
     bridge = TeacherBridge(unet, scheduler, between_share=0.5 if scoring == "between" else 0.0)
     student = UNetLayers(make_unet(), scheduler, scale[learned])
     critic = UNetCritic(make_unet(), scheduler).requires_grad_(False)

@@ -145,7 +145,7 @@ def gaussian(*shape, seed=1):
 
 
 def arguments(pipe):
-    """Two pictures, no guidance, latents where the pipeline shows them."""
+    """Two images, no guidance, latents where the pipeline shows them."""
     if isinstance(pipe, DDPMPipeline | DDIMPipeline):
         return {"batch_size": 2, "output_type": "np"}
     if isinstance(pipe, DiTPipeline):
@@ -270,7 +270,7 @@ def test_the_eta_of_the_pipeline_neither_silences_nor_adds_noise(name):
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "pixart"])
-def test_two_generators_give_two_pictures_of_the_same_latents(name):
+def test_two_generators_give_two_images_of_the_same_latents(name):
     pipe = make_pipe(name, layer_timesteps=GRID)
     options = {"num_inference_steps": 3, "latents": gaussian(2, 4, 8, 8), "eta": 0.0}
     one, again, other = (draw(pipe, generator=seeded(seed), **options) for seed in (5, 5, 6))
@@ -278,7 +278,7 @@ def test_two_generators_give_two_pictures_of_the_same_latents(name):
     assert (one - other).abs().max() > 0.01
 
 
-def test_a_list_of_generators_gives_each_picture_its_own():
+def test_a_list_of_generators_gives_each_image_its_own():
     pipe = make_pipe("sd", layer_timesteps=GRID)
     together = draw(pipe, num_inference_steps=3, generator=[seeded(5), seeded(6)])
     alone = draw(
@@ -320,7 +320,7 @@ def test_a_scheduler_that_lacks_its_per_pixel_scale_is_not_run_without(pipe):
 # ----- DDPM and DDIM -----
 
 
-def test_ddpm_pictures_are_those_of_the_loop_by_hand():
+def test_ddpm_images_are_those_of_the_loop_by_hand():
     pipe, generator = make_pipe("ddpm", layer_timesteps=GRID), seeded()
     x = run_by_hand(pipe, torch.randn(2, 1, 8, 8, generator=generator), generator)
     assert torch.equal(draw(pipe, num_inference_steps=3), (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
@@ -417,7 +417,7 @@ def test_pixart_latents_are_those_of_the_loop_by_hand():
     assert torch.equal(draw(pipe, num_inference_steps=3), x)
 
 
-def test_pixart_returns_the_clean_picture_of_a_single_layer_rather_than_its_output():
+def test_pixart_returns_the_clean_image_of_a_single_layer_rather_than_its_output():
     pipe = make_pipe("pixart", layer_timesteps=[700, 100])
     calls = watch(pipe)
     images = draw(pipe, num_inference_steps=1)
@@ -429,7 +429,7 @@ def test_pixart_returns_the_clean_picture_of_a_single_layer_rather_than_its_outp
     assert not torch.equal(images, layer.prev_sample)
 
 
-def test_dit_pictures_are_those_of_the_loop_by_hand_with_the_global_generator():
+def test_dit_images_are_those_of_the_loop_by_hand_with_the_global_generator():
     pipe = make_pipe("dit", layer_timesteps=GRID)
     torch.manual_seed(7)
     images = draw(pipe, num_inference_steps=3)
@@ -490,17 +490,17 @@ def test_a_callback_sees_every_layer_and_may_replace_the_latents(name):
 
 
 @pytest.mark.parametrize(("strength", "layers"), [(1.0, 3), (0.7, 2), (0.4, 1)])
-def test_img2img_runs_the_last_layers_from_the_noised_picture(strength, layers):
+def test_img2img_runs_the_last_layers_from_the_noised_image(strength, layers):
     pipe, generator = make_pipe("img2img", layer_timesteps=GRID), seeded()
     calls = watch(pipe)
     images = draw(pipe, num_inference_steps=3, strength=strength)
     timesteps = GRID[:-1][-layers:]
     assert timesteps_of(calls) == timesteps
 
-    picture, noise = gaussian(2, 4, 8, 8, seed=3), torch.randn(2, 4, 8, 8, generator=generator)
+    image, noise = gaussian(2, 4, 8, 8, seed=3), torch.randn(2, 4, 8, 8, generator=generator)
     abar = pipe.scheduler.alphas_cumprod[timesteps[0]]
     start = calls[0][1]
-    torch.testing.assert_close(start, abar.sqrt() * picture + (1 - abar).sqrt() * noise)
+    torch.testing.assert_close(start, abar.sqrt() * image + (1 - abar).sqrt() * noise)
     x = run_by_hand(pipe, start, generator, timesteps, encoder_hidden_states=gaussian(2, 3, 8))
     assert torch.equal(images, x)
 

@@ -1,4 +1,4 @@
-"""The save format: what earlier versions saved loads, and draws the same pictures."""
+"""The save format: what earlier versions saved loads, and draws the same images."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ torch.testing.assert_close(torch.from_numpy(pictures), wanted, rtol=1e-4, atol=1
 
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
 @pytest.mark.parametrize("cls", [HSIVIPipeline, DiffusionPipeline])
-def test_a_pipeline_of_an_earlier_version_draws_the_same_pictures(version, cls):
+def test_a_pipeline_of_an_earlier_version_draws_the_same_images(version, cls):
     pipeline = cls.from_pretrained(version / "pipeline")
     wanted = load_file(version / "pictures.safetensors")["pictures"]
     torch.testing.assert_close(draw(pipeline), wanted, rtol=1e-4, atol=1e-4)

@@ -66,7 +66,7 @@ def test_it_calls_the_network_once_for_each_layer(unet):
     assert pipeline.num_timesteps == 3
 
 
-def test_pictures_are_those_of_the_scheduler_by_hand(unet):
+def test_images_are_those_of_the_scheduler_by_hand(unet):
     pipeline = make_pipeline(unet)
     generator = seeded()
     x = torch.randn(3, 1, 8, 8, generator=generator)
@@ -88,7 +88,7 @@ def test_the_per_pixel_noise_scale_is_used(unet):
 @pytest.mark.parametrize(
     ("channels", "dtype", "mode"), [(1, torch.float32, "L"), (3, torch.float32, "RGB"), (3, torch.bfloat16, "RGB")]
 )
-def test_all_output_types_show_the_same_pictures(channels, dtype, mode):
+def test_all_output_types_show_the_same_images(channels, dtype, mode):
     pipeline = make_pipeline(make_unet(in_channels=channels, out_channels=channels).eval()).to(dtype)
     drawn = {name: pipeline(3, seeded(), output_type=name).images for name in ("latent", "pt", "np", "pil")}
     tensor = (drawn["latent"] / 2 + 0.5).clamp(0, 1)
@@ -98,12 +98,12 @@ def test_all_output_types_show_the_same_pictures(channels, dtype, mode):
     array = tensor.float().permute(0, 2, 3, 1).numpy()
     assert drawn["np"].dtype == np.float32
     np.testing.assert_array_equal(drawn["np"], array)
-    assert [(type(picture), picture.mode) for picture in drawn["pil"]] == [(Image.Image, mode)] * 3
-    bytes_of = np.stack([np.array(picture).reshape(8, 8, channels) for picture in drawn["pil"]])
+    assert [(type(image), image.mode) for image in drawn["pil"]] == [(Image.Image, mode)] * 3
+    bytes_of = np.stack([np.array(image).reshape(8, 8, channels) for image in drawn["pil"]])
     np.testing.assert_array_equal(bytes_of, (array * 255).round().astype("uint8"))
 
 
-def test_return_dict_false_gives_a_tuple_of_the_pictures(unet):
+def test_return_dict_false_gives_a_tuple_of_the_images(unet):
     pipeline = make_pipeline(unet)
     result = pipeline(3, seeded(), output_type="pt", return_dict=False)
     assert type(result) is tuple
@@ -111,7 +111,7 @@ def test_return_dict_false_gives_a_tuple_of_the_pictures(unet):
 
 
 @BOTH_NOISE_SCALES
-def test_a_list_of_generators_gives_the_pictures_of_single_draws(unet, noise_scale_type):
+def test_a_list_of_generators_gives_the_images_of_single_draws(unet, noise_scale_type):
     pipeline = make_pipeline(unet, noise_scale_type=noise_scale_type)
     together = pipeline(3, generator=[seeded(5), seeded(6), seeded(7)], output_type="pt").images
     alone = torch.cat([pipeline(1, generator=seeded(seed), output_type="pt").images for seed in (5, 6, 7)])
@@ -179,7 +179,7 @@ def test_bad_calls_are_refused(unet, options, message):
         make_pipeline(unet)(**{"batch_size": 3, **options})
 
 
-def test_the_number_of_pictures_may_be_of_numpy(unet):
+def test_the_number_of_images_may_be_of_numpy(unet):
     pipeline = make_pipeline(unet)
     assert torch.equal(pipeline(np.int64(3), seeded(), output_type="pt").images, draw(pipeline))
 
@@ -337,7 +337,7 @@ def test_latents_given_are_left_as_they_are(unet):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
-def test_class_labels_of_any_integer_type_give_the_same_pictures(dtype):
+def test_class_labels_of_any_integer_type_give_the_same_images(dtype):
     pipeline = make_pipeline(make_unet(num_class_embeds=3).eval())
     images = draw(pipeline, class_labels=torch.tensor([0, 1, 2], dtype=dtype))
     assert torch.equal(images, draw(pipeline, class_labels=[0, 1, 2]))
@@ -356,7 +356,7 @@ def test_class_labels_that_are_no_class_are_refused(label):
 @pytest.mark.parametrize("cls", [HSIVIPipeline, DiffusionPipeline])
 @pytest.mark.parametrize("classes", [None, 3])
 @BOTH_NOISE_SCALES
-def test_a_saved_pipeline_gives_identical_pictures(tmp_path, cls, classes, noise_scale_type):
+def test_a_saved_pipeline_gives_identical_images(tmp_path, cls, classes, noise_scale_type):
     pipeline = make_pipeline(make_unet(num_class_embeds=classes).eval(), noise_scale_type=noise_scale_type)
     pipeline.save_pretrained(tmp_path / "new" / "folder")
     loaded = quiet(cls.from_pretrained(tmp_path / "new" / "folder"))
@@ -416,7 +416,7 @@ def test_a_variant_lies_beside_the_full_weights_and_both_load(unet, tmp_path):
     ("dtype", "noise_eta", "tolerance"),
     [(torch.float16, 0.2, 0.05), (torch.bfloat16, 0.2, 0.1), (torch.float64, 0.0, 1e-4)],
 )
-def test_another_precision_draws_nearly_the_same_pictures(unet, tmp_path, dtype, noise_eta, tolerance):
+def test_another_precision_draws_nearly_the_same_images(unet, tmp_path, dtype, noise_eta, tolerance):
     pipeline = make_pipeline(unet, noise_scale_type="per_pixel", noise_eta=noise_eta)
     pipeline.save_pretrained(tmp_path)
     loaded = quiet(HSIVIPipeline.from_pretrained(tmp_path, **{DTYPE: dtype}))
@@ -474,7 +474,7 @@ def test_from_pipe_takes_the_network_of_a_stock_pipeline_and_gives_it_back(unet)
     [lambda pipeline: HSIVIPipeline(**pipeline.components), HSIVIPipeline.from_pipe, copy.deepcopy],
     ids=["components", "from_pipe", "deepcopy"],
 )
-def test_a_pipeline_made_of_another_gives_identical_pictures(unet, noise_scale_type, make):
+def test_a_pipeline_made_of_another_gives_identical_images(unet, noise_scale_type, make):
     pipeline = make_pipeline(unet, noise_scale_type=noise_scale_type)
     other = quiet(make(pipeline))
     assert (other.unet is unet) == (make is not copy.deepcopy)
@@ -552,7 +552,7 @@ def offload_models(pipeline):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("offload", [offload_layers, offload_groups, offload_models])
-def test_offloading_changes_no_picture(unet, dtype, offload):
+def test_offloading_changes_no_image(unet, dtype, offload):
     pipeline = make_pipeline(unet, noise_scale_type="per_pixel").to(dtype)
     images = draw(pipeline)
     offload(pipeline)

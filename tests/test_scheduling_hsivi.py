@@ -95,7 +95,7 @@ def test_rows_at_different_timesteps_do_not_mix():
         torch.testing.assert_close(stepped[one], step.prev_sample)
 
 
-def test_the_renoise_kernel_is_fresh_noise_on_the_clean_picture():
+def test_the_renoise_kernel_is_fresh_noise_on_the_clean_image():
     scheduler = HSIVIScheduler(layer_timesteps=GRID, kernel="renoise")
     output, sample = output_and_sample()
     clean, _ = scheduler.predict(output, 512, sample)
@@ -210,7 +210,7 @@ def test_the_sample_keeps_its_dtype(dtype):
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-def test_predict_recovers_picture_and_noise(prediction_type):
+def test_predict_recovers_image_and_noise(prediction_type):
     scheduler = HSIVIScheduler(prediction_type=prediction_type)
     clean, noise = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
     timesteps = torch.tensor([10, 200, 500, 900])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import Literal
 
 import torch
 from diffusers import UNet2DModel
@@ -22,7 +21,6 @@ from ..vi.objectives import Weight
 from .denoisers import sample_shape
 from .student import UNetCritic
 
-LevelLaw = Literal["layer", "uniform"]
 SampleData = Callable[[int, Tensor | None, torch.Generator | None], Tensor]
 
 
@@ -33,8 +31,6 @@ class TeacherBridge(Bridge):
         unet: The teacher; it is frozen.
         scheduler: Holds the grid; layer t is fitted to the data at tau_t.
         level_range: Lowest and highest timestep of random levels.
-        level_law: Where the random levels of a layer lie, see `sample_level`: "layer", between its output and its
-            input, or "uniform", in all of the range; by default "layer" for kernel ddim, "uniform" for renoise.
         level_power: p > 0. A random level is low + (high - low) u^p, u uniform on [0, 1): p = 1 is uniform, a larger p
             has more levels of low noise.
         data: Draws clean data, (size, condition, generator) -> shape (size, ...), each row with its condition; None for
@@ -42,7 +38,7 @@ class TeacherBridge(Bridge):
         between_share: Share of the rows scored at a random level that keep to their input, see `place`; 0 to 1.
 
     Raises:
-        ValueError: The range leaves the teacher's clock, the law is unknown, the power is not above 0, the share is out
+        ValueError: The range leaves the teacher's clock, the power is not above 0, the share is out
             of its range, or the grid ends at -1, where the score is infinite.
     """
 
@@ -51,7 +47,6 @@ class TeacherBridge(Bridge):
         unet: UNet2DModel,
         scheduler: HSIVIScheduler,
         level_range: tuple[int, int] = (5, 800),
-        level_law: LevelLaw | None = None,
         level_power: float = 1.0,
         data: SampleData | None = None,
         between_share: float = 0.0,
@@ -59,8 +54,6 @@ class TeacherBridge(Bridge):
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
             raise ValueError(f"level_range={level_range}: give two timesteps in order, from 0 to {len(scheduler) - 1}")
-        if level_law not in (None, "layer", "uniform"):
-            raise ValueError(f"level_law={level_law!r} is unknown: choose 'layer' or 'uniform'")
         if not level_power > 0:
             raise ValueError(f"level_power={level_power}: give a number > 0; 1 is uniform, 2 has more low noise")
         if not 0 <= between_share <= 1:
@@ -68,7 +61,6 @@ class TeacherBridge(Bridge):
         self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
         self.scheduler = scheduler
         self.level_range = level_range
-        self.level_law = level_law or usual_law(scheduler.config.kernel)
         self.level_power = level_power
         self.data = data
         self.between_share = between_share
@@ -113,10 +105,9 @@ class TeacherBridge(Bridge):
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws levels low + (high - low) u^p, p the `level_power`: uniformly by default.
 
-        With `level_law` "layer" a layer t is scored from tau_t up to, not including, tau_{t+1}; the first one,
-        t = T-1, up to the end of `level_range`. So no two layers of a grid share a level, and the critic, which is told
-        the level alone, learns the marginal of each layer and not of their mixture. With "uniform" a renoise layer has
-        all of `level_range`, a ddim layer, which can only be diffused upwards, what of it is at or above tau_t. Layers
+        A layer t of kernel ddim is scored from tau_t up to, not including, tau_{t+1}; the first one, t = T-1, up to the
+        end of `level_range`. So no two layers of a grid share a level, and the critic, which is told the level alone,
+        learns the marginal of each layer and not of their mixture. A renoise layer has all of `level_range`. Layers
         then share levels, as those of several grids do: the critic must then be told the layer, see `label_layers`.
 
         Raises:
@@ -137,8 +128,7 @@ class TeacherBridge(Bridge):
         """Lowest and highest random level of each layer, both of shape (T,)."""
         low, high = self.level_range
         t = torch.arange(self.num_layers)
-        own = self.level_law == "layer"
-        if not own and self.scheduler.config.kernel != "ddim":
+        if self.scheduler.config.kernel != "ddim":
             return torch.full_like(t, low), torch.full_like(t, high)
         outputs, inputs = self.scheduler.output_timestep(t), self.scheduler.input_timestep(t)
         if outputs.max() > high:
@@ -146,9 +136,9 @@ class TeacherBridge(Bridge):
                 f"a layer ends at timestep {outputs.max()}, above the random levels up to {high}: start the grid "
                 "lower, or raise the upper end of level_range"
             )
-        if own and low >= inputs.min():
+        if low >= inputs.min():
             raise ValueError(f"the random levels start at {low}, above the levels of the last layer: lower them")
-        highest = inputs - 1 if own else torch.full_like(t, high)
+        highest = inputs - 1
         highest[self._first_layers] = high
         return outputs.clamp_min(low), highest
 
@@ -231,8 +221,3 @@ def signal_timestep(schedule: HSIVIScheduler, shape: tuple[int, ...], signal: fl
     alpha, sigma = schedule.alpha_sigma(torch.arange(len(schedule)), torch.zeros(1))
     above = math.sqrt(math.prod(shape)) * alpha / sigma > signal
     return min(int(above.sum()), int((alpha > 0).sum()) - 1)
-
-
-def usual_law(kernel: str) -> LevelLaw:
-    """The level law of a kernel where none is asked for."""
-    return "layer" if kernel == "ddim" else "uniform"

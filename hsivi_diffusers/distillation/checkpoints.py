@@ -45,6 +45,21 @@ def check_output(run: Output) -> None:
         )
 
 
+def check_teacher(run: Output, teacher: str | None, written: Sequence[str]) -> None:
+    """Refuses a teacher that lies where the run writes to, and so would be removed.
+
+    Args:
+        run: Names the output folder.
+        teacher: Folder or repo id, or None for a pipeline that is loaded.
+        written: Files and folders of a run, in its output folder, `checkpoints` apart.
+    """
+    if teacher is None:
+        return
+    place, output = Path(teacher).resolve(), Path(str(run.output_dir)).resolve()
+    if place.exists() and {output / name for name in ("checkpoints", *written)} & {place, *place.parents}:
+        raise ValueError(f"--output_dir {run.output_dir} holds the teacher, which would be lost: name another folder")
+
+
 @contextmanager
 def claimed(run: Output) -> Iterator[Path]:
     """Makes the output folder or refuses, and keeps other processes out of it for as long as it lasts.
@@ -97,7 +112,7 @@ def start_run(run: Output, settings: Mapping[str, Any], leftovers: Sequence[str]
                 remove_folder(old)
             else:
                 old.unlink(missing_ok=True)
-    for place, changed in () if checkpoint is None else _changes(output_dir, checkpoint, settings):
+    for place, changed in _changes(output_dir, checkpoint, settings):
         if changed:
             raise ValueError(
                 f"{place} holds a run with other options ({changed}): name another --output_dir{remedy}, or {ANEW}"
@@ -110,8 +125,10 @@ def start_run(run: Output, settings: Mapping[str, Any], leftovers: Sequence[str]
     write_json(output_dir / "options.json", dict(settings))
 
 
-def _changes(output_dir: Path, checkpoint: str, settings: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+def _changes(output_dir: Path, checkpoint: str | None, settings: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
     """Which options are others in the runs to go on with: by options.json, by the seal if it is missing."""
+    if checkpoint is None:
+        return
     record = output_dir / "options.json"
     if record.is_file():
         yield output_dir, differences(json.loads(record.read_text(encoding="utf-8")), settings)

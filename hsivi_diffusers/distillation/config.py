@@ -191,6 +191,11 @@ class HSIVIConfig:
         counts = self.num_inference_steps
         return counts if isinstance(counts, list) else [counts]
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether the pairs have a weight in the loss after the fit to them, too."""
+        return bool(self.num_pairs and self.pair_weight)
+
     def settings(self) -> dict[str, Any]:
         """What decides which student is trained: all but folders, hardware and reporting, flat, as JSON types."""
         apart = {"output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "trials"}

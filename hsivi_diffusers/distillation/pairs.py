@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DModel, UniPCMultistepScheduler
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
+from tqdm.auto import tqdm
 
 from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.distributions import randn_like
@@ -37,6 +38,7 @@ class TeacherPairs:
         condition: Class label of each pair, shape (N,), or None.
         num_calls: Network calls for a pair.
         batch_size: Pairs that the network is called with at once.
+        show: Show a progress bar.
 
     Attributes:
         noise: Shape (N, C, H, W).
@@ -52,6 +54,7 @@ class TeacherPairs:
         condition: Tensor | None = None,
         num_calls: int = 8,
         batch_size: int = 64,
+        show: bool = False,
     ) -> None:
         self._device, self.scheduler = unet.device, scheduler
         self.noise, self.condition = noise.cpu(), None if condition is None else condition.cpu()
@@ -60,10 +63,8 @@ class TeacherPairs:
         # The betas themselves, for the solver knows fewer names of schedules.
         schedule = {name: scheduler.config[name] for name in SCHEDULE} | {"trained_betas": scheduler.betas.tolist()}
         solver = UniPCMultistepScheduler(**schedule | {"beta_schedule": "linear"}, timestep_spacing="leading")
-        ends = [
-            run_solver(unet, solver, x.to(unet.device), num_calls, labels).cpu()
-            for x, labels in zip(noises, classes, strict=True)
-        ]
+        batches = tqdm(list(zip(noises, classes, strict=True)), "pairs", leave=False, disable=not show)
+        ends = [run_solver(unet, solver, x.to(unet.device), num_calls, labels).cpu() for x, labels in batches]
         self.end = torch.cat(ends).clamp_(-1, 1)
         if lost := int((~self.end.isfinite()).flatten(1).any(1).sum()):
             raise ValueError(

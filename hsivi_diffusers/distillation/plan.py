@@ -33,6 +33,7 @@ from .config import HSIVIConfig
 from .denoisers import sample_shape
 from .networks import HALF, make_networks
 from .state import TrainingState
+from .updates import run_updates
 
 MIB = 2**20
 CALIBRATION_FLOPS = 2e11  # about what the calls may cost that the speed is taken from
@@ -167,7 +168,7 @@ def _stand_in(shape: tuple[int, int, int], size: int, condition: Tensor | None, 
 def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig) -> Cost:
     """Runs the loop on fake tensors: two steps with one critic update, and one with two; the rest is as many more."""
     libraries = psutil.Process().memory_info().rss
-    updates, pairs = config.critic_updates, config.num_pairs
+    wanted, pairs = config.critic_updates, config.num_pairs
     # Of the first updates in which the critic learns alone, the student's optimizer would have no moments yet.
     config = replace(config, critic_updates=1, num_pairs=0, critic_first=0, max_train_steps=3)
     counts: list[dict[str, float]] = []
@@ -175,10 +176,10 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
         meter = Meter()
         state = make_fake_state(shape, schedule, config, meter)
         with meter:
-            for step, critic_updates in enumerate([1, 1, min(updates, 2)]):
+            for step, critic_updates in enumerate([1, 1, min(wanted, 2)]):
                 config.critic_updates = critic_updates
                 with _counting(state) as count:
-                    next(state.updates(step))
+                    next(run_updates(state, step))
                 gc.collect()
                 counts.append(count)
             peak = meter.peak
@@ -187,7 +188,7 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
                 classes = no_level if state.bridge.network.unet.config.num_class_embeds else None
                 state.bridge.score(torch.randn(1, *state.bridge.shape), no_level, classes)
         _, one, two = counts
-    total = {name: one[name] + (updates - 1) * (two[name] - one[name]) for name in one}
+    total = {name: one[name] + (wanted - 1) * (two[name] - one[name]) for name in one}
     rows = config.train_batch_size * config.gradient_accumulation_steps
     static = _static(state)
     return Cost(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ class Progress:
     def __init__(self, state: TrainingState, accelerator: Accelerator, output_dir: Path | None) -> None:
         self.state, self.config, self.accelerator = state, state.config, accelerator
         self.folder = None if output_dir is None else output_dir / "samples"
+        self.running: dict[str, float] = {}
         self._teacher_row: Tensor | None = None
 
     def watch(
@@ -50,26 +52,30 @@ class Progress:
             metrics: Called with each step; its numbers are shown beside the losses.
         """
         total, every = self.config.max_train_steps, self._grid_steps()
-        running: dict[str, float] = {}
-        self._restart_clock(start)
         if every and start < total:
             self.draw(start)
+        first = list(islice(steps, 1))  # the fit to pairs, which comes before it, has a bar of its own
+        self._restart_clock(start)
         with tqdm(total=total, initial=start, desc="distil", disable=not self.accelerator.is_main_process) as bar:
-            for step in steps:
+            for step in chain(first, steps):
+                self._show(bar, step, metrics(step))
                 done = step.step + 1
-                losses = {"student": step.layers.loss.mean().item(), "critic": step.critic.loss.mean().item()}
-                running = {name: 0.95 * running.get(name, loss) + 0.05 * loss for name, loss in losses.items()}
-                measured = metrics(step)
-                bar.update()
-                if done % EVERY == 0 or done == total or measured:
-                    numbers = {**self._numbers(step), "images_per_second": self._images_per_second(done), **measured}
-                    self.accelerator.log(numbers, step=done)
-                    shown = {**running, "img/s": numbers["images_per_second"], **measured}
-                    bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
                 if every and (done % every == 0 or done == total):
                     self.draw(done)
                     self._restart_clock(done)
                 yield step
+
+    def _show(self, bar: tqdm, step: Step, measured: dict[str, float]) -> None:
+        """Moves the bar, and tells the trackers every now and then."""
+        done = step.step + 1
+        losses = {"student": step.layers.loss.mean().item(), "critic": step.critic.loss.mean().item()}
+        self.running = {name: 0.95 * self.running.get(name, loss) + 0.05 * loss for name, loss in losses.items()}
+        bar.update()
+        if done % EVERY == 0 or done == self.config.max_train_steps or measured:
+            numbers = {**self._numbers(step), "images_per_second": self._images_per_second(done), **measured}
+            self.accelerator.log(numbers, step=done)
+            shown = {**self.running, "img/s": numbers["images_per_second"], **measured}
+            bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
     def _grid_steps(self) -> int:
         """Updates between two sample grids; 0 for none."""

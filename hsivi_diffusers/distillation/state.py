@@ -1,10 +1,9 @@
-"""The state of a run: networks, optimizers, averages and chains, prepared for the hardware, and their updates."""
+"""The state of a run: networks, optimizers, averages and chains, prepared for the hardware."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -16,65 +15,20 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..folders import remove_folder, replace_folder
 from ..pipeline_hsivi import HSIVIPipeline
-from ..vi import (
-    Adversarial,
-    Chain,
-    CriticObjective,
-    DivergenceError,
-    Guided,
-    GuidedChain,
-    KullbackLeibler,
-    Objective,
-    PairChain,
-    Regression,
-    ScoreMatching,
-    Stage,
-    Step,
-    fit,
-    joint,
-    make_chain,
-    step_generator,
-)
+from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
 from .bridge import TeacherBridge, signal_timestep
 from .config import HSIVIConfig
 from .denoisers import sample_shape
 from .networks import Networks, tells_layer
-from .pairs import TeacherPairs, coarse_loss
+from .pairs import TeacherPairs
 from .student import UNetCritic, UNetDiscriminator, UNetLayers
 
-MAX_OVERFLOWS = 50
 NOISE_SCALE_LEARNING_RATE = 1e-2
 BETWEEN_SHARE = 0.5  # of the rows that are scored between the ends of their layer, with scoring="between"
-COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs, see Guided
 LEVEL_SIGNAL = 0.312  # see signal_timestep; at timestep 800 of 8x8 grey pixels, 956 of 32x32
-
-
-def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjective:
-    """Returns the objective with its weights in score units: sigma^2 times those in noise units."""
-    weight = bridge.weight({"unit": 2.0, "sigma2": 4.0}[config.loss_weight])
-    weights: dict[str, Any] = {
-        "layer_weight": weight,
-        "critic_weight": weight,
-        "teacher_share": config.trials.teacher_share,
-    }
-    kl = config.objective == "KL"
-    objective: CriticObjective = KullbackLeibler(**weights) if kl else ScoreMatching(**weights)
-    if config.trials.adversarial_weight:
-        objective = Adversarial(objective, config.trials.adversarial_weight)
-    return Guided(objective, config.pair_weight, coarse_loss(COARSE_WEIGHT)) if guides(config) else objective
-
-
-def guides(config: HSIVIConfig) -> bool:
-    """Whether the pairs have a weight in the loss after the fit to them, too."""
-    return bool(config.num_pairs and config.pair_weight)
-
-
-class PreemptionError(Exception):
-    """The machine is to be taken away before the first update, when there is nothing to save."""
 
 
 class TrainingState:
@@ -155,11 +109,12 @@ class TrainingState:
             self._sample_condition if self.student.unet.config.num_class_embeds else None,
             self.bridge.sample_input,
         )
-        return GuidedChain(chain, partial(self._sample_pairs, place)) if guides(self.config) else chain
+        return GuidedChain(chain, partial(self.sample_pairs, place)) if self.config.is_guided else chain
 
-    def _sample_pairs(
+    def sample_pairs(
         self, place: int, t: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Draws pairs for layers t from those of a micro-batch, see `TeacherPairs.sample`."""
         return self.pairs(place).sample(t, generator)
 
     def _sample_condition(self, size: int, generator: torch.Generator | None) -> Tensor:
@@ -169,7 +124,6 @@ class TrainingState:
     def _make_pairs(self, place: int) -> TeacherPairs:
         """The share of the pairs of one micro-batch."""
         config, number = self.config, self.pairs_per_micro_batch
-        self.accelerator.print(f"making {number} pairs of {config.pair_calls} calls of the teacher")
         generator = step_generator(config.seed, self.first_micro_batch + place, -1)
         condition = self._sample_condition(number, generator) if self.student.unet.config.num_class_embeds else None
         return TeacherPairs(
@@ -179,6 +133,7 @@ class TrainingState:
             condition,
             config.pair_calls,
             config.train_batch_size,
+            show=self.accelerator.is_main_process,
         )
 
     @property
@@ -222,103 +177,6 @@ class TrainingState:
         yield rows
         for handle in handles:
             handle.remove()
-
-    def updates(self, start_step: int) -> Iterator[Step]:
-        """Trains from a step on; learning rates and the average of the weights have moved when a step is yielded.
-
-        Raises:
-            DivergenceError: A loss is not finite, or under fp16 the gradients overflowed 50 times in a row.
-            PreemptionError: SIGTERM came before the first update.
-        """
-        config = self.config
-        if config.num_pairs and start_step == 0:
-            self._regress()
-        objective = make_objective(config, self.bridge)
-        steps = self._fit(
-            objective,
-            self.chains,
-            joint(self.student.num_layers, config.max_train_steps, critic_first=config.critic_first),
-            critic=self.critic,
-            critic_optimizer=self.critic_optimizer,
-            critic_updates=config.critic_updates,
-            scoring="own" if config.scoring == "own" else "random",
-            start_step=start_step,
-        )
-        optimizers, overflows = (self.layer_optimizer, self.critic_optimizer), 0
-        self._relax(objective)
-        for step in steps:
-            skipped = [optimizer.step_was_skipped for optimizer in optimizers]  # by the loss scaling of fp16
-            overflows = overflows + 1 if any(skipped) else 0
-            if overflows == MAX_OVERFLOWS:
-                raise DivergenceError("the gradient", step.step, sorted(set(step.layers.t.tolist())))
-            still = step.step < config.critic_first
-            for lr_scheduler, skip in zip(self.lr_schedulers, (skipped[0] or still, skipped[1]), strict=True):
-                if not skip:
-                    lr_scheduler.step()
-            self.ema.step(self.student.parameters())
-            self._relax(objective)
-            yield step
-
-    def _relax(self, objective: Objective) -> None:
-        """Lets the weight of the pairs fall as the layers' rate does, so that the solver's faults do not stay."""
-        if isinstance(objective, Guided):
-            (rate, *_), first = self.lr_schedulers[0].get_last_lr(), self.config.learning_rate
-            objective.weight = self.config.pair_weight * rate / first
-
-    def _fit(
-        self,
-        objective: Objective,
-        chains: list[Chain],
-        curriculum: list[Stage],
-        critic: nn.Module | None = None,
-        **settings: Any,
-    ) -> Iterator[Step]:
-        """`vi.fit` of the layers, with the settings that are the same whatever they are fitted by."""
-        accelerator, config = self.accelerator, self.config
-        limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
-
-        def clip_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
-            return accelerator.clip_grad_norm_(list(parameters), limit)
-
-        return fit(
-            self.layers,
-            critic,
-            self.bridge,
-            objective,
-            chains,
-            curriculum,
-            layer_optimizer=self.layer_optimizer,
-            seed=config.seed,
-            rank=accelerator.process_index,
-            backward=accelerator.backward,
-            no_sync=accelerator.no_sync,
-            clip_grad_norm=clip_grad_norm,
-            **settings,
-        )
-
-    def _regress(self) -> None:
-        """Fits the layers to the pairs, by their optimizer at a rate that falls to 0; then it starts anew."""
-        config, group = self.config, self.layer_optimizer.param_groups[0]
-        rows, depths = self.config.train_batch_size, self.student.scheduler.depths
-        chains: list[Chain] = [
-            PairChain(partial(self._sample_pairs, place), depths, rows) for place in range(len(self.chains))
-        ]
-        rate, steps = group["lr"], self._fit(Regression(), chains, joint(sum(depths), config.pair_steps))
-        for step in tqdm(range(config.pair_steps), "regress", disable=not self.accelerator.is_main_process):
-            group["lr"] = config.pair_learning_rate * (1 + math.cos(math.pi * step / config.pair_steps)) / 2
-            try:
-                next(steps)
-            except DivergenceError as error:
-                subject = f"the loss of the fit to pairs, of pair_learning_rate={config.pair_learning_rate},"
-                raise DivergenceError(subject, error.step, error.layers) from error
-            if self.accelerator.check_trigger():
-                raise PreemptionError
-        if not guides(config):
-            self.pairs.cache_clear()
-        group["lr"] = rate
-        self.layer_optimizer.state.clear()
-        for average, parameter in zip(self.ema.shadow_params, self.student.parameters(), strict=True):
-            average.copy_(parameter.detach())
 
     def make_pipeline(self) -> HSIVIPipeline:
         """The averaged layers as a pipeline of their own, on the device of the run."""

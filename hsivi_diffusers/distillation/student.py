@@ -19,30 +19,6 @@ from ..vi.layers import ConditionalLayers, hierarchy_ends
 from .denoisers import call_unet
 
 
-class LayerNoiseScale(nn.Module):
-    """A learned noise scale of the layers, exp(log_scale): one number, or one for each layer.
-
-    Its values belong into `noise_scale` of the scheduler's config.
-
-    Args:
-        noise_scale: What to start from, > 0: a number for all layers, or a list of T, counted from the data side.
-    """
-
-    def __init__(self, noise_scale: float | list[float] = 1.0) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.as_tensor(noise_scale, dtype=torch.float32).log())
-
-    def forward(self, t: Tensor) -> Tensor:
-        """Returns the scale of each row's layer, shape (B, 1, 1, 1), for layers t of shape (B,)."""
-        log_scale = self.log_scale[t] if self.log_scale.ndim else self.log_scale.expand(t.shape)
-        return log_scale.exp()[:, None, None, None]
-
-    def tolist(self) -> float | list[float]:
-        """Plain numbers, for the scheduler's config."""
-        scale: float | list[float] = self.log_scale.detach().double().exp().tolist()
-        return scale
-
-
 class _ScoreUNet(nn.Module):
     """What critic and discriminator share: the UNet, and its score."""
 
@@ -139,25 +115,24 @@ class UNetLayers(ConditionalLayers):
     Args:
         unet: Starts as a copy of the teacher's.
         scheduler: Holds the grid, or the grids of several hierarchies, see `HSIVIScheduler.depths`.
-        noise_scale: The learned scale, per pixel or per layer, or None for that of the scheduler's config.
-        clip_pictures: Clip the mean of the last layer to [-1, 1], as pipelines do with what is drawn, and let its
+        noise_scale: The learned scale per pixel, or None for that of the scheduler's config.
+        clip_images: Clip the mean of the last layer to [-1, 1], as pipelines do with what is drawn, and let its
             gradient pass as if it were not clipped (straight through). What lies beyond white or black then counts as
-            white or black in training, too, where it would be taken for a fault, and a layer may hide there the grain
-            that a prediction of noise leaves.
+            white or black in training too, and a layer may hide there the grain that a prediction of noise leaves.
     """
 
     def __init__(
         self,
         unet: UNet2DModel,
         scheduler: HSIVIScheduler,
-        noise_scale: HSIVINoiseScale | LayerNoiseScale | None = None,
-        clip_pictures: bool = False,
+        noise_scale: HSIVINoiseScale | None = None,
+        clip_images: bool = False,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.scheduler = scheduler
         self.noise_scale = noise_scale
-        self.clip_pictures = clip_pictures
+        self.clip_images = clip_images
         self.num_layers = sum(scheduler.depths)
 
     @property
@@ -171,20 +146,15 @@ class UNetLayers(ConditionalLayers):
         model_output = call_unet(self.unet, x_next, timestep, condition)
         several = len(self.scheduler.depths) > 1  # grids, which may share an input and not the output
         prev_timestep = self.scheduler.output_timestep(t) if several else None
-        mean, std = self.scheduler.transition(model_output, timestep, x_next, self._noise_scale(t), prev_timestep)
-        return DiagonalGaussian(mean=self._clip(mean, t) if self.clip_pictures else mean, std=std)
+        scale = None if self.noise_scale is None else self.noise_scale()
+        mean, std = self.scheduler.transition(model_output, timestep, x_next, scale, prev_timestep)
+        return DiagonalGaussian(mean=self._clip(mean, t) if self.clip_images else mean, std=std)
 
     def _clip(self, mean: Tensor, t: Tensor) -> Tensor:
         """The mean, that of a last layer clipped in value and not in gradient."""
         _, last = hierarchy_ends(self.depths)
         is_last = torch.isin(t, last.to(t.device)).reshape(-1, *[1] * (mean.ndim - 1))
         return torch.where(is_last, mean + (mean.clamp(-1, 1) - mean).detach(), mean)
-
-    def _noise_scale(self, t: Tensor) -> Tensor | None:
-        if self.noise_scale is None:
-            return None
-        scale: Tensor = self.noise_scale(t) if isinstance(self.noise_scale, LayerNoiseScale) else self.noise_scale()
-        return scale
 
 
 def label_layers(unet: UNet2DModel, num_layers: int) -> UNet2DModel:
@@ -200,13 +170,13 @@ def label_layers(unet: UNet2DModel, num_layers: int) -> UNet2DModel:
     kind, classes = unet.config.class_embed_type, unet.config.num_class_embeds
     if kind is not None:
         raise ValueError(
-            f"class_embed_type={kind!r} of the unet leaves no place to tell a critic the layer: train where it need "
-            "not be told, with one --num_layers, and --level_law layer or --scoring own"
+            f"class_embed_type={kind!r} of the unet leaves no place to tell a critic the layer: train one number of "
+            "steps, with kernel='ddim' or scoring='own', where it need not be told"
         )
     labelled: UNet2DModel = UNet2DModel.from_config(unet.config, num_class_embeds=num_layers * (classes or 1))
     state, name = dict(unet.state_dict()), "class_embedding.weight"
     old = state[name] if classes else torch.zeros_like(labelled.class_embedding.weight[:1])
     labelled.load_state_dict({**state, name: old.detach().repeat_interleave(num_layers, 0)})
-    if (unet.device, unet.dtype) != (labelled.device, labelled.dtype):  # fake tensors, of --plan, cannot be moved
+    if (unet.device, unet.dtype) != (labelled.device, labelled.dtype):  # fake tensors, of a plan, cannot be moved
         labelled = labelled.to(unet.device, unet.dtype)
     return labelled.train(unet.training)

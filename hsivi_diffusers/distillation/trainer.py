@@ -23,12 +23,13 @@ from ..folders import write_json
 from ..hub import push
 from ..pipeline_hsivi import HSIVIPipeline
 from ..vi import DivergenceError, Step
-from .checkpoints import Checkpoints, Output, check_output, claimed, start_run
+from .checkpoints import Checkpoints, Output, check_output, check_teacher, claimed, start_run
 from .config import HSIVIConfig
 from .denoisers import load_teacher
 from .networks import check_init_from, load_networks
 from .progress import Progress
-from .state import PreemptionError, TrainingState, guides
+from .state import TrainingState
+from .updates import PreemptionError, run_updates
 
 WRITTEN = ("training.json", "pipeline", "critic", "samples", "report.json", "report.md", "samples.png", "curve.png")
 Callback = Callable[["HSIVITrainer", Step], dict[str, float] | None]
@@ -121,6 +122,7 @@ class HSIVITrainer:
             self.config.checkpoints_total_limit,
         )
         check_output(run)
+        check_teacher(run, self.teacher["pretrained_teacher_model"], WRITTEN)
         with self._claim(run) if main else nullcontext():
             self.accelerator.wait_for_everyone()
             if self.config.report_to:
@@ -152,7 +154,7 @@ class HSIVITrainer:
         """Runs the updates from `start` on, before which `spent` seconds went by; returns the seconds of all."""
         total, clock = self.config.max_train_steps, time.perf_counter()
         try:
-            for step in self.progress.watch(self.state.updates(start), start, self._call_back):
+            for step in self.progress.watch(run_updates(self.state, start), start, self._call_back):
                 done, seconds = step.step + 1, spent + time.perf_counter() - clock
                 stop = self.accelerator.check_trigger()
                 if done % self.config.checkpointing_steps == 0 or done == total or stop:
@@ -198,7 +200,7 @@ class HSIVITrainer:
         total, record = self.config.max_train_steps, Path(str(self.output_dir)) / "training.json"
         made, fitted = self.state.pair_calls
         if start < total:
-            again = made if guides(self.config) else 0
+            again = made if self.config.is_guided else 0
             updates = counted - (again if start else made + fitted)
             return round(updates * total / (total - start)) + made + fitted
         calls: int | None = json.loads(record.read_text()).get("network_calls") if record.exists() else None

@@ -1,4 +1,4 @@
-"""A small image classifier, whose features the Frechet distance is measured in."""
+"""A small image classifier whose features images are compared in."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from torch import nn
 
 
 class ImageClassifier(ModelMixin, ConfigMixin):
-    """Three convolutions or more, averaged over the picture, and a linear head.
+    """Three convolutions or more, averaged over the image, and a linear head.
 
-    Its features are those averages, the layer before the logits, as the features of the usual FID are those of
-    Inception.
+    Its features are those averages, the layer before the logits.
 
     Args:
-        channels: Of the pictures.
+        channels: Of the images.
         num_classes: Of the labels.
         num_features: Width of the last convolution.
         num_halvings: Convolutions before these, each of which halves height and width.
@@ -43,7 +42,7 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         self.head = nn.Linear(num_features, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns features, shape (B, num_features), of pictures in [0, 1], shape (B, channels, H, W)."""
+        """Returns features, shape (B, num_features), of images in [0, 1], shape (B, channels, H, W)."""
         features: torch.Tensor = self.features(images)
         return features
 

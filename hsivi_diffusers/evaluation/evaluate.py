@@ -1,14 +1,14 @@
-"""Measures a distilled sampler against the solvers on the same teacher, and writes the report.
+"""Measures a distilled sampler against the solvers (baselines) on the same teacher, and writes the report.
 
-    python -m hsivi_diffusers.evaluation.evaluate \
-        --config training/configs/digits_evaluation.yaml --run_dir runs/digits_t5
+    hsivi evaluate --run_dir runs/my_run
 
-Writes RUN_DIR/report.json, report.md, samples.png and curve.png. Every method starts from the same noise.
+Writes RUN_DIR/report.json, report.md, samples.png and curve.png. The reference is what images are compared to: by
+default images of the teacher's own sampler with many steps, to which a student is fitted without data; with --real_data
+real images. Every method starts from the same noise, with the same balanced class labels; the reference does not.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,83 +18,163 @@ import torch
 from diffusers import UNet2DModel
 from tqdm import tqdm
 
-from ..distillation.denoisers import load_teacher
-from ..folders import write_text
+from ..distillation.denoisers import load_teacher, sample_shape
 from ..options import option, parse_options
 from ..pipeline_hsivi import HSIVIPipeline
-from .classifier import ImageClassifier
-from .figures import draw_curve, draw_samples
+from .features import check_packages, load_network
 from .images import load_images
-from .metrics import Distances
-from .pages import measured_on
-from .solvers import Sampler, make_solver, make_student, sample
+from .metrics import FEWEST, PACKAGES, Measures, split_halves
+from .report import METRICS, OURS, Report, load_run
+from .solvers import Sampler, make_solver, make_student, sample, shorten
+
+BASELINES = ("DDIM", "DPM-Solver++", "UniPC")
+REFERENCE = "DPM-Solver++"  # by the trailing grid, which starts at the end of the clock
 
 
 @dataclass
 class Evaluation:
-    _argument_group_name = "evaluation"
-    run_dir: str | None = option(None, "folder of a run of train_hsivi.py; the report goes there")
+    _group = "evaluation"
+    run_dir: str | None = option(None, "folder of a finished distillation; the report goes there")
     teacher: str | None = option(None, "folder or repo id of the teacher; that of the run by default")
-    real_data: str = option("digits", "`digits`, a folder of pictures, or a dataset's name")
-    feature_extractor: str = option("assets/digits_classifier", "folder of an ImageClassifier")
-    feature_name: str = option("digits classifier features", "its name in the tables")
-    num_samples: int = option(2000, "pictures of each method")
+    real_data: str | None = option(
+        None,
+        "real images as the reference: a folder (also with one subfolder per class), `digits`, or a dataset on the "
+        "Hub; by default images of the teacher",
+    )
+    reference_samples: int = option(2000, "images of the teacher in the reference")
+    reference_steps: int = option(50, "steps of DPM-Solver++ for each of them")
+    feature_extractor: str | None = option(None, "folder of an ImageClassifier; EfficientNet-Lite0 by default")
+    feature_name: str | None = option(None, "its name in the tables")
+    num_samples: int = option(1000, "images of each method")
     eval_seed: int = option(0, "seed of the noise")
-    batch_size: int = option(500, "pictures at once")
-    solver_steps: list[int] = option([5, 10], "network calls of DDIM, DPM-Solver++ and UniPC")
-    ddpm_steps: int = option(100, "network calls of DDPM, the teacher's row; 0 leaves it out")
-    ddim_steps: int = option(50, "network calls of DDIM with eta 1; 0 leaves it out")
-    columns: int = option(16, "pictures in a row of samples.png")
+    batch_size: int = option(100, "images at once")
+    solver_steps: list[int] = option(
+        [], "steps of DDIM, DPM-Solver++ and UniPC; by default those of the student, and twice the most of them"
+    )
+    ddpm_steps: int = option(100, "steps of DDPM; 0 leaves it out")
+    ddim_steps: int = option(50, "steps of DDIM with eta 1; 0 leaves it out")
+    columns: int = option(16, "images in a row of samples.png")
+    device: str | None = option(None, "cuda or cpu; a GPU if there is one")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the report before it is measured."""
+    """One line of the report before it is measured.
+
+    Args:
+        method: Its name.
+        nfe: Network calls of an image.
+        sampler: Draws images.
+        grid: Spacing and timesteps.
+    """
 
     method: str
     nfe: int
     sampler: Sampler
+    grid: str
 
 
-def entries(options: Evaluation, student: HSIVIPipeline, unet: UNet2DModel, config: Any) -> Iterator[Entry]:
-    for nfe in student.scheduler.depths:
-        yield Entry("HSIVI", nfe, make_student(student, nfe))
-    for nfe in options.solver_steps:
-        for method in ("DDIM", "DPM-Solver++", "UniPC"):
-            yield Entry(method, nfe, make_solver(method, nfe, unet, config))
-    if options.ddim_steps:
-        yield Entry("DDIM, eta 1", options.ddim_steps, make_solver("DDIM eta 1", options.ddim_steps, unet, config))
-    if options.ddpm_steps:
-        yield Entry("DDPM", options.ddpm_steps, make_solver("DDPM", options.ddpm_steps, unet, config))
+@dataclass(frozen=True)
+class Reference:
+    """What images are compared to: images in [0, 1], shape (N, C, H, W), labels of shape (N,) if known, and a name."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    name: str
+
+
+def make_entries(options: Evaluation, student: HSIVIPipeline, unet: UNet2DModel, config: Any) -> Iterator[Entry]:
+    """The student at each of its step counts, then the baselines."""
+    counts = student.scheduler.depths
+    for nfe in counts:
+        student.scheduler.set_timesteps(nfe)
+        grid = f"trained: {shorten(student.scheduler.timesteps.tolist())}"
+        yield Entry(OURS, nfe, make_student(student, nfe), grid)
+    baselines = [(name, name, nfe) for nfe in options.solver_steps or [*counts, 2 * max(counts)] for name in BASELINES]
+    baselines += [("DDIM, eta 1", "DDIM eta 1", options.ddim_steps), ("DDPM", "DDPM", options.ddpm_steps)]
+    for name, method, nfe in baselines:
+        if nfe:
+            solver = make_solver(method, nfe, unet, config)
+            yield Entry(name, nfe, solver, solver.grid)
+
+
+def load_reference(options: Evaluation, unet: UNet2DModel, config: Any) -> Reference:
+    """Loads the real images, or samples the teacher, from other noise than the methods start from.
+
+    Raises:
+        ValueError: The real images cannot be loaded for this teacher.
+    """
+    channels, height, width = sample_shape(unet)
+    if options.real_data is not None:
+        if height != width or channels not in (1, 3):
+            raise ValueError(
+                f"--real_data {options.real_data}: the teacher's images are {channels} x {height} x {width}, and only "
+                "square images of 1 or 3 channels are loaded: leave --real_data out to compare with the teacher"
+            )
+        images, labels = load_images(options.real_data, height, channels)
+        path = Path(options.real_data)
+        return Reference(images.float() / 255, labels, path.resolve().name if path.exists() else options.real_data)
+    solver = make_solver(REFERENCE, options.reference_steps, unet, config, timestep_spacing="trailing")
+    classes, size = unet.config.num_class_embeds, options.reference_samples
+    batches = []
+    with tqdm(total=size, desc="reference", unit="image") as progress:
+        for batch in sample(solver, size, options.batch_size, options.eval_seed + 1, classes):
+            batches.append(batch)
+            progress.update(len(batch))
+    labels = torch.arange(size) % classes if classes else None
+    return Reference(torch.cat(batches), labels, f"teacher, {REFERENCE} at {options.reference_steps} steps")
 
 
 def measure(
-    options: Evaluation, lines: list[Entry], distances: Distances, training: dict[str, Any]
-) -> tuple[list[dict[str, Any]], dict[tuple[str, int], torch.Tensor]]:
-    """Samples and measures every entry; returns the rows, and some pictures of each."""
-    rows, pictures = [], {}
-    total = options.num_samples * sum(line.nfe for line in lines)
+    options: Evaluation, entries: list[Entry], measures: Measures, num_classes: int | None
+) -> tuple[list[dict[str, float]], dict[tuple[str, int], torch.Tensor]]:
+    """Samples and measures every entry; returns the measures in their order, and the first images of each."""
+    measured, shown = [], {}
+    total = options.num_samples * sum(entry.nfe for entry in entries)
     with tqdm(total=total, desc="evaluate", unit="call", unit_scale=True) as progress:
-        for line in lines:
-            progress.set_postfix_str(f"{line.method} at {line.nfe}")
+        for entry in entries:
+            progress.set_postfix_str(f"{entry.method} at {entry.nfe}")
             batches = []
-            for batch in sample(line.sampler, options.num_samples, options.batch_size, options.eval_seed):
+            for batch in sample(entry.sampler, options.num_samples, options.batch_size, options.eval_seed, num_classes):
                 batches.append(batch)
-                progress.update(len(batch) * line.nfe)
+                progress.update(len(batch) * entry.nfe)
             images = torch.cat(batches)
-            pictures[line.method, line.nfe] = images[: options.columns]
-            rows.append(make_row(line, options, training, distances(images)))
-    return rows, pictures
+            shown[entry.method, entry.nfe] = images[: options.columns]
+            measured.append(measures(images))
+    return measured, shown
 
 
-def make_row(line: Entry, options: Evaluation, training: dict[str, Any], measured: dict[str, float]) -> dict[str, Any]:
-    """A row of report.json; only ours was trained."""
-    ours = line.method == "HSIVI"
+def pick(reference: Reference, num_classes: int | None, columns: int) -> torch.Tensor:
+    """Images of the reference for a row of the figure: image i of class i if the classes are known."""
+    size = len(reference.images)
+    rows = torch.linspace(0, size - 1, columns).long()
+    if num_classes and reference.labels is not None:
+        wanted = [(reference.labels == i % num_classes).nonzero().flatten() for i in range(columns)]
+        found = [each[i // num_classes % len(each)] for i, each in enumerate(wanted) if len(each)]
+        rows = torch.stack(found) if len(found) == columns else rows
+    return reference.images[rows]
+
+
+def check_options(options: Evaluation) -> None:
+    """Refuses, before any work, what cannot be measured."""
+    if not options.run_dir:
+        raise ValueError("--run_dir is missing: give the folder of a finished distillation")
+    for name in ("num_samples", "reference_samples"):
+        if (given := getattr(options, name)) < FEWEST:
+            raise ValueError(f"--{name} {given} images are too few to be measured: give {FEWEST} or more")
+
+
+def make_row(
+    entry: Entry, options: Evaluation, training: dict[str, Any], reference: str, measured: dict[str, float]
+) -> dict[str, Any]:
+    """A row of report.json; only the student was trained."""
+    ours = entry.method == OURS
     return {
-        "dataset": Path(options.real_data).resolve().name if Path(options.real_data).exists() else options.real_data,
-        "method": line.method,
-        "nfe": line.nfe,
-        "train_seed": training["seed"] if ours else None,
+        "dataset": reference,
+        "method": entry.method,
+        "nfe": entry.nfe,
+        "grid": entry.grid,
+        "train_seed": training.get("seed") if ours else None,
         "eval_seed": options.eval_seed,
         "num_samples": options.num_samples,
         **measured,
@@ -102,98 +182,43 @@ def make_row(line: Entry, options: Evaluation, training: dict[str, Any], measure
     }
 
 
-def write_report(run_dir: Path, rows: list[dict[str, Any]], options: Evaluation, training: dict[str, Any]) -> None:
-    cells = [
-        f"| {row['nfe']} | {'**HSIVI**' if row['method'] == 'HSIVI' else row['method']} | {row['fd']:.2f} "
-        f"| {row['swd']:.4f} | {row['num_samples']} | {'' if row['train_seed'] is None else row['train_seed']} "
-        f"| {row['eval_seed']} | {'' if row['train_seconds'] is None else format(row['train_seconds'], '.0f')} |"
-        for row in sorted(rows, key=lambda row: (row["nfe"], row["fd"]))
-    ]
-    measured = f"Measured on {measured_on()}."
-    text = "\n".join(
-        [
-            f"# {run_dir.name}",
-            "",
-            f"Teacher `{training['pretrained_teacher_model']}`, real pictures `{options.real_data}`. HSIVI was trained "
-            f"{'with' if training.get('train_data') else 'without'} data by the preset `{training['preset']}` for "
-            f"{training['max_train_steps']} updates.",
-            "",
-            f"| NFE | method | FD, {options.feature_name} | sliced Wasserstein | samples | train seed | eval seed "
-            "| training s |",
-            "|---:|---|---:|---:|---:|---:|---:|---:|",
-            *cells,
-            "",
-            "Lower is better in both. DDIM has eta 0 on the quadratic grid; "
-            "DPM-Solver++ is 2M. Every method starts from the same noise.",
-            measured,
-            "",
-        ]
-    )
-    report = {"features": options.feature_name, "measured": measured, "rows": rows}
-    write_text(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
-    write_text(run_dir / "report.md", text)
-
-
-def picture_rows(pictures: dict[tuple[str, int], torch.Tensor], real: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """The teacher first, then each solver and HSIVI at equal calls, then real pictures."""
-    rows = [(f"teacher, {key[0]} at {key[1]}", pictures[key]) for key in pictures if key[0] == "DDPM"]
-    ours = {key[1]: pictures[key] for key in pictures if key[0] == "HSIVI"}
-    for nfe in ours:
-        rows += [(f"{key[0]} at {nfe}", pictures[key]) for key in pictures if key[1] == nfe and key[0] != "HSIVI"]
-        rows.append((f"HSIVI at {nfe}", ours[nfe]))
-    columns = len(next(iter(ours.values())))
-    return [*rows, ("real", real[torch.linspace(0, len(real) - 1, columns).long()])]
-
-
-def closing_lines(run_dir: Path, rows: list[dict[str, Any]]) -> list[str]:
-    """What was made, how it compares at the most network calls it can make, what to do next."""
-    ours = max((row for row in rows if row["method"] == "HSIVI"), key=lambda row: row["nfe"])
-    rivals = [row for row in rows if row["nfe"] == ours["nfe"] and row is not ours]
-    compared = f"FD {ours['fd']:.2f} at {ours['nfe']} network calls"
-    if rivals:
-        best = min(rivals, key=lambda row: row["fd"])
-        compared += f", against {best['fd']:.2f} of {best['method']}, the best stock solver at as many"
-    slow = [row for row in rows if row["nfe"] > ours["nfe"] and row["method"] != "HSIVI"]
-    if slow:
-        longest = max(slow, key=lambda row: row["nfe"])
-        compared += f", and {longest['fd']:.2f} of {longest['method']} at {longest['nfe']}"
-    return [
-        f"Made:     {run_dir / 'pipeline'} (HSIVIPipeline), report.md, report.json, samples.png, curve.png beside it",
-        f"Compares: {compared}",
-        f"Next:     look at {run_dir / 'samples.png'}, then distil your own: python training/train_hsivi.py --help",
-    ]
-
-
-def load_run(run_dir: Path) -> dict[str, Any]:
-    """Options and cost of a finished run.
-
-    Raises:
-        ValueError: The folder is no finished run.
-    """
-    missing = [name for name in ("pipeline", "options.json", "training.json") if not (run_dir / name).exists()]
-    if missing:
-        raise ValueError(f"--run_dir {run_dir} lacks {', '.join(missing)}: give the folder of a finished run")
-    return {**json.loads((run_dir / "options.json").read_text()), **json.loads((run_dir / "training.json").read_text())}
-
-
 def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Evaluation], __doc__ or "", args, "hsivi evaluate")
-    if not options.run_dir:
-        raise ValueError("--run_dir is missing: give the folder of a run of train_hsivi.py")
-    run_dir = Path(options.run_dir)
-    training = load_run(run_dir)
-    student = HSIVIPipeline.from_pretrained(run_dir / "pipeline")
-    revision = None if options.teacher else training["revision"]
-    unet, schedule = load_teacher(options.teacher or training["pretrained_teacher_model"], revision)
-    real, _ = load_images(options.real_data, unet.config.sample_size, unet.config.in_channels)
-    real = real.float() / 255
-    distances = Distances(ImageClassifier.from_pretrained(options.feature_extractor).eval(), real)
+    check_options(options)
+    evaluate(options)
 
-    rows, pictures = measure(options, list(entries(options, student, unet, schedule.config)), distances, training)
-    write_report(run_dir, rows, options, training)
-    draw_samples(picture_rows(pictures, real), run_dir / "samples.png")
-    draw_curve(rows, f"FD, {options.feature_name}", run_dir / "curve.png")
-    print("\n".join(closing_lines(run_dir, rows)))
+
+def evaluate(options: Evaluation) -> Report:
+    """Measures a run and writes its report.
+
+    Raises:
+        ValueError: A package is missing, or the run, the teacher, the reference or the features cannot be loaded.
+    """
+    run_dir = Path(str(options.run_dir))
+    training = load_run(run_dir)
+    check_packages([*PACKAGES, "matplotlib"])
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    student = HSIVIPipeline.from_pretrained(run_dir / "pipeline").to(device)
+    training["teacher"] = options.teacher or training["pretrained_teacher_model"]
+    unet, schedule = load_teacher(training["teacher"], None if options.teacher else training.get("revision"))
+    unet.to(device).eval()
+    network, features = load_network(options.feature_extractor, unet.config.in_channels)
+    reference = load_reference(options, unet, schedule.config)
+    measures = Measures(network.to(device), reference.images, [*METRICS])
+
+    classes, entries = unet.config.num_class_embeds, list(make_entries(options, student, unet, schedule.config))
+    measured, shown = measure(options, entries, measures, classes)
+    headline = "fd" if options.feature_extractor else "kid"
+    floor = split_halves(network, reference.images, headline)
+    rows = [
+        make_row(entry, options, training, reference.name, found)
+        for entry, found in zip(entries, measured, strict=True)
+    ]
+    report = Report(headline, options.feature_name or features, reference.name, floor, rows)
+    report.write(run_dir, training)
+    report.draw(run_dir, shown, pick(reference, classes, len(shown[OURS, entries[0].nfe])), classes)
+    print("\n".join(report.closing_lines(run_dir)))
+    return report
 
 
 if __name__ == "__main__":

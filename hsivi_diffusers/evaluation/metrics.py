@@ -1,4 +1,4 @@
-"""Distances between two sets of pictures, by torchmetrics, POT and prdc."""
+"""How far images are from real ones or other reference images, by torchmetrics, POT and prdc."""
 
 from __future__ import annotations
 
@@ -6,44 +6,18 @@ import contextlib
 import io
 from collections.abc import Sequence
 
-import ot
 import torch
-from prdc import compute_prdc
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import poly_kernel
 
-BATCH = 500  # pictures in the network at once
+from .features import check_packages
+
+BATCH = 500  # images in the network at once
 NEIGHBOURS = 5  # of precision, recall, density and coverage
-FEWEST = NEIGHBOURS + 2  # pictures that have as many neighbours
-MOST = 5000  # pictures of a side where the cost grows with their square
-MOST_COPIES = 2000  # pictures whose nearest real one is looked for
-
-
-class Distances:
-    """Frechet distance in the features of a network, and sliced Wasserstein distance of the pixels, to real pictures.
-
-    Both are computed as floats on pictures in [0, 1]; the sliced Wasserstein distance is the 2-distance over 500
-    random projections of a fixed seed.
-
-    Args:
-        extractor: Module from pictures to features, with the attribute `num_features`.
-        real: Real pictures, shape (N, C, H, W).
-    """
-
-    def __init__(self, extractor: torch.nn.Module, real: torch.Tensor) -> None:
-        self.real = real
-        self.frechet = FrechetInceptionDistance(feature=extractor, normalize=True, reset_real_features=False)
-        with torch.no_grad():
-            for batch in real.split(BATCH):
-                self.frechet.update(batch, real=True)
-
-    @torch.no_grad()
-    def __call__(self, pictures: torch.Tensor) -> dict[str, float]:
-        """Returns {"fd", "swd"} of pictures, shape (M, C, H, W)."""
-        self.frechet.reset()
-        for batch in pictures.split(BATCH):
-            self.frechet.update(batch, real=False)
-        return {"fd": float(self.frechet.compute()), "swd": _sliced_wasserstein(pictures, self.real)}
+FEWEST = NEIGHBOURS + 2  # images that have as many neighbours
+MOST = 5000  # images of a side where the cost grows with their square
+MOST_COPIES = 2000  # images whose nearest real one is looked for
+PRDC = ("precision", "recall", "density", "coverage")
+PACKAGES = ("torchmetrics", "prdc", "ot")
+NAMES = ("fd", "kid", *PRDC, "swd", "class_tv", "nearest")
 
 
 def total_variation(p: Sequence[float], q: Sequence[float]) -> float:
@@ -52,37 +26,46 @@ def total_variation(p: Sequence[float], q: Sequence[float]) -> float:
 
 
 class Measures:
-    """How far pictures are from real ones, which of these they miss, and whether they are copies of them.
+    """How far images are from real ones, which of these they miss, and whether they are copies of them.
 
-    All is computed on pictures in [0, 1] and is a function of the two sets. Of a set that has more pictures than said
-    below, a part is taken at random, by a fixed seed. The best values to be had are those of real pictures that `real`
-    does not hold, as many as there are drawn ones.
+    All is computed on images in [0, 1] and is a function of the two sets. Of a set that has more images than said
+    below, a part is taken at random, by a fixed seed. The best possible values are those of real images that `real`
+    does not hold, as many as there are sampled ones.
 
-    - `fd`, `swd`: those of `Distances`; `swd` of at most 5,000 pictures of each set.
+    - `fd`: Frechet distance |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of the features' means and covariances.
     - `kid`: squared maximum mean discrepancy of the features under the kernel (x . y / s + 1)^3, where s is the mean of
       |x|^2 in the real ones; unbiased, so that it may be negative; of at most 5,000 of each set. s makes it independent
       of the scale of the features, which FD is not.
-    - `precision`, `density`: how many pictures lie among the real ones; `recall`, `coverage`: how many of the real ones
-      lie among, or close to, the pictures. By prdc, in the features, of 5 neighbours, of at most 5,000 of each set.
+    - `precision`, `density`: how many images lie among the real ones; `recall`, `coverage`: how many of the real ones
+      lie among, or close to, the images. By prdc, in the features, of 5 neighbours, of at most 5,000 of each set.
+    - `swd`: sliced Wasserstein 2-distance of the pixels over 500 random projections of a fixed seed; of at most 5,000
+      of each set.
     - `class_tv`: total variation between the shares of classes that the classifier sees in the two sets, in [0, 1].
-    - `nearest`: median distance of the pixels from a picture to the nearest real one, over that from a real picture to
+    - `nearest`: median distance of the pixels from an image to the nearest real one, over that from a real image to
       the nearest other one, of at most 2,000 each, to all real ones. 1: no closer than real ones are; 0: copies.
-      Blurred pictures are closer as well.
+      Blurred images are closer as well.
 
     Args:
-        classifier: Module from pictures to features, with `num_features`, and `head` from features to logits.
-        real: Real pictures, shape (N, C, H, W).
+        network: Module from images to features; for `class_tv` with `head` from features to logits.
+        real: Real images, or other reference images, shape (N, C, H, W).
+        names: Which of these to measure; by default all that the network can.
 
     Attributes:
-        real_shares: Share of each class in the real pictures, as the classifier sees them.
-        shares: The same of the pictures measured last.
+        real_shares: Share of each class in the real images, as the classifier sees them; empty without `class_tv`.
+        shares: The same of the images measured last.
 
     Raises:
-        ValueError: Fewer than 7 pictures, of another shape than the real ones, or not in [0, 1].
+        ValueError: Fewer than 7 images, of another shape than the real ones, or not in [0, 1]; a package is missing.
     """
 
-    def __init__(self, classifier: torch.nn.Module, real: torch.Tensor) -> None:
-        self.classifier, self.head = classifier, classifier.get_submodule("head")
+    def __init__(self, network: torch.nn.Module, real: torch.Tensor, names: Sequence[str] | None = None) -> None:
+        check_packages(PACKAGES)
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        self.network, self.names = (
+            network,
+            names or [name for name in NAMES if name != "class_tv" or _has_head(network)],
+        )
         self.real = _check(real, real)
         features = self._extract(self.real)
         self.frechet = FrechetInceptionDistance(
@@ -93,46 +76,59 @@ class Measures:
         self.features = features[self.rows]
         self.shares = self.real_shares = self._count(features)
         self.gamma = 1 / self.features.square().sum(1).mean().item()
-        self.kernel = _mean_kernel(self.gamma, self.features)
+        self.kernel = _mean_kernel(self.gamma, self.features) if "kid" in self.names else 0.0
         self.squares = self.real.flatten(1).square().sum(1)
-        rows = _choose(len(real), MOST_COPIES)
-        self.spacing = self._distance(self.real[rows], rows)
-        if not self.spacing > 0:
-            raise ValueError("most of the real pictures are there twice: leave the copies out")
+        self.spacing = self._space() if "nearest" in self.names else 1.0
 
     @torch.no_grad()
-    def __call__(self, pictures: torch.Tensor) -> dict[str, float]:
-        """Returns the numbers above, by name, of pictures, shape (M, C, H, W)."""
-        pictures = _check(pictures, self.real)
-        features = self._extract(pictures)
+    def __call__(self, images: torch.Tensor) -> dict[str, float]:
+        """Returns the numbers above, by name, of images, shape (M, C, H, W)."""
+        images = _check(images, self.real)
+        features, rows = self._extract(images), _choose(len(images), MOST)
+        some, found = features[rows], {}
         self.shares = self._count(features)
-        self.frechet.reset()
-        self.frechet.update(features, real=False)
-        rows = _choose(len(pictures), MOST)
-        some = features[rows]
-        return {
-            "fd": float(self.frechet.compute()),
-            "kid": self.kernel + _mean_kernel(self.gamma, some) - 2 * _mean_kernel(self.gamma, some, self.features),
-            **_compute_prdc(self.features, some),
-            "swd": _sliced_wasserstein(pictures[rows], self.real[self.rows]),
-            "class_tv": total_variation(self.shares, self.real_shares),
-            "nearest": self._distance(pictures[_choose(len(pictures), MOST_COPIES)]) / self.spacing,
-        }
+        if "fd" in self.names:
+            self.frechet.reset()
+            self.frechet.update(features, real=False)
+            found["fd"] = float(self.frechet.compute())
+        if "kid" in self.names:
+            across = _mean_kernel(self.gamma, some, self.features)
+            found["kid"] = self.kernel + _mean_kernel(self.gamma, some) - 2 * across
+        if any(name in self.names for name in PRDC):
+            found.update(_compute_prdc(self.features, some))
+        if "swd" in self.names:
+            found["swd"] = _sliced_wasserstein(images[rows], self.real[self.rows])
+        if "class_tv" in self.names:
+            found["class_tv"] = total_variation(self.shares, self.real_shares)
+        if "nearest" in self.names:
+            found["nearest"] = self._distance(images[_choose(len(images), MOST_COPIES)]) / self.spacing
+        return {name: found[name] for name in self.names}
 
     @torch.no_grad()
-    def _extract(self, pictures: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.classifier(batch) for batch in pictures.split(BATCH)])
+    def _extract(self, images: torch.Tensor) -> torch.Tensor:
+        device = next(self.network.parameters(), images).device
+        return torch.cat([self.network(batch.to(device)).cpu() for batch in images.split(BATCH)])
 
     @torch.no_grad()
     def _count(self, features: torch.Tensor) -> list[float]:
-        logits = self.head(features)
+        if "class_tv" not in self.names:
+            return []
+        head = self.network.get_submodule("head")
+        logits = head(features.to(next(head.parameters(), features).device))
         shares: list[float] = (logits.argmax(1).bincount(minlength=logits.shape[1]) / len(logits)).tolist()
         return shares
 
-    def _distance(self, pictures: torch.Tensor, rows: torch.Tensor | None = None) -> float:
-        """Median distance to the nearest real picture, other than that of the same row if these are real ones."""
+    def _space(self) -> float:
+        """Median distance from a real image to the nearest other one."""
+        rows = _choose(len(self.real), MOST_COPIES)
+        if not (spacing := self._distance(self.real[rows], rows)) > 0:
+            raise ValueError("most of the real images are there twice: leave the copies out")
+        return spacing
+
+    def _distance(self, images: torch.Tensor, rows: torch.Tensor | None = None) -> float:
+        """Median distance to the nearest real image, other than that of the same row if these are real ones."""
         real, found = self.real.flatten(1), []
-        for first, batch in enumerate(pictures.flatten(1).split(200)):
+        for first, batch in enumerate(images.flatten(1).split(200)):
             distances = self.squares - 2 * batch @ real.T
             if rows is not None:
                 distances.scatter_(1, rows[200 * first :][: len(batch), None], torch.inf)
@@ -140,38 +136,60 @@ class Measures:
         return torch.cat(found).median().item()
 
 
+def split_halves(network: torch.nn.Module, real: torch.Tensor, name: str) -> float | None:
+    """The floor: measures one random half of the real images against the other; None where there are too few.
+
+    Args:
+        network: Module from images to features.
+        real: Shape (N, C, H, W).
+        name: What of `Measures` to measure.
+    """
+    if len(real) < 2 * FEWEST:
+        return None
+    one, other = real[_shuffle(len(real))].tensor_split(2)
+    return Measures(network, one, [name])(other)[name]
+
+
+def _has_head(network: torch.nn.Module) -> bool:
+    return hasattr(network, "head")
+
+
 class _Features(torch.nn.Identity):
-    """Lets torchmetrics take features in place of pictures."""
+    """Lets torchmetrics take features instead of images."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
 
-def _check(pictures: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    if pictures.ndim != 4 or pictures.shape[1:] != real.shape[1:]:
+def _check(images: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    if images.ndim != 4 or images.shape[1:] != real.shape[1:]:
         raise ValueError(
-            f"pictures have the shape {tuple(pictures.shape)}: give (M, C, H, W), with the C, H and W of the real "
-            f"pictures, whose shape is {tuple(real.shape)}"
+            f"images have the shape {tuple(images.shape)}: give (M, C, H, W), with the C, H and W of the real "
+            f"images, whose shape is {tuple(real.shape)}"
         )
-    if len(pictures) < FEWEST:
-        raise ValueError(f"{len(pictures)} pictures are too few to be measured: give {FEWEST} or more")
-    if not pictures.is_floating_point() or not (pictures.min() >= 0 and pictures.max() <= 1):
+    if len(images) < FEWEST:
+        raise ValueError(f"{len(images)} images are too few to be measured: give {FEWEST} or more")
+    if not images.is_floating_point() or not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(
-            f"pictures are {pictures.dtype} from {pictures.min():.4g} to {pictures.max():.4g}: give floats in [0, 1]"
+            f"images are {images.dtype} from {images.min():.4g} to {images.max():.4g}: give floats in [0, 1]"
         )
-    return pictures.float()
+    return images.float()
 
 
 def _choose(size: int, most: int) -> torch.Tensor:
     """All rows, or so many of them by a fixed seed."""
-    return (
-        torch.arange(size) if size <= most else torch.randperm(size, generator=torch.Generator().manual_seed(0))[:most]
-    )
+    return torch.arange(size) if size <= most else _shuffle(size)[:most]
+
+
+def _shuffle(size: int) -> torch.Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))
 
 
 def _mean_kernel(gamma: float, features: torch.Tensor, others: torch.Tensor | None = None) -> float:
-    """Mean of (gamma x . y + 1)^3 over all pairs, of which none is of a row with itself where there are no others."""
+    """Mean of (gamma x . y + 1)^3 over all pairs, without those of a row with itself where there are no others."""
+    from torchmetrics.image.kid import poly_kernel
+
     rows, columns = features.double(), (features if others is None else others).double()
     total = sum(poly_kernel(batch, columns, gamma=gamma).sum().item() for batch in rows.split(1000))
     if others is not None:
@@ -181,14 +199,16 @@ def _mean_kernel(gamma: float, features: torch.Tensor, others: torch.Tensor | No
 
 
 def _compute_prdc(real: torch.Tensor, features: torch.Tensor) -> dict[str, float]:
+    from prdc import compute_prdc
+
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of rows
         found = compute_prdc(real.numpy(), features.numpy(), NEIGHBOURS)
     return {name: float(value) for name, value in found.items()}
 
 
-def _sliced_wasserstein(pictures: torch.Tensor, real: torch.Tensor) -> float:
+def _sliced_wasserstein(images: torch.Tensor, real: torch.Tensor) -> float:
+    import ot
+
     return float(
-        ot.sliced_wasserstein_distance(
-            pictures.flatten(1).double(), real.flatten(1).double(), n_projections=500, seed=0
-        )
+        ot.sliced_wasserstein_distance(images.flatten(1).double(), real.flatten(1).double(), n_projections=500, seed=0)
     )

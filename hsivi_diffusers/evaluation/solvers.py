@@ -1,9 +1,11 @@
-"""Sampling by every rival method of the report: solvers of the teacher, and trained consistency models."""
+"""Sampling by what a report compares: students, the baselines (solvers of the teacher), and consistency models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any, Protocol
 
 import torch
 from diffusers import (
@@ -20,10 +22,7 @@ from ..distillation.denoisers import run_solver, sample_shape
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
 
-# Pictures in [0, 1], shape (B, C, H, W), from a batch size and a generator.
-Sampler = Callable[[int, torch.Generator], torch.Tensor]
-
-# Class and settings of each solver; what is not set is of the teacher's config, or the default of diffusers.
+# Class and settings of each baseline; what is not set is of the teacher's config, or the default of diffusers.
 SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "DDPM": (DDPMScheduler, {}),
     # diffusers' DDIMScheduler has no quadratic grid, which is the best for few steps; the formulas are the same.
@@ -36,48 +35,84 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def make_solver(method: str, num_steps: int, unet: UNet2DModel, config: Any) -> Sampler:
-    """Returns a sampler of the teacher.
+class Sampler(Protocol):
+    """Returns images in [0, 1], shape (B, C, H, W); `labels` of shape (B,) go to a class-conditional network."""
+
+    def __call__(  # noqa: D102
+        self, batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Goes from noise to images by the steps of a scheduler of diffusers.
+
+    Args:
+        scheduler: With a `step` that takes the prediction, the timestep and the sample.
+        num_steps: Network calls.
+        unet: Whose prediction is followed; a learned variance is given to DDPM only.
+        settings: Further arguments of `step`.
+    """
+
+    scheduler: Any
+    num_steps: int
+    unet: UNet2DModel
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(self, batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """See Sampler."""
+        device, shape = self.unet.device, sample_shape(self.unet)
+        labels = None if labels is None else labels.to(device)
+        given = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
+        noise = torch.randn(batch_size, *shape, generator=generator).to(device)
+        x = run_solver(self.unet, self.scheduler, noise, self.num_steps, labels, **self.settings, **given)
+        return (x / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def grid(self) -> str:
+        """The timesteps of the network calls, such as "leading: 800, 600, 400, 200, 0"."""
+        self.scheduler.set_timesteps(self.num_steps)
+        return f"{self.scheduler.config.get('timestep_spacing', 'own')}: {shorten(self.scheduler.timesteps.tolist())}"
+
+
+def shorten(timesteps: list[int], most: int = 10) -> str:
+    """Timesteps as text, of a long list the first three and the last."""
+    shown = timesteps if len(timesteps) <= most else [*timesteps[:3], "...", timesteps[-1]]
+    return ", ".join(map(str, shown))
+
+
+def make_solver(method: str, num_steps: int, unet: UNet2DModel, config: Any, **settings: Any) -> Solver:
+    """Returns a solver of the teacher.
 
     Args:
         method: Key of SOLVERS, such as "DDIM", eta 0 on the quadratic grid, or "DPM-Solver++", 2M.
         num_steps: Network calls.
         unet: The teacher.
         config: Config of the teacher's scheduler.
+        **settings: Of the solver's scheduler, such as `timestep_spacing`, instead of those of SOLVERS and config.
 
     Raises:
         ValueError: The method is unknown.
     """
     if method not in SOLVERS:
         raise ValueError(f"method {method!r} is unknown: choose one of {', '.join(SOLVERS)}")
-    scheduler, settings = SOLVERS[method]
+    scheduler, chosen = SOLVERS[method]
     arguments = {"eta": 1.0} if method == "DDIM eta 1" else {}
-    takes_generator = method not in ("UniPC", "DEIS")
-    return _follow(scheduler.from_config(config, **settings), num_steps, unet, arguments, takes_generator)
+    return Solver(scheduler.from_config(config, **{**chosen, **settings}), num_steps, unet, arguments)
 
 
-def make_consistency_sampler(unet: UNet2DModel, config: Any, num_steps: int) -> Sampler:
+def make_consistency_sampler(unet: UNet2DModel, config: Any, num_steps: int) -> Solver:
     """Returns a sampler of a trained consistency model, by diffusers' LCMScheduler.
 
-    A step predicts the clean picture and adds fresh noise to it; the last step adds none.
+    A step predicts the clean image and adds fresh noise to it; the last step adds none.
 
     Args:
         unet: Of the pipeline that train_consistency.py wrote.
         config: Config of that pipeline's scheduler.
         num_steps: Network calls.
     """
-    return _follow(LCMScheduler.from_config(config), num_steps, unet, {}, takes_generator=True)
-
-
-def _follow(scheduler: Any, num_steps: int, unet: UNet2DModel, given: dict[str, Any], takes_generator: bool) -> Sampler:
-    """Returns the sampler that goes from noise to a picture by the steps of a scheduler, which takes what is given."""
-
-    def sampler(batch_size: int, generator: torch.Generator) -> torch.Tensor:
-        x = torch.randn(batch_size, *sample_shape(unet), generator=generator)
-        arguments = {**given, "generator": generator} if takes_generator else given
-        return (run_solver(unet, scheduler, x, num_steps, **arguments) / 2 + 0.5).clamp(0, 1)
-
-    return sampler
+    return Solver(LCMScheduler.from_config(config), num_steps, unet)
 
 
 def make_student(pipeline: HSIVIPipeline, num_steps: int | None = None) -> Sampler:
@@ -88,17 +123,27 @@ def make_student(pipeline: HSIVIPipeline, num_steps: int | None = None) -> Sampl
         num_steps: Network calls, one of the counts that were trained; the largest by default.
     """
     pipeline.set_progress_bar_config(disable=True)
-    return lambda batch_size, generator: pipeline(
-        batch_size, generator, num_steps, output_type="pt", return_dict=False
-    )[0]
+
+    def sampler(batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None) -> torch.Tensor:
+        images: torch.Tensor = pipeline(
+            batch_size, generator, num_steps, class_labels=labels, output_type="pt", return_dict=False
+        )[0]
+        return images
+
+    return sampler
 
 
 @torch.no_grad()
-def sample(sampler: Sampler, num_samples: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yields batches of pictures, `num_samples` in all.
+def sample(
+    sampler: Sampler, num_samples: int, batch_size: int, seed: int, num_classes: int | None = None
+) -> Iterator[torch.Tensor]:
+    """Yields batches of images on the CPU, `num_samples` in all.
 
-    Each batch has a generator of its own, so that every method starts each batch from the same noise.
+    Each batch has a generator of its own, so that every method starts each batch from the same noise. With classes,
+    image i is of the class i mod `num_classes`, for every method: so the classes are balanced.
     """
     for first in range(0, num_samples, batch_size):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
-        yield sampler(min(batch_size, num_samples - first), generator)
+        rows = torch.arange(first, min(first + batch_size, num_samples))
+        labels = () if num_classes is None else (rows % num_classes,)
+        yield sampler(len(rows), generator, *labels).cpu()

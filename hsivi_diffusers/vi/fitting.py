@@ -21,7 +21,7 @@ from .objectives import Critic, CriticObjective, LayerDraw, Objective, Scoring, 
 
 
 class DivergenceError(FloatingPointError):
-    """A loss is NaN or infinite; no parameter has been touched by it.
+    """A loss or a gradient is NaN or infinite; no parameter has been moved by it.
 
     Attributes:
         step: Index of the layer update at which it happened.
@@ -87,6 +87,7 @@ def fit(
     backward: Callable[[Tensor], None] = Tensor.backward,
     no_sync: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext(),
     clip_grad_norm: Callable[[Iterable[Tensor]], Tensor] | None = None,
+    skips_overflows: bool = False,
     stop_stage: Callable[[Step], bool] = lambda _: False,
 ) -> Iterator[Step]:
     """Fits layers to a bridge: one update of the layers, then `critic_updates` of the critic, and again.
@@ -121,6 +122,8 @@ def fit(
             for all shards but the last.
         clip_grad_norm: Called with a player's parameters before its optimizer moves them; returns the norm of the
             gradient, before it is clipped.
+        skips_overflows: The optimizers themselves skip an update whose gradient is not finite, as those of accelerate
+            do under the loss scaling of fp16. It is no error then.
         stop_stage: Called with each step before it is yielded; true ends the stage, and the next step is the first of
             the next one. Numbers of steps are not moved by it.
 
@@ -129,7 +132,7 @@ def fit(
 
     Raises:
         ValueError: `critic_updates` < 1, there is no chain, or no critic or optimizer for an objective that needs them.
-        DivergenceError: A loss is not finite.
+        DivergenceError: A loss or the norm of a gradient is not finite.
     """
     chains = [chain] if isinstance(chain, Chain) else list(chain)
     if critic_updates < 1:
@@ -150,12 +153,14 @@ def fit(
                 rows = make(shard)
                 mean = (rows.share * rows.loss).mean()
                 if not bool(torch.isfinite(mean)):
-                    raise DivergenceError(f"the loss of the {player}", step, sorted(set(rows.t.tolist())))
+                    raise DivergenceError(f"the loss of the {player}", step, _layers_of([rows]))
                 backward(mean / len(chains))
             made.append(rows)
         norm = None
         if move:  # Adam would count gradients that are 0, and take the first others for far larger
             norm = clip_grad_norm(module.parameters()) if clip_grad_norm else None
+            if not (skips_overflows or bool(torch.isfinite(_grad_norm(module) if norm is None else norm))):
+                raise DivergenceError(f"the gradient of the {player}", step, _layers_of(made))
             optimizer.step()
         optimizer.zero_grad()
         return Update(torch.cat([rows.t for rows in made]), torch.cat([rows.loss.detach() for rows in made]), norm)
@@ -186,6 +191,14 @@ class _Rows(NamedTuple):
     t: Tensor
     loss: Tensor
     share: Tensor
+
+
+def _layers_of(made: Sequence[_Rows]) -> list[int]:
+    return sorted({t for rows in made for t in rows.t.tolist()})
+
+
+def _grad_norm(module: nn.Module) -> Tensor:
+    return nn.utils.get_total_norm([each.grad for each in module.parameters() if each.grad is not None])
 
 
 class _Game:

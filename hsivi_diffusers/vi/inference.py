@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from .networks import GaussianMLP, ScoreMLP
 from .objectives import CriticObjective, KullbackLeibler, LowerBound, Objective, ScoreMatching
 
 Training = Literal["sequential", "joint"]
+NUM_PROBES = 256  # draws of the base at which the target is looked at before work
 OBJECTIVES: dict[str, Callable[[], Objective]] = {"LB": LowerBound, "SM": ScoreMatching, "KL": KullbackLeibler}
 
 
@@ -57,8 +59,9 @@ class Inference:
         next_step: Number of the step that `steps` goes on with.
 
     Raises:
-        ValueError: A name is unknown, there are fewer steps than layers, `layers` has another T than the bridge, or the
-            plateau of a loss is asked for that means nothing.
+        ValueError: A name is unknown, a number is out of range, there are fewer steps than layers, `layers` has another
+            T than the bridge, the target is not finite at draws of the base, or a plateau is asked for with a loss that
+            has no meaning.
     """
 
     def __init__(
@@ -86,6 +89,8 @@ class Inference:
         _check_players(bridge, training, self.objective, layers, critic)
         if batch_size < 2:
             raise ValueError(f"batch_size={batch_size}: give 2 rows or more")
+        if not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={max_grad_norm}: give a number > 0; math.inf clips nothing")
         self.curriculum, self.chain = _make_training(training, bridge, self.objective, num_steps, batch_size)
         if plateau is not None and isinstance(self.objective, LowerBound) and self.objective.surrogate:
             raise ValueError("a plateau needs a loss that means something: LowerBound(surrogate=True) has none")
@@ -107,7 +112,8 @@ class Inference:
             "plateau": plateau is not None,
             "seed": seed,
         }
-        base = bridge.sample_base(1, torch.Generator())
+        base = bridge.sample_base(NUM_PROBES, torch.Generator())
+        _check_target(bridge, base)
         dimension = base.shape[1]
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
@@ -189,6 +195,8 @@ class Inference:
             raise ValueError(
                 f"this is the state of another fit ({'; '.join(other)}): make the Inference as it was made"
             )
+        if missing := [name for name in (*self._parts(), "next_step") if name not in state]:
+            raise ValueError(f"the state has no {', '.join(missing)}: give what state_dict() of a fit returned")
         for name, part in self._parts().items():
             part.load_state_dict(copy.deepcopy(state[name]))  # an optimizer goes on with the tensors that it is given
         self.next_step = int(state["next_step"])
@@ -224,6 +232,20 @@ def _check_players(
         )
     if critic is not None and not isinstance(objective, CriticObjective):
         raise ValueError(f"{type(objective).__name__} has no critic: leave it out, or take another objective")
+
+
+def _check_target(bridge: Bridge, x: Tensor) -> None:
+    """Refuses a target that is not finite at draws x of the base."""
+    level = bridge.level(torch.zeros(len(x), dtype=torch.long, device=x.device))
+    values = {"score": bridge.score(x, level).flatten(1).sum(1)}
+    with suppress(NotImplementedError):
+        values["log-density"] = bridge.log_prob(x, level)
+    for name, value in values.items():
+        if bad := int((~value.isfinite()).sum()):
+            raise ValueError(
+                f"the target's {name} is not finite at {bad} of {len(x)} draws of the base: a target has a density > 0 "
+                "on all of R^d; transform its support to R^d, by exp or sigmoid, and add log |det| of the map"
+            )
 
 
 def _make_objective(objective: str | Objective) -> Objective:

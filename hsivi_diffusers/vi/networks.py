@@ -74,8 +74,10 @@ class GaussianMLP(nn.Module):
         num_layers: T of the layers that share the network, or None for a layer of its own.
 
     Raises:
-        ValueError: The kind of std is unknown, or `initial_std` <= 0.
+        ValueError: The kind of std is unknown, `initial_std` <= 0, or d is above 10,000.
     """
+
+    MAX_DIMENSION = 10_000
 
     def __init__(
         self,
@@ -89,6 +91,11 @@ class GaussianMLP(nn.Module):
         super().__init__()
         if std not in ("global", "network"):
             raise ValueError(f"std={std!r} is unknown: choose 'global' or 'network'")
+        if dimension > self.MAX_DIMENSION:
+            raise ValueError(
+                f"dimension={dimension}: the default layers have a d x d matrix each, for d up to 10,000; give layers "
+                "of your own"
+            )
         if not initial_std > 0:
             raise ValueError(f"initial_std={initial_std}: give a number > 0")
         outputs = dimension if std == "global" else 2 * dimension

@@ -82,7 +82,7 @@ def make_config(arguments):
     """Returns the HSIVIConfig that `hsivi distil` reads; options by keyword."""
 
     def make(*flags, **options):
-        return cli._read_distillation(arguments("nowhere", *flags, **options), "hsivi distil", "")[1]
+        return cli.read_distillation(arguments("nowhere", *flags, **options), "hsivi distil", "")[1]
 
     return make
 

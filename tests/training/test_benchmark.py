@@ -1,3 +1,4 @@
+import importlib
 import json
 import shutil
 from functools import partial
@@ -11,7 +12,7 @@ from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.distillation.checkpoints import Checkpoints
 from hsivi_diffusers.evaluation import pages
 from hsivi_diffusers.evaluation.solvers import make_student, sample
-from training.benchmarks.images import benchmark, benchmark_pages, train_teacher
+from training.benchmarks.images import benchmark, benchmark_pages, benchmark_results, train_teacher
 
 ROOT = Path(__file__).parents[2]
 STUDENT = """
@@ -22,7 +23,7 @@ train_batch_size: 8
 lr_warmup_steps: 1
 checkpointing_steps: 1
 """
-RIVAL = """
+BASELINE = """
 train_data: digits
 train_batch_size: 8
 lr_warmup_steps: 1
@@ -34,11 +35,11 @@ def arguments(tmp_path_factory):
     """A benchmark of the digits teacher that takes seconds."""
     folder = tmp_path_factory.mktemp("benchmark")
     (folder / "student.yaml").write_text(STUDENT)
-    (folder / "rival.yaml").write_text(RIVAL)
+    (folder / "baseline.yaml").write_text(BASELINE)
     return [
         *["--dataset=digits", f"--teacher={ROOT / 'assets/digits_ddpm'}"],
         *[f"--classifier={ROOT / 'assets/digits_classifier'}", f"--students={folder / 'student.yaml'}"],
-        *[f"--rival={folder / 'rival.yaml'}", f"--rival_of={folder / 'student.yaml'}", "--rival_steps=1"],
+        *[f"--baseline={folder / 'baseline.yaml'}", f"--baseline_of={folder / 'student.yaml'}", "--baseline_steps=1"],
         *["--seeds", "0", "1", "--solvers", "DDIM", "DEIS", "DDPM", "--solver_steps", "1", "2", "--ddpm_steps=3"],
         *["--num_samples=20", "--batch_size=15", f"--output_dir={folder / 'docs'}", f"--runs_dir={folder / 'runs'}"],
     ]
@@ -46,7 +47,9 @@ def arguments(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(arguments):
-    benchmark.main(arguments)
+    with pytest.MonkeyPatch.context() as patched:  # one process: each of its own would import everything again
+        patched.setattr(benchmark, "_call", lambda program, given: importlib.import_module(program).main(given))
+        benchmark.main(arguments)
     return Path(next(text for text in arguments if text.startswith("--output_dir=")).split("=")[1]).parent
 
 
@@ -58,7 +61,7 @@ def copied(folder, arguments, tmp_path):
 
 
 def rows_of(folder):
-    return benchmark.read_rows(folder / "docs" / "results.json")
+    return benchmark_results.read_rows(folder / "docs" / "results.json")
 
 
 def forget(folder, method):
@@ -70,9 +73,9 @@ def forget(folder, method):
 def test_every_method_and_seed_has_a_row_at_each_number_of_calls(folder):
     keys = [(row["method"], row["nfe"], row["train_seed"]) for row in rows_of(folder)]
     ours = [("HSIVI fast, one for all", nfe, seed) for seed in (0, 1) for nfe in (1, 2)]
-    rival = [("consistency distillation", 1, seed) for seed in (0, 1)]
+    baseline = [("consistency distillation", 1, seed) for seed in (0, 1)]
     solvers = [(method, nfe, None) for nfe in (1, 2) for method in ("DDIM", "DEIS", "DDPM")]
-    assert keys == [*ours, *rival, *solvers, ("DDPM", 3, None)]
+    assert keys == [*ours, *baseline, *solvers, ("DDPM", 3, None)]
 
 
 def test_a_row_has_all_measures_and_what_its_training_cost(folder):
@@ -88,12 +91,12 @@ def test_a_row_has_all_measures_and_what_its_training_cost(folder):
 
 
 @pytest.mark.parametrize("forgotten", [["HSIVI fast, one for all"], []])
-def test_the_rival_is_given_the_seconds_of_the_student(copied, monkeypatch, forgotten):
+def test_the_baseline_is_given_the_seconds_of_the_student(copied, monkeypatch, forgotten):
     folder, arguments = copied
     seconds = json.loads((folder / "runs/digits/student_seed0/training.json").read_text())["seconds"]
     for method in ["consistency distillation", *forgotten]:
         forget(folder, method)
-    shutil.rmtree(folder / "runs/digits/rival_seed0")
+    shutil.rmtree(folder / "runs/digits/baseline_seed0")
     if not forgotten:  # the row tells, and the student may be gone
         shutil.rmtree(folder / "runs/digits/student_seed0")
     called = []
@@ -106,7 +109,7 @@ def test_the_rival_is_given_the_seconds_of_the_student(copied, monkeypatch, forg
     with pytest.raises(SystemExit):
         benchmark.main(arguments)
     ((program, given),) = called
-    assert program == "train_consistency.py"
+    assert program == "training.benchmarks.images.train_consistency"
     assert given[-2:] == ["--resume_from_checkpoint", "latest"]
     assert float(given[given.index("--max_train_seconds") + 1]) == seconds
 
@@ -162,11 +165,11 @@ def test_a_stopped_benchmark_measures_only_what_is_missing(copied, monkeypatch):
 
 
 @pytest.mark.parametrize("other", ["num_samples: 20 -> 25", "batch_size: 15 -> 10", "eval_seed: 0 -> 1"])
-def test_rows_of_other_pictures_are_not_added_to(copied, other):
+def test_rows_of_other_images_are_not_added_to(copied, other):
     folder, arguments = copied
     before = rows_of(folder)
     name, number = other.split(":")[0], other.split()[-1]
-    with pytest.raises(ValueError, match=rf"results.json has HSIVI .* of other pictures \({other}\): name another"):
+    with pytest.raises(ValueError, match=rf"results.json has HSIVI .* of other images \({other}\): name another"):
         benchmark.main([*arguments, f"--{name}={number}"])
     assert rows_of(folder) == before
 
@@ -183,15 +186,15 @@ def test_a_student_may_be_given_options_besides_its_config(copied, monkeypatch):
     monkeypatch.setattr(benchmark, "_call", stop)
     student = f"{folder / 'student.yaml'} --num_layers 3 --noise_eta 0.5"
     with pytest.raises(SystemExit):
-        benchmark.main([*given, "--students", student, f"--rival_of={student}"])
+        benchmark.main([*given, "--students", student, f"--baseline_of={student}"])
     ((program, words),) = called
-    assert (program, words[2:6]) == ("train_hsivi.py", ["--num_layers", "3", "--noise_eta", "0.5"])
+    assert (program, words[2:6]) == (benchmark.DISTIL, ["--num_layers", "3", "--noise_eta", "0.5"])
     assert words[words.index("--output_dir") + 1].endswith("digits/student_num_layers_3_noise_eta_0.5_seed0")
 
 
-def test_a_rival_of_none_of_the_students_is_refused(arguments):
-    with pytest.raises(ValueError, match="--rival_of other.yaml is none of --students: give one of them, word for"):
-        benchmark.main([*arguments, "--rival_of=other.yaml"])
+def test_a_baseline_of_none_of_the_students_is_refused(arguments):
+    with pytest.raises(ValueError, match="--baseline_of other.yaml is not among --students: give one of them"):
+        benchmark.main([*arguments, "--baseline_of=other.yaml"])
 
 
 def test_a_student_of_other_options_is_refused(copied):
@@ -228,12 +231,12 @@ def test_rows_tell_by_which_options_a_student_differed(copied):
         benchmark.main(arguments)
 
 
-def test_a_rival_of_another_time_is_refused(copied):
+def test_a_baseline_of_another_time_is_refused(copied):
     folder, arguments = copied
     forget(folder, "consistency distillation")
-    path = folder / "runs/digits/rival_seed0/training.json"
+    path = folder / "runs/digits/baseline_seed0/training.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_train_seconds": 1000.5}))
-    with pytest.raises(ValueError, match="rival_seed0 was given 1000.5 s, and the student that it is held against had"):
+    with pytest.raises(ValueError, match="baseline_seed0 was given 1000.5 s, and the student that it is compared"):
         benchmark.main(arguments)
 
 
@@ -285,17 +288,17 @@ def test_the_page_has_tables_and_figures(folder):
         assert (folder / "docs" / name).stat().st_size > 1000
 
 
-def test_a_sampler_of_no_pictures_is_named(copied, monkeypatch):
+def test_a_sampler_of_no_images_is_named(copied, monkeypatch):
     folder, arguments = copied
     forget(folder, "DEIS")
     monkeypatch.setattr(benchmark.Comparison, "_draw", lambda *_: torch.full((20, 1, 8, 8), torch.nan))
     with pytest.raises(ValueError, match="give floats") as caught:
         benchmark.main(arguments)
-    assert caught.value.__notes__ == ["These are the pictures of DEIS at 1 calls, seed None."]
+    assert caught.value.__notes__ == ["These are the images of DEIS at 1 calls, seed None."]
 
 
 def test_a_missing_teacher_without_a_config_is_refused(arguments, tmp_path):
-    with pytest.raises(ValueError, match="is missing: give the config of train_teacher.py"):
+    with pytest.raises(ValueError, match="is missing: give the config of training.benchmarks.images.train_teacher"):
         benchmark.main([*arguments, f"--teacher={tmp_path / 'none'}"])
 
 
@@ -322,15 +325,15 @@ def test_a_teacher_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert names == ["model_index.json", "options.json", "scheduler", "unet"]
 
 
-def test_half_a_rival_is_refused(arguments):
-    given = [text for text in arguments if not text.startswith("--rival_of")]
-    with pytest.raises(ValueError, match="--rival and --rival_of go together"):
+def test_half_a_baseline_is_refused(arguments):
+    given = [text for text in arguments if not text.startswith("--baseline_of")]
+    with pytest.raises(ValueError, match="--baseline and --baseline_of go together"):
         benchmark.main(given)
 
 
 def test_a_failed_training_ends_the_benchmark(tmp_path):
-    with pytest.raises(SystemExit, match="train_hsivi.py --config none.yaml ended with status 2"):
-        benchmark._call("train_hsivi.py", ["--config", "none.yaml"])
+    with pytest.raises(SystemExit, match="hsivi_diffusers.distillation.run --config none.yaml ended with status 2"):
+        benchmark._call(benchmark.DISTIL, ["--config", "none.yaml"])
 
 
 def row(method, nfe, fd, seed=None, **more):
@@ -349,14 +352,14 @@ def test_goals_hold_the_mean_of_the_seeds_against_the_best_solver_at_equal_calls
     assert benchmark_pages.goals_table({"digits": rows}).endswith("| 0.55 | yes |")
 
 
-def test_the_summary_has_ours_the_rival_and_the_best_solver_and_ddpm_at_many_calls():
+def test_the_summary_has_ours_the_baseline_and_the_best_solver_and_ddpm_at_many_calls():
     few = [row("HSIVI fast", 4, 0.5, 0), row("HSIVI fast", 4, 0.7, 1), row("DDIM", 4, 3.0), row("UniPC", 4, 2.0)]
-    others = [row(benchmark_pages.RIVAL, 4, 4.0, 0), row("HSIVI paper", 4, 0.1, 0), row("HSIVI fast", 3, 0.1, 0)]
+    others = [row(benchmark_pages.BASELINE, 4, 4.0, 0), row("HSIVI paper", 4, 0.1, 0), row("HSIVI fast", 3, 0.1, 0)]
     many = [row("DDPM", 50, 0.5), row("DDPM", 100, 0.4), row("DDIM", 100, 0.3)]
     table = benchmark_pages.summary_table({"digits": [*few, *others, *many], "fashion": [row("UniPC", 4, 9.0)]})
     assert table.splitlines()[2:] == [
         "| 4 | **HSIVI fast** | 0.60 ± 0.14 |  |",
-        f"| 4 | {benchmark_pages.RIVAL} | 4.00 |  |",
+        f"| 4 | {benchmark_pages.BASELINE} | 4.00 |  |",
         "| 4 | best stock solver | 2.00 UniPC | 9.00 UniPC |",
         "| 50 | DDPM | 0.50 |  |",
         "| 100 | best stock solver | 0.30 DDIM |  |",
@@ -399,9 +402,9 @@ def test_a_mean_has_its_spread():
 
 
 def test_methods_have_the_same_order_whatever_was_measured_first():
-    rows = [row(method, 4, 1.0) for method in ("UniPC", benchmark_pages.RIVAL, "HSIVI paper", "DDIM", "HSIVI fast")]
+    rows = [row(method, 4, 1.0) for method in ("UniPC", benchmark_pages.BASELINE, "HSIVI paper", "DDIM", "HSIVI fast")]
     names = [line.split("|")[1].strip(" *") for line in benchmark_pages.calls_table(rows).splitlines()[2:]]
-    assert names == ["HSIVI fast", "HSIVI paper", "DDIM", "UniPC", benchmark_pages.RIVAL]
+    assert names == ["HSIVI fast", "HSIVI paper", "DDIM", "UniPC", benchmark_pages.BASELINE]
     rows = [row("DDIM", 2, 1.0), *(row(f"HSIVI fast{more}", 2, 1.0, 0) for more in (", one for all", ""))]
     goals = benchmark_pages.goals_table({"digits": rows}).splitlines()[2:]
     assert [line.split("|")[2].strip() for line in goals] == ["HSIVI fast", "HSIVI fast, one for all"]
@@ -411,7 +414,7 @@ def test_pictures_of_what_is_shown_stay_beside_the_results(folder):
     """So the figures are drawn anew where nothing has to be sampled."""
     kept = load_file(folder / "docs" / "pictures_digits.safetensors")
     ours = "HSIVI fast, one for all at 2"
-    assert set(kept) == {"real", ours, ours[:-1] + "1", f"{benchmark_pages.RIVAL} at 1"}
+    assert set(kept) == {"real", ours, ours[:-1] + "1", f"{benchmark_pages.BASELINE} at 1"}
     student = make_student(HSIVIPipeline.from_pretrained(folder / "runs/digits/student_seed0/pipeline"), 2)
     drawn = torch.cat([*sample(student, 20, 15, 0)])[:16]
     torch.testing.assert_close(kept[ours] / 255, drawn, atol=0.51 / 255, rtol=0)

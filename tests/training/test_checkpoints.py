@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from hsivi_diffusers import load_teacher
+from hsivi_diffusers.distillation import run as train_hsivi
 from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, claimed
 from hsivi_diffusers.distillation.denoisers import fingerprint
 from hsivi_diffusers.distillation.seals import find_damage
@@ -194,10 +195,8 @@ def test_no_pickle_of_a_checkpoint_is_loaded(distil, run, tmp_path):
             distil(run, resume_from_checkpoint=path)
         file.write_bytes(content)
     assert not marker.exists()
-    with pytest.raises(FileExistsError):  # it does run where it is unpickled
-        marker.mkdir()
-        torch.save(Bomb(marker), path / "optimizer.bin")
-        torch.load(path / "optimizer.bin", weights_only=False)
+    torch.load(path / "optimizer.bin", weights_only=False)
+    assert marker.exists()
 
 
 def test_a_checkpoint_with_pickles_of_an_earlier_version_is_refused(distil, run):
@@ -296,7 +295,7 @@ def test_a_folder_that_is_gone_is_not_made_anew(tiny, tmp_path, happens):
 
 @pytest.mark.parametrize("resume", [None, "latest"])
 @pytest.mark.parametrize(
-    "left", [["options.json"], ["options.json.partial"], ["options.json", "checkpoints/partial-3"]]
+    "left", [["options.json"], ["options.json.partial"], ["options.json", "logs/run", "checkpoints/partial-3"]]
 )
 def test_a_start_without_a_checkpoint_is_taken_up_again(tmp_path, left, resume):
     folder = tmp_path / "run"
@@ -317,9 +316,10 @@ def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(train, whol
     def interrupted(self):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "load", interrupted)
-        train(tmp_path / "run")
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run")
     assert (tmp_path / "run" / "options.json").is_file()
     assert weights(train(tmp_path / "run")) == weights(whole)
 
@@ -345,10 +345,11 @@ def test_something_else_is_not_written_as_state(tmp_path):
 
 def test_global_generators_go_on_where_they_were():
     def draw():
-        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
+        array = np.random.standard_normal(3)  # noqa: NPY002
+        return random.random(), random.gauss(0, 1), array.tolist(), torch.rand(3).tolist()
 
     random.gauss(0, 1)
-    np.random.randn()  # of each pair of normal numbers one is kept
+    np.random.standard_normal()  # noqa: NPY002  # of each pair of normal numbers one is kept
     state = json.loads(json.dumps(random_state(torch.device("cpu"))))
     expected = draw()
     set_random_state(state, torch.device("cpu"))
@@ -430,10 +431,11 @@ def test_an_earlier_training_stays_until_the_next_can_start(train, trained, tmp_
 
 
 @pytest.mark.parametrize("inside", ["pipeline", "checkpoints/kept"])
-def test_a_consistency_model_is_not_written_over_its_teacher(teacher, tmp_path, inside):
+@pytest.mark.parametrize("program", [train_hsivi, train_consistency])
+def test_a_student_is_not_written_over_its_teacher(teacher, tmp_path, inside, program):
     place = shutil.copytree(teacher, tmp_path / "run" / inside)
     with pytest.raises(ValueError, match="--output_dir .* holds the teacher, which would be lost: name another folder"):
-        train_consistency.main(
+        program.main(
             [f"--pretrained_teacher_model={place}", f"--output_dir={tmp_path / 'run'}", "--overwrite_output_dir"]
         )
     assert (place / "unet" / "config.json").exists()
@@ -533,13 +535,11 @@ def test_a_signal_saves_and_leaves_with_the_status_try_again(launch, tmp_path, d
 
 def test_a_second_ctrl_c_ends_the_run_at_once():
     pulled = []
-    with (
-        pytest.raises(KeyboardInterrupt),
-        signals_as_trigger(SimpleNamespace(set_trigger=lambda: pulled.append(1))),
-    ):
+    with signals_as_trigger(SimpleNamespace(set_trigger=lambda: pulled.append(1))):
         signal.raise_signal(signal.SIGINT)
         assert pulled == [1]
-        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

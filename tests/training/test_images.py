@@ -11,19 +11,20 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hsivi_diffusers.evaluation import images as images_file
-from hsivi_diffusers.evaluation.images import EMOJI_KINDS, load_families, load_images, to_model_range
+from hsivi_diffusers.evaluation.images import load_images, to_model_range
+from training.benchmarks.images import sets
+from training.benchmarks.images.sets import EMOJI_KINDS, load_families
 
 
 @pytest.fixture
 def save(tmp_path):
-    """Saves a uniform picture in a folder."""
+    """Saves a uniform image in a folder."""
 
     def write(name, value, size=(8, 8), mode="L"):
-        path = tmp_path / "pictures" / name
+        path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new(mode, size, value).save(path)
-        return str(tmp_path / "pictures")
+        return str(tmp_path / "images")
 
     return write
 
@@ -49,7 +50,7 @@ def test_digits_are_resized_and_coloured_on_demand():
 def test_a_folder_is_searched_recursively_in_the_order_of_its_paths(save):
     for value, name in enumerate(["b/c/2.JPEG", "a/9.png", "z.bmp", "b/1.webp"]):
         folder = save(name, 60 * value)
-    Path(folder, "notes.txt").write_text("no picture")
+    Path(folder, "notes.txt").write_text("no image")
     Path(folder, "album.png").mkdir()
     images, labels = load_images(folder, resolution=8, channels=1)
     assert labels is None
@@ -57,7 +58,7 @@ def test_a_folder_is_searched_recursively_in_the_order_of_its_paths(save):
     assert images.float().mean((1, 2, 3)).tolist() == pytest.approx([60, 180, 0, 120], abs=2)
 
 
-def test_pictures_are_cropped_to_the_centre_and_resized(tmp_path):
+def test_images_are_cropped_to_the_centre_and_resized(tmp_path):
     wide = np.zeros((4, 12), dtype=np.uint8)
     wide[:2, 4:6], wide[2:, 6:8] = 40, 200
     Image.fromarray(wide).save(tmp_path / "wide.png")
@@ -74,7 +75,7 @@ def test_colour_comes_first_and_grey_is_made_of_it(save):
     assert grey.unique().tolist() == [round(0.299 * 255 + 0.114 * 10)]
 
 
-def test_a_folder_of_more_pictures_than_open_files_are_allowed(save):
+def test_a_folder_of_more_images_than_open_files_are_allowed(save):
     resource = pytest.importorskip("resource")
     for number in range(80):
         folder = save(f"{number:02d}.png", number)
@@ -87,33 +88,52 @@ def test_a_folder_of_more_pictures_than_open_files_are_allowed(save):
     assert images[:, 0, 0, 0].tolist() == list(range(80))
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(ValueError, match=r"holds no picture: expected files ending in \.bmp"):
+def test_subfolders_are_classes_where_all_images_lie_in_them(save):
+    for name in ("dog/1.png", "cat/a/2.png", "dog/0.png"):
+        folder = save(name, 7)
+    assert load_images(folder, resolution=8, channels=1)[1].tolist() == [0, 1, 1]
+    save("loose.png", 7)
+    assert load_images(folder, resolution=8, channels=1)[1] is None
+
+
+def test_a_single_subfolder_is_no_class(save):
+    assert load_images(save("all/1.png", 7), resolution=8, channels=1)[1] is None
+
+
+def test_the_other_sources_are_those_of_the_package():
+    images, labels = sets.load_images("digits", resolution=8, channels=1)
+    assert torch.equal(images, load_images("digits", resolution=8, channels=1)[0])
+    assert len(labels) == len(images)
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match=r"holds no image: give a folder with files ending in \.bmp"):
         load_images(str(tmp_path), resolution=8, channels=1)
 
 
 def test_an_unknown_source_is_refused_where_datasets_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        ValueError, match="'somebody/digits' is not on this machine, as `digits` or a.*pip install datasets"
+        ValueError, match="'somebody/digits' is neither `digits` nor a folder here: .*pip install datasets"
     ):
         load_images("somebody/digits", resolution=8, channels=1)
 
 
+@pytest.mark.parametrize("labelled", [{}, {"label": [3, 0]}])
 @pytest.mark.parametrize("column", ["image", "img"])
-def test_a_dataset_is_loaded_by_name(monkeypatch, column):
+def test_a_dataset_is_loaded_by_name(monkeypatch, column, labelled):
     class Rows(dict):
-        column_names = [column, "label"]
+        column_names = [column, *labelled]
 
     asked = []
-    rows = Rows({column: [Image.new("L", (8, 8), 7), Image.new("RGB", (9, 9), (9, 9, 9))]})
+    rows = Rows({column: [Image.new("L", (8, 8), 7), Image.new("RGB", (9, 9), (9, 9, 9))], **labelled})
     stand_in = types.SimpleNamespace(load_dataset=lambda name, split: asked.append((name, split)) or rows)
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     images, labels = load_images("somebody/digits", resolution=8, channels=1)
     assert asked == [("somebody/digits", "train")]
     assert images.float().mean((1, 2, 3)).tolist() == [7, 9]
-    assert labels is None
+    assert labels is None if not labelled else labels.tolist() == [3, 0]
 
 
 # ----- clothes -----
@@ -121,19 +141,19 @@ def test_a_dataset_is_loaded_by_name(monkeypatch, column):
 
 @pytest.fixture
 def clothes(tmp_path, monkeypatch):
-    """Files of Fashion-MNIST's format: 3 pictures to train with, 2 to test with."""
+    """Files of Fashion-MNIST's format: 3 images to train with, 2 to test with."""
     pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
     for part, rows in (("train", slice(0, 3)), ("t10k", slice(3, 5))):
         with gzip.open(tmp_path / f"{part}-images-idx3-ubyte.gz", "wb") as file:
             file.write(bytes(16) + pixels[rows].tobytes())
         with gzip.open(tmp_path / f"{part}-labels-idx1-ubyte.gz", "wb") as file:
             file.write(bytes(8) + bytes(range(9, 4, -1)[rows]))
-    monkeypatch.setattr(images_file, "FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(sets, "FASHION_MNIST", tmp_path)
     return pixels
 
 
 def test_clothes_have_a_border_of_two_pixels(clothes):
-    images, labels = load_images("fashion-mnist", resolution=32, channels=1)
+    images, labels = sets.load_images("fashion-mnist", resolution=32, channels=1)
     assert images.shape == (3, 1, 32, 32)
     assert np.array_equal(images[:, 0, 2:30, 2:30].numpy(), clothes[:3])
     assert images.sum() == clothes[:3].sum(dtype=int)
@@ -142,7 +162,7 @@ def test_clothes_have_a_border_of_two_pixels(clothes):
 
 
 def test_the_test_part_of_the_clothes_is_a_source_of_its_own(clothes):
-    images, labels = load_images("fashion-mnist-test", resolution=32, channels=1)
+    images, labels = sets.load_images("fashion-mnist-test", resolution=32, channels=1)
     assert np.array_equal(images[:, 0, 2:30, 2:30].numpy(), clothes[3:])
     assert labels.tolist() == [6, 5]
 
@@ -153,16 +173,16 @@ def test_clothes_come_from_the_hub_where_there_are_no_files(tmp_path, monkeypatc
     rows = {"image": [Image.new("L", (28, 28), 7)], "label": [4]}
     stand_in = types.SimpleNamespace(load_dataset=lambda name, split: asked.append((name, split)) or rows)
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
-    monkeypatch.setattr(images_file, "FASHION_MNIST", tmp_path / "nowhere")
-    images, labels = load_images(source, resolution=32, channels=1)
+    monkeypatch.setattr(sets, "FASHION_MNIST", tmp_path / "nowhere")
+    images, labels = sets.load_images(source, resolution=32, channels=1)
     assert asked == [("zalando-datasets/fashion_mnist", split)]
     assert images.sum() == 7 * 28 * 28
     assert labels.tolist() == [4]
 
 
-@pytest.mark.skipif(not images_file.FASHION_MNIST.is_dir(), reason="needs the package dataset-fashion-mnist")
+@pytest.mark.skipif(not sets.FASHION_MNIST.is_dir(), reason="needs the package dataset-fashion-mnist")
 def test_the_clothes_of_the_package_are_ten_of_equal_number():
-    images, labels = load_images("fashion-mnist-test", resolution=32, channels=1)
+    images, labels = sets.load_images("fashion-mnist-test", resolution=32, channels=1)
     assert images.shape == (10_000, 1, 32, 32)
     assert labels.bincount().tolist() == [1000] * 10
     assert images.float().mean() / 255 == pytest.approx(0.286 * (28 / 32) ** 2, abs=5e-3)
@@ -211,14 +231,14 @@ def emoji(tmp_path, monkeypatch):
     colours = {name: (30 * number, 0, 0, 255) for number, name in enumerate(drawn)}
     path = tmp_path / "emoji.ttf"
     path.touch()
-    monkeypatch.setattr(images_file, "EMOJI_FONT", path)
+    monkeypatch.setattr(sets, "EMOJI_FONT", path)
     font = Font(glyphs, ligatures, {**colours, "face2": colours["face"], "rocket": (0, 0, 255, 0)})
-    monkeypatch.setattr(images_file, "TTFont", lambda asked: font if asked == path else None)
+    monkeypatch.setattr(sets, "TTFont", lambda asked: font if asked == path else None)
     return drawn
 
 
 def test_emoji_are_squares_on_white_in_the_order_of_the_font_and_none_twice(emoji):
-    images, _ = load_images("emoji", resolution=8, channels=3)
+    images, _ = sets.load_images("emoji", resolution=8, channels=3)
     assert images.shape == (len(emoji) + 1, 3, 8, 8)
     assert images[:-1, 0, 4, 0].tolist() == [30 * number for number in range(len(emoji))]
     assert images[:-1, 1:, 2:6].max() == 0
@@ -227,7 +247,7 @@ def test_emoji_are_squares_on_white_in_the_order_of_the_font_and_none_twice(emoj
 
 
 def test_the_label_of_an_emoji_is_its_kind(emoji):
-    _, labels = load_images("emoji", resolution=8, channels=3)
+    _, labels = sets.load_images("emoji", resolution=8, channels=3)
     kinds = [[*EMOJI_KINDS][label] for label in labels]
     toned = ["people with a skin tone"] * 2
     assert kinds == ["food", "people", "people", *toned, "flags", "faces", "travel and places"]
@@ -243,14 +263,14 @@ def test_other_sources_tell_of_no_families():
 
 
 def test_a_missing_font_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(images_file, "EMOJI_FONT", tmp_path / "emoji.ttf")
+    monkeypatch.setattr(sets, "EMOJI_FONT", tmp_path / "emoji.ttf")
     with pytest.raises(ValueError, match=r"emoji\.ttf is missing: install the package fonts-noto-color-emoji"):
-        load_images("emoji", resolution=8, channels=3)
+        sets.load_images("emoji", resolution=8, channels=3)
 
 
-@pytest.mark.skipif(not images_file.EMOJI_FONT.is_file(), reason="needs the package fonts-noto-color-emoji")
+@pytest.mark.skipif(not sets.EMOJI_FONT.is_file(), reason="needs the package fonts-noto-color-emoji")
 def test_the_emoji_of_the_package_are_of_every_kind():
-    images, labels = load_images("emoji", resolution=32, channels=3)
+    images, labels = sets.load_images("emoji", resolution=32, channels=3)
     families = load_families("emoji")
     assert images.shape[1:] == (3, 32, 32)
     assert len(images) == len(labels) == len(families) > 3500

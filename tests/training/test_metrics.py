@@ -1,20 +1,23 @@
 import math
+import sys
 
 import numpy as np
+import ot
 import pytest
+import scipy.linalg
 import torch
 from prdc import compute_prdc
 from torchmetrics.image.kid import poly_mmd
 
 from hsivi_diffusers.evaluation import metrics
 from hsivi_diffusers.evaluation.images import load_images
-from hsivi_diffusers.evaluation.metrics import Distances, Measures
+from hsivi_diffusers.evaluation.metrics import Measures, split_halves
 
 NAMES = {"fd", "kid", "precision", "recall", "density", "coverage", "swd", "class_tv", "nearest"}
 
 
 class Corners(torch.nn.Module):
-    """Means of the quarters of a picture; its class is the brightest quarter."""
+    """Means of the quarters of a image; its class is the brightest quarter."""
 
     num_features = 4
 
@@ -28,12 +31,12 @@ class Corners(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def real():
-    """120 pictures, the brightest quarter of which is 0, 1, 2, 3, 0, ..."""
+    """120 images, the brightest quarter of which is 0, 1, 2, 3, 0, ..."""
     generator = torch.Generator().manual_seed(0)
-    pictures = 0.3 * torch.rand(120, 3, 6, 6, generator=generator)
+    images = 0.3 * torch.rand(120, 3, 6, 6, generator=generator)
     for i in range(4):
-        pictures[i::4, :, 3 * (i // 2) :, 3 * (i % 2) :][:, :, :3, :3] += 0.6
-    return pictures
+        images[i::4, :, 3 * (i // 2) :, 3 * (i % 2) :][:, :, :3, :3] += 0.6
+    return images
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def measures(real):
     return Measures(Corners(), real)
 
 
-def test_real_pictures_against_themselves(measures, real):
+def test_real_images_against_themselves(measures, real):
     found = measures(real)
     assert found.keys() == NAMES
     assert all(type(value) is float for value in found.values())
@@ -53,24 +56,68 @@ def test_real_pictures_against_themselves(measures, real):
     assert measures.shares == measures.real_shares == [0.25] * 4
 
 
-def test_fd_and_swd_are_those_of_the_distances(measures, real):
-    pictures = real[:50].flip(3) ** 2
-    found, wanted = measures(pictures), Distances(Corners(), real)(pictures)
-    assert found["fd"] == pytest.approx(wanted["fd"], rel=1e-5)
-    assert found["swd"] == wanted["swd"]
+def test_only_what_was_asked_for_is_measured(measures, real, monkeypatch):
+    images = real[:50].flip(3) ** 2
+    monkeypatch.setattr(metrics, "_sliced_wasserstein", lambda *given: pytest.fail("not asked for"))
+    found = Measures(Corners(), real, ["recall", "fd"])(images)
+    monkeypatch.undo()
+    wanted = measures(images)
+    assert found == {"recall": wanted["recall"], "fd": pytest.approx(wanted["fd"])}
+
+
+def test_a_network_without_a_head_measures_all_but_classes(real):
+    network = Corners()
+    del network.head
+    measures = Measures(network, real)
+    assert measures(real[:50]).keys() == NAMES - {"class_tv"}
+    assert measures.shares == measures.real_shares == []
+
+
+@torch.no_grad()
+def test_fd_is_that_of_two_gaussians_in_the_features(measures, real):
+    images = real[:50].flip(3) ** 2
+    features = [Corners()(each).double().numpy() for each in (real, images)]
+    (mean, covariance), (other_mean, other_covariance) = ((f.mean(0), np.cov(f, rowvar=False)) for f in features)
+    root = scipy.linalg.sqrtm(covariance @ other_covariance).real
+    wanted = ((mean - other_mean) ** 2).sum() + np.trace(covariance + other_covariance - 2 * root)
+    assert wanted > 1e-3
+    assert measures(images)["fd"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_swd_of_a_shifted_set_is_the_shift_along_500_directions():
+    """The distance of X + c 1 along u is c |1 . u|; the mean of its square over all directions is c^2."""
+    real = 0.7 * torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    doubles, backend = real.double(), ot.backend.TorchBackend()
+    directions = ot.sliced.get_random_projections(64, 500, seed=0, backend=backend, type_as=doubles)
+    wanted = 0.25 * directions.sum(0).square().mean().sqrt().item()
+    assert Measures(Corners(), real, ["swd"])(real + 0.25)["swd"] == pytest.approx(wanted, rel=1e-5)
+    assert wanted == pytest.approx(0.25, rel=0.1)
+
+
+def test_the_floor_is_one_half_against_the_other(real):
+    assert abs(split_halves(Corners(), real, "fd")) < 0.05 < Measures(Corners(), real, ["fd"])(1 - real)["fd"]
+    assert split_halves(Corners(), real[:14], "swd") > 0  # real images against themselves would have 0
+    assert split_halves(Corners(), real[:13], "kid") is None
+
+
+@pytest.mark.parametrize("name", ["ot", "prdc", "torchmetrics"])
+def test_a_missing_package_is_told_with_its_remedy(real, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=rf"^{name} missing: pip install 'hsivi-diffusers\[evaluate\]'$"):
+        Measures(Corners(), real)
 
 
 def test_kid_is_that_of_torchmetrics_for_sets_of_one_size(measures, real):
-    pictures = real.flip(3) ** 2
-    features = [Corners()(images).double() for images in (real, pictures)]
+    images = real.flip(3) ** 2
+    features = [Corners()(each).double() for each in (real, images)]
     wanted = poly_mmd(*features, gamma=1 / features[0].square().sum(1).mean().item()).item()
-    assert measures(pictures)["kid"] == pytest.approx(wanted, rel=1e-4)
+    assert measures(images)["kid"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_kid_is_unbiased_for_sets_of_different_size(measures):
     """The formula, pair by pair."""
-    pictures = torch.rand(9, 3, 6, 6)
-    real, drawn = (Corners()(images).double().numpy() for images in (measures.real, pictures))
+    images = torch.rand(9, 3, 6, 6)
+    real, drawn = (Corners()(each).double().numpy() for each in (measures.real, images))
 
     scale = (real**2).sum(1).mean()
 
@@ -79,7 +126,7 @@ def test_kid_is_unbiased_for_sets_of_different_size(measures):
 
     same = [mean((a, b) for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j) for rows in (real, drawn)]
     wanted = sum(same) - 2 * mean((a, b) for a in real for b in drawn)
-    assert measures(pictures)["kid"] == pytest.approx(wanted, rel=1e-4)
+    assert measures(images)["kid"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_kid_does_not_depend_on_the_scale_of_the_features(measures, real):
@@ -87,15 +134,15 @@ def test_kid_does_not_depend_on_the_scale_of_the_features(measures, real):
         def forward(self, images):
             return 50 * super().forward(images)
 
-    pictures = torch.rand(60, 3, 6, 6)
-    assert Measures(Scaled(), real)(pictures)["kid"] == pytest.approx(measures(pictures)["kid"], rel=1e-4)
+    images = torch.rand(60, 3, 6, 6)
+    assert Measures(Scaled(), real)(images)["kid"] == pytest.approx(measures(images)["kid"], rel=1e-4)
 
 
 def test_precision_and_the_like_are_those_of_prdc(measures, real, capsys):
-    pictures = real[:60].flip(3) ** 2
-    wanted = compute_prdc(Corners()(real).numpy(), Corners()(pictures).numpy(), 5)
+    images = real[:60].flip(3) ** 2
+    wanted = compute_prdc(Corners()(real).numpy(), Corners()(images).numpy(), 5)
     capsys.readouterr()
-    found = measures(pictures)
+    found = measures(images)
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
     assert capsys.readouterr().out == ""
 
@@ -121,9 +168,9 @@ def test_noise_raises_the_distances(measures, real):
         assert found[2][name] < 0.5 * found[0][name]
 
 
-def test_the_order_of_the_pictures_means_nothing(measures, real):
-    pictures = real.flip(3) ** 2
-    assert measures(pictures[torch.randperm(120)]) == pytest.approx(measures(pictures), rel=1e-5)
+def test_the_order_of_the_images_means_nothing(measures, real):
+    images = real.flip(3) ** 2
+    assert measures(images[torch.randperm(120)]) == pytest.approx(measures(images), rel=1e-5)
 
 
 def test_the_order_of_calls_means_nothing(measures, real):
@@ -140,8 +187,8 @@ def test_sets_of_other_sizes_are_measured_too(measures, real):
         assert found["nearest"] == 0
 
 
-def test_nearest_is_relative_to_the_distances_between_real_pictures():
-    """Real pictures on a line, 0.1 apart, the last of them twice as far: the median of their distances is 0.1."""
+def test_nearest_is_relative_to_the_distances_between_real_images():
+    """Real images on a line, 0.1 apart, the last of them twice as far: the median of their distances is 0.1."""
     levels = torch.tensor([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8])
     real = levels.reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     measures = Measures(Corners(), real)
@@ -186,30 +233,30 @@ def test_the_classifier_of_the_digits_sees_the_digits(extractor):
 
 
 @pytest.mark.parametrize("shape", [(10, 1, 6, 6), (10, 3, 6, 5), (3, 6, 6)])
-def test_pictures_of_another_shape_are_refused(measures, shape):
+def test_images_of_another_shape_are_refused(measures, shape):
     with pytest.raises(ValueError, match=r"have the shape .* give \(M, C, H, W\).* \(120, 3, 6, 6\)"):
         measures(torch.rand(shape))
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])
-def test_too_few_pictures_are_refused(measures, real, count):
-    with pytest.raises(ValueError, match=f"{count} pictures are too few to be measured: give 7 or more"):
+def test_too_few_images_are_refused(measures, real, count):
+    with pytest.raises(ValueError, match=f"{count} images are too few to be measured: give 7 or more"):
         measures(real[:count])
     with pytest.raises(ValueError, match="too few"):
         Measures(Corners(), real[:count])
 
 
 @pytest.mark.parametrize("change", [lambda x: 2 * x - 1, lambda x: 255 * x, lambda x: x * torch.nan])
-def test_pictures_on_another_range_are_refused(measures, real, change):
-    with pytest.raises(ValueError, match=r"pictures are torch\.float32 from .* to .*: give floats in \[0, 1\]"):
+def test_images_on_another_range_are_refused(measures, real, change):
+    with pytest.raises(ValueError, match=r"images are torch\.float32 from .* to .*: give floats in \[0, 1\]"):
         measures(change(real))
 
 
-def test_pictures_of_bytes_are_refused(measures, real):
-    with pytest.raises(ValueError, match=r"pictures are torch\.uint8 from 0 to 0: give floats"):
+def test_images_of_bytes_are_refused(measures, real):
+    with pytest.raises(ValueError, match=r"images are torch\.uint8 from 0 to 0: give floats"):
         measures(torch.zeros(real.shape, dtype=torch.uint8))
 
 
-def test_real_pictures_that_are_there_twice_are_refused(real):
-    with pytest.raises(ValueError, match="most of the real pictures are there twice: leave the copies out"):
+def test_real_images_that_are_there_twice_are_refused(real):
+    with pytest.raises(ValueError, match="most of the real images are there twice: leave the copies out"):
         Measures(Corners(), torch.cat([real, real]))

@@ -12,7 +12,7 @@ from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.distillation import progress as monitor
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.images import load_images
-from hsivi_diffusers.evaluation.metrics import Distances
+from hsivi_diffusers.evaluation.metrics import Measures
 
 VALIDATION = {"validation_steps": 2, "validation_samples": 40, "train_batch_size": 12}
 
@@ -82,7 +82,7 @@ def test_the_distance_is_that_of_the_averaged_layers(distil, extractor, tmp_path
     generator = torch.Generator().manual_seed(0)
     pictures = [pipeline(size, generator, 2, output_type="pt").images for size in (12, 12, 12, 4)]
     real, _ = load_images("digits", 8, 1)
-    distances = Distances(ImageClassifier.from_pretrained(extractor).eval(), real.float() / 255)
+    distances = Measures(ImageClassifier.from_pretrained(extractor).eval(), real.float() / 255)
     assert said == f"step 3: FD {distances(torch.cat(pictures))['fd']:.2f} of 40 pictures, 2 network calls each"
 
 
@@ -115,7 +115,7 @@ def test_a_new_start_removes_the_pictures_of_the_old_one(distil, shown, tmp_path
 
 @pytest.mark.parametrize(
     ("extractor", "message"),
-    [("nowhere", "nowhere holds no ImageClassifier: train one"), ("colours", "takes 3 channels, the pictures have 1")],
+    [("nowhere", "nowhere holds no ImageClassifier: name"), ("colours", "takes 3 channels, the images have 1")],
 )
 def test_a_wrong_extractor_is_refused_before_work(distil, tmp_path, extractor, message):
     ImageClassifier(channels=3, num_classes=10, num_features=8).save_pretrained(tmp_path / "colours")

@@ -253,7 +253,7 @@ def test_the_configs_parse_for_the_benchmark(name):
 )
 def test_the_configs_of_a_distillation_can_run_and_are_of_a_preset(name, preset):
     path = CONFIGS / f"{name}.yaml"
-    teacher, config, _ = cli._read_distillation(["--config", str(path)], "hsivi distil", "")
+    teacher, config, _ = cli.read_distillation(["--config", str(path)], "hsivi distil", "")
     written = {ALIASES.get(key, key): value for key, value in yaml.safe_load(path.read_text()).items()}
     assert config.preset == preset
     counts = written.pop("num_inference_steps")
@@ -458,7 +458,7 @@ def test_old_names_are_read_on_the_command_line_in_yaml_and_in_the_record_of_a_r
 
 
 def test_the_record_of_an_older_run_is_read_as_one_of_today(tmp_path):
-    """With old names, a plain number, options that are gone, and the preset that one step had; others were not there."""
+    """It has old names, a plain number, an option that is gone, and the preset of one step as it was."""
     record = tmp_path / "options.json"
     record.write_text('{"revision": null, "num_layers": 1, "preset": "fast", "ode_steps": 4, "seed": 3, "alpha": 0.5}')
     settings = read_settings(record)

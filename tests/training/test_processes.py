@@ -1,22 +1,30 @@
 """Two processes equal one that accumulates two batches, bit for bit."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file
 
 PROCESSES = {"processes": 2}
 ACCUMULATION = {"gradient_accumulation_steps": 2}
-KINDS = {"fast": {"preset": "fast"}, "paper": {"preset": "paper"}, "classes": {"max_grad_norm": 0.5}}
+KINDS = {
+    "fast": {"preset": "fast"},
+    "paper": {"preset": "paper", "max_train_steps": 3, "critic_updates": 1},
+    "classes": {"max_grad_norm": 0.5, "max_train_steps": 3, "critic_updates": 1},
+}
 
 
 @pytest.fixture(scope="module")
-def make(launch, class_teacher):
-    """Does a run of a kind in processes of its own, or what is left of one."""
+def make(launch, distil, class_teacher):
+    """Does a run of a kind, or what is left of one: several processes of their own, or batches in this one."""
 
-    def run(folder, kind, *flags, **options):
+    def run(folder, kind, *flags, processes=1, **options):
         teacher = {"pretrained_teacher_model": class_teacher} if kind == "classes" else {}
-        statuses, text = launch(folder, *flags, **KINDS[kind], **teacher, **options)
+        options = {**KINDS[kind], **teacher, **options}
+        if processes == 1:
+            return distil(folder, *flags, **options)
+        statuses, text = launch(folder, *flags, processes=processes, **options)
         assert set(statuses) == {0}, text
         return folder
 
@@ -30,12 +38,23 @@ def accumulated(make, tmp_path_factory):
     return {kind: make(folders / kind, kind, **ACCUMULATION) for kind in KINDS}
 
 
+@pytest.fixture(scope="module")
+def parallel(make, tmp_path_factory):
+    """Two processes, by kind of run."""
+    folders = tmp_path_factory.mktemp("runs")
+    return {kind: make(folders / kind, kind, **PROCESSES) for kind in KINDS}
+
+
+def last_checkpoint(folder):
+    return max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_equal_two_accumulated_batches(make, accumulated, tmp_path, differences, kind):
-    folder = make(tmp_path / "run", kind, **PROCESSES)
+def test_two_processes_equal_two_accumulated_batches(parallel, accumulated, differences, kind):
+    folder = parallel[kind]
     assert differences(folder, accumulated[kind]) == []
     assert json.loads((folder / "training.json").read_text())["processes"] == 2
-    chains = [load_file(folder / "checkpoints" / "checkpoint-5" / f"chains-{place}.safetensors") for place in (0, 1)]
+    chains = [load_file(last_checkpoint(folder) / f"chains-{number}.safetensors") for number in (0, 1)]
     if kind != "paper":
         assert not chains[0]["x_next"].equal(chains[1]["x_next"])
 
@@ -44,26 +63,23 @@ def test_two_batches_an_update_are_not_one(fast_run, accumulated, differences):
     assert differences(fast_run, accumulated["fast"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("first", "second"), [(PROCESSES, ACCUMULATION), (ACCUMULATION, PROCESSES)])
+@pytest.mark.parametrize(
+    ("kind", "second"), [("fast", PROCESSES), ("fast", ACCUMULATION), ("paper", ACCUMULATION), ("classes", PROCESSES)]
+)
 def test_a_run_resumes_with_its_batches_in_other_processes(
-    launch, make, accumulated, tmp_path, differences, class_teacher, kind, first, second, monkeypatch
+    make, accumulated, parallel, tmp_path, differences, kind, second
 ):
-    folder = make(tmp_path / "run", kind, **first)
-    for path in (folder / "checkpoints" / "checkpoint-5", folder / "pipeline"):
-        path.rename(tmp_path / path.name)
+    """From the last checkpoint but one."""
+    folder = shutil.copytree((accumulated if second is PROCESSES else parallel)[kind], tmp_path / "run")
+    for path in (last_checkpoint(folder), folder / "pipeline"):
+        shutil.rmtree(path)
     make(folder, kind, resume_from_checkpoint="latest", **second)
     assert differences(folder, accumulated[kind]) == []
 
 
-@pytest.mark.parametrize("options", [{}, {"processes": 2, "gradient_accumulation_steps": 2}])
-def test_another_number_of_batches_is_refused(launch, accumulated, tmp_path, options):
-    number = 1 if not options else 4
-    statuses, text = launch(
-        tmp_path / "run",
-        resume_from_checkpoint=accumulated["fast"] / "checkpoints" / "checkpoint-4",
-        **KINDS["fast"],
-        **options,
-    )
-    assert set(statuses) == {1}
-    assert f"checkpoint-4 is of a run with 2 micro-batches an update, now there are {number}: choose" in text
+@pytest.mark.parametrize(("options", "batches"), [({}, 1), ({"gradient_accumulation_steps": 4}, 4)])
+def test_another_number_of_batches_is_refused(distil, accumulated, tmp_path, options, batches):
+    checkpoint = accumulated["fast"] / "checkpoints" / "checkpoint-4"
+    message = f"checkpoint-4 is of a run with 2 micro-batches an update, now there are {batches}: choose"
+    with pytest.raises(ValueError, match=message):
+        distil(tmp_path / "run", resume_from_checkpoint=checkpoint, **KINDS["fast"], **options)

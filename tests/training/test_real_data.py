@@ -1,4 +1,4 @@
-"""Levels, the critic's target, and real data as options of a distillation."""
+"""Settings on trial: levels, the critic's target, and real data."""
 
 import json
 import shutil
@@ -10,10 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, TeacherBridge, load_teacher
-from hsivi_diffusers.distillation import config as recipe
 from hsivi_diffusers.distillation import plan
-from hsivi_diffusers.distillation import trainer as players
+from hsivi_diffusers.distillation.config import HSIVIConfig
+from hsivi_diffusers.distillation.plan import Cost, measure, read_configs
+from hsivi_diffusers.distillation.state import make_objective
 from hsivi_diffusers.distillation.student import UNetDiscriminator
+from hsivi_diffusers.distillation.trials import Trials, load_data
 from hsivi_diffusers.evaluation.images import load_images, to_model_range
 from hsivi_diffusers.model_card import make_card
 from hsivi_diffusers.vi import Adversarial, KullbackLeibler, ScoreMatching
@@ -24,7 +26,14 @@ GAME = {"train_data": "digits", "adversarial_weight": 0.01}
 KINDS = {
     "data": DATA,
     "game": GAME,
-    "both": {**DATA, **GAME, "preset": "paper", "scoring": "random", "teacher_share": 0.5, "num_layers": (1, 2)},
+    "both": {
+        **DATA,
+        **GAME,
+        "preset": "paper",
+        "scoring": "random",
+        "teacher_share": 0.5,
+        "num_inference_steps": (1, 2),
+    },
 }
 
 
@@ -53,48 +62,37 @@ def digits_teacher(tmp_path_factory):
     return folder
 
 
-def method(**settings):
-    return recipe.Method(**settings)
-
-
 # ----- the options reach the core -----
 
 
 def test_the_objective_has_the_share_and_the_adversarial_term(teacher):
     unet, schedule = load_teacher(str(teacher))
     bridge = TeacherBridge(unet, HSIVIScheduler.from_config(schedule.config, layer_timesteps=[440, 220, 0]))
-    plain = players.make_objective(method(objective="KL", teacher_share=0.5), bridge)
+    plain = make_objective(HSIVIConfig(objective="KL", trials=Trials(teacher_share=0.5)), bridge)
     assert (type(plain), plain.teacher_share) == (KullbackLeibler, 0.5)
-    both = players.make_objective(method(objective="SM", alpha=1.2, teacher_share=0.3, adversarial_weight=0.01), bridge)
+    both = make_objective(
+        HSIVIConfig(preset="paper", trials=Trials(teacher_share=0.3, adversarial_weight=0.01)), bridge
+    )
     assert (type(both), both.weight, both.teacher_share) == (Adversarial, 0.01, 0.3)
-    assert (type(both.objective), both.objective.alpha) == (ScoreMatching, 1.2)
+    assert type(both.objective) is ScoreMatching
 
 
-def test_the_bridge_has_the_law_and_the_critic_answers_with_logits(teacher):
-    chosen = method(level_law="uniform", level_power=2.0, **GAME)
-    options = recipe.Options(*(chosen if group is recipe.Method else group() for group in recipe.GROUPS))
-    options.teacher.pretrained_teacher_model = str(teacher)
-    options.training.train_batch_size = 4
-    accelerator = players.Accelerator()
-    made = players.Players(players.load_networks(options, accelerator), options, accelerator)
-    assert (made.bridge.level_law, made.bridge.level_power) == ("uniform", 2.0)
+def test_the_bridge_has_the_power_and_the_data_and_the_critic_answers_with_logits(make_state):
+    made = make_state(level_power=2.0, **GAME)
+    assert made.bridge.level_power == 2.0
     assert isinstance(made.critic, UNetDiscriminator)
     assert made.bridge.sample(torch.tensor([0, 0, 0])).shape == (3, 1, 8, 8)
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"level_law": "uniform"}, {"level_power": 3.0}, {"teacher_share": 0.5}, DATA, GAME],
-    ids=lambda settings: next(iter(settings)) + str(len(settings)),
+    [{"level_power": 3.0}, {"teacher_share": 0.5}, "data", "game"],
+    ids=lambda settings: settings if isinstance(settings, str) else next(iter(settings)),
 )
-def test_each_setting_changes_the_run(distil, fast_run, tmp_path, differences, settings):
-    changed = differences(distil(tmp_path / "run", preset="fast", **settings), fast_run)
+def test_each_setting_changes_the_run(runs, distil, fast_run, tmp_path, differences, settings):
+    folder = runs(settings) if isinstance(settings, str) else distil(tmp_path / "run", preset="fast", **settings)
+    changed = differences(folder, fast_run)
     assert any(name.startswith("pipeline/unet") for name in changed)
-
-
-def test_the_settings_of_before_are_those_of_today(distil, fast_run, tmp_path, differences):
-    same = {"level_law": "layer", "level_power": 1.0, "teacher_share": 0.0, "adversarial_weight": 0.0}
-    assert differences(distil(tmp_path / "run", preset="fast", **same), fast_run) == []
 
 
 # ----- runs -----
@@ -133,13 +131,12 @@ def test_a_run_with_real_data_resumes_to_the_same_bits(runs, distil, tmp_path, d
     assert differences(folder, runs(kind)) == []
 
 
-def test_two_processes_with_real_data_equal_two_accumulated_batches(launch, tmp_path, differences):
+def test_two_processes_with_real_data_equal_two_accumulated_batches(launch, distil, tmp_path, differences):
     """The adversarial critic is reduced between the processes, drawn and real rows in one call."""
-    for name, settings in (("two", {"processes": 2}), ("one", {"gradient_accumulation_steps": 2})):
-        statuses, text = launch(
-            tmp_path / name, preset="fast", max_train_steps=3, **DATA, adversarial_weight=0.01, **settings
-        )
-        assert set(statuses) == {0}, text
+    options = {"preset": "fast", "max_train_steps": 2, **DATA, "adversarial_weight": 0.01}
+    statuses, text = launch(tmp_path / "two", processes=2, **options)
+    assert statuses == [0, 0], text
+    distil(tmp_path / "one", gradient_accumulation_steps=2, **options)
     assert differences(tmp_path / "two", tmp_path / "one") == []
 
 
@@ -149,43 +146,31 @@ def test_a_run_without_data_goes_on_with_one(runs, distil, fast_run, tmp_path):
     distil(tmp_path / "back", init_from=runs("game"), max_train_steps=1)
 
 
-def test_a_record_without_the_newer_options_counts_as_their_defaults(distil, fast_run, tmp_path):
-    folder = shutil.copytree(fast_run, tmp_path / "run")
-    path = folder / "options.json"
-    newer = ("level_law", "level_power", "teacher_share", "train_data", "adversarial_weight")
-    before = {key: value for key, value in json.loads(path.read_text()).items() if key not in newer}
-    path.write_text(json.dumps(before))
-    distil(folder, resume_from_checkpoint="latest")
-    path.write_text(json.dumps(before))
-    with pytest.raises(ValueError, match=r"other options \(teacher_share: 0.0 -> 0.5\)"):
-        distil(folder, resume_from_checkpoint="latest", teacher_share=0.5)
+# ----- the images -----
 
 
-# ----- the pictures -----
-
-
-def test_pictures_are_drawn_evenly_and_by_the_generator(teacher):
+def test_images_are_drawn_evenly_and_by_the_generator(teacher):
     unet, _ = load_teacher(str(teacher))
-    sample = players.load_data("digits", unet)
+    sample = load_data("digits", unet)
     real = to_model_range(load_images("digits", 8, 1)[0])
     drawn = sample(5000, None, torch.Generator().manual_seed(0))
     assert drawn.shape == (5000, 1, 8, 8)
     assert torch.equal(drawn[:9], sample(5000, None, torch.Generator().manual_seed(0))[:9])
-    known = {picture.numpy().tobytes() for picture in real}
-    assert {picture.numpy().tobytes() for picture in drawn} <= known
+    known = {image.numpy().tobytes() for image in real}
+    assert {image.numpy().tobytes() for image in drawn} <= known
     torch.testing.assert_close(drawn.mean(0), real.mean(0), rtol=0, atol=0.05)
 
 
-def test_a_conditional_teacher_gets_pictures_of_the_class_asked_for(digits_teacher):
+def test_a_conditional_teacher_gets_images_of_the_class_asked_for(digits_teacher):
     unet, _ = load_teacher(str(digits_teacher))
-    sample = players.load_data("digits", unet)
-    pictures, labels = load_images("digits", 8, 1)
+    sample = load_data("digits", unet)
+    images, labels = load_images("digits", 8, 1)
     label_of = {}
-    for picture, label in zip(to_model_range(pictures), labels.tolist(), strict=True):
-        label_of.setdefault(picture.numpy().tobytes(), set()).add(label)
+    for image, label in zip(to_model_range(images), labels.tolist(), strict=True):
+        label_of.setdefault(image.numpy().tobytes(), set()).add(label)
     asked = torch.arange(10).repeat(50)
-    for picture, label in zip(sample(500, asked, torch.Generator().manual_seed(0)), asked.tolist(), strict=True):
-        assert label in label_of[picture.numpy().tobytes()]
+    for image, label in zip(sample(500, asked, torch.Generator().manual_seed(0)), asked.tolist(), strict=True):
+        assert label in label_of[image.numpy().tobytes()]
 
 
 def test_a_conditional_teacher_trains_on_its_classes(distil, digits_teacher, tmp_path):
@@ -196,7 +181,7 @@ def test_a_conditional_teacher_trains_on_its_classes(distil, digits_teacher, tmp
 
 
 def test_data_without_the_classes_of_the_teacher_is_refused(distil, class_teacher, digits_teacher, tmp_path):
-    message = r"has pictures of the classes \[0, 1, .*\], and the teacher is for 0 to 2, each of which it needs"
+    message = r"has images of the classes \[0, 1, .*\], and the teacher is for 0 to 2, each of which it needs"
     with pytest.raises(ValueError, match=message):
         distil(tmp_path / "run", pretrained_teacher_model=class_teacher, **DATA)
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
@@ -205,17 +190,17 @@ def test_data_without_the_classes_of_the_teacher_is_refused(distil, class_teache
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_of_pictures_will_do(distil, tmp_path):
+def test_a_folder_of_images_will_do(distil, tmp_path):
     for grey in (0, 100, 255):
         Image.new("L", (16, 16), grey).save(tmp_path / f"{grey}.png")
     distil(tmp_path / "run", max_train_steps=1, **{**DATA, "train_data": tmp_path})
 
 
-def test_a_teacher_whose_pictures_cannot_be_loaded_is_told():
+def test_a_teacher_whose_images_cannot_be_loaded_is_told():
     for shape in ({"in_channels": 2, "out_channels": 2}, {"sample_size": (8, 16)}):
-        message = r"pictures of \d x 8 x \d+ are not loaded: .* of 1 or 3 channels, or leave --train_data out"
+        message = r"the teacher's images of \d x 8 x \d+ are not loaded: .* of 1 or 3 channels, or leave train_data out"
         with pytest.raises(ValueError, match=message):
-            players.load_data("digits", make_unet(**shape))
+            load_data("digits", make_unet(**shape))
 
 
 # ----- what cannot run, and what it would cost -----
@@ -224,32 +209,23 @@ def test_a_teacher_whose_pictures_cannot_be_loaded_is_told():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "data"}, "--source data needs real pictures: name them by --train_data"),
-        ({"adversarial_weight": 0.01}, "--adversarial_weight 0.01 needs real pictures"),
-        ({"source": "data", "adversarial_weight": 0.01}, "--source data and --adversarial_weight 0.01 needs real"),
-        ({"train_data": "digits"}, "--train_data digits would not be used: pass --source data or"),
-        ({"alpha": 1.3}, "--alpha 1.3: give 0.5, which is the paper, up to 1.2"),
-        ({"teacher_share": 1.0}, "--teacher_share 1.0: give a number from 0 to below 1"),
-        ({"level_power": 0.0}, "--level_power 0.0: give a number above 0"),
+        ({"source": "data"}, "source='data' needs real images: name them by train_data"),
+        ({"adversarial_weight": 0.01}, "adversarial_weight=0.01 needs real images"),
+        ({"source": "data", "adversarial_weight": 0.01}, "source='data' and adversarial_weight=0.01 needs real"),
+        ({"train_data": "digits"}, "train_data='digits' has no effect: set source to 'data' or"),
+        ({"teacher_share": 1.0}, "teacher_share=1.0: give a number from 0 to below 1"),
+        ({"level_power": 0.0}, "level_power=0.0: give a number above 0"),
+        ({"adversarial_weight": -0.1}, "adversarial_weight=-0.1: give a number from 0 on"),
+        ({"preset": "paper", "level_min": 20}, "level_min=20 has no effect with scoring='own'"),
+        ({"scoring": "own", "level_power": 2.0}, "level_power=2.0 has no effect with scoring='own'"),
+        ({"start_spacing": 20}, "start_spacing=20 has no effect with one step count, 2: give several"),
+        ({"preset": "paper", "start_spacing": 20}, "start_spacing=20: give 0 or more, and with it start_timestep"),
         (
-            {"preset": "paper", "level_law": "layer"},
-            "--level_law layer would not be used: .* pass --scoring random or between too, or",
+            {**DATA, "num_inference_steps": 1},
+            "source='data' has no effect with num_inference_steps=1, .* give more steps, or an adversarial_weight",
         ),
-        ({"preset": "fast", "alpha": 1.2}, "--alpha 1.2 would not be used: .* is KL, .* pass --objective SM"),
-        ({"preset": "paper", "level_max": 700}, "--level_max 700 would not be used: --scoring own"),
-        ({"preset": "paper", "level_min": 20}, "--level_min 20 would not be used: --scoring own"),
-        (
-            {"scoring": "own", "level_law": "uniform", "level_power": 2.0},
-            "--level_law uniform and --level_power 2.0 would not be used: --scoring own .* or leave out",
-        ),
-        ({"start_spacing": 20}, "--start_spacing 20 would not be used: --num_layers 2 has one grid: give several"),
-        ({**DATA, "num_layers": 1}, "--source data would not be used: .* pass several --num_layers, or --adversarial_"),
-        ({"kernel": "renoise"}, "--scoring between with --kernel renoise: .* use --kernel ddim, or --scoring random"),
-        ({"between_share": 0.0}, "--between_share 0.0: give a number above 0 and up to 1"),
-        ({"objective": "SM"}, "--scoring between with --objective SM: .* use --objective KL, or --scoring random"),
-        ({"between_share": 1.0, "noise_scale_type": "scalar"}, "--between_share 1 with --noise_scale_type scalar"),
-        ({"scoring": "random", "between_share": 1.0}, "--between_share 1.0 would not be used: --scoring random"),
-        ({"adversarial_weight": -0.1}, "--adversarial_weight -0.1: give a number from 0 on"),
+        ({"kernel": "renoise"}, "scoring='between' needs kernel='ddim', got 'renoise'"),
+        ({"objective": "SM"}, "scoring='between' with objective='SM': .* set objective to 'KL', or scoring to 'random"),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_work(distil, tmp_path, settings, message):
@@ -258,27 +234,18 @@ def test_what_cannot_run_is_refused_before_any_work(distil, tmp_path, settings, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def options(arguments, fresh_accelerator):
-    def make(**settings):
-        return recipe.parse_recipe("", arguments("nowhere", **settings))
-
-    return make
-
-
-def test_a_plan_needs_no_pictures_and_counts_the_calls(options):
-    """The critic is asked for its layers' loss, and for drawn and real rows in its own."""
-    settings = {"preset": "fast", "critic_updates": 1}
-    plain = plan.measure(options(**settings))
-    cost = plan.measure(options(**settings, train_data="nowhere", source="data", adversarial_weight=0.01))
-    assert plain.calls == {"student": 1, "critic": 1, "teacher": 1}
-    assert cost.calls == {"student": 1, "critic": 3, "teacher": 1}
+def test_a_plan_needs_no_images_and_counts_the_calls(make_config, teacher, fresh_accelerator):
+    """The critic is asked for its layers' loss, and for drawn and real rows in its own; the teacher is in both."""
+    config = make_config(critic_updates=1, **{**DATA, **GAME, "train_data": "nowhere"}, teacher_share=0.5)
+    cost = measure(*read_configs(str(teacher), None), config)
+    assert cost.calls == {"student": 1, "critic": 3, "teacher": 2}
     assert cost.memory["chains"] == 0
-    assert cost.parameters == plain.parameters
-    shared = plan.measure(options(**settings, teacher_share=0.5))
-    assert shared.calls == {"student": 1, "critic": 1, "teacher": 2}
+    assert cost.parameters["each network"] == load_teacher(str(teacher))[0].num_parameters()
 
 
-def test_a_plan_says_that_the_pictures_come_on_top(distil, tmp_path, capsys, fresh_accelerator):
-    distil(tmp_path / "run", "--plan=true", **{**DATA, "train_data": "nowhere"})
-    assert "the pictures of --train_data stay in main memory and come on top" in capsys.readouterr().out
+def test_a_plan_says_that_the_images_come_on_top(make_config, teacher, monkeypatch, capsys):
+    cost = Cost({}, {}, {"student": 1.0}, flops=1e9, call_flops=1e9, written={})
+    monkeypatch.setattr(plan, "measure", lambda *given: cost)
+    monkeypatch.setattr(plan, "seconds_per_flop", lambda *given: (1e-9, "cpu"))
+    plan.print_plan(str(teacher), make_config(**{**DATA, "train_data": "nowhere"}))
+    assert "the images of train_data stay in main memory and come on top" in capsys.readouterr().out

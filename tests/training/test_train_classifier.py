@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.images import load_images
@@ -27,7 +28,7 @@ def test_it_learns_and_prints_the_accuracy_on_the_digits_held_out(tmp_path, caps
     settings = ["--max_train_steps=150", "--train_batch_size=64", "--learning_rate=1e-2"]
     model = train(tmp_path / "classifier", *settings)
     count, accuracy = re.fullmatch(
-        r"accuracy on (\d+) held-out pictures of digits: ([\d.]+)\n", capsys.readouterr().out
+        r"accuracy on (\d+) held-out images of digits: ([\d.]+)\n", capsys.readouterr().out
     ).groups()
     assert int(count) == 1797 // 5
     assert float(accuracy) > 0.7
@@ -40,7 +41,7 @@ def test_it_learns_and_prints_the_accuracy_on_the_digits_held_out(tmp_path, caps
     assert float(accuracy) == pytest.approx(right.float().mean().item(), abs=6e-4)
 
 
-def test_the_pictures_of_other_sources_have_their_own_shape_and_classes(tmp_path, monkeypatch, capsys):
+def test_the_images_of_other_sources_have_their_own_shape_and_classes(tmp_path, monkeypatch, capsys):
     asked = []
 
     def load(*given):
@@ -53,13 +54,23 @@ def test_the_pictures_of_other_sources_have_their_own_shape_and_classes(tmp_path
     model = train(tmp_path, *options)
     assert asked == [("emoji", 16, 3)]
     assert {**model.config}.items() >= {"channels": 3, "num_classes": 4, "num_features": 12, "num_halvings": 2}.items()
-    assert "accuracy on 8 held-out pictures of emoji: " in capsys.readouterr().out
+    assert "accuracy on 8 held-out images of emoji: " in capsys.readouterr().out
 
 
-def test_pictures_without_labels_are_refused(tmp_path, monkeypatch):
+def test_images_without_labels_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(train_classifier, "load_images", lambda *given: (torch.zeros(2, 1, 8, 8), None))
-    with pytest.raises(ValueError, match="--train_data cats has no labels: take `digits`"):
+    with pytest.raises(ValueError, match="--train_data cats has no labels: give a folder with one subfolder per class"):
         train(tmp_path, "--train_data=cats")
+
+
+def test_a_folder_with_one_subfolder_per_class_is_learned(tmp_path, capsys):
+    for number in range(20):
+        kind = ("dark", "light", "middle")[number % 3]
+        (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 10 * number).save(tmp_path / "data" / kind / f"{number}.png")
+    model = train(tmp_path / "classifier", f"--train_data={tmp_path / 'data'}")
+    assert model.config.num_classes == 3
+    assert "accuracy on 4 held-out images of " in capsys.readouterr().out
 
 
 def test_a_family_is_on_one_side_of_the_split():

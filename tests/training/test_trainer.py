@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, cli, load_teacher
-from hsivi_diffusers.distillation import networks, state
+from hsivi_diffusers.distillation import networks, state, updates
 from hsivi_diffusers.distillation.config import ALIASES, HSIVIConfig
 from hsivi_diffusers.distillation.trainer import HSIVITrainer
 from tiny_unet import make_unet
@@ -39,9 +39,9 @@ def contents(folder):
 def starts(monkeypatch):
     """Steps at which the loop was entered."""
     entered = []
-    fit = state.fit
+    fit = updates.fit
     monkeypatch.setattr(
-        state, "fit", lambda *given, **named: entered.append(named["start_step"]) or fit(*given, **named)
+        updates, "fit", lambda *given, **named: entered.append(named["start_step"]) or fit(*given, **named)
     )
     return entered
 
@@ -51,7 +51,7 @@ def interrupt(distil):
     """Runs up to 3 steps of 5, with one checkpoint, after the 2nd; then Ctrl-C."""
 
     def run(folder, **options):
-        fit = state.fit
+        fit = updates.fit
 
         def stopping(*given, **named):
             for step in fit(*given, **named):
@@ -60,7 +60,7 @@ def interrupt(distil):
                 yield step
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(state, "fit", stopping)
+            patched.setattr(updates, "fit", stopping)
             with pytest.raises(KeyboardInterrupt):
                 distil(folder, **options)
         assert checkpoints(folder) == ["checkpoint-2"]
@@ -251,10 +251,10 @@ def test_the_weights_of_the_losses(teacher):
     bridge = state.TeacherBridge(unet, grid)
     level = torch.tensor([0, 300, 800])
     variance = 1 - schedule.alphas_cumprod[level]
-    for objective, kind in (("SM", state.ScoreMatching), ("KL", state.KullbackLeibler)):
+    for objective, kind in (("SM", updates.ScoreMatching), ("KL", updates.KullbackLeibler)):
         for weight, wanted in (("unit", variance), ("sigma2", variance**2)):
             config = HSIVIConfig(preset="fast", objective=objective, loss_weight=weight)
-            made = state.make_objective(config, bridge)
+            made = updates.make_objective(config, bridge)
             assert type(made) is kind
             torch.testing.assert_close(made.layer_weight(level), wanted)
             torch.testing.assert_close(made.critic_weight(level), wanted)
@@ -316,6 +316,7 @@ def test_a_run_that_recorded_old_names_and_a_plain_number_of_steps_resumes(
     options = json.loads((folder / "options.json").read_text())
     old = {name: options.pop(new) for name, new in ALIASES.items()}
     assert old["num_layers"] == [2]
+    del options["teacher_share"]  # was not there yet
     (folder / "options.json").write_text(json.dumps({**options, **old, "num_layers": 2, "alpha": 0.5}))
     distil(folder, resume_from_checkpoint="latest")
     assert starts == [5]
@@ -493,7 +494,7 @@ def test_a_nan_before_any_checkpoint_says_so(distil, tmp_path, poison):
 
 @pytest.mark.parametrize("network", ["layers", "critic"])
 def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypatch, network):
-    fit = state.fit
+    fit = updates.fit
 
     def poisoned(layers, critic, *given, **named):
         for step in fit(layers, critic, *given, **named):
@@ -502,7 +503,7 @@ def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypat
                 torch.nn.init.constant_(unet.conv_out.bias, torch.inf)
             yield step
 
-    monkeypatch.setattr(state, "fit", poisoned)
+    monkeypatch.setattr(updates, "fit", poisoned)
     with pytest.raises(SystemExit) as exit:
         distil(tmp_path / "run")
     assert re.search("a weight of the .* not finite at step 3", exit.value.code)
@@ -616,7 +617,7 @@ def test_gradients_that_always_overflow_end_the_run(distil, tmp_path, monkeypatc
     from accelerate.optimizer import AcceleratedOptimizer
 
     monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda _: True))
-    monkeypatch.setattr(state, "MAX_OVERFLOWS", 4)
+    monkeypatch.setattr(updates, "MAX_OVERFLOWS", 4)
     with pytest.raises(
         SystemExit, match="the gradient is not finite at step 3.*last good checkpoint is .*checkpoint-2"
     ):

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hsivi_diffusers import cli, folders
-from hsivi_diffusers.distillation import checkpoints, state, state_dicts
+from hsivi_diffusers.distillation import checkpoints, state, state_dicts, updates
 
 PATIENCE = 600  # seconds that a run may take
 GRACE = 1  # seconds that the other children have after one died
@@ -67,7 +67,7 @@ def arrange_death(point, step):
 
 def send_signal(name, step):
     """Has this process send itself a signal after a step."""
-    fit = state.fit
+    fit = updates.fit
 
     def signalled(*given, **named):
         for done in fit(*given, **named):
@@ -75,7 +75,7 @@ def send_signal(name, step):
                 os.kill(os.getpid(), signal.Signals[name])
             yield done
 
-    state.fit = signalled
+    updates.fit = signalled
 
 
 def start(rank, request, port, log):

@@ -7,6 +7,7 @@ import torch
 from hsivi_diffusers.vi import (
     Adversarial,
     DataChain,
+    DiagonalGaussian,
     DivergenceError,
     FrozenPoolChain,
     KullbackLeibler,
@@ -598,3 +599,37 @@ def test_where_the_critic_learns_alone_the_layers_stay_as_they_are_to_the_bit():
     assert not any(torch.equal(game.critic.state_dict()[name], value) for name, value in before[1].items())
     next(steps)
     assert not any(torch.equal(game.layers.state_dict()[name], value) for name, value in before[0].items())
+
+
+class RootCritic(LinearCritic):
+    """Finite, with a gradient that is not: that of sqrt at 0."""
+
+    def forward(self, x, level, condition=None, t=None):
+        return super().forward(x, level) + (0 * self.slope.sum()).sqrt()
+
+
+@pytest.mark.parametrize("clip", [None, lambda parameters: torch.nn.utils.clip_grad_norm_(parameters, 1.0)])
+@pytest.mark.parametrize("player", ["critic", "layers"])
+def test_a_gradient_that_is_not_finite_moves_no_parameter(player, clip):
+    game = Game(target())
+    if player == "critic":
+        game.critic = RootCritic(3)
+        game.critic_optimizer = torch.optim.Adam(game.critic.parameters())
+    else:
+        game.layers.register_parameter("root", torch.nn.Parameter(torch.zeros((), dtype=torch.float64)))
+        game.layers.register_forward_hook(
+            lambda module, _, q: DiagonalGaussian(q.mean + module.root.abs().sqrt(), q.std)
+        )
+        game.layer_optimizer = torch.optim.Adam(game.layers.parameters())
+    before = [each.detach().clone() for each in getattr(game, player).parameters()]
+    with pytest.raises(DivergenceError, match=f"the gradient of the {player} is not finite at step 0"):
+        next(game.fit(KullbackLeibler(), 1, clip_grad_norm=clip))
+    after = list(getattr(game, player).parameters())
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_an_optimizer_that_skips_overflows_decides_for_itself():
+    game = Game(target())
+    game.critic = RootCritic(3)
+    game.critic_optimizer = torch.optim.SGD(game.critic.parameters(), lr=0.0)
+    assert next(game.fit(KullbackLeibler(), 1, skips_overflows=True)).step == 0

@@ -20,6 +20,7 @@ from hsivi_diffusers.vi import (
     ScoreMLP,
     ScoreTarget,
     SharedLayers,
+    as_target,
 )
 from hsivi_diffusers.vi import inference as inference_module
 from hsivi_diffusers.vi.targets import FullNormal, GaussianMixture
@@ -474,3 +475,41 @@ def test_a_fit_looks_at_the_critic_where_it_still_knows_the_layer(monkeypatch):
     for training in ("sequential", "joint"):
         assert tiny("KL", training).diagnose() == []
     assert seen == [[0], None]
+
+
+@pytest.mark.parametrize("norm", [-1.0, 0.0, float("nan")])
+def test_a_norm_that_is_not_positive_is_refused(norm):
+    with pytest.raises(ValueError, match=f"max_grad_norm={norm}: give a number > 0"):
+        tiny(max_grad_norm=norm)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_density_on_a_half_space_is_refused_before_it_starts(objective):
+    target = as_target(lambda x: torch.where(x[:, 0] > 0, -x.square().sum(1), -torch.inf), 2)
+    with pytest.raises(ValueError, match="the target's log-density is not finite at 1.. of 256 draws of the base"):
+        tiny(objective, of=GeometricBridge(target, 2))
+
+
+def test_a_state_without_a_part_is_refused_before_anything_is_loaded():
+    inference, other = tiny("KL"), tiny("KL", seed=0)
+    inference.run()
+    before, state = parameters(other), inference.state_dict()
+    del state["critic_optimizer"]
+    with pytest.raises(ValueError, match="the state has no critic_optimizer: give what state_dict"):
+        other.load_state_dict(state)
+    assert equal(before, parameters(other))
+
+
+@pytest.mark.parametrize("dimension", [10**9, 0, 2.0])
+def test_a_dimension_out_of_range_is_refused_before_work(dimension):
+    for make in (as_target, ScoreTarget):
+        with pytest.raises(ValueError, match=f"dimension={dimension}: give the number of coordinates"):
+            make(lambda x: -x.square().sum(1), dimension)
+    with pytest.raises(ValueError, match="dimension=20000: the default layers have a d x d matrix each"):
+        GaussianMLP(20_000)
+
+
+def test_a_density_written_in_numpy_is_refused():
+    target = as_target(lambda x: (-x.square().sum(1)).detach().numpy(), 2)
+    with pytest.raises(ValueError, match="log_prob returned a ndarray: write it in torch, and return a tensor"):
+        tiny(of=GeometricBridge(target, 2))

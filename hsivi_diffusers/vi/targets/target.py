@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 LogProb = Callable[[Tensor], Tensor]
+MAX_DIMENSION = 10**6
 
 
 class Target(ABC):
@@ -56,13 +57,13 @@ class IsotropicNormal(SampledTarget):
         device: Where draws are put.
 
     Raises:
-        ValueError: std <= 0.
+        ValueError: std <= 0, or the dimension is not a whole number from 1 to 10^6.
     """
 
     def __init__(self, dimension: int, std: float = 1.0, device: torch.device | str | None = None) -> None:
         if not std > 0:
             raise ValueError(f"std={std}: a standard deviation is positive")
-        self.dimension, self.std, self.device = dimension, std, device
+        self.dimension, self.std, self.device = _check_dimension(dimension), std, device
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Returns log N(x; 0, std^2 I), shape (B,)."""
@@ -116,19 +117,23 @@ class LogProbTarget(Target):
     Args:
         log_prob: x of shape (B, d) -> log p(x) + constant, shape (B,), differentiable by torch.
         dimension: d.
+
+    Raises:
+        ValueError: The dimension is not a whole number from 1 to 10^6.
     """
 
     def __init__(self, log_prob: LogProb, dimension: int) -> None:
         self._log_prob = log_prob
-        self.dimension = dimension
+        self.dimension = _check_dimension(dimension)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Returns what the function says.
 
         Raises:
-            ValueError: Its answer has another shape than (B,), or no gradient where one is asked for.
+            ValueError: Its answer is not a tensor of shape (B,), or has no gradient where one is asked for.
         """
         value = self._log_prob(x)
+        _refuse_other_types(value, "log_prob")
         if value.shape != x.shape[:1]:
             raise ValueError(
                 f"log_prob returned the shape {tuple(value.shape)} for x of shape {tuple(x.shape)}: return one number "
@@ -144,19 +149,23 @@ class ScoreTarget(Target):
     Args:
         score: x of shape (B, d) -> grad log p(x), shape (B, d); differentiable by torch for `ScoreMatching`.
         dimension: d.
+
+    Raises:
+        ValueError: The dimension is not a whole number from 1 to 10^6.
     """
 
     def __init__(self, score: Callable[[Tensor], Tensor], dimension: int) -> None:
         self._score = score
-        self.dimension = dimension
+        self.dimension = _check_dimension(dimension)
 
     def score(self, x: Tensor) -> Tensor:
         """Returns what the function says.
 
         Raises:
-            ValueError: Its answer has another shape than x, or no gradient where one is asked for.
+            ValueError: Its answer is not a tensor of the shape of x, or has no gradient where one is asked for.
         """
         value = self._score(x)
+        _refuse_other_types(value, "score")
         if value.shape != x.shape:
             raise ValueError(f"score returned the shape {tuple(value.shape)} for x of shape {tuple(x.shape)}")
         _refuse_cut(value, x, "score")
@@ -184,6 +193,17 @@ def as_target(source: Target | Distribution | LogProb, dimension: int | None = N
     if dimension is None:
         raise ValueError("dimension is missing: a function does not tell how many coordinates its x has")
     return LogProbTarget(source, dimension)
+
+
+def _check_dimension(dimension: int) -> int:
+    if not isinstance(dimension, int) or not 1 <= dimension <= MAX_DIMENSION:
+        raise ValueError(f"dimension={dimension}: give the number of coordinates, a whole number from 1 to 1,000,000")
+    return dimension
+
+
+def _refuse_other_types(value: object, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} returned a {type(value).__name__}: write it in torch, and return a tensor")
 
 
 def _refuse_cut(value: Tensor, x: Tensor, name: str) -> None:

@@ -24,9 +24,9 @@ from hsivi_diffusers.options import option, parse_options
 
 @dataclass
 class Benchmark:
-    _argument_group_name = "benchmark"
+    _group = "benchmark"
     pipeline: str | None = option(None, "folder or repo id of an HSIVIPipeline; the digits teacher by default")
-    batch_size: int = option(16, "pictures at once")
+    batch_size: int = option(16, "images at once")
     repetitions: int = option(200, "turns")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to sample")
 

@@ -2,11 +2,11 @@
 
     python -m training.benchmarks.images.benchmark --config training/configs/benchmark_digits.yaml
 
-Trains what is missing (teacher, classifier, students, rivals), draws the same number of pictures by every method from
+Trains what is missing (teacher, classifier, students, baselines), draws the same number of images by every method from
 the same noise, measures them against real ones, and writes OUTPUT_DIR/results.json, and with it the tables and figures
 of OUTPUT_DIR. A row that is there is not measured again, and only what a missing row needs is trained, where a training
-that was stopped goes on (that of a classifier, a minute, starts anew): so a benchmark that was stopped is simply
-started again. To measure anew, name another --output_dir; to train anew, another --runs_dir too.
+that was stopped goes on (that of a classifier, a minute, starts anew). So start a benchmark that was stopped again. To
+measure anew, name another --output_dir; to train anew, another --runs_dir too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,12 @@ from typing import Any
 
 import torch
 from diffusers import DDPMPipeline
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIPipeline, load_teacher
-from hsivi_diffusers.distillation.config import Options, changes_of_chosen, check_options, chosen, parse_recipe
+from hsivi_diffusers.cli import read_distillation
+from hsivi_diffusers.distillation.config import HSIVIConfig, read_settings
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
-from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.evaluation.pages import measured_on
 from hsivi_diffusers.evaluation.solvers import (
@@ -40,50 +39,52 @@ from hsivi_diffusers.evaluation.solvers import (
     make_student,
     sample,
 )
-from hsivi_diffusers.folders import in_turn, remove_folder, replace_folder, write_json
-from hsivi_diffusers.options import changes, changes_since, option, parse_options
+from hsivi_diffusers.folders import in_turn, remove_folder, replace_folder
+from hsivi_diffusers.options import differences, option, parse_options
 
-from .benchmark_pages import RIVAL, is_shown, pictures_path, write_pages
+from .benchmark_pages import BASELINE, is_shown, write_pages
+from .benchmark_results import Key, Recipe, Results, key_of, recipe_of
+from .sets import load_images
 
-DISTIL = "hsivi_diffusers.distillation.run"
+DISTIL = "hsivi_diffusers distil"
 RESUME = ("--resume_from_checkpoint", "latest")
 ANEW = ("--overwrite_output_dir", "true")
 
 
 @dataclass
 class Parts:
-    _argument_group_name = "what is compared"
+    _group = "what is compared"
     dataset: str | None = option(None, "name of the set in the tables")
     teacher: str | None = option(None, "folder of the teacher; trained if it is missing")
     teacher_config: str | None = option(None, "config of train_teacher.py")
     classifier: str | None = option(None, "folder of the ImageClassifier; trained if it is missing")
     classifier_config: str | None = option(None, "config of train_classifier.py")
-    real_data: str = option("digits", "real pictures, see train_teacher.py")
+    real_data: str = option("digits", "real images, see train_teacher.py")
     students: list[str] = option([], "configs of train_hsivi.py, each with the options it is given besides, if any")
-    rival: str | None = option(None, "config of train_consistency.py; it is given the time of --rival_of")
-    rival_of: str | None = option(None, "the one of --students whose training seconds the rival is given")
-    rival_steps: list[int] = option([1, 2, 4, 8], "network calls of the rival")
-    seeds: list[int] = option([0, 1, 2], "training seeds of students and rivals")
+    baseline: str | None = option(None, "config of train_consistency.py; it is given the time of --baseline_of")
+    baseline_of: str | None = option(None, "the one of --students whose training seconds the baseline is given")
+    baseline_steps: list[int] = option([1, 2, 4, 8], "network calls of the baseline")
+    seeds: list[int] = option([0, 1, 2], "training seeds of students and baselines")
 
 
 @dataclass
 class Sampling:
-    _argument_group_name = "sampling"
+    _group = "sampling"
     solvers: list[str] = option(
         ["DDIM", "DPM-Solver++", "DPM-Solver++ SDE", "UniPC", "DEIS", "DDPM"], "solvers of the teacher"
     )
     solver_steps: list[int] = option([1, 2, 3, 4, 5, 8, 10, 15, 20, 50, 100], "their network calls")
     ddpm_steps: list[int] = option([1000], "further network calls of DDPM, if it is among the solvers")
-    num_samples: int = option(10_000, "pictures of each row")
-    slow_samples: int = option(10_000, "pictures of a row of more than 100 calls")
-    batch_size: int = option(500, "pictures at once")
+    num_samples: int = option(10_000, "images of each row")
+    slow_samples: int = option(10_000, "images of a row of more than 100 calls")
+    batch_size: int = option(500, "images at once")
     eval_seed: int = option(0, "seed of the noise")
 
 
 @dataclass
 class Folders:
-    _argument_group_name = "folders"
-    output_dir: str = option("docs/benchmarks", "results, pictures, tables and figures")
+    _group = "folders"
+    output_dir: str = option("docs/benchmarks", "results, images, tables and figures")
     runs_dir: str = option("runs/benchmark", "trainings, in a folder for each set")
 
 
@@ -94,10 +95,6 @@ class Trained:
     folder: Path
     seconds: float
     network_calls: int | None
-
-
-Key = tuple[str, int, int | None]  # method, network calls and training seed
-Recipe = dict[str, Any] | None  # options of a student that are not the defaults
 
 
 @dataclass(frozen=True)
@@ -125,13 +122,13 @@ class Comparison:
     def __init__(self, parts: Parts, sampling: Sampling, folders: Folders) -> None:
         self.parts, self.sampling = parts, sampling
         self.runs = Path(folders.runs_dir) / str(parts.dataset)
-        self.path = Path(folders.output_dir) / "results.json"
-        for folder in (self.runs, self.path.parent):
+        self.results = Results(Path(folders.output_dir), str(parts.dataset))
+        for folder in (self.runs, self.results.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
         _make(Path(str(parts.teacher)), f"{__package__}.train_teacher", parts.teacher_config, *RESUME)
         _make(Path(str(parts.classifier)), f"{__package__}.train_classifier", parts.classifier_config, *ANEW)
         self.unet, self.schedule = load_teacher(str(parts.teacher))
-        self.unet.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same pictures
+        self.unet.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same images
 
     def entries(self) -> list[Entry]:
         """Every row: what is trained first, then the solvers, the cheap ones first.
@@ -140,11 +137,11 @@ class Comparison:
             ValueError: Two students have a row in common.
         """
         trained = [entry for config in self.parts.students for entry in self._students(config)]
-        if self.parts.rival is not None:
+        if self.parts.baseline is not None:
             trained += [
-                Entry(RIVAL, nfe, seed, partial(self._make_rival, nfe, seed))
+                Entry(BASELINE, nfe, seed, partial(self._make_baseline, nfe, seed))
                 for seed in self.parts.seeds
-                for nfe in self.parts.rival_steps
+                for nfe in self.parts.baseline_steps
             ]
         keys = [entry.key for entry in trained]
         if twice := sorted({f"{key[0]} at {key[1]}" for key in keys if keys.count(key) > 1}):
@@ -159,16 +156,15 @@ class Comparison:
 
     def _students(self, config: str) -> Iterator[Entry]:
         for seed in self.parts.seeds:
-            options = self._options(config, seed)
-            counts = options.layers.num_layers
-            name = f"HSIVI {options.method.preset}" + (", one for all" if len(counts) > 1 else "")
-            for nfe in counts:
-                yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed), chosen(options))
+            settings = self._config(config, seed)
+            name = "HSIVI paper" if settings.preset == "paper" else "HSIVI fast"
+            name += ", one for all" if len(settings.depths) > 1 else ""
+            for nfe in settings.depths:
+                yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed), recipe_of(settings))
 
-    def _options(self, config: str, seed: int) -> Options:
-        options = parse_recipe("", self._arguments(config, seed))
-        check_options(options)  # now, and not after the trainings before it
-        return options
+    def _config(self, config: str, seed: int) -> HSIVIConfig:
+        """The settings of a student, refused now and not after the trainings before it if they cannot run."""
+        return read_distillation(self._arguments(config, seed), config, "")[1]
 
     def _arguments(self, config: str, seed: int) -> list[str]:
         """What the program of a config is called with, for the teacher and a seed."""
@@ -181,24 +177,24 @@ class Comparison:
         trained = self._train_student(config, seed)
         return make_student(HSIVIPipeline.from_pretrained(trained.folder / "pipeline"), nfe), trained
 
-    def _make_rival(self, nfe: int, seed: int) -> tuple[Sampler, Trained]:
-        seconds = self._rival_seconds(seed)
+    def _make_baseline(self, nfe: int, seed: int) -> tuple[Sampler, Trained]:
+        seconds = self._baseline_seconds(seed)
         limit = ["--max_train_seconds", str(seconds), *RESUME]
-        trained = self._train(str(self.parts.rival), seed, f"{__package__}.train_consistency", limit)
+        trained = self._train(str(self.parts.baseline), seed, f"{__package__}.train_consistency", limit)
         given = json.loads((trained.folder / "training.json").read_text())["max_train_seconds"]
         if given != seconds:
             raise ValueError(
-                f"{trained.folder} was given {given} s, and the student that it is held against had {seconds} s: "
+                f"{trained.folder} was given {given} s, and the student that it is compared with had {seconds} s: "
                 "remove it and its rows, or name another --runs_dir and --output_dir"
             )
         pipeline = DDPMPipeline.from_pretrained(trained.folder / "pipeline")
         return make_consistency_sampler(pipeline.unet, pipeline.scheduler.config, nfe), trained
 
-    def _rival_seconds(self, seed: int) -> float:
-        """Training seconds of the student that a rival is held against: by its row, if there is one."""
-        config = str(self.parts.rival_of)
+    def _baseline_seconds(self, seed: int) -> float:
+        """Training seconds of the student that a baseline is compared with: from its row, if there is one."""
+        config = str(self.parts.baseline_of)
         keys = {entry.key for entry in self._students(config) if entry.seed == seed}
-        known = [row["train_seconds"] for row in self._rows() if _key(row) in keys]
+        known = [row["train_seconds"] for row in self.results.rows() if key_of(row) in keys]
         return float(known[0]) if known else self._train_student(config, seed).seconds
 
     def _train_student(self, config: str, seed: int) -> Trained:
@@ -208,7 +204,8 @@ class Comparison:
             ValueError: It was done before with other options.
         """
         trained = self._train(config, seed, DISTIL, RESUME)
-        if changed := changes_since(trained.folder / "options.json", self._options(config, seed)[1:4]):
+        before = read_settings(trained.folder / "options.json")
+        if changed := differences(before, self._config(config, seed).settings()):
             raise ValueError(
                 f"{trained.folder} was trained with other options than {config} has ({changed}): name another "
                 "--runs_dir and --output_dir, or remove it and its rows"
@@ -230,7 +227,7 @@ class Comparison:
     def measure(self) -> None:
         """Adds the rows that are missing, one after the other."""
         entries = self.entries()
-        there = self._measured({entry.key: entry.recipe for entry in entries})
+        there = self.results.keys({entry.key: entry.recipe for entry in entries}, self._drawn)
         wanted = [entry for entry in entries if entry.key not in there]
         if not wanted:
             return
@@ -240,21 +237,22 @@ class Comparison:
         for entry in progress:
             progress.set_postfix_str(f"{entry.method} at {entry.nfe}")
             sampler, trained = entry.make()
-            pictures = self._draw(entry, sampler)
+            images = self._draw(entry, sampler)
             try:
-                measured = measures(pictures)
+                measured = measures(images)
             except ValueError as error:
-                error.add_note(f"These are the pictures of {entry.method} at {entry.nfe} calls, seed {entry.seed}.")
+                error.add_note(f"These are the images of {entry.method} at {entry.nfe} calls, seed {entry.seed}.")
                 raise
-            self._keep_pictures(entry, pictures[:16], real)  # first, for a row that is there is not drawn again
+            if entry.seed in (None, self.parts.seeds[0]) and is_shown(entry.method, entry.nfe):
+                self.results.keep_images(f"{entry.method} at {entry.nfe}", images[:16], real)  # before the row
             shares = {"class_shares": measures.shares, "real_class_shares": measures.real_shares}
-            self._add_row(entry, trained, {**measured, **shares})
+            self.results.add(self._row(entry, trained, {**measured, **shares}))
 
     def _number(self, nfe: int) -> int:
         return self.sampling.num_samples if nfe <= 100 else self.sampling.slow_samples
 
     def _drawn(self, nfe: int) -> dict[str, int]:
-        """What a row tells of its pictures; the noise of a batch depends on its size."""
+        """What a row tells of its images; the noise of a batch depends on its size."""
         batch_size, eval_seed = self.sampling.batch_size, self.sampling.eval_seed
         return {"num_samples": self._number(nfe), "batch_size": batch_size, "eval_seed": eval_seed}
 
@@ -262,8 +260,8 @@ class Comparison:
         number = self._number(entry.nfe)
         return torch.cat(list(sample(sampler, number, self.sampling.batch_size, self.sampling.eval_seed)))
 
-    def _add_row(self, entry: Entry, trained: Trained | None, measured: dict[str, Any]) -> None:
-        row = {
+    def _row(self, entry: Entry, trained: Trained | None, measured: dict[str, Any]) -> dict[str, Any]:
+        return {
             "dataset": self.parts.dataset,
             "method": entry.method,
             "nfe": entry.nfe,
@@ -275,44 +273,6 @@ class Comparison:
             "recipe": entry.recipe,
             "measured": measured_on(),
         }
-        with in_turn(self.path.parent):  # for another set may be measured at the same time
-            write_json(self.path, {"rows": [*read_rows(self.path), row]})
-
-    def _measured(self, recipes: Mapping[Key, Recipe]) -> set[Key]:
-        """Keys of the rows that are there, where those of students should be of these recipes.
-
-        Raises:
-            ValueError: One is of other options or other pictures, and may not be compared.
-        """
-        rows = self._rows()
-        for row in rows:
-            if other := changes(row, self._drawn(row["nfe"])):
-                raise ValueError(
-                    f"{self.path} has {row['method']} at {row['nfe']} of other pictures ({other}): name another "
-                    "--output_dir"
-                )
-            recipe = recipes.get(_key(row))
-            if recipe is not None and (other := changes_of_chosen(row.get("recipe") or {}, recipe)):
-                raise ValueError(
-                    f"{self.path} has {row['method']} at {row['nfe']}, seed {row['train_seed']}, of other options than "
-                    f"--students have now ({other}): remove that row, or name another --output_dir"
-                )
-        return {_key(row) for row in rows}
-
-    def _rows(self) -> list[dict[str, Any]]:
-        """The rows of this set."""
-        return [row for row in read_rows(self.path) if row["dataset"] == self.parts.dataset]
-
-    def _keep_pictures(self, entry: Entry, pictures: torch.Tensor, real: torch.Tensor) -> None:
-        """Keeps the first pictures of what the figures show, of the first seed, beside the results."""
-        if entry.seed not in (None, self.parts.seeds[0]) or not is_shown(entry.method, entry.nfe):
-            return
-        path = pictures_path(self.path.parent, str(self.parts.dataset))
-        drawn = (255 * pictures).round().to(torch.uint8)
-        shown = real[torch.linspace(0, len(real) - 1, len(drawn)).long()]
-        now = {f"{entry.method} at {entry.nfe}": drawn.contiguous(), "real": shown.contiguous()}
-        with in_turn(path.parent):
-            save_file({**(load_file(path) if path.exists() else {}), **now}, path)
 
 
 def _make(folder: Path, program: str, config: str | None, *arguments: str) -> None:
@@ -329,20 +289,9 @@ def _make(folder: Path, program: str, config: str | None, *arguments: str) -> No
 
 def _call(program: str, arguments: list[str]) -> None:
     """Runs a program, given as a module, to its end."""
-    done = subprocess.run([sys.executable, "-m", program, *arguments], check=False)
+    done = subprocess.run([sys.executable, "-m", *program.split(), *arguments], check=False)
     if done.returncode:
         raise SystemExit(f"{program} {' '.join(arguments)} ended with status {done.returncode}: see above")
-
-
-def _key(row: Mapping[str, Any]) -> Key:
-    """What a row is of, see `Entry.key`."""
-    return row["method"], row["nfe"], row["train_seed"]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a results.json; none if there is no such file."""
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    return rows
 
 
 def main(args: list[str] | None = None) -> None:
@@ -350,17 +299,17 @@ def main(args: list[str] | None = None) -> None:
     missing = [name for name in ("dataset", "teacher", "classifier") if not getattr(parts, name)]
     if missing:
         raise ValueError(f"--{', --'.join(missing)} missing: give --config training/configs/benchmark_digits.yaml")
-    if (parts.rival is None) != (parts.rival_of is None):
-        raise ValueError("--rival and --rival_of go together: the second tells how long the first may train")
-    if parts.rival_of not in (None, *parts.students):
-        raise ValueError(f"--rival_of {parts.rival_of} is none of --students: give one of them, word for word")
+    if (parts.baseline is None) != (parts.baseline_of is None):
+        raise ValueError("--baseline and --baseline_of go together: the second says how long the first may train")
+    if parts.baseline_of not in (None, *parts.students):
+        raise ValueError(f"--baseline_of {parts.baseline_of} is not among --students: give one of them, word for word")
     if unknown := [name for name in sampling.solvers if name not in SOLVERS]:  # now, and not after the trainings
         raise ValueError(f"--solvers {', '.join(unknown)} unknown: choose from {', '.join(SOLVERS)}")
     comparison = Comparison(parts, sampling, folders)
     comparison.measure()
     with in_turn(Path(folders.output_dir)):
         write_pages(Path(folders.output_dir))
-    print(f"tables and figures are in {Path(folders.output_dir) / 'index.md'}, the rows in {comparison.path}")
+    print(f"tables and figures are in {Path(folders.output_dir) / 'index.md'}, the rows in {comparison.results.path}")
 
 
 if __name__ == "__main__":

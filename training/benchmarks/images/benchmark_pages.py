@@ -26,7 +26,7 @@ Row = dict[str, Any]
 Group = tuple[str, int]  # method and network calls
 
 OURS = "HSIVI fast"
-RIVAL = "consistency distillation"
+BASELINE = "consistency distillation"
 # Of those that were run, on the timestep grids that diffusers has by default: others may be better.
 BEST = "best stock solver"
 TEACHER: Group = ("DDPM", 100)
@@ -44,14 +44,14 @@ MEASURES: dict[str, tuple[str, str, bool]] = {
     "nearest": ("nearest", ".3f", True),
 }
 SHOWN_CALLS = (1, 2, 4, 5, 8, 10, 15, 20, 50, 100, 1000)
-SHOWN_PICTURES = [TEACHER, ("UniPC", 4), ("UniPC", 10), (RIVAL, 1), (RIVAL, 4)]
+SHOWN_IMAGES = [TEACHER, ("UniPC", 4), ("UniPC", 10), (BASELINE, 1), (BASELINE, 4)]
 
 
 def write_pages(folder: Path) -> None:
     """Fills the tables of FOLDER/index.md, which is begun if there is none, and draws the figures of FOLDER.
 
     Args:
-        folder: Has results.json, and the pictures of each set; the samples of a set without are not drawn.
+        folder: Has results.json, and the images of each set; the samples of a set without are not drawn.
     """
     rows: list[Row] = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
     sets = in_sets(rows)
@@ -89,7 +89,7 @@ def as_word(dataset: str) -> str:
 
 
 def pictures_path(folder: Path, dataset: str) -> Path:
-    """File of the first pictures of each shown row of a set, as bytes."""
+    """File of the first images of each shown row of a set, as bytes."""
     return folder / f"pictures_{dataset}.safetensors"
 
 
@@ -124,17 +124,17 @@ def is_fast(method: str) -> bool:
 
 
 def is_solver(method: str) -> bool:
-    return not is_ours(method) and method != RIVAL
+    return not is_ours(method) and method != BASELINE
 
 
 def in_order(groups: Iterable[Group]) -> list[str]:
-    """The methods of these groups: ours, the solvers, the rival."""
-    return sorted({method for method, _ in groups}, key=lambda name: (not is_ours(name), name == RIVAL, name))
+    """The methods of these groups: ours, the solvers, the baseline."""
+    return sorted({method for method, _ in groups}, key=lambda name: (not is_ours(name), name == BASELINE, name))
 
 
 def is_shown(method: str, nfe: int) -> bool:
-    """Whether the figure of samples has pictures of it."""
-    return is_ours(method) or (method, nfe) in SHOWN_PICTURES
+    """Whether the figure of samples has images of it."""
+    return is_ours(method) or (method, nfe) in SHOWN_IMAGES
 
 
 def value(rows: list[Row], measure: str) -> float:
@@ -157,7 +157,7 @@ def summary_table(sets: dict[str, list[Row]]) -> str:
     counts = {nfe for of_set in groups.values() for _, nfe in of_set}
     lines = [f"| calls | method | {' | '.join(sets)} |", f"|---:|---|{'---:|' * len(sets)}"]
     for nfe in sorted(counts & {*SHOWN_CALLS}):
-        for method in (OURS, RIVAL, BEST) if nfe <= 20 else (BEST, TEACHER[0]):
+        for method in (OURS, BASELINE, BEST) if nfe <= 20 else (BEST, TEACHER[0]):
             cells = [_summary(groups[name], method, nfe) for name in sets]
             if any(cells):
                 lines.append(f"| {nfe} | {bold(method)} | {' | '.join(cells)} |")
@@ -236,7 +236,7 @@ def row_of(method: str, nfe: int, factor: float = 1.0) -> Callable[[dict[Group, 
 CLAIMS: list[Claim] = [
     *((f"{BEST} at {nfe}", nfe, "fd", best_solver(nfe)) for nfe in (1, 2, 4, 5)),
     ("DDPM at 100", 4, "fd", row_of(*TEACHER)),
-    *((f"{RIVAL} at {nfe}", nfe, "fd", row_of(RIVAL, nfe)) for nfe in (1, 2, 4)),
+    *((f"{BASELINE} at {nfe}", nfe, "fd", row_of(BASELINE, nfe)) for nfe in (1, 2, 4)),
     ("0.1", 1, "teacher_tv", lambda _: 0.1),
     ("1.2 times DDPM at 1000", 1, "fd", row_of("DDPM", 1000, 1.2)),
     ("DDPM at 1000", 4, "fd", row_of("DDPM", 1000)),
@@ -272,8 +272,8 @@ def _goal(name: str, method: str, nfe: int, measure: str, rows: list[Row], words
 
 
 def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Labelled rows of one figure: the teacher and its solvers, the rival, ours, real pictures."""
-    others = [f"{method} at {nfe}" for method, nfe in SHOWN_PICTURES]
+    """Labelled rows of one figure: the teacher and its solvers, the baseline, ours, real images."""
+    others = [f"{method} at {nfe}" for method, nfe in SHOWN_IMAGES]
     ours = sorted(
         (name for name in pictures if is_ours(name)), key=lambda name: (name.split(" at ")[0], len(name), name)
     )

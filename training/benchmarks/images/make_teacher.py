@@ -21,7 +21,7 @@ from hsivi_diffusers.options import option, parse_options
 
 @dataclass
 class Options:
-    _argument_group_name = "teacher"
+    _group = "teacher"
     teacher: str | None = option(None, "folder of unet/config.json and scheduler/scheduler_config.json")
     output_dir: str | None = option(None, "folder of the pipeline")
     overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
@@ -30,15 +30,13 @@ class Options:
 
 def check_teacher(teacher: str | None) -> Path:
     """Refuses a folder without the two configs."""
-    if not teacher:
-        raise ValueError("--teacher is missing: name a folder, such as training/teachers/cifar10_32")
-    for name in ("unet/config.json", "scheduler/scheduler_config.json"):
-        if not (Path(teacher) / name).is_file():
-            raise ValueError(
-                f"--teacher {teacher} holds no {name}: name a folder of training/teachers, or one with the configs of "
-                "a DDPMPipeline"
-            )
-    return Path(teacher)
+    folder = Path(teacher or "")
+    if not all((folder / name).is_file() for name in ("unet/config.json", "scheduler/scheduler_config.json")):
+        raise ValueError(
+            f"--teacher {teacher} lacks unet/config.json or scheduler/scheduler_config.json: name a folder with the "
+            "configs of a DDPMPipeline, such as training/teachers/cifar10_32"
+        )
+    return folder
 
 
 def make_pipeline(folder: Path, seed: int) -> DDPMPipeline:

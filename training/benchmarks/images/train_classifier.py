@@ -3,8 +3,8 @@
     python -m training.benchmarks.images.train_classifier --output_dir assets/digits_classifier
     python -m training.benchmarks.images.train_classifier --config training/configs/fashion_classifier.yaml
 
-A fifth of the pictures is held out, and the accuracy on it printed. Variants of one emoji are never on both sides. A
-function of the seed.
+A fifth of the images is held out, and the accuracy on it printed. Variants of one emoji are never on both sides. The
+result is a function of the seed.
 """
 
 from __future__ import annotations
@@ -16,24 +16,28 @@ from torch.nn.functional import cross_entropy
 from tqdm import trange
 
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
-from hsivi_diffusers.evaluation.images import load_families, load_images
 from hsivi_diffusers.folders import claim_output_dir
 from hsivi_diffusers.options import option, parse_options
+
+from .sets import load_families, load_images
 
 
 @dataclass
 class Training:
-    _argument_group_name = "training"
+    _group = "training"
     output_dir: str | None = option(None, "folder of the classifier")
     overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
-    train_data: str = option("digits", "`digits`, `fashion-mnist`, `emoji`: a source of load_images that has labels")
-    resolution: int = option(8, "height and width of the pictures")
+    train_data: str = option(
+        "digits",
+        "`digits`, `fashion-mnist`, `emoji`, a folder with one subfolder per class, or a labelled dataset on the Hub",
+    )
+    resolution: int = option(8, "height and width of the images")
     channels: int = option(1, "1 (grey) or 3 (RGB)")
     num_features: int = option(64, "width of the features")
-    num_halvings: int = option(0, "convolutions in front that halve height and width; 2 for pictures of 32x32")
+    num_halvings: int = option(0, "convolutions in front that halve height and width; 2 for images of 32x32")
     seed: int = option(0, "seed of split, weights and batches")
     max_train_steps: int = option(1000, "number of updates")
-    train_batch_size: int = option(128, "pictures in an update")
+    train_batch_size: int = option(128, "images in an update")
     learning_rate: float = option(2e-3, "Adam's, cosine to 0")
 
 
@@ -52,7 +56,10 @@ def main(args: list[str] | None = None) -> None:
     torch.manual_seed(training.seed)
     images, labels = load_images(training.train_data, training.resolution, training.channels)
     if labels is None:
-        raise ValueError(f"--train_data {training.train_data} has no labels: take `digits`, `fashion-mnist` or `emoji`")
+        raise ValueError(
+            f"--train_data {training.train_data} has no labels: give a folder with one subfolder per class, `digits`, "
+            "`fashion-mnist` or `emoji`"
+        )
     images = images.float() / 255
     families = load_families(training.train_data)
     held_out, train = split(torch.arange(len(images)) if families is None else families)
@@ -74,7 +81,7 @@ def main(args: list[str] | None = None) -> None:
         guesses = torch.cat([model.logits(images[rows]).argmax(1) for rows in held_out.split(500)])
         accuracy = (guesses == labels[held_out]).float().mean().item()
     model.save_pretrained(output_dir)
-    print(f"accuracy on {len(held_out)} held-out pictures of {training.train_data}: {accuracy:.3f}")
+    print(f"accuracy on {len(held_out)} held-out images of {training.train_data}: {accuracy:.3f}")
 
 
 if __name__ == "__main__":

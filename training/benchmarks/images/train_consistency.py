@@ -34,12 +34,13 @@ from diffusers import DDPMPipeline, LCMScheduler, UNet2DModel
 from torch import Tensor
 
 from hsivi_diffusers import HSIVIScheduler, load_teacher
-from hsivi_diffusers.distillation.checkpoints import Output, check_output, claimed, start_run
+from hsivi_diffusers.distillation.checkpoints import Output, check_output, check_teacher, claimed, start_run
 from hsivi_diffusers.distillation.denoisers import fingerprint, sample_shape
-from hsivi_diffusers.evaluation.images import load_images, to_model_range
+from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.options import flatten, option, parse_options
 
+from .sets import load_images
 from .training_loop import TrainingLoop
 
 # sqrt(abar) at the last timestep of Stable Diffusion, where the example's grid starts. A noise prediction becomes a
@@ -51,14 +52,14 @@ WRITTEN = ("training.json", "pipeline")
 
 @dataclass
 class Teacher:
-    _argument_group_name = "teacher and data"
+    _group = "teacher and data"
     pretrained_teacher_model: str | None = option(None, "folder or repo id of a diffusers pipeline with a UNet2DModel")
     train_data: str = option("digits", "`digits`, a folder of images, or a dataset's name")
 
 
 @dataclass
 class Training:
-    _argument_group_name = "training"
+    _group = "training"
     seed: int = option(0, "seed of batches and noise")
     max_train_steps: int = option(1000, "number of updates; 1,000 in the example's command line")
     max_train_seconds: float | None = option(None, "wall-clock seconds of updates, instead of their number")
@@ -233,10 +234,7 @@ def check_options(teacher: Teacher, training: Training, run: Output) -> None:
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
     check_output(run)
-    place, output = Path(teacher.pretrained_teacher_model), Path(str(run.output_dir)).resolve()
-    written = {output / name for name in ("checkpoints", *WRITTEN)}
-    if place.exists() and written & {place.resolve(), *place.resolve().parents}:
-        raise ValueError(f"--output_dir {run.output_dir} holds the teacher, which would be lost: name another folder")
+    check_teacher(run, teacher.pretrained_teacher_model, WRITTEN)
     for name in ("max_train_steps", "train_batch_size"):
         if getattr(training, name) < 1:
             raise ValueError(f"--{name} {getattr(training, name)}: give a number of at least 1")

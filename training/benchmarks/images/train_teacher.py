@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from hsivi_diffusers.distillation.checkpoints import Output, check_output, claimed, start_run
-from hsivi_diffusers.evaluation.images import load_images, to_model_range
+from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options
 
+from .sets import load_images
 from .training_loop import TrainingLoop
 
 WRITTEN = ("model_index.json", "unet", "scheduler")
@@ -35,7 +36,7 @@ WRITTEN = ("model_index.json", "unet", "scheduler")
 
 @dataclass
 class Data:
-    _argument_group_name = "data"
+    _group = "data"
     train_data: str = option("digits", "`digits`, a folder of images, or a dataset's name")
     resolution: int = option(8, "height and width in pixels")
     channels: int = option(1, "1 for grey, 3 for RGB")
@@ -43,7 +44,7 @@ class Data:
 
 @dataclass
 class Network:
-    _argument_group_name = "network"
+    _group = "network"
     block_out_channels: list[int] = option([16, 32], "width of each level")
     attention_levels: list[int] = option([1], "levels with self-attention")
     prediction_type: Literal["epsilon", "v_prediction"] = option(
@@ -54,7 +55,7 @@ class Network:
 
 @dataclass
 class Training:
-    _argument_group_name = "training"
+    _group = "training"
     seed: int = option(0, "seed of weights, batches and noise")
     max_train_steps: int = option(10_000, "number of updates")
     train_batch_size: int = option(128, "images in an update")

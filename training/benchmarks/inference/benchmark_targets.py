@@ -1,6 +1,6 @@
 """The targets of the benchmarks by name, and what is known of those that cannot be sampled exactly.
 
-A reference is a long run of NUTS, kept in assets/references; training/make_references.py makes them.
+A reference is a long run of NUTS, kept in assets/references; make_references.py makes them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def load_reference(name: str, folder: str | Path = REFERENCES) -> Reference:
     if not path.is_file():
         held = ", ".join(sorted(path.stem for path in Path(folder).glob("*.safetensors"))) or "none"
         raise ValueError(
-            f"{folder} holds no reference of {name!r}, only of {held}: make it with training/make_references.py"
+            f"{folder} holds no reference of {name!r}, only of {held}: make it with "
+            "python -m training.benchmarks.inference.make_references"
         )
     with safe_open(path, framework="pt") as file:
         tensors = {field: file.get_tensor(field) for field in Reference._fields if field != "metadata"}

@@ -45,7 +45,7 @@ WRITTEN = ("report.json", "layers.safetensors", "draws.safetensors", "marginals.
 
 @dataclass
 class Study:
-    _argument_group_name = "study"
+    _group = "study"
     study: list[str] | None = option(None, "YAML files of studies, instead of one fit")
     quick: bool = option(False, "a short version of each study")
     workers: int = option(os.cpu_count() or 1, "processes side by side, of one thread each")
@@ -56,7 +56,7 @@ def fit_one(fit: Fit, output: Output) -> None:
     """Trains, with a progress bar and checkpoints, and writes the results."""
     check_output(output)
     with claimed(output) as folder:
-        start_run(output, [fit], WRITTEN)
+        start_run(output, asdict(fit), WRITTEN)
         stopwatch = Stopwatch()
         fitted = prepare(fit, stopwatch)
         _train(fitted, output, stopwatch)

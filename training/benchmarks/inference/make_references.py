@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -22,6 +21,7 @@ from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
+from hsivi_diffusers.folders import claim_output_dir
 from hsivi_diffusers.options import option, parse_options
 from hsivi_diffusers.vi.targets import Target, Whitened
 
@@ -32,10 +32,10 @@ POSTERIORS = ["logistic_regression", "conditioned_diffusion", "rare_events"]
 
 @dataclass
 class Options:
-    _argument_group_name = "reference"
+    _group = "reference"
     targets: list[str] = option(POSTERIORS, "names of the posteriors")
     output_dir: str | None = option(None, "folder of the files <name>.safetensors")
-    overwrite_output_dir: bool = option(False, "replace files of the same names")
+    overwrite_output_dir: bool = option(False, "write to a folder that is not empty")
     num_chains: int = option(4, "chains, run one after the other")
     num_draws: int = option(10000, "draws of each chain, after warm-up")
     num_warmup: int = option(1000, "steps of each chain in which NUTS adapts, not kept")
@@ -43,10 +43,8 @@ class Options:
     seed: int = option(0, "seed of the chains")
 
 
-def claim_files(options: Options) -> Path:
-    """Refuses options that cannot be run, and files that would be replaced; makes the folder."""
-    if not options.output_dir:
-        raise ValueError("--output_dir is missing: name the folder to write to")
+def check(options: Options) -> None:
+    """Refuses options that cannot be run."""
     for name in options.targets:
         make_target(name)
     if options.num_chains < 2 or options.num_draws < 4:
@@ -54,15 +52,6 @@ def claim_files(options: Options) -> Path:
             f"--num_chains {options.num_chains} --num_draws {options.num_draws}: give 2 chains of 4 draws or more, to "
             "be compared with each other"
         )
-    folder = Path(options.output_dir)
-    found = [name for name in options.targets if (folder / f"{name}.safetensors").exists()]
-    if found and not options.overwrite_output_dir:
-        raise ValueError(
-            f"--output_dir {folder} has references of {', '.join(found)}: name another folder, or pass "
-            "--overwrite_output_dir"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def run_chain(potential: Callable[[dict[str, Tensor]], Tensor], start: Tensor, options: Options) -> tuple[Tensor, int]:
@@ -141,13 +130,11 @@ def make_reference(name: str, options: Options) -> Reference:
     began = time.perf_counter()
     chains, divergences = run_chains(make_target(name), options)
     reference = summarise(chains, options.num_kept)
+    settings = {key: getattr(options, key) for key in ("num_chains", "num_draws", "num_warmup", "seed")}
     origin = {
         "target": name,
-        "num_chains": options.num_chains,
-        "num_draws": options.num_draws,
-        "num_warmup": options.num_warmup,
+        **settings,
         "divergences": divergences,
-        "seed": options.seed,
         "seconds": round(time.perf_counter() - began),
         "torch": torch.__version__,
         "pyro": pyro.__version__,
@@ -158,7 +145,8 @@ def make_reference(name: str, options: Options) -> Reference:
 
 def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Options], __doc__ or "", args=args)
-    folder = claim_files(options)
+    check(options)
+    folder = claim_output_dir(options.output_dir, options.overwrite_output_dir)
     for name in options.targets:
         reference = make_reference(name, options)
         path = save_reference(name, reference, folder)

@@ -43,13 +43,8 @@ AXES = {
     "parameters": "parameters",
     "depths": "depth",
 }
-KEYS = (
-    "study",
-    "method",
-    "T",
-    "parameters_wanted",
-    *(field.name for field in fields(Fit) if field.name not in ("num_layers", "parameters")),
-)
+_FIT_KEYS = [field.name for field in fields(Fit) if field.name not in ("num_layers", "parameters")]
+KEYS = ["study", "method", "T", "parameters_wanted", *_FIT_KEYS]
 NULLS = ("exact", "untrained", "laplace", "gaussian")
 Job = tuple[str, str, Fit]
 

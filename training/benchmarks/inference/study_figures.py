@@ -1,4 +1,4 @@
-"""The figures of a study: curves of its results, and pictures of single fits."""
+"""The figures of a study: curves of its results, and images of single fits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hsivi_diffusers.vi import DiffusionBridge, GeometricBridge
 from hsivi_diffusers.vi.targets import SampledTarget
 
 from .benchmark_targets import make_target
-from .study_tables import (
+from .study_rows import (
     BRIDGES,
     MEASURES,
     NOT_RUN,
@@ -44,8 +44,8 @@ from matplotlib.figure import Figure  # noqa: E402
 
 COLOURS = {"LB": "#d62728", "SM": "#1f77b4", "KL": "#2ca02c"}
 DASHES = {"sequential": "-", "joint": "--"}
-# Targets, bridges and training of the pictures of marginals; of the gallery, the targets are those of PLANE.
-PICTURES = tuple((target, bridge, "joint") for target in ("checkerboard", "ring") for bridge in BRIDGES)
+# Targets, bridges and training of the figures of marginals; the gallery has the targets of PLANE.
+MARGINALS = tuple((target, bridge, "joint") for target in ("checkerboard", "ring") for bridge in BRIDGES)
 BASE_STD = {"ring": 4.0}
 
 
@@ -170,7 +170,7 @@ def save(figure: Figure, path: Path) -> None:
     Image.open(whole).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-# Pictures of fits
+# Fits
 
 
 def draw_marginals_figure(fitted: Fitted, path: Path) -> None:
@@ -260,7 +260,7 @@ def draw_fits(folder: Path, quick: bool = False) -> None:
     """
     num_steps = 200 if quick else 3000
     done: dict[tuple[str, str], Fitted] = {}
-    for target, bridge, training in PICTURES:
+    for target, bridge, training in MARGINALS:
         done[target, bridge] = _fit(target, 5, bridge, training, num_steps)
         draw_marginals_figure(done[target, bridge], folder / f"marginals_{target}_{bridge}.png")
     if quick:

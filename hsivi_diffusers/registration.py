@@ -1,0 +1,62 @@
+"""Where diffusers looks up the names of a saved pipeline: made known at once, or when diffusers is imported.
+
+`DiffusionPipeline.from_pretrained` looks for a library "hsivi_diffusers" among the pipeline modules of diffusers, and
+for the class of the pipeline in its namespace. Without both, every repo of the Hub is refused.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def register(package: str) -> None:
+    """Makes a package known to diffusers, now or as soon as something imports diffusers.
+
+    Args:
+        package: Name of the package, which is imported and has an `HSIVIPipeline`.
+    """
+    if "diffusers" in sys.modules:
+        _tell(package)
+    else:
+        sys.meta_path.insert(0, _Finder(package))
+
+
+def _tell(package: str) -> None:
+    module, diffusers = sys.modules[package], sys.modules["diffusers"]
+
+    class Diffusers(type(diffusers)):  # type: ignore[misc]
+        """The module of diffusers, with one name more, whose class is imported when it is asked for."""
+
+        @property
+        def HSIVIPipeline(self) -> Any:  # noqa: N802
+            return module.HSIVIPipeline
+
+    diffusers.__class__ = Diffusers
+    setattr(diffusers.pipelines, package, module)
+
+
+class _Finder(MetaPathFinder):
+    """Finds diffusers as the other finders do, and lets `_tell` follow its import."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "diffusers":
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is None or spec.loader is None:
+            return None
+        loader, run = spec.loader, spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            sys.meta_path.remove(self)
+            _tell(self.package)
+
+        loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

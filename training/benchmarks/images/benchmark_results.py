@@ -1,0 +1,99 @@
+"""The results of a benchmark: rows in results.json, and beside it the images that its figures show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from hsivi_diffusers.distillation.config import HSIVIConfig
+from hsivi_diffusers.folders import in_turn, write_json
+from hsivi_diffusers.options import differences
+
+from .benchmark_pages import pictures_path
+
+Row = dict[str, Any]
+Key = tuple[str, int, int | None]  # method, network calls and training seed
+Recipe = dict[str, Any] | None  # preset, steps, updates, and settings that are not those of the preset
+
+
+class Results:
+    """Rows and images of one set, in files that several sets share."""
+
+    def __init__(self, folder: Path, dataset: str) -> None:
+        self.path, self.images_path, self.dataset = folder / "results.json", pictures_path(folder, dataset), dataset
+
+    def rows(self) -> list[Row]:
+        """The rows of this set."""
+        return [row for row in read_rows(self.path) if row["dataset"] == self.dataset]
+
+    def keys(self, recipes: Mapping[Key, Recipe], drawn: Callable[[int], Row]) -> set[Key]:
+        """Keys of the rows.
+
+        Args:
+            recipes: What the rows of students should be of.
+            drawn: What a row should say of its images, from its number of calls.
+
+        Raises:
+            ValueError: A row has other options or other images, and may not be compared.
+        """
+        rows = self.rows()
+        for row in rows:
+            if other := differences(row, drawn(row["nfe"])):
+                raise ValueError(
+                    f"{self.path} has {row['method']} at {row['nfe']} of other images ({other}): name another "
+                    "--output_dir"
+                )
+            recipe = recipes.get(key_of(row))
+            if recipe is not None and (other := differences(_whole(row["recipe"]), _whole(recipe))):
+                raise ValueError(
+                    f"{self.path} has {row['method']} at {row['nfe']}, seed {row['train_seed']}, of other options than "
+                    f"--students have now ({other}): remove that row, or name another --output_dir"
+                )
+        return {key_of(row) for row in rows}
+
+    def add(self, row: Row) -> None:
+        """Writes one more row."""
+        with in_turn(self.path.parent):  # another set may be measured at the same time
+            write_json(self.path, {"rows": [*read_rows(self.path), row]})
+
+    def keep_images(self, name: str, images: torch.Tensor, real: torch.Tensor) -> None:
+        """Keeps images in [0, 1] of a row under its name, and as many real ones, shape (N, C, H, W), as bytes."""
+        drawn = (255 * images).round().to(torch.uint8).contiguous()
+        shown = real[torch.linspace(0, len(real) - 1, len(drawn)).long()].contiguous()
+        with in_turn(self.path.parent):
+            before = load_file(self.images_path) if self.images_path.exists() else {}
+            save_file({**before, name: drawn, "real": shown}, self.images_path)
+
+
+def recipe_of(config: HSIVIConfig) -> dict[str, Any]:
+    """Preset, steps and updates of a student, and its settings that are not those of the preset."""
+    given: dict[str, Any] = {
+        "preset": config.preset,
+        "num_inference_steps": config.depths,
+        "max_train_steps": config.max_train_steps,
+    }
+    usual = HSIVIConfig(**given).settings()
+    others = {name: value for name, value in config.settings().items() if value != usual[name] and name != "seed"}
+    return {**given, **others}
+
+
+def _whole(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a recipe."""
+    given = {name: recipe[name] for name in ("preset", "num_inference_steps", "max_train_steps")}
+    return {**HSIVIConfig(**given).settings(), **recipe}
+
+
+def key_of(row: Row) -> Key:
+    """What a row is of."""
+    return row["method"], row["nfe"], row["train_seed"]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a results.json; an empty list if there is no such file."""
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return rows
