@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin as SchedulerMixin
 
     from .distillation.bridge import TeacherBridge as TeacherBridge
+    from .distillation.config import HSIVIConfig as HSIVIConfig
     from .distillation.denoisers import load_teacher as load_teacher
     from .distillation.student import UNetCritic as UNetCritic
     from .distillation.student import UNetLayers as UNetLayers
+    from .distillation.trainer import HSIVITrainer as HSIVITrainer
     from .hub import push as push
     from .modeling_hsivi import HSIVINoiseScale as HSIVINoiseScale
     from .pipeline_hsivi import HSIVIPipeline as HSIVIPipeline
@@ -31,10 +33,12 @@ _MODULES = {
     "DiffusionPipeline": "diffusers",
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
+    "HSIVIConfig": ".distillation.config",
     "HSIVINoiseScale": ".modeling_hsivi",
     "HSIVIPipeline": ".pipeline_hsivi",
     "HSIVIScheduler": ".scheduling_hsivi",
     "HSIVISchedulerOutput": ".scheduling_hsivi",
+    "HSIVITrainer": ".distillation.trainer",
     "TeacherBridge": ".distillation.bridge",
     "UNetCritic": ".distillation.student",
     "UNetLayers": ".distillation.student",

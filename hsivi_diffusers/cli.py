@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub.errors import HTTPError
 
 from .hub import check_repo_id, claim, push
 from .options import option, parse_options, print_error, run_command
@@ -121,7 +124,8 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     teacher, config, hub = read_distillation(args, prog, DISTIL)
     trainer = HSIVITrainer(teacher.pretrained_teacher_model, config, teacher.revision)
     if trainer.accelerator.is_main_process and hub.push_to_hub:
-        claim(str(hub.hub_model_id), **hub.settings())
+        with told_in_one_line():
+            claim(str(hub.hub_model_id), **hub.settings())
     try:
         summary = trainer.train(teacher.resume_from_checkpoint)
     except InterruptedRunError as error:
@@ -155,6 +159,18 @@ def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple
     return teacher, config, hub
 
 
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Makes an OSError of what the client raises for a connection that was cut or refused; its notes stay."""
+    try:
+        yield
+    except (RuntimeError, HTTPError) as error:
+        told = OSError(str(error))
+        for note in getattr(error, "__notes__", []):
+            told.add_note(note)
+        raise told from error
+
+
 def _report(output_dir: str, summary: dict[str, Any]) -> None:
     print(
         f"trained in {summary['seconds']:.0f} s; the pipeline is in {Path(output_dir) / 'pipeline'}\n"
@@ -166,7 +182,8 @@ def _report(output_dir: str, summary: dict[str, Any]) -> None:
 def _push_trained(trainer: Any, hub: PushAtEnd) -> None:
     folder = trainer.config.output_dir
     try:
-        url = trainer.push_to_hub(hub.hub_model_id, **hub.settings())
+        with told_in_one_line():
+            url = trainer.push_to_hub(hub.hub_model_id, **hub.settings())
     except Exception as error:
         error.add_note(
             f"the training is done and its pipeline is in {Path(folder) / 'pipeline'}: push it with "
@@ -242,16 +259,17 @@ def push_run(args: Sequence[str]) -> None:
     folder = Path(options.pipeline or _pipeline_of(options.run_dir))
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline")
-    url = push(
-        DiffusionPipeline.from_pretrained(folder),
-        options.hub_model_id,
-        run_dir=options.run_dir,
-        base_model=options.base_model,
-        license=options.license,
-        fp16=options.fp16,
-        revision=options.hub_revision,
-        **options.settings(),
-    )
+    with told_in_one_line():
+        url = push(
+            DiffusionPipeline.from_pretrained(folder),
+            options.hub_model_id,
+            run_dir=options.run_dir,
+            base_model=options.base_model,
+            license=options.license,
+            fp16=options.fp16,
+            revision=options.hub_revision,
+            **options.settings(),
+        )
     print(f"pushed to {url}")
 
 

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from huggingface_hub import constants
 
 from hub_server import Hub
 from tiny_unet import make_unet
@@ -35,3 +36,14 @@ def hub():
     """A Hub on the loopback, of this test alone."""
     with Hub() as server:
         yield server
+
+
+@pytest.fixture
+def logged_in(hub, monkeypatch, tmp_path):
+    """The client of this process talks to the Hub on the loopback, as alice; the processes of test_hub.py do so too."""
+    for name, value in (("ENDPOINT", hub.url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    return hub

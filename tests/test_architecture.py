@@ -41,7 +41,7 @@ ALLOWED = {
     "model_card": ({"pipeline_hsivi"}, {"diffusers", "huggingface_hub"}),
     "hub": ({"model_card", "pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub", "PIL"}),
     "folders": (set(), {"filelock"}),
-    "options": (set(), {"transformers", "yaml"}),
+    "options": (set(), {"yaml"}),
     "distillation/__init__": (set(), set()),
     "distillation/denoisers": ({"scheduling_hsivi"}, TRAIN),
     "distillation/student": ({"vi/*", "scheduling_hsivi", "modeling_hsivi", "distillation/denoisers"}, TRAIN),
@@ -50,23 +50,28 @@ ALLOWED = {
     "distillation/seals": (set(), set()),
     "distillation/state_dicts": (set(), TRAIN),
     "distillation/checkpoints": ({"distillation/seals", "distillation/state_dicts", "folders", "options"}, TRAIN),
-    "distillation/config": ({"distillation/checkpoints", "hub", "options"}, TRAIN),
-    "distillation/trainer": (
-        {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "pairs", "student")}
-        | {"vi/*", "modeling_hsivi", "pipeline_hsivi", "scheduling_hsivi", "evaluation/images", "folders", "options"},
+    "distillation/trials": ({"distillation/bridge", "distillation/denoisers", "evaluation/images", "options"}, TRAIN),
+    "distillation/config": ({"distillation/trials", "options"}, set()),
+    "distillation/networks": (
+        {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "student", "trials")}
+        | {"modeling_hsivi", "pipeline_hsivi", "scheduling_hsivi"},
         TRAIN,
     ),
-    "distillation/progress": (
-        {"distillation/config", "distillation/student", "distillation/trainer", "pipeline_hsivi", "vi/*"}
-        | {"evaluation/features", "evaluation/images", "evaluation/metrics"},
+    "distillation/state": (
+        {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "networks", "pairs", "student")}
+        | {"vi/*", "folders", "pipeline_hsivi"},
         TRAIN,
     ),
+    "distillation/progress": ({"distillation/pairs", "distillation/state", "vi/*"}, TRAIN | {"PIL"}),
     "distillation/plan": (
-        {f"distillation/{noun}" for noun in ("config", "denoisers", "student", "trainer")} | {"scheduling_hsivi"},
+        {f"distillation/{noun}" for noun in ("config", "denoisers", "networks", "state")} | {"scheduling_hsivi"},
         TRAIN,
     ),
-    "distillation/run": ({"distillation/*", "folders", "hub", "pipeline_hsivi", "vi/*"}, TRAIN),
-    "distillation/push_to_hub": ({"hub", "options"}, {"diffusers"}),
+    "distillation/trainer": (
+        {f"distillation/{noun}" for noun in ("checkpoints", "config", "denoisers", "networks", "progress", "state")}
+        | {"vi/*", "folders", "hub", "pipeline_hsivi"},
+        TRAIN,
+    ),
     "evaluation/__init__": (set(), set()),
     "evaluation/classifier": (set(), {"torch", "diffusers"}),
     "evaluation/images": (set(), EVALUATE),
@@ -80,10 +85,16 @@ ALLOWED = {
         {"evaluation/*", "distillation/denoisers", "folders", "options", "pipeline_hsivi"},
         EVALUATE,
     ),
-    "evaluation/sample": ({"folders", "options", "pipeline_hsivi"}, EVALUATE),
+    "cli": (
+        {f"distillation/{noun}" for noun in ("config", "networks", "plan", "trainer", "trials")}
+        | {"vi/*", "evaluation/evaluate", "folders", "hub", "options", "pipeline_hsivi"},
+        {"torch", "diffusers", "huggingface_hub", "tqdm"},
+    ),
+    "__main__": ({"cli"}, set()),
     "registration": (set(), set()),
     "__init__": (
-        {"distillation/bridge", "distillation/denoisers", "distillation/student", "hub", "registration"}
+        {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "student", "trainer")}
+        | {"hub", "registration"}
         | {"scheduling_hsivi", "modeling_hsivi", "pipeline_hsivi"},
         {"diffusers"},
     ),
@@ -155,3 +166,7 @@ def test_the_package_imports_no_program_of_a_clone():
 
 def test_no_two_files_share_a_noun_that_says_nothing():
     assert not [path for path in [*FILES, *SCRIPTS] if path.stem in {"utils", "helpers", "common", "misc"}]
+
+
+def test_the_table_is_of_the_files_there_are():
+    assert set(ALLOWED) == {name_of(path) for path in FILES}

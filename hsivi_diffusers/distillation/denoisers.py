@@ -35,6 +35,8 @@ def load_teacher(
     if isinstance(teacher, DiffusionPipeline):
         unet, schedule = _take(teacher, type(teacher).__name__)
         return copy.deepcopy(unet), schedule
+    if not isinstance(teacher, str | os.PathLike):
+        raise ValueError(f"teacher is a {type(teacher).__name__}: give a folder, a repo id, or a loaded pipeline")
     name = os.fspath(teacher)
     return _take(_load(name, revision), repr(name))
 

@@ -260,9 +260,9 @@ def precision_of(config: HSIVIConfig) -> str:
 
 
 def seconds_per_flop(shape: dict[str, Any], config: HSIVIConfig) -> tuple[float, str]:
-    """Times a call of one real network of random weights; returns its speed and the device.
+    """Times a call of one real network of random weights; returns seconds per FLOP and what they are of.
 
-    On a CPU it is the time that the call had of it, so that other work on the machine does not count.
+    On a CPU it is the CPU time of this process over its threads, so that other work on the machine does not count.
 
     As many rows of the batch are used as the calls may cost, so that a small network is timed in the batch it gets.
     """
@@ -288,13 +288,13 @@ def seconds_per_flop(shape: dict[str, Any], config: HSIVIConfig) -> tuple[float,
         call(1)
     flops = counter.get_total_flops()
     rows = int(min(config.train_batch_size, max(1, CALIBRATION_FLOPS // flops)))
-    return min(call(rows) for _ in range(3)) / (rows * flops), _device_name(device)
+    return min(call(rows) for _ in range(3)) / (rows * flops), _clock_name(device)
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
+def _clock_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"CPU time of this process measured alone, {torch.get_num_threads()} thread(s)"
+    return f"on GPU {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"on {device.type}"
 
 
 def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -> None:
@@ -314,7 +314,7 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
     print("\n".join(describe(teacher, config, cost, *seconds_per_flop(shape, config), processes)))
 
 
-def describe(teacher: str, config: HSIVIConfig, cost: Cost, speed: float, device: str, processes: int) -> list[str]:
+def describe(teacher: str, config: HSIVIConfig, cost: Cost, speed: float, clock: str, processes: int) -> list[str]:
     """The lines of the plan."""
     rows = config.train_batch_size * config.gradient_accumulation_steps
     seconds = speed * cost.flops
@@ -332,8 +332,8 @@ def describe(teacher: str, config: HSIVIConfig, cost: Cost, speed: float, device
         *(["  (the images of train_data stay in main memory and come on top)"] if config.trials.train_data else []),
         "",
         f"an update calls for each row: {calls}; {cost.flops / 1e9:,.1f} GFLOP in a process",
-        f"about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all on {device}, by "
-        "the speed of one network",
+        f"about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all, by the speed of "
+        f"one network ({clock})",
         *_pair_lines(config, cost, speed, processes),
         "",
         *_table("written, MiB", cost.written, MIB, ",.1f"),

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsivi_diffusers import HSIVIPipeline, load_teacher
-from hsivi_diffusers.distillation import run as train_hsivi
+from hsivi_diffusers import HSIVIPipeline, cli, load_teacher
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures
@@ -19,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_short_distillation_of_the_digits_beats_the_solvers_at_five_calls(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # the config names the teacher from there
     run_dir = tmp_path / "run"
-    train_hsivi.main(
+    cli.distil(
         ["--config", "training/configs/digits_t5.yaml", "--output_dir", str(run_dir), "--max_train_steps", "500"]
     )
     real, _ = load_images("digits", 8, 1)

@@ -164,8 +164,8 @@ def test_a_noise_scale_has_a_learning_rate_of_its_own(make_state, monkeypatch):
     monkeypatch.setattr(state, "NOISE_SCALE_LEARNING_RATE", 0.0)
     made = make_state(noise_scale_type="per_pixel", critic_updates=1, lr_warmup_steps=0)
     before = made.student.unet.conv_in.weight.clone()
-    updates = updates.run_updates(made, 0)
-    next(updates)  # of a critic that is the teacher, the student has nothing to learn
-    next(updates)
+    steps = updates.run_updates(made, 0)
+    next(steps)  # of a critic that is the teacher, the student has nothing to learn
+    next(steps)
     assert made.student.noise_scale().unique().tolist() == [1.0]
     assert not torch.equal(made.student.unet.conv_in.weight, before)

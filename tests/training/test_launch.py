@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from hsivi_diffusers.distillation import run as train_hsivi
+from hsivi_diffusers.distillation import trainer
 
 TRAINING = Path(__file__).parents[2] / "training"
 CONFIGS = TRAINING / "accelerate_configs"
@@ -62,8 +62,8 @@ def test_the_config_for_the_cpu_starts_two_processes(arguments, launch, tmp_path
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_plugins_for_a_single_model_are_refused(distil, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(train_hsivi, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
-    message = f"asks for {kind.value}, .* two are trained.*--mixed_precision bf16, --gradient_checkpointing"
+    monkeypatch.setattr(trainer, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
+    message = f"asks for {kind.value}, .* two are trained.*mixed_precision bf16, gradient_checkpointing"
     with pytest.raises(ValueError, match=message):
         distil(tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -74,7 +74,7 @@ def test_processes_that_do_not_know_each_other_are_refused(launch, tmp_path):
     environment = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
     statuses, text = launch(tmp_path / "run", processes=2, environment=environment)
     assert statuses == [1, 1], text
-    assert text.count("the launcher started 2 processes, of which each takes itself for the only one") == 2
+    assert text.count("the launcher started 2 processes, and each takes itself for the only one") == 2
     assert not (tmp_path / "run").exists()
 
 

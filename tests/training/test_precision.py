@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hsivi_diffusers.distillation.run import make_accelerator
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIScheduler, UNetCritic, load_teacher

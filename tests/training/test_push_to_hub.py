@@ -1,50 +1,46 @@
-"""push_to_hub.py, and --push_to_hub of train_hsivi.py, against a Hub on the loopback."""
+"""`hsivi push`, and --push_to_hub of `hsivi distil`, against a Hub on the loopback."""
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
-from hsivi_diffusers.distillation import push_to_hub as script
-from hsivi_diffusers.distillation import run as train_hsivi
-from hub_server import run_client
-
-ROOT = Path(__file__).parents[2]
+from hsivi_diffusers import cli
 
 
-def run_script(name, arguments, hub, home, token="hf_alice"):
-    code = f"""
-import os, sys
-os.environ["ACCELERATE_USE_CPU"] = "true"
-sys.path.insert(0, {str(ROOT)!r})
-from hsivi_diffusers.distillation import {name}
-{name}.main({[str(argument) for argument in arguments]!r})
-"""
-    return run_client(code, hub, home, token)
+@pytest.fixture
+def train(arguments):
+    """Runs `hsivi distil --push_to_hub` with one update."""
+
+    def run(folder, *more):
+        given = arguments(folder, "--push_to_hub", *more, max_train_steps=1, critic_updates=1)
+        cli.main(["distil", *given])
+
+    return run
 
 
-def training_arguments(teacher, folder, *more):
-    return [
-        f"--pretrained_teacher_model={teacher}",
-        f"--output_dir={folder}",
-        "--num_layers=2",
-        "--train_batch_size=4",
-        "--max_train_steps=2",
-        "--push_to_hub=true",
-        *more,
-    ]
+@pytest.fixture
+def refused(capsys):
+    """Calls a function that ends with exit status 2, and returns what it said."""
+
+    def call(function, *given):
+        with pytest.raises(SystemExit) as exit:
+            function(*given)
+        assert exit.value.code == 2
+        return capsys.readouterr().err
+
+    return call
 
 
 def test_the_help_names_its_options(check_help):
-    check_help(script.main, "push")
+    check_help(cli.push_run, "hub", "options")
 
 
-def test_a_finished_run_is_pushed_with_its_card(hub, fast_run, tmp_path):
-    run = run_script("push_to_hub", [f"--run_dir={fast_run}", "--hub_model_id=alice/fast"], hub, tmp_path)
-    assert run.returncode == 0, run.stderr
-    head = hub.repos["alice/fast"].branches["main"]
-    assert f"pushed to {hub.url}/alice/fast/commit/{head.sha}" in run.stdout
+def test_a_finished_run_is_pushed_with_its_card(logged_in, fast_run, capsys, refused):
+    arguments = ["push", f"--run_dir={fast_run}", "--hub_model_id=alice/fast"]
+    cli.main(arguments)
+    head = logged_in.repos["alice/fast"].branches["main"]
+    assert f"pushed to {logged_in.url}/alice/fast/commit/{head.sha}" in capsys.readouterr().out
     card = head.files["README.md"].decode()
     assert "preset fast" in card
     assert "base_model" not in card  # the teacher was a folder
@@ -52,22 +48,25 @@ def test_a_finished_run_is_pushed_with_its_card(hub, fast_run, tmp_path):
         head.files["unet/diffusion_pytorch_model.safetensors"]
         == (fast_run / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()
     )
-    again = run_script("push_to_hub", [f"--run_dir={fast_run}", "--hub_model_id=alice/fast"], hub, tmp_path)
-    assert again.returncode == 1
-    assert "--hub_exist_ok" in again.stderr
+    text = refused(cli.main, arguments)
+    assert "error: " in text
+    assert "--hub_exist_ok" in text
 
 
-def test_training_pushes_at_its_end_what_it_saved(hub, teacher, tmp_path):
-    arguments = training_arguments(teacher, tmp_path / "run", "--hub_model_id=org/tiny", "--hub_token=hf_alice")
-    run = run_script("run", arguments, hub, tmp_path / "home", token=None)
-    assert run.returncode == 0, run.stderr
-    files = hub.repos["org/tiny"].branches["main"].files
-    made, pushed = run.stdout.splitlines()[-2:]
-    assert made == f"the pipeline is in {tmp_path / 'run/pipeline'}: measure it with evaluate.py, draw with sample.py"
+def test_training_pushes_at_its_end_what_it_saved(logged_in, train, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    folder = tmp_path / "run"
+    train(folder, "--hub_model_id=org/tiny", "--hub_token=hf_alice")
+    files = logged_in.repos["org/tiny"].branches["main"].files
+    made, measure, draw, pushed = capsys.readouterr().out.splitlines()[-4:]
+    assert made.endswith(f"; the pipeline is in {folder / 'pipeline'}")
+    assert measure == f"measure it: hsivi evaluate --run_dir {folder}"
+    assert draw == f"draw from it: hsivi sample --pipeline {folder} --output_dir {folder / 'drawn'}"
     assert pushed.startswith("pushed to ")
-    saved = tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors"
+    saved = folder / "pipeline/unet/diffusion_pytorch_model.safetensors"
     assert files["unet/diffusion_pytorch_model.safetensors"] == saved.read_bytes()
-    for path in (tmp_path / "run").glob("*.json"):
+    assert "hsivi" in files["README.md"].decode()
+    for path in folder.glob("*.json"):
         assert "hf_alice" not in path.read_text()
 
 
@@ -75,26 +74,19 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_name_that_cannot_be_pushed_to_is_refused_before_the_training(hub, teacher, fast_run, tmp_path):
+def test_a_name_that_cannot_be_pushed_to_is_refused_before_the_training(logged_in, train, fast_run, tmp_path, refused):
     folder = shutil.copytree(fast_run, tmp_path / "run")
-    arguments = training_arguments(teacher, folder, "--hub_model_id=bob/tiny", "--overwrite_output_dir=true")
-    run = run_script("run", arguments, hub, tmp_path / "home")
-    assert run.returncode == 1
-    assert "push under your own name" in run.stderr
+    assert "push under your own name" in refused(train, folder, "--hub_model_id=bob/tiny", "--overwrite_output_dir")
     assert contents(folder) == contents(fast_run)
 
 
-def test_a_push_that_fails_leaves_the_pipeline_and_says_how_to_push_it(hub, teacher, tmp_path):
-    hub.refuse_uploads = set(range(1, 9))
-    arguments = training_arguments(teacher, tmp_path / "run", "--hub_model_id=alice/tiny")
-    run = run_script("run", arguments, hub, tmp_path / "home")
-    assert run.returncode == 1
-    assert (
-        f"python -m hsivi_diffusers.distillation.push_to_hub --run_dir {tmp_path / 'run'} --hub_model_id alice/tiny"
-        in run.stderr
-    )
-    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
-    assert json.loads((tmp_path / "run" / "training.json").read_text())["processes"] == 1
+def test_a_push_that_fails_leaves_the_pipeline_and_says_how_to_push_it(logged_in, train, tmp_path, refused):
+    logged_in.refuse_uploads = set(range(1, 9))
+    folder = tmp_path / "run"
+    text = refused(train, folder, "--hub_model_id=alice/tiny")
+    assert f"push it with hsivi push --run_dir {folder} --hub_model_id alice/tiny" in text
+    assert (folder / "pipeline" / "model_index.json").is_file()
+    assert json.loads((folder / "training.json").read_text())["processes"] == 1
 
 
 @pytest.mark.parametrize(
@@ -107,18 +99,16 @@ def test_a_push_that_fails_leaves_the_pipeline_and_says_how_to_push_it(hub, teac
 )
 def test_what_is_missing_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        script.main(arguments)
+        cli.push_run(arguments)
 
 
-def test_training_needs_a_name_to_push_to(teacher, tmp_path):
-    arguments = training_arguments(teacher, tmp_path / "run")
-    with pytest.raises(ValueError, match="--push_to_hub needs --hub_model_id"):
-        train_hsivi.main(arguments)
-    with pytest.raises(ValueError, match="'tiny' says not whose it is: give user/name"):
-        train_hsivi.main([*arguments, "--hub_model_id=tiny"])
-    with pytest.raises(ValueError, match="--hub_model_id alice/tiny names where to push: pass --push_to_hub too"):
-        train_hsivi.main([*arguments, "--push_to_hub=false", "--hub_model_id=alice/tiny"])
-    assert not (tmp_path / "run").exists()
+def test_training_needs_a_name_to_push_to(train, distil, tmp_path, refused):
+    folder = tmp_path / "run"
+    assert "--push_to_hub needs --hub_model_id" in refused(train, folder)
+    assert "'tiny' does not say whose it is: give user/name" in refused(train, folder, "--hub_model_id=tiny")
+    with pytest.raises(ValueError, match="--hub_model_id alice/tiny has no effect without --push_to_hub: pass both"):
+        distil(folder, "--hub_model_id=alice/tiny")
+    assert not folder.exists()
 
 
 def test_a_run_begun_anew_forgets_the_report_of_the_old_one(distil, fast_run, tmp_path):
@@ -126,6 +116,6 @@ def test_a_run_begun_anew_forgets_the_report_of_the_old_one(distil, fast_run, tm
     for name in ("report.json", "report.md", "samples.png", "curve.png"):
         (tmp_path / "run" / name).write_text("old")
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    distil(tmp_path / "run", "--overwrite_output_dir=true", preset="fast", max_train_steps=2)
+    distil(tmp_path / "run", "--overwrite_output_dir", max_train_steps=1, critic_updates=1)
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"checkpoints", "critic", "notes.txt", "options.json", "pipeline", "training.json"}
+    assert left == {".lock", "checkpoints", "critic", "notes.txt", "options.json", "pipeline", "training.json"}

@@ -8,9 +8,13 @@ import yaml
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
+from hsivi_diffusers.cli import PushAtEnd, Teacher
 from hsivi_diffusers.distillation import plan
-from hsivi_diffusers.distillation.config import PRESETS, parse_recipe
-from hsivi_diffusers.distillation.trainer import Players, make_networks
+from hsivi_diffusers.distillation.config import ALIASES, PRESETS, HSIVIConfig
+from hsivi_diffusers.distillation.networks import make_networks
+from hsivi_diffusers.distillation.state import TrainingState
+from hsivi_diffusers.distillation.trials import Trials
+from hsivi_diffusers.options import parse_options
 
 TRAINING = Path(__file__).parents[2] / "training"
 RECIPES = sorted(path for preset in PRESETS for path in (TRAINING / "configs").glob(f"*_{preset}.yaml"))
@@ -19,19 +23,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerator")]
 
 
 def read(path, *arguments):
-    """The options of a recipe, for its teacher here."""
-    teacher = TRAINING / "teachers" / TEACHERS[path.stem.split("_")[0]]
-    given = ["--config", str(path), f"--pretrained_teacher_model={teacher}", *arguments]
-    return parse_recipe("", given)
+    """Configs of the teacher and the config of a recipe; the run of `init_from` need not be there."""
+    groups = [Teacher, HSIVIConfig, PushAtEnd, Trials]
+    config = parse_options(groups, "", ["--config", str(path), *arguments], aliases=ALIASES)[1]
+    return *plan.read_configs(TRAINING / "teachers" / TEACHERS[path.stem.split("_")[0]], None), config
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_can_be_planned(path):
     """In the batch and the precision it says."""
-    options = read(path)
+    shape, schedule, config = read(path)
     written = yaml.safe_load(path.read_text())
-    assert options.training.train_batch_size == written["train_batch_size"]
-    cost = plan.measure(options)
+    assert config.train_batch_size == written["train_batch_size"]
+    cost = plan.measure(shape, schedule, config)
     assert cost.calls["teacher"] == 1
     assert cost.memory["activations and gradients"] > cost.memory["teacher"] / 10
     assert cost.flops > 1e11
@@ -40,21 +44,22 @@ def test_a_recipe_can_be_planned(path):
 # Those of more layers are the same networks and options in a longer loop, which a plan of them goes through.
 @pytest.mark.parametrize("path", [path for path in RECIPES if "_t5_" in path.name], ids=lambda path: path.stem)
 def test_a_recipe_makes_two_updates(path):
-    """One row and one critic update at a time, on pictures of 32x32, or it would take minutes; with all weights."""
+    """One row and one critic update at a time, on images of 32x32, or it would take minutes; with all weights."""
     few = ("--train_batch_size=1", "--gradient_accumulation_steps=1", "--critic_updates=1")
-    options = read(path, *few, "--lr_warmup_steps=0")  # in a warm-up the first updates are too small to be seen
-    config, schedule = plan.read_configs(str(options.teacher.pretrained_teacher_model), None)
-    config["sample_size"] = 32
+    shape, schedule, config = read(
+        path, *few, "--lr_warmup_steps=0"
+    )  # in a warm-up the first updates are too small to be seen
+    shape["sample_size"] = 32
     torch.manual_seed(0)
-    unets = tuple(UNet2DModel.from_config(config) for _ in range(3))
+    unets = tuple(UNet2DModel.from_config(shape) for _ in range(3))
     for unet in unets[1:]:
         unet.load_state_dict(unets[0].state_dict())
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    players = Players(make_networks(unets, schedule, options), options, accelerator)
-    before = players.student.unet.conv_in.weight.detach().clone()
-    steps = players.updates(0)
+    state = TrainingState(make_networks(unets, schedule, config), config, accelerator)
+    before = state.student.unet.conv_in.weight.detach().clone()
+    steps = state.updates(0)
     for _ in range(2):
         step = next(steps)
         assert step.layers.loss.isfinite().all()
         assert step.critic.loss.isfinite().all()
-    assert not torch.equal(players.student.unet.conv_in.weight, before)
+    assert not torch.equal(state.student.unet.conv_in.weight, before)

@@ -1,3 +1,5 @@
+"""`hsivi sample`."""
+
 import os
 import re
 
@@ -6,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hsivi_diffusers import HSIVIPipeline
-from hsivi_diffusers.evaluation import sample as script
+from hsivi_diffusers import HSIVIPipeline, cli
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def draw(fast_run, tmp_path):
 
     def call(name, *arguments, run=fast_run):
         folder = tmp_path / name
-        script.main([f"--pipeline={run / 'pipeline'}", f"--output_dir={folder}", "--device=cpu", *arguments])
+        cli.sample([f"--pipeline={run}", f"--output_dir={folder}", "--device=cpu", *arguments])
         return folder
 
     return call
@@ -30,7 +31,7 @@ def pixels(folder, number):
     return np.asarray(Image.open(folder / f"{number:05d}.png")).astype(int)
 
 
-def test_a_file_for_each_picture_and_a_grid_of_the_first(draw, capsys):
+def test_a_file_for_each_image_and_a_grid_of_the_first(draw, capsys):
     folder = draw("samples", "--num_samples=7", "--batch_size=3")
     assert sorted(os.listdir(folder)) == [*[f"{number:05d}.png" for number in range(7)], "grid.png"]
     grid = np.asarray(Image.open(folder / "grid.png").convert("L"))
@@ -38,7 +39,7 @@ def test_a_file_for_each_picture_and_a_grid_of_the_first(draw, capsys):
     for number in range(6):
         row, column = divmod(number, 2)
         assert np.array_equal(grid[8 * row : 8 * row + 8, 8 * column : 8 * column + 8], pixels(folder, number))
-    assert re.fullmatch(r"7 pictures in \S+samples, 6 of them in \S+grid.png\n", capsys.readouterr().out)
+    assert re.fullmatch(r"7 images in \S+samples, 6 of them in \S+grid.png\n", capsys.readouterr().out)
 
 
 def test_the_same_seed_gives_the_same_bytes(draw):
@@ -47,7 +48,7 @@ def test_the_same_seed_gives_the_same_bytes(draw):
     assert contents(first) != contents(other)
 
 
-def test_a_picture_depends_on_its_own_seed_only(draw):
+def test_an_image_depends_on_its_own_seed_only(draw):
     """Up to one grey level, for the rounding of a batched product may depend on the size of the batch."""
     whole, parts = draw("whole", "--num_samples=4"), draw("parts", "--num_samples=4", "--batch_size=3")
     later = draw("later", "--num_samples=2", "--seed=2")
@@ -58,29 +59,34 @@ def test_a_picture_depends_on_its_own_seed_only(draw):
     assert abs(pixels(whole, 0) - pixels(whole, 1)).max() > 10
 
 
-def test_pictures_are_those_of_the_pipeline(draw, paper_run):
+def test_images_are_those_of_the_pipeline(draw, paper_run):
     folder = draw("samples", "--num_samples=1", "--seed=9", run=paper_run)
     pipeline = HSIVIPipeline.from_pretrained(paper_run / "pipeline")
-    (picture,) = pipeline(1, [torch.Generator().manual_seed(9)]).images
-    assert np.array_equal(np.asarray(picture), pixels(folder, 0))
+    (image,) = pipeline(1, [torch.Generator().manual_seed(9)]).images
+    assert np.array_equal(np.asarray(image), pixels(folder, 0))
 
 
-def test_the_number_of_calls_may_be_chosen_among_those_trained(draw, several_run, tmp_path):
+def test_the_number_of_steps_may_be_chosen_among_those_trained(draw, several_run, tmp_path):
     pipeline = HSIVIPipeline.from_pretrained(several_run / "pipeline")
     for name, given, steps in (("one", ["--num_inference_steps=1"], 1), ("default", [], 4)):
         folder = draw(name, "--num_samples=1", "--seed=9", *given, run=several_run)
-        (picture,) = pipeline(1, [torch.Generator().manual_seed(9)], steps).images
-        assert np.array_equal(np.asarray(picture), pixels(folder, 0))
+        (image,) = pipeline(1, [torch.Generator().manual_seed(9)], steps).images
+        assert np.array_equal(np.asarray(image), pixels(folder, 0))
     with pytest.raises(ValueError, match="num_inference_steps=3, .* pass num_inference_steps=1, 2 or 4"):
         draw("three", "--num_inference_steps=3", run=several_run)
     assert not (tmp_path / "three").exists()
 
 
-def test_a_class_may_be_chosen_for_a_conditional_pipeline_only(draw, class_run):
-    zero, two = (draw(f"class{c}", "--num_samples=2", f"--class_label={c}", run=class_run) for c in (0, 2))
-    assert contents(zero) != contents(two)
-    with pytest.raises(ValueError, match="needs class_labels"):
-        draw("none", "--num_samples=2", run=class_run)
+def test_a_conditional_pipeline_draws_all_classes_in_turn_or_those_that_are_named(draw, class_run):
+    def images(labels):
+        generators = [torch.Generator().manual_seed(number) for number in range(4)]
+        pipeline = HSIVIPipeline.from_pretrained(class_run / "pipeline")
+        return [np.asarray(image) for image in pipeline(4, generators, class_labels=labels).images]
+
+    for name, given, labels in (("all", [], [0, 1, 2, 0]), ("named", ["--class_label", "2", "0"], [2, 0, 2, 0])):
+        folder = draw(name, "--num_samples=4", *given, run=class_run)
+        for number, image in enumerate(images(labels)):
+            assert np.array_equal(image, pixels(folder, number))
     with pytest.raises(ValueError, match="takes no class_labels"):
         draw("label", "--class_label=1")
 
@@ -94,16 +100,17 @@ def test_nothing_to_draw_is_refused(draw, tmp_path, option):
 
 def test_a_missing_pipeline_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--pipeline is missing"):
-        script.main([f"--output_dir={tmp_path / 'samples'}"])
+        cli.sample([f"--output_dir={tmp_path / 'samples'}"])
     with pytest.raises((OSError, ValueError), match="nowhere"):
-        script.main([f"--output_dir={tmp_path / 'samples'}", f"--pipeline={tmp_path / 'nowhere'}"])
+        cli.sample([f"--output_dir={tmp_path / 'samples'}", f"--pipeline={tmp_path / 'nowhere'}"])
     assert not (tmp_path / "samples").exists()
 
 
-def test_a_run_is_sent_to_its_pipeline(fast_run, tmp_path):
-    with pytest.raises(ValueError, match=f"--pipeline {fast_run} is a run: give {fast_run / 'pipeline'}"):
-        script.main([f"--output_dir={tmp_path / 'samples'}", f"--pipeline={fast_run}"])
-    assert not (tmp_path / "samples").exists()
+def test_a_run_stands_for_its_pipeline(draw, fast_run, tmp_path):
+    """All other tests here give the folder of the run."""
+    of_the_run = draw("run", "--num_samples=1")
+    cli.sample([f"--pipeline={fast_run / 'pipeline'}", f"--output_dir={tmp_path / 'same'}", "--num_samples=1"])
+    assert contents(of_the_run) == contents(tmp_path / "same")
 
 
 def test_a_filled_output_folder_is_refused_unless_overwritten(draw, tmp_path):
@@ -117,4 +124,4 @@ def test_a_filled_output_folder_is_refused_unless_overwritten(draw, tmp_path):
 
 
 def test_help(check_help):
-    check_help(script.main, "sampling")
+    check_help(cli.sample, "sampling")

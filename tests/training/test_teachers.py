@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,14 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIScheduler, TeacherBridge, load_teacher
-from hsivi_diffusers.distillation.config import check_options, parse_recipe
+from hsivi_diffusers.cli import PushAtEnd, Teacher
+from hsivi_diffusers.distillation.bridge import signal_timestep
+from hsivi_diffusers.distillation.config import ALIASES, HSIVIConfig
 from hsivi_diffusers.distillation.denoisers import sample_shape
-from hsivi_diffusers.distillation.trainer import level_range, make_networks
-from hsivi_diffusers.options import changes
+from hsivi_diffusers.distillation.networks import make_networks
+from hsivi_diffusers.distillation.state import LEVEL_SIGNAL
+from hsivi_diffusers.distillation.trials import Trials
+from hsivi_diffusers.options import differences, flatten, parse_options
 from tiny_unet import make_unet
 from training.benchmarks.images import make_teacher
 
@@ -27,6 +32,7 @@ def folder_of(name):
     return TRAINING / "teachers" / name
 
 
+@cache
 def meta_unet(name):
     with torch.device("meta"):
         return UNet2DModel.from_config(UNet2DModel.load_config(folder_of(name), subfolder="unet"))
@@ -36,15 +42,18 @@ def schedule_of(name):
     return HSIVIScheduler.from_config(DDPMScheduler.from_pretrained(folder_of(name), subfolder="scheduler").config)
 
 
+@cache
 def options_of(recipe):
-    """The options of a recipe, checked as a run would."""
-    options = parse_recipe("", ["--config", str(TRAINING / "configs" / f"{recipe}.yaml")])
-    check_options(options)
-    return options
+    """Teacher and config of a recipe, checked as a run would; the run of `init_from` need not be there."""
+    given = ["--config", str(TRAINING / "configs" / f"{recipe}.yaml")]
+    groups = [Teacher, HSIVIConfig, PushAtEnd, Trials]
+    teacher, config, _, config.trials = parse_options(groups, "", given, aliases=ALIASES)
+    config.check()
+    return teacher, config
 
 
 def settings(recipe):
-    return {key: value for group in options_of(recipe) for key, value in vars(group).items()}
+    return flatten(options_of(recipe))
 
 
 # ----- teachers -----
@@ -171,8 +180,10 @@ def test_a_recipe_says_what_its_name_says(recipe):
     options, written = settings(recipe), yaml.safe_load(path.read_text())
     data, layers, preset = re.fullmatch(r"(\w+)_t(\d+)_(\w+)", recipe).groups()
     assert path.read_text().startswith("# ")
-    assert changes(written, {key: options[key] for key in written}) == ""
-    assert (options["num_layers"], options["preset"]) == ([int(layers)], preset)
+    written = {ALIASES.get(key, key): value for key, value in written.items()}
+    written["num_inference_steps"] = [int(layers)]
+    assert differences(written, {key: options[key] for key in written}) == ""
+    assert options["preset"] == preset
     assert options["output_dir"] == f"runs/{recipe}"
     name = TEACHERS[data]
     assert options["pretrained_teacher_model"] in (f"google/ddpm-{name.replace('_', '-')}", f"runs/teachers/{name}")
@@ -180,18 +191,18 @@ def test_a_recipe_says_what_its_name_says(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_fits_the_clock_of_its_teacher(recipe):
-    options, name = options_of(recipe), TEACHERS[recipe.split("_")[0]]
-    schedule, unets = schedule_of(name), (meta_unet(name), meta_unet(name), meta_unet(name))
-    networks = make_networks(unets, schedule, options)
-    lowest, highest = level_range(options.method, networks)
+    (_, config), name = options_of(recipe), TEACHERS[recipe.split("_")[0]]
+    schedule, unet = schedule_of(name), meta_unet(name)
+    networks = make_networks((unet, unet, unet), schedule, config)
+    lowest, highest = config.level_min, signal_timestep(networks.scheduler, sample_shape(unet), LEVEL_SIGNAL)
     bridge = TeacherBridge(networks.teacher, networks.scheduler, (lowest, highest))
-    if options.method.scoring != "own":
-        levels = torch.stack([bridge.sample_level(torch.arange(*options.layers.num_layers)) for _ in range(50)])
+    if config.scoring != "own":
+        levels = torch.stack([bridge.sample_level(torch.arange(*config.depths)) for _ in range(50)])
         assert ((levels >= lowest) & (levels <= highest)).all()
-    # The first call sees hardly anything but noise, in ours some of the coarse features of the picture.
+    # The first call sees hardly anything but noise, in ours some of the coarse features of the image.
     alpha = schedule.alphas_cumprod[networks.scheduler.config.layer_timesteps[0]].sqrt()
-    if options.method.preset == "fast":
-        signal = math.sqrt(math.prod(sample_shape(unets[0]))) * alpha / (1 - alpha**2).sqrt()
+    if config.preset == "fast":
+        signal = math.sqrt(math.prod(sample_shape(unet))) * alpha / (1 - alpha**2).sqrt()
         assert 3 < signal <= 3.2
     else:
         assert alpha < 0.3
@@ -204,5 +215,5 @@ def test_a_run_that_another_starts_from_is_a_recipe_of_the_same_teacher_with_mor
         return
     other = settings(options["init_from"].removeprefix("runs/"))
     assert other["pretrained_teacher_model"] == options["pretrained_teacher_model"]
-    assert other["num_layers"] > options["num_layers"]
+    assert other["num_inference_steps"] > options["num_inference_steps"]
     assert other["noise_scale_type"] == options["noise_scale_type"]

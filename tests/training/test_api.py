@@ -1,0 +1,199 @@
+"""`HSIVITrainer` from Python, as in a notebook."""
+
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from huggingface_hub.errors import HfHubHTTPError
+
+from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVITrainer
+from hsivi_diffusers.distillation import progress
+from hsivi_diffusers.distillation.trainer import InterruptedRunError
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+# Those of the command line in conftest.py.
+SETTINGS = {
+    "num_inference_steps": 2,
+    "train_batch_size": 4,
+    "max_train_steps": 5,
+    "critic_updates": 2,
+    "checkpointing_steps": 2,
+    "lr_warmup_steps": 4,
+    "validation_steps": 0,
+}
+
+
+def make(teacher, folder=None, callbacks=(), **settings):
+    output_dir = None if folder is None else str(folder)
+    return HSIVITrainer(teacher, HSIVIConfig(output_dir=output_dir, **SETTINGS, **settings), callbacks=callbacks)
+
+
+@pytest.fixture(scope="module")
+def run(teacher, tmp_path_factory):
+    """A finished run whose teacher is a loaded pipeline: trainer, teacher, what its callback saw and trackers got."""
+    pipeline, seen, logged = DDPMPipeline.from_pretrained(teacher), [], {}
+
+    def watch(trainer, step):
+        seen.append((trainer, step.step, float(step.layers.loss.mean())))
+        return {"halves": step.step / 2} if step.step % 2 else None
+
+    trainer = make(pipeline, tmp_path_factory.mktemp("runs") / "python", [watch])
+    trainer.accelerator.log = lambda numbers, step: logged.update({step: numbers})
+    bars = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(progress.tqdm, "set_postfix", lambda bar, shown, **options: bars.append(shown))
+        summary = trainer.train()
+    return {
+        "trainer": trainer,
+        "teacher": pipeline,
+        "seen": seen,
+        "logged": logged,
+        "bars": bars,
+        "summary": summary,
+        "folder": trainer.output_dir,
+    }
+
+
+# ----- training -----
+
+
+def test_a_run_from_python_has_the_bits_of_the_command(run, fast_run, differences):
+    assert differences(run["folder"], fast_run) == []
+    assert run["summary"]["network_calls"] > 0
+
+
+def test_a_loaded_teacher_stays_as_it_was(run, teacher, same_tensors):
+    before = DDPMPipeline.from_pretrained(teacher)
+    assert same_tensors(run["teacher"].unet.state_dict(), before.unet.state_dict())
+    assert all(parameter.requires_grad for parameter in run["teacher"].unet.parameters())
+    assert run["teacher"].scheduler.config == before.scheduler.config
+
+
+def test_a_loaded_teacher_keeps_its_precision(teacher, fresh_accelerator):
+    pipeline = DDPMPipeline.from_pretrained(teacher)
+    trainer = make(pipeline, mixed_precision="bf16")
+    assert trainer.state.bridge.network.unet.dtype == torch.bfloat16
+    assert pipeline.unet.dtype == torch.float32
+
+
+def test_callbacks_see_each_step_and_their_numbers_are_shown(run):
+    assert [(trainer is run["trainer"], step) for trainer, step, _ in run["seen"]] == [
+        (True, step) for step in range(5)
+    ]
+    assert {step: numbers.get("halves") for step, numbers in run["logged"].items()} == {2: 0.5, 4: 1.5, 5: None}
+    for step, numbers in run["logged"].items():
+        assert numbers["loss/student"] == pytest.approx(run["seen"][step - 1][2])
+    assert [bar.get("halves") for bar in run["bars"]] == ["0.5", "1.5", None]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_is_saved_and_goes_on_to_the_same_bits(
+    teacher, tmp_path, fast_run, differences, sign, monkeypatch
+):
+    """Ctrl-C in a terminal and `interrupt` of a notebook are SIGINT."""
+    handler = signal.getsignal(sign)
+    stopped = make(teacher, tmp_path / "run", [lambda trainer, step: step.step == 2 and signal.raise_signal(sign)])
+    with pytest.raises(InterruptedRunError, match="saved after update 3: go on with resume_from_checkpoint latest"):
+        stopped.train()
+    assert signal.getsignal(sign) is handler
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-3").is_dir()
+    assert not (tmp_path / "run" / "pipeline").exists()
+    steps = []
+    make(teacher, tmp_path / "run", [lambda trainer, step: steps.append(step.step)]).train("latest")
+    assert steps == [3, 4]
+    assert differences(tmp_path / "run", fast_run) == []
+
+
+def test_a_run_in_a_thread_has_the_same_bits(teacher, tmp_path, fast_run, differences):
+    """There are no signals there."""
+    trainer = make(teacher, tmp_path / "run")
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert differences(tmp_path / "run", fast_run) == []
+
+
+# ----- the student -----
+
+
+def test_the_pipeline_of_the_trainer_is_the_one_it_saved(run, tmp_path):
+    images = run["trainer"].pipeline(batch_size=2, generator=torch.Generator().manual_seed(3)).images
+    saved = HSIVIPipeline.from_pretrained(run["folder"] / "pipeline")
+    for image, wanted in zip(images, saved(2, torch.Generator().manual_seed(3)).images, strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(wanted))
+    run["trainer"].save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / WEIGHTS).read_bytes() == (run["folder"] / "pipeline" / WEIGHTS).read_bytes()
+
+
+def test_the_pipeline_is_a_copy(run):
+    pipeline = run["trainer"].pipeline
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight.zero_()
+    assert run["trainer"].pipeline.unet.conv_in.weight.abs().sum() > 0
+
+
+def test_the_student_is_pushed_with_its_card(run, logged_in):
+    url = run["trainer"].push_to_hub("alice/python", license="mit")
+    head = logged_in.repos["alice/python"].branches["main"]
+    assert url == f"{logged_in.url}/alice/python/commit/{head.sha}"
+    assert head.files[WEIGHTS] == (run["folder"] / "pipeline" / WEIGHTS).read_bytes()
+    card = head.files["README.md"].decode()
+    assert "preset fast" in card
+    assert "license: mit" in card
+    with pytest.raises(HfHubHTTPError, match="alice/python exists and holds files"):
+        run["trainer"].push_to_hub("alice/python")
+
+
+# ----- what is refused -----
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("/nowhere/at/all", "teacher '/nowhere/at/all' is not a folder: give"),
+        (Path("/nowhere/at/all"), "teacher '/nowhere/at/all' is not a folder: give"),
+        (torch.nn.Linear(1, 1), "teacher is a Linear: give a folder, a repo id, or a loaded pipeline"),
+    ],
+)
+def test_a_bad_teacher_is_refused_in_one_line(bad, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        make(bad)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_student_is_no_teacher(run):
+    with pytest.raises(ValueError, match="is an HSIVIPipeline, a sampler that was distilled"):
+        make(run["trainer"].pipeline)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"noise_eta": 0.0}, "noise_eta=0.0: give a number above 0"),
+        ({"init_from": "nowhere"}, "init_from='nowhere' lacks pipeline, critic, options.json"),
+        ({"preset": "quick"}, "preset='quick' is unknown: choose one of fast, one_call, paper"),
+    ],
+)
+def test_a_bad_config_is_refused_in_one_line(teacher, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        make(teacher, tmp_path / "run", **settings)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_training_needs_a_folder(teacher):
+    trainer = make(teacher)
+    assert len(trainer.pipeline(batch_size=1).images) == 1
+    with pytest.raises(ValueError, match="output_dir is missing"):
+        trainer.train()
+
+
+def test_the_config_of_the_user_is_not_changed(teacher):
+    config = HSIVIConfig(**SETTINGS)
+    trainer = HSIVITrainer(teacher, config)
+    trainer.config.max_train_steps = 7
+    assert config == HSIVIConfig(**SETTINGS)

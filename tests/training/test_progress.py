@@ -1,0 +1,126 @@
+"""What a run shows of itself."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hsivi_diffusers import HSIVIPipeline, load_teacher
+from hsivi_diffusers.distillation import progress
+from hsivi_diffusers.distillation.config import HSIVIConfig
+from hsivi_diffusers.distillation.pairs import TeacherPairs
+from hsivi_diffusers.distillation.trainer import HSIVITrainer
+
+SIZE = 512  # pixels of a side of a grid, at least
+PAPER = {"preset": "paper", "critic_updates": 1, "train_batch_size": 6}
+
+
+@pytest.fixture(scope="module")
+def shown(distil, tmp_path_factory):
+    """A run that logs every step, and draws grids as it does without being told when."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(progress, "EVERY", 1)
+        folder = tmp_path_factory.mktemp("runs") / "shown"
+        return distil(folder, report_to="tensorboard", validation_steps=2, **PAPER)
+
+
+@pytest.fixture(scope="module")
+def events(shown):
+    accumulator = EventAccumulator(str(shown / "logs" / "hsivi"), size_guidance={"images": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def read(path):
+    with Image.open(path) as grid:
+        return np.asarray(grid.convert("L"))
+
+
+def tiles(grid, size=8):
+    """The rows of a grid of images of `size` pixels, each magnified by copying its pixels."""
+    factor = grid.shape[1] // (progress.COLUMNS * size)
+    small = grid[::factor, ::factor]
+    assert np.array_equal(small.repeat(factor, 0).repeat(factor, 1), grid)
+    return [small[top : top + size] for top in range(0, len(small), size)]
+
+
+def drawn(images):
+    """A row of images as it is in a grid."""
+    pil = HSIVIPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
+    return np.asarray(make_image_grid(pil, 1, len(pil)).convert("L"))
+
+
+def test_the_trackers_are_told_losses_norms_rates_and_scales(events):
+    tags = {
+        *(f"{kind}/{player}" for kind in ("loss", "grad_norm", "learning_rate") for player in ("student", "critic")),
+        *(f"critic_loss/layer_{t}" for t in (0, 1)),
+        *(f"noise_scale/{name}" for name in ("min", "mean", "max")),
+        "images_per_second",
+    }
+    assert tags <= set(events.Tags()["scalars"])
+    for tag in tags:
+        assert all(np.isfinite(event.value) for event in events.Scalars(tag))
+    for tag in ("loss/student", "grad_norm/critic", "noise_scale/mean", "images_per_second"):
+        assert [event.step for event in events.Scalars(tag)] == [1, 2, 3, 4, 5]
+    rates = [event.value for event in events.Scalars("learning_rate/critic")]
+    assert rates == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4])
+    assert all(event.value > 0 for event in events.Scalars("images_per_second"))
+    low, mean, high = (events.Scalars(f"noise_scale/{name}")[-1].value for name in ("min", "mean", "max"))
+    assert low < mean < high
+
+
+def test_grids_go_to_the_tracker_and_to_files_at_the_start_in_between_and_at_the_end(events, shown):
+    assert events.Tags()["images"]
+    names = {path.name for path in (shown / "samples").iterdir()}
+    assert names == {f"step-{step}.png" for step in (0, 2, 4, 5)}
+    for name in names:
+        grid = read(shown / "samples" / name)
+        assert grid.shape == (SIZE // 2, SIZE)
+        assert grid.std() > 0
+
+
+def test_a_tenth_of_the_run_lies_between_two_grids(teacher, tmp_path, monkeypatch):
+    drawn_at = []
+    monkeypatch.setattr(progress.Progress, "draw", lambda self, step: drawn_at.append(step))
+    config = HSIVIConfig(
+        num_inference_steps=2, train_batch_size=1, max_train_steps=21, output_dir=str(tmp_path / "run")
+    )
+    HSIVITrainer(teacher, config).train()
+    assert drawn_at == [*range(0, 21, 2), 21]
+
+
+def test_the_first_row_is_the_teachers_and_the_last_grid_is_of_the_pipeline(shown, teacher):
+    first, last = (tiles(read(shown / "samples" / f"step-{step}.png")) for step in (0, 5))
+    pipeline = HSIVIPipeline.from_pretrained(shown / "pipeline")
+    noise = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    pairs = TeacherPairs(load_teacher(teacher)[0], pipeline.scheduler, noise, None, progress.TEACHER_CALLS)
+    assert np.array_equal(first[0], drawn(pairs.end / 2 + 0.5))
+    assert np.array_equal(first[0], last[0])
+    images = pipeline(24, torch.Generator().manual_seed(0), output_type="pt").images
+    for row in range(3):
+        assert np.array_equal(last[row + 1], drawn(images[8 * row : 8 * row + 8]))
+        assert not np.array_equal(last[row + 1], first[row + 1])
+
+
+def test_drawing_changes_no_bit_of_the_result(distil, shown, tmp_path, differences):
+    assert differences(distil(tmp_path / "run", **PAPER), shown) == []
+
+
+def test_a_class_conditional_student_is_drawn_in_all_classes(distil, class_teacher, tmp_path):
+    settings = {"validation_steps": 1, "max_train_steps": 1, "critic_updates": 1, "num_inference_steps": (1, 2)}
+    folder = distil(tmp_path / "run", pretrained_teacher_model=class_teacher, **settings)
+    rows = tiles(read(folder / "samples" / "step-1.png"))
+    pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")  # of several step counts the largest
+    labels = [number % 3 for number in range(24)]
+    images = pipeline(24, torch.Generator().manual_seed(0), 2, class_labels=labels, output_type="pt").images
+    assert np.array_equal(rows[1], drawn(images[:8]))
+
+
+def test_a_new_start_removes_the_grids_of_the_old_one(distil, shown, tmp_path):
+    folder = shutil.copytree(shown, tmp_path / "run")
+    distil(folder, "--overwrite_output_dir", max_train_steps=1, critic_updates=1)
+    assert not (folder / "samples").exists()
