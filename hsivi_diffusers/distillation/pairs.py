@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.distributions import randn_like
 from ..vi.layers import hierarchy_ends
-from ..vi.objectives import half_square
+from ..vi.regression import half_square
 from .denoisers import call_unet
 
 # Of a scheduler's config, what a teacher was trained with.
@@ -40,7 +40,7 @@ class TeacherPairs:
 
     Attributes:
         noise: Shape (N, C, H, W).
-        end: x_0, pictures between -1 and 1, of the same shape.
+        end: x_0, images between -1 and 1, of the same shape.
         condition: Shape (N,), or None.
     """
 
@@ -72,7 +72,7 @@ class TeacherPairs:
             )
 
     def sample(self, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Draws (x_{t+1}, the mean of layer t whose clean picture is x_0, condition) for `PairChain`.
+        """Draws (x_{t+1}, the mean of layer t whose clean image is x_0, condition) for `PairChain`.
 
         Args:
             t: Layer of each row, shape (B,).
@@ -119,7 +119,7 @@ def coarse_loss(weight: float) -> Callable[[Tensor], Tensor]:
 def _solve(
     unet: UNet2DModel, solver: UniPCMultistepScheduler, x: Tensor, condition: Tensor | None, num_calls: int
 ) -> Tensor:
-    """Follows the ODE from noise to a picture."""
+    """Follows the ODE from noise to an image."""
     solver.set_timesteps(num_calls, device=x.device)
     for timestep in solver.timesteps:
         output = call_unet(unet, x, timestep, condition)[:, : x.shape[1]]

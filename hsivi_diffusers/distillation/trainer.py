@@ -40,6 +40,7 @@ from ..vi import (
     ScoreMatching,
     Stage,
     Step,
+    cosine,
     fit,
     joint,
     make_chain,
@@ -498,7 +499,7 @@ class Players:
         ]
         rate, steps = group["lr"], self._fit(Regression(), chains, joint(sum(depths), method.ode_steps))
         for step in tqdm(range(method.ode_steps), "regress", disable=not self.accelerator.is_main_process):
-            group["lr"] = method.ode_learning_rate * (1 + math.cos(math.pi * step / method.ode_steps)) / 2
+            group["lr"] = method.ode_learning_rate * cosine(step / method.ode_steps)
             try:
                 next(steps)
             except DivergenceError as error:

@@ -21,7 +21,6 @@ OUTPUT_DIR/training.json. It is one process. With --max_train_steps a run is a f
 from __future__ import annotations
 
 import copy
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,7 @@ from hsivi_diffusers.distillation.denoisers import sample_shape
 from hsivi_diffusers.evaluation.images import load_images, to_model_range
 from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.options import flatten, option, parse_options
+from hsivi_diffusers.vi import cosine
 
 # sqrt(abar) at the last timestep of Stable Diffusion, where the example's grid starts. A noise prediction becomes a
 # picture by a division by it; at the last timestep of a DDPM of pixels it is 0.006, and errors are all one sees.
@@ -212,7 +212,7 @@ def make_distiller(options: Teacher, method: Method, device: torch.device) -> Di
 def learning_rate(step: int, share: float, training: Training) -> float:
     """Learning rate of an update, after a share of the run from 0 to 1: the number of updates may not be known."""
     warm_up = min(1.0, (step + 1) / max(training.lr_warmup_steps, 1))
-    decay = (1 + math.cos(math.pi * min(share, 1.0))) / 2 if training.lr_scheduler == "cosine" else 1.0
+    decay = cosine(min(share, 1.0)) if training.lr_scheduler == "cosine" else 1.0
     return training.learning_rate * warm_up * decay
 
 
