@@ -33,7 +33,7 @@ from hsivi_diffusers.distillation.bridge import signal_timestep
 from hsivi_diffusers.distillation.pairs import TeacherPairs, coarse_loss
 from hsivi_diffusers.distillation.student import UNetDiscriminator, label_layers
 from hsivi_diffusers.vi import Adversarial, DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer, make_chain
-from hsivi_diffusers.vi.objectives import half_square
+from hsivi_diffusers.vi.regression import half_square
 from tiny_unet import make_unet
 
 GRID = [440, 220, 10]

@@ -203,13 +203,13 @@ class TeacherBridge(Bridge):
 def signal_timestep(schedule: HSIVIScheduler, shape: tuple[int, ...], signal: float) -> int:
     """Returns the first timestep where sqrt(C H W) alpha / sigma is at most a number, or the last where alpha > 0.
 
-    A mean over n values has the noise of one by sqrt(n). So the coarse features of a large picture, or of one in
+    A mean over n values has the noise of one by sqrt(n). So the coarse features of a large image, or of one in
     colour, are seen through noise that hides those of a small one, at alpha / sigma as many times lower as its side is
     longer (Hoogeboom et al. 2023, arXiv 2301.11093), and levels that are to mean the same are told by this product.
 
     Args:
         schedule: Gives alpha and sigma at each timestep.
-        shape: (C, H, W) of the pictures.
+        shape: (C, H, W) of the images.
         signal: Above 0. On the linear clock of 1000, 3.2 is at timestep 440 of 8x8 grey pixels, 674 of 32x32, 750 of
             32x32 in colour, 836 of 64x64 in colour.
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.distributions import randn_like
 from ..vi.layers import hierarchy_ends
-from ..vi.objectives import half_square
+from ..vi.regression import half_square
 from .denoisers import run_solver
 
 # Of a scheduler's config, what a teacher was trained with.
@@ -42,7 +42,7 @@ class TeacherPairs:
 
     Attributes:
         noise: Shape (N, C, H, W).
-        end: x_0, pictures between -1 and 1, of the same shape.
+        end: x_0, images between -1 and 1, of the same shape.
         condition: Shape (N,), or None.
     """
 
@@ -73,7 +73,7 @@ class TeacherPairs:
             )
 
     def sample(self, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Draws (x_{t+1}, the mean of layer t whose clean picture is x_0, condition) for `PairChain`.
+        """Draws (x_{t+1}, the mean of layer t whose clean image is x_0, condition) for `PairChain`.
 
         Args:
             t: Layer of each row, shape (B,).

@@ -23,6 +23,7 @@ from ..vi import (
     ScoreMatching,
     Stage,
     Step,
+    cosine,
     fit,
     joint,
 )
@@ -141,7 +142,7 @@ def _regress(state: TrainingState) -> None:
     ]
     rate, steps = group["lr"], _fit(state, Regression(), chains, joint(sum(depths), config.pair_steps))
     for step in tqdm(range(config.pair_steps), "regress", disable=not state.accelerator.is_main_process):
-        group["lr"] = config.pair_learning_rate * (1 + math.cos(math.pi * step / config.pair_steps)) / 2
+        group["lr"] = config.pair_learning_rate * cosine(step / config.pair_steps)
         try:
             next(steps)
         except DivergenceError as error:

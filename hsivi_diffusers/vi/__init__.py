@@ -1,42 +1,24 @@
 """Hierarchical semi-implicit variational inference: the method itself, in torch only.
 
-Reading order: `distributions`, `targets`, `bridges`, `layers`, `chains`, `objectives`, `curricula`, `fitting`; then
-`networks` and `inference`, which put them together for small targets, and `diagnostics`.
+Reading order: `distributions`, `targets`, `bridges`, `layers`, `chains`, `pools`, `objectives`, `lower_bound`,
+`regression`, `curricula`, `fitting`; then `networks` and `inference`, which put them together for small targets, and
+`diagnostics`, `langevin`, `masses`, `diagnosis`. What is not yet measured is in `trials`.
 """
 
 from .bridges import Bridge, DiffusionBridge, GeometricBridge
-from .chains import (
-    Chain,
-    ChainBatch,
-    DataChain,
-    FrozenPoolChain,
-    GuidedChain,
-    PairChain,
-    PoolChain,
-    SimulatedChain,
-    draw_marginals,
-    make_chain,
-    simulate,
-)
-from .curricula import Plateau, Stage, joint, sequential
-from .diagnostics import Finding, diagnose
+from .chains import Chain, ChainBatch, SimulatedChain, draw_marginals, simulate
+from .curricula import Plateau, Stage, cosine, joint, sequential
+from .diagnosis import Diagnosis, diagnose
+from .diagnostics import Finding
 from .distributions import DiagonalGaussian
 from .fitting import DivergenceError, Step, Update, fit, step_generator
 from .inference import Inference
 from .layers import ConditionalLayers, IndependentLayers, SharedLayers
+from .lower_bound import LowerBound
 from .networks import GaussianMLP, ResidualMLP, ScoreMLP
-from .objectives import (
-    Adversarial,
-    CriticObjective,
-    Guided,
-    KullbackLeibler,
-    LayerDraw,
-    LowerBound,
-    Objective,
-    Regression,
-    ScoreMatching,
-    draw_layer,
-)
+from .objectives import CriticObjective, KullbackLeibler, LayerDraw, Objective, ScoreMatching, draw_layer
+from .pools import FrozenPoolChain, PoolChain, make_chain
+from .regression import Guided, GuidedChain, PairChain, Regression
 from .targets import (
     DiffusibleTarget,
     FullNormal,
@@ -51,6 +33,7 @@ from .targets import (
     laplace,
     moment_match,
 )
+from .trials import Adversarial, DataChain
 
 __all__ = [
     "Adversarial",
@@ -60,6 +43,7 @@ __all__ = [
     "ConditionalLayers",
     "CriticObjective",
     "DataChain",
+    "Diagnosis",
     "DiagonalGaussian",
     "DiffusibleTarget",
     "DiffusionBridge",
@@ -97,6 +81,7 @@ __all__ = [
     "Update",
     "Whitened",
     "as_target",
+    "cosine",
     "diagnose",
     "draw_layer",
     "draw_marginals",

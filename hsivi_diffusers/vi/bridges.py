@@ -181,7 +181,7 @@ class DiffusionBridge(Bridge):
         num_layers: T.
         schedule: 0 <= sigma_0 < sigma_1 < ... < sigma_{T-1} < 1; by default sigma_t = sin(pi t / 2T), but 0.05 at least
             with a network, which knows the score better at a little noise than at none.
-        score_network: Estimate of the score at a level, (x, level, condition) -> shape of x, in the place of the exact
+        score_network: Estimate of the score at a level, (x, level, condition) -> shape of x, instead of the exact
             one. It is frozen if it is a module.
         dimension: d; needed with `score_network` alone.
         device: Where the base is drawn.
@@ -255,9 +255,9 @@ class DiffusionBridge(Bridge):
         """Draws alpha x + sigma z, x from the target and z ~ N(0, I): shape (B, d).
 
         Raises:
-            NotImplementedError: There is a score network and no target.
+            NotImplementedError: There is a score network and no target, or one without draws.
         """
-        if self.target is None:
+        if not isinstance(self.target, SampledTarget):
             return super().sample(level, condition, generator)
         x = self.target.sample(len(level), generator)
         alpha, sigma = (value[:, None] for value in self._alpha_sigma(level, x))

@@ -72,6 +72,16 @@ def sequential(num_layers: int, num_steps: int) -> list[Stage]:
     return [Stage(beta=one_layer, num_steps=num_steps) for one_layer in torch.eye(num_layers).flip(0)]
 
 
+def cosine(share: float, end: float = 0.0) -> float:
+    """Returns the factor of a rate that falls by half a cosine from 1 to `end`.
+
+    Args:
+        share: Share of the stage that is done, 0 to 1.
+        end: Factor at share 1.
+    """
+    return end + (1 - end) * (1 + math.cos(math.pi * share)) / 2
+
+
 class Plateau:
     """Tells when a value has stopped falling: `stop_stage` of `fit`.
 

@@ -39,7 +39,7 @@ class DivergenceError(FloatingPointError):
 
 @dataclass(frozen=True)
 class Update:
-    """One update of a player, by the rows of all shards of this process.
+    """One update of a player, by the rows of all micro-batches of this process.
 
     Attributes:
         t: Layers of the rows, shape (B,).
@@ -94,12 +94,12 @@ def fit(
 
     Every batch costs one call of the layers, and every answer is given back to the chain. The layer update and the
     first critic update share a batch, in this order: a critic that has just been fitted to these very draws leans
-    towards their noise, and would pull the layers together. With a single shard and an objective that takes no
+    towards their noise, and would pull the layers together. With a single micro-batch and an objective that takes no
     gradient through the critic, they share the critic's answer too.
 
-    An update is the mean over shards: the chains given here, one after the other (gradient accumulation), in each of
-    the processes (data parallelism). It does not matter which: N shards in one process give the same update as one in
-    each of N. Randomness comes from a generator per (seed, shard, step), so a run that is resumed at `start_step`, with
+    An update is the mean over micro-batches: the chains given here, one after the other (gradient accumulation), in
+    each of the processes (data parallelism). N micro-batches in one process give the same update as one in each of N.
+    Randomness comes from a generator per (seed, micro-batch, step), so a run that is resumed at `start_step`, with
     parameters, optimizers and chains restored, repeats one that was never stopped.
 
     Args:
@@ -108,18 +108,18 @@ def fit(
             `Regression`; for `Adversarial` one that answers with a score and logits.
         bridge: What the layers are fitted to.
         objective: The losses.
-        chain: Where layer inputs come from; a list of chains for gradient accumulation, one for each shard.
+        chain: Where layer inputs come from; a list of chains for gradient accumulation, one for each micro-batch.
         curriculum: Stages, one after the other.
         layer_optimizer: Of the layers' parameters.
         critic_optimizer: Of the critic's parameters.
         critic_updates: Critic updates for each layer update, >= 1 (the paper: 20).
         scoring: Level at which layers are scored, "own" (the paper) or "random", see `draw_layer`.
         seed: Seed of the run.
-        rank: Index of this process; its first shard is rank * (number of chains).
+        rank: Index of this process; its first micro-batch is rank * (number of chains).
         start_step: First step to do; those before it are taken as done.
-        backward: Called with each shard's share of the loss, such as `accelerator.backward`.
+        backward: Called with each micro-batch's share of the loss, such as `accelerator.backward`.
         no_sync: Context in which the gradients of a module stay in this process, such as `accelerator.no_sync`; entered
-            for all shards but the last.
+            for all micro-batches but the last.
         clip_grad_norm: Called with a player's parameters before its optimizer moves them; returns the norm of the
             gradient, before it is clipped.
         skips_overflows: The optimizers themselves skip an update whose gradient is not finite, as those of accelerate
@@ -138,7 +138,7 @@ def fit(
     if critic_updates < 1:
         raise ValueError(f"critic_updates={critic_updates}: the critic needs at least 1 update for each of the layers")
     if not chains:
-        raise ValueError("chain=[]: give a chain, or one for each shard")
+        raise ValueError("chain=[]: give a chain, or one for each micro-batch")
     if isinstance(objective, CriticObjective) and (critic is None or critic_optimizer is None):
         raise ValueError(
             f"{type(objective).__name__} needs a critic and a critic_optimizer; LowerBound and Regression need none"
@@ -148,9 +148,9 @@ def fit(
         player: str, module: nn.Module, optimizer: Optimizer, make: Callable[[int], _Rows], step: int, move: bool = True
     ) -> Update:
         made = []
-        for shard in range(len(chains)):
-            with nullcontext() if shard == len(chains) - 1 else no_sync(module):
-                rows = make(shard)
+        for micro_batch in range(len(chains)):
+            with nullcontext() if micro_batch == len(chains) - 1 else no_sync(module):
+                rows = make(micro_batch)
                 mean = (rows.share * rows.loss).mean()
                 if not bool(torch.isfinite(mean)):
                     raise DivergenceError(f"the loss of the {player}", step, _layers_of([rows]))
@@ -186,7 +186,7 @@ def fit(
 
 
 class _Rows(NamedTuple):
-    """Layers, losses and shares in the mean of the rows of a shard, each of shape (B,)."""
+    """Layers, losses and shares in the mean of the rows of a micro-batch, each of shape (B,)."""
 
     t: Tensor
     loss: Tensor
@@ -202,7 +202,7 @@ def _grad_norm(module: nn.Module) -> Tensor:
 
 
 class _Game:
-    """The losses of both players, shard by shard, and what the one leaves to the other within a step."""
+    """The losses of both players, micro-batch by micro-batch, and what the one leaves to the other within a step."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class _Game:
         self.chains, self.scoring = chains, scoring
         self.critic_seen = _local(self.critic)
         self.has_critic = isinstance(objective, CriticObjective)
-        # The graph of one answer is kept until the critic's loss; those of several shards would not fit.
+        # The graph of one answer is kept until the critic's loss; those of several micro-batches would not fit.
         self.shares_answer = self.has_critic and len(chains) == 1 and not objective.critic_gradient
 
     def begin(self, beta: Tensor, generators: Sequence[torch.Generator]) -> None:
@@ -233,8 +233,8 @@ class _Game:
         """
         return _frozen(self.critic) if self.objective.critic_gradient else nullcontext()
 
-    def layer_rows(self, shard: int) -> _Rows:
-        t, draw = self._draw(shard)
+    def layer_rows(self, micro_batch: int) -> _Rows:
+        t, draw = self._draw(micro_batch)
         cut = draw.detach()
         critic_seen: Critic = self.critic_seen
         critic: Critic = self.critic
@@ -242,23 +242,23 @@ class _Game:
             answer = cut.answer(self.critic)
             critic_seen, critic = (lambda *_: answer.detach()), (lambda *_: answer)
         if self.has_critic:
-            self.left[shard] = (t, cut, critic)
+            self.left[micro_batch] = (t, cut, critic)
         loss = self.objective.layer_loss(critic_seen, self.bridge, draw)
         return _Rows(t, loss, self.beta.to(t.device)[t])
 
-    def critic_rows(self, shard: int) -> _Rows:
-        if shard in self.left:
-            t, draw, critic = self.left.pop(shard)
+    def critic_rows(self, micro_batch: int) -> _Rows:
+        if micro_batch in self.left:
+            t, draw, critic = self.left.pop(micro_batch)
         else:
             with torch.no_grad():
-                t, draw = self._draw(shard)
+                t, draw = self._draw(micro_batch)
             critic = self.critic
         assert isinstance(self.objective, CriticObjective)
         loss = self.objective.critic_loss(critic, draw, self.bridge)
         return _Rows(t, loss, torch.ones_like(loss))
 
-    def _draw(self, shard: int) -> tuple[Tensor, LayerDraw]:
-        chain, generator = self.chains[shard], self.generators[shard]
+    def _draw(self, micro_batch: int) -> tuple[Tensor, LayerDraw]:
+        chain, generator = self.chains[micro_batch], self.generators[micro_batch]
         batch = chain.draw(self.layers, generator, self.beta)
         q = self.layers(batch.x_next, batch.t, batch.condition)
         chain.advance(batch, q, generator)
@@ -276,9 +276,9 @@ class _Game:
         return batch.t, draw
 
 
-def step_generator(seed: int, shard: int, step: int) -> torch.Generator:
+def step_generator(seed: int, micro_batch: int, step: int) -> torch.Generator:
     """Returns a generator that depends on all three and on nothing else."""
-    digest = hashlib.blake2b(f"{seed} {shard} {step}".encode(), digest_size=7).digest()
+    digest = hashlib.blake2b(f"{seed} {micro_batch} {step}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Literal
@@ -12,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .bridges import Bridge
-from .chains import Chain, FrozenPoolChain, PoolChain, draw_marginals
-from .curricula import Plateau, Stage, joint, sequential
-from .diagnostics import Finding, diagnose
+from .chains import Chain, draw_marginals
+from .curricula import Plateau, Stage, cosine, joint, sequential
+from .diagnosis import Diagnosis, diagnose
 from .fitting import Step, fit
 from .layers import ConditionalLayers, IndependentLayers, SharedLayers
+from .lower_bound import LowerBound
 from .networks import GaussianMLP, ScoreMLP
-from .objectives import CriticObjective, KullbackLeibler, LowerBound, Objective, ScoreMatching
+from .objectives import CriticObjective, KullbackLeibler, Objective, ScoreMatching
+from .pools import FrozenPoolChain, PoolChain
 
 Training = Literal["sequential", "joint"]
 NUM_PROBES = 256  # draws of the base at which the target is looked at before work
@@ -164,8 +165,8 @@ class Inference:
         """Draws from the fitted law, shape (size, d); the same ones again unless the seed is another."""
         return self.marginals(size, seed)[0]
 
-    def diagnose(self, seed: int = 0) -> list[Finding]:
-        """Looks for signs of failure, see `diagnostics.diagnose`; each finding has a message with the remedy.
+    def diagnose(self, seed: int = 0) -> Diagnosis:
+        """Looks for signs of failure, see `diagnosis.diagnose`; each finding has a message with the remedy.
 
         After layer-by-layer training the critic is looked at for the last layer alone: it has gone on from the others.
         """
@@ -215,9 +216,8 @@ class Inference:
 
     def _set_rate(self, step: int) -> None:
         length = self.curriculum[0].num_steps
-        progress = step % length / length
         for group in self.layer_optimizer.param_groups:
-            group["lr"] = self.learning_rate * (0.525 + 0.475 * math.cos(math.pi * progress))
+            group["lr"] = self.learning_rate * cosine(step % length / length, end=0.05)
 
 
 def _check_players(

@@ -9,39 +9,24 @@ With x ~ q(. | x_next), S the bridge score, s the critic's estimate of the margi
 With a share m of the teacher in its target, (1 - m) grad log q(x | x_next) + m S(x), the critic is nearer to S, and
 v / (1 - m) estimates S - grad log q (continuous semi-implicit models, arXiv 2506.06778).
 
-With pairs (x_next, end) of a map, such as the one from the base to the target, mu the mean of the layer, `Guided` adds
-to either
-
-    layers        weight/2 |mu(x_next) - end|^2                    alone it is `Regression`
-
-With draws of the bridge itself, and a critic that is a discriminator D besides, `Adversarial` adds to either
-
-    layers        weight d softplus(-D(x))                         d the number of coordinates of x
-    critic        weight d/2 (softplus(D(x)) + softplus(-D(x_real)))
-
-Without a critic, from K extra draws of x_next (x_next^(0) is the one that x came from):
-
-    HSIVI-LB      log 1/(K+1) sum_k q(x | x_next^(k)) - log p(x)                       (sec. 3.1; an upper bound of KL)
+`regression` adds pairs of a map, `trials` draws of the bridge itself, and `lower_bound` does without a critic.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from .bridges import Bridge
 from .distributions import DiagonalGaussian, randn_like
 
 Critic = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 Weight = Callable[[Tensor], Tensor]
-ResidualLoss = Callable[[Tensor], Tensor]
 Scoring = Literal["own", "random"]
 
 
@@ -160,7 +145,7 @@ class CriticObjective(Objective):
         critic_weight: The same for the critic's loss.
         normalise: Divide each row of the layers' loss by mean |S - grad log q(x | x_next)| over its coordinates. For
             re-noising layers on a diffusion bridge that is alpha_s/sigma_s^2 times the mean distance of the layer's
-            clean picture from the teacher's: the per-sample weight of score identity distillation (arXiv 2404.04057).
+            clean image from the teacher's: the per-sample weight of score identity distillation (arXiv 2404.04057).
         teacher_share: m, 0 <= m < 1, the share of the bridge score S in the critic's target (continuous semi-implicit
             models, arXiv 2506.06778, which has 1/2). With the marginal score s_q the best critic then is
             (1 - m) s_q + m S, and v = S - critic is (1 - m)(S - s_q): a smaller thing to learn, for a critic that
@@ -208,7 +193,7 @@ class CriticObjective(Objective):
                 bridge_score = bridge.score(draw.x, draw.level, draw.condition)
             target = (1 - self.teacher_share) * target + self.teacher_share * bridge_score
         error = draw.answer(critic) - target
-        return 0.5 * self.critic_weight(draw.level) * _sum(error.square())
+        return 0.5 * self.critic_weight(draw.level) * row_sum(error.square())
 
     def _row_weight(self, draw: LayerDraw, bridge_score: Tensor) -> Tensor:
         weight = self.layer_weight(draw.level)
@@ -224,7 +209,7 @@ class ScoreMatching(CriticObjective):
     The critic's target with a share m of the teacher is the other player's side of the game
     E [v . (S - grad log q(x | x_next)) - |v|^2 / (2 (1 - m))], whose maximum is at v = (1 - m)(S - s_q) and has
     the value (1 - m)/2 E|S - s_q|^2. The layers' loss is that of the paper divided by 1 - m; at the best critic its
-    mean is (1 - alpha (1 - m)) E|S - s_q|^2, as with the critic of m = 0 and (1 - m) alpha in the place of alpha. So
+    mean is (1 - alpha (1 - m)) E|S - s_q|^2, as with the critic of m = 0 and (1 - m) alpha instead of alpha. So
     both players play the same game where alpha = 1 / (2 (1 - m)): 1/2 for m = 0 (the paper), 1 for m = 1/2. The 1.2 of
     arXiv 2506.06778, which has m = 1/2, is 0.6 without a share; the 1.2 of arXiv 2404.04057 has none.
 
@@ -247,15 +232,15 @@ class ScoreMatching(CriticObjective):
         """Returns w/(1 - m) (v . (S - grad log q(x | x_next)) - alpha |v|^2), its gradient through both networks."""
         bridge_score = bridge.score(draw.x, draw.level, draw.condition)
         v = bridge_score - draw.answer(critic)
-        loss = _sum(v * (bridge_score - draw.layer_score) - self.alpha * v.square()) / (1 - self.teacher_share)
+        loss = row_sum(v * (bridge_score - draw.layer_score) - self.alpha * v.square()) / (1 - self.teacher_share)
         return self._row_weight(draw, bridge_score) * loss
 
 
 class KullbackLeibler(CriticObjective):
-    """HSIVI-KL: the gradient of KL(q || p), with the critic in the place of the marginal score.
+    """HSIVI-KL: the gradient of KL(q || p), with the critic for the marginal score.
 
     With a share m of the teacher in the critic's target (s - S) / (1 - m) is the estimate of s_q - S, and the loss has
-    that in the place of s - S: at the best critic it is the loss of m = 0, gradient and value.
+    that instead of s - S: at the best critic it is the loss of m = 0, gradient and value.
     """
 
     critic_gradient = False
@@ -270,8 +255,8 @@ class KullbackLeibler(CriticObjective):
             bridge_score = bridge.score(draw.x, draw.level, draw.condition)
             gap = (draw.answer(critic) - bridge_score) / (1 - self.teacher_share)
             weight = self._row_weight(draw, bridge_score)
-            value = 0.5 * _sum(gap.square())
-        product = _sum(gap * draw.x)
+            value = 0.5 * row_sum(gap.square())
+        product = row_sum(gap * draw.x)
         return weight * (value + (product - product.detach()))
 
 
@@ -307,214 +292,6 @@ class Extended(CriticObjective):
         return self.objective.critic_loss(critic, draw, bridge)
 
 
-class Adversarial(Extended):
-    r"""Another objective and, with a weight, a game of layers and critic over draws of the bridge itself.
-
-    The critic answers with a score and with logits D, which tell draws of the bridge (real) from draws of the layers.
-    With the number d of coordinates of x, the loss of the layers gains weight d softplus(-D(x)), the non-saturating
-    one, and that of the critic weight d/2 (softplus(D(x)) + softplus(-D(x_real))). The best D is log p(x) / q(x). Where
-    there are several logits for a row, the mean over them is taken. This is the term of adversarial score identity
-    distillation (arXiv 2410.14919), and of DMD2 (arXiv 2405.14867), on features of the critic; both of its weights are
-    one here, and neither the weight of a level nor the per-sample one is applied to it.
-
-    The gradient for the layers passes through the critic to x, and is of the layers alone.
-
-    Args:
-        objective: What it is added to.
-        weight: > 0; the scripts of DMD2 have 1e-3 for the layers and 1e-2 for the critic.
-
-    Raises:
-        ValueError: The weight is not above 0.
-    """
-
-    needs_real = True
-    term = "the adversarial term"
-
-    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns the objective's loss + weight d softplus(-D(x)), from one call of the critic.
-
-        Raises:
-            TypeError: The critic does not answer with a score and logits.
-        """
-        score, logits = _score_and_logits(draw.answer(critic))
-        loss = self.objective.layer_loss(lambda *_: score, bridge, draw)
-        return loss + self._scale(draw) * _mean(softplus(-logits))
-
-    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
-        """Returns the objective's loss + weight d/2 (softplus(D(x)) + softplus(-D(x_real))): shape (B,).
-
-        Drawn and real rows go through the critic in one call, of 2 B rows, so that it may be one that reduces its
-        gradients between processes.
-
-        Raises:
-            TypeError: The critic does not answer with a score and logits.
-            ValueError: The draw has no real rows.
-        """
-        if draw.real is None:
-            raise ValueError("the draw has no real rows: take draw_layer(..., real=True)")
-        size = len(draw.x)
-        condition = None if draw.condition is None else torch.cat([draw.condition, draw.condition])
-        score, logits = _score_and_logits(
-            critic(torch.cat([draw.x, draw.real]), draw.level.repeat(2), condition, draw.t.repeat(2))
-        )
-        loss = self.objective.critic_loss(lambda *_: score[:size], draw, bridge)
-        game = _mean(softplus(logits[:size])) + _mean(softplus(-logits[size:]))
-        return loss + 0.5 * self._scale(draw) * game
-
-    def _scale(self, draw: LayerDraw) -> float:
-        return self.weight * draw.x[0].numel()
-
-
-def half_square(residual: Tensor) -> Tensor:
-    """Returns 1/2 |residual|^2, shape (B,)."""
-    return 0.5 * _sum(residual.square())
-
-
-class Regression(Objective):
-    """The layer is fitted to pairs of a map, without critic or score (arXiv 2101.02388): a start for other objectives.
-
-    Its best mean is the map where that is smooth, and an average over the neighbourhood elsewhere, so details are lost;
-    but each part of the target gets the mass that the map gives it.
-
-    Args:
-        loss: Residual mu(x_next) - end, of shape (B, ...) -> loss of each row, shape (B,).
-    """
-
-    def __init__(self, loss: ResidualLoss = half_square) -> None:
-        self.loss = loss
-
-    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns the loss of mu(x_next) - end.
-
-        Raises:
-            ValueError: The draw has no pair.
-        """
-        if draw.residual is None:
-            raise ValueError(
-                "the draw has no pair: take the layer's input from a PairChain, or with Guided from a GuidedChain"
-            )
-        return self.loss(draw.residual)
-
-
-class Guided(Extended):
-    """Another objective plus a weight times `Regression`: the regression loss of DMD (arXiv 2311.18828).
-
-    Objectives with a critic see missing mass at high levels only, and there the critic errs; a small weight keeps the
-    masses of the map. A larger one costs detail, unless the loss is of what the map tells well.
-
-    Args:
-        objective: What the term is added to.
-        weight: > 0. The loss is in the units of `KullbackLeibler` with a weight sigma^2: try 0.005.
-        loss: See `Regression`.
-
-    Raises:
-        ValueError: The weight is not above 0.
-    """
-
-    term = "the pairs"
-
-    def __init__(self, objective: CriticObjective, weight: float, loss: ResidualLoss = half_square) -> None:
-        super().__init__(objective, weight)
-        self.regression = Regression(loss)
-        self.critic_gradient = objective.critic_gradient
-        self.needs_real = objective.needs_real
-
-    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns the objective's loss + weight times that of `Regression`, which is 0 in rows without a pair.
-
-        Raises:
-            ValueError: No row has a pair.
-        """
-        pairs = draw
-        if draw.residual is not None:
-            pairs = replace(draw, residual=torch.where(draw.residual.isnan(), 0, draw.residual))
-        return super().layer_loss(critic, bridge, draw) + self.weight * self.regression.layer_loss(
-            critic, bridge, pairs
-        )
-
-
-class LowerBound(Objective):
-    """HSIVI-LB: the bound of semi-implicit variational inference, layer by layer (sec. 3.1).
-
-    The mean of the loss bounds KL(q || p) - log Z from above, is nearer to it the larger K is, and equal in the limit.
-    The K extra draws of x_{t+1} are the inputs of other rows of the batch at the same level, so that the mixture costs
-    one B x B matrix and no network call. A small K makes q too narrow: the bound counts the spread within a layer, and
-    little of that between its inputs.
-
-    Args:
-        num_extra: K; by default all other rows at the same level.
-        surrogate: Take stopgrad(S(x)) . x in the place of log p(x), which has the same gradient: for a target of which
-            only the score is known. The value then means nothing.
-
-    Raises:
-        ValueError: K < 0.
-    """
-
-    def __init__(self, num_extra: int | None = None, surrogate: bool = False) -> None:
-        if num_extra is not None and num_extra < 0:
-            raise ValueError(
-                f"num_extra={num_extra}: give the number K >= 0 of extra draws, or None for the whole batch"
-            )
-        self.num_extra = num_extra
-        self.surrogate = surrogate
-
-    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns log 1/(K+1) sum_k q(x | x_next^(k)) - log p(x).
-
-        Raises:
-            ValueError: The rows have conditions, or a level has fewer than K + 1 rows, or none has two, as with
-                random levels.
-        """
-        if draw.condition is not None:
-            raise ValueError(
-                "LowerBound mixes the rows of a batch, so it takes no conditions: use an objective with a critic"
-            )
-        levels = draw.level.unique()
-        if self.num_extra is None and 1 < len(levels) == len(draw.level):
-            raise ValueError(
-                f"each of the {len(levels)} rows is at a level of its own, so there is nothing to mix: use "
-                'scoring="own", and a larger batch'
-            )
-        marginal = draw.x.new_empty(len(draw.x))
-        for level in levels:
-            rows = (draw.level == level).nonzero().squeeze(1)
-            marginal = marginal.index_put((rows,), self._log_marginal(draw, rows))
-        return marginal - self._log_target(bridge, draw)
-
-    def _log_marginal(self, draw: LayerDraw, rows: Tensor) -> Tensor:
-        std = draw.q.std.expand_as(draw.q.mean)[rows]
-        matrix = DiagonalGaussian(draw.q.mean[rows], std).pairwise_log_prob(draw.x[rows])
-        size, extra = len(rows), len(rows) - 1 if self.num_extra is None else self.num_extra
-        if extra >= size:
-            raise ValueError(
-                f"num_extra={extra}, and only {size} rows of the batch are at level {float(draw.level[rows[0]]):.3g}: "
-                f"give a larger batch, or num_extra < {size}"
-            )
-        if extra < size - 1:
-            place = torch.arange(size, device=matrix.device)
-            matrix = matrix.masked_fill((place[None] - place[:, None]) % size > extra, -torch.inf)
-        return matrix.logsumexp(1) - math.log(extra + 1)
-
-    def _log_target(self, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        if not self.surrogate:
-            return bridge.log_prob(draw.x, draw.level)
-        with torch.no_grad():
-            score = bridge.score(draw.x, draw.level)
-        return _sum(score * draw.x)
-
-
-def _score_and_logits(answer: Any) -> tuple[Tensor, Tensor]:
-    if not (isinstance(answer, tuple) and len(answer) == 2):
-        raise TypeError(
-            f"the critic answers with a {type(answer).__name__}: the adversarial term needs one that returns a score "
-            "and logits, such as UNetDiscriminator"
-        )
-    return answer
-
-
-def _sum(x: Tensor) -> Tensor:
+def row_sum(x: Tensor) -> Tensor:
+    """Returns the sum over all but the first dimension, shape (B,)."""
     return x.flatten(1).sum(1)
-
-
-def _mean(x: Tensor) -> Tensor:
-    return x.reshape(len(x), -1).mean(1)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hsivi_diffusers.vi import Plateau, joint, sequential
+from hsivi_diffusers.vi import Plateau, cosine, joint, sequential
 
 
 def test_joint_is_one_stage_in_which_all_layers_count_alike():
@@ -119,3 +119,8 @@ def test_a_restored_plateau_stops_where_the_saved_one_does():
 def test_a_plateau_needs_a_window_and_patience(given):
     with pytest.raises(ValueError, match="give a window of 2 or more, and patience of 1 or more"):
         Plateau(**given)
+
+
+@pytest.mark.parametrize(("share", "factor"), [(0.0, 1.0), (0.5, 0.525), (1.0, 0.05)])
+def test_a_cosine_falls_to_its_end(share, factor):
+    assert cosine(share, end=0.05) == pytest.approx(factor)

@@ -4,7 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsivi_diffusers.vi import Bridge, ConditionalLayers, DiagonalGaussian
-from hsivi_diffusers.vi.diagnostics import critic_lag, diagnose, lost_modes, stein_ratio, variance_collapse
+from hsivi_diffusers.vi.diagnosis import diagnose
+from hsivi_diffusers.vi.diagnostics import critic_lag, stein_ratio, variance_collapse
+from hsivi_diffusers.vi.masses import drift, lost_modes, wrong_masses
 from hsivi_diffusers.vi.targets.target import gradient
 from scenarios import ExactCritic, GaussianBridge, LinearCritic, LinearLayers, linear_layers, matching_bridge
 
@@ -188,7 +190,7 @@ def test_a_funnel_has_no_lost_modes():
     assert lost_modes(Funnel(), DensityBridge(log_prob, 5), generator=seeded()) == []
 
 
-@pytest.mark.parametrize(("reach", "expected"), [(60.0, ["lost_modes"]), (0.0, [])])
+@pytest.mark.parametrize(("reach", "expected"), [(600.0, ["lost_modes"]), (0.0, [])])
 def test_a_mode_beyond_the_base_is_found_from_an_upper_layer_alone(reach, expected):
     class TwoLayers(ConditionalLayers):
         """Half of x_1 lie at `reach`, all of x_0 at 0."""
@@ -201,7 +203,7 @@ def test_a_mode_beyond_the_base_is_found_from_an_upper_layer_alone(reach, expect
             mean[:, 0] = reach * far
             return DiagonalGaussian(mean, torch.ones_like(x_next))
 
-    bridge = mixture_bridge(torch.tensor([[0.0, 0.0], [60.0, 0.0]], dtype=torch.float64))
+    bridge = mixture_bridge(torch.tensor([[0.0, 0.0], [600.0, 0.0]], dtype=torch.float64))
     assert signatures(lost_modes(TwoLayers(), bridge, generator=seeded())) == expected
 
 
@@ -246,3 +248,79 @@ def test_draws_whose_score_overflows_say_that_the_sampler_diverged():
     bridge = DensityBridge(lambda x: -x.exp().sum(1), 3)
     with pytest.raises(ValueError, match="the sampler diverged"):
         lost_modes(layers, bridge, generator=seeded())
+
+
+class NarrowBanana(ConditionalLayers):
+    """Along the ridge x_2 = x_1^2 / 2 of a banana, and across it, as wide as a target's times `narrow`."""
+
+    num_layers = 1
+
+    def __init__(self, narrow, width=0.5):
+        super().__init__()
+        self.narrow, self.width = narrow, width
+
+    def forward(self, x_next, t, condition=None):
+        first = 0.8 * self.narrow * x_next[:, :1]  # the rest is of the Gaussian: 0.8^2 + 0.6^2 = 1
+        mean = torch.cat([first, first.square() / 2], 1)
+        return DiagonalGaussian(mean, torch.full_like(mean, 0.0) + torch.tensor([1e-3, self.width]).to(mean))
+
+
+def banana(width=0.5, narrow=1.0):
+    std = 0.8 * narrow
+    return DensityBridge(
+        lambda x: -0.5 * (x[:, 0] / std).square() - 0.5 * ((x[:, 1] - x[:, 0].square() / 2) / width).square(), 2
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_banana_that_is_too_short_drifts_along_its_ridge(seed):
+    """Of the fits that nothing was found of: 0.81 of the standard deviation along the ridge."""
+    findings = drift(NarrowBanana(0.81), banana(), generator=seeded(seed))
+    assert signatures(findings) == ["drift"]
+    assert findings[0].value < 0.8
+    assert drift(NarrowBanana(1.0), banana(), generator=seeded(seed)) == []
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_lost_mode_at_distance_20_is_found(seed):
+    modes = torch.tensor([[0.0, 0.0], [20.0, 0.0]], dtype=torch.float64)
+    found = diagnose(OneLayer(modes[:1]), mixture_bridge(modes), generator=seeded(seed))
+    assert signatures(found) == ["lost_modes"]
+    assert diagnose(OneLayer(modes), mixture_bridge(modes), generator=seeded(seed)) == []
+
+
+class WithDensity(DensityBridge):
+    def log_prob(self, x, level):
+        return self.log_density(x)
+
+
+@pytest.mark.parametrize(("share", "found"), [(0.5, []), (0.75, ["wrong_masses"])])
+def test_modes_of_wrong_mass_are_found_by_their_weights(share, found):
+    """Of two modes far apart, which no chain crosses between: the share of the first is 1/2."""
+    modes = two_modes(8.0)
+
+    class Shares(ConditionalLayers):
+        num_layers = 1
+
+        def forward(self, x_next, t, condition=None):
+            first = torch.distributions.Normal(0.0, 1.0).cdf(x_next[:, :1]) < share
+            return DiagonalGaussian(torch.where(first, modes[:1], modes[1:]), torch.ones_like(x_next))
+
+    bridge = WithDensity(mixture_bridge(modes).log_density, 2)
+    findings, why = wrong_masses(Shares(), bridge, generator=seeded())
+    assert (signatures(findings), why) == (found, None)
+    assert all(finding.value == pytest.approx(share - 0.5, abs=0.05) for finding in findings)
+    assert drift(Shares(), bridge, generator=seeded()) == []
+
+
+def test_what_was_not_checked_is_told():
+    layers, modes = OneLayer(two_modes(4.0)), two_modes(4.0)
+    diagnosis = diagnose(layers, mixture_bridge(modes), generator=seeded())
+    assert diagnosis.unchecked[-1] == "the masses of modes: only the score of the target is known"
+    assert str(diagnosis).splitlines()[0] == "nothing was found"
+    assert "not checked: modes that attract no start within 20 times the spread of the base" in str(diagnosis)
+    known = diagnose(layers, WithDensity(mixture_bridge(modes).log_density, 2), generator=seeded())
+    assert (known, len(known.unchecked)) == ([], 1)
+    other = GaussianBridge([0.0], [1.0])
+    (*_, why) = diagnose(LinearLayers(scale=[0.0], shift=[4.0], std=[1.0]), other, generator=seeded()).unchecked
+    assert "importance weights use" in why

@@ -317,7 +317,7 @@ def test_the_norm_of_layers_that_wait_for_the_critic_is_not_taken():
 
 def test_a_list_without_chains_is_refused():
     game = shards_of(Game(target()), 0)
-    with pytest.raises(ValueError, match=r"chain=\[\]: give a chain, or one for each shard"):
+    with pytest.raises(ValueError, match=r"chain=\[\]: give a chain, or one for each micro-batch"):
         next(game.fit(KullbackLeibler(), 1))
 
 

@@ -22,7 +22,6 @@ OUTPUT_DIR/training.json. It is one process. With --max_train_steps a run is a f
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +38,7 @@ from hsivi_diffusers.distillation.denoisers import fingerprint, sample_shape
 from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.options import flatten, option, parse_options
+from hsivi_diffusers.vi import cosine
 
 from .sets import load_images
 from .training_loop import TrainingLoop
@@ -196,7 +196,7 @@ def make_distiller(name: str, device: torch.device) -> Distiller:
 def learning_rate(step: int, share: float, training: Training) -> float:
     """Learning rate of an update, after a share of the run from 0 to 1: the number of updates may not be known."""
     warm_up = min(1.0, (step + 1) / max(training.lr_warmup_steps, 1))
-    return training.learning_rate * warm_up * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+    return training.learning_rate * warm_up * cosine(min(share, 1.0))
 
 
 def train(

@@ -1,0 +1,221 @@
+"""Chains that are kept from batch to batch: live ones for joint training, frozen ones for one layer after the other.
+
+A training step moves the chains of a `PoolChain` that it used by one layer, with the very network call that trained
+them, so that no call is spent on simulation alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .chains import Chain, ChainBatch, SampleBase, SimulatedChain
+from .distributions import DiagonalGaussian, randn_like
+from .layers import ConditionalLayers
+from .trials import DataChain, SampleInput
+
+
+class PoolChain(Chain):
+    """B T live chains at staggered depths; a batch is B of them, and `advance` moves those down by one layer.
+
+    With several hierarchies T is the largest, and a chain stays in its own.
+
+    A chain that has left the last layer starts again from the base. A state is as old as the B T / B = T steps since
+    it was made, on average, so it is nearly, not exactly, a draw from today's sampler.
+
+    Args:
+        sample_base: See `Chain`.
+        num_layers: T, see `Chain`.
+        batch_size: B.
+        sample_condition: See `Chain`.
+        cohorts: A batch is B chains that go down together, all of them at the same layer: what the lower bound needs,
+            whose K extra draws are the other rows of the batch at that layer.
+
+    Raises:
+        ValueError: Cohorts of several hierarchies.
+    """
+
+    x_next: Tensor | None = None
+    t: Tensor
+    condition: Tensor | None = None
+
+    def __init__(
+        self,
+        sample_base: SampleBase,
+        num_layers: int | Sequence[int],
+        batch_size: int,
+        sample_condition: SampleBase | None = None,
+        cohorts: bool = False,
+    ) -> None:
+        super().__init__(sample_base, num_layers, batch_size, sample_condition)
+        self.cohorts = cohorts
+        self.size = batch_size * max(self.depths)
+        if cohorts and len(self.depths) > 1:
+            raise ValueError(f"cohorts go down one hierarchy, and there are {len(self.depths)}: give one num_layers")
+
+    def draw(
+        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
+    ) -> ChainBatch:
+        """Draws B chains of the pool without replacement; the first call fills the pool."""
+        del beta
+        if self.num_layers == 1:
+            return self._first_layer(generator)
+        if self.x_next is None:
+            self.t = self._staggered()
+            self.x_next, self.condition = self._simulate(layers, self.t, generator)
+            self.t = self.t.to(self.x_next.device)
+        index = self._rows(generator).to(self.t.device)
+        condition = None if self.condition is None else self.condition[index]
+        return ChainBatch(x_next=self.x_next[index], t=self.t[index], condition=condition, index=index)
+
+    @torch.no_grad()
+    def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
+        """Writes x_t ~ q_t(. | x_next) over x_next, or a new base draw where the chain has ended."""
+        if self.num_layers == 1:
+            return
+        if self.x_next is None or batch.index is None:
+            raise ValueError("advance() takes a batch that draw() of the same pool returned")
+        x, condition = self._base(len(batch.t), generator)
+        noise = randn_like(x, generator)
+        done = batch.t == self.last.to(batch.t.device)[batch.t]
+        keep = done.reshape(-1, *[1] * (x.ndim - 1))
+        self.x_next[batch.index] = torch.where(keep, x, q.rsample(noise).to(x.dtype))
+        self.t[batch.index] = torch.where(done, self.first.to(batch.t.device)[batch.t], batch.t - 1)
+        if self.condition is not None and condition is not None and batch.condition is not None:
+            self.condition[batch.index] = batch.condition  # of a guided row it is that of the pair
+            self.condition[batch.index[done]] = condition[done]
+
+    def _staggered(self) -> Tensor:
+        """Layers of the chains at the start: the hierarchies take turns, each from its last layer up."""
+        chain = torch.arange(self.size)
+        return self._in_hierarchy(chain % len(self.depths), chain // len(self.depths))
+
+    def _rows(self, generator: torch.Generator | None) -> Tensor:
+        if self.cohorts:  # every T-th chain started at the same layer
+            first = int(torch.randint(self.num_layers, (), generator=generator))
+            return torch.arange(first, self.size, self.num_layers)
+        return torch.randperm(self.size, generator=generator)[: self.batch_size]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The states, depths and conditions of all chains; empty before the first draw."""
+        if self.x_next is None:
+            return {}
+        state = {"x_next": self.x_next, "t": self.t}
+        return state if self.condition is None else {**state, "condition": self.condition}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores the chains, on the device that the base is drawn on."""
+        self.x_next = self.condition = None
+        if not state:
+            return
+        device = self.sample_base(1, None).device
+        self.x_next, self.t = state["x_next"].to(device, copy=True), state["t"].to(device, copy=True)
+        self.condition = state["condition"].to(device, copy=True) if "condition" in state else None
+
+
+class FrozenPoolChain(Chain):
+    """For layer-by-layer training: many draws of x_{t+1} from layers that have learnt and move no more.
+
+    When the curriculum goes on to the next layer, the whole pool is moved down by the layer that has just been trained.
+
+    Args:
+        sample_base: See `Chain`.
+        num_layers: T, of one hierarchy.
+        batch_size: B.
+        sample_condition: See `Chain`.
+        num_states: Draws of x_{t+1} that are kept; batches are drawn from them with replacement. For t = T-1 the base
+            is drawn afresh every time.
+    """
+
+    def __init__(
+        self,
+        sample_base: SampleBase,
+        num_layers: int,
+        batch_size: int,
+        sample_condition: SampleBase | None = None,
+        num_states: int = 60_000,
+    ) -> None:
+        super().__init__(sample_base, num_layers, batch_size, sample_condition)
+        self.num_states = num_states
+        self.x_next: Tensor | None = None
+        self.condition: Tensor | None = None
+        self.t = num_layers - 1
+
+    def draw(
+        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
+    ) -> ChainBatch:
+        """Draws rows of the pool of the one layer that learns.
+
+        Raises:
+            ValueError: Not one layer learns, or one above a layer that was trained before.
+        """
+        t = self._learning(beta)
+        if t == self.num_layers - 1:
+            return self._first_layer(generator)
+        self._move_down(layers, t, generator)
+        if self.x_next is None:
+            raise AssertionError("the pool is filled on the way down")
+        index = torch.randint(self.num_states, (self.batch_size,), generator=generator).to(self.x_next.device)
+        x_next, condition = self.x_next[index], None if self.condition is None else self.condition[index]
+        return ChainBatch(x_next, torch.full((len(x_next),), t, device=x_next.device), condition)
+
+    def _learning(self, beta: Tensor | None) -> int:
+        learning = [] if beta is None else beta.nonzero().flatten().tolist()
+        if len(learning) != 1 or learning[0] > self.t:
+            raise ValueError(
+                f"layers {learning} are to learn, the pool is at layer {self.t}: a FrozenPoolChain trains one layer "
+                "after the other, from the base down; use it with `sequential`, or take a SimulatedChain"
+            )
+        return int(learning[0])
+
+    @torch.no_grad()
+    def _move_down(self, layers: ConditionalLayers, t: int, generator: torch.Generator | None) -> None:
+        if self.x_next is None:
+            self.x_next, self.condition = self._base(self.num_states, generator)
+        for above in range(self.t, t, -1):
+            noise = randn_like(self.x_next, generator)
+            q = layers(self.x_next, torch.full((self.num_states,), above, device=noise.device), self.condition)
+            self.x_next = q.rsample(noise).to(noise.dtype)
+        self.t = t
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The pool and its layer; empty while the first layer learns."""
+        if self.x_next is None:
+            return {}
+        state = {"x_next": self.x_next, "t": torch.tensor(self.t)}
+        return state if self.condition is None else {**state, "condition": self.condition}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores the pool, on the device that the base is drawn on."""
+        self.x_next, self.condition, self.t = None, None, self.num_layers - 1
+        if not state:
+            return
+        device = self.sample_base(1, None).device
+        self.x_next, self.t = state["x_next"].to(device), int(state["t"])
+        self.condition = state["condition"].to(device) if "condition" in state else None
+
+
+def make_chain(
+    source: Literal["pool", "simulate", "data"],
+    sample_base: SampleBase,
+    num_layers: int | Sequence[int],
+    batch_size: int,
+    sample_condition: SampleBase | None = None,
+    sample_input: SampleInput | None = None,
+) -> Chain:
+    """Returns the chain of that name, see `PoolChain`, `SimulatedChain` and `DataChain`.
+
+    Raises:
+        ValueError: The name is unknown, or "data" without `sample_input`.
+    """
+    if source == "data":
+        if sample_input is None:
+            raise ValueError("source='data' needs sample_input, which draws the inputs of the layers")
+        return DataChain(sample_base, num_layers, batch_size, sample_condition, sample_input=sample_input)
+    kinds: dict[str, type[Chain]] = {"pool": PoolChain, "simulate": SimulatedChain}
+    if source not in kinds:
+        raise ValueError(f"source={source!r} is unknown: choose 'pool', 'simulate' or 'data'")
+    return kinds[source](sample_base, num_layers, batch_size, sample_condition)

@@ -1,0 +1,171 @@
+r"""Pairs (x_next, end) of a map, such as the teacher's ODE from noise to data: the chains and the losses.
+
+With mu the mean of the layer:
+
+    Regression    1/2 |mu(x_next) - end|^2
+    Guided        another objective + weight * Regression
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .bridges import Bridge
+from .chains import Chain, ChainBatch
+from .distributions import DiagonalGaussian
+from .layers import ConditionalLayers
+from .objectives import Critic, CriticObjective, Extended, LayerDraw, Objective, row_sum
+
+ResidualLoss = Callable[[Tensor], Tensor]
+SamplePairs = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor, Tensor | None]]
+
+
+class PairChain(Chain):
+    """Pairs of a map from the base to the target: the input of a layer, and where its mean is to lead.
+
+    The map, such as the teacher's ODE, is known by draws alone; `Regression` makes use of them.
+
+    Args:
+        sample_pairs: Draws (x_{t+1}, end, condition) for layers t: (t of shape (B,), generator) -> tensors of shape
+            (B, ...), or None for no condition. Of a single layer that is (x_1, x_0).
+        num_layers: T, see `Chain`.
+        batch_size: B.
+    """
+
+    def __init__(self, sample_pairs: SamplePairs, num_layers: int | Sequence[int], batch_size: int) -> None:
+        super().__init__(self._sample_base, num_layers, batch_size)
+        self.sample_pairs = sample_pairs
+
+    def _sample_base(self, size: int, generator: torch.Generator | None) -> Tensor:
+        return self.sample_pairs(torch.full((size,), self.num_layers - 1), generator)[0]
+
+    def draw(
+        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
+    ) -> ChainBatch:
+        """Draws t uniformly for each row, of a hierarchy drawn before it, and a pair."""
+        del layers, beta
+        alone = self.num_layers == 1
+        t = torch.zeros(self.batch_size, dtype=torch.long) if alone else self._any_layer(generator)
+        x_next, end, condition = self.sample_pairs(t, generator)
+        return ChainBatch(x_next=x_next, t=t.to(x_next.device), condition=condition, end=end)
+
+
+class GuidedChain(Chain):
+    """Another chain, in which layers that take the base get the inputs of pairs, for `Guided`.
+
+    Args:
+        chain: Where the rows come from; those below the first layer stay as they are.
+        sample_pairs: See `PairChain`.
+    """
+
+    def __init__(self, chain: Chain, sample_pairs: SamplePairs) -> None:
+        super().__init__(chain.sample_base, chain.depths, chain.batch_size, chain.sample_condition)
+        self.chain = chain
+        self.sample_pairs = sample_pairs
+
+    def draw(
+        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
+    ) -> ChainBatch:
+        """Draws a batch of the chain, and a pair instead of each base draw; `end` is NaN in the other rows.
+
+        Raises:
+            ValueError: The pairs have conditions and the chain has none, or the reverse.
+        """
+        batch = self.chain.draw(layers, generator, beta)
+        first = self.first.to(batch.t.device)[batch.t]
+        x_next, end, condition = self.sample_pairs(first.cpu(), generator)
+        starts = batch.t == first
+        rows = starts.reshape(-1, *[1] * (end.ndim - 1))
+        if (condition is None) != (batch.condition is None):
+            raise ValueError(
+                f"the pairs have {'no' if condition is None else 'a'} condition and the chain has "
+                f"{'no' if batch.condition is None else 'a'} condition: give both one, or neither"
+            )
+        if condition is not None and batch.condition is not None:
+            condition = torch.where(starts.reshape(-1, *[1] * (condition.ndim - 1)), condition, batch.condition)
+        x_next, end = torch.where(rows, x_next, batch.x_next), torch.where(rows, end, torch.nan)
+        return replace(batch, x_next=x_next, condition=condition, end=end)
+
+    def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
+        """See `Chain`."""
+        self.chain.advance(batch, q, generator)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """That of the chain."""
+        return self.chain.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """That of the chain."""
+        self.chain.load_state_dict(state)
+
+
+def half_square(residual: Tensor) -> Tensor:
+    """Returns 1/2 |residual|^2, shape (B,)."""
+    return 0.5 * row_sum(residual.square())
+
+
+class Regression(Objective):
+    """The layer is fitted to pairs of a map, without critic or score (arXiv 2101.02388): a start for other objectives.
+
+    Its best mean is the map where that is smooth, and an average over the neighbourhood elsewhere, so details are lost;
+    but each part of the target gets the mass that the map gives it.
+
+    Args:
+        loss: Residual mu(x_next) - end, of shape (B, ...) -> loss of each row, shape (B,).
+    """
+
+    def __init__(self, loss: ResidualLoss = half_square) -> None:
+        self.loss = loss
+
+    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        """Returns the loss of mu(x_next) - end.
+
+        Raises:
+            ValueError: The draw has no pair.
+        """
+        if draw.residual is None:
+            raise ValueError(
+                "the draw has no pair: take the layer's input from a PairChain, or with Guided from a GuidedChain"
+            )
+        return self.loss(draw.residual)
+
+
+class Guided(Extended):
+    """Another objective plus a weight times `Regression`: the regression loss of DMD (arXiv 2311.18828).
+
+    Objectives with a critic see missing mass at high levels only, and there the critic errs; a small weight keeps the
+    masses of the map. A larger one costs detail, unless the loss is of what the map tells well.
+
+    Args:
+        objective: What the term is added to.
+        weight: > 0. The loss is in the units of `KullbackLeibler` with a weight sigma^2: try 0.005.
+        loss: See `Regression`.
+
+    Raises:
+        ValueError: The weight is not above 0.
+    """
+
+    term = "the pairs"
+
+    def __init__(self, objective: CriticObjective, weight: float, loss: ResidualLoss = half_square) -> None:
+        super().__init__(objective, weight)
+        self.regression = Regression(loss)
+        self.critic_gradient = objective.critic_gradient
+        self.needs_real = objective.needs_real
+
+    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        """Returns the objective's loss + weight times that of `Regression`, which is 0 in rows without a pair.
+
+        Raises:
+            ValueError: No row has a pair.
+        """
+        pairs = draw
+        if draw.residual is not None:
+            pairs = replace(draw, residual=torch.where(draw.residual.isnan(), 0, draw.residual))
+        return super().layer_loss(critic, bridge, draw) + self.weight * self.regression.layer_loss(
+            critic, bridge, pairs
+        )

@@ -1,0 +1,136 @@
+r"""What is on trial until it is measured: inputs from data and an adversarial term, which need draws of the bridge.
+
+With a critic that is a discriminator D besides, `Adversarial` adds to another objective
+
+    layers        weight d softplus(-D(x))                         d the number of coordinates of x
+    critic        weight d/2 (softplus(D(x)) + softplus(-D(x_real)))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from .bridges import Bridge
+from .chains import Chain, ChainBatch, SampleBase
+from .layers import ConditionalLayers
+from .objectives import Critic, Extended, LayerDraw
+
+SampleInput = Callable[[Tensor, Tensor | None, torch.Generator | None], Tensor]
+
+
+class DataChain(Chain):
+    """Draws of the bridge at the level of the input: x_{t+1} ~ p_{t+1}, of the first layer x_T ~ base.
+
+    That is data noised to tau_{t+1}, as in continuous semi-implicit models (arXiv 2506.06778). It costs no network call
+    and keeps no state. A layer then sees the inputs that it would have if those before it were perfect, so what these
+    do wrong it does not learn to mend.
+
+    Args:
+        sample_base: See `Chain`.
+        num_layers: See `Chain`.
+        batch_size: B.
+        sample_condition: See `Chain`.
+        sample_input: Draws x_{t+1}: (t, condition, generator) -> shape (B, ...), for layers t of shape (B,).
+    """
+
+    def __init__(
+        self,
+        sample_base: SampleBase,
+        num_layers: int | Sequence[int],
+        batch_size: int,
+        sample_condition: SampleBase | None = None,
+        *,
+        sample_input: SampleInput,
+    ) -> None:
+        super().__init__(sample_base, num_layers, batch_size, sample_condition)
+        self.sample_input = sample_input
+
+    def draw(
+        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
+    ) -> ChainBatch:
+        """Draws t uniformly for each row, of a hierarchy drawn before it, and its input."""
+        del layers, beta
+        if self.num_layers == 1:
+            return self._first_layer(generator)
+        t = self._any_layer(generator)
+        base, condition = self._base(self.batch_size, generator)
+        t, is_first = t.to(base.device), (t == self.first[t]).to(base.device)
+        data = self.sample_input(t, condition, generator)
+        x_next = torch.where(is_first.reshape(-1, *[1] * (base.ndim - 1)), base, data)
+        return ChainBatch(x_next=x_next, t=t, condition=condition)
+
+
+class Adversarial(Extended):
+    r"""Another objective and, with a weight, a game of layers and critic over draws of the bridge itself.
+
+    The critic answers with a score and with logits D, which tell draws of the bridge (real) from draws of the layers.
+    With the number d of coordinates of x, the loss of the layers gains weight d softplus(-D(x)), the non-saturating
+    one, and that of the critic weight d/2 (softplus(D(x)) + softplus(-D(x_real))). The best D is log p(x) / q(x). Where
+    there are several logits for a row, the mean over them is taken. This is the term of adversarial score identity
+    distillation (arXiv 2410.14919), and of DMD2 (arXiv 2405.14867), on features of the critic; both of its weights are
+    one here, and neither the weight of a level nor the per-sample one is applied to it.
+
+    The gradient for the layers passes through the critic to x, and is of the layers alone.
+
+    Args:
+        objective: What it is added to.
+        weight: > 0; the scripts of DMD2 have 1e-3 for the layers and 1e-2 for the critic.
+
+    Raises:
+        ValueError: The weight is not above 0.
+    """
+
+    needs_real = True
+    term = "the adversarial term"
+
+    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        """Returns the objective's loss + weight d softplus(-D(x)), from one call of the critic.
+
+        Raises:
+            TypeError: The critic does not answer with a score and logits.
+        """
+        score, logits = _score_and_logits(draw.answer(critic))
+        loss = self.objective.layer_loss(lambda *_: score, bridge, draw)
+        return loss + self._scale(draw) * _mean(softplus(-logits))
+
+    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
+        """Returns the objective's loss + weight d/2 (softplus(D(x)) + softplus(-D(x_real))): shape (B,).
+
+        Drawn and real rows go through the critic in one call, of 2 B rows, so that it may be one that reduces its
+        gradients between processes.
+
+        Raises:
+            TypeError: The critic does not answer with a score and logits.
+            ValueError: The draw has no real rows.
+        """
+        if draw.real is None:
+            raise ValueError("the draw has no real rows: take draw_layer(..., real=True)")
+        size = len(draw.x)
+        condition = None if draw.condition is None else torch.cat([draw.condition, draw.condition])
+        score, logits = _score_and_logits(
+            critic(torch.cat([draw.x, draw.real]), draw.level.repeat(2), condition, draw.t.repeat(2))
+        )
+        loss = self.objective.critic_loss(lambda *_: score[:size], draw, bridge)
+        game = _mean(softplus(logits[:size])) + _mean(softplus(-logits[size:]))
+        return loss + 0.5 * self._scale(draw) * game
+
+    def _scale(self, draw: LayerDraw) -> float:
+        return self.weight * draw.x[0].numel()
+
+
+def _score_and_logits(answer: Any) -> tuple[Tensor, Tensor]:
+    if not (isinstance(answer, tuple) and len(answer) == 2):
+        raise TypeError(
+            f"the critic answers with a {type(answer).__name__}: the adversarial term needs one that returns a score "
+            "and logits, such as UNetDiscriminator"
+        )
+    return answer
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1).mean(1)
