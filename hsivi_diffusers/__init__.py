@@ -48,7 +48,7 @@ _MODULES = {
     "push": ".hub",
 }
 
-__all__ = list(_MODULES)
+__all__ = [name for name in _MODULES if name != "HSIVITrainer"]  # `import *` works without the extra `train`
 
 
 def __getattr__(name: str) -> Any:
@@ -62,7 +62,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULES})
 
 
 register(__name__)
