@@ -46,7 +46,7 @@ _MODULES = {
     "push": ".hub",
 }
 
-__all__ = list(_MODULES)
+__all__ = [name for name in _MODULES if name != "HSIVITrainer"]  # `import *` works without the extra `train`
 
 
 def __getattr__(name: str) -> Any:
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULES})
 
 
 register(__name__)

@@ -241,21 +241,18 @@ def test_the_configs_may_lie_in_one_folder(folder_of_configs, teacher):
     assert schedule.config == schedule_there.config
 
 
-def test_a_plan_needs_no_weights_and_writes_nothing(planned, folder_of_configs, tmp_path):
+def test_a_plan_needs_no_weights_and_writes_nothing(planned, folder_of_configs, tmp_path, monkeypatch):
+    """Here of a student of several counts, with all its chains."""
+    costs, measure = [], plan.measure
+    monkeypatch.setattr(plan, "measure", lambda *given: costs.append(measure(*given)) or costs[0])
     text = planned(pretrained_teacher_model=folder_of_configs(), max_train_steps=2, num_inference_steps=(4, 1, 2))
     assert not (tmp_path / "run").exists()
+    assert costs[0].memory["chains"] == 4 * 4 * (64 * 4 + 8)  # max(T) B states of 8x8 floats and an index
     assert "1, 2, 4 steps, preset fast: 2 updates of 4 rows in 1 process(es)" in text
     assert "student 2.0, critic 2.0, teacher 1.0" in text  # two critic updates, the first on the answer for the layers
     for part in ("parameters", "Adam's moments", "in all, at the peak", "GFLOP", "2 checkpoints"):
         assert part in text
     assert "by the speed of one network (CPU time of this process measured alone, 1 thread(s))" in text
-
-
-def test_a_student_of_several_counts_has_all_its_chains(teacher):
-    configs = plan.read_configs(teacher, None)
-    with plan.FakeTensorMode(allow_non_fake_inputs=True):
-        state = plan.make_fake_state(*configs, make_config(num_inference_steps=[4, 2, 1]), plan.Meter())
-        assert plan._static(state)["chains"] == 4 * 4 * (64 * 4 + 8)  # max(T) B states of 8x8 floats and an index
 
 
 def test_of_several_processes_the_first_plans(planned, measured, monkeypatch):
