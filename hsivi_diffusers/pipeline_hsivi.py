@@ -60,13 +60,8 @@ class HSIVIPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """Loads a folder or a repo, see `DiffusionPipeline.from_pretrained`.
 
-        Args:
-            pretrained_model_name_or_path: Folder or repo id.
-            **kwargs: See there.
-
         Raises:
-            ValueError: It is a pipeline of another kind, which is known before weights are downloaded, it was not
-                distilled, or a file of weights is damaged.
+            ValueError: It is of another kind (known before weights are downloaded), not distilled, or damaged.
         """
         if "unet" not in kwargs:
             with suppress(OSError):  # which the loading itself reports
@@ -161,7 +156,8 @@ class HSIVIPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
         hooked = self._has_hooks()
-        device, dtype = (self._execution_device, self.unet.dtype) if hooked else self._first_layer()
+        weight = self.unet.conv_in.weight
+        device, dtype = (self._execution_device, self.unet.dtype) if hooked else (weight.device, weight.dtype)
         latents = self._prepare_latents(batch_size, latents, generator, device, dtype)
         conditions = self._prepare_class_labels(batch_size, class_labels, device)
         per_pixel = self.scheduler.config.noise_scale_type == "per_pixel"
@@ -224,10 +220,6 @@ class HSIVIPipeline(DiffusionPipeline):
         """
         modules = (self.unet, self.unet.conv_in)
         return any(hasattr(module, hook) for module in modules for hook in ("_hf_hook", "_diffusers_hook"))
-
-    def _first_layer(self) -> tuple[torch.device, torch.dtype]:
-        weight = self.unet.conv_in.weight
-        return weight.device, weight.dtype
 
     def _sample_shape(self) -> tuple[int, int, int] | None:
         """(C, H, W), or None where the unet was made for no size of its own."""
@@ -300,11 +292,7 @@ def check_finite_weights(module: torch.nn.Module, name: str) -> None:
 
 @contextmanager
 def damage_named() -> Iterator[None]:
-    """Says of a file of weights that cannot be read that it is damaged; diffusers says that it could not be loaded.
-
-    Raises:
-        ValueError: A file is damaged.
-    """
+    """Raises ValueError, with the remedy, where diffusers says that a file of weights could not be loaded."""
     try:
         yield
     except OSError as error:

@@ -35,7 +35,7 @@ ALLOWED = {
     "modeling_hsivi": (set(), HOST),
     "pipeline_hsivi": (set(), HOST),
     "distillation": ({"vi/*", "scheduling_hsivi", "modeling_hsivi"}, {"torch", "diffusers"}),
-    "model_card": ({"pipeline_hsivi"}, {"diffusers", "huggingface_hub"}),
+    "model_card": ({"pipeline_hsivi"}, {"diffusers", "huggingface_hub", "PIL"}),
     "hub": ({"model_card", "pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub", "PIL"}),
     "__init__": ({"distillation", "hub", "scheduling_hsivi", "modeling_hsivi", "pipeline_hsivi"}, {"diffusers"}),
 }
