@@ -87,8 +87,8 @@ class HSIVIPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """T, the steps of the last call, or of the trained grid (the largest) before any."""
-        return getattr(self, "_num_timesteps", len(self.scheduler.timesteps))
+        """T, the steps of the last call, or of the largest trained grid before the first."""
+        return len(self.scheduler.timesteps)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args: Any, **kwargs: Any
@@ -163,7 +163,6 @@ class HSIVIPipeline(DiffusionPipeline):
         per_pixel = self.scheduler.config.noise_scale_type == "per_pixel"
         noise_scale = self.unet_noise_scale() if per_pixel and self.unet_noise_scale is not None else None
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        self._num_timesteps = len(self.scheduler.timesteps)
 
         # The step is told a number, the network a tensor: so a GPU is not waited for at each step.
         steps = list(zip(self.scheduler.timesteps.tolist(), self.scheduler.timesteps, strict=True))
