@@ -1,13 +1,21 @@
-"""The model card of a distilled sampler: metadata, how to use it, how good it is, how it was trained, its limits."""
+"""The model card of a distilled sampler: metadata, how to use it, how good it is, how it was trained, its limits.
+
+It is made from the pipeline and, where there is one, from the folder of its run: options.json and training.json of
+train_hsivi.py, report.json, samples.png and curve.png of evaluate.py.
+"""
 
 import html
+import json
 import math
 import re
+from collections.abc import Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image
 
 from .pipeline_hsivi import HSIVIPipeline, network_calls, one_of
 
@@ -85,6 +93,66 @@ images = pipeline({inputs}num_inference_steps={steps}).images
 The number of steps is part of the sampler: pass {counts}, any other is refused."""
 
 
+def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Reads what a run left for its card.
+
+    Args:
+        run_dir: Folder of the run, or None.
+        grid: The trained grid of the pipeline that is pushed, or the list of its grids.
+
+    Returns:
+        options, training, report: contents of the JSON files, empty where a file is missing; samples, curve: figures as
+        images, where there are files.
+
+    Raises:
+        ValueError: `run_dir` is not the folder of a run, a file in it is damaged, a figure is a link, or it is the run
+            of another sampler.
+    """
+    if run_dir is not None and not Path(run_dir).is_dir():
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} is not a folder: give the folder of a run of train_hsivi.py, or None"
+        )
+    run: dict[str, Any] = {name: {} for name in ("options", "training", "report")}
+    if run_dir is None:
+        return run
+    if not any((Path(run_dir) / f"{name}.json").is_file() for name in run):
+        raise ValueError(f"run_dir={str(run_dir)!r} holds no run: give the folder that train_hsivi.py wrote, or None")
+    config = Path(run_dir) / "pipeline" / "scheduler" / "scheduler_config.json"
+    theirs = _read_json(config).get("layer_timesteps") if config.is_file() else grid
+    if grid is not None and list(grid) != theirs:
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} is the run of another sampler, layer_timesteps={theirs}, and this pipeline has "
+            f"{list(grid)}: give its own run, or None"
+        )
+    for name in run:
+        path = Path(run_dir) / f"{name}.json"
+        run[name] = _read_json(path) if path.is_file() else {}
+    figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
+    return {
+        **run,
+        **{name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()},
+    }
+
+
+def _read_figure(path: Path) -> Image.Image:
+    """Returns the pixels of an image and nothing else of the file."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, and what it leads to would be public: put the image there, or remove it")
+    try:
+        with Image.open(path) as image:
+            pixels = image.convert("RGB")
+        return Image.frombytes("RGB", pixels.size, pixels.tobytes())
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is damaged ({error}): make it again, or remove it") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # no JSON, no text, or no object
+        raise ValueError(f"{path} is damaged ({error}): make it again, or remove it") from error
+
+
 def is_ours(pipeline: DiffusionPipeline) -> bool:
     """Whether it is an `HSIVIPipeline`, of this package or of the code that travels with a repo."""
     return type(pipeline).__name__ == HSIVIPipeline.__name__
@@ -104,7 +172,7 @@ def make_card(
     Args:
         pipeline: What is shared.
         repo_id: Where.
-        run: See `hub.read_run`.
+        run: See `read_run`.
         base_model: Repo id of the teacher.
         license: Identifier of the licence.
         fp16: There are weights in half precision as well.

@@ -60,13 +60,8 @@ class HSIVIPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """Loads a folder or a repo, see `DiffusionPipeline.from_pretrained`.
 
-        Args:
-            pretrained_model_name_or_path: Folder or repo id.
-            **kwargs: See there.
-
         Raises:
-            ValueError: It is a pipeline of another kind, which is known before weights are downloaded, it was not
-                distilled, or a file of weights is damaged.
+            ValueError: It is of another kind (known before weights are downloaded), not distilled, or damaged.
         """
         if "unet" not in kwargs:
             with suppress(OSError):  # which the loading itself reports
@@ -92,8 +87,8 @@ class HSIVIPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """T, the steps of the last call, or of the trained grid (the largest) before any."""
-        return getattr(self, "_num_timesteps", len(self.scheduler.timesteps))
+        """T, the steps of the last call, or of the largest trained grid before the first."""
+        return len(self.scheduler.timesteps)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args: Any, **kwargs: Any
@@ -161,13 +156,13 @@ class HSIVIPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
         hooked = self._has_hooks()
-        device, dtype = (self._execution_device, self.unet.dtype) if hooked else self._first_layer()
+        weight = self.unet.conv_in.weight
+        device, dtype = (self._execution_device, self.unet.dtype) if hooked else (weight.device, weight.dtype)
         latents = self._prepare_latents(batch_size, latents, generator, device, dtype)
         conditions = self._prepare_class_labels(batch_size, class_labels, device)
         per_pixel = self.scheduler.config.noise_scale_type == "per_pixel"
         noise_scale = self.unet_noise_scale() if per_pixel and self.unet_noise_scale is not None else None
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        self._num_timesteps = len(self.scheduler.timesteps)
 
         # The step is told a number, the network a tensor: so a GPU is not waited for at each step.
         steps = list(zip(self.scheduler.timesteps.tolist(), self.scheduler.timesteps, strict=True))
@@ -224,10 +219,6 @@ class HSIVIPipeline(DiffusionPipeline):
         """
         modules = (self.unet, self.unet.conv_in)
         return any(hasattr(module, hook) for module in modules for hook in ("_hf_hook", "_diffusers_hook"))
-
-    def _first_layer(self) -> tuple[torch.device, torch.dtype]:
-        weight = self.unet.conv_in.weight
-        return weight.device, weight.dtype
 
     def _sample_shape(self) -> tuple[int, int, int] | None:
         """(C, H, W), or None where the unet was made for no size of its own."""
@@ -300,11 +291,7 @@ def check_finite_weights(module: torch.nn.Module, name: str) -> None:
 
 @contextmanager
 def damage_named() -> Iterator[None]:
-    """Says of a file of weights that cannot be read that it is damaged; diffusers says that it could not be loaded.
-
-    Raises:
-        ValueError: A file is damaged.
-    """
+    """Raises ValueError, with the remedy, where diffusers says that a file of weights could not be loaded."""
     try:
         yield
     except OSError as error:

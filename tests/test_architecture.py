@@ -45,7 +45,7 @@ ALLOWED = {
     "scheduling_hsivi": (set(), HOST),
     "modeling_hsivi": (set(), HOST),
     "pipeline_hsivi": (set(), HOST),
-    "model_card": ({"pipeline_hsivi"}, {"diffusers", "huggingface_hub"}),
+    "model_card": ({"pipeline_hsivi"}, {"diffusers", "huggingface_hub", "PIL"}),
     "hub": ({"model_card", "pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub", "PIL"}),
     "folders": (set(), {"filelock"}),
     "options": (set(), {"yaml"}),

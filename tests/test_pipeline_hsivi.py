@@ -169,6 +169,7 @@ def test_class_labels_reach_the_network():
         ({"batch_size": 2.0}, "batch_size=2.0: ask for a whole number"),
         ({"batch_size": "a cat"}, "batch_size='a cat': ask for a whole number"),
         ({"generator": [torch.Generator()]}, "1 generators for batch_size=3"),
+        ({"generator": [torch.Generator()] * 4}, "4 generators for batch_size=3"),
         ({"output_type": "jpeg"}, "output_type='jpeg' is unknown"),
         ({"class_labels": [1, 1, 1]}, "takes no class_labels"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"has \['noise'\]"),

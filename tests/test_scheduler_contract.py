@@ -293,6 +293,15 @@ def test_the_begin_index_is_noted_and_changes_no_step():
     assert torch.equal(walk(scheduler), before)
     scheduler.set_timesteps()
     assert scheduler.begin_index is None
+    scheduler.set_begin_index(4)
+    with pytest.raises(ValueError, match="begin_index=5, but there are 5 layers"):
+        scheduler.set_begin_index(5)
+
+
+def test_the_timesteps_go_to_the_device_asked_for():
+    for scheduler, count in ((HSIVIScheduler(layer_timesteps=GRID), None), (HSIVIScheduler(), 5)):
+        scheduler.set_timesteps(count, device="meta")
+        assert scheduler.timesteps.device.type == "meta"
 
 
 def test_schedulers_share_no_state():

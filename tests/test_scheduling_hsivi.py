@@ -110,6 +110,30 @@ def test_the_renoise_kernel_is_fresh_noise_on_the_clean_image():
     )
 
 
+def test_rounding_leaves_no_root_of_a_negative_number():
+    """With eta = 1 and almost no signal in the input, sigma^2 - c^2 is rounded to a negative number at some outputs."""
+    output, sample = output_and_sample()
+    for end in (1, 2, 4):
+        mean, std = HSIVIScheduler(layer_timesteps=[999, end], noise_eta=1.0).transition(output, 999, sample)
+        assert mean.isfinite().all()
+        assert std > 0
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_a_mean_is_read_as_the_image_and_noise_it_was_made_of_and_leads_back(prediction_type):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, prediction_type=prediction_type, noise_eta=0.5)
+    output, sample = torch.randn(2, 5, 3, 8, 8, dtype=torch.float64)
+    timesteps, below = scheduler.timesteps, torch.tensor(GRID[1:])
+    clean, eps = scheduler.predict(output, timesteps, sample)
+    mean, _ = scheduler.transition(output, timesteps, sample)
+    for got, wanted in zip(scheduler.invert(mean, timesteps, sample, below), (clean, eps), strict=True):
+        torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(scheduler.lead(clean, timesteps, sample, below), mean)
+    half = scheduler.lead(clean.half(), timesteps, sample.half(), below)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, scheduler.lead(clean.half().float(), timesteps, sample.half().float(), below))
+
+
 def test_noise_scale_multiplies_the_std_of_its_layer_alone():
     plain = HSIVIScheduler(layer_timesteps=GRID)
     output, sample = output_and_sample()
