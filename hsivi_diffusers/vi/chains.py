@@ -32,7 +32,7 @@ class ChainBatch:
         t: Layer that takes it, shape (B,).
         condition: Condition of each chain, shape (B, ...), or None.
         index: Place of each row in a pool, shape (B,), or None.
-        end: What the layer is to make of each row, of the shape of x_next, NaN in rows of which that is unknown, or
+        end: Where the mean of the layer should be, of the shape of x_next; NaN in rows where that is unknown, or
             None; see `PairChain`.
     """
 
@@ -64,7 +64,7 @@ def draw_marginals(
         [x_0, x_1, ..., x_T], each of shape (B, ...): x_t is a draw from the marginal q_t.
 
     Raises:
-        ValueError: There are several hierarchies and none is chosen, or there is none of that place.
+        ValueError: There are several hierarchies and no choice between them, or the place is out of range.
     """
     depths, marginals = layers.depths, [x]
     place = 0 if hierarchy is None and len(depths) == 1 else hierarchy
@@ -154,7 +154,7 @@ class Chain(ABC):
         """
 
     def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
-        """Takes back the layers' answer q_t(. | x_next) for a drawn batch; only a pool has use for it."""
+        """Takes the layers' answer q_t(. | x_next) to a drawn batch; only a pool uses it."""
         del batch, q, generator
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ def lost_modes(
     bridge: Bridge,
     *,
     num_draws: int = 2000,
-    num_probes: int = 1000,
+    num_probes: int = 500,
     num_steps: int = 300,
     reach: float = REACH,
     share: float = 0.01,
@@ -91,7 +91,7 @@ def drift(
     bridge: Bridge,
     *,
     num_draws: int = 1000,
-    num_steps: int = 400,
+    num_steps: int = 300,
     ratio: float = 0.8,
     generator: torch.Generator | None = None,
 ) -> list[Finding]:

@@ -25,7 +25,7 @@ SamplePairs = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor, T
 
 
 class PairChain(Chain):
-    """Pairs of a map from the base to the target: the input of a layer, and where its mean is to lead.
+    """Pairs of a map from the base to the target: the input of a layer, and where its mean should be.
 
     The map, such as the teacher's ODE, is known by draws alone; `Regression` makes use of them.
 
