@@ -111,7 +111,7 @@ def test_training_needs_a_name_to_push_to(teacher, tmp_path):
     arguments = training_arguments(teacher, tmp_path / "run")
     with pytest.raises(ValueError, match="--push_to_hub needs --hub_model_id"):
         train_hsivi.main(arguments)
-    with pytest.raises(ValueError, match="'tiny' says not whose it is: give user/name"):
+    with pytest.raises(ValueError, match="'tiny' does not say whose it is: give user/name"):
         train_hsivi.main([*arguments, "--hub_model_id=tiny"])
     with pytest.raises(ValueError, match="--hub_model_id alice/tiny names where to push: pass --push_to_hub too"):
         train_hsivi.main([*arguments, "--push_to_hub=false", "--hub_model_id=alice/tiny"])
