@@ -69,13 +69,19 @@ ALLOWED = {
         | {"vi/*", "folders", "pipeline_hsivi"},
         TRAIN,
     ),
+    "distillation/updates": (
+        {f"distillation/{noun}" for noun in ("bridge", "config", "pairs", "state")} | {"vi/*"},
+        TRAIN,
+    ),
     "distillation/progress": ({"distillation/pairs", "distillation/state", "vi/*"}, TRAIN | {"PIL"}),
     "distillation/plan": (
-        {f"distillation/{noun}" for noun in ("config", "denoisers", "networks", "state")} | {"scheduling_hsivi"},
+        {f"distillation/{noun}" for noun in ("config", "denoisers", "networks", "state", "updates")}
+        | {"scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/trainer": (
         {f"distillation/{noun}" for noun in ("checkpoints", "config", "denoisers", "networks", "progress", "state")}
+        | {"distillation/updates"}
         | {"vi/*", "folders", "hub", "pipeline_hsivi"},
         TRAIN,
     ),

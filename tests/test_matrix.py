@@ -90,7 +90,7 @@ def classify(outcome):
         "contains custom code": TRUST,
         "has no attribute HSIVIPipeline": UNKNOWN,
         "a stock scheduler": STOCK,
-        "that carries the settings of a sampler of 3 steps": STOCK,
+        "that carries the settings of a distilled sampler": STOCK,
     }
     return next((mark for sign, mark in signs.items() if sign in outcome), outcome)
 
