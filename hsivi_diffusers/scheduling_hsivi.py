@@ -63,6 +63,11 @@ class LayerCoefficients(NamedTuple):
         """Returns the mean of the layer, given the clean image x0 and the noise eps in its input."""
         return self.alpha * x0 + self.direction * eps
 
+    @property
+    def image_share(self) -> Any:
+        """The derivative of the mean with respect to x0, at a given input: alpha_t - direction alpha / sigma there."""
+        return self.alpha - self.direction / self.sigma_next * self.alpha_next
+
     def noise_in(self, sample: Any, x0: Any) -> Any:
         """Returns the noise eps in the input of the layer when its clean image is x0."""
         return (sample - self.alpha_next * x0) / self.sigma_next
@@ -493,8 +498,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """
         sample = sample.to(mean.dtype)
         layer = self._coefficients(timestep, sample, prev_timestep)
-        share = layer.direction / layer.sigma_next
-        x0 = (mean - share * sample) / (layer.alpha - share * layer.alpha_next)
+        x0 = (mean - layer.direction / layer.sigma_next * sample) / layer.image_share
         return x0, layer.noise_in(sample, x0)
 
     def lead(
@@ -514,6 +518,11 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         layer = self._coefficients(timestep, sample, prev_timestep)
         mean: torch.Tensor = layer.mean(x0, layer.noise_in(sample, x0))
         return mean
+
+    def image_share(self, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor) -> torch.Tensor:
+        """Returns how far the mean of a layer moves with its clean image, d mean / d x0 > 0, shaped (B, 1, ...)."""
+        share: torch.Tensor = self._coefficients(timestep, sample, prev_timestep).image_share
+        return share
 
     def split_noise(
         self, timestep: torch.Tensor, level: torch.Tensor, sample: torch.Tensor

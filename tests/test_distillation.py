@@ -30,7 +30,7 @@ from hsivi_diffusers import (
     load_teacher,
 )
 from hsivi_diffusers.distillation.bridge import signal_timestep
-from hsivi_diffusers.distillation.pairs import TeacherPairs, coarse_loss
+from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss
 from hsivi_diffusers.distillation.student import UNetDiscriminator, label_layers
 from hsivi_diffusers.vi import Adversarial, DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer, make_chain
 from hsivi_diffusers.vi.regression import half_square
@@ -677,14 +677,30 @@ def test_the_coarse_part_of_an_image_counts_more_and_the_rest_as_before():
     fine = torch.randn(2, 3, 8, 4, dtype=torch.float64).repeat_interleave(2, -1)
     fine[..., 1::2] *= -1
     expected = 0.5 * (8 * coarse.square() + fine.square()).sum((1, 2, 3))
-    torch.testing.assert_close(coarse_loss(7.0)(coarse + fine), expected)
-    assert torch.equal(coarse_loss(0.0)(fine), half_square(fine))
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)
+    t = torch.tensor([0, 1])
+    ends = scheduler.input_timestep(t), fine, scheduler.output_timestep(t)
+    share = scheduler.image_share(*ends)
+    torch.testing.assert_close(image_loss(scheduler, 7.0)(share * (coarse + fine), t), expected)
+    torch.testing.assert_close(image_loss(scheduler)(share * fine, t), half_square(fine))
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan")])
 def test_a_coarse_weight_below_zero_is_refused(weight):
-    with pytest.raises(ValueError, match="give a weight >= 0; 0 counts every part of a residual alike"):
-        coarse_loss(weight)
+    with pytest.raises(ValueError, match="give a number >= 0; 0 counts every part of a residual alike"):
+        image_loss(HSIVIScheduler(layer_timesteps=GRID), weight)
+
+
+def test_the_loss_of_pairs_is_in_image_units_whatever_the_layer():
+    """A clean image that is off by d in each value costs d^2/2 a value, for each layer of grids of 1, 2 and 4 steps."""
+    scheduler = HSIVIScheduler(layer_timesteps=[[440, 0], [440, 220, 0], [440, 330, 220, 110, 0]], noise_eta=1.0)
+    t = torch.arange(7)
+    ends = scheduler.input_timestep(t), torch.randn(7, 1, 8, 8), scheduler.output_timestep(t)
+    x0 = torch.randn(7, 1, 8, 8)
+    residual = scheduler.lead(x0 + 0.1, *ends) - scheduler.lead(x0, *ends)
+    torch.testing.assert_close(image_loss(scheduler)(residual, t), torch.full((7,), 0.32), rtol=1e-3, atol=0)
+    moved = scheduler.invert(scheduler.lead(x0, *ends), *ends)[0]
+    torch.testing.assert_close(moved, x0, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])

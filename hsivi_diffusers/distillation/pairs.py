@@ -89,27 +89,30 @@ class TeacherPairs:
         return x_next, end, None if self.condition is None else self.condition[index].to(self._device)
 
 
-def coarse_loss(weight: float) -> Callable[[Tensor], Tensor]:
-    """Returns the loss 1/2 (|m|^2 + c |P m|^2) of residuals m of images, for `Regression` and `Guided`.
+def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns the loss 1/2 (|m|^2 + c |P m|^2) in image units, for `Regression` and `Guided`.
 
-    P m are the means of m over 4 x 4 fields of equal size: brightness, colour and layout, which the solver tells well;
-    the objective with the critic makes the details.
+    m is the residual of the clean image, that of the layer's mean divided by `HSIVIScheduler.image_share`, so that one
+    weight serves any number of steps. P m are the means of m over 4 x 4 fields of equal size: brightness, colour and
+    layout, which the solver tells well; the objective with the critic makes the details.
 
     Args:
-        weight: c >= 0; 20 in preset `fast`.
+        scheduler: Holds the grid of the layers.
+        coarse: c >= 0.
 
     Raises:
         ValueError: c is below 0.
     """
-    if not weight >= 0:
-        raise ValueError(f"coarse_loss({weight}): give a weight >= 0; 0 counts every part of a residual alike")
+    if not coarse >= 0:
+        raise ValueError(f"coarse={coarse}: give a number >= 0; 0 counts every part of a residual alike")
 
-    def loss(residual: Tensor) -> Tensor:
-        """Shape (B, C, H, W) -> (B,)."""
-        fine = half_square(residual)
-        if not weight:
-            return fine
-        coarse = adaptive_avg_pool2d(residual, 4)
-        return fine + weight * half_square(coarse) * (residual[0].numel() / coarse[0].numel())
+    def loss(residual: Tensor, t: Tensor) -> Tensor:
+        """Residuals of means, shape (B, C, H, W), of layers t -> (B,)."""
+        ends = scheduler.input_timestep(t), residual, scheduler.output_timestep(t)
+        image = residual / scheduler.image_share(*ends)
+        if not coarse:
+            return half_square(image)
+        means = adaptive_avg_pool2d(image, 4)
+        return half_square(image) + coarse * half_square(means) * (image[0].numel() / means[0].numel())
 
     return loss

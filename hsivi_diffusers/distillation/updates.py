@@ -29,7 +29,7 @@ from ..vi import (
 )
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
-from .pairs import coarse_loss
+from .pairs import image_loss
 from .state import TrainingState
 
 MAX_OVERFLOWS = 50
@@ -52,7 +52,8 @@ def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjectiv
     objective: CriticObjective = KullbackLeibler(**weights) if kl else ScoreMatching(**weights)
     if config.trials.adversarial_weight:
         objective = Adversarial(objective, config.trials.adversarial_weight)
-    return Guided(objective, config.pair_weight, coarse_loss(COARSE_WEIGHT)) if config.is_guided else objective
+    loss = image_loss(bridge.scheduler, COARSE_WEIGHT)
+    return Guided(objective, config.pair_weight, loss) if config.is_guided else objective
 
 
 def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
@@ -140,7 +141,10 @@ def _regress(state: TrainingState) -> None:
     chains: list[Chain] = [
         PairChain(partial(state.sample_pairs, place), depths, rows) for place in range(len(state.chains))
     ]
-    rate, steps = group["lr"], _fit(state, Regression(), chains, joint(sum(depths), config.pair_steps))
+    rate, steps = (
+        group["lr"],
+        _fit(state, Regression(image_loss(state.student.scheduler)), chains, joint(sum(depths), config.pair_steps)),
+    )
     for step in tqdm(range(config.pair_steps), "regress", disable=not state.accelerator.is_main_process):
         group["lr"] = config.pair_learning_rate * cosine(step / config.pair_steps)
         try:

@@ -20,7 +20,7 @@ from .distributions import DiagonalGaussian
 from .layers import ConditionalLayers
 from .objectives import Critic, CriticObjective, Extended, LayerDraw, Objective, row_sum
 
-ResidualLoss = Callable[[Tensor], Tensor]
+ResidualLoss = Callable[[Tensor, Tensor], Tensor]
 SamplePairs = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor, Tensor | None]]
 
 
@@ -103,8 +103,8 @@ class GuidedChain(Chain):
         self.chain.load_state_dict(state)
 
 
-def half_square(residual: Tensor) -> Tensor:
-    """Returns 1/2 |residual|^2, shape (B,)."""
+def half_square(residual: Tensor, t: Tensor | None = None) -> Tensor:
+    """Returns 1/2 |residual|^2, shape (B,), whatever the layers t."""
     return 0.5 * row_sum(residual.square())
 
 
@@ -115,7 +115,7 @@ class Regression(Objective):
     but each part of the target gets the mass that the map gives it.
 
     Args:
-        loss: Residual mu(x_next) - end, of shape (B, ...) -> loss of each row, shape (B,).
+        loss: (residual mu(x_next) - end of shape (B, ...), layers t of shape (B,)) -> loss of each row, shape (B,).
     """
 
     def __init__(self, loss: ResidualLoss = half_square) -> None:
@@ -131,7 +131,7 @@ class Regression(Objective):
             raise ValueError(
                 "the draw has no pair: take the layer's input from a PairChain, or with Guided from a GuidedChain"
             )
-        return self.loss(draw.residual)
+        return self.loss(draw.residual, draw.t)
 
 
 class Guided(Extended):
