@@ -56,7 +56,11 @@ ALLOWED = {
     "distillation/pairs": ({"vi/*", "scheduling_hsivi", "distillation/denoisers"}, TRAIN),
     "distillation/seals": (set(), set()),
     "distillation/state_dicts": (set(), TRAIN),
-    "distillation/checkpoints": ({"distillation/seals", "distillation/state_dicts", "folders", "options"}, TRAIN),
+    "distillation/output": ({"distillation/seals", "folders", "options"}, set()),
+    "distillation/checkpoints": (
+        {"distillation/output", "distillation/seals", "distillation/state_dicts", "folders", "options"},
+        TRAIN,
+    ),
     "distillation/trials": ({"distillation/bridge", "distillation/denoisers", "evaluation/images", "options"}, TRAIN),
     "distillation/config": ({"distillation/trials", "options"}, set()),
     "distillation/networks": (
@@ -80,7 +84,8 @@ ALLOWED = {
         TRAIN,
     ),
     "distillation/trainer": (
-        {f"distillation/{noun}" for noun in ("checkpoints", "config", "denoisers", "networks", "progress", "state")}
+        {f"distillation/{noun}" for noun in ("checkpoints", "config", "denoisers", "networks", "output", "progress")}
+        | {"distillation/state"}
         | {"distillation/updates"}
         | {"vi/*", "folders", "hub", "pipeline_hsivi"},
         TRAIN,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,130 +12,11 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ..folders import LOCK, claim_output_dir, remove_folder, replace_folder, sole_writer, write_json, write_text
-from ..options import differences, option
-from .seals import find_damage, finished, is_partial, read_progress, seal, step_of
+from ..folders import remove_folder, replace_folder, write_json, write_text
+from ..options import differences
+from .output import ANEW, Complete, Output
+from .seals import find_damage, finished, read_progress, seal, step_of
 from .state_dicts import load_state_dict, random_state, save_state_dict, set_random_state
-
-STARTED = {LOCK, "options.json", "options.json.partial", "logs", "samples"}  # in a folder before the first checkpoint
-ANEW = "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
-
-
-@dataclass
-class Output:
-    _group = "run"
-    output_dir: str | None = option(None, "folder of the run")
-    overwrite_output_dir: bool = option(False, "start anew in a folder that is not empty, removing an earlier run")
-    resume_from_checkpoint: str | None = option(None, "`latest`, or the path of a checkpoint")
-    checkpointing_steps: int = option(500, "updates between checkpoints")
-    checkpoints_total_limit: int = option(2, "checkpoints that are kept")
-
-
-def check_output(run: Output) -> None:
-    """Refuses numbers below 1, and a run that is to start anew and to go on."""
-    for name in ("checkpointing_steps", "checkpoints_total_limit"):
-        if getattr(run, name) < 1:
-            raise ValueError(f"--{name} {getattr(run, name)}: give a number of at least 1")
-    if run.overwrite_output_dir and run.resume_from_checkpoint:
-        raise ValueError(
-            f"--overwrite_output_dir starts anew and --resume_from_checkpoint {run.resume_from_checkpoint} goes on: "
-            "pass one of them"
-        )
-
-
-def check_teacher(run: Output, teacher: str | None, written: Sequence[str]) -> None:
-    """Refuses a teacher that lies where the run writes to, and so would be removed.
-
-    Args:
-        run: Names the output folder.
-        teacher: Folder or repo id, or None for a pipeline that is loaded.
-        written: Files and folders of a run, in its output folder, `checkpoints` apart.
-    """
-    if teacher is None:
-        return
-    place, output = Path(teacher).resolve(), Path(str(run.output_dir)).resolve()
-    if place.exists() and {output / name for name in ("checkpoints", *written)} & {place, *place.parents}:
-        raise ValueError(f"--output_dir {run.output_dir} holds the teacher, which would be lost: name another folder")
-
-
-@contextmanager
-def claimed(run: Output) -> Iterator[Path]:
-    """Makes the output folder or refuses, and keeps other processes out of it for as long as it lasts.
-
-    Raises:
-        ValueError: See `claim_output_dir` and `sole_writer`. A resumed run may write to the folder of an earlier one,
-            and any run to that of one that stopped before its first checkpoint.
-    """
-    place, resumes = Path(str(run.output_dir)), run.resume_from_checkpoint is not None
-    anew = place.is_dir() and _only_started(place)
-    if resumes and place.is_dir() and not anew and not _holds_run(place):
-        raise ValueError(
-            f"--output_dir {place} is not empty and holds no run to go on with: name another folder, or pass "
-            f"--overwrite_output_dir instead of --resume_from_checkpoint {run.resume_from_checkpoint}"
-        )
-    path = claim_output_dir(run.output_dir, run.overwrite_output_dir or resumes or anew)
-    with sole_writer(path):
-        yield path
-
-
-def _holds_run(path: Path) -> bool:
-    """Whether a folder is that of a run."""
-    return (path / "options.json").is_file() or (path / "checkpoints").is_dir()
-
-
-def _only_started(path: Path) -> bool:
-    """Whether a folder holds nothing but the start of a run that stopped before its first checkpoint."""
-    checkpoints = path / "checkpoints"
-    unfinished = all(is_partial(entry) for entry in checkpoints.iterdir()) if checkpoints.is_dir() else True
-    return unfinished and {entry.name for entry in path.iterdir()} <= STARTED | {"checkpoints"}
-
-
-def start_run(run: Output, settings: Mapping[str, Any], leftovers: Sequence[str], remedy: str = "") -> None:
-    """Records the options of a run and removes what an earlier one left, or checks that a resumed run has the same.
-
-    Args:
-        run: What was asked for.
-        settings: What decides what is trained.
-        leftovers: Files and folders of an earlier run, which a new one removes, as it does `checkpoints`. The first is
-            written when a run has ended, and not before.
-        remedy: What else may be done with a run of other options.
-
-    Raises:
-        ValueError: A resumed run has other options than before, or it has ended and its checkpoints are gone.
-    """
-    output_dir, checkpoint = Path(str(run.output_dir)), run.resume_from_checkpoint
-    if checkpoint is None:
-        for old in (output_dir / name for name in (*leftovers, "checkpoints")):
-            if old.is_dir() and not old.is_symlink():
-                remove_folder(old)
-            else:
-                old.unlink(missing_ok=True)
-    for place, changed in _changes(output_dir, checkpoint, settings):
-        if changed:
-            raise ValueError(
-                f"{place} holds a run with other options ({changed}): name another --output_dir{remedy}, or {ANEW}"
-            )
-    if checkpoint == "latest" and (output_dir / leftovers[0]).exists() and not finished(output_dir):
-        raise ValueError(
-            f"{output_dir} holds a run that has ended, and no checkpoint to go on from: name another --output_dir, or "
-            f"{ANEW}"
-        )
-    write_json(output_dir / "options.json", dict(settings))
-
-
-def _changes(output_dir: Path, checkpoint: str | None, settings: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """Which options are others in the runs to go on with: by options.json, by the seal if it is missing."""
-    if checkpoint is None:
-        return
-    record = output_dir / "options.json"
-    if record.is_file():
-        yield output_dir, differences(json.loads(record.read_text(encoding="utf-8")), settings)
-    if not record.is_file() or checkpoint != "latest":
-        named = finished(output_dir)[::-1] if checkpoint == "latest" else [Path(checkpoint)]
-        path = next((path for path in named if find_damage(path) is None), None)
-        identity = {} if path is None else read_progress(path).get("identity", {})
-        if path is not None and identity:
-            yield path.parent.parent, differences(identity, settings)
 
 
 class State(Protocol):
@@ -208,12 +87,21 @@ class Checkpoints:
         state: What is trained.
         identity: What a run that goes on must have in common with the one it goes on from, by name: options, and the
             hash of the teacher. Plain JSON.
+        complete: See `start_run`.
     """
 
-    def __init__(self, run: Output, accelerator: Accelerator, state: State, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        run: Output,
+        accelerator: Accelerator,
+        state: State,
+        identity: Mapping[str, Any],
+        complete: Complete = dict,
+    ) -> None:
         self.output_dir = Path(str(run.output_dir))
         self.folder = self.output_dir / "checkpoints"
         self.run, self.accelerator, self.state = run, accelerator, state
+        self.complete = complete
         self.identity = json.loads(json.dumps(identity))  # as it is read from a checkpoint
         self.place = _place(self.output_dir)
 
@@ -304,7 +192,7 @@ class Checkpoints:
                 f"{path} was written by an earlier version and holds pickles, which can run code and are not read: "
                 f"finish the run with the version that wrote it, or {ANEW}"
             )
-        if changed := differences(progress["identity"], self.identity):
+        if changed := differences(self.complete(progress["identity"]), self.identity):
             raise ValueError(
                 f"{path} is of a run with another teacher or other options ({changed}): give those it had, or {ANEW}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -219,8 +220,12 @@ class HSIVIConfig:
 
 
 def read_settings(record: Path) -> dict[str, Any]:
-    """The settings of a run by its options.json, as a run of today writes them; what it lacks counts as the default."""
-    recorded = json.loads(record.read_text(encoding="utf-8"))
+    """The settings of a run by its options.json, see `complete`."""
+    return complete(json.loads(record.read_text(encoding="utf-8")))
+
+
+def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings as a run of today writes them: under today's names, and what is missing as the default."""
     recorded = {ALIASES.get(name, name): value for name, value in recorded.items()}
     config, trials = (
         {each.name: recorded[each.name] for each in fields(group) if each.name in recorded}

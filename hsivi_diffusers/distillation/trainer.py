@@ -23,10 +23,11 @@ from ..folders import write_json
 from ..hub import push
 from ..pipeline_hsivi import HSIVIPipeline
 from ..vi import DivergenceError, Step
-from .checkpoints import Checkpoints, Output, check_output, check_teacher, claimed, start_run
-from .config import HSIVIConfig
+from .checkpoints import Checkpoints
+from .config import HSIVIConfig, complete
 from .denoisers import load_teacher
 from .networks import check_init_from, load_networks
+from .output import Output, check_output, check_teacher, claimed, start_run
 from .progress import Progress
 from .state import TrainingState
 from .updates import PreemptionError, run_updates
@@ -128,7 +129,7 @@ class HSIVITrainer:
             if self.config.report_to:
                 self.accelerator.init_trackers("hsivi")
             identity = {**self.settings, "teacher_sha256": self.state.fingerprint}
-            checkpoints = Checkpoints(run, self.accelerator, self.state, identity)
+            checkpoints = Checkpoints(run, self.accelerator, self.state, identity, complete)
             start, spent = checkpoints.load()
             if start >= self.config.max_train_steps:
                 self.accelerator.print(f"nothing is left to do, the run had {start} updates")
@@ -147,7 +148,7 @@ class HSIVITrainer:
         """Makes the output folder or refuses: now, for later it would cost a training or an earlier run."""
         with claimed(run):
             remedy = ", where init_from goes on from student and critic of a finished run"
-            start_run(run, self.settings, WRITTEN, remedy)
+            start_run(run, self.settings, WRITTEN, remedy, complete)
             yield
 
     def _run(self, checkpoints: Checkpoints, start: int, spent: float) -> float:

@@ -23,8 +23,9 @@ from diffusers.training_utils import EMAModel
 
 from hsivi_diffusers import load_teacher
 from hsivi_diffusers.distillation import run as train_hsivi
-from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, claimed
+from hsivi_diffusers.distillation.checkpoints import Checkpoints, Registered
 from hsivi_diffusers.distillation.denoisers import fingerprint
+from hsivi_diffusers.distillation.output import Output, claimed
 from hsivi_diffusers.distillation.seals import find_damage
 from hsivi_diffusers.distillation.state_dicts import load_state_dict, random_state, save_state_dict, set_random_state
 from hsivi_diffusers.distillation.trainer import signals_as_trigger

@@ -11,8 +11,8 @@ import yaml
 
 import hsivi_diffusers
 from hsivi_diffusers import cli
-from hsivi_diffusers.distillation.checkpoints import Output
 from hsivi_diffusers.distillation.config import ALIASES, PRESETS, HSIVIConfig, read_settings
+from hsivi_diffusers.distillation.output import Output
 from hsivi_diffusers.distillation.trials import Trials
 from hsivi_diffusers.evaluation import evaluate
 from hsivi_diffusers.options import differences, flatten, option, parse_options, run_command

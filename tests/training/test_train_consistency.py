@@ -10,7 +10,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIScheduler
-from hsivi_diffusers.distillation.checkpoints import Output
+from hsivi_diffusers.distillation.output import Output
 from hsivi_diffusers.evaluation.solvers import make_consistency_sampler
 from tiny_unet import make_unet
 from training.benchmarks.images import train_consistency, training_loop

@@ -308,7 +308,6 @@ def test_a_run_of_several_counts_is_not_one_of_a_single_count(distil, several_ru
         distil(folder, num_inference_steps=4, resume_from_checkpoint="latest")
 
 
-@pytest.mark.xfail(reason="start_run reads options.json without read_settings", raises=ValueError, strict=True)
 def test_a_run_that_recorded_old_names_and_a_plain_number_of_steps_resumes(
     distil, fast_run, tmp_path, starts, same_tensors
 ):

@@ -33,8 +33,8 @@ from diffusers import DDPMPipeline, LCMScheduler, UNet2DModel
 from torch import Tensor
 
 from hsivi_diffusers import HSIVIScheduler, load_teacher
-from hsivi_diffusers.distillation.checkpoints import Output, check_output, check_teacher, claimed, start_run
 from hsivi_diffusers.distillation.denoisers import fingerprint, sample_shape
+from hsivi_diffusers.distillation.output import Output, check_output, check_teacher, claimed, start_run
 from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.options import flatten, option, parse_options

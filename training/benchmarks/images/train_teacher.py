@@ -24,7 +24,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from hsivi_diffusers.distillation.checkpoints import Output, check_output, claimed, start_run
+from hsivi_diffusers.distillation.output import Output, check_output, claimed, start_run
 from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options
 

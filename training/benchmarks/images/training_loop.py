@@ -13,7 +13,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
-from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered
+from hsivi_diffusers.distillation.checkpoints import Checkpoints, Registered
+from hsivi_diffusers.distillation.output import Output
 
 
 class TrainingLoop:

@@ -30,7 +30,8 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from hsivi_diffusers.distillation.checkpoints import Checkpoints, Output, Registered, check_output, claimed, start_run
+from hsivi_diffusers.distillation.checkpoints import Checkpoints, Registered
+from hsivi_diffusers.distillation.output import Output, check_output, claimed, start_run
 from hsivi_diffusers.folders import sole_writer, write_json
 from hsivi_diffusers.options import option, parse_options
 
