@@ -26,7 +26,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 demo: $(VENV)/installed
 	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		training/train_hsivi.py --config training/configs/digits_t5.yaml --output_dir $(RUN) --resume_from_checkpoint latest
-	$(BIN)/python -m hsivi_diffusers.evaluation.evaluate --config training/configs/digits_evaluation.yaml --run_dir $(RUN)
+	$(BIN)/hsivi evaluate --config training/configs/digits_evaluation.yaml --run_dir $(RUN)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --cov --cov-fail-under=95

@@ -119,7 +119,7 @@ def fingerprint(unet: UNet2DModel, scheduler: SchedulerMixin) -> str:
 
 
 def sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:
-    """Returns (channels, height, width) of the pictures of a UNet."""
+    """Returns (channels, height, width) of the images of a UNet."""
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return unet.config.in_channels, height, width
