@@ -75,7 +75,7 @@ def test_a_critic_that_is_told_the_layer_starts_as_the_unet_for_each(classes):
 def test_what_is_no_class_number_leaves_no_place_for_the_layer():
     unet = make_unet(class_embed_type="timestep")
     with pytest.raises(
-        ValueError, match="class_embed_type='timestep' of the unet leaves no place .* one --num_layers, and"
+        ValueError, match="class_embed_type='timestep' of the unet leaves no place .* train one number of steps"
     ):
         label_layers(unet, 2)
 

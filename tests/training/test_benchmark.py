@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hsivi_diffusers import HSIVIPipeline
+from hsivi_diffusers import HSIVIPipeline, cli
 from hsivi_diffusers.distillation.checkpoints import Checkpoints
 from hsivi_diffusers.evaluation import pages
 from hsivi_diffusers.evaluation.solvers import make_student, sample
@@ -30,6 +30,12 @@ lr_warmup_steps: 1
 """
 
 
+def call(program, given):
+    """Runs a program of the benchmark in this process."""
+    distil = program == benchmark.DISTIL
+    (cli.distil if distil else importlib.import_module(program).main)(given)
+
+
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
     """A benchmark of the digits teacher that takes seconds."""
@@ -48,7 +54,7 @@ def arguments(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(arguments):
     with pytest.MonkeyPatch.context() as patched:  # one process: each of its own would import everything again
-        patched.setattr(benchmark, "_call", lambda program, given: importlib.import_module(program).main(given))
+        patched.setattr(benchmark, "_call", call)
         benchmark.main(arguments)
     return Path(next(text for text in arguments if text.startswith("--output_dir=")).split("=")[1]).parent
 
@@ -84,7 +90,7 @@ def test_a_row_has_all_measures_and_what_its_training_cost(folder):
         assert sum(row["class_shares"]) == pytest.approx(1)
         assert sum(row["real_class_shares"]) == pytest.approx(1)
         assert (row["recipe"] is not None) == ("HSIVI" in row["method"])
-        assert row["recipe"] is None or row["recipe"].items() >= {"num_layers": [1, 2], "objective": "KL"}.items()
+        assert row["recipe"] is None or row["recipe"]["num_inference_steps"] == [1, 2]
         assert (row["num_samples"], row["batch_size"]) == (20, 15)
         trained = row["train_seed"] is not None
         assert (row["train_seconds"] is not None, row["train_calls"] is not None) == (trained, trained)
@@ -212,15 +218,6 @@ def test_rows_of_a_student_of_other_options_are_not_added_to(copied):
         benchmark.main(arguments)
 
 
-def test_rows_that_do_not_tell_their_options_have_the_defaults(copied):
-    folder, arguments = copied
-    rows = rows_of(folder)
-    del rows[0]["recipe"]
-    (folder / "docs/results.json").write_text(json.dumps({"rows": rows}))
-    with pytest.raises(ValueError, match="than --students have now .*objective: SM -> KL.*: remove that row"):
-        benchmark.main(arguments)
-
-
 def test_rows_tell_by_which_options_a_student_differed(copied):
     folder, arguments = copied
     rows = rows_of(folder)
@@ -251,7 +248,7 @@ def test_a_student_that_cannot_be_trained_is_refused_before_any_training(copied,
     monkeypatch.setattr(benchmark, "_call", never)
     (folder / "last.yaml").write_text("num_layers: 4\nmax_train_steps: 0\n")
     given = [text for text in arguments if not text.startswith("--students")]
-    with pytest.raises(ValueError, match="--max_train_steps 0: give a number of at least 1"):
+    with pytest.raises(ValueError, match="max_train_steps=0: give a number of at least 1"):
         benchmark.main([*given, "--students", str(folder / "student.yaml"), str(folder / "last.yaml")])
 
 
@@ -332,7 +329,7 @@ def test_half_a_baseline_is_refused(arguments):
 
 
 def test_a_failed_training_ends_the_benchmark(tmp_path):
-    with pytest.raises(SystemExit, match="hsivi_diffusers.distillation.run --config none.yaml ended with status 2"):
+    with pytest.raises(SystemExit, match="hsivi_diffusers distil --config none.yaml ended with status 2"):
         benchmark._call(benchmark.DISTIL, ["--config", "none.yaml"])
 
 

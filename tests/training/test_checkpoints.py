@@ -21,8 +21,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from hsivi_diffusers import load_teacher
-from hsivi_diffusers.distillation import run as train_hsivi
+from hsivi_diffusers import cli, load_teacher
 from hsivi_diffusers.distillation.checkpoints import Checkpoints, Registered
 from hsivi_diffusers.distillation.denoisers import fingerprint
 from hsivi_diffusers.distillation.output import Output, claimed
@@ -425,20 +424,18 @@ def test_an_earlier_training_stays_until_the_next_can_start(train, trained, tmp_
     folder = trained
     before = weights(folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no picture"):
+    with pytest.raises(ValueError, match="holds no image"):
         train(folder, "--overwrite_output_dir", f"--train_data={tmp_path / 'empty'}")
     assert weights(folder) == before
     assert names(folder) == ["checkpoint-4", "checkpoint-5"]
 
 
 @pytest.mark.parametrize("inside", ["pipeline", "checkpoints/kept"])
-@pytest.mark.parametrize("program", [train_hsivi, train_consistency])
+@pytest.mark.parametrize("program", [cli.distil, train_consistency.main])
 def test_a_student_is_not_written_over_its_teacher(teacher, tmp_path, inside, program):
     place = shutil.copytree(teacher, tmp_path / "run" / inside)
     with pytest.raises(ValueError, match="--output_dir .* holds the teacher, which would be lost: name another folder"):
-        program.main(
-            [f"--pretrained_teacher_model={place}", f"--output_dir={tmp_path / 'run'}", "--overwrite_output_dir"]
-        )
+        program([f"--pretrained_teacher_model={place}", f"--output_dir={tmp_path / 'run'}", "--overwrite_output_dir"])
     assert (place / "unet" / "config.json").exists()
 
 
@@ -526,7 +523,7 @@ def test_a_signal_saves_and_leaves_with_the_status_try_again(launch, tmp_path, d
     kill = {"point": name, "step": 3, "rank": processes - 1}
     statuses, text = launch(tmp_path / "run", kill=kill, **options)
     assert statuses == [PREEMPTED] * processes, text
-    assert "stopped: saved after step 3; go on with --resume_from_checkpoint latest" in text
+    assert "stopped and saved after update 3: go on with resume_from_checkpoint latest" in text
     assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"]
     assert not (tmp_path / "run" / "pipeline").exists()
     for folder, resume in (("run", {"resume_from_checkpoint": "latest"}), ("at_once", {})):

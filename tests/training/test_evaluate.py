@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.evaluation.report import METRICS
 from hsivi_diffusers.evaluation.solvers import make_solver, make_student, sample
+from hsivi_diffusers.options import option
 from tiny_unet import make_unet
 
 METHODS = ["DDPM", "DDIM", "DDIM eta 1", "DPM-Solver++", "UniPC"]
@@ -498,8 +500,14 @@ class Means(torch.nn.Module):
 @pytest.fixture
 def quick(monkeypatch):
     """Makes the defaults quick: few images and steps."""
-    for name, value in {"num_samples": 12, "reference_samples": 20, "reference_steps": 3}.items():
-        monkeypatch.setattr(evaluate.Evaluation.__dataclass_fields__[name], "default", value)
+
+    @dataclass
+    class Quick(evaluate.Evaluation):
+        num_samples: int = option(12, "")
+        reference_samples: int = option(20, "")
+        reference_steps: int = option(3, "")
+
+    monkeypatch.setattr(evaluate, "Evaluation", Quick)
     monkeypatch.setattr(features, "EfficientNetFeatures", Means)
 
 
@@ -557,7 +565,7 @@ def test_a_curve_may_go_below_zero(tmp_path):
 def test_distillation_imports_no_package_of_evaluation():
     unwanted = "efficientnet_lite_pytorch fontTools matplotlib ot prdc sklearn torchmetrics"
     code = (
-        "import sys, hsivi_diffusers.distillation.run, hsivi_diffusers.evaluation.evaluate\n"
+        "import sys, hsivi_diffusers.distillation.trainer, hsivi_diffusers.evaluation.evaluate\n"
         f"print([name for name in {unwanted.split()!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

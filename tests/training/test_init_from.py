@@ -66,7 +66,7 @@ def test_a_curriculum_of_two_and_one_steps_whose_teacher_is_that_of_the_first_ru
 @pytest.mark.parametrize("given", [None, "another"])
 def test_the_teacher_is_that_of_the_run_unless_another_is_named(fast_run, teacher, given):
     named = [] if given is None else [f"--pretrained_teacher_model={given}"]
-    found, *_ = cli._read_distillation([f"--init_from={fast_run}", *named], "hsivi distil", "")
+    found, *_ = cli.read_distillation([f"--init_from={fast_run}", *named], "hsivi distil", "")
     assert found.pretrained_teacher_model == (given or str(teacher))
 
 

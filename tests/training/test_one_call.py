@@ -32,7 +32,7 @@ def weights(folder):
 
 @pytest.mark.parametrize(("preset", "clips"), [("one_call", True), ("paper", False)])
 def test_the_student_clips_images_as_the_preset_has_it(make_one, preset, clips):
-    assert make_one(preset=preset, num_pairs=0, pair_calls=8, pair_steps=500).student.clip_pictures is clips
+    assert make_one(preset=preset, num_pairs=0, pair_calls=8, pair_steps=500).student.clip_images is clips
 
 
 @pytest.mark.parametrize(("shape", "start"), [((1, 8, 8), 440), ((1, 64, 64), 440), ((3, 64, 64), 541)])
@@ -218,7 +218,9 @@ def test_a_run_counts_the_calls_of_its_pairs_and_makes_a_pipeline_of_one_call(di
 
 def test_pairs_of_a_class_conditional_teacher_have_classes(distil, class_teacher, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(state, "TeacherPairs", lambda *given: made.append(TeacherPairs(*given)) or made[0])
+    monkeypatch.setattr(
+        state, "TeacherPairs", lambda *given, **named: made.append(TeacherPairs(*given, **named)) or made[0]
+    )
     distil(tmp_path / "run", **{**ONE, "num_pairs": 24}, pretrained_teacher_model=class_teacher)
     assert set(made[0].condition.tolist()) == {0, 1, 2}
     assert len(made[0].condition) == 24

@@ -287,6 +287,7 @@ def stops_at(monkeypatch):
 def test_a_fit_writes_its_files(tmp_path, capsys):
     fit_one(TINY, Output(str(tmp_path / "fit")))
     assert {path.name for path in (tmp_path / "fit").iterdir()} == {
+        ".lock",
         "checkpoints",
         "options.json",
         "report.json",

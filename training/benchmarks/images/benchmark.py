@@ -39,7 +39,7 @@ from hsivi_diffusers.evaluation.solvers import (
     make_student,
     sample,
 )
-from hsivi_diffusers.folders import in_turn, remove_folder, replace_folder
+from hsivi_diffusers.folders import LOCK, in_turn, remove_folder, replace_folder
 from hsivi_diffusers.options import differences, option, parse_options
 
 from .benchmark_pages import BASELINE, is_shown, write_pages
@@ -285,6 +285,7 @@ def _make(folder: Path, program: str, config: str | None, *arguments: str) -> No
     _call(program, ["--config", config, "--output_dir", str(partial), *arguments])
     replace_folder(partial, folder)
     remove_folder(folder / "checkpoints")
+    (folder / LOCK).unlink(missing_ok=True)
 
 
 def _call(program: str, arguments: list[str]) -> None:

@@ -218,7 +218,7 @@ def train(
     student = distiller.student
     optimizer = torch.optim.AdamW(student.parameters(), lr=training.learning_rate, weight_decay=0.0)
     parts = {"student": student, "target": distiller.target, "optimizer": optimizer}
-    loop = TrainingLoop(run, accelerator, student, optimizer, EMA_DECAY, identity, **parts)
+    loop = TrainingLoop(run, accelerator, student, optimizer, EMA_DECAY, identity, parts)
     for share in loop.updates(training.max_train_steps, training.max_train_seconds):
         optimizer.param_groups[0]["lr"] = learning_rate(loop.steps, share, training)
         clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]

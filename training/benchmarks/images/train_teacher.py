@@ -105,7 +105,7 @@ def train(
     rate = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
     network, optimizer = accelerator.prepare(unet, optimizer)
     parts = {"unet": network, "optimizer": optimizer, "schedule": rate}
-    loop = TrainingLoop(run, accelerator, unet, optimizer, training.ema_decay, identity, **parts)
+    loop = TrainingLoop(run, accelerator, unet, optimizer, training.ema_decay, identity, parts)
     for _ in loop.updates(training.max_train_steps):
         clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
         noise = torch.randn_like(clean)
