@@ -13,11 +13,10 @@ from safetensors.torch import load_file
 
 from hsivi_diffusers.vi import DivergenceError, GaussianMLP, Inference
 from training.benchmarks.inference import fit_target as script
-from training.benchmarks.inference import study, study_figures, study_pages, study_tables, target_fit
-from training.benchmarks.inference.fit_target import Output, fit_one
+from training.benchmarks.inference import study, study_figures, study_tables, target_fit
+from training.benchmarks.inference.fit_target import Output, fit_one, write_pages
 from training.benchmarks.inference.study import NULLS, read_study, run_job, run_study
 from training.benchmarks.inference.study_figures import FIGURES, draw_fits, draw_marginals_figure
-from training.benchmarks.inference.study_pages import write_pages
 from training.benchmarks.inference.study_tables import TABLES, pair_up
 from training.benchmarks.inference.target_fit import Fit, prepare, score_network, width_of
 
@@ -344,7 +343,7 @@ def posterior_row(error, **changes):
 @pytest.fixture
 def no_figures(monkeypatch):
     """They take most of the time."""
-    monkeypatch.setattr(study_pages, "FIGURES", {})
+    monkeypatch.setattr(script, "FIGURES", {})
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ A target of your own is fitted by a few lines of Python; see docs/inference/inde
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +28,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hsivi_diffusers.folders import claim_output_dir, sole_writer, write_json
+from hsivi_diffusers.evaluation.pages import fill_tables, new_parts
+from hsivi_diffusers.folders import claim_output_dir, sole_writer, write_json, write_text
 from hsivi_diffusers.options import option, parse_options
 
 from .study import read_study, run_study
-from .study_figures import draw_fits, draw_marginals_figure
-from .study_pages import write_pages
+from .study_figures import FIGURES, draw_fits, draw_marginals_figure, save
+from .study_tables import TABLES
 from .target_fit import Fit, measure, run
 
 
@@ -84,6 +86,21 @@ def study_all(study: Study, output: Output) -> None:
             draw_fits(folder, study.quick)
         write_pages(folder)
     print(f"{folder / 'index.md'} is made")
+
+
+def write_pages(folder: Path) -> None:
+    """Makes the figures of a folder's results.json, and the tables of its index.md, which is begun if there is none."""
+    path, page = folder / "results.json", folder / "index.md"
+    if not path.exists():
+        raise ValueError(f"{path} is missing: do a study first, with --study")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    tables = {name: make(rows) for name, make in TABLES.items()}
+    figures = [*dict.fromkeys([*FIGURES, *sorted(each.name for each in folder.glob("*.png"))])]
+    old = page.read_text(encoding="utf-8") if page.exists() else "# Results\n" + new_parts([*TABLES], figures)
+    text = fill_tables(old, tables)
+    for name, draw in FIGURES.items():
+        save(draw(rows), folder / name)
+    write_text(page, text)
 
 
 def main(args: list[str] | None = None) -> None:
