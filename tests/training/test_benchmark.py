@@ -92,7 +92,7 @@ def test_a_row_has_all_measures_and_what_its_training_cost(folder):
         assert sum(row["class_shares"]) == pytest.approx(1)
         assert sum(row["real_class_shares"]) == pytest.approx(1)
         assert (row["recipe"] is not None) == ("HSIVI" in row["method"])
-        assert row["recipe"] is None or row["recipe"].items() >= {"num_inference_steps": [1, 2], "preset": "fast"}.items()
+        assert row["recipe"] is None or row["recipe"]["num_inference_steps"] == [1, 2]
         assert (row["num_samples"], row["batch_size"]) == (20, 15)
         trained = row["train_seed"] is not None
         assert (row["train_seconds"] is not None, row["train_calls"] is not None) == (trained, trained)
