@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.distillation.output import Output
-from hsivi_diffusers.evaluation.solvers import make_consistency_sampler
+from hsivi_diffusers.evaluation.solvers import Solver
 from tiny_unet import make_unet
 from training.benchmarks.images import train_consistency, training_loop
 from training.benchmarks.images.train_consistency import (
@@ -263,7 +263,7 @@ def test_the_saved_folder_samples_in_diffusers_as_the_sampler_of_the_report(trai
     assert type(pipeline) is DDPMPipeline
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(3, torch.Generator().manual_seed(5), num_inference_steps=num_steps, output_type="pt").images
-    sampler = make_consistency_sampler(pipeline.unet, pipeline.scheduler.config, num_steps)
+    sampler = Solver(LCMScheduler.from_config(pipeline.scheduler.config), num_steps, pipeline.unet)
     assert torch.equal(images, sampler(3, torch.Generator().manual_seed(5)))
     assert images.std() > 0.05
 
