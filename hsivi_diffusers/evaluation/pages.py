@@ -6,9 +6,20 @@ import datetime
 import os
 import platform
 import re
+from collections.abc import Collection, Iterable, Sequence
 
 import diffusers
 import torch
+
+
+def write_table(heads: Sequence[str], left: Collection[str], lines: Iterable[Sequence[object]]) -> str:
+    """A table of Markdown, whose columns are flush right, but for those of the heads in `left`."""
+    rule = "|".join("---" if head in left else "---:" for head in heads)
+    return "\n".join([_line(heads), f"|{rule}|", *map(_line, lines)])
+
+
+def _line(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def fill_tables(text: str, tables: dict[str, str]) -> str:

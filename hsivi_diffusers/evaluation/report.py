@@ -11,7 +11,7 @@ import torch
 
 from ..folders import write_json, write_text
 from .figures import draw_curve, draw_samples
-from .pages import measured_on
+from .pages import measured_on, write_table
 
 OURS = "HSIVI"
 # Name in the head of the table, factor and format of each measure of the report.
@@ -99,14 +99,14 @@ class Report:
     def _table(self) -> str:
         names = [self.headline, *(name for name in METRICS if name != self.headline)]
         heads = ["NFE", "method", *(METRICS[name][0] for name in names), "images", "train seed", "eval seed"]
-        lines = [f"| {' | '.join([*heads, 'training s', 'grid'])} |", f"|---:|---|{'---:|' * (len(heads) - 1)}---|"]
+        lines = []
         for row in sorted(self.rows, key=lambda row: (row["nfe"], row[self.headline])):
             method = f"**{OURS}**" if row["method"] == OURS else row["method"]
             seed = "" if row["train_seed"] is None else row["train_seed"]
             seconds = "" if row["train_seconds"] is None else format(row["train_seconds"], ".0f")
             cells = [row["nfe"], method, *(cell(name, row[name]) for name in names), row["num_samples"], seed]
-            lines.append(f"| {' | '.join(map(str, [*cells, row['eval_seed'], seconds, row['grid']]))} |")
-        return "\n".join(lines)
+            lines.append([*cells, row["eval_seed"], seconds, row["grid"]])
+        return write_table([*heads, "training s", "grid"], ("method", "grid"), lines)
 
     def draw(
         self, run_dir: Path, shown: dict[tuple[str, int], torch.Tensor], reference: torch.Tensor, classes: int | None

@@ -1,4 +1,4 @@
-"""Sampling by what a report compares: students, the baselines (solvers of the teacher), and consistency models."""
+"""Sampling by what a report compares: students, and the baselines (solvers of the teacher)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
-    LCMScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
@@ -45,14 +44,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class Solver:
-    """Goes from noise to images by the steps of a scheduler of diffusers.
-
-    Args:
-        scheduler: With a `step` that takes the prediction, the timestep and the sample.
-        num_steps: Network calls.
-        unet: Whose prediction is followed; a learned variance is given to DDPM only.
-        settings: Further arguments of `step`.
-    """
+    """Goes from noise to images by the steps of a scheduler of diffusers, whose `step` is given the settings."""
 
     scheduler: Any
     num_steps: int
@@ -102,26 +94,8 @@ def make_solver(method: str, num_steps: int, unet: UNet2DModel, config: Any, **s
     return Solver(scheduler.from_config(config, **{**chosen, **settings}), num_steps, unet, arguments)
 
 
-def make_consistency_sampler(unet: UNet2DModel, config: Any, num_steps: int) -> Solver:
-    """Returns a sampler of a trained consistency model, by diffusers' LCMScheduler.
-
-    A step predicts the clean image and adds fresh noise to it; the last step adds none.
-
-    Args:
-        unet: Of the pipeline that train_consistency.py wrote.
-        config: Config of that pipeline's scheduler.
-        num_steps: Network calls.
-    """
-    return Solver(LCMScheduler.from_config(config), num_steps, unet)
-
-
 def make_student(pipeline: HSIVIPipeline, num_steps: int | None = None) -> Sampler:
-    """Returns the distilled pipeline as a sampler.
-
-    Args:
-        pipeline: See there.
-        num_steps: Network calls, one of the counts that were trained; the largest by default.
-    """
+    """Returns the distilled pipeline as a sampler, with one of its trained counts of calls, or the largest."""
     pipeline.set_progress_bar_config(disable=True)
 
     def sampler(batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None) -> torch.Tensor:

@@ -125,19 +125,6 @@ def test_a_reference_is_made_as_the_options_say(make_references, tmp_path):
     assert torch.equal(load_reference("rare_events", tmp_path).draws, reference.draws)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ([], "--output_dir is missing"),
-        (["--output_dir=x", "--targets", "moons"], "no target is called 'moons'"),
-        (["--output_dir=x", "--num_chains=1"], "--num_chains 1 --num_draws 10000: give 2 chains of 4 draws or more"),
-    ],
-)
-def test_options_that_cannot_be_run_are_refused(make_references, flags, message):
-    with pytest.raises(ValueError, match=message):
-        make_references.main(flags)
-
-
 def test_moments_and_quality_of_chains_are_those_of_their_draws(make_references):
     chains = torch.randn(4, 500, 3, dtype=torch.float64)
     chains[2:] += 0.5

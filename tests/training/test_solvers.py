@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler
 
-from hsivi_diffusers.evaluation.solvers import make_consistency_sampler, make_solver, sample
+from hsivi_diffusers.evaluation.solvers import Solver, make_solver, sample
 from tiny_unet import make_unet
 
 
@@ -17,7 +17,7 @@ def consistency_model(unet):
 def test_a_consistency_model_is_sampled_as_by_a_pipeline_of_diffusers(consistency_model, num_steps):
     calls = []
     unet = consistency_model.unet
-    sampler = make_consistency_sampler(unet, consistency_model.scheduler.config, num_steps)
+    sampler = Solver(LCMScheduler.from_config(consistency_model.scheduler.config), num_steps, unet)
     handle = unet.register_forward_pre_hook(lambda module, given: calls.append(int(given[1])))
     (images,) = sample(sampler, 3, 3, seed=0)
     handle.remove()
@@ -36,13 +36,13 @@ def test_the_last_step_of_a_consistency_model_adds_no_noise(consistency_model):
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     abar = consistency_model.scheduler.alphas_cumprod[999]
     x0 = (x - (1 - abar).sqrt() * consistency_model.unet(x, 999).sample) / abar.sqrt()
-    sampler = make_consistency_sampler(consistency_model.unet, consistency_model.scheduler.config, 1)
+    sampler = Solver(LCMScheduler.from_config(consistency_model.scheduler.config), 1, consistency_model.unet)
     images = sampler(2, torch.Generator().manual_seed(0))
     torch.testing.assert_close(images, x0.clamp(-1, 1) / 2 + 0.5, rtol=0, atol=1e-6)
 
 
 def test_a_consistency_sampler_may_be_called_again_and_follows_its_seed(consistency_model):
-    sampler = make_consistency_sampler(consistency_model.unet, consistency_model.scheduler.config, 3)
+    sampler = Solver(LCMScheduler.from_config(consistency_model.scheduler.config), 3, consistency_model.unet)
     first, again, other = (torch.cat([*sample(sampler, 3, 2, seed=seed)]) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

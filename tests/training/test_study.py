@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from hsivi_diffusers.vi import DivergenceError, GaussianMLP, Inference
-from training.benchmarks import stopwatch
 from training.benchmarks.inference import fit_target as script
-from training.benchmarks.inference import study, study_figures, study_pages, study_tables, target_fit
-from training.benchmarks.inference.fit_target import Output, fit_one
+from training.benchmarks.inference import study, study_figures, study_tables, target_fit
+from training.benchmarks.inference.fit_target import Output, fit_one, write_pages
 from training.benchmarks.inference.study import NULLS, read_study, run_job, run_study
 from training.benchmarks.inference.study_figures import FIGURES, draw_fits, draw_marginals_figure
-from training.benchmarks.inference.study_pages import write_pages
 from training.benchmarks.inference.study_tables import TABLES, pair_up
 from training.benchmarks.inference.target_fit import Fit, prepare, score_network, width_of
 
@@ -218,8 +216,8 @@ def test_the_time_of_a_fit_that_fails_counts(monkeypatch):
         now[0] += 5.0
         raise DivergenceError("the loss of the layers", 3, [0])
 
-    monkeypatch.setattr(stopwatch.time, "process_time", lambda: now[0])
-    monkeypatch.setattr(Inference, "run", diverge)
+    monkeypatch.setattr(study.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(Inference, "steps", diverge)
     row = run_job(("mine", "HSIVI", TINY))
     assert row["failed"].startswith("the loss of the layers is not finite at step 3")
     assert row["seconds"] == 5.0
@@ -244,7 +242,7 @@ def test_a_fit_is_repeated_by_its_seed_alone():
     networks=st.integers(1, 10),
 )
 def test_networks_have_about_the_parameters_that_were_asked_for(parameters, depth, dimension, networks):
-    width = width_of(parameters, depth, dimension, networks)
+    width = width_of(Fit(parameters=parameters, depth=depth), dimension, networks)
     assert width >= 8
     assume(width > 8)
     network = GaussianMLP(dimension, width, depth)
@@ -255,41 +253,9 @@ def test_networks_have_about_the_parameters_that_were_asked_for(parameters, dept
 # One fit
 
 
-@pytest.fixture
-def stops_at(monkeypatch):
-    """Has the user press Ctrl-C in the given step."""
-
-    class Bar:
-        def __init__(self, total, initial, unit):
-            self.number = initial
-
-        def update(self, steps):
-            self.number += steps
-            if self.number == self.last:
-                raise KeyboardInterrupt
-
-        def set_postfix(self, **_):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-    def stop(step):
-        Bar.last = step
-        monkeypatch.setattr(script, "tqdm", Bar)
-
-    return stop
-
-
 def test_a_fit_writes_its_files(tmp_path, capsys):
     fit_one(TINY, Output(str(tmp_path / "fit")))
     assert {path.name for path in (tmp_path / "fit").iterdir()} == {
-        ".lock",
-        "checkpoints",
-        "options.json",
         "report.json",
         "layers.safetensors",
         "draws.safetensors",
@@ -306,39 +272,6 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="is not empty"):
         fit_one(TINY, Output(str(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("objective", "training", "checkpointing_steps", "last"), [("KL", "sequential", 6, 14), ("LB", "joint", 7, 9)]
-)
-def test_a_fit_that_was_stopped_goes_on_as_if_it_had_not(
-    tmp_path, monkeypatch, stops_at, objective, training, checkpointing_steps, last
-):
-    monkeypatch.setattr(script, "draw_marginals_figure", lambda *_: None)
-    fit = replace(TINY, objective=objective, training=training)
-    fit_one(fit, Output(str(tmp_path / "whole")))
-    output = Output(str(tmp_path / "stopped"), checkpointing_steps=checkpointing_steps)
-    stops_at(last)
-    with pytest.raises(KeyboardInterrupt):
-        fit_one(fit, output)
-    assert list((tmp_path / "stopped" / "checkpoints").iterdir())
-    assert not (tmp_path / "stopped" / "report.json").exists()
-    stops_at(None)
-    fit_one(fit, replace(output, resume_from_checkpoint="latest"))
-    assert _weights(tmp_path / "stopped") == _weights(tmp_path / "whole")
-
-
-def _weights(folder):
-    return (folder / "layers.safetensors").read_bytes()
-
-
-def test_a_fit_of_other_settings_is_not_gone_on_with(tmp_path, stops_at):
-    output = Output(str(tmp_path), checkpointing_steps=5)
-    stops_at(6)
-    with pytest.raises(KeyboardInterrupt):
-        fit_one(TINY, output)
-    with pytest.raises(ValueError, match="other options .seed: 0 -> 1.: name another --output_dir"):
-        fit_one(replace(TINY, seed=1), replace(output, resume_from_checkpoint="latest"))
 
 
 @pytest.mark.parametrize(
@@ -410,7 +343,7 @@ def posterior_row(error, **changes):
 @pytest.fixture
 def no_figures(monkeypatch):
     """They take most of the time."""
-    monkeypatch.setattr(study_pages, "FIGURES", {})
+    monkeypatch.setattr(script, "FIGURES", {})
 
 
 @pytest.fixture
@@ -607,13 +540,6 @@ def test_fits_are_drawn(quick, num_steps, gallery, tmp_path, monkeypatch, quick_
     assert {path.name for path in tmp_path.iterdir()} == {"marginals_checkerboard_diffusion.png", *gallery}
     assert {fit.num_steps for fit in done} == {num_steps}
     assert len(done) == 1 + len(gallery) * 3  # five layers on the checkerboard once
-
-
-def test_resuming_in_a_folder_without_a_run_is_refused(tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds no run to go on with: name another folder"):
-        script.main(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"])
-    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def test_a_quick_fit_without_a_study_is_refused():

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, LCMScheduler
 from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIPipeline, load_teacher
@@ -31,14 +31,7 @@ from hsivi_diffusers.distillation.config import HSIVIConfig, read_settings
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.evaluation.pages import measured_on
-from hsivi_diffusers.evaluation.solvers import (
-    SOLVERS,
-    Sampler,
-    make_consistency_sampler,
-    make_solver,
-    make_student,
-    sample,
-)
+from hsivi_diffusers.evaluation.solvers import Sampler, Solver, make_solver, make_student, sample
 from hsivi_diffusers.folders import LOCK, in_turn, remove_folder, replace_folder
 from hsivi_diffusers.options import differences, option, parse_options
 
@@ -76,7 +69,6 @@ class Sampling:
     solver_steps: list[int] = option([1, 2, 3, 4, 5, 8, 10, 15, 20, 50, 100], "their network calls")
     ddpm_steps: list[int] = option([1000], "further network calls of DDPM, if it is among the solvers")
     num_samples: int = option(10_000, "images of each row")
-    slow_samples: int = option(10_000, "images of a row of more than 100 calls")
     batch_size: int = option(500, "images at once")
     eval_seed: int = option(0, "seed of the noise")
 
@@ -89,17 +81,8 @@ class Folders:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A sampler that was trained: its folder, and what its training cost."""
-
-    folder: Path
-    seconds: float
-    network_calls: int | None
-
-
-@dataclass(frozen=True)
 class Entry:
-    """A row before it is measured; `make` trains what it needs, if that was not done before.
+    """A row before it is measured; `make` trains what it needs, and returns the sampler and the folder of its training.
 
     `recipe` has the options of a student, so that rows of other options are told from it.
     """
@@ -107,7 +90,7 @@ class Entry:
     method: str
     nfe: int
     seed: int | None
-    make: Callable[[], tuple[Sampler, Trained | None]] = field(compare=False)
+    make: Callable[[], tuple[Sampler, Path | None]] = field(compare=False)
     recipe: Recipe = field(default=None, compare=False)
 
     @property
@@ -121,6 +104,8 @@ class Comparison:
 
     def __init__(self, parts: Parts, sampling: Sampling, folders: Folders) -> None:
         self.parts, self.sampling = parts, sampling
+        # What a row tells of its images; the noise of a batch depends on its size.
+        self.drawn = {name: getattr(sampling, name) for name in ("num_samples", "batch_size", "eval_seed")}
         self.runs = Path(folders.runs_dir) / str(parts.dataset)
         self.results = Results(Path(folders.output_dir), str(parts.dataset))
         for folder in (self.runs, self.results.path.parent):
@@ -131,11 +116,7 @@ class Comparison:
         self.unet.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same images
 
     def entries(self) -> list[Entry]:
-        """Every row: what is trained first, then the solvers, the cheap ones first.
-
-        Raises:
-            ValueError: Two students have a row in common.
-        """
+        """Every row: what is trained first, then the solvers, the cheap ones first."""
         trained = [entry for config in self.parts.students for entry in self._students(config)]
         if self.parts.baseline is not None:
             trained += [
@@ -152,7 +133,9 @@ class Comparison:
         counts = [(method, nfe) for nfe in self.sampling.solver_steps for method in self.sampling.solvers]
         if "DDPM" in self.sampling.solvers:
             counts += [("DDPM", nfe) for nfe in self.sampling.ddpm_steps]
-        return [*trained, *(Entry(*count, None, partial(self._make_solver, *count)) for count in counts)]
+        solvers = [make_solver(*count, self.unet, self.schedule.config) for count in counts]
+        drawn = [partial(lambda solver: (solver, None), solver) for solver in solvers]
+        return [*trained, *(Entry(*count, None, make) for count, make in zip(counts, drawn, strict=True))]
 
     def _students(self, config: str) -> Iterator[Entry]:
         for seed in self.parts.seeds:
@@ -170,50 +153,42 @@ class Comparison:
         """What the program of a config is called with, for the teacher and a seed."""
         return ["--config", *shlex.split(config), f"--seed={seed}", f"--pretrained_teacher_model={self.parts.teacher}"]
 
-    def _make_solver(self, method: str, nfe: int) -> tuple[Sampler, None]:
-        return make_solver(method, nfe, self.unet, self.schedule.config), None
+    def _make_student(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Path]:
+        folder = self._train_student(config, seed)
+        return make_student(HSIVIPipeline.from_pretrained(folder / "pipeline"), nfe), folder
 
-    def _make_student(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Trained]:
-        trained = self._train_student(config, seed)
-        return make_student(HSIVIPipeline.from_pretrained(trained.folder / "pipeline"), nfe), trained
-
-    def _make_baseline(self, nfe: int, seed: int) -> tuple[Sampler, Trained]:
+    def _make_baseline(self, nfe: int, seed: int) -> tuple[Sampler, Path]:
         seconds = self._baseline_seconds(seed)
         limit = ["--max_train_seconds", str(seconds), *RESUME]
-        trained = self._train(str(self.parts.baseline), seed, f"{__package__}.train_consistency", limit)
-        given = json.loads((trained.folder / "training.json").read_text())["max_train_seconds"]
-        if given != seconds:
+        folder = self._train(str(self.parts.baseline), seed, f"{__package__}.train_consistency", limit)
+        if (given := _costs(folder)["max_train_seconds"]) != seconds:
             raise ValueError(
-                f"{trained.folder} was given {given} s, and the student that it is compared with had {seconds} s: "
+                f"{folder} was given {given} s, and the student that it is compared with had {seconds} s: "
                 "remove it and its rows, or name another --runs_dir and --output_dir"
             )
-        pipeline = DDPMPipeline.from_pretrained(trained.folder / "pipeline")
-        return make_consistency_sampler(pipeline.unet, pipeline.scheduler.config, nfe), trained
+        pipeline = DDPMPipeline.from_pretrained(folder / "pipeline")
+        return Solver(LCMScheduler.from_config(pipeline.scheduler.config), nfe, pipeline.unet), folder
 
     def _baseline_seconds(self, seed: int) -> float:
         """Training seconds of the student that a baseline is compared with: from its row, if there is one."""
         config = str(self.parts.baseline_of)
         keys = {entry.key for entry in self._students(config) if entry.seed == seed}
         known = [row["train_seconds"] for row in self.results.rows() if key_of(row) in keys]
-        return float(known[0]) if known else self._train_student(config, seed).seconds
+        return float(known[0] if known else _costs(self._train_student(config, seed))["seconds"])
 
-    def _train_student(self, config: str, seed: int) -> Trained:
-        """The training of a student.
-
-        Raises:
-            ValueError: It was done before with other options.
-        """
-        trained = self._train(config, seed, DISTIL, RESUME)
-        before = read_settings(trained.folder / "options.json")
+    def _train_student(self, config: str, seed: int) -> Path:
+        """The folder of a student; one that was trained before with other options is refused."""
+        folder = self._train(config, seed, DISTIL, RESUME)
+        before = read_settings(folder / "options.json")
         if changed := differences(before, self._config(config, seed).settings()):
             raise ValueError(
-                f"{trained.folder} was trained with other options than {config} has ({changed}): name another "
+                f"{folder} was trained with other options than {config} has ({changed}): name another "
                 "--runs_dir and --output_dir, or remove it and its rows"
             )
-        return trained
+        return folder
 
-    def _train(self, config: str, seed: int, program: str, arguments: Sequence[str]) -> Trained:
-        """The training of a config and a seed: done before, or now."""
+    def _train(self, config: str, seed: int, program: str, arguments: Sequence[str]) -> Path:
+        """The folder of the training of a config and a seed: done before, or now."""
         path, *others = shlex.split(config)
         name = "_".join(
             [Path(path).stem, *(word.removeprefix("--").replace("/", "-") for word in others), f"seed{seed}"]
@@ -221,13 +196,12 @@ class Comparison:
         folder = self.runs / name
         if not (folder / "training.json").exists():
             _call(program, [*self._arguments(config, seed), "--output_dir", str(folder), *arguments])
-        costs = json.loads((folder / "training.json").read_text())
-        return Trained(folder, costs["seconds"], costs.get("network_calls"))
+        return folder
 
     def measure(self) -> None:
         """Adds the rows that are missing, one after the other."""
         entries = self.entries()
-        there = self.results.keys({entry.key: entry.recipe for entry in entries}, self._drawn)
+        there = self.results.keys({entry.key: entry.recipe for entry in entries}, self.drawn)
         wanted = [entry for entry in entries if entry.key not in there]
         if not wanted:
             return
@@ -236,7 +210,7 @@ class Comparison:
         progress = tqdm(wanted, desc=str(self.parts.dataset), unit="row")
         for entry in progress:
             progress.set_postfix_str(f"{entry.method} at {entry.nfe}")
-            sampler, trained = entry.make()
+            sampler, folder = entry.make()
             images = self._draw(entry, sampler)
             try:
                 measured = measures(images)
@@ -246,33 +220,32 @@ class Comparison:
             if entry.seed in (None, self.parts.seeds[0]) and is_shown(entry.method, entry.nfe):
                 self.results.keep_images(f"{entry.method} at {entry.nfe}", images[:16], real)  # before the row
             shares = {"class_shares": measures.shares, "real_class_shares": measures.real_shares}
-            self.results.add(self._row(entry, trained, {**measured, **shares}))
-
-    def _number(self, nfe: int) -> int:
-        return self.sampling.num_samples if nfe <= 100 else self.sampling.slow_samples
-
-    def _drawn(self, nfe: int) -> dict[str, int]:
-        """What a row tells of its images; the noise of a batch depends on its size."""
-        batch_size, eval_seed = self.sampling.batch_size, self.sampling.eval_seed
-        return {"num_samples": self._number(nfe), "batch_size": batch_size, "eval_seed": eval_seed}
+            self.results.add(self._row(entry, folder, {**measured, **shares}))
 
     def _draw(self, entry: Entry, sampler: Sampler) -> torch.Tensor:
-        number = self._number(entry.nfe)
-        return torch.cat(list(sample(sampler, number, self.sampling.batch_size, self.sampling.eval_seed)))
+        settings = self.sampling
+        return torch.cat(list(sample(sampler, settings.num_samples, settings.batch_size, settings.eval_seed)))
 
-    def _row(self, entry: Entry, trained: Trained | None, measured: dict[str, Any]) -> dict[str, Any]:
+    def _row(self, entry: Entry, folder: Path | None, measured: dict[str, Any]) -> dict[str, Any]:
+        costs = _costs(folder) if folder else {}
         return {
             "dataset": self.parts.dataset,
             "method": entry.method,
             "nfe": entry.nfe,
             "train_seed": entry.seed,
-            **self._drawn(entry.nfe),
+            **self.drawn,
             **measured,
-            "train_seconds": trained.seconds if trained else None,
-            "train_calls": trained.network_calls if trained else None,
+            "train_seconds": costs.get("seconds"),
+            "train_calls": costs.get("network_calls"),
             "recipe": entry.recipe,
             "measured": measured_on(),
         }
+
+
+def _costs(folder: Path) -> dict[str, Any]:
+    """What a training cost, and the options it had."""
+    costs: dict[str, Any] = json.loads((folder / "training.json").read_text())
+    return costs
 
 
 def _make(folder: Path, program: str, config: str | None, *arguments: str) -> None:
@@ -304,8 +277,6 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("--baseline and --baseline_of go together: the second says how long the first may train")
     if parts.baseline_of not in (None, *parts.students):
         raise ValueError(f"--baseline_of {parts.baseline_of} is not among --students: give one of them, word for word")
-    if unknown := [name for name in sampling.solvers if name not in SOLVERS]:  # now, and not after the trainings
-        raise ValueError(f"--solvers {', '.join(unknown)} unknown: choose from {', '.join(SOLVERS)}")
     comparison = Comparison(parts, sampling, folders)
     comparison.measure()
     with in_turn(Path(folders.output_dir)):

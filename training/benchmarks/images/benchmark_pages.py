@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 from hsivi_diffusers.evaluation.figures import draw_samples  # noqa: E402
 from hsivi_diffusers.evaluation.metrics import total_variation  # noqa: E402
-from hsivi_diffusers.evaluation.pages import fill_tables, new_parts  # noqa: E402
+from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table  # noqa: E402
 from hsivi_diffusers.folders import write_text  # noqa: E402
 
 Row = dict[str, Any]
@@ -43,16 +43,13 @@ MEASURES: dict[str, tuple[str, str, bool]] = {
     "teacher_tv": ("TV to teacher", ".3f", False),
     "nearest": ("nearest", ".3f", True),
 }
+LABELS = ("set", "method", "measure", "held against", "reached")
 SHOWN_CALLS = (1, 2, 4, 5, 8, 10, 15, 20, 50, 100, 1000)
 SHOWN_IMAGES = [TEACHER, ("UniPC", 4), ("UniPC", 10), (BASELINE, 1), (BASELINE, 4)]
 
 
 def write_pages(folder: Path) -> None:
-    """Fills the tables of FOLDER/index.md, which is begun if there is none, and draws the figures of FOLDER.
-
-    Args:
-        folder: Has results.json, and the images of each set; the samples of a set without are not drawn.
-    """
+    """Fills the tables of FOLDER/index.md, which is begun if there is none, and draws the figures of FOLDER."""
     rows: list[Row] = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
     sets = in_sets(rows)
     tables, figures = make_tables(sets), []
@@ -154,14 +151,13 @@ def written(rows: list[Row], measure: str) -> str:
 def summary_table(sets: dict[str, list[Row]]) -> str:
     """FD on each set: ours, the trained baseline and the best stock solver, and DDPM at many calls."""
     groups = {name: grouped(rows) for name, rows in sets.items()}
-    counts = {nfe for of_set in groups.values() for _, nfe in of_set}
-    lines = [f"| calls | method | {' | '.join(sets)} |", f"|---:|---|{'---:|' * len(sets)}"]
+    counts, lines = {nfe for of_set in groups.values() for _, nfe in of_set}, []
     for nfe in sorted(counts & {*SHOWN_CALLS}):
         for method in (OURS, BASELINE, BEST) if nfe <= 20 else (BEST, TEACHER[0]):
             cells = [_summary(groups[name], method, nfe) for name in sets]
             if any(cells):
-                lines.append(f"| {nfe} | {bold(method)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+                lines.append([nfe, bold(method), *cells])
+    return write_table(["calls", "method", *sets], LABELS, lines)
 
 
 def _summary(groups: dict[Group, list[Row]], method: str, nfe: int) -> str:
@@ -182,36 +178,29 @@ def of_solvers(groups: dict[Group, list[Row]], nfe: int, measure: str) -> list[t
 def calls_table(rows: list[Row]) -> str:
     """FD of every method at every number of calls."""
     groups = grouped(rows)
-    counts = sorted({nfe for _, nfe in groups})
-    lines = [f"| method | {' | '.join(map(str, counts))} |", f"|---|{'---:|' * len(counts)}"]
+    counts, lines = sorted({nfe for _, nfe in groups}), []
     for method in in_order(groups):
         cells = [written(groups[method, nfe], "fd") if (method, nfe) in groups else "" for nfe in counts]
-        lines.append(f"| {bold(method)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([bold(method), *cells])
+    return write_table(["method", *map(str, counts)], LABELS, lines)
 
 
 def measures_table(rows: list[Row]) -> str:
     """Every measure, and what the training cost, at some numbers of calls."""
     measures = [measure for measure in MEASURES if all(measure in row for row in rows)]
-    heads = [MEASURES[measure][0] for measure in measures]
-    lines = [
-        f"| calls | method | {' | '.join(heads)} | images | training s | calls of training |",
-        f"|---:|---|{'---:|' * (len(heads) + 3)}",
-    ]
-    groups = grouped(rows)
+    groups, lines = grouped(rows), []
     for (method, nfe), of_group in sorted(groups.items(), key=lambda item: (item[0][1], value(item[1], "fd"))):
         if nfe not in SHOWN_CALLS:
             continue
-        cells = [written(of_group, measure) for measure in measures]
+        cells = [*(written(of_group, measure) for measure in measures), of_group[0]["num_samples"]]
         costs = ["", ""]
         if of_group[0]["train_seconds"] is not None:
             counted = [row for row in of_group if row["train_calls"] is not None]
             calls = f"{value(counted, 'train_calls') / 1e6:.2f} M" if counted else ""
             costs = [f"{value(of_group, 'train_seconds'):.0f}", calls]
-        lines.append(
-            f"| {nfe} | {bold(method)} | {' | '.join(cells)} | {of_group[0]['num_samples']} | {' | '.join(costs)} |"
-        )
-    return "\n".join(lines)
+        lines.append([nfe, bold(method), *cells, *costs])
+    heads = [*(MEASURES[measure][0] for measure in measures), "images", "training s", "calls of training"]
+    return write_table(["calls", "method", *heads], LABELS, lines)
 
 
 def bold(method: str) -> str:
@@ -245,10 +234,7 @@ CLAIMS: list[Claim] = [
 
 def goals_table(sets: dict[str, list[Row]]) -> str:
     """Each goal, for each set and each of our samplers that has the number of calls."""
-    lines = [
-        "| set | method | calls | measure | ours | held against | it has | reached |",
-        "|---|---|---:|---|---:|---|---:|---|",
-    ]
+    lines = []
     for name, rows in sets.items():
         groups = grouped(rows)
         for words, nfe, measure, find in CLAIMS:
@@ -256,19 +242,14 @@ def goals_table(sets: dict[str, list[Row]]) -> str:
             for method in filter(is_fast, in_order(groups)):
                 ours = groups.get((method, nfe), [])
                 if held is not None and ours and measure in ours[0]:
-                    lines.append(_goal(name, method, nfe, measure, ours, words, held))
-    if len(lines) == 2:
+                    head, form, _ = MEASURES[measure]
+                    reached = "yes" if value(ours, measure) <= held else "no"
+                    cells = [name, method, nfe, head, written(ours, measure), words, format(held, form), reached]
+                    lines.append(cells)
+    if not lines:
         return "No goal can be told: the rows lack ours, or what they are held against."
-    return "\n".join(lines)
-
-
-def _goal(name: str, method: str, nfe: int, measure: str, rows: list[Row], words: str, held: float) -> str:
-    head, form, _ = MEASURES[measure]
-    reached = value(rows, measure) <= held
-    return (
-        f"| {name} | {method} | {nfe} | {head} | {written(rows, measure)} | {words} | {format(held, form)} "
-        f"| {'yes' if reached else 'no'} |"
-    )
+    heads = ["set", "method", "calls", "measure", "ours", "held against", "it has", "reached"]
+    return write_table(heads, LABELS, lines)
 
 
 def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:

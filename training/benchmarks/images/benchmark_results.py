@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,11 @@ class Results:
         """The rows of this set."""
         return [row for row in read_rows(self.path) if row["dataset"] == self.dataset]
 
-    def keys(self, recipes: Mapping[Key, Recipe], drawn: Callable[[int], Row]) -> set[Key]:
-        """Keys of the rows.
-
-        Args:
-            recipes: What the rows of students should be of.
-            drawn: What a row should say of its images, from its number of calls.
-
-        Raises:
-            ValueError: A row has other options or other images, and may not be compared.
-        """
+    def keys(self, recipes: Mapping[Key, Recipe], drawn: Row) -> set[Key]:
+        """Keys of the rows; one of other images, or of a student of other options, is refused."""
         rows = self.rows()
         for row in rows:
-            if other := differences(row, drawn(row["nfe"])):
+            if other := differences(row, drawn):
                 raise ValueError(
                     f"{self.path} has {row['method']} at {row['nfe']} of other images ({other}): name another "
                     "--output_dir"

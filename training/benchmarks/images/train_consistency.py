@@ -73,14 +73,10 @@ class Training:
 
 @dataclass
 class Distiller:
-    """Teacher, student and target of a run, and their noise schedules.
+    """Teacher, student and target, which has averaged weights of the student.
 
-    Attributes:
-        teacher: Frozen.
-        student: Is trained.
-        target: Averaged weights of the student.
-        schedule: Of the teacher. Clips the clean image where the teacher does.
-        sampler: Of the student: its grid, and the scalings of the boundary.
+    The schedule is the teacher's, and clips the clean image where the teacher does; the sampler has the grid of the
+    student, and the scalings of the boundary.
     """
 
     teacher: UNet2DModel
@@ -143,18 +139,10 @@ def distance(prediction: Tensor, target: Tensor) -> Tensor:
 def make_sampler(schedule: HSIVIScheduler, num_timesteps: int = 20, start: int | None = None) -> LCMScheduler:
     """The scheduler of the student: the teacher's noise levels up to the start, and its clipping.
 
-    Args:
-        schedule: Of the teacher.
-        num_timesteps: Of the grid.
-        start: Last timestep of the grid; by default the first that is as noisy as the last of Stable Diffusion.
+    The start is the last timestep of the grid; by default the first that is as noisy as the last of Stable Diffusion.
     """
     if start is None:
         start = min(int((schedule.alphas_cumprod.sqrt() > START_ALPHA).sum()), len(schedule) - 1)
-    if num_timesteps > start + 1:
-        raise ValueError(
-            f"the teacher has {start + 1} timesteps up to the start, and the grid {num_timesteps}: give a teacher with "
-            "a longer clock"
-        )
     names = ("prediction_type", "clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio")
     return LCMScheduler(
         num_train_timesteps=start + 1,
@@ -167,27 +155,14 @@ def make_sampler(schedule: HSIVIScheduler, num_timesteps: int = 20, start: int |
 
 
 def make_distiller(name: str, device: torch.device) -> Distiller:
-    """Loads the teacher; student and target start as its copies.
-
-    Raises:
-        ValueError: The teacher does not suit this program.
-    """
+    """Loads the teacher; student and target start as its copies."""
     unet, schedule = load_teacher(name)
-    if unet.class_embedding is not None:
-        raise ValueError(
-            f"teacher {name!r} draws classes (num_class_embeds={unet.config.num_class_embeds}): this script takes "
-            "teachers without classes; give one, or distil it with train_hsivi.py"
-        )
-    if unet.config.out_channels != unet.config.in_channels:
-        raise ValueError(
-            f"teacher {name!r} takes {unet.config.in_channels} channels and returns {unet.config.out_channels}: "
-            "LCMScheduler does not support a learned variance; give a teacher that returns as many as it takes"
-        )
     channels, height, width = sample_shape(unet)
-    if channels not in (1, 3) or height != width:
+    learned_variance = unet.config.out_channels != channels
+    if unet.class_embedding is not None or learned_variance or channels not in (1, 3) or height != width:
         raise ValueError(
-            f"teacher {name!r} draws images of shape {(channels, height, width)}: give one of square images with 1 or "
-            "3 channels, as --train_data has"
+            f"teacher {name!r} has classes, a learned variance, or images of another shape than --train_data: give one "
+            "of square images with 1 or 3 channels, which predicts as many"
         )
     unet.to(device)
     return Distiller(unet, copy.deepcopy(unet), copy.deepcopy(unet), schedule, make_sampler(schedule))
@@ -207,18 +182,11 @@ def train(
     accelerator: Accelerator,
     identity: dict[str, Any],
 ) -> tuple[int, float]:
-    """Trains on real images, shape (N, C, H, W), and leaves the averaged weights in the student.
-
-    Returns:
-        Updates, and their seconds; those of a run that is resumed are all that it had.
-
-    Raises:
-        FloatingPointError: The loss, or a weight that is to be saved, is not finite.
-    """
+    """Trains on images, shape (N, C, H, W); leaves the student the averaged weights, returns updates and seconds."""
     student = distiller.student
     optimizer = torch.optim.AdamW(student.parameters(), lr=training.learning_rate, weight_decay=0.0)
-    parts = {"student": student, "target": distiller.target, "optimizer": optimizer}
-    loop = TrainingLoop(run, accelerator, student, optimizer, EMA_DECAY, identity, parts)
+    parts = {"student": student, "target": distiller.target}
+    loop = TrainingLoop(run, accelerator, student, optimizer, EMA_DECAY, identity, **parts)
     for share in loop.updates(training.max_train_steps, training.max_train_seconds):
         optimizer.param_groups[0]["lr"] = learning_rate(loop.steps, share, training)
         clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
@@ -229,19 +197,12 @@ def train(
     return loop.steps, loop.seconds
 
 
-def check_options(teacher: Teacher, training: Training, run: Output) -> None:
+def check_options(teacher: Teacher, run: Output) -> None:
     """Refuses, before any work, what could not run."""
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
     check_output(run)
     check_teacher(run, teacher.pretrained_teacher_model, WRITTEN)
-    for name in ("max_train_steps", "train_batch_size"):
-        if getattr(training, name) < 1:
-            raise ValueError(f"--{name} {getattr(training, name)}: give a number of at least 1")
-    for name in ("max_train_seconds", "learning_rate"):
-        number = getattr(training, name)
-        if number is not None and not number > 0:
-            raise ValueError(f"--{name} {number}: give a number above 0")
 
 
 def save(distiller: Distiller, output_dir: Path) -> None:
@@ -253,10 +214,7 @@ def save(distiller: Distiller, output_dir: Path) -> None:
 
 
 def summarise(steps: int, seconds: float, *options: Any) -> dict[str, Any]:
-    """What training.json says: the cost, and the options of the run, with the updates that were done.
-
-    A network call is a forward pass of one image through student, teacher or target.
-    """
+    """What training.json says: the cost, in forward passes of an image, and the options, with the updates done."""
     settings = flatten(options)
     calls = 3 * steps * settings["train_batch_size"]
     return {**settings, "max_train_steps": steps, "seconds": seconds, "network_calls": calls}
@@ -264,7 +222,7 @@ def summarise(steps: int, seconds: float, *options: Any) -> dict[str, Any]:
 
 def main(args: list[str] | None = None) -> None:
     teacher, training, run = parse_options([Teacher, Training, Output], __doc__ or "", args=args)
-    check_options(teacher, training, run)
+    check_options(teacher, run)
     with claimed(run) as output_dir:
         accelerator = Accelerator()
         set_seed(training.seed)

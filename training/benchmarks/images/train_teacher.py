@@ -96,16 +96,12 @@ def train(
     accelerator: Accelerator,
     identity: dict[str, Any],
 ) -> None:
-    """Trains on images in [-1, 1], shape (N, C, H, W), and leaves the averaged weights in the network.
-
-    Raises:
-        FloatingPointError: The loss, or a weight that is to be saved, is not finite.
-    """
+    """Trains on images in [-1, 1], shape (N, C, H, W), and leaves the network the averaged weights."""
     optimizer = torch.optim.AdamW(unet.parameters(), lr=training.learning_rate)
     rate = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
     network, optimizer = accelerator.prepare(unet, optimizer)
-    parts = {"unet": network, "optimizer": optimizer, "schedule": rate}
-    loop = TrainingLoop(run, accelerator, unet, optimizer, training.ema_decay, identity, parts)
+    decay = training.ema_decay
+    loop = TrainingLoop(run, accelerator, unet, optimizer, decay, identity, unet=network, schedule=rate)
     for _ in loop.updates(training.max_train_steps):
         clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
         noise = torch.randn_like(clean)

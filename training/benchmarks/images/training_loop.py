@@ -23,9 +23,9 @@ class TrainingLoop:
     Args:
         run: Output folder and checkpoints.
         accelerator: Of the process.
-        network: Whose weights are trained and averaged.
+        network: Whose weights are trained and averaged, with this decay.
         optimizer: Of these weights.
-        ema_decay: Of the averaged weights, from 0 up to, not including, 1.
+        ema_decay: From 0 up to, not including, 1.
         identity: What must be the same when it goes on, see `Checkpoints`.
         parts: What else a checkpoint keeps.
 
@@ -47,15 +47,14 @@ class TrainingLoop:
         self.run, self.accelerator, self.optimizer = run, accelerator, optimizer
         self.parameters = list(network.parameters())
         self.ema = EMAModel(self.parameters, decay=ema_decay, use_ema_warmup=False)
-        self.checkpoints = Checkpoints(run, accelerator, Registered(accelerator, self.ema, **parts), identity)
+        state = Registered(accelerator, self.ema, optimizer=optimizer, **parts)
+        self.checkpoints = Checkpoints(run, accelerator, state, identity)
         self.steps, self.seconds = 0, 0.0
 
     def updates(self, max_steps: int, max_seconds: float | None = None) -> Iterator[float]:
         """Yields the share of the run that is done, below 1, for each update; leaves the network the averaged weights.
 
-        Args:
-            max_steps: Number of updates.
-            max_seconds: Wall-clock that limits the run instead of their number.
+        The limit is the number of updates or, where it is given, their wall-clock.
         """
 
         def share() -> float:
@@ -76,11 +75,7 @@ class TrainingLoop:
         self.ema.copy_to(self.parameters)
 
     def descend(self, loss: Tensor, max_grad_norm: float | None = None) -> None:
-        """Takes a step of the optimizer, with the gradient clipped to a norm.
-
-        Raises:
-            FloatingPointError: The loss is not finite.
-        """
+        """Takes a step of the optimizer, with the gradient clipped to a norm; a loss must be finite."""
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.steps}: lower --learning_rate")
         self.accelerator.backward(loss)

@@ -5,10 +5,8 @@ r"""How well draws agree with a target, measured against exact draws, known mode
     MMD^2  E k(x, x') + E k(y, y') - 2 E k(x, y)                           Gaussian kernel, unbiased
     KSD^2  E k_p(x, x')                                                    needs the score alone
 
-None is exactly 0 for finite draws, not even for exact ones. The floor of each is the same function between two
-independent exact sets of the same sizes: `compare(target.sample(n), reference, target)`.
-
-Each function takes draws of shape (N, d), and refuses any that are not finite.
+The floor of each is the same function between two independent exact sets of the same sizes. Each takes draws of shape
+(N, d) and a reference of shape (M, d), and raises a ValueError if any is not finite.
 """
 
 from __future__ import annotations
@@ -23,14 +21,10 @@ from torch import Tensor
 from hsivi_diffusers.vi.targets.target import ScoreTarget, Target
 
 
-def histogram_bounds(reference: Tensor, margin: float = 0.05) -> Tensor:
-    """Returns the least and greatest reference draw of each coordinate, `margin` of the range further out.
-
-    Returns:
-        Shape (d, 2). Fix it once for all samplers that are compared.
-    """
+def histogram_bounds(reference: Tensor) -> Tensor:
+    """Least and greatest reference draw of each coordinate, 5 % of the range further out, shape (d, 2)."""
     low, high = _double(reference).aminmax(dim=0)
-    room = margin * (high - low)
+    room = 0.05 * (high - low)
     return torch.stack([low - room, high + room], dim=1)
 
 
@@ -44,7 +38,7 @@ def js_divergence(draws: Tensor, reference: Tensor, bins: int = 50, bounds: Tens
         draws: Shape (N, 2).
         reference: Shape (M, 2).
         bins: Cells along each axis.
-        bounds: Low and high end of each axis, shape (2, 2); `histogram_bounds(reference)` by default.
+        bounds: Shape (2, 2); `histogram_bounds(reference)` by default.
     """
     edges = (histogram_bounds(reference) if bounds is None else bounds).tolist()
     p, q = (_histogram(_double(x), bins, edges) for x in (draws, reference))
@@ -54,28 +48,23 @@ def js_divergence(draws: Tensor, reference: Tensor, bins: int = 50, bounds: Tens
 def sliced_wasserstein(draws: Tensor, reference: Tensor) -> float:
     """Sliced Wasserstein 2-distance over 100 random projections; |shift| / sqrt(d) between shifted copies.
 
-    Of at most 5,000 rows of each. Between modes far apart its floor falls as N^(-1/4) only, with the root of the mass
-    that must be moved.
+    Of at most 5,000 rows of each. Between modes far apart its floor falls as N^(-1/4) only.
     """
     x, y = (_rows(_double(x), 5000) for x in (draws, reference))
     return float(ot.sliced_wasserstein_distance(x, y, n_projections=100, seed=0))
 
 
-def mmd(draws: Tensor, reference: Tensor, bandwidth: float | None = None, max_rows: int = 2000) -> float:
+def mmd(draws: Tensor, reference: Tensor, bandwidth: float | None = None) -> float:
     """Squared maximum mean discrepancy, unbiased and so below 0 at times, with k = exp(-|x - y|^2 / (2 h^2)).
 
-    Source: Gretton et al., A Kernel Two-Sample Test, JMLR 2012, lemma 6.
-
-    Args:
-        draws: Shape (N, d).
-        reference: Shape (M, d).
-        bandwidth: h; the median distance between reference draws by default, so that it is the same for all samplers.
-        max_rows: Of each, evenly spaced.
+    Of at most 2,000 rows of each. h is the median distance between reference draws by default, so that it is the same
+    for all samplers. Source: Gretton et al., A Kernel Two-Sample Test, JMLR 2012, lemma 6.
     """
-    x, y = (_rows(_double(z), max_rows).numpy() for z in (draws, reference))
+    x, y = (_rows(_double(z), 2000).numpy() for z in (draws, reference))
     h = float(np.median(pdist(y))) if bandwidth is None else bandwidth
     xx, yy, xy = (rbf_kernel(a, b, gamma=0.5 / h**2) for a, b in ((x, x), (y, y), (x, y)))
-    return float(_mean_off_diagonal(xx) + _mean_off_diagonal(yy) - 2 * xy.mean())
+    off_diagonal = sum((kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1)) for kernel in (xx, yy))
+    return float(off_diagonal - 2 * xy.mean())
 
 
 def ksd(draws: Tensor, target: Target, scale: float = 1.0) -> float:
@@ -85,15 +74,10 @@ def ksd(draws: Tensor, target: Target, scale: float = 1.0) -> float:
         k_p(x, y) = k S(x).S(y) + S(x).grad_y k + S(y).grad_x k + div_x grad_y k
                   = u^(-1/2) S(x).S(y) + u^(-3/2) (d + (S(x) - S(y)).r) - 3 u^(-5/2) |r|^2,   r = x - y, u = c^2 + |r|^2
 
-    For exact draws it falls as N^(-1/2). It needs no exact draws, but it is blind to missing modes: between modes that
-    lie far apart the score does not know how much each weighs, so that draws from one of them alone pass.
+    S is the score of the target, c = `scale`, and at most 1,000 draws are used. For exact draws it falls as N^(-1/2).
+    It is blind to missing modes: draws from one of several that lie far apart pass.
 
     Source: Gorham & Mackey, Measuring Sample Quality with Kernels, ICML 2017 (arXiv 1703.01717).
-
-    Args:
-        draws: Shape (N, d), of which at most 1,000 are used.
-        target: Whose score S is used.
-        scale: c, in the units of x.
     """
     rows = _rows(draws, 1000)
     x, s = _double(rows), _double(target.score(rows))
@@ -105,19 +89,13 @@ def ksd(draws: Tensor, target: Target, scale: float = 1.0) -> float:
     return float(kernel.mean().clamp_min(0).sqrt())
 
 
-def mode_weights(draws: Tensor, modes: Tensor) -> Tensor:
-    """Returns the share of the draws that is nearest to each of K modes, shape (K,), for modes of shape (K, d)."""
-    nearest = torch.cdist(_double(draws), _double(modes)).argmin(1)
-    return torch.bincount(nearest, minlength=len(modes)).double() / len(draws)
-
-
 def mode_errors(draws: Tensor, modes: Tensor, weights: Tensor | None = None) -> dict[str, float]:
-    """Compares the mass at each mode with what is due to it.
+    """Compares the share of draws nearest to each of K modes, shape (K, d), with what is due to it.
 
     Args:
         draws: Shape (N, d).
         modes: Shape (K, d).
-        weights: True mass nearest to each mode, shape (K,), scaled to sum 1; equal by default.
+        weights: True masses, shape (K,), scaled to sum 1; equal by default.
 
     Returns:
         {"modes_found": how many have a fifth of their due mass, "mode_tv": total variation of the masses,
@@ -125,7 +103,8 @@ def mode_errors(draws: Tensor, modes: Tensor, weights: Tensor | None = None) -> 
     """
     true = torch.ones(len(modes)).double() if weights is None else _double(weights)
     true = true / true.sum()
-    mass = mode_weights(draws, modes)
+    nearest = torch.cdist(_double(draws), _double(modes)).argmin(1)
+    mass = torch.bincount(nearest, minlength=len(modes)).double() / len(draws)
     return {
         "modes_found": float((mass >= 0.2 * true).sum()),
         "mode_tv": float(0.5 * (mass - true).abs().sum()),
@@ -160,12 +139,6 @@ def compare(
 ) -> dict[str, float]:
     """All that applies to a target with exact draws, such as one on the plane.
 
-    Args:
-        draws: Shape (N, d).
-        reference: Exact draws, shape (M, d).
-        target: Gives the score of "ksd", and of `mode_errors` the `modes`, shape (K, d), and `weights` if it has them.
-        bounds: See `js_divergence`.
-
     Returns:
         {"swd", "mmd"}, "js" on the plane, "ksd" with a target, and those of `mode_errors` if it has distinct modes.
     """
@@ -182,13 +155,7 @@ def compare(
 def compare_moments(
     draws: Tensor, mean: Tensor, covariance: Tensor, reference: Tensor, target: Target
 ) -> dict[str, float]:
-    """All that applies to a posterior with reference moments and draws, shape (M, d).
-
-    Distances and discrepancies are those of x divided by the reference's standard deviation of each coordinate.
-
-    Returns:
-        What `moments` and `compare` give.
-    """
+    """What `moments` and `compare` give of a posterior; `compare` of x in units of the reference's deviations."""
     sd = covariance.diagonal().sqrt().to(draws)
     scaled = ScoreTarget(lambda z: target.score(z * sd) * sd, len(sd))
     return moments(draws, mean, covariance) | compare(draws / sd, reference.to(draws) / sd, scaled)
@@ -208,8 +175,3 @@ def _rows(x: Tensor, limit: int) -> Tensor:
 def _histogram(x: Tensor, bins: int, edges: list[list[float]]) -> np.ndarray:
     counts = np.histogram2d(x[:, 0].numpy(), x[:, 1].numpy(), bins=bins, range=edges)[0].ravel()
     return np.append(counts, len(x) - counts.sum())
-
-
-def _mean_off_diagonal(kernel: np.ndarray) -> float:
-    n = len(kernel)
-    return float((kernel.sum() - np.trace(kernel)) / (n * (n - 1)))

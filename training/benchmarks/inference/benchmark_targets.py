@@ -45,11 +45,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
 
 
 def make_target(name: str) -> Target:
-    """Returns a target by its name.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
+    """Returns a target by its name."""
     if name not in TARGETS:
         raise ValueError(f"no target is called {name!r}: choose one of {', '.join(TARGETS)}")
     return TARGETS[name]()
@@ -58,15 +54,8 @@ def make_target(name: str) -> Target:
 class Reference(NamedTuple):
     """What a long run of NUTS says of a posterior on R^d.
 
-    Attributes:
-        mean: Of all draws, shape (d,).
-        covariance: Of all draws, shape (d, d).
-        mean_1: Of the first half of the chains.
-        covariance_1: Of the first half of the chains; with covariance_2 it tells how well covariance is known.
-        mean_2: Of the second half.
-        covariance_2: Of the second half.
-        draws: Some of the draws, evenly spaced, shape (n, d).
-        metadata: How it was made and how far it can be trusted: `max_rhat`, `min_ess`, `covariance_floor` and others.
+    Means, shape (d,), and covariances, shape (d, d), of all draws and of the first and the second half of the chains;
+    some of the draws, evenly spaced, shape (n, d); how it was made and how far it can be trusted.
     """
 
     mean: Tensor
@@ -80,11 +69,7 @@ class Reference(NamedTuple):
 
 
 def load_reference(name: str, folder: str | Path = REFERENCES) -> Reference:
-    """Returns the reference of a target.
-
-    Raises:
-        ValueError: The folder holds none of that name.
-    """
+    """Returns the reference of a target."""
     path = Path(folder) / f"{name}.safetensors"
     if not path.is_file():
         held = ", ".join(sorted(path.stem for path in Path(folder).glob("*.safetensors"))) or "none"

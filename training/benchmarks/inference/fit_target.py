@@ -6,8 +6,7 @@ One fit:
         --objective LB --output_dir runs/checkerboard
 
 writes OUTPUT_DIR/report.json (settings, agreement with the target, signs of failure), layers.safetensors,
-draws.safetensors, OUTPUT_DIR/checkpoints and, for targets on the plane, marginals.png. A fit that was stopped goes on
-with `--resume_from_checkpoint latest`.
+draws.safetensors and, for targets on the plane, marginals.png.
 
 A study, which goes on where it was stopped by itself:
 
@@ -21,27 +20,29 @@ A target of your own is fitted by a few lines of Python; see docs/inference/inde
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
-from tqdm import tqdm
 
-from hsivi_diffusers.distillation.checkpoints import Checkpoints, Registered
-from hsivi_diffusers.distillation.output import Output, check_output, claimed, start_run
-from hsivi_diffusers.folders import sole_writer, write_json
+from hsivi_diffusers.evaluation.pages import fill_tables, new_parts
+from hsivi_diffusers.folders import claim_output_dir, sole_writer, write_json, write_text
 from hsivi_diffusers.options import option, parse_options
 
-from ..stopwatch import Stopwatch
 from .study import read_study, run_study
-from .study_figures import draw_fits, draw_marginals_figure
-from .study_pages import write_pages
-from .target_fit import Fit, Fitted, measure, prepare
+from .study_figures import FIGURES, draw_fits, draw_marginals_figure, save
+from .study_tables import TABLES
+from .target_fit import Fit, measure, run
 
-WRITTEN = ("report.json", "layers.safetensors", "draws.safetensors", "marginals.png")
+
+@dataclass
+class Output:
+    _group = "run"
+    output_dir: str | None = option(None, "folder of the results")
+    overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
 
 
 @dataclass
@@ -54,59 +55,21 @@ class Study:
 
 
 def fit_one(fit: Fit, output: Output) -> None:
-    """Trains, with a progress bar and checkpoints, and writes the results."""
-    check_output(output)
-    with claimed(output) as folder:
-        start_run(output, asdict(fit), WRITTEN)
-        stopwatch = Stopwatch()
-        fitted = prepare(fit, stopwatch)
-        _train(fitted, output, stopwatch)
-        _write_results(fitted, fit, folder, stopwatch.cpu_seconds)
-
-
-def _train(fitted: Fitted, output: Output, stopwatch: Stopwatch) -> None:
-    """Does the updates, or those that are left; the stopwatch counts them, not what is done between them."""
-    inference, accelerator = fitted.inference, Accelerator(cpu=True)
-    checkpoints = Checkpoints(output, accelerator, Registered(accelerator, None, inference=inference), {})
-    done, seconds = checkpoints.load()
-    if done:
-        stopwatch.cpu_seconds = seconds
-    total = sum(stage.num_steps for stage in inference.curriculum)
-    steps = inference.steps()
-    with tqdm(total=total, initial=inference.next_step, unit="step") as bar:
-        while True:
-            with stopwatch:
-                step = next(steps, None)
-            if step is None:
-                return
-            bar.update(step.next_step - step.step)
-            if step.step % 100 == 0:
-                layer = ", ".join(map(str, step.layers.t.unique().tolist()))
-                bar.set_postfix(layer=layer, loss=f"{float(step.layers.loss.mean()):.3f}")
-            if step.next_step % output.checkpointing_steps == 0 or step.next_step == total:
-                checkpoints.save(step.next_step, stopwatch.cpu_seconds)
-
-
-def _write_results(fitted: Fitted, fit: Fit, folder: Path, seconds: float) -> None:
+    """Trains, with a progress bar, and writes the results."""
+    folder = claim_output_dir(output.output_dir, output.overwrite_output_dir)
+    fitted, seconds = run(fit, progress=True)
     inference = fitted.inference
-    save_file(
-        {name: value.contiguous() for name, value in inference.layers.state_dict().items()},
-        folder / "layers.safetensors",
-    )
+    layers = {name: value.contiguous() for name, value in inference.layers.state_dict().items()}
+    save_file(layers, folder / "layers.safetensors")
     save_file({"x": fitted.sample(10_000, seed=0).contiguous()}, folder / "draws.safetensors")
-    found = inference.diagnose(seed=2)
-    for finding in found:
+    findings = inference.diagnose(seed=2)
+    for finding in findings:
         print(f"{finding.signature}: {finding.message}")
     agreement = measure(fitted.sample, fit.target)
     if fitted.target.dimension == 2:
         draw_marginals_figure(fitted, folder / "marginals.png")
-    report = {
-        "fit": asdict(fit),
-        "seconds": seconds,
-        "agreement": agreement,
-        "findings": [asdict(one) for one in found],
-    }
-    write_json(folder / "report.json", report)
+    report = {"fit": asdict(fit), "seconds": seconds, "agreement": agreement}
+    write_json(folder / "report.json", {**report, "findings": [asdict(finding) for finding in findings]})
     print(f"{folder / 'report.json'}:", ", ".join(f"{name} {value:.4g}" for name, value in agreement.items()))
 
 
@@ -123,6 +86,21 @@ def study_all(study: Study, output: Output) -> None:
             draw_fits(folder, study.quick)
         write_pages(folder)
     print(f"{folder / 'index.md'} is made")
+
+
+def write_pages(folder: Path) -> None:
+    """Makes the figures of a folder's results.json, and the tables of its index.md, which is begun if there is none."""
+    path, page = folder / "results.json", folder / "index.md"
+    if not path.exists():
+        raise ValueError(f"{path} is missing: do a study first, with --study")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    tables = {name: make(rows) for name, make in TABLES.items()}
+    figures = [*dict.fromkeys([*FIGURES, *sorted(each.name for each in folder.glob("*.png"))])]
+    old = page.read_text(encoding="utf-8") if page.exists() else "# Results\n" + new_parts([*TABLES], figures)
+    text = fill_tables(old, tables)
+    for name, draw in FIGURES.items():
+        save(draw(rows), folder / name)
+    write_text(page, text)
 
 
 def main(args: list[str] | None = None) -> None:

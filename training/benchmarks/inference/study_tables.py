@@ -7,11 +7,13 @@ counted beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from statistics import fmean, median
 from typing import Any
+
+from hsivi_diffusers.evaluation.pages import write_table
 
 from .study import NULLS, Row
 from .study_rows import (
@@ -32,6 +34,7 @@ from .study_rows import (
 )
 
 PLANE_MEASURES = ("js", "swd", "mmd", "ksd", "modes_found", "mode_tv", "mode_max_error")
+LABELS = ("objective", "bridge", "training", "target", "findings", "measure", "whitening", "sign", "A, B", "no fit")
 POSTERIOR_MEASURES = ("mean_error", "mean_error_rms", "covariance_error", "swd", "mmd", "ksd")
 
 
@@ -77,12 +80,6 @@ def _sd_ratios(rows: Rows) -> str:
     return f"{_number(low)}..{_number(high)}"
 
 
-def _table(labels: Sequence[str], numbers: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = [*("---:" if name in ("T", "depth", "seed") else "---" for name in labels), *(["---:"] * len(numbers))]
-    heading = ["| " + " | ".join([*labels, *numbers]) + " |", "|" + "|".join(rule) + "|"]
-    return "\n".join([*heading, *("| " + " | ".join(line) + " |" for line in lines)])
-
-
 def _nulls(rows: Rows) -> Iterator[tuple[str, list[Row]]]:
     """Label and rows of each thing that fits are held against, the floor first."""
     for method in NULLS:
@@ -108,7 +105,8 @@ def _plane_grid(target: str, cell: Callable[[Rows], str], rows: Rows) -> str:
         deep = select(of_objective, bridge=bridge, training=training)
         cells = [cell(select(of_objective if T == 1 else deep, T=T)) for T in layers]
         lines.append([objective, bridge, training, *cells])
-    return _table(["objective", "bridge", "training"], [f"T = {T}" for T in layers], lines) if fits else NOT_RUN
+    heads = ["objective", "bridge", "training", *(f"T = {T}" for T in layers)]
+    return write_table(heads, LABELS, lines) if fits else NOT_RUN
 
 
 def _plane_table(target: str, rows: Rows) -> str:
@@ -121,7 +119,7 @@ def _plane_table(target: str, rows: Rows) -> str:
         [label, *(_mean(here, key, _count if key == "modes_found" else _number) for key in keys)]
         for label, here in nulls
     ]
-    first = _table(["no fit"], [MEASURES[key] for key in keys], lines)
+    first = write_table(["no fit", *(MEASURES[key] for key in keys)], LABELS, lines)
     return f"{first}\n\nJS of the fits:\n\n{_plane_grid(target, partial(_mean, key='js'), rows)}"
 
 
@@ -144,7 +142,7 @@ def _costs_table(rows: Rows) -> str:
             cost = f"{_mean(here, 'seconds', failures=False)}; {_mean(here, 'parameters', _whole, failures=False)}"
             line.append(cost + (f", {failed} of {len(here)} failed" if failed else ""))
         lines.append(line)
-    table = _table(["objective", "training"], [f"T = {T}" for T in layers], lines)
+    table = write_table(["objective", "training", *(f"T = {T}" for T in layers)], LABELS, lines)
     return f"CPU seconds; parameters of the layers:\n\n{table}" if fits else NOT_RUN
 
 
@@ -164,7 +162,7 @@ def _shapes_table(rows: Rows) -> str:
         for objective, bridge, training in product(OBJECTIVES, BRIDGES, TRAINING):
             some = fits_of(here, objective=objective, bridge=bridge, training=training, T=number)
             lines.append([objective, bridge, training, str(number), *cells(some)])
-    return _table(["objective", "bridge", "training", "T"], targets, lines)
+    return write_table(["objective", "bridge", "training", "T", *targets], LABELS, lines)
 
 
 def _size_table(rows: Rows) -> str:
@@ -176,7 +174,8 @@ def _size_table(rows: Rows) -> str:
         if some:
             cells = [_mean(select(some, parameters_wanted=size), "js") for size in sizes]
             lines.append([objective, str(number), str(depth), *cells])
-    return _table(["objective", "T", "depth"], [f"{size:,} parameters" for size in sizes], lines) if fits else NOT_RUN
+    heads = ["objective", "T", "depth", *(f"{size:,} parameters" for size in sizes)]
+    return write_table(heads, LABELS, lines) if fits else NOT_RUN
 
 
 # Tables of the posteriors
@@ -197,7 +196,8 @@ def _posterior_table(target: str, rows: Rows) -> str:
             if some:
                 cells = [*_posterior_cells(some), _mean(some, "seconds", failures=False)]
                 lines.append([objective, training, str(number), *cells])
-    return _table(["objective", "training", "T"], [*_POSTERIOR_HEADS, "seconds"], lines) if here else NOT_RUN
+    heads = ["objective", "training", "T", *_POSTERIOR_HEADS, "seconds"]
+    return write_table(heads, LABELS, lines) if here else NOT_RUN
 
 
 def _whitening_table(rows: Rows) -> str:
@@ -213,7 +213,7 @@ def _whitening_table(rows: Rows) -> str:
             some = select(fits, target=target, objective=objective, T=number, whitening=whitening)
             if some:
                 lines.append([target, objective, str(number), whitening, *_posterior_cells(some)])
-    return _table(["target", "objective", "T", "whitening"], _POSTERIOR_HEADS, lines)
+    return write_table(["target", "objective", "T", "whitening", *_POSTERIOR_HEADS], LABELS, lines)
 
 
 def _every_fit(study: str, measures: Sequence[str], rows: Rows) -> str:
@@ -234,7 +234,7 @@ def _every_fit(study: str, measures: Sequence[str], rows: Rows) -> str:
         names = [str(row[key]) for key in order]
         lines.append([*names, " ".join(last.replace("|", "/").split()), *cells, *ratios, *cost])
     heads = [*(MEASURES[key] for key in measures), *(["sd ratios"] if wide else []), "parameters", "seconds"]
-    return _table([*order, "findings"], heads, lines)
+    return write_table([*order, "findings", *heads], LABELS, lines)
 
 
 # What is better
@@ -282,7 +282,8 @@ def _winners_table(rows: Rows) -> str:
     if not lines:
         return NOT_RUN
     heads = ["pairs", "mean A", "mean B", "mean of B - A", "median of B / A", "B is better", "failed A, B"]
-    return _table(["A, B", "measure"], heads, lines) + f"\n\nMeans over all fits:\n\n{_layers_table(plane, posteriors)}"
+    pairs = write_table(["A, B", "measure", *heads], LABELS, lines)
+    return f"{pairs}\n\nMeans over all fits:\n\n{_layers_table(plane, posteriors)}"
 
 
 def _layers_table(plane: Rows, posteriors: Rows) -> str:
@@ -293,7 +294,7 @@ def _layers_table(plane: Rows, posteriors: Rows) -> str:
             here = select(rows, target=target)
             if here:
                 lines.append([target, MEASURES[key], *(_mean(select(here, T=T), key) for T in layers)])
-    return _table(["target", "measure"], [f"T = {T}" for T in layers], lines)
+    return write_table(["target", "measure", *(f"T = {T}" for T in layers)], LABELS, lines)
 
 
 def _findings_table(rows: Rows) -> str:
@@ -319,7 +320,7 @@ def _findings_table(rows: Rows) -> str:
         lines.append([name.replace("_", " "), *(f"{seen} of {number}" if number else "–" for seen, number in counts)])
     failed = len(fits_of(rows)) - len(measured(fits_of(rows)))
     note = f"\n\nNot counted: {failed} fits that failed." if failed else ""
-    return _table(["sign"], list(groups), lines) + note if fits else NOT_RUN
+    return write_table(["sign", *groups], LABELS, lines) + note if fits else NOT_RUN
 
 
 def _modes_found(row: Row) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hsivi_diffusers.options import option
 from hsivi_diffusers.vi import (
@@ -28,7 +30,6 @@ from hsivi_diffusers.vi import (
 from hsivi_diffusers.vi.inference import OBJECTIVES
 from hsivi_diffusers.vi.targets import DiffusibleTarget, IsotropicNormal, SampledTarget, Whitened, laplace, moment_match
 
-from ..stopwatch import Stopwatch
 from .agreement import compare, compare_moments, histogram_bounds
 from .benchmark_targets import TARGETS, load_reference, make_target
 
@@ -61,47 +62,39 @@ class Fit:
 
 @dataclass(frozen=True)
 class Fitted:
-    """An inference and the way back to the target's own coordinates."""
+    """An inference, the way back to the target's own coordinates, and the CPU seconds of its whitening."""
 
     inference: Inference
     unwhiten: Callable[[Tensor], Tensor]
     target: Target
+    seconds: float = 0.0
 
     def sample(self, size: int, seed: int) -> Tensor:
         """Draws in the target's coordinates, shape (size, d)."""
         return self.unwhiten(self.inference.sample(size, seed))
 
 
-def prepare(fit: Fit, stopwatch: Stopwatch | None = None) -> Fitted:
-    """Sets a fit up, rounds of whitening included; nothing of the fit itself is trained.
-
-    Raises:
-        ValueError: A name is unknown, or a bridge does not exist for the target.
-    """
+def prepare(fit: Fit) -> Fitted:
+    """Sets a fit up, rounds of whitening included; nothing of the fit itself is trained."""
     _check(fit)
     target = make_target(fit.target)
-    whitened = _whiten(target, fit, stopwatch or Stopwatch())
-    if whitened is None:
+    if fit.whitening == "none":
         return Fitted(_inference(target, fit), lambda x: x, target)
-    return Fitted(_inference(whitened, fit), whitened.unwhiten, target)
+    whitened, seconds = _whiten(target, fit)
+    return Fitted(_inference(whitened, fit), whitened.unwhiten, target, seconds)
 
 
-def run(fit: Fit, stopwatch: Stopwatch | None = None) -> tuple[Fitted, float]:
-    """Does a whole fit; returns it and the CPU seconds it took, which the stopwatch has also of a fit that failed."""
-    stopwatch = stopwatch or Stopwatch()
-    fitted = prepare(fit, stopwatch)
-    with stopwatch:
-        fitted.inference.run()
-    return fitted, stopwatch.cpu_seconds
+def run(fit: Fit, progress: bool = False) -> tuple[Fitted, float]:
+    """Does a whole fit, with a progress bar or without; returns it and the CPU seconds it took."""
+    fitted = prepare(fit)
+    begin = time.process_time()
+    for _ in tqdm(fitted.inference.steps(), total=fit.num_steps, unit="step", disable=not progress):
+        pass
+    return fitted, fitted.seconds + time.process_time() - begin
 
 
 def measure(draw: Callable[[int, int], Tensor], name: str) -> dict[str, float]:
-    """Measures a sampler against exact draws of its target, or against the reference of a posterior.
-
-    Args:
-        draw: (size, seed) -> draws, shape (size, d).
-        name: Of the target.
-    """
+    """Measures a sampler, (size, seed) -> (size, d), against exact draws of a target or a posterior's reference."""
     target = make_target(name)
     if isinstance(target, SampledTarget):
         exact = target.sample(JS_DRAWS, torch.Generator().manual_seed(10_000))
@@ -110,22 +103,17 @@ def measure(draw: Callable[[int, int], Tensor], name: str) -> dict[str, float]:
     return compare_moments(draw(DRAWS, 1), reference.mean, reference.covariance, reference.draws, target)
 
 
-def findings(fitted: Fitted) -> list[str]:
-    """Signatures of failure, each once."""
-    return sorted({finding.signature for finding in fitted.inference.diagnose(seed=2)})
-
-
-def width_of(parameters: int, depth: int, dimension: int, networks: int, takes_level: bool = False) -> int:
-    """Width at which so many networks of `GaussianMLP` have about so many parameters together, at least 8.
+def width_of(fit: Fit, dimension: int, networks: int, takes_level: bool = False) -> int:
+    """Width at which so many networks of `GaussianMLP` have about the parameters of a fit together, at least 8.
 
     One has 2 d w + (depth - 1) w (w + 1) + w + 2 d + d^2 of them, and 16 w more if it takes a level.
     """
-    each = parameters / networks - dimension**2 - 2 * dimension
-    linear = 2 * dimension + depth + (ResidualMLP.NUM_COSINES if takes_level else 0)
-    if depth == 1:
+    each = fit.parameters / networks - dimension**2 - 2 * dimension
+    linear = 2 * dimension + fit.depth + (ResidualMLP.NUM_COSINES if takes_level else 0)
+    if fit.depth == 1:
         return max(8, round(each / linear))
-    root = math.sqrt(max(0.0, linear**2 + 4 * (depth - 1) * each))
-    return max(8, round((root - linear) / (2 * (depth - 1))))
+    root = math.sqrt(max(0.0, linear**2 + 4 * (fit.depth - 1) * each))
+    return max(8, round((root - linear) / (2 * (fit.depth - 1))))
 
 
 def _check(fit: Fit) -> None:
@@ -143,61 +131,48 @@ def _check(fit: Fit) -> None:
         )
 
 
-def _whiten(target: Target, fit: Fit, stopwatch: Stopwatch) -> Whitened | None:
-    if fit.whitening == "none":
-        return None
+def _whiten(target: Target, fit: Fit) -> tuple[Whitened, float]:
     if fit.whitening == "laplace":
-        with stopwatch:
-            return Whitened(target, laplace(target))
-    width = _width(fit, target.dimension, 1)
-    whitened, seconds = rough_fits(fit.target, fit.seed, fit.whitening_rounds, fit.whitening_steps, width, fit.depth)
-    stopwatch.cpu_seconds += seconds
-    return whitened
+        begin = time.process_time()
+        return Whitened(target, laplace(target)), time.process_time() - begin
+    width = width_of(fit, target.dimension, 1)
+    return rough_fits(fit.target, fit.seed, fit.whitening_rounds, fit.whitening_steps, width, fit.depth)
 
 
 @cache
 def rough_fits(name: str, seed: int, rounds: int, num_steps: int, width: int, depth: int) -> tuple[Whitened, float]:
-    """Whitens a target by fits of KL with one layer, each in the coordinates of the one before it.
-
-    Returns:
-        The whitened target, and the CPU seconds it took.
-    """
-    stopwatch = Stopwatch()
+    """A target whitened by fits of KL with one layer, each in the coordinates of the one before; CPU seconds."""
+    begin = time.process_time()
     target = make_target(name)
     here: Whitened | None = None
-    with stopwatch:
-        for number in range(rounds):
-            rough = Inference(
-                GeometricBridge(here or target, 1),
-                "KL",
-                "sequential",
-                num_steps=num_steps,
-                width=width,
-                depth=depth,
-                learning_rate=2e-3,
-                seed=1000 * (number + 1) + seed,
-            )
-            rough.run()
-            draws = rough.sample(DRAWS, seed=seed)
-            here = Whitened(target, moment_match(here.unwhiten(draws) if here else draws))
+    for number in range(rounds):
+        rough = Inference(
+            GeometricBridge(here or target, 1),
+            "KL",
+            "sequential",
+            num_steps=num_steps,
+            width=width,
+            depth=depth,
+            learning_rate=2e-3,
+            seed=1000 * (number + 1) + seed,
+        )
+        rough.run()
+        draws = rough.sample(DRAWS, seed=seed)
+        here = Whitened(target, moment_match(here.unwhiten(draws) if here else draws))
     if here is None:
         raise ValueError("--whitening_rounds 0: give 1 or more, or --whitening none")
-    return here, stopwatch.cpu_seconds
-
-
-def _width(fit: Fit, dimension: int, networks: int, takes_level: bool = False) -> int:
-    return width_of(fit.parameters, fit.depth, dimension, networks, takes_level)
+    return here, time.process_time() - begin
 
 
 def _inference(target: Target, fit: Fit) -> Inference:
-    bridge = _make_bridge(target, fit)
+    bridge, joint = _make_bridge(target, fit), fit.training == "joint"
     return Inference(
         bridge,
         _make_objective(bridge, fit),
         fit.training,  # type: ignore[arg-type]
         num_steps=fit.num_steps,
         batch_size=fit.batch_size,
-        width=_layer_width(target, fit),
+        width=width_of(fit, target.dimension, 1 if joint else fit.num_layers, takes_level=joint),
         depth=fit.depth,
         learning_rate=fit.learning_rate,
         critic=None if fit.objective == "LB" else _make_critic(target, fit),
@@ -207,16 +182,10 @@ def _inference(target: Target, fit: Fit) -> Inference:
     )
 
 
-def _layer_width(target: Target, fit: Fit) -> int:
-    if fit.training == "joint":
-        return _width(fit, target.dimension, 1, takes_level=True)
-    return _width(fit, target.dimension, fit.num_layers)
-
-
 def _make_critic(target: Target, fit: Fit) -> ScoreMLP:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit.seed)
-        return ScoreMLP(target.dimension, _width(fit, target.dimension, 1), fit.depth)
+        return ScoreMLP(target.dimension, width_of(fit, target.dimension, 1), fit.depth)
 
 
 def _make_bridge(target: Target, fit: Fit) -> Bridge:
