@@ -71,9 +71,8 @@ def target():
     "objective",
     [
         ScoreMatching(),
-        ScoreMatching(alpha=1.0),
         KullbackLeibler(),
-        ScoreMatching(alpha=1.0, teacher_share=0.5),
+        ScoreMatching(teacher_share=0.5),
         KullbackLeibler(teacher_share=0.5),
     ],
 )
