@@ -90,7 +90,7 @@ def draw_layer(
         scoring: "own" or "random".
         condition: Condition of each row.
         generator: Source of the level and the noise.
-        real: Draw from the bridge too, at the same level and condition, see `LayerDraw.real`.
+        real: See `LayerDraw.real`.
         end: Where the pair of each row ends, NaN in rows without a pair, see `LayerDraw.residual`.
 
     Raises:
@@ -161,12 +161,7 @@ class CriticObjective(Objective):
     def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
         """Returns w/2 |s(x) - target|^2, target = (1 - m) grad log q(x | x_next) + m S(x): shape (B,).
 
-        Minimal at (1 - m) grad log q(x) + m S(x); m is 0 by default.
-
-        Args:
-            critic: (x, level, condition, t) -> estimate of grad log q(x), of the shape of x.
-            draw: A draw cut from the graph of the layers.
-            bridge: Where S comes from; asked only with a `teacher_share`.
+        The draw is cut from the graph of the layers; S is that of the bridge, asked only with a `teacher_share`.
 
         Raises:
             ValueError: There is a `teacher_share`, and no bridge.
@@ -220,14 +215,7 @@ class KullbackLeibler(CriticObjective):
 
 
 class Extended(CriticObjective):
-    """Another objective and a term with a weight; as it stands without the term, which subclasses add.
-
-    Args:
-        objective: What the term is added to.
-        weight: > 0.
-
-    Attributes:
-        term: Its name in the error.
+    """Another objective and a term with a weight > 0; as it stands without the term, which subclasses add.
 
     Raises:
         ValueError: The weight is not above 0.
@@ -243,11 +231,9 @@ class Extended(CriticObjective):
         self.weight = weight
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns the objective's."""
         return self.objective.layer_loss(critic, bridge, draw)
 
     def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
-        """Returns the objective's."""
         return self.objective.critic_loss(critic, draw, bridge)
 
 
