@@ -190,12 +190,12 @@ class TeacherBridge(Bridge):
         kept = ((direction * eps + c * noise) / sigma).detach()
         return DiagonalGaussian(mean=mean, std=std), torch.where(chosen, kept, noise)
 
-    def weight(self, sigma_power: float = 0, alpha_power: float = 0) -> Weight:
-        """Returns the weight sigma^a alpha^b of a level, in score units; multiply by sigma^-2 for noise units."""
+    def weight(self, sigma_power: float) -> Weight:
+        """Returns the weight sigma^a of a level, in score units; multiply by sigma^-2 for noise units."""
 
         def weight(level: Tensor) -> Tensor:
-            alpha, sigma = self.scheduler.alpha_sigma(level, torch.zeros(1, device=level.device))
-            return sigma**sigma_power * alpha**alpha_power
+            _, sigma = self.scheduler.alpha_sigma(level, torch.zeros(1, device=level.device))
+            return sigma**sigma_power
 
         return weight
 

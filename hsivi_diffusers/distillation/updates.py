@@ -43,13 +43,8 @@ class PreemptionError(Exception):
 def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjective:
     """Returns the objective with its weights in score units: sigma^2 times those in noise units."""
     weight = bridge.weight({"unit": 2.0, "sigma2": 4.0}[config.loss_weight])
-    weights: dict[str, Any] = {
-        "layer_weight": weight,
-        "critic_weight": weight,
-        "teacher_share": config.trials.teacher_share,
-    }
-    kl = config.objective == "KL"
-    objective: CriticObjective = KullbackLeibler(**weights) if kl else ScoreMatching(**weights)
+    kind = KullbackLeibler if config.objective == "KL" else ScoreMatching
+    objective: CriticObjective = kind(weight, config.trials.teacher_share)
     if config.trials.adversarial_weight:
         objective = Adversarial(objective, config.trials.adversarial_weight)
     loss = image_loss(bridge.scheduler, COARSE_WEIGHT)

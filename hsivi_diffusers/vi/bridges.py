@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +17,18 @@ ScoreNetwork = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Bridge(ABC):
-    """A family of densities p_level, of which layer t is fitted to the one at `level(t)`.
+    """A family of densities p_level, of which layer t, 0..num_layers - 1, is fitted to the one at `level(t)`.
 
     Levels are positions on the bridge's own clock. For a bridge with one density per layer the level is t itself (the
-    default); for a diffusion bridge it is a timestep, and the family is richer than the T densities of the grid.
-
-    Attributes:
-        num_layers: T, the number of layers.
+    default); for a diffusion bridge it is a timestep, and the family is richer than the T densities of the grid. All
+    methods take x of shape (B, ...), level and t of shape (B,), and a condition for each row, opaque to the core.
     """
 
     num_layers: int
 
     @abstractmethod
     def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Returns the bridge score, grad_x log p_level(x).
-
-        Args:
-            x: Shape (B, ...).
-            level: Shape (B,).
-            condition: Opaque to the core; passed on by layers, bridge and critic alike.
-        """
+        """Returns the bridge score, grad_x log p_level(x), of the shape of x."""
 
     def log_prob(self, x: Tensor, level: Tensor) -> Tensor:
         """Returns log p_level(x) + constant, shape (B,), which `LowerBound` asks for.
@@ -56,11 +48,6 @@ class Bridge(ABC):
         self, level: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draws from p_level, shape (B, ...), for `DataChain` and `Adversarial`.
-
-        Args:
-            level: Shape (B,).
-            condition: Condition of each row, or None.
-            generator: Source of the draw.
 
         Raises:
             NotImplementedError: There is no data to draw from.
@@ -82,12 +69,7 @@ class Bridge(ABC):
         raise NotImplementedError(f'{type(self).__name__} has no random levels: use scoring="own"')
 
     def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
-        """Moves the law of x_t given x_{t+1} along the bridge to another level, for `scoring="random"`.
-
-        Args:
-            q: Law of layer t, q_t(. | x_{t+1}).
-            t: Layer indices, shape (B,).
-            level: Where to, shape (B,), of those that `sample_level` draws.
+        """Moves q_t(. | x_{t+1}) along the bridge to one of the levels that `sample_level` draws.
 
         Raises:
             NotImplementedError: This bridge has only the T levels of its layers.
@@ -103,24 +85,17 @@ class Bridge(ABC):
         x_next: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[DiagonalGaussian, Tensor]:
-        """Returns the law of x at a random level, and the noise of the draw from it that is scored.
+        """Returns the law of x at a random level, see `renoise`, and the noise of the draw from it that is scored.
 
-        Here that is the law of `renoise` and fresh noise. A bridge may keep a part of the noise of the layer's input.
-
-        Args:
-            q: Law of layer t, q_t(. | x_{t+1}).
-            t: Layer indices, shape (B,).
-            level: Where to, shape (B,), of those that `sample_level` draws.
-            noise: Standard normal draws, of the shape of q.mean.
-            x_next: x_{t+1}, shape (B, ...).
-            generator: Source of a choice between rows.
+        Here that is the noise given, standard normal, of the shape of q.mean. A bridge may keep a part of the noise of
+        the layer's input x_{t+1}, in rows that it chooses by the generator.
         """
         del x_next, generator
         return self.renoise(q, t, level), noise
 
 
 class GeometricBridge(Bridge):
-    r"""Example 1: p_t(x) proportional to p_base(x)^(1 - lambda_t) p_target(x)^lambda_t, lambda_0 = 1.
+    """Example 1: p_t(x) proportional to p_base(x)^(1 - lambda_t) p_target(x)^lambda_t, lambda_t = 1 - t/T.
 
     The level of p_t is 1 - lambda_t: 0 is the target, 1 the base.
 
@@ -128,10 +103,9 @@ class GeometricBridge(Bridge):
         target: p_target; also a distribution of torch.
         num_layers: T.
         base: p_base, of which x_T is drawn; N(0, I) by default.
-        schedule: lambda_0 = 1 > lambda_1 > ... > lambda_{T-1} >= 0; by default lambda_t = 1 - t/T.
 
     Raises:
-        ValueError: T < 1, the schedule does not fit, or target and base differ in dimension.
+        ValueError: T < 1, or target and base differ in dimension.
     """
 
     def __init__(
@@ -139,22 +113,15 @@ class GeometricBridge(Bridge):
         target: Target | Distribution,
         num_layers: int,
         base: SampledTarget | None = None,
-        schedule: Sequence[float] | None = None,
     ) -> None:
         self.target = as_target(target)
         self.num_layers = _at_least_one(num_layers)
         self.base = base or IsotropicNormal(self.target.dimension)
         if self.base.dimension != self.target.dimension:
             raise ValueError(f"the base has {self.base.dimension} dimensions, the target {self.target.dimension}")
-        steps = torch.arange(num_layers, dtype=torch.float64)
-        lambdas = 1 - steps / num_layers if schedule is None else torch.as_tensor(schedule, dtype=torch.float64)
-        in_range = lambdas.shape == (num_layers,) and bool(((lambdas >= 0) & (lambdas <= 1)).all())
-        if not in_range or lambdas[0] != 1 or bool((lambdas.diff() >= 0).any()):
-            raise ValueError(f"schedule={schedule!r}: give {num_layers} values of lambda that fall from 1, all >= 0")
-        self.levels = 1 - lambdas
+        self.levels = torch.arange(num_layers, dtype=torch.float64) / num_layers
 
     def level(self, t: Tensor) -> Tensor:
-        """Returns 1 - lambda_t, shape (B,)."""
         return self.levels.to(t.device)[t].float()
 
     def log_prob(self, x: Tensor, level: Tensor) -> Tensor:
@@ -167,35 +134,30 @@ class GeometricBridge(Bridge):
         return _mix(level.to(x)[:, None], self.base.score, self.target.score, x)
 
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws x_T from the base."""
         return self.base.sample(batch_size, generator)
 
 
 class DiffusionBridge(Bridge):
-    r"""Example 2: p_t is the law of alpha_t x + sigma_t z, x from the target, z ~ N(0, I), alpha_t^2 + sigma_t^2 = 1.
+    """Example 2: p_t is the law of alpha_t x + sigma_t z, x from the target, z ~ N(0, I), alpha_t^2 + sigma_t^2 = 1.
 
-    The level of p_t is its noise, sigma_t: 0 is the target, 1 the base N(0, I).
+    The level of p_t is its noise, sigma_t = sin(pi t / 2T): 0 is the target, 1 the base N(0, I).
 
     Args:
         target: Its diffused form is known, as of a Gaussian mixture; or None, with `score_network`.
         num_layers: T.
-        schedule: 0 <= sigma_0 < sigma_1 < ... < sigma_{T-1} < 1; by default sigma_t = sin(pi t / 2T), but 0.05 at least
-            with a network, which knows the score better at a little noise than at none.
-        score_network: Estimate of the score at a level, (x, level, condition) -> shape of x, instead of the exact
-            one. It is frozen if it is a module.
+        score_network: Estimate of the score at a level, (x, level, condition) -> shape of x, instead of the exact one;
+            sigma_t then is 0.05 at least. It is frozen if it is a module.
         dimension: d; needed with `score_network` alone.
         device: Where the base is drawn.
 
     Raises:
-        ValueError: T < 1, the schedule or the dimension does not fit, the target cannot be diffused and there is no
-            network.
+        ValueError: T < 1, the dimension does not fit, or the target cannot be diffused and there is no network.
     """
 
     def __init__(
         self,
         target: Target | None,
         num_layers: int,
-        schedule: Sequence[float] | None = None,
         score_network: ScoreNetwork | None = None,
         dimension: int | None = None,
         device: torch.device | str | None = None,
@@ -218,45 +180,30 @@ class DiffusionBridge(Bridge):
             score_network.requires_grad_(False)
         self.base = IsotropicNormal(dimension, device=device)
         steps = torch.arange(num_layers, dtype=torch.float64)
-        sines = (0.5 * math.pi * steps / num_layers).sin().clamp_min(0.0 if score_network is None else 0.05)
-        self.levels = sines if schedule is None else torch.as_tensor(schedule, dtype=torch.float64)
-        in_range = self.levels.shape == (num_layers,) and bool(((self.levels >= 0) & (self.levels < 1)).all())
-        if not in_range or bool((self.levels.diff() <= 0).any()):
-            raise ValueError(f"schedule={schedule!r}: give {num_layers} values of sigma that rise, from >= 0 to < 1")
+        lowest = 0.0 if score_network is None else 0.05  # a network knows the score better at a little noise
+        self.levels = (0.5 * math.pi * steps / num_layers).sin().clamp_min(lowest)
 
     def level(self, t: Tensor) -> Tensor:
-        """Returns sigma_t, shape (B,)."""
         return self.levels.to(t.device)[t].float()
 
     def log_prob(self, x: Tensor, level: Tensor) -> Tensor:
-        """Returns the log-density of the diffused target, shape (B,).
-
-        Raises:
-            NotImplementedError: Only a network is known.
-        """
         if self.network is not None or not isinstance(self.target, DiffusibleTarget):
             raise NotImplementedError("a score network has no log-density: use LowerBound(surrogate=True) or a critic")
         return self.target.diffused_log_prob(x, *self._alpha_sigma(level, x))
 
     def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Returns the score of the diffused target, shape (B, d)."""
         if self.network is not None:
             return self.network(x, level, condition)
         assert isinstance(self.target, DiffusibleTarget)
         return self.target.diffused_score(x, *self._alpha_sigma(level, x))
 
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws x_T ~ N(0, I)."""
         return self.base.sample(batch_size, generator)
 
     def sample(
         self, level: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draws alpha x + sigma z, x from the target and z ~ N(0, I): shape (B, d).
-
-        Raises:
-            NotImplementedError: There is a score network and no target, or one without draws.
-        """
+        """Draws alpha x + sigma z, x from the target and z ~ N(0, I), see `Bridge.sample`."""
         if not isinstance(self.target, SampledTarget):
             return super().sample(level, condition, generator)
         x = self.target.sample(len(level), generator)
@@ -275,7 +222,6 @@ class DiffusionBridge(Bridge):
         return (low + uniform * (high - low)).float()
 
     def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
-        """Returns the law of x_t given x_{t+1}, diffused up to the level."""
         here = [value[:, None] for value in self._alpha_sigma(self.level(t), q.mean)]
         there = [value[:, None] for value in self._alpha_sigma(level, q.mean)]
         return q.diffuse(*here, *there)
@@ -294,10 +240,5 @@ def _at_least_one(num_layers: int) -> int:
 
 
 def _mix(level: Tensor, base: Callable[[Tensor], Tensor], target: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """(1 - lambda) base + lambda target; what has no weight counts for nothing, also where it is infinite."""
-    if not bool(level.any()):
-        return target(x)
-    if bool((level == 1).all()):
-        return base(x)
-    mixed = level * base(x) + (1 - level) * target(x)
-    return torch.where(level == 1, base(x), mixed) if bool((level == 1).any()) else mixed
+    """(1 - lambda) base + lambda target, of level 1 - lambda; a base without weight may be infinite."""
+    return level * base(x) + (1 - level) * target(x) if bool(level.any()) else target(x)

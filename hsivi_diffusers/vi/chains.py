@@ -32,8 +32,7 @@ class ChainBatch:
         t: Layer that takes it, shape (B,).
         condition: Condition of each chain, shape (B, ...), or None.
         index: Place of each row in a pool, shape (B,), or None.
-        end: Where the mean of the layer should be, of the shape of x_next; NaN in rows where that is unknown, or
-            None; see `PairChain`.
+        end: Where the mean of the layer should be, of the shape of x_next; NaN in rows where that is unknown.
     """
 
     x_next: Tensor
@@ -51,14 +50,7 @@ def draw_marginals(
     condition: Tensor | None = None,
     hierarchy: int | None = None,
 ) -> list[Tensor]:
-    """Runs chains from the base to the end.
-
-    Args:
-        layers: The sampler, with T layers, or of several hierarchies.
-        x: Base draws x_T, shape (B, ...).
-        generator: Source of the noise.
-        condition: Condition of each chain.
-        hierarchy: Place in `layers.depths` of the one to run; needed where there are several.
+    """Runs chains from base draws x_T, shape (B, ...), to the end; of several hierarchies that with the place given.
 
     Returns:
         [x_0, x_1, ..., x_T], each of shape (B, ...): x_t is a draw from the marginal q_t.
@@ -101,7 +93,7 @@ def simulate(
         first: Layer that each chain starts with, shape (B,); T-1 by default.
 
     Returns:
-        x_{t+1} for each row, shape (B, ...). A row with t = T-1 is x_T itself.
+        x_{t+1} for each row, shape (B, ...); x_T itself where the chain starts with layer t.
     """
     x, above = x.clone(), torch.full_like(t, len(noise) - 1) if first is None else first.clone()
     while len(rows := (above > t).nonzero().squeeze(1)):
@@ -144,13 +136,10 @@ class Chain(ABC):
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        """Draws inputs of the layers.
+        """Draws inputs of the layers as they are now; the generator is the source of t, the base draws and the noise.
 
-        Args:
-            layers: The sampler as it is now.
-            generator: Source of t, the base draws and the noise.
-            beta: Share of each layer in the loss, shape (T,): tells a chain for layer-by-layer training its layer. The
-                others draw t uniformly over all layers.
+        beta, the share of each layer in the loss, shape (T,), tells a chain for layer-by-layer training its layer. The
+        others draw t uniformly over the layers of a hierarchy that is drawn before it.
         """
 
     def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
@@ -199,7 +188,6 @@ class SimulatedChain(Chain):
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        """Draws t uniformly for each row, of a hierarchy drawn before it, and simulates its chain."""
         del beta
         if self.num_layers == 1:
             return self._first_layer(generator)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,44 +24,34 @@ class Stage:
     num_steps: int
 
 
-def joint(num_layers: int, num_steps: int, beta: Sequence[float] | None = None, critic_first: int = 0) -> list[Stage]:
-    """All layers at once: the loss is the mean over t of beta(t) L_t (sec. 3.3, the way for shared networks).
+def joint(num_layers: int, num_steps: int, critic_first: int = 0) -> list[Stage]:
+    """All layers at once: the loss is the mean over t of L_t (sec. 3.3, the way for shared networks).
 
     Args:
         num_layers: T.
         num_steps: Layer updates.
-        beta: T shares, >= 0 and not all zero, rescaled to mean 1; equal by default.
         critic_first: Steps, of these, in which the critic alone learns: the layers' shares are 0.
 
     Returns:
         One stage, or with `critic_first` two.
 
     Raises:
-        ValueError: T < 1, or `beta` does not fit, or the steps of the critic are not from 0 up to all of them.
+        ValueError: T < 1, or the steps of the critic are not from 0 up to all of them.
     """
     if num_layers < 1:
         raise ValueError(f"num_layers={num_layers}: a hierarchy has at least 1 layer")
-    shares = torch.ones(num_layers) if beta is None else torch.as_tensor(beta, dtype=torch.float32)
-    if shares.shape != (num_layers,) or bool((shares < 0).any()) or not float(shares.sum()) > 0:
-        raise ValueError(f"beta={beta!r}: give {num_layers} shares, none negative and not all zero")
     if not 0 <= critic_first <= num_steps:
         raise ValueError(f"critic_first={critic_first}: give a number of steps from 0 up to the {num_steps} of all")
     alone = [Stage(beta=torch.zeros(num_layers), num_steps=critic_first)] if critic_first else []
-    return [*alone, Stage(beta=shares / shares.mean(), num_steps=num_steps - critic_first)]
+    return [*alone, Stage(beta=torch.ones(num_layers), num_steps=num_steps - critic_first)]
 
 
 def sequential(num_layers: int, num_steps: int) -> list[Stage]:
     """One layer after the other, from the base down: t = T-1 learns, is frozen, and t = T-2 is next (sec. 3.3).
 
     The layers need parameters of their own, such as those of `IndependentLayers`: of a tensor that layers share, an
-    optimizer with momentum moves the rows of those that are frozen, too. Inputs come from a `FrozenPoolChain`.
-
-    Args:
-        num_layers: T.
-        num_steps: Layer updates for each layer.
-
-    Returns:
-        T stages.
+    optimizer with momentum moves the rows of those that are frozen, too. Inputs come from a `FrozenPoolChain`. Each of
+    the T stages has `num_steps` updates.
 
     Raises:
         ValueError: T < 1.
@@ -73,12 +62,7 @@ def sequential(num_layers: int, num_steps: int) -> list[Stage]:
 
 
 def cosine(share: float, end: float = 0.0) -> float:
-    """Returns the factor of a rate that falls by half a cosine from 1 to `end`.
-
-    Args:
-        share: Share of the stage that is done, 0 to 1.
-        end: Factor at share 1.
-    """
+    """Returns the factor of a rate that falls by half a cosine from 1 to `end`; the share done is from 0 to 1."""
     return end + (1 - end) * (1 + math.cos(math.pi * share)) / 2
 
 

@@ -14,19 +14,13 @@ from .objectives import Critic
 
 
 class Diagnosis(list[Finding]):
-    """Findings, by layer where they concern one.
-
-    Args:
-        findings: What was found.
-        unchecked: What was not checked, and why; an empty list of findings says nothing of it.
-    """
+    """Findings, and `unchecked`: what was not checked and why, of which an empty list of findings says nothing."""
 
     def __init__(self, findings: Iterable[Finding], unchecked: Iterable[str]) -> None:
         super().__init__(findings)
         self.unchecked = tuple(unchecked)
 
     def __str__(self) -> str:
-        """Returns a line for each finding, and for each thing that was not checked."""
         found = [f"{finding.signature}: {finding.message}" for finding in self] or ["nothing was found"]
         return "\n".join([*found, *(f"not checked: {thing}" for thing in self.unchecked)])
 
@@ -40,18 +34,10 @@ def diagnose(
     num_draws: int = 4000,
     generator: torch.Generator | None = None,
 ) -> Diagnosis:
-    """Looks for all signs of failure.
+    """Looks for all signs of failure in draws of a sampler without conditions.
 
-    Args:
-        layers: The sampler, one that takes no condition.
-        bridge: What it was fitted to; its score at the level of layer 0 is the target's.
-        critic: For signs of a lag, if there is one.
-        critic_layers: See `critic_lag`.
-        num_draws: N, draws of the sampler; chains go on from a quarter of them, weights are those of a half.
-        generator: Source of all draws.
-
-    Returns:
-        What was found, and what was not checked; no findings if all is well as far as was checked.
+    Chains go on from a quarter of the `num_draws` draws, weights are those of a half. See `critic_lag` for the layers
+    at which a critic is looked at.
 
     Raises:
         ValueError: A draw is not finite.

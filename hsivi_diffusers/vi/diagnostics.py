@@ -27,15 +27,10 @@ STANDARD_ERRORS = 3.0
 
 @dataclass(frozen=True)
 class Finding:
-    """A sign of failure.
+    """A sign of failure, seen at a layer t: what was measured against which threshold, what it means, and the remedy.
 
-    Attributes:
-        signature: "variance_collapse", "under_dispersed", "over_dispersed", "critic_lag", or of `masses` "lost_modes",
-            "drift" or "wrong_masses".
-        layer: Layer t that shows it.
-        value: What was measured.
-        threshold: What it was held against.
-        message: What was seen, and the remedy.
+    The signature is "variance_collapse", "under_dispersed", "over_dispersed", "critic_lag", or of `masses`
+    "lost_modes", "drift" or "wrong_masses".
     """
 
     signature: str
@@ -85,8 +80,8 @@ def variance_collapse(
             message = (
                 f"layer {t} is deterministic in {narrow} of {len(ratio)} coordinates: in coordinate "
                 f"{int(ratio.argmin())} its std is {float(ratio.min()):.2g} of the spread of its outputs. Start from a "
-                "larger std, lower the layers' learning rate, or train by LowerBound or KullbackLeibler in the place "
-                "of ScoreMatching"
+                "larger std, lower the layers' learning rate, or train by LowerBound or KullbackLeibler instead of "
+                "ScoreMatching"
             )
             found.append(Finding("variance_collapse", t, float(ratio.min()), std_ratio, message))
     return found + _wrong_spread(marginals[0], score, stein)  # the score of the last layer, t = 0
@@ -121,15 +116,12 @@ def _wrong_spread(x: Tensor, score: Tensor, stein: float) -> list[Finding]:
 
 
 def stein_ratio(x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns E_q[-(x_k - E x_k) S_k(x)] for each coordinate k, and its standard error, both of shape (d,).
+    """Returns E_q[-(x_k - E x_k) S_k(x)] for each coordinate k, and its standard error, both of shape (d,).
 
     Stein's identity makes it 1 where q = p; below 1 q is too narrow, above too wide. For Gaussians it is the k-th
     diagonal entry of cov_q cov_p^-1, so var_q / var_p if p has independent coordinates. It does not see the weights of
-    modes, and where p is thin, along a curve or a ridge, it speaks of the thin direction.
-
-    Args:
-        x: Draws from q, shape (N, ...).
-        score: Score of p at x, of the shape of x.
+    modes, and where p is thin, along a curve or a ridge, it speaks of the thin direction. x are draws from q, shape
+    (N, ...), and score that of p there.
     """
     x, score = x.flatten(1), score.flatten(1)
     return _mean_and_error(-(x - x.mean(0)) * score)

@@ -11,22 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    r"""A batch of Gaussians with diagonal covariance, N(mean, diag(std^2)).
-
-    Attributes:
-        mean: Shape (B, ...).
-        std: Standard deviation, > 0, any shape that broadcasts against `mean`.
-    """
+    """Gaussians N(mean, diag(std^2)): mean of shape (B, ...), std > 0 of any shape that broadcasts against it."""
 
     mean: Tensor
     std: Tensor
 
     def rsample(self, noise: Tensor) -> Tensor:
-        """Returns x = mean + std * noise, differentiable in both parameters.
-
-        Args:
-            noise: Standard Gaussian draw of the shape of `mean`.
-        """
+        """Returns x = mean + std * noise, differentiable in both; noise is standard normal, of the shape of `mean`."""
         return self.mean + self.std * noise
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -40,12 +31,9 @@ class DiagonalGaussian:
         return -(x - self.mean) / self.std.square()
 
     def pairwise_log_prob(self, x: Tensor) -> Tensor:
-        """Returns log N(x_i; mean_j, std_j^2) for each row i of x and each Gaussian j: shape (N, B).
+        """Returns log N(x_i; mean_j, std_j^2) for each row i of x, shape (N, ...), and each Gaussian j: shape (N, B).
 
         By matrix products, in double precision, for they cancel where the std is small.
-
-        Args:
-            x: Shape (N, ...).
         """
         centre = self.mean.detach().mean(0, keepdim=True)
         dtype = x.dtype
@@ -57,16 +45,11 @@ class DiagonalGaussian:
         return log_density.to(dtype)
 
     def diffuse(self, alpha_t: Tensor, sigma_t: Tensor, alpha: Tensor, sigma: Tensor) -> DiagonalGaussian:
-        r"""Returns the law after diffusion from one noise level up to another.
+        """Returns the law after diffusion from the noise level (alpha_t, sigma_t) up to (alpha, sigma).
 
         With r = alpha / alpha_t, x is taken to r x + sqrt(sigma^2 - r^2 sigma_t^2) z, z ~ N(0, I), the step that takes
         data diffused to the one level to the other; so the law is N(r mean, r^2 std^2 + sigma^2 - r^2 sigma_t^2).
-
-        Args:
-            alpha_t: Where the law is; like the others of a shape that broadcasts against `mean`.
-            sigma_t: Its noise.
-            alpha: Where to.
-            sigma: Its noise, >= r sigma_t.
+        All four are of shapes that broadcast against `mean`, and sigma >= r sigma_t.
         """
         ratio = alpha / alpha_t
         variance = (ratio * self.std).square() + sigma.square() - (ratio * sigma_t).square()

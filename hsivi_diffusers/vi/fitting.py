@@ -21,12 +21,7 @@ from .objectives import Critic, CriticObjective, LayerDraw, Objective, Scoring, 
 
 
 class DivergenceError(FloatingPointError):
-    """A loss or a gradient is NaN or infinite; no parameter has been moved by it.
-
-    Attributes:
-        step: Index of the layer update at which it happened.
-        layers: Layers whose rows were in it.
-    """
+    """A loss or a gradient is not finite at an update, `step`, by rows of `layers`; it has moved no parameter."""
 
     def __init__(self, subject: str, step: int, layers: Sequence[int]) -> None:
         super().__init__(

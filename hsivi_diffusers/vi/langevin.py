@@ -14,9 +14,7 @@ from .distributions import randn_like
 def precision_root(score: Tensor, base: Tensor) -> Tensor:
     """Returns a Cholesky root of cov(S), the mean precision of the modes, shrunk a little towards its diagonal.
 
-    Args:
-        score: S at draws, shape (N, d).
-        base: Draws of the base, shape (M, d): their spread bounds the precision from below.
+    S at draws has the shape (N, d); the spread of draws of the base, shape (M, d), bounds the precision from below.
 
     Raises:
         ValueError: The squares of the score overflow.

@@ -12,11 +12,7 @@ from .distributions import DiagonalGaussian
 
 
 class ConditionalLayers(nn.Module, ABC):
-    """All layers of a hierarchy, each a reparameterisable Gaussian given the state above it.
-
-    Attributes:
-        num_layers: T, the number of layers.
-    """
+    """All T = `num_layers` layers of a hierarchy, each a reparameterisable Gaussian given the state above it."""
 
     num_layers: int
 
@@ -37,11 +33,7 @@ class ConditionalLayers(nn.Module, ABC):
 
 
 def hierarchy_ends(depths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Returns the first layer of each hierarchy, which takes the base, and the last, t = 0 of a single one.
-
-    Args:
-        depths: T of each hierarchy, see `ConditionalLayers.depths`.
-    """
+    """Returns the first layer of each hierarchy, which takes the base, and the last, t = 0 of a single one."""
     sizes = torch.tensor(depths)
     ends = sizes.cumsum(0)
     return ends - 1, ends - sizes
@@ -54,7 +46,7 @@ class IndependentLayers(ConditionalLayers):
         networks: T modules, from the data side up; each takes x_next of shape (B, ...), returns a `DiagonalGaussian`.
 
     Raises:
-        ValueError: No network is given.
+        ValueError: No network is given, or `forward` is given a condition.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
@@ -65,11 +57,6 @@ class IndependentLayers(ConditionalLayers):
         self.num_layers = len(networks)
 
     def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
-        """Returns q_t(. | x_next), each row by the network of its layer.
-
-        Raises:
-            ValueError: A condition is given.
-        """
         _refuse_condition(condition)
         present = t.unique().tolist()
         if len(present) == 1:
@@ -91,7 +78,7 @@ class SharedLayers(ConditionalLayers):
         num_layers: T.
 
     Raises:
-        ValueError: T < 1.
+        ValueError: T < 1, or `forward` is given a condition.
     """
 
     def __init__(self, network: nn.Module, num_layers: int) -> None:
@@ -102,11 +89,6 @@ class SharedLayers(ConditionalLayers):
         self.num_layers = num_layers
 
     def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
-        """Returns q_t(. | x_next), see `ConditionalLayers`.
-
-        Raises:
-            ValueError: A condition is given.
-        """
         _refuse_condition(condition)
         q: DiagonalGaussian = self.network(x_next, t)
         return q

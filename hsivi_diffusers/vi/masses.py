@@ -8,6 +8,7 @@ wrong masses  draws weighted by p / q, q the mixture of layer 0 over its inputs,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -57,14 +58,9 @@ def lost_modes(
         At most one "lost_modes".
     """
     marginals = draw_finite(layers, bridge, num_draws, generator)
-    shape, center = marginals[0].shape[1:], marginals[0].flatten(1).mean(0)
-
-    def score(x: Tensor) -> Tensor:
-        return score_at(bridge, x.reshape(-1, *shape), 0, check=False).flatten(1)
-
     draws = marginals[0].flatten(1)
-    root = precision_root(score(draws), marginals[-1].flatten(1))
-    inverse = torch.linalg.inv(root)
+    shape, center = marginals[0].shape[1:], draws.mean(0)
+    score, root, inverse = _round(bridge, marginals)
     start = (_starts(bridge, marginals[1:-1], num_probes, reach, generator).flatten(1) - center) @ root
     probes, stein = langevin(lambda u: score(center + u @ inverse) @ inverse.T, start, num_steps, generator)
     probes = probes[stein > SETTLED]
@@ -113,13 +109,8 @@ def drift(
         At most one "drift".
     """
     marginals = draw_finite(layers, bridge, num_draws, generator)
-    shape, before = marginals[0].shape[1:], marginals[0].flatten(1)
-
-    def score(x: Tensor) -> Tensor:
-        return score_at(bridge, x.reshape(-1, *shape), 0, check=False).flatten(1)
-
-    root = precision_root(score(before), marginals[-1].flatten(1))
-    inverse = torch.linalg.inv(root)
+    before = marginals[0].flatten(1)
+    score, root, inverse = _round(bridge, marginals)
     end, _ = langevin(lambda u: score(u @ inverse) @ inverse.T, before @ root, num_steps, generator, together=True)
     after = end @ inverse
     center, variance = after.mean(0), after.var(0).clamp_min(torch.finfo(after.dtype).tiny)
@@ -192,6 +183,16 @@ def wrong_masses(
         "bridge or a wider base"
     )
     return [Finding("wrong_masses", 0, float(gaps.max()), distance, message)], None
+
+
+def _round(bridge: Bridge, marginals: list[Tensor]) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """Returns the target's score of rows (N, d), the root of the metric in which modes are round, and its inverse."""
+
+    def score(x: Tensor) -> Tensor:
+        return score_at(bridge, x.reshape(-1, *marginals[0].shape[1:]), 0, check=False).flatten(1)
+
+    root = precision_root(score(marginals[0].flatten(1)), marginals[-1].flatten(1))
+    return score, root, torch.linalg.inv(root)
 
 
 def _is_dense(bridge: Bridge, x: Tensor, draws: Tensor) -> Tensor:

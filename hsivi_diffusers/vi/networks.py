@@ -16,12 +16,8 @@ Std = Literal["global", "network"]
 class ResidualMLP(nn.Module):
     """in -> width, then depth - 1 residual blocks h + linear(silu(h)), -> out; a level in [0, 1] may be added to h.
 
-    Args:
-        inputs: Coordinates of x.
-        outputs: Coordinates of the answer.
-        width: Of the hidden layers.
-        depth: Number of hidden layers, >= 1.
-        levels: Takes a level, as the cosines cos(pi k level), k = 1..16.
+    With `levels` the network takes a level, as the cosines cos(pi k level), k = 1..16; depth >= 1 is the number of
+    hidden layers.
 
     Raises:
         ValueError: A size is not positive.
@@ -43,12 +39,7 @@ class ResidualMLP(nn.Module):
                 parameter.mul_(self.FIRST_GAIN)
 
     def forward(self, x: Tensor, level: Tensor | None = None) -> Tensor:
-        """Returns the answer, shape (B, outputs).
-
-        Args:
-            x: Shape (B, inputs).
-            level: Shape (B,), in [0, 1]; if the network takes one.
-        """
+        """Returns the answer, shape (B, outputs), to x of shape (B, inputs) and levels, if any, of shape (B,)."""
         if (level is None) != (self.level is None):
             raise ValueError("a network made with levels=True takes a level, and no other does")
         h = self.first(x)
@@ -108,12 +99,7 @@ class GaussianMLP(nn.Module):
             self.network.last.bias.zero_()
 
     def forward(self, x_next: Tensor, t: Tensor | None = None) -> DiagonalGaussian:
-        """Returns q(. | x_next), of shape (B, d).
-
-        Args:
-            x_next: Shape (B, d).
-            t: Layer of each row, shape (B,); where layers share the network.
-        """
+        """Returns q(. | x_next), of shape (B, d), with the layers t of the rows where layers share the network."""
         if (t is None) != (self.num_layers is None):
             raise ValueError(
                 "give num_layers=T to a network that layers share, and leave it out for a layer of its own"
@@ -129,13 +115,7 @@ class GaussianMLP(nn.Module):
 
 
 class ScoreMLP(nn.Module):
-    """A critic, or the score network of a diffusion bridge: (x, level) -> -x + net(x, level), net near 0 at the start.
-
-    Args:
-        dimension: d.
-        width: Of the hidden layers.
-        depth: Number of hidden layers.
-    """
+    """A critic, or the score network of a diffusion bridge: (x, level) -> -x + net(x, level), net near 0 at first."""
 
     def __init__(self, dimension: int, width: int = 128, depth: int = 3) -> None:
         super().__init__()

@@ -3,7 +3,7 @@ r"""The losses of the layers and, where there is one, of the critic: unreduced, 
 With x ~ q(. | x_next), S the bridge score, s the critic's estimate of the marginal score and v = S - s:
 
     critic        1/2 |s(x) - grad log q(x | x_next)|^2            denoising score matching (the max of sec. 3.2)
-    HSIVI-SM      v(x) . (S(x) - grad log q(x | x_next)) - alpha |v(x)|^2                  (sec. 3.2; alpha = 1/2)
+    HSIVI-SM      v(x) . (S(x) - grad log q(x | x_next)) - 1/2 |v(x)|^2                    (sec. 3.2)
     HSIVI-KL      x . stopgrad(s(x) - S(x))                        gradient of KL(q || p), as the layer sees it
 
 With a share m of the teacher in its target, (1 - m) grad log q(x | x_next) + m S(x), the critic is nearer to S, and
@@ -90,7 +90,7 @@ def draw_layer(
         scoring: "own" or "random".
         condition: Condition of each row.
         generator: Source of the level and the noise.
-        real: Draw from the bridge too, at the same level and condition, see `LayerDraw.real`.
+        real: See `LayerDraw.real`.
         end: Where the pair of each row ends, NaN in rows without a pair, see `LayerDraw.residual`.
 
     Raises:
@@ -141,16 +141,10 @@ class CriticObjective(Objective):
     """What the objectives with a critic share: the critic's loss, and the weights.
 
     Args:
-        layer_weight: w(level) >= 0 of the layers' loss, (B,) -> (B,), in score units; 1 by default.
-        critic_weight: The same for the critic's loss.
-        normalise: Divide each row of the layers' loss by mean |S - grad log q(x | x_next)| over its coordinates. For
-            re-noising layers on a diffusion bridge that is alpha_s/sigma_s^2 times the mean distance of the layer's
-            clean image from the teacher's: the per-sample weight of score identity distillation (arXiv 2404.04057).
-        teacher_share: m, 0 <= m < 1, the share of the bridge score S in the critic's target (continuous semi-implicit
-            models, arXiv 2506.06778, which has 1/2). With the marginal score s_q the best critic then is
-            (1 - m) s_q + m S, and v = S - critic is (1 - m)(S - s_q): a smaller thing to learn, for a critic that
-            starts as the teacher, from a target of less noise. The losses of the layers are divided such that their
-            gradients keep their size, see `KullbackLeibler` and `ScoreMatching`.
+        level_weight: w(level) >= 0 of both losses, (B,) -> (B,), in score units; 1 by default.
+        teacher_share: m, 0 <= m < 1, the share of the bridge score S in the critic's target (arXiv 2506.06778 has 1/2).
+            With the marginal score s_q the best critic then is (1 - m) s_q + m S, and v = S - critic is
+            (1 - m)(S - s_q). The losses of the layers are divided such that their gradients keep their size.
 
     Raises:
         ValueError: `teacher_share` is not in [0, 1).
@@ -158,29 +152,16 @@ class CriticObjective(Objective):
 
     critic_gradient = True
 
-    def __init__(
-        self,
-        layer_weight: Weight = unit_weight,
-        critic_weight: Weight = unit_weight,
-        normalise: bool = False,
-        teacher_share: float = 0.0,
-    ) -> None:
+    def __init__(self, level_weight: Weight = unit_weight, teacher_share: float = 0.0) -> None:
         if not 0 <= teacher_share < 1:
             raise ValueError(f"teacher_share={teacher_share}: give a number from 0 up to, not including, 1")
-        self.layer_weight = layer_weight
-        self.critic_weight = critic_weight
-        self.normalise = normalise
+        self.level_weight = level_weight
         self.teacher_share = teacher_share
 
     def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
         """Returns w/2 |s(x) - target|^2, target = (1 - m) grad log q(x | x_next) + m S(x): shape (B,).
 
-        Minimal at (1 - m) grad log q(x) + m S(x); m is 0 by default.
-
-        Args:
-            critic: (x, level, condition, t) -> estimate of grad log q(x), of the shape of x.
-            draw: A draw cut from the graph of the layers.
-            bridge: Where S comes from; asked only with a `teacher_share`.
+        The draw is cut from the graph of the layers; S is that of the bridge, asked only with a `teacher_share`.
 
         Raises:
             ValueError: There is a `teacher_share`, and no bridge.
@@ -193,47 +174,21 @@ class CriticObjective(Objective):
                 bridge_score = bridge.score(draw.x, draw.level, draw.condition)
             target = (1 - self.teacher_share) * target + self.teacher_share * bridge_score
         error = draw.answer(critic) - target
-        return 0.5 * self.critic_weight(draw.level) * row_sum(error.square())
-
-    def _row_weight(self, draw: LayerDraw, bridge_score: Tensor) -> Tensor:
-        weight = self.layer_weight(draw.level)
-        if self.normalise:
-            distance = (bridge_score - draw.layer_score).detach().abs().flatten(1).mean(1)
-            weight = weight / distance.clamp_min(torch.finfo(distance.dtype).tiny)
-        return weight
+        return 0.5 * self.level_weight(draw.level) * row_sum(error.square())
 
 
 class ScoreMatching(CriticObjective):
-    """HSIVI-SM: the Fisher divergence as a game between layers and critic (sec. 3.2).
+    """HSIVI-SM: the Fisher divergence as a game between layers and critic (sec. 3.2), divided by 1 - m.
 
-    The critic's target with a share m of the teacher is the other player's side of the game
-    E [v . (S - grad log q(x | x_next)) - |v|^2 / (2 (1 - m))], whose maximum is at v = (1 - m)(S - s_q) and has
-    the value (1 - m)/2 E|S - s_q|^2. The layers' loss is that of the paper divided by 1 - m; at the best critic its
-    mean is (1 - alpha (1 - m)) E|S - s_q|^2, as with the critic of m = 0 and (1 - m) alpha instead of alpha. So
-    both players play the same game where alpha = 1 / (2 (1 - m)): 1/2 for m = 0 (the paper), 1 for m = 1/2. The 1.2 of
-    arXiv 2506.06778, which has m = 1/2, is 0.6 without a share; the 1.2 of arXiv 2404.04057 has none.
-
-    Args:
-        alpha: Share of |v|^2 that is taken off, 0.5 to 1.2; 1/2 is the paper, more is the fused loss of score identity
-            distillation.
-        **weights: See `CriticObjective`.
-
-    Raises:
-        ValueError: `alpha` is out of its range, or what `CriticObjective` refuses.
+    At the best critic its mean is (1 - (1 - m)/2) E|S - s_q|^2, half the Fisher divergence without a share.
     """
 
-    def __init__(self, alpha: float = 0.5, **weights: object) -> None:
-        super().__init__(**weights)  # type: ignore[arg-type]
-        if not 0.5 <= alpha <= 1.2:
-            raise ValueError(f"alpha={alpha}: give 0.5, which is the paper, up to 1.2")
-        self.alpha = alpha
-
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns w/(1 - m) (v . (S - grad log q(x | x_next)) - alpha |v|^2), its gradient through both networks."""
+        """Returns w/(1 - m) (v . (S - grad log q(x | x_next)) - 1/2 |v|^2), its gradient through both networks."""
         bridge_score = bridge.score(draw.x, draw.level, draw.condition)
         v = bridge_score - draw.answer(critic)
-        loss = row_sum(v * (bridge_score - draw.layer_score) - self.alpha * v.square()) / (1 - self.teacher_share)
-        return self._row_weight(draw, bridge_score) * loss
+        loss = row_sum(v * (bridge_score - draw.layer_score) - 0.5 * v.square()) / (1 - self.teacher_share)
+        return self.level_weight(draw.level) * loss
 
 
 class KullbackLeibler(CriticObjective):
@@ -254,21 +209,13 @@ class KullbackLeibler(CriticObjective):
         with torch.no_grad():
             bridge_score = bridge.score(draw.x, draw.level, draw.condition)
             gap = (draw.answer(critic) - bridge_score) / (1 - self.teacher_share)
-            weight = self._row_weight(draw, bridge_score)
             value = 0.5 * row_sum(gap.square())
         product = row_sum(gap * draw.x)
-        return weight * (value + (product - product.detach()))
+        return self.level_weight(draw.level) * (value + (product - product.detach()))
 
 
 class Extended(CriticObjective):
-    """Another objective and a term with a weight; as it stands without the term, which subclasses add.
-
-    Args:
-        objective: What the term is added to.
-        weight: > 0.
-
-    Attributes:
-        term: Its name in the error.
+    """Another objective and a term with a weight > 0; as it stands without the term, which subclasses add.
 
     Raises:
         ValueError: The weight is not above 0.
@@ -279,16 +226,14 @@ class Extended(CriticObjective):
     def __init__(self, objective: CriticObjective, weight: float) -> None:
         if not weight > 0:
             raise ValueError(f"weight={weight}: give a number > 0, or leave {self.term} out")
-        super().__init__(objective.layer_weight, objective.critic_weight, objective.normalise, objective.teacher_share)
+        super().__init__(objective.level_weight, objective.teacher_share)
         self.objective = objective
         self.weight = weight
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns the objective's."""
         return self.objective.layer_loss(critic, bridge, draw)
 
     def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
-        """Returns the objective's."""
         return self.objective.critic_loss(critic, draw, bridge)
 
 

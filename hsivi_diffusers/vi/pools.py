@@ -18,29 +18,47 @@ from .layers import ConditionalLayers
 from .trials import DataChain, SampleInput
 
 
-class PoolChain(Chain):
+class _Kept(Chain):
+    """The states x_{t+1} of chains, their layers and conditions, from batch to batch; empty before they are made."""
+
+    x_next: Tensor | None = None
+    t: Tensor
+    condition: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.x_next is None:
+            return {}
+        state = {"x_next": self.x_next, "t": self.t}
+        return state if self.condition is None else {**state, "condition": self.condition}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores the chains, on the device that the base is drawn on."""
+        self.x_next = self.condition = None
+        if not state:
+            return
+        device = self.sample_base(1, None).device
+        self.x_next, self.t = state["x_next"].to(device, copy=True), state["t"].to(device, copy=True)
+        self.condition = state["condition"].to(device, copy=True) if "condition" in state else None
+
+
+class PoolChain(_Kept):
     """B T live chains at staggered depths; a batch is B of them, and `advance` moves those down by one layer.
 
-    With several hierarchies T is the largest, and a chain stays in its own.
-
-    A chain that has left the last layer starts again from the base. A state is as old as the B T / B = T steps since
-    it was made, on average, so it is nearly, not exactly, a draw from today's sampler.
+    With several hierarchies T is the largest, and a chain stays in its own. The first draw fills the pool. A chain that
+    has left the last layer starts again from the base. A state is as old as the B T / B = T steps since it was made, on
+    average, so it is nearly, not exactly, a draw from today's sampler.
 
     Args:
-        sample_base: See `Chain`.
-        num_layers: T, see `Chain`.
+        sample_base: See `Chain`, as the next three.
+        num_layers: T.
         batch_size: B.
-        sample_condition: See `Chain`.
+        sample_condition: Or None.
         cohorts: A batch is B chains that go down together, all of them at the same layer: what the lower bound needs,
             whose K extra draws are the other rows of the batch at that layer.
 
     Raises:
         ValueError: Cohorts of several hierarchies.
     """
-
-    x_next: Tensor | None = None
-    t: Tensor
-    condition: Tensor | None = None
 
     def __init__(
         self,
@@ -59,7 +77,6 @@ class PoolChain(Chain):
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        """Draws B chains of the pool without replacement; the first call fills the pool."""
         del beta
         if self.num_layers == 1:
             return self._first_layer(generator)
@@ -99,35 +116,12 @@ class PoolChain(Chain):
             return torch.arange(first, self.size, self.num_layers)
         return torch.randperm(self.size, generator=generator)[: self.batch_size]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The states, depths and conditions of all chains; empty before the first draw."""
-        if self.x_next is None:
-            return {}
-        state = {"x_next": self.x_next, "t": self.t}
-        return state if self.condition is None else {**state, "condition": self.condition}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the chains, on the device that the base is drawn on."""
-        self.x_next = self.condition = None
-        if not state:
-            return
-        device = self.sample_base(1, None).device
-        self.x_next, self.t = state["x_next"].to(device, copy=True), state["t"].to(device, copy=True)
-        self.condition = state["condition"].to(device, copy=True) if "condition" in state else None
-
-
-class FrozenPoolChain(Chain):
+class FrozenPoolChain(_Kept):
     """For layer-by-layer training: many draws of x_{t+1} from layers that have learnt and move no more.
 
     When the curriculum goes on to the next layer, the whole pool is moved down by the layer that has just been trained.
-
-    Args:
-        sample_base: See `Chain`.
-        num_layers: T, of one hierarchy.
-        batch_size: B.
-        sample_condition: See `Chain`.
-        num_states: Draws of x_{t+1} that are kept; batches are drawn from them with replacement. For t = T-1 the base
-            is drawn afresh every time.
+    It keeps `num_states` draws, from which batches are drawn with replacement; for t = T-1 the base is drawn afresh.
     """
 
     def __init__(
@@ -140,9 +134,7 @@ class FrozenPoolChain(Chain):
     ) -> None:
         super().__init__(sample_base, num_layers, batch_size, sample_condition)
         self.num_states = num_states
-        self.x_next: Tensor | None = None
-        self.condition: Tensor | None = None
-        self.t = num_layers - 1
+        self.t = torch.tensor(num_layers - 1)
 
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
@@ -166,8 +158,8 @@ class FrozenPoolChain(Chain):
         learning = [] if beta is None else beta.nonzero().flatten().tolist()
         if len(learning) != 1 or learning[0] > self.t:
             raise ValueError(
-                f"layers {learning} are to learn, the pool is at layer {self.t}: a FrozenPoolChain trains one layer "
-                "after the other, from the base down; use it with `sequential`, or take a SimulatedChain"
+                f"layers {learning} are to learn, the pool is at layer {int(self.t)}: a FrozenPoolChain trains one "
+                "layer after the other, from the base down; use it with `sequential`, or take a SimulatedChain"
             )
         return int(learning[0])
 
@@ -175,27 +167,15 @@ class FrozenPoolChain(Chain):
     def _move_down(self, layers: ConditionalLayers, t: int, generator: torch.Generator | None) -> None:
         if self.x_next is None:
             self.x_next, self.condition = self._base(self.num_states, generator)
-        for above in range(self.t, t, -1):
+        for above in range(int(self.t), t, -1):
             noise = randn_like(self.x_next, generator)
             q = layers(self.x_next, torch.full((self.num_states,), above, device=noise.device), self.condition)
             self.x_next = q.rsample(noise).to(noise.dtype)
-        self.t = t
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The pool and its layer; empty while the first layer learns."""
-        if self.x_next is None:
-            return {}
-        state = {"x_next": self.x_next, "t": torch.tensor(self.t)}
-        return state if self.condition is None else {**state, "condition": self.condition}
+        self.t = torch.tensor(t)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the pool, on the device that the base is drawn on."""
-        self.x_next, self.condition, self.t = None, None, self.num_layers - 1
-        if not state:
-            return
-        device = self.sample_base(1, None).device
-        self.x_next, self.t = state["x_next"].to(device), int(state["t"])
-        self.condition = state["condition"].to(device) if "condition" in state else None
+        self.t = torch.tensor(self.num_layers - 1)
+        super().load_state_dict(state)
 
 
 def make_chain(

@@ -25,9 +25,7 @@ SamplePairs = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor, T
 
 
 class PairChain(Chain):
-    """Pairs of a map from the base to the target: the input of a layer, and where its mean should be.
-
-    The map, such as the teacher's ODE, is known by draws alone; `Regression` makes use of them.
+    """Pairs of a map from the base to the target, such as the teacher's ODE, known by draws alone: for `Regression`.
 
     Args:
         sample_pairs: Draws (x_{t+1}, end, condition) for layers t: (t of shape (B,), generator) -> tensors of shape
@@ -46,7 +44,6 @@ class PairChain(Chain):
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        """Draws t uniformly for each row, of a hierarchy drawn before it, and a pair."""
         del layers, beta
         alone = self.num_layers == 1
         t = torch.zeros(self.batch_size, dtype=torch.long) if alone else self._any_layer(generator)
@@ -55,12 +52,7 @@ class PairChain(Chain):
 
 
 class GuidedChain(Chain):
-    """Another chain, in which layers that take the base get the inputs of pairs, for `Guided`.
-
-    Args:
-        chain: Where the rows come from; those below the first layer stay as they are.
-        sample_pairs: See `PairChain`.
-    """
+    """Another chain, in which layers that take the base get the inputs of pairs, for `Guided`; others keep theirs."""
 
     def __init__(self, chain: Chain, sample_pairs: SamplePairs) -> None:
         super().__init__(chain.sample_base, chain.depths, chain.batch_size, chain.sample_condition)
@@ -91,15 +83,12 @@ class GuidedChain(Chain):
         return replace(batch, x_next=x_next, condition=condition, end=end)
 
     def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
-        """See `Chain`."""
         self.chain.advance(batch, q, generator)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """That of the chain."""
         return self.chain.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """That of the chain."""
         self.chain.load_state_dict(state)
 
 
@@ -138,15 +127,8 @@ class Guided(Extended):
     """Another objective plus a weight times `Regression`: the regression loss of DMD (arXiv 2311.18828).
 
     Objectives with a critic see missing mass at high levels only, and there the critic errs; a small weight keeps the
-    masses of the map. A larger one costs detail, unless the loss is of what the map tells well.
-
-    Args:
-        objective: What the term is added to.
-        weight: > 0. The loss is in the units of `KullbackLeibler` with a weight sigma^2: try 0.005.
-        loss: See `Regression`.
-
-    Raises:
-        ValueError: The weight is not above 0.
+    masses of the map. A larger one costs detail, unless the loss is of what the map tells well. The weight > 0 is in
+    the units of `KullbackLeibler` with a weight sigma^2: try 0.005.
     """
 
     term = "the pairs"

@@ -28,14 +28,8 @@ class DataChain(Chain):
 
     That is data noised to tau_{t+1}, as in continuous semi-implicit models (arXiv 2506.06778). It costs no network call
     and keeps no state. A layer then sees the inputs that it would have if those before it were perfect, so what these
-    do wrong it does not learn to mend.
-
-    Args:
-        sample_base: See `Chain`.
-        num_layers: See `Chain`.
-        batch_size: B.
-        sample_condition: See `Chain`.
-        sample_input: Draws x_{t+1}: (t, condition, generator) -> shape (B, ...), for layers t of shape (B,).
+    do wrong it does not learn to mend. Besides what `Chain` takes it is given `sample_input`, which draws x_{t+1}:
+    (t, condition, generator) -> shape (B, ...), for layers t of shape (B,).
     """
 
     def __init__(
@@ -53,7 +47,6 @@ class DataChain(Chain):
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        """Draws t uniformly for each row, of a hierarchy drawn before it, and its input."""
         del layers, beta
         if self.num_layers == 1:
             return self._first_layer(generator)
@@ -66,23 +59,14 @@ class DataChain(Chain):
 
 
 class Adversarial(Extended):
-    r"""Another objective and, with a weight, a game of layers and critic over draws of the bridge itself.
+    """Another objective and, with a weight > 0, a game of layers and critic over draws of the bridge itself.
 
     The critic answers with a score and with logits D, which tell draws of the bridge (real) from draws of the layers.
-    With the number d of coordinates of x, the loss of the layers gains weight d softplus(-D(x)), the non-saturating
-    one, and that of the critic weight d/2 (softplus(D(x)) + softplus(-D(x_real))). The best D is log p(x) / q(x). Where
-    there are several logits for a row, the mean over them is taken. This is the term of adversarial score identity
-    distillation (arXiv 2410.14919), and of DMD2 (arXiv 2405.14867), on features of the critic; both of its weights are
-    one here, and neither the weight of a level nor the per-sample one is applied to it.
-
-    The gradient for the layers passes through the critic to x, and is of the layers alone.
-
-    Args:
-        objective: What it is added to.
-        weight: > 0; the scripts of DMD2 have 1e-3 for the layers and 1e-2 for the critic.
-
-    Raises:
-        ValueError: The weight is not above 0.
+    The losses are those at the head of this file; of several logits for a row the mean is taken. The best D is
+    log p(x) / q(x). This is the term of adversarial score identity distillation (arXiv 2410.14919), and of DMD2 (arXiv
+    2405.14867, whose scripts have weights of 1e-3 for the layers and 1e-2 for the critic), on features of the critic;
+    the weight of a level is not applied to it. The gradient for the layers passes through the critic to x, and is of
+    the layers alone.
     """
 
     needs_real = True

@@ -256,8 +256,7 @@ def test_the_weights_of_the_losses(teacher):
             config = HSIVIConfig(preset="fast", objective=objective, loss_weight=weight)
             made = updates.make_objective(config, bridge)
             assert type(made) is kind
-            torch.testing.assert_close(made.layer_weight(level), wanted)
-            torch.testing.assert_close(made.critic_weight(level), wanted)
+            torch.testing.assert_close(made.level_weight(level), wanted)
 
 
 # ----- one student, several step counts -----

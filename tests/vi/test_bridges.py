@@ -51,12 +51,12 @@ def mixture(dtype=torch.float64):
     return GaussianMixture(means, covariances, torch.tensor([0.3, 0.7], dtype=dtype))
 
 
-def geometric(num_layers=4, schedule=None):
-    return GeometricBridge(mixture(), num_layers, schedule=schedule)
+def geometric(num_layers=4):
+    return GeometricBridge(mixture(), num_layers)
 
 
-def diffusion(num_layers=4, schedule=None):
-    return DiffusionBridge(mixture(), num_layers, schedule=schedule)
+def diffusion(num_layers=4):
+    return DiffusionBridge(mixture(), num_layers)
 
 
 def points(size=16):
@@ -88,10 +88,10 @@ def test_the_usual_schedules_are_even_in_lambda_and_in_angle():
     torch.testing.assert_close(diffusion().level(torch.arange(4)), angle.sin())
 
 
-def test_a_geometric_bridge_that_ends_at_lambda_zero_ends_at_its_base():
+def test_at_lambda_zero_a_geometric_bridge_is_its_base():
     base = IsotropicNormal(2, std=1.7)
-    bridge, x = GeometricBridge(mixture(), 3, base=base, schedule=[1, 0.4, 0]), points()
-    level = bridge.level(torch.full((16,), 2))
+    bridge, x = GeometricBridge(mixture(), 3, base=base), points()
+    level = torch.ones(16)
     torch.testing.assert_close(bridge.log_prob(x, level), base.log_prob(x))
     torch.testing.assert_close(bridge.score(x, level), base.score(x))
     draws = bridge.sample_base(20_000, torch.Generator().manual_seed(0))
@@ -156,28 +156,6 @@ def test_towards_sigma_one_a_diffusion_bridge_tends_to_the_standard_normal():
     torch.testing.assert_close(last, normal.log_prob(x), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize(
-    ("make", "schedule"),
-    [
-        (geometric, [0.9, 0.5, 0.1]),
-        (geometric, [1.0, 0.2, 0.5]),
-        (geometric, [1.0, 0.5]),
-        (geometric, [1.0, 0.5, 0.3, 0.1]),
-        (geometric, [1.0, 0.5, -0.1]),
-        (geometric, [1.0, float("nan"), 0.1]),
-        (diffusion, [0.0, 0.5, 0.4]),
-        (diffusion, [0.0, 0.5]),
-        (diffusion, [0.0, 0.5, 0.6, 0.7]),
-        (diffusion, [0.0, 0.5, 1.0]),
-        (diffusion, [-0.1, 0.5, 0.6]),
-        (diffusion, [0.0, float("nan"), 0.6]),
-    ],
-)
-def test_a_schedule_that_does_not_fit_is_refused(make, schedule):
-    with pytest.raises(ValueError, match=r"schedule=\[.*give 3 values of (lambda that fall from 1|sigma that rise)"):
-        make(3, schedule)
-
-
 @pytest.mark.parametrize("make", [geometric, diffusion])
 def test_a_bridge_has_a_layer(make):
     with pytest.raises(ValueError, match="num_layers=0: a hierarchy has at least 1 layer"):
@@ -225,11 +203,11 @@ def test_a_score_alone_has_no_geometric_log_density_and_the_error_tells_what_to_
         bridge.log_prob(torch.ones(3, 2), level)
 
 
-@pytest.mark.parametrize("schedule", [None, [0.1, 0.2, 0.6, 0.995]])
-def test_random_levels_lie_between_the_output_of_a_layer_and_its_input(schedule):
-    bridge, t = diffusion(4, schedule), torch.arange(4).repeat(2000)
+@pytest.mark.parametrize("num_layers", [4, 20])
+def test_random_levels_lie_between_the_output_of_a_layer_and_its_input(num_layers):
+    bridge, t = diffusion(num_layers), torch.arange(num_layers).repeat(2000)
     level = bridge.sample_level(t, torch.Generator().manual_seed(0))
-    ends = [*bridge.level(torch.arange(4)).tolist(), max(0.99, float(bridge.levels[-1]))]
+    ends = [*bridge.level(torch.arange(num_layers)).tolist(), max(0.99, float(bridge.levels[-1]))]
     for layer, (low, high) in enumerate(itertools.pairwise(ends)):
         of = level[t == layer]
         assert low <= of.min() <= of.max() <= high + 1e-6

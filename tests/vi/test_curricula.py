@@ -10,21 +10,10 @@ def test_joint_is_one_stage_in_which_all_layers_count_alike():
     assert stage.num_steps == 100
 
 
-def test_shares_are_rescaled_to_mean_one():
-    (stage,) = joint(2, 10, beta=[1, 3])
-    assert stage.beta.tolist() == [0.5, 1.5]
-
-
-@pytest.mark.parametrize("beta", [[1.0], [1.0, -1.0], [0.0, 0.0], [float("nan"), 1.0]])
-def test_shares_that_do_not_fit_are_refused(beta):
-    with pytest.raises(ValueError, match="give 2 shares"):
-        joint(2, 10, beta=beta)
-
-
 def test_the_critic_may_learn_alone_at_first():
-    alone, both = joint(2, 10, beta=[1, 3], critic_first=4)
+    alone, both = joint(2, 10, critic_first=4)
     assert (alone.beta.tolist(), alone.num_steps) == ([0, 0], 4)
-    assert (both.beta.tolist(), both.num_steps) == ([0.5, 1.5], 6)
+    assert (both.beta.tolist(), both.num_steps) == ([1, 1], 6)
 
 
 @pytest.mark.parametrize("critic_first", [-1, 11])

@@ -51,7 +51,6 @@ class GaussianMixture(DiffusibleTarget):
         self._converted: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
 
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Returns draws, shape (size, d)."""
         device = self.modes.device if generator is None else generator.device
         weights = self.weights.to(device, self.modes.dtype)
         component = torch.multinomial(weights, size, replacement=True, generator=generator).to(self.modes.device)
@@ -59,7 +58,6 @@ class GaussianMixture(DiffusibleTarget):
         return self.modes[component] + torch.einsum("bde,be->bd", self._scales.to(noise)[component], noise)
 
     def diffused_log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Returns the log-density of the diffused law, shape (B,)."""
         return self._joint(x, alpha, sigma)[0].logsumexp(1)
 
     def diffused_score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -121,7 +119,6 @@ class Checkerboard(DiffusibleTarget):
         self.modes = centres[torch.tensor(black)]
 
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Returns draws, shape (size, 2)."""
         device = None if generator is None else generator.device
         square = torch.randint(len(self.modes), (size,), generator=generator, device=device).to(self.modes.device)
         place = torch.rand(size, 2, generator=generator, device=device, dtype=self.modes.dtype).to(self.modes.device)
@@ -129,13 +126,11 @@ class Checkerboard(DiffusibleTarget):
         return self.modes[square] + self.width * (place - 0.5) + self.smoothing * noise
 
     def diffused_log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Returns the log-density of the diffused law, shape (B,)."""
         edges, _ = self._edges(x, alpha, sigma)
         area = len(self.modes) * self.width**2
         return _of_black(_intervals(edges)[0]).logsumexp(1) - math.log(area) - 2 * alpha.log()
 
     def diffused_score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Returns the score of the diffused law, shape (B, 2), in closed form."""
         edges, std = self._edges(x, alpha, sigma)
         mass, slope = _intervals(edges)
         parity = _of_black(mass).softmax(1)[:, None]  # (B, 1, 2): x is in an even column and row, or in odd ones
@@ -150,16 +145,7 @@ class Checkerboard(DiffusibleTarget):
 
 
 class Banana(SampledTarget):
-    """x_1 ~ N(0, std_1^2), x_2 given x_1 ~ N(curvature x_1^2 + shift, std_2^2).
-
-    Args:
-        std_1: > 0.
-        std_2: > 0.
-        curvature: Of the ridge.
-        shift: Of the ridge; by default x_2 has the mean 0.
-
-    Attributes:
-        modes: The only one, shape (1, 2).
+    """x_1 ~ N(0, std_1^2), x_2 given x_1 ~ N(curvature x_1^2 + shift, std_2^2); by default x_2 has the mean 0.
 
     Raises:
         ValueError: A standard deviation is not positive.
@@ -179,18 +165,15 @@ class Banana(SampledTarget):
         self.modes = torch.tensor([[0.0, self.shift]])
 
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Returns draws, shape (size, 2)."""
         first, second = _randn((size, 2), self.modes, generator).unbind(1)
         first = self.std_1 * first
         return torch.stack([first, self._ridge(first) + self.std_2 * second], 1)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Returns log p(x), shape (B,)."""
         across, off = x[:, 0] / self.std_1, (x[:, 1] - self._ridge(x[:, 0])) / self.std_2
         return -0.5 * (across.square() + off.square()) - math.log(2 * math.pi * self.std_1 * self.std_2)
 
     def score(self, x: Tensor) -> Tensor:
-        """Returns grad_x log p(x), shape (B, 2)."""
         pull = (x[:, 1] - self._ridge(x[:, 0])) / self.std_2**2
         return torch.stack([2 * self.curvature * x[:, 0] * pull - x[:, 0] / self.std_1**2, -pull], 1)
 

@@ -14,10 +14,7 @@ from .target import Target
 class LogisticRegression(Target):
     """Coefficients of a logistic regression: P(label = 1) = sigmoid(features @ x), x ~ N(0, prior_std^2 I).
 
-    Args:
-        features: Shape (N, d); with a column of ones where an intercept is wanted.
-        labels: Shape (N,), of 0 and 1.
-        prior_std: > 0.
+    Features have the shape (N, d), with a column of ones where an intercept is wanted; labels 0 and 1 the shape (N,).
 
     Raises:
         ValueError: Shapes, labels or prior_std are others.
@@ -38,13 +35,11 @@ class LogisticRegression(Target):
         self.dimension = features.shape[1]
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Returns log p(x | labels) + constant, shape (B,)."""
         sign = 2 * self.labels.to(x) - 1
         likelihood = logsigmoid(sign * (x @ self.features.to(x).T)).sum(1)
         return likelihood - 0.5 * x.square().sum(1) / self.prior_std**2
 
     def score(self, x: Tensor) -> Tensor:
-        """Returns (labels - sigmoid(features @ x)) @ features - x / prior_std^2, shape (B, d)."""
         features = self.features.to(x)
         residual = self.labels.to(x) - (x @ features.T).sigmoid()
         return residual @ features - x / self.prior_std**2
@@ -86,13 +81,12 @@ class ConditionedDiffusion(Target):
         self.dt = horizon / self.dimension
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Returns log p(x | observations) + constant, shape (B,)."""
         steps = x - self._expected(pad(x, (1, -1)))
         misfit = self._misfit(x)
         return -0.5 * steps.square().sum(1) / self.dt - 0.5 * misfit.square().sum(1) / self.noise_std**2
 
     def score(self, x: Tensor) -> Tensor:
-        """Returns its gradient, shape (B, d): each x_k ends one step and begins another."""
+        """Each x_k ends one step and begins another."""
         noise = (x - self._expected(pad(x, (1, -1)))) / self.dt
         slope = 1 + self.drift * self.dt * (1 - 3 * x.square())
         observed = x.new_zeros(self.dimension)
@@ -111,12 +105,7 @@ class RareEvents(Target):
     """Logarithms of the rates of rare events in n groups, and their common mean; its marginals are skewed to the left.
 
     counts_i ~ Poisson(exposures_i exp(x_i)), x_i ~ N(mu, rate_std^2), mu ~ N(0, mean_std^2); d = n + 1, mu comes last.
-
-    Args:
-        counts: Shape (n,), >= 0.
-        exposures: Shape (n,), > 0.
-        rate_std: > 0.
-        mean_std: > 0.
+    Counts >= 0 and exposures > 0 have the shape (n,).
 
     Raises:
         ValueError: An argument is not as above.
@@ -137,14 +126,12 @@ class RareEvents(Target):
         self.dimension = len(counts) + 1
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Returns log p(x | counts) + constant, shape (B,)."""
         rates, mean = x[:, :-1], x[:, -1]
         likelihood = self.counts.to(x) * rates - self.exposures.to(x) * rates.exp()
         spread = 0.5 * (rates - mean[:, None]).square() / self.rate_std**2
         return (likelihood - spread).sum(1) - 0.5 * mean.square() / self.mean_std**2
 
     def score(self, x: Tensor) -> Tensor:
-        """Returns its gradient, shape (B, d)."""
         rates, mean = x[:, :-1], x[:, -1:]
         pull = (rates - mean) / self.rate_std**2
         of_rates = self.counts.to(x) - self.exposures.to(x) * rates.exp() - pull

@@ -51,11 +51,6 @@ class SampledTarget(Target):
 class IsotropicNormal(SampledTarget):
     """N(0, std^2 I), the usual base.
 
-    Args:
-        dimension: d.
-        std: > 0.
-        device: Where draws are put.
-
     Raises:
         ValueError: std <= 0, or the dimension is not a whole number from 1 to 10^6.
     """
@@ -66,16 +61,13 @@ class IsotropicNormal(SampledTarget):
         self.dimension, self.std, self.device = _check_dimension(dimension), std, device
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Returns log N(x; 0, std^2 I), shape (B,)."""
         constant = self.dimension * math.log(self.std * math.sqrt(2 * math.pi))
         return -0.5 * (x / self.std).square().sum(1) - constant
 
     def score(self, x: Tensor) -> Tensor:
-        """Returns -x / std^2, shape (B, d)."""
         return -x / self.std**2
 
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Returns draws, shape (size, d)."""
         source = None if generator is None else generator.device
         return self.std * torch.randn(size, self.dimension, generator=generator, device=source or self.device).to(
             self.device
@@ -90,24 +82,16 @@ class DiffusibleTarget(SampledTarget):
 
     @abstractmethod
     def diffused_log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Returns the log-density of the diffused law, shape (B,).
-
-        Args:
-            x: Shape (B, d).
-            alpha: > 0, shape (B,).
-            sigma: >= 0, shape (B,).
-        """
+        """Returns the log-density of the diffused law, shape (B,), at x of shape (B, d), with alpha > 0, sigma >= 0."""
 
     def diffused_score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Returns the score of the diffused law, shape (B, d)."""
         return gradient(lambda x: self.diffused_log_prob(x, alpha, sigma), x)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Returns log p(x), shape (B,)."""
         return self.diffused_log_prob(x, *_undiffused(x))
 
     def score(self, x: Tensor) -> Tensor:
-        """Returns grad_x log p(x), shape (B, d)."""
         return self.diffused_score(x, *_undiffused(x))
 
 
@@ -119,7 +103,8 @@ class LogProbTarget(Target):
         dimension: d.
 
     Raises:
-        ValueError: The dimension is not a whole number from 1 to 10^6.
+        ValueError: The dimension is not a whole number from 1 to 10^6; or later, the answer of the function is not a
+            tensor of that shape, or has no gradient where one is asked for.
     """
 
     def __init__(self, log_prob: LogProb, dimension: int) -> None:
@@ -127,11 +112,6 @@ class LogProbTarget(Target):
         self.dimension = _check_dimension(dimension)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Returns what the function says.
-
-        Raises:
-            ValueError: Its answer is not a tensor of shape (B,), or has no gradient where one is asked for.
-        """
         value = self._log_prob(x)
         _refuse_other_types(value, "log_prob")
         if value.shape != x.shape[:1]:
@@ -151,7 +131,7 @@ class ScoreTarget(Target):
         dimension: d.
 
     Raises:
-        ValueError: The dimension is not a whole number from 1 to 10^6.
+        ValueError: See `LogProbTarget`.
     """
 
     def __init__(self, score: Callable[[Tensor], Tensor], dimension: int) -> None:
@@ -159,11 +139,6 @@ class ScoreTarget(Target):
         self.dimension = _check_dimension(dimension)
 
     def score(self, x: Tensor) -> Tensor:
-        """Returns what the function says.
-
-        Raises:
-            ValueError: Its answer is not a tensor of the shape of x, or has no gradient where one is asked for.
-        """
         value = self._score(x)
         _refuse_other_types(value, "score")
         if value.shape != x.shape:

@@ -11,12 +11,7 @@ from .target import SampledTarget, Target
 
 
 class FullNormal(SampledTarget):
-    """N(mean, L L^T), a Gaussian with a full covariance, such as `laplace` and `moment_match` fit.
-
-    Args:
-        mean: Shape (d,).
-        scale: L, lower triangular with a positive diagonal, shape (d, d).
-    """
+    """N(mean, L L^T): mean of shape (d,) and L, `scale`, lower triangular with a positive diagonal, shape (d, d)."""
 
     def __init__(self, mean: Tensor, scale: Tensor) -> None:
         self.mean, self.scale = mean, scale
@@ -36,12 +31,10 @@ class FullNormal(SampledTarget):
         return float(self.scale.diagonal().log().sum())
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Returns log N(x; mean, L L^T), shape (B,)."""
         constant = self.log_volume + 0.5 * self.dimension * math.log(2 * math.pi)
         return -0.5 * self.whiten(x).square().sum(1) - constant
 
     def score(self, x: Tensor) -> Tensor:
-        """Returns -(L L^T)^{-1} (x - mean), shape (B, d)."""
         return -torch.linalg.solve_triangular(self.scale.to(x).T, self.whiten(x).T, upper=True).T
 
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
@@ -52,17 +45,10 @@ class FullNormal(SampledTarget):
 
 
 def laplace(target: Target, start: Tensor | None = None, num_steps: int = 500) -> FullNormal:
-    """Fits Laplace's approximation: the mode, and the inverse of the negative Hessian of log p there.
+    """Fits Laplace's approximation, in double precision: mode, and inverse of the negative Hessian of log p there.
 
-    Needs the score alone: the mode is found by L-BFGS on it if there is no log-density, else on the log-density.
-
-    Args:
-        target: Unimodal around the start, twice differentiable.
-        start: Where to look for the mode, shape (d,); 0 by default.
-        num_steps: Most steps of L-BFGS.
-
-    Returns:
-        The approximation, in double precision.
+    Needs the score alone: the mode is found from `start`, 0 by default, by at most `num_steps` of L-BFGS on it if there
+    is no log-density, else on the log-density.
 
     Raises:
         ValueError: No mode was found: the score is not 0 there, or the density is not log-concave there; or the target
@@ -114,13 +100,10 @@ def _ascend(target: Target, x: Tensor, num_steps: int) -> Tensor:
 
 
 class Whitened(Target):
-    """A target in the coordinates z of x = mean + L z of its Laplace approximation.
+    """A target in the coordinates z of x = mean + L z of an approximation, by default `laplace(target)`.
 
-    Fit the layers to it, and bring their draws back with `unwhiten`.
-
-    Args:
-        target: In x.
-        approximation: By default `laplace(target)`.
+    Its log-density is log p(mean + L z) + log det L, its score L^T S(mean + L z). Fit the layers to it, and bring their
+    draws back with `unwhiten`.
     """
 
     def __init__(self, target: Target, approximation: FullNormal | None = None) -> None:
@@ -133,11 +116,9 @@ class Whitened(Target):
         return self.approximation.unwhiten(z)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Returns log p(mean + L x) + log det L, shape (B,)."""
         return self.target.log_prob(self.unwhiten(x)) + self.approximation.log_volume
 
     def score(self, x: Tensor) -> Tensor:
-        """Returns L^T S(mean + L x), shape (B, d)."""
         return self.target.score(self.unwhiten(x)) @ self.approximation.scale.to(x)
 
 

@@ -214,7 +214,7 @@ def score_network(name: str, num_steps: int = 4000) -> ScoreMLP:
         network = ScoreMLP(target.dimension, 128, 3)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3, fused=True)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    objective = ScoreMatching(critic_weight=lambda level: level.square())
+    objective = ScoreMatching(lambda level: level.square())
     for _ in range(num_steps):
         x = target.sample(512, random)
         sigma = 0.05 + 0.94 * torch.rand(len(x), generator=random).square()
