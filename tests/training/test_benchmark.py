@@ -31,12 +31,6 @@ lr_warmup_steps: 1
 """
 
 
-def call(program, given):
-    """Runs a program of the benchmark in this process."""
-    distil = program == benchmark.DISTIL
-    (cli.distil if distil else importlib.import_module(program).main)(given)
-
-
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
     """A benchmark of the digits teacher that takes seconds."""

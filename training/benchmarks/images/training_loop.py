@@ -42,7 +42,7 @@ class TrainingLoop:
         optimizer: torch.optim.Optimizer | AcceleratedOptimizer,
         ema_decay: float,
         identity: dict[str, Any],
-        parts: dict[str, Any],
+        **parts: Any,
     ) -> None:
         self.run, self.accelerator, self.optimizer = run, accelerator, optimizer
         self.parameters = list(network.parameters())
