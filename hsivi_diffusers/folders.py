@@ -17,11 +17,7 @@ LOCK = ".lock"  # file in a folder that is locked; it stays there
 
 
 def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
-    """Makes the output folder, and refuses one that holds something.
-
-    Args:
-        output_dir: Path of the folder.
-        keep: The user resumes or asked to overwrite, so a folder that holds something is accepted.
+    """Makes the output folder; `keep` tells that the user resumes or overwrites, so that it may hold something.
 
     Raises:
         ValueError: No folder was named, it is a file, or it is not empty and `keep` is false.

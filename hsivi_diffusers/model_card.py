@@ -101,12 +101,12 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
         grid: The trained grid of the pipeline that is pushed, or the list of its grids.
 
     Returns:
-        options, training, report: contents of the JSON files, empty where a file is missing; samples, curve: figures as
-        images, where there are files.
+        options, training, report: contents of the JSON files, empty where a file is missing; samples, curve: figures,
+        where there are files.
 
     Raises:
-        ValueError: `run_dir` is not the folder of a run, a file in it is damaged, a figure is a link, or it is the run
-            of another sampler.
+        ValueError: `run_dir` is not the folder of a run, or is that of another sampler, or a file in it is damaged, or
+            a figure is a link.
     """
     if run_dir is not None and not Path(run_dir).is_dir():
         raise ValueError(
@@ -167,7 +167,7 @@ def make_card(
     fp16: bool = False,
     drawn: bool = False,
 ) -> ModelCard:
-    """Writes the card.
+    """Writes the card of a pipeline in a repo, see `push`.
 
     Args:
         pipeline: What is shared.

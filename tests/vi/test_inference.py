@@ -420,7 +420,6 @@ def test_a_gaussian_fitted_to_the_mode_may_be_the_base():
             "objective='elbo' is unknown: choose LB, SM, KL, or give an Objective",
         ),
         ({"training": "parallel"}, "training='parallel' is unknown: choose 'sequential' or 'joint'"),
-        ({"std": "local"}, "std='local' is unknown: choose 'global' or 'network'"),
         ({"num_steps": 1}, "num_steps=1: give at least one update for each of the 2 layers"),
         ({"layers": Shift(3)}, "layers has 3 layers, and the bridge 2"),
         (

@@ -112,15 +112,7 @@ class LogProbTarget(Target):
         self.dimension = _check_dimension(dimension)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        value = self._log_prob(x)
-        _refuse_other_types(value, "log_prob")
-        if value.shape != x.shape[:1]:
-            raise ValueError(
-                f"log_prob returned the shape {tuple(value.shape)} for x of shape {tuple(x.shape)}: return one number "
-                f"a row, shape {tuple(x.shape[:1])}"
-            )
-        _refuse_cut(value, x, "log_prob")
-        return value
+        return _checked(self._log_prob(x), x, x.shape[:1], "log_prob")
 
 
 class ScoreTarget(Target):
@@ -139,12 +131,7 @@ class ScoreTarget(Target):
         self.dimension = _check_dimension(dimension)
 
     def score(self, x: Tensor) -> Tensor:
-        value = self._score(x)
-        _refuse_other_types(value, "score")
-        if value.shape != x.shape:
-            raise ValueError(f"score returned the shape {tuple(value.shape)} for x of shape {tuple(x.shape)}")
-        _refuse_cut(value, x, "score")
-        return value
+        return _checked(self._score(x), x, x.shape, "score")
 
 
 def as_target(source: Target | Distribution | LogProb, dimension: int | None = None) -> Target:
@@ -176,17 +163,20 @@ def _check_dimension(dimension: int) -> int:
     return dimension
 
 
-def _refuse_other_types(value: object, name: str) -> None:
+def _checked(value: object, x: Tensor, shape: torch.Size, name: str) -> Tensor:
+    """Returns the answer of a user's function to x, and refuses what is of no use."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} returned a {type(value).__name__}: write it in torch, and return a tensor")
-
-
-def _refuse_cut(value: Tensor, x: Tensor, name: str) -> None:
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} returned the shape {tuple(value.shape)} for x of shape {tuple(x.shape)}: return {tuple(shape)}"
+        )
     if torch.is_grad_enabled() and x.requires_grad and not value.requires_grad:
         raise ValueError(
             f"{name} has no gradient in x: write it in torch, without detach, no_grad or NumPy; a score that cannot be "
             "differentiated goes with KullbackLeibler or LowerBound(surrogate=True)"
         )
+    return value
 
 
 def gradient(log_prob: LogProb, x: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def test_the_score_has_no_graph_where_x_has_none_and_is_there_without_gradients(
 
 
 def test_log_prob_must_give_one_number_a_row():
-    with pytest.raises(ValueError, match=r"returned the shape \(\) for x of shape \(4, 2\): return one number a row"):
+    with pytest.raises(ValueError, match=r"returned the shape \(\) for x of shape \(4, 2\): return \(4,\)"):
         LogProbTarget(lambda x: x.sum(), 2).log_prob(torch.zeros(4, 2))
 
 
