@@ -27,18 +27,13 @@ def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output_dir {path} is a file: name a folder")
-    if path.is_dir() and not is_empty(path) and not keep:
+    if path.is_dir() and not keep and any(entry.name != LOCK for entry in path.iterdir()):
         raise ValueError(
             f"--output_dir {path} is not empty: name another folder, go on with --resume_from_checkpoint latest "
             "(where the script has it), or pass --overwrite_output_dir"
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def is_empty(path: Path) -> bool:
-    """Whether nothing but a lock is in a folder."""
-    return all(entry.name == LOCK for entry in path.iterdir())
 
 
 @contextmanager

@@ -128,10 +128,7 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
         path = Path(run_dir) / f"{name}.json"
         run[name] = _read_json(path) if path.is_file() else {}
     figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
-    return {
-        **run,
-        **{name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()},
-    }
+    return run | {name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()}
 
 
 def _read_figure(path: Path) -> Image.Image:
@@ -167,16 +164,9 @@ def make_card(
     fp16: bool = False,
     drawn: bool = False,
 ) -> ModelCard:
-    """Writes the card of a pipeline in a repo, see `push`.
+    """Writes the card of a pipeline in a repo, from what `read_run` returned; see `push`.
 
-    Args:
-        pipeline: What is shared.
-        repo_id: Where.
-        run: See `read_run`.
-        base_model: Repo id of the teacher.
-        license: Identifier of the licence.
-        fp16: There are weights in half precision as well.
-        drawn: There is a grid of its images, samples.png.
+    With `fp16` there are weights in half precision as well, and with `drawn` a grid of its images, samples.png.
     """
     name, counts = repo_id.split("/")[-1], pipeline.scheduler.depths
     data = ModelCardData(

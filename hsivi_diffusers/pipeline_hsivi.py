@@ -36,12 +36,7 @@ class HSIVIPipeline(DiffusionPipeline):
     _optional_components = ["unet_noise_scale"]
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(
-        self,
-        unet: UNet2DModel,
-        scheduler: SchedulerMixin,
-        unet_noise_scale: ModelMixin | None = None,
-    ):
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, unet_noise_scale: ModelMixin | None = None):
         super().__init__()
         if not hasattr(scheduler, "transition"):
             raise ValueError(_wrong_scheduler(scheduler))

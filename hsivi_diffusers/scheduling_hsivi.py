@@ -409,8 +409,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             sample: Shape (B, C, H, W).
 
         Returns:
-            (x0, eps) with sample = alpha x0 + sigma eps; x0 is clamped afterwards if `clip_sample`. Half precision
-            comes back as float32.
+            (x0, eps) with sample = alpha x0 + sigma eps, x0 clamped afterwards if `clip_sample`; float32 at least.
 
         Raises:
             ValueError: The output does not fit the sample.

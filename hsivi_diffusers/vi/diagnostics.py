@@ -1,8 +1,4 @@
-r"""Signs of failure that show without a reference posterior: in the sampler, its critic and the score S of the target.
-
-    variance collapse  std of layer t << sd of its outputs
-    wrong spread       E_q[-(x_k - E x_k) S_k(x)] is not near 1, which by Stein's identity it is where q = p
-    critic lag         E_q[s . (s - grad log q(x | x_next))] or d + E_q[(x - E x) . s] is not 0; both are if s is right
+"""Signs of failure that show without a reference posterior: in the sampler, its critic and the score S of the target.
 
 The target is p at the level of layer 0, so the bridge is all that is needed of it.
 """
@@ -45,11 +41,7 @@ class Finding:
 
 @torch.no_grad()
 def variance_collapse(
-    layers: ConditionalLayers,
-    bridge: Bridge,
-    *,
-    num_draws: int = 2000,
-    generator: torch.Generator | None = None,
+    layers: ConditionalLayers, bridge: Bridge, *, num_draws: int = 2000, generator: torch.Generator | None = None
 ) -> list[Finding]:
     """Finds layers that have become deterministic, and coordinates whose spread is not the target's.
 
@@ -133,21 +125,13 @@ def critic_lag(
     num_draws: int = 2000,
     generator: torch.Generator | None = None,
 ) -> list[Finding]:
-    """Finds layers whose marginal the critic does not follow.
+    """Finds layers whose marginal the critic, (x, level, condition, t) -> estimate of its score, does not follow.
 
     The critic's loss is least over all multiples of s where E[s . (s - grad log q(x | x_next))] = 0, and the true score
     has E[(x - E x) . s] = -d besides. So a critic that lags is seen, whatever its network; one that is trained to the
-    end and too small for the score may pass. Each of N draws is scored at mean + std z and mean - std z, which takes
-    most of the noise off.
-
-    Args:
-        layers: The sampler.
-        bridge: Tells the levels.
-        critic: (x, level, condition, t) -> estimate of the marginal score.
-        only: Layers t to look at, all by default. After layer-by-layer training the critic knows the last of them
-            alone: give [0].
-        num_draws: N.
-        generator: Source of the draws.
+    end and too small for the score may pass. Each draw is scored at mean + std z and mean - std z, which takes most of
+    the noise off. All layers are looked at, or `only` some: after layer-by-layer training the critic knows the last of
+    them alone, [0].
 
     Returns:
         At most one "critic_lag" a layer: |E[s . (s - grad log q)]| / E|s|^2 or |1 + E[(x - E x) . s] / d| is above
@@ -199,12 +183,7 @@ def _mean_and_error(terms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _critic_signs(
-    layers: ConditionalLayers,
-    bridge: Bridge,
-    critic: Critic,
-    x_next: Tensor,
-    t: int,
-    generator: torch.Generator | None,
+    layers: ConditionalLayers, bridge: Bridge, critic: Critic, x_next: Tensor, t: int, generator: torch.Generator | None
 ) -> list[tuple[float, float]]:
     """The two signs of `critic_lag`, which should be 0, each with its standard error."""
     layer = fill(t, x_next)

@@ -43,8 +43,7 @@ class Inference:
         batch_size: B.
         layers: The sampler; residual MLPs by default.
         critic: For the objectives with a critic; a residual MLP by default.
-        width: Of the default networks.
-        depth: Of the default networks.
+        width: Of the default networks, as `depth`.
         learning_rate: Of the layers, by Adam, with a cosine to 5 % over each stage; by default 4e-3, or 1e-3 with
             `ScoreMatching`, which diverges sooner.
         critic_learning_rate: Of the critic, constant.
@@ -54,8 +53,6 @@ class Inference:
         seed: Of parameters and draws.
 
     Attributes:
-        layers: The sampler, an nn.Module.
-        critic: The critic, or None.
         next_step: Number of the step that `steps` goes on with.
 
     Raises:

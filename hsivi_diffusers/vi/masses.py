@@ -1,9 +1,4 @@
-"""Signs that mass of the target is missing, or in the wrong place: by probes, chains and importance weights.
-
-lost modes    Langevin chains in S, from a wide start, that settle where the sampler never goes
-drift         draws of x_0 that move when Langevin chains go on from them, which draws of p do not
-wrong masses  draws weighted by p / q, q the mixture of layer 0 over its inputs, that are distributed otherwise
-"""
+"""Signs that mass of the target is missing, or in the wrong place: by probes, chains and importance weights."""
 
 from __future__ import annotations
 
@@ -30,11 +25,7 @@ RELIABLE = 0.2  # effective share of draws, below which importance weights tell 
 
 @torch.no_grad()
 def lost_modes(
-    layers: ConditionalLayers,
-    bridge: Bridge,
-    *,
-    num_draws: int = 2000,
-    generator: torch.Generator | None = None,
+    layers: ConditionalLayers, bridge: Bridge, *, num_draws: int = 2000, generator: torch.Generator | None = None
 ) -> list[Finding]:
     """Finds places of high target density where the sampler never goes.
 
@@ -74,11 +65,7 @@ def lost_modes(
 
 @torch.no_grad()
 def drift(
-    layers: ConditionalLayers,
-    bridge: Bridge,
-    *,
-    num_draws: int = 1000,
-    generator: torch.Generator | None = None,
+    layers: ConditionalLayers, bridge: Bridge, *, num_draws: int = 1000, generator: torch.Generator | None = None
 ) -> list[Finding]:
     """Finds coordinates whose mean or variance changes when Langevin chains go on from the draws of x_0.
 
@@ -115,11 +102,7 @@ def drift(
 
 @torch.no_grad()
 def wrong_masses(
-    layers: ConditionalLayers,
-    bridge: Bridge,
-    *,
-    num_draws: int = 2000,
-    generator: torch.Generator | None = None,
+    layers: ConditionalLayers, bridge: Bridge, *, num_draws: int = 2000, generator: torch.Generator | None = None
 ) -> tuple[list[Finding], str | None]:
     """Finds coordinates whose distribution changes when each draw is weighted by p / q.
 

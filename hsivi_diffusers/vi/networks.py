@@ -50,28 +50,23 @@ class ResidualMLP(nn.Module):
 
 
 class GaussianMLP(nn.Module):
-    r"""A layer: x -> N(A x + net(x), std^2), A = I and net nearly 0 at the start.
+    """A layer: x -> N(A x + net(x), std^2), A = I and net nearly 0 at the start.
 
     Args:
-        dimension: d.
+        dimension: d, up to 10,000.
         width: Of the hidden layers.
         depth: Number of hidden layers.
-        initial_std: What std starts from, a learned number for each coordinate of each layer.
+        initial_std: What std > 0 starts from, a learned number for each coordinate of each layer.
         num_layers: T of the layers that share the network, or None for a layer of its own.
 
     Raises:
-        ValueError: `initial_std` <= 0, or d is above 10,000.
+        ValueError: A number is out of its range.
     """
 
     MAX_DIMENSION = 10_000
 
     def __init__(
-        self,
-        dimension: int,
-        width: int = 128,
-        depth: int = 3,
-        initial_std: float = 0.5,
-        num_layers: int | None = None,
+        self, dimension: int, width: int = 128, depth: int = 3, initial_std: float = 0.5, num_layers: int | None = None
     ) -> None:
         super().__init__()
         if dimension > self.MAX_DIMENSION:
