@@ -17,11 +17,7 @@ LOCK = ".lock"  # file in a folder that is locked; it stays there
 
 
 def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
-    """Makes the output folder, and refuses one that holds something.
-
-    Args:
-        output_dir: Path of the folder.
-        keep: The user resumes or asked to overwrite, so a folder that holds something is accepted.
+    """Makes the output folder; `keep` tells that the user resumes or overwrites, so that it may hold something.
 
     Raises:
         ValueError: No folder was named, it is a file, or it is not empty and `keep` is false.
@@ -31,18 +27,13 @@ def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output_dir {path} is a file: name a folder")
-    if path.is_dir() and not is_empty(path) and not keep:
+    if path.is_dir() and not keep and any(entry.name != LOCK for entry in path.iterdir()):
         raise ValueError(
             f"--output_dir {path} is not empty: name another folder, go on with --resume_from_checkpoint latest "
             "(where the script has it), or pass --overwrite_output_dir"
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def is_empty(path: Path) -> bool:
-    """Whether nothing but a lock is in a folder."""
-    return all(entry.name == LOCK for entry in path.iterdir())
 
 
 @contextmanager

@@ -91,11 +91,7 @@ def push(
 
 
 def check_pipeline(pipeline: DiffusionPipeline) -> None:
-    """Refuses what is not a distilled sampler, or would not load as it is.
-
-    Raises:
-        ValueError: See `push`.
-    """
+    """Refuses, with ValueError, what is not a distilled sampler, or would not load as it is."""
     kind = type(pipeline).__name__
     if not (isinstance(pipeline, DiffusionPipeline) and hasattr(pipeline, "scheduler")):
         raise ValueError(f"push got a {kind}: give a pipeline, HSIVIPipeline.from_pretrained(folder)")
@@ -152,11 +148,7 @@ def _upload(
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuses what is not the full name of a repo.
-
-    Raises:
-        ValueError: It is not "user/name".
-    """
+    """Refuses, with ValueError, what is not "user/name", the full name of a repo."""
     if not isinstance(repo_id, str):
         raise ValueError(f"repo {repo_id!r} is not a name: give user/name or organisation/name")
     try:
@@ -172,15 +164,7 @@ def claim(
 ) -> None:
     """Makes the repo, so that a long run learns at its start whether it may push at its end.
 
-    Args:
-        repo_id: See `push`.
-        exist_ok: See `push`. An empty repo of that name is always welcome.
-        private: See `push`.
-        token: See `push`.
-
-    Raises:
-        ValueError: As in `push`.
-        HfHubHTTPError: As in `push`.
+    An empty repo of that name is always welcome. Arguments and errors are those of `push`.
     """
     check_repo_id(repo_id)
     api = HfApi(token=token)

@@ -101,12 +101,12 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
         grid: The trained grid of the pipeline that is pushed, or the list of its grids.
 
     Returns:
-        options, training, report: contents of the JSON files, empty where a file is missing; samples, curve: figures as
-        images, where there are files.
+        options, training, report: contents of the JSON files, empty where a file is missing; samples, curve: figures,
+        where there are files.
 
     Raises:
-        ValueError: `run_dir` is not the folder of a run, a file in it is damaged, a figure is a link, or it is the run
-            of another sampler.
+        ValueError: `run_dir` is not the folder of a run, or is that of another sampler, or a file in it is damaged, or
+            a figure is a link.
     """
     if run_dir is not None and not Path(run_dir).is_dir():
         raise ValueError(
@@ -128,10 +128,7 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
         path = Path(run_dir) / f"{name}.json"
         run[name] = _read_json(path) if path.is_file() else {}
     figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
-    return {
-        **run,
-        **{name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()},
-    }
+    return run | {name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()}
 
 
 def _read_figure(path: Path) -> Image.Image:
@@ -167,16 +164,9 @@ def make_card(
     fp16: bool = False,
     drawn: bool = False,
 ) -> ModelCard:
-    """Writes the card.
+    """Writes the card of a pipeline in a repo, from what `read_run` returned; see `push`.
 
-    Args:
-        pipeline: What is shared.
-        repo_id: Where.
-        run: See `read_run`.
-        base_model: Repo id of the teacher.
-        license: Identifier of the licence.
-        fp16: There are weights in half precision as well.
-        drawn: There is a grid of its images, samples.png.
+    With `fp16` there are weights in half precision as well, and with `drawn` a grid of its images, samples.png.
     """
     name, counts = repo_id.split("/")[-1], pipeline.scheduler.depths
     data = ModelCardData(

@@ -36,12 +36,7 @@ class HSIVIPipeline(DiffusionPipeline):
     _optional_components = ["unet_noise_scale"]
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(
-        self,
-        unet: UNet2DModel,
-        scheduler: SchedulerMixin,
-        unet_noise_scale: ModelMixin | None = None,
-    ):
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, unet_noise_scale: ModelMixin | None = None):
         super().__init__()
         if not hasattr(scheduler, "transition"):
             raise ValueError(_wrong_scheduler(scheduler))
@@ -72,12 +67,7 @@ class HSIVIPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """Makes the pipeline of the components of another, see `DiffusionPipeline.from_pipe`.
-
-        Args:
-            pipeline: One of ours, or a stock one together with scheduler=.
-            **kwargs: Components to use instead of its own.
-        """
+        """Makes the pipeline of the components of another, ours or a stock one with scheduler=; kwargs go first."""
         scheduler = kwargs.get("scheduler", pipeline.scheduler)
         if not hasattr(scheduler, "config"):
             raise ValueError(_wrong_scheduler(scheduler))
@@ -93,13 +83,7 @@ class HSIVIPipeline(DiffusionPipeline):
     def save_pretrained(
         self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """Saves the pipeline, and with it the code of its classes, so that it loads without the package too.
-
-        Args:
-            save_directory: Folder to write to; created if missing.
-            safe_serialization: Must stay True: pickles are not written.
-            *args: variant, max_shard_size, push_to_hub, ...: see `DiffusionPipeline.save_pretrained`.
-            **kwargs: See there.
+        """Saves the pipeline and the code of its classes, so that it loads without the package too; never as pickles.
 
         Raises:
             ValueError: `safe_serialization` is False.
@@ -271,11 +255,7 @@ class HSIVIPipeline(DiffusionPipeline):
 
 
 def check_finite_weights(module: torch.nn.Module, name: str) -> None:
-    """Refuses weights that are NaN or infinite, in one pass over them.
-
-    Args:
-        module: Any network; weights on the meta device and of 8 bits are not looked at.
-        name: What to call it.
+    """Refuses weights that are NaN or infinite; those on the meta device and of 8 bits are not looked at.
 
     Raises:
         ValueError: Some weights are not finite.

@@ -13,11 +13,7 @@ from typing import Any
 
 
 def register(package: str) -> None:
-    """Makes a package known to diffusers, now or as soon as something imports diffusers.
-
-    Args:
-        package: Name of the package, which is imported and has an `HSIVIPipeline`.
-    """
+    """Makes a package with an `HSIVIPipeline` known to diffusers, now or as soon as something imports diffusers."""
     if "diffusers" in sys.modules:
         _tell(package)
     else:

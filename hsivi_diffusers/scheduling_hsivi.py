@@ -37,12 +37,7 @@ TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
 
 @dataclass
 class HSIVISchedulerOutput(BaseOutput):
-    """Output of `HSIVIScheduler.step`.
-
-    Args:
-        prev_sample: x_t, shape (B, C, H, W), of the dtype of the sample given.
-        pred_original_sample: The clean image x0 that the network predicts, of the same shape.
-    """
+    """Output of `HSIVIScheduler.step`: x_t, and the predicted clean image x0, both like the sample that was given."""
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor | None = None
@@ -60,7 +55,7 @@ class LayerCoefficients(NamedTuple):
     last: Any
 
     def mean(self, x0: Any, eps: Any) -> Any:
-        """Returns the mean of the layer, given the clean image x0 and the noise eps in its input."""
+        """Returns the mean of the layer, of the clean image x0 and the noise eps in its input."""
         return self.alpha * x0 + self.direction * eps
 
     @property
@@ -197,7 +192,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """Makes the scheduler from the config of any scheduler with a beta schedule.
 
         Raises:
-            ValueError: The config is of a scheduler without one: of flow matching, or of the noise levels of EDM.
+            ValueError: The config is of flow matching, or of the noise levels of EDM.
         """
         if isinstance(config, dict):
             name = config.get("_class_name")
@@ -211,13 +206,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves the config and this file beside it, so that the folder also loads without the package.
-
-        Args:
-            save_directory: Folder to write to; created if missing.
-            push_to_hub: Upload it afterwards.
-            **kwargs: Options of the upload, see `SchedulerMixin.save_pretrained`.
-        """
+        """Saves the config and this file beside it, so that the folder also loads without the package."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / "hsivi_diffusers.py").write_text(self._source, encoding="utf-8")
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -291,8 +280,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
                 only theirs are accepted.
 
         Raises:
-            ValueError: Count or timesteps differ from those of the trained grids, both or neither are given, or they
-                are out of range.
+            ValueError: Both or neither are given, or they are not as above.
         """
         grid = self._choose_grid(num_inference_steps, timesteps)
         if grid[0] >= len(self.betas):
@@ -325,7 +313,6 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def begin_index(self) -> int | None:
-        """What `set_begin_index` was given."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -353,11 +340,11 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         return [len(grid) - 1 for grid in self.trained_grids] or [len(self._grid()) - 1]
 
     def input_timestep(self, t: torch.Tensor) -> torch.Tensor:
-        """Returns tau_{t+1}, the timestep of the input of layer t, of the shape of t; `depths` tells how t counts."""
+        """Returns tau_{t+1}, the timestep of the input of layers t, of the shape of t; `depths` tells how t counts."""
         return self._layers_of_all_grids[0].to(t.device)[t]
 
     def output_timestep(self, t: torch.Tensor) -> torch.Tensor:
-        """Returns tau_t, the timestep of the output of layer t, of the shape of t; `depths` tells how t counts."""
+        """Returns tau_t, see `input_timestep`."""
         return self._layers_of_all_grids[1].to(t.device)[t]
 
     @property
@@ -396,11 +383,9 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     # ----- the layer -----
 
     def alpha_sigma(self, timestep: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns sqrt(abar) and sqrt(1 - abar) of each timestep, shaped (B, 1, ...) to go with the sample.
+        """Returns sqrt(abar) and sqrt(1 - abar) of timesteps (B,) or (1,), shaped (B, 1, ...) to go with the sample.
 
-        Args:
-            timestep: Shape (B,) or (1,), -1 for the final alpha.
-            sample: Gives the device, dtype and number of dimensions.
+        Timestep -1 is the final alpha. The sample gives the device, dtype and number of dimensions.
         """
         abar = torch.cat([self.alphas_cumprod.to(sample), self.final_alpha_cumprod[None].to(sample)])
         abar = abar[timestep.to(sample.device)]
@@ -408,13 +393,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         return abar.sqrt(), (1 - abar).sqrt()
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Returns alpha x0 + sigma noise, of the shape and dtype of x0.
-
-        Args:
-            original_samples: x0, shape (B, C, H, W).
-            noise: Of the same shape.
-            timesteps: Shape (B,) or (1,), -1 for the final alpha.
-        """
+        """Returns alpha x0 + sigma noise, of the shape and dtype of x0; timesteps as in `alpha_sigma`."""
         alpha, sigma = self.alpha_sigma(timesteps, original_samples)
         noisy: torch.Tensor = alpha * original_samples + sigma * noise
         return noisy
@@ -430,8 +409,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             sample: Shape (B, C, H, W).
 
         Returns:
-            (x0, eps) with sample = alpha x0 + sigma eps; x0 is clamped afterwards if `clip_sample`. Half precision
-            comes back as float32.
+            (x0, eps) with sample = alpha x0 + sigma eps, x0 clamped afterwards if `clip_sample`; float32 at least.
 
         Raises:
             ValueError: The output does not fit the sample.
@@ -473,8 +451,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
                 training of several grids at once.
 
         Returns:
-            Mean, of the shape of the sample, and std, which broadcasts against it. At the last layer too, where
-            `step` leaves the noise out.
+            Mean, of the shape of the sample, and std, which broadcasts against it; also at the last layer, whose noise
+            `step` leaves out.
 
         Raises:
             ValueError: The timestep is no layer's input, the shapes do not fit, or a per-pixel scale is missing.
@@ -485,13 +463,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def invert(
         self, mean: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Converts the mean of a layer to the clean image and the noise it was made of, both of its shape.
-
-        Args:
-            mean: Of `transition`, shape (B, C, H, W).
-            timestep: tau_{t+1}, shape (B,).
-            sample: x_{t+1}, shape (B, C, H, W).
-            prev_timestep: tau_t, shape (B,).
+        """Converts the mean of a layer, see `transition`, to the clean image and the noise it was made of.
 
         Returns:
             (x0, eps) with sample = alpha x0 + sigma eps at tau_{t+1}, those of `predict` unless it clamped x0.
@@ -504,23 +476,14 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def lead(
         self, x0: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the mean of a layer whose clean image is x0, of the same shape: the inverse of `invert`.
-
-        Half precision comes back as float32.
-
-        Args:
-            x0: Shape (B, C, H, W).
-            timestep: tau_{t+1}, shape (B,).
-            sample: x_{t+1}, shape (B, C, H, W).
-            prev_timestep: tau_t, shape (B,).
-        """
+        """Returns the mean of a layer whose clean image is x0, float32 of half precision: the inverse of `invert`."""
         x0, sample = (tensor.to(torch.promote_types(x0.dtype, torch.float32)) for tensor in (x0, sample))
         layer = self._coefficients(timestep, sample, prev_timestep)
         mean: torch.Tensor = layer.mean(x0, layer.noise_in(sample, x0))
         return mean
 
     def image_share(self, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor) -> torch.Tensor:
-        """Returns how far the mean of a layer moves with its clean image, d mean / d x0 > 0, shaped (B, 1, ...)."""
+        """Returns d mean / d x0 > 0 of a layer, shaped (B, 1, ...)."""
         share: torch.Tensor = self._coefficients(timestep, sample, prev_timestep).image_share
         return share
 
@@ -568,9 +531,9 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """Draws x_t ~ q_t(. | x_{t+1}); the last layer returns the mean. Keeps no state: any order, any repetition.
 
         Args:
-            model_output: Output of the network at the sample, see `predict`.
+            model_output: See `transition`, as the next two.
             timestep: tau_{t+1}.
-            sample: x_{t+1}, shape (B, C, H, W).
+            sample: x_{t+1}.
             generator: Source of the noise, one or a list of B.
             variance_noise: The noise itself, of the shape of the sample.
             noise_scale: The per-pixel scale, where `noise_scale_type` is "per_pixel".
@@ -606,8 +569,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     ) -> LayerCoefficients:
         """Returns the numbers of the layer, or layers, that start at the timestep.
 
-        One timestep on the grid is looked up as floats, which spares some twenty small operations a step. They are of
-        single precision, as the samples that are no float64.
+        One on the grid is looked up, as floats of single precision: that spares some twenty small operations a step.
         """
         single = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
         if single and prev_timestep is None and sample.dtype == torch.float32:

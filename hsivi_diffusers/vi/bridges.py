@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .distributions import DiagonalGaussian, randn_like
+from .distributions import DiagonalGaussian
 from .targets.target import DiffusibleTarget, IsotropicNormal, SampledTarget, Target, as_target
 
 ScoreNetwork = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -108,12 +108,7 @@ class GeometricBridge(Bridge):
         ValueError: T < 1, or target and base differ in dimension.
     """
 
-    def __init__(
-        self,
-        target: Target | Distribution,
-        num_layers: int,
-        base: SampledTarget | None = None,
-    ) -> None:
+    def __init__(self, target: Target | Distribution, num_layers: int, base: SampledTarget | None = None) -> None:
         self.target = as_target(target)
         self.num_layers = _at_least_one(num_layers)
         self.base = base or IsotropicNormal(self.target.dimension)
@@ -199,16 +194,6 @@ class DiffusionBridge(Bridge):
 
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         return self.base.sample(batch_size, generator)
-
-    def sample(
-        self, level: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Draws alpha x + sigma z, x from the target and z ~ N(0, I), see `Bridge.sample`."""
-        if not isinstance(self.target, SampledTarget):
-            return super().sample(level, condition, generator)
-        x = self.target.sample(len(level), generator)
-        alpha, sigma = (value[:, None] for value in self._alpha_sigma(level, x))
-        return alpha * x + sigma * randn_like(x, generator)
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws levels between the layer's output and its input, sigma_t <= sigma < sigma_{t+1}, uniformly in sigma.

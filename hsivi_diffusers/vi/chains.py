@@ -25,21 +25,13 @@ SampleBase = Callable[[int, torch.Generator | None], Tensor]
 
 @dataclass(frozen=True)
 class ChainBatch:
-    """Inputs of layers.
+    """Inputs of layers."""
 
-    Attributes:
-        x_next: x_{t+1}, shape (B, ...).
-        t: Layer that takes it, shape (B,).
-        condition: Condition of each chain, shape (B, ...), or None.
-        index: Place of each row in a pool, shape (B,), or None.
-        end: Where the mean of the layer should be, of the shape of x_next; NaN in rows where that is unknown.
-    """
-
-    x_next: Tensor
-    t: Tensor
-    condition: Tensor | None = None
-    index: Tensor | None = None
-    end: Tensor | None = None
+    x_next: Tensor  # x_{t+1}, shape (B, ...)
+    t: Tensor  # layer that takes it, shape (B,)
+    condition: Tensor | None = None  # of each chain, shape (B, ...)
+    index: Tensor | None = None  # place of each row in a pool, shape (B,)
+    end: Tensor | None = None  # where the mean of the layer should be, like x_next; NaN in rows where that is unknown
 
 
 @torch.no_grad()
@@ -82,18 +74,15 @@ def simulate(
     condition: Tensor | None = None,
     first: Tensor | None = None,
 ) -> Tensor:
-    """Runs chains from the base down to the inputs of the given layers.
+    """Runs chains from base draws x, shape (B, ...), down to the inputs x_{t+1} of the layers t, shape (B,).
 
     Args:
         layers: The sampler, with T layers.
-        x: Base draws x_T, shape (B, ...).
-        t: Layer whose input is wanted, shape (B,).
+        x: Base draws x_T.
+        t: Layer whose input is wanted.
         noise: Draws for the outputs of layers 0..T-1, shape (T, B, ...); noise[s] makes x_s from x_{s+1}.
         condition: Condition of each chain.
         first: Layer that each chain starts with, shape (B,); T-1 by default.
-
-    Returns:
-        x_{t+1} for each row, shape (B, ...); x_T itself where the chain starts with layer t.
     """
     x, above = x.clone(), torch.full_like(t, len(noise) - 1) if first is None else first.clone()
     while len(rows := (above > t).nonzero().squeeze(1)):

@@ -12,12 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training.
+    """A stretch of training of `num_steps` layer updates, with the share beta(t) of each layer in the loss, shape (T,).
 
-    Attributes:
-        beta: Share beta(t) of each layer in the loss, shape (T,). The loss of a batch is the mean of beta(t) L_t over
-            its rows; a chain that draws all layers alike wants shares of mean 1, one that draws one layer a share of 1.
-        num_steps: Layer updates in this stage.
+    The loss of a batch is the mean of beta(t) L_t over its rows; a chain that draws all layers alike wants shares of
+    mean 1, one that draws one layer a share of 1.
     """
 
     beta: Tensor
@@ -27,13 +25,8 @@ class Stage:
 def joint(num_layers: int, num_steps: int, critic_first: int = 0) -> list[Stage]:
     """All layers at once: the loss is the mean over t of L_t (sec. 3.3, the way for shared networks).
 
-    Args:
-        num_layers: T.
-        num_steps: Layer updates.
-        critic_first: Steps, of these, in which the critic alone learns: the layers' shares are 0.
-
-    Returns:
-        One stage, or with `critic_first` two.
+    Before that stage of the T layers there may be another: of all `num_steps` the first `critic_first`, in which the
+    critic alone learns, for the layers' shares are 0.
 
     Raises:
         ValueError: T < 1, or the steps of the critic are not from 0 up to all of them.
@@ -72,11 +65,6 @@ class Plateau:
     The mean of the value over a window of updates is compared with the lowest such mean so far. When `patience` windows
     in a row are not lower by `tolerance` standard errors of that mean, the stage ends. A stage that ends by its number
     of updates calls for `reset`.
-
-    Args:
-        window: Updates in a mean.
-        patience: Windows without progress, >= 1.
-        tolerance: Progress that counts, in standard errors of the mean of a window.
 
     Raises:
         ValueError: A window of fewer than 2 updates, or no patience.

@@ -1,8 +1,4 @@
-r"""Signs of failure that show without a reference posterior: in the sampler, its critic and the score S of the target.
-
-    variance collapse  std of layer t << sd of its outputs
-    wrong spread       E_q[-(x_k - E x_k) S_k(x)] is not near 1, which by Stein's identity it is where q = p
-    critic lag         E_q[s . (s - grad log q(x | x_next))] or d + E_q[(x - E x) . s] is not 0; both are if s is right
+"""Signs of failure that show without a reference posterior: in the sampler, its critic and the score S of the target.
 
 The target is p at the level of layer 0, so the bridge is all that is needed of it.
 """
@@ -23,6 +19,9 @@ from .layers import ConditionalLayers
 from .objectives import Critic
 
 STANDARD_ERRORS = 3.0
+STD_RATIO = 1e-2  # std of a collapsed layer, in spreads of its outputs
+STEIN = 0.8  # Stein ratio of draws that are too narrow
+LAG = 0.15  # of the signs of a critic that does not follow
 
 
 @dataclass(frozen=True)
@@ -42,25 +41,14 @@ class Finding:
 
 @torch.no_grad()
 def variance_collapse(
-    layers: ConditionalLayers,
-    bridge: Bridge,
-    *,
-    num_draws: int = 2000,
-    std_ratio: float = 1e-2,
-    stein: float = 0.8,
-    generator: torch.Generator | None = None,
+    layers: ConditionalLayers, bridge: Bridge, *, num_draws: int = 2000, generator: torch.Generator | None = None
 ) -> list[Finding]:
-    """Finds layers that have become deterministic, and coordinates that are narrower than the target's.
+    """Finds layers that have become deterministic, and coordinates whose spread is not the target's.
 
-    Args:
-        layers: The sampler.
-        bridge: What it was fitted to.
-        num_draws: N.
-        std_ratio: A layer is collapsed in a coordinate if mean std < std_ratio * sd(x_t), and if mean std is less than
-            a tenth of 1 / rms(S_t), the width that p_t has there.
-        stein: The sampler is under-dispersed in a coordinate if `stein_ratio` is below this, and below 1 by more than
-            (9 + 2 log d)^(1/2) standard errors; over-dispersed if it is as far above 1, beyond 1 / stein.
-        generator: Source of the draws.
+    A layer is collapsed in a coordinate if mean std < `STD_RATIO` sd(x_t), and if mean std is less than a tenth of
+    1 / rms(S_t), the width that p_t has there. The sampler is under-dispersed in a coordinate if `stein_ratio` is below
+    `STEIN`, and below 1 by more than (9 + 2 log d)^(1/2) standard errors; over-dispersed if it is as far above 1,
+    beyond 1 / `STEIN`.
 
     Returns:
         At most one "variance_collapse" a layer, one "under_dispersed" and one "over_dispersed"; each with the worst
@@ -75,7 +63,7 @@ def variance_collapse(
         score = score_at(bridge, marginals[t], t)
         local = std.mean(0) * score.flatten(1).square().mean(0).sqrt()
         ratio = ratio.masked_fill(local > 0.1, math.inf)  # as narrow as p_t itself is, there
-        narrow = int((ratio < std_ratio).sum())
+        narrow = int((ratio < STD_RATIO).sum())
         if narrow:
             message = (
                 f"layer {t} is deterministic in {narrow} of {len(ratio)} coordinates: in coordinate "
@@ -83,17 +71,17 @@ def variance_collapse(
                 "larger std, lower the layers' learning rate, or train by LowerBound or KullbackLeibler instead of "
                 "ScoreMatching"
             )
-            found.append(Finding("variance_collapse", t, float(ratio.min()), std_ratio, message))
-    return found + _wrong_spread(marginals[0], score, stein)  # the score of the last layer, t = 0
+            found.append(Finding("variance_collapse", t, float(ratio.min()), STD_RATIO, message))
+    return found + _wrong_spread(marginals[0], score)  # the score of the last layer, t = 0
 
 
-def _wrong_spread(x: Tensor, score: Tensor, stein: float) -> list[Finding]:
+def _wrong_spread(x: Tensor, score: Tensor) -> list[Finding]:
     """At most one "under_dispersed" and one "over_dispersed", by `stein_ratio`."""
     found = []
     ratio, error = stein_ratio(x, score)
     errors = math.sqrt(STANDARD_ERRORS**2 + 2 * math.log(len(ratio)))  # the least of d ratios strays farther than one
-    narrow = (ratio < stein) & (ratio + errors * error < 1)
-    wide = (ratio > 1 / stein) & (ratio - errors * error > 1)
+    narrow = (ratio < STEIN) & (ratio + errors * error < 1)
+    wide = (ratio > 1 / STEIN) & (ratio - errors * error > 1)
     if bool(narrow.any()):
         least = ratio.masked_fill(~narrow, math.inf)
         message = (
@@ -102,7 +90,7 @@ def _wrong_spread(x: Tensor, score: Tensor, stein: float) -> list[Finding]:
             "has 1. Train longer, with a larger std at the start, or by LowerBound or KullbackLeibler instead of "
             "ScoreMatching"
         )
-        found.append(Finding("under_dispersed", 0, float(least.min()), stein, message))
+        found.append(Finding("under_dispersed", 0, float(least.min()), STEIN, message))
     if bool(wide.any()):
         most = ratio.masked_fill(~wide, -math.inf)
         message = (
@@ -111,7 +99,7 @@ def _wrong_spread(x: Tensor, score: Tensor, stein: float) -> list[Finding]:
             "the target has 1. Train longer; if the target is stiff, fit Whitened(target, moment_match(draws)), and "
             "that again"
         )
-        found.append(Finding("over_dispersed", 0, float(most.max()), 1 / stein, message))
+        found.append(Finding("over_dispersed", 0, float(most.max()), 1 / STEIN, message))
     return found
 
 
@@ -135,34 +123,25 @@ def critic_lag(
     only: Sequence[int] | None = None,
     *,
     num_draws: int = 2000,
-    threshold: float = 0.15,
     generator: torch.Generator | None = None,
 ) -> list[Finding]:
-    r"""Finds layers whose marginal the critic does not follow.
+    """Finds layers whose marginal the critic, (x, level, condition, t) -> estimate of its score, does not follow.
 
     The critic's loss is least over all multiples of s where E[s . (s - grad log q(x | x_next))] = 0, and the true score
     has E[(x - E x) . s] = -d besides. So a critic that lags is seen, whatever its network; one that is trained to the
-    end and too small for the score may pass.
-
-    Args:
-        layers: The sampler.
-        bridge: Tells the levels.
-        critic: (x, level, condition, t) -> estimate of the marginal score.
-        only: Layers t to look at, all by default. After layer-by-layer training the critic knows the last of them
-            alone: give [0].
-        num_draws: N; each is scored at mean + std z and mean - std z, which takes most of the noise off.
-        threshold: Of |E[s . (s - grad log q)]| / E|s|^2 and of |1 + E[(x - E x) . s] / d|; either counts only if it is
-            three standard errors from 0, too.
-        generator: Source of the draws.
+    end and too small for the score may pass. Each draw is scored at mean + std z and mean - std z, which takes most of
+    the noise off. All layers are looked at, or `only` some: after layer-by-layer training the critic knows the last of
+    them alone, [0].
 
     Returns:
-        At most one "critic_lag" a layer.
+        At most one "critic_lag" a layer: |E[s . (s - grad log q)]| / E|s|^2 or |1 + E[(x - E x) . s] / d| is above
+        `LAG`, and three standard errors from 0.
     """
     found = []
     marginals = draw_finite(layers, bridge, num_draws, generator)
     for t in reversed(range(layers.num_layers)) if only is None else only:
         signs = _critic_signs(layers, bridge, critic, marginals[t + 1], t, generator)
-        seen = [abs(value) for value, error in signs if abs(value) > max(threshold, STANDARD_ERRORS * error)]
+        seen = [abs(value) for value, error in signs if abs(value) > max(LAG, STANDARD_ERRORS * error)]
         if seen:
             by_score, by_place = (f"{value:.2g} +- {error:.1g}" for value, error in signs)
             message = (
@@ -170,7 +149,7 @@ def critic_lag(
                 f"1 + E[(x - E x) . s] / d is {by_place}, where both should be 0. Give the critic more updates for "
                 "each layer update or a higher learning rate, or the layers a lower one"
             )
-            found.append(Finding("critic_lag", t, max(seen), threshold, message))
+            found.append(Finding("critic_lag", t, max(seen), LAG, message))
     return found
 
 
@@ -204,12 +183,7 @@ def _mean_and_error(terms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _critic_signs(
-    layers: ConditionalLayers,
-    bridge: Bridge,
-    critic: Critic,
-    x_next: Tensor,
-    t: int,
-    generator: torch.Generator | None,
+    layers: ConditionalLayers, bridge: Bridge, critic: Critic, x_next: Tensor, t: int, generator: torch.Generator | None
 ) -> list[tuple[float, float]]:
     """The two signs of `critic_lag`, which should be 0, each with its standard error."""
     layer = fill(t, x_next)

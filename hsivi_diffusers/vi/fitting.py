@@ -34,34 +34,21 @@ class DivergenceError(FloatingPointError):
 
 @dataclass(frozen=True)
 class Update:
-    """One update of a player, by the rows of all micro-batches of this process.
+    """One update of a player, by the rows of all micro-batches of this process."""
 
-    Attributes:
-        t: Layers of the rows, shape (B,).
-        loss: Shape (B,), detached; of the layers, before beta(t).
-        grad_norm: What `clip_grad_norm` returned, or None without it.
-    """
-
-    t: Tensor
-    loss: Tensor
-    grad_norm: Tensor | None = None
+    t: Tensor  # layers of the rows, shape (B,)
+    loss: Tensor  # shape (B,), detached; of the layers, before beta(t)
+    grad_norm: Tensor | None = None  # what `clip_grad_norm` returned
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of the loop did.
+    """What one step of the loop did."""
 
-    Attributes:
-        step: Its index, from 0.
-        layers: The update of the layers.
-        critic: The last update of the critic; of no rows where the objective has none.
-        next_step: Number of the step after it, which is the next stage's first if this one was stopped.
-    """
-
-    step: int
+    step: int  # from 0
     layers: Update
-    critic: Update
-    next_step: int
+    critic: Update  # the last one; of no rows where the objective has no critic
+    next_step: int  # the next stage's first if this one was stopped
 
 
 def fit(
@@ -113,17 +100,13 @@ def fit(
         rank: Index of this process; its first micro-batch is rank * (number of chains).
         start_step: First step to do; those before it are taken as done.
         backward: Called with each micro-batch's share of the loss, such as `accelerator.backward`.
-        no_sync: Context in which the gradients of a module stay in this process, such as `accelerator.no_sync`; entered
-            for all micro-batches but the last.
-        clip_grad_norm: Called with a player's parameters before its optimizer moves them; returns the norm of the
-            gradient, before it is clipped.
+        no_sync: Context in which the gradients of a module stay in this process, such as `accelerator.no_sync`;
+            entered for all micro-batches but the last.
+        clip_grad_norm: Called with a player's parameters before its optimizer moves them; returns the norm before it.
         skips_overflows: The optimizers themselves skip an update whose gradient is not finite, as those of accelerate
             do under the loss scaling of fp16. It is no error then.
         stop_stage: Called with each step before it is yielded; true ends the stage, and the next step is the first of
             the next one. Numbers of steps are not moved by it.
-
-    Yields:
-        A `Step` after each layer update.
 
     Raises:
         ValueError: `critic_updates` < 1, there is no chain, or no critic or optimizer for an objective that needs them.

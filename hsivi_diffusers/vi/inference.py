@@ -43,9 +43,7 @@ class Inference:
         batch_size: B.
         layers: The sampler; residual MLPs by default.
         critic: For the objectives with a critic; a residual MLP by default.
-        width: Of the default networks.
-        depth: Of the default networks.
-        std: Of the default layers, see `GaussianMLP`.
+        width: Of the default networks, as `depth`.
         learning_rate: Of the layers, by Adam, with a cosine to 5 % over each stage; by default 4e-3, or 1e-3 with
             `ScoreMatching`, which diverges sooner.
         critic_learning_rate: Of the critic, constant.
@@ -55,8 +53,6 @@ class Inference:
         seed: Of parameters and draws.
 
     Attributes:
-        layers: The sampler, an nn.Module.
-        critic: The critic, or None.
         next_step: Number of the step that `steps` goes on with.
 
     Raises:
@@ -77,7 +73,6 @@ class Inference:
         critic: nn.Module | None = None,
         width: int = 64,
         depth: int = 3,
-        std: Literal["global", "network"] = "global",
         learning_rate: float | None = None,
         critic_learning_rate: float = 4e-3,
         critic_updates: int = 1,
@@ -106,7 +101,6 @@ class Inference:
             "batch_size": batch_size,
             "width": width,
             "depth": depth,
-            "std": std,
             "learning_rate": learning_rate,
             "critic_learning_rate": critic_learning_rate,
             "critic_updates": critic_updates,
@@ -118,7 +112,7 @@ class Inference:
         dimension = base.shape[1]
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
-            self.layers = layers or _make_layers(training, bridge.num_layers, dimension, width, depth, std).to(base)
+            self.layers = layers or _make_layers(training, bridge.num_layers, dimension, width, depth).to(base)
             self.critic = None
             if isinstance(self.objective, CriticObjective):
                 self.critic = critic or ScoreMLP(dimension, width, depth).to(base)
@@ -271,9 +265,7 @@ def _make_training(
     raise ValueError(f"training={training!r} is unknown: choose 'sequential' or 'joint'")
 
 
-def _make_layers(
-    training: Training, num_layers: int, dimension: int, width: int, depth: int, std: Literal["global", "network"]
-) -> ConditionalLayers:
+def _make_layers(training: Training, num_layers: int, dimension: int, width: int, depth: int) -> ConditionalLayers:
     if training == "joint":
-        return SharedLayers(GaussianMLP(dimension, width, depth, std, num_layers=num_layers), num_layers)
-    return IndependentLayers([GaussianMLP(dimension, width, depth, std) for _ in range(num_layers)])
+        return SharedLayers(GaussianMLP(dimension, width, depth, num_layers=num_layers), num_layers)
+    return IndependentLayers([GaussianMLP(dimension, width, depth) for _ in range(num_layers)])

@@ -39,19 +39,13 @@ def langevin(
     generator: torch.Generator | None = None,
     together: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    r"""Runs Metropolis-adjusted Langevin chains in a score.
+    """Runs Metropolis-adjusted Langevin chains in a score g, u of shape (N, d) -> grad log p(u), from the starts u.
 
-    The score g is all that is known: log p(u') - log p(u) is Simpson's rule along the line, (u' - u) . (g + 4 g_m + g')
+    The score is all that is known: log p(u') - log p(u) is Simpson's rule along the line, (u' - u) . (g + 4 g_m + g')
     / 6 with g_m in the middle, exact where log p is a polynomial of degree four. With the step h the logarithm of the
-    acceptance ratio is 2/3 (u' - u) . (g_m - (g + g') / 2) + h (|g|^2 - |g'|^2) / 8.
-
-    Args:
-        score: u of shape (N, d) -> grad log p(u), of the same shape.
-        u: Starts, shape (N, d).
-        num_steps: Steps of each chain; each calls the score twice.
-        generator: Source of the noise.
-        together: All chains have one step size, fixed after the first half, so that draws of p stay draws of p. By
-            default each has its own.
+    acceptance ratio is 2/3 (u' - u) . (g_m - (g + g') / 2) + h (|g|^2 - |g'|^2) / 8. A step calls the score twice.
+    Chains that go on `together` have one step size, fixed after the first half, so that draws of p stay draws of p; by
+    default each has its own.
 
     Returns:
         The ends, shape (N, d), and for each chain -trace cov(u, g) / d over its second half, shape (N,): by Stein's

@@ -71,11 +71,7 @@ class IndependentLayers(ConditionalLayers):
 
 
 class SharedLayers(ConditionalLayers):
-    """All layers are one network that is told the layer: for joint training.
-
-    Args:
-        network: Takes x_next of shape (B, ...) and t of shape (B,), and returns a `DiagonalGaussian`.
-        num_layers: T.
+    """All layers are one network that is told the layer, (x_next, t) -> `DiagonalGaussian`: for joint training.
 
     Raises:
         ValueError: T < 1, or `forward` is given a condition.

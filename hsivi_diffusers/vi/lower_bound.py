@@ -1,9 +1,4 @@
-r"""HSIVI-LB: the loss of the layers without a critic, from K extra draws of x_next.
-
-With x ~ q(. | x_next) and x_next^(0) = x_next:
-
-    HSIVI-LB      log 1/(K+1) sum_k q(x | x_next^(k)) - log p(x)                       (sec. 3.1; an upper bound of KL)
-"""
+"""HSIVI-LB: the loss of the layers without a critic, from K extra draws of x_next."""
 
 from __future__ import annotations
 
@@ -43,11 +38,10 @@ class LowerBound(Objective):
         self.surrogate = surrogate
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns log 1/(K+1) sum_k q(x | x_next^(k)) - log p(x).
+        """Returns log 1/(K+1) sum_k q(x | x_next^(k)) - log p(x), x_next^(0) the input of which x was drawn.
 
         Raises:
-            ValueError: The rows have conditions, or a level has fewer than K + 1 rows, or none has two, as with
-                random levels.
+            ValueError: The rows have conditions, a level has fewer than K + 1 rows, or all have levels of their own.
         """
         if draw.condition is not None:
             raise ValueError(

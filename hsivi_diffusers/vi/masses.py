@@ -1,9 +1,4 @@
-"""Signs that mass of the target is missing, or in the wrong place: by probes, chains and importance weights.
-
-lost modes    Langevin chains in S, from a wide start, that settle where the sampler never goes
-drift         draws of x_0 that move when Langevin chains go on from them, which draws of p do not
-wrong masses  draws weighted by p / q, q the mixture of layer 0 over its inputs, that are distributed otherwise
-"""
+"""Signs that mass of the target is missing, or in the wrong place: by probes, chains and importance weights."""
 
 from __future__ import annotations
 
@@ -18,6 +13,11 @@ from .diagnostics import STANDARD_ERRORS, Finding, draw_finite, fill, score_at
 from .langevin import langevin, precision_root
 from .layers import ConditionalLayers
 
+NUM_PROBES = 500
+NUM_STEPS = 300  # of each chain
+LOST = 0.01  # share of lost probes that tells
+SAME = 0.8  # ratio of variances that has not changed
+DISTANCE = 0.1  # of distribution functions
 REACH = 20.0  # the widest start of a probe, in spreads of the base
 SETTLED = 0.7  # share of what Stein's identity asks of a chain that has mixed
 RELIABLE = 0.2  # effective share of draws, below which importance weights tell nothing
@@ -25,137 +25,93 @@ RELIABLE = 0.2  # effective share of draws, below which importance weights tell 
 
 @torch.no_grad()
 def lost_modes(
-    layers: ConditionalLayers,
-    bridge: Bridge,
-    *,
-    num_draws: int = 2000,
-    num_probes: int = 500,
-    num_steps: int = 300,
-    reach: float = REACH,
-    share: float = 0.01,
-    generator: torch.Generator | None = None,
+    layers: ConditionalLayers, bridge: Bridge, *, num_draws: int = 2000, generator: torch.Generator | None = None
 ) -> list[Finding]:
     """Finds places of high target density where the sampler never goes.
 
-    Probes start from the base, inflated up to `reach` times, and from the upper layers' outputs, and settle by Langevin
-    steps in the target's score. A probe is lost if its nearest draw of the sampler is farther than q99 + 2 (q99 -
-    median), of the distances from each draw to the nearest other one. Distances are in the metric of the score's
-    covariance over the draws, where each mode is round. What no probe reaches is not seen, and the score does not tell
-    how much mass a lost place has. In many dimensions, where draws are far from each other, only modes that are farther
-    still are seen.
-
-    Args:
-        layers: The sampler.
-        bridge: Its base is the start, its score at the level of layer 0 the target's.
-        num_draws: N.
-        num_probes: Number of probes.
-        num_steps: Langevin steps.
-        reach: Largest factor of the base draws about their mean; the smallest is 1.
-        share: Of lost probes, above which it is reported.
-        generator: Source of the draws.
+    Probes start from the base, inflated about its mean up to `REACH` times, and from the upper layers' outputs, and
+    settle by Langevin steps in the target's score. A probe is lost if its nearest draw of the sampler is farther than
+    q99 + 2 (q99 - median), of the distances from each draw to the nearest other one. Distances are in the metric of the
+    score's covariance over the draws, where each mode is round. What no probe reaches is not seen, and the score does
+    not tell how much mass a lost place has. In many dimensions, where draws are far from each other, only modes that
+    are farther still are seen.
 
     Returns:
-        At most one "lost_modes".
+        At most one "lost_modes", if more than `LOST` of the probes are lost.
     """
     marginals = draw_finite(layers, bridge, num_draws, generator)
     draws = marginals[0].flatten(1)
     shape, center = marginals[0].shape[1:], draws.mean(0)
     score, root, inverse = _round(bridge, marginals)
-    start = (_starts(bridge, marginals[1:-1], num_probes, reach, generator).flatten(1) - center) @ root
-    probes, stein = langevin(lambda u: score(center + u @ inverse) @ inverse.T, start, num_steps, generator)
+    start = (_starts(bridge, marginals[1:-1], NUM_PROBES, generator).flatten(1) - center) @ root
+    probes, stein = langevin(lambda u: score(center + u @ inverse) @ inverse.T, start, NUM_STEPS, generator)
     probes = probes[stein > SETTLED]
     draws = (draws - center) @ root
     usual = torch.cdist(draws, draws).fill_diagonal_(math.inf).amin(1)
     far = 3 * usual.quantile(0.99) - 2 * usual.median()
     lost = center + probes[torch.cdist(probes, draws).amin(1) > far] @ inverse
     lost = lost[_is_dense(bridge, lost.reshape(-1, *shape), marginals[0])]
-    value = len(lost) / num_probes
-    if value <= share:
+    value = len(lost) / NUM_PROBES
+    if value <= LOST:
         return []
     place = ", ".join(f"{number:.3g}" for number in lost[0, :4].tolist())
     message = (
-        f"{value:.1%} of {num_probes} probes settled where the target is dense and the sampler hardly goes, one at x = "
+        f"{value:.1%} of {NUM_PROBES} probes settled where the target is dense and the sampler hardly goes, one at x = "
         f"[{place}{', ...' if len(center) > 4 else ''}]. Train by KullbackLeibler or LowerBound instead of "
         "ScoreMatching, with more layers, a diffusion bridge or a wider base. Mend a collapsed variance first"
     )
-    return [Finding("lost_modes", 0, value, share, message)]
+    return [Finding("lost_modes", 0, value, LOST, message)]
 
 
 @torch.no_grad()
 def drift(
-    layers: ConditionalLayers,
-    bridge: Bridge,
-    *,
-    num_draws: int = 1000,
-    num_steps: int = 300,
-    ratio: float = 0.8,
-    generator: torch.Generator | None = None,
+    layers: ConditionalLayers, bridge: Bridge, *, num_draws: int = 1000, generator: torch.Generator | None = None
 ) -> list[Finding]:
     """Finds coordinates whose mean or variance changes when Langevin chains go on from the draws of x_0.
 
     Draws of p have the same law after any number of steps, so what changes is wrong, in any dimension. A curved or thin
     target is followed along its ridge. Chains do not cross between modes that are far apart: see `wrong_masses`.
 
-    Args:
-        layers: The sampler.
-        bridge: Its score at the level of layer 0 is the target's.
-        num_draws: N, chains.
-        num_steps: Steps of each.
-        ratio: Of the variances before and after, below which (and above whose inverse) a change is reported, if it is
-            significant, too; a mean has to move by 1 - ratio standard deviations.
-        generator: Source of all draws.
-
     Returns:
-        At most one "drift".
+        At most one "drift": significantly, a ratio of the variances before and after is below `SAME`, or above its
+        inverse, or a mean has moved by 1 - `SAME` standard deviations.
     """
     marginals = draw_finite(layers, bridge, num_draws, generator)
     before = marginals[0].flatten(1)
     score, root, inverse = _round(bridge, marginals)
-    end, _ = langevin(lambda u: score(u @ inverse) @ inverse.T, before @ root, num_steps, generator, together=True)
+    end, _ = langevin(lambda u: score(u @ inverse) @ inverse.T, before @ root, NUM_STEPS, generator, together=True)
     after = end @ inverse
     center, variance = after.mean(0), after.var(0).clamp_min(torch.finfo(after.dtype).tiny)
     square = ((before - center).square() - (after - center).square()) / variance
     shift = (before - after) / variance.sqrt()
     errors = math.sqrt(STANDARD_ERRORS**2 + 2 * math.log(2 * len(center))) / math.sqrt(num_draws)
     changes = before.var(0) / variance
-    wrong = ((changes < ratio) | (changes > 1 / ratio)) & (square.mean(0).abs() > errors * square.std(0))
-    wrong |= (shift.mean(0).abs() > 1 - ratio) & (shift.mean(0).abs() > errors * shift.std(0))
+    wrong = ((changes < SAME) | (changes > 1 / SAME)) & (square.mean(0).abs() > errors * square.std(0))
+    wrong |= (shift.mean(0).abs() > 1 - SAME) & (shift.mean(0).abs() > errors * shift.std(0))
     if not bool(wrong.any()):
         return []
     worst = int((changes.log().abs() + shift.mean(0).abs()).masked_fill(~wrong, -math.inf).argmax())
     message = (
         f"x_0 does not stay as it is under Langevin steps in the target in {int(wrong.sum())} of {len(wrong)} "
         f"coordinates: in coordinate {worst} the variance of the draws is {float(changes[worst]):.2g} of that after "
-        f"{num_steps} steps, their mean {float(shift.mean(0)[worst]):+.2g} standard deviations off. Train longer, with "
+        f"{NUM_STEPS} steps, their mean {float(shift.mean(0)[worst]):+.2g} standard deviations off. Train longer, with "
         "more layers, or by KullbackLeibler or LowerBound instead of ScoreMatching"
     )
-    return [Finding("drift", 0, float(changes[worst]), ratio, message)]
+    return [Finding("drift", 0, float(changes[worst]), SAME, message)]
 
 
 @torch.no_grad()
 def wrong_masses(
-    layers: ConditionalLayers,
-    bridge: Bridge,
-    *,
-    num_draws: int = 2000,
-    distance: float = 0.1,
-    generator: torch.Generator | None = None,
+    layers: ConditionalLayers, bridge: Bridge, *, num_draws: int = 2000, generator: torch.Generator | None = None
 ) -> tuple[list[Finding], str | None]:
     """Finds coordinates whose distribution changes when each draw is weighted by p / q.
 
     q is the mixture of layer 0 over N inputs. The weights compare the masses of modes that the sampler visits, however
     far apart they are; what it never visits they do not see. In many dimensions the mixture is too rough.
 
-    Args:
-        layers: The sampler.
-        bridge: Its log-density at the level of layer 0 is the target's.
-        num_draws: N.
-        distance: Largest difference of the two distribution functions of a coordinate (Kolmogorov-Smirnov), above which
-            it is reported.
-        generator: Source of all draws.
-
     Returns:
-        At most one "wrong_masses", and why nothing was checked, or None if it was.
+        At most one "wrong_masses", if the two distribution functions of a coordinate differ by more than `DISTANCE`
+        (Kolmogorov-Smirnov); and why nothing was checked, or None if it was.
     """
     marginals = draw_finite(layers, bridge, num_draws, generator)
     x, x_next = marginals[0], marginals[1]
@@ -175,14 +131,14 @@ def wrong_masses(
     order = x.flatten(1).argsort(0)
     even = torch.arange(1, num_draws + 1, device=x.device, dtype=torch.float64)[:, None] / num_draws
     gaps = (weights[order].cumsum(0) - even).abs().amax(0)
-    if not float(gaps.max()) > distance:
+    if not float(gaps.max()) > DISTANCE:
         return [], None
     message = (
         f"the masses are wrong: weighted by p / q, the draws have another distribution in coordinate "
         f"{int(gaps.argmax())}, by {float(gaps.max()):.2g} of all mass. Train longer, with more layers, a diffusion "
         "bridge or a wider base"
     )
-    return [Finding("wrong_masses", 0, float(gaps.max()), distance, message)], None
+    return [Finding("wrong_masses", 0, float(gaps.max()), DISTANCE, message)], None
 
 
 def _round(bridge: Bridge, marginals: list[Tensor]) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
@@ -204,11 +160,11 @@ def _is_dense(bridge: Bridge, x: Tensor, draws: Tensor) -> Tensor:
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
 
 
-def _starts(bridge: Bridge, upper: list[Tensor], size: int, reach: float, generator: torch.Generator | None) -> Tensor:
-    """Base draws, inflated 1 to `reach` times, and as many outputs of the upper layers if there are any."""
+def _starts(bridge: Bridge, upper: list[Tensor], size: int, generator: torch.Generator | None) -> Tensor:
+    """Base draws, inflated 1 to `REACH` times, and as many outputs of the upper layers if there are any."""
     base = bridge.sample_base(size if not upper else size - size // 2, generator)
     center = base.mean(0)
-    factors = torch.logspace(0, math.log10(reach), len(base), dtype=base.dtype, device=base.device)
+    factors = torch.logspace(0, math.log10(REACH), len(base), dtype=base.dtype, device=base.device)
     rows = [center + factors.reshape(-1, *[1] * (base.ndim - 1)) * (base - center)]
     rows += [x[: -(-(size // 2) // len(upper))] for x in upper]
     return torch.cat(rows)[:size]

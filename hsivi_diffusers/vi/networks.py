@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .distributions import DiagonalGaussian
-
-Std = Literal["global", "network"]
 
 
 class ResidualMLP(nn.Module):
@@ -53,35 +50,25 @@ class ResidualMLP(nn.Module):
 
 
 class GaussianMLP(nn.Module):
-    r"""A layer: x -> N(A x + net(x), std^2), A = I and net nearly 0 at the start.
+    """A layer: x -> N(A x + net(x), std^2), A = I and net nearly 0 at the start.
 
     Args:
-        dimension: d.
+        dimension: d, up to 10,000.
         width: Of the hidden layers.
         depth: Number of hidden layers.
-        std: "global", a learned number for each coordinate (and each layer, where layers share the network), or
-            "network", an output of the network.
-        initial_std: What it starts from.
+        initial_std: What std > 0 starts from, a learned number for each coordinate of each layer.
         num_layers: T of the layers that share the network, or None for a layer of its own.
 
     Raises:
-        ValueError: The kind of std is unknown, `initial_std` <= 0, or d is above 10,000.
+        ValueError: A number is out of its range.
     """
 
     MAX_DIMENSION = 10_000
 
     def __init__(
-        self,
-        dimension: int,
-        width: int = 128,
-        depth: int = 3,
-        std: Std = "global",
-        initial_std: float = 0.5,
-        num_layers: int | None = None,
+        self, dimension: int, width: int = 128, depth: int = 3, initial_std: float = 0.5, num_layers: int | None = None
     ) -> None:
         super().__init__()
-        if std not in ("global", "network"):
-            raise ValueError(f"std={std!r} is unknown: choose 'global' or 'network'")
         if dimension > self.MAX_DIMENSION:
             raise ValueError(
                 f"dimension={dimension}: the default layers have a d x d matrix each, for d up to 10,000; give layers "
@@ -89,9 +76,8 @@ class GaussianMLP(nn.Module):
             )
         if not initial_std > 0:
             raise ValueError(f"initial_std={initial_std}: give a number > 0")
-        outputs = dimension if std == "global" else 2 * dimension
         self.num_layers = num_layers
-        self.network = ResidualMLP(dimension, outputs, width, depth, levels=num_layers is not None)
+        self.network = ResidualMLP(dimension, dimension, width, depth, levels=num_layers is not None)
         self.skip = nn.Parameter(torch.eye(dimension))
         self.log_std = nn.Parameter(torch.full((num_layers or 1, dimension), math.log(initial_std)))
         with torch.no_grad():
@@ -105,12 +91,8 @@ class GaussianMLP(nn.Module):
                 "give num_layers=T to a network that layers share, and leave it out for a layer of its own"
             )
         level = None if t is None or self.num_layers is None else t / self.num_layers
-        answer = self.network(x_next, level)
-        dimension = x_next.shape[1]
         log_std = self.log_std[0] if level is None else self.log_std[t]
-        if answer.shape[1] > dimension:
-            log_std = log_std + answer[:, dimension:]
-        mean = x_next @ self.skip.T + answer[:, :dimension]
+        mean = x_next @ self.skip.T + self.network(x_next, level)
         return DiagonalGaussian(mean=mean, std=log_std.exp().expand_as(mean))
 
 

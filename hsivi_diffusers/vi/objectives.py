@@ -32,26 +32,15 @@ Scoring = Literal["own", "random"]
 
 @dataclass(frozen=True)
 class LayerDraw:
-    """A draw x ~ q(. | x_next) from a layer, at the level where it is scored.
+    """A draw x ~ q(. | x_next) from a layer, at the level where it is scored."""
 
-    Attributes:
-        q: Conditional law of x, of `scoring="own"` given x_next, else what `Bridge.renoise` makes of that.
-        x: Shape (B, ...).
-        level: Level of the bridge that q belongs to, shape (B,).
-        t: Layer of each row, shape (B,).
-        condition: Condition of each row, or None.
-        real: Draw of the bridge at the level and condition of each row, of the shape of x, or None.
-        residual: Mean of the layer, at its own level, minus the end of its pair, of the shape of x, NaN in rows
-            without a pair; None if no row has one.
-    """
-
-    q: DiagonalGaussian
-    x: Tensor
-    level: Tensor
-    t: Tensor
-    condition: Tensor | None = None
-    real: Tensor | None = None
-    residual: Tensor | None = None
+    q: DiagonalGaussian  # of x, of `scoring="own"` given x_next, else what `Bridge.renoise` makes of that
+    x: Tensor  # shape (B, ...)
+    level: Tensor  # of the bridge, that q belongs to, shape (B,)
+    t: Tensor  # layer of each row, shape (B,)
+    condition: Tensor | None = None  # of each row
+    real: Tensor | None = None  # draw of the bridge at the level and condition of each row, like x
+    residual: Tensor | None = None  # mean of the layer, at its own level, minus the end of its pair; NaN without one
 
     @property
     def layer_score(self) -> Tensor:
@@ -90,8 +79,8 @@ def draw_layer(
         scoring: "own" or "random".
         condition: Condition of each row.
         generator: Source of the level and the noise.
-        real: See `LayerDraw.real`.
-        end: Where the pair of each row ends, NaN in rows without a pair, see `LayerDraw.residual`.
+        real: Draw from the bridge too.
+        end: Where the pair of each row ends, NaN in rows without a pair.
 
     Raises:
         ValueError: `scoring` is neither of these.

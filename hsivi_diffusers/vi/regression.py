@@ -1,10 +1,4 @@
-r"""Pairs (x_next, end) of a map, such as the teacher's ODE from noise to data: the chains and the losses.
-
-With mu the mean of the layer:
-
-    Regression    1/2 |mu(x_next) - end|^2
-    Guided        another objective + weight * Regression
-"""
+"""Pairs (x_next, end) of a map, such as the teacher's ODE from noise to data: the chains and the losses."""
 
 from __future__ import annotations
 
@@ -93,7 +87,6 @@ class GuidedChain(Chain):
 
 
 def half_square(residual: Tensor, t: Tensor | None = None) -> Tensor:
-    """Returns 1/2 |residual|^2, shape (B,), whatever the layers t."""
     return 0.5 * row_sum(residual.square())
 
 
@@ -101,10 +94,8 @@ class Regression(Objective):
     """The layer is fitted to pairs of a map, without critic or score (arXiv 2101.02388): a start for other objectives.
 
     Its best mean is the map where that is smooth, and an average over the neighbourhood elsewhere, so details are lost;
-    but each part of the target gets the mass that the map gives it.
-
-    Args:
-        loss: (residual mu(x_next) - end of shape (B, ...), layers t of shape (B,)) -> loss of each row, shape (B,).
+    but each part of the target gets the mass that the map gives it. The loss takes residuals mu(x_next) - end of shape
+    (B, ...), mu the mean of the layer, and the layers t: it is 1/2 |residual|^2 by default, shape (B,).
     """
 
     def __init__(self, loss: ResidualLoss = half_square) -> None:

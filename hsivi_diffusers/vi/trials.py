@@ -1,10 +1,4 @@
-r"""What is on trial until it is measured: inputs from data and an adversarial term, which need draws of the bridge.
-
-With a critic that is a discriminator D besides, `Adversarial` adds to another objective
-
-    layers        weight d softplus(-D(x))                         d the number of coordinates of x
-    critic        weight d/2 (softplus(D(x)) + softplus(-D(x_real)))
-"""
+"""What is on trial until it is measured: inputs from data and an adversarial term, which need draws of the bridge."""
 
 from __future__ import annotations
 
@@ -61,12 +55,12 @@ class DataChain(Chain):
 class Adversarial(Extended):
     """Another objective and, with a weight > 0, a game of layers and critic over draws of the bridge itself.
 
-    The critic answers with a score and with logits D, which tell draws of the bridge (real) from draws of the layers.
-    The losses are those at the head of this file; of several logits for a row the mean is taken. The best D is
-    log p(x) / q(x). This is the term of adversarial score identity distillation (arXiv 2410.14919), and of DMD2 (arXiv
-    2405.14867, whose scripts have weights of 1e-3 for the layers and 1e-2 for the critic), on features of the critic;
-    the weight of a level is not applied to it. The gradient for the layers passes through the critic to x, and is of
-    the layers alone.
+    The critic answers with a score and with logits D, which tell draws of the bridge (real) from draws of the layers;
+    of several logits for a row the mean is taken. With d coordinates of x the terms of the losses are in `layer_loss`
+    and `critic_loss`. The best D is log p(x) / q(x). This is the term of adversarial score identity distillation (arXiv
+    2410.14919), and of DMD2 (arXiv 2405.14867, whose scripts have weights of 1e-3 for the layers and 1e-2 for the
+    critic), on features of the critic; the weight of a level is not applied to it. The gradient for the layers passes
+    through the critic to x, and is of the layers alone.
     """
 
     needs_real = True

@@ -245,17 +245,6 @@ def test_renoising_to_its_own_level_leaves_a_layer_as_it_is():
     torch.testing.assert_close(moved.std, q.std)
 
 
-def test_draws_of_a_diffusion_bridge_have_the_moments_of_its_densities():
-    """Of N(3, 0.25) diffused to sigma: mean 3 alpha, variance alpha^2 / 4 + sigma^2."""
-    target = GaussianMixture(torch.tensor([[3.0]]), torch.tensor([[[0.25]]]))
-    bridge = DiffusionBridge(target, 2)
-    for sigma in (0.0, 0.6, 1.0):
-        x = bridge.sample(torch.full((40_000,), sigma), generator=torch.Generator().manual_seed(0))
-        assert float(x.mean()) == pytest.approx(3 * (1 - sigma**2) ** 0.5, abs=0.03)
-        assert float(x.var()) == pytest.approx((1 - sigma**2) / 4 + sigma**2, rel=0.04)
-
-
-def test_a_score_network_alone_is_not_drawn_from():
-    bridge = DiffusionBridge(None, 2, score_network=lambda x, level, condition: -x, dimension=2)
-    with pytest.raises(NotImplementedError, match="DiffusionBridge has no draws of its densities"):
-        bridge.sample(torch.zeros(3))
+def test_a_bridge_of_a_density_is_not_drawn_from():
+    with pytest.raises(NotImplementedError, match="GeometricBridge has no draws of its densities"):
+        geometric().sample(torch.zeros(3))

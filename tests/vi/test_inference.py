@@ -14,13 +14,13 @@ from hsivi_diffusers.vi import (
     IndependentLayers,
     Inference,
     KullbackLeibler,
+    LogProbTarget,
     LowerBound,
     Plateau,
     ScoreMatching,
     ScoreMLP,
     ScoreTarget,
     SharedLayers,
-    as_target,
 )
 from hsivi_diffusers.vi import inference as inference_module
 from hsivi_diffusers.vi.targets import FullNormal, GaussianMixture
@@ -420,7 +420,6 @@ def test_a_gaussian_fitted_to_the_mode_may_be_the_base():
             "objective='elbo' is unknown: choose LB, SM, KL, or give an Objective",
         ),
         ({"training": "parallel"}, "training='parallel' is unknown: choose 'sequential' or 'joint'"),
-        ({"std": "local"}, "std='local' is unknown: choose 'global' or 'network'"),
         ({"num_steps": 1}, "num_steps=1: give at least one update for each of the 2 layers"),
         ({"layers": Shift(3)}, "layers has 3 layers, and the bridge 2"),
         (
@@ -485,7 +484,7 @@ def test_a_norm_that_is_not_positive_is_refused(norm):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_density_on_a_half_space_is_refused_before_it_starts(objective):
-    target = as_target(lambda x: torch.where(x[:, 0] > 0, -x.square().sum(1), -torch.inf), 2)
+    target = LogProbTarget(lambda x: torch.where(x[:, 0] > 0, -x.square().sum(1), -torch.inf), 2)
     with pytest.raises(ValueError, match="the target's log-density is not finite at 1.. of 256 draws of the base"):
         tiny(objective, of=GeometricBridge(target, 2))
 
@@ -502,7 +501,7 @@ def test_a_state_without_a_part_is_refused_before_anything_is_loaded():
 
 @pytest.mark.parametrize("dimension", [10**9, 0, 2.0])
 def test_a_dimension_out_of_range_is_refused_before_work(dimension):
-    for make in (as_target, ScoreTarget):
+    for make in (LogProbTarget, ScoreTarget):
         with pytest.raises(ValueError, match=f"dimension={dimension}: give the number of coordinates"):
             make(lambda x: -x.square().sum(1), dimension)
     with pytest.raises(ValueError, match="dimension=20000: the default layers have a d x d matrix each"):
@@ -510,6 +509,6 @@ def test_a_dimension_out_of_range_is_refused_before_work(dimension):
 
 
 def test_a_density_written_in_numpy_is_refused():
-    target = as_target(lambda x: (-x.square().sum(1)).detach().numpy(), 2)
+    target = LogProbTarget(lambda x: (-x.square().sum(1)).detach().numpy(), 2)
     with pytest.raises(ValueError, match="log_prob returned a ndarray: write it in torch, and return a tensor"):
         tiny(of=GeometricBridge(target, 2))

@@ -57,24 +57,21 @@ def test_sizes_are_positive(given):
         ResidualMLP(**sizes)
 
 
-@pytest.mark.parametrize("std", ["global", "network"])
 @pytest.mark.parametrize("num_layers", [None, 3])
-def test_a_layer_starts_near_the_identity_with_its_initial_std(std, num_layers):
-    layer, x = GaussianMLP(2, std=std, initial_std=0.3, num_layers=num_layers), torch.randn(100, 2)
+def test_a_layer_starts_near_the_identity_with_its_initial_std(num_layers):
+    layer, x = GaussianMLP(2, initial_std=0.3, num_layers=num_layers), torch.randn(100, 2)
     t = None if num_layers is None else torch.arange(100) % 3
     q = layer(x, t).detach()
     assert q.mean.shape == q.std.shape == (100, 2)
     assert float((q.mean - x).square().mean().sqrt()) < 0.3
-    assert float((q.std / 0.3).log().square().mean().sqrt()) < (1e-5 if std == "global" else 0.3)
+    assert float((q.std / 0.3).log().square().mean().sqrt()) < 1e-5
 
 
-def test_a_global_std_is_one_number_a_coordinate_and_a_network_std_depends_on_x():
-    x = torch.randn(10, 2)
-    assert torch.equal(GaussianMLP(2, width=8)(x).std.std(0), torch.zeros(2))
-    assert bool((GaussianMLP(2, width=8, std="network")(x).std.std(0) > 0).all())
+def test_a_std_is_one_number_a_coordinate():
+    assert torch.equal(GaussianMLP(2, width=8)(torch.randn(10, 2)).std.std(0), torch.zeros(2))
 
 
-def test_a_global_std_is_learnt_layer_by_layer_where_the_network_is_shared():
+def test_a_std_is_learnt_layer_by_layer_where_the_network_is_shared():
     layer, t = GaussianMLP(2, width=8, num_layers=3), torch.tensor([0, 2, 0, 1])
     with torch.no_grad():
         layer.log_std.copy_(torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]))
@@ -91,19 +88,13 @@ def test_the_mean_of_a_shared_layer_depends_on_the_layer():
     assert not torch.allclose(mean[1], mean[2], atol=1e-4)
 
 
-@pytest.mark.parametrize("std", ["global", "network"])
-def test_every_parameter_of_a_layer_learns(std):
-    layer = GaussianMLP(2, width=8, std=std, num_layers=2)
+def test_every_parameter_of_a_layer_learns():
+    layer = GaussianMLP(2, width=8, num_layers=2)
     q = layer(torch.randn(16, 2), torch.arange(16) % 2)
     (q.mean.square().sum() + q.std.square().sum()).backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
         assert bool((parameter.grad != 0).any()), name
-
-
-def test_an_unknown_std_is_refused():
-    with pytest.raises(ValueError, match="std='local' is unknown: choose 'global' or 'network'"):
-        GaussianMLP(2, std="local")
 
 
 @pytest.mark.parametrize("initial_std", [0.0, -1.0])

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..distributions import randn_like
 from .target import DiffusibleTarget, SampledTarget
 
 SPACING = 1.25  # of Gaussians in a chain, in std: the density of their sum varies by 1e-5 of itself along it
@@ -19,14 +20,9 @@ class GaussianMixture(DiffusibleTarget):
     V_m^T x of each component are independent at every level, with variances alpha^2 v_m + sigma^2.
 
     Args:
-        means: mu, shape (M, d). Draws get its dtype and device.
+        means: mu, shape (M, d), also the attribute `modes`. Draws get its dtype and device.
         covariances: C, shape (M, d, d), symmetric and positive definite.
         weights: w, shape (M,), >= 0; divided by their sum. Equal by default.
-
-    Attributes:
-        modes: mu.
-        covariances: C, in double precision, on the CPU.
-        weights: w, likewise.
 
     Raises:
         ValueError: An argument is not as above.
@@ -54,7 +50,7 @@ class GaussianMixture(DiffusibleTarget):
         device = self.modes.device if generator is None else generator.device
         weights = self.weights.to(device, self.modes.dtype)
         component = torch.multinomial(weights, size, replacement=True, generator=generator).to(self.modes.device)
-        noise = _randn((size, self.dimension), self.modes, generator)
+        noise = randn_like(self.modes.new_empty(size, self.dimension), generator)
         return self.modes[component] + torch.einsum("bde,be->bd", self._scales.to(noise)[component], noise)
 
     def diffused_log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -85,23 +81,16 @@ class GaussianMixture(DiffusibleTarget):
 
 
 class Checkerboard(DiffusibleTarget):
-    """Uniform on the black squares of a board, blurred by N(0, smoothing^2 I).
+    """Uniform on the black squares of a board, blurred by N(0, smoothing^2 I); their centres are `modes`, shape (M, 2).
 
-    Column i and row j of the board, counted from the lower left corner, meet in a black square where i + j is even.
-    With g_i(u) = Phi((alpha b_i - u) / s) - Phi((alpha a_i - u) / s), s^2 = alpha^2 smoothing^2 + sigma^2, for a column
-    (or row) from a_i to b_i, the diffused density is sum over black (i, j) of g_i(x_1) g_j(x_2) / (alpha^2 area), where
-    area is that of all black squares. As i and j are both even or both odd, it is a sum of two products.
-
-    Args:
-        half_width: The board is [-half_width, half_width]^2; > 0.
-        cells: Columns, and rows; >= 2.
-        smoothing: > 0.
-
-    Attributes:
-        modes: Centres of the black squares, shape (M, 2).
+    Column i and row j of the board, [-half_width, half_width]^2 with `cells` >= 2 columns and rows, counted from the
+    lower left corner, meet in a black square where i + j is even. With g_i(u) = Phi((alpha b_i - u) / s) -
+    Phi((alpha a_i - u) / s), s^2 = alpha^2 smoothing^2 + sigma^2, for a column (or row) from a_i to b_i, the diffused
+    density is sum over black (i, j) of g_i(x_1) g_j(x_2) / (alpha^2 area), where area is that of all black squares. As
+    i and j are both even or both odd, it is a sum of two products.
 
     Raises:
-        ValueError: An argument is not as above.
+        ValueError: A length is not > 0, or there are fewer than 2 cells.
     """
 
     dimension = 2
@@ -122,7 +111,7 @@ class Checkerboard(DiffusibleTarget):
         device = None if generator is None else generator.device
         square = torch.randint(len(self.modes), (size,), generator=generator, device=device).to(self.modes.device)
         place = torch.rand(size, 2, generator=generator, device=device, dtype=self.modes.dtype).to(self.modes.device)
-        noise = _randn((size, 2), self.modes, generator)
+        noise = randn_like(self.modes.new_empty(size, 2), generator)
         return self.modes[square] + self.width * (place - 0.5) + self.smoothing * noise
 
     def diffused_log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -165,7 +154,7 @@ class Banana(SampledTarget):
         self.modes = torch.tensor([[0.0, self.shift]])
 
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
-        first, second = _randn((size, 2), self.modes, generator).unbind(1)
+        first, second = randn_like(self.modes.new_empty(size, 2), generator).unbind(1)
         first = self.std_1 * first
         return torch.stack([first, self._ridge(first) + self.std_2 * second], 1)
 
@@ -223,12 +212,6 @@ def _circle(num_modes: int, radius: float) -> Tensor:
 
 def _round(means: Tensor, std: float) -> GaussianMixture:
     return GaussianMixture(means, (std**2 * torch.eye(2, dtype=torch.float64)).expand(len(means), 2, 2))
-
-
-def _randn(shape: tuple[int, int], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard Gaussian draw, made on the generator's device: one seed, one draw, on every device."""
-    device = like.device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
 def _of_black(mass: Tensor) -> Tensor:

@@ -49,26 +49,15 @@ class ConditionedDiffusion(Target):
     """Path of a double-well diffusion, seen at some of its points with noise.
 
     The path is that of dX = drift X (1 - X^2) dt + dW, X_0 = 0, by Euler-Maruyama: x_k = m(x_{k-1}) + sqrt(dt) w_k with
-    m(x) = x + drift x (1 - x^2) dt, k = 1..d, x_0 = 0. The observations are y_i = x_{every i} + noise_std v_i.
-
-    Args:
-        observations: y, shape (n,).
-        every: Steps from one observation to the next; d = n every.
-        horizon: Time that the d steps cover together, > 0.
-        drift: Strength of the pull to -1 and 1.
-        noise_std: > 0.
+    m(x) = x + drift x (1 - x^2) dt, k = 1..d, x_0 = 0, up to the time `horizon`. The observations, shape (n,), are
+    y_i = x_{every i} + noise_std v_i, so d = n every.
 
     Raises:
-        ValueError: There is no observation, or another argument is not positive.
+        ValueError: There is no observation, or another argument but the drift is not positive.
     """
 
     def __init__(
-        self,
-        observations: Tensor,
-        every: int = 5,
-        horizon: float = 1.0,
-        drift: float = 10.0,
-        noise_std: float = 0.1,
+        self, observations: Tensor, every: int = 5, horizon: float = 1.0, drift: float = 10.0, noise_std: float = 0.1
     ) -> None:
         _check_vector("observations", observations)
         for name, value in {"every": every, "horizon": horizon, "noise_std": noise_std}.items():

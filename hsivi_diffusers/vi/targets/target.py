@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ..distributions import randn_like
+
 LogProb = Callable[[Tensor], Tensor]
 MAX_DIMENSION = 10**6
 
@@ -68,10 +70,7 @@ class IsotropicNormal(SampledTarget):
         return -x / self.std**2
 
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
-        source = None if generator is None else generator.device
-        return self.std * torch.randn(size, self.dimension, generator=generator, device=source or self.device).to(
-            self.device
-        )
+        return self.std * randn_like(torch.empty(size, self.dimension, device=self.device), generator)
 
 
 class DiffusibleTarget(SampledTarget):
@@ -112,26 +111,13 @@ class LogProbTarget(Target):
         self.dimension = _check_dimension(dimension)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        value = self._log_prob(x)
-        _refuse_other_types(value, "log_prob")
-        if value.shape != x.shape[:1]:
-            raise ValueError(
-                f"log_prob returned the shape {tuple(value.shape)} for x of shape {tuple(x.shape)}: return one number "
-                f"a row, shape {tuple(x.shape[:1])}"
-            )
-        _refuse_cut(value, x, "log_prob")
-        return value
+        return _checked(self._log_prob(x), x, x.shape[:1], "log_prob")
 
 
 class ScoreTarget(Target):
-    """A score alone as a target, for `KullbackLeibler`, `LowerBound(surrogate=True)` and `ScoreMatching`.
+    """A score x -> grad log p(x), both of shape (B, d), alone as a target, see `LogProbTarget`.
 
-    Args:
-        score: x of shape (B, d) -> grad log p(x), shape (B, d); differentiable by torch for `ScoreMatching`.
-        dimension: d.
-
-    Raises:
-        ValueError: See `LogProbTarget`.
+    It serves `KullbackLeibler`, `LowerBound(surrogate=True)` and, if differentiable by torch, `ScoreMatching`.
     """
 
     def __init__(self, score: Callable[[Tensor], Tensor], dimension: int) -> None:
@@ -139,35 +125,23 @@ class ScoreTarget(Target):
         self.dimension = _check_dimension(dimension)
 
     def score(self, x: Tensor) -> Tensor:
-        value = self._score(x)
-        _refuse_other_types(value, "score")
-        if value.shape != x.shape:
-            raise ValueError(f"score returned the shape {tuple(value.shape)} for x of shape {tuple(x.shape)}")
-        _refuse_cut(value, x, "score")
-        return value
+        return _checked(self._score(x), x, x.shape, "score")
 
 
-def as_target(source: Target | Distribution | LogProb, dimension: int | None = None) -> Target:
-    """Makes a target of whatever has a log-density.
-
-    Args:
-        source: A target, which is returned as it is; a distribution of torch over vectors of all real numbers; or a
-            function x of shape (B, d) -> log p(x), shape (B,).
-        dimension: d; needed for a function.
+def as_target(source: Target | Distribution) -> Target:
+    """Returns a target as it is, and a distribution of torch over vectors of all real numbers as a target.
 
     Raises:
-        ValueError: The dimension is missing or wrong, the distribution is not one over R^d.
+        ValueError: It is neither.
     """
-    if isinstance(source, Target | Distribution):
-        target = source if isinstance(source, Target) else LogProbTarget(source.log_prob, _dimension_of(source))
-        if dimension not in (None, target.dimension):
-            raise ValueError(f"dimension={dimension}, and the target has {target.dimension}: leave it out")
-        return target
-    if not callable(source):
-        raise ValueError(f"a target of type {type(source).__name__}: give a Target, a torch distribution or a function")
-    if dimension is None:
-        raise ValueError("dimension is missing: a function does not tell how many coordinates its x has")
-    return LogProbTarget(source, dimension)
+    if isinstance(source, Target):
+        return source
+    if isinstance(source, Distribution):
+        return LogProbTarget(source.log_prob, _dimension_of(source))
+    raise ValueError(
+        f"a target of type {type(source).__name__}: give a Target, a torch distribution, or "
+        "LogProbTarget(function, dimension)"
+    )
 
 
 def _check_dimension(dimension: int) -> int:
@@ -176,17 +150,20 @@ def _check_dimension(dimension: int) -> int:
     return dimension
 
 
-def _refuse_other_types(value: object, name: str) -> None:
+def _checked(value: object, x: Tensor, shape: torch.Size, name: str) -> Tensor:
+    """Returns the answer of a user's function to x, and refuses what is of no use."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} returned a {type(value).__name__}: write it in torch, and return a tensor")
-
-
-def _refuse_cut(value: Tensor, x: Tensor, name: str) -> None:
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} returned the shape {tuple(value.shape)} for x of shape {tuple(x.shape)}: return {tuple(shape)}"
+        )
     if torch.is_grad_enabled() and x.requires_grad and not value.requires_grad:
         raise ValueError(
             f"{name} has no gradient in x: write it in torch, without detach, no_grad or NumPy; a score that cannot be "
             "differentiated goes with KullbackLeibler or LowerBound(surrogate=True)"
         )
+    return value
 
 
 def gradient(log_prob: LogProb, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..distributions import randn_like
 from .target import SampledTarget, Target
 
 
@@ -39,9 +40,7 @@ class FullNormal(SampledTarget):
 
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
         """Returns draws in torch's default precision, shape (size, d)."""
-        device = self.mean.device if generator is None else generator.device
-        z = torch.randn(size, self.dimension, generator=generator, device=device)
-        return self.unwhiten(z.to(self.mean.device))
+        return self.unwhiten(randn_like(torch.empty(size, self.dimension, device=self.mean.device), generator))
 
 
 def laplace(target: Target, start: Tensor | None = None, num_steps: int = 500) -> FullNormal:
@@ -125,8 +124,7 @@ class Whitened(Target):
 def moment_match(draws: Tensor) -> FullNormal:
     """Returns the Gaussian with the mean and the covariance of draws, shape (N, d): whitening without a mode.
 
-    A first, rough fit gives the draws; a second one, of `Whitened(target, moment_match(draws))`, starts from
-    coordinates in which nothing is stiff.
+    A first, rough fit gives the draws; a second one, of `Whitened(target, moment_match(draws))`, is not stiff.
 
     Raises:
         ValueError: The draws have no positive definite covariance.
