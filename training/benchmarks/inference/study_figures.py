@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from io import BytesIO
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from torch import Tensor
 
+from hsivi_diffusers.evaluation.figures import pyplot
 from hsivi_diffusers.vi import DiffusionBridge, GeometricBridge
 from hsivi_diffusers.vi.targets import SampledTarget
 
@@ -37,11 +39,7 @@ from .study_rows import (
 )
 from .target_fit import Fit, Fitted, run
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
+plt = pyplot()
 COLOURS = {"LB": "#d62728", "SM": "#1f77b4", "KL": "#2ca02c"}
 DASHES = {"sequential": "-", "joint": "--"}
 # Targets, bridges and training of the figures of marginals; the gallery has the targets of PLANE.
@@ -83,7 +81,7 @@ def _finish(axis: Axes, places: Sequence[int], title: str, xlabel: str, ylabel: 
         axis.text(0.5, 0.5, NOT_RUN, transform=axis.transAxes, ha="center", color="gray")
     axis.minorticks_off()
     if axis.has_data():  # numbers at 1, 2 and 5 of each power of ten, so that even a short log axis has some
-        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.25)
 
@@ -267,6 +265,6 @@ def draw_gallery(fits: Sequence[tuple[str, Fitted, Fitted]], path: Path) -> None
     save(figure, path)
 
 
-def _fit(target: str, num_layers: int, bridge: str, training: str, num_steps: int) -> Fitted:
-    fit = Fit(target, num_layers, "LB", bridge, training, num_steps=num_steps)
-    return run(replace(fit, base_std=BASE_STD.get(target, fit.base_std)))[0]
+def _fit(target: str, num_layers: int, bridge: Any, training: Any, num_steps: int) -> Fitted:
+    std = BASE_STD.get(target, Fit.base_std)
+    return run(Fit(target, num_layers, "LB", bridge, training, num_steps=num_steps, base_std=std))[0]
