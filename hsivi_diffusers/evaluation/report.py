@@ -49,20 +49,12 @@ def cell(name: str, value: float) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured.
+    """What was measured, with a row for each method and number of calls."""
 
-    Args:
-        headline: Measure that the rows are sorted by and the curve shows, "kid" or "fd".
-        features: Name of the features.
-        reference: Name of the images that were compared to.
-        floor: `headline` of one half of the reference against the other, None if it is too small.
-        rows: One for each method and number of calls.
-    """
-
-    headline: str
-    features: str
-    reference: str
-    floor: float | None
+    headline: str  # measure that the rows are sorted by and the curve shows, "kid" or "fd"
+    features: str  # their name
+    reference: str  # name of the images that were compared to
+    floor: float | None  # headline of one half of the reference against the other, None if it is too small
     rows: list[dict[str, Any]]
 
     @property

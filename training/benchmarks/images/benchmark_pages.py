@@ -289,14 +289,9 @@ def draw_classes(rows: list[Row], path: Path) -> None:
         if not is_solver(group[0]) or group in (TEACHER, ("UniPC", 10))
     } or grouped(rows)
     columns = min(4, len(groups))
-    figure, axes = plt.subplots(
-        math.ceil(len(groups) / columns),
-        columns,
-        figsize=(3.5 * columns, 2 * math.ceil(len(groups) / columns)),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
-    )
+    lines = math.ceil(len(groups) / columns)
+    style = {"figsize": (3.5 * columns, 2 * lines), "squeeze": False, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(lines, columns, **style)
     for axis in axes.flat:
         axis.axis("off")
     for axis, ((method, nfe), of_group) in zip(axes.flat, groups.items(), strict=False):

@@ -4,7 +4,7 @@
         --output_dir runs/teachers/cifar10_32
 
 For trying a recipe, its memory and its speed, before the real weights are downloaded. Such a teacher has learned
-nothing, and neither does what is distilled from it. The weights are a function of the seed.
+nothing. The weights are a function of the seed.
 """
 
 from __future__ import annotations
