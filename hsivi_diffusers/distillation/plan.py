@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from diffusers import UNet2DModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,13 +40,9 @@ CALIBRATION_FLOPS = 2e11  # about what the calls may cost that the speed is take
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of the fake tensors that are alive, beside a `FakeTensorMode`.
+    """Counts the bytes of the fake tensors that are alive, beside a `FakeTensorMode`: `now`, and at the `peak`.
 
     Indices, levels and other small numbers stay real, so that the loop takes the branches it would take.
-
-    Attributes:
-        now: Bytes alive.
-        peak: The most that were alive at once.
     """
 
     def __init__(self) -> None:
@@ -90,31 +86,18 @@ def _is_small(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer update, with the critic's in it, needs in one process.
+    """What a layer update, with the critic's in it, needs in one process."""
 
-    Attributes:
-        parameters: Numbers in each network.
-        memory: Bytes by use; together they are the peak.
-        calls: Network calls of student, critic and teacher for each row of the batch.
-        flops: Floating-point operations.
-        call_flops: Those of a call of one network for one row, without a gradient.
-        written: Bytes of each thing that is saved.
-    """
-
-    parameters: dict[str, int]
-    memory: dict[str, int]
-    calls: dict[str, float]
+    parameters: dict[str, int]  # numbers in each network
+    memory: dict[str, int]  # bytes by use; together they are the peak
+    calls: dict[str, float]  # of student, critic and teacher, for each row of the batch
     flops: float
-    call_flops: float
-    written: dict[str, int]
+    call_flops: float  # of a call of one network for one row, without a gradient
+    written: dict[str, int]  # bytes of each thing that is saved
 
 
 def read_configs(name: str, revision: str | None) -> tuple[dict[str, Any], HSIVIScheduler]:
-    """Reads the configs of the UNet and of the scheduler of a pipeline; its weights are not asked for.
-
-    Raises:
-        ValueError: There are none.
-    """
+    """Reads the configs of the UNet and of the scheduler of a pipeline; its weights are not asked for."""
     configs: list[dict[str, Any]] = []
     for part, kind in (("unet", UNet2DModel), ("scheduler", HSIVIScheduler)):
         for subfolder in (part, None):  # the repos google/ddpm-* have all in one folder
@@ -190,12 +173,10 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
         _, one, two = counts
     total = {name: one[name] + (wanted - 1) * (two[name] - one[name]) for name in one}
     rows = config.train_batch_size * config.gradient_accumulation_steps
-    static = _static(state)
+    static, limit = _static(state), config.checkpoints_total_limit
+    parts = {"each network": state.bridge.network, "student, with its noise scale": state.student}
     return Cost(
-        parameters={
-            "each network": _numel(state.bridge.network),
-            "student, with its noise scale": _numel(state.student),
-        },
+        parameters={name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()},
         memory={
             **static,
             "activations and gradients": peak - sum(static.values()),
@@ -205,7 +186,11 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
         calls={name: total[name] / rows for name in ("student", "critic", "teacher")},
         flops=total["flops"],
         call_flops=call["flops"],
-        written=_written(static, config.checkpoints_total_limit),
+        written={
+            "pipeline": static["student"],
+            "critic": static["critic"],
+            f"{limit} checkpoints": limit * (sum(static.values()) - static["teacher"]),
+        },
     )
 
 
@@ -236,22 +221,8 @@ def _static(state: TrainingState) -> dict[str, int]:
     }
 
 
-def _written(static: dict[str, int], limit: int) -> dict[str, int]:
-    """Bytes of what a run leaves behind."""
-    checkpoint = sum(size for name, size in static.items() if name != "teacher")
-    return {
-        "pipeline": static["student"],
-        "critic": static["critic"],
-        f"{limit} checkpoints": limit * checkpoint,
-    }
-
-
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def precision_of(config: HSIVIConfig) -> str:
@@ -262,9 +233,8 @@ def precision_of(config: HSIVIConfig) -> str:
 def seconds_per_flop(shape: dict[str, Any], config: HSIVIConfig) -> tuple[float, str]:
     """Times a call of one real network of random weights; returns seconds per FLOP and what they are of.
 
-    On a CPU it is the CPU time of this process over its threads, so that other work on the machine does not count.
-
-    As many rows of the batch are used as the calls may cost, so that a small network is timed in the batch it gets.
+    On a CPU it is the CPU time of this process over its threads, so that other work on the machine does not count. As
+    many rows of the batch are used as the calls may cost, so that a small network is timed in the batch it gets.
     """
     device = torch.device("cpu")
     if torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):

@@ -9,15 +9,9 @@ from torch import nn
 
 
 class ImageClassifier(ModelMixin, ConfigMixin):
-    """Three convolutions or more, averaged over the image, and a linear head.
+    """Three convolutions, after `num_halvings` that halve height and width, averaged over the image; a linear head.
 
     Its features are those averages, the layer before the logits.
-
-    Args:
-        channels: Of the images.
-        num_classes: Of the labels.
-        num_features: Width of the last convolution.
-        num_halvings: Convolutions before these, each of which halves height and width.
     """
 
     @register_to_config

@@ -59,14 +59,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the report before it is measured.
-
-    Args:
-        method: Its name.
-        nfe: Network calls of an image.
-        sampler: Draws images.
-        grid: Spacing and timesteps.
-    """
+    """One line of the report before it is measured: method, network calls, what draws, spacing and timesteps."""
 
     method: str
     nfe: int
@@ -99,11 +92,7 @@ def make_entries(options: Evaluation, student: HSIVIPipeline, unet: UNet2DModel,
 
 
 def load_reference(options: Evaluation, unet: UNet2DModel, config: Any) -> Reference:
-    """Loads the real images, or samples the teacher, from other noise than the methods start from.
-
-    Raises:
-        ValueError: The real images cannot be loaded for this teacher.
-    """
+    """Loads the real images, or samples the teacher, from other noise than the methods start from."""
     channels, height, width = sample_shape(unet)
     if options.real_data is not None:
         if height != width or channels not in (1, 3):

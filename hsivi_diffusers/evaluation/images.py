@@ -19,14 +19,12 @@ def load_images(source: str, resolution: int, channels: int) -> tuple[torch.Tens
     Args:
         source: `digits` (the 1,797 handwritten digits of scikit-learn, 8x8), a folder (searched recursively; if all its
             images lie in two subfolders or more, these are the classes, in alphabetical order), or the name of a
-            dataset on the Hub with a column `image` or `img`, and `label` if it has classes (needs
-            `pip install datasets`).
+            dataset on the Hub with a column `image` or `img`, and `label` if it has classes.
         resolution: Height and width; images are centre-cropped and resized to it.
         channels: 1 (grey) or 3 (RGB).
 
     Returns:
-        Images, uint8 of shape (N, channels, resolution, resolution), and labels of shape (N,) where the source has
-        them.
+        Images, uint8 of shape (N, channels, resolution, resolution), and labels of shape (N,) where there are any.
 
     Raises:
         ValueError: The source is unknown or holds no image.
@@ -43,11 +41,7 @@ def load_images(source: str, resolution: int, channels: int) -> tuple[torch.Tens
 
 
 def stack_images(images: Iterable[Image.Image], resolution: int, channels: int) -> torch.Tensor:
-    """Returns images of one size, uint8 of shape (N, channels, resolution, resolution).
-
-    Raises:
-        ValueError: There is no image.
-    """
+    """Returns images of one size, uint8 of shape (N, channels, resolution, resolution)."""
     tensors = [_to_tensor(image, resolution, channels) for image in images]
     if not tensors:
         raise ValueError(f"the source holds no image: give a folder with files ending in {', '.join(sorted(SUFFIXES))}")
@@ -80,11 +74,7 @@ def _load_dataset(name: str) -> tuple[list[Image.Image], torch.Tensor | None]:
 
 
 def load_rows(name: str, split: str) -> Any:
-    """Loads one split of a dataset on the Hub.
-
-    Raises:
-        ValueError: The package `datasets` is missing.
-    """
+    """Loads one split of a dataset on the Hub."""
     try:
         from datasets import load_dataset
     except ImportError as error:

@@ -62,11 +62,8 @@ class Measures:
         check_packages(PACKAGES)
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        self.network, self.names = (
-            network,
-            names or [name for name in NAMES if name != "class_tv" or _has_head(network)],
-        )
-        self.real = _check(real, real)
+        self.network, self.real = network, _check(real, real)
+        self.names = names or [name for name in NAMES if name != "class_tv" or hasattr(network, "head")]
         features = self._extract(self.real)
         self.frechet = FrechetInceptionDistance(
             feature=_Features(features.shape[1]), normalize=True, reset_real_features=False
@@ -137,21 +134,11 @@ class Measures:
 
 
 def split_halves(network: torch.nn.Module, real: torch.Tensor, name: str) -> float | None:
-    """The floor: measures one random half of the real images against the other; None where there are too few.
-
-    Args:
-        network: Module from images to features.
-        real: Shape (N, C, H, W).
-        name: What of `Measures` to measure.
-    """
+    """The floor: a measure of one random half of the real images against the other; None where there are too few."""
     if len(real) < 2 * FEWEST:
         return None
     one, other = real[_shuffle(len(real))].tensor_split(2)
     return Measures(network, one, [name])(other)[name]
-
-
-def _has_head(network: torch.nn.Module) -> bool:
-    return hasattr(network, "head")
 
 
 class _Features(torch.nn.Identity):
@@ -209,6 +196,5 @@ def _compute_prdc(real: torch.Tensor, features: torch.Tensor) -> dict[str, float
 def _sliced_wasserstein(images: torch.Tensor, real: torch.Tensor) -> float:
     import ot
 
-    return float(
-        ot.sliced_wasserstein_distance(images.flatten(1).double(), real.flatten(1).double(), n_projections=500, seed=0)
-    )
+    x, y = (each.flatten(1).double() for each in (images, real))
+    return float(ot.sliced_wasserstein_distance(x, y, n_projections=500, seed=0))

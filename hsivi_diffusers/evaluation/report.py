@@ -34,11 +34,7 @@ make a baseline better."""
 
 
 def load_run(run_dir: Path) -> dict[str, Any]:
-    """Options and cost of a finished run.
-
-    Raises:
-        ValueError: The folder is no finished run.
-    """
+    """Options and cost of a finished run."""
     missing = [name for name in ("pipeline", "options.json", "training.json") if not (run_dir / name).exists()]
     if missing:
         raise ValueError(f"--run_dir {run_dir} lacks {', '.join(missing)}: give the folder of a finished distillation")
@@ -53,20 +49,12 @@ def cell(name: str, value: float) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured.
+    """What was measured, with a row for each method and number of calls."""
 
-    Args:
-        headline: Measure that the rows are sorted by and the curve shows, "kid" or "fd".
-        features: Name of the features.
-        reference: Name of the images that were compared to.
-        floor: `headline` of one half of the reference against the other, None if it is too small.
-        rows: One for each method and number of calls.
-    """
-
-    headline: str
-    features: str
-    reference: str
-    floor: float | None
+    headline: str  # measure that the rows are sorted by and the curve shows, "kid" or "fd"
+    features: str  # their name
+    reference: str  # name of the images that were compared to
+    floor: float | None  # headline of one half of the reference against the other, None if it is too small
     rows: list[dict[str, Any]]
 
     @property
@@ -75,12 +63,7 @@ class Report:
         return f"{METRICS[self.headline][0]}, {self.features}"
 
     def write(self, run_dir: Path, training: dict[str, Any]) -> None:
-        """Writes report.json and report.md.
-
-        Args:
-            run_dir: Folder of the run.
-            training: Options and cost of the run, and the teacher's name.
-        """
+        """Writes report.json and report.md; `training` has options and cost of the run, and the teacher's name."""
         measured = f"Measured on {measured_on()}."
         content = {"features": self.features, "reference": self.reference, "headline": self.headline}
         write_json(run_dir / "report.json", {**content, "floor": self.floor, "measured": measured, "rows": self.rows})
@@ -111,14 +94,7 @@ class Report:
     def draw(
         self, run_dir: Path, shown: dict[tuple[str, int], torch.Tensor], reference: torch.Tensor, classes: int | None
     ) -> None:
-        """Draws samples.png and curve.png.
-
-        Args:
-            run_dir: Folder of the run.
-            shown: Images of each method and number of calls, shape (N, C, H, W).
-            reference: As many of the reference.
-            classes: Number of classes of which image i is of class i modulo their number; None if there are none.
-        """
+        """Draws samples.png, of shown images and reference, and curve.png; image i is of class i mod classes."""
         titles = [f"class {i % classes}" for i in range(len(reference))] if classes else None
         rows = [*image_rows(shown), ("reference", reference)]
         draw_samples(rows, run_dir / "samples.png", titles)

@@ -100,7 +100,7 @@ def test_rare_events_agree_with_quadrature():
 
 
 def test_a_missing_reference_is_refused_with_the_way_to_make_it(tmp_path):
-    with pytest.raises(ValueError, match="holds no reference of 'ring', only of none: make it with python"):
+    with pytest.raises(ValueError, match="ring.safetensors is missing: make it with python"):
         load_reference("ring", tmp_path)
 
 

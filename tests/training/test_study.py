@@ -277,7 +277,6 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "ELBO"}, "--objective ELBO is unknown: choose one of LB, SM, KL"),
         ({"target": "moon"}, "no target is called 'moon'"),
         ({"whitening": "moments", "whitening_rounds": 0}, "give 1 or more"),
     ],

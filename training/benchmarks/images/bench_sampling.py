@@ -78,16 +78,12 @@ def measure(contenders: dict[str, Callable[[], object]], repetitions: int, devic
 
 def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Benchmark], __doc__ or "", args=args)
-    if options.batch_size < 1 or options.repetitions < 1:
-        raise ValueError(f"--batch_size {options.batch_size}, --repetitions {options.repetitions}: give at least 1")
     pipeline = load_pipeline(options.pipeline).to(options.device)
     contenders = make_contenders(pipeline, options.batch_size)
     seconds = measure(contenders, options.repetitions, options.device)
     reference = next(iter(seconds.values()))
-    print(
-        f"batch {options.batch_size}, {options.repetitions} turns, {options.device}, "
-        f"{torch.get_num_threads()} thread(s)"
-    )
+    threads = torch.get_num_threads()
+    print(f"batch {options.batch_size}, {options.repetitions} turns, {options.device}, {threads} thread(s)")
     for name, times in seconds.items():
         # The median of the turns' own ratios: a disturbance of the machine falls on both of a turn.
         ratio = statistics.median(own / bare for own, bare in zip(times, reference, strict=True))

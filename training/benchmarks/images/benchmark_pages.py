@@ -10,18 +10,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
+from matplotlib.ticker import LogLocator, NullLocator
 from safetensors.torch import load_file
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
+from hsivi_diffusers.evaluation.figures import draw_samples, pyplot
+from hsivi_diffusers.evaluation.metrics import total_variation
+from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
+from hsivi_diffusers.folders import write_text
 
-from hsivi_diffusers.evaluation.figures import draw_samples  # noqa: E402
-from hsivi_diffusers.evaluation.metrics import total_variation  # noqa: E402
-from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table  # noqa: E402
-from hsivi_diffusers.folders import write_text  # noqa: E402
-
+plt = pyplot()
 Row = dict[str, Any]
 Group = tuple[str, int]  # method and network calls
 
@@ -292,14 +289,9 @@ def draw_classes(rows: list[Row], path: Path) -> None:
         if not is_solver(group[0]) or group in (TEACHER, ("UniPC", 10))
     } or grouped(rows)
     columns = min(4, len(groups))
-    figure, axes = plt.subplots(
-        math.ceil(len(groups) / columns),
-        columns,
-        figsize=(3.5 * columns, 2 * math.ceil(len(groups) / columns)),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
-    )
+    lines = math.ceil(len(groups) / columns)
+    style = {"figsize": (3.5 * columns, 2 * lines), "squeeze": False, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(lines, columns, **style)
     for axis in axes.flat:
         axis.axis("off")
     for axis, ((method, nfe), of_group) in zip(axes.flat, groups.items(), strict=False):

@@ -4,17 +4,17 @@
         --output_dir runs/teachers/cifar10_32
 
 For trying a recipe, its memory and its speed, before the real weights are downloaded. Such a teacher has learned
-nothing, and neither does what is distilled from it. The weights are a function of the seed.
+nothing. The weights are a function of the seed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from hsivi_diffusers.distillation.plan import read_configs
 from hsivi_diffusers.folders import claim_output_dir
 from hsivi_diffusers.options import option, parse_options
 
@@ -28,29 +28,12 @@ class Options:
     seed: int = option(0, "seed of the weights")
 
 
-def check_teacher(teacher: str | None) -> Path:
-    """Refuses a folder without the two configs."""
-    folder = Path(teacher or "")
-    if not all((folder / name).is_file() for name in ("unet/config.json", "scheduler/scheduler_config.json")):
-        raise ValueError(
-            f"--teacher {teacher} lacks unet/config.json or scheduler/scheduler_config.json: name a folder with the "
-            "configs of a DDPMPipeline, such as training/teachers/cifar10_32"
-        )
-    return folder
-
-
-def make_pipeline(folder: Path, seed: int) -> DDPMPipeline:
-    """The pipeline that the configs of the folder describe, with random weights."""
-    set_seed(seed)
-    unet = UNet2DModel.from_config(UNet2DModel.load_config(folder, subfolder="unet"))
-    return DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"))
-
-
 def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Options], __doc__ or "", args=args)
-    folder = check_teacher(options.teacher)
+    config, scheduler = read_configs(str(options.teacher), None)
     output_dir = claim_output_dir(options.output_dir, options.overwrite_output_dir)
-    pipeline = make_pipeline(folder, options.seed)
+    set_seed(options.seed)
+    pipeline = DDPMPipeline(unet=UNet2DModel.from_config(config), scheduler=DDPMScheduler.from_config(scheduler.config))
     pipeline.save_pretrained(output_dir)
     print(f"a teacher of {pipeline.unet.num_parameters():,} random parameters is in {output_dir}")
 

@@ -52,21 +52,10 @@ VARIANTS = SKIN_TONES | {0x200D, 0xFE0F, 0x2640, 0x2642, 0x1F468, 0x1F469, 0x1F9
 
 
 def load_images(source: str, resolution: int, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Loads every image of a source.
+    """Loads every image of a source, as the package's `load_images` does, which has other sources.
 
-    Args:
-        source: `fashion-mnist` (60,000 pieces of clothing, 28x28 with a border of 2; `fashion-mnist-test` has the other
-            10,000), `emoji` (the 4,060 of Noto Color Emoji on white, whose labels are the numbers of EMOJI_KINDS), or a
-            source of the package's `load_images`.
-        resolution: Height and width.
-        channels: 1 (grey) or 3 (RGB).
-
-    Returns:
-        Images, uint8 of shape (N, channels, resolution, resolution), and labels of shape (N,) where the source has
-        them.
-
-    Raises:
-        ValueError: The source is unknown or holds no image.
+    `fashion-mnist`: 60,000 pieces of clothing, 28x28 with a border of 2; `fashion-mnist-test` has the other 10,000.
+    `emoji`: the 4,060 of Noto Color Emoji on white, whose labels are the numbers of EMOJI_KINDS.
     """
     if source in ("fashion-mnist", "fashion-mnist-test"):
         images, labels = _load_fashion("t10k" if source.endswith("test") else "train")
@@ -91,14 +80,7 @@ def _load_fashion(part: str) -> tuple[list[Image.Image], torch.Tensor]:
 
 
 def load_families(source: str) -> torch.Tensor | None:
-    """Tells which images of a source are variants of one another, as an emoji in its skin tones and sexes.
-
-    Args:
-        source: As of `load_images`.
-
-    Returns:
-        Number of the family of each image, shape (N,), from 0 on; None where the source tells of none.
-    """
+    """Number of the family of each image, shape (N,), or None; skin tones of an emoji are one family."""
     if source != "emoji":
         return None
     bases = [tuple(sorted(point for point in points if point not in VARIANTS)) for points in _read_emoji().values()]

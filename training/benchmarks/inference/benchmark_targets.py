@@ -72,11 +72,7 @@ def load_reference(name: str, folder: str | Path = REFERENCES) -> Reference:
     """Returns the reference of a target."""
     path = Path(folder) / f"{name}.safetensors"
     if not path.is_file():
-        held = ", ".join(sorted(path.stem for path in Path(folder).glob("*.safetensors"))) or "none"
-        raise ValueError(
-            f"{folder} holds no reference of {name!r}, only of {held}: make it with "
-            "python -m training.benchmarks.inference.make_references"
-        )
+        raise ValueError(f"{path} is missing: make it with python -m training.benchmarks.inference.make_references")
     with safe_open(path, framework="pt") as file:
         tensors = {field: file.get_tensor(field) for field in Reference._fields if field != "metadata"}
         return Reference(**tensors, metadata=file.metadata())

@@ -103,16 +103,9 @@ def summarise(chains: Tensor, num_kept: int) -> Reference:
         "covariance_floor": (covariance_1 - covariance_2).norm() / covariance_2.norm(),
     }
     kept = torch.linspace(0, len(draws) - 1, min(num_kept, len(draws)), dtype=torch.float64).round().long()
-    return Reference(
-        mean=draws.mean(0),
-        covariance=covariance,
-        mean_1=mean_1,
-        covariance_1=covariance_1,
-        mean_2=mean_2,
-        covariance_2=covariance_2,
-        draws=draws[kept],
-        metadata={name: f"{float(value):.5g}" for name, value in quality.items()},
-    )
+    metadata = {name: f"{float(value):.5g}" for name, value in quality.items()}
+    moments_of_halves = mean_1, covariance_1, mean_2, covariance_2
+    return Reference(draws.mean(0), covariance, *moments_of_halves, draws[kept], metadata)
 
 
 def make_reference(name: str, options: Options) -> Reference:

@@ -32,17 +32,8 @@ from .benchmark_targets import load_reference, make_target
 from .target_fit import DRAWS, JS_DRAWS, Fit, measure, prepare, run
 
 Row = dict[str, Any]
-AXES = {
-    "targets": "target",
-    "num_layers": "num_layers",
-    "objectives": "objective",
-    "bridges": "bridge",
-    "training": "training",
-    "seeds": "seed",
-    "whitening": "whitening",
-    "parameters": "parameters",
-    "depths": "depth",
-}
+AXES = {f"{name}s": name for name in ("target", "objective", "bridge", "seed", "depth")}
+AXES |= {name: name for name in ("num_layers", "training", "whitening", "parameters")}
 _FIT_KEYS = [field.name for field in fields(Fit) if field.name not in ("num_layers", "parameters")]
 KEYS = ["study", "method", "T", "parameters_wanted", *_FIT_KEYS]
 NULLS = ("exact", "untrained", "laplace", "gaussian")
@@ -50,18 +41,11 @@ Job = tuple[str, str, Fit]
 
 
 def read_study(path: str | Path, quick: bool = False) -> list[Job]:
-    """Reads a YAML file: its axes, of which all combinations are fitted, and settings of all fits or of one objective.
+    """Reads a YAML file into study, method and settings of each row.
 
-    Args:
-        path: YAML with `study` (a name), `axes` (lists), `fit` (settings of `Fit`), `by_objective` and `by_target`
-            (more of them), `quick` (axes and settings that replace those in a quick run), and `nulls` (false for none).
-        quick: Take the quick ones.
-
-    Returns:
-        Study, method and settings of each row; rows with one layer once, for neither bridge nor training matters there.
-
-    Raises:
-        ValueError: The file has other keys, or settings that `Fit` does not know.
+    It has `study` (a name), `axes` (lists, of which all combinations are fitted), `fit` (settings of `Fit`),
+    `by_objective` and `by_target` (more of them), `quick` (axes and settings that replace those in a quick run), and
+    `nulls` (false for none). Rows with one layer come once, for neither bridge nor training matters there.
     """
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     _refuse_unknown(path, content, {"study", "axes", "fit", "by_objective", "by_target", "quick", "nulls"})
@@ -79,9 +63,8 @@ def read_study(path: str | Path, quick: bool = False) -> list[Job]:
             more = {name: value for name, value in more.items() if name not in content.get("quick", {})}
         _refuse_unknown(path, settings | more, {field.name for field in fields(Fit)})
         fit = Fit(**(settings | more))
-        if fit.num_layers == 1 and axes.get("bridges") and fit.bridge != axes["bridges"][0]:
-            continue
-        if fit.num_layers == 1 and axes.get("training") and fit.training != axes["training"][0]:
+        first = axes.get("bridges", [fit.bridge])[0], axes.get("training", [fit.training])[0]
+        if fit.num_layers == 1 and (fit.bridge, fit.training) != first:
             continue
         jobs[(content["study"], "SIVI" if fit.num_layers == 1 else "HSIVI", fit)] = None
     nulls = [
@@ -141,9 +124,8 @@ def run_job(job: Job) -> Row:
 
 def _describe(job: Job) -> Row:
     study, method, fit = job
-    row = {"study": study, "method": method, "T": fit.num_layers, "parameters_wanted": fit.parameters, **asdict(fit)}
-    row.pop("num_layers")
-    row.pop("parameters")
+    row = {"study": study, "method": method, **asdict(fit)}
+    row |= {"T": row.pop("num_layers"), "parameters_wanted": row.pop("parameters")}
     if method in NULLS:
         row |= dict.fromkeys(("T", "objective", "bridge", "training", "whitening"))
     return row

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from io import BytesIO
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from torch import Tensor
 
+from hsivi_diffusers.evaluation.figures import pyplot
 from hsivi_diffusers.vi import DiffusionBridge, GeometricBridge
 from hsivi_diffusers.vi.targets import SampledTarget
 
@@ -37,11 +39,7 @@ from .study_rows import (
 )
 from .target_fit import Fit, Fitted, run
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
+plt = pyplot()
 COLOURS = {"LB": "#d62728", "SM": "#1f77b4", "KL": "#2ca02c"}
 DASHES = {"sequential": "-", "joint": "--"}
 # Targets, bridges and training of the figures of marginals; the gallery has the targets of PLANE.
@@ -82,26 +80,16 @@ def _finish(axis: Axes, places: Sequence[int], title: str, xlabel: str, ylabel: 
     if not axis.collections:  # no bands, so no fits
         axis.text(0.5, 0.5, NOT_RUN, transform=axis.transAxes, ha="center", color="gray")
     axis.minorticks_off()
-    _label_ticks(axis)
+    if axis.has_data():  # numbers at 1, 2 and 5 of each power of ten, so that even a short log axis has some
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.25)
-
-
-def _label_ticks(axis: Axes) -> None:
-    """Numbers at 1, 2 and 5 of each power of ten, so that even a short log axis has some."""
-    if not axis.has_data():
-        axis.set_yticks([])
-        return
-    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
     """One for all panels, below them, with each label once."""
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if handles:
-        figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=min(4, len(handles)), frameon=False
-        )
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
 
 
 def draw_layers(rows: Rows) -> Figure:
@@ -138,9 +126,8 @@ def draw_sizes(rows: Rows) -> Figure:
     """JS against the number of parameters; a line for each objective and depth."""
     fits = fits_of(rows, study="size")
     layers, depths = values_of(fits, "T") or [1], values_of(fits, "depth")
-    figure, axes = plt.subplots(
-        1, len(layers), figsize=(4.5 * len(layers), 4.4), sharey=True, squeeze=False, layout="constrained"
-    )
+    size = 4.5 * len(layers), 4.4
+    figure, axes = plt.subplots(1, len(layers), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for number, axis in zip(layers, axes.flat, strict=True):
         for objective, (place, depth) in product(OBJECTIVES, enumerate(depths)):
             line = select(fits, T=number, objective=objective, depth=depth)
@@ -173,12 +160,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def draw_marginals_figure(fitted: Fitted, path: Path) -> None:
-    """Draws how a fit on the plane approaches its target: the marginals of its layers, and below them the bridge.
-
-    Args:
-        fitted: After training.
-        path: PNG to write.
-    """
+    """Draws how a fit on the plane approaches its target: the marginals of its layers, and below them the bridge."""
     bridge = fitted.inference.bridge
     assert isinstance(bridge, GeometricBridge | DiffusionBridge)
     marginals = fitted.inference.marginals(40_000)
@@ -220,8 +202,7 @@ def _show_bridge(axis: Axes, bridge: GeometricBridge | DiffusionBridge, t: int, 
     if not isinstance(bridge, DiffusionBridge) or bridge.network is None:
         _show_density(axis, lambda x: bridge.log_prob(x, level.expand(len(x))), half)
         return
-    if not isinstance(bridge.target, SampledTarget):
-        raise ValueError("neither a density nor exact draws of the bridge are known: there is nothing to draw")
+    assert isinstance(bridge.target, SampledTarget)
     generator = torch.Generator().manual_seed(1)
     x = bridge.target.sample(40_000, generator)
     noise = torch.randn(x.shape, generator=generator)
@@ -251,12 +232,7 @@ def _show(axis: Axes, image: np.ndarray, half: float, top: float) -> None:
 
 
 def draw_fits(folder: Path, quick: bool = False) -> None:
-    """Fits a few targets of the plane anew, and draws their marginals and a gallery of them all.
-
-    Args:
-        folder: Where marginals_TARGET_BRIDGE.png and shapes.png are written.
-        quick: Fits that are too short to be good, and no gallery.
-    """
+    """Fits a few targets of the plane anew; draws marginals_TARGET_BRIDGE.png, and shapes.png unless it is quick."""
     num_steps = 200 if quick else 3000
     done: dict[tuple[str, str], Fitted] = {}
     for target, bridge, training in MARGINALS:
@@ -289,6 +265,6 @@ def draw_gallery(fits: Sequence[tuple[str, Fitted, Fitted]], path: Path) -> None
     save(figure, path)
 
 
-def _fit(target: str, num_layers: int, bridge: str, training: str, num_steps: int) -> Fitted:
-    fit = Fit(target, num_layers, "LB", bridge, training, num_steps=num_steps)
-    return run(replace(fit, base_std=BASE_STD.get(target, fit.base_std)))[0]
+def _fit(target: str, num_layers: int, bridge: Any, training: Any, num_steps: int) -> Fitted:
+    std = BASE_STD.get(target, Fit.base_std)
+    return run(Fit(target, num_layers, "LB", bridge, training, num_steps=num_steps, base_std=std))[0]

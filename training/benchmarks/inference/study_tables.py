@@ -90,11 +90,6 @@ def _nulls(rows: Rows) -> Iterator[tuple[str, list[Row]]]:
 # Tables of the plane
 
 
-def _modes(rows: Rows) -> str:
-    found = _mean(rows, "modes_found", _count, failures=False)
-    return f"{_mean(rows, 'mode_tv')}; {found}" if measured(rows) else _mean(rows, "mode_tv")
-
-
 def _plane_grid(target: str, cell: Callable[[Rows], str], rows: Rows) -> str:
     """Objective, bridge and training by number of layers; one layer is the same for all bridges and training."""
     fits = fits_of(rows, study="plane", target=target)
@@ -124,7 +119,11 @@ def _plane_table(target: str, rows: Rows) -> str:
 
 
 def _modes_table(target: str, rows: Rows) -> str:
-    grid = _plane_grid(target, _modes, rows)
+    def cell(some: Rows) -> str:
+        found = _mean(some, "modes_found", _count, failures=False)
+        return f"{_mean(some, 'mode_tv')}; {found}" if measured(some) else _mean(some, "mode_tv")
+
+    grid = _plane_grid(target, cell, rows)
     return grid if grid == NOT_RUN else f"Mode TV; modes found:\n\n{grid}"
 
 
@@ -158,10 +157,10 @@ def _shapes_table(rows: Rows) -> str:
     lines = [[label, "", "", "", *cells(some)] for label, some in _nulls(here)]
     for objective in OBJECTIVES:
         lines.append([objective, "–", "–", "1", *cells(fits_of(here, objective=objective, T=1))])
-    for number in (number for number in values_of(here, "T") if number > 1):
-        for objective, bridge, training in product(OBJECTIVES, BRIDGES, TRAINING):
-            some = fits_of(here, objective=objective, bridge=bridge, training=training, T=number)
-            lines.append([objective, bridge, training, str(number), *cells(some)])
+    deep = [number for number in values_of(here, "T") if number > 1]
+    for number, objective, bridge, training in product(deep, OBJECTIVES, BRIDGES, TRAINING):
+        some = fits_of(here, objective=objective, bridge=bridge, training=training, T=number)
+        lines.append([objective, bridge, training, str(number), *cells(some)])
     return write_table(["objective", "bridge", "training", "T", *targets], LABELS, lines)
 
 
@@ -228,10 +227,8 @@ def _every_fit(study: str, measures: Sequence[str], rows: Rows) -> str:
         cells = [_mean([row], key, _count if key == "modes_found" else _number, failures=False) for key in measures]
         ratios = [_sd_ratios([row])] if wide else []
         last = f"failed: {row['failed']}" if "failed" in row else ", ".join(row["findings"]) or "–"
-        cost = [
-            _mean([row], key, number, failures=False) for key, number in (("parameters", _whole), ("seconds", _number))
-        ]
-        names = [str(row[key]) for key in order]
+        cost = [_mean([row], "parameters", _whole, failures=False), _mean([row], "seconds", failures=False)]
+        names = [row[key] for key in order]
         lines.append([*names, " ".join(last.replace("|", "/").split()), *cells, *ratios, *cost])
     heads = [*(MEASURES[key] for key in measures), *(["sd ratios"] if wide else []), "parameters", "seconds"]
     return write_table([*order, "findings", *heads], LABELS, lines)

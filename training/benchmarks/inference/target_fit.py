@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,9 +44,9 @@ class Fit:
     _group = "fit"
     target: str = option("checkerboard", f"one of {', '.join(TARGETS)}")
     num_layers: int = option(5, "T; 1 is semi-implicit inference without a hierarchy")
-    objective: str = option("LB", "`LB`, `SM` or `KL`")
-    bridge: str = option("diffusion", "`diffusion` or `geometric`")
-    training: str = option("sequential", "`sequential`, layer by layer, or `joint`")
+    objective: Literal["LB", "SM", "KL"] = option("LB", "of each layer")
+    bridge: Literal["diffusion", "geometric"] = option("diffusion", "from the base to the target")
+    training: Literal["sequential", "joint"] = option("sequential", "layer by layer, or all together")
     seed: int = option(0, "of parameters and draws")
     num_steps: int = option(8000, "layer updates in all")
     batch_size: int = option(256, "B")
@@ -55,7 +56,7 @@ class Fit:
     learning_rate: float = option(4e-3, "of the layers")
     critic_learning_rate: float = option(4e-3, "of the critic")
     critic_updates: int = option(1, "for each layer update")
-    whitening: str = option("none", "`none`, `laplace`, or `moments`: of rounds of KL at T = 1 that come first")
+    whitening: Literal["none", "laplace", "moments"] = option("none", "moments: of rounds of KL at T = 1 before")
     whitening_steps: int = option(1000, "layer updates of each round")
     whitening_rounds: int = option(2, "rounds")
 
@@ -76,7 +77,8 @@ class Fitted:
 
 def prepare(fit: Fit) -> Fitted:
     """Sets a fit up, rounds of whitening included; nothing of the fit itself is trained."""
-    _check(fit)
+    if fit.whitening != "none" and fit.bridge == "diffusion":
+        raise ValueError("--whitening changes the target, so that its diffused form is unknown: use --bridge geometric")
     target = make_target(fit.target)
     if fit.whitening == "none":
         return Fitted(_inference(target, fit), lambda x: x, target)
@@ -114,21 +116,6 @@ def width_of(fit: Fit, dimension: int, networks: int, takes_level: bool = False)
         return max(8, round(each / linear))
     root = math.sqrt(max(0.0, linear**2 + 4 * (fit.depth - 1) * each))
     return max(8, round((root - linear) / (2 * (fit.depth - 1))))
-
-
-def _check(fit: Fit) -> None:
-    for name, value, known in (
-        ("objective", fit.objective, OBJECTIVES),
-        ("bridge", fit.bridge, ("diffusion", "geometric")),
-        ("training", fit.training, ("sequential", "joint")),
-        ("whitening", fit.whitening, ("none", "laplace", "moments")),
-    ):
-        if value not in known:
-            raise ValueError(f"--{name} {value} is unknown: choose one of {', '.join(known)}")
-    if fit.whitening != "none" and fit.bridge == "diffusion":
-        raise ValueError(
-            "--whitening changes the target, whose diffused form is then not known: use --bridge geometric"
-        )
 
 
 def _whiten(target: Target, fit: Fit) -> tuple[Whitened, float]:
@@ -169,7 +156,7 @@ def _inference(target: Target, fit: Fit) -> Inference:
     return Inference(
         bridge,
         _make_objective(bridge, fit),
-        fit.training,  # type: ignore[arg-type]
+        fit.training,
         num_steps=fit.num_steps,
         batch_size=fit.batch_size,
         width=width_of(fit, target.dimension, 1 if joint else fit.num_layers, takes_level=joint),
