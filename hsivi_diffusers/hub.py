@@ -98,7 +98,7 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
     if not getattr(pipeline.scheduler, "trained_grids", None):
         raise ValueError(
             f"the scheduler of this {kind} is not an HSIVIScheduler with a trained grid (layer_timesteps): distil the "
-            "model first, with training/train_hsivi.py"
+            "model first, with `hsivi distil`"
         )
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):

@@ -1,7 +1,7 @@
 """The model card of a distilled sampler: metadata, how to use it, how good it is, how it was trained, its limits.
 
 It is made from the pipeline and, where there is one, from the folder of its run: options.json and training.json of
-train_hsivi.py, report.json, samples.png and curve.png of evaluate.py.
+`hsivi distil`, report.json, samples.png and curve.png of `hsivi evaluate`.
 """
 
 import html
@@ -110,13 +110,13 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
     """
     if run_dir is not None and not Path(run_dir).is_dir():
         raise ValueError(
-            f"run_dir={str(run_dir)!r} is not a folder: give the folder of a run of train_hsivi.py, or None"
+            f"run_dir={str(run_dir)!r} is not a folder: give the folder of a run of `hsivi distil`, or None"
         )
     run: dict[str, Any] = {name: {} for name in ("options", "training", "report")}
     if run_dir is None:
         return run
     if not any((Path(run_dir) / f"{name}.json").is_file() for name in run):
-        raise ValueError(f"run_dir={str(run_dir)!r} holds no run: give the folder that train_hsivi.py wrote, or None")
+        raise ValueError(f"run_dir={str(run_dir)!r} holds no run: give the folder that `hsivi distil` wrote, or None")
     config = Path(run_dir) / "pipeline" / "scheduler" / "scheduler_config.json"
     theirs = _read_json(config).get("layer_timesteps") if config.is_file() else grid
     if grid is not None and list(grid) != theirs:
@@ -299,7 +299,7 @@ def _training(pipeline: DiffusionPipeline, run: dict[str, Any]) -> str:
     )
     settings = ", ".join(f"{name} {_plain(options[name])}" for name in TOLD if options.get(name) is not None)
     if settings:
-        text += f"\n\nProgram `train_hsivi.py` of hsivi_diffusers: {settings}."
+        text += f"\n\nCommand `hsivi distil` of hsivi_diffusers: {settings}."
     if training.get("processes") and training.get("seconds"):
         processes = f"{training['processes']} process{'es' * (training['processes'] > 1)}"
         text += f" It took {training['seconds']:.0f} s in {processes}."

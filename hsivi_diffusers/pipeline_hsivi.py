@@ -323,7 +323,7 @@ def _wrong_scheduler(scheduler: Any) -> str:
             "yet. Use the pipeline it came with"
         )
     return (
-        f"HSIVIPipeline got a {name}: this model was not distilled. Distil it with training/train_hsivi.py, or use the "
+        f"HSIVIPipeline got a {name}: this model was not distilled. Distil it with `hsivi distil`, or use the "
         "pipeline it came with. To sample it as it is, with DDIM and some noise, pass "
         'scheduler=HSIVIScheduler.from_pretrained(repo, subfolder="scheduler") and call it with num_inference_steps=10'
     )

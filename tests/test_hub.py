@@ -596,7 +596,7 @@ def test_only_the_run_of_the_pipeline_is_pushed_with_it(run_dir, tmp_path):
         ValueError, match=r"another sampler, layer_timesteps=\[800, 450, 200, 50, 0\], and .* has \[500, 0\]"
     ):
         push(other, "alice/new", run_dir=run_dir)
-    with pytest.raises(ValueError, match="holds no run: give the folder that train_hsivi.py wrote"):
+    with pytest.raises(ValueError, match="holds no run: give the folder that `hsivi distil` wrote"):
         push(other, "alice/new", run_dir=tmp_path)
 
 
