@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,16 @@ class Push(Hub):
 
 def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     """Runs `hsivi distil`."""
+    from .distillation.output import Output, check_output
     from .distillation.trainer import HSIVITrainer, InterruptedRunError
     from .vi import DivergenceError
 
     teacher, config, hub = read_distillation(args, prog, DISTIL)
+    if not config.output_dir:
+        raise ValueError("--output_dir is missing: name the folder to write to")
+    check_output(Output(config.output_dir, config.overwrite_output_dir, teacher.resume_from_checkpoint))
     trainer = HSIVITrainer(teacher.pretrained_teacher_model, config, teacher.revision)
-    if trainer.accelerator.is_main_process and hub.push_to_hub:
-        with told_in_one_line():
-            claim(str(hub.hub_model_id), **hub.settings())
+    trainer.before_start = partial(_claim_repo, hub)
     try:
         summary = trainer.train(teacher.resume_from_checkpoint)
     except InterruptedRunError as error:
@@ -137,6 +140,13 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
         _report(config.output_dir, summary)
         if hub.push_to_hub:  # last, for the others would not wait long enough
             _push_trained(trainer, hub)
+
+
+def _claim_repo(hub: PushAtEnd) -> None:
+    """Makes the repo of a push, or refuses, before the training."""
+    if hub.push_to_hub:
+        with told_in_one_line():
+            claim(str(hub.hub_model_id), **hub.settings())
 
 
 def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
@@ -213,10 +223,18 @@ def sample(args: Sequence[str]) -> None:
     if options.num_samples < 1 or options.batch_size < 1:
         raise ValueError(f"--num_samples {options.num_samples}, --batch_size {options.batch_size}: give at least 1")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device} is unknown: give cpu, cuda, or another device of torch") from error
     pipeline = HSIVIPipeline.from_pretrained(_pipeline_of(options.pipeline)).to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler.set_timesteps(options.num_inference_steps)  # refuses a count that was not trained
-    classes = options.class_label or list(range(pipeline.unet.config.num_class_embeds or 0))
+    number = pipeline.unet.config.num_class_embeds or 0
+    if any(not 0 <= label < number for label in options.class_label):
+        known = f"classes 0 to {number - 1}" if number else "no classes, leave it out"
+        raise ValueError(f"--class_label {options.class_label}: this pipeline has {known}")
+    classes = options.class_label or list(range(number))
     output_dir = claim_output_dir(options.output_dir, options.overwrite_output_dir)
     images: list[Any] = []
     for first in tqdm(range(0, options.num_samples, options.batch_size), desc="sample", unit="batch"):

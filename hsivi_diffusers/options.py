@@ -183,10 +183,12 @@ def run_command(command: Callable[[], Any], traceback: bool = False) -> None:
     """
     try:
         command()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if traceback:
             raise
         text = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError):
+            text += ": pip install 'hsivi-diffusers[train]'"
         sys.exit(print_error("\n".join([text, *getattr(error, "__notes__", [])])))
 
 

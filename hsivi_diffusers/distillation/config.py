@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ..options import option
 from .trials import Trials
@@ -170,7 +171,10 @@ class HSIVIConfig:
 
     def __post_init__(self) -> None:
         counts = self.num_inference_steps
-        self.num_inference_steps = sorted(counts) if isinstance(counts, list) else [counts]
+        self.num_inference_steps = sorted(counts) if isinstance(counts, list | tuple) else [counts]
+        for group, name in ((self, "output_dir"), (self, "init_from"), (self.trials, "train_data")):
+            if getattr(group, name) is not None:
+                setattr(group, name, os.fspath(getattr(group, name)))
         if self.preset not in (None, *PRESETS):
             raise ValueError(f"preset={self.preset!r} is unknown: choose one of {', '.join(PRESETS)}")
         if self.preset in (None, "fast"):
@@ -210,6 +214,7 @@ class HSIVIConfig:
         Raises:
             ValueError: A value is out of range, or has no effect beside the others.
         """
+        _check_choices(self)
         _check_ranges(self)
         _check_start(self)
         _check_pairs(self)
@@ -234,9 +239,25 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return {**recorded, **HSIVIConfig(**config, trials=Trials(**trials)).settings()}
 
 
+def _check_choices(config: HSIVIConfig) -> None:
+    """Refuses a value that is none of the names its field takes; the command line does so by itself."""
+    for group in (config, config.trials):
+        for name, hint in get_type_hints(type(group)).items():
+            kinds = [hint, *get_args(hint)]
+            choices = [each for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
+            value = getattr(group, name, None)
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+
+
 def _check_ranges(config: HSIVIConfig) -> None:
     counts = config.depths
-    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
+    if (
+        not counts
+        or not all(isinstance(count, int) for count in counts)
+        or min(counts) < 1
+        or len(set(counts)) < len(counts)
+    ):
         raise ValueError(
             f"num_inference_steps={counts}: give one number of steps of at least 1, or several that differ, such as "
             "1 2 4 8"
@@ -247,6 +268,14 @@ def _check_ranges(config: HSIVIConfig) -> None:
     for name in ("checkpointing_steps", "checkpoints_total_limit"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}: give a number of at least 1")
+    for name in ("learning_rate", "critic_learning_rate"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name}={getattr(config, name)}: give a number above 0")
+    for name in ("ema_decay", "adam_beta1"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: give a number from 0 to below 1")
+    if config.lr_warmup_steps < 0:
+        raise ValueError(f"lr_warmup_steps={config.lr_warmup_steps}: give a number of updates from 0 on")
     if config.validation_steps is not None and config.validation_steps < 0:
         raise ValueError(f"validation_steps={config.validation_steps}: give a number of at least 1, or 0 for no images")
     if not 0 < config.noise_eta <= 1:

@@ -34,7 +34,7 @@ def load_teacher(
     """
     if isinstance(teacher, DiffusionPipeline):
         unet, schedule = _take(teacher, type(teacher).__name__)
-        return copy.deepcopy(unet), schedule
+        return copy.deepcopy(unet).float(), schedule
     if not isinstance(teacher, str | os.PathLike):
         raise ValueError(f"teacher is a {type(teacher).__name__}: give a folder, a repo id, or a loaded pipeline")
     name = os.fspath(teacher)

@@ -13,7 +13,7 @@ from ..folders import LOCK, claim_output_dir, remove_folder, sole_writer, write_
 from ..options import differences, option
 from .seals import find_damage, finished, is_partial, read_progress
 
-STARTED = {LOCK, "options.json", "options.json.partial", "logs", "samples"}  # in a folder before the first checkpoint
+STARTED = {"options.json", "options.json.partial", "logs", "samples"}  # in a folder before the first checkpoint
 ANEW = "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
 
 Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -83,9 +83,10 @@ def _holds_run(path: Path) -> bool:
 
 def _only_started(path: Path) -> bool:
     """Whether a folder holds nothing but the start of a run that stopped before its first checkpoint."""
-    checkpoints = path / "checkpoints"
+    checkpoints, names = path / "checkpoints", {entry.name for entry in path.iterdir()} - {LOCK}
     unfinished = all(is_partial(entry) for entry in checkpoints.iterdir()) if checkpoints.is_dir() else True
-    return unfinished and {entry.name for entry in path.iterdir()} <= STARTED | {"checkpoints"}
+    ours = bool(names & {"options.json", "options.json.partial"}) or not names
+    return ours and unfinished and names <= STARTED | {"checkpoints"}
 
 
 def start_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
@@ -55,7 +56,7 @@ class Progress:
         if every and start < total:
             self.draw(start)
         first = list(islice(steps, 1))  # the fit to pairs, which comes before it, has a bar of its own
-        self._restart_clock(start)
+        self._restart_clock(start + len(first))
         with tqdm(total=total, initial=start, desc="distil", disable=not self.accelerator.is_main_process) as bar:
             for step in chain(first, steps):
                 self._show(bar, step, metrics(step))
@@ -136,7 +137,7 @@ class Progress:
         """Images in [0, 1] of a solver of the teacher, on the CPU."""
         labels, bridge = self._labels(COLUMNS), self.state.bridge
         pairs = TeacherPairs(
-            bridge.network.unet,
+            copy.copy(bridge.network.unet),  # whose calls are not counted as those of the training
             self.state.student.scheduler,
             torch.randn(COLUMNS, *bridge.shape, generator=torch.Generator().manual_seed(0)),
             None if labels is None else torch.tensor(labels),

@@ -174,9 +174,11 @@ class TrainingState:
                 rows[name] += len(inputs[0])
 
         handles = [each.register_forward_pre_hook(partial(add, name)) for name, each in networks.items()]
-        yield rows
-        for handle in handles:
-            handle.remove()
+        try:
+            yield rows
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def make_pipeline(self) -> HSIVIPipeline:
         """The averaged layers as a pipeline of their own, on the device of the run."""

@@ -51,8 +51,8 @@ class HSIVITrainer:
             such a pipeline itself.
         config: Settings; `HSIVIConfig()` by default.
         revision: Branch, tag or commit of the repo.
-        callbacks: Each is called as callback(trainer, step) after every student update; numbers that it returns go to
-            the progress bar and to the trackers. `trainer.pipeline` is the student so far.
+        callbacks: Each is called as callback(trainer, step) after every student update, in every process; numbers that
+            it returns go to the bar and the trackers of the main one. `trainer.pipeline` is the student so far.
 
     Raises:
         ValueError: The config cannot run, or the teacher cannot be loaded or distilled.
@@ -82,6 +82,8 @@ class HSIVITrainer:
         set_seed(config.seed)
         self.state = TrainingState(load_networks(unet, schedule, config, self.accelerator), config, self.accelerator)
         self.progress = Progress(self.state, self.accelerator, self.output_dir)
+        self.before_start: Callable[[], Any] = lambda: None  # called when the output folder is claimed
+        self._has_trained = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -114,10 +116,15 @@ class HSIVITrainer:
             DivergenceError: A loss or a weight is not finite.
             InterruptedRunError: SIGTERM or Ctrl-C came.
         """
+        if self._has_trained and resume_from_checkpoint is None:
+            raise ValueError(
+                "this trainer has trained already: make a new HSIVITrainer, or pass resume_from_checkpoint='latest'"
+            )
+        self._has_trained = True
         main = self.accelerator.is_main_process
         run = Output(
             self.config.output_dir,
-            self.config.overwrite_output_dir,
+            self.config.overwrite_output_dir and resume_from_checkpoint is None,
             resume_from_checkpoint,
             self.config.checkpointing_steps,
             self.config.checkpoints_total_limit,
@@ -135,10 +142,13 @@ class HSIVITrainer:
                 self.accelerator.print(f"nothing is left to do, the run had {start} updates")
             with signals_as_trigger(self.accelerator), self.state.counting_rows() as rows:
                 seconds = self._run(checkpoints, start, spent)
+            record = Path(str(self.output_dir)) / "training.json"
             summary = self._summarise(start, seconds, sum(rows.values()) * self.accelerator.num_processes)
+            if start >= self.config.max_train_steps and record.exists():
+                summary = json.loads(record.read_text(encoding="utf-8"))
             if main:
                 self.state.save(Path(str(self.output_dir)))
-                write_json(Path(str(self.output_dir)) / "training.json", summary)
+                write_json(record, summary)
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         return summary
@@ -147,6 +157,7 @@ class HSIVITrainer:
     def _claim(self, run: Output) -> Iterator[None]:
         """Makes the output folder or refuses: now, for later it would cost a training or an earlier run."""
         with claimed(run):
+            self.before_start()
             remedy = ", where init_from goes on from student and critic of a finished run"
             start_run(run, self.settings, WRITTEN, remedy, complete)
             yield
@@ -232,6 +243,12 @@ def make_accelerator(config: HSIVIConfig) -> Accelerator:
         project_dir=str(Path(config.output_dir or ".") / "logs"),
     )
     check_accelerator(accelerator)
+    wanted = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if accelerator.mixed_precision != wanted:
+        raise ValueError(
+            f"mixed_precision={wanted!r}, and this process has trained in {accelerator.mixed_precision!r}, which "
+            "accelerate keeps: give that precision, or start a new process"
+        )
     return accelerator
 
 
