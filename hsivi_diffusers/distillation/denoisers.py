@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
@@ -151,7 +151,7 @@ def run_solver(
         arguments: Of `solver.step`.
     """
     solver.set_timesteps(num_steps, device=x.device)
-    takes_variance = str(solver.config.get("variance_type")).startswith("learned")
+    takes_variance = isinstance(solver, DDPMScheduler) and solver.config.variance_type.startswith("learned")
     for timestep in solver.timesteps:
         output = call_unet(unet, x, timestep, condition)
         x = solver.step(output if takes_variance else output[:, : x.shape[1]], timestep, x, **arguments).prev_sample
