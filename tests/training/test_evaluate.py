@@ -557,7 +557,7 @@ def test_a_curve_may_go_below_zero(tmp_path):
 def test_distillation_imports_no_package_of_evaluation():
     unwanted = "efficientnet_lite_pytorch fontTools matplotlib ot prdc sklearn torchmetrics"
     code = (
-        "import sys, hsivi_diffusers.distillation.run, hsivi_diffusers.evaluation.evaluate\n"
+        "import sys, hsivi_diffusers.cli, hsivi_diffusers.evaluation.evaluate\n"
         f"print([name for name in {unwanted.split()!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
