@@ -497,16 +497,15 @@ class Means(torch.nn.Module):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Makes the defaults quick: few images and steps."""
-    for name, value in {"num_samples": 12, "reference_samples": 20, "reference_steps": 3}.items():
-        monkeypatch.setattr(evaluate.Evaluation.__dataclass_fields__[name], "default", value)
+    """Few images and steps, and quick features."""
     monkeypatch.setattr(features, "EfficientNetFeatures", Means)
+    return ["--num_samples=12", "--reference_samples=20", "--reference_steps=3"]
 
 
 def test_a_class_conditional_run_is_evaluated_without_further_options(class_run, tmp_path, monkeypatch, capsys, quick):
     folder = shutil.copytree(class_run, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    evaluate.main([f"--run_dir={folder}", "--ddpm_steps=4", "--ddim_steps=0"])
+    evaluate.main([f"--run_dir={folder}", "--ddpm_steps=4", "--ddim_steps=0", *quick])
     content = json.loads((folder / "report.json").read_text())
     keys = [(row["method"], row["nfe"]) for row in content["rows"]]
     solvers = ["DDIM", "DPM-Solver++", "UniPC"]
