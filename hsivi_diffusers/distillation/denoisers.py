@@ -151,8 +151,7 @@ def run_solver(
         arguments: Of `solver.step`.
     """
     solver.set_timesteps(num_steps, device=x.device)
-    learned = str(solver.config.get("variance_type")).startswith("learned")
-    takes_variance = learned and isinstance(solver, DDPMScheduler)  # others keep the name in their config and ignore it
+    takes_variance = isinstance(solver, DDPMScheduler) and solver.config.variance_type.startswith("learned")
     for timestep in solver.timesteps:
         output = call_unet(unet, x, timestep, condition)
         x = solver.step(output if takes_variance else output[:, : x.shape[1]], timestep, x, **arguments).prev_sample

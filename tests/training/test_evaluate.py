@@ -3,7 +3,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.evaluation.report import METRICS
 from hsivi_diffusers.evaluation.solvers import make_solver, make_student, sample
-from hsivi_diffusers.options import option
 from tiny_unet import make_unet
 
 METHODS = ["DDPM", "DDIM", "DDIM eta 1", "DPM-Solver++", "UniPC"]
@@ -499,22 +497,15 @@ class Means(torch.nn.Module):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Makes the defaults quick: few images and steps."""
-
-    @dataclass
-    class Quick(evaluate.Evaluation):
-        num_samples: int = option(12, "")
-        reference_samples: int = option(20, "")
-        reference_steps: int = option(3, "")
-
-    monkeypatch.setattr(evaluate, "Evaluation", Quick)
+    """Few images and steps, and quick features."""
     monkeypatch.setattr(features, "EfficientNetFeatures", Means)
+    return ["--num_samples=12", "--reference_samples=20", "--reference_steps=3"]
 
 
 def test_a_class_conditional_run_is_evaluated_without_further_options(class_run, tmp_path, monkeypatch, capsys, quick):
     folder = shutil.copytree(class_run, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    evaluate.main([f"--run_dir={folder}", "--ddpm_steps=4", "--ddim_steps=0"])
+    evaluate.main([f"--run_dir={folder}", "--ddpm_steps=4", "--ddim_steps=0", *quick])
     content = json.loads((folder / "report.json").read_text())
     keys = [(row["method"], row["nfe"]) for row in content["rows"]]
     solvers = ["DDIM", "DPM-Solver++", "UniPC"]

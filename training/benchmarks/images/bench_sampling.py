@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
 from hsivi_diffusers.distillation.denoisers import sample_shape
-from hsivi_diffusers.options import option, parse_options
+from hsivi_diffusers.options import option, parse_options, run_command
 
 
 @dataclass
@@ -91,4 +91,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

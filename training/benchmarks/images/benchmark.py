@@ -33,7 +33,7 @@ from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.evaluation.pages import measured_on
 from hsivi_diffusers.evaluation.solvers import Sampler, Solver, make_solver, make_student, sample
 from hsivi_diffusers.folders import LOCK, in_turn, remove_folder, replace_folder
-from hsivi_diffusers.options import differences, option, parse_options
+from hsivi_diffusers.options import differences, option, parse_options, run_command
 
 from .benchmark_pages import BASELINE, is_shown, write_pages
 from .benchmark_results import Key, Recipe, Results, key_of, recipe_of
@@ -285,4 +285,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -16,7 +16,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from hsivi_diffusers.distillation.plan import read_configs
 from hsivi_diffusers.folders import claim_output_dir
-from hsivi_diffusers.options import option, parse_options
+from hsivi_diffusers.options import option, parse_options, run_command
 
 
 @dataclass
@@ -39,4 +39,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,7 +17,7 @@ from tqdm import trange
 
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.folders import claim_output_dir
-from hsivi_diffusers.options import option, parse_options
+from hsivi_diffusers.options import option, parse_options, run_command
 
 from .sets import load_families, load_images
 
@@ -85,4 +85,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -26,7 +26,7 @@ from torch.nn.functional import mse_loss
 
 from hsivi_diffusers.distillation.output import Output, check_output, claimed, start_run
 from hsivi_diffusers.evaluation.images import to_model_range
-from hsivi_diffusers.options import flatten, option, parse_options
+from hsivi_diffusers.options import flatten, option, parse_options, run_command
 
 from .sets import load_images
 from .training_loop import TrainingLoop
@@ -132,4 +132,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from hsivi_diffusers.evaluation.pages import fill_tables, new_parts
 from hsivi_diffusers.folders import claim_output_dir, sole_writer, write_json, write_text
-from hsivi_diffusers.options import option, parse_options
+from hsivi_diffusers.options import option, parse_options, run_command
 
 from .study import read_study, run_study
 from .study_figures import FIGURES, draw_fits, draw_marginals_figure, save
@@ -116,4 +116,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -22,7 +22,7 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
 from hsivi_diffusers.folders import claim_output_dir
-from hsivi_diffusers.options import option, parse_options
+from hsivi_diffusers.options import option, parse_options, run_command
 from hsivi_diffusers.vi.targets import Target, Whitened
 
 from .benchmark_targets import Reference, make_target, save_reference
@@ -134,4 +134,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
