@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from torch import nn
 
 from ..folders import remove_folder, replace_folder, write_json, write_text
@@ -38,39 +36,6 @@ class State(Protocol):
 
     def load_state(self, folder: Path) -> None:
         """Restores what `save_state` wrote, after the parts were restored on the CPU."""
-
-
-class Registered:
-    """The state of a training with one batch in each process.
-
-    Args:
-        accelerator: Of the process.
-        average: The averaged weights, or None if there are none.
-        parts: What else has a `state_dict`.
-    """
-
-    def __init__(self, accelerator: Accelerator, average: EMAModel | None, **parts: Any) -> None:
-        self.accelerator, self.average = accelerator, average
-        self.parts = parts if average is None else {"average": average, **parts}
-
-    @property
-    def micro_batches(self) -> int:
-        """Batches of an update, one in each process."""
-        return self.accelerator.num_processes
-
-    def check_finite(self, step: int) -> None:
-        """Raises FloatingPointError if an averaged weight is not finite."""
-        averages = [] if self.average is None else self.average.shadow_params
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in averages):
-            raise FloatingPointError(f"a weight is not finite after {step} updates: lower --learning_rate")
-
-    def save_state(self, folder: Path) -> None:
-        """Writes nothing."""
-
-    def load_state(self, folder: Path) -> None:
-        """Moves the averages from the CPU."""
-        if self.average is not None:
-            self.average.to(self.accelerator.device)
 
 
 class Checkpoints:

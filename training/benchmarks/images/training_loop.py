@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,39 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
-from hsivi_diffusers.distillation.checkpoints import Checkpoints, Registered
+from hsivi_diffusers.distillation.checkpoints import Checkpoints
 from hsivi_diffusers.distillation.output import Output
+
+
+class Registered:
+    """The state of a training with one batch in each process.
+
+    Args:
+        accelerator: Of the process.
+        average: The averaged weights.
+        parts: What else has a `state_dict`.
+    """
+
+    def __init__(self, accelerator: Accelerator, average: EMAModel, **parts: Any) -> None:
+        self.accelerator, self.average = accelerator, average
+        self.parts = {"average": average, **parts}
+
+    @property
+    def micro_batches(self) -> int:
+        """Batches of an update, one in each process."""
+        return self.accelerator.num_processes
+
+    def check_finite(self, step: int) -> None:
+        """Raises FloatingPointError if an averaged weight is not finite."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.average.shadow_params):
+            raise FloatingPointError(f"a weight is not finite after {step} updates: lower --learning_rate")
+
+    def save_state(self, folder: Path) -> None:
+        """Writes nothing."""
+
+    def load_state(self, folder: Path) -> None:
+        """Moves the averages from the CPU."""
+        self.average.to(self.accelerator.device)
 
 
 class TrainingLoop:
