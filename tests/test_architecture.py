@@ -174,7 +174,20 @@ def functions(path):
 def test_functions_fit_in_the_head(paths):
     lengths = {name: length for path in paths for name, length in functions(path)}
     assert {name: length for name, length in lengths.items() if length > 50} == {}
-    assert sorted(lengths.values())[int(0.9 * len(lengths))] < 25
+    assert sorted(lengths.values())[int(0.9 * len(lengths))] <= 20
+
+
+def test_files_and_classes_are_short():
+    """But for the scheduler, whose file travels with the weights, and the pipeline."""
+    files = {path.name: len(path.read_text().splitlines()) for path in [*FILES, *SCRIPTS]}
+    assert {name for name, lines in files.items() if lines > 350} == {"scheduling_hsivi.py"}
+    classes = {
+        node.name: node.end_lineno - node.lineno + 1
+        for path in [*FILES, *SCRIPTS]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {name for name, lines in classes.items() if lines > 200} == {"HSIVIScheduler", "HSIVIPipeline"}
 
 
 def test_the_package_imports_no_program_of_a_clone():

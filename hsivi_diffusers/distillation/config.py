@@ -52,7 +52,7 @@ class HSIVIConfig:
 
     _group = "distillation"
     # ----- the sampler -----
-    num_inference_steps: int | list[int] = option(
+    num_inference_steps: int | list[int] | tuple[int, ...] = option(
         5, "T, network calls of the sampler; several, such as 1 2 4 8, train one student for all of them"
     )
     preset: Literal["fast", "one_call", "paper"] | None = option(
@@ -194,7 +194,7 @@ class HSIVIConfig:
     def depths(self) -> list[int]:
         """The step counts that are trained, ascending."""
         counts = self.num_inference_steps
-        return counts if isinstance(counts, list) else [counts]
+        return list(counts) if isinstance(counts, list | tuple) else [counts]
 
     @property
     def is_guided(self) -> bool:

@@ -1,5 +1,6 @@
 """`HSIVITrainer` from Python, as in a notebook."""
 
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -197,3 +198,70 @@ def test_the_config_of_the_user_is_not_changed(teacher):
     trainer = HSIVITrainer(teacher, config)
     trainer.config.max_train_steps = 7
     assert config == HSIVIConfig(**SETTINGS)
+
+
+# ----- what an independent reading found -----
+
+
+def test_sample_grids_do_not_count_as_calls_of_the_training(teacher, tmp_path):
+    """Whole and resumed; the teacher's row would be 160 calls more each time."""
+    settings = {**SETTINGS, "validation_steps": 2}
+    calls = HSIVITrainer(teacher, HSIVIConfig(output_dir=tmp_path / "grids", **settings)).train()["network_calls"]
+    assert calls == make(teacher, tmp_path / "none").train()["network_calls"]
+    (tmp_path / "grids" / "training.json").unlink()
+    shutil.rmtree(tmp_path / "grids" / "checkpoints" / "checkpoint-5")
+    resumed = HSIVITrainer(teacher, HSIVIConfig(output_dir=tmp_path / "grids", **settings)).train("latest")
+    assert resumed["network_calls"] == pytest.approx(calls, abs=4)  # a pool is filled in a call of 4 rows more
+
+
+def test_a_trainer_trains_once_unless_it_goes_on(teacher, tmp_path):
+    trainer = make(teacher, tmp_path / "run", overwrite_output_dir=True)
+    first = trainer.train()
+    with pytest.raises(ValueError, match="has trained already: make a new HSIVITrainer"):
+        trainer.train()
+    assert trainer.train(resume_from_checkpoint="latest") == first  # though the config would overwrite
+
+
+def test_a_folder_of_the_user_is_not_taken_for_the_start_of_a_run(teacher, tmp_path):
+    (tmp_path / "mine" / "samples").mkdir(parents=True)
+    (tmp_path / "mine" / "samples" / "photo.png").write_bytes(b"precious")
+    with pytest.raises(ValueError, match="is not empty"):
+        make(teacher, tmp_path / "mine").train()
+    assert (tmp_path / "mine" / "samples" / "photo.png").read_bytes() == b"precious"
+
+
+def test_a_teacher_in_half_precision_is_trained_in_single(teacher):
+    half = DDPMPipeline.from_pretrained(teacher).to(torch.bfloat16)
+    assert {weight.dtype for weight in make(half).state.student.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "kl"}, "objective='kl' is unknown: choose one of 'SM', 'KL'"),
+        ({"scoring": "Between"}, "scoring='Between' is unknown: choose one of 'own', 'random', 'between'"),
+        ({"loss_weight": "sigma"}, "loss_weight='sigma' is unknown"),
+        ({"num_inference_steps": 4.0}, "give one number of steps of at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0: give a number above 0"),
+        ({"ema_decay": 2.0}, "ema_decay=2.0: give a number from 0 to below 1"),
+        ({"lr_warmup_steps": -3}, "lr_warmup_steps=-3: give a number of updates from 0 on"),
+    ],
+)
+def test_a_config_from_python_is_checked_as_one_of_the_command(settings, message):
+    with pytest.raises(ValueError, match=message):
+        HSIVIConfig(**settings).check()
+
+
+def test_steps_may_be_a_tuple_and_folders_paths():
+    config = HSIVIConfig(num_inference_steps=(4, 1), output_dir=Path("runs"), init_from=Path("other"))
+    assert (config.depths, config.output_dir, config.init_from) == ([1, 4], "runs", "other")
+
+
+def test_nothing_counts_the_calls_of_a_run_that_was_stopped(teacher, tmp_path):
+    def stop(trainer, step):
+        raise KeyboardInterrupt
+
+    trainer = make(teacher, tmp_path / "run", [stop])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not trainer.state.student.unet._forward_pre_hooks

@@ -119,3 +119,10 @@ def test_a_run_begun_anew_forgets_the_report_of_the_old_one(distil, fast_run, tm
     distil(tmp_path / "run", "--overwrite_output_dir", max_train_steps=1, critic_updates=1)
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {".lock", "checkpoints", "critic", "notes.txt", "options.json", "pipeline", "training.json"}
+
+
+def test_no_repo_is_made_where_the_folder_is_refused(train, tmp_path, refused, logged_in):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    assert "is not empty" in refused(train, tmp_path / "mine", "--hub_model_id=alice/tiny")
+    assert "alice/tiny" not in logged_in.repos
