@@ -104,7 +104,7 @@ ALLOWED = {
         EVALUATE,
     ),
     "cli": (
-        {f"distillation/{noun}" for noun in ("config", "networks", "plan", "trainer", "trials")}
+        {f"distillation/{noun}" for noun in ("config", "networks", "output", "plan", "trainer", "trials")}
         | {"vi/*", "evaluation/evaluate", "folders", "hub", "options", "pipeline_hsivi"},
         {"torch", "diffusers", "huggingface_hub", "tqdm"},
     ),

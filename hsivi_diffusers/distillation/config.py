@@ -262,10 +262,8 @@ def _check_ranges(config: HSIVIConfig) -> None:
             f"num_inference_steps={counts}: give one number of steps of at least 1, or several that differ, such as "
             "1 2 4 8"
         )
-    for name in ("critic_updates", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)}: give a number of at least 1")
-    for name in ("checkpointing_steps", "checkpoints_total_limit"):
+    counted = ("critic_updates", "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
+    for name in (*counted, "checkpointing_steps", "checkpoints_total_limit"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}: give a number of at least 1")
     for name in ("learning_rate", "critic_learning_rate"):
