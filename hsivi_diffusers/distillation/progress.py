@@ -55,8 +55,8 @@ class Progress:
         total, every = self.config.max_train_steps, self._grid_steps()
         if every and start < total:
             self.draw(start)
+        self._restart_clock(start)
         first = list(islice(steps, 1))  # the fit to pairs, which comes before it, has a bar of its own
-        self._restart_clock(start + len(first))
         with tqdm(total=total, initial=start, desc="distil", disable=not self.accelerator.is_main_process) as bar:
             for step in chain(first, steps):
                 self._show(bar, step, metrics(step))

@@ -442,8 +442,7 @@ def test_a_student_is_not_written_over_its_teacher(teacher, tmp_path, inside, pr
 
 def test_a_consistency_model_may_lie_beside_its_teacher(teacher, tmp_path):
     place = shutil.copytree(teacher, tmp_path / "teacher")
-    options = train_consistency.Teacher(str(place)), train_consistency.Training()
-    train_consistency.check_options(*options, Output(output_dir=str(tmp_path)))
+    train_consistency.check_options(train_consistency.Teacher(str(place)), Output(output_dir=str(tmp_path)))
 
 
 def test_a_training_goes_on_with_its_own_options_alone(train, trained, tmp_path):

@@ -87,7 +87,7 @@ def test_a_conditional_pipeline_draws_all_classes_in_turn_or_those_that_are_name
         folder = draw(name, "--num_samples=4", *given, run=class_run)
         for number, image in enumerate(images(labels)):
             assert np.array_equal(image, pixels(folder, number))
-    with pytest.raises(ValueError, match="takes no class_labels"):
+    with pytest.raises(ValueError, match="this pipeline has no classes, leave it out"):
         draw("label", "--class_label=1")
 
 
