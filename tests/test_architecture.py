@@ -61,7 +61,7 @@ ALLOWED = {
         {"distillation/output", "distillation/seals", "distillation/state_dicts", "folders", "options"},
         TRAIN,
     ),
-    "distillation/trials": ({"distillation/bridge", "distillation/denoisers", "evaluation/images", "options"}, TRAIN),
+    "distillation/trials": ({"distillation/bridge", "distillation/denoisers", "images", "options"}, TRAIN),
     "distillation/config": ({"distillation/trials", "options"}, set()),
     "distillation/networks": (
         {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "student", "trials")}
@@ -92,7 +92,7 @@ ALLOWED = {
     ),
     "evaluation/__init__": (set(), set()),
     "evaluation/classifier": (set(), {"torch", "diffusers"}),
-    "evaluation/images": (set(), EVALUATE),
+    "images": (set(), EVALUATE),
     "evaluation/features": ({"evaluation/classifier"}, EVALUATE),
     "evaluation/metrics": ({"evaluation/features"}, EVALUATE),
     "evaluation/solvers": ({"distillation/denoisers", "pipeline_hsivi", "scheduling_hsivi"}, EVALUATE),
@@ -100,7 +100,7 @@ ALLOWED = {
     "evaluation/figures": (set(), EVALUATE),
     "evaluation/pages": (set(), EVALUATE),
     "evaluation/evaluate": (
-        {"evaluation/*", "distillation/denoisers", "folders", "options", "pipeline_hsivi"},
+        {"evaluation/*", "distillation/denoisers", "folders", "images", "options", "pipeline_hsivi"},
         EVALUATE,
     ),
     "cli": (

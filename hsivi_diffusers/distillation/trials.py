@@ -83,7 +83,7 @@ def load_data(name: str, teacher: UNet2DModel) -> SampleData:
     Raises:
         ValueError: There are none, or the teacher takes others, or classes of which there is none.
     """
-    from ..evaluation.images import load_images, to_model_range
+    from ..images import load_images, to_model_range
 
     channels, height, width = sample_shape(teacher)
     if channels not in (1, 3) or height != width:

@@ -19,10 +19,10 @@ from diffusers import UNet2DModel
 from tqdm import tqdm
 
 from ..distillation.denoisers import load_teacher, sample_shape
+from ..images import load_images
 from ..options import option, parse_options
 from ..pipeline_hsivi import HSIVIPipeline
 from .features import check_packages, load_network
-from .images import load_images
 from .metrics import FEWEST, PACKAGES, Measures, split_halves
 from .report import METRICS, OURS, Report, load_run
 from .solvers import Sampler, make_solver, make_student, sample, shorten

@@ -14,10 +14,10 @@ from hsivi_diffusers import HSIVIPipeline, load_teacher
 from hsivi_diffusers.evaluation import evaluate, features, report
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.figures import COLOURS, MARKERS, draw_curve, draw_samples
-from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.evaluation.report import METRICS
 from hsivi_diffusers.evaluation.solvers import make_solver, make_student, sample
+from hsivi_diffusers.images import load_images
 from tiny_unet import make_unet
 
 METHODS = ["DDPM", "DDIM", "DDIM eta 1", "DPM-Solver++", "UniPC"]

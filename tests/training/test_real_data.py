@@ -16,7 +16,7 @@ from hsivi_diffusers.distillation.plan import Cost, measure, read_configs
 from hsivi_diffusers.distillation.student import UNetDiscriminator
 from hsivi_diffusers.distillation.trials import Trials, load_data
 from hsivi_diffusers.distillation.updates import make_objective
-from hsivi_diffusers.evaluation.images import load_images, to_model_range
+from hsivi_diffusers.images import load_images, to_model_range
 from hsivi_diffusers.model_card import make_card
 from hsivi_diffusers.vi import Adversarial, KullbackLeibler, ScoreMatching
 from tiny_unet import make_unet

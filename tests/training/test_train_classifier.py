@@ -7,7 +7,7 @@ import yaml
 from PIL import Image
 
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
-from hsivi_diffusers.evaluation.images import load_images
+from hsivi_diffusers.images import load_images
 from training.benchmarks.images import train_classifier
 
 ASSETS = Path(__file__).parents[2] / "assets"

@@ -35,8 +35,8 @@ from torch import Tensor
 from hsivi_diffusers import HSIVIScheduler, load_teacher
 from hsivi_diffusers.distillation.denoisers import fingerprint, sample_shape
 from hsivi_diffusers.distillation.output import Output, check_output, check_teacher, claimed, start_run
-from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
+from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command
 from hsivi_diffusers.vi import cosine
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from hsivi_diffusers.distillation.output import Output, check_output, claimed, start_run
-from hsivi_diffusers.evaluation.images import to_model_range
+from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command
 
 from .sets import load_images
