@@ -14,6 +14,7 @@ from hsivi_diffusers.distillation.config import ALIASES, PRESETS, HSIVIConfig
 from hsivi_diffusers.distillation.networks import make_networks
 from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.distillation.trials import Trials
+from hsivi_diffusers.distillation.updates import run_updates
 from hsivi_diffusers.options import parse_options
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -46,9 +47,7 @@ def test_a_recipe_can_be_planned(path):
 def test_a_recipe_makes_two_updates(path):
     """One row and one critic update at a time, on images of 32x32, or it would take minutes; with all weights."""
     few = ("--train_batch_size=1", "--gradient_accumulation_steps=1", "--critic_updates=1")
-    shape, schedule, config = read(
-        path, *few, "--lr_warmup_steps=0"
-    )  # in a warm-up the first updates are too small to be seen
+    shape, schedule, config = read(path, *few, "--lr_warmup_steps=0")  # in a warm-up the first updates are not seen
     shape["sample_size"] = 32
     torch.manual_seed(0)
     unets = tuple(UNet2DModel.from_config(shape) for _ in range(3))
@@ -57,7 +56,7 @@ def test_a_recipe_makes_two_updates(path):
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     state = TrainingState(make_networks(unets, schedule, config), config, accelerator)
     before = state.student.unet.conv_in.weight.detach().clone()
-    steps = state.updates(0)
+    steps = run_updates(state, 0)
     for _ in range(2):
         step = next(steps)
         assert step.layers.loss.isfinite().all()
