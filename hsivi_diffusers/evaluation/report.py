@@ -108,7 +108,7 @@ class Report:
         if equal := [row for row in baselines if row["nfe"] == ours["nfe"]]:
             best = min(equal, key=lambda row: row[self.headline])
             value = cell(self.headline, best[self.headline])
-            compared += f", against {value} of {best['method']}, the best baseline at as many"
+            compared += f", against {value} of {best['method']}, the best baseline at as many on stock timestep grids"
         if slow := [row for row in baselines if row["nfe"] > ours["nfe"]]:
             longest = max(slow, key=lambda row: row["nfe"])
             value = cell(self.headline, longest[self.headline])

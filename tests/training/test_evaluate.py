@@ -443,7 +443,7 @@ def test_solvers_may_be_left_out_and_pictures_fewer_than_columns(fast_run, extra
     rows = json.loads((folder / "report.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["HSIVI", "DDIM", "DPM-Solver++", "UniPC"]
     assert [row["nfe"] for row in rows] == [2, 3, 3, 3]
-    assert "the best baseline at as many" not in text
+    assert "the best baseline" not in text
     assert len(text.splitlines()) == 3
 
 
