@@ -387,7 +387,7 @@ def test_three_lines_close_the_run(rows, evaluated):
     best = min(rows[1:4], key=lambda row: row["fd"])
     assert compares == (
         f"Compares: FD {rows[0]['fd']:.2f} at 2 network calls, against {best['fd']:.2f} of {best['method']}, the best "
-        f"baseline at as many, and {rows[8]['fd']:.2f} of DDPM at 5"
+        f"baseline at as many on stock timestep grids, and {rows[8]['fd']:.2f} of DDPM at 5"
     )
     assert following.startswith(f"Next:     look at {folder / 'samples.png'}")
 
