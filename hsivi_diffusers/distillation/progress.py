@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from ..vi import Step, Update
@@ -120,7 +121,8 @@ class Progress:
             images = torch.cat([self._teacher_row, self._draw_student((ROWS - 1) * COLUMNS)])
             shown = images.permute(0, 2, 3, 1).numpy()
             self.folder.mkdir(parents=True, exist_ok=True)
-            grid = make_image_grid(DiffusionPipeline.numpy_to_pil(shown), ROWS, COLUMNS)
+            cells = pad(images, (0, 1, 0, 1), value=0.5).permute(0, 2, 3, 1).numpy()  # a grey line between images
+            grid = make_image_grid(DiffusionPipeline.numpy_to_pil(cells), ROWS, COLUMNS)
             factor = -(-WIDTH // grid.width)
             grid.resize((factor * grid.width, factor * grid.height), Image.Resampling.NEAREST).save(
                 self.folder / f"step-{step}.png"
