@@ -47,19 +47,28 @@ def draw_samples(rows: list[tuple[str, torch.Tensor]], path: Path, titles: list[
     plt.close(figure)
 
 
-def draw_curve(rows: list[dict[str, Any]], metric: str, name: str, path: Path) -> None:
-    """Draws a metric of the rows, with its full name, against the network calls; on log axes if all are positive."""
+def draw_curve(rows: list[dict[str, Any]], metric: str, name: str, path: Path, factor: float = 1) -> None:
+    """Draws a metric of the rows, times a factor, against the network calls; on log axes if all are positive.
+
+    Args:
+        rows: Rows of the report.
+        metric: Its key in the rows.
+        name: Its full name, with the factor and the features.
+        path: PNG to write.
+        factor: What the values are multiplied by.
+    """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for method in dict.fromkeys(row["method"] for row in rows):
-        points = sorted((row["nfe"], row[metric]) for row in rows if row["method"] == method)
+        points = sorted((row["nfe"], factor * row[metric]) for row in rows if row["method"] == method)
         size = 260 if method == "HSIVI" else 45
         calls, values = zip(*points, strict=True)
         axis.scatter(calls, values, s=size, marker=MARKERS[method], color=COLOURS[method], label=method, zorder=3)
         axis.plot(calls, values, color=COLOURS[method], alpha=0.5)
     ticks = sorted({row["nfe"] for row in rows})
     scale = "log" if all(row[metric] > 0 for row in rows) else "linear"
-    axis.set(xscale="log", yscale=scale, xlabel="network calls (NFE)", ylabel=f"{name}, lower is better")
+    axis.set(xscale="log", yscale=scale, xlabel="network calls (NFE)", ylabel="lower is better")
+    axis.set_title(name, fontsize=9)
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.grid(alpha=0.3)

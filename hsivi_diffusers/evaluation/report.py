@@ -98,7 +98,7 @@ class Report:
         titles = [f"class {i % classes}" for i in range(len(reference))] if classes else None
         rows = [*image_rows(shown), ("reference", reference)]
         draw_samples(rows, run_dir / "samples.png", titles)
-        draw_curve(self.rows, self.headline, self.metric, run_dir / "curve.png")
+        draw_curve(self.rows, self.headline, self.metric, run_dir / "curve.png", METRICS[self.headline][1])
 
     def closing_lines(self, run_dir: Path) -> list[str]:
         """What was made, how it compares at the most network calls it can make, what to do next."""
