@@ -20,6 +20,7 @@ from hsivi_diffusers import cli, load_teacher
 from hsivi_diffusers.distillation.networks import load_networks
 from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from short_run import SETTINGS
 from tiny_unet import make_unet
 
 
@@ -47,17 +48,7 @@ def arguments(teacher):
     """The command line of a run with 2 layers and 4 rows; options by keyword, a tuple for a list."""
 
     def make(output_dir, *flags, **options):
-        settings = {
-            "pretrained_teacher_model": teacher,
-            "num_inference_steps": 2,
-            "train_batch_size": 4,
-            "max_train_steps": 5,
-            "critic_updates": 2,
-            "checkpointing_steps": 2,
-            "lr_warmup_steps": 4,
-            "validation_steps": 0,
-            **options,
-        }
+        settings = {"pretrained_teacher_model": teacher, **SETTINGS, **options}
         line = []
         for name, value in settings.items():
             line += [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]

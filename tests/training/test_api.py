@@ -14,18 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVITrainer
 from hsivi_diffusers.distillation import progress
 from hsivi_diffusers.distillation.trainer import InterruptedRunError
+from short_run import SETTINGS
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-# Those of the command line in conftest.py.
-SETTINGS = {
-    "num_inference_steps": 2,
-    "train_batch_size": 4,
-    "max_train_steps": 5,
-    "critic_updates": 2,
-    "checkpointing_steps": 2,
-    "lr_warmup_steps": 4,
-    "validation_steps": 0,
-}
 
 
 def make(teacher, folder=None, callbacks=(), **settings):
