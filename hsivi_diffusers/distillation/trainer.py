@@ -143,9 +143,10 @@ class HSIVITrainer:
             with signals_as_trigger(self.accelerator), self.state.counting_rows() as rows:
                 seconds = self._run(checkpoints, start, spent)
             record = Path(str(self.output_dir)) / "training.json"
-            summary = self._summarise(start, seconds, sum(rows.values()) * self.accelerator.num_processes)
             if start >= self.config.max_train_steps and record.exists():
                 summary = json.loads(record.read_text(encoding="utf-8"))
+            else:
+                summary = self._summarise(start, seconds, sum(rows.values()) * self.accelerator.num_processes)
             if main:
                 self.state.save(Path(str(self.output_dir)))
                 write_json(record, summary)
@@ -204,19 +205,18 @@ class HSIVITrainer:
         }
 
     def _count_calls(self, counted: int, start: int) -> int | None:
-        """Network calls of the run, of which those after `start` updates were counted; if none was, of its record.
+        """Network calls of the run, of which those after `start` updates were counted; None if no update was left.
 
         The updates before cost what those after do. A resumed run does not fit its pairs again, and makes them again if
         they guide the student; both are told as of a run that was never stopped.
         """
-        total, record = self.config.max_train_steps, Path(str(self.output_dir)) / "training.json"
+        total = self.config.max_train_steps
+        if start >= total:
+            return None
         made, fitted = self.state.pair_calls
-        if start < total:
-            again = made if self.config.is_guided else 0
-            updates = counted - (again if start else made + fitted)
-            return round(updates * total / (total - start)) + made + fitted
-        calls: int | None = json.loads(record.read_text()).get("network_calls") if record.exists() else None
-        return calls
+        again = made if self.config.is_guided else 0
+        updates = counted - (again if start else made + fitted)
+        return round(updates * total / (total - start)) + made + fitted
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Saves the averaged student as an `HSIVIPipeline`."""
