@@ -208,7 +208,3 @@ def evaluate(options: Evaluation) -> Report:
     report.draw(run_dir, shown, pick(reference, classes, len(shown[OURS, entries[0].nfe])), classes)
     print("\n".join(report.closing_lines(run_dir)))
     return report
-
-
-if __name__ == "__main__":
-    main()
