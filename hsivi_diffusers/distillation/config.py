@@ -240,7 +240,7 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_choices(config: HSIVIConfig) -> None:
-    """Refuses a value that is none of the names its field takes; the command line does so by itself."""
+    """Refuses a value outside the choices of its field; the command-line parser has its own check."""
     for group in (config, config.trials):
         for name, hint in get_type_hints(type(group)).items():
             kinds = [hint, *get_args(hint)]

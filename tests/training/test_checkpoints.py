@@ -179,7 +179,7 @@ def seal(path):
 
 
 def test_no_pickle_of_a_checkpoint_is_loaded(distil, run, tmp_path):
-    """Neither under the names that accelerate loads, nor in the place of a file of ours."""
+    """A pickle is ignored under a name that accelerate would load, and refused in place of one of our files."""
     path, marker = run / "checkpoints" / "checkpoint-5", tmp_path / "ran"
     for name in ("optimizer", "optimizer_1", "scheduler", "sampler", "pytorch_model", "scaler"):
         torch.save(Bomb(marker), path / f"{name}.{'pt' if name == 'scaler' else 'bin'}")
