@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 
 from hsivi_diffusers import cli, load_teacher
 from hsivi_diffusers.distillation.checkpoints import Checkpoints
@@ -29,7 +28,7 @@ from hsivi_diffusers.distillation.seals import find_damage
 from hsivi_diffusers.distillation.state_dicts import load_state_dict, random_state, save_state_dict, set_random_state
 from hsivi_diffusers.distillation.trainer import signals_as_trigger
 from training.benchmarks.images import train_consistency, train_teacher, training_loop
-from training.benchmarks.images.training_loop import Registered
+from training.benchmarks.images.training_loop import TrainingLoop
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_hsivi.py"
 PREEMPTED = 75
@@ -259,9 +258,8 @@ def tiny(tmp_path):
         optimizer = torch.optim.Adam([parameter], lr=0.1)
         parameter.square().sum().backward()
         optimizer.step()
-        accelerator = Accelerator()
-        state = Registered(accelerator, EMAModel([parameter]), optimizer=optimizer)
-        return Checkpoints(Output(str(tmp_path / "run"), **options), accelerator, state, {"seed": 0})
+        run, network = Output(str(tmp_path / "run"), **options), torch.nn.ParameterList([parameter])
+        return TrainingLoop(run, Accelerator(), network, optimizer, 0.9, {"seed": 0}).checkpoints
 
     (tmp_path / "run").mkdir()
     return make
@@ -502,12 +500,12 @@ def test_seconds_before_a_stop_count_towards_a_limit_of_seconds(teacher, tmp_pat
 
 
 def test_an_average_that_is_not_finite_is_not_saved(tmp_path):
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    accelerator = Accelerator()
-    state = Registered(accelerator, EMAModel([parameter]))
-    state.average.shadow_params[0][1] = torch.nan
+    network = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(network.parameters())
+    loop = TrainingLoop(Output(str(tmp_path)), Accelerator(), network, optimizer, 0.9, {})
+    loop.average.shadow_params[0][0, 1] = torch.nan
     with pytest.raises(FloatingPointError, match="a weight is not finite after 7 updates: lower --learning_rate"):
-        Checkpoints(Output(str(tmp_path)), accelerator, state, {}).save(7, 1.0)
+        loop.checkpoints.save(7, 1.0)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
@@ -51,14 +50,6 @@ def test_the_output_is_a_stock_pipeline_of_the_network_asked_for(train):
 def test_a_run_is_a_function_of_its_seed(train, trained, same_tensors):
     assert same_tensors(weights(train("--seed=0")), weights(trained))
     assert not same_tensors(weights(train("--seed=1")), weights(trained))
-
-
-def test_each_process_draws_batches_of_its_own(train, trained, same_tensors, monkeypatch):
-    """With those of the first, a second would be in vain. accelerate adds the number of the process, here 1."""
-    monkeypatch.setattr(
-        train_teacher, "set_seed", lambda seed, device_specific=False: set_seed(seed + (1 if device_specific else 0))
-    )
-    assert not same_tensors(weights(train()), weights(trained))
 
 
 def test_the_averaged_weights_are_saved(train, monkeypatch):

@@ -1,4 +1,4 @@
-"""Measures what a pipeline costs beside its network calls.
+"""Measures what a pipeline costs beside its network calls, on the CPU.
 
     OMP_NUM_THREADS=1 python -m training.benchmarks.images.bench_sampling --pipeline runs/digits_t5/pipeline
 
@@ -28,7 +28,6 @@ class Benchmark:
     pipeline: str | None = option(None, "folder or repo id of an HSIVIPipeline; the digits teacher by default")
     batch_size: int = option(16, "images at once")
     repetitions: int = option(200, "turns")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to sample")
 
 
 def load_pipeline(name: str | None) -> HSIVIPipeline:
@@ -42,11 +41,11 @@ def load_pipeline(name: str | None) -> HSIVIPipeline:
 
 def make_contenders(pipeline: HSIVIPipeline, batch_size: int) -> dict[str, Callable[[], object]]:
     """What is timed, by name; the bare calls first."""
-    unet, timesteps = pipeline.unet, pipeline.scheduler.timesteps.to(pipeline.device)
+    unet, timesteps = pipeline.unet, pipeline.scheduler.timesteps
     stock = DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))
     for each in (pipeline, stock):
         each.set_progress_bar_config(disable=True)
-    x = torch.randn(batch_size, *sample_shape(unet), device=pipeline.device, dtype=unet.dtype)
+    x = torch.randn(batch_size, *sample_shape(unet))
 
     def bare() -> None:
         with torch.no_grad():
@@ -62,15 +61,13 @@ def make_contenders(pipeline: HSIVIPipeline, batch_size: int) -> dict[str, Calla
     }
 
 
-def measure(contenders: dict[str, Callable[[], object]], repetitions: int, device: str) -> dict[str, list[float]]:
+def measure(contenders: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
     """Seconds of each turn; in every turn all contenders run, one after the other."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in tqdm(range(repetitions + 5), desc="turns"):
         for name, run in contenders.items():
             begin = time.perf_counter()
             run()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
             if turn >= 5:  # the first ones warm up
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
@@ -78,12 +75,10 @@ def measure(contenders: dict[str, Callable[[], object]], repetitions: int, devic
 
 def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Benchmark], __doc__ or "", args=args)
-    pipeline = load_pipeline(options.pipeline).to(options.device)
-    contenders = make_contenders(pipeline, options.batch_size)
-    seconds = measure(contenders, options.repetitions, options.device)
+    contenders = make_contenders(load_pipeline(options.pipeline), options.batch_size)
+    seconds = measure(contenders, options.repetitions)
     reference = next(iter(seconds.values()))
-    threads = torch.get_num_threads()
-    print(f"batch {options.batch_size}, {options.repetitions} turns, {options.device}, {threads} thread(s)")
+    print(f"batch {options.batch_size}, {options.repetitions} turns, {torch.get_num_threads()} thread(s)")
     for name, times in seconds.items():
         # The median of the turns' own ratios: a disturbance of the machine falls on both of a turn.
         ratio = statistics.median(own / bare for own, bare in zip(times, reference, strict=True))

@@ -4,7 +4,7 @@
         --output_dir runs/teachers/cifar10_32
 
 For trying a recipe, its memory and its speed, before the real weights are downloaded. Such a teacher has learned
-nothing. The weights are a function of the seed.
+nothing. The weights are the same each time.
 """
 
 from __future__ import annotations
@@ -23,16 +23,14 @@ from hsivi_diffusers.options import option, parse_options, run_command
 class Options:
     _group = "teacher"
     teacher: str | None = option(None, "folder of unet/config.json and scheduler/scheduler_config.json")
-    output_dir: str | None = option(None, "folder of the pipeline")
-    overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
-    seed: int = option(0, "seed of the weights")
+    output_dir: str | None = option(None, "folder of the pipeline, which must be empty")
 
 
 def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Options], __doc__ or "", args=args)
     config, scheduler = read_configs(str(options.teacher), None)
-    output_dir = claim_output_dir(options.output_dir, options.overwrite_output_dir)
-    set_seed(options.seed)
+    output_dir = claim_output_dir(options.output_dir, keep=False)
+    set_seed(0)
     pipeline = DDPMPipeline(unet=UNet2DModel.from_config(config), scheduler=DDPMScheduler.from_config(scheduler.config))
     pipeline.save_pretrained(output_dir)
     print(f"a teacher of {pipeline.unet.num_parameters():,} random parameters is in {output_dir}")

@@ -54,11 +54,11 @@ VARIANTS = SKIN_TONES | {0x200D, 0xFE0F, 0x2640, 0x2642, 0x1F468, 0x1F469, 0x1F9
 def load_images(source: str, resolution: int, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Loads every image of a source, as the package's `load_images` does, which has other sources.
 
-    `fashion-mnist`: 60,000 pieces of clothing, 28x28 with a border of 2; `fashion-mnist-test` has the other 10,000.
+    `fashion-mnist`: 60,000 pieces of clothing, 28x28 with a border of 2.
     `emoji`: the 4,060 of Noto Color Emoji on white, whose labels are the numbers of EMOJI_KINDS.
     """
-    if source in ("fashion-mnist", "fashion-mnist-test"):
-        images, labels = _load_fashion("t10k" if source.endswith("test") else "train")
+    if source == "fashion-mnist":
+        images, labels = _load_fashion()
     elif source == "emoji":
         images, labels = _load_emoji()
     else:
@@ -66,14 +66,14 @@ def load_images(source: str, resolution: int, channels: int) -> tuple[torch.Tens
     return stack_images(images, resolution, channels), labels
 
 
-def _load_fashion(part: str) -> tuple[list[Image.Image], torch.Tensor]:
+def _load_fashion() -> tuple[list[Image.Image], torch.Tensor]:
     """Fashion-MNIST from Debian's package, or from the Hub."""
     if not FASHION_MNIST.is_dir():
-        rows = load_rows("zalando-datasets/fashion_mnist", "test" if part == "t10k" else "train")
+        rows = load_rows("zalando-datasets/fashion_mnist", "train")
         return [ImageOps.expand(each, border=2) for each in rows["image"]], torch.tensor(rows["label"])
     content = {}
     for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
-        with gzip.open(FASHION_MNIST / f"{part}-{kind}-ubyte.gz") as file:
+        with gzip.open(FASHION_MNIST / f"train-{kind}-ubyte.gz") as file:
             content[kind] = np.frombuffer(file.read(), np.uint8, offset=header)
     grey = np.pad(content["images-idx3"].reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
     return [Image.fromarray(image) for image in grey], torch.from_numpy(content["labels-idx1"].copy()).long()

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -35,7 +34,7 @@ from torch import Tensor
 from hsivi_diffusers import HSIVIScheduler, load_teacher
 from hsivi_diffusers.distillation.denoisers import fingerprint, sample_shape
 from hsivi_diffusers.distillation.output import Output, check_output, check_teacher, claimed, start_run
-from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
+from hsivi_diffusers.folders import write_json
 from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command
 from hsivi_diffusers.vi import cosine
@@ -96,17 +95,23 @@ class Distiller:
         self.target.requires_grad_(False).eval()
         self.student.requires_grad_(True).train()
 
+    def consistency(self, unet: UNet2DModel, schedule: HSIVIScheduler, x: Tensor, timestep: Tensor) -> Tensor:
+        """Returns f(x, t) = c_skip(t) x + c_out(t) x0(x, t), shape (B, C, H, W), for timesteps (B,)."""
+        x0, _ = schedule.predict(unet(x, timestep).sample, timestep, x)
+        c_skip, c_out = self.sampler.get_scalings_for_boundary_condition_discrete(timestep[:, None, None, None])
+        f: Tensor = c_skip * x + c_out * x0
+        return f
+
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         """Returns f of the student, shape (B, C, H, W). No clipping, which would stop the gradient."""
-        return consistency(self.student, self.unclipped, self.sampler, x, timestep)
+        return self.consistency(self.student, self.unclipped, x, timestep)
 
     @torch.no_grad()
     def aim(self, x: Tensor, timestep: Tensor) -> Tensor:
         """Returns f of the target one step of the teacher further down, as it would be sampled."""
         below = (timestep - self.stride).clamp_min(0)
         x0, noise_pred = self.schedule.predict(self.teacher(x, timestep).sample, timestep, x)
-        stepped = self.schedule.add_noise(x0, noise_pred, below)
-        return consistency(self.target, self.schedule, self.sampler, stepped, below)
+        return self.consistency(self.target, self.schedule, self.schedule.add_noise(x0, noise_pred, below), below)
 
     def loss(self, clean: Tensor) -> Tensor:
         """Returns the loss of a batch of real images, shape (B, C, H, W)."""
@@ -119,16 +124,6 @@ class Distiller:
         """Moves the target's weights towards the student's."""
         for average, current in zip(self.target.parameters(), self.student.parameters(), strict=True):
             average.lerp_(current, 1 - TARGET_DECAY)
-
-
-def consistency(
-    unet: UNet2DModel, schedule: HSIVIScheduler, sampler: LCMScheduler, x: Tensor, timestep: Tensor
-) -> Tensor:
-    """Returns f(x, t) = c_skip(t) x + c_out(t) x0(x, t), shape (B, C, H, W), for timesteps (B,)."""
-    x0, _ = schedule.predict(unet(x, timestep).sample, timestep, x)
-    c_skip, c_out = sampler.get_scalings_for_boundary_condition_discrete(timestep[:, None, None, None])
-    f: Tensor = c_skip * x + c_out * x0
-    return f
 
 
 def distance(prediction: Tensor, target: Tensor) -> Tensor:
@@ -205,21 +200,6 @@ def check_options(teacher: Teacher, run: Output) -> None:
     check_teacher(run, teacher.pretrained_teacher_model, WRITTEN)
 
 
-def save(distiller: Distiller, output_dir: Path) -> None:
-    """Saves the student as OUTPUT_DIR/pipeline."""
-    partial = output_dir / "pipeline.partial"
-    remove_folder(partial)  # of a run that was killed here
-    DDPMPipeline(unet=distiller.student.eval(), scheduler=distiller.sampler).save_pretrained(partial)
-    replace_folder(partial, output_dir / "pipeline")
-
-
-def summarise(steps: int, seconds: float, *options: Any) -> dict[str, Any]:
-    """What training.json says: the cost, in forward passes of an image, and the options, with the updates done."""
-    settings = flatten(options)
-    calls = 3 * steps * settings["train_batch_size"]
-    return {**settings, "max_train_steps": steps, "seconds": seconds, "network_calls": calls}
-
-
 def main(args: list[str] | None = None) -> None:
     teacher, training, run = parse_options([Teacher, Training, Output], __doc__ or "", args=args)
     check_options(teacher, run)
@@ -234,9 +214,11 @@ def main(args: list[str] | None = None) -> None:
         start_run(run, settings, WRITTEN)
         identity = {**settings, "teacher_sha256": fingerprint(distiller.teacher, distiller.schedule)}
         steps, seconds = train(distiller, images, training, run, accelerator, identity)
-        save(distiller, output_dir)
-        write_json(output_dir / "training.json", summarise(steps, seconds, teacher, training))
-        accelerator.end_training()
+        pipeline = DDPMPipeline(unet=distiller.student.eval(), scheduler=distiller.sampler)
+        pipeline.save_pretrained(output_dir / "pipeline")
+        calls = 3 * steps * training.train_batch_size  # forward passes of an image
+        record = {**settings, "max_train_steps": steps, "seconds": seconds, "network_calls": calls}
+        write_json(output_dir / "training.json", record)
     print(f"{steps} updates in {seconds:.0f} s; the pipeline is in {output_dir / 'pipeline'}")
 
 

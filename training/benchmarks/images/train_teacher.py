@@ -4,7 +4,7 @@
 
 The loss is the plain denoising one, E |noise - UNet(x_t, t)|^2 over uniform timesteps (Ho et al. 2020, eq. 14). With
 --prediction_type v_prediction the network learns the velocity alpha noise - sigma x_0 (Salimans and Ho 2022, arXiv
-2202.00512). The run is a function of its seed: same machine, same numbers.
+2202.00512). It is one process, and the run is a function of its seed: same machine, same numbers.
 
 Writes the pipeline into OUTPUT_DIR, and OUTPUT_DIR/checkpoints: a run that is stopped goes on with
 --resume_from_checkpoint latest.
@@ -12,9 +12,8 @@ Writes the pipeline into OUTPUT_DIR, and OUTPUT_DIR/checkpoints: a run that is s
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -48,8 +47,7 @@ class Network:
     block_out_channels: list[int] = option([16, 32], "width of each level")
     attention_levels: list[int] = option([1], "levels with self-attention")
     prediction_type: Literal["epsilon", "v_prediction"] = option(
-        "epsilon",
-        "what the network predicts: the noise, or the velocity, accurate also at the highest noise",
+        "epsilon", "what the network predicts: the noise, or the velocity, accurate also at the highest noise"
     )
 
 
@@ -87,48 +85,30 @@ def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Te
     return noise
 
 
-def train(
-    unet: UNet2DModel,
-    scheduler: DDPMScheduler,
-    images: Tensor,
-    training: Training,
-    run: Output,
-    accelerator: Accelerator,
-    identity: dict[str, Any],
-) -> None:
-    """Trains on images in [-1, 1], shape (N, C, H, W), and leaves the network the averaged weights."""
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=training.learning_rate)
-    rate = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
-    network, optimizer = accelerator.prepare(unet, optimizer)
-    decay = training.ema_decay
-    loop = TrainingLoop(run, accelerator, unet, optimizer, decay, identity, unet=network, schedule=rate)
-    for _ in loop.updates(training.max_train_steps):
-        clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
-        noise = torch.randn_like(clean)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), device=images.device)
-        prediction = network(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
-        loop.descend(mse_loss(prediction, target(scheduler, clean, noise, timesteps)))
-        rate.step()
-
-
 def main(args: list[str] | None = None) -> None:
     data, network, training, run = parse_options([Data, Network, Training, Output], __doc__ or "", args=args)
     check_output(run)
-    accelerator = Accelerator()
-    with claimed(run) if accelerator.is_main_process else nullcontext():
-        set_seed(training.seed, device_specific=True)  # each process draws batches of its own
+    with claimed(run) as output_dir:
+        accelerator = Accelerator()
+        set_seed(training.seed)
         images, _ = load_images(data.train_data, data.resolution, data.channels)
-        scheduler = DDPMScheduler(prediction_type=network.prediction_type)
-        unet = make_unet(data, network)
-        if accelerator.is_main_process:
-            start_run(run, flatten([data, network, training]), WRITTEN)
-        accelerator.wait_for_everyone()
-        images, identity = to_model_range(images).to(accelerator.device), flatten([data, network, training])
-        train(unet, scheduler, images, training, run, accelerator, identity)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(str(run.output_dir))
-        accelerator.end_training()
+        images = to_model_range(images).to(accelerator.device)
+        unet, scheduler = make_unet(data, network), DDPMScheduler(prediction_type=network.prediction_type)
+        settings = flatten([data, network, training])
+        start_run(run, settings, WRITTEN)
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=training.learning_rate)
+        rate = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
+        unet, optimizer = accelerator.prepare(unet, optimizer)
+        parts = {"unet": unet, "schedule": rate}
+        loop = TrainingLoop(run, accelerator, unet, optimizer, training.ema_decay, settings, **parts)
+        for _ in loop.updates(training.max_train_steps):
+            clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
+            noise = torch.randn_like(clean)
+            timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), device=images.device)
+            prediction = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+            loop.descend(mse_loss(prediction, target(scheduler, clean, noise, timesteps)))
+            rate.step()
+        DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(output_dir)
 
 
 if __name__ == "__main__":

@@ -18,39 +18,8 @@ from hsivi_diffusers.distillation.checkpoints import Checkpoints
 from hsivi_diffusers.distillation.output import Output
 
 
-class Registered:
-    """The state of a training with one batch in each process.
-
-    Args:
-        accelerator: Of the process.
-        average: The averaged weights.
-        parts: What else has a `state_dict`.
-    """
-
-    def __init__(self, accelerator: Accelerator, average: EMAModel, **parts: Any) -> None:
-        self.accelerator, self.average = accelerator, average
-        self.parts = {"average": average, **parts}
-
-    @property
-    def micro_batches(self) -> int:
-        """Batches of an update, one in each process."""
-        return self.accelerator.num_processes
-
-    def check_finite(self, step: int) -> None:
-        """Raises FloatingPointError if an averaged weight is not finite."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.average.shadow_params):
-            raise FloatingPointError(f"a weight is not finite after {step} updates: lower --learning_rate")
-
-    def save_state(self, folder: Path) -> None:
-        """Writes nothing."""
-
-    def load_state(self, folder: Path) -> None:
-        """Moves the averages from the CPU."""
-        self.average.to(self.accelerator.device)
-
-
 class TrainingLoop:
-    """Updates of a network that go on where they were stopped.
+    """Updates of a network in one process, that go on where they were stopped; the state of its `Checkpoints`.
 
     Args:
         run: Output folder and checkpoints.
@@ -66,6 +35,8 @@ class TrainingLoop:
         seconds: Their wall-clock, including those before a resume.
     """
 
+    micro_batches = 1
+
     def __init__(
         self,
         run: Output,
@@ -78,10 +49,22 @@ class TrainingLoop:
     ) -> None:
         self.run, self.accelerator, self.optimizer = run, accelerator, optimizer
         self.parameters = list(network.parameters())
-        self.ema = EMAModel(self.parameters, decay=ema_decay, use_ema_warmup=False)
-        state = Registered(accelerator, self.ema, optimizer=optimizer, **parts)
-        self.checkpoints = Checkpoints(run, accelerator, state, identity)
+        self.average = EMAModel(self.parameters, decay=ema_decay, use_ema_warmup=False)
+        self.parts = {"average": self.average, "optimizer": optimizer, **parts}
+        self.checkpoints = Checkpoints(run, accelerator, self, identity)
         self.steps, self.seconds = 0, 0.0
+
+    def check_finite(self, step: int) -> None:
+        """Raises FloatingPointError if an averaged weight is not finite."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.average.shadow_params):
+            raise FloatingPointError(f"a weight is not finite after {step} updates: lower --learning_rate")
+
+    def save_state(self, folder: Path) -> None:
+        """Writes nothing."""
+
+    def load_state(self, folder: Path) -> None:
+        """Moves the averages from the CPU."""
+        self.average.to(self.accelerator.device)
 
     def updates(self, max_steps: int, max_seconds: float | None = None) -> Iterator[float]:
         """Yields the share of the run that is done, below 1, for each update; leaves the network the averaged weights.
@@ -94,17 +77,16 @@ class TrainingLoop:
 
         self.steps, self.seconds = self.checkpoints.load()
         clock = time.perf_counter() - self.seconds
-        total = max_steps if max_seconds is None else None
-        with tqdm(initial=self.steps, total=total, disable=not self.accelerator.is_main_process) as self.progress:
+        with tqdm(initial=self.steps, total=max_steps if max_seconds is None else None) as self.progress:
             while share() < 1:
                 yield share()
-                self.ema.step(self.parameters)
+                self.average.step(self.parameters)
                 self.steps += 1
                 self.seconds = time.perf_counter() - clock
                 if self.steps % self.run.checkpointing_steps == 0 or share() >= 1:
                     self.checkpoints.save(self.steps, self.seconds)
                 self.progress.update()
-        self.ema.copy_to(self.parameters)
+        self.average.copy_to(self.parameters)
 
     def descend(self, loss: Tensor, max_grad_norm: float | None = None) -> None:
         """Takes a step of the optimizer, with the gradient clipped to a norm; a loss must be finite."""
