@@ -97,7 +97,7 @@ ALLOWED = {
     "evaluation/metrics": ({"evaluation/features"}, EVALUATE),
     "evaluation/solvers": ({"distillation/denoisers", "pipeline_hsivi", "scheduling_hsivi"}, EVALUATE),
     "evaluation/report": ({"evaluation/figures", "evaluation/pages", "folders"}, EVALUATE),
-    "evaluation/figures": (set(), EVALUATE),
+    "evaluation/figures": ({"evaluation/pages"}, EVALUATE),
     "evaluation/pages": (set(), EVALUATE),
     "evaluation/evaluate": (
         {"evaluation/*", "distillation/denoisers", "folders", "images", "options", "pipeline_hsivi"},

@@ -27,6 +27,7 @@ from .metrics import FEWEST, PACKAGES, Measures, split_halves
 from .report import METRICS, OURS, Report, load_run
 from .solvers import Sampler, make_solver, make_student, sample, shorten
 
+COLUMNS = 16  # images in a row of samples.png
 BASELINES = ("DDIM", "DPM-Solver++", "UniPC")
 REFERENCE = "DPM-Solver++"  # by the trailing grid, which starts at the end of the clock
 
@@ -53,8 +54,6 @@ class Evaluation:
     )
     ddpm_steps: int = option(100, "steps of DDPM; 0 leaves it out")
     ddim_steps: int = option(50, "steps of DDIM with eta 1; 0 leaves it out")
-    columns: int = option(16, "images in a row of samples.png")
-    device: str | None = option(None, "cuda or cpu; a GPU if there is one")
 
 
 @dataclass(frozen=True)
@@ -105,32 +104,19 @@ def load_reference(options: Evaluation, unet: UNet2DModel, config: Any) -> Refer
         return Reference(images.float() / 255, labels, path.resolve().name if path.exists() else options.real_data)
     solver = make_solver(REFERENCE, options.reference_steps, unet, config, timestep_spacing="trailing")
     classes, size = unet.config.num_class_embeds, options.reference_samples
+    images = draw("reference", solver, size, options.batch_size, options.eval_seed + 1, classes)
+    labels = torch.arange(size) % classes if classes else None
+    return Reference(images, labels, f"teacher, {REFERENCE} at {options.reference_steps} steps")
+
+
+def draw(name: str, sampler: Sampler, size: int, batch_size: int, seed: int, classes: int | None) -> torch.Tensor:
+    """Images as `sample` yields them, in one tensor, with a progress bar."""
     batches = []
-    with tqdm(total=size, desc="reference", unit="image") as progress:
-        for batch in sample(solver, size, options.batch_size, options.eval_seed + 1, classes):
+    with tqdm(total=size, desc=name, unit="image") as progress:
+        for batch in sample(sampler, size, batch_size, seed, classes):
             batches.append(batch)
             progress.update(len(batch))
-    labels = torch.arange(size) % classes if classes else None
-    return Reference(torch.cat(batches), labels, f"teacher, {REFERENCE} at {options.reference_steps} steps")
-
-
-def measure(
-    options: Evaluation, entries: list[Entry], measures: Measures, num_classes: int | None
-) -> tuple[list[dict[str, float]], dict[tuple[str, int], torch.Tensor]]:
-    """Samples and measures every entry; returns the measures in their order, and the first images of each."""
-    measured, shown = [], {}
-    total = options.num_samples * sum(entry.nfe for entry in entries)
-    with tqdm(total=total, desc="evaluate", unit="call", unit_scale=True) as progress:
-        for entry in entries:
-            progress.set_postfix_str(f"{entry.method} at {entry.nfe}")
-            batches = []
-            for batch in sample(entry.sampler, options.num_samples, options.batch_size, options.eval_seed, num_classes):
-                batches.append(batch)
-                progress.update(len(batch) * entry.nfe)
-            images = torch.cat(batches)
-            shown[entry.method, entry.nfe] = images[: options.columns]
-            measured.append(measures(images))
-    return measured, shown
+    return torch.cat(batches)
 
 
 def pick(reference: Reference, num_classes: int | None, columns: int) -> torch.Tensor:
@@ -172,39 +158,30 @@ def make_row(
 
 
 def main(args: list[str] | None = None) -> None:
+    """Measures a run and writes its report."""
     (options,) = parse_options([Evaluation], __doc__ or "", args, "hsivi evaluate")
     check_options(options)
-    evaluate(options)
-
-
-def evaluate(options: Evaluation) -> Report:
-    """Measures a run and writes its report.
-
-    Raises:
-        ValueError: A package is missing, or the run, the teacher, the reference or the features cannot be loaded.
-    """
-    run_dir = Path(str(options.run_dir))
+    run_dir = Path(options.run_dir)
     training = load_run(run_dir)
     check_packages([*PACKAGES, "matplotlib"])
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     student = HSIVIPipeline.from_pretrained(run_dir / "pipeline").to(device)
     training["teacher"] = options.teacher or training["pretrained_teacher_model"]
     unet, schedule = load_teacher(training["teacher"], None if options.teacher else training.get("revision"))
     unet.to(device).eval()
     network, features = load_network(options.feature_extractor, unet.config.in_channels)
     reference = load_reference(options, unet, schedule.config)
-    measures = Measures(network.to(device), reference.images, [*METRICS])
+    measures = Measures(network.to(device), reference.images, METRICS)
 
-    classes, entries = unet.config.num_class_embeds, list(make_entries(options, student, unet, schedule.config))
-    measured, shown = measure(options, entries, measures, classes)
+    classes, rows, shown = unet.config.num_class_embeds, [], {}
+    for entry in make_entries(options, student, unet, schedule.config):
+        name, size = f"{entry.method} at {entry.nfe}", options.num_samples
+        images = draw(name, entry.sampler, size, options.batch_size, options.eval_seed, classes)
+        shown[entry.method, entry.nfe] = images[:COLUMNS]
+        rows.append(make_row(entry, options, training, reference.name, measures(images)))
     headline = "fd" if options.feature_extractor else "kid"
     floor = split_halves(network, reference.images, headline)
-    rows = [
-        make_row(entry, options, training, reference.name, found)
-        for entry, found in zip(entries, measured, strict=True)
-    ]
     report = Report(headline, options.feature_name or features, reference.name, floor, rows)
     report.write(run_dir, training)
-    report.draw(run_dir, shown, pick(reference, classes, len(shown[OURS, entries[0].nfe])), classes)
-    print("\n".join(report.closing_lines(run_dir)))
-    return report
+    report.draw(run_dir, shown, pick(reference, classes, min(COLUMNS, options.num_samples)), classes)
+    print(report.closing_lines(run_dir))

@@ -1,21 +1,17 @@
-"""The two figures of a report: rows of images, and quality against network calls."""
+"""The figures of reports and benchmarks: rows of images, and quality against network calls."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
 
-COLOURS = {
-    "HSIVI": "#d62728",
-    "DDIM": "#1f77b4",
-    "DDIM, eta 1": "#17becf",
-    "DPM-Solver++": "#2ca02c",
-    "UniPC": "#9467bd",
-    "DDPM": "#7f7f7f",
-}
-MARKERS = {"HSIVI": "*", "DDIM": "o", "DDIM, eta 1": "v", "DPM-Solver++": "s", "UniPC": "^", "DDPM": "D"}
+from .pages import MEASURES
+
 DPI = 130
 
 
@@ -47,31 +43,38 @@ def draw_samples(rows: list[tuple[str, torch.Tensor]], path: Path, titles: list[
     plt.close(figure)
 
 
-def draw_curve(rows: list[dict[str, Any]], metric: str, name: str, path: Path, factor: float = 1) -> None:
-    """Draws a metric of the rows, times a factor, against the network calls; on log axes if all are positive.
+def draw_curves(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], path: Path) -> None:
+    """Draws measures of the rows against network calls, one beside the other.
 
     Args:
-        rows: Rows of the report.
-        metric: Its key in the rows.
-        name: Its full name, with the factor and the features.
+        rows: With `method`, `nfe` and the measures. Several rows of one method and number of calls are training seeds,
+            whose mean is drawn, with bars of one standard deviation.
+        labels: Names in the figure by measure.
         path: PNG to write.
-        factor: What the values are multiplied by.
     """
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        points = sorted((row["nfe"], factor * row[metric]) for row in rows if row["method"] == method)
-        size = 260 if method == "HSIVI" else 45
-        calls, values = zip(*points, strict=True)
-        axis.scatter(calls, values, s=size, marker=MARKERS[method], color=COLOURS[method], label=method, zorder=3)
-        axis.plot(calls, values, color=COLOURS[method], alpha=0.5)
-    ticks = sorted({row["nfe"] for row in rows})
-    scale = "log" if all(row[metric] > 0 for row in rows) else "linear"
-    axis.set(xscale="log", yscale=scale, xlabel="network calls (NFE)", ylabel="lower is better")
-    axis.set_title(name, fontsize=9)
-    axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=DPI)
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure, axes = plt.subplots(1, len(labels), figsize=(5 * len(labels), 4.6), squeeze=False, layout="constrained")
+    for axis, (name, label) in zip(axes[0], labels.items(), strict=True):
+        measure = MEASURES[name]
+        values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for row in rows:
+            values[row["method"]][row["nfe"]].append(measure.factor * row[name])
+        for place, (method, points) in enumerate(values.items()):
+            numbers = [points[nfe] for nfe in sorted(points)]
+            bars = [stdev(each) if len(each) > 1 else 0 for each in numbers]
+            style = {"lw": 1.2, "marker": "o", "ms": 4, "color": f"C{place % 10}"}
+            style |= {"lw": 2.4, "marker": "*", "ms": 12} if method.startswith("HSIVI") else {}
+            axis.errorbar(sorted(points), [*map(mean, numbers)], bars, label=method, capsize=3, **style)
+        is_log = not measure.higher_is_better and all(row[name] > 0 for row in rows)
+        axis.set(xscale="log", yscale="log" if is_log else "linear", xlabel="network calls")
+        axis.set_ylabel(f"{label}, {'higher' if measure.higher_is_better else 'lower'} is better")
+        for line in [axis.xaxis, axis.yaxis] if is_log else [axis.xaxis]:
+            line.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            line.set_major_formatter("{x:g}")
+            line.set_minor_locator(NullLocator())
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

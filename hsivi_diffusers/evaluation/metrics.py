@@ -16,7 +16,7 @@ FEWEST = NEIGHBOURS + 2  # images that have as many neighbours
 MOST = 5000  # images of a side where the cost grows with their square
 MOST_COPIES = 2000  # images whose nearest real one is looked for
 PRDC = ("precision", "recall", "density", "coverage")
-PACKAGES = ("torchmetrics", "prdc", "ot")
+PACKAGES = ("torchmetrics", "prdc", "ot", "sklearn")
 NAMES = ("fd", "kid", *PRDC, "swd", "class_tv", "nearest")
 
 
@@ -74,12 +74,14 @@ class Measures:
         self.shares = self.real_shares = self._count(features)
         self.gamma = 1 / self.features.square().sum(1).mean().item()
         self.kernel = _mean_kernel(self.gamma, self.features) if "kid" in self.names else 0.0
-        self.squares = self.real.flatten(1).square().sum(1)
         self.spacing = self._space() if "nearest" in self.names else 1.0
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> dict[str, float]:
         """Returns the numbers above, by name, of images, shape (M, C, H, W)."""
+        import ot
+        from prdc import compute_prdc
+
         images = _check(images, self.real)
         features, rows = self._extract(images), _choose(len(images), MOST)
         some, found = features[rows], {}
@@ -87,19 +89,21 @@ class Measures:
         if "fd" in self.names:
             self.frechet.reset()
             self.frechet.update(features, real=False)
-            found["fd"] = float(self.frechet.compute())
+            found["fd"] = self.frechet.compute()
         if "kid" in self.names:
             across = _mean_kernel(self.gamma, some, self.features)
             found["kid"] = self.kernel + _mean_kernel(self.gamma, some) - 2 * across
         if any(name in self.names for name in PRDC):
-            found.update(_compute_prdc(self.features, some))
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of rows
+                found |= compute_prdc(self.features.numpy(), some.numpy(), NEIGHBOURS)
         if "swd" in self.names:
-            found["swd"] = _sliced_wasserstein(images[rows], self.real[self.rows])
+            pixels = (each.flatten(1).double() for each in (images[rows], self.real[self.rows]))
+            found["swd"] = ot.sliced_wasserstein_distance(*pixels, n_projections=500, seed=0)
         if "class_tv" in self.names:
             found["class_tv"] = total_variation(self.shares, self.real_shares)
         if "nearest" in self.names:
             found["nearest"] = self._distance(images[_choose(len(images), MOST_COPIES)]) / self.spacing
-        return {name: found[name] for name in self.names}
+        return {name: float(found[name]) for name in self.names}
 
     @torch.no_grad()
     def _extract(self, images: torch.Tensor) -> torch.Tensor:
@@ -117,20 +121,18 @@ class Measures:
 
     def _space(self) -> float:
         """Median distance from a real image to the nearest other one."""
-        rows = _choose(len(self.real), MOST_COPIES)
-        if not (spacing := self._distance(self.real[rows], rows)) > 0:
+        if not (spacing := self._distance(self.real[_choose(len(self.real), MOST_COPIES)], skip=1)) > 0:
             raise ValueError("most of the real images are there twice: leave the copies out")
         return spacing
 
-    def _distance(self, images: torch.Tensor, rows: torch.Tensor | None = None) -> float:
-        """Median distance to the nearest real image, other than that of the same row if these are real ones."""
-        real, found = self.real.flatten(1), []
-        for first, batch in enumerate(images.flatten(1).split(200)):
-            distances = self.squares - 2 * batch @ real.T
-            if rows is not None:
-                distances.scatter_(1, rows[200 * first :][: len(batch), None], torch.inf)
-            found.append((batch - real[distances.argmin(1)]).norm(dim=1))
-        return torch.cat(found).median().item()
+    def _distance(self, images: torch.Tensor, skip: int = 0) -> float:
+        """Median distance to the nearest real image, but for so many that are nearer."""
+        from sklearn.neighbors import NearestNeighbors
+
+        real, rows = self.real.flatten(1), images.flatten(1)
+        nearest = NearestNeighbors(n_neighbors=skip + 1, algorithm="brute").fit(real)
+        places = torch.from_numpy(nearest.kneighbors(rows, return_distance=False))[:, skip]
+        return (rows - real[places]).norm(dim=1).median().item()
 
 
 def split_halves(network: torch.nn.Module, real: torch.Tensor, name: str) -> float | None:
@@ -177,24 +179,8 @@ def _mean_kernel(gamma: float, features: torch.Tensor, others: torch.Tensor | No
     """Mean of (gamma x . y + 1)^3 over all pairs, without those of a row with itself where there are no others."""
     from torchmetrics.image.kid import poly_kernel
 
-    rows, columns = features.double(), (features if others is None else others).double()
-    total = sum(poly_kernel(batch, columns, gamma=gamma).sum().item() for batch in rows.split(1000))
+    rows, size = features.double(), len(features)
     if others is not None:
-        return total / (len(rows) * len(columns))
-    itself = (gamma * rows.square().sum(1) + 1).pow(3).sum().item()
-    return (total - itself) / (len(rows) * (len(rows) - 1))
-
-
-def _compute_prdc(real: torch.Tensor, features: torch.Tensor) -> dict[str, float]:
-    from prdc import compute_prdc
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of rows
-        found = compute_prdc(real.numpy(), features.numpy(), NEIGHBOURS)
-    return {name: float(value) for name, value in found.items()}
-
-
-def _sliced_wasserstein(images: torch.Tensor, real: torch.Tensor) -> float:
-    import ot
-
-    x, y = (each.flatten(1).double() for each in (images, real))
-    return float(ot.sliced_wasserstein_distance(x, y, n_projections=500, seed=0))
+        return poly_kernel(rows, others.double(), gamma=gamma).mean().item()
+    kernel = poly_kernel(rows, rows, gamma=gamma)
+    return (kernel.sum() - kernel.trace()).item() / (size * (size - 1))

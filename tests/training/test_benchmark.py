@@ -89,7 +89,7 @@ def test_every_method_and_seed_has_a_row_at_each_number_of_calls(folder):
 
 def test_a_row_has_all_measures_and_what_its_training_cost(folder):
     for row in rows_of(folder):
-        assert row.keys() >= {*benchmark_pages.MEASURES, "dataset", "eval_seed", "measured"} - {"teacher_tv"}
+        assert row.keys() >= {*pages.MEASURES, "dataset", "eval_seed", "measured"} - {"teacher_tv"}
         assert sum(row["class_shares"]) == pytest.approx(1)
         assert sum(row["real_class_shares"]) == pytest.approx(1)
         assert (row["recipe"] is not None) == ("HSIVI" in row["method"])
@@ -337,7 +337,7 @@ def test_a_failed_training_ends_the_benchmark(tmp_path):
 
 
 def row(method, nfe, fd, seed=None, **more):
-    measured = {**dict.fromkeys(benchmark_pages.MEASURES, 0.5), "fd": fd, "num_samples": 20, "train_seconds": None}
+    measured = {**dict.fromkeys(pages.MEASURES, 0.5), "fd": fd, "num_samples": 20, "train_seconds": None}
     return {"dataset": "digits", "method": method, "nfe": nfe, "train_seed": seed, **measured, **more}
 
 
@@ -397,8 +397,8 @@ def test_without_the_teacher_no_classes_are_held_against_its():
 
 
 def test_a_mean_has_its_spread():
-    assert benchmark_pages.written([row("a", 1, 1.0), row("a", 1, 3.0)], "fd") == "2.00 ± 1.41"
-    assert benchmark_pages.written([row("a", 1, 1.0, kid=0.0012)], "kid") == "1.20"
+    assert pages.written("fd", 1.0, 3.0) == "2.00 ± 1.41"
+    assert pages.written("kid", 0.0012) == "1.20"
 
 
 def test_methods_have_the_same_order_whatever_was_measured_first():

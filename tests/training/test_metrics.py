@@ -58,7 +58,7 @@ def test_real_images_against_themselves(measures, real):
 
 def test_only_what_was_asked_for_is_measured(measures, real, monkeypatch):
     images = real[:50].flip(3) ** 2
-    monkeypatch.setattr(metrics, "_sliced_wasserstein", lambda *given: pytest.fail("not asked for"))
+    monkeypatch.setattr(ot, "sliced_wasserstein_distance", lambda *given: pytest.fail("not asked for"))
     found = Measures(Corners(), real, ["recall", "fd"])(images)
     monkeypatch.undo()
     wanted = measures(images)
@@ -100,7 +100,7 @@ def test_the_floor_is_one_half_against_the_other(real):
     assert split_halves(Corners(), real[:13], "kid") is None
 
 
-@pytest.mark.parametrize("name", ["ot", "prdc", "torchmetrics"])
+@pytest.mark.parametrize("name", ["ot", "prdc", "sklearn", "torchmetrics"])
 def test_a_missing_package_is_told_with_its_remedy(real, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=rf"^{name} missing: pip install 'hsivi-diffusers\[evaluate\]'$"):

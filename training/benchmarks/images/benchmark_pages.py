@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
+from typing import Any, NamedTuple
 
-from matplotlib.ticker import LogLocator, NullLocator
 from safetensors.torch import load_file
 
-from hsivi_diffusers.evaluation.figures import draw_samples, pyplot
+from hsivi_diffusers.evaluation.figures import draw_curves, draw_samples, pyplot
 from hsivi_diffusers.evaluation.metrics import total_variation
-from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
+from hsivi_diffusers.evaluation.pages import MEASURES, fill_tables, new_parts, write_table, written
 from hsivi_diffusers.folders import write_text
 
-plt = pyplot()
 Row = dict[str, Any]
 Group = tuple[str, int]  # method and network calls
 
@@ -27,21 +24,9 @@ BASELINE = "consistency distillation"
 # Of those that were run, on the timestep grids that diffusers has by default: others may be better.
 BEST = "best stock solver"
 TEACHER: Group = ("DDPM", 100)
-# Name in the head of a table, how it is written, and whether larger is better.
-MEASURES: dict[str, tuple[str, str, bool]] = {
-    "fd": ("FD", ".2f", False),
-    "kid": ("KID x 1000", ".2f", False),
-    "precision": ("precision", ".3f", True),
-    "recall": ("recall", ".3f", True),
-    "density": ("density", ".3f", True),
-    "coverage": ("coverage", ".3f", True),
-    "swd": ("SWD", ".4f", False),
-    "class_tv": ("class TV", ".3f", False),
-    "teacher_tv": ("TV to teacher", ".3f", False),
-    "nearest": ("nearest", ".3f", True),
-}
 LABELS = ("set", "method", "measure", "held against", "reached")
 SHOWN_CALLS = (1, 2, 4, 5, 8, 10, 15, 20, 50, 100, 1000)
+CURVES = {"fd": "FD", "swd": "SWD", "recall": "recall"}
 SHOWN_IMAGES = [TEACHER, ("UniPC", 4), ("UniPC", 10), (BASELINE, 1), (BASELINE, 4)]
 
 
@@ -52,14 +37,16 @@ def write_pages(folder: Path) -> None:
     tables, figures = make_tables(sets), []
     for name, of_set in sets.items():
         word = as_word(name)
-        draw_curves(of_set, folder / f"curves_{word}.png")
+        draw_curves(sorted(of_set, key=rank), CURVES, folder / f"curves_{word}.png")
         draw_classes(of_set, folder / f"classes_{word}.png")
         if (pictures := pictures_path(folder, name)).exists():
             draw_samples(picture_rows(load_file(pictures)), folder / f"samples_{word}.png")
         figures += [f"{kind}_{word}.png" for kind in ("curves", "samples", "classes")]
     page = folder / "index.md"
     text = page.read_text(encoding="utf-8") if page.exists() else "# Benchmark\n"
-    write_text(page, fill_tables(text + missing_parts(text, [*tables], figures, folder), tables))
+    lacking = [table for table in tables if f"<!-- table: {table} -->" not in text]
+    drawn = [figure for figure in figures if f"({figure})" not in text and (folder / figure).exists()]
+    write_text(page, fill_tables(text + new_parts(lacking, drawn), tables))
 
 
 def make_tables(sets: dict[str, list[Row]]) -> dict[str, str]:
@@ -87,13 +74,6 @@ def pictures_path(folder: Path, dataset: str) -> Path:
     return folder / f"pictures_{dataset}.safetensors"
 
 
-def missing_parts(text: str, tables: list[str], figures: list[str], folder: Path) -> str:
-    """Sections of the tables, and the figures that were drawn, which a page lacks: those of a set that is new."""
-    lacking = [name for name in tables if f"<!-- table: {name} -->" not in text]
-    drawn = [name for name in figures if f"({name})" not in text and (folder / name).exists()]
-    return new_parts(lacking, drawn)
-
-
 def beside_teacher(rows: list[Row]) -> list[Row]:
     """Rows of a set with `teacher_tv`, the total variation to the teacher's shares of classes, if it was measured."""
     shares = [row["class_shares"] for row in rows if (row["method"], row["nfe"]) == TEACHER]
@@ -108,22 +88,25 @@ def grouped(rows: list[Row]) -> dict[Group, list[Row]]:
     return groups
 
 
+def with_best(rows: list[Row]) -> dict[Group, list[Row]]:
+    """These, and the row of the best stock solver at each number of calls at which more than DDPM was run."""
+    solvers = [row for row in rows if is_solver(row["method"])]
+    counts = {row["nfe"] for row in solvers if row["method"] != TEACHER[0]}
+    order = sorted(solvers, key=lambda row: (row["fd"], row["method"]), reverse=True)
+    return grouped(rows) | {(BEST, row["nfe"]): [row] for row in order if row["nfe"] in counts}
+
+
 def is_ours(method: str) -> bool:
     return method.startswith("HSIVI")
-
-
-def is_fast(method: str) -> bool:
-    """Whether the goals are of it."""
-    return is_ours(method) and "paper" not in method
 
 
 def is_solver(method: str) -> bool:
     return not is_ours(method) and method != BASELINE
 
 
-def in_order(groups: Iterable[Group]) -> list[str]:
-    """The methods of these groups: ours, the solvers, the baseline."""
-    return sorted({method for method, _ in groups}, key=lambda name: (not is_ours(name), name == BASELINE, name))
+def rank(row: Row) -> tuple[bool, bool, str]:
+    """The order of the methods: ours, the solvers, the baseline."""
+    return not is_ours(row["method"]), row["method"] == BASELINE, row["method"]
 
 
 def is_shown(method: str, nfe: int) -> bool:
@@ -136,49 +119,33 @@ def value(rows: list[Row], measure: str) -> float:
     return mean(row[measure] for row in rows)
 
 
-def written(rows: list[Row], measure: str) -> str:
-    """Mean over the training seeds, and their standard deviation where there are several."""
-    _, form, _ = MEASURES[measure]
-    factor = 1000 if measure == "kid" else 1
-    numbers = [factor * row[measure] for row in rows]
-    spread = f" ± {format(stdev(numbers), form)}" if len(numbers) > 1 else ""
-    return format(mean(numbers), form) + spread
+def cell(rows: list[Row], measure: str) -> str:
+    """Mean over the training seeds and its spread; nothing without rows."""
+    return written(measure, *(row[measure] for row in rows)) if rows else ""
 
 
 def summary_table(sets: dict[str, list[Row]]) -> str:
-    """FD on each set: ours, the trained baseline and the best stock solver, and DDPM at many calls."""
-    groups = {name: grouped(rows) for name, rows in sets.items()}
-    counts, lines = {nfe for of_set in groups.values() for _, nfe in of_set}, []
+    """FD on each set: ours, the trained baseline and the best stock solver with its name, and DDPM at many calls."""
+    groups = [with_best(rows) for rows in sets.values()]
+    counts, lines = {nfe for of_set in groups for _, nfe in of_set}, []
     for nfe in sorted(counts & {*SHOWN_CALLS}):
         for method in (OURS, BASELINE, BEST) if nfe <= 20 else (BEST, TEACHER[0]):
-            cells = [_summary(groups[name], method, nfe) for name in sets]
-            if any(cells):
+            found = [of_set.get((method, nfe), []) for of_set in groups]
+            names = [f" {rows[0]['method']}" if rows and method == BEST else "" for rows in found]
+            if any(found):
+                cells = [cell(rows, "fd") + name for rows, name in zip(found, names, strict=True)]
                 lines.append([nfe, bold(method), *cells])
     return write_table(["calls", "method", *sets], LABELS, lines)
 
 
-def _summary(groups: dict[Group, list[Row]], method: str, nfe: int) -> str:
-    """A cell of the summary: the FD, and of the best stock solver its name."""
-    if method != BEST:
-        return written(groups[method, nfe], "fd") if (method, nfe) in groups else ""
-    solvers = of_solvers(groups, nfe, "fd")
-    return "{:.2f} {}".format(*min(solvers)) if {name for _, name in solvers} - {TEACHER[0]} else ""
-
-
-def of_solvers(groups: dict[Group, list[Row]], nfe: int, measure: str) -> list[tuple[float, str]]:
-    """Value and name of each solver at so many calls."""
-    return [
-        (value(rows, measure), method) for (method, calls), rows in groups.items() if is_solver(method) and calls == nfe
-    ]
-
-
 def calls_table(rows: list[Row]) -> str:
     """FD of every method at every number of calls."""
-    groups = grouped(rows)
-    counts, lines = sorted({nfe for _, nfe in groups}), []
-    for method in in_order(groups):
-        cells = [written(groups[method, nfe], "fd") if (method, nfe) in groups else "" for nfe in counts]
-        lines.append([bold(method), *cells])
+    groups = grouped(sorted(rows, key=rank))
+    counts = sorted({nfe for _, nfe in groups})
+    lines = [
+        [bold(method), *(cell(groups.get((method, nfe), []), "fd") for nfe in counts)]
+        for method in dict.fromkeys(method for method, _ in groups)
+    ]
     return write_table(["method", *map(str, counts)], LABELS, lines)
 
 
@@ -189,14 +156,12 @@ def measures_table(rows: list[Row]) -> str:
     for (method, nfe), of_group in sorted(groups.items(), key=lambda item: (item[0][1], value(item[1], "fd"))):
         if nfe not in SHOWN_CALLS:
             continue
-        cells = [*(written(of_group, measure) for measure in measures), of_group[0]["num_samples"]]
+        cells = [*(cell(of_group, measure) for measure in measures), of_group[0]["num_samples"]]
         costs = ["", ""]
         if of_group[0]["train_seconds"] is not None:
-            counted = [row for row in of_group if row["train_calls"] is not None]
-            calls = f"{value(counted, 'train_calls') / 1e6:.2f} M" if counted else ""
-            costs = [f"{value(of_group, 'train_seconds'):.0f}", calls]
+            costs = [f"{value(of_group, 'train_seconds'):.0f}", f"{value(of_group, 'train_calls') / 1e6:.2f} M"]
         lines.append([nfe, bold(method), *cells, *costs])
-    heads = [*(MEASURES[measure][0] for measure in measures), "images", "training s", "calls of training"]
+    heads = [*(MEASURES[measure].head for measure in measures), "images", "training s", "calls of training"]
     return write_table(["calls", "method", *heads], LABELS, lines)
 
 
@@ -204,45 +169,42 @@ def bold(method: str) -> str:
     return f"**{method}**" if is_ours(method) else method
 
 
-Claim = tuple[str, int, str, Callable[[dict[Group, list[Row]]], float | None]]
+class Claim(NamedTuple):
+    """What is asked of our samplers at a number of calls: a measure of at most the factor times that of a group."""
+
+    calls: int
+    group: Group | None  # without one the factor is the limit
+    factor: float = 1.0
+    measure: str = "fd"
 
 
-def best_solver(nfe: int) -> Callable[[dict[Group, list[Row]]], float | None]:
-    """The lowest FD among the solvers at so many calls."""
-    return lambda groups: min((number for number, _ in of_solvers(groups, nfe, "fd")), default=None)
-
-
-def row_of(method: str, nfe: int, factor: float = 1.0) -> Callable[[dict[Group, list[Row]]], float | None]:
-    """The FD of one row, times a factor."""
-    return lambda groups: factor * value(groups[method, nfe], "fd") if (method, nfe) in groups else None
-
-
-# What is asked of our samplers: the words, our calls, the measure, and what it is held against. Solvers count at equal
-# calls only: their rows are on diffusers' default grids, and on better grids solvers of more calls than ours are ahead.
-CLAIMS: list[Claim] = [
-    *((f"{BEST} at {nfe}", nfe, "fd", best_solver(nfe)) for nfe in (1, 2, 4, 5)),
-    ("DDPM at 100", 4, "fd", row_of(*TEACHER)),
-    *((f"{BASELINE} at {nfe}", nfe, "fd", row_of(BASELINE, nfe)) for nfe in (1, 2, 4)),
-    ("0.1", 1, "teacher_tv", lambda _: 0.1),
-    ("1.2 times DDPM at 1000", 1, "fd", row_of("DDPM", 1000, 1.2)),
-    ("DDPM at 1000", 4, "fd", row_of("DDPM", 1000)),
+# Solvers count at equal calls only: on better grids than those of diffusers, solvers of more calls than ours are ahead.
+CLAIMS = [
+    *(Claim(nfe, (BEST, nfe)) for nfe in (1, 2, 4, 5)),
+    Claim(4, TEACHER),
+    *(Claim(nfe, (BASELINE, nfe)) for nfe in (1, 2, 4)),
+    Claim(1, None, 0.1, "teacher_tv"),
+    Claim(1, ("DDPM", 1000), 1.2),
+    Claim(4, ("DDPM", 1000)),
 ]
 
 
 def goals_table(sets: dict[str, list[Row]]) -> str:
-    """Each goal, for each set and each of our samplers that has the number of calls."""
+    """Each goal, for each set and each of our samplers but for preset `paper` that has the number of calls."""
     lines = []
     for name, rows in sets.items():
-        groups = grouped(rows)
-        for words, nfe, measure, find in CLAIMS:
-            held = find(groups)
-            for method in filter(is_fast, in_order(groups)):
-                ours = groups.get((method, nfe), [])
-                if held is not None and ours and measure in ours[0]:
-                    head, form, _ = MEASURES[measure]
-                    reached = "yes" if value(ours, measure) <= held else "no"
-                    cells = [name, method, nfe, head, written(ours, measure), words, format(held, form), reached]
-                    lines.append(cells)
+        groups = with_best(sorted(rows, key=rank))
+        for nfe, group, factor, measure in CLAIMS:
+            if group is not None and group not in groups:
+                continue
+            limit = factor if group is None else factor * value(groups[group], measure)
+            times = "" if factor == 1 else f"{factor:g} times "
+            words = f"{factor:g}" if group is None else f"{times}{group[0]} at {group[1]}"
+            for (method, calls), ours in groups.items():
+                if calls == nfe and is_ours(method) and "paper" not in method and measure in ours[0]:
+                    reached = "yes" if value(ours, measure) <= limit else "no"
+                    numbers = [cell(ours, measure), words, format(limit, MEASURES[measure].form), reached]
+                    lines.append([name, method, nfe, MEASURES[measure].head, *numbers])
     if not lines:
         return "No goal can be told: the rows lack ours, or what they are held against."
     heads = ["set", "method", "calls", "measure", "ours", "held against", "it has", "reached"]
@@ -258,31 +220,9 @@ def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, pictures[name].float() / 255) for name in [*others, *ours, "real"] if name in pictures]
 
 
-def draw_curves(rows: list[Row], path: Path) -> None:
-    """Draws FD, sliced Wasserstein distance and recall against network calls; bars are one standard deviation."""
-    groups = grouped(rows)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for axis, measure in zip(axes, ("fd", "swd", "recall"), strict=True):
-        for place, method in enumerate(in_order(groups)):
-            points = sorted((nfe, of_group) for (name, nfe), of_group in groups.items() if name == method)
-            calls, numbers = [nfe for nfe, _ in points], [[row[measure] for row in each] for _, each in points]
-            bars = [stdev(each) if len(each) > 1 else 0 for each in numbers]
-            style = {"lw": 2.4, "marker": "*", "ms": 12} if is_ours(method) else {"lw": 1.2, "marker": "o", "ms": 4}
-            axis.errorbar(calls, [*map(mean, numbers)], bars, label=method, color=f"C{place % 10}", capsize=3, **style)
-        axis.set(xscale="log", xlabel="network calls", yscale="linear" if measure == "recall" else "log")
-        for line in [axis.xaxis] if measure == "recall" else [axis.xaxis, axis.yaxis]:
-            line.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            line.set_major_formatter("{x:g}")
-            line.set_minor_locator(NullLocator())
-        axis.set_ylabel(f"{MEASURES[measure][0]}, {'higher' if MEASURES[measure][2] else 'lower'} is better")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def draw_classes(rows: list[Row], path: Path) -> None:
     """Draws the share of each class for the teacher and what was distilled, by bars, and for the data, by dashes."""
+    plt = pyplot()
     groups = {
         group: of_group
         for group, of_group in sorted(grouped(rows).items(), key=lambda item: (is_ours(item[0][0]), item[0]))
@@ -292,12 +232,11 @@ def draw_classes(rows: list[Row], path: Path) -> None:
     lines = math.ceil(len(groups) / columns)
     style = {"figsize": (3.5 * columns, 2 * lines), "squeeze": False, "sharey": True, "layout": "constrained"}
     figure, axes = plt.subplots(lines, columns, **style)
-    for axis in axes.flat:
-        axis.axis("off")
+    for axis in axes.flat[len(groups) :]:
+        axis.remove()
     for axis, ((method, nfe), of_group) in zip(axes.flat, groups.items(), strict=False):
         shares = [mean(each) for each in zip(*(row["class_shares"] for row in of_group), strict=True)]
         real = of_group[0]["real_class_shares"]
-        axis.axis("on")
         axis.bar(range(len(shares)), shares, color="#d62728" if is_ours(method) else "#7f7f7f")
         axis.plot(range(len(real)), real, color="black", ls="", marker="_", ms=12)
         axis.set_title(f"{method} at {nfe}", fontsize=8)
