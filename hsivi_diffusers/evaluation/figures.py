@@ -43,7 +43,7 @@ def draw_samples(rows: list[tuple[str, torch.Tensor]], path: Path, titles: list[
     plt.close(figure)
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], path: Path) -> None:
+def draw_curves(rows: Sequence[dict[str, Any]], labels: Mapping[str, str], path: Path) -> None:
     """Draws measures of the rows against network calls, one beside the other.
 
     Args:

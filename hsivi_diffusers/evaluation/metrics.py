@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -84,7 +85,7 @@ class Measures:
 
         images = _check(images, self.real)
         features, rows = self._extract(images), _choose(len(images), MOST)
-        some, found = features[rows], {}
+        some, found = features[rows], dict[str, Any]()
         self.shares = self._count(features)
         if "fd" in self.names:
             self.frechet.reset()

@@ -16,10 +16,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDPMPipeline, LCMScheduler
@@ -36,12 +37,13 @@ from hsivi_diffusers.folders import LOCK, in_turn, remove_folder, replace_folder
 from hsivi_diffusers.options import differences, option, parse_options, run_command
 
 from .benchmark_pages import BASELINE, is_shown, write_pages
-from .benchmark_results import Key, Recipe, Results, key_of, recipe_of
+from .benchmark_results import Key, Results, key_of, recipe_of
 from .sets import load_images
 
 DISTIL = "hsivi_diffusers distil"
 RESUME = ("--resume_from_checkpoint", "latest")
 ANEW = ("--overwrite_output_dir", "true")
+Costs = dict[str, Any]  # of a training: its training.json
 
 
 @dataclass
@@ -80,18 +82,14 @@ class Folders:
     runs_dir: str = option("runs/benchmark", "trainings, in a folder for each set")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A row before it is measured; `make` trains what it needs, and returns the sampler and the folder of its training.
-
-    `recipe` has the options of a student, so that rows of other options are told from it.
-    """
+class Entry(NamedTuple):
+    """A row before it is measured; `make` trains what it needs, and returns the sampler and what its training cost."""
 
     method: str
     nfe: int
     seed: int | None
-    make: Callable[[], tuple[Sampler, Path | None]] = field(compare=False)
-    recipe: Recipe = field(default=None, compare=False)
+    make: Callable[[], tuple[Sampler, Costs]]
+    settings: HSIVIConfig | None = None  # of a student
 
     @property
     def key(self) -> Key:
@@ -116,92 +114,74 @@ class Comparison:
         self.unet.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same images
 
     def entries(self) -> list[Entry]:
-        """Every row: what is trained first, then the solvers, the cheap ones first."""
-        trained = [entry for config in self.parts.students for entry in self._students(config)]
-        if self.parts.baseline is not None:
-            trained += [
-                Entry(BASELINE, nfe, seed, partial(self._make_baseline, nfe, seed))
-                for seed in self.parts.seeds
-                for nfe in self.parts.baseline_steps
-            ]
-        keys = [entry.key for entry in trained]
+        """Every row: students, the baseline that has their time, then the solvers, the cheap ones first."""
+        entries = [entry for config in self.parts.students for entry in self._students(config)]
+        keys = [entry.key for entry in entries]
         if twice := sorted({f"{key[0]} at {key[1]}" for key in keys if keys.count(key) > 1}):
             raise ValueError(
                 f"--students have {', '.join(twice)} more than once: compare one student of each preset and number of "
                 "calls, and the others in another --output_dir"
             )
+        if self.parts.baseline is not None:
+            for seed, nfe in product(self.parts.seeds, self.parts.baseline_steps):
+                entries.append(Entry(BASELINE, nfe, seed, partial(self._make_baseline, nfe, seed)))
         counts = [(method, nfe) for nfe in self.sampling.solver_steps for method in self.sampling.solvers]
         if "DDPM" in self.sampling.solvers:
             counts += [("DDPM", nfe) for nfe in self.sampling.ddpm_steps]
-        solvers = [make_solver(*count, self.unet, self.schedule.config) for count in counts]
-        drawn = [partial(lambda solver: (solver, None), solver) for solver in solvers]
-        return [*trained, *(Entry(*count, None, make) for count, make in zip(counts, drawn, strict=True))]
+        for method, nfe in counts:
+            solver = make_solver(method, nfe, self.unet, self.schedule.config)
+            entries.append(Entry(method, nfe, None, partial(_untrained, solver)))
+        return entries
 
     def _students(self, config: str) -> Iterator[Entry]:
         for seed in self.parts.seeds:
-            settings = self._config(config, seed)
+            # Refused now, and not after the trainings before it, if it cannot run.
+            _, settings, _ = read_distillation(self._arguments(config, seed), config, "")
             name = "HSIVI paper" if settings.preset == "paper" else "HSIVI fast"
             name += ", one for all" if len(settings.depths) > 1 else ""
             for nfe in settings.depths:
-                yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed), recipe_of(settings))
-
-    def _config(self, config: str, seed: int) -> HSIVIConfig:
-        """The settings of a student, refused now and not after the trainings before it if they cannot run."""
-        return read_distillation(self._arguments(config, seed), config, "")[1]
+                yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed, settings), settings)
 
     def _arguments(self, config: str, seed: int) -> list[str]:
         """What the program of a config is called with, for the teacher and a seed."""
         return ["--config", *shlex.split(config), f"--seed={seed}", f"--pretrained_teacher_model={self.parts.teacher}"]
 
-    def _make_student(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Path]:
-        folder = self._train_student(config, seed)
-        return make_student(HSIVIPipeline.from_pretrained(folder / "pipeline"), nfe), folder
-
-    def _make_baseline(self, nfe: int, seed: int) -> tuple[Sampler, Path]:
-        seconds = self._baseline_seconds(seed)
-        limit = ["--max_train_seconds", str(seconds), *RESUME]
-        folder = self._train(str(self.parts.baseline), seed, f"{__package__}.train_consistency", limit)
-        if (given := _costs(folder)["max_train_seconds"]) != seconds:
-            raise ValueError(
-                f"{folder} was given {given} s, and the student that it is compared with had {seconds} s: "
-                "remove it and its rows, or name another --runs_dir and --output_dir"
-            )
-        pipeline = DDPMPipeline.from_pretrained(folder / "pipeline")
-        return Solver(LCMScheduler.from_config(pipeline.scheduler.config), nfe, pipeline.unet), folder
-
-    def _baseline_seconds(self, seed: int) -> float:
-        """Training seconds of the student that a baseline is compared with: from its row, if there is one."""
-        config = str(self.parts.baseline_of)
-        keys = {entry.key for entry in self._students(config) if entry.seed == seed}
-        known = [row["train_seconds"] for row in self.results.rows() if key_of(row) in keys]
-        return float(known[0] if known else _costs(self._train_student(config, seed))["seconds"])
-
-    def _train_student(self, config: str, seed: int) -> Path:
-        """The folder of a student; one that was trained before with other options is refused."""
-        folder = self._train(config, seed, DISTIL, RESUME)
-        before = read_settings(folder / "options.json")
-        if changed := differences(before, self._config(config, seed).settings()):
+    def _make_student(self, config: str, nfe: int, seed: int, settings: HSIVIConfig) -> tuple[Sampler, Costs]:
+        folder, costs = self._train(config, seed, DISTIL, RESUME)
+        if changed := differences(read_settings(folder / "options.json"), settings.settings()):
             raise ValueError(
                 f"{folder} was trained with other options than {config} has ({changed}): name another "
                 "--runs_dir and --output_dir, or remove it and its rows"
             )
-        return folder
+        return make_student(HSIVIPipeline.from_pretrained(folder / "pipeline"), nfe), costs
 
-    def _train(self, config: str, seed: int, program: str, arguments: Sequence[str]) -> Path:
-        """The folder of the training of a config and a seed: done before, or now."""
+    def _make_baseline(self, nfe: int, seed: int) -> tuple[Sampler, Costs]:
+        """A consistency model, trained for as long as the student that it is compared with, whose row is there."""
+        students = {entry.key for entry in self._students(str(self.parts.baseline_of)) if entry.seed == seed}
+        seconds = next(row["train_seconds"] for row in self.results.rows() if key_of(row) in students)
+        limit = ["--max_train_seconds", str(seconds), *RESUME]
+        folder, costs = self._train(str(self.parts.baseline), seed, f"{__package__}.train_consistency", limit)
+        if costs["max_train_seconds"] != seconds:
+            raise ValueError(
+                f"{folder} was given {costs['max_train_seconds']} s, and the student that it is compared with had "
+                f"{seconds} s: remove it and its rows, or name another --runs_dir and --output_dir"
+            )
+        pipeline = DDPMPipeline.from_pretrained(folder / "pipeline")
+        return Solver(LCMScheduler.from_config(pipeline.scheduler.config), nfe, pipeline.unet), costs
+
+    def _train(self, config: str, seed: int, program: str, arguments: Sequence[str]) -> tuple[Path, Costs]:
+        """Folder and cost of the training of a config and a seed: done before, or now."""
         path, *others = shlex.split(config)
-        name = "_".join(
-            [Path(path).stem, *(word.removeprefix("--").replace("/", "-") for word in others), f"seed{seed}"]
-        )
-        folder = self.runs / name
+        words = [word.removeprefix("--").replace("/", "-") for word in others]
+        folder = self.runs / "_".join([Path(path).stem, *words, f"seed{seed}"])
         if not (folder / "training.json").exists():
             _call(program, [*self._arguments(config, seed), "--output_dir", str(folder), *arguments])
-        return folder
+        return folder, json.loads((folder / "training.json").read_text())
 
     def measure(self) -> None:
         """Adds the rows that are missing, one after the other."""
-        entries = self.entries()
-        there = self.results.keys({entry.key: entry.recipe for entry in entries}, self.drawn)
+        entries, settings = self.entries(), self.sampling
+        there = self.results.keys({entry.key: entry.settings for entry in entries}, self.drawn)
         wanted = [entry for entry in entries if entry.key not in there]
         if not wanted:
             return
@@ -209,43 +189,31 @@ class Comparison:
         measures = Measures(ImageClassifier.from_pretrained(self.parts.classifier).eval(), real.float() / 255)
         progress = tqdm(wanted, desc=str(self.parts.dataset), unit="row")
         for entry in progress:
-            progress.set_postfix_str(f"{entry.method} at {entry.nfe}")
-            sampler, folder = entry.make()
-            images = self._draw(entry, sampler)
-            try:
-                measured = measures(images)
-            except ValueError as error:
-                error.add_note(f"These are the images of {entry.method} at {entry.nfe} calls, seed {entry.seed}.")
-                raise
+            name = f"{entry.method} at {entry.nfe}"
+            progress.set_postfix_str(name)
+            sampler, costs = entry.make()
+            images = torch.cat([*sample(sampler, settings.num_samples, settings.batch_size, settings.eval_seed)])
+            row = {
+                "dataset": self.parts.dataset,
+                "method": entry.method,
+                "nfe": entry.nfe,
+                "train_seed": entry.seed,
+                **self.drawn,
+                **measures(images),
+                "class_shares": measures.shares,
+                "real_class_shares": measures.real_shares,
+                "train_seconds": costs.get("seconds"),
+                "train_calls": costs.get("network_calls"),
+                "recipe": entry.settings and recipe_of(entry.settings),
+                "measured": measured_on(),
+            }
             if entry.seed in (None, self.parts.seeds[0]) and is_shown(entry.method, entry.nfe):
-                self.results.keep_images(f"{entry.method} at {entry.nfe}", images[:16], real)  # before the row
-            shares = {"class_shares": measures.shares, "real_class_shares": measures.real_shares}
-            self.results.add(self._row(entry, folder, {**measured, **shares}))
-
-    def _draw(self, entry: Entry, sampler: Sampler) -> torch.Tensor:
-        settings = self.sampling
-        return torch.cat(list(sample(sampler, settings.num_samples, settings.batch_size, settings.eval_seed)))
-
-    def _row(self, entry: Entry, folder: Path | None, measured: dict[str, Any]) -> dict[str, Any]:
-        costs = _costs(folder) if folder else {}
-        return {
-            "dataset": self.parts.dataset,
-            "method": entry.method,
-            "nfe": entry.nfe,
-            "train_seed": entry.seed,
-            **self.drawn,
-            **measured,
-            "train_seconds": costs.get("seconds"),
-            "train_calls": costs.get("network_calls"),
-            "recipe": entry.recipe,
-            "measured": measured_on(),
-        }
+                self.results.keep_images(name, images[:16], real)  # before the row
+            self.results.add(row)
 
 
-def _costs(folder: Path) -> dict[str, Any]:
-    """What a training cost, and the options it had."""
-    costs: dict[str, Any] = json.loads((folder / "training.json").read_text())
-    return costs
+def _untrained(solver: Solver) -> tuple[Sampler, Costs]:
+    return solver, {}
 
 
 def _make(folder: Path, program: str, config: str | None, *arguments: str) -> None:
@@ -273,9 +241,7 @@ def main(args: list[str] | None = None) -> None:
     missing = [name for name in ("dataset", "teacher", "classifier") if not getattr(parts, name)]
     if missing:
         raise ValueError(f"--{', --'.join(missing)} missing: give --config training/configs/benchmark_digits.yaml")
-    if (parts.baseline is None) != (parts.baseline_of is None):
-        raise ValueError("--baseline and --baseline_of go together: the second says how long the first may train")
-    if parts.baseline_of not in (None, *parts.students):
+    if parts.baseline is not None and parts.baseline_of not in parts.students:
         raise ValueError(f"--baseline_of {parts.baseline_of} is not among --students: give one of them, word for word")
     comparison = Comparison(parts, sampling, folders)
     comparison.measure()

@@ -18,7 +18,7 @@ from .benchmark_pages import pictures_path
 
 Row = dict[str, Any]
 Key = tuple[str, int, int | None]  # method, network calls and training seed
-Recipe = dict[str, Any] | None  # preset, steps, updates, and settings that are not those of the preset
+RECIPE = ("preset", "num_inference_steps", "max_train_steps")
 
 
 class Results:
@@ -31,8 +31,8 @@ class Results:
         """The rows of this set."""
         return [row for row in read_rows(self.path) if row["dataset"] == self.dataset]
 
-    def keys(self, recipes: Mapping[Key, Recipe], drawn: Row) -> set[Key]:
-        """Keys of the rows; one of other images, or of a student of other options, is refused."""
+    def keys(self, students: Mapping[Key, HSIVIConfig | None], drawn: Row) -> set[Key]:
+        """Keys of the rows; one of other images, or of a student of other settings, is refused."""
         rows = self.rows()
         for row in rows:
             if other := differences(row, drawn):
@@ -40,8 +40,11 @@ class Results:
                     f"{self.path} has {row['method']} at {row['nfe']} of other images ({other}): name another "
                     "--output_dir"
                 )
-            recipe = recipes.get(key_of(row))
-            if recipe is not None and (other := differences(_whole(row["recipe"]), _whole(recipe))):
+            config, recipe = students.get(key_of(row)), row["recipe"]
+            if config is None:
+                continue
+            before = HSIVIConfig(**{name: recipe[name] for name in RECIPE}).settings()
+            if other := differences({**before, **recipe, "seed": config.seed}, config.settings()):
                 raise ValueError(
                     f"{self.path} has {row['method']} at {row['nfe']}, seed {row['train_seed']}, of other options than "
                     f"--students have now ({other}): remove that row, or name another --output_dir"
@@ -64,20 +67,10 @@ class Results:
 
 def recipe_of(config: HSIVIConfig) -> dict[str, Any]:
     """Preset, steps and updates of a student, and its settings that are not those of the preset."""
-    given: dict[str, Any] = {
-        "preset": config.preset,
-        "num_inference_steps": config.depths,
-        "max_train_steps": config.max_train_steps,
-    }
+    settings = config.settings()
+    given = {name: settings[name] for name in RECIPE}
     usual = HSIVIConfig(**given).settings()
-    others = {name: value for name, value in config.settings().items() if value != usual[name] and name != "seed"}
-    return {**given, **others}
-
-
-def _whole(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a recipe."""
-    given = {name: recipe[name] for name in ("preset", "num_inference_steps", "max_train_steps")}
-    return {**HSIVIConfig(**given).settings(), **recipe}
+    return {**given, **{name: value for name, value in settings.items() if value != usual[name] and name != "seed"}}
 
 
 def key_of(row: Row) -> Key:
