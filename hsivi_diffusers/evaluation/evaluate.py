@@ -56,42 +56,31 @@ class Evaluation:
     ddim_steps: int = option(50, "steps of DDIM with eta 1; 0 leaves it out")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of the report before it is measured: method, network calls, what draws, spacing and timesteps."""
-
-    method: str
-    nfe: int
-    sampler: Sampler
-    grid: str
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What images are compared to: images in [0, 1], shape (N, C, H, W), labels of shape (N,) if known, and a name."""
-
-    images: torch.Tensor
-    labels: torch.Tensor | None
-    name: str
-
-
-def make_entries(options: Evaluation, student: HSIVIPipeline, unet: UNet2DModel, config: Any) -> Iterator[Entry]:
-    """The student at each of its step counts, then the baselines."""
+def make_samplers(
+    options: Evaluation, student: HSIVIPipeline, unet: UNet2DModel, config: Any
+) -> Iterator[tuple[str, int, Sampler, str]]:
+    """The student at each of its step counts, then the baselines: method, network calls, sampler, grid."""
     counts = student.scheduler.depths
     for nfe in counts:
         student.scheduler.set_timesteps(nfe)
         grid = f"trained: {shorten(student.scheduler.timesteps.tolist())}"
-        yield Entry(OURS, nfe, make_student(student, nfe), grid)
-    baselines = [(name, name, nfe) for nfe in options.solver_steps or [*counts, 2 * max(counts)] for name in BASELINES]
-    baselines += [("DDIM, eta 1", "DDIM eta 1", options.ddim_steps), ("DDPM", "DDPM", options.ddpm_steps)]
-    for name, method, nfe in baselines:
+        yield OURS, nfe, make_student(student, nfe), grid
+    baselines = [(method, nfe) for nfe in options.solver_steps or [*counts, 2 * max(counts)] for method in BASELINES]
+    baselines += [("DDIM, eta 1", options.ddim_steps), ("DDPM", options.ddpm_steps)]
+    for method, nfe in baselines:
         if nfe:
             solver = make_solver(method, nfe, unet, config)
-            yield Entry(name, nfe, solver, solver.grid)
+            yield method, nfe, solver, solver.grid
 
 
-def load_reference(options: Evaluation, unet: UNet2DModel, config: Any) -> Reference:
-    """Loads the real images, or samples the teacher, from other noise than the methods start from."""
+def load_reference(
+    options: Evaluation, unet: UNet2DModel, config: Any
+) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+    """Loads the real images, or samples the teacher, from other noise than the methods start from.
+
+    Returns:
+        Images in [0, 1], shape (N, C, H, W), labels of shape (N,) if they are known, and a name.
+    """
     channels, height, width = sample_shape(unet)
     if options.real_data is not None:
         if height != width or channels not in (1, 3):
@@ -101,12 +90,12 @@ def load_reference(options: Evaluation, unet: UNet2DModel, config: Any) -> Refer
             )
         images, labels = load_images(options.real_data, height, channels)
         path = Path(options.real_data)
-        return Reference(images.float() / 255, labels, path.resolve().name if path.exists() else options.real_data)
+        return images.float() / 255, labels, path.resolve().name if path.exists() else options.real_data
     solver = make_solver(REFERENCE, options.reference_steps, unet, config, timestep_spacing="trailing")
     classes, size = unet.config.num_class_embeds, options.reference_samples
     images = draw("reference", solver, size, options.batch_size, options.eval_seed + 1, classes)
     labels = torch.arange(size) % classes if classes else None
-    return Reference(images, labels, f"teacher, {REFERENCE} at {options.reference_steps} steps")
+    return images, labels, f"teacher, {REFERENCE} at {options.reference_steps} steps"
 
 
 def draw(name: str, sampler: Sampler, size: int, batch_size: int, seed: int, classes: int | None) -> torch.Tensor:
@@ -119,15 +108,14 @@ def draw(name: str, sampler: Sampler, size: int, batch_size: int, seed: int, cla
     return torch.cat(batches)
 
 
-def pick(reference: Reference, num_classes: int | None, columns: int) -> torch.Tensor:
+def pick(images: torch.Tensor, labels: torch.Tensor | None, classes: int | None, columns: int) -> torch.Tensor:
     """Images of the reference for a row of the figure: image i of class i if the classes are known."""
-    size = len(reference.images)
-    rows = torch.linspace(0, size - 1, columns).long()
-    if num_classes and reference.labels is not None:
-        wanted = [(reference.labels == i % num_classes).nonzero().flatten() for i in range(columns)]
-        found = [each[i // num_classes % len(each)] for i, each in enumerate(wanted) if len(each)]
+    rows = torch.linspace(0, len(images) - 1, columns).long()
+    if classes and labels is not None:
+        wanted = [(labels == i % classes).nonzero().flatten() for i in range(columns)]
+        found = [each[i // classes % len(each)] for i, each in enumerate(wanted) if len(each)]
         rows = torch.stack(found) if len(found) == columns else rows
-    return reference.images[rows]
+    return images[rows]
 
 
 def check_options(options: Evaluation) -> None:
@@ -137,24 +125,6 @@ def check_options(options: Evaluation) -> None:
     for name in ("num_samples", "reference_samples"):
         if (given := getattr(options, name)) < FEWEST:
             raise ValueError(f"--{name} {given} images are too few to be measured: give {FEWEST} or more")
-
-
-def make_row(
-    entry: Entry, options: Evaluation, training: dict[str, Any], reference: str, measured: dict[str, float]
-) -> dict[str, Any]:
-    """A row of report.json; only the student was trained."""
-    ours = entry.method == OURS
-    return {
-        "dataset": reference,
-        "method": entry.method,
-        "nfe": entry.nfe,
-        "grid": entry.grid,
-        "train_seed": training.get("seed") if ours else None,
-        "eval_seed": options.eval_seed,
-        "num_samples": options.num_samples,
-        **measured,
-        "train_seconds": training["seconds"] if ours else None,
-    }
 
 
 def main(args: list[str] | None = None) -> None:
@@ -170,18 +140,21 @@ def main(args: list[str] | None = None) -> None:
     unet, schedule = load_teacher(training["teacher"], None if options.teacher else training.get("revision"))
     unet.to(device).eval()
     network, features = load_network(options.feature_extractor, unet.config.in_channels)
-    reference = load_reference(options, unet, schedule.config)
-    measures = Measures(network.to(device), reference.images, METRICS)
+    reference, labels, name = load_reference(options, unet, schedule.config)
+    measures = Measures(network.to(device), reference, METRICS)
 
-    classes, rows, shown = unet.config.num_class_embeds, [], {}
-    for entry in make_entries(options, student, unet, schedule.config):
-        name, size = f"{entry.method} at {entry.nfe}", options.num_samples
-        images = draw(name, entry.sampler, size, options.batch_size, options.eval_seed, classes)
-        shown[entry.method, entry.nfe] = images[:COLUMNS]
-        rows.append(make_row(entry, options, training, reference.name, measures(images)))
+    classes, size, seed = unet.config.num_class_embeds, options.num_samples, options.eval_seed
+    rows, shown = [], {}
+    for method, nfe, sampler, grid in make_samplers(options, student, unet, schedule.config):
+        images = draw(f"{method} at {nfe}", sampler, size, options.batch_size, seed, classes)
+        shown[method, nfe] = images[:COLUMNS]
+        made = {"dataset": name, "method": method, "nfe": nfe, "grid": grid}
+        drawn = {"train_seed": training["seed"] if method == OURS else None, "eval_seed": seed, "num_samples": size}
+        seconds = training["seconds"] if method == OURS else None
+        rows.append({**made, **drawn, **measures(images), "train_seconds": seconds})
     headline = "fd" if options.feature_extractor else "kid"
-    floor = split_halves(network, reference.images, headline)
-    report = Report(headline, options.feature_name or features, reference.name, floor, rows)
+    floor = split_halves(network, reference, headline)
+    report = Report(headline, options.feature_name or features, name, floor, rows)
     report.write(run_dir, training)
-    report.draw(run_dir, shown, pick(reference, classes, min(COLUMNS, options.num_samples)), classes)
+    report.draw(run_dir, shown, pick(reference, labels, classes, min(COLUMNS, size)), classes)
     print(report.closing_lines(run_dir))

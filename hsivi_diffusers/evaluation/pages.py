@@ -58,18 +58,16 @@ def fill_tables(text: str, tables: dict[str, str]) -> str:
     Raises:
         ValueError: A marker has an unknown name, or no end.
     """
-    names = re.findall(r"<!-- table: (.*?) -->", text)
-    for name in names:
-        if name not in tables:
-            raise ValueError(f"there is no table {name!r}: there are {', '.join(tables)}")
-    filled, count = re.subn(
-        r"<!-- table: (\w+) -->\n(?:(?!<!-- table: ).)*?<!-- end of table -->",
-        lambda found: f"<!-- table: {found[1]} -->\n\n{tables[found[1]]}\n\n<!-- end of table -->",
-        text,
-        flags=re.DOTALL,
-    )
-    if count != len(names):
-        raise ValueError(f"{len(names)} tables begin and {count} end: close each by <!-- end of table -->")
+
+    def fill(found: re.Match[str]) -> str:
+        if found[1] not in tables:
+            raise ValueError(f"there is no table {found[1]!r}: there are {', '.join(tables)}")
+        return f"<!-- table: {found[1]} -->\n\n{tables[found[1]]}\n\n<!-- end of table -->"
+
+    marked = r"<!-- table: ([^\n]*?) -->\n(?:(?!<!-- table: ).)*?<!-- end of table -->"
+    filled, count = re.subn(marked, fill, text, flags=re.DOTALL)
+    if count != (begun := text.count("<!-- table: ")):
+        raise ValueError(f"{begun} tables begin and {count} end: close each by <!-- end of table -->")
     return filled
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import (
@@ -26,7 +26,7 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "DDPM": (DDPMScheduler, {}),
     # diffusers' DDIMScheduler has no quadratic grid, which is the best for few steps; the formulas are the same.
     "DDIM": (HSIVIScheduler, {"timestep_spacing": "quadratic", "noise_eta": 0.0}),
-    "DDIM eta 1": (DDIMScheduler, {}),
+    "DDIM, eta 1": (DDIMScheduler, {}),
     "DPM-Solver++": (DPMSolverMultistepScheduler, {}),
     "DPM-Solver++ SDE": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "UniPC": (UniPCMultistepScheduler, {}),
@@ -34,17 +34,13 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-class Sampler(Protocol):
-    """Returns images in [0, 1], shape (B, C, H, W); `labels` of shape (B,) go to a class-conditional network."""
-
-    def __call__(  # noqa: D102
-        self, batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None
-    ) -> torch.Tensor: ...
+# Returns images in [0, 1], shape (B, C, H, W), of (batch_size, generator, labels), with labels of shape (B,) or none.
+Sampler = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Solver:
-    """Goes from noise to images by the steps of a scheduler of diffusers, whose `step` is given the settings."""
+    """A Sampler by the steps of a scheduler of diffusers, whose `step` is given the settings."""
 
     scheduler: Any
     num_steps: int
@@ -53,11 +49,11 @@ class Solver:
 
     @torch.no_grad()
     def __call__(self, batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """See Sampler."""
-        device, shape = self.unet.device, sample_shape(self.unet)
+        """Returns images; the noise is drawn on the CPU."""
+        device = self.unet.device
         labels = None if labels is None else labels.to(device)
         given = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
-        noise = torch.randn(batch_size, *shape, generator=generator).to(device)
+        noise = torch.randn(batch_size, *sample_shape(self.unet), generator=generator).to(device)
         x = run_solver(self.unet, self.scheduler, noise, self.num_steps, labels, **self.settings, **given)
         return (x / 2 + 0.5).clamp(0, 1)
 
@@ -68,9 +64,9 @@ class Solver:
         return f"{self.scheduler.config.get('timestep_spacing', 'own')}: {shorten(self.scheduler.timesteps.tolist())}"
 
 
-def shorten(timesteps: list[int], most: int = 10) -> str:
-    """Timesteps as text, of a long list the first three and the last."""
-    shown = timesteps if len(timesteps) <= most else [*timesteps[:3], "...", timesteps[-1]]
+def shorten(timesteps: list[int]) -> str:
+    """Timesteps as text, of more than ten the first three and the last."""
+    shown = timesteps if len(timesteps) <= 10 else [*timesteps[:3], "...", timesteps[-1]]
     return ", ".join(map(str, shown))
 
 
@@ -88,9 +84,9 @@ def make_solver(method: str, num_steps: int, unet: UNet2DModel, config: Any, **s
         ValueError: The method is unknown.
     """
     if method not in SOLVERS:
-        raise ValueError(f"method {method!r} is unknown: choose one of {', '.join(SOLVERS)}")
+        raise ValueError(f"method {method!r} is unknown: choose one of {', '.join(map(repr, SOLVERS))}")
     scheduler, chosen = SOLVERS[method]
-    arguments = {"eta": 1.0} if method == "DDIM eta 1" else {}
+    arguments = {"eta": 1.0} if method == "DDIM, eta 1" else {}
     return Solver(scheduler.from_config(config, **{**chosen, **settings}), num_steps, unet, arguments)
 
 

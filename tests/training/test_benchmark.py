@@ -243,7 +243,7 @@ def test_a_baseline_of_another_time_is_refused(copied):
 
 def test_an_unknown_solver_is_refused_before_any_training(arguments, monkeypatch):
     monkeypatch.setattr(benchmark, "_call", never)
-    with pytest.raises(ValueError, match="method 'DPM' is unknown: choose one of DDPM, DDIM,"):
+    with pytest.raises(ValueError, match="method 'DPM' is unknown: choose one of 'DDPM', 'DDIM',"):
         benchmark.main([*arguments, "--solvers", "DPM", "DDIM"])
 
 

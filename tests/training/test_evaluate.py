@@ -21,7 +21,7 @@ from hsivi_diffusers.evaluation.solvers import make_solver, make_student, sample
 from hsivi_diffusers.images import load_images
 from tiny_unet import make_unet
 
-METHODS = ["DDPM", "DDIM", "DDIM eta 1", "DPM-Solver++", "UniPC"]
+METHODS = ["DDPM", "DDIM", "DDIM, eta 1", "DPM-Solver++", "UniPC"]
 KEYS = ["dataset", "method", "nfe", "grid", "train_seed", "eval_seed", "num_samples", *METRICS, "train_seconds"]
 
 
@@ -96,7 +96,7 @@ def test_ddim_eta_1_is_that_of_diffusers(solver, teacher):
     pipeline = DDIMPipeline.from_pretrained(teacher)
     pipeline.set_progress_bar_config(disable=True)
     (wanted,) = pipeline(3, generator(), eta=1.0, num_inference_steps=6, output_type="np", return_dict=False)
-    images = solver("DDIM eta 1", 6)[0](3, generator())
+    images = solver("DDIM, eta 1", 6)[0](3, generator())
     assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), wanted)
 
 
@@ -117,7 +117,7 @@ def test_ddim_is_the_formula_on_the_quadratic_grid(solver, teacher):
 
 
 def test_an_unknown_method_is_refused(solver):
-    with pytest.raises(ValueError, match="method 'Euler' is unknown: choose one of DDPM, DDIM, DDIM eta 1, DPM-Solver"):
+    with pytest.raises(ValueError, match="method 'Euler' is unknown: choose one of 'DDPM', 'DDIM', 'DDIM, eta 1'"):
         solver("Euler", 5)
 
 
@@ -314,8 +314,8 @@ def test_a_folder_of_images_is_told_by_its_last_part(teacher, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path / "cats")
     unet, schedule = load_teacher(str(teacher))
     for given in (str(tmp_path / "cats"), f"{tmp_path}/cats/", "."):
-        reference = evaluate.load_reference(evaluate.Evaluation(real_data=given), unet, schedule.config)
-        assert reference.name == "cats"
+        *_, name = evaluate.load_reference(evaluate.Evaluation(real_data=given), unet, schedule.config)
+        assert name == "cats"
 
 
 def test_a_teacher_of_wide_images_is_compared_with_itself_only(teacher):
@@ -327,28 +327,27 @@ def test_a_teacher_of_wide_images_is_compared_with_itself_only(teacher):
 def test_the_reference_is_the_teacher_from_other_noise(class_teacher):
     unet, schedule = load_teacher(str(class_teacher))
     options = evaluate.Evaluation(reference_samples=8, reference_steps=3, batch_size=5, eval_seed=4)
-    reference = evaluate.load_reference(options, unet, schedule.config)
+    images, labels, name = evaluate.load_reference(options, unet, schedule.config)
     solver = make_solver("DPM-Solver++", 3, unet, schedule.config, timestep_spacing="trailing")
     own, other = (torch.cat([*sample(solver, 8, 5, seed, 3)]) for seed in (4, 5))
-    assert torch.equal(reference.images, other)
-    assert not torch.equal(reference.images, own)
-    assert reference.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert reference.name == "teacher, DPM-Solver++ at 3 steps"
+    assert torch.equal(images, other)
+    assert not torch.equal(images, own)
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert name == "teacher, DPM-Solver++ at 3 steps"
 
 
 def test_the_reference_is_shown_class_by_class():
-    images = torch.arange(6.0).reshape(6, 1, 1, 1)
-    reference = evaluate.Reference(images, torch.tensor([2, 2, 1, 0, 0, 1]), "real")
-    assert evaluate.pick(reference, 3, 5).flatten().tolist() == [3, 2, 0, 4, 5]
-    assert evaluate.pick(reference, 4, 4).flatten().tolist() == [0, 1, 3, 5]  # class 3 has no image
-    assert evaluate.pick(evaluate.Reference(images, None, "real"), None, 3).flatten().tolist() == [0, 2, 5]
+    images, labels = torch.arange(6.0).reshape(6, 1, 1, 1), torch.tensor([2, 2, 1, 0, 0, 1])
+    assert evaluate.pick(images, labels, 3, 5).flatten().tolist() == [3, 2, 0, 4, 5]
+    assert evaluate.pick(images, labels, 4, 4).flatten().tolist() == [0, 1, 3, 5]  # class 3 has no image
+    assert evaluate.pick(images, None, None, 3).flatten().tolist() == [0, 2, 5]
 
 
 def test_rows_hold_the_distances_of_the_pictures(rows, evaluated, solver, extractor):
     network = ImageClassifier.from_pretrained(extractor).eval()
     distances = Measures(network, load_images("digits", 8, 1)[0].float() / 255, [*METRICS])
     student = make_student(HSIVIPipeline.from_pretrained(evaluated[0] / "pipeline"))
-    measured = {0: student, 5: ("DPM-Solver++", 3), 7: ("DDIM eta 1", 4)}
+    measured = {0: student, 5: ("DPM-Solver++", 3), 7: ("DDIM, eta 1", 4)}
     for number, given in measured.items():
         row, sampler = rows[number], given if callable(given) else solver(*given)[0]
         wanted = distances(torch.cat([*sample(sampler, 24, 10, seed=3)]))

@@ -240,8 +240,7 @@ def test_the_configs_parse_for_their_programs(name, groups):
 def test_the_configs_parse_for_the_benchmark(name):
     from training.benchmarks.images import benchmark
 
-    groups = [benchmark.Parts, benchmark.Sampling, benchmark.Folders]
-    test_the_configs_parse_for_their_programs(f"benchmark_{name}", groups)
+    test_the_configs_parse_for_their_programs(f"benchmark_{name}", [benchmark.Options])
 
 
 @pytest.mark.parametrize(

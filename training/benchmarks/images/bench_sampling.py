@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-from tqdm import tqdm
+from tqdm import trange
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
 from hsivi_diffusers.distillation.denoisers import sample_shape
@@ -61,25 +61,19 @@ def make_contenders(pipeline: HSIVIPipeline, batch_size: int) -> dict[str, Calla
     }
 
 
-def measure(contenders: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each turn; in every turn all contenders run, one after the other."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in tqdm(range(repetitions + 5), desc="turns"):
-        for name, run in contenders.items():
-            begin = time.perf_counter()
-            run()
-            if turn >= 5:  # the first ones warm up
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
 def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Benchmark], __doc__ or "", args=args)
     contenders = make_contenders(load_pipeline(options.pipeline), options.batch_size)
-    seconds = measure(contenders, options.repetitions)
-    reference = next(iter(seconds.values()))
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in trange(options.repetitions + 5, desc="turns"):
+        for name, run in contenders.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
     print(f"batch {options.batch_size}, {options.repetitions} turns, {torch.get_num_threads()} thread(s)")
-    for name, times in seconds.items():
+    reference = next(iter(seconds.values()))[5:]  # the first ones warm up
+    for name, every in seconds.items():
+        times = every[5:]
         # The median of the turns' own ratios: a disturbance of the machine falls on both of a turn.
         ratio = statistics.median(own / bare for own, bare in zip(times, reference, strict=True))
         print(f"{name:45s} {1e3 * statistics.median(times):8.2f} ms   {ratio:.3f}")

@@ -47,8 +47,8 @@ Costs = dict[str, Any]  # of a training: its training.json
 
 
 @dataclass
-class Parts:
-    _group = "what is compared"
+class Options:
+    _group = "benchmark"
     dataset: str | None = option(None, "name of the set in the tables")
     teacher: str | None = option(None, "folder of the teacher; trained if it is missing")
     teacher_config: str | None = option(None, "config of train_teacher.py")
@@ -60,11 +60,6 @@ class Parts:
     baseline_of: str | None = option(None, "the one of --students whose training seconds the baseline is given")
     baseline_steps: list[int] = option([1, 2, 4, 8], "network calls of the baseline")
     seeds: list[int] = option([0, 1, 2], "training seeds of students and baselines")
-
-
-@dataclass
-class Sampling:
-    _group = "sampling"
     solvers: list[str] = option(
         ["DDIM", "DPM-Solver++", "DPM-Solver++ SDE", "UniPC", "DEIS", "DDPM"], "solvers of the teacher"
     )
@@ -73,11 +68,6 @@ class Sampling:
     num_samples: int = option(10_000, "images of each row")
     batch_size: int = option(500, "images at once")
     eval_seed: int = option(0, "seed of the noise")
-
-
-@dataclass
-class Folders:
-    _group = "folders"
     output_dir: str = option("docs/benchmarks", "results, images, tables and figures")
     runs_dir: str = option("runs/benchmark", "trainings, in a folder for each set")
 
@@ -100,41 +90,41 @@ class Entry(NamedTuple):
 class Comparison:
     """Teacher, measures and results of one set."""
 
-    def __init__(self, parts: Parts, sampling: Sampling, folders: Folders) -> None:
-        self.parts, self.sampling = parts, sampling
+    def __init__(self, options: Options) -> None:
+        self.options = options
         # What a row tells of its images; the noise of a batch depends on its size.
-        self.drawn = {name: getattr(sampling, name) for name in ("num_samples", "batch_size", "eval_seed")}
-        self.runs = Path(folders.runs_dir) / str(parts.dataset)
-        self.results = Results(Path(folders.output_dir), str(parts.dataset))
+        self.drawn = {name: getattr(options, name) for name in ("num_samples", "batch_size", "eval_seed")}
+        self.runs = Path(options.runs_dir) / str(options.dataset)
+        self.results = Results(Path(options.output_dir), str(options.dataset))
         for folder in (self.runs, self.results.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        _make(Path(str(parts.teacher)), f"{__package__}.train_teacher", parts.teacher_config, *RESUME)
-        _make(Path(str(parts.classifier)), f"{__package__}.train_classifier", parts.classifier_config, *ANEW)
-        self.unet, self.schedule = load_teacher(str(parts.teacher))
+        _make(Path(str(options.teacher)), f"{__package__}.train_teacher", options.teacher_config, *RESUME)
+        _make(Path(str(options.classifier)), f"{__package__}.train_classifier", options.classifier_config, *ANEW)
+        self.unet, self.schedule = load_teacher(str(options.teacher))
         self.unet.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same images
 
     def entries(self) -> list[Entry]:
         """Every row: students, the baseline that has their time, then the solvers, the cheap ones first."""
-        entries = [entry for config in self.parts.students for entry in self._students(config)]
+        entries = [entry for config in self.options.students for entry in self._students(config)]
         keys = [entry.key for entry in entries]
         if twice := sorted({f"{key[0]} at {key[1]}" for key in keys if keys.count(key) > 1}):
             raise ValueError(
                 f"--students have {', '.join(twice)} more than once: compare one student of each preset and number of "
                 "calls, and the others in another --output_dir"
             )
-        if self.parts.baseline is not None:
-            for seed, nfe in product(self.parts.seeds, self.parts.baseline_steps):
+        if self.options.baseline is not None:
+            for seed, nfe in product(self.options.seeds, self.options.baseline_steps):
                 entries.append(Entry(BASELINE, nfe, seed, partial(self._make_baseline, nfe, seed)))
-        counts = [(method, nfe) for nfe in self.sampling.solver_steps for method in self.sampling.solvers]
-        if "DDPM" in self.sampling.solvers:
-            counts += [("DDPM", nfe) for nfe in self.sampling.ddpm_steps]
+        counts = [(method, nfe) for nfe in self.options.solver_steps for method in self.options.solvers]
+        if "DDPM" in self.options.solvers:
+            counts += [("DDPM", nfe) for nfe in self.options.ddpm_steps]
         for method, nfe in counts:
             solver = make_solver(method, nfe, self.unet, self.schedule.config)
-            entries.append(Entry(method, nfe, None, partial(_untrained, solver)))
+            entries.append(Entry(method, nfe, None, partial(lambda solver: (solver, {}), solver)))
         return entries
 
     def _students(self, config: str) -> Iterator[Entry]:
-        for seed in self.parts.seeds:
+        for seed in self.options.seeds:
             # Refused now, and not after the trainings before it, if it cannot run.
             _, settings, _ = read_distillation(self._arguments(config, seed), config, "")
             name = "HSIVI paper" if settings.preset == "paper" else "HSIVI fast"
@@ -144,7 +134,8 @@ class Comparison:
 
     def _arguments(self, config: str, seed: int) -> list[str]:
         """What the program of a config is called with, for the teacher and a seed."""
-        return ["--config", *shlex.split(config), f"--seed={seed}", f"--pretrained_teacher_model={self.parts.teacher}"]
+        given = [f"--seed={seed}", f"--pretrained_teacher_model={self.options.teacher}"]
+        return ["--config", *shlex.split(config), *given]
 
     def _make_student(self, config: str, nfe: int, seed: int, settings: HSIVIConfig) -> tuple[Sampler, Costs]:
         folder, costs = self._train(config, seed, DISTIL, RESUME)
@@ -157,10 +148,10 @@ class Comparison:
 
     def _make_baseline(self, nfe: int, seed: int) -> tuple[Sampler, Costs]:
         """A consistency model, trained for as long as the student that it is compared with, whose row is there."""
-        students = {entry.key for entry in self._students(str(self.parts.baseline_of)) if entry.seed == seed}
+        students = {entry.key for entry in self._students(str(self.options.baseline_of)) if entry.seed == seed}
         seconds = next(row["train_seconds"] for row in self.results.rows() if key_of(row) in students)
         limit = ["--max_train_seconds", str(seconds), *RESUME]
-        folder, costs = self._train(str(self.parts.baseline), seed, f"{__package__}.train_consistency", limit)
+        folder, costs = self._train(str(self.options.baseline), seed, f"{__package__}.train_consistency", limit)
         if costs["max_train_seconds"] != seconds:
             raise ValueError(
                 f"{folder} was given {costs['max_train_seconds']} s, and the student that it is compared with had "
@@ -180,21 +171,21 @@ class Comparison:
 
     def measure(self) -> None:
         """Adds the rows that are missing, one after the other."""
-        entries, settings = self.entries(), self.sampling
+        entries, options = self.entries(), self.options
         there = self.results.keys({entry.key: entry.settings for entry in entries}, self.drawn)
         wanted = [entry for entry in entries if entry.key not in there]
         if not wanted:
             return
-        real, _ = load_images(self.parts.real_data, self.unet.config.sample_size, self.unet.config.in_channels)
-        measures = Measures(ImageClassifier.from_pretrained(self.parts.classifier).eval(), real.float() / 255)
-        progress = tqdm(wanted, desc=str(self.parts.dataset), unit="row")
+        real, _ = load_images(self.options.real_data, self.unet.config.sample_size, self.unet.config.in_channels)
+        measures = Measures(ImageClassifier.from_pretrained(self.options.classifier).eval(), real.float() / 255)
+        progress = tqdm(wanted, desc=str(self.options.dataset), unit="row")
         for entry in progress:
             name = f"{entry.method} at {entry.nfe}"
             progress.set_postfix_str(name)
             sampler, costs = entry.make()
-            images = torch.cat([*sample(sampler, settings.num_samples, settings.batch_size, settings.eval_seed)])
+            images = torch.cat([*sample(sampler, options.num_samples, options.batch_size, options.eval_seed)])
             row = {
-                "dataset": self.parts.dataset,
+                "dataset": self.options.dataset,
                 "method": entry.method,
                 "nfe": entry.nfe,
                 "train_seed": entry.seed,
@@ -207,13 +198,9 @@ class Comparison:
                 "recipe": entry.settings and recipe_of(entry.settings),
                 "measured": measured_on(),
             }
-            if entry.seed in (None, self.parts.seeds[0]) and is_shown(entry.method, entry.nfe):
+            if entry.seed in (None, self.options.seeds[0]) and is_shown(entry.method, entry.nfe):
                 self.results.keep_images(name, images[:16], real)  # before the row
             self.results.add(row)
-
-
-def _untrained(solver: Solver) -> tuple[Sampler, Costs]:
-    return solver, {}
 
 
 def _make(folder: Path, program: str, config: str | None, *arguments: str) -> None:
@@ -237,17 +224,19 @@ def _call(program: str, arguments: list[str]) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    parts, sampling, folders = parse_options([Parts, Sampling, Folders], __doc__ or "", args=args)
-    missing = [name for name in ("dataset", "teacher", "classifier") if not getattr(parts, name)]
+    (options,) = parse_options([Options], __doc__ or "", args=args)
+    missing = [name for name in ("dataset", "teacher", "classifier") if not getattr(options, name)]
     if missing:
         raise ValueError(f"--{', --'.join(missing)} missing: give --config training/configs/benchmark_digits.yaml")
-    if parts.baseline is not None and parts.baseline_of not in parts.students:
-        raise ValueError(f"--baseline_of {parts.baseline_of} is not among --students: give one of them, word for word")
-    comparison = Comparison(parts, sampling, folders)
+    if options.baseline is not None and options.baseline_of not in options.students:
+        raise ValueError(
+            f"--baseline_of {options.baseline_of} is not among --students: give one of them, word for word"
+        )
+    comparison, folder = Comparison(options), Path(options.output_dir)
     comparison.measure()
-    with in_turn(Path(folders.output_dir)):
-        write_pages(Path(folders.output_dir))
-    print(f"tables and figures are in {Path(folders.output_dir) / 'index.md'}, the rows in {comparison.results.path}")
+    with in_turn(folder):
+        write_pages(folder)
+    print(f"tables and figures are in {folder / 'index.md'}, the rows in {comparison.results.path}")
 
 
 if __name__ == "__main__":

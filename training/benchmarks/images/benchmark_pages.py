@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -16,7 +15,8 @@ from hsivi_diffusers.evaluation.metrics import total_variation
 from hsivi_diffusers.evaluation.pages import MEASURES, fill_tables, new_parts, write_table, written
 from hsivi_diffusers.folders import write_text
 
-Row = dict[str, Any]
+from .benchmark_results import Row, pictures_path, read_rows
+
 Group = tuple[str, int]  # method and network calls
 
 OURS = "HSIVI fast"
@@ -32,8 +32,7 @@ SHOWN_IMAGES = [TEACHER, ("UniPC", 4), ("UniPC", 10), (BASELINE, 1), (BASELINE, 
 
 def write_pages(folder: Path) -> None:
     """Fills the tables of FOLDER/index.md, which is begun if there is none, and draws the figures of FOLDER."""
-    rows: list[Row] = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
-    sets = in_sets(rows)
+    sets = in_sets(read_rows(folder / "results.json"))
     tables, figures = make_tables(sets), []
     for name, of_set in sets.items():
         word = as_word(name)
@@ -67,11 +66,6 @@ def in_sets(rows: list[Row]) -> dict[str, list[Row]]:
 def as_word(dataset: str) -> str:
     """The name of a set as a part of names."""
     return re.sub(r"\W", "_", dataset)
-
-
-def pictures_path(folder: Path, dataset: str) -> Path:
-    """File of the first images of each shown row of a set, as bytes."""
-    return folder / f"pictures_{dataset}.safetensors"
 
 
 def beside_teacher(rows: list[Row]) -> list[Row]:

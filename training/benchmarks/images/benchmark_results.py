@@ -14,11 +14,20 @@ from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.folders import in_turn, write_json
 from hsivi_diffusers.options import differences
 
-from .benchmark_pages import pictures_path
-
 Row = dict[str, Any]
 Key = tuple[str, int, int | None]  # method, network calls and training seed
 RECIPE = ("preset", "num_inference_steps", "max_train_steps")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a results.json; an empty list if there is no such file."""
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return rows
+
+
+def pictures_path(folder: Path, dataset: str) -> Path:
+    """File of the first images of each shown row of a set, as bytes."""
+    return folder / f"pictures_{dataset}.safetensors"
 
 
 class Results:
@@ -76,9 +85,3 @@ def recipe_of(config: HSIVIConfig) -> dict[str, Any]:
 def key_of(row: Row) -> Key:
     """What a row is of."""
     return row["method"], row["nfe"], row["train_seed"]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a results.json; an empty list if there is no such file."""
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    return rows

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from hsivi_diffusers.evaluation.figures import draw_samples
 
-COLUMNS = 12
 ROWS = {
     "teacher, 100 steps": "DDPM at 100",
     "HSIVI, 4 steps": "HSIVI fast at 4",
@@ -26,27 +25,21 @@ ROWS = {
 
 
 @torch.no_grad()
-def draw_unipc(timesteps: torch.Tensor, number: int) -> torch.Tensor:
-    """Returns images in [0, 1] of UniPC on a grid of its own, which `set_timesteps` cannot make."""
+def draw_unipc(timesteps: torch.Tensor) -> torch.Tensor:
+    """Returns 12 images in [0, 1] of UniPC on a grid of its own, which `set_timesteps` cannot make."""
     pipeline = DDPMPipeline.from_pretrained("assets/emoji_ddpm")
     solver = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
     solver.set_timesteps(len(timesteps))
     abar = solver.alphas_cumprod[timesteps]
     solver.timesteps, solver.sigmas = timesteps, torch.cat([((1 - abar) / abar).sqrt(), torch.zeros(1)])
-    x = torch.randn(number, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for timestep in timesteps:
         x = solver.step(pipeline.unet(x, timestep).sample, timestep, x).prev_sample
     return (x / 2 + 0.5).clamp(0, 1)
 
 
-def main() -> None:
-    """Writes docs/images/emoji.png."""
-    kept = load_file("docs/benchmarks/pictures_emoji.safetensors")
-    rows = [(label, kept[name][:COLUMNS]) for label, name in ROWS.items()]
-    grid = torch.linspace(900, 100, 5).round().long()
-    rows.insert(1, ("UniPC, 5 steps", draw_unipc(grid, COLUMNS)))
-    draw_samples(rows, Path("docs/images/emoji.png"))
-
-
 if __name__ == "__main__":
-    main()
+    kept = load_file("docs/benchmarks/pictures_emoji.safetensors")
+    rows = [(label, kept[name][:12]) for label, name in ROWS.items()]
+    rows.insert(1, ("UniPC, 5 steps", draw_unipc(torch.linspace(900, 100, 5).round().long())))
+    draw_samples(rows, Path("docs/images/emoji.png"))

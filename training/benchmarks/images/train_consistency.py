@@ -72,11 +72,7 @@ class Training:
 
 @dataclass
 class Distiller:
-    """Teacher, student and target, which has averaged weights of the student.
-
-    The schedule is the teacher's, and clips the clean image where the teacher does; the sampler has the grid of the
-    student, and the scalings of the boundary.
-    """
+    """Teacher, student and averaged student; the teacher's schedule; the student's sampler, with grid and scalings."""
 
     teacher: UNet2DModel
     student: UNet2DModel
@@ -132,19 +128,16 @@ def distance(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def make_sampler(schedule: HSIVIScheduler, num_timesteps: int = 20, start: int | None = None) -> LCMScheduler:
-    """The scheduler of the student: the teacher's noise levels up to the start, and its clipping.
-
-    The start is the last timestep of the grid; by default the first that is as noisy as the last of Stable Diffusion.
-    """
+    """The student's scheduler: the teacher's noise levels up to `start`, by default START_ALPHA's, and its clipping."""
     if start is None:
         start = min(int((schedule.alphas_cumprod.sqrt() > START_ALPHA).sum()), len(schedule) - 1)
-    names = ("prediction_type", "clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio")
+    names = ["prediction_type", "clip_sample", "clip_sample_range", "sample_max_value"]
+    names += ["thresholding", "dynamic_thresholding_ratio"]
     return LCMScheduler(
         num_train_timesteps=start + 1,
         trained_betas=schedule.betas[: start + 1].tolist(),
         original_inference_steps=num_timesteps,
         timestep_scaling=10.0,
-        sample_max_value=schedule.config.sample_max_value,
         **{name: schedule.config[name] for name in names},
     )
 
