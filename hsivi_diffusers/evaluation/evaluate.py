@@ -118,19 +118,14 @@ def pick(images: torch.Tensor, labels: torch.Tensor | None, classes: int | None,
     return images[rows]
 
 
-def check_options(options: Evaluation) -> None:
-    """Refuses, before any work, what cannot be measured."""
+def main(args: list[str] | None = None) -> None:
+    """Measures a run and writes its report."""
+    (options,) = parse_options([Evaluation], __doc__ or "", args, "hsivi evaluate")
     if not options.run_dir:
         raise ValueError("--run_dir is missing: give the folder of a finished distillation")
     for name in ("num_samples", "reference_samples"):
         if (given := getattr(options, name)) < FEWEST:
             raise ValueError(f"--{name} {given} images are too few to be measured: give {FEWEST} or more")
-
-
-def main(args: list[str] | None = None) -> None:
-    """Measures a run and writes its report."""
-    (options,) = parse_options([Evaluation], __doc__ or "", args, "hsivi evaluate")
-    check_options(options)
     run_dir = Path(options.run_dir)
     training = load_run(run_dir)
     check_packages([*PACKAGES, "matplotlib"])
