@@ -85,8 +85,7 @@ ALLOWED = {
     ),
     "distillation/trainer": (
         {f"distillation/{noun}" for noun in ("checkpoints", "config", "denoisers", "networks", "output", "progress")}
-        | {"distillation/state"}
-        | {"distillation/updates"}
+        | {"distillation/seals", "distillation/state", "distillation/updates"}
         | {"vi/*", "folders", "hub", "pipeline_hsivi"},
         TRAIN,
     ),

@@ -1,7 +1,4 @@
-"""The teacher as the bridge of the core: p_t is the data at a noise level, its score the pretrained network's.
-
-Real data is optional: with it the bridge can be drawn from.
-"""
+"""The teacher as the bridge of the core: p_t is the data at a noise level, its score the pretrained network's."""
 
 from __future__ import annotations
 
@@ -31,15 +28,12 @@ class TeacherBridge(Bridge):
         unet: The teacher; it is frozen.
         scheduler: Holds the grid; layer t is fitted to the data at tau_t.
         level_range: Lowest and highest timestep of random levels.
-        level_power: p > 0. A random level is low + (high - low) u^p, u uniform on [0, 1): p = 1 is uniform, a larger p
-            has more levels of low noise.
-        data: Draws clean data, (size, condition, generator) -> shape (size, ...), each row with its condition; None for
-            a bridge that is not drawn from.
+        level_power: p > 0, see `sample_level`.
+        data: Draws clean data, (size, condition, generator) -> shape (size, ...), where the bridge is drawn from.
         between_share: Share of the rows scored at a random level that keep to their input, see `place`; 0 to 1.
 
     Raises:
-        ValueError: The range leaves the teacher's clock, the power is not above 0, the share is out
-            of its range, or the grid ends at -1, where the score is infinite.
+        ValueError: The range leaves the teacher's clock, or the grid ends at -1, where the score is infinite.
     """
 
     def __init__(
@@ -54,16 +48,9 @@ class TeacherBridge(Bridge):
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
             raise ValueError(f"level_range={level_range}: give two timesteps in order, from 0 to {len(scheduler) - 1}")
-        if not level_power > 0:
-            raise ValueError(f"level_power={level_power}: give a number > 0; 1 is uniform, 2 has more low noise")
-        if not 0 <= between_share <= 1:
-            raise ValueError(f"between_share={between_share}: give a share of rows, 0 to 1")
         self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
-        self.scheduler = scheduler
-        self.level_range = level_range
-        self.level_power = level_power
-        self.data = data
-        self.between_share = between_share
+        self.scheduler, self.data, self.between_share = scheduler, data, between_share
+        self.level_range, self.level_power = level_range, level_power
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
         if int(scheduler.output_timestep(torch.arange(self.num_layers)).min()) < 0:
@@ -95,7 +82,7 @@ class TeacherBridge(Bridge):
     def sample_input(
         self, t: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draws p_{t+1}, the data at the level of the input of layers t, for `DataChain`; see `sample`."""
+        """Draws p_{t+1}, the input of layers t, for `DataChain`; see `sample`."""
         return self.sample(self.scheduler.input_timestep(t), condition, generator)
 
     def level(self, t: Tensor) -> Tensor:
@@ -103,12 +90,12 @@ class TeacherBridge(Bridge):
         return self.scheduler.output_timestep(t)
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws levels low + (high - low) u^p, p the `level_power`: uniformly by default.
+        """Draws levels low + (high - low) u^p, p the `level_power`, u uniform; a larger p has more of low noise.
 
         A layer t of kernel ddim is scored from tau_t up to, not including, tau_{t+1}; the first one, t = T-1, up to the
         end of `level_range`. So no two layers of a grid share a level, and the critic, which is told the level alone,
-        learns the marginal of each layer and not of their mixture. A renoise layer has all of `level_range`. Layers
-        then share levels, as those of several grids do: the critic must then be told the layer, see `label_layers`.
+        learns the marginal of each. A renoise layer has all of `level_range`: the critic must then be told the layer,
+        as with several grids, see `label_layers`.
 
         Raises:
             ValueError: A layer has no level in the range.
@@ -143,10 +130,9 @@ class TeacherBridge(Bridge):
         return outputs.clamp_min(low), highest
 
     def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
-        """Returns the law of x_s given x_{t+1}, s the level and r = alpha_s / alpha_t.
+        """Returns the law of x_s given x_{t+1}: N(r mean, r^2 std^2 + sigma_s^2 - r^2 sigma_t^2).
 
-        For x_t diffused up to s >= tau_t that is N(r mean, r^2 std^2 + sigma_s^2 - r^2 sigma_t^2). A layer of the
-        "renoise" kernel has std = sigma_t, so that the variance is sigma_s^2: the formula then holds at every s.
+        s is the level, at least tau_t, and r = alpha_s / alpha_t. With kernel "renoise" std = sigma_t, at any s.
         """
         alpha_t, sigma_t = self.scheduler.alpha_sigma(self.level(t), q.mean)
         alpha, sigma = self.scheduler.alpha_sigma(level, q.mean)
@@ -167,9 +153,8 @@ class TeacherBridge(Bridge):
 
         There, with x0 the clean image of the layer, eps = (x_{t+1} - alpha_{t+1} x0) / sigma_{t+1}, s the level and c
         that of a layer from tau_{t+1} to s, the law is N(alpha_s x0, sigma_s^2) and the noise
-        (sqrt(sigma_s^2 - c^2) eps + c z) / sigma_s, without gradient: x_s is what such a layer would draw. At the
-        optimum the layer's E[x0 | x_s] is the data's (moment matching, arXiv 2406.04103). Rows of the first layer,
-        whose input tells nothing of an image, and rows with a level above their input are never chosen.
+        (sqrt(sigma_s^2 - c^2) eps + c z) / sigma_s, without gradient: x_s is what such a layer would draw (moment
+        matching, arXiv 2406.04103). Rows of the first layer, and with a level above their input, are never chosen.
 
         Raises:
             ValueError: There is a share and no x_next.
@@ -203,21 +188,15 @@ class TeacherBridge(Bridge):
 def signal_timestep(schedule: HSIVIScheduler, shape: tuple[int, ...], signal: float) -> int:
     """Returns the first timestep where sqrt(C H W) alpha / sigma is at most a number, or the last where alpha > 0.
 
-    A mean over n values has the noise of one by sqrt(n). So the coarse features of a large image, or of one in
-    colour, are seen through noise that hides those of a small one, at alpha / sigma as many times lower as its side is
-    longer (Hoogeboom et al. 2023, arXiv 2301.11093), and levels that are to mean the same are told by this product.
+    A mean over n values has the noise of one by sqrt(n). So levels of images of other sizes and channels mean the same
+    where this product is the same (Hoogeboom et al. 2023, arXiv 2301.11093). On the linear clock of 1000, 3.2 is at
+    timestep 440 of 8x8 grey pixels, 674 of 32x32, 750 of 32x32 in colour, 836 of 64x64 in colour.
 
     Args:
         schedule: Gives alpha and sigma at each timestep.
         shape: (C, H, W) of the images.
-        signal: Above 0. On the linear clock of 1000, 3.2 is at timestep 440 of 8x8 grey pixels, 674 of 32x32, 750 of
-            32x32 in colour, 836 of 64x64 in colour.
-
-    Raises:
-        ValueError: The signal is not above 0.
+        signal: Above 0.
     """
-    if not signal > 0:
-        raise ValueError(f"signal={signal}: give a number above 0, such as 3.2")
     alpha, sigma = schedule.alpha_sigma(torch.arange(len(schedule)), torch.zeros(1))
     above = math.sqrt(math.prod(shape)) * alpha / sigma > signal
     return min(int(above.sum()), int((alpha > 0).sum()) - 1)

@@ -18,11 +18,9 @@ from .state_dicts import load_state_dict, random_state, save_state_dict, set_ran
 
 
 class State(Protocol):
-    """What is trained."""
+    """What is trained: its `parts` have a `state_dict` that is the same in all processes, by the name of their file."""
 
-    @property
-    def parts(self) -> Mapping[str, Any]:
-        """What has a `state_dict` and is the same in all processes, by the name of its file."""
+    parts: dict[str, Any]
 
     @property
     def micro_batches(self) -> int:
@@ -43,15 +41,13 @@ class Checkpoints:
 
     Each holds the parts of the state as safetensors, what the state saves, the generators of each process as JSON, and
     progress.json, written last: updates done, seconds spent, number of micro-batches, the identity of the run, and the
-    SHA-256 of every other file. The seal finds damage; it is no signature. No pickle is written or read, so a
-    checkpoint from elsewhere runs no code.
+    SHA-256 of every other file. The seal finds damage; it is no signature. No pickle is written or read.
 
     Args:
         run: Where to write to, and what to go on from.
         accelerator: Of the process.
         state: What is trained.
-        identity: What a run that goes on must have in common with the one it goes on from, by name: options, and the
-            hash of the teacher. Plain JSON.
+        identity: Options and hash of the teacher, which a run that goes on must have in common with the one before.
         complete: See `start_run`.
     """
 
@@ -65,30 +61,32 @@ class Checkpoints:
     ) -> None:
         self.output_dir = Path(str(run.output_dir))
         self.folder = self.output_dir / "checkpoints"
-        self.run, self.accelerator, self.state = run, accelerator, state
-        self.complete = complete
+        self.run, self.accelerator, self.state, self.complete = run, accelerator, state, complete
         self.identity = json.loads(json.dumps(identity))  # as it is read from a checkpoint
         self.place = _place(self.output_dir)
+        self.random = f"random-{accelerator.process_index}.json"
 
     def save(self, step: int, seconds: float) -> None:
         """Saves the state after `step` updates, under its final name only when it is all on the disk.
 
-        Nothing is written if a weight is not finite: see `State.check_finite` for the error.
-
         Raises:
-            ValueError: The output folder was moved or deleted since the run began.
+            ValueError: The output folder was moved or deleted since the run began. Errors of `State.check_finite`.
         """
         self.state.check_finite(step)
         final, partial = self.folder / f"checkpoint-{step}", self.folder / f"partial-{step}"
         if self.accelerator.is_main_process:
-            self._check_place()
+            if _place(self.output_dir) != self.place:
+                raise ValueError(
+                    f"--output_dir {self.output_dir} was moved or deleted during the run, and nothing more is written: "
+                    "name where it is now and go on with --resume_from_checkpoint latest, or start anew"
+                )
             partial.mkdir(parents=True, exist_ok=True)
             for name, part in self._parts().items():
                 save_state_dict(part.state_dict(), partial / f"{name}.safetensors")
         self.accelerator.wait_for_everyone()
         partial.mkdir(parents=True, exist_ok=True)  # on a machine whose folders are its own
         self.state.save_state(partial)
-        write_text(self._random_path(partial), json.dumps(random_state(self.accelerator.device)))
+        write_text(partial / self.random, json.dumps(random_state(self.accelerator.device)))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self._finish(partial, final, {"step": step, "seconds": seconds})
@@ -99,16 +97,10 @@ class Checkpoints:
         progress |= {"micro_batches": self.state.micro_batches, "identity": self.identity}
         write_json(partial / "progress.json", seal(partial, progress))
         replace_folder(partial, final)
-        written = [path for path in self.finished() if step_of(path) <= progress["step"]]  # a later one may be damaged
+        # A later one may be damaged.
+        written = [path for path in finished(self.output_dir) if step_of(path) <= progress["step"]]
         for old in written[: -self.run.checkpoints_total_limit]:
             remove_folder(old)
-
-    def _check_place(self) -> None:
-        if _place(self.output_dir) != self.place:
-            raise ValueError(
-                f"--output_dir {self.output_dir} was moved or deleted during the run, and nothing more is written: "
-                "name where it is now and go on with --resume_from_checkpoint latest, or start anew"
-            )
 
     def _parts(self) -> dict[str, Any]:
         """The parts of the state, modules without what accelerate wrapped them in, and the loss scale of fp16."""
@@ -117,13 +109,6 @@ class Checkpoints:
             parts["scaler"] = self.accelerator.scaler
         unwrap = self.accelerator.unwrap_model
         return {name: unwrap(part) if isinstance(part, nn.Module) else part for name, part in parts.items()}
-
-    def _random_path(self, folder: Path) -> Path:
-        return folder / f"random-{self.accelerator.process_index}.json"
-
-    def finished(self) -> list[Path]:
-        """Finished checkpoints, oldest first."""
-        return finished(self.output_dir)
 
     def load(self) -> tuple[int, float]:
         """Restores what --resume_from_checkpoint names; returns updates done and seconds spent.
@@ -138,16 +123,15 @@ class Checkpoints:
             for stale in filter(is_partial, self.folder.iterdir()):
                 remove_folder(stale)
         self.accelerator.wait_for_everyone()
-        path = self._choose()
-        if path is None:
+        if (path := self._choose()) is None:
             return 0, 0.0
         progress = read_progress(path)
         self._check(path, progress)
         for name, part in self._parts().items():
             part.load_state_dict(load_state_dict(path / f"{name}.safetensors"))
         self.state.load_state(path)
-        if (random := self._random_path(path)).is_file():  # else it was saved by fewer processes
-            set_random_state(json.loads(random.read_text(encoding="utf-8")), self.accelerator.device)
+        if (path / self.random).is_file():  # else it was saved by fewer processes
+            set_random_state(json.loads((path / self.random).read_text(encoding="utf-8")), self.accelerator.device)
         return progress["step"], progress["seconds"]
 
     def _check(self, path: Path, progress: Mapping[str, Any]) -> None:
@@ -180,9 +164,8 @@ class Checkpoints:
                 raise ValueError(f"--resume_from_checkpoint {damage}: name one of {self.folder}, or latest")
             return Path(name)
         damages = []
-        for path in reversed(self.finished()):
-            damage = find_damage(path)
-            if damage is None:
+        for path in reversed(finished(self.output_dir)):
+            if (damage := find_damage(path)) is None:
                 return path
             self.accelerator.print(f"passed over: {damage}")
             damages.append(damage)
@@ -193,7 +176,4 @@ class Checkpoints:
 
 def _place(path: Path) -> tuple[int, int] | None:
     """What tells a folder from another one of the same path, or None if there is none."""
-    if not path.is_dir():
-        return None
-    status = path.stat()
-    return status.st_dev, status.st_ino
+    return (path.stat().st_dev, path.stat().st_ino) if path.is_dir() else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from ..options import option
 from .trials import Trials
 
-PRESETS = ("fast", "one_call", "paper")
 # Old names of options: in a YAML file, on the command line, and in the options.json of a run.
 ALIASES = {
     "num_layers": "num_inference_steps",
@@ -34,7 +33,10 @@ class ByPreset(NamedTuple):
     paper: Any
 
 
-def by_preset(help: str, *, fast: Any, one_call: Any, paper: Any, common: bool = False) -> Any:
+PRESETS = ByPreset._fields
+
+
+def by_preset(fast: Any, one_call: Any, paper: Any, help: str, common: bool = False) -> Any:
     """A field whose default the preset decides."""
     return option(ByPreset(fast, one_call, paper), help, common)
 
@@ -59,67 +61,48 @@ class HSIVIConfig:
         None, "recipe that sets what is not given: fast, one_call or paper; by default one_call for 1 step, else fast"
     )
     timestep_spacing: Literal["quadratic", "uniform"] = by_preset(
-        "how the grid is spread over the clock", fast="uniform", one_call="uniform", paper="quadratic"
+        "uniform", "uniform", "quadratic", "how the grid is spread over the clock"
     )
     start_timestep: int | None = option(None, "tau_T, the timestep of the first call", common=False)
     start_signal: float | None = by_preset(
-        "start where sqrt(channels height width) alpha / sigma has fallen to this",
-        fast=3.2,
-        one_call=None,
-        paper=None,
+        3.2, None, None, "start where sqrt(channels height width) alpha / sigma has fallen to this"
     )
     start_noise: float | None = by_preset(
-        "start where sigma / (sqrt(channels) alpha) has risen to this, whatever the size of the images",
-        fast=None,
-        one_call=2.5,
-        paper=None,
+        None, 2.5, None, "start where sigma / (sqrt(channels) alpha) has risen to this, whatever the size of the images"
     )
     start_spacing: int = option(
         0, "with several step counts, timesteps from the start of one grid to that of the next", common=False
     )
-    noise_eta: float = by_preset("eta of DDIM layers, above 0, up to 1", fast=1.0, one_call=1.0, paper=0.2)
+    noise_eta: float = by_preset(1.0, 1.0, 0.2, "eta of DDIM layers, above 0, up to 1")
     noise_scale_type: Literal["config", "per_pixel"] = by_preset(
-        "config: the noise scale stays 1; per_pixel: one is learned for each pixel",
-        fast="config",
-        one_call="config",
-        paper="per_pixel",
+        "config", "config", "per_pixel", "config: the noise scale stays 1; per_pixel: one is learned for each pixel"
     )
     clip_images: bool = by_preset(
-        "clip the mean of the last layer to [-1, 1] in training too; its gradient passes",
-        fast=True,
-        one_call=True,
-        paper=False,
+        True, True, False, "clip the mean of the last layer to [-1, 1] in training too; its gradient passes"
     )
     # ----- the objective -----
-    objective: Literal["SM", "KL"] = by_preset(
-        "HSIVI-SM (score matching) or HSIVI-KL", fast="KL", one_call="KL", paper="SM"
-    )
+    objective: Literal["SM", "KL"] = by_preset("KL", "KL", "SM", "HSIVI-SM (score matching) or HSIVI-KL")
     scoring: Literal["own", "random", "between"] = by_preset(
+        "between",
+        "between",
+        "own",
         "score a layer at its own level, diffused to a random one, or, half of the rows, at one between its ends",
-        fast="between",
-        one_call="between",
-        paper="own",
     )
     level_min: int = option(5, "lowest timestep of random levels", common=False)
     loss_weight: Literal["unit", "sigma2"] = by_preset(
-        "weight of the losses of student and critic, on squared noise", fast="unit", one_call="unit", paper="sigma2"
+        "unit", "unit", "sigma2", "weight of the losses of student and critic, on squared noise"
     )
     source: Literal["pool", "simulate", "data"] = by_preset(
+        "pool",
+        "pool",
+        "simulate",
         "inputs of the layers: a pool of live chains, fresh chains, or noised images of train_data",
-        fast="pool",
-        one_call="pool",
-        paper="simulate",
     )
-    critic_updates: int = by_preset("critic updates for each student update", fast=1, one_call=2, paper=20)
-    critic_first: int = by_preset(
-        "student updates at the start in which the critic alone learns", fast=0, one_call=50, paper=0
-    )
+    critic_updates: int = by_preset(1, 2, 20, "critic updates for each student update")
+    critic_first: int = by_preset(0, 50, 0, "student updates at the start in which the critic alone learns")
     # ----- pairs of the teacher's ODE -----
     num_pairs: int = by_preset(
-        "pairs of noise and the teacher's image of it, on which the student is fitted first; 0 is none",
-        fast=0,
-        one_call=6400,
-        paper=0,
+        0, 6400, 0, "pairs of noise and the teacher's image of it, on which the student is fitted first; 0 is none"
     )
     pair_calls: int = option(8, "network calls of the teacher for a pair", common=False)
     pair_steps: int = option(500, "updates of that fit", common=False)
@@ -131,22 +114,15 @@ class HSIVIConfig:
     seed: int = option(0, "seed of everything")
     max_train_steps: int = option(1000, "student updates")
     train_batch_size: int = option(64, "images of an update, per process and accumulation step")
-    learning_rate: float = by_preset("Adam's, of the student", fast=1e-4, one_call=3e-5, paper=1e-4, common=True)
-    critic_learning_rate: float = by_preset("Adam's, of the critic", fast=1e-3, one_call=5e-4, paper=1e-4, common=True)
+    learning_rate: float = by_preset(1e-4, 3e-5, 1e-4, "Adam's, of the student", common=True)
+    critic_learning_rate: float = by_preset(1e-3, 5e-4, 1e-4, "Adam's, of the critic", common=True)
     adam_beta1: float = option(0.0, "first-moment decay of both optimizers", common=False)
     lr_scheduler: str = by_preset(
-        "of the student, a name known to diffusers' get_scheduler",
-        fast="cosine",
-        one_call="cosine",
-        paper="constant_with_warmup",
+        "cosine", "cosine", "constant_with_warmup", "of the student, a name known to diffusers' get_scheduler"
     )
-    critic_lr_scheduler: str = by_preset(
-        "of the critic", fast="cosine", one_call="cosine", paper="constant_with_warmup"
-    )
+    critic_lr_scheduler: str = by_preset("cosine", "cosine", "constant_with_warmup", "of the critic")
     lr_warmup_steps: int = option(50, "student updates of warm-up", common=False)
-    max_grad_norm: float | None = by_preset(
-        "clip the gradient of either network to this norm", fast=None, one_call=20.0, paper=None
-    )
+    max_grad_norm: float | None = by_preset(None, 20.0, None, "clip the gradient of either network to this norm")
     ema_decay: float = option(0.995, "decay of the averaged student, which is saved", common=False)
     # ----- hardware -----
     gradient_accumulation_steps: int = option(1, "batches of an update, one after the other, in each process")
@@ -170,8 +146,7 @@ class HSIVIConfig:
     trials: Trials = field(default_factory=Trials)
 
     def __post_init__(self) -> None:
-        counts = self.num_inference_steps
-        self.num_inference_steps = sorted(counts) if isinstance(counts, list | tuple) else [counts]
+        self.num_inference_steps = sorted(self.depths)
         for group, name in ((self, "output_dir"), (self, "init_from"), (self.trials, "train_data")):
             if getattr(group, name) is not None:
                 setattr(group, name, os.fspath(getattr(group, name)))
@@ -201,6 +176,11 @@ class HSIVIConfig:
         """Whether the pairs have a weight in the loss after the fit to them, too."""
         return bool(self.num_pairs and self.pair_weight)
 
+    @property
+    def precision(self) -> str:
+        """The precision of the run: that of the launcher where none is named."""
+        return self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
     def settings(self) -> dict[str, Any]:
         """What decides which student is trained: all but folders, hardware and reporting, flat, as JSON types."""
         apart = {"output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "trials"}
@@ -216,10 +196,8 @@ class HSIVIConfig:
         """
         _check_choices(self)
         _check_ranges(self)
-        _check_start(self)
-        _check_pairs(self)
-        _check_objective(self)
-        self.trials.check(self.objective, self.scoring, self.source, self.depths)
+        _check_together(self)
+        self.trials.check(self.scoring, self.source, self.depths)
         if self.init_from and self.output_dir and Path(self.init_from).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"init_from={self.init_from!r} is the output_dir too: name another, or it would be lost")
 
@@ -250,39 +228,46 @@ def _check_choices(config: HSIVIConfig) -> None:
                 raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 
 
+# What a setting must be: the words of the error, the test, and the settings.
+RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "a number of at least 1": (
+        lambda value: value >= 1,
+        (
+            *("critic_updates", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
+            *("checkpointing_steps", "checkpoints_total_limit"),
+        ),
+    ),
+    "a number above 0": (
+        lambda value: value > 0,
+        ("learning_rate", "critic_learning_rate", "pair_calls", "pair_steps", "pair_learning_rate", "level_power"),
+    ),
+    "a number above 0, or leave it out": (lambda value: value > 0, ("max_grad_norm", "start_signal", "start_noise")),
+    "a number above 0, up to 1; layers without noise have no score to train on": (
+        lambda value: 0 < value <= 1,
+        ("noise_eta",),
+    ),
+    "a number from 0 on": (
+        lambda value: value >= 0,
+        ("lr_warmup_steps", "num_pairs", "pair_weight", "start_spacing", "adversarial_weight"),
+    ),
+    "a number of at least 1, or 0 for no images": (lambda value: value >= 0, ("validation_steps",)),
+    "a number from 0 to below 1": (lambda value: 0 <= value < 1, ("ema_decay", "adam_beta1", "teacher_share")),
+}
+
+
 def _check_ranges(config: HSIVIConfig) -> None:
     counts = config.depths
-    if (
-        not counts
-        or not all(isinstance(count, int) for count in counts)
-        or min(counts) < 1
-        or len(set(counts)) < len(counts)
-    ):
+    whole = bool(counts) and all(isinstance(count, int) and count >= 1 for count in counts)
+    if not whole or len(set(counts)) < len(counts):
         raise ValueError(
             f"num_inference_steps={counts}: give one number of steps of at least 1, or several that differ, such as "
             "1 2 4 8"
         )
-    counted = ("critic_updates", "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
-    for name in (*counted, "checkpointing_steps", "checkpoints_total_limit"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)}: give a number of at least 1")
-    for name in ("learning_rate", "critic_learning_rate"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name}={getattr(config, name)}: give a number above 0")
-    for name in ("ema_decay", "adam_beta1"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)}: give a number from 0 to below 1")
-    if config.lr_warmup_steps < 0:
-        raise ValueError(f"lr_warmup_steps={config.lr_warmup_steps}: give a number of updates from 0 on")
-    if config.validation_steps is not None and config.validation_steps < 0:
-        raise ValueError(f"validation_steps={config.validation_steps}: give a number of at least 1, or 0 for no images")
-    if not 0 < config.noise_eta <= 1:
-        raise ValueError(
-            f"noise_eta={config.noise_eta}: give a number above 0, up to 1; layers without noise have no score to "
-            "train on"
-        )
-    if config.max_grad_norm is not None and not config.max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm={config.max_grad_norm}: give a number above 0, or leave it out")
+    values = {**vars(config), **vars(config.trials)}
+    for accepted, (good, names) in RANGES.items():
+        for name in names:
+            if values[name] is not None and not good(values[name]):
+                raise ValueError(f"{name}={values[name]}: give {accepted}")
     if not 0 <= config.critic_first < config.max_train_steps:
         raise ValueError(
             f"critic_first={config.critic_first}: give a number of updates from 0 to below "
@@ -290,31 +275,38 @@ def _check_ranges(config: HSIVIConfig) -> None:
         )
 
 
-def _check_start(config: HSIVIConfig) -> None:
-    for name, usual in (("start_signal", 3.2), ("start_noise", 2.5)):
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}={value}: give a number above 0, such as {usual}")
-    started = any(start is not None for start in (config.start_timestep, config.start_signal, config.start_noise))
-    if config.start_spacing and (not started or config.start_spacing < 0):
+def _check_together(config: HSIVIConfig) -> None:
+    """Refuses settings that exclude each other, or have no effect beside the others."""
+    starts = (config.start_timestep, config.start_signal, config.start_noise)
+    learns_scale, renoises = config.noise_scale_type != "config", config.trials.kernel == "renoise"
+    usual = {each.name: each.default for each in fields(HSIVIConfig)}
+    names = ("pair_calls", "pair_steps", "pair_learning_rate", "pair_weight")
+    changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != usual[name]]
+    if config.start_spacing and starts == (None, None, None):
         raise ValueError(
-            f"start_spacing={config.start_spacing}: give 0 or more, and with it start_timestep, start_signal or "
-            "start_noise, where the first grid starts"
+            f"start_spacing={config.start_spacing} needs start_timestep, start_signal or start_noise, where the first "
+            "grid starts: give one of them"
         )
     if config.start_spacing and len(config.depths) == 1:
         raise ValueError(
             f"start_spacing={config.start_spacing} has no effect with one step count, {config.depths[0]}: give "
             "several, such as 1 2 4 8, or leave it out"
         )
-
-
-def _check_objective(config: HSIVIConfig) -> None:
+    if config.num_pairs and learns_scale:
+        raise ValueError(
+            f"noise_scale_type={config.noise_scale_type!r} has nothing to learn from pairs, whose ends have no noise: "
+            "leave it out, or set num_pairs to 0"
+        )
+    if changed and not config.num_pairs:
+        raise ValueError(
+            f"{' and '.join(changed)} has no effect without pairs: set num_pairs, say 6400, or leave it out"
+        )
     if config.scoring == "between" and config.objective != "KL":
         raise ValueError(
             f"scoring='between' with objective={config.objective!r}: score matching is biased by the rows between the "
             "ends of a layer: set objective to 'KL', or scoring to 'random'"
         )
-    if config.scoring == "random" and config.trials.kernel == "renoise" and config.noise_scale_type != "config":
+    if config.scoring == "random" and renoises and learns_scale:
         raise ValueError(
             "scoring='random' with kernel='renoise' cannot learn a noise scale, which the law of a scored image does "
             "not depend on: set noise_scale_type to 'config'"
@@ -323,28 +315,4 @@ def _check_objective(config: HSIVIConfig) -> None:
         raise ValueError(
             f"level_min={config.level_min} has no effect with scoring='own', which has no random levels: set scoring "
             "to 'random' or 'between', or leave level_min out"
-        )
-
-
-def _check_pairs(config: HSIVIConfig) -> None:
-    for name in ("num_pairs", "pair_weight"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"{name}={getattr(config, name)}: give a number from 0 on")
-    for name in ("pair_calls", "pair_steps", "pair_learning_rate"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name}={getattr(config, name)}: give a number above 0")
-    if config.num_pairs and config.noise_scale_type != "config":
-        raise ValueError(
-            f"noise_scale_type={config.noise_scale_type!r} has nothing to learn from pairs, whose ends have no noise: "
-            "leave it out, or set num_pairs to 0"
-        )
-    usual = {each.name: each.default for each in fields(HSIVIConfig)}
-    changed = [
-        f"{name}={getattr(config, name)}"
-        for name in ("pair_calls", "pair_steps", "pair_learning_rate", "pair_weight")
-        if getattr(config, name) != usual[name]
-    ]
-    if changed and not config.num_pairs:
-        raise ValueError(
-            f"{' and '.join(changed)} has no effect without pairs: set num_pairs, say 6400, or leave it out"
         )

@@ -19,7 +19,7 @@ from ..scheduling_hsivi import HSIVIScheduler
 def load_teacher(
     teacher: str | os.PathLike[str] | DiffusionPipeline, revision: str | None = None
 ) -> tuple[UNet2DModel, HSIVIScheduler]:
-    """Loads a pretrained pipeline and takes its UNet and its noise schedule.
+    """Takes UNet and noise schedule of a pretrained pipeline.
 
     Args:
         teacher: Folder or repo id of a diffusers pipeline with a `UNet2DModel` and a scheduler with a beta schedule, or
@@ -104,10 +104,7 @@ def _check_agreement(name: str, unet: UNet2DModel, scheduler: SchedulerMixin) ->
 
 
 def fingerprint(unet: UNet2DModel, scheduler: SchedulerMixin) -> str:
-    """Returns the SHA-256 of the weights and the two configs of a teacher, as hexadecimal digits.
-
-    What a config says of where it was loaded from, and by which version of diffusers, does not enter.
-    """
+    """Returns the SHA-256 of weights and configs of a teacher; where it was loaded from, by what, does not enter."""
     hash = hashlib.sha256()
     for part in (unet, scheduler):
         config = {name: value for name, value in part.config.items() if not name.startswith("_")}
@@ -126,11 +123,7 @@ def sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:
 
 
 def call_unet(unet: UNet2DModel, x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
-    """Calls a network in its own precision and answers in that of x.
-
-    So every formula after it, 1 / sigma among them, runs in the precision of x, and of half precision only the network
-    itself sees anything.
-    """
+    """Calls a network in its own precision and answers in that of x, as every formula after it needs."""
     labels = {} if condition is None else {"class_labels": condition}
     output: Tensor = unet(x.to(unet.dtype), timestep, **labels).sample.to(x.dtype)
     return output
@@ -140,15 +133,10 @@ def call_unet(unet: UNet2DModel, x: Tensor, timestep: Tensor, condition: Tensor 
 def run_solver(
     unet: UNet2DModel, solver: Any, x: Tensor, num_steps: int, condition: Tensor | None = None, **arguments: Any
 ) -> Tensor:
-    """Follows the steps of a diffusers scheduler from noise to an image, both of shape (B, C, H, W).
+    """Follows `num_steps` of a diffusers scheduler from noise x to an image, both of shape (B, C, H, W).
 
-    Args:
-        unet: The teacher. A variance that it predicts is dropped, unless the solver takes one.
-        solver: Scheduler of diffusers.
-        x: Noise.
-        num_steps: Network calls.
-        condition: Class labels, shape (B,), or None.
-        arguments: Of `solver.step`.
+    A variance that the teacher predicts is dropped, unless the solver takes one. The condition are class labels,
+    shape (B,); the other arguments are those of `solver.step`.
     """
     solver.set_timesteps(num_steps, device=x.device)
     takes_variance = isinstance(solver, DDPMScheduler) and solver.config.variance_type.startswith("learned")

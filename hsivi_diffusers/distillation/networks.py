@@ -25,34 +25,21 @@ HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass
 class Networks:
-    """What a run starts from.
+    """What a run starts from."""
 
-    Attributes:
-        teacher: Frozen by the bridge.
-        student: UNet of the layers.
-        critic: UNet of the critic.
-        scheduler: Schedule of the teacher, with the grid and kernel of the student.
-        noise_scale: The learned noise scale, if any.
-        data: Draws real images, if there are any.
-        fingerprint: SHA-256 of the teacher as it was loaded; none if it was made.
-    """
-
-    teacher: UNet2DModel
+    teacher: UNet2DModel  # frozen by the bridge
     student: UNet2DModel
     critic: UNet2DModel
-    scheduler: HSIVIScheduler
+    scheduler: HSIVIScheduler  # schedule of the teacher, with the grid and kernel of the student
     noise_scale: HSIVINoiseScale | None
     data: SampleData | None = None
-    fingerprint: str | None = None
+    fingerprint: str | None = None  # of the teacher as it was loaded
 
 
 def load_networks(
     teacher: UNet2DModel, schedule: HSIVIScheduler, config: HSIVIConfig, accelerator: Accelerator
 ) -> Networks:
-    """Copies student and critic from the teacher, or takes them from the run of `init_from`.
-
-    The teacher is only called, never trained, so it is kept in the precision of its calls.
-    """
+    """Copies student and critic from the teacher, which is kept in the precision of its calls; or see `init_from`."""
     networks = make_networks((teacher, copy.deepcopy(teacher), copy.deepcopy(teacher)), schedule, config)
     if config.init_from is not None:
         carry_over(networks, Path(config.init_from))
@@ -110,22 +97,14 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
 
 
 def check_init_from(run: Path) -> None:
-    """Refuses a folder that is no finished run.
-
-    Raises:
-        ValueError: Something is missing.
-    """
+    """Refuses, with ValueError, a folder that is no finished run."""
     missing = [name for name in ("pipeline", "critic", "options.json") if not (run / name).exists()]
     if missing:
         raise ValueError(f"init_from={str(run)!r} lacks {', '.join(missing)}: give the folder of a finished run")
 
 
 def carry_over(networks: Networks, run: Path) -> None:
-    """Lets student, critic and noise scale start where a finished run ended, on another grid if need be.
-
-    Raises:
-        ValueError: The run had networks of another shape, or its noise scale does not fit the one of this run.
-    """
+    """Lets student, critic and noise scale start where a finished run ended; refuses those that do not fit."""
     pipeline = HSIVIPipeline.from_pretrained(run / "pipeline")
     critic = UNet2DModel.from_pretrained(run / "critic")
     try:

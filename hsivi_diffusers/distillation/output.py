@@ -42,13 +42,7 @@ def check_output(run: Output) -> None:
 
 
 def check_teacher(run: Output, teacher: str | None, written: Sequence[str]) -> None:
-    """Refuses a teacher that lies where the run writes to, and so would be removed.
-
-    Args:
-        run: Names the output folder.
-        teacher: Folder or repo id, or None for a pipeline that is loaded.
-        written: Files and folders of a run, in its output folder, `checkpoints` apart.
-    """
+    """Refuses a teacher in the files and folders that a run writes and so removes, named in its output folder."""
     if teacher is None:
         return
     place, output = Path(teacher).resolve(), Path(str(run.output_dir)).resolve()
@@ -66,7 +60,8 @@ def claimed(run: Output) -> Iterator[Path]:
     """
     place, resumes = Path(str(run.output_dir)), run.resume_from_checkpoint is not None
     anew = place.is_dir() and _only_started(place)
-    if resumes and place.is_dir() and not anew and not _holds_run(place):
+    holds_run = (place / "options.json").is_file() or (place / "checkpoints").is_dir()
+    if resumes and place.is_dir() and not anew and not holds_run:
         raise ValueError(
             f"--output_dir {place} is not empty and holds no run to go on with: name another folder, or pass "
             f"--overwrite_output_dir instead of --resume_from_checkpoint {run.resume_from_checkpoint}"
@@ -74,11 +69,6 @@ def claimed(run: Output) -> Iterator[Path]:
     path = claim_output_dir(run.output_dir, run.overwrite_output_dir or resumes or anew)
     with sole_writer(path):
         yield path
-
-
-def _holds_run(path: Path) -> bool:
-    """Whether a folder is that of a run."""
-    return (path / "options.json").is_file() or (path / "checkpoints").is_dir()
 
 
 def _only_started(path: Path) -> bool:
@@ -101,8 +91,7 @@ def start_run(
     Args:
         run: What was asked for.
         settings: What decides what is trained.
-        leftovers: Files and folders of an earlier run, which a new one removes, as it does `checkpoints`. The first is
-            written when a run has ended, and not before.
+        leftovers: What a new run removes, beside `checkpoints`. The first is written when a run has ended.
         remedy: What else may be done with a run of other options.
         complete: Turns recorded settings into those that a run of today would record.
 
@@ -116,11 +105,12 @@ def start_run(
                 remove_folder(old)
             else:
                 old.unlink(missing_ok=True)
-    for place, changed in _changes(output_dir, checkpoint, settings, complete):
-        if changed:
-            raise ValueError(
-                f"{place} holds a run with other options ({changed}): name another --output_dir{remedy}, or {ANEW}"
-            )
+    else:
+        for place, recorded in _recorded(output_dir, checkpoint):
+            if changed := differences(complete(recorded), settings):
+                raise ValueError(
+                    f"{place} holds a run with other options ({changed}): name another --output_dir{remedy}, or {ANEW}"
+                )
     if checkpoint == "latest" and (output_dir / leftovers[0]).exists() and not finished(output_dir):
         raise ValueError(
             f"{output_dir} holds a run that has ended, and no checkpoint to go on from: name another --output_dir, or "
@@ -129,18 +119,14 @@ def start_run(
     write_json(output_dir / "options.json", dict(settings))
 
 
-def _changes(
-    output_dir: Path, checkpoint: str | None, settings: Mapping[str, Any], complete: Complete
-) -> Iterator[tuple[Path, str]]:
-    """Which options are others in the runs to go on with: by options.json, by the seal if it is missing."""
-    if checkpoint is None:
-        return
+def _recorded(output_dir: Path, checkpoint: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The settings of the runs to go on with: by options.json, by the seal of a checkpoint if it is missing."""
     record = output_dir / "options.json"
     if record.is_file():
-        yield output_dir, differences(complete(json.loads(record.read_text(encoding="utf-8"))), settings)
+        yield output_dir, json.loads(record.read_text(encoding="utf-8"))
     if not record.is_file() or checkpoint != "latest":
         named = finished(output_dir)[::-1] if checkpoint == "latest" else [Path(checkpoint)]
         path = next((path for path in named if find_damage(path) is None), None)
         identity = {} if path is None else read_progress(path).get("identity", {})
         if path is not None and identity:
-            yield path.parent.parent, differences(complete(identity), settings)
+            yield path.parent.parent, identity

@@ -27,9 +27,8 @@ class TeacherPairs:
     """Pairs (x_T, x_0) of noise and what a solver of the teacher's ODE makes of it, drawn with replacement.
 
     The layer that takes noise is to lead from x_T to x_0, those below it from x_0, diffused to their input, back to
-    it. The solver is UniPC of diffusers, on its grid of spacing "leading". Of a teacher that predicts a variance, too,
-    the mean is used. The noise may be, and the pairs wait, in main memory; what is drawn goes to the device of the
-    teacher.
+    it. The solver is UniPC of diffusers, on its grid of spacing "leading". The pairs wait in main memory; what is drawn
+    goes to the device of the teacher.
 
     Args:
         unet: The teacher.
@@ -41,9 +40,10 @@ class TeacherPairs:
         show: Show a progress bar.
 
     Attributes:
-        noise: Shape (N, C, H, W).
-        end: x_0, images between -1 and 1, of the same shape.
-        condition: Shape (N,), or None.
+        end: x_0, images between -1 and 1, of the shape of `noise`.
+
+    Raises:
+        ValueError: An image is not finite.
     """
 
     def __init__(
@@ -73,12 +73,7 @@ class TeacherPairs:
             )
 
     def sample(self, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Draws (x_{t+1}, the mean of layer t whose clean image is x_0, condition) for `PairChain`.
-
-        Args:
-            t: Layer of each row, shape (B,).
-            generator: Source of the pairs and of the noise of the layers below the first.
-        """
+        """Draws (x_{t+1}, the mean of layer t whose clean image is x_0, condition) of layers t (B,) for `PairChain`."""
         index = torch.randint(len(self.noise), (len(t),), generator=generator)
         x_next, x0 = self.noise[index].to(self._device), self.end[index].to(self._device)
         timestep, below = self.scheduler.input_timestep(t), ~torch.isin(t, hierarchy_ends(self.scheduler.depths)[0])
@@ -94,17 +89,8 @@ def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tens
 
     m is the residual of the clean image, that of the layer's mean divided by `HSIVIScheduler.image_share`, so that one
     weight serves any number of steps. P m are the means of m over 4 x 4 fields of equal size: brightness, colour and
-    layout, which the solver tells well; the objective with the critic makes the details.
-
-    Args:
-        scheduler: Holds the grid of the layers.
-        coarse: c >= 0.
-
-    Raises:
-        ValueError: c is below 0.
+    layout, which the solver tells well; the objective with the critic makes the details. c >= 0 is `coarse`.
     """
-    if not coarse >= 0:
-        raise ValueError(f"coarse={coarse}: give a number >= 0; 0 counts every part of a residual alike")
 
     def loss(residual: Tensor, t: Tensor) -> Tensor:
         """Residuals of means, shape (B, C, H, W), of layers t -> (B,)."""

@@ -51,13 +51,14 @@ class Meter(TorchDispatchMode):
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True  # of a loss: it is finite
-        if _is_small(func, args, kwargs or {}) if not tensors else not any(isinstance(x, FakeTensor) for x in tensors):
+        if not any(isinstance(x, FakeTensor) for x in tensors) if tensors else _is_small(func, args, kwargs):
             with unset_fake_temporarily():
-                return func(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
+        result = func(*args, **kwargs)
         self.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor))
         return result
 
@@ -84,7 +85,7 @@ def _is_small(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return not dtype.is_floating_point or (bool(args) and isinstance(args[0], list | torch.Size) and len(args[0]) < 2)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cost:
     """What a layer update, with the critic's in it, needs in one process."""
 
@@ -111,10 +112,8 @@ def read_configs(name: str, revision: str | None) -> tuple[dict[str, Any], HSIVI
                 f"teacher {name!r} has no config of a {part} ({cause}): give a folder or repo id of a "
                 "diffusers pipeline with a UNet2DModel"
             )
-    if configs[0].get("_class_name") != "UNet2DModel":
-        raise ValueError(
-            f"teacher {name!r} has a unet of type {configs[0].get('_class_name')}: a UNet2DModel is needed"
-        )
+    if (found := configs[0].get("_class_name")) != "UNet2DModel":
+        raise ValueError(f"teacher {name!r} has a unet of type {found}: a UNet2DModel is needed")
     return configs[0], HSIVIScheduler.from_config(configs[1])
 
 
@@ -131,21 +130,16 @@ def make_fake_state(
     shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig, meter: Meter
 ) -> TrainingState:
     """Makes the state of the run without weights; to be called within a `FakeTensorMode`."""
-    half = precision_of(config) != "no"  # the two are of one size
+    half = config.precision != "no"  # the two are of one size
     accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="bf16" if half else "no")
     unets = (make_unet(shape, torch.bfloat16 if half else torch.float32), make_unet(shape), make_unet(shape))
     with meter:
         networks = make_networks(unets, schedule, config)
-    if config.trials.train_data is not None:
-        networks.data = partial(_stand_in, sample_shape(unets[0]))
+    if config.trials.train_data is not None:  # which a plan does not load
+        networks.data = lambda size, *_: torch.randn(size, *sample_shape(unets[0]))
     meter.add(parameter for unet in unets for parameter in unet.parameters())
     with meter:
         return TrainingState(networks, config, accelerator)
-
-
-def _stand_in(shape: tuple[int, int, int], size: int, condition: Tensor | None, generator: Any) -> Tensor:
-    """Stands for real images, which a plan does not load."""
-    return torch.randn(size, *shape)
 
 
 def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig) -> Cost:
@@ -172,18 +166,15 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
                 state.bridge.score(torch.randn(1, *state.bridge.shape), no_level, classes)
         _, one, two = counts
     total = {name: one[name] + (wanted - 1) * (two[name] - one[name]) for name in one}
-    rows = config.train_batch_size * config.gradient_accumulation_steps
     static, limit = _static(state), config.checkpoints_total_limit
+    memory = {**static, "activations and gradients": peak - sum(static.values()), "libraries": libraries}
+    if pairs:
+        memory["pairs"] = 2 * 4 * pairs * math.prod(state.bridge.shape)
     parts = {"each network": state.bridge.network, "student, with its noise scale": state.student}
     return Cost(
         parameters={name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()},
-        memory={
-            **static,
-            "activations and gradients": peak - sum(static.values()),
-            "libraries": libraries,
-            **({"pairs": 2 * 4 * pairs * math.prod(state.bridge.shape)} if pairs else {}),
-        },
-        calls={name: total[name] / rows for name in ("student", "critic", "teacher")},
+        memory=memory,
+        calls={name: total[name] / _rows(config) for name in ("student", "critic", "teacher")},
         flops=total["flops"],
         call_flops=call["flops"],
         written={
@@ -192,6 +183,11 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
             f"{limit} checkpoints": limit * (sum(static.values()) - static["teacher"]),
         },
     )
+
+
+def _rows(config: HSIVIConfig) -> int:
+    """Rows of an update in one process."""
+    return config.train_batch_size * config.gradient_accumulation_steps
 
 
 @contextmanager
@@ -205,12 +201,8 @@ def _counting(state: TrainingState) -> Iterator[dict[str, float]]:
 
 def _static(state: TrainingState) -> dict[str, int]:
     """Bytes that stay from update to update."""
-    moments = [
-        value
-        for optimizer in (state.layer_optimizer, state.critic_optimizer)
-        for state in optimizer.state.values()
-        for value in state.values()
-    ]
+    optimizers = (state.layer_optimizer, state.critic_optimizer)
+    moments = (moment for each in optimizers for values in each.state.values() for moment in values.values())
     return {
         "teacher": _bytes(state.bridge.network.parameters()),
         "student": _bytes(state.student.parameters()),
@@ -225,21 +217,17 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def precision_of(config: HSIVIConfig) -> str:
-    """The precision of the run: that of the launcher where the config names none."""
-    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-
-
 def seconds_per_flop(shape: dict[str, Any], config: HSIVIConfig) -> tuple[float, str]:
     """Times a call of one real network of random weights; returns seconds per FLOP and what they are of.
 
     On a CPU it is the CPU time of this process over its threads, so that other work on the machine does not count. As
     many rows of the batch are used as the calls may cost, so that a small network is timed in the batch it gets.
     """
-    device = torch.device("cpu")
+    device, name = torch.device("cpu"), f"CPU time of this process measured alone, {torch.get_num_threads()} thread(s)"
     if torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         device = torch.accelerator.current_accelerator() or device
-    half = HALF.get(precision_of(config), torch.float32)
+        name = f"on GPU {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"on {device.type}"
+    half = HALF.get(config.precision, torch.float32)
     unet = make_unet(shape).to(device).eval()
 
     def clock() -> float:
@@ -258,13 +246,7 @@ def seconds_per_flop(shape: dict[str, Any], config: HSIVIConfig) -> tuple[float,
         call(1)
     flops = counter.get_total_flops()
     rows = int(min(config.train_batch_size, max(1, CALIBRATION_FLOPS // flops)))
-    return min(call(rows) for _ in range(3)) / (rows * flops), _clock_name(device)
-
-
-def _clock_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return f"CPU time of this process measured alone, {torch.get_num_threads()} thread(s)"
-    return f"on GPU {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"on {device.type}"
+    return min(call(rows) for _ in range(3)) / (rows * flops), name
 
 
 def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -> None:
@@ -286,13 +268,11 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
 
 def describe(teacher: str, config: HSIVIConfig, cost: Cost, speed: float, clock: str, processes: int) -> list[str]:
     """The lines of the plan."""
-    rows = config.train_batch_size * config.gradient_accumulation_steps
     seconds = speed * cost.flops
     calls = ", ".join(f"{name} {number:.1f}" for name, number in cost.calls.items())
-    steps = ", ".join(map(str, config.depths))
     return [
-        f"{teacher}, {steps} steps, preset {config.preset}: "
-        f"{config.max_train_steps} updates of {rows * processes} rows in {processes} process(es)",
+        f"{teacher}, {', '.join(map(str, config.depths))} steps, preset {config.preset}: "
+        f"{config.max_train_steps} updates of {_rows(config) * processes} rows in {processes} process(es)",
         "",
         *_table("parameters", cost.parameters, 1, ",.0f"),
         "",
@@ -314,8 +294,7 @@ def _pair_lines(config: HSIVIConfig, cost: Cost, speed: float, processes: int) -
     """What the pairs and the fit to them cost before the updates: a backward pass is two calls."""
     if not config.num_pairs:
         return []
-    rows = config.train_batch_size * config.gradient_accumulation_steps
-    made, fitted = config.num_pairs * config.pair_calls / processes, 3 * config.pair_steps * rows
+    made, fitted = config.num_pairs * config.pair_calls / processes, 3 * config.pair_steps * _rows(config)
     return [
         f"before them about {_duration(speed * cost.call_flops * (made + fitted))} for {config.num_pairs:,} pairs of "
         f"{config.pair_calls} calls of the teacher and {config.pair_steps:,} updates of the layers by them"

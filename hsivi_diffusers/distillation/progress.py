@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from ..vi import Step, Update
+from ..vi import Step
 from .pairs import TeacherPairs
 from .state import TrainingState
 
@@ -29,30 +28,15 @@ WIDTH = 512  # pixels that a sample grid has at least
 
 
 class Progress:
-    """Passes the steps of a run on and shows them; the main process alone does.
+    """Passes the steps of a run on and shows them; the main process alone does. Grids go to OUTPUT_DIR/samples."""
 
-    Args:
-        state: What is trained.
-        accelerator: Of the process.
-        output_dir: Grids go to OUTPUT_DIR/samples; no folder, no grids.
-    """
-
-    def __init__(self, state: TrainingState, accelerator: Accelerator, output_dir: Path | None) -> None:
-        self.state, self.config, self.accelerator = state, state.config, accelerator
-        self.folder = None if output_dir is None else output_dir / "samples"
+    def __init__(self, state: TrainingState) -> None:
+        self.state, self.config, self.accelerator = state, state.config, state.accelerator
         self.running: dict[str, float] = {}
         self._teacher_row: Tensor | None = None
 
-    def watch(
-        self, steps: Iterator[Step], start: int, metrics: Callable[[Step], dict[str, float]] = lambda step: {}
-    ) -> Iterator[Step]:
-        """Yields the steps, with a bar of running losses and of the time left.
-
-        Args:
-            steps: Of the loop.
-            start: Updates that were done before.
-            metrics: Called with each step; its numbers are shown beside the losses.
-        """
+    def watch(self, steps: Iterator[Step], start: int, metrics: Callable[[Step], dict[str, float]]) -> Iterator[Step]:
+        """Yields the steps after `start`, with a bar of running losses, of the metrics of a step, and the time left."""
         total, every = self.config.max_train_steps, self._grid_steps()
         if every and start < total:
             self.draw(start)
@@ -102,31 +86,27 @@ class Progress:
                 numbers[f"grad_norm/{name}"] = float(update.grad_norm)
         for name, scheduler in zip(("student", "critic"), self.state.lr_schedulers, strict=True):
             numbers[f"learning_rate/{name}"] = scheduler.get_last_lr()[0]
-        return {**numbers, **_by_layer(step.critic), **self._noise_scale()}
-
-    def _noise_scale(self) -> dict[str, float]:
-        if self.state.student.noise_scale is None:
-            return {}
-        scale: Tensor = self.state.student.noise_scale.log_scale.detach().exp()
-        return {f"noise_scale/{name}": float(getattr(scale, name)()) for name in ("min", "mean", "max")}
+        loss, layers = step.critic.loss, step.critic.t
+        numbers |= {f"critic_loss/layer_{t}": loss[layers == t].mean().item() for t in layers.unique().tolist()}
+        if self.state.student.noise_scale is not None:
+            scale = self.state.student.noise_scale.log_scale.detach().exp()
+            numbers |= {f"noise_scale/{name}": float(getattr(scale, name)()) for name in ("min", "mean", "max")}
+        return numbers
 
     def draw(self, step: int) -> None:
-        """Writes a grid: the teacher's images in many steps, then the student's, always from the same noise.
-
-        Of several step counts the largest is drawn with.
-        """
-        if self.accelerator.is_main_process and self.folder is not None:
+        """Writes a grid: the teacher's images in many steps, then the student's in most, always from the same noise."""
+        if self.accelerator.is_main_process:
             if self._teacher_row is None:
                 self._teacher_row = self._draw_teacher()
             images = torch.cat([self._teacher_row, self._draw_student((ROWS - 1) * COLUMNS)])
             shown = images.permute(0, 2, 3, 1).numpy()
-            self.folder.mkdir(parents=True, exist_ok=True)
+            folder = Path(str(self.config.output_dir)) / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
             cells = pad(images, (0, 1, 0, 1), value=0.5).permute(0, 2, 3, 1).numpy()  # a grey line between images
             grid = make_image_grid(DiffusionPipeline.numpy_to_pil(cells), ROWS, COLUMNS)
             factor = -(-WIDTH // grid.width)
-            grid.resize((factor * grid.width, factor * grid.height), Image.Resampling.NEAREST).save(
-                self.folder / f"step-{step}.png"
-            )
+            size = (factor * grid.width, factor * grid.height)
+            grid.resize(size, Image.Resampling.NEAREST).save(folder / f"step-{step}.png")
             self._log_images(shown, step)
         self.accelerator.wait_for_everyone()
 
@@ -151,10 +131,9 @@ class Progress:
         """Images of the averaged student in [0, 1], shape (size, C, H, W), on the CPU."""
         pipeline = self.state.make_pipeline()
         pipeline.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(0)
-        images, *_ = pipeline(size, generator, class_labels=self._labels(size), output_type="pt", return_dict=False)
-        drawn: Tensor = images.float().cpu()
-        return drawn
+        generator, labels = torch.Generator().manual_seed(0), self._labels(size)
+        images: Tensor = pipeline(size, generator, class_labels=labels, output_type="pt", return_dict=False)[0]
+        return images.float().cpu()
 
     def _log_images(self, images: np.ndarray, step: int) -> None:
         for tracker in self.accelerator.trackers:
@@ -162,8 +141,3 @@ class Progress:
                 tracker.log_images({"samples": images}, step=step, dataformats="NHWC")
             elif tracker.name in ("wandb", "comet_ml"):
                 tracker.log_images({"samples": list(images)}, step=step)
-
-
-def _by_layer(critic: Update) -> dict[str, float]:
-    """Mean loss of the critic in each layer that had a row."""
-    return {f"critic_loss/layer_{t}": critic.loss[critic.t == t].mean().item() for t in critic.t.unique().tolist()}

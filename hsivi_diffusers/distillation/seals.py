@@ -27,10 +27,10 @@ def find_damage(path: Path) -> str | None:
         return f"{path} holds no checkpoint"
     try:
         progress = read_progress(path)
-        digest = progress.pop("sha256")
+        whole = progress.pop("sha256") == _digest(progress)
     except (ValueError, KeyError, AttributeError, TypeError):
-        return f"{path}/progress.json is damaged"
-    if digest != _digest(json.dumps(progress, sort_keys=True).encode()):
+        whole = False
+    if not whole:
         return f"{path}/progress.json is damaged"
     for name, written in progress["files"].items():
         if not (path / name).is_file():
@@ -42,8 +42,7 @@ def find_damage(path: Path) -> str | None:
 
 def read_progress(path: Path) -> dict[str, Any]:
     """What progress.json of a checkpoint says."""
-    progress: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    return progress
+    return dict(json.loads((path / "progress.json").read_text(encoding="utf-8")))
 
 
 def step_of(path: Path) -> int:
@@ -59,11 +58,11 @@ def seal(folder: Path, progress: Mapping[str, Any]) -> dict[str, Any]:
         if path.is_file() and path.name != "progress.json"
     }
     sealed = {**progress, "files": files}
-    return {**sealed, "sha256": _digest(json.dumps(sealed, sort_keys=True).encode())}
+    return {**sealed, "sha256": _digest(sealed)}
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _digest(progress: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
 
 
 def _file_digest(path: Path) -> str:

@@ -32,13 +32,7 @@ LEVEL_SIGNAL = 0.312  # see signal_timestep; at timestep 800 of 8x8 grey pixels,
 
 
 class TrainingState:
-    """The modules, optimizers and chains of a run, prepared by accelerate.
-
-    Args:
-        networks: Where they start from; they are trained in place.
-        config: Of the run.
-        accelerator: Of the process.
-    """
+    """The modules, optimizers and chains of a run, prepared by accelerate; the networks are trained in place."""
 
     def __init__(self, networks: Networks, config: HSIVIConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
@@ -54,12 +48,8 @@ class TrainingState:
         if config.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
                 unet.enable_gradient_checkpointing()
-        self.student = UNetLayers(
-            networks.student.requires_grad_(True).train(),
-            networks.scheduler,
-            networks.noise_scale,
-            config.clip_images,
-        )
+        unet = networks.student.requires_grad_(True).train()
+        self.student = UNetLayers(unet, networks.scheduler, networks.noise_scale, config.clip_images)
         self.critic_unet = networks.critic
         kind = UNetDiscriminator if config.trials.adversarial_weight else UNetCritic
         told = self.bridge.num_layers if tells_layer(config) else 0
@@ -114,7 +104,7 @@ class TrainingState:
     def sample_pairs(
         self, place: int, t: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Draws pairs for layers t from those of a micro-batch, see `TeacherPairs.sample`."""
+        """Draws from the pairs of a micro-batch, see `TeacherPairs.sample`."""
         return self.pairs(place).sample(t, generator)
 
     def _sample_condition(self, size: int, generator: torch.Generator | None) -> Tensor:

@@ -16,12 +16,9 @@ from torch import Tensor
 
 
 def save_state_dict(state: Mapping[Any, Any], path: Path) -> None:
-    """Writes a state dict of any depth as one safetensors file, with what is not a tensor as JSON in its header.
+    """Writes mappings, lists and tuples of tensors, numbers, text, booleans and None as one safetensors file.
 
-    Args:
-        state: Mappings, lists and tuples of tensors, numbers, text, booleans and None. Lists and tuples are read as
-            lists.
-        path: Of the file. A tensor is named by its keys, joined by `/`.
+    A tensor is named by its keys, joined by `/`; the rest is JSON in the header, where tuples become lists.
 
     Raises:
         TypeError: Something else is in it.

@@ -19,8 +19,14 @@ from ..vi.layers import ConditionalLayers, hierarchy_ends
 from .denoisers import call_unet
 
 
-class _ScoreUNet(nn.Module):
-    """What critic and discriminator share: the UNet, and its score."""
+class UNetCritic(nn.Module):
+    """A diffusion UNet as the score of the density at each noise level: -eps(x, level) / sigma_level.
+
+    Args:
+        unet: Predicts what the scheduler's `prediction_type` says.
+        scheduler: Gives alpha and sigma.
+        num_layers: Layers that the unet tells apart, see `label_layers`; 0 for one that does not.
+    """
 
     def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
         super().__init__()
@@ -28,8 +34,15 @@ class _ScoreUNet(nn.Module):
         self.scheduler = scheduler
         self.num_layers = num_layers
 
-    def _score(self, x: Tensor, level: Tensor, condition: Tensor | None, t: Tensor | None) -> Tensor:
-        """Returns -eps(x, level) / sigma_level."""
+    def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None, t: Tensor | None = None) -> Tensor:
+        """Returns the score at x, shape (B, C, H, W).
+
+        Args:
+            x: Shape (B, C, H, W).
+            level: Timesteps, 0..N-1, shape (B,).
+            condition: Class labels, shape (B,), or None.
+            t: Layers, 0..L-1, shape (B,); needed with `num_layers`, ignored without it.
+        """
         output = call_unet(self.unet, x, level, self._label(condition, t))
         _, noise_pred = self.scheduler.predict(output, level, x)
         _, sigma = self.scheduler.alpha_sigma(level, noise_pred)
@@ -44,37 +57,11 @@ class _ScoreUNet(nn.Module):
         return t if condition is None else condition * self.num_layers + t
 
 
-class UNetCritic(_ScoreUNet):
-    """A diffusion UNet as the score of the density at each noise level: -eps(x, level) / sigma_level.
-
-    Args:
-        unet: Predicts what the scheduler's `prediction_type` says.
-        scheduler: Gives alpha and sigma.
-        num_layers: Layers that the unet tells apart, see `label_layers`; 0 for one that does not.
-    """
-
-    def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None, t: Tensor | None = None) -> Tensor:
-        """Returns the score at x, shape (B, C, H, W).
-
-        Args:
-            x: Shape (B, C, H, W).
-            level: Timesteps, 0..N-1, shape (B,).
-            condition: Class labels, shape (B,), or None.
-            t: Layers, 0..L-1, shape (B,); needed with `num_layers`, ignored without it.
-        """
-        return self._score(x, level, condition, t)
-
-
-class UNetDiscriminator(_ScoreUNet):
+class UNetDiscriminator(UNetCritic):
     """A `UNetCritic` that also tells draws of the data from draws of the layers, for `Adversarial`; by one network.
 
     The logits are the mean over channels of the output of the UNet's middle block, one for each place of its map, as in
-    adversarial score identity distillation (arXiv 2410.14919): features of the critic, and not one parameter more.
-
-    Args:
-        unet: See `UNetCritic`.
-        scheduler: See `UNetCritic`.
-        num_layers: See `UNetCritic`.
+    adversarial score identity distillation (arXiv 2410.14919).
 
     Raises:
         ValueError: The UNet has no middle block.
@@ -85,17 +72,10 @@ class UNetDiscriminator(_ScoreUNet):
         if unet.mid_block is None:
             raise ValueError("the unet has no mid_block, of which the adversarial term takes its logits: leave it out")
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, level: Tensor, condition: Tensor | None = None, t: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Returns the score at x, shape (B, C, H, W), and the logits, shape (B, H', W'), from one call of the UNet.
-
-        Args:
-            x: Shape (B, C, H, W).
-            level: See `UNetCritic`.
-            condition: Class labels, shape (B,), or None.
-            t: See `UNetCritic`.
-        """
+        """Returns the score, see `UNetCritic`, and the logits, shape (B, H', W'), from one call of the UNet."""
         features: list[Tensor] = []
 
         def keep(module: nn.Module, given: Any, output: Tensor) -> None:
@@ -103,7 +83,7 @@ class UNetDiscriminator(_ScoreUNet):
 
         handle = self.unet.mid_block.register_forward_hook(keep)
         try:
-            score = self._score(x, level, condition, t)
+            score = super().forward(x, level, condition, t)
         finally:
             handle.remove()
         return score, features[0].to(x.dtype).mean(1)
@@ -117,8 +97,7 @@ class UNetLayers(ConditionalLayers):
         scheduler: Holds the grid, or the grids of several hierarchies, see `HSIVIScheduler.depths`.
         noise_scale: The learned scale per pixel, or None for that of the scheduler's config.
         clip_images: Clip the mean of the last layer to [-1, 1], as pipelines do with what is drawn, and let its
-            gradient pass as if it were not clipped (straight through). What lies beyond white or black then counts as
-            white or black in training too, and a layer may hide there the grain that a prediction of noise leaves.
+            gradient pass as if it were not clipped (straight through).
     """
 
     def __init__(

@@ -27,8 +27,9 @@ from .checkpoints import Checkpoints
 from .config import HSIVIConfig, complete
 from .denoisers import load_teacher
 from .networks import check_init_from, load_networks
-from .output import Output, check_output, check_teacher, claimed, start_run
+from .output import Output, check_teacher, claimed, start_run
 from .progress import Progress
+from .seals import finished
 from .state import TrainingState
 from .updates import PreemptionError, run_updates
 
@@ -43,12 +44,10 @@ class InterruptedRunError(Exception):
 class HSIVITrainer:
     """Distils a pretrained diffusion pipeline into `num_inference_steps` layers (arXiv 2310.17153).
 
-    It assembles teacher, student and critic for the hardware, and runs `vi.fit`. Under `accelerate launch` every
-    process makes one.
+    Under `accelerate launch` every process makes one.
 
     Args:
-        teacher: Folder or repo id of a diffusers pipeline with a `UNet2DModel` and a scheduler with a beta schedule, or
-            such a pipeline itself.
+        teacher: See `load_teacher`.
         config: Settings; `HSIVIConfig()` by default.
         revision: Branch, tag or commit of the repo.
         callbacks: Each is called as callback(trainer, step) after every student update, in every process; numbers that
@@ -75,13 +74,13 @@ class HSIVITrainer:
         if config.init_from is not None:
             check_init_from(Path(config.init_from))
         unet, schedule = load_teacher(teacher, revision)
-        loaded = isinstance(teacher, DiffusionPipeline)
-        self.teacher = {"pretrained_teacher_model": None if loaded else os.fspath(teacher), "revision": revision}
+        name = None if isinstance(teacher, DiffusionPipeline) else os.fspath(teacher)
+        self.teacher = {"pretrained_teacher_model": name, "revision": revision}
         self.callbacks = list(callbacks)
         self.accelerator = make_accelerator(config)
         set_seed(config.seed)
         self.state = TrainingState(load_networks(unet, schedule, config, self.accelerator), config, self.accelerator)
-        self.progress = Progress(self.state, self.accelerator, self.output_dir)
+        self.progress = Progress(self.state)
         self.before_start: Callable[[], Any] = lambda: None  # called when the output folder is claimed
         self._has_trained = False
 
@@ -129,7 +128,6 @@ class HSIVITrainer:
             self.config.checkpointing_steps,
             self.config.checkpoints_total_limit,
         )
-        check_output(run)
         check_teacher(run, self.teacher["pretrained_teacher_model"], WRITTEN)
         with self._claim(run) if main else nullcontext():
             self.accelerator.wait_for_everyone()
@@ -142,13 +140,13 @@ class HSIVITrainer:
                 self.accelerator.print(f"nothing is left to do, the run had {start} updates")
             with signals_as_trigger(self.accelerator), self.state.counting_rows() as rows:
                 seconds = self._run(checkpoints, start, spent)
-            record = Path(str(self.output_dir)) / "training.json"
+            record = checkpoints.output_dir / "training.json"
             if start >= self.config.max_train_steps and record.exists():
                 summary = json.loads(record.read_text(encoding="utf-8"))
             else:
                 summary = self._summarise(start, seconds, sum(rows.values()) * self.accelerator.num_processes)
             if main:
-                self.state.save(Path(str(self.output_dir)))
+                self.state.save(checkpoints.output_dir)
                 write_json(record, summary)
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
@@ -181,7 +179,7 @@ class HSIVITrainer:
                 "stopped before the first update, nothing was saved: start again with resume_from_checkpoint latest"
             ) from error
         except DivergenceError as error:
-            kept = checkpoints.finished()
+            kept = finished(checkpoints.output_dir)
             error.add_note(f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet")
             raise
         return spent + time.perf_counter() - clock
@@ -205,10 +203,9 @@ class HSIVITrainer:
         }
 
     def _count_calls(self, counted: int, start: int) -> int | None:
-        """Network calls of the run, of which those after `start` updates were counted; None if no update was left.
+        """Network calls of the run as if never stopped, of those counted after `start` updates; None if none was left.
 
-        The updates before cost what those after do. A resumed run does not fit its pairs again, and makes them again if
-        they guide the student; both are told as of a run that was never stopped.
+        A resumed run does not fit its pairs again, and makes them again if they guide the student.
         """
         total = self.config.max_train_steps
         if start >= total:
@@ -218,22 +215,14 @@ class HSIVITrainer:
         updates = counted - (again if start else made + fitted)
         return round(updates * total / (total - start)) + made + fitted
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Saves the averaged student as an `HSIVIPipeline`."""
-        self.pipeline.save_pretrained(folder)
-
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Pushes the averaged student with its model card; see `hsivi_diffusers.push` for options; returns the URL."""
-        finished = self.output_dir is not None and (self.output_dir / "training.json").is_file()
-        return push(self.pipeline, repo_id, run_dir=self.output_dir if finished else None, **options)
+        has_run = self.output_dir is not None and (self.output_dir / "training.json").is_file()
+        return push(self.pipeline, repo_id, run_dir=self.output_dir if has_run else None, **options)
 
 
 def make_accelerator(config: HSIVIConfig) -> Accelerator:
-    """Returns the processes and the precision of the run.
-
-    Raises:
-        ValueError: The launcher or the precision cannot be used, see `check_accelerator`.
-    """
+    """Returns the processes and the precision of the run, or refuses them with ValueError."""
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -243,11 +232,10 @@ def make_accelerator(config: HSIVIConfig) -> Accelerator:
         project_dir=str(Path(config.output_dir or ".") / "logs"),
     )
     check_accelerator(accelerator)
-    wanted = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if accelerator.mixed_precision != wanted:
+    if accelerator.mixed_precision != config.precision:
         raise ValueError(
-            f"mixed_precision={wanted!r}, and this process has trained in {accelerator.mixed_precision!r}, which "
-            "accelerate keeps: give that precision, or start a new process"
+            f"mixed_precision={config.precision!r}, and this process has trained in {accelerator.mixed_precision!r}, "
+            "which accelerate keeps: give that precision, or start a new process"
         )
     return accelerator
 

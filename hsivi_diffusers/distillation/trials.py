@@ -16,11 +16,7 @@ from .denoisers import sample_shape
 
 @dataclass
 class Trials:
-    """Settings on trial.
-
-    Raises:
-        ValueError: From `check`.
-    """
+    """Settings on trial."""
 
     _group = "on trial"
     kernel: Literal["ddim", "renoise"] = option(
@@ -39,30 +35,21 @@ class Trials:
         0.0, "weight of an adversarial term on the critic's features, against train_data; try 0.001", common=False
     )
 
-    def check(self, objective: str, scoring: str, source: str, num_layers: list[int]) -> None:
-        """Refuses values out of range, and settings that the others leave without effect."""
-        for name, value, good, accepted in [
-            ("teacher_share", self.teacher_share, 0 <= self.teacher_share < 1, "a number from 0 to below 1"),
-            ("level_power", self.level_power, self.level_power > 0, "a number above 0; 1 is uniform"),
-            ("adversarial_weight", self.adversarial_weight, self.adversarial_weight >= 0, "a number from 0 on"),
-        ]:
-            if not good:
-                raise ValueError(f"{name}={value}: give {accepted}")
+    def check(self, scoring: str, source: str, depths: list[int]) -> None:
+        """Refuses settings that the others leave without effect."""
+        uses = ["source='data'"] if source == "data" else []
+        if self.adversarial_weight:
+            uses.append(f"adversarial_weight={self.adversarial_weight}")
         if self.level_power != 1 and scoring == "own":
             raise ValueError(
                 f"level_power={self.level_power} has no effect with scoring='own', which has no random levels: set "
                 "scoring to 'random' or 'between', or leave level_power out"
             )
-        if scoring == "between" and self.kernel != "ddim":
+        if self.kernel != "ddim" and scoring == "between":
             raise ValueError(
                 f"scoring='between' needs kernel='ddim', got {self.kernel!r}, whose layers keep no noise of their "
                 "input: set kernel to 'ddim', or scoring to 'random'"
             )
-        self._check_data(source, num_layers)
-
-    def _check_data(self, source: str, num_layers: list[int]) -> None:
-        uses = ["source='data'"] if source == "data" else []
-        uses += [f"adversarial_weight={self.adversarial_weight}"] if self.adversarial_weight else []
         if uses and not self.train_data:
             raise ValueError(f"{' and '.join(uses)} needs real images: name them by train_data")
         if self.train_data and not uses:
@@ -70,7 +57,7 @@ class Trials:
                 f"train_data={self.train_data!r} has no effect: set source to 'data' or adversarial_weight too, "
                 "or leave train_data out"
             )
-        if source == "data" and num_layers == [1] and not self.adversarial_weight:
+        if uses == ["source='data'"] and depths == [1]:
             raise ValueError(
                 "source='data' has no effect with num_inference_steps=1, whose one layer starts from noise: give more "
                 "steps, or an adversarial_weight, or leave source and train_data out"

@@ -132,14 +132,12 @@ def _fit(
 def _regress(state: TrainingState) -> None:
     """Fits the layers to the pairs, by their optimizer at a rate that falls to 0; then it starts anew."""
     config, group = state.config, state.layer_optimizer.param_groups[0]
-    rows, depths = state.config.train_batch_size, state.student.scheduler.depths
+    depths, places = state.student.scheduler.depths, range(len(state.chains))
     chains: list[Chain] = [
-        PairChain(partial(state.sample_pairs, place), depths, rows) for place in range(len(state.chains))
+        PairChain(partial(state.sample_pairs, place), depths, config.train_batch_size) for place in places
     ]
-    rate, steps = (
-        group["lr"],
-        _fit(state, Regression(image_loss(state.student.scheduler)), chains, joint(sum(depths), config.pair_steps)),
-    )
+    rate, objective = group["lr"], Regression(image_loss(state.student.scheduler))
+    steps = _fit(state, objective, chains, joint(sum(depths), config.pair_steps))
     for step in tqdm(range(config.pair_steps), "regress", disable=not state.accelerator.is_main_process):
         group["lr"] = config.pair_learning_rate * cosine(step / config.pair_steps)
         try:

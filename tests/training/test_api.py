@@ -117,7 +117,7 @@ def test_the_pipeline_of_the_trainer_is_the_one_it_saved(run, tmp_path):
     saved = HSIVIPipeline.from_pretrained(run["folder"] / "pipeline")
     for image, wanted in zip(images, saved(2, torch.Generator().manual_seed(3)).images, strict=True):
         assert np.array_equal(np.asarray(image), np.asarray(wanted))
-    run["trainer"].save_pretrained(tmp_path / "saved")
+    run["trainer"].pipeline.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / WEIGHTS).read_bytes() == (run["folder"] / "pipeline" / WEIGHTS).read_bytes()
 
 
@@ -235,7 +235,7 @@ def test_a_teacher_in_half_precision_is_trained_in_single(teacher):
         ({"num_inference_steps": 4.0}, "give one number of steps of at least 1"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0: give a number above 0"),
         ({"ema_decay": 2.0}, "ema_decay=2.0: give a number from 0 to below 1"),
-        ({"lr_warmup_steps": -3}, "lr_warmup_steps=-3: give a number of updates from 0 on"),
+        ({"lr_warmup_steps": -3}, "lr_warmup_steps=-3: give a number from 0 on"),
     ],
 )
 def test_a_config_from_python_is_checked_as_one_of_the_command(settings, message):

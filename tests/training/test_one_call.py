@@ -56,7 +56,7 @@ def test_one_step_starts_at_a_noise_whatever_the_size_of_the_images(teacher, sha
         ({"num_pairs": 0}, "pair_calls=2 and pair_steps=3 has no effect without pairs: set num_pairs, say 6400"),
         ({"critic_first": -1}, "critic_first=-1: give a number of updates from 0 to below max_train_steps=5"),
         ({"critic_first": 5}, "critic_first=5: give a number of updates from 0 to below max_train_steps=5"),
-        ({"start_noise": 0.0}, "start_noise=0.0: give a number above 0, such as 2.5"),
+        ({"start_noise": 0.0}, "start_noise=0.0: give a number above 0, or leave it out"),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_work(distil, tmp_path, settings, message):

@@ -296,5 +296,5 @@ def test_the_meter_forgets_what_is_gone():
 
 def test_the_precision_is_that_of_the_launcher_unless_the_config_says_one(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert plan.precision_of(make_config()) == "bf16"
-    assert plan.precision_of(make_config(mixed_precision="no")) == "no"
+    assert make_config().precision == "bf16"
+    assert make_config(mixed_precision="no").precision == "no"

@@ -219,7 +219,10 @@ def test_a_teacher_whose_images_cannot_be_loaded_is_told():
         ({"preset": "paper", "level_min": 20}, "level_min=20 has no effect with scoring='own'"),
         ({"scoring": "own", "level_power": 2.0}, "level_power=2.0 has no effect with scoring='own'"),
         ({"start_spacing": 20}, "start_spacing=20 has no effect with one step count, 2: give several"),
-        ({"preset": "paper", "start_spacing": 20}, "start_spacing=20: give 0 or more, and with it start_timestep"),
+        (
+            {"preset": "paper", "start_spacing": 20},
+            "start_spacing=20 needs start_timestep, start_signal or",
+        ),
         (
             {**DATA, "num_inference_steps": 1},
             "source='data' has no effect with num_inference_steps=1, .* give more steps, or an adversarial_weight",

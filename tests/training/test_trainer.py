@@ -542,7 +542,7 @@ def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypat
         ({"preset": "paper", "noise_eta": 1.5}, "noise_eta=1.5"),
         ({"start_timestep": 1000}, "start=1000: give a timestep from 2 .* to 999"),
         ({"start_timestep": 1}, "start=1: give a timestep from 2"),
-        ({"start_signal": 0}, "start_signal=0.0: give a number above 0, such as 3.2"),
+        ({"start_signal": 0}, "start_signal=0.0: give a number above 0, or leave it out"),
         ({"level_min": 900}, r"level_range=\(900, 800\)"),
     ],
 )
