@@ -50,8 +50,6 @@ Run `hsivi evaluate` before, and the card says how good the sampler is."""
 
 @dataclass
 class Teacher:
-    """The teacher of a run, and where the run goes on."""
-
     _group = "teacher and checkpoints"
     pretrained_teacher_model: str | None = option(None, "folder or repo id of a diffusers pipeline with a UNet2DModel")
     revision: str | None = option(None, "branch, tag or commit of the repo", common=False)
@@ -60,8 +58,6 @@ class Teacher:
 
 @dataclass
 class Hub:
-    """The repo to push to."""
-
     _group = "hub"
     hub_model_id: str | None = option(None, "repo to push to: user/name or organisation/name")
     hub_exist_ok: bool = option(False, "add to a repo that holds files; replaces its weights and README.md")
@@ -75,8 +71,6 @@ class Hub:
 
 @dataclass
 class PushAtEnd(Hub):
-    """A push at the end of a run."""
-
     push_to_hub: bool = option(False, "push the pipeline to the Hub at the end")
 
     def check(self) -> None:
@@ -91,8 +85,6 @@ class PushAtEnd(Hub):
 
 @dataclass
 class Sampling:
-    """What `hsivi sample` draws."""
-
     _group = "sampling"
     pipeline: str | None = option(None, "folder or repo id of an HSIVIPipeline, or folder of a run")
     output_dir: str | None = option(None, "folder of the images")
@@ -107,8 +99,6 @@ class Sampling:
 
 @dataclass
 class Push(Hub):
-    """What `hsivi push` pushes."""
-
     run_dir: str | None = option(None, "folder of a run; its pipeline is pushed")
     pipeline: str | None = option(None, "folder of a pipeline, instead of a run")
     base_model: str | None = option(None, "repo id of the teacher, for the card; that of the run by default")
@@ -143,7 +133,6 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
 
 
 def _claim_repo(hub: PushAtEnd) -> None:
-    """Makes the repo of a push, or refuses, before the training."""
     if hub.push_to_hub:
         with told_in_one_line():
             claim(str(hub.hub_model_id), **hub.settings())
@@ -190,17 +179,16 @@ def _report(output_dir: str, summary: dict[str, Any]) -> None:
 
 
 def _push_trained(trainer: Any, hub: PushAtEnd) -> None:
-    folder = trainer.config.output_dir
     try:
         with told_in_one_line():
-            url = trainer.push_to_hub(hub.hub_model_id, **hub.settings())
+            print(f"pushed to {trainer.push_to_hub(hub.hub_model_id, **hub.settings())}")
     except Exception as error:
+        folder = trainer.config.output_dir
         error.add_note(
             f"the training is done and its pipeline is in {Path(folder) / 'pipeline'}: push it with "
             f"hsivi push --run_dir {folder} --hub_model_id {hub.hub_model_id}"
         )
         raise
-    print(f"pushed to {url}")
 
 
 def plan(args: Sequence[str]) -> None:
@@ -277,17 +265,10 @@ def push_run(args: Sequence[str]) -> None:
     folder = Path(options.pipeline or _pipeline_of(options.run_dir))
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline")
+    settings = {name: getattr(options, name) for name in ("run_dir", "base_model", "license", "fp16")}
+    settings |= {"revision": options.hub_revision, **options.settings()}
     with told_in_one_line():
-        url = push(
-            DiffusionPipeline.from_pretrained(folder),
-            options.hub_model_id,
-            run_dir=options.run_dir,
-            base_model=options.base_model,
-            license=options.license,
-            fp16=options.fp16,
-            revision=options.hub_revision,
-            **options.settings(),
-        )
+        url = push(DiffusionPipeline.from_pretrained(folder), options.hub_model_id, **settings)
     print(f"pushed to {url}")
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +37,12 @@ def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
 
 
 @contextmanager
-def sole_writer(path: Path) -> Iterator[None]:
+def sole_writer(path: Path, timeout: float = 0) -> Iterator[None]:
     """Keeps other processes of this program out of a folder, for as long as it lasts and the process lives.
 
     Raises:
-        ValueError: Another one is at work in it.
+        ValueError: Another one is at work in it, also after the timeout, in seconds; below 0 it waits forever.
     """
-    with _locked(path, timeout=0):
-        yield
-
-
-@contextmanager
-def in_turn(path: Path) -> Iterator[None]:
-    """Lets the processes that work on the files of a folder do so one after the other."""
-    with _locked(path, timeout=-1):
-        yield
-
-
-@contextmanager
-def _locked(path: Path, timeout: float) -> Iterator[None]:
-    """Holds the lock of a folder, for which it waits so many seconds, or forever if there are fewer than 0."""
     lock = FileLock(path / LOCK, timeout=timeout)
     try:
         lock.acquire()
@@ -68,6 +54,11 @@ def _locked(path: Path, timeout: float) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def in_turn(path: Path) -> AbstractContextManager[None]:
+    """Lets the processes that work on the files of a folder do so one after the other."""
+    return sole_writer(path, timeout=-1)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,10 +74,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Replaces a folder by a finished one, so that a reader never finds half of one, not even after a crash.
-
-    Its files are on the disk before it gets its name.
-    """
+    """Replaces a folder by a finished one, on the disk before it gets its name: a reader never finds half of one."""
     for path in [*new.rglob("*"), new]:
         _to_disk(path)
     retired = _retire(old)

@@ -46,10 +46,9 @@ def push(
 ) -> str:
     """Uploads a distilled pipeline with its model card, all in one commit.
 
-    Everything is written to a temporary folder first and sent from there; no file of yours is touched. If the
-    connection is cut, the Hub is asked whether the commit arrived; if it did not, push again: weights that have arrived
-    are not sent twice. In a repo that holds files already, README.md and all weights in the folders of the components
-    are replaced, also those of other variants; the rest stays, and the history of the repo keeps everything.
+    It is sent from a temporary folder; no file of yours is touched. If the connection is cut, the Hub is asked whether
+    the commit arrived; if it did not, push again: weights that have arrived are not sent twice. In a repo that holds
+    files already, README.md and all weights in the folders of the components are replaced; the rest stays.
 
     Args:
         pipeline: An `HSIVIPipeline`, or a stock pipeline whose scheduler is an `HSIVIScheduler` with a trained grid.
@@ -121,25 +120,18 @@ def _public_teacher(api: HfApi, run: dict[str, Any]) -> str | None:
         return name if api.repo_exists(name) else None
 
 
-def _upload(
-    api: HfApi, repo_id: str, folder: str, revision: str | None, message: str, delete_patterns: list[str]
-) -> str:
+def _upload(api: HfApi, repo_id: str, folder: str, revision: str | None, message: str, stale: list[str]) -> str:
     """Uploads a folder in one commit and returns its URL, also where the connection was cut after the commit."""
     before = api.repo_info(repo_id, revision=revision).sha
+    where: dict[str, Any] = {"repo_id": repo_id, "revision": revision}
     try:
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=message,
-            delete_patterns=delete_patterns,
-        )
+        commit = api.upload_folder(folder_path=folder, commit_message=message, delete_patterns=stale, **where)
         return str(commit.commit_url)
     except CUT as error:
         url = f"{api.endpoint}/{repo_id}"
         note = f"Look at {url} first: if the commit arrived, a second push needs exist_ok=True."
         with suppress(*CUT):
-            head, *others = api.list_repo_commits(repo_id, revision=revision)
+            head, *others = api.list_repo_commits(**where)
             if head.title == message and before in [commit.commit_id for commit in others[:1]]:
                 return f"{url}/commit/{head.commit_id}"
             note = f"{repo_id} is as it was." if head.commit_id == before else note
@@ -162,10 +154,7 @@ def check_repo_id(repo_id: str) -> None:
 def claim(
     repo_id: str, *, exist_ok: bool = False, private: bool | None = None, token: str | bool | None = None
 ) -> None:
-    """Makes the repo, so that a long run learns at its start whether it may push at its end.
-
-    An empty repo of that name is always welcome. Arguments and errors are those of `push`.
-    """
+    """Makes the repo, so that a long run learns at its start whether it may push at its end; see `push`."""
     check_repo_id(repo_id)
     api = HfApi(token=token)
     with remedies(repo_id):
@@ -232,27 +221,22 @@ def write_repo(
     pipeline: DiffusionPipeline,
     repo_id: str,
     run: dict[str, Any],
-    base_model: str | None = None,
-    license: str | None = None,
-    fp16: bool = True,
+    base_model: str | None,
+    license: str | None,
+    fp16: bool,
 ) -> None:
     """Writes into a folder all that `push` uploads."""
     pipeline.save_pretrained(folder)
-    fp16 = fp16 and pipeline.dtype == torch.float32
+    fp16, drawn = fp16 and pipeline.dtype == torch.float32, can_draw(pipeline)
     if fp16:
         save_half(folder, pipeline)
-    if can_draw(pipeline):
+    if drawn:
         draw_grid(pipeline).save(folder / "samples.png")
-    _forget_paths(folder)
     for name, figure in (("samples", "comparison.png"), ("curve", "curve.png")):
         if name in run:
             run[name].save(folder / figure)
-    drawn = (folder / "samples.png").is_file()
     make_card(pipeline, repo_id, run, base_model, license, fp16, drawn).save(folder / "README.md")
-
-
-def _forget_paths(folder: Path) -> None:
-    """Drops from the configs the folder that each was loaded from: paths of a machine stay private."""
+    # The configs have the folder that each was loaded from: paths of a machine stay private.
     for path in [*folder.rglob("*config.json"), folder / "model_index.json"]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:

@@ -1,8 +1,4 @@
-"""The model card of a distilled sampler: metadata, how to use it, how good it is, how it was trained, its limits.
-
-It is made from the pipeline and, where there is one, from the folder of its run: options.json and training.json of
-`hsivi distil`, report.json, samples.png and curve.png of `hsivi evaluate`.
-"""
+"""The model card of a distilled sampler, from the pipeline and the folder of its run: how to use it, how good it is."""
 
 import html
 import json
@@ -22,87 +18,42 @@ from .pipeline_hsivi import HSIVIPipeline, network_calls, one_of
 METRICS = {"fd": "Frechet distance", "swd": "sliced Wasserstein distance"}
 # The options of a run that a reader of its card wants to know.
 TOLD = (
-    "preset",
-    "objective",
-    "scoring",
-    "max_train_steps",
-    "train_batch_size",
-    "learning_rate",
-    "critic_learning_rate",
-    "seed",
+    *("preset", "objective", "scoring", "max_train_steps", "train_batch_size"),
+    *("learning_rate", "critic_learning_rate", "seed"),
 )
 
-OURS = """\
+CODE = """\
+```python
+{imports}
+
+pipeline = {name}.from_pretrained("{repo_id}"{options})
+images = pipeline({inputs}).images
+```"""
+
+USE = """\
 With the package installed (`pip install hsivi-diffusers`; without it, use the code in this repository, below):
 
-```python
-from hsivi_diffusers import HSIVIPipeline
+{installed}
 
-pipeline = HSIVIPipeline.from_pretrained("{repo_id}")
-images = pipeline(batch_size=16{choice}{labels}).images
-```
+{more}Without the package, with the code that is in this repository ({files};
+read it first). If the repository is private, log in with `hf auth login` or set `HF_TOKEN`:
 
+{alone}
+
+The number of steps is part of the sampler: {counts}."""
+
+MORE = """\
 After `import hsivi_diffusers`, `DiffusionPipeline.from_pretrained` loads it as well.{half}
 
 {stock}
 
-Without the package, with the code that is in this repository (`pipeline.py`, and `hsivi_diffusers.py` in the folders of
-the components; read it first). If the repository is private, log in with `hf auth login` or set `HF_TOKEN`:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="{repo_id}", trust_remote_code=True)
-images = pipeline(batch_size=16{choice}{labels}).images
-```
-
-The number of steps is part of the sampler: {counts}, and no other."""
-
-IN_DDPM_PIPELINE = """\
-In a pipeline of diffusers:
-
-```python
-import hsivi_diffusers
-from diffusers import DDPMPipeline
-
-pipeline = DDPMPipeline.from_pretrained("{repo_id}")
-images = pipeline(batch_size=16, num_inference_steps={steps}).images
-```"""
-
-STOCK = """\
-With the package installed (`pip install hsivi-diffusers`; without it, use the code in this repository, below):
-
-```python
-import hsivi_diffusers
-from diffusers import {name}
-
-pipeline = {name}.from_pretrained("{repo_id}")
-images = pipeline({inputs}num_inference_steps={steps}).images
-```
-
-Without it, with the code that is in this repository (`scheduler/hsivi_diffusers.py`; read it first). If the repository
-is private, log in with `hf auth login` or set `HF_TOKEN`:
-
-```python
-from diffusers import {name}
-
-pipeline = {name}.from_pretrained("{repo_id}", trust_remote_code=True)
-images = pipeline({inputs}num_inference_steps={steps}).images
-```
-
-The number of steps is part of the sampler: pass {counts}, any other is refused."""
+"""
 
 
 def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:
-    """Reads what a run left for its card.
+    """Reads what a run left for its card: options, training and report, empty where missing; samples and curve.
 
-    Args:
-        run_dir: Folder of the run, or None.
-        grid: The trained grid of the pipeline that is pushed, or the list of its grids.
-
-    Returns:
-        options, training, report: contents of the JSON files, empty where a file is missing; samples, curve: figures,
-        where there are files.
+    The grid, or the list of grids, is that of the pipeline that is pushed.
 
     Raises:
         ValueError: `run_dir` is not the folder of a run, or is that of another sampler, or a file in it is damaged, or
@@ -164,10 +115,7 @@ def make_card(
     fp16: bool = False,
     drawn: bool = False,
 ) -> ModelCard:
-    """Writes the card of a pipeline in a repo, from what `read_run` returned; see `push`.
-
-    With `fp16` there are weights in half precision as well, and with `drawn` a grid of its images, samples.png.
-    """
+    """Writes the card from what `read_run` returned; `fp16` and `drawn` tell of half precision and of samples.png."""
     name, counts = repo_id.split("/")[-1], pipeline.scheduler.depths
     data = ModelCardData(
         library_name="diffusers",
@@ -234,19 +182,43 @@ def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
 
 def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: bool) -> str:
     """Snippets: with the package, in a stock pipeline, without the package; of several counts with the largest."""
-    given = {"repo_id": repo_id, "steps": counts[-1], "counts": one_of(counts)}
+
+    def code(name: str, inputs: str, imports: str, options: str = "") -> str:
+        return CODE.format(name=name, inputs=inputs, imports=imports, options=options, repo_id=repo_id)
+
+    steps = f"num_inference_steps={counts[-1]}"
     if not is_ours(pipeline):
-        return STOCK.format(name=type(pipeline).__name__, inputs=_inputs(pipeline), **given)
+        name, inputs = type(pipeline).__name__, f"{_inputs(pipeline)}{steps}"
+        imports = f"from diffusers import {name}"
+        return USE.format(
+            installed=code(name, inputs, f"import hsivi_diffusers\n{imports}"),
+            more="",
+            files="`scheduler/hsivi_diffusers.py`",
+            alone=code(name, inputs, imports, ", trust_remote_code=True"),
+            counts=f"pass {one_of(counts)}, any other is refused",
+        )
     classes = pipeline.unet.config.num_class_embeds
-    labels = f", class_labels=[i % {classes} for i in range(16)]" if classes else ""
-    stock = IN_DDPM_PIPELINE.format(**given)
+    inputs = "batch_size=16" + (f", {steps}" if len(counts) > 1 else "")
+    inputs += f", class_labels=[i % {classes} for i in range(16)]" if classes else ""
+    imports = "import hsivi_diffusers\nfrom diffusers import DDPMPipeline"
+    stock = f"In a pipeline of diffusers:\n\n{code('DDPMPipeline', f'batch_size=16, {steps}', imports)}"
     if classes:
         stock = "A stock DDPMPipeline cannot draw with it, for it passes no class labels."
     elif pipeline.unet_noise_scale is not None:
         stock = "A stock DDPMPipeline cannot draw with it, for it does not know the learned noise scale, one per pixel."
     half = ' For half precision add `variant="fp16"` and `.to(torch.float16)`.' if fp16 else ""
-    choice = f", num_inference_steps={counts[-1]}" if len(counts) > 1 else ""
-    return OURS.format(labels=labels, half=half, stock=stock, choice=choice, **given)
+    return USE.format(
+        installed=code("HSIVIPipeline", inputs, "from hsivi_diffusers import HSIVIPipeline"),
+        more=MORE.format(half=half, stock=stock),
+        files="`pipeline.py`, and `hsivi_diffusers.py` in the folders of the components",
+        alone=code(
+            "DiffusionPipeline",
+            inputs,
+            "from diffusers import DiffusionPipeline",
+            f', custom_pipeline="{repo_id}", trust_remote_code=True',
+        ),
+        counts=f"{one_of(counts)}, and no other",
+    )
 
 
 def _inputs(pipeline: DiffusionPipeline) -> str:
@@ -267,9 +239,8 @@ def _quality(run: dict[str, Any]) -> str:
 
     def line(row: dict[str, Any]) -> str:
         method = "**HSIVI, this model**" if row["method"] == "HSIVI" else _plain(row["method"])
-        fd, swd = (
-            f"{row[metric]:.{digits}f}" if _measured(row, metric) else "-" for metric, digits in (("fd", 2), ("swd", 4))
-        )
+        fd = f"{row['fd']:.2f}" if _measured(row, "fd") else "-"
+        swd = f"{row['swd']:.4f}" if _measured(row, "swd") else "-"
         return f"| {_plain(row['nfe'])} | {method} | {fd} | {swd} | {_plain(row['num_samples'])} |"
 
     head = f"| NFE | method | {_plain(_metric_name('fd', report))} | {_metric_name('swd', report)} | images |"
@@ -285,11 +256,9 @@ def _quality(run: dict[str, Any]) -> str:
 
 def _training(pipeline: DiffusionPipeline, run: dict[str, Any]) -> str:
     config, options, training = pipeline.scheduler.config, run["options"], run["training"]
-    noise = (
-        f"DDIM layers of eta {config.noise_eta}"
-        if config.kernel == "ddim"
-        else "layers that add new noise to the clean image"
-    )
+    noise = f"DDIM layers of eta {config.noise_eta}"
+    if config.kernel != "ddim":
+        noise = "layers that add new noise to the clean image"
     calls, grids = network_calls(pipeline.scheduler.depths), pipeline.scheduler.trained_grids
     data = "Real images of its training data were used too." if options.get("train_data") else "No images were used."
     text = (

@@ -15,13 +15,7 @@ import yaml
 
 
 def option(default: Any, help: str, common: bool = True) -> Any:
-    """A field of an options dataclass.
-
-    Args:
-        default: Its default; a list is copied for each instance.
-        help: Its text in `--help`.
-        common: Shown by `--help`; the others are shown by `--help_all` alone.
-    """
+    """A field of an options dataclass; those that are not common are shown by `--help_all` alone."""
     metadata = {"help": help, "common": common}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -29,10 +23,9 @@ def option(default: Any, help: str, common: bool = True) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser of dataclasses, whose errors are one line."""
+    """An argparse parser whose errors are one line, without the list of all options."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program with status 2 and one line, without the list of all options."""
         self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
 
 
@@ -43,7 +36,7 @@ def parse_options(
     prog: str | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> tuple[Any, ...]:
-    """Reads one dataclass per group of options.
+    """Reads one dataclass per group of options, and returns an instance of each.
 
     A value on the command line wins over the YAML file of `--config`, which wins over the default of the dataclass. A
     bad option ends the program with one line and exit status 2.
@@ -54,9 +47,6 @@ def parse_options(
         args: Arguments, `sys.argv[1:]` by default.
         prog: Name of the program in messages.
         aliases: Old names of options, which are still read.
-
-    Returns:
-        One instance of each dataclass, in the order given.
     """
     parser = Parser(
         prog=prog,
@@ -69,23 +59,23 @@ def parse_options(
     parser.add_argument("--config", help="YAML file of options; the command line wins over it")
     parser.add_argument("--help", "-h", action="store_true", help="show the common options")
     parser.add_argument("--help_all", action="store_true", help="show all options")
+    hints: dict[str, Any] = {}
     for group in groups:
-        _add_group(parser, group)
+        heading, kinds = parser.add_argument_group(group._group), get_type_hints(group)
+        for each in _fields(group):
+            hints[each.name] = kinds[each.name]
+            heading.add_argument(f"--{each.name}", help=each.metadata["help"], **_keywords(hints[each.name]))
     words = [_renamed(word, aliases or {}) for word in (sys.argv[1:] if args is None else args)]
     given = vars(parser.parse_args(words))
-    settings = _read_config(parser, given.pop("config", None), groups, aliases or {})
+    path = given.pop("config", None)
+    given = given if path is None else {**_read_config(parser, path, hints, aliases or {}), **given}
     shown = [name for name in ("help", "help_all") if given.pop(name, False)]
-    instances = tuple(_make(group, {**settings, **given}) for group in groups)
+    instances = tuple(
+        group(**{each.name: given[each.name] for each in _fields(group) if each.name in given}) for group in groups
+    )
     if shown:
         _show_help(parser, instances, everything="help_all" in shown)
     return instances
-
-
-def _add_group(parser: Parser, group: type[Any]) -> None:
-    hints = get_type_hints(group)
-    heading = parser.add_argument_group(getattr(group, "_group", "options"))
-    for each in _fields(group):
-        heading.add_argument(f"--{each.name}", help=each.metadata["help"], **_keywords(hints[each.name]))
 
 
 def _fields(group: type[Any]) -> Iterator[Field[Any]]:
@@ -121,43 +111,28 @@ def _renamed(word: str, aliases: Mapping[str, str]) -> str:
     return f"--{aliases[name]}{equals}{value}" if word.startswith("--") and name in aliases else word
 
 
-def _read_config(
-    parser: Parser, path: str | None, groups: Sequence[type[Any]], aliases: Mapping[str, str]
-) -> dict[str, Any]:
+def _read_config(parser: Parser, path: str, hints: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
     """The settings of a YAML file, checked and converted as those of the command line; `1e-4` is text for YAML."""
-    if path is None:
-        return {}
-    settings = {aliases.get(str(key), str(key)): value for key, value in _read_yaml(parser, path).items()}
-    known = {each.name: each for group in groups for each in _fields(group)}
-    for name in settings.keys() - known.keys():
-        close = difflib.get_close_matches(name, known, n=1)
-        parser.error(f"{path}: unknown option `{name}`" + (f"; did you mean `{close[0]}`?" if close else ""))
-    arguments = [word for name, value in settings.items() if value is not None for word in _as_words(name, value)]
-    empty = {name: None for name, value in settings.items() if value is None and _takes_none(groups, name)}
-    return {**empty, **vars(parser.parse_args(arguments))}
-
-
-def _as_words(name: str, value: Any) -> list[str]:
-    return [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-
-
-def _takes_none(groups: Sequence[type[Any]], name: str) -> bool:
-    hints = {key: hint for group in groups for key, hint in get_type_hints(group).items()}
-    return type(None) in get_args(hints[name])
-
-
-def _read_yaml(parser: Parser, path: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(settings, dict):
         parser.error(f"--config {path} must hold lines of `option: value`, got {type(settings).__name__}")
-    return settings
-
-
-def _make(group: type[Any], settings: Mapping[str, Any]) -> Any:
-    return group(**{each.name: settings[each.name] for each in _fields(group) if each.name in settings})
+    words: list[str] = []
+    empty: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = aliases.get(str(key), str(key))
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            parser.error(f"{path}: unknown option `{name}`" + (f"; did you mean `{close[0]}`?" if close else ""))
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+        elif type(None) in get_args(hints[name]):
+            empty[name] = None
+    return {**empty, **vars(parser.parse_args(words))}
 
 
 def _show_help(parser: Parser, instances: Sequence[Any], everything: bool) -> NoReturn:
@@ -175,12 +150,7 @@ def _show_help(parser: Parser, instances: Sequence[Any], everything: bool) -> No
 
 
 def run_command(command: Callable[[], Any], traceback: bool = False) -> None:
-    """Runs a command: an expected error is one line, `error: ...`, and exit status 2.
-
-    Args:
-        command: Raises `ValueError` or `OSError` for what its user can mend; notes of the error are printed below it.
-        traceback: Leave the error as it is.
-    """
+    """Runs a command: an error that its user can mend is one line with its notes below, and exit status 2."""
     try:
         command()
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -83,11 +83,7 @@ class HSIVIPipeline(DiffusionPipeline):
     def save_pretrained(
         self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """Saves the pipeline and the code of its classes, so that it loads without the package too; never as pickles.
-
-        Raises:
-            ValueError: `safe_serialization` is False.
-        """
+        """Saves the pipeline, as safetensors, and the code of its classes, so that it loads without the package too."""
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles: leave it out, weights are safetensors")
         Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -197,10 +193,7 @@ class HSIVIPipeline(DiffusionPipeline):
             )
 
     def _has_hooks(self) -> bool:
-        """Whether weights are moved or cast by hooks, of accelerate or diffusers, which then know device and dtype.
-
-        To ask them takes a search through all layers, a hundredth of the time of a small sampler.
-        """
+        """Whether hooks of accelerate or diffusers move weights, and then know device and dtype, which takes longer."""
         modules = (self.unet, self.unet.conv_in)
         return any(hasattr(module, hook) for module in modules for hook in ("_hf_hook", "_diffusers_hook"))
 
@@ -255,11 +248,7 @@ class HSIVIPipeline(DiffusionPipeline):
 
 
 def check_finite_weights(module: torch.nn.Module, name: str) -> None:
-    """Refuses weights that are NaN or infinite; those on the meta device and of 8 bits are not looked at.
-
-    Raises:
-        ValueError: Some weights are not finite.
-    """
+    """Refuses, with ValueError, weights that are NaN or infinite; those on the meta device and of 8 bits are passed."""
     for key, weight in module.state_dict().items():
         known = weight.is_floating_point() and weight.element_size() > 1 and weight.device.type != "meta"
         if known and weight.numel() and not bool(torch.stack(weight.aminmax()).isfinite().all()):

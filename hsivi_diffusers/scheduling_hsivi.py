@@ -28,9 +28,6 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-KERNELS = ("ddim", "renoise")
-NOISE_SCALE_TYPES = ("config", "per_pixel")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 OUR_SPACINGS = ("quadratic", "uniform")
 TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
 
@@ -78,26 +75,22 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule: Any name that `DDPMScheduler` knows.
         trained_betas: The betas, in [0, 1], instead of the three above.
         prediction_type: What the network predicts: "epsilon", "v_prediction" or "sample".
-        layer_timesteps: The trained grid, T+1 strictly descending integers tau_T .. tau_0 in 0..N-1. The last one may
-            be -1, the final alpha of DDIM. When set, only T steps are accepted. Or a list of such grids of different
-            T, for a network that was trained for all of them.
-        timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`. A trained grid
-            does not need it; the config then keeps a name that all schedulers know.
+        layer_timesteps: The trained grid, T+1 strictly descending integers tau_T .. tau_0 in 0..N-1; the last one may
+            be -1, the final alpha of DDIM. Only T steps are accepted then. Or a list of such grids of different T.
+        timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`.
         kernel: "ddim" or "renoise", see above.
         noise_eta: eta of the ddim kernel, in [0, 1]; the paper has 0.2.
-        noise_scale: Factor > 0 on the standard deviation, one for all layers or a list of T, noise_scale[t] for layer
-            t (so the last of the list is for the first step). With several grids one number.
+        noise_scale: Factor > 0 on the standard deviation, one for all layers or, of one grid, a list of T,
+            noise_scale[t] for layer t (so the last of the list is for the first step).
         noise_scale_type: "config": `noise_scale` above. "per_pixel": `step` must be given a tensor.
         clip_sample: Clamp the predicted x0 to +- `clip_sample_range`.
         clip_sample_range: Bound of the clamp, > 0.
-        thresholding: Clamp x0 to a quantile of its own absolute values and divide by it, instead of `clip_sample`
-            (dynamic thresholding of Imagen, for pixels only).
+        thresholding: Clamp x0 to a quantile of its absolute values and divide by it, instead of `clip_sample` (Imagen).
         dynamic_thresholding_ratio: That quantile, in [0, 1].
         sample_max_value: Upper bound of the threshold, > 0.
         set_alpha_to_one: The final alpha (level -1) is 1; otherwise that of timestep 0.
         steps_offset: Added to the timesteps of spacing "leading", 0..N-1.
-        rescale_betas_zero_snr: The betas were rescaled so that abar is 0 at the last timestep (alg. 1 of arXiv
-            2305.08891). There a noise prediction does not determine x0, so it needs "v_prediction" or "sample".
+        rescale_betas_zero_snr: abar is 0 at the last timestep (alg. 1 of arXiv 2305.08891); not with "epsilon".
 
     Raises:
         ValueError: A value is outside the ranges above.
@@ -137,10 +130,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
-        _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        _check_choice("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample"))
         _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        _check_choice("kernel", kernel, KERNELS)
-        _check_choice("noise_scale_type", noise_scale_type, NOISE_SCALE_TYPES)
+        _check_choice("kernel", kernel, ("ddim", "renoise"))
+        _check_choice("noise_scale_type", noise_scale_type, ("config", "per_pixel"))
         _check_number("num_train_timesteps", num_train_timesteps, 1, kind=Integral)
         _check_number("steps_offset", steps_offset, 0, num_train_timesteps - 1, kind=Integral)
         _check_number("noise_eta", noise_eta, 0, 1, remedy="; 0 is DDIM, 1 is the noise of DDPM")
@@ -161,14 +154,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             self.register_to_config(layer_timesteps=layer_timesteps, timestep_spacing=spacing)
         _check_noise_scale(noise_scale, layer_timesteps)
 
-        schedule = _make_schedule(
-            num_train_timesteps=num_train_timesteps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=trained_betas,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-        )
+        given = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+        schedule = _make_schedule({name: self.config[name] for name in (*given, "rescale_betas_zero_snr")})
         self.betas, self.alphas, self.alphas_cumprod = schedule.betas, schedule.alphas, schedule.alphas_cumprod
         self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
         self.init_noise_sigma = 1.0
@@ -235,8 +222,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             num_layers: T, 1..N.
             timestep_spacing: "quadratic": (i/T)^2 start, as in the paper. "uniform": (i/T) start. "trailing",
                 "leading" and "linspace": those of diffusers (table 2 of arXiv 2305.08891), ending at -1, the final
-                alpha. Where rounding would repeat a timestep, neighbours are moved apart; T = N always takes every
-                timestep down to -1.
+                alpha. Repeated timesteps are moved apart; T = N always takes every timestep down to -1.
             num_train_timesteps: N.
             start: tau_T of the first two; 0.8 N for quadratic, N-1 for uniform by default.
             steps_offset: Added to the timesteps of "leading".
@@ -249,7 +235,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         if not _is_whole(num_layers) or not 1 <= num_layers <= size:
             raise ValueError(f"{num_layers!r} steps: give a whole number from 1 to num_train_timesteps={size}")
         num_layers = int(num_layers)
-        if timestep_spacing in ("quadratic", "uniform") and num_layers < size:
+        if timestep_spacing in OUR_SPACINGS and num_layers < size:
             power, default = (2, round(0.8 * size)) if timestep_spacing == "quadratic" else (1, size - 1)
             start = max(default, num_layers) if start is None else start
             if not _is_whole(start) or not num_layers <= start < size:
@@ -276,8 +262,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: T. With trained grids only a T of theirs is accepted, and None means the largest.
             device: Where `timesteps` goes.
-            timesteps: Inputs tau_T .. tau_1 of the layers, instead of T; the last layer ends at -1. With trained grids
-                only theirs are accepted.
+            timesteps: Inputs tau_T .. tau_1 of the layers, instead of T; the last layer ends at -1. Or trained ones.
 
         Raises:
             ValueError: Both or neither are given, or they are not as above.
@@ -304,19 +289,15 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             return _check_timesteps("timesteps + [-1]", [*_listed(timesteps), -1], self.config.num_train_timesteps)
         if num_inference_steps is None:
             raise ValueError("this scheduler has no trained grid (layer_timesteps): pass num_inference_steps")
-        return self.make_layer_timesteps(
-            num_inference_steps,
-            self.config.timestep_spacing,
-            self.config.num_train_timesteps,
-            steps_offset=self.config.steps_offset,
-        )
+        spacing, size = self.config.timestep_spacing, self.config.num_train_timesteps
+        return self.make_layer_timesteps(num_inference_steps, spacing, size, steps_offset=self.config.steps_offset)
 
     @property
     def begin_index(self) -> int | None:
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Stores the layer that a pipeline starts at; `step` does not need it, because it looks the timestep up.
+        """Stores the layer that a pipeline starts at, for the pipeline alone.
 
         Raises:
             ValueError: The sampler has no such layer, as when an image-to-image pipeline is given a low strength.
@@ -401,15 +382,14 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def predict(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Converts a network output to the clean image and the noise, both of the shape of the sample.
+        """Converts a network output to (x0, eps) with sample = alpha x0 + sigma eps, float32 at least.
+
+        x0, the clean image, is clamped afterwards if `clip_sample`.
 
         Args:
             model_output: Shape (B, C, H, W), or (B, 2C, H, W) with a learned variance, which is dropped.
             timestep: Where the sample is, a scalar or shape (B,).
             sample: Shape (B, C, H, W).
-
-        Returns:
-            (x0, eps) with sample = alpha x0 + sigma eps, x0 clamped afterwards if `clip_sample`; float32 at least.
 
         Raises:
             ValueError: The output does not fit the sample.
@@ -442,17 +422,14 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns mean and standard deviation of q_t(x_t | x_{t+1}), the formulas at the head of this file.
 
+        The std broadcasts against the sample; it is returned at the last layer, too, whose noise `step` leaves out.
+
         Args:
             model_output: Output of the network at the sample, see `predict`.
             timestep: tau_{t+1}, a scalar or shape (B,).
             sample: x_{t+1}, shape (B, C, H, W).
             noise_scale: Instead of that of the config; any shape that broadcasts against the sample.
-            prev_timestep: tau_t, shape (B,), where it does not follow from tau_{t+1} in the grid that is set: in the
-                training of several grids at once.
-
-        Returns:
-            Mean, of the shape of the sample, and std, which broadcasts against it; also at the last layer, whose noise
-            `step` leaves out.
+            prev_timestep: tau_t, shape (B,), where it does not follow from the grid that is set, as with several.
 
         Raises:
             ValueError: The timestep is no layer's input, the shapes do not fit, or a per-pixel scale is missing.
@@ -463,11 +440,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def invert(
         self, mean: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Converts the mean of a layer, see `transition`, to the clean image and the noise it was made of.
-
-        Returns:
-            (x0, eps) with sample = alpha x0 + sigma eps at tau_{t+1}, those of `predict` unless it clamped x0.
-        """
+        """Converts the mean of a layer, see `transition`, to the (x0, eps) it was made of, see `predict`; no clamp."""
         sample = sample.to(mean.dtype)
         layer = self._coefficients(timestep, sample, prev_timestep)
         x0 = (mean - layer.direction / layer.sigma_next * sample) / layer.image_share
@@ -538,7 +511,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             variance_noise: The noise itself, of the shape of the sample.
             noise_scale: The per-pixel scale, where `noise_scale_type` is "per_pixel".
             return_dict: Return `HSIVISchedulerOutput` rather than a tuple.
-            **kwargs: What pipelines pass to other schedulers (`eta`, `use_clipped_model_output`); ignored.
+            **kwargs: What pipelines pass to other schedulers, such as `eta`; ignored.
 
         Raises:
             ValueError: As `transition`; or generator and variance_noise are both given.
@@ -567,15 +540,11 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def _layer(
         self, timestep: int | torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor | None = None
     ) -> LayerCoefficients:
-        """Returns the numbers of the layer, or layers, that start at the timestep.
-
-        One on the grid is looked up, as floats of single precision: that spares some twenty small operations a step.
-        """
+        """Returns the numbers of the layers that start at the timestep; of one on the grid they are looked up, fast."""
         single = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
         if single and prev_timestep is None and sample.dtype == torch.float32:
             number: Any = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
-            known = self._layers.get(number)
-            if known is not None:
+            if (known := self._layers.get(number)) is not None:
                 return known
         return self._coefficients(self._vector(timestep, sample), sample, prev_timestep)
 
@@ -667,7 +636,7 @@ def _listed(values: Any) -> list[Any]:
         return [values]
 
 
-def _make_schedule(**options: Any) -> DDPMScheduler:
+def _make_schedule(options: dict[str, Any]) -> DDPMScheduler:
     """Returns the scheduler of diffusers that has these betas."""
     remedy = "give betas from 0 to 1, such as beta_start=0.0001, beta_end=0.02, or a list of them as trained_betas"
     try:

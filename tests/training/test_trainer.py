@@ -347,7 +347,7 @@ def test_a_loaded_pipeline_is_distilled_and_callbacks_see_each_update(teacher, t
     assert summary == json.loads((tmp_path / "run" / "training.json").read_text())
     assert json.loads((tmp_path / "run" / "options.json").read_text())["pretrained_teacher_model"] is None
     assert same_tensors(pipeline_weights(tmp_path / "run"), pipeline_weights(fast_run))
-    trainer.save_pretrained(tmp_path / "saved" / "pipeline")
+    trainer.pipeline.save_pretrained(tmp_path / "saved" / "pipeline")
     assert same_tensors(pipeline_weights(tmp_path / "saved"), pipeline_weights(fast_run))
 
 
