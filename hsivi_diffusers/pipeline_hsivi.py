@@ -90,15 +90,6 @@ class HSIVIPipeline(DiffusionPipeline):
         (Path(save_directory) / "pipeline.py").write_text(self._source, encoding="utf-8")
         super().save_pretrained(save_directory, True, *args, **kwargs)
 
-    def __repr__(self) -> str:
-        """What it draws and with how many calls, then the components."""
-        if getattr(self, "scheduler", None) is None:  # the constructor has refused its arguments
-            return super().__repr__()
-        grid, grids = self.scheduler.config.get("layer_timesteps"), getattr(self.scheduler, "trained_grids", [])
-        calls = network_calls([len(grid) - 1 for grid in grids]) if grids else "any number of network calls"
-        shape = "x".join(map(str, self._sample_shape() or ["any size"]))
-        return f"HSIVIPipeline: {shape} images in {calls}, layer_timesteps={grid}\n{super().__repr__()}"
-
     @torch.no_grad()
     def __call__(
         self,

@@ -64,6 +64,11 @@ class LayerCoefficients(NamedTuple):
         """Returns the noise eps in the input of the layer when its clean image is x0."""
         return (sample - self.alpha_next * x0) / self.sigma_next
 
+    def invert(self, mean: Any, sample: Any) -> tuple[Any, Any]:
+        """Returns the (x0, eps) that the mean was made of, with sample = alpha x0 + sigma eps in the input."""
+        x0 = (mean - self.direction / self.sigma_next * sample) / self.image_share
+        return x0, self.noise_in(sample, x0)
+
 
 class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     """Scheduler of a T-layer hierarchical semi-implicit sampler; one network call per layer.
@@ -437,36 +442,6 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         mean, std, _, _ = self._transition(model_output, timestep, sample, noise_scale, prev_timestep)
         return mean, std if isinstance(std, torch.Tensor) else mean.new_full([1] * mean.ndim, std)
 
-    def invert(
-        self, mean: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Converts the mean of a layer, see `transition`, to the (x0, eps) it was made of, see `predict`; no clamp."""
-        sample = sample.to(mean.dtype)
-        layer = self._coefficients(timestep, sample, prev_timestep)
-        x0 = (mean - layer.direction / layer.sigma_next * sample) / layer.image_share
-        return x0, layer.noise_in(sample, x0)
-
-    def lead(
-        self, x0: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns the mean of a layer whose clean image is x0, float32 of half precision: the inverse of `invert`."""
-        x0, sample = (tensor.to(torch.promote_types(x0.dtype, torch.float32)) for tensor in (x0, sample))
-        layer = self._coefficients(timestep, sample, prev_timestep)
-        mean: torch.Tensor = layer.mean(x0, layer.noise_in(sample, x0))
-        return mean
-
-    def image_share(self, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor) -> torch.Tensor:
-        """Returns d mean / d x0 > 0 of a layer, shaped (B, 1, ...)."""
-        share: torch.Tensor = self._coefficients(timestep, sample, prev_timestep).image_share
-        return share
-
-    def split_noise(
-        self, timestep: torch.Tensor, level: torch.Tensor, sample: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns sqrt(sigma^2 - c^2) and c of a layer from `timestep` to `level`, shaped (B, 1, ...)."""
-        layer = self._coefficients(timestep, sample, level)
-        return layer.direction, layer.c
-
     def _transition(
         self,
         model_output: torch.Tensor,
@@ -546,19 +521,19 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             number: Any = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
             if (known := self._layers.get(number)) is not None:
                 return known
-        return self._coefficients(self._vector(timestep, sample), sample, prev_timestep)
+        return self.coefficients(self._vector(timestep, sample), sample, prev_timestep)
 
     def _make_layers(self) -> dict[int, LayerCoefficients]:
         """The numbers of each layer of the grid, by the timestep of its input."""
         inputs = self._grid()[:-1]
-        columns = self._coefficients(inputs, inputs[:, None].float())
+        columns = self.coefficients(inputs, inputs[:, None].float())
         rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
         return {timestep: LayerCoefficients(*row) for timestep, row in zip(inputs.tolist(), rows, strict=True)}
 
-    def _coefficients(
+    def coefficients(
         self, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor | None = None
     ) -> LayerCoefficients:
-        """The formulas at the head of this file for timesteps (B,), as tensors (B, 1, ...) to go with the sample."""
+        """Returns the numbers of layers tau_{t+1} (B,), as tensors (B, 1, ...); see `transition` for the arguments."""
         position, below = (None, prev_timestep) if prev_timestep is not None else self._below(timestep)
         alpha_next, sigma_next = self.alpha_sigma(timestep, sample)
         alpha, sigma = self.alpha_sigma(below, sample)

@@ -649,7 +649,7 @@ def test_the_coarse_part_of_an_image_counts_more_and_the_rest_as_before():
     scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)
     t = torch.tensor([0, 1])
     ends = scheduler.input_timestep(t), fine, scheduler.output_timestep(t)
-    share = scheduler.image_share(*ends)
+    share = scheduler.coefficients(*ends).image_share
     torch.testing.assert_close(image_loss(scheduler, 7.0)(share * (coarse + fine), t), expected)
     torch.testing.assert_close(image_loss(scheduler)(share * fine, t), half_square(fine))
 
@@ -658,12 +658,11 @@ def test_the_loss_of_pairs_is_in_image_units_whatever_the_layer():
     """A clean image that is off by d in each value costs d^2/2 a value, for each layer of grids of 1, 2 and 4 steps."""
     scheduler = HSIVIScheduler(layer_timesteps=[[440, 0], [440, 220, 0], [440, 330, 220, 110, 0]], noise_eta=1.0)
     t = torch.arange(7)
-    ends = scheduler.input_timestep(t), torch.randn(7, 1, 8, 8), scheduler.output_timestep(t)
-    x0 = torch.randn(7, 1, 8, 8)
-    residual = scheduler.lead(x0 + 0.1, *ends) - scheduler.lead(x0, *ends)
-    torch.testing.assert_close(image_loss(scheduler)(residual, t), torch.full((7,), 0.32), rtol=1e-3, atol=0)
-    moved = scheduler.invert(scheduler.lead(x0, *ends), *ends)[0]
-    torch.testing.assert_close(moved, x0, rtol=1e-3, atol=1e-4)
+    x, x0 = torch.randn(2, 7, 1, 8, 8)
+    layer = scheduler.coefficients(scheduler.input_timestep(t), x, scheduler.output_timestep(t))
+    mean, moved = (layer.mean(clean, layer.noise_in(x, clean)) for clean in (x0, x0 + 0.1))
+    torch.testing.assert_close(image_loss(scheduler)(moved - mean, t), torch.full((7,), 0.32), rtol=1e-3, atol=0)
+    torch.testing.assert_close(layer.invert(mean, x)[0], x0, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -724,15 +723,6 @@ def test_pairs_of_a_teacher_that_draws_no_numbers_are_refused():
         TeacherPairs(unet, HSIVIScheduler(layer_timesteps=[700, 0]), torch.randn(6, 1, 8, 8), num_calls=2)
 
 
-def test_the_mean_for_a_clean_picture_is_of_single_precision_at_least():
-    grid, t = HSIVIScheduler(layer_timesteps=[700, 300, 0]), torch.tensor([0, 1])
-    x0, x = torch.randn(2, 2, 1, 8, 8)
-    places = grid.input_timestep(t), grid.output_timestep(t)
-    exact = grid.lead(x0.half().float(), places[0], x.half().float(), places[1])
-    assert torch.equal(grid.lead(x0.half(), places[0], x.half(), places[1]), exact)
-    assert grid.lead(x0.double(), places[0], x.double(), places[1]).dtype == torch.float64
-
-
 @pytest.mark.parametrize("settings", [{"kernel": "ddim", "noise_eta": 1.0}, {"kernel": "ddim"}, {"kernel": "renoise"}])
 def test_pairs_of_several_layers_lead_each_to_its_picture(settings):
     """The first layer from the noise of the pair, the others from its picture, diffused to their input."""
@@ -747,7 +737,7 @@ def test_pairs_of_several_layers_lead_each_to_its_picture(settings):
     noise = ((x - alpha * clean) / sigma)[~first]
     assert noise.mean().item() == pytest.approx(0, abs=0.05)
     assert noise.std().item() == pytest.approx(1, abs=0.05)
-    x0, _ = grid.invert(end, grid.input_timestep(t), x, grid.output_timestep(t))
+    x0, _ = grid.coefficients(grid.input_timestep(t), x, grid.output_timestep(t)).invert(end, x)
     torch.testing.assert_close(x0, clean, atol=1e-4, rtol=1e-4)
     # what a network that answers with the picture would have for its mean
     told = HSIVIScheduler.from_config(grid.config, prediction_type="sample", clip_sample=False)

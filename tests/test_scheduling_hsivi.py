@@ -126,12 +126,10 @@ def test_a_mean_is_read_as_the_image_and_noise_it_was_made_of_and_leads_back(pre
     timesteps, below = scheduler.timesteps, torch.tensor(GRID[1:])
     clean, eps = scheduler.predict(output, timesteps, sample)
     mean, _ = scheduler.transition(output, timesteps, sample)
-    for got, wanted in zip(scheduler.invert(mean, timesteps, sample, below), (clean, eps), strict=True):
+    layer = scheduler.coefficients(timesteps, sample, below)
+    for got, wanted in zip(layer.invert(mean, sample), (clean, eps), strict=True):
         torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(scheduler.lead(clean, timesteps, sample, below), mean)
-    half = scheduler.lead(clean.half(), timesteps, sample.half(), below)
-    assert half.dtype == torch.float32
-    torch.testing.assert_close(half, scheduler.lead(clean.half().float(), timesteps, sample.half().float(), below))
+    torch.testing.assert_close(layer.mean(clean, layer.noise_in(sample, clean)), mean)
 
 
 def test_noise_scale_multiplies_the_std_of_its_layer_alone():

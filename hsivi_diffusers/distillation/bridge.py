@@ -167,12 +167,12 @@ class TeacherBridge(Bridge):
         tau = self.scheduler.input_timestep(t)
         chosen = torch.rand(len(t), generator=generator).to(t.device) < self.between_share
         chosen &= ~torch.isin(t, self._first_layers.to(t.device)) & (level < tau)
-        x0, eps = self.scheduler.invert(q.mean, tau, x_next, self.scheduler.output_timestep(t))
-        direction, c = self.scheduler.split_noise(tau, torch.minimum(level, tau), q.mean)
+        x0, eps = self.scheduler.coefficients(tau, x_next, self.level(t)).invert(q.mean, x_next)
+        layer = self.scheduler.coefficients(tau, q.mean, torch.minimum(level, tau))
         alpha, sigma = self.scheduler.alpha_sigma(level, q.mean)
         chosen = chosen.reshape(alpha.shape)
         mean, std = torch.where(chosen, alpha * x0, fresh.mean), torch.where(chosen, sigma, fresh.std)
-        kept = ((direction * eps + c * noise) / sigma).detach()
+        kept = ((layer.direction * eps + layer.c * noise) / sigma).detach()
         return DiagonalGaussian(mean=mean, std=std), torch.where(chosen, kept, noise)
 
     def weight(self, sigma_power: float) -> Weight:

@@ -18,22 +18,20 @@ from .state_dicts import load_state_dict, random_state, save_state_dict, set_ran
 
 
 class State(Protocol):
-    """What is trained: its `parts` have a `state_dict` that is the same in all processes, by the name of their file."""
+    """What is trained.
+
+    Its `parts` have a `state_dict` that is the same in all processes, by the name of their file; `save_state` writes
+    what only this process has, and `load_state` restores it when the parts were restored, on the CPU. `check_finite`
+    raises an error if a weight is not finite after so many updates.
+    """
 
     parts: dict[str, Any]
 
     @property
-    def micro_batches(self) -> int:
-        """Batches of an update, in all processes."""
-
-    def check_finite(self, step: int) -> None:
-        """Raises an error of its own if a weight is not finite after so many updates."""
-
-    def save_state(self, folder: Path) -> None:
-        """Writes what only this process has."""
-
-    def load_state(self, folder: Path) -> None:
-        """Restores what `save_state` wrote, after the parts were restored on the CPU."""
+    def micro_batches(self) -> int: ...
+    def check_finite(self, step: int) -> None: ...
+    def save_state(self, folder: Path) -> None: ...
+    def load_state(self, folder: Path) -> None: ...
 
 
 class Checkpoints:

@@ -80,14 +80,15 @@ class TeacherPairs:
         if bool(below.any()):
             diffused = self.scheduler.add_noise(x0, randn_like(x0, generator), timestep)
             x_next = torch.where(below.to(x0.device)[:, None, None, None], diffused, x_next)
-        end = self.scheduler.lead(x0, timestep, x_next, self.scheduler.output_timestep(t))
+        layer = self.scheduler.coefficients(timestep, x_next, self.scheduler.output_timestep(t))
+        end = layer.mean(x0, layer.noise_in(x_next, x0))
         return x_next, end, None if self.condition is None else self.condition[index].to(self._device)
 
 
 def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
     """Returns the loss 1/2 (|m|^2 + c |P m|^2) in image units, for `Regression` and `Guided`.
 
-    m is the residual of the clean image, that of the layer's mean divided by `HSIVIScheduler.image_share`, so that one
+    m is the residual of the clean image, that of the layer's mean divided by its `image_share`, so that one
     weight serves any number of steps. P m are the means of m over 4 x 4 fields of equal size: brightness, colour and
     layout, which the solver tells well; the objective with the critic makes the details. c >= 0 is `coarse`.
     """
@@ -95,7 +96,7 @@ def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tens
     def loss(residual: Tensor, t: Tensor) -> Tensor:
         """Residuals of means, shape (B, C, H, W), of layers t -> (B,)."""
         ends = scheduler.input_timestep(t), residual, scheduler.output_timestep(t)
-        image = residual / scheduler.image_share(*ends)
+        image = residual / scheduler.coefficients(*ends).image_share
         if not coarse:
             return half_square(image)
         means = adaptive_avg_pool2d(image, 4)

@@ -31,14 +31,11 @@ from .output import Output, check_teacher, claimed, start_run
 from .progress import Progress
 from .seals import finished
 from .state import TrainingState
-from .updates import PreemptionError, run_updates
+from .updates import InterruptedRunError as InterruptedRunError
+from .updates import run_updates
 
 WRITTEN = ("training.json", "pipeline", "critic", "samples", "report.json", "report.md", "samples.png", "curve.png")
 Callback = Callable[["HSIVITrainer", Step], dict[str, float] | None]
-
-
-class InterruptedRunError(Exception):
-    """SIGTERM or Ctrl-C ended a run; what was done is in a checkpoint, and the message says how to go on."""
 
 
 class HSIVITrainer:
@@ -174,10 +171,6 @@ class HSIVITrainer:
                     raise InterruptedRunError(
                         f"stopped and saved after update {done}: go on with resume_from_checkpoint latest"
                     )
-        except PreemptionError as error:
-            raise InterruptedRunError(
-                "stopped before the first update, nothing was saved: start again with resume_from_checkpoint latest"
-            ) from error
         except DivergenceError as error:
             kept = finished(checkpoints.output_dir)
             error.add_note(f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet")

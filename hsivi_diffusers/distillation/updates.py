@@ -36,8 +36,8 @@ MAX_OVERFLOWS = 50
 COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs
 
 
-class PreemptionError(Exception):
-    """The machine is to be taken away before the first update, when there is nothing to save."""
+class InterruptedRunError(Exception):
+    """SIGTERM or Ctrl-C ended a run; what was done is in a checkpoint, and the message says how to go on."""
 
 
 def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjective:
@@ -56,7 +56,7 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
 
     Raises:
         DivergenceError: A loss is not finite, or under fp16 the gradients overflowed 50 times in a row.
-        PreemptionError: SIGTERM came before the first update.
+        InterruptedRunError: SIGTERM or Ctrl-C came before the first update.
     """
     config = state.config
     if config.num_pairs and start_step == 0:
@@ -146,7 +146,9 @@ def _regress(state: TrainingState) -> None:
             subject = f"the loss of the fit to pairs, of pair_learning_rate={config.pair_learning_rate},"
             raise DivergenceError(subject, error.step, error.layers) from error
         if state.accelerator.check_trigger():
-            raise PreemptionError
+            raise InterruptedRunError(
+                "stopped before the first update, nothing was saved: start again with resume_from_checkpoint latest"
+            )
     if not config.is_guided:
         state.pairs.cache_clear()
     group["lr"] = rate
