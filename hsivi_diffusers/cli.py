@@ -127,7 +127,12 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     except DivergenceError as error:
         raise SystemExit("; ".join([f"error: {error}", *error.__notes__])) from error
     if trainer.accelerator.is_main_process:
-        _report(config.output_dir, summary)
+        folder = Path(config.output_dir)
+        print(
+            f"trained in {summary['seconds']:.0f} s; the pipeline is in {folder / 'pipeline'}\n"
+            f"measure it: hsivi evaluate --run_dir {folder}\n"
+            f"draw from it: hsivi sample --pipeline {folder} --output_dir {folder / 'drawn'}"
+        )
         if hub.push_to_hub:  # last, for the others would not wait long enough
             _push_trained(trainer, hub)
 
@@ -168,14 +173,6 @@ def told_in_one_line() -> Iterator[None]:
         for note in getattr(error, "__notes__", []):
             told.add_note(note)
         raise told from error
-
-
-def _report(output_dir: str, summary: dict[str, Any]) -> None:
-    print(
-        f"trained in {summary['seconds']:.0f} s; the pipeline is in {Path(output_dir) / 'pipeline'}\n"
-        f"measure it: hsivi evaluate --run_dir {output_dir}\n"
-        f"draw from it: hsivi sample --pipeline {output_dir} --output_dir {Path(output_dir) / 'drawn'}"
-    )
 
 
 def _push_trained(trainer: Any, hub: PushAtEnd) -> None:

@@ -228,8 +228,11 @@ def write_repo(
     """Writes into a folder all that `push` uploads."""
     pipeline.save_pretrained(folder)
     fp16, drawn = fp16 and pipeline.dtype == torch.float32, can_draw(pipeline)
-    if fp16:
-        save_half(folder, pipeline)
+    for name, part in pipeline.components.items() if fp16 else ():
+        if isinstance(part, torch.nn.Module):
+            kind: Any = type(getattr(part, "_orig_mod", part))  # compiled or not
+            half = torch.nn.Module.to(kind.from_pretrained(folder / name), torch.float16)
+            half.save_pretrained(folder / name, variant="fp16")
     if drawn:
         draw_grid(pipeline).save(folder / "samples.png")
     for name, figure in (("samples", "comparison.png"), ("curve", "curve.png")):
@@ -241,15 +244,6 @@ def write_repo(
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def save_half(folder: Path, pipeline: DiffusionPipeline) -> None:
-    """Saves the weights of a saved pipeline again, in half precision, as the variant fp16."""
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module):
-            kind: Any = type(getattr(part, "_orig_mod", part))  # compiled or not
-            half = torch.nn.Module.to(kind.from_pretrained(folder / name), torch.float16)
-            half.save_pretrained(folder / name, variant="fp16")
 
 
 def can_draw(pipeline: DiffusionPipeline) -> bool:

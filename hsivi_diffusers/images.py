@@ -14,7 +14,7 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
 
 def load_images(source: str, resolution: int, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Loads every image of a source.
+    """Returns all images of a source, see `stack_images`, and labels, shape (N,), where there are any.
 
     Args:
         source: `digits` (the 1,797 handwritten digits of scikit-learn, 8x8), a folder (searched recursively; if all its
@@ -22,9 +22,6 @@ def load_images(source: str, resolution: int, channels: int) -> tuple[torch.Tens
             dataset on the Hub with a column `image` or `img`, and `label` if it has classes.
         resolution: Height and width; images are centre-cropped and resized to it.
         channels: 1 (grey) or 3 (RGB).
-
-    Returns:
-        Images, uint8 of shape (N, channels, resolution, resolution), and labels of shape (N,) where there are any.
 
     Raises:
         ValueError: The source is unknown or holds no image.

@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,15 @@ class HSIVIPipeline(DiffusionPipeline):
             with suppress(OSError):  # which the loading itself reports
                 options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
                 _check_kind(pretrained_model_name_or_path, cls.load_config(pretrained_model_name_or_path, **options))
-        with damage_named():
+        try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            file = re.search(r"Unable to load weights from checkpoint file for '([^']+)'", str(error))
+            if file is None:
+                raise
+            raise ValueError(
+                f"{file[1]} is damaged or incomplete: download it again (force_download=True), or copy it again"
+            ) from error
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
@@ -126,8 +133,10 @@ class HSIVIPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
-        hooked = self._has_hooks()
         weight = self.unet.conv_in.weight
+        # Hooks of accelerate or diffusers move weights; to ask them for the device takes as long as a small network.
+        hooks, modules = ("_hf_hook", "_diffusers_hook"), (self.unet, self.unet.conv_in)
+        hooked = any(hasattr(module, hook) for module in modules for hook in hooks)
         device, dtype = (self._execution_device, self.unet.dtype) if hooked else (weight.device, weight.dtype)
         latents = self._prepare_latents(batch_size, latents, generator, device, dtype)
         conditions = self._prepare_class_labels(batch_size, class_labels, device)
@@ -182,11 +191,6 @@ class HSIVIPipeline(DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: choose from {self._callback_tensor_inputs}"
             )
-
-    def _has_hooks(self) -> bool:
-        """Whether hooks of accelerate or diffusers move weights, and then know device and dtype, which takes longer."""
-        modules = (self.unet, self.unet.conv_in)
-        return any(hasattr(module, hook) for module in modules for hook in ("_hf_hook", "_diffusers_hook"))
 
     def _sample_shape(self) -> tuple[int, int, int] | None:
         """(C, H, W), or None where the unet was made for no size of its own."""
@@ -247,20 +251,6 @@ def check_finite_weights(module: torch.nn.Module, name: str) -> None:
                 f"{name} has weights that are NaN or infinite, the first in {key}: its training diverged or its file "
                 "is damaged; take an earlier checkpoint, or download it again"
             )
-
-
-@contextmanager
-def damage_named() -> Iterator[None]:
-    """Raises ValueError, with the remedy, where diffusers says that a file of weights could not be loaded."""
-    try:
-        yield
-    except OSError as error:
-        file = re.search(r"Unable to load weights from checkpoint file for '([^']+)'", str(error))
-        if file is None:
-            raise
-        raise ValueError(
-            f"{file[1]} is damaged or incomplete: download it again (force_download=True), or copy it again"
-        ) from error
 
 
 def network_calls(counts: list[int]) -> str:

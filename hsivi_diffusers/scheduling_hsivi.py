@@ -456,7 +456,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         x0, eps = self._predict(model_output, sample, layer.alpha_next, layer.sigma_next)
         mean = layer.mean(x0, eps)
         if noise_scale is not None:
-            _check_broadcast("noise_scale", noise_scale, sample)
+            sizes = zip(reversed(noise_scale.shape), reversed(sample.shape), strict=False)
+            if noise_scale.ndim > sample.ndim or any(size not in (1, wanted) for size, wanted in sizes):
+                raise ValueError(
+                    f"noise_scale has shape {tuple(noise_scale.shape)}: give one that broadcasts to the sample, "
+                    f"{tuple(sample.shape)}"
+                )
             return mean, noise_scale.to(sample) * layer.c, x0, layer.last
         if self.config.noise_scale_type == "per_pixel":
             raise ValueError(
@@ -690,11 +695,3 @@ def _check_noise_scale(noise_scale: float | list[float], grid: Any) -> None:
     if grid is None or count != len(grid) - 1:
         wanted = "a grid, layer_timesteps" if grid is None else f"{len(grid) - 1} numbers, one for each layer"
         raise ValueError(f"noise_scale has {count} numbers: it needs {wanted}")
-
-
-def _check_broadcast(name: str, given: torch.Tensor, sample: torch.Tensor) -> None:
-    sizes = zip(reversed(given.shape), reversed(sample.shape), strict=False)
-    if given.ndim > sample.ndim or any(size not in (1, wanted) for size, wanted in sizes):
-        raise ValueError(
-            f"{name} has shape {tuple(given.shape)}: give one that broadcasts to the sample, {tuple(sample.shape)}"
-        )

@@ -177,12 +177,7 @@ class TeacherBridge(Bridge):
 
     def weight(self, sigma_power: float) -> Weight:
         """Returns the weight sigma^a of a level, in score units; multiply by sigma^-2 for noise units."""
-
-        def weight(level: Tensor) -> Tensor:
-            _, sigma = self.scheduler.alpha_sigma(level, torch.zeros(1, device=level.device))
-            return sigma**sigma_power
-
-        return weight
+        return lambda level: self.scheduler.alpha_sigma(level, torch.zeros(1, device=level.device))[1] ** sigma_power
 
 
 def signal_timestep(schedule: HSIVIScheduler, shape: tuple[int, ...], signal: float) -> int:

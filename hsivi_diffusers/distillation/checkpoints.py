@@ -114,8 +114,7 @@ class Checkpoints:
         `latest` takes the newest checkpoint that is whole. What a killed run left half written is removed.
 
         Raises:
-            ValueError: The checkpoint that was named is missing or damaged, all are damaged, or it is that of another
-                run, of another number of micro-batches, or of a version that wrote pickles.
+            ValueError: The checkpoint is missing or damaged, or this run cannot go on from it.
         """
         if self.accelerator.is_main_process and self.folder.is_dir():
             for stale in filter(is_partial, self.folder.iterdir()):

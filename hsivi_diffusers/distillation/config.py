@@ -86,17 +86,14 @@ class HSIVIConfig:
         "between",
         "between",
         "own",
-        "score a layer at its own level, diffused to a random one, or, half of the rows, at one between its ends",
+        "score a layer at its own level, a random one, or, half of the rows, between its ends",
     )
     level_min: int = option(5, "lowest timestep of random levels", common=False)
     loss_weight: Literal["unit", "sigma2"] = by_preset(
         "unit", "unit", "sigma2", "weight of the losses of student and critic, on squared noise"
     )
     source: Literal["pool", "simulate", "data"] = by_preset(
-        "pool",
-        "pool",
-        "simulate",
-        "inputs of the layers: a pool of live chains, fresh chains, or noised images of train_data",
+        "pool", "pool", "simulate", "inputs of the layers: a pool of live chains, fresh chains, or noised train_data"
     )
     critic_updates: int = by_preset(1, 2, 20, "critic updates for each student update")
     critic_first: int = by_preset(0, 50, 0, "student updates at the start in which the critic alone learns")

@@ -75,14 +75,10 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
         start = signal_timestep(schedule, (shape[0], 1, 1), 1 / config.start_noise)
     elif start is None and config.start_signal is not None:
         start = signal_timestep(schedule, shape, config.start_signal)
+    starts = [None if start is None else start + place * config.start_spacing for place in range(len(config.depths))]
     grids = [
-        HSIVIScheduler.make_layer_timesteps(
-            count,
-            config.timestep_spacing,
-            len(schedule),
-            start=None if start is None else start + place * config.start_spacing,
-        )
-        for place, count in enumerate(config.depths)
+        HSIVIScheduler.make_layer_timesteps(count, config.timestep_spacing, len(schedule), first)
+        for count, first in zip(config.depths, starts, strict=True)
     ]
     return HSIVIScheduler.from_config(
         schedule.config,

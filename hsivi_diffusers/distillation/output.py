@@ -13,7 +13,8 @@ from ..folders import LOCK, claim_output_dir, remove_folder, sole_writer, write_
 from ..options import differences, option
 from .seals import find_damage, finished, is_partial, read_progress
 
-STARTED = {"options.json", "options.json.partial", "logs", "samples"}  # in a folder before the first checkpoint
+OPTIONS = {"options.json", "options.json.partial"}
+STARTED = OPTIONS | {"logs", "samples", "checkpoints"}  # in a folder before the first checkpoint
 ANEW = "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
 
 Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -75,8 +76,7 @@ def _only_started(path: Path) -> bool:
     """Whether a folder holds nothing but the start of a run that stopped before its first checkpoint."""
     checkpoints, names = path / "checkpoints", {entry.name for entry in path.iterdir()} - {LOCK}
     unfinished = all(is_partial(entry) for entry in checkpoints.iterdir()) if checkpoints.is_dir() else True
-    ours = bool(names & {"options.json", "options.json.partial"}) or not names
-    return ours and unfinished and names <= STARTED | {"checkpoints"}
+    return unfinished and names <= STARTED and (bool(names & OPTIONS) or not names)
 
 
 def start_run(

@@ -33,14 +33,11 @@ class TeacherPairs:
     Args:
         unet: The teacher.
         scheduler: Gives its noise schedule and what it predicts, and the grid of the layers.
-        noise: x_T ~ N(0, I), shape (N, C, H, W).
+        noise: x_T ~ N(0, I), shape (N, C, H, W); `end` has the images x_0, between -1 and 1.
         condition: Class label of each pair, shape (N,), or None.
         num_calls: Network calls for a pair.
         batch_size: Pairs that the network is called with at once.
         show: Show a progress bar.
-
-    Attributes:
-        end: x_0, images between -1 and 1, of the shape of `noise`.
 
     Raises:
         ValueError: An image is not finite.

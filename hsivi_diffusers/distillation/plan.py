@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -250,29 +249,14 @@ def seconds_per_flop(shape: dict[str, Any], config: HSIVIConfig) -> tuple[float,
 
 
 def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -> None:
-    """Prints what a run would cost; with several processes, the first of them does."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if int(os.environ.get("RANK", 0)) > 0:
-        return
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # from here on it is alone
-        os.environ.pop(name, None)
+    """Prints what a run would cost in one process."""
     shape, schedule = read_configs(teacher, revision)
-    cost = measure(shape, schedule, config)
-    if processes > 1:
-        trained = cost.memory["student"] + cost.memory["critic"]
-        cost.memory["gradient buckets of data parallelism"] = trained
-        if "pairs" in cost.memory:
-            cost.memory["pairs"] //= processes
-    print("\n".join(describe(teacher, config, cost, *seconds_per_flop(shape, config), processes)))
-
-
-def describe(teacher: str, config: HSIVIConfig, cost: Cost, speed: float, clock: str, processes: int) -> list[str]:
-    """The lines of the plan."""
+    cost, (speed, clock) = measure(shape, schedule, config), seconds_per_flop(shape, config)
     seconds = speed * cost.flops
     calls = ", ".join(f"{name} {number:.1f}" for name, number in cost.calls.items())
-    return [
+    lines = [
         f"{teacher}, {', '.join(map(str, config.depths))} steps, preset {config.preset}: "
-        f"{config.max_train_steps} updates of {_rows(config) * processes} rows in {processes} process(es)",
+        f"{config.max_train_steps} updates of {_rows(config)} rows",
         "",
         *_table("parameters", cost.parameters, 1, ",.0f"),
         "",
@@ -284,21 +268,20 @@ def describe(teacher: str, config: HSIVIConfig, cost: Cost, speed: float, clock:
         f"an update calls for each row: {calls}; {cost.flops / 1e9:,.1f} GFLOP in a process",
         f"about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all, by the speed of "
         f"one network ({clock})",
-        *_pair_lines(config, cost, speed, processes),
+        *([_pair_line(config, cost, speed)] if config.num_pairs else []),
         "",
         *_table("written, MiB", cost.written, MIB, ",.1f"),
     ]
+    print("\n".join(lines))
 
 
-def _pair_lines(config: HSIVIConfig, cost: Cost, speed: float, processes: int) -> list[str]:
+def _pair_line(config: HSIVIConfig, cost: Cost, speed: float) -> str:
     """What the pairs and the fit to them cost before the updates: a backward pass is two calls."""
-    if not config.num_pairs:
-        return []
-    made, fitted = config.num_pairs * config.pair_calls / processes, 3 * config.pair_steps * _rows(config)
-    return [
-        f"before them about {_duration(speed * cost.call_flops * (made + fitted))} for {config.num_pairs:,} pairs of "
+    calls = config.num_pairs * config.pair_calls + 3 * config.pair_steps * _rows(config)
+    return (
+        f"before them about {_duration(speed * cost.call_flops * calls)} for {config.num_pairs:,} pairs of "
         f"{config.pair_calls} calls of the teacher and {config.pair_steps:,} updates of the layers by them"
-    ]
+    )
 
 
 def _table(title: str, numbers: Mapping[str, float], unit: float, form: str) -> list[str]:

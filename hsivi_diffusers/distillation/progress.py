@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
@@ -33,11 +33,11 @@ class Progress:
     def __init__(self, state: TrainingState) -> None:
         self.state, self.config, self.accelerator = state, state.config, state.accelerator
         self.running: dict[str, float] = {}
-        self._teacher_row: Tensor | None = None
 
     def watch(self, steps: Iterator[Step], start: int, metrics: Callable[[Step], dict[str, float]]) -> Iterator[Step]:
         """Yields the steps after `start`, with a bar of running losses, of the metrics of a step, and the time left."""
-        total, every = self.config.max_train_steps, self._grid_steps()
+        total, every = self.config.max_train_steps, self.config.validation_steps
+        every = max(1, total // 10) if every is None else every
         if every and start < total:
             self.draw(start)
         self._restart_clock(start)
@@ -58,24 +58,14 @@ class Progress:
         self.running = {name: 0.95 * self.running.get(name, loss) + 0.05 * loss for name, loss in losses.items()}
         bar.update()
         if done % EVERY == 0 or done == self.config.max_train_steps or measured:
-            numbers = {**self._numbers(step), "images_per_second": self._images_per_second(done), **measured}
-            self.accelerator.log(numbers, step=done)
-            shown = {**self.running, "img/s": numbers["images_per_second"], **measured}
+            speed = (done - self.clock_step) * self.state.rows / (time.perf_counter() - self.clock)
+            self._restart_clock(done)
+            self.accelerator.log({**self._numbers(step), "images_per_second": speed, **measured}, step=done)
+            shown = {**self.running, "img/s": speed, **measured}
             bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
-
-    def _grid_steps(self) -> int:
-        """Updates between two sample grids; 0 for none."""
-        steps = self.config.validation_steps
-        return max(1, self.config.max_train_steps // 10) if steps is None else steps
 
     def _restart_clock(self, step: int) -> None:
         self.clock_step, self.clock = step, time.perf_counter()
-
-    def _images_per_second(self, step: int) -> float:
-        """Images of student updates in all processes a second, since the last question."""
-        speed = (step - self.clock_step) * self.state.rows / (time.perf_counter() - self.clock)
-        self._restart_clock(step)
-        return speed
 
     def _numbers(self, step: Step) -> dict[str, float]:
         """Losses, gradient norms, learning rates, the critic's loss layer by layer, and the noise scale."""
@@ -96,8 +86,6 @@ class Progress:
     def draw(self, step: int) -> None:
         """Writes a grid: the teacher's images in many steps, then the student's in most, always from the same noise."""
         if self.accelerator.is_main_process:
-            if self._teacher_row is None:
-                self._teacher_row = self._draw_teacher()
             images = torch.cat([self._teacher_row, self._draw_student((ROWS - 1) * COLUMNS)])
             shown = images.permute(0, 2, 3, 1).numpy()
             folder = Path(str(self.config.output_dir)) / "samples"
@@ -107,7 +95,11 @@ class Progress:
             factor = -(-WIDTH // grid.width)
             size = (factor * grid.width, factor * grid.height)
             grid.resize(size, Image.Resampling.NEAREST).save(folder / f"step-{step}.png")
-            self._log_images(shown, step)
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    tracker.log_images({"samples": shown}, step=step, dataformats="NHWC")
+                elif tracker.name in ("wandb", "comet_ml"):
+                    tracker.log_images({"samples": list(shown)}, step=step)
         self.accelerator.wait_for_everyone()
 
     def _labels(self, size: int) -> list[int] | None:
@@ -115,7 +107,8 @@ class Progress:
         classes = self.state.student.unet.config.num_class_embeds
         return [i % classes for i in range(size)] if classes else None
 
-    def _draw_teacher(self) -> Tensor:
+    @cached_property
+    def _teacher_row(self) -> Tensor:
         """Images in [0, 1] of a solver of the teacher, on the CPU."""
         labels, bridge = self._labels(COLUMNS), self.state.bridge
         pairs = TeacherPairs(
@@ -134,10 +127,3 @@ class Progress:
         generator, labels = torch.Generator().manual_seed(0), self._labels(size)
         images: Tensor = pipeline(size, generator, class_labels=labels, output_type="pt", return_dict=False)[0]
         return images.float().cpu()
-
-    def _log_images(self, images: np.ndarray, step: int) -> None:
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images({"samples": images}, step=step, dataformats="NHWC")
-            elif tracker.name in ("wandb", "comet_ml"):
-                tracker.log_images({"samples": list(images)}, step=step)

@@ -1,8 +1,4 @@
-"""The student's layers and the critic: diffusion UNets as what the core calls.
-
-Only adapters: the losses are in `vi.objectives`, the layer's formula in `HSIVIScheduler.transition`. UNets speak of
-noise, the core of scores: score = -eps / sigma.
-"""
+"""The student's layers and the critic: diffusion UNets as what the core calls, score = -eps / sigma."""
 
 from __future__ import annotations
 
@@ -30,9 +26,7 @@ class UNetCritic(nn.Module):
 
     def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
         super().__init__()
-        self.unet = unet
-        self.scheduler = scheduler
-        self.num_layers = num_layers
+        self.unet, self.scheduler, self.num_layers = unet, scheduler, num_layers
 
     def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None, t: Tensor | None = None) -> Tensor:
         """Returns the score at x, shape (B, C, H, W).
@@ -43,18 +37,16 @@ class UNetCritic(nn.Module):
             condition: Class labels, shape (B,), or None.
             t: Layers, 0..L-1, shape (B,); needed with `num_layers`, ignored without it.
         """
-        output = call_unet(self.unet, x, level, self._label(condition, t))
+        if self.num_layers:
+            if t is None:
+                raise ValueError(
+                    f"t is missing: this critic tells {self.num_layers} layers apart; give one for each row"
+                )
+            condition = t if condition is None else condition * self.num_layers + t  # see label_layers
+        output = call_unet(self.unet, x, level, condition)
         _, noise_pred = self.scheduler.predict(output, level, x)
         _, sigma = self.scheduler.alpha_sigma(level, noise_pred)
         return -noise_pred / sigma
-
-    def _label(self, condition: Tensor | None, t: Tensor | None) -> Tensor | None:
-        """The row of the embedding that `label_layers` made: t, or class * L + t."""
-        if not self.num_layers:
-            return condition
-        if t is None:
-            raise ValueError(f"t is missing: this critic tells {self.num_layers} layers apart; give one for each row")
-        return t if condition is None else condition * self.num_layers + t
 
 
 class UNetDiscriminator(UNetCritic):
@@ -94,7 +86,7 @@ class UNetLayers(ConditionalLayers):
 
     Args:
         unet: Starts as a copy of the teacher's.
-        scheduler: Holds the grid, or the grids of several hierarchies, see `HSIVIScheduler.depths`.
+        scheduler: Holds the grid, or the grids of several hierarchies.
         noise_scale: The learned scale per pixel, or None for that of the scheduler's config.
         clip_images: Clip the mean of the last layer to [-1, 1], as pipelines do with what is drawn, and let its
             gradient pass as if it were not clipped (straight through).
@@ -108,11 +100,8 @@ class UNetLayers(ConditionalLayers):
         clip_images: bool = False,
     ) -> None:
         super().__init__()
-        self.unet = unet
-        self.scheduler = scheduler
-        self.noise_scale = noise_scale
-        self.clip_images = clip_images
-        self.num_layers = sum(scheduler.depths)
+        self.unet, self.scheduler, self.noise_scale = unet, scheduler, noise_scale
+        self.clip_images, self.num_layers = clip_images, sum(scheduler.depths)
 
     @property
     def depths(self) -> list[int]:
@@ -127,21 +116,17 @@ class UNetLayers(ConditionalLayers):
         prev_timestep = self.scheduler.output_timestep(t) if several else None
         scale = None if self.noise_scale is None else self.noise_scale()
         mean, std = self.scheduler.transition(model_output, timestep, x_next, scale, prev_timestep)
-        return DiagonalGaussian(mean=self._clip(mean, t) if self.clip_images else mean, std=std)
-
-    def _clip(self, mean: Tensor, t: Tensor) -> Tensor:
-        """The mean, that of a last layer clipped in value and not in gradient."""
-        _, last = hierarchy_ends(self.depths)
-        is_last = torch.isin(t, last.to(t.device)).reshape(-1, *[1] * (mean.ndim - 1))
-        return torch.where(is_last, mean + (mean.clamp(-1, 1) - mean).detach(), mean)
+        if self.clip_images:
+            _, last = hierarchy_ends(self.depths)
+            is_last = torch.isin(t, last.to(t.device)).reshape(-1, *[1] * (mean.ndim - 1))
+            mean = torch.where(is_last, mean + (mean.clamp(-1, 1) - mean).detach(), mean)
+        return DiagonalGaussian(mean=mean, std=std)
 
 
 def label_layers(unet: UNet2DModel, num_layers: int) -> UNet2DModel:
-    """Returns a copy of a UNet that is told the layer: for each one it starts as the UNet itself.
+    """Returns a copy of a UNet that is told the layer, 0..L-1: for each one it starts as the UNet itself.
 
-    Args:
-        unet: With or without classes.
-        num_layers: L. The copy takes class labels, t of a UNet without classes, otherwise class * L + t.
+    The copy takes class labels, t of a UNet without classes, otherwise class * L + t.
 
     Raises:
         ValueError: The classes of the UNet are no numbers.

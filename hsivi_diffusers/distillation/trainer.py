@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -117,28 +117,29 @@ class HSIVITrainer:
                 "this trainer has trained already: make a new HSIVITrainer, or pass resume_from_checkpoint='latest'"
             )
         self._has_trained = True
-        main = self.accelerator.is_main_process
-        run = Output(
-            self.config.output_dir,
-            self.config.overwrite_output_dir and resume_from_checkpoint is None,
-            resume_from_checkpoint,
-            self.config.checkpointing_steps,
-            self.config.checkpoints_total_limit,
-        )
+        main, config = self.accelerator.is_main_process, self.config
+        anew = config.overwrite_output_dir and resume_from_checkpoint is None
+        limits = (config.checkpointing_steps, config.checkpoints_total_limit)
+        run = Output(config.output_dir, anew, resume_from_checkpoint, *limits)
         check_teacher(run, self.teacher["pretrained_teacher_model"], WRITTEN)
-        with self._claim(run) if main else nullcontext():
+        with ExitStack() as stack:
+            if main:  # now, for later a refusal would cost a training or an earlier run
+                stack.enter_context(claimed(run))
+                self.before_start()
+                remedy = ", where init_from goes on from student and critic of a finished run"
+                start_run(run, self.settings, WRITTEN, remedy, complete)
             self.accelerator.wait_for_everyone()
-            if self.config.report_to:
+            if config.report_to:
                 self.accelerator.init_trackers("hsivi")
             identity = {**self.settings, "teacher_sha256": self.state.fingerprint}
             checkpoints = Checkpoints(run, self.accelerator, self.state, identity, complete)
             start, spent = checkpoints.load()
-            if start >= self.config.max_train_steps:
+            if start >= config.max_train_steps:
                 self.accelerator.print(f"nothing is left to do, the run had {start} updates")
             with signals_as_trigger(self.accelerator), self.state.counting_rows() as rows:
                 seconds = self._run(checkpoints, start, spent)
             record = checkpoints.output_dir / "training.json"
-            if start >= self.config.max_train_steps and record.exists():
+            if start >= config.max_train_steps and record.exists():
                 summary = json.loads(record.read_text(encoding="utf-8"))
             else:
                 summary = self._summarise(start, seconds, sum(rows.values()) * self.accelerator.num_processes)
@@ -148,15 +149,6 @@ class HSIVITrainer:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         return summary
-
-    @contextmanager
-    def _claim(self, run: Output) -> Iterator[None]:
-        """Makes the output folder or refuses: now, for later it would cost a training or an earlier run."""
-        with claimed(run):
-            self.before_start()
-            remedy = ", where init_from goes on from student and critic of a finished run"
-            start_run(run, self.settings, WRITTEN, remedy, complete)
-            yield
 
     def _run(self, checkpoints: Checkpoints, start: int, spent: float) -> float:
         """Runs the updates from `start` on, before which `spent` seconds went by; returns the seconds of all."""
@@ -178,7 +170,6 @@ class HSIVITrainer:
         return spent + time.perf_counter() - clock
 
     def _call_back(self, step: Step) -> dict[str, float]:
-        """Calls the callbacks; returns their numbers."""
         numbers: dict[str, float] = {}
         for callback in self.callbacks:
             numbers.update(callback(self, step) or {})
@@ -224,17 +215,6 @@ def make_accelerator(config: HSIVIConfig) -> Accelerator:
         log_with=config.report_to,
         project_dir=str(Path(config.output_dir or ".") / "logs"),
     )
-    check_accelerator(accelerator)
-    if accelerator.mixed_precision != config.precision:
-        raise ValueError(
-            f"mixed_precision={config.precision!r}, and this process has trained in {accelerator.mixed_precision!r}, "
-            "which accelerate keeps: give that precision, or start a new process"
-        )
-    return accelerator
-
-
-def check_accelerator(accelerator: Accelerator) -> None:
-    """Refuses a plugin that takes a single model, processes that do not know each other, and fp16 on a CPU."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"the launcher asks for {accelerator.distributed_type.value}, which under accelerate takes one model, and "
@@ -249,6 +229,12 @@ def check_accelerator(accelerator: Accelerator) -> None:
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would leave it out
         raise ValueError("mixed_precision='fp16' requires a GPU: on a CPU take 'bf16', or 'no'")
+    if accelerator.mixed_precision != config.precision:
+        raise ValueError(
+            f"mixed_precision={config.precision!r}, and this process has trained in {accelerator.mixed_precision!r}, "
+            "which accelerate keeps: give that precision, or start a new process"
+        )
+    return accelerator
 
 
 @contextmanager
