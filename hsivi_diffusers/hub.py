@@ -78,7 +78,7 @@ def push(
     run, api = read_run(run_dir, pipeline.scheduler.config.layer_timesteps), HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         base_model = base_model or _public_teacher(api, run)
-        write_repo(Path(folder), pipeline, repo_id, run, base_model, license, fp16)
+        write_repo(Path(folder), pipeline, repo_id, run, fp16, base_model=base_model, license=license)
         claim(repo_id, exist_ok=exist_ok, private=private, token=token)
         with remedies(repo_id):
             if revision is not None:
@@ -217,15 +217,9 @@ def _status(error: HfHubHTTPError) -> int:
 
 
 def write_repo(
-    folder: Path,
-    pipeline: DiffusionPipeline,
-    repo_id: str,
-    run: dict[str, Any],
-    base_model: str | None,
-    license: str | None,
-    fp16: bool,
+    folder: Path, pipeline: DiffusionPipeline, repo_id: str, run: dict[str, Any], fp16: bool, **about: Any
 ) -> None:
-    """Writes into a folder all that `push` uploads."""
+    """Writes into a folder all that `push` uploads; `about` are further arguments of the card."""
     pipeline.save_pretrained(folder)
     fp16, drawn = fp16 and pipeline.dtype == torch.float32, can_draw(pipeline)
     for name, part in pipeline.components.items() if fp16 else ():
@@ -238,7 +232,7 @@ def write_repo(
     for name, figure in (("samples", "comparison.png"), ("curve", "curve.png")):
         if name in run:
             run[name].save(folder / figure)
-    make_card(pipeline, repo_id, run, base_model, license, fp16, drawn).save(folder / "README.md")
+    make_card(pipeline, repo_id, run, fp16=fp16, drawn=drawn, **about).save(folder / "README.md")
     # The configs have the folder that each was loaded from: paths of a machine stay private.
     for path in [*folder.rglob("*config.json"), folder / "model_index.json"]:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -39,14 +39,8 @@ def parse_options(
     """Reads one dataclass per group of options, and returns an instance of each.
 
     A value on the command line wins over the YAML file of `--config`, which wins over the default of the dataclass. A
-    bad option ends the program with one line and exit status 2.
-
-    Args:
-        groups: Dataclasses; `_group` of each is its heading in `--help`.
-        description: First lines of `--help`.
-        args: Arguments, `sys.argv[1:]` by default.
-        prog: Name of the program in messages.
-        aliases: Old names of options, which are still read.
+    bad option ends the program with one line and exit status 2. `_group` of a dataclass is its heading in `--help`;
+    `aliases` are old names of options, which are still read.
     """
     parser = Parser(
         prog=prog,

@@ -155,7 +155,11 @@ class HSIVIPipeline(DiffusionPipeline):
                 wanted = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                 latents = (callback_on_step_end(self, i, timestep, wanted) or {}).get("latents", latents)
 
-        images = self._to_images(latents, output_type)
+        images = latents if output_type == "latent" else (latents / 2 + 0.5).clamp(0, 1)
+        if output_type in ("pil", "np"):
+            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
         if hooked:
             self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -231,15 +235,6 @@ class HSIVIPipeline(DiffusionPipeline):
         if classes is not None and not bool(((labels >= 0) & (labels < classes)).all()):
             raise ValueError(f"class_labels={labels.tolist()}: the classes of this unet are 0 to {classes - 1}")
         return {"class_labels": labels.to(device=device, dtype=torch.long)}
-
-    def _to_images(self, latents: torch.Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return latents
-        images = (latents / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        array = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        return self.numpy_to_pil(array) if output_type == "pil" else array
 
 
 def check_finite_weights(module: torch.nn.Module, name: str) -> None:

@@ -1,7 +1,6 @@
-"""Where diffusers looks up the names of a saved pipeline: made known at once, or when diffusers is imported.
+"""Makes known where `DiffusionPipeline.from_pretrained` looks up the names of a saved pipeline.
 
-`DiffusionPipeline.from_pretrained` looks for a library "hsivi_diffusers" among the pipeline modules of diffusers, and
-for the class of the pipeline in its namespace. Without both, every repo of the Hub is refused.
+These are the pipeline modules of diffusers and its namespace. Without both, every repo of the Hub is refused.
 """
 
 import sys

@@ -150,14 +150,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
                 "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the sample "
                 "is pure noise, and a prediction of it does not determine x0"
             )
-        noise_scale = _read_noise_scale(noise_scale)
-        self.register_to_config(noise_scale=noise_scale)
         if layer_timesteps is not None:
             layer_timesteps = _check_grids(layer_timesteps, num_train_timesteps)
             # A trained grid needs no spacing, and some classes accept only their own.
             spacing = "leading" if timestep_spacing in OUR_SPACINGS else timestep_spacing
             self.register_to_config(layer_timesteps=layer_timesteps, timestep_spacing=spacing)
-        _check_noise_scale(noise_scale, layer_timesteps)
+        self.register_to_config(noise_scale=_check_noise_scale(noise_scale, layer_timesteps))
 
         given = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
         schedule = _make_schedule({name: self.config[name] for name in (*given, "rescale_betas_zero_snr")})
@@ -674,8 +672,8 @@ def _choose_trained(
     )
 
 
-def _read_noise_scale(noise_scale: Any) -> float | list[float]:
-    """Returns plain numbers, for JSON."""
+def _check_noise_scale(noise_scale: Any, grid: Any) -> float | list[float]:
+    """Returns plain numbers, for JSON; several go with one grid of as many layers."""
     try:
         scale = torch.as_tensor(noise_scale, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
@@ -683,15 +681,12 @@ def _read_noise_scale(noise_scale: Any) -> float | list[float]:
     if scale.ndim > 1 or not bool(((scale > 0) & scale.isfinite()).all()):
         raise ValueError(f"noise_scale={noise_scale!r}: give a number > 0 or a list; for no noise use noise_eta=0")
     numbers: float | list[float] = scale.tolist()
-    return numbers
-
-
-def _check_noise_scale(noise_scale: float | list[float], grid: Any) -> None:
-    if not isinstance(noise_scale, list):
-        return
-    count = len(noise_scale)
+    if not isinstance(numbers, list):
+        return numbers
+    count = len(numbers)
     if grid is not None and isinstance(grid[0], list):
         raise ValueError(f"noise_scale has {count} numbers, for {len(grid)} grids: give one number for all layers")
     if grid is None or count != len(grid) - 1:
         wanted = "a grid, layer_timesteps" if grid is None else f"{len(grid) - 1} numbers, one for each layer"
         raise ValueError(f"noise_scale has {count} numbers: it needs {wanted}")
+    return numbers

@@ -54,11 +54,10 @@ ALLOWED = {
     "distillation/student": ({"vi/*", "scheduling_hsivi", "modeling_hsivi", "distillation/denoisers"}, TRAIN),
     "distillation/bridge": ({"vi/*", "scheduling_hsivi", "distillation/denoisers", "distillation/student"}, TRAIN),
     "distillation/pairs": ({"vi/*", "scheduling_hsivi", "distillation/denoisers"}, TRAIN),
-    "distillation/seals": (set(), set()),
     "distillation/state_dicts": (set(), TRAIN),
-    "distillation/output": ({"distillation/seals", "folders", "options"}, set()),
+    "distillation/output": ({"folders", "options"}, set()),
     "distillation/checkpoints": (
-        {"distillation/output", "distillation/seals", "distillation/state_dicts", "folders", "options"},
+        {"distillation/output", "distillation/state_dicts", "folders", "options"},
         TRAIN,
     ),
     "distillation/trials": ({"distillation/bridge", "distillation/denoisers", "images", "options"}, TRAIN),
@@ -85,7 +84,7 @@ ALLOWED = {
     ),
     "distillation/trainer": (
         {f"distillation/{noun}" for noun in ("checkpoints", "config", "denoisers", "networks", "output", "progress")}
-        | {"distillation/seals", "distillation/state", "distillation/updates"}
+        | {"distillation/state", "distillation/updates"}
         | {"vi/*", "folders", "hub", "pipeline_hsivi"},
         TRAIN,
     ),

@@ -29,7 +29,7 @@ class TeacherBridge(Bridge):
         scheduler: Holds the grid; layer t is fitted to the data at tau_t.
         level_range: Lowest and highest timestep of random levels.
         level_power: p > 0, see `sample_level`.
-        data: Draws clean data, (size, condition, generator) -> shape (size, ...), where the bridge is drawn from.
+        data: Draws clean data, (size, condition, generator) -> shape (size, ...); only `sample` needs it.
         between_share: Share of the rows scored at a random level that keep to their input, see `place`; 0 to 1.
 
     Raises:

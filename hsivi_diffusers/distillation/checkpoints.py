@@ -12,8 +12,7 @@ from torch import nn
 
 from ..folders import remove_folder, replace_folder, write_json, write_text
 from ..options import differences
-from .output import ANEW, Complete, Output
-from .seals import find_damage, finished, is_partial, read_progress, seal, step_of
+from .output import ANEW, Complete, Output, find_damage, finished, is_partial, read_progress, seal, step_of
 from .state_dicts import load_state_dict, random_state, save_state_dict, set_random_state
 
 

@@ -225,31 +225,20 @@ def _check_choices(config: HSIVIConfig) -> None:
                 raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 
 
-# What a setting must be: the words of the error, the test, and the settings.
-RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "a number of at least 1": (
-        lambda value: value >= 1,
-        (
-            *("critic_updates", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
-            *("checkpointing_steps", "checkpoints_total_limit"),
-        ),
-    ),
-    "a number above 0": (
-        lambda value: value > 0,
-        ("learning_rate", "critic_learning_rate", "pair_calls", "pair_steps", "pair_learning_rate", "level_power"),
-    ),
-    "a number above 0, or leave it out": (lambda value: value > 0, ("max_grad_norm", "start_signal", "start_noise")),
-    "a number above 0, up to 1; layers without noise have no score to train on": (
-        lambda value: 0 < value <= 1,
-        ("noise_eta",),
-    ),
-    "a number from 0 on": (
-        lambda value: value >= 0,
-        ("lr_warmup_steps", "num_pairs", "pair_weight", "start_spacing", "adversarial_weight"),
-    ),
-    "a number of at least 1, or 0 for no images": (lambda value: value >= 0, ("validation_steps",)),
-    "a number from 0 to below 1": (lambda value: 0 <= value < 1, ("ema_decay", "adam_beta1", "teacher_share")),
-}
+# What settings must be: the words of the error, the test, and their names.
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("a number of at least 1", lambda value: value >= 1, "critic_updates max_train_steps train_batch_size"),
+    ("a number of at least 1", lambda value: value >= 1, "gradient_accumulation_steps"),
+    ("a number of at least 1", lambda value: value >= 1, "checkpointing_steps checkpoints_total_limit"),
+    ("a number of at least 1, or 0 for no images", lambda value: value >= 0, "validation_steps"),
+    ("a number from 0 on", lambda value: value >= 0, "lr_warmup_steps start_spacing num_pairs pair_weight"),
+    ("a number from 0 on", lambda value: value >= 0, "adversarial_weight"),
+    ("a number from 0 to below 1", lambda value: 0 <= value < 1, "ema_decay adam_beta1 teacher_share"),
+    ("a number above 0", lambda value: value > 0, "learning_rate critic_learning_rate level_power"),
+    ("a number above 0", lambda value: value > 0, "pair_calls pair_steps pair_learning_rate"),
+    ("a number above 0, or leave it out", lambda value: value > 0, "max_grad_norm start_signal start_noise"),
+    ("a number above 0, up to 1; without noise there is no score", lambda value: 0 < value <= 1, "noise_eta"),
+)
 
 
 def _check_ranges(config: HSIVIConfig) -> None:
@@ -261,8 +250,8 @@ def _check_ranges(config: HSIVIConfig) -> None:
             "1 2 4 8"
         )
     values = {**vars(config), **vars(config.trials)}
-    for accepted, (good, names) in RANGES.items():
-        for name in names:
+    for accepted, good, names in RANGES:
+        for name in names.split():
             if values[name] is not None and not good(values[name]):
                 raise ValueError(f"{name}={values[name]}: give {accepted}")
     if not 0 <= config.critic_first < config.max_train_steps:
@@ -308,8 +297,9 @@ def _check_together(config: HSIVIConfig) -> None:
             "scoring='random' with kernel='renoise' cannot learn a noise scale, which the law of a scored image does "
             "not depend on: set noise_scale_type to 'config'"
         )
-    if config.level_min != 5 and config.scoring == "own":
-        raise ValueError(
-            f"level_min={config.level_min} has no effect with scoring='own', which has no random levels: set scoring "
-            "to 'random' or 'between', or leave level_min out"
-        )
+    for name, value, default in (("level_min", config.level_min, 5), ("level_power", config.trials.level_power, 1)):
+        if value != default and config.scoring == "own":
+            raise ValueError(
+                f"{name}={value} has no effect with scoring='own', which has no random levels: set scoring to 'random' "
+                f"or 'between', or leave {name} out"
+            )

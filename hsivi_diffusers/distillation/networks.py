@@ -63,7 +63,7 @@ def make_networks(
 
 
 def tells_layer(config: HSIVIConfig) -> bool:
-    """Whether layers are scored at the same levels, so that the critic must be told the layer to know its marginal."""
+    """Whether layers are scored at the same levels, so that the critic must be told the layer."""
     shared = config.scoring != "own" and config.trials.kernel == "renoise"
     return len(config.depths) > 1 or (config.depths[0] > 1 and shared)
 

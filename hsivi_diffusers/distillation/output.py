@@ -1,8 +1,10 @@
-"""The folder of a run: claimed before it is written to, with the options of the run."""
+"""The folder of a run: claimed before it is written to, with the options of the run and its checkpoints, sealed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +13,6 @@ from typing import Any
 
 from ..folders import LOCK, claim_output_dir, remove_folder, sole_writer, write_json
 from ..options import differences, option
-from .seals import find_damage, finished, is_partial, read_progress
 
 OPTIONS = {"options.json", "options.json.partial"}
 STARTED = OPTIONS | {"logs", "samples", "checkpoints"}  # in a folder before the first checkpoint
@@ -130,3 +131,66 @@ def _recorded(output_dir: Path, checkpoint: str) -> Iterator[tuple[Path, dict[st
         identity = {} if path is None else read_progress(path).get("identity", {})
         if path is not None and identity:
             yield path.parent.parent, identity
+
+
+# ----- checkpoints as folders -----
+
+
+def finished(output_dir: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first: `checkpoint-` and digits, and no other folder."""
+    found = (path.parent for path in output_dir.glob("checkpoints/checkpoint-*/progress.json"))
+    return sorted((path for path in found if re.fullmatch("checkpoint-[0-9]+", path.name)), key=step_of)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a folder is what a killed run left of a checkpoint."""
+    return re.fullmatch(r"partial-[0-9]+|checkpoint-[0-9]+\.retired", path.name) is not None
+
+
+def find_damage(path: Path) -> str | None:
+    """Says what is wrong with a checkpoint, or None if every byte is as it was written."""
+    if not (path / "progress.json").is_file():
+        return f"{path} holds no checkpoint"
+    try:
+        progress = read_progress(path)
+        whole = progress.pop("sha256") == _digest(progress)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        whole = False
+    if not whole:
+        return f"{path}/progress.json is damaged"
+    for name, written in progress["files"].items():
+        if not (path / name).is_file():
+            return f"{path} lacks {name}"
+        if _file_digest(path / name) != written:
+            return f"{path / name} is damaged"
+    return None
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """What progress.json of a checkpoint says."""
+    return dict(json.loads((path / "progress.json").read_text(encoding="utf-8")))
+
+
+def step_of(path: Path) -> int:
+    """Updates that were done at a checkpoint, by its name."""
+    return int(path.name.split("-")[1])
+
+
+def seal(folder: Path, progress: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the SHA-256 of every other file of a folder, and of it all."""
+    files = {
+        path.relative_to(folder).as_posix(): _file_digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "progress.json"
+    }
+    sealed = {**progress, "files": files}
+    return {**sealed, "sha256": _digest(sealed)}
+
+
+def _digest(progress: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,9 +27,8 @@ from .checkpoints import Checkpoints
 from .config import HSIVIConfig, complete
 from .denoisers import load_teacher
 from .networks import check_init_from, load_networks
-from .output import Output, check_teacher, claimed, start_run
+from .output import Output, check_teacher, claimed, finished, start_run
 from .progress import Progress
-from .seals import finished
 from .state import TrainingState
 from .updates import InterruptedRunError as InterruptedRunError
 from .updates import run_updates
@@ -176,28 +175,23 @@ class HSIVITrainer:
         return numbers
 
     def _summarise(self, start: int, seconds: float, counted: int) -> dict[str, Any]:
-        teacher = self.teacher["pretrained_teacher_model"]
+        """What training.json says, with the calls of a run that was never stopped, of those counted after `start`.
+
+        A resumed run does not fit its pairs again, and makes them again if they guide the student.
+        """
+        teacher, total, calls = self.teacher["pretrained_teacher_model"], self.config.max_train_steps, None
+        if start < total:
+            made, fitted = self.state.pair_calls
+            again = (made if self.config.is_guided else 0) if start else made + fitted
+            calls = round((counted - again) * total / (total - start)) + made + fitted
         return {
             "seconds": seconds,
-            "network_calls": self._count_calls(counted, start),
+            "network_calls": calls,
             "processes": self.accelerator.num_processes,
             "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
             "mixed_precision": self.accelerator.mixed_precision,
             "base_model": None if teacher is None or Path(teacher).exists() else teacher,
         }
-
-    def _count_calls(self, counted: int, start: int) -> int | None:
-        """Network calls of the run as if never stopped, of those counted after `start` updates; None if none was left.
-
-        A resumed run does not fit its pairs again, and makes them again if they guide the student.
-        """
-        total = self.config.max_train_steps
-        if start >= total:
-            return None
-        made, fitted = self.state.pair_calls
-        again = made if self.config.is_guided else 0
-        updates = counted - (again if start else made + fitted)
-        return round(updates * total / (total - start)) + made + fitted
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Pushes the averaged student with its model card; see `hsivi_diffusers.push` for options; returns the URL."""

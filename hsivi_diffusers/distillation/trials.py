@@ -40,11 +40,6 @@ class Trials:
         uses = ["source='data'"] if source == "data" else []
         if self.adversarial_weight:
             uses.append(f"adversarial_weight={self.adversarial_weight}")
-        if self.level_power != 1 and scoring == "own":
-            raise ValueError(
-                f"level_power={self.level_power} has no effect with scoring='own', which has no random levels: set "
-                "scoring to 'random' or 'between', or leave level_power out"
-            )
         if self.kernel != "ddim" and scoring == "between":
             raise ValueError(
                 f"scoring='between' needs kernel='ddim', got {self.kernel!r}, whose layers keep no noise of their "
