@@ -167,7 +167,6 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = schedule.timesteps
         self._layers: dict[int, LayerCoefficients] = {}
         self._layers_are_of: tuple[Any, ...] = ()
-        self._begin_index: int | None = None
         for depth in self.depths if layer_timesteps is not None else []:  # checks each; the largest stays
             self.set_timesteps(depth)
 
@@ -281,7 +280,6 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             self._layers, self._layers_are_of = self._make_layers(), settings
         self.num_inference_steps = len(grid) - 1
         self.timesteps = self._grid()[:-1].to(device)
-        self._begin_index = None
 
     def _choose_grid(self, num_inference_steps: int | None, timesteps: list[int] | None) -> list[int]:
         if num_inference_steps is not None and timesteps is not None:
@@ -295,12 +293,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         spacing, size = self.config.timestep_spacing, self.config.num_train_timesteps
         return self.make_layer_timesteps(num_inference_steps, spacing, size, steps_offset=self.config.steps_offset)
 
-    @property
-    def begin_index(self) -> int | None:
-        return self._begin_index
-
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Stores the layer that a pipeline starts at, for the pipeline alone.
+        """Checks the layer that a pipeline starts at; `step` finds its layer by the timestep.
 
         Raises:
             ValueError: The sampler has no such layer, as when an image-to-image pipeline is given a low strength.
@@ -310,7 +304,6 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
                 f"begin_index={begin_index}, but there are {self.num_inference_steps} layers, so no layer is left to "
                 f"run: with an image-to-image pipeline raise `strength` to 1/{self.num_inference_steps} or more"
             )
-        self._begin_index = begin_index
 
     @property
     def trained_grids(self) -> list[list[int]]:

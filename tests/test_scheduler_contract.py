@@ -285,14 +285,11 @@ def test_a_setting_changed_in_place_counts_from_the_next_set_timesteps():
     assert torch.equal(walk(ready(scheduler)), walk(HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)))
 
 
-def test_the_begin_index_is_noted_and_changes_no_step():
+def test_a_begin_index_changes_no_step_and_is_that_of_a_layer():
     scheduler = HSIVIScheduler(layer_timesteps=GRID)
     before = walk(scheduler)
     scheduler.set_begin_index(3)
-    assert scheduler.begin_index == 3
     assert torch.equal(walk(scheduler), before)
-    scheduler.set_timesteps()
-    assert scheduler.begin_index is None
     scheduler.set_begin_index(4)
     with pytest.raises(ValueError, match="begin_index=5, but there are 5 layers"):
         scheduler.set_begin_index(5)
@@ -310,7 +307,7 @@ def test_schedulers_share_no_state():
     two.set_timesteps(7)
     two.set_begin_index(2)
     two.alphas_cumprod.zero_()
-    assert (len(one.timesteps), one.begin_index) == (5, None)
+    assert len(one.timesteps) == 5
     assert torch.equal(walk(ready(one)), before)
 
 

@@ -81,11 +81,7 @@ def _only_started(path: Path) -> bool:
 
 
 def start_run(
-    run: Output,
-    settings: Mapping[str, Any],
-    leftovers: Sequence[str],
-    remedy: str = "",
-    complete: Complete = dict,
+    run: Output, settings: Mapping[str, Any], leftovers: Sequence[str], remedy: str = "", complete: Complete = dict
 ) -> None:
     """Records the options of a run and removes what an earlier one left, or checks that a resumed run has the same.
 
