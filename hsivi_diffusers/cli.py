@@ -170,8 +170,7 @@ def told_in_one_line() -> Iterator[None]:
         yield
     except (RuntimeError, HTTPError) as error:
         told = OSError(str(error))
-        for note in getattr(error, "__notes__", []):
-            told.add_note(note)
+        told.__notes__ = getattr(error, "__notes__", [])
         raise told from error
 
 

@@ -81,16 +81,6 @@ class HSIVITrainer:
         self._has_trained = False
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What decides which student is trained, as options.json holds it."""
-        return {**self.teacher, **self.config.settings()}
-
-    @property
-    def output_dir(self) -> Path | None:
-        """Folder of the run."""
-        return None if self.config.output_dir is None else Path(self.config.output_dir)
-
-    @property
     def pipeline(self) -> HSIVIPipeline:
         """The averaged student as a pipeline of its own, on the device of the run."""
         return self.state.make_pipeline()
@@ -117,6 +107,7 @@ class HSIVITrainer:
             )
         self._has_trained = True
         main, config = self.accelerator.is_main_process, self.config
+        settings = {**self.teacher, **config.settings()}
         anew = config.overwrite_output_dir and resume_from_checkpoint is None
         limits = (config.checkpointing_steps, config.checkpoints_total_limit)
         run = Output(config.output_dir, anew, resume_from_checkpoint, *limits)
@@ -126,11 +117,11 @@ class HSIVITrainer:
                 stack.enter_context(claimed(run))
                 self.before_start()
                 remedy = ", where init_from goes on from student and critic of a finished run"
-                start_run(run, self.settings, WRITTEN, remedy, complete)
+                start_run(run, settings, WRITTEN, remedy, complete)
             self.accelerator.wait_for_everyone()
             if config.report_to:
                 self.accelerator.init_trackers("hsivi")
-            identity = {**self.settings, "teacher_sha256": self.state.fingerprint}
+            identity = {**settings, "teacher_sha256": self.state.fingerprint}
             checkpoints = Checkpoints(run, self.accelerator, self.state, identity, complete)
             start, spent = checkpoints.load()
             if start >= config.max_train_steps:
@@ -195,8 +186,9 @@ class HSIVITrainer:
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Pushes the averaged student with its model card; see `hsivi_diffusers.push` for options; returns the URL."""
-        has_run = self.output_dir is not None and (self.output_dir / "training.json").is_file()
-        return push(self.pipeline, repo_id, run_dir=self.output_dir if has_run else None, **options)
+        folder = self.config.output_dir
+        run_dir = folder if folder and (Path(folder) / "training.json").is_file() else None
+        return push(self.pipeline, repo_id, run_dir=run_dir, **options)
 
 
 def make_accelerator(config: HSIVIConfig) -> Accelerator:

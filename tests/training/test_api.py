@@ -46,7 +46,7 @@ def run(teacher, tmp_path_factory):
         "logged": logged,
         "bars": bars,
         "summary": summary,
-        "folder": trainer.output_dir,
+        "folder": Path(trainer.config.output_dir),
     }
 
 
