@@ -222,8 +222,8 @@ def write_repo(
     """Writes into a folder all that `push` uploads; `about` are further arguments of the card."""
     pipeline.save_pretrained(folder)
     fp16, drawn = fp16 and pipeline.dtype == torch.float32, can_draw(pipeline)
-    for name, part in pipeline.components.items() if fp16 else ():
-        if isinstance(part, torch.nn.Module):
+    for name, part in pipeline.components.items():
+        if fp16 and isinstance(part, torch.nn.Module):
             kind: Any = type(getattr(part, "_orig_mod", part))  # compiled or not
             half = torch.nn.Module.to(kind.from_pretrained(folder / name), torch.float16)
             half.save_pretrained(folder / name, variant="fp16")

@@ -243,8 +243,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 def _check_ranges(config: HSIVIConfig) -> None:
     counts = config.depths
-    whole = bool(counts) and all(isinstance(count, int) and count >= 1 for count in counts)
-    if not whole or len(set(counts)) < len(counts):
+    whole = all(isinstance(count, int) and count >= 1 for count in counts)
+    if not counts or not whole or len(set(counts)) < len(counts):
         raise ValueError(
             f"num_inference_steps={counts}: give one number of steps of at least 1, or several that differ, such as "
             "1 2 4 8"

@@ -52,7 +52,7 @@ class Trials:
                 f"train_data={self.train_data!r} has no effect: set source to 'data' or adversarial_weight too, "
                 "or leave train_data out"
             )
-        if uses == ["source='data'"] and depths == [1]:
+        if source == "data" and depths == [1] and not self.adversarial_weight:
             raise ValueError(
                 "source='data' has no effect with num_inference_steps=1, whose one layer starts from noise: give more "
                 "steps, or an adversarial_weight, or leave source and train_data out"
