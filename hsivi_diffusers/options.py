@@ -44,6 +44,7 @@ def parse_options(
     """
     parser = Parser(
         prog=prog,
+        usage="%(prog)s [OPTIONS]",
         description=description,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -89,7 +90,7 @@ def _keywords(hint: Any) -> dict[str, Any]:
         return {"choices": get_args(hint)}
     if hint is bool:
         return {"type": _to_bool, "nargs": "?", "const": True, "metavar": "true|false"}
-    return {"type": hint}
+    return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
 
 
 def _to_bool(text: str) -> bool:
@@ -135,8 +136,10 @@ def _show_help(parser: Parser, instances: Sequence[Any], everything: bool) -> No
     for action in parser._actions:
         if action.dest in values:
             each, value = values[action.dest]
-            text = " ".join(map(str, value)) if isinstance(value, list) else value
-            action.help = f"{action.help} (default: {text})".replace("%", "%%")
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            if value not in (None, []):
+                action.help = f"{action.help} (default: {text.lower() if isinstance(value, bool) else text})"
+            action.help = str(action.help).replace("%", "%%")
             if not (everything or each.metadata.get("common")):
                 action.help = argparse.SUPPRESS
     parser.print_help()
