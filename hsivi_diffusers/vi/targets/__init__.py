@@ -1,7 +1,7 @@
 """Targets: the user's own, densities on the plane with exact answers, Bayesian posteriors."""
 
 from .plane import Banana, Checkerboard, GaussianMixture, circles, cross, ring, swiss_roll
-from .posteriors import ConditionedDiffusion, LogisticRegression, RareEvents, conditioned_diffusion, rare_events
+from .posteriors import ConditionedDiffusion, LogisticRegression, RareEvents
 from .target import DiffusibleTarget, IsotropicNormal, LogProbTarget, SampledTarget, ScoreTarget, Target, as_target
 from .whitened import FullNormal, Whitened, laplace, moment_match
 
@@ -22,11 +22,9 @@ __all__ = [
     "Whitened",
     "as_target",
     "circles",
-    "conditioned_diffusion",
     "cross",
     "laplace",
     "moment_match",
-    "rare_events",
     "ring",
     "swiss_roll",
 ]

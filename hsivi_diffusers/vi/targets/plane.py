@@ -81,30 +81,21 @@ class GaussianMixture(DiffusibleTarget):
 
 
 class Checkerboard(DiffusibleTarget):
-    """Uniform on the black squares of a board, blurred by N(0, smoothing^2 I); their centres are `modes`, shape (M, 2).
+    """Uniform on the black squares of [-4, 4]^2, blurred by N(0, 0.2^2 I); their centres are `modes`, shape (8, 2).
 
-    Column i and row j of the board, [-half_width, half_width]^2 with `cells` >= 2 columns and rows, counted from the
-    lower left corner, meet in a black square where i + j is even. With g_i(u) = Phi((alpha b_i - u) / s) -
-    Phi((alpha a_i - u) / s), s^2 = alpha^2 smoothing^2 + sigma^2, for a column (or row) from a_i to b_i, the diffused
-    density is sum over black (i, j) of g_i(x_1) g_j(x_2) / (alpha^2 area), where area is that of all black squares. As
-    i and j are both even or both odd, it is a sum of two products.
-
-    Raises:
-        ValueError: A length is not > 0, or there are fewer than 2 cells.
+    Column i and row j of the 4 x 4 squares, counted from the lower left corner, meet in a black one where i + j is
+    even. With g_i(u) = Phi((alpha b_i - u) / s) - Phi((alpha a_i - u) / s), s^2 = alpha^2 0.2^2 + sigma^2, for a column
+    (or row) from a_i to b_i, the diffused density is sum over black (i, j) of g_i(x_1) g_j(x_2) / (alpha^2 area), where
+    area is that of all black squares. As i and j are both even or both odd, it is a sum of two products.
     """
 
     dimension = 2
+    smoothing, width = 0.2, 2.0
 
-    def __init__(self, half_width: float = 4.0, cells: int = 4, smoothing: float = 0.2) -> None:
-        if not (half_width > 0 and smoothing > 0 and cells >= 2):
-            raise ValueError(
-                f"half_width={half_width}, cells={cells}, smoothing={smoothing}: give lengths > 0 and 2 cells or more"
-            )
-        self.smoothing = smoothing
-        self.width = 2 * half_width / cells
-        self.edges = torch.linspace(-half_width, half_width, cells + 1, dtype=torch.float64)
+    def __init__(self) -> None:
+        self.edges = torch.linspace(-4, 4, 5, dtype=torch.float64)
         centres = (self.edges[:-1] + self.edges[1:]).float() / 2
-        black = [(i, j) for i in range(cells) for j in range(cells) if (i + j) % 2 == 0]
+        black = [(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0]
         self.modes = centres[torch.tensor(black)]
 
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
@@ -134,24 +125,13 @@ class Checkerboard(DiffusibleTarget):
 
 
 class Banana(SampledTarget):
-    """x_1 ~ N(0, std_1^2), x_2 given x_1 ~ N(curvature x_1^2 + shift, std_2^2); by default x_2 has the mean 0.
-
-    Raises:
-        ValueError: A standard deviation is not positive.
-    """
+    """x_1 ~ N(0, 2^2), x_2 given x_1 ~ N(x_1^2 / 4 - 1, 0.5^2)."""
 
     dimension = 2
+    std_1, std_2 = 2.0, 0.5
 
-    def __init__(
-        self, std_1: float = 2.0, std_2: float = 0.5, curvature: float = 0.25, shift: float | None = None
-    ) -> None:
-        if not (std_1 > 0 and std_2 > 0):
-            raise ValueError(f"std_1={std_1}, std_2={std_2}: standard deviations are positive")
-        self.std_1 = std_1
-        self.std_2 = std_2
-        self.curvature = curvature
-        self.shift = -curvature * std_1**2 if shift is None else shift
-        self.modes = torch.tensor([[0.0, self.shift]])
+    def __init__(self) -> None:
+        self.modes = torch.tensor([[0.0, -1.0]])
 
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
         first, second = randn_like(self.modes.new_empty(size, 2), generator).unbind(1)
@@ -164,15 +144,15 @@ class Banana(SampledTarget):
 
     def score(self, x: Tensor) -> Tensor:
         pull = (x[:, 1] - self._ridge(x[:, 0])) / self.std_2**2
-        return torch.stack([2 * self.curvature * x[:, 0] * pull - x[:, 0] / self.std_1**2, -pull], 1)
+        return torch.stack([0.5 * x[:, 0] * pull - x[:, 0] / self.std_1**2, -pull], 1)
 
     def _ridge(self, first: Tensor) -> Tensor:
-        return self.curvature * first.square() + self.shift
+        return 0.25 * first.square() - 1.0
 
 
-def ring(num_modes: int = 8, radius: float = 5.0, std: float = 0.2) -> GaussianMixture:
-    """Returns separate round Gaussians, evenly spaced on a circle."""
-    return _round(_circle(num_modes, radius), std)
+def ring() -> GaussianMixture:
+    """Returns eight separate round Gaussians, evenly spaced on a circle of radius 5."""
+    return _round(_circle(8, 5.0), 0.2)
 
 
 def cross() -> GaussianMixture:
@@ -181,28 +161,20 @@ def cross() -> GaussianMixture:
     return GaussianMixture(torch.zeros(2, 2), covariances)
 
 
-def circles(inner: float = 1.5, outer: float = 3.5, std: float = 0.3) -> GaussianMixture:
-    """Returns two circles around the origin with a Gaussian section, about equally dense along their lengths.
-
-    Each is a chain of round Gaussians, `SPACING` std apart or less.
-    """
-    means = [_circle(math.ceil(2 * math.pi * radius / (SPACING * std)), radius) for radius in (inner, outer)]
-    return _round(torch.cat(means), std)
+def circles() -> GaussianMixture:
+    """Returns two circles around the origin, of std 0.3 across: chains of round Gaussians, `SPACING` std apart."""
+    means = [_circle(math.ceil(2 * math.pi * radius / (SPACING * 0.3)), radius) for radius in (1.5, 3.5)]
+    return _round(torch.cat(means), 0.3)
 
 
-def swiss_roll(turns: float = 1.5, std: float = 0.25, radius: float = 4.0) -> GaussianMixture:
-    """Returns a spiral with a Gaussian section, equally dense along its length.
-
-    Its end is at the radius, less room for three std, and its start 1 + 2 turns times nearer to the origin. It is a
-    chain of round Gaussians, `SPACING` std apart or less.
-    """
-    outer = radius - 3 * std
-    angle = math.pi * (1 + 2 * turns * torch.linspace(0, 1, 20001, dtype=torch.float64))
-    curve = outer * angle[:, None] / angle[-1] * torch.stack([angle.cos(), angle.sin()], 1)
+def swiss_roll() -> GaussianMixture:
+    """Returns a spiral of 1.5 turns, of std 0.25 across: a chain of round Gaussians, `SPACING` std apart."""
+    angle = math.pi * (1 + 3 * torch.linspace(0, 1, 20001, dtype=torch.float64))
+    curve = 3.25 * angle[:, None] / angle[-1] * torch.stack([angle.cos(), angle.sin()], 1)
     length = torch.cat([angle.new_zeros(1), curve.diff(dim=0).norm(dim=1).cumsum(0)])
-    num_modes = math.ceil(float(length[-1]) / (SPACING * std)) + 1
+    num_modes = math.ceil(float(length[-1]) / (SPACING * 0.25)) + 1
     at = torch.searchsorted(length, torch.linspace(0, float(length[-1]), num_modes, dtype=torch.float64))
-    return _round(curve[at.clamp(max=len(curve) - 1)].float(), std)
+    return _round(curve[at.clamp(max=len(curve) - 1)].float(), 0.25)
 
 
 def _circle(num_modes: int, radius: float) -> Tensor:
@@ -220,12 +192,10 @@ def _of_black(mass: Tensor) -> Tensor:
 
 
 def _intervals(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns what a Gaussian says of the intervals between ascending z along the last dimension, exact in both tails.
+    """Returns log(Phi(z_{i+1}) - Phi(z_i)) and (phi(z_i) - phi(z_{i+1})) / (Phi(z_{i+1}) - Phi(z_i)), ascending z.
 
-    Returns:
-        log(Phi(z_{i+1}) - Phi(z_i)), and (phi(z_i) - phi(z_{i+1})) / (Phi(z_{i+1}) - Phi(z_i)). Where an interval lies
-        on one side of 0, both go by its nearer end, less what lies beyond the farther, and by
-        Phi(-|z|) = exp(-z^2 / 2) scaled(|z|) / 2, scaled(z) = erfcx(z / sqrt(2)).
+    They are exact in both tails: on one side of 0 both go by the nearer end, less what lies beyond the farther, and by
+    Phi(-|z|) = exp(-z^2 / 2) scaled(|z|) / 2, scaled(z) = erfcx(z / sqrt(2)).
     """
     straddles = (z[..., :-1] <= 0) & (z[..., 1:] >= 0)
     inside = torch.where(straddles, torch.erf(z / math.sqrt(2)).diff(dim=-1), 1.0) / 2
@@ -241,19 +211,18 @@ def _intervals(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ordered(ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the smaller and the larger of the two ends of each interval."""
+    """The smaller and the larger end of each interval."""
     return torch.minimum(ends[..., :-1], ends[..., 1:]), torch.maximum(ends[..., :-1], ends[..., 1:])
 
 
 def _check_shapes(means: Tensor, covariances: Tensor, weights: Tensor) -> None:
-    given = f"means {tuple(means.shape)}, covariances {tuple(covariances.shape)}, weights {tuple(weights.shape)}"
-    if means.ndim != 2 or not means.numel():
-        raise ValueError(f"{given}: give means of shape (M, d), one row a component")
-    num_modes, dimension = means.shape
-    if covariances.shape != (num_modes, dimension, dimension):
-        raise ValueError(f"{given}: give covariances of shape ({num_modes}, {dimension}, {dimension}), one a component")
-    if weights.shape != (num_modes,):
-        raise ValueError(f"{given}: give weights of shape ({num_modes},), one a component, or none")
+    num_modes, dimension = means.shape if means.ndim == 2 else (0, 0)
+    shapes = (num_modes, dimension), (num_modes, dimension, dimension), (num_modes,)
+    if not means.numel() or (means.shape, covariances.shape, weights.shape) != shapes:
+        raise ValueError(
+            f"means {tuple(means.shape)}, covariances {tuple(covariances.shape)}, weights {tuple(weights.shape)}: give "
+            "the shapes (M, d), (M, d, d) and (M,), one row a component"
+        )
     if not ((weights >= 0).all() and 0 < weights.sum() < math.inf):
         raise ValueError(f"weights {weights.tolist()}: give finite numbers >= 0 with a sum > 0, or none")
 

@@ -43,18 +43,16 @@ class FullNormal(SampledTarget):
         return self.unwhiten(randn_like(torch.empty(size, self.dimension, device=self.mean.device), generator))
 
 
-def laplace(target: Target, start: Tensor | None = None, num_steps: int = 500) -> FullNormal:
+def laplace(target: Target) -> FullNormal:
     """Fits Laplace's approximation, in double precision: mode, and inverse of the negative Hessian of log p there.
 
-    Needs the score alone: the mode is found from `start`, 0 by default, by at most `num_steps` of L-BFGS on it if there
-    is no log-density, else on the log-density.
+    The mode is found from 0 by L-BFGS, on the log-density or, without one, on the score.
 
     Raises:
         ValueError: No mode was found: the score is not 0 there, or the density is not log-concave there; or the target
             cannot be evaluated in double precision.
     """
-    x = torch.zeros(target.dimension) if start is None else start
-    x = _ascend(target, x.double().clone(), num_steps)
+    x = _ascend(target, torch.zeros(target.dimension, dtype=torch.float64))
     for _ in range(2):  # Newton's method, for the last digits
         hessian = torch.autograd.functional.jacobian(lambda x: target.score(x[None])[0], x)
         precision = -(hessian + hessian.T) / 2
@@ -63,22 +61,22 @@ def laplace(target: Target, start: Tensor | None = None, num_steps: int = 500) -
         step = torch.cholesky_solve(score[:, None], factor)[:, 0]
         if failed or not step.abs().max() < 1e-2 * precision.diagonal().rsqrt().max():
             raise ValueError(
-                f"no mode was found in {num_steps} steps (largest slope {float(score.abs().max()):.2g}): give another "
-                "start, or more num_steps; a target without a single smooth mode has no Laplace approximation"
+                f"no mode was found (largest slope {float(score.abs().max()):.2g}): a target without a single smooth "
+                "mode has no Laplace approximation; use moment_match(draws of a rough fit)"
             )
         x = x + step
     covariance = torch.cholesky_inverse(factor)
     return FullNormal(mean=x, scale=torch.linalg.cholesky(covariance))
 
 
-def _ascend(target: Target, x: Tensor, num_steps: int) -> Tensor:
+def _ascend(target: Target, x: Tensor) -> Tensor:
     """L-BFGS with the score for gradient; the line search sees log p, or without one takes plain steps."""
     x.requires_grad_(True)
     has_density = type(target).log_prob is not Target.log_prob
     search = "strong_wolfe" if has_density else None
     rate = 1.0 if has_density else 0.5
     optimizer = torch.optim.LBFGS(
-        [x], lr=rate, max_iter=num_steps, tolerance_grad=1e-9, tolerance_change=0.0, line_search_fn=search
+        [x], lr=rate, max_iter=500, tolerance_grad=1e-9, tolerance_change=0.0, line_search_fn=search
     )
 
     def closure() -> Tensor:
@@ -122,9 +120,7 @@ class Whitened(Target):
 
 
 def moment_match(draws: Tensor) -> FullNormal:
-    """Returns the Gaussian with the mean and the covariance of draws, shape (N, d): whitening without a mode.
-
-    A first, rough fit gives the draws; a second one, of `Whitened(target, moment_match(draws))`, is not stiff.
+    """Returns the Gaussian with the mean and the covariance of draws of a rough fit, shape (N, d).
 
     Raises:
         ValueError: The draws have no positive definite covariance.

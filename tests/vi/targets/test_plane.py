@@ -21,7 +21,6 @@ def tilted():
 
 DIFFUSIBLE = {
     "checkerboard": Checkerboard(),
-    "small_board": Checkerboard(half_width=1.5, cells=3, smoothing=0.2),
     "swiss_roll": swiss_roll(),
     "circles": circles(),
     "ring": ring(),
@@ -30,7 +29,7 @@ DIFFUSIBLE = {
 }
 SAMPLED = {**DIFFUSIBLE, "banana": Banana()}
 # as far as the densities go
-EXTENT = {"checkerboard": 5, "small_board": 3, "swiss_roll": 6, "circles": 6, "ring": 7, "cross": 10}
+EXTENT = {"checkerboard": 5, "swiss_roll": 6, "circles": 6, "ring": 7, "cross": 10}
 
 every_diffusible = pytest.mark.parametrize("target", DIFFUSIBLE.values(), ids=DIFFUSIBLE)
 every_sampled = pytest.mark.parametrize("target", SAMPLED.values(), ids=SAMPLED)
@@ -185,13 +184,13 @@ def test_second_derivatives_of_the_checkerboard_are_those_of_its_log_density():
 
 
 def test_each_black_square_has_the_same_mass_and_a_white_one_none():
-    target = Checkerboard(smoothing=0.05)
+    target = Checkerboard()
     draws = target.sample(40_000, torch.Generator().manual_seed(0))
     share = torch.bincount(torch.cdist(draws, target.modes).argmin(1), minlength=8) / len(draws)
     assert target.modes.shape == (8, 2)
     assert (share - 1 / 8).abs().max() < 5 * math.sqrt(1 / 8 * 7 / 8 / len(draws))
     torch.testing.assert_close(target.log_prob(target.modes.double()).exp(), torch.full((8,), 1 / 32).double())
-    assert target.log_prob(-target.modes.double() * torch.tensor([1, -1])).max() < -100
+    assert target.log_prob(-target.modes.double() * torch.tensor([1, -1])).max() < -10
 
 
 @pytest.mark.parametrize("name", ["circles", "swiss_roll"])
@@ -207,8 +206,8 @@ def test_a_chain_of_gaussians_is_a_smooth_curve_in_about_the_usual_square(name):
 
 
 def test_the_ring_has_its_modes_on_the_circle():
-    target = ring(num_modes=6, radius=2.0, std=0.1)
-    torch.testing.assert_close(target.modes.norm(dim=1), torch.full((6,), 2.0))
+    target = ring()
+    torch.testing.assert_close(target.modes.norm(dim=1), torch.full((8,), 5.0))
     assert target.score(target.modes).abs().max() < 1e-3
 
 
@@ -223,9 +222,9 @@ def test_the_banana_bends_and_has_its_mode_where_it_says():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(2), torch.eye(2)[None]), r"means \(2,\).*: give means of shape \(M, d\)"),
-        ((torch.zeros(2, 2), torch.eye(2)), r"give covariances of shape \(2, 2, 2\)"),
-        ((torch.zeros(1, 2), torch.eye(2)[None], torch.ones(2)), r"weights \(2,\): give weights of shape \(1,\)"),
+        ((torch.zeros(2), torch.eye(2)[None]), r"means \(2,\).*: give the shapes \(M, d\), \(M, d, d\) and \(M,\)"),
+        ((torch.zeros(2, 2), torch.eye(2)), r"covariances \(2, 2\).*: give the shapes"),
+        ((torch.zeros(1, 2), torch.eye(2)[None], torch.ones(2)), r"weights \(2,\): give the shapes"),
         ((torch.zeros(2, 1), torch.ones(2, 1, 1), torch.tensor([2.0, -1.0])), r"weights \[2.0, -1.0\]: give finite"),
         ((torch.zeros(2, 1), torch.ones(2, 1, 1), torch.zeros(2)), "with a sum > 0"),
         ((torch.zeros(1, 2), torch.tensor([[[1.0, 2.0], [2.0, 1.0]]])), "covariance 0 has the eigenvalue -1: all must"),
@@ -236,14 +235,3 @@ def test_the_banana_bends_and_has_its_mode_where_it_says():
 def test_bad_mixtures_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         GaussianMixture(*arguments)
-
-
-@pytest.mark.parametrize("wrong", [{"half_width": 0}, {"cells": 1}, {"smoothing": 0}])
-def test_bad_boards_are_refused(wrong):
-    with pytest.raises(ValueError, match="give lengths > 0 and 2 cells or more"):
-        Checkerboard(**wrong)
-
-
-def test_a_banana_without_width_is_refused():
-    with pytest.raises(ValueError, match="std_2=0: standard deviations are positive"):
-        Banana(std_2=0)

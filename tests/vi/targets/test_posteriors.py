@@ -4,27 +4,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Bernoulli, Normal, Poisson
 
-from hsivi_diffusers.vi.targets import (
-    ConditionedDiffusion,
-    LogisticRegression,
-    RareEvents,
-    conditioned_diffusion,
-    rare_events,
-)
+from hsivi_diffusers.vi.targets import ConditionedDiffusion, LogisticRegression, RareEvents
 from hsivi_diffusers.vi.targets.target import gradient
 
 
 def regression():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(40, 5, generator=generator)
-    return LogisticRegression(features, (torch.rand(40, generator=generator) < 0.4).float(), prior_std=2.0)
+    return LogisticRegression(features, (torch.rand(40, generator=generator) < 0.4).float())
 
 
 POSTERIORS = {
     "logistic_regression": regression(),
-    "conditioned_diffusion": conditioned_diffusion(),
-    "short_path": ConditionedDiffusion(torch.tensor([0.3, -0.2]), every=1, horizon=0.5, drift=2.0, noise_std=0.4),
-    "rare_events": rare_events(),
+    "conditioned_diffusion": ConditionedDiffusion(),
+    "rare_events": RareEvents(),
 }
 every_posterior = pytest.mark.parametrize("target", POSTERIORS.values(), ids=POSTERIORS)
 
@@ -61,12 +54,12 @@ def test_logistic_regression_is_bernoulli_times_normal():
     features, labels = target.features.double(), target.labels.double()
     same_up_to_a_constant(
         target,
-        lambda x: Bernoulli(logits=features @ x).log_prob(labels).sum() + Normal(0.0, 2.0).log_prob(x).sum(),
+        lambda x: Bernoulli(logits=features @ x).log_prob(labels).sum() + Normal(0.0, 1.0).log_prob(x).sum(),
     )
 
 
 def test_conditioned_diffusion_is_a_product_of_steps_and_observations():
-    target = conditioned_diffusion()
+    target = ConditionedDiffusion()
     observations = target.observations.double()
 
     def expected(x):
@@ -82,7 +75,7 @@ def test_conditioned_diffusion_is_a_product_of_steps_and_observations():
 
 
 def test_rare_events_is_poisson_times_normal():
-    target = rare_events()
+    target = RareEvents()
     counts, exposures = target.counts.double(), target.exposures.double()
     same_up_to_a_constant(
         target,
@@ -94,33 +87,9 @@ def test_rare_events_is_poisson_times_normal():
     )
 
 
-def test_the_path_is_simulated_from_the_seed_alone():
-    first = conditioned_diffusion(seed=3).observations
+def test_the_path_is_simulated_once_and_ends_in_a_well():
+    first = ConditionedDiffusion().observations
     torch.manual_seed(9)
-    assert torch.equal(first, conditioned_diffusion(seed=3).observations)
-    assert not torch.equal(first, conditioned_diffusion(seed=4).observations)
+    assert torch.equal(first, ConditionedDiffusion().observations)
     assert first.shape == (20,)
-    assert first.abs()[5:].mean() > 0.5  # in one of the wells
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (
-            lambda: LogisticRegression(torch.ones(3, 2), torch.ones(2)),
-            r"features of shape \(3, 2\) and labels of shape",
-        ),
-        (lambda: LogisticRegression(torch.ones(2, 2), torch.tensor([1, -1])), r"labels hold \[-1, 1\]: give 0 and 1"),
-        (lambda: LogisticRegression(torch.ones(2, 2), torch.ones(2), prior_std=0), "prior_std is 0: give a number > 0"),
-        (lambda: ConditionedDiffusion(torch.ones(0)), r"observations of shape \(0,\): give a vector"),
-        (lambda: ConditionedDiffusion(torch.ones(2), every=0), "every is 0: give a number > 0"),
-        (lambda: ConditionedDiffusion(torch.ones(2), noise_std=-1.0), "noise_std is -1.0"),
-        (lambda: RareEvents(torch.ones(2), torch.ones(3)), "give one number > 0 for each of 2 counts"),
-        (lambda: RareEvents(torch.ones(2), torch.tensor([1.0, 0.0])), r"exposures \[1.0, 0.0\]: give one number > 0"),
-        (lambda: RareEvents(torch.tensor([1.0, -1.0]), torch.ones(2)), r"counts \[1.0, -1.0\]: give numbers >= 0"),
-        (lambda: RareEvents(torch.ones(2, 2), torch.ones(2, 2)), r"counts of shape \(2, 2\): give a vector"),
-    ],
-)
-def test_bad_data_is_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+    assert first.abs()[5:].mean() > 0.5

@@ -17,7 +17,7 @@ from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 
 from hsivi_diffusers.vi.targets.plane import Banana, Checkerboard, circles, cross, ring, swiss_roll
-from hsivi_diffusers.vi.targets.posteriors import LogisticRegression, conditioned_diffusion, rare_events
+from hsivi_diffusers.vi.targets.posteriors import ConditionedDiffusion, LogisticRegression, RareEvents
 from hsivi_diffusers.vi.targets.target import Target
 
 REFERENCES = Path(__file__).parents[3] / "assets" / "references"
@@ -39,8 +39,8 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "banana": Banana,
     "cross": cross,
     "logistic_regression": breast_cancer,
-    "conditioned_diffusion": conditioned_diffusion,
-    "rare_events": rare_events,
+    "conditioned_diffusion": ConditionedDiffusion,
+    "rare_events": RareEvents,
 }
 
 
