@@ -17,7 +17,7 @@ from .layers import ConditionalLayers, IndependentLayers, SharedLayers
 from .lower_bound import LowerBound
 from .networks import GaussianMLP, ResidualMLP, ScoreMLP
 from .objectives import CriticObjective, KullbackLeibler, LayerDraw, Objective, ScoreMatching, draw_layer
-from .pools import FrozenPoolChain, PoolChain, make_chain
+from .pools import CohortChain, FrozenPoolChain, PoolChain, make_chain
 from .regression import Guided, GuidedChain, PairChain, Regression
 from .targets import (
     DiffusibleTarget,
@@ -40,6 +40,7 @@ __all__ = [
     "Bridge",
     "Chain",
     "ChainBatch",
+    "CohortChain",
     "ConditionalLayers",
     "CriticObjective",
     "DataChain",

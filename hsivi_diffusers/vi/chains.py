@@ -35,31 +35,15 @@ class ChainBatch:
 
 
 @torch.no_grad()
-def draw_marginals(
-    layers: ConditionalLayers,
-    x: Tensor,
-    generator: torch.Generator | None = None,
-    condition: Tensor | None = None,
-    hierarchy: int | None = None,
-) -> list[Tensor]:
-    """Runs chains from base draws x_T, shape (B, ...), to the end; of several hierarchies that with the place given.
+def draw_marginals(layers: ConditionalLayers, x: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+    """Runs chains of one hierarchy from base draws x_T, shape (B, ...), to the end.
 
     Returns:
         [x_0, x_1, ..., x_T], each of shape (B, ...): x_t is a draw from the marginal q_t.
-
-    Raises:
-        ValueError: There are several hierarchies and no choice between them, or the place is out of range.
     """
-    depths, marginals = layers.depths, [x]
-    place = 0 if hierarchy is None and len(depths) == 1 else hierarchy
-    if place is None or not 0 <= place < len(depths):
-        raise ValueError(
-            f"hierarchy={hierarchy}, but the layers serve {len(depths)}, of {depths} layers: give the place of one, "
-            f"from 0 to {len(depths) - 1}"
-        )
-    last = sum(depths[:place])
-    for t in reversed(range(last, last + depths[place])):
-        q = layers(x, torch.full((len(x),), t, device=x.device), condition)
+    marginals = [x]
+    for t in reversed(range(layers.num_layers)):
+        q = layers(x, torch.full((len(x),), t, device=x.device))
         x = q.rsample(randn_like(x, generator)).to(x.dtype)
         marginals.insert(0, x)
     return marginals
@@ -76,13 +60,8 @@ def simulate(
 ) -> Tensor:
     """Runs chains from base draws x, shape (B, ...), down to the inputs x_{t+1} of the layers t, shape (B,).
 
-    Args:
-        layers: The sampler, with T layers.
-        x: Base draws x_T.
-        t: Layer whose input is wanted.
-        noise: Draws for the outputs of layers 0..T-1, shape (T, B, ...); noise[s] makes x_s from x_{s+1}.
-        condition: Condition of each chain.
-        first: Layer that each chain starts with, shape (B,); T-1 by default.
+    noise, shape (T, B, ...), is for the outputs: noise[s] makes x_s from x_{s+1}. Each chain starts with the layer
+    `first`, shape (B,); T-1 by default.
     """
     x, above = x.clone(), torch.full_like(t, len(noise) - 1) if first is None else first.clone()
     while len(rows := (above > t).nonzero().squeeze(1)):
@@ -177,7 +156,6 @@ class SimulatedChain(Chain):
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        del beta
         if self.num_layers == 1:
             return self._first_layer(generator)
         t = self._any_layer(generator)

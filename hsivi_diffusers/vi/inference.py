@@ -19,7 +19,7 @@ from .layers import ConditionalLayers, IndependentLayers, SharedLayers
 from .lower_bound import LowerBound
 from .networks import GaussianMLP, ScoreMLP
 from .objectives import CriticObjective, KullbackLeibler, Objective, ScoreMatching
-from .pools import FrozenPoolChain, PoolChain
+from .pools import CohortChain, FrozenPoolChain, PoolChain
 
 Training = Literal["sequential", "joint"]
 NUM_PROBES = 256  # draws of the base at which the target is looked at before work
@@ -260,8 +260,8 @@ def _make_training(
         frozen = FrozenPoolChain(bridge.sample_base, num_layers, batch_size)
         return sequential(num_layers, num_steps // num_layers), frozen
     if training == "joint":
-        pool = PoolChain(bridge.sample_base, num_layers, batch_size, cohorts=isinstance(objective, LowerBound))
-        return joint(num_layers, num_steps), pool
+        kind = CohortChain if isinstance(objective, LowerBound) else PoolChain
+        return joint(num_layers, num_steps), kind(bridge.sample_base, num_layers, batch_size)
     raise ValueError(f"training={training!r} is unknown: choose 'sequential' or 'joint'")
 
 

@@ -16,11 +16,6 @@ class ConditionalLayers(nn.Module, ABC):
 
     num_layers: int
 
-    @property
-    def depths(self) -> list[int]:
-        """T of each hierarchy; layers that serve several count them one after the other."""
-        return [self.num_layers]
-
     @abstractmethod
     def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
         """Returns q_t(. | x_next).

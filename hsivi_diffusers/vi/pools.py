@@ -47,37 +47,11 @@ class PoolChain(_Kept):
     With several hierarchies T is the largest, and a chain stays in its own. The first draw fills the pool. A chain that
     has left the last layer starts again from the base. A state is as old as the B T / B = T steps since it was made, on
     average, so it is nearly, not exactly, a draw from today's sampler.
-
-    Args:
-        sample_base: See `Chain`, as the next three.
-        num_layers: T.
-        batch_size: B.
-        sample_condition: Or None.
-        cohorts: A batch is B chains that go down together, all of them at the same layer: what the lower bound needs,
-            whose K extra draws are the other rows of the batch at that layer.
-
-    Raises:
-        ValueError: Cohorts of several hierarchies.
     """
-
-    def __init__(
-        self,
-        sample_base: SampleBase,
-        num_layers: int | Sequence[int],
-        batch_size: int,
-        sample_condition: SampleBase | None = None,
-        cohorts: bool = False,
-    ) -> None:
-        super().__init__(sample_base, num_layers, batch_size, sample_condition)
-        self.cohorts = cohorts
-        self.size = batch_size * max(self.depths)
-        if cohorts and len(self.depths) > 1:
-            raise ValueError(f"cohorts go down one hierarchy, and there are {len(self.depths)}: give one num_layers")
 
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        del beta
         if self.num_layers == 1:
             return self._first_layer(generator)
         if self.x_next is None:
@@ -107,34 +81,32 @@ class PoolChain(_Kept):
 
     def _staggered(self) -> Tensor:
         """Layers of the chains at the start: the hierarchies take turns, each from its last layer up."""
-        chain = torch.arange(self.size)
+        chain = torch.arange(self.batch_size * max(self.depths))
         return self._in_hierarchy(chain % len(self.depths), chain // len(self.depths))
 
     def _rows(self, generator: torch.Generator | None) -> Tensor:
-        if self.cohorts:  # every T-th chain started at the same layer
-            first = int(torch.randint(self.num_layers, (), generator=generator))
-            return torch.arange(first, self.size, self.num_layers)
-        return torch.randperm(self.size, generator=generator)[: self.batch_size]
+        return torch.randperm(len(self.t), generator=generator)[: self.batch_size]
+
+
+class CohortChain(PoolChain):
+    """A pool of one hierarchy, of which a batch is B chains that go down together, all of them at the same layer.
+
+    The lower bound needs that: its extra draws are the other rows of the batch at that layer.
+    """
+
+    def _rows(self, generator: torch.Generator | None) -> Tensor:
+        first = int(torch.randint(self.num_layers, (), generator=generator))
+        return torch.arange(first, len(self.t), self.num_layers)  # every T-th chain started at the same layer
 
 
 class FrozenPoolChain(_Kept):
     """For layer-by-layer training: many draws of x_{t+1} from layers that have learnt and move no more.
 
     When the curriculum goes on to the next layer, the whole pool is moved down by the layer that has just been trained.
-    It keeps `num_states` draws, from which batches are drawn with replacement; for t = T-1 the base is drawn afresh.
+    Batches are drawn from its `num_states` draws with replacement; for t = T-1 the base is drawn afresh.
     """
 
-    def __init__(
-        self,
-        sample_base: SampleBase,
-        num_layers: int,
-        batch_size: int,
-        sample_condition: SampleBase | None = None,
-        num_states: int = 60_000,
-    ) -> None:
-        super().__init__(sample_base, num_layers, batch_size, sample_condition)
-        self.num_states = num_states
-        self.t = torch.tensor(num_layers - 1)
+    num_states = 60_000
 
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
@@ -144,38 +116,32 @@ class FrozenPoolChain(_Kept):
         Raises:
             ValueError: Not one layer learns, or one above a layer that was trained before.
         """
-        t = self._learning(beta)
+        here = self.num_layers - 1 if self.x_next is None else int(self.t)
+        learning = [] if beta is None else beta.nonzero().flatten().tolist()
+        if len(learning) != 1 or learning[0] > here:
+            raise ValueError(
+                f"layers {learning} are to learn, the pool is at layer {here}: a FrozenPoolChain trains one layer "
+                "after the other, from the base down; use it with `sequential`, or take a SimulatedChain"
+            )
+        (t,) = learning
         if t == self.num_layers - 1:
             return self._first_layer(generator)
-        self._move_down(layers, t, generator)
-        if self.x_next is None:
-            raise AssertionError("the pool is filled on the way down")
-        index = torch.randint(self.num_states, (self.batch_size,), generator=generator).to(self.x_next.device)
-        x_next, condition = self.x_next[index], None if self.condition is None else self.condition[index]
-        return ChainBatch(x_next, torch.full((len(x_next),), t, device=x_next.device), condition)
-
-    def _learning(self, beta: Tensor | None) -> int:
-        learning = [] if beta is None else beta.nonzero().flatten().tolist()
-        if len(learning) != 1 or learning[0] > self.t:
-            raise ValueError(
-                f"layers {learning} are to learn, the pool is at layer {int(self.t)}: a FrozenPoolChain trains one "
-                "layer after the other, from the base down; use it with `sequential`, or take a SimulatedChain"
-            )
-        return int(learning[0])
+        x_next = self._move_down(layers, here, t, generator)
+        index = torch.randint(self.num_states, (self.batch_size,), generator=generator).to(x_next.device)
+        condition = None if self.condition is None else self.condition[index]
+        return ChainBatch(x_next[index], torch.full((self.batch_size,), t, device=x_next.device), condition)
 
     @torch.no_grad()
-    def _move_down(self, layers: ConditionalLayers, t: int, generator: torch.Generator | None) -> None:
-        if self.x_next is None:
-            self.x_next, self.condition = self._base(self.num_states, generator)
-        for above in range(int(self.t), t, -1):
-            noise = randn_like(self.x_next, generator)
-            q = layers(self.x_next, torch.full((self.num_states,), above, device=noise.device), self.condition)
-            self.x_next = q.rsample(noise).to(noise.dtype)
-        self.t = torch.tensor(t)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.t = torch.tensor(self.num_layers - 1)
-        super().load_state_dict(state)
+    def _move_down(self, layers: ConditionalLayers, here: int, t: int, generator: torch.Generator | None) -> Tensor:
+        x, condition = self.x_next, self.condition
+        if x is None:
+            x, condition = self._base(self.num_states, generator)
+        for above in range(here, t, -1):
+            noise = randn_like(x, generator)
+            q = layers(x, torch.full((len(x),), above, device=x.device), condition)
+            x = q.rsample(noise).to(noise.dtype)
+        self.x_next, self.t, self.condition = x, torch.tensor(t), condition
+        return x
 
 
 def make_chain(

@@ -38,7 +38,6 @@ class PairChain(Chain):
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        del layers, beta
         alone = self.num_layers == 1
         t = torch.zeros(self.batch_size, dtype=torch.long) if alone else self._any_layer(generator)
         x_next, end, condition = self.sample_pairs(t, generator)

@@ -41,7 +41,6 @@ class DataChain(Chain):
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        del layers, beta
         if self.num_layers == 1:
             return self._first_layer(generator)
         t = self._any_layer(generator)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hsivi_diffusers.vi import (
+    CohortChain,
     DataChain,
     DiagonalGaussian,
     FrozenPoolChain,
@@ -186,7 +187,7 @@ def test_a_batch_of_a_pool_without_cohorts_is_drawn_without_replacement_from_all
 
 def test_a_cohort_is_one_layer_and_all_layers_have_their_turn():
     layers = linear_layers()
-    pool = PoolChain(matching_bridge(layers).sample_base, 3, 4, cohorts=True)
+    pool = CohortChain(matching_bridge(layers).sample_base, 3, 4)
     visits = torch.zeros(3)
     for step in range(60):
         batch = pool.draw(layers, generator(step))
@@ -201,7 +202,7 @@ def test_a_cohort_is_one_layer_and_all_layers_have_their_turn():
 
 def test_cohorts_have_the_marginals_of_the_layers():
     layers, size = linear_layers(), 1000
-    chain = PoolChain(matching_bridge(layers).sample_base, 3, size, cohorts=True)
+    chain = CohortChain(matching_bridge(layers).sample_base, 3, size)
     mean, variance = layers.marginals()
     random, seen = generator(), {}
     for _ in range(20):
@@ -320,11 +321,6 @@ def test_a_restored_pool_of_several_hierarchies_goes_on_as_the_one_that_was_save
         assert torch.equal(tensor, second.state_dict()[name])
 
 
-def test_cohorts_of_several_hierarchies_are_refused():
-    with pytest.raises(ValueError, match="cohorts go down one hierarchy, and there are 3: give one num_layers"):
-        PoolChain(bases, DEPTHS, 4, cohorts=True)
-
-
 # ----- layer by layer -----
 
 
@@ -334,7 +330,9 @@ def one_layer(t):
 
 def frozen_pool(layers, size=50, num_states=4000, sample_condition=None):
     base = matching_bridge(layers).sample_base
-    return FrozenPoolChain(base, 3, size, sample_condition, num_states=num_states)
+    chain = FrozenPoolChain(base, 3, size, sample_condition)
+    chain.num_states = num_states
+    return chain
 
 
 def test_the_first_layer_is_given_fresh_draws_of_the_base():
@@ -402,7 +400,8 @@ def test_a_frozen_pool_does_not_go_up():
 
 def test_conditions_go_down_with_a_frozen_pool():
     layers = LinearLayers(scale=[1.0, 1.0, 1.0], shift=[0.0, 0.0, 0.0], std=[1e-3, 1e-3, 1e-3])
-    chain = FrozenPoolChain(lambda size, _: torch.zeros(size, DIMENSION).double(), 3, 50, labels, num_states=200)
+    chain = FrozenPoolChain(lambda size, _: torch.zeros(size, DIMENSION).double(), 3, 50, labels)
+    chain.num_states = 200
     batch = chain.draw(layers, generator(), one_layer(0))
     torch.testing.assert_close(batch.x_next.mean(1), 2 * batch.condition, rtol=0, atol=0.1)
     assert len(batch.condition.unique()) > 10
@@ -456,7 +455,7 @@ def test_with_one_layer_all_chains_draw_the_same_fresh_bases(sample_condition):
     chains = [
         SimulatedChain(base, 1, 6, sample_condition),
         PoolChain(base, 1, 6, sample_condition),
-        PoolChain(base, 1, 6, sample_condition, cohorts=True),
+        CohortChain(base, 1, 6, sample_condition),
         FrozenPoolChain(base, 1, 6, sample_condition),
     ]
     for step in range(3):
@@ -495,33 +494,6 @@ def test_each_marginal_is_drawn_from_the_one_above():
         noise = torch.randn(5, DIMENSION, generator=random, dtype=torch.float64)
         expected = layers.scale[t] * draws[t + 1] + layers.shift[t] + layers.std[t] * noise
         torch.testing.assert_close(draws[t], expected.detach())
-
-
-def test_draws_see_their_condition():
-    layers = LinearLayers(scale=[1.0, 1.0], shift=[0.0, 0.0], std=[1e-3, 1e-3])
-    condition = torch.tensor([0.0, 10.0], dtype=torch.float64)
-    draws = draw_marginals(layers, torch.zeros(2, DIMENSION, dtype=torch.float64), generator(), condition)
-    torch.testing.assert_close(draws[0][1] - draws[0][0], torch.full((3,), 20.0).double(), rtol=0, atol=0.02)
-
-
-def test_draws_are_of_one_hierarchy_which_must_be_named_among_several(monkeypatch):
-    """Of three layers the first is a hierarchy of its own."""
-    layers = linear_layers()
-    x = matching_bridge(layers).sample_base(5, generator())
-    monkeypatch.setattr(LinearLayers, "depths", [1, 2])
-    for hierarchy, wanted in ((0, [0]), (1, [2, 1])):
-        draws, random = draw_marginals(layers, x, generator(1), hierarchy=hierarchy), generator(1)
-        assert len(draws) == len(wanted) + 1
-        for t, above, below in zip(wanted, draws[:0:-1], draws[-2::-1], strict=True):
-            noise = torch.randn(5, DIMENSION, generator=random, dtype=torch.float64)
-            expected = layers.scale[t] * above + layers.shift[t] + layers.std[t] * noise
-            torch.testing.assert_close(below, expected.detach())
-    for hierarchy in (None, 2, -1):
-        message = (
-            rf"hierarchy={hierarchy}, but the layers serve 2, of \[1, 2\] layers: give the place of one, from 0 to 1"
-        )
-        with pytest.raises(ValueError, match=message):
-            draw_marginals(layers, x, hierarchy=hierarchy)
 
 
 # ----- inputs from data -----

@@ -6,6 +6,7 @@ import torch
 
 from hsivi_diffusers.vi import (
     Bridge,
+    CohortChain,
     ConditionalLayers,
     DiagonalGaussian,
     DiffusionBridge,
@@ -17,6 +18,7 @@ from hsivi_diffusers.vi import (
     LogProbTarget,
     LowerBound,
     Plateau,
+    PoolChain,
     ScoreMatching,
     ScoreMLP,
     ScoreTarget,
@@ -178,7 +180,7 @@ def test_the_default_layers_and_chains_are_those_of_the_order():
         assert inference.layers.num_layers == 3
         assert len(inference.curriculum) == (3 if training == "sequential" else 1)
         if training == "joint":
-            assert inference.chain.cohorts == (objective == "LB")
+            assert type(inference.chain) is (CohortChain if objective == "LB" else PoolChain)
 
 
 @pytest.mark.parametrize(("training", "length"), [("sequential", 10), ("joint", 20)])
