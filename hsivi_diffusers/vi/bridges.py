@@ -19,9 +19,8 @@ ScoreNetwork = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class Bridge(ABC):
     """A family of densities p_level, of which layer t, 0..num_layers - 1, is fitted to the one at `level(t)`.
 
-    Levels are positions on the bridge's own clock. For a bridge with one density per layer the level is t itself (the
-    default); for a diffusion bridge it is a timestep, and the family is richer than the T densities of the grid. All
-    methods take x of shape (B, ...), level and t of shape (B,), and a condition for each row, opaque to the core.
+    Levels are positions on the bridge's own clock: by default t itself, for a bridge of T densities. All methods take x
+    of shape (B, ...), level and t of shape (B,), and a condition for each row, opaque to the core.
     """
 
     num_layers: int
@@ -68,14 +67,6 @@ class Bridge(ABC):
         """
         raise NotImplementedError(f'{type(self).__name__} has no random levels: use scoring="own"')
 
-    def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
-        """Moves q_t(. | x_{t+1}) along the bridge to one of the levels that `sample_level` draws.
-
-        Raises:
-            NotImplementedError: This bridge has only the T levels of its layers.
-        """
-        raise NotImplementedError(f'{type(self).__name__} cannot re-noise a layer: use scoring="own"')
-
     def place(
         self,
         q: DiagonalGaussian,
@@ -85,13 +76,16 @@ class Bridge(ABC):
         x_next: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[DiagonalGaussian, Tensor]:
-        """Returns the law of x at a random level, see `renoise`, and the noise of the draw from it that is scored.
+        """Moves q_t(. | x_{t+1}) along the bridge to one of the levels that `sample_level` draws.
 
-        Here that is the noise given, standard normal, of the shape of q.mean. A bridge may keep a part of the noise of
-        the layer's input x_{t+1}, in rows that it chooses by the generator.
+        Returns:
+            The law of x there, and the noise of the draw from it that is scored: the noise given, standard normal, of
+            the shape of q.mean, or in rows that the generator chooses a part of that of the layer's input x_{t+1}.
+
+        Raises:
+            NotImplementedError: This bridge has only the T levels of its layers.
         """
-        del x_next, generator
-        return self.renoise(q, t, level), noise
+        raise NotImplementedError(f'{type(self).__name__} cannot re-noise a layer: use scoring="own"')
 
 
 class GeometricBridge(Bridge):
@@ -121,8 +115,7 @@ class GeometricBridge(Bridge):
 
     def log_prob(self, x: Tensor, level: Tensor) -> Tensor:
         """Returns (1 - lambda) log p_base(x) + lambda log p_target(x), shape (B,)."""
-        level = level.to(x)
-        return _mix(level, self.base.log_prob, self.target.log_prob, x)
+        return _mix(level.to(x), self.base.log_prob, self.target.log_prob, x)
 
     def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns (1 - lambda) S_base(x) + lambda S_target(x), shape (B, d)."""
@@ -194,22 +187,6 @@ class DiffusionBridge(Bridge):
 
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         return self.base.sample(batch_size, generator)
-
-    def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws levels between the layer's output and its input, sigma_t <= sigma < sigma_{t+1}, uniformly in sigma.
-
-        The first layer, t = T-1, is scored up to .99. So no two layers share a level, and the critic, which is told the
-        level alone, learns the marginal of each.
-        """
-        ends = torch.cat([self.levels[1:], self.levels.new_tensor([max(0.99, float(self.levels[-1]))])])
-        low, high = self.levels.to(t.device)[t], ends.to(t.device)[t]
-        uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(t.device)
-        return (low + uniform * (high - low)).float()
-
-    def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
-        here = [value[:, None] for value in self._alpha_sigma(self.level(t), q.mean)]
-        there = [value[:, None] for value in self._alpha_sigma(level, q.mean)]
-        return q.diffuse(*here, *there)
 
     def _alpha_sigma(self, level: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         sigma = level.to(x)

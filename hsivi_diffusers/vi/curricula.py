@@ -29,10 +29,8 @@ def joint(num_layers: int, num_steps: int, critic_first: int = 0) -> list[Stage]
     critic alone learns, for the layers' shares are 0.
 
     Raises:
-        ValueError: T < 1, or the steps of the critic are not from 0 up to all of them.
+        ValueError: The steps of the critic are not from 0 up to all of them.
     """
-    if num_layers < 1:
-        raise ValueError(f"num_layers={num_layers}: a hierarchy has at least 1 layer")
     if not 0 <= critic_first <= num_steps:
         raise ValueError(f"critic_first={critic_first}: give a number of steps from 0 up to the {num_steps} of all")
     alone = [Stage(beta=torch.zeros(num_layers), num_steps=critic_first)] if critic_first else []
@@ -45,12 +43,7 @@ def sequential(num_layers: int, num_steps: int) -> list[Stage]:
     The layers need parameters of their own, such as those of `IndependentLayers`: of a tensor that layers share, an
     optimizer with momentum moves the rows of those that are frozen, too. Inputs come from a `FrozenPoolChain`. Each of
     the T stages has `num_steps` updates.
-
-    Raises:
-        ValueError: T < 1.
     """
-    if num_layers < 1:
-        raise ValueError(f"num_layers={num_layers}: a hierarchy has at least 1 layer")
     return [Stage(beta=one_layer, num_steps=num_steps) for one_layer in torch.eye(num_layers).flip(0)]
 
 
@@ -63,19 +56,14 @@ class Plateau:
     """Tells when a value has stopped falling: `stop_stage` of `fit`.
 
     The mean of the value over a window of updates is compared with the lowest such mean so far. When `patience` windows
-    in a row are not lower by `tolerance` standard errors of that mean, the stage ends. A stage that ends by its number
-    of updates calls for `reset`.
-
-    Raises:
-        ValueError: A window of fewer than 2 updates, or no patience.
+    in a row are not lower by a standard error of that mean, the stage ends. A stage that ends by its number of updates
+    calls for `reset`.
     """
 
-    def __init__(self, window: int = 200, patience: int = 3, tolerance: float = 1.0) -> None:
-        if window < 2 or patience < 1:
-            raise ValueError(
-                f"window={window}, patience={patience}: give a window of 2 or more, and patience of 1 or more"
-            )
-        self.window, self.patience, self.tolerance = window, patience, tolerance
+    window = 200
+    patience = 3
+
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
@@ -91,7 +79,7 @@ class Plateau:
         values = torch.tensor(self.values, dtype=torch.float64)
         self.values.clear()
         mean, error = float(values.mean()), float(values.std()) / self.window**0.5
-        self.waited = 0 if mean < self.best - self.tolerance * error else self.waited + 1
+        self.waited = 0 if mean < self.best - error else self.waited + 1
         self.best = min(self.best, mean)
         if self.waited < self.patience:
             return False

@@ -1,4 +1,4 @@
-"""HSIVI-LB: the loss of the layers without a critic, from K extra draws of x_next."""
+"""HSIVI-LB: the loss of the layers without a critic, from further draws of x_next."""
 
 from __future__ import annotations
 
@@ -16,39 +16,30 @@ class LowerBound(Objective):
     """HSIVI-LB: the bound of semi-implicit variational inference, layer by layer (sec. 3.1).
 
     The mean of the loss bounds KL(q || p) - log Z from above, is nearer to it the larger K is, and equal in the limit.
-    The K extra draws of x_{t+1} are the inputs of other rows of the batch at the same level, so that the mixture costs
-    one B x B matrix and no network call. A small K makes q too narrow: the bound counts the spread within a layer, and
-    little of that between its inputs.
+    The K extra draws of x_{t+1} are the inputs of the other rows of the batch at the same level, so that the mixture
+    costs one B x B matrix and no network call. A small K makes q too narrow: the bound counts the spread within a
+    layer, and little of that between its inputs.
 
     Args:
-        num_extra: K; by default all other rows at the same level.
         surrogate: Take stopgrad(S(x)) . x instead of log p(x), which has the same gradient: for a target of which
             only the score is known. The value then means nothing.
-
-    Raises:
-        ValueError: K < 0.
     """
 
-    def __init__(self, num_extra: int | None = None, surrogate: bool = False) -> None:
-        if num_extra is not None and num_extra < 0:
-            raise ValueError(
-                f"num_extra={num_extra}: give the number K >= 0 of extra draws, or None for the whole batch"
-            )
-        self.num_extra = num_extra
+    def __init__(self, surrogate: bool = False) -> None:
         self.surrogate = surrogate
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
         """Returns log 1/(K+1) sum_k q(x | x_next^(k)) - log p(x), x_next^(0) the input of which x was drawn.
 
         Raises:
-            ValueError: The rows have conditions, a level has fewer than K + 1 rows, or all have levels of their own.
+            ValueError: The rows have conditions, or all have levels of their own.
         """
         if draw.condition is not None:
             raise ValueError(
                 "LowerBound mixes the rows of a batch, so it takes no conditions: use an objective with a critic"
             )
         levels = draw.level.unique()
-        if self.num_extra is None and 1 < len(levels) == len(draw.level):
+        if 1 < len(levels) == len(draw.level):
             raise ValueError(
                 f"each of the {len(levels)} rows is at a level of its own, so there is nothing to mix: use "
                 'scoring="own", and a larger batch'
@@ -56,22 +47,10 @@ class LowerBound(Objective):
         marginal = draw.x.new_empty(len(draw.x))
         for level in levels:
             rows = (draw.level == level).nonzero().squeeze(1)
-            marginal = marginal.index_put((rows,), self._log_marginal(draw, rows))
+            std = draw.q.std.expand_as(draw.q.mean)[rows]
+            matrix = DiagonalGaussian(draw.q.mean[rows], std).pairwise_log_prob(draw.x[rows])
+            marginal = marginal.index_put((rows,), matrix.logsumexp(1) - math.log(len(rows)))
         return marginal - self._log_target(bridge, draw)
-
-    def _log_marginal(self, draw: LayerDraw, rows: Tensor) -> Tensor:
-        std = draw.q.std.expand_as(draw.q.mean)[rows]
-        matrix = DiagonalGaussian(draw.q.mean[rows], std).pairwise_log_prob(draw.x[rows])
-        size, extra = len(rows), len(rows) - 1 if self.num_extra is None else self.num_extra
-        if extra >= size:
-            raise ValueError(
-                f"num_extra={extra}, and only {size} rows of the batch are at level {float(draw.level[rows[0]]):.3g}: "
-                f"give a larger batch, or num_extra < {size}"
-            )
-        if extra < size - 1:
-            place = torch.arange(size, device=matrix.device)
-            matrix = matrix.masked_fill((place[None] - place[:, None]) % size > extra, -torch.inf)
-        return matrix.logsumexp(1) - math.log(extra + 1)
 
     def _log_target(self, bridge: Bridge, draw: LayerDraw) -> Tensor:
         if not self.surrogate:

@@ -34,7 +34,7 @@ Scoring = Literal["own", "random"]
 class LayerDraw:
     """A draw x ~ q(. | x_next) from a layer, at the level where it is scored."""
 
-    q: DiagonalGaussian  # of x, of `scoring="own"` given x_next, else what `Bridge.renoise` makes of that
+    q: DiagonalGaussian  # of x, of `scoring="own"` given x_next, else what `Bridge.place` makes of that
     x: Tensor  # shape (B, ...)
     level: Tensor  # of the bridge, that q belongs to, shape (B,)
     t: Tensor  # layer of each row, shape (B,)

@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,7 +29,7 @@ def test_a_bridge_with_layers_alone_has_no_random_levels():
         bridge.sample_level(torch.zeros(3))
     q = DiagonalGaussian(torch.zeros(2, 3), torch.ones(2, 1))
     with pytest.raises(NotImplementedError, match="GaussianBridge cannot re-noise"):
-        bridge.renoise(q, torch.zeros(2), torch.zeros(2))
+        bridge.place(q, torch.zeros(2), torch.zeros(2), torch.zeros(2, 3))
 
 
 def test_a_bridge_without_a_log_density_says_what_to_use():
@@ -201,48 +199,6 @@ def test_a_score_alone_has_no_geometric_log_density_and_the_error_tells_what_to_
     torch.testing.assert_close(bridge.score(torch.ones(3, 2), level), -torch.ones(3, 2))
     with pytest.raises(NotImplementedError, match=r"LowerBound\(surrogate=True\)"):
         bridge.log_prob(torch.ones(3, 2), level)
-
-
-@pytest.mark.parametrize("num_layers", [4, 20])
-def test_random_levels_lie_between_the_output_of_a_layer_and_its_input(num_layers):
-    bridge, t = diffusion(num_layers), torch.arange(num_layers).repeat(2000)
-    level = bridge.sample_level(t, torch.Generator().manual_seed(0))
-    ends = [*bridge.level(torch.arange(num_layers)).tolist(), max(0.99, float(bridge.levels[-1]))]
-    for layer, (low, high) in enumerate(itertools.pairwise(ends)):
-        of = level[t == layer]
-        assert low <= of.min() <= of.max() <= high + 1e-6
-        torch.testing.assert_close(
-            float(of.mean()), (low + high) / 2, rtol=0, atol=5 * (high - low) / (12 * 2000) ** 0.5 + 1e-6
-        )
-    assert torch.equal(level, bridge.sample_level(t, torch.Generator().manual_seed(0)))
-
-
-@given(t=st.integers(0, 3), share=st.floats(0, 1))
-@settings(deadline=None, max_examples=25)
-def test_renoising_the_bridge_at_a_layer_gives_the_bridge_at_the_level(t, share):
-    bridge = diffusion()
-    low, high = float(bridge.level(torch.tensor([t]))), 0.99 if t == 3 else float(bridge.level(torch.tensor([t + 1])))
-    level = torch.tensor([low + share * (high - low)], dtype=torch.float64)
-    here = bridge.levels[t].float().double()
-    alpha = (1 - here**2).sqrt()
-    x = points()
-    total = torch.zeros(16, dtype=torch.float64)
-    for mean, covariance, weight in zip(
-        bridge.target.modes, bridge.target.covariances, bridge.target.weights, strict=True
-    ):
-        variances, axes = torch.linalg.eigh(alpha**2 * covariance + here**2 * torch.eye(2))
-        q = DiagonalGaussian((alpha * mean @ axes)[None], variances.sqrt()[None])  # a component of p_t, along its axes
-        moved = bridge.renoise(q, torch.tensor([t]), level)
-        total = total + weight * moved.log_prob(x @ axes).exp()
-    torch.testing.assert_close(total.log(), bridge.log_prob(x, level.expand(16)), rtol=1e-6, atol=1e-6)
-
-
-def test_renoising_to_its_own_level_leaves_a_layer_as_it_is():
-    bridge, t = diffusion(), torch.arange(4)
-    q = DiagonalGaussian(torch.randn(4, 2).double(), torch.rand(4, 1).double() + 0.1)
-    moved = bridge.renoise(q, t, bridge.level(t))
-    torch.testing.assert_close(moved.mean, q.mean)
-    torch.testing.assert_close(moved.std, q.std)
 
 
 def test_a_bridge_of_a_density_is_not_drawn_from():

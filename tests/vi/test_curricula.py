@@ -22,11 +22,6 @@ def test_the_critic_cannot_learn_alone_for_longer_than_all(critic_first):
         joint(2, 10, critic_first=critic_first)
 
 
-def test_a_hierarchy_has_a_layer():
-    with pytest.raises(ValueError, match="at least 1 layer"):
-        joint(0, 10)
-
-
 def test_sequential_trains_one_layer_after_the_other_from_the_base_down():
     stages = sequential(3, 7)
     assert [stage.beta.tolist() for stage in stages] == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
@@ -39,12 +34,13 @@ def test_with_one_layer_sequential_is_joint():
         assert one.num_steps == other.num_steps
 
 
-def test_a_hierarchy_trained_in_sequence_has_a_layer():
-    with pytest.raises(ValueError, match="num_layers=0: a hierarchy has at least 1 layer"):
-        sequential(0, 10)
-
-
 # ----- plateaus -----
+
+
+def short_plateau(window, patience):
+    plateau = Plateau()
+    plateau.window, plateau.patience = window, patience
+    return plateau
 
 
 def noise(size, seed=0):
@@ -59,7 +55,7 @@ def stops_at(plateau, values):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("height", [-1e3, 0.0, 50.0])
 def test_noise_around_a_constant_ends_a_stage(seed, height):
-    stop = stops_at(Plateau(window=50, patience=3), [height + value for value in noise(5000, seed)])
+    stop = stops_at(short_plateau(window=50, patience=3), [height + value for value in noise(5000, seed)])
     assert 4 * 50 - 1 <= stop < 1500
     assert (stop + 1) % 50 == 0
 
@@ -67,26 +63,26 @@ def test_noise_around_a_constant_ends_a_stage(seed, height):
 @pytest.mark.parametrize("seed", range(5))
 def test_a_value_that_falls_ends_no_stage(seed):
     falling = [value - 0.01 * i for i, value in enumerate(noise(5000, seed))]  # half a std in each window of 50
-    assert stops_at(Plateau(window=50, patience=3), falling) is None
+    assert stops_at(short_plateau(window=50, patience=3), falling) is None
 
 
 def test_a_stage_ends_soon_after_the_fall_does():
     values = [value - 0.02 * min(i, 2000) for i, value in enumerate(noise(6000))]
-    assert 2000 < stops_at(Plateau(window=50, patience=3), values) < 3500
+    assert 2000 < stops_at(short_plateau(window=50, patience=3), values) < 3500
 
 
 def test_a_value_without_any_noise_ends_a_stage_after_patience_windows_more_than_the_first():
-    assert stops_at(Plateau(window=4, patience=2), [1.0] * 50) == 3 * 4 - 1
-    assert stops_at(Plateau(window=4, patience=2), [-float(i) for i in range(50)]) is None
+    assert stops_at(short_plateau(window=4, patience=2), [1.0] * 50) == 3 * 4 - 1
+    assert stops_at(short_plateau(window=4, patience=2), [-float(i) for i in range(50)]) is None
 
 
 def test_a_window_is_compared_with_the_lowest_before_it_and_not_with_the_last():
     windows = [1.0, 5.0, 4.0, 3.0, 2.0]
-    assert stops_at(Plateau(window=2, patience=3), [value for value in windows for _ in range(2)]) == 2 * 4 - 1
+    assert stops_at(short_plateau(window=2, patience=3), [value for value in windows for _ in range(2)]) == 2 * 4 - 1
 
 
 def test_after_a_stage_a_plateau_starts_anew():
-    plateau, fresh = Plateau(window=4, patience=2), Plateau(window=4, patience=2)
+    plateau, fresh = short_plateau(window=4, patience=2), short_plateau(window=4, patience=2)
     assert stops_at(plateau, [1.0] * 12) == 11
     assert plateau.state_dict() == fresh.state_dict()
     assert stops_at(plateau, [7.0] * 50) == 11
@@ -94,7 +90,7 @@ def test_after_a_stage_a_plateau_starts_anew():
 
 def test_a_restored_plateau_stops_where_the_saved_one_does():
     values = noise(3000)
-    whole, half, rest = (Plateau(window=30, patience=4) for _ in range(3))
+    whole, half, rest = (short_plateau(window=30, patience=4) for _ in range(3))
     stop = stops_at(whole, values)
     assert stops_at(half, values[:137]) is None
     state = half.state_dict()
@@ -102,12 +98,6 @@ def test_a_restored_plateau_stops_where_the_saved_one_does():
     half(0.0)
     assert len(state["values"]) == 137 % 30
     assert stops_at(rest, values[137:]) == stop - 137
-
-
-@pytest.mark.parametrize("given", [{"window": 1}, {"patience": 0}])
-def test_a_plateau_needs_a_window_and_patience(given):
-    with pytest.raises(ValueError, match="give a window of 2 or more, and patience of 1 or more"):
-        Plateau(**given)
 
 
 @pytest.mark.parametrize(("share", "factor"), [(0.0, 1.0), (0.5, 0.525), (1.0, 0.05)])

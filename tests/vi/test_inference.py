@@ -249,11 +249,11 @@ def test_the_seed_is_that_of_the_draws_too():
 @each_training
 @pytest.mark.parametrize("stop", [0, 2, 4])
 def test_a_resumed_fit_repeats_one_that_was_never_stopped(objective, training, stop, tmp_path):
-    whole = tiny(objective, training, plateau=Plateau(window=2, patience=9))
+    whole = tiny(objective, training, plateau=short_plateau(window=2, patience=9))
     whole.run()
-    begun = run_to(tiny(objective, training, plateau=Plateau(window=2, patience=9)), stop)
+    begun = run_to(tiny(objective, training, plateau=short_plateau(window=2, patience=9)), stop)
     torch.save(begun.state_dict(), tmp_path / "state.pt")
-    resumed = tiny(objective, training, plateau=Plateau(window=2, patience=9))
+    resumed = tiny(objective, training, plateau=short_plateau(window=2, patience=9))
     resumed.load_state_dict(torch.load(tmp_path / "state.pt"))
     assert resumed.next_step == stop + 1
     resumed.run()
@@ -323,12 +323,18 @@ class Falling(GeometricBridge):
         return super().log_prob(x, level) + self.offset * (level > 0)
 
 
+def short_plateau(window, patience):
+    plateau = Plateau()
+    plateau.window, plateau.patience = window, patience
+    return plateau
+
+
 def fast(of, plateau):
     return tiny(of=of, num_steps=80, batch_size=256, learning_rate=0.05, plateau=plateau)
 
 
 def test_a_plateau_ends_each_stage_early():
-    inference = tiny(num_steps=2000, plateau=Plateau(window=5, patience=2), learning_rate=1e-9)
+    inference = tiny(num_steps=2000, plateau=short_plateau(window=5, patience=2), learning_rate=1e-9)
     steps = [step.step for step in inference.steps()]
     assert len(steps) < 400
     assert 1000 in steps
@@ -336,14 +342,14 @@ def test_a_plateau_ends_each_stage_early():
 
 
 def test_a_plateau_ends_no_stage_whose_loss_falls():
-    assert len(list(fast(Falling(0.0), Plateau(window=8, patience=2)).steps())) == 80
+    assert len(list(fast(Falling(0.0), short_plateau(window=8, patience=2)).steps())) == 80
 
 
 def test_a_plateau_does_not_compare_a_stage_with_the_one_before():
-    plateau = Plateau(window=8, patience=2)
+    plateau = short_plateau(window=8, patience=2)
     inference = fast(Falling(1e5), plateau)
     run_to(inference, 39)
-    assert plateau.state_dict() == Plateau(window=8, patience=2).state_dict()
+    assert plateau.state_dict() == short_plateau(window=8, patience=2).state_dict()
     assert [step.step for step in inference.steps()] == list(range(40, 80))
 
 

@@ -462,7 +462,8 @@ def test_a_draw_knows_by_how_much_the_layers_mean_misses_wherever_it_is_scored(s
     bridge = matching_bridge(layers)
     end = torch.randn(64, DIMENSION, dtype=torch.float64)
     if scoring == "random":
-        bridge.sample_level, bridge.renoise = (lambda t, generator: bridge.level(t)), (lambda q, t, level: q.detach())
+        bridge.sample_level = lambda t, generator: bridge.level(t)
+        bridge.place = lambda q, t, level, noise, x_next, generator: (q.detach(), noise)
     draw = make_draw(layers, bridge, scoring=scoring, end=end)
     batch = make_chain("simulate", bridge.sample_base, 3, 64).draw(layers, torch.Generator().manual_seed(0))
     torch.testing.assert_close(draw.residual, layers(batch.x_next, batch.t).mean - end)
@@ -544,8 +545,14 @@ def no_critic(*_):
     raise AssertionError("the lower bound asks no critic")
 
 
-def bound(draw, bridge, num_extra=None, **options):
-    return LowerBound(num_extra, **options).layer_loss(no_critic, bridge, draw)
+def bound(draw, bridge, **options):
+    return LowerBound(**options).layer_loss(no_critic, bridge, draw)
+
+
+def rows_of(draw, rows):
+    return LayerDraw(
+        DiagonalGaussian(draw.q.mean[rows], draw.q.std[rows]), draw.x[rows], draw.level[rows], draw.t[rows]
+    )
 
 
 def draw_at(layers, bridge, t, size, seed=0):
@@ -557,11 +564,10 @@ def draw_at(layers, bridge, t, size, seed=0):
     return draw_layer(layers(x_next, rows), rows, bridge, generator=random)
 
 
-@pytest.mark.parametrize("num_extra", [0, 1, 5, None])
-def test_the_bound_is_zero_row_by_row_where_layers_match_and_do_not_look_at_their_input(num_extra):
+def test_the_bound_is_zero_row_by_row_where_layers_match_and_do_not_look_at_their_input():
     layers = LinearLayers(scale=[0.0, 0.0, 0.0], shift=[0.3, -0.5, 1.0], std=[0.4, 0.6, 0.9])
     bridge = matching_bridge(layers)
-    loss = bound(make_draw(layers, bridge), bridge, num_extra)
+    loss = bound(make_draw(layers, bridge), bridge)
     assert loss.shape == (64,)
     torch.testing.assert_close(loss, torch.zeros(64, dtype=torch.float64), rtol=0, atol=1e-12)
 
@@ -574,7 +580,10 @@ def test_the_bound_falls_with_the_number_of_extra_draws_from_kl_and_the_mutual_i
     kl = exact_kl(layers, bridge)[t].detach()
     information = 0.5 * DIMENSION * (layers.marginals()[1][t].detach() / layers.std[t] ** 2).log()
     draw = draw_at(layers, bridge, t, size).detach()
-    rows = [bound(draw, bridge, num_extra) for num_extra in (0, 1, 4, 16, 128, None)]
+    rows = [
+        torch.cat([bound(rows_of(draw, part), bridge) for part in torch.arange(size).split(of)])
+        for of in (1, 2, 5, 15, 120, size)
+    ]
     error = 4 * float(rows[0].std()) / size**0.5
     means = [float(loss.mean()) for loss in rows]
     assert means == sorted(means, reverse=True)
@@ -584,22 +593,19 @@ def test_the_bound_falls_with_the_number_of_extra_draws_from_kl_and_the_mutual_i
     torch.testing.assert_close(means[-1], float(kl), rtol=0, atol=error + 0.05)
 
 
-@pytest.mark.parametrize("num_extra", [0, 2, None])
-def test_the_bound_of_a_batch_is_that_of_a_plain_double_loop(num_extra):
+def test_the_bound_of_a_batch_is_that_of_a_plain_double_loop():
     layers, size = linear_layers(), 7
     bridge = shifted(matching_bridge(layers))
     draw = draw_at(layers, bridge, 1, size)
-    extra = size - 1 if num_extra is None else num_extra
     expected = []
     for i in range(size):
         densities = []
-        for k in range(extra + 1):  # its own input, and those of the next rows
-            j = (i + k) % size
+        for j in range(size):
             law = DiagonalGaussian(draw.q.mean[j : j + 1], draw.q.std[j : j + 1])
             densities.append(law.log_prob(draw.x[i : i + 1]))
-        expected.append(torch.cat(densities).logsumexp(0) - math.log(extra + 1))
+        expected.append(torch.cat(densities).logsumexp(0) - math.log(size))
     expected = torch.stack(expected) - bridge.log_prob(draw.x, draw.level)
-    loss = bound(draw, bridge, num_extra)
+    loss = bound(draw, bridge)
     torch.testing.assert_close(loss, expected)
     for got, wanted in zip(
         *(torch.autograd.grad(value.sum(), list(layers.parameters()), retain_graph=True) for value in (loss, expected)),
@@ -608,17 +614,14 @@ def test_the_bound_of_a_batch_is_that_of_a_plain_double_loop(num_extra):
         torch.testing.assert_close(got, wanted)
 
 
-@pytest.mark.parametrize("num_extra", [1, None])
-def test_rows_are_mixed_with_rows_of_their_own_level_alone(num_extra):
+def test_rows_are_mixed_with_rows_of_their_own_level_alone():
     layers = linear_layers()
     bridge = shifted(matching_bridge(layers))
     draw = make_draw(layers, bridge)
-    loss = bound(draw, bridge, num_extra)
+    loss = bound(draw, bridge)
     for level in range(3):
         of = draw.level == level
-        q = DiagonalGaussian(draw.q.mean[of], draw.q.std[of])
-        rows = LayerDraw(q, draw.x[of], draw.level[of], draw.t[of])
-        torch.testing.assert_close(loss[of], bound(rows, bridge, num_extra))
+        torch.testing.assert_close(loss[of], bound(rows_of(draw, of), bridge))
 
 
 def test_a_std_that_broadcasts_is_that_of_every_row():
@@ -630,17 +633,6 @@ def test_a_std_that_broadcasts_is_that_of_every_row():
         torch.testing.assert_close(bound(other, bridge), bound(draw, bridge))
 
 
-def test_more_extra_draws_than_rows_at_a_level_are_refused():
-    layers = linear_layers()
-    bridge = matching_bridge(layers)
-    draw = draw_at(layers, bridge, 1, 8)
-    assert bound(draw, bridge, 7).equal(bound(draw, bridge))
-    with pytest.raises(ValueError, match="num_extra=8, and only 8 rows of the batch are at level 1: .*num_extra < 8"):
-        bound(draw, bridge, 8)
-    with pytest.raises(ValueError, match="num_extra=-1: give the number K >= 0"):
-        LowerBound(-1)
-
-
 def test_rows_that_have_nothing_to_mix_with_are_refused():
     layers = linear_layers()
     bridge = matching_bridge(layers)
@@ -648,7 +640,6 @@ def test_rows_that_have_nothing_to_mix_with_are_refused():
     draw = draw_layer(layers(torch.zeros(3, DIMENSION, dtype=torch.float64), t), t, bridge)
     with pytest.raises(ValueError, match='each of the 3 rows is at a level of its own, .*use scoring="own"'):
         bound(draw, bridge)
-    assert bound(draw, bridge, 0).shape == (3,)  # that none is mixed in was asked for
 
 
 def test_the_bound_takes_no_conditions():
@@ -659,14 +650,13 @@ def test_the_bound_takes_no_conditions():
         bound(draw, bridge)
 
 
-@pytest.mark.parametrize("num_extra", [0, 3, None])
-def test_the_surrogate_has_the_gradient_of_the_log_density(num_extra):
+def test_the_surrogate_has_the_gradient_of_the_log_density():
     layers = linear_layers()
     bridge = shifted(matching_bridge(layers))
     draw = make_draw(layers, bridge)
     gradients = [
         torch.autograd.grad(
-            bound(draw, bridge, num_extra, surrogate=surrogate).mean(), list(layers.parameters()), retain_graph=True
+            bound(draw, bridge, surrogate=surrogate).mean(), list(layers.parameters()), retain_graph=True
         )
         for surrogate in (False, True)
     ]
