@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from .bridges import Bridge
+from .chains import draw_marginals
 from .diagnostics import Finding, critic_lag, variance_collapse
 from .layers import ConditionalLayers
 from .masses import REACH, drift, lost_modes, wrong_masses
 from .objectives import Critic
+
+NUM_DRAWS = 4000
 
 
 class Diagnosis(list[Finding]):
@@ -31,22 +34,27 @@ def diagnose(
     *,
     critic: Critic | None = None,
     critic_layers: Sequence[int] | None = None,
-    num_draws: int = 4000,
     generator: torch.Generator | None = None,
 ) -> Diagnosis:
-    """Looks for all signs of failure in draws of a sampler without conditions.
+    """Looks for all signs of failure in 4,000 draws of a sampler without conditions.
 
-    Chains go on from a quarter of the `num_draws` draws, weights are those of a half. See `critic_lag` for the layers
-    at which a critic is looked at.
+    Chains go on from a quarter of them, weights are those of a half. The critic is looked at for all layers, or for
+    `critic_layers`: after layer-by-layer training it knows the last of them alone, [0].
 
     Raises:
         ValueError: A draw is not finite.
     """
-    found = variance_collapse(layers, bridge, num_draws=num_draws, generator=generator)
+    marginals = draw_marginals(layers, bridge.sample_base(NUM_DRAWS, generator), generator)
+    for t, x in enumerate(marginals):
+        if bad := int((~x.isfinite()).sum()):
+            raise ValueError(f"{bad} of {x.numel()} numbers of x_{t} are not finite: the sampler diverged, train again")
+    half, quarter = ([x[: NUM_DRAWS // part] for x in marginals] for part in (2, 4))
+    found = variance_collapse(layers, bridge, marginals)
     if critic is not None:
-        found += critic_lag(layers, bridge, critic, critic_layers, num_draws=num_draws, generator=generator)
-    found += lost_modes(layers, bridge, num_draws=num_draws // 2, generator=generator)
-    found += drift(layers, bridge, num_draws=num_draws // 4, generator=generator)
-    masses, why = wrong_masses(layers, bridge, num_draws=num_draws // 2, generator=generator)
+        which = reversed(range(layers.num_layers)) if critic_layers is None else critic_layers
+        found += critic_lag(layers, bridge, critic, marginals, which, generator)
+    found += lost_modes(bridge, half, generator)
+    found += drift(bridge, quarter, generator)
+    masses, why = wrong_masses(layers, bridge, half)
     unchecked = [f"modes that attract no start within {REACH:g} times the spread of the base, and their masses"]
     return Diagnosis(found + masses, [*unchecked, *([] if why is None else [why])])

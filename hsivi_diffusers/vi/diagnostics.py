@@ -1,19 +1,19 @@
 """Signs of failure that show without a reference posterior: in the sampler, its critic and the score S of the target.
 
-The target is p at the level of layer 0, so the bridge is all that is needed of it.
+The target is p at the level of layer 0, so the bridge is all that is needed of it. `marginals` are draws of the
+sampler, see `draw_marginals`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .bridges import Bridge
-from .chains import draw_marginals
 from .distributions import randn_like
 from .layers import ConditionalLayers
 from .objectives import Critic
@@ -40,9 +40,7 @@ class Finding:
 
 
 @torch.no_grad()
-def variance_collapse(
-    layers: ConditionalLayers, bridge: Bridge, *, num_draws: int = 2000, generator: torch.Generator | None = None
-) -> list[Finding]:
+def variance_collapse(layers: ConditionalLayers, bridge: Bridge, marginals: list[Tensor]) -> list[Finding]:
     """Finds layers that have become deterministic, and coordinates whose spread is not the target's.
 
     A layer is collapsed in a coordinate if mean std < `STD_RATIO` sd(x_t), and if mean std is less than a tenth of
@@ -53,14 +51,18 @@ def variance_collapse(
     Returns:
         At most one "variance_collapse" a layer, one "under_dispersed" and one "over_dispersed"; each with the worst
         coordinate's value.
+
+    Raises:
+        ValueError: The target's score is not finite.
     """
     found = []
-    marginals = draw_finite(layers, bridge, num_draws, generator)
     for t in reversed(range(layers.num_layers)):
         std = layers(marginals[t + 1], fill(t, marginals[t])).std.expand_as(marginals[t]).flatten(1)
         spread = marginals[t].flatten(1).std(0)
         ratio = std.mean(0) / spread.clamp_min(torch.finfo(spread.dtype).tiny)
-        score = score_at(bridge, marginals[t], t)
+        score = bridge.score(marginals[t], bridge.level(fill(t, marginals[t])))
+        if not bool(score.isfinite().all()):
+            raise ValueError(f"the target's score is not finite at draws of x_{t}: the sampler diverged, train again")
         local = std.mean(0) * score.flatten(1).square().mean(0).sqrt()
         ratio = ratio.masked_fill(local > 0.1, math.inf)  # as narrow as p_t itself is, there
         narrow = int((ratio < STD_RATIO).sum())
@@ -120,26 +122,23 @@ def critic_lag(
     layers: ConditionalLayers,
     bridge: Bridge,
     critic: Critic,
-    only: Sequence[int] | None = None,
-    *,
-    num_draws: int = 2000,
+    marginals: list[Tensor],
+    which: Iterable[int],
     generator: torch.Generator | None = None,
 ) -> list[Finding]:
-    """Finds layers whose marginal the critic, (x, level, condition, t) -> estimate of its score, does not follow.
+    """Finds layers, of `which`, whose marginal the critic, an estimate of its score, does not follow.
 
     The critic's loss is least over all multiples of s where E[s . (s - grad log q(x | x_next))] = 0, and the true score
     has E[(x - E x) . s] = -d besides. So a critic that lags is seen, whatever its network; one that is trained to the
     end and too small for the score may pass. Each draw is scored at mean + std z and mean - std z, which takes most of
-    the noise off. All layers are looked at, or `only` some: after layer-by-layer training the critic knows the last of
-    them alone, [0].
+    the noise off.
 
     Returns:
         At most one "critic_lag" a layer: |E[s . (s - grad log q)]| / E|s|^2 or |1 + E[(x - E x) . s] / d| is above
         `LAG`, and three standard errors from 0.
     """
     found = []
-    marginals = draw_finite(layers, bridge, num_draws, generator)
-    for t in reversed(range(layers.num_layers)) if only is None else only:
+    for t in which:
         signs = _critic_signs(layers, bridge, critic, marginals[t + 1], t, generator)
         seen = [abs(value) for value, error in signs if abs(value) > max(LAG, STANDARD_ERRORS * error)]
         if seen:
@@ -153,29 +152,9 @@ def critic_lag(
     return found
 
 
-def score_at(bridge: Bridge, x: Tensor, t: int, check: bool = True) -> Tensor:
-    """Returns the bridge score at the level of layer t, of the shape of x; finite if that is checked."""
-    score = bridge.score(x, bridge.level(fill(t, x)))
-    if check and not bool(score.isfinite().all()):
-        raise ValueError(f"the target's score is not finite at draws of x_{t}: the sampler diverged, train again")
-    return score
-
-
 def fill(t: int, x: Tensor) -> Tensor:
     """Returns layer t for each row of x, shape (B,)."""
     return torch.full((len(x),), t, device=x.device)
-
-
-def draw_finite(
-    layers: ConditionalLayers, bridge: Bridge, size: int, generator: torch.Generator | None
-) -> list[Tensor]:
-    """Returns [x_0, ..., x_T], see `draw_marginals`; refuses draws that are not finite."""
-    marginals = draw_marginals(layers, bridge.sample_base(size, generator), generator)
-    for t, x in enumerate(marginals):
-        bad = int((~x.isfinite()).sum())
-        if bad:
-            raise ValueError(f"{bad} of {x.numel()} numbers of x_{t} are not finite: the sampler diverged, train again")
-    return marginals
 
 
 def _mean_and_error(terms: Tensor) -> tuple[Tensor, Tensor]:

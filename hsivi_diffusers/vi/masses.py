@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .bridges import Bridge
-from .diagnostics import STANDARD_ERRORS, Finding, draw_finite, fill, score_at
+from .diagnostics import STANDARD_ERRORS, Finding, fill
 from .langevin import langevin, precision_root
 from .layers import ConditionalLayers
 
@@ -24,9 +24,7 @@ RELIABLE = 0.2  # effective share of draws, below which importance weights tell 
 
 
 @torch.no_grad()
-def lost_modes(
-    layers: ConditionalLayers, bridge: Bridge, *, num_draws: int = 2000, generator: torch.Generator | None = None
-) -> list[Finding]:
+def lost_modes(bridge: Bridge, marginals: list[Tensor], generator: torch.Generator | None = None) -> list[Finding]:
     """Finds places of high target density where the sampler never goes.
 
     Probes start from the base, inflated about its mean up to `REACH` times, and from the upper layers' outputs, and
@@ -39,7 +37,6 @@ def lost_modes(
     Returns:
         At most one "lost_modes", if more than `LOST` of the probes are lost.
     """
-    marginals = draw_finite(layers, bridge, num_draws, generator)
     draws = marginals[0].flatten(1)
     shape, center = marginals[0].shape[1:], draws.mean(0)
     score, root, inverse = _round(bridge, marginals)
@@ -64,9 +61,7 @@ def lost_modes(
 
 
 @torch.no_grad()
-def drift(
-    layers: ConditionalLayers, bridge: Bridge, *, num_draws: int = 1000, generator: torch.Generator | None = None
-) -> list[Finding]:
+def drift(bridge: Bridge, marginals: list[Tensor], generator: torch.Generator | None = None) -> list[Finding]:
     """Finds coordinates whose mean or variance changes when Langevin chains go on from the draws of x_0.
 
     Draws of p have the same law after any number of steps, so what changes is wrong, in any dimension. A curved or thin
@@ -76,7 +71,6 @@ def drift(
         At most one "drift": significantly, a ratio of the variances before and after is below `SAME`, or above its
         inverse, or a mean has moved by 1 - `SAME` standard deviations.
     """
-    marginals = draw_finite(layers, bridge, num_draws, generator)
     before = marginals[0].flatten(1)
     score, root, inverse = _round(bridge, marginals)
     end, _ = langevin(lambda u: score(u @ inverse) @ inverse.T, before @ root, NUM_STEPS, generator, together=True)
@@ -84,7 +78,7 @@ def drift(
     center, variance = after.mean(0), after.var(0).clamp_min(torch.finfo(after.dtype).tiny)
     square = ((before - center).square() - (after - center).square()) / variance
     shift = (before - after) / variance.sqrt()
-    errors = math.sqrt(STANDARD_ERRORS**2 + 2 * math.log(2 * len(center))) / math.sqrt(num_draws)
+    errors = math.sqrt(STANDARD_ERRORS**2 + 2 * math.log(2 * len(center))) / math.sqrt(len(before))
     changes = before.var(0) / variance
     wrong = ((changes < SAME) | (changes > 1 / SAME)) & (square.mean(0).abs() > errors * square.std(0))
     wrong |= (shift.mean(0).abs() > 1 - SAME) & (shift.mean(0).abs() > errors * shift.std(0))
@@ -102,7 +96,7 @@ def drift(
 
 @torch.no_grad()
 def wrong_masses(
-    layers: ConditionalLayers, bridge: Bridge, *, num_draws: int = 2000, generator: torch.Generator | None = None
+    layers: ConditionalLayers, bridge: Bridge, marginals: list[Tensor]
 ) -> tuple[list[Finding], str | None]:
     """Finds coordinates whose distribution changes when each draw is weighted by p / q.
 
@@ -113,8 +107,7 @@ def wrong_masses(
         At most one "wrong_masses", if the two distribution functions of a coordinate differ by more than `DISTANCE`
         (Kolmogorov-Smirnov); and why nothing was checked, or None if it was.
     """
-    marginals = draw_finite(layers, bridge, num_draws, generator)
-    x, x_next = marginals[0], marginals[1]
+    x, x_next, num_draws = marginals[0], marginals[1], len(marginals[0])
     try:
         log_p = bridge.log_prob(x, bridge.level(fill(0, x)))
     except NotImplementedError:
@@ -124,10 +117,8 @@ def wrong_masses(
     weights = (log_p - log_q).double().softmax(0)
     effective = float(1 / weights.square().sum()) / num_draws
     if not effective > RELIABLE:
-        return (
-            [],
-            f"the masses of modes: importance weights use {effective:.1%} of the draws, {RELIABLE:.0%} are needed",
-        )
+        why = f"importance weights use {effective:.1%} of the draws, {RELIABLE:.0%} are needed"
+        return [], f"the masses of modes: {why}"
     order = x.flatten(1).argsort(0)
     even = torch.arange(1, num_draws + 1, device=x.device, dtype=torch.float64)[:, None] / num_draws
     gaps = (weights[order].cumsum(0) - even).abs().amax(0)
@@ -145,7 +136,8 @@ def _round(bridge: Bridge, marginals: list[Tensor]) -> tuple[Callable[[Tensor], 
     """Returns the target's score of rows (N, d), the root of the metric in which modes are round, and its inverse."""
 
     def score(x: Tensor) -> Tensor:
-        return score_at(bridge, x.reshape(-1, *marginals[0].shape[1:]), 0, check=False).flatten(1)
+        x = x.reshape(-1, *marginals[0].shape[1:])
+        return bridge.score(x, bridge.level(fill(0, x))).flatten(1)
 
     root = precision_root(score(marginals[0].flatten(1)), marginals[-1].flatten(1))
     return score, root, torch.linalg.inv(root)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsivi_diffusers.vi import Bridge, ConditionalLayers, DiagonalGaussian
+from hsivi_diffusers.vi import Bridge, ConditionalLayers, DiagonalGaussian, draw_marginals
 from hsivi_diffusers.vi.diagnosis import diagnose
 from hsivi_diffusers.vi.diagnostics import critic_lag, stein_ratio, variance_collapse
 from hsivi_diffusers.vi.masses import drift, lost_modes, wrong_masses
@@ -59,6 +59,27 @@ def mixture_bridge(modes, std=1.0):
     return DensityBridge(lambda x: (-0.5 * (x[:, None] - modes).square().sum(2) / std**2).logsumexp(1), modes.shape[1])
 
 
+def draws(layers, bridge, num_draws=2000, seed=0):
+    random = seeded(seed)
+    return draw_marginals(layers, bridge.sample_base(num_draws, random), random)
+
+
+def narrowness(layers, bridge, num_draws=2000):
+    return variance_collapse(layers, bridge, draws(layers, bridge, num_draws))
+
+
+def lag(layers, bridge, critic, which=(2, 1, 0), num_draws=2000, seed=0):
+    return critic_lag(layers, bridge, critic, draws(layers, bridge, num_draws, seed), which, seeded(seed + 100))
+
+
+def losses(layers, bridge):
+    return lost_modes(bridge, draws(layers, bridge), seeded(1))
+
+
+def drifts(layers, bridge, seed=0):
+    return drift(bridge, draws(layers, bridge, 1000, seed), seeded(seed + 100))
+
+
 def signatures(findings):
     return [finding.signature for finding in findings]
 
@@ -98,7 +119,7 @@ def test_a_sampler_that_is_too_narrow_is_under_dispersed_by_the_ratio_of_the_var
     layers = LinearLayers(scale=[0.8, 0.5], shift=[0.3, 1.0], std=[0.4, 0.6])
     mean, variance = layers.marginals()
     bridge = GaussianBridge(mean.detach()[:-1], variance.detach()[:-1] / shrink)
-    (finding,) = variance_collapse(layers, bridge, num_draws=5000, generator=seeded())
+    (finding,) = narrowness(layers, bridge, 5000)
     assert finding.signature == "under_dispersed"
     assert finding.layer == 0
     assert finding.value == pytest.approx(shrink, rel=0.05)
@@ -107,7 +128,7 @@ def test_a_sampler_that_is_too_narrow_is_under_dispersed_by_the_ratio_of_the_var
 
 def test_a_layer_without_noise_has_collapsed():
     layers = LinearLayers(scale=[0.8, 0.5, -0.7], shift=[0.3, -0.5, 1.0], std=[0.4, 1e-3, 0.9])
-    (finding,) = variance_collapse(layers, matching_bridge(layers), generator=seeded())
+    (finding,) = narrowness(layers, matching_bridge(layers))
     assert (finding.signature, finding.layer) == ("variance_collapse", 1)
     spread = float(layers.marginals()[1][1].detach().sqrt())
     assert finding.value == pytest.approx(1e-3 / spread, rel=0.1)
@@ -122,7 +143,7 @@ def scaled(critic, factor=1.0, shift=0.0):
 def test_a_scaled_critic_lags_by_the_closed_form(factor):
     layers = linear_layers()
     critic = scaled(ExactCritic(layers), factor)
-    found = critic_lag(layers, matching_bridge(layers), critic, num_draws=5000, generator=seeded())
+    found = lag(layers, matching_bridge(layers), critic, num_draws=5000)
     # E[s . (s - s*)] / E|s|^2 = (a - 1) / a and 1 + E[(x - E x) . s] / d = 1 - a for s = a s*.
     assert signatures(found) == ["critic_lag"] * 3
     assert [finding.layer for finding in found] == [2, 1, 0]
@@ -133,7 +154,7 @@ def test_a_scaled_critic_lags_by_the_closed_form(factor):
 def test_a_shifted_critic_lags_by_the_closed_form():
     layers = linear_layers()
     critic = scaled(ExactCritic(layers), shift=1.0)
-    (finding,) = critic_lag(layers, matching_bridge(layers), critic, [1], num_draws=5000, generator=seeded())
+    (finding,) = lag(layers, matching_bridge(layers), critic, [1], num_draws=5000)
     square = 1 / float(layers.marginals()[1][1].detach())
     assert finding.layer == 1
     assert finding.value == pytest.approx(1 / (1 + square), rel=0.1)
@@ -142,31 +163,31 @@ def test_a_shifted_critic_lags_by_the_closed_form():
 def test_a_critic_of_another_layer_lags():
     layers = linear_layers()
     critic = LinearCritic(3)
-    assert len(critic_lag(layers, matching_bridge(layers), critic, generator=seeded())) == 3
+    assert len(lag(layers, matching_bridge(layers), critic)) == 3
     exact = ExactCritic(layers)
     with torch.no_grad():
         critic.slope.copy_(-1 / exact.variance[:-1])
         critic.intercept.copy_(exact.mean[:-1] / exact.variance[:-1])
-    assert critic_lag(layers, matching_bridge(layers), critic, generator=seeded()) == []
+    assert lag(layers, matching_bridge(layers), critic) == []
 
 
 def test_a_sign_within_its_error_is_no_finding():
     layers = linear_layers()
     exact, bridge = ExactCritic(layers), matching_bridge(layers)
-    found = [len(critic_lag(layers, bridge, exact, num_draws=50, generator=seeded(seed))) for seed in range(20)]
+    found = [len(lag(layers, bridge, exact, num_draws=50, seed=seed)) for seed in range(20)]
     assert sum(found) <= 2
-    assert len(critic_lag(layers, bridge, scaled(exact, 1.2), num_draws=8000, generator=seeded())) == 3
+    assert len(lag(layers, bridge, scaled(exact, 1.2), num_draws=8000)) == 3
 
 
 @pytest.mark.parametrize(("dimension", "gap", "std"), [(2, 3.0, 1.0), (2, 3.0, 0.1), (10, 4.0, 0.5), (30, 8.0, 1.0)])
 def test_a_mode_that_is_never_visited_is_found(dimension, gap, std):
     modes = two_modes(gap, dimension)
-    (finding,) = lost_modes(OneLayer(modes[:1], std), mixture_bridge(modes, std), generator=seeded())
+    (finding,) = losses(OneLayer(modes[:1], std), mixture_bridge(modes, std))
     assert finding.signature == "lost_modes"
     assert finding.value == pytest.approx(0.5, abs=0.2)
     place = float(finding.message.split("x = [")[1].split(",")[0])
     assert place == pytest.approx(-gap, abs=4 * std)
-    assert lost_modes(OneLayer(modes, std), mixture_bridge(modes, std), generator=seeded()) == []
+    assert losses(OneLayer(modes, std), mixture_bridge(modes, std)) == []
 
 
 def test_a_lost_mode_is_the_only_sign_of_it():
@@ -187,7 +208,7 @@ def test_a_funnel_has_no_lost_modes():
         v = x[:, 0]
         return -v.square() / 18 - 2 * v - 0.5 * x[:, 1:].square().sum(1) * (-v).exp()
 
-    assert lost_modes(Funnel(), DensityBridge(log_prob, 5), generator=seeded()) == []
+    assert losses(Funnel(), DensityBridge(log_prob, 5)) == []
 
 
 @pytest.mark.parametrize(("reach", "expected"), [(600.0, ["lost_modes"]), (0.0, [])])
@@ -204,7 +225,7 @@ def test_a_mode_beyond_the_base_is_found_from_an_upper_layer_alone(reach, expect
             return DiagonalGaussian(mean, torch.ones_like(x_next))
 
     bridge = mixture_bridge(torch.tensor([[0.0, 0.0], [600.0, 0.0]], dtype=torch.float64))
-    assert signatures(lost_modes(TwoLayers(), bridge, generator=seeded())) == expected
+    assert signatures(losses(TwoLayers(), bridge)) == expected
 
 
 def test_draws_that_are_not_finite_are_refused():
@@ -216,7 +237,7 @@ def test_draws_that_are_not_finite_are_refused():
 @pytest.mark.parametrize(("factor", "found"), [(1.5, ["over_dispersed"]), (1.0, [])])
 def test_a_sampler_that_is_too_wide_is_found_by_the_ratio_of_variances(factor, found):
     layers = LinearLayers(scale=[0.0], shift=[0.0], std=[factor])
-    findings = variance_collapse(layers, GaussianBridge([0.0], [1.0]), generator=seeded())
+    findings = narrowness(layers, GaussianBridge([0.0], [1.0]))
     assert signatures(findings) == found
     assert all(abs(finding.value - factor**2) < 0.3 for finding in findings)
 
@@ -239,7 +260,7 @@ class Diagonal(ConditionalLayers):
 def test_a_layer_as_narrow_as_its_target_has_not_collapsed(std, found):
     width = 1e-3 * 2**0.5
     target = DensityBridge(lambda x: -0.5 * x[:, 0].square() - 0.5 * ((x[:, 1] - x[:, 0]) / width).square(), 2)
-    findings = variance_collapse(Diagonal(std), target, generator=seeded())
+    findings = narrowness(Diagonal(std), target)
     assert ("variance_collapse" in signatures(findings)) == found
 
 
@@ -247,7 +268,7 @@ def test_draws_whose_score_overflows_say_that_the_sampler_diverged():
     layers = LinearLayers(scale=[0.0], shift=[400.0], std=[0.1])
     bridge = DensityBridge(lambda x: -x.exp().sum(1), 3)
     with pytest.raises(ValueError, match="the sampler diverged"):
-        lost_modes(layers, bridge, generator=seeded())
+        losses(layers, bridge)
 
 
 class NarrowBanana(ConditionalLayers):
@@ -275,10 +296,10 @@ def banana(width=0.5, narrow=1.0):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_banana_that_is_too_short_drifts_along_its_ridge(seed):
     """Of the fits that nothing was found of: 0.81 of the standard deviation along the ridge."""
-    findings = drift(NarrowBanana(0.81), banana(), generator=seeded(seed))
+    findings = drifts(NarrowBanana(0.81), banana(), seed)
     assert signatures(findings) == ["drift"]
     assert findings[0].value < 0.8
-    assert drift(NarrowBanana(1.0), banana(), generator=seeded(seed)) == []
+    assert drifts(NarrowBanana(1.0), banana(), seed) == []
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -307,10 +328,10 @@ def test_modes_of_wrong_mass_are_found_by_their_weights(share, found):
             return DiagonalGaussian(torch.where(first, modes[:1], modes[1:]), torch.ones_like(x_next))
 
     bridge = WithDensity(mixture_bridge(modes).log_density, 2)
-    findings, why = wrong_masses(Shares(), bridge, generator=seeded())
+    findings, why = wrong_masses(Shares(), bridge, draws(Shares(), bridge))
     assert (signatures(findings), why) == (found, None)
     assert all(finding.value == pytest.approx(share - 0.5, abs=0.05) for finding in findings)
-    assert drift(Shares(), bridge, generator=seeded()) == []
+    assert drifts(Shares(), bridge) == []
 
 
 def test_what_was_not_checked_is_told():
