@@ -75,9 +75,8 @@ def fit(
     """Fits layers to a bridge: one update of the layers, then `critic_updates` of the critic, and again.
 
     Every batch costs one call of the layers, and every answer is given back to the chain. The layer update and the
-    first critic update share a batch, in this order: a critic that has just been fitted to these very draws leans
-    towards their noise, and would pull the layers together. With a single micro-batch and an objective that takes no
-    gradient through the critic, they share the critic's answer too.
+    first critic update share a batch, in this order, see docs/math.md. With a single micro-batch and an objective that
+    takes no gradient through the critic, they share the critic's answer too.
 
     An update is the mean over micro-batches: the chains given here, one after the other (gradient accumulation), in
     each of the processes (data parallelism). N micro-batches in one process give the same update as one in each of N.
@@ -143,13 +142,13 @@ def fit(
         optimizer.zero_grad()
         return Update(torch.cat([rows.t for rows in made]), torch.cat([rows.loss.detach() for rows in made]), norm)
 
-    game = _Game(layers, critic, bridge, objective, chains, scoring)
+    game = _Game(layers, nn.Identity() if critic is None else critic, bridge, objective, chains, scoring)
     next_step = start_step
     for step, end, stage in _steps(curriculum):
         if step < next_step:
             continue
         game.begin(stage.beta, [step_generator(seed, rank * len(chains) + i, step) for i in range(len(chains))])
-        with game.critic_in_layer_loss():
+        with _frozen(game.critic) if objective.critic_gradient else nullcontext():
             move = bool(stage.beta.any())
             layer_update = update("layers", layers, layer_optimizer, game.layer_rows, step, move)
         critic_update = Update(t=layer_update.t[:0], loss=layer_update.loss[:0])
@@ -179,37 +178,27 @@ def _grad_norm(module: nn.Module) -> Tensor:
     return nn.utils.get_total_norm([each.grad for each in module.parameters() if each.grad is not None])
 
 
+@dataclass
 class _Game:
     """The losses of both players, micro-batch by micro-batch, and what the one leaves to the other within a step."""
 
-    def __init__(
-        self,
-        layers: ConditionalLayers,
-        critic: nn.Module | None,
-        bridge: Bridge,
-        objective: Objective,
-        chains: Sequence[Chain],
-        scoring: Scoring,
-    ) -> None:
-        self.layers, self.bridge, self.objective = layers, bridge, objective
-        self.critic = nn.Identity() if critic is None else critic
-        self.chains, self.scoring = chains, scoring
+    layers: ConditionalLayers
+    critic: nn.Module
+    bridge: Bridge
+    objective: Objective
+    chains: Sequence[Chain]
+    scoring: Scoring
+
+    def __post_init__(self) -> None:
         self.critic_seen = _local(self.critic)
-        self.has_critic = isinstance(objective, CriticObjective)
+        self.has_critic = isinstance(self.objective, CriticObjective)
         # The graph of one answer is kept until the critic's loss; those of several micro-batches would not fit.
-        self.shares_answer = self.has_critic and len(chains) == 1 and not objective.critic_gradient
+        self.shares_answer = self.has_critic and len(self.chains) == 1 and not self.objective.critic_gradient
 
     def begin(self, beta: Tensor, generators: Sequence[torch.Generator]) -> None:
         """Starts a step."""
         self.beta, self.generators = beta, generators
         self.left: dict[int, tuple[Tensor, LayerDraw, Critic]] = {}
-
-    def critic_in_layer_loss(self) -> AbstractContextManager[None]:
-        """Within it the layers' loss sees the critic as a function of its input alone, backward passes included.
-
-        Frozen only where it must be, for torch rounds the products with a frozen matrix otherwise.
-        """
-        return _frozen(self.critic) if self.objective.critic_gradient else nullcontext()
 
     def layer_rows(self, micro_batch: int) -> _Rows:
         t, draw = self._draw(micro_batch)
@@ -255,7 +244,7 @@ class _Game:
 
 
 def step_generator(seed: int, micro_batch: int, step: int) -> torch.Generator:
-    """Returns a generator that depends on all three and on nothing else."""
+    """Returns a generator that depends on these three alone."""
     digest = hashlib.blake2b(f"{seed} {micro_batch} {step}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
@@ -268,7 +257,7 @@ def _local(critic: nn.Module) -> nn.Module:
 
 @contextmanager
 def _frozen(critic: nn.Module) -> Iterator[None]:
-    """Within it no parameter of the critic takes a gradient."""
+    """Within it no parameter takes a gradient. Only where it must be: torch rounds products with them otherwise."""
     trained = [parameter for parameter in critic.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

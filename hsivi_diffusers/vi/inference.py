@@ -23,22 +23,18 @@ from .pools import CohortChain, FrozenPoolChain, PoolChain
 
 Training = Literal["sequential", "joint"]
 NUM_PROBES = 256  # draws of the base at which the target is looked at before work
+MAX_GRAD_NORM = 10.0  # of both players
 OBJECTIVES: dict[str, Callable[[], Objective]] = {"LB": LowerBound, "SM": ScoreMatching, "KL": KullbackLeibler}
 
 
 class Inference:
     """Fits a hierarchy of T Gaussian layers to a bridge, and draws from it.
 
-        inference = Inference(GeometricBridge(target, num_layers=5))
-        for step in inference.steps():
-            ...
-        x = inference.sample(10_000)
-
     Args:
         bridge: From the base to the target; says T.
         objective: "LB" (`LowerBound`), "SM" (`ScoreMatching`) or "KL" (`KullbackLeibler`), or an `Objective`.
-        training: "joint", all layers at once with a shared network, which reached more at equal cost wherever it was
-            measured with T > 1 and `LowerBound`; or "sequential", layer by layer with a network for each.
+        training: "joint", all layers at once with a shared network; or "sequential", layer by layer with a network for
+            each.
         num_steps: Layer updates in all, an equal part for each layer if sequential.
         batch_size: B.
         layers: The sampler; residual MLPs by default.
@@ -48,7 +44,6 @@ class Inference:
             `ScoreMatching`, which diverges sooner.
         critic_learning_rate: Of the critic, constant.
         critic_updates: For each layer update.
-        max_grad_norm: Both players' gradients are clipped to it.
         plateau: Ends a stage whose loss has stopped falling.
         seed: Of parameters and draws.
 
@@ -76,7 +71,6 @@ class Inference:
         learning_rate: float | None = None,
         critic_learning_rate: float = 4e-3,
         critic_updates: int = 1,
-        max_grad_norm: float = 10.0,
         plateau: Plateau | None = None,
         seed: int = 0,
     ) -> None:
@@ -85,12 +79,10 @@ class Inference:
         _check_players(bridge, training, self.objective, layers, critic)
         if batch_size < 2:
             raise ValueError(f"batch_size={batch_size}: give 2 rows or more")
-        if not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm}: give a number > 0; math.inf clips nothing")
         self.curriculum, self.chain = _make_training(training, bridge, self.objective, num_steps, batch_size)
         if plateau is not None and isinstance(self.objective, LowerBound) and self.objective.surrogate:
             raise ValueError("a plateau needs a loss that means something: LowerBound(surrogate=True) has none")
-        self.critic_updates, self.max_grad_norm, self.plateau = critic_updates, max_grad_norm, plateau
+        self.critic_updates, self.plateau = critic_updates, plateau
         self.next_step = 0
         self._settings = {
             "bridge": type(bridge).__name__,
@@ -138,7 +130,7 @@ class Inference:
             critic_updates=self.critic_updates,
             seed=self.seed,
             start_step=self.next_step,
-            clip_grad_norm=lambda parameters: nn.utils.clip_grad_norm_(parameters, self.max_grad_norm),
+            clip_grad_norm=lambda parameters: nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM),
             stop_stage=self._stop_stage,
         ):
             self.next_step = step.next_step
@@ -160,10 +152,7 @@ class Inference:
         return self.marginals(size, seed)[0]
 
     def diagnose(self, seed: int = 0) -> Diagnosis:
-        """Looks for signs of failure, see `diagnosis.diagnose`; each finding has a message with the remedy.
-
-        After layer-by-layer training the critic is looked at for the last layer alone: it has gone on from the others.
-        """
+        """Looks for signs of failure, see `diagnosis.diagnose`; each finding has a message with the remedy."""
         return diagnose(
             self.layers,
             self.bridge,

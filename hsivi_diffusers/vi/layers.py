@@ -35,10 +35,7 @@ def hierarchy_ends(depths: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 class IndependentLayers(ConditionalLayers):
-    """Each layer is a network with parameters of its own: what layer-by-layer training needs.
-
-    Args:
-        networks: T modules, from the data side up; each takes x_next of shape (B, ...), returns a `DiagonalGaussian`.
+    """Each layer is a network of its own, x_next -> `DiagonalGaussian`, from the data side up: for sequential training.
 
     Raises:
         ValueError: No network is given, or `forward` is given a condition.

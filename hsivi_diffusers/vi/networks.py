@@ -50,14 +50,10 @@ class ResidualMLP(nn.Module):
 
 
 class GaussianMLP(nn.Module):
-    """A layer: x -> N(A x + net(x), std^2), A = I and net nearly 0 at the start.
+    """A layer: x -> N(A x + net(x), std^2), A = I and net nearly 0 at the start, x in up to 10,000 dimensions.
 
-    Args:
-        dimension: d, up to 10,000.
-        width: Of the hidden layers.
-        depth: Number of hidden layers.
-        initial_std: What std > 0 starts from, a learned number for each coordinate of each layer.
-        num_layers: T of the layers that share the network, or None for a layer of its own.
+    A std > 0 is learned for each coordinate of each layer, from `initial_std`. num_layers is the T of the layers that
+    share the network, or None for a layer of its own.
 
     Raises:
         ValueError: A number is out of its range.

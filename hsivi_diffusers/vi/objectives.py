@@ -69,18 +69,10 @@ def draw_layer(
     real: bool = False,
     end: Tensor | None = None,
 ) -> LayerDraw:
-    """Draws from layer t at its own level (the paper), or at a random level of the bridge.
+    """Draws from layers t, shape (B,), of law q = q_t(. | x_next), each row with its condition.
 
-    Args:
-        q: q_t(. | x_next).
-        t: Layer indices, shape (B,).
-        bridge: Tells the levels; for random ones it also moves q to them.
-        x_next: x_{t+1}, shape (B, ...); for random levels of a bridge that asks for it.
-        scoring: "own" or "random".
-        condition: Condition of each row.
-        generator: Source of the level and the noise.
-        real: Draw from the bridge too.
-        end: Where the pair of each row ends, NaN in rows without a pair.
+    Scoring "own" (the paper) is at the level of the layer; "random" at one that the bridge draws and moves q to. `real`
+    asks the bridge for a draw too; `end` is where the pair of each row ends, NaN in rows without a pair.
 
     Raises:
         ValueError: `scoring` is neither of these.
@@ -98,7 +90,6 @@ def draw_layer(
 
 
 def unit_weight(level: Tensor) -> Tensor:
-    """Weight 1 at every level."""
     return torch.ones_like(level, dtype=torch.float32)
 
 
@@ -118,11 +109,8 @@ class Objective(ABC):
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
         """Returns the loss whose gradient in the layers' parameters pulls q towards p: shape (B,).
 
-        Args:
-            critic: (x, level, condition, t) -> estimate of grad log q(x), of the shape of x; its parameters must not be
-                updated with this loss. Objectives without a critic never call it.
-            bridge: Where S and log p come from.
-            draw: A draw on the graph of the layers.
+        The critic, (x, level, condition, t) -> estimate of grad log q(x), of the shape of x, is not updated with this
+        loss; the draw is on the graph of the layers.
         """
 
 
@@ -204,7 +192,7 @@ class KullbackLeibler(CriticObjective):
 
 
 class Extended(CriticObjective):
-    """Another objective and a term with a weight > 0; as it stands without the term, which subclasses add.
+    """Another objective, and a term with a weight, which subclasses add.
 
     Raises:
         ValueError: The weight is not above 0.
@@ -218,12 +206,6 @@ class Extended(CriticObjective):
         super().__init__(objective.level_weight, objective.teacher_share)
         self.objective = objective
         self.weight = weight
-
-    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        return self.objective.layer_loss(critic, bridge, draw)
-
-    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
-        return self.objective.critic_loss(critic, draw, bridge)
 
 
 def row_sum(x: Tensor) -> Tensor:

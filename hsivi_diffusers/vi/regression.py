@@ -21,11 +21,8 @@ SamplePairs = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor, T
 class PairChain(Chain):
     """Pairs of a map from the base to the target, such as the teacher's ODE, known by draws alone: for `Regression`.
 
-    Args:
-        sample_pairs: Draws (x_{t+1}, end, condition) for layers t: (t of shape (B,), generator) -> tensors of shape
-            (B, ...), or None for no condition. Of a single layer that is (x_1, x_0).
-        num_layers: T, see `Chain`.
-        batch_size: B.
+    sample_pairs, (t of shape (B,), generator) -> (x_{t+1}, end, condition), draws for layers t tensors of shape
+    (B, ...), or None for no condition. Of a single layer that is (x_1, x_0). The rest is as in `Chain`.
     """
 
     def __init__(self, sample_pairs: SamplePairs, num_layers: int | Sequence[int], batch_size: int) -> None:
@@ -138,6 +135,8 @@ class Guided(Extended):
         pairs = draw
         if draw.residual is not None:
             pairs = replace(draw, residual=torch.where(draw.residual.isnan(), 0, draw.residual))
-        return super().layer_loss(critic, bridge, draw) + self.weight * self.regression.layer_loss(
-            critic, bridge, pairs
-        )
+        loss = self.objective.layer_loss(critic, bridge, draw)
+        return loss + self.weight * self.regression.layer_loss(critic, bridge, pairs)
+
+    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
+        return self.objective.critic_loss(critic, draw, bridge)

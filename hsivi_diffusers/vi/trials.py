@@ -55,11 +55,9 @@ class Adversarial(Extended):
     """Another objective and, with a weight > 0, a game of layers and critic over draws of the bridge itself.
 
     The critic answers with a score and with logits D, which tell draws of the bridge (real) from draws of the layers;
-    of several logits for a row the mean is taken. With d coordinates of x the terms of the losses are in `layer_loss`
-    and `critic_loss`. The best D is log p(x) / q(x). This is the term of adversarial score identity distillation (arXiv
-    2410.14919), and of DMD2 (arXiv 2405.14867, whose scripts have weights of 1e-3 for the layers and 1e-2 for the
-    critic), on features of the critic; the weight of a level is not applied to it. The gradient for the layers passes
-    through the critic to x, and is of the layers alone.
+    of several logits for a row the mean is taken. The best D is log p(x) / q(x). With d coordinates of x this is the
+    term of adversarial score identity distillation (arXiv 2410.14919), and of DMD2 (arXiv 2405.14867); the weight of a
+    level is not applied to it.
     """
 
     needs_real = True
@@ -78,8 +76,7 @@ class Adversarial(Extended):
     def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
         """Returns the objective's loss + weight d/2 (softplus(D(x)) + softplus(-D(x_real))): shape (B,).
 
-        Drawn and real rows go through the critic in one call, of 2 B rows, so that it may be one that reduces its
-        gradients between processes.
+        All 2 B rows go through the critic in one call, for it may reduce its gradients between processes.
 
         Raises:
             TypeError: The critic does not answer with a score and logits.
