@@ -194,10 +194,8 @@ class DiffusionBridge(Bridge):
 
 
 def _at_least_one(num_layers: int) -> int:
-    if not isinstance(num_layers, int):
-        raise ValueError(f"num_layers={num_layers}: give a whole number")
-    if num_layers < 1:
-        raise ValueError(f"num_layers={num_layers}: a hierarchy has at least 1 layer")
+    if not isinstance(num_layers, int) or num_layers < 1:
+        raise ValueError(f"num_layers={num_layers}: a hierarchy has at least 1 layer, and a whole number of them")
     return num_layers
 
 

@@ -108,14 +108,12 @@ def fit(
             the next one. Numbers of steps are not moved by it.
 
     Raises:
-        ValueError: `critic_updates` < 1, there is no chain, or no critic or optimizer for an objective that needs them.
+        ValueError: `critic_updates` < 1, or there is no critic or optimizer for an objective that needs them.
         DivergenceError: A loss or the norm of a gradient is not finite.
     """
     chains = [chain] if isinstance(chain, Chain) else list(chain)
     if critic_updates < 1:
         raise ValueError(f"critic_updates={critic_updates}: the critic needs at least 1 update for each of the layers")
-    if not chains:
-        raise ValueError("chain=[]: give a chain, or one for each micro-batch")
     if isinstance(objective, CriticObjective) and (critic is None or critic_optimizer is None):
         raise ValueError(
             f"{type(objective).__name__} needs a critic and a critic_optimizer; LowerBound and Regression need none"

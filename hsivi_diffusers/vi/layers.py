@@ -66,13 +66,11 @@ class SharedLayers(ConditionalLayers):
     """All layers are one network that is told the layer, (x_next, t) -> `DiagonalGaussian`: for joint training.
 
     Raises:
-        ValueError: T < 1, or `forward` is given a condition.
+        ValueError: `forward` is given a condition.
     """
 
     def __init__(self, network: nn.Module, num_layers: int) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers={num_layers}: a hierarchy has at least 1 layer")
         self.network = network
         self.num_layers = num_layers
 

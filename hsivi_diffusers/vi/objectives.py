@@ -135,18 +135,13 @@ class CriticObjective(Objective):
         self.level_weight = level_weight
         self.teacher_share = teacher_share
 
-    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
+    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge) -> Tensor:
         """Returns w/2 |s(x) - target|^2, target = (1 - m) grad log q(x | x_next) + m S(x): shape (B,).
 
-        The draw is cut from the graph of the layers; S is that of the bridge, asked only with a `teacher_share`.
-
-        Raises:
-            ValueError: There is a `teacher_share`, and no bridge.
+        The draw is cut from the graph of the layers; the bridge is asked only with a `teacher_share`.
         """
         target = draw.layer_score
         if self.teacher_share:
-            if bridge is None:
-                raise ValueError(f"teacher_share={self.teacher_share} needs the bridge: give it as the third argument")
             with torch.no_grad():
                 bridge_score = bridge.score(draw.x, draw.level, draw.condition)
             target = (1 - self.teacher_share) * target + self.teacher_share * bridge_score
@@ -198,11 +193,9 @@ class Extended(CriticObjective):
         ValueError: The weight is not above 0.
     """
 
-    term = "the term"
-
     def __init__(self, objective: CriticObjective, weight: float) -> None:
         if not weight > 0:
-            raise ValueError(f"weight={weight}: give a number > 0, or leave {self.term} out")
+            raise ValueError(f"weight={weight}: give a number > 0, or take the objective without the term")
         super().__init__(objective.level_weight, objective.teacher_share)
         self.objective = objective
         self.weight = weight

@@ -118,8 +118,6 @@ class Guided(Extended):
     the units of `KullbackLeibler` with a weight sigma^2: try 0.005.
     """
 
-    term = "the pairs"
-
     def __init__(self, objective: CriticObjective, weight: float, loss: ResidualLoss = half_square) -> None:
         super().__init__(objective, weight)
         self.regression = Regression(loss)
@@ -138,5 +136,5 @@ class Guided(Extended):
         loss = self.objective.layer_loss(critic, bridge, draw)
         return loss + self.weight * self.regression.layer_loss(critic, bridge, pairs)
 
-    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
+    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge) -> Tensor:
         return self.objective.critic_loss(critic, draw, bridge)

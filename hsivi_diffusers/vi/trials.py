@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,49 +60,28 @@ class Adversarial(Extended):
     """
 
     needs_real = True
-    term = "the adversarial term"
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns the objective's loss + weight d softplus(-D(x)), from one call of the critic.
-
-        Raises:
-            TypeError: The critic does not answer with a score and logits.
-        """
-        score, logits = _score_and_logits(draw.answer(critic))
+        """Returns the objective's loss + weight d softplus(-D(x)), from one call of the critic."""
+        score, logits = draw.answer(critic)
         loss = self.objective.layer_loss(lambda *_: score, bridge, draw)
         return loss + self._scale(draw) * _mean(softplus(-logits))
 
-    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge | None = None) -> Tensor:
+    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge) -> Tensor:
         """Returns the objective's loss + weight d/2 (softplus(D(x)) + softplus(-D(x_real))): shape (B,).
 
         All 2 B rows go through the critic in one call, for it may reduce its gradients between processes.
-
-        Raises:
-            TypeError: The critic does not answer with a score and logits.
-            ValueError: The draw has no real rows.
         """
-        if draw.real is None:
-            raise ValueError("the draw has no real rows: take draw_layer(..., real=True)")
+        assert draw.real is not None
         size = len(draw.x)
         condition = None if draw.condition is None else torch.cat([draw.condition, draw.condition])
-        score, logits = _score_and_logits(
-            critic(torch.cat([draw.x, draw.real]), draw.level.repeat(2), condition, draw.t.repeat(2))
-        )
+        score, logits = critic(torch.cat([draw.x, draw.real]), draw.level.repeat(2), condition, draw.t.repeat(2))
         loss = self.objective.critic_loss(lambda *_: score[:size], draw, bridge)
         game = _mean(softplus(logits[:size])) + _mean(softplus(-logits[size:]))
         return loss + 0.5 * self._scale(draw) * game
 
     def _scale(self, draw: LayerDraw) -> float:
         return self.weight * draw.x[0].numel()
-
-
-def _score_and_logits(answer: Any) -> tuple[Tensor, Tensor]:
-    if not (isinstance(answer, tuple) and len(answer) == 2):
-        raise TypeError(
-            f"the critic answers with a {type(answer).__name__}: the adversarial term needs one that returns a score "
-            "and logits, such as UNetDiscriminator"
-        )
-    return answer
 
 
 def _mean(x: Tensor) -> Tensor:

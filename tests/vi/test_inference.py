@@ -25,7 +25,7 @@ from hsivi_diffusers.vi import (
     SharedLayers,
 )
 from hsivi_diffusers.vi import inference as inference_module
-from hsivi_diffusers.vi.targets import FullNormal, GaussianMixture
+from hsivi_diffusers.vi.targets import GaussianMixture
 
 MEAN = torch.tensor([1.0, -0.5])
 COVARIANCE = torch.tensor([[1.0, 0.6], [0.6, 0.8]])
@@ -409,13 +409,6 @@ def test_a_critic_of_the_users_own_is_trained():
     inference.run()
     assert inference.critic is critic
     assert not critic.state_dict()["network.first.weight"].equal(before["network.first.weight"])
-
-
-def test_a_gaussian_fitted_to_the_mode_may_be_the_base():
-    base = FullNormal(MEAN.double(), torch.linalg.cholesky(COVARIANCE.double()))
-    inference = tiny(of=GeometricBridge(gaussian(), 2, base=base))
-    inference.run()
-    assert inference.sample(10).shape == (10, 2)
 
 
 # ----- refusals -----

@@ -95,5 +95,3 @@ def test_conditions_are_refused(make):
 def test_a_hierarchy_has_a_layer():
     with pytest.raises(ValueError, match=r"networks=\[\]: give a network for each of the T layers"):
         IndependentLayers([])
-    with pytest.raises(ValueError, match="num_layers=0: a hierarchy has at least 1 layer"):
-        SharedLayers(GaussianMLP(2, num_layers=1), 0)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..distributions import randn_like
-from .target import SampledTarget, Target
+from .target import Target
 
 
-class FullNormal(SampledTarget):
+class FullNormal:
     """N(mean, L L^T): mean of shape (d,) and L, `scale`, lower triangular with a positive diagonal, shape (d, d)."""
 
     def __init__(self, mean: Tensor, scale: Tensor) -> None:
         self.mean, self.scale = mean, scale
-        self.dimension = len(mean)
 
     def whiten(self, x: Tensor) -> Tensor:
         """Returns z = L^{-1} (x - mean), shape (B, d)."""
@@ -26,21 +23,9 @@ class FullNormal(SampledTarget):
         """Returns x = mean + L z, shape (B, d)."""
         return self.mean.to(z) + z @ self.scale.to(z).T
 
-    @property
-    def log_volume(self) -> float:
-        """Log det L."""
-        return float(self.scale.diagonal().log().sum())
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        constant = self.log_volume + 0.5 * self.dimension * math.log(2 * math.pi)
-        return -0.5 * self.whiten(x).square().sum(1) - constant
-
-    def score(self, x: Tensor) -> Tensor:
-        return -torch.linalg.solve_triangular(self.scale.to(x).T, self.whiten(x).T, upper=True).T
-
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
         """Returns draws in torch's default precision, shape (size, d)."""
-        return self.unwhiten(randn_like(torch.empty(size, self.dimension, device=self.mean.device), generator))
+        return self.unwhiten(randn_like(torch.empty(size, len(self.mean), device=self.mean.device), generator))
 
 
 def laplace(target: Target) -> FullNormal:
@@ -113,7 +98,8 @@ class Whitened(Target):
         return self.approximation.unwhiten(z)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return self.target.log_prob(self.unwhiten(x)) + self.approximation.log_volume
+        log_volume = float(self.approximation.scale.diagonal().log().sum())
+        return self.target.log_prob(self.unwhiten(x)) + log_volume
 
     def score(self, x: Tensor) -> Tensor:
         return self.target.score(self.unwhiten(x)) @ self.approximation.scale.to(x)

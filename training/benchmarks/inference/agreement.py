@@ -21,28 +21,17 @@ from torch import Tensor
 from hsivi_diffusers.vi.targets.target import ScoreTarget, Target
 
 
-def histogram_bounds(reference: Tensor) -> Tensor:
-    """Least and greatest reference draw of each coordinate, 5 % of the range further out, shape (d, 2)."""
-    low, high = _double(reference).aminmax(dim=0)
-    room = 0.05 * (high - low)
-    return torch.stack([low - room, high + room], dim=1)
+def js_divergence(draws: Tensor, reference: Tensor) -> float:
+    """Jensen-Shannon divergence of two histograms of 50 x 50 cells on the plane, between 0 and ln 2 nats.
 
-
-def js_divergence(draws: Tensor, reference: Tensor, bins: int = 50, bounds: Tensor | None = None) -> float:
-    """Jensen-Shannon divergence of two histograms on the plane, between 0 and ln 2 nats.
-
-    Draws outside the bounds share one more cell. The floor between exact sets of N draws is near
-    (occupied cells) / (8 N).
-
-    Args:
-        draws: Shape (N, 2).
-        reference: Shape (M, 2).
-        bins: Cells along each axis.
-        bounds: Shape (2, 2); `histogram_bounds(reference)` by default.
+    The cells reach 5 % of the range beyond the reference draws; draws outside share one more. The floor between exact
+    sets of N draws is near (occupied cells) / (8 N).
     """
-    edges = (histogram_bounds(reference) if bounds is None else bounds).tolist()
-    p, q = (_histogram(_double(x), bins, edges) for x in (draws, reference))
-    return float(jensenshannon(p, q)) ** 2
+    p, q = _double(draws), _double(reference)
+    low, high = q.aminmax(dim=0)
+    room = 0.05 * (high - low)
+    edges = torch.stack([low - room, high + room], dim=1).tolist()
+    return float(jensenshannon(_histogram(p, edges), _histogram(q, edges))) ** 2
 
 
 def sliced_wasserstein(draws: Tensor, reference: Tensor) -> float:
@@ -54,28 +43,28 @@ def sliced_wasserstein(draws: Tensor, reference: Tensor) -> float:
     return float(ot.sliced_wasserstein_distance(x, y, n_projections=100, seed=0))
 
 
-def mmd(draws: Tensor, reference: Tensor, bandwidth: float | None = None) -> float:
+def mmd(draws: Tensor, reference: Tensor) -> float:
     """Squared maximum mean discrepancy, unbiased and so below 0 at times, with k = exp(-|x - y|^2 / (2 h^2)).
 
-    Of at most 2,000 rows of each. h is the median distance between reference draws by default, so that it is the same
-    for all samplers. Source: Gretton et al., A Kernel Two-Sample Test, JMLR 2012, lemma 6.
+    Of at most 2,000 rows of each. h is the median distance between reference draws, so the same for all samplers.
+    Source: Gretton et al., A Kernel Two-Sample Test, JMLR 2012, lemma 6.
     """
     x, y = (_rows(_double(z), 2000).numpy() for z in (draws, reference))
-    h = float(np.median(pdist(y))) if bandwidth is None else bandwidth
-    xx, yy, xy = (rbf_kernel(a, b, gamma=0.5 / h**2) for a, b in ((x, x), (y, y), (x, y)))
+    gamma = 0.5 / float(np.median(pdist(y))) ** 2
+    xx, yy, xy = (rbf_kernel(a, b, gamma=gamma) for a, b in ((x, x), (y, y), (x, y)))
     off_diagonal = sum((kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1)) for kernel in (xx, yy))
     return float(off_diagonal - 2 * xy.mean())
 
 
-def ksd(draws: Tensor, target: Target, scale: float = 1.0) -> float:
-    r"""Kernel Stein discrepancy with the inverse multiquadric k(x, y) = (c^2 + |x - y|^2)^(-1/2), a V-statistic.
+def ksd(draws: Tensor, target: Target) -> float:
+    r"""Kernel Stein discrepancy with the inverse multiquadric k(x, y) = (1 + |x - y|^2)^(-1/2), a V-statistic.
 
         KSD^2 = 1/N^2 sum_ij k_p(x_i, x_j)
         k_p(x, y) = k S(x).S(y) + S(x).grad_y k + S(y).grad_x k + div_x grad_y k
-                  = u^(-1/2) S(x).S(y) + u^(-3/2) (d + (S(x) - S(y)).r) - 3 u^(-5/2) |r|^2,   r = x - y, u = c^2 + |r|^2
+                  = u^(-1/2) S(x).S(y) + u^(-3/2) (d + (S(x) - S(y)).r) - 3 u^(-5/2) |r|^2,   r = x - y, u = 1 + |r|^2
 
-    S is the score of the target, c = `scale`, and at most 1,000 draws are used. For exact draws it falls as N^(-1/2).
-    It is blind to missing modes: draws from one of several that lie far apart pass.
+    S is the score of the target, and at most 1,000 draws are used. For exact draws it falls as N^(-1/2). It is blind to
+    missing modes: draws from one of several that lie far apart pass.
 
     Source: Gorham & Mackey, Measuring Sample Quality with Kernels, ICML 2017 (arXiv 1703.01717).
     """
@@ -84,18 +73,13 @@ def ksd(draws: Tensor, target: Target, scale: float = 1.0) -> float:
     square = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
     along = (s * x).sum(1)
     gap = along[:, None] + along[None, :] - s @ x.T - x @ s.T
-    u = scale**2 + square
+    u = 1 + square
     kernel = u**-0.5 * (s @ s.T) + u**-1.5 * (x.shape[1] + gap) - 3 * u**-2.5 * square
     return float(kernel.mean().clamp_min(0).sqrt())
 
 
 def mode_errors(draws: Tensor, modes: Tensor, weights: Tensor | None = None) -> dict[str, float]:
-    """Compares the share of draws nearest to each of K modes, shape (K, d), with what is due to it.
-
-    Args:
-        draws: Shape (N, d).
-        modes: Shape (K, d).
-        weights: True masses, shape (K,), scaled to sum 1; equal by default.
+    """Compares the share of draws nearest to each of K modes, shape (K, d), with its weight; equal ones by default.
 
     Returns:
         {"modes_found": how many have a fifth of their due mass, "mode_tv": total variation of the masses,
@@ -134,18 +118,14 @@ def moments(draws: Tensor, mean: Tensor, covariance: Tensor) -> dict[str, float]
     }
 
 
-def compare(
-    draws: Tensor, reference: Tensor, target: Target | None = None, bounds: Tensor | None = None
-) -> dict[str, float]:
+def compare(draws: Tensor, reference: Tensor, target: Target) -> dict[str, float]:
     """All that applies to a target with exact draws, such as one on the plane.
 
     Returns:
-        {"swd", "mmd"}, "js" on the plane, "ksd" with a target, and those of `mode_errors` if it has distinct modes.
+        {"swd", "mmd", "ksd"}, "js" on the plane, and those of `mode_errors` if the target has distinct modes.
     """
-    result = {"js": js_divergence(draws, reference, bounds=bounds)} if draws.shape[1] == 2 else {}
-    result |= {"swd": sliced_wasserstein(draws, reference), "mmd": mmd(draws, reference)}
-    if target is not None:
-        result["ksd"] = ksd(draws, target)
+    result = {"js": js_divergence(draws, reference)} if draws.shape[1] == 2 else {}
+    result |= {"swd": sliced_wasserstein(draws, reference), "mmd": mmd(draws, reference), "ksd": ksd(draws, target)}
     modes = getattr(target, "modes", None)
     if modes is None or len(modes.unique(dim=0)) < len(modes):
         return result
@@ -172,6 +152,6 @@ def _rows(x: Tensor, limit: int) -> Tensor:
     return x if len(x) <= limit else x[torch.linspace(0, len(x) - 1, limit).round().long()]
 
 
-def _histogram(x: Tensor, bins: int, edges: list[list[float]]) -> np.ndarray:
-    counts = np.histogram2d(x[:, 0].numpy(), x[:, 1].numpy(), bins=bins, range=edges)[0].ravel()
+def _histogram(x: Tensor, edges: list[list[float]]) -> np.ndarray:
+    counts = np.histogram2d(x[:, 0].numpy(), x[:, 1].numpy(), bins=50, range=edges)[0].ravel()
     return np.append(counts, len(x) - counts.sum())

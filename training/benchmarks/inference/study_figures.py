@@ -32,6 +32,7 @@ from .study_rows import (
     POSTERIORS,
     TRAINING,
     Rows,
+    along,
     fits_of,
     measured,
     select,
@@ -59,19 +60,19 @@ def _curve(axis: Axes, rows: Rows, x: str, key: str, **style: Any) -> None:
 
 
 def _curves(axis: Axes, fits: Rows, key: str, **deep: Any) -> None:
-    """A measure against T, for each objective and training; one layer is the same for all training and `deep`."""
+    """A measure against T, for each objective and training."""
     for objective, training in product(OBJECTIVES, TRAINING):
-        chosen = select(fits, objective=objective, training=training, **deep)
-        line = [*select(fits, objective=objective, T=1), *(row for row in chosen if row["T"] > 1)]
+        line = along(fits, objective, training=training, **deep)
         style = {"color": COLOURS[objective], "linestyle": DASHES[training]}
         _curve(axis, line, "T", key, label=f"{objective}, {training}", **style)
 
 
-def _level(axis: Axes, rows: Rows, key: str, label: str, **style: Any) -> None:
-    """A line across, at the mean."""
-    values = [row[key] for row in measured(rows) if key in row]
+def _level(axis: Axes, rows: Rows, key: str, method: str = "exact", **style: Any) -> None:
+    """A line across, at the mean of what fits are held against."""
+    values = [row[key] for row in select(rows, method=method) if key in row]
     if values:
-        axis.axhline(fmean(values), label=label, linewidth=1.3, zorder=1, **style)
+        style = {"color": "black", "linestyle": ":", **style}
+        axis.axhline(fmean(values), label=NULL_LABELS[method], linewidth=1.3, zorder=1, **style)
 
 
 def _finish(axis: Axes, places: Sequence[int], title: str, xlabel: str, ylabel: str) -> None:
@@ -99,7 +100,7 @@ def draw_layers(rows: Rows) -> Figure:
     for (target, bridge), axis in zip(product(targets, BRIDGES), axes.flat, strict=True):
         here = select(rows, study="plane", target=target)
         _curves(axis, fits_of(here), "js", bridge=bridge)
-        _level(axis, select(here, method="exact"), "js", NULL_LABELS["exact"], color="black", linestyle=":")
+        _level(axis, here, "js")
         _finish(axis, layers, f"{target}, {bridge} bridge", "layers T", "JS, nats")
         axis.label_outer()
     _legend(figure, axes.flat)
@@ -113,8 +114,8 @@ def draw_posteriors(rows: Rows) -> Figure:
     for (key, target), axis in zip(product(keys, POSTERIORS), axes.flat, strict=True):
         here = select(rows, study="posteriors", target=target)
         _curves(axis, fits_of(here), key)
-        _level(axis, select(here, method="exact"), key, NULL_LABELS["exact"], color="black", linestyle=":")
-        _level(axis, select(here, method="laplace"), key, NULL_LABELS["laplace"], color="gray", linestyle="-.")
+        _level(axis, here, key)
+        _level(axis, here, key, "laplace", color="gray", linestyle="-.")
         below, left = key == keys[1], target == POSTERIORS[0]
         title, ylabel = "" if below else target.replace("_", " "), MEASURES[key] if left else ""
         _finish(axis, layers, title, "layers T" if below else "", ylabel)
@@ -133,8 +134,7 @@ def draw_sizes(rows: Rows) -> Figure:
             line = select(fits, T=number, objective=objective, depth=depth)
             label, dash = f"{objective}, depth {depth}", (":", "--", "-", "-.")[place % 4]
             _curve(axis, line, "parameters_wanted", "js", label=label, color=COLOURS[objective], linestyle=dash)
-        floor = select(rows, study="plane", target="checkerboard", method="exact")
-        _level(axis, floor, "js", NULL_LABELS["exact"], color="black", linestyle=":")
+        _level(axis, select(rows, study="plane", target="checkerboard"), "js")
         _finish(axis, values_of(fits, "parameters_wanted"), f"checkerboard, T = {number}", "parameters", "JS, nats")
         axis.label_outer()
     _legend(figure, axes.flat)

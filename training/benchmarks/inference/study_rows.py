@@ -34,14 +34,20 @@ MEASURES = {
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """Returns the rows with the given values, where a tuple is a choice of them."""
+    """Rows with the given values, where a tuple is a choice of them."""
     choices = {name: value if isinstance(value, tuple) else (value,) for name, value in wanted.items()}
     return [row for row in rows if all(row.get(name) in choice for name, choice in choices.items())]
 
 
 def fits_of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """The same of rows that are fits, not things they are held against."""
+    """The same of fits, not of what they are held against."""
     return [row for row in select(rows, **wanted) if row["method"] not in NULLS]
+
+
+def along(fits: Iterable[Row], objective: str, **deep: Any) -> list[Row]:
+    """Fits of an objective for a line over T; one layer is the same for every bridge and training."""
+    some = select(fits, objective=objective)
+    return [row for row in some if row["T"] == 1] + [row for row in select(some, **deep) if row["T"] > 1]
 
 
 def values_of(rows: Iterable[Row], name: str) -> list[Any]:

@@ -27,6 +27,7 @@ from .study_rows import (
     SIGNATURES,
     TRAINING,
     Rows,
+    along,
     fits_of,
     measured,
     select,
@@ -87,40 +88,43 @@ def _nulls(rows: Rows) -> Iterator[tuple[str, list[Row]]]:
             yield NULL_LABELS[method], here
 
 
+def _over(layers: Sequence[int]) -> list[str]:
+    return [f"T = {T}" for T in layers]
+
+
+def _measure(rows: Rows, key: str, failures: bool = True) -> str:
+    return _mean(rows, key, _count if key == "modes_found" else _number, failures)
+
+
 # Tables of the plane
 
 
 def _plane_grid(target: str, cell: Callable[[Rows], str], rows: Rows) -> str:
-    """Objective, bridge and training by number of layers; one layer is the same for all bridges and training."""
+    """Objective, bridge and training by number of layers."""
     fits = fits_of(rows, study="plane", target=target)
     layers = values_of(fits, "T")
     lines = []
     for objective, bridge, training in product(OBJECTIVES, BRIDGES, TRAINING):
-        of_objective = select(fits, objective=objective)
-        deep = select(of_objective, bridge=bridge, training=training)
-        cells = [cell(select(of_objective if T == 1 else deep, T=T)) for T in layers]
-        lines.append([objective, bridge, training, *cells])
-    heads = ["objective", "bridge", "training", *(f"T = {T}" for T in layers)]
-    return write_table(heads, LABELS, lines) if fits else NOT_RUN
+        line = along(fits, objective, bridge=bridge, training=training)
+        lines.append([objective, bridge, training, *(cell(select(line, T=T)) for T in layers)])
+    return write_table(["objective", "bridge", "training", *_over(layers)], LABELS, lines) if fits else NOT_RUN
 
 
 def _plane_table(target: str, rows: Rows) -> str:
     """What there is to hold JS against, then JS."""
     nulls = list(_nulls(select(rows, study="plane", target=target)))
+    grid = _plane_grid(target, partial(_mean, key="js"), rows)
     if not nulls:
-        return _plane_grid(target, partial(_mean, key="js"), rows)
+        return grid
     keys = ("js", "swd", "ksd", "modes_found", "mode_tv", "mode_max_error")
-    lines = [
-        [label, *(_mean(here, key, _count if key == "modes_found" else _number) for key in keys)]
-        for label, here in nulls
-    ]
+    lines = [[label, *(_measure(here, key) for key in keys)] for label, here in nulls]
     first = write_table(["no fit", *(MEASURES[key] for key in keys)], LABELS, lines)
-    return f"{first}\n\nJS of the fits:\n\n{_plane_grid(target, partial(_mean, key='js'), rows)}"
+    return f"{first}\n\nJS of the fits:\n\n{grid}"
 
 
 def _modes_table(target: str, rows: Rows) -> str:
     def cell(some: Rows) -> str:
-        found = _mean(some, "modes_found", _count, failures=False)
+        found = _measure(some, "modes_found", failures=False)
         return f"{_mean(some, 'mode_tv')}; {found}" if measured(some) else _mean(some, "mode_tv")
 
     grid = _plane_grid(target, cell, rows)
@@ -131,17 +135,17 @@ def _costs_table(rows: Rows) -> str:
     """Over both targets, both bridges and all seeds."""
     fits = fits_of(rows, study="plane")
     layers = values_of(fits, "T")
+
+    def cell(some: Rows) -> str:
+        failed = len(some) - len(measured(some))
+        cost = f"{_mean(some, 'seconds', failures=False)}; {_mean(some, 'parameters', _whole, failures=False)}"
+        return cost + (f", {failed} of {len(some)} failed" if failed else "")
+
     lines = []
     for objective, training in product(OBJECTIVES, TRAINING):
-        line = [objective, training]
-        for number in layers:
-            which = TRAINING if number == 1 else training
-            here = select(fits, objective=objective, T=number, training=which)
-            failed = len(here) - len(measured(here))
-            cost = f"{_mean(here, 'seconds', failures=False)}; {_mean(here, 'parameters', _whole, failures=False)}"
-            line.append(cost + (f", {failed} of {len(here)} failed" if failed else ""))
-        lines.append(line)
-    table = write_table(["objective", "training", *(f"T = {T}" for T in layers)], LABELS, lines)
+        line = along(fits, objective, training=training)
+        lines.append([objective, training, *(cell(select(line, T=T)) for T in layers)])
+    table = write_table(["objective", "training", *_over(layers)], LABELS, lines)
     return f"CPU seconds; parameters of the layers:\n\n{table}" if fits else NOT_RUN
 
 
@@ -224,7 +228,7 @@ def _every_fit(study: str, measures: Sequence[str], rows: Rows) -> str:
     wide = any("sd_ratio_min" in row for row in fits)
     lines = []
     for row in fits:
-        cells = [_mean([row], key, _count if key == "modes_found" else _number, failures=False) for key in measures]
+        cells = [_measure([row], key, failures=False) for key in measures]
         ratios = [_sd_ratios([row])] if wide else []
         last = f"failed: {row['failed']}" if "failed" in row else ", ".join(row["findings"]) or "–"
         cost = [_mean([row], "parameters", _whole, failures=False), _mean([row], "seconds", failures=False)]
@@ -291,7 +295,7 @@ def _layers_table(plane: Rows, posteriors: Rows) -> str:
             here = select(rows, target=target)
             if here:
                 lines.append([target, MEASURES[key], *(_mean(select(here, T=T), key) for T in layers)])
-    return write_table(["target", "measure", *(f"T = {T}" for T in layers)], LABELS, lines)
+    return write_table(["target", "measure", *_over(layers)], LABELS, lines)
 
 
 def _findings_table(rows: Rows) -> str:
