@@ -85,27 +85,24 @@ def fit(
 
     Args:
         layers: The sampler; called as layers(x_next, t, condition).
-        critic: Estimate of the marginal score; called as critic(x, level, condition, t). None for `LowerBound` and
-            `Regression`; for `Adversarial` one that answers with a score and logits.
+        critic: Called as critic(x, level, condition, t); returns the marginal score, for `Adversarial` logits too. None
+            for `LowerBound` and `Regression`.
         bridge: What the layers are fitted to.
         objective: The losses.
         chain: Where layer inputs come from; a list of chains for gradient accumulation, one for each micro-batch.
         curriculum: Stages, one after the other.
-        layer_optimizer: Of the layers' parameters.
-        critic_optimizer: Of the critic's parameters.
+        layer_optimizer: Of the layers.
+        critic_optimizer: Of the critic.
         critic_updates: Critic updates for each layer update, >= 1 (the paper: 20).
         scoring: Level at which layers are scored, "own" (the paper) or "random", see `draw_layer`.
-        seed: Seed of the run.
-        rank: Index of this process; its first micro-batch is rank * (number of chains).
+        seed: Of the run.
+        rank: Index of this process.
         start_step: First step to do; those before it are taken as done.
         backward: Called with each micro-batch's share of the loss, such as `accelerator.backward`.
-        no_sync: Context in which the gradients of a module stay in this process, such as `accelerator.no_sync`;
-            entered for all micro-batches but the last.
+        no_sync: Context of all micro-batches but the last, in which the gradients of a module stay in this process.
         clip_grad_norm: Called with a player's parameters before its optimizer moves them; returns the norm before it.
-        skips_overflows: The optimizers themselves skip an update whose gradient is not finite, as those of accelerate
-            do under the loss scaling of fp16. It is no error then.
-        stop_stage: Called with each step before it is yielded; true ends the stage, and the next step is the first of
-            the next one. Numbers of steps are not moved by it.
+        skips_overflows: The optimizers skip an update whose gradient is not finite, as under the loss scaling of fp16.
+        stop_stage: Called with each step before it is yielded; true ends the stage. Numbers of steps do not move.
 
     Raises:
         ValueError: `critic_updates` < 1, or there is no critic or optimizer for an objective that needs them.

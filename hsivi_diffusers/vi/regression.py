@@ -52,21 +52,12 @@ class GuidedChain(Chain):
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        """Draws a batch of the chain, and a pair instead of each base draw; `end` is NaN in the other rows.
-
-        Raises:
-            ValueError: The pairs have conditions and the chain has none, or the reverse.
-        """
+        """Draws a batch of the chain, and a pair instead of each base draw; `end` is NaN in the other rows."""
         batch = self.chain.draw(layers, generator, beta)
         first = self.first.to(batch.t.device)[batch.t]
         x_next, end, condition = self.sample_pairs(first.cpu(), generator)
         starts = batch.t == first
         rows = starts.reshape(-1, *[1] * (end.ndim - 1))
-        if (condition is None) != (batch.condition is None):
-            raise ValueError(
-                f"the pairs have {'no' if condition is None else 'a'} condition and the chain has "
-                f"{'no' if batch.condition is None else 'a'} condition: give both one, or neither"
-            )
         if condition is not None and batch.condition is not None:
             condition = torch.where(starts.reshape(-1, *[1] * (condition.ndim - 1)), condition, batch.condition)
         x_next, end = torch.where(rows, x_next, batch.x_next), torch.where(rows, end, torch.nan)

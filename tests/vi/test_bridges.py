@@ -163,8 +163,6 @@ def test_a_bridge_has_a_layer(make):
 def test_target_and_base_must_have_one_dimension():
     with pytest.raises(ValueError, match="the base has 3 dimensions, the target 2"):
         GeometricBridge(mixture(), 2, base=IsotropicNormal(3))
-    with pytest.raises(ValueError, match="dimension=3, and the target has 2"):
-        DiffusionBridge(mixture(), 2, dimension=3)
 
 
 def test_a_diffusion_bridge_needs_a_diffused_law_or_a_network():

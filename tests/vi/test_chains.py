@@ -603,19 +603,6 @@ def test_a_guided_chain_has_pairs_in_the_place_of_base_draws_and_nothing_else_of
     assert chain.state_dict().keys() == pool.state_dict().keys()
 
 
-@pytest.mark.parametrize("known", ["pairs", "chain"])
-def test_conditions_of_pairs_alone_or_of_the_chain_alone_are_refused(known):
-    condition = (lambda size, generator: torch.zeros(size)) if known == "chain" else None
-
-    def pairs_of_none(t, generator):
-        return *sample_pairs(t, generator)[:2], None
-
-    chain = GuidedChain(PoolChain(bases, 1, 8, condition), sample_pairs if known == "pairs" else pairs_of_none)
-    has = ("a", "no") if known == "pairs" else ("no", "a")
-    with pytest.raises(ValueError, match="the pairs have {} condition and the chain has {} condition".format(*has)):
-        chain.draw(None, generator())
-
-
 def test_a_pair_chain_draws_inputs_of_the_one_layer_and_where_they_lead():
     chain = PairChain(sample_pairs, 1, 4)
     batch = chain.draw(None, generator())

@@ -44,7 +44,6 @@ class GaussianMixture(DiffusibleTarget):
         if (variances == variances[0, 0]).all():
             variances = variances[:1, :1]  # one number for all: much less to compute at each call
         self._parameters = (self.weights.log(), centres, variances, flat_axes)
-        self._converted: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
 
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
         device = self.modes.device if generator is None else generator.device
@@ -63,21 +62,13 @@ class GaussianMixture(DiffusibleTarget):
 
     def _joint(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns log w_m N_m(x), shape (B, M); -grad log N_m along the axes, shape (B, M, d); and the axes."""
-        log_weights, centres, variances, axes = self._like(x)
+        log_weights, centres, variances, axes = (value.to(x) for value in self._parameters)
         variance = alpha.square()[:, None, None] * variances + sigma.square()[:, None, None]
         offset = (x @ axes).unflatten(1, centres.shape) - alpha[:, None, None] * centres
         pull = offset / variance
         log_det = variance.log().sum(2) * (self.dimension / variance.shape[2])
         constant = self.dimension * math.log(2 * math.pi)
         return log_weights - 0.5 * ((offset * pull).sum(2) + log_det + constant), pull, axes
-
-    def _like(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The parameters in the dtype and on the device of x; converted once."""
-        key = (x.dtype, x.device)
-        if key not in self._converted:
-            with torch.inference_mode(False):  # kept, so that later calls may want gradients
-                self._converted[key] = tuple(value.to(x.device, x.dtype) for value in self._parameters)
-        return self._converted[key]
 
 
 class Checkerboard(DiffusibleTarget):

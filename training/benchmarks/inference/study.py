@@ -72,7 +72,7 @@ def read_study(path: str | Path, quick: bool = False) -> list[Job]:
         for target in axes["targets"]
         for method in (NULLS if content.get("nulls", True) else ())
         for seed in axes["seeds"]
-        if method in _nulls_of(target)
+        if method != "laplace" or not isinstance(make_target(target), SampledTarget)
     ]
     return [*nulls, *jobs]
 
@@ -144,13 +144,6 @@ def _refuse_stale(path: Path, rows: Sequence[Row], wanted: Collection[tuple[Any,
             f"{path} holds {stale} rows of {', '.join(sorted(studies))} with settings that are no longer asked for: "
             "move the file away, or write to another --output_dir"
         )
-
-
-def _nulls_of(name: str) -> tuple[str, ...]:
-    """Exact draws exist of some targets, Laplace's approximation of others."""
-    if isinstance(make_target(name), SampledTarget):
-        return ("exact", "untrained", "gaussian")
-    return ("exact", "untrained", "laplace", "gaussian")
 
 
 def _measure_null(method: str, fit: Fit) -> dict[str, float]:

@@ -39,6 +39,10 @@ LABELS = ("objective", "bridge", "training", "target", "findings", "measure", "w
 POSTERIOR_MEASURES = ("mean_error", "mean_error_rms", "covariance_error", "swd", "mmd", "ksd")
 
 
+def _table(heads: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    return write_table(heads, LABELS, lines) if lines else NOT_RUN
+
+
 # Cells
 
 
@@ -107,7 +111,7 @@ def _plane_grid(target: str, cell: Callable[[Rows], str], rows: Rows) -> str:
     for objective, bridge, training in product(OBJECTIVES, BRIDGES, TRAINING):
         line = along(fits, objective, bridge=bridge, training=training)
         lines.append([objective, bridge, training, *(cell(select(line, T=T)) for T in layers)])
-    return write_table(["objective", "bridge", "training", *_over(layers)], LABELS, lines) if fits else NOT_RUN
+    return _table(["objective", "bridge", "training", *_over(layers)], lines if fits else [])
 
 
 def _plane_table(target: str, rows: Rows) -> str:
@@ -178,7 +182,7 @@ def _size_table(rows: Rows) -> str:
             cells = [_mean(select(some, parameters_wanted=size), "js") for size in sizes]
             lines.append([objective, str(number), str(depth), *cells])
     heads = ["objective", "T", "depth", *(f"{size:,} parameters" for size in sizes)]
-    return write_table(heads, LABELS, lines) if fits else NOT_RUN
+    return _table(heads, lines)
 
 
 # Tables of the posteriors
@@ -200,14 +204,12 @@ def _posterior_table(target: str, rows: Rows) -> str:
                 cells = [*_posterior_cells(some), _mean(some, "seconds", failures=False)]
                 lines.append([objective, training, str(number), *cells])
     heads = ["objective", "training", "T", *_POSTERIOR_HEADS, "seconds"]
-    return write_table(heads, LABELS, lines) if here else NOT_RUN
+    return _table(heads, lines)
 
 
 def _whitening_table(rows: Rows) -> str:
     """Those with moments are of the study of the posteriors."""
     layers = tuple(values_of(fits_of(rows, study="whitening"), "T"))
-    if not layers:
-        return NOT_RUN
     moments = fits_of(rows, study="posteriors", whitening="moments", training="sequential", T=layers)
     fits = [*fits_of(rows, study="whitening"), *moments]
     lines = []
@@ -216,15 +218,13 @@ def _whitening_table(rows: Rows) -> str:
             some = select(fits, target=target, objective=objective, T=number, whitening=whitening)
             if some:
                 lines.append([target, objective, str(number), whitening, *_posterior_cells(some)])
-    return write_table(["target", "objective", "T", "whitening", *_POSTERIOR_HEADS], LABELS, lines)
+    return _table(["target", "objective", "T", "whitening", *_POSTERIOR_HEADS], lines)
 
 
 def _every_fit(study: str, measures: Sequence[str], rows: Rows) -> str:
     """One line a fit, with all that is known of it."""
     order = ("target", "objective", "bridge", "training", "T", "seed")
     fits = sorted(fits_of(rows, study=study), key=lambda row: [row[key] for key in order])
-    if not fits:
-        return NOT_RUN
     wide = any("sd_ratio_min" in row for row in fits)
     lines = []
     for row in fits:
@@ -235,7 +235,7 @@ def _every_fit(study: str, measures: Sequence[str], rows: Rows) -> str:
         names = [row[key] for key in order]
         lines.append([*names, " ".join(last.replace("|", "/").split()), *cells, *ratios, *cost])
     heads = [*(MEASURES[key] for key in measures), *(["sd ratios"] if wide else []), "parameters", "seconds"]
-    return write_table([*order, "findings", *heads], LABELS, lines)
+    return _table([*order, "findings", *heads], lines)
 
 
 # What is better
