@@ -112,8 +112,10 @@ def make_references():
     return make_references
 
 
-def test_a_reference_is_made_as_the_options_say(make_references, tmp_path):
-    flags = ["--targets", "rare_events", "--num_chains=2", "--num_draws=20", "--num_warmup=10", "--num_kept=8"]
+def test_a_reference_is_made(make_references, tmp_path, monkeypatch):
+    for name, number in {"NUM_CHAINS": 2, "NUM_DRAWS": 20, "NUM_WARMUP": 10, "NUM_KEPT": 8}.items():
+        monkeypatch.setattr(make_references, name, number)
+    flags = ["--targets", "rare_events"]
     make_references.main([*flags, f"--output_dir={tmp_path}"])
     reference = load_reference("rare_events", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["rare_events.safetensors"]
@@ -128,11 +130,11 @@ def test_a_reference_is_made_as_the_options_say(make_references, tmp_path):
 def test_moments_and_quality_of_chains_are_those_of_their_draws(make_references):
     chains = torch.randn(4, 500, 3, dtype=torch.float64)
     chains[2:] += 0.5
-    reference = make_references.summarise(chains, num_kept=100)
+    reference = make_references.summarise(chains)
     halves = chains.reshape(2, 1000, 3)
     torch.testing.assert_close(reference.covariance, chains.reshape(-1, 3).T.cov())
     torch.testing.assert_close(torch.stack([reference.mean_1, reference.mean_2]), halves.mean(1))
     torch.testing.assert_close(reference.covariance_2, halves[1].T.cov())
     assert float(reference.metadata["max_rhat"]) > 1.02
     assert 0.4 < float(reference.metadata["mean_floor"]) < 0.6
-    assert reference.draws.shape == (100, 3)
+    assert reference.draws.shape == (2000, 3)

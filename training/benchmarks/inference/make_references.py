@@ -28,6 +28,9 @@ from hsivi_diffusers.vi.targets import Target, Whitened
 from .benchmark_targets import Reference, make_target, save_reference
 
 POSTERIORS = ["logistic_regression", "conditioned_diffusion", "rare_events"]
+NUM_CHAINS = 4  # one after the other
+NUM_DRAWS, NUM_WARMUP = 10_000, 1000  # of each chain, after the steps in which NUTS adapts
+NUM_KEPT = 2000  # draws of all chains together that the file keeps
 
 
 @dataclass
@@ -36,25 +39,20 @@ class Options:
     targets: list[str] = option(POSTERIORS, "names of the posteriors")
     output_dir: str | None = option(None, "folder of the files <name>.safetensors")
     overwrite_output_dir: bool = option(False, "write to a folder that is not empty")
-    num_chains: int = option(4, "chains, run one after the other")
-    num_draws: int = option(10000, "draws of each chain, after warm-up")
-    num_warmup: int = option(1000, "steps of each chain in which NUTS adapts, not kept")
-    num_kept: int = option(2000, "draws of all chains together that the file keeps")
-    seed: int = option(0, "seed of the chains")
 
 
-def run_chain(potential: Callable[[dict[str, Tensor]], Tensor], start: Tensor, options: Options) -> tuple[Tensor, int]:
+def run_chain(potential: Callable[[dict[str, Tensor]], Tensor], start: Tensor) -> tuple[Tensor, int]:
     """The draws of one chain, and how often it diverged."""
     divergences = []
 
     def watch(kernel: NUTS, position: Any, stage: str, number: int) -> None:
-        if stage.startswith("Sample") and number == options.num_draws - 1:
+        if stage.startswith("Sample") and number == NUM_DRAWS - 1:
             divergences.extend(kernel.diagnostics()["divergences"])
 
     chain = MCMC(
         NUTS(potential_fn=potential),
-        num_samples=options.num_draws,
-        warmup_steps=options.num_warmup,
+        num_samples=NUM_DRAWS,
+        warmup_steps=NUM_WARMUP,
         initial_params={"z": start},
         hook_fn=watch,
         disable_progbar=True,
@@ -63,7 +61,7 @@ def run_chain(potential: Callable[[dict[str, Tensor]], Tensor], start: Tensor, o
     return chain.get_samples()["z"], len(divergences)
 
 
-def run_chains(target: Target, options: Options) -> tuple[Tensor, int]:
+def run_chains(target: Target) -> tuple[Tensor, int]:
     """Draws of the posterior, shape (chains, draws, d), and the number of divergences."""
     whitened = Whitened(target)
 
@@ -74,16 +72,16 @@ def run_chains(target: Target, options: Options) -> tuple[Tensor, int]:
         return -whitened.log_prob(at)[0] - (whitened.score(at) * (z - at)).sum()
 
     chains, divergences = [], 0
-    for number in range(options.num_chains):
-        pyro.set_rng_seed(1000 * options.seed + number)
+    for number in range(NUM_CHAINS):
+        pyro.set_rng_seed(number)
         start = torch.randn(target.dimension, dtype=torch.float64)
-        draws, diverged = run_chain(potential, start, options)
+        draws, diverged = run_chain(potential, start)
         chains.append(whitened.unwhiten(draws))
         divergences += diverged
     return torch.stack(chains), divergences
 
 
-def summarise(chains: Tensor, num_kept: int) -> Reference:
+def summarise(chains: Tensor) -> Reference:
     """Moments of all draws and of the halves, the draws that are kept, and how far all of it can be trusted."""
     halves = [half.flatten(0, 1) for half in chains.tensor_split(2)]
     (mean_1, covariance_1), (mean_2, covariance_2) = [(half.mean(0), half.T.cov()) for half in halves]
@@ -102,19 +100,19 @@ def summarise(chains: Tensor, num_kept: int) -> Reference:
         "variance_floor": (covariance_1.diagonal() / covariance_2.diagonal() - 1).abs().max(),
         "covariance_floor": (covariance_1 - covariance_2).norm() / covariance_2.norm(),
     }
-    kept = torch.linspace(0, len(draws) - 1, min(num_kept, len(draws)), dtype=torch.float64).round().long()
+    kept = torch.linspace(0, len(draws) - 1, min(NUM_KEPT, len(draws)), dtype=torch.float64).round().long()
     metadata = {name: f"{float(value):.5g}" for name, value in quality.items()}
     moments_of_halves = mean_1, covariance_1, mean_2, covariance_2
     return Reference(draws.mean(0), covariance, *moments_of_halves, draws[kept], metadata)
 
 
-def make_reference(name: str, options: Options) -> Reference:
+def make_reference(name: str) -> Reference:
     began = time.perf_counter()
-    chains, divergences = run_chains(make_target(name), options)
-    reference = summarise(chains, options.num_kept)
+    chains, divergences = run_chains(make_target(name))
+    reference = summarise(chains)
     origin = {
         "target": name,
-        **{key: getattr(options, key) for key in ("num_chains", "num_draws", "num_warmup", "seed")},
+        **{"num_chains": NUM_CHAINS, "num_draws": NUM_DRAWS, "num_warmup": NUM_WARMUP, "seed": 0},
         "divergences": divergences,
         "seconds": round(time.perf_counter() - began),
         "torch": torch.__version__,
@@ -128,7 +126,7 @@ def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Options], __doc__ or "", args=args)
     folder = claim_output_dir(options.output_dir, options.overwrite_output_dir)
     for name in options.targets:
-        reference = make_reference(name, options)
+        reference = make_reference(name)
         path = save_reference(name, reference, folder)
         print(f"{path}: " + ", ".join(f"{key} {value}" for key, value in reference.metadata.items()), flush=True)
 
