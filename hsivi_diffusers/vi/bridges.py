@@ -21,6 +21,10 @@ class Bridge(ABC):
 
     Levels are positions on the bridge's own clock: by default t itself, for a bridge of T densities. All methods take x
     of shape (B, ...), level and t of shape (B,), and a condition for each row, opaque to the core.
+
+    Raises:
+        NotImplementedError: By `log_prob` where only the score is known, by `sample` where there is no data to draw
+            from, by `sample_level` and `place` where there are only the T levels of the layers.
     """
 
     num_layers: int
@@ -30,11 +34,7 @@ class Bridge(ABC):
         """Returns the bridge score, grad_x log p_level(x), of the shape of x."""
 
     def log_prob(self, x: Tensor, level: Tensor) -> Tensor:
-        """Returns log p_level(x) + constant, shape (B,), which `LowerBound` asks for.
-
-        Raises:
-            NotImplementedError: Only the score is known.
-        """
+        """Returns log p_level(x) + constant, shape (B,), which `LowerBound` asks for."""
         raise NotImplementedError(
             f"{type(self).__name__} has no log-density: use LowerBound(surrogate=True) or a critic"
         )
@@ -46,11 +46,7 @@ class Bridge(ABC):
     def sample(
         self, level: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draws from p_level, shape (B, ...), for `DataChain` and `Adversarial`.
-
-        Raises:
-            NotImplementedError: There is no data to draw from.
-        """
+        """Draws from p_level, shape (B, ...), for `DataChain` and `Adversarial`."""
         raise NotImplementedError(
             f"{type(self).__name__} has no draws of its densities: take another chain, and no adversarial term"
         )
@@ -60,11 +56,7 @@ class Bridge(ABC):
         return t
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws levels at which layers t are scored, of the shape of t, for `scoring="random"`.
-
-        Raises:
-            NotImplementedError: This bridge has only the T levels of its layers.
-        """
+        """Draws levels at which layers t are scored, of the shape of t, for `scoring="random"`."""
         raise NotImplementedError(f'{type(self).__name__} has no random levels: use scoring="own"')
 
     def place(
@@ -81,9 +73,6 @@ class Bridge(ABC):
         Returns:
             The law of x there, and the noise of the draw from it that is scored: the noise given, standard normal, of
             the shape of q.mean, or in rows that the generator chooses a part of that of the layer's input x_{t+1}.
-
-        Raises:
-            NotImplementedError: This bridge has only the T levels of its layers.
         """
         raise NotImplementedError(f'{type(self).__name__} cannot re-noise a layer: use scoring="own"')
 

@@ -18,12 +18,9 @@ class ConditionalLayers(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
-        """Returns q_t(. | x_next).
+        """Returns q_t(. | x_next), for inputs x_{t+1} of shape (B, ...) and layers t of shape (B,), 0 the data side.
 
-        Args:
-            x_next: Input of the layer, x_{t+1}, shape (B, ...).
-            t: Layer index of each row, shape (B,), values 0 (the data side) .. T-1.
-            condition: Opaque to the core, such as class labels of shape (B,).
+        The condition is opaque to the core, such as class labels of shape (B,).
         """
 
 

@@ -6,9 +6,6 @@ With x ~ q(. | x_next), S the bridge score, s the critic's estimate of the margi
     HSIVI-SM      v(x) . (S(x) - grad log q(x | x_next)) - 1/2 |v(x)|^2                    (sec. 3.2)
     HSIVI-KL      x . stopgrad(s(x) - S(x))                        gradient of KL(q || p), as the layer sees it
 
-With a share m of the teacher in its target, (1 - m) grad log q(x | x_next) + m S(x), the critic is nearer to S, and
-v / (1 - m) estimates S - grad log q (continuous semi-implicit models, arXiv 2506.06778).
-
 `regression` adds pairs of a map, `trials` draws of the bridge itself, and `lower_bound` does without a critic.
 """
 
@@ -94,16 +91,10 @@ def unit_weight(level: Tensor) -> Tensor:
 
 
 class Objective(ABC):
-    """What draws of the layers are worth.
+    """What draws of the layers are worth."""
 
-    Attributes:
-        critic_gradient: The layers' loss has a gradient through the critic. Without one, a single answer of the critic
-            serves both losses.
-        needs_real: The losses take draws of the bridge itself, `LayerDraw.real`.
-    """
-
-    critic_gradient = False
-    needs_real = False
+    critic_gradient = False  # the layers' loss has none through the critic, so that one answer serves both losses
+    needs_real = False  # the losses take draws of the bridge itself, `LayerDraw.real`
 
     @abstractmethod
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
@@ -120,8 +111,8 @@ class CriticObjective(Objective):
     Args:
         level_weight: w(level) >= 0 of both losses, (B,) -> (B,), in score units; 1 by default.
         teacher_share: m, 0 <= m < 1, the share of the bridge score S in the critic's target (arXiv 2506.06778 has 1/2).
-            With the marginal score s_q the best critic then is (1 - m) s_q + m S, and v = S - critic is
-            (1 - m)(S - s_q). The losses of the layers are divided such that their gradients keep their size.
+            With the marginal score s_q the best critic then has v = (1 - m)(S - s_q), so the losses of the layers are
+            divided to keep the size of their gradients.
 
     Raises:
         ValueError: `teacher_share` is not in [0, 1).
@@ -164,11 +155,7 @@ class ScoreMatching(CriticObjective):
 
 
 class KullbackLeibler(CriticObjective):
-    """HSIVI-KL: the gradient of KL(q || p), with the critic for the marginal score.
-
-    With a share m of the teacher in the critic's target (s - S) / (1 - m) is the estimate of s_q - S, and the loss has
-    that instead of s - S: at the best critic it is the loss of m = 0, gradient and value.
-    """
+    """HSIVI-KL: the gradient of KL(q || p), with the critic for the marginal score."""
 
     critic_gradient = False
 

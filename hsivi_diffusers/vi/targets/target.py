@@ -17,15 +17,9 @@ MAX_DIMENSION = 10**6
 
 
 class Target(ABC):
-    """A density on R^d.
+    """A density on R^d; a subclass gives `log_prob`, `score` or both. By default the score is the gradient."""
 
-    A subclass gives `log_prob`, or `score`, or both; where only the former is given, the score is its gradient.
-
-    Attributes:
-        dimension: d.
-    """
-
-    dimension: int
+    dimension: int  # d
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Returns log p(x) + constant, shape (B,), for x of shape (B, d).
@@ -74,10 +68,7 @@ class IsotropicNormal(SampledTarget):
 
 
 class DiffusibleTarget(SampledTarget):
-    """A density whose diffused form is known: the law of alpha x + sigma z, x ~ p and z ~ N(0, I).
-
-    The density itself is the case alpha = 1, sigma = 0.
-    """
+    """A density whose diffused form, the law of alpha x + sigma z, is known; its own has alpha = 1 and sigma = 0."""
 
     @abstractmethod
     def diffused_log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -95,11 +86,7 @@ class DiffusibleTarget(SampledTarget):
 
 
 class LogProbTarget(Target):
-    """A function as a target.
-
-    Args:
-        log_prob: x of shape (B, d) -> log p(x) + constant, shape (B,), differentiable by torch.
-        dimension: d.
+    """A function as a target: x of shape (B, d) -> log p(x) + constant, shape (B,), differentiable by torch.
 
     Raises:
         ValueError: The dimension is not a whole number from 1 to 10^6; or later, the answer of the function is not a

@@ -7,7 +7,7 @@ counted beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from statistics import fmean, median
@@ -41,6 +41,12 @@ POSTERIOR_MEASURES = ("mean_error", "mean_error_rms", "covariance_error", "swd",
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     return write_table(heads, LABELS, lines) if lines else NOT_RUN
+
+
+def _lines(rows: Rows, axes: Mapping[str, Sequence[Any]], cells: Callable[[Rows], list[str]]) -> list[list[object]]:
+    """Values of the axes, then cells, for all combinations of which there are rows."""
+    found = [(values, select(rows, **dict(zip(axes, values, strict=True)))) for values in product(*axes.values())]
+    return [[*values, *cells(some)] for values, some in found if some]
 
 
 # Cells
@@ -175,14 +181,9 @@ def _shapes_table(rows: Rows) -> str:
 def _size_table(rows: Rows) -> str:
     fits = fits_of(rows, study="size")
     sizes = values_of(fits, "parameters_wanted")
-    lines = []
-    for objective, number, depth in product(OBJECTIVES, values_of(fits, "T"), values_of(fits, "depth")):
-        some = select(fits, objective=objective, T=number, depth=depth)
-        if some:
-            cells = [_mean(select(some, parameters_wanted=size), "js") for size in sizes]
-            lines.append([objective, str(number), str(depth), *cells])
-    heads = ["objective", "T", "depth", *(f"{size:,} parameters" for size in sizes)]
-    return _table(heads, lines)
+    axes = {"objective": OBJECTIVES, "T": values_of(fits, "T"), "depth": values_of(fits, "depth")}
+    lines = _lines(fits, axes, lambda some: [_mean(select(some, parameters_wanted=size), "js") for size in sizes])
+    return _table(["objective", "T", "depth", *(f"{size:,} parameters" for size in sizes)], lines)
 
 
 # Tables of the posteriors
@@ -203,8 +204,7 @@ def _posterior_table(target: str, rows: Rows) -> str:
             if some:
                 cells = [*_posterior_cells(some), _mean(some, "seconds", failures=False)]
                 lines.append([objective, training, str(number), *cells])
-    heads = ["objective", "training", "T", *_POSTERIOR_HEADS, "seconds"]
-    return _table(heads, lines)
+    return _table(["objective", "training", "T", *_POSTERIOR_HEADS, "seconds"], lines)
 
 
 def _whitening_table(rows: Rows) -> str:
@@ -212,13 +212,8 @@ def _whitening_table(rows: Rows) -> str:
     layers = tuple(values_of(fits_of(rows, study="whitening"), "T"))
     moments = fits_of(rows, study="posteriors", whitening="moments", training="sequential", T=layers)
     fits = [*fits_of(rows, study="whitening"), *moments]
-    lines = []
-    for target, objective, number in product(POSTERIORS, OBJECTIVES, layers):
-        for whitening in ("none", "laplace", "moments"):
-            some = select(fits, target=target, objective=objective, T=number, whitening=whitening)
-            if some:
-                lines.append([target, objective, str(number), whitening, *_posterior_cells(some)])
-    return _table(["target", "objective", "T", "whitening", *_POSTERIOR_HEADS], lines)
+    axes = {"target": POSTERIORS, "objective": OBJECTIVES, "T": layers, "whitening": ("none", "laplace", "moments")}
+    return _table([*axes, *_POSTERIOR_HEADS], _lines(fits, axes, _posterior_cells))
 
 
 def _every_fit(study: str, measures: Sequence[str], rows: Rows) -> str:
