@@ -315,12 +315,6 @@ def test_the_norm_of_layers_that_wait_for_the_critic_is_not_taken():
     assert first.layers.grad_norm is None
 
 
-def test_a_list_without_chains_is_refused():
-    game = shards_of(Game(target()), 0)
-    with pytest.raises(ValueError, match=r"chain=\[\]: give a chain, or one for each micro-batch"):
-        next(game.fit(KullbackLeibler(), 1))
-
-
 @pytest.mark.parametrize("objective", [KullbackLeibler(), ScoreMatching()])
 def test_a_frozen_parameter_of_the_critic_stays_frozen(objective):
     game = Game(target())
