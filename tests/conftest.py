@@ -6,9 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-from huggingface_hub import constants
 
-from hub_server import Hub
+from hub_server import Hub, signed_in
 from tiny_unet import make_unet
 
 torch.set_num_threads(1)
@@ -39,11 +38,7 @@ def hub():
 
 
 @pytest.fixture
-def logged_in(hub, monkeypatch, tmp_path):
-    """The client of this process talks to the Hub on the loopback, as alice; the processes of test_hub.py do so too."""
-    for name, value in (("ENDPOINT", hub.url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HF_TOKEN", "hf_alice")
-    return hub
+def logged_in(hub, tmp_path):
+    """The client of this process talks to the Hub on the loopback, as alice."""
+    with signed_in(hub, tmp_path / "home"):
+        yield hub

@@ -4,8 +4,9 @@ Model repositories live in memory; the unmodified client reaches them over HTTP 
 `hub.url`. Answers, headers and error texts follow the real Hub as far as the client looks at them. Left out:
 pull requests, Xet, revisions with a slash in their name.
 
-`HF_*` variables are read when huggingface_hub is imported, hence `run_client`, which runs code in a process of
-its own. It sets `HF_HUB_DISABLE_XET`, or the client would take files called "lfs" to Xet.
+`signed_in` has the client of this process talk to the hub. `HF_*` variables are read when huggingface_hub is
+imported: `run_client` runs code that must read them, or import something first, in a process of its own, which costs
+several seconds. Both disable Xet, or the client would take files called "lfs" there.
 """
 
 import asyncio
@@ -19,12 +20,16 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest import mock
 
 import uvicorn
 import yaml
+from diffusers.utils import dynamic_modules_utils
+from huggingface_hub import constants, hf_api, utils
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -487,6 +492,36 @@ class Hub:
                 del files[name]
         else:
             raise HubError(400, f"{key} {path} cannot be committed")
+
+
+@contextmanager
+def signed_in(hub, home, token="hf_alice", offline=False):
+    """Within it, the client of this process talks to the hub, and keeps its cache and logins under `home`."""
+    settings = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": offline,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+    }
+    with (
+        mock.patch.multiple(constants, **settings),
+        mock.patch.object(hf_api.api, "endpoint", hub.url),
+        mock.patch.object(dynamic_modules_utils, "HF_MODULES_CACHE", str(home / "modules")),
+        mock.patch.dict(os.environ, {"NO_PROXY": "127.0.0.1", "HF_TOKEN": token or ""}),
+    ):
+        forget_sessions()
+        try:
+            yield
+        finally:
+            forget_sessions()
+
+
+def forget_sessions():
+    """Has the client of this process connect anew: some releases keep a session that was made offline."""
+    forget = getattr(utils, "close_session", None) or utils.reset_sessions  # before huggingface_hub 1.0
+    forget()
 
 
 def client_env(hub, home, token=None, **env):

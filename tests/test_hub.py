@@ -1,40 +1,34 @@
 """Pushing and pulling over HTTP, with the client as it is and a Hub on the loopback."""
 
+import contextlib
 import io
 import json
 import re
 import shutil
+from unittest import mock
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, PNDMPipeline, PNDMScheduler
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import OfflineModeIsEnabled
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, PNDMPipeline, PNDMScheduler
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 
-from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, push
-from hsivi_diffusers.hub import read_run
+from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, hub, push
+from hsivi_diffusers.hub import CUT, read_run
 from hsivi_diffusers.model_card import make_card
-from hub_server import Hub, run_client
+from hub_server import Hub, run_client, signed_in
 from make_golden import draw, make_pipeline
 from tiny_unet import make_unet
 
-PUSH = """
-from hsivi_diffusers import HSIVIPipeline, push
-pipeline = HSIVIPipeline.from_pretrained({pipeline!r})
-pipeline.set_progress_bar_config(disable=True)
-"""
-# The pictures of tests/make_golden.py, and whether a pipeline draws them.
-SAME = """
-import torch
-from safetensors.torch import load_file
-wanted = load_file({pictures!r})["pictures"]
-def same(pipeline):
-    pictures = pipeline(batch_size=4, generator=torch.Generator().manual_seed(0), output_type="np").images
-    return torch.equal(torch.from_numpy(pictures), wanted)
-"""
 ROWS = [
     {"dataset": "digits", "method": method, "nfe": nfe, "num_samples": 500, "fd": fd, "swd": 0.02}
     for method, nfe, fd in (("HSIVI", 4, 1.25), ("DDIM", 4, 9.5), ("DDPM", 100, 0.75))
@@ -70,24 +64,52 @@ def pixel(png):
         return image.size, image.getpixel((0, 0))
 
 
-def client(code, hub, home, run_dir, token="hf_alice", **env):
-    """Runs code after PUSH and SAME; returns what it printed."""
-    head = PUSH.format(pipeline=str(run_dir / "pipeline")) + SAME.format(pictures=str(run_dir / "pictures.safetensors"))
-    run = run_client(head + code, hub, home, token, **env)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+# Code for a process of its own: the pictures of tests/make_golden.py, and whether a pipeline draws them.
+SAME = """
+import torch
+from safetensors.torch import load_file
+wanted = load_file({pictures!r})["pictures"]
+def same(pipeline):
+    pictures = pipeline(batch_size=4, generator=torch.Generator().manual_seed(0), output_type="np").images
+    return torch.equal(torch.from_numpy(pictures), wanted)
+"""
+WITHOUT_PACKAGE = "import sys\nsys.modules['hsivi_diffusers'] = None\n"
+
+
+@pytest.fixture
+def same(run_dir):
+    """Tells whether a pipeline draws the pictures of that of the run."""
+    wanted = load_file(run_dir / "pictures.safetensors")["pictures"]
+    return lambda pipeline: torch.equal(draw(pipeline), wanted)
+
+
+@pytest.fixture
+def pipeline(run_dir):
+    return HSIVIPipeline.from_pretrained(run_dir / "pipeline")
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def pushed(run_dir, tmp_path_factory):
     """A hub with alice/digits, pushed with its run, and what push returned."""
-    with Hub() as hub:
-        hub.add_repo("google/ddpm-cifar10-32", author="bob")
-        before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-        code = f"print(push(pipeline, 'alice/digits', run_dir={str(run_dir)!r}, license='apache-2.0'))"
-        hub.answer = client(code, hub, tmp_path_factory.mktemp("home"), run_dir).strip()
-        assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-        yield hub
+    with Hub() as server:
+        server.add_repo("google/ddpm-cifar10-32", author="bob")
+        before = contents(run_dir)
+        with signed_in(server, tmp_path_factory.mktemp("home")):
+            pipeline = HSIVIPipeline.from_pretrained(run_dir / "pipeline")
+            server.answer = push(pipeline, "alice/digits", run_dir=run_dir, license="apache-2.0")
+        assert before == contents(run_dir)
+        yield server
+
+
+@pytest.fixture
+def client(pushed, tmp_path):
+    """The client of this process talks to that hub, as alice and with an empty cache."""
+    with signed_in(pushed, tmp_path / "home"):
+        yield pushed
 
 
 def files_of(hub, name):
@@ -154,34 +176,40 @@ def test_half_precision_lies_beside_weights_and_configs_that_stay(pushed, run_di
         assert json.loads(files[name]) == json.loads((saved / name).read_text())
 
 
-def test_what_cannot_be_drawn_has_no_grid_and_only_old_weights_are_removed(pushed, run_dir, tmp_path):
+@pytest.mark.parametrize(("name", "size"), [("any_size", {"sample_size": None}), ("five", {"in_channels": 5})])
+def test_what_cannot_be_drawn_has_no_grid(client, name, size):
+    unet = make_unet(**size, out_channels=size.get("in_channels", 1))
+    push(HSIVIPipeline(unet=unet, scheduler=HSIVIScheduler(layer_timesteps=[500, 0])), f"alice/{name}")
+    files = files_of(client, f"alice/{name}")
+    assert "samples.png" not in files
+    assert "samples.png" not in files["README.md"].decode()
+    assert "unet/diffusion_pytorch_model.safetensors" in files
+
+
+def test_only_old_weights_are_removed(client, pipeline, same):
     kept = {"notes.txt": b"mine", "unet/notes.txt": b"mine", "other/model.safetensors": b"mine"}
     shards = [f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     stale = [*shards, "unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model.bin"]
-    pushed.add_repo("alice/old", {"README.md": b"old", **kept, **dict.fromkeys(stale, b"old")})
-    code = """
-from diffusers import DiffusionPipeline
-from hsivi_diffusers import HSIVIScheduler
-from tiny_unet import make_unet
-for name, options in (("any_size", {"sample_size": None}), ("five", {"in_channels": 5, "out_channels": 5})):
-    push(HSIVIPipeline(unet=make_unet(**options), scheduler=HSIVIScheduler(layer_timesteps=[500, 0])), f"alice/{name}")
-push(pipeline, "alice/old", exist_ok=True, fp16=False)
-assert same(HSIVIPipeline.from_pretrained("alice/old"))
-trusted = DiffusionPipeline.from_pretrained("alice/digits", custom_pipeline="alice/digits", trust_remote_code=True)
-assert type(trusted) is not HSIVIPipeline
-trusted.set_progress_bar_config(disable=True)
-push(trusted, "alice/trusted")
-"""
-    client(code, pushed, tmp_path / "home", run_dir)
-    for name in ("any_size", "five"):
-        files = files_of(pushed, f"alice/{name}")
-        assert "samples.png" not in files
-        assert "samples.png" not in files["README.md"].decode()
-        assert "unet/diffusion_pytorch_model.safetensors" in files
-    files = files_of(pushed, "alice/old")
+    client.add_repo("alice/old", {"README.md": b"old", **kept, **dict.fromkeys(stale, b"old")})
+    push(pipeline, "alice/old", exist_ok=True, fp16=False)
+    assert same(HSIVIPipeline.from_pretrained("alice/old"))
+    files = files_of(client, "alice/old")
     assert kept.items() <= files.items()
     assert not {*stale} & {*files}
     assert files["README.md"].startswith(b"---\nlibrary_name: diffusers")
+
+
+def test_a_pipeline_of_trusted_code_is_pushed_as_ours(pushed, tmp_path):
+    """In a process of its own, which keeps what it imports of the repo."""
+    code = """
+from diffusers import DiffusionPipeline
+from hsivi_diffusers import HSIVIPipeline, push
+trusted = DiffusionPipeline.from_pretrained("alice/digits", custom_pipeline="alice/digits", trust_remote_code=True)
+assert type(trusted) is not HSIVIPipeline
+push(trusted, "alice/trusted")
+"""
+    run = run_client(code, pushed, tmp_path / "home", "hf_alice")
+    assert run.returncode == 0, run.stderr
     files = files_of(pushed, "alice/trusted")
     assert files.keys() == files_of(pushed, "alice/digits").keys() - {"comparison.png", "curve.png"}
     assert 'custom_pipeline="alice/trusted"' in files["README.md"].decode()
@@ -298,43 +326,102 @@ def test_the_card_of_a_stock_pipeline_with_several_grids_says_what_to_pass(unet)
 # ----- what is pulled -----
 
 
-def test_what_was_pushed_is_pulled_and_pushed_again(pushed, run_dir, tmp_path):
-    code = f"""
-from diffusers import DiffusionPipeline
-from huggingface_hub import HfApi
-first = HfApi().model_info("alice/digits").sha
-pulled = HSIVIPipeline.from_pretrained("alice/digits")
-assert same(pulled) and same(DiffusionPipeline.from_pretrained("alice/digits"))
-half = HSIVIPipeline.from_pretrained("alice/digits", variant="fp16")
-assert not same(half)
-pulled.save_pretrained({str(tmp_path / "again")!r})
-assert same(HSIVIPipeline.from_pretrained({str(tmp_path / "again")!r}))
-with torch.no_grad():
-    pulled.unet_noise_scale.log_scale.add_(1.0)
-push(pulled, "alice/digits", exist_ok=True, fp16=False, commit_message="Louder")
-assert not same(HSIVIPipeline.from_pretrained("alice/digits"))
-assert same(HSIVIPipeline.from_pretrained("alice/digits", revision=first))
-push(pipeline, "org/digits", revision="trial", private=True)
-assert same(HSIVIPipeline.from_pretrained("org/digits", revision="trial"))
-print(first)
-"""
-    first = client(code, pushed, tmp_path / "home", run_dir).strip()
-    repo = pushed.repos["alice/digits"]
-    assert repo.branches["main"].title == "Louder"
-    assert "unet/diffusion_pytorch_model.fp16.safetensors" not in repo.branches["main"].files  # it was of older weights
-    assert pushed.repos["org/digits"].private
-    offline = f"""
-assert same(HSIVIPipeline.from_pretrained("alice/digits", revision={first!r}))
-assert not same(HSIVIPipeline.from_pretrained("alice/digits"))
-"""
-    client(offline, pushed, tmp_path / "home", run_dir, HF_HUB_OFFLINE="1")
-    repo.branches["main"] = repo.branches["main"].parents[0]  # as the other tests found it
+def test_what_was_pushed_is_pulled_and_pushed_again(client, pipeline, same, tmp_path):
+    first = HfApi().model_info("alice/digits").sha
+    pulled = HSIVIPipeline.from_pretrained("alice/digits")
+    assert same(pulled)
+    assert same(DiffusionPipeline.from_pretrained("alice/digits"))
+    assert not same(HSIVIPipeline.from_pretrained("alice/digits", variant="fp16"))
+    pulled.save_pretrained(tmp_path / "again")
+    assert same(HSIVIPipeline.from_pretrained(tmp_path / "again"))
+    with torch.no_grad():
+        pulled.unet_noise_scale.log_scale.add_(1.0)
+    push(pulled, "alice/digits", exist_ok=True, fp16=False, commit_message="Louder")
+    repo = client.repos["alice/digits"]
+    head, repo_files = repo.branches["main"], files_of(client, "alice/digits")
+    try:
+        assert head.title == "Louder"
+        assert "unet/diffusion_pytorch_model.fp16.safetensors" not in repo_files  # it was of older weights
+        assert not same(HSIVIPipeline.from_pretrained("alice/digits"))
+        with signed_in(client, tmp_path / "home", offline=True):
+            assert same(HSIVIPipeline.from_pretrained("alice/digits", revision=first))
+            assert not same(HSIVIPipeline.from_pretrained("alice/digits"))
+    finally:
+        repo.branches["main"] = head.parents[0]  # as the other tests found it
+    push(pipeline, "org/digits", revision="trial", private=True)
+    assert client.repos["org/digits"].private
+    assert same(HSIVIPipeline.from_pretrained("org/digits", revision="trial"))
 
 
-def test_without_the_package_it_draws_the_same_pictures_and_can_be_saved(pushed, run_dir, tmp_path):
-    head = "import sys\nsys.modules['hsivi_diffusers'] = None\n" + SAME.format(
-        pictures=str(run_dir / "pictures.safetensors")
-    )
+def test_no_code_of_a_repo_is_run_unless_it_is_trusted(client, same, tmp_path):
+    evil = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')\n".encode()
+    files = files_of(client, "alice/digits")
+    client.add_repo("alice/evil", {name: evil + data if name.endswith(".py") else data for name, data in files.items()})
+    assert same(HSIVIPipeline.from_pretrained("alice/evil"))
+    assert same(DiffusionPipeline.from_pretrained("alice/evil"))
+    assert same(HSIVIPipeline.from_pretrained("alice/evil", trust_remote_code=True))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}])
+def test_no_code_of_a_hostile_index_is_run_without_trust(client, tmp_path, options):
+    evil = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')\n".encode()
+    files = files_of(client, "alice/digits")
+    index = json.loads(files["model_index.json"])
+    listed = json.dumps({**index, "_class_name": ["pipeline", "HSIVIPipeline"]}).encode()
+    client.add_repo("alice/listed", {**files, "model_index.json": listed, "pipeline.py": evil + files["pipeline.py"]})
+    module = {"unet/diffusers.py": evil + b"from diffusers import UNet2DModel\n"}
+    client.add_repo("alice/module", {**files, **module})
+    for name in ("alice/listed", "alice/module"):
+        with contextlib.suppress(Exception):
+            HSIVIPipeline.from_pretrained(name, **options)
+    assert not (tmp_path / "ran").exists()
+
+
+# ----- what the card says -----
+
+PLAIN = {"alice/one": [700, 300, 0], "alice/several": [[500, 0], [700, 300, 0]]}
+
+
+@pytest.fixture(scope="module")
+def snippets(pushed, tmp_path_factory):
+    """The code in the cards of two pipelines without learned noise scales: {repo: [ours, stock, alone]}."""
+    found = {}
+    with signed_in(pushed, tmp_path_factory.mktemp("home")):
+        for name, grids in PLAIN.items():
+            scheduler = HSIVIScheduler(layer_timesteps=grids)
+            push(HSIVIPipeline(unet=make_unet().eval(), scheduler=scheduler), name)
+            card = files_of(pushed, name)["README.md"].decode()
+            found[name] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    return found
+
+
+DRAWN = "\nassert len(images) == 16 and len(pipeline.scheduler.timesteps) == 2\n"
+
+
+def test_the_first_snippet_of_the_card_runs(client, snippets):
+    for ours, _, _ in snippets.values():
+        exec(ours + DRAWN, {})
+
+
+def test_the_snippet_in_a_pipeline_of_diffusers_runs(pushed, snippets, tmp_path):
+    """In a process of its own: whether loading works depends on what was imported before."""
+    run = run_client(DRAWN.join([*(stock for _, stock, _ in snippets.values()), ""]), pushed, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "non-standard module" not in run.stderr
+
+
+def test_the_card_names_the_calls_and_the_package(pushed, snippets):
+    titles = ["Upload a sampler of 2 network calls", "Upload a sampler of 1 or 2 network calls"]
+    for name, title in zip(snippets, titles, strict=True):
+        assert pushed.repos[name].branches["main"].title == title
+        card = files_of(pushed, name)["README.md"].decode()
+        assert "`pip install hsivi-diffusers`" in card
+        assert "private, log in with `hf auth login` or set `HF_TOKEN`" in " ".join(card.split())
+
+
+def test_without_the_package_it_draws_the_same_pictures_and_can_be_saved(pushed, snippets, run_dir, tmp_path):
+    """And the last snippets of the cards run."""
     code = f"""
 from diffusers import DiffusionPipeline
 calls = []
@@ -347,180 +434,119 @@ assert same(pulled) and len(calls) == 4
 pulled.save_pretrained({str(tmp_path / "again")!r})
 assert same(load({str(tmp_path / "again")!r}))
 """
-    run = run_client(head + code, pushed, tmp_path / "home", "hf_bob")
+    same = SAME.format(pictures=str(run_dir / "pictures.safetensors"))
+    alone = DRAWN.join([*(alone for _, _, alone in snippets.values()), ""])
+    run = run_client(WITHOUT_PACKAGE + same + code + alone, pushed, tmp_path / "home", "hf_bob")
     assert run.returncode == 0, run.stderr
+    assert "non-standard module" not in run.stderr
     assert HSIVIPipeline.from_pretrained(tmp_path / "again").unet_noise_scale is not None
-
-
-def test_no_code_of_a_repo_is_run_unless_it_is_trusted(pushed, run_dir, tmp_path):
-    evil = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')\n".encode()
-    files = files_of(pushed, "alice/digits")
-    pushed.add_repo("alice/evil", {name: evil + data if name.endswith(".py") else data for name, data in files.items()})
-    code = """
-from diffusers import DiffusionPipeline
-assert same(HSIVIPipeline.from_pretrained("alice/evil")) and same(DiffusionPipeline.from_pretrained("alice/evil"))
-assert same(HSIVIPipeline.from_pretrained("alice/evil", trust_remote_code=True))
-"""
-    client(code, pushed, tmp_path / "home", run_dir)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_no_code_of_a_hostile_index_is_run_without_trust(pushed, run_dir, tmp_path):
-    evil = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')\n".encode()
-    files = files_of(pushed, "alice/digits")
-    index = json.loads(files["model_index.json"])
-    listed = json.dumps({**index, "_class_name": ["pipeline", "HSIVIPipeline"]}).encode()
-    pushed.add_repo("alice/listed", {**files, "model_index.json": listed, "pipeline.py": evil + files["pipeline.py"]})
-    module = {"unet/diffusers.py": evil + b"from diffusers import UNet2DModel\n"}
-    pushed.add_repo("alice/module", {**files, **module})
-    code = """
-for name in ("alice/listed", "alice/module"):
-    for options in ({}, {"trust_remote_code": False}):
-        try:
-            HSIVIPipeline.from_pretrained(name, **options)
-        except Exception as error:
-            print(name, type(error).__name__)
-"""
-    client(code, pushed, tmp_path / "home", run_dir)
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("grids", [[700, 300, 0], [[500, 0], [700, 300, 0]]], ids=["one", "several"])
-def test_the_snippets_of_the_card_run(pushed, run_dir, tmp_path, grids):
-    scheduler = HSIVIScheduler(layer_timesteps=grids)
-    HSIVIPipeline(unet=make_unet().eval(), scheduler=scheduler).save_pretrained(tmp_path / "plain")
-    code = f"push(HSIVIPipeline.from_pretrained({str(tmp_path / 'plain')!r}), 'alice/plain', exist_ok=True)"
-    client(code, pushed, tmp_path / "home", run_dir)
-    title = "Upload a sampler of 2 network calls" if grids[0] == 700 else "Upload a sampler of 1 or 2 network calls"
-    assert pushed.repos["alice/plain"].branches["main"].title == title
-    card = files_of(pushed, "alice/plain")["README.md"].decode()
-    ours, stock, alone = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    check = "\nassert len(images) == 16 and len(pipeline.scheduler.timesteps) == 2\n"
-    for snippet in (ours + check, stock, "import sys\nsys.modules['hsivi_diffusers'] = None\n" + alone):
-        run = run_client(snippet + check, pushed, tmp_path / "elsewhere")
-        assert run.returncode == 0, run.stderr
-        assert "non-standard module" not in run.stderr
-    assert "`pip install hsivi-diffusers`" in card
-    assert "private, log in with `hf auth login` or set `HF_TOKEN`" in " ".join(card.split())
 
 
 # ----- what is refused -----
 
-ERRORS = """
-import json, os
-def attempt(name, run):
-    try:
-        run()
-        print("RESULT", json.dumps([name, "none", ""]))
-    except Exception as error:
-        notes = "".join(getattr(error, "__notes__", []))
-        cause = type(error.__cause__).__name__
-        print("RESULT", json.dumps([name, type(error).__name__, cause, f"{error} {notes}"]))
-attempt("token", lambda: push(pipeline, "alice/new", token="hf_wrong"))
-attempt("foreign", lambda: push(pipeline, "bob/new"))
-attempt("taken", lambda: push(pipeline, "alice/digits"))
-attempt("missing", lambda: HSIVIPipeline.from_pretrained("alice/nothing"))
-attempt("gated", lambda: HSIVIPipeline.from_pretrained("bob/gated"))
-attempt("revision", lambda: HSIVIPipeline.from_pretrained("alice/digits", revision="v9"))
-from hsivi_diffusers import hub
-attempt("public", lambda: push(pipeline, "alice/public", private=True))
-attempt("theirs", lambda: hub.claim("bob/theirs", exist_ok=True))
-attempt("mine", lambda: hub.claim("alice/digits", exist_ok=True))
-hub.draw_grid = lambda pipeline: open("/nowhere/at/all")
-attempt("unwritten", lambda: push(pipeline, "alice/unwritten"))
-"""
+
+def told(error):
+    """The message of an error and what was added to it."""
+    return "\n".join([str(error.value), *getattr(error.value, "__notes__", [])])
 
 
-def test_what_the_hub_refuses_comes_as_its_own_error_with_the_remedy(pushed, run_dir, tmp_path):
-    pushed.add_repo("bob/gated", files_of(pushed, "alice/digits"), author="bob", gated="manual")
-    pushed.add_repo("bob/theirs", author="bob")
-    pushed.add_repo("alice/public")
-    lines = client(ERRORS, pushed, tmp_path / "home", run_dir).splitlines()
-    results = {line[0]: line[1:] for line in (json.loads(text[7:]) for text in lines if text.startswith("RESULT "))}
-    assert results["token"][0] == "HfHubHTTPError"
-    assert "hf auth login" in results["token"][2]
-    assert results["foreign"][0] == "HfHubHTTPError"
-    assert "push under your own name" in results["foreign"][2]
-    assert results["taken"][0] == "HfHubHTTPError"
-    assert "choose another name, or add a commit to it with exist_ok=True" in results["taken"][2]
-    assert results["missing"][:2] == ["OSError", "RepositoryNotFoundError"]
-    assert results["gated"][0] == "GatedRepoError"
-    assert results["revision"][1] == "RevisionNotFoundError" or results["revision"][0] == "RevisionNotFoundError"
-    assert results["public"][0] == "ValueError"
-    assert "alice/public exists and is public, and private=True was asked for" in results["public"][2]
-    assert len(pushed.repos["alice/public"].commits) == 1
-    assert results["theirs"][0] == "HfHubHTTPError"
-    assert "This token may not write to bob/theirs: push under your own name" in results["theirs"][2]
-    assert results["mine"][0] == "none"
-    assert results["unwritten"][0] == "FileNotFoundError"
-    assert not {"alice/new", "bob/new", "alice/unwritten"} & {*pushed.repos}
-    assert len(pushed.repos["alice/digits"].branches["main"].parents) == 1
+@pytest.mark.parametrize(
+    ("name", "options", "remedy"),
+    [
+        ("alice/new", {"token": "hf_wrong"}, "hf auth login"),
+        ("bob/new", {}, "push under your own name"),
+        ("alice/digits", {}, "choose another name, or add a commit to it with exist_ok=True"),
+    ],
+)
+def test_a_push_that_the_hub_refuses_is_told_with_the_remedy(client, pipeline, name, options, remedy):
+    with pytest.raises(HfHubHTTPError) as refused:
+        push(pipeline, name, **options)
+    assert remedy in told(refused)
+    assert not {"alice/new", "bob/new"} & {*client.repos}
+    assert len(client.repos["alice/digits"].branches["main"].parents) == 1
 
 
-def test_after_a_cut_connection_a_second_push_sends_only_what_is_missing(run_dir, tmp_path):
-    code = """
-try:
+def test_what_is_not_to_be_read_comes_as_the_error_of_the_hub(client):
+    client.add_repo("bob/gated", files_of(client, "alice/digits"), author="bob", gated="manual")
+    with pytest.raises(OSError, match="alice/nothing") as missing:
+        HSIVIPipeline.from_pretrained("alice/nothing")
+    assert isinstance(missing.value.__cause__, RepositoryNotFoundError)
+    with pytest.raises(GatedRepoError):
+        HSIVIPipeline.from_pretrained("bob/gated")
+    with pytest.raises((OSError, RevisionNotFoundError)) as unknown:
+        HSIVIPipeline.from_pretrained("alice/digits", revision="v9")
+    assert RevisionNotFoundError in (type(unknown.value), type(unknown.value.__cause__))
+
+
+def test_a_repo_is_claimed_if_it_is_ours_and_as_private_as_was_asked(client, pipeline):
+    client.add_repo("bob/theirs", author="bob")
+    client.add_repo("alice/public")
+    with pytest.raises(ValueError, match="alice/public exists and is public, and private=True was asked for"):
+        push(pipeline, "alice/public", private=True)
+    assert len(client.repos["alice/public"].commits) == 1
+    with pytest.raises(HfHubHTTPError) as refused:
+        hub.claim("bob/theirs", exist_ok=True)
+    assert "This token may not write to bob/theirs: push under your own name" in told(refused)
+    hub.claim("alice/digits", exist_ok=True)
+
+
+def test_no_repo_is_made_for_what_cannot_be_written(client, pipeline, monkeypatch):
+    monkeypatch.setattr(hub, "draw_grid", mock.Mock(side_effect=FileNotFoundError))
+    with pytest.raises(FileNotFoundError):
+        push(pipeline, "alice/unwritten")
+    assert "alice/unwritten" not in client.repos
+
+
+def test_after_a_cut_connection_a_second_push_sends_only_what_is_missing(logged_in, pipeline, run_dir):
+    before = contents(run_dir)
+    logged_in.refuse_uploads = {3}
+    with pytest.raises(CUT) as cut:
+        push(pipeline, "alice/cut")
+    assert "has arrived is not sent twice" in told(cut)
+    assert set(files_of(logged_in, "alice/cut")) == {".gitattributes"}
+    arrived = list(logged_in.uploads)
+    assert arrived
     push(pipeline, "alice/cut")
-except Exception as error:
-    print("FIRST", type(error).__name__, *getattr(error, "__notes__", []), error)
-"""
-    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    with Hub() as hub:
-        hub.refuse_uploads = {3}
-        assert "has arrived is not sent twice" in client(code, hub, tmp_path / "home", run_dir)
-        assert set(files_of(hub, "alice/cut")) == {".gitattributes"}
-        arrived = list(hub.uploads)
-        assert arrived
-        client("push(pipeline, 'alice/cut')", hub, tmp_path / "home", run_dir)
-        assert not set(arrived) & set(hub.uploads[len(arrived) :])
-        assert "model_index.json" in files_of(hub, "alice/cut")
-    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    assert not set(arrived) & set(logged_in.uploads[len(arrived) :])
+    assert "model_index.json" in files_of(logged_in, "alice/cut")
+    assert before == contents(run_dir)
 
 
-def test_a_commit_that_arrived_before_the_connection_was_cut_is_no_error(run_dir, tmp_path):
-    with Hub() as hub:
-        hub.after_commit = lambda: None
-        url = client("print(push(pipeline, 'alice/cut'))", hub, tmp_path / "home", run_dir).strip()
-        assert url == f"{hub.url}/alice/cut/commit/{hub.repos['alice/cut'].branches['main'].sha}"
-        assert "model_index.json" in files_of(hub, "alice/cut")
+def test_a_commit_that_arrived_before_the_connection_was_cut_is_no_error(logged_in, pipeline):
+    logged_in.after_commit = lambda: None
+    url = push(pipeline, "alice/cut")
+    assert url == f"{logged_in.url}/alice/cut/commit/{logged_in.repos['alice/cut'].branches['main'].sha}"
+    assert "model_index.json" in files_of(logged_in, "alice/cut")
 
 
-CUT = """
-try:
-    push(pipeline, "alice/cut")
-except Exception as error:
-    print(*error.__notes__)
-"""
-
-
-def test_a_cut_connection_is_told_with_what_is_known_of_the_repo(run_dir, tmp_path):
+def test_a_cut_connection_is_told_with_what_is_known_of_the_repo(logged_in, pipeline):
     def undo():
-        branch = hub.repos["alice/cut"].branches
+        branch = logged_in.repos["alice/cut"].branches
         branch["main"] = branch["main"].parents[0]
 
-    with Hub() as hub:
-        hub.after_commit = undo
-        assert "alice/cut is as it was." in client(CUT, hub, tmp_path / "home", run_dir)
-        hub.after_commit = lambda: setattr(hub, "down", True)
-        notes = client(CUT, hub, tmp_path / "home", run_dir)
-        assert "if the commit arrived, a second push needs exist_ok=True." in notes
-        assert f"Look at {hub.url}/alice/cut first" in notes
-        assert "as it was" not in notes
+    logged_in.after_commit = undo
+    with pytest.raises(CUT) as cut:
+        push(pipeline, "alice/cut")
+    assert "alice/cut is as it was." in told(cut)
+    logged_in.after_commit = lambda: setattr(logged_in, "down", True)
+    with pytest.raises(CUT) as cut:
+        push(pipeline, "alice/cut")
+    assert "if the commit arrived, a second push needs exist_ok=True." in told(cut)
+    assert f"Look at {logged_in.url}/alice/cut first" in told(cut)
+    assert "as it was" not in told(cut)
 
 
-def test_a_teacher_that_the_hub_does_not_know_is_not_named(run_dir, tmp_path):
-    folder = shutil.copytree(run_dir, tmp_path / "run")
-    pushes, names = "", ["runs/teacher", "/home/alice/teacher", "../teacher", None]
-    for number, name in enumerate(names):
-        other = shutil.copytree(folder, tmp_path / str(number))
-        (other / "training.json").write_text(json.dumps({"base_model": name}))
-        pushes += f"push(pipeline, 'alice/m{number}', run_dir={str(other)!r})\n"
-    with Hub() as hub:
-        client(pushes, hub, tmp_path / "home", run_dir)
-        for number in range(len(names)):
-            card = files_of(hub, f"alice/m{number}")["README.md"].decode()
-            assert "base_model" not in card
-            assert "teacher]" not in card
+@pytest.mark.parametrize("name", ["runs/teacher", "/home/alice/teacher", "../teacher", None])
+def test_a_teacher_that_the_hub_does_not_know_is_not_named(logged_in, pipeline, run_dir, tmp_path, name):
+    other = shutil.copytree(run_dir, tmp_path / "run")
+    (other / "training.json").write_text(json.dumps({"base_model": name}))
+    push(pipeline, "alice/model", run_dir=other)
+    card = files_of(logged_in, "alice/model")["README.md"].decode()
+    assert "base_model" not in card
+    assert "teacher]" not in card
+
+
+def test_a_teacher_that_is_no_name_is_refused():
     with pytest.raises(ValueError, match="'../teacher'.*: give user/name"):
         push(make_pipeline(), "alice/new", base_model="../teacher")
 
@@ -619,17 +645,11 @@ def test_a_damaged_file_of_a_run_is_named(run_dir, tmp_path, name, content):
         push(make_pipeline(), "alice/new", run_dir=folder)
 
 
-def test_a_hub_that_is_not_reached_is_told_of(pushed, tmp_path):
-    code = """
-from hsivi_diffusers import push
-from make_golden import make_pipeline
-try:
-    push(make_pipeline(), "alice/new")
-except Exception as error:
-    print(type(error).__name__, *getattr(error, "__notes__", []))
-"""
-    run = run_client(code, pushed, tmp_path / "home", "hf_alice", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "The Hub was not reached, or the connection was cut. Nothing of yours was lost." in run.stdout, run.stderr
+def test_a_hub_that_is_not_reached_is_told_of(logged_in, pipeline):
+    logged_in.stop()
+    with pytest.raises(CUT) as unreached:
+        push(pipeline, "alice/new")
+    assert "The Hub was not reached, or the connection was cut. Nothing of yours was lost." in told(unreached)
 
 
 def test_offline_the_remedy_is_to_unset_it():
