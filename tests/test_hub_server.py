@@ -1,18 +1,23 @@
 """The Hub of the tests, through the unmodified client: what goes in comes out, and the errors are the real ones."""
 
+import contextlib
 import hashlib
+import io
 import subprocess
 import sys
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import huggingface_hub
+import huggingface_hub.errors
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, DDPMScheduler
 
-from hub_server import client_env, run_client
+from hub_server import client_env, signed_in
+from tiny_unet import make_unet
 
 CARD = b"---\nlicense: mit\nlibrary_name: diffusers\ntags: [toy]\n---\n# A model\n"
 FILES = {"README.md": CARD, "config.json": b"{}", "unet/w.safetensors": b"w" * 300_000, "grid.png": b"png"}
@@ -27,11 +32,11 @@ def folder(tmp_path):
     return tmp_path / "folder"
 
 
-def ask(code, hub, home, token=None, **env):
+def ask(code, hub, home, token=None, offline=False):
     """What the code prints, with huggingface_hub as `hf`."""
-    done = run_client(f"import huggingface_hub as hf\n{code}", hub, home, token, **env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    with signed_in(hub, home, token, offline), contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {"hf": huggingface_hub})
+    return printed.getvalue().strip()
 
 
 def sha256(data):
@@ -110,8 +115,7 @@ def test_the_cache_serves_without_the_hub(hub, tmp_path, state):
     hub.down = state == "down"
     if state == "stopped":
         hub.stop()
-    offline = {"HF_HUB_OFFLINE": "1"} if state == "offline" else {}
-    assert ask(code, hub, tmp_path, **offline) == online
+    assert ask(code, hub, tmp_path, offline=state == "offline") == online
     assert (len(hub.requests) > asked) == (state == "down")
 
 
@@ -143,7 +147,7 @@ try:
 except hf.errors.{error} as error:
     print(error.response.status_code, error)
 """
-    printed = ask(f"import huggingface_hub.errors\n{code}", hub, tmp_path, token)
+    printed = ask(code, hub, tmp_path, token)
     assert printed.startswith(str(status))
     assert message in printed
 
@@ -158,8 +162,8 @@ def test_a_card_with_bad_metadata_is_refused_before_the_upload(hub, folder, tmp_
     (folder / "README.md").write_text("---\nlicense: [mit]\n---\n")
     hub.add_repo("alice/model")
     code = f'hf.upload_folder(repo_id="alice/model", folder_path={str(folder)!r})'
-    done = run_client(f"import huggingface_hub as hf\n{code}", hub, tmp_path, "hf_alice")
-    assert 'ValueError: Invalid metadata in README.md.\n- "license" must be a string' in done.stderr
+    with pytest.raises(ValueError, match='Invalid metadata in README.md.\n- "license" must be a string'):
+        ask(code, hub, tmp_path, "hf_alice")
     assert not hub.uploads
 
 
@@ -214,16 +218,13 @@ def test_the_hf_command(hub, folder, tmp_path):
 
 
 def test_diffusers_pushes_and_loads_a_pipeline(hub, tmp_path):
-    code = f"""
-from diffusers import DDPMPipeline, DDPMScheduler
-from tiny_unet import make_unet
-DDPMPipeline(unet=make_unet(), scheduler=DDPMScheduler()).push_to_hub("alice/ddpm")
-DDPMPipeline.from_pretrained("alice/ddpm", cache_dir={str(tmp_path / "fresh")!r})
-"""
-    ask(code, hub, tmp_path / "home", "hf_alice")
+    fresh = tmp_path / "fresh"
+    with signed_in(hub, tmp_path / "home"):
+        DDPMPipeline(unet=make_unet(), scheduler=DDPMScheduler()).push_to_hub("alice/ddpm")
+        DDPMPipeline.from_pretrained("alice/ddpm", cache_dir=fresh)
     pushed = hub.repos["alice/ddpm"].branches["main"].files["unet/diffusion_pytorch_model.safetensors"]
     asked = len(hub.requests)
-    # This process is offline (conftest.py), so the weights can only come from what the other one downloaded.
-    loaded = DDPMPipeline.from_pretrained("alice/ddpm", cache_dir=tmp_path / "fresh").unet.state_dict()
+    # This process is offline again (conftest.py), so the weights can only come from what was downloaded.
+    loaded = DDPMPipeline.from_pretrained("alice/ddpm", cache_dir=fresh).unet.state_dict()
     torch.testing.assert_close(loaded, safetensors.torch.load(pushed), rtol=0, atol=0)
     assert len(hub.requests) == asked
