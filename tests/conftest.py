@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,11 @@ from hub_server import Hub, signed_in
 from tiny_unet import make_unet
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What was imported stays: a collection that looks through all of it takes a second."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
