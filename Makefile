@@ -29,7 +29,7 @@ demo: $(VENV)/installed
 	$(BIN)/hsivi evaluate --config training/configs/digits_evaluation.yaml --run_dir $(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --cov --cov-fail-under=95
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-fail-under=95
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m slow

@@ -1,10 +1,12 @@
 """What `import hsivi_diffusers` brings in, seen in a fresh interpreter."""
 
 import ast
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from diffusers import DDPMPipeline
@@ -12,9 +14,11 @@ from diffusers import DDPMPipeline
 import hsivi_diffusers
 import hsivi_diffusers.vi
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+from hsivi_diffusers.registration import register
 from tiny_unet import make_unet
 
 TRAINING = ["matplotlib", "ot", "pandas", "scipy", "sklearn", "torchmetrics", "torchvision", "tqdm.auto", "yaml"]
+EVALUATION = ["efficientnet_lite_pytorch", "fontTools", "matplotlib", "ot", "prdc", "sklearn", "torchmetrics"]
 BASE = "from diffusers import ConfigMixin, DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel"
 STAR = "from hsivi_diffusers import *"
 
@@ -25,26 +29,8 @@ def run(*lines):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def modules_after(*lines):
-    return set(run(*lines, "print(json.dumps(sorted(sys.modules)))"))
-
-
-def test_importing_all_names_imports_no_training_dependency():
-    added = modules_after(BASE, STAR) - modules_after(BASE)
-    assert {name.split(".")[0] for name in added} - set(sys.stdlib_module_names) <= {"hsivi_diffusers", "diffusers"}
-    assert not added & set(TRAINING)
-
-
-def test_training_dependencies_need_not_be_there():
-    block = f"for name in {['matplotlib', 'ot', 'sklearn', 'torchmetrics']}: sys.modules[name] = None"
-    assert "hsivi_diffusers.distillation" in modules_after(block, STAR)
-
-
-def test_the_core_loads_no_diffusers_and_the_package_not_even_torch():
-    assert "torch" not in modules_after("import hsivi_diffusers")
-    loaded = modules_after("import hsivi_diffusers", "hsivi_diffusers.vi.Inference")
-    assert "torch" in loaded
-    assert not {"diffusers", "huggingface_hub", "hsivi_diffusers.distillation"} & loaded
+def tell(value):
+    return f"print(json.dumps({value}))"
 
 
 def test_public_names_exist():
@@ -63,16 +49,7 @@ def test_type_checkers_see_the_names():
     assert {alias.asname for line in block.body for alias in line.names} == {*hsivi_diffusers._MODULES}
 
 
-ORDERS = {
-    "package first": ["import hsivi_diffusers", "from diffusers import DiffusionPipeline"],
-    "diffusers first": ["from diffusers import DiffusionPipeline", "import hsivi_diffusers"],
-    "a module first": ["import hsivi_diffusers.pipeline_hsivi", "from diffusers import DiffusionPipeline"],
-    "after a look": [
-        "import importlib.util, hsivi_diffusers.vi",
-        "assert importlib.util.find_spec('diffusers').loader.get_filename()",
-        "from diffusers import DiffusionPipeline",
-    ],
-}
+# ----- what a process imports, and in which order: each costs seconds, so each tells several things -----
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +60,70 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-def test_diffusers_loads_a_saved_pipeline_in_either_order(saved, order):
-    """With the code of the package, not with that of the repo."""
-    seen = run(
-        *order,
+@pytest.fixture
+def load(saved):
+    """Lines that load a saved pipeline with diffusers: with the code of the package, not with that of the repo."""
+    return [
         f"pipeline = DiffusionPipeline.from_pretrained({str(saved)!r})",
         "import diffusers, hsivi_diffusers",
         "assert type(pipeline) is diffusers.HSIVIPipeline is hsivi_diffusers.HSIVIPipeline",
         "assert type(pipeline.scheduler) is hsivi_diffusers.HSIVIScheduler",
-        "left = [finder for finder in sys.meta_path if type(finder).__module__.startswith('hsivi')]",
-        "print(json.dumps(len(left)))",
+        "assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith('hsivi')]",
+    ]
+
+
+def test_diffusers_first_and_all_names_import_no_training_dependency(load):
+    added = run(BASE, "before = {*sys.modules}", STAR, "added = [*{*sys.modules} - before]", *load, tell("added"))
+    assert {name.split(".")[0] for name in added} - set(sys.stdlib_module_names) <= {"hsivi_diffusers", "diffusers"}
+    assert not {*added} & {*TRAINING}
+
+
+def test_the_package_first_and_training_dependencies_need_not_be_there(load):
+    block = f"for name in {['matplotlib', 'ot', 'sklearn', 'torchmetrics']}: sys.modules[name] = None"
+    order = ["import hsivi_diffusers", "from diffusers import DiffusionPipeline"]
+    assert "hsivi_diffusers.distillation" in run(block, *order, *load, STAR, tell("[*sys.modules]"))
+
+
+def test_a_module_first_and_distillation_imports_no_package_of_evaluation(load):
+    order = ["import hsivi_diffusers.pipeline_hsivi", "from diffusers import DiffusionPipeline"]
+    programs = "import hsivi_diffusers.distillation.trainer, hsivi_diffusers.evaluation.evaluate"
+    imported = run(*order, *load, programs, tell("[*sys.modules]"))
+    assert "hsivi_diffusers.distillation.trainer" in imported
+    assert not {*imported} & {*EVALUATION}
+
+
+def test_the_core_loads_no_diffusers_and_the_package_not_even_torch(load):
+    """And diffusers may be looked for before it is imported."""
+    package, core = run(
+        "import hsivi_diffusers",
+        "package = [*sys.modules]",
+        "hsivi_diffusers.vi.Inference",
+        "core = [*sys.modules]",
+        "import importlib.util",
+        "assert importlib.util.find_spec('diffusers').loader.get_filename()",
+        "from diffusers import DiffusionPipeline",
+        *load,
+        tell("[package, core]"),
     )
-    assert seen == 0
+    assert "torch" not in package
+    assert "torch" in core
+    assert not {"diffusers", "huggingface_hub", "hsivi_diffusers.distillation"} & {*core}
+
+
+def test_a_diffusers_that_is_imported_later_knows_the_pipeline(tmp_path, monkeypatch):
+    """Here one that stands for it, in this process."""
+    (tmp_path / "diffusers").mkdir()
+    (tmp_path / "diffusers" / "__init__.py").write_text("class pipelines:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "diffusers")
+    package = SimpleNamespace(HSIVIPipeline=object())
+    monkeypatch.setitem(sys.modules, "a_package", package)
+    before = [*sys.meta_path]
+    register("a_package")
+    assert importlib.util.find_spec("no_such_module") is None
+    assert importlib.util.find_spec("diffusers").origin.startswith(str(tmp_path))
+    assert len(sys.meta_path) == len(before) + 1
+    diffusers = importlib.import_module("diffusers")
+    assert diffusers.HSIVIPipeline is package.HSIVIPipeline
+    assert diffusers.pipelines.a_package is package
+    assert sys.meta_path == before

@@ -1,7 +1,6 @@
 import itertools
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -547,13 +546,3 @@ def test_a_curve_may_go_below_zero(tmp_path):
     places = (np.abs(pixels - wanted).sum(2) < 20).nonzero()[1]
     assert places.min() < 0.3 * pixels.shape[1]
     assert places.max() > 0.8 * pixels.shape[1]
-
-
-def test_distillation_imports_no_package_of_evaluation():
-    unwanted = "efficientnet_lite_pytorch fontTools matplotlib ot prdc sklearn torchmetrics"
-    code = (
-        "import sys, hsivi_diffusers.distillation.trainer, hsivi_diffusers.evaluation.evaluate\n"
-        f"print([name for name in {unwanted.split()!r} if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
