@@ -323,9 +323,11 @@ def test_half_a_baseline_is_refused(arguments):
         benchmark.main(given)
 
 
-def test_a_failed_training_ends_the_benchmark(tmp_path):
-    with pytest.raises(SystemExit, match="hsivi_diffusers distil --config none.yaml ended with status 2"):
-        benchmark._call(benchmark.DISTIL, ["--config", "none.yaml"])
+def test_a_failed_training_ends_the_benchmark(tmp_path, monkeypatch):
+    (tmp_path / "failing.py").write_text("import sys\nassert sys.argv[1] == 'distil'\nsys.exit(2)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="failing distil --config none.yaml ended with status 2"):
+        benchmark._call("failing distil", ["--config", "none.yaml"])
 
 
 def row(method, nfe, fd, seed=None, **more):

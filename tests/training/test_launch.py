@@ -53,6 +53,7 @@ def test_a_config_begins_with_how_to_launch_it(path):
     assert "training/train_hsivi.py --config RECIPE" in head
 
 
+@pytest.mark.slow  # the launcher and both processes import everything; test_processes.py has two that are forked
 def test_the_config_for_the_cpu_starts_two_processes(arguments, launch, tmp_path, differences):
     launch_script("cpu_two_processes.yaml", arguments(tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "training.json").read_text())["processes"] == 2

@@ -33,11 +33,29 @@ print("peak", 1024 * int(peak))
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
-@pytest.fixture(scope="session")
-def measure(teacher):
+@pytest.fixture(scope="module")
+def tiny_teacher(tmp_path_factory):
+    """Of few layers, through which a plan goes one by one."""
+    return save_teacher(tmp_path_factory.mktemp("tiny_teacher"))
+
+
+@pytest.fixture(scope="module")
+def tiny_class_teacher(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("tiny_class_teacher"), num_class_embeds=3)
+
+
+def save_teacher(folder, **options):
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
+    unet = make_unet(block_out_channels=(8,), **blocks, **options)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measure(tiny_teacher):
     """Measures a run with 2 layers and 4 rows, of two critic updates; settings by keyword."""
 
-    def call(name=teacher, **settings):
+    def call(name=tiny_teacher, **settings):
         return plan.measure(*plan.read_configs(name, None), make_config(**settings))
 
     return call
@@ -47,7 +65,7 @@ def make_config(**settings):
     return HSIVIConfig(**{"num_inference_steps": 2, "train_batch_size": 4, "critic_updates": 2, **settings})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def measured(measure):
     return measure(critic_updates=1)
 
@@ -98,12 +116,12 @@ def test_a_sampler_of_one_call_has_its_moments_and_its_pairs(one_call, measured)
     assert "pairs" not in measured.memory
 
 
-def test_what_stays_is_counted_exactly(measured, teacher):
+def test_what_stays_is_counted_exactly(measured, tiny_teacher):
     """float32: 4 bytes for a weight of each network and of the average, 8 for Adam's moments of both players."""
-    weights = weights_of(teacher)
+    weights = weights_of(tiny_teacher)
     for name in ("teacher", "student", "critic", "average of the student"):
         assert measured.memory[name] == 4 * weights
-    tensors = sum(1 for _ in UNet2DModel.from_pretrained(teacher, subfolder="unet").parameters())
+    tensors = sum(1 for _ in UNet2DModel.from_pretrained(tiny_teacher, subfolder="unet").parameters())
     assert measured.memory["Adam's moments"] == 2 * (8 * weights + 4 * tensors)  # and a step count for each tensor
     assert measured.memory["chains"] == 2 * 4 * (64 * 4 + 8)  # T B states of 8x8 floats and an index
     assert measured.parameters == {"each network": weights, "student, with its noise scale": weights}
@@ -130,10 +148,10 @@ def test_accumulation_takes_the_memory_of_one_batch(measure):
     assert four.flops == pytest.approx(4 * one.flops, rel=0.01)
 
 
-def test_half_precision_halves_the_teacher_alone(measure, class_teacher):
+def test_half_precision_halves_the_teacher_alone(measure, tiny_class_teacher):
     """Here of a class-conditional teacher, with a learned noise scale for each of 8x8 pixels."""
-    half = measure(class_teacher, noise_scale_type="per_pixel", mixed_precision="bf16", critic_updates=1)
-    weights = weights_of(class_teacher)
+    half = measure(tiny_class_teacher, noise_scale_type="per_pixel", mixed_precision="bf16", critic_updates=1)
+    weights = weights_of(tiny_class_teacher)
     assert half.parameters == {"each network": weights, "student, with its noise scale": weights + 64}
     assert half.memory["teacher"] == 2 * weights
     assert half.memory["student"] == 4 * (weights + 64)
@@ -194,13 +212,15 @@ def test_further_critic_updates_are_counted_without_being_run(measure):
     assert five.flops == pytest.approx(one.flops + 4 * (two.flops - one.flops))
 
 
-def test_what_is_written_is_as_large_as_said(fast_run, measured):
+def test_what_is_written_is_as_large_as_said(distil, tiny_teacher, measured, tmp_path):
+    run = distil(tmp_path / "run", pretrained_teacher_model=tiny_teacher)
+
     def size(folder):
         return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".pkl"))
 
     for folder, part in (("pipeline", "pipeline"), ("critic", "critic"), ("checkpoints", "2 checkpoints")):
         said = measured.written[part]
-        assert said < size(fast_run / folder) < 1.6 * said  # the network is so small that the headers of files count
+        assert said < size(run / folder) < 1.6 * said  # the network is so small that the headers of files count
 
 
 def test_the_speed_is_taken_from_a_real_network(teacher):
@@ -221,7 +241,7 @@ def test_durations(seconds, text):
 
 
 @pytest.fixture
-def folder_of_configs(teacher, tmp_path):
+def folder_of_configs(tiny_teacher, tmp_path):
     """Copies the configs of the teacher without its weights, all into one folder if asked for."""
 
     def make(flat=False):
@@ -229,16 +249,16 @@ def folder_of_configs(teacher, tmp_path):
         for name, flat_name in names.items():
             copy = tmp_path / f"teacher{flat}" / (flat_name if flat else name)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes((teacher / name).read_bytes())
+            copy.write_bytes((tiny_teacher / name).read_bytes())
         return tmp_path / f"teacher{flat}"
 
     return make
 
 
-def test_the_configs_may_lie_in_one_folder(folder_of_configs, teacher):
+def test_the_configs_may_lie_in_one_folder(folder_of_configs, tiny_teacher):
     """As in the repos google/ddpm-*."""
     shape, schedule = plan.read_configs(folder_of_configs(flat=True), None)
-    shape_there, schedule_there = plan.read_configs(teacher, None)
+    shape_there, schedule_there = plan.read_configs(tiny_teacher, None)
     assert shape == shape_there
     assert schedule.config == schedule_there.config
 
