@@ -366,10 +366,9 @@ def anneal(game, objective, steps):
     return game.layers.marginals()
 
 
-@pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler()])
-def test_layers_reach_the_bridge_with_an_adversarial_term(objective):
+def test_layers_reach_the_bridge_with_an_adversarial_term():
     game = AdversarialGame(target())
-    mean, variance = (moment[:-1] for moment in anneal(game, Adversarial(objective, 0.1), 900))
+    mean, variance = (moment[:-1] for moment in anneal(game, Adversarial(ScoreMatching(), 0.1), 900))
     torch.testing.assert_close(mean, game.bridge.mean, rtol=0, atol=0.1)
     torch.testing.assert_close(variance, game.bridge.variance, rtol=0.15, atol=0)
 

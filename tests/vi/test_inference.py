@@ -97,9 +97,7 @@ def test_every_objective_runs_in_every_order_on_every_bridge(objective, training
     ("objective", "training", "kind"),
     [
         ("LB", "sequential", GeometricBridge),
-        ("LB", "joint", DiffusionBridge),
         ("SM", "joint", GeometricBridge),
-        ("KL", "sequential", GeometricBridge),
         ("KL", "joint", DiffusionBridge),
     ],
 )
@@ -392,7 +390,7 @@ class Ladder(Bridge):
         return torch.randn(batch_size, 2, generator=generator)
 
 
-@pytest.mark.parametrize("objective", [LowerBound(), ScoreMatching(), KullbackLeibler()])
+@pytest.mark.parametrize("objective", [LowerBound(), KullbackLeibler()])
 def test_layers_and_a_bridge_of_the_users_own_are_fitted(objective):
     layers, options = Shift(2), {"num_steps": 450, "batch_size": 128, "critic_updates": 2, "width": 16, "depth": 2}
     inference = Inference(Ladder(2), objective, "joint", layers=layers, learning_rate=0.02, **options)
