@@ -39,7 +39,7 @@ def quick_score_network(monkeypatch):
 
 @pytest.fixture
 def inline_pool(monkeypatch):
-    """Does the jobs of a study in this process, each when it is submitted, and without a diagnosis, the longest part."""
+    """Does the jobs of a study in this process, each when it is submitted, without a diagnosis, which takes long."""
     monkeypatch.setattr(Inference, "diagnose", lambda *given, **named: [])
 
     class Pool(nullcontext):

@@ -19,7 +19,6 @@ from hsivi_diffusers.vi import (
     LowerBound,
     Plateau,
     PoolChain,
-    ScoreMatching,
     ScoreMLP,
     ScoreTarget,
     SharedLayers,
