@@ -70,6 +70,12 @@ def copied(folder, arguments, tmp_path):
     return tmp_path / "copy", [text.replace(str(folder), str(tmp_path / "copy")) for text in arguments]
 
 
+@pytest.fixture
+def no_pages(monkeypatch):
+    """Tables and figures take most of the time where nothing has to be sampled."""
+    monkeypatch.setattr(benchmark, "write_pages", lambda folder: None)
+
+
 def rows_of(folder):
     return benchmark_results.read_rows(folder / "docs" / "results.json")
 
@@ -128,7 +134,7 @@ def never(*_):
     raise AssertionError("it was trained again")
 
 
-def test_ddpm_has_no_further_rows_where_it_is_not_among_the_solvers(copied, monkeypatch):
+def test_ddpm_has_no_further_rows_where_it_is_not_among_the_solvers(copied, monkeypatch, no_pages):
     folder, arguments = copied
     forget(folder, "DDPM")
     monkeypatch.setattr(benchmark, "sample", lambda *given: pytest.fail("nothing is missing"))
@@ -136,7 +142,7 @@ def test_ddpm_has_no_further_rows_where_it_is_not_among_the_solvers(copied, monk
     assert all(row["method"] != "DDPM" for row in rows_of(folder))
 
 
-def test_a_student_is_found_again(copied, monkeypatch):
+def test_a_student_is_found_again(copied, monkeypatch, no_pages):
     folder, arguments = copied
     before = [row for row in rows_of(folder) if row["train_seed"] == 1 and "HSIVI" in row["method"]]
     forget(folder, "HSIVI fast, one for all")
@@ -146,7 +152,7 @@ def test_a_student_is_found_again(copied, monkeypatch):
     assert [row["fd"] for row in again] == [row["fd"] for row in before]
 
 
-def test_nothing_is_trained_for_rows_that_are_there(copied, monkeypatch):
+def test_nothing_is_trained_for_rows_that_are_there(copied, monkeypatch, no_pages):
     folder, arguments = copied
     shutil.rmtree(folder / "runs")
     monkeypatch.setattr(benchmark, "_call", never)
@@ -155,7 +161,7 @@ def test_nothing_is_trained_for_rows_that_are_there(copied, monkeypatch):
     assert rows_of(folder) == before
 
 
-def test_a_stopped_benchmark_measures_only_what_is_missing(copied, monkeypatch):
+def test_a_stopped_benchmark_measures_only_what_is_missing(copied, monkeypatch, no_pages):
     folder, arguments = copied
     lost = [row for row in rows_of(folder) if row["method"] == "DEIS"]
     forget(folder, "DEIS")
