@@ -34,7 +34,7 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m slow
 
-# What docs/benchmarks/results.json has is not measured again: BENCHMARK=--output_dir=runs/again measures anew, with the
+# What docs/benchmarks/results.json has is not measured again: BENCHMARK=--output_dir=runs/again measures again, with the
 # trainings that are there.
 benchmark: $(VENV)/installed
 	for set in digits fashion emoji; do \

@@ -22,22 +22,22 @@ USAGE = """usage: hsivi COMMAND [OPTIONS]
 
 commands:
   distil     distil a pretrained diffusion pipeline into a few steps
-  plan       tell what that would cost in memory and time, and train nothing
+  plan       estimate its memory and time, without training
   sample     draw images from a distilled pipeline
   evaluate   measure a run against solvers of its teacher
   push       push a run to the Hub, with its model card
 
 `hsivi COMMAND --help` lists the common options of a command, `--help_all` all of them. `--traceback` shows where an
-error came from. `accelerate launch -m hsivi_diffusers distil ...` runs on several devices.
+error comes from. `accelerate launch -m hsivi_diffusers distil ...` runs on several devices.
 """
 DISTIL = """Distil a pretrained diffusion pipeline into a few steps; no training data is needed.
 
     hsivi distil --pretrained_teacher_model google/ddpm-cifar10-32 --num_inference_steps 5 --output_dir runs/cifar10
 
-Writes OUTPUT_DIR/pipeline (an HSIVIPipeline), critic, samples, checkpoints and training.json. A run that is stopped
-goes on with --resume_from_checkpoint latest. The command line wins over the YAML file of --config, which wins over the
-preset."""
-PLAN = """Tell what `hsivi distil` would cost with these options, in memory and time, and train nothing."""
+Writes OUTPUT_DIR/pipeline (an HSIVIPipeline), critic, samples, checkpoints and training.json. A run that was stopped
+continues with --resume_from_checkpoint latest. The command line overrides the YAML file of --config, which overrides
+the preset."""
+PLAN = """Estimate the memory and time of `hsivi distil` with these options, without training."""
 SAMPLE = """Draw images from a distilled pipeline into a folder of PNG files and one contact sheet.
 
     hsivi sample --pipeline runs/digits_t5/pipeline --output_dir runs/digits_t5/drawn"""
@@ -45,7 +45,7 @@ PUSH = """Push the pipeline of a finished run to the Hub, with a model card made
 
     hsivi push --run_dir runs/digits_t5 --hub_model_id user/digits-hsivi-5 --license apache-2.0
 
-Run `hsivi evaluate` before, and the card says how good the sampler is."""
+Run `hsivi evaluate` first: the card then says how good the sampler is."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Teacher:
 class Hub:
     _group = "hub"
     hub_model_id: str | None = option(None, "repo to push to: user/name or organisation/name")
-    hub_exist_ok: bool = option(False, "add to a repo that holds files; replaces its weights and README.md")
+    hub_exist_ok: bool = option(False, "push to a repo that already has files; replaces its weights and README.md")
     hub_private_repo: bool = option(False, "make a new repo private", common=False)
     hub_token: str | None = option(None, "access token; that of `hf auth login` by default", common=False)
 
@@ -90,11 +90,11 @@ class Sampling:
     output_dir: str | None = option(None, "folder of the images")
     overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
     num_samples: int = option(64, "images to draw")
-    num_inference_steps: int | None = option(None, "steps, one of the counts that were trained; the largest by default")
+    num_inference_steps: int | None = option(None, "steps, one of the trained counts; the largest by default")
     batch_size: int = option(64, "images at once")
-    seed: int = option(0, "each image has a generator of its own, seeded with seed + its number")
-    class_label: list[int] = option([], "classes of the images, in turn; all classes in turn by default")
-    device: str | None = option(None, "where to sample; the GPU if there is one")
+    seed: int = option(0, "image i has the seed `seed + i`")
+    class_label: list[int] = option([], "classes to draw, one image of each in turn; all by default")
+    device: str | None = option(None, "cpu, cuda or another torch device; the GPU if there is one")
 
 
 @dataclass
@@ -104,7 +104,7 @@ class Push(Hub):
     base_model: str | None = option(None, "repo id of the teacher, for the card; that of the run by default")
     license: str | None = option(None, "identifier of the licence, such as apache-2.0, for the card")
     fp16: bool = option(True, "push the weights in half precision too, as the variant fp16")
-    hub_revision: str | None = option(None, "branch to push to; made if need be")
+    hub_revision: str | None = option(None, "branch to push to; created if it does not exist")
 
 
 def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:

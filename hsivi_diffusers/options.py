@@ -51,7 +51,7 @@ def parse_options(
         allow_abbrev=False,
         add_help=False,
     )
-    parser.add_argument("--config", help="YAML file of options; the command line wins over it")
+    parser.add_argument("--config", help="YAML file of options; the command line overrides it")
     parser.add_argument("--help", "-h", action="store_true", help="show the common options")
     parser.add_argument("--help_all", action="store_true", help="show all options")
     hints: dict[str, Any] = {}

@@ -41,10 +41,10 @@ class Checkpoints:
     SHA-256 of every other file. The seal finds damage; it is no signature. No pickle is written or read.
 
     Args:
-        run: Where to write to, and what to go on from.
+        run: Where to write to, and what to continue from.
         accelerator: Of the process.
         state: What is trained.
-        identity: Options and hash of the teacher, which a run that goes on must have in common with the one before.
+        identity: Options and hash of the teacher, which a run that continues must have in common with the one before.
         complete: See `start_run`.
     """
 
@@ -75,7 +75,7 @@ class Checkpoints:
             if _place(self.output_dir) != self.place:
                 raise ValueError(
                     f"--output_dir {self.output_dir} was moved or deleted during the run, and nothing more is written: "
-                    "name where it is now and go on with --resume_from_checkpoint latest, or start anew"
+                    "name where it is now and continue with --resume_from_checkpoint latest, or start over"
                 )
             partial.mkdir(parents=True, exist_ok=True)
             for name, part in self._parts().items():
@@ -113,7 +113,7 @@ class Checkpoints:
         `latest` takes the newest checkpoint that is whole. What a killed run left half written is removed.
 
         Raises:
-            ValueError: The checkpoint is missing or damaged, or this run cannot go on from it.
+            ValueError: The checkpoint is missing or damaged, or this run cannot continue from it.
         """
         if self.accelerator.is_main_process and self.folder.is_dir():
             for stale in filter(is_partial, self.folder.iterdir()):
@@ -131,7 +131,7 @@ class Checkpoints:
         return progress["step"], progress["seconds"]
 
     def _check(self, path: Path, progress: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint that this run cannot go on from."""
+        """Refuses a checkpoint that this run cannot continue from."""
         if "identity" not in progress:
             raise ValueError(
                 f"{path} was written by an earlier version and holds pickles, which can run code and are not read: "

@@ -58,17 +58,17 @@ class HSIVIConfig:
         5, "T, network calls of the sampler; several, such as 1 2 4 8, train one student for all of them"
     )
     preset: Literal["fast", "one_call", "paper"] | None = option(
-        None, "recipe that sets what is not given: fast, one_call or paper; by default one_call for 1 step, else fast"
+        None, "recipe for the options that are not given; one_call by default for 1 step, else fast"
     )
     timestep_spacing: Literal["quadratic", "uniform"] = by_preset(
-        "uniform", "uniform", "quadratic", "how the grid is spread over the clock"
+        "uniform", "uniform", "quadratic", "spacing of the timesteps"
     )
     start_timestep: int | None = option(None, "tau_T, the timestep of the first call", common=False)
     start_signal: float | None = by_preset(
-        3.2, None, None, "start where sqrt(channels height width) alpha / sigma has fallen to this"
+        3.2, None, None, "start where sqrt(channels height width) alpha / sigma falls to this"
     )
     start_noise: float | None = by_preset(
-        None, 2.5, None, "start where sigma / (sqrt(channels) alpha) has risen to this, whatever the size of the images"
+        None, 2.5, None, "start where sigma / (sqrt(channels) alpha) rises to this, at any image size"
     )
     start_spacing: int = option(
         0, "with several step counts, timesteps from the start of one grid to that of the next", common=False
@@ -95,47 +95,47 @@ class HSIVIConfig:
     source: Literal["pool", "simulate", "data"] = by_preset(
         "pool", "pool", "simulate", "inputs of the layers: a pool of live chains, fresh chains, or noised train_data"
     )
-    critic_updates: int = by_preset(1, 2, 20, "critic updates for each student update")
-    critic_first: int = by_preset(0, 50, 0, "student updates at the start in which the critic alone learns")
+    critic_updates: int = by_preset(1, 2, 20, "critic updates per student update")
+    critic_first: int = by_preset(0, 50, 0, "updates at the start in which only the critic is trained")
     # ----- pairs of the teacher's ODE -----
     num_pairs: int = by_preset(
-        0, 6400, 0, "pairs of noise and the teacher's image of it, on which the student is fitted first; 0 is none"
+        0, 6400, 0, "pairs of noise and the teacher's image of it, on which the student is fitted first; 0 for none"
     )
-    pair_calls: int = option(8, "network calls of the teacher for a pair", common=False)
-    pair_steps: int = option(500, "updates of that fit", common=False)
-    pair_learning_rate: float = option(5e-4, "Adam's in that fit; it falls to 0", common=False)
+    pair_calls: int = option(8, "teacher calls per pair", common=False)
+    pair_steps: int = option(500, "updates of the fit to pairs", common=False)
+    pair_learning_rate: float = option(5e-4, "Adam learning rate of the fit to pairs; it falls to 0", common=False)
     pair_weight: float = option(
-        0.005, "weight of the pairs in the student's loss after it; it falls as the student's rate does", common=False
+        0.005, "weight of the pairs in the student's loss after that fit; falls with its learning rate", common=False
     )
     # ----- training -----
-    seed: int = option(0, "seed of everything")
+    seed: int = option(0, "seed of batches, noise and dropout")
     max_train_steps: int = option(1000, "student updates")
     train_batch_size: int = option(64, "images of an update, per process and accumulation step")
-    learning_rate: float = by_preset(1e-4, 3e-5, 1e-4, "Adam's, of the student", common=True)
-    critic_learning_rate: float = by_preset(1e-3, 5e-4, 1e-4, "Adam's, of the critic", common=True)
+    learning_rate: float = by_preset(1e-4, 3e-5, 1e-4, "Adam learning rate of the student", common=True)
+    critic_learning_rate: float = by_preset(1e-3, 5e-4, 1e-4, "Adam learning rate of the critic", common=True)
     adam_beta1: float = option(0.0, "first-moment decay of both optimizers", common=False)
     lr_scheduler: str = by_preset(
-        "cosine", "cosine", "constant_with_warmup", "of the student, a name known to diffusers' get_scheduler"
+        "cosine", "cosine", "constant_with_warmup", "learning-rate schedule of the student, as in diffusers"
     )
-    critic_lr_scheduler: str = by_preset("cosine", "cosine", "constant_with_warmup", "of the critic")
+    critic_lr_scheduler: str = by_preset("cosine", "cosine", "constant_with_warmup", "that of the critic")
     lr_warmup_steps: int = option(50, "student updates of warm-up", common=False)
     max_grad_norm: float | None = by_preset(None, 20.0, None, "clip the gradient of either network to this norm")
     ema_decay: float = option(0.995, "decay of the averaged student, which is saved", common=False)
     # ----- hardware -----
-    gradient_accumulation_steps: int = option(1, "batches of an update, one after the other, in each process")
+    gradient_accumulation_steps: int = option(1, "micro-batches per update in each process")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        None, "precision of the networks; that of `accelerate config` by default"
+        None, "precision of the networks; by default that of `accelerate config`"
     )
-    gradient_checkpointing: bool = option(False, "compute activations twice rather than keep them")
-    allow_tf32: bool = option(False, "let matrix products of an Ampere GPU round to TF32", common=False)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    allow_tf32: bool = option(False, "use TF32 for matrix products on Ampere GPUs and later", common=False)
     # ----- the run -----
     output_dir: str | None = option(None, "folder of the run")
-    overwrite_output_dir: bool = option(False, "start anew in a folder that is not empty, removing an earlier run")
+    overwrite_output_dir: bool = option(False, "start over in a folder that is not empty; removes the earlier run")
     init_from: str | None = option(
-        None, "folder of a finished run: student, critic and noise scale start from its, on any grid", common=False
+        None, "folder of a finished run whose student, critic and noise scale to start from, on any grid", common=False
     )
     checkpointing_steps: int = option(500, "student updates between checkpoints")
-    checkpoints_total_limit: int = option(2, "checkpoints that are kept", common=False)
+    checkpoints_total_limit: int = option(2, "checkpoints to keep", common=False)
     validation_steps: int | None = option(
         None, "student updates between sample grids; a tenth of the run by default, 0 for none"
     )

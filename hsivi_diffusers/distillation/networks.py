@@ -124,7 +124,7 @@ def carry_over(networks: Networks, run: Path) -> None:
 
 
 def _fitting_labels(state: dict[str, Tensor], networks: Networks, before: HSIVIScheduler) -> dict[str, Tensor]:
-    """The state of a critic that was told layers of other grids, or none: what it is told of them starts anew."""
+    """The state of a critic that was told layers of other grids, or none: what it is told of them starts over."""
     name, own = "class_embedding.weight", networks.critic.state_dict()
     if name not in own:
         return {key: value for key, value in state.items() if key != name}

@@ -16,7 +16,7 @@ from ..options import differences, option
 
 OPTIONS = {"options.json", "options.json.partial"}
 STARTED = OPTIONS | {"logs", "samples", "checkpoints"}  # in a folder before the first checkpoint
-ANEW = "start anew with --overwrite_output_dir and without --resume_from_checkpoint"
+ANEW = "start over with --overwrite_output_dir and without --resume_from_checkpoint"
 
 Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -25,20 +25,20 @@ Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 class Output:
     _group = "run"
     output_dir: str | None = option(None, "folder of the run")
-    overwrite_output_dir: bool = option(False, "start anew in a folder that is not empty, removing an earlier run")
+    overwrite_output_dir: bool = option(False, "start over in a folder that is not empty; removes the earlier run")
     resume_from_checkpoint: str | None = option(None, "`latest`, or the path of a checkpoint")
     checkpointing_steps: int = option(500, "updates between checkpoints")
-    checkpoints_total_limit: int = option(2, "checkpoints that are kept")
+    checkpoints_total_limit: int = option(2, "checkpoints to keep")
 
 
 def check_output(run: Output) -> None:
-    """Refuses numbers below 1, and a run that is to start anew and to go on."""
+    """Refuses numbers below 1, and a run that is to start over and to continue."""
     for name in ("checkpointing_steps", "checkpoints_total_limit"):
         if getattr(run, name) < 1:
             raise ValueError(f"--{name} {getattr(run, name)}: give a number of at least 1")
     if run.overwrite_output_dir and run.resume_from_checkpoint:
         raise ValueError(
-            f"--overwrite_output_dir starts anew and --resume_from_checkpoint {run.resume_from_checkpoint} goes on: "
+            f"--overwrite_output_dir starts over and --resume_from_checkpoint {run.resume_from_checkpoint} continues: "
             "pass one of them"
         )
 
@@ -65,7 +65,7 @@ def claimed(run: Output) -> Iterator[Path]:
     holds_run = (place / "options.json").is_file() or (place / "checkpoints").is_dir()
     if resumes and place.is_dir() and not anew and not holds_run:
         raise ValueError(
-            f"--output_dir {place} is not empty and holds no run to go on with: name another folder, or pass "
+            f"--output_dir {place} is not empty and holds no run to continue with: name another folder, or pass "
             f"--overwrite_output_dir instead of --resume_from_checkpoint {run.resume_from_checkpoint}"
         )
     path = claim_output_dir(run.output_dir, run.overwrite_output_dir or resumes or anew)
@@ -110,14 +110,14 @@ def start_run(
                 )
     if checkpoint == "latest" and (output_dir / leftovers[0]).exists() and not finished(output_dir):
         raise ValueError(
-            f"{output_dir} holds a run that has ended, and no checkpoint to go on from: name another --output_dir, or "
-            f"{ANEW}"
+            f"{output_dir} holds a run that has ended, and no checkpoint to continue from: name another --output_dir, "
+            f"or {ANEW}"
         )
     write_json(output_dir / "options.json", dict(settings))
 
 
 def _recorded(output_dir: Path, checkpoint: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The settings of the runs to go on with: by options.json, by the seal of a checkpoint if it is missing."""
+    """The settings of the runs to continue with: by options.json, by the seal of a checkpoint if it is missing."""
     record = output_dir / "options.json"
     if record.is_file():
         yield output_dir, json.loads(record.read_text(encoding="utf-8"))

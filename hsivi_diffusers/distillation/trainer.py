@@ -116,7 +116,7 @@ class HSIVITrainer:
             if main:  # now, for later a refusal would cost a training or an earlier run
                 stack.enter_context(claimed(run))
                 self.before_start()
-                remedy = ", where init_from goes on from student and critic of a finished run"
+                remedy = ", where init_from continues from student and critic of a finished run"
                 start_run(run, settings, WRITTEN, remedy, complete)
             self.accelerator.wait_for_everyone()
             if config.report_to:
@@ -151,7 +151,7 @@ class HSIVITrainer:
                     checkpoints.save(done, seconds)
                 if stop and done < total:
                     raise InterruptedRunError(
-                        f"stopped and saved after update {done}: go on with resume_from_checkpoint latest"
+                        f"stopped and saved after update {done}: continue with resume_from_checkpoint latest"
                     )
         except DivergenceError as error:
             kept = finished(checkpoints.output_dir)

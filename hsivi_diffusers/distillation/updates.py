@@ -37,7 +37,7 @@ COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs
 
 
 class InterruptedRunError(Exception):
-    """SIGTERM or Ctrl-C ended a run; what was done is in a checkpoint, and the message says how to go on."""
+    """SIGTERM or Ctrl-C ended a run; what was done is in a checkpoint, and the message says how to continue."""
 
 
 def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjective:
@@ -130,7 +130,7 @@ def _fit(
 
 
 def _regress(state: TrainingState) -> None:
-    """Fits the layers to the pairs, by their optimizer at a rate that falls to 0; then it starts anew."""
+    """Fits the layers to the pairs, by their optimizer at a rate that falls to 0; then it starts over."""
     config, group = state.config, state.layer_optimizer.param_groups[0]
     depths, places = state.student.scheduler.depths, range(len(state.chains))
     chains: list[Chain] = [

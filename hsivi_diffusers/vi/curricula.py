@@ -67,12 +67,12 @@ class Plateau:
         self.reset()
 
     def reset(self) -> None:
-        """Starts anew, as a stage must that is not to be compared with the one before."""
+        """Starts over, as a stage must that is not to be compared with the one before."""
         self.values: list[float] = []
         self.best, self.waited = math.inf, 0
 
     def __call__(self, value: float) -> bool:
-        """Takes the value of an update; returns whether the stage should end, and starts anew if so."""
+        """Takes the value of an update; returns whether the stage should end, and starts over if so."""
         self.values.append(value)
         if len(self.values) < self.window:
             return False

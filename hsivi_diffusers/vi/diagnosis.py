@@ -38,7 +38,7 @@ def diagnose(
 ) -> Diagnosis:
     """Looks for all signs of failure in 4,000 draws of a sampler without conditions.
 
-    Chains go on from a quarter of them, weights are those of a half. The critic is looked at for all layers, or for
+    Chains continue from a quarter of them, weights are those of a half. The critic is looked at for all layers, or for
     `critic_layers`: after layer-by-layer training it knows the last of them alone, [0].
 
     Raises:

@@ -48,7 +48,7 @@ class Inference:
         seed: Of parameters and draws.
 
     Attributes:
-        next_step: Number of the step that `steps` goes on with.
+        next_step: Number of the step that `steps` continues with.
 
     Raises:
         ValueError: A name is unknown, a number is out of range, there are fewer steps than layers, `layers` has another
@@ -182,7 +182,7 @@ class Inference:
         if missing := [name for name in (*self._parts(), "next_step") if name not in state]:
             raise ValueError(f"the state has no {', '.join(missing)}: give what state_dict() of a fit returned")
         for name, part in self._parts().items():
-            part.load_state_dict(copy.deepcopy(state[name]))  # an optimizer goes on with the tensors that it is given
+            part.load_state_dict(copy.deepcopy(state[name]))  # an optimizer continues with the tensors that it is given
         self.next_step = int(state["next_step"])
 
     def _parts(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def lost_modes(bridge: Bridge, marginals: list[Tensor], generator: torch.Generat
 
 @torch.no_grad()
 def drift(bridge: Bridge, marginals: list[Tensor], generator: torch.Generator | None = None) -> list[Finding]:
-    """Finds coordinates whose mean or variance changes when Langevin chains go on from the draws of x_0.
+    """Finds coordinates whose mean or variance changes when Langevin chains continue from the draws of x_0.
 
     Draws of p have the same law after any number of steps, so what changes is wrong, in any dimension. A curved or thin
     target is followed along its ridge. Chains do not cross between modes that are far apart: see `wrong_masses`.

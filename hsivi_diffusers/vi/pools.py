@@ -100,9 +100,9 @@ class CohortChain(PoolChain):
 
 
 class FrozenPoolChain(_Kept):
-    """For layer-by-layer training: many draws of x_{t+1} from layers that have learnt and move no more.
+    """For layer-by-layer training: many draws of x_{t+1} from layers that are trained and frozen.
 
-    When the curriculum goes on to the next layer, the whole pool is moved down by the layer that has just been trained.
+    When the curriculum moves on to the next layer, the layer that has just been trained moves the whole pool down.
     Batches are drawn from its `num_states` draws with replacement; for t = T-1 the base is drawn afresh.
     """
 

@@ -89,7 +89,7 @@ def test_a_run_that_is_stopped_is_saved_and_goes_on_to_the_same_bits(
     """Ctrl-C in a terminal and `interrupt` of a notebook are SIGINT."""
     handler = signal.getsignal(sign)
     stopped = make(teacher, tmp_path / "run", [lambda trainer, step: step.step == 2 and signal.raise_signal(sign)])
-    with pytest.raises(InterruptedRunError, match="saved after update 3: go on with resume_from_checkpoint latest"):
+    with pytest.raises(InterruptedRunError, match="saved after update 3: continue with resume_from_checkpoint latest"):
         stopped.train()
     assert signal.getsignal(sign) is handler
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-3").is_dir()

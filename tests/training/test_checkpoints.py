@@ -105,7 +105,7 @@ def test_latest_passes_over_what_is_damaged_and_says_so(distil, run, fast_run, d
     assert find_damage(path.parent) is None
 
 
-def test_a_run_without_a_whole_checkpoint_does_not_start_anew_by_itself(distil, run):
+def test_a_run_without_a_whole_checkpoint_does_not_start_over_by_itself(distil, run):
     for step in (4, 5):
         damage(run / "checkpoints" / f"checkpoint-{step}" / "layers.safetensors")
     before = names(run)
@@ -235,7 +235,7 @@ def test_a_fingerprint_is_of_weights_and_configs(teacher, tmp_path):
 
 @pytest.mark.parametrize("named", [False, True])
 def test_options_are_under_the_seal(distil, run, tmp_path, named):
-    """So a run whose options.json is gone does not go on with others, in its folder or in another."""
+    """So a run whose options.json is gone does not continue with others, in its folder or in another."""
     (run / "options.json").unlink()
     folder = tmp_path / "other" if named else run
     checkpoint = run / "checkpoints" / "checkpoint-4" if named else "latest"
@@ -285,7 +285,7 @@ def test_a_folder_that_is_gone_is_not_made_anew(tiny, tmp_path, happens):
         shutil.rmtree(tmp_path / "elsewhere")
     if happens == "replaced":
         folder.mkdir()
-    with pytest.raises(ValueError, match=r"--output_dir .*run was moved or deleted during the run.* go on with"):
+    with pytest.raises(ValueError, match=r"--output_dir .*run was moved or deleted during the run.* continue with"):
         checkpoints.save(2, 0.0)
     assert folder.exists() == (happens == "replaced")
     assert not (folder / "checkpoints").exists()
@@ -444,9 +444,11 @@ def test_a_consistency_model_may_lie_beside_its_teacher(teacher, tmp_path):
 
 def test_a_training_goes_on_with_its_own_options_alone(train, trained, tmp_path):
     folder = trained
-    with pytest.raises(ValueError, match=r"other options \(seed: 0 -> 1\): name another --output_dir, or start anew"):
+    with pytest.raises(ValueError, match=r"other options \(seed: 0 -> 1\): name another --output_dir, or start over"):
         train(folder, "--resume_from_checkpoint=latest", "--seed=1")
-    with pytest.raises(ValueError, match="--overwrite_output_dir starts anew and --resume_from_checkpoint latest goes"):
+    with pytest.raises(
+        ValueError, match="--overwrite_output_dir starts over and --resume_from_checkpoint latest continues"
+    ):
         train(folder, "--resume_from_checkpoint=latest", "--overwrite_output_dir")
     with pytest.raises(ValueError, match="--checkpointing_steps 0: give a number of at least 1"):
         train(folder, "--overwrite_output_dir", "--checkpointing_steps=0")
@@ -458,7 +460,9 @@ def test_a_training_goes_on_with_its_own_options_alone(train, trained, tmp_path)
 
 def test_a_folder_of_something_else_is_not_gone_on_with(train, tmp_path):
     (tmp_path / "precious").touch()
-    with pytest.raises(ValueError, match="is not empty and holds no run to go on with: name another folder, or pass"):
+    with pytest.raises(
+        ValueError, match="is not empty and holds no run to continue with: name another folder, or pass"
+    ):
         train(tmp_path, "--resume_from_checkpoint=latest")
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
@@ -467,7 +471,9 @@ def test_an_ended_training_whose_checkpoints_are_gone_is_not_trained_again(train
     folder = trained
     before = weights(folder)
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(ValueError, match="holds a run that has ended, and no checkpoint to go on from: name another"):
+    with pytest.raises(
+        ValueError, match="holds a run that has ended, and no checkpoint to continue from: name another"
+    ):
         train(folder, "--resume_from_checkpoint=latest")
     assert weights(folder) == before
 
@@ -520,7 +526,7 @@ def test_a_signal_saves_and_leaves_with_the_status_try_again(launch, tmp_path, d
     kill = {"point": name, "step": 3, "rank": processes - 1}
     statuses, text = launch(tmp_path / "run", kill=kill, **options)
     assert statuses == [PREEMPTED] * processes, text
-    assert "stopped and saved after update 3: go on with resume_from_checkpoint latest" in text
+    assert "stopped and saved after update 3: continue with resume_from_checkpoint latest" in text
     assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"]
     assert not (tmp_path / "run" / "pipeline").exists()
     for folder, resume in (("run", {"resume_from_checkpoint": "latest"}), ("at_once", {})):

@@ -68,7 +68,7 @@ def test_what_cannot_run_is_refused_before_any_work(distil, tmp_path, settings, 
 # ----- the fit to the pairs -----
 
 
-def test_the_layer_is_fitted_to_the_pairs_first_and_the_optimizer_starts_anew(make_one):
+def test_the_layer_is_fitted_to_the_pairs_first_and_the_optimizer_starts_over(make_one):
     made = make_one(**FIT)
     before = {name: value.clone() for name, value in made.critic.state_dict().items()}
     batch = made.chains[0].draw(made.layers)

@@ -357,12 +357,12 @@ def test_the_help_of_a_distillation_has_the_defaults_of_the_preset_that_is_named
         return " ".join(ask_for_help(capsys, lambda: cli.main(["distil", *args])).split())
 
     fast, paper, one = ask("--help"), ask("--help", "--preset", "paper"), ask("--help", "--num_inference_steps=1")
-    assert "Adam's, of the critic (default: 0.001)" in fast
-    assert "Adam's, of the critic (default: 0.0001)" in paper
-    assert "Adam's, of the critic (default: 0.0005)" in one
+    assert "Adam learning rate of the critic (default: 0.001)" in fast
+    assert "Adam learning rate of the critic (default: 0.0001)" in paper
+    assert "Adam learning rate of the critic (default: 0.0005)" in one
     every = ask("--help_all", "--preset", "paper")
-    assert "critic updates for each student update (default: 20)" in every
-    assert "critic updates for each student update" not in paper
+    assert "critic updates per student update (default: 20)" in every
+    assert "critic updates per student update" not in paper
 
 
 def test_the_help_of_a_distillation_is_shorter_than_all_its_options(capsys):

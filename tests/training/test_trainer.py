@@ -72,7 +72,7 @@ def interrupt(distil):
 
 @pytest.fixture
 def resume(distil):
-    """Has a copy of a finished run go on from its last checkpoint but one."""
+    """Has a copy of a finished run continue from its last checkpoint but one."""
 
     def run(finished, folder, **options):
         shutil.copytree(finished, folder)
@@ -455,7 +455,7 @@ def test_a_filled_output_folder_is_refused_and_left_as_it_is(distil, fast_run):
     assert contents(fast_run) == before
 
 
-def test_overwriting_starts_anew(distil, fast_run, paper_run, tmp_path, starts, differences):
+def test_overwriting_starts_over(distil, fast_run, paper_run, tmp_path, starts, differences):
     folder = shutil.copytree(paper_run, tmp_path / "run")
     distil(folder, "--overwrite_output_dir", preset="fast")
     assert starts == [0]
@@ -602,10 +602,10 @@ def test_a_run_does_not_start_from_the_folder_it_would_empty(distil, fast_run, t
     assert contents(folder) == before
 
 
-def test_a_run_does_not_both_start_anew_and_go_on(distil, fast_run, tmp_path):
+def test_a_run_does_not_both_start_over_and_go_on(distil, fast_run, tmp_path):
     folder = shutil.copytree(fast_run, tmp_path / "run")
     before = contents(folder)
-    with pytest.raises(ValueError, match="starts anew and --resume_from_checkpoint latest goes on: pass one"):
+    with pytest.raises(ValueError, match="starts over and --resume_from_checkpoint latest continues: pass one"):
         distil(folder, "--overwrite_output_dir=true", resume_from_checkpoint="latest")
     assert contents(folder) == before
 

@@ -81,7 +81,7 @@ def test_a_window_is_compared_with_the_lowest_before_it_and_not_with_the_last():
     assert stops_at(short_plateau(window=2, patience=3), [value for value in windows for _ in range(2)]) == 2 * 4 - 1
 
 
-def test_after_a_stage_a_plateau_starts_anew():
+def test_after_a_stage_a_plateau_starts_over():
     plateau, fresh = short_plateau(window=4, patience=2), short_plateau(window=4, patience=2)
     assert stops_at(plateau, [1.0] * 12) == 11
     assert plateau.state_dict() == fresh.state_dict()

@@ -4,9 +4,9 @@
 
 Trains what is missing (teacher, classifier, students, baselines), draws the same number of images by every method from
 the same noise, measures them against real ones, and writes OUTPUT_DIR/results.json, and with it the tables and figures
-of OUTPUT_DIR. A row that is there is not measured again, and only what a missing row needs is trained, where a training
-that was stopped goes on (that of a classifier, a minute, starts anew). So start a benchmark that was stopped again. To
-measure anew, name another --output_dir; to train anew, another --runs_dir too.
+of OUTPUT_DIR. Rows that exist are kept, and only what a missing row needs is trained, so a benchmark that was stopped
+continues by the same command (the classifier, a minute, starts over). To measure again, name another --output_dir; to
+train again, another --runs_dir too.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class Comparison:
 
 
 def _make(folder: Path, program: str, config: str | None, *arguments: str) -> None:
-    """Trains a part that is missing; one that was stopped goes on, if the arguments say so."""
+    """Trains a part that is missing; one that was stopped continues, if the arguments say so."""
     if folder.is_dir():
         return
     if config is None:

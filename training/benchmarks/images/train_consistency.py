@@ -16,7 +16,7 @@ learning rate falls as a cosine (constant), and the weights that are saved are a
 
 Writes OUTPUT_DIR/pipeline, to be sampled in a few steps by num_inference_steps, OUTPUT_DIR/checkpoints and
 OUTPUT_DIR/training.json. It is one process. With --max_train_steps a run is a function of its seed; with
---max_train_seconds the clock ends it. A run that is stopped goes on with --resume_from_checkpoint latest.
+--max_train_seconds the clock ends it. A run that is stopped continues with --resume_from_checkpoint latest.
 """
 
 from __future__ import annotations

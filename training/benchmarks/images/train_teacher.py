@@ -6,7 +6,7 @@ The loss is the plain denoising one, E |noise - UNet(x_t, t)|^2 over uniform tim
 --prediction_type v_prediction the network learns the velocity alpha noise - sigma x_0 (Salimans and Ho 2022, arXiv
 2202.00512). It is one process, and the run is a function of its seed: same machine, same numbers.
 
-Writes the pipeline into OUTPUT_DIR, and OUTPUT_DIR/checkpoints: a run that is stopped goes on with
+Writes the pipeline into OUTPUT_DIR, and OUTPUT_DIR/checkpoints: a run that is stopped continues with
 --resume_from_checkpoint latest.
 """
 

@@ -19,7 +19,7 @@ from hsivi_diffusers.distillation.output import Output
 
 
 class TrainingLoop:
-    """Updates of a network in one process, that go on where they were stopped; the state of its `Checkpoints`.
+    """Updates of a network in one process, that continue where they were stopped; the state of its `Checkpoints`.
 
     Args:
         run: Output folder and checkpoints.
@@ -27,7 +27,7 @@ class TrainingLoop:
         network: Whose weights are trained and averaged, with this decay.
         optimizer: Of these weights.
         ema_decay: From 0 up to, not including, 1.
-        identity: What must be the same when it goes on, see `Checkpoints`.
+        identity: What must be the same when it continues, see `Checkpoints`.
         parts: What else a checkpoint keeps.
 
     Attributes:

@@ -8,7 +8,7 @@ One fit:
 writes OUTPUT_DIR/report.json (settings, agreement with the target, signs of failure), layers.safetensors,
 draws.safetensors and, for targets on the plane, marginals.png.
 
-A study, which goes on where it was stopped by itself:
+A study, which continues where it was stopped:
 
     python -m training.benchmarks.inference.fit_target --study training/configs/study_*.yaml
 

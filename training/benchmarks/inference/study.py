@@ -3,7 +3,7 @@
     {"rows": [{"study", "method", "target", "T", "objective", "bridge", "training", "seed", "parameters", "seconds",
      "js", ...}, ...], "made": [{"date", "torch", "python"}, ...]}
 
-Every row that is done is in the file at once, so a study that was stopped goes on by the same command.
+Every row that is done is in the file at once, so a study that was stopped continues by the same command.
 """
 
 from __future__ import annotations

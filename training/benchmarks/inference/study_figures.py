@@ -232,7 +232,7 @@ def _show(axis: Axes, image: np.ndarray, half: float, top: float) -> None:
 
 
 def draw_fits(folder: Path, quick: bool = False) -> None:
-    """Fits a few targets of the plane anew; draws marginals_TARGET_BRIDGE.png, and shapes.png unless it is quick."""
+    """Fits a few targets of the plane again; draws marginals_TARGET_BRIDGE.png, and shapes.png unless it is quick."""
     num_steps = 200 if quick else 3000
     done: dict[tuple[str, str], Fitted] = {}
     for target, bridge, training in MARGINALS:
