@@ -29,7 +29,7 @@ from unittest import mock
 import uvicorn
 import yaml
 from diffusers.utils import dynamic_modules_utils
-from huggingface_hub import constants, hf_api, utils
+from huggingface_hub import constants, file_download, hf_api, utils
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -505,8 +505,10 @@ def signed_in(hub, home, token="hf_alice", offline=False):
         "HF_HUB_CACHE": str(home / "hub"),
         "HF_TOKEN_PATH": str(home / "token"),
     }
+    template = settings["HUGGINGFACE_CO_URL_TEMPLATE"]  # which huggingface_hub before 1.0 has twice
     with (
         mock.patch.multiple(constants, **settings),
+        mock.patch.object(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, create=True),
         mock.patch.object(hf_api.api, "endpoint", hub.url),
         mock.patch.object(dynamic_modules_utils, "HF_MODULES_CACHE", str(home / "modules")),
         mock.patch.dict(os.environ, {"NO_PROXY": "127.0.0.1", "HF_TOKEN": token or ""}),

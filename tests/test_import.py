@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,7 +90,8 @@ def test_a_module_first_and_distillation_imports_no_package_of_evaluation(load):
     programs = "import hsivi_diffusers.distillation.trainer, hsivi_diffusers.evaluation.evaluate"
     imported = run(*order, *load, programs, tell("[*sys.modules]"))
     assert "hsivi_diffusers.distillation.trainer" in imported
-    assert not {*imported} & {*EVALUATION}
+    brought = {"sklearn"} if version("transformers") < "5" else set()  # by transformers itself
+    assert not {*imported} & ({*EVALUATION} - brought)
 
 
 def test_the_core_loads_no_diffusers_and_the_package_not_even_torch(load):
