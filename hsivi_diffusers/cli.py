@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ commands:
   evaluate   measure a run against solvers of its teacher
   push       push a run to the Hub, with its model card
 
-`hsivi COMMAND --help` lists the common options of a command, `--help_all` all of them. `--traceback` shows where an
-error comes from. `accelerate launch -m hsivi_diffusers distil ...` runs on several devices.
+`hsivi COMMAND --help` lists the common options of a command, `--help_all` all of them, and `hsivi --version` the
+version. `--traceback` shows where an error comes from. `accelerate launch -m hsivi_diffusers distil ...` runs on
+several devices.
 """
 DISTIL = """Distil a pretrained diffusion pipeline into a few steps; no training data is needed.
 
@@ -122,14 +124,14 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     try:
         summary = trainer.train(teacher.resume_from_checkpoint)
     except InterruptedRunError as error:
-        trainer.accelerator.print(error)
+        trainer.accelerator.print(str(error).replace("resume_from", "--resume_from"))
         raise SystemExit(INTERRUPTED) from error
     except DivergenceError as error:
         raise SystemExit("; ".join([f"error: {error}", *error.__notes__])) from error
     if trainer.accelerator.is_main_process:
         folder = Path(config.output_dir)
         print(
-            f"trained in {summary['seconds']:.0f} s; the pipeline is in {folder / 'pipeline'}\n"
+            f"the training took {summary['seconds']:.0f} s; the pipeline is in {folder / 'pipeline'}\n"
             f"measure it: hsivi evaluate --run_dir {folder}\n"
             f"draw from it: hsivi sample --pipeline {folder} --output_dir {folder / 'drawn'}"
         )
@@ -165,13 +167,12 @@ def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Makes an OSError of what the client raises for a connection that was cut or refused; its notes stay."""
+    """Makes one OSError of what the client raises for a cut or refused connection, the remedy first."""
     try:
         yield
     except (RuntimeError, HTTPError) as error:
-        told = OSError(str(error))
-        told.__notes__ = getattr(error, "__notes__", [])
-        raise told from error
+        notes = getattr(error, "__notes__", [])
+        raise OSError(" ".join([*notes, f"({error})"]) if notes else str(error)) from error
 
 
 def _push_trained(trainer: Any, hub: PushAtEnd) -> None:
@@ -199,19 +200,21 @@ def sample(args: Sequence[str]) -> None:
     """Runs `hsivi sample`."""
     import torch
     from diffusers.utils import make_image_grid
+    from PIL import Image, ImageOps
     from tqdm import tqdm
 
     from .folders import claim_output_dir
 
     (options,) = parse_options([Sampling], SAMPLE, args, "hsivi sample")
-    if options.num_samples < 1 or options.batch_size < 1:
-        raise ValueError(f"--num_samples {options.num_samples}, --batch_size {options.batch_size}: give at least 1")
+    for name in ("num_samples", "batch_size"):
+        if (given := getattr(options, name)) < 1:
+            raise ValueError(f"--{name} {given}: give a number of at least 1")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {device} is unknown: give cpu, cuda, or another device of torch") from error
-    pipeline = HSIVIPipeline.from_pretrained(_pipeline_of(options.pipeline)).to(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device} cannot be used here ({error}): give cpu, or leave it out") from error
+    pipeline = _load_pipeline(options.pipeline).to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler.set_timesteps(options.num_inference_steps)  # refuses a count that was not trained
     number = pipeline.unet.config.num_class_embeds or 0
@@ -230,16 +233,36 @@ def sample(args: Sequence[str]) -> None:
         image.save(output_dir / f"{number:05d}.png")
     columns = math.isqrt(len(images))
     rows = len(images) // columns
-    make_image_grid(images[: rows * columns], rows=rows, cols=columns).save(output_dir / "grid.png")
+    shown = [ImageOps.scale(image, max(1, 64 // image.width), Image.Resampling.NEAREST) for image in images]
+    make_image_grid(shown[: rows * columns], rows=rows, cols=columns).save(output_dir / "grid.png")
     print(f"{len(images)} images in {output_dir}, {rows * columns} of them in {output_dir / 'grid.png'}")
 
 
-def _pipeline_of(name: str | None) -> str:
-    """The folder or repo of a pipeline, of which the folder of a run may be given."""
+def _load_pipeline(name: str | None) -> Any:
+    """Loads the pipeline of a folder, of a run, or of a repo."""
     if not name:
         raise ValueError("--pipeline is missing: give the folder or the repo id of an HSIVIPipeline")
+    folder = _pipeline_of(name)
+    if Path(name).is_dir() and not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"--pipeline {name} holds no pipeline: give the folder of a pipeline or of a finished run; an unfinished "
+            "run is resumed by `hsivi distil`"
+        )
+    try:
+        return HSIVIPipeline.from_pretrained(folder if folder.is_dir() else name)
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise ValueError(
+            f"--pipeline {name} is no folder here and was not found on the Hub ({type(error).__name__}): check the "
+            "spelling, the connection, and the token of a private repo"
+        ) from error
+
+
+def _pipeline_of(name: str) -> Path:
+    """The folder of a pipeline, where that of a run may be given."""
     inside = Path(name) / "pipeline"
-    return str(inside) if inside.is_dir() else name
+    return inside if inside.is_dir() else Path(name)
 
 
 def evaluate(args: Sequence[str]) -> None:
@@ -258,7 +281,7 @@ def push_run(args: Sequence[str]) -> None:
         raise ValueError("--hub_model_id is missing: name the repo, such as user/digits-hsivi-5")
     if not (options.run_dir or options.pipeline):
         raise ValueError("--run_dir is missing: give the folder of a run, or --pipeline FOLDER")
-    folder = Path(options.pipeline or _pipeline_of(options.run_dir))
+    folder = Path(options.pipeline) if options.pipeline else _pipeline_of(options.run_dir)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline")
     settings = {name: getattr(options, name) for name in ("run_dir", "base_model", "license", "fp16")}
@@ -284,7 +307,13 @@ def main(args: Sequence[str] | None = None) -> None:
         print(USAGE, end="")
         return
     name, *rest = words
+    if name == "--version":
+        print(f"hsivi-diffusers {version('hsivi-diffusers')}")
+        return
     if name not in COMMANDS:
         sys.exit(print_error(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}"))
     traceback = "--traceback" in rest
-    run_command(lambda: COMMANDS[name]([word for word in rest if word != "--traceback"]), traceback)
+    try:
+        run_command(lambda: COMMANDS[name]([word for word in rest if word != "--traceback"]), traceback)
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")

@@ -29,8 +29,8 @@ def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
         raise ValueError(f"--output_dir {path} is a file: name a folder")
     if path.is_dir() and not keep and any(entry.name != LOCK for entry in path.iterdir()):
         raise ValueError(
-            f"--output_dir {path} is not empty: name another folder, continue with --resume_from_checkpoint latest "
-            "(where the script has it), or pass --overwrite_output_dir"
+            f"--output_dir {path} is not empty: name another folder, pass --overwrite_output_dir, or resume a training "
+            "with --resume_from_checkpoint latest"
         )
     path.mkdir(parents=True, exist_ok=True)
     return path

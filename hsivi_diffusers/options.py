@@ -26,6 +26,10 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, without the list of all options."""
 
     def error(self, message: str) -> NoReturn:
+        words = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized") and words:
+            close = difflib.get_close_matches(words[0], self._option_string_actions, n=1)
+            message += f"; did you mean {close[0]}?" if close else ""
         self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
 
 

@@ -104,7 +104,7 @@ ALLOWED = {
     "cli": (
         {f"distillation/{noun}" for noun in ("config", "networks", "output", "plan", "trainer", "trials")}
         | {"vi/*", "evaluation/evaluate", "folders", "hub", "options", "pipeline_hsivi"},
-        {"torch", "diffusers", "huggingface_hub", "tqdm"},
+        {"torch", "diffusers", "huggingface_hub", "tqdm", "PIL"},
     ),
     "__main__": ({"cli"}, set()),
     "registration": (set(), set()),

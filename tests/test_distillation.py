@@ -458,8 +458,15 @@ def test_a_missing_folder_is_told_before_the_hub_is_asked(tmp_path):
         load_teacher("./nothing")
 
 
+def test_a_mistyped_folder_is_told_with_the_one_that_is_there(tmp_path, monkeypatch):
+    (tmp_path / "digits_ddpm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="'digit_ddpm' is no folder here.*; did you mean digits_ddpm?"):
+        load_teacher("digit_ddpm")
+
+
 def test_a_repo_that_cannot_be_reached_is_told():
-    with pytest.raises(ValueError, match="'nobody/nothing' is no folder here, and cannot be loaded"):
+    with pytest.raises(ValueError, match="'nobody/nothing' is no folder here, and was not loaded from the Hub"):
         load_teacher("nobody/nothing")
 
 

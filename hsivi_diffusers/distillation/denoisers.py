@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import json
 import os
@@ -49,9 +50,17 @@ def _load(name: str, revision: str | None) -> DiffusionPipeline:
     try:
         return DiffusionPipeline.from_pretrained(name, revision=revision)
     except Exception as error:  # diffusers raises many types here, and all mean the same to the user
-        place, reach = ("", "") if path.is_dir() else ("is no folder here, and ", ", from a Hub within reach")
+        if path.is_dir():
+            raise ValueError(
+                f"teacher {name!r} cannot be loaded ({type(error).__name__}: {error}): {remedy}"
+            ) from error
+        near = difflib.get_close_matches(
+            path.name, map(str, os.listdir(path.parent)) if path.parent.is_dir() else [], 1
+        )
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ValueError(
-            f"teacher {name!r} {place}cannot be loaded ({type(error).__name__}: {error}): {remedy}{reach}"
+            f"teacher {name!r} is no folder here, and was not loaded from the Hub ({type(error).__name__}): "
+            f"{remedy}{hint}"
         ) from error
 
 

@@ -106,7 +106,8 @@ def start_run(
         for place, recorded in _recorded(output_dir, checkpoint):
             if changed := differences(complete(recorded), settings):
                 raise ValueError(
-                    f"{place} holds a run with other options ({changed}): name another --output_dir{remedy}, or {ANEW}"
+                    f"{place} holds a run with other options ({changed}): resume with the same ones, name another "
+                    f"--output_dir{remedy}, or {ANEW}"
                 )
     if checkpoint == "latest" and (output_dir / leftovers[0]).exists() and not finished(output_dir):
         raise ValueError(

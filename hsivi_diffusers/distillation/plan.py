@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -249,7 +250,11 @@ def seconds_per_flop(shape: dict[str, Any], config: HSIVIConfig) -> tuple[float,
 
 
 def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -> None:
-    """Prints what a run would cost in one process."""
+    """Prints what a run would cost in one process; under a launcher the first one prints."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # accelerate would wait for the others
+        os.environ.pop(name, None)
     shape, schedule = read_configs(teacher, revision)
     cost, (speed, clock) = measure(shape, schedule, config), seconds_per_flop(shape, config)
     seconds = speed * cost.flops

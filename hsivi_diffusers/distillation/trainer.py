@@ -46,8 +46,10 @@ class HSIVITrainer:
         teacher: See `load_teacher`.
         config: Settings; `HSIVIConfig()` by default.
         revision: Branch, tag or commit of the repo.
-        callbacks: Each is called as callback(trainer, step) after every student update, in every process; numbers that
-            it returns go to the bar and the trackers of the main one. `trainer.pipeline` is the student so far.
+        callbacks: Each is called as callback(trainer, step) after every student update, in every process. `step` is a
+            `vi.Step`: `step.step` is its number, from 0, and `step.layers.loss` the losses, shape (B,).
+            `trainer.pipeline` is the student so far. A dictionary of numbers that it returns is shown in the bar and by
+            the trackers of the main process.
 
     Raises:
         ValueError: The config cannot run, or the teacher cannot be loaded or distilled.
@@ -65,6 +67,10 @@ class HSIVITrainer:
         revision: str | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        if not isinstance(config, HSIVIConfig | None):
+            raise ValueError(f"config is a {type(config).__name__}: give an HSIVIConfig(num_inference_steps=4, ...)")
+        if callable(callbacks) or not all(map(callable, callbacks)):
+            raise ValueError(f"callbacks={callbacks!r}: give a list of functions of (trainer, step)")
         self.config = config = replace(config) if config is not None else HSIVIConfig()
         config.check()
         if config.init_from is not None:
@@ -89,8 +95,8 @@ class HSIVITrainer:
         """Trains, and writes pipeline, critic and training.json into the output folder.
 
         Args:
-            resume_from_checkpoint: "latest", or the path of a checkpoint; the result has the bits of a run that was
-                never stopped.
+            resume_from_checkpoint: "latest", or the path of a checkpoint; the result is bit-identical to that of a run
+                that was never stopped.
 
         Returns:
             What training.json holds: seconds, network calls (forward passes of one image through student, critic or
@@ -116,7 +122,7 @@ class HSIVITrainer:
             if main:  # now, for later a refusal would cost a training or an earlier run
                 stack.enter_context(claimed(run))
                 self.before_start()
-                remedy = ", where init_from continues from student and critic of a finished run"
+                remedy = " (a finished run can be named by init_from there)"
                 start_run(run, settings, WRITTEN, remedy, complete)
             self.accelerator.wait_for_everyone()
             if config.report_to:
@@ -162,7 +168,10 @@ class HSIVITrainer:
     def _call_back(self, step: Step) -> dict[str, float]:
         numbers: dict[str, float] = {}
         for callback in self.callbacks:
-            numbers.update(callback(self, step) or {})
+            returned = callback(self, step) or {}
+            if not isinstance(returned, dict):
+                raise ValueError(f"a callback returned {returned!r}: return a dictionary of numbers, or None")
+            numbers.update(returned)
         return numbers
 
     def _summarise(self, start: int, seconds: float, counted: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measures a distilled sampler against the solvers (baselines) on the same teacher, and writes the report.
+"""Measure a distilled sampler against solvers of its teacher, the baselines, and write a report.
 
     hsivi evaluate --run_dir runs/my_run
 
@@ -135,12 +135,13 @@ def main(args: list[str] | None = None) -> None:
     unet, schedule = load_teacher(training["teacher"], None if options.teacher else training.get("revision"))
     unet.to(device).eval()
     network, features = load_network(options.feature_extractor, unet.config.in_channels)
+    samplers = list(make_samplers(options, student, unet, schedule.config))  # refuses counts that cannot be drawn
     reference, labels, name = load_reference(options, unet, schedule.config)
     measures = Measures(network.to(device), reference, METRICS)
 
     classes, size, seed = unet.config.num_class_embeds, options.num_samples, options.eval_seed
     rows, shown = [], {}
-    for method, nfe, sampler, grid in make_samplers(options, student, unet, schedule.config):
+    for method, nfe, sampler, grid in samplers:
         images = draw(f"{method} at {nfe}", sampler, size, options.batch_size, seed, classes)
         shown[method, nfe] = images[:COLUMNS]
         made = {"dataset": name, "method": method, "nfe": nfe, "grid": grid}

@@ -53,7 +53,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], labels: Mapping[str, str], path:
         path: PNG to write.
     """
     plt = pyplot()
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
     figure, axes = plt.subplots(1, len(labels), figsize=(5 * len(labels), 4.6), squeeze=False, layout="constrained")
     for axis, (name, label) in zip(axes[0], labels.items(), strict=True):
@@ -63,15 +63,19 @@ def draw_curves(rows: Sequence[dict[str, Any]], labels: Mapping[str, str], path:
             values[row["method"]][row["nfe"]].append(measure.factor * row[name])
         for place, (method, points) in enumerate(values.items()):
             numbers = [points[nfe] for nfe in sorted(points)]
-            bars = [stdev(each) if len(each) > 1 else 0 for each in numbers]
+            bars = [stdev(each) if len(each) > 1 else 0 for each in numbers] if max(map(len, numbers)) > 1 else None
             style = {"lw": 1.2, "marker": "o", "ms": 4, "color": f"C{place % 10}"}
             style |= {"lw": 2.4, "marker": "*", "ms": 12} if method.startswith("HSIVI") else {}
             axis.errorbar(sorted(points), [*map(mean, numbers)], bars, label=method, capsize=3, **style)
         is_log = not measure.higher_is_better and all(row[name] > 0 for row in rows)
         axis.set(xscale="log", yscale="log" if is_log else "linear", xlabel="network calls")
-        axis.set_ylabel(f"{label}, {'higher' if measure.higher_is_better else 'lower'} is better")
+        axis.set_title(label, fontsize=9)
+        axis.set_ylabel(f"{'higher' if measure.higher_is_better else 'lower'} is better")
+        counts = sorted({row["nfe"] for row in rows})
+        axis.xaxis.set_major_locator(FixedLocator(counts) if len(counts) < 7 else LogLocator(subs=(1, 2, 5)))
+        if is_log:
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         for line in [axis.xaxis, axis.yaxis] if is_log else [axis.xaxis]:
-            line.set_major_locator(LogLocator(subs=(1, 2, 5)))
             line.set_major_formatter("{x:g}")
             line.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3)

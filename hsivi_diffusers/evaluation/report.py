@@ -90,15 +90,15 @@ class Report:
         if equal := [row for row in baselines if row["nfe"] == ours["nfe"]]:
             best = min(equal, key=lambda row: row[self.headline])
             value = written(self.headline, best[self.headline])
-            compared += f", against {value} of {best['method']}, the best baseline at as many on stock timestep grids"
+            compared += f"; best solver at as many calls, on stock timestep grids: {best['method']}, {value}"
         longest = max(baselines, key=lambda row: row["nfe"], default=ours)
         if longest["nfe"] > ours["nfe"]:
             value = written(self.headline, longest[self.headline])
-            compared += f", and {value} of {longest['method']} at {longest['nfe']}"
+            compared += f"; {longest['method']} at {longest['nfe']} calls: {value}"
         return (
-            f"Made:     report.md, report.json, samples.png, curve.png in {run_dir}\n"
-            f"Compares: {compared}\n"
-            f"Next:     look at {run_dir / 'samples.png'}"
+            f"Wrote:  report.md, report.json, samples.png, curve.png in {run_dir}\n"
+            f"Result: {compared}\n"
+            f"Next:   look at {run_dir / 'samples.png'}"
         )
 
 

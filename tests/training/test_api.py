@@ -82,6 +82,24 @@ def test_callbacks_see_each_step_and_their_numbers_are_shown(run):
     assert [bar.get("halves") for bar in run["bars"]] == ["0.5", "1.5", None]
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"config": {"num_inference_steps": 2}}, r"config is a dict: give an HSIVIConfig\("),
+        ({"callbacks": print}, "callbacks=.*: give a list of functions"),
+        ({"callbacks": ["hi"]}, "callbacks=.*: give a list of functions"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(teacher, given, message):
+    with pytest.raises(ValueError, match=message):
+        HSIVITrainer(teacher, **given)
+
+
+def test_a_callback_that_returns_no_numbers_is_refused(teacher, tmp_path):
+    with pytest.raises(ValueError, match="a callback returned 'hi': return a dictionary of numbers, or None"):
+        make(teacher, tmp_path / "run", [lambda trainer, step: "hi"]).train()
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_is_saved_and_goes_on_to_the_same_bits(
     teacher, tmp_path, fast_run, differences, sign, monkeypatch

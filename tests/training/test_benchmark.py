@@ -325,8 +325,9 @@ def test_a_teacher_that_was_stopped_goes_on(tmp_path, monkeypatch):
 
 def test_half_a_baseline_is_refused(arguments):
     given = [text for text in arguments if not text.startswith("--baseline_of")]
-    with pytest.raises(ValueError, match="--baseline_of None is not among --students: give one of them"):
-        benchmark.main(given)
+    for half in (given, [text for text in arguments if not text.startswith("--baseline=")]):
+        with pytest.raises(ValueError, match="--baseline and --baseline_of go together"):
+            benchmark.main(half)
 
 
 def test_a_failed_training_ends_the_benchmark(tmp_path, monkeypatch):

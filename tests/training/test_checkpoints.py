@@ -239,7 +239,7 @@ def test_options_are_under_the_seal(distil, run, tmp_path, named):
     (run / "options.json").unlink()
     folder = tmp_path / "other" if named else run
     checkpoint = run / "checkpoints" / "checkpoint-4" if named else "latest"
-    with pytest.raises(ValueError, match=r"run holds a run with other options \(seed: 0 -> 1\): name another"):
+    with pytest.raises(ValueError, match=r"run holds a run with other options \(seed: 0 -> 1\): resume with the same"):
         distil(folder, resume_from_checkpoint=checkpoint, seed=1)
     assert not (folder / "options.json").exists()
     distil(run, resume_from_checkpoint="latest")
@@ -444,7 +444,7 @@ def test_a_consistency_model_may_lie_beside_its_teacher(teacher, tmp_path):
 
 def test_a_training_goes_on_with_its_own_options_alone(train, trained, tmp_path):
     folder = trained
-    with pytest.raises(ValueError, match=r"other options \(seed: 0 -> 1\): name another --output_dir, or start over"):
+    with pytest.raises(ValueError, match=r"other options \(seed: 0 -> 1\): resume with the same ones, name another"):
         train(folder, "--resume_from_checkpoint=latest", "--seed=1")
     with pytest.raises(
         ValueError, match="--overwrite_output_dir starts over and --resume_from_checkpoint latest continues"
@@ -526,7 +526,7 @@ def test_a_signal_saves_and_leaves_with_the_status_try_again(launch, tmp_path, d
     kill = {"point": name, "step": 3, "rank": processes - 1}
     statuses, text = launch(tmp_path / "run", kill=kill, **options)
     assert statuses == [PREEMPTED] * processes, text
-    assert "stopped and saved after update 3: continue with resume_from_checkpoint latest" in text
+    assert "stopped and saved after update 3: continue with --resume_from_checkpoint latest" in text
     assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"]
     assert not (tmp_path / "run" / "pipeline").exists()
     for folder, resume in (("run", {"resume_from_checkpoint": "latest"}), ("at_once", {})):

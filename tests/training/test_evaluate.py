@@ -261,6 +261,25 @@ def test_the_curve_has_every_method_in_its_colour(tmp_path):
         assert (pixels == wanted).all(2).sum() > 20
 
 
+def test_a_long_name_of_the_features_fits_into_the_curve(tmp_path, monkeypatch):
+    """And the ticks are the calls that were measured."""
+    from matplotlib import pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    rows = [{"method": "DDIM", "nfe": nfe, "kid": 1.0 / nfe} for nfe in (4, 8, 50)]
+    draw_curves(rows, {"kid": "KID x 1000, EfficientNet-Lite0 (ImageNet) features at 64x64"}, tmp_path / "curve.png")
+    (figure,) = kept
+    (axis,) = figure.axes
+    for text in (axis.title, axis.yaxis.label):
+        box = text.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+        assert 0 <= box.y0 < box.y1 <= figure.bbox.height
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["4", "8", "50"]
+    monkeypatch.undo()
+    plt.close(figure)
+
+
 # ----- the report -----
 
 
@@ -378,13 +397,13 @@ def test_pictures_open(evaluated, name):
 def test_three_lines_close_the_run(rows, evaluated):
     folder, text = evaluated
     made, compares, following = text.splitlines()
-    assert made == f"Made:     report.md, report.json, samples.png, curve.png in {folder}"
+    assert made == f"Wrote:  report.md, report.json, samples.png, curve.png in {folder}"
     best = min(rows[1:4], key=lambda row: row["fd"])
     assert compares == (
-        f"Compares: FD {rows[0]['fd']:.2f} at 2 network calls, against {best['fd']:.2f} of {best['method']}, the best "
-        f"baseline at as many on stock timestep grids, and {rows[8]['fd']:.2f} of DDPM at 5"
+        f"Result: FD {rows[0]['fd']:.2f} at 2 network calls; best solver at as many calls, on stock timestep grids: "
+        f"{best['method']}, {best['fd']:.2f}; DDPM at 5 calls: {rows[8]['fd']:.2f}"
     )
-    assert following.startswith(f"Next:     look at {folder / 'samples.png'}")
+    assert following.startswith(f"Next:   look at {folder / 'samples.png'}")
 
 
 @pytest.fixture(scope="module")
@@ -411,10 +430,8 @@ def test_each_count_of_a_student_has_its_row(evaluated_several, extractor):
     table = (folder / "report.md").read_text()
     assert all(f"| {nfe} | **HSIVI** |" in table for nfe in (1, 2, 4))
     best = min((row for row in rows if row["nfe"] == 4 and row["method"] != "HSIVI"), key=lambda row: row["fd"])
-    wanted = (
-        f"FD {ours[-1]['fd']:.2f} at 4 network calls, against {best['fd']:.2f} of {best['method']}, the best baseline"
-    )
-    assert wanted in text
+    assert f"FD {ours[-1]['fd']:.2f} at 4 network calls; best solver at as many calls" in text
+    assert f"grids: {best['method']}, {best['fd']:.2f}; " in text
 
 
 def test_each_count_of_a_student_is_shown_with_the_solvers_of_as_many_calls(evaluated_several):
@@ -438,7 +455,7 @@ def test_solvers_may_be_left_out_and_pictures_fewer_than_columns(fast_run, extra
     rows = json.loads((folder / "report.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["HSIVI", "DDIM", "DPM-Solver++", "UniPC"]
     assert [row["nfe"] for row in rows] == [2, 3, 3, 3]
-    assert "the best baseline" not in text
+    assert "best solver" not in text
     assert len(text.splitlines()) == 3
 
 
@@ -512,7 +529,7 @@ def test_a_class_conditional_run_is_evaluated_without_further_options(class_run,
     assert "| NFE | method | KID x 1000 |" in text
     assert "the reference has KID x 1000" in text
     assert f"{1000 * content['rows'][0]['kid']:.2f}" in text
-    assert "Compares: KID x 1000 " in capsys.readouterr().out
+    assert "Result: KID x 1000 " in capsys.readouterr().out
     for name in ("samples.png", "curve.png"):
         with Image.open(folder / name) as image:
             assert image.width >= 512
@@ -522,6 +539,13 @@ def test_a_class_conditional_run_is_evaluated_without_further_options(class_run,
 def test_too_few_images_are_refused_before_work(tmp_path, name):
     with pytest.raises(ValueError, match=f"--{name} 6 images are too few to be measured: give 7 or more"):
         evaluate.main([f"--run_dir={tmp_path}", f"--{name}=6"])
+
+
+def test_a_count_that_a_solver_cannot_draw_is_refused_before_work(fast_run, extractor, tmp_path, monkeypatch):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    monkeypatch.setattr(evaluate, "draw", lambda *given: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match="2000"):
+        evaluate.main([f"--run_dir={folder}", f"--feature_extractor={extractor}", "--ddpm_steps=2000"])
 
 
 def test_a_missing_package_is_told_before_work(fast_run, monkeypatch):

@@ -200,7 +200,9 @@ def test_sigterm_before_the_first_update_ends_a_run_that_may_start_again(launch,
     """Between the updates by the pairs, of which nothing is saved; both processes end."""
     statuses, text = launch(tmp_path / "run", kill={"point": "SIGTERM", "step": 2}, processes=2, **ONE)
     assert statuses == [75, 75], text
-    assert "stopped before the first update, nothing was saved: start again with resume_from_checkpoint latest" in text
+    assert (
+        "stopped before the first update, nothing was saved: start again with --resume_from_checkpoint latest" in text
+    )
     assert not any((tmp_path / "run" / name).exists() for name in ("checkpoints", "pipeline"))
     again = launch(tmp_path / "run", processes=2, resume_from_checkpoint="latest", **ONE)
     assert again[0] == [0, 0], again[1]

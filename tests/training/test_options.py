@@ -324,6 +324,7 @@ def test_an_error_of_the_program_itself_is_left_as_it_is():
         (["distil", "--pretrained_teacher_model", "./nowhere", "--output_dir", "x"], "teacher './nowhere' is not a f"),
         (["plan", "--num_inference_steps", "0"], "num_inference_steps=[0]: give one number of steps of at least 1"),
         (["plan", "--bogus"], "unrecognized arguments: --bogus (see `hsivi plan --help`)"),
+        (["plan", "--num_inference_stpes=2"], "did you mean --num_inference_steps? (see `hsivi plan --help`)"),
         (["sample", "--output_dir", "x"], "--pipeline is missing"),
         (["push", "--hub_model_id", "a/b"], "--run_dir is missing"),
         (["evaluate", "--run_dir", "nowhere"], "nowhere"),
@@ -339,6 +340,18 @@ def test_bad_input_of_a_command_is_one_line_and_exit_status_2(capsys, tmp_path, 
     assert line.startswith("error: ")
     assert message in line
     assert os.listdir() == []
+
+
+def test_the_version_is_told_and_ctrl_c_is_one_line(capsys, monkeypatch):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"hsivi-diffusers {hsivi_diffusers.__version__}\n"
+
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "evaluate", interrupt)
+    with pytest.raises(SystemExit, match="error: interrupted"):
+        cli.main(["evaluate"])
 
 
 def test_traceback_shows_where_an_error_came_from(tmp_path):

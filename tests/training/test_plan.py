@@ -81,6 +81,13 @@ def planned(arguments, tmp_path, capsys):
     return call
 
 
+def test_under_a_launcher_the_first_process_plans(planned, monkeypatch):
+    for rank in ("0", "1"):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        assert ("memory of a process" in planned()) == (rank == "0")
+
+
 def weights_of(teacher):
     unet = UNet2DModel.from_pretrained(teacher, subfolder="unet")
     return sum(parameter.numel() for parameter in unet.parameters())

@@ -35,10 +35,10 @@ def test_a_file_for_each_image_and_a_grid_of_the_first(draw, capsys):
     folder = draw("samples", "--num_samples=7", "--batch_size=3")
     assert sorted(os.listdir(folder)) == [*[f"{number:05d}.png" for number in range(7)], "grid.png"]
     grid = np.asarray(Image.open(folder / "grid.png").convert("L"))
-    assert grid.shape == (3 * 8, 2 * 8)
+    assert grid.shape == (3 * 64, 2 * 64)  # images of 8x8 are enlarged
     for number in range(6):
         row, column = divmod(number, 2)
-        assert np.array_equal(grid[8 * row : 8 * row + 8, 8 * column : 8 * column + 8], pixels(folder, number))
+        assert np.array_equal(grid[64 * row : 64 * row + 64 : 8, 64 * column :: 8][:, :8], pixels(folder, number))
     assert re.fullmatch(r"7 images in \S+samples, 6 of them in \S+grid.png\n", capsys.readouterr().out)
 
 
@@ -93,7 +93,7 @@ def test_a_conditional_pipeline_draws_all_classes_in_turn_or_those_that_are_name
 
 @pytest.mark.parametrize("option", ["--num_samples=0", "--batch_size=0"])
 def test_nothing_to_draw_is_refused(draw, tmp_path, option):
-    with pytest.raises(ValueError, match=f"{option.replace('=', ' ')}.*: give at least 1"):
+    with pytest.raises(ValueError, match=f"{option.replace('=', ' ')}: give a number of at least 1"):
         draw("samples", option)
     assert not (tmp_path / "samples").exists()
 
@@ -104,6 +104,23 @@ def test_a_missing_pipeline_is_refused(tmp_path):
     with pytest.raises((OSError, ValueError), match="nowhere"):
         cli.sample([f"--output_dir={tmp_path / 'samples'}", f"--pipeline={tmp_path / 'nowhere'}"])
     assert not (tmp_path / "samples").exists()
+
+
+def test_a_folder_without_a_pipeline_and_an_unknown_repo_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "unfinished").mkdir()
+    given = [f"--output_dir={tmp_path / 'samples'}"]
+    with pytest.raises(
+        ValueError, match="unfinished holds no pipeline: give the folder of a pipeline or of a finished"
+    ):
+        cli.sample([*given, f"--pipeline={tmp_path / 'unfinished'}"])
+    with pytest.raises(ValueError, match="--pipeline no/body is no folder here and was not found on the Hub"):
+        cli.sample([*given, "--pipeline=no/body"])
+
+
+def test_a_device_that_is_not_there_is_refused(draw):
+    for device in ("cuda:99", "abacus"):
+        with pytest.raises(ValueError, match=f"--device {device} cannot be used here .*: give cpu, or leave it out"):
+            draw("samples", f"--device={device}")
 
 
 def test_a_run_stands_for_its_pipeline(draw, fast_run, tmp_path):

@@ -31,6 +31,12 @@ def trained(train):
     return train()
 
 
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched: a teacher is trained by one"):
+        train_teacher.main([f"--output_dir={tmp_path / 'teacher'}"])
+
+
 def weights(folder):
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 

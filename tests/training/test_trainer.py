@@ -303,7 +303,9 @@ def test_a_paper_run_of_several_counts_resumes_to_the_same_bits(distil, resume, 
 
 def test_a_run_of_several_counts_is_not_one_of_a_single_count(distil, several_run, tmp_path):
     folder = shutil.copytree(several_run, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"other options \(num_inference_steps: \[1, 2, 4\] -> \[4\]\): name another"):
+    with pytest.raises(
+        ValueError, match=r"other options \(num_inference_steps: \[1, 2, 4\] -> \[4\]\): resume with the same"
+    ):
         distil(folder, num_inference_steps=4, resume_from_checkpoint="latest")
 
 
@@ -429,7 +431,7 @@ def test_checkpoints_are_pruned_to_the_limit_in_the_order_of_their_numbers(disti
 def test_resuming_with_other_options_is_refused_and_names_them(distil, fast_run, tmp_path):
     folder = shutil.copytree(fast_run, tmp_path / "run")
     before = contents(folder)
-    changed = r"other options \(max_train_steps: 5 -> 6; learning_rate: 0.0001 -> 0.1\): name another --output_dir"
+    changed = r"other options \(max_train_steps: 5 -> 6; learning_rate: 0.0001 -> 0.1\): resume with the same"
     with pytest.raises(ValueError, match=changed):
         distil(folder, learning_rate=0.1, max_train_steps=6, resume_from_checkpoint="latest")
     assert contents(folder) == before

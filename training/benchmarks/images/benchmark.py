@@ -228,6 +228,8 @@ def main(args: list[str] | None = None) -> None:
     missing = [name for name in ("dataset", "teacher", "classifier") if not getattr(options, name)]
     if missing:
         raise ValueError(f"--{', --'.join(missing)} missing: give --config training/configs/benchmark_digits.yaml")
+    if (options.baseline is None) != (options.baseline_of is None):
+        raise ValueError("--baseline and --baseline_of go together: the second says how long the first may train")
     if options.baseline is not None and options.baseline_of not in options.students:
         raise ValueError(
             f"--baseline_of {options.baseline_of} is not among --students: give one of them, word for word"

@@ -12,6 +12,7 @@ Writes the pipeline into OUTPUT_DIR, and OUTPUT_DIR/checkpoints: a run that is s
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,6 +89,8 @@ def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Te
 def main(args: list[str] | None = None) -> None:
     data, network, training, run = parse_options([Data, Network, Training, Output], __doc__ or "", args=args)
     check_output(run)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"{os.environ['WORLD_SIZE']} processes were launched: a teacher is trained by one, start one")
     with claimed(run) as output_dir:
         accelerator = Accelerator()
         set_seed(training.seed)
