@@ -128,7 +128,8 @@ class DiffusionBridge(Bridge):
         device: Where the base is drawn.
 
     Raises:
-        ValueError: T < 1, no dimension is known, or the target cannot be diffused and there is no network.
+        ValueError: T < 1, the dimension is missing or does not fit, or the target cannot be diffused and there is no
+            network.
     """
 
     def __init__(
@@ -144,6 +145,8 @@ class DiffusionBridge(Bridge):
                 f"the diffused law of a {type(target).__name__} is not known: give a DiffusibleTarget such as a "
                 "GaussianMixture, or a score_network fitted to draws of the target; or take a GeometricBridge"
             )
+        if target is not None and dimension not in (None, target.dimension):
+            raise ValueError(f"dimension={dimension}, and the target has {target.dimension}: leave it out")
         dimension = dimension if target is None else target.dimension
         if dimension is None:
             raise ValueError("dimension is missing: a score network does not tell how many coordinates its x has")

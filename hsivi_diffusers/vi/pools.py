@@ -92,7 +92,21 @@ class CohortChain(PoolChain):
     """A pool of one hierarchy, of which a batch is B chains that go down together, all of them at the same layer.
 
     The lower bound needs that: its extra draws are the other rows of the batch at that layer.
+
+    Raises:
+        ValueError: There are several hierarchies.
     """
+
+    def __init__(
+        self,
+        sample_base: SampleBase,
+        num_layers: int | Sequence[int],
+        batch_size: int,
+        sample_condition: SampleBase | None = None,
+    ) -> None:
+        super().__init__(sample_base, num_layers, batch_size, sample_condition)
+        if len(self.depths) > 1:
+            raise ValueError(f"num_layers={self.depths}: a CohortChain has one hierarchy: give one number of layers")
 
     def _rows(self, generator: torch.Generator | None) -> Tensor:
         first = int(torch.randint(self.num_layers, (), generator=generator))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,12 @@ class Adversarial(Extended):
     needs_real = True
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns the objective's loss + weight d softplus(-D(x)), from one call of the critic."""
-        score, logits = draw.answer(critic)
+        """Returns the objective's loss + weight d softplus(-D(x)), from one call of the critic.
+
+        Raises:
+            TypeError: The critic answers with a score alone.
+        """
+        score, logits = _score_and_logits(draw.answer(critic))
         loss = self.objective.layer_loss(lambda *_: score, bridge, draw)
         return loss + self._scale(draw) * _mean(softplus(-logits))
 
@@ -71,17 +76,30 @@ class Adversarial(Extended):
         """Returns the objective's loss + weight d/2 (softplus(D(x)) + softplus(-D(x_real))): shape (B,).
 
         All 2 B rows go through the critic in one call, for it may reduce its gradients between processes.
+
+        Raises:
+            TypeError: The critic answers with a score alone.
+            ValueError: The draw has no real rows.
         """
-        assert draw.real is not None
+        if draw.real is None:
+            raise ValueError("the draw has no real rows: take draw_layer(..., real=True)")
         size = len(draw.x)
         condition = None if draw.condition is None else torch.cat([draw.condition, draw.condition])
-        score, logits = critic(torch.cat([draw.x, draw.real]), draw.level.repeat(2), condition, draw.t.repeat(2))
+        answer = critic(torch.cat([draw.x, draw.real]), draw.level.repeat(2), condition, draw.t.repeat(2))
+        score, logits = _score_and_logits(answer)
         loss = self.objective.critic_loss(lambda *_: score[:size], draw, bridge)
         game = _mean(softplus(logits[:size])) + _mean(softplus(-logits[size:]))
         return loss + 0.5 * self._scale(draw) * game
 
     def _scale(self, draw: LayerDraw) -> float:
         return self.weight * draw.x[0].numel()
+
+
+def _score_and_logits(answer: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(answer, tuple):  # two rows of a score would be unpacked as well
+        raise TypeError("the critic answers with a score alone: Adversarial needs one that returns a score and logits")
+    score, logits = answer
+    return score, logits
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -172,6 +172,8 @@ def test_a_diffusion_bridge_needs_a_diffused_law_or_a_network():
         DiffusionBridge(None, 3)
     with pytest.raises(ValueError, match="dimension is missing"):
         DiffusionBridge(None, 3, score_network=ScoreMLP(2))
+    with pytest.raises(ValueError, match="dimension=3, and the target has 2: leave it out"):
+        DiffusionBridge(mixture(), 3, dimension=3)
 
 
 def test_a_score_network_stands_in_for_the_target_is_frozen_and_has_no_log_density():

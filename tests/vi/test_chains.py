@@ -168,6 +168,12 @@ def test_advance_refuses_a_batch_of_another_source():
         PoolChain(base, 3, 4).advance(batch, layers(batch.x_next, batch.t), generator())
 
 
+def test_a_cohort_of_several_hierarchies_is_refused():
+    with pytest.raises(ValueError, match=r"num_layers=\[2, 3\]: a CohortChain has one hierarchy"):
+        CohortChain(bases, [2, 3], 4)
+    assert CohortChain(bases, [3], 4).num_layers == 3
+
+
 def test_an_unknown_source_is_refused_by_name():
     with pytest.raises(ValueError, match="source='replay' is unknown: choose 'pool', 'simulate' or 'data'"):
         make_chain("replay", matching_bridge(linear_layers()).sample_base, 3, 4)

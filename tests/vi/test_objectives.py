@@ -441,6 +441,19 @@ def test_each_loss_is_one_call_of_the_critic():
     assert sizes == [64, 128]
 
 
+def test_an_adversarial_term_refuses_a_critic_without_logits_and_a_draw_without_real_rows():
+    layers = linear_layers()
+    bridge = shifted(matching_bridge(layers))
+    adversarial, draw = Adversarial(KullbackLeibler(), 0.1), make_draw(layers, bridge, real=True)
+    two = replace(draw, x=draw.x[:2], level=draw.level[:2], t=draw.t[:2], real=draw.real[:2])
+    with pytest.raises(TypeError, match="the critic answers with a score alone: Adversarial needs one that returns"):
+        adversarial.layer_loss(ExactCritic(layers), bridge, two)
+    with pytest.raises(TypeError, match="the critic answers with a score alone"):
+        adversarial.critic_loss(ExactCritic(layers), two.detach(), bridge)
+    with pytest.raises(ValueError, match=r"the draw has no real rows: take draw_layer\(..., real=True\)"):
+        adversarial.critic_loss(discriminator(layers, bridge), make_draw(layers, bridge).detach(), bridge)
+
+
 def test_an_adversarial_term_of_no_weight_is_refused():
     for weight in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"weight={weight}: give a number > 0"):

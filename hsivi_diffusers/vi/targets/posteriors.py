@@ -15,9 +15,19 @@ class LogisticRegression(Target):
     """Coefficients of a logistic regression: P(label = 1) = sigmoid(features @ x), x ~ N(0, I).
 
     Features have the shape (N, d), with a column of ones where an intercept is wanted; labels 0 and 1 the shape (N,).
+
+    Raises:
+        ValueError: Shapes or labels are others.
     """
 
     def __init__(self, features: Tensor, labels: Tensor) -> None:
+        if features.ndim != 2 or labels.shape != features.shape[:1]:
+            raise ValueError(
+                f"features of shape {tuple(features.shape)} and labels of shape {tuple(labels.shape)}: give (N, d) and "
+                "(N,), one label a row"
+            )
+        if not ((labels == 0) | (labels == 1)).all():
+            raise ValueError(f"labels hold {labels.unique().tolist()[:5]}: give 0 and 1 alone")
         self.features = features
         self.labels = labels.to(features)
         self.dimension = features.shape[1]

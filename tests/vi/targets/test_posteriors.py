@@ -93,3 +93,16 @@ def test_the_path_is_simulated_once_and_ends_in_a_well():
     assert torch.equal(first, ConditionedDiffusion().observations)
     assert first.shape == (20,)
     assert first.abs()[5:].mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([1, -1]), r"labels hold \[-1, 1\]: give 0 and 1 alone"),
+        (torch.ones(1), r"features of shape \(2, 3\) and labels of shape \(1,\): give \(N, d\) and \(N,\)"),
+        (torch.ones(2, 1), r"labels of shape \(2, 1\): give \(N, d\) and \(N,\), one label a row"),
+    ],
+)
+def test_labels_that_are_not_one_a_row_or_not_0_and_1_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        LogisticRegression(torch.ones(2, 3), labels)
