@@ -511,7 +511,7 @@ def signed_in(hub, home, token="hf_alice", offline=False):
         mock.patch.object(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, create=True),
         mock.patch.object(hf_api.api, "endpoint", hub.url),
         mock.patch.object(dynamic_modules_utils, "HF_MODULES_CACHE", str(home / "modules")),
-        mock.patch.dict(os.environ, {"NO_PROXY": "127.0.0.1", "HF_TOKEN": token or ""}),
+        mock.patch.dict(os.environ, {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_TOKEN": token or ""}),
     ):
         forget_sessions()
         try:

@@ -39,6 +39,14 @@ def ask(code, hub, home, token=None, offline=False):
     return printed.getvalue().strip()
 
 
+def test_the_hub_is_reached_beside_a_proxy_of_the_machine(hub, tmp_path, monkeypatch):
+    """Of the two spellings of a variable the lower-case one wins."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "elsewhere.example")
+    assert ask("print(hf.whoami()['name'])", hub, tmp_path, "hf_alice") == "alice"
+
+
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
