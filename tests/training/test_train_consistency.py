@@ -268,6 +268,18 @@ def test_the_saved_folder_samples_in_diffusers_as_the_sampler_of_the_report(trai
     assert images.std() > 0.05
 
 
+def test_a_pipeline_is_there_whole_or_not_at_all(tmp_path, monkeypatch, train):
+    def write_half(pipeline, folder):
+        folder.mkdir(parents=True)
+        (folder / "model_index.json").write_text("{}")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(DDPMPipeline, "save_pretrained", write_half)
+    with pytest.raises(OSError, match="no space left"):
+        train(f"--output_dir={tmp_path}")
+    assert not (tmp_path / "pipeline").exists()
+
+
 def test_training_json_holds_the_cost_and_the_options(trained, teacher):
     record = json.loads((trained / "training.json").read_text())
     wanted = {"pretrained_teacher_model": str(teacher), "seed": 0, "max_train_steps": 3, "train_batch_size": 4}

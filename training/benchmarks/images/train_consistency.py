@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor
 from hsivi_diffusers import HSIVIScheduler, load_teacher
 from hsivi_diffusers.distillation.denoisers import fingerprint, sample_shape
 from hsivi_diffusers.distillation.output import Output, check_output, check_teacher, claimed, start_run
-from hsivi_diffusers.folders import write_json
+from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command
 from hsivi_diffusers.vi import cosine
@@ -193,6 +194,14 @@ def check_options(teacher: Teacher, run: Output) -> None:
     check_teacher(run, teacher.pretrained_teacher_model, WRITTEN)
 
 
+def save(distiller: Distiller, output_dir: Path) -> None:
+    """Saves the student as OUTPUT_DIR/pipeline, which is there whole or not at all."""
+    partial = output_dir / "pipeline.partial"
+    remove_folder(partial)  # of a run that was killed here
+    DDPMPipeline(unet=distiller.student.eval(), scheduler=distiller.sampler).save_pretrained(partial)
+    replace_folder(partial, output_dir / "pipeline")
+
+
 def main(args: list[str] | None = None) -> None:
     teacher, training, run = parse_options([Teacher, Training, Output], __doc__ or "", args=args)
     check_options(teacher, run)
@@ -207,8 +216,7 @@ def main(args: list[str] | None = None) -> None:
         start_run(run, settings, WRITTEN)
         identity = {**settings, "teacher_sha256": fingerprint(distiller.teacher, distiller.schedule)}
         steps, seconds = train(distiller, images, training, run, accelerator, identity)
-        pipeline = DDPMPipeline(unet=distiller.student.eval(), scheduler=distiller.sampler)
-        pipeline.save_pretrained(output_dir / "pipeline")
+        save(distiller, output_dir)
         calls = 3 * steps * training.train_batch_size  # forward passes of an image
         record = {**settings, "max_train_steps": steps, "seconds": seconds, "network_calls": calls}
         write_json(output_dir / "training.json", record)
