@@ -85,7 +85,8 @@ class Measures:
 
         images = _check(images, self.real)
         features, rows = self._extract(images), _choose(len(images), MOST)
-        some, found = features[rows], dict[str, Any]()
+        some = features[rows]
+        found: dict[str, Any] = {}
         self.shares = self._count(features)
         if "fd" in self.names:
             self.frechet.reset()
@@ -180,8 +181,9 @@ def _mean_kernel(gamma: float, features: torch.Tensor, others: torch.Tensor | No
     """Mean of (gamma x . y + 1)^3 over all pairs, without those of a row with itself where there are no others."""
     from torchmetrics.image.kid import poly_kernel
 
-    rows, size = features.double(), len(features)
+    rows, columns = features.double(), (features if others is None else others).double()
+    total = sum(poly_kernel(batch, columns, gamma=gamma).sum().item() for batch in rows.split(1000))
     if others is not None:
-        return poly_kernel(rows, others.double(), gamma=gamma).mean().item()
-    kernel = poly_kernel(rows, rows, gamma=gamma)
-    return (kernel.sum() - kernel.trace()).item() / (size * (size - 1))
+        return total / (len(rows) * len(columns))
+    itself = (gamma * rows.square().sum(1) + 1).pow(3).sum().item()
+    return (total - itself) / (len(rows) * (len(rows) - 1))

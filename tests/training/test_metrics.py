@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 from prdc import compute_prdc
+from torchmetrics.image import kid
 from torchmetrics.image.kid import poly_mmd
 
 from hsivi_diffusers.evaluation import metrics
@@ -112,6 +113,21 @@ def test_kid_is_that_of_torchmetrics_for_sets_of_one_size(measures, real):
     features = [Corners()(each).double() for each in (real, images)]
     wanted = poly_mmd(*features, gamma=1 / features[0].square().sum(1).mean().item()).item()
     assert measures(images)["kid"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_kid_takes_a_thousand_rows_of_its_kernel_at_a_time(monkeypatch):
+    """The whole of two sets of 5,000 is 200 MB, several times over."""
+    sizes, kernel = [], kid.poly_kernel
+
+    def counted(rows, columns, gamma):
+        sizes.append(len(rows))
+        return kernel(rows, columns, gamma=gamma)
+
+    monkeypatch.setattr(kid, "poly_kernel", counted)
+    images = torch.rand(2500, 3, 2, 2)
+    Measures(Corners(), images[:2400], ["kid"])(images)
+    assert max(sizes) == 1000
+    assert sum(sizes) == 2400 + 2500 + 2500
 
 
 def test_kid_is_unbiased_for_sets_of_different_size(measures):
