@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ..options import option
 from .trials import Trials
@@ -37,7 +38,7 @@ PRESETS = ByPreset._fields
 
 
 def by_preset(fast: Any, one_call: Any, paper: Any, help: str, common: bool = False) -> Any:
-    """A field whose default the preset decides."""
+    """A field whose default the preset decides: fast, one_call, paper."""
     return option(ByPreset(fast, one_call, paper), help, common)
 
 
@@ -105,7 +106,9 @@ class HSIVIConfig:
     pair_steps: int = option(500, "updates of the fit to pairs", common=False)
     pair_learning_rate: float = option(5e-4, "Adam learning rate of the fit to pairs; it falls to 0", common=False)
     pair_weight: float = option(
-        0.005, "weight of the pairs in the student's loss after that fit; falls with its learning rate", common=False
+        0.005,
+        "weight of the pairs in the student's loss after that fit; falls as the student's learning rate does",
+        common=False,
     )
     # ----- training -----
     seed: int = option(0, "seed of batches, noise and dropout")
@@ -143,10 +146,12 @@ class HSIVIConfig:
     trials: Trials = field(default_factory=Trials)
 
     def __post_init__(self) -> None:
-        self.num_inference_steps = sorted(self.depths)
         for group, name in ((self, "output_dir"), (self, "init_from"), (self.trials, "train_data")):
-            if getattr(group, name) is not None:
+            if isinstance(getattr(group, name, None), os.PathLike):
                 setattr(group, name, os.fspath(getattr(group, name)))
+        _check_types(self)
+        _check_types(self.trials)
+        self.num_inference_steps = sorted(self.depths)
         if self.preset not in (None, *PRESETS):
             raise ValueError(f"preset={self.preset!r} is unknown: choose one of {', '.join(PRESETS)}")
         if self.preset in (None, "fast"):
@@ -214,6 +219,27 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return {**recorded, **HSIVIConfig(**config, trials=Trials(**trials)).settings()}
 
 
+def _check_types(group: HSIVIConfig | Trials) -> None:
+    """Refuses a value of another type than its field; the command-line parser converts."""
+    hints = get_type_hints(type(group))
+    for each in fields(group):
+        value = getattr(group, each.name)
+        if not isinstance(value, ByPreset) and not _has_type(value, hints[each.name]):
+            raise ValueError(f"{each.name}={value!r} has the type {type(value).__name__}: give {each.type}")
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_has_type(value, kind) for kind in inner)
+    if origin is Literal:
+        return value is not None  # the rest is for _check_choices
+    if origin in (list, tuple):
+        return isinstance(value, origin) and all(_has_type(each, inner[0]) for each in value)
+    accepted = int | float if hint is float else hint
+    return isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
+
+
 def _check_choices(config: HSIVIConfig) -> None:
     """Refuses a value outside the choices of its field; the command-line parser has its own check."""
     for group in (config, config.trials):
@@ -225,35 +251,52 @@ def _check_choices(config: HSIVIConfig) -> None:
                 raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 
 
-# What settings must be: the words of the error, the test, and their names.
-RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("a number of at least 1", lambda value: value >= 1, "critic_updates max_train_steps train_batch_size"),
-    ("a number of at least 1", lambda value: value >= 1, "gradient_accumulation_steps"),
-    ("a number of at least 1", lambda value: value >= 1, "checkpointing_steps checkpoints_total_limit"),
-    ("a number of at least 1, or 0 for no images", lambda value: value >= 0, "validation_steps"),
-    ("a number from 0 on", lambda value: value >= 0, "lr_warmup_steps start_spacing num_pairs pair_weight"),
-    ("a number from 0 on", lambda value: value >= 0, "adversarial_weight"),
-    ("a number from 0 to below 1", lambda value: 0 <= value < 1, "ema_decay adam_beta1 teacher_share"),
-    ("a number above 0", lambda value: value > 0, "learning_rate critic_learning_rate level_power"),
-    ("a number above 0", lambda value: value > 0, "pair_calls pair_steps pair_learning_rate"),
-    ("a number above 0, or leave it out", lambda value: value > 0, "max_grad_norm start_signal start_noise"),
-    ("a number above 0, up to 1; without noise there is no score", lambda value: 0 < value <= 1, "noise_eta"),
-)
+Range = tuple[str, Callable[[Any], bool]]  # the words of the error, and the test
+AT_LEAST_1: Range = ("a number of at least 1", lambda value: value >= 1)
+FROM_0: Range = ("a number from 0 on", lambda value: value >= 0)
+FROM_0_BELOW_1: Range = ("a number from 0 to below 1", lambda value: 0 <= value < 1)
+ABOVE_0: Range = ("a number above 0", lambda value: value > 0)
+ABOVE_0_OR_NONE: Range = ("a number above 0, or leave it out", lambda value: value > 0)
+RANGES: dict[str, Range] = {
+    "noise_eta": ("a number above 0, up to 1; without noise there is no score", lambda value: 0 < value <= 1),
+    "start_signal": ABOVE_0_OR_NONE,
+    "start_noise": ABOVE_0_OR_NONE,
+    "start_spacing": FROM_0,
+    "critic_updates": AT_LEAST_1,
+    "num_pairs": FROM_0,
+    "pair_calls": ABOVE_0,
+    "pair_steps": ABOVE_0,
+    "pair_learning_rate": ABOVE_0,
+    "pair_weight": FROM_0,
+    "max_train_steps": AT_LEAST_1,
+    "train_batch_size": AT_LEAST_1,
+    "learning_rate": ABOVE_0,
+    "critic_learning_rate": ABOVE_0,
+    "adam_beta1": FROM_0_BELOW_1,
+    "lr_warmup_steps": FROM_0,
+    "max_grad_norm": ABOVE_0_OR_NONE,
+    "ema_decay": FROM_0_BELOW_1,
+    "gradient_accumulation_steps": AT_LEAST_1,
+    "checkpointing_steps": AT_LEAST_1,
+    "checkpoints_total_limit": AT_LEAST_1,
+    "validation_steps": ("a number of at least 1, or 0 for no images", lambda value: value >= 0),
+    "level_power": ABOVE_0,
+    "teacher_share": FROM_0_BELOW_1,
+    "adversarial_weight": FROM_0,
+}
 
 
 def _check_ranges(config: HSIVIConfig) -> None:
     counts = config.depths
-    whole = all(isinstance(count, int) and count >= 1 for count in counts)
-    if not counts or not whole or len(set(counts)) < len(counts):
+    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
         raise ValueError(
             f"num_inference_steps={counts}: give one number of steps of at least 1, or several that differ, such as "
             "1 2 4 8"
         )
     values = {**vars(config), **vars(config.trials)}
-    for accepted, good, names in RANGES:
-        for name in names.split():
-            if values[name] is not None and not good(values[name]):
-                raise ValueError(f"{name}={values[name]}: give {accepted}")
+    for name, (accepted, good) in RANGES.items():
+        if values[name] is not None and not good(values[name]):
+            raise ValueError(f"{name}={values[name]}: give {accepted}")
     if not 0 <= config.critic_first < config.max_train_steps:
         raise ValueError(
             f"critic_first={config.critic_first}: give a number of updates from 0 to below "

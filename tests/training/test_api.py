@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVITrainer
 from hsivi_diffusers.distillation import progress
 from hsivi_diffusers.distillation.trainer import InterruptedRunError
+from hsivi_diffusers.distillation.trials import Trials
 from short_run import SETTINGS
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -250,7 +251,7 @@ def test_a_teacher_in_half_precision_is_trained_in_single(teacher):
         ({"objective": "kl"}, "objective='kl' is unknown: choose one of 'SM', 'KL'"),
         ({"scoring": "Between"}, "scoring='Between' is unknown: choose one of 'own', 'random', 'between'"),
         ({"loss_weight": "sigma"}, "loss_weight='sigma' is unknown"),
-        ({"num_inference_steps": 4.0}, "give one number of steps of at least 1"),
+        ({"num_inference_steps": 0}, "give one number of steps of at least 1"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0: give a number above 0"),
         ({"ema_decay": 2.0}, "ema_decay=2.0: give a number from 0 to below 1"),
         ({"lr_warmup_steps": -3}, "lr_warmup_steps=-3: give a number from 0 on"),
@@ -259,6 +260,35 @@ def test_a_teacher_in_half_precision_is_trained_in_single(teacher):
 def test_a_config_from_python_is_checked_as_one_of_the_command(settings, message):
     with pytest.raises(ValueError, match=message):
         HSIVIConfig(**settings).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": "high"}, "learning_rate='high' has the type str: give float"),
+        ({"learning_rate": True}, "learning_rate=True has the type bool: give float"),
+        ({"max_train_steps": "10"}, "max_train_steps='10' has the type str: give int"),
+        ({"max_train_steps": 10.0}, "max_train_steps=10.0 has the type float: give int"),
+        ({"max_grad_norm": "1"}, r"max_grad_norm='1' has the type str: give float \| None"),
+        ({"seed": None}, "seed=None has the type NoneType: give int"),
+        ({"objective": None}, r"objective=None has the type NoneType: give Literal\['SM', 'KL'\]"),
+        ({"clip_images": 1}, "clip_images=1 has the type int: give bool"),
+        ({"output_dir": 5}, r"output_dir=5 has the type int: give str \| None"),
+        ({"num_inference_steps": "4"}, r"num_inference_steps='4' has the type str: give int \| list\[int\]"),
+        ({"num_inference_steps": [1, "4"]}, r"num_inference_steps=\[1, '4'\] has the type list: give int"),
+        ({"num_inference_steps": 4.0}, "num_inference_steps=4.0 has the type float: give int"),
+        ({"trials": {}}, "trials={} has the type dict: give Trials"),
+        ({"trials": Trials(teacher_share="half")}, "teacher_share='half' has the type str: give float"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_when_the_config_is_made(settings, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        HSIVIConfig(**settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_whole_number_is_a_number():
+    HSIVIConfig(max_grad_norm=1, noise_eta=1, validation_steps=None).check()
 
 
 def test_steps_may_be_a_tuple_and_folders_paths():
