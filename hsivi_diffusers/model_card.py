@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
@@ -18,8 +19,14 @@ from .pipeline_hsivi import HSIVIPipeline, network_calls, one_of
 METRICS = {"fd": "Frechet distance", "swd": "sliced Wasserstein distance"}
 # The options of a run that a reader of its card wants to know.
 TOLD = (
-    *("preset", "objective", "scoring", "max_train_steps", "train_batch_size"),
-    *("learning_rate", "critic_learning_rate", "seed"),
+    "preset",
+    "objective",
+    "scoring",
+    "max_train_steps",
+    "train_batch_size",
+    "learning_rate",
+    "critic_learning_rate",
+    "seed",
 )
 
 CODE = """\
@@ -35,12 +42,16 @@ With the package installed (`pip install hsivi-diffusers`; without it, use the c
 
 {installed}
 
-{more}Without the package, with the code that is in this repository ({files};
-read it first). If the repository is private, log in with `hf auth login` or set `HF_TOKEN`:
+{more}{without}
 
 {alone}
 
 The number of steps is part of the sampler: {counts}."""
+
+WITHOUT = (
+    "Without the package, with the code that is in this repository ({files}; read it first). If the repository is "
+    "private, log in with `hf auth login` or set `HF_TOKEN`:"
+)
 
 MORE = """\
 After `import hsivi_diffusers`, `DiffusionPipeline.from_pretrained` loads it as well.{half}
@@ -193,7 +204,7 @@ def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: b
         return USE.format(
             installed=code(name, inputs, f"import hsivi_diffusers\n{imports}"),
             more="",
-            files="`scheduler/hsivi_diffusers.py`",
+            without=textwrap.fill(WITHOUT.format(files="`scheduler/hsivi_diffusers.py`"), 120),
             alone=code(name, inputs, imports, ", trust_remote_code=True"),
             counts=f"pass {one_of(counts)}, any other is refused",
         )
@@ -206,11 +217,12 @@ def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: b
         stock = "A stock DDPMPipeline cannot draw with it, for it passes no class labels."
     elif pipeline.unet_noise_scale is not None:
         stock = "A stock DDPMPipeline cannot draw with it, for it does not know the learned noise scale, one per pixel."
+    files = "`pipeline.py`, and `hsivi_diffusers.py` in the folders of the components"
     half = ' For half precision add `variant="fp16"` and `.to(torch.float16)`.' if fp16 else ""
     return USE.format(
         installed=code("HSIVIPipeline", inputs, "from hsivi_diffusers import HSIVIPipeline"),
         more=MORE.format(half=half, stock=stock),
-        files="`pipeline.py`, and `hsivi_diffusers.py` in the folders of the components",
+        without=textwrap.fill(WITHOUT.format(files=files), 120),
         alone=code(
             "DiffusionPipeline",
             inputs,

@@ -418,6 +418,7 @@ def test_the_card_names_the_calls_and_the_package(pushed, snippets):
         card = files_of(pushed, name)["README.md"].decode()
         assert "`pip install hsivi-diffusers`" in card
         assert "private, log in with `hf auth login` or set `HF_TOKEN`" in " ".join(card.split())
+        assert [len(line) <= 120 for line in card.splitlines() if line.startswith("Without the package")] == [True]
 
 
 def test_without_the_package_it_draws_the_same_pictures_and_can_be_saved(pushed, snippets, run_dir, tmp_path):
