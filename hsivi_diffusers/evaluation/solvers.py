@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import (
@@ -34,8 +34,12 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-# Returns images in [0, 1], shape (B, C, H, W), of (batch_size, generator, labels), with labels of shape (B,) or none.
-Sampler = Callable[..., torch.Tensor]
+class Sampler(Protocol):
+    """Returns images in [0, 1], shape (B, C, H, W); labels, shape (B,), are for a class-conditional network."""
+
+    def __call__(  # noqa: D102
+        self, batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)

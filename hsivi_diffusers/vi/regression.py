@@ -21,8 +21,8 @@ SamplePairs = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor, T
 class PairChain(Chain):
     """Pairs of a map from the base to the target, such as the teacher's ODE, known by draws alone: for `Regression`.
 
-    sample_pairs, (t of shape (B,), generator) -> (x_{t+1}, end, condition), draws for layers t tensors of shape
-    (B, ...), or None for no condition. Of a single layer that is (x_1, x_0). The rest is as in `Chain`.
+    `sample_pairs` draws the pairs of layers t: (t of shape (B,), generator) -> (x_{t+1}, end, condition), tensors of
+    shape (B, ...); the condition may be None. With a single layer a pair is (x_1, x_0). The rest is as in `Chain`.
     """
 
     def __init__(self, sample_pairs: SamplePairs, num_layers: int | Sequence[int], batch_size: int) -> None:
