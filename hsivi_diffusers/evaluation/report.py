@@ -18,7 +18,8 @@ METRICS = ("kid", "fd", "precision", "recall", "coverage", "swd")
 NOTES = """\
 KID is the squared maximum mean discrepancy of the features under the kernel (x . y / s + 1)^3, with s the mean of
 |x|^2 in the reference; FD is the Frechet distance of the features. Both depend on the features named above: they
-are not the KID and FID of Inception features, and compare within this table only. Lower is better in both and in
+are not the KID and FID of Inception features, and compare within this table only. KID has no bias, so a value near
+the best may fall below 0; FD falls with the number of images. Lower is better in both and in
 SWD, the sliced Wasserstein distance of the pixels; higher is better in precision, recall and coverage. DDIM has eta
 0; DPM-Solver++ is 2M. All methods start from the same noise and have the same class labels, if any, in equal
 numbers. The last column is the spacing of the timesteps, and the timesteps of the network calls. Another grid can
@@ -48,7 +49,8 @@ class Report:
         measured = f"Measured on {measured_on()}."
         content = {"features": self.features, "reference": self.reference, "headline": self.headline}
         write_json(run_dir / "report.json", {**content, "floor": self.floor, "measured": measured, "rows": self.rows})
-        floor = "" if self.floor is None else f" Between its two halves the reference has {self._short(self.floor)}."
+        halves = "one half of the reference against the other, with fewer images than a row"
+        floor = "" if self.floor is None else f" Floor: {self._short(self.floor)}, {halves}."
         intro = (
             f"Teacher `{training['teacher']}`. Reference: {self.reference}.{floor} HSIVI was trained "
             f"{'with' if training.get('train_data') else 'without'} data by the preset `{training.get('preset')}` for "

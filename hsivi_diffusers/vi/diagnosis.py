@@ -24,7 +24,7 @@ class Diagnosis(list[Finding]):
         self.unchecked = tuple(unchecked)
 
     def __str__(self) -> str:
-        found = [f"{finding.signature}: {finding.message}" for finding in self] or ["nothing was found"]
+        found = [f"{finding.signature}: {finding.message}" for finding in self] or ["no sign of a bad fit was found"]
         return "\n".join([*found, *(f"not checked: {thing}" for thing in self.unchecked)])
 
 

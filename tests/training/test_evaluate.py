@@ -376,7 +376,7 @@ def test_the_table_is_sorted_and_says_what_was_measured(rows, evaluated, teacher
     text = (evaluated[0] / "report.md").read_text()
     assert "Features: my own features." in text
     assert "preset `fast` for 5 updates" in text
-    assert f"Teacher `{teacher}`. Reference: digits. Between its two halves the reference has FD " in text
+    assert f"Teacher `{teacher}`. Reference: digits. Floor: FD " in text
     assert "| quadratic: 800, 200 |" in text
     assert "rival" not in text
     cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
@@ -527,7 +527,7 @@ def test_a_class_conditional_run_is_evaluated_without_further_options(class_run,
     assert isinstance(content["floor"], float)
     text = (folder / "report.md").read_text()
     assert "| NFE | method | KID x 1000 |" in text
-    assert "the reference has KID x 1000" in text
+    assert "Floor: KID x 1000" in text
     assert f"{1000 * content['rows'][0]['kid']:.2f}" in text
     assert "Result: KID x 1000 " in capsys.readouterr().out
     for name in ("samples.png", "curve.png"):

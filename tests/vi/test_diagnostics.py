@@ -338,7 +338,7 @@ def test_what_was_not_checked_is_told():
     layers, modes = OneLayer(two_modes(4.0)), two_modes(4.0)
     diagnosis = diagnose(layers, mixture_bridge(modes), generator=seeded())
     assert diagnosis.unchecked[-1] == "the masses of modes: only the score of the target is known"
-    assert str(diagnosis).splitlines()[0] == "nothing was found"
+    assert str(diagnosis).splitlines()[0] == "no sign of a bad fit was found"
     assert "not checked: modes that attract no start within 20 times the spread of the base" in str(diagnosis)
     known = diagnose(layers, WithDensity(mixture_bridge(modes).log_density, 2), generator=seeded())
     assert (known, len(known.unchecked)) == ([], 1)
