@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, Protocol
@@ -13,6 +13,8 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    IPNDMScheduler,
+    SASolverScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
@@ -20,6 +22,44 @@ from diffusers import (
 from ..distillation.denoisers import run_solver, sample_shape
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
+
+
+class TeacherIPNDM(IPNDMScheduler):
+    """IPNDMScheduler of diffusers at the noise levels of a teacher; by itself it has a clock of its own, and takes v.
+
+    It is Adams-Bashforth of order up to 4 on the predicted noise, with DDIM's step (arXiv 2204.13902, iPNDM).
+    """
+
+    schedule = HSIVIScheduler()
+
+    @classmethod
+    def from_config(cls, config: Any, **settings: Any) -> TeacherIPNDM:
+        """Takes betas and prediction type from the config of the teacher's scheduler."""
+        solver = cls()
+        solver.schedule = HSIVIScheduler.from_config(config, **settings)
+        return solver
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """Sets a grid of spacing "trailing"."""
+        super().set_timesteps(num_inference_steps, device)
+        size = len(self.schedule)
+        self.set_levels(torch.linspace(size, 0, num_inference_steps + 1).round().long()[:-1] - 1)
+
+    def set_levels(self, timesteps: torch.Tensor) -> None:
+        """Sets timesteps, and with them alpha and sigma, which end in those of an image."""
+        alpha, sigma = self.schedule.alpha_sigma(timesteps, torch.zeros(1))
+        self.timesteps, self.alphas, self.betas = timesteps, _end(alpha.flatten(), 1.0), _end(sigma.flatten(), 0.0)
+
+    def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> Any:
+        """Turns what the teacher predicts into v, and steps."""
+        x0, noise = self.schedule.predict(model_output, timestep, sample)
+        alpha, sigma = self.schedule.alpha_sigma(torch.as_tensor(timestep), sample)
+        return super().step(alpha * noise - sigma * x0, timestep, sample)
+
+
+def _end(levels: torch.Tensor, last: float) -> torch.Tensor:
+    return torch.cat([levels, torch.tensor([last])])
+
 
 # Class and settings of each baseline; what is not set is of the teacher's config, or the default of diffusers.
 SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -31,6 +71,8 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "DPM-Solver++ SDE": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "UniPC": (UniPCMultistepScheduler, {}),
     "DEIS": (DEISMultistepScheduler, {}),
+    "SA-Solver": (SASolverScheduler, {}),
+    "iPNDM": (TeacherIPNDM, {}),
 }
 
 
@@ -74,7 +116,35 @@ def shorten(timesteps: list[int]) -> str:
     return ", ".join(map(str, shown))
 
 
-def make_solver(method: str, num_steps: int, unet: UNet2DModel, config: Any, **settings: Any) -> Solver:
+def use_grid(scheduler: Any, timesteps: Sequence[int]) -> Any:
+    """Gives a solver of diffusers timesteps of your choice, and returns it; a pipeline can then be run with it.
+
+    Its `set_timesteps` then accepts their number alone. The noise level after the last one stays as its config has it.
+
+    Args:
+        scheduler: A multistep solver with `alphas_cumprod` and `sigmas`, or a `TeacherIPNDM`.
+        timesteps: Of the network calls, descending, from N-1 to 0.
+    """
+    own, steps = scheduler.set_timesteps, torch.tensor(timesteps)
+
+    def set_timesteps(num_inference_steps: int, device: Any = None) -> None:
+        if num_inference_steps != len(steps):
+            raise ValueError(f"num_inference_steps={num_inference_steps}: this solver has a grid of {len(steps)} steps")
+        own(num_inference_steps, device=device)
+        if isinstance(scheduler, TeacherIPNDM):
+            scheduler.set_levels(steps)
+            return
+        abar = scheduler.alphas_cumprod[steps]
+        scheduler.timesteps = steps.to(device)
+        scheduler.sigmas = torch.cat([((1 - abar) / abar).sqrt(), scheduler.sigmas[-1:]])
+
+    scheduler.set_timesteps = set_timesteps
+    return scheduler
+
+
+def make_solver(
+    method: str, num_steps: int, unet: UNet2DModel, config: Any, timesteps: Sequence[int] | None = None, **settings: Any
+) -> Solver:
     """Returns a solver of the teacher.
 
     Args:
@@ -82,6 +152,7 @@ def make_solver(method: str, num_steps: int, unet: UNet2DModel, config: Any, **s
         num_steps: Network calls.
         unet: The teacher.
         config: Config of the teacher's scheduler.
+        timesteps: Of the network calls; by default those of the solver's own grid.
         **settings: Of the solver's scheduler, such as `timestep_spacing`, instead of those of SOLVERS and config.
 
     Raises:
@@ -89,9 +160,14 @@ def make_solver(method: str, num_steps: int, unet: UNet2DModel, config: Any, **s
     """
     if method not in SOLVERS:
         raise ValueError(f"method {method!r} is unknown: choose one of {', '.join(map(repr, SOLVERS))}")
-    scheduler, chosen = SOLVERS[method]
-    arguments = {"eta": 1.0} if method == "DDIM, eta 1" else {}
-    return Solver(scheduler.from_config(config, **{**chosen, **settings}), num_steps, unet, arguments)
+    kind, chosen = SOLVERS[method]
+    chosen = {**chosen, **settings}
+    if timesteps is not None and kind is HSIVIScheduler:
+        chosen["layer_timesteps"] = [*timesteps, -1]
+    scheduler = kind.from_config(config, **chosen)
+    if timesteps is not None and kind is not HSIVIScheduler:
+        use_grid(scheduler, timesteps)
+    return Solver(scheduler, num_steps, unet, {"eta": 1.0} if method == "DDIM, eta 1" else {})
 
 
 def make_student(pipeline: HSIVIPipeline, num_steps: int | None = None) -> Sampler:

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
-from hsivi_diffusers.evaluation.solvers import Solver, make_solver, sample
+from hsivi_diffusers import HSIVIScheduler
+from hsivi_diffusers.evaluation.solvers import Solver, make_solver, sample, use_grid
 from tiny_unet import make_unet
 
 
@@ -59,3 +60,57 @@ def test_a_variance_that_the_teacher_predicts_is_dropped(method):
     mean_alone.load_state_dict(weights)
     (wanted,) = sample(make_solver(method, 2, mean_alone, DDPMScheduler().config), 3, 3, seed=0)
     torch.testing.assert_close(images, wanted)
+
+
+# ----- grids of your own -----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["DPM-Solver++", "UniPC", "DEIS", "SA-Solver"])
+def test_the_grid_of_a_solver_given_to_it_gives_its_images(unet, method):
+    solver = make_solver(method, 4, unet.eval(), DDPMScheduler().config)
+    solver.scheduler.set_timesteps(4)
+    same = make_solver(method, 4, unet, DDPMScheduler().config, timesteps=solver.scheduler.timesteps.tolist())
+    (images,), (wanted,) = (sample(each, 3, 3, seed=0) for each in (same, solver))
+    torch.testing.assert_close(images, wanted, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["DDIM", "UniPC", "iPNDM"])
+def test_the_network_is_called_at_the_timesteps_that_are_given(unet, method):
+    calls = []
+    unet.register_forward_hook(lambda module, args, output: calls.append(int(args[1])))
+    (images,) = sample(make_solver(method, 3, unet, DDPMScheduler().config, timesteps=[700, 300, 40]), 2, 2, seed=0)
+    assert calls == [700, 300, 40]
+    assert images.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_ipndm_of_one_step_is_ddim(unet, prediction_type):
+    """And of more it is Adams-Bashforth: 3/2 and -1/2 of the noise at the second."""
+    config = DDPMScheduler(prediction_type=prediction_type, clip_sample=False).config
+    (one,), (ddim,) = (
+        sample(make_solver(name, 1, unet, config, timesteps=[600]), 3, 3, 0) for name in ("iPNDM", "DDIM")
+    )
+    torch.testing.assert_close(one, ddim, rtol=0, atol=1e-5)
+
+    (two,) = sample(make_solver("iPNDM", 2, unet, config, timesteps=[600, 200]), 3, 3, seed=0)
+    schedule = HSIVIScheduler.from_config(config)
+    x, past = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    for level, below in ((600, 200), (200, -1)):
+        past.append(schedule.predict(unet(x, level).sample, level, x)[1])
+        noise = past[0] if len(past) == 1 else (3 * past[1] - past[0]) / 2
+        alpha, sigma = schedule.alpha_sigma(torch.tensor(level), x)
+        alpha_below, sigma_below = schedule.alpha_sigma(torch.tensor(below), x)
+        x = alpha_below * (x - sigma * noise) / alpha + sigma_below * noise
+    torch.testing.assert_close(two, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+
+
+def test_a_pipeline_runs_with_a_solver_on_a_grid(unet):
+    pipeline = DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
+    pipeline.scheduler = use_grid(DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config), [700, 300, 40])
+    assert len(pipeline(2, num_inference_steps=3).images) == 2
+    assert pipeline.scheduler.timesteps.tolist() == [700, 300, 40]
+    with pytest.raises(ValueError, match="num_inference_steps=4: this solver has a grid of 3 steps"):
+        pipeline(2, num_inference_steps=4)
