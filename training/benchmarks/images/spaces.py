@@ -1,0 +1,87 @@
+"""The spaces that images are compared in: two networks that know nothing of each other, and the pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from sklearn.decomposition import PCA
+from sklearn.neural_network import MLPClassifier
+from torch import Tensor, nn
+
+from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from hsivi_diffusers.evaluation.features import EfficientNetFeatures
+from hsivi_diffusers.evaluation.metrics import Measures
+
+COMPONENTS = 64  # of the pixels' PCA
+HIDDEN = (256, 64)  # widths of the MLP; the last one are the features
+MOST = 5000  # real images in a KID
+
+
+class PixelComponents(nn.Module):
+    """The first 64 principal components of the pixels of real images."""
+
+    def __init__(self, real: Tensor) -> None:
+        super().__init__()
+        pixels = real.flatten(1)
+        found = PCA(min(COMPONENTS, pixels.shape[1] - 1), svd_solver="randomized", random_state=0).fit(pixels.numpy())
+        self.mean = nn.Parameter(torch.from_numpy(found.mean_).float(), requires_grad=False)
+        self.components = nn.Parameter(torch.from_numpy(found.components_.T).float(), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the components, shape (B, 64), of images (B, C, H, W)."""
+        return (images.flatten(1) - self.mean) @ self.components
+
+
+class DenseFeatures(nn.Sequential):
+    """The last hidden layer of an MLP of scikit-learn, trained on the pixels and classes of real images."""
+
+    def __init__(self, real: Tensor, labels: Tensor) -> None:
+        model = MLPClassifier(HIDDEN, random_state=0, early_stopping=True).fit(real.flatten(1).numpy(), labels.numpy())
+        layers: list[nn.Module] = [nn.Flatten()]
+        for weight, bias in list(zip(model.coefs_, model.intercepts_, strict=True))[:-1]:
+            linear = nn.Linear(*weight.shape)
+            linear.load_state_dict(
+                {"weight": torch.from_numpy(weight.T).float(), "bias": torch.from_numpy(bias).float()}
+            )
+            layers += [linear, nn.ReLU()]
+        super().__init__(*layers)
+
+
+class Space(NamedTuple):
+    """A name for tables, and a distance of images to real ones."""
+
+    name: str
+    measure: str
+    measures: Measures
+
+    def distance(self, images: Tensor) -> float:
+        """FD, or KID, of images in [0, 1], shape (N, C, H, W)."""
+        return self.measures(images)[self.measure]
+
+    def floor(self, size: int) -> float:
+        """The distance of so many real images, drawn with replacement: no sampler of these images has less."""
+        real = self.measures.real
+        return self.distance(real[torch.randint(len(real), (size,), generator=torch.Generator().manual_seed(0))])
+
+
+def make_spaces(classifier: Path, real: Tensor, labels: Tensor) -> list[Space]:
+    """Returns the three spaces of a set: of its classifier, of an independent network, and of its pixels.
+
+    Args:
+        classifier: Folder of the ImageClassifier of the set.
+        real: Its images in [0, 1], shape (N, C, H, W); those of 8x8 have an MLP as the independent network, larger
+            ones EfficientNet-Lite0, whose KID is taken.
+        labels: Their classes, shape (N,).
+    """
+    independent: tuple[str, str, nn.Module, Tensor] = ("MLP", "fd", DenseFeatures(real, labels), real)
+    if real.shape[-1] >= 32:
+        some = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:MOST]
+        independent = ("EfficientNet", "kid", EfficientNetFeatures(), real[some])
+    own: tuple[str, str, nn.Module, Tensor] = ("classifier", "fd", ImageClassifier.from_pretrained(classifier), real)
+    return [_space(*own), _space(*independent), _space("pixels", "fd", PixelComponents(real), real)]
+
+
+def _space(name: str, measure: str, network: nn.Module, real: Tensor) -> Space:
+    return Space(name, measure, Measures(network.eval(), real, [measure]))

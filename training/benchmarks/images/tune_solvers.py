@@ -1,0 +1,180 @@
+"""Tunes the solvers of a teacher: grid, order and kind, for each number of network calls.
+
+    python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_digits.yaml
+
+For each solver and number of calls, Optuna's TPE looks for the settings with the least mean log distance to real
+images in three spaces (`spaces.py`). A trial draws from noise of `--tuning_seed`. The best settings are then measured
+with more images, from noise of `--eval_seed`, beside the stock settings of diffusers. The first trials are the stock
+grids and a few good ones; then the timesteps are e + (s - e) (k / (n - 1))^p, k = n - 1 .. 0, of the clock. Each solver
+and number of calls has a row in OUTPUT_DIR/solvers.json; solvers.md has the tables. A study that was stopped continues
+by the same command, and rows that exist are kept.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import optuna
+import torch
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from hsivi_diffusers import load_teacher
+from hsivi_diffusers.evaluation.pages import measured_on
+from hsivi_diffusers.evaluation.solvers import SOLVERS, make_solver, sample
+from hsivi_diffusers.folders import in_turn, write_json
+from hsivi_diffusers.options import option, parse_options, run_command
+
+from .sets import load_images
+from .solver_pages import LEAST, Row, read_rows, write_page
+from .spaces import make_spaces
+
+# What is tuned of each solver beside its grid, by the names of diffusers.
+CHOICES: dict[str, dict[str, list[Any]]] = {
+    "DDIM": {},
+    "DPM-Solver++": {"solver_order": [1, 2, 3], "solver_type": ["midpoint", "heun"]},
+    "DPM-Solver++ SDE": {"solver_order": [1, 2], "solver_type": ["midpoint", "heun"]},
+    "UniPC": {"solver_order": [1, 2, 3], "solver_type": ["bh1", "bh2"]},
+    "DEIS": {"solver_order": [1, 2, 3]},
+    "SA-Solver": {"predictor_order": [1, 2, 3], "corrector_order": [1, 2, 3]},
+    "iPNDM": {},
+}
+FINAL = ("DPM-Solver++", "DPM-Solver++ SDE", "UniPC")  # end at sigma 0, or at the lowest of the clock
+GRIDS = ("leading", "trailing", "linspace")  # of diffusers; iPNDM has none for a teacher
+POWER_GRIDS = [(0.7, 0.03, 1.5), (0.8, 0.02, 1.5), (0.9, 0.01, 2.0), (0.95, 0.06, 1.0), (0.44, 0.1, 1.0)]
+
+
+@dataclass
+class Options:
+    _group = "tuning"
+    dataset: str | None = option(None, "name of the set")
+    teacher: str | None = option(None, "folder of the teacher")
+    classifier: str | None = option(None, "folder of the ImageClassifier")
+    real_data: str = option("digits", "real images, see train_teacher.py")
+    solvers: list[str] = option([*CHOICES], "solvers to tune")
+    calls: list[int] = option([1, 2, 3, 4, 5, 8, 10, 15, 20], "network calls")
+    trials: int = option(30, "settings to try for each solver and number of calls")
+    tuning_samples: int = option(2000, "images of a trial")
+    tuning_seed: int = option(9, "seed of their noise, and of the search")
+    num_samples: int = option(5000, "images that what was found is measured by")
+    eval_seed: int = option(0, "seed of their noise")
+    batch_size: int = option(500, "images at once")
+    output_dir: str = option("docs/benchmarks", "folder of solvers.json")
+    runs_dir: str = option("runs/solvers", "folder of the trials")
+
+
+class Tuning:
+    """Teacher and spaces of one set."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.unet, self.schedule = load_teacher(str(options.teacher))
+        self.unet.eval().to(memory_format=torch.channels_last)
+        real, labels = load_images(options.real_data, self.unet.config.sample_size, self.unet.config.in_channels)
+        if labels is None:
+            raise ValueError(f"--real_data {options.real_data} has no labels: give a set with classes")
+        self.spaces = make_spaces(Path(str(options.classifier)), real.float() / 255, labels)
+
+    def measure(self, solver: str, calls: int, size: int, seed: int, **settings: Any) -> dict[str, float]:
+        """Distances of images to the real ones, by the name of the space; infinite if an image is not finite."""
+        sampler = make_solver(solver, calls, self.unet, self.schedule.config, **settings)
+        images = torch.cat([*sample(sampler, size, self.options.batch_size, seed)])
+        finite = bool(images.isfinite().all())
+        return {space.name: space.distance(images) if finite else math.inf for space in self.spaces}
+
+    def score(self, solver: str, calls: int, trial: optuna.Trial) -> float:
+        """Mean log distance over the spaces; a KID of 0 or below counts as LEAST."""
+        settings = suggest(trial, solver, calls, len(self.schedule))
+        found = self.measure(solver, calls, self.options.tuning_samples, self.options.tuning_seed, **settings)
+        trial.set_user_attr("settings", settings)
+        return mean(math.log(max(distance, LEAST)) for distance in found.values())
+
+    def tune(self, solver: str, calls: int) -> Row:
+        """The settings of the best trial, and how far its images and those of the stock settings are from real ones."""
+        options = self.options
+        study = optuna.create_study(
+            study_name=f"{options.dataset}, {solver} at {calls}",
+            storage=JournalStorage(JournalFileBackend(str(Path(options.runs_dir) / "trials.log"))),
+            sampler=optuna.samplers.TPESampler(seed=options.tuning_seed, multivariate=True, group=True),
+            load_if_exists=True,
+        )
+        grids: list[dict[str, Any]] = [] if solver == "iPNDM" else [{"grid": grid} for grid in GRIDS]
+        power = [{"grid": "power", "start": start, "end": end, "power": power} for start, end, power in POWER_GRIDS]
+        for grid in [*grids, *power]:
+            study.enqueue_trial(grid, skip_if_exists=True)
+        done = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
+        study.optimize(partial(self.score, solver, calls), max(options.trials - done, 0))
+        settings = study.best_trial.user_attrs["settings"]
+        given = (solver, calls, options.num_samples, options.eval_seed)
+        return {
+            "dataset": options.dataset,
+            "solver": solver,
+            "calls": calls,
+            "scheduler": SOLVERS[solver][0].__name__,
+            "settings": {**SOLVERS[solver][1], **settings},
+            "tuned": self.measure(*given, **settings),
+            "stock": self.measure(*given),
+            "floor": {space.name: space.floor(options.num_samples) for space in self.spaces},
+            **{name: getattr(options, name) for name in ("num_samples", "eval_seed", "tuning_samples", "tuning_seed")},
+            "trials": options.trials,
+            "measured": measured_on(),
+        }
+
+
+def suggest(trial: optuna.Trial, solver: str, calls: int, clock: int) -> dict[str, Any]:
+    """Settings of a trial: those of the scheduler, and `timesteps` where the grid is not a stock one."""
+    settings: dict[str, Any] = {name: trial.suggest_categorical(name, kinds) for name, kinds in CHOICES[solver].items()}
+    if solver in FINAL:
+        settings["final_sigmas_type"] = trial.suggest_categorical("final_sigmas_type", ["zero", "sigma_min"])
+    grid = trial.suggest_categorical("grid", ["power"] if solver == "iPNDM" else ["power", *GRIDS])
+    if grid != "power":
+        return {**settings, "timestep_spacing": grid}
+    start = trial.suggest_float("start", 0.2, 0.999)
+    end = trial.suggest_float("end", 0.001, 0.2, log=True) if calls > 1 else start
+    power = trial.suggest_float("power", 0.7, 3) if calls > 2 else 1.0
+    steps = [end + (start - end) * (k / max(calls - 1, 1)) ** power for k in reversed(range(calls))]
+    timesteps = [min(round(clock * step), clock - 1) for step in steps]
+    if any(high <= low for high, low in zip(timesteps, timesteps[1:], strict=False)):
+        raise optuna.TrialPruned
+    return {**settings, "timesteps": timesteps}
+
+
+def key_of(row: Row) -> tuple[str, int, str]:
+    """What a row is of."""
+    return row["dataset"], row["calls"], row["solver"]
+
+
+def main(args: list[str] | None = None) -> None:
+    (options,) = parse_options([Options], __doc__ or "", args)
+    missing = [name for name in ("dataset", "teacher", "classifier") if not getattr(options, name)]
+    if missing:
+        raise ValueError(f"--{', --'.join(missing)} missing: give --config training/configs/solvers_digits.yaml")
+    if unknown := [solver for solver in options.solvers if solver not in CHOICES]:
+        raise ValueError(f"--solvers {', '.join(unknown)} unknown: choose from {', '.join(CHOICES)}")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)  # of `group=`
+    path, tuning = Path(options.output_dir) / "solvers.json", Tuning(options)
+    for folder in (path.parent, Path(options.runs_dir)):
+        folder.mkdir(parents=True, exist_ok=True)
+    for calls in options.calls:
+        for solver in options.solvers:
+            if (options.dataset, calls, solver) not in map(key_of, read_rows(path)):
+                row = tuning.tune(solver, calls)
+                with in_turn(path.parent):
+                    write_json(path, {"rows": sorted([*read_rows(path), row], key=key_of)})
+                    write_page(path.parent)
+                print(
+                    f"{solver} at {calls}: stock {row['stock']}, tuned {row['tuned']} by {row['settings']}", flush=True
+                )
+
+
+if __name__ == "__main__":
+    run_command(main)
