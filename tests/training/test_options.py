@@ -16,7 +16,7 @@ from hsivi_diffusers.distillation.output import Output
 from hsivi_diffusers.distillation.trials import Trials
 from hsivi_diffusers.evaluation import evaluate
 from hsivi_diffusers.options import differences, flatten, option, parse_options, run_command
-from training.benchmarks.images import train_classifier, train_consistency, train_teacher
+from training.benchmarks.images import train_classifier, train_consistency, train_teacher, tune_solvers
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 SETS = ("fashion", "emoji")
@@ -228,6 +228,7 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
             for name in ("digits", *SETS)
         ],
         *[(f"{name}_classifier", [train_classifier.Training]) for name in SETS],
+        ("solvers_digits", [tune_solvers.Options]),
     ],
 )
 def test_the_configs_parse_for_their_programs(name, groups):
@@ -267,6 +268,7 @@ def test_no_config_is_left_untested():
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
         *[f"digits_{part}.yaml" for part in ("t1", "t5", "t1248", "evaluation", "teacher", "lcm")],
+        "solvers_digits.yaml",
         *[f"{name}_{part}.yaml" for name in SETS for part in ("teacher", "classifier", "t1", "t4", "lcm")],
         *[f"benchmark_{name}.yaml" for name in ("digits", *SETS)],
         "emoji_t2.yaml",
