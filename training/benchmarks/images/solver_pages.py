@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
 from hsivi_diffusers.folders import write_text
 
-Row = dict[str, Any]
+from .benchmark_results import Row, read_rows
+
 LEAST = 1e-4  # an unbiased KID may be 0 or below
 LABELS = ("solver", "timesteps", "settings")
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a solvers.json; an empty list if there is no such file."""
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    return rows
 
 
 def write_page(folder: Path) -> None:
     """Fills the tables of FOLDER/solvers.md, which is begun if there is none: the best at each count, and all."""
     rows, tables = read_rows(folder / "solvers.json"), {}
     for name in dict.fromkeys(row["dataset"] for row in rows):
-        of_set = sorted((row for row in rows if row["dataset"] == name), key=lambda row: (row["calls"], score(row)))
+        of_set = sorted(
+            (row for row in rows if row["dataset"] == name), key=lambda row: (row["calls"], score(row["tuned"]))
+        )
         tables[f"solvers_{name}"] = settings_table([*{row["calls"]: row for row in reversed(of_set)}.values()][::-1])
         tables[f"all_solvers_{name}"] = distances_table(of_set)
     page = folder / "solvers.md"
@@ -35,9 +31,9 @@ def write_page(folder: Path) -> None:
     write_text(page, fill_tables(text + new_parts(lacking, []), tables))
 
 
-def score(row: Row) -> float:
-    """Mean log distance over the spaces, of the tuned settings."""
-    return mean(math.log(max(distance, LEAST)) for distance in row["tuned"].values())
+def score(distances: Mapping[str, float]) -> float:
+    """Mean log distance over the spaces, by which settings are tuned and solvers are ranked; lower is better."""
+    return mean(math.log(max(distance, LEAST)) for distance in distances.values())
 
 
 def settings_table(rows: list[Row]) -> str:

@@ -17,7 +17,6 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import optuna
@@ -33,8 +32,9 @@ from hsivi_diffusers.evaluation.solvers import SOLVERS, make_solver, sample
 from hsivi_diffusers.folders import in_turn, write_json
 from hsivi_diffusers.options import option, parse_options, run_command
 
+from .benchmark_results import Row, read_rows
 from .sets import load_images
-from .solver_pages import LEAST, Row, read_rows, write_page
+from .solver_pages import score, write_page
 from .spaces import make_spaces
 
 # What is tuned of each solver beside its grid, by the names of diffusers.
@@ -91,11 +91,11 @@ class Tuning:
         return {space.name: space.distance(images) if finite else math.inf for space in self.spaces}
 
     def score(self, solver: str, calls: int, trial: optuna.Trial) -> float:
-        """Mean log distance over the spaces; a KID of 0 or below counts as LEAST."""
+        """What a trial is worth, see `solver_pages.score`."""
         settings = suggest(trial, solver, calls, len(self.schedule))
         found = self.measure(solver, calls, self.options.tuning_samples, self.options.tuning_seed, **settings)
         trial.set_user_attr("settings", settings)
-        return mean(math.log(max(distance, LEAST)) for distance in found.values())
+        return score(found)
 
     def tune(self, solver: str, calls: int) -> Row:
         """The settings of the best trial, and how far its images and those of the stock settings are from real ones."""
