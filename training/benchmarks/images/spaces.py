@@ -61,7 +61,7 @@ class Space(NamedTuple):
         return self.measures(images)[self.measure]
 
     def floor(self, size: int) -> float:
-        """The distance of so many real images, drawn with replacement: no sampler of these images has less."""
+        """The distance of so many real images, drawn with replacement: what a perfect sampler would have."""
         real = self.measures.real
         return self.distance(real[torch.randint(len(real), (size,), generator=torch.Generator().manual_seed(0))])
 
@@ -75,12 +75,13 @@ def make_spaces(classifier: Path, real: Tensor, labels: Tensor) -> list[Space]:
             ones EfficientNet-Lite0, whose KID is taken.
         labels: Their classes, shape (N,).
     """
-    independent: tuple[str, str, nn.Module, Tensor] = ("MLP", "fd", DenseFeatures(real, labels), real)
-    if real.shape[-1] >= 32:
+    own = _space("classifier", "fd", ImageClassifier.from_pretrained(classifier), real)
+    if real.shape[-1] < 32:
+        independent = _space("MLP", "fd", DenseFeatures(real, labels), real)
+    else:
         some = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:MOST]
-        independent = ("EfficientNet", "kid", EfficientNetFeatures(), real[some])
-    own: tuple[str, str, nn.Module, Tensor] = ("classifier", "fd", ImageClassifier.from_pretrained(classifier), real)
-    return [_space(*own), _space(*independent), _space("pixels", "fd", PixelComponents(real), real)]
+        independent = _space("EfficientNet", "kid", EfficientNetFeatures(), real[some])
+    return [own, independent, _space("pixels", "fd", PixelComponents(real), real)]
 
 
 def _space(name: str, measure: str, network: nn.Module, real: Tensor) -> Space:
