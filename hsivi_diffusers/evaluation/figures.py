@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .pages import MEASURES
+from .pages import MEASURES, Measure
 
 DPI = 130
 
@@ -49,7 +49,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], labels: Mapping[str, str], path:
     Args:
         rows: With `method`, `nfe` and the measures. Several rows of one method and number of calls are training seeds,
             whose mean is drawn, with bars of one standard deviation.
-        labels: Names in the figure by measure.
+        labels: Names in the figure by measure; of one that is not in MEASURES lower is better.
         path: PNG to write.
     """
     plt = pyplot()
@@ -57,7 +57,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], labels: Mapping[str, str], path:
 
     figure, axes = plt.subplots(1, len(labels), figsize=(5 * len(labels), 4.6), squeeze=False, layout="constrained")
     for axis, (name, label) in zip(axes[0], labels.items(), strict=True):
-        measure = MEASURES[name]
+        measure = MEASURES.get(name, Measure(label))
         values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
             values[row["method"]][row["nfe"]].append(measure.factor * row[name])

@@ -1,4 +1,4 @@
-"""Compares few-step samplers of one teacher: solvers, our students, and a consistency model trained for as long.
+"""Compares few-step samplers of one teacher: tuned solvers, our students, and baselines trained for as long.
 
     python -m training.benchmarks.images.benchmark --config training/configs/benchmark_digits.yaml
 
@@ -15,7 +15,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -29,16 +29,27 @@ from tqdm import tqdm
 from hsivi_diffusers import HSIVIPipeline, load_teacher
 from hsivi_diffusers.cli import read_distillation
 from hsivi_diffusers.distillation.config import HSIVIConfig, read_settings
-from hsivi_diffusers.evaluation.classifier import ImageClassifier
-from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.evaluation.pages import measured_on
 from hsivi_diffusers.evaluation.solvers import Sampler, Solver, make_solver, make_student, sample
 from hsivi_diffusers.folders import LOCK, in_turn, remove_folder, replace_folder
 from hsivi_diffusers.options import differences, option, parse_options, run_command
 
-from .benchmark_pages import BASELINE, is_shown, write_pages
-from .benchmark_results import Key, Results, key_of, recipe_of
+from .benchmark_pages import (
+    BASELINES,
+    CONSISTENCY,
+    OURS,
+    PAIRS,
+    PROGRESSIVE,
+    REAL,
+    SOLVER,
+    TEACHER,
+    is_shown,
+    write_pages,
+)
+from .benchmark_results import Key, Results, key_of, read_rows, recipe_of
 from .sets import load_images
+from .solver_pages import best_solvers
+from .spaces import SetMeasures
 
 DISTIL = "hsivi_diffusers distil"
 RESUME = ("--resume_from_checkpoint", "latest")
@@ -56,15 +67,13 @@ class Options:
     classifier_config: str | None = option(None, "config of train_classifier.py")
     real_data: str = option("digits", "real images, see train_teacher.py")
     students: list[str] = option([], "configs of train_hsivi.py, each with the options it is given besides, if any")
-    baseline: str | None = option(None, "config of train_consistency.py; it is given the time of --baseline_of")
-    baseline_of: str | None = option(None, "the one of --students whose training seconds the baseline is given")
-    baseline_steps: list[int] = option([1, 2, 4, 8], "network calls of the baseline")
+    pairs: str | None = option(None, "config of train_baseline.py of a regression on pairs, for one call")
+    progressive: str | None = option(None, "config of train_baseline.py of a progressive distillation")
+    consistency: str | None = option(None, "config of train_baseline.py of a consistency model")
+    baseline_steps: list[int] = option([1, 2, 4], "network calls of the baselines, each of which has a student")
     seeds: list[int] = option([0, 1, 2], "training seeds of students and baselines")
-    solvers: list[str] = option(
-        ["DDIM", "DPM-Solver++", "DPM-Solver++ SDE", "UniPC", "DEIS", "DDPM"], "solvers of the teacher"
-    )
-    solver_steps: list[int] = option([1, 2, 3, 4, 5, 8, 10, 15, 20, 50, 100], "their network calls")
-    ddpm_steps: list[int] = option([1000], "further network calls of DDPM, if it is among the solvers")
+    solvers: str = option("docs/benchmarks/solvers.json", "solvers that were tuned, by tune_solvers.py")
+    teacher_steps: int = option(100, "network calls of the teacher's converged sampler, DPM-Solver++")
     num_samples: int = option(10_000, "images of each row")
     batch_size: int = option(500, "images at once")
     eval_seed: int = option(0, "seed of the noise")
@@ -80,6 +89,7 @@ class Entry(NamedTuple):
     seed: int | None
     make: Callable[[], tuple[Sampler, Costs]]
     settings: HSIVIConfig | None = None  # of a student
+    told: Mapping[str, Any] = {}  # more that the row tells
 
     @property
     def key(self) -> Key:
@@ -104,30 +114,62 @@ class Comparison:
         self.unet.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same images
 
     def entries(self) -> list[Entry]:
-        """Every row: students, the baseline that has their time, then the solvers, the cheap ones first."""
-        entries = [entry for config in self.options.students for entry in self._students(config)]
+        """Every row: the floor, the teacher and its solvers, students, and the baselines that have their cost."""
+        entries = [
+            Entry(REAL, 0, None, partial(self._costless, self._draw_real)),
+            Entry(TEACHER, self.options.teacher_steps, None, partial(self._costless, self._teacher_sampler())),
+            *self._solvers(),
+            *(entry for config in self.options.students for entry in self._students(config)),
+        ]
         keys = [entry.key for entry in entries]
         if twice := sorted({f"{key[0]} at {key[1]}" for key in keys if keys.count(key) > 1}):
             raise ValueError(
                 f"--students have {', '.join(twice)} more than once: compare one student of each preset and number of "
                 "calls, and the others in another --output_dir"
             )
-        if self.options.baseline is not None:
-            for seed, nfe in product(self.options.seeds, self.options.baseline_steps):
-                entries.append(Entry(BASELINE, nfe, seed, partial(self._make_baseline, nfe, seed)))
-        counts = [(method, nfe) for nfe in self.options.solver_steps for method in self.options.solvers]
-        if "DDPM" in self.options.solvers:
-            counts += [("DDPM", nfe) for nfe in self.options.ddpm_steps]
-        for method, nfe in counts:
-            solver = make_solver(method, nfe, self.unet, self.schedule.config)
-            entries.append(Entry(method, nfe, None, partial(lambda solver: (solver, {}), solver)))
+        for method in BASELINES:
+            if (config := self._config_of(method)) is not None:
+                counts = [1] if method == PAIRS else self.options.baseline_steps
+                make = self._make_consistency if method == CONSISTENCY else self._make_baseline
+                if lacking := [nfe for nfe in counts if (OURS, nfe, self.options.seeds[0]) not in keys]:
+                    raise ValueError(
+                        f"--baseline_steps has {lacking}, and --students none of so many calls, whose cost the "
+                        "baseline is given: leave them out, or add such a student"
+                    )
+                of_each = product(self.options.seeds, counts)
+                entries += [Entry(method, nfe, seed, partial(make, config, nfe, seed)) for seed, nfe in of_each]
         return entries
+
+    def _config_of(self, baseline: str) -> str | None:
+        """The config of a baseline, if it has one."""
+        options = self.options
+        return {PAIRS: options.pairs, PROGRESSIVE: options.progressive, CONSISTENCY: options.consistency}[baseline]
+
+    def _costless(self, sampler: Sampler) -> tuple[Sampler, Costs]:
+        return sampler, {}
+
+    def _draw_real(
+        self, batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Real images, drawn with replacement: what a perfect sampler would draw."""
+        return self.real[torch.randint(len(self.real), (batch_size,), generator=generator)]
+
+    def _teacher_sampler(self) -> Solver:
+        return make_solver("DPM-Solver++", self.options.teacher_steps, self.unet, self.schedule.config)
+
+    def _solvers(self) -> Iterator[Entry]:
+        """The best tuned solver at each number of calls."""
+        rows = [row for row in read_rows(Path(self.options.solvers)) if row["dataset"] == self.options.dataset]
+        for row in best_solvers(rows):
+            solver = make_solver(row["solver"], row["calls"], self.unet, self.schedule.config, **row["settings"])
+            told = {"solver": row["solver"], "settings": row["settings"]}
+            yield Entry(SOLVER, row["calls"], None, partial(self._costless, solver), told=told)
 
     def _students(self, config: str) -> Iterator[Entry]:
         for seed in self.options.seeds:
             # Refused now, and not after the trainings before it, if it cannot run.
             _, settings, _ = read_distillation(self._arguments(config, seed), config, "")
-            name = "HSIVI paper" if settings.preset == "paper" else "HSIVI fast"
+            name = f"{OURS} paper" if settings.preset == "paper" else OURS
             name += ", one for all" if len(settings.depths) > 1 else ""
             for nfe in settings.depths:
                 yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed, settings), settings)
@@ -146,19 +188,33 @@ class Comparison:
             )
         return make_student(HSIVIPipeline.from_pretrained(folder / "pipeline"), nfe), costs
 
-    def _make_baseline(self, nfe: int, seed: int) -> tuple[Sampler, Costs]:
-        """A consistency model, trained for as long as the student that it is compared with, whose row is there."""
-        students = {entry.key for entry in self._students(str(self.options.baseline_of)) if entry.seed == seed}
-        seconds = next(row["train_seconds"] for row in self.results.rows() if key_of(row) in students)
-        limit = ["--max_train_seconds", str(seconds), *RESUME]
-        folder, costs = self._train(str(self.options.baseline), seed, f"{__package__}.train_consistency", limit)
-        if costs["max_train_seconds"] != seconds:
-            raise ValueError(
-                f"{folder} was given {costs['max_train_seconds']} s, and the student that it is compared with had "
-                f"{seconds} s: remove it and its rows, or name another --runs_dir and --output_dir"
-            )
+    def _cost_of(self, nfe: int, seed: int) -> tuple[float, int]:
+        """Seconds and network calls of the training of our student, whose row is there."""
+        row = next(row for row in self.results.rows() if key_of(row) == (OURS, nfe, seed))
+        return row["train_seconds"], row["train_calls"]
+
+    def _make_baseline(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
+        """A progressive distillation to so many calls, or a regression on pairs."""
+        folder, costs = self._train_as_long(f"{config} --num_inference_steps {nfe}", nfe, seed)
+        return make_student(HSIVIPipeline.from_pretrained(folder / "pipeline"), nfe), costs
+
+    def _make_consistency(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
+        """One model for all numbers of calls, that has the cost of the student of the most."""
+        folder, costs = self._train_as_long(config, max(self.options.baseline_steps), seed)
         pipeline = DDPMPipeline.from_pretrained(folder / "pipeline")
         return Solver(LCMScheduler.from_config(pipeline.scheduler.config), nfe, pipeline.unet), costs
+
+    def _train_as_long(self, config: str, nfe: int, seed: int) -> tuple[Path, Costs]:
+        """Trains a baseline for at least the seconds and the network calls of our student."""
+        seconds, calls = self._cost_of(nfe, seed)
+        limit = [f"--max_train_seconds={seconds}", f"--min_network_calls={calls}", *RESUME]
+        folder, costs = self._train(config, seed, f"{__package__}.train_baseline", limit)
+        if (costs["max_train_seconds"], costs["min_network_calls"]) != (seconds, calls):
+            raise ValueError(
+                f"{folder} was not given the cost of the student that it is compared with, {seconds} s and {calls} "
+                "network calls: remove it and its rows, or name another --runs_dir and --output_dir"
+            )
+        return folder, costs
 
     def _train(self, config: str, seed: int, program: str, arguments: Sequence[str]) -> tuple[Path, Costs]:
         """Folder and cost of the training of a config and a seed: done before, or now."""
@@ -171,19 +227,18 @@ class Comparison:
 
     def measure(self) -> None:
         """Adds the rows that are missing, one after the other."""
-        entries, options = self.entries(), self.options
+        entries = self.entries()
         there = self.results.keys({entry.key: entry.settings for entry in entries}, self.drawn)
         wanted = [entry for entry in entries if entry.key not in there]
         if not wanted:
             return
-        real, _ = load_images(self.options.real_data, self.unet.config.sample_size, self.unet.config.in_channels)
-        measures = Measures(ImageClassifier.from_pretrained(self.options.classifier).eval(), real.float() / 255)
+        measures = self._make_measures()
         progress = tqdm(wanted, desc=str(self.options.dataset), unit="row")
         for entry in progress:
             name = f"{entry.method} at {entry.nfe}"
             progress.set_postfix_str(name)
             sampler, costs = entry.make()
-            images = torch.cat([*sample(sampler, options.num_samples, options.batch_size, options.eval_seed)])
+            images = self._draw(sampler)
             row = {
                 "dataset": self.options.dataset,
                 "method": entry.method,
@@ -191,16 +246,27 @@ class Comparison:
                 "train_seed": entry.seed,
                 **self.drawn,
                 **measures(images),
-                "class_shares": measures.shares,
-                "real_class_shares": measures.real_shares,
+                **entry.told,
                 "train_seconds": costs.get("seconds"),
                 "train_calls": costs.get("network_calls"),
                 "recipe": entry.settings and recipe_of(entry.settings),
                 "measured": measured_on(),
             }
             if entry.seed in (None, self.options.seeds[0]) and is_shown(entry.method, entry.nfe):
-                self.results.keep_images(name, images[:16], real)  # before the row
+                self.results.keep_images(name, images[:16], self.real)  # before the row
             self.results.add(row)
+
+    def _make_measures(self) -> SetMeasures:
+        options, config = self.options, self.unet.config
+        real, labels = load_images(options.real_data, config.sample_size, config.in_channels)
+        if labels is None:
+            raise ValueError(f"--real_data {options.real_data} has no labels: give a set with classes")
+        self.real = real.float() / 255
+        return SetMeasures(Path(str(options.classifier)), self.real, labels, self._draw(self._teacher_sampler()))
+
+    def _draw(self, sampler: Sampler) -> torch.Tensor:
+        options = self.options
+        return torch.cat([*sample(sampler, options.num_samples, options.batch_size, options.eval_seed)])
 
 
 def _make(folder: Path, program: str, config: str | None, *arguments: str) -> None:
@@ -228,12 +294,6 @@ def main(args: list[str] | None = None) -> None:
     missing = [name for name in ("dataset", "teacher", "classifier") if not getattr(options, name)]
     if missing:
         raise ValueError(f"--{', --'.join(missing)} missing: give --config training/configs/benchmark_digits.yaml")
-    if (options.baseline is None) != (options.baseline_of is None):
-        raise ValueError("--baseline and --baseline_of go together: the second says how long the first may train")
-    if options.baseline is not None and options.baseline_of not in options.students:
-        raise ValueError(
-            f"--baseline_of {options.baseline_of} is not among --students: give one of them, word for word"
-        )
     comparison, folder = Comparison(options), Path(options.output_dir)
     comparison.measure()
     with in_turn(folder):

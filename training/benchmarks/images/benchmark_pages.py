@@ -5,39 +5,40 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 
 from hsivi_diffusers.evaluation.figures import draw_curves, draw_samples, pyplot
-from hsivi_diffusers.evaluation.metrics import total_variation
 from hsivi_diffusers.evaluation.pages import MEASURES, fill_tables, new_parts, write_table, written
 from hsivi_diffusers.folders import write_text
 
 from .benchmark_results import Row, pictures_path, read_rows
+from .spaces import OF_CLASSIFIER
 
 Group = tuple[str, int]  # method and network calls
 
-OURS = "HSIVI fast"
-BASELINE = "consistency distillation"
-# Of those that were run, on the timestep grids that diffusers has by default: others may be better.
-BEST = "best stock solver"
-TEACHER: Group = ("DDPM", 100)
-LABELS = ("set", "method", "measure", "held against", "reached")
-SHOWN_CALLS = (1, 2, 4, 5, 8, 10, 15, 20, 50, 100, 1000)
-CURVES = {"fd": "FD", "swd": "SWD", "recall": "recall"}
-SHOWN_IMAGES = [TEACHER, ("UniPC", 4), ("UniPC", 10), (BASELINE, 1), (BASELINE, 4)]
+OURS = "HSIVI"
+REAL, TEACHER, SOLVER = "real images", "teacher", "tuned solver"
+PAIRS, PROGRESSIVE, CONSISTENCY = "pairs only", "progressive distillation", "consistency distillation"
+BASELINES = (PAIRS, PROGRESSIVE, CONSISTENCY)
+ORDER = (REAL, TEACHER, SOLVER, *BASELINES, OURS)
+LABELS = ("set", "method", "held against", "reached")
+CURVES = ("recall", "coverage")
+SHOWN_SOLVERS = (1, 2, 4, 10)
 
 
 def write_pages(folder: Path) -> None:
     """Fills the tables of FOLDER/index.md, which is begun if there is none, and draws the figures of FOLDER."""
     sets = in_sets(read_rows(folder / "results.json"))
     tables, figures = make_tables(sets), []
-    for name, of_set in sets.items():
+    for name, rows in sets.items():
         word = as_word(name)
-        draw_curves(sorted(of_set, key=rank), CURVES, folder / f"curves_{word}.png")
-        draw_classes(of_set, folder / f"classes_{word}.png")
+        flat = [{**row, **row["distances"]} for row in sorted(rows, key=rank) if row["nfe"]]
+        shown = dict.fromkeys(flat[0]["distances"] if flat else ()) | dict.fromkeys(CURVES)
+        draw_curves(flat, {each: each for each in shown}, folder / f"curves_{word}.png")
+        draw_classes(rows, folder / f"classes_{word}.png")
         if (pictures := pictures_path(folder, name)).exists():
             draw_samples(picture_rows(load_file(pictures)), folder / f"samples_{word}.png")
         figures += [f"{kind}_{word}.png" for kind in ("curves", "samples", "classes")]
@@ -49,29 +50,20 @@ def write_pages(folder: Path) -> None:
 
 
 def make_tables(sets: dict[str, list[Row]]) -> dict[str, str]:
-    """The tables by name: of all sets together, and of each."""
-    tables = {"summary": summary_table(sets), "goals": goals_table(sets)}
-    for name, of_set in sets.items():
-        tables[f"fd_{as_word(name)}"] = calls_table(of_set)
-        tables[f"measures_{as_word(name)}"] = measures_table(of_set)
-    return tables
+    """The tables of each set, by name."""
+    makers = {"summary": summary_table, "goals": goals_table, "measures": measures_table, "costs": costs_table}
+    return {f"{kind}_{as_word(name)}": make(rows) for name, rows in sets.items() for kind, make in makers.items()}
 
 
 def in_sets(rows: list[Row]) -> dict[str, list[Row]]:
     """The rows of each set."""
     names = dict.fromkeys(row["dataset"] for row in rows)
-    return {name: beside_teacher([row for row in rows if row["dataset"] == name]) for name in names}
+    return {name: [row for row in rows if row["dataset"] == name] for name in names}
 
 
 def as_word(dataset: str) -> str:
     """The name of a set as a part of names."""
     return re.sub(r"\W", "_", dataset)
-
-
-def beside_teacher(rows: list[Row]) -> list[Row]:
-    """Rows of a set with `teacher_tv`, the total variation to the teacher's shares of classes, if it was measured."""
-    shares = [row["class_shares"] for row in rows if (row["method"], row["nfe"]) == TEACHER]
-    return [{**row, "teacher_tv": total_variation(row["class_shares"], shares[0])} for row in rows] if shares else rows
 
 
 def grouped(rows: list[Row]) -> dict[Group, list[Row]]:
@@ -82,80 +74,83 @@ def grouped(rows: list[Row]) -> dict[Group, list[Row]]:
     return groups
 
 
-def with_best(rows: list[Row]) -> dict[Group, list[Row]]:
-    """These, and the row of the best stock solver at each number of calls at which more than DDPM was run."""
-    solvers = [row for row in rows if is_solver(row["method"])]
-    counts = {row["nfe"] for row in solvers if row["method"] != TEACHER[0]}
-    order = sorted(solvers, key=lambda row: (row["fd"], row["method"]), reverse=True)
-    return grouped(rows) | {(BEST, row["nfe"]): [row] for row in order if row["nfe"] in counts}
-
-
 def is_ours(method: str) -> bool:
-    return method.startswith("HSIVI")
+    return method.startswith(OURS)
 
 
-def is_solver(method: str) -> bool:
-    return not is_ours(method) and method != BASELINE
-
-
-def rank(row: Row) -> tuple[bool, bool, str]:
-    """The order of the methods: ours, the solvers, the baseline."""
-    return not is_ours(row["method"]), row["method"] == BASELINE, row["method"]
+def rank(row: Row) -> tuple[int, str]:
+    """The order of the methods: the floor, what one has for nothing, the baselines, ours."""
+    method = row["method"]
+    return ORDER.index(OURS if is_ours(method) else method), method
 
 
 def is_shown(method: str, nfe: int) -> bool:
     """Whether the figure of samples has images of it."""
-    return is_ours(method) or (method, nfe) in SHOWN_IMAGES
+    return method not in (REAL, SOLVER) or (method == SOLVER and nfe in SHOWN_SOLVERS)
 
 
-def value(rows: list[Row], measure: str) -> float:
-    """Mean over the training seeds."""
-    return mean(row[measure] for row in rows)
+def value(rows: list[Row], space: str, kind: str = "distances") -> float:
+    """Mean distance over the training seeds."""
+    return mean(row[kind][space] for row in rows)
 
 
-def cell(rows: list[Row], measure: str) -> str:
-    """Mean over the training seeds and its spread; nothing without rows."""
-    return written(measure, *(row[measure] for row in rows)) if rows else ""
+def distance(rows: list[Row], space: str, kind: str = "distances") -> str:
+    """Mean and spread over the training seeds, of three digits; nothing without rows."""
+    if not rows:
+        return ""
+    spread = stdev(row[kind][space] for row in rows) if len(rows) > 1 else None
+    return f"{value(rows, space, kind):.3g}" + ("" if spread is None else f" ± {spread:.2g}")
 
 
-def summary_table(sets: dict[str, list[Row]]) -> str:
-    """FD on each set: ours, the trained baseline and the best stock solver with its name, and DDPM at many calls."""
-    groups = [with_best(rows) for rows in sets.values()]
-    counts, lines = {nfe for of_set in groups for _, nfe in of_set}, []
-    for nfe in sorted(counts & {*SHOWN_CALLS}):
-        for method in (OURS, BASELINE, BEST) if nfe <= 20 else (BEST, TEACHER[0]):
-            found = [of_set.get((method, nfe), []) for of_set in groups]
-            names = [f" {rows[0]['method']}" if rows and method == BEST else "" for rows in found]
-            if any(found):
-                cells = [cell(rows, "fd") + name for rows, name in zip(found, names, strict=True)]
-                lines.append([nfe, bold(method), *cells])
-    return write_table(["calls", "method", *sets], LABELS, lines)
-
-
-def calls_table(rows: list[Row]) -> str:
-    """FD of every method at every number of calls."""
-    groups = grouped(sorted(rows, key=rank))
-    counts = sorted({nfe for _, nfe in groups})
-    lines = [
-        [bold(method), *(cell(groups.get((method, nfe), []), "fd") for nfe in counts)]
-        for method in dict.fromkeys(method for method, _ in groups)
-    ]
-    return write_table(["method", *map(str, counts)], LABELS, lines)
+def summary_table(rows: list[Row]) -> str:
+    """Distances at each number of calls, of the tuned solver, the baseline that is best in the space, and ours."""
+    groups, spaces = grouped(rows), [*rows[0]["distances"]]
+    counts = sorted({nfe for method, nfe in groups if method in (SOLVER, OURS)})
+    lines = []
+    for nfe in counts:
+        cells = []
+        for space in spaces:
+            baselines = [groups[name, nfe] for name in BASELINES if (name, nfe) in groups]
+            best = min(baselines, key=lambda each: value(each, space), default=[])
+            told = distance(best, space) + (f" ({best[0]['method'].split()[0]})" if best else "")
+            ours = distance(groups.get((OURS, nfe), []), space)
+            cells += [distance(groups.get((SOLVER, nfe), []), space), told, f"**{ours}**" if ours else ""]
+        lines.append([nfe, *cells])
+    for (method, nfe), of_group in groups.items():
+        if method in (REAL, TEACHER):
+            words = f"{method}, {nfe}" if nfe else method
+            lines.append([words, *(cell for space in spaces for cell in (distance(of_group, space), "", ""))])
+    heads = [f"{space}: {word}" for space in spaces for word in ("tuned solver", "best baseline", "ours")]
+    return write_table(["calls", *heads], LABELS, lines)
 
 
 def measures_table(rows: list[Row]) -> str:
-    """Every measure, and what the training cost, at some numbers of calls."""
-    measures = [measure for measure in MEASURES if all(measure in row for row in rows)]
+    """Every measure: distances to real images and to the teacher's, and those of the classifier's features."""
+    spaces = [*rows[0]["distances"]]
+    lines = []
+    for (method, nfe), of_group in sorted(grouped(rows).items(), key=lambda item: (item[0][1], rank(item[1][0]))):
+        cells = [distance(of_group, space, kind) for kind in ("distances", "teacher_distances") for space in spaces]
+        cells += [written(name, *(row[name] for row in of_group)) for name in OF_CLASSIFIER]
+        told = f" ({of_group[0]['solver']})" if method == SOLVER else ""
+        lines.append([nfe or "", bold(method) + told, *cells, of_group[0]["num_samples"]])
+    heads = [*spaces, *(f"{space}, to teacher" for space in spaces), *(MEASURES[each].head for each in OF_CLASSIFIER)]
+    return write_table(["calls", "method", *heads, "images"], LABELS, lines)
+
+
+def costs_table(rows: list[Row]) -> str:
+    """What each training cost, seed by seed, and as a multiple of what ours of as many calls cost."""
     groups, lines = grouped(rows), []
-    for (method, nfe), of_group in sorted(groups.items(), key=lambda item: (item[0][1], value(item[1], "fd"))):
-        if nfe not in SHOWN_CALLS:
+    for (method, nfe), of_group in sorted(groups.items(), key=lambda item: (item[0][1], rank(item[1][0]))):
+        if of_group[0]["train_seconds"] is None:
             continue
-        cells = [*(cell(of_group, measure) for measure in measures), of_group[0]["num_samples"]]
-        costs = ["", ""]
-        if of_group[0]["train_seconds"] is not None:
-            costs = [f"{value(of_group, 'train_seconds'):.0f}", f"{value(of_group, 'train_calls') / 1e6:.2f} M"]
-        lines.append([nfe, bold(method), *cells, *costs])
-    heads = [*(MEASURES[measure].head for measure in measures), "images", "training s", "calls of training"]
+        ours = {row["train_seed"]: row for row in groups.get((OURS, nfe), [])}
+        cells = []
+        for name, unit, form in (("train_seconds", 1, ".0f"), ("train_calls", 1e6, ".2f")):
+            cells.append(", ".join(format(row[name] / unit, form) for row in of_group))
+            pairs = [(row[name], ours[row["train_seed"]][name]) for row in of_group if row["train_seed"] in ours]
+            cells.append(", ".join(f"{one / other:.2f}" for one, other in pairs) if method in BASELINES else "")
+        lines.append([nfe, bold(method), *cells])
+    heads = ["seconds", "by ours", "million calls", "by ours"]
     return write_table(["calls", "method", *heads], LABELS, lines)
 
 
@@ -163,55 +158,70 @@ def bold(method: str) -> str:
     return f"**{method}**" if is_ours(method) else method
 
 
-class Claim(NamedTuple):
-    """What is asked of our samplers at a number of calls: a measure of at most the factor times that of a group."""
+class Goal(NamedTuple):
+    """What is asked of ours at a number of calls: a distance of at most the factor times that of a group.
+
+    With `over_floor` both are distances over that of real images.
+    """
 
     calls: int
-    group: Group | None  # without one the factor is the limit
+    group: Group
     factor: float = 1.0
-    measure: str = "fd"
+    over_floor: bool = False
+
+    @property
+    def words(self) -> str:
+        """What ours is held against."""
+        share = {1.0: "", 0.5: "half of ", 1 / 1.5: "1/1.5 of "}[self.factor]
+        return f"{share}{self.group[0]} at {self.group[1]}" + (", over the floor" if self.over_floor else "")
+
+    def limit(self, groups: dict[Group, list[Row]], space: str) -> float:
+        """The largest distance that reaches the goal."""
+        floor = value(groups[REAL, 0], space) if self.over_floor else 0.0
+        return floor + self.factor * (value(groups[self.group], space) - floor)
 
 
-# Solvers count at equal calls only: on better grids than those of diffusers, solvers of more calls than ours are ahead.
-CLAIMS = [
-    *(Claim(nfe, (BEST, nfe)) for nfe in (1, 2, 4, 5)),
-    Claim(4, TEACHER),
-    *(Claim(nfe, (BASELINE, nfe)) for nfe in (1, 2, 4)),
-    Claim(1, None, 0.1, "teacher_tv"),
-    Claim(1, ("DDPM", 1000), 1.2),
-    Claim(4, ("DDPM", 1000)),
+GOALS = [
+    *(Goal(nfe, (SOLVER, nfe), 0.5, over_floor=True) for nfe in (1, 2, 4, 5)),
+    *(Goal(nfe, (SOLVER, more)) for nfe, more in ((1, 5), (1, 8), (2, 8), (4, 15))),
+    *(Goal(nfe, (baseline, nfe), 1 / 1.5) for baseline in BASELINES for nfe in (1, 2, 4)),  # regression has 1 alone
 ]
+RECALL_GOAL = (4, (SOLVER, 20))
 
 
-def goals_table(sets: dict[str, list[Row]]) -> str:
-    """Each goal, for each set and each of our samplers but for preset `paper` that has the number of calls."""
+def goals_table(rows: list[Row]) -> str:
+    """Each goal in each space: what ours has, and at most should have."""
+    groups, spaces = grouped(rows), [*rows[0]["distances"]]
     lines = []
-    for name, rows in sets.items():
-        groups = with_best(sorted(rows, key=rank))
-        for nfe, group, factor, measure in CLAIMS:
-            if group is not None and group not in groups:
-                continue
-            limit = factor if group is None else factor * value(groups[group], measure)
-            times = "" if factor == 1 else f"{factor:g} times "
-            words = f"{factor:g}" if group is None else f"{times}{group[0]} at {group[1]}"
-            for (method, calls), ours in groups.items():
-                if calls == nfe and is_ours(method) and "paper" not in method and measure in ours[0]:
-                    reached = "yes" if value(ours, measure) <= limit else "no"
-                    numbers = [cell(ours, measure), words, format(limit, MEASURES[measure].form), reached]
-                    lines.append([name, method, nfe, MEASURES[measure].head, *numbers])
+    for goal in GOALS:
+        ours = groups.get((OURS, goal.calls))
+        if ours is None or goal.group not in groups or (goal.over_floor and (REAL, 0) not in groups):
+            continue
+        found = [(value(ours, space), goal.limit(groups, space)) for space in spaces]
+        missed = [space for space, (one, most) in zip(spaces, found, strict=True) if one > most]
+        told = f"missed: {', '.join(missed)}" if missed else "reached"
+        lines.append([goal.calls, goal.words, *(f"{one:.3g} / {most:.3g}" for one, most in found), told])
+    calls, group = RECALL_GOAL
+    if (OURS, calls) in groups and group in groups:
+        for name in ("recall", "coverage"):
+            one, least = (mean(row[name] for row in groups[each]) for each in ((OURS, calls), group))
+            words = f"{name} of {group[0]} at {group[1]}"
+            cells = [f"{one:.3f} / {least:.3f}", *[""] * (len(spaces) - 1)]
+            lines.append([calls, words, *cells, "reached" if one >= least else "missed"])
     if not lines:
         return "No goal can be told: the rows lack ours, or what they are held against."
-    heads = ["set", "method", "calls", "measure", "ours", "held against", "it has", "reached"]
-    return write_table(heads, LABELS, lines)
+    return write_table(["calls", "held against", *spaces, "reached"], LABELS, lines)
 
 
 def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
     """Labelled rows of one figure: the teacher and its solvers, the baseline, ours, real images."""
-    others = [f"{method} at {nfe}" for method, nfe in SHOWN_IMAGES]
-    ours = sorted(
-        (name for name in pictures if is_ours(name)), key=lambda name: (name.split(" at ")[0], len(name), name)
-    )
-    return [(name, pictures[name].float() / 255) for name in [*others, *ours, "real"] if name in pictures]
+
+    def place(name: str) -> tuple[int, str, int]:
+        method, _, nfe = name.partition(" at ")
+        return *rank({"method": method}), int(nfe)
+
+    names = [*sorted((name for name in pictures if name != "real"), key=place), "real"]
+    return [(name, pictures[name].float() / 255) for name in names]
 
 
 def draw_classes(rows: list[Row], path: Path) -> None:
@@ -220,8 +230,8 @@ def draw_classes(rows: list[Row], path: Path) -> None:
     groups = {
         group: of_group
         for group, of_group in sorted(grouped(rows).items(), key=lambda item: (is_ours(item[0][0]), item[0]))
-        if not is_solver(group[0]) or group in (TEACHER, ("UniPC", 10))
-    } or grouped(rows)
+        if group[0] not in (REAL, SOLVER) or group == (SOLVER, 10)
+    }
     columns = min(4, len(groups))
     lines = math.ceil(len(groups) / columns)
     style = {"figsize": (3.5 * columns, 2 * lines), "squeeze": False, "sharey": True, "layout": "constrained"}

@@ -66,9 +66,9 @@ class Results:
             write_json(self.path, {"rows": [*read_rows(self.path), row]})
 
     def keep_images(self, name: str, images: torch.Tensor, real: torch.Tensor) -> None:
-        """Keeps images in [0, 1] of a row under its name, and as many real ones, shape (N, C, H, W), as bytes."""
-        drawn = (255 * images).round().to(torch.uint8).contiguous()
-        shown = real[torch.linspace(0, len(real) - 1, len(drawn)).long()].contiguous()
+        """Keeps images of a row under its name, and as many real ones, all in [0, 1], (N, C, H, W), as bytes."""
+        shown = real[torch.linspace(0, len(real) - 1, len(images)).long()]
+        drawn, shown = ((255 * each).round().to(torch.uint8).contiguous() for each in (images, shown))
         with in_turn(self.path.parent):
             before = load_file(self.images_path) if self.images_path.exists() else {}
             save_file({**before, name: drawn, "real": shown}, self.images_path)

@@ -23,12 +23,18 @@ def write_page(folder: Path) -> None:
         of_set = sorted(
             (row for row in rows if row["dataset"] == name), key=lambda row: (row["calls"], score(row["tuned"]))
         )
-        tables[f"solvers_{name}"] = settings_table([*{row["calls"]: row for row in reversed(of_set)}.values()][::-1])
+        tables[f"solvers_{name}"] = settings_table(best_solvers(of_set))
         tables[f"all_solvers_{name}"] = distances_table(of_set)
     page = folder / "solvers.md"
     text = page.read_text(encoding="utf-8") if page.exists() else "# Solvers at their best\n"
     lacking = [table for table in tables if f"<!-- table: {table} -->" not in text]
     write_text(page, fill_tables(text + new_parts(lacking, []), tables))
+
+
+def best_solvers(rows: list[Row]) -> list[Row]:
+    """Of the rows of a set, the best at each number of calls."""
+    order = sorted(rows, key=lambda row: (row["calls"], score(row["tuned"])), reverse=True)
+    return [*{row["calls"]: row for row in order}.values()][::-1]
 
 
 def score(distances: Mapping[str, float]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from sklearn.decomposition import PCA
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.features import EfficientNetFeatures
 from hsivi_diffusers.evaluation.metrics import Measures
+from hsivi_diffusers.evaluation.pages import MEASURES
 
 COMPONENTS = 64  # of the pixels' PCA
 HIDDEN = (256, 64)  # widths of the MLP; the last one are the features
 MOST = 5000  # real images in a KID
+OF_CLASSIFIER = ("precision", "recall", "density", "coverage", "class_tv", "nearest")
 
 
 class PixelComponents(nn.Module):
@@ -57,8 +59,13 @@ class Space(NamedTuple):
     measures: Measures
 
     def distance(self, images: Tensor) -> float:
-        """FD, or KID, of images in [0, 1], shape (N, C, H, W)."""
-        return self.measures(images)[self.measure]
+        """FD, or KID x 1000, of images in [0, 1], shape (N, C, H, W)."""
+        return MEASURES[self.measure].factor * self.measures(images)[self.measure]
+
+    def beside(self, images: Tensor) -> Space:
+        """The space with other images in the place of the real ones."""
+        some = images[:MOST] if self.measure == "kid" else images
+        return Space(self.name, self.measure, Measures(self.measures.network, some, [self.measure]))
 
     def floor(self, size: int) -> float:
         """The distance of so many real images, drawn with replacement: what a perfect sampler would have."""
@@ -82,6 +89,32 @@ def make_spaces(classifier: Path, real: Tensor, labels: Tensor) -> list[Space]:
         some = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:MOST]
         independent = _space("EfficientNet", "kid", EfficientNetFeatures(), real[some])
     return [own, independent, _space("pixels", "fd", PixelComponents(real), real)]
+
+
+class SetMeasures:
+    """What a row of the benchmark of a set tells of its images.
+
+    Args:
+        classifier: Folder of the ImageClassifier of the set.
+        real: Its images in [0, 1], shape (N, C, H, W).
+        labels: Their classes, shape (N,).
+        converged: Images of the teacher in many steps, like the real ones.
+    """
+
+    def __init__(self, classifier: Path, real: Tensor, labels: Tensor, converged: Tensor) -> None:
+        self.spaces = make_spaces(classifier, real, labels)
+        self.teacher_spaces = [space.beside(converged) for space in self.spaces]
+        self.measures = Measures(ImageClassifier.from_pretrained(classifier).eval(), real, OF_CLASSIFIER)
+
+    def __call__(self, images: Tensor) -> dict[str, Any]:
+        """Returns distances to the real images and to the teacher's, by space, and the other measures, of images."""
+        return {
+            "distances": {space.name: space.distance(images) for space in self.spaces},
+            "teacher_distances": {space.name: space.distance(images) for space in self.teacher_spaces},
+            **self.measures(images),
+            "class_shares": self.measures.shares,
+            "real_class_shares": self.measures.real_shares,
+        }
 
 
 def _space(name: str, measure: str, network: nn.Module, real: Tensor) -> Space:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,14 +67,16 @@ class TrainingLoop:
         """Moves the averages from the CPU."""
         self.average.to(self.accelerator.device)
 
-    def updates(self, max_steps: int, max_seconds: float | None = None) -> Iterator[float]:
+    def updates(self, max_steps: int, max_seconds: float | None = None, least: float = 0) -> Iterator[float]:
         """Yields the share of the run that is done, below 1, for each update; leaves the network the averaged weights.
 
-        The limit is the number of updates or, where it is given, their wall-clock.
+        The limit is the number of updates or, where it is given, their wall-clock, but then they are so many at least.
         """
 
         def share() -> float:
-            return self.steps / max_steps if max_seconds is None else self.seconds / max_seconds
+            if max_seconds is None:
+                return self.steps / max_steps
+            return min(self.seconds / max_seconds, self.steps / least if least else math.inf)
 
         self.steps, self.seconds = self.checkpoints.load()
         clock = time.perf_counter() - self.seconds

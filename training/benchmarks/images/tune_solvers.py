@@ -16,6 +16,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class Tuning:
         grids: list[dict[str, Any]] = [] if solver == "iPNDM" else [{"grid": grid} for grid in GRIDS]
         power = [{"grid": "power", "start": start, "end": end, "power": power} for start, end, power in POWER_GRIDS]
         for grid in [*grids, *power]:
-            study.enqueue_trial(grid, skip_if_exists=True)
+            study.enqueue_trial({**usual(solver), **grid}, skip_if_exists=True)
         done = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
         study.optimize(partial(self.score, solver, calls), max(options.trials - done, 0))
         settings = study.best_trial.user_attrs["settings"]
@@ -127,6 +128,13 @@ class Tuning:
             "trials": options.trials,
             "measured": measured_on(),
         }
+
+
+def usual(solver: str) -> dict[str, Any]:
+    """What diffusers has where it is not told: of the settings that are tuned."""
+    parameters = signature(SOLVERS[solver][0]).parameters
+    names = [*CHOICES[solver], *(["final_sigmas_type"] if solver in FINAL else [])]
+    return {name: parameters[name].default for name in names}
 
 
 def suggest(trial: optuna.Trial, solver: str, calls: int, clock: int) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""Consistency distillation (Song et al. 2023, arXiv 2303.01469, alg. 2; Luo et al. 2023, arXiv 2310.04378, alg. 1).
+
+On a grid of timesteps,
+
+    f(x, t) = c_skip(t) x + c_out(t) x0(x, t),      x0: the clean image that the network predicts
+    loss    = E mean [sqrt((f(x_t, t) - f_target(x_s, s))^2 + c^2) - c],      c = 0.001
+
+where x_t is a noised real image, x_s the teacher's step from it to the timestep s below t, and f_target has averaged
+weights. c_skip and c_out are those of LCMScheduler, which makes f(x, 0) = x. The step is Heun's: DDIM with the mean of
+the clean images at both ends, of second order.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from diffusers import DDPMPipeline, LCMScheduler, UNet2DModel
+from torch import Tensor
+
+from hsivi_diffusers import HSIVIScheduler
+
+# sqrt(abar) at the last timestep of Stable Diffusion, where the example of diffusers starts its grid. A noise
+# prediction becomes a clean image by a division by it; at the last timestep of a DDPM of pixels it is 0.006, and errors
+# dominate.
+START_ALPHA = 0.068
+HUBER_C, TARGET_DECAY, NUM_TIMESTEPS = 0.001, 0.95, 40
+
+
+class ConsistencyDistillation:
+    """Teacher, student and averaged student; the teacher's schedule; the student's sampler, with grid and scalings.
+
+    Args:
+        teacher: Is frozen; student and target start as its copies.
+        schedule: Of the teacher.
+        num_timesteps: Of the grid.
+        start: Where it starts; by default where alpha is START_ALPHA.
+    """
+
+    calls_per_image = 4  # of teacher, at both ends of its step, student and target
+
+    def __init__(
+        self,
+        teacher: UNet2DModel,
+        schedule: HSIVIScheduler,
+        num_timesteps: int = NUM_TIMESTEPS,
+        start: int | None = None,
+    ) -> None:
+        self.teacher = teacher.requires_grad_(False).eval()
+        self.student = copy.deepcopy(teacher).requires_grad_(True).train()
+        self.target = copy.deepcopy(teacher)
+        self.schedule = schedule
+        self.unclipped = HSIVIScheduler.from_config(schedule.config, clip_sample=False, thresholding=False)
+        self.sampler = make_sampler(schedule, num_timesteps, start)
+        self.sampler.set_timesteps(num_timesteps)
+        self.grid = self.sampler.timesteps.to(teacher.device)
+        self.stride = len(self.sampler.betas) // num_timesteps
+        self.parts = {"student": self.student, "target": self.target}
+
+    def consistency(self, unet: UNet2DModel, schedule: HSIVIScheduler, x: Tensor, timestep: Tensor) -> Tensor:
+        """Returns f(x, t) = c_skip(t) x + c_out(t) x0(x, t), shape (B, C, H, W), for timesteps (B,)."""
+        x0, _ = schedule.predict(unet(x, timestep).sample, timestep, x)
+        c_skip, c_out = self.sampler.get_scalings_for_boundary_condition_discrete(timestep[:, None, None, None])
+        f: Tensor = c_skip * x + c_out * x0
+        return f
+
+    def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """Returns f of the student, shape (B, C, H, W). No clipping, which would stop the gradient."""
+        return self.consistency(self.student, self.unclipped, x, timestep)
+
+    @torch.no_grad()
+    def aim(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """Returns f of the target one step of the teacher further down, as it would be sampled."""
+        below = (timestep - self.stride).clamp_min(0)
+        x0, noise = self.schedule.predict(self.teacher(x, timestep).sample, timestep, x)
+        down = self.schedule.add_noise(x0, noise, below)
+        x0_below, _ = self.schedule.predict(self.teacher(down, below).sample, below, down)
+        x0 = (x0 + x0_below) / 2
+        alpha, sigma = self.schedule.alpha_sigma(timestep, x)
+        down = self.schedule.add_noise(x0, (x - alpha * x0) / sigma, below)
+        return self.consistency(self.target, self.schedule, down, below)
+
+    def loss(self, clean: Tensor) -> Tensor:
+        """Returns the loss of a batch of real images, shape (B, C, H, W)."""
+        timestep = self.grid[torch.randint(len(self.grid), (len(clean),), device=clean.device)]
+        x = self.schedule.add_noise(clean, torch.randn_like(clean), timestep)
+        return distance(self.predict(x, timestep), self.aim(x, timestep))
+
+    @torch.no_grad()
+    def begin_update(self, share: float) -> None:
+        """Moves the target's weights towards the student's, whatever share of the run is done."""
+        for average, current in zip(self.target.parameters(), self.student.parameters(), strict=True):
+            average.lerp_(current, 1 - TARGET_DECAY)
+
+    def pipeline(self) -> DDPMPipeline:
+        """The student, to be sampled in a few steps by num_inference_steps."""
+        return DDPMPipeline(unet=self.student.eval(), scheduler=self.sampler)
+
+
+def distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """Returns the pseudo-Huber distance, averaged over rows and pixels."""
+    return (((prediction - target).square() + HUBER_C**2).sqrt() - HUBER_C).mean()
+
+
+def default_start(schedule: HSIVIScheduler) -> int:
+    """The timestep where alpha falls to START_ALPHA, or the last."""
+    return min(int((schedule.alphas_cumprod.sqrt() > START_ALPHA).sum()), len(schedule) - 1)
+
+
+def make_sampler(
+    schedule: HSIVIScheduler, num_timesteps: int = NUM_TIMESTEPS, start: int | None = None
+) -> LCMScheduler:
+    """The student's scheduler: the teacher's noise levels up to `start`, see `default_start`, and its clipping."""
+    start = default_start(schedule) if start is None else start
+    names = ["prediction_type", "clip_sample", "clip_sample_range", "sample_max_value"]
+    names += ["thresholding", "dynamic_thresholding_ratio"]
+    return LCMScheduler(
+        num_train_timesteps=start + 1,
+        trained_betas=schedule.betas[: start + 1].tolist(),
+        original_inference_steps=num_timesteps,
+        timestep_scaling=10.0,
+        **{name: schedule.config[name] for name in names},
+    )

@@ -1,0 +1,83 @@
+"""Progressive distillation (Salimans and Ho 2022, arXiv 2202.00512, alg. 2), to a number of DDIM steps.
+
+In each stage a student learns to do in one DDIM step what its teacher does in two, and becomes the next teacher:
+
+    z_s     = DDIM of the teacher from t to u to s,       z_t a noised real image, t > u > s
+    x_aim   : the clean image with which one DDIM step from z_t ends in z_s
+    loss    = E max(1, alpha_t^2 / sigma_t^2) |x0(z_t) - x_aim|^2
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+
+from .consistency import default_start
+
+
+class ProgressiveDistillation:
+    """Teacher and student of the stage; the schedule, with the finest grid.
+
+    Args:
+        teacher: Student and teacher of the first stage start as its copies.
+        schedule: Of the teacher.
+        num_steps: Of the student of the last stage.
+        num_stages: Each halves the steps; the first teacher has num_steps 2^num_stages.
+        start: Timestep of the first step, of all stages; by default where alpha is START_ALPHA.
+    """
+
+    calls_per_image = 3  # of the teacher, twice, and the student
+
+    def __init__(
+        self,
+        teacher: UNet2DModel,
+        schedule: HSIVIScheduler,
+        num_steps: int,
+        num_stages: int = 4,
+        start: int | None = None,
+    ) -> None:
+        self.teacher = teacher.requires_grad_(False).eval()
+        self.student = copy.deepcopy(teacher).requires_grad_(True).train()
+        self.num_steps, self.num_stages = num_steps, num_stages
+        self.stage = nn.Parameter(torch.tensor(0), requires_grad=False)
+        finest, start = num_steps * 2**num_stages, default_start(schedule) if start is None else start
+        self.grid = torch.tensor(schedule.make_layer_timesteps(finest, "uniform", len(schedule), start))
+        options = {"noise_eta": 0.0, "kernel": "ddim", "layer_timesteps": self.grid[:: 2**num_stages].tolist()}
+        self.schedule = HSIVIScheduler.from_config(schedule.config, **options)
+        self.unclipped = HSIVIScheduler.from_config(self.schedule.config, clip_sample=False, thresholding=False)
+        self.grid = self.grid.to(teacher.device)
+        self.parts = {"student": self.student, "teacher": self.teacher, "stage": nn.ParameterList([self.stage])}
+
+    def loss(self, clean: Tensor) -> Tensor:
+        """Returns the loss of a batch of real images, shape (B, C, H, W)."""
+        stride = 2 ** (int(self.stage) + 1)
+        place = stride * torch.randint((len(self.grid) - 1) // stride, (len(clean),), device=clean.device)
+        t, u, s = (self.grid[place + part * stride // 2] for part in range(3))
+        z = self.schedule.add_noise(clean, torch.randn_like(clean), t)
+        with torch.no_grad():
+            aim, _ = self.schedule.coefficients(t, z, s).invert(self.step(self.step(z, t, u), u, s), z)
+        x0, _ = self.unclipped.predict(self.student(z, t).sample, t, z)
+        alpha, sigma = self.schedule.alpha_sigma(t, z)
+        return ((alpha / sigma).square().clamp_min(1) * (x0 - aim).square()).mean()
+
+    def step(self, z: Tensor, timestep: Tensor, below: Tensor) -> Tensor:
+        """Returns the teacher's DDIM step between timesteps of shape (B,)."""
+        x0, _ = self.schedule.predict(self.teacher(z, timestep).sample, timestep, z)
+        layer = self.schedule.coefficients(timestep, z, below)
+        mean: Tensor = layer.mean(x0, layer.noise_in(z, x0))
+        return mean
+
+    def begin_update(self, share: float) -> None:
+        """Lets the student become the teacher where a stage begins; of the run a share from 0 to 1 is done."""
+        if (stage := int(share * self.num_stages)) > self.stage:
+            self.stage.fill_(stage)
+            self.teacher.load_state_dict(self.student.state_dict())
+
+    def pipeline(self) -> HSIVIPipeline:
+        """The student on its grid."""
+        return HSIVIPipeline(unet=self.student.eval(), scheduler=self.schedule)

@@ -1,0 +1,68 @@
+"""Regression on pairs alone, knowledge distillation (Luhman and Luhman 2021, arXiv 2101.02388), in one call.
+
+loss    = 1/2 E |x0(x_T) - x_aim|^2,      x_aim: where a solver of the teacher's ODE leads the noise x_T
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+from hsivi_diffusers.distillation.bridge import signal_timestep
+from hsivi_diffusers.distillation.denoisers import sample_shape
+from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss
+from hsivi_diffusers.distillation.student import UNetLayers
+
+START_NOISE = 2.5  # sigma / (sqrt(channels) alpha) at the start, as of our students of one call
+
+
+class PairRegression:
+    """Teacher and student; the pairs, which are made when they are first asked for, with the clock running.
+
+    Args:
+        teacher: Is frozen; the student starts as its copy.
+        schedule: Of the teacher.
+        num_pairs: To draw from, with replacement.
+        pair_calls: Of the teacher, for a pair.
+        start: Timestep that the noise is taken for; by default by START_NOISE.
+    """
+
+    calls_per_image = 1
+
+    def __init__(
+        self, teacher: UNet2DModel, schedule: HSIVIScheduler, num_pairs: int, pair_calls: int, start: int | None = None
+    ) -> None:
+        self.teacher, self.schedule = teacher.requires_grad_(False).eval(), schedule
+        self.num_pairs, self.pair_calls, self.shape = num_pairs, pair_calls, sample_shape(teacher)
+        if start is None:
+            start = signal_timestep(schedule, (self.shape[0], 1, 1), 1 / START_NOISE)
+        options = {"layer_timesteps": [start, 0], "noise_eta": 0.0, "clip_sample": False, "thresholding": False}
+        self.student = copy.deepcopy(teacher).requires_grad_(True).train()
+        self.layers = UNetLayers(self.student, HSIVIScheduler.from_config(schedule.config, **options))
+        self.image_loss = image_loss(self.layers.scheduler)
+        self.parts = {"student": self.student}
+
+    @cached_property
+    def pairs(self) -> TeacherPairs:
+        """The pairs, of a seed of their own, so that a resumed run has the same."""
+        noise = torch.randn(self.num_pairs, *self.shape, generator=torch.Generator().manual_seed(torch.initial_seed()))
+        return TeacherPairs(self.teacher, self.layers.scheduler, noise, None, self.pair_calls, show=True)
+
+    def loss(self, clean: Tensor) -> Tensor:
+        """Returns the loss of as many pairs as there are real images, which it does not look at."""
+        t = torch.zeros(len(clean), dtype=torch.long)
+        x_next, end, _ = self.pairs.sample(t)
+        loss: Tensor = self.image_loss(self.layers(x_next, t.to(x_next.device)).mean - end, t.to(x_next.device))
+        return loss.mean()
+
+    def begin_update(self, share: float) -> None:
+        """Does nothing."""
+
+    def pipeline(self) -> HSIVIPipeline:
+        """The student, in one step."""
+        return HSIVIPipeline(unet=self.student.eval(), scheduler=self.layers.scheduler)

@@ -1,0 +1,160 @@
+"""Trains a baseline of train_hsivi.py: consistency or progressive distillation, or regression on pairs.
+
+    python -m training.benchmarks.images.train_baseline --pretrained_teacher_model assets/digits_ddpm \
+        --train_data digits --method progressive --max_train_seconds 120 --output_dir runs/digits_progressive
+
+See `consistency`, `progressive` and `regression` for the losses; the first two use real images. AdamW has a learning
+rate that is warmed up and falls as a cosine, in each stage of a progressive distillation; gradients are clipped at norm
+1, and the weights that are saved are averaged with decay 0.995. The teacher makes pixels, without classes, and so
+without guidance.
+
+Writes OUTPUT_DIR/pipeline, OUTPUT_DIR/checkpoints and OUTPUT_DIR/training.json. It is one process. With
+--max_train_steps a run is a function of its seed; with --max_train_seconds the clock ends it. A run that is stopped
+continues with --resume_from_checkpoint latest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from hsivi_diffusers import load_teacher
+from hsivi_diffusers.distillation.denoisers import fingerprint, sample_shape
+from hsivi_diffusers.distillation.output import Output, check_output, check_teacher, claimed, start_run
+from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
+from hsivi_diffusers.images import to_model_range
+from hsivi_diffusers.options import flatten, option, parse_options, run_command
+from hsivi_diffusers.vi import cosine
+
+from .consistency import ConsistencyDistillation
+from .progressive import ProgressiveDistillation
+from .regression import PairRegression
+from .sets import load_images
+from .training_loop import TrainingLoop
+
+EMA_DECAY, MAX_GRAD_NORM = 0.995, 1.0
+WRITTEN = ("training.json", "pipeline")
+Distillation = ConsistencyDistillation | ProgressiveDistillation | PairRegression
+
+
+@dataclass
+class Teacher:
+    _group = "teacher and data"
+    pretrained_teacher_model: str | None = option(None, "folder or repo id of a diffusers pipeline with a UNet2DModel")
+    train_data: str = option("digits", "`digits`, a folder of images, or a dataset's name")
+
+
+@dataclass
+class Training:
+    _group = "training"
+    method: Literal["consistency", "progressive", "regression"] = option("consistency", "which baseline")
+    num_inference_steps: int = option(4, "network calls of a progressive student")
+    num_stages: int = option(4, "of a progressive distillation, each of which halves the number of steps")
+    start_timestep: int | None = option(None, "of the first step; by default that of the method")
+    num_pairs: int = option(20_000, "pairs of a regression")
+    pair_calls: int = option(15, "teacher calls for a pair")
+    seed: int = option(0, "seed of batches and noise")
+    max_train_steps: int = option(1000, "number of updates")
+    max_train_seconds: float | None = option(None, "wall-clock seconds of updates, instead of their number")
+    min_network_calls: int = option(0, "forward passes of an image that are not cut short by max_train_seconds")
+    train_batch_size: int = option(64, "images in an update")
+    learning_rate: float = option(1e-3, "AdamW's")
+    lr_warmup_steps: int = option(50, "updates of linear warm-up")
+    mixed_precision: Literal["no", "bf16"] = option("no", "precision of the networks")
+
+
+def make_distillation(name: str, training: Training, device: torch.device) -> Distillation:
+    """Loads the teacher, of which student and target start as copies."""
+    unet, schedule = load_teacher(name)
+    channels, height, width = sample_shape(unet)
+    learned_variance = unet.config.out_channels != channels
+    if unet.class_embedding is not None or learned_variance or channels not in (1, 3) or height != width:
+        raise ValueError(
+            f"teacher {name!r} has classes, a learned variance, or images of another shape than --train_data: give one "
+            "of square images with 1 or 3 channels, which predicts as many"
+        )
+    unet.to(device)
+    if training.method == "consistency":
+        return ConsistencyDistillation(unet, schedule, start=training.start_timestep)
+    if training.method == "regression":
+        return PairRegression(unet, schedule, training.num_pairs, training.pair_calls, training.start_timestep)
+    steps = training.num_inference_steps, training.num_stages
+    return ProgressiveDistillation(unet, schedule, *steps, start=training.start_timestep)
+
+
+def learning_rate(step: int, share: float, training: Training) -> float:
+    """Learning rate of an update, after a share of the run from 0 to 1: the number of updates may not be known."""
+    warm_up = min(1.0, (step + 1) / max(training.lr_warmup_steps, 1))
+    stages = training.num_stages if training.method == "progressive" else 1
+    return training.learning_rate * warm_up * cosine(share * stages % 1)
+
+
+def train(
+    distillation: Distillation,
+    images: Tensor,
+    training: Training,
+    run: Output,
+    accelerator: Accelerator,
+    identity: dict[str, Any],
+) -> tuple[int, float]:
+    """Trains on images, shape (N, C, H, W); leaves the student the averaged weights, returns updates and seconds."""
+    student = distillation.student
+    optimizer = torch.optim.AdamW(student.parameters(), lr=training.learning_rate, weight_decay=0.0)
+    loop = TrainingLoop(run, accelerator, student, optimizer, EMA_DECAY, identity, **distillation.parts)
+    least = training.min_network_calls / (distillation.calls_per_image * training.train_batch_size)
+    for share in loop.updates(training.max_train_steps, training.max_train_seconds, least):
+        distillation.begin_update(share)
+        optimizer.param_groups[0]["lr"] = learning_rate(loop.steps, share, training)
+        clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=training.mixed_precision == "bf16"):
+            loss = distillation.loss(clean)
+        loop.descend(loss, MAX_GRAD_NORM)
+    return loop.steps, loop.seconds
+
+
+def check_options(teacher: Teacher, run: Output) -> None:
+    """Refuses, before any work, what could not run."""
+    if not teacher.pretrained_teacher_model:
+        raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
+    check_output(run)
+    check_teacher(run, teacher.pretrained_teacher_model, WRITTEN)
+
+
+def save(distillation: Distillation, output_dir: Path) -> None:
+    """Saves the student as OUTPUT_DIR/pipeline, which is there whole or not at all."""
+    partial = output_dir / "pipeline.partial"
+    remove_folder(partial)  # of a run that was killed here
+    distillation.pipeline().save_pretrained(partial)
+    replace_folder(partial, output_dir / "pipeline")
+
+
+def main(args: list[str] | None = None) -> None:
+    teacher, training, run = parse_options([Teacher, Training, Output], __doc__ or "", args=args)
+    check_options(teacher, run)
+    with claimed(run) as output_dir:
+        accelerator = Accelerator()
+        set_seed(training.seed)
+        distillation = make_distillation(teacher.pretrained_teacher_model, training, accelerator.device)
+        channels, size, _ = sample_shape(distillation.teacher)
+        images, _ = load_images(teacher.train_data, size, channels)
+        images = to_model_range(images).to(accelerator.device)
+        settings = flatten([teacher, training])
+        start_run(run, settings, WRITTEN)
+        identity = {**settings, "teacher_sha256": fingerprint(distillation.teacher, distillation.schedule)}
+        steps, seconds = train(distillation, images, training, run, accelerator, identity)
+        save(distillation, output_dir)
+        calls = distillation.calls_per_image * steps * training.train_batch_size  # forward passes of an image
+        calls += training.num_pairs * training.pair_calls if training.method == "regression" else 0
+        record = {**settings, "max_train_steps": steps, "seconds": seconds, "network_calls": calls}
+        write_json(output_dir / "training.json", record)
+    print(f"{steps} updates in {seconds:.0f} s; the pipeline is in {output_dir / 'pipeline'}")
+
+
+if __name__ == "__main__":
+    run_command(main)
