@@ -27,7 +27,7 @@ class ProgressiveDistillation:
         teacher: Student and teacher of the first stage start as its copies.
         schedule: Of the teacher.
         num_steps: Of the student of the last stage.
-        num_stages: Each halves the steps; the first teacher has num_steps 2^num_stages.
+        num_stages: Each halves the steps, from num_steps 2^num_stages of the first teacher; at least 1.
         start: Timestep of the first step, of all stages; by default where alpha is START_ALPHA.
     """
 
@@ -41,6 +41,8 @@ class ProgressiveDistillation:
         num_stages: int = 4,
         start: int | None = None,
     ) -> None:
+        if num_stages < 1:
+            raise ValueError(f"--num_stages {num_stages}: give a number of at least 1")
         self.teacher = teacher.requires_grad_(False).eval()
         self.student = copy.deepcopy(teacher).requires_grad_(True).train()
         self.num_steps, self.num_stages = num_steps, num_stages
@@ -59,11 +61,17 @@ class ProgressiveDistillation:
         place = stride * torch.randint((len(self.grid) - 1) // stride, (len(clean),), device=clean.device)
         t, u, s = (self.grid[place + part * stride // 2] for part in range(3))
         z = self.schedule.add_noise(clean, torch.randn_like(clean), t)
-        with torch.no_grad():
-            aim, _ = self.schedule.coefficients(t, z, s).invert(self.step(self.step(z, t, u), u, s), z)
+        aim = self.aim(z, t, u, s)
         x0, _ = self.unclipped.predict(self.student(z, t).sample, t, z)
         alpha, sigma = self.schedule.alpha_sigma(t, z)
         return ((alpha / sigma).square().clamp_min(1) * (x0 - aim).square()).mean()
+
+    @torch.no_grad()
+    def aim(self, z: Tensor, t: Tensor, u: Tensor, s: Tensor) -> Tensor:
+        """Returns the clean image with which one DDIM step from t to s ends where two of the teacher do."""
+        end = self.step(self.step(z, t, u), u, s)
+        aim: Tensor = self.schedule.coefficients(t, z, s).invert(end, z)[0]
+        return aim
 
     def step(self, z: Tensor, timestep: Tensor, below: Tensor) -> Tensor:
         """Returns the teacher's DDIM step between timesteps of shape (B,)."""

@@ -17,6 +17,7 @@ from hsivi_diffusers.distillation.bridge import signal_timestep
 from hsivi_diffusers.distillation.denoisers import sample_shape
 from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss
 from hsivi_diffusers.distillation.student import UNetLayers
+from hsivi_diffusers.vi import step_generator
 
 START_NOISE = 2.5  # sigma / (sqrt(channels) alpha) at the start, as of our students of one call
 
@@ -30,15 +31,23 @@ class PairRegression:
         num_pairs: To draw from, with replacement.
         pair_calls: Of the teacher, for a pair.
         start: Timestep that the noise is taken for; by default by START_NOISE.
+        seed: Of the pairs, so that a resumed run has the same; evaluations start from other noise.
     """
 
     calls_per_image = 1
 
     def __init__(
-        self, teacher: UNet2DModel, schedule: HSIVIScheduler, num_pairs: int, pair_calls: int, start: int | None = None
+        self,
+        teacher: UNet2DModel,
+        schedule: HSIVIScheduler,
+        num_pairs: int,
+        pair_calls: int,
+        start: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.teacher, self.schedule = teacher.requires_grad_(False).eval(), schedule
-        self.num_pairs, self.pair_calls, self.shape = num_pairs, pair_calls, sample_shape(teacher)
+        self.num_pairs, self.pair_calls, self.seed = num_pairs, pair_calls, seed
+        self.shape = sample_shape(teacher)
         if start is None:
             start = signal_timestep(schedule, (self.shape[0], 1, 1), 1 / START_NOISE)
         options = {"layer_timesteps": [start, 0], "noise_eta": 0.0, "clip_sample": False, "thresholding": False}
@@ -49,8 +58,8 @@ class PairRegression:
 
     @cached_property
     def pairs(self) -> TeacherPairs:
-        """The pairs, of a seed of their own, so that a resumed run has the same."""
-        noise = torch.randn(self.num_pairs, *self.shape, generator=torch.Generator().manual_seed(torch.initial_seed()))
+        """Pairs of the seed."""
+        noise = torch.randn(self.num_pairs, *self.shape, generator=step_generator(self.seed, 0, -1))
         return TeacherPairs(self.teacher, self.layers.scheduler, noise, None, self.pair_calls, show=True)
 
     def loss(self, clean: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Training:
     seed: int = option(0, "seed of batches and noise")
     max_train_steps: int = option(1000, "number of updates")
     max_train_seconds: float | None = option(None, "wall-clock seconds of updates, instead of their number")
-    min_network_calls: int = option(0, "forward passes of an image that are not cut short by max_train_seconds")
+    min_network_calls: int = option(0, "forward passes in updates that max_train_seconds does not cut short")
     train_batch_size: int = option(64, "images in an update")
     learning_rate: float = option(1e-3, "AdamW's")
     lr_warmup_steps: int = option(50, "updates of linear warm-up")
@@ -83,7 +83,8 @@ def make_distillation(name: str, training: Training, device: torch.device) -> Di
     if training.method == "consistency":
         return ConsistencyDistillation(unet, schedule, start=training.start_timestep)
     if training.method == "regression":
-        return PairRegression(unet, schedule, training.num_pairs, training.pair_calls, training.start_timestep)
+        pairs = training.num_pairs, training.pair_calls
+        return PairRegression(unet, schedule, *pairs, start=training.start_timestep, seed=training.seed)
     steps = training.num_inference_steps, training.num_stages
     return ProgressiveDistillation(unet, schedule, *steps, start=training.start_timestep)
 

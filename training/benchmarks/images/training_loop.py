@@ -1,4 +1,4 @@
-"""The loop that trains a teacher or a consistency model: updates, averaged weights and checkpoints, up to a limit."""
+"""The loop that trains a teacher or a baseline: updates, averaged weights and checkpoints, up to a limit."""
 
 from __future__ import annotations
 
