@@ -22,6 +22,7 @@ from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from short_run import SETTINGS
 from tiny_unet import make_unet
+from training.benchmarks.images import train_baseline as train_program
 
 
 def save_teacher(folder, **options):
@@ -109,6 +110,20 @@ def launch(arguments):
 
         yield run
         worker.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def train_baseline(teacher, tmp_path_factory):
+    """Trains a baseline for 3 updates of 4 rows, by default a consistency model, and returns the output folder."""
+    settings = [f"--pretrained_teacher_model={teacher}", "--max_train_steps=3", "--train_batch_size=4"]
+    settings += ["--lr_warmup_steps=1", "--num_pairs=10", "--pair_calls=2"]
+
+    def run(*arguments):
+        folder = tmp_path_factory.mktemp("baseline") / "run"
+        train_program.main([*settings, f"--output_dir={folder}", *arguments])
+        return folder
+
+    return run
 
 
 @pytest.fixture(scope="session")

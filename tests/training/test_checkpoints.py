@@ -26,7 +26,7 @@ from hsivi_diffusers.distillation.denoisers import fingerprint
 from hsivi_diffusers.distillation.output import Output, claimed, find_damage
 from hsivi_diffusers.distillation.state_dicts import load_state_dict, random_state, save_state_dict, set_random_state
 from hsivi_diffusers.distillation.trainer import signals_as_trigger
-from training.benchmarks.images import train_consistency, train_teacher, training_loop
+from training.benchmarks.images import train_baseline, train_teacher, training_loop
 from training.benchmarks.images.training_loop import TrainingLoop
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_hsivi.py"
@@ -354,15 +354,15 @@ def test_global_generators_go_on_where_they_were():
     assert draw() == expected
 
 
-# ----- teachers and consistency models -----
+# ----- teachers and baselines -----
 
 
-@pytest.fixture(scope="module", params=[train_teacher, train_consistency], ids=lambda program: program.__name__)
+@pytest.fixture(scope="module", params=[train_teacher, train_baseline], ids=lambda program: program.__name__)
 def train(request, teacher):
     """Trains for five updates of 4 rows, with checkpoints after 2, 4 and 5."""
     own = {
         train_teacher: ["--block_out_channels", "8", "16"],
-        train_consistency: [f"--pretrained_teacher_model={teacher}"],
+        train_baseline: [f"--pretrained_teacher_model={teacher}"],
     }
     settings = ["--max_train_steps=5", "--train_batch_size=4", "--lr_warmup_steps=2", "--checkpointing_steps=2"]
 
@@ -429,7 +429,7 @@ def test_an_earlier_training_stays_until_the_next_can_start(train, trained, tmp_
 
 
 @pytest.mark.parametrize("inside", ["pipeline", "checkpoints/kept"])
-@pytest.mark.parametrize("program", [cli.distil, train_consistency.main])
+@pytest.mark.parametrize("program", [cli.distil, train_baseline.main])
 def test_a_student_is_not_written_over_its_teacher(teacher, tmp_path, inside, program):
     place = shutil.copytree(teacher, tmp_path / "run" / inside)
     with pytest.raises(ValueError, match="--output_dir .* holds the teacher, which would be lost: name another folder"):
@@ -437,9 +437,9 @@ def test_a_student_is_not_written_over_its_teacher(teacher, tmp_path, inside, pr
     assert (place / "unet" / "config.json").exists()
 
 
-def test_a_consistency_model_may_lie_beside_its_teacher(teacher, tmp_path):
+def test_a_baseline_may_lie_beside_its_teacher(teacher, tmp_path):
     place = shutil.copytree(teacher, tmp_path / "teacher")
-    train_consistency.check_options(train_consistency.Teacher(str(place)), Output(output_dir=str(tmp_path)))
+    train_baseline.check_options(train_baseline.Teacher(str(place)), Output(output_dir=str(tmp_path)))
 
 
 def test_a_training_goes_on_with_its_own_options_alone(train, trained, tmp_path):
@@ -498,7 +498,7 @@ def test_seconds_before_a_stop_count_towards_a_limit_of_seconds(teacher, tmp_pat
         if interrupted:
             stop_after(2)
         with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
-            train_consistency.main(arguments)
+            train_baseline.main(arguments)
     assert saved == [2, 4, 5]
     record = json.loads((tmp_path / "run" / "training.json").read_text())
     assert (record["max_train_steps"], record["seconds"]) == (5, 5.0)

@@ -9,7 +9,7 @@ from tiny_unet import make_unet
 
 @pytest.fixture
 def consistency_model(unet):
-    """A pipeline of random weights with the scheduler that train_consistency.py writes."""
+    """A pipeline of random weights with the scheduler that train_baseline.py writes."""
     config = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True}
     return DDPMPipeline(unet=unet, scheduler=LCMScheduler(**config))
 
