@@ -16,10 +16,11 @@ from hsivi_diffusers.distillation.output import Output
 from hsivi_diffusers.distillation.trials import Trials
 from hsivi_diffusers.evaluation import evaluate
 from hsivi_diffusers.options import differences, flatten, option, parse_options, run_command
-from training.benchmarks.images import train_classifier, train_consistency, train_teacher, tune_solvers
+from training.benchmarks.images import train_baseline, train_classifier, train_teacher, tune_solvers
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 SETS = ("fashion", "emoji")
+BASELINES = ("consistency", "progressive", "regression")
 OLD_NAMES = {"pace": "rate"}
 
 
@@ -224,8 +225,9 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
         ],
         ("digits_evaluation", [evaluate.Evaluation]),
         *[
-            (f"{name}_lcm", [train_consistency.Teacher, train_consistency.Training, Output])
+            (f"{name}_{method}", [train_baseline.Teacher, train_baseline.Training, Output])
             for name in ("digits", *SETS)
+            for method in BASELINES
         ],
         *[(f"{name}_classifier", [train_classifier.Training]) for name in SETS],
         ("solvers_digits", [tune_solvers.Options]),
@@ -267,9 +269,10 @@ def test_no_config_is_left_untested():
     recipes = {path.name for preset in PRESETS for path in CONFIGS.glob(f"*_{preset}.yaml")}
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
-        *[f"digits_{part}.yaml" for part in ("t1", "t5", "t1248", "evaluation", "teacher", "lcm")],
+        *[f"digits_{part}.yaml" for part in ("t1", "t5", "t1248", "evaluation", "teacher")],
         "solvers_digits.yaml",
-        *[f"{name}_{part}.yaml" for name in SETS for part in ("teacher", "classifier", "t1", "t4", "lcm")],
+        *[f"{name}_{part}.yaml" for name in SETS for part in ("teacher", "classifier", "t1", "t4")],
+        *[f"{name}_{method}.yaml" for name in ("digits", *SETS) for method in BASELINES],
         *[f"benchmark_{name}.yaml" for name in ("digits", *SETS)],
         "emoji_t2.yaml",
     }
