@@ -102,8 +102,9 @@ class Comparison:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        # What a row tells of its images; the noise of a batch depends on its size.
-        self.drawn = {name: getattr(options, name) for name in ("num_samples", "batch_size", "eval_seed")}
+        # What a row tells of its images, and of the teacher's; the noise of a batch depends on its size.
+        names = ("num_samples", "batch_size", "eval_seed", "teacher_steps")
+        self.drawn = {name: getattr(options, name) for name in names}
         self.runs = Path(options.runs_dir) / str(options.dataset)
         self.results = Results(Path(options.output_dir), str(options.dataset))
         for folder in (self.runs, self.results.path.parent):
@@ -159,7 +160,10 @@ class Comparison:
 
     def _solvers(self) -> Iterator[Entry]:
         """The best tuned solver at each number of calls."""
-        rows = [row for row in read_rows(Path(self.options.solvers)) if row["dataset"] == self.options.dataset]
+        path = Path(self.options.solvers)
+        if not path.is_file():
+            raise ValueError(f"--solvers {path} is missing: name a file that tune_solvers.py has written")
+        rows = [row for row in read_rows(path) if row["dataset"] == self.options.dataset]
         for row in best_solvers(rows):
             solver = make_solver(row["solver"], row["calls"], self.unet, self.schedule.config, **row["settings"])
             told = {"solver": row["solver"], "settings": row["settings"]}
@@ -228,7 +232,8 @@ class Comparison:
     def measure(self) -> None:
         """Adds the rows that are missing, one after the other."""
         entries = self.entries()
-        there = self.results.keys({entry.key: entry.settings for entry in entries}, self.drawn)
+        told = {entry.key: entry.told for entry in entries}
+        there = self.results.keys({entry.key: entry.settings for entry in entries}, told, self.drawn)
         wanted = [entry for entry in entries if entry.key not in there]
         if not wanted:
             return
@@ -238,7 +243,7 @@ class Comparison:
             name = f"{entry.method} at {entry.nfe}"
             progress.set_postfix_str(name)
             sampler, costs = entry.make()
-            images = self._draw(sampler)
+            images = self._draw(sampler, self.options.eval_seed)
             row = {
                 "dataset": self.options.dataset,
                 "method": entry.method,
@@ -262,11 +267,12 @@ class Comparison:
         if labels is None:
             raise ValueError(f"--real_data {options.real_data} has no labels: give a set with classes")
         self.real = real.float() / 255
-        return SetMeasures(Path(str(options.classifier)), self.real, labels, self._draw(self._teacher_sampler()))
+        # From other noise than the rows: a solver of few steps would be near to these images, and not to the teacher.
+        converged = self._draw(self._teacher_sampler(), options.eval_seed + 1)
+        return SetMeasures(Path(str(options.classifier)), self.real, labels, converged)
 
-    def _draw(self, sampler: Sampler) -> torch.Tensor:
-        options = self.options
-        return torch.cat([*sample(sampler, options.num_samples, options.batch_size, options.eval_seed)])
+    def _draw(self, sampler: Sampler, seed: int) -> torch.Tensor:
+        return torch.cat([*sample(sampler, self.options.num_samples, self.options.batch_size, seed)])
 
 
 def _make(folder: Path, program: str, config: str | None, *arguments: str) -> None:

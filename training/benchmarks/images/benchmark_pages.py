@@ -24,7 +24,7 @@ REAL, TEACHER, SOLVER = "real images", "teacher", "tuned solver"
 PAIRS, PROGRESSIVE, CONSISTENCY = "pairs only", "progressive distillation", "consistency distillation"
 BASELINES = (PAIRS, PROGRESSIVE, CONSISTENCY)
 ORDER = (REAL, TEACHER, SOLVER, *BASELINES, OURS)
-LABELS = ("set", "method", "held against", "reached")
+LABELS = ("method", "held against", "reached")
 CURVES = ("recall", "coverage")
 SHOWN_SOLVERS = (1, 2, 4, 10)
 
@@ -35,10 +35,10 @@ def write_pages(folder: Path) -> None:
     tables, figures = make_tables(sets), []
     for name, rows in sets.items():
         word = as_word(name)
-        flat = [{**row, **row["distances"]} for row in sorted(rows, key=rank) if row["nfe"]]
-        shown = dict.fromkeys(flat[0]["distances"] if flat else ()) | dict.fromkeys(CURVES)
-        draw_curves(flat, {each: each for each in shown}, folder / f"curves_{word}.png")
-        draw_classes(rows, folder / f"classes_{word}.png")
+        if flat := [{**row, **row["distances"]} for row in sorted(rows, key=rank) if row["nfe"]]:
+            shown = [*flat[0]["distances"], *CURVES]
+            draw_curves(flat, {each: each for each in shown}, folder / f"curves_{word}.png")
+            draw_classes(rows, folder / f"classes_{word}.png")
         if (pictures := pictures_path(folder, name)).exists():
             draw_samples(picture_rows(load_file(pictures)), folder / f"samples_{word}.png")
         figures += [f"{kind}_{word}.png" for kind in ("curves", "samples", "classes")]
@@ -214,7 +214,7 @@ def goals_table(rows: list[Row]) -> str:
 
 
 def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Labelled rows of one figure: the teacher and its solvers, the baseline, ours, real images."""
+    """Labelled rows of one figure: the teacher and its solvers, the baselines, ours, real images."""
 
     def place(name: str) -> tuple[int, str, int]:
         method, _, nfe = name.partition(" at ")
@@ -232,6 +232,8 @@ def draw_classes(rows: list[Row], path: Path) -> None:
         for group, of_group in sorted(grouped(rows).items(), key=lambda item: (is_ours(item[0][0]), item[0]))
         if group[0] not in (REAL, SOLVER) or group == (SOLVER, 10)
     }
+    if not groups:  # nothing of it is measured yet
+        return
     columns = min(4, len(groups))
     lines = math.ceil(len(groups) / columns)
     style = {"figsize": (3.5 * columns, 2 * lines), "squeeze": False, "sharey": True, "layout": "constrained"}

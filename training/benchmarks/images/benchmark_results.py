@@ -40,14 +40,21 @@ class Results:
         """The rows of this set."""
         return [row for row in read_rows(self.path) if row["dataset"] == self.dataset]
 
-    def keys(self, students: Mapping[Key, HSIVIConfig | None], drawn: Row) -> set[Key]:
-        """Keys of the rows; one of other images, or of a student of other settings, is refused."""
+    def keys(
+        self, students: Mapping[Key, HSIVIConfig | None], told: Mapping[Key, Mapping[str, Any]], drawn: Row
+    ) -> set[Key]:
+        """Keys of the rows; one of other images, or of a student or a solver of other settings, is refused."""
         rows = self.rows()
         for row in rows:
             if other := differences(row, drawn):
                 raise ValueError(
                     f"{self.path} has {row['method']} at {row['nfe']} of other images ({other}): name another "
                     "--output_dir"
+                )
+            if other := differences(row, told.get(key_of(row), {})):
+                raise ValueError(
+                    f"{self.path} has {row['method']} at {row['nfe']} of other settings than --solvers has now "
+                    f"({other}): remove that row, or name another --output_dir"
                 )
             config, recipe = students.get(key_of(row)), row["recipe"]
             if config is None:
