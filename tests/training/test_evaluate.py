@@ -280,6 +280,23 @@ def test_a_long_name_of_the_features_fits_into_the_curve(tmp_path, monkeypatch):
     plt.close(figure)
 
 
+def test_of_a_name_that_is_no_measure_lower_is_better_and_the_number_is_drawn_as_it_is(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    rows = [{"method": "HSIVI", "nfe": nfe, "pixels": 0.02 * nfe, "recall": 0.9} for nfe in (1, 2)]
+    draw_curves(rows, {"pixels": "principal components", "recall": "recall"}, tmp_path / "curve.png")
+    (figure,) = kept
+    axis, other = figure.axes
+    assert axis.get_title() == "principal components"
+    assert [axis.get_ylabel(), other.get_ylabel()] == ["lower is better", "higher is better"]
+    assert [axis.get_yscale(), other.get_yscale()] == ["log", "linear"]
+    assert axis.lines[0].get_ydata().tolist() == [0.02, 0.04]
+    monkeypatch.undo()
+    plt.close(figure)
+
+
 # ----- the report -----
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from hsivi_diffusers import load_teacher
+from hsivi_diffusers.evaluation.metrics import Measures, total_variation
 from hsivi_diffusers.evaluation.solvers import make_solver, sample
 from hsivi_diffusers.images import load_images
 from training.benchmarks.images import benchmark_results, solver_pages, tune_solvers
-from training.benchmarks.images.spaces import make_spaces
+from training.benchmarks.images import spaces as spaces_module
+from training.benchmarks.images.spaces import OF_CLASSIFIER, SetMeasures, Space, make_spaces
 
 ASSETS = Path(__file__).parents[2] / "assets"
 
@@ -49,6 +52,44 @@ def test_real_images_are_nearer_to_real_ones_than_noise_in_every_space(digits, s
         assert space.distance(real) < 1e-3
         assert 0 < space.floor(500) < space.distance(noise) / 10
         assert space.floor(5000) < space.floor(500) / 3
+
+
+def test_a_space_beside_has_other_images_in_the_place_of_the_real_ones(digits, spaces):
+    real, _ = digits
+    dark = 0.5 * real
+    for space in spaces:
+        beside = space.beside(dark)
+        assert (beside.name, beside.measure) == (space.name, space.measure)
+        assert beside.distance(dark) < 1e-3 < space.distance(dark)
+        assert beside.distance(real) == pytest.approx(space.distance(dark), rel=1e-3)  # FD is symmetric
+        assert space.distance(real) < 1e-3  # which is as it was
+
+
+def test_a_kid_is_told_by_a_thousand_and_of_at_most_so_many_images(digits, monkeypatch):
+    real, _ = digits
+    monkeypatch.setattr(spaces_module, "MOST", 150)
+    network = torch.nn.Flatten()
+    space = Space("pixels", "kid", Measures(network, real[:200], ["kid"]))
+    assert space.distance(0.5 * real) == 1000 * Measures(network, real[:200], ["kid"])(0.5 * real)["kid"]
+    assert len(space.beside(real).measures.real) == 150
+    assert len(Space("pixels", "fd", Measures(network, real[:200], ["fd"])).beside(real).measures.real) == len(real)
+
+
+def test_a_row_has_distances_to_real_images_and_to_those_of_the_teacher(digits, spaces):
+    real, labels = digits
+    converged = real[real.flatten(1).mean(1) > 0.3]
+    measures = SetMeasures(ASSETS / "digits_classifier", real, labels, converged)
+    found = measures(converged)
+    assert found.keys() == {"distances", "teacher_distances", "class_shares", "real_class_shares", *OF_CLASSIFIER}
+    assert found["distances"] == {space.name: pytest.approx(space.distance(converged)) for space in spaces}
+    assert list(found["teacher_distances"]) == [space.name for space in spaces]
+    assert max(found["teacher_distances"].values()) < 1e-3 < min(found["distances"].values())
+    assert found["nearest"] == 0
+    assert sum(found["class_shares"]) == pytest.approx(1)
+    assert found["class_shares"] != found["real_class_shares"]
+    assert measures(real)["class_shares"] == found["real_class_shares"]
+    pair = found["class_shares"], found["real_class_shares"]
+    assert found["class_tv"] == pytest.approx(total_variation(*pair))
 
 
 def test_each_solver_has_a_row_that_is_as_good_as_its_stock_settings(path):
@@ -96,6 +137,21 @@ def test_rows_are_kept_and_trials_too(path, arguments, monkeypatch):
     grids = [trial.params["grid"] for trial in study.trials]
     assert grids[:3] == ["leading", "trailing", "linspace"]
     assert grids[3:8] == ["power"] * 5
+    usual = {"solver_order": 2, "solver_type": "bh2", "final_sigmas_type": "zero"}
+    assert all(usual.items() <= trial.params.items() for trial in study.trials[:8])
+
+
+@pytest.mark.parametrize("solver", tune_solvers.CHOICES)
+def test_the_first_trials_have_the_defaults_of_diffusers(unet, solver):
+    usual = tune_solvers.usual(solver)
+    stock = make_solver(solver, 2, unet, DDPMScheduler().config).scheduler.config
+    assert usual == {name: stock[name] for name in usual}
+    more = {"final_sigmas_type"} if solver in tune_solvers.FINAL else set()
+    assert usual.keys() == tune_solvers.CHOICES[solver].keys() | more
+    study = optuna.create_study()
+    study.enqueue_trial({**usual, "grid": "power", "start": 0.7, "end": 0.03, "power": 1.5})
+    settings = tune_solvers.suggest(study.ask(), solver, 3, 1000)
+    assert settings == {**usual, "timesteps": [700, 267, 30]}
 
 
 @pytest.mark.parametrize("solver", tune_solvers.CHOICES)
