@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import shutil
@@ -30,7 +31,8 @@ from hsivi_diffusers import (
     load_teacher,
 )
 from hsivi_diffusers.distillation.bridge import signal_timestep
-from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss
+from hsivi_diffusers.distillation.denoisers import use_grid
+from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss, pair_timesteps
 from hsivi_diffusers.distillation.student import UNetDiscriminator, label_layers
 from hsivi_diffusers.vi import Adversarial, DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer, make_chain
 from hsivi_diffusers.vi.regression import half_square
@@ -684,7 +686,7 @@ def test_pairs_are_noise_and_what_diffusers_solver_makes_of_it(settings, classes
     noise, condition = torch.randn(5, 1, 8, 8), None if classes is None else torch.tensor([0, 1, 2, 0, 1])
     grid = HSIVIScheduler.from_config(config, layer_timesteps=[440, 0])
     pairs = TeacherPairs(unet, grid, noise, condition, num_calls=3, batch_size=2)
-    solver, x = UniPCMultistepScheduler.from_config(config, timestep_spacing="leading"), noise
+    solver, x = use_grid(UniPCMultistepScheduler.from_config(config), pair_timesteps(grid, 3)), noise
     solver.set_timesteps(3)
     for timestep in solver.timesteps:
         with torch.no_grad():
@@ -693,12 +695,42 @@ def test_pairs_are_noise_and_what_diffusers_solver_makes_of_it(settings, classes
     assert not pairs.end.requires_grad
 
 
+@pytest.mark.parametrize("clock", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_pairs_follow_the_ode_on_every_clock(clock):
+    """Of N(0.3, 0.4^2) in each pixel, whose ODE leads to 0.3 + 0.4 x_T; on the linear clock "leading" is off by .044."""
+    schedule = HSIVIScheduler(beta_schedule=clock, layer_timesteps=[440, 0])
+
+    def clean(x, timestep):
+        alpha, sigma = schedule.alpha_sigma(torch.as_tensor(timestep).reshape(1), x)
+        return (x - alpha * (0.3 + 0.16 * alpha * (x - 0.3 * alpha) / (0.16 * alpha**2 + sigma**2))) / sigma
+
+    unet = make_unet()
+    unet.forward = lambda x, timestep: UNet2DOutput(sample=clean(x, timestep))
+    noise = torch.randn(20, 1, 8, 8).clamp(-1.7, 1.7)
+    pairs = TeacherPairs(unet, schedule, noise)
+    assert (pairs.end - 0.3 - 0.4 * noise).square().mean().sqrt() < 0.03
+
+
+def test_the_grid_of_pairs_is_strict_and_ends_near_the_data_on_any_clock():
+    for clock, size in (("linear", 1000), ("squaredcos_cap_v2", 1000), ("linear", 50)):
+        schedule = HSIVIScheduler(beta_schedule=clock, num_train_timesteps=size)
+        for calls in (1, 2, 15, size // 2):
+            grid = pair_timesteps(schedule, calls)
+            assert len(grid) == calls
+            assert all(high > low for high, low in itertools.pairwise(grid))
+            assert grid[0] >= 0.99 * size - 1
+            assert calls == 1 or grid[-1] == size // 100
+    with pytest.raises(ValueError, match="pair_calls=50: give from 1 to 49 calls on this clock"):
+        pair_timesteps(schedule, 50)
+
+
 def test_pairs_of_a_schedule_that_the_solver_has_no_name_for_have_its_betas(unet):
     grid = HSIVIScheduler(beta_schedule="sigmoid", layer_timesteps=[440, 0])
     pairs = TeacherPairs(unet, grid, torch.randn(2, 1, 8, 8), num_calls=1)
-    alpha, sigma = grid.alpha_sigma(torch.tensor([500, 500]), pairs.noise)  # the one timestep of the spacing
+    (only,) = pair_timesteps(grid, 1)
+    alpha, sigma = grid.alpha_sigma(torch.tensor([only, only]), pairs.noise)
     with torch.no_grad():
-        clean = (pairs.noise - sigma * unet(pairs.noise, 500).sample) / alpha
+        clean = (pairs.noise - sigma * unet(pairs.noise, only).sample) / alpha
     torch.testing.assert_close(pairs.end, clean.clamp(-1, 1), atol=1e-4, rtol=1e-4)
 
 

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,32 @@ def call_unet(unet: UNet2DModel, x: Tensor, timestep: Tensor, condition: Tensor 
     labels = {} if condition is None else {"class_labels": condition}
     output: Tensor = unet(x.to(unet.dtype), timestep, **labels).sample.to(x.dtype)
     return output
+
+
+def use_grid(scheduler: Any, timesteps: Sequence[int]) -> Any:
+    """Gives a solver of diffusers timesteps of your choice, and returns it; a pipeline can then be run with it.
+
+    Its `set_timesteps` then accepts their number alone. The noise level after the last one stays as its config has it.
+
+    Args:
+        scheduler: A multistep solver with `alphas_cumprod` and `sigmas`, or with `set_levels`, as `TeacherIPNDM`.
+        timesteps: Of the network calls, descending, from N-1 to 0.
+    """
+    own, steps = scheduler.set_timesteps, torch.tensor(timesteps)
+
+    def set_timesteps(num_inference_steps: int, device: Any = None) -> None:
+        if num_inference_steps != len(steps):
+            raise ValueError(f"num_inference_steps={num_inference_steps}: this solver has a grid of {len(steps)} steps")
+        own(num_inference_steps, device=device)
+        if hasattr(scheduler, "set_levels"):
+            scheduler.set_levels(steps)
+            return
+        abar = scheduler.alphas_cumprod[steps]
+        scheduler.timesteps = steps.to(device)
+        scheduler.sigmas = torch.cat([((1 - abar) / abar).sqrt(), scheduler.sigmas[-1:]])
+
+    scheduler.set_timesteps = set_timesteps
+    return scheduler
 
 
 @torch.no_grad()

@@ -14,20 +14,21 @@ from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.distributions import randn_like
 from ..vi.layers import hierarchy_ends
 from ..vi.regression import half_square
-from .denoisers import run_solver
+from .denoisers import run_solver, use_grid
 
 # Of a scheduler's config, what a teacher was trained with.
 SCHEDULE = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
     "rescale_betas_zero_snr",
 )
+LOWEST_SIGNAL = 0.006  # alpha / sigma at the end of the linear clock
 
 
 class TeacherPairs:
     """Pairs (x_T, x_0) of noise and what a solver of the teacher's ODE makes of it, drawn with replacement.
 
     The layer that takes noise is to lead from x_T to x_0, those below it from x_0, diffused to their input, back to
-    it. The solver is UniPC of diffusers, on its grid of spacing "leading". The pairs wait in main memory; what is drawn
+    it. The solver is UniPC of diffusers, on the grid of `pair_timesteps`. The pairs wait in main memory; what is drawn
     goes to the device of the teacher.
 
     Args:
@@ -40,7 +41,7 @@ class TeacherPairs:
         show: Show a progress bar.
 
     Raises:
-        ValueError: An image is not finite.
+        ValueError: An image is not finite, or there are more calls than timesteps for them.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class TeacherPairs:
         scheduler: HSIVIScheduler,
         noise: Tensor,
         condition: Tensor | None = None,
-        num_calls: int = 8,
+        num_calls: int = 15,
         batch_size: int = 64,
         show: bool = False,
     ) -> None:
@@ -59,7 +60,8 @@ class TeacherPairs:
         classes = [None] * len(noises) if condition is None else condition.to(unet.device).split(batch_size)
         # The betas themselves, for the solver knows fewer names of schedules.
         schedule = {name: scheduler.config[name] for name in SCHEDULE} | {"trained_betas": scheduler.betas.tolist()}
-        solver = UniPCMultistepScheduler(**schedule | {"beta_schedule": "linear"}, timestep_spacing="leading")
+        solver = UniPCMultistepScheduler(**schedule | {"beta_schedule": "linear"})
+        use_grid(solver, pair_timesteps(scheduler, num_calls))
         batches = tqdm(list(zip(noises, classes, strict=True)), "pairs", leave=False, disable=not show)
         ends = [run_solver(unet, solver, x.to(unet.device), num_calls, labels).cpu() for x, labels in batches]
         self.end = torch.cat(ends).clamp_(-1, 1)
@@ -80,6 +82,24 @@ class TeacherPairs:
         layer = self.scheduler.coefficients(timestep, x_next, self.scheduler.output_timestep(t))
         end = layer.mean(x0, layer.noise_in(x_next, x0))
         return x_next, end, None if self.condition is None else self.condition[index].to(self._device)
+
+
+def pair_timesteps(schedule: HSIVIScheduler, num_calls: int) -> list[int]:
+    """Returns timesteps of a solver that follow the ODE well on linear, scaled-linear and cosine clocks, descending.
+
+    They are e + (s - e) u^1.25 with u from 1 to 0 in equal steps, e = N / 100, and s the last timestep, or the first
+    where alpha / sigma is below LOWEST_SIGNAL: a noise prediction is worth nothing there.
+
+    Raises:
+        ValueError: There are more calls than timesteps between e and s.
+    """
+    alpha, sigma = schedule.alpha_sigma(torch.arange(len(schedule)), torch.zeros(1))
+    start, end = min(int((alpha / sigma > LOWEST_SIGNAL).sum()), len(schedule) - 1), len(schedule) // 100
+    if not 1 <= num_calls <= start - end:
+        raise ValueError(f"pair_calls={num_calls}: give from 1 to {start - end} calls on this clock")
+    steps = end + (start - end) * torch.linspace(0, 1, num_calls, dtype=torch.float64) ** 1.25
+    rising = [max(round(step), end + place) for place, step in enumerate(steps.tolist())]
+    return rising[::-1] if num_calls > 1 else [start]
 
 
 def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:

@@ -19,7 +19,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ..distillation.denoisers import run_solver, sample_shape
+from ..distillation.denoisers import run_solver, sample_shape, use_grid
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
 
@@ -114,32 +114,6 @@ def shorten(timesteps: list[int]) -> str:
     """Timesteps as text, of more than ten the first three and the last."""
     shown = timesteps if len(timesteps) <= 10 else [*timesteps[:3], "...", timesteps[-1]]
     return ", ".join(map(str, shown))
-
-
-def use_grid(scheduler: Any, timesteps: Sequence[int]) -> Any:
-    """Gives a solver of diffusers timesteps of your choice, and returns it; a pipeline can then be run with it.
-
-    Its `set_timesteps` then accepts their number alone. The noise level after the last one stays as its config has it.
-
-    Args:
-        scheduler: A multistep solver with `alphas_cumprod` and `sigmas`, or a `TeacherIPNDM`.
-        timesteps: Of the network calls, descending, from N-1 to 0.
-    """
-    own, steps = scheduler.set_timesteps, torch.tensor(timesteps)
-
-    def set_timesteps(num_inference_steps: int, device: Any = None) -> None:
-        if num_inference_steps != len(steps):
-            raise ValueError(f"num_inference_steps={num_inference_steps}: this solver has a grid of {len(steps)} steps")
-        own(num_inference_steps, device=device)
-        if isinstance(scheduler, TeacherIPNDM):
-            scheduler.set_levels(steps)
-            return
-        abar = scheduler.alphas_cumprod[steps]
-        scheduler.timesteps = steps.to(device)
-        scheduler.sigmas = torch.cat([((1 - abar) / abar).sqrt(), scheduler.sigmas[-1:]])
-
-    scheduler.set_timesteps = set_timesteps
-    return scheduler
 
 
 def make_solver(

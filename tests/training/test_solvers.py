@@ -3,7 +3,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
 from hsivi_diffusers import HSIVIScheduler
-from hsivi_diffusers.evaluation.solvers import Solver, make_solver, sample, use_grid
+from hsivi_diffusers.distillation.denoisers import use_grid
+from hsivi_diffusers.evaluation.solvers import Solver, make_solver, sample
 from tiny_unet import make_unet
 
 
