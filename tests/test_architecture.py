@@ -53,7 +53,8 @@ ALLOWED = {
     "distillation/denoisers": ({"scheduling_hsivi"}, TRAIN),
     "distillation/student": ({"vi/*", "scheduling_hsivi", "modeling_hsivi", "distillation/denoisers"}, TRAIN),
     "distillation/bridge": ({"vi/*", "scheduling_hsivi", "distillation/denoisers", "distillation/student"}, TRAIN),
-    "distillation/pairs": ({"vi/*", "scheduling_hsivi", "distillation/denoisers"}, TRAIN),
+    "distillation/ode": ({"scheduling_hsivi", "distillation/denoisers"}, TRAIN),
+    "distillation/pairs": ({"vi/*", "scheduling_hsivi", "distillation/ode"}, TRAIN),
     "distillation/state_dicts": (set(), TRAIN),
     "distillation/output": ({"folders", "options"}, set()),
     "distillation/checkpoints": (
@@ -93,12 +94,23 @@ ALLOWED = {
     "images": (set(), EVALUATE),
     "evaluation/features": ({"evaluation/classifier"}, EVALUATE),
     "evaluation/metrics": ({"evaluation/features"}, EVALUATE),
-    "evaluation/solvers": ({"distillation/denoisers", "pipeline_hsivi", "scheduling_hsivi"}, EVALUATE),
+    "evaluation/solvers": (
+        {"distillation/denoisers", "distillation/ode", "pipeline_hsivi", "scheduling_hsivi"},
+        EVALUATE,
+    ),
     "evaluation/report": ({"evaluation/figures", "evaluation/pages", "folders"}, EVALUATE),
     "evaluation/figures": ({"evaluation/pages"}, EVALUATE),
     "evaluation/pages": (set(), EVALUATE),
     "evaluation/evaluate": (
-        {"evaluation/*", "distillation/denoisers", "folders", "images", "options", "pipeline_hsivi"},
+        {
+            "evaluation/*",
+            "distillation/denoisers",
+            "distillation/ode",
+            "folders",
+            "images",
+            "options",
+            "pipeline_hsivi",
+        },
         EVALUATE,
     ),
     "cli": (

@@ -30,8 +30,8 @@ from hsivi_diffusers import (
     UNetLayers,
     load_teacher,
 )
-from hsivi_diffusers.distillation.bridge import signal_timestep
-from hsivi_diffusers.distillation.denoisers import use_grid
+from hsivi_diffusers.distillation.denoisers import signal_timestep
+from hsivi_diffusers.distillation.ode import use_grid
 from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss, pair_timesteps
 from hsivi_diffusers.distillation.student import UNetDiscriminator, label_layers
 from hsivi_diffusers.vi import Adversarial, DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer, make_chain
@@ -691,13 +691,13 @@ def test_pairs_are_noise_and_what_diffusers_solver_makes_of_it(settings, classes
     for timestep in solver.timesteps:
         with torch.no_grad():
             x = solver.step(unet(x, timestep, class_labels=condition).sample, timestep, x).prev_sample
-    torch.testing.assert_close(pairs.end, x.clamp(-1, 1))
+    torch.testing.assert_close(pairs.end, x.clamp(-1, 1), atol=1e-4, rtol=1e-4)
     assert not pairs.end.requires_grad
 
 
 @pytest.mark.parametrize("clock", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_pairs_follow_the_ode_on_every_clock(clock):
-    """Of N(0.3, 0.4^2) in each pixel, whose ODE leads to 0.3 + 0.4 x_T; on the linear clock "leading" is off by .044."""
+    """Of N(0.3, 0.4^2) in each pixel, whose ODE leads to 0.3 + 0.4 x_T; on the linear clock "leading" has .044."""
     schedule = HSIVIScheduler(beta_schedule=clock, layer_timesteps=[440, 0])
 
     def clean(x, timestep):
@@ -720,8 +720,8 @@ def test_the_grid_of_pairs_is_strict_and_ends_near_the_data_on_any_clock():
             assert all(high > low for high, low in itertools.pairwise(grid))
             assert grid[0] >= 0.99 * size - 1
             assert calls == 1 or grid[-1] == size // 100
-    with pytest.raises(ValueError, match="pair_calls=50: give from 1 to 49 calls on this clock"):
-        pair_timesteps(schedule, 50)
+    with pytest.raises(ValueError, match="51 network calls: give from 1 to 50"):
+        pair_timesteps(schedule, 51)
 
 
 def test_pairs_of_a_schedule_that_the_solver_has_no_name_for_have_its_betas(unet):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cached_property
 
@@ -178,20 +177,3 @@ class TeacherBridge(Bridge):
     def weight(self, sigma_power: float) -> Weight:
         """Returns the weight sigma^a of a level, in score units; multiply by sigma^-2 for noise units."""
         return lambda level: self.scheduler.alpha_sigma(level, torch.zeros(1, device=level.device))[1] ** sigma_power
-
-
-def signal_timestep(schedule: HSIVIScheduler, shape: tuple[int, ...], signal: float) -> int:
-    """Returns the first timestep where sqrt(C H W) alpha / sigma is at most a number, or the last where alpha > 0.
-
-    A mean over n values has the noise of one by sqrt(n). So levels of images of other sizes and channels mean the same
-    where this product is the same (Hoogeboom et al. 2023, arXiv 2301.11093). On the linear clock of 1000, 3.2 is at
-    timestep 440 of 8x8 grey pixels, 674 of 32x32, 750 of 32x32 in colour, 836 of 64x64 in colour.
-
-    Args:
-        schedule: Gives alpha and sigma at each timestep.
-        shape: (C, H, W) of the images.
-        signal: Above 0.
-    """
-    alpha, sigma = schedule.alpha_sigma(torch.arange(len(schedule)), torch.zeros(1))
-    above = math.sqrt(math.prod(shape)) * alpha / sigma > signal
-    return min(int(above.sum()), int((alpha > 0).sum()) - 1)

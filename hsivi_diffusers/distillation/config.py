@@ -102,7 +102,7 @@ class HSIVIConfig:
     num_pairs: int = by_preset(
         0, 6400, 0, "pairs of noise and the teacher's image of it, on which the student is fitted first; 0 for none"
     )
-    pair_calls: int = option(8, "teacher calls per pair", common=False)
+    pair_calls: int = option(15, "teacher calls per pair", common=False)
     pair_steps: int = option(500, "updates of the fit to pairs", common=False)
     pair_learning_rate: float = option(5e-4, "Adam learning rate of the fit to pairs; it falls to 0", common=False)
     pair_weight: float = option(

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..modeling_hsivi import HSIVINoiseScale
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
-from .bridge import SampleData, signal_timestep
+from .bridge import SampleData
 from .config import HSIVIConfig
-from .denoisers import fingerprint, sample_shape
+from .denoisers import fingerprint, sample_shape, signal_timestep
 from .student import label_layers
 from .trials import load_data
 

@@ -14,14 +14,14 @@ from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.distributions import randn_like
 from ..vi.layers import hierarchy_ends
 from ..vi.regression import half_square
-from .denoisers import run_solver, use_grid
+from .ode import power_timesteps, run_solver, use_grid
 
 # Of a scheduler's config, what a teacher was trained with.
 SCHEDULE = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
     "rescale_betas_zero_snr",
 )
-LOWEST_SIGNAL = 0.006  # alpha / sigma at the end of the linear clock
+LEAST_RATIO = 0.006  # alpha / sigma at the end of the linear clock
 
 
 class TeacherPairs:
@@ -88,18 +88,14 @@ def pair_timesteps(schedule: HSIVIScheduler, num_calls: int) -> list[int]:
     """Returns timesteps of a solver that follow the ODE well on linear, scaled-linear and cosine clocks, descending.
 
     They are e + (s - e) u^1.25 with u from 1 to 0 in equal steps, e = N / 100, and s the last timestep, or the first
-    where alpha / sigma is below LOWEST_SIGNAL: a noise prediction is worth nothing there.
+    where alpha / sigma is below LEAST_RATIO: a noise prediction is worth nothing there.
 
     Raises:
-        ValueError: There are more calls than timesteps between e and s.
+        ValueError: There are more calls than timesteps from e to s.
     """
     alpha, sigma = schedule.alpha_sigma(torch.arange(len(schedule)), torch.zeros(1))
-    start, end = min(int((alpha / sigma > LOWEST_SIGNAL).sum()), len(schedule) - 1), len(schedule) // 100
-    if not 1 <= num_calls <= start - end:
-        raise ValueError(f"pair_calls={num_calls}: give from 1 to {start - end} calls on this clock")
-    steps = end + (start - end) * torch.linspace(0, 1, num_calls, dtype=torch.float64) ** 1.25
-    rising = [max(round(step), end + place) for place, step in enumerate(steps.tolist())]
-    return rising[::-1] if num_calls > 1 else [start]
+    start = min(int((alpha / sigma > LEAST_RATIO).sum()), len(schedule) - 1)
+    return power_timesteps(num_calls, start, len(schedule) // 100, 1.25)
 
 
 def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:

@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from ..folders import remove_folder, replace_folder
 from ..pipeline_hsivi import HSIVIPipeline
 from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
-from .bridge import TeacherBridge, signal_timestep
+from .bridge import TeacherBridge
 from .config import HSIVIConfig
-from .denoisers import sample_shape
+from .denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
 from .networks import Networks, tells_layer
 from .pairs import TeacherPairs
 from .student import UNetCritic, UNetDiscriminator, UNetLayers
 
 NOISE_SCALE_LEARNING_RATE = 1e-2
 BETWEEN_SHARE = 0.5  # of the rows that are scored between the ends of their layer, with scoring="between"
-LEVEL_SIGNAL = 0.312  # see signal_timestep; at timestep 800 of 8x8 grey pixels, 956 of 32x32
 
 
 class TrainingState:
@@ -40,7 +39,7 @@ class TrainingState:
         self.bridge = TeacherBridge(
             networks.teacher,
             networks.scheduler,
-            (config.level_min, signal_timestep(networks.scheduler, sample_shape(networks.teacher), LEVEL_SIGNAL)),
+            (config.level_min, signal_timestep(networks.scheduler, sample_shape(networks.teacher), LOWEST_SIGNAL)),
             level_power=config.trials.level_power,
             data=networks.data,
             between_share=BETWEEN_SHARE if config.scoring == "between" else 0.0,

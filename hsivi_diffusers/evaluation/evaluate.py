@@ -19,6 +19,7 @@ from diffusers import UNet2DModel
 from tqdm import tqdm
 
 from ..distillation.denoisers import load_teacher, sample_shape
+from ..distillation.ode import few_step_timesteps
 from ..images import load_images
 from ..options import option, parse_options
 from ..pipeline_hsivi import HSIVIPipeline
@@ -28,7 +29,8 @@ from .report import METRICS, OURS, Report, load_run
 from .solvers import Sampler, make_solver, make_student, sample, shorten
 
 COLUMNS = 16  # images in a row of samples.png
-BASELINES = ("DDIM", "DPM-Solver++", "UniPC")
+ON_GRID = ("DPM-Solver++", "UniPC")  # of `few_step_timesteps`; the others have grids of their own
+BASELINES = ("DDIM", *ON_GRID)
 REFERENCE = "DPM-Solver++"  # by the trailing grid, which starts at the end of the clock
 
 
@@ -69,7 +71,8 @@ def make_samplers(
     baselines += [("DDIM, eta 1", options.ddim_steps), ("DDPM", options.ddpm_steps)]
     for method, nfe in baselines:
         if nfe:
-            solver = make_solver(method, nfe, unet, config)
+            timesteps = few_step_timesteps(student.scheduler, sample_shape(unet), nfe) if method in ON_GRID else None
+            solver = make_solver(method, nfe, unet, config, timesteps=timesteps)
             yield method, nfe, solver, solver.grid
 
 

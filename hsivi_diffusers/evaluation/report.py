@@ -92,7 +92,7 @@ class Report:
         if equal := [row for row in baselines if row["nfe"] == ours["nfe"]]:
             best = min(equal, key=lambda row: row[self.headline])
             value = written(self.headline, best[self.headline])
-            compared += f"; best solver at as many calls, on stock timestep grids: {best['method']}, {value}"
+            compared += f"; best solver at as many calls: {best['method']}, {value}"
         longest = max(baselines, key=lambda row: row["nfe"], default=ours)
         if longest["nfe"] > ours["nfe"]:
             value = written(self.headline, longest[self.headline])

@@ -19,7 +19,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ..distillation.denoisers import run_solver, sample_shape, use_grid
+from ..distillation.denoisers import sample_shape
+from ..distillation.ode import run_solver, use_grid
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
 
@@ -105,9 +106,9 @@ class Solver:
 
     @property
     def grid(self) -> str:
-        """The timesteps of the network calls, such as "leading: 800, 600, 400, 200, 0"."""
+        """The timesteps of the network calls, such as "800, 600, 400, 200, 0"."""
         self.scheduler.set_timesteps(self.num_steps)
-        return f"{self.scheduler.config.get('timestep_spacing', 'own')}: {shorten(self.scheduler.timesteps.tolist())}"
+        return shorten(self.scheduler.timesteps.tolist())
 
 
 def shorten(timesteps: list[int]) -> str:

@@ -32,7 +32,7 @@ def weights(folder):
 
 @pytest.mark.parametrize(("preset", "clips"), [("one_call", True), ("paper", False)])
 def test_the_student_clips_images_as_the_preset_has_it(make_one, preset, clips):
-    assert make_one(preset=preset, num_pairs=0, pair_calls=8, pair_steps=500).student.clip_images is clips
+    assert make_one(preset=preset, num_pairs=0, pair_calls=15, pair_steps=500).student.clip_images is clips
 
 
 @pytest.mark.parametrize(("shape", "start"), [((1, 8, 8), 440), ((1, 64, 64), 440), ((3, 64, 64), 541)])
@@ -52,7 +52,7 @@ def test_one_step_starts_at_a_noise_whatever_the_size_of_the_images(teacher, sha
         ({"pair_steps": 0}, "pair_steps=0: give a number above 0"),
         ({"pair_learning_rate": 0.0}, "pair_learning_rate=0.0: give a number above 0"),
         ({"noise_scale_type": "per_pixel"}, "noise_scale_type='per_pixel' has nothing to learn from pairs"),
-        ({"num_pairs": 0, "pair_calls": 8, "pair_steps": 500, "pair_weight": 1.0}, "pair_weight=1.0 has no effect"),
+        ({"num_pairs": 0, "pair_calls": 15, "pair_steps": 500, "pair_weight": 1.0}, "pair_weight=1.0 has no effect"),
         ({"num_pairs": 0}, "pair_calls=2 and pair_steps=3 has no effect without pairs: set num_pairs, say 6400"),
         ({"critic_first": -1}, "critic_first=-1: give a number of updates from 0 to below max_train_steps=5"),
         ({"critic_first": 5}, "critic_first=5: give a number of updates from 0 to below max_train_steps=5"),
@@ -159,7 +159,7 @@ def test_the_critic_learns_alone_before_the_layer_moves(make_one):
 @pytest.mark.parametrize("first", [3, 12])
 def test_the_first_updates_of_the_layer_are_no_larger_for_the_critic_that_learned_alone(make_one, first):
     """Adam, without a first moment, moves a weight by the rate, of which the second update has a quarter."""
-    settings = {"num_pairs": 0, "pair_calls": 8, "pair_steps": 500, "lr_warmup_steps": 4}
+    settings = {"num_pairs": 0, "pair_calls": 15, "pair_steps": 500, "lr_warmup_steps": 4}
     made = make_one(**settings, critic_first=first, max_train_steps=40)
     steps, before = updates.run_updates(made, 0), [parameter.clone() for parameter in made.student.parameters()]
     for _ in range(first + 2):

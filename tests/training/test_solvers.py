@@ -1,9 +1,13 @@
+import itertools
+
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hsivi_diffusers import HSIVIScheduler
-from hsivi_diffusers.distillation.denoisers import use_grid
+from hsivi_diffusers.distillation.ode import few_step_timesteps, power_timesteps, use_grid
 from hsivi_diffusers.evaluation.solvers import Solver, make_solver, sample
 from tiny_unet import make_unet
 
@@ -115,3 +119,25 @@ def test_a_pipeline_runs_with_a_solver_on_a_grid(unet):
     assert pipeline.scheduler.timesteps.tolist() == [700, 300, 40]
     with pytest.raises(ValueError, match="num_inference_steps=4: this solver has a grid of 3 steps"):
         pipeline(2, num_inference_steps=4)
+
+
+@pytest.mark.parametrize("power", [0.7, 1.0, 1.5, 3.0])
+@given(num_calls=st.integers(1, 100), start=st.integers(150, 999), end=st.integers(0, 50))
+def test_a_power_grid_falls_strictly_from_start_to_end(power, num_calls, start, end):
+    grid = power_timesteps(num_calls, start, end, power)
+    assert len(grid) == num_calls
+    assert grid[0] == start
+    assert num_calls == 1 or grid[-1] == end
+    assert all(high > low for high, low in itertools.pairwise(grid))
+
+
+def test_a_power_grid_of_more_calls_than_timesteps_is_refused():
+    assert power_timesteps(4, 13, 10, 1.5) == [13, 12, 11, 10]
+    assert power_timesteps(5, 700, 30, 1.5) == [700, 465, 267, 114, 30]
+    with pytest.raises(ValueError, match="5 network calls: give from 1 to 4, for so many timesteps there are"):
+        power_timesteps(5, 13, 10, 1.5)
+
+
+@pytest.mark.parametrize(("shape", "start"), [((1, 8, 8), 800), ((1, 32, 32), 956)])
+def test_a_grid_of_few_steps_starts_where_an_image_begins_to_show(shape, start):
+    assert few_step_timesteps(HSIVIScheduler(), shape, 4) == power_timesteps(4, start, 20, 1.5)

@@ -13,11 +13,9 @@ from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIScheduler, TeacherBridge, load_teacher
 from hsivi_diffusers.cli import PushAtEnd, Teacher
-from hsivi_diffusers.distillation.bridge import signal_timestep
 from hsivi_diffusers.distillation.config import ALIASES, HSIVIConfig
-from hsivi_diffusers.distillation.denoisers import sample_shape
+from hsivi_diffusers.distillation.denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
 from hsivi_diffusers.distillation.networks import make_networks
-from hsivi_diffusers.distillation.state import LEVEL_SIGNAL
 from hsivi_diffusers.distillation.trials import Trials
 from hsivi_diffusers.options import differences, flatten, parse_options
 from tiny_unet import make_unet
@@ -188,7 +186,7 @@ def test_a_recipe_fits_the_clock_of_its_teacher(recipe):
     (_, config), name = options_of(recipe), TEACHERS[recipe.split("_")[0]]
     schedule, unet = schedule_of(name), meta_unet(name)
     networks = make_networks((unet, unet, unet), schedule, config)
-    lowest, highest = config.level_min, signal_timestep(networks.scheduler, sample_shape(unet), LEVEL_SIGNAL)
+    lowest, highest = config.level_min, signal_timestep(networks.scheduler, sample_shape(unet), LOWEST_SIGNAL)
     bridge = TeacherBridge(networks.teacher, networks.scheduler, (lowest, highest))
     if config.scoring != "own":
         levels = torch.stack([bridge.sample_level(torch.arange(*config.depths)) for _ in range(50)])

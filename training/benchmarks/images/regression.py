@@ -13,8 +13,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
-from hsivi_diffusers.distillation.bridge import signal_timestep
-from hsivi_diffusers.distillation.denoisers import sample_shape
+from hsivi_diffusers.distillation.denoisers import sample_shape, signal_timestep
 from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss
 from hsivi_diffusers.distillation.student import UNetLayers
 from hsivi_diffusers.vi import step_generator

@@ -28,6 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from hsivi_diffusers import load_teacher
+from hsivi_diffusers.distillation.ode import power_timesteps
 from hsivi_diffusers.evaluation.pages import measured_on
 from hsivi_diffusers.evaluation.solvers import SOLVERS, make_solver, sample
 from hsivi_diffusers.folders import in_turn, write_json
@@ -148,11 +149,10 @@ def suggest(trial: optuna.Trial, solver: str, calls: int, clock: int) -> dict[st
     start = trial.suggest_float("start", 0.2, 0.999)
     end = trial.suggest_float("end", 0.001, 0.2, log=True) if calls > 1 else start
     power = trial.suggest_float("power", 0.7, 3) if calls > 2 else 1.0
-    steps = [end + (start - end) * (k / max(calls - 1, 1)) ** power for k in reversed(range(calls))]
-    timesteps = [min(round(clock * step), clock - 1) for step in steps]
-    if any(high <= low for high, low in zip(timesteps, timesteps[1:], strict=False)):
+    first, last = (min(round(clock * share), clock - 1) for share in (start, end))
+    if calls > first - last + 1:
         raise optuna.TrialPruned
-    return {**settings, "timesteps": timesteps}
+    return {**settings, "timesteps": power_timesteps(calls, first, last, power)}
 
 
 def key_of(row: Row) -> tuple[str, int, str]:
