@@ -7,6 +7,7 @@ import torch
 
 from gaussian_teacher import GaussianTeacher, Network, exact_flow
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+from hsivi_diffusers.distillation.pairs import pair_timesteps
 from hsivi_diffusers.evaluation.solvers import make_solver, sample
 from tiny_unet import make_unet
 from training.benchmarks.images import regression
@@ -44,7 +45,7 @@ def test_the_loss_is_half_the_squared_distance_of_clean_images_of_pairs(unet):
 def test_a_pair_is_noise_and_where_a_solver_of_the_teacher_leads_it(unet):
     schedule = HSIVIScheduler()
     made = PairRegression(unet, schedule, num_pairs=5, pair_calls=4)
-    solver = make_solver("UniPC", 4, unet, schedule.config, timestep_spacing="leading")
+    solver = make_solver("UniPC", 4, unet, schedule.config, timesteps=pair_timesteps(schedule, 4))
     solver.scheduler.set_timesteps(4)
     x = made.pairs.noise
     with torch.no_grad():
