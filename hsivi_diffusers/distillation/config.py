@@ -74,6 +74,11 @@ class HSIVIConfig:
     start_spacing: int = option(
         0, "with several step counts, timesteps from the start of one grid to that of the next", common=False
     )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = option(
+        None,
+        "what the student predicts, noise or velocity; by default what the teacher does. Another one is fitted first",
+        common=False,
+    )
     noise_eta: float = by_preset(1.0, 1.0, 0.2, "eta of DDIM layers, above 0, up to 1")
     noise_scale_type: Literal["config", "per_pixel"] = by_preset(
         "config", "config", "per_pixel", "config: the noise scale stays 1; per_pixel: one is learned for each pixel"
@@ -103,8 +108,8 @@ class HSIVIConfig:
         0, 6400, 0, "pairs of noise and the teacher's image of it, on which the student is fitted first; 0 for none"
     )
     pair_calls: int = option(15, "teacher calls per pair", common=False)
-    pair_steps: int = option(500, "updates of the fit to pairs", common=False)
-    pair_learning_rate: float = option(5e-4, "Adam learning rate of the fit to pairs; it falls to 0", common=False)
+    pair_steps: int = option(500, "updates of the fit to pairs, or of another prediction_type", common=False)
+    pair_learning_rate: float = option(5e-4, "Adam learning rate of that fit; it falls to 0", common=False)
     pair_weight: float = option(
         0.005,
         "weight of the pairs in the student's loss after that fit; falls as the student's learning rate does",
@@ -309,7 +314,7 @@ def _check_together(config: HSIVIConfig) -> None:
     starts = (config.start_timestep, config.start_signal, config.start_noise)
     learns_scale, renoises = config.noise_scale_type != "config", config.trials.kernel == "renoise"
     usual = {each.name: each.default for each in fields(HSIVIConfig)}
-    names = ("pair_calls", "pair_steps", "pair_learning_rate", "pair_weight")
+    names = ["pair_calls", "pair_weight", *(["pair_steps", "pair_learning_rate"] if not config.prediction_type else [])]
     changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != usual[name]]
     if config.start_spacing and starts == (None, None, None):
         raise ValueError(

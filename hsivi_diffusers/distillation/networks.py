@@ -30,7 +30,8 @@ class Networks:
     teacher: UNet2DModel  # frozen by the bridge
     student: UNet2DModel
     critic: UNet2DModel
-    scheduler: HSIVIScheduler  # schedule of the teacher, with the grid and kernel of the student
+    scheduler: HSIVIScheduler  # of the student: schedule of the teacher, grid, kernel and prediction of its own
+    prediction_type: str  # of teacher and critic
     noise_scale: HSIVINoiseScale | None
     data: SampleData | None = None
     fingerprint: str | None = None  # of the teacher as it was loaded
@@ -59,7 +60,7 @@ def make_networks(
     noise_scale = HSIVINoiseScale(sample_shape(teacher)) if config.noise_scale_type == "per_pixel" else None
     if tells_layer(config):
         critic = label_layers(critic, sum(scheduler.depths))
-    return Networks(teacher, student, critic, scheduler, noise_scale)
+    return Networks(teacher, student, critic, scheduler, schedule.config.prediction_type, noise_scale)
 
 
 def tells_layer(config: HSIVIConfig) -> bool:
@@ -84,6 +85,7 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
         schedule.config,
         layer_timesteps=grids,
         timestep_spacing=config.timestep_spacing,
+        prediction_type=config.prediction_type or schedule.config.prediction_type,
         kernel=config.trials.kernel,
         noise_eta=config.noise_eta,
         noise_scale_type=config.noise_scale_type,
@@ -110,6 +112,9 @@ def carry_over(networks: Networks, run: Path) -> None:
         raise ValueError(
             f"init_from={str(run)!r} has networks of another shape than the teacher: give a run of the same teacher"
         ) from error
+    before, now = (each.config.prediction_type for each in (pipeline.scheduler, networks.scheduler))
+    if before != now:
+        raise ValueError(f"init_from={str(run)!r} has a student of prediction_type {before!r}: set it, not {now!r}")
     scale, learned = pipeline.scheduler.config.noise_scale, pipeline.unet_noise_scale
     if learned is not None and networks.noise_scale is None:
         raise ValueError(f"init_from={str(run)!r} has a noise scale per pixel: set noise_scale_type to 'per_pixel'")

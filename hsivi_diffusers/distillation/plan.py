@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import mean
 from typing import Any
 
 import psutil
@@ -147,7 +148,8 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
     libraries = psutil.Process().memory_info().rss
     wanted, pairs = config.critic_updates, config.num_pairs
     # Of the first updates in which the critic learns alone, the student's optimizer would have no moments yet.
-    config = replace(config, critic_updates=1, num_pairs=0, critic_first=0, max_train_steps=3)
+    config = replace(config, critic_updates=1, critic_first=0, max_train_steps=3)
+    config = replace(config, num_pairs=0, prediction_type=None)  # no fit before the updates
     counts: list[dict[str, float]] = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         meter = Meter()
@@ -273,20 +275,27 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
         f"an update calls for each row: {calls}; {cost.flops / 1e9:,.1f} GFLOP in a process",
         f"about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all, by the speed of "
         f"one network ({clock})",
-        *([_pair_line(config, cost, speed)] if config.num_pairs else []),
+        *_fit_line(config, schedule.config.prediction_type, speed * cost.call_flops),
         "",
         *_table("written, MiB", cost.written, MIB, ",.1f"),
     ]
     print("\n".join(lines))
 
 
-def _pair_line(config: HSIVIConfig, cost: Cost, speed: float) -> str:
-    """What the pairs and the fit to them cost before the updates: a backward pass is two calls."""
-    calls = config.num_pairs * config.pair_calls + 3 * config.pair_steps * _rows(config)
-    return (
-        f"before them about {_duration(speed * cost.call_flops * calls)} for {config.num_pairs:,} pairs of "
-        f"{config.pair_calls} calls of the teacher and {config.pair_steps:,} updates of the layers by them"
-    )
+def _fit_line(config: HSIVIConfig, prediction_type: str, call: float) -> list[str]:
+    """What comes before the updates of a teacher of that prediction, if anything; a call takes so many seconds.
+
+    A backward pass is two calls.
+    """
+    what, calls = "", 3.0 * config.pair_steps * _rows(config)
+    if config.num_pairs:
+        what = f"{config.num_pairs:,} pairs of {config.pair_calls} calls of the teacher and "
+        calls += config.num_pairs * config.pair_calls
+    elif config.prediction_type in (None, prediction_type) or config.init_from:
+        return []
+    else:
+        calls += config.pair_steps * _rows(config) * mean((depth + 1) / 2 for depth in config.depths)
+    return [f"before them about {_duration(call * calls)} for {what}{config.pair_steps:,} updates of the layers alone"]
 
 
 def _table(title: str, numbers: Mapping[str, float], unit: float, form: str) -> list[str]:

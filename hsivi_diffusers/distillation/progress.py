@@ -113,7 +113,7 @@ class Progress:
         labels, bridge = self._labels(COLUMNS), self.state.bridge
         pairs = TeacherPairs(
             copy.copy(bridge.network.unet),  # whose calls are not counted as those of the training
-            self.state.student.scheduler,
+            bridge.scheduler,
             torch.randn(COLUMNS, *bridge.shape, generator=torch.Generator().manual_seed(0)),
             None if labels is None else torch.tensor(labels),
             TEACHER_CALLS,

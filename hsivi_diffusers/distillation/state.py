@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..folders import remove_folder, replace_folder
 from ..pipeline_hsivi import HSIVIPipeline
+from ..scheduling_hsivi import HSIVIScheduler
 from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
@@ -36,10 +38,11 @@ class TrainingState:
     def __init__(self, networks: Networks, config: HSIVIConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.fingerprint = networks.fingerprint
+        schedule = HSIVIScheduler.from_config(networks.scheduler.config, prediction_type=networks.prediction_type)
         self.bridge = TeacherBridge(
             networks.teacher,
-            networks.scheduler,
-            (config.level_min, signal_timestep(networks.scheduler, sample_shape(networks.teacher), LOWEST_SIGNAL)),
+            schedule,
+            (config.level_min, signal_timestep(schedule, sample_shape(networks.teacher), LOWEST_SIGNAL)),
             level_power=config.trials.level_power,
             data=networks.data,
             between_share=BETWEEN_SHARE if config.scoring == "between" else 0.0,
@@ -52,7 +55,7 @@ class TrainingState:
         self.critic_unet = networks.critic
         kind = UNetDiscriminator if config.trials.adversarial_weight else UNetCritic
         told = self.bridge.num_layers if tells_layer(config) else 0
-        critic: nn.Module = kind(networks.critic.requires_grad_(True).train(), networks.scheduler, told)
+        critic: nn.Module = kind(networks.critic.requires_grad_(True).train(), schedule, told)
         layer_optimizer, critic_optimizer = self._make_optimizers(networks)
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
             self.student, critic, layer_optimizer, critic_optimizer
@@ -95,7 +98,7 @@ class TrainingState:
             self.bridge.sample_base,
             self.student.scheduler.depths,
             self.config.train_batch_size,
-            self._sample_condition if self.student.unet.config.num_class_embeds else None,
+            self.sample_condition,
             self.bridge.sample_input,
         )
         return GuidedChain(chain, partial(self.sample_pairs, place)) if self.config.is_guided else chain
@@ -106,18 +109,24 @@ class TrainingState:
         """Draws from the pairs of a micro-batch, see `TeacherPairs.sample`."""
         return self.pairs(place).sample(t, generator)
 
-    def _sample_condition(self, size: int, generator: torch.Generator | None) -> Tensor:
+    @property
+    def sample_condition(self) -> Callable[[int, torch.Generator | None], Tensor] | None:
+        """Draws class labels, (size, generator) -> shape (size,); None without classes."""
         unet = self.student.unet
-        return torch.randint(unet.config.num_class_embeds, (size,), generator=generator).to(unet.device)
+        classes = unet.config.num_class_embeds
+        if not classes:
+            return None
+        return lambda size, generator: torch.randint(classes, (size,), generator=generator).to(unet.device)
 
     def _make_pairs(self, place: int) -> TeacherPairs:
         """The share of the pairs of one micro-batch."""
         config, number = self.config, self.pairs_per_micro_batch
         generator = step_generator(config.seed, self.first_micro_batch + place, -1)
-        condition = self._sample_condition(number, generator) if self.student.unet.config.num_class_embeds else None
+        draw = self.sample_condition
+        condition = None if draw is None else draw(number, generator)
         return TeacherPairs(
             self.bridge.network.unet,
-            self.student.scheduler,
+            self.bridge.scheduler,
             torch.randn(number, *self.bridge.shape, generator=generator),  # of all pairs: too many for a GPU
             condition,
             config.pair_calls,
@@ -132,10 +141,25 @@ class TrainingState:
         return max(1, pairs // self.micro_batches) if pairs else 0
 
     @property
-    def pair_calls(self) -> tuple[int, int]:
-        """Network calls, in all processes, that make the pairs, and that fit the layers to them."""
+    def has_other_prediction(self) -> bool:
+        """Whether the student starts with weights that mean something else, and must first be fitted to the teacher."""
+        types = (each.scheduler.config.prediction_type for each in (self.student, self.bridge))
+        return len(set(types)) == 2 and self.config.init_from is None
+
+    @property
+    def teacher_layers(self) -> UNetLayers:
+        """The layers that the teacher would be, on the grid of the student."""
+        unet, clips = self.bridge.network.unet, self.config.clip_images
+        return UNetLayers(unet, self.bridge.scheduler, self.student.noise_scale, clips)
+
+    @property
+    def fit_calls(self) -> tuple[int, int]:
+        """Network calls, in all processes, that make the pairs, and that fit the layers before the updates."""
         pairs = self.pairs_per_micro_batch * self.micro_batches
-        return pairs * self.config.pair_calls, self.config.pair_steps * self.rows if pairs else 0
+        fitted = self.config.pair_steps * self.rows
+        if not pairs and self.has_other_prediction:  # the teacher's, down its chain, are an average
+            fitted = round(fitted * (1 + mean((depth + 1) / 2 for depth in self.student.depths)))
+        return pairs * self.config.pair_calls, fitted if pairs or self.has_other_prediction else 0
 
     @property
     def micro_batches(self) -> int:

@@ -181,7 +181,7 @@ class HSIVITrainer:
         """
         teacher, total, calls = self.teacher["pretrained_teacher_model"], self.config.max_train_steps, None
         if start < total:
-            made, fitted = self.state.pair_calls
+            made, fitted = self.state.fit_calls
             again = (made if self.config.is_guided else 0) if start else made + fitted
             calls = round((counted - again) * total / (total - start)) + made + fitted
         return {

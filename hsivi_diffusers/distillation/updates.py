@@ -16,6 +16,7 @@ from ..vi import (
     CriticObjective,
     DivergenceError,
     Guided,
+    ImitationChain,
     KullbackLeibler,
     Objective,
     PairChain,
@@ -59,7 +60,7 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
         InterruptedRunError: SIGTERM or Ctrl-C came before the first update.
     """
     config = state.config
-    if config.num_pairs and start_step == 0:
+    if (config.num_pairs or state.has_other_prediction) and start_step == 0:
         _regress(state)
     objective = make_objective(config, state.bridge)
     steps = _fit(
@@ -129,13 +130,21 @@ def _fit(
     )
 
 
+def _fit_chain(state: TrainingState, place: int) -> Chain:
+    """Where the fit of a micro-batch comes from: its pairs, if it has any, or else the layers of the teacher."""
+    depths, size = state.student.depths, state.config.train_batch_size
+    if state.config.num_pairs:
+        return PairChain(partial(state.sample_pairs, place), depths, size)
+    return ImitationChain(state.teacher_layers, state.bridge.sample_base, depths, size, state.sample_condition)
+
+
 def _regress(state: TrainingState) -> None:
-    """Fits the layers to the pairs, by their optimizer at a rate that falls to 0; then it starts over."""
+    """Fits the layers to the pairs, or to those of the teacher, by their optimizer at a rate that falls to 0.
+
+    The optimizer then starts over.
+    """
     config, group = state.config, state.layer_optimizer.param_groups[0]
-    depths, places = state.student.scheduler.depths, range(len(state.chains))
-    chains: list[Chain] = [
-        PairChain(partial(state.sample_pairs, place), depths, config.train_batch_size) for place in places
-    ]
+    depths, chains = state.student.depths, [_fit_chain(state, place) for place in range(len(state.chains))]
     rate, objective = group["lr"], Regression(image_loss(state.student.scheduler))
     steps = _fit(state, objective, chains, joint(sum(depths), config.pair_steps))
     for step in tqdm(range(config.pair_steps), "regress", disable=not state.accelerator.is_main_process):
