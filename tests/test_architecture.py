@@ -70,16 +70,16 @@ ALLOWED = {
     ),
     "distillation/state": (
         {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "networks", "pairs", "student")}
-        | {"vi/*", "folders", "pipeline_hsivi"},
+        | {"vi/*", "folders", "pipeline_hsivi", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/updates": (
-        {f"distillation/{noun}" for noun in ("bridge", "config", "pairs", "state")} | {"vi/*"},
+        {f"distillation/{noun}" for noun in ("bridge", "config", "pairs", "state", "student")} | {"vi/*"},
         TRAIN,
     ),
     "distillation/progress": ({"distillation/pairs", "distillation/state", "vi/*"}, TRAIN | {"PIL"}),
     "distillation/plan": (
-        {f"distillation/{noun}" for noun in ("config", "denoisers", "networks", "state", "updates")}
+        {f"distillation/{noun}" for noun in ("config", "denoisers", "networks", "pairs", "state", "updates")}
         | {"scheduling_hsivi"},
         TRAIN,
     ),

@@ -19,7 +19,6 @@ ALIASES = {
     "clip_pictures": "clip_images",
     "layer_weight": "loss_weight",
     "ode_pairs": "num_pairs",
-    "ode_calls": "pair_calls",
     "ode_steps": "pair_steps",
     "ode_learning_rate": "pair_learning_rate",
     "ode_weight": "pair_weight",
@@ -107,7 +106,6 @@ class HSIVIConfig:
     num_pairs: int = by_preset(
         0, 6400, 0, "pairs of noise and the teacher's image of it, on which the student is fitted first; 0 for none"
     )
-    pair_calls: int = option(15, "teacher calls per pair", common=False)
     pair_steps: int = option(500, "updates of the fit to pairs, or of another prediction_type", common=False)
     pair_learning_rate: float = option(5e-4, "Adam learning rate of that fit; it falls to 0", common=False)
     pair_weight: float = option(
@@ -269,7 +267,6 @@ RANGES: dict[str, Range] = {
     "start_spacing": FROM_0,
     "critic_updates": AT_LEAST_1,
     "num_pairs": FROM_0,
-    "pair_calls": ABOVE_0,
     "pair_steps": ABOVE_0,
     "pair_learning_rate": ABOVE_0,
     "pair_weight": FROM_0,
@@ -314,7 +311,7 @@ def _check_together(config: HSIVIConfig) -> None:
     starts = (config.start_timestep, config.start_signal, config.start_noise)
     learns_scale, renoises = config.noise_scale_type != "config", config.trials.kernel == "renoise"
     usual = {each.name: each.default for each in fields(HSIVIConfig)}
-    names = ["pair_calls", "pair_weight", *(["pair_steps", "pair_learning_rate"] if not config.prediction_type else [])]
+    names = ["pair_weight", *(["pair_steps", "pair_learning_rate"] if not config.prediction_type else [])]
     changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != usual[name]]
     if config.start_spacing and starts == (None, None, None):
         raise ValueError(

@@ -21,6 +21,7 @@ SCHEDULE = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
     "rescale_betas_zero_snr",
 )
+PAIR_CALLS = 15  # of the teacher, for a pair
 LEAST_RATIO = 0.006  # alpha / sigma at the end of the linear clock
 
 
@@ -50,7 +51,7 @@ class TeacherPairs:
         scheduler: HSIVIScheduler,
         noise: Tensor,
         condition: Tensor | None = None,
-        num_calls: int = 15,
+        num_calls: int = PAIR_CALLS,
         batch_size: int = 64,
         show: bool = False,
     ) -> None:

@@ -33,6 +33,7 @@ from ..scheduling_hsivi import HSIVIScheduler
 from .config import HSIVIConfig
 from .denoisers import sample_shape
 from .networks import HALF, make_networks
+from .pairs import PAIR_CALLS
 from .state import TrainingState
 from .updates import run_updates
 
@@ -289,8 +290,8 @@ def _fit_line(config: HSIVIConfig, prediction_type: str, call: float) -> list[st
     """
     what, calls = "", 3.0 * config.pair_steps * _rows(config)
     if config.num_pairs:
-        what = f"{config.num_pairs:,} pairs of {config.pair_calls} calls of the teacher and "
-        calls += config.num_pairs * config.pair_calls
+        what = f"{config.num_pairs:,} pairs of {PAIR_CALLS} calls of the teacher and "
+        calls += config.num_pairs * PAIR_CALLS
     elif config.prediction_type in (None, prediction_type) or config.init_from:
         return []
     else:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -129,8 +128,7 @@ class TrainingState:
             self.bridge.scheduler,
             torch.randn(number, *self.bridge.shape, generator=generator),  # of all pairs: too many for a GPU
             condition,
-            config.pair_calls,
-            config.train_batch_size,
+            batch_size=config.train_batch_size,
             show=self.accelerator.is_main_process,
         )
 
@@ -139,27 +137,6 @@ class TrainingState:
         """Pairs of each micro-batch: at least one, if there are any."""
         pairs = self.config.num_pairs
         return max(1, pairs // self.micro_batches) if pairs else 0
-
-    @property
-    def has_other_prediction(self) -> bool:
-        """Whether the student starts with weights that mean something else, and must first be fitted to the teacher."""
-        types = (each.scheduler.config.prediction_type for each in (self.student, self.bridge))
-        return len(set(types)) == 2 and self.config.init_from is None
-
-    @property
-    def teacher_layers(self) -> UNetLayers:
-        """The layers that the teacher would be, on the grid of the student."""
-        unet, clips = self.bridge.network.unet, self.config.clip_images
-        return UNetLayers(unet, self.bridge.scheduler, self.student.noise_scale, clips)
-
-    @property
-    def fit_calls(self) -> tuple[int, int]:
-        """Network calls, in all processes, that make the pairs, and that fit the layers before the updates."""
-        pairs = self.pairs_per_micro_batch * self.micro_batches
-        fitted = self.config.pair_steps * self.rows
-        if not pairs and self.has_other_prediction:  # the teacher's, down its chain, are an average
-            fitted = round(fitted * (1 + mean((depth + 1) / 2 for depth in self.student.depths)))
-        return pairs * self.config.pair_calls, fitted if pairs or self.has_other_prediction else 0
 
     @property
     def micro_batches(self) -> int:

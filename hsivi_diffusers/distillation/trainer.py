@@ -31,7 +31,7 @@ from .output import Output, check_teacher, claimed, finished, start_run
 from .progress import Progress
 from .state import TrainingState
 from .updates import InterruptedRunError as InterruptedRunError
-from .updates import run_updates
+from .updates import fit_calls, run_updates
 
 WRITTEN = ("training.json", "pipeline", "critic", "samples", "report.json", "report.md", "samples.png", "curve.png")
 Callback = Callable[["HSIVITrainer", Step], dict[str, float] | None]
@@ -181,7 +181,7 @@ class HSIVITrainer:
         """
         teacher, total, calls = self.teacher["pretrained_teacher_model"], self.config.max_train_steps, None
         if start < total:
-            made, fitted = self.state.fit_calls
+            made, fitted = fit_calls(self.state)
             again = (made if self.config.is_guided else 0) if start else made + fitted
             calls = round((counted - again) * total / (total - start)) + made + fitted
         return {

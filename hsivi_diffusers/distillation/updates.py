@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial
+from statistics import mean
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,8 +31,9 @@ from ..vi import (
 )
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
-from .pairs import image_loss
+from .pairs import PAIR_CALLS, image_loss
 from .state import TrainingState
+from .student import UNetLayers
 
 MAX_OVERFLOWS = 50
 COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs
@@ -60,7 +62,7 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
         InterruptedRunError: SIGTERM or Ctrl-C came before the first update.
     """
     config = state.config
-    if (config.num_pairs or state.has_other_prediction) and start_step == 0:
+    if start_step == 0 and (config.num_pairs or has_other_prediction(state)):
         _regress(state)
     objective = make_objective(config, state.bridge)
     steps = _fit(
@@ -130,12 +132,29 @@ def _fit(
     )
 
 
+def has_other_prediction(state: TrainingState) -> bool:
+    """Whether the student starts with weights that mean something else, and must first be fitted to the teacher."""
+    types = {each.scheduler.config.prediction_type for each in (state.student, state.bridge)}
+    return len(types) == 2 and state.config.init_from is None
+
+
+def fit_calls(state: TrainingState) -> tuple[int, int]:
+    """Network calls, in all processes, that make the pairs, and that fit the layers before the updates."""
+    pairs = state.pairs_per_micro_batch * state.micro_batches
+    fitted = state.config.pair_steps * state.rows
+    if not pairs and has_other_prediction(state):  # the teacher's, down its chain, are an average
+        fitted = round(fitted * (1 + mean((depth + 1) / 2 for depth in state.student.depths)))
+    return pairs * PAIR_CALLS, fitted if pairs or has_other_prediction(state) else 0
+
+
 def _fit_chain(state: TrainingState, place: int) -> Chain:
     """Where the fit of a micro-batch comes from: its pairs, if it has any, or else the layers of the teacher."""
     depths, size = state.student.depths, state.config.train_batch_size
     if state.config.num_pairs:
         return PairChain(partial(state.sample_pairs, place), depths, size)
-    return ImitationChain(state.teacher_layers, state.bridge.sample_base, depths, size, state.sample_condition)
+    bridge, clips = state.bridge, state.config.clip_images
+    teacher = UNetLayers(bridge.network.unet, bridge.scheduler, state.student.noise_scale, clips)
+    return ImitationChain(teacher, bridge.sample_base, depths, size, state.sample_condition)
 
 
 def _regress(state: TrainingState) -> None:

@@ -12,7 +12,7 @@ from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.pairs import TeacherPairs
 from hsivi_diffusers.vi import Guided, GuidedChain, KullbackLeibler, PairChain, PoolChain
 
-ONE = {"preset": "one_call", "num_inference_steps": 1, "num_pairs": 8, "pair_calls": 2, "pair_steps": 3}
+ONE = {"preset": "one_call", "num_inference_steps": 1, "num_pairs": 8, "pair_steps": 3}
 ONE["critic_first"] = 1
 FIT = {"num_pairs": 4, "pair_steps": 80, "pair_learning_rate": 2e-3}
 
@@ -32,7 +32,7 @@ def weights(folder):
 
 @pytest.mark.parametrize(("preset", "clips"), [("one_call", True), ("paper", False)])
 def test_the_student_clips_images_as_the_preset_has_it(make_one, preset, clips):
-    assert make_one(preset=preset, num_pairs=0, pair_calls=15, pair_steps=500).student.clip_images is clips
+    assert make_one(preset=preset, num_pairs=0, pair_steps=500).student.clip_images is clips
 
 
 @pytest.mark.parametrize(("shape", "start"), [((1, 8, 8), 440), ((1, 64, 64), 440), ((3, 64, 64), 541)])
@@ -48,12 +48,11 @@ def test_one_step_starts_at_a_noise_whatever_the_size_of_the_images(teacher, sha
     [
         ({"num_pairs": -1}, "num_pairs=-1: give a number from 0 on"),
         ({"pair_weight": -0.1}, "pair_weight=-0.1: give a number from 0 on"),
-        ({"pair_calls": 0}, "pair_calls=0: give a number above 0"),
         ({"pair_steps": 0}, "pair_steps=0: give a number above 0"),
         ({"pair_learning_rate": 0.0}, "pair_learning_rate=0.0: give a number above 0"),
         ({"noise_scale_type": "per_pixel"}, "noise_scale_type='per_pixel' has nothing to learn from pairs"),
-        ({"num_pairs": 0, "pair_calls": 15, "pair_steps": 500, "pair_weight": 1.0}, "pair_weight=1.0 has no effect"),
-        ({"num_pairs": 0}, "pair_calls=2 and pair_steps=3 has no effect without pairs: set num_pairs, say 6400"),
+        ({"num_pairs": 0, "pair_steps": 500, "pair_weight": 1.0}, "pair_weight=1.0 has no effect"),
+        ({"num_pairs": 0}, "pair_steps=3 has no effect without pairs: set num_pairs, say 6400"),
         ({"critic_first": -1}, "critic_first=-1: give a number of updates from 0 to below max_train_steps=5"),
         ({"critic_first": 5}, "critic_first=5: give a number of updates from 0 to below max_train_steps=5"),
         ({"start_noise": 0.0}, "start_noise=0.0: give a number above 0, or leave it out"),
@@ -159,7 +158,7 @@ def test_the_critic_learns_alone_before_the_layer_moves(make_one):
 @pytest.mark.parametrize("first", [3, 12])
 def test_the_first_updates_of_the_layer_are_no_larger_for_the_critic_that_learned_alone(make_one, first):
     """Adam, without a first moment, moves a weight by the rate, of which the second update has a quarter."""
-    settings = {"num_pairs": 0, "pair_calls": 15, "pair_steps": 500, "lr_warmup_steps": 4}
+    settings = {"num_pairs": 0, "pair_steps": 500, "lr_warmup_steps": 4}
     made = make_one(**settings, critic_first=first, max_train_steps=40)
     steps, before = updates.run_updates(made, 0), [parameter.clone() for parameter in made.student.parameters()]
     for _ in range(first + 2):
@@ -211,8 +210,8 @@ def test_sigterm_before_the_first_update_ends_a_run_that_may_start_again(launch,
 def test_a_run_counts_the_calls_of_its_pairs_and_makes_a_pipeline_of_one_call(distil, tmp_path):
     run = distil(tmp_path / "run", **ONE)
     calls = json.loads((run / "training.json").read_text())["network_calls"]
-    # 8 pairs of 2 calls, 3 updates of 4 rows, and 5 of the layers, with 2 of the critic, which share the first answer.
-    assert calls == 8 * 2 + 3 * 4 + 5 * 4 * (1 + 1 + 1 + 2)
+    # 8 pairs of 15 calls, 3 updates of 4 rows, and 5 of the layers, with 2 of the critic, which share the first answer.
+    assert calls == 8 * 15 + 3 * 4 + 5 * 4 * (1 + 1 + 1 + 2)
     pipeline = HSIVIPipeline.from_pretrained(run / "pipeline")
     assert pipeline.scheduler.config.layer_timesteps == [440, 0]
     assert pipeline(2, output_type="np", return_dict=False)[0].shape == (2, 8, 8, 1)
@@ -231,5 +230,5 @@ def test_pairs_of_a_class_conditional_teacher_have_classes(distil, class_teacher
 def test_a_plan_tells_what_the_pairs_cost(make_config, teacher):
     config = make_config(**ONE)
     (line,) = plan._fit_line(config, "epsilon", call=1.0)
-    # A backward pass is two calls: 8 pairs of 2 calls, and 3 updates of 4 rows
-    assert line == ("before them about 52 s for 8 pairs of 2 calls of the teacher and 3 updates of the layers alone")
+    # A backward pass is two calls: 8 pairs of 15 calls, and 3 updates of 4 rows
+    assert line == ("before them about 3 min for 8 pairs of 15 calls of the teacher and 3 updates of the layers alone")

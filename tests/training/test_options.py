@@ -467,9 +467,9 @@ def test_an_unknown_preset_is_refused_with_the_choices():
 
 def test_old_names_are_read_on_the_command_line_in_yaml_and_in_the_record_of_a_run(tmp_path, make_config):
     (tmp_path / "old.yaml").write_text("num_layers: [1, 4]\node_pairs: 9\nclip_pictures: false\n")
-    config = make_config("--ode_calls=3", "--layer_weight", "sigma2", f"--config={tmp_path / 'old.yaml'}")
+    config = make_config("--ode_steps=3", "--layer_weight", "sigma2", f"--config={tmp_path / 'old.yaml'}")
     assert config.depths == [2]  # of the fixture's command line, which wins
-    assert (config.num_pairs, config.pair_calls, config.loss_weight, config.clip_images) == (9, 3, "sigma2", False)
+    assert (config.num_pairs, config.pair_steps, config.loss_weight, config.clip_images) == (9, 3, "sigma2", False)
     assert set(ALIASES.values()) <= config.settings().keys()
     assert not ALIASES.keys() & config.settings().keys()
 

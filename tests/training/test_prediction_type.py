@@ -37,7 +37,7 @@ def test_the_student_is_brought_to_where_the_teacher_is(make_state, steps):
 def test_the_fit_is_to_the_teacher_or_if_there_are_any_to_its_pairs(make_state):
     state = make_state(**VELOCITY)
     assert isinstance(updates._fit_chain(state, 0), ImitationChain)
-    state = make_state(**VELOCITY, num_pairs=4, pair_calls=2)
+    state = make_state(**VELOCITY, num_pairs=4)
     assert isinstance(updates._fit_chain(state, 0), PairChain)
 
 
@@ -48,8 +48,8 @@ def test_teacher_and_critic_keep_their_prediction(make_state):
     x, level = torch.randn(3, 1, 8, 8), torch.tensor([700, 300, 20])
     with torch.no_grad():
         assert torch.equal(state.critic(x, level), state.bridge.score(x, level))
-    assert not make_state().has_other_prediction
-    assert not make_state(prediction_type="epsilon").has_other_prediction
+    assert not updates.has_other_prediction(make_state())
+    assert not updates.has_other_prediction(make_state(prediction_type="epsilon"))
 
 
 def test_the_saved_pipeline_says_what_its_network_predicts(distil, tmp_path):
@@ -74,7 +74,7 @@ def test_calls_of_the_fit_are_counted(distil, tmp_path):
     alone = {"num_inference_steps": 1, "num_pairs": 0, "critic_updates": 1, "max_train_steps": 2}
     run = distil(tmp_path / "run", **VELOCITY, **alone)
     calls = json.loads((run / "training.json").read_text())["network_calls"]
-    # 3 updates of 4 rows by student and teacher; 2 by student, teacher and critic, one answer of which serves both losses
+    # 3 updates of 4 rows by student and teacher; 2 by student, teacher and critic, one answer of which serves both
     assert calls == 3 * 4 * 2 + 2 * 4 * 3
 
 
