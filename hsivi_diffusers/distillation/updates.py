@@ -29,6 +29,8 @@ from ..vi import (
     fit,
     joint,
 )
+from ..vi.bridges import Bridge
+from ..vi.objectives import Critic, LayerDraw, row_sum
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
 from .pairs import PAIR_CALLS, image_loss
@@ -41,6 +43,16 @@ COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs
 
 class InterruptedRunError(Exception):
     """SIGTERM or Ctrl-C ended a run; what was done is in a checkpoint, and the message says how to continue."""
+
+
+class MeanRegression(Regression):
+    """`Regression` of layers whose noise has parameters too: these get a gradient of 0.
+
+    Processes that average their gradients wait for one of each parameter.
+    """
+
+    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
+        return super().layer_loss(critic, bridge, draw) + 0 * row_sum(draw.x)
 
 
 def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjective:
@@ -164,7 +176,7 @@ def _regress(state: TrainingState) -> None:
     """
     config, group = state.config, state.layer_optimizer.param_groups[0]
     depths, chains = state.student.depths, [_fit_chain(state, place) for place in range(len(state.chains))]
-    rate, objective = group["lr"], Regression(image_loss(state.student.scheduler))
+    rate, objective = group["lr"], MeanRegression(image_loss(state.student.scheduler))
     steps = _fit(state, objective, chains, joint(sum(depths), config.pair_steps))
     for step in tqdm(range(config.pair_steps), "regress", disable=not state.accelerator.is_main_process):
         group["lr"] = config.pair_learning_rate * cosine(step / config.pair_steps)

@@ -95,3 +95,12 @@ def test_a_plan_tells_what_the_fit_costs(make_config):
     # 3 updates of 4 rows: a call and a backward pass of the student, and 2 calls of the teacher on average
     assert plan._fit_line(config, "epsilon", call=1.0) == ["before them about 60 s for 3 updates of the layers alone"]
     assert plan._fit_line(config, "v_prediction", call=1.0) == []
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+def test_two_processes_fit_as_one_does_with_two_micro_batches(launch, tmp_path, differences, preset):
+    settings = {**VELOCITY, "preset": preset, "critic_updates": 1, "max_train_steps": 2}
+    statuses, text = launch(tmp_path / "two", processes=2, **settings)
+    assert statuses == [0, 0], text
+    assert launch(tmp_path / "one", gradient_accumulation_steps=2, **settings)[0] == [0]
+    assert differences(tmp_path / "two", tmp_path / "one") == []
