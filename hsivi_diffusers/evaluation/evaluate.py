@@ -29,7 +29,7 @@ from .report import METRICS, OURS, Report, load_run
 from .solvers import Sampler, make_solver, make_student, sample, shorten
 
 COLUMNS = 16  # images in a row of samples.png
-ON_GRID = ("DPM-Solver++", "UniPC")  # of `few_step_timesteps`; the others have grids of their own
+ON_GRID = ("DPM-Solver++", "UniPC")  # of `few_step_timesteps` too: neither grid is the better one for every teacher
 BASELINES = ("DDIM", *ON_GRID)
 REFERENCE = "DPM-Solver++"  # by the trailing grid, which starts at the end of the clock
 
@@ -70,10 +70,14 @@ def make_samplers(
     baselines = [(method, nfe) for nfe in options.solver_steps or [*counts, 2 * max(counts)] for method in BASELINES]
     baselines += [("DDIM, eta 1", options.ddim_steps), ("DDPM", options.ddpm_steps)]
     for method, nfe in baselines:
-        if nfe:
-            timesteps = few_step_timesteps(student.scheduler, sample_shape(unet), nfe) if method in ON_GRID else None
+        if not nfe:
+            continue
+        grids: dict[str, list[int] | None] = {method: None}
+        if method in ON_GRID:
+            grids[f"{method}, few-step grid"] = few_step_timesteps(student.scheduler, sample_shape(unet), nfe)
+        for name, timesteps in grids.items():
             solver = make_solver(method, nfe, unet, config, timesteps=timesteps)
-            yield method, nfe, solver, solver.grid
+            yield name, nfe, solver, solver.grid
 
 
 def load_reference(

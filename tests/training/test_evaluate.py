@@ -21,7 +21,8 @@ from hsivi_diffusers.evaluation.solvers import make_solver, make_student, sample
 from hsivi_diffusers.images import load_images
 from tiny_unet import make_unet
 
-METHODS = ["DDPM", "DDIM", "DDIM, eta 1", "DPM-Solver++", "UniPC"]
+SOLVERS = ["DDIM", "DPM-Solver++", "DPM-Solver++, few-step grid", "UniPC", "UniPC, few-step grid"]
+METHODS = ["DDPM", "DDIM, eta 1", *SOLVERS]
 KEYS = ["dataset", "method", "nfe", "grid", "train_seed", "eval_seed", "num_samples", *METRICS, "train_seconds"]
 
 
@@ -38,8 +39,9 @@ def solver(teacher):
 
     def make(method, num_steps):
         calls.clear()
-        timesteps = few_step_timesteps(schedule, (1, 8, 8), num_steps) if method in evaluate.ON_GRID else None
-        return make_solver(method, num_steps, unet, schedule.config, timesteps=timesteps), calls
+        name, _, few = method.partition(", few-step")
+        timesteps = few_step_timesteps(schedule, (1, 8, 8), num_steps) if few else None
+        return make_solver(name, num_steps, unet, schedule.config, timesteps=timesteps), calls
 
     return make
 
@@ -330,8 +332,7 @@ def rows(evaluated):
 
 
 def test_every_method_has_its_row(rows):
-    solvers = ["DDIM", "DPM-Solver++", "UniPC"]
-    methods = [("HSIVI", 2), *[(name, 2) for name in solvers], *[(name, 3) for name in solvers]]
+    methods = [("HSIVI", 2), *[(name, 2) for name in SOLVERS], *[(name, 3) for name in SOLVERS]]
     assert [(row["method"], row["nfe"]) for row in rows] == [*methods, ("DDIM, eta 1", 4), ("DDPM", 5)]
 
 
@@ -384,7 +385,7 @@ def test_rows_hold_the_distances_of_the_pictures(rows, evaluated, solver, extrac
     network = ImageClassifier.from_pretrained(extractor).eval()
     distances = Measures(network, load_images("digits", 8, 1)[0].float() / 255, [*METRICS])
     student = make_student(HSIVIPipeline.from_pretrained(evaluated[0] / "pipeline"))
-    measured = {0: student, 5: ("DPM-Solver++", 3), 7: ("DDIM, eta 1", 4)}
+    measured = {0: student, 7: ("DPM-Solver++", 3), 8: ("DPM-Solver++, few-step grid", 3), 11: ("DDIM, eta 1", 4)}
     for number, given in measured.items():
         row, sampler = rows[number], given if callable(given) else solver(*given)[0]
         wanted = distances(torch.cat([*sample(sampler, 24, 10, seed=3)]))
@@ -417,10 +418,10 @@ def test_three_lines_close_the_run(rows, evaluated):
     folder, text = evaluated
     made, compares, following = text.splitlines()
     assert made == f"Wrote:  report.md, report.json, samples.png, curve.png in {folder}"
-    best = min(rows[1:4], key=lambda row: row["fd"])
+    best = min(rows[1:6], key=lambda row: row["fd"])
     assert compares == (
         f"Result: FD {rows[0]['fd']:.2f} at 2 network calls; best solver at as many calls: "
-        f"{best['method']}, {best['fd']:.2f}; DDPM at 5 calls: {rows[8]['fd']:.2f}"
+        f"{best['method']}, {best['fd']:.2f}; DDPM at 5 calls: {rows[12]['fd']:.2f}"
     )
     assert following.startswith(f"Next:   look at {folder / 'samples.png'}")
 
@@ -455,8 +456,7 @@ def test_each_count_of_a_student_has_its_row(evaluated_several, extractor):
 
 def test_each_count_of_a_student_is_shown_with_the_solvers_of_as_many_calls(evaluated_several):
     folder, shown, _ = evaluated_several
-    solvers = ["DDIM", "DPM-Solver++", "UniPC"]
-    two, four = ([f"{name} at {nfe}" for name in (*solvers, "HSIVI")] for nfe in (2, 4))
+    two, four = ([f"{name} at {nfe}" for name in (*SOLVERS, "HSIVI")] for nfe in (2, 4))
     assert [label for label, _ in shown] == ["teacher, DDPM at 5", "HSIVI at 1", *two, *four, "reference"]
     assert len({tuple(pictures.shape) for _, pictures in shown}) == 1
     with Image.open(folder / "samples.png") as picture:
@@ -472,8 +472,8 @@ def test_solvers_may_be_left_out_and_pictures_fewer_than_columns(fast_run, extra
     options = ["--solver_steps", "3", "--ddim_steps=0", "--ddpm_steps=0", "--num_samples=7"]
     text = printed(evaluate.main, [*arguments(folder, extractor), *options])
     rows = json.loads((folder / "report.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["HSIVI", "DDIM", "DPM-Solver++", "UniPC"]
-    assert [row["nfe"] for row in rows] == [2, 3, 3, 3]
+    assert [row["method"] for row in rows] == ["HSIVI", *SOLVERS]
+    assert [row["nfe"] for row in rows] == [2, 3, 3, 3, 3, 3]
     assert "best solver" not in text
     assert len(text.splitlines()) == 3
 
@@ -539,8 +539,7 @@ def test_a_class_conditional_run_is_evaluated_without_further_options(class_run,
     evaluate.main([f"--run_dir={folder}", "--ddpm_steps=4", "--ddim_steps=0", *quick])
     content = json.loads((folder / "report.json").read_text())
     keys = [(row["method"], row["nfe"]) for row in content["rows"]]
-    solvers = ["DDIM", "DPM-Solver++", "UniPC"]
-    assert keys == [("HSIVI", 2), *[(name, nfe) for nfe in (2, 4) for name in solvers], ("DDPM", 4)]
+    assert keys == [("HSIVI", 2), *[(name, nfe) for nfe in (2, 4) for name in SOLVERS], ("DDPM", 4)]
     assert content["reference"] == "teacher, DPM-Solver++ at 3 steps"
     assert content["headline"] == "kid"
     assert isinstance(content["floor"], float)
