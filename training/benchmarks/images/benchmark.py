@@ -192,30 +192,31 @@ class Comparison:
             )
         return make_student(HSIVIPipeline.from_pretrained(folder / "pipeline"), nfe), costs
 
-    def _cost_of(self, nfe: int, seed: int) -> tuple[float, int]:
-        """Seconds and network calls of the training of our student, whose row is there."""
-        row = next(row for row in self.results.rows() if key_of(row) == (OURS, nfe, seed))
-        return row["train_seconds"], row["train_calls"]
+    def _cost_of(self, counts: Sequence[int], seed: int) -> tuple[float, int]:
+        """The most seconds and the most network calls of the trainings of our students, whose rows are there."""
+        keys = [(OURS, nfe, seed) for nfe in counts]
+        rows = [row for row in self.results.rows() if key_of(row) in keys]
+        return max(row["train_seconds"] for row in rows), max(row["train_calls"] for row in rows)
 
     def _make_baseline(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
         """A progressive distillation to so many calls, or a regression on pairs."""
-        folder, costs = self._train_as_long(f"{config} --num_inference_steps {nfe}", nfe, seed)
+        folder, costs = self._train_as_long(f"{config} --num_inference_steps {nfe}", [nfe], seed)
         return make_student(HSIVIPipeline.from_pretrained(folder / "pipeline"), nfe), costs
 
     def _make_consistency(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
-        """One model for all numbers of calls, that has the cost of the student of the most."""
-        folder, costs = self._train_as_long(config, max(self.options.baseline_steps), seed)
+        """One model for all numbers of calls, that has at least the cost of each of their students."""
+        folder, costs = self._train_as_long(config, self.options.baseline_steps, seed)
         pipeline = DDPMPipeline.from_pretrained(folder / "pipeline")
         return Solver(LCMScheduler.from_config(pipeline.scheduler.config), nfe, pipeline.unet), costs
 
-    def _train_as_long(self, config: str, nfe: int, seed: int) -> tuple[Path, Costs]:
-        """Trains a baseline for at least the seconds and the network calls of our student."""
-        seconds, calls = self._cost_of(nfe, seed)
+    def _train_as_long(self, config: str, counts: Sequence[int], seed: int) -> tuple[Path, Costs]:
+        """Trains a baseline for at least the seconds and the network calls of our students of these calls."""
+        seconds, calls = self._cost_of(counts, seed)
         limit = [f"--max_train_seconds={seconds}", f"--min_network_calls={calls}", *RESUME]
         folder, costs = self._train(config, seed, f"{__package__}.train_baseline", limit)
         if (costs["max_train_seconds"], costs["min_network_calls"]) != (seconds, calls):
             raise ValueError(
-                f"{folder} was not given the cost of the student that it is compared with, {seconds} s and {calls} "
+                f"{folder} was not given the cost of what it is compared with, {seconds} s and {calls} "
                 "network calls: remove it and its rows, or name another --runs_dir and --output_dir"
             )
         return folder, costs
