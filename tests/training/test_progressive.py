@@ -117,6 +117,16 @@ def test_a_stage_begins_at_equal_shares_of_a_run_and_makes_the_student_the_teach
     ]
 
 
+def test_the_teacher_that_was_given_stays_as_it_is(unet, same_tensors):
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    made = ProgressiveDistillation(unet, HSIVIScheduler(), 1, num_stages=2)
+    with torch.no_grad():
+        made.student.conv_in.weight.add_(1)
+    made.begin_update(0.5)
+    assert torch.equal(made.teacher.conv_in.weight, made.student.conv_in.weight)
+    assert same_tensors(unet.state_dict(), before)
+
+
 @pytest.mark.parametrize(("stage", "stride"), [(0, 50), (1, 100), (2, 200)])
 def test_the_steps_of_a_stage_are_twice_those_of_its_teacher(monkeypatch, stage, stride):
     made, seen = gaussian_distillation(num_steps=4), []

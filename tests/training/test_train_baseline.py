@@ -15,11 +15,12 @@ from hsivi_diffusers.distillation.checkpoints import Checkpoints
 from hsivi_diffusers.distillation.output import Output
 from hsivi_diffusers.evaluation.solvers import Solver
 from tiny_unet import make_unet
-from training.benchmarks.images import consistency, train_baseline, training_loop
+from training.benchmarks.images import consistency, regression, train_baseline, training_loop
 from training.benchmarks.images.consistency import ConsistencyDistillation
 from training.benchmarks.images.progressive import ProgressiveDistillation
 from training.benchmarks.images.regression import PairRegression
 from training.benchmarks.images.train_baseline import Training, learning_rate
+from training.benchmarks.images.training_loop import TrainingLoop
 
 METHODS = ["consistency", "progressive", "regression"]
 
@@ -154,6 +155,42 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(train, tmp_path, monkey
             train(*arguments, f"--output_dir={tmp_path / 'run'}")
     train(*arguments, f"--output_dir={tmp_path / 'run'}", "--resume_from_checkpoint=latest")
     assert same_tensors(weights(tmp_path / "run"), weights(whole))
+
+
+def test_pairs_that_a_run_makes_again_take_none_of_its_time(unet, tmp_path, monkeypatch):
+    """Here pairs take 100 seconds, and an update one."""
+    now, make_pairs, descend, save = [0.0], regression.TeacherPairs, TrainingLoop.descend, Checkpoints.save
+
+    def slow(seconds, function):
+        def call(*given, **named):
+            now[0] += seconds
+            return function(*given, **named)
+
+        return call
+
+    def interrupted(self, done, seconds):
+        save(self, done, seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(regression, "TeacherPairs", slow(100, make_pairs))
+    monkeypatch.setattr(TrainingLoop, "descend", slow(1, descend))
+    output = Output(str(tmp_path), checkpointing_steps=2)
+    training = Training(method="regression", max_train_seconds=105.0, train_batch_size=2)
+
+    def run():
+        distillation = PairRegression(unet, HSIVIScheduler(), 9, 2)
+        return train_baseline.train(distillation, torch.zeros(10, 1, 8, 8), training, output, Accelerator(), {})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    output.resume_from_checkpoint = "latest"
+    assert run() == (5, 105.0)
+    assert now == [205.0]
+    assert run() == (5, 105.0)  # it has ended, and needs no pairs
+    assert now == [205.0]
 
 
 def test_the_teacher_of_the_last_stage_is_the_student_of_the_one_before(train, tmp_path, same_tensors):

@@ -86,6 +86,9 @@ class ConsistencyDistillation:
         x = self.schedule.add_noise(clean, torch.randn_like(clean), timestep)
         return distance(self.predict(x, timestep), self.aim(x, timestep))
 
+    def restore(self) -> None:
+        """Does nothing."""
+
     @torch.no_grad()
     def begin_update(self, share: float) -> None:
         """Moves the target's weights towards the student's, whatever share of the run is done."""

@@ -43,7 +43,7 @@ class ProgressiveDistillation:
     ) -> None:
         if num_stages < 1:
             raise ValueError(f"--num_stages {num_stages}: give a number of at least 1")
-        self.teacher = teacher.requires_grad_(False).eval()
+        self.teacher = copy.deepcopy(teacher).requires_grad_(False).eval()
         self.student = copy.deepcopy(teacher).requires_grad_(True).train()
         self.num_steps, self.num_stages = num_steps, num_stages
         self.stage = nn.Parameter(torch.tensor(0), requires_grad=False)
@@ -79,6 +79,9 @@ class ProgressiveDistillation:
         layer = self.schedule.coefficients(timestep, z, below)
         mean: Tensor = layer.mean(x0, layer.noise_in(z, x0))
         return mean
+
+    def restore(self) -> None:
+        """Does nothing."""
 
     def begin_update(self, share: float) -> None:
         """Lets the student become the teacher where a stage begins; of the run a share from 0 to 1 is done."""

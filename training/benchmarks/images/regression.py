@@ -68,6 +68,10 @@ class PairRegression:
         loss: Tensor = self.image_loss(self.layers(x_next, t.to(x_next.device)).mean - end, t.to(x_next.device))
         return loss.mean()
 
+    def restore(self) -> None:
+        """Makes the pairs again: no checkpoint keeps them, and their time was counted."""
+        self.pairs  # noqa: B018
+
     def begin_update(self, share: float) -> None:
         """Does nothing."""
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from hsivi_diffusers import load_teacher
 from hsivi_diffusers.distillation.denoisers import fingerprint, sample_shape
 from hsivi_diffusers.distillation.output import Output, check_output, check_teacher, claimed, start_run
+from hsivi_diffusers.distillation.pairs import PAIR_CALLS
 from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command
@@ -58,7 +59,7 @@ class Training:
     num_stages: int = option(4, "of a progressive distillation, each of which halves the number of steps")
     start_timestep: int | None = option(None, "of the first step; by default that of the method")
     num_pairs: int = option(20_000, "pairs of a regression")
-    pair_calls: int = option(15, "teacher calls for a pair")
+    pair_calls: int = option(PAIR_CALLS, "teacher calls for a pair")
     seed: int = option(0, "seed of batches and noise")
     max_train_steps: int = option(1000, "number of updates")
     max_train_seconds: float | None = option(None, "wall-clock seconds of updates, instead of their number")
@@ -109,7 +110,7 @@ def train(
     optimizer = torch.optim.AdamW(student.parameters(), lr=training.learning_rate, weight_decay=0.0)
     loop = TrainingLoop(run, accelerator, student, optimizer, EMA_DECAY, identity, **distillation.parts)
     least = training.min_network_calls / (distillation.calls_per_image * training.train_batch_size)
-    for share in loop.updates(training.max_train_steps, training.max_train_seconds, least):
+    for share in loop.updates(training.max_train_steps, training.max_train_seconds, least, distillation.restore):
         distillation.begin_update(share)
         optimizer.param_groups[0]["lr"] = learning_rate(loop.steps, share, training)
         clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,17 @@ class TrainingLoop:
         """Moves the averages from the CPU."""
         self.average.to(self.accelerator.device)
 
-    def updates(self, max_steps: int, max_seconds: float | None = None, least: float = 0) -> Iterator[float]:
+    def updates(
+        self,
+        max_steps: int,
+        max_seconds: float | None = None,
+        least: float = 0,
+        restore: Callable[[], None] = lambda: None,
+    ) -> Iterator[float]:
         """Yields the share of the run that is done, below 1, for each update; leaves the network the averaged weights.
 
         The limit is the number of updates or, where it is given, their wall-clock, but then they are so many at least.
+        `restore` makes what a run that continues had and no checkpoint keeps; it takes none of that time.
         """
 
         def share() -> float:
@@ -79,6 +86,8 @@ class TrainingLoop:
             return min(self.seconds / max_seconds, self.steps / least if least else math.inf)
 
         self.steps, self.seconds = self.checkpoints.load()
+        if self.steps and share() < 1:
+            restore()
         clock = time.perf_counter() - self.seconds
         with tqdm(initial=self.steps, total=max_steps if max_seconds is None else None) as self.progress:
             while share() < 1:
