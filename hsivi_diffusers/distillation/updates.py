@@ -1,4 +1,4 @@
-"""The updates of a run: `vi.fit` with its objective, after the fit to pairs if there are any."""
+"""The updates of a run: `vi.fit` with its objective, after the fit to pairs or to the teacher's layers, if any."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def _regress(state: TrainingState) -> None:
         try:
             next(steps)
         except DivergenceError as error:
-            subject = f"the loss of the fit to pairs, of pair_learning_rate={config.pair_learning_rate},"
+            subject = f"the loss of the fit before the updates, of pair_learning_rate={config.pair_learning_rate},"
             raise DivergenceError(subject, error.step, error.layers) from error
         if state.accelerator.check_trigger():
             raise InterruptedRunError(

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 
 from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.distillation import plan, updates
-from hsivi_diffusers.vi import ImitationChain, PairChain
+from hsivi_diffusers.vi import DivergenceError, ImitationChain, PairChain
 
 VELOCITY = {"prediction_type": "v_prediction", "pair_steps": 3}
 
@@ -39,6 +39,14 @@ def test_the_fit_is_to_the_teacher_or_if_there_are_any_to_its_pairs(make_state):
     assert isinstance(updates._fit_chain(state, 0), ImitationChain)
     state = make_state(**VELOCITY, num_pairs=4)
     assert isinstance(updates._fit_chain(state, 0), PairChain)
+
+
+def test_a_fit_that_diverges_names_its_rate(make_state):
+    state = make_state(**VELOCITY)
+    with torch.no_grad():
+        state.student.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(DivergenceError, match="the loss of the fit before the updates, of pair_learning_rate=0.0005,"):
+        updates._regress(state)
 
 
 def test_teacher_and_critic_keep_their_prediction(make_state):
