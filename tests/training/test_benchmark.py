@@ -324,7 +324,7 @@ def test_rows_and_parts_of_another_set_are_kept_and_added(copied):
     assert rows_of(folder) == [*other, *rows, *begun]
     text = page.read_text()
     assert text.startswith("# By hand")
-    for table in ("summary", "goals", "measures", "costs"):
+    for table in ("summary", "floor", "goals", "measures", "costs"):
         for name in ("digits", "other_set_2", "begun"):
             assert text.count(f"<!-- table: {table}_{name} -->") == 1
     assert "(curves_other_set_2.png)" in text
