@@ -239,7 +239,6 @@ def test_the_figure_of_samples_has_images_of(method, nfe, shown):
     assert benchmark_pages.is_shown(method, nfe) == shown
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="docs/benchmarks/results.json is of an earlier version")
 def test_the_tables_of_the_docs_are_those_of_the_results():
     docs = ROOT / "docs" / "benchmarks"
     rows = json.loads((docs / "results.json").read_text(encoding="utf-8"))["rows"]
