@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import mean
 from typing import Any
 
 import psutil
@@ -35,7 +34,7 @@ from .denoisers import sample_shape
 from .networks import HALF, make_networks
 from .pairs import PAIR_CALLS
 from .state import TrainingState
-from .updates import run_updates
+from .updates import imitates, imitation_calls, run_updates
 
 MIB = 2**20
 CALIBRATION_FLOPS = 2e11  # about what the calls may cost that the speed is taken from
@@ -292,10 +291,10 @@ def _fit_line(config: HSIVIConfig, prediction_type: str, call: float) -> list[st
     if config.num_pairs:
         what = f"{config.num_pairs:,} pairs of {PAIR_CALLS} calls of the teacher and "
         calls += config.num_pairs * PAIR_CALLS
-    elif config.prediction_type in (None, prediction_type) or config.init_from:
-        return []
+    elif imitates(config, prediction_type):
+        calls += config.pair_steps * _rows(config) * imitation_calls(config)
     else:
-        calls += config.pair_steps * _rows(config) * mean((depth + 1) / 2 for depth in config.depths)
+        return []
     return [f"before them about {_duration(call * calls)} for {what}{config.pair_steps:,} updates of the layers alone"]
 
 

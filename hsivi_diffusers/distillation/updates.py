@@ -146,17 +146,26 @@ def _fit(
 
 def has_other_prediction(state: TrainingState) -> bool:
     """Whether the student starts with weights that mean something else, and must first be fitted to the teacher."""
-    types = {each.scheduler.config.prediction_type for each in (state.student, state.bridge)}
-    return len(types) == 2 and state.config.init_from is None
+    return imitates(state.config, state.bridge.scheduler.config.prediction_type)
+
+
+def imitates(config: HSIVIConfig, prediction_type: str) -> bool:
+    """The same of a run whose teacher predicts that."""
+    return config.prediction_type not in (None, prediction_type) and config.init_from is None
+
+
+def imitation_calls(config: HSIVIConfig) -> float:
+    """Network calls of the teacher, on average, for each row of that fit: down its chain, and at the layer."""
+    return mean((depth + 1) / 2 for depth in config.depths)
 
 
 def fit_calls(state: TrainingState) -> tuple[int, int]:
     """Network calls, in all processes, that make the pairs, and that fit the layers before the updates."""
     pairs = state.pairs_per_micro_batch * state.micro_batches
     fitted = state.config.pair_steps * state.rows
-    if not pairs and has_other_prediction(state):  # the teacher's, down its chain, are an average
-        fitted = round(fitted * (1 + mean((depth + 1) / 2 for depth in state.student.depths)))
-    return pairs * PAIR_CALLS, fitted if pairs or has_other_prediction(state) else 0
+    if pairs:
+        return pairs * PAIR_CALLS, fitted
+    return 0, round(fitted * (1 + imitation_calls(state.config))) if has_other_prediction(state) else 0
 
 
 def _fit_chain(state: TrainingState, place: int) -> Chain:
