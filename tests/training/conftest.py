@@ -207,6 +207,22 @@ def fresh_accelerator():
 
 
 @pytest.fixture
+def overwrite(tmp_path, monkeypatch):
+    """Trains into a filled folder, refused before any work and then overwritten; returns the folder."""
+
+    def check(train, module, first_work):
+        (tmp_path / "precious").touch()
+        with monkeypatch.context() as patched:
+            patched.setattr(module, first_work, lambda *given: pytest.fail("work was begun"))
+            with pytest.raises(ValueError, match="is not empty"):
+                train(f"--output_dir={tmp_path}")
+        train(f"--output_dir={tmp_path}", "--overwrite_output_dir")
+        return tmp_path
+
+    return check
+
+
+@pytest.fixture
 def check_help(capsys):
     """Asks a program for --help: exit status 0, and the headings."""
 

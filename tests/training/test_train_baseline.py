@@ -327,14 +327,9 @@ def test_a_teacher_that_does_not_suit_is_refused(train, tmp_path, options):
         train(f"--pretrained_teacher_model={tmp_path}")
 
 
-def test_a_filled_output_folder_is_refused_before_work_unless_overwritten(trained, train, tmp_path, monkeypatch):
-    (tmp_path / "precious").touch()
-    with monkeypatch.context() as patched:
-        patched.setattr(train_baseline, "load_teacher", lambda *given: pytest.fail("work was begun"))
-        with pytest.raises(ValueError, match="is not empty"):
-            train(f"--output_dir={tmp_path}")
-    train(f"--output_dir={tmp_path}", "--overwrite_output_dir")
-    assert weights(tmp_path).keys() == weights(trained).keys()
+def test_a_filled_output_folder_is_refused_before_work_unless_overwritten(trained, train, overwrite):
+    folder = overwrite(train, train_baseline, "load_teacher")
+    assert weights(folder).keys() == weights(trained).keys()
 
 
 def test_help(check_help):
