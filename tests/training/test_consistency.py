@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, LCMScheduler
 from gaussian_teacher import GaussianTeacher, Network, ddim_step, exact_flow
 from hsivi_diffusers import HSIVIScheduler
 from tiny_unet import make_unet
-from training.benchmarks.images import consistency
+from training.benchmarks.images import baseline, consistency
 from training.benchmarks.images.consistency import ConsistencyDistillation, distance, make_sampler
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
@@ -222,7 +222,7 @@ def test_the_sampler_has_the_noise_levels_of_the_teacher_up_to_its_start():
 def test_sampling_starts_at_the_noise_of_stable_diffusion_where_the_clock_has_it():
     linear = make_sampler(HSIVIScheduler())
     alpha = linear.alphas_cumprod.sqrt()
-    assert alpha[-1] <= consistency.START_ALPHA < alpha[-2]
+    assert alpha[-1] <= baseline.START_ALPHA < alpha[-2]
     stable_diffusion = HSIVIScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     assert len(make_sampler(stable_diffusion).betas) == 1000
     assert len(make_sampler(HSIVIScheduler(num_train_timesteps=50)).betas) == 50

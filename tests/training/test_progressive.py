@@ -6,7 +6,7 @@ import torch
 from gaussian_teacher import GaussianTeacher, Network, ddim_step
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 from tiny_unet import make_unet
-from training.benchmarks.images.consistency import default_start
+from training.benchmarks.images.baseline import default_start
 from training.benchmarks.images.progressive import ProgressiveDistillation
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]

@@ -35,7 +35,6 @@ from hsivi_diffusers.folders import LOCK, in_turn, remove_folder, replace_folder
 from hsivi_diffusers.options import differences, option, parse_options, run_command
 
 from .benchmark_pages import (
-    BASELINES,
     CONSISTENCY,
     OURS,
     PAIRS,
@@ -47,7 +46,7 @@ from .benchmark_pages import (
     write_pages,
 )
 from .benchmark_results import Key, Results, key_of, read_rows, recipe_of
-from .sets import load_images
+from .sets import load_labelled
 from .solver_pages import best_solvers
 from .spaces import SetMeasures
 
@@ -128,23 +127,24 @@ class Comparison:
                 f"--students have {', '.join(twice)} more than once: compare one student of each preset and number of "
                 "calls, and the others in another --output_dir"
             )
-        for method in BASELINES:
-            if (config := self._config_of(method)) is not None:
-                counts = [1] if method == PAIRS else self.options.baseline_steps
-                make = self._make_consistency if method == CONSISTENCY else self._make_baseline
-                if lacking := [nfe for nfe in counts if (OURS, nfe, self.options.seeds[0]) not in keys]:
-                    raise ValueError(
-                        f"--baseline_steps has {lacking}, and --students none of so many calls, whose cost the "
-                        "baseline is given: leave them out, or add such a student"
-                    )
-                of_each = product(self.options.seeds, counts)
-                entries += [Entry(method, nfe, seed, partial(make, config, nfe, seed)) for seed, nfe in of_each]
-        return entries
+        return [*entries, *self._baselines(keys)]
 
-    def _config_of(self, baseline: str) -> str | None:
-        """The config of a baseline, if it has one."""
+    def _baselines(self, keys: list[Key]) -> Iterator[Entry]:
+        """The baselines that have a config, of which those are refused that none of the students has a row for."""
         options = self.options
-        return {PAIRS: options.pairs, PROGRESSIVE: options.progressive, CONSISTENCY: options.consistency}[baseline]
+        configs = {PAIRS: options.pairs, PROGRESSIVE: options.progressive, CONSISTENCY: options.consistency}
+        for method, config in configs.items():
+            if config is None:
+                continue
+            counts = [1] if method == PAIRS else options.baseline_steps
+            make = self._make_consistency if method == CONSISTENCY else self._make_baseline
+            if lacking := [nfe for nfe in counts if (OURS, nfe, options.seeds[0]) not in keys]:
+                raise ValueError(
+                    f"--baseline_steps has {lacking}, and --students none of so many calls, whose cost the "
+                    "baseline is given: leave them out, or add such a student"
+                )
+            for seed, nfe in product(options.seeds, counts):
+                yield Entry(method, nfe, seed, partial(make, config, nfe, seed))
 
     def _costless(self, sampler: Sampler) -> tuple[Sampler, Costs]:
         return sampler, {}
@@ -263,11 +263,8 @@ class Comparison:
             self.results.add(row)
 
     def _make_measures(self) -> SetMeasures:
-        options, config = self.options, self.unet.config
-        real, labels = load_images(options.real_data, config.sample_size, config.in_channels)
-        if labels is None:
-            raise ValueError(f"--real_data {options.real_data} has no labels: give a set with classes")
-        self.real = real.float() / 255
+        options = self.options
+        self.real, labels = load_labelled(options.real_data, self.unet)
         # From other noise than the rows: a solver of few steps would be near to these images, and not to the teacher.
         converged = self._draw(self._teacher_sampler(), options.eval_seed + 1)
         return SetMeasures(Path(str(options.classifier)), self.real, labels, converged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -42,10 +43,14 @@ def write_pages(folder: Path) -> None:
         if (pictures := pictures_path(folder, name)).exists():
             draw_samples(picture_rows(load_file(pictures)), folder / f"samples_{word}.png")
         figures += [f"{kind}_{word}.png" for kind in ("curves", "samples", "classes")]
-    page = folder / "index.md"
-    text = page.read_text(encoding="utf-8") if page.exists() else "# Benchmark\n"
+    fill_page(folder / "index.md", "Benchmark", tables, figures)
+
+
+def fill_page(page: Path, title: str, tables: dict[str, str], figures: Sequence[str] = ()) -> None:
+    """Fills the tables of a page, which is begun if there is none, and adds those and the figures that it lacks."""
+    text = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n"
     lacking = [table for table in tables if f"<!-- table: {table} -->" not in text]
-    drawn = [figure for figure in figures if f"({figure})" not in text and (folder / figure).exists()]
+    drawn = [figure for figure in figures if f"({figure})" not in text and (page.parent / figure).exists()]
     write_text(page, fill_tables(text + new_parts(lacking, drawn), tables))
 
 

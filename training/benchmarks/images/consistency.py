@@ -20,21 +20,19 @@ from torch import Tensor
 
 from hsivi_diffusers import HSIVIScheduler
 
-# sqrt(abar) at the last timestep of Stable Diffusion, where the example of diffusers starts its grid. A noise
-# prediction becomes a clean image by a division by it; at the last timestep of a DDPM of pixels it is 0.006, and errors
-# dominate.
-START_ALPHA = 0.068
+from .baseline import Baseline, default_start
+
 HUBER_C, TARGET_DECAY, NUM_TIMESTEPS = 0.001, 0.95, 40
 
 
-class ConsistencyDistillation:
+class ConsistencyDistillation(Baseline):
     """Teacher, student and averaged student; the teacher's schedule; the student's sampler, with grid and scalings.
 
     Args:
         teacher: Is frozen; student and target start as its copies.
         schedule: Of the teacher.
         num_timesteps: Of the grid.
-        start: Where it starts; by default where alpha is START_ALPHA.
+        start: Where it starts; by default `default_start`.
     """
 
     calls_per_image = 4  # of teacher, at both ends of its step, student and target
@@ -46,10 +44,8 @@ class ConsistencyDistillation:
         num_timesteps: int = NUM_TIMESTEPS,
         start: int | None = None,
     ) -> None:
-        self.teacher = teacher.requires_grad_(False).eval()
-        self.student = copy.deepcopy(teacher).requires_grad_(True).train()
+        super().__init__(teacher, schedule)
         self.target = copy.deepcopy(teacher)
-        self.schedule = schedule
         self.unclipped = HSIVIScheduler.from_config(schedule.config, clip_sample=False, thresholding=False)
         self.sampler = make_sampler(schedule, num_timesteps, start)
         self.sampler.set_timesteps(num_timesteps)
@@ -81,13 +77,9 @@ class ConsistencyDistillation:
         return self.consistency(self.target, self.schedule, down, below)
 
     def loss(self, clean: Tensor) -> Tensor:
-        """Returns the loss of a batch of real images, shape (B, C, H, W)."""
         timestep = self.grid[torch.randint(len(self.grid), (len(clean),), device=clean.device)]
         x = self.schedule.add_noise(clean, torch.randn_like(clean), timestep)
         return distance(self.predict(x, timestep), self.aim(x, timestep))
-
-    def restore(self) -> None:
-        """Does nothing."""
 
     @torch.no_grad()
     def begin_update(self, share: float) -> None:
@@ -103,11 +95,6 @@ class ConsistencyDistillation:
 def distance(prediction: Tensor, target: Tensor) -> Tensor:
     """Returns the pseudo-Huber distance, averaged over rows and pixels."""
     return (((prediction - target).square() + HUBER_C**2).sqrt() - HUBER_C).mean()
-
-
-def default_start(schedule: HSIVIScheduler) -> int:
-    """The timestep where alpha falls to START_ALPHA, or the last."""
-    return min(int((schedule.alphas_cumprod.sqrt() > START_ALPHA).sum()), len(schedule) - 1)
 
 
 def make_sampler(

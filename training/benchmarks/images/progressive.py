@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 
-from .consistency import default_start
+from .baseline import Baseline, default_start
 
 
-class ProgressiveDistillation:
+class ProgressiveDistillation(Baseline):
     """Teacher and student of the stage; the schedule, with the finest grid.
 
     Args:
@@ -28,7 +28,7 @@ class ProgressiveDistillation:
         schedule: Of the teacher.
         num_steps: Of the student of the last stage.
         num_stages: Each halves the steps, from num_steps 2^num_stages of the first teacher; at least 1.
-        start: Timestep of the first step, of all stages; by default where alpha is START_ALPHA.
+        start: Timestep of the first step, of all stages; by default `default_start`.
     """
 
     calls_per_image = 3  # of the teacher, twice, and the student
@@ -43,9 +43,8 @@ class ProgressiveDistillation:
     ) -> None:
         if num_stages < 1:
             raise ValueError(f"--num_stages {num_stages}: give a number of at least 1")
-        self.teacher = copy.deepcopy(teacher).requires_grad_(False).eval()
-        self.student = copy.deepcopy(teacher).requires_grad_(True).train()
-        self.num_steps, self.num_stages = num_steps, num_stages
+        super().__init__(copy.deepcopy(teacher), schedule)  # a copy, for students become the teacher
+        self.num_stages = num_stages
         self.stage = nn.Parameter(torch.tensor(0), requires_grad=False)
         finest, start = num_steps * 2**num_stages, default_start(schedule) if start is None else start
         self.grid = torch.tensor(schedule.make_layer_timesteps(finest, "uniform", len(schedule), start))
@@ -56,7 +55,6 @@ class ProgressiveDistillation:
         self.parts = {"student": self.student, "teacher": self.teacher, "stage": nn.ParameterList([self.stage])}
 
     def loss(self, clean: Tensor) -> Tensor:
-        """Returns the loss of a batch of real images, shape (B, C, H, W)."""
         stride = 2 ** (int(self.stage) + 1)
         place = stride * torch.randint((len(self.grid) - 1) // stride, (len(clean),), device=clean.device)
         t, u, s = (self.grid[place + part * stride // 2] for part in range(3))
@@ -79,9 +77,6 @@ class ProgressiveDistillation:
         layer = self.schedule.coefficients(timestep, z, below)
         mean: Tensor = layer.mean(x0, layer.noise_in(z, x0))
         return mean
-
-    def restore(self) -> None:
-        """Does nothing."""
 
     def begin_update(self, share: float) -> None:
         """Lets the student become the teacher where a stage begins; of the run a share from 0 to 1 is done."""

@@ -5,7 +5,6 @@ loss    = 1/2 E |x0(x_T) - x_aim|^2,      x_aim: where a solver of the teacher's
 
 from __future__ import annotations
 
-import copy
 from functools import cached_property
 
 import torch
@@ -13,15 +12,17 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
-from hsivi_diffusers.distillation.denoisers import sample_shape, signal_timestep
+from hsivi_diffusers.distillation.config import HSIVIConfig
+from hsivi_diffusers.distillation.denoisers import sample_shape
+from hsivi_diffusers.distillation.networks import make_scheduler
 from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss
 from hsivi_diffusers.distillation.student import UNetLayers
 from hsivi_diffusers.vi import step_generator
 
-START_NOISE = 2.5  # sigma / (sqrt(channels) alpha) at the start, as of our students of one call
+from .baseline import Baseline
 
 
-class PairRegression:
+class PairRegression(Baseline):
     """Teacher and student; the pairs, which are made when they are first asked for, with the clock running.
 
     Args:
@@ -29,7 +30,7 @@ class PairRegression:
         schedule: Of the teacher.
         num_pairs: To draw from, with replacement.
         pair_calls: Of the teacher, for a pair.
-        start: Timestep that the noise is taken for; by default by START_NOISE.
+        start: Timestep that the noise is taken for; by default that of our students of one call.
         seed: Of the pairs, so that a resumed run has the same; evaluations start from other noise.
     """
 
@@ -44,14 +45,11 @@ class PairRegression:
         start: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.teacher, self.schedule = teacher.requires_grad_(False).eval(), schedule
+        super().__init__(teacher, schedule)
         self.num_pairs, self.pair_calls, self.seed = num_pairs, pair_calls, seed
         self.shape = sample_shape(teacher)
-        if start is None:
-            start = signal_timestep(schedule, (self.shape[0], 1, 1), 1 / START_NOISE)
-        options = {"layer_timesteps": [start, 0], "noise_eta": 0.0, "clip_sample": False, "thresholding": False}
-        self.student = copy.deepcopy(teacher).requires_grad_(True).train()
-        self.layers = UNetLayers(self.student, HSIVIScheduler.from_config(schedule.config, **options))
+        config = HSIVIConfig(num_inference_steps=1, start_timestep=start, noise_eta=0.0)
+        self.layers = UNetLayers(self.student, make_scheduler(schedule, config, self.shape))
         self.image_loss = image_loss(self.layers.scheduler)
         self.parts = {"student": self.student}
 
@@ -71,9 +69,6 @@ class PairRegression:
     def restore(self) -> None:
         """Makes the pairs again: no checkpoint keeps them, and their time was counted."""
         self.pairs  # noqa: B018
-
-    def begin_update(self, share: float) -> None:
-        """Does nothing."""
 
     def pipeline(self) -> HSIVIPipeline:
         """The student, in one step."""

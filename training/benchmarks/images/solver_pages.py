@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
-from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
-from hsivi_diffusers.folders import write_text
+from hsivi_diffusers.evaluation.pages import write_table
 
+from .benchmark_pages import as_word, fill_page, in_sets
 from .benchmark_results import Row, read_rows
 
 LEAST = 1e-4  # an unbiased KID may be 0 or below
@@ -18,23 +18,21 @@ LABELS = ("solver", "timesteps", "settings")
 
 def write_page(folder: Path) -> None:
     """Fills the tables of FOLDER/solvers.md, which is begun if there is none: the best at each count, and all."""
-    rows, tables = read_rows(folder / "solvers.json"), {}
-    for name in dict.fromkeys(row["dataset"] for row in rows):
-        of_set = sorted(
-            (row for row in rows if row["dataset"] == name), key=lambda row: (row["calls"], score(row["tuned"]))
-        )
-        tables[f"solvers_{name}"] = settings_table(best_solvers(of_set))
-        tables[f"all_solvers_{name}"] = distances_table(of_set)
-    page = folder / "solvers.md"
-    text = page.read_text(encoding="utf-8") if page.exists() else "# Solvers at their best\n"
-    lacking = [table for table in tables if f"<!-- table: {table} -->" not in text]
-    write_text(page, fill_tables(text + new_parts(lacking, []), tables))
+    tables = {}
+    for name, rows in in_sets(read_rows(folder / "solvers.json")).items():
+        tables[f"solvers_{as_word(name)}"] = settings_table(best_solvers(rows))
+        tables[f"all_solvers_{as_word(name)}"] = distances_table(sorted(rows, key=_place))
+    fill_page(folder / "solvers.md", "Solvers at their best", tables)
 
 
 def best_solvers(rows: list[Row]) -> list[Row]:
     """Of the rows of a set, the best at each number of calls."""
-    order = sorted(rows, key=lambda row: (row["calls"], score(row["tuned"])), reverse=True)
+    order = sorted(rows, key=_place, reverse=True)
     return [*{row["calls"]: row for row in order}.values()][::-1]
+
+
+def _place(row: Row) -> tuple[int, float]:
+    return row["calls"], score(row["tuned"])
 
 
 def score(distances: Mapping[str, float]) -> float:

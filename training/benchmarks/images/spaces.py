@@ -63,7 +63,7 @@ class Space(NamedTuple):
         return MEASURES[self.measure].factor * self.measures(images)[self.measure]
 
     def beside(self, images: Tensor) -> Space:
-        """The space with other images in the place of the real ones."""
+        """Returns the same space with these images, instead of the real ones, as the reference."""
         some = images[:MOST] if self.measure == "kid" else images
         return Space(self.name, self.measure, Measures(self.measures.network, some, [self.measure]))
 
@@ -104,7 +104,7 @@ class SetMeasures:
     def __init__(self, classifier: Path, real: Tensor, labels: Tensor, converged: Tensor) -> None:
         self.spaces = make_spaces(classifier, real, labels)
         self.teacher_spaces = [space.beside(converged) for space in self.spaces]
-        self.measures = Measures(ImageClassifier.from_pretrained(classifier).eval(), real, OF_CLASSIFIER)
+        self.measures = Measures(self.spaces[0].measures.network, real, OF_CLASSIFIER)
 
     def __call__(self, images: Tensor) -> dict[str, Any]:
         """Returns distances to the real images and to the teacher's, by space, and the other measures, of images."""

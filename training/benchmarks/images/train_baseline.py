@@ -33,6 +33,7 @@ from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command
 from hsivi_diffusers.vi import cosine
 
+from .baseline import Baseline
 from .consistency import ConsistencyDistillation
 from .progressive import ProgressiveDistillation
 from .regression import PairRegression
@@ -41,7 +42,6 @@ from .training_loop import TrainingLoop
 
 EMA_DECAY, MAX_GRAD_NORM = 0.995, 1.0
 WRITTEN = ("training.json", "pipeline")
-Distillation = ConsistencyDistillation | ProgressiveDistillation | PairRegression
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Training:
     mixed_precision: Literal["no", "bf16"] = option("no", "precision of the networks")
 
 
-def make_distillation(name: str, training: Training, device: torch.device) -> Distillation:
+def make_distillation(name: str, training: Training, device: torch.device) -> Baseline:
     """Loads the teacher, of which student and target start as copies."""
     unet, schedule = load_teacher(name)
     channels, height, width = sample_shape(unet)
@@ -98,7 +98,7 @@ def learning_rate(step: int, share: float, training: Training) -> float:
 
 
 def train(
-    distillation: Distillation,
+    distillation: Baseline,
     images: Tensor,
     training: Training,
     run: Output,
@@ -128,7 +128,7 @@ def check_options(teacher: Teacher, run: Output) -> None:
     check_teacher(run, teacher.pretrained_teacher_model, WRITTEN)
 
 
-def save(distillation: Distillation, output_dir: Path) -> None:
+def save(distillation: Baseline, output_dir: Path) -> None:
     """Saves the student as OUTPUT_DIR/pipeline, which is there whole or not at all."""
     partial = output_dir / "pipeline.partial"
     remove_folder(partial)  # of a run that was killed here

@@ -35,7 +35,7 @@ from hsivi_diffusers.folders import in_turn, write_json
 from hsivi_diffusers.options import option, parse_options, run_command
 
 from .benchmark_results import Row, read_rows
-from .sets import load_images
+from .sets import load_labelled
 from .solver_pages import score, write_page
 from .spaces import make_spaces
 
@@ -80,10 +80,7 @@ class Tuning:
         self.options = options
         self.unet, self.schedule = load_teacher(str(options.teacher))
         self.unet.eval().to(memory_format=torch.channels_last)
-        real, labels = load_images(options.real_data, self.unet.config.sample_size, self.unet.config.in_channels)
-        if labels is None:
-            raise ValueError(f"--real_data {options.real_data} has no labels: give a set with classes")
-        self.spaces = make_spaces(Path(str(options.classifier)), real.float() / 255, labels)
+        self.spaces = make_spaces(Path(str(options.classifier)), *load_labelled(options.real_data, self.unet))
 
     def measure(self, solver: str, calls: int, size: int, seed: int, **settings: Any) -> dict[str, float]:
         """Distances of images to the real ones, by the name of the space; infinite if an image is not finite."""
