@@ -230,7 +230,7 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
             for method in BASELINES
         ],
         *[(f"{name}_classifier", [train_classifier.Training]) for name in SETS],
-        ("solvers_digits", [tune_solvers.Options]),
+        *[(f"solvers_{name}", [tune_solvers.Options]) for name in ("digits", "fashion")],
     ],
 )
 def test_the_configs_parse_for_their_programs(name, groups):
@@ -270,7 +270,7 @@ def test_no_config_is_left_untested():
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
         *[f"digits_{part}.yaml" for part in ("t1", "t5", "t1248", "evaluation", "teacher")],
-        "solvers_digits.yaml",
+        *[f"solvers_{name}.yaml" for name in ("digits", "fashion")],
         *[f"{name}_{part}.yaml" for name in SETS for part in ("teacher", "classifier", "t1", "t4")],
         *[f"{name}_{method}.yaml" for name in ("digits", *SETS) for method in BASELINES],
         *[f"benchmark_{name}.yaml" for name in ("digits", *SETS)],

@@ -125,7 +125,7 @@ def test_the_settings_of_a_row_make_the_solver_again(path, spaces):
 
 def test_rows_are_kept_and_trials_too(path, arguments, monkeypatch):
     before = path.read_bytes()
-    monkeypatch.setattr(tune_solvers.Tuning, "measure", lambda *given, **settings: pytest.fail("measured again"))
+    monkeypatch.setattr(tune_solvers.Tuning, "draw", lambda *given, **settings: pytest.fail("measured again"))
     tune_solvers.main(arguments)
     assert path.read_bytes() == before
     study = optuna.load_study(
@@ -152,6 +152,23 @@ def test_the_first_trials_have_the_defaults_of_diffusers(unet, solver):
     study.enqueue_trial({**usual, "grid": "power", "start": 0.7, "end": 0.03, "power": 1.5})
     settings = tune_solvers.suggest(study.ask(), solver, 3, 1000)
     assert settings == {**usual, "timesteps": [700, 267, 30]}
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("solver", "grid"),
+    [*((solver, "power") for solver in tune_solvers.CHOICES), ("UniPC", "trailing"), ("DDIM", "leading")],
+)
+def test_what_was_found_for_one_set_is_a_first_trial_of_another(solver, calls, grid):
+    chosen = {name: kinds[-1] for name, kinds in tune_solvers.CHOICES[solver].items()}
+    final = {"final_sigmas_type": "sigma_min"} if solver in tune_solvers.FINAL else {}
+    study = optuna.create_study()
+    study.enqueue_trial({**chosen, **final, "grid": grid, "start": 0.7, "end": 0.03, "power": 1.5})
+    settings = tune_solvers.suggest(study.ask(), solver, calls, 1000)
+    study.enqueue_trial(tune_solvers.as_trial(solver, {"algorithm_type": "of the class", **settings}, 1000))
+    again = tune_solvers.suggest(study.ask(), solver, calls, 1000)
+    assert again.pop("timesteps", []) == pytest.approx(settings.pop("timesteps", []), abs=1)
+    assert again == settings
 
 
 @pytest.mark.parametrize("solver", tune_solvers.CHOICES)

@@ -4,10 +4,11 @@
 
 For each solver and number of calls, Optuna's TPE looks for the settings with the least mean log distance to real
 images in three spaces (`spaces.py`). A trial draws from noise of `--tuning_seed`. The best settings are then measured
-with more images, from noise of `--eval_seed`, beside the stock settings of diffusers. The first trials are the stock
-grids and a few good ones; then the timesteps are e + (s - e) (k / (n - 1))^p, k = n - 1 .. 0, of the clock. Each solver
-and number of calls has a row in OUTPUT_DIR/solvers.json; solvers.md has the tables. A study that was stopped continues
-by the same command, and rows that exist are kept.
+with more images, in float32, from noise of `--eval_seed`, beside the stock settings of diffusers. The first trials are
+what was found for other sets, the stock grids and a few good ones; then the timesteps are
+e + (s - e) (k / (n - 1))^p, k = n - 1 .. 0, of the clock. Each solver and number of calls has a row in
+OUTPUT_DIR/solvers.json; solvers.md has the tables. A study that was stopped continues by the same command, and rows
+that exist are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import torch
@@ -26,6 +27,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from torch import Tensor
 
 from hsivi_diffusers import load_teacher
 from hsivi_diffusers.distillation.ode import power_timesteps
@@ -69,6 +71,7 @@ class Options:
     num_samples: int = option(5000, "images that what was found is measured by")
     eval_seed: int = option(0, "seed of their noise")
     batch_size: int = option(500, "images at once")
+    mixed_precision: Literal["no", "bf16"] = option("no", "precision of the teacher in the trials")
     output_dir: str = option("docs/benchmarks", "folder of solvers.json")
     runs_dir: str = option("runs/solvers", "folder of the trials")
 
@@ -82,17 +85,22 @@ class Tuning:
         self.unet.eval().to(memory_format=torch.channels_last)
         self.spaces = make_spaces(Path(str(options.classifier)), *load_labelled(options.real_data, self.unet))
 
-    def measure(self, solver: str, calls: int, size: int, seed: int, **settings: Any) -> dict[str, float]:
-        """Distances of images to the real ones, by the name of the space; infinite if an image is not finite."""
+    def draw(self, solver: str, calls: int, size: int, seed: int, **settings: Any) -> Tensor:
+        """Images of a solver, shape (size, C, H, W)."""
         sampler = make_solver(solver, calls, self.unet, self.schedule.config, **settings)
-        images = torch.cat([*sample(sampler, size, self.options.batch_size, seed)])
+        return torch.cat([*sample(sampler, size, self.options.batch_size, seed)])
+
+    def distances(self, images: Tensor) -> dict[str, float]:
+        """Distances of images to the real ones, by the name of the space; infinite if an image is not finite."""
         finite = bool(images.isfinite().all())
         return {space.name: space.distance(images) if finite else math.inf for space in self.spaces}
 
     def score(self, solver: str, calls: int, trial: optuna.Trial) -> float:
         """What a trial is worth, see `solver_pages.score`."""
         settings = suggest(trial, solver, calls, len(self.schedule))
-        found = self.measure(solver, calls, self.options.tuning_samples, self.options.tuning_seed, **settings)
+        with torch.autocast(self.unet.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bf16"):
+            images = self.draw(solver, calls, self.options.tuning_samples, self.options.tuning_seed, **settings)
+        found = self.distances(images.float())
         trial.set_user_attr("settings", settings)
         return score(found)
 
@@ -105,10 +113,13 @@ class Tuning:
             sampler=optuna.samplers.TPESampler(seed=options.tuning_seed, multivariate=True, group=True),
             load_if_exists=True,
         )
-        grids: list[dict[str, Any]] = [] if solver == "iPNDM" else [{"grid": grid} for grid in GRIDS]
-        power = [{"grid": "power", "start": start, "end": end, "power": power} for start, end, power in POWER_GRIDS]
-        for grid in [*grids, *power]:
-            study.enqueue_trial({**usual(solver), **grid}, skip_if_exists=True)
+        rows = read_rows(Path(options.output_dir) / "solvers.json")
+        others = [row for row in rows if (row["solver"], row["calls"]) == (solver, calls)]
+        for first in [
+            *(as_trial(solver, row["settings"], len(self.schedule)) for row in others),
+            *first_trials(solver),
+        ]:
+            study.enqueue_trial(first, skip_if_exists=True)
         done = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
         study.optimize(partial(self.score, solver, calls), max(options.trials - done, 0))
         settings = study.best_trial.user_attrs["settings"]
@@ -119,13 +130,32 @@ class Tuning:
             "calls": calls,
             "scheduler": SOLVERS[solver][0].__name__,
             "settings": {**SOLVERS[solver][1], **settings},
-            "tuned": self.measure(*given, **settings),
-            "stock": self.measure(*given),
+            "tuned": self.distances(self.draw(*given, **settings)),
+            "stock": self.distances(self.draw(*given)),
             "floor": {space.name: space.floor(options.num_samples) for space in self.spaces},
             **{name: getattr(options, name) for name in ("num_samples", "eval_seed", "tuning_samples", "tuning_seed")},
             "trials": options.trials,
             "measured": measured_on(),
         }
+
+
+def first_trials(solver: str) -> list[dict[str, Any]]:
+    """The stock grids of diffusers, and a few good ones."""
+    grids: list[dict[str, Any]] = [] if solver == "iPNDM" else [{"grid": grid} for grid in GRIDS]
+    power = [{"grid": "power", "start": start, "end": end, "power": power} for start, end, power in POWER_GRIDS]
+    return [{**usual(solver), **grid} for grid in [*grids, *power]]
+
+
+def as_trial(solver: str, settings: dict[str, Any], clock: int) -> dict[str, Any]:
+    """The trial that has the settings of a row: `suggest` the other way about, so that a set starts from others."""
+    names = [*CHOICES[solver], "final_sigmas_type"]
+    chosen = {name: settings[name] for name in names if name in settings}
+    if "timesteps" not in settings:
+        return {**chosen, "grid": settings["timestep_spacing"]}
+    steps = settings["timesteps"]
+    first, last, intervals = steps[0], steps[-1], len(steps) - 1
+    bent = {"power": math.log((steps[1] - last) / (first - last), 1 - 1 / intervals)} if intervals > 1 else {}
+    return {**chosen, "grid": "power", "start": first / clock, "end": last / clock, **bent}
 
 
 def usual(solver: str) -> dict[str, Any]:
