@@ -116,11 +116,12 @@ def launch(arguments):
 def train_baseline(teacher, tmp_path_factory):
     """Trains a baseline for 3 updates of 4 rows, by default a consistency model, and returns the output folder."""
     settings = [f"--pretrained_teacher_model={teacher}", "--max_train_steps=3", "--train_batch_size=4"]
-    settings += ["--lr_warmup_steps=1", "--num_pairs=10", "--pair_calls=2"]
+    settings += ["--lr_warmup_steps=1"]
 
     def run(*arguments):
         folder = tmp_path_factory.mktemp("baseline") / "run"
-        train_program.main([*settings, f"--output_dir={folder}", *arguments])
+        pairs = ["--num_pairs=10"] if "--method=regression" in arguments else []
+        train_program.main([*settings, *pairs, f"--output_dir={folder}", *arguments])
         return folder
 
     return run

@@ -42,8 +42,6 @@ method: {}
 train_data: digits
 train_batch_size: 8
 lr_warmup_steps: 1
-num_pairs: 10
-pair_calls: 2
 """
 
 
@@ -69,7 +67,8 @@ def arguments(tmp_path_factory):
     student = folder / "student.yaml"
     student.write_text(STUDENT)
     for method in ("consistency", "progressive", "regression"):
-        (folder / f"{method}.yaml").write_text(BASELINE.format(method))
+        more = "num_pairs: 10\n" if method == "regression" else ""
+        (folder / f"{method}.yaml").write_text(BASELINE.format(method) + more)
     (folder / "solvers.json").write_text(json.dumps({"rows": SOLVERS}))
     students = [str(student), f"{student} --num_inference_steps 2", f"{student} --num_inference_steps 1 2"]
     return [
@@ -196,10 +195,9 @@ def test_a_row_has_all_measures_in_three_spaces_and_what_its_training_cost(folde
         assert all(distance > 0 for kind in ("distances", "teacher_distances") for distance in row[kind].values())
         assert sum(row["class_shares"]) == pytest.approx(1)
         assert sum(row["real_class_shares"]) == pytest.approx(1)
-        assert (row["recipe"] is not None) == (OURS in row["method"])
         assert (row["num_samples"], row["batch_size"], row["teacher_steps"]) == (20, 15, 3)
         trained = row["train_seed"] is not None
-        assert (row["train_seconds"] is not None, row["train_calls"] is not None) == (trained, trained)
+        assert [row[name] is not None for name in ("recipe", "train_seconds", "train_calls")] == [trained] * 3
 
 
 def test_the_best_tuned_solver_of_the_set_has_a_row_at_each_number_of_calls(folder):
@@ -227,7 +225,7 @@ def test_a_baseline_has_at_least_the_cost_of_the_student_of_as_many_calls(folder
 @pytest.mark.parametrize(
     ("method", "config", "words", "students"),
     [
-        (PAIRS, "regression", ["--num_inference_steps", "1"], ["student"]),
+        (PAIRS, "regression", [], ["student"]),
         (CONSISTENCY, "consistency", [], ["student", "student_num_inference_steps_2"]),
     ],
 )
@@ -301,7 +299,7 @@ def test_a_stopped_benchmark_measures_only_what_is_missing(copied, monkeypatch, 
     drawn = []
 
     def recorded(sampler, *given):
-        drawn.append((type(sampler.scheduler), sampler.num_steps, given[-1]))
+        drawn.append((type(sampler.scheduler), sampler.num_steps, given[2]))
         return sample(sampler, *given)
 
     monkeypatch.setattr(benchmark, "sample", recorded)
@@ -415,6 +413,21 @@ def test_rows_tell_by_which_options_a_student_differed(copied):
         benchmark.main(arguments)
 
 
+def test_rows_of_a_baseline_of_other_options_are_not_added_to(copied):
+    folder, arguments = copied
+    (folder / "progressive.yaml").write_text(BASELINE.format("progressive") + "learning_rate: 0.5\n")
+    with pytest.raises(ValueError, match="progressive distillation at 1 of other settings.*learning_rate': 0.5"):
+        benchmark.main(arguments)
+
+
+def test_a_student_whose_calls_are_not_known_is_no_measure_of_a_baseline(copied):
+    folder, arguments = copied
+    forget(folder, PROGRESSIVE)
+    write_rows(folder, [{**row, "train_calls": None} if row["method"] == OURS else row for row in rows_of(folder)])
+    with pytest.raises(ValueError, match=r"the network calls of HSIVI at \[1\], seed 0, are not known"):
+        benchmark.main([*arguments, "--progressive", f"{folder / 'progressive.yaml'} --num_stages 1"])
+
+
 @pytest.mark.parametrize("name", ["max_train_seconds", "min_network_calls"])
 def test_a_baseline_of_another_cost_is_refused(copied, name):
     folder, arguments = copied
@@ -423,6 +436,26 @@ def test_a_baseline_of_another_cost_is_refused(copied, name):
     path.write_text(json.dumps({**json.loads(path.read_text()), name: 1000}))
     with pytest.raises(ValueError, match="consistency_seed0 was not given the cost of what it is compared with"):
         benchmark.main(arguments)
+
+
+def test_a_teacher_with_classes_draws_all_of_them_equally(copied, class_teacher, monkeypatch, no_pages):
+    folder, arguments = copied
+    forms = ("--pairs", "--progressive", "--consistency", "--baseline_steps", "1", "2")
+    given = [each for each in arguments if not each.startswith(forms)]
+    asked = []
+
+    def recorded(*given):
+        asked.append(given[-1])
+        return sample(*given)
+
+    monkeypatch.setattr(benchmark, "_call", call)
+    monkeypatch.setattr(benchmark, "sample", recorded)
+    folders = [f"--{kind}_dir={folder / 'classes' / kind}" for kind in ("output", "runs")]
+    students = ["--students", str(folder / "student.yaml")]
+    benchmark.main([*given, f"--teacher={class_teacher}", *students, *folders])
+    rows = benchmark_results.read_rows(folder / "classes/output/results.json")
+    assert {row["method"] for row in rows} == {REAL, TEACHER, SOLVER, OURS}
+    assert asked == [3] * (len(rows) + 1)  # and of the images of the teacher that rows are compared with
 
 
 def test_an_unknown_solver_is_refused_before_any_training(copied, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from gaussian_teacher import GaussianTeacher, Network, exact_flow
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
-from hsivi_diffusers.distillation.pairs import pair_timesteps
+from hsivi_diffusers.distillation.pairs import PAIR_CALLS, pair_timesteps
 from hsivi_diffusers.evaluation.solvers import make_solver, sample
 from tiny_unet import make_unet
 from training.benchmarks.images import regression
@@ -23,7 +23,7 @@ class ExactMap(Network):
 
 
 def test_the_loss_is_half_the_squared_distance_of_clean_images_of_pairs(unet):
-    made = PairRegression(unet, HSIVIScheduler(clip_sample=True), num_pairs=10, pair_calls=3)
+    made = PairRegression(unet, HSIVIScheduler(clip_sample=True), num_pairs=10)
     with torch.no_grad():
         for parameter in made.student.parameters():
             parameter.mul_(1.1)
@@ -44,9 +44,10 @@ def test_the_loss_is_half_the_squared_distance_of_clean_images_of_pairs(unet):
 
 def test_a_pair_is_noise_and_where_a_solver_of_the_teacher_leads_it(unet):
     schedule = HSIVIScheduler()
-    made = PairRegression(unet, schedule, num_pairs=5, pair_calls=4)
-    solver = make_solver("UniPC", 4, unet, schedule.config, timesteps=pair_timesteps(schedule, 4))
-    solver.scheduler.set_timesteps(4)
+    made = PairRegression(unet, schedule, num_pairs=5)
+    timesteps = pair_timesteps(schedule, PAIR_CALLS)
+    solver = make_solver("UniPC", PAIR_CALLS, unet, schedule.config, timesteps=timesteps)
+    solver.scheduler.set_timesteps(PAIR_CALLS)
     x = made.pairs.noise
     with torch.no_grad():
         for timestep in solver.scheduler.timesteps:
@@ -56,10 +57,10 @@ def test_a_pair_is_noise_and_where_a_solver_of_the_teacher_leads_it(unet):
 
 @torch.no_grad()
 def test_the_exact_map_of_a_gaussian_teacher_has_almost_no_loss(monkeypatch):
-    """What is left is the error of a solver of 50 steps, and of the images that are clipped."""
+    """What is left is the error of the solver, and of the images that are clipped."""
     schedule = HSIVIScheduler()
     monkeypatch.setattr(regression, "sample_shape", lambda unet: (1, 8, 8))
-    made = PairRegression(GaussianTeacher(schedule), schedule, num_pairs=200, pair_calls=50)
+    made = PairRegression(GaussianTeacher(schedule), schedule, num_pairs=200)
     made.layers.unet = ExactMap(schedule)
     clean = torch.empty(500, 1, 8, 8)
     assert float(made.loss(clean)) / 64 < 0.01 * 0.4**2
@@ -70,17 +71,17 @@ def test_the_exact_map_of_a_gaussian_teacher_has_almost_no_loss(monkeypatch):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_noise_is_taken_for_that_of_our_students_of_one_call(channels):
     unet, schedule = make_unet(in_channels=channels, out_channels=channels), HSIVIScheduler()
-    start, end = PairRegression(unet, schedule, 1, 1).layers.scheduler.config.layer_timesteps
+    start, end = PairRegression(unet, schedule, 1).layers.scheduler.config.layer_timesteps
     alpha, sigma = schedule.alpha_sigma(torch.tensor([start - 1, start]), torch.zeros(2))
     above, at = (sigma / (channels**0.5 * alpha)).tolist()
     assert above < 2.5 <= at
     assert end == 0
-    told = PairRegression(unet, schedule, 1, 1, start=700)
+    told = PairRegression(unet, schedule, 1, start=700)
     assert told.layers.scheduler.config.layer_timesteps == [700, 0]
 
 
 def test_pairs_follow_their_seed_and_no_evaluation_starts_from_their_noise(unet):
-    noise = [PairRegression(unet, HSIVIScheduler(), 500, 1, seed=seed).pairs.noise for seed in (0, 0, 1)]
+    noise = [PairRegression(unet, HSIVIScheduler(), 500, seed=seed).pairs.noise for seed in (0, 0, 1)]
     assert torch.equal(noise[0], noise[1])
     started = []
 
@@ -94,7 +95,7 @@ def test_pairs_follow_their_seed_and_no_evaluation_starts_from_their_noise(unet)
 
 
 def test_the_saved_pipeline_has_one_step_without_noise_and_training_json_the_cost_of_the_pairs(train_baseline):
-    folder = train_baseline("--method=regression", "--num_pairs=10", "--pair_calls=2", "--start_timestep=800")
+    folder = train_baseline("--method=regression", "--num_pairs=10", "--start_timestep=800")
     pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
     config = pipeline.scheduler.config
     assert config.layer_timesteps == [800, 0]
@@ -102,4 +103,4 @@ def test_the_saved_pipeline_has_one_step_without_noise_and_training_json_the_cos
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(2, output_type="pt").images.shape == (2, 1, 8, 8)
     record = json.loads((folder / "training.json").read_text())
-    assert record["network_calls"] == 10 * 2 + 3 * 4
+    assert record["network_calls"] == 10 * PAIR_CALLS + 3 * 4

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 from hsivi_diffusers.distillation.checkpoints import Checkpoints
 from hsivi_diffusers.distillation.output import Output
+from hsivi_diffusers.distillation.pairs import PAIR_CALLS
 from hsivi_diffusers.evaluation.solvers import Solver
 from tiny_unet import make_unet
 from training.benchmarks.images import consistency, regression, train_baseline, training_loop
@@ -30,7 +31,8 @@ def train(train_baseline):
     """Trains for 3 updates of 4 rows; a progressive distillation has two stages, of 2 updates and of 1."""
 
     def run(*arguments):
-        return train_baseline("--num_inference_steps=2", "--num_stages=2", *arguments)
+        few = ["--num_inference_steps=2", "--num_stages=2"] if "--method=progressive" in arguments else []
+        return train_baseline(*few, *arguments)
 
     return run
 
@@ -63,9 +65,7 @@ def make_method(method, unet):
     schedule = HSIVIScheduler()
     if method == "consistency":
         return ConsistencyDistillation(unet, schedule)
-    return (
-        ProgressiveDistillation(unet, schedule, 2) if method == "progressive" else PairRegression(unet, schedule, 9, 2)
-    )
+    return ProgressiveDistillation(unet, schedule, 2) if method == "progressive" else PairRegression(unet, schedule, 9)
 
 
 def run_for(distillation, training, folder):
@@ -115,7 +115,7 @@ def test_training_json_holds_the_cost_and_the_options(finished, method, teacher)
     wanted = {"pretrained_teacher_model": str(teacher), "method": method, "seed": 0}
     wanted |= {"max_train_steps": 3, "train_batch_size": 4}
     assert wanted.items() <= record.items()
-    assert record["network_calls"] == {"consistency": 48, "progressive": 36, "regression": 10 * 2 + 12}[method]
+    assert record["network_calls"] == {"consistency": 48, "progressive": 36, "regression": 10 * PAIR_CALLS + 12}[method]
     assert 0 < record["seconds"] < 60
 
 
@@ -125,7 +125,7 @@ def test_the_network_calls_are_the_rows_that_the_networks_see(unet, tmp_path, me
     for network in networks:
         network.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
     run_for(distillation, Training(max_train_steps=3, train_batch_size=5), tmp_path)
-    pairs = 9 * 2 if method == "regression" else 0
+    pairs = 9 * PAIR_CALLS if method == "regression" else 0
     assert sum(rows) == distillation.calls_per_image * 3 * 5 + pairs
 
 
@@ -179,7 +179,7 @@ def test_pairs_that_a_run_makes_again_take_none_of_its_time(unet, tmp_path, monk
     training = Training(method="regression", max_train_seconds=105.0, train_batch_size=2)
 
     def run():
-        distillation = PairRegression(unet, HSIVIScheduler(), 9, 2)
+        distillation = PairRegression(unet, HSIVIScheduler(), 9)
         return train_baseline.train(distillation, torch.zeros(10, 1, 8, 8), training, output, Accelerator(), {})
 
     with monkeypatch.context() as patched:
@@ -282,7 +282,7 @@ def test_the_least_number_of_network_calls_keeps_a_run_going_when_its_time_is_ov
 def test_pairs_do_not_count_as_calls_of_updates(unet, tmp_path, clock):
     """They would take the whole of a small budget, and the student would not learn."""
     training = Training(method="regression", max_train_seconds=1.0, min_network_calls=6, train_batch_size=2)
-    assert run_for(PairRegression(unet, HSIVIScheduler(), 9, 2), training, tmp_path)[0] == 3
+    assert run_for(PairRegression(unet, HSIVIScheduler(), 9), training, tmp_path)[0] == 3
 
 
 def test_calls_do_not_keep_a_run_going_whose_updates_are_counted(train):
@@ -303,6 +303,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch):
     [
         ("--pretrained_teacher_model=", "--pretrained_teacher_model is missing: give a folder or repo id"),
         ("--pretrained_teacher_model=./nowhere", "teacher './nowhere' is not a folder"),
+        ("--num_stages=0", "--num_stages 0 has no effect with --method consistency: it is of progressive, leave it"),
+        ("--num_pairs=7", "--num_pairs 7 has no effect with --method consistency: it is of regression, leave it out"),
     ],
 )
 def test_what_cannot_run_is_refused(train, argument, message):
@@ -310,10 +312,19 @@ def test_what_cannot_run_is_refused(train, argument, message):
         train(argument)
 
 
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("progressive", "num_inference_steps"), ("progressive", "num_stages"), ("regression", "num_pairs")],
+)
+def test_too_few_are_refused(train, method, name):
+    with pytest.raises(ValueError, match=f"--{name} 0: give a number of at least 1"):
+        train(f"--method={method}", f"--{name}=0")
+
+
 def test_a_folder_named_like_the_organisation_of_a_repo_is_no_teacher(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     teacher = train_baseline.Teacher(pretrained_teacher_model="google/pipeline")
-    train_baseline.check_options(teacher, Output(output_dir="google"))
+    train_baseline.check_options(teacher, Training(), Output(output_dir="google"))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from hsivi_diffusers.evaluation.solvers import Sampler, Solver, make_solver, mak
 from hsivi_diffusers.folders import LOCK, in_turn, remove_folder, replace_folder
 from hsivi_diffusers.options import differences, option, parse_options, run_command
 
+from . import train_baseline
 from .benchmark_pages import (
     CONSISTENCY,
     OURS,
@@ -143,8 +144,9 @@ class Comparison:
                     f"--baseline_steps has {lacking}, and --students none of so many calls, whose cost the "
                     "baseline is given: leave them out, or add such a student"
                 )
+            told = {"recipe": train_baseline.recipe_of(config)}
             for seed, nfe in product(options.seeds, counts):
-                yield Entry(method, nfe, seed, partial(make, config, nfe, seed))
+                yield Entry(method, nfe, seed, partial(make, config, nfe, seed), told=told)
 
     def _costless(self, sampler: Sampler) -> tuple[Sampler, Costs]:
         return sampler, {}
@@ -196,11 +198,17 @@ class Comparison:
         """The most seconds and the most network calls of the trainings of our students, whose rows are there."""
         keys = [(OURS, nfe, seed) for nfe in counts]
         rows = [row for row in self.results.rows() if key_of(row) in keys]
+        if unknown := [row["nfe"] for row in rows if row["train_calls"] is None]:
+            raise ValueError(
+                f"the network calls of {OURS} at {unknown}, seed {seed}, are not known, for the run was killed at its "
+                "end: remove it and its rows"
+            )
         return max(row["train_seconds"] for row in rows), max(row["train_calls"] for row in rows)
 
     def _make_baseline(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
-        """A progressive distillation to so many calls, or a regression on pairs."""
-        folder, costs = self._train_as_long(f"{config} --num_inference_steps {nfe}", [nfe], seed)
+        """A progressive distillation to so many calls, or a regression on pairs, whose student takes one."""
+        told = "" if nfe == 1 and config == self.options.pairs else f" --num_inference_steps {nfe}"
+        folder, costs = self._train_as_long(f"{config}{told}", [nfe], seed)
         return make_student(HSIVIPipeline.from_pretrained(folder / "pipeline"), nfe), costs
 
     def _make_consistency(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
@@ -252,10 +260,10 @@ class Comparison:
                 "train_seed": entry.seed,
                 **self.drawn,
                 **measures(images),
-                **entry.told,
                 "train_seconds": costs.get("seconds"),
                 "train_calls": costs.get("network_calls"),
                 "recipe": entry.settings and recipe_of(entry.settings),
+                **entry.told,
                 "measured": measured_on(),
             }
             if entry.seed in (None, self.options.seeds[0]) and is_shown(entry.method, entry.nfe):
@@ -270,7 +278,8 @@ class Comparison:
         return SetMeasures(Path(str(options.classifier)), self.real, labels, converged)
 
     def _draw(self, sampler: Sampler, seed: int) -> torch.Tensor:
-        return torch.cat([*sample(sampler, self.options.num_samples, self.options.batch_size, seed)])
+        size, classes = self.options.num_samples, self.unet.config.num_class_embeds
+        return torch.cat([*sample(sampler, size, self.options.batch_size, seed, classes)])
 
 
 def _make(folder: Path, program: str, config: str | None, *arguments: str) -> None:

@@ -43,7 +43,7 @@ class Results:
     def keys(
         self, students: Mapping[Key, HSIVIConfig | None], told: Mapping[Key, Mapping[str, Any]], drawn: Row
     ) -> set[Key]:
-        """Keys of the rows; one of other images, or of a student or a solver of other settings, is refused."""
+        """Keys of the rows; one of other images or settings is refused."""
         rows = self.rows()
         for row in rows:
             if other := differences(row, drawn):
@@ -53,8 +53,8 @@ class Results:
                 )
             if other := differences(row, told.get(key_of(row), {})):
                 raise ValueError(
-                    f"{self.path} has {row['method']} at {row['nfe']} of other settings than --solvers has now "
-                    f"({other}): remove that row, or name another --output_dir"
+                    f"{self.path} has {row['method']} at {row['nfe']} of other settings than --solvers or "
+                    f"its config has now ({other}): remove that row, or name another --output_dir"
                 )
             config, recipe = students.get(key_of(row)), row["recipe"]
             if config is None:

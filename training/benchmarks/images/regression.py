@@ -15,7 +15,7 @@ from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.denoisers import sample_shape
 from hsivi_diffusers.distillation.networks import make_scheduler
-from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss
+from hsivi_diffusers.distillation.pairs import PAIR_CALLS, TeacherPairs, image_loss
 from hsivi_diffusers.distillation.student import UNetLayers
 from hsivi_diffusers.vi import step_generator
 
@@ -29,7 +29,6 @@ class PairRegression(Baseline):
         teacher: Is frozen; the student starts as its copy.
         schedule: Of the teacher.
         num_pairs: To draw from, with replacement.
-        pair_calls: Of the teacher, for a pair.
         start: Timestep that the noise is taken for; by default that of our students of one call.
         seed: Of the pairs, so that a resumed run has the same; evaluations start from other noise.
     """
@@ -41,12 +40,11 @@ class PairRegression(Baseline):
         teacher: UNet2DModel,
         schedule: HSIVIScheduler,
         num_pairs: int,
-        pair_calls: int,
         start: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(teacher, schedule)
-        self.num_pairs, self.pair_calls, self.seed = num_pairs, pair_calls, seed
+        self.num_pairs, self.seed = num_pairs, seed
         self.shape = sample_shape(teacher)
         config = HSIVIConfig(num_inference_steps=1, start_timestep=start, noise_eta=0.0)
         self.layers = UNetLayers(self.student, make_scheduler(schedule, config, self.shape))
@@ -57,7 +55,7 @@ class PairRegression(Baseline):
     def pairs(self) -> TeacherPairs:
         """Pairs of the seed."""
         noise = torch.randn(self.num_pairs, *self.shape, generator=step_generator(self.seed, 0, -1))
-        return TeacherPairs(self.teacher, self.layers.scheduler, noise, None, self.pair_calls, show=True)
+        return TeacherPairs(self.teacher, self.layers.scheduler, noise, None, PAIR_CALLS, show=True)
 
     def loss(self, clean: Tensor) -> Tensor:
         """Returns the loss of as many pairs as there are real images, which it does not look at."""

@@ -15,6 +15,7 @@ continues with --resume_from_checkpoint latest.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,8 @@ from .training_loop import TrainingLoop
 
 EMA_DECAY, MAX_GRAD_NORM = 0.995, 1.0
 WRITTEN = ("training.json", "pipeline")
+OF_METHOD = {"num_inference_steps": "progressive", "num_stages": "progressive", "num_pairs": "regression"}
+LENGTH = ("max_train_seconds", "min_network_calls")
 
 
 @dataclass
@@ -55,11 +58,10 @@ class Teacher:
 class Training:
     _group = "training"
     method: Literal["consistency", "progressive", "regression"] = option("consistency", "which baseline")
-    num_inference_steps: int = option(4, "network calls of a progressive student")
-    num_stages: int = option(4, "of a progressive distillation, each of which halves the number of steps")
+    num_inference_steps: int = option(4, "of --method progressive: network calls of the student")
+    num_stages: int = option(4, "of --method progressive: stages, each of which halves the number of steps")
+    num_pairs: int = option(20_000, "of --method regression: pairs")
     start_timestep: int | None = option(None, "of the first step; by default that of the method")
-    num_pairs: int = option(20_000, "pairs of a regression")
-    pair_calls: int = option(PAIR_CALLS, "teacher calls for a pair")
     seed: int = option(0, "seed of batches and noise")
     max_train_steps: int = option(1000, "number of updates")
     max_train_seconds: float | None = option(None, "wall-clock seconds of updates, instead of their number")
@@ -68,6 +70,15 @@ class Training:
     learning_rate: float = option(1e-3, "AdamW's")
     lr_warmup_steps: int = option(50, "updates of linear warm-up")
     mixed_precision: Literal["no", "bf16"] = option("no", "precision of the networks")
+
+
+def recipe_of(config: str) -> dict[str, Any]:
+    """Method and settings of a config that are not the defaults, but for those that a benchmark gives."""
+    teacher, training, _ = parse_options([Teacher, Training, Output], "", ["--config", *shlex.split(config)])
+    settings, usual = flatten([teacher, training]), flatten([Teacher(), Training()])
+    given = ("pretrained_teacher_model", "num_inference_steps", "seed", "max_train_steps", *LENGTH)
+    chosen = {name: value for name, value in settings.items() if value != usual[name] and name not in given}
+    return {"method": training.method, **chosen}
 
 
 def make_distillation(name: str, training: Training, device: torch.device) -> Baseline:
@@ -84,8 +95,7 @@ def make_distillation(name: str, training: Training, device: torch.device) -> Ba
     if training.method == "consistency":
         return ConsistencyDistillation(unet, schedule, start=training.start_timestep)
     if training.method == "regression":
-        pairs = training.num_pairs, training.pair_calls
-        return PairRegression(unet, schedule, *pairs, start=training.start_timestep, seed=training.seed)
+        return PairRegression(unet, schedule, training.num_pairs, start=training.start_timestep, seed=training.seed)
     steps = training.num_inference_steps, training.num_stages
     return ProgressiveDistillation(unet, schedule, *steps, start=training.start_timestep)
 
@@ -120,10 +130,18 @@ def train(
     return loop.steps, loop.seconds
 
 
-def check_options(teacher: Teacher, run: Output) -> None:
-    """Refuses, before any work, what could not run."""
+def check_options(teacher: Teacher, training: Training, run: Output) -> None:
+    """Refuses, before any work, what could not run, or would have no effect."""
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
+    for name, method in OF_METHOD.items():
+        value, default = getattr(training, name), getattr(Training, name)
+        if value != default and training.method != method:
+            raise ValueError(
+                f"--{name} {value} has no effect with --method {training.method}: it is of {method}, leave it out"
+            )
+        if value < 1:
+            raise ValueError(f"--{name} {value}: give a number of at least 1")
     check_output(run)
     check_teacher(run, teacher.pretrained_teacher_model, WRITTEN)
 
@@ -138,7 +156,7 @@ def save(distillation: Baseline, output_dir: Path) -> None:
 
 def main(args: list[str] | None = None) -> None:
     teacher, training, run = parse_options([Teacher, Training, Output], __doc__ or "", args=args)
-    check_options(teacher, run)
+    check_options(teacher, training, run)
     with claimed(run) as output_dir:
         accelerator = Accelerator()
         set_seed(training.seed)
@@ -152,7 +170,7 @@ def main(args: list[str] | None = None) -> None:
         steps, seconds = train(distillation, images, training, run, accelerator, identity)
         save(distillation, output_dir)
         calls = distillation.calls_per_image * steps * training.train_batch_size  # forward passes of an image
-        calls += training.num_pairs * training.pair_calls if training.method == "regression" else 0
+        calls += training.num_pairs * PAIR_CALLS if training.method == "regression" else 0
         record = {**settings, "max_train_steps": steps, "seconds": seconds, "network_calls": calls}
         write_json(output_dir / "training.json", record)
     print(f"{steps} updates in {seconds:.0f} s; the pipeline is in {output_dir / 'pipeline'}")

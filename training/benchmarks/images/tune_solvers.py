@@ -88,7 +88,7 @@ class Tuning:
     def draw(self, solver: str, calls: int, size: int, seed: int, **settings: Any) -> Tensor:
         """Images of a solver, shape (size, C, H, W)."""
         sampler = make_solver(solver, calls, self.unet, self.schedule.config, **settings)
-        return torch.cat([*sample(sampler, size, self.options.batch_size, seed)])
+        return torch.cat([*sample(sampler, size, self.options.batch_size, seed, self.unet.config.num_class_embeds)])
 
     def distances(self, images: Tensor) -> dict[str, float]:
         """Distances of images to the real ones, by the name of the space; infinite if an image is not finite."""
