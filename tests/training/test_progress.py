@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from diffusers.utils import make_image_grid
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,6 +15,7 @@ from hsivi_diffusers.distillation import progress
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.pairs import TeacherPairs
 from hsivi_diffusers.distillation.trainer import HSIVITrainer
+from tiny_unet import make_unet
 
 SIZE = 512  # pixels of a side of a grid, at least
 PAPER = {"preset": "paper", "critic_updates": 1, "train_batch_size": 6}
@@ -120,6 +122,14 @@ def test_a_class_conditional_student_is_drawn_in_all_classes(distil, class_teach
     labels = [number % 3 for number in range(24)]
     images = pipeline(24, torch.Generator().manual_seed(0), 2, class_labels=labels, output_type="pt").images
     assert np.array_equal(rows[1], drawn(images[:8]))
+
+
+def test_a_teacher_of_a_short_clock_is_drawn_in_as_many_calls_as_it_has(distil, tmp_path):
+    teacher = DDPMPipeline(unet=make_unet(), scheduler=DDPMScheduler(num_train_timesteps=16))
+    teacher.save_pretrained(tmp_path / "teacher")
+    settings = {"max_train_steps": 1, "start_timestep": 12, "validation_steps": 1}
+    folder = distil(tmp_path / "run", pretrained_teacher_model=tmp_path / "teacher", **settings)
+    assert (folder / "samples" / "step-1.png").exists()
 
 
 def test_a_new_start_removes_the_grids_of_the_old_one(distil, shown, tmp_path):

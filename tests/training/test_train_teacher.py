@@ -1,6 +1,7 @@
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from PIL import Image
 from safetensors.torch import load_file
 
 from training.benchmarks.images import train_teacher, training_loop
@@ -100,6 +101,28 @@ def test_the_pipeline_knows_what_the_network_predicts(train, trained):
     folder = train("--prediction_type=v_prediction")
     assert DDPMPipeline.from_pretrained(folder).scheduler.config.prediction_type == "v_prediction"
     assert weights(folder).keys() == weights(trained).keys()
+
+
+def test_a_class_conditional_teacher_is_told_the_classes_and_has_its_clock(train, trained, monkeypatch):
+    told, forward = [], train_teacher.UNet2DModel.forward
+
+    def recorded(self, *given, class_labels=None):
+        told.append(class_labels)
+        return forward(self, *given, class_labels=class_labels)
+
+    monkeypatch.setattr(train_teacher.UNet2DModel, "forward", recorded)
+    teacher = DDPMPipeline.from_pretrained(train("--class_conditional=true", "--beta_schedule=squaredcos_cap_v2"))
+    assert teacher.unet.config.num_class_embeds == 10
+    assert teacher.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    assert len(told) == 3
+    assert all(labels.shape == (4,) and labels.min() >= 0 and labels.max() <= 9 for labels in told)
+    assert DDPMPipeline.from_pretrained(trained).unet.config.num_class_embeds is None
+
+
+def test_a_class_conditional_teacher_needs_classes(train, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    with pytest.raises(ValueError, match="--class_conditional true, and --train_data .* has no classes: leave it out"):
+        train("--class_conditional=true", f"--train_data={tmp_path}")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch):

@@ -50,6 +50,8 @@ class Network:
     prediction_type: Literal["epsilon", "v_prediction"] = option(
         "epsilon", "what the network predicts: the noise, or the velocity, accurate also at the highest noise"
     )
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = option("linear", "clock: linear, or cosine")
+    class_conditional: bool = option(False, "tell the network the class of an image")
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Training:
     ema_decay: float = option(0.999, "decay of the averaged weights, which are saved")
 
 
-def make_unet(data: Data, network: Network) -> UNet2DModel:
+def make_unet(data: Data, network: Network, num_classes: int | None = None) -> UNet2DModel:
     levels = range(len(network.block_out_channels))
     attends = [level in network.attention_levels for level in levels]
     return UNet2DModel(
@@ -73,9 +75,21 @@ def make_unet(data: Data, network: Network) -> UNet2DModel:
         block_out_channels=tuple(network.block_out_channels),
         layers_per_block=1,
         norm_num_groups=8,
+        num_class_embeds=num_classes,
         down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
         up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
     )
+
+
+def load_data(data: Data, network: Network) -> tuple[Tensor, Tensor | None]:
+    """Images in [-1, 1], shape (N, C, H, W), and of a class-conditional network their classes, shape (N,)."""
+    images, labels = load_images(data.train_data, data.resolution, data.channels)
+    if network.class_conditional and labels is None:
+        raise ValueError(
+            f"--class_conditional true, and --train_data {data.train_data} has no classes: leave it out, or give a "
+            "folder with one subfolder per class"
+        )
+    return to_model_range(images), labels if network.class_conditional else None
 
 
 def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -94,9 +108,10 @@ def main(args: list[str] | None = None) -> None:
     with claimed(run) as output_dir:
         accelerator = Accelerator()
         set_seed(training.seed)
-        images, _ = load_images(data.train_data, data.resolution, data.channels)
-        images = to_model_range(images).to(accelerator.device)
-        unet, scheduler = make_unet(data, network), DDPMScheduler(prediction_type=network.prediction_type)
+        images, classes = load_data(data, network)
+        images, classes = images.to(accelerator.device), None if classes is None else classes.to(accelerator.device)
+        unet = make_unet(data, network, None if classes is None else int(classes.max()) + 1)
+        scheduler = DDPMScheduler(beta_schedule=network.beta_schedule, prediction_type=network.prediction_type)
         settings = flatten([data, network, training])
         start_run(run, settings, WRITTEN)
         optimizer = torch.optim.AdamW(unet.parameters(), lr=training.learning_rate)
@@ -105,10 +120,11 @@ def main(args: list[str] | None = None) -> None:
         parts = {"unet": unet, "schedule": rate}
         loop = TrainingLoop(run, accelerator, unet, optimizer, training.ema_decay, settings, **parts)
         for _ in loop.updates(training.max_train_steps):
-            clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
+            rows = torch.randint(len(images), (training.train_batch_size,), device=images.device)
+            clean, kinds = images[rows], None if classes is None else classes[rows]
             noise = torch.randn_like(clean)
             timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), device=images.device)
-            prediction = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+            prediction = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, class_labels=kinds).sample
             loop.descend(mse_loss(prediction, target(scheduler, clean, noise, timesteps)))
             rate.step()
         DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(output_dir)
