@@ -157,12 +157,13 @@ def told(folder, run):
 # ----- rows -----
 
 
-def keys_of(seeds):
+def keys_of(seeds, baseline_seeds=(0,)):
     costless = [(REAL, 0, None), (TEACHER, 3, None), (SOLVER, 1, None), (SOLVER, 2, None)]
     ours = [(OURS, nfe, seed) for nfe in (1, 2) for seed in seeds]
     ours += [(ONE_FOR_ALL, nfe, seed) for seed in seeds for nfe in (1, 2)]
-    pairs = [(PAIRS, 1, seed) for seed in seeds]
-    baselines = [(method, nfe, seed) for method in (PROGRESSIVE, CONSISTENCY) for seed in seeds for nfe in (1, 2)]
+    pairs = [(PAIRS, 1, seed) for seed in baseline_seeds]
+    several = (PROGRESSIVE, CONSISTENCY)
+    baselines = [(method, nfe, seed) for method in several for seed in baseline_seeds for nfe in (1, 2)]
     return [*costless, *ours, *pairs, *baselines]
 
 
@@ -173,6 +174,13 @@ def test_every_method_has_a_row_at_each_number_of_calls(folder):
 def test_every_seed_of_students_and_baselines_has_a_row(arguments):
     (options,) = parse_options([benchmark.Options], "", [*arguments, "--seeds", "0", "3"])
     assert [entry.key for entry in benchmark.Comparison(options).entries()] == keys_of([0, 3])
+    options.baseline_seeds = [3, 0]
+    assert [entry.key for entry in benchmark.Comparison(options).entries()] == keys_of([0, 3], [3, 0])
+
+
+def test_a_baseline_of_a_seed_that_no_student_has_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"--baseline_seeds has \[5\], and --seeds has not: a baseline is given the"):
+        benchmark.main([*arguments, "--baseline_seeds", "0", "5"])
 
 
 def test_another_seed_is_added_without_images_in_the_figures(copied, monkeypatch, no_pages):

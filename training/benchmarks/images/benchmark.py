@@ -71,7 +71,8 @@ class Options:
     progressive: str | None = option(None, "config of train_baseline.py of a progressive distillation")
     consistency: str | None = option(None, "config of train_baseline.py of a consistency model")
     baseline_steps: list[int] = option([1, 2, 4], "network calls of the baselines, each of which has a student")
-    seeds: list[int] = option([0, 1, 2], "training seeds of students and baselines")
+    seeds: list[int] = option([0, 1, 2], "training seeds of the students")
+    baseline_seeds: list[int] = option([0], "training seeds of the baselines, some of those")
     solvers: str = option("docs/benchmarks/solvers.json", "solvers that were tuned, by tune_solvers.py")
     teacher_steps: int = option(100, "network calls of the teacher's converged sampler, DPM-Solver++")
     num_samples: int = option(10_000, "images of each row")
@@ -133,6 +134,11 @@ class Comparison:
     def _baselines(self, keys: list[Key]) -> Iterator[Entry]:
         """The baselines that have a config, of which those are refused that none of the students has a row for."""
         options = self.options
+        if lacking := sorted({*options.baseline_seeds} - {*options.seeds}):
+            raise ValueError(
+                f"--baseline_seeds has {lacking}, and --seeds has not: a baseline is given the cost of our student of "
+                "the same seed"
+            )
         configs = {PAIRS: options.pairs, PROGRESSIVE: options.progressive, CONSISTENCY: options.consistency}
         for method, config in configs.items():
             if config is None:
@@ -145,7 +151,7 @@ class Comparison:
                     "baseline is given: leave them out, or add such a student"
                 )
             told = {"recipe": train_baseline.recipe_of(config)}
-            for seed, nfe in product(options.seeds, counts):
+            for seed, nfe in product(options.baseline_seeds, counts):
                 yield Entry(method, nfe, seed, partial(make, config, nfe, seed), told=told)
 
     def _costless(self, sampler: Sampler) -> tuple[Sampler, Costs]:
