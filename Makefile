@@ -40,6 +40,7 @@ benchmark: $(VENV)/installed
 	for set in digits fashion emoji; do \
 		$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_$$set.yaml $(BENCHMARK) || exit; \
 	done
+	$(BIN)/python -m training.benchmarks.images.benchmark_pages
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -49,6 +49,29 @@ def lines_of(table):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
+# ----- summaries -----
+
+
+def test_a_glance_at_all_sets_has_the_best_of_each_kind_in_their_first_space(tmp_path):
+    rows = [
+        row(SOLVER, 2, 3.0, 9.0),
+        row(PAIRS, 1, 4.0, 1.0, 0),
+        row(PROGRESSIVE, 1, 3.5, 2.0, 0),
+        row(REAL, 0, 0.1, 0.1),
+    ]
+    rows += [row(OURS, 1, 1.0, 0.5, 0), row(OURS, 1, 2.0, 0.5, 1), {**row(SOLVER, 5, 7.0, 9.0), "dataset": "letters"}]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "README.md").write_text("before\n<!-- table: glance -->\n<!-- end of table -->\nafter\n")
+    benchmark_pages.fill_readme(tmp_path, tmp_path / "README.md")
+    before, table, after = (tmp_path / "README.md").read_text().split("\n\n")
+    assert (before.splitlines()[0], after.splitlines()[-1]) == ("before", "after")
+    assert lines_of(table) == [
+        ["digits", "1", "", "3.5 (progressive)", "**1.5 ± 0.71**"],
+        ["digits", "2", "3 UniPC", "", ""],
+        ["letters", "5", "7 UniPC", "", ""],
+    ]
+
+
 # ----- goals -----
 
 

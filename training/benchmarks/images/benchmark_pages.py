@@ -1,4 +1,9 @@
-"""Tables and figures of a benchmark, from its results.json."""
+"""Tables and figures of a benchmark, from its results.json.
+
+    python -m training.benchmarks.images.benchmark_pages
+
+fills the tables of README.md by docs/benchmarks/results.json; `benchmark` does so with the page beside its results.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +51,12 @@ def write_pages(folder: Path) -> None:
     fill_page(folder / "index.md", "Benchmark", tables, figures)
 
 
+def fill_readme(folder: Path, readme: Path) -> None:
+    """Fills the tables of a page by FOLDER/results.json."""
+    tables = make_tables(in_sets(read_rows(folder / "results.json")))
+    write_text(readme, fill_tables(readme.read_text(encoding="utf-8"), tables))
+
+
 def fill_page(page: Path, title: str, tables: dict[str, str], figures: Sequence[str] = ()) -> None:
     """Fills the tables of a page, which is begun if there is none, and adds those and the figures that it lacks."""
     text = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n"
@@ -58,7 +69,8 @@ def make_tables(sets: dict[str, list[Row]]) -> dict[str, str]:
     """The tables of each set, by name."""
     makers = {"summary": summary_table, "floor": floor_table, "goals": goals_table}
     makers |= {"measures": measures_table, "costs": costs_table}
-    return {f"{kind}_{as_word(name)}": make(rows) for name, rows in sets.items() for kind, make in makers.items()}
+    tables = {f"{kind}_{as_word(name)}": make(rows) for name, rows in sets.items() for kind, make in makers.items()}
+    return {"glance": glance_table(sets), **tables}
 
 
 def in_sets(rows: list[Row]) -> dict[str, list[Row]]:
@@ -116,14 +128,30 @@ def summary_table(rows: list[Row]) -> str:
     for nfe in counts:
         cells = []
         for space in spaces:
-            baselines = [groups[name, nfe] for name in BASELINES if (name, nfe) in groups]
-            best = min(baselines, key=lambda each: value(each, space), default=[])
-            told = distance(best, space) + (f" ({best[0]['method'].split()[0]})" if best else "")
-            ours = distance(groups.get((OURS, nfe), []), space)
-            cells += [distance(groups.get((SOLVER, nfe), []), space), told, f"**{ours}**" if ours else ""]
+            solver, ours = (distance(groups.get((method, nfe), []), space) for method in (SOLVER, OURS))
+            cells += [solver, best_baseline(groups, nfe, space), f"**{ours}**" if ours else ""]
         lines.append([nfe, *cells])
     heads = [f"{space}: {word}" for space in spaces for word in ("tuned solver", "best baseline", "ours")]
     return write_table(["calls", *heads], LABELS, lines)
+
+
+def glance_table(sets: dict[str, list[Row]]) -> str:
+    """Of every set, the distances in its first space: what the README shows."""
+    lines = []
+    for name, rows in sets.items():
+        groups, (space, *_) = grouped(rows), rows[0]["distances"]
+        for nfe in sorted({nfe for method, nfe in groups if method in (SOLVER, OURS)}):
+            solver, ours = groups.get((SOLVER, nfe), []), distance(groups.get((OURS, nfe), []), space)
+            told = f"{distance(solver, space)} {solver[0]['solver']}" if solver else ""
+            lines.append([name, nfe, told, best_baseline(groups, nfe, space), f"**{ours}**" if ours else ""])
+    return write_table(["set", "calls", "tuned solver", "best baseline", OURS], ("set",), lines)
+
+
+def best_baseline(groups: dict[Group, list[Row]], nfe: int, space: str) -> str:
+    """The distance of the baseline that is best in a space at so many calls, and its first word."""
+    baselines = [groups[name, nfe] for name in BASELINES if (name, nfe) in groups]
+    best = min(baselines, key=lambda each: value(each, space), default=[])
+    return distance(best, space) + (f" ({best[0]['method'].split()[0]})" if best else "")
 
 
 def floor_table(rows: list[Row]) -> str:
@@ -263,3 +291,7 @@ def draw_classes(rows: list[Row], path: Path) -> None:
     figure.supylabel("share (dashes: real)", fontsize=9)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    fill_readme(Path("docs/benchmarks"), Path("README.md"))
