@@ -78,12 +78,6 @@ class TeacherBridge(Bridge):
         alpha, sigma = self.scheduler.alpha_sigma(level, x)
         return alpha * x + sigma * randn_like(x, generator)
 
-    def sample_input(
-        self, t: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Draws p_{t+1}, the input of layers t, for `DataChain`; see `sample`."""
-        return self.sample(self.scheduler.input_timestep(t), condition, generator)
-
     def level(self, t: Tensor) -> Tensor:
         """Returns tau_t, shape (B,)."""
         return self.scheduler.output_timestep(t)

@@ -97,8 +97,8 @@ class HSIVIConfig:
     loss_weight: Literal["unit", "sigma2"] = by_preset(
         "unit", "unit", "sigma2", "weight of the losses of student and critic, on squared noise"
     )
-    source: Literal["pool", "simulate", "data"] = by_preset(
-        "pool", "pool", "simulate", "inputs of the layers: a pool of live chains, fresh chains, or noised train_data"
+    source: Literal["pool", "simulate"] = by_preset(
+        "pool", "pool", "simulate", "inputs of the layers: a pool of live chains, or fresh chains"
     )
     critic_updates: int = by_preset(1, 2, 20, "critic updates per student update")
     critic_first: int = by_preset(0, 50, 0, "updates at the start in which only the critic is trained")
@@ -202,7 +202,7 @@ class HSIVIConfig:
         _check_choices(self)
         _check_ranges(self)
         _check_together(self)
-        self.trials.check(self.scoring, self.source, self.depths)
+        self.trials.check(self.scoring)
         if self.init_from and self.output_dir and Path(self.init_from).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"init_from={self.init_from!r} is the output_dir too: name another, or it would be lost")
 

@@ -98,7 +98,6 @@ class TrainingState:
             self.student.scheduler.depths,
             self.config.train_batch_size,
             self.sample_condition,
-            self.bridge.sample_input,
         )
         return GuidedChain(chain, partial(self.sample_pairs, place)) if self.config.is_guided else chain
 

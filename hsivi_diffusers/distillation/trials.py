@@ -29,33 +29,24 @@ class Trials:
         0.0, "share of the teacher's score in the critic's target, 0 <= m < 1; 0.5 is CoSIM", common=False
     )
     train_data: str | None = option(
-        None, "real images, for source `data` and the adversarial term: `digits`, a folder, or a dataset", common=False
+        None, "real images, for the adversarial term: `digits`, a folder, or a dataset", common=False
     )
     adversarial_weight: float = option(
         0.0, "weight of an adversarial term on the critic's features, against train_data; try 0.001", common=False
     )
 
-    def check(self, scoring: str, source: str, depths: list[int]) -> None:
+    def check(self, scoring: str) -> None:
         """Refuses settings that the others leave without effect."""
-        uses = ["source='data'"] if source == "data" else []
-        if self.adversarial_weight:
-            uses.append(f"adversarial_weight={self.adversarial_weight}")
         if self.kernel != "ddim" and scoring == "between":
             raise ValueError(
                 f"scoring='between' needs kernel='ddim', got {self.kernel!r}, whose layers keep no noise of their "
                 "input: set kernel to 'ddim', or scoring to 'random'"
             )
-        if uses and not self.train_data:
-            raise ValueError(f"{' and '.join(uses)} needs real images: name them by train_data")
-        if self.train_data and not uses:
+        if self.adversarial_weight and not self.train_data:
+            raise ValueError(f"adversarial_weight={self.adversarial_weight} needs real images: name them by train_data")
+        if self.train_data and not self.adversarial_weight:
             raise ValueError(
-                f"train_data={self.train_data!r} has no effect: set source to 'data' or adversarial_weight too, "
-                "or leave train_data out"
-            )
-        if source == "data" and depths == [1] and not self.adversarial_weight:
-            raise ValueError(
-                "source='data' has no effect with num_inference_steps=1, whose one layer starts from noise: give more "
-                "steps, or an adversarial_weight, or leave source and train_data out"
+                f"train_data={self.train_data!r} has no effect: set adversarial_weight too, or leave train_data out"
             )
 
 

@@ -33,7 +33,7 @@ from .targets import (
     laplace,
     moment_match,
 )
-from .trials import Adversarial, DataChain
+from .trials import Adversarial
 
 __all__ = [
     "Adversarial",
@@ -43,7 +43,6 @@ __all__ = [
     "CohortChain",
     "ConditionalLayers",
     "CriticObjective",
-    "DataChain",
     "Diagnosis",
     "DiagonalGaussian",
     "DiffusibleTarget",

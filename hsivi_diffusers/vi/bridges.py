@@ -46,10 +46,8 @@ class Bridge(ABC):
     def sample(
         self, level: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draws from p_level, shape (B, ...), for `DataChain` and `Adversarial`."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has no draws of its densities: take another chain, and no adversarial term"
-        )
+        """Draws from p_level, shape (B, ...), for `Adversarial`."""
+        raise NotImplementedError(f"{type(self).__name__} has no draws of its densities: take no adversarial term")
 
     def level(self, t: Tensor) -> Tensor:
         """Returns the level of p_t on the bridge's clock, shape (B,); here t itself."""

@@ -1,7 +1,7 @@
 """Where the inputs x_{t+1} of the layers come from: x_T ~ base, then x_t ~ q_t(. | x_{t+1}) without gradient.
 
 `SimulatedChain` runs a fresh chain down to each layer that is trained (the paper); see `pools` for the chains that are
-kept, `regression` for pairs and `trials` for data.
+kept, and `regression` for pairs.
 
 Layers may serve several hierarchies, of T_1, T_2, ... layers, that share a network: they are counted one hierarchy
 after the other, each from the data side, and every hierarchy gets an equal part of the rows.

@@ -15,7 +15,6 @@ from torch import Tensor
 from .chains import Chain, ChainBatch, SampleBase, SimulatedChain
 from .distributions import DiagonalGaussian, randn_like
 from .layers import ConditionalLayers
-from .trials import DataChain, SampleInput
 
 
 class _Kept(Chain):
@@ -159,23 +158,18 @@ class FrozenPoolChain(_Kept):
 
 
 def make_chain(
-    source: Literal["pool", "simulate", "data"],
+    source: Literal["pool", "simulate"],
     sample_base: SampleBase,
     num_layers: int | Sequence[int],
     batch_size: int,
     sample_condition: SampleBase | None = None,
-    sample_input: SampleInput | None = None,
 ) -> Chain:
-    """Returns the chain of that name, see `PoolChain`, `SimulatedChain` and `DataChain`.
+    """Returns the chain of that name, a `PoolChain` or a `SimulatedChain`.
 
     Raises:
-        ValueError: The name is unknown, or "data" without `sample_input`.
+        ValueError: The name is unknown.
     """
-    if source == "data":
-        if sample_input is None:
-            raise ValueError("source='data' needs sample_input, which draws the inputs of the layers")
-        return DataChain(sample_base, num_layers, batch_size, sample_condition, sample_input=sample_input)
     kinds: dict[str, type[Chain]] = {"pool": PoolChain, "simulate": SimulatedChain}
     if source not in kinds:
-        raise ValueError(f"source={source!r} is unknown: choose 'pool', 'simulate' or 'data'")
+        raise ValueError(f"source={source!r} is unknown: choose 'pool' or 'simulate'")
     return kinds[source](sample_base, num_layers, batch_size, sample_condition)

@@ -1,8 +1,7 @@
-"""What is on trial until it is measured: inputs from data and an adversarial term, which need draws of the bridge."""
+"""What is on trial until it is measured: an adversarial term, which needs draws of the bridge."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,45 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .bridges import Bridge
-from .chains import Chain, ChainBatch, SampleBase
-from .layers import ConditionalLayers
 from .objectives import Critic, Extended, LayerDraw
-
-SampleInput = Callable[[Tensor, Tensor | None, torch.Generator | None], Tensor]
-
-
-class DataChain(Chain):
-    """Draws of the bridge at the level of the input: x_{t+1} ~ p_{t+1}, of the first layer x_T ~ base.
-
-    That is data noised to tau_{t+1}, as in continuous semi-implicit models (arXiv 2506.06778). It costs no network call
-    and keeps no state. A layer then sees the inputs that it would have if those before it were perfect, so what these
-    do wrong it does not learn to mend. Besides what `Chain` takes it is given `sample_input`, which draws x_{t+1}:
-    (t, condition, generator) -> shape (B, ...), for layers t of shape (B,).
-    """
-
-    def __init__(
-        self,
-        sample_base: SampleBase,
-        num_layers: int | Sequence[int],
-        batch_size: int,
-        sample_condition: SampleBase | None = None,
-        *,
-        sample_input: SampleInput,
-    ) -> None:
-        super().__init__(sample_base, num_layers, batch_size, sample_condition)
-        self.sample_input = sample_input
-
-    def draw(
-        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
-    ) -> ChainBatch:
-        if self.num_layers == 1:
-            return self._first_layer(generator)
-        t = self._any_layer(generator)
-        base, condition = self._base(self.batch_size, generator)
-        t, is_first = t.to(base.device), (t == self.first[t]).to(base.device)
-        data = self.sample_input(t, condition, generator)
-        x_next = torch.where(is_first.reshape(-1, *[1] * (base.ndim - 1)), base, data)
-        return ChainBatch(x_next=x_next, t=t, condition=condition)
 
 
 class Adversarial(Extended):

@@ -21,13 +21,10 @@ from hsivi_diffusers.model_card import make_card
 from hsivi_diffusers.vi import Adversarial, KullbackLeibler, ScoreMatching
 from tiny_unet import make_unet
 
-DATA = {"train_data": "digits", "source": "data"}
 GAME = {"train_data": "digits", "adversarial_weight": 0.01}
 KINDS = {
-    "data": DATA,
     "game": GAME,
-    "both": {
-        **DATA,
+    "shared": {
         **GAME,
         "preset": "paper",
         "scoring": "random",
@@ -86,7 +83,7 @@ def test_the_bridge_has_the_power_and_the_data_and_the_critic_answers_with_logit
 
 @pytest.mark.parametrize(
     "settings",
-    [{"level_power": 3.0}, {"teacher_share": 0.5}, "data", "game"],
+    [{"level_power": 3.0}, {"teacher_share": 0.5}, "game"],
     ids=lambda settings: settings if isinstance(settings, str) else next(iter(settings)),
 )
 def test_each_setting_changes_the_run(runs, distil, fast_run, tmp_path, differences, settings):
@@ -105,8 +102,6 @@ def test_a_run_with_real_data_is_finite_and_records_it(runs, kind):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
     options = json.loads((folder / "options.json").read_text())
     assert options["train_data"] == "digits"
-    chains = load_file(folder / "checkpoints" / "checkpoint-5" / "chains-0.safetensors")
-    assert (len(chains) == 0) == ("source" in KINDS[kind])
 
 
 def test_the_card_says_whether_data_was_used(runs, fast_run):
@@ -133,7 +128,7 @@ def test_a_run_with_real_data_resumes_to_the_same_bits(runs, distil, tmp_path, d
 
 def test_two_processes_with_real_data_equal_two_accumulated_batches(launch, distil, tmp_path, differences):
     """The adversarial critic is reduced between the processes, drawn and real rows in one call."""
-    options = {"preset": "fast", "max_train_steps": 2, **DATA, "adversarial_weight": 0.01}
+    options = {"preset": "fast", "max_train_steps": 2, **GAME}
     statuses, text = launch(tmp_path / "two", processes=2, **options)
     assert statuses == [0, 0], text
     distil(tmp_path / "one", gradient_accumulation_steps=2, **options)
@@ -174,7 +169,7 @@ def test_a_conditional_teacher_gets_images_of_the_class_asked_for(digits_teacher
 
 
 def test_a_conditional_teacher_trains_on_its_classes(distil, digits_teacher, tmp_path):
-    folder = distil(tmp_path / "run", pretrained_teacher_model=digits_teacher, max_train_steps=2, **{**DATA, **GAME})
+    folder = distil(tmp_path / "run", pretrained_teacher_model=digits_teacher, max_train_steps=2, **GAME)
     assert all(
         t.isfinite().all() for path in folder.glob("pipeline/unet/*.safetensors") for t in load_file(path).values()
     )
@@ -183,17 +178,17 @@ def test_a_conditional_teacher_trains_on_its_classes(distil, digits_teacher, tmp
 def test_data_without_the_classes_of_the_teacher_is_refused(distil, class_teacher, digits_teacher, tmp_path):
     message = r"has images of the classes \[0, 1, .*\], and the teacher is for 0 to 2, each of which it needs"
     with pytest.raises(ValueError, match=message):
-        distil(tmp_path / "run", pretrained_teacher_model=class_teacher, **DATA)
+        distil(tmp_path / "run", pretrained_teacher_model=class_teacher, **GAME)
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
     with pytest.raises(ValueError, match="tells no labels, and the teacher has 10 classes: take other data"):
-        distil(tmp_path / "run", pretrained_teacher_model=digits_teacher, **{**DATA, "train_data": tmp_path})
+        distil(tmp_path / "run", pretrained_teacher_model=digits_teacher, **{**GAME, "train_data": tmp_path})
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_images_will_do(distil, tmp_path):
     for grey in (0, 100, 255):
         Image.new("L", (16, 16), grey).save(tmp_path / f"{grey}.png")
-    distil(tmp_path / "run", max_train_steps=1, **{**DATA, "train_data": tmp_path})
+    distil(tmp_path / "run", max_train_steps=1, **{**GAME, "train_data": tmp_path})
 
 
 def test_a_teacher_whose_images_cannot_be_loaded_is_told():
@@ -209,10 +204,8 @@ def test_a_teacher_whose_images_cannot_be_loaded_is_told():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "data"}, "source='data' needs real images: name them by train_data"),
         ({"adversarial_weight": 0.01}, "adversarial_weight=0.01 needs real images"),
-        ({"source": "data", "adversarial_weight": 0.01}, "source='data' and adversarial_weight=0.01 needs real"),
-        ({"train_data": "digits"}, "train_data='digits' has no effect: set source to 'data' or"),
+        ({"train_data": "digits"}, "train_data='digits' has no effect: set adversarial_weight too, or leave"),
         ({"teacher_share": 1.0}, "teacher_share=1.0: give a number from 0 to below 1"),
         ({"level_power": 0.0}, "level_power=0.0: give a number above 0"),
         ({"adversarial_weight": -0.1}, "adversarial_weight=-0.1: give a number from 0 on"),
@@ -222,10 +215,6 @@ def test_a_teacher_whose_images_cannot_be_loaded_is_told():
         (
             {"preset": "paper", "start_spacing": 20},
             "start_spacing=20 needs start_timestep, start_signal or",
-        ),
-        (
-            {**DATA, "num_inference_steps": 1},
-            "source='data' has no effect with num_inference_steps=1, .* give more steps, or an adversarial_weight",
         ),
         ({"kernel": "renoise"}, "scoring='between' needs kernel='ddim', got 'renoise'"),
         ({"objective": "SM"}, "scoring='between' with objective='SM': .* set objective to 'KL', or scoring to 'random"),
@@ -239,13 +228,12 @@ def test_what_cannot_run_is_refused_before_any_work(distil, tmp_path, settings, 
 
 def test_a_plan_needs_no_images_and_counts_the_calls(make_config, tmp_path, fresh_accelerator):
     """The critic is asked for its layers' loss, and for drawn and real rows in its own; the teacher is in both."""
-    config = make_config(critic_updates=1, **{**DATA, **GAME, "train_data": "nowhere"}, teacher_share=0.5)
+    config = make_config(critic_updates=1, **{**GAME, "train_data": "nowhere"}, teacher_share=0.5)
     # A plan goes through the layers of the networks one by one: here they are few.
     unet = make_unet(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
     cost = measure(*read_configs(str(tmp_path), None), config)
     assert cost.calls == {"student": 1, "critic": 3, "teacher": 2}
-    assert cost.memory["chains"] == 0
     assert cost.parameters["each network"] == unet.num_parameters()
 
 
@@ -253,5 +241,5 @@ def test_a_plan_says_that_the_images_come_on_top(make_config, teacher, monkeypat
     cost = Cost({}, {}, {"student": 1.0}, flops=1e9, call_flops=1e9, written={})
     monkeypatch.setattr(plan, "measure", lambda *given: cost)
     monkeypatch.setattr(plan, "seconds_per_flop", lambda *given: (1e-9, "cpu"))
-    plan.print_plan(str(teacher), make_config(**{**DATA, "train_data": "nowhere"}))
+    plan.print_plan(str(teacher), make_config(**{**GAME, "train_data": "nowhere"}))
     assert "the images of train_data stay in main memory and come on top" in capsys.readouterr().out

@@ -3,7 +3,6 @@ import torch
 
 from hsivi_diffusers.vi import (
     CohortChain,
-    DataChain,
     DiagonalGaussian,
     FrozenPoolChain,
     GuidedChain,
@@ -175,7 +174,7 @@ def test_a_cohort_of_several_hierarchies_is_refused():
 
 
 def test_an_unknown_source_is_refused_by_name():
-    with pytest.raises(ValueError, match="source='replay' is unknown: choose 'pool', 'simulate' or 'data'"):
+    with pytest.raises(ValueError, match="source='replay' is unknown: choose 'pool' or 'simulate'"):
         make_chain("replay", matching_bridge(linear_layers()).sample_base, 3, 4)
 
 
@@ -502,70 +501,7 @@ def test_each_marginal_is_drawn_from_the_one_above():
         torch.testing.assert_close(draws[t], expected.detach())
 
 
-# ----- inputs from data -----
-
-
-def marked(t, condition, random):
-    """Inputs that tell their layer, and the condition if there is one."""
-    x = (100 + t)[:, None] + 0.01 * torch.randn(len(t), DIMENSION, generator=random, dtype=torch.float64)
-    return x if condition is None else x + 1000 * condition[:, None]
-
-
-def no_layers(*_):
-    raise AssertionError("no layer is called")
-
-
-def test_inputs_from_data_are_those_of_each_layer_and_the_base_for_the_first():
-    chain = make_chain("data", bases, 3, 3000, sample_input=marked)
-    assert isinstance(chain, DataChain)
-    batch = chain.draw(no_layers, generator())
-    assert torch.bincount(batch.t).tolist() == pytest.approx([1000] * 3, abs=150)
-    for t in range(2):
-        torch.testing.assert_close(
-            batch.x_next[batch.t == t], torch.full_like(batch.x_next[batch.t == t], 100 + t), rtol=0, atol=0.1
-        )
-    first = batch.x_next[batch.t == 2]
-    assert first.mean() == pytest.approx(0, abs=5 / first.numel() ** 0.5)
-    assert first.var() == pytest.approx(1, rel=0.1)
-    assert batch.index is None
-
-
-def test_inputs_from_data_of_several_hierarchies_come_in_equal_parts_and_each_begins_at_the_base():
-    chain = make_chain("data", bases, DEPTHS, 6000, sample_input=marked)
-    batch = chain.draw(no_layers, generator())
-    from_base = (batch.x_next < 50).all(1)
-    assert torch.equal(from_base, batch.t == FIRST[batch.t])
-    hierarchies = torch.bucketize(batch.t, torch.tensor([0, 2, 6])).bincount().tolist()
-    assert hierarchies == pytest.approx([2000] * 3, abs=200)
-
-
-def test_data_has_the_condition_of_its_row():
-    chain = make_chain("data", bases, 3, 200, labels, sample_input=marked)
-    batch = chain.draw(no_layers, generator())
-    rows = batch.t < 2
-    expected = (100 + batch.t + 1000 * batch.condition)[rows]
-    torch.testing.assert_close(batch.x_next[rows].mean(1), expected.double(), rtol=0, atol=0.1)
-
-
-def test_a_chain_of_data_has_no_state_and_is_a_function_of_its_generator():
-    chain = make_chain("data", bases, [2, 3], 50, labels, sample_input=marked)
-    one, other = (chain.draw(no_layers, generator(1)) for _ in range(2))
-    for name in ("x_next", "t", "condition"):
-        assert torch.equal(getattr(one, name), getattr(other, name))
-    chain.advance(one, DiagonalGaussian(one.x_next, one.x_next), generator())
-    assert chain.state_dict() == {}
-    assert not torch.equal(one.t, chain.draw(no_layers, generator(2)).t)
-
-
-def test_one_layer_takes_the_base_and_no_data():
-    chain = make_chain("data", bases, 1, 5, sample_input=no_layers)
-    batch = chain.draw(no_layers, generator())
-    assert torch.equal(batch.x_next, bases(5, generator()))
-
-
-def test_data_must_come_from_somewhere():
-    with pytest.raises(ValueError, match="source='data' needs sample_input"):
-        make_chain("data", bases, 3, 5)
+# ----- pairs -----
 
 
 def sample_pairs(t, generator):

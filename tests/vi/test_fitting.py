@@ -7,7 +7,6 @@ import torch
 from hsivi_diffusers.vi import (
     Adversarial,
     CohortChain,
-    DataChain,
     DiagonalGaussian,
     DivergenceError,
     FrozenPoolChain,
@@ -351,13 +350,6 @@ class AdversarialGame(Game):
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=0.05)
 
 
-def data_chain(bridge, size=64):
-    """Inputs of layer t are draws of p_{t+1}."""
-    return DataChain(
-        bridge.sample_base, 3, size, sample_input=lambda t, c, g: bridge.sample((t + 1).clamp_max(2), c, g)
-    )
-
-
 def anneal(game, objective, steps):
     for _ in game.fit(objective, steps, critic_updates=2):
         for optimizer in (game.layer_optimizer, game.critic_optimizer):
@@ -369,14 +361,6 @@ def anneal(game, objective, steps):
 def test_layers_reach_the_bridge_with_an_adversarial_term():
     game = AdversarialGame(target())
     mean, variance = (moment[:-1] for moment in anneal(game, Adversarial(ScoreMatching(), 0.1), 900))
-    torch.testing.assert_close(mean, game.bridge.mean, rtol=0, atol=0.1)
-    torch.testing.assert_close(variance, game.bridge.variance, rtol=0.15, atol=0)
-
-
-def test_layers_reach_the_bridge_from_inputs_of_the_bridge():
-    game = Game(target())
-    game.chain = data_chain(game.bridge)
-    mean, variance = (moment[:-1] for moment in anneal(game, KullbackLeibler(), 900))
     torch.testing.assert_close(mean, game.bridge.mean, rtol=0, atol=0.1)
     torch.testing.assert_close(variance, game.bridge.variance, rtol=0.15, atol=0)
 
@@ -402,11 +386,9 @@ def test_with_an_adversarial_term_an_update_is_the_mean_over_the_shards():
         torch.testing.assert_close(got, torch.stack(each).mean(0))
 
 
-def test_a_run_from_data_with_an_adversarial_term_resumes_to_the_same_bits():
+def test_a_run_with_an_adversarial_term_resumes_to_the_same_bits():
     objective = Adversarial(ScoreMatching(), 0.1)
     whole, halves, resumed = (AdversarialGame(target()) for _ in range(3))
-    for game in (whole, halves, resumed):
-        game.chain = data_chain(game.bridge)
     list(whole.fit(objective, 6))
     list(halves.fit(objective, 6, curriculum=joint(3, 2)))
     for name in ("layers", "critic", "layer_optimizer", "critic_optimizer", "chain"):
