@@ -50,10 +50,6 @@ class GaussianBridge(Bridge):
     def sample_base(self, batch_size, generator=None):
         return torch.randn(batch_size, DIMENSION, generator=generator, dtype=torch.float64)
 
-    def sample(self, level, condition=None, generator=None):
-        noise = torch.randn(len(level), DIMENSION, generator=generator, dtype=torch.float64)
-        return self.mean[level, None] + self.variance[level, None].sqrt() * noise
-
 
 class ExactCritic(torch.nn.Module):
     """grad log q_t of the marginal of linear layers."""
@@ -88,30 +84,6 @@ class LinearCritic(torch.nn.Module):
 
     def forward(self, x, level, condition=None, t=None):
         return self.slope[level, None] * x + self.intercept[level, None]
-
-
-class QuadraticDiscriminator(torch.nn.Module):
-    """A critic that is a discriminator besides: of Gaussians the best logits, log p - log q, are quadratic."""
-
-    def __init__(self, critic, num_layers):
-        super().__init__()
-        self.critic = critic
-        self.square, self.slope, self.intercept = (
-            torch.nn.Parameter(torch.zeros(num_layers, dtype=torch.float64)) for _ in range(3)
-        )
-
-    def forward(self, x, level, condition=None, t=None):
-        logits = self.square[level] * x.square().sum(1) + self.slope[level] * x.sum(1) + self.intercept[level]
-        return self.critic(x, level, condition), logits
-
-
-def log_ratio(layers, bridge):
-    """Square, slope and intercept of log p_t - log q_t of linear layers, for each t."""
-    mean, variance = (moment.detach()[:-1] for moment in layers.marginals())
-    square = 0.5 * (1 / variance - 1 / bridge.variance)
-    slope = bridge.mean / bridge.variance - mean / variance
-    constants = mean.square() / variance - bridge.mean.square() / bridge.variance + (variance / bridge.variance).log()
-    return square, slope, 0.5 * DIMENSION * constants
 
 
 def linear_layers():

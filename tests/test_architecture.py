@@ -23,7 +23,6 @@ ALLOWED = {
     "vi/objectives": ({"vi/distributions", "vi/bridges"}, CORE),
     "vi/lower_bound": ({"vi/bridges", "vi/distributions", "vi/objectives"}, CORE),
     "vi/regression": ({"vi/bridges", "vi/chains", "vi/distributions", "vi/layers", "vi/objectives"}, CORE),
-    "vi/trials": ({"vi/bridges", "vi/objectives"}, CORE),
     "vi/pools": ({"vi/chains", "vi/distributions", "vi/layers"}, CORE),
     "vi/curricula": (set(), CORE),
     "vi/fitting": ({"vi/bridges", "vi/chains", "vi/curricula", "vi/layers", "vi/objectives"}, CORE),
@@ -61,10 +60,10 @@ ALLOWED = {
         {"distillation/output", "distillation/state_dicts", "folders", "options"},
         TRAIN,
     ),
-    "distillation/trials": ({"distillation/bridge", "distillation/denoisers", "images", "options"}, TRAIN),
+    "distillation/trials": ({"options"}, set()),
     "distillation/config": ({"distillation/trials", "options"}, set()),
     "distillation/networks": (
-        {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "student", "trials")}
+        {f"distillation/{noun}" for noun in ("config", "denoisers", "student")}
         | {"modeling_hsivi", "pipeline_hsivi", "scheduling_hsivi"},
         TRAIN,
     ),

@@ -33,8 +33,8 @@ from hsivi_diffusers import (
 from hsivi_diffusers.distillation.denoisers import signal_timestep
 from hsivi_diffusers.distillation.ode import use_grid
 from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss, pair_timesteps
-from hsivi_diffusers.distillation.student import UNetDiscriminator, label_layers
-from hsivi_diffusers.vi import Adversarial, DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer
+from hsivi_diffusers.distillation.student import label_layers
+from hsivi_diffusers.vi import DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer
 from hsivi_diffusers.vi.regression import half_square
 from tiny_unet import make_unet
 
@@ -282,81 +282,6 @@ def test_bad_bridges_are_refused(unet):
     for grids in ([800, 400, -1], [[440, 0], [800, 400, -1]]):
         with pytest.raises(ValueError, match="the grid ends at -1"):
             TeacherBridge(unet, HSIVIScheduler(layer_timesteps=grids))
-
-
-# ----- real data -----
-
-
-def constant(size, condition, generator):
-    """Data that is 0.5 everywhere, or a tenth of its label."""
-    value = torch.full((size,), 0.5) if condition is None else condition / 10
-    return value[:, None, None, None].expand(size, 1, 8, 8)
-
-
-def test_a_draw_of_the_bridge_is_data_at_the_level(unet):
-    scheduler = HSIVIScheduler(layer_timesteps=GRID)
-    bridge = TeacherBridge(unet, scheduler, data=constant)
-    level = torch.tensor([0, 300, 800]).repeat(200)
-    x = bridge.sample(level, None, torch.Generator().manual_seed(0))
-    abar = DDPMScheduler().alphas_cumprod
-    for at in (0, 300, 800):
-        rows = x[level == at]
-        assert rows.mean() == pytest.approx(float(0.5 * abar[at].sqrt()), abs=0.05)
-        assert rows.std() == pytest.approx(float((1 - abar[at]).sqrt()), rel=0.05)
-    assert torch.equal(x, bridge.sample(level, None, torch.Generator().manual_seed(0)))
-    labels = bridge.sample(torch.zeros(4, dtype=torch.long), torch.arange(4), torch.Generator().manual_seed(0))
-    torch.testing.assert_close(labels.mean((1, 2, 3)), torch.arange(4) / 10, rtol=0, atol=0.02)
-
-
-def test_a_bridge_without_data_is_not_drawn_from(bridge):
-    with pytest.raises(ValueError, match=r"takes real data: make it with TeacherBridge\(..., data=...\)"):
-        bridge.sample(torch.tensor([300]))
-
-
-def test_the_discriminator_is_the_critic_and_the_mean_of_its_middle(unet, bridge):
-    critic, both = UNetCritic(unet, bridge.scheduler), UNetDiscriminator(unet, bridge.scheduler)
-    assert list(both.state_dict()) == list(critic.state_dict())
-    x, level, seen = torch.randn(3, 1, 8, 8), torch.tensor([10, 220, 700]), []
-    unet.mid_block.register_forward_hook(lambda module, given, output: seen.append(output))
-    calls = []
-    unet.register_forward_hook(lambda module, given, output: calls.append(module))
-    score, logits = both(x, level)
-    assert len(calls) == 1
-    assert torch.equal(score, critic(x, level))
-    assert torch.equal(logits, seen[0].mean(1))
-    assert logits.shape == (3, 4, 4)
-    both(x, level)
-    assert len(unet.mid_block._forward_hooks) == 1  # its own are gone
-
-
-def test_a_unet_without_a_middle_is_no_discriminator(bridge):
-    with pytest.raises(ValueError, match="the unet has no mid_block"):
-        UNetDiscriminator(make_unet(mid_block_type=None), bridge.scheduler)
-
-
-@pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler()], ids=["SM", "KL"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_adversarial_term_reaches_the_student_and_trains_the_middle_of_the_critic(unet, objective, checkpointing):
-    scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)
-    bridge = TeacherBridge(unet, scheduler, data=constant)
-    student, critic = UNetLayers(make_unet(), scheduler), UNetDiscriminator(make_unet(), scheduler)
-    if checkpointing:
-        critic.unet.enable_gradient_checkpointing()
-        critic.train()
-    t = torch.tensor([0, 1])
-    draw = draw_layer(student(torch.randn(2, 1, 8, 8), t), t, bridge, scoring="random", real=True)
-    adversarial = Adversarial(objective, 0.1)
-    gradients = []
-    for loss in (adversarial, objective):
-        seen = critic if loss is adversarial else (lambda *given: critic(*given)[0])
-        critic.requires_grad_(False)
-        value = loss.layer_loss(seen, bridge, draw).sum()
-        gradients.append(torch.autograd.grad(value, student.unet.conv_in.weight, retain_graph=True)[0])
-    assert not torch.equal(*gradients)
-    critic.requires_grad_(True)
-    adversarial.critic_loss(critic, draw.detach(), bridge).sum().backward()
-    assert all(bool(parameter.grad.isfinite().all()) for parameter in critic.parameters())
-    assert critic.unet.mid_block.resnets[0].conv1.weight.grad.abs().sum() > 0
 
 
 # ----- several grids -----

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -11,13 +10,11 @@ from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.bridges import Bridge
-from ..vi.distributions import DiagonalGaussian, randn_like
+from ..vi.distributions import DiagonalGaussian
 from ..vi.layers import hierarchy_ends
 from ..vi.objectives import Weight
 from .denoisers import sample_shape
 from .student import UNetCritic
-
-SampleData = Callable[[int, Tensor | None, torch.Generator | None], Tensor]
 
 
 class TeacherBridge(Bridge):
@@ -28,7 +25,6 @@ class TeacherBridge(Bridge):
         scheduler: Holds the grid; layer t is fitted to the data at tau_t.
         level_range: Lowest and highest timestep of random levels.
         level_power: p > 0, see `sample_level`.
-        data: Draws clean data, (size, condition, generator) -> shape (size, ...); only `sample` needs it.
         between_share: Share of the rows scored at a random level that keep to their input, see `place`; 0 to 1.
 
     Raises:
@@ -41,14 +37,13 @@ class TeacherBridge(Bridge):
         scheduler: HSIVIScheduler,
         level_range: tuple[int, int] = (5, 800),
         level_power: float = 1.0,
-        data: SampleData | None = None,
         between_share: float = 0.0,
     ) -> None:
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
             raise ValueError(f"level_range={level_range}: give two timesteps in order, from 0 to {len(scheduler) - 1}")
         self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
-        self.scheduler, self.data, self.between_share = scheduler, data, between_share
+        self.scheduler, self.between_share = scheduler, between_share
         self.level_range, self.level_power = level_range, level_power
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
@@ -63,20 +58,6 @@ class TeacherBridge(Bridge):
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws x_T ~ N(0, I) on the teacher's device."""
         return torch.randn(batch_size, *self.shape, generator=generator).to(self.network.unet.device)
-
-    def sample(
-        self, level: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Draws from p_level: alpha x + sigma z, x of the data with the row's condition, z ~ N(0, I).
-
-        Raises:
-            ValueError: The bridge has no data.
-        """
-        if self.data is None:
-            raise ValueError("a draw of the bridge takes real data: make it with TeacherBridge(..., data=...)")
-        x = self.data(len(level), condition, generator).to(self.network.unet.device)
-        alpha, sigma = self.scheduler.alpha_sigma(level, x)
-        return alpha * x + sigma * randn_like(x, generator)
 
     def level(self, t: Tensor) -> Tensor:
         """Returns tau_t, shape (B,)."""

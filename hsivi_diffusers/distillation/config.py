@@ -149,9 +149,9 @@ class HSIVIConfig:
     trials: Trials = field(default_factory=Trials)
 
     def __post_init__(self) -> None:
-        for group, name in ((self, "output_dir"), (self, "init_from"), (self.trials, "train_data")):
-            if isinstance(getattr(group, name, None), os.PathLike):
-                setattr(group, name, os.fspath(getattr(group, name)))
+        for name in ("output_dir", "init_from"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
         _check_types(self)
         _check_types(self.trials)
         self.num_inference_steps = sorted(self.depths)
@@ -284,7 +284,6 @@ RANGES: dict[str, Range] = {
     "validation_steps": ("a number of at least 1, or 0 for no images", lambda value: value >= 0),
     "level_power": ABOVE_0,
     "teacher_share": FROM_0_BELOW_1,
-    "adversarial_weight": FROM_0,
 }
 
 

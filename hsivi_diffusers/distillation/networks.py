@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from ..modeling_hsivi import HSIVINoiseScale
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
-from .bridge import SampleData
 from .config import HSIVIConfig
 from .denoisers import fingerprint, sample_shape, signal_timestep
 from .student import label_layers
-from .trials import load_data
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -33,7 +31,6 @@ class Networks:
     scheduler: HSIVIScheduler  # of the student: schedule of the teacher, grid, kernel and prediction of its own
     prediction_type: str  # of teacher and critic
     noise_scale: HSIVINoiseScale | None
-    data: SampleData | None = None
     fingerprint: str | None = None  # of the teacher as it was loaded
 
 
@@ -44,8 +41,6 @@ def load_networks(
     networks = make_networks((teacher, copy.deepcopy(teacher), copy.deepcopy(teacher)), schedule, config)
     if config.init_from is not None:
         carry_over(networks, Path(config.init_from))
-    if config.trials.train_data is not None:
-        networks.data = load_data(config.trials.train_data, teacher)
     networks.fingerprint = fingerprint(teacher, schedule)
     networks.teacher.to(accelerator.device, HALF.get(accelerator.mixed_precision))
     return networks

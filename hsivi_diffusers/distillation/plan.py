@@ -136,8 +136,6 @@ def make_fake_state(
     unets = (make_unet(shape, torch.bfloat16 if half else torch.float32), make_unet(shape), make_unet(shape))
     with meter:
         networks = make_networks(unets, schedule, config)
-    if config.trials.train_data is not None:  # which a plan does not load
-        networks.data = lambda size, *_: torch.randn(size, *sample_shape(unets[0]))
     meter.add(parameter for unet in unets for parameter in unet.parameters())
     with meter:
         return TrainingState(networks, config, accelerator)
@@ -270,7 +268,6 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
         *_table("memory of a process, MiB", cost.memory, MIB, ",.1f"),
         f"  {'in all, at the peak':40s}{sum(cost.memory.values()) / MIB:>16,.1f}",
         "  (libraries, of this process, and pairs are in main memory; the rest is on the device)",
-        *(["  (the images of train_data stay in main memory and come on top)"] if config.trials.train_data else []),
         "",
         f"an update calls for each row: {calls}; {cost.flops / 1e9:,.1f} GFLOP in a process",
         f"about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all, by the speed of "

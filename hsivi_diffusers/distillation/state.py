@@ -25,7 +25,7 @@ from .config import HSIVIConfig
 from .denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
 from .networks import Networks, tells_layer
 from .pairs import TeacherPairs
-from .student import UNetCritic, UNetDiscriminator, UNetLayers
+from .student import UNetCritic, UNetLayers
 
 NOISE_SCALE_LEARNING_RATE = 1e-2
 BETWEEN_SHARE = 0.5  # of the rows that are scored between the ends of their layer, with scoring="between"
@@ -43,7 +43,6 @@ class TrainingState:
             schedule,
             (config.level_min, signal_timestep(schedule, sample_shape(networks.teacher), LOWEST_SIGNAL)),
             level_power=config.trials.level_power,
-            data=networks.data,
             between_share=BETWEEN_SHARE if config.scoring == "between" else 0.0,
         )
         if config.gradient_checkpointing:
@@ -52,9 +51,8 @@ class TrainingState:
         unet = networks.student.requires_grad_(True).train()
         self.student = UNetLayers(unet, networks.scheduler, networks.noise_scale, config.clip_images)
         self.critic_unet = networks.critic
-        kind = UNetDiscriminator if config.trials.adversarial_weight else UNetCritic
         told = self.bridge.num_layers if tells_layer(config) else 0
-        critic: nn.Module = kind(networks.critic.requires_grad_(True).train(), schedule, told)
+        critic = UNetCritic(networks.critic.requires_grad_(True).train(), schedule, told)
         layer_optimizer, critic_optimizer = self._make_optimizers(networks)
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
             self.student, critic, layer_optimizer, critic_optimizer

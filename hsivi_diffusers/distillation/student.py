@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
@@ -47,38 +45,6 @@ class UNetCritic(nn.Module):
         _, noise_pred = self.scheduler.predict(output, level, x)
         _, sigma = self.scheduler.alpha_sigma(level, noise_pred)
         return -noise_pred / sigma
-
-
-class UNetDiscriminator(UNetCritic):
-    """A `UNetCritic` that also tells draws of the data from draws of the layers, for `Adversarial`; by one network.
-
-    The logits are the mean over channels of the output of the UNet's middle block, one for each place of its map, as in
-    adversarial score identity distillation (arXiv 2410.14919).
-
-    Raises:
-        ValueError: The UNet has no middle block.
-    """
-
-    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
-        super().__init__(unet, scheduler, num_layers)
-        if unet.mid_block is None:
-            raise ValueError("the unet has no mid_block, of which the adversarial term takes its logits: leave it out")
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, level: Tensor, condition: Tensor | None = None, t: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the score, see `UNetCritic`, and the logits, shape (B, H', W'), from one call of the UNet."""
-        features: list[Tensor] = []
-
-        def keep(module: nn.Module, given: Any, output: Tensor) -> None:
-            features.append(output)
-
-        handle = self.unet.mid_block.register_forward_hook(keep)
-        try:
-            score = super().forward(x, level, condition, t)
-        finally:
-            handle.remove()
-        return score, features[0].to(x.dtype).mean(1)
 
 
 class UNetLayers(ConditionalLayers):

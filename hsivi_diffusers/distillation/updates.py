@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..vi import (
-    Adversarial,
     Chain,
     CriticObjective,
     DivergenceError,
@@ -60,8 +59,6 @@ def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjectiv
     weight = bridge.weight({"unit": 2.0, "sigma2": 4.0}[config.loss_weight])
     kind = KullbackLeibler if config.objective == "KL" else ScoreMatching
     objective: CriticObjective = kind(weight, config.trials.teacher_share)
-    if config.trials.adversarial_weight:
-        objective = Adversarial(objective, config.trials.adversarial_weight)
     loss = image_loss(bridge.scheduler, COARSE_WEIGHT)
     return Guided(objective, config.pair_weight, loss) if config.is_guided else objective
 

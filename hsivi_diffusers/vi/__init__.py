@@ -2,7 +2,7 @@
 
 Reading order: `distributions`, `targets`, `bridges`, `layers`, `chains`, `pools`, `objectives`, `lower_bound`,
 `regression`, `curricula`, `fitting`; then `networks` and `inference`, which put them together for small targets, and
-`diagnostics`, `langevin`, `masses`, `diagnosis`. What is not yet measured is in `trials`.
+`diagnostics`, `langevin`, `masses`, `diagnosis`.
 """
 
 from .bridges import Bridge, DiffusionBridge, GeometricBridge
@@ -33,10 +33,8 @@ from .targets import (
     laplace,
     moment_match,
 )
-from .trials import Adversarial
 
 __all__ = [
-    "Adversarial",
     "Bridge",
     "Chain",
     "ChainBatch",

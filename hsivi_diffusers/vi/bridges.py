@@ -23,8 +23,8 @@ class Bridge(ABC):
     of shape (B, ...), level and t of shape (B,), and a condition for each row, opaque to the core.
 
     Raises:
-        NotImplementedError: By `log_prob` where only the score is known, by `sample` where there is no data to draw
-            from, by `sample_level` and `place` where there are only the T levels of the layers.
+        NotImplementedError: By `log_prob` where only the score is known, by `sample_level` and `place` where there are
+            only the T levels of the layers.
     """
 
     num_layers: int
@@ -42,12 +42,6 @@ class Bridge(ABC):
     @abstractmethod
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws x_T, the input of the first layer: shape (batch_size, ...)."""
-
-    def sample(
-        self, level: Tensor, condition: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Draws from p_level, shape (B, ...), for `Adversarial`."""
-        raise NotImplementedError(f"{type(self).__name__} has no draws of its densities: take no adversarial term")
 
     def level(self, t: Tensor) -> Tensor:
         """Returns the level of p_t on the bridge's clock, shape (B,); here t itself."""

@@ -85,8 +85,8 @@ def fit(
 
     Args:
         layers: The sampler; called as layers(x_next, t, condition).
-        critic: Called as critic(x, level, condition, t); returns the marginal score, for `Adversarial` logits too. None
-            for `LowerBound` and `Regression`.
+        critic: Called as critic(x, level, condition, t); returns the marginal score. None for `LowerBound` and
+            `Regression`.
         bridge: What the layers are fitted to.
         objective: The losses.
         chain: Where layer inputs come from; a list of chains for gradient accumulation, one for each micro-batch.
@@ -232,7 +232,6 @@ class _Game:
             scoring=self.scoring,
             condition=batch.condition,
             generator=generator,
-            real=self.objective.needs_real,
             end=batch.end,
         )
         return batch.t, draw

@@ -6,7 +6,7 @@ With x ~ q(. | x_next), S the bridge score, s the critic's estimate of the margi
     HSIVI-SM      v(x) . (S(x) - grad log q(x | x_next)) - 1/2 |v(x)|^2                    (sec. 3.2)
     HSIVI-KL      x . stopgrad(s(x) - S(x))                        gradient of KL(q || p), as the layer sees it
 
-`regression` adds pairs of a map, `trials` draws of the bridge itself, and `lower_bound` does without a critic.
+`regression` adds pairs of a map, and `lower_bound` does without a critic.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class LayerDraw:
     level: Tensor  # of the bridge, that q belongs to, shape (B,)
     t: Tensor  # layer of each row, shape (B,)
     condition: Tensor | None = None  # of each row
-    real: Tensor | None = None  # draw of the bridge at the level and condition of each row, like x
     residual: Tensor | None = None  # mean of the layer, at its own level, minus the end of its pair; NaN without one
 
     @property
@@ -63,13 +62,12 @@ def draw_layer(
     scoring: Scoring = "own",
     condition: Tensor | None = None,
     generator: torch.Generator | None = None,
-    real: bool = False,
     end: Tensor | None = None,
 ) -> LayerDraw:
     """Draws from layers t, shape (B,), of law q = q_t(. | x_next), each row with its condition.
 
-    Scoring "own" (the paper) is at the level of the layer; "random" at one that the bridge draws and moves q to. `real`
-    asks the bridge for a draw too; `end` is where the pair of each row ends, NaN in rows without a pair.
+    Scoring "own" (the paper) is at the level of the layer; "random" at one that the bridge draws and moves q to. `end`
+    is where the pair of each row ends, NaN in rows without a pair.
 
     Raises:
         ValueError: `scoring` is neither of these.
@@ -82,8 +80,7 @@ def draw_layer(
     if scoring == "random":
         q, noise = bridge.place(q, t, level, noise, x_next, generator)
     x = q.rsample(noise)
-    drawn = bridge.sample(level, condition, generator) if real else None
-    return LayerDraw(q=q, x=x, level=level, t=t, condition=condition, real=drawn, residual=residual)
+    return LayerDraw(q=q, x=x, level=level, t=t, condition=condition, residual=residual)
 
 
 def unit_weight(level: Tensor) -> Tensor:
@@ -94,7 +91,6 @@ class Objective(ABC):
     """What draws of the layers are worth."""
 
     critic_gradient = False  # the layers' loss has none through the critic, so that one answer serves both losses
-    needs_real = False  # the losses take draws of the bridge itself, `LayerDraw.real`
 
     @abstractmethod
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
@@ -171,21 +167,6 @@ class KullbackLeibler(CriticObjective):
             value = 0.5 * row_sum(gap.square())
         product = row_sum(gap * draw.x)
         return self.level_weight(draw.level) * (value + (product - product.detach()))
-
-
-class Extended(CriticObjective):
-    """Another objective, and a term with a weight, which subclasses add.
-
-    Raises:
-        ValueError: The weight is not above 0.
-    """
-
-    def __init__(self, objective: CriticObjective, weight: float) -> None:
-        if not weight > 0:
-            raise ValueError(f"weight={weight}: give a number > 0, or take the objective without the term")
-        super().__init__(objective.level_weight, objective.teacher_share)
-        self.objective = objective
-        self.weight = weight
 
 
 def row_sum(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .bridges import Bridge
 from .chains import Chain, ChainBatch, SampleBase, SimulatedChain
 from .distributions import DiagonalGaussian
 from .layers import ConditionalLayers
-from .objectives import Critic, CriticObjective, Extended, LayerDraw, Objective, row_sum
+from .objectives import Critic, CriticObjective, LayerDraw, Objective, row_sum
 
 ResidualLoss = Callable[[Tensor, Tensor], Tensor]
 SamplePairs = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor, Tensor | None]]
@@ -127,19 +127,24 @@ class Regression(Objective):
         return self.loss(draw.residual, draw.t)
 
 
-class Guided(Extended):
+class Guided(CriticObjective):
     """Another objective plus a weight times `Regression`: the regression loss of DMD (arXiv 2311.18828).
 
     Objectives with a critic see missing mass at high levels only, and there the critic errs; a small weight keeps the
     masses of the map. A larger one costs detail, unless the loss is of what the map tells well. The weight > 0 is in
     the units of `KullbackLeibler` with a weight sigma^2: try 0.005.
+
+    Raises:
+        ValueError: The weight is not above 0.
     """
 
     def __init__(self, objective: CriticObjective, weight: float, loss: ResidualLoss = half_square) -> None:
-        super().__init__(objective, weight)
+        if not weight > 0:
+            raise ValueError(f"weight={weight}: give a number > 0, or take the objective without pairs")
+        super().__init__(objective.level_weight, objective.teacher_share)
+        self.objective, self.weight = objective, weight
         self.regression = Regression(loss)
         self.critic_gradient = objective.critic_gradient
-        self.needs_real = objective.needs_real
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
         """Returns the objective's loss + weight times that of `Regression`, which is 0 in rows without a pair.

@@ -199,8 +199,3 @@ def test_a_score_alone_has_no_geometric_log_density_and_the_error_tells_what_to_
     torch.testing.assert_close(bridge.score(torch.ones(3, 2), level), -torch.ones(3, 2))
     with pytest.raises(NotImplementedError, match=r"LowerBound\(surrogate=True\)"):
         bridge.log_prob(torch.ones(3, 2), level)
-
-
-def test_a_bridge_of_a_density_is_not_drawn_from():
-    with pytest.raises(NotImplementedError, match="GeometricBridge has no draws of its densities"):
-        geometric().sample(torch.zeros(3))

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from hsivi_diffusers.vi import (
-    Adversarial,
     CohortChain,
     DiagonalGaussian,
     DivergenceError,
@@ -27,7 +26,6 @@ from scenarios import (
     GaussianBridge,
     LinearCritic,
     LinearLayers,
-    QuadraticDiscriminator,
     independent_layers,
     linear_layers,
     marginals_of,
@@ -336,66 +334,6 @@ def test_the_layers_loss_leaves_no_gradient_to_the_critic(objective):
     next(game.fit(objective, 1, backward=backward))
     assert seen[:2] == [None, None]
     assert seen[2] is not None
-
-
-# ----- with draws of the bridge -----
-
-
-class AdversarialGame(Game):
-    """A game whose critic is a discriminator too."""
-
-    def __init__(self, bridge, **options):
-        super().__init__(bridge, **options)
-        self.critic = QuadraticDiscriminator(self.critic, 3)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=0.05)
-
-
-def anneal(game, objective, steps):
-    for _ in game.fit(objective, steps, critic_updates=2):
-        for optimizer in (game.layer_optimizer, game.critic_optimizer):
-            for group in optimizer.param_groups:
-                group["lr"] *= 0.996
-    return game.layers.marginals()
-
-
-def test_layers_reach_the_bridge_with_an_adversarial_term():
-    game = AdversarialGame(target())
-    mean, variance = (moment[:-1] for moment in anneal(game, Adversarial(ScoreMatching(), 0.1), 900))
-    torch.testing.assert_close(mean, game.bridge.mean, rtol=0, atol=0.1)
-    torch.testing.assert_close(variance, game.bridge.variance, rtol=0.15, atol=0)
-
-
-@pytest.mark.parametrize("objective", [KullbackLeibler(), ScoreMatching(), KullbackLeibler(teacher_share=0.5)])
-def test_the_adversarial_loss_of_the_layers_leaves_no_gradient_to_the_discriminator(objective):
-    game, seen = shards_of(AdversarialGame(target()), 2), []
-
-    def backward(loss):
-        loss.backward()
-        seen.append([parameter.grad is not None for parameter in game.critic.parameters()])
-
-    next(game.fit(Adversarial(objective, 0.1), 1, backward=backward))
-    assert [set(some) for some in seen] == [{False}, {False}, {True}, {True}]
-    assert all(parameter.requires_grad for parameter in game.critic.parameters())
-
-
-def test_with_an_adversarial_term_an_update_is_the_mean_over_the_shards():
-    bridge, objective = target(), Adversarial(KullbackLeibler(), 0.1)
-    together = gradients(shards_of(AdversarialGame(bridge), 3), objective)
-    alone = [gradients(AdversarialGame(bridge), objective, rank=rank) for rank in range(3)]
-    for got, *each in zip(together, *alone, strict=True):
-        torch.testing.assert_close(got, torch.stack(each).mean(0))
-
-
-def test_a_run_with_an_adversarial_term_resumes_to_the_same_bits():
-    objective = Adversarial(ScoreMatching(), 0.1)
-    whole, halves, resumed = (AdversarialGame(target()) for _ in range(3))
-    list(whole.fit(objective, 6))
-    list(halves.fit(objective, 6, curriculum=joint(3, 2)))
-    for name in ("layers", "critic", "layer_optimizer", "critic_optimizer", "chain"):
-        getattr(resumed, name).load_state_dict(copy.deepcopy(getattr(halves, name).state_dict()))
-    list(resumed.fit(objective, 6, start_step=2))
-    for got, wanted in zip(trained(resumed), trained(whole), strict=True):
-        assert torch.equal(got, wanted)
 
 
 # ----- without a critic, and layer by layer -----

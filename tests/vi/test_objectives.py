@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from hsivi_diffusers.vi import (
-    Adversarial,
     DiagonalGaussian,
     GeometricBridge,
     Guided,
@@ -24,10 +23,8 @@ from scenarios import (
     GaussianBridge,
     LinearCritic,
     LinearLayers,
-    QuadraticDiscriminator,
     SharingCritic,
     linear_layers,
-    log_ratio,
     matching_bridge,
 )
 
@@ -307,160 +304,7 @@ def test_kl_is_zero_row_by_row_at_the_truth():
     assert torch.equal(loss, torch.zeros(64, dtype=torch.float64))
 
 
-# ----- the adversarial term -----
-
-
-def discriminator(layers, bridge, critic=None):
-    """A critic, the exact one by default, with the best logits."""
-    made = QuadraticDiscriminator(critic or ExactCritic(layers), 3)
-    with torch.no_grad():
-        for parameter, value in zip((made.square, made.slope, made.intercept), log_ratio(layers, bridge), strict=True):
-            parameter.copy_(value)
-    return made
-
-
-def test_a_draw_has_real_rows_at_its_levels_where_they_are_asked_for():
-    layers = linear_layers()
-    bridge = shifted(matching_bridge(layers))
-    plain, draw = (make_draw(layers, bridge, size=30_000, real=real) for real in (False, True))
-    assert plain.real is None
-    assert torch.equal(draw.x, plain.x)  # the real rows are drawn last
-    for t in range(3):
-        rows = draw.real[draw.level == t]
-        assert rows.mean() == pytest.approx(
-            float(bridge.mean[t]), abs=5 * float(bridge.variance[t] / rows.numel()) ** 0.5
-        )
-        assert rows.var() == pytest.approx(float(bridge.variance[t]), rel=5 * (2 / rows.numel()) ** 0.5)
-    assert draw.detach().real is draw.real
-
-
-def test_a_bridge_without_draws_of_its_own_says_so():
-    layers = linear_layers()
-    bridge = GeometricBridge(ScoreTarget(lambda x: -x, DIMENSION), 3)
-    t = torch.arange(3)
-    q = layers(torch.zeros(3, DIMENSION, dtype=torch.float64), t)
-    with pytest.raises(NotImplementedError, match="GeometricBridge has no draws of its densities"):
-        draw_layer(q, t, bridge, real=True)
-
-
-def test_the_best_discriminator_is_the_log_ratio_and_leaves_the_score_alone():
-    layers = linear_layers()
-    bridge = shifted(matching_bridge(layers), by=0.2)
-    draw = make_draw(layers, bridge, size=200_000, real=True).detach()
-    critic = QuadraticDiscriminator(LinearCritic(3), 3)
-    fitted(critic, Adversarial(KullbackLeibler(), 1.0), draw, bridge)
-    for got, wanted in zip((critic.square, critic.slope, critic.intercept), log_ratio(layers, bridge), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0.05)
-    alone = fitted(LinearCritic(3), KullbackLeibler(), draw, bridge)
-    torch.testing.assert_close(critic.critic.slope, alone.slope, rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler(), KullbackLeibler(teacher_share=0.5)])
-def test_the_term_is_added_to_both_losses_row_by_row(objective):
-    layers = linear_layers()
-    bridge = shifted(matching_bridge(layers))
-    draw, critic = make_draw(layers, bridge, real=True), LinearCritic(3)
-    both, scale = discriminator(layers, bridge, critic), 0.1 * DIMENSION
-    logits = {name: both(x, draw.level)[1] for name, x in (("drawn", draw.x), ("real", draw.real))}
-    adversarial = Adversarial(objective, 0.1)
-    softplus = torch.nn.functional.softplus
-    torch.testing.assert_close(
-        adversarial.layer_loss(both, bridge, draw),
-        objective.layer_loss(critic, bridge, draw) + scale * softplus(-logits["drawn"]),
-    )
-    torch.testing.assert_close(
-        adversarial.critic_loss(both, draw.detach(), bridge),
-        objective.critic_loss(critic, draw.detach(), bridge)
-        + scale / 2 * (softplus(logits["drawn"]) + softplus(-logits["real"])),
-    )
-
-
-@pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler()])
-def test_the_layers_gain_the_non_saturating_gradient_at_x(objective):
-    """weight d sigmoid(-D) (grad log q - grad log p) at the best discriminator."""
-    layers = linear_layers()
-    bridge = shifted(matching_bridge(layers))
-    draw = make_draw(layers, bridge, real=True)
-    critic = discriminator(layers, bridge)
-    with_term, without = (
-        torch.autograd.grad(loss.sum(), draw.x, retain_graph=True)[0]
-        for loss in (
-            Adversarial(objective, 0.1).layer_loss(critic, bridge, draw),
-            objective.layer_loss(critic.critic, bridge, draw),
-        )
-    )
-    score, logits = critic(draw.x, draw.level)
-    push = torch.sigmoid(-logits)[:, None] * (score - bridge.score(draw.x, draw.level))
-    torch.testing.assert_close(with_term - without, 0.1 * DIMENSION * push)
-
-
-@pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler()])
-def test_at_the_truth_the_game_is_a_draw_and_moves_no_one(objective):
-    layers = linear_layers()
-    bridge = matching_bridge(layers)
-    critic, draw = discriminator(layers, bridge), make_draw(layers, bridge, real=True)
-    adversarial = Adversarial(objective, 0.1)
-    game = 0.1 * DIMENSION * math.log(2) * torch.ones(64, dtype=torch.float64)
-    loss = adversarial.layer_loss(critic, bridge, draw)
-    torch.testing.assert_close(loss, game)
-    for gradient in torch.autograd.grad(loss.mean(), list(layers.parameters())):
-        torch.testing.assert_close(gradient, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
-    draw = draw.detach()
-    gain = adversarial.critic_loss(critic, draw, bridge) - objective.critic_loss(critic.critic, draw, bridge)
-    torch.testing.assert_close(gain, game)
-
-
-def test_logits_of_several_places_count_by_their_mean():
-    layers = linear_layers()
-    bridge = shifted(matching_bridge(layers))
-    draw, critic = make_draw(layers, bridge, real=True).detach(), LinearCritic(3)
-
-    def make(places):
-        return lambda x, level, condition, t: (critic(x, level), x[:, :places].reshape(len(x), places, 1))
-
-    adversarial, softplus = Adversarial(KullbackLeibler(), 0.1), torch.nn.functional.softplus
-    losses = [adversarial.layer_loss(make(places), bridge, draw) for places in (1, 3)]
-    difference = softplus(-draw.x).mean(1) - softplus(-draw.x[:, 0])
-    torch.testing.assert_close(losses[1] - losses[0], 0.1 * DIMENSION * difference)
-
-
-def test_each_loss_is_one_call_of_the_critic():
-    layers, sizes = linear_layers(), []
-    bridge = shifted(matching_bridge(layers))
-    draw, critic = make_draw(layers, bridge, real=True, condition=torch.arange(64)), discriminator(layers, bridge)
-
-    def counting(x, level, condition, t):
-        sizes.append(len(x))
-        assert torch.equal(t, level)
-        assert torch.equal(condition, torch.arange(64).repeat(len(x) // 64))
-        return critic(x, level)
-
-    adversarial = Adversarial(ScoreMatching(), 0.1)
-    adversarial.layer_loss(counting, bridge, draw)
-    adversarial.critic_loss(counting, draw.detach(), bridge)
-    assert sizes == [64, 128]
-
-
-def test_an_adversarial_term_refuses_a_critic_without_logits_and_a_draw_without_real_rows():
-    layers = linear_layers()
-    bridge = shifted(matching_bridge(layers))
-    adversarial, draw = Adversarial(KullbackLeibler(), 0.1), make_draw(layers, bridge, real=True)
-    two = replace(draw, x=draw.x[:2], level=draw.level[:2], t=draw.t[:2], real=draw.real[:2])
-    with pytest.raises(TypeError, match="the critic answers with a score alone: Adversarial needs one that returns"):
-        adversarial.layer_loss(ExactCritic(layers), bridge, two)
-    with pytest.raises(TypeError, match="the critic answers with a score alone"):
-        adversarial.critic_loss(ExactCritic(layers), two.detach(), bridge)
-    with pytest.raises(ValueError, match=r"the draw has no real rows: take draw_layer\(..., real=True\)"):
-        adversarial.critic_loss(discriminator(layers, bridge), make_draw(layers, bridge).detach(), bridge)
-
-
-def test_an_adversarial_term_of_no_weight_is_refused():
-    for weight in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"weight={weight}: give a number > 0"):
-            Adversarial(KullbackLeibler(), weight)
-
-
-# ----- the lower bound -----
+# ----- pairs -----
 
 
 @pytest.mark.parametrize("scoring", ["own", "random"])
@@ -510,13 +354,12 @@ def test_a_loss_of_residuals_may_be_given():
     torch.testing.assert_close(Guided(Constant(), 0.3, loss).layer_loss(no_critic, None, draw), 2 + 0.3 * expected)
 
 
-@pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler(), Adversarial(KullbackLeibler(), 0.1)])
+@pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler()])
 def test_guidance_is_added_to_the_layers_loss_and_leaves_the_critics(objective):
     layers = linear_layers()
     bridge = shifted(matching_bridge(layers))
-    draw = make_draw(layers, bridge, real=True, end=torch.ones(64, DIMENSION, dtype=torch.float64))
-    critic = discriminator(layers, bridge) if isinstance(objective, Adversarial) else LinearCritic(3)
-    guided = Guided(objective, 0.3)
+    draw = make_draw(layers, bridge, end=torch.ones(64, DIMENSION, dtype=torch.float64))
+    critic, guided = LinearCritic(3), Guided(objective, 0.3)
     torch.testing.assert_close(
         guided.layer_loss(critic, bridge, draw),
         objective.layer_loss(critic, bridge, draw) + 0.3 * Regression().layer_loss(no_critic, None, draw),
@@ -524,7 +367,7 @@ def test_guidance_is_added_to_the_layers_loss_and_leaves_the_critics(objective):
     torch.testing.assert_close(
         guided.critic_loss(critic, draw.detach(), bridge), objective.critic_loss(critic, draw.detach(), bridge)
     )
-    assert (guided.critic_gradient, guided.needs_real) == (objective.critic_gradient, objective.needs_real)
+    assert guided.critic_gradient == objective.critic_gradient
 
 
 @pytest.mark.parametrize("objective", [Regression(), Guided(KullbackLeibler(), 0.3)])
@@ -546,6 +389,9 @@ class Constant(KullbackLeibler):
 
     def layer_loss(self, critic, bridge, draw):
         return torch.full((len(draw.residual),), 2.0, dtype=draw.residual.dtype)
+
+
+# ----- the lower bound -----
 
 
 def no_critic(*_):
