@@ -63,17 +63,6 @@ class ExactCritic(torch.nn.Module):
         return -(x - self.mean[level, None]) / self.variance[level, None]
 
 
-class SharingCritic(ExactCritic):
-    """(1 - share) grad log q_t + share S_t: what a critic with a share of the teacher in its target learns."""
-
-    def __init__(self, layers, bridge, share):
-        super().__init__(layers)
-        self.bridge, self.share = bridge, share
-
-    def forward(self, x, level, condition=None, t=None):
-        return (1 - self.share) * super().forward(x, level) + self.share * self.bridge.score(x, level)
-
-
 class LinearCritic(torch.nn.Module):
     """slope_t x + intercept_t: the family that holds the exact critic."""
 

@@ -283,7 +283,6 @@ RANGES: dict[str, Range] = {
     "checkpoints_total_limit": AT_LEAST_1,
     "validation_steps": ("a number of at least 1, or 0 for no images", lambda value: value >= 0),
     "level_power": ABOVE_0,
-    "teacher_share": FROM_0_BELOW_1,
 }
 
 

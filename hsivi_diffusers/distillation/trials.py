@@ -19,9 +19,6 @@ class Trials:
     level_power: float = option(
         1.0, "p > 0: random levels are low + (high - low) u^p, u uniform; above 1 has less noise", common=False
     )
-    teacher_share: float = option(
-        0.0, "share of the teacher's score in the critic's target, 0 <= m < 1; 0.5 is CoSIM", common=False
-    )
 
     def check(self, scoring: str) -> None:
         """Refuses settings that the others leave without effect."""

@@ -58,7 +58,7 @@ def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjectiv
     """Returns the objective with its weights in score units: sigma^2 times those in noise units."""
     weight = bridge.weight({"unit": 2.0, "sigma2": 4.0}[config.loss_weight])
     kind = KullbackLeibler if config.objective == "KL" else ScoreMatching
-    objective: CriticObjective = kind(weight, config.trials.teacher_share)
+    objective: CriticObjective = kind(weight)
     loss = image_loss(bridge.scheduler, COARSE_WEIGHT)
     return Guided(objective, config.pair_weight, loss) if config.is_guided else objective
 

@@ -216,7 +216,7 @@ class _Game:
                 t, draw = self._draw(micro_batch)
             critic = self.critic
         assert isinstance(self.objective, CriticObjective)
-        loss = self.objective.critic_loss(critic, draw, self.bridge)
+        loss = self.objective.critic_loss(critic, draw)
         return _Rows(t, loss, torch.ones_like(loss))
 
     def _draw(self, micro_batch: int) -> tuple[Tensor, LayerDraw]:

@@ -106,47 +106,30 @@ class CriticObjective(Objective):
 
     Args:
         level_weight: w(level) >= 0 of both losses, (B,) -> (B,), in score units; 1 by default.
-        teacher_share: m, 0 <= m < 1, the share of the bridge score S in the critic's target (arXiv 2506.06778 has 1/2).
-            With the marginal score s_q the best critic then has v = (1 - m)(S - s_q), so the losses of the layers are
-            divided to keep the size of their gradients.
-
-    Raises:
-        ValueError: `teacher_share` is not in [0, 1).
     """
 
     critic_gradient = True
 
-    def __init__(self, level_weight: Weight = unit_weight, teacher_share: float = 0.0) -> None:
-        if not 0 <= teacher_share < 1:
-            raise ValueError(f"teacher_share={teacher_share}: give a number from 0 up to, not including, 1")
+    def __init__(self, level_weight: Weight = unit_weight) -> None:
         self.level_weight = level_weight
-        self.teacher_share = teacher_share
 
-    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge) -> Tensor:
-        """Returns w/2 |s(x) - target|^2, target = (1 - m) grad log q(x | x_next) + m S(x): shape (B,).
-
-        The draw is cut from the graph of the layers; the bridge is asked only with a `teacher_share`.
-        """
-        target = draw.layer_score
-        if self.teacher_share:
-            with torch.no_grad():
-                bridge_score = bridge.score(draw.x, draw.level, draw.condition)
-            target = (1 - self.teacher_share) * target + self.teacher_share * bridge_score
-        error = draw.answer(critic) - target
+    def critic_loss(self, critic: Critic, draw: LayerDraw) -> Tensor:
+        """Returns w/2 |s(x) - grad log q(x | x_next)|^2, shape (B,); the draw is cut from the graph of the layers."""
+        error = draw.answer(critic) - draw.layer_score
         return 0.5 * self.level_weight(draw.level) * row_sum(error.square())
 
 
 class ScoreMatching(CriticObjective):
-    """HSIVI-SM: the Fisher divergence as a game between layers and critic (sec. 3.2), divided by 1 - m.
+    """HSIVI-SM: the Fisher divergence as a game between layers and critic (sec. 3.2).
 
-    At the best critic its mean is (1 - (1 - m)/2) E|S - s_q|^2, half the Fisher divergence without a share.
+    At the best critic, the marginal score s_q, its mean is half the Fisher divergence, 1/2 E|S - s_q|^2.
     """
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns w/(1 - m) (v . (S - grad log q(x | x_next)) - 1/2 |v|^2), its gradient through both networks."""
+        """Returns w (v . (S - grad log q(x | x_next)) - 1/2 |v|^2), its gradient through both networks."""
         bridge_score = bridge.score(draw.x, draw.level, draw.condition)
         v = bridge_score - draw.answer(critic)
-        loss = row_sum(v * (bridge_score - draw.layer_score) - 0.5 * v.square()) / (1 - self.teacher_share)
+        loss = row_sum(v * (bridge_score - draw.layer_score) - 0.5 * v.square())
         return self.level_weight(draw.level) * loss
 
 
@@ -156,14 +139,14 @@ class KullbackLeibler(CriticObjective):
     critic_gradient = False
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns a loss with the gradient of w x . stopgrad((s - S) / (1 - m)), that of KL(q || p).
+        """Returns a loss with the gradient of w x . stopgrad(s - S), that of KL(q || p).
 
-        KL itself is not known; the value is w/2 |(s - S) / (1 - m)|^2, in the mean the critic's estimate of the Fisher
-        divergence, which is 0 at the truth as KL is.
+        KL itself is not known; the value is w/2 |s - S|^2, in the mean the critic's estimate of the Fisher divergence,
+        which is 0 at the truth as KL is.
         """
         with torch.no_grad():
             bridge_score = bridge.score(draw.x, draw.level, draw.condition)
-            gap = (draw.answer(critic) - bridge_score) / (1 - self.teacher_share)
+            gap = draw.answer(critic) - bridge_score
             value = 0.5 * row_sum(gap.square())
         product = row_sum(gap * draw.x)
         return self.level_weight(draw.level) * (value + (product - product.detach()))

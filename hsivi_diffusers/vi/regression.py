@@ -141,7 +141,7 @@ class Guided(CriticObjective):
     def __init__(self, objective: CriticObjective, weight: float, loss: ResidualLoss = half_square) -> None:
         if not weight > 0:
             raise ValueError(f"weight={weight}: give a number > 0, or take the objective without pairs")
-        super().__init__(objective.level_weight, objective.teacher_share)
+        super().__init__(objective.level_weight)
         self.objective, self.weight = objective, weight
         self.regression = Regression(loss)
         self.critic_gradient = objective.critic_gradient
@@ -158,5 +158,5 @@ class Guided(CriticObjective):
         loss = self.objective.layer_loss(critic, bridge, draw)
         return loss + self.weight * self.regression.layer_loss(critic, bridge, pairs)
 
-    def critic_loss(self, critic: Critic, draw: LayerDraw, bridge: Bridge) -> Tensor:
-        return self.objective.critic_loss(critic, draw, bridge)
+    def critic_loss(self, critic: Critic, draw: LayerDraw) -> Tensor:
+        return self.objective.critic_loss(critic, draw)

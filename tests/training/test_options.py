@@ -475,4 +475,4 @@ def test_the_record_of_an_older_run_is_read_as_one_of_today(tmp_path):
     settings = read_settings(record)
     today = HSIVIConfig(num_inference_steps=1, pair_steps=4, seed=3).settings()
     assert settings == {"revision": None, "alpha": 0.5, **today}
-    assert (settings["num_inference_steps"], settings["preset"], settings["teacher_share"]) == ([1], "one_call", 0.0)
+    assert (settings["num_inference_steps"], settings["preset"], settings["adam_beta1"]) == ([1], "one_call", 0.0)

@@ -316,7 +316,7 @@ def test_a_run_that_recorded_old_names_and_a_plain_number_of_steps_resumes(
     options = json.loads((folder / "options.json").read_text())
     old = {name: options.pop(new) for name, new in ALIASES.items()}
     assert old["num_layers"] == [2]
-    del options["teacher_share"]  # was not there yet
+    del options["adam_beta1"]  # was not there yet
     (folder / "options.json").write_text(json.dumps({**options, **old, "num_layers": 2, "alpha": 0.5}))
     distil(folder, resume_from_checkpoint="latest")
     assert starts == [5]

@@ -23,7 +23,6 @@ from scenarios import (
     GaussianBridge,
     LinearCritic,
     LinearLayers,
-    SharingCritic,
     linear_layers,
     matching_bridge,
 )
@@ -102,13 +101,13 @@ def test_kl_and_sm_gradients_point_the_same_way_on_a_gaussian():
     assert (gradients[1] < 0).all()
 
 
-def fitted(critic, objective, draw, bridge):
+def fitted(critic, objective, draw):
     """Fits a critic to the minimum of its loss on a draw."""
     optimizer = torch.optim.LBFGS(critic.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = objective.critic_loss(critic, draw, bridge).mean()
+        loss = objective.critic_loss(critic, draw).mean()
         loss.backward()
         return loss
 
@@ -119,7 +118,7 @@ def fitted(critic, objective, draw, bridge):
 def test_the_critic_loss_is_smallest_at_the_marginal_score():
     layers = linear_layers()
     bridge = matching_bridge(layers)
-    critic = fitted(LinearCritic(3), ScoreMatching(), make_draw(layers, bridge, size=100_000).detach(), bridge)
+    critic = fitted(LinearCritic(3), ScoreMatching(), make_draw(layers, bridge, size=100_000).detach())
     mean, variance = (moment[:-1] for moment in layers.marginals())
     torch.testing.assert_close(critic.slope, -1 / variance, rtol=0.03, atol=0)
     torch.testing.assert_close(critic.intercept, mean / variance, rtol=0.1, atol=0.03)
@@ -129,7 +128,7 @@ def test_neither_player_moves_the_other():
     layers, critic = linear_layers(), LinearCritic(3)
     bridge = shifted(matching_bridge(layers))
     draw = make_draw(layers, bridge)
-    ScoreMatching().critic_loss(critic, draw.detach(), bridge).mean().backward()
+    ScoreMatching().critic_loss(critic, draw.detach()).mean().backward()
     assert layers.shift.grad is None
     assert critic.slope.grad is not None
     critic.zero_grad()
@@ -152,9 +151,7 @@ def test_weights_multiply_rows():
         torch.testing.assert_close(
             weighted.layer_loss(critic, bridge, draw), factor * plain.layer_loss(critic, bridge, draw)
         )
-        torch.testing.assert_close(
-            weighted.critic_loss(critic, draw, None), factor * plain.critic_loss(critic, draw, None)
-        )
+        torch.testing.assert_close(weighted.critic_loss(critic, draw), factor * plain.critic_loss(critic, draw))
 
 
 def test_a_draw_knows_its_own_score_and_level():
@@ -188,94 +185,15 @@ def test_score_matching_grows_by_half_the_fisher_divergence_whichever_way_a_para
     torch.testing.assert_close(loss, 0.5 * fisher, rtol=0, atol=4 * error)
 
 
-# ----- a share of the teacher in the critic's target -----
-
-
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
-def test_the_best_critic_is_a_mixture_of_the_marginal_score_and_the_teachers(share):
-    layers = linear_layers()
-    bridge = shifted(matching_bridge(layers))
-    draw = make_draw(layers, bridge, size=100_000).detach()
-    critic = fitted(LinearCritic(3), KullbackLeibler(teacher_share=share), draw, bridge)
-    mean, variance = (moment[:-1] for moment in layers.marginals())
-    slope = -(1 - share) / variance - share / bridge.variance
-    intercept = (1 - share) * mean / variance + share * bridge.mean / bridge.variance
-    torch.testing.assert_close(critic.slope, slope, rtol=0.03, atol=0)
-    torch.testing.assert_close(critic.intercept, intercept, rtol=0.1, atol=0.03)
-
-
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
-def test_the_minimum_moves_row_by_row_by_the_share_of_the_gap(share):
-    """On the same rows: the targets are an affine function of those without a share, and so is the minimum."""
-    layers = linear_layers()
-    bridge = shifted(matching_bridge(layers))
-    draw = make_draw(layers, bridge, size=500).detach()
-    plain, shared = (fitted(LinearCritic(3), KullbackLeibler(teacher_share=m), draw, bridge) for m in (0.0, share))
-    own, teacher = plain(draw.x, draw.level), bridge.score(draw.x, draw.level)
-    mixture = (1 - share) * own + share * teacher
-    torch.testing.assert_close(shared(draw.x, draw.level), mixture, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
-def test_at_the_best_critic_a_share_changes_neither_the_kl_loss_nor_its_gradient(share):
-    layers = linear_layers()
-    bridge = shifted(matching_bridge(layers))
-    draw = make_draw(layers, bridge)
-    seen = []
-    for m in (0.0, share):
-        objective = KullbackLeibler(teacher_share=m)
-        loss = objective.layer_loss(SharingCritic(layers, bridge, m), bridge, draw)
-        seen.append([loss, *torch.autograd.grad(loss.mean(), list(layers.parameters()), retain_graph=True)])
-    for got, wanted in zip(*seen, strict=True):
-        torch.testing.assert_close(got, wanted)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
-def test_at_the_best_critic_the_sm_loss_with_a_share_is_the_game_divided_by_what_is_left(share):
-    layers = linear_layers()
-    bridge = shifted(matching_bridge(layers))
-    draw, best = make_draw(layers, bridge), SharingCritic(layers, bridge, 0.0)
-    loss = ScoreMatching(teacher_share=share).layer_loss(SharingCritic(layers, bridge, share), bridge, draw)
-    bridge_score = bridge.score(draw.x, draw.level)
-    u = bridge_score - best(draw.x, draw.level)
-    product = (u * (bridge_score - draw.layer_score)).sum(1)
-    torch.testing.assert_close(loss, product - (1 - share) / 2 * u.square().sum(1))
-
-
 def test_both_players_of_sm_play_one_game():
     """The layers' loss is at its largest at the critic that is best for its own loss, whose gradient is its."""
     layers, critic = linear_layers(), LinearCritic(3)
     bridge = shifted(matching_bridge(layers))
     draw = make_draw(layers, bridge, size=200).detach()
-    losses = [ScoreMatching().layer_loss(critic, bridge, draw), ScoreMatching().critic_loss(critic, draw, bridge)]
+    losses = [ScoreMatching().layer_loss(critic, bridge, draw), ScoreMatching().critic_loss(critic, draw)]
     layer, own = (torch.autograd.grad(loss.sum(), list(critic.parameters())) for loss in losses)
     for got, wanted in zip(layer, own, strict=True):
         torch.testing.assert_close(got, -wanted)
-
-
-@pytest.mark.parametrize("objective", [ScoreMatching(teacher_share=0.5), KullbackLeibler(teacher_share=0.5)])
-def test_no_gradient_at_the_truth_with_a_share(objective):
-    layers = linear_layers()
-    bridge = matching_bridge(layers)
-    loss = objective.layer_loss(SharingCritic(layers, bridge, 0.5), bridge, make_draw(layers, bridge))
-    torch.testing.assert_close(loss, torch.zeros(64, dtype=torch.float64), rtol=0, atol=1e-24)
-    for gradient in torch.autograd.grad(loss.mean(), list(layers.parameters())):
-        torch.testing.assert_close(gradient, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
-
-
-def test_without_a_share_the_bridge_is_not_asked():
-    layers = linear_layers()
-    bridge = matching_bridge(layers)
-    draw, critic = make_draw(layers, bridge).detach(), LinearCritic(3)
-    plain = KullbackLeibler().critic_loss(critic, draw, None)
-    torch.testing.assert_close(plain, KullbackLeibler().critic_loss(critic, draw, bridge))
-
-
-@pytest.mark.parametrize("share", [1.0, -0.1, float("nan")])
-def test_a_share_that_leaves_nothing_to_learn_is_refused(share):
-    for kind in (ScoreMatching, KullbackLeibler):
-        with pytest.raises(ValueError, match=f"teacher_share={share}: give a number from 0 up to, not including, 1"):
-            kind(teacher_share=share)
 
 
 def test_the_value_of_kl_is_half_the_weighted_square_of_what_the_critic_and_the_bridge_differ_by():
@@ -364,9 +282,7 @@ def test_guidance_is_added_to_the_layers_loss_and_leaves_the_critics(objective):
         guided.layer_loss(critic, bridge, draw),
         objective.layer_loss(critic, bridge, draw) + 0.3 * Regression().layer_loss(no_critic, None, draw),
     )
-    torch.testing.assert_close(
-        guided.critic_loss(critic, draw.detach(), bridge), objective.critic_loss(critic, draw.detach(), bridge)
-    )
+    torch.testing.assert_close(guided.critic_loss(critic, draw.detach()), objective.critic_loss(critic, draw.detach()))
     assert guided.critic_gradient == objective.critic_gradient
 
 
