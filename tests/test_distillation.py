@@ -203,8 +203,7 @@ def test_ddim_layers_are_diffused_to_levels_of_their_own(unet):
 
 def levels_of(unet, t, size=4000, **options):
     """Random levels of layer t; the grid of the layers is GRID, their range 5..800."""
-    settings = {name: options.pop(name) for name in ("level_power",) if name in options}
-    bridge = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0, **options), **settings)
+    bridge = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0, **options))
     return bridge.sample_level(torch.full((size,), t), torch.Generator().manual_seed(0))
 
 
@@ -215,21 +214,6 @@ def test_the_kernel_says_where_the_random_levels_of_a_layer_lie(unet, kernel, ra
         assert low <= levels.min() < low + 5
         assert high - 5 < levels.max() <= high
         assert levels.float().mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
-
-
-@pytest.mark.parametrize("power", [0.5, 2.0, 3.0])
-def test_the_power_bends_the_law_of_the_levels(unet, power):
-    """P(s <= low + share (high - low)) = share^(1/p)."""
-    levels = levels_of(unet, 1, kernel="renoise", level_power=power, size=20_000).double()
-    for share in (0.1, 0.5, 0.9):
-        below = (levels < 5 + share * 796).double().mean()
-        assert below == pytest.approx(share ** (1 / power), abs=0.02)
-    assert levels.min() >= 5
-    assert levels.max() <= 800
-
-
-def test_a_power_next_to_0_stays_within_the_range(unet):
-    assert levels_of(unet, 0, kernel="renoise", level_power=1e-18).unique().tolist() == [800]
 
 
 def test_of_a_grid_above_the_range_only_renoise_layers_have_levels(unet):

@@ -24,7 +24,6 @@ class TeacherBridge(Bridge):
         unet: The teacher; it is frozen.
         scheduler: Holds the grid; layer t is fitted to the data at tau_t.
         level_range: Lowest and highest timestep of random levels.
-        level_power: p > 0, see `sample_level`.
         between_share: Share of the rows scored at a random level that keep to their input, see `place`; 0 to 1.
 
     Raises:
@@ -36,15 +35,13 @@ class TeacherBridge(Bridge):
         unet: UNet2DModel,
         scheduler: HSIVIScheduler,
         level_range: tuple[int, int] = (5, 800),
-        level_power: float = 1.0,
         between_share: float = 0.0,
     ) -> None:
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
             raise ValueError(f"level_range={level_range}: give two timesteps in order, from 0 to {len(scheduler) - 1}")
         self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
-        self.scheduler, self.between_share = scheduler, between_share
-        self.level_range, self.level_power = level_range, level_power
+        self.scheduler, self.level_range, self.between_share = scheduler, level_range, between_share
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
         if int(scheduler.output_timestep(torch.arange(self.num_layers)).min()) < 0:
@@ -64,7 +61,7 @@ class TeacherBridge(Bridge):
         return self.scheduler.output_timestep(t)
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws levels low + (high - low) u^p, p the `level_power`, u uniform; a larger p has more of low noise.
+        """Draws levels uniformly from those of the layer.
 
         A layer t of kernel ddim is scored from tau_t up to, not including, tau_{t+1}; the first one, t = T-1, up to the
         end of `level_range`. So no two layers of a grid share a level, and the critic, which is told the level alone,
@@ -76,8 +73,7 @@ class TeacherBridge(Bridge):
         """
         lowest, highest = (bound.to(t.device)[t] for bound in self._layer_levels)
         uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(t.device)
-        level = lowest + (uniform.pow(self.level_power) * (highest + 1 - lowest)).long()
-        return level.minimum(highest)  # for a small power may round to 1
+        return lowest + (uniform * (highest + 1 - lowest)).long()
 
     @property
     def _first_layers(self) -> Tensor:

@@ -282,7 +282,6 @@ RANGES: dict[str, Range] = {
     "checkpointing_steps": AT_LEAST_1,
     "checkpoints_total_limit": AT_LEAST_1,
     "validation_steps": ("a number of at least 1, or 0 for no images", lambda value: value >= 0),
-    "level_power": ABOVE_0,
 }
 
 
@@ -340,9 +339,8 @@ def _check_together(config: HSIVIConfig) -> None:
             "scoring='random' with kernel='renoise' cannot learn a noise scale, which the law of a scored image does "
             "not depend on: set noise_scale_type to 'config'"
         )
-    for name, value, default in (("level_min", config.level_min, 5), ("level_power", config.trials.level_power, 1)):
-        if value != default and config.scoring == "own":
-            raise ValueError(
-                f"{name}={value} has no effect with scoring='own', which has no random levels: set scoring to 'random' "
-                f"or 'between', or leave {name} out"
-            )
+    if config.level_min != usual["level_min"] and config.scoring == "own":
+        raise ValueError(
+            f"level_min={config.level_min} has no effect with scoring='own', which has no random levels: set scoring "
+            "to 'random' or 'between', or leave level_min out"
+        )

@@ -42,7 +42,6 @@ class TrainingState:
             networks.teacher,
             schedule,
             (config.level_min, signal_timestep(schedule, sample_shape(networks.teacher), LOWEST_SIGNAL)),
-            level_power=config.trials.level_power,
             between_share=BETWEEN_SHARE if config.scoring == "between" else 0.0,
         )
         if config.gradient_checkpointing:

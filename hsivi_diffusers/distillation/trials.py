@@ -16,9 +16,6 @@ class Trials:
     kernel: Literal["ddim", "renoise"] = option(
         "ddim", "noise of a layer: DDIM(eta), or fresh noise on the clean image", common=False
     )
-    level_power: float = option(
-        1.0, "p > 0: random levels are low + (high - low) u^p, u uniform; above 1 has less noise", common=False
-    )
 
     def check(self, scoring: str) -> None:
         """Refuses settings that the others leave without effect."""
