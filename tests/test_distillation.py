@@ -43,7 +43,7 @@ GRID = [440, 220, 10]
 
 @pytest.fixture
 def bridge(unet):
-    return TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, kernel="renoise"))
+    return TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0))
 
 
 def test_the_bridge_score_is_minus_noise_over_sigma(unet, bridge):
@@ -111,7 +111,7 @@ def test_layers_use_the_learned_noise_scale(unet):
 @pytest.mark.parametrize("grids", [[440, 220, 10], [[440, 10], [440, 220, 10]]])
 def test_last_layers_are_clipped_in_value_and_not_in_gradient(unet, grids):
     """Each grid has a last layer: of one grid layer 0, of a first of T = 1 and a second of T = 2 layers 0 and 1."""
-    scheduler = HSIVIScheduler(layer_timesteps=grids, kernel="ddim", noise_eta=0.7)
+    scheduler = HSIVIScheduler(layer_timesteps=grids, noise_eta=0.7)
     x, t = 3 * torch.randn(6, 1, 8, 8), torch.arange(6) % sum(scheduler.depths)
     plain, clipped = (UNetLayers(unet, scheduler, clip_images=clip)(x, t) for clip in (False, True))
     is_last = t < len(scheduler.depths)
@@ -125,10 +125,9 @@ def test_last_layers_are_clipped_in_value_and_not_in_gradient(unet, grids):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("kernel", ["ddim", "renoise"])
-def test_layers_that_start_at_pure_noise_have_finite_values_and_gradients(unet, kernel):
+def test_layers_that_start_at_pure_noise_have_finite_values_and_gradients(unet):
     schedule = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    scheduler = HSIVIScheduler(layer_timesteps=[999, 500, 0], kernel=kernel, noise_eta=1.0, **schedule)
+    scheduler = HSIVIScheduler(layer_timesteps=[999, 500, 0], noise_eta=1.0, **schedule)
     q = UNetLayers(unet, scheduler)(torch.randn(2, 1, 8, 8), torch.ones(2, dtype=torch.long))
     assert q.mean.isfinite().all()
     assert (q.std.isfinite() & (q.std > 0)).all()
@@ -140,10 +139,6 @@ def test_layers_that_start_at_pure_noise_have_finite_values_and_gradients(unet, 
 
 def test_levels_of_the_bridge_are_the_grid_and_the_clock(bridge):
     assert bridge.level(torch.tensor([0, 1])).tolist() == [10, 220]
-    levels = bridge.sample_level(torch.zeros(2000, dtype=torch.long), torch.Generator().manual_seed(0))
-    assert levels.min() >= 5
-    assert levels.max() <= 800
-    assert levels.float().mean() == pytest.approx(402.5, abs=20)
     assert bridge.sample_base(5, torch.Generator().manual_seed(0)).shape == (5, 1, 8, 8)
 
 
@@ -164,64 +159,27 @@ def test_the_end_of_a_clock_without_any_signal_is_left_out():
     assert signal_timestep(schedule, (3, 8, 8), 1e-6) == 998
 
 
-def test_renoising_to_its_own_level_changes_nothing_and_to_another_keeps_the_clean_picture(unet, bridge):
-    layers = UNetLayers(unet, bridge.scheduler)
-    t = torch.tensor([0, 1, 1])
-    q = layers(torch.randn(3, 1, 8, 8), t).detach()
-    own = bridge.renoise(q, t, bridge.level(t))
-    torch.testing.assert_close(own.mean, q.mean)
-    torch.testing.assert_close(own.std, q.std)
-    level = torch.tensor([300, 5, 799])
-    moved = bridge.renoise(q, t, level)
-    clean = [
-        mean / bridge.scheduler.alpha_sigma(at, mean)[0]
-        for mean, at in ((q.mean, bridge.level(t)), (moved.mean, level))
-    ]
-    torch.testing.assert_close(*clean)
-
-
-def test_ddim_layers_are_diffused_to_levels_of_their_own(unet):
-    scheduler = HSIVIScheduler(layer_timesteps=GRID, kernel="ddim", noise_eta=0.7)
-    bridge = TeacherBridge(unet, scheduler)
-    t = torch.tensor([1, 0]).repeat(500)
-    levels = bridge.sample_level(t, torch.Generator().manual_seed(0))
-    # Layer 0 goes from 220 to 10, layer 1 from 440 to 220: each has the levels between, the first one all above too.
-    assert (levels[t == 0].min(), levels[t == 0].max()) == (10, 219)
-    assert 220 <= levels[t == 1].min() < 230
-    assert 790 < levels[t == 1].max() <= 800
-
-    q = UNetLayers(unet, scheduler)(torch.randn(2, 1, 8, 8), t[:2]).detach()
-    own = bridge.renoise(q, t[:2], bridge.level(t[:2]))
+def test_layers_are_diffused_to_higher_levels_and_to_their_own_stay_as_they_are(unet):
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_eta=0.7)
+    bridge, t, noise = TeacherBridge(unet, scheduler), torch.tensor([1, 0]), torch.randn(2, 1, 8, 8)
+    q = UNetLayers(unet, scheduler)(torch.randn(2, 1, 8, 8), t).detach()
+    own, kept = bridge.place(q, t, bridge.level(t), noise)
+    assert kept is noise
     torch.testing.assert_close(own.mean, q.mean)
     torch.testing.assert_close(own.std, q.std, rtol=1e-3, atol=1e-4)
     level = torch.tensor([300, 300])
-    moved = bridge.renoise(q, t[:2], level)
-    ratio = (scheduler.alphas_cumprod[level] / scheduler.alphas_cumprod[bridge.level(t[:2])]).reshape(2, 1, 1, 1)
+    moved, _ = bridge.place(q, t, level, noise)
+    ratio = (scheduler.alphas_cumprod[level] / scheduler.alphas_cumprod[bridge.level(t)]).reshape(2, 1, 1, 1)
     torch.testing.assert_close(moved.mean, ratio.sqrt() * q.mean)
     torch.testing.assert_close(moved.std**2, ratio * q.std**2 + 1 - ratio, rtol=1e-3, atol=1e-4)
 
 
-def levels_of(unet, t, size=4000, **options):
-    """Random levels of layer t; the grid of the layers is GRID, their range 5..800."""
-    bridge = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0, **options))
-    return bridge.sample_level(torch.full((size,), t), torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize(("kernel", "ranges"), [("ddim", [(10, 219), (220, 800)]), ("renoise", [(5, 800), (5, 800)])])
-def test_the_kernel_says_where_the_random_levels_of_a_layer_lie(unet, kernel, ranges):
-    for t, (low, high) in enumerate(ranges):
-        levels = levels_of(unet, t, kernel=kernel)
+def test_random_levels_of_a_layer_lie_between_its_ends_and_of_the_first_above_too(bridge):
+    for t, (low, high) in enumerate([(10, 219), (220, 800)]):
+        levels = bridge.sample_level(torch.full((4000,), t), torch.Generator().manual_seed(0))
         assert low <= levels.min() < low + 5
         assert high - 5 < levels.max() <= high
         assert levels.float().mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
-
-
-def test_of_a_grid_above_the_range_only_renoise_layers_have_levels(unet):
-    grid, t = [900, 600, 0], torch.tensor([0, 1])
-    renoise = HSIVIScheduler(layer_timesteps=grid, kernel="renoise")
-    assert TeacherBridge(unet, renoise, (5, 500)).sample_level(t).max() <= 500
-    with pytest.raises(ValueError, match="a layer ends at timestep 600, above the random levels up to 500"):
-        TeacherBridge(unet, HSIVIScheduler(layer_timesteps=grid), (5, 500)).sample_level(t)
 
 
 def test_weights_are_powers_of_sigma(bridge):
@@ -242,7 +200,7 @@ def test_score_matching_reaches_the_student_through_frozen_networks(unet, bridge
 
 def test_conditions_reach_teacher_student_and_critic():
     unet = make_unet(num_class_embeds=3).eval()
-    scheduler = HSIVIScheduler(layer_timesteps=GRID, kernel="renoise")
+    scheduler = HSIVIScheduler(layer_timesteps=GRID)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 0])
     one, two = torch.tensor([0, 1]), torch.tensor([0, 2])
     for player in (TeacherBridge(unet, scheduler).score, UNetCritic(unet, scheduler)):
@@ -266,6 +224,8 @@ def test_bad_bridges_are_refused(unet):
     for grids in ([800, 400, -1], [[440, 0], [800, 400, -1]]):
         with pytest.raises(ValueError, match="the grid ends at -1"):
             TeacherBridge(unet, HSIVIScheduler(layer_timesteps=grids))
+    with pytest.raises(ValueError, match="kernel='renoise' of the scheduler is for sampling: layers of kernel 'ddim'"):
+        TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, kernel="renoise"))
 
 
 # ----- several grids -----
@@ -451,7 +411,7 @@ def test_a_unet_and_a_scheduler_that_disagree_are_refused(tmp_path):
 @pytest.fixture
 def between(unet):
     """A bridge whose rows below the first layer are all scored between the ends of the layer."""
-    return TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, kernel="ddim", noise_eta=0.7), between_share=1.0)
+    return TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, noise_eta=0.7), between_share=1.0)
 
 
 def test_between_its_ends_a_layer_is_scored_where_one_that_ends_there_would_draw(unet, between):
@@ -500,7 +460,7 @@ def test_the_first_layer_and_levels_above_an_input_are_scored_as_at_random_level
     x_next, noise = torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8)
     q = UNetLayers(unet, between.scheduler)(x_next, t).detach()
     law, kept = between.place(q, t, level, noise, x_next)
-    fresh = between.renoise(q, t, level)
+    fresh, _ = TeacherBridge(unet, between.scheduler).place(q, t, level, noise)
     torch.testing.assert_close(law.mean, fresh.mean)
     torch.testing.assert_close(law.std, fresh.std.expand_as(law.std))
     assert torch.equal(kept, noise)
@@ -508,7 +468,7 @@ def test_the_first_layer_and_levels_above_an_input_are_scored_as_at_random_level
 
 def test_between_two_ends_of_a_true_layer_are_draws_of_the_bridge(unet):
     """Data N(0, 1/4), a layer that draws x0 from the data given its input: x_s is N(0, alpha_s^2 / 4 + sigma_s^2)."""
-    scheduler = HSIVIScheduler(layer_timesteps=GRID, kernel="ddim", noise_eta=1.0)
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)
     bridge = TeacherBridge(unet, scheduler, between_share=1.0)
     random = torch.Generator().manual_seed(0)
     shape, tau = (4000, 1, 8, 8), torch.full((4000,), 220)
@@ -527,7 +487,7 @@ def test_between_two_ends_of_a_true_layer_are_draws_of_the_bridge(unet):
 
 
 def test_a_share_of_the_rows_is_scored_between(unet):
-    scheduler = HSIVIScheduler(layer_timesteps=GRID, kernel="ddim", noise_eta=1.0)
+    scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)
     bridge = TeacherBridge(unet, scheduler, between_share=0.3)
     t, shape = torch.zeros(1000, dtype=torch.long), (1000, 1, 8, 8)
     x_next, noise = torch.randn(shape), torch.randn(shape)
@@ -656,10 +616,10 @@ def test_pairs_of_a_teacher_that_draws_no_numbers_are_refused():
         TeacherPairs(unet, HSIVIScheduler(layer_timesteps=[700, 0]), torch.randn(6, 1, 8, 8), num_calls=2)
 
 
-@pytest.mark.parametrize("settings", [{"kernel": "ddim", "noise_eta": 1.0}, {"kernel": "ddim"}, {"kernel": "renoise"}])
-def test_pairs_of_several_layers_lead_each_to_its_picture(settings):
+@pytest.mark.parametrize("noise_eta", [0.2, 1.0])
+def test_pairs_of_several_layers_lead_each_to_its_picture(noise_eta):
     """The first layer from the noise of the pair, the others from its picture, diffused to their input."""
-    grid = HSIVIScheduler(layer_timesteps=[700, 300, 0], **settings)
+    grid = HSIVIScheduler(layer_timesteps=[700, 300, 0], noise_eta=noise_eta)
     unet = make_unet(num_class_embeds=6).eval()
     pairs = TeacherPairs(unet, grid, torch.randn(6, 1, 8, 8), torch.arange(6), num_calls=2)
     t = torch.arange(400) % 2

@@ -27,7 +27,8 @@ class TeacherBridge(Bridge):
         between_share: Share of the rows scored at a random level that keep to their input, see `place`; 0 to 1.
 
     Raises:
-        ValueError: The range leaves the teacher's clock, or the grid ends at -1, where the score is infinite.
+        ValueError: The range leaves the teacher's clock, the grid ends at -1, where the score is infinite, or the
+            kernel is another than "ddim".
     """
 
     def __init__(
@@ -46,6 +47,10 @@ class TeacherBridge(Bridge):
         self.shape = sample_shape(unet)
         if int(scheduler.output_timestep(torch.arange(self.num_layers)).min()) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
+        if scheduler.config.kernel != "ddim":
+            raise ValueError(
+                f"kernel={scheduler.config.kernel!r} of the scheduler is for sampling: layers of kernel 'ddim' are trained"
+            )
 
     def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns -eps*(x, level) / sigma_level."""
@@ -63,10 +68,9 @@ class TeacherBridge(Bridge):
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws levels uniformly from those of the layer.
 
-        A layer t of kernel ddim is scored from tau_t up to, not including, tau_{t+1}; the first one, t = T-1, up to the
-        end of `level_range`. So no two layers of a grid share a level, and the critic, which is told the level alone,
-        learns the marginal of each. A renoise layer has all of `level_range`: the critic must then be told the layer,
-        as with several grids, see `label_layers`.
+        A layer t is scored from tau_t up to, not including, tau_{t+1}; the first one, t = T-1, up to the end of
+        `level_range`. So no two layers of a grid share a level, and the critic, which is told the level alone, learns
+        the marginal of each. With several grids it must be told the layer, see `label_layers`.
 
         Raises:
             ValueError: A layer has no level in the range.
@@ -85,8 +89,6 @@ class TeacherBridge(Bridge):
         """Lowest and highest random level of each layer, both of shape (T,)."""
         low, high = self.level_range
         t = torch.arange(self.num_layers)
-        if self.scheduler.config.kernel != "ddim":
-            return torch.full_like(t, low), torch.full_like(t, high)
         outputs, inputs = self.scheduler.output_timestep(t), self.scheduler.input_timestep(t)
         if outputs.max() > high:
             raise ValueError(
@@ -99,17 +101,6 @@ class TeacherBridge(Bridge):
         highest[self._first_layers] = high
         return outputs.clamp_min(low), highest
 
-    def renoise(self, q: DiagonalGaussian, t: Tensor, level: Tensor) -> DiagonalGaussian:
-        """Returns the law of x_s given x_{t+1}: N(r mean, r^2 std^2 + sigma_s^2 - r^2 sigma_t^2).
-
-        s is the level, at least tau_t, and r = alpha_s / alpha_t. With kernel "renoise" std = sigma_t, at any s.
-        """
-        alpha_t, sigma_t = self.scheduler.alpha_sigma(self.level(t), q.mean)
-        alpha, sigma = self.scheduler.alpha_sigma(level, q.mean)
-        if self.scheduler.config.kernel == "renoise":
-            return DiagonalGaussian(mean=alpha / alpha_t * q.mean, std=sigma)
-        return q.diffuse(alpha_t, sigma_t, alpha, sigma)
-
     def place(
         self,
         q: DiagonalGaussian,
@@ -119,17 +110,20 @@ class TeacherBridge(Bridge):
         x_next: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[DiagonalGaussian, Tensor]:
-        """Returns the law of `renoise` and the noise z; in `between_share` of the rows, a draw that keeps to its input.
+        """Returns the law diffused to the level s and the noise z; `between_share` of the rows keep to their input.
 
-        There, with x0 the clean image of the layer, eps = (x_{t+1} - alpha_{t+1} x0) / sigma_{t+1}, s the level and c
-        that of a layer from tau_{t+1} to s, the law is N(alpha_s x0, sigma_s^2) and the noise
+        With r = alpha_s / alpha_t the diffused law is N(r mean, r^2 std^2 + sigma_s^2 - r^2 sigma_t^2), s >= tau_t.
+
+        A draw that keeps to its input, with x0 the clean image of the layer, eps = (x_{t+1} - alpha_{t+1} x0) /
+        sigma_{t+1} and c that of a layer from tau_{t+1} to s, has the law N(alpha_s x0, sigma_s^2) and the noise
         (sqrt(sigma_s^2 - c^2) eps + c z) / sigma_s, without gradient: x_s is what such a layer would draw (moment
         matching, arXiv 2406.04103). Rows of the first layer, and with a level above their input, are never chosen.
 
         Raises:
             ValueError: There is a share and no x_next.
         """
-        fresh = self.renoise(q, t, level)
+        alpha, sigma = self.scheduler.alpha_sigma(level, q.mean)
+        fresh = q.diffuse(*self.scheduler.alpha_sigma(self.level(t), q.mean), alpha, sigma)
         if not self.between_share:
             return fresh, noise
         if x_next is None:
@@ -139,7 +133,6 @@ class TeacherBridge(Bridge):
         chosen &= ~torch.isin(t, self._first_layers.to(t.device)) & (level < tau)
         x0, eps = self.scheduler.coefficients(tau, x_next, self.level(t)).invert(q.mean, x_next)
         layer = self.scheduler.coefficients(tau, q.mean, torch.minimum(level, tau))
-        alpha, sigma = self.scheduler.alpha_sigma(level, q.mean)
         chosen = chosen.reshape(alpha.shape)
         mean, std = torch.where(chosen, alpha * x0, fresh.mean), torch.where(chosen, sigma, fresh.std)
         kept = ((layer.direction * eps + layer.c * noise) / sigma).detach()

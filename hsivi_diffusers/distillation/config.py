@@ -202,7 +202,6 @@ class HSIVIConfig:
         _check_choices(self)
         _check_ranges(self)
         _check_together(self)
-        self.trials.check(self.scoring)
         if self.init_from and self.output_dir and Path(self.init_from).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"init_from={self.init_from!r} is the output_dir too: name another, or it would be lost")
 
@@ -306,7 +305,6 @@ def _check_ranges(config: HSIVIConfig) -> None:
 def _check_together(config: HSIVIConfig) -> None:
     """Refuses settings that exclude each other, or have no effect beside the others."""
     starts = (config.start_timestep, config.start_signal, config.start_noise)
-    learns_scale, renoises = config.noise_scale_type != "config", config.trials.kernel == "renoise"
     usual = {each.name: each.default for each in fields(HSIVIConfig)}
     names = ["pair_weight", *(["pair_steps", "pair_learning_rate"] if not config.prediction_type else [])]
     changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != usual[name]]
@@ -320,7 +318,7 @@ def _check_together(config: HSIVIConfig) -> None:
             f"start_spacing={config.start_spacing} has no effect with one step count, {config.depths[0]}: give "
             "several, such as 1 2 4 8, or leave it out"
         )
-    if config.num_pairs and learns_scale:
+    if config.num_pairs and config.noise_scale_type != "config":
         raise ValueError(
             f"noise_scale_type={config.noise_scale_type!r} has nothing to learn from pairs, whose ends have no noise: "
             "leave it out, or set num_pairs to 0"
@@ -333,11 +331,6 @@ def _check_together(config: HSIVIConfig) -> None:
         raise ValueError(
             f"scoring='between' with objective={config.objective!r}: score matching is biased by the rows between the "
             "ends of a layer: set objective to 'KL', or scoring to 'random'"
-        )
-    if config.scoring == "random" and renoises and learns_scale:
-        raise ValueError(
-            "scoring='random' with kernel='renoise' cannot learn a noise scale, which the law of a scored image does "
-            "not depend on: set noise_scale_type to 'config'"
         )
     if config.level_min != usual["level_min"] and config.scoring == "own":
         raise ValueError(

@@ -28,7 +28,7 @@ class Networks:
     teacher: UNet2DModel  # frozen by the bridge
     student: UNet2DModel
     critic: UNet2DModel
-    scheduler: HSIVIScheduler  # of the student: schedule of the teacher, grid, kernel and prediction of its own
+    scheduler: HSIVIScheduler  # of the student: schedule of the teacher, grid and prediction of its own
     prediction_type: str  # of teacher and critic
     noise_scale: HSIVINoiseScale | None
     fingerprint: str | None = None  # of the teacher as it was loaded
@@ -53,19 +53,13 @@ def make_networks(
     teacher, student, critic = unets
     scheduler = make_scheduler(schedule, config, sample_shape(teacher))
     noise_scale = HSIVINoiseScale(sample_shape(teacher)) if config.noise_scale_type == "per_pixel" else None
-    if tells_layer(config):
+    if len(config.depths) > 1:  # grids, whose layers are scored at the same levels
         critic = label_layers(critic, sum(scheduler.depths))
     return Networks(teacher, student, critic, scheduler, schedule.config.prediction_type, noise_scale)
 
 
-def tells_layer(config: HSIVIConfig) -> bool:
-    """Whether layers are scored at the same levels, so that the critic must be told the layer."""
-    shared = config.scoring != "own" and config.trials.kernel == "renoise"
-    return len(config.depths) > 1 or (config.depths[0] > 1 and shared)
-
-
 def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[int, ...]) -> HSIVIScheduler:
-    """Returns the teacher's noise schedule with the grid, or grids, and the kernel of a student."""
+    """Returns the teacher's noise schedule with the grid, or grids, of a student."""
     start = config.start_timestep
     if start is None and config.start_noise is not None:
         start = signal_timestep(schedule, (shape[0], 1, 1), 1 / config.start_noise)
@@ -81,7 +75,6 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
         layer_timesteps=grids,
         timestep_spacing=config.timestep_spacing,
         prediction_type=config.prediction_type or schedule.config.prediction_type,
-        kernel=config.trials.kernel,
         noise_eta=config.noise_eta,
         noise_scale_type=config.noise_scale_type,
         clip_sample=False,  # a clamp would stop the gradient of every pixel at black or white

@@ -23,7 +23,7 @@ from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
 from .denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
-from .networks import Networks, tells_layer
+from .networks import Networks
 from .pairs import TeacherPairs
 from .student import UNetCritic, UNetLayers
 
@@ -50,7 +50,7 @@ class TrainingState:
         unet = networks.student.requires_grad_(True).train()
         self.student = UNetLayers(unet, networks.scheduler, networks.noise_scale, config.clip_images)
         self.critic_unet = networks.critic
-        told = self.bridge.num_layers if tells_layer(config) else 0
+        told = self.bridge.num_layers if len(config.depths) > 1 else 0
         critic = UNetCritic(networks.critic.requires_grad_(True).train(), schedule, told)
         layer_optimizer, critic_optimizer = self._make_optimizers(networks)
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(

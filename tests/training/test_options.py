@@ -27,7 +27,7 @@ OLD_NAMES = {"pace": "rate"}
 @dataclass
 class Method:
     _group = "method"
-    kernel: Literal["ddim", "renoise"] = option("ddim", "kernel")
+    law: Literal["normal", "uniform"] = option("normal", "a choice")
     start: int | None = option(7, "may be left out", common=False)
 
 
@@ -74,7 +74,7 @@ def refused(parse, capsys):
 
 def test_defaults_are_those_of_the_dataclasses(parse):
     assert parse() == {
-        "kernel": "ddim",
+        "law": "normal",
         "start": 7,
         "rate": 1.0,
         "steps": 1,
@@ -128,7 +128,7 @@ def test_without_args_the_command_line_of_the_program_is_read(monkeypatch):
         ("widths: [8, 16, 32]", "widths", [8, 16, 32]),
         ("widths: 8", "widths", [8]),
         ("widths: []", "widths", []),
-        ("kernel: renoise", "kernel", "renoise"),
+        ("law: uniform", "law", "uniform"),
         ("counts: 4", "counts", [4]),
         ("counts: [4, 8]", "counts", [4, 8]),
     ],
@@ -187,7 +187,7 @@ def test_a_missing_config_is_refused(refused, tmp_path):
 @pytest.mark.parametrize(
     ("text", "option", "value"),
     [
-        ("kernel: foo", "--kernel", "'foo'"),
+        ("law: foo", "--law", "'foo'"),
         ("rate: fast", "--rate", "'fast'"),
         ("steps: 1.5", "--steps", "'1.5'"),
         ("widths: [1, x]", "--widths", "'x'"),
@@ -206,10 +206,10 @@ def test_an_unknown_argument_is_refused(refused, args):
 
 def test_an_error_is_one_line_that_names_the_program(parse, capsys):
     with pytest.raises(SystemExit) as exit:
-        parse(None, "--kernel", "foo")
+        parse(None, "--law", "foo")
     assert exit.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: argument --kernel: invalid choice: 'foo' (choose from ")
+    assert line.startswith("error: argument --law: invalid choice: 'foo' (choose from ")
     assert line.endswith("(see `quiz --help`)")
 
 

@@ -118,7 +118,6 @@ def test_a_preset_makes_a_pipeline_of_its_layers(request, preset):
     pipeline.set_progress_bar_config(disable=True)
     settings = HSIVIConfig(preset=preset)
     assert pipeline.scheduler.config.layer_timesteps == GRIDS[preset]
-    assert pipeline.scheduler.config.kernel == settings.trials.kernel
     assert pipeline.scheduler.config.clip_sample is False
     assert (pipeline.unet_noise_scale is not None) == (settings.noise_scale_type == "per_pixel")
 
@@ -536,16 +535,16 @@ def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypat
         ({"checkpoints_total_limit": 0}, "checkpoints_total_limit=0"),
         ({"validation_steps": -1}, "validation_steps=-1: give a number of at least 1, or 0 for no images"),
         ({"max_grad_norm": 0}, "max_grad_norm=0.0: give a number above 0, or leave it out"),
-        (
-            {"noise_scale_type": "per_pixel", "kernel": "renoise", "scoring": "random"},
-            "scoring='random' with kernel='renoise' cannot learn a noise scale",
-        ),
         ({"preset": "paper", "noise_eta": 0}, "noise_eta=0.0: give a number above 0, up to 1"),
         ({"preset": "paper", "noise_eta": 1.5}, "noise_eta=1.5"),
         ({"start_timestep": 1000}, "start=1000: give a timestep from 2 .* to 999"),
         ({"start_timestep": 1}, "start=1: give a timestep from 2"),
         ({"start_signal": 0}, "start_signal=0.0: give a number above 0, or leave it out"),
         ({"level_min": 900}, r"level_range=\(900, 800\)"),
+        ({"preset": "paper", "level_min": 20}, "level_min=20 has no effect with scoring='own'"),
+        ({"start_spacing": 20}, "start_spacing=20 has no effect with one step count, 2: give several"),
+        ({"preset": "paper", "start_spacing": 20}, "start_spacing=20 needs start_timestep, start_signal or"),
+        ({"objective": "SM"}, "scoring='between' with objective='SM': .* set objective to 'KL', or scoring to 'random"),
     ],
 )
 def test_what_cannot_run_is_refused_before_work(distil, tmp_path, starts, options, message):
@@ -572,7 +571,7 @@ def test_a_missing_output_folder_is_refused(teacher, starts):
 
 
 def test_help(check_help):
-    check_help(cli.distil, "teacher and checkpoints", "distillation", "hub", "on trial")
+    check_help(cli.distil, "teacher and checkpoints", "distillation", "hub")
 
 
 # ----- nothing is lost -----
