@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -147,18 +148,16 @@ def _claim_repo(hub: PushAtEnd) -> None:
 
 def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
     """Reads the options of a distillation, and refuses what cannot run."""
-    from .distillation.config import ALIASES, HSIVIConfig, read_settings
+    from .distillation.config import ALIASES, HSIVIConfig
     from .distillation.networks import check_init_from
-    from .distillation.trials import Trials
 
-    groups = [Teacher, HSIVIConfig, PushAtEnd, Trials]
-    teacher, config, hub, config.trials = parse_options(groups, description, args, prog, ALIASES)
+    teacher, config, hub = parse_options([Teacher, HSIVIConfig, PushAtEnd], description, args, prog, ALIASES)
     config.check()
     hub.check()
     if config.init_from is not None:
         check_init_from(Path(config.init_from))
         if teacher.pretrained_teacher_model is None:
-            before = read_settings(Path(config.init_from) / "options.json")
+            before = json.loads((Path(config.init_from) / "options.json").read_text(encoding="utf-8"))
             teacher.pretrained_teacher_model, teacher.revision = before["pretrained_teacher_model"], before["revision"]
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")

@@ -6,8 +6,8 @@ import argparse
 import difflib
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import Field, asdict, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -61,7 +61,7 @@ def parse_options(
     hints: dict[str, Any] = {}
     for group in groups:
         heading, kinds = parser.add_argument_group(group._group), get_type_hints(group)
-        for each in _fields(group):
+        for each in fields(group):
             hints[each.name] = kinds[each.name]
             heading.add_argument(f"--{each.name}", help=each.metadata["help"], **_keywords(hints[each.name]))
     words = [_renamed(word, aliases or {}) for word in (sys.argv[1:] if args is None else args)]
@@ -70,16 +70,11 @@ def parse_options(
     given = given if path is None else {**_read_config(parser, path, hints, aliases or {}), **given}
     shown = [name for name in ("help", "help_all") if given.pop(name, False)]
     instances = tuple(
-        group(**{each.name: given[each.name] for each in _fields(group) if each.name in given}) for group in groups
+        group(**{each.name: given[each.name] for each in fields(group) if each.name in given}) for group in groups
     )
     if shown:
         _show_help(parser, instances, everything="help_all" in shown)
     return instances
-
-
-def _fields(group: type[Any]) -> Iterator[Field[Any]]:
-    """The fields that are options."""
-    return (each for each in fields(group) if "help" in each.metadata)
 
 
 def _keywords(hint: Any) -> dict[str, Any]:
@@ -136,7 +131,7 @@ def _read_config(parser: Parser, path: str, hints: Mapping[str, Any], aliases: M
 
 def _show_help(parser: Parser, instances: Sequence[Any], everything: bool) -> NoReturn:
     """Prints the options with the defaults that hold beside what was given, and ends the program."""
-    values = {each.name: (each, getattr(group, each.name)) for group in instances for each in _fields(type(group))}
+    values = {each.name: (each, getattr(group, each.name)) for group in instances for each in fields(group)}
     for action in parser._actions:
         if action.dest in values:
             each, value = values[action.dest]

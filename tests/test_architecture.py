@@ -60,8 +60,7 @@ ALLOWED = {
         {"distillation/output", "distillation/state_dicts", "folders", "options"},
         TRAIN,
     ),
-    "distillation/trials": ({"options"}, set()),
-    "distillation/config": ({"distillation/trials", "options"}, set()),
+    "distillation/config": ({"options"}, set()),
     "distillation/networks": (
         {f"distillation/{noun}" for noun in ("config", "denoisers", "student")}
         | {"modeling_hsivi", "pipeline_hsivi", "scheduling_hsivi"},
@@ -113,7 +112,7 @@ ALLOWED = {
         EVALUATE,
     ),
     "cli": (
-        {f"distillation/{noun}" for noun in ("config", "networks", "output", "plan", "trainer", "trials")}
+        {f"distillation/{noun}" for noun in ("config", "networks", "output", "plan", "trainer")}
         | {"vi/*", "evaluation/evaluate", "folders", "hub", "options", "pipeline_hsivi"},
         {"torch", "diffusers", "huggingface_hub", "tqdm", "PIL"},
     ),

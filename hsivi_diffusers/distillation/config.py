@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ..options import option
-from .trials import Trials
 
 # Old names of options: in a YAML file, on the command line, and in the options.json of a run.
 ALIASES = {
@@ -23,6 +22,8 @@ ALIASES = {
     "ode_learning_rate": "pair_learning_rate",
     "ode_weight": "pair_weight",
 }
+# Options of 0.1 that are gone, and the value with which they changed nothing.
+GONE = {"kernel": "ddim", "level_power": 1.0, "teacher_share": 0.0, "train_data": None, "adversarial_weight": 0.0}
 
 
 class ByPreset(NamedTuple):
@@ -146,14 +147,12 @@ class HSIVIConfig:
         None, "student updates between sample grids; a tenth of the run by default, 0 for none"
     )
     report_to: str | None = option(None, "trackers of accelerate: tensorboard, wandb, comet_ml or all", common=False)
-    trials: Trials = field(default_factory=Trials)
 
     def __post_init__(self) -> None:
         for name in ("output_dir", "init_from"):
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
         _check_types(self)
-        _check_types(self.trials)
         self.num_inference_steps = sorted(self.depths)
         if self.preset not in (None, *PRESETS):
             raise ValueError(f"preset={self.preset!r} is unknown: choose one of {', '.join(PRESETS)}")
@@ -188,10 +187,10 @@ class HSIVIConfig:
 
     def settings(self) -> dict[str, Any]:
         """What decides which student is trained: all but folders, hardware and reporting, flat, as JSON types."""
-        apart = {"output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "trials"}
+        apart = {"output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit"}
         apart |= {"validation_steps", "report_to", "gradient_checkpointing", "allow_tf32", "mixed_precision"}
         apart |= {"gradient_accumulation_steps"}
-        return {name: value for name, value in asdict(self).items() if name not in apart} | asdict(self.trials)
+        return {name: value for name, value in asdict(self).items() if name not in apart}
 
     def check(self) -> None:
         """Refuses, before any work, what cannot run.
@@ -212,20 +211,27 @@ def read_settings(record: Path) -> dict[str, Any]:
 
 
 def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded settings as a run of today writes them: under today's names, and what is missing as the default."""
+    """Recorded settings as a run of today writes them: under today's names, and what is missing as the default.
+
+    Raises:
+        ValueError: The run had an option that is gone, and not at its default.
+    """
     recorded = {ALIASES.get(name, name): value for name, value in recorded.items()}
-    config, trials = (
-        {each.name: recorded[each.name] for each in fields(group) if each.name in recorded}
-        for group in (HSIVIConfig, Trials)
-    )
-    return {**recorded, **HSIVIConfig(**config, trials=Trials(**trials)).settings()}
+    for name, usual in GONE.items():
+        if (value := recorded.pop(name, usual)) != usual:
+            raise ValueError(
+                f"{name}={value!r} of the recorded run is no option any more, and only a run with {usual!r} can go on: "
+                "finish it with the version that began it, or start over"
+            )
+    given = {each.name: recorded[each.name] for each in fields(HSIVIConfig) if each.name in recorded}
+    return {**recorded, **HSIVIConfig(**given).settings()}
 
 
-def _check_types(group: HSIVIConfig | Trials) -> None:
+def _check_types(config: HSIVIConfig) -> None:
     """Refuses a value of another type than its field; the command-line parser converts."""
-    hints = get_type_hints(type(group))
-    for each in fields(group):
-        value = getattr(group, each.name)
+    hints = get_type_hints(HSIVIConfig)
+    for each in fields(config):
+        value = getattr(config, each.name)
         if not isinstance(value, ByPreset) and not _has_type(value, hints[each.name]):
             raise ValueError(f"{each.name}={value!r} has the type {type(value).__name__}: give {each.type}")
 
@@ -244,13 +250,12 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 def _check_choices(config: HSIVIConfig) -> None:
     """Refuses a value outside the choices of its field; the command-line parser has its own check."""
-    for group in (config, config.trials):
-        for name, hint in get_type_hints(type(group)).items():
-            kinds = [hint, *get_args(hint)]
-            choices = [each for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
-            value = getattr(group, name, None)
-            if choices and value is not None and value not in choices:
-                raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+    for name, hint in get_type_hints(HSIVIConfig).items():
+        kinds = [hint, *get_args(hint)]
+        choices = [each for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
+        value = getattr(config, name)
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 
 
 Range = tuple[str, Callable[[Any], bool]]  # the words of the error, and the test
@@ -291,10 +296,10 @@ def _check_ranges(config: HSIVIConfig) -> None:
             f"num_inference_steps={counts}: give one number of steps of at least 1, or several that differ, such as "
             "1 2 4 8"
         )
-    values = {**vars(config), **vars(config.trials)}
     for name, (accepted, good) in RANGES.items():
-        if values[name] is not None and not good(values[name]):
-            raise ValueError(f"{name}={values[name]}: give {accepted}")
+        value = getattr(config, name)
+        if value is not None and not good(value):
+            raise ValueError(f"{name}={value}: give {accepted}")
     if not 0 <= config.critic_first < config.max_train_steps:
         raise ValueError(
             f"critic_first={config.critic_first}: give a number of updates from 0 to below "

@@ -276,7 +276,6 @@ def test_a_config_from_python_is_checked_as_one_of_the_command(settings, message
         ({"num_inference_steps": "4"}, r"num_inference_steps='4' has the type str: give int \| list\[int\]"),
         ({"num_inference_steps": [1, "4"]}, r"num_inference_steps=\[1, '4'\] has the type list: give int"),
         ({"num_inference_steps": 4.0}, "num_inference_steps=4.0 has the type float: give int"),
-        ({"trials": {}}, "trials={} has the type dict: give Trials"),
     ],
 )
 def test_a_value_of_another_type_is_refused_when_the_config_is_made(settings, message):

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import runpy
@@ -11,9 +12,8 @@ import yaml
 
 import hsivi_diffusers
 from hsivi_diffusers import cli
-from hsivi_diffusers.distillation.config import ALIASES, PRESETS, HSIVIConfig, read_settings
+from hsivi_diffusers.distillation.config import ALIASES, GONE, PRESETS, HSIVIConfig, read_settings
 from hsivi_diffusers.distillation.output import Output
-from hsivi_diffusers.distillation.trials import Trials
 from hsivi_diffusers.evaluation import evaluate
 from hsivi_diffusers.options import differences, flatten, option, parse_options, run_command
 from training.benchmarks.images import train_baseline, train_classifier, train_teacher, tune_solvers
@@ -254,7 +254,7 @@ def test_the_configs_of_a_distillation_can_run_and_are_of_a_preset(name):
     assert config.preset == "fast"
     counts = written.pop("num_inference_steps")
     assert config.depths == (counts if isinstance(counts, list) else [counts])
-    assert differences(flatten([teacher, config, config.trials]), written) == ""
+    assert differences(flatten([teacher, config]), written) == ""
 
 
 def test_no_config_is_left_untested():
@@ -384,8 +384,7 @@ def test_the_help_of_a_distillation_is_shorter_than_all_its_options(capsys):
     )
     assert common < every
     assert len(common) <= 35
-    hidden = {each.name for group in (HSIVIConfig, Trials) for each in fields(group)} - {"trials"}
-    assert hidden < every
+    assert {each.name for each in fields(HSIVIConfig)} < every
 
 
 def test_the_module_is_the_command(capsys, monkeypatch):
@@ -469,9 +468,10 @@ def test_old_names_are_read_on_the_command_line_in_yaml_and_in_the_record_of_a_r
 
 
 def test_the_record_of_an_older_run_is_read_as_one_of_today(tmp_path):
-    """It has old names, a plain number, an option that is gone, and the preset of one step as it was."""
+    """It has old names, a plain number, options that are gone, and the preset of one step as it was."""
     record = tmp_path / "options.json"
-    record.write_text('{"revision": null, "num_layers": 1, "preset": "fast", "ode_steps": 4, "seed": 3, "alpha": 0.5}')
+    old = {"revision": None, "num_layers": 1, "preset": "fast", "ode_steps": 4, "seed": 3, "alpha": 0.5}
+    record.write_text(json.dumps({**old, **GONE}))
     settings = read_settings(record)
     today = HSIVIConfig(num_inference_steps=1, pair_steps=4, seed=3).settings()
     assert settings == {"revision": None, "alpha": 0.5, **today}

@@ -13,7 +13,6 @@ from hsivi_diffusers.distillation import plan
 from hsivi_diffusers.distillation.config import ALIASES, PRESETS, HSIVIConfig
 from hsivi_diffusers.distillation.networks import make_networks
 from hsivi_diffusers.distillation.state import TrainingState
-from hsivi_diffusers.distillation.trials import Trials
 from hsivi_diffusers.distillation.updates import run_updates
 from hsivi_diffusers.options import parse_options
 
@@ -25,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerator")]
 
 def read(path, *arguments):
     """Configs of the teacher and the config of a recipe; the run of `init_from` need not be there."""
-    groups = [Teacher, HSIVIConfig, PushAtEnd, Trials]
+    groups = [Teacher, HSIVIConfig, PushAtEnd]
     config = parse_options(groups, "", ["--config", str(path), *arguments], aliases=ALIASES)[1]
     return *plan.read_configs(TRAINING / "teachers" / TEACHERS[path.stem.split("_")[0]], None), config
 

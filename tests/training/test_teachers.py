@@ -16,7 +16,6 @@ from hsivi_diffusers.cli import PushAtEnd, Teacher
 from hsivi_diffusers.distillation.config import ALIASES, HSIVIConfig
 from hsivi_diffusers.distillation.denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
 from hsivi_diffusers.distillation.networks import make_networks
-from hsivi_diffusers.distillation.trials import Trials
 from hsivi_diffusers.options import differences, flatten, parse_options
 from tiny_unet import make_unet
 from training.benchmarks.images import make_teacher
@@ -44,8 +43,7 @@ def schedule_of(name):
 def options_of(recipe):
     """Teacher and config of a recipe, checked as a run would; the run of `init_from` need not be there."""
     given = ["--config", str(TRAINING / "configs" / f"{recipe}.yaml")]
-    groups = [Teacher, HSIVIConfig, PushAtEnd, Trials]
-    teacher, config, _, config.trials = parse_options(groups, "", given, aliases=ALIASES)
+    teacher, config, _ = parse_options([Teacher, HSIVIConfig, PushAtEnd], "", given, aliases=ALIASES)
     config.check()
     return teacher, config
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, cli, load_teacher
 from hsivi_diffusers.distillation import networks, state, updates
-from hsivi_diffusers.distillation.config import ALIASES, HSIVIConfig
+from hsivi_diffusers.distillation.config import ALIASES, GONE, HSIVIConfig
+from hsivi_diffusers.distillation.output import read_progress, seal
 from hsivi_diffusers.distillation.trainer import HSIVITrainer
 from tiny_unet import make_unet
 
@@ -320,6 +321,51 @@ def test_a_run_that_recorded_old_names_and_a_plain_number_of_steps_resumes(
     distil(folder, resume_from_checkpoint="latest")
     assert starts == [5]
     assert same_tensors(pipeline_weights(folder), pipeline_weights(fast_run))
+
+
+def record(folder, **settings):
+    """Writes settings into what a run and its last checkpoint record."""
+    options = json.loads((folder / "options.json").read_text())
+    (folder / "options.json").write_text(json.dumps({**options, **settings}))
+    checkpoint = folder / "checkpoints" / "checkpoint-5"
+    progress = read_progress(checkpoint)
+    progress["identity"] |= settings
+    del progress["sha256"]
+    (checkpoint / "progress.json").write_text(json.dumps(seal(checkpoint, progress)))
+
+
+def test_a_run_that_recorded_options_that_are_gone_resumes_if_they_had_their_defaults(
+    distil, fast_run, tmp_path, starts, same_tensors
+):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    record(folder, **GONE)
+    distil(folder, resume_from_checkpoint="latest")
+    assert starts == [5]
+    assert same_tensors(pipeline_weights(folder), pipeline_weights(fast_run))
+    assert not GONE.keys() & json.loads((folder / "options.json").read_text()).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kernel", "renoise"),
+        ("level_power", 2.0),
+        ("teacher_share", 0.5),
+        ("train_data", "digits"),
+        ("adversarial_weight", 0.001),
+    ],
+)
+def test_a_run_that_needs_an_option_that_is_gone_is_refused(distil, fast_run, tmp_path, starts, name, value):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    record(folder, **{name: value})
+    before = contents(folder)
+    message = f"{name}={value!r} of the recorded run is no option any more, and only a run with {GONE[name]!r} can go"
+    for checkpoint in ("latest", folder / "checkpoints" / "checkpoint-5"):
+        with pytest.raises(ValueError, match=message) as refused:
+            distil(folder, resume_from_checkpoint=checkpoint)
+        assert "\n" not in str(refused.value)
+    assert starts == []
+    assert contents(folder) == before
 
 
 def test_no_count_is_refused():
