@@ -47,10 +47,8 @@ class TeacherBridge(Bridge):
         self.shape = sample_shape(unet)
         if int(scheduler.output_timestep(torch.arange(self.num_layers)).min()) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
-        if scheduler.config.kernel != "ddim":
-            raise ValueError(
-                f"kernel={scheduler.config.kernel!r} of the scheduler is for sampling: layers of kernel 'ddim' are trained"
-            )
+        if (kernel := scheduler.config.kernel) != "ddim":
+            raise ValueError(f"kernel={kernel!r} of the scheduler is for sampling: layers of kernel 'ddim' are trained")
 
     def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns -eps*(x, level) / sigma_level."""
