@@ -439,7 +439,8 @@ def test_a_student_is_not_written_over_its_teacher(teacher, tmp_path, inside, pr
 
 def test_a_baseline_may_lie_beside_its_teacher(teacher, tmp_path):
     place = shutil.copytree(teacher, tmp_path / "teacher")
-    train_baseline.check_options(train_baseline.Teacher(str(place)), train_baseline.Training(), Output(output_dir=str(tmp_path)))
+    options = train_baseline.Teacher(str(place)), train_baseline.Training(), Output(output_dir=str(tmp_path))
+    train_baseline.check_options(*options)
 
 
 def test_a_training_goes_on_with_its_own_options_alone(train, trained, tmp_path):
