@@ -23,7 +23,14 @@ ALIASES = {
     "ode_weight": "pair_weight",
 }
 # Options of 0.1 that are gone, and the value with which they changed nothing.
-GONE = {"kernel": "ddim", "level_power": 1.0, "teacher_share": 0.0, "train_data": None, "adversarial_weight": 0.0}
+GONE = {
+    "kernel": "ddim",
+    "level_power": 1.0,
+    "teacher_share": 0.0,
+    "train_data": None,
+    "adversarial_weight": 0.0,
+    "prediction_type": None,
+}
 
 
 class ByPreset(NamedTuple):
@@ -74,11 +81,6 @@ class HSIVIConfig:
     start_spacing: int = option(
         0, "with several step counts, timesteps from the start of one grid to that of the next", common=False
     )
-    prediction_type: Literal["epsilon", "v_prediction"] | None = option(
-        None,
-        "what the student predicts, noise or velocity; by default what the teacher does. Another one is fitted first",
-        common=False,
-    )
     noise_eta: float = by_preset(1.0, 1.0, 0.2, "eta of DDIM layers, above 0, up to 1")
     noise_scale_type: Literal["config", "per_pixel"] = by_preset(
         "config", "config", "per_pixel", "config: the noise scale stays 1; per_pixel: one is learned for each pixel"
@@ -107,7 +109,7 @@ class HSIVIConfig:
     num_pairs: int = by_preset(
         0, 6400, 0, "pairs of noise and the teacher's image of it, on which the student is fitted first; 0 for none"
     )
-    pair_steps: int = option(500, "updates of the fit to pairs, or of another prediction_type", common=False)
+    pair_steps: int = option(500, "updates of the fit to pairs", common=False)
     pair_learning_rate: float = option(5e-4, "Adam learning rate of that fit; it falls to 0", common=False)
     pair_weight: float = option(
         0.005,
@@ -311,7 +313,7 @@ def _check_together(config: HSIVIConfig) -> None:
     """Refuses settings that exclude each other, or have no effect beside the others."""
     starts = (config.start_timestep, config.start_signal, config.start_noise)
     usual = {each.name: each.default for each in fields(HSIVIConfig)}
-    names = ["pair_weight", *(["pair_steps", "pair_learning_rate"] if not config.prediction_type else [])]
+    names = ("pair_weight", "pair_steps", "pair_learning_rate")
     changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != usual[name]]
     if config.start_spacing and starts == (None, None, None):
         raise ValueError(

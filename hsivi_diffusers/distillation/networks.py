@@ -28,8 +28,7 @@ class Networks:
     teacher: UNet2DModel  # frozen by the bridge
     student: UNet2DModel
     critic: UNet2DModel
-    scheduler: HSIVIScheduler  # of the student: schedule of the teacher, grid and prediction of its own
-    prediction_type: str  # of teacher and critic
+    scheduler: HSIVIScheduler  # schedule of the teacher, grid of the student
     noise_scale: HSIVINoiseScale | None
     fingerprint: str | None = None  # of the teacher as it was loaded
 
@@ -55,7 +54,7 @@ def make_networks(
     noise_scale = HSIVINoiseScale(sample_shape(teacher)) if config.noise_scale_type == "per_pixel" else None
     if len(config.depths) > 1:  # grids, whose layers are scored at the same levels
         critic = label_layers(critic, sum(scheduler.depths))
-    return Networks(teacher, student, critic, scheduler, schedule.config.prediction_type, noise_scale)
+    return Networks(teacher, student, critic, scheduler, noise_scale)
 
 
 def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[int, ...]) -> HSIVIScheduler:
@@ -74,7 +73,6 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
         schedule.config,
         layer_timesteps=grids,
         timestep_spacing=config.timestep_spacing,
-        prediction_type=config.prediction_type or schedule.config.prediction_type,
         noise_eta=config.noise_eta,
         noise_scale_type=config.noise_scale_type,
         clip_sample=False,  # a clamp would stop the gradient of every pixel at black or white
@@ -100,9 +98,6 @@ def carry_over(networks: Networks, run: Path) -> None:
         raise ValueError(
             f"init_from={str(run)!r} has networks of another shape than the teacher: give a run of the same teacher"
         ) from error
-    before, now = (each.config.prediction_type for each in (pipeline.scheduler, networks.scheduler))
-    if before != now:
-        raise ValueError(f"init_from={str(run)!r} has a student of prediction_type {before!r}: set it, not {now!r}")
     scale, learned = pipeline.scheduler.config.noise_scale, pipeline.unet_noise_scale
     if learned is not None and networks.noise_scale is None:
         raise ValueError(f"init_from={str(run)!r} has a noise scale per pixel: set noise_scale_type to 'per_pixel'")

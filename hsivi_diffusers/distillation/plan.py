@@ -34,7 +34,7 @@ from .denoisers import sample_shape
 from .networks import HALF, make_networks
 from .pairs import PAIR_CALLS
 from .state import TrainingState
-from .updates import imitates, imitation_calls, run_updates
+from .updates import run_updates
 
 MIB = 2**20
 CALIBRATION_FLOPS = 2e11  # about what the calls may cost that the speed is taken from
@@ -146,8 +146,7 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
     libraries = psutil.Process().memory_info().rss
     wanted, pairs = config.critic_updates, config.num_pairs
     # Of the first updates in which the critic learns alone, the student's optimizer would have no moments yet.
-    config = replace(config, critic_updates=1, critic_first=0, max_train_steps=3)
-    config = replace(config, num_pairs=0, prediction_type=None)  # no fit before the updates
+    config = replace(config, critic_updates=1, critic_first=0, max_train_steps=3, num_pairs=0)
     counts: list[dict[str, float]] = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         meter = Meter()
@@ -272,27 +271,20 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
         f"an update calls for each row: {calls}; {cost.flops / 1e9:,.1f} GFLOP in a process",
         f"about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all, by the speed of "
         f"one network ({clock})",
-        *_fit_line(config, schedule.config.prediction_type, speed * cost.call_flops),
+        *_fit_line(config, speed * cost.call_flops),
         "",
         *_table("written, MiB", cost.written, MIB, ",.1f"),
     ]
     print("\n".join(lines))
 
 
-def _fit_line(config: HSIVIConfig, prediction_type: str, call: float) -> list[str]:
-    """What comes before the updates of a teacher of that prediction, if anything; a call takes so many seconds.
-
-    A backward pass is two calls.
-    """
-    what, calls = "", 3.0 * config.pair_steps * _rows(config)
-    if config.num_pairs:
-        what = f"{config.num_pairs:,} pairs of {PAIR_CALLS} calls of the teacher and "
-        calls += config.num_pairs * PAIR_CALLS
-    elif imitates(config, prediction_type):
-        calls += config.pair_steps * _rows(config) * imitation_calls(config)
-    else:
+def _fit_line(config: HSIVIConfig, call: float) -> list[str]:
+    """What comes before the updates, if there are pairs; a call takes so many seconds, and a backward pass is two."""
+    if not config.num_pairs:
         return []
-    return [f"before them about {_duration(call * calls)} for {what}{config.pair_steps:,} updates of the layers alone"]
+    calls = config.num_pairs * PAIR_CALLS + 3 * config.pair_steps * _rows(config)
+    what = f"{config.num_pairs:,} pairs of {PAIR_CALLS} calls of the teacher and {config.pair_steps:,} updates"
+    return [f"before them about {_duration(call * calls)} for {what} of the layers alone"]
 
 
 def _table(title: str, numbers: Mapping[str, float], unit: float, form: str) -> list[str]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..folders import remove_folder, replace_folder
 from ..pipeline_hsivi import HSIVIPipeline
-from ..scheduling_hsivi import HSIVIScheduler
 from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
@@ -37,21 +36,21 @@ class TrainingState:
     def __init__(self, networks: Networks, config: HSIVIConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.fingerprint = networks.fingerprint
-        schedule = HSIVIScheduler.from_config(networks.scheduler.config, prediction_type=networks.prediction_type)
+        scheduler, shape = networks.scheduler, sample_shape(networks.teacher)
         self.bridge = TeacherBridge(
             networks.teacher,
-            schedule,
-            (config.level_min, signal_timestep(schedule, sample_shape(networks.teacher), LOWEST_SIGNAL)),
+            scheduler,
+            (config.level_min, signal_timestep(scheduler, shape, LOWEST_SIGNAL)),
             between_share=BETWEEN_SHARE if config.scoring == "between" else 0.0,
         )
         if config.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
                 unet.enable_gradient_checkpointing()
         unet = networks.student.requires_grad_(True).train()
-        self.student = UNetLayers(unet, networks.scheduler, networks.noise_scale, config.clip_images)
+        self.student = UNetLayers(unet, scheduler, networks.noise_scale, config.clip_images)
         self.critic_unet = networks.critic
         told = self.bridge.num_layers if len(config.depths) > 1 else 0
-        critic = UNetCritic(networks.critic.requires_grad_(True).train(), schedule, told)
+        critic = UNetCritic(networks.critic.requires_grad_(True).train(), scheduler, told)
         layer_optimizer, critic_optimizer = self._make_optimizers(networks)
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
             self.student, critic, layer_optimizer, critic_optimizer

@@ -1,11 +1,10 @@
-"""The updates of a run: `vi.fit` with its objective, after the fit to pairs or to the teacher's layers, if any."""
+"""The updates of a run: `vi.fit` with its objective, after the fit to pairs, if there are any."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial
-from statistics import mean
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from ..vi import (
     CriticObjective,
     DivergenceError,
     Guided,
-    ImitationChain,
     KullbackLeibler,
     Objective,
     PairChain,
@@ -28,13 +26,10 @@ from ..vi import (
     fit,
     joint,
 )
-from ..vi.bridges import Bridge
-from ..vi.objectives import Critic, LayerDraw, row_sum
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
 from .pairs import PAIR_CALLS, image_loss
 from .state import TrainingState
-from .student import UNetLayers
 
 MAX_OVERFLOWS = 50
 COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs
@@ -42,16 +37,6 @@ COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs
 
 class InterruptedRunError(Exception):
     """SIGTERM or Ctrl-C ended a run; what was done is in a checkpoint, and the message says how to continue."""
-
-
-class MeanRegression(Regression):
-    """`Regression` of layers whose noise has parameters too: these get a gradient of 0.
-
-    Processes that average their gradients wait for one of each parameter.
-    """
-
-    def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        return super().layer_loss(critic, bridge, draw) + 0 * row_sum(draw.x)
 
 
 def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjective:
@@ -71,7 +56,7 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
         InterruptedRunError: SIGTERM or Ctrl-C came before the first update.
     """
     config = state.config
-    if start_step == 0 and (config.num_pairs or has_other_prediction(state)):
+    if start_step == 0 and config.num_pairs:
         _regress(state)
     objective = make_objective(config, state.bridge)
     steps = _fit(
@@ -141,55 +126,30 @@ def _fit(
     )
 
 
-def has_other_prediction(state: TrainingState) -> bool:
-    """Whether the student starts with weights that mean something else, and must first be fitted to the teacher."""
-    return imitates(state.config, state.bridge.scheduler.config.prediction_type)
-
-
-def imitates(config: HSIVIConfig, prediction_type: str) -> bool:
-    """The same of a run whose teacher predicts that."""
-    return config.prediction_type not in (None, prediction_type) and config.init_from is None
-
-
-def imitation_calls(config: HSIVIConfig) -> float:
-    """Network calls of the teacher, on average, for each row of that fit: down its chain, and at the layer."""
-    return mean((depth + 1) / 2 for depth in config.depths)
-
-
 def fit_calls(state: TrainingState) -> tuple[int, int]:
-    """Network calls, in all processes, that make the pairs, and that fit the layers before the updates."""
+    """Network calls, in all processes, that make the pairs, and that fit the layers to them before the updates."""
     pairs = state.pairs_per_micro_batch * state.micro_batches
-    fitted = state.config.pair_steps * state.rows
-    if pairs:
-        return pairs * PAIR_CALLS, fitted
-    return 0, round(fitted * (1 + imitation_calls(state.config))) if has_other_prediction(state) else 0
-
-
-def _fit_chain(state: TrainingState, place: int) -> Chain:
-    """Where the fit of a micro-batch comes from: its pairs, if it has any, or else the layers of the teacher."""
-    depths, size = state.student.depths, state.config.train_batch_size
-    if state.config.num_pairs:
-        return PairChain(partial(state.sample_pairs, place), depths, size)
-    bridge, clips = state.bridge, state.config.clip_images
-    teacher = UNetLayers(bridge.network.unet, bridge.scheduler, state.student.noise_scale, clips)
-    return ImitationChain(teacher, bridge.sample_base, depths, size, state.sample_condition)
+    return (pairs * PAIR_CALLS, state.config.pair_steps * state.rows) if pairs else (0, 0)
 
 
 def _regress(state: TrainingState) -> None:
-    """Fits the layers to the pairs, or to those of the teacher, by their optimizer at a rate that falls to 0.
+    """Fits the layers to the pairs by their optimizer, at a rate that falls to 0.
 
     The optimizer then starts over.
     """
     config, group = state.config, state.layer_optimizer.param_groups[0]
-    depths, chains = state.student.depths, [_fit_chain(state, place) for place in range(len(state.chains))]
-    rate, objective = group["lr"], MeanRegression(image_loss(state.student.scheduler))
+    depths, size = state.student.depths, config.train_batch_size
+    chains: list[Chain] = [
+        PairChain(partial(state.sample_pairs, place), depths, size) for place in range(len(state.chains))
+    ]
+    rate, objective = group["lr"], Regression(image_loss(state.student.scheduler))
     steps = _fit(state, objective, chains, joint(sum(depths), config.pair_steps))
     for step in tqdm(range(config.pair_steps), "regress", disable=not state.accelerator.is_main_process):
         group["lr"] = config.pair_learning_rate * cosine(step / config.pair_steps)
         try:
             next(steps)
         except DivergenceError as error:
-            subject = f"the loss of the fit before the updates, of pair_learning_rate={config.pair_learning_rate},"
+            subject = f"the loss of the fit to the pairs, of pair_learning_rate={config.pair_learning_rate},"
             raise DivergenceError(subject, error.step, error.layers) from error
         if state.accelerator.check_trigger():
             raise InterruptedRunError(

@@ -18,7 +18,7 @@ from .lower_bound import LowerBound
 from .networks import GaussianMLP, ResidualMLP, ScoreMLP
 from .objectives import CriticObjective, KullbackLeibler, LayerDraw, Objective, ScoreMatching, draw_layer
 from .pools import CohortChain, FrozenPoolChain, PoolChain, make_chain
-from .regression import Guided, GuidedChain, ImitationChain, PairChain, Regression
+from .regression import Guided, GuidedChain, PairChain, Regression
 from .targets import (
     DiffusibleTarget,
     FullNormal,
@@ -54,7 +54,6 @@ __all__ = [
     "GeometricBridge",
     "Guided",
     "GuidedChain",
-    "ImitationChain",
     "IndependentLayers",
     "Inference",
     "IsotropicNormal",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .bridges import Bridge
-from .chains import Chain, ChainBatch, SampleBase, SimulatedChain
+from .chains import Chain, ChainBatch
 from .distributions import DiagonalGaussian
 from .layers import ConditionalLayers
 from .objectives import Critic, CriticObjective, LayerDraw, Objective, row_sum
@@ -39,32 +39,6 @@ class PairChain(Chain):
         t = torch.zeros(self.batch_size, dtype=torch.long) if alone else self._any_layer(generator)
         x_next, end, condition = self.sample_pairs(t, generator)
         return ChainBatch(x_next=x_next, t=t.to(x_next.device), condition=condition, end=end)
-
-
-class ImitationChain(SimulatedChain):
-    """Fresh chains of other layers, and the means of these for the ends: for `Regression`, which makes layers alike.
-
-    The other layers are on the same grid; the rest is as in `Chain`. A network that has predicted the noise, and is to
-    predict the velocity, thus learns to be the layers that it was.
-    """
-
-    def __init__(
-        self,
-        others: ConditionalLayers,
-        sample_base: SampleBase,
-        num_layers: int | Sequence[int],
-        batch_size: int,
-        sample_condition: SampleBase | None = None,
-    ) -> None:
-        super().__init__(sample_base, num_layers, batch_size, sample_condition)
-        self.others = others
-
-    @torch.no_grad()
-    def draw(
-        self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
-    ) -> ChainBatch:
-        batch = super().draw(self.others, generator, beta)
-        return replace(batch, end=self.others(batch.x_next, batch.t, batch.condition).mean)
 
 
 class GuidedChain(Chain):

@@ -230,7 +230,7 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
             for method in BASELINES
         ],
         *[(f"{name}_classifier", [train_classifier.Training]) for name in (*SETS, "mnist")],
-        *[(f"solvers_{name}", [tune_solvers.Options]) for name in ("digits", "fashion")],
+        *[(f"solvers_{name}", [tune_solvers.Options]) for name in ("digits", "fashion", "mnist")],
     ],
 )
 def test_the_configs_parse_for_their_programs(name, groups):
@@ -246,7 +246,7 @@ def test_the_configs_parse_for_the_benchmark(name):
     test_the_configs_parse_for_their_programs(f"benchmark_{name}", [benchmark.Options])
 
 
-@pytest.mark.parametrize("name", ["digits_t5", "digits_t1248", "fashion_t4", "emoji_t4"])
+@pytest.mark.parametrize("name", ["digits_t5", "digits_t1248", "fashion_t4", "emoji_t4", "mnist_t4"])
 def test_the_configs_of_a_distillation_can_run_and_are_of_a_preset(name):
     path = CONFIGS / f"{name}.yaml"
     teacher, config, _ = cli.read_distillation(["--config", str(path)], "hsivi distil", "")
@@ -263,12 +263,11 @@ def test_no_config_is_left_untested():
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
         *[f"digits_{part}.yaml" for part in ("t5", "t1248", "evaluation", "teacher")],
-        *[f"solvers_{name}.yaml" for name in ("digits", "fashion")],
+        *[f"solvers_{name}.yaml" for name in ("digits", "fashion", "mnist")],
         *[f"{name}_{part}.yaml" for name in SETS for part in ("teacher", "classifier", "t4")],
         *[f"{name}_{method}.yaml" for name in ("digits", *SETS) for method in BASELINES],
-        *[f"benchmark_{name}.yaml" for name in ("digits", *SETS)],
-        "mnist_teacher.yaml",
-        "mnist_classifier.yaml",
+        *[f"benchmark_{name}.yaml" for name in ("digits", *SETS, "mnist")],
+        *[f"mnist_{part}.yaml" for part in ("teacher", "classifier", "t4")],
     }
 
 

@@ -353,6 +353,7 @@ def test_a_run_that_recorded_options_that_are_gone_resumes_if_they_had_their_def
         ("teacher_share", 0.5),
         ("train_data", "digits"),
         ("adversarial_weight", 0.001),
+        ("prediction_type", "v_prediction"),
     ],
 )
 def test_a_run_that_needs_an_option_that_is_gone_is_refused(distil, fast_run, tmp_path, starts, name, value):
