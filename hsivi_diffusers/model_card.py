@@ -138,9 +138,10 @@ def make_card(
         eval_results=_eval_results(run["report"]),
     )
     teacher = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained diffusion model"
+    data_used = "with" if run["options"].get("train_data") else "without"  # an earlier version could use some
     sections = [
         f"# {name}",
-        f"A sampler of **{network_calls(counts)}**, distilled from {teacher} without training data, by "
+        f"A sampler of **{network_calls(counts)}**, distilled from {teacher} {data_used} training data, by "
         "hierarchical semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153)).",
         f"![Images drawn by this model, {network_calls(counts[-1:])} each](samples.png)" if drawn else "",
         f"## Use it\n\n{_usage(pipeline, repo_id, counts, fp16)}",
@@ -271,10 +272,11 @@ def _training(pipeline: DiffusionPipeline, run: dict[str, Any]) -> str:
     if config.kernel != "ddim":
         noise = "layers that add new noise to the clean image"
     calls, grids = network_calls(pipeline.scheduler.depths), pipeline.scheduler.trained_grids
+    data = "Real images of its training data were used too." if options.get("train_data") else "No images were used."
     text = (
         f"{calls.capitalize()} at the timesteps {one_of([grid[:-1] for grid in grids])}, {noise}. Each is a "
         "conditional distribution, trained so that its marginal matches the data at a noise level, which the score of "
-        "the teacher knows. No images were used."
+        f"the teacher knows. {data}"
     )
     settings = ", ".join(f"{name} {_plain(options[name])}" for name in TOLD if options.get(name) is not None)
     if settings:

@@ -224,7 +224,9 @@ def test_bad_bridges_are_refused(unet):
     for grids in ([800, 400, -1], [[440, 0], [800, 400, -1]]):
         with pytest.raises(ValueError, match="the grid ends at -1"):
             TeacherBridge(unet, HSIVIScheduler(layer_timesteps=grids))
-    with pytest.raises(ValueError, match="kernel='renoise' of the scheduler is for sampling: layers of kernel 'ddim'"):
+    with pytest.raises(
+        ValueError, match="kernel='renoise' of the scheduler is for sampling: make one with kernel 'ddim'"
+    ):
         TeacherBridge(unet, HSIVIScheduler(layer_timesteps=GRID, kernel="renoise"))
 
 

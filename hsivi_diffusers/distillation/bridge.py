@@ -48,7 +48,7 @@ class TeacherBridge(Bridge):
         if int(scheduler.output_timestep(torch.arange(self.num_layers)).min()) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
         if (kernel := scheduler.config.kernel) != "ddim":
-            raise ValueError(f"kernel={kernel!r} of the scheduler is for sampling: layers of kernel 'ddim' are trained")
+            raise ValueError(f"kernel={kernel!r} of the scheduler is for sampling: make one with kernel 'ddim'")
 
     def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns -eps*(x, level) / sigma_level."""

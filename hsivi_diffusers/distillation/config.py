@@ -22,7 +22,7 @@ ALIASES = {
     "ode_learning_rate": "pair_learning_rate",
     "ode_weight": "pair_weight",
 }
-# Options of 0.1 that are gone, and the value with which they changed nothing.
+# Options that runs of earlier versions recorded and that were removed, and the value with which they changed nothing.
 GONE = {
     "kernel": "ddim",
     "level_power": 1.0,
@@ -222,8 +222,8 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     for name, usual in GONE.items():
         if (value := recorded.pop(name, usual)) != usual:
             raise ValueError(
-                f"{name}={value!r} of the recorded run is no option any more, and only a run with {usual!r} can go on: "
-                "finish it with the version that began it, or start over"
+                f"the run was trained with {name}={value!r}, and the option was removed: finish it with the "
+                "version that began it, or start over"
             )
     given = {each.name: recorded[each.name] for each in fields(HSIVIConfig) if each.name in recorded}
     return {**recorded, **HSIVIConfig(**given).settings()}

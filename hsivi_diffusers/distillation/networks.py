@@ -73,6 +73,7 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
         schedule.config,
         layer_timesteps=grids,
         timestep_spacing=config.timestep_spacing,
+        kernel="ddim",
         noise_eta=config.noise_eta,
         noise_scale_type=config.noise_scale_type,
         clip_sample=False,  # a clamp would stop the gradient of every pixel at black or white
@@ -98,6 +99,12 @@ def carry_over(networks: Networks, run: Path) -> None:
         raise ValueError(
             f"init_from={str(run)!r} has networks of another shape than the teacher: give a run of the same teacher"
         ) from error
+    before, now = (each.config.prediction_type for each in (pipeline.scheduler, networks.scheduler))
+    if before != now:
+        raise ValueError(
+            f"init_from={str(run)!r} has a student that predicts {before!r}, and the teacher predicts {now!r}: give a "
+            "run of the same teacher"
+        )
     scale, learned = pipeline.scheduler.config.noise_scale, pipeline.unet_noise_scale
     if learned is not None and networks.noise_scale is None:
         raise ValueError(f"init_from={str(run)!r} has a noise scale per pixel: set noise_scale_type to 'per_pixel'")

@@ -116,7 +116,7 @@ class Progress:
             bridge.scheduler,
             torch.randn(COLUMNS, *bridge.shape, generator=torch.Generator().manual_seed(0)),
             None if labels is None else torch.tensor(labels),
-            min(TEACHER_CALLS, len(bridge.scheduler) // 2),  # a clock may be short
+            min(TEACHER_CALLS, len(bridge.scheduler) // 2),  # a schedule may have few timesteps
         )
         return pairs.end / 2 + 0.5
 

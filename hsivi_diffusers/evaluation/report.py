@@ -53,8 +53,8 @@ class Report:
         floor = "" if self.floor is None else f" Floor: {self._short(self.floor)}, {halves}."
         intro = (
             f"Teacher `{training['teacher']}`. Reference: {self.reference}.{floor} HSIVI was trained "
-            f"without data by the preset `{training.get('preset')}` for {training.get('max_train_steps')} updates. "
-            f"Features: {self.features}."
+            f"{'with' if training.get('train_data') else 'without'} data by the preset `{training.get('preset')}` for "
+            f"{training.get('max_train_steps')} updates. Features: {self.features}."
         )
         text = "\n\n".join([f"# {run_dir.resolve().name}", intro, self._table(), NOTES, measured])
         write_text(run_dir / "report.md", f"{text}\n")

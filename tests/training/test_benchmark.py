@@ -234,6 +234,7 @@ def test_a_baseline_has_at_least_the_cost_of_the_student_of_as_many_calls(folder
     ("method", "config", "words", "students"),
     [
         (PAIRS, "regression", [], ["student"]),
+        (PROGRESSIVE, "progressive", ["--num_stages", "1", "--num_inference_steps", "1"], ["student"]),
         (CONSISTENCY, "consistency", [], ["student", "student_num_inference_steps_2"]),
     ],
 )
@@ -428,6 +429,17 @@ def test_rows_of_a_baseline_of_other_options_are_not_added_to(copied):
         benchmark.main(arguments)
 
 
+def test_a_baseline_that_was_trained_with_other_options_is_not_measured(copied):
+    folder, arguments = copied
+    forget(folder, CONSISTENCY)
+    (folder / "consistency.yaml").write_text(BASELINE.format("consistency") + "learning_rate: 0.5\n")
+    message = (
+        "consistency_seed0 was trained with other options than .*learning_rate: .* -> 0.5.: remove it and its rows"
+    )
+    with pytest.raises(ValueError, match=message):
+        benchmark.main(arguments)
+
+
 def test_a_student_whose_calls_are_not_known_is_no_measure_of_a_baseline(copied):
     folder, arguments = copied
     forget(folder, PROGRESSIVE)
@@ -456,11 +468,14 @@ def test_a_teacher_with_classes_draws_all_of_them_equally(copied, class_teacher,
         asked.append(given[-1])
         return sample(*given)
 
+    monkeypatch.setattr(benchmark, "_call", never)
+    with pytest.raises(ValueError, match="has classes, which no baseline is trained with: leave the baselines out"):
+        benchmark.main([*arguments, f"--teacher={class_teacher}", f"--output_dir={folder / 'classes/refused'}"])
     monkeypatch.setattr(benchmark, "_call", call)
     monkeypatch.setattr(benchmark, "sample", recorded)
     folders = [f"--{kind}_dir={folder / 'classes' / kind}" for kind in ("output", "runs")]
     students = ["--students", str(folder / "student.yaml")]
-    benchmark.main([*given, f"--teacher={class_teacher}", *students, *folders])
+    benchmark.main([*given, f"--teacher={class_teacher}", *students, *folders, "--seeds=2"])
     rows = benchmark_results.read_rows(folder / "classes/output/results.json")
     assert {row["method"] for row in rows} == {REAL, TEACHER, SOLVER, OURS}
     assert asked == [3] * (len(rows) + 1)  # and of the images of the teacher that rows are compared with

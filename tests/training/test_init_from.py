@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVINoiseScale, HSIVIPipeline, HSIVIScheduler, cli, load_teacher
@@ -115,6 +116,14 @@ def test_a_run_of_another_teacher_is_refused(distil, class_run, tmp_path):
     with pytest.raises(ValueError, match="has networks of another shape than the teacher"):
         distil(tmp_path / "run", init_from=class_run)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_student_that_predicts_something_else_than_the_teacher_is_refused(begin, fast_run, teacher, tmp_path):
+    other = shutil.copytree(teacher, tmp_path / "teacher")
+    DDPMScheduler(prediction_type="v_prediction").save_pretrained(other / "scheduler")
+    message = "has a student that predicts 'epsilon', and the teacher predicts 'v_prediction': give a run of the same"
+    with pytest.raises(ValueError, match=message):
+        begin(fast_run, teacher=other)
 
 
 def test_a_teacher_of_no_classes_for_a_run_of_classes_and_the_other_way_are_refused(

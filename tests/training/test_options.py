@@ -239,7 +239,7 @@ def test_the_configs_parse_for_their_programs(name, groups):
     assert differences(options, yaml.safe_load(path.read_text())) == ""
 
 
-@pytest.mark.parametrize("name", ["digits", *SETS])
+@pytest.mark.parametrize("name", ["digits", *SETS, "mnist"])
 def test_the_configs_parse_for_the_benchmark(name):
     from training.benchmarks.images import benchmark
 

@@ -303,8 +303,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch):
     [
         ("--pretrained_teacher_model=", "--pretrained_teacher_model is missing: give a folder or repo id"),
         ("--pretrained_teacher_model=./nowhere", "teacher './nowhere' is not a folder"),
-        ("--num_stages=0", "--num_stages 0 has no effect with --method consistency: it is of progressive, leave it"),
-        ("--num_pairs=7", "--num_pairs 7 has no effect with --method consistency: it is of regression, leave it out"),
+        (
+            "--num_stages=0",
+            "--num_stages 0 has no effect with --method consistency: it belongs to progressive, leave it",
+        ),
+        (
+            "--num_pairs=7",
+            "--num_pairs 7 has no effect with --method consistency: it belongs to regression, leave it out",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(train, argument, message):

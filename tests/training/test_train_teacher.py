@@ -4,6 +4,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
+from hsivi_diffusers.images import load_images, to_model_range
 from training.benchmarks.images import train_teacher, training_loop
 
 
@@ -103,25 +104,33 @@ def test_the_pipeline_knows_what_the_network_predicts(train, trained):
     assert weights(folder).keys() == weights(trained).keys()
 
 
-def test_a_class_conditional_teacher_is_told_the_classes_and_has_its_clock(train, trained, monkeypatch):
-    told, forward = [], train_teacher.UNet2DModel.forward
+def test_a_class_conditional_teacher_is_told_the_classes_of_its_images_and_has_its_clock(train, trained, monkeypatch):
+    told, drawn = [], []
+    forward, add_noise = train_teacher.UNet2DModel.forward, DDPMScheduler.add_noise
 
     def recorded(self, *given, class_labels=None):
         told.append(class_labels)
         return forward(self, *given, class_labels=class_labels)
 
+    def noised(self, clean, *given):
+        drawn.append(clean)
+        return add_noise(self, clean, *given)
+
     monkeypatch.setattr(train_teacher.UNet2DModel, "forward", recorded)
+    monkeypatch.setattr(DDPMScheduler, "add_noise", noised)
     teacher = DDPMPipeline.from_pretrained(train("--class_conditional=true", "--beta_schedule=squaredcos_cap_v2"))
     assert teacher.unet.config.num_class_embeds == 10
     assert teacher.scheduler.config.beta_schedule == "squaredcos_cap_v2"
-    assert len(told) == 3
-    assert all(labels.shape == (4,) and labels.min() >= 0 and labels.max() <= 9 for labels in told)
+    images, labels = load_images("digits", 8, 1)
+    real = to_model_range(images).flatten(1)
+    nearest = torch.cdist(torch.cat(drawn).flatten(1), real).argmin(1)
+    assert torch.equal(labels[nearest], torch.cat(told))
     assert DDPMPipeline.from_pretrained(trained).unet.config.num_class_embeds is None
 
 
 def test_a_class_conditional_teacher_needs_classes(train, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
-    with pytest.raises(ValueError, match="--class_conditional true, and --train_data .* has no classes: leave it out"):
+    with pytest.raises(ValueError, match="--class_conditional true, and --train_data .* has no classes: give a folder"):
         train("--class_conditional=true", f"--train_data={tmp_path}")
 
 

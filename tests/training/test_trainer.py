@@ -360,7 +360,7 @@ def test_a_run_that_needs_an_option_that_is_gone_is_refused(distil, fast_run, tm
     folder = shutil.copytree(fast_run, tmp_path / "run")
     record(folder, **{name: value})
     before = contents(folder)
-    message = f"{name}={value!r} of the recorded run is no option any more, and only a run with {GONE[name]!r} can go"
+    message = f"the run was trained with {name}={value!r}, and the option was removed: finish it with the version"
     for checkpoint in ("latest", folder / "checkpoints" / "checkpoint-5"):
         with pytest.raises(ValueError, match=message) as refused:
             distil(folder, resume_from_checkpoint=checkpoint)

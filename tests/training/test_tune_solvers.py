@@ -1,6 +1,7 @@
 """`training/benchmarks/images/tune_solvers.py` and its spaces."""
 
 import json
+import shutil
 from pathlib import Path
 
 import optuna
@@ -139,6 +140,20 @@ def test_rows_are_kept_and_trials_too(path, arguments, monkeypatch):
     assert grids[3:8] == ["power"] * 5
     usual = {"solver_order": 2, "solver_type": "bh2", "final_sigmas_type": "zero"}
     assert all(usual.items() <= trial.params.items() for trial in study.trials[:8])
+
+
+def test_a_set_starts_from_what_was_found_for_another(path, arguments, tmp_path):
+    shutil.copytree(path.parent, tmp_path / "docs")
+    places = [f"--output_dir={tmp_path / 'docs'}", f"--runs_dir={tmp_path / 'runs'}"]
+    tune_solvers.main(
+        [*arguments, *places, "--dataset=again", "--solvers", "UniPC", "--trials=1", "--mixed_precision=bf16"]
+    )
+    before, now = (
+        row for row in benchmark_results.read_rows(tmp_path / "docs/solvers.json") if row["solver"] == "UniPC"
+    )
+    assert sorted([before["dataset"], now["dataset"]]) == ["again", "digits"]
+    assert now["settings"].keys() == before["settings"].keys()
+    assert now["settings"].get("timesteps", []) == pytest.approx(before["settings"].get("timesteps", []), abs=1)
 
 
 @pytest.mark.parametrize("solver", tune_solvers.CHOICES)

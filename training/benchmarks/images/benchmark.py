@@ -36,6 +36,7 @@ from hsivi_diffusers.options import differences, option, parse_options, run_comm
 
 from . import train_baseline
 from .benchmark_pages import (
+    BASELINES,
     CONSISTENCY,
     OURS,
     PAIRS,
@@ -72,7 +73,7 @@ class Options:
     consistency: str | None = option(None, "config of train_baseline.py of a consistency model")
     baseline_steps: list[int] = option([1, 2, 4], "network calls of the baselines, each of which has a student")
     seeds: list[int] = option([0, 1, 2], "training seeds of the students")
-    baseline_seeds: list[int] = option([0], "training seeds of the baselines, some of those")
+    baseline_seeds: list[int] = option([0], "training seeds of the baselines, each one of --seeds")
     solvers: str = option("docs/benchmarks/solvers.json", "solvers that were tuned, by tune_solvers.py")
     teacher_steps: int = option(100, "network calls of the teacher's converged sampler, DPM-Solver++")
     num_samples: int = option(10_000, "images of each row")
@@ -103,6 +104,7 @@ class Comparison:
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.shown_seeds = options.seeds[0], options.baseline_seeds[0]  # of students, and of baselines
         # What a row tells of its images, and of the teacher's; the noise of a batch depends on its size.
         names = ("num_samples", "batch_size", "eval_seed", "teacher_steps")
         self.drawn = {name: getattr(options, name) for name in names}
@@ -134,15 +136,18 @@ class Comparison:
     def _baselines(self, keys: list[Key]) -> Iterator[Entry]:
         """The baselines that have a config, of which those are refused that none of the students has a row for."""
         options = self.options
-        if lacking := sorted({*options.baseline_seeds} - {*options.seeds}):
+        given = {PAIRS: options.pairs, PROGRESSIVE: options.progressive, CONSISTENCY: options.consistency}
+        configs = {method: config for method, config in given.items() if config is not None}
+        if configs and (lacking := sorted({*options.baseline_seeds} - {*options.seeds})):
             raise ValueError(
                 f"--baseline_seeds has {lacking}, and --seeds has not: a baseline is given the cost of our student of "
                 "the same seed"
             )
-        configs = {PAIRS: options.pairs, PROGRESSIVE: options.progressive, CONSISTENCY: options.consistency}
+        if configs and self.unet.config.num_class_embeds:
+            raise ValueError(
+                f"{options.teacher} has classes, which no baseline is trained with: leave the baselines out"
+            )
         for method, config in configs.items():
-            if config is None:
-                continue
             counts = [1] if method == PAIRS else options.baseline_steps
             make = self._make_consistency if method == CONSISTENCY else self._make_baseline
             if lacking := [nfe for nfe in counts if (OURS, nfe, options.seeds[0]) not in keys]:
@@ -228,6 +233,11 @@ class Comparison:
         seconds, calls = self._cost_of(counts, seed)
         limit = [f"--max_train_seconds={seconds}", f"--min_network_calls={calls}", *RESUME]
         folder, costs = self._train(config, seed, f"{__package__}.train_baseline", limit)
+        if changed := differences(costs, train_baseline.settings_of(config)):
+            raise ValueError(
+                f"{folder} was trained with other options than {config} has ({changed}): remove it and its rows, or "
+                "name another --runs_dir and --output_dir"
+            )
         if (costs["max_train_seconds"], costs["min_network_calls"]) != (seconds, calls):
             raise ValueError(
                 f"{folder} was not given the cost of what it is compared with, {seconds} s and {calls} "
@@ -272,7 +282,7 @@ class Comparison:
                 **entry.told,
                 "measured": measured_on(),
             }
-            if entry.seed in (None, self.options.seeds[0]) and is_shown(entry.method, entry.nfe):
+            if entry.seed in (None, self.shown_seeds[entry.method in BASELINES]) and is_shown(entry.method, entry.nfe):
                 self.results.keep_images(name, images[:16], self.real)  # before the row
             self.results.add(row)
 

@@ -52,8 +52,14 @@ def write_pages(folder: Path) -> None:
 
 
 def fill_readme(folder: Path, readme: Path) -> None:
-    """Fills the tables of a page by FOLDER/results.json."""
-    tables = make_tables(in_sets(read_rows(folder / "results.json")))
+    """Fills the tables of a page by FOLDER/results.json.
+
+    Raises:
+        ValueError: There are no results.
+    """
+    if not (rows := read_rows(folder / "results.json")):
+        raise ValueError(f"{folder / 'results.json'} is missing: run the benchmark first, in the folder of the clone")
+    tables = make_tables(in_sets(rows))
     write_text(readme, fill_tables(readme.read_text(encoding="utf-8"), tables))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from hsivi_diffusers.distillation.config import HSIVIConfig
+from hsivi_diffusers.distillation.config import HSIVIConfig, complete
 from hsivi_diffusers.folders import in_turn, write_json
 from hsivi_diffusers.options import differences
 
@@ -60,7 +60,7 @@ class Results:
             if config is None:
                 continue
             before = HSIVIConfig(**{name: recipe[name] for name in RECIPE}).settings()
-            if other := differences({**before, **recipe, "seed": config.seed}, config.settings()):
+            if other := differences(complete({**before, **recipe, "seed": config.seed}), config.settings()):
                 raise ValueError(
                     f"{self.path} has {row['method']} at {row['nfe']}, seed {row['train_seed']}, of other options than "
                     f"--students have now ({other}): remove that row, or name another --output_dir"

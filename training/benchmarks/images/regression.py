@@ -15,7 +15,7 @@ from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.denoisers import sample_shape
 from hsivi_diffusers.distillation.networks import make_scheduler
-from hsivi_diffusers.distillation.pairs import PAIR_CALLS, TeacherPairs, image_loss
+from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss
 from hsivi_diffusers.distillation.student import UNetLayers
 from hsivi_diffusers.vi import step_generator
 
@@ -55,7 +55,7 @@ class PairRegression(Baseline):
     def pairs(self) -> TeacherPairs:
         """Pairs of the seed."""
         noise = torch.randn(self.num_pairs, *self.shape, generator=step_generator(self.seed, 0, -1))
-        return TeacherPairs(self.teacher, self.layers.scheduler, noise, None, PAIR_CALLS, show=True)
+        return TeacherPairs(self.teacher, self.layers.scheduler, noise, None, show=True)
 
     def loss(self, clean: Tensor) -> Tensor:
         """Returns the loss of as many pairs as there are real images, which it does not look at."""

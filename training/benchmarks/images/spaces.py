@@ -78,8 +78,8 @@ def make_spaces(classifier: Path, real: Tensor, labels: Tensor) -> list[Space]:
 
     Args:
         classifier: Folder of the ImageClassifier of the set.
-        real: Its images in [0, 1], shape (N, C, H, W); those of 8x8 have an MLP as the independent network, larger
-            ones EfficientNet-Lite0, whose KID is taken.
+        real: Its images in [0, 1], shape (N, C, H, W); those below 32x32 have an MLP as the independent network,
+            larger ones EfficientNet-Lite0, whose KID is taken.
         labels: Their classes, shape (N,).
     """
     own = _space("classifier", "fd", ImageClassifier.from_pretrained(classifier), real)

@@ -44,7 +44,11 @@ from .training_loop import TrainingLoop
 EMA_DECAY, MAX_GRAD_NORM = 0.995, 1.0
 WRITTEN = ("training.json", "pipeline")
 OF_METHOD = {"num_inference_steps": "progressive", "num_stages": "progressive", "num_pairs": "regression"}
-LENGTH = ("max_train_seconds", "min_network_calls")
+# What a benchmark gives, see `settings_of`.
+GIVEN = (
+    *("pretrained_teacher_model", "num_inference_steps", "seed"),
+    *("max_train_steps", "max_train_seconds", "min_network_calls"),
+)
 
 
 @dataclass
@@ -72,13 +76,16 @@ class Training:
     mixed_precision: Literal["no", "bf16"] = option("no", "precision of the networks")
 
 
+def settings_of(config: str) -> dict[str, Any]:
+    """The settings of a config, but for those that a benchmark gives."""
+    teacher, training, _ = parse_options([Teacher, Training, Output], "", ["--config", *shlex.split(config)])
+    return {name: value for name, value in flatten([teacher, training]).items() if name not in GIVEN}
+
+
 def recipe_of(config: str) -> dict[str, Any]:
     """Method and settings of a config that are not the defaults, but for those that a benchmark gives."""
-    teacher, training, _ = parse_options([Teacher, Training, Output], "", ["--config", *shlex.split(config)])
-    settings, usual = flatten([teacher, training]), flatten([Teacher(), Training()])
-    given = ("pretrained_teacher_model", "num_inference_steps", "seed", "max_train_steps", *LENGTH)
-    chosen = {name: value for name, value in settings.items() if value != usual[name] and name not in given}
-    return {"method": training.method, **chosen}
+    settings, usual = settings_of(config), flatten([Teacher(), Training()])
+    return {name: value for name, value in settings.items() if name == "method" or value != usual[name]}
 
 
 def make_distillation(name: str, training: Training, device: torch.device) -> Baseline:
@@ -131,14 +138,14 @@ def train(
 
 
 def check_options(teacher: Teacher, training: Training, run: Output) -> None:
-    """Refuses, before any work, what could not run, or would have no effect."""
+    """Refuses, before any work, what could not run, or is of another method."""
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
     for name, method in OF_METHOD.items():
         value, default = getattr(training, name), getattr(Training, name)
         if value != default and training.method != method:
             raise ValueError(
-                f"--{name} {value} has no effect with --method {training.method}: it is of {method}, leave it out"
+                f"--{name} {value} has no effect with --method {training.method}: it belongs to {method}, leave it out"
             )
         if value < 1:
             raise ValueError(f"--{name} {value}: give a number of at least 1")

@@ -50,7 +50,7 @@ class Network:
     prediction_type: Literal["epsilon", "v_prediction"] = option(
         "epsilon", "what the network predicts: the noise, or the velocity, accurate also at the highest noise"
     )
-    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = option("linear", "clock: linear, or cosine")
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = option("linear", "noise schedule: linear, or cosine")
     class_conditional: bool = option(False, "tell the network the class of an image")
 
 
@@ -86,8 +86,8 @@ def load_data(data: Data, network: Network) -> tuple[Tensor, Tensor | None]:
     images, labels = load_images(data.train_data, data.resolution, data.channels)
     if network.class_conditional and labels is None:
         raise ValueError(
-            f"--class_conditional true, and --train_data {data.train_data} has no classes: leave it out, or give a "
-            "folder with one subfolder per class"
+            f"--class_conditional true, and --train_data {data.train_data} has no classes: give a folder with "
+            "one subfolder per class, or leave --class_conditional out"
         )
     return to_model_range(images), labels if network.class_conditional else None
 

@@ -71,7 +71,7 @@ class Options:
     num_samples: int = option(5000, "images that what was found is measured by")
     eval_seed: int = option(0, "seed of their noise")
     batch_size: int = option(500, "images at once")
-    mixed_precision: Literal["no", "bf16"] = option("no", "precision of the teacher in the trials")
+    mixed_precision: Literal["no", "bf16"] = option("no", "precision of the trials")
     output_dir: str = option("docs/benchmarks", "folder of solvers.json")
     runs_dir: str = option("runs/solvers", "folder of the trials")
 
@@ -133,7 +133,10 @@ class Tuning:
             "tuned": self.distances(self.draw(*given, **settings)),
             "stock": self.distances(self.draw(*given)),
             "floor": {space.name: space.floor(options.num_samples) for space in self.spaces},
-            **{name: getattr(options, name) for name in ("num_samples", "eval_seed", "tuning_samples", "tuning_seed")},
+            **{
+                name: getattr(options, name)
+                for name in ("num_samples", "eval_seed", "tuning_samples", "tuning_seed", "mixed_precision")
+            },
             "trials": options.trials,
             "measured": measured_on(),
         }
@@ -147,7 +150,7 @@ def first_trials(solver: str) -> list[dict[str, Any]]:
 
 
 def as_trial(solver: str, settings: dict[str, Any], clock: int) -> dict[str, Any]:
-    """The trial that has the settings of a row: `suggest` the other way about, so that a set starts from others."""
+    """The trial of nearly the settings of a row: `suggest` the other way about, so that a set starts from others."""
     names = [*CHOICES[solver], "final_sigmas_type"]
     chosen = {name: settings[name] for name in names if name in settings}
     if "timesteps" not in settings:
