@@ -104,7 +104,6 @@ class Comparison:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.shown_seeds = options.seeds[0], options.baseline_seeds[0]  # of students, and of baselines
         # What a row tells of its images, and of the teacher's; the noise of a batch depends on its size.
         names = ("num_samples", "batch_size", "eval_seed", "teacher_steps")
         self.drawn = {name: getattr(options, name) for name in names}
@@ -157,7 +156,8 @@ class Comparison:
                 )
             told = {"recipe": train_baseline.recipe_of(config)}
             for seed, nfe in product(options.baseline_seeds, counts):
-                yield Entry(method, nfe, seed, partial(make, config, nfe, seed), told=told)
+                words = f"{config} --num_inference_steps {nfe}" if method == PROGRESSIVE else config
+                yield Entry(method, nfe, seed, partial(make, words, nfe, seed), told=told)
 
     def _costless(self, sampler: Sampler) -> tuple[Sampler, Costs]:
         return sampler, {}
@@ -218,8 +218,7 @@ class Comparison:
 
     def _make_baseline(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
         """A progressive distillation to so many calls, or a regression on pairs, whose student takes one."""
-        told = "" if nfe == 1 and config == self.options.pairs else f" --num_inference_steps {nfe}"
-        folder, costs = self._train_as_long(f"{config}{told}", [nfe], seed)
+        folder, costs = self._train_as_long(config, [nfe], seed)
         return make_student(HSIVIPipeline.from_pretrained(folder / "pipeline"), nfe), costs
 
     def _make_consistency(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
@@ -282,7 +281,8 @@ class Comparison:
                 **entry.told,
                 "measured": measured_on(),
             }
-            if entry.seed in (None, self.shown_seeds[entry.method in BASELINES]) and is_shown(entry.method, entry.nfe):
+            seeds = self.options.baseline_seeds if entry.method in BASELINES else self.options.seeds
+            if entry.seed in (None, seeds[0]) and is_shown(entry.method, entry.nfe):
                 self.results.keep_images(name, images[:16], self.real)  # before the row
             self.results.add(row)
 

@@ -129,13 +129,12 @@ def distance(rows: list[Row], space: str, kind: str = "distances") -> str:
 def summary_table(rows: list[Row]) -> str:
     """Distances at each number of calls, of the tuned solver, the baseline that is best in the space, and ours."""
     groups, spaces = grouped(rows), [*rows[0]["distances"]]
-    counts = sorted({nfe for method, nfe in groups if method in (SOLVER, OURS)})
     lines = []
-    for nfe in counts:
+    for nfe in counts_of(groups):
         cells = []
         for space in spaces:
-            solver, ours = (distance(groups.get((method, nfe), []), space) for method in (SOLVER, OURS))
-            cells += [solver, best_baseline(groups, nfe, space), f"**{ours}**" if ours else ""]
+            solver = distance(groups.get((SOLVER, nfe), []), space)
+            cells += [solver, best_baseline(groups, nfe, space), of_ours(groups, nfe, space)]
         lines.append([nfe, *cells])
     heads = [f"{space}: {word}" for space in spaces for word in ("tuned solver", "best baseline", "ours")]
     return write_table(["calls", *heads], LABELS, lines)
@@ -146,11 +145,22 @@ def glance_table(sets: dict[str, list[Row]]) -> str:
     lines = []
     for name, rows in sets.items():
         groups, (space, *_) = grouped(rows), rows[0]["distances"]
-        for nfe in sorted({nfe for method, nfe in groups if method in (SOLVER, OURS)}):
-            solver, ours = groups.get((SOLVER, nfe), []), distance(groups.get((OURS, nfe), []), space)
+        for nfe in counts_of(groups):
+            solver = groups.get((SOLVER, nfe), [])
             told = f"{distance(solver, space)} {solver[0]['solver']}" if solver else ""
-            lines.append([name, nfe, told, best_baseline(groups, nfe, space), f"**{ours}**" if ours else ""])
+            lines.append([name, nfe, told, best_baseline(groups, nfe, space), of_ours(groups, nfe, space)])
     return write_table(["set", "calls", "tuned solver", "best baseline", OURS], ("set",), lines)
+
+
+def counts_of(groups: dict[Group, list[Row]]) -> list[int]:
+    """The numbers of calls of the tuned solver and of ours, ascending."""
+    return sorted({nfe for method, nfe in groups if method in (SOLVER, OURS)})
+
+
+def of_ours(groups: dict[Group, list[Row]], nfe: int, space: str) -> str:
+    """The distance of ours in a space at so many calls, bold; nothing without rows."""
+    ours = distance(groups.get((OURS, nfe), []), space)
+    return f"**{ours}**" if ours else ""
 
 
 def best_baseline(groups: dict[Group, list[Row]], nfe: int, space: str) -> str:

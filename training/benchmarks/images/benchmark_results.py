@@ -59,8 +59,7 @@ class Results:
             config, recipe = students.get(key_of(row)), row["recipe"]
             if config is None:
                 continue
-            before = HSIVIConfig(**{name: recipe[name] for name in RECIPE}).settings()
-            if other := differences(complete({**before, **recipe, "seed": config.seed}), config.settings()):
+            if other := differences(complete({**recipe, "seed": config.seed}), config.settings()):
                 raise ValueError(
                     f"{self.path} has {row['method']} at {row['nfe']}, seed {row['train_seed']}, of other options than "
                     f"--students have now ({other}): remove that row, or name another --output_dir"
