@@ -1,5 +1,7 @@
 """Networks with exact answers, of pixels that are independent N(MEAN, STD^2): a teacher of them, and its ODE."""
 
+from types import SimpleNamespace
+
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
@@ -10,6 +12,7 @@ class Network(torch.nn.Module):
     """Answers with a given clean image, in the prediction of the schedule; one parameter shifts the answer."""
 
     device, dtype = torch.device("cpu"), torch.float32
+    config = SimpleNamespace(num_class_embeds=None)
 
     def __init__(self, schedule):
         super().__init__()

@@ -91,7 +91,7 @@ def test_the_exact_student_of_the_last_stage_draws_what_the_first_teacher_does_i
 def test_errors_at_little_noise_weigh_by_the_ratio_of_signal_to_noise_and_at_more_by_one():
     made = gaussian_distillation(num_steps=1, num_stages=1)
     made.student = exact_students(made)[1]
-    made.aim = lambda z, t, u, s: made.student.clean(z, t) - 0.5
+    made.aim = lambda z, t, u, s, condition: made.student.clean(z, t) - 0.5
     for timestep in (600, 20):
         made.grid = torch.tensor([timestep, 10, 0])
         made.student.grid = made.grid
@@ -134,7 +134,7 @@ def test_the_steps_of_a_stage_are_twice_those_of_its_teacher(monkeypatch, stage,
     made.student = Network(made.schedule)
     made.student.clean = lambda x, timestep: x
 
-    def aim(z, t, u, s):
+    def aim(z, t, u, s, condition):
         seen.append(torch.stack([t, u, s]))
         return z
 

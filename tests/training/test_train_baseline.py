@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler
+from PIL import Image
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
@@ -71,7 +72,7 @@ def make_method(method, unet):
 def run_for(distillation, training, folder):
     """Trains on ten images of noise."""
     images, output = torch.randn(10, 1, 8, 8), Output(str(folder))
-    return train_baseline.train(distillation, images, training, output, Accelerator(), {})
+    return train_baseline.train(distillation, images, None, training, output, Accelerator(), {})
 
 
 @pytest.fixture
@@ -129,6 +130,55 @@ def test_the_network_calls_are_the_rows_that_the_networks_see(unet, tmp_path, me
     assert sum(rows) == distillation.calls_per_image * 3 * 5 + pairs
 
 
+# ----- classes -----
+
+
+def test_the_loss_of_a_class_is_that_of_a_network_which_has_its_embedding_as_a_bias(method):
+    classes = 1 if method == "regression" else 3  # its pairs take the classes in turn
+    labelled = make_unet(num_class_embeds=classes)
+    plain = make_unet()
+    weights = labelled.state_dict()
+    embedding = weights.pop("class_embedding.weight")[-1]
+    plain.load_state_dict(weights)
+    plain.time_embedding.linear_2.bias.data += embedding
+    clean, losses = torch.rand(6, 1, 8, 8), []
+    for unet, condition in [(labelled, torch.full((6,), classes - 1)), (plain, None)]:
+        torch.manual_seed(4)
+        losses.append(make_method(method, unet).loss(clean, condition))
+    assert torch.isclose(*losses, rtol=1e-4)
+
+
+def test_images_are_drawn_with_their_classes(unet, tmp_path, monkeypatch, method):
+    distillation, seen = make_method(method, unet), []
+
+    def loss(clean, condition):
+        seen.append((clean[:, 0, 0, 0], condition))
+        return distillation.student.conv_in.weight.sum()
+
+    monkeypatch.setattr(distillation, "loss", loss)
+    classes = torch.arange(10)
+    images = classes[:, None, None, None] * torch.ones(10, 1, 8, 8)
+    train_baseline.train(
+        distillation, images, classes, Training(max_train_steps=2), Output(tmp_path), Accelerator(), {}
+    )
+    assert len(seen) == 2
+    assert all(torch.equal(values.long(), condition) and len(values.unique()) > 3 for values, condition in seen)
+
+
+def test_a_teacher_with_classes_is_trained_from_images_of_these_classes(train, class_teacher, tmp_path, method):
+    teacher = f"--pretrained_teacher_model={class_teacher}"
+    with pytest.raises(ValueError, match="--train_data digits has 10 classes, and the teacher 3: give images of"):
+        train(f"--method={method}", teacher)
+    for name in range(3):
+        (tmp_path / f"images/{name}").mkdir(parents=True)
+        Image.new("L", (8, 8), 80 * name).save(tmp_path / f"images/{name}/0.png")
+    folder = train(f"--method={method}", teacher, f"--train_data={tmp_path / 'images'}")
+    assert DiffusionPipeline.from_pretrained(folder / "pipeline").unet.config.num_class_embeds == 3
+    Image.new("L", (8, 8)).save(tmp_path / "images/0.png")  # not in a folder of a class
+    with pytest.raises(ValueError, match="has no classes, and the teacher 3"):
+        train(f"--method={method}", teacher, f"--train_data={tmp_path / 'images'}")
+
+
 # ----- runs -----
 
 
@@ -180,7 +230,8 @@ def test_pairs_that_a_run_makes_again_take_none_of_its_time(unet, tmp_path, monk
 
     def run():
         distillation = PairRegression(unet, HSIVIScheduler(), 9)
-        return train_baseline.train(distillation, torch.zeros(10, 1, 8, 8), training, output, Accelerator(), {})
+        images = torch.zeros(10, 1, 8, 8)
+        return train_baseline.train(distillation, images, None, training, output, Accelerator(), {})
 
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoints, "save", interrupted)
@@ -335,12 +386,12 @@ def test_a_folder_named_like_the_organisation_of_a_repo_is_no_teacher(tmp_path, 
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_class_embeds": 3}, {"out_channels": 2}, {"in_channels": 2, "out_channels": 2}, {"sample_size": (8, 16)}],
-    ids=["classes", "learned variance", "two channels", "wide"],
+    [{"out_channels": 2}, {"in_channels": 2, "out_channels": 2}, {"sample_size": (8, 16)}],
+    ids=["learned variance", "two channels", "wide"],
 )
 def test_a_teacher_that_does_not_suit_is_refused(train, tmp_path, options):
     DDPMPipeline(unet=make_unet(**options), scheduler=DDPMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has classes, a learned variance, or images of another shape"):
+    with pytest.raises(ValueError, match="has a learned variance, or images of another shape"):
         train(f"--pretrained_teacher_model={tmp_path}")
 
 

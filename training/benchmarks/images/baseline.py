@@ -34,8 +34,8 @@ class Baseline(ABC):
         self.student = copy.deepcopy(teacher).requires_grad_(True).train()
 
     @abstractmethod
-    def loss(self, clean: Tensor) -> Tensor:
-        """Returns the loss of a batch of real images, shape (B, C, H, W)."""
+    def loss(self, clean: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Returns the loss of a batch of real images, shape (B, C, H, W), and their class labels, shape (B,)."""
 
     @abstractmethod
     def pipeline(self) -> DiffusionPipeline:

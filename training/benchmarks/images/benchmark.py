@@ -142,10 +142,6 @@ class Comparison:
                 f"--baseline_seeds has {lacking}, and --seeds has not: a baseline is given the cost of our student of "
                 "the same seed"
             )
-        if configs and self.unet.config.num_class_embeds:
-            raise ValueError(
-                f"{options.teacher} has classes, which no baseline is trained with: leave the baselines out"
-            )
         for method, config in configs.items():
             counts = [1] if method == PAIRS else options.baseline_steps
             make = self._make_consistency if method == CONSISTENCY else self._make_baseline

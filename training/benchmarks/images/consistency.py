@@ -19,6 +19,7 @@ from diffusers import DDPMPipeline, LCMScheduler, UNet2DModel
 from torch import Tensor
 
 from hsivi_diffusers import HSIVIScheduler
+from hsivi_diffusers.distillation.denoisers import call_unet
 
 from .baseline import Baseline, default_start
 
@@ -53,33 +54,40 @@ class ConsistencyDistillation(Baseline):
         self.stride = len(self.sampler.betas) // num_timesteps
         self.parts = {"student": self.student, "target": self.target}
 
-    def consistency(self, unet: UNet2DModel, schedule: HSIVIScheduler, x: Tensor, timestep: Tensor) -> Tensor:
+    def consistency(
+        self,
+        unet: UNet2DModel,
+        schedule: HSIVIScheduler,
+        x: Tensor,
+        timestep: Tensor,
+        condition: Tensor | None = None,
+    ) -> Tensor:
         """Returns f(x, t) = c_skip(t) x + c_out(t) x0(x, t), shape (B, C, H, W), for timesteps (B,)."""
-        x0, _ = schedule.predict(unet(x, timestep).sample, timestep, x)
+        x0, _ = schedule.predict(call_unet(unet, x, timestep, condition), timestep, x)
         c_skip, c_out = self.sampler.get_scalings_for_boundary_condition_discrete(timestep[:, None, None, None])
         f: Tensor = c_skip * x + c_out * x0
         return f
 
-    def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
+    def predict(self, x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns f of the student, shape (B, C, H, W). No clipping, which would stop the gradient."""
-        return self.consistency(self.student, self.unclipped, x, timestep)
+        return self.consistency(self.student, self.unclipped, x, timestep, condition)
 
     @torch.no_grad()
-    def aim(self, x: Tensor, timestep: Tensor) -> Tensor:
+    def aim(self, x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns f of the target one step of the teacher further down, as it would be sampled."""
         below = (timestep - self.stride).clamp_min(0)
-        x0, noise = self.schedule.predict(self.teacher(x, timestep).sample, timestep, x)
+        x0, noise = self.schedule.predict(call_unet(self.teacher, x, timestep, condition), timestep, x)
         down = self.schedule.add_noise(x0, noise, below)
-        x0_below, _ = self.schedule.predict(self.teacher(down, below).sample, below, down)
+        x0_below, _ = self.schedule.predict(call_unet(self.teacher, down, below, condition), below, down)
         x0 = (x0 + x0_below) / 2
         alpha, sigma = self.schedule.alpha_sigma(timestep, x)
         down = self.schedule.add_noise(x0, (x - alpha * x0) / sigma, below)
-        return self.consistency(self.target, self.schedule, down, below)
+        return self.consistency(self.target, self.schedule, down, below, condition)
 
-    def loss(self, clean: Tensor) -> Tensor:
+    def loss(self, clean: Tensor, condition: Tensor | None = None) -> Tensor:
         timestep = self.grid[torch.randint(len(self.grid), (len(clean),), device=clean.device)]
         x = self.schedule.add_noise(clean, torch.randn_like(clean), timestep)
-        return distance(self.predict(x, timestep), self.aim(x, timestep))
+        return distance(self.predict(x, timestep, condition), self.aim(x, timestep, condition))
 
     @torch.no_grad()
     def begin_update(self, share: float) -> None:

@@ -16,6 +16,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+from hsivi_diffusers.distillation.denoisers import call_unet
 
 from .baseline import Baseline, default_start
 
@@ -54,26 +55,26 @@ class ProgressiveDistillation(Baseline):
         self.grid = self.grid.to(teacher.device)
         self.parts = {"student": self.student, "teacher": self.teacher, "stage": nn.ParameterList([self.stage])}
 
-    def loss(self, clean: Tensor) -> Tensor:
+    def loss(self, clean: Tensor, condition: Tensor | None = None) -> Tensor:
         stride = 2 ** (int(self.stage) + 1)
         place = stride * torch.randint((len(self.grid) - 1) // stride, (len(clean),), device=clean.device)
         t, u, s = (self.grid[place + part * stride // 2] for part in range(3))
         z = self.schedule.add_noise(clean, torch.randn_like(clean), t)
-        aim = self.aim(z, t, u, s)
-        x0, _ = self.unclipped.predict(self.student(z, t).sample, t, z)
+        aim = self.aim(z, t, u, s, condition)
+        x0, _ = self.unclipped.predict(call_unet(self.student, z, t, condition), t, z)
         alpha, sigma = self.schedule.alpha_sigma(t, z)
         return ((alpha / sigma).square().clamp_min(1) * (x0 - aim).square()).mean()
 
     @torch.no_grad()
-    def aim(self, z: Tensor, t: Tensor, u: Tensor, s: Tensor) -> Tensor:
+    def aim(self, z: Tensor, t: Tensor, u: Tensor, s: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns the clean image with which one DDIM step from t to s ends where two of the teacher do."""
-        end = self.step(self.step(z, t, u), u, s)
+        end = self.step(self.step(z, t, u, condition), u, s, condition)
         aim: Tensor = self.schedule.coefficients(t, z, s).invert(end, z)[0]
         return aim
 
-    def step(self, z: Tensor, timestep: Tensor, below: Tensor) -> Tensor:
+    def step(self, z: Tensor, timestep: Tensor, below: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns the teacher's DDIM step between timesteps of shape (B,)."""
-        x0, _ = self.schedule.predict(self.teacher(z, timestep).sample, timestep, z)
+        x0, _ = self.schedule.predict(call_unet(self.teacher, z, timestep, condition), timestep, z)
         layer = self.schedule.coefficients(timestep, z, below)
         mean: Tensor = layer.mean(x0, layer.noise_in(z, x0))
         return mean

@@ -53,15 +53,18 @@ class PairRegression(Baseline):
 
     @cached_property
     def pairs(self) -> TeacherPairs:
-        """Pairs of the seed."""
+        """Pairs of the seed, with the classes in turn."""
         noise = torch.randn(self.num_pairs, *self.shape, generator=step_generator(self.seed, 0, -1))
-        return TeacherPairs(self.teacher, self.layers.scheduler, noise, None, show=True)
+        classes = self.teacher.config.num_class_embeds
+        condition = torch.arange(self.num_pairs) % classes if classes else None
+        return TeacherPairs(self.teacher, self.layers.scheduler, noise, condition, show=True)
 
-    def loss(self, clean: Tensor) -> Tensor:
+    def loss(self, clean: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns the loss of as many pairs as there are real images, which it does not look at."""
         t = torch.zeros(len(clean), dtype=torch.long)
-        x_next, end, _ = self.pairs.sample(t)
-        loss: Tensor = self.image_loss(self.layers(x_next, t.to(x_next.device)).mean - end, t.to(x_next.device))
+        x_next, end, condition = self.pairs.sample(t)
+        t = t.to(x_next.device)
+        loss: Tensor = self.image_loss(self.layers(x_next, t, condition).mean - end, t)
         return loss.mean()
 
     def restore(self) -> None:

@@ -5,8 +5,8 @@
 
 See `consistency`, `progressive` and `regression` for the losses; the first two use real images. AdamW has a learning
 rate that is warmed up and falls as a cosine, in each stage of a progressive distillation; gradients are clipped at norm
-1, and the weights that are saved are averaged with decay 0.995. The teacher makes pixels, without classes, and so
-without guidance.
+1, and the weights that are saved are averaged with decay 0.995. The teacher makes pixels; where it has classes, the
+images of --train_data have the same ones. Nothing is guided.
 
 Writes OUTPUT_DIR/pipeline, OUTPUT_DIR/checkpoints and OUTPUT_DIR/training.json. It is one process. With
 --max_train_steps a run is a function of its seed; with --max_train_seconds the clock ends it. A run that is stopped
@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers import UNet2DModel
 from torch import Tensor
 
 from hsivi_diffusers import load_teacher
@@ -93,10 +94,10 @@ def make_distillation(name: str, training: Training, device: torch.device) -> Ba
     unet, schedule = load_teacher(name)
     channels, height, width = sample_shape(unet)
     learned_variance = unet.config.out_channels != channels
-    if unet.class_embedding is not None or learned_variance or channels not in (1, 3) or height != width:
+    if learned_variance or channels not in (1, 3) or height != width:
         raise ValueError(
-            f"teacher {name!r} has classes, a learned variance, or images of another shape than --train_data: give one "
-            "of square images with 1 or 3 channels, which predicts as many"
+            f"teacher {name!r} has a learned variance, or images of another shape than --train_data: give one of "
+            "square images with 1 or 3 channels, which predicts as many"
         )
     unet.to(device)
     if training.method == "consistency":
@@ -105,6 +106,21 @@ def make_distillation(name: str, training: Training, device: torch.device) -> Ba
         return PairRegression(unet, schedule, training.num_pairs, start=training.start_timestep, seed=training.seed)
     steps = training.num_inference_steps, training.num_stages
     return ProgressiveDistillation(unet, schedule, *steps, start=training.start_timestep)
+
+
+def load_data(source: str, unet: UNet2DModel, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Images in [-1, 1] of the shape of a teacher's, (N, C, H, W), and, if it has classes, theirs, (N,)."""
+    channels, size, _ = sample_shape(unet)
+    images, labels = load_images(source, size, channels)
+    images, number = to_model_range(images).to(device), unet.config.num_class_embeds
+    if not number:
+        return images, None
+    if labels is None or int(labels.max()) >= number:
+        found = "no classes" if labels is None else f"{int(labels.max()) + 1} classes"
+        raise ValueError(
+            f"--train_data {source} has {found}, and the teacher {number}: give images of the classes of the teacher"
+        )
+    return images, labels.to(device)
 
 
 def learning_rate(step: int, share: float, training: Training) -> float:
@@ -117,12 +133,16 @@ def learning_rate(step: int, share: float, training: Training) -> float:
 def train(
     distillation: Baseline,
     images: Tensor,
+    classes: Tensor | None,
     training: Training,
     run: Output,
     accelerator: Accelerator,
     identity: dict[str, Any],
 ) -> tuple[int, float]:
-    """Trains on images, shape (N, C, H, W); leaves the student the averaged weights, returns updates and seconds."""
+    """Trains on images, (N, C, H, W), and their classes, (N,), if the teacher has any.
+
+    Leaves the student the averaged weights; returns updates and seconds.
+    """
     student = distillation.student
     optimizer = torch.optim.AdamW(student.parameters(), lr=training.learning_rate, weight_decay=0.0)
     loop = TrainingLoop(run, accelerator, student, optimizer, EMA_DECAY, identity, **distillation.parts)
@@ -130,9 +150,10 @@ def train(
     for share in loop.updates(training.max_train_steps, training.max_train_seconds, least, distillation.restore):
         distillation.begin_update(share)
         optimizer.param_groups[0]["lr"] = learning_rate(loop.steps, share, training)
-        clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
+        rows = torch.randint(len(images), (training.train_batch_size,), device=images.device)
+        condition = None if classes is None else classes[rows]
         with torch.autocast(images.device.type, torch.bfloat16, enabled=training.mixed_precision == "bf16"):
-            loss = distillation.loss(clean)
+            loss = distillation.loss(images[rows], condition)
         loop.descend(loss, MAX_GRAD_NORM)
     return loop.steps, loop.seconds
 
@@ -168,13 +189,11 @@ def main(args: list[str] | None = None) -> None:
         accelerator = Accelerator()
         set_seed(training.seed)
         distillation = make_distillation(teacher.pretrained_teacher_model, training, accelerator.device)
-        channels, size, _ = sample_shape(distillation.teacher)
-        images, _ = load_images(teacher.train_data, size, channels)
-        images = to_model_range(images).to(accelerator.device)
+        images, classes = load_data(teacher.train_data, distillation.teacher, accelerator.device)
         settings = flatten([teacher, training])
         start_run(run, settings, WRITTEN)
         identity = {**settings, "teacher_sha256": fingerprint(distillation.teacher, distillation.schedule)}
-        steps, seconds = train(distillation, images, training, run, accelerator, identity)
+        steps, seconds = train(distillation, images, classes, training, run, accelerator, identity)
         save(distillation, output_dir)
         calls = distillation.calls_per_image * steps * training.train_batch_size  # forward passes of an image
         calls += training.num_pairs * PAIR_CALLS if training.method == "regression" else 0
