@@ -105,6 +105,21 @@ def test_each_solver_has_a_row_that_is_as_good_as_its_stock_settings(path):
         assert row["tuned"]["classifier"] < row["stock"]["classifier"]
 
 
+def test_stock_settings_that_are_better_than_those_of_the_trials_are_kept(arguments, tmp_path, monkeypatch):
+    def found_bad(self, solver, calls, trial):
+        trial.set_user_attr("settings", {"timesteps": [30, 20]})
+        return 0.0
+
+    monkeypatch.setattr(tune_solvers.Tuning, "score", found_bad)
+    given = [*arguments, "--solvers", "UniPC", f"--output_dir={tmp_path / 'docs'}", f"--runs_dir={tmp_path / 'runs'}"]
+    tune_solvers.main([*given, "--trials=1"])
+    (row,) = benchmark_results.read_rows(tmp_path / "docs/solvers.json")
+    assert row["settings"] == {}
+    assert row["tuned"] == row["stock"]
+    assert "| 2 | UniPC |" in (tmp_path / "docs/solvers.md").read_text()
+    tune_solvers.main([*given, "--dataset=other", "--trials=1"])  # which starts from grids alone
+
+
 def test_the_page_has_the_best_solver_of_each_count_and_all_of_them(path):
     rows, text = benchmark_results.read_rows(path), (path.parent / "solvers.md").read_text()
     best, every = text.split("<!-- table: all_solvers_digits -->")
