@@ -37,7 +37,7 @@ test-slow: $(VENV)/installed
 # What docs/benchmarks/results.json has is not measured again: BENCHMARK=--output_dir=runs/again measures again, with the
 # trainings that are there.
 benchmark: $(VENV)/installed
-	for set in digits fashion emoji; do \
+	for set in digits fashion emoji mnist; do \
 		$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_$$set.yaml $(BENCHMARK) || exit; \
 	done
 	$(BIN)/python -m training.benchmarks.images.benchmark_pages

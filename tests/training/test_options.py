@@ -230,7 +230,7 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
             for method in BASELINES
         ],
         *[(f"{name}_classifier", [train_classifier.Training]) for name in SETS],
-        *[(f"solvers_{name}", [tune_solvers.Options]) for name in ("digits", "fashion", "mnist")],
+        *[(f"solvers_{name}", [tune_solvers.Options]) for name in ("digits", *SETS)],
     ],
 )
 def test_the_configs_parse_for_their_programs(name, groups):
@@ -263,7 +263,7 @@ def test_no_config_is_left_untested():
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
         *[f"digits_{part}.yaml" for part in ("t5", "t1248", "evaluation", "teacher")],
-        *[f"solvers_{name}.yaml" for name in ("digits", "fashion", "mnist")],
+        *[f"solvers_{name}.yaml" for name in ("digits", *SETS)],
         *[f"{name}_{part}.yaml" for name in SETS for part in ("teacher", "classifier", "t4")],
         *[f"{name}_{method}.yaml" for name in ("digits", *SETS) for method in BASELINES],
         *[f"benchmark_{name}.yaml" for name in ("digits", *SETS)],
