@@ -19,7 +19,7 @@ from hsivi_diffusers.options import differences, flatten, option, parse_options,
 from training.benchmarks.images import train_baseline, train_classifier, train_teacher, tune_solvers
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
-SETS = ["fashion", "emoji", "mnist"]
+SETS = ("fashion", "emoji", "mnist")
 BASELINES = ("consistency", "progressive", "regression")
 OLD_NAMES = {"pace": "rate"}
 

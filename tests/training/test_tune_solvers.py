@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 
 from hsivi_diffusers import load_teacher
 from hsivi_diffusers.evaluation.metrics import Measures, total_variation
-from hsivi_diffusers.evaluation.solvers import make_solver, sample
+from hsivi_diffusers.evaluation.solvers import SOLVERS, make_solver, sample
 from hsivi_diffusers.images import load_images
 from training.benchmarks.images import benchmark_results, solver_pages, tune_solvers
 from training.benchmarks.images import spaces as spaces_module
@@ -105,18 +105,19 @@ def test_each_solver_has_a_row_that_is_as_good_as_its_stock_settings(path):
         assert row["tuned"]["classifier"] < row["stock"]["classifier"]
 
 
-def test_stock_settings_that_are_better_than_those_of_the_trials_are_kept(arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize("solver", ["UniPC", "DPM-Solver++ SDE", "DDIM"])
+def test_stock_settings_that_are_better_than_those_of_the_trials_are_kept(solver, arguments, tmp_path, monkeypatch):
     def found_bad(self, solver, calls, trial):
         trial.set_user_attr("settings", {"timesteps": [30, 20]})
         return 0.0
 
     monkeypatch.setattr(tune_solvers.Tuning, "score", found_bad)
-    given = [*arguments, "--solvers", "UniPC", f"--output_dir={tmp_path / 'docs'}", f"--runs_dir={tmp_path / 'runs'}"]
+    given = [*arguments, "--solvers", solver, f"--output_dir={tmp_path / 'docs'}", f"--runs_dir={tmp_path / 'runs'}"]
     tune_solvers.main([*given, "--trials=1"])
     (row,) = benchmark_results.read_rows(tmp_path / "docs/solvers.json")
-    assert row["settings"] == {}
+    assert row["settings"] == SOLVERS[solver][1]
     assert row["tuned"] == row["stock"]
-    assert "| 2 | UniPC |" in (tmp_path / "docs/solvers.md").read_text()
+    assert f"| 2 | {solver} |" in (tmp_path / "docs/solvers.md").read_text()
     tune_solvers.main([*given, "--dataset=other", "--trials=1"])  # which starts from grids alone
 
 

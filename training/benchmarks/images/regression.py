@@ -62,9 +62,9 @@ class PairRegression(Baseline):
     def loss(self, clean: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns the loss of as many pairs as there are real images, which it does not look at."""
         t = torch.zeros(len(clean), dtype=torch.long)
-        x_next, end, condition = self.pairs.sample(t)
+        x_next, end, classes = self.pairs.sample(t)
         t = t.to(x_next.device)
-        loss: Tensor = self.image_loss(self.layers(x_next, t, condition).mean - end, t)
+        loss: Tensor = self.image_loss(self.layers(x_next, t, classes).mean - end, t)
         return loss.mean()
 
     def restore(self) -> None:

@@ -112,15 +112,13 @@ def load_data(source: str, unet: UNet2DModel, device: torch.device) -> tuple[Ten
     """Images in [-1, 1] of the shape of a teacher's, (N, C, H, W), and, if it has classes, theirs, (N,)."""
     channels, size, _ = sample_shape(unet)
     images, labels = load_images(source, size, channels)
-    images, number = to_model_range(images).to(device), unet.config.num_class_embeds
-    if not number:
-        return images, None
-    if labels is None or int(labels.max()) >= number:
-        found = "no classes" if labels is None else f"{int(labels.max()) + 1} classes"
+    number, found = unet.config.num_class_embeds, 0 if labels is None else int(labels.max()) + 1
+    if number and not 0 < found <= number:
         raise ValueError(
-            f"--train_data {source} has {found}, and the teacher {number}: give images of the classes of the teacher"
+            f"--train_data {source} has {found or 'no'} classes, and the teacher {number}: give images of the classes "
+            "of the teacher"
         )
-    return images, labels.to(device)
+    return to_model_range(images).to(device), None if labels is None or not number else labels.to(device)
 
 
 def learning_rate(step: int, share: float, training: Training) -> float:

@@ -113,10 +113,10 @@ class Tuning:
             sampler=optuna.samplers.TPESampler(seed=options.tuning_seed, multivariate=True, group=True),
             load_if_exists=True,
         )
-        rows = read_rows(Path(options.output_dir) / "solvers.json")
-        others = [row for row in rows if (row["solver"], row["calls"]) == (solver, calls) and row["settings"]]
+        rows, stock_settings = read_rows(Path(options.output_dir) / "solvers.json"), SOLVERS[solver][1]
+        others = [row["settings"] for row in rows if (row["solver"], row["calls"]) == (solver, calls)]
         for first in [
-            *(as_trial(solver, row["settings"], len(self.schedule)) for row in others),
+            *(as_trial(solver, found, len(self.schedule)) for found in others if found != stock_settings),
             *first_trials(solver),
         ]:
             study.enqueue_trial(first, skip_if_exists=True)
@@ -132,7 +132,7 @@ class Tuning:
             "solver": solver,
             "calls": calls,
             "scheduler": SOLVERS[solver][0].__name__,
-            "settings": {**SOLVERS[solver][1], **settings},
+            "settings": {**stock_settings, **settings},
             "tuned": tuned,
             "stock": stock,
             "floor": {space.name: space.floor(options.num_samples) for space in self.spaces},
