@@ -87,6 +87,13 @@ def test_goals_are_of_the_mean_of_the_seeds():
     assert lines_of(goals_table(rows)) == [["4", "tuned solver at 15", "2 / 2.5", "0.2 / 0.15", "missed: pixels"]]
 
 
+def test_a_solver_is_as_good_as_with_fewer_calls():
+    rows = [row(OURS, 1, 3.0, 0.5, 0), row(SOLVER, 4, 2.5, 0.9), row(SOLVER, 5, 3.5, 0.6), row(SOLVER, 15, 0.1, 0.1)]
+    assert lines_of(goals_table(rows)) == [["1", "tuned solver at 5", "3 / 2.5", "0.5 / 0.6", "missed: classifier"]]
+    rows = [row(OURS, 2, 3.0, 0.5, 0), row(PROGRESSIVE, 1, 1.0, 0.1, 0), row(PROGRESSIVE, 2, 6.0, 0.9, 0)]
+    assert lines_of(goals_table(rows))[0][2:4] == ["3 / 4", "0.5 / 0.6"]
+
+
 def test_half_of_a_solver_is_half_of_what_it_has_over_the_floor():
     floor, solver = row(REAL, 0, 1.0, 0.2), row(SOLVER, 2, 5.0, 0.6)
     goal = Goal(2, (SOLVER, 2), 0.5, over_floor=True)

@@ -217,7 +217,8 @@ def bold(method: str) -> str:
 class Goal(NamedTuple):
     """What is asked of ours at a number of calls: a distance of at most the factor times that of a group.
 
-    With `over_floor` both are distances over that of real images.
+    Of a solver it is the least that it has in that space with so many calls or fewer. With `over_floor` both are
+    distances over that of real images.
     """
 
     calls: int
@@ -234,7 +235,9 @@ class Goal(NamedTuple):
     def limit(self, groups: dict[Group, list[Row]], space: str) -> float:
         """The largest distance that reaches the goal."""
         floor = value(groups[REAL, 0], space) if self.over_floor else 0.0
-        return floor + self.factor * (value(groups[self.group], space) - floor)
+        counts = [nfe for method, nfe in groups if method == self.group[0] == SOLVER and nfe < self.group[1]]
+        least = min(value(groups[self.group[0], nfe], space) for nfe in (*counts, self.group[1]))
+        return floor + self.factor * (least - floor)
 
 
 GOALS = [
