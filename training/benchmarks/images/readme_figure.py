@@ -1,6 +1,8 @@
 """Draws the colour images of the README, from what the benchmark kept of the emoji.
 
     python -m training.benchmarks.images.readme_figure
+
+All rows start from the same noise.
 """
 
 from __future__ import annotations
