@@ -435,8 +435,8 @@ def test_layers_of_several_grids_are_scored_between_their_own_ends(unet, predict
     scheduler = HSIVIScheduler(layer_timesteps=GRIDS, noise_eta=1.0, prediction_type=prediction_type)
     bridge, layers = TeacherBridge(unet, scheduler, between_share=1.0), UNetLayers(unet, scheduler)
     t = torch.tensor([1, 3, 4, 5])  # below the first of each grid
-    tau, x_next, noise = scheduler.input_timestep(t), torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
-    timestep = (scheduler.output_timestep(t) + tau) // 2
+    tau, x_next, noise = scheduler.input_level(t), torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    timestep = (scheduler.output_level(t) + tau) // 2
     with torch.no_grad():
         model_output = unet(x_next, tau).sample
         law, kept = bridge.place(layers(x_next, t), t, timestep, noise, x_next)
@@ -513,7 +513,7 @@ def test_the_coarse_part_of_an_image_counts_more_and_the_rest_as_before():
     expected = 0.5 * (8 * coarse.square() + fine.square()).sum((1, 2, 3))
     scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)
     t = torch.tensor([0, 1])
-    ends = scheduler.input_timestep(t), fine, scheduler.output_timestep(t)
+    ends = scheduler.input_level(t), fine, scheduler.output_level(t)
     share = scheduler.coefficients(*ends).image_share
     torch.testing.assert_close(image_loss(scheduler, 7.0)(share * (coarse + fine), t), expected)
     torch.testing.assert_close(image_loss(scheduler)(share * fine, t), half_square(fine))
@@ -524,7 +524,7 @@ def test_the_loss_of_pairs_is_in_image_units_whatever_the_layer():
     scheduler = HSIVIScheduler(layer_timesteps=[[440, 0], [440, 220, 0], [440, 330, 220, 110, 0]], noise_eta=1.0)
     t = torch.arange(7)
     x, x0 = torch.randn(2, 7, 1, 8, 8)
-    layer = scheduler.coefficients(scheduler.input_timestep(t), x, scheduler.output_timestep(t))
+    layer = scheduler.coefficients(scheduler.input_level(t), x, scheduler.output_level(t))
     mean, moved = (layer.mean(clean, layer.noise_in(x, clean)) for clean in (x0, x0 + 0.1))
     torch.testing.assert_close(image_loss(scheduler)(moved - mean, t), torch.full((7,), 0.32), rtol=1e-3, atol=0)
     torch.testing.assert_close(layer.invert(mean, x)[0], x0, rtol=1e-3, atol=1e-4)
@@ -628,13 +628,13 @@ def test_pairs_of_several_layers_lead_each_to_its_picture(noise_eta):
     x, end, place = pairs.sample(t, torch.Generator().manual_seed(0))
     clean, first = pairs.end[place], t == 1
     assert torch.equal(x[first], pairs.noise[place[first]])
-    alpha, sigma = grid.alpha_sigma(grid.input_timestep(t), x)
+    alpha, sigma = grid.alpha_sigma(grid.input_level(t), x)
     noise = ((x - alpha * clean) / sigma)[~first]
     assert noise.mean().item() == pytest.approx(0, abs=0.05)
     assert noise.std().item() == pytest.approx(1, abs=0.05)
-    x0, _ = grid.coefficients(grid.input_timestep(t), x, grid.output_timestep(t)).invert(end, x)
+    x0, _ = grid.coefficients(grid.input_level(t), x, grid.output_level(t)).invert(end, x)
     torch.testing.assert_close(x0, clean, atol=1e-4, rtol=1e-4)
     # what a network that answers with the picture would have for its mean
     told = HSIVIScheduler.from_config(grid.config, prediction_type="sample", clip_sample=False)
-    mean, _ = told.transition(clean, grid.input_timestep(t), x)
+    mean, _ = told.transition(clean, grid.input_level(t), x)
     torch.testing.assert_close(end, mean, atol=1e-5, rtol=1e-4)

@@ -45,7 +45,7 @@ class TeacherBridge(Bridge):
         self.scheduler, self.level_range, self.between_share = scheduler, level_range, between_share
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
-        if int(scheduler.output_timestep(torch.arange(self.num_layers)).min()) < 0:
+        if int(scheduler.output_level(torch.arange(self.num_layers)).min()) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
         if (kernel := scheduler.config.kernel) != "ddim":
             raise ValueError(f"kernel={kernel!r} of the scheduler is for sampling: make one with kernel 'ddim'")
@@ -61,7 +61,7 @@ class TeacherBridge(Bridge):
 
     def level(self, t: Tensor) -> Tensor:
         """Returns tau_t, shape (B,)."""
-        return self.scheduler.output_timestep(t)
+        return self.scheduler.output_level(t)
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws levels uniformly from those of the layer.
@@ -87,7 +87,7 @@ class TeacherBridge(Bridge):
         """Lowest and highest random level of each layer, both of shape (T,)."""
         low, high = self.level_range
         t = torch.arange(self.num_layers)
-        outputs, inputs = self.scheduler.output_timestep(t), self.scheduler.input_timestep(t)
+        outputs, inputs = self.scheduler.output_level(t), self.scheduler.input_level(t)
         if outputs.max() > high:
             raise ValueError(
                 f"a layer ends at timestep {outputs.max()}, above the random levels up to {high}: start the grid "
@@ -126,7 +126,7 @@ class TeacherBridge(Bridge):
             return fresh, noise
         if x_next is None:
             raise ValueError(f"between_share={self.between_share} needs the input of the layers: give x_next")
-        tau = self.scheduler.input_timestep(t)
+        tau = self.scheduler.input_level(t)
         chosen = torch.rand(len(t), generator=generator).to(t.device) < self.between_share
         chosen &= ~torch.isin(t, self._first_layers.to(t.device)) & (level < tau)
         x0, eps = self.scheduler.coefficients(tau, x_next, self.level(t)).invert(q.mean, x_next)

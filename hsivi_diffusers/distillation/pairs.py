@@ -76,11 +76,11 @@ class TeacherPairs:
         """Draws (x_{t+1}, the mean of layer t whose clean image is x_0, condition) of layers t (B,) for `PairChain`."""
         index = torch.randint(len(self.noise), (len(t),), generator=generator)
         x_next, x0 = self.noise[index].to(self._device), self.end[index].to(self._device)
-        timestep, below = self.scheduler.input_timestep(t), ~torch.isin(t, hierarchy_ends(self.scheduler.depths)[0])
+        timestep, below = self.scheduler.input_level(t), ~torch.isin(t, hierarchy_ends(self.scheduler.depths)[0])
         if bool(below.any()):
-            diffused = self.scheduler.add_noise(x0, randn_like(x0, generator), timestep)
+            diffused = self.scheduler.diffuse(x0, randn_like(x0, generator), timestep)
             x_next = torch.where(below.to(x0.device)[:, None, None, None], diffused, x_next)
-        layer = self.scheduler.coefficients(timestep, x_next, self.scheduler.output_timestep(t))
+        layer = self.scheduler.coefficients(timestep, x_next, self.scheduler.output_level(t))
         end = layer.mean(x0, layer.noise_in(x_next, x0))
         return x_next, end, None if self.condition is None else self.condition[index].to(self._device)
 
@@ -109,7 +109,7 @@ def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tens
 
     def loss(residual: Tensor, t: Tensor) -> Tensor:
         """Residuals of means, shape (B, C, H, W), of layers t -> (B,)."""
-        ends = scheduler.input_timestep(t), residual, scheduler.output_timestep(t)
+        ends = scheduler.input_level(t), residual, scheduler.output_level(t)
         image = residual / scheduler.coefficients(*ends).image_share
         if not coarse:
             return half_square(image)

@@ -76,12 +76,12 @@ class UNetLayers(ConditionalLayers):
 
     def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
         """Returns q_t(. | x_next), see `ConditionalLayers`; the condition is class labels of shape (B,)."""
-        timestep = self.scheduler.input_timestep(t)
+        timestep = self.scheduler.input_level(t)
         model_output = call_unet(self.unet, x_next, timestep, condition)
         several = len(self.scheduler.depths) > 1  # grids, which may share an input and not the output
-        prev_timestep = self.scheduler.output_timestep(t) if several else None
+        prev_level = self.scheduler.output_level(t) if several else None
         scale = None if self.noise_scale is None else self.noise_scale()
-        mean, std = self.scheduler.transition(model_output, timestep, x_next, scale, prev_timestep)
+        mean, std = self.scheduler.transition(model_output, timestep, x_next, scale, prev_level)
         if self.clip_images:
             _, last = hierarchy_ends(self.depths)
             is_last = torch.isin(t, last.to(t.device)).reshape(-1, *[1] * (mean.ndim - 1))

@@ -32,7 +32,7 @@ def test_the_loss_is_half_the_squared_distance_of_clean_images_of_pairs(unet):
     loss = made.loss(torch.empty(6, 1, 8, 8))
     torch.manual_seed(3)
     index = torch.randint(10, (6,))
-    x, start = made.pairs.noise[index], made.layers.scheduler.input_timestep(torch.zeros(6, dtype=torch.long))
+    x, start = made.pairs.noise[index], made.layers.scheduler.input_level(torch.zeros(6, dtype=torch.long))
     alpha, sigma = made.schedule.alpha_sigma(start, x)
     x0 = (x - sigma * made.student(x, start).sample) / alpha  # not clipped
     wanted = (x0 - made.pairs.end[index]).square().sum((1, 2, 3)).mean() / 2

@@ -77,16 +77,16 @@ class ConsistencyDistillation(Baseline):
         """Returns f of the target one step of the teacher further down, as it would be sampled."""
         below = (timestep - self.stride).clamp_min(0)
         x0, noise = self.schedule.predict(call_unet(self.teacher, x, timestep, condition), timestep, x)
-        down = self.schedule.add_noise(x0, noise, below)
+        down = self.schedule.diffuse(x0, noise, below)
         x0_below, _ = self.schedule.predict(call_unet(self.teacher, down, below, condition), below, down)
         x0 = (x0 + x0_below) / 2
         alpha, sigma = self.schedule.alpha_sigma(timestep, x)
-        down = self.schedule.add_noise(x0, (x - alpha * x0) / sigma, below)
+        down = self.schedule.diffuse(x0, (x - alpha * x0) / sigma, below)
         return self.consistency(self.target, self.schedule, down, below, condition)
 
     def loss(self, clean: Tensor, condition: Tensor | None = None) -> Tensor:
         timestep = self.grid[torch.randint(len(self.grid), (len(clean),), device=clean.device)]
-        x = self.schedule.add_noise(clean, torch.randn_like(clean), timestep)
+        x = self.schedule.diffuse(clean, torch.randn_like(clean), timestep)
         return distance(self.predict(x, timestep, condition), self.aim(x, timestep, condition))
 
     @torch.no_grad()

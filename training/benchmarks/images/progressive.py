@@ -59,7 +59,7 @@ class ProgressiveDistillation(Baseline):
         stride = 2 ** (int(self.stage) + 1)
         place = stride * torch.randint((len(self.grid) - 1) // stride, (len(clean),), device=clean.device)
         t, u, s = (self.grid[place + part * stride // 2] for part in range(3))
-        z = self.schedule.add_noise(clean, torch.randn_like(clean), t)
+        z = self.schedule.diffuse(clean, torch.randn_like(clean), t)
         aim = self.aim(z, t, u, s, condition)
         x0, _ = self.unclipped.predict(call_unet(self.student, z, t, condition), t, z)
         alpha, sigma = self.schedule.alpha_sigma(t, z)

@@ -1,0 +1,156 @@
+"""Rectified flows: the scheduler on their clock, against the schedulers of diffusers."""
+
+import math
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsivi_diffusers import HSIVIScheduler
+
+SHAPE = (2, 3, 4, 4)
+SIGMAS = [1.0, 0.9, 0.55, 0.2, 0.05]
+
+
+def flow(**options):
+    return HSIVIScheduler(prediction_type="flow_prediction", **options)
+
+
+def field(x, time):
+    """A velocity that depends on x and on the time."""
+    return torch.sin(3 * x) + time / 1000
+
+
+def walk(scheduler, x, **options):
+    """Follows a scheduler from x, as a pipeline does."""
+    for time in scheduler.timesteps:
+        x = scheduler.step(field(x, time), time, x, **options).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("options", [{}, {"shift": 3.0}, {"use_dynamic_shifting": True}])
+@pytest.mark.parametrize("time_shift_type", ["exponential", "linear"])
+def test_without_noise_it_is_the_euler_method_of_diffusers(options, time_shift_type):
+    stock = FlowMatchEulerDiscreteScheduler(**options, time_shift_type=time_shift_type)
+    ours = HSIVIScheduler.from_config(stock.config, noise_eta=0.0)
+    mu = {"mu": 1.15} if options.get("use_dynamic_shifting") else {}
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(sigmas=SIGMAS, **mu)
+    torch.testing.assert_close(ours.timesteps, stock.timesteps, rtol=1e-6, atol=1e-3)
+    x = torch.randn(SHAPE)
+    torch.testing.assert_close(walk(ours, x), walk(stock, x), rtol=1e-5, atol=1e-5)
+
+
+def test_renoising_is_the_consistency_sampler_of_diffusers():
+    stock = FlowMatchLCMScheduler(shift=2.0)
+    ours = HSIVIScheduler.from_config(stock.config, kernel="renoise")
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(sigmas=SIGMAS)
+    x = torch.randn(SHAPE)
+    drawn = [walk(each, x, generator=torch.Generator().manual_seed(1)) for each in (ours, stock)]
+    torch.testing.assert_close(*drawn, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        FlowMatchHeunDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_the_config_of_any_flow_is_understood_and_survives_saving(other, tmp_path):
+    other.save_pretrained(tmp_path / "other")
+    for ours in (HSIVIScheduler.from_config(other.config), HSIVIScheduler.from_pretrained(tmp_path / "other")):
+        assert (ours.config.prediction_type, ours.config.shift, len(ours)) == ("flow_prediction", 3.0, 1000)
+        ours.save_pretrained(tmp_path / "ours")
+        again = HSIVIScheduler.from_pretrained(tmp_path / "ours")
+        assert torch.equal(again.timesteps, ours.timesteps)
+    euler = FlowMatchEulerDiscreteScheduler.from_config(ours.config)
+    torch.testing.assert_close(euler.timesteps, ours.timesteps)
+
+
+@pytest.mark.parametrize("name", ["invert_sigmas", "use_karras_sigmas", "use_beta_sigmas"])
+def test_levels_that_follow_another_formula_are_refused(name):
+    config = FlowMatchEulerDiscreteScheduler(**{name: True}).config
+    with pytest.raises(ValueError, match=f"sets {name}, whose noise levels"):
+        HSIVIScheduler.from_config(config)
+
+
+@given(
+    shift=st.floats(0.2, 10),
+    eta=st.floats(0, 1),
+    grid=st.lists(st.integers(0, 999), min_size=2, max_size=5, unique=True).map(lambda grid: sorted(grid, reverse=True)),
+)
+def test_a_layer_keeps_the_marginals_of_a_gaussian(shift, eta, grid):
+    """Of data N(0, s^2), x_{t+1} ~ p_{t+1} through the layer of the exact network is x_t with the variance of p_t."""
+    scheduler, s = flow(shift=shift, noise_eta=eta, layer_timesteps=grid), 0.7
+    level = torch.arange(len(grid) - 1)
+    alpha, sigma = scheduler.alpha_sigma(scheduler.input_level(level), torch.zeros(1, dtype=torch.float64))
+    x = torch.ones(len(level), 1, dtype=torch.float64)
+    # E[x0 | x] = alpha s^2 x / v and eps likewise, with v the variance of x: the best velocity is their difference
+    variance = alpha**2 * s**2 + sigma**2
+    output = ((sigma - alpha * s**2) / variance)[:, None]
+    mean, std = scheduler.transition(output, scheduler.input_level(level), x, prev_level=scheduler.output_level(level))
+    x0 = (alpha * s**2 / variance)[:, None]
+    layer = scheduler.coefficients(scheduler.input_level(level), x, scheduler.output_level(level))
+    torch.testing.assert_close(mean, layer.alpha * x0 + layer.direction * (x - alpha[:, None] * x0) / sigma[:, None])
+    # And given x0, x_t has the variance sigma_t^2 about alpha_t x0: direction^2 + c^2.
+    out = scheduler.alpha_sigma(scheduler.output_level(level), x)[1]
+    torch.testing.assert_close(layer.direction**2 + std**2, out**2)
+
+
+def test_the_variance_of_a_layer_is_that_of_the_posterior():
+    """With eta 1, c^2 is the variance of x_t given x_{t+1} and x0: 0.471^2 from 0.75 to 0.5."""
+    scheduler = flow(noise_eta=1.0, layer_timesteps=[749, 499])
+    layer = scheduler.coefficients(torch.tensor([749]), torch.zeros(1, 1, dtype=torch.float64), torch.tensor([499]))
+    assert float(layer.c) == pytest.approx(math.sqrt(0.75**2 - 0.5**2 * 0.5**2) * 0.5 / 0.75)
+    assert float(layer.c) == pytest.approx(0.471, abs=5e-4)
+
+
+def test_a_trained_grid_is_kept_whatever_a_pipeline_sends():
+    ours = flow(layer_timesteps=[999, 700, 300, -1], use_dynamic_shifting=True, shift=2.0)
+    before = ours.timesteps.clone()
+    ours.set_timesteps(3, sigmas=[1.0, 0.5, 0.1], mu=1.3)
+    assert torch.equal(ours.timesteps, before)
+    assert before[0] == 1000
+    with pytest.raises(ValueError, match="trained for 3 steps"):
+        ours.set_timesteps(sigmas=[1.0, 0.5])
+    with pytest.raises(ValueError, match="num_inference_steps=3, and 2 sigmas"):
+        ours.set_timesteps(3, sigmas=[1.0, 0.5])
+    ours.set_timesteps(timesteps=before.tolist())
+    assert torch.equal(ours.timesteps, before)
+
+
+def test_noise_is_added_at_the_times_of_the_network():
+    stock = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ours = HSIVIScheduler.from_config(stock.config)
+    x, noise = torch.randn(SHAPE), torch.randn(SHAPE)
+    times = ours.timesteps[[0, 500]]
+    for each in (ours.scale_noise(x, times, noise), ours.add_noise(x, noise, times)):
+        torch.testing.assert_close(each, stock.scale_noise(x, stock.timesteps[[0, 500]], noise))
+    with pytest.raises(ValueError, match="noise is missing"):
+        ours.scale_noise(x, times)
+
+
+def test_a_time_of_no_level_is_refused():
+    ours = flow(noise_eta=0.0, shift=3.0)
+    ours.set_timesteps(4)
+    x = torch.randn(SHAPE)
+    with pytest.raises(ValueError, match=r"timestep \[123.4.*\] is off the clock: give some of scheduler.timesteps"):
+        ours.step(x, 123.4, x)
+
+
+def test_sigmas_are_not_for_betas():
+    with pytest.raises(ValueError, match="sigmas are of a rectified flow, and this scheduler has betas"):
+        HSIVIScheduler().set_timesteps(sigmas=[1.0, 0.5])
