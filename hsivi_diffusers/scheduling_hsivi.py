@@ -1,7 +1,7 @@
 """The layer of a diffusion UNet, as a diffusers scheduler.
 
-A noise schedule has levels 0..N-1, where x = alpha x0 + sigma eps of a clean image x0 and noise eps. On a grid of levels
-tau_T > ... > tau_0, with alpha_t and sigma_t those of tau_t, layer t is
+A noise schedule has levels 0..N-1, where x = alpha x0 + sigma eps of a clean image x0 and noise eps. On a grid of
+levels tau_T > ... > tau_0, with alpha_t and sigma_t those of tau_t, layer t is
 
     x0, eps  of the output of the network at x_{t+1} and the time of tau_{t+1}, see `predict`
     r     = alpha_{t+1} / alpha_t
@@ -130,8 +130,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         beta_end: Last beta, in [0, 1].
         beta_schedule: Any name that `DDPMScheduler` knows.
         trained_betas: The betas, in [0, 1], instead of the three above.
-        prediction_type: What the network predicts: "epsilon", "v_prediction", "sample", or "flow_prediction", noise - x0
-            of a rectified flow, which has no betas.
+        prediction_type: What the network predicts: "epsilon", "v_prediction", "sample", or, of a rectified flow, which
+            has no betas, "flow_prediction": noise - x0.
         layer_timesteps: The trained grid, T+1 strictly descending levels tau_T .. tau_0 in 0..N-1; the last one may
             be -1, where noise ends. Only T steps are accepted then. Or a list of such grids of different T.
         timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`.
@@ -258,8 +258,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
                 kwargs = {**_flow_settings(name, config), **kwargs}
             elif whole and not betas:
                 raise ValueError(
-                    f"the config of {name} has neither betas nor a rectified flow: EDM and VE models are not supported; "
-                    "use a teacher whose scheduler is as DDPMScheduler or FlowMatchEulerDiscreteScheduler"
+                    f"the config of {name} has neither betas nor a rectified flow; EDM and VE models are not "
+                    "supported: use one whose scheduler is like DDPMScheduler or FlowMatchEulerDiscreteScheduler"
                 )
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
@@ -683,7 +683,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         return level.to(sample.device)
 
     def _check_on_clock(self, name: str, given: torch.Tensor, level: torch.Tensor) -> None:
-        """Refuses what is no level, or no time of a level; on the CPU only, for on a GPU it would wait for the device."""
+        """Refuses what is no level, or no time of one; only on the CPU, for on a GPU it would wait for the device."""
         if given.device.type != "cpu":
             return
         size = len(self.levels)

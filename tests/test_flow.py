@@ -90,7 +90,9 @@ def test_levels_that_follow_another_formula_are_refused(name):
 @given(
     shift=st.floats(0.2, 10),
     eta=st.floats(0, 1),
-    grid=st.lists(st.integers(0, 999), min_size=2, max_size=5, unique=True).map(lambda grid: sorted(grid, reverse=True)),
+    grid=st.lists(st.integers(0, 999), min_size=2, max_size=5, unique=True).map(
+        lambda grid: sorted(grid, reverse=True)
+    ),
 )
 def test_a_layer_keeps_the_marginals_of_a_gaussian(shift, eta, grid):
     """Of data N(0, s^2), x_{t+1} ~ p_{t+1} through the layer of the exact network is x_t with the variance of p_t."""

@@ -1,10 +1,10 @@
 """What diffusers asks of every scheduler: saving, converting, shapes, types, and no state of its own."""
 
-from functools import partial
 import copy
 import inspect
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 
 import diffusers

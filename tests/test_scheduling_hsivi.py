@@ -394,7 +394,9 @@ def test_a_fraction_of_a_timestep_is_refused(timestep, dtype):
     for scheduler in (HSIVIScheduler(layer_timesteps=GRID), HSIVIScheduler()):
         scheduler.set_timesteps(5)
         for method in (scheduler.step, scheduler.transition, scheduler.predict):
-            with pytest.raises(ValueError, match=r"(timestep|level) \[800.5.*\] is off the clock: give integers from 0 to 999"):
+            with pytest.raises(
+                ValueError, match=r"(timestep|level) \[800.5.*\] is off the clock: give integers from 0 to 999"
+            ):
                 method(output, timestep, sample)
 
 

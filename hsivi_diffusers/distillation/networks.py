@@ -58,9 +58,16 @@ def make_networks(
 
 
 def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[int, ...]) -> HSIVIScheduler:
-    """Returns the teacher's noise schedule with the grid, or grids, of a student."""
-    start = config.start_timestep
-    if start is None and config.start_noise is not None:
+    """Returns the teacher's noise schedule with the grid, or grids, of a student.
+
+    A rectified flow starts at its last level, the only one where what is there is the base N(0, I).
+    """
+    start, last = config.start_timestep, len(schedule) - 1
+    if schedule.is_flow:
+        if start not in (None, last) or config.start_spacing:
+            raise ValueError(f"a student of a rectified flow starts at {last}, pure noise: leave its start out")
+        start = last
+    elif start is None and config.start_noise is not None:
         start = signal_timestep(schedule, (shape[0], 1, 1), 1 / config.start_noise)
     elif start is None and config.start_signal is not None:
         start = signal_timestep(schedule, shape, config.start_signal)

@@ -42,14 +42,14 @@ def few_step_timesteps(schedule: HSIVIScheduler, shape: tuple[int, ...], num_cal
     return power_timesteps(num_calls, start, len(schedule) // 50, 1.5)
 
 
-def use_grid(scheduler: Any, timesteps: Sequence[int]) -> Any:
+def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
     """Gives a solver of diffusers timesteps of your choice, and returns it; a pipeline can then be run with it.
 
     Its `set_timesteps` then accepts their number alone. The noise level after the last one stays as its config has it.
 
     Args:
         scheduler: A multistep solver with `alphas_cumprod` and `sigmas`, or with `set_levels`, as `TeacherIPNDM`.
-        timesteps: Of the network calls, descending, from N-1 to 0.
+        timesteps: Of the network calls, descending: from N-1 to 0, or, of a solver with `use_flow_sigmas`, N sigma.
     """
     own, steps = scheduler.set_timesteps, torch.tensor(timesteps)
 
@@ -60,9 +60,12 @@ def use_grid(scheduler: Any, timesteps: Sequence[int]) -> Any:
         if hasattr(scheduler, "set_levels"):
             scheduler.set_levels(steps)
             return
-        abar = scheduler.alphas_cumprod[steps]
-        scheduler.timesteps = steps.to(device)
-        scheduler.sigmas = torch.cat([((1 - abar) / abar).sqrt(), scheduler.sigmas[-1:]])
+        if scheduler.config.get("use_flow_sigmas"):
+            sigmas = (steps / scheduler.config.num_train_timesteps).clamp_max(1 - 1e-6)  # log alpha is asked for
+        else:
+            abar = scheduler.alphas_cumprod[steps]
+            sigmas = ((1 - abar) / abar).sqrt()
+        scheduler.timesteps, scheduler.sigmas = steps.to(device), torch.cat([sigmas, scheduler.sigmas[-1:]])
 
     scheduler.set_timesteps = set_timesteps
     return scheduler

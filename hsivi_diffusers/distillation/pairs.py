@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel, UniPCMultistepScheduler
@@ -16,11 +17,6 @@ from ..vi.layers import hierarchy_ends
 from ..vi.regression import half_square
 from .ode import power_timesteps, run_solver, use_grid
 
-# Of a scheduler's config, what a teacher was trained with.
-SCHEDULE = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
-    "rescale_betas_zero_snr",
-)
 PAIR_CALLS = 15  # of the teacher, for a pair
 LEAST_RATIO = 0.006  # alpha / sigma at the end of the linear clock
 
@@ -29,7 +25,7 @@ class TeacherPairs:
     """Pairs (x_T, x_0) of noise and what a solver of the teacher's ODE makes of it, drawn with replacement.
 
     The layer that takes noise is to lead from x_T to x_0, those below it from x_0, diffused to their input, back to
-    it. The solver is UniPC of diffusers, on the grid of `pair_timesteps`. The pairs wait in main memory; what is drawn
+    it. The solver is UniPC of diffusers, on the grid of `pair_levels`. The pairs wait in main memory; what is drawn
     goes to the device of the teacher.
 
     Args:
@@ -59,10 +55,7 @@ class TeacherPairs:
         self.noise, self.condition = noise.cpu(), None if condition is None else condition.cpu()
         noises = noise.split(batch_size)
         classes = [None] * len(noises) if condition is None else condition.to(unet.device).split(batch_size)
-        # The betas themselves, for the solver knows fewer names of schedules.
-        schedule = {name: scheduler.config[name] for name in SCHEDULE} | {"trained_betas": scheduler.betas.tolist()}
-        solver = UniPCMultistepScheduler(**schedule | {"beta_schedule": "linear"})
-        use_grid(solver, pair_timesteps(scheduler, num_calls))
+        solver = make_unipc(scheduler, pair_levels(scheduler, num_calls))
         batches = tqdm(list(zip(noises, classes, strict=True)), "pairs", leave=False, disable=not show)
         ends = [run_solver(unet, solver, x.to(unet.device), num_calls, labels).cpu() for x, labels in batches]
         self.end = torch.cat(ends).clamp_(-1, 1)
@@ -85,18 +78,37 @@ class TeacherPairs:
         return x_next, end, None if self.condition is None else self.condition[index].to(self._device)
 
 
-def pair_timesteps(schedule: HSIVIScheduler, num_calls: int) -> list[int]:
-    """Returns timesteps of a solver that follow the ODE well on linear, scaled-linear and cosine clocks, descending.
+def make_unipc(schedule: HSIVIScheduler, levels: list[int]) -> UniPCMultistepScheduler:
+    """Returns UniPC of diffusers with the noise schedule of a teacher, on a grid of levels."""
+    common = ("num_train_timesteps", "prediction_type", "rescale_betas_zero_snr")
+    config: dict[str, Any] = {name: schedule.config[name] for name in common}
+    if schedule.is_flow:
+        config["use_flow_sigmas"] = True
+    else:  # the betas themselves, for the solver knows fewer names of schedules
+        config["trained_betas"] = schedule.betas.tolist()
+    solver: UniPCMultistepScheduler = use_grid(
+        UniPCMultistepScheduler(**config), schedule.levels.time(torch.tensor(levels)).tolist()
+    )
+    return solver
 
-    They are e + (s - e) u^1.25 with u from 1 to 0 in equal steps, e = N / 100, and s the last timestep, or the first
-    where alpha / sigma is below LEAST_RATIO: a noise prediction is worth nothing there.
+
+def pair_levels(schedule: HSIVIScheduler, num_calls: int) -> list[int]:
+    """Returns levels of a solver that follow the ODE well on linear, scaled-linear, cosine and flow clocks, descending.
+
+    Their times of the network are e + (s - e) u^1.25 with u from 1 to 0 in equal steps, e = N / 100, and s the last
+    one, or with betas the first where alpha / sigma is below LEAST_RATIO: a noise prediction is worth nothing there.
 
     Raises:
         ValueError: There are more calls than timesteps from e to s.
     """
-    alpha, sigma = schedule.alpha_sigma(torch.arange(len(schedule)), torch.zeros(1))
-    start = min(int((alpha / sigma > LEAST_RATIO).sum()), len(schedule) - 1)
-    return power_timesteps(num_calls, start, len(schedule) // 100, 1.25)
+    size = len(schedule)
+    if schedule.is_flow:
+        times = power_timesteps(num_calls, size, size // 100, 1.25)
+        levels: list[int] = schedule.levels.level(torch.tensor(times)).tolist()
+        return levels
+    alpha, sigma = schedule.alpha_sigma(torch.arange(size), torch.zeros(1))
+    start = min(int((alpha / sigma > LEAST_RATIO).sum()), size - 1)
+    return power_timesteps(num_calls, start, size // 100, 1.25)
 
 
 def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:

@@ -127,22 +127,34 @@ def make_solver(
         num_steps: Network calls.
         unet: The teacher.
         config: Config of the teacher's scheduler.
-        timesteps: Of the network calls; by default those of the solver's own grid.
+        timesteps: Levels of the network calls; by default the solver's own grid.
         **settings: Of the solver's scheduler, such as `timestep_spacing`, instead of those of SOLVERS and config.
 
     Raises:
-        ValueError: The method is unknown.
+        ValueError: The method is unknown, or not for rectified flows.
     """
     if method not in SOLVERS:
         raise ValueError(f"method {method!r} is unknown: choose one of {', '.join(map(repr, SOLVERS))}")
     kind, chosen = SOLVERS[method]
-    chosen = {**chosen, **settings}
+    schedule, chosen = HSIVIScheduler.from_config(config), {**chosen, **settings}
+    if schedule.is_flow and kind is not HSIVIScheduler:
+        chosen |= _flow_options(method, kind, schedule)
     if timesteps is not None and kind is HSIVIScheduler:
         chosen["layer_timesteps"] = [*timesteps, -1]
     scheduler = kind.from_config(config, **chosen)
     if timesteps is not None and kind is not HSIVIScheduler:
-        use_grid(scheduler, timesteps)
+        use_grid(scheduler, schedule.levels.time(torch.tensor(timesteps)).tolist())
     return Solver(scheduler, num_steps, unet, {"eta": 1.0} if method == "DDIM, eta 1" else {})
+
+
+def _flow_options(method: str, kind: Any, schedule: HSIVIScheduler) -> dict[str, Any]:
+    """What a scheduler of diffusers must be told to solve a rectified flow."""
+    if "use_flow_sigmas" not in signature(kind).parameters:
+        able = [name for name, (each, _) in SOLVERS.items() if "use_flow_sigmas" in signature(each).parameters]
+        raise ValueError(
+            f"method {method!r} is not for rectified flows: choose one of {', '.join(map(repr, ['DDIM', *able]))}"
+        )
+    return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": schedule.config.shift}
 
 
 def make_student(pipeline: HSIVIPipeline, num_steps: int | None = None) -> Sampler:
