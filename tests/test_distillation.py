@@ -192,6 +192,19 @@ def test_random_levels_of_a_layer_lie_between_its_ends_and_of_the_first_above_to
         assert levels.float().mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
 
 
+def test_layers_without_noise_are_scored_above_their_output(unet):
+    bridge = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=[440, 12, 10], noise_eta=0.0))
+    for t, (low, high) in enumerate([(11, 11), (13, 800)]):
+        levels = bridge.sample_level(torch.full((4000,), t), torch.Generator().manual_seed(0))
+        assert (levels.min() - low, levels.max() <= high) == (0, True)
+        q = UNetLayers(unet, bridge.scheduler)(torch.randn(2, 1, 8, 8), torch.tensor([t, t]))
+        law, _ = bridge.place(q, torch.tensor([t, t]), levels[:2], torch.randn(2, 1, 8, 8))
+        assert float(q.std.max()) == 0 < float(law.std.min())
+    bridge = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=[440, 11, 10], noise_eta=0.0))
+    with pytest.raises(ValueError, match="noise_eta=0 needs a level between the ends of each layer: take fewer steps"):
+        bridge.sample_level(torch.tensor([0]))
+
+
 def test_weights_are_powers_of_sigma(bridge):
     level = torch.tensor([5, 800])
     abar = DDPMScheduler().alphas_cumprod[level]

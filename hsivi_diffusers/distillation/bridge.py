@@ -66,8 +66,8 @@ class TeacherBridge(Bridge):
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws levels uniformly from those of the layer.
 
-        A layer t is scored from tau_t up to, not including, tau_{t+1}; the first one, t = T-1, up to the end of
-        `level_range`. So no two layers of a grid share a level, and the critic, which is told the level alone, learns
+        A layer t is scored from tau_t, or with noise_eta 0, where its output has no score, from above it, up to, not
+        including, tau_{t+1}; the first one, t = T-1, up to the end of `level_range`. So no two layers of a grid share a level, and the critic, which is told the level alone, learns
         the marginal of each. With several grids it must be told the layer, see `label_layers`.
 
         Raises:
@@ -97,6 +97,10 @@ class TeacherBridge(Bridge):
             raise ValueError(f"the random levels start at {low}, above the levels of the last layer: lower them")
         highest = inputs - 1
         highest[self._first_layers] = high
+        if self.scheduler.config.noise_eta == 0:
+            outputs = outputs + 1
+            if bool((outputs > highest).any()):
+                raise ValueError("noise_eta=0 needs a level between the ends of each layer: take fewer steps")
         return outputs.clamp_min(low), highest
 
     def place(

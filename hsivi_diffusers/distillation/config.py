@@ -81,7 +81,7 @@ class HSIVIConfig:
     start_spacing: int = option(
         0, "with several step counts, timesteps from the start of one grid to that of the next", common=False
     )
-    noise_eta: float = by_preset(1.0, 1.0, 0.2, "eta of DDIM layers, above 0, up to 1")
+    noise_eta: float = by_preset(1.0, 1.0, 0.2, "eta of DDIM layers, 0 to 1; with 0 sampling needs no noise")
     noise_scale_type: Literal["config", "per_pixel"] = by_preset(
         "config", "config", "per_pixel", "config: the noise scale stays 1; per_pixel: one is learned for each pixel"
     )
@@ -267,7 +267,7 @@ FROM_0_BELOW_1: Range = ("a number from 0 to below 1", lambda value: 0 <= value 
 ABOVE_0: Range = ("a number above 0", lambda value: value > 0)
 ABOVE_0_OR_NONE: Range = ("a number above 0, or leave it out", lambda value: value > 0)
 RANGES: dict[str, Range] = {
-    "noise_eta": ("a number above 0, up to 1; without noise there is no score", lambda value: 0 < value <= 1),
+    "noise_eta": ("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "start_signal": ABOVE_0_OR_NONE,
     "start_noise": ABOVE_0_OR_NONE,
     "start_spacing": FROM_0,
@@ -339,6 +339,8 @@ def _check_together(config: HSIVIConfig) -> None:
             f"scoring='between' with objective={config.objective!r}: score matching is biased by the rows between the "
             "ends of a layer: set objective to 'KL', or scoring to 'random'"
         )
+    if config.noise_eta == 0 and (config.objective, config.scoring == "own") != ("KL", False):
+        raise ValueError("noise_eta=0, and outputs without noise have no score: set objective 'KL', scoring 'between'")
     if config.level_min != usual["level_min"] and config.scoring == "own":
         raise ValueError(
             f"level_min={config.level_min} has no effect with scoring='own', which has no random levels: set scoring "
