@@ -67,8 +67,9 @@ class TeacherBridge(Bridge):
         """Draws levels uniformly from those of the layer.
 
         A layer t is scored from tau_t, or with noise_eta 0, where its output has no score, from above it, up to, not
-        including, tau_{t+1}; the first one, t = T-1, up to the end of `level_range`. So no two layers of a grid share a level, and the critic, which is told the level alone, learns
-        the marginal of each. With several grids it must be told the layer, see `label_layers`.
+        including, tau_{t+1}; the first one, t = T-1, up to the end of `level_range`. So no two layers of a grid share a
+        level, and the critic, which is told the level alone, learns the marginal of each. With several grids it must be
+        told the layer, see `label_layers`.
 
         Raises:
             ValueError: A layer has no level in the range.

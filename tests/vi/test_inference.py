@@ -1,6 +1,6 @@
 import copy
-from functools import partial
 import itertools
+from functools import partial
 
 import pytest
 import torch
