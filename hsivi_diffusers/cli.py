@@ -216,7 +216,7 @@ def sample(args: Sequence[str]) -> None:
     pipeline = _load_pipeline(options.pipeline).to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler.set_timesteps(options.num_inference_steps)  # refuses a count that was not trained
-    number = pipeline.unet.config.num_class_embeds or 0
+    number = pipeline.num_classes or 0
     if any(not 0 <= label < number for label in options.class_label):
         known = f"classes 0 to {number - 1}" if number else "no classes, leave it out"
         raise ValueError(f"--class_label {options.class_label}: this pipeline has {known}")

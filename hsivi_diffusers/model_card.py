@@ -208,7 +208,7 @@ def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: b
             alone=code(name, inputs, imports, ", trust_remote_code=True"),
             counts=f"pass {one_of(counts)}, any other is refused",
         )
-    classes = pipeline.unet.config.num_class_embeds
+    classes = pipeline.num_classes
     inputs = "batch_size=16" + (f", {steps}" if len(counts) > 1 else "")
     inputs += f", class_labels=[i % {classes} for i in range(16)]" if classes else ""
     imports = "import hsivi_diffusers\nfrom diffusers import DDPMPipeline"

@@ -152,6 +152,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         use_dynamic_shifting: Of a rectified flow: the shift is that of `set_timesteps(mu=...)`, which follows from the
             number of pixels, exp(mu) or mu; `shift` before.
         time_shift_type: "exponential", exp(mu), or "linear", mu.
+        guidance_scale: Scale of classifier-free guidance that the network has taken in, 1 for none, or the scales, of
+            which it must be told one; the last class label is "no class". None: the network knows nothing of it.
 
     Raises:
         ValueError: A value is outside the ranges above.
@@ -193,6 +195,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         shift: float = 1.0,
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
+        guidance_scale: float | list[float] | None = None,
     ):
         _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
@@ -218,6 +221,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             self.register_to_config(layer_timesteps=layer_timesteps, timestep_spacing=spacing)
         self.register_to_config(noise_scale=_check_noise_scale(noise_scale, layer_timesteps))
 
+        self.register_to_config(guidance_scale=_check_guidance(guidance_scale))
         self.levels = self._make_levels(shift)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
@@ -405,6 +409,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """The grids of `layer_timesteps`, by rising T; empty if nothing was trained."""
         grids = self.config.layer_timesteps or []
         return [list(grids)] if grids and isinstance(grids[0], int) else sorted(map(list, grids), key=len)
+
+    @property
+    def guidance_scales(self) -> list[float]:
+        """The scales of guidance that the network has taken in, ascending; empty if it knows nothing of it."""
+        scales = self.config.guidance_scale
+        return [] if scales is None else list(scales) if isinstance(scales, list | tuple) else [scales]
 
     @property
     def depths(self) -> list[int]:
@@ -789,7 +799,7 @@ def _counts(trained: list[list[int]]) -> str:
 
 
 def _choose_trained(
-    trained: list[list[int]], num_inference_steps: int | None, timesteps: list[int] | None
+    trained: list[list[int]], num_inference_steps: int | None, timesteps: list[int] | list[float] | None
 ) -> list[int]:
     """Returns the trained grid that was asked for; the longest, if nothing was."""
     for grid in reversed(trained):
@@ -801,6 +811,16 @@ def _choose_trained(
         f"{asked}, but this sampler was trained for {counts} steps, layer_timesteps="
         f"{trained[0] if len(trained) == 1 else trained}: pass num_inference_steps={counts}"
     )
+
+
+def _check_guidance(scales: Any) -> float | list[float] | None:
+    """Returns plain numbers, for JSON, ascending."""
+    given = [] if scales is None else _listed(scales)
+    numbers = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 <= w < math.inf for w in given)
+    if not numbers or len(set(given)) < len(given) or scales == []:
+        raise ValueError(f"guidance_scale={scales!r}: give a number of at least 0, 1 for none, or several that differ")
+    ordered = sorted(map(float, given))
+    return None if scales is None else ordered if len(ordered) > 1 else ordered[0]
 
 
 def _check_noise_scale(noise_scale: Any, grid: Any) -> float | list[float]:

@@ -88,6 +88,9 @@ class HSIVIConfig:
     clip_images: bool = by_preset(
         True, True, False, "clip the mean of the last layer to [-1, 1] in training too; its gradient passes"
     )
+    guidance_scale: float | list[float] | None = option(
+        None, "scale of classifier-free guidance to take in, 1 for none; several: the student is told one of them"
+    )
     # ----- the objective -----
     objective: Literal["SM", "KL"] = by_preset("KL", "KL", "SM", "HSIVI-SM (score matching) or HSIVI-KL")
     scoring: Literal["own", "random", "between"] = by_preset(
@@ -341,6 +344,8 @@ def _check_together(config: HSIVIConfig) -> None:
         )
     if config.noise_eta == 0 and (config.objective, config.scoring == "own") != ("KL", False):
         raise ValueError("noise_eta=0, and outputs without noise have no score: set objective 'KL', scoring 'between'")
+    if config.guidance_scale is not None and config.objective != "KL":
+        raise ValueError(f"guidance_scale={config.guidance_scale} with objective='SM': set objective to 'KL'")
     if config.level_min != usual["level_min"] and config.scoring == "own":
         raise ValueError(
             f"level_min={config.level_min} has no effect with scoring='own', which has no random levels: set scoring "

@@ -77,7 +77,7 @@ def _take(pipeline: DiffusionPipeline, name: str) -> tuple[UNet2DModel, HSIVISch
         )
     if not isinstance(unet, UNet2DModel):
         raise ValueError(f"teacher {name} has a unet of type {type(unet).__name__}, a UNet2DModel is needed")
-    if not hasattr(scheduler, "config"):
+    if scheduler is None:
         raise ValueError(f"teacher {name} has no scheduler, which tells its noise levels: give a whole pipeline")
     _check_agreement(name, unet, scheduler)
     try:

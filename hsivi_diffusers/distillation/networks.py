@@ -51,6 +51,14 @@ def make_networks(
     """Returns teacher, student and critic with the grid of the student; the noise scale is 1."""
     teacher, student, critic = unets
     scheduler = make_scheduler(schedule, config, sample_shape(teacher))
+    if scheduler.guidance_scales:
+        if (teacher.config.num_class_embeds or 0) < 2:
+            raise ValueError(
+                f"guidance_scale={config.guidance_scale}: the teacher has no class labels, of which the last must be "
+                "'no class': leave guidance_scale out"
+            )
+        if len(scheduler.guidance_scales) > 1:  # of which student and critic are told one beside the class
+            student, critic = (label_layers(each, len(scheduler.guidance_scales)) for each in (student, critic))
     noise_scale = HSIVINoiseScale(sample_shape(teacher)) if config.noise_scale_type == "per_pixel" else None
     if len(config.depths) > 1:  # grids, whose layers are scored at the same levels
         critic = label_layers(critic, sum(scheduler.depths))
@@ -83,6 +91,7 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
         kernel="ddim",
         noise_eta=config.noise_eta,
         noise_scale_type=config.noise_scale_type,
+        guidance_scale=config.guidance_scale,
         clip_sample=False,  # a clamp would stop the gradient of every pixel at black or white
         thresholding=False,
     )

@@ -15,6 +15,7 @@ from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.distributions import randn_like
 from ..vi.layers import hierarchy_ends
 from ..vi.regression import half_square
+from .guidance import GuidedNetwork
 from .ode import power_timesteps, run_solver, use_grid
 
 PAIR_CALLS = 15  # of the teacher, for a pair
@@ -29,10 +30,10 @@ class TeacherPairs:
     goes to the device of the teacher.
 
     Args:
-        unet: The teacher.
+        unet: The teacher, guided or not.
         scheduler: Gives its noise schedule and what it predicts, and the grid of the layers.
         noise: x_T ~ N(0, I), shape (N, C, H, W); `end` has the images x_0, between -1 and 1.
-        condition: Class label of each pair, shape (N,), or None.
+        condition: Class label of each pair, or, of a guided teacher, its condition, shape (N,), or None.
         num_calls: Network calls for a pair.
         batch_size: Pairs that the network is called with at once.
         show: Show a progress bar.
@@ -43,7 +44,7 @@ class TeacherPairs:
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: UNet2DModel | GuidedNetwork,
         scheduler: HSIVIScheduler,
         noise: Tensor,
         condition: Tensor | None = None,

@@ -22,6 +22,7 @@ from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
 from .denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
+from .guidance import to_solve
 from .networks import Networks
 from .pairs import TeacherPairs
 from .student import UNetCritic, UNetLayers
@@ -105,12 +106,11 @@ class TrainingState:
 
     @property
     def sample_condition(self) -> Callable[[int, torch.Generator | None], Tensor] | None:
-        """Draws class labels, (size, generator) -> shape (size,); None without classes."""
-        unet = self.student.unet
-        classes = unet.config.num_class_embeds
-        if not classes:
+        """Draws conditions, class labels or see `guidance`, (size, generator) -> (size,); None without classes."""
+        if not self.bridge.num_classes:
             return None
-        return lambda size, generator: torch.randint(classes, (size,), generator=generator).to(unet.device)
+        rows, device = self.bridge.num_classes * len(self.bridge.scales), self.student.unet.device
+        return lambda size, generator: torch.randint(rows, (size,), generator=generator).to(device)
 
     def _make_pairs(self, place: int) -> TeacherPairs:
         """The share of the pairs of one micro-batch."""
@@ -119,7 +119,7 @@ class TrainingState:
         draw = self.sample_condition
         condition = None if draw is None else draw(number, generator)
         return TeacherPairs(
-            self.bridge.network.unet,
+            to_solve(self.bridge.network.unet, self.bridge),
             self.bridge.scheduler,
             torch.randn(number, *self.bridge.shape, generator=generator),  # of all pairs: too many for a GPU
             condition,
