@@ -142,8 +142,8 @@ class HSIVIPipeline(DiffusionPipeline):
         hooked = any(hasattr(module, hook) for module in modules for hook in hooks)
         device, dtype = (self._execution_device, self.unet.dtype) if hooked else (weight.device, weight.dtype)
         latents = self._prepare_latents(batch_size, latents, generator, device, dtype)
-        scale = self._place_of_scale(guidance_scale)
-        conditions = self._prepare_class_labels(batch_size, class_labels, device, scale)
+        guidance = self.scheduler.guidance_index(guidance_scale)
+        conditions = self._prepare_class_labels(batch_size, class_labels, device, guidance)
         per_pixel = self.scheduler.config.noise_scale_type == "per_pixel"
         noise_scale = self.unet_noise_scale() if per_pixel and self.unet_noise_scale is not None else None
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -227,15 +227,8 @@ class HSIVIPipeline(DiffusionPipeline):
         embeddings, scales = self.unet.config.num_class_embeds, self.scheduler.guidance_scales
         return embeddings // len(scales) - 1 if scales and embeddings else embeddings
 
-    def _place_of_scale(self, guidance_scale: float | None) -> int:
-        scales = self.scheduler.guidance_scales
-        if guidance_scale is None or guidance_scale in scales:
-            return 0 if guidance_scale is None else scales.index(guidance_scale)
-        taken = f"guidance of scale {one_of(scales)}" if scales else "no guidance, leave guidance_scale out"
-        raise ValueError(f"guidance_scale={guidance_scale}: this sampler was trained with {taken}")
-
     def _prepare_class_labels(
-        self, batch_size: int, class_labels: Any, device: torch.device, scale: int
+        self, batch_size: int, class_labels: Any, device: torch.device, guidance: int
     ) -> dict[str, torch.Tensor]:
         conditional = getattr(self.unet, "class_embedding", None) is not None
         if conditional != (class_labels is not None):
@@ -251,7 +244,7 @@ class HSIVIPipeline(DiffusionPipeline):
         classes = self.num_classes
         if classes is not None and not bool(((labels >= 0) & (labels < classes)).all()):
             raise ValueError(f"class_labels={labels.tolist()}: the classes of this unet are 0 to {classes - 1}")
-        labels = labels * max(len(self.scheduler.guidance_scales), 1) + scale
+        labels = labels * max(len(self.scheduler.guidance_scales), 1) + guidance
         return {"class_labels": labels.to(device=device, dtype=torch.long)}
 
 

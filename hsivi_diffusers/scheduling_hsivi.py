@@ -416,6 +416,18 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         scales = self.config.guidance_scale
         return [] if scales is None else list(scales) if isinstance(scales, list | tuple) else [scales]
 
+    def guidance_index(self, scale: float | None) -> int:
+        """Returns the place of a scale in `guidance_scales`; of None, 0.
+
+        Raises:
+            ValueError: The network was not trained with it.
+        """
+        scales = self.guidance_scales
+        if scale is None or scale in scales:
+            return 0 if scale is None else scales.index(scale)
+        taken = f"guidance of scale {' or '.join(map(str, scales))}" if scales else "no guidance: leave it out"
+        raise ValueError(f"guidance_scale={scale}: this sampler was trained with {taken}")
+
     @property
     def depths(self) -> list[int]:
         """T of each trained grid, or of the one that is set: the layers of all are counted one grid after the other."""

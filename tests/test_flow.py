@@ -1,10 +1,12 @@
 """Rectified flows: the scheduler on their clock, against the schedulers of diffusers."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import (
+    DDPMPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -14,7 +16,13 @@ from diffusers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsivi_diffusers import HSIVIScheduler
+from gaussian_teacher import MEAN, STD, GaussianTeacher
+from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer
+from hsivi_diffusers.distillation.ode import run_solver
+from hsivi_diffusers.distillation.pairs import pair_levels
+from hsivi_diffusers.evaluation.solvers import make_solver
+from short_run import SETTINGS
+from tiny_unet import make_unet
 
 SHAPE = (2, 3, 4, 4)
 SIGMAS = [1.0, 0.9, 0.55, 0.2, 0.05]
@@ -156,3 +164,33 @@ def test_a_time_of_no_level_is_refused():
 def test_sigmas_are_not_for_betas():
     with pytest.raises(ValueError, match="sigmas are of a rectified flow, and this scheduler has betas"):
         HSIVIScheduler().set_timesteps(sigmas=[1.0, 0.5])
+
+
+# ----- a student -----
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_flow_teacher_is_distilled_into_a_sampler_that_stock_pipelines_run(tmp_path, steps):
+    teacher = DDPMPipeline(unet=make_unet(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pairs = {"num_pairs": 8, "pair_steps": 2} if steps == 1 else {}
+    config = HSIVIConfig(**{**SETTINGS, **pairs, "num_inference_steps": steps}, output_dir=str(tmp_path / "run"))
+    HSIVITrainer(teacher, config).train()
+    ours = HSIVIPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert ours.scheduler.timesteps[0] == 1000
+    images = ours(4, torch.Generator().manual_seed(0), output_type="np").images
+    stock = DDPMPipeline(unet=ours.unet, scheduler=ours.scheduler)
+    drawn = stock(4, torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np").images
+    torch.testing.assert_close(torch.from_numpy(drawn), torch.from_numpy(images), rtol=1e-4, atol=1e-4)
+
+
+def test_solvers_of_diffusers_follow_a_flow_on_their_grid_or_ours():
+    schedule = flow(shift=3.0)
+    teacher, x = GaussianTeacher(schedule), torch.randn(20, 1, 8, 8).clamp(-1.7, 1.7)
+    teacher.config = SimpleNamespace(num_class_embeds=None, sample_size=8, in_channels=1)
+    for method in ("DDIM", "DPM-Solver++", "UniPC", "DEIS"):
+        for levels in (None, pair_levels(schedule, 15)):
+            solver = make_solver(method, 15, teacher, schedule.config, timesteps=levels)
+            end = run_solver(teacher, solver.scheduler, x, 15)
+            assert (end - MEAN - STD * x).square().mean().sqrt() < 0.07, (method, levels)
+    with pytest.raises(ValueError, match="method 'DDPM' is not for rectified flows: choose one of 'DDIM', 'DPM-Solver"):
+        make_solver("DDPM", 15, teacher, schedule.config)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
@@ -133,14 +134,14 @@ def fingerprint(unet: UNet2DModel, scheduler: SchedulerMixin) -> str:
     return hash.hexdigest()
 
 
-def sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:
+def sample_shape(unet: Any) -> tuple[int, int, int]:
     """Returns (channels, height, width) of the images of a UNet."""
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return unet.config.in_channels, height, width
 
 
-def call_unet(unet: UNet2DModel, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
+def call_unet(unet: Any, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
     """Calls a network at times of its own, in its precision, and answers in that of x, as every later formula needs."""
     labels = {} if condition is None else {"class_labels": condition}
     output: Tensor = unet(x.to(unet.dtype), time, **labels).sample.to(x.dtype)

@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
@@ -73,7 +73,7 @@ def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
 
 @torch.no_grad()
 def run_solver(
-    unet: UNet2DModel, solver: Any, x: Tensor, num_steps: int, condition: Tensor | None = None, **arguments: Any
+    unet: Any, solver: Any, x: Tensor, num_steps: int, condition: Tensor | None = None, **arguments: Any
 ) -> Tensor:
     """Follows `num_steps` of a diffusers scheduler from noise x to an image, both of shape (B, C, H, W).
 

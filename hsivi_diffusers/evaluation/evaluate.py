@@ -19,6 +19,7 @@ from diffusers import UNet2DModel
 from tqdm import tqdm
 
 from ..distillation.denoisers import load_teacher, sample_shape
+from ..distillation.guidance import GuidedNetwork
 from ..distillation.ode import few_step_timesteps
 from ..images import load_images
 from ..options import option, parse_options
@@ -59,29 +60,34 @@ class Evaluation:
 
 
 def make_samplers(
-    options: Evaluation, student: HSIVIPipeline, unet: UNet2DModel, config: Any
+    options: Evaluation, student: HSIVIPipeline, unet: UNet2DModel | GuidedNetwork, config: Any
 ) -> Iterator[tuple[str, int, Sampler, str]]:
-    """The student at each of its step counts, then the baselines: method, network calls, sampler, grid."""
+    """The student at each of its step counts, then the baselines: method, network calls, sampler, grid.
+
+    A step of a guided teacher is two network calls. Of a rectified flow there is no DDPM.
+    """
     counts = student.scheduler.depths
     for nfe in counts:
         student.scheduler.set_timesteps(nfe)
         grid = f"trained: {shorten(student.scheduler.timesteps.tolist())}"
         yield OURS, nfe, make_student(student, nfe), grid
     baselines = [(method, nfe) for nfe in options.solver_steps or [*counts, 2 * max(counts)] for method in BASELINES]
-    baselines += [("DDIM, eta 1", options.ddim_steps), ("DDPM", options.ddpm_steps)]
-    for method, nfe in baselines:
-        if not nfe:
+    if not student.scheduler.is_flow:
+        baselines += [("DDIM, eta 1", options.ddim_steps), ("DDPM", options.ddpm_steps)]
+    calls = 2 if isinstance(unet, GuidedNetwork) else 1
+    for method, steps in baselines:
+        if not steps:
             continue
         grids: dict[str, list[int] | None] = {method: None}
         if method in ON_GRID:
-            grids[f"{method}, few-step grid"] = few_step_timesteps(student.scheduler, sample_shape(unet), nfe)
+            grids[f"{method}, few-step grid"] = few_step_timesteps(student.scheduler, sample_shape(unet), steps)
         for name, timesteps in grids.items():
-            solver = make_solver(method, nfe, unet, config, timesteps=timesteps)
-            yield name, nfe, solver, solver.grid
+            solver = make_solver(method, steps, unet, config, timesteps=timesteps)
+            yield name, calls * steps, solver, solver.grid
 
 
 def load_reference(
-    options: Evaluation, unet: UNet2DModel, config: Any
+    options: Evaluation, unet: UNet2DModel | GuidedNetwork, config: Any, classes: int | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
     """Loads the real images, or samples the teacher, from other noise than the methods start from.
 
@@ -99,7 +105,7 @@ def load_reference(
         path = Path(options.real_data)
         return images.float() / 255, labels, path.resolve().name if path.exists() else options.real_data
     solver = make_solver(REFERENCE, options.reference_steps, unet, config, timestep_spacing="trailing")
-    classes, size = unet.config.num_class_embeds, options.reference_samples
+    size = options.reference_samples
     images = draw("reference", solver, size, options.batch_size, options.eval_seed + 1, classes)
     labels = torch.arange(size) % classes if classes else None
     return images, labels, f"teacher, {REFERENCE} at {options.reference_steps} steps"
@@ -141,12 +147,14 @@ def main(args: list[str] | None = None) -> None:
     training["teacher"] = options.teacher or training["pretrained_teacher_model"]
     unet, schedule = load_teacher(training["teacher"], None if options.teacher else training.get("revision"))
     unet.to(device).eval()
+    classes, scales = student.num_classes, student.scheduler.guidance_scales
+    teacher = GuidedNetwork(unet, scales[:1]) if scales else unet
     network, features = load_network(options.feature_extractor, unet.config.in_channels)
-    samplers = list(make_samplers(options, student, unet, schedule.config))  # refuses counts that cannot be drawn
-    reference, labels, name = load_reference(options, unet, schedule.config)
+    samplers = list(make_samplers(options, student, teacher, schedule.config))  # refuses counts that cannot be drawn
+    reference, labels, name = load_reference(options, teacher, schedule.config, classes)
     measures = Measures(network.to(device), reference, METRICS)
 
-    classes, size, seed = unet.config.num_class_embeds, options.num_samples, options.eval_seed
+    size, seed = options.num_samples, options.eval_seed
     rows, shown = [], {}
     for method, nfe, sampler, grid in samplers:
         images = draw(f"{method} at {nfe}", sampler, size, options.batch_size, seed, classes)

@@ -20,6 +20,7 @@ from diffusers import (
 )
 
 from ..distillation.denoisers import sample_shape
+from ..distillation.guidance import GuidedNetwork
 from ..distillation.ode import run_solver, use_grid
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
@@ -91,7 +92,7 @@ class Solver:
 
     scheduler: Any
     num_steps: int
-    unet: UNet2DModel
+    unet: UNet2DModel | GuidedNetwork
     settings: dict[str, Any] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -118,7 +119,12 @@ def shorten(timesteps: list[int]) -> str:
 
 
 def make_solver(
-    method: str, num_steps: int, unet: UNet2DModel, config: Any, timesteps: Sequence[int] | None = None, **settings: Any
+    method: str,
+    num_steps: int,
+    unet: UNet2DModel | GuidedNetwork,
+    config: Any,
+    timesteps: Sequence[int] | None = None,
+    **settings: Any,
 ) -> Solver:
     """Returns a solver of the teacher.
 

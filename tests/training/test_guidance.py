@@ -1,5 +1,6 @@
 """Classifier-free guidance that a student takes in: the teacher's score, the term of the objective, the pipeline."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from torch import nn
 
-from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge, UNetLayers
+from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge, UNetLayers, cli
 from hsivi_diffusers.distillation.guidance import Guidance, GuidedNetwork
 from hsivi_diffusers.distillation.networks import make_networks
+from hsivi_diffusers.evaluation import evaluate
 from hsivi_diffusers.vi import KullbackLeibler, draw_layer
 from short_run import SETTINGS
 from tiny_unet import make_unet
@@ -188,7 +190,7 @@ def test_bad_scales_are_refused(scales):
 
 def test_a_sampler_without_guidance_takes_no_scale(unet):
     student = HSIVIPipeline(unet=unet, scheduler=HSIVIScheduler(layer_timesteps=GRID))
-    with pytest.raises(ValueError, match="guidance_scale=3.0: this sampler was trained with no guidance"):
+    with pytest.raises(ValueError, match="guidance_scale=3.0: this sampler was trained with no guidance: leave"):
         student(guidance_scale=3.0)
 
 
@@ -197,3 +199,29 @@ def test_a_draw_keeps_its_generator_when_it_is_cut(teacher):
     draw, _ = loss_of(KullbackLeibler(), bridge, UNetLayers(make_unet(num_class_embeds=4), bridge.scheduler), condition)
     assert draw.detach().generator is draw.generator
     assert replace(draw, generator=None).generator is None
+
+
+def test_a_guided_student_is_measured_against_guided_solvers_of_two_calls_a_step(pipeline, tmp_path, extractor):
+    pipeline.save_pretrained(tmp_path / "teacher")
+    options = {**SETTINGS, "guidance_scale": 3.0, "output_dir": str(tmp_path / "run")}
+    HSIVITrainer(str(tmp_path / "teacher"), HSIVIConfig(**options)).train()
+    sizes = ["--num_samples=20", "--reference_samples=20", "--reference_steps=2", "--ddpm_steps=3", "--ddim_steps=0"]
+    evaluate.main([f"--run_dir={tmp_path / 'run'}", f"--feature_extractor={extractor}", *sizes, "--solver_steps=2"])
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
+    assert {(row["method"], row["nfe"]) for row in rows} >= {("HSIVI", 2), ("DDIM", 4), ("UniPC", 4), ("DDPM", 6)}
+
+
+def test_the_command_samples_with_the_scale_asked_for(pipeline, tmp_path):
+    student = train(pipeline, tmp_path / "run", guidance_scale=[1.0, 3.0]).pipeline
+    nn.init.normal_(student.unet.class_embedding.weight, std=5.0)  # so that what it is told shows
+    student.save_pretrained(tmp_path / "student")
+    common = ["sample", f"--pipeline={tmp_path / 'student'}", "--num_samples=3"]
+    cli.main([*common, f"--output_dir={tmp_path / 'low'}"])
+    cli.main([*common, f"--output_dir={tmp_path / 'high'}", "--guidance_scale=3"])
+    low, high = ((tmp_path / name / "00000.png").read_bytes() for name in ("low", "high"))
+    assert low != high
+    with pytest.raises(
+        ValueError, match="guidance_scale=2.0: this sampler was trained with guidance of scale 1.0 or 3.0"
+    ):
+        cli.main([*common, f"--output_dir={tmp_path / 'none'}", "--guidance_scale=2"])
+    assert not (tmp_path / "none").exists()
