@@ -88,16 +88,11 @@ class HSIVIConfig:
     clip_images: bool = by_preset(
         True, True, False, "clip the mean of the last layer to [-1, 1] in training too; its gradient passes"
     )
-    guidance_scale: float | list[float] | None = option(
-        None, "scale of classifier-free guidance to take in, 1 for none; several: the student is told one of them"
-    )
+    guidance_scale: float | list[float] | None = option(None, "scale or scales of guidance to take in; 1 is none")
     # ----- the objective -----
     objective: Literal["SM", "KL"] = by_preset("KL", "KL", "SM", "HSIVI-SM (score matching) or HSIVI-KL")
     scoring: Literal["own", "random", "between"] = by_preset(
-        "between",
-        "between",
-        "own",
-        "score a layer at its own level, a random one, or, half of the rows, between its ends",
+        "between", "between", "own", "score a layer at its own level, a random one, or half the time between its ends"
     )
     level_min: int = option(5, "lowest timestep of random levels", common=False)
     loss_weight: Literal["unit", "sigma2"] = by_preset(
@@ -345,7 +340,7 @@ def _check_together(config: HSIVIConfig) -> None:
     if config.noise_eta == 0 and (config.objective, config.scoring == "own") != ("KL", False):
         raise ValueError("noise_eta=0, and outputs without noise have no score: set objective 'KL', scoring 'between'")
     if config.guidance_scale is not None and config.objective != "KL":
-        raise ValueError(f"guidance_scale={config.guidance_scale} with objective='SM': set objective to 'KL'")
+        raise ValueError(f"guidance_scale={config.guidance_scale} needs the gradient of KL: set objective to 'KL'")
     if config.level_min != usual["level_min"] and config.scoring == "own":
         raise ValueError(
             f"level_min={config.level_min} has no effect with scoring='own', which has no random levels: set scoring "

@@ -24,8 +24,8 @@ def load_teacher(
     """Takes UNet and noise schedule of a pretrained pipeline.
 
     Args:
-        teacher: Folder or repo id of a diffusers pipeline with a `UNet2DModel` and a scheduler with a beta schedule, or
-            such a pipeline itself, whose UNet is copied.
+        teacher: Folder or repo id of a diffusers pipeline with a `UNet2DModel` and a scheduler with betas or a
+            rectified flow, or such a pipeline itself, whose UNet is copied.
         revision: Branch, tag or commit of a repo.
 
     Returns:
