@@ -28,7 +28,11 @@ from .pairs import TeacherPairs
 from .student import UNetCritic, UNetLayers
 
 NOISE_SCALE_LEARNING_RATE = 1e-2
-BETWEEN_SHARE = 0.5  # of the rows that are scored between the ends of their layer, with scoring="between"
+
+
+def between_share(config: HSIVIConfig) -> float:
+    """Share of the rows that are scored between the ends of their layer: of layers without noise all of them."""
+    return 0.0 if config.scoring != "between" else 0.5 if config.noise_eta else 1.0
 
 
 class TrainingState:
@@ -42,7 +46,7 @@ class TrainingState:
             networks.teacher,
             scheduler,
             (config.level_min, signal_timestep(scheduler, shape, LOWEST_SIGNAL)),
-            between_share=BETWEEN_SHARE if config.scoring == "between" else 0.0,
+            between_share=between_share(config),
         )
         if config.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
