@@ -116,9 +116,9 @@ class FlowLevels:
         return (len(self) * self._sigma).float().to(level.device)[level]
 
     def level(self, time: torch.Tensor) -> torch.Tensor:
-        times = self.time(torch.arange(len(self))).to(time.device)
-        nearest: torch.Tensor = torch.searchsorted((times[1:] + times[:-1]) / 2, time.float())
-        return nearest
+        times = self.time(torch.arange(-1, len(self))).to(time.device)  # with that of level -1, which is 0
+        nearest: torch.Tensor = torch.searchsorted((times[1:] + times[:-1]) / 2, time.float().contiguous())
+        return nearest - 1
 
 
 class HSIVIScheduler(SchedulerMixin, ConfigMixin):
@@ -227,7 +227,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self.layer_grid: torch.Tensor | None = None
         self.timesteps = self.levels.time(torch.arange(len(self.levels)).flip(0))
-        self._layers: dict[int, LayerCoefficients] = {}
+        self._layers: dict[float, LayerCoefficients] = {}
         self._layers_are_of: tuple[Any, ...] = ()
         for depth in self.depths if layer_timesteps is not None else []:  # checks each; the largest stays
             self.set_timesteps(depth)
@@ -258,7 +258,13 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             name = config.get("_class_name") or "this scheduler"
             betas = {"beta_start", "trained_betas"} & {*config, *kwargs}
             whole = "_class_name" in config or "num_train_timesteps" in config
-            if config.get("use_flow_sigmas") or ("shift" in config and not betas):
+            flow, kind = config.get("use_flow_sigmas"), config.get("prediction_type", "flow_prediction")
+            if flow is not None and flow != (kind == "flow_prediction"):
+                raise ValueError(
+                    f"the config of {name} has use_flow_sigmas={flow} and prediction_type={kind!r}: a rectified flow "
+                    "has True and 'flow_prediction', and any other model neither"
+                )
+            if flow or ("shift" in config and not betas):
                 kwargs = {**_flow_settings(name, config), **kwargs}
             elif whole and not betas:
                 raise ValueError(
@@ -354,7 +360,9 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             ValueError: Several or none are given, or they are not as above.
         """
         if self.config.use_dynamic_shifting and mu is not None and not self.trained_grids:
-            self.levels = self._make_levels(math.exp(mu) if self.config.time_shift_type == "exponential" else mu)
+            shift = math.exp(mu) if self.config.time_shift_type == "exponential" else mu
+            _check_number("the shift that follows from mu", shift, sys.float_info.min)
+            self.levels = self._make_levels(shift)
         grid = self._choose_grid(num_inference_steps, timesteps, sigmas)
         if grid[0] >= len(self.levels):
             raise ValueError(f"the grid {grid} starts beyond the {len(self.levels)} betas: give trained_betas for all")
@@ -382,7 +390,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps is not None and timesteps is not None:
             raise ValueError("num_inference_steps and timesteps were both given: pass one of them")
         if timesteps is not None and self.is_flow:
-            timesteps = self.levels.level(torch.as_tensor(timesteps)).tolist()
+            timesteps = self._levels_of(timesteps)
         if trained := self.trained_grids:
             return _choose_trained(trained, num_inference_steps, timesteps)
         if timesteps is not None:
@@ -390,7 +398,21 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps is None:
             raise ValueError("this scheduler has no trained grid (layer_timesteps): pass num_inference_steps")
         spacing, size = self.config.timestep_spacing, self.config.num_train_timesteps
-        return self.make_layer_timesteps(num_inference_steps, spacing, size, steps_offset=self.config.steps_offset)
+        # A rectified flow is N(0, I) at its last level alone; with betas others are nearly so.
+        start = size - 1 if self.is_flow and spacing in OUR_SPACINGS and num_inference_steps < size else None
+        offset = self.config.steps_offset
+        return self.make_layer_timesteps(num_inference_steps, spacing, size, start, steps_offset=offset)
+
+    def _levels_of(self, times: Any) -> list[int]:
+        """Levels of times of a rectified flow, each within half a step of one."""
+        given = _listed(times)
+        if not all(isinstance(time, int | float) for time in given):
+            raise ValueError(f"timesteps={given}: give numbers, from {len(self)} down")
+        levels = self.levels.level(torch.tensor(given))
+        if given and max(given) > len(self) or bool((levels < 0).any()):
+            raise ValueError(f"timesteps={given} leave the teacher's clock: give numbers from {len(self)} down")
+        found: list[int] = levels.tolist()
+        return found
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Checks the layer that a pipeline starts at; `step` finds its layer by the timestep.
@@ -651,7 +673,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         self._check_on_clock("timestep", time, level)
         return self.coefficients(level.to(sample.device), sample)
 
-    def _make_layers(self) -> dict[int, LayerCoefficients]:
+    def _make_layers(self) -> dict[float, LayerCoefficients]:
         """The numbers of each layer of the grid, by the time of its input."""
         inputs = self._grid()[:-1]
         columns = self.coefficients(inputs, inputs[:, None].float())

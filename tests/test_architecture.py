@@ -44,7 +44,7 @@ ALLOWED = {
     "scheduling_hsivi": (set(), HOST),
     "modeling_hsivi": (set(), HOST),
     "pipeline_hsivi": (set(), HOST),
-    "model_card": ({"pipeline_hsivi"}, {"diffusers", "huggingface_hub", "PIL"}),
+    "model_card": ({"pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub", "PIL"}),
     "hub": ({"model_card", "pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub", "PIL"}),
     "folders": (set(), {"filelock"}),
     "options": (set(), {"yaml"}),
@@ -61,7 +61,9 @@ ALLOWED = {
         {"distillation/output", "distillation/state_dicts", "folders", "options"},
         TRAIN,
     ),
-    "distillation/config": ({"options"}, set()),
+    "distillation/presets": ({"options"}, set()),
+    "distillation/limits": ({"distillation/presets"}, set()),
+    "distillation/config": ({"distillation/limits", "distillation/presets", "options"}, set()),
     "distillation/networks": (
         {f"distillation/{noun}" for noun in ("config", "denoisers", "student")}
         | {"modeling_hsivi", "pipeline_hsivi", "scheduling_hsivi"},

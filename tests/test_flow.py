@@ -17,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gaussian_teacher import MEAN, STD, GaussianTeacher
-from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer
-from hsivi_diffusers.distillation.ode import run_solver
+from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge
+from hsivi_diffusers.distillation.networks import make_scheduler
+from hsivi_diffusers.distillation.ode import few_step_timesteps, run_solver
 from hsivi_diffusers.distillation.pairs import pair_levels
+from hsivi_diffusers.distillation.state import highest_level
 from hsivi_diffusers.evaluation.solvers import make_solver
 from short_run import SETTINGS
 from tiny_unet import make_unet
@@ -95,29 +97,30 @@ def test_levels_that_follow_another_formula_are_refused(name):
         HSIVIScheduler.from_config(config)
 
 
-@given(
-    shift=st.floats(0.2, 10),
-    eta=st.floats(0, 1),
-    grid=st.lists(st.integers(0, 999), min_size=2, max_size=5, unique=True).map(
-        lambda grid: sorted(grid, reverse=True)
-    ),
-)
-def test_a_layer_keeps_the_marginals_of_a_gaussian(shift, eta, grid):
-    """Of data N(0, s^2), x_{t+1} ~ p_{t+1} through the layer of the exact network is x_t with the variance of p_t."""
-    scheduler, s = flow(shift=shift, noise_eta=eta, layer_timesteps=grid), 0.7
-    level = torch.arange(len(grid) - 1)
-    alpha, sigma = scheduler.alpha_sigma(scheduler.input_level(level), torch.zeros(1, dtype=torch.float64))
-    x = torch.ones(len(level), 1, dtype=torch.float64)
-    # E[x0 | x] = alpha s^2 x / v and eps likewise, with v the variance of x: the best velocity is their difference
-    variance = alpha**2 * s**2 + sigma**2
-    output = ((sigma - alpha * s**2) / variance)[:, None]
-    mean, std = scheduler.transition(output, scheduler.input_level(level), x, prev_level=scheduler.output_level(level))
-    x0 = (alpha * s**2 / variance)[:, None]
-    layer = scheduler.coefficients(scheduler.input_level(level), x, scheduler.output_level(level))
-    torch.testing.assert_close(mean, layer.alpha * x0 + layer.direction * (x - alpha[:, None] * x0) / sigma[:, None])
-    # And given x0, x_t has the variance sigma_t^2 about alpha_t x0: direction^2 + c^2.
-    out = scheduler.alpha_sigma(scheduler.output_level(level), x)[1]
-    torch.testing.assert_close(layer.direction**2 + std**2, out**2)
+def grids(highest, least):
+    """Descending grids of levels."""
+    return st.lists(st.integers(0, highest), min_size=least, max_size=5, unique=True).map(
+        lambda grid: sorted(grid)[::-1]
+    )
+
+
+@given(shift=st.floats(0.2, 10), eta=st.floats(0, 1), grid=grids(999, 2))
+def test_a_layer_is_the_posterior_of_diffusing_up_again(shift, eta, grid):
+    """Given x0 and x_{t+1} = r x_t + s z, the layer of eta 1 is the law of x_t by Bayes; eta is a share of the std."""
+    scheduler = flow(shift=shift, noise_eta=eta, layer_timesteps=grid)
+    t = torch.arange(len(grid) - 1)
+    x_next, x0 = torch.randn(2, len(grid) - 1, 1, dtype=torch.float64)
+    alpha_next, sigma_next = scheduler.alpha_sigma(scheduler.input_level(t), x0)
+    alpha, sigma = scheduler.alpha_sigma(scheduler.output_level(t), x0)
+    output = (x_next - alpha_next * x0) / sigma_next - x0
+    mean, std = scheduler.transition(output, scheduler.input_level(t), x_next, prev_level=scheduler.output_level(t))
+    r = alpha_next / alpha
+    s2 = sigma_next**2 - r**2 * sigma**2  # of the noise that is added on the way up
+    variance = 1 / (1 / sigma**2 + r**2 / s2)
+    torch.testing.assert_close(std, eta * variance.sqrt(), rtol=1e-6, atol=1e-9)
+    if eta == 1:  # hypothesis tries the ends of a range
+        wanted = variance * (alpha * x0 / sigma**2 + r * x_next / s2)
+        torch.testing.assert_close(mean, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_the_variance_of_a_layer_is_that_of_the_posterior():
@@ -153,6 +156,30 @@ def test_noise_is_added_at_the_times_of_the_network():
         ours.scale_noise(x, times)
 
 
+def test_a_stock_network_starts_at_pure_noise():
+    for spacing in ("quadratic", "uniform", "trailing"):
+        scheduler = flow(timestep_spacing=spacing)
+        scheduler.set_timesteps(4)
+        assert scheduler.timesteps[0] == 1000
+
+
+def test_a_config_that_contradicts_itself_is_refused():
+    for flow_sigmas, kind in ((True, "epsilon"), (False, "flow_prediction")):
+        config = UniPCMultistepScheduler(use_flow_sigmas=flow_sigmas, prediction_type=kind).config
+        with pytest.raises(
+            ValueError, match=f"use_flow_sigmas={flow_sigmas} and prediction_type='{kind}': a rectified"
+        ):
+            HSIVIScheduler.from_config(config)
+
+
+@pytest.mark.parametrize(("times", "message"), [([5000, 1], "leave the teacher's clock"), (["a"], "give numbers")])
+def test_times_off_the_clock_are_refused(times, message):
+    with pytest.raises(ValueError, match=message):
+        flow().set_timesteps(timesteps=times)
+    with pytest.raises(ValueError, match="the shift that follows from mu=-1"):
+        flow(use_dynamic_shifting=True, time_shift_type="linear").set_timesteps(sigmas=SIGMAS, mu=-1)
+
+
 def test_a_time_of_no_level_is_refused():
     ours = flow(noise_eta=0.0, shift=3.0)
     ours.set_timesteps(4)
@@ -183,14 +210,26 @@ def test_a_flow_teacher_is_distilled_into_a_sampler_that_stock_pipelines_run(tmp
     torch.testing.assert_close(torch.from_numpy(drawn), torch.from_numpy(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("shift", "steps"), [(5.0, 8), (3.0, 16), (1.0, 32), (10.0, 2)])
+def test_every_layer_of_a_flow_has_levels(shift, steps):
+    student = make_scheduler(flow(shift=shift), HSIVIConfig(num_inference_steps=steps), (1, 8, 8))
+    bridge = TeacherBridge(make_unet(), student, (5, highest_level(student, (1, 8, 8))))
+    t = torch.arange(steps).repeat(20)
+    levels = bridge.sample_level(t)
+    assert bool((levels >= student.output_level(t)).all())
+
+
 def test_solvers_of_diffusers_follow_a_flow_on_their_grid_or_ours():
-    schedule = flow(shift=3.0)
-    teacher, x = GaussianTeacher(schedule), torch.randn(20, 1, 8, 8).clamp(-1.7, 1.7)
-    teacher.config = SimpleNamespace(num_class_embeds=None, sample_size=8, in_channels=1)
-    for method in ("DDIM", "DPM-Solver++", "UniPC", "DEIS"):
-        for levels in (None, pair_levels(schedule, 15)):
-            solver = make_solver(method, 15, teacher, schedule.config, timesteps=levels)
-            end = run_solver(teacher, solver.scheduler, x, 15)
-            assert (end - MEAN - STD * x).square().mean().sqrt() < 0.07, (method, levels)
+    for shift in (1.0, 3.0):
+        schedule = flow(shift=shift)
+        teacher, x = GaussianTeacher(schedule), torch.randn(20, 1, 8, 8).clamp(-1.7, 1.7)
+        teacher.config = SimpleNamespace(num_class_embeds=None, sample_size=8, in_channels=1)
+        few, many = (few_step_timesteps(schedule, (1, 8, 8), calls) for calls in (8, 50))
+        assert few[0] == many[0] == 999
+        for method in ("DDIM", "DPM-Solver++", "UniPC", "DEIS"):
+            for calls, levels, error in ((15, None, 0.09), (15, pair_levels(schedule, 15), 0.07), (50, many, 0.03)):
+                solver = make_solver(method, calls, teacher, schedule.config, timesteps=levels)
+                end = run_solver(teacher, solver.scheduler, x, calls)
+                assert (end - MEAN - STD * x).square().mean().sqrt() < error, (shift, method, calls)
     with pytest.raises(ValueError, match="method 'DDPM' is not for rectified flows: choose one of 'DDIM', 'DPM-Solver"):
         make_solver("DDPM", 15, teacher, schedule.config)

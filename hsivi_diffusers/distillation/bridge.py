@@ -46,6 +46,11 @@ class TeacherBridge(Bridge):
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
         self.guides, self.scales = bool(scheduler.guidance_scales), scheduler.guidance_scales or [1.0]
+        if self.guides and (unet.config.num_class_embeds or 0) < 2:
+            raise ValueError(
+                f"guidance_scale={scheduler.config.guidance_scale}: the teacher has no class labels, of which the last "
+                "must be 'no class': leave guidance_scale out"
+            )
         if int(scheduler.output_level(torch.arange(self.num_layers)).min()) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
         if (kernel := scheduler.config.kernel) != "ddim":

@@ -82,7 +82,8 @@ def _take(pipeline: DiffusionPipeline, name: str) -> tuple[UNet2DModel, HSIVISch
         raise ValueError(f"teacher {name} has no scheduler, which tells its noise levels: give a whole pipeline")
     _check_agreement(name, unet, scheduler)
     try:
-        schedule = HSIVIScheduler.from_config(scheduler.config)
+        named = {"_class_name": type(scheduler).__name__, **scheduler.config}
+        schedule = HSIVIScheduler.from_config(named)
     except ValueError as error:
         raise ValueError(f"teacher {name}: {error}") from error
     _check_levels(name, schedule, scheduler)
@@ -92,17 +93,22 @@ def _take(pipeline: DiffusionPipeline, name: str) -> tuple[UNet2DModel, HSIVISch
 def _check_levels(name: str, schedule: HSIVIScheduler, scheduler: SchedulerMixin) -> None:
     """Refuses a schedule that has not the noise levels of the scheduler it was made from."""
     kind = type(scheduler).__name__
-    if schedule.config.use_dynamic_shifting:
-        raise ValueError(
-            f"teacher {name}: its {kind} has use_dynamic_shifting, so its noise levels depend on the size of images: "
-            "turn it off, and set `shift` to that of the size it was trained on"
-        )
+    check_shift(name, schedule, kind)
     # Some schedulers of diffusers keep 2^-24 instead of a zero at the end.
     ours, theirs = (getattr(each, "alphas_cumprod", torch.zeros(0)).float() for each in (schedule, scheduler))
     if not schedule.is_flow and (len(ours) != len(theirs) or not torch.allclose(ours, theirs, atol=1e-6)):
         raise ValueError(
             f"teacher {name}: the noise levels of its {kind} cannot be rebuilt from its betas; only levels that follow "
             "from beta_start, beta_end and beta_schedule, or from trained_betas, are supported"
+        )
+
+
+def check_shift(name: str, schedule: HSIVIScheduler, kind: str) -> None:
+    """Refuses, with ValueError, a rectified flow whose levels depend on the size of the images."""
+    if schedule.config.use_dynamic_shifting:
+        raise ValueError(
+            f"teacher {name}: its {kind} has use_dynamic_shifting, so its noise levels depend on the size of images: "
+            "turn it off, and set `shift` to that of the size it was trained on"
         )
 
 

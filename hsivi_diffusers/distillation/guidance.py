@@ -50,9 +50,9 @@ class GuidedNetwork(nn.Module):
         return UNet2DOutput(sample=of_none + w.reshape(-1, *[1] * (x.ndim - 1)) * (of_class - of_none))
 
 
-def to_solve(unet: UNet2DModel, bridge: TeacherBridge) -> UNet2DModel | GuidedNetwork:
-    """Returns what a solver follows: the teacher, guided if the student is to be."""
-    return GuidedNetwork(unet, bridge.scales) if bridge.guides else unet
+def to_solve(unet: UNet2DModel, scales: Sequence[float]) -> UNet2DModel | GuidedNetwork:
+    """Returns what a solver follows: the teacher, guided if a scale is not 1."""
+    return unet if all(w == 1 for w in scales) and len(scales) < 2 else GuidedNetwork(unet, scales)
 
 
 class Guidance(CriticObjective):

@@ -34,11 +34,11 @@ def power_timesteps(num_calls: int, start: int, end: int, power: float) -> list[
 def few_step_timesteps(schedule: HSIVIScheduler, shape: tuple[int, ...], num_calls: int) -> list[int]:
     """Returns a grid for solvers of few calls and images of shape (C, H, W), which suits small images.
 
-    It starts where an image just begins to show, and ends at N / 50, with a power of 1.5. On the digits UniPC at 5
-    calls then has a tenth of the Frechet distance that it has on the grid of diffusers (docs/benchmarks/solvers.md);
-    on the 32x32 images of Fashion-MNIST and emoji it has twice as much, and at 2 calls more on all three.
+    It starts where an image just begins to show, or a rectified flow at pure noise, and ends at N / 50, with a power of
+    1.5. On the digits UniPC at 5 calls then has a tenth of the Frechet distance that it has on the grid of diffusers
+    (docs/benchmarks/solvers.md); on 32x32 images it has twice as much, and at 2 calls more on all sets.
     """
-    start = signal_timestep(schedule, shape, LOWEST_SIGNAL)
+    start = len(schedule) - 1 if schedule.is_flow else signal_timestep(schedule, shape, LOWEST_SIGNAL)
     return power_timesteps(num_calls, start, len(schedule) // 50, 1.5)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..folders import remove_folder, replace_folder
 from ..pipeline_hsivi import HSIVIPipeline
+from ..scheduling_hsivi import HSIVIScheduler
 from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
@@ -28,6 +29,17 @@ from .pairs import TeacherPairs
 from .student import UNetCritic, UNetLayers
 
 NOISE_SCALE_LEARNING_RATE = 1e-2
+
+
+def highest_level(scheduler: HSIVIScheduler, shape: tuple[int, ...]) -> int:
+    """The highest level where outputs are scored: where an image just begins to show.
+
+    A rectified flow starts above it, so there it is at least one above the output of the first layer.
+    """
+    level = signal_timestep(scheduler, shape, LOWEST_SIGNAL)
+    if scheduler.is_flow:
+        level = max(level, int(scheduler.output_level(torch.arange(sum(scheduler.depths))).max()) + 1)
+    return level
 
 
 def between_share(config: HSIVIConfig) -> float:
@@ -45,7 +57,7 @@ class TrainingState:
         self.bridge = TeacherBridge(
             networks.teacher,
             scheduler,
-            (config.level_min, signal_timestep(scheduler, shape, LOWEST_SIGNAL)),
+            (config.level_min, highest_level(scheduler, shape)),
             between_share=between_share(config),
         )
         if config.gradient_checkpointing:
@@ -123,7 +135,7 @@ class TrainingState:
         draw = self.sample_condition
         condition = None if draw is None else draw(number, generator)
         return TeacherPairs(
-            to_solve(self.bridge.network.unet, self.bridge),
+            to_solve(self.bridge.network.unet, self.bridge.scales),
             self.bridge.scheduler,
             torch.randn(number, *self.bridge.shape, generator=generator),  # of all pairs: too many for a GPU
             condition,

@@ -99,8 +99,8 @@ def label_layers(unet: UNet2DModel, num_layers: int) -> UNet2DModel:
     kind, classes = unet.config.class_embed_type, unet.config.num_class_embeds
     if kind is not None:
         raise ValueError(
-            f"class_embed_type={kind!r} of the unet leaves no place to tell a critic the layer: train one number of "
-            "steps, where it need not be told"
+            f"class_embed_type={kind!r} of the unet leaves no place to tell it a layer or a scale of guidance: train "
+            "one number of steps and one scale, where it need not be told"
         )
     labelled: UNet2DModel = UNet2DModel.from_config(unet.config, num_class_embeds=num_layers * (classes or 1))
     state, name = dict(unet.state_dict()), "class_embedding.weight"

@@ -19,7 +19,7 @@ from diffusers import UNet2DModel
 from tqdm import tqdm
 
 from ..distillation.denoisers import load_teacher, sample_shape
-from ..distillation.guidance import GuidedNetwork
+from ..distillation.guidance import GuidedNetwork, to_solve
 from ..distillation.ode import few_step_timesteps
 from ..images import load_images
 from ..options import option, parse_options
@@ -51,6 +51,7 @@ class Evaluation:
     feature_name: str | None = option(None, "its name in the tables")
     num_samples: int = option(1000, "images of each method")
     eval_seed: int = option(0, "seed of the noise")
+    guidance_scale: float | None = option(None, "of a guided student, one of its scales; the lowest by default")
     batch_size: int = option(100, "images at once")
     solver_steps: list[int] = option(
         [], "steps of DDIM, DPM-Solver++ and UniPC; by default those of the student, and twice the most of them"
@@ -70,11 +71,14 @@ def make_samplers(
     for nfe in counts:
         student.scheduler.set_timesteps(nfe)
         grid = f"trained: {shorten(student.scheduler.timesteps.tolist())}"
-        yield OURS, nfe, make_student(student, nfe), grid
-    baselines = [(method, nfe) for nfe in options.solver_steps or [*counts, 2 * max(counts)] for method in BASELINES]
+        if student.scheduler.guidance_scales:
+            grid += f"; guidance {scale_of(options, student)}"
+        yield OURS, nfe, make_student(student, nfe, options.guidance_scale), grid
+    calls = 2 if isinstance(unet, GuidedNetwork) else 1
+    few = dict.fromkeys(max(1, nfe // calls) for nfe in [*counts, 2 * max(counts)])
+    baselines = [(method, steps) for steps in options.solver_steps or few for method in BASELINES]
     if not student.scheduler.is_flow:
         baselines += [("DDIM, eta 1", options.ddim_steps), ("DDPM", options.ddpm_steps)]
-    calls = 2 if isinstance(unet, GuidedNetwork) else 1
     for method, steps in baselines:
         if not steps:
             continue
@@ -84,6 +88,12 @@ def make_samplers(
         for name, timesteps in grids.items():
             solver = make_solver(method, steps, unet, config, timesteps=timesteps)
             yield name, calls * steps, solver, solver.grid
+
+
+def scale_of(options: Evaluation, student: HSIVIPipeline) -> float:
+    """The scale of guidance that is measured; 1 of a student that has taken in none."""
+    scales = student.scheduler.guidance_scales or [1.0]
+    return float(scales[student.scheduler.guidance_index(options.guidance_scale)])
 
 
 def load_reference(
@@ -147,8 +157,7 @@ def main(args: list[str] | None = None) -> None:
     training["teacher"] = options.teacher or training["pretrained_teacher_model"]
     unet, schedule = load_teacher(training["teacher"], None if options.teacher else training.get("revision"))
     unet.to(device).eval()
-    classes, scales = student.num_classes, student.scheduler.guidance_scales
-    teacher = GuidedNetwork(unet, scales[:1]) if scales else unet
+    classes, teacher = student.num_classes, to_solve(unet, [scale_of(options, student)])
     network, features = load_network(options.feature_extractor, unet.config.in_channels)
     samplers = list(make_samplers(options, student, teacher, schedule.config))  # refuses counts that cannot be drawn
     reference, labels, name = load_reference(options, teacher, schedule.config, classes)

@@ -112,10 +112,10 @@ class Solver:
         return shorten(self.scheduler.timesteps.tolist())
 
 
-def shorten(timesteps: list[int]) -> str:
+def shorten(timesteps: list[float]) -> str:
     """Timesteps as text, of more than ten the first three and the last."""
     shown = timesteps if len(timesteps) <= 10 else [*timesteps[:3], "...", timesteps[-1]]
-    return ", ".join(map(str, shown))
+    return ", ".join(each if isinstance(each, str) else f"{each:.4g}" for each in shown)
 
 
 def make_solver(
@@ -145,6 +145,7 @@ def make_solver(
     schedule, chosen = HSIVIScheduler.from_config(config), {**chosen, **settings}
     if schedule.is_flow and kind is not HSIVIScheduler:
         chosen |= _flow_options(method, kind, schedule)
+        config = {name: value for name, value in config.items() if name != "shift"}
     if timesteps is not None and kind is HSIVIScheduler:
         chosen["layer_timesteps"] = [*timesteps, -1]
     scheduler = kind.from_config(config, **chosen)
@@ -163,14 +164,15 @@ def _flow_options(method: str, kind: Any, schedule: HSIVIScheduler) -> dict[str,
     return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": schedule.config.shift}
 
 
-def make_student(pipeline: HSIVIPipeline, num_steps: int | None = None) -> Sampler:
+def make_student(pipeline: HSIVIPipeline, num_steps: int | None = None, guidance_scale: float | None = None) -> Sampler:
     """Returns the distilled pipeline as a sampler, with one of its trained counts of calls, or the largest."""
     pipeline.set_progress_bar_config(disable=True)
 
     def sampler(batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None) -> torch.Tensor:
-        images: torch.Tensor = pipeline(
-            batch_size, generator, num_steps, class_labels=labels, output_type="pt", return_dict=False
-        )[0]
+        given: dict[str, Any] = {"class_labels": labels, "guidance_scale": guidance_scale}
+        images: torch.Tensor = pipeline(batch_size, generator, num_steps, **given, output_type="pt", return_dict=False)[
+            0
+        ]
         return images
 
     return sampler

@@ -1,17 +1,17 @@
 """Classifier-free guidance that a student takes in: the teacher's score, the term of the objective, the pipeline."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import nn
 
 from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge, UNetLayers, cli
-from hsivi_diffusers.distillation.guidance import Guidance, GuidedNetwork
-from hsivi_diffusers.distillation.networks import make_networks
+from hsivi_diffusers.distillation.guidance import Guidance, GuidedNetwork, to_solve
+from hsivi_diffusers.distillation.networks import carry_over, make_networks
 from hsivi_diffusers.evaluation import evaluate
+from hsivi_diffusers.model_card import make_card
 from hsivi_diffusers.vi import KullbackLeibler, draw_layer
 from short_run import SETTINGS
 from tiny_unet import make_unet
@@ -98,8 +98,8 @@ def test_the_term_pulls_along_the_guidance_above_the_level_of_the_draw(teacher, 
     wanted = gradient(again, layers) + gradient(term, layers)
     _, loss = loss_of(guided, bridge, layers, condition)
     torch.testing.assert_close(gradient(loss, layers), wanted, rtol=1e-3, atol=1e-5)
-    critic = nn.Identity()
-    assert guided.critic_loss(lambda x, *_: critic(x), draw.detach()).shape == (4,)
+    losses = [each.critic_loss(lambda x, *_: x, draw.detach()) for each in (guided, plain)]
+    torch.testing.assert_close(*losses)
 
 
 def test_a_scale_of_one_trains_as_the_class_alone_does(teacher):
@@ -194,11 +194,26 @@ def test_a_sampler_without_guidance_takes_no_scale(unet):
         student(guidance_scale=3.0)
 
 
-def test_a_draw_keeps_its_generator_when_it_is_cut(teacher):
-    bridge, condition = bridge_of(teacher, 3.0), torch.tensor([0, 1, 2, 0])
-    draw, _ = loss_of(KullbackLeibler(), bridge, UNetLayers(make_unet(num_class_embeds=4), bridge.scheduler), condition)
-    assert draw.detach().generator is draw.generator
-    assert replace(draw, generator=None).generator is None
+def test_what_several_scales_were_told_is_not_taken_for_others(pipeline, tmp_path):
+    train(pipeline, tmp_path / "first", guidance_scale=[1.0, 3.0])
+    for other in ([1.0, 7.0], 3.0, None):
+        with pytest.raises(ValueError, match=r"was trained with guidance_scale=\[1.0, 3.0\], and the new run has"):
+            train(pipeline, tmp_path / "other", guidance_scale=other, init_from=str(tmp_path / "first"))
+    networks = make_networks(
+        (pipeline.unet, pipeline.unet, pipeline.unet),
+        HSIVIScheduler(),
+        HSIVIConfig(num_inference_steps=1, guidance_scale=[1.0, 3.0]),
+    )
+    carry_over(networks, tmp_path / "first")
+    saved = UNet2DModel.from_pretrained(tmp_path / "first" / "critic")
+    assert torch.equal(networks.critic.class_embedding.weight, saved.class_embedding.weight)
+
+
+def test_the_card_tells_the_scales(pipeline, tmp_path):
+    student = train(pipeline, tmp_path / "run", guidance_scale=[1.0, 3.0])
+    text = make_card(student.pipeline, "user/name", {"options": {}, "training": {}, "report": {}}).text
+    assert "It has taken in classifier-free guidance of scale 1.0 or 3.0" in text
+    assert "guidance_scale=3.0" in text
 
 
 def test_a_guided_student_is_measured_against_guided_solvers_of_two_calls_a_step(pipeline, tmp_path, extractor):
@@ -209,6 +224,18 @@ def test_a_guided_student_is_measured_against_guided_solvers_of_two_calls_a_step
     evaluate.main([f"--run_dir={tmp_path / 'run'}", f"--feature_extractor={extractor}", *sizes, "--solver_steps=2"])
     rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
     assert {(row["method"], row["nfe"]) for row in rows} >= {("HSIVI", 2), ("DDIM", 4), ("UniPC", 4), ("DDPM", 6)}
+    assert next(row["grid"] for row in rows if row["method"] == "HSIVI").endswith("; guidance 3.0")
+    assert {row["nfe"] for row in rows if row["method"] == "DDIM"} == {4}
+
+
+def test_solvers_are_compared_at_the_calls_of_the_student(teacher):
+    student = HSIVIPipeline(teacher, HSIVIScheduler(layer_timesteps=[600, 400, 200, 100, 0], guidance_scale=[1.0, 3.0]))
+    for scale, calls in ((3.0, 2), (None, 1)):
+        options = evaluate.Evaluation(guidance_scale=scale, ddpm_steps=0, ddim_steps=0)
+        network = to_solve(teacher, [evaluate.scale_of(options, student)])
+        rows = list(evaluate.make_samplers(options, student, network, DDPMScheduler().config))
+        assert {nfe for method, nfe, *_ in rows if method == "DDIM"} == {4, 8}
+        assert {solver.num_steps * calls for _, _, solver, _ in rows[1:]} == {4, 8}
 
 
 def test_the_command_samples_with_the_scale_asked_for(pipeline, tmp_path, capsys):
