@@ -97,6 +97,7 @@ class Sampling:
     batch_size: int = option(64, "images at once")
     seed: int = option(0, "image i has the seed `seed + i`")
     class_label: list[int] = option([], "classes to draw, one image of each in turn; all by default")
+    guidance_scale: float | None = option(None, "one of the scales that were trained; the lowest by default")
     device: str | None = option(None, "cpu, cuda or another torch device; the GPU if there is one")
 
 
@@ -216,7 +217,8 @@ def sample(args: Sequence[str]) -> None:
     pipeline = _load_pipeline(options.pipeline).to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler.set_timesteps(options.num_inference_steps)  # refuses a count that was not trained
-    number = pipeline.unet.config.num_class_embeds or 0
+    pipeline.scheduler.guidance_index(options.guidance_scale)
+    number = pipeline.num_classes or 0
     if any(not 0 <= label < number for label in options.class_label):
         known = f"classes 0 to {number - 1}" if number else "no classes, leave it out"
         raise ValueError(f"--class_label {options.class_label}: this pipeline has {known}")
@@ -227,7 +229,8 @@ def sample(args: Sequence[str]) -> None:
         numbers = range(first, min(first + options.batch_size, options.num_samples))
         labels = [classes[number % len(classes)] for number in numbers] if classes else None
         generators = [torch.Generator(device).manual_seed(options.seed + number) for number in numbers]
-        images += pipeline(len(numbers), generators, options.num_inference_steps, class_labels=labels).images
+        given = {"class_labels": labels, "guidance_scale": options.guidance_scale}
+        images += pipeline(len(numbers), generators, options.num_inference_steps, **given).images
     for number, image in enumerate(images):
         image.save(output_dir / f"{number:05d}.png")
     columns = math.isqrt(len(images))

@@ -251,7 +251,7 @@ def can_draw(pipeline: DiffusionPipeline) -> bool:
 
 def draw_grid(pipeline: HSIVIPipeline, rows: int = 4, columns: int = 8) -> Any:
     """Draws a grid of images, seeded; with classes, each in turn."""
-    classes, images = pipeline.unet.config.num_class_embeds, []
+    classes, images = pipeline.num_classes, []
     for first in range(0, rows * columns, columns):
         seeds = range(first, first + columns)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -10,6 +10,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
@@ -22,6 +23,7 @@ TOLD = (
     "preset",
     "objective",
     "scoring",
+    "guidance_scale",
     "max_train_steps",
     "train_batch_size",
     "learning_rate",
@@ -208,9 +210,11 @@ def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: b
             alone=code(name, inputs, imports, ", trust_remote_code=True"),
             counts=f"pass {one_of(counts)}, any other is refused",
         )
-    classes = pipeline.unet.config.num_class_embeds
+    classes = pipeline.num_classes
     inputs = "batch_size=16" + (f", {steps}" if len(counts) > 1 else "")
     inputs += f", class_labels=[i % {classes} for i in range(16)]" if classes else ""
+    scales = pipeline.scheduler.guidance_scales
+    inputs += f", guidance_scale={scales[-1]}" if len(scales) > 1 else ""
     imports = "import hsivi_diffusers\nfrom diffusers import DDPMPipeline"
     stock = f"In a pipeline of diffusers:\n\n{code('DDPMPipeline', f'batch_size=16, {steps}', imports)}"
     if classes:
@@ -273,11 +277,14 @@ def _training(pipeline: DiffusionPipeline, run: dict[str, Any]) -> str:
         noise = "layers that add new noise to the clean image"
     calls, grids = network_calls(pipeline.scheduler.depths), pipeline.scheduler.trained_grids
     data = "Real images of its training data were used too." if options.get("train_data") else "No images were used."
+    times = [pipeline.scheduler.levels.time(torch.tensor(grid[:-1])).tolist() for grid in grids]
     text = (
-        f"{calls.capitalize()} at the timesteps {one_of([grid[:-1] for grid in grids])}, {noise}. Each is a "
+        f"{calls.capitalize()} at the timesteps {one_of(times)}, {noise}. Each is a "
         "conditional distribution, trained so that its marginal matches the data at a noise level, which the score of "
         f"the teacher knows. {data}"
     )
+    if scales := pipeline.scheduler.guidance_scales:
+        text += f" It has taken in classifier-free guidance of scale {one_of(scales)}, at no further network call."
     settings = ", ".join(f"{name} {_plain(options[name])}" for name in TOLD if options.get(name) is not None)
     if settings:
         text += f"\n\nCommand `hsivi distil` of hsivi_diffusers: {settings}."

@@ -105,6 +105,7 @@ class HSIVIPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         latents: torch.Tensor | None = None,
         class_labels: torch.Tensor | list[int] | None = None,
+        guidance_scale: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
@@ -118,6 +119,8 @@ class HSIVIPipeline(DiffusionPipeline):
             num_inference_steps: T, one of the trained counts; None takes the largest.
             latents: x_T, shape (batch_size, C, H, W), instead of a draw.
             class_labels: Shape (batch_size,), for a class-conditional UNet.
+            guidance_scale: A scale of classifier-free guidance that the UNet has taken in, at no further network call.
+                None takes the only one, or, of several, the lowest.
             output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), both in [0, 1], or "latent" (x_0 as it is).
             return_dict: Return `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: Called as f(pipeline, step, timestep, {"latents": x_t}) after each step; what it
@@ -139,7 +142,8 @@ class HSIVIPipeline(DiffusionPipeline):
         hooked = any(hasattr(module, hook) for module in modules for hook in hooks)
         device, dtype = (self._execution_device, self.unet.dtype) if hooked else (weight.device, weight.dtype)
         latents = self._prepare_latents(batch_size, latents, generator, device, dtype)
-        conditions = self._prepare_class_labels(batch_size, class_labels, device)
+        guidance = self.scheduler.guidance_index(guidance_scale)
+        conditions = self._prepare_class_labels(batch_size, class_labels, device, guidance)
         per_pixel = self.scheduler.config.noise_scale_type == "per_pixel"
         noise_scale = self.unet_noise_scale() if per_pixel and self.unet_noise_scale is not None else None
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -217,8 +221,14 @@ class HSIVIPipeline(DiffusionPipeline):
             raise ValueError(f"latents has shape {tuple(latents.shape)}: expected {shape}")
         return latents.to(device=device, dtype=dtype)
 
+    @property
+    def num_classes(self) -> int | None:
+        """Number of class labels, of which one is drawn; None without classes. Of a guided UNet the last is none."""
+        embeddings, scales = self.unet.config.num_class_embeds, self.scheduler.guidance_scales
+        return embeddings // len(scales) - 1 if scales and embeddings else embeddings
+
     def _prepare_class_labels(
-        self, batch_size: int, class_labels: Any, device: torch.device
+        self, batch_size: int, class_labels: Any, device: torch.device, guidance: int
     ) -> dict[str, torch.Tensor]:
         conditional = getattr(self.unet, "class_embedding", None) is not None
         if conditional != (class_labels is not None):
@@ -231,9 +241,10 @@ class HSIVIPipeline(DiffusionPipeline):
             raise ValueError(
                 f"class_labels has shape {tuple(labels.shape)} and {labels.dtype}: expected ({batch_size},) integers"
             )
-        classes = self.unet.config.num_class_embeds
+        classes = self.num_classes
         if classes is not None and not bool(((labels >= 0) & (labels < classes)).all()):
             raise ValueError(f"class_labels={labels.tolist()}: the classes of this unet are 0 to {classes - 1}")
+        labels = labels * max(len(self.scheduler.guidance_scales), 1) + guidance
         return {"class_labels": labels.to(device=device, dtype=torch.long)}
 
 
@@ -282,10 +293,10 @@ def _wrong_scheduler(scheduler: Any) -> str:
             "scheduler=HSIVIScheduler.from_config(scheduler.config), or in from_pretrained "
             'scheduler=HSIVIScheduler.from_pretrained(repo, subfolder="scheduler")'
         )
-    if config.get("use_flow_sigmas") or not {"beta_start", "trained_betas"} & {*config}:
+    if not {"beta_start", "trained_betas", "shift"} & {*config}:
         return (
-            f"HSIVIPipeline got a {name}, which has no beta schedule: flow-matching and EDM models are not supported "
-            "yet. Use the pipeline it came with"
+            f"HSIVIPipeline got a {name}, which has neither betas nor a rectified flow: EDM models are not supported. "
+            "Use the pipeline it came with"
         )
     return (
         f"HSIVIPipeline got a {name}: this model was not distilled. Distil it with `hsivi distil`, or use the "

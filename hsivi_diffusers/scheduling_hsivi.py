@@ -1,16 +1,20 @@
 """The layer of a diffusion UNet, as a diffusers scheduler.
 
-On a grid tau_T > ... > tau_0 of the teacher's clock, with alpha = sqrt(abar) and sigma = sqrt(1 - abar), layer t is
+A noise schedule has levels 0..N-1, where x = alpha x0 + sigma eps of a clean image x0 and noise eps. On a grid of
+levels tau_T > ... > tau_0, with alpha_t and sigma_t those of tau_t, layer t is
 
-    x0    = (x_{t+1} - sigma_{t+1} eps) / alpha_{t+1},       eps = UNet(x_{t+1}, tau_{t+1})
-    c     = noise_eta sqrt((1 - abar_{t+1} / abar_t) sigma_t^2 / sigma_{t+1}^2)        kernel "ddim"
+    x0, eps  of the output of the network at x_{t+1} and the time of tau_{t+1}, see `predict`
+    r     = alpha_{t+1} / alpha_t
+    c     = noise_eta sqrt(sigma_{t+1}^2 - r^2 sigma_t^2) sigma_t / sigma_{t+1}        kernel "ddim"
           = sigma_t                                                                    kernel "renoise"
     mean  = alpha_t x0 + sqrt(sigma_t^2 - c^2) eps
     std   = noise_scale_t c
     x_t   = mean + std noise                                 (the last layer, t = 0, returns the mean)
 
-With noise_scale = 1 and kernel "ddim" this is DDIM(eta) (Song et al. 2021, eq. 12); the paper's app. B fits eps and
-noise_scale. With kernel "renoise" it is the re-noising of consistency sampling.
+From betas, alpha = sqrt(abar) and sigma = sqrt(1 - abar), and with noise_scale = 1 and kernel "ddim" this is DDIM(eta)
+(Song et al. 2021, eq. 12); the paper's app. B fits eps and noise_scale. Of a rectified flow, alpha = 1 - sigma (Liu et
+al. 2023, arXiv 2209.03003), and with noise_eta = 0 this is an Euler step. With kernel "renoise" it is the re-noising of
+consistency sampling.
 """
 
 import math
@@ -29,6 +33,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 OUR_SPACINGS = ("quadratic", "uniform")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
 
 
@@ -70,18 +75,65 @@ class LayerCoefficients(NamedTuple):
         return x0, self.noise_in(sample, x0)
 
 
+class BetaLevels:
+    """Levels of a diffusion with betas: alpha = sqrt(abar), sigma = sqrt(1 - abar); a network's time is the level."""
+
+    def __init__(self, alphas_cumprod: torch.Tensor, final: torch.Tensor) -> None:
+        self._abar = torch.cat([alphas_cumprod, final[None]])
+
+    def __len__(self) -> int:
+        return len(self._abar) - 1
+
+    def alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        abar = self._abar.to(sample)[level]
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def time(self, level: torch.Tensor) -> torch.Tensor:
+        return level
+
+    def level(self, time: torch.Tensor) -> torch.Tensor:
+        return time.long()
+
+
+class FlowLevels:
+    """Levels of a rectified flow: alpha = 1 - sigma, sigma = shift u / (1 + (shift - 1) u), u = (level + 1) / N.
+
+    A network's time is N sigma, as in FlowMatchEulerDiscreteScheduler of diffusers.
+    """
+
+    def __init__(self, size: int, shift: float) -> None:
+        u = torch.arange(1, size + 1, dtype=torch.float64) / size
+        self._sigma = torch.cat([shift * u / (1 + (shift - 1) * u), torch.zeros(1, dtype=torch.float64)])
+
+    def __len__(self) -> int:
+        return len(self._sigma) - 1
+
+    def alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sigma = self._sigma.to(sample)[level]
+        return 1 - sigma, sigma
+
+    def time(self, level: torch.Tensor) -> torch.Tensor:
+        return (len(self) * self._sigma).float().to(level.device)[level]
+
+    def level(self, time: torch.Tensor) -> torch.Tensor:
+        times = self.time(torch.arange(-1, len(self))).to(time.device)  # with that of level -1, which is 0
+        nearest: torch.Tensor = torch.searchsorted((times[1:] + times[:-1]) / 2, time.float().contiguous())
+        return nearest - 1
+
+
 class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     """Scheduler of a T-layer hierarchical semi-implicit sampler; one network call per layer.
 
     Args:
-        num_train_timesteps: Length N of the teacher's clock.
+        num_train_timesteps: Number N of levels of the teacher.
         beta_start: First beta, in [0, 1].
         beta_end: Last beta, in [0, 1].
         beta_schedule: Any name that `DDPMScheduler` knows.
         trained_betas: The betas, in [0, 1], instead of the three above.
-        prediction_type: What the network predicts: "epsilon", "v_prediction" or "sample".
-        layer_timesteps: The trained grid, T+1 strictly descending integers tau_T .. tau_0 in 0..N-1; the last one may
-            be -1, the final alpha of DDIM. Only T steps are accepted then. Or a list of such grids of different T.
+        prediction_type: What the network predicts: "epsilon", "v_prediction", "sample", or, of a rectified flow, which
+            has no betas, "flow_prediction": noise - x0.
+        layer_timesteps: The trained grid, T+1 strictly descending levels tau_T .. tau_0 in 0..N-1; the last one may
+            be -1, where noise ends. Only T steps are accepted then. Or a list of such grids of different T.
         timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`.
         kernel: "ddim" or "renoise", see above.
         noise_eta: eta of the ddim kernel, in [0, 1]; the paper has 0.2.
@@ -96,6 +148,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         set_alpha_to_one: The final alpha (level -1) is 1; otherwise that of timestep 0.
         steps_offset: Added to the timesteps of spacing "leading", 0..N-1.
         rescale_betas_zero_snr: abar is 0 at the last timestep (alg. 1 of arXiv 2305.08891); not with "epsilon".
+        shift: Of a rectified flow, > 0: above 1 more of the levels have high noise, see `FlowLevels`.
+        use_dynamic_shifting: Of a rectified flow: the shift is that of `set_timesteps(mu=...)`, which follows from the
+            number of pixels, exp(mu) or mu; `shift` before.
+        time_shift_type: "exponential", exp(mu), or "linear", mu.
+        guidance_scale: Scale of classifier-free guidance that the network has taken in, 1 for none, or the scales, of
+            which it must be told one; the last class label is "no class". None: the network knows nothing of it.
 
     Raises:
         ValueError: A value is outside the ranges above.
@@ -134,17 +192,23 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         set_alpha_to_one: bool = True,
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        guidance_scale: float | list[float] | None = None,
     ):
-        _check_choice("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample"))
+        _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         _check_choice("kernel", kernel, ("ddim", "renoise"))
         _check_choice("noise_scale_type", noise_scale_type, ("config", "per_pixel"))
+        _check_choice("time_shift_type", time_shift_type, ("exponential", "linear"))
         _check_number("num_train_timesteps", num_train_timesteps, 1, kind=Integral)
         _check_number("steps_offset", steps_offset, 0, num_train_timesteps - 1, kind=Integral)
         _check_number("noise_eta", noise_eta, 0, 1, remedy="; 0 is DDIM, 1 is the noise of DDPM")
         _check_number("dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0, 1)
         _check_number("clip_sample_range", clip_sample_range, sys.float_info.min)
         _check_number("sample_max_value", sample_max_value, sys.float_info.min)
+        _check_number("shift", shift, sys.float_info.min)
         if rescale_betas_zero_snr and prediction_type == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the sample "
@@ -157,18 +221,25 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             self.register_to_config(layer_timesteps=layer_timesteps, timestep_spacing=spacing)
         self.register_to_config(noise_scale=_check_noise_scale(noise_scale, layer_timesteps))
 
-        given = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        schedule = _make_schedule({name: self.config[name] for name in (*given, "rescale_betas_zero_snr")})
-        self.betas, self.alphas, self.alphas_cumprod = schedule.betas, schedule.alphas, schedule.alphas_cumprod
-        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+        self.register_to_config(guidance_scale=_check_guidance(guidance_scale))
+        self.levels = self._make_levels(shift)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.layer_grid: torch.Tensor | None = None
-        self.timesteps = schedule.timesteps
-        self._layers: dict[int, LayerCoefficients] = {}
+        self.timesteps = self.levels.time(torch.arange(len(self.levels)).flip(0))
+        self._layers: dict[float, LayerCoefficients] = {}
         self._layers_are_of: tuple[Any, ...] = ()
         for depth in self.depths if layer_timesteps is not None else []:  # checks each; the largest stays
             self.set_timesteps(depth)
+
+    def _make_levels(self, shift: float) -> BetaLevels | FlowLevels:
+        if self.is_flow:
+            return FlowLevels(len(self), shift)
+        given = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+        schedule = _make_schedule({name: self.config[name] for name in (*given, "rescale_betas_zero_snr")})
+        self.betas, self.alphas, self.alphas_cumprod = schedule.betas, schedule.alphas, schedule.alphas_cumprod
+        self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
+        return BetaLevels(self.alphas_cumprod, self.final_alpha_cumprod)
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Adds to the config. A trained sampler keeps all of it: no setting gives way to another class's default."""
@@ -178,19 +249,27 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Makes the scheduler from the config of any scheduler with a beta schedule.
+        """Makes the scheduler from the config of any scheduler with a beta schedule, or of a rectified flow.
 
         Raises:
-            ValueError: The config is of flow matching, or of the noise levels of EDM.
+            ValueError: The config has the noise levels of EDM, or those of a flow that follow another formula.
         """
         if isinstance(config, dict):
-            name = config.get("_class_name")
+            name = config.get("_class_name") or "this scheduler"
             betas = {"beta_start", "trained_betas"} & {*config, *kwargs}
-            whole = name is not None or "num_train_timesteps" in config
-            if "FlowMatch" in str(name) or config.get("use_flow_sigmas") or (whole and not betas):
+            whole = "_class_name" in config or "num_train_timesteps" in config
+            flow, kind = config.get("use_flow_sigmas"), config.get("prediction_type", "flow_prediction")
+            if flow is not None and flow != (kind == "flow_prediction"):
                 raise ValueError(
-                    f"the config of {name or 'this scheduler'} has no beta schedule: flow-matching and EDM models are "
-                    "not supported yet; use a teacher trained with betas, such as those of DDPMScheduler"
+                    f"the config of {name} has use_flow_sigmas={flow} and prediction_type={kind!r}: a rectified flow "
+                    "has True and 'flow_prediction', and any other model neither"
+                )
+            if flow or ("shift" in config and not betas):
+                kwargs = {**_flow_settings(name, config), **kwargs}
+            elif whole and not betas:
+                raise ValueError(
+                    f"the config of {name} has neither betas nor a rectified flow; EDM and VE models are not "
+                    "supported: use one whose scheduler is like DDPMScheduler or FlowMatchEulerDiscreteScheduler"
                 )
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
@@ -201,8 +280,13 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def __len__(self) -> int:
-        """N, the length of the teacher's clock."""
+        """N, the number of levels of the teacher."""
         return int(self.config.num_train_timesteps)
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the levels are those of a rectified flow, not of betas."""
+        return bool(self.config.prediction_type == "flow_prediction")
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
         """Returns the sample as it is; other schedulers scale here."""
@@ -257,33 +341,56 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        timesteps: list[int] | None = None,
+        timesteps: list[int] | list[float] | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
     ) -> None:
         """Sets the grid: the trained one, one made for this count, or the one given.
 
         Args:
             num_inference_steps: T. With trained grids only a T of theirs is accepted, and None means the largest.
             device: Where `timesteps` goes.
-            timesteps: Inputs tau_T .. tau_1 of the layers, instead of T; the last layer ends at -1. Or trained ones.
+            timesteps: Times of the inputs tau_T .. tau_1 of the layers, instead of T; the last layer ends at -1. Or
+                trained ones.
+            sigmas: Of a rectified flow: u of the inputs, before the shift, each moved to the nearest level. With a
+                trained grid they only tell T.
+            mu: See `use_dynamic_shifting`; a trained grid keeps the shift it was trained with.
 
         Raises:
-            ValueError: Both or neither are given, or they are not as above.
+            ValueError: Several or none are given, or they are not as above.
         """
-        grid = self._choose_grid(num_inference_steps, timesteps)
-        if grid[0] >= len(self.betas):
-            raise ValueError(f"the grid {grid} starts beyond the {len(self.betas)} betas: give trained_betas for all")
+        if self.config.use_dynamic_shifting and mu is not None and not self.trained_grids:
+            shift = math.exp(mu) if self.config.time_shift_type == "exponential" else mu
+            _check_number("the shift that follows from mu", shift, sys.float_info.min)
+            self.levels = self._make_levels(shift)
+        grid = self._choose_grid(num_inference_steps, timesteps, sigmas)
+        if grid[0] >= len(self.levels):
+            raise ValueError(f"the grid {grid} starts beyond the {len(self.levels)} betas: give trained_betas for all")
         if self.config.prediction_type == "epsilon" and self.alphas_cumprod[grid[0]] == 0:
             raise ValueError(f"abar is 0 at {grid[0]}, where a noise prediction does not determine x0: start lower")
-        settings = (grid, self.config.kernel, self.config.noise_eta, self.config.noise_scale)
+        settings = (grid, self.config.kernel, self.config.noise_eta, self.config.noise_scale, self.levels)
         if settings != self._layers_are_of:
             self.layer_grid = torch.tensor(grid, dtype=torch.long)
             self._layers, self._layers_are_of = self._make_layers(), settings
         self.num_inference_steps = len(grid) - 1
-        self.timesteps = self._grid()[:-1].to(device)
+        self.timesteps = self.levels.time(self._grid()[:-1]).to(device)
 
-    def _choose_grid(self, num_inference_steps: int | None, timesteps: list[int] | None) -> list[int]:
+    def _choose_grid(
+        self, num_inference_steps: int | None, timesteps: list[int] | list[float] | None, sigmas: list[float] | None
+    ) -> list[int]:
+        if sigmas is not None:
+            if not self.is_flow:
+                raise ValueError("sigmas are of a rectified flow, and this scheduler has betas: pass timesteps")
+            if num_inference_steps not in (None, len(sigmas)):
+                raise ValueError(f"num_inference_steps={num_inference_steps}, and {len(sigmas)} sigmas: pass one")
+            if self.trained_grids:
+                return _choose_trained(self.trained_grids, len(sigmas), None)
+            steps = [round(float(u) * len(self)) - 1 for u in sigmas]
+            return _check_timesteps("the levels of sigmas + [-1]", [*steps, -1], len(self))
         if num_inference_steps is not None and timesteps is not None:
             raise ValueError("num_inference_steps and timesteps were both given: pass one of them")
+        if timesteps is not None and self.is_flow:
+            timesteps = self._levels_of(timesteps)
         if trained := self.trained_grids:
             return _choose_trained(trained, num_inference_steps, timesteps)
         if timesteps is not None:
@@ -291,7 +398,21 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps is None:
             raise ValueError("this scheduler has no trained grid (layer_timesteps): pass num_inference_steps")
         spacing, size = self.config.timestep_spacing, self.config.num_train_timesteps
-        return self.make_layer_timesteps(num_inference_steps, spacing, size, steps_offset=self.config.steps_offset)
+        # A rectified flow is N(0, I) at its last level alone; with betas others are nearly so.
+        start = size - 1 if self.is_flow and spacing in OUR_SPACINGS and num_inference_steps < size else None
+        offset = self.config.steps_offset
+        return self.make_layer_timesteps(num_inference_steps, spacing, size, start, steps_offset=offset)
+
+    def _levels_of(self, times: Any) -> list[int]:
+        """Levels of times of a rectified flow, each within half a step of one."""
+        given = _listed(times)
+        if not all(isinstance(time, int | float) for time in given):
+            raise ValueError(f"timesteps={given}: give numbers, from {len(self)} down")
+        levels = self.levels.level(torch.tensor(given))
+        if given and max(given) > len(self) or bool((levels < 0).any()):
+            raise ValueError(f"timesteps={given} leave the teacher's clock: give numbers from {len(self)} down")
+        found: list[int] = levels.tolist()
+        return found
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Checks the layer that a pipeline starts at; `step` finds its layer by the timestep.
@@ -312,21 +433,39 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         return [list(grids)] if grids and isinstance(grids[0], int) else sorted(map(list, grids), key=len)
 
     @property
+    def guidance_scales(self) -> list[float]:
+        """The scales of guidance that the network has taken in, ascending; empty if it knows nothing of it."""
+        scales = self.config.guidance_scale
+        return [] if scales is None else list(scales) if isinstance(scales, list | tuple) else [scales]
+
+    def guidance_index(self, scale: float | None) -> int:
+        """Returns the place of a scale in `guidance_scales`; of None, 0.
+
+        Raises:
+            ValueError: The network was not trained with it.
+        """
+        scales = self.guidance_scales
+        if scale is None or scale in scales:
+            return 0 if scale is None else scales.index(scale)
+        taken = f"guidance of scale {' or '.join(map(str, scales))}" if scales else "no guidance: leave it out"
+        raise ValueError(f"guidance_scale={scale}: this sampler was trained with {taken}")
+
+    @property
     def depths(self) -> list[int]:
         """T of each trained grid, or of the one that is set: the layers of all are counted one grid after the other."""
         return [len(grid) - 1 for grid in self.trained_grids] or [len(self._grid()) - 1]
 
-    def input_timestep(self, t: torch.Tensor) -> torch.Tensor:
-        """Returns tau_{t+1}, the timestep of the input of layers t, of the shape of t; `depths` tells how t counts."""
+    def input_level(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns tau_{t+1}, the level of the input of layers t, of the shape of t; `depths` tells how t counts."""
         return self._layers_of_all_grids[0].to(t.device)[t]
 
-    def output_timestep(self, t: torch.Tensor) -> torch.Tensor:
-        """Returns tau_t, see `input_timestep`."""
+    def output_level(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns tau_t, see `input_level`."""
         return self._layers_of_all_grids[1].to(t.device)[t]
 
     @property
     def _layers_of_all_grids(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Timesteps of input and output of each layer, counted from the data side, one grid after the other."""
+        """Levels of input and output of each layer, counted from the data side, one grid after the other."""
         rising = [torch.tensor(grid).flip(0) for grid in self.trained_grids] or [self._grid().flip(0)]
         return torch.cat([grid[1:] for grid in rising]), torch.cat([grid[:-1] for grid in rising])
 
@@ -335,22 +474,22 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("the scheduler has no grid yet: call set_timesteps(num_inference_steps) first")
         return self.layer_grid
 
-    def _below(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the place of each timestep in the grid, and the timestep below it, both of shape (B,)."""
-        grid = self._grid().to(timestep.device)
-        matches = timestep[:, None] == grid[None, :-1]
+    def _below(self, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the place of each level in the grid, and the level below it, both of shape (B,)."""
+        grid = self._grid().to(level.device)
+        matches = level[:, None] == grid[None, :-1]
         position = matches.int().argmax(1)
         below = grid[position + 1]
         on_grid = matches.any(1)
         if not bool(on_grid.all()):
             if self.config.layer_timesteps is not None:
-                self._refuse(timestep[~on_grid].tolist())
+                self._refuse(self.levels.time(level[~on_grid]).tolist())
             stride = self.config.num_train_timesteps // len(grid[:-1])
-            below = torch.where(on_grid, below, (timestep - stride).clamp_min(-1))
+            below = torch.where(on_grid, below, (level - stride).clamp_min(-1))
         return position, below
 
-    def _refuse(self, timesteps: list[int]) -> NoReturn:
-        trained, inputs = self.trained_grids, self._grid()[:-1].tolist()
+    def _refuse(self, timesteps: list[float]) -> NoReturn:
+        trained, inputs = self.trained_grids, self.levels.time(self._grid()[:-1]).tolist()
         which, remedy = "this sampler", f"give one of these {len(inputs)}"
         if len(trained) > 1:
             which = f"the grid that is set, of {len(inputs)} steps,"
@@ -359,24 +498,39 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
     # ----- the layer -----
 
-    def alpha_sigma(self, timestep: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns sqrt(abar) and sqrt(1 - abar) of timesteps (B,) or (1,), shaped (B, 1, ...) to go with the sample.
+    def alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns alpha and sigma of levels (B,) or (1,), shaped (B, 1, ...) to go with the sample.
 
-        Timestep -1 is the final alpha. The sample gives the device, dtype and number of dimensions.
+        Level -1 is where noise ends. The sample gives the device, dtype and number of dimensions.
         """
-        abar = torch.cat([self.alphas_cumprod.to(sample), self.final_alpha_cumprod[None].to(sample)])
-        abar = abar[timestep.to(sample.device)]
-        abar = abar.reshape(-1, *[1] * (sample.ndim - 1))
-        return abar.sqrt(), (1 - abar).sqrt()
+        alpha, sigma = self.levels.alpha_sigma(level.to(sample.device), sample)
+        shape = [-1, *[1] * (sample.ndim - 1)]
+        return alpha.reshape(shape), sigma.reshape(shape)
 
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Returns alpha x0 + sigma noise, of the shape and dtype of x0; timesteps as in `alpha_sigma`."""
-        alpha, sigma = self.alpha_sigma(timesteps, original_samples)
-        noisy: torch.Tensor = alpha * original_samples + sigma * noise
+    def diffuse(self, x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Returns alpha x0 + sigma noise, of the shape and dtype of x0; levels as in `alpha_sigma`."""
+        alpha, sigma = self.alpha_sigma(level, x0)
+        noisy: torch.Tensor = alpha * x0 + sigma * noise
         return noisy
 
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Returns what `diffuse` does, at times of the network."""
+        return self.diffuse(original_samples, noise, self.levels.level(timesteps))
+
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns what `add_noise` does, under the name and with the order of flow matching.
+
+        Raises:
+            ValueError: The noise is missing.
+        """
+        if noise is None:
+            raise ValueError("noise is missing: give noise of the shape of the sample")
+        return self.add_noise(sample, noise, timestep.reshape(-1))
+
     def predict(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
+        self, model_output: torch.Tensor, level: int | torch.Tensor, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Converts a network output to (x0, eps) with sample = alpha x0 + sigma eps, float32 at least.
 
@@ -384,14 +538,14 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output: Shape (B, C, H, W), or (B, 2C, H, W) with a learned variance, which is dropped.
-            timestep: Where the sample is, a scalar or shape (B,).
+            level: Where the sample is, a scalar or shape (B,).
             sample: Shape (B, C, H, W).
 
         Raises:
             ValueError: The output does not fit the sample.
         """
         model_output, sample = self._match(model_output, sample)
-        return self._predict(model_output, sample, *self.alpha_sigma(self._vector(timestep, sample), sample))
+        return self._predict(model_output, sample, *self.alpha_sigma(self._on_clock(level, sample), sample))
 
     def _predict(
         self, model_output: torch.Tensor, sample: torch.Tensor, alpha: Any, sigma: Any
@@ -400,6 +554,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             x0, eps = (sample - sigma * model_output) / alpha, model_output
         elif self.config.prediction_type == "sample":
             x0, eps = model_output, (sample - alpha * model_output) / sigma
+        elif self.config.prediction_type == "flow_prediction":
+            x0, eps = sample - sigma * model_output, sample + alpha * model_output
         else:
             x0, eps = alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
         if self.config.thresholding:
@@ -411,10 +567,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def transition(
         self,
         model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
+        level: int | torch.Tensor,
         sample: torch.Tensor,
         noise_scale: torch.Tensor | None = None,
-        prev_timestep: torch.Tensor | None = None,
+        prev_level: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns mean and standard deviation of q_t(x_t | x_{t+1}), the formulas at the head of this file.
 
@@ -422,28 +578,23 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output: Output of the network at the sample, see `predict`.
-            timestep: tau_{t+1}, a scalar or shape (B,).
+            level: tau_{t+1}, a scalar or shape (B,).
             sample: x_{t+1}, shape (B, C, H, W).
             noise_scale: Instead of that of the config; any shape that broadcasts against the sample.
-            prev_timestep: tau_t, shape (B,), where it does not follow from the grid that is set, as with several.
+            prev_level: tau_t, shape (B,), where it does not follow from the grid that is set, as with several.
 
         Raises:
-            ValueError: The timestep is no layer's input, the shapes do not fit, or a per-pixel scale is missing.
+            ValueError: The level is no layer's input, the shapes do not fit, or a per-pixel scale is missing.
         """
-        mean, std, _, _ = self._transition(model_output, timestep, sample, noise_scale, prev_timestep)
+        model_output, sample = self._match(model_output, sample)
+        layer = self.coefficients(self._on_clock(level, sample), sample, prev_level)
+        mean, std, _ = self._transition(model_output, sample, layer, noise_scale)
         return mean, std if isinstance(std, torch.Tensor) else mean.new_full([1] * mean.ndim, std)
 
     def _transition(
-        self,
-        model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
-        sample: torch.Tensor,
-        noise_scale: torch.Tensor | None,
-        prev_timestep: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, Any, torch.Tensor, Any]:
-        """Returns mean and std of the layer, x0, and whether it is the last layer, of each row or of all."""
-        model_output, sample = self._match(model_output, sample)
-        layer = self._layer(timestep, sample, prev_timestep)
+        self, model_output: torch.Tensor, sample: torch.Tensor, layer: LayerCoefficients, noise_scale: Any
+    ) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """Returns mean and std of the layer, and x0."""
         x0, eps = self._predict(model_output, sample, layer.alpha_next, layer.sigma_next)
         mean = layer.mean(x0, eps)
         if noise_scale is not None:
@@ -453,13 +604,13 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
                     f"noise_scale has shape {tuple(noise_scale.shape)}: give one that broadcasts to the sample, "
                     f"{tuple(sample.shape)}"
                 )
-            return mean, noise_scale.to(sample) * layer.c, x0, layer.last
+            return mean, noise_scale.to(sample) * layer.c, x0
         if self.config.noise_scale_type == "per_pixel":
             raise ValueError(
                 "noise_scale_type is 'per_pixel', but no noise_scale was given: sample with HSIVIPipeline, which holds "
                 "it, or pass step(..., noise_scale=tensor)"
             )
-        return mean, layer.noise_scale * layer.c, x0, layer.last
+        return mean, layer.noise_scale * layer.c, x0
 
     def step(
         self,
@@ -475,8 +626,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """Draws x_t ~ q_t(. | x_{t+1}); the last layer returns the mean. Keeps no state: any order, any repetition.
 
         Args:
-            model_output: See `transition`, as the next two.
-            timestep: tau_{t+1}.
+            model_output: See `transition`, as the sample.
+            timestep: The network's time at tau_{t+1}, one of `timesteps`, a scalar or shape (B,).
             sample: x_{t+1}.
             generator: Source of the noise, one or a list of B.
             variance_noise: The noise itself, of the shape of the sample.
@@ -487,10 +638,13 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: As `transition`; or generator and variance_noise are both given.
         """
-        mean, std, x0, last = self._transition(model_output, timestep, sample, noise_scale)
+        dtype = sample.dtype
+        model_output, sample = self._match(model_output, sample)
+        layer = self._layer(timestep, sample)
+        mean, std, x0 = self._transition(model_output, sample, layer, noise_scale)
         if generator is not None and variance_noise is not None:
             raise ValueError("generator and variance_noise were both given: pass the source of the noise, or the noise")
-        if last is True:
+        if layer.last is True:
             x = mean
         else:
             if variance_noise is None:
@@ -501,47 +655,48 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
                     f"{tuple(sample.shape)}"
                 )
             x = mean + std * variance_noise.to(mean.dtype)
-            if last is not False:
-                x = torch.where(last, mean, x)
-        x, x0 = x.to(sample.dtype), x0.to(sample.dtype)
+            if layer.last is not False:
+                x = torch.where(layer.last, mean, x)
+        x, x0 = x.to(dtype), x0.to(dtype)
         return HSIVISchedulerOutput(prev_sample=x, pred_original_sample=x0) if return_dict else (x, x0)
 
     # ----- the numbers of the layers -----
 
-    def _layer(
-        self, timestep: int | torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor | None = None
-    ) -> LayerCoefficients:
-        """Returns the numbers of the layers that start at the timestep; of one on the grid they are looked up, fast."""
-        single = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
-        if single and prev_timestep is None and sample.dtype == torch.float32:
+    def _layer(self, timestep: int | float | torch.Tensor, sample: torch.Tensor) -> LayerCoefficients:
+        """Returns the numbers of the layers that start at a time; of one on the grid they are looked up, fast."""
+        if sample.dtype == torch.float32 and (not isinstance(timestep, torch.Tensor) or timestep.numel() == 1):
             number: Any = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
             if (known := self._layers.get(number)) is not None:
                 return known
-        return self.coefficients(self._vector(timestep, sample), sample, prev_timestep)
+        time = self._rows("timestep", timestep, sample)
+        level = self.levels.level(time)
+        self._check_on_clock("timestep", time, level)
+        return self.coefficients(level.to(sample.device), sample)
 
-    def _make_layers(self) -> dict[int, LayerCoefficients]:
-        """The numbers of each layer of the grid, by the timestep of its input."""
+    def _make_layers(self) -> dict[float, LayerCoefficients]:
+        """The numbers of each layer of the grid, by the time of its input."""
         inputs = self._grid()[:-1]
         columns = self.coefficients(inputs, inputs[:, None].float())
         rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
-        return {timestep: LayerCoefficients(*row) for timestep, row in zip(inputs.tolist(), rows, strict=True)}
+        times = self.levels.time(inputs).tolist()
+        return {time: LayerCoefficients(*row) for time, row in zip(times, rows, strict=True)}
 
     def coefficients(
-        self, timestep: torch.Tensor, sample: torch.Tensor, prev_timestep: torch.Tensor | None = None
+        self, level: torch.Tensor, sample: torch.Tensor, prev_level: torch.Tensor | None = None
     ) -> LayerCoefficients:
         """Returns the numbers of layers tau_{t+1} (B,), as tensors (B, 1, ...); see `transition` for the arguments."""
-        position, below = (None, prev_timestep) if prev_timestep is not None else self._below(timestep)
-        alpha_next, sigma_next = self.alpha_sigma(timestep, sample)
+        position, below = (None, prev_level) if prev_level is not None else self._below(level)
+        alpha_next, sigma_next = self.alpha_sigma(level, sample)
         alpha, sigma = self.alpha_sigma(below, sample)
         c = sigma
         if self.config.kernel == "ddim":
-            variance = (1 - (alpha_next / alpha).square()) * (sigma / sigma_next).square()
-            c = self.config.noise_eta * variance.sqrt()
+            variance = sigma_next.square() - (alpha_next / alpha * sigma).square()
+            c = self.config.noise_eta * variance.clamp_min(0).sqrt() * sigma / sigma_next
         direction = (sigma.square() - c.square()).clamp_min(0).sqrt()
         last = (below <= self._grid()[-1].to(below.device)).reshape(alpha.shape)
         noise_scale = torch.as_tensor(self.config.noise_scale).to(alpha)
         if noise_scale.ndim:  # of the only grid, counted from the data side, the positions from the base
-            position = self._below(timestep)[0] if position is None else position
+            position = self._below(level)[0] if position is None else position
             noise_scale = noise_scale.flip(0)[position].reshape(alpha_next.shape)
         return LayerCoefficients(alpha_next, sigma_next, alpha, direction, c, noise_scale.expand(alpha.shape), last)
 
@@ -564,18 +719,33 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         dtype = torch.promote_types(sample.dtype, torch.float32)
         return model_output.to(dtype), sample.to(dtype)
 
-    def _vector(self, timestep: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        if isinstance(timestep, str):
-            raise ValueError(f"timestep={timestep!r}: give a number or a tensor, such as one of scheduler.timesteps")
-        timestep = torch.as_tensor(timestep).reshape(-1)
-        if len(timestep) not in (1, len(sample)):
-            raise ValueError(f"{len(timestep)} timesteps for {len(sample)} samples: give one, or one for each")
-        size = len(self.alphas_cumprod)
-        # Only on the CPU: on a GPU the check would wait for the device.
-        on_clock = (timestep >= 0) & (timestep < size) & (timestep % 1 == 0)
-        if timestep.device.type == "cpu" and not bool(on_clock.all()):
-            raise ValueError(f"timestep {timestep.tolist()} is off the clock: give integers from 0 to {size - 1}")
-        return timestep.to(sample.device, torch.long)
+    def _on_clock(self, level: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """Levels as a vector on the device of the sample."""
+        given = self._rows("level", level, sample)
+        level = given.long()
+        self._check_on_clock("level", given, level)
+        return level.to(sample.device)
+
+    def _check_on_clock(self, name: str, given: torch.Tensor, level: torch.Tensor) -> None:
+        """Refuses what is no level, or no time of one; only on the CPU, for on a GPU it would wait for the device."""
+        if given.device.type != "cpu":
+            return
+        size = len(self.levels)
+        inside = (level >= 0) & (level < size)
+        exact = level if name == "level" else self.levels.time(level.clamp(0, size - 1))
+        if not bool(inside.all()) or not torch.allclose(exact.double(), given.double(), rtol=1e-6, atol=1e-6):
+            wanted = "some of scheduler.timesteps" if self.is_flow else f"integers from 0 to {size - 1}"
+            raise ValueError(f"{name} {given.tolist()} is off the clock: give {wanted}")
+
+    @staticmethod
+    def _rows(name: str, values: Any, sample: torch.Tensor) -> torch.Tensor:
+        """One number, or one for each row of the sample, as a vector."""
+        if isinstance(values, str):
+            raise ValueError(f"{name}={values!r}: give a number or a tensor, such as one of scheduler.timesteps")
+        values = torch.as_tensor(values).reshape(-1)
+        if len(values) not in (1, len(sample)):
+            raise ValueError(f"{len(values)} {name}s for {len(sample)} samples: give one, or one for each")
+        return values
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -620,6 +790,18 @@ def _make_schedule(options: dict[str, Any]) -> DDPMScheduler:
     return schedule
 
 
+def _flow_settings(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What a scheduler of diffusers for rectified flows says in its config, under our names."""
+    others = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+    if odd := [other for other in others if config.get(other)]:
+        raise ValueError(
+            f"the config of {name} sets {', '.join(odd)}, whose noise levels are not supported: a rectified flow with "
+            "`shift` is"
+        )
+    shift = config.get("flow_shift", config.get("shift", 1.0))
+    return {"prediction_type": "flow_prediction", "shift": 1.0 if shift is None else shift}
+
+
 def _check_timesteps(name: str, timesteps: Any, num_train_timesteps: int) -> list[int]:
     """Returns the grid as plain integers."""
     grid = _listed(timesteps)
@@ -651,7 +833,7 @@ def _counts(trained: list[list[int]]) -> str:
 
 
 def _choose_trained(
-    trained: list[list[int]], num_inference_steps: int | None, timesteps: list[int] | None
+    trained: list[list[int]], num_inference_steps: int | None, timesteps: list[int] | list[float] | None
 ) -> list[int]:
     """Returns the trained grid that was asked for; the longest, if nothing was."""
     for grid in reversed(trained):
@@ -663,6 +845,16 @@ def _choose_trained(
         f"{asked}, but this sampler was trained for {counts} steps, layer_timesteps="
         f"{trained[0] if len(trained) == 1 else trained}: pass num_inference_steps={counts}"
     )
+
+
+def _check_guidance(scales: Any) -> float | list[float] | None:
+    """Returns plain numbers, for JSON, ascending."""
+    given = [] if scales is None else _listed(scales)
+    numbers = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 <= w < math.inf for w in given)
+    if not numbers or len(set(given)) < len(given) or scales == []:
+        raise ValueError(f"guidance_scale={scales!r}: give a number of at least 0, 1 for none, or several that differ")
+    ordered = sorted(map(float, given))
+    return None if scales is None else ordered if len(ordered) > 1 else ordered[0]
 
 
 def _check_noise_scale(noise_scale: Any, grid: Any) -> float | list[float]:

@@ -20,10 +20,12 @@ class Network(torch.nn.Module):
         self.shift = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, x, timestep):
-        alpha, sigma = self.schedule.alpha_sigma(timestep, x)
-        x0 = self.clean(x, timestep)
+        level = self.schedule.levels.level(torch.as_tensor(timestep).reshape(-1))
+        alpha, sigma = self.schedule.alpha_sigma(level, x)
+        x0 = self.clean(x, level)
         noise = (x - alpha * x0) / sigma
         output = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "sample": x0}
+        output["flow_prediction"] = noise - x0
         return UNet2DOutput(sample=output[self.schedule.config.prediction_type] + self.shift)
 
 

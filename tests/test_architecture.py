@@ -44,7 +44,7 @@ ALLOWED = {
     "scheduling_hsivi": (set(), HOST),
     "modeling_hsivi": (set(), HOST),
     "pipeline_hsivi": (set(), HOST),
-    "model_card": ({"pipeline_hsivi"}, {"diffusers", "huggingface_hub", "PIL"}),
+    "model_card": ({"pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub", "PIL"}),
     "hub": ({"model_card", "pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub", "PIL"}),
     "folders": (set(), {"filelock"}),
     "options": (set(), {"yaml"}),
@@ -53,29 +53,35 @@ ALLOWED = {
     "distillation/student": ({"vi/*", "scheduling_hsivi", "modeling_hsivi", "distillation/denoisers"}, TRAIN),
     "distillation/bridge": ({"vi/*", "scheduling_hsivi", "distillation/denoisers", "distillation/student"}, TRAIN),
     "distillation/ode": ({"scheduling_hsivi", "distillation/denoisers"}, TRAIN),
-    "distillation/pairs": ({"vi/*", "scheduling_hsivi", "distillation/ode"}, TRAIN),
+    "distillation/guidance": ({"vi/*", "distillation/bridge"}, TRAIN),
+    "distillation/pairs": ({"vi/*", "scheduling_hsivi", "distillation/guidance", "distillation/ode"}, TRAIN),
     "distillation/state_dicts": (set(), TRAIN),
     "distillation/output": ({"folders", "options"}, set()),
     "distillation/checkpoints": (
         {"distillation/output", "distillation/state_dicts", "folders", "options"},
         TRAIN,
     ),
-    "distillation/config": ({"options"}, set()),
+    "distillation/presets": ({"options"}, set()),
+    "distillation/limits": ({"distillation/presets"}, set()),
+    "distillation/config": ({"distillation/limits", "distillation/presets", "options"}, set()),
     "distillation/networks": (
         {f"distillation/{noun}" for noun in ("config", "denoisers", "student")}
         | {"modeling_hsivi", "pipeline_hsivi", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/state": (
-        {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "networks", "pairs", "student")}
-        | {"vi/*", "folders", "pipeline_hsivi", "scheduling_hsivi"},
+        {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "guidance", "networks", "pairs")}
+        | {"distillation/student", "vi/*", "folders", "pipeline_hsivi", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/updates": (
-        {f"distillation/{noun}" for noun in ("bridge", "config", "pairs", "state", "student")} | {"vi/*"},
+        {f"distillation/{noun}" for noun in ("bridge", "config", "guidance", "pairs", "state", "student")} | {"vi/*"},
         TRAIN,
     ),
-    "distillation/progress": ({"distillation/pairs", "distillation/state", "vi/*"}, TRAIN | {"PIL"}),
+    "distillation/progress": (
+        {"distillation/guidance", "distillation/pairs", "distillation/state", "vi/*"},
+        TRAIN | {"PIL"},
+    ),
     "distillation/plan": (
         {f"distillation/{noun}" for noun in ("config", "denoisers", "networks", "pairs", "state", "updates")}
         | {"scheduling_hsivi"},
@@ -93,7 +99,7 @@ ALLOWED = {
     "evaluation/features": ({"evaluation/classifier"}, EVALUATE),
     "evaluation/metrics": ({"evaluation/features"}, EVALUATE),
     "evaluation/solvers": (
-        {"distillation/denoisers", "distillation/ode", "pipeline_hsivi", "scheduling_hsivi"},
+        {f"distillation/{noun}" for noun in ("denoisers", "guidance", "ode")} | {"pipeline_hsivi", "scheduling_hsivi"},
         EVALUATE,
     ),
     "evaluation/report": ({"evaluation/figures", "evaluation/pages", "folders"}, EVALUATE),
@@ -103,6 +109,7 @@ ALLOWED = {
         {
             "evaluation/*",
             "distillation/denoisers",
+            "distillation/guidance",
             "distillation/ode",
             "folders",
             "images",

@@ -1,7 +1,5 @@
 import itertools
-import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gaussian_teacher import MEAN, STD, GaussianTeacher
 from hsivi_diffusers import (
     HSIVINoiseScale,
     HSIVIPipeline,
@@ -30,9 +29,11 @@ from hsivi_diffusers import (
     UNetLayers,
     load_teacher,
 )
+from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.denoisers import signal_timestep
+from hsivi_diffusers.distillation.networks import make_scheduler
 from hsivi_diffusers.distillation.ode import use_grid
-from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss, pair_timesteps
+from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss, pair_levels
 from hsivi_diffusers.distillation.student import label_layers
 from hsivi_diffusers.vi import DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer
 from hsivi_diffusers.vi.regression import half_square
@@ -153,6 +154,15 @@ def test_the_signal_is_the_first_that_is_as_low_as_asked_for(shape, signal):
     assert found == 0 or signals[found - 1] >= signal * (1 - 1e-6)
 
 
+def test_a_student_of_a_rectified_flow_starts_at_pure_noise():
+    schedule = HSIVIScheduler(prediction_type="flow_prediction", shift=3.0)
+    for config in (HSIVIConfig(num_inference_steps=4), HSIVIConfig(num_inference_steps=1)):
+        student = make_scheduler(schedule, config, (1, 8, 8))
+        assert (student.timesteps[0], student.layer_grid[-1]) == (1000.0, 0)
+    with pytest.raises(ValueError, match="a student of a rectified flow starts at 999, pure noise"):
+        make_scheduler(schedule, HSIVIConfig(start_timestep=800), (1, 8, 8))
+
+
 def test_the_end_of_a_clock_without_any_signal_is_left_out():
     schedule = HSIVIScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert schedule.alphas_cumprod[999] == 0 < schedule.alphas_cumprod[998]
@@ -180,6 +190,19 @@ def test_random_levels_of_a_layer_lie_between_its_ends_and_of_the_first_above_to
         assert low <= levels.min() < low + 5
         assert high - 5 < levels.max() <= high
         assert levels.float().mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
+
+
+def test_layers_without_noise_are_scored_above_their_output(unet):
+    bridge = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=[440, 12, 10], noise_eta=0.0))
+    for t, (low, high) in enumerate([(11, 11), (13, 800)]):
+        levels = bridge.sample_level(torch.full((4000,), t), torch.Generator().manual_seed(0))
+        assert (levels.min() - low, levels.max() <= high) == (0, True)
+        q = UNetLayers(unet, bridge.scheduler)(torch.randn(2, 1, 8, 8), torch.tensor([t, t]))
+        law, _ = bridge.place(q, torch.tensor([t, t]), levels[:2], torch.randn(2, 1, 8, 8))
+        assert float(q.std.max()) == 0 < float(law.std.min())
+    bridge = TeacherBridge(unet, HSIVIScheduler(layer_timesteps=[440, 11, 10], noise_eta=0.0))
+    with pytest.raises(ValueError, match="noise_eta=0 needs a level between the ends of each layer: take fewer steps"):
+        bridge.sample_level(torch.tensor([0]))
 
 
 def test_weights_are_powers_of_sigma(bridge):
@@ -340,14 +363,13 @@ def test_a_damaged_teacher_is_refused(teacher_folder):
         load_teacher(str(teacher_folder))
 
 
-def test_a_flow_matching_teacher_is_refused(teacher_folder):
-    shutil.rmtree(teacher_folder / "scheduler")
-    FlowMatchEulerDiscreteScheduler().save_pretrained(teacher_folder / "scheduler")
-    index = json.loads((teacher_folder / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    (teacher_folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no beta schedule"):
-        load_teacher(str(teacher_folder))
+def test_a_teacher_of_a_rectified_flow_is_loaded_unless_its_levels_depend_on_the_image(unet, tmp_path):
+    for name, options in (("static", {"shift": 3.0}), ("dynamic", {"use_dynamic_shifting": True})):
+        DDPMPipeline(unet=unet, scheduler=FlowMatchEulerDiscreteScheduler(**options)).save_pretrained(tmp_path / name)
+    _, schedule = load_teacher(str(tmp_path / "static"))
+    assert (schedule.is_flow, schedule.config.shift) == (True, 3.0)
+    with pytest.raises(ValueError, match="its FlowMatchEulerDiscreteScheduler has use_dynamic_shifting, so its noise"):
+        load_teacher(str(tmp_path / "dynamic"))
 
 
 def test_another_kind_of_unet_is_refused(tmp_path):
@@ -422,7 +444,7 @@ def test_between_its_ends_a_layer_is_scored_where_one_that_ends_there_would_draw
     with torch.no_grad():
         model_output = unet(x_next, torch.full((3,), 220)).sample
         law, kept = between.place(UNetLayers(unet, scheduler)(x_next, t), t, level, noise, x_next)
-    mean, std = scheduler.transition(model_output, torch.full((3,), 220), x_next, prev_timestep=level)
+    mean, std = scheduler.transition(model_output, torch.full((3,), 220), x_next, prev_level=level)
     torch.testing.assert_close(law.rsample(kept), mean + std * noise, rtol=1e-4, atol=1e-4)
     x0, _ = scheduler.predict(model_output, torch.full((3,), 220), x_next)
     alpha, sigma = scheduler.alpha_sigma(level, x0)
@@ -435,12 +457,12 @@ def test_layers_of_several_grids_are_scored_between_their_own_ends(unet, predict
     scheduler = HSIVIScheduler(layer_timesteps=GRIDS, noise_eta=1.0, prediction_type=prediction_type)
     bridge, layers = TeacherBridge(unet, scheduler, between_share=1.0), UNetLayers(unet, scheduler)
     t = torch.tensor([1, 3, 4, 5])  # below the first of each grid
-    tau, x_next, noise = scheduler.input_timestep(t), torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
-    timestep = (scheduler.output_timestep(t) + tau) // 2
+    tau, x_next, noise = scheduler.input_level(t), torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    timestep = (scheduler.output_level(t) + tau) // 2
     with torch.no_grad():
         model_output = unet(x_next, tau).sample
         law, kept = bridge.place(layers(x_next, t), t, timestep, noise, x_next)
-    mean, std = scheduler.transition(model_output, tau, x_next, prev_timestep=timestep)
+    mean, std = scheduler.transition(model_output, tau, x_next, prev_level=timestep)
     torch.testing.assert_close(law.rsample(kept), mean + std * noise, rtol=1e-4, atol=1e-4)
 
 
@@ -513,7 +535,7 @@ def test_the_coarse_part_of_an_image_counts_more_and_the_rest_as_before():
     expected = 0.5 * (8 * coarse.square() + fine.square()).sum((1, 2, 3))
     scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)
     t = torch.tensor([0, 1])
-    ends = scheduler.input_timestep(t), fine, scheduler.output_timestep(t)
+    ends = scheduler.input_level(t), fine, scheduler.output_level(t)
     share = scheduler.coefficients(*ends).image_share
     torch.testing.assert_close(image_loss(scheduler, 7.0)(share * (coarse + fine), t), expected)
     torch.testing.assert_close(image_loss(scheduler)(share * fine, t), half_square(fine))
@@ -524,7 +546,7 @@ def test_the_loss_of_pairs_is_in_image_units_whatever_the_layer():
     scheduler = HSIVIScheduler(layer_timesteps=[[440, 0], [440, 220, 0], [440, 330, 220, 110, 0]], noise_eta=1.0)
     t = torch.arange(7)
     x, x0 = torch.randn(2, 7, 1, 8, 8)
-    layer = scheduler.coefficients(scheduler.input_timestep(t), x, scheduler.output_timestep(t))
+    layer = scheduler.coefficients(scheduler.input_level(t), x, scheduler.output_level(t))
     mean, moved = (layer.mean(clean, layer.noise_in(x, clean)) for clean in (x0, x0 + 0.1))
     torch.testing.assert_close(image_loss(scheduler)(moved - mean, t), torch.full((7,), 0.32), rtol=1e-3, atol=0)
     torch.testing.assert_close(layer.invert(mean, x)[0], x0, rtol=1e-3, atol=1e-4)
@@ -542,7 +564,7 @@ def test_pairs_are_noise_and_what_diffusers_solver_makes_of_it(settings, classes
     noise, condition = torch.randn(5, 1, 8, 8), None if classes is None else torch.tensor([0, 1, 2, 0, 1])
     grid = HSIVIScheduler.from_config(config, layer_timesteps=[440, 0])
     pairs = TeacherPairs(unet, grid, noise, condition, num_calls=3, batch_size=2)
-    solver, x = use_grid(UniPCMultistepScheduler.from_config(config), pair_timesteps(grid, 3)), noise
+    solver, x = use_grid(UniPCMultistepScheduler.from_config(config), pair_levels(grid, 3)), noise
     solver.set_timesteps(3)
     for timestep in solver.timesteps:
         with torch.no_grad():
@@ -551,39 +573,39 @@ def test_pairs_are_noise_and_what_diffusers_solver_makes_of_it(settings, classes
     assert not pairs.end.requires_grad
 
 
-@pytest.mark.parametrize("clock", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize(
+    "clock",
+    [
+        *({"beta_schedule": name} for name in ("linear", "scaled_linear", "squaredcos_cap_v2")),
+        *({"prediction_type": "flow_prediction", "shift": shift} for shift in (1.0, 3.0)),
+    ],
+    ids=str,
+)
 def test_pairs_follow_the_ode_on_every_clock(clock):
     """Of N(0.3, 0.4^2) in each pixel, whose ODE leads to 0.3 + 0.4 x_T; on the linear clock "leading" has .044."""
-    schedule = HSIVIScheduler(beta_schedule=clock, layer_timesteps=[440, 0])
-
-    def clean(x, timestep):
-        alpha, sigma = schedule.alpha_sigma(torch.as_tensor(timestep).reshape(1), x)
-        return (x - alpha * (0.3 + 0.16 * alpha * (x - 0.3 * alpha) / (0.16 * alpha**2 + sigma**2))) / sigma
-
-    unet = make_unet()
-    unet.forward = lambda x, timestep: UNet2DOutput(sample=clean(x, timestep))
+    schedule = HSIVIScheduler(**clock, layer_timesteps=[440, 0])
     noise = torch.randn(20, 1, 8, 8).clamp(-1.7, 1.7)
-    pairs = TeacherPairs(unet, schedule, noise)
-    assert (pairs.end - 0.3 - 0.4 * noise).square().mean().sqrt() < 0.03
+    pairs = TeacherPairs(GaussianTeacher(schedule), schedule, noise)
+    assert (pairs.end - MEAN - STD * noise).square().mean().sqrt() < 0.03
 
 
 def test_the_grid_of_pairs_is_strict_and_ends_near_the_data_on_any_clock():
     for clock, size in (("linear", 1000), ("squaredcos_cap_v2", 1000), ("linear", 50)):
         schedule = HSIVIScheduler(beta_schedule=clock, num_train_timesteps=size)
         for calls in (1, 2, 15, size // 2):
-            grid = pair_timesteps(schedule, calls)
+            grid = pair_levels(schedule, calls)
             assert len(grid) == calls
             assert all(high > low for high, low in itertools.pairwise(grid))
             assert grid[0] >= 0.99 * size - 1
             assert calls == 1 or grid[-1] == size // 100
     with pytest.raises(ValueError, match="51 network calls: give from 1 to 50"):
-        pair_timesteps(schedule, 51)
+        pair_levels(schedule, 51)
 
 
 def test_pairs_of_a_schedule_that_the_solver_has_no_name_for_have_its_betas(unet):
     grid = HSIVIScheduler(beta_schedule="sigmoid", layer_timesteps=[440, 0])
     pairs = TeacherPairs(unet, grid, torch.randn(2, 1, 8, 8), num_calls=1)
-    (only,) = pair_timesteps(grid, 1)
+    (only,) = pair_levels(grid, 1)
     alpha, sigma = grid.alpha_sigma(torch.tensor([only, only]), pairs.noise)
     with torch.no_grad():
         clean = (pairs.noise - sigma * unet(pairs.noise, only).sample) / alpha
@@ -628,13 +650,13 @@ def test_pairs_of_several_layers_lead_each_to_its_picture(noise_eta):
     x, end, place = pairs.sample(t, torch.Generator().manual_seed(0))
     clean, first = pairs.end[place], t == 1
     assert torch.equal(x[first], pairs.noise[place[first]])
-    alpha, sigma = grid.alpha_sigma(grid.input_timestep(t), x)
+    alpha, sigma = grid.alpha_sigma(grid.input_level(t), x)
     noise = ((x - alpha * clean) / sigma)[~first]
     assert noise.mean().item() == pytest.approx(0, abs=0.05)
     assert noise.std().item() == pytest.approx(1, abs=0.05)
-    x0, _ = grid.coefficients(grid.input_timestep(t), x, grid.output_timestep(t)).invert(end, x)
+    x0, _ = grid.coefficients(grid.input_level(t), x, grid.output_level(t)).invert(end, x)
     torch.testing.assert_close(x0, clean, atol=1e-4, rtol=1e-4)
     # what a network that answers with the picture would have for its mean
     told = HSIVIScheduler.from_config(grid.config, prediction_type="sample", clip_sample=False)
-    mean, _ = told.transition(clean, grid.input_timestep(t), x)
+    mean, _ = told.transition(clean, grid.input_level(t), x)
     torch.testing.assert_close(end, mean, atol=1e-5, rtol=1e-4)

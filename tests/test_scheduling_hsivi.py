@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,7 +138,7 @@ def test_noise_scale_multiplies_the_std_of_its_layer_alone():
     scales = [0.5, 0.6, 0.7, 0.8, 0.9]
     per_layer = HSIVIScheduler(layer_timesteps=GRID, noise_scale=scales)
     for t in range(5):
-        timestep = plain.input_timestep(torch.tensor(t))
+        timestep = plain.input_level(torch.tensor(t))
         mean, std = plain.transition(output, timestep, sample)
         scaled_mean, scaled_std = per_layer.transition(output, timestep, sample)
         assert torch.equal(mean, scaled_mean)
@@ -356,8 +356,8 @@ def test_a_noise_prediction_has_no_layer_that_starts_where_abar_is_0():
 def test_layers_know_their_timesteps():
     scheduler = HSIVIScheduler(layer_timesteps=GRID)
     t = torch.tensor([0, 4, 2])
-    assert scheduler.input_timestep(t).tolist() == [32, 800, 288]
-    assert scheduler.output_timestep(t).tolist() == [0, 512, 128]
+    assert scheduler.input_level(t).tolist() == [32, 800, 288]
+    assert scheduler.output_level(t).tolist() == [0, 512, 128]
 
 
 def test_without_a_grid_the_count_must_come_first():
@@ -394,7 +394,9 @@ def test_a_fraction_of_a_timestep_is_refused(timestep, dtype):
     for scheduler in (HSIVIScheduler(layer_timesteps=GRID), HSIVIScheduler()):
         scheduler.set_timesteps(5)
         for method in (scheduler.step, scheduler.transition, scheduler.predict):
-            with pytest.raises(ValueError, match=r"timestep \[800.5.*\] is off the clock: give integers from 0 to 999"):
+            with pytest.raises(
+                ValueError, match=r"(timestep|level) \[800.5.*\] is off the clock: give integers from 0 to 999"
+            ):
                 method(output, timestep, sample)
 
 
@@ -468,9 +470,9 @@ def test_layers_are_counted_over_all_grids_by_rising_count():
     scheduler = HSIVIScheduler(layer_timesteps=GRIDS)
     for count in scheduler.depths:
         scheduler.set_timesteps(count)
-        assert scheduler.input_timestep(torch.arange(7)).tolist() == [500, 220, 440, 110, 220, 330, 440]
-        assert scheduler.output_timestep(torch.arange(7)).tolist() == [0, 10, 220, 0, 110, 220, 330]
-    assert scheduler.input_timestep(torch.tensor([[6, 0], [1, 1]])).tolist() == [[440, 500], [220, 220]]
+        assert scheduler.input_level(torch.arange(7)).tolist() == [500, 220, 440, 110, 220, 330, 440]
+        assert scheduler.output_level(torch.arange(7)).tolist() == [0, 10, 220, 0, 110, 220, 330]
+    assert scheduler.input_level(torch.tensor([[6, 0], [1, 1]])).tolist() == [[440, 500], [220, 220]]
 
 
 def test_a_timestep_of_another_grid_is_refused():
@@ -516,8 +518,8 @@ def test_a_transition_told_where_it_ends_is_that_of_the_layer_in_its_grid(option
     several = HSIVIScheduler(**options)
     t = torch.arange(sum(several.depths))
     output, sample = torch.randn(2, len(t), 3, 8, 8)
-    inputs, outputs = several.input_timestep(t), several.output_timestep(t)
-    mean, std = several.transition(output, inputs, sample, prev_timestep=outputs)
+    inputs, outputs = several.input_level(t), several.output_level(t)
+    mean, std = several.transition(output, inputs, sample, prev_level=outputs)
     for grid, rows in zip(several.trained_grids, t.split(several.depths), strict=True):
         alone = HSIVIScheduler(**{**options, "layer_timesteps": grid})
         assert grid == [*inputs[rows].tolist()[::-1], int(outputs[rows[0]])]
@@ -531,8 +533,8 @@ def test_a_transition_of_one_grid_may_be_told_where_it_ends(scale):
     scheduler = HSIVIScheduler(layer_timesteps=[440, 220, 110, 0], noise_scale=scale)
     t = torch.tensor([2, 0, 1])
     output, sample = torch.randn(2, 3, 3, 8, 8)
-    inputs, outputs = scheduler.input_timestep(t), scheduler.output_timestep(t)
-    told = scheduler.transition(output, inputs, sample, prev_timestep=outputs)
+    inputs, outputs = scheduler.input_level(t), scheduler.output_level(t)
+    told = scheduler.transition(output, inputs, sample, prev_level=outputs)
     for one, other in zip(told, scheduler.transition(output, inputs, sample), strict=True):
         assert torch.equal(one, other)
 
@@ -543,7 +545,9 @@ def test_a_transition_of_one_grid_may_be_told_where_it_ends(scale):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction' is unknown"),
+        ({"prediction_type": "score"}, "prediction_type='score' is unknown"),
+        ({"shift": 0.0}, "shift=0.0: give a number > 0"),
+        ({"time_shift_type": "cubic"}, "time_shift_type='cubic' is unknown"),
         ({"timestep_spacing": "karras"}, "timestep_spacing='karras' is unknown"),
         ({"kernel": "euler"}, "kernel='euler' is unknown: choose one of 'ddim', 'renoise'"),
         ({"noise_scale_type": "tensor"}, "noise_scale_type='tensor' is unknown"),
@@ -640,18 +644,6 @@ def test_noise_of_another_shape_is_refused(shape):
 def test_adding_noise_reaches_the_final_alpha():
     clean, noise = output_and_sample()
     assert torch.equal(HSIVIScheduler().add_noise(clean, noise, torch.tensor([-1])), clean)
-
-
-def test_flow_matching_schedulers_are_refused(tmp_path):
-    flow = FlowMatchEulerDiscreteScheduler()
-    flow.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the config of FlowMatchEulerDiscreteScheduler has no beta schedule"):
-        HSIVIScheduler.from_pretrained(tmp_path)
-    for config in (flow.config, {"use_flow_sigmas": True}):
-        with pytest.raises(
-            ValueError, match="has no beta schedule: flow-matching and EDM models are not supported yet"
-        ):
-            HSIVIScheduler.from_config(config)
 
 
 def test_config_survives_saving_and_other_schedulers(tmp_path):

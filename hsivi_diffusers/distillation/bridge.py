@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.bridges import Bridge
-from ..vi.distributions import DiagonalGaussian
+from ..vi.distributions import DiagonalGaussian, randn_like
 from ..vi.layers import hierarchy_ends
 from ..vi.objectives import Weight
 from .denoisers import sample_shape
@@ -45,15 +45,46 @@ class TeacherBridge(Bridge):
         self.scheduler, self.level_range, self.between_share = scheduler, level_range, between_share
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
-        if int(scheduler.output_timestep(torch.arange(self.num_layers)).min()) < 0:
+        self.guides, self.scales = bool(scheduler.guidance_scales), scheduler.guidance_scales or [1.0]
+        if self.guides and (unet.config.num_class_embeds or 0) < 2:
+            raise ValueError(
+                f"guidance_scale={scheduler.config.guidance_scale}: the teacher has no class labels, of which the last "
+                "must be 'no class': leave guidance_scale out"
+            )
+        if int(scheduler.output_level(torch.arange(self.num_layers)).min()) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
         if (kernel := scheduler.config.kernel) != "ddim":
             raise ValueError(f"kernel={kernel!r} of the scheduler is for sampling: make one with kernel 'ddim'")
 
     def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Returns -eps*(x, level) / sigma_level."""
-        score: Tensor = self.network(x, level, condition)
+        """Returns -eps*(x, level) / sigma_level, without guidance; of a guided student see `guidance`."""
+        classes = condition if condition is None else condition // len(self.scales)
+        score: Tensor = self.network(x, level, classes)
         return score
+
+    @property
+    def num_classes(self) -> int:
+        """Class labels to draw; 0 without classes. With guidance the last label of the teacher is none of them."""
+        return (self.network.unet.config.num_class_embeds or 0) - self.guides
+
+    def guidance(self, x: Tensor, level: Tensor, condition: Tensor) -> Tensor:
+        """Returns (w - 1) (S_c - S_none), of the shape of x, what classifier-free guidance adds to the score."""
+        w = torch.tensor(self.scales).to(x)[condition % len(self.scales)]
+        none = torch.full_like(condition, self.network.unet.config.num_class_embeds - 1)
+        difference = self.score(x, level, condition) - self.network(x, level, none)
+        return (w - 1).reshape(-1, *[1] * (x.ndim - 1)) * difference
+
+    def lift(self, x: Tensor, level: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Diffuses x to a level drawn uniformly from those above its own, up to the end of `level_range`; returns both.
+
+        With r = alpha' / alpha it is r x + sqrt(sigma'^2 - r^2 sigma^2) z. At the end of the range x stays.
+        """
+        uniform = torch.rand(len(level), generator=generator, dtype=torch.float64).to(level.device)
+        room = (self.level_range[1] - level).clamp_min(0)
+        higher = level + (uniform * room).long() + (room > 0)
+        point = DiagonalGaussian(mean=x, std=torch.zeros_like(x[:, :1]))
+        law = point.diffuse(*self.scheduler.alpha_sigma(level, x), *self.scheduler.alpha_sigma(higher, x))
+        return law.rsample(randn_like(x, generator)), higher
 
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws x_T ~ N(0, I) on the teacher's device."""
@@ -61,14 +92,15 @@ class TeacherBridge(Bridge):
 
     def level(self, t: Tensor) -> Tensor:
         """Returns tau_t, shape (B,)."""
-        return self.scheduler.output_timestep(t)
+        return self.scheduler.output_level(t)
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws levels uniformly from those of the layer.
 
-        A layer t is scored from tau_t up to, not including, tau_{t+1}; the first one, t = T-1, up to the end of
-        `level_range`. So no two layers of a grid share a level, and the critic, which is told the level alone, learns
-        the marginal of each. With several grids it must be told the layer, see `label_layers`.
+        A layer t is scored from tau_t, or with noise_eta 0, where its output has no score, from above it, up to, not
+        including, tau_{t+1}; the first one, t = T-1, up to the end of `level_range`. So no two layers of a grid share a
+        level, and the critic, which is told the level alone, learns the marginal of each. With several grids it must be
+        told the layer, see `label_layers`.
 
         Raises:
             ValueError: A layer has no level in the range.
@@ -87,7 +119,7 @@ class TeacherBridge(Bridge):
         """Lowest and highest random level of each layer, both of shape (T,)."""
         low, high = self.level_range
         t = torch.arange(self.num_layers)
-        outputs, inputs = self.scheduler.output_timestep(t), self.scheduler.input_timestep(t)
+        outputs, inputs = self.scheduler.output_level(t), self.scheduler.input_level(t)
         if outputs.max() > high:
             raise ValueError(
                 f"a layer ends at timestep {outputs.max()}, above the random levels up to {high}: start the grid "
@@ -97,6 +129,10 @@ class TeacherBridge(Bridge):
             raise ValueError(f"the random levels start at {low}, above the levels of the last layer: lower them")
         highest = inputs - 1
         highest[self._first_layers] = high
+        if self.scheduler.config.noise_eta == 0:
+            outputs = outputs + 1
+            if bool((outputs > highest).any()):
+                raise ValueError("noise_eta=0 needs a level between the ends of each layer: take fewer steps")
         return outputs.clamp_min(low), highest
 
     def place(
@@ -126,7 +162,7 @@ class TeacherBridge(Bridge):
             return fresh, noise
         if x_next is None:
             raise ValueError(f"between_share={self.between_share} needs the input of the layers: give x_next")
-        tau = self.scheduler.input_timestep(t)
+        tau = self.scheduler.input_level(t)
         chosen = torch.rand(len(t), generator=generator).to(t.device) < self.between_share
         chosen &= ~torch.isin(t, self._first_layers.to(t.device)) & (level < tau)
         x0, eps = self.scheduler.coefficients(tau, x_next, self.level(t)).invert(q.mean, x_next)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from ..options import option
+from .limits import check_choices, check_ranges, check_together, check_types
+from .presets import PRESETS, ByPreset, by_preset
 
 # Old names of options: in a YAML file, on the command line, and in the options.json of a run.
 ALIASES = {
@@ -31,22 +32,6 @@ GONE = {
     "adversarial_weight": 0.0,
     "prediction_type": None,
 }
-
-
-class ByPreset(NamedTuple):
-    """A default that the preset decides."""
-
-    fast: Any
-    one_call: Any
-    paper: Any
-
-
-PRESETS = ByPreset._fields
-
-
-def by_preset(fast: Any, one_call: Any, paper: Any, help: str, common: bool = False) -> Any:
-    """A field whose default the preset decides: fast, one_call, paper."""
-    return option(ByPreset(fast, one_call, paper), help, common)
 
 
 @dataclass
@@ -81,20 +66,18 @@ class HSIVIConfig:
     start_spacing: int = option(
         0, "with several step counts, timesteps from the start of one grid to that of the next", common=False
     )
-    noise_eta: float = by_preset(1.0, 1.0, 0.2, "eta of DDIM layers, above 0, up to 1")
+    noise_eta: float = by_preset(1.0, 1.0, 0.2, "eta of DDIM layers, 0 to 1; with 0 sampling needs no noise")
     noise_scale_type: Literal["config", "per_pixel"] = by_preset(
         "config", "config", "per_pixel", "config: the noise scale stays 1; per_pixel: one is learned for each pixel"
     )
     clip_images: bool = by_preset(
         True, True, False, "clip the mean of the last layer to [-1, 1] in training too; its gradient passes"
     )
+    guidance_scale: float | list[float] | None = option(None, "scale or scales of guidance to take in; 1 is none")
     # ----- the objective -----
     objective: Literal["SM", "KL"] = by_preset("KL", "KL", "SM", "HSIVI-SM (score matching) or HSIVI-KL")
     scoring: Literal["own", "random", "between"] = by_preset(
-        "between",
-        "between",
-        "own",
-        "score a layer at its own level, a random one, or, half of the rows, between its ends",
+        "between", "between", "own", "score a layer at its own level, a random one, or half the time between its ends"
     )
     level_min: int = option(5, "lowest timestep of random levels", common=False)
     loss_weight: Literal["unit", "sigma2"] = by_preset(
@@ -154,7 +137,7 @@ class HSIVIConfig:
         for name in ("output_dir", "init_from"):
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
-        _check_types(self)
+        check_types(self)
         self.num_inference_steps = sorted(self.depths)
         if self.preset not in (None, *PRESETS):
             raise ValueError(f"preset={self.preset!r} is unknown: choose one of {', '.join(PRESETS)}")
@@ -200,9 +183,9 @@ class HSIVIConfig:
         Raises:
             ValueError: A value is out of range, or has no effect beside the others.
         """
-        _check_choices(self)
-        _check_ranges(self)
-        _check_together(self)
+        check_choices(self)
+        check_ranges(self)
+        check_together(self)
         if self.init_from and self.output_dir and Path(self.init_from).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"init_from={self.init_from!r} is the output_dir too: name another, or it would be lost")
 
@@ -227,120 +210,3 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
             )
     given = {each.name: recorded[each.name] for each in fields(HSIVIConfig) if each.name in recorded}
     return {**recorded, **HSIVIConfig(**given).settings()}
-
-
-def _check_types(config: HSIVIConfig) -> None:
-    """Refuses a value of another type than its field; the command-line parser converts."""
-    hints = get_type_hints(HSIVIConfig)
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if not isinstance(value, ByPreset) and not _has_type(value, hints[each.name]):
-            raise ValueError(f"{each.name}={value!r} has the type {type(value).__name__}: give {each.type}")
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_has_type(value, kind) for kind in inner)
-    if origin is Literal:
-        return value is not None  # the rest is for _check_choices
-    if origin in (list, tuple):
-        return isinstance(value, origin) and all(_has_type(each, inner[0]) for each in value)
-    accepted = int | float if hint is float else hint
-    return isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
-
-
-def _check_choices(config: HSIVIConfig) -> None:
-    """Refuses a value outside the choices of its field; the command-line parser has its own check."""
-    for name, hint in get_type_hints(HSIVIConfig).items():
-        kinds = [hint, *get_args(hint)]
-        choices = [each for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
-        value = getattr(config, name)
-        if choices and value is not None and value not in choices:
-            raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
-
-
-Range = tuple[str, Callable[[Any], bool]]  # the words of the error, and the test
-AT_LEAST_1: Range = ("a number of at least 1", lambda value: value >= 1)
-FROM_0: Range = ("a number from 0 on", lambda value: value >= 0)
-FROM_0_BELOW_1: Range = ("a number from 0 to below 1", lambda value: 0 <= value < 1)
-ABOVE_0: Range = ("a number above 0", lambda value: value > 0)
-ABOVE_0_OR_NONE: Range = ("a number above 0, or leave it out", lambda value: value > 0)
-RANGES: dict[str, Range] = {
-    "noise_eta": ("a number above 0, up to 1; without noise there is no score", lambda value: 0 < value <= 1),
-    "start_signal": ABOVE_0_OR_NONE,
-    "start_noise": ABOVE_0_OR_NONE,
-    "start_spacing": FROM_0,
-    "critic_updates": AT_LEAST_1,
-    "num_pairs": FROM_0,
-    "pair_steps": ABOVE_0,
-    "pair_learning_rate": ABOVE_0,
-    "pair_weight": FROM_0,
-    "max_train_steps": AT_LEAST_1,
-    "train_batch_size": AT_LEAST_1,
-    "learning_rate": ABOVE_0,
-    "critic_learning_rate": ABOVE_0,
-    "adam_beta1": FROM_0_BELOW_1,
-    "lr_warmup_steps": FROM_0,
-    "max_grad_norm": ABOVE_0_OR_NONE,
-    "ema_decay": FROM_0_BELOW_1,
-    "gradient_accumulation_steps": AT_LEAST_1,
-    "checkpointing_steps": AT_LEAST_1,
-    "checkpoints_total_limit": AT_LEAST_1,
-    "validation_steps": ("a number of at least 1, or 0 for no images", lambda value: value >= 0),
-}
-
-
-def _check_ranges(config: HSIVIConfig) -> None:
-    counts = config.depths
-    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
-        raise ValueError(
-            f"num_inference_steps={counts}: give one number of steps of at least 1, or several that differ, such as "
-            "1 2 4 8"
-        )
-    for name, (accepted, good) in RANGES.items():
-        value = getattr(config, name)
-        if value is not None and not good(value):
-            raise ValueError(f"{name}={value}: give {accepted}")
-    if not 0 <= config.critic_first < config.max_train_steps:
-        raise ValueError(
-            f"critic_first={config.critic_first}: give a number of updates from 0 to below "
-            f"max_train_steps={config.max_train_steps}"
-        )
-
-
-def _check_together(config: HSIVIConfig) -> None:
-    """Refuses settings that exclude each other, or have no effect beside the others."""
-    starts = (config.start_timestep, config.start_signal, config.start_noise)
-    usual = {each.name: each.default for each in fields(HSIVIConfig)}
-    names = ("pair_weight", "pair_steps", "pair_learning_rate")
-    changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != usual[name]]
-    if config.start_spacing and starts == (None, None, None):
-        raise ValueError(
-            f"start_spacing={config.start_spacing} needs start_timestep, start_signal or start_noise, where the first "
-            "grid starts: give one of them"
-        )
-    if config.start_spacing and len(config.depths) == 1:
-        raise ValueError(
-            f"start_spacing={config.start_spacing} has no effect with one step count, {config.depths[0]}: give "
-            "several, such as 1 2 4 8, or leave it out"
-        )
-    if config.num_pairs and config.noise_scale_type != "config":
-        raise ValueError(
-            f"noise_scale_type={config.noise_scale_type!r} has nothing to learn from pairs, whose ends have no noise: "
-            "leave it out, or set num_pairs to 0"
-        )
-    if changed and not config.num_pairs:
-        raise ValueError(
-            f"{' and '.join(changed)} has no effect without pairs: set num_pairs, say 6400, or leave it out"
-        )
-    if config.scoring == "between" and config.objective != "KL":
-        raise ValueError(
-            f"scoring='between' with objective={config.objective!r}: score matching is biased by the rows between the "
-            "ends of a layer: set objective to 'KL', or scoring to 'random'"
-        )
-    if config.level_min != usual["level_min"] and config.scoring == "own":
-        raise ValueError(
-            f"level_min={config.level_min} has no effect with scoring='own', which has no random levels: set scoring "
-            "to 'random' or 'between', or leave level_min out"
-        )

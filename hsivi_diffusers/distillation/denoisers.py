@@ -9,6 +9,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
@@ -23,8 +24,8 @@ def load_teacher(
     """Takes UNet and noise schedule of a pretrained pipeline.
 
     Args:
-        teacher: Folder or repo id of a diffusers pipeline with a `UNet2DModel` and a scheduler with a beta schedule, or
-            such a pipeline itself, whose UNet is copied.
+        teacher: Folder or repo id of a diffusers pipeline with a `UNet2DModel` and a scheduler with betas or a
+            rectified flow, or such a pipeline itself, whose UNet is copied.
         revision: Branch, tag or commit of a repo.
 
     Returns:
@@ -77,23 +78,38 @@ def _take(pipeline: DiffusionPipeline, name: str) -> tuple[UNet2DModel, HSIVISch
         )
     if not isinstance(unet, UNet2DModel):
         raise ValueError(f"teacher {name} has a unet of type {type(unet).__name__}, a UNet2DModel is needed")
-    if scheduler is None or not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(
-            f"teacher {name}: {type(scheduler).__name__} has no beta schedule, which a teacher needs today; flow "
-            "matching and EDM are not supported yet"
-        )
+    if scheduler is None:
+        raise ValueError(f"teacher {name} has no scheduler, which tells its noise levels: give a whole pipeline")
     _check_agreement(name, unet, scheduler)
     try:
-        schedule = HSIVIScheduler.from_config(scheduler.config)
+        named = {"_class_name": type(scheduler).__name__, **scheduler.config}
+        schedule = HSIVIScheduler.from_config(named)
     except ValueError as error:
         raise ValueError(f"teacher {name}: {error}") from error
-    # Some schedulers of diffusers keep 2^-24 instead of a zero at the end.
-    if not torch.allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod.float(), atol=1e-6):
-        raise ValueError(
-            f"teacher {name}: the noise levels of its {type(scheduler).__name__} cannot be rebuilt from its betas; "
-            "only levels that follow from beta_start, beta_end and beta_schedule, or from trained_betas, are supported"
-        )
+    _check_levels(name, schedule, scheduler)
     return unet, schedule
+
+
+def _check_levels(name: str, schedule: HSIVIScheduler, scheduler: SchedulerMixin) -> None:
+    """Refuses a schedule that has not the noise levels of the scheduler it was made from."""
+    kind = type(scheduler).__name__
+    check_shift(name, schedule, kind)
+    # Some schedulers of diffusers keep 2^-24 instead of a zero at the end.
+    ours, theirs = (getattr(each, "alphas_cumprod", torch.zeros(0)).float() for each in (schedule, scheduler))
+    if not schedule.is_flow and (len(ours) != len(theirs) or not torch.allclose(ours, theirs, atol=1e-6)):
+        raise ValueError(
+            f"teacher {name}: the noise levels of its {kind} cannot be rebuilt from its betas; only levels that follow "
+            "from beta_start, beta_end and beta_schedule, or from trained_betas, are supported"
+        )
+
+
+def check_shift(name: str, schedule: HSIVIScheduler, kind: str) -> None:
+    """Refuses, with ValueError, a rectified flow whose levels depend on the size of the images."""
+    if schedule.config.use_dynamic_shifting:
+        raise ValueError(
+            f"teacher {name}: its {kind} has use_dynamic_shifting, so its noise levels depend on the size of images: "
+            "turn it off, and set `shift` to that of the size it was trained on"
+        )
 
 
 def _check_agreement(name: str, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
@@ -124,18 +140,25 @@ def fingerprint(unet: UNet2DModel, scheduler: SchedulerMixin) -> str:
     return hash.hexdigest()
 
 
-def sample_shape(unet: UNet2DModel) -> tuple[int, int, int]:
+def sample_shape(unet: Any) -> tuple[int, int, int]:
     """Returns (channels, height, width) of the images of a UNet."""
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return unet.config.in_channels, height, width
 
 
-def call_unet(unet: UNet2DModel, x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
-    """Calls a network in its own precision and answers in that of x, as every formula after it needs."""
+def call_unet(unet: Any, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
+    """Calls a network at times of its own, in its precision, and answers in that of x, as every later formula needs."""
     labels = {} if condition is None else {"class_labels": condition}
-    output: Tensor = unet(x.to(unet.dtype), timestep, **labels).sample.to(x.dtype)
+    output: Tensor = unet(x.to(unet.dtype), time, **labels).sample.to(x.dtype)
     return output
+
+
+def denoise(
+    unet: UNet2DModel, schedule: HSIVIScheduler, x: Tensor, level: Tensor, condition: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the clean image and the noise that a network sees in x, both (B, C, H, W), at levels (B,)."""
+    return schedule.predict(call_unet(unet, x, schedule.levels.time(level), condition), level, x)
 
 
 # Where an image just begins to show, see signal_timestep: at timestep 800 of 8x8 grey pixels, 956 of 32x32.

@@ -51,6 +51,8 @@ def make_networks(
     """Returns teacher, student and critic with the grid of the student; the noise scale is 1."""
     teacher, student, critic = unets
     scheduler = make_scheduler(schedule, config, sample_shape(teacher))
+    if (scales := len(scheduler.guidance_scales)) > 1:  # of which student and critic are told one beside the class
+        student, critic = (label_layers(each, scales) for each in (student, critic))
     noise_scale = HSIVINoiseScale(sample_shape(teacher)) if config.noise_scale_type == "per_pixel" else None
     if len(config.depths) > 1:  # grids, whose layers are scored at the same levels
         critic = label_layers(critic, sum(scheduler.depths))
@@ -58,9 +60,16 @@ def make_networks(
 
 
 def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[int, ...]) -> HSIVIScheduler:
-    """Returns the teacher's noise schedule with the grid, or grids, of a student."""
-    start = config.start_timestep
-    if start is None and config.start_noise is not None:
+    """Returns the teacher's noise schedule with the grid, or grids, of a student.
+
+    A rectified flow starts at its last level, the only one where what is there is the base N(0, I).
+    """
+    start, last = config.start_timestep, len(schedule) - 1
+    if schedule.is_flow:
+        if start not in (None, last) or config.start_spacing:
+            raise ValueError(f"a student of a rectified flow starts at {last}, pure noise: leave its start out")
+        start = last
+    elif start is None and config.start_noise is not None:
         start = signal_timestep(schedule, (shape[0], 1, 1), 1 / config.start_noise)
     elif start is None and config.start_signal is not None:
         start = signal_timestep(schedule, shape, config.start_signal)
@@ -76,6 +85,7 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
         kernel="ddim",
         noise_eta=config.noise_eta,
         noise_scale_type=config.noise_scale_type,
+        guidance_scale=config.guidance_scale,
         clip_sample=False,  # a clamp would stop the gradient of every pixel at black or white
         thresholding=False,
     )
@@ -92,6 +102,12 @@ def carry_over(networks: Networks, run: Path) -> None:
     """Lets student, critic and noise scale start where a finished run ended; refuses those that do not fit."""
     pipeline = HSIVIPipeline.from_pretrained(run / "pipeline")
     critic = UNet2DModel.from_pretrained(run / "critic")
+    old, new = (each.guidance_scales for each in (pipeline.scheduler, networks.scheduler))
+    if old != new and max(len(old), len(new)) > 1:
+        raise ValueError(
+            f"init_from={str(run)!r} was trained with guidance_scale={pipeline.scheduler.config.guidance_scale}, and "
+            f"the new run has {networks.scheduler.config.guidance_scale}: of several scales give the same"
+        )
     try:
         networks.student.load_state_dict(pipeline.unet.state_dict())
         networks.critic.load_state_dict(_fitting_labels(critic.state_dict(), networks, pipeline.scheduler))
@@ -123,6 +139,6 @@ def _fitting_labels(state: dict[str, Tensor], networks: Networks, before: HSIVIS
     name, own = "class_embedding.weight", networks.critic.state_dict()
     if name not in own:
         return {key: value for key, value in state.items() if key != name}
-    tells = networks.critic.config.num_class_embeds != networks.teacher.config.num_class_embeds
+    tells = len(networks.scheduler.depths) > 1
     same = not tells or before.trained_grids == networks.scheduler.trained_grids
     return state if same and name in state and state[name].shape == own[name].shape else {**state, name: own[name]}

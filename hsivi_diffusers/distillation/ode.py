@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
@@ -34,22 +34,22 @@ def power_timesteps(num_calls: int, start: int, end: int, power: float) -> list[
 def few_step_timesteps(schedule: HSIVIScheduler, shape: tuple[int, ...], num_calls: int) -> list[int]:
     """Returns a grid for solvers of few calls and images of shape (C, H, W), which suits small images.
 
-    It starts where an image just begins to show, and ends at N / 50, with a power of 1.5. On the digits UniPC at 5
-    calls then has a tenth of the Frechet distance that it has on the grid of diffusers (docs/benchmarks/solvers.md);
-    on the 32x32 images of Fashion-MNIST and emoji it has twice as much, and at 2 calls more on all three.
+    It starts where an image just begins to show, or a rectified flow at pure noise, and ends at N / 50, with a power of
+    1.5. On the digits UniPC at 5 calls then has a tenth of the Frechet distance that it has on the grid of diffusers
+    (docs/benchmarks/solvers.md); on 32x32 images it has twice as much, and at 2 calls more on all sets.
     """
-    start = signal_timestep(schedule, shape, LOWEST_SIGNAL)
+    start = len(schedule) - 1 if schedule.is_flow else signal_timestep(schedule, shape, LOWEST_SIGNAL)
     return power_timesteps(num_calls, start, len(schedule) // 50, 1.5)
 
 
-def use_grid(scheduler: Any, timesteps: Sequence[int]) -> Any:
+def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
     """Gives a solver of diffusers timesteps of your choice, and returns it; a pipeline can then be run with it.
 
     Its `set_timesteps` then accepts their number alone. The noise level after the last one stays as its config has it.
 
     Args:
         scheduler: A multistep solver with `alphas_cumprod` and `sigmas`, or with `set_levels`, as `TeacherIPNDM`.
-        timesteps: Of the network calls, descending, from N-1 to 0.
+        timesteps: Of the network calls, descending: from N-1 to 0, or, of a solver with `use_flow_sigmas`, N sigma.
     """
     own, steps = scheduler.set_timesteps, torch.tensor(timesteps)
 
@@ -60,9 +60,12 @@ def use_grid(scheduler: Any, timesteps: Sequence[int]) -> Any:
         if hasattr(scheduler, "set_levels"):
             scheduler.set_levels(steps)
             return
-        abar = scheduler.alphas_cumprod[steps]
-        scheduler.timesteps = steps.to(device)
-        scheduler.sigmas = torch.cat([((1 - abar) / abar).sqrt(), scheduler.sigmas[-1:]])
+        if scheduler.config.get("use_flow_sigmas"):
+            sigmas = (steps / scheduler.config.num_train_timesteps).clamp_max(1 - 1e-6)  # log alpha is asked for
+        else:
+            abar = scheduler.alphas_cumprod[steps]
+            sigmas = ((1 - abar) / abar).sqrt()
+        scheduler.timesteps, scheduler.sigmas = steps.to(device), torch.cat([sigmas, scheduler.sigmas[-1:]])
 
     scheduler.set_timesteps = set_timesteps
     return scheduler
@@ -70,7 +73,7 @@ def use_grid(scheduler: Any, timesteps: Sequence[int]) -> Any:
 
 @torch.no_grad()
 def run_solver(
-    unet: UNet2DModel, solver: Any, x: Tensor, num_steps: int, condition: Tensor | None = None, **arguments: Any
+    unet: Any, solver: Any, x: Tensor, num_steps: int, condition: Tensor | None = None, **arguments: Any
 ) -> Tensor:
     """Follows `num_steps` of a diffusers scheduler from noise x to an image, both of shape (B, C, H, W).
 

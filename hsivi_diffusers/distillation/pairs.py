@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel, UniPCMultistepScheduler
@@ -14,13 +15,9 @@ from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.distributions import randn_like
 from ..vi.layers import hierarchy_ends
 from ..vi.regression import half_square
+from .guidance import GuidedNetwork
 from .ode import power_timesteps, run_solver, use_grid
 
-# Of a scheduler's config, what a teacher was trained with.
-SCHEDULE = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
-    "rescale_betas_zero_snr",
-)
 PAIR_CALLS = 15  # of the teacher, for a pair
 LEAST_RATIO = 0.006  # alpha / sigma at the end of the linear clock
 
@@ -29,14 +26,14 @@ class TeacherPairs:
     """Pairs (x_T, x_0) of noise and what a solver of the teacher's ODE makes of it, drawn with replacement.
 
     The layer that takes noise is to lead from x_T to x_0, those below it from x_0, diffused to their input, back to
-    it. The solver is UniPC of diffusers, on the grid of `pair_timesteps`. The pairs wait in main memory; what is drawn
+    it. The solver is UniPC of diffusers, on the grid of `pair_levels`. The pairs wait in main memory; what is drawn
     goes to the device of the teacher.
 
     Args:
-        unet: The teacher.
+        unet: The teacher, guided or not.
         scheduler: Gives its noise schedule and what it predicts, and the grid of the layers.
         noise: x_T ~ N(0, I), shape (N, C, H, W); `end` has the images x_0, between -1 and 1.
-        condition: Class label of each pair, shape (N,), or None.
+        condition: Class label of each pair, or, of a guided teacher, its condition, shape (N,), or None.
         num_calls: Network calls for a pair.
         batch_size: Pairs that the network is called with at once.
         show: Show a progress bar.
@@ -47,7 +44,7 @@ class TeacherPairs:
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: UNet2DModel | GuidedNetwork,
         scheduler: HSIVIScheduler,
         noise: Tensor,
         condition: Tensor | None = None,
@@ -59,10 +56,7 @@ class TeacherPairs:
         self.noise, self.condition = noise.cpu(), None if condition is None else condition.cpu()
         noises = noise.split(batch_size)
         classes = [None] * len(noises) if condition is None else condition.to(unet.device).split(batch_size)
-        # The betas themselves, for the solver knows fewer names of schedules.
-        schedule = {name: scheduler.config[name] for name in SCHEDULE} | {"trained_betas": scheduler.betas.tolist()}
-        solver = UniPCMultistepScheduler(**schedule | {"beta_schedule": "linear"})
-        use_grid(solver, pair_timesteps(scheduler, num_calls))
+        solver = make_unipc(scheduler, pair_levels(scheduler, num_calls))
         batches = tqdm(list(zip(noises, classes, strict=True)), "pairs", leave=False, disable=not show)
         ends = [run_solver(unet, solver, x.to(unet.device), num_calls, labels).cpu() for x, labels in batches]
         self.end = torch.cat(ends).clamp_(-1, 1)
@@ -76,27 +70,46 @@ class TeacherPairs:
         """Draws (x_{t+1}, the mean of layer t whose clean image is x_0, condition) of layers t (B,) for `PairChain`."""
         index = torch.randint(len(self.noise), (len(t),), generator=generator)
         x_next, x0 = self.noise[index].to(self._device), self.end[index].to(self._device)
-        timestep, below = self.scheduler.input_timestep(t), ~torch.isin(t, hierarchy_ends(self.scheduler.depths)[0])
+        timestep, below = self.scheduler.input_level(t), ~torch.isin(t, hierarchy_ends(self.scheduler.depths)[0])
         if bool(below.any()):
-            diffused = self.scheduler.add_noise(x0, randn_like(x0, generator), timestep)
+            diffused = self.scheduler.diffuse(x0, randn_like(x0, generator), timestep)
             x_next = torch.where(below.to(x0.device)[:, None, None, None], diffused, x_next)
-        layer = self.scheduler.coefficients(timestep, x_next, self.scheduler.output_timestep(t))
+        layer = self.scheduler.coefficients(timestep, x_next, self.scheduler.output_level(t))
         end = layer.mean(x0, layer.noise_in(x_next, x0))
         return x_next, end, None if self.condition is None else self.condition[index].to(self._device)
 
 
-def pair_timesteps(schedule: HSIVIScheduler, num_calls: int) -> list[int]:
-    """Returns timesteps of a solver that follow the ODE well on linear, scaled-linear and cosine clocks, descending.
+def make_unipc(schedule: HSIVIScheduler, levels: list[int]) -> UniPCMultistepScheduler:
+    """Returns UniPC of diffusers with the noise schedule of a teacher, on a grid of levels."""
+    common = ("num_train_timesteps", "prediction_type", "rescale_betas_zero_snr")
+    config: dict[str, Any] = {name: schedule.config[name] for name in common}
+    if schedule.is_flow:
+        config["use_flow_sigmas"] = True
+    else:  # the betas themselves, for the solver knows fewer names of schedules
+        config["trained_betas"] = schedule.betas.tolist()
+    solver: UniPCMultistepScheduler = use_grid(
+        UniPCMultistepScheduler(**config), schedule.levels.time(torch.tensor(levels)).tolist()
+    )
+    return solver
 
-    They are e + (s - e) u^1.25 with u from 1 to 0 in equal steps, e = N / 100, and s the last timestep, or the first
-    where alpha / sigma is below LEAST_RATIO: a noise prediction is worth nothing there.
+
+def pair_levels(schedule: HSIVIScheduler, num_calls: int) -> list[int]:
+    """Returns levels of a solver that follow the ODE well on linear, scaled-linear, cosine and flow clocks, descending.
+
+    Their times of the network are e + (s - e) u^1.25 with u from 1 to 0 in equal steps, e = N / 100, and s the last
+    one, or with betas the first where alpha / sigma is below LEAST_RATIO: a noise prediction is worth nothing there.
 
     Raises:
         ValueError: There are more calls than timesteps from e to s.
     """
-    alpha, sigma = schedule.alpha_sigma(torch.arange(len(schedule)), torch.zeros(1))
-    start = min(int((alpha / sigma > LEAST_RATIO).sum()), len(schedule) - 1)
-    return power_timesteps(num_calls, start, len(schedule) // 100, 1.25)
+    size = len(schedule)
+    if schedule.is_flow:
+        times = power_timesteps(num_calls, size, size // 100, 1.25)
+        levels: list[int] = schedule.levels.level(torch.tensor(times)).tolist()
+        return levels
+    alpha, sigma = schedule.alpha_sigma(torch.arange(size), torch.zeros(1))
+    start = min(int((alpha / sigma > LEAST_RATIO).sum()), size - 1)
+    return power_timesteps(num_calls, start, size // 100, 1.25)
 
 
 def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
@@ -109,7 +122,7 @@ def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tens
 
     def loss(residual: Tensor, t: Tensor) -> Tensor:
         """Residuals of means, shape (B, C, H, W), of layers t -> (B,)."""
-        ends = scheduler.input_timestep(t), residual, scheduler.output_timestep(t)
+        ends = scheduler.input_level(t), residual, scheduler.output_level(t)
         image = residual / scheduler.coefficients(*ends).image_share
         if not coarse:
             return half_square(image)

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..scheduling_hsivi import HSIVIScheduler
 from .config import HSIVIConfig
-from .denoisers import sample_shape
+from .denoisers import check_shift, sample_shape
 from .networks import HALF, make_networks
 from .pairs import PAIR_CALLS
 from .state import TrainingState
@@ -115,7 +115,9 @@ def read_configs(name: str, revision: str | None) -> tuple[dict[str, Any], HSIVI
             )
     if (found := configs[0].get("_class_name")) != "UNet2DModel":
         raise ValueError(f"teacher {name!r} has a unet of type {found}: a UNet2DModel is needed")
-    return configs[0], HSIVIScheduler.from_config(configs[1])
+    schedule = HSIVIScheduler.from_config(configs[1])
+    check_shift(repr(name), schedule, configs[1].get("_class_name", "scheduler"))
+    return configs[0], schedule
 
 
 def make_unet(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> UNet2DModel:
@@ -282,7 +284,9 @@ def _fit_line(config: HSIVIConfig, call: float) -> list[str]:
     """What comes before the updates, if there are pairs; a call takes so many seconds, and a backward pass is two."""
     if not config.num_pairs:
         return []
-    calls = config.num_pairs * PAIR_CALLS + 3 * config.pair_steps * _rows(config)
+    scales = config.guidance_scale if isinstance(config.guidance_scale, list) else [config.guidance_scale]
+    guided = any(w not in (None, 1) for w in scales)  # two calls a step of the teacher
+    calls = config.num_pairs * PAIR_CALLS * (1 + guided) + 3 * config.pair_steps * _rows(config)
     what = f"{config.num_pairs:,} pairs of {PAIR_CALLS} calls of the teacher and {config.pair_steps:,} updates"
     return [f"before them about {_duration(call * calls)} for {what} of the layers alone"]
 

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from ..vi import Step
+from .guidance import to_solve
 from .pairs import TeacherPairs
 from .state import TrainingState
 
@@ -104,7 +105,7 @@ class Progress:
 
     def _labels(self, size: int) -> list[int] | None:
         """Class labels in turn, of a class-conditional teacher."""
-        classes = self.state.student.unet.config.num_class_embeds
+        classes = self.state.bridge.num_classes
         return [i % classes for i in range(size)] if classes else None
 
     @cached_property
@@ -112,10 +113,10 @@ class Progress:
         """Images in [0, 1] of a solver of the teacher, on the CPU."""
         labels, bridge = self._labels(COLUMNS), self.state.bridge
         pairs = TeacherPairs(
-            copy.copy(bridge.network.unet),  # whose calls are not counted as those of the training
+            to_solve(copy.copy(bridge.network.unet), bridge.scales),  # whose calls are not those of the training
             bridge.scheduler,
             torch.randn(COLUMNS, *bridge.shape, generator=torch.Generator().manual_seed(0)),
-            None if labels is None else torch.tensor(labels),
+            None if labels is None else torch.tensor(labels) * len(bridge.scales),
             min(TEACHER_CALLS, len(bridge.scheduler) // 2),  # a schedule may have few timesteps
         )
         return pairs.end / 2 + 0.5

@@ -18,16 +18,33 @@ from torch import Tensor, nn
 
 from ..folders import remove_folder, replace_folder
 from ..pipeline_hsivi import HSIVIPipeline
+from ..scheduling_hsivi import HSIVIScheduler
 from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
 from .denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
+from .guidance import to_solve
 from .networks import Networks
 from .pairs import TeacherPairs
 from .student import UNetCritic, UNetLayers
 
 NOISE_SCALE_LEARNING_RATE = 1e-2
-BETWEEN_SHARE = 0.5  # of the rows that are scored between the ends of their layer, with scoring="between"
+
+
+def highest_level(scheduler: HSIVIScheduler, shape: tuple[int, ...]) -> int:
+    """The highest level where outputs are scored: where an image just begins to show.
+
+    A rectified flow starts above it, so there it is at least one above the output of the first layer.
+    """
+    level = signal_timestep(scheduler, shape, LOWEST_SIGNAL)
+    if scheduler.is_flow:
+        level = max(level, int(scheduler.output_level(torch.arange(sum(scheduler.depths))).max()) + 1)
+    return level
+
+
+def between_share(config: HSIVIConfig) -> float:
+    """Share of the rows that are scored between the ends of their layer: of layers without noise all of them."""
+    return 0.0 if config.scoring != "between" else 0.5 if config.noise_eta else 1.0
 
 
 class TrainingState:
@@ -40,8 +57,8 @@ class TrainingState:
         self.bridge = TeacherBridge(
             networks.teacher,
             scheduler,
-            (config.level_min, signal_timestep(scheduler, shape, LOWEST_SIGNAL)),
-            between_share=BETWEEN_SHARE if config.scoring == "between" else 0.0,
+            (config.level_min, highest_level(scheduler, shape)),
+            between_share=between_share(config),
         )
         if config.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
@@ -105,12 +122,11 @@ class TrainingState:
 
     @property
     def sample_condition(self) -> Callable[[int, torch.Generator | None], Tensor] | None:
-        """Draws class labels, (size, generator) -> shape (size,); None without classes."""
-        unet = self.student.unet
-        classes = unet.config.num_class_embeds
-        if not classes:
+        """Draws conditions, class labels or see `guidance`, (size, generator) -> (size,); None without classes."""
+        if not self.bridge.num_classes:
             return None
-        return lambda size, generator: torch.randint(classes, (size,), generator=generator).to(unet.device)
+        rows, device = self.bridge.num_classes * len(self.bridge.scales), self.student.unet.device
+        return lambda size, generator: torch.randint(rows, (size,), generator=generator).to(device)
 
     def _make_pairs(self, place: int) -> TeacherPairs:
         """The share of the pairs of one micro-batch."""
@@ -119,7 +135,7 @@ class TrainingState:
         draw = self.sample_condition
         condition = None if draw is None else draw(number, generator)
         return TeacherPairs(
-            self.bridge.network.unet,
+            to_solve(self.bridge.network.unet, self.bridge.scales),
             self.bridge.scheduler,
             torch.randn(number, *self.bridge.shape, generator=generator),  # of all pairs: too many for a GPU
             condition,

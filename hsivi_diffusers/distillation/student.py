@@ -10,7 +10,7 @@ from ..modeling_hsivi import HSIVINoiseScale
 from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.distributions import DiagonalGaussian
 from ..vi.layers import ConditionalLayers, hierarchy_ends
-from .denoisers import call_unet
+from .denoisers import call_unet, denoise
 
 
 class UNetCritic(nn.Module):
@@ -41,8 +41,7 @@ class UNetCritic(nn.Module):
                     f"t is missing: this critic tells {self.num_layers} layers apart; give one for each row"
                 )
             condition = t if condition is None else condition * self.num_layers + t  # see label_layers
-        output = call_unet(self.unet, x, level, condition)
-        _, noise_pred = self.scheduler.predict(output, level, x)
+        _, noise_pred = denoise(self.unet, self.scheduler, x, level, condition)
         _, sigma = self.scheduler.alpha_sigma(level, noise_pred)
         return -noise_pred / sigma
 
@@ -76,12 +75,12 @@ class UNetLayers(ConditionalLayers):
 
     def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
         """Returns q_t(. | x_next), see `ConditionalLayers`; the condition is class labels of shape (B,)."""
-        timestep = self.scheduler.input_timestep(t)
-        model_output = call_unet(self.unet, x_next, timestep, condition)
+        level = self.scheduler.input_level(t)
+        model_output = call_unet(self.unet, x_next, self.scheduler.levels.time(level), condition)
         several = len(self.scheduler.depths) > 1  # grids, which may share an input and not the output
-        prev_timestep = self.scheduler.output_timestep(t) if several else None
+        prev_level = self.scheduler.output_level(t) if several else None
         scale = None if self.noise_scale is None else self.noise_scale()
-        mean, std = self.scheduler.transition(model_output, timestep, x_next, scale, prev_timestep)
+        mean, std = self.scheduler.transition(model_output, level, x_next, scale, prev_level)
         if self.clip_images:
             _, last = hierarchy_ends(self.depths)
             is_last = torch.isin(t, last.to(t.device)).reshape(-1, *[1] * (mean.ndim - 1))
@@ -100,8 +99,8 @@ def label_layers(unet: UNet2DModel, num_layers: int) -> UNet2DModel:
     kind, classes = unet.config.class_embed_type, unet.config.num_class_embeds
     if kind is not None:
         raise ValueError(
-            f"class_embed_type={kind!r} of the unet leaves no place to tell a critic the layer: train one number of "
-            "steps, where it need not be told"
+            f"class_embed_type={kind!r} of the unet leaves no place to tell it a layer or a scale of guidance: train "
+            "one number of steps and one scale, where it need not be told"
         )
     labelled: UNet2DModel = UNet2DModel.from_config(unet.config, num_class_embeds=num_layers * (classes or 1))
     state, name = dict(unet.state_dict()), "class_embedding.weight"

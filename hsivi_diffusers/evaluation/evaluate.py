@@ -19,6 +19,7 @@ from diffusers import UNet2DModel
 from tqdm import tqdm
 
 from ..distillation.denoisers import load_teacher, sample_shape
+from ..distillation.guidance import GuidedNetwork, to_solve
 from ..distillation.ode import few_step_timesteps
 from ..images import load_images
 from ..options import option, parse_options
@@ -50,6 +51,7 @@ class Evaluation:
     feature_name: str | None = option(None, "its name in the tables")
     num_samples: int = option(1000, "images of each method")
     eval_seed: int = option(0, "seed of the noise")
+    guidance_scale: float | None = option(None, "of a guided student, one of its scales; the lowest by default")
     batch_size: int = option(100, "images at once")
     solver_steps: list[int] = option(
         [], "steps of DDIM, DPM-Solver++ and UniPC; by default those of the student, and twice the most of them"
@@ -59,29 +61,43 @@ class Evaluation:
 
 
 def make_samplers(
-    options: Evaluation, student: HSIVIPipeline, unet: UNet2DModel, config: Any
+    options: Evaluation, student: HSIVIPipeline, unet: UNet2DModel | GuidedNetwork, config: Any
 ) -> Iterator[tuple[str, int, Sampler, str]]:
-    """The student at each of its step counts, then the baselines: method, network calls, sampler, grid."""
+    """The student at each of its step counts, then the baselines: method, network calls, sampler, grid.
+
+    A step of a guided teacher is two network calls. Of a rectified flow there is no DDPM.
+    """
     counts = student.scheduler.depths
     for nfe in counts:
         student.scheduler.set_timesteps(nfe)
         grid = f"trained: {shorten(student.scheduler.timesteps.tolist())}"
-        yield OURS, nfe, make_student(student, nfe), grid
-    baselines = [(method, nfe) for nfe in options.solver_steps or [*counts, 2 * max(counts)] for method in BASELINES]
-    baselines += [("DDIM, eta 1", options.ddim_steps), ("DDPM", options.ddpm_steps)]
-    for method, nfe in baselines:
-        if not nfe:
+        if student.scheduler.guidance_scales:
+            grid += f"; guidance {scale_of(options, student)}"
+        yield OURS, nfe, make_student(student, nfe, options.guidance_scale), grid
+    calls = 2 if isinstance(unet, GuidedNetwork) else 1
+    few = dict.fromkeys(max(1, nfe // calls) for nfe in [*counts, 2 * max(counts)])
+    baselines = [(method, steps) for steps in options.solver_steps or few for method in BASELINES]
+    if not student.scheduler.is_flow:
+        baselines += [("DDIM, eta 1", options.ddim_steps), ("DDPM", options.ddpm_steps)]
+    for method, steps in baselines:
+        if not steps:
             continue
         grids: dict[str, list[int] | None] = {method: None}
         if method in ON_GRID:
-            grids[f"{method}, few-step grid"] = few_step_timesteps(student.scheduler, sample_shape(unet), nfe)
+            grids[f"{method}, few-step grid"] = few_step_timesteps(student.scheduler, sample_shape(unet), steps)
         for name, timesteps in grids.items():
-            solver = make_solver(method, nfe, unet, config, timesteps=timesteps)
-            yield name, nfe, solver, solver.grid
+            solver = make_solver(method, steps, unet, config, timesteps=timesteps)
+            yield name, calls * steps, solver, solver.grid
+
+
+def scale_of(options: Evaluation, student: HSIVIPipeline) -> float:
+    """The scale of guidance that is measured; 1 of a student that has taken in none."""
+    scales = student.scheduler.guidance_scales or [1.0]
+    return float(scales[student.scheduler.guidance_index(options.guidance_scale)])
 
 
 def load_reference(
-    options: Evaluation, unet: UNet2DModel, config: Any
+    options: Evaluation, unet: UNet2DModel | GuidedNetwork, config: Any, classes: int | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
     """Loads the real images, or samples the teacher, from other noise than the methods start from.
 
@@ -99,7 +115,7 @@ def load_reference(
         path = Path(options.real_data)
         return images.float() / 255, labels, path.resolve().name if path.exists() else options.real_data
     solver = make_solver(REFERENCE, options.reference_steps, unet, config, timestep_spacing="trailing")
-    classes, size = unet.config.num_class_embeds, options.reference_samples
+    size = options.reference_samples
     images = draw("reference", solver, size, options.batch_size, options.eval_seed + 1, classes)
     labels = torch.arange(size) % classes if classes else None
     return images, labels, f"teacher, {REFERENCE} at {options.reference_steps} steps"
@@ -141,12 +157,13 @@ def main(args: list[str] | None = None) -> None:
     training["teacher"] = options.teacher or training["pretrained_teacher_model"]
     unet, schedule = load_teacher(training["teacher"], None if options.teacher else training.get("revision"))
     unet.to(device).eval()
+    classes, teacher = student.num_classes, to_solve(unet, [scale_of(options, student)])
     network, features = load_network(options.feature_extractor, unet.config.in_channels)
-    samplers = list(make_samplers(options, student, unet, schedule.config))  # refuses counts that cannot be drawn
-    reference, labels, name = load_reference(options, unet, schedule.config)
+    samplers = list(make_samplers(options, student, teacher, schedule.config))  # refuses counts that cannot be drawn
+    reference, labels, name = load_reference(options, teacher, schedule.config, classes)
     measures = Measures(network.to(device), reference, METRICS)
 
-    classes, size, seed = unet.config.num_class_embeds, options.num_samples, options.eval_seed
+    size, seed = options.num_samples, options.eval_seed
     rows, shown = [], {}
     for method, nfe, sampler, grid in samplers:
         images = draw(f"{method} at {nfe}", sampler, size, options.batch_size, seed, classes)

@@ -20,6 +20,7 @@ from diffusers import (
 )
 
 from ..distillation.denoisers import sample_shape
+from ..distillation.guidance import GuidedNetwork
 from ..distillation.ode import run_solver, use_grid
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
@@ -91,7 +92,7 @@ class Solver:
 
     scheduler: Any
     num_steps: int
-    unet: UNet2DModel
+    unet: UNet2DModel | GuidedNetwork
     settings: dict[str, Any] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -111,14 +112,19 @@ class Solver:
         return shorten(self.scheduler.timesteps.tolist())
 
 
-def shorten(timesteps: list[int]) -> str:
+def shorten(timesteps: list[float]) -> str:
     """Timesteps as text, of more than ten the first three and the last."""
     shown = timesteps if len(timesteps) <= 10 else [*timesteps[:3], "...", timesteps[-1]]
-    return ", ".join(map(str, shown))
+    return ", ".join(each if isinstance(each, str) else f"{each:.4g}" for each in shown)
 
 
 def make_solver(
-    method: str, num_steps: int, unet: UNet2DModel, config: Any, timesteps: Sequence[int] | None = None, **settings: Any
+    method: str,
+    num_steps: int,
+    unet: UNet2DModel | GuidedNetwork,
+    config: Any,
+    timesteps: Sequence[int] | None = None,
+    **settings: Any,
 ) -> Solver:
     """Returns a solver of the teacher.
 
@@ -127,32 +133,46 @@ def make_solver(
         num_steps: Network calls.
         unet: The teacher.
         config: Config of the teacher's scheduler.
-        timesteps: Of the network calls; by default those of the solver's own grid.
+        timesteps: Levels of the network calls; by default the solver's own grid.
         **settings: Of the solver's scheduler, such as `timestep_spacing`, instead of those of SOLVERS and config.
 
     Raises:
-        ValueError: The method is unknown.
+        ValueError: The method is unknown, or not for rectified flows.
     """
     if method not in SOLVERS:
         raise ValueError(f"method {method!r} is unknown: choose one of {', '.join(map(repr, SOLVERS))}")
     kind, chosen = SOLVERS[method]
-    chosen = {**chosen, **settings}
+    schedule, chosen = HSIVIScheduler.from_config(config), {**chosen, **settings}
+    if schedule.is_flow and kind is not HSIVIScheduler:
+        chosen |= _flow_options(method, kind, schedule)
+        config = {name: value for name, value in config.items() if name != "shift"}
     if timesteps is not None and kind is HSIVIScheduler:
         chosen["layer_timesteps"] = [*timesteps, -1]
     scheduler = kind.from_config(config, **chosen)
     if timesteps is not None and kind is not HSIVIScheduler:
-        use_grid(scheduler, timesteps)
+        use_grid(scheduler, schedule.levels.time(torch.tensor(timesteps)).tolist())
     return Solver(scheduler, num_steps, unet, {"eta": 1.0} if method == "DDIM, eta 1" else {})
 
 
-def make_student(pipeline: HSIVIPipeline, num_steps: int | None = None) -> Sampler:
+def _flow_options(method: str, kind: Any, schedule: HSIVIScheduler) -> dict[str, Any]:
+    """What a scheduler of diffusers must be told to solve a rectified flow."""
+    if "use_flow_sigmas" not in signature(kind).parameters:
+        able = [name for name, (each, _) in SOLVERS.items() if "use_flow_sigmas" in signature(each).parameters]
+        raise ValueError(
+            f"method {method!r} is not for rectified flows: choose one of {', '.join(map(repr, ['DDIM', *able]))}"
+        )
+    return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": schedule.config.shift}
+
+
+def make_student(pipeline: HSIVIPipeline, num_steps: int | None = None, guidance_scale: float | None = None) -> Sampler:
     """Returns the distilled pipeline as a sampler, with one of its trained counts of calls, or the largest."""
     pipeline.set_progress_bar_config(disable=True)
 
     def sampler(batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None) -> torch.Tensor:
-        images: torch.Tensor = pipeline(
-            batch_size, generator, num_steps, class_labels=labels, output_type="pt", return_dict=False
-        )[0]
+        given: dict[str, Any] = {"class_labels": labels, "guidance_scale": guidance_scale}
+        images: torch.Tensor = pipeline(batch_size, generator, num_steps, **given, output_type="pt", return_dict=False)[
+            0
+        ]
         return images
 
     return sampler

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -107,9 +108,11 @@ class GeometricBridge(Bridge):
 
 
 class DiffusionBridge(Bridge):
-    """Example 2: p_t is the law of alpha_t x + sigma_t z, x from the target, z ~ N(0, I), alpha_t^2 + sigma_t^2 = 1.
+    """Example 2: p_t is the law of alpha_t x + sigma_t z, x from the target, z ~ N(0, I).
 
-    The level of p_t is its noise, sigma_t = sin(pi t / 2T): 0 is the target, 1 the base N(0, I).
+    The level of p_t is its noise, sigma_t: 0 is the target, 1 the base N(0, I). The path between them is variance
+    preserving, alpha_t^2 + sigma_t^2 = 1 with sigma_t = sin(pi t / 2T), or a rectified flow, alpha_t + sigma_t = 1 with
+    sigma_t = t / T.
 
     Args:
         target: Its diffused form is known, as of a Gaussian mixture; or None, with `score_network`.
@@ -118,10 +121,11 @@ class DiffusionBridge(Bridge):
             sigma_t then is 0.05 at least. It is frozen if it is a module.
         dimension: d; needed with `score_network` alone.
         device: Where the base is drawn.
+        path: "variance preserving" or "flow".
 
     Raises:
-        ValueError: T < 1, the dimension is missing or does not fit, or the target cannot be diffused and there is no
-            network.
+        ValueError: T < 1, the path is unknown, the dimension is missing or does not fit, or the target cannot be
+            diffused and there is no network.
     """
 
     def __init__(
@@ -131,7 +135,10 @@ class DiffusionBridge(Bridge):
         score_network: ScoreNetwork | None = None,
         dimension: int | None = None,
         device: torch.device | str | None = None,
+        path: Literal["variance preserving", "flow"] = "variance preserving",
     ) -> None:
+        if path not in ("variance preserving", "flow"):
+            raise ValueError(f"path={path!r} is unknown: choose 'variance preserving' or 'flow'")
         if score_network is None and not isinstance(target, DiffusibleTarget):
             raise ValueError(
                 f"the diffused law of a {type(target).__name__} is not known: give a DiffusibleTarget such as a "
@@ -148,9 +155,10 @@ class DiffusionBridge(Bridge):
         if isinstance(score_network, nn.Module):
             score_network.requires_grad_(False)
         self.base = IsotropicNormal(dimension, device=device)
-        steps = torch.arange(num_layers, dtype=torch.float64)
+        self.is_flow = path == "flow"
+        steps = torch.arange(num_layers, dtype=torch.float64) / num_layers
         lowest = 0.0 if score_network is None else 0.05  # a network knows the score better at a little noise
-        self.levels = (0.5 * math.pi * steps / num_layers).sin().clamp_min(lowest)
+        self.levels = (steps if self.is_flow else (0.5 * math.pi * steps).sin()).clamp_min(lowest)
 
     def level(self, t: Tensor) -> Tensor:
         return self.levels.to(t.device)[t].float()
@@ -171,7 +179,7 @@ class DiffusionBridge(Bridge):
 
     def _alpha_sigma(self, level: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         sigma = level.to(x)
-        return (1 - sigma.square()).sqrt(), sigma
+        return 1 - sigma if self.is_flow else (1 - sigma.square()).sqrt(), sigma
 
 
 def _at_least_one(num_layers: int) -> int:

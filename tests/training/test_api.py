@@ -183,7 +183,8 @@ def test_a_student_is_no_teacher(run):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"noise_eta": 0.0}, "noise_eta=0.0: give a number above 0"),
+        ({"noise_eta": -0.1}, "noise_eta=-0.1: give a number from 0 to 1"),
+        ({"noise_eta": 0.0, "scoring": "own"}, "noise_eta=0, and outputs without noise have no score: set objective"),
         ({"init_from": "nowhere"}, "init_from='nowhere' lacks pipeline, critic, options.json"),
         ({"preset": "quick"}, "preset='quick' is unknown: choose one of fast, one_call, paper"),
     ],

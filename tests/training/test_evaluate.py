@@ -353,20 +353,20 @@ def test_a_folder_of_images_is_told_by_its_last_part(teacher, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path / "cats")
     unet, schedule = load_teacher(str(teacher))
     for given in (str(tmp_path / "cats"), f"{tmp_path}/cats/", "."):
-        *_, name = evaluate.load_reference(evaluate.Evaluation(real_data=given), unet, schedule.config)
+        *_, name = evaluate.load_reference(evaluate.Evaluation(real_data=given), unet, schedule.config, None)
         assert name == "cats"
 
 
 def test_a_teacher_of_wide_images_is_compared_with_itself_only(teacher):
     unet, schedule = make_unet(sample_size=(8, 16)), load_teacher(str(teacher))[1]
     with pytest.raises(ValueError, match="images are 1 x 8 x 16, and only square .*: leave --real_data out"):
-        evaluate.load_reference(evaluate.Evaluation(real_data="digits"), unet, schedule.config)
+        evaluate.load_reference(evaluate.Evaluation(real_data="digits"), unet, schedule.config, None)
 
 
 def test_the_reference_is_the_teacher_from_other_noise(class_teacher):
     unet, schedule = load_teacher(str(class_teacher))
     options = evaluate.Evaluation(reference_samples=8, reference_steps=3, batch_size=5, eval_seed=4)
-    images, labels, name = evaluate.load_reference(options, unet, schedule.config)
+    images, labels, name = evaluate.load_reference(options, unet, schedule.config, 3)
     solver = make_solver("DPM-Solver++", 3, unet, schedule.config, timestep_spacing="trailing")
     own, other = (torch.cat([*sample(solver, 8, 5, seed, 3)]) for seed in (4, 5))
     assert torch.equal(images, other)

@@ -221,7 +221,7 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
     [
         *[
             (f"{name}_teacher", [train_teacher.Data, train_teacher.Network, train_teacher.Training, Output])
-            for name in ("digits", *SETS)
+            for name in ("digits", "digits_guided", *SETS)
         ],
         ("digits_evaluation", [evaluate.Evaluation]),
         *[
@@ -262,7 +262,7 @@ def test_no_config_is_left_untested():
     recipes = {path.name for preset in PRESETS for path in CONFIGS.glob(f"*_{preset}.yaml")}
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
-        *[f"digits_{part}.yaml" for part in ("t5", "t1248", "evaluation", "teacher")],
+        *[f"digits_{part}.yaml" for part in ("t5", "t1248", "evaluation", "teacher", "guided_teacher")],
         *[f"solvers_{name}.yaml" for name in ("digits", *SETS)],
         *[f"{name}_{part}.yaml" for name in SETS for part in ("teacher", "classifier", "t4")],
         *[f"{name}_{method}.yaml" for name in ("digits", *SETS) for method in BASELINES],

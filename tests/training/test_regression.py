@@ -7,7 +7,7 @@ import torch
 
 from gaussian_teacher import GaussianTeacher, Network, exact_flow
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
-from hsivi_diffusers.distillation.pairs import PAIR_CALLS, pair_timesteps
+from hsivi_diffusers.distillation.pairs import PAIR_CALLS, pair_levels
 from hsivi_diffusers.evaluation.solvers import make_solver, sample
 from tiny_unet import make_unet
 from training.benchmarks.images import regression
@@ -32,7 +32,7 @@ def test_the_loss_is_half_the_squared_distance_of_clean_images_of_pairs(unet):
     loss = made.loss(torch.empty(6, 1, 8, 8))
     torch.manual_seed(3)
     index = torch.randint(10, (6,))
-    x, start = made.pairs.noise[index], made.layers.scheduler.input_timestep(torch.zeros(6, dtype=torch.long))
+    x, start = made.pairs.noise[index], made.layers.scheduler.input_level(torch.zeros(6, dtype=torch.long))
     alpha, sigma = made.schedule.alpha_sigma(start, x)
     x0 = (x - sigma * made.student(x, start).sample) / alpha  # not clipped
     wanted = (x0 - made.pairs.end[index]).square().sum((1, 2, 3)).mean() / 2
@@ -45,7 +45,7 @@ def test_the_loss_is_half_the_squared_distance_of_clean_images_of_pairs(unet):
 def test_a_pair_is_noise_and_where_a_solver_of_the_teacher_leads_it(unet):
     schedule = HSIVIScheduler()
     made = PairRegression(unet, schedule, num_pairs=5)
-    timesteps = pair_timesteps(schedule, PAIR_CALLS)
+    timesteps = pair_levels(schedule, PAIR_CALLS)
     solver = make_solver("UniPC", PAIR_CALLS, unet, schedule.config, timesteps=timesteps)
     solver.scheduler.set_timesteps(PAIR_CALLS)
     x = made.pairs.noise

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -85,16 +85,21 @@ def test_the_loss_falls(train, monkeypatch):
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow_prediction"])
 def test_a_perfect_prediction_leads_back_to_the_clean_picture(prediction_type):
-    scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
+    schedule, stock = train_teacher.make_schedules(train_teacher.Network(prediction_type=prediction_type))
     clean, noise = torch.randn(2, 3, 1, 4, 4).unbind()
-    timesteps = torch.tensor([3, 400, 900])
-    prediction = train_teacher.target(scheduler, clean, noise, timesteps)
-    noisy = scheduler.add_noise(clean, noise, timesteps)
-    for each in range(3):
-        step = scheduler.step(prediction[each], timesteps[each], noisy[each])
-        torch.testing.assert_close(step.pred_original_sample, clean[each], rtol=0, atol=1e-4)
+    levels = torch.tensor([3, 400, 900])
+    prediction = train_teacher.target(schedule, clean, noise, levels)
+    noisy = schedule.diffuse(clean, noise, levels)
+    if prediction_type == "flow_prediction":
+        found = noisy - schedule.alpha_sigma(levels, clean)[1] * prediction
+    else:
+        stock.register_to_config(clip_sample=False)
+        found = torch.stack(
+            [stock.step(prediction[i], levels[i], noisy[i]).pred_original_sample for i in range(len(levels))]
+        )
+    torch.testing.assert_close(found, clean, rtol=0, atol=1e-4)
 
 
 def test_the_pipeline_knows_what_the_network_predicts(train, trained):
@@ -106,7 +111,7 @@ def test_the_pipeline_knows_what_the_network_predicts(train, trained):
 
 def test_a_class_conditional_teacher_is_told_the_classes_of_its_images_and_has_its_clock(train, trained, monkeypatch):
     told, drawn = [], []
-    forward, add_noise = train_teacher.UNet2DModel.forward, DDPMScheduler.add_noise
+    forward, diffuse = train_teacher.UNet2DModel.forward, train_teacher.HSIVIScheduler.diffuse
 
     def recorded(self, *given, class_labels=None):
         told.append(class_labels)
@@ -114,10 +119,10 @@ def test_a_class_conditional_teacher_is_told_the_classes_of_its_images_and_has_i
 
     def noised(self, clean, *given):
         drawn.append(clean)
-        return add_noise(self, clean, *given)
+        return diffuse(self, clean, *given)
 
     monkeypatch.setattr(train_teacher.UNet2DModel, "forward", recorded)
-    monkeypatch.setattr(DDPMScheduler, "add_noise", noised)
+    monkeypatch.setattr(train_teacher.HSIVIScheduler, "diffuse", noised)
     teacher = DDPMPipeline.from_pretrained(train("--class_conditional=true", "--beta_schedule=squaredcos_cap_v2"))
     assert teacher.unet.config.num_class_embeds == 10
     assert teacher.scheduler.config.beta_schedule == "squaredcos_cap_v2"
@@ -126,6 +131,31 @@ def test_a_class_conditional_teacher_is_told_the_classes_of_its_images_and_has_i
     nearest = torch.cdist(torch.cat(drawn).flatten(1), real).argmin(1)
     assert torch.equal(labels[nearest], torch.cat(told))
     assert DDPMPipeline.from_pretrained(trained).unet.config.num_class_embeds is None
+
+
+def test_a_teacher_to_be_guided_has_a_label_for_no_class(train, monkeypatch):
+    told, forward = [], train_teacher.UNet2DModel.forward
+
+    def recorded(self, *given, class_labels=None):
+        told.append(class_labels)
+        return forward(self, *given, class_labels=class_labels)
+
+    monkeypatch.setattr(train_teacher.UNet2DModel, "forward", recorded)
+    folder = train("--class_conditional=true", "--class_dropout=0.3", "--max_train_steps=20", "--train_batch_size=32")
+    assert DDPMPipeline.from_pretrained(folder).unet.config.num_class_embeds == 11
+    shares = torch.bincount(torch.cat(told), minlength=11) / 640
+    assert shares[10].item() == pytest.approx(0.3, abs=0.06)
+    assert bool((shares[:10] > 0.03).all())
+    for options in (["--class_dropout=0.1"], ["--class_conditional=true", "--class_dropout=1.0"]):
+        with pytest.raises(ValueError, match="give a share from 0 to below 1, with --class_conditional true"):
+            train(*options)
+
+
+def test_the_teacher_of_a_rectified_flow_is_a_stock_pipeline_too(train):
+    pipeline = DDPMPipeline.from_pretrained(train("--prediction_type=flow_prediction"))
+    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    (images,) = pipeline(2, num_inference_steps=3, output_type="np", return_dict=False)
+    assert images.shape == (2, 8, 8, 1)
 
 
 def test_a_class_conditional_teacher_needs_classes(train, tmp_path):

@@ -582,7 +582,7 @@ def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypat
         ({"checkpoints_total_limit": 0}, "checkpoints_total_limit=0"),
         ({"validation_steps": -1}, "validation_steps=-1: give a number of at least 1, or 0 for no images"),
         ({"max_grad_norm": 0}, "max_grad_norm=0.0: give a number above 0, or leave it out"),
-        ({"preset": "paper", "noise_eta": 0}, "noise_eta=0.0: give a number above 0, up to 1"),
+        ({"preset": "paper", "noise_eta": 0}, "noise_eta=0, and outputs without noise have no score"),
         ({"preset": "paper", "noise_eta": 1.5}, "noise_eta=1.5"),
         ({"start_timestep": 1000}, "start=1000: give a timestep from 2 .* to 999"),
         ({"start_timestep": 1}, "start=1: give a timestep from 2"),

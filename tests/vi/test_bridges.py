@@ -57,11 +57,15 @@ def diffusion(num_layers=4):
     return DiffusionBridge(mixture(), num_layers)
 
 
+def flow(num_layers=4):
+    return DiffusionBridge(mixture(), num_layers, path="flow")
+
+
 def points(size=16):
     return 2 * torch.randn(size, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("make", [geometric, diffusion])
+@pytest.mark.parametrize("make", [geometric, diffusion, flow])
 @pytest.mark.parametrize("num_layers", [1, 4])
 def test_the_lowest_level_is_the_target_bit_for_bit(make, num_layers):
     bridge, x = make(num_layers), points()
@@ -71,7 +75,7 @@ def test_the_lowest_level_is_the_target_bit_for_bit(make, num_layers):
     assert torch.equal(bridge.score(x, level), bridge.target.score(x))
 
 
-@pytest.mark.parametrize("make", [geometric, diffusion])
+@pytest.mark.parametrize("make", [geometric, diffusion, flow])
 def test_levels_rise_from_the_target_to_the_base(make):
     bridge = make(5)
     level = bridge.level(torch.arange(5))
@@ -81,7 +85,8 @@ def test_levels_rise_from_the_target_to_the_base(make):
 
 
 def test_the_usual_schedules_are_even_in_lambda_and_in_angle():
-    torch.testing.assert_close(geometric().level(torch.arange(4)), torch.tensor([0, 0.25, 0.5, 0.75]))
+    for bridge in (geometric(), flow()):
+        torch.testing.assert_close(bridge.level(torch.arange(4)), torch.tensor([0, 0.25, 0.5, 0.75]))
     angle = torch.arange(4) * torch.pi / 8
     torch.testing.assert_close(diffusion().level(torch.arange(4)), angle.sin())
 
@@ -111,19 +116,20 @@ def test_the_geometric_mean_of_gaussians_is_the_gaussian_of_the_mixed_precisions
     torch.testing.assert_close(difference, difference[:1].expand(16))
 
 
+@pytest.mark.parametrize("path", ["variance preserving", "flow"])
 @given(level=st.floats(0, 0.99))
 @settings(deadline=None, max_examples=25)
-def test_a_diffused_gaussian_is_the_gaussian_of_the_scaled_moments(level):
+def test_a_diffused_gaussian_is_the_gaussian_of_the_scaled_moments(path, level):
     mean, covariance = torch.tensor([[1.0, -2.0]]).double(), torch.tensor([[[2.0, 0.5], [0.5, 0.3]]]).double()
-    bridge, x = DiffusionBridge(GaussianMixture(mean, covariance), 2), points()
-    alpha = (1 - level**2) ** 0.5
+    bridge, x = DiffusionBridge(GaussianMixture(mean, covariance), 2, path=path), points()
+    alpha = 1 - level if path == "flow" else (1 - level**2) ** 0.5
     law = MultivariateNormal(alpha * mean[0], alpha**2 * covariance[0] + level**2 * torch.eye(2).double())
     levels = torch.full((16,), level, dtype=torch.float64)
     torch.testing.assert_close(bridge.log_prob(x, levels), law.log_prob(x))
     torch.testing.assert_close(bridge.score(x, levels), (law.mean - x) @ law.precision_matrix)
 
 
-@pytest.mark.parametrize("make", [geometric, diffusion])
+@pytest.mark.parametrize("make", [geometric, diffusion, flow])
 @given(levels=st.lists(st.floats(0, 0.99), min_size=1, max_size=8))
 @settings(deadline=None, max_examples=25)
 def test_the_score_is_the_gradient_of_the_log_density_at_every_level(make, levels):
@@ -133,7 +139,7 @@ def test_the_score_is_the_gradient_of_the_log_density_at_every_level(make, level
     torch.testing.assert_close(bridge.score(x, level), gradient)
 
 
-@pytest.mark.parametrize("make", [geometric, diffusion])
+@pytest.mark.parametrize("make", [geometric, diffusion, flow])
 def test_rows_at_different_levels_do_not_mix(make):
     bridge, x, level = make(), points(4), torch.tensor([0.0, 0.9, 0.3, 0.0])
     for answer in (bridge.log_prob, bridge.score):
@@ -154,7 +160,7 @@ def test_towards_sigma_one_a_diffusion_bridge_tends_to_the_standard_normal():
     torch.testing.assert_close(last, normal.log_prob(x), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("make", [geometric, diffusion])
+@pytest.mark.parametrize("make", [geometric, diffusion, flow])
 def test_a_bridge_has_a_layer(make):
     with pytest.raises(ValueError, match="num_layers=0: a hierarchy has at least 1 layer"):
         make(0)
@@ -174,6 +180,8 @@ def test_a_diffusion_bridge_needs_a_diffused_law_or_a_network():
         DiffusionBridge(None, 3, score_network=ScoreMLP(2))
     with pytest.raises(ValueError, match="dimension=3, and the target has 2: leave it out"):
         DiffusionBridge(mixture(), 3, dimension=3)
+    with pytest.raises(ValueError, match="path='straight' is unknown: choose 'variance preserving' or 'flow'"):
+        DiffusionBridge(mixture(), 3, path="straight")
 
 
 def test_a_score_network_stands_in_for_the_target_is_frozen_and_has_no_log_density():

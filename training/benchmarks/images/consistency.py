@@ -19,7 +19,7 @@ from diffusers import DDPMPipeline, LCMScheduler, UNet2DModel
 from torch import Tensor
 
 from hsivi_diffusers import HSIVIScheduler
-from hsivi_diffusers.distillation.denoisers import call_unet
+from hsivi_diffusers.distillation.denoisers import denoise
 
 from .baseline import Baseline, default_start
 
@@ -63,7 +63,7 @@ class ConsistencyDistillation(Baseline):
         condition: Tensor | None = None,
     ) -> Tensor:
         """Returns f(x, t) = c_skip(t) x + c_out(t) x0(x, t), shape (B, C, H, W), for timesteps (B,)."""
-        x0, _ = schedule.predict(call_unet(unet, x, timestep, condition), timestep, x)
+        x0, _ = denoise(unet, schedule, x, timestep, condition)
         c_skip, c_out = self.sampler.get_scalings_for_boundary_condition_discrete(timestep[:, None, None, None])
         f: Tensor = c_skip * x + c_out * x0
         return f
@@ -76,17 +76,17 @@ class ConsistencyDistillation(Baseline):
     def aim(self, x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns f of the target one step of the teacher further down, as it would be sampled."""
         below = (timestep - self.stride).clamp_min(0)
-        x0, noise = self.schedule.predict(call_unet(self.teacher, x, timestep, condition), timestep, x)
-        down = self.schedule.add_noise(x0, noise, below)
-        x0_below, _ = self.schedule.predict(call_unet(self.teacher, down, below, condition), below, down)
+        x0, noise = denoise(self.teacher, self.schedule, x, timestep, condition)
+        down = self.schedule.diffuse(x0, noise, below)
+        x0_below, _ = denoise(self.teacher, self.schedule, down, below, condition)
         x0 = (x0 + x0_below) / 2
         alpha, sigma = self.schedule.alpha_sigma(timestep, x)
-        down = self.schedule.add_noise(x0, (x - alpha * x0) / sigma, below)
+        down = self.schedule.diffuse(x0, (x - alpha * x0) / sigma, below)
         return self.consistency(self.target, self.schedule, down, below, condition)
 
     def loss(self, clean: Tensor, condition: Tensor | None = None) -> Tensor:
         timestep = self.grid[torch.randint(len(self.grid), (len(clean),), device=clean.device)]
-        x = self.schedule.add_noise(clean, torch.randn_like(clean), timestep)
+        x = self.schedule.diffuse(clean, torch.randn_like(clean), timestep)
         return distance(self.predict(x, timestep, condition), self.aim(x, timestep, condition))
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
-from hsivi_diffusers.distillation.denoisers import call_unet
+from hsivi_diffusers.distillation.denoisers import denoise
 
 from .baseline import Baseline, default_start
 
@@ -59,9 +59,9 @@ class ProgressiveDistillation(Baseline):
         stride = 2 ** (int(self.stage) + 1)
         place = stride * torch.randint((len(self.grid) - 1) // stride, (len(clean),), device=clean.device)
         t, u, s = (self.grid[place + part * stride // 2] for part in range(3))
-        z = self.schedule.add_noise(clean, torch.randn_like(clean), t)
+        z = self.schedule.diffuse(clean, torch.randn_like(clean), t)
         aim = self.aim(z, t, u, s, condition)
-        x0, _ = self.unclipped.predict(call_unet(self.student, z, t, condition), t, z)
+        x0, _ = denoise(self.student, self.unclipped, z, t, condition)
         alpha, sigma = self.schedule.alpha_sigma(t, z)
         return ((alpha / sigma).square().clamp_min(1) * (x0 - aim).square()).mean()
 
@@ -74,7 +74,7 @@ class ProgressiveDistillation(Baseline):
 
     def step(self, z: Tensor, timestep: Tensor, below: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns the teacher's DDIM step between timesteps of shape (B,)."""
-        x0, _ = self.schedule.predict(call_unet(self.teacher, z, timestep, condition), timestep, z)
+        x0, _ = denoise(self.teacher, self.schedule, z, timestep, condition)
         layer = self.schedule.coefficients(timestep, z, below)
         mean: Tensor = layer.mean(x0, layer.noise_in(z, x0))
         return mean

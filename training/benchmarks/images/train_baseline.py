@@ -99,6 +99,10 @@ def make_distillation(name: str, training: Training, device: torch.device) -> Ba
             f"teacher {name!r} has a learned variance, or images of another shape than --train_data: give one of "
             "square images with 1 or 3 channels, which predicts as many"
         )
+    if schedule.is_flow and training.method != "regression":
+        raise ValueError(
+            f"teacher {name!r} is a rectified flow, and --method {training.method} needs betas: give regression"
+        )
     unet.to(device)
     if training.method == "consistency":
         return ConsistencyDistillation(unet, schedule, start=training.start_timestep)

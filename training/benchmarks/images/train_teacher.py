@@ -4,7 +4,10 @@
 
 The loss is the plain denoising one, E |noise - UNet(x_t, t)|^2 over uniform timesteps (Ho et al. 2020, eq. 14). With
 --prediction_type v_prediction the network learns the velocity alpha noise - sigma x_0 (Salimans and Ho 2022, arXiv
-2202.00512). It is one process, and the run is a function of its seed: same machine, same numbers.
+2202.00512), with flow_prediction that of a rectified flow, noise - x_0 at (1 - t) x_0 + t noise (Liu et al. 2023,
+arXiv 2209.03003). With --class_dropout it also learns to do without the class, for classifier-free guidance (Ho and
+Salimans 2022, arXiv 2207.12598): its last label is "no class". It is one process, and a run is a function of its seed:
+same machine, same numbers.
 
 Writes the pipeline into OUTPUT_DIR, and OUTPUT_DIR/checkpoints: a run that is stopped continues with
 --resume_from_checkpoint latest.
@@ -19,11 +22,12 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.distillation.output import Output, check_output, claimed, start_run
 from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command
@@ -47,11 +51,14 @@ class Network:
     _group = "network"
     block_out_channels: list[int] = option([16, 32], "width of each level")
     attention_levels: list[int] = option([1], "levels with self-attention")
-    prediction_type: Literal["epsilon", "v_prediction"] = option(
-        "epsilon", "what the network predicts: the noise, or the velocity, accurate also at the highest noise"
+    prediction_type: Literal["epsilon", "v_prediction", "flow_prediction"] = option(
+        "epsilon", "what the network predicts: the noise, or the velocity of a diffusion or of a rectified flow"
     )
-    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = option("linear", "noise schedule: linear, or cosine")
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = option(
+        "linear", "noise schedule of a diffusion: linear, or cosine"
+    )
     class_conditional: bool = option(False, "tell the network the class of an image")
+    class_dropout: float = option(0.0, "share of the images whose class is not told, 0 to 1")
 
 
 @dataclass
@@ -89,15 +96,32 @@ def load_data(data: Data, network: Network) -> tuple[Tensor, Tensor | None]:
             f"--class_conditional true, and --train_data {data.train_data} has no classes: give a folder with "
             "one subfolder per class, or leave --class_conditional out"
         )
+    if not 0 <= network.class_dropout < 1 or (network.class_dropout and not network.class_conditional):
+        raise ValueError(
+            f"--class_dropout {network.class_dropout}: give a share from 0 to below 1, with --class_conditional true"
+        )
     return to_model_range(images), labels if network.class_conditional else None
 
 
-def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def make_schedules(network: Network) -> tuple[HSIVIScheduler, SchedulerMixin]:
+    """The noise levels to train at, and the stock scheduler that is saved."""
+    kind = network.prediction_type
+    if kind == "flow_prediction":
+        return HSIVIScheduler(prediction_type=kind), FlowMatchEulerDiscreteScheduler()
+    options = {"beta_schedule": network.beta_schedule, "prediction_type": kind}
+    return HSIVIScheduler(**options), DDPMScheduler(**options)
+
+
+def target(schedule: HSIVIScheduler, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
     """What the network is to predict, shape (B, C, H, W)."""
-    if scheduler.config.prediction_type == "v_prediction":
-        velocity: Tensor = scheduler.get_velocity(clean, noise, timesteps)
-        return velocity
-    return noise
+    alpha, sigma = schedule.alpha_sigma(level, clean)
+    kinds = {"v_prediction": alpha * noise - sigma * clean, "flow_prediction": noise - clean, "epsilon": noise}
+    return kinds[schedule.config.prediction_type]
+
+
+def drop(classes: Tensor, share: float, none: int) -> Tensor:
+    """The classes, shape (B,), of which a share is the label `none`."""
+    return torch.where(torch.rand(len(classes), device=classes.device) < share, none, classes) if share else classes
 
 
 def main(args: list[str] | None = None) -> None:
@@ -110,8 +134,9 @@ def main(args: list[str] | None = None) -> None:
         set_seed(training.seed)
         images, classes = load_data(data, network)
         images, classes = images.to(accelerator.device), None if classes is None else classes.to(accelerator.device)
-        unet = make_unet(data, network, None if classes is None else int(classes.max()) + 1)
-        scheduler = DDPMScheduler(beta_schedule=network.beta_schedule, prediction_type=network.prediction_type)
+        number = 0 if classes is None else int(classes.max()) + 1
+        unet = make_unet(data, network, number + bool(network.class_dropout) or None)
+        schedule, stock = make_schedules(network)
         settings = flatten([data, network, training])
         start_run(run, settings, WRITTEN)
         optimizer = torch.optim.AdamW(unet.parameters(), lr=training.learning_rate)
@@ -121,13 +146,13 @@ def main(args: list[str] | None = None) -> None:
         loop = TrainingLoop(run, accelerator, unet, optimizer, training.ema_decay, settings, **parts)
         for _ in loop.updates(training.max_train_steps):
             rows = torch.randint(len(images), (training.train_batch_size,), device=images.device)
-            clean, kinds = images[rows], None if classes is None else classes[rows]
+            clean, kinds = images[rows], None if classes is None else drop(classes[rows], network.class_dropout, number)
             noise = torch.randn_like(clean)
-            timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), device=images.device)
-            prediction = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, class_labels=kinds).sample
-            loop.descend(mse_loss(prediction, target(scheduler, clean, noise, timesteps)))
+            level = torch.randint(len(schedule), (len(clean),), device=images.device)
+            noisy, time = schedule.diffuse(clean, noise, level), schedule.levels.time(level)
+            loop.descend(mse_loss(unet(noisy, time, class_labels=kinds).sample, target(schedule, clean, noise, level)))
             rate.step()
-        DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(output_dir)
+        DDPMPipeline(unet=unet, scheduler=stock).save_pretrained(output_dir)
 
 
 if __name__ == "__main__":

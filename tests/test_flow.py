@@ -1,0 +1,235 @@
+"""Rectified flows: the scheduler on their clock, against the schedulers of diffusers."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    DDPMPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gaussian_teacher import MEAN, STD, GaussianTeacher
+from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge
+from hsivi_diffusers.distillation.networks import make_scheduler
+from hsivi_diffusers.distillation.ode import few_step_timesteps, run_solver
+from hsivi_diffusers.distillation.pairs import pair_levels
+from hsivi_diffusers.distillation.state import highest_level
+from hsivi_diffusers.evaluation.solvers import make_solver
+from short_run import SETTINGS
+from tiny_unet import make_unet
+
+SHAPE = (2, 3, 4, 4)
+SIGMAS = [1.0, 0.9, 0.55, 0.2, 0.05]
+
+
+def flow(**options):
+    return HSIVIScheduler(prediction_type="flow_prediction", **options)
+
+
+def field(x, time):
+    """A velocity that depends on x and on the time."""
+    return torch.sin(3 * x) + time / 1000
+
+
+def walk(scheduler, x, **options):
+    """Follows a scheduler from x, as a pipeline does."""
+    for time in scheduler.timesteps:
+        x = scheduler.step(field(x, time), time, x, **options).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("options", [{}, {"shift": 3.0}, {"use_dynamic_shifting": True}])
+@pytest.mark.parametrize("time_shift_type", ["exponential", "linear"])
+def test_without_noise_it_is_the_euler_method_of_diffusers(options, time_shift_type):
+    stock = FlowMatchEulerDiscreteScheduler(**options, time_shift_type=time_shift_type)
+    ours = HSIVIScheduler.from_config(stock.config, noise_eta=0.0)
+    mu = {"mu": 1.15} if options.get("use_dynamic_shifting") else {}
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(sigmas=SIGMAS, **mu)
+    torch.testing.assert_close(ours.timesteps, stock.timesteps, rtol=1e-6, atol=1e-3)
+    x = torch.randn(SHAPE)
+    torch.testing.assert_close(walk(ours, x), walk(stock, x), rtol=1e-5, atol=1e-5)
+
+
+def test_renoising_is_the_consistency_sampler_of_diffusers():
+    stock = FlowMatchLCMScheduler(shift=2.0)
+    ours = HSIVIScheduler.from_config(stock.config, kernel="renoise")
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(sigmas=SIGMAS)
+    x = torch.randn(SHAPE)
+    drawn = [walk(each, x, generator=torch.Generator().manual_seed(1)) for each in (ours, stock)]
+    torch.testing.assert_close(*drawn, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        FlowMatchHeunDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_the_config_of_any_flow_is_understood_and_survives_saving(other, tmp_path):
+    other.save_pretrained(tmp_path / "other")
+    for ours in (HSIVIScheduler.from_config(other.config), HSIVIScheduler.from_pretrained(tmp_path / "other")):
+        assert (ours.config.prediction_type, ours.config.shift, len(ours)) == ("flow_prediction", 3.0, 1000)
+        ours.save_pretrained(tmp_path / "ours")
+        again = HSIVIScheduler.from_pretrained(tmp_path / "ours")
+        assert torch.equal(again.timesteps, ours.timesteps)
+    euler = FlowMatchEulerDiscreteScheduler.from_config(ours.config)
+    torch.testing.assert_close(euler.timesteps, ours.timesteps)
+
+
+@pytest.mark.parametrize("name", ["invert_sigmas", "use_karras_sigmas", "use_beta_sigmas"])
+def test_levels_that_follow_another_formula_are_refused(name):
+    config = FlowMatchEulerDiscreteScheduler(**{name: True}).config
+    with pytest.raises(ValueError, match=f"sets {name}, whose noise levels"):
+        HSIVIScheduler.from_config(config)
+
+
+def grids(highest, least):
+    """Descending grids of levels."""
+    return st.lists(st.integers(0, highest), min_size=least, max_size=5, unique=True).map(
+        lambda grid: sorted(grid)[::-1]
+    )
+
+
+@given(shift=st.floats(0.2, 10), eta=st.floats(0, 1), grid=grids(999, 2))
+def test_a_layer_is_the_posterior_of_diffusing_up_again(shift, eta, grid):
+    """Given x0 and x_{t+1} = r x_t + s z, the layer of eta 1 is the law of x_t by Bayes; eta is a share of the std."""
+    scheduler = flow(shift=shift, noise_eta=eta, layer_timesteps=grid)
+    t = torch.arange(len(grid) - 1)
+    x_next, x0 = torch.randn(2, len(grid) - 1, 1, dtype=torch.float64)
+    alpha_next, sigma_next = scheduler.alpha_sigma(scheduler.input_level(t), x0)
+    alpha, sigma = scheduler.alpha_sigma(scheduler.output_level(t), x0)
+    output = (x_next - alpha_next * x0) / sigma_next - x0
+    mean, std = scheduler.transition(output, scheduler.input_level(t), x_next, prev_level=scheduler.output_level(t))
+    r = alpha_next / alpha
+    s2 = sigma_next**2 - r**2 * sigma**2  # of the noise that is added on the way up
+    variance = 1 / (1 / sigma**2 + r**2 / s2)
+    torch.testing.assert_close(std, eta * variance.sqrt(), rtol=1e-6, atol=1e-9)
+    if eta == 1:  # hypothesis tries the ends of a range
+        wanted = variance * (alpha * x0 / sigma**2 + r * x_next / s2)
+        torch.testing.assert_close(mean, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_the_variance_of_a_layer_is_that_of_the_posterior():
+    """With eta 1, c^2 is the variance of x_t given x_{t+1} and x0: 0.471^2 from 0.75 to 0.5."""
+    scheduler = flow(noise_eta=1.0, layer_timesteps=[749, 499])
+    layer = scheduler.coefficients(torch.tensor([749]), torch.zeros(1, 1, dtype=torch.float64), torch.tensor([499]))
+    assert float(layer.c) == pytest.approx(math.sqrt(0.75**2 - 0.5**2 * 0.5**2) * 0.5 / 0.75)
+    assert float(layer.c) == pytest.approx(0.471, abs=5e-4)
+
+
+def test_a_trained_grid_is_kept_whatever_a_pipeline_sends():
+    ours = flow(layer_timesteps=[999, 700, 300, -1], use_dynamic_shifting=True, shift=2.0)
+    before = ours.timesteps.clone()
+    ours.set_timesteps(3, sigmas=[1.0, 0.5, 0.1], mu=1.3)
+    assert torch.equal(ours.timesteps, before)
+    assert before[0] == 1000
+    with pytest.raises(ValueError, match="trained for 3 steps"):
+        ours.set_timesteps(sigmas=[1.0, 0.5])
+    with pytest.raises(ValueError, match="num_inference_steps=3, and 2 sigmas"):
+        ours.set_timesteps(3, sigmas=[1.0, 0.5])
+    ours.set_timesteps(timesteps=before.tolist())
+    assert torch.equal(ours.timesteps, before)
+
+
+def test_noise_is_added_at_the_times_of_the_network():
+    stock = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ours = HSIVIScheduler.from_config(stock.config)
+    x, noise = torch.randn(SHAPE), torch.randn(SHAPE)
+    times = ours.timesteps[[0, 500]]
+    for each in (ours.scale_noise(x, times, noise), ours.add_noise(x, noise, times)):
+        torch.testing.assert_close(each, stock.scale_noise(x, stock.timesteps[[0, 500]], noise))
+    with pytest.raises(ValueError, match="noise is missing"):
+        ours.scale_noise(x, times)
+
+
+def test_a_stock_network_starts_at_pure_noise():
+    for spacing in ("quadratic", "uniform", "trailing"):
+        scheduler = flow(timestep_spacing=spacing)
+        scheduler.set_timesteps(4)
+        assert scheduler.timesteps[0] == 1000
+
+
+def test_a_config_that_contradicts_itself_is_refused():
+    for flow_sigmas, kind in ((True, "epsilon"), (False, "flow_prediction")):
+        config = UniPCMultistepScheduler(use_flow_sigmas=flow_sigmas, prediction_type=kind).config
+        with pytest.raises(
+            ValueError, match=f"use_flow_sigmas={flow_sigmas} and prediction_type='{kind}': a rectified"
+        ):
+            HSIVIScheduler.from_config(config)
+
+
+@pytest.mark.parametrize(("times", "message"), [([5000, 1], "leave the teacher's clock"), (["a"], "give numbers")])
+def test_times_off_the_clock_are_refused(times, message):
+    with pytest.raises(ValueError, match=message):
+        flow().set_timesteps(timesteps=times)
+    with pytest.raises(ValueError, match="the shift that follows from mu=-1"):
+        flow(use_dynamic_shifting=True, time_shift_type="linear").set_timesteps(sigmas=SIGMAS, mu=-1)
+
+
+def test_a_time_of_no_level_is_refused():
+    ours = flow(noise_eta=0.0, shift=3.0)
+    ours.set_timesteps(4)
+    x = torch.randn(SHAPE)
+    with pytest.raises(ValueError, match=r"timestep \[123.4.*\] is off the clock: give some of scheduler.timesteps"):
+        ours.step(x, 123.4, x)
+
+
+def test_sigmas_are_not_for_betas():
+    with pytest.raises(ValueError, match="sigmas are of a rectified flow, and this scheduler has betas"):
+        HSIVIScheduler().set_timesteps(sigmas=[1.0, 0.5])
+
+
+# ----- a student -----
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_flow_teacher_is_distilled_into_a_sampler_that_stock_pipelines_run(tmp_path, steps):
+    teacher = DDPMPipeline(unet=make_unet(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pairs = {"num_pairs": 8, "pair_steps": 2} if steps == 1 else {}
+    config = HSIVIConfig(**{**SETTINGS, **pairs, "num_inference_steps": steps}, output_dir=str(tmp_path / "run"))
+    HSIVITrainer(teacher, config).train()
+    ours = HSIVIPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert ours.scheduler.timesteps[0] == 1000
+    images = ours(4, torch.Generator().manual_seed(0), output_type="np").images
+    stock = DDPMPipeline(unet=ours.unet, scheduler=ours.scheduler)
+    drawn = stock(4, torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np").images
+    torch.testing.assert_close(torch.from_numpy(drawn), torch.from_numpy(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shift", "steps"), [(5.0, 8), (3.0, 16), (1.0, 32), (10.0, 2)])
+def test_every_layer_of_a_flow_has_levels(shift, steps):
+    student = make_scheduler(flow(shift=shift), HSIVIConfig(num_inference_steps=steps), (1, 8, 8))
+    bridge = TeacherBridge(make_unet(), student, (5, highest_level(student, (1, 8, 8))))
+    t = torch.arange(steps).repeat(20)
+    levels = bridge.sample_level(t)
+    assert bool((levels >= student.output_level(t)).all())
+
+
+def test_solvers_of_diffusers_follow_a_flow_on_their_grid_or_ours():
+    for shift in (1.0, 3.0):
+        schedule = flow(shift=shift)
+        teacher, x = GaussianTeacher(schedule), torch.randn(20, 1, 8, 8).clamp(-1.7, 1.7)
+        teacher.config = SimpleNamespace(num_class_embeds=None, sample_size=8, in_channels=1)
+        few, many = (few_step_timesteps(schedule, (1, 8, 8), calls) for calls in (8, 50))
+        assert few[0] == many[0] == 999
+        for method in ("DDIM", "DPM-Solver++", "UniPC", "DEIS"):
+            for calls, levels, error in ((15, None, 0.09), (15, pair_levels(schedule, 15), 0.07), (50, many, 0.03)):
+                solver = make_solver(method, calls, teacher, schedule.config, timesteps=levels)
+                end = run_solver(teacher, solver.scheduler, x, calls)
+                assert (end - MEAN - STD * x).square().mean().sqrt() < error, (shift, method, calls)
+    with pytest.raises(ValueError, match="method 'DDPM' is not for rectified flows: choose one of 'DDIM', 'DPM-Solver"):
+        make_solver("DDPM", 15, teacher, schedule.config)

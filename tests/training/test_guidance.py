@@ -1,0 +1,253 @@
+"""Classifier-free guidance that a student takes in: the teacher's score, the term of the objective, the pipeline."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import nn
+
+from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge, UNetLayers, cli
+from hsivi_diffusers.distillation.guidance import Guidance, GuidedNetwork, to_solve
+from hsivi_diffusers.distillation.networks import carry_over, make_networks
+from hsivi_diffusers.evaluation import evaluate
+from hsivi_diffusers.model_card import make_card
+from hsivi_diffusers.vi import KullbackLeibler, draw_layer
+from short_run import SETTINGS
+from tiny_unet import make_unet
+
+GRID = [440, 220, 10]
+NONE = 3  # the last of four labels
+
+
+@pytest.fixture
+def teacher():
+    return make_unet(num_class_embeds=4).eval().requires_grad_(False)
+
+
+def bridge_of(teacher, scales, **options):
+    return TeacherBridge(teacher, HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0, guidance_scale=scales), **options)
+
+
+@pytest.mark.parametrize("scales", [3.0, [1.0, 2.0, 5.0]])
+def test_a_guided_network_is_the_class_and_what_it_has_more_than_none(teacher, scales):
+    listed = scales if isinstance(scales, list) else [scales]
+    network, x = GuidedNetwork(teacher, listed), torch.randn(6, 1, 8, 8)
+    classes, place = torch.tensor([0, 1, 2, 2, 1, 0]), torch.arange(6) % len(listed)
+    time = torch.full((6,), 300)
+    of_class, of_none = (teacher(x, time, class_labels=label).sample for label in (classes, torch.full((6,), NONE)))
+    w = torch.tensor(listed)[place].reshape(6, 1, 1, 1)
+    guided = network(x, time, class_labels=classes * len(listed) + place).sample
+    torch.testing.assert_close(guided, of_none + w * (of_class - of_none))
+
+
+@pytest.mark.parametrize("scales", [3.0, [1.0, 2.0, 5.0]])
+def test_score_and_guidance_add_up_to_the_score_of_the_guided_network(teacher, scales):
+    bridge, x, level = bridge_of(teacher, scales), torch.randn(6, 1, 8, 8), torch.tensor([10, 100, 300, 500, 700, 800])
+    condition = torch.arange(6) % (3 * len(bridge.scales))
+    guided = GuidedNetwork(teacher, bridge.scales)(x, level, class_labels=condition).sample
+    _, sigma = bridge.scheduler.alpha_sigma(level, x)
+    found = bridge.score(x, level, condition) + bridge.guidance(x, level, condition)
+    torch.testing.assert_close(found, -guided / sigma, rtol=1e-3, atol=1e-4)
+    assert bridge.num_classes == 3
+
+
+def test_a_lifted_draw_has_the_law_of_its_level(teacher):
+    """Of data N(0, 1/4), x at a level is lifted to the variance of a higher one."""
+    bridge, level = bridge_of(teacher, 2.0), torch.full((20_000,), 100)
+    x = torch.randn(20_000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    alpha, sigma = bridge.scheduler.alpha_sigma(level, x)
+    lifted, higher = bridge.lift((alpha**2 / 4 + sigma**2).sqrt() * x, level, torch.Generator().manual_seed(1))
+    assert (higher.min(), higher.max()) == (101, 800)
+    alpha, sigma = bridge.scheduler.alpha_sigma(higher, x)
+    assert (lifted / (alpha**2 / 4 + sigma**2).sqrt()).std().item() == pytest.approx(1, abs=0.01)
+    top, same = bridge.lift(x, torch.full_like(level, 800))
+    assert torch.equal(top, x)
+    assert torch.equal(same, torch.full_like(level, 800))
+
+
+def loss_of(objective, bridge, layers, condition, seed=0):
+    x_next, t = torch.ones(4, 1, 8, 8), torch.tensor([0, 1, 0, 1])
+    q = layers(x_next, t, condition)
+    draw = draw_layer(
+        q, t, bridge, scoring="random", condition=condition, generator=torch.Generator().manual_seed(seed)
+    )
+    return draw, objective.layer_loss(lambda x, *_: torch.zeros_like(x), bridge, draw)
+
+
+def gradient(loss, layers):
+    return torch.cat([each.flatten() for each in torch.autograd.grad(loss.sum(), layers.parameters())])
+
+
+def test_the_term_pulls_along_the_guidance_above_the_level_of_the_draw(teacher, monkeypatch):
+    bridge, condition = bridge_of(teacher, 3.0), torch.tensor([0, 1, 2, 0])
+    layers = UNetLayers(make_unet(num_class_embeds=4), bridge.scheduler)
+    seen = []
+    guidance = bridge.guidance
+    monkeypatch.setattr(bridge, "guidance", lambda *given: seen.append(given) or guidance(*given))
+    plain, guided = KullbackLeibler(), Guidance(KullbackLeibler())
+    draw, loss = loss_of(guided, bridge, layers, condition)
+    ((x, level, told),) = seen
+    assert bool((level > draw.level).all())
+    assert torch.equal(told, condition)
+    _, without = loss_of(plain, bridge, layers, condition)
+    torch.testing.assert_close(loss, without)  # in value: the term has a gradient alone
+    (x, level, _), _ = seen[0], loss_of(guided, bridge, layers, condition)
+    _, again = loss_of(plain, bridge, layers, condition)
+    term = -(guidance(x.detach(), level, condition) * x).flatten(1).sum(1)
+    wanted = gradient(again, layers) + gradient(term, layers)
+    _, loss = loss_of(guided, bridge, layers, condition)
+    torch.testing.assert_close(gradient(loss, layers), wanted, rtol=1e-3, atol=1e-5)
+    losses = [each.critic_loss(lambda x, *_: x, draw.detach()) for each in (guided, plain)]
+    torch.testing.assert_close(*losses)
+
+
+def test_a_scale_of_one_trains_as_the_class_alone_does(teacher):
+    bridge, condition = bridge_of(teacher, 1.0), torch.tensor([0, 1, 2, 0])
+    layers = UNetLayers(make_unet(num_class_embeds=4), bridge.scheduler)
+    _, with_term = loss_of(Guidance(KullbackLeibler()), bridge, layers, condition)
+    _, without = loss_of(KullbackLeibler(), bridge, layers, condition)
+    torch.testing.assert_close(gradient(with_term, layers), gradient(without, layers))
+
+
+def test_a_student_of_several_scales_starts_as_the_teacher_for_each(teacher):
+    config = HSIVIConfig(num_inference_steps=2, guidance_scale=[5.0, 1.0])
+    networks = make_networks((teacher, teacher, teacher), HSIVIScheduler(), config)
+    assert networks.scheduler.config.guidance_scale == [1.0, 5.0]
+    x, classes = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+    wanted = teacher(x, 100, class_labels=classes).sample
+    for network in (networks.student, networks.critic):
+        for place in range(2):
+            torch.testing.assert_close(network(x, 100, class_labels=2 * classes + place).sample, wanted)
+
+
+# ----- a run -----
+
+
+@pytest.fixture
+def pipeline():
+    return DDPMPipeline(unet=make_unet(num_class_embeds=4), scheduler=DDPMScheduler())
+
+
+def train(pipeline, folder, **options):
+    trainer = HSIVITrainer(pipeline, HSIVIConfig(**{**SETTINGS, **options}, output_dir=str(folder)))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("scales", [3.0, [1.0, 3.0]])
+def test_a_guided_student_is_trained_saved_and_told_its_scale(pipeline, tmp_path, steps, scales):
+    pairs = {"num_pairs": 8, "pair_steps": 2} if steps == 1 else {}
+    train(pipeline, tmp_path / "run", num_inference_steps=steps, guidance_scale=scales, validation_steps=2, **pairs)
+    student = HSIVIPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert (student.num_classes, student.scheduler.config.guidance_scale) == (3, scales)
+
+    def draw(**given):
+        generator = torch.Generator().manual_seed(0)
+        return student(3, generator, class_labels=[0, 1, 2], output_type="np", **given).images
+
+    assert draw(guidance_scale=3).shape == (3, 8, 8, 1)
+    several = isinstance(scales, list)
+    assert (draw() == draw(guidance_scale=3)).all() != several
+    with pytest.raises(
+        ValueError, match=r"guidance_scale=2: this sampler was trained with guidance of scale (1.0 or )?3"
+    ):
+        draw(guidance_scale=2)
+    with pytest.raises(ValueError, match="the classes of this unet are 0 to 2"):
+        student(1, class_labels=[3])
+
+
+def test_a_guided_run_resumes_to_the_same_bits(pipeline, tmp_path, same_tensors):
+    whole = train(pipeline, tmp_path / "whole", guidance_scale=[1.0, 3.0])
+    config = HSIVIConfig(**SETTINGS, guidance_scale=[1.0, 3.0], output_dir=str(tmp_path / "stopped"))
+
+    def stop(trainer, step):
+        if step.step == 2:
+            raise RuntimeError("stop")
+
+    stopped = HSIVITrainer(pipeline, config, callbacks=[stop])
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped.train()
+    trainer = HSIVITrainer(pipeline, config)
+    trainer.train(resume_from_checkpoint="latest")
+    assert same_tensors(trainer.pipeline.unet.state_dict(), whole.pipeline.unet.state_dict())
+
+
+def test_guidance_needs_a_label_for_no_class_and_the_kl_gradient(tmp_path):
+    pipeline = DDPMPipeline(unet=make_unet(), scheduler=DDPMScheduler())
+    with pytest.raises(ValueError, match="guidance_scale=2.0: the teacher has no class labels"):
+        train(pipeline, tmp_path / "run", guidance_scale=2.0)
+    with pytest.raises(ValueError, match="guidance_scale=2.0 needs the gradient of KL"):
+        HSIVIConfig(guidance_scale=2.0, objective="SM", scoring="random").check()
+
+
+@pytest.mark.parametrize("scales", [-1.0, [], [2.0, 2.0], "three", float("inf")])
+def test_bad_scales_are_refused(scales):
+    with pytest.raises(ValueError, match="guidance_scale=.*: give a number of at least 0, 1 for none"):
+        HSIVIScheduler(guidance_scale=scales)
+
+
+def test_a_sampler_without_guidance_takes_no_scale(unet):
+    student = HSIVIPipeline(unet=unet, scheduler=HSIVIScheduler(layer_timesteps=GRID))
+    with pytest.raises(ValueError, match="guidance_scale=3.0: this sampler was trained with no guidance: leave"):
+        student(guidance_scale=3.0)
+
+
+def test_what_several_scales_were_told_is_not_taken_for_others(pipeline, tmp_path):
+    train(pipeline, tmp_path / "first", guidance_scale=[1.0, 3.0])
+    for other in ([1.0, 7.0], 3.0, None):
+        with pytest.raises(ValueError, match=r"was trained with guidance_scale=\[1.0, 3.0\], and the new run has"):
+            train(pipeline, tmp_path / "other", guidance_scale=other, init_from=str(tmp_path / "first"))
+    networks = make_networks(
+        (pipeline.unet, pipeline.unet, pipeline.unet),
+        HSIVIScheduler(),
+        HSIVIConfig(num_inference_steps=1, guidance_scale=[1.0, 3.0]),
+    )
+    carry_over(networks, tmp_path / "first")
+    saved = UNet2DModel.from_pretrained(tmp_path / "first" / "critic")
+    assert torch.equal(networks.critic.class_embedding.weight, saved.class_embedding.weight)
+
+
+def test_the_card_tells_the_scales(pipeline, tmp_path):
+    student = train(pipeline, tmp_path / "run", guidance_scale=[1.0, 3.0])
+    text = make_card(student.pipeline, "user/name", {"options": {}, "training": {}, "report": {}}).text
+    assert "It has taken in classifier-free guidance of scale 1.0 or 3.0" in text
+    assert "guidance_scale=3.0" in text
+
+
+def test_a_guided_student_is_measured_against_guided_solvers_of_two_calls_a_step(pipeline, tmp_path, extractor):
+    pipeline.save_pretrained(tmp_path / "teacher")
+    options = {**SETTINGS, "guidance_scale": 3.0, "output_dir": str(tmp_path / "run")}
+    HSIVITrainer(str(tmp_path / "teacher"), HSIVIConfig(**options)).train()
+    sizes = ["--num_samples=20", "--reference_samples=20", "--reference_steps=2", "--ddpm_steps=3", "--ddim_steps=0"]
+    evaluate.main([f"--run_dir={tmp_path / 'run'}", f"--feature_extractor={extractor}", *sizes, "--solver_steps=2"])
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
+    assert {(row["method"], row["nfe"]) for row in rows} >= {("HSIVI", 2), ("DDIM", 4), ("UniPC", 4), ("DDPM", 6)}
+    assert next(row["grid"] for row in rows if row["method"] == "HSIVI").endswith("; guidance 3.0")
+    assert {row["nfe"] for row in rows if row["method"] == "DDIM"} == {4}
+
+
+def test_solvers_are_compared_at_the_calls_of_the_student(teacher):
+    student = HSIVIPipeline(teacher, HSIVIScheduler(layer_timesteps=[600, 400, 200, 100, 0], guidance_scale=[1.0, 3.0]))
+    for scale, calls in ((3.0, 2), (None, 1)):
+        options = evaluate.Evaluation(guidance_scale=scale, ddpm_steps=0, ddim_steps=0)
+        network = to_solve(teacher, [evaluate.scale_of(options, student)])
+        rows = list(evaluate.make_samplers(options, student, network, DDPMScheduler().config))
+        assert {nfe for method, nfe, *_ in rows if method == "DDIM"} == {4, 8}
+        assert {solver.num_steps * calls for _, _, solver, _ in rows[1:]} == {4, 8}
+
+
+def test_the_command_samples_with_the_scale_asked_for(pipeline, tmp_path, capsys):
+    student = train(pipeline, tmp_path / "run", guidance_scale=[1.0, 3.0]).pipeline
+    nn.init.normal_(student.unet.class_embedding.weight, std=5.0)  # so that what it is told shows
+    student.save_pretrained(tmp_path / "student")
+    common = ["sample", f"--pipeline={tmp_path / 'student'}", "--num_samples=3"]
+    cli.main([*common, f"--output_dir={tmp_path / 'low'}"])
+    cli.main([*common, f"--output_dir={tmp_path / 'high'}", "--guidance_scale=3"])
+    low, high = ((tmp_path / name / "00000.png").read_bytes() for name in ("low", "high"))
+    assert low != high
+    with pytest.raises(SystemExit):
+        cli.main([*common, f"--output_dir={tmp_path / 'none'}", "--guidance_scale=2"])
+    assert "guidance_scale=2.0: this sampler was trained with guidance of scale 1.0 or 3.0" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
