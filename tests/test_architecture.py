@@ -51,9 +51,12 @@ ALLOWED = {
     "distillation/__init__": (set(), set()),
     "distillation/denoisers": ({"scheduling_hsivi"}, TRAIN),
     "distillation/student": ({"vi/*", "scheduling_hsivi", "modeling_hsivi", "distillation/denoisers"}, TRAIN),
-    "distillation/bridge": ({"vi/*", "scheduling_hsivi", "distillation/denoisers", "distillation/student"}, TRAIN),
+    "distillation/bridge": (
+        {"vi/*", "scheduling_hsivi"} | {f"distillation/{noun}" for noun in ("denoisers", "guidance", "student")},
+        TRAIN,
+    ),
     "distillation/ode": ({"scheduling_hsivi", "distillation/denoisers"}, TRAIN),
-    "distillation/guidance": ({"vi/*", "distillation/bridge"}, TRAIN),
+    "distillation/guidance": (set(), TRAIN),
     "distillation/pairs": ({"vi/*", "scheduling_hsivi", "distillation/guidance", "distillation/ode"}, TRAIN),
     "distillation/state_dicts": (set(), TRAIN),
     "distillation/output": ({"folders", "options"}, set()),
@@ -70,12 +73,12 @@ ALLOWED = {
         TRAIN,
     ),
     "distillation/state": (
-        {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "guidance", "networks", "pairs")}
+        {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "networks", "pairs")}
         | {"distillation/student", "vi/*", "folders", "pipeline_hsivi", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/updates": (
-        {f"distillation/{noun}" for noun in ("bridge", "config", "guidance", "pairs", "state", "student")} | {"vi/*"},
+        {f"distillation/{noun}" for noun in ("bridge", "config", "pairs", "state", "student")} | {"vi/*"},
         TRAIN,
     ),
     "distillation/progress": (

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.bridges import Bridge
-from ..vi.distributions import DiagonalGaussian, randn_like
+from ..vi.distributions import DiagonalGaussian
 from ..vi.layers import hierarchy_ends
 from ..vi.objectives import Weight
 from .denoisers import sample_shape
+from .guidance import guided
 from .student import UNetCritic
 
 
@@ -41,7 +42,7 @@ class TeacherBridge(Bridge):
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
             raise ValueError(f"level_range={level_range}: give two timesteps in order, from 0 to {len(scheduler) - 1}")
-        self.network = UNetCritic(unet.requires_grad_(False).eval(), scheduler)
+        self.unet = unet.requires_grad_(False).eval()
         self.scheduler, self.level_range, self.between_share = scheduler, level_range, between_share
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
@@ -51,40 +52,21 @@ class TeacherBridge(Bridge):
                 f"guidance_scale={scheduler.config.guidance_scale}: the teacher has no class labels, of which the last "
                 "must be 'no class': leave guidance_scale out"
             )
+        self.network = UNetCritic(guided(unet, self.scales), scheduler)
         if int(scheduler.output_level(torch.arange(self.num_layers)).min()) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
         if (kernel := scheduler.config.kernel) != "ddim":
             raise ValueError(f"kernel={kernel!r} of the scheduler is for sampling: make one with kernel 'ddim'")
 
     def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Returns -eps*(x, level) / sigma_level, without guidance; of a guided student see `guidance`."""
-        classes = condition if condition is None else condition // len(self.scales)
-        score: Tensor = self.network(x, level, classes)
+        """Returns -eps*(x, level) / sigma_level, of the guided teacher if there is guidance."""
+        score: Tensor = self.network(x, level, condition)
         return score
 
     @property
     def num_classes(self) -> int:
         """Class labels to draw; 0 without classes. With guidance the last label of the teacher is none of them."""
-        return (self.network.unet.config.num_class_embeds or 0) - self.guides
-
-    def guidance(self, x: Tensor, level: Tensor, condition: Tensor) -> Tensor:
-        """Returns (w - 1) (S_c - S_none), of the shape of x, what classifier-free guidance adds to the score."""
-        w = torch.tensor(self.scales).to(x)[condition % len(self.scales)]
-        none = torch.full_like(condition, self.network.unet.config.num_class_embeds - 1)
-        difference = self.score(x, level, condition) - self.network(x, level, none)
-        return (w - 1).reshape(-1, *[1] * (x.ndim - 1)) * difference
-
-    def lift(self, x: Tensor, level: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Diffuses x to a level drawn uniformly from those above its own, up to the end of `level_range`; returns both.
-
-        With r = alpha' / alpha it is r x + sqrt(sigma'^2 - r^2 sigma^2) z. At the end of the range x stays.
-        """
-        uniform = torch.rand(len(level), generator=generator, dtype=torch.float64).to(level.device)
-        room = (self.level_range[1] - level).clamp_min(0)
-        higher = level + (uniform * room).long() + (room > 0)
-        point = DiagonalGaussian(mean=x, std=torch.zeros_like(x[:, :1]))
-        law = point.diffuse(*self.scheduler.alpha_sigma(level, x), *self.scheduler.alpha_sigma(higher, x))
-        return law.rsample(randn_like(x, generator)), higher
+        return (self.unet.config.num_class_embeds or 0) - self.guides
 
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws x_T ~ N(0, I) on the teacher's device."""

@@ -155,7 +155,7 @@ def call_unet(unet: Any, x: Tensor, time: Tensor, condition: Tensor | None) -> T
 
 
 def denoise(
-    unet: UNet2DModel, schedule: HSIVIScheduler, x: Tensor, level: Tensor, condition: Tensor | None = None
+    unet: Any, schedule: HSIVIScheduler, x: Tensor, level: Tensor, condition: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Returns the clean image and the noise that a network sees in x, both (B, C, H, W), at levels (B,)."""
     return schedule.predict(call_unet(unet, x, schedule.levels.time(level), condition), level, x)

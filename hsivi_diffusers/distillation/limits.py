@@ -131,8 +131,6 @@ def check_together(config: Any) -> None:
         raise ValueError("noise_eta=0, and outputs without noise have no score: set objective 'KL', scoring 'between'")
     if config.noise_eta == 0 and config.noise_scale_type != "config":
         raise ValueError("noise_eta=0 leaves noise_scale_type='per_pixel' nothing to scale: leave one of them out")
-    if config.guidance_scale is not None and config.objective != "KL":
-        raise ValueError(f"guidance_scale={config.guidance_scale} needs the gradient of KL: set objective to 'KL'")
     if config.level_min != usual["level_min"] and config.scoring == "own":
         raise ValueError(
             f"level_min={config.level_min} has no effect with scoring='own', which has no random levels: set scoring "

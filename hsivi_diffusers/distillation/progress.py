@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from ..vi import Step
-from .guidance import to_solve
+from .guidance import guided
 from .pairs import TeacherPairs
 from .state import TrainingState
 
@@ -113,7 +113,7 @@ class Progress:
         """Images in [0, 1] of a solver of the teacher, on the CPU."""
         labels, bridge = self._labels(COLUMNS), self.state.bridge
         pairs = TeacherPairs(
-            to_solve(copy.copy(bridge.network.unet), bridge.scales),  # whose calls are not those of the training
+            guided(copy.copy(bridge.unet), bridge.scales),  # whose calls are not those of the training
             bridge.scheduler,
             torch.randn(COLUMNS, *bridge.shape, generator=torch.Generator().manual_seed(0)),
             None if labels is None else torch.tensor(labels) * len(bridge.scales),

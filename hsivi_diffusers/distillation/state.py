@@ -23,7 +23,6 @@ from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
 from .denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
-from .guidance import to_solve
 from .networks import Networks
 from .pairs import TeacherPairs
 from .student import UNetCritic, UNetLayers
@@ -135,7 +134,7 @@ class TrainingState:
         draw = self.sample_condition
         condition = None if draw is None else draw(number, generator)
         return TeacherPairs(
-            to_solve(self.bridge.network.unet, self.bridge.scales),
+            self.bridge.network.unet,
             self.bridge.scheduler,
             torch.randn(number, *self.bridge.shape, generator=generator),  # of all pairs: too many for a GPU
             condition,
@@ -167,7 +166,7 @@ class TrainingState:
     @contextmanager
     def counting_rows(self) -> Iterator[dict[str, int]]:
         """Counts the rows that student, critic and teacher are called with, in this process."""
-        networks = {"student": self.student.unet, "critic": self.critic_unet, "teacher": self.bridge.network.unet}
+        networks = {"student": self.student.unet, "critic": self.critic_unet, "teacher": self.bridge.unet}
         rows = dict.fromkeys(networks, 0)
 
         def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

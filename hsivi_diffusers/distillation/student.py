@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ class UNetCritic(nn.Module):
         num_layers: Layers that the unet tells apart, see `label_layers`; 0 for one that does not.
     """
 
-    def __init__(self, unet: UNet2DModel, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
+    def __init__(self, unet: Any, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
         super().__init__()
         self.unet, self.scheduler, self.num_layers = unet, scheduler, num_layers
 

@@ -28,7 +28,6 @@ from ..vi import (
 )
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
-from .guidance import Guidance
 from .pairs import PAIR_CALLS, image_loss
 from .state import TrainingState
 
@@ -45,8 +44,6 @@ def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjectiv
     weight = bridge.weight({"unit": 2.0, "sigma2": 4.0}[config.loss_weight])
     kind = KullbackLeibler if config.objective == "KL" else ScoreMatching
     objective: CriticObjective = kind(weight)
-    if any(w != 1 for w in bridge.scales):
-        objective = Guidance(objective)
     loss = image_loss(bridge.scheduler, COARSE_WEIGHT)
     return Guided(objective, config.pair_weight, loss) if config.is_guided else objective
 

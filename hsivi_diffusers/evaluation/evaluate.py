@@ -19,7 +19,7 @@ from diffusers import UNet2DModel
 from tqdm import tqdm
 
 from ..distillation.denoisers import load_teacher, sample_shape
-from ..distillation.guidance import GuidedNetwork, to_solve
+from ..distillation.guidance import GuidedNetwork, guided
 from ..distillation.ode import few_step_timesteps
 from ..images import load_images
 from ..options import option, parse_options
@@ -157,7 +157,7 @@ def main(args: list[str] | None = None) -> None:
     training["teacher"] = options.teacher or training["pretrained_teacher_model"]
     unet, schedule = load_teacher(training["teacher"], None if options.teacher else training.get("revision"))
     unet.to(device).eval()
-    classes, teacher = student.num_classes, to_solve(unet, [scale_of(options, student)])
+    classes, teacher = student.num_classes, guided(unet, [scale_of(options, student)])
     network, features = load_network(options.feature_extractor, unet.config.in_channels)
     samplers = list(make_samplers(options, student, teacher, schedule.config))  # refuses counts that cannot be drawn
     reference, labels, name = load_reference(options, teacher, schedule.config, classes)

@@ -37,7 +37,6 @@ class LayerDraw:
     t: Tensor  # layer of each row, shape (B,)
     condition: Tensor | None = None  # of each row
     residual: Tensor | None = None  # mean of the layer, at its own level, minus the end of its pair; NaN without one
-    generator: torch.Generator | None = None  # of the draw, for an objective that draws more
 
     @property
     def layer_score(self) -> Tensor:
@@ -81,7 +80,7 @@ def draw_layer(
     if scoring == "random":
         q, noise = bridge.place(q, t, level, noise, x_next, generator)
     x = q.rsample(noise)
-    return LayerDraw(q=q, x=x, level=level, t=t, condition=condition, residual=residual, generator=generator)
+    return LayerDraw(q=q, x=x, level=level, t=t, condition=condition, residual=residual)
 
 
 def unit_weight(level: Tensor) -> Tensor:
