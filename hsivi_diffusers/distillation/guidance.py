@@ -48,4 +48,4 @@ class GuidedNetwork(nn.Module):
 
 def guided(unet: UNet2DModel, scales: Sequence[float]) -> UNet2DModel | GuidedNetwork:
     """Returns the teacher that is followed, guided if a scale is not 1."""
-    return unet if all(w == 1 for w in scales) and len(scales) < 2 else GuidedNetwork(unet, scales)
+    return unet if [*scales] == [1] else GuidedNetwork(unet, scales)
