@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from .distillation.bridge import TeacherBridge as TeacherBridge
     from .distillation.config import HSIVIConfig as HSIVIConfig
-    from .distillation.denoisers import load_teacher as load_teacher
     from .distillation.student import UNetCritic as UNetCritic
     from .distillation.student import UNetLayers as UNetLayers
+    from .distillation.teachers import load_teacher as load_teacher
     from .distillation.trainer import HSIVITrainer as HSIVITrainer
     from .hub import push as push
     from .modeling_hsivi import HSIVINoiseScale as HSIVINoiseScale
@@ -42,7 +42,7 @@ _MODULES = {
     "TeacherBridge": ".distillation.bridge",
     "UNetCritic": ".distillation.student",
     "UNetLayers": ".distillation.student",
-    "load_teacher": ".distillation.denoisers",
+    "load_teacher": ".distillation.teachers",
     "push": ".hub",
 }
 

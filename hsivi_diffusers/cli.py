@@ -37,9 +37,9 @@ DISTIL = """Distil a pretrained diffusion pipeline into a few steps; no training
 
     hsivi distil --pretrained_teacher_model google/ddpm-cifar10-32 --num_inference_steps 5 --output_dir runs/cifar10
 
-Writes OUTPUT_DIR/pipeline (an HSIVIPipeline), critic, samples, checkpoints and training.json. A run that was stopped
-continues with --resume_from_checkpoint latest. The command line overrides the YAML file of --config, which overrides
-the preset."""
+Writes OUTPUT_DIR/pipeline (an HSIVIPipeline, or of a DiT a DiTPipeline), critic, samples, checkpoints and
+training.json. A run that was stopped continues with --resume_from_checkpoint latest. The command line overrides the
+YAML file of --config, which overrides the preset."""
 PLAN = """Estimate the memory and time of `hsivi distil` with these options, without training."""
 SAMPLE = """Draw images from a distilled pipeline into a folder of PNG files and one contact sheet.
 
@@ -54,7 +54,7 @@ Run `hsivi evaluate` first: the card then says how good the sampler is."""
 @dataclass
 class Teacher:
     _group = "teacher and checkpoints"
-    pretrained_teacher_model: str | None = option(None, "folder or repo id of a diffusers pipeline with a UNet2DModel")
+    pretrained_teacher_model: str | None = option(None, "folder or repo id of a pipeline of diffusers")
     revision: str | None = option(None, "branch, tag or commit of the repo", common=False)
     resume_from_checkpoint: str | None = option(None, "`latest`, or the path of a checkpoint")
 
@@ -89,7 +89,7 @@ class PushAtEnd(Hub):
 @dataclass
 class Sampling:
     _group = "sampling"
-    pipeline: str | None = option(None, "folder or repo id of an HSIVIPipeline, or folder of a run")
+    pipeline: str | None = option(None, "folder or repo id of a distilled pipeline, or folder of a run")
     output_dir: str | None = option(None, "folder of the images")
     overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
     num_samples: int = option(64, "images to draw")
@@ -218,7 +218,8 @@ def sample(args: Sequence[str]) -> None:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler.set_timesteps(options.num_inference_steps)  # refuses a count that was not trained
     pipeline.scheduler.guidance_index(options.guidance_scale)
-    number = pipeline.num_classes or 0
+    ours = isinstance(pipeline, HSIVIPipeline)
+    number = (pipeline.num_classes if ours else pipeline.transformer.config.num_embeds_ada_norm) or 0
     if any(not 0 <= label < number for label in options.class_label):
         known = f"classes 0 to {number - 1}" if number else "no classes, leave it out"
         raise ValueError(f"--class_label {options.class_label}: this pipeline has {known}")
@@ -229,8 +230,11 @@ def sample(args: Sequence[str]) -> None:
         numbers = range(first, min(first + options.batch_size, options.num_samples))
         labels = [classes[number % len(classes)] for number in numbers] if classes else None
         generators = [torch.Generator(device).manual_seed(options.seed + number) for number in numbers]
-        given = {"class_labels": labels, "guidance_scale": options.guidance_scale}
-        images += pipeline(len(numbers), generators, options.num_inference_steps, **given).images
+        if ours:
+            given = {"class_labels": labels, "guidance_scale": options.guidance_scale}
+            images += pipeline(len(numbers), generators, options.num_inference_steps, **given).images
+        else:
+            images += _draw_stock(pipeline, labels, generators)
     for number, image in enumerate(images):
         image.save(output_dir / f"{number:05d}.png")
     columns = math.isqrt(len(images))
@@ -240,10 +244,21 @@ def sample(args: Sequence[str]) -> None:
     print(f"{len(images)} images in {output_dir}, {rows * columns} of them in {output_dir / 'grid.png'}")
 
 
+def _draw_stock(pipeline: Any, labels: list[int] | None, generators: list[Any]) -> list[Any]:
+    """Images of a DiTPipeline, which by itself passes no generator to the steps, and would guide once more."""
+    step = type(pipeline.scheduler).step
+    pipeline.scheduler.step = partial(step, pipeline.scheduler, generator=generators)
+    steps = max(pipeline.scheduler.depths)
+    images: list[Any] = pipeline(labels, guidance_scale=1.0, generator=generators, num_inference_steps=steps).images
+    return images
+
+
 def _load_pipeline(name: str | None) -> Any:
     """Loads the pipeline of a folder, of a run, or of a repo."""
     if not name:
-        raise ValueError("--pipeline is missing: give the folder or the repo id of an HSIVIPipeline")
+        raise ValueError("--pipeline is missing: give the folder or the repo id of a distilled pipeline")
+    from .distillation.teachers import load_student
+
     folder = _pipeline_of(name)
     if Path(name).is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(
@@ -251,7 +266,7 @@ def _load_pipeline(name: str | None) -> Any:
             "run is resumed by `hsivi distil`"
         )
     try:
-        return HSIVIPipeline.from_pretrained(folder if folder.is_dir() else name)
+        return load_student(folder if folder.is_dir() else name)
     except OSError as error:
         if folder.is_dir():
             raise

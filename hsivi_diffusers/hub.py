@@ -234,10 +234,21 @@ def write_repo(
             run[name].save(folder / figure)
     make_card(pipeline, repo_id, run, fp16=fp16, drawn=drawn, **about).save(folder / "README.md")
     # The configs have the folder that each was loaded from: paths of a machine stay private.
-    for path in [*folder.rglob("*config.json"), folder / "model_index.json"]:
+    index = folder / "model_index.json"
+    for path in [*folder.rglob("*config.json"), index]:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None) is not None:
+        names = class_names(pipeline) if path == index else {}
+        if config.pop("_name_or_path", None) is not None or names:
+            config |= names
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def class_names(pipeline: DiffusionPipeline) -> dict[str, dict[str, str]]:
+    """The names of the classes of a DiTPipeline, as its index has them; diffusers loads and does not save them."""
+    names: dict[str, str] = {}
+    for name, number in getattr(pipeline, "labels", {}).items():
+        names[str(number)] = f"{names[str(number)]}, {name}" if str(number) in names else name
+    return {"id2label": names} if names else {}
 
 
 def can_draw(pipeline: DiffusionPipeline) -> bool:

@@ -63,6 +63,13 @@ After `import hsivi_diffusers`, `DiffusionPipeline.from_pretrained` loads it as 
 """
 
 
+STOCK_NOTE = """\
+A larger `guidance_scale` would guide a second time, and double the network calls. If the images must be the same each
+time, call `torch.manual_seed` before, for some pipelines pass no generator to the steps.
+
+"""
+
+
 def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:
     """Reads what a run left for its card: options, training and report, empty where missing; samples and curve.
 
@@ -201,11 +208,12 @@ def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: b
 
     steps = f"num_inference_steps={counts[-1]}"
     if not is_ours(pipeline):
-        name, inputs = type(pipeline).__name__, f"{_inputs(pipeline)}{steps}"
+        guides = "guidance_scale" in signature(pipeline.__call__).parameters
+        name, inputs = type(pipeline).__name__, f"{_inputs(pipeline)}{steps}{', guidance_scale=1' * guides}"
         imports = f"from diffusers import {name}"
         return USE.format(
             installed=code(name, inputs, f"import hsivi_diffusers\n{imports}"),
-            more="",
+            more=STOCK_NOTE if guides else "",
             without=textwrap.fill(WITHOUT.format(files="`scheduler/hsivi_diffusers.py`"), 120),
             alone=code(name, inputs, imports, ", trust_remote_code=True"),
             counts=f"pass {one_of(counts)}, any other is refused",

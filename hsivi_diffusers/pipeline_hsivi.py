@@ -277,9 +277,9 @@ def _check_kind(name: str | os.PathLike, index: dict[str, Any]) -> None:
     if others or "unet" not in parts:
         kind = index.get("_class_name")
         raise ValueError(
-            f"{str(name)!r} is a {kind} of {', '.join(sorted(parts))}: HSIVIPipeline draws with a UNet2DModel alone, "
-            "and only unconditional or class-labelled pipelines of a UNet2DModel on pixels can be distilled today. "
-            f"Load this one with {kind}.from_pretrained"
+            f"{str(name)!r} is a {kind} of {', '.join(sorted(parts))}: HSIVIPipeline draws with a UNet2DModel alone. "
+            f"Load this one with {kind}.from_pretrained; what can be distilled today are pipelines of a UNet2DModel on "
+            "pixels and DiTPipeline"
         )
 
 

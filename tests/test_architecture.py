@@ -55,9 +55,16 @@ ALLOWED = {
         {"vi/*", "scheduling_hsivi"} | {f"distillation/{noun}" for noun in ("denoisers", "guidance", "student")},
         TRAIN,
     ),
+    "distillation/teachers": (
+        {"hub", "modeling_hsivi", "pipeline_hsivi", "scheduling_hsivi", "distillation/denoisers"},
+        TRAIN,
+    ),
     "distillation/ode": ({"scheduling_hsivi", "distillation/denoisers"}, TRAIN),
-    "distillation/guidance": (set(), TRAIN),
-    "distillation/pairs": ({"vi/*", "scheduling_hsivi", "distillation/guidance", "distillation/ode"}, TRAIN),
+    "distillation/guidance": ({"distillation/denoisers"}, TRAIN),
+    "distillation/pairs": (
+        {"vi/*", "scheduling_hsivi"} | {f"distillation/{noun}" for noun in ("denoisers", "guidance", "ode")},
+        TRAIN,
+    ),
     "distillation/state_dicts": (set(), TRAIN),
     "distillation/output": ({"folders", "options"}, set()),
     "distillation/checkpoints": (
@@ -68,13 +75,13 @@ ALLOWED = {
     "distillation/limits": ({"distillation/presets"}, set()),
     "distillation/config": ({"distillation/limits", "distillation/presets", "options"}, set()),
     "distillation/networks": (
-        {f"distillation/{noun}" for noun in ("config", "denoisers", "student")}
-        | {"modeling_hsivi", "pipeline_hsivi", "scheduling_hsivi"},
+        {f"distillation/{noun}" for noun in ("config", "denoisers", "student", "teachers")}
+        | {"modeling_hsivi", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/state": (
         {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "networks", "pairs")}
-        | {"distillation/student", "vi/*", "folders", "pipeline_hsivi", "scheduling_hsivi"},
+        | {"distillation/student", "distillation/teachers", "vi/*", "folders", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/updates": (
@@ -82,18 +89,21 @@ ALLOWED = {
         TRAIN,
     ),
     "distillation/progress": (
-        {"distillation/guidance", "distillation/pairs", "distillation/state", "vi/*"},
+        {f"distillation/{noun}" for noun in ("guidance", "ode", "pairs", "state", "teachers")} | {"vi/*"},
         TRAIN | {"PIL"},
     ),
     "distillation/plan": (
-        {f"distillation/{noun}" for noun in ("config", "denoisers", "networks", "pairs", "state", "updates")}
+        {
+            f"distillation/{noun}"
+            for noun in ("config", "denoisers", "networks", "pairs", "state", "teachers", "updates")
+        }
         | {"scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/trainer": (
-        {f"distillation/{noun}" for noun in ("checkpoints", "config", "denoisers", "networks", "output", "progress")}
-        | {"distillation/state", "distillation/updates"}
-        | {"vi/*", "folders", "hub", "pipeline_hsivi"},
+        {f"distillation/{noun}" for noun in ("checkpoints", "config", "networks", "output", "progress", "state")}
+        | {"distillation/teachers", "distillation/updates"}
+        | {"vi/*", "folders", "hub"},
         TRAIN,
     ),
     "evaluation/__init__": (set(), set()),
@@ -102,7 +112,8 @@ ALLOWED = {
     "evaluation/features": ({"evaluation/classifier"}, EVALUATE),
     "evaluation/metrics": ({"evaluation/features"}, EVALUATE),
     "evaluation/solvers": (
-        {f"distillation/{noun}" for noun in ("denoisers", "guidance", "ode")} | {"pipeline_hsivi", "scheduling_hsivi"},
+        {f"distillation/{noun}" for noun in ("denoisers", "guidance", "ode", "teachers")}
+        | {"pipeline_hsivi", "scheduling_hsivi"},
         EVALUATE,
     ),
     "evaluation/report": ({"evaluation/figures", "evaluation/pages", "folders"}, EVALUATE),
@@ -114,22 +125,22 @@ ALLOWED = {
             "distillation/denoisers",
             "distillation/guidance",
             "distillation/ode",
+            "distillation/teachers",
             "folders",
             "images",
             "options",
-            "pipeline_hsivi",
         },
         EVALUATE,
     ),
     "cli": (
-        {f"distillation/{noun}" for noun in ("config", "networks", "output", "plan", "trainer")}
+        {f"distillation/{noun}" for noun in ("config", "networks", "output", "plan", "teachers", "trainer")}
         | {"vi/*", "evaluation/evaluate", "folders", "hub", "options", "pipeline_hsivi"},
         {"torch", "diffusers", "huggingface_hub", "tqdm", "PIL"},
     ),
     "__main__": ({"cli"}, set()),
     "registration": (set(), set()),
     "__init__": (
-        {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "student", "trainer")}
+        {f"distillation/{noun}" for noun in ("bridge", "config", "student", "teachers", "trainer")}
         | {"hub", "registration"}
         | {"scheduling_hsivi", "modeling_hsivi", "pipeline_hsivi"},
         {"diffusers"},

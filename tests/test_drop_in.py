@@ -573,6 +573,7 @@ def test_a_saved_pipeline_loads_with_our_scheduler_and_gives_the_same_pixels(nam
 def test_the_card_gives_a_stock_pipeline_what_its_call_needs(name, inputs):
     pipe = make_pipe(name, layer_timesteps=GRID)
     card = make_card(pipe, "alice/stock", {"options": {}, "training": {}, "report": {}})
-    assert card.text.count(f"images = pipeline({inputs}num_inference_steps=3).images") == 2
+    call = f"pipeline({inputs}num_inference_steps=3{', guidance_scale=1' * (name != 'ddpm')}).images"
+    assert card.text.count(f"images = {call}") == 2
     if name in ("ddpm", "dit"):
-        assert len(eval(f"pipeline({inputs}num_inference_steps=3).images", {"pipeline": pipe})) == 1
+        assert len(eval(call, {"pipeline": pipe})) == 1

@@ -251,7 +251,7 @@ def test_a_pipeline_of_another_kind_is_named_before_its_weights_are_loaded(tmp_p
     index = {"_class_name": kind, "safety_checker": [None, None], **{n: ["diffusers", c] for n, c in parts.items()}}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     message = (
-        f"is a {kind} of {', '.join(sorted(parts))}: .* only unconditional or class-labelled .* today. "
+        f"is a {kind} of {', '.join(sorted(parts))}: HSIVIPipeline draws with a UNet2DModel alone. "
         f"Load this one with {kind}.from_pretrained"
     )
     with pytest.raises(ValueError, match=message):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
@@ -13,7 +12,7 @@ from ..vi.bridges import Bridge
 from ..vi.distributions import DiagonalGaussian
 from ..vi.layers import hierarchy_ends
 from ..vi.objectives import Weight
-from .denoisers import sample_shape
+from .denoisers import Network, num_classes, num_labels, sample_shape
 from .guidance import guided
 from .student import UNetCritic
 
@@ -34,7 +33,7 @@ class TeacherBridge(Bridge):
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: Network,
         scheduler: HSIVIScheduler,
         level_range: tuple[int, int] = (5, 800),
         between_share: float = 0.0,
@@ -47,7 +46,7 @@ class TeacherBridge(Bridge):
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
         self.guides, self.scales = bool(scheduler.guidance_scales), scheduler.guidance_scales or [1.0]
-        if self.guides and (unet.config.num_class_embeds or 0) < 2:
+        if self.guides and num_labels(unet) < 2:
             raise ValueError(
                 f"guidance_scale={scheduler.config.guidance_scale}: the teacher has no class labels, of which the last "
                 "must be 'no class': leave guidance_scale out"
@@ -65,8 +64,8 @@ class TeacherBridge(Bridge):
 
     @property
     def num_classes(self) -> int:
-        """Class labels to draw; 0 without classes. With guidance the last label of the teacher is none of them."""
-        return (self.unet.config.num_class_embeds or 0) - self.guides
+        """Classes to draw; 0 without. With guidance the last label of the teacher is none of them."""
+        return num_classes(self.unet, self.guides)
 
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws x_T ~ N(0, I) on the teacher's device."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
+
+from .denoisers import Network, num_labels
 
 
 class GuidedNetwork(nn.Module):
@@ -23,7 +24,7 @@ class GuidedNetwork(nn.Module):
         scales: w of each g.
     """
 
-    def __init__(self, unet: UNet2DModel, scales: Sequence[float]) -> None:
+    def __init__(self, unet: Network, scales: Sequence[float]) -> None:
         super().__init__()
         self.unet, self.config = unet, unet.config
         self.scales = torch.tensor(scales)
@@ -41,11 +42,11 @@ class GuidedNetwork(nn.Module):
     def forward(self, x: Tensor, time: Tensor, class_labels: Tensor) -> UNet2DOutput:
         """Returns the guided prediction; the labels are conditions, shape (B,)."""
         number, w = len(self.scales), self.scales.to(x)[class_labels % len(self.scales)]
-        none = torch.full_like(class_labels, self.config.num_class_embeds - 1)
+        none = torch.full_like(class_labels, num_labels(self) - 1)
         of_class, of_none = (self.unet(x, time, class_labels=each).sample for each in (class_labels // number, none))
         return UNet2DOutput(sample=of_none + w.reshape(-1, *[1] * (x.ndim - 1)) * (of_class - of_none))
 
 
-def guided(unet: UNet2DModel, scales: Sequence[float]) -> UNet2DModel | GuidedNetwork:
+def guided(unet: Network, scales: Sequence[float]) -> Network | GuidedNetwork:
     """Returns the teacher that is followed, guided if a scale is not 1."""
     return unet if [*scales] == [1] else GuidedNetwork(unet, scales)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
-from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
 from .config import HSIVIConfig
-from .denoisers import fingerprint, sample_shape, signal_timestep
+from .denoisers import Network, keep_labels, sample_shape, signal_timestep
 from .student import label_layers
+from .teachers import fingerprint, load_student, part_of
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -25,38 +25,55 @@ HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class Networks:
     """What a run starts from."""
 
-    teacher: UNet2DModel  # frozen by the bridge
-    student: UNet2DModel
-    critic: UNet2DModel
+    teacher: Network  # frozen by the bridge
+    student: Network
+    critic: Network
     scheduler: HSIVIScheduler  # schedule of the teacher, grid of the student
     noise_scale: HSIVINoiseScale | None
+    host: DiffusionPipeline | None = None  # the teacher's, if the student is to be put into one of its kind
     fingerprint: str | None = None  # of the teacher as it was loaded
 
 
 def load_networks(
-    teacher: UNet2DModel, schedule: HSIVIScheduler, config: HSIVIConfig, accelerator: Accelerator
+    teacher: Network,
+    schedule: HSIVIScheduler,
+    config: HSIVIConfig,
+    accelerator: Accelerator,
+    host: DiffusionPipeline | None = None,
 ) -> Networks:
     """Copies student and critic from the teacher, which is kept in the precision of its calls; or see `init_from`."""
-    networks = make_networks((teacher, copy.deepcopy(teacher), copy.deepcopy(teacher)), schedule, config)
+    networks = make_networks((teacher, copy.deepcopy(teacher), copy.deepcopy(teacher)), schedule, config, host)
     if config.init_from is not None:
         carry_over(networks, Path(config.init_from))
     networks.fingerprint = fingerprint(teacher, schedule)
     networks.teacher.to(accelerator.device, HALF.get(accelerator.mixed_precision))
+    if host is not None:
+        host.vae.requires_grad_(False).to(accelerator.device)
     return networks
 
 
 def make_networks(
-    unets: tuple[UNet2DModel, UNet2DModel, UNet2DModel], schedule: HSIVIScheduler, config: HSIVIConfig
+    three: tuple[Network, Network, Network],
+    schedule: HSIVIScheduler,
+    config: HSIVIConfig,
+    host: DiffusionPipeline | None = None,
 ) -> Networks:
     """Returns teacher, student and critic with the grid of the student; the noise scale is 1."""
-    teacher, student, critic = unets
+    teacher, student, critic = three
+    if host is not None and config.noise_scale_type == "per_pixel":
+        raise ValueError(
+            f"noise_scale_type='per_pixel' is for pixels, and a {type(host).__name__} takes no learned noise scale: "
+            "set it to 'config'"
+        )
+    for each in three:
+        keep_labels(each)
     scheduler = make_scheduler(schedule, config, sample_shape(teacher))
     if (scales := len(scheduler.guidance_scales)) > 1:  # of which student and critic are told one beside the class
         student, critic = (label_layers(each, scales) for each in (student, critic))
     noise_scale = HSIVINoiseScale(sample_shape(teacher)) if config.noise_scale_type == "per_pixel" else None
     if len(config.depths) > 1:  # grids, whose layers are scored at the same levels
         critic = label_layers(critic, sum(scheduler.depths))
-    return Networks(teacher, student, critic, scheduler, noise_scale)
+    return Networks(teacher, student, critic, scheduler, noise_scale, host)
 
 
 def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[int, ...]) -> HSIVIScheduler:
@@ -100,8 +117,9 @@ def check_init_from(run: Path) -> None:
 
 def carry_over(networks: Networks, run: Path) -> None:
     """Lets student, critic and noise scale start where a finished run ended; refuses those that do not fit."""
-    pipeline = HSIVIPipeline.from_pretrained(run / "pipeline")
-    critic = UNet2DModel.from_pretrained(run / "critic")
+    pipeline = load_student(run / "pipeline")
+    critic = type(networks.critic).from_pretrained(run / "critic")
+    student = getattr(pipeline, part_of(pipeline.components))
     old, new = (each.guidance_scales for each in (pipeline.scheduler, networks.scheduler))
     if old != new and max(len(old), len(new)) > 1:
         raise ValueError(
@@ -109,7 +127,7 @@ def carry_over(networks: Networks, run: Path) -> None:
             f"the new run has {networks.scheduler.config.guidance_scale}: of several scales give the same"
         )
     try:
-        networks.student.load_state_dict(pipeline.unet.state_dict())
+        networks.student.load_state_dict(student.state_dict())
         networks.critic.load_state_dict(_fitting_labels(critic.state_dict(), networks, pipeline.scheduler))
     except RuntimeError as error:
         raise ValueError(
@@ -121,7 +139,7 @@ def carry_over(networks: Networks, run: Path) -> None:
             f"init_from={str(run)!r} has a student that predicts {before!r}, and the teacher predicts {now!r}: give a "
             "run of the same teacher"
         )
-    scale, learned = pipeline.scheduler.config.noise_scale, pipeline.unet_noise_scale
+    scale, learned = pipeline.scheduler.config.noise_scale, pipeline.components.get("unet_noise_scale")
     if learned is not None and networks.noise_scale is None:
         raise ValueError(f"init_from={str(run)!r} has a noise scale per pixel: set noise_scale_type to 'per_pixel'")
     if isinstance(scale, list):

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
-from .denoisers import LOWEST_SIGNAL, call_unet, signal_timestep
+from .denoisers import LOWEST_SIGNAL, call_network, signal_timestep
 
 
 def power_timesteps(num_calls: int, start: int, end: int, power: float) -> list[int]:
@@ -83,6 +83,6 @@ def run_solver(
     solver.set_timesteps(num_steps, device=x.device)
     takes_variance = isinstance(solver, DDPMScheduler) and solver.config.variance_type.startswith("learned")
     for timestep in solver.timesteps:
-        output = call_unet(unet, x, timestep, condition)
+        output = call_network(unet, x, timestep, condition)
         x = solver.step(output if takes_variance else output[:, : x.shape[1]], timestep, x, **arguments).prev_sample
     return x

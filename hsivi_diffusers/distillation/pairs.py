@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel, UniPCMultistepScheduler
+from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from tqdm.auto import tqdm
@@ -15,6 +15,7 @@ from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.distributions import randn_like
 from ..vi.layers import hierarchy_ends
 from ..vi.regression import half_square
+from .denoisers import Network
 from .guidance import GuidedNetwork
 from .ode import power_timesteps, run_solver, use_grid
 
@@ -32,10 +33,11 @@ class TeacherPairs:
     Args:
         unet: The teacher, guided or not.
         scheduler: Gives its noise schedule and what it predicts, and the grid of the layers.
-        noise: x_T ~ N(0, I), shape (N, C, H, W); `end` has the images x_0, between -1 and 1.
+        noise: x_T ~ N(0, I), shape (N, C, H, W); `end` has the images or latents x_0.
         condition: Class label of each pair, or, of a guided teacher, its condition, shape (N,), or None.
         num_calls: Network calls for a pair.
         batch_size: Pairs that the network is called with at once.
+        clip: Clip x_0 to [-1, 1], the range of pixels; not for latents.
         show: Show a progress bar.
 
     Raises:
@@ -44,12 +46,13 @@ class TeacherPairs:
 
     def __init__(
         self,
-        unet: UNet2DModel | GuidedNetwork,
+        unet: Network | GuidedNetwork,
         scheduler: HSIVIScheduler,
         noise: Tensor,
         condition: Tensor | None = None,
         num_calls: int = PAIR_CALLS,
         batch_size: int = 64,
+        clip: bool = True,
         show: bool = False,
     ) -> None:
         self._device, self.scheduler = unet.device, scheduler
@@ -59,7 +62,7 @@ class TeacherPairs:
         solver = make_unipc(scheduler, pair_levels(scheduler, num_calls))
         batches = tqdm(list(zip(noises, classes, strict=True)), "pairs", leave=False, disable=not show)
         ends = [run_solver(unet, solver, x.to(unet.device), num_calls, labels).cpu() for x, labels in batches]
-        self.end = torch.cat(ends).clamp_(-1, 1)
+        self.end = torch.cat(ends).clamp_(-1, 1) if clip else torch.cat(ends)
         if lost := int((~self.end.isfinite()).flatten(1).any(1).sum()):
             raise ValueError(
                 f"{lost} of {len(noise)} pairs end in numbers that are not finite: look at what the teacher draws, and "

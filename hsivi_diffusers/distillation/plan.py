@@ -21,7 +21,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,10 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..scheduling_hsivi import HSIVIScheduler
 from .config import HSIVIConfig
-from .denoisers import check_shift, sample_shape
+from .denoisers import Network, num_labels, sample_shape
 from .networks import HALF, make_networks
 from .pairs import PAIR_CALLS
 from .state import TrainingState
+from .teachers import check, read_configs
 from .updates import run_updates
 
 MIB = 2**20
@@ -98,33 +99,28 @@ class Cost:
     written: dict[str, int]  # bytes of each thing that is saved
 
 
-def read_configs(name: str, revision: str | None) -> tuple[dict[str, Any], HSIVIScheduler]:
-    """Reads the configs of the UNet and of the scheduler of a pipeline; its weights are not asked for."""
-    configs: list[dict[str, Any]] = []
-    for part, kind in (("unet", UNet2DModel), ("scheduler", HSIVIScheduler)):
-        for subfolder in (part, None):  # the repos google/ddpm-* have all in one folder
-            try:
-                configs.append(kind.load_config(name, subfolder=subfolder, revision=revision))
-                break
-            except (OSError, ValueError) as error:
-                cause = error
-        else:
-            raise ValueError(
-                f"teacher {name!r} has no config of a {part} ({cause}): give a folder or repo id of a "
-                "diffusers pipeline with a UNet2DModel"
-            )
-    if (found := configs[0].get("_class_name")) != "UNet2DModel":
-        raise ValueError(f"teacher {name!r} has a unet of type {found}: a UNet2DModel is needed")
-    schedule = HSIVIScheduler.from_config(configs[1])
-    check_shift(repr(name), schedule, configs[1].get("_class_name", "scheduler"))
-    return configs[0], schedule
+def read_teacher(name: str, revision: str | None) -> tuple[dict[str, Any], HSIVIScheduler]:
+    """Reads the config of a teacher's network, and its schedule; no weights are asked for."""
+    try:
+        configs = read_configs(name, revision)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    return {**configs.network}, check(repr(name), configs)
 
 
-def make_unet(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> UNet2DModel:
+def vae_memory(name: str, revision: str | None) -> int:
+    """Bytes of the weights of a VAE, by its config."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(name, subfolder="vae", revision=revision))
+    return _bytes(vae.parameters())
+
+
+def make_network(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Network:
+    kind = UNet2DModel if config["_class_name"] == "UNet2DModel" else DiTTransformer2DModel
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return UNet2DModel.from_config(config)
+        return kind.from_config(config)
     finally:
         torch.set_default_dtype(before)
 
@@ -135,7 +131,7 @@ def make_fake_state(
     """Makes the state of the run without weights; to be called within a `FakeTensorMode`."""
     half = config.precision != "no"  # the two are of one size
     accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="bf16" if half else "no")
-    unets = (make_unet(shape, torch.bfloat16 if half else torch.float32), make_unet(shape), make_unet(shape))
+    unets = (make_network(shape, torch.bfloat16 if half else torch.float32), make_network(shape), make_network(shape))
     with meter:
         networks = make_networks(unets, schedule, config)
     meter.add(parameter for unet in unets for parameter in unet.parameters())
@@ -174,7 +170,7 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
             peak = meter.peak
             with _counting(state) as call, torch.no_grad():
                 no_level = torch.zeros(1, dtype=torch.long)
-                classes = no_level if state.bridge.network.unet.config.num_class_embeds else None
+                classes = no_level if state.bridge.num_classes else None
                 state.bridge.score(torch.randn(1, *state.bridge.shape), no_level, classes)
         _, one, two = counts
     total = {name: one[name] + (wanted - 1) * (two[name] - one[name]) for name in one}
@@ -240,18 +236,20 @@ def seconds_per_flop(shape: dict[str, Any], config: HSIVIConfig) -> tuple[float,
         device = torch.accelerator.current_accelerator() or device
         name = f"on GPU {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"on {device.type}"
     half = HALF.get(config.precision, torch.float32)
-    unet = make_unet(shape).to(device).eval()
+    network = make_network(shape).to(device).eval()
 
     def clock() -> float:
         return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.perf_counter()
 
     def call(rows: int) -> float:
-        classes = unet.config.num_class_embeds
-        x = torch.randn(rows, *sample_shape(unet), device=device)
-        labels = torch.zeros(rows, dtype=torch.long, device=device) if classes else None
+        x, zeros = (
+            torch.randn(rows, *sample_shape(network), device=device),
+            torch.zeros(rows, dtype=torch.long, device=device),
+        )
+        labels = zeros if num_labels(network) else None
         begin = clock()
         with torch.no_grad(), torch.autocast(device.type, half, enabled=half != torch.float32):
-            float(unet(x, 0, class_labels=labels).sample.sum())  # a number, for which a GPU must have finished
+            float(network(x, zeros, class_labels=labels).sample.sum())  # a number, for which a GPU must have finished
         return clock() - begin
 
     with FlopCounterMode(display=False) as counter:
@@ -267,9 +265,11 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
         return
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # accelerate would wait for the others
         os.environ.pop(name, None)
-    shape, schedule = read_configs(teacher, revision)
+    shape, schedule = read_teacher(teacher, revision)
     cost, (speed, clock) = measure(shape, schedule, config), seconds_per_flop(shape, config)
     seconds = speed * cost.flops
+    if shape["_class_name"] != "UNet2DModel":
+        cost.memory["VAE"] = vae_memory(teacher, revision)
     calls = ", ".join(f"{name} {number:.1f}" for name, number in cost.calls.items())
     lines = [
         f"{teacher}, {', '.join(map(str, config.depths))} steps, preset {config.preset}: "

@@ -19,8 +19,10 @@ from tqdm.auto import tqdm
 
 from ..vi import Step
 from .guidance import guided
+from .ode import run_solver
 from .pairs import TeacherPairs
 from .state import TrainingState
+from .teachers import decode
 
 EVERY = 20  # updates between two lines of the trackers
 COLUMNS, ROWS = 8, 4  # of a sample grid, whose first row is the teacher's
@@ -118,13 +120,19 @@ class Progress:
             torch.randn(COLUMNS, *bridge.shape, generator=torch.Generator().manual_seed(0)),
             None if labels is None else torch.tensor(labels) * len(bridge.scales),
             min(TEACHER_CALLS, len(bridge.scheduler) // 2),  # a schedule may have few timesteps
+            clip=self.state.host is None,
         )
-        return pairs.end / 2 + 0.5
+        return decode(self.state.host, pairs.end).cpu()
 
     def _draw_student(self, size: int) -> Tensor:
         """Images of the averaged student in [0, 1], shape (size, C, H, W), on the CPU."""
-        pipeline = self.state.make_pipeline()
-        pipeline.set_progress_bar_config(disable=True)
-        generator, labels = torch.Generator().manual_seed(0), self._labels(size)
-        images: Tensor = pipeline(size, generator, class_labels=labels, output_type="pt", return_dict=False)[0]
-        return images.float().cpu()
+        student, labels, bridge = self.state.averaged(), self._labels(size), self.state.bridge
+        condition = None if labels is None else torch.tensor(labels, device=student.unet.device) * len(bridge.scales)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(size, *bridge.shape, generator=generator).to(student.unet.device)
+        settings = {
+            "generator": generator,
+            "noise_scale": None if student.noise_scale is None else student.noise_scale(),
+        }
+        x = run_solver(student.unet, student.scheduler, noise, max(student.depths), condition, **settings)
+        return decode(self.state.host, x).cpu()

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..folders import remove_folder, replace_folder
-from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
 from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
 from .bridge import TeacherBridge
@@ -26,6 +26,7 @@ from .denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
 from .networks import Networks
 from .pairs import TeacherPairs
 from .student import UNetCritic, UNetLayers
+from .teachers import make_pipeline
 
 NOISE_SCALE_LEARNING_RATE = 1e-2
 
@@ -51,7 +52,7 @@ class TrainingState:
 
     def __init__(self, networks: Networks, config: HSIVIConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
-        self.fingerprint = networks.fingerprint
+        self.fingerprint, self.host = networks.fingerprint, networks.host
         scheduler, shape = networks.scheduler, sample_shape(networks.teacher)
         self.bridge = TeacherBridge(
             networks.teacher,
@@ -63,7 +64,7 @@ class TrainingState:
             for unet in (networks.teacher, networks.student, networks.critic):
                 unet.enable_gradient_checkpointing()
         unet = networks.student.requires_grad_(True).train()
-        self.student = UNetLayers(unet, scheduler, networks.noise_scale, config.clip_images)
+        self.student = UNetLayers(unet, scheduler, networks.noise_scale, config.clip_images and self.host is None)
         self.critic_unet = networks.critic
         told = self.bridge.num_layers if len(config.depths) > 1 else 0
         critic = UNetCritic(networks.critic.requires_grad_(True).train(), scheduler, told)
@@ -139,6 +140,7 @@ class TrainingState:
             torch.randn(number, *self.bridge.shape, generator=generator),  # of all pairs: too many for a GPU
             condition,
             batch_size=config.train_batch_size,
+            clip=self.host is None,
             show=self.accelerator.is_main_process,
         )
 
@@ -180,14 +182,17 @@ class TrainingState:
             for handle in handles:
                 handle.remove()
 
-    def make_pipeline(self) -> HSIVIPipeline:
+    def make_pipeline(self) -> DiffusionPipeline:
         """The averaged layers as a pipeline of their own, on the device of the run."""
+        student = self.averaged()
+        return make_pipeline(self.host, student.unet, student.scheduler, student.noise_scale)
+
+    def averaged(self) -> UNetLayers:
+        """A copy of the layers with the averaged weights, in evaluation mode."""
         student: UNetLayers = copy.deepcopy(self.student)
         self.ema.copy_to(student.parameters())
         student.unet.disable_gradient_checkpointing()
-        return HSIVIPipeline(
-            unet=student.unet.eval(), scheduler=student.scheduler, unet_noise_scale=student.noise_scale
-        )
+        return student.eval()
 
     def check_finite(self, step: int) -> None:
         """Raises DivergenceError if a weight is not finite after so many updates."""

@@ -12,7 +12,7 @@ from ..modeling_hsivi import HSIVINoiseScale
 from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.distributions import DiagonalGaussian
 from ..vi.layers import ConditionalLayers, hierarchy_ends
-from .denoisers import call_unet, denoise
+from .denoisers import Network, call_network, denoise
 
 
 class UNetCritic(nn.Module):
@@ -61,7 +61,7 @@ class UNetLayers(ConditionalLayers):
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: Network,
         scheduler: HSIVIScheduler,
         noise_scale: HSIVINoiseScale | None = None,
         clip_images: bool = False,
@@ -78,7 +78,7 @@ class UNetLayers(ConditionalLayers):
     def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
         """Returns q_t(. | x_next), see `ConditionalLayers`; the condition is class labels of shape (B,)."""
         level = self.scheduler.input_level(t)
-        model_output = call_unet(self.unet, x_next, self.scheduler.levels.time(level), condition)
+        model_output = call_network(self.unet, x_next, self.scheduler.levels.time(level), condition)
         several = len(self.scheduler.depths) > 1  # grids, which may share an input and not the output
         prev_level = self.scheduler.output_level(t) if several else None
         scale = None if self.noise_scale is None else self.noise_scale()
@@ -90,20 +90,22 @@ class UNetLayers(ConditionalLayers):
         return DiagonalGaussian(mean=mean, std=std)
 
 
-def label_layers(unet: UNet2DModel, num_layers: int) -> UNet2DModel:
+def label_layers(unet: Network, num_layers: int) -> UNet2DModel:
     """Returns a copy of a UNet that is told the layer, 0..L-1: for each one it starts as the UNet itself.
 
     The copy takes class labels, t of a UNet without classes, otherwise class * L + t.
 
     Raises:
-        ValueError: The classes of the UNet are no numbers.
+        ValueError: The classes of the UNet are no numbers, or it is a DiT.
     """
-    kind, classes = unet.config.class_embed_type, unet.config.num_class_embeds
-    if kind is not None:
+    is_unet = isinstance(unet, UNet2DModel)
+    if not is_unet or unet.config.class_embed_type is not None:
+        what = f"class_embed_type={unet.config.class_embed_type!r} of the unet" if is_unet else type(unet).__name__
         raise ValueError(
-            f"class_embed_type={kind!r} of the unet leaves no place to tell it a layer or a scale of guidance: train "
-            "one number of steps and one scale, where it need not be told"
+            f"{what} leaves no place to tell it a layer or a scale of guidance: train one number of steps and one "
+            "scale, where it need not be told"
         )
+    classes = unet.config.num_class_embeds
     labelled: UNet2DModel = UNet2DModel.from_config(unet.config, num_class_embeds=num_layers * (classes or 1))
     state, name = dict(unet.state_dict()), "class_embedding.weight"
     old = state[name] if classes else torch.zeros_like(labelled.class_embedding.weight[:1])

@@ -21,15 +21,14 @@ from diffusers import DiffusionPipeline
 
 from ..folders import write_json
 from ..hub import push
-from ..pipeline_hsivi import HSIVIPipeline
 from ..vi import DivergenceError, Step
 from .checkpoints import Checkpoints
 from .config import HSIVIConfig, complete
-from .denoisers import load_teacher
 from .networks import check_init_from, load_networks
 from .output import Output, check_teacher, claimed, finished, start_run
 from .progress import Progress
 from .state import TrainingState
+from .teachers import load_parts
 from .updates import InterruptedRunError as InterruptedRunError
 from .updates import fit_calls, run_updates
 
@@ -75,20 +74,21 @@ class HSIVITrainer:
         config.check()
         if config.init_from is not None:
             check_init_from(Path(config.init_from))
-        unet, schedule = load_teacher(teacher, revision)
+        network, schedule, host = load_parts(teacher, revision)
         name = None if isinstance(teacher, DiffusionPipeline) else os.fspath(teacher)
         self.teacher = {"pretrained_teacher_model": name, "revision": revision}
         self.callbacks = list(callbacks)
         self.accelerator = make_accelerator(config)
         set_seed(config.seed)
-        self.state = TrainingState(load_networks(unet, schedule, config, self.accelerator), config, self.accelerator)
+        networks = load_networks(network, schedule, config, self.accelerator, host)
+        self.state = TrainingState(networks, config, self.accelerator)
         self.progress = Progress(self.state)
         self.before_start: Callable[[], Any] = lambda: None  # called when the output folder is claimed
         self._has_trained = False
 
     @property
-    def pipeline(self) -> HSIVIPipeline:
-        """The averaged student as a pipeline of its own, on the device of the run."""
+    def pipeline(self) -> DiffusionPipeline:
+        """The averaged student on the device of the run: an `HSIVIPipeline`, or of a DiT a `DiTPipeline`."""
         return self.state.make_pipeline()
 
     def train(self, resume_from_checkpoint: str | None = None) -> dict[str, Any]:

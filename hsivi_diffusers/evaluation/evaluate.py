@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from ..distillation.denoisers import load_teacher, sample_shape
+from ..distillation.denoisers import Network, num_classes, sample_shape
 from ..distillation.guidance import GuidedNetwork, guided
 from ..distillation.ode import few_step_timesteps
+from ..distillation.teachers import image_shape, load_parts, load_student
 from ..images import load_images
 from ..options import option, parse_options
-from ..pipeline_hsivi import HSIVIPipeline
 from .features import check_packages, load_network
 from .metrics import FEWEST, PACKAGES, Measures, split_halves
 from .report import METRICS, OURS, Report, load_run
@@ -61,7 +61,11 @@ class Evaluation:
 
 
 def make_samplers(
-    options: Evaluation, student: HSIVIPipeline, unet: UNet2DModel | GuidedNetwork, config: Any
+    options: Evaluation,
+    student: DiffusionPipeline,
+    unet: Network | GuidedNetwork,
+    config: Any,
+    host: DiffusionPipeline | None = None,
 ) -> Iterator[tuple[str, int, Sampler, str]]:
     """The student at each of its step counts, then the baselines: method, network calls, sampler, grid.
 
@@ -86,25 +90,29 @@ def make_samplers(
         if method in ON_GRID:
             grids[f"{method}, few-step grid"] = few_step_timesteps(student.scheduler, sample_shape(unet), steps)
         for name, timesteps in grids.items():
-            solver = make_solver(method, steps, unet, config, timesteps=timesteps)
+            solver = make_solver(method, steps, unet, config, timesteps, host)
             yield name, calls * steps, solver, solver.grid
 
 
-def scale_of(options: Evaluation, student: HSIVIPipeline) -> float:
+def scale_of(options: Evaluation, student: DiffusionPipeline) -> float:
     """The scale of guidance that is measured; 1 of a student that has taken in none."""
     scales = student.scheduler.guidance_scales or [1.0]
     return float(scales[student.scheduler.guidance_index(options.guidance_scale)])
 
 
 def load_reference(
-    options: Evaluation, unet: UNet2DModel | GuidedNetwork, config: Any, classes: int | None
+    options: Evaluation,
+    unet: Network | GuidedNetwork,
+    config: Any,
+    classes: int | None,
+    host: DiffusionPipeline | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
     """Loads the real images, or samples the teacher, from other noise than the methods start from.
 
     Returns:
         Images in [0, 1], shape (N, C, H, W), labels of shape (N,) if they are known, and a name.
     """
-    channels, height, width = sample_shape(unet)
+    channels, height, width = image_shape(host, sample_shape(unet))
     if options.real_data is not None:
         if height != width or channels not in (1, 3):
             raise ValueError(
@@ -114,7 +122,7 @@ def load_reference(
         images, labels = load_images(options.real_data, height, channels)
         path = Path(options.real_data)
         return images.float() / 255, labels, path.resolve().name if path.exists() else options.real_data
-    solver = make_solver(REFERENCE, options.reference_steps, unet, config, timestep_spacing="trailing")
+    solver = make_solver(REFERENCE, options.reference_steps, unet, config, host=host, timestep_spacing="trailing")
     size = options.reference_samples
     images = draw("reference", solver, size, options.batch_size, options.eval_seed + 1, classes)
     labels = torch.arange(size) % classes if classes else None
@@ -153,14 +161,17 @@ def main(args: list[str] | None = None) -> None:
     training = load_run(run_dir)
     check_packages([*PACKAGES, "matplotlib"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    student = HSIVIPipeline.from_pretrained(run_dir / "pipeline").to(device)
+    student = load_student(run_dir / "pipeline").to(device)
     training["teacher"] = options.teacher or training["pretrained_teacher_model"]
-    unet, schedule = load_teacher(training["teacher"], None if options.teacher else training.get("revision"))
+    unet, schedule, host = load_parts(training["teacher"], None if options.teacher else training.get("revision"))
     unet.to(device).eval()
-    classes, teacher = student.num_classes, guided(unet, [scale_of(options, student)])
-    network, features = load_network(options.feature_extractor, unet.config.in_channels)
-    samplers = list(make_samplers(options, student, teacher, schedule.config))  # refuses counts that cannot be drawn
-    reference, labels, name = load_reference(options, teacher, schedule.config, classes)
+    if host is not None:
+        host.vae.to(device)
+    classes = num_classes(unet, bool(student.scheduler.guidance_scales)) or None
+    teacher = guided(unet, [scale_of(options, student)])
+    network, features = load_network(options.feature_extractor, image_shape(host, sample_shape(unet))[0])
+    samplers = list(make_samplers(options, student, teacher, schedule.config, host))  # refuses counts without a grid
+    reference, labels, name = load_reference(options, teacher, schedule.config, classes, host)
     measures = Measures(network.to(device), reference, METRICS)
 
     size, seed = options.num_samples, options.eval_seed

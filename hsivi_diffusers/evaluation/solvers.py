@@ -12,16 +12,17 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     IPNDMScheduler,
     SASolverScheduler,
-    UNet2DModel,
     UniPCMultistepScheduler,
 )
 
-from ..distillation.denoisers import sample_shape
+from ..distillation.denoisers import Network, sample_shape
 from ..distillation.guidance import GuidedNetwork
 from ..distillation.ode import run_solver, use_grid
+from ..distillation.teachers import decode
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
 
@@ -92,8 +93,9 @@ class Solver:
 
     scheduler: Any
     num_steps: int
-    unet: UNet2DModel | GuidedNetwork
+    unet: Network | GuidedNetwork
     settings: dict[str, Any] = field(default_factory=dict)
+    host: DiffusionPipeline | None = None  # whose VAE decodes, if it denoises latents
 
     @torch.no_grad()
     def __call__(self, batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -103,7 +105,7 @@ class Solver:
         given = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
         noise = torch.randn(batch_size, *sample_shape(self.unet), generator=generator).to(device)
         x = run_solver(self.unet, self.scheduler, noise, self.num_steps, labels, **self.settings, **given)
-        return (x / 2 + 0.5).clamp(0, 1)
+        return decode(self.host, x)
 
     @property
     def grid(self) -> str:
@@ -121,9 +123,10 @@ def shorten(timesteps: list[float]) -> str:
 def make_solver(
     method: str,
     num_steps: int,
-    unet: UNet2DModel | GuidedNetwork,
+    unet: Network | GuidedNetwork,
     config: Any,
     timesteps: Sequence[int] | None = None,
+    host: DiffusionPipeline | None = None,
     **settings: Any,
 ) -> Solver:
     """Returns a solver of the teacher.
@@ -134,6 +137,7 @@ def make_solver(
         unet: The teacher.
         config: Config of the teacher's scheduler.
         timesteps: Levels of the network calls; by default the solver's own grid.
+        host: The teacher's pipeline, if it has a VAE.
         **settings: Of the solver's scheduler, such as `timestep_spacing`, instead of those of SOLVERS and config.
 
     Raises:
@@ -151,7 +155,7 @@ def make_solver(
     scheduler = kind.from_config(config, **chosen)
     if timesteps is not None and kind is not HSIVIScheduler:
         use_grid(scheduler, schedule.levels.time(torch.tensor(timesteps)).tolist())
-    return Solver(scheduler, num_steps, unet, {"eta": 1.0} if method == "DDIM, eta 1" else {})
+    return Solver(scheduler, num_steps, unet, {"eta": 1.0} if method == "DDIM, eta 1" else {}, host)
 
 
 def _flow_options(method: str, kind: Any, schedule: HSIVIScheduler) -> dict[str, Any]:
@@ -164,8 +168,13 @@ def _flow_options(method: str, kind: Any, schedule: HSIVIScheduler) -> dict[str,
     return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": schedule.config.shift}
 
 
-def make_student(pipeline: HSIVIPipeline, num_steps: int | None = None, guidance_scale: float | None = None) -> Sampler:
+def make_student(
+    pipeline: DiffusionPipeline, num_steps: int | None = None, guidance_scale: float | None = None
+) -> Sampler:
     """Returns the distilled pipeline as a sampler, with one of its trained counts of calls, or the largest."""
+    if not isinstance(pipeline, HSIVIPipeline):  # a stock one, which gives the steps no generator
+        scheduler = pipeline.scheduler
+        return Solver(scheduler, num_steps or max(scheduler.depths), pipeline.transformer, host=pipeline)
     pipeline.set_progress_bar_config(disable=True)
 
     def sampler(batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None) -> torch.Tensor:

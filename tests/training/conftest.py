@@ -14,13 +14,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from hsivi_diffusers import cli, load_teacher
 from hsivi_diffusers.distillation.networks import load_networks
 from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from short_run import SETTINGS
+from tiny_dit import make_dit
 from tiny_unet import make_unet
 from training.benchmarks.images import train_baseline as train_program
 
@@ -42,6 +43,25 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="session")
 def class_teacher(tmp_path_factory):
     return save_teacher(tmp_path_factory.mktemp("class_teacher"), num_class_embeds=3)
+
+
+@pytest.fixture(scope="session")
+def flow_teacher(tmp_path_factory):
+    folder = save_teacher(tmp_path_factory.mktemp("flow_teacher"))
+    DDPMPipeline.from_pretrained(folder, scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dit_teacher(tmp_path_factory):
+    """A DiTPipeline of three classes, whose latents of 2 x 8 x 8 are images of 16x16."""
+    folder = tmp_path_factory.mktemp("dit_teacher")
+    make_dit().save_pretrained(folder)
+    index = folder / "model_index.json"  # where facebook/DiT-XL-2-256 names its classes, and diffusers saves none
+    index.write_text(
+        json.dumps({**json.loads(index.read_text()), "id2label": {"0": "cat, tiger", "1": "dog", "2": "owl"}})
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")

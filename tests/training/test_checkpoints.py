@@ -22,9 +22,9 @@ from accelerate import Accelerator
 
 from hsivi_diffusers import cli, load_teacher
 from hsivi_diffusers.distillation.checkpoints import Checkpoints
-from hsivi_diffusers.distillation.denoisers import fingerprint
 from hsivi_diffusers.distillation.output import Output, claimed, find_damage
 from hsivi_diffusers.distillation.state_dicts import load_state_dict, random_state, save_state_dict, set_random_state
+from hsivi_diffusers.distillation.teachers import fingerprint
 from hsivi_diffusers.distillation.trainer import signals_as_trigger
 from training.benchmarks.images import train_baseline, train_teacher, training_loop
 from training.benchmarks.images.training_loop import TrainingLoop

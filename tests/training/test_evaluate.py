@@ -36,7 +36,7 @@ def solver(teacher):
     """A solver of the teacher, and the list of the timesteps at which it calls the network."""
     unet, schedule = load_teacher(str(teacher))
     calls = []
-    unet.register_forward_pre_hook(lambda module, given: calls.append(int(given[1])))
+    unet.register_forward_pre_hook(lambda module, given: calls.append(int(given[1][0])))
 
     def make(method, num_steps):
         calls.clear()
@@ -490,7 +490,7 @@ def test_the_teacher_is_that_of_the_run_with_its_revision_unless_named(fast_run,
         asked.append((name, revision))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "load_teacher", load)
+    monkeypatch.setattr(evaluate, "load_parts", load)
     for extra in ([], ["--teacher=other"]):
         with pytest.raises(KeyboardInterrupt):
             evaluate.main([*arguments(folder, extractor), *extra])
@@ -569,7 +569,7 @@ def test_a_count_that_a_solver_cannot_draw_is_refused_before_work(fast_run, extr
 
 def test_a_missing_package_is_told_before_work(fast_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(evaluate, "load_teacher", lambda *given: pytest.fail("work was begun"))
+    monkeypatch.setattr(evaluate, "load_parts", lambda *given: pytest.fail("work was begun"))
     with pytest.raises(ValueError, match="^matplotlib missing: pip install"):
         evaluate.main([f"--run_dir={fast_run}"])
 

@@ -11,9 +11,9 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hsivi_diffusers import cli
 from hsivi_diffusers.distillation import plan
 from hsivi_diffusers.distillation.config import HSIVIConfig
-from hsivi_diffusers.distillation.denoisers import load_teacher
 from hsivi_diffusers.distillation.networks import load_networks
 from hsivi_diffusers.distillation.state import TrainingState
+from hsivi_diffusers.distillation.teachers import load_teacher
 from tiny_unet import make_unet
 from training.benchmarks.images import make_teacher
 
@@ -56,7 +56,7 @@ def measure(tiny_teacher):
     """Measures a run with 2 layers and 4 rows, of two critic updates; settings by keyword."""
 
     def call(name=tiny_teacher, **settings):
-        return plan.measure(*plan.read_configs(name, None), make_config(**settings))
+        return plan.measure(*plan.read_teacher(name, None), make_config(**settings))
 
     return call
 
@@ -97,7 +97,7 @@ def test_a_plan_is_of_the_levels_of_the_run(tmp_path):
     """They follow from the numbers of the schedule, which a fake tensor has not."""
     DDPMPipeline(make_unet(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(tmp_path)
     config, accelerator = make_config(), Accelerator(cpu=True)
-    configs = plan.read_configs(tmp_path, None)
+    configs = plan.read_teacher(tmp_path, None)
     with plan.FakeTensorMode(allow_non_fake_inputs=True):
         planned = plan.make_fake_state(*configs, config, plan.Meter())
     run = TrainingState(load_networks(*load_teacher(tmp_path), config, accelerator), config, accelerator)
@@ -242,7 +242,7 @@ def test_what_is_written_is_as_large_as_said(distil, tiny_teacher, measured, tmp
 
 
 def test_the_speed_is_taken_from_a_real_network(teacher):
-    shape, _ = plan.read_configs(teacher, None)
+    shape, _ = plan.read_teacher(teacher, None)
     speed, clock = plan.seconds_per_flop(shape, make_config())
     assert 1e-13 < speed < 1e-6
     assert clock == "CPU time of this process measured alone, 1 thread(s)"
@@ -275,8 +275,8 @@ def folder_of_configs(tiny_teacher, tmp_path):
 
 def test_the_configs_may_lie_in_one_folder(folder_of_configs, tiny_teacher):
     """As in the repos google/ddpm-*."""
-    shape, schedule = plan.read_configs(folder_of_configs(flat=True), None)
-    shape_there, schedule_there = plan.read_configs(tiny_teacher, None)
+    shape, schedule = plan.read_teacher(folder_of_configs(flat=True), None)
+    shape_there, schedule_there = plan.read_teacher(tiny_teacher, None)
     assert shape == shape_there
     assert schedule.config == schedule_there.config
 

@@ -12,15 +12,20 @@ KINDS = {
     "fast": {"preset": "fast"},
     "paper": {"preset": "paper", "max_train_steps": 3, "critic_updates": 1},
     "classes": {"max_grad_norm": 0.5, "max_train_steps": 3, "critic_updates": 1},
+    "guided": {"guidance_scale": (1.0, 3.0), "max_train_steps": 3, "critic_updates": 1},
+    "flow": {"max_train_steps": 3, "critic_updates": 1, "noise_eta": 0.0},
+    "dit": {"guidance_scale": 3.0, "max_train_steps": 3, "critic_updates": 1},
 }
 
 
 @pytest.fixture(scope="module")
-def make(launch, distil, class_teacher):
+def make(launch, distil, class_teacher, flow_teacher, dit_teacher):
     """Does a run of a kind, or what is left of one: several processes of their own, or batches in this one."""
 
+    teachers = {"classes": class_teacher, "guided": class_teacher, "flow": flow_teacher, "dit": dit_teacher}
+
     def run(folder, kind, *flags, processes=1, **options):
-        teacher = {"pretrained_teacher_model": class_teacher} if kind == "classes" else {}
+        teacher = {"pretrained_teacher_model": teachers[kind]} if kind in teachers else {}
         options = {**KINDS[kind], **teacher, **options}
         if processes == 1:
             return distil(folder, *flags, **options)
@@ -64,7 +69,9 @@ def test_two_batches_an_update_are_not_one(fast_run, accumulated, differences):
 
 
 @pytest.mark.parametrize(
-    ("kind", "second"), [("fast", PROCESSES), ("fast", ACCUMULATION), ("paper", ACCUMULATION), ("classes", PROCESSES)]
+    ("kind", "second"),
+    [("fast", PROCESSES), ("fast", ACCUMULATION), ("paper", ACCUMULATION), ("classes", PROCESSES)]
+    + [("guided", ACCUMULATION), ("flow", PROCESSES), ("dit", ACCUMULATION)],
 )
 def test_a_run_resumes_with_its_batches_in_other_processes(
     make, accumulated, parallel, tmp_path, differences, kind, second

@@ -26,7 +26,7 @@ def read(path, *arguments):
     """Configs of the teacher and the config of a recipe; the run of `init_from` need not be there."""
     groups = [Teacher, HSIVIConfig, PushAtEnd]
     config = parse_options(groups, "", ["--config", str(path), *arguments], aliases=ALIASES)[1]
-    return *plan.read_configs(TRAINING / "teachers" / TEACHERS[path.stem.split("_")[0]], None), config
+    return *plan.read_teacher(TRAINING / "teachers" / TEACHERS[path.stem.split("_")[0]], None), config
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -24,7 +24,7 @@ def test_a_consistency_model_is_sampled_as_by_a_pipeline_of_diffusers(consistenc
     calls = []
     unet = consistency_model.unet
     sampler = Solver(LCMScheduler.from_config(consistency_model.scheduler.config), num_steps, unet)
-    handle = unet.register_forward_pre_hook(lambda module, given: calls.append(int(given[1])))
+    handle = unet.register_forward_pre_hook(lambda module, given: calls.append(int(given[1][0])))
     (images,) = sample(sampler, 3, 3, seed=0)
     handle.remove()
     assert len(calls) == num_steps

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from hsivi_diffusers.distillation.plan import read_configs
+from hsivi_diffusers.distillation.plan import read_teacher
 from hsivi_diffusers.folders import claim_output_dir
 from hsivi_diffusers.options import option, parse_options, run_command
 
@@ -28,7 +28,7 @@ class Options:
 
 def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Options], __doc__ or "", args=args)
-    config, scheduler = read_configs(str(options.teacher), None)
+    config, scheduler = read_teacher(str(options.teacher), None)
     output_dir = claim_output_dir(options.output_dir, keep=False)
     set_seed(0)
     pipeline = DDPMPipeline(unet=UNet2DModel.from_config(config), scheduler=DDPMScheduler.from_config(scheduler.config))

@@ -27,9 +27,10 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from hsivi_diffusers import load_teacher
-from hsivi_diffusers.distillation.denoisers import fingerprint, sample_shape
+from hsivi_diffusers.distillation.denoisers import sample_shape
 from hsivi_diffusers.distillation.output import Output, check_output, check_teacher, claimed, start_run
 from hsivi_diffusers.distillation.pairs import PAIR_CALLS
+from hsivi_diffusers.distillation.teachers import fingerprint
 from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command

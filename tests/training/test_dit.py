@@ -1,0 +1,214 @@
+"""DiTPipeline teachers: latents, labels, learned variance, and students that stay in the stock pipeline."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from hsivi_diffusers import (
+    HSIVIConfig,
+    HSIVIPipeline,
+    HSIVIScheduler,
+    HSIVITrainer,
+    TeacherBridge,
+    cli,
+    load_teacher,
+    push,
+)
+from hsivi_diffusers.distillation import plan
+from hsivi_diffusers.distillation.denoisers import denoise, num_classes, num_labels, sample_shape
+from hsivi_diffusers.distillation.networks import make_networks
+from hsivi_diffusers.distillation.pairs import TeacherPairs
+from hsivi_diffusers.distillation.teachers import decode
+from hsivi_diffusers.evaluation import evaluate
+from short_run import SETTINGS
+from tiny_dit import make_dit
+
+NONE = 3  # the last of four labels
+DRAW = {"guidance_scale": 1.0, "num_inference_steps": 2, "output_type": "np"}
+
+
+@pytest.fixture
+def stock():
+    return make_dit()
+
+
+@pytest.fixture(scope="module")
+def run(distil, dit_teacher, tmp_path_factory):
+    return distil(tmp_path_factory.mktemp("dit") / "run", pretrained_teacher_model=dit_teacher, validation_steps=5)
+
+
+@pytest.fixture
+def student(run):
+    pipeline = DiTPipeline.from_pretrained(run / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_it_is_loaded_with_its_schedule(dit_teacher, stock):
+    network, schedule = load_teacher(str(dit_teacher))
+    assert isinstance(network, DiTTransformer2DModel)
+    assert torch.equal(schedule.alphas_cumprod, stock.scheduler.alphas_cumprod)
+    assert (sample_shape(network), num_labels(network), num_classes(network)) == ((2, 8, 8), 4, 3)
+
+
+def test_it_denoises_as_the_stock_pipeline_does(stock):
+    x, level, labels = torch.randn(3, 2, 8, 8), torch.tensor([10, 400, 900]), torch.tensor([0, 2, NONE])
+    x0, eps = denoise(stock.transformer, HSIVIScheduler(), x, level, labels)
+    told = stock.transformer(x, level, class_labels=labels).sample[:, :2]
+    torch.testing.assert_close(eps, told)
+    alpha, sigma = HSIVIScheduler().alpha_sigma(level, x)
+    torch.testing.assert_close(alpha * x0 + sigma * eps, x)
+
+
+def test_no_label_is_dropped_in_training(stock):
+    networks = make_networks((stock.transformer,) * 3, HSIVIScheduler(), HSIVIConfig(num_inference_steps=2))
+    x, labels = torch.randn(64, 2, 8, 8), torch.arange(64) % 3
+    outputs = [networks.student.train(mode)(x, torch.full((64,), 300), labels).sample for mode in (True, False)]
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("scale", [None, 4.0])
+def test_the_bridge_guides_by_the_label_for_no_class(stock, scale):
+    scheduler = HSIVIScheduler(layer_timesteps=[440, 220, 10], noise_eta=1.0, guidance_scale=scale)
+    bridge, x = TeacherBridge(stock.transformer, scheduler), torch.randn(3, 2, 8, 8)
+    level, labels = torch.tensor([10, 200, 400]), torch.tensor([0, 1, 2])
+    of_class, of_none = (
+        stock.transformer(x, level, class_labels=each).sample[:, :2] for each in (labels, torch.full((3,), NONE))
+    )
+    told = of_class if scale is None else of_none + scale * (of_class - of_none)
+    _, sigma = scheduler.alpha_sigma(level, x)
+    torch.testing.assert_close(bridge.score(x, level, labels), -told / sigma, rtol=1e-3, atol=1e-4)
+    assert bridge.num_classes == 3
+
+
+def test_latents_are_not_clipped_and_become_the_images_of_the_stock_pipeline(stock):
+    noise, labels = 3 * torch.randn(3, 2, 8, 8), torch.tensor([0, 1, 2])
+    pairs = TeacherPairs(stock.transformer, HSIVIScheduler(layer_timesteps=[999, -1]), noise, labels, clip=False)
+    assert pairs.end.abs().max() > 1
+    stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
+    generator = torch.Generator().manual_seed(3)
+    images = stock([0, 1], 1.0, generator, num_inference_steps=4, output_type="pt").images
+    latents = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+    stock.scheduler.set_timesteps(4)
+    for timestep in stock.scheduler.timesteps:
+        output = stock.transformer(latents, timestep.expand(2), class_labels=torch.tensor([0, 1])).sample[:, :2]
+        latents = stock.scheduler.step(output, timestep, latents).prev_sample
+    torch.testing.assert_close(decode(stock, latents), images)
+
+
+def test_the_student_is_a_stock_pipeline_with_our_scheduler(student, run, dit_teacher):
+    assert isinstance(student.scheduler, HSIVIScheduler)
+    assert student.get_label_ids(["tiger", "owl"]) == [0, 2]
+    before, _ = load_teacher(str(dit_teacher))
+    assert not torch.equal(student.transformer.proj_out_2.weight, before.proj_out_2.weight)
+    assert student([0, 1, 2], **DRAW).images.shape == (3, 16, 16, 3)
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        student([0])
+    assert {"step-0.png", "step-5.png"} <= {path.name for path in (run / "samples").iterdir()}
+    assert Image.open(run / "samples" / "step-5.png").size[0] >= 512
+
+
+def test_without_noise_images_follow_from_the_generator_alone(dit_teacher, tmp_path):
+    config = HSIVIConfig(**SETTINGS, noise_eta=0.0, guidance_scale=4.0, output_dir=str(tmp_path / "run"))
+    trainer = HSIVITrainer(str(dit_teacher), config)
+    trainer.train()
+    pipeline = trainer.pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    first, again = (pipeline([0, 1], generator=torch.Generator().manual_seed(5), **DRAW).images for _ in range(2))
+    assert (first == again).all()
+
+
+def test_a_pipeline_of_ones_own_is_left_as_it_was(stock, tmp_path):
+    before = {name: weight.clone() for name, weight in stock.transformer.state_dict().items()}
+    HSIVITrainer(stock, HSIVIConfig(**SETTINGS, output_dir=str(tmp_path / "run"))).train()
+    assert all(torch.equal(weight, before[name]) for name, weight in stock.transformer.state_dict().items())
+    assert isinstance(stock.scheduler, DDIMScheduler)
+
+
+def test_a_run_goes_on_from_another(run, dit_teacher, distil, tmp_path):
+    distil(tmp_path / "next", pretrained_teacher_model=dit_teacher, init_from=run)
+    assert (tmp_path / "next" / "pipeline" / "transformer").is_dir()
+
+
+def test_one_step_starts_with_pairs(dit_teacher, distil, tmp_path):
+    options = {"num_inference_steps": 1, "num_pairs": 8, "pair_steps": 2}
+    folder = distil(tmp_path / "run", pretrained_teacher_model=dit_teacher, **options)
+    assert json.loads((folder / "training.json").read_text())["network_calls"] > 8 * 15
+
+
+def test_it_is_planned_with_its_vae(dit_teacher, make_config, capsys):
+    shape, schedule = plan.read_teacher(str(dit_teacher), None)
+    cost = plan.measure(shape, schedule, make_config())
+    network, _ = load_teacher(str(dit_teacher))
+    assert cost.parameters["each network"] == network.num_parameters()
+    plan.print_plan(str(dit_teacher), make_config())
+    text = capsys.readouterr().out
+    assert "VAE" in text
+    vae = DiTPipeline.from_pretrained(dit_teacher).vae
+    assert plan.vae_memory(str(dit_teacher), None) == 4 * vae.num_parameters()
+
+
+def test_the_command_draws_each_image_by_its_own_seed(run, tmp_path):
+    for batch in (2, 5):
+        cli.main(
+            ["sample", f"--pipeline={run}", f"--output_dir={tmp_path / str(batch)}", "--num_samples=5"]
+            + [f"--batch_size={batch}", "--class_label", "1", "2"]
+        )
+    for number in range(5):
+        one, two = (Image.open(tmp_path / batch / f"{number:05d}.png") for batch in ("2", "5"))
+        difference = max(abs(a - b) for a, b in zip(one.tobytes(), two.tobytes(), strict=True))
+        assert difference <= 1  # a batch of another size is summed in another order
+
+
+def test_it_is_pushed_and_pulled_by_the_stock_pipeline(run, student, logged_in):
+    push(student, "alice/dit", run_dir=run)
+    pulled = DiTPipeline.from_pretrained("alice/dit")
+    drawn = []
+    for pipeline in (student, pulled):
+        torch.manual_seed(1)  # of the noise of the steps, which the pipeline gives no generator
+        drawn.append(pipeline([0, 1], generator=torch.Generator().manual_seed(2), **DRAW).images)
+    assert (drawn[0] == drawn[1]).all()
+    assert pulled.get_label_ids(["dog"]) == [1]
+    card = ModelCard.load("alice/dit").text
+    assert "pipeline(class_labels=[0], num_inference_steps=2, guidance_scale=1).images" in card
+    assert "would guide a second time" in card
+
+
+def test_it_is_measured_against_solvers_of_the_teacher(run):
+    evaluate.main(
+        [
+            f"--run_dir={run}",
+            "--num_samples=20",
+            "--reference_samples=20",
+            "--ddpm_steps=0",
+            "--ddim_steps=0",
+            "--reference_steps=3",
+            "--solver_steps",
+            "2",
+        ]
+    )
+    rows = json.loads((run / "report.json").read_text())["rows"]
+    assert {(row["method"], row["nfe"]) for row in rows} >= {("HSIVI", 2), ("UniPC", 2)}
+    assert all(row["kid"] > -100 for row in rows)
+    assert Image.open(run / "samples.png").size[0] >= 16 * 16
+
+
+@pytest.mark.parametrize("options", [{"noise_scale_type": "per_pixel"}, {"num_inference_steps": [1, 2]}])
+def test_what_a_dit_cannot_be_told_is_refused(dit_teacher, tmp_path, options):
+    config = HSIVIConfig(**{**SETTINGS, **options}, output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="DiT"):
+        HSIVITrainer(str(dit_teacher), config)
+
+
+def test_a_teacher_is_not_drawn_from_and_a_student_does_not_teach(dit_teacher, run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sample", f"--pipeline={dit_teacher}", f"--output_dir={tmp_path / 'drawn'}"])
+    assert "was not distilled" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a sampler that was distilled: give the teacher it had"):
+        load_teacher(str(run / "pipeline"))
+    with pytest.raises(ValueError, match="HSIVIPipeline draws with a UNet2DModel alone"):
+        HSIVIPipeline.from_pretrained(run / "pipeline")
