@@ -40,6 +40,10 @@ benchmark: $(VENV)/installed
 	for set in digits fashion emoji mnist; do \
 		$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_$$set.yaml $(BENCHMARK) || exit; \
 	done
+	for scale in 1 2 4; do \
+		$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_guided.yaml \
+			--guidance_scale $$scale --dataset "w = $$scale" $(BENCHMARK) || exit; \
+	done
 	$(BIN)/python -m training.benchmarks.images.benchmark_pages
 
 lint: $(VENV)/installed

@@ -47,6 +47,11 @@ class GuidedNetwork(nn.Module):
         return UNet2DOutput(sample=of_none + w.reshape(-1, *[1] * (x.ndim - 1)) * (of_class - of_none))
 
 
+def calls_of_step(network: Network | GuidedNetwork) -> int:
+    """Network calls of a step of the teacher: two with guidance."""
+    return 2 if isinstance(network, GuidedNetwork) else 1
+
+
 def guided(unet: Network, scales: Sequence[float]) -> Network | GuidedNetwork:
     """Returns the teacher that is followed, guided if a scale is not 1."""
     return unet if [*scales] == [1] else GuidedNetwork(unet, scales)

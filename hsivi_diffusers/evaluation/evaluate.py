@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from ..distillation.denoisers import Network, num_classes, sample_shape
-from ..distillation.guidance import GuidedNetwork, guided
+from ..distillation.guidance import GuidedNetwork, calls_of_step, guided
 from ..distillation.ode import few_step_timesteps
 from ..distillation.teachers import image_shape, load_parts, load_student
 from ..images import load_images
@@ -78,7 +78,7 @@ def make_samplers(
         if student.scheduler.guidance_scales:
             grid += f"; guidance {scale_of(options, student)}"
         yield OURS, nfe, make_student(student, nfe, options.guidance_scale), grid
-    calls = 2 if isinstance(unet, GuidedNetwork) else 1
+    calls = calls_of_step(unet)
     few = dict.fromkeys(max(1, nfe // calls) for nfe in [*counts, 2 * max(counts)])
     baselines = [(method, steps) for steps in options.solver_steps or few for method in BASELINES]
     if not student.scheduler.is_flow:

@@ -33,6 +33,9 @@ MEASURES = {
     "swd": Measure("SWD", ".4f"),
     "class_tv": Measure("class TV", ".3f"),
     "teacher_tv": Measure("TV to teacher", ".3f"),
+    "accuracy": Measure("accuracy", ".4f", higher_is_better=True),
+    "class_fd": Measure("FD of a class"),
+    "class_recall": Measure("recall of a class", ".3f", higher_is_better=True),
     "nearest": Measure("nearest", ".3f", higher_is_better=True),
 }
 

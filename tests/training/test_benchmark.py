@@ -17,7 +17,7 @@ from hsivi_diffusers.distillation.checkpoints import Checkpoints
 from hsivi_diffusers.evaluation.solvers import make_student, sample
 from hsivi_diffusers.folders import LOCK
 from hsivi_diffusers.options import parse_options
-from training.benchmarks.images import benchmark, benchmark_results, train_teacher
+from training.benchmarks.images import benchmark, benchmark_results, set_teacher, train_teacher
 from training.benchmarks.images.benchmark_pages import CONSISTENCY, OURS, PAIRS, PROGRESSIVE, REAL, SOLVER, TEACHER
 from training.benchmarks.images.spaces import OF_CLASSIFIER
 
@@ -275,7 +275,7 @@ def test_baselines_that_are_not_named_are_left_out(copied, monkeypatch, no_pages
     for method in (PAIRS, PROGRESSIVE, CONSISTENCY):
         forget(folder, method)
     given = [text for text in arguments if not text.startswith(("--pairs", "--progressive", "--consistency"))]
-    monkeypatch.setattr(benchmark, "sample", lambda *given: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(set_teacher, "sample", lambda *given: pytest.fail("nothing is missing"))
     benchmark.main(given)
 
 
@@ -311,7 +311,7 @@ def test_a_stopped_benchmark_measures_only_what_is_missing(copied, monkeypatch, 
         drawn.append((type(sampler.scheduler), sampler.num_steps, given[2]))
         return sample(sampler, *given)
 
-    monkeypatch.setattr(benchmark, "sample", recorded)
+    monkeypatch.setattr(set_teacher, "sample", recorded)
     benchmark.main(arguments)
     assert [(steps, seed) for _, steps, seed in drawn] == [(3, 1), (1, 0), (2, 0)]
     assert [kind for kind, _, _ in drawn[1:]] == [HSIVIScheduler, UniPCMultistepScheduler]
@@ -469,10 +469,10 @@ def test_a_teacher_with_classes_draws_all_of_them_equally(copied, class_teacher,
         return sample(*given)
 
     monkeypatch.setattr(benchmark, "_call", call)
-    monkeypatch.setattr(benchmark, "sample", recorded)
+    monkeypatch.setattr(set_teacher, "sample", recorded)
     folders = [f"--{kind}_dir={folder / 'classes' / kind}" for kind in ("output", "runs")]
     students = ["--students", str(folder / "student.yaml")]
-    benchmark.main([*given, f"--teacher={class_teacher}", *students, *folders, "--seeds=2"])
+    benchmark.main([*given, f"--teacher={class_teacher}", *students, *folders, "--seeds=2", "--num_samples=30"])
     rows = benchmark_results.read_rows(folder / "classes/output/results.json")
     assert {row["method"] for row in rows} == {REAL, TEACHER, SOLVER, OURS}
     assert asked == [3] * (len(rows) + 1)  # and of the images of the teacher that rows are compared with
@@ -554,3 +554,40 @@ def test_a_failed_training_ends_the_benchmark(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(SystemExit, match="failing distil --config none.yaml ended with status 2"):
         benchmark._call("failing distil", ["--config", "none.yaml"])
+
+
+# ----- guidance -----
+
+
+@pytest.fixture
+def guided(arguments, tmp_path):
+    """A benchmark of the guided digits teacher: 1 call by ours, 4 by a solver of 2 steps."""
+    student = next(text for text in arguments if text.endswith("student.yaml"))
+    (tmp_path / "solvers.json").write_text(
+        json.dumps({"rows": [tuned("digits", "UniPC", 4, {"timesteps": [400, 140]}, 1.0)]})
+    )
+    return [
+        *["--dataset=digits", f"--teacher={ROOT / 'assets/digits_guided_ddpm'}", "--guidance_scale=2"],
+        *[f"--classifier={ROOT / 'assets/digits_classifier'}", f"--students={student}", "--seeds=0"],
+        *[f"--solvers={tmp_path / 'solvers.json'}", "--teacher_steps=6", "--num_samples=80", "--batch_size=80"],
+        *[f"--output_dir={tmp_path / 'docs'}", f"--runs_dir={tmp_path / 'runs'}"],
+    ]
+
+
+def test_a_guided_benchmark_draws_all_classes_and_counts_two_calls_a_step(guided, tmp_path, monkeypatch, no_pages):
+    monkeypatch.setattr(benchmark, "_call", call)
+    benchmark.main(guided)
+    rows = {(row["method"], row["nfe"]): row for row in rows_of(tmp_path)}
+    assert rows.keys() == {(REAL, 0), (TEACHER, 6), (SOLVER, 4), (OURS, 1)}
+    assert all(row["guidance_scale"] == 2 for row in rows.values())
+    assert rows[REAL, 0]["accuracy"] > 0.95
+    assert rows[REAL, 0]["class_shares"] == pytest.approx([0.1] * 10, abs=0.03)
+    assert rows[OURS, 1]["accuracy"] < rows[SOLVER, 4]["accuracy"] + 0.5
+    (run,) = (tmp_path / "runs" / "digits").iterdir()
+    assert HSIVIPipeline.from_pretrained(run / "pipeline").scheduler.config.guidance_scale == 2
+
+
+def test_baselines_know_no_guidance(guided, arguments):
+    progressive = next(text for text in arguments if text.startswith("--progressive="))
+    with pytest.raises(ValueError, match="progressive distillation know no guidance"):
+        benchmark.main([*guided, progressive])

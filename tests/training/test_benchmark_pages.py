@@ -136,6 +136,27 @@ def test_recall_and_coverage_are_held_against_a_solver_of_many_calls():
     ]
 
 
+@pytest.mark.parametrize(("scale", "calls"), [({}, 20), ({"guidance_scale": 1.0}, 20), ({"guidance_scale": 2.0}, 40)])
+def test_the_accuracy_is_held_against_a_solver_of_twenty_steps(scale, calls):
+    rows = [row(OURS, 2, 1.0, 0.1, seed, accuracy=each, **scale) for seed, each in enumerate((0.97, 0.99))]
+    rows += [row(SOLVER, calls, 1.0, 0.1, accuracy=0.999, **scale), row(SOLVER, 10, 1.0, 0.1, accuracy=1.0, **scale)]
+    told = f"0.98 of accuracy of tuned solver at {calls}"
+    assert lines_of(goals_table(rows)) == [["2", told, "0.9800 / 0.9790", "", "reached"]]
+    rows[0]["accuracy"] = 0.96
+    assert lines_of(goals_table(rows))[0][-1] == "missed"
+
+
+def test_the_distance_of_a_class_is_held_against_a_solver_of_ten_steps():
+    rows = [
+        row(OURS, 1, 1.0, 0.1, 0, class_fd=2.0, class_recall=0.9),
+        row(SOLVER, 10, 1.0, 0.1, class_fd=1.5, class_recall=0.9),
+    ]
+    assert lines_of(goals_table(rows)) == [
+        ["1", "FD of a class of tuned solver at 10", "2.00 / 1.50", "", "missed"],
+        ["1", "recall of a class of tuned solver at 10", "0.900 / 0.900", "", "reached"],
+    ]
+
+
 def test_without_ours_or_what_they_are_held_against_no_goal_is_told():
     for rows in ([row(SOLVER, 5, 1.0, 0.1)], [row(OURS, 1, 1.0, 0.1, 0)], [row(f"{OURS} paper", 1, 1.0, 0.1, 0)]):
         assert goals_table(rows).startswith("No goal can be told")

@@ -230,7 +230,7 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
             for method in BASELINES
         ],
         *[(f"{name}_classifier", [train_classifier.Training]) for name in SETS],
-        *[(f"solvers_{name}", [tune_solvers.Options]) for name in ("digits", *SETS)],
+        *[(f"solvers_{name}", [tune_solvers.Options]) for name in ("digits", "guided", *SETS)],
     ],
 )
 def test_the_configs_parse_for_their_programs(name, groups):
@@ -239,7 +239,7 @@ def test_the_configs_parse_for_their_programs(name, groups):
     assert differences(options, yaml.safe_load(path.read_text())) == ""
 
 
-@pytest.mark.parametrize("name", ["digits", *SETS])
+@pytest.mark.parametrize("name", ["digits", "guided", *SETS])
 def test_the_configs_parse_for_the_benchmark(name):
     from training.benchmarks.images import benchmark
 
@@ -263,10 +263,9 @@ def test_no_config_is_left_untested():
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
         *[f"digits_{part}.yaml" for part in ("t5", "t1248", "evaluation", "teacher", "guided_teacher")],
-        *[f"solvers_{name}.yaml" for name in ("digits", *SETS)],
+        *[f"{kind}_{name}.yaml" for name in ("digits", "guided", *SETS) for kind in ("solvers", "benchmark")],
         *[f"{name}_{part}.yaml" for name in SETS for part in ("teacher", "classifier", "t4")],
         *[f"{name}_{method}.yaml" for name in ("digits", *SETS) for method in BASELINES],
-        *[f"benchmark_{name}.yaml" for name in ("digits", *SETS)],
     }
 
 

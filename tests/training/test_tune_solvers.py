@@ -10,12 +10,13 @@ import torch
 from diffusers import DDPMScheduler
 
 from hsivi_diffusers import load_teacher
+from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.metrics import Measures, total_variation
 from hsivi_diffusers.evaluation.solvers import SOLVERS, make_solver, sample
 from hsivi_diffusers.images import load_images
 from training.benchmarks.images import benchmark_results, solver_pages, tune_solvers
 from training.benchmarks.images import spaces as spaces_module
-from training.benchmarks.images.spaces import OF_CLASSIFIER, SetMeasures, Space, make_spaces
+from training.benchmarks.images.spaces import OF_CLASSIFIER, ClassMeasures, SetMeasures, Space, make_spaces
 
 ASSETS = Path(__file__).parents[2] / "assets"
 
@@ -91,6 +92,31 @@ def test_a_row_has_distances_to_real_images_and_to_those_of_the_teacher(digits, 
     assert measures(real)["class_shares"] == found["real_class_shares"]
     pair = found["class_shares"], found["real_class_shares"]
     assert found["class_tv"] == pytest.approx(total_variation(*pair))
+
+
+def test_images_are_held_against_the_class_that_was_asked_for(digits):
+    real, labels = digits
+    measures = ClassMeasures(ImageClassifier.from_pretrained(ASSETS / "digits_classifier").eval(), real, labels)
+    right, wrong = (measures(real, asked) for asked in (labels, (labels + 1) % 10))
+    assert right["accuracy"] > 0.98
+    assert wrong["accuracy"] < 0.02
+    assert right["class_fd"] < 1e-3 < wrong["class_fd"]
+    assert right["class_recall"] == 1 > wrong["class_recall"]
+    half = labels >= 5
+    (asked := labels.clone())[half] = (labels[half] + 1) % 10
+    assert measures(real, asked)["accuracy"] == pytest.approx(
+        (right["accuracy"] * (~half).sum() / len(half)).item(), abs=0.01
+    )
+
+
+def test_a_guided_solver_takes_two_calls_a_step(arguments, tmp_path):
+    guided = [f"--teacher={ASSETS / 'digits_guided_ddpm'}", "--guidance_scale=2", f"--output_dir={tmp_path}"]
+    guided += [f"--runs_dir={tmp_path}", "--solvers", "iPNDM", "--trials=2", "--calls"]
+    with pytest.raises(ValueError, match=r"--calls \[3\]: a guided step is two network calls: give even numbers"):
+        tune_solvers.main([*arguments, *guided, "4", "3"])
+    tune_solvers.main([*arguments, *guided, "4"])
+    (row,) = benchmark_results.read_rows(tmp_path / "solvers.json")
+    assert (row["calls"], len(row["settings"]["timesteps"])) == (4, 2)
 
 
 def test_each_solver_has_a_row_that_is_as_good_as_its_stock_settings(path):

@@ -26,11 +26,11 @@ import torch
 from diffusers import DDPMPipeline, LCMScheduler
 from tqdm import tqdm
 
-from hsivi_diffusers import HSIVIPipeline, load_teacher
+from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.cli import read_distillation
 from hsivi_diffusers.distillation.config import HSIVIConfig, read_settings
 from hsivi_diffusers.evaluation.pages import measured_on
-from hsivi_diffusers.evaluation.solvers import Sampler, Solver, make_solver, make_student, sample
+from hsivi_diffusers.evaluation.solvers import Sampler, Solver, make_student
 from hsivi_diffusers.folders import LOCK, in_turn, remove_folder, replace_folder
 from hsivi_diffusers.options import differences, option, parse_options, run_command
 
@@ -47,7 +47,8 @@ from .benchmark_pages import (
     is_shown,
     write_pages,
 )
-from .benchmark_results import Key, Results, key_of, read_rows, recipe_of
+from .benchmark_results import Key, Results, read_rows, recipe_of
+from .set_teacher import SetTeacher
 from .sets import load_labelled
 from .solver_pages import best_solvers
 from .spaces import SetMeasures
@@ -72,6 +73,7 @@ class Options:
     progressive: str | None = option(None, "config of train_baseline.py of a progressive distillation")
     consistency: str | None = option(None, "config of train_baseline.py of a consistency model")
     baseline_steps: list[int] = option([1, 2, 4], "network calls of the baselines, each of which has a student")
+    guidance_scale: float | None = option(None, "scale of guidance of teacher, solvers and students, not of baselines")
     seeds: list[int] = option([0, 1, 2], "training seeds of the students")
     baseline_seeds: list[int] = option([0], "training seeds of the baselines, each one of --seeds")
     solvers: str = option("docs/benchmarks/solvers.json", "solvers that were tuned, by tune_solvers.py")
@@ -107,14 +109,15 @@ class Comparison:
         # What a row tells of its images, and of the teacher's; the noise of a batch depends on its size.
         names = ("num_samples", "batch_size", "eval_seed", "teacher_steps")
         self.drawn = {name: getattr(options, name) for name in names}
+        if options.guidance_scale is not None:
+            self.drawn["guidance_scale"] = options.guidance_scale
         self.runs = Path(options.runs_dir) / str(options.dataset)
         self.results = Results(Path(options.output_dir), str(options.dataset))
         for folder in (self.runs, self.results.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
         _make(Path(str(options.teacher)), f"{__package__}.train_teacher", options.teacher_config, *RESUME)
         _make(Path(str(options.classifier)), f"{__package__}.train_classifier", options.classifier_config, *ANEW)
-        self.unet, self.schedule = load_teacher(str(options.teacher))
-        self.unet.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same images
+        self.teacher = SetTeacher(str(options.teacher), options.guidance_scale)
 
     def entries(self) -> list[Entry]:
         """Every row: the floor, the teacher and its solvers, students, and the baselines that have their cost."""
@@ -137,6 +140,8 @@ class Comparison:
         options = self.options
         given = {PAIRS: options.pairs, PROGRESSIVE: options.progressive, CONSISTENCY: options.consistency}
         configs = {method: config for method, config in given.items() if config is not None}
+        if configs and options.guidance_scale is not None:
+            raise ValueError(f"{', '.join(configs)} know no guidance: leave out their configs, or --guidance_scale")
         if configs and (lacking := sorted({*options.baseline_seeds} - {*options.seeds})):
             raise ValueError(
                 f"--baseline_seeds has {lacking}, and --seeds has not: a baseline is given the cost of our student of "
@@ -161,11 +166,14 @@ class Comparison:
     def _draw_real(
         self, batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Real images, drawn with replacement: what a perfect sampler would draw."""
-        return self.real[torch.randint(len(self.real), (batch_size,), generator=generator)]
+        """Real images, drawn with replacement, of the labels if there are any: what a perfect sampler would draw."""
+        if labels is None:
+            return self.real[torch.randint(len(self.real), (batch_size,), generator=generator)]
+        weights = (labels[:, None] == self.labels).float()
+        return self.real[torch.multinomial(weights, 1, generator=generator).squeeze(1)]
 
     def _teacher_sampler(self) -> Solver:
-        return make_solver("DPM-Solver++", self.options.teacher_steps, self.unet, self.schedule.config)
+        return self.teacher.solver("DPM-Solver++", self.options.teacher_steps)
 
     def _solvers(self) -> Iterator[Entry]:
         """The best tuned solver at each number of calls."""
@@ -174,7 +182,7 @@ class Comparison:
             raise ValueError(f"--solvers {path} is missing: name a file that tune_solvers.py has written")
         rows = [row for row in read_rows(path) if row["dataset"] == self.options.dataset]
         for row in best_solvers(rows):
-            solver = make_solver(row["solver"], row["calls"], self.unet, self.schedule.config, **row["settings"])
+            solver = self.teacher.solver(row["solver"], row["calls"], **row["settings"])
             told = {"solver": row["solver"], "settings": row["settings"]}
             yield Entry(SOLVER, row["calls"], None, partial(self._costless, solver), told=told)
 
@@ -184,33 +192,26 @@ class Comparison:
             _, settings, _ = read_distillation(self._arguments(config, seed), config, "")
             name = f"{OURS} paper" if settings.preset == "paper" else OURS
             name += ", one for all" if len(settings.depths) > 1 else ""
+            name += ", one for all scales" if has_scales(settings) else ""
             for nfe in settings.depths:
                 yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed, settings), settings)
 
     def _arguments(self, config: str, seed: int) -> list[str]:
         """What the program of a config is called with, for the teacher and a seed."""
         given = [f"--seed={seed}", f"--pretrained_teacher_model={self.options.teacher}"]
+        if self.options.guidance_scale is not None and "--guidance_scale" not in config:
+            given.append(f"--guidance_scale={self.options.guidance_scale}")
         return ["--config", *shlex.split(config), *given]
 
     def _make_student(self, config: str, nfe: int, seed: int, settings: HSIVIConfig) -> tuple[Sampler, Costs]:
-        folder, costs = self._train(config, seed, DISTIL, RESUME)
+        folder, costs = self._train(config, seed, DISTIL, RESUME, shared=has_scales(settings))
         if changed := differences(read_settings(folder / "options.json"), settings.settings()):
             raise ValueError(
                 f"{folder} was trained with other options than {config} has ({changed}): name another "
                 "--runs_dir and --output_dir, or remove it and its rows"
             )
-        return make_student(HSIVIPipeline.from_pretrained(folder / "pipeline"), nfe), costs
-
-    def _cost_of(self, counts: Sequence[int], seed: int) -> tuple[float, int]:
-        """The most seconds and the most network calls of the trainings of our students, whose rows are there."""
-        keys = [(OURS, nfe, seed) for nfe in counts]
-        rows = [row for row in self.results.rows() if key_of(row) in keys]
-        if unknown := [row["nfe"] for row in rows if row["train_calls"] is None]:
-            raise ValueError(
-                f"the network calls of {OURS} at {unknown}, seed {seed}, are not known, for the run was killed at its "
-                "end: remove it and its rows"
-            )
-        return max(row["train_seconds"] for row in rows), max(row["train_calls"] for row in rows)
+        pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
+        return make_student(pipeline, nfe, self.options.guidance_scale), costs
 
     def _make_baseline(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
         """A progressive distillation to so many calls, or a regression on pairs, whose student takes one."""
@@ -225,7 +226,7 @@ class Comparison:
 
     def _train_as_long(self, config: str, counts: Sequence[int], seed: int) -> tuple[Path, Costs]:
         """Trains a baseline for at least the seconds and the network calls of our students of these calls."""
-        seconds, calls = self._cost_of(counts, seed)
+        seconds, calls = self.results.cost_of(OURS, counts, seed)
         limit = [f"--max_train_seconds={seconds}", f"--min_network_calls={calls}", *RESUME]
         folder, costs = self._train(config, seed, f"{__package__}.train_baseline", limit)
         if changed := differences(costs, train_baseline.settings_of(config)):
@@ -240,11 +241,13 @@ class Comparison:
             )
         return folder, costs
 
-    def _train(self, config: str, seed: int, program: str, arguments: Sequence[str]) -> tuple[Path, Costs]:
-        """Folder and cost of the training of a config and a seed: done before, or now."""
+    def _train(
+        self, config: str, seed: int, program: str, arguments: Sequence[str], shared: bool = False
+    ) -> tuple[Path, Costs]:
+        """Folder and cost of the training of a config and a seed: done before, or now; other sets may share it."""
         path, *others = shlex.split(config)
         words = [word.removeprefix("--").replace("/", "-") for word in others]
-        folder = self.runs / "_".join([Path(path).stem, *words, f"seed{seed}"])
+        folder = (self.runs.parent if shared else self.runs) / "_".join([Path(path).stem, *words, f"seed{seed}"])
         if not (folder / "training.json").exists():
             _call(program, [*self._arguments(config, seed), "--output_dir", str(folder), *arguments])
         return folder, json.loads((folder / "training.json").read_text())
@@ -270,7 +273,7 @@ class Comparison:
                 "nfe": entry.nfe,
                 "train_seed": entry.seed,
                 **self.drawn,
-                **measures(images),
+                **measures(images, self.teacher.asked(len(images))),
                 "train_seconds": costs.get("seconds"),
                 "train_calls": costs.get("network_calls"),
                 "recipe": entry.settings and recipe_of(entry.settings),
@@ -284,14 +287,18 @@ class Comparison:
 
     def _make_measures(self) -> SetMeasures:
         options = self.options
-        self.real, labels = load_labelled(options.real_data, self.unet)
+        self.real, self.labels = load_labelled(options.real_data, self.teacher.network)
         # From other noise than the rows: a solver of few steps would be near to these images, and not to the teacher.
         converged = self._draw(self._teacher_sampler(), options.eval_seed + 1)
-        return SetMeasures(Path(str(options.classifier)), self.real, labels, converged)
+        return SetMeasures(Path(str(options.classifier)), self.real, self.labels, converged)
 
     def _draw(self, sampler: Sampler, seed: int) -> torch.Tensor:
-        size, classes = self.options.num_samples, self.unet.config.num_class_embeds
-        return torch.cat([*sample(sampler, size, self.options.batch_size, seed, classes)])
+        return self.teacher.draw(sampler, self.options.num_samples, self.options.batch_size, seed)
+
+
+def has_scales(settings: HSIVIConfig) -> bool:
+    """Whether a student takes in several scales of guidance."""
+    return isinstance(settings.guidance_scale, list) and len(settings.guidance_scale) > 1
 
 
 def _make(folder: Path, program: str, config: str | None, *arguments: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,21 @@ class Results:
                     f"--students have now ({other}): remove that row, or name another --output_dir"
                 )
         return {key_of(row) for row in rows}
+
+    def cost_of(self, method: str, counts: Sequence[int], seed: int) -> tuple[float, int]:
+        """The most seconds and the most network calls of the trainings of a method to these calls.
+
+        Raises:
+            ValueError: The calls are not known.
+        """
+        keys = [(method, nfe, seed) for nfe in counts]
+        rows = [row for row in self.rows() if key_of(row) in keys]
+        if unknown := [row["nfe"] for row in rows if row["train_calls"] is None]:
+            raise ValueError(
+                f"the network calls of {method} at {unknown}, seed {seed}, are not known, for the run was killed at "
+                "its end: remove it and its rows"
+            )
+        return max(row["train_seconds"] for row in rows), max(row["train_calls"] for row in rows)
 
     def add(self, row: Row) -> None:
         """Writes one more row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,9 @@ from hsivi_diffusers.evaluation.pages import MEASURES
 COMPONENTS = 64  # of the pixels' PCA
 HIDDEN = (256, 64)  # widths of the MLP; the last one are the features
 MOST = 5000  # real images in a KID
+BATCH = 500  # images that are classified at once
 OF_CLASSIFIER = ("precision", "recall", "density", "coverage", "class_tv", "nearest")
+OF_CLASSES = ("accuracy", "class_fd", "class_recall")
 
 
 class PixelComponents(nn.Module):
@@ -91,6 +94,31 @@ def make_spaces(classifier: Path, real: Tensor, labels: Tensor) -> list[Space]:
     return [own, independent, _space("pixels", "fd", PixelComponents(real), real)]
 
 
+class ClassMeasures:
+    """How images suit the classes that they were asked for, in the features of a classifier.
+
+    - `accuracy`: share of the images that the classifier takes for the class asked for.
+    - `class_fd`, `class_recall`: FD and recall against the real images of that class; means over the classes.
+
+    Args:
+        classifier: The classifier of the set.
+        real: Its images in [0, 1], shape (N, C, H, W).
+        labels: Their classes, shape (N,).
+    """
+
+    def __init__(self, classifier: ImageClassifier, real: Tensor, labels: Tensor) -> None:
+        self.classifier = classifier
+        self.measures = [Measures(classifier, real[labels == each], ("fd", "recall")) for each in labels.unique()]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, asked: Tensor) -> dict[str, float]:
+        """Returns the numbers above, by name, of images asked for by the classes (N,)."""
+        seen = torch.cat([self.classifier.logits(batch).argmax(1) for batch in images.split(BATCH)])
+        found = [self.measures[each](images[asked == each]) for each in asked.unique().tolist()]
+        means = {f"class_{name}": mean(each[name] for each in found) for name in ("fd", "recall")}
+        return {"accuracy": (seen == asked).float().mean().item(), **means}
+
+
 class SetMeasures:
     """What a row of the benchmark of a set tells of its images.
 
@@ -105,13 +133,18 @@ class SetMeasures:
         self.spaces = make_spaces(classifier, real, labels)
         self.teacher_spaces = [space.beside(converged) for space in self.spaces]
         self.measures = Measures(self.spaces[0].measures.network, real, OF_CLASSIFIER)
+        self.class_measures = ClassMeasures(ImageClassifier.from_pretrained(classifier).eval(), real, labels)
 
-    def __call__(self, images: Tensor) -> dict[str, Any]:
-        """Returns distances to the real images and to the teacher's, by space, and the other measures, of images."""
+    def __call__(self, images: Tensor, asked: Tensor | None = None) -> dict[str, Any]:
+        """Returns distances to the real images and to the teacher's, by space, and the other measures, of images.
+
+        With the classes that they were asked for, shape (N,), also those of `ClassMeasures`.
+        """
         return {
             "distances": {space.name: space.distance(images) for space in self.spaces},
             "teacher_distances": {space.name: space.distance(images) for space in self.teacher_spaces},
             **self.measures(images),
+            **({} if asked is None else self.class_measures(images, asked)),
             "class_shares": self.measures.shares,
             "real_class_shares": self.measures.real_shares,
         }

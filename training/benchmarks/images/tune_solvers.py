@@ -29,14 +29,14 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from torch import Tensor
 
-from hsivi_diffusers import load_teacher
 from hsivi_diffusers.distillation.ode import power_timesteps
 from hsivi_diffusers.evaluation.pages import measured_on
-from hsivi_diffusers.evaluation.solvers import SOLVERS, make_solver, sample
+from hsivi_diffusers.evaluation.solvers import SOLVERS
 from hsivi_diffusers.folders import in_turn, write_json
 from hsivi_diffusers.options import option, parse_options, run_command
 
 from .benchmark_results import Row, read_rows
+from .set_teacher import SetTeacher
 from .sets import load_labelled
 from .solver_pages import score, write_page
 from .spaces import make_spaces
@@ -63,6 +63,7 @@ class Options:
     teacher: str | None = option(None, "folder of the teacher")
     classifier: str | None = option(None, "folder of the ImageClassifier")
     real_data: str = option("digits", "real images, see train_teacher.py")
+    guidance_scale: float | None = option(None, "scale of guidance; with another than 1 a step is two network calls")
     solvers: list[str] = option([*CHOICES], "solvers to tune")
     calls: list[int] = option([1, 2, 3, 4, 5, 8, 10, 15, 20], "network calls")
     trials: int = option(30, "settings to try for each solver and number of calls")
@@ -81,14 +82,15 @@ class Tuning:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.unet, self.schedule = load_teacher(str(options.teacher))
-        self.unet.eval().to(memory_format=torch.channels_last)
-        self.spaces = make_spaces(Path(str(options.classifier)), *load_labelled(options.real_data, self.unet))
+        self.teacher = SetTeacher(str(options.teacher), options.guidance_scale)
+        if odd := [calls for calls in options.calls if calls % self.teacher.step_calls]:
+            raise ValueError(f"--calls {odd}: a guided step is two network calls: give even numbers")
+        real = load_labelled(options.real_data, self.teacher.network)
+        self.spaces = make_spaces(Path(str(options.classifier)), *real)
 
     def draw(self, solver: str, calls: int, size: int, seed: int, **settings: Any) -> Tensor:
         """Images of a solver, shape (size, C, H, W)."""
-        sampler = make_solver(solver, calls, self.unet, self.schedule.config, **settings)
-        return torch.cat([*sample(sampler, size, self.options.batch_size, seed, self.unet.config.num_class_embeds)])
+        return self.teacher.draw(self.teacher.solver(solver, calls, **settings), size, self.options.batch_size, seed)
 
     def distances(self, images: Tensor) -> dict[str, float]:
         """Distances of images to the real ones, by the name of the space; infinite if an image is not finite."""
@@ -97,8 +99,10 @@ class Tuning:
 
     def score(self, solver: str, calls: int, trial: optuna.Trial) -> float:
         """What a trial is worth, see `solver_pages.score`."""
-        settings = suggest(trial, solver, calls, len(self.schedule))
-        with torch.autocast(self.unet.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bf16"):
+        settings = suggest(trial, solver, calls // self.teacher.step_calls, len(self.teacher.schedule))
+        with torch.autocast(
+            self.teacher.network.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bf16"
+        ):
             images = self.draw(solver, calls, self.options.tuning_samples, self.options.tuning_seed, **settings)
         found = self.distances(images.float())
         trial.set_user_attr("settings", settings)
@@ -106,7 +110,7 @@ class Tuning:
 
     def tune(self, solver: str, calls: int) -> Row:
         """The settings of the best trial, or the stock ones where they are better on the noise of `eval_seed`."""
-        options = self.options
+        options, steps = self.options, calls // self.teacher.step_calls
         study = optuna.create_study(
             study_name=f"{options.dataset}, {solver} at {calls}",
             storage=JournalStorage(JournalFileBackend(str(Path(options.runs_dir) / "trials.log"))),
@@ -114,9 +118,9 @@ class Tuning:
             load_if_exists=True,
         )
         rows, stock_settings = read_rows(Path(options.output_dir) / "solvers.json"), SOLVERS[solver][1]
-        others = [row["settings"] for row in rows if (row["solver"], row["calls"]) == (solver, calls)]
+        others = [row["settings"] for row in rows if (row["solver"], row["calls"]) == (solver, steps)]
         for first in [
-            *(as_trial(solver, found, len(self.schedule)) for found in others if found != stock_settings),
+            *(as_trial(solver, found, len(self.teacher.schedule)) for found in others if found != stock_settings),
             *first_trials(solver),
         ]:
             study.enqueue_trial(first, skip_if_exists=True)
@@ -171,7 +175,7 @@ def usual(solver: str) -> dict[str, Any]:
     return {name: parameters[name].default for name in names}
 
 
-def suggest(trial: optuna.Trial, solver: str, calls: int, clock: int) -> dict[str, Any]:
+def suggest(trial: optuna.Trial, solver: str, steps: int, clock: int) -> dict[str, Any]:
     """Settings of a trial: those of the scheduler, and `timesteps` where the grid is not a stock one."""
     settings: dict[str, Any] = {name: trial.suggest_categorical(name, kinds) for name, kinds in CHOICES[solver].items()}
     if solver in FINAL:
@@ -180,12 +184,12 @@ def suggest(trial: optuna.Trial, solver: str, calls: int, clock: int) -> dict[st
     if grid != "power":
         return {**settings, "timestep_spacing": grid}
     start = trial.suggest_float("start", 0.2, 0.999)
-    end = trial.suggest_float("end", 0.001, 0.2, log=True) if calls > 1 else start
-    power = trial.suggest_float("power", 0.7, 3) if calls > 2 else 1.0
+    end = trial.suggest_float("end", 0.001, 0.2, log=True) if steps > 1 else start
+    power = trial.suggest_float("power", 0.7, 3) if steps > 2 else 1.0
     first, last = (min(round(clock * share), clock - 1) for share in (start, end))
-    if calls > first - last + 1:
+    if steps > first - last + 1:
         raise optuna.TrialPruned
-    return {**settings, "timesteps": power_timesteps(calls, first, last, power)}
+    return {**settings, "timesteps": power_timesteps(steps, first, last, power)}
 
 
 def key_of(row: Row) -> tuple[str, int, str]:
