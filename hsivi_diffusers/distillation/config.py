@@ -74,6 +74,9 @@ class HSIVIConfig:
         True, True, False, "clip the mean of the last layer to [-1, 1] in training too; its gradient passes"
     )
     guidance_scale: float | list[float] | None = option(None, "scale or scales of guidance to take in; 1 is none")
+    class_shares: list[float] | None = option(
+        None, "share of each class among the images of training, in proportion; equal by default", common=False
+    )
     # ----- the objective -----
     objective: Literal["SM", "KL"] = by_preset("KL", "KL", "SM", "HSIVI-SM (score matching) or HSIVI-KL")
     scoring: Literal["own", "random", "between"] = by_preset(

@@ -60,6 +60,10 @@ RANGES: dict[str, Range] = {
     "start_spacing": FROM_0,
     "critic_updates": AT_LEAST_1,
     "guidance_scale": ("numbers from 0 on that differ, 1 for none", lambda value: _is_guidance(value)),
+    "class_shares": (
+        "a number from 0 on for each class, not all 0",
+        lambda value: all(0 <= share < math.inf for share in value) and sum(value) > 0,
+    ),
     "num_pairs": FROM_0,
     "pair_steps": ABOVE_0,
     "pair_learning_rate": ABOVE_0,

@@ -106,9 +106,10 @@ class Progress:
         self.accelerator.wait_for_everyone()
 
     def _labels(self, size: int) -> list[int] | None:
-        """Class labels in turn, of a class-conditional teacher."""
-        classes = self.state.bridge.num_classes
-        return [i % classes for i in range(size)] if classes else None
+        """Class labels in turn, of a class-conditional teacher; those that are not trained are left out."""
+        shares = self.config.class_shares or [1.0] * self.state.bridge.num_classes
+        classes = [label for label, share in enumerate(shares) if share]
+        return [classes[i % len(classes)] for i in range(size)] if classes else None
 
     @cached_property
     def _teacher_row(self) -> Tensor:

@@ -60,6 +60,10 @@ class TrainingState:
             (config.level_min, highest_level(scheduler, shape)),
             between_share=between_share(config),
         )
+        shares, classes = config.class_shares, self.bridge.num_classes
+        if shares is not None and len(shares) != classes:
+            remedy = "give as many" if classes else "leave it out"
+            raise ValueError(f"class_shares has {len(shares)} numbers, and the teacher {classes} classes: {remedy}")
         if config.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
                 unet.enable_gradient_checkpointing()
@@ -125,8 +129,18 @@ class TrainingState:
         """Draws conditions, class labels or see `guidance`, (size, generator) -> (size,); None without classes."""
         if not self.bridge.num_classes:
             return None
-        rows, device = self.bridge.num_classes * len(self.bridge.scales), self.student.unet.device
-        return lambda size, generator: torch.randint(rows, (size,), generator=generator).to(device)
+        scales, shares, device = len(self.bridge.scales), self.config.class_shares, self.student.unet.device
+        if shares is None:
+            rows = self.bridge.num_classes * scales
+            return lambda size, generator: torch.randint(rows, (size,), generator=generator).to(device)
+
+        weights = torch.tensor(shares, dtype=torch.float)
+
+        def draw(size: int, generator: torch.Generator | None) -> Tensor:
+            classes = torch.multinomial(weights, size, replacement=True, generator=generator)
+            return (classes * scales + torch.randint(scales, (size,), generator=generator)).to(device)
+
+        return draw
 
     def _make_pairs(self, place: int) -> TeacherPairs:
         """The share of the pairs of one micro-batch."""

@@ -10,6 +10,7 @@ from torch import nn
 from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge, cli
 from hsivi_diffusers.distillation.guidance import GuidedNetwork, guided
 from hsivi_diffusers.distillation.networks import carry_over, make_networks
+from hsivi_diffusers.distillation.progress import Progress
 from hsivi_diffusers.evaluation import evaluate
 from hsivi_diffusers.model_card import make_card
 from short_run import SETTINGS
@@ -104,6 +105,30 @@ def test_a_guided_student_is_trained_saved_and_told_its_scale(pipeline, tmp_path
         draw(guidance_scale=2)
     with pytest.raises(ValueError, match="the classes of this unet are 0 to 2"):
         student(1, class_labels=[3])
+
+
+def test_classes_are_trained_by_their_shares(pipeline, tmp_path):
+    config = HSIVIConfig(
+        **SETTINGS, guidance_scale=[1.0, 3.0], class_shares=[2, 0, 1], output_dir=str(tmp_path / "run")
+    )
+    state = HSIVITrainer(pipeline, config).state
+    drawn = state.sample_condition(6000, torch.Generator().manual_seed(0))
+    counts = drawn.bincount(minlength=6) / len(drawn)  # of class * 2 + scale
+    assert counts.tolist() == pytest.approx([1 / 3, 1 / 3, 0, 0, 1 / 6, 1 / 6], abs=0.02)
+    assert Progress(state)._labels(5) == [0, 2, 0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ([1.0, 1.0], "class_shares has 2 numbers, and the teacher 3 classes: give as many"),
+        ([0.0, 0.0, 0.0], "class_shares=.* give a number from 0 on for each class, not all 0"),
+        ([1.0, -1.0, 1.0], "class_shares=.* give a number from 0 on for each class"),
+    ],
+)
+def test_shares_that_are_not_those_of_the_classes_are_refused(pipeline, tmp_path, shares, message):
+    with pytest.raises(ValueError, match=message):
+        train(pipeline, tmp_path / "run", guidance_scale=2.0, class_shares=shares)
 
 
 def test_a_guided_run_resumes_to_the_same_bits(pipeline, tmp_path, same_tensors):
