@@ -203,6 +203,7 @@ def sample(args: Sequence[str]) -> None:
     from PIL import Image, ImageOps
     from tqdm import tqdm
 
+    from .distillation.denoisers import num_classes
     from .folders import claim_output_dir
 
     (options,) = parse_options([Sampling], SAMPLE, args, "hsivi sample")
@@ -219,7 +220,7 @@ def sample(args: Sequence[str]) -> None:
     pipeline.scheduler.set_timesteps(options.num_inference_steps)  # refuses a count that was not trained
     pipeline.scheduler.guidance_index(options.guidance_scale)
     ours = isinstance(pipeline, HSIVIPipeline)
-    number = (pipeline.num_classes if ours else pipeline.transformer.config.num_embeds_ada_norm) or 0
+    number = (pipeline.num_classes if ours else num_classes(pipeline.transformer)) or 0
     if any(not 0 <= label < number for label in options.class_label):
         known = f"classes 0 to {number - 1}" if number else "no classes, leave it out"
         raise ValueError(f"--class_label {options.class_label}: this pipeline has {known}")

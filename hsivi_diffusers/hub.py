@@ -244,7 +244,10 @@ def write_repo(
 
 
 def class_names(pipeline: DiffusionPipeline) -> dict[str, dict[str, str]]:
-    """The names of the classes of a DiTPipeline, as its index has them; diffusers loads and does not save them."""
+    """The names of the classes of a DiTPipeline for its index, which diffusers reads and does not write.
+
+    Of several classes of one name the last one keeps it, for the pipeline knows no other.
+    """
     names: dict[str, str] = {}
     for name, number in getattr(pipeline, "labels", {}).items():
         names[str(number)] = f"{names[str(number)]}, {name}" if str(number) in names else name

@@ -63,11 +63,13 @@ After `import hsivi_diffusers`, `DiffusionPipeline.from_pretrained` loads it as 
 """
 
 
-STOCK_NOTE = """\
-A larger `guidance_scale` would guide a second time, and double the network calls. If the images must be the same each
-time, call `torch.manual_seed` before, for some pipelines pass no generator to the steps.
+GUIDES = """\
+{why} If the images must be the same each time, call `torch.manual_seed` before, for some pipelines pass no generator to
+the steps.
 
 """
+TWICE = "Guidance is in the weights: a larger `guidance_scale` would guide a second time."
+NEVER = "It was trained without guidance, so keep `guidance_scale=1`."
 
 
 def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -213,7 +215,7 @@ def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: b
         imports = f"from diffusers import {name}"
         return USE.format(
             installed=code(name, inputs, f"import hsivi_diffusers\n{imports}"),
-            more=STOCK_NOTE if guides else "",
+            more=GUIDES.format(why=TWICE if pipeline.scheduler.guidance_scales else NEVER) if guides else "",
             without=textwrap.fill(WITHOUT.format(files="`scheduler/hsivi_diffusers.py`"), 120),
             alone=code(name, inputs, imports, ", trust_remote_code=True"),
             counts=f"pass {one_of(counts)}, any other is refused",

@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,8 @@ class HSIVIPipeline(DiffusionPipeline):
             with suppress(OSError):  # which the loading itself reports
                 options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
                 _check_kind(pretrained_model_name_or_path, cls.load_config(pretrained_model_name_or_path, **options))
-        try:
+        with naming_damage():
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except OSError as error:
-            file = re.search(r"Unable to load weights from checkpoint file for '([^']+)'", str(error))
-            if file is None:
-                raise
-            raise ValueError(
-                f"{file[1]} is damaged or incomplete: download it again (force_download=True), or copy it again"
-            ) from error
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
@@ -248,6 +241,20 @@ class HSIVIPipeline(DiffusionPipeline):
         return {"class_labels": labels.to(device=device, dtype=torch.long)}
 
 
+@contextmanager
+def naming_damage() -> Iterator[None]:
+    """Makes a ValueError that names the file of what diffusers raises for damaged weights."""
+    try:
+        yield
+    except OSError as error:
+        file = re.search(r"Unable to load weights from checkpoint file for '([^']+)'", str(error))
+        if file is None:
+            raise
+        raise ValueError(
+            f"{file[1]} is damaged or incomplete: download it again (force_download=True), or copy it again"
+        ) from error
+
+
 def check_finite_weights(module: torch.nn.Module, name: str) -> None:
     """Refuses, with ValueError, weights that are NaN or infinite; those on the meta device and of 8 bits are passed."""
     for key, weight in module.state_dict().items():
@@ -270,9 +277,15 @@ def one_of(choices: list[Any]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+def parts_of(index: dict[str, Any]) -> set[str]:
+    """Returns the parts of a pipeline by its model_index.json, without those that are left out."""
+    listed = {part: kind for part, kind in index.items() if isinstance(kind, list | tuple) and part[0] != "_"}
+    return {part for part, kind in listed.items() if len(kind) == 2 and kind[0]}
+
+
 def _check_kind(name: str | os.PathLike, index: dict[str, Any]) -> None:
     """Refuses what model_index.json says to be more than a unet and a scheduler, or to have no unet."""
-    parts = {part for part, kind in index.items() if isinstance(kind, list | tuple) and kind[0] and part[0] != "_"}
+    parts = parts_of(index)
     others = sorted(parts - {"unet", "scheduler", "unet_noise_scale"})
     if others or "unet" not in parts:
         kind = index.get("_class_name")

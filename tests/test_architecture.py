@@ -133,7 +133,10 @@ ALLOWED = {
         EVALUATE,
     ),
     "cli": (
-        {f"distillation/{noun}" for noun in ("config", "networks", "output", "plan", "teachers", "trainer")}
+        {
+            f"distillation/{noun}"
+            for noun in ("config", "denoisers", "networks", "output", "plan", "teachers", "trainer")
+        }
         | {"vi/*", "evaluation/evaluate", "folders", "hub", "options", "pipeline_hsivi"},
         {"torch", "diffusers", "huggingface_hub", "tqdm", "PIL"},
     ),

@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
     UNet2DConditionModel,
@@ -370,6 +372,30 @@ def test_a_teacher_of_a_rectified_flow_is_loaded_unless_its_levels_depend_on_the
     assert (schedule.is_flow, schedule.config.shift) == (True, 3.0)
     with pytest.raises(ValueError, match="its FlowMatchEulerDiscreteScheduler has use_dynamic_shifting, so its noise"):
         load_teacher(str(tmp_path / "dynamic"))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "left_out"),
+    [
+        (DDPMScheduler(), {"beta_start", "trained_betas", "beta_end", "beta_schedule"}),
+        (FlowMatchEulerDiscreteScheduler(), {"shift", "use_dynamic_shifting"}),
+        (DPMSolverMultistepScheduler(), {"prediction_type", "use_flow_sigmas", "num_train_timesteps"}),
+    ],
+    ids=["betas", "flow", "solver"],
+)
+def test_a_config_that_leaves_defaults_out_is_read_as_diffusers_reads_it(teacher_folder, scheduler, left_out):
+    named = {"scheduler": ["diffusers", type(scheduler).__name__], "feature_extractor": []}
+    for file, change in (("model_index.json", named), ("unet/config.json", {})):
+        content = {**json.loads((teacher_folder / file).read_text()), **change}
+        content.pop("out_channels" if "unet" in file else "", None)
+        (teacher_folder / file).write_text(json.dumps(content))
+    config = {name: value for name, value in scheduler.config.items() if name not in left_out}
+    (teacher_folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="takes 1 channels and returns 3"):  # the default of a UNet2DModel
+        load_teacher(str(teacher_folder))
+    unet = teacher_folder / "unet" / "config.json"
+    unet.write_text(json.dumps({**json.loads(unet.read_text()), "out_channels": 1}))
+    assert len(load_teacher(str(teacher_folder))[1]) == 1000
 
 
 def test_another_kind_of_unet_is_refused(tmp_path):

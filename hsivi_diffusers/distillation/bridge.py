@@ -12,7 +12,7 @@ from ..vi.bridges import Bridge
 from ..vi.distributions import DiagonalGaussian
 from ..vi.layers import hierarchy_ends
 from ..vi.objectives import Weight
-from .denoisers import Network, num_classes, num_labels, sample_shape
+from .denoisers import Network, num_classes, sample_shape
 from .guidance import guided
 from .student import UNetCritic
 
@@ -46,11 +46,8 @@ class TeacherBridge(Bridge):
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
         self.guides, self.scales = bool(scheduler.guidance_scales), scheduler.guidance_scales or [1.0]
-        if self.guides and num_labels(unet) < 2:
-            raise ValueError(
-                f"guidance_scale={scheduler.config.guidance_scale}: the teacher has no class labels, of which the last "
-                "must be 'no class': leave guidance_scale out"
-            )
+        #: Classes to draw; 0 without. With guidance the last label of the teacher is none of them.
+        self.num_classes = num_classes(unet, self.guides)
         self.network = UNetCritic(guided(unet, self.scales), scheduler)
         if int(scheduler.output_level(torch.arange(self.num_layers)).min()) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
@@ -61,11 +58,6 @@ class TeacherBridge(Bridge):
         """Returns -eps*(x, level) / sigma_level, of the guided teacher if there is guidance."""
         score: Tensor = self.network(x, level, condition)
         return score
-
-    @property
-    def num_classes(self) -> int:
-        """Classes to draw; 0 without. With guidance the last label of the teacher is none of them."""
-        return num_classes(self.unet, self.guides)
 
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws x_T ~ N(0, I) on the teacher's device."""

@@ -30,7 +30,16 @@ def num_labels(network: Any) -> int:
 
 
 def num_classes(network: Any, guides: bool = False) -> int:
-    """Classes that are drawn, 0 without: all labels but "no class", which a UNet has if it guides, and a DiT always."""
+    """Classes that are drawn, 0 without: all labels but "no class", which a UNet has if it guides, and a DiT always.
+
+    Raises:
+        ValueError: It guides, and has no such labels.
+    """
+    if guides and num_labels(network) < 2:
+        raise ValueError(
+            "guidance_scale was given, and the teacher has no class labels, of which the last must be 'no class': "
+            "leave guidance_scale out"
+        )
     return num_labels(network) - (guides or "num_embeds_ada_norm" in network.config)
 
 

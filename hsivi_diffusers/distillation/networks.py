@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
 from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
@@ -60,10 +60,10 @@ def make_networks(
 ) -> Networks:
     """Returns teacher, student and critic with the grid of the student; the noise scale is 1."""
     teacher, student, critic = three
-    if host is not None and config.noise_scale_type == "per_pixel":
+    if config.noise_scale_type == "per_pixel" and not isinstance(teacher, UNet2DModel):
         raise ValueError(
-            f"noise_scale_type='per_pixel' is for pixels, and a {type(host).__name__} takes no learned noise scale: "
-            "set it to 'config'"
+            f"noise_scale_type='per_pixel' is for a UNet2DModel, and the teacher is a {type(teacher).__name__}, whose "
+            "pipeline takes no learned noise scale: set it to 'config'"
         )
     for each in three:
         keep_labels(each)
@@ -118,8 +118,13 @@ def check_init_from(run: Path) -> None:
 def carry_over(networks: Networks, run: Path) -> None:
     """Lets student, critic and noise scale start where a finished run ended; refuses those that do not fit."""
     pipeline = load_student(run / "pipeline")
-    critic = type(networks.critic).from_pretrained(run / "critic")
     student = getattr(pipeline, part_of(pipeline.components))
+    if type(student) is not type(networks.student):
+        raise ValueError(
+            f"init_from={str(run)!r} has a {type(student).__name__}, and the teacher is a "
+            f"{type(networks.student).__name__}: give a run of the same teacher"
+        )
+    critic = type(networks.critic).from_pretrained(run / "critic")
     old, new = (each.guidance_scales for each in (pipeline.scheduler, networks.scheduler))
     if old != new and max(len(old), len(new)) > 1:
         raise ValueError(

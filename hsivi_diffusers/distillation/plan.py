@@ -110,9 +110,12 @@ def read_teacher(name: str, revision: str | None) -> tuple[dict[str, Any], HSIVI
 
 def vae_memory(name: str, revision: str | None) -> int:
     """Bytes of the weights of a VAE, by its config."""
+    try:
+        config = AutoencoderKL.load_config(name, subfolder="vae", revision=revision)
+    except OSError as error:
+        raise ValueError(f"teacher {name!r} has no config of a vae ({error}): give a whole pipeline") from error
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(name, subfolder="vae", revision=revision))
-    return _bytes(vae.parameters())
+        return _bytes(AutoencoderKL.from_config(config).parameters())
 
 
 def make_network(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Network:
@@ -266,10 +269,11 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # accelerate would wait for the others
         os.environ.pop(name, None)
     shape, schedule = read_teacher(teacher, revision)
+    vae = vae_memory(teacher, revision) if shape["_class_name"] != "UNet2DModel" else 0
     cost, (speed, clock) = measure(shape, schedule, config), seconds_per_flop(shape, config)
     seconds = speed * cost.flops
-    if shape["_class_name"] != "UNet2DModel":
-        cost.memory["VAE"] = vae_memory(teacher, revision)
+    cost.memory |= {"VAE": vae} if vae else {}
+    cost.written["pipeline"] += vae
     calls = ", ".join(f"{name} {number:.1f}" for name, number in cost.calls.items())
     lines = [
         f"{teacher}, {', '.join(map(str, config.depths))} steps, preset {config.preset}: "

@@ -9,23 +9,24 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, DiTPipeline, SchedulerMixin, UNet2DModel
+from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, SchedulerMixin, UNet2DModel
 from torch import Tensor
 
 from ..hub import class_names
 from ..modeling_hsivi import HSIVINoiseScale
-from ..pipeline_hsivi import HSIVIPipeline
+from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, naming_damage, parts_of
 from ..scheduling_hsivi import HSIVIScheduler
 from .denoisers import Network
 
 REMEDY = "give a folder or repo id that DiffusionPipeline.from_pretrained loads, such as google/ddpm-cifar10-32"
 SUPPORTED = "pipelines of a UNet2DModel and a scheduler, which make images of pixels, and a DiTPipeline"
-# Classes of networks that are distilled, by the part of a pipeline; that of DiT has an old name too.
-KINDS = {"unet": ("UNet2DModel",), "transformer": ("DiTTransformer2DModel", "Transformer2DModel")}
+KINDS: dict[str, type[Network]] = {"unet": UNet2DModel, "transformer": DiTTransformer2DModel}  # by part of a pipeline
 VAE_BATCH = 8  # latents that are decoded at once
 
 
@@ -71,11 +72,11 @@ def load_parts(
     schedule = check(name, _configs_of(pipeline, name))
     _check_levels(name, schedule, pipeline.scheduler)
     network = getattr(pipeline, part_of(pipeline.components))
-    return (
-        copy.deepcopy(network).float() if pipeline is teacher else network,
-        schedule,
-        pipeline if isinstance(pipeline, DiTPipeline) else None,
-    )
+    host = pipeline if isinstance(pipeline, DiTPipeline) else None
+    if pipeline is not teacher:
+        return network, schedule, host
+    host = host and _like(host, vae=copy.deepcopy(host.vae).float())  # the one given stays as it is
+    return copy.deepcopy(network).float(), schedule, host
 
 
 def _load(name: str, revision: str | None) -> DiffusionPipeline:
@@ -115,35 +116,47 @@ def read_configs(name: str, revision: str | None) -> Configs:
     index: dict[str, Any] = {}
     with suppress(OSError):  # which network and scheduler can do without
         index = DiffusionPipeline.load_config(name, revision=revision)
-    listed = {part for part, kind in index.items() if isinstance(kind, list | tuple) and kind[0] and part[0] != "_"}
-    part = part_of(listed)
-    return Configs(
-        index.get("_class_name", "pipeline"),
-        listed or {"unet", "scheduler"},
-        _read_config(name, part, revision),
-        _read_config(name, "scheduler", revision),
-    )
+    parts = parts_of(index) or {"unet", "scheduler"}
+    named = {part: index.get(part, [None, None])[1] for part in (part_of(parts), "scheduler")}
+    network, scheduler = (_read_config(name, part, kind, revision) for part, kind in named.items())
+    if network["_class_name"] == "Transformer2DModel" and network.get("norm_type") == "ada_norm_zero":
+        network["_class_name"] = DiTTransformer2DModel.__name__  # as diffusers does
+    return Configs(index.get("_class_name", "pipeline"), parts, network, scheduler)
 
 
-def _read_config(name: str, part: str, revision: str | None) -> dict[str, Any]:
+def _read_config(name: str, part: str, kind: str | None, revision: str | None) -> dict[str, Any]:
+    """Reads the config of a part, and completes it by the defaults of its class in diffusers, if there is one."""
     reader: Any = HSIVIScheduler if part == "scheduler" else UNet2DModel
     for subfolder in (part, None):  # the repos google/ddpm-* have all in one folder
         try:
-            return dict(reader.load_config(name, subfolder=subfolder, revision=revision))
+            config = dict(reader.load_config(name, subfolder=subfolder, revision=revision))
+            break
         except (OSError, ValueError) as error:
             cause = error
-    raise FileNotFoundError(f"teacher {name!r} has no config of a {part} ({cause}): {REMEDY}")
+    else:
+        raise FileNotFoundError(f"teacher {name!r} has no config of a {part} ({cause}): {REMEDY}")
+    named = config.get("_class_name", kind)
+    parameters = signature(getattr(diffusers, str(named), lambda: None)).parameters.values()
+    usual = {each.name: each.default for each in parameters if each.default is not each.empty}
+    return {**usual, **config, "_class_name": named}
 
 
 def _configs_of(pipeline: DiffusionPipeline, name: str) -> Configs:
-    """The configs of a loaded pipeline."""
-    network, scheduler = (getattr(pipeline, part, None) for part in (part_of(pipeline.components), "scheduler"))
+    """The configs of a loaded pipeline; a subclass goes by the name of its class here."""
+    part = part_of(pipeline.components)
+    network, scheduler = (getattr(pipeline, each, None) for each in (part, "scheduler"))
     if scheduler is None:
         raise ValueError(f"teacher {name} has no scheduler, which tells its noise levels: give a whole pipeline")
-    network, scheduler = (
-        {**getattr(part, "config", {}), "_class_name": type(part).__name__} for part in (network, scheduler)
+    return Configs(
+        _class_name(pipeline, DiTPipeline),
+        pipeline.components,
+        {**getattr(network, "config", {}), "_class_name": _class_name(network, KINDS[part])},
+        {**scheduler.config, "_class_name": type(scheduler).__name__},
     )
-    return Configs(type(pipeline).__name__, pipeline.components, network, scheduler)
+
+
+def _class_name(thing: Any, kind: type) -> str:
+    return (kind if isinstance(thing, kind) else type(thing)).__name__
 
 
 def check(name: str, configs: Configs) -> HSIVIScheduler:
@@ -152,10 +165,12 @@ def check(name: str, configs: Configs) -> HSIVIScheduler:
     others = sorted({*configs.parts} - {part, "scheduler"})
     if "unet_noise_scale" in configs.parts or kind == HSIVIPipeline.__name__:
         raise ValueError(f"teacher {name} is an HSIVIPipeline, a sampler that was distilled: give the teacher it had")
-    if others and kind != DiTPipeline.__name__:
-        raise ValueError(f"teacher {name} is a {kind} with {', '.join(others)}: only {SUPPORTED} can be distilled")
-    if (found := configs.network.get("_class_name")) not in KINDS[part]:
-        raise ValueError(f"teacher {name} has a {part} of type {found}, a {KINDS[part][0]} is needed")
+    if (others or part == "transformer") and kind != DiTPipeline.__name__:
+        raise ValueError(
+            f"teacher {name} is a {kind} with {', '.join(others or [part])}: only {SUPPORTED} can be distilled"
+        )
+    if (found := configs.network["_class_name"]) != KINDS[part].__name__:
+        raise ValueError(f"teacher {name} has a {part} of type {found}, a {KINDS[part].__name__} is needed")
     _check_agreement(name, part, configs)
     if configs.scheduler.get("layer_timesteps"):
         raise ValueError(f"teacher {name} has the scheduler of a sampler that was distilled: give the teacher it had")
@@ -173,8 +188,10 @@ def check(name: str, configs: Configs) -> HSIVIScheduler:
 
 def _check_agreement(name: str, part: str, configs: Configs) -> None:
     """Refuses a network and a scheduler that cannot have been trained together."""
-    config = configs.network
-    channels, outputs = config["in_channels"], config.get("out_channels") or config["in_channels"]
+    config, channels = configs.network, configs.network["in_channels"]
+    outputs = config["out_channels"] or channels
+    if part == "transformer" and not isinstance(config["sample_size"], int):
+        raise ValueError(f"teacher {name}: sample_size={config['sample_size']} of the transformer: it must be a number")
     if outputs not in (channels, 2 * channels):
         raise ValueError(
             f"teacher {name}: the {part} takes {channels} channels and returns {outputs}; a noise prediction has "
@@ -217,9 +234,16 @@ def make_pipeline(
     """Returns the sampler: an `HSIVIPipeline`, or one like the host, with another network and scheduler."""
     if host is None:
         return HSIVIPipeline(unet=student, scheduler=scheduler, unet_noise_scale=noise_scale)
-    pipeline: DiffusionPipeline = type(host)(**{**host.components, "transformer": student, "scheduler": scheduler})
-    pipeline.labels = host.labels
-    pipeline.register_to_config(**class_names(host))
+    student.register_to_config(out_channels=student.out_channels)  # which the pipeline asks for, and may be None
+    return _like(host, transformer=student, scheduler=scheduler, vae=copy.deepcopy(host.vae))
+
+
+def _like(host: DiffusionPipeline, **parts: Any) -> DiffusionPipeline:
+    """Returns a pipeline like another, with other parts; names of classes are no part."""
+    pipeline: DiffusionPipeline = type(host)(**{**host.components, **parts})
+    if hasattr(host, "labels"):
+        pipeline.labels = host.labels
+        pipeline.register_to_config(**class_names(host))
     return pipeline
 
 
@@ -227,13 +251,17 @@ def load_student(source: str | Path) -> DiffusionPipeline:
     """Loads what `make_pipeline` made.
 
     Raises:
-        ValueError: It is of another kind, or was not distilled.
+        ValueError: It is of another kind, was not distilled, or is damaged.
         OSError: It is missing.
     """
     kind = DiffusionPipeline.load_config(str(source)).get("_class_name")
-    pipeline = (DiTPipeline if kind == DiTPipeline.__name__ else HSIVIPipeline).from_pretrained(source)
+    if kind != DiTPipeline.__name__:
+        return HSIVIPipeline.from_pretrained(source)
+    with naming_damage():
+        pipeline = DiTPipeline.from_pretrained(source)
     if not hasattr(pipeline.scheduler, "trained_grids"):
         raise ValueError(f"{str(source)!r} is a {kind} that was not distilled: distil it with `hsivi distil`")
+    check_finite_weights(pipeline.transformer, "transformer")
     return pipeline
 
 

@@ -145,6 +145,11 @@ def test_a_folder_without_configs_is_refused_before_work(empty_teacher, tmp_path
     assert not (tmp_path / "made").exists()
 
 
+def test_a_teacher_of_another_network_is_not_made(dit_teacher, tmp_path):
+    with pytest.raises(ValueError, match="has a DiTTransformer2DModel: give one with a UNet2DModel"):
+        make(dit_teacher, tmp_path / "made")
+
+
 def test_a_filled_output_folder_is_refused(empty_teacher):
     folder = empty_teacher()
     with pytest.raises(ValueError, match="is not empty"):

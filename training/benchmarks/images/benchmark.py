@@ -11,10 +11,6 @@ train again, another --runs_dir too.
 
 from __future__ import annotations
 
-import json
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +23,12 @@ from diffusers import DDPMPipeline, LCMScheduler
 from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIPipeline
-from hsivi_diffusers.cli import read_distillation
-from hsivi_diffusers.distillation.config import HSIVIConfig, read_settings
+from hsivi_diffusers.distillation.config import HSIVIConfig
+from hsivi_diffusers.evaluation.metrics import FEWEST
 from hsivi_diffusers.evaluation.pages import measured_on
 from hsivi_diffusers.evaluation.solvers import Sampler, Solver, make_student
-from hsivi_diffusers.folders import LOCK, in_turn, remove_folder, replace_folder
-from hsivi_diffusers.options import differences, option, parse_options, run_command
+from hsivi_diffusers.folders import in_turn
+from hsivi_diffusers.options import option, parse_options, run_command
 
 from . import train_baseline
 from .benchmark_pages import (
@@ -52,11 +48,7 @@ from .set_teacher import SetTeacher
 from .sets import load_labelled
 from .solver_pages import best_solvers
 from .spaces import SetMeasures
-
-DISTIL = "hsivi_diffusers distil"
-RESUME = ("--resume_from_checkpoint", "latest")
-ANEW = ("--overwrite_output_dir", "true")
-Costs = dict[str, Any]  # of a training: its training.json
+from .trainings import ANEW, RESUME, Costs, Trainings, make, scales_of
 
 
 @dataclass
@@ -111,13 +103,16 @@ class Comparison:
         self.drawn = {name: getattr(options, name) for name in names}
         if options.guidance_scale is not None:
             self.drawn["guidance_scale"] = options.guidance_scale
-        self.runs = Path(options.runs_dir) / str(options.dataset)
+        runs, teacher = Path(options.runs_dir) / str(options.dataset), str(options.teacher)
+        self.trainings = Trainings(runs, teacher, options.guidance_scale)
         self.results = Results(Path(options.output_dir), str(options.dataset))
-        for folder in (self.runs, self.results.path.parent):
+        for folder in (runs, self.results.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        _make(Path(str(options.teacher)), f"{__package__}.train_teacher", options.teacher_config, *RESUME)
-        _make(Path(str(options.classifier)), f"{__package__}.train_classifier", options.classifier_config, *ANEW)
-        self.teacher = SetTeacher(str(options.teacher), options.guidance_scale)
+        make(Path(teacher), f"{__package__}.train_teacher", options.teacher_config, *RESUME)
+        make(Path(str(options.classifier)), f"{__package__}.train_classifier", options.classifier_config, *ANEW)
+        self.teacher = SetTeacher(teacher, options.guidance_scale)
+        if options.num_samples < (fewest := FEWEST * (self.teacher.classes or 1)):
+            raise ValueError(f"--num_samples {options.num_samples}: give {fewest} or more, {FEWEST} of each class")
 
     def entries(self) -> list[Entry]:
         """Every row: the floor, the teacher and its solvers, students, and the baselines that have their cost."""
@@ -188,28 +183,15 @@ class Comparison:
 
     def _students(self, config: str) -> Iterator[Entry]:
         for seed in self.options.seeds:
-            # Refused now, and not after the trainings before it, if it cannot run.
-            _, settings, _ = read_distillation(self._arguments(config, seed), config, "")
+            settings = self.trainings.settings(config, seed)  # refused now, and not after the trainings before it
             name = f"{OURS} paper" if settings.preset == "paper" else OURS
             name += ", one for all" if len(settings.depths) > 1 else ""
-            name += ", one for all scales" if has_scales(settings) else ""
+            name += ", one for all scales" if len(scales_of(settings)) > 1 else ""
             for nfe in settings.depths:
                 yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed, settings), settings)
 
-    def _arguments(self, config: str, seed: int) -> list[str]:
-        """What the program of a config is called with, for the teacher and a seed."""
-        given = [f"--seed={seed}", f"--pretrained_teacher_model={self.options.teacher}"]
-        if self.options.guidance_scale is not None and "--guidance_scale" not in config:
-            given.append(f"--guidance_scale={self.options.guidance_scale}")
-        return ["--config", *shlex.split(config), *given]
-
     def _make_student(self, config: str, nfe: int, seed: int, settings: HSIVIConfig) -> tuple[Sampler, Costs]:
-        folder, costs = self._train(config, seed, DISTIL, RESUME, shared=has_scales(settings))
-        if changed := differences(read_settings(folder / "options.json"), settings.settings()):
-            raise ValueError(
-                f"{folder} was trained with other options than {config} has ({changed}): name another "
-                "--runs_dir and --output_dir, or remove it and its rows"
-            )
+        folder, costs = self.trainings.student(config, seed, settings)
         pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
         return make_student(pipeline, nfe, self.options.guidance_scale), costs
 
@@ -226,31 +208,7 @@ class Comparison:
 
     def _train_as_long(self, config: str, counts: Sequence[int], seed: int) -> tuple[Path, Costs]:
         """Trains a baseline for at least the seconds and the network calls of our students of these calls."""
-        seconds, calls = self.results.cost_of(OURS, counts, seed)
-        limit = [f"--max_train_seconds={seconds}", f"--min_network_calls={calls}", *RESUME]
-        folder, costs = self._train(config, seed, f"{__package__}.train_baseline", limit)
-        if changed := differences(costs, train_baseline.settings_of(config)):
-            raise ValueError(
-                f"{folder} was trained with other options than {config} has ({changed}): remove it and its rows, or "
-                "name another --runs_dir and --output_dir"
-            )
-        if (costs["max_train_seconds"], costs["min_network_calls"]) != (seconds, calls):
-            raise ValueError(
-                f"{folder} was not given the cost of what it is compared with, {seconds} s and {calls} "
-                "network calls: remove it and its rows, or name another --runs_dir and --output_dir"
-            )
-        return folder, costs
-
-    def _train(
-        self, config: str, seed: int, program: str, arguments: Sequence[str], shared: bool = False
-    ) -> tuple[Path, Costs]:
-        """Folder and cost of the training of a config and a seed: done before, or now; other sets may share it."""
-        path, *others = shlex.split(config)
-        words = [word.removeprefix("--").replace("/", "-") for word in others]
-        folder = (self.runs.parent if shared else self.runs) / "_".join([Path(path).stem, *words, f"seed{seed}"])
-        if not (folder / "training.json").exists():
-            _call(program, [*self._arguments(config, seed), "--output_dir", str(folder), *arguments])
-        return folder, json.loads((folder / "training.json").read_text())
+        return self.trainings.baseline(config, seed, *self.results.cost_of(OURS, counts, seed))
 
     def measure(self) -> None:
         """Adds the rows that are missing, one after the other."""
@@ -288,37 +246,17 @@ class Comparison:
     def _make_measures(self) -> SetMeasures:
         options = self.options
         self.real, self.labels = load_labelled(options.real_data, self.teacher.network)
+        if lacking := {*range(self.teacher.classes or 0)} - {*self.labels.tolist()}:
+            raise ValueError(
+                f"--real_data {options.real_data} has no images of the classes {sorted(lacking)} of the teacher: if "
+                "the last one is 'no class', give --guidance_scale 1"
+            )
         # From other noise than the rows: a solver of few steps would be near to these images, and not to the teacher.
         converged = self._draw(self._teacher_sampler(), options.eval_seed + 1)
         return SetMeasures(Path(str(options.classifier)), self.real, self.labels, converged)
 
     def _draw(self, sampler: Sampler, seed: int) -> torch.Tensor:
         return self.teacher.draw(sampler, self.options.num_samples, self.options.batch_size, seed)
-
-
-def has_scales(settings: HSIVIConfig) -> bool:
-    """Whether a student takes in several scales of guidance."""
-    return isinstance(settings.guidance_scale, list) and len(settings.guidance_scale) > 1
-
-
-def _make(folder: Path, program: str, config: str | None, *arguments: str) -> None:
-    """Trains a part that is missing; one that was stopped continues, if the arguments say so."""
-    if folder.is_dir():
-        return
-    if config is None:
-        raise ValueError(f"{folder} is missing: give the config of {program} that makes it, or another folder")
-    partial = folder.with_name(f"{folder.name}.partial")
-    _call(program, ["--config", config, "--output_dir", str(partial), *arguments])
-    replace_folder(partial, folder)
-    remove_folder(folder / "checkpoints")
-    (folder / LOCK).unlink(missing_ok=True)
-
-
-def _call(program: str, arguments: list[str]) -> None:
-    """Runs a program, given as a module, to its end."""
-    done = subprocess.run([sys.executable, "-m", *program.split(), *arguments], check=False)
-    if done.returncode:
-        raise SystemExit(f"{program} {' '.join(arguments)} ended with status {done.returncode}: see above")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -29,6 +29,8 @@ class Options:
 def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Options], __doc__ or "", args=args)
     config, scheduler = read_teacher(str(options.teacher), None)
+    if config["_class_name"] != "UNet2DModel":
+        raise ValueError(f"--teacher {options.teacher} has a {config['_class_name']}: give one with a UNet2DModel")
     output_dir = claim_output_dir(options.output_dir, keep=False)
     set_seed(0)
     pipeline = DDPMPipeline(unet=UNet2DModel.from_config(config), scheduler=DDPMScheduler.from_config(scheduler.config))

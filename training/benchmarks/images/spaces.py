@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -108,7 +109,9 @@ class ClassMeasures:
 
     def __init__(self, classifier: ImageClassifier, real: Tensor, labels: Tensor) -> None:
         self.classifier = classifier
-        self.measures = [Measures(classifier, real[labels == each], ("fd", "recall")) for each in labels.unique()]
+        self.measures = {
+            each: Measures(classifier, real[labels == each], ("fd", "recall")) for each in labels.unique().tolist()
+        }
 
     @torch.no_grad()
     def __call__(self, images: Tensor, asked: Tensor) -> dict[str, float]:
@@ -133,7 +136,9 @@ class SetMeasures:
         self.spaces = make_spaces(classifier, real, labels)
         self.teacher_spaces = [space.beside(converged) for space in self.spaces]
         self.measures = Measures(self.spaces[0].measures.network, real, OF_CLASSIFIER)
-        self.class_measures = ClassMeasures(ImageClassifier.from_pretrained(classifier).eval(), real, labels)
+        self.make_class_measures = cache(
+            lambda: ClassMeasures(ImageClassifier.from_pretrained(classifier).eval(), real, labels)
+        )
 
     def __call__(self, images: Tensor, asked: Tensor | None = None) -> dict[str, Any]:
         """Returns distances to the real images and to the teacher's, by space, and the other measures, of images.
@@ -144,7 +149,7 @@ class SetMeasures:
             "distances": {space.name: space.distance(images) for space in self.spaces},
             "teacher_distances": {space.name: space.distance(images) for space in self.teacher_spaces},
             **self.measures(images),
-            **({} if asked is None else self.class_measures(images, asked)),
+            **({} if asked is None else self.make_class_measures()(images, asked)),
             "class_shares": self.measures.shares,
             "real_class_shares": self.measures.real_shares,
         }

@@ -118,7 +118,7 @@ class Tuning:
             load_if_exists=True,
         )
         rows, stock_settings = read_rows(Path(options.output_dir) / "solvers.json"), SOLVERS[solver][1]
-        others = [row["settings"] for row in rows if (row["solver"], row["calls"]) == (solver, steps)]
+        others = [row["settings"] for row in rows if (row["solver"], row.get("steps", row["calls"])) == (solver, steps)]
         for first in [
             *(as_trial(solver, found, len(self.teacher.schedule)) for found in others if found != stock_settings),
             *first_trials(solver),
@@ -135,6 +135,7 @@ class Tuning:
             "dataset": options.dataset,
             "solver": solver,
             "calls": calls,
+            "steps": steps,
             "scheduler": SOLVERS[solver][0].__name__,
             "settings": {**stock_settings, **settings},
             "tuned": tuned,

@@ -1,0 +1,123 @@
+"""The trainings of a benchmark, each done once: students, baselines, and parts that are missing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hsivi_diffusers.cli import read_distillation
+from hsivi_diffusers.distillation.config import HSIVIConfig, read_settings
+from hsivi_diffusers.folders import LOCK, remove_folder, replace_folder
+from hsivi_diffusers.options import differences
+
+from . import train_baseline
+
+DISTIL = "hsivi_diffusers distil"
+RESUME = ("--resume_from_checkpoint", "latest")
+ANEW = ("--overwrite_output_dir", "true")
+Costs = dict[str, Any]  # of a training: its training.json
+
+
+class Trainings:
+    """Students and baselines of one teacher, at one scale of guidance.
+
+    Args:
+        runs: Folder of their folders. Students of several scales are beside it, for other scales share them.
+        teacher: Folder of the teacher.
+        guidance_scale: The scale that students take in, or have among several; None without guidance.
+    """
+
+    def __init__(self, runs: Path, teacher: str, guidance_scale: float | None) -> None:
+        self.runs, self.teacher, self.guidance_scale = runs, teacher, guidance_scale
+
+    def settings(self, config: str, seed: int) -> HSIVIConfig:
+        """The settings of a student, with the scale of guidance if it names none.
+
+        Raises:
+            ValueError: It cannot run, or has other scales.
+        """
+        settings: HSIVIConfig
+        _, settings, _ = read_distillation(self._arguments(config, seed), config, "")
+        if settings.guidance_scale is None and self.guidance_scale is not None:
+            settings.guidance_scale = [self.guidance_scale]  # as the command reads it
+        if self.guidance_scale not in (scales := scales_of(settings)):
+            raise ValueError(
+                f"--students {config} has guidance_scale {scales}, and the benchmark {self.guidance_scale}: leave it "
+                "out, or let it be among several"
+            )
+        return settings
+
+    def student(self, config: str, seed: int, settings: HSIVIConfig) -> tuple[Path, Costs]:
+        """Folder and cost of a student of `settings`."""
+        scales = [] if self.guidance_scale is None else scales_of(settings)
+        words = ["--guidance_scale", *map(str, scales)] if scales else []
+        folder, costs = self._train(config, seed, DISTIL, [*RESUME, *words], shared=len(scales) > 1)
+        if changed := differences(read_settings(folder / "options.json"), settings.settings()):
+            raise ValueError(
+                f"{folder} was trained with other options than {config} has ({changed}): name another "
+                "--runs_dir and --output_dir, or remove it and its rows"
+            )
+        return folder, costs
+
+    def baseline(self, config: str, seed: int, seconds: float, calls: int) -> tuple[Path, Costs]:
+        """Folder and cost of a baseline that has at least so many seconds and network calls."""
+        limit = [f"--max_train_seconds={seconds}", f"--min_network_calls={calls}", *RESUME]
+        folder, costs = self._train(config, seed, f"{__package__}.train_baseline", limit)
+        if changed := differences(costs, train_baseline.settings_of(config)):
+            raise ValueError(
+                f"{folder} was trained with other options than {config} has ({changed}): remove it and its rows, or "
+                "name another --runs_dir and --output_dir"
+            )
+        if (costs["max_train_seconds"], costs["min_network_calls"]) != (seconds, calls):
+            raise ValueError(
+                f"{folder} was not given the cost of what it is compared with, {seconds} s and {calls} "
+                "network calls: remove it and its rows, or name another --runs_dir and --output_dir"
+            )
+        return folder, costs
+
+    def _arguments(self, config: str, seed: int) -> list[str]:
+        """What the program of a config is called with, for the teacher and a seed."""
+        return ["--config", *shlex.split(config), f"--seed={seed}", f"--pretrained_teacher_model={self.teacher}"]
+
+    def _train(
+        self, config: str, seed: int, program: str, arguments: Sequence[str], shared: bool = False
+    ) -> tuple[Path, Costs]:
+        """Folder and cost of the training of a config and a seed: done before, or now."""
+        path, *others = shlex.split(config)
+        words = [word.removeprefix("--").replace("/", "-") for word in others]
+        runs = self.runs.with_name(f"scales_of_{Path(self.teacher).name}") if shared else self.runs
+        folder = runs / "_".join([Path(path).stem, *words, f"seed{seed}"])
+        if not (folder / "training.json").exists():
+            call(program, [*self._arguments(config, seed), "--output_dir", str(folder), *arguments])
+        return folder, json.loads((folder / "training.json").read_text())
+
+
+def scales_of(settings: HSIVIConfig) -> list[float | None]:
+    """The scales of guidance that a student takes in, [None] without guidance."""
+    scales = settings.guidance_scale
+    return [*scales] if isinstance(scales, list) else [scales]
+
+
+def make(folder: Path, program: str, config: str | None, *arguments: str) -> None:
+    """Trains a part that is missing; one that was stopped continues, if the arguments say so."""
+    if folder.is_dir():
+        return
+    if config is None:
+        raise ValueError(f"{folder} is missing: give the config of {program} that makes it, or another folder")
+    partial = folder.with_name(f"{folder.name}.partial")
+    call(program, ["--config", config, "--output_dir", str(partial), *arguments])
+    replace_folder(partial, folder)
+    remove_folder(folder / "checkpoints")
+    (folder / LOCK).unlink(missing_ok=True)
+
+
+def call(program: str, arguments: list[str]) -> None:
+    """Runs a program, given as a module, to its end."""
+    done = subprocess.run([sys.executable, "-m", *program.split(), *arguments], check=False)
+    if done.returncode:
+        raise SystemExit(f"{program} {' '.join(arguments)} ended with status {done.returncode}: see above")
