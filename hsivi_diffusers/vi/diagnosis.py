@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .bridges import Bridge
 from .chains import draw_marginals
@@ -34,9 +37,10 @@ def diagnose(
     *,
     critic: Critic | None = None,
     critic_layers: Sequence[int] | None = None,
+    condition: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Diagnosis:
-    """Looks for all signs of failure in 4,000 draws of a sampler without conditions.
+    """Looks for all signs of failure in 4,000 draws of a sampler, of which all have the one `condition`, if any.
 
     Chains continue from a quarter of them, weights are those of a half. The critic is looked at for all layers, or for
     `critic_layers`: after layer-by-layer training it knows the last of them alone, [0].
@@ -44,6 +48,8 @@ def diagnose(
     Raises:
         ValueError: A draw is not finite.
     """
+    if condition is not None:
+        layers, bridge, critic = _given(condition, layers, bridge, critic)
     marginals = draw_marginals(layers, bridge.sample_base(NUM_DRAWS, generator), generator)
     for t, x in enumerate(marginals):
         if bad := int((~x.isfinite()).sum()):
@@ -58,3 +64,16 @@ def diagnose(
     masses, why = wrong_masses(layers, bridge, half)
     unchecked = [f"modes that attract no start within {REACH:g} times the spread of the base, and their masses"]
     return Diagnosis(found + masses, [*unchecked, *([] if why is None else [why])])
+
+
+def _given(
+    condition: Tensor, layers: ConditionalLayers, bridge: Bridge, critic: Critic | None
+) -> tuple[ConditionalLayers, Bridge, Critic | None]:
+    """Returns the three as they are where each row has this condition; the checks give none."""
+
+    def bind(call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, at, _=None, *more: call(x, at, condition.expand(len(x), *condition.shape), *more)
+
+    layers, bridge = copy.copy(layers), copy.copy(bridge)  # of the module alone, not of its weights
+    layers.forward, bridge.score = bind(layers.forward), bind(bridge.score)  # type: ignore[method-assign]
+    return layers, bridge, critic and bind(critic)

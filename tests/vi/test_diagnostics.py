@@ -90,6 +90,37 @@ def test_nothing_is_found_where_the_layers_match_and_the_critic_is_exact(seed):
     assert diagnose(layers, matching_bridge(layers), critic=ExactCritic(layers), generator=seeded(seed)) == []
 
 
+class ShiftedBridge(GaussianBridge):
+    """Of the condition c the mean is larger by that of a chain whose layers add c."""
+
+    def __init__(self, layers):
+        super().__init__(*layers.marginals())
+        self.shift = torch.zeros(layers.num_layers + 1, dtype=torch.float64)
+        for t in reversed(range(layers.num_layers)):
+            self.shift[t] = layers.scale[t].item() * self.shift[t + 1] + 1
+
+    def score(self, x, level, condition=None):
+        shift = 0 if condition is None else self.shift[level, None] * condition[:, None]
+        return super().score(x - shift, level)
+
+
+@pytest.mark.parametrize("condition", [0.0, 2.0])
+def test_a_sampler_is_diagnosed_at_one_condition(condition):
+    layers = linear_layers()
+    at = torch.tensor(condition, dtype=torch.float64)
+    assert diagnose(layers, ShiftedBridge(layers), condition=at, generator=seeded()) == []
+    assert layers.forward.__func__ is LinearLayers.forward
+
+
+def test_one_condition_that_is_missed_is_found_and_another_is_not():
+    layers = linear_layers()
+    bridge = ShiftedBridge(layers)
+    bridge.shift = bridge.shift + 0.8
+    for condition, found in ((0.0, False), (2.0, True)):
+        at = torch.tensor(condition, dtype=torch.float64)
+        assert bool(diagnose(layers, bridge, condition=at, generator=seeded())) == found
+
+
 def test_one_seed_gives_one_answer():
     layers, bridge = linear_layers(), GaussianBridge([0.0, 0, 0], [9.0, 1, 1])
     first = diagnose(layers, bridge, generator=seeded())
