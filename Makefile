@@ -14,7 +14,7 @@ WORKERS ?= 2
 # One thread: on a small, busy machine two are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow benchmark lint format clean
+.PHONY: demo test test-slow benchmark benchmark-kinds lint format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {v} was found: make {sys.argv[1]} PYTHON=python3.12")' "$(or $(MAKECMDGOALS),demo)"
@@ -40,11 +40,17 @@ benchmark: $(VENV)/installed
 	for set in digits fashion emoji mnist; do \
 		$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_$$set.yaml $(BENCHMARK) || exit; \
 	done
-	for scale in 1 2 4; do \
-		$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_guided.yaml \
-			--guidance_scale $$scale --dataset "w = $$scale" $(BENCHMARK) || exit; \
-	done
 	$(BIN)/python -m training.benchmarks.images.benchmark_pages
+
+# The same of a rectified flow and of guided teachers, a scale and the calls of its solvers each, in docs/benchmarks/kinds
+benchmark-kinds: $(VENV)/installed
+	$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_flow.yaml
+	$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_flow.yaml $(BENCHMARK)
+	for each in "1 1 2 4 10 20" "2 2 4 8 20 40" "4 2 4 8 20 40"; do \
+		set -- $$each; guided="--guidance_scale $$1 --dataset w=$$1"; shift; \
+		$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_guided.yaml $$guided --calls $$* || exit; \
+		$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_guided.yaml $$guided $(BENCHMARK) || exit; \
+	done
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -221,7 +221,7 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
     [
         *[
             (f"{name}_teacher", [train_teacher.Data, train_teacher.Network, train_teacher.Training, Output])
-            for name in ("digits", "digits_guided", *SETS)
+            for name in ("digits", "digits_guided", "digits_flow", *SETS)
         ],
         ("digits_evaluation", [evaluate.Evaluation]),
         *[
@@ -230,7 +230,7 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
             for method in BASELINES
         ],
         *[(f"{name}_classifier", [train_classifier.Training]) for name in SETS],
-        *[(f"solvers_{name}", [tune_solvers.Options]) for name in ("digits", "guided", *SETS)],
+        *[(f"solvers_{name}", [tune_solvers.Options]) for name in ("digits", "guided", "flow", *SETS)],
     ],
 )
 def test_the_configs_parse_for_their_programs(name, groups):
@@ -262,8 +262,8 @@ def test_no_config_is_left_untested():
     recipes = {path.name for preset in PRESETS for path in CONFIGS.glob(f"*_{preset}.yaml")}
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
-        *[f"digits_{part}.yaml" for part in ("t5", "t1248", "evaluation", "teacher", "guided_teacher")],
-        *[f"{kind}_{name}.yaml" for name in ("digits", "guided", *SETS) for kind in ("solvers", "benchmark")],
+        *[f"digits_{part}.yaml" for part in ("t5", "t1248", "evaluation", "teacher", "guided_teacher", "flow_teacher")],
+        *[f"{kind}_{name}.yaml" for name in ("digits", "guided", "flow", *SETS) for kind in ("solvers", "benchmark")],
         *[f"{name}_{part}.yaml" for name in SETS for part in ("teacher", "classifier", "t4")],
         *[f"{name}_{method}.yaml" for name in ("digits", *SETS) for method in BASELINES],
     }
