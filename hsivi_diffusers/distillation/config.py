@@ -167,6 +167,12 @@ class HSIVIConfig:
         return list(counts) if isinstance(counts, list | tuple) else [counts]
 
     @property
+    def scales(self) -> list[float]:
+        """The scales of guidance to take in; none without guidance."""
+        scales = self.guidance_scale
+        return scales if isinstance(scales, list) else [] if scales is None else [scales]
+
+    @property
     def is_guided(self) -> bool:
         """Whether the pairs have a weight in the loss after the fit to them, too."""
         return bool(self.num_pairs and self.pair_weight)

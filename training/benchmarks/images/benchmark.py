@@ -48,7 +48,7 @@ from .set_teacher import SetTeacher
 from .sets import load_labelled
 from .solver_pages import best_solvers
 from .spaces import SetMeasures
-from .trainings import ANEW, RESUME, Costs, Trainings, make, scales_of
+from .trainings import ANEW, RESUME, Costs, Trainings, make
 
 
 @dataclass
@@ -186,7 +186,7 @@ class Comparison:
             settings = self.trainings.settings(config, seed)  # refused now, and not after the trainings before it
             name = f"{OURS} paper" if settings.preset == "paper" else OURS
             name += ", one for all" if len(settings.depths) > 1 else ""
-            name += ", one for all scales" if len(scales_of(settings)) > 1 else ""
+            name += ", one for all scales" if len(settings.scales) > 1 else ""
             for nfe in settings.depths:
                 yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed, settings), settings)
 

@@ -45,18 +45,17 @@ class Trainings:
         _, settings, _ = read_distillation(self._arguments(config, seed), config, "")
         if settings.guidance_scale is None and self.guidance_scale is not None:
             settings.guidance_scale = [self.guidance_scale]  # as the command reads it
-        if self.guidance_scale not in (scales := scales_of(settings)):
+        if settings.scales and self.guidance_scale not in settings.scales:
             raise ValueError(
-                f"--students {config} has guidance_scale {scales}, and the benchmark {self.guidance_scale}: leave it "
-                "out, or let it be among several"
+                f"--students {config} has guidance_scale {settings.scales}, and the benchmark {self.guidance_scale}: "
+                "leave it out, or let it be among several"
             )
         return settings
 
     def student(self, config: str, seed: int, settings: HSIVIConfig) -> tuple[Path, Costs]:
         """Folder and cost of a student of `settings`."""
-        scales = [] if self.guidance_scale is None else scales_of(settings)
-        words = ["--guidance_scale", *map(str, scales)] if scales else []
-        folder, costs = self._train(config, seed, DISTIL, [*RESUME, *words], shared=len(scales) > 1)
+        words = ["--guidance_scale", *map(str, settings.scales)] if settings.scales else []
+        folder, costs = self._train(config, seed, DISTIL, [*RESUME, *words], shared=len(settings.scales) > 1)
         if changed := differences(read_settings(folder / "options.json"), settings.settings()):
             raise ValueError(
                 f"{folder} was trained with other options than {config} has ({changed}): name another "
@@ -95,12 +94,6 @@ class Trainings:
         if not (folder / "training.json").exists():
             call(program, [*self._arguments(config, seed), "--output_dir", str(folder), *arguments])
         return folder, json.loads((folder / "training.json").read_text())
-
-
-def scales_of(settings: HSIVIConfig) -> list[float | None]:
-    """The scales of guidance that a student takes in, [None] without guidance."""
-    scales = settings.guidance_scale
-    return [*scales] if isinstance(scales, list) else [scales]
 
 
 def make(folder: Path, program: str, config: str | None, *arguments: str) -> None:
