@@ -46,7 +46,9 @@ def write_pages(folder: Path) -> None:
             draw_curves(flat, {each: each for each in shown}, folder / f"curves_{word}.png")
             draw_classes(rows, folder / f"classes_{word}.png")
         if (pictures := pictures_path(folder, name)).exists():
-            draw_samples(picture_rows(load_file(pictures)), folder / f"samples_{word}.png")
+            measured = {"real", *(f"{row['method']} at {row['nfe']}" for row in rows)}
+            kept = {each: images for each, images in load_file(pictures).items() if each in measured}
+            draw_samples(picture_rows(kept), folder / f"samples_{word}.png")
         figures += [f"{kind}_{word}.png" for kind in ("curves", "samples", "classes")]
     fill_page(folder / "index.md", "Benchmark", tables, figures)
 
