@@ -224,7 +224,7 @@ def sample(args: Sequence[str]) -> None:
     if any(not 0 <= label < number for label in options.class_label):
         known = f"classes 0 to {number - 1}" if number else "no classes, leave it out"
         raise ValueError(f"--class_label {options.class_label}: this pipeline has {known}")
-    classes = options.class_label or list(range(number))
+    classes = options.class_label or _trained_classes(options.pipeline, number)
     output_dir = claim_output_dir(options.output_dir, options.overwrite_output_dir)
     images: list[Any] = []
     for first in tqdm(range(0, options.num_samples, options.batch_size), desc="sample", unit="batch"):
@@ -241,8 +241,18 @@ def sample(args: Sequence[str]) -> None:
     columns = math.isqrt(len(images))
     rows = len(images) // columns
     shown = [ImageOps.scale(image, max(1, 64 // image.width), Image.Resampling.NEAREST) for image in images]
+    shown = [ImageOps.expand(image, 1, "gray") for image in shown]
     make_image_grid(shown[: rows * columns], rows=rows, cols=columns).save(output_dir / "grid.png")
-    print(f"{len(images)} images in {output_dir}, {rows * columns} of them in {output_dir / 'grid.png'}")
+    turn = f"; image i is of class {classes}[i % {len(classes)}]" if classes else ""
+    print(f"{len(images)} images in {output_dir}, {rows * columns} of them in {output_dir / 'grid.png'}{turn}")
+
+
+def _trained_classes(name: str, number: int) -> list[int]:
+    """The classes of a pipeline without those that its run, if that is at hand, left out."""
+    records = [folder / "options.json" for folder in (Path(name), _pipeline_of(name).parent)]
+    record = next((path for path in records if path.is_file()), None)
+    shares = record and json.loads(record.read_text(encoding="utf-8")).get("class_shares") or [1] * number
+    return [label for label, share in enumerate(shares[:number]) if share]
 
 
 def _draw_stock(pipeline: Any, labels: list[int] | None, generators: list[Any]) -> list[Any]:

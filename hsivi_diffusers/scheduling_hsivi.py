@@ -32,6 +32,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+FLOWS = tuple(f"FlowMatch{kind}Scheduler" for kind in ("EulerDiscrete", "HeunDiscrete", "LCM"))
 OUR_SPACINGS = ("quadratic", "uniform")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
@@ -163,7 +164,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     __module__ = "hsivi_diffusers"
 
     _source = Path(__file__).read_text(encoding="utf-8")
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    _compatibles = [*(scheduler.name for scheduler in KarrasDiffusionSchedulers), *FLOWS]
     order = 1
 
     get_velocity = DDPMScheduler.get_velocity

@@ -164,9 +164,10 @@ def test_a_copy_steps_like_its_original_and_lives_on_its_own(copied, options):
 # ----- other schedulers -----
 
 
-def test_the_compatible_schedulers_are_those_of_the_diffusion_pipelines():
+def test_the_compatible_schedulers_are_those_of_the_diffusion_pipelines_and_of_flows():
     names = {cls.__name__ for cls in HSIVIScheduler().compatibles}
-    assert names == {scheduler.name for scheduler in KarrasDiffusionSchedulers}
+    flows = {f"FlowMatch{kind}Scheduler" for kind in ("EulerDiscrete", "HeunDiscrete", "LCM")}
+    assert names == {scheduler.name for scheduler in KarrasDiffusionSchedulers} | flows
 
 
 @pytest.mark.parametrize("kind", CONVERTED)

@@ -66,7 +66,9 @@ class HSIVIConfig:
     start_spacing: int = option(
         0, "with several step counts, timesteps from the start of one grid to that of the next", common=False
     )
-    noise_eta: float = by_preset(1.0, 1.0, 0.2, "eta of DDIM layers, 0 to 1; with 0 sampling needs no noise")
+    noise_eta: float = by_preset(
+        1.0, 1.0, 0.2, "eta of DDIM layers, 0 to 1; with 0 sampling needs no noise", common=True
+    )
     noise_scale_type: Literal["config", "per_pixel"] = by_preset(
         "config", "config", "per_pixel", "config: the noise scale stays 1; per_pixel: one is learned for each pixel"
     )
@@ -78,7 +80,7 @@ class HSIVIConfig:
     )
     guidance_scale: float | list[float] | None = option(None, "scale or scales of guidance to take in; 1 is none")
     class_shares: list[float] | None = option(
-        None, "share of each class among the images of training, in proportion; equal by default", common=False
+        None, "share of each class among the images of training, in proportion; equal by default"
     )
     # ----- the objective -----
     objective: Literal["SM", "KL"] = by_preset("KL", "KL", "SM", "HSIVI-SM (score matching) or HSIVI-KL")

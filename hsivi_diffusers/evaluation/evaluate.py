@@ -54,7 +54,7 @@ class Evaluation:
     guidance_scale: float | None = option(None, "of a guided student, one of its scales; the lowest by default")
     batch_size: int = option(100, "images at once")
     solver_steps: list[int] = option(
-        [], "steps of DDIM, DPM-Solver++ and UniPC; by default those of the student, and twice the most of them"
+        [], "steps of DDIM, DPM-Solver++ and UniPC; by default for the calls of the student, and twice the most of them"
     )
     ddpm_steps: int = option(100, "steps of DDPM; 0 leaves it out")
     ddim_steps: int = option(50, "steps of DDIM with eta 1; 0 leaves it out")

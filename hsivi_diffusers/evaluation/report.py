@@ -15,6 +15,7 @@ from .pages import MEASURES, measured_on, write_table, written
 
 OURS = "HSIVI"
 METRICS = ("kid", "fd", "precision", "recall", "coverage", "swd")
+GUIDED = "Teacher and solvers are guided, too: a step of theirs is two network calls."
 NOTES = """\
 KID is the squared maximum mean discrepancy of the features under the kernel (x . y / s + 1)^3, with s the mean of
 |x|^2 in the reference; FD is the Frechet distance of the features. Both depend on the features named above: they
@@ -49,13 +50,17 @@ class Report:
         measured = f"Measured on {measured_on()}."
         content = {"features": self.features, "reference": self.reference, "headline": self.headline}
         write_json(run_dir / "report.json", {**content, "floor": self.floor, "measured": measured, "rows": self.rows})
-        halves = "one half of the reference against the other, with fewer images than a row"
-        floor = "" if self.floor is None else f" Floor: {self._short(self.floor)}, {halves}."
-        intro = (
-            f"Teacher `{training['teacher']}`. Reference: {self.reference}.{floor} HSIVI was trained "
-            f"{'with' if training.get('train_data') else 'without'} data by the preset `{training.get('preset')}` for "
-            f"{training.get('max_train_steps')} updates. Features: {self.features}."
-        )
+        halves = "for they have fewer images than a row, whose distance may be lower"
+        floor = "" if self.floor is None else f" Two halves of it are at {self._short(self.floor)}, {halves}."
+        unknown = [label for label, share in enumerate(training.get("class_shares") or []) if not share]
+        sentences = [
+            f"Teacher `{training['teacher']}`. Reference: {self.reference}.{floor}",
+            f"HSIVI was trained {'with' if training.get('train_data') else 'without'} data by the preset "
+            f"`{training.get('preset')}` for {training.get('max_train_steps')} updates. Features: {self.features}.",
+            GUIDED if training.get("guidance_scale") else "",
+            f"Classes that the student was not trained on: {', '.join(map(str, unknown))}." if unknown else "",
+        ]
+        intro = " ".join(sentence for sentence in sentences if sentence)
         text = "\n\n".join([f"# {run_dir.resolve().name}", intro, self._table(), NOTES, measured])
         write_text(run_dir / "report.md", f"{text}\n")
 
@@ -93,10 +98,10 @@ class Report:
             best = min(equal, key=lambda row: row[self.headline])
             value = written(self.headline, best[self.headline])
             compared += f"; best solver at as many calls: {best['method']}, {value}"
-        longest = max(baselines, key=lambda row: row["nfe"], default=ours)
+        longest = max(baselines, key=lambda row: (row["nfe"], -row[self.headline]), default=ours)
         if longest["nfe"] > ours["nfe"]:
             value = written(self.headline, longest[self.headline])
-            compared += f"; {longest['method']} at {longest['nfe']} calls: {value}"
+            compared += f"; best at {longest['nfe']} calls: {longest['method']}, {value}"
         return (
             f"Wrote:  report.md, report.json, samples.png, curve.png in {run_dir}\n"
             f"Result: {compared}\n"

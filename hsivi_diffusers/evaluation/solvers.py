@@ -149,7 +149,10 @@ def make_solver(
     schedule, chosen = HSIVIScheduler.from_config(config), {**chosen, **settings}
     if schedule.is_flow and kind is not HSIVIScheduler:
         chosen |= _flow_options(method, kind, schedule)
-        config = {name: value for name, value in config.items() if name != "shift"}
+        known = signature(kind).parameters
+        config = {
+            name: value for name, value in config.items() if name[0] == "_" or (name in known and name != "shift")
+        }
     if timesteps is not None and kind is HSIVIScheduler:
         chosen["layer_timesteps"] = [*timesteps, -1]
     scheduler = kind.from_config(config, **chosen)

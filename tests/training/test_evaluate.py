@@ -397,7 +397,7 @@ def test_the_table_is_sorted_and_says_what_was_measured(rows, evaluated, teacher
     text = (evaluated[0] / "report.md").read_text()
     assert "Features: my own features." in text
     assert "preset `fast` for 5 updates" in text
-    assert f"Teacher `{teacher}`. Reference: digits. Floor: FD " in text
+    assert f"Teacher `{teacher}`. Reference: digits. Two halves of it are at FD " in text
     assert "| 800, 200 |" in text
     assert "rival" not in text
     cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
@@ -422,9 +422,26 @@ def test_three_lines_close_the_run(rows, evaluated):
     best = min(rows[1:6], key=lambda row: row["fd"])
     assert compares == (
         f"Result: FD {rows[0]['fd']:.2f} at 2 network calls; best solver at as many calls: "
-        f"{best['method']}, {best['fd']:.2f}; DDPM at 5 calls: {rows[12]['fd']:.2f}"
+        f"{best['method']}, {best['fd']:.2f}; best at 5 calls: DDPM, {rows[12]['fd']:.2f}"
     )
     assert following.startswith(f"Next:   look at {folder / 'samples.png'}")
+
+
+def test_of_several_long_baselines_the_best_is_named(tmp_path):
+    rows = [{"method": name, "nfe": nfe, "kid": kid} for name, nfe, kid in (("HSIVI", 2, 0.3), ("DDIM", 4, 0.9))]
+    rows.append({"method": "UniPC", "nfe": 4, "kid": 0.1})
+    text = report.Report("kid", "features", "digits", None, rows).closing_lines(tmp_path)
+    assert "KID x 1000 300.00 at 2 network calls; best at 4 calls: UniPC, 100.00" in text
+
+
+def test_guidance_and_classes_that_were_left_out_are_told(tmp_path):
+    made = {"method": "HSIVI", "nfe": 2, "grid": "", "num_samples": 9, "train_seed": 0, "eval_seed": 0}
+    rows = [{**made, "train_seconds": 1.0, **dict.fromkeys(report.METRICS, 0.5)}]
+    training = {"teacher": "t", "guidance_scale": [3.0], "class_shares": [1.0, 0.0, 2.0, 0.0]}
+    report.Report("kid", "features", "digits", None, rows).write(tmp_path, training)
+    text = (tmp_path / "report.md").read_text()
+    assert "Teacher and solvers are guided, too: a step of theirs is two network calls." in text
+    assert "Classes that the student was not trained on: 1, 3." in text
 
 
 @pytest.fixture(scope="module")
@@ -546,7 +563,7 @@ def test_a_class_conditional_run_is_evaluated_without_further_options(class_run,
     assert isinstance(content["floor"], float)
     text = (folder / "report.md").read_text()
     assert "| NFE | method | KID x 1000 |" in text
-    assert "Floor: KID x 1000" in text
+    assert "Two halves of it are at KID x 1000" in text
     assert f"{1000 * content['rows'][0]['kid']:.2f}" in text
     assert "Result: KID x 1000 " in capsys.readouterr().out
     for name in ("samples.png", "curve.png"):

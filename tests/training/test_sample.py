@@ -1,7 +1,9 @@
 """`hsivi sample`."""
 
+import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -35,11 +37,25 @@ def test_a_file_for_each_image_and_a_grid_of_the_first(draw, capsys):
     folder = draw("samples", "--num_samples=7", "--batch_size=3")
     assert sorted(os.listdir(folder)) == [*[f"{number:05d}.png" for number in range(7)], "grid.png"]
     grid = np.asarray(Image.open(folder / "grid.png").convert("L"))
-    assert grid.shape == (3 * 64, 2 * 64)  # images of 8x8 are enlarged
+    assert grid.shape == (3 * 66, 2 * 66)  # images of 8x8 are enlarged, and framed
     for number in range(6):
         row, column = divmod(number, 2)
-        assert np.array_equal(grid[64 * row : 64 * row + 64 : 8, 64 * column :: 8][:, :8], pixels(folder, number))
+        cell = grid[66 * row : 66 * row + 66, 66 * column : 66 * column + 66]
+        assert np.array_equal(cell[1:-1:8, 1:-1:8], pixels(folder, number))
+        assert set(cell[0]) == {128}
     assert re.fullmatch(r"7 images in \S+samples, 6 of them in \S+grid.png\n", capsys.readouterr().out)
+
+
+def test_classes_that_were_not_trained_are_drawn_when_they_are_named_alone(class_run, tmp_path, capsys):
+    run = shutil.copytree(class_run, tmp_path / "run")
+    options = json.loads((run / "options.json").read_text())
+    (run / "options.json").write_text(json.dumps({**options, "class_shares": [1.0, 0.0, 2.0]}))
+    for pipeline in (run, run / "pipeline"):
+        folder = tmp_path / f"drawn {pipeline.name}"
+        cli.sample([f"--pipeline={pipeline}", f"--output_dir={folder}", "--num_samples=4"])
+        assert "image i is of class [0, 2][i % 2]" in capsys.readouterr().out
+    cli.sample([f"--pipeline={run}", f"--output_dir={tmp_path / 'one'}", "--num_samples=4", "--class_label", "1"])
+    assert "image i is of class [1][i % 1]" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_bytes(draw):
