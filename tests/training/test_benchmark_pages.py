@@ -292,8 +292,9 @@ def test_the_figure_of_samples_has_images_of(method, nfe, shown):
 
 def test_the_tables_of_the_docs_are_those_of_the_results():
     docs = ROOT / "docs" / "benchmarks"
-    rows = json.loads((docs / "results.json").read_text(encoding="utf-8"))["rows"]
-    tables = benchmark_pages.make_tables(benchmark_pages.in_sets(rows))
-    for path in (docs / "index.md", ROOT / "README.md"):
-        page = path.read_text(encoding="utf-8")
-        assert pages.fill_tables(page, tables) == page
+    for folder, others in ((docs, [ROOT / "README.md"]), (docs / "kinds", [])):
+        rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
+        tables = benchmark_pages.make_tables(benchmark_pages.in_sets(rows))
+        for path in (folder / "index.md", *others):
+            page = path.read_text(encoding="utf-8")
+            assert pages.fill_tables(page, tables) == page
