@@ -46,7 +46,7 @@ class TeacherBridge(Bridge):
         self.num_layers = sum(scheduler.depths)
         self.shape = sample_shape(unet)
         self.guides, self.scales = bool(scheduler.guidance_scales), scheduler.guidance_scales or [1.0]
-        #: Classes to draw; 0 without. With guidance the last label of the teacher is none of them.
+        # To draw; 0 without classes. With guidance the last label of the teacher is none of them.
         self.num_classes = num_classes(unet, self.guides)
         self.network = UNetCritic(guided(unet, self.scales), scheduler)
         if int(scheduler.output_level(torch.arange(self.num_layers)).min()) < 0:

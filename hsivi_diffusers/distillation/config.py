@@ -73,10 +73,7 @@ class HSIVIConfig:
         "config", "config", "per_pixel", "config: the noise scale stays 1; per_pixel: one is learned for each pixel"
     )
     clip_images: bool = by_preset(
-        True,
-        True,
-        False,
-        "clip the last mean to [-1, 1] in training too, but not latents; its gradient passes",
+        True, True, False, "clip the last mean to [-1, 1] in training too, but not latents; its gradient passes"
     )
     guidance_scale: float | list[float] | None = option(None, "scale or scales of guidance to take in; 1 is none")
     class_shares: list[float] | None = option(

@@ -24,9 +24,13 @@ def sample_shape(network: Any) -> tuple[int, int, int]:
 
 def num_labels(network: Any) -> int:
     """Class labels that a network takes, 0 without classes. The last one of a DiT is "no class"."""
-    if "num_embeds_ada_norm" in network.config:
-        return int(network.config.num_embeds_ada_norm) + 1
-    return network.config.num_class_embeds or 0
+    config = network.config
+    return config.num_embeds_ada_norm + 1 if _is_dit(network) else config.num_class_embeds or 0
+
+
+def _is_dit(network: Any) -> bool:
+    """Whether it is a DiT, guided or not."""
+    return "num_embeds_ada_norm" in network.config
 
 
 def num_classes(network: Any, guides: bool = False) -> int:
@@ -40,7 +44,7 @@ def num_classes(network: Any, guides: bool = False) -> int:
             "guidance_scale was given, and the teacher has no class labels, of which the last must be 'no class': "
             "leave guidance_scale out"
         )
-    return num_labels(network) - (guides or "num_embeds_ada_norm" in network.config)
+    return num_labels(network) - (guides or _is_dit(network))
 
 
 def keep_labels(network: nn.Module) -> None:

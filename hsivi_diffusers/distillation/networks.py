@@ -16,7 +16,7 @@ from ..scheduling_hsivi import HSIVIScheduler
 from .config import HSIVIConfig
 from .denoisers import Network, keep_labels, sample_shape, signal_timestep
 from .student import label_layers
-from .teachers import fingerprint, load_student, part_of
+from .teachers import fingerprint, load_student, network_of
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -42,22 +42,17 @@ def load_networks(
     host: DiffusionPipeline | None = None,
 ) -> Networks:
     """Copies student and critic from the teacher, which is kept in the precision of its calls; or see `init_from`."""
-    networks = make_networks((teacher, copy.deepcopy(teacher), copy.deepcopy(teacher)), schedule, config, host)
+    networks = make_networks((teacher, copy.deepcopy(teacher), copy.deepcopy(teacher)), schedule, config)
     if config.init_from is not None:
         carry_over(networks, Path(config.init_from))
-    networks.fingerprint = fingerprint(teacher, schedule)
+    networks.fingerprint, networks.host = fingerprint(teacher, schedule), host
     networks.teacher.to(accelerator.device, HALF.get(accelerator.mixed_precision))
     if host is not None:
         host.vae.requires_grad_(False).to(accelerator.device)
     return networks
 
 
-def make_networks(
-    three: tuple[Network, Network, Network],
-    schedule: HSIVIScheduler,
-    config: HSIVIConfig,
-    host: DiffusionPipeline | None = None,
-) -> Networks:
+def make_networks(three: tuple[Network, Network, Network], schedule: HSIVIScheduler, config: HSIVIConfig) -> Networks:
     """Returns teacher, student and critic with the grid of the student; the noise scale is 1."""
     teacher, student, critic = three
     if config.noise_scale_type == "per_pixel" and not isinstance(teacher, UNet2DModel):
@@ -73,7 +68,7 @@ def make_networks(
     noise_scale = HSIVINoiseScale(sample_shape(teacher)) if config.noise_scale_type == "per_pixel" else None
     if len(config.depths) > 1:  # grids, whose layers are scored at the same levels
         critic = label_layers(critic, sum(scheduler.depths))
-    return Networks(teacher, student, critic, scheduler, noise_scale, host)
+    return Networks(teacher, student, critic, scheduler, noise_scale)
 
 
 def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[int, ...]) -> HSIVIScheduler:
@@ -118,7 +113,7 @@ def check_init_from(run: Path) -> None:
 def carry_over(networks: Networks, run: Path) -> None:
     """Lets student, critic and noise scale start where a finished run ended; refuses those that do not fit."""
     pipeline = load_student(run / "pipeline")
-    student = getattr(pipeline, part_of(pipeline.components))
+    student = network_of(pipeline)
     if type(student) is not type(networks.student):
         raise ValueError(
             f"init_from={str(run)!r} has a {type(student).__name__}, and the teacher is a "

@@ -245,10 +245,8 @@ def seconds_per_flop(shape: dict[str, Any], config: HSIVIConfig) -> tuple[float,
         return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.perf_counter()
 
     def call(rows: int) -> float:
-        x, zeros = (
-            torch.randn(rows, *sample_shape(network), device=device),
-            torch.zeros(rows, dtype=torch.long, device=device),
-        )
+        x = torch.randn(rows, *sample_shape(network), device=device)
+        zeros = torch.zeros(rows, dtype=torch.long, device=device)
         labels = zeros if num_labels(network) else None
         begin = clock()
         with torch.no_grad(), torch.autocast(device.type, half, enabled=half != torch.float32):

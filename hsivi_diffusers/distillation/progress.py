@@ -129,11 +129,9 @@ class Progress:
         """Images of the averaged student in [0, 1], shape (size, C, H, W), on the CPU."""
         student, labels, bridge = self.state.averaged(), self._labels(size), self.state.bridge
         condition = None if labels is None else torch.tensor(labels, device=student.unet.device) * len(bridge.scales)
-        generator = torch.Generator().manual_seed(0)
+        generator, steps = torch.Generator().manual_seed(0), max(student.depths)
         noise = torch.randn(size, *bridge.shape, generator=generator).to(student.unet.device)
-        settings = {
-            "generator": generator,
-            "noise_scale": None if student.noise_scale is None else student.noise_scale(),
-        }
-        x = run_solver(student.unet, student.scheduler, noise, max(student.depths), condition, **settings)
+        scale = None if student.noise_scale is None else student.noise_scale()
+        given = {"generator": generator, "noise_scale": scale}
+        x = run_solver(student.unet, student.scheduler, noise, steps, condition, **given)
         return decode(self.state.host, x).cpu()

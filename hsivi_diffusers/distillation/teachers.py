@@ -71,7 +71,7 @@ def load_parts(
         raise ValueError(f"teacher is a {type(teacher).__name__}: give a folder, a repo id, or a loaded pipeline")
     schedule = check(name, _configs_of(pipeline, name))
     _check_levels(name, schedule, pipeline.scheduler)
-    network = getattr(pipeline, part_of(pipeline.components))
+    network = network_of(pipeline)
     host = pipeline if isinstance(pipeline, DiTPipeline) else None
     if pipeline is not teacher:
         return network, schedule, host
@@ -105,6 +105,12 @@ def _load(name: str, revision: str | None) -> DiffusionPipeline:
 def part_of(parts: Collection[str]) -> str:
     """Name of the network among the parts of a pipeline."""
     return "transformer" if "transformer" in parts else "unet"
+
+
+def network_of(pipeline: DiffusionPipeline) -> Network:
+    """Returns the network of a pipeline, teacher or student."""
+    network: Network = getattr(pipeline, part_of(pipeline.components))
+    return network
 
 
 def read_configs(name: str, revision: str | None) -> Configs:

@@ -54,10 +54,8 @@ CHOICES: dict[str, dict[str, list[Any]]] = {
 FINAL = ("DPM-Solver++", "DPM-Solver++ SDE", "UniPC")  # end at sigma 0, or at the lowest of the clock
 GRIDS = ("leading", "trailing", "linspace")  # of diffusers; iPNDM has none for a teacher
 # Start and end, as shares of the clock, and power; the last one is for flows, which start at pure noise.
-POWER_GRIDS = [
-    *[(0.7, 0.03, 1.5), (0.8, 0.02, 1.5), (0.9, 0.01, 2.0)],
-    *[(0.95, 0.06, 1.0), (0.44, 0.1, 1.0), (0.999, 0.05, 1.0)],
-]
+POWER_GRIDS = [(0.7, 0.03, 1.5), (0.8, 0.02, 1.5), (0.9, 0.01, 2.0), (0.95, 0.06, 1.0), (0.44, 0.1, 1.0)]
+POWER_GRIDS += [(0.999, 0.05, 1.0)]
 
 
 @dataclass
