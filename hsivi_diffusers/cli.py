@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +14,9 @@ from typing import Any
 
 from huggingface_hub.errors import HTTPError
 
-from .hub import check_repo_id, claim, push
+from .hub import ADAPTER, check_repo_id, claim, push
 from .options import option, parse_options, print_error, run_command
-from .pipeline_hsivi import HSIVIPipeline
+from .sampling import SAMPLERS, pipeline_of, sample
 
 INTERRUPTED = 75  # exit status after SIGTERM or Ctrl-C: EX_TEMPFAIL, "try again"
 USAGE = """usage: hsivi COMMAND [OPTIONS]
@@ -37,13 +36,10 @@ DISTIL = """Distil a pretrained diffusion pipeline into a few steps; no training
 
     hsivi distil --pretrained_teacher_model google/ddpm-cifar10-32 --num_inference_steps 5 --output_dir runs/cifar10
 
-Writes OUTPUT_DIR/pipeline (an HSIVIPipeline, or of a DiT a DiTPipeline), critic, samples, checkpoints and
-training.json. A run that was stopped continues with --resume_from_checkpoint latest. The command line overrides the
-YAML file of --config, which overrides the preset."""
+Writes OUTPUT_DIR/pipeline (an HSIVIPipeline, a pipeline like the teacher's, or a LoRA with its scheduler), critic,
+samples, checkpoints and training.json. A run that was stopped continues with --resume_from_checkpoint latest. The
+command line overrides the YAML file of --config, which overrides the preset."""
 PLAN = """Estimate the memory and time of `hsivi distil` with these options, without training."""
-SAMPLE = """Draw images from a distilled pipeline into a folder of PNG files and one contact sheet.
-
-    hsivi sample --pipeline runs/digits_t5/pipeline --output_dir runs/digits_t5/drawn"""
 PUSH = """Push the pipeline of a finished run to the Hub, with a model card made from the run's report.
 
     hsivi push --run_dir runs/digits_t5 --hub_model_id user/digits-hsivi-5 --license apache-2.0
@@ -84,21 +80,6 @@ class PushAtEnd(Hub):
             raise ValueError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub: pass both")
         if self.hub_model_id:
             check_repo_id(self.hub_model_id)
-
-
-@dataclass
-class Sampling:
-    _group = "sampling"
-    pipeline: str | None = option(None, "folder or repo id of a distilled pipeline, or folder of a run")
-    output_dir: str | None = option(None, "folder of the images")
-    overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
-    num_samples: int = option(64, "images to draw")
-    num_inference_steps: int | None = option(None, "steps, one of the trained counts; the largest by default")
-    batch_size: int = option(64, "images at once")
-    seed: int = option(0, "image i has the seed `seed + i`")
-    class_label: list[int] = option([], "classes to draw, one image of each in turn; all by default")
-    guidance_scale: float | None = option(None, "one of the scales that were trained; the lowest by default")
-    device: str | None = option(None, "cpu, cuda or another torch device; the GPU if there is one")
 
 
 @dataclass
@@ -196,103 +177,6 @@ def plan(args: Sequence[str]) -> None:
     print_plan(teacher.pretrained_teacher_model, config, teacher.revision)
 
 
-def sample(args: Sequence[str]) -> None:
-    """Runs `hsivi sample`."""
-    import torch
-    from diffusers.utils import make_image_grid
-    from PIL import Image, ImageOps
-    from tqdm import tqdm
-
-    from .distillation.denoisers import num_classes
-    from .folders import claim_output_dir
-
-    (options,) = parse_options([Sampling], SAMPLE, args, "hsivi sample")
-    for name in ("num_samples", "batch_size"):
-        if (given := getattr(options, name)) < 1:
-            raise ValueError(f"--{name} {given}: give a number of at least 1")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {device} cannot be used here ({error}): give cpu, or leave it out") from error
-    pipeline = _load_pipeline(options.pipeline).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler.set_timesteps(options.num_inference_steps)  # refuses a count that was not trained
-    pipeline.scheduler.guidance_index(options.guidance_scale)
-    ours = isinstance(pipeline, HSIVIPipeline)
-    number = (pipeline.num_classes if ours else num_classes(pipeline.transformer)) or 0
-    if any(not 0 <= label < number for label in options.class_label):
-        known = f"classes 0 to {number - 1}" if number else "no classes, leave it out"
-        raise ValueError(f"--class_label {options.class_label}: this pipeline has {known}")
-    classes = options.class_label or _trained_classes(options.pipeline, number)
-    output_dir = claim_output_dir(options.output_dir, options.overwrite_output_dir)
-    images: list[Any] = []
-    for first in tqdm(range(0, options.num_samples, options.batch_size), desc="sample", unit="batch"):
-        numbers = range(first, min(first + options.batch_size, options.num_samples))
-        labels = [classes[number % len(classes)] for number in numbers] if classes else None
-        generators = [torch.Generator(device).manual_seed(options.seed + number) for number in numbers]
-        if ours:
-            given = {"class_labels": labels, "guidance_scale": options.guidance_scale}
-            images += pipeline(len(numbers), generators, options.num_inference_steps, **given).images
-        else:
-            images += _draw_stock(pipeline, labels, generators)
-    for number, image in enumerate(images):
-        image.save(output_dir / f"{number:05d}.png")
-    columns = math.isqrt(len(images))
-    rows = len(images) // columns
-    shown = [ImageOps.scale(image, max(1, 64 // image.width), Image.Resampling.NEAREST) for image in images]
-    shown = [ImageOps.expand(image, 1, "gray") for image in shown]
-    make_image_grid(shown[: rows * columns], rows=rows, cols=columns).save(output_dir / "grid.png")
-    turn = f"; image i is of class {classes}[i % {len(classes)}]" if classes else ""
-    print(f"{len(images)} images in {output_dir}, {rows * columns} of them in {output_dir / 'grid.png'}{turn}")
-
-
-def _trained_classes(name: str, number: int) -> list[int]:
-    """The classes of a pipeline without those that its run, if that is at hand, left out."""
-    records = [folder / "options.json" for folder in (Path(name), _pipeline_of(name).parent)]
-    record = next((path for path in records if path.is_file()), None)
-    shares = record and json.loads(record.read_text(encoding="utf-8")).get("class_shares") or [1] * number
-    return [label for label, share in enumerate(shares[:number]) if share]
-
-
-def _draw_stock(pipeline: Any, labels: list[int] | None, generators: list[Any]) -> list[Any]:
-    """Images of a DiTPipeline, which by itself passes no generator to the steps, and would guide once more."""
-    step = type(pipeline.scheduler).step
-    pipeline.scheduler.step = partial(step, pipeline.scheduler, generator=generators)
-    steps = max(pipeline.scheduler.depths)
-    images: list[Any] = pipeline(labels, guidance_scale=1.0, generator=generators, num_inference_steps=steps).images
-    return images
-
-
-def _load_pipeline(name: str | None) -> Any:
-    """Loads the pipeline of a folder, of a run, or of a repo."""
-    if not name:
-        raise ValueError("--pipeline is missing: give the folder or the repo id of a distilled pipeline")
-    from .distillation.teachers import load_student
-
-    folder = _pipeline_of(name)
-    if Path(name).is_dir() and not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"--pipeline {name} holds no pipeline: give the folder of a pipeline or of a finished run; an unfinished "
-            "run is resumed by `hsivi distil`"
-        )
-    try:
-        return load_student(folder if folder.is_dir() else name)
-    except OSError as error:
-        if folder.is_dir():
-            raise
-        raise ValueError(
-            f"--pipeline {name} is no folder here and was not found on the Hub ({type(error).__name__}): check the "
-            "spelling, the connection, and the token of a private repo"
-        ) from error
-
-
-def _pipeline_of(name: str) -> Path:
-    """The folder of a pipeline, where that of a run may be given."""
-    inside = Path(name) / "pipeline"
-    return inside if inside.is_dir() else Path(name)
-
-
 def evaluate(args: Sequence[str]) -> None:
     """Runs `hsivi evaluate`."""
     from .evaluation.evaluate import main
@@ -309,13 +193,14 @@ def push_run(args: Sequence[str]) -> None:
         raise ValueError("--hub_model_id is missing: name the repo, such as user/digits-hsivi-5")
     if not (options.run_dir or options.pipeline):
         raise ValueError("--run_dir is missing: give the folder of a run, or --pipeline FOLDER")
-    folder = Path(options.pipeline) if options.pipeline else _pipeline_of(options.run_dir)
-    if not (folder / "model_index.json").is_file():
+    folder = Path(options.pipeline) if options.pipeline else pipeline_of(options.run_dir)
+    if not any((folder / each).is_file() for each in SAMPLERS):
         raise ValueError(f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline")
+    pipeline = folder if (folder / ADAPTER).is_file() else DiffusionPipeline.from_pretrained(folder)
     settings = {name: getattr(options, name) for name in ("run_dir", "base_model", "license", "fp16")}
     settings |= {"revision": options.hub_revision, **options.settings()}
     with told_in_one_line():
-        url = push(DiffusionPipeline.from_pretrained(folder), options.hub_model_id, **settings)
+        url = push(pipeline, options.hub_model_id, **settings)
     print(f"pushed to {url}")
 
 

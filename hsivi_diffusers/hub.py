@@ -1,6 +1,7 @@
 """Sharing a sampler on the Hugging Face Hub: weights, code for those without the package, and a card, in one commit."""
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,10 +21,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from PIL import ImageOps
+from safetensors import safe_open
 
-from .model_card import is_ours, make_card, read_run
+from .model_card import is_ours, make_adapter_card, make_card
 from .pipeline_hsivi import HSIVIPipeline, check_finite_weights, network_calls
+from .run_records import read_run
+from .scheduling_hsivi import HSIVIScheduler
 
+ADAPTER = "pytorch_lora_weights.safetensors"
 AGAIN = "Nothing of yours was lost. Push again later: what has arrived is not sent twice."
 CUT = (OSError, RuntimeError, HTTPError)  # what a cut connection raises; a ValueError says itself what is wrong
 # Ends of the names of files that hold weights or tell where they are.
@@ -31,7 +36,7 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
 
 def push(
-    pipeline: DiffusionPipeline,
+    pipeline: DiffusionPipeline | str | Path,
     repo_id: str,
     *,
     run_dir: str | Path | None = None,
@@ -44,14 +49,15 @@ def push(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """Uploads a distilled pipeline with its model card, all in one commit.
+    """Uploads a distilled pipeline, or a LoRA file with its scheduler, with its model card, all in one commit.
 
     It is sent from a temporary folder; no file of yours is touched. If the connection is cut, the Hub is asked whether
     the commit arrived; if it did not, push again: weights that have arrived are not sent twice. In a repo that holds
     files already, README.md and all weights in the folders of the components are replaced; the rest stays.
 
     Args:
-        pipeline: An `HSIVIPipeline`, or a stock pipeline whose scheduler is an `HSIVIScheduler` with a trained grid.
+        pipeline: An `HSIVIPipeline`, or a stock pipeline whose scheduler is an `HSIVIScheduler` with a trained grid, or
+            the folder of an adapter, RUN/pipeline.
         repo_id: "user/name" or "organisation/name".
         run_dir: Folder of the run, for the card; what it lacks is left out.
         base_model: Repo id of the teacher, for the card; that of the run by default, if the Hub knows it.
@@ -74,23 +80,38 @@ def push(
     """
     for name in [repo_id] if base_model is None else [repo_id, base_model]:
         check_repo_id(name)
-    check_pipeline(pipeline)
-    run, api = read_run(run_dir, pipeline.scheduler.config.layer_timesteps), HfApi(token=token)
+    adapter = Path(pipeline) if isinstance(pipeline, str | Path) else None
+    scheduler = check_pipeline(pipeline) if adapter is None else check_adapter(adapter)
+    run, api = read_run(run_dir, scheduler.config.layer_timesteps), HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        base_model = base_model or _public_teacher(api, run)
-        write_repo(Path(folder), pipeline, repo_id, run, fp16, base_model=base_model, license=license)
+        about: dict[str, Any] = {"base_model": base_model or _public_teacher(api, run), "license": license}
+        if adapter is None:
+            write_repo(Path(folder), pipeline, repo_id, run, fp16, **about)
+        else:
+            write_adapter_repo(Path(folder), adapter, scheduler, repo_id, run, **about)
         claim(repo_id, exist_ok=exist_ok, private=private, token=token)
         with remedies(repo_id):
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             # Old shards would take precedence over new weights in one file.
-            stale = [f"{name}/*{kind}" for name in pipeline.components for kind in WEIGHTS]
-            message = commit_message or f"Upload a sampler of {network_calls(pipeline.scheduler.depths)}"
+            stale = [f"{name}/*{kind}" for name in getattr(pipeline, "components", ()) for kind in WEIGHTS]
+            message = commit_message or f"Upload a sampler of {network_calls(scheduler.depths)}"
             return _upload(api, repo_id, folder, revision, message, stale)
 
 
-def check_pipeline(pipeline: DiffusionPipeline) -> None:
-    """Refuses, with ValueError, what is not a distilled sampler, or would not load as it is."""
+def check_adapter(folder: Path) -> Any:
+    """Returns the scheduler of an adapter, or refuses, with ValueError, what is none."""
+    if not (folder / ADAPTER).is_file() or not (folder / "scheduler").is_dir():
+        raise ValueError(f"{folder} holds no {ADAPTER} with its scheduler: give a pipeline, or RUN/pipeline of a LoRA")
+    with safe_open(folder / ADAPTER, "pt") as file:
+        damaged = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
+    if damaged:
+        raise ValueError(f"{len(damaged)} weights of {folder / ADAPTER} are not finite, such as {damaged[0]}")
+    return HSIVIScheduler.from_pretrained(folder, subfolder="scheduler")
+
+
+def check_pipeline(pipeline: Any) -> Any:
+    """Returns the scheduler of a pipeline, or refuses, with ValueError, what is not a distilled sampler."""
     kind = type(pipeline).__name__
     if not (isinstance(pipeline, DiffusionPipeline) and hasattr(pipeline, "scheduler")):
         raise ValueError(f"push got a {kind}: give a pipeline, HSIVIPipeline.from_pretrained(folder)")
@@ -107,6 +128,7 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
             f"a {kind} replaces the scheduler that it is loaded with, so this one would be lost: push "
             "HSIVIPipeline.from_pipe(pipeline)"
         )
+    return pipeline.scheduler
 
 
 def _public_teacher(api: HfApi, run: dict[str, Any]) -> str | None:
@@ -216,9 +238,7 @@ def _status(error: HfHubHTTPError) -> int:
     return 0 if error.response is None else int(error.response.status_code)
 
 
-def write_repo(
-    folder: Path, pipeline: DiffusionPipeline, repo_id: str, run: dict[str, Any], fp16: bool, **about: Any
-) -> None:
+def write_repo(folder: Path, pipeline: Any, repo_id: str, run: dict[str, Any], fp16: bool, **about: Any) -> None:
     """Writes into a folder all that `push` uploads; `about` are further arguments of the card."""
     pipeline.save_pretrained(folder)
     fp16, drawn = fp16 and pipeline.dtype == torch.float32, can_draw(pipeline)
@@ -229,18 +249,37 @@ def write_repo(
             half.save_pretrained(folder / name, variant="fp16")
     if drawn:
         draw_grid(pipeline).save(folder / "samples.png")
+    _save_figures(folder, run)
+    make_card(pipeline, repo_id, run, fp16=fp16, drawn=drawn, **about).save(folder / "README.md")
+    _make_private(folder, class_names(pipeline))
+
+
+def write_adapter_repo(
+    folder: Path, adapter: Path, scheduler: Any, repo_id: str, run: dict[str, Any], **about: Any
+) -> None:
+    """Writes into a folder all that `push` uploads of an adapter; `about` are further arguments of the card."""
+    shutil.copy(adapter / ADAPTER, folder)
+    scheduler.save_pretrained(folder / "scheduler")
+    _save_figures(folder, run)
+    make_adapter_card(scheduler, repo_id, run, **about).save(folder / "README.md")
+    _make_private(folder, {})
+
+
+def _save_figures(folder: Path, run: dict[str, Any]) -> None:
     for name, figure in (("samples", "comparison.png"), ("curve", "curve.png")):
         if name in run:
             run[name].save(folder / figure)
-    make_card(pipeline, repo_id, run, fp16=fp16, drawn=drawn, **about).save(folder / "README.md")
-    # The configs have the folder that each was loaded from: paths of a machine stay private.
+
+
+def _make_private(folder: Path, names: dict[str, Any]) -> None:
+    """Takes the folder that each part was loaded from out of its config, and puts names of classes into the index."""
     index = folder / "model_index.json"
-    for path in [*folder.rglob("*config.json"), index]:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        names = class_names(pipeline) if path == index else {}
-        if config.pop("_name_or_path", None) is not None or names:
-            config |= names
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in folder.rglob("*.json"):
+        if path.name.endswith("config.json") or path == index:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            added = names if path == index else {}
+            if config.pop("_name_or_path", None) is not None or added:
+                path.write_text(json.dumps(config | added, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def class_names(pipeline: DiffusionPipeline) -> dict[str, dict[str, str]]:

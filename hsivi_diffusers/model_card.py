@@ -1,19 +1,16 @@
 """The model card of a distilled sampler, from the pipeline and the folder of its run: how to use it, how good it is."""
 
 import html
-import json
 import math
 import re
 import textwrap
 from collections.abc import Sequence
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from PIL import Image
 
 from .pipeline_hsivi import HSIVIPipeline, network_calls, one_of
 
@@ -24,6 +21,7 @@ TOLD = (
     "objective",
     "scoring",
     "guidance_scale",
+    "lora_rank",
     "max_train_steps",
     "train_batch_size",
     "learning_rate",
@@ -31,6 +29,9 @@ TOLD = (
     "seed",
 )
 
+BY = (
+    "by hierarchical semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153))."
+)
 CODE = """\
 ```python
 {imports}
@@ -49,6 +50,20 @@ With the package installed (`pip install hsivi-diffusers`; without it, use the c
 {alone}
 
 The number of steps is part of the sampler: {counts}."""
+
+ADAPTER_USE = """\
+```python
+from diffusers import DiffusionPipeline
+from hsivi_diffusers import HSIVIScheduler
+
+pipeline = DiffusionPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights("{repo_id}")
+pipeline.scheduler = HSIVIScheduler.from_pretrained("{repo_id}", subfolder="scheduler")
+images = pipeline("a prompt", num_inference_steps={steps}, guidance_scale=1).images
+```
+
+{guides} Negative prompts have no effect at `guidance_scale=1`. LoRAs of a style go along with it: give each an
+`adapter_name` and choose by `set_adapters`."""
 
 WITHOUT = (
     "Without the package, with the code that is in this repository ({files}; read it first). If the repository is "
@@ -72,57 +87,6 @@ TWICE = "Guidance is in the weights: a larger `guidance_scale` would guide a sec
 NEVER = "It was trained without guidance, so keep `guidance_scale=1`."
 
 
-def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:
-    """Reads what a run left for its card: options, training and report, empty where missing; samples and curve.
-
-    The grid, or the list of grids, is that of the pipeline that is pushed.
-
-    Raises:
-        ValueError: `run_dir` is not the folder of a run, or is that of another sampler, or a file in it is damaged, or
-            a figure is a link.
-    """
-    if run_dir is not None and not Path(run_dir).is_dir():
-        raise ValueError(
-            f"run_dir={str(run_dir)!r} is not a folder: give the folder of a run of `hsivi distil`, or None"
-        )
-    run: dict[str, Any] = {name: {} for name in ("options", "training", "report")}
-    if run_dir is None:
-        return run
-    if not any((Path(run_dir) / f"{name}.json").is_file() for name in run):
-        raise ValueError(f"run_dir={str(run_dir)!r} holds no run: give the folder that `hsivi distil` wrote, or None")
-    config = Path(run_dir) / "pipeline" / "scheduler" / "scheduler_config.json"
-    theirs = _read_json(config).get("layer_timesteps") if config.is_file() else grid
-    if grid is not None and list(grid) != theirs:
-        raise ValueError(
-            f"run_dir={str(run_dir)!r} is the run of another sampler, layer_timesteps={theirs}, and this pipeline has "
-            f"{list(grid)}: give its own run, or None"
-        )
-    for name in run:
-        path = Path(run_dir) / f"{name}.json"
-        run[name] = _read_json(path) if path.is_file() else {}
-    figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
-    return run | {name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()}
-
-
-def _read_figure(path: Path) -> Image.Image:
-    """Returns the pixels of an image and nothing else of the file."""
-    if path.is_symlink():
-        raise ValueError(f"{path} is a link, and what it leads to would be public: put the image there, or remove it")
-    try:
-        with Image.open(path) as image:
-            pixels = image.convert("RGB")
-        return Image.frombytes("RGB", pixels.size, pixels.tobytes())
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged ({error}): make it again, or remove it") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:  # no JSON, no text, or no object
-        raise ValueError(f"{path} is damaged ({error}): make it again, or remove it") from error
-
-
 def is_ours(pipeline: DiffusionPipeline) -> bool:
     """Whether it is an `HSIVIPipeline`, of this package or of the code that travels with a repo."""
     return type(pipeline).__name__ == HSIVIPipeline.__name__
@@ -138,30 +102,51 @@ def make_card(
     drawn: bool = False,
 ) -> ModelCard:
     """Writes the card from what `read_run` returned; `fp16` and `drawn` tell of half precision and of samples.png."""
-    name, counts = repo_id.split("/")[-1], pipeline.scheduler.depths
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image" if hasattr(pipeline, "tokenizer") else "unconditional-image-generation",
-        license=license,
-        base_model=base_model,
-        tags=["diffusers", "hsivi", "few-step", "distillation", "arxiv:2310.17153"],
-        model_name=name,
-        eval_results=_eval_results(run["report"]),
-    )
-    teacher = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained diffusion model"
+    counts = pipeline.scheduler.depths
+    tag = "text-to-image" if hasattr(pipeline, "tokenizer") else "unconditional-image-generation"
+    data = {"pipeline_tag": tag, "license": license, "base_model": base_model}
     data_used = "with" if run["options"].get("train_data") else "without"  # an earlier version could use some
     sections = [
-        f"# {name}",
-        f"A sampler of **{network_calls(counts)}**, distilled from {teacher} {data_used} training data, by "
-        "hierarchical semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153)).",
+        f"A sampler of **{network_calls(counts)}**, distilled from {_link(base_model)} {data_used} training data, {BY}",
         f"![Images drawn by this model, {network_calls(counts[-1:])} each](samples.png)" if drawn else "",
         f"## Use it\n\n{_usage(pipeline, repo_id, counts, fp16)}",
-        f"## Quality\n\n{_quality(run)}",
-        f"## Training\n\n{_training(pipeline, run)}",
-        f"## Limits\n\n{_limits(counts, license)}",
     ]
-    body = "\n\n".join(section for section in sections if section)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+    results = _eval_results(run["report"])
+    return _write(repo_id, pipeline.scheduler, run, sections, (), eval_results=results, **data)
+
+
+def make_adapter_card(
+    scheduler: Any, repo_id: str, run: dict[str, Any], base_model: str | None = None, license: str | None = None
+) -> ModelCard:
+    """Writes the card of a LoRA file with its scheduler, which are loaded into a stock pipeline of the teacher."""
+    counts, guides = scheduler.depths, TWICE if scheduler.guidance_scales else NEVER
+    names = {"base": base_model or "the teacher", "repo_id": repo_id, "steps": counts[-1], "guides": guides}
+    sections = [
+        f"A LoRA with which {_link(base_model)} draws in **{network_calls(counts)}**, distilled without images, {BY}",
+        f"## Use it\n\n{ADAPTER_USE.format(**names)}",
+    ]
+    data = {"pipeline_tag": "text-to-image", "license": license, "base_model": base_model}
+    return _write(repo_id, scheduler, run, sections, ["lora"], **data)
+
+
+def _link(base_model: str | None) -> str:
+    return f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained diffusion model"
+
+
+def _write(
+    repo_id: str, scheduler: Any, run: dict[str, Any], sections: list[str], tags: Sequence[str], **data: Any
+) -> ModelCard:
+    """Writes a card: its metadata, the sections given, and those that all cards have."""
+    name = repo_id.split("/")[-1]
+    tags = ["diffusers", "hsivi", "few-step", "distillation", "arxiv:2310.17153", *tags]
+    head = ModelCardData(library_name="diffusers", model_name=name, tags=tags, **data)
+    last = [
+        f"## Quality\n\n{_quality(run)}",
+        f"## Training\n\n{_training(scheduler, run)}",
+        f"## Limits\n\n{_limits(scheduler.depths, data['license'])}",
+    ]
+    body = "\n\n".join(section for section in [f"# {name}", *sections, *last] if section)
+    return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n")
 
 
 def _metric_name(metric: str, report: dict[str, Any]) -> str:
@@ -280,20 +265,20 @@ def _quality(run: dict[str, Any]) -> str:
     return "\n\n".join([*parts, *(line for name, line in figures.items() if name in run)])
 
 
-def _training(pipeline: DiffusionPipeline, run: dict[str, Any]) -> str:
-    config, options, training = pipeline.scheduler.config, run["options"], run["training"]
+def _training(scheduler: Any, run: dict[str, Any]) -> str:
+    config, options, training = scheduler.config, run["options"], run["training"]
     noise = f"DDIM layers of eta {config.noise_eta}"
     if config.kernel != "ddim":
         noise = "layers that add new noise to the clean image"
-    calls, grids = network_calls(pipeline.scheduler.depths), pipeline.scheduler.trained_grids
+    calls, grids = network_calls(scheduler.depths), scheduler.trained_grids
     data = "Real images of its training data were used too." if options.get("train_data") else "No images were used."
-    times = [pipeline.scheduler.levels.time(torch.tensor(grid[:-1])).tolist() for grid in grids]
+    times = [scheduler.levels.time(torch.tensor(grid[:-1])).tolist() for grid in grids]
     text = (
         f"{calls.capitalize()} at the timesteps {one_of(times)}, {noise}. Each is a "
         "conditional distribution, trained so that its marginal matches the data at a noise level, which the score of "
         f"the teacher knows. {data}"
     )
-    if scales := pipeline.scheduler.guidance_scales:
+    if scales := scheduler.guidance_scales:
         text += f" It has taken in classifier-free guidance of scale {one_of(scales)}, at no further network call."
     settings = ", ".join(f"{name} {_plain(options[name])}" for name in TOLD if options.get(name) is not None)
     if settings:

@@ -82,7 +82,8 @@ def _keywords(hint: Any) -> dict[str, Any]:
     if get_origin(hint) in (Union, types.UnionType):
         kinds = [kind for kind in get_args(hint) if kind is not type(None)]
         lists = [kind for kind in kinds if get_origin(kind) is list]
-        return _keywords((lists or kinds)[0])  # of a number or a list of them, the list
+        # Of a number or a list of them, the list; of text, the text, which names a file with the list.
+        return _keywords(kinds[0] if kinds[0] is str else (lists or kinds)[0])
     if get_origin(hint) is list:
         return {"nargs": "*", **_keywords(get_args(hint)[0])}
     if get_origin(hint) is Literal:

@@ -1,8 +1,10 @@
 import gc
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp()  # read when huggingface_hub is imported
 
 import pytest
 import torch

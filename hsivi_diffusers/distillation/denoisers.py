@@ -6,13 +6,14 @@ import math
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from ..scheduling_hsivi import HSIVIScheduler
+from .prompts import PromptTable
 
-Network = UNet2DModel | DiTTransformer2DModel
+Network = UNet2DModel | DiTTransformer2DModel | UNet2DConditionModel | PixArtTransformer2DModel
 
 
 def sample_shape(network: Any) -> tuple[int, int, int]:
@@ -23,18 +24,36 @@ def sample_shape(network: Any) -> tuple[int, int, int]:
 
 
 def num_labels(network: Any) -> int:
-    """Class labels that a network takes, 0 without classes. The last one of a DiT is "no class"."""
+    """Class labels that a network takes, 0 without classes, or numbers of prompts.
+
+    The last one of a DiT is "no class", that of prompts the negative prompt.
+    """
     config = network.config
-    return config.num_embeds_ada_norm + 1 if _is_dit(network) else config.num_class_embeds or 0
+    if (prompts := prompts_of(network)) is not None:
+        return len(prompts)
+    return config.num_embeds_ada_norm + 1 if _is_dit(network) else config.get("num_class_embeds") or 0
 
 
 def _is_dit(network: Any) -> bool:
     """Whether it is a DiT, guided or not."""
-    return "num_embeds_ada_norm" in network.config
+    return bool(network.config.get("norm_type") == "ada_norm_zero")
+
+
+def give_prompts(network: Any, prompts: PromptTable) -> None:
+    """Lets a network that takes text be called with numbers of prompts, and copies of it too."""
+    network.prompts = prompts
+
+
+def prompts_of(network: Any) -> PromptTable | None:
+    """The prompts that `give_prompts` gave."""
+    prompts: PromptTable | None = getattr(network, "prompts", None)
+    return prompts
 
 
 def num_classes(network: Any, guides: bool = False) -> int:
-    """Classes that are drawn, 0 without: all labels but "no class", which a UNet has if it guides, and a DiT always.
+    """Classes or prompts that are drawn, 0 without: all labels but "no class".
+
+    A UNet has one if it guides, a DiT and a network that takes text always.
 
     Raises:
         ValueError: It guides, and has no such labels.
@@ -44,7 +63,7 @@ def num_classes(network: Any, guides: bool = False) -> int:
             "guidance_scale was given, and the teacher has no class labels, of which the last must be 'no class': "
             "leave guidance_scale out"
         )
-    return num_labels(network) - (guides or _is_dit(network))
+    return num_labels(network) - (guides or _is_dit(network) or prompts_of(network) is not None)
 
 
 def keep_labels(network: nn.Module) -> None:
@@ -56,9 +75,16 @@ def keep_labels(network: nn.Module) -> None:
 
 def call_network(network: Any, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
     """Calls a network at times of its own, in its precision, and answers in that of x, as every later formula needs."""
-    labels = {} if condition is None else {"class_labels": condition}
-    output: Tensor = network(x.to(network.dtype), time.to(x.device).expand(len(x)), **labels).sample.to(x.dtype)
+    cast = x.to(network.dtype)
+    told = {} if condition is None else arguments_of(network, condition, cast)
+    output: Tensor = network(cast, timestep=time.to(x.device).expand(len(x)), **told).sample.to(x.dtype)
     return output
+
+
+def arguments_of(network: Any, condition: Tensor, x: Tensor) -> dict[str, Any]:
+    """Returns what a network is told of class labels, or of numbers of prompts, (B,): its keyword arguments."""
+    prompts = prompts_of(network)
+    return {"class_labels": condition} if prompts is None else prompts.arguments(condition, x)
 
 
 def denoise(

@@ -1,8 +1,9 @@
 """Classifier-free guidance of the teacher (Ho and Salimans 2022, arXiv 2207.12598), which the student takes in.
 
-The last class label of the teacher is "no class". With w the scale of guidance, 1 for none, the guided teacher has the
-score S_none + w (S_c - S_none), of the class and of no class. A condition of a row is class * G + g, with g the number
-of its scale among the G that are trained. The critic is not guided.
+The last class label of the teacher is "no class", of a text-to-image model the negative prompt. With w the scale of
+guidance, 1 for none, the guided teacher has the score S_none + w (S_c - S_none), of the class and of no class. A
+condition of a row is class * G + g, with g the number of its scale among the G that are trained. The critic is not
+guided.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from .denoisers import Network, num_labels
+from .denoisers import Network, arguments_of, num_labels
 
 
 class GuidedNetwork(nn.Module):
@@ -39,11 +40,14 @@ class GuidedNetwork(nn.Module):
         """That of the network."""
         return self.unet.device
 
-    def forward(self, x: Tensor, time: Tensor, class_labels: Tensor) -> UNet2DOutput:
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> UNet2DOutput:
         """Returns the guided prediction; the labels are conditions, shape (B,)."""
         number, w = len(self.scales), self.scales.to(x)[class_labels % len(self.scales)]
-        none = torch.full_like(class_labels, num_labels(self) - 1)
-        of_class, of_none = (self.unet(x, time, class_labels=each).sample for each in (class_labels // number, none))
+        none = torch.full_like(class_labels, num_labels(self.unet) - 1)
+        of_class, of_none = (
+            self.unet(x, timestep=timestep, **arguments_of(self.unet, each, x)).sample
+            for each in (class_labels // number, none)
+        )
         return UNet2DOutput(sample=of_none + w.reshape(-1, *[1] * (x.ndim - 1)) * (of_class - of_none))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -65,6 +65,7 @@ RANGES: dict[str, Range] = {
         lambda value: all(0 <= share < math.inf for share in value) and sum(value) > 0,
     ),
     "num_pairs": FROM_0,
+    "lora_rank": FROM_0,
     "pair_steps": ABOVE_0,
     "pair_learning_rate": ABOVE_0,
     "pair_weight": FROM_0,
@@ -101,10 +102,15 @@ def check_ranges(config: Any) -> None:
         )
 
 
+def _default(field: Field[Any], preset: str) -> Any:
+    """What a field is if it is not given."""
+    return getattr(field.default, preset) if isinstance(field.default, ByPreset) else field.default
+
+
 def check_together(config: Any) -> None:
     """Refuses settings that exclude each other, or have no effect beside the others."""
     starts = (config.start_timestep, config.start_signal, config.start_noise)
-    usual = {each.name: each.default for each in fields(config)}
+    usual = {each.name: _default(each, config.preset) for each in fields(config)}
     names = ("pair_weight", "pair_steps", "pair_learning_rate")
     changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != usual[name]]
     if config.start_spacing and starts == (None, None, None):

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
 from ..scheduling_hsivi import HSIVIScheduler
+from .adapters import add_adapter, has_adapter, load_adapter
 from .config import HSIVIConfig
-from .denoisers import Network, keep_labels, sample_shape, signal_timestep
+from .denoisers import Network, give_prompts, keep_labels, sample_shape, signal_timestep
 from .student import label_layers
-from .teachers import fingerprint, load_student, network_of
+from .teachers import Parts, fingerprint, load_prompts, load_student, network_of, without_encoders
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -31,25 +34,44 @@ class Networks:
     scheduler: HSIVIScheduler  # schedule of the teacher, grid of the student
     noise_scale: HSIVINoiseScale | None
     host: DiffusionPipeline | None = None  # the teacher's, if the student is to be put into one of its kind
-    fingerprint: str | None = None  # of the teacher as it was loaded
+    encoders: Callable[[], dict[str, Any]] = dict  # of text, which the host then lacks
+    identity: dict[str, str] = field(default_factory=dict)  # hashes of the teacher as it was loaded, and of its prompts
 
 
-def load_networks(
-    teacher: Network,
-    schedule: HSIVIScheduler,
-    config: HSIVIConfig,
-    accelerator: Accelerator,
-    host: DiffusionPipeline | None = None,
-) -> Networks:
+def load_networks(parts: Parts, config: HSIVIConfig, accelerator: Accelerator) -> Networks:
     """Copies student and critic from the teacher, which is kept in the precision of its calls; or see `init_from`."""
-    networks = make_networks((teacher, copy.deepcopy(teacher), copy.deepcopy(teacher)), schedule, config)
+    teacher, schedule, host, encoders = parts
+    identity = {"teacher_sha256": fingerprint(teacher, schedule)}
+    with accelerator.main_process_first():  # the others find the files
+        prompts = load_prompts(host, config.prompts, config.negative_prompt, accelerator.device)
+    if prompts is not None:
+        give_prompts(teacher, prompts)
+        identity["prompts_sha256"] = prompts.digest
+        host = without_encoders(host)
+    networks = make_networks((teacher, *make_players(teacher, config)), schedule, config)
     if config.init_from is not None:
         carry_over(networks, Path(config.init_from))
-    networks.fingerprint, networks.host = fingerprint(teacher, schedule), host
+    networks.identity, networks.host, networks.encoders = identity, host, dict if prompts is None else encoders
     networks.teacher.to(accelerator.device, HALF.get(accelerator.mixed_precision))
     if host is not None:
         host.vae.requires_grad_(False).to(accelerator.device)
     return networks
+
+
+def make_players(teacher: Network, config: HSIVIConfig) -> tuple[Network, Network]:
+    """Returns student and critic: copies of the teacher, or its own weights with adapters.
+
+    Raises:
+        ValueError: The pipelines of such a teacher load no adapters.
+    """
+    if not config.lora_rank:
+        return copy.deepcopy(teacher), copy.deepcopy(teacher)
+    if not isinstance(teacher, UNet2DConditionModel):
+        raise ValueError(
+            f"lora_rank={config.lora_rank}: of a {type(teacher).__name__} no stock pipeline loads an adapter: set "
+            "lora_rank to 0, which trains all weights"
+        )
+    return add_adapter(teacher, config.lora_rank), add_adapter(teacher, config.lora_rank)
 
 
 def make_networks(three: tuple[Network, Network, Network], schedule: HSIVIScheduler, config: HSIVIConfig) -> Networks:
@@ -112,6 +134,10 @@ def check_init_from(run: Path) -> None:
 
 def carry_over(networks: Networks, run: Path) -> None:
     """Lets student, critic and noise scale start where a finished run ended; refuses those that do not fit."""
+    if has_adapter(networks.student):
+        for network, name in ((networks.student, "pipeline"), (networks.critic, "critic")):
+            load_adapter(network, run / name)
+        return
     pipeline = load_student(run / "pipeline")
     student = network_of(pipeline)
     if type(student) is not type(networks.student):

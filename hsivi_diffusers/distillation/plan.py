@@ -11,18 +11,19 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import diffusers
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
-from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
-from torch import Tensor
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,11 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..scheduling_hsivi import HSIVIScheduler
 from .config import HSIVIConfig
-from .denoisers import Network, num_labels, sample_shape
-from .networks import HALF, make_networks
+from .denoisers import Network, call_network, give_prompts, num_labels, sample_shape
+from .networks import HALF, make_networks, make_players
 from .pairs import PAIR_CALLS
-from .state import TrainingState
-from .teachers import check, read_configs
+from .prompts import empty_prompts
+from .state import TrainingState, trained
+from .teacher_configs import check, read_configs
 from .updates import run_updates
 
 MIB = 2**20
@@ -119,13 +121,16 @@ def vae_memory(name: str, revision: str | None) -> int:
 
 
 def make_network(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Network:
-    kind = UNet2DModel if config["_class_name"] == "UNet2DModel" else DiTTransformer2DModel
+    """Makes a network from its config; one that takes text is given prompts that say nothing."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return kind.from_config(config)
+        network: Network = getattr(diffusers, config["_class_name"]).from_config(config)
     finally:
         torch.set_default_dtype(before)
+    if (prompts := empty_prompts(network)) is not None:
+        give_prompts(network, prompts)
+    return network
 
 
 def make_fake_state(
@@ -134,12 +139,29 @@ def make_fake_state(
     """Makes the state of the run without weights; to be called within a `FakeTensorMode`."""
     half = config.precision != "no"  # the two are of one size
     accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="bf16" if half else "no")
-    unets = (make_network(shape, torch.bfloat16 if half else torch.float32), make_network(shape), make_network(shape))
+    with unset_fake_temporarily(), torch.device("meta"):  # adapters cannot be added to fake tensors
+        teacher = make_network(shape, torch.bfloat16 if half else torch.float32)
+        players = make_players(teacher, config) if config.lora_rank else (make_network(shape), make_network(shape))
+    _make_fake([teacher, *players])
     with meter:
-        networks = make_networks(unets, schedule, config)
-    meter.add(parameter for unet in unets for parameter in unet.parameters())
+        networks = make_networks((teacher, *players), schedule, config)
+    meter.add(parameter for unet in (teacher, *players) for parameter in unet.parameters())
     with meter:
         return TrainingState(networks, config, accelerator)
+
+
+def _make_fake(networks: Sequence[nn.Module]) -> None:
+    """Puts fake tensors of the CPU in the place of meta tensors; what networks share, they share afterwards."""
+    fakes: dict[int, Any] = {}
+    for module in (part for network in networks for part in network.modules()):
+        held: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in held:
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in fakes:
+                    fake = torch.empty_like(tensor, device="cpu")
+                    is_weight = isinstance(tensor, nn.Parameter)
+                    fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
+                tensors[name] = None if tensor is None else fakes[id(tensor)]
 
 
 @contextmanager
@@ -181,9 +203,9 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
     memory = {**static, "activations and gradients": peak - sum(static.values()), "libraries": libraries}
     if pairs:
         memory["pairs"] = 2 * 4 * pairs * math.prod(state.bridge.shape)
-    parts = {"each network": state.bridge.network, "student, with its noise scale": state.student}
+    parts = {"teacher": [*state.bridge.network.parameters()], "trained of the student": trained(state.student)}
     return Cost(
-        parameters={name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()},
+        parameters={name: sum(each.numel() for each in weights) for name, weights in parts.items()},
         memory=memory,
         calls={name: total[name] / _rows(config) for name in ("student", "critic", "teacher")},
         flops=total["flops"],
@@ -216,8 +238,8 @@ def _static(state: TrainingState) -> dict[str, int]:
     moments = (moment for each in optimizers for values in each.state.values() for moment in values.values())
     return {
         "teacher": _bytes(state.bridge.network.parameters()),
-        "student": _bytes(state.student.parameters()),
-        "critic": _bytes(state.critic.parameters()),
+        "student": _bytes(trained(state.student)),
+        "critic": _bytes(trained(state.critic)),
         "average of the student": _bytes(state.ema.shadow_params),
         "Adam's moments": _bytes(moments),
         "chains": _bytes(tensor for chain in state.chains for tensor in chain.state_dict().values()),
@@ -250,7 +272,7 @@ def seconds_per_flop(shape: dict[str, Any], config: HSIVIConfig) -> tuple[float,
         labels = zeros if num_labels(network) else None
         begin = clock()
         with torch.no_grad(), torch.autocast(device.type, half, enabled=half != torch.float32):
-            float(network(x, zeros, class_labels=labels).sample.sum())  # a number, for which a GPU must have finished
+            float(call_network(network, x, zeros, labels).sum())  # a number, for which a GPU must have finished
         return clock() - begin
 
     with FlopCounterMode(display=False) as counter:
@@ -271,7 +293,7 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
     cost, (speed, clock) = measure(shape, schedule, config), seconds_per_flop(shape, config)
     seconds = speed * cost.flops
     cost.memory |= {"VAE": vae} if vae else {}
-    cost.written["pipeline"] += vae
+    cost.written["pipeline"] += 0 if config.lora_rank else vae
     calls = ", ".join(f"{name} {number:.1f}" for name, number in cost.calls.items())
     lines = [
         f"{teacher}, {', '.join(map(str, config.depths))} steps, preset {config.preset}: "

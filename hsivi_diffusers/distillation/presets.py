@@ -13,11 +13,15 @@ class ByPreset(NamedTuple):
     fast: Any
     one_call: Any
     paper: Any
+    latent: Any
 
 
 PRESETS = ByPreset._fields
 
 
-def by_preset(fast: Any, one_call: Any, paper: Any, help: str, common: bool = False) -> Any:
-    """A field whose default the preset decides: fast, one_call, paper."""
-    return option(ByPreset(fast, one_call, paper), help, common)
+AS_FAST: Any = object()
+
+
+def by_preset(fast: Any, one_call: Any, paper: Any, help: str, common: bool = False, latent: Any = AS_FAST) -> Any:
+    """A field whose default the preset decides: fast, one_call, paper, latent."""
+    return option(ByPreset(fast, one_call, paper, fast if latent is AS_FAST else latent), help, common)

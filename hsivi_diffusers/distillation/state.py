@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -20,15 +19,22 @@ from torch import Tensor, nn
 from ..folders import remove_folder, replace_folder
 from ..scheduling_hsivi import HSIVIScheduler
 from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
+from .adapters import has_adapter, save_network, share
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
 from .denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
 from .networks import Networks
 from .pairs import TeacherPairs
+from .state_dicts import TrainedWeights
 from .student import UNetCritic, UNetLayers
 from .teachers import make_pipeline
 
 NOISE_SCALE_LEARNING_RATE = 1e-2
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of a module that are trained; of one with an adapter these are the adapter's."""
+    return [weight for weight in module.parameters() if weight.requires_grad]
 
 
 def highest_level(scheduler: HSIVIScheduler, shape: tuple[int, ...]) -> int:
@@ -52,7 +58,7 @@ class TrainingState:
 
     def __init__(self, networks: Networks, config: HSIVIConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
-        self.fingerprint, self.host = networks.fingerprint, networks.host
+        self.identity, self.host, self.encoders = networks.identity, networks.host, networks.encoders
         scheduler, shape = networks.scheduler, sample_shape(networks.teacher)
         self.bridge = TeacherBridge(
             networks.teacher,
@@ -67,20 +73,23 @@ class TrainingState:
         if config.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
                 unet.enable_gradient_checkpointing()
-        unet = networks.student.requires_grad_(True).train()
+        for network in (networks.student, networks.critic):
+            if not has_adapter(network):  # whose other weights are the teacher's
+                network.requires_grad_(True)
+        unet = networks.student.train()
         self.student = UNetLayers(unet, scheduler, networks.noise_scale, config.clip_images and self.host is None)
         self.critic_unet = networks.critic
         told = self.bridge.num_layers if len(config.depths) > 1 else 0
-        critic = UNetCritic(networks.critic.requires_grad_(True).train(), scheduler, told)
+        critic = UNetCritic(networks.critic.train(), scheduler, told)
         layer_optimizer, critic_optimizer = self._make_optimizers(networks)
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
             self.student, critic, layer_optimizer, critic_optimizer
         )
-        self.ema = EMAModel(self.student.parameters(), decay=config.ema_decay, use_ema_warmup=False)
+        self.ema = EMAModel(trained(self.student), decay=config.ema_decay, use_ema_warmup=False)
         self.ema.to(accelerator.device)
         self.parts = {
-            "layers": self.student,
-            "critic": critic,
+            "layers": TrainedWeights(self.student),
+            "critic": TrainedWeights(critic),
             "layer_optimizer": self.layer_optimizer,
             "critic_optimizer": self.critic_optimizer,
             "layer_schedule": self.lr_schedulers[0],
@@ -93,12 +102,12 @@ class TrainingState:
     def _make_optimizers(self, networks: Networks) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
         config = self.config
         betas = (config.adam_beta1, 0.999)
-        groups: list[dict[str, Any]] = [{"params": networks.student.parameters(), "lr": config.learning_rate}]
+        groups: list[dict[str, Any]] = [{"params": trained(networks.student), "lr": config.learning_rate}]
         if networks.noise_scale is not None:
             groups.append({"params": networks.noise_scale.parameters(), "lr": NOISE_SCALE_LEARNING_RATE})
         optimizers = (
             torch.optim.Adam(groups, betas=betas),
-            torch.optim.Adam(networks.critic.parameters(), lr=config.critic_learning_rate, betas=betas),
+            torch.optim.Adam(trained(networks.critic), lr=config.critic_learning_rate, betas=betas),
         )
         names, warmup = (config.lr_scheduler, config.critic_lr_scheduler), config.lr_warmup_steps
         steps = (config.max_train_steps - config.critic_first, config.max_train_steps)
@@ -199,18 +208,18 @@ class TrainingState:
     def make_pipeline(self) -> DiffusionPipeline:
         """The averaged layers as a pipeline of their own, on the device of the run."""
         student = self.averaged()
-        return make_pipeline(self.host, student.unet, student.scheduler, student.noise_scale)
+        return make_pipeline(self.host, student.unet, student.scheduler, student.noise_scale, **self.encoders())
 
     def averaged(self) -> UNetLayers:
         """A copy of the layers with the averaged weights, in evaluation mode."""
-        student: UNetLayers = copy.deepcopy(self.student)
-        self.ema.copy_to(student.parameters())
+        student: UNetLayers = share(self.student)
+        self.ema.copy_to(trained(student))
         student.unet.disable_gradient_checkpointing()
         return student.eval()
 
     def check_finite(self, step: int) -> None:
         """Raises DivergenceError if a weight is not finite after so many updates."""
-        weights = {"the layers": self.layers.parameters(), "the critic": self.critic.parameters()}
+        weights = {"the layers": trained(self.layers), "the critic": trained(self.critic)}
         for name, parameters in {**weights, "the average": self.ema.shadow_params}.items():
             if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
                 raise DivergenceError(f"a weight of {name}", step - 1, range(self.student.num_layers))
@@ -231,8 +240,16 @@ class TrainingState:
 
     def save(self, output_dir: Path) -> None:
         """Saves the averaged layers as OUTPUT_DIR/pipeline, and the critic, for --init_from, as OUTPUT_DIR/critic."""
-        for name, part in (("pipeline", self.make_pipeline()), ("critic", self.critic_unet)):
-            partial = output_dir / f"{name}.partial"
-            remove_folder(partial)  # of a run that was killed here, and was perhaps another
-            part.save_pretrained(partial)
-            replace_folder(partial, output_dir / name)
+        for name, save in (("pipeline", self._save_sampler), ("critic", partial(save_network, self.critic_unet))):
+            unfinished = output_dir / f"{name}.partial"
+            remove_folder(unfinished)  # of a run that was killed here, and was perhaps another
+            save(unfinished)
+            replace_folder(unfinished, output_dir / name)
+
+    def _save_sampler(self, folder: Path) -> None:
+        if not has_adapter(self.student.unet):
+            self.make_pipeline().save_pretrained(folder)
+            return
+        student = self.averaged()
+        save_network(student.unet, folder)
+        student.scheduler.save_pretrained(folder / "scheduler")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def save_state_dict(state: Mapping[Any, Any], path: Path) -> None:
@@ -58,6 +59,34 @@ def _put_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tensors[tree["tensor"]]
         return {key: _put_tensors(value, tensors) for key, value in tree["pairs"]}
     return tree
+
+
+class TrainedWeights:
+    """Those weights of a module that are trained, as a part of a checkpoint: the rest is the teacher's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the weights by name."""
+        return {name: weight for name, weight in self.module.named_parameters() if weight.requires_grad}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores them.
+
+        Raises:
+            RuntimeError: One is missing, or has another shape.
+        """
+        if missing := self.state_dict().keys() - state.keys():
+            raise RuntimeError(f"the state lacks {', '.join(sorted(missing))}")
+        self.module.load_state_dict(state, strict=False)
+
+
+def hash_weights(hash: hashlib._Hash, module: nn.Module) -> None:
+    """Adds the names, types, shapes and bytes of the weights of a module to a hash."""
+    for name, tensor in sorted(module.state_dict().items()):
+        hash.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        hash.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -74,13 +74,13 @@ class HSIVITrainer:
         config.check()
         if config.init_from is not None:
             check_init_from(Path(config.init_from))
-        network, schedule, host = load_parts(teacher, revision)
+        parts = load_parts(teacher, revision)
         name = None if isinstance(teacher, DiffusionPipeline) else os.fspath(teacher)
         self.teacher = {"pretrained_teacher_model": name, "revision": revision}
         self.callbacks = list(callbacks)
         self.accelerator = make_accelerator(config)
         set_seed(config.seed)
-        networks = load_networks(network, schedule, config, self.accelerator, host)
+        networks = load_networks(parts, config, self.accelerator)
         self.state = TrainingState(networks, config, self.accelerator)
         self.progress = Progress(self.state)
         self.before_start: Callable[[], Any] = lambda: None  # called when the output folder is claimed
@@ -127,7 +127,7 @@ class HSIVITrainer:
             self.accelerator.wait_for_everyone()
             if config.report_to:
                 self.accelerator.init_trackers("hsivi")
-            identity = {**settings, "teacher_sha256": self.state.fingerprint}
+            identity = {**settings, **self.state.identity}
             checkpoints = Checkpoints(run, self.accelerator, self.state, identity, complete)
             start, spent = checkpoints.load()
             if start >= config.max_train_steps:
@@ -196,8 +196,12 @@ class HSIVITrainer:
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Pushes the averaged student with its model card; see `hsivi_diffusers.push` for options; returns the URL."""
         folder = self.config.output_dir
-        run_dir = folder if folder and (Path(folder) / "training.json").is_file() else None
-        return push(self.pipeline, repo_id, run_dir=run_dir, **options)
+        run_dir = Path(folder) if folder and (Path(folder) / "training.json").is_file() else None
+        if not self.config.lora_rank:
+            return push(self.pipeline, repo_id, run_dir=run_dir, **options)
+        if run_dir is None:
+            raise ValueError("there is no adapter to push yet: call train() first")
+        return push(run_dir / "pipeline", repo_id, run_dir=run_dir, **options)
 
 
 def make_accelerator(config: HSIVIConfig) -> Accelerator:

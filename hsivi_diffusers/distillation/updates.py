@@ -29,7 +29,7 @@ from ..vi import (
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
 from .pairs import PAIR_CALLS, image_loss
-from .state import TrainingState
+from .state import TrainingState, trained
 
 MAX_OVERFLOWS = 50
 COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs
@@ -81,7 +81,7 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
         for lr_scheduler, skip in zip(state.lr_schedulers, (skipped[0] or still, skipped[1]), strict=True):
             if not skip:
                 lr_scheduler.step()
-        state.ema.step(state.student.parameters())
+        state.ema.step(trained(state.student))
         _relax(state, objective)
         yield step
 
@@ -159,5 +159,5 @@ def _regress(state: TrainingState) -> None:
         state.pairs.cache_clear()
     group["lr"] = rate
     state.layer_optimizer.state.clear()
-    for average, parameter in zip(state.ema.shadow_params, state.student.parameters(), strict=True):
+    for average, parameter in zip(state.ema.shadow_params, trained(state.student), strict=True):
         average.copy_(parameter.detach())

@@ -18,10 +18,10 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from ..distillation.denoisers import Network, num_classes, sample_shape
+from ..distillation.denoisers import Network, give_prompts, num_classes, sample_shape
 from ..distillation.guidance import GuidedNetwork, calls_of_step, guided
 from ..distillation.ode import few_step_timesteps
-from ..distillation.teachers import image_shape, load_parts, load_student
+from ..distillation.teachers import image_shape, load_parts, load_prompts, load_student, network_of
 from ..images import load_images
 from ..options import option, parse_options
 from .features import check_packages, load_network
@@ -163,10 +163,14 @@ def main(args: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_student(run_dir / "pipeline").to(device)
     training["teacher"] = options.teacher or training["pretrained_teacher_model"]
-    unet, schedule, host = load_parts(training["teacher"], None if options.teacher else training.get("revision"))
+    unet, schedule, host, _ = load_parts(training["teacher"], None if options.teacher else training.get("revision"))
     unet.to(device).eval()
     if host is not None:
         host.vae.to(device)
+    told = training.get("prompts"), training.get("negative_prompt", "")
+    if (prompts := load_prompts(host, *told, torch.device(device))) is not None:
+        for each in (unet, network_of(student)):
+            give_prompts(each, prompts)
     classes = num_classes(unet, bool(student.scheduler.guidance_scales)) or None
     teacher = guided(unet, [scale_of(options, student)])
     network, features = load_network(options.feature_extractor, image_shape(host, sample_shape(unet))[0])

@@ -22,7 +22,7 @@ from diffusers import (
 from ..distillation.denoisers import Network, sample_shape
 from ..distillation.guidance import GuidedNetwork
 from ..distillation.ode import run_solver, use_grid
-from ..distillation.teachers import decode
+from ..distillation.teachers import decode, network_of
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
 
@@ -177,7 +177,7 @@ def make_student(
     """Returns the distilled pipeline as a sampler, with one of its trained counts of calls, or the largest."""
     if not isinstance(pipeline, HSIVIPipeline):  # a stock one, which gives the steps no generator
         scheduler = pipeline.scheduler
-        return Solver(scheduler, num_steps or max(scheduler.depths), pipeline.transformer, host=pipeline)
+        return Solver(scheduler, num_steps or max(scheduler.depths), network_of(pipeline), host=pipeline)
     pipeline.set_progress_bar_config(disable=True)
 
     def sampler(batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None) -> torch.Tensor:

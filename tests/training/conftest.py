@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # bit-identical runs are promised on one machine's CPU
@@ -16,12 +17,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from hsivi_diffusers import cli, load_teacher
+from hsivi_diffusers import cli
 from hsivi_diffusers.distillation.networks import load_networks
 from hsivi_diffusers.distillation.state import TrainingState
+from hsivi_diffusers.distillation.teachers import load_parts
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from short_run import SETTINGS
 from tiny_dit import make_dit
+from tiny_text import make_text
 from tiny_unet import make_unet
 from training.benchmarks.images import train_baseline as train_program
 
@@ -65,6 +68,19 @@ def dit_teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def text_teachers(tmp_path_factory):
+    """Makes the folder of a text-to-image pipeline, "sd", "sdxl" or "pixart", whose latents are images of 16x16."""
+
+    @cache
+    def save(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        make_text(kind).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def arguments(teacher):
     """The command line of a run with 2 layers and 4 rows; options by keyword, a tuple for a list."""
 
@@ -105,7 +121,7 @@ def make_state(make_config, teacher, fresh_accelerator):
 
     def make(**options):
         config, accelerator = make_config(**options), Accelerator(cpu=True)
-        return TrainingState(load_networks(*load_teacher(str(teacher)), config, accelerator), config, accelerator)
+        return TrainingState(load_networks(load_parts(str(teacher)), config, accelerator), config, accelerator)
 
     return make
 

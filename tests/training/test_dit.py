@@ -223,7 +223,7 @@ def test_it_is_planned_with_its_vae(dit_teacher, make_config, capsys):
     shape, schedule = plan.read_teacher(str(dit_teacher), None)
     cost = plan.measure(shape, schedule, make_config())
     network, _ = load_teacher(str(dit_teacher))
-    assert cost.parameters["each network"] == network.num_parameters()
+    assert cost.parameters["teacher"] == network.num_parameters()
     plan.print_plan(str(dit_teacher), make_config())
     text = capsys.readouterr().out
     assert "VAE" in text

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
-from hsivi_diffusers import HSIVINoiseScale, HSIVIPipeline, HSIVIScheduler, cli, load_teacher
+from hsivi_diffusers import HSIVINoiseScale, HSIVIPipeline, HSIVIScheduler, cli
 from hsivi_diffusers.distillation import state, updates
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.networks import load_networks
+from hsivi_diffusers.distillation.teachers import load_parts
 
 
 def pipeline_of(folder):
@@ -47,7 +49,8 @@ def begin(teacher):
     def load(run, teacher=teacher, num_inference_steps=2, **settings):
         start = {"start_timestep": 440} if "start_timestep" not in settings else {}
         config = HSIVIConfig(num_inference_steps, preset="fast", init_from=str(run), **start, **settings)
-        return load_networks(*load_teacher(str(teacher)), config, SimpleNamespace(device="cpu", mixed_precision="no"))
+        accelerator = SimpleNamespace(device="cpu", mixed_precision="no", main_process_first=nullcontext)
+        return load_networks(load_parts(str(teacher)), config, accelerator)
 
     return load
 

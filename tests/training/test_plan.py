@@ -13,7 +13,7 @@ from hsivi_diffusers.distillation import plan
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.networks import load_networks
 from hsivi_diffusers.distillation.state import TrainingState
-from hsivi_diffusers.distillation.teachers import load_teacher
+from hsivi_diffusers.distillation.teachers import load_parts
 from tiny_unet import make_unet
 from training.benchmarks.images import make_teacher
 
@@ -100,7 +100,7 @@ def test_a_plan_is_of_the_levels_of_the_run(tmp_path):
     configs = plan.read_teacher(tmp_path, None)
     with plan.FakeTensorMode(allow_non_fake_inputs=True):
         planned = plan.make_fake_state(*configs, config, plan.Meter())
-    run = TrainingState(load_networks(*load_teacher(tmp_path), config, accelerator), config, accelerator)
+    run = TrainingState(load_networks(load_parts(tmp_path), config, accelerator), config, accelerator)
     assert planned.bridge.level_range == run.bridge.level_range
     assert planned.bridge.scheduler.config.layer_timesteps == run.bridge.scheduler.config.layer_timesteps
 
@@ -131,7 +131,7 @@ def test_what_stays_is_counted_exactly(measured, tiny_teacher):
     tensors = sum(1 for _ in UNet2DModel.from_pretrained(tiny_teacher, subfolder="unet").parameters())
     assert measured.memory["Adam's moments"] == 2 * (8 * weights + 4 * tensors)  # and a step count for each tensor
     assert measured.memory["chains"] == 2 * 4 * (64 * 4 + 8)  # T B states of 8x8 floats and an index
-    assert measured.parameters == {"each network": weights, "student, with its noise scale": weights}
+    assert measured.parameters == {"teacher": weights, "trained of the student": weights}
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_half_precision_halves_the_teacher_alone(measure, tiny_class_teacher):
     """Here of a class-conditional teacher, with a learned noise scale for each of 8x8 pixels."""
     half = measure(tiny_class_teacher, noise_scale_type="per_pixel", mixed_precision="bf16", critic_updates=1)
     weights = weights_of(tiny_class_teacher)
-    assert half.parameters == {"each network": weights, "student, with its noise scale": weights + 64}
+    assert half.parameters == {"teacher": weights, "trained of the student": weights + 64}
     assert half.memory["teacher"] == 2 * weights
     assert half.memory["student"] == 4 * (weights + 64)
     assert half.memory["critic"] == 4 * weights

@@ -1,6 +1,7 @@
 """Half precision, recomputed activations, clipped gradients and TF32."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from hsivi_diffusers import HSIVIScheduler, UNetCritic, load_teacher
 from hsivi_diffusers.distillation import updates
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.networks import load_networks
+from hsivi_diffusers.distillation.teachers import load_parts
 from hsivi_diffusers.distillation.trainer import make_accelerator
 
 SHORT = {"max_train_steps": 2, "critic_updates": 1, "lr_warmup_steps": 0}
@@ -64,8 +66,8 @@ def test_a_bf16_run_resumes(launch, bf16_runs, tmp_path, differences):
 
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_teacher_alone_is_kept_in_half_precision(teacher, precision, dtype):
-    accelerator = SimpleNamespace(device="cpu", mixed_precision=precision)
-    networks = load_networks(*load_teacher(str(teacher)), HSIVIConfig(), accelerator)
+    accelerator = SimpleNamespace(device="cpu", mixed_precision=precision, main_process_first=nullcontext)
+    networks = load_networks(load_parts(str(teacher)), HSIVIConfig(), accelerator)
     assert networks.teacher.dtype == dtype
     assert networks.student.dtype == networks.critic.dtype == torch.float32
 

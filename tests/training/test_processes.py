@@ -6,6 +6,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
+from tiny_text import PROMPTS
+
 PROCESSES = {"processes": 2}
 ACCUMULATION = {"gradient_accumulation_steps": 2}
 KINDS = {
@@ -15,18 +17,23 @@ KINDS = {
     "guided": {"guidance_scale": (1.0, 3.0), "max_train_steps": 3, "critic_updates": 1},
     "flow": {"max_train_steps": 3, "critic_updates": 1, "noise_eta": 0.0},
     "dit": {"guidance_scale": 3.0, "max_train_steps": 3, "critic_updates": 1},
+    "text": {"guidance_scale": 3.0, "max_train_steps": 3, "critic_updates": 1, "lora_rank": 4},
 }
 
 
 @pytest.fixture(scope="module")
-def make(launch, distil, class_teacher, flow_teacher, dit_teacher):
+def make(launch, distil, class_teacher, flow_teacher, dit_teacher, text_teachers, tmp_path_factory):
     """Does a run of a kind, or what is left of one: several processes of their own, or batches in this one."""
 
     teachers = {"classes": class_teacher, "guided": class_teacher, "flow": flow_teacher, "dit": dit_teacher}
+    teachers["text"] = text_teachers("sd")
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
 
     def run(folder, kind, *flags, processes=1, **options):
         teacher = {"pretrained_teacher_model": teachers[kind]} if kind in teachers else {}
-        options = {**KINDS[kind], **teacher, **options}
+        told = {"prompts": prompts} if kind == "text" else {}
+        options = {**KINDS[kind], **teacher, **told, **options}
         if processes == 1:
             return distil(folder, *flags, **options)
         statuses, text = launch(folder, *flags, processes=processes, **options)

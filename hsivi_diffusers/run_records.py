@@ -1,0 +1,59 @@
+"""What a run left for its card."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Reads what a run left for its card: options, training and report, empty where missing; samples and curve.
+
+    The grid, or the list of grids, is that of the pipeline that is pushed.
+
+    Raises:
+        ValueError: `run_dir` is not the folder of a run, or is that of another sampler, or a file in it is damaged, or
+            a figure is a link.
+    """
+    if run_dir is not None and not Path(run_dir).is_dir():
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} is not a folder: give the folder of a run of `hsivi distil`, or None"
+        )
+    run: dict[str, Any] = {name: {} for name in ("options", "training", "report")}
+    if run_dir is None:
+        return run
+    if not any((Path(run_dir) / f"{name}.json").is_file() for name in run):
+        raise ValueError(f"run_dir={str(run_dir)!r} holds no run: give the folder that `hsivi distil` wrote, or None")
+    config = Path(run_dir) / "pipeline" / "scheduler" / "scheduler_config.json"
+    theirs = _read_json(config).get("layer_timesteps") if config.is_file() else grid
+    if grid is not None and list(grid) != theirs:
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} is the run of another sampler, layer_timesteps={theirs}, and this pipeline has "
+            f"{list(grid)}: give its own run, or None"
+        )
+    for name in run:
+        path = Path(run_dir) / f"{name}.json"
+        run[name] = _read_json(path) if path.is_file() else {}
+    figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
+    return run | {name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()}
+
+
+def _read_figure(path: Path) -> Image.Image:
+    """Returns the pixels of an image and nothing else of the file."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, and what it leads to would be public: put the image there, or remove it")
+    try:
+        with Image.open(path) as image:
+            pixels = image.convert("RGB")
+        return Image.frombytes("RGB", pixels.size, pixels.tobytes())
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is damaged ({error}): make it again, or remove it") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # no JSON, no text, or no object
+        raise ValueError(f"{path} is damaged ({error}): make it again, or remove it") from error

@@ -1,0 +1,152 @@
+"""Draw images from a distilled pipeline, ours or a stock one: `hsivi sample`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from .hub import ADAPTER
+from .options import option, parse_options
+from .pipeline_hsivi import HSIVIPipeline
+
+SAMPLERS = ("model_index.json", ADAPTER)  # one of them is in the folder of a sampler
+SAMPLE = """Draw images from a distilled pipeline into a folder of PNG files and one contact sheet.
+
+    hsivi sample --pipeline runs/digits_t5/pipeline --output_dir runs/digits_t5/drawn"""
+
+
+@dataclass
+class Sampling:
+    _group = "sampling"
+    pipeline: str | None = option(None, "folder or repo id of a distilled pipeline, or folder of a run")
+    output_dir: str | None = option(None, "folder of the images")
+    overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
+    num_samples: int = option(64, "images to draw")
+    num_inference_steps: int | None = option(None, "steps, one of the trained counts; the largest by default")
+    batch_size: int = option(64, "images at once")
+    seed: int = option(0, "image i has the seed `seed + i`")
+    class_label: list[int] = option([], "classes to draw, one image of each in turn; all by default")
+    prompt: list[str] = option([], "of a text-to-image sampler, prompts to draw, in turn; those of the run by default")
+    guidance_scale: float | None = option(None, "one of the scales that were trained; the lowest by default")
+    device: str | None = option(None, "cpu, cuda or another torch device; the GPU if there is one")
+
+
+def sample(args: Sequence[str]) -> None:
+    """Runs `hsivi sample`."""
+    import torch
+    from diffusers.utils import make_image_grid
+    from PIL import Image, ImageOps
+    from tqdm import tqdm
+
+    from .folders import claim_output_dir
+
+    (options,) = parse_options([Sampling], SAMPLE, args, "hsivi sample")
+    for name in ("num_samples", "batch_size"):
+        if (given := getattr(options, name)) < 1:
+            raise ValueError(f"--{name} {given}: give a number of at least 1")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device} cannot be used here ({error}): give cpu, or leave it out") from error
+    pipeline = _load_pipeline(options.pipeline).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler.set_timesteps(options.num_inference_steps)  # refuses a count that was not trained
+    pipeline.scheduler.guidance_index(options.guidance_scale)
+    ours = isinstance(pipeline, HSIVIPipeline)
+    classes = _conditions(options, pipeline)
+    output_dir = claim_output_dir(options.output_dir, options.overwrite_output_dir)
+    images: list[Any] = []
+    for first in tqdm(range(0, options.num_samples, options.batch_size), desc="sample", unit="batch"):
+        numbers = range(first, min(first + options.batch_size, options.num_samples))
+        labels = [classes[number % len(classes)] for number in numbers] if classes else None
+        generators = [torch.Generator(device).manual_seed(options.seed + number) for number in numbers]
+        if ours:
+            given = {"class_labels": labels, "guidance_scale": options.guidance_scale}
+            images += pipeline(len(numbers), generators, options.num_inference_steps, **given).images
+        else:
+            images += _draw_stock(pipeline, labels, generators)
+    for number, image in enumerate(images):
+        image.save(output_dir / f"{number:05d}.png")
+    columns = math.isqrt(len(images))
+    rows = len(images) // columns
+    shown = [ImageOps.scale(image, max(1, 64 // image.width), Image.Resampling.NEAREST) for image in images]
+    shown = [ImageOps.expand(image, 1, "gray") for image in shown]
+    make_image_grid(shown[: rows * columns], rows=rows, cols=columns).save(output_dir / "grid.png")
+    listed = classes if len(classes) <= 20 else ""
+    what = "prompt" if classes and isinstance(classes[0], str) else "class"
+    turn = f"; image i is of {what} {listed}[i % {len(classes)}]" if classes else ""
+    print(f"{len(images)} images in {output_dir}, {rows * columns} of them in {output_dir / 'grid.png'}{turn}")
+
+
+def _conditions(options: Sampling, pipeline: Any) -> Sequence[int | str]:
+    """The classes or prompts to draw; those of the run, if that is at hand, by default, and none without classes."""
+    from .distillation.denoisers import num_classes
+    from .distillation.prompts import read_prompts, takes_text
+    from .distillation.teachers import network_of
+
+    run, by_text = _options_of_run(str(options.pipeline)), takes_text(pipeline)
+    number = (pipeline.num_classes if isinstance(pipeline, HSIVIPipeline) else num_classes(network_of(pipeline))) or 0
+    if any(not 0 <= label < number for label in options.class_label):
+        known = f"classes 0 to {number - 1}" if number else "no classes, leave it out"
+        raise ValueError(f"--class_label {options.class_label}: this pipeline has {known}")
+    if options.prompt and not by_text:
+        raise ValueError(f"--prompt {options.prompt}: this pipeline takes no text, leave it out")
+    if by_text:
+        if not (prompts := options.prompt or run.get("prompts")):
+            raise ValueError("--prompt is missing: say what to draw")
+        return read_prompts(prompts)
+    shares = run.get("class_shares") or [1] * number
+    return options.class_label or [label for label, share in enumerate(shares[:number]) if share]
+
+
+def _options_of_run(name: str) -> dict[str, Any]:
+    """The options of the run of a pipeline, empty if it is not at hand."""
+    records = [folder / "options.json" for folder in (Path(name), pipeline_of(name).parent)]
+    record = next((path for path in records if path.is_file()), None)
+    return dict(json.loads(record.read_text(encoding="utf-8"))) if record else {}
+
+
+def _draw_stock(pipeline: Any, conditions: Sequence[int | str] | None, generators: list[Any]) -> list[Any]:
+    """Images of a stock pipeline, which may pass no generator to the steps, and would guide once more."""
+    scheduler, parameters = pipeline.scheduler, signature(pipeline.__call__).parameters
+    scheduler.step = partial(type(scheduler).step, scheduler, generator=generators)
+    given: dict[str, Any] = {"generator": generators, "num_inference_steps": max(scheduler.depths)}
+    given |= {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
+    images: list[Any] = pipeline(conditions, guidance_scale=1.0, **given).images
+    return images
+
+
+def _load_pipeline(name: str | None) -> Any:
+    """Loads the pipeline of a folder, of a run, or of a repo."""
+    if not name:
+        raise ValueError("--pipeline is missing: give the folder or the repo id of a distilled pipeline")
+    from .distillation.teachers import load_student
+
+    folder = pipeline_of(name)
+    if Path(name).is_dir() and not any((folder / each).is_file() for each in SAMPLERS):
+        raise ValueError(
+            f"--pipeline {name} holds no pipeline: give the folder of a pipeline or of a finished run; an unfinished "
+            "run is resumed by `hsivi distil`"
+        )
+    try:
+        return load_student(folder if folder.is_dir() else name)
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise ValueError(
+            f"--pipeline {name} is no folder here and was not found on the Hub ({type(error).__name__}): check the "
+            "spelling, the connection, and the token of a private repo"
+        ) from error
+
+
+def pipeline_of(name: str) -> Path:
+    """The folder of a pipeline, where that of a run may be given."""
+    inside = Path(name) / "pipeline"
+    return inside if inside.is_dir() else Path(name)

@@ -1,0 +1,417 @@
+"""Text-to-image teachers: prompts as numbers, adapters on shared weights, and students in the stock pipelines."""
+
+import copy
+import json
+import math
+import shutil
+from functools import partial
+from inspect import signature
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers.loaders import lora_base
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hsivi_diffusers import HSIVIConfig, HSIVIScheduler, HSIVITrainer, cli, load_teacher, push
+from hsivi_diffusers.distillation import plan, prompts
+from hsivi_diffusers.distillation.adapters import TARGETS, add_adapter, share
+from hsivi_diffusers.distillation.denoisers import give_prompts, num_classes, num_labels
+from hsivi_diffusers.distillation.guidance import guided
+from hsivi_diffusers.distillation.networks import make_scheduler
+from hsivi_diffusers.distillation.ode import run_solver
+from hsivi_diffusers.distillation.prompts import encode_prompts, read_prompts
+from hsivi_diffusers.distillation.teachers import decode, load_parts, load_prompts, load_student
+from hsivi_diffusers.evaluation import evaluate
+from hsivi_diffusers.hub import ADAPTER
+from short_run import SETTINGS
+from tiny_text import KINDS, PROMPTS, make_text
+
+CPU = torch.device("cpu")
+WITH_ADAPTERS = ["sd", "sdxl"]
+
+
+def draw(pipeline, prompts=PROMPTS, steps=2, scale=1.0, seed=5, **options):
+    if "use_resolution_binning" in signature(pipeline.__call__).parameters:
+        options["use_resolution_binning"] = False  # for the sizes that PixArt was trained on
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    given = {"num_inference_steps": steps, "guidance_scale": scale, "generator": generator, "output_type": "pt"}
+    return pipeline(prompts, **given, **options).images
+
+
+def with_adapter(teacher, folder):
+    """As a card says."""
+    pipeline = DiffusionPipeline.from_pretrained(teacher)
+    pipeline.load_lora_weights(folder)
+    pipeline.scheduler = HSIVIScheduler.from_pretrained(folder, subfolder="scheduler")
+    return pipeline
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def prompt_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join([*PROMPTS, "", ""]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(distil, text_teachers, prompt_file, tmp_path_factory):
+    """A finished run of the Stable Diffusion of random weights, with adapters."""
+    options = {"prompts": prompt_file, "lora_rank": 4, "guidance_scale": 3.0, "validation_steps": 5}
+    folder = tmp_path_factory.mktemp("text") / "run"
+    return distil(folder, pretrained_teacher_model=text_teachers("sd"), learning_rate=1e-2, **options)
+
+
+@pytest.fixture
+def online(logged_in, monkeypatch):
+    """diffusers asks the Hub for the name of an adapter's file, unless it took the tests for offline."""
+    monkeypatch.setattr(lora_base, "HF_HUB_OFFLINE", False)
+
+
+# ----- prompts -----
+
+
+def test_a_solver_of_the_guided_teacher_draws_what_the_stock_pipeline_draws(text_teachers, kind):
+    network, schedule, host, _ = load_parts(text_teachers(kind))
+    give_prompts(network, load_prompts(host, PROMPTS, "blurry", CPU))
+    solver = DDIMScheduler.from_config(host.scheduler.config)
+    noise = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        x = run_solver(guided(network, [3.0]), solver, noise, 4, torch.arange(3))
+    images = draw(host, steps=4, scale=3.0, negative_prompt="blurry" if kind == "pixart" else ["blurry"] * 3)
+    torch.testing.assert_close(decode(host, x), images, atol=1e-4, rtol=0)
+    assert (num_labels(network), num_classes(network)) == (4, 3)
+    assert len({tuple(image.flatten().tolist()) for image in images}) == 3
+
+
+def test_prompts_are_encoded_once_and_a_stopped_encoding_goes_on(monkeypatch, kind):
+    pipeline, calls = make_text(kind), []
+    encode = pipeline.encode_prompt
+    monkeypatch.setattr(prompts, "FILE_ROWS", 2)
+
+    def count(prompt, **options):
+        calls.append(prompt)
+        if prompt == ["a dog"]:
+            raise KeyboardInterrupt
+        return encode(prompt=prompt, **options)
+
+    monkeypatch.setattr(pipeline, "encode_prompt", count)
+    texts = ["a red star", "a cat", "a dog"]
+    with pytest.raises(KeyboardInterrupt):
+        encode_prompts(pipeline, texts, "", (16, 16), CPU)
+    texts[2] = "a blue dog"
+    calls.clear()
+    table = encode_prompts(pipeline, texts, "", (16, 16), CPU)
+    assert calls == [["a blue dog"], [""]]
+    calls.clear()
+    again = encode_prompts(pipeline, texts, "", (16, 16), CPU)
+    assert (calls, again.digest, len(again)) == ([], table.digest, 4)
+    assert encode_prompts(pipeline, texts, "blurry", (16, 16), CPU).digest != table.digest
+    rows = again.arguments(torch.tensor([3, 1]), torch.zeros(1))
+    told = encode(
+        prompt=["a cat"],
+        negative_prompt=None if kind == "sdxl" else [""],
+        device=CPU,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+    )
+    torch.testing.assert_close(rows["encoder_hidden_states"][1:], told[0])
+    torch.testing.assert_close(rows["encoder_hidden_states"][:1], told[2 if kind == "pixart" else 1])
+
+
+def test_prompts_come_from_a_file_or_a_list(prompt_file):
+    assert read_prompts(str(prompt_file)) == PROMPTS == read_prompts([*PROMPTS, " "])
+    with pytest.raises(ValueError, match=r"prompts='nowhere.txt' is no file: give the path of a text file"):
+        read_prompts("nowhere.txt")
+    with pytest.raises(ValueError, match="prompts has no text: give at least one prompt"):
+        read_prompts([" "])
+
+
+# ----- adapters -----
+
+
+@pytest.mark.parametrize("kind", WITH_ADAPTERS)
+def test_student_and_critic_share_every_weight_of_the_teacher(kind):
+    teacher = make_text(kind).unet
+    student, critic = add_adapter(teacher, 4), add_adapter(teacher, 4)
+    base = {weight.data_ptr() for weight in teacher.parameters()}
+    for network in (student, critic):
+        kept = [weight for weight in network.parameters() if not weight.requires_grad]
+        assert {weight.data_ptr() for weight in kept} == base
+        own = [name for name, weight in network.named_parameters() if weight.requires_grad]
+        assert own
+        assert all("lora_" in name for name in own)
+    assert not hasattr(teacher, "peft_config")
+    both = [{id(weight) for weight in network.parameters() if weight.requires_grad} for network in (student, critic)]
+    assert not both[0] & both[1]
+    wrapped = {name.split(".lora_A")[0] for name in student.state_dict() if "lora_A" in name}
+    assert {target for target in TARGETS if any(name.endswith(target) for name in wrapped)} == set(TARGETS)
+    copied = share(student)
+    assert base <= {weight.data_ptr() for weight in copied.parameters()}
+    assert not both[0] & {id(weight) for weight in copied.parameters()}
+
+
+def test_an_adapter_is_trained_in_single_precision_on_a_teacher_in_half():
+    network = add_adapter(make_text("sd").unet.to(torch.bfloat16), 4)
+    kinds = {(weight.dtype, weight.requires_grad) for weight in network.parameters()}
+    assert kinds == {(torch.bfloat16, False), (torch.float32, True)}
+
+
+@pytest.mark.parametrize("kind", WITH_ADAPTERS)
+@pytest.mark.parametrize("given", ["folder", "pipeline"])
+def test_the_stock_pipeline_draws_with_the_file_what_the_trainer_draws(text_teachers, tmp_path, kind, given):
+    folder = text_teachers(kind)
+    teacher = DiffusionPipeline.from_pretrained(folder) if given == "pipeline" else str(folder)
+    config = HSIVIConfig(**SETTINGS, prompts=PROMPTS, lora_rank=4, learning_rate=1e-2, output_dir=str(tmp_path / "run"))
+    trainer = HSIVITrainer(teacher, config)
+    trainer.train()
+    images = draw(trainer.pipeline)
+    torch.testing.assert_close(draw(with_adapter(folder, tmp_path / "run" / "pipeline")), images, atol=1e-5, rtol=0)
+    untrained = DiffusionPipeline.from_pretrained(folder)
+    untrained.scheduler = HSIVIScheduler.from_config(trainer.pipeline.scheduler.config)
+    assert (draw(untrained) - images).abs().max() > 0.01
+    assert [path.name for path in sorted((tmp_path / "run" / "pipeline").iterdir())] == [ADAPTER, "scheduler"]
+
+
+def test_a_checkpoint_holds_the_adapters_alone(run):
+    for name in ("layers", "critic"):
+        with safe_open(run / "checkpoints" / "checkpoint-4" / f"{name}.safetensors", "pt") as file:
+            assert all("lora_" in key for key in file.keys())  # noqa: SIM118
+
+
+def test_a_run_goes_on_from_another(run, text_teachers, prompt_file, distil, tmp_path):
+    options = {"pretrained_teacher_model": text_teachers("sd"), "prompts": prompt_file, "init_from": run}
+    distil(tmp_path / "next", **options, lora_rank=4, max_train_steps=1, learning_rate=1e-12)
+    before, after = (load_file(folder / "pipeline" / ADAPTER) for folder in (run, tmp_path / "next"))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(weight, after[name], atol=1e-6) for name, weight in before.items())
+    with pytest.raises(ValueError, match="has an adapter of another rank or network: give the lora_rank that it has"):
+        distil(tmp_path / "other", **options, lora_rank=2)
+    shutil.copytree(run, tmp_path / "full")
+    (tmp_path / "full" / "pipeline" / ADAPTER).unlink()
+    with pytest.raises(ValueError, match=f"holds no {ADAPTER}: give a run that was trained with lora_rank"):
+        distil(tmp_path / "other", **{**options, "init_from": tmp_path / "full"}, lora_rank=4)
+
+
+# ----- copies -----
+
+
+def test_copies_of_all_weights_make_a_stock_pipeline(text_teachers, distil, prompt_file, tmp_path, kind):
+    folder = text_teachers(kind)
+    distil(tmp_path / "run", pretrained_teacher_model=folder, prompts=prompt_file, lora_rank=0, learning_rate=1e-3)
+    student = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(student) is type(make_text(kind))
+    assert isinstance(student.scheduler, HSIVIScheduler)
+    assert draw(student).shape == (3, 3, 16, 16)
+    assert type(load_student(tmp_path / "run" / "pipeline")) is type(student)
+    with pytest.raises(ValueError, match="scheduler of a sampler that was distilled: give the teacher it had"):
+        load_teacher(str(tmp_path / "run" / "pipeline"))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_pipeline_of_ones_own_is_left_as_it_was(tmp_path, rank):
+    stock = make_text("sd").to(torch.bfloat16)
+    parts = [part for part in stock.components.values() if isinstance(part, torch.nn.Module)]
+    before = [copy.deepcopy(part.state_dict()) for part in parts]
+    config = HSIVIConfig(**SETTINGS, prompts=PROMPTS, lora_rank=rank, output_dir=str(tmp_path / "run"))
+    trainer = HSIVITrainer(stock, config)
+    trainer.train()
+    assert draw(trainer.pipeline.to(torch.float32)).shape == (3, 3, 16, 16)
+    for part, weights in zip(parts, before, strict=True):
+        assert all(torch.equal(weight, weights[name]) for name, weight in part.state_dict().items())
+        assert not hasattr(part, "prompts")
+    assert all(weight.requires_grad for weight in stock.unet.parameters())
+    assert isinstance(stock.scheduler, DDIMScheduler)
+
+
+# ----- the preset -----
+
+
+def test_prompts_choose_the_preset_for_latents():
+    config = HSIVIConfig(prompts=PROMPTS, num_inference_steps=4)
+    assert (config.preset, config.lora_rank, config.start_noise, config.critic_updates) == ("latent", 64, 4.15, 5)
+    assert HSIVIConfig(prompts=PROMPTS, num_inference_steps=1).start_noise == 1.25
+    assert HSIVIConfig(prompts=PROMPTS, num_inference_steps=1, start_timestep=500).start_noise is None
+    assert HSIVIConfig(prompts=PROMPTS, preset="fast").lora_rank == 0
+
+
+@pytest.mark.parametrize(("steps", "start"), [(1, 625), (4, 899)])
+def test_the_preset_starts_on_the_clock_of_stable_diffusion_where_published_recipes_do(steps, start):
+    config = HSIVIConfig(prompts=PROMPTS, num_inference_steps=steps)
+    schedule = HSIVIScheduler.from_config(make_text("sd").scheduler.config)
+    assert abs(make_scheduler(schedule, config, (4, 64, 64)).trained_grids[0][0] - start) <= 1
+
+
+# ----- the commands -----
+
+
+def test_the_command_draws_prompts(run, tmp_path):
+    sample = ["sample", f"--pipeline={run}", "--num_samples=3"]
+    cli.main([*sample, f"--output_dir={tmp_path / 'of_run'}"])
+    cli.main([*sample, f"--output_dir={tmp_path / 'given'}", "--prompt", *PROMPTS])
+    cli.main([*sample, f"--output_dir={tmp_path / 'other'}", "--prompt", "a red star"])
+    images = [
+        [Image.open(tmp_path / name / f"{number:05d}.png").tobytes() for number in range(3)]
+        for name in ("of_run", "given", "other")
+    ]
+    assert images[0] == images[1]
+    assert not set(images[0]) & set(images[2])
+    assert Image.open(run / "samples" / "step-5.png").size[0] >= 512
+
+
+def test_it_is_measured_against_solvers_of_the_teacher(run):
+    words = ["--num_samples=20", "--reference_samples=20", "--reference_steps=3", "--ddpm_steps=0", "--ddim_steps=0"]
+    evaluate.main([f"--run_dir={run}", *words, "--solver_steps", "2"])
+    rows = json.loads((run / "report.json").read_text())["rows"]
+    assert {(row["method"], row["nfe"]) for row in rows} >= {("HSIVI", 2), ("UniPC", 4)}
+    assert all(math.isfinite(row["kid"]) for row in rows)
+
+
+def test_it_is_pushed_and_pulled_into_the_stock_pipeline_beside_a_style(run, text_teachers, online, tmp_path):
+    teacher = text_teachers("sd")
+    cli.main(["push", f"--run_dir={run}", "--hub_model_id=alice/lora", "--base_model=alice/teacher"])
+    pulled, local = with_adapter(teacher, "alice/lora"), with_adapter(teacher, run / "pipeline")
+    assert torch.equal(draw(pulled), draw(local))
+    card = ModelCard.load("alice/lora")
+    assert card.data.base_model == "alice/teacher"
+    assert 'pipeline.load_lora_weights("alice/lora")' in card.text
+    assert "num_inference_steps=2, guidance_scale=1" in card.text
+    assert "a larger `guidance_scale` would guide a second time" in card.text
+    style = load_file(run / "pipeline" / ADAPTER)
+    save_file({name: weight.flip(0) for name, weight in style.items()}, tmp_path / ADAPTER)
+    both = DiffusionPipeline.from_pretrained(teacher)
+    both.load_lora_weights("alice/lora", adapter_name="few_steps")
+    both.load_lora_weights(tmp_path, adapter_name="style")
+    both.scheduler = pulled.scheduler
+    both.set_adapters(["few_steps", "style"], [1.0, 0.0])
+    torch.testing.assert_close(draw(both), draw(pulled), atol=1e-5, rtol=0)
+    both.set_adapters(["few_steps", "style"], [1.0, 0.5])
+    assert (draw(both) - draw(pulled)).abs().max() > 1e-3
+
+
+def test_a_trainer_pushes_its_adapter(text_teachers, online, tmp_path):
+    config = HSIVIConfig(**SETTINGS, prompts=PROMPTS, lora_rank=4, output_dir=str(tmp_path / "run"))
+    trainer = HSIVITrainer(str(text_teachers("sd")), config)
+    with pytest.raises(ValueError, match=r"no adapter to push yet: call train\(\) first"):
+        trainer.push_to_hub("alice/mine")
+    trainer.train()
+    trainer.push_to_hub("alice/mine")
+    assert with_adapter(text_teachers("sd"), "alice/mine").scheduler.depths == [2]
+
+
+def test_an_adapter_that_is_damaged_or_alone_is_refused(run, tmp_path):
+    folder = shutil.copytree(run / "pipeline", tmp_path / "alone")
+    with pytest.raises(ValueError, match="no run beside it names its teacher: load it as its card says"):
+        load_student(folder)
+    state = load_file(folder / ADAPTER)
+    name = next(iter(state))
+    save_file({**state, name: state[name] * math.nan}, folder / ADAPTER)
+    with pytest.raises(ValueError, match=f"1 weights of .* are not finite, such as {name}"):
+        push(folder, "alice/lora")
+    with pytest.raises(ValueError, match=f"holds no {ADAPTER} with its scheduler"):
+        push(tmp_path, "alice/lora")
+
+
+def test_a_plan_knows_what_adapters_share(text_teachers, prompt_file, make_config, fresh_accelerator):
+    shape, schedule = plan.read_teacher(str(text_teachers("sdxl")), None)
+    config = make_config(prompts=prompt_file, lora_rank=4)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        meter = plan.Meter()
+        state = plan.make_fake_state(shape, schedule, config, meter)
+    network = load_teacher(str(text_teachers("sdxl")))[0]
+    own = 4 * sum(weight.numel() for weight in add_adapter(network, 4).parameters() if weight.requires_grad)
+    assert meter.now - 4 * sum(weight.numel() for weight in network.parameters()) == 3 * own + chains_of(state)
+
+
+def chains_of(state):
+    return sum(4 * tensor.numel() for chain in state.chains for tensor in chain.state_dict().values())
+
+
+@pytest.mark.parametrize(("kind", "rank"), [pytest.param("sdxl", 4, marks=pytest.mark.slow), ("pixart", 0)])
+def test_it_is_planned_by_its_configs(text_teachers, prompt_file, make_config, kind, rank, capsys, fresh_accelerator):
+    teacher = str(text_teachers(kind))
+    config = make_config(prompts=prompt_file, lora_rank=rank, guidance_scale=3.0)
+    cost = plan.measure(*plan.read_teacher(teacher, None), config)
+    network, _ = load_teacher(teacher)
+    weights = network.num_parameters()
+    trained = sum(each.numel() for each in add_adapter(network, rank).parameters() if each.requires_grad) if rank else 0
+    assert cost.parameters == {"teacher": weights, "trained of the student": trained or weights}
+    assert cost.memory["teacher"] == 4 * weights
+    assert cost.memory["Adam's moments"] >= 16 * (trained or weights)
+    assert cost.calls["teacher"] == 2
+    plan.print_plan(teacher, config)
+    assert "VAE" in capsys.readouterr().out
+
+
+# ----- refusals -----
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("sd", {"prompts": None}, "prompts is missing, and the teacher takes text: give a text file"),
+        ("sd", {"num_inference_steps": [1, 2]}, "UNet2DConditionModel leaves no place to tell it a layer"),
+        ("sd", {"guidance_scale": [1.0, 3.0]}, "UNet2DConditionModel leaves no place to tell it a layer or a scale"),
+        ("pixart", {}, "of a PixArtTransformer2DModel no stock pipeline loads an adapter: set lora_rank to 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(text_teachers, kind, options, message):
+    config = HSIVIConfig(**{**SETTINGS, "prompts": PROMPTS, "lora_rank": 4, **options})
+    with pytest.raises(ValueError, match=message):
+        HSIVITrainer(str(text_teachers(kind)), config)
+
+
+def test_prompts_and_adapters_are_not_for_other_teachers(teacher, dit_teacher, make_config):
+    for name in (teacher, dit_teacher):
+        with pytest.raises(ValueError, match="prompts was given, and the teacher takes no text: leave it out"):
+            HSIVITrainer(str(name), make_config(prompts="prompts.txt", preset="fast"))
+        with pytest.raises(ValueError, match="no stock pipeline loads an adapter: set lora_rank to 0"):
+            HSIVITrainer(str(name), make_config(lora_rank=4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("sd", {"in_channels": 9}, "the unet takes 9 channels and returns 2"),
+        ("sd", {"time_cond_proj_dim": 8}, "time_cond_proj_dim=8 of the unet, and only None is supported"),
+        ("sdxl", {"addition_embed_type": "image"}, "addition_embed_type='image' of the unet, and only None or 'text_"),
+        ("sd", {"_class_name": "UNet2DModel"}, "a unet of type UNet2DModel, a UNet2DConditionModel is needed"),
+    ],
+)
+def test_what_the_configs_refuse_is_refused_before_weights_are_loaded(text_teachers, tmp_path, kind, change, message):
+    folder = shutil.copytree(text_teachers(kind), tmp_path / "other")
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    for read in (load_teacher, partial(plan.read_teacher, revision=None)):
+        with pytest.raises(ValueError, match=message):
+            read(str(folder))
+
+
+def test_the_command_says_what_it_needs(run, text_teachers, tmp_path, capsys, fast_run):
+    for words, message in (
+        ([f"--pipeline={fast_run}", "--prompt", "a cat"], "this pipeline takes no text, leave it out"),
+        ([f"--pipeline={run}", "--class_label", "1"], "this pipeline has no classes, leave it out"),
+        ([f"--pipeline={text_teachers('sd')}"], "that was not distilled"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["sample", *words, f"--output_dir={tmp_path / 'drawn'}"])
+        assert message in capsys.readouterr().err
+    folder = shutil.copytree(run, tmp_path / "run")
+    record = folder / "options.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "prompts": None}))
+    with pytest.raises(SystemExit):
+        cli.main(["sample", f"--pipeline={folder}", f"--output_dir={tmp_path / 'drawn'}"])
+    assert "--prompt is missing: say what to draw" in capsys.readouterr().err
+    assert StableDiffusionPipeline.__name__ in json.dumps(DiffusionPipeline.load_config(text_teachers("sd")))
