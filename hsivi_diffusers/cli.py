@@ -12,11 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HTTPError
-
-from .hub import ADAPTER, check_repo_id, claim, push
 from .options import option, parse_options, print_error, run_command
-from .sampling import SAMPLERS, pipeline_of, sample
+from .run_records import ADAPTER, SAMPLERS, pipeline_of
+from .sampling import sample  # torch and diffusers, which take seconds, are imported by what needs them
 
 INTERRUPTED = 75  # exit status after SIGTERM or Ctrl-C: EX_TEMPFAIL, "try again"
 USAGE = """usage: hsivi COMMAND [OPTIONS]
@@ -79,6 +77,8 @@ class PushAtEnd(Hub):
         if self.hub_model_id and not self.push_to_hub:
             raise ValueError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub: pass both")
         if self.hub_model_id:
+            from .hub import check_repo_id
+
             check_repo_id(self.hub_model_id)
 
 
@@ -95,13 +95,14 @@ class Push(Hub):
 def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     """Runs `hsivi distil`."""
     from .distillation.output import Output, check_output
-    from .distillation.trainer import HSIVITrainer, InterruptedRunError
-    from .vi import DivergenceError
 
     teacher, config, hub = read_distillation(args, prog, DISTIL)
     if not config.output_dir:
         raise ValueError("--output_dir is missing: name the folder to write to")
     check_output(Output(config.output_dir, config.overwrite_output_dir, teacher.resume_from_checkpoint))
+    from .distillation.trainer import HSIVITrainer, InterruptedRunError
+    from .vi import DivergenceError
+
     trainer = HSIVITrainer(teacher.pretrained_teacher_model, config, teacher.revision)
     trainer.before_start = partial(_claim_repo, hub)
     try:
@@ -124,6 +125,8 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
 
 def _claim_repo(hub: PushAtEnd) -> None:
     if hub.push_to_hub:
+        from .hub import claim
+
         with told_in_one_line():
             claim(str(hub.hub_model_id), **hub.settings())
 
@@ -131,7 +134,7 @@ def _claim_repo(hub: PushAtEnd) -> None:
 def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
     """Reads the options of a distillation, and refuses what cannot run."""
     from .distillation.config import ALIASES, HSIVIConfig
-    from .distillation.networks import check_init_from
+    from .distillation.output import check_init_from
 
     teacher, config, hub = parse_options([Teacher, HSIVIConfig, PushAtEnd], description, args, prog, ALIASES)
     config.check()
@@ -149,6 +152,8 @@ def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
     """Makes one OSError of what the client raises for a cut or refused connection, the remedy first."""
+    from huggingface_hub.errors import HTTPError
+
     try:
         yield
     except (RuntimeError, HTTPError) as error:
@@ -171,9 +176,9 @@ def _push_trained(trainer: Any, hub: PushAtEnd) -> None:
 
 def plan(args: Sequence[str]) -> None:
     """Runs `hsivi plan`."""
+    teacher, config, _ = read_distillation(args, "hsivi plan", PLAN)
     from .distillation.plan import print_plan
 
-    teacher, config, _ = read_distillation(args, "hsivi plan", PLAN)
     print_plan(teacher.pretrained_teacher_model, config, teacher.revision)
 
 
@@ -186,8 +191,6 @@ def evaluate(args: Sequence[str]) -> None:
 
 def push_run(args: Sequence[str]) -> None:
     """Runs `hsivi push`."""
-    from diffusers import DiffusionPipeline
-
     (options,) = parse_options([Push], PUSH, args, "hsivi push")
     if not options.hub_model_id:
         raise ValueError("--hub_model_id is missing: name the repo, such as user/digits-hsivi-5")
@@ -196,6 +199,10 @@ def push_run(args: Sequence[str]) -> None:
     folder = Path(options.pipeline) if options.pipeline else pipeline_of(options.run_dir)
     if not any((folder / each).is_file() for each in SAMPLERS):
         raise ValueError(f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline")
+    from diffusers import DiffusionPipeline
+
+    from .hub import push
+
     pipeline = folder if (folder / ADAPTER).is_file() else DiffusionPipeline.from_pretrained(folder)
     settings = {name: getattr(options, name) for name in ("run_dir", "base_model", "license", "fp16")}
     settings |= {"revision": options.hub_revision, **options.settings()}

@@ -25,10 +25,9 @@ from safetensors import safe_open
 
 from .model_card import is_ours, make_adapter_card, make_card
 from .pipeline_hsivi import HSIVIPipeline, check_finite_weights, network_calls
-from .run_records import read_run
+from .run_records import ADAPTER, read_run
 from .scheduling_hsivi import HSIVIScheduler
 
-ADAPTER = "pytorch_lora_weights.safetensors"
 AGAIN = "Nothing of yours was lost. Push again later: what has arrived is not sent twice."
 CUT = (OSError, RuntimeError, HTTPError)  # what a cut connection raises; a ValueError says itself what is wrong
 # Ends of the names of files that hold weights or tell where they are.

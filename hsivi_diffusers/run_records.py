@@ -1,4 +1,4 @@
-"""What a run left for its card."""
+"""What a run left: the folder of its sampler, and what its card tells."""
 
 import json
 from collections.abc import Sequence
@@ -6,6 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+ADAPTER = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` of diffusers looks for
+SAMPLERS = ("model_index.json", ADAPTER)  # one of them is in the folder of a sampler
+
+
+def pipeline_of(name: str) -> Path:
+    """The folder of a pipeline, where that of a run may be given."""
+    inside = Path(name) / "pipeline"
+    return inside if inside.is_dir() else Path(name)
 
 
 def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:

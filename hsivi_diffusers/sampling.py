@@ -11,11 +11,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from .hub import ADAPTER
 from .options import option, parse_options
-from .pipeline_hsivi import HSIVIPipeline
+from .run_records import SAMPLERS, pipeline_of
 
-SAMPLERS = ("model_index.json", ADAPTER)  # one of them is in the folder of a sampler
 SAMPLE = """Draw images from a distilled pipeline into a folder of PNG files and one contact sheet.
 
     hsivi sample --pipeline runs/digits_t5/pipeline --output_dir runs/digits_t5/drawn"""
@@ -39,17 +37,18 @@ class Sampling:
 
 def sample(args: Sequence[str]) -> None:
     """Runs `hsivi sample`."""
+    (options,) = parse_options([Sampling], SAMPLE, args, "hsivi sample")
+    for name in ("num_samples", "batch_size"):
+        if (given := getattr(options, name)) < 1:
+            raise ValueError(f"--{name} {given}: give a number of at least 1")
     import torch
     from diffusers.utils import make_image_grid
     from PIL import Image, ImageOps
     from tqdm import tqdm
 
     from .folders import claim_output_dir
+    from .pipeline_hsivi import HSIVIPipeline
 
-    (options,) = parse_options([Sampling], SAMPLE, args, "hsivi sample")
-    for name in ("num_samples", "batch_size"):
-        if (given := getattr(options, name)) < 1:
-            raise ValueError(f"--{name} {given}: give a number of at least 1")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -90,6 +89,7 @@ def _conditions(options: Sampling, pipeline: Any) -> Sequence[int | str]:
     from .distillation.denoisers import num_classes
     from .distillation.prompts import read_prompts, takes_text
     from .distillation.teachers import network_of
+    from .pipeline_hsivi import HSIVIPipeline
 
     run, by_text = _options_of_run(str(options.pipeline)), takes_text(pipeline)
     number = (pipeline.num_classes if isinstance(pipeline, HSIVIPipeline) else num_classes(network_of(pipeline))) or 0
@@ -144,9 +144,3 @@ def _load_pipeline(name: str | None) -> Any:
             f"--pipeline {name} is no folder here and was not found on the Hub ({type(error).__name__}): check the "
             "spelling, the connection, and the token of a private repo"
         ) from error
-
-
-def pipeline_of(name: str) -> Path:
-    """The folder of a pipeline, where that of a run may be given."""
-    inside = Path(name) / "pipeline"
-    return inside if inside.is_dir() else Path(name)

@@ -54,7 +54,7 @@ ALLOWED = {
     "options": (set(), {"yaml"}),
     "distillation/__init__": (set(), set()),
     "distillation/prompts": ({"distillation/state_dicts"}, TRAIN),
-    "distillation/adapters": ({"hub"}, TRAIN),
+    "distillation/adapters": ({"run_records"}, TRAIN),
     "distillation/denoisers": ({"distillation/prompts", "scheduling_hsivi"}, TRAIN),
     "distillation/student": ({"vi/*", "scheduling_hsivi", "modeling_hsivi", "distillation/denoisers"}, TRAIN),
     "distillation/bridge": (
@@ -64,7 +64,7 @@ ALLOWED = {
     "distillation/teacher_configs": ({"pipeline_hsivi", "scheduling_hsivi", "distillation/denoisers"}, TRAIN),
     "distillation/teachers": (
         {f"distillation/{noun}" for noun in ("denoisers", "prompts", "state_dicts", "teacher_configs")}
-        | {"hub", "modeling_hsivi", "pipeline_hsivi", "scheduling_hsivi"},
+        | {"hub", "modeling_hsivi", "pipeline_hsivi", "run_records", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/ode": ({"scheduling_hsivi", "distillation/denoisers"}, TRAIN),
@@ -143,12 +143,12 @@ ALLOWED = {
     ),
     "sampling": (
         {f"distillation/{noun}" for noun in ("denoisers", "prompts", "teachers")}
-        | {"folders", "hub", "options", "pipeline_hsivi"},
+        | {"folders", "options", "pipeline_hsivi", "run_records"},
         {"torch", "diffusers", "tqdm", "PIL"},
     ),
     "cli": (
-        {f"distillation/{noun}" for noun in ("config", "networks", "output", "plan", "trainer")}
-        | {"vi/*", "evaluation/evaluate", "folders", "hub", "options", "sampling"},
+        {f"distillation/{noun}" for noun in ("config", "output", "plan", "trainer")}
+        | {"vi/*", "evaluation/evaluate", "folders", "hub", "options", "run_records", "sampling"},
         {"diffusers", "huggingface_hub"},
     ),
     "__main__": ({"cli"}, set()),

@@ -53,6 +53,15 @@ def test_type_checkers_see_the_names():
 # ----- what a process imports, and in which order: each costs seconds, so each tells several things -----
 
 
+def test_what_a_command_refuses_by_its_options_alone_costs_no_import_of_torch():
+    asked = [["--help"], ["distil", "--help"], ["plan", "--num_inference_steps", "x"], ["sample", "--num_samples", "0"]]
+    asked += [["push"], ["distil", "--num_inference_steps", "0"]]
+    lines = ["import contextlib", "from hsivi_diffusers import cli"]
+    for words in asked:
+        lines += ["with contextlib.suppress(SystemExit):", f"    cli.main({words})"]
+    assert run(*lines, tell("[name for name in ('torch', 'diffusers') if name in sys.modules]")) == []
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")

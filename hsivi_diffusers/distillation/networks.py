@@ -125,13 +125,6 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
     )
 
 
-def check_init_from(run: Path) -> None:
-    """Refuses, with ValueError, a folder that is no finished run."""
-    missing = [name for name in ("pipeline", "critic", "options.json") if not (run / name).exists()]
-    if missing:
-        raise ValueError(f"init_from={str(run)!r} lacks {', '.join(missing)}: give the folder of a finished run")
-
-
 def carry_over(networks: Networks, run: Path) -> None:
     """Lets student, critic and noise scale start where a finished run ended; refuses those that do not fit."""
     if has_adapter(networks.student):

@@ -52,6 +52,13 @@ def check_teacher(run: Output, teacher: str | None, written: Sequence[str]) -> N
         raise ValueError(f"--output_dir {run.output_dir} holds the teacher, which would be lost: name another folder")
 
 
+def check_init_from(run: Path) -> None:
+    """Refuses, with ValueError, a folder that is no finished run."""
+    missing = [name for name in ("pipeline", "critic", "options.json") if not (run / name).exists()]
+    if missing:
+        raise ValueError(f"init_from={str(run)!r} lacks {', '.join(missing)}: give the folder of a finished run")
+
+
 @contextmanager
 def claimed(run: Output) -> Iterator[Path]:
     """Makes the output folder or refuses, and keeps other processes out of it for as long as it lasts.

@@ -23,9 +23,10 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ..hub import ADAPTER, class_names
+from ..hub import class_names
 from ..modeling_hsivi import HSIVINoiseScale
 from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, naming_damage, parts_of
+from ..run_records import ADAPTER
 from ..scheduling_hsivi import HSIVIScheduler
 from .denoisers import Network, sample_shape
 from .prompts import PromptTable, encode_prompts, read_prompts, takes_text

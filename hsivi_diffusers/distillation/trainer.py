@@ -24,8 +24,8 @@ from ..hub import push
 from ..vi import DivergenceError, Step
 from .checkpoints import Checkpoints
 from .config import HSIVIConfig, complete
-from .networks import check_init_from, load_networks
-from .output import Output, check_teacher, claimed, finished, start_run
+from .networks import load_networks
+from .output import Output, check_init_from, check_teacher, claimed, finished, start_run
 from .progress import Progress
 from .state import TrainingState
 from .teachers import load_parts

@@ -27,7 +27,7 @@ from hsivi_diffusers.distillation.ode import run_solver
 from hsivi_diffusers.distillation.prompts import encode_prompts, read_prompts
 from hsivi_diffusers.distillation.teachers import decode, load_parts, load_prompts, load_student
 from hsivi_diffusers.evaluation import evaluate
-from hsivi_diffusers.hub import ADAPTER
+from hsivi_diffusers.run_records import ADAPTER
 from short_run import SETTINGS
 from tiny_text import KINDS, PROMPTS, make_text
 
