@@ -61,7 +61,7 @@ def push(
         run_dir: Folder of the run, for the card; what it lacks is left out.
         base_model: Repo id of the teacher, for the card; that of the run by default, if the Hub knows it.
         license: Identifier of the licence, such as "apache-2.0", for the card.
-        fp16: Also upload the weights in half precision, as the variant "fp16".
+        fp16: Also upload the weights in half precision, as the variant "fp16"; not of an adapter.
         exist_ok: Add a commit to a repo that already holds files.
         private: Make a new repo private.
         revision: Branch to push to; created if missing.
@@ -93,7 +93,7 @@ def push(
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             # Old shards would take precedence over new weights in one file.
-            stale = [f"{name}/*{kind}" for name in getattr(pipeline, "components", ()) for kind in WEIGHTS]
+            stale = [f"{name}/*{kind}" for name in getattr(pipeline, "components", ["*"]) for kind in WEIGHTS]
             message = commit_message or f"Upload a sampler of {network_calls(scheduler.depths)}"
             return _upload(api, repo_id, folder, revision, message, stale)
 

@@ -53,10 +53,11 @@ The number of steps is part of the sampler: {counts}."""
 
 ADAPTER_USE = """\
 ```python
+import torch
 from diffusers import DiffusionPipeline
 from hsivi_diffusers import HSIVIScheduler
 
-pipeline = DiffusionPipeline.from_pretrained("{base}")
+pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)  # float16 on a GPU
 pipeline.load_lora_weights("{repo_id}")
 pipeline.scheduler = HSIVIScheduler.from_pretrained("{repo_id}", subfolder="scheduler")
 images = pipeline("a prompt", num_inference_steps={steps}, guidance_scale=1).images
@@ -120,13 +121,13 @@ def make_adapter_card(
 ) -> ModelCard:
     """Writes the card of a LoRA file with its scheduler, which are loaded into a stock pipeline of the teacher."""
     counts, guides = scheduler.depths, TWICE if scheduler.guidance_scales else NEVER
-    names = {"base": base_model or "the teacher", "repo_id": repo_id, "steps": counts[-1], "guides": guides}
+    names = {"base": base_model or "REPO_OF_THE_TEACHER", "repo_id": repo_id, "steps": counts[-1], "guides": guides}
     sections = [
         f"A LoRA with which {_link(base_model)} draws in **{network_calls(counts)}**, distilled without images, {BY}",
         f"## Use it\n\n{ADAPTER_USE.format(**names)}",
     ]
     data = {"pipeline_tag": "text-to-image", "license": license, "base_model": base_model}
-    return _write(repo_id, scheduler, run, sections, ["lora"], **data)
+    return _write(repo_id, scheduler, run, sections, ["lora"], eval_results=_eval_results(run["report"]), **data)
 
 
 def _link(base_model: str | None) -> str:

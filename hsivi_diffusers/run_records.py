@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 ADAPTER = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` of diffusers looks for
+PROMPTS = "prompts.txt"  # in the folder of a run
 SAMPLERS = ("model_index.json", ADAPTER)  # one of them is in the folder of a sampler
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import option, parse_options
-from .run_records import SAMPLERS, pipeline_of
+from .run_records import PROMPTS, SAMPLERS, pipeline_of
 
 SAMPLE = """Draw images from a distilled pipeline into a folder of PNG files and one contact sheet.
 
@@ -25,9 +25,9 @@ class Sampling:
     pipeline: str | None = option(None, "folder or repo id of a distilled pipeline, or folder of a run")
     output_dir: str | None = option(None, "folder of the images")
     overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
-    num_samples: int = option(64, "images to draw")
+    num_samples: int | None = option(None, "images to draw; one of each --prompt, or 64, by default")
     num_inference_steps: int | None = option(None, "steps, one of the trained counts; the largest by default")
-    batch_size: int = option(64, "images at once")
+    batch_size: int | None = option(None, "images at once; 64 by default, of latents 4")
     seed: int = option(0, "image i has the seed `seed + i`")
     class_label: list[int] = option([], "classes to draw, one image of each in turn; all by default")
     prompt: list[str] = option([], "of a text-to-image sampler, prompts to draw, in turn; those of the run by default")
@@ -39,7 +39,7 @@ def sample(args: Sequence[str]) -> None:
     """Runs `hsivi sample`."""
     (options,) = parse_options([Sampling], SAMPLE, args, "hsivi sample")
     for name in ("num_samples", "batch_size"):
-        if (given := getattr(options, name)) < 1:
+        if (given := getattr(options, name)) is not None and given < 1:
             raise ValueError(f"--{name} {given}: give a number of at least 1")
     import torch
     from diffusers.utils import make_image_grid
@@ -60,10 +60,11 @@ def sample(args: Sequence[str]) -> None:
     pipeline.scheduler.guidance_index(options.guidance_scale)
     ours = isinstance(pipeline, HSIVIPipeline)
     classes = _conditions(options, pipeline)
+    size, batch = options.num_samples or len(options.prompt) or 64, options.batch_size or (64 if ours else 4)
     output_dir = claim_output_dir(options.output_dir, options.overwrite_output_dir)
     images: list[Any] = []
-    for first in tqdm(range(0, options.num_samples, options.batch_size), desc="sample", unit="batch"):
-        numbers = range(first, min(first + options.batch_size, options.num_samples))
+    for first in tqdm(range(0, size, batch), desc="sample", unit="batch"):
+        numbers = range(first, min(first + batch, size))
         labels = [classes[number % len(classes)] for number in numbers] if classes else None
         generators = [torch.Generator(device).manual_seed(options.seed + number) for number in numbers]
         if ours:
@@ -91,7 +92,7 @@ def _conditions(options: Sampling, pipeline: Any) -> Sequence[int | str]:
     from .distillation.teachers import network_of
     from .pipeline_hsivi import HSIVIPipeline
 
-    run, by_text = _options_of_run(str(options.pipeline)), takes_text(pipeline)
+    by_text = takes_text(pipeline)
     number = (pipeline.num_classes if isinstance(pipeline, HSIVIPipeline) else num_classes(network_of(pipeline))) or 0
     if any(not 0 <= label < number for label in options.class_label):
         known = f"classes 0 to {number - 1}" if number else "no classes, leave it out"
@@ -99,23 +100,25 @@ def _conditions(options: Sampling, pipeline: Any) -> Sequence[int | str]:
     if options.prompt and not by_text:
         raise ValueError(f"--prompt {options.prompt}: this pipeline takes no text, leave it out")
     if by_text:
-        if not (prompts := options.prompt or run.get("prompts")):
+        recorded = _folder_of_run(str(options.pipeline)) / PROMPTS
+        if not options.prompt and not recorded.is_file():
             raise ValueError("--prompt is missing: say what to draw")
-        return read_prompts(prompts)
+        return read_prompts(options.prompt or str(recorded))
+    record = _folder_of_run(str(options.pipeline)) / "options.json"
+    run = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     shares = run.get("class_shares") or [1] * number
     return options.class_label or [label for label, share in enumerate(shares[:number]) if share]
 
 
-def _options_of_run(name: str) -> dict[str, Any]:
-    """The options of the run of a pipeline, empty if it is not at hand."""
-    records = [folder / "options.json" for folder in (Path(name), pipeline_of(name).parent)]
-    record = next((path for path in records if path.is_file()), None)
-    return dict(json.loads(record.read_text(encoding="utf-8"))) if record else {}
+def _folder_of_run(name: str) -> Path:
+    """The folder of the run of a pipeline, or where it would be."""
+    return Path(name) if (Path(name) / "options.json").is_file() else pipeline_of(name).parent
 
 
 def _draw_stock(pipeline: Any, conditions: Sequence[int | str] | None, generators: list[Any]) -> list[Any]:
     """Images of a stock pipeline, which may pass no generator to the steps, and would guide once more."""
     scheduler, parameters = pipeline.scheduler, signature(pipeline.__call__).parameters
+    pipeline.vae.enable_slicing()  # images are decoded one by one
     scheduler.step = partial(type(scheduler).step, scheduler, generator=generators)
     given: dict[str, Any] = {"generator": generators, "num_inference_steps": max(scheduler.depths)}
     given |= {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}

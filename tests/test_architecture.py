@@ -53,7 +53,7 @@ ALLOWED = {
     "folders": (set(), {"filelock"}),
     "options": (set(), {"yaml"}),
     "distillation/__init__": (set(), set()),
-    "distillation/prompts": ({"distillation/state_dicts"}, TRAIN),
+    "distillation/prompts": ({"distillation/state_dicts", "folders"}, TRAIN),
     "distillation/adapters": ({"run_records"}, TRAIN),
     "distillation/denoisers": ({"distillation/prompts", "scheduling_hsivi"}, TRAIN),
     "distillation/student": ({"vi/*", "scheduling_hsivi", "modeling_hsivi", "distillation/denoisers"}, TRAIN),
@@ -84,7 +84,7 @@ ALLOWED = {
     "distillation/config": ({"distillation/limits", "distillation/presets", "options"}, set()),
     "distillation/networks": (
         {f"distillation/{noun}" for noun in ("adapters", "config", "denoisers", "student", "teachers")}
-        | {"modeling_hsivi", "scheduling_hsivi"},
+        | {"modeling_hsivi", "run_records", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/state": (
@@ -110,9 +110,9 @@ ALLOWED = {
         TRAIN,
     ),
     "distillation/trainer": (
-        {f"distillation/{noun}" for noun in ("checkpoints", "config", "networks", "output", "progress", "state")}
-        | {"distillation/teachers", "distillation/updates"}
-        | {"vi/*", "folders", "hub"},
+        {f"distillation/{noun}" for noun in ("adapters", "checkpoints", "config", "networks", "output", "progress")}
+        | {f"distillation/{noun}" for noun in ("prompts", "state", "teachers", "updates")}
+        | {"vi/*", "folders", "hub", "run_records"},
         TRAIN,
     ),
     "evaluation/__init__": (set(), set()),
@@ -138,6 +138,7 @@ ALLOWED = {
             "folders",
             "images",
             "options",
+            "run_records",
         },
         EVALUATE,
     ),

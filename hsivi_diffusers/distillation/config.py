@@ -83,7 +83,7 @@ class HSIVIConfig:
     )
     guidance_scale: float | list[float] | None = option(None, "scale or scales of guidance to take in; 1 is none")
     prompts: str | list[str] | None = option(
-        None, "of a text-to-image teacher: text file with one prompt in a line, or the prompts"
+        None, "of a text-to-image teacher: text file with one prompt in a line; from Python a list will do"
     )
     negative_prompt: str = option("", "what guidance leads away from, of a text-to-image teacher", common=False)
     class_shares: list[float] | None = option(
@@ -132,8 +132,10 @@ class HSIVIConfig:
         None, 20.0, None, "clip the gradient of either network to this norm", latent=20.0
     )
     ema_decay: float = option(0.995, "decay of the averaged student, which is saved", common=False)
-    lora_rank: int = by_preset(
-        0, 0, 0, "train LoRA adapters of this rank and share the teacher's weights; 0 trains copies", latent=64
+    lora_rank: int | None = option(
+        None,
+        "train LoRA adapters of this rank, which share the teacher's weights; 0 trains copies; by default 64 for "
+        "Stable Diffusion and SDXL, else 0",
     )
     # ----- hardware -----
     gradient_accumulation_steps: int = option(1, "micro-batches per update in each process")
@@ -156,7 +158,7 @@ class HSIVIConfig:
     report_to: str | None = option(None, "trackers of accelerate: tensorboard, wandb, comet_ml or all", common=False)
 
     def __post_init__(self) -> None:
-        for name in ("output_dir", "init_from"):
+        for name in ("output_dir", "init_from", "prompts"):
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
         check_types(self)

@@ -76,15 +76,19 @@ def keep_labels(network: nn.Module) -> None:
 def call_network(network: Any, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
     """Calls a network at times of its own, in its precision, and answers in that of x, as every later formula needs."""
     cast = x.to(network.dtype)
-    told = {} if condition is None else arguments_of(network, condition, cast)
-    output: Tensor = network(cast, timestep=time.to(x.device).expand(len(x)), **told).sample.to(x.dtype)
+    output: Tensor = predict(network, cast, time.to(x.device).expand(len(x)), condition).to(x.dtype)
     return output
 
 
-def arguments_of(network: Any, condition: Tensor, x: Tensor) -> dict[str, Any]:
-    """Returns what a network is told of class labels, or of numbers of prompts, (B,): its keyword arguments."""
+def predict(network: Any, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
+    """Returns what a network predicts, told of class labels, or of prompts by their numbers, (B,)."""
     prompts = prompts_of(network)
-    return {"class_labels": condition} if prompts is None else prompts.arguments(condition, x)
+    if prompts is not None and condition is not None:
+        output = network(x, timestep=time, **prompts.arguments(condition, x))
+    else:
+        output = network(x, time, **({} if condition is None else {"class_labels": condition}))
+    sample: Tensor = output.sample
+    return sample
 
 
 def denoise(

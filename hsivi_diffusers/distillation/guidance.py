@@ -14,7 +14,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from .denoisers import Network, arguments_of, num_labels
+from .denoisers import Network, num_labels, predict
 
 
 class GuidedNetwork(nn.Module):
@@ -40,14 +40,11 @@ class GuidedNetwork(nn.Module):
         """That of the network."""
         return self.unet.device
 
-    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> UNet2DOutput:
+    def forward(self, x: Tensor, time: Tensor, class_labels: Tensor) -> UNet2DOutput:
         """Returns the guided prediction; the labels are conditions, shape (B,)."""
         number, w = len(self.scales), self.scales.to(x)[class_labels % len(self.scales)]
         none = torch.full_like(class_labels, num_labels(self.unet) - 1)
-        of_class, of_none = (
-            self.unet(x, timestep=timestep, **arguments_of(self.unet, each, x)).sample
-            for each in (class_labels // number, none)
-        )
+        of_class, of_none = (predict(self.unet, x, time, each) for each in (class_labels // number, none))
         return UNet2DOutput(sample=of_none + w.reshape(-1, *[1] * (x.ndim - 1)) * (of_class - of_none))
 
 

@@ -65,7 +65,7 @@ RANGES: dict[str, Range] = {
         lambda value: all(0 <= share < math.inf for share in value) and sum(value) > 0,
     ),
     "num_pairs": FROM_0,
-    "lora_rank": FROM_0,
+    "lora_rank": ("a number from 0 on, or leave it out", lambda value: value >= 0),
     "pair_steps": ABOVE_0,
     "pair_learning_rate": ABOVE_0,
     "pair_weight": FROM_0,

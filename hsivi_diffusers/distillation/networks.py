@@ -14,13 +14,15 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
+from ..run_records import ADAPTER
 from ..scheduling_hsivi import HSIVIScheduler
 from .adapters import add_adapter, has_adapter, load_adapter
 from .config import HSIVIConfig
 from .denoisers import Network, give_prompts, keep_labels, sample_shape, signal_timestep
-from .student import label_layers
+from .student import check_labels, label_layers
 from .teachers import Parts, fingerprint, load_prompts, load_student, network_of, without_encoders
 
+LORA_RANK = 64
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -41,9 +43,9 @@ class Networks:
 def load_networks(parts: Parts, config: HSIVIConfig, accelerator: Accelerator) -> Networks:
     """Copies student and critic from the teacher, which is kept in the precision of its calls; or see `init_from`."""
     teacher, schedule, host, encoders = parts
+    check_fit(teacher, config)  # before prompts are encoded, which may take hours
     identity = {"teacher_sha256": fingerprint(teacher, schedule)}
-    with accelerator.main_process_first():  # the others find the files
-        prompts = load_prompts(host, config.prompts, config.negative_prompt, accelerator.device)
+    prompts = load_prompts(host, config.prompts, config.negative_prompt, accelerator.device)
     if prompts is not None:
         give_prompts(teacher, prompts)
         identity["prompts_sha256"] = prompts.digest
@@ -58,30 +60,40 @@ def load_networks(parts: Parts, config: HSIVIConfig, accelerator: Accelerator) -
     return networks
 
 
-def make_players(teacher: Network, config: HSIVIConfig) -> tuple[Network, Network]:
-    """Returns student and critic: copies of the teacher, or its own weights with adapters.
-
-    Raises:
-        ValueError: The pipelines of such a teacher load no adapters.
-    """
-    if not config.lora_rank:
-        return copy.deepcopy(teacher), copy.deepcopy(teacher)
-    if not isinstance(teacher, UNet2DConditionModel):
+def check_fit(teacher: Network, config: HSIVIConfig) -> None:
+    """Refuses, with ValueError, settings that are not for such a teacher."""
+    kind = type(teacher).__name__
+    if config.noise_scale_type == "per_pixel" and not isinstance(teacher, UNet2DModel):
         raise ValueError(
-            f"lora_rank={config.lora_rank}: of a {type(teacher).__name__} no stock pipeline loads an adapter: set "
-            "lora_rank to 0, which trains all weights"
+            f"noise_scale_type='per_pixel' is for a UNet2DModel, and the teacher is a {kind}, whose pipeline takes no "
+            "learned noise scale: set it to 'config'"
         )
-    return add_adapter(teacher, config.lora_rank), add_adapter(teacher, config.lora_rank)
+    if config.lora_rank and not isinstance(teacher, UNet2DConditionModel):
+        raise ValueError(
+            f"lora_rank={config.lora_rank}: of a {kind} no stock pipeline loads an adapter: set lora_rank to 0, which "
+            "trains all weights"
+        )
+    if len(config.depths) > 1 or len(config.scales) > 1:
+        check_labels(teacher)
+
+
+def make_players(teacher: Network, config: HSIVIConfig) -> tuple[Network, Network]:
+    """Returns student and critic: copies of the teacher, or its own weights with adapters."""
+    if rank := adapter_rank(teacher, config):
+        return add_adapter(teacher, rank), add_adapter(teacher, rank)
+    return copy.deepcopy(teacher), copy.deepcopy(teacher)
+
+
+def adapter_rank(teacher: Network, config: HSIVIConfig) -> int:
+    """The rank of the adapters, 0 for copies."""
+    usual = LORA_RANK if isinstance(teacher, UNet2DConditionModel) else 0
+    return usual if config.lora_rank is None else config.lora_rank
 
 
 def make_networks(three: tuple[Network, Network, Network], schedule: HSIVIScheduler, config: HSIVIConfig) -> Networks:
     """Returns teacher, student and critic with the grid of the student; the noise scale is 1."""
     teacher, student, critic = three
-    if config.noise_scale_type == "per_pixel" and not isinstance(teacher, UNet2DModel):
-        raise ValueError(
-            f"noise_scale_type='per_pixel' is for a UNet2DModel, and the teacher is a {type(teacher).__name__}, whose "
-            "pipeline takes no learned noise scale: set it to 'config'"
-        )
+    check_fit(teacher, config)
     for each in three:
         keep_labels(each)
     scheduler = make_scheduler(schedule, config, sample_shape(teacher))
@@ -131,6 +143,8 @@ def carry_over(networks: Networks, run: Path) -> None:
         for network, name in ((networks.student, "pipeline"), (networks.critic, "critic")):
             load_adapter(network, run / name)
         return
+    if (run / "pipeline" / ADAPTER).is_file():
+        raise ValueError(f"init_from={str(run)!r} was trained with lora_rank, and the new run has copies: set its rank")
     pipeline = load_student(run / "pipeline")
     student = network_of(pipeline)
     if type(student) is not type(networks.student):

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..scheduling_hsivi import HSIVIScheduler
 from .config import HSIVIConfig
 from .denoisers import Network, call_network, give_prompts, num_labels, sample_shape
-from .networks import HALF, make_networks, make_players
+from .networks import HALF, adapter_rank, make_networks, make_players
 from .pairs import PAIR_CALLS
 from .prompts import empty_prompts
 from .state import TrainingState, trained
@@ -141,7 +141,8 @@ def make_fake_state(
     accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="bf16" if half else "no")
     with unset_fake_temporarily(), torch.device("meta"):  # adapters cannot be added to fake tensors
         teacher = make_network(shape, torch.bfloat16 if half else torch.float32)
-        players = make_players(teacher, config) if config.lora_rank else (make_network(shape), make_network(shape))
+        adapted = adapter_rank(teacher, config) > 0
+        players = make_players(teacher, config) if adapted else (make_network(shape), make_network(shape))
     _make_fake([teacher, *players])
     with meter:
         networks = make_networks((teacher, *players), schedule, config)
@@ -293,7 +294,7 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
     cost, (speed, clock) = measure(shape, schedule, config), seconds_per_flop(shape, config)
     seconds = speed * cost.flops
     cost.memory |= {"VAE": vae} if vae else {}
-    cost.written["pipeline"] += 0 if config.lora_rank else vae
+    cost.written["pipeline"] += 0 if cost.parameters["trained of the student"] < cost.parameters["teacher"] else vae
     calls = ", ".join(f"{name} {number:.1f}" for name, number in cost.calls.items())
     lines = [
         f"{teacher}, {', '.join(map(str, config.depths))} steps, preset {config.preset}: "

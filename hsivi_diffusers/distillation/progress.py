@@ -121,6 +121,7 @@ class Progress:
             torch.randn(COLUMNS, *bridge.shape, generator=torch.Generator().manual_seed(0)),
             None if labels is None else torch.tensor(labels) * len(bridge.scales),
             min(TEACHER_CALLS, len(bridge.scheduler) // 2),  # a schedule may have few timesteps
+            self.config.train_batch_size,
             clip=self.state.host is None,
         )
         return decode(self.state.host, pairs.end).cpu()
@@ -133,5 +134,10 @@ class Progress:
         noise = torch.randn(size, *bridge.shape, generator=generator).to(student.unet.device)
         scale = None if student.noise_scale is None else student.noise_scale()
         given = {"generator": generator, "noise_scale": scale}
-        x = run_solver(student.unet, student.scheduler, noise, steps, condition, **given)
-        return decode(self.state.host, x).cpu()
+        batch = self.config.train_batch_size  # which there is memory for
+        rows = [None] * len(noise.split(batch)) if condition is None else condition.split(batch)
+        drawn = [
+            run_solver(student.unet, student.scheduler, each, steps, row, **given)
+            for each, row in zip(noise.split(batch), rows, strict=True)
+        ]
+        return decode(self.state.host, torch.cat(drawn)).cpu()

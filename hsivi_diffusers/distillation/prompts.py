@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers.utils import is_bs4_available, is_ftfy_available
 from huggingface_hub import cached_assets_path
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..folders import in_turn
 from .state_dicts import hash_weights
 
 FILE_ROWS = 512  # prompts of a file
@@ -29,6 +34,7 @@ ENCODED = {
     "PixArtAlphaPipeline": PIXART,
     "PixArtSigmaPipeline": PIXART,
 }
+ZEROS = "force_zeros_for_empty_prompt"  # setting of SDXL
 ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")  # go into added_cond_kwargs
 
 
@@ -106,64 +112,92 @@ def encode_prompts(
     done once, and continues where it was stopped.
 
     Args:
-        pipeline: Of a type in ENCODED. Its encoders are moved to the device, and back.
+        pipeline: Of a type in ENCODED. Its encoders are moved to the device, if there is something to encode, and back.
         prompts: In the order of their numbers.
         negative: The prompt that guidance leads away from; "" for none.
         size: Height and width of the images.
         device: Where to encode.
     """
-    encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part}
+    encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
     digest = _digest_of_encoders(pipeline, encoders)
     folder = cached_assets_path("hsivi_diffusers", "prompts", digest[:16])
-    before = {name: part.device for name, part in encoders.items()}
     starts = range(0, len(prompts), FILE_ROWS)
-    chunks = [*(prompts[start : start + FILE_ROWS] for start in starts), None]  # None is for the negative prompt
-    names = [hashlib.sha256(json.dumps([chunk, negative]).encode()).hexdigest() for chunk in chunks]
-    files = []
-    for chunk, name in zip(tqdm(chunks, "encode prompts", leave=False), names, strict=True):
-        path = folder / f"{name}.safetensors"
-        if not path.is_file():
-            for encoder in encoders.values():
-                encoder.to(device)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            save_file(_encode(pipeline, chunk, negative, device), partial)
-            partial.replace(path)
-        files.append(load_file(path))  # mapped into memory
-    for name, encoder in encoders.items():
-        encoder.to(before[name])
+    chunks = [[*prompts[start : start + FILE_ROWS]] for start in starts]
+    keys = [*((chunk, None) for chunk in chunks), ([negative], "negative")]
+    names = [hashlib.sha256(json.dumps(key).encode()).hexdigest() for key in keys]
+    paths = [folder / f"{name}.safetensors" for name in names]
+    with in_turn(folder), _moved(encoders, device) as move:  # one process encodes, the others find the files
+        for (texts, role), path in zip(tqdm(keys, "encode prompts", leave=False), paths, strict=True):
+            if not path.is_file():
+                move()
+                partial = path.with_suffix(f".{os.getpid()}.partial")
+                save_file(_encode(pipeline, texts, role is not None, device), partial)
+                partial.replace(path)
+    files = [load_file(path) for path in paths]  # mapped into memory
     return PromptTable(files, _sizes(pipeline, size), hashlib.sha256(f"{digest}{names}".encode()).hexdigest())
 
 
-def _digest_of_encoders(pipeline: DiffusionPipeline, encoders: Mapping[str, Any]) -> str:
-    hash = hashlib.sha256(type(pipeline).__name__.encode())
-    for encoder in encoders.values():
+@contextmanager
+def _moved(encoders: Sequence[nn.Module], device: torch.device) -> Iterator[Callable[[], None]]:
+    """Gives a function that moves the encoders to a device; they are moved back at the end."""
+    before = [next(encoder.parameters()).device for encoder in encoders]
+
+    def move(places: Sequence[torch.device]) -> None:
+        for encoder, place in zip(encoders, places, strict=True):
+            encoder.to(place)
+
+    try:
+        yield lambda: move([device] * len(encoders))
+    finally:
+        move(before)
+
+
+def _digest_of_encoders(pipeline: DiffusionPipeline, encoders: Sequence[Any]) -> str:
+    """SHA-256 of all that the embedding of a prompt follows from."""
+    parts = [part for name, part in sorted(pipeline.components.items()) if name.startswith("tokenizer") and part]
+    tokenizers = [
+        [part.get_vocab(), part.model_max_length, part.padding_side, part.special_tokens_map, _backend(part)]
+        for part in parts
+    ]
+    configs = [encoder.config.to_dict() for encoder in encoders]
+    versions = [version(name) for name in ("diffusers", "transformers")]
+    about = [_kind_of(pipeline), {**pipeline.config}.get(ZEROS), _cleans(pipeline), versions, configs, tokenizers]
+    hash = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for encoder in encoders:
         hash_weights(hash, encoder)
-    for name, part in sorted(pipeline.components.items()):
-        if name.startswith("tokenizer") and part is not None:
-            vocabulary = [part.model_max_length, part.init_kwargs.get("padding_side"), part.get_vocab()]
-            hash.update(json.dumps(vocabulary, sort_keys=True).encode())
     return hash.hexdigest()
+
+
+def _backend(tokenizer: Any) -> dict[str, Any] | None:
+    """How a tokenizer of the library `tokenizers` splits and merges."""
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {**backend, "padding": None, "truncation": None}  # which the last call has set
+
+
+def _cleans(pipeline: DiffusionPipeline) -> bool:
+    """Whether the pipeline's own call cleans prompts: PixArt's does, with two libraries that may be missing."""
+    return (
+        "clean_caption" in signature(pipeline.encode_prompt).parameters and is_bs4_available() and is_ftfy_available()
+    )
 
 
 @torch.no_grad()
 def _encode(
-    pipeline: DiffusionPipeline, prompts: Sequence[str] | None, negative: str, device: torch.device
+    pipeline: DiffusionPipeline, texts: Sequence[str], are_negative: bool, device: torch.device
 ) -> dict[str, Tensor]:
-    """Returns what the network is told of prompts, or, of None, of the negative one."""
-    kind = str(_kind_of(pipeline))
-    rows: dict[str, list[Tensor]] = {name: [] for name, *_ in ENCODED[kind]}
-    for batch in _batches(prompts or [""]):
-        without = [negative] * len(batch) if negative or kind != "StableDiffusionXLPipeline" else None  # zeros there
-        given = {"prompt": batch, "negative_prompt": without, "device": device, "num_images_per_prompt": 1}
-        encoded = pipeline.encode_prompt(**given, do_classifier_free_guidance=True)
-        for name, of_prompt, of_negative in ENCODED[kind]:
-            rows[name].append(encoded[of_negative if prompts is None else of_prompt].cpu())
-    return {name: torch.cat(row).contiguous() for name, row in rows.items()}
-
-
-def _batches(prompts: Sequence[str]) -> Iterator[list[str]]:
-    for first in range(0, len(prompts), BATCH):
-        yield [*prompts[first : first + BATCH]]
+    """Returns what the network is told of texts, as prompts or as negative prompts."""
+    kind, rows = str(_kind_of(pipeline)), list[dict[str, Tensor]]()
+    given: dict[str, Any] = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": are_negative}
+    given |= {"clean_caption": True} if _cleans(pipeline) else {}
+    for first in range(0, len(texts), BATCH):
+        batch = [*texts[first : first + BATCH]]
+        # Without a negative prompt SDXL takes zeros.
+        without = None if kind == "StableDiffusionXLPipeline" and batch == [""] else batch
+        encoded = pipeline.encode_prompt(prompt=batch, negative_prompt=without if are_negative else None, **given)
+        rows.append({name: encoded[places[are_negative]].cpu() for name, *places in ENCODED[kind]})
+    return {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
 
 
 def takes_text(pipeline: DiffusionPipeline) -> bool:

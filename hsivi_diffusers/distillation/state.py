@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -207,7 +208,7 @@ class TrainingState:
 
     def make_pipeline(self) -> DiffusionPipeline:
         """The averaged layers as a pipeline of their own, on the device of the run."""
-        student = self.averaged()
+        student = copy.deepcopy(self.averaged())  # no weight of the run is in it
         return make_pipeline(self.host, student.unet, student.scheduler, student.noise_scale, **self.encoders())
 
     def averaged(self) -> UNetLayers:

@@ -90,14 +90,8 @@ class UNetLayers(ConditionalLayers):
         return DiagonalGaussian(mean=mean, std=std)
 
 
-def label_layers(unet: Network, num_layers: int) -> UNet2DModel:
-    """Returns a copy of a UNet that is told the layer, 0..L-1: for each one it starts as the UNet itself.
-
-    The copy takes class labels, t of a UNet without classes, otherwise class * L + t.
-
-    Raises:
-        ValueError: The classes of the UNet are no numbers, or it is a DiT.
-    """
+def check_labels(unet: Network) -> None:
+    """Refuses, with ValueError, a network whose classes are no numbers, or that is no `UNet2DModel`."""
     is_unet = isinstance(unet, UNet2DModel)
     if not is_unet or unet.config.class_embed_type is not None:
         what = f"class_embed_type={unet.config.class_embed_type!r} of the unet" if is_unet else type(unet).__name__
@@ -105,6 +99,17 @@ def label_layers(unet: Network, num_layers: int) -> UNet2DModel:
             f"{what} leaves no place to tell it a layer or a scale of guidance: train one number of steps and one "
             "scale, where it need not be told"
         )
+
+
+def label_layers(unet: Network, num_layers: int) -> UNet2DModel:
+    """Returns a copy of a UNet that is told the layer, 0..L-1: for each one it starts as the UNet itself.
+
+    The copy takes class labels, t of a UNet without classes, otherwise class * L + t.
+
+    Raises:
+        ValueError: See `check_labels`.
+    """
+    check_labels(unet)
     classes = unet.config.num_class_embeds
     labelled: UNet2DModel = UNet2DModel.from_config(unet.config, num_class_embeds=num_layers * (classes or 1))
     state, name = dict(unet.state_dict()), "class_embedding.weight"

@@ -155,8 +155,8 @@ def _check_agreement(name: str, part: str, configs: Configs) -> None:
                 "supported: give a text-to-image model that takes text alone"
             )
     outputs = config["out_channels"] or channels
-    if part == "transformer" and not isinstance(config["sample_size"], int):
-        raise ValueError(f"teacher {name}: sample_size={config['sample_size']} of the transformer: it must be a number")
+    if not isinstance(config["sample_size"], int) and (part == "transformer" or config["sample_size"] is None):
+        raise ValueError(f"teacher {name}: sample_size={config['sample_size']} of the {part}: it must be a number")
     if outputs not in (channels, 2 * channels):
         raise ValueError(
             f"teacher {name}: the {part} takes {channels} channels and returns {outputs}; a noise prediction has "

@@ -21,7 +21,8 @@ from diffusers import (
     DiTTransformer2DModel,
     SchedulerMixin,
 )
-from torch import Tensor
+from huggingface_hub import ModelCard, file_exists
+from torch import Tensor, nn
 
 from ..hub import class_names
 from ..modeling_hsivi import HSIVINoiseScale
@@ -33,7 +34,7 @@ from .prompts import PromptTable, encode_prompts, read_prompts, takes_text
 from .state_dicts import hash_weights
 from .teacher_configs import LATENT, REMEDY, check, check_levels, configs_of, kind_of, part_of, read_configs
 
-VAE_BATCH = 8  # latents that are decoded at once
+VAE_PIXELS = 2**21  # of images that are decoded at once
 
 
 def load_teacher(
@@ -74,6 +75,11 @@ def load_parts(teacher: str | os.PathLike[str] | DiffusionPipeline, revision: st
     else:
         raise ValueError(f"teacher is a {type(teacher).__name__}: give a folder, a repo id, or a loaded pipeline")
     schedule = check(name, configs_of(pipeline, name))
+    if adapted := [part for part, module in pipeline.components.items() if hasattr(module, "peft_config")]:
+        raise ValueError(
+            f"teacher {name} has adapters in its {', '.join(adapted)}, which would not be distilled: call fuse_lora() "
+            "and unload_lora_weights() of the pipeline first"
+        )
     check_levels(name, schedule, pipeline.scheduler)
     network = network_of(pipeline)
     host = pipeline if kind_of(pipeline) in LATENT else None
@@ -86,17 +92,19 @@ def load_parts(teacher: str | os.PathLike[str] | DiffusionPipeline, revision: st
 def _load_encoders(name: str, revision: str | None) -> dict[str, Any]:
     index = DiffusionPipeline.load_config(name, revision=revision)
     part = part_of(parts_of(index))
-    return text_encoders(DiffusionPipeline.from_pretrained(name, revision=revision, vae=None, **{part: None}))
+    without = {part: None, "vae": None, "torch_dtype": torch.float32}
+    return text_encoders(DiffusionPipeline.from_pretrained(name, revision=revision, **without))
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Returns the text encoders of a pipeline, by name."""
-    return {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
+    """Returns copies of the text encoders of a pipeline, by name."""
+    parts = pipeline.components.items()
+    return {name: copy.deepcopy(part) for name, part in parts if name.startswith("text_encoder")}
 
 
 def without_encoders(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Returns a pipeline with the same parts but for its text encoders."""
-    return _like(pipeline, **dict.fromkeys(text_encoders(pipeline)))
+    return _like(pipeline, **{name: None for name in pipeline.components if name.startswith("text_encoder")})
 
 
 def _load(name: str, revision: str | None) -> DiffusionPipeline:
@@ -106,7 +114,7 @@ def _load(name: str, revision: str | None) -> DiffusionPipeline:
     with suppress(OSError):  # what is missing, the loading itself reports
         check(repr(name), read_configs(name, revision))
     try:
-        return DiffusionPipeline.from_pretrained(name, revision=revision)
+        return DiffusionPipeline.from_pretrained(name, revision=revision, torch_dtype=torch.float32)
     except Exception as error:  # diffusers raises many types here, and all mean the same to the user
         if path.is_dir():
             raise ValueError(
@@ -170,8 +178,12 @@ def make_pipeline(
         return HSIVIPipeline(unet=student, scheduler=scheduler, unet_noise_scale=noise_scale)
     if isinstance(student, DiTTransformer2DModel):
         student.register_to_config(out_channels=student.out_channels)  # which the pipeline asks for, and may be None
-    parts = {part_of(host.components): student, "scheduler": scheduler, "vae": copy.deepcopy(host.vae)}
-    return _like(host, **parts, **encoders)
+    parts = {part_of(host.components): student, "scheduler": scheduler, **encoders}
+    for name, part in host.components.items():
+        if isinstance(part, nn.Module) and name not in parts:
+            parts[name] = copy.deepcopy(part)
+    pipeline = _like(host, **parts)
+    return pipeline.to(student.device, student.dtype) if encoders else pipeline
 
 
 def _like(host: DiffusionPipeline, **parts: Any) -> DiffusionPipeline:
@@ -194,31 +206,36 @@ def load_student(source: str | Path) -> DiffusionPipeline:
         OSError: It is missing.
     """
     if (Path(source) / ADAPTER).is_file():
-        return _load_with_adapter(Path(source))
-    kind = DiffusionPipeline.load_config(str(source)).get("_class_name")
+        record = Path(source).parent / "options.json"
+        run = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        return _load_with_adapter(str(source), run.get("pretrained_teacher_model"), run.get("revision"))
+    try:
+        kind = DiffusionPipeline.load_config(str(source)).get("_class_name")
+    except OSError:
+        if Path(source).is_dir() or not file_exists(str(source), ADAPTER):
+            raise
+        return _load_with_adapter(str(source), ModelCard.load(str(source)).data.base_model, None)
     if kind not in LATENT:
         return HSIVIPipeline.from_pretrained(source)
     with naming_damage():
-        pipeline = getattr(diffusers, kind).from_pretrained(source)
+        pipeline = getattr(diffusers, kind).from_pretrained(source, torch_dtype=torch.float32)
     if not hasattr(pipeline.scheduler, "trained_grids"):
         raise ValueError(f"{str(source)!r} is a {kind} that was not distilled: distil it with `hsivi distil`")
     check_finite_weights(network_of(pipeline), part_of(pipeline.components))
     return pipeline
 
 
-def _load_with_adapter(folder: Path) -> DiffusionPipeline:
-    """Loads the teacher that the run of an adapter names, with the adapter and its scheduler."""
-    record = folder.parent / "options.json"
-    run = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if not (teacher := run.get("pretrained_teacher_model")):
+def _load_with_adapter(source: str, teacher: str | None, revision: str | None) -> DiffusionPipeline:
+    """Loads a teacher, and into it the adapter and the scheduler of a folder or repo."""
+    if not teacher:
         raise ValueError(
-            f"{folder} holds an adapter, and no run beside it names its teacher: load it as its card says, by "
+            f"{source} holds an adapter, and nothing beside it names its teacher: load it as its card says, by "
             "load_lora_weights of a pipeline of the teacher"
         )
-    pipeline = _load(teacher, run.get("revision"))
+    pipeline = _load(teacher, revision)
     with naming_damage():
-        pipeline.load_lora_weights(folder)
-        pipeline.scheduler = HSIVIScheduler.from_pretrained(folder, subfolder="scheduler")
+        pipeline.load_lora_weights(source, weight_name=ADAPTER)
+        pipeline.scheduler = HSIVIScheduler.from_pretrained(source, subfolder="scheduler")
     return pipeline
 
 
@@ -234,6 +251,8 @@ def image_shape(host: DiffusionPipeline | None, shape: tuple[int, int, int]) -> 
 def decode(host: DiffusionPipeline | None, x: Tensor) -> Tensor:
     """Returns images in [0, 1], shape (B, C, H, W), of what a network has denoised: pixels, or latents of the VAE."""
     if host is not None:
-        latents = (x / host.vae.config.scaling_factor).to(host.vae.device, host.vae.dtype).split(VAE_BATCH)
+        _, height, width = image_shape(host, sample_shape(network_of(host)))
+        batch = max(1, VAE_PIXELS // (height * width))
+        latents = (x / host.vae.config.scaling_factor).to(host.vae.device, host.vae.dtype).split(batch)
         x = torch.cat([host.vae.decode(each).sample.float() for each in latents])
     return (x / 2 + 0.5).clamp(0, 1)

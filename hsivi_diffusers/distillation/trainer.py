@@ -19,20 +19,33 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers import DiffusionPipeline
 
-from ..folders import write_json
+from ..folders import write_json, write_text
 from ..hub import push
+from ..run_records import PROMPTS
 from ..vi import DivergenceError, Step
+from .adapters import has_adapter
 from .checkpoints import Checkpoints
 from .config import HSIVIConfig, complete
 from .networks import load_networks
 from .output import Output, check_init_from, check_teacher, claimed, finished, start_run
 from .progress import Progress
+from .prompts import read_prompts
 from .state import TrainingState
 from .teachers import load_parts
 from .updates import InterruptedRunError as InterruptedRunError
 from .updates import fit_calls, run_updates
 
-WRITTEN = ("training.json", "pipeline", "critic", "samples", "report.json", "report.md", "samples.png", "curve.png")
+WRITTEN = (
+    "training.json",
+    PROMPTS,
+    "pipeline",
+    "critic",
+    "samples",
+    "report.json",
+    "report.md",
+    "samples.png",
+    "curve.png",
+)
 Callback = Callable[["HSIVITrainer", Step], dict[str, float] | None]
 
 
@@ -124,6 +137,8 @@ class HSIVITrainer:
                 self.before_start()
                 remedy = " (a finished run can be named by init_from there)"
                 start_run(run, settings, WRITTEN, remedy, complete)
+                if config.prompts is not None:
+                    write_text(Path(str(config.output_dir)) / PROMPTS, "\n".join(read_prompts(config.prompts)) + "\n")
             self.accelerator.wait_for_everyone()
             if config.report_to:
                 self.accelerator.init_trackers("hsivi")
@@ -197,9 +212,9 @@ class HSIVITrainer:
         """Pushes the averaged student with its model card; see `hsivi_diffusers.push` for options; returns the URL."""
         folder = self.config.output_dir
         run_dir = Path(folder) if folder and (Path(folder) / "training.json").is_file() else None
-        if not self.config.lora_rank:
+        if not has_adapter(self.state.student.unet):
             return push(self.pipeline, repo_id, run_dir=run_dir, **options)
-        if run_dir is None:
+        if run_dir is None or not self._has_trained:
             raise ValueError("there is no adapter to push yet: call train() first")
         return push(run_dir / "pipeline", repo_id, run_dir=run_dir, **options)
 

@@ -24,6 +24,7 @@ from ..distillation.ode import few_step_timesteps
 from ..distillation.teachers import image_shape, load_parts, load_prompts, load_student, network_of
 from ..images import load_images
 from ..options import option, parse_options
+from ..run_records import PROMPTS
 from .features import check_packages, load_network
 from .metrics import FEWEST, PACKAGES, Measures, split_halves
 from .report import METRICS, OURS, Report, load_run
@@ -167,11 +168,13 @@ def main(args: list[str] | None = None) -> None:
     unet.to(device).eval()
     if host is not None:
         host.vae.to(device)
-    told = training.get("prompts"), training.get("negative_prompt", "")
+    told = str(run_dir / PROMPTS) if training.get("prompts") else None, training.get("negative_prompt", "")
     if (prompts := load_prompts(host, *told, torch.device(device))) is not None:
         for each in (unet, network_of(student)):
             give_prompts(each, prompts)
     classes = num_classes(unet, bool(student.scheduler.guidance_scales)) or None
+    if prompts is not None:  # the same for methods and reference
+        classes = min(len(prompts) - 1, options.num_samples, options.reference_samples)
     teacher = guided(unet, [scale_of(options, student)])
     network, features = load_network(options.feature_extractor, image_shape(host, sample_shape(unet))[0])
     samplers = list(make_samplers(options, student, teacher, schedule.config, host))  # refuses counts without a grid

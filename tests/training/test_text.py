@@ -9,23 +9,29 @@ from inspect import signature
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
-from diffusers.loaders import lora_base
-from huggingface_hub import ModelCard
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hsivi_diffusers import HSIVIConfig, HSIVIScheduler, HSIVITrainer, cli, load_teacher, push
-from hsivi_diffusers.distillation import plan, prompts
+from hsivi_diffusers.distillation import plan, prompts, teachers
 from hsivi_diffusers.distillation.adapters import TARGETS, add_adapter, share
-from hsivi_diffusers.distillation.denoisers import give_prompts, num_classes, num_labels
+from hsivi_diffusers.distillation.denoisers import denoise, give_prompts, num_classes, num_labels
 from hsivi_diffusers.distillation.guidance import guided
-from hsivi_diffusers.distillation.networks import make_scheduler
+from hsivi_diffusers.distillation.networks import adapter_rank, make_scheduler
 from hsivi_diffusers.distillation.ode import run_solver
 from hsivi_diffusers.distillation.prompts import encode_prompts, read_prompts
-from hsivi_diffusers.distillation.teachers import decode, load_parts, load_prompts, load_student
+from hsivi_diffusers.distillation.teachers import decode, load_parts, load_prompts, load_student, network_of
 from hsivi_diffusers.evaluation import evaluate
 from hsivi_diffusers.run_records import ADAPTER
 from short_run import SETTINGS
@@ -46,8 +52,8 @@ def draw(pipeline, prompts=PROMPTS, steps=2, scale=1.0, seed=5, **options):
 
 def with_adapter(teacher, folder):
     """As a card says."""
-    pipeline = DiffusionPipeline.from_pretrained(teacher)
-    pipeline.load_lora_weights(folder)
+    pipeline = DiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(folder, weight_name=ADAPTER)
     pipeline.scheduler = HSIVIScheduler.from_pretrained(folder, subfolder="scheduler")
     return pipeline
 
@@ -70,12 +76,6 @@ def run(distil, text_teachers, prompt_file, tmp_path_factory):
     options = {"prompts": prompt_file, "lora_rank": 4, "guidance_scale": 3.0, "validation_steps": 5}
     folder = tmp_path_factory.mktemp("text") / "run"
     return distil(folder, pretrained_teacher_model=text_teachers("sd"), learning_rate=1e-2, **options)
-
-
-@pytest.fixture
-def online(logged_in, monkeypatch):
-    """diffusers asks the Hub for the name of an adapter's file, unless it took the tests for offline."""
-    monkeypatch.setattr(lora_base, "HF_HUB_OFFLINE", False)
 
 
 # ----- prompts -----
@@ -108,25 +108,58 @@ def test_prompts_are_encoded_once_and_a_stopped_encoding_goes_on(monkeypatch, ki
     monkeypatch.setattr(pipeline, "encode_prompt", count)
     texts = ["a red star", "a cat", "a dog"]
     with pytest.raises(KeyboardInterrupt):
-        encode_prompts(pipeline, texts, "", (16, 16), CPU)
+        encode_prompts(pipeline, texts, "a green star", (16, 16), CPU)
     texts[2] = "a blue dog"
     calls.clear()
-    table = encode_prompts(pipeline, texts, "", (16, 16), CPU)
-    assert calls == [["a blue dog"], [""]]
+    table = encode_prompts(pipeline, texts, "a green star", (16, 16), CPU)
+    assert calls == [["a blue dog"], ["a green star"]]
+    assert {part.device for part in (pipeline.text_encoder,)} == {CPU}
     calls.clear()
-    again = encode_prompts(pipeline, texts, "", (16, 16), CPU)
+    again = encode_prompts(pipeline, texts, "a green star", (16, 16), CPU)
     assert (calls, again.digest, len(again)) == ([], table.digest, 4)
     assert encode_prompts(pipeline, texts, "blurry", (16, 16), CPU).digest != table.digest
     rows = again.arguments(torch.tensor([3, 1]), torch.zeros(1))
     told = encode(
         prompt=["a cat"],
-        negative_prompt=None if kind == "sdxl" else [""],
+        negative_prompt=["a green star"],
         device=CPU,
         num_images_per_prompt=1,
         do_classifier_free_guidance=True,
     )
     torch.testing.assert_close(rows["encoder_hidden_states"][1:], told[0])
     torch.testing.assert_close(rows["encoder_hidden_states"][:1], told[2 if kind == "pixart" else 1])
+
+
+def test_what_an_embedding_follows_from_names_its_file(kind):
+    digests = []
+    for change in ("nothing", "weights", "padding", "length", "pad", "config", "zeros"):
+        pipeline = make_text(kind)
+        tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+        if change == "weights":
+            next(encoder.parameters()).data.add_(1)
+        elif change == "padding":
+            tokenizer.padding_side = "left"
+        elif change == "length":
+            for name in ("tokenizer", "tokenizer_2"):
+                if name in pipeline.components:
+                    getattr(pipeline, name).model_max_length = 7
+        elif change == "pad":
+            tokenizer.pad_token = "a"
+        elif change == "config":
+            encoder.config.num_attention_heads = 1
+        elif change == "zeros" and kind == "sdxl":
+            pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+        digests.append(encode_prompts(pipeline, ["a cat"], "", (16, 16), CPU).digest)
+    assert len({*digests}) == (7 if kind == "sdxl" else 6)
+
+
+def test_the_size_of_images_is_told_as_the_stock_call_tells_it():
+    assert prompts._sizes(make_text("sdxl"), (32, 64))["time_ids"].tolist() == [[32, 64, 0, 0, 32, 64]]
+    pixart = make_text("pixart")
+    assert prompts._sizes(pixart, (16, 16)) == {}
+    pixart.transformer.register_to_config(sample_size=128)
+    sizes = prompts._sizes(pixart, (512, 1024))
+    assert (sizes["resolution"].tolist(), sizes["aspect_ratio"].tolist()) == ([[512, 1024]], [[0.5]])
 
 
 def test_prompts_come_from_a_file_or_a_list(prompt_file):
@@ -167,8 +200,7 @@ def test_an_adapter_is_trained_in_single_precision_on_a_teacher_in_half():
     assert kinds == {(torch.bfloat16, False), (torch.float32, True)}
 
 
-@pytest.mark.parametrize("kind", WITH_ADAPTERS)
-@pytest.mark.parametrize("given", ["folder", "pipeline"])
+@pytest.mark.parametrize(("kind", "given"), [("sd", "folder"), ("sdxl", "pipeline")])
 def test_the_stock_pipeline_draws_with_the_file_what_the_trainer_draws(text_teachers, tmp_path, kind, given):
     folder = text_teachers(kind)
     teacher = DiffusionPipeline.from_pretrained(folder) if given == "pipeline" else str(folder)
@@ -219,6 +251,36 @@ def test_copies_of_all_weights_make_a_stock_pipeline(text_teachers, distil, prom
 
 
 @pytest.mark.parametrize("rank", [0, 4])
+def test_what_is_done_to_the_pipeline_of_a_trainer_is_not_done_to_its_run(tmp_path, rank):
+    stock = make_text("sd")
+    config = HSIVIConfig(**SETTINGS, prompts=PROMPTS, lora_rank=rank, output_dir=str(tmp_path / "run"))
+    trainer = HSIVITrainer(stock, config)
+    trainer.train()
+    networks = (trainer.state.bridge.unet, trainer.state.student.unet, trainer.state.critic_unet, stock.text_encoder)
+    before = [copy.deepcopy(network.state_dict()) for network in networks]
+    pipeline = trainer.pipeline
+    if rank:
+        pipeline.fuse_lora()
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        for weight in part.parameters():
+            weight.data.add_(1)
+    pipeline.to(torch.bfloat16)
+    for network, weights in zip(networks, before, strict=True):
+        for name, weight in network.state_dict().items():
+            assert weight.dtype == torch.float32
+            assert torch.equal(weight, weights[name])
+
+
+def test_a_run_in_half_precision_draws(text_teachers, tmp_path, fresh_accelerator):
+    options = {**SETTINGS, "prompts": PROMPTS, "lora_rank": 4, "mixed_precision": "bf16", "validation_steps": 5}
+    trainer = HSIVITrainer(str(text_teachers("sd")), HSIVIConfig(**options, output_dir=str(tmp_path / "run")))
+    trainer.train()
+    assert draw(trainer.pipeline).shape == (3, 3, 16, 16)
+    kinds = {weight.dtype for weight in trainer.state.student.unet.parameters() if weight.requires_grad}
+    assert kinds == {torch.float32}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
 def test_a_pipeline_of_ones_own_is_left_as_it_was(tmp_path, rank):
     stock = make_text("sd").to(torch.bfloat16)
     parts = [part for part in stock.components.values() if isinstance(part, torch.nn.Module)]
@@ -226,9 +288,10 @@ def test_a_pipeline_of_ones_own_is_left_as_it_was(tmp_path, rank):
     config = HSIVIConfig(**SETTINGS, prompts=PROMPTS, lora_rank=rank, output_dir=str(tmp_path / "run"))
     trainer = HSIVITrainer(stock, config)
     trainer.train()
-    assert draw(trainer.pipeline.to(torch.float32)).shape == (3, 3, 16, 16)
+    assert draw(trainer.pipeline).shape == (3, 3, 16, 16)
     for part, weights in zip(parts, before, strict=True):
         assert all(torch.equal(weight, weights[name]) for name, weight in part.state_dict().items())
+        assert {weight.dtype for weight in part.parameters()} == {torch.bfloat16}
         assert not hasattr(part, "prompts")
     assert all(weight.requires_grad for weight in stock.unet.parameters())
     assert isinstance(stock.scheduler, DDIMScheduler)
@@ -239,10 +302,10 @@ def test_a_pipeline_of_ones_own_is_left_as_it_was(tmp_path, rank):
 
 def test_prompts_choose_the_preset_for_latents():
     config = HSIVIConfig(prompts=PROMPTS, num_inference_steps=4)
-    assert (config.preset, config.lora_rank, config.start_noise, config.critic_updates) == ("latent", 64, 4.15, 5)
+    assert (config.preset, config.start_noise, config.critic_updates) == ("latent", 4.15, 5)
     assert HSIVIConfig(prompts=PROMPTS, num_inference_steps=1).start_noise == 1.25
     assert HSIVIConfig(prompts=PROMPTS, num_inference_steps=1, start_timestep=500).start_noise is None
-    assert HSIVIConfig(prompts=PROMPTS, preset="fast").lora_rank == 0
+    assert [adapter_rank(network_of(make_text(kind)), config) for kind in KINDS] == [64, 64, 0]
 
 
 @pytest.mark.parametrize(("steps", "start"), [(1, 625), (4, 899)])
@@ -277,11 +340,16 @@ def test_it_is_measured_against_solvers_of_the_teacher(run):
     assert all(math.isfinite(row["kid"]) for row in rows)
 
 
-def test_it_is_pushed_and_pulled_into_the_stock_pipeline_beside_a_style(run, text_teachers, online, tmp_path):
+def test_it_is_pushed_and_pulled_into_the_stock_pipeline_beside_a_style(run, text_teachers, logged_in, tmp_path):
     teacher = text_teachers("sd")
     cli.main(["push", f"--run_dir={run}", "--hub_model_id=alice/lora", "--base_model=alice/teacher"])
     pulled, local = with_adapter(teacher, "alice/lora"), with_adapter(teacher, run / "pipeline")
     assert torch.equal(draw(pulled), draw(local))
+    api = HfApi()
+    api.create_repo("alice/teacher")
+    api.upload_folder(repo_id="alice/teacher", folder_path=teacher)
+    cli.main(["sample", "--pipeline=alice/lora", "--prompt", "a red cat", f"--output_dir={tmp_path / 'drawn'}"])
+    assert (tmp_path / "drawn" / "00000.png").is_file()
     card = ModelCard.load("alice/lora")
     assert card.data.base_model == "alice/teacher"
     assert 'pipeline.load_lora_weights("alice/lora")' in card.text
@@ -289,9 +357,9 @@ def test_it_is_pushed_and_pulled_into_the_stock_pipeline_beside_a_style(run, tex
     assert "a larger `guidance_scale` would guide a second time" in card.text
     style = load_file(run / "pipeline" / ADAPTER)
     save_file({name: weight.flip(0) for name, weight in style.items()}, tmp_path / ADAPTER)
-    both = DiffusionPipeline.from_pretrained(teacher)
-    both.load_lora_weights("alice/lora", adapter_name="few_steps")
-    both.load_lora_weights(tmp_path, adapter_name="style")
+    both = DiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
+    both.load_lora_weights("alice/lora", adapter_name="few_steps", weight_name=ADAPTER)
+    both.load_lora_weights(tmp_path, adapter_name="style", weight_name=ADAPTER)
     both.scheduler = pulled.scheduler
     both.set_adapters(["few_steps", "style"], [1.0, 0.0])
     torch.testing.assert_close(draw(both), draw(pulled), atol=1e-5, rtol=0)
@@ -299,7 +367,7 @@ def test_it_is_pushed_and_pulled_into_the_stock_pipeline_beside_a_style(run, tex
     assert (draw(both) - draw(pulled)).abs().max() > 1e-3
 
 
-def test_a_trainer_pushes_its_adapter(text_teachers, online, tmp_path):
+def test_a_trainer_pushes_its_adapter(text_teachers, logged_in, tmp_path):
     config = HSIVIConfig(**SETTINGS, prompts=PROMPTS, lora_rank=4, output_dir=str(tmp_path / "run"))
     trainer = HSIVITrainer(str(text_teachers("sd")), config)
     with pytest.raises(ValueError, match=r"no adapter to push yet: call train\(\) first"):
@@ -311,7 +379,7 @@ def test_a_trainer_pushes_its_adapter(text_teachers, online, tmp_path):
 
 def test_an_adapter_that_is_damaged_or_alone_is_refused(run, tmp_path):
     folder = shutil.copytree(run / "pipeline", tmp_path / "alone")
-    with pytest.raises(ValueError, match="no run beside it names its teacher: load it as its card says"):
+    with pytest.raises(ValueError, match="nothing beside it names its teacher: load it as its card says"):
         load_student(folder)
     state = load_file(folder / ADAPTER)
     name = next(iter(state))
@@ -337,7 +405,8 @@ def chains_of(state):
     return sum(4 * tensor.numel() for chain in state.chains for tensor in chain.state_dict().values())
 
 
-@pytest.mark.parametrize(("kind", "rank"), [pytest.param("sdxl", 4, marks=pytest.mark.slow), ("pixart", 0)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "rank"), [("sdxl", 4), ("pixart", 0)])
 def test_it_is_planned_by_its_configs(text_teachers, prompt_file, make_config, kind, rank, capsys, fresh_accelerator):
     teacher = str(text_teachers(kind))
     config = make_config(prompts=prompt_file, lora_rank=rank, guidance_scale=3.0)
@@ -353,7 +422,46 @@ def test_it_is_planned_by_its_configs(text_teachers, prompt_file, make_config, k
     assert "VAE" in capsys.readouterr().out
 
 
+def test_a_teacher_stored_in_half_precision_is_drawn_from(prompt_file, distil, tmp_path):
+    """transformers keeps the precision that a text encoder is stored in, and diffusers that of the rest not."""
+    make_text("sd").to(torch.float16).save_pretrained(tmp_path / "half")
+    options = {"pretrained_teacher_model": tmp_path / "half", "prompts": prompt_file, "lora_rank": 4}
+    folder = distil(tmp_path / "run", **options)
+    cli.main(["sample", f"--pipeline={folder}", "--num_samples=1", f"--output_dir={tmp_path / 'drawn'}"])
+    assert (tmp_path / "drawn" / "00000.png").is_file()
+
+
+@pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_teachers_come_with_other_schedulers(kind):
+    stock = make_text("sd")
+    stock.scheduler = kind.from_config(stock.scheduler.config)
+    _, schedule = load_teacher(stock)
+    torch.testing.assert_close(schedule.alphas_cumprod, make_text("sd").scheduler.alphas_cumprod)
+    x, level = torch.randn(2, 2, 8, 8), torch.tensor([300, 700])
+    embeddings = stock.encode_prompt(PROMPTS[:2], CPU, 1, False)[0]
+    give_prompts(stock.unet, load_prompts(stock, PROMPTS, "", CPU))
+    _, eps = denoise(stock.unet, schedule, x, level, torch.arange(2))
+    torch.testing.assert_close(eps, stock.unet(x, level, embeddings).sample)
+
+
 # ----- refusals -----
+
+
+def test_a_teacher_with_an_adapter_is_refused_and_one_it_was_merged_into_is_not(run):
+    stock = make_text("sd")
+    stock.load_lora_weights(run / "pipeline", weight_name=ADAPTER)
+    with pytest.raises(ValueError, match=r"adapters in its unet, .*: call fuse_lora\(\) and unload_lora_weights\(\)"):
+        load_teacher(stock)
+    stock.fuse_lora()
+    stock.unload_lora_weights()
+    assert not torch.equal(load_teacher(stock)[0].conv_in.weight + 1, stock.unet.conv_in.weight)
+
+
+def test_what_does_not_fit_is_refused_before_prompts_are_encoded(text_teachers, monkeypatch):
+    monkeypatch.setattr(teachers, "encode_prompts", lambda *given: pytest.fail("work was begun"))
+    config = HSIVIConfig(**SETTINGS, prompts=PROMPTS, lora_rank=4)
+    with pytest.raises(ValueError, match="set lora_rank to 0"):
+        HSIVITrainer(str(text_teachers("pixart")), config)
 
 
 @pytest.mark.parametrize(
@@ -409,8 +517,7 @@ def test_the_command_says_what_it_needs(run, text_teachers, tmp_path, capsys, fa
             cli.main(["sample", *words, f"--output_dir={tmp_path / 'drawn'}"])
         assert message in capsys.readouterr().err
     folder = shutil.copytree(run, tmp_path / "run")
-    record = folder / "options.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "prompts": None}))
+    (folder / "prompts.txt").unlink()
     with pytest.raises(SystemExit):
         cli.main(["sample", f"--pipeline={folder}", f"--output_dir={tmp_path / 'drawn'}"])
     assert "--prompt is missing: say what to draw" in capsys.readouterr().err
