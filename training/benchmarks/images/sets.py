@@ -96,14 +96,14 @@ def load_families(source: str) -> torch.Tensor | None:
     """Number of the family of each image, shape (N,), or None; skin tones of an emoji are one family."""
     if source != "emoji":
         return None
-    bases = [tuple(sorted(point for point in points if point not in VARIANTS)) for points in _read_emoji().values()]
+    bases = [tuple(sorted(point for point in points if point not in VARIANTS)) for points in read_emoji().values()]
     numbers = {base: number for number, base in enumerate(dict.fromkeys(bases))}
     return torch.tensor([numbers[base] for base in bases])
 
 
 def _load_emoji() -> tuple[list[Image.Image], torch.Tensor]:
     """The different bitmaps of Noto Color Emoji, squares on white, in the order of the font, and their kinds."""
-    bitmaps = _read_emoji()
+    bitmaps = read_emoji()
     images = []
     for bitmap in bitmaps:
         image = Image.open(io.BytesIO(bitmap)).convert("RGBA")
@@ -114,7 +114,7 @@ def _load_emoji() -> tuple[list[Image.Image], torch.Tensor]:
     return images, torch.tensor([_kind_of(points, kinds) for points in bitmaps.values()])
 
 
-def _read_emoji() -> dict[bytes, tuple[int, ...]]:
+def read_emoji() -> dict[bytes, tuple[int, ...]]:
     """The different bitmaps of the font, and the code points of the first glyph of each; their order means nothing."""
     if not EMOJI_FONT.is_file():
         raise ValueError(f"{EMOJI_FONT} is missing: install the package fonts-noto-color-emoji, or name a folder")

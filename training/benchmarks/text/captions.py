@@ -1,0 +1,62 @@
+"""Noto Color Emoji with their English names: images and captions, of which some combinations are held out."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+from ..images.sets import load_images, read_emoji
+
+# Where Debian's package unicode-cldr-core puts the names, licensed as Unicode-3.0.
+CLDR = Path("/usr/share/unicode/cldr/common")
+PRESENTATION = "\ufe0f"  # asks for colour, and is in some sequences of a font and not in the names
+TONE = " skin tone"
+
+
+def load_captioned(resolution: int) -> tuple[torch.Tensor, list[str]]:
+    """Loads the emoji that have a name: images, uint8 of shape (N, 3, resolution, resolution), and captions.
+
+    Raises:
+        ValueError: The font or the names are missing.
+    """
+    names = read_names()
+    images, _ = load_images("emoji", resolution, 3)
+    keys = ["".join(map(chr, points)).replace(PRESENTATION, "") for points in read_emoji().values()]
+    rows = [row for row, key in enumerate(keys) if key in names]
+    return images[rows], [names[keys[row]] for row in rows]
+
+
+def read_names() -> dict[str, str]:
+    """Reads the English name of each emoji, by its code points."""
+    files = [CLDR / folder / "en.xml" for folder in ("annotations", "annotationsDerived")]
+    if missing := [file for file in files if not file.is_file()]:
+        raise ValueError(f"{missing[0]} is missing: install the package unicode-cldr-core")
+    names: dict[str, str] = {}
+    for file in files:
+        for each in ElementTree.parse(file).iter("annotation"):
+            if each.get("type") == "tts":
+                names[str(each.get("cp")).replace(PRESENTATION, "")] = str(each.text)
+    return names
+
+
+def hold_out(captions: list[str], count: int = 50) -> tuple[list[int], list[int]]:
+    """Splits captions into those to train on and some held out; returns their rows.
+
+    Held out are new combinations of what is known: captions of one skin tone, "firefighter: light skin tone", whose
+    subject is trained in other tones. At most one tone of a subject is held out, by a hash of the caption.
+
+    Raises:
+        ValueError: There are fewer such captions.
+    """
+    toned = [row for row, caption in enumerate(captions) if caption.endswith(TONE) and caption.count(":") == 1]
+    toned = [row for row in toned if "," not in captions[row]]
+    chosen: dict[str, int] = {}
+    for row in sorted(toned, key=lambda row: hashlib.sha256(captions[row].encode()).digest()):
+        chosen.setdefault(captions[row].split(":")[0], row)
+    held = [*chosen.values()][:count]
+    if len(held) < count:
+        raise ValueError(f"{len(held)} captions can be held out, and {count} were asked for")
+    return sorted({*range(len(captions))} - {*held}), held
