@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m training.benchmarks.images.bench_sampling --pipeline runs/digits_t5/pipeline
 
 In one run, by turns: T bare calls of the UNet, a whole HSIVIPipeline call, and DDPMPipeline at as many steps. Prints
-the medians, and each as a ratio to the bare calls. Without --pipeline the digits teacher stands in, with 5 steps.
+the medians of processor time, which other work on the machine does not lengthen, and each as a ratio to the bare calls.
+Without --pipeline the digits teacher stands in, with 5 steps.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
@@ -42,23 +44,29 @@ def load_pipeline(name: str | None) -> HSIVIPipeline:
 def make_contenders(pipeline: HSIVIPipeline, batch_size: int) -> dict[str, Callable[[], object]]:
     """What is timed, by name; the bare calls first."""
     unet, timesteps = pipeline.unet, pipeline.scheduler.timesteps
-    stock = DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))
+    stock = DDPMPipeline(unet=unet, scheduler=DDPMScheduler(prediction_type=pipeline.scheduler.config.prediction_type))
     for each in (pipeline, stock):
         each.set_progress_bar_config(disable=True)
     x = torch.randn(batch_size, *sample_shape(unet))
+    labels = torch.zeros(batch_size, dtype=torch.long) if pipeline.num_classes else None
+    told: dict[str, Any] = {} if labels is None else {"class_labels": labels}
 
     def bare() -> None:
         with torch.no_grad():
             for timestep in timesteps:
-                unet(x, timestep)
+                unet(x, timestep, **told)
 
     steps = len(timesteps)
-    return {
+    contenders: dict[str, Callable[[], object]] = {
         f"{steps} bare calls of the UNet": bare,
-        "HSIVIPipeline, output_type='pt'": lambda: pipeline(batch_size, output_type="pt"),
-        "HSIVIPipeline, output_type='pil'": lambda: pipeline(batch_size),
-        f"DDPMPipeline at {steps} steps, output_type='pil'": lambda: stock(batch_size, num_inference_steps=steps),
+        "HSIVIPipeline, output_type='pt'": lambda: pipeline(batch_size, **told, output_type="pt"),
+        "HSIVIPipeline, output_type='pil'": lambda: pipeline(batch_size, **told),
     }
+    if labels is None and not pipeline.scheduler.is_flow:  # which it cannot draw
+        contenders[f"DDPMPipeline at {steps} steps, output_type='pil'"] = lambda: stock(
+            batch_size, num_inference_steps=steps
+        )
+    return contenders
 
 
 def main(args: list[str] | None = None) -> None:
@@ -67,9 +75,9 @@ def main(args: list[str] | None = None) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in trange(options.repetitions + 5, desc="turns"):
         for name, run in contenders.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(time.process_time() - begin)
     print(f"batch {options.batch_size}, {options.repetitions} turns, {torch.get_num_threads()} thread(s)")
     reference = next(iter(seconds.values()))[5:]  # the first ones warm up
     for name, every in seconds.items():
