@@ -159,7 +159,7 @@ def _digest_of_encoders(pipeline: DiffusionPipeline, encoders: Sequence[Any]) ->
         [part.get_vocab(), part.model_max_length, part.padding_side, part.special_tokens_map, _backend(part)]
         for part in parts
     ]
-    configs = [encoder.config.to_dict() for encoder in encoders]
+    configs = [{**encoder.config.to_dict(), "_name_or_path": None} for encoder in encoders]  # wherever it came from
     versions = [version(name) for name in ("diffusers", "transformers")]
     about = [_kind_of(pipeline), {**pipeline.config}.get(ZEROS), _cleans(pipeline), versions, configs, tokenizers]
     hash = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())

@@ -153,6 +153,15 @@ def test_what_an_embedding_follows_from_names_its_file(kind):
     assert len({*digests}) == (7 if kind == "sdxl" else 6)
 
 
+def test_a_teacher_is_known_wherever_it_is_loaded_from(tmp_path, kind):
+    digests = set()
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        make_text(kind).save_pretrained(folder)
+        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        digests.add(encode_prompts(pipeline, ["a cat"], "", (16, 16), CPU).digest)
+    assert len(digests) == 1
+
+
 def test_the_size_of_images_is_told_as_the_stock_call_tells_it():
     assert prompts._sizes(make_text("sdxl"), (32, 64))["time_ids"].tolist() == [[32, 64, 0, 0, 32, 64]]
     pixart = make_text("pixart")
