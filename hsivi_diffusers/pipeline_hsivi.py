@@ -291,8 +291,7 @@ def _check_kind(name: str | os.PathLike, index: dict[str, Any]) -> None:
         kind = index.get("_class_name")
         raise ValueError(
             f"{str(name)!r} is a {kind} of {', '.join(sorted(parts))}: HSIVIPipeline draws with a UNet2DModel alone. "
-            f"Load this one with {kind}.from_pretrained; what can be distilled today are pipelines of a UNet2DModel on "
-            "pixels and DiTPipeline"
+            f"Load this one with {kind}.from_pretrained."
         )
 
 

@@ -12,6 +12,27 @@ PROMPTS = "prompts.txt"  # in the folder of a run
 SAMPLERS = ("model_index.json", ADAPTER)  # one of them is in the folder of a sampler
 
 
+def read_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """Returns prompts that are given as a list, or as the path of a text file with one in a line.
+
+    Raises:
+        ValueError: There is no such file, it is no text, or there are no prompts.
+    """
+    accepted = "give the path of a text file with one prompt in a line, or from Python a list"
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if isinstance(prompts, str):
+        if not Path(prompts).is_file():
+            raise ValueError(f"prompts={prompts!r} is no file: {accepted}")
+        try:
+            texts = Path(prompts).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompts={prompts!r} is no text in UTF-8 ({error}): {accepted}") from error
+    found = [stripped for text in texts if (stripped := text.strip())]
+    if not found:
+        raise ValueError(f"prompts={prompts!r} has no text: {accepted}")
+    return found
+
+
 def pipeline_of(name: str) -> Path:
     """The folder of a pipeline, where that of a run may be given."""
     inside = Path(name) / "pipeline"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import option, parse_options
-from .run_records import PROMPTS, SAMPLERS, pipeline_of
+from .run_records import PROMPTS, SAMPLERS, pipeline_of, read_prompts
 
 SAMPLE = """Draw images from a distilled pipeline into a folder of PNG files and one contact sheet.
 
@@ -88,7 +88,7 @@ def sample(args: Sequence[str]) -> None:
 def _conditions(options: Sampling, pipeline: Any) -> Sequence[int | str]:
     """The classes or prompts to draw; those of the run, if that is at hand, by default, and none without classes."""
     from .distillation.denoisers import num_classes
-    from .distillation.prompts import read_prompts, takes_text
+    from .distillation.prompts import takes_text
     from .distillation.teachers import network_of
     from .pipeline_hsivi import HSIVIPipeline
 

@@ -81,7 +81,7 @@ ALLOWED = {
     ),
     "distillation/presets": ({"options"}, set()),
     "distillation/limits": ({"distillation/presets"}, set()),
-    "distillation/config": ({"distillation/limits", "distillation/presets", "options"}, set()),
+    "distillation/config": ({"distillation/limits", "distillation/presets", "options", "run_records"}, set()),
     "distillation/networks": (
         {f"distillation/{noun}" for noun in ("adapters", "config", "denoisers", "student", "teachers")}
         | {"modeling_hsivi", "run_records", "scheduling_hsivi"},
@@ -104,14 +104,14 @@ ALLOWED = {
     "distillation/plan": (
         {
             f"distillation/{noun}"
-            for noun in ("config", "denoisers", "networks", "pairs", "prompts", "state", "teacher_configs", "updates")
+            for noun in ("config", "denoisers", "networks", "pairs", "prompts", "state", "teachers", "updates")
         }
-        | {"scheduling_hsivi"},
+        | {"distillation/teacher_configs", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/trainer": (
         {f"distillation/{noun}" for noun in ("adapters", "checkpoints", "config", "networks", "output", "progress")}
-        | {f"distillation/{noun}" for noun in ("prompts", "state", "teachers", "updates")}
+        | {f"distillation/{noun}" for noun in ("state", "teachers", "updates")}
         | {"vi/*", "folders", "hub", "run_records"},
         TRAIN,
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..options import option
+from ..run_records import read_prompts
 from .limits import check_choices, check_ranges, check_together, check_types
 from .presets import PRESETS, ByPreset, by_preset
 
@@ -117,7 +118,9 @@ class HSIVIConfig:
     # ----- training -----
     seed: int = option(0, "seed of batches, noise and dropout")
     max_train_steps: int = option(1000, "student updates")
-    train_batch_size: int = option(64, "images of an update, per process and accumulation step")
+    train_batch_size: int = by_preset(
+        64, 64, 64, "images of an update, per process and accumulation step", common=True, latent=4
+    )
     learning_rate: float = by_preset(1e-4, 3e-5, 1e-4, "Adam learning rate of the student", common=True, latent=5e-5)
     critic_learning_rate: float = by_preset(
         1e-3, 5e-4, 1e-4, "Adam learning rate of the critic", common=True, latent=2e-4
@@ -220,6 +223,8 @@ class HSIVIConfig:
         check_choices(self)
         check_ranges(self)
         check_together(self)
+        if self.prompts is not None:
+            read_prompts(self.prompts)
         if self.init_from and self.output_dir and Path(self.init_from).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"init_from={self.init_from!r} is the output_dir too: name another, or it would be lost")
 

@@ -123,6 +123,13 @@ def check_together(config: Any) -> None:
             f"start_spacing={config.start_spacing} has no effect with one step count, {config.depths[0]}: give "
             "several, such as 1 2 4 8, or leave it out"
         )
+    if config.prompts is not None and config.guidance_scale is None:
+        raise ValueError("guidance_scale is missing: with prompts give one, such as 4.5, or 1 for none")
+    if config.negative_prompt and config.guidance_scale in (None, 1):
+        raise ValueError(
+            f"negative_prompt={config.negative_prompt!r} is what guidance leads away from, and has no effect without "
+            "prompts and a guidance_scale other than 1: leave it out"
+        )
     if config.num_pairs and config.noise_scale_type != "config":
         raise ValueError(
             f"noise_scale_type={config.noise_scale_type!r} has nothing to learn from pairs, whose ends have no noise: "

@@ -73,8 +73,10 @@ def check_fit(teacher: Network, config: HSIVIConfig) -> None:
             f"lora_rank={config.lora_rank}: of a {kind} no stock pipeline loads an adapter: set lora_rank to 0, which "
             "trains all weights"
         )
-    if len(config.depths) > 1 or len(config.scales) > 1:
-        check_labels(teacher)
+    several: dict[str, list[Any]] = {"num_inference_steps": config.depths, "guidance_scale": config.scales}
+    for name, values in several.items():
+        if len(values) > 1:
+            check_labels(teacher, f"{name}={values}")
 
 
 def make_players(teacher: Network, config: HSIVIConfig) -> tuple[Network, Network]:

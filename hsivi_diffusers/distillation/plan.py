@@ -37,6 +37,7 @@ from .pairs import PAIR_CALLS
 from .prompts import empty_prompts
 from .state import TrainingState, trained
 from .teacher_configs import check, read_configs
+from .teachers import check_prompts
 from .updates import run_updates
 
 MIB = 2**20
@@ -291,6 +292,7 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
         os.environ.pop(name, None)
     shape, schedule = read_teacher(teacher, revision)
     vae = vae_memory(teacher, revision) if shape["_class_name"] != "UNet2DModel" else 0
+    check_prompts("text_encoder" in read_configs(teacher, revision).parts, config.prompts)
     cost, (speed, clock) = measure(shape, schedule, config), seconds_per_flop(shape, config)
     seconds = speed * cost.flops
     cost.memory |= {"VAE": vae} if vae else {}

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,23 +83,6 @@ def empty_prompts(network: Any) -> PromptTable | None:
     else:
         return None
     return PromptTable([{name: torch.zeros(2, *shape, device="cpu") for name, shape in shapes.items()}], {})
-
-
-def read_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """Returns prompts that are given as a list, or as the path of a text file with one in a line.
-
-    Raises:
-        ValueError: There is no such file, or there are no prompts.
-    """
-    if isinstance(prompts, str):
-        path = Path(prompts)
-        if not path.is_file():
-            raise ValueError(f"prompts={prompts!r} is no file: give the path of a text file with one prompt in a line")
-        prompts = path.read_text(encoding="utf-8").splitlines()
-    found = [stripped for prompt in prompts if (stripped := prompt.strip())]
-    if not found:
-        raise ValueError("prompts has no text: give at least one prompt, in a list or a text file")
-    return found
 
 
 def encode_prompts(

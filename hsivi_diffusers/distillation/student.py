@@ -90,14 +90,14 @@ class UNetLayers(ConditionalLayers):
         return DiagonalGaussian(mean=mean, std=std)
 
 
-def check_labels(unet: Network) -> None:
+def check_labels(unet: Network, given: str = "several layers") -> None:
     """Refuses, with ValueError, a network whose classes are no numbers, or that is no `UNet2DModel`."""
     is_unet = isinstance(unet, UNet2DModel)
     if not is_unet or unet.config.class_embed_type is not None:
         what = f"class_embed_type={unet.config.class_embed_type!r} of the unet" if is_unet else type(unet).__name__
         raise ValueError(
-            f"{what} leaves no place to tell it a layer or a scale of guidance: train one number of steps and one "
-            "scale, where it need not be told"
+            f"{given}: {what} leaves no place to tell it a layer or a scale of guidance: train one number of steps and "
+            "one scale, where it need not be told"
         )
 
 

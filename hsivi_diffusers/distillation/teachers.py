@@ -24,13 +24,13 @@ from diffusers import (
 from huggingface_hub import ModelCard, file_exists
 from torch import Tensor, nn
 
-from ..hub import class_names
+from ..hub import CUT, class_names
 from ..modeling_hsivi import HSIVINoiseScale
 from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, naming_damage, parts_of
-from ..run_records import ADAPTER
+from ..run_records import ADAPTER, read_prompts
 from ..scheduling_hsivi import HSIVIScheduler
 from .denoisers import Network, sample_shape
-from .prompts import PromptTable, encode_prompts, read_prompts, takes_text
+from .prompts import PromptTable, encode_prompts, takes_text
 from .state_dicts import hash_weights
 from .teacher_configs import LATENT, REMEDY, check, check_levels, configs_of, kind_of, part_of, read_configs
 
@@ -130,6 +130,17 @@ def _load(name: str, revision: str | None) -> DiffusionPipeline:
         ) from error
 
 
+def check_prompts(takes_text: bool, prompts: Any) -> None:
+    """Refuses, with ValueError, prompts for a teacher that takes no text, and a teacher that does without any."""
+    if prompts is not None and not takes_text:
+        raise ValueError("prompts was given, and the teacher takes no text: leave it out")
+    if takes_text and prompts is None:
+        raise ValueError(
+            "prompts is missing, and the teacher takes text: give a text file with one prompt in a line, or from "
+            "Python a list"
+        )
+
+
 def load_prompts(
     host: DiffusionPipeline | None, prompts: str | list[str] | None, negative: str, device: torch.device
 ) -> PromptTable | None:
@@ -138,14 +149,10 @@ def load_prompts(
     Raises:
         ValueError: It takes text and there are no prompts, or the other way round.
     """
-    if host is None or not takes_text(host):
-        if prompts is not None:
-            raise ValueError("prompts was given, and the teacher takes no text: leave it out")
+    by_text = host is not None and takes_text(host)
+    check_prompts(by_text, prompts)
+    if host is None or prompts is None:
         return None
-    if prompts is None:
-        raise ValueError(
-            "prompts is missing, and the teacher takes text: give a text file with one prompt in a line, or a list"
-        )
     _, height, width = image_shape(host, sample_shape(network_of(host)))
     return encode_prompts(host, read_prompts(prompts), negative, (height, width), device)
 
@@ -212,7 +219,7 @@ def load_student(source: str | Path) -> DiffusionPipeline:
     try:
         kind = DiffusionPipeline.load_config(str(source)).get("_class_name")
     except OSError:
-        if Path(source).is_dir() or not file_exists(str(source), ADAPTER):
+        if Path(source).is_dir() or not _has_adapter(str(source)):
             raise
         return _load_with_adapter(str(source), ModelCard.load(str(source)).data.base_model, None)
     if kind not in LATENT:
@@ -223,6 +230,13 @@ def load_student(source: str | Path) -> DiffusionPipeline:
         raise ValueError(f"{str(source)!r} is a {kind} that was not distilled: distil it with `hsivi distil`")
     check_finite_weights(network_of(pipeline), part_of(pipeline.components))
     return pipeline
+
+
+def _has_adapter(repo_id: str) -> bool:
+    """Whether a repo holds an adapter; not, if the Hub cannot be asked."""
+    with suppress(ValueError, *CUT):
+        return file_exists(repo_id, ADAPTER)
+    return False
 
 
 def _load_with_adapter(source: str, teacher: str | None, revision: str | None) -> DiffusionPipeline:

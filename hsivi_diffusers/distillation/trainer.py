@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline
 
 from ..folders import write_json, write_text
 from ..hub import push
-from ..run_records import PROMPTS
+from ..run_records import PROMPTS, read_prompts
 from ..vi import DivergenceError, Step
 from .adapters import has_adapter
 from .checkpoints import Checkpoints
@@ -29,7 +29,6 @@ from .config import HSIVIConfig, complete
 from .networks import load_networks
 from .output import Output, check_init_from, check_teacher, claimed, finished, start_run
 from .progress import Progress
-from .prompts import read_prompts
 from .state import TrainingState
 from .teachers import load_parts
 from .updates import InterruptedRunError as InterruptedRunError
@@ -137,14 +136,14 @@ class HSIVITrainer:
                 self.before_start()
                 remedy = " (a finished run can be named by init_from there)"
                 start_run(run, settings, WRITTEN, remedy, complete)
-                if config.prompts is not None:
-                    write_text(Path(str(config.output_dir)) / PROMPTS, "\n".join(read_prompts(config.prompts)) + "\n")
             self.accelerator.wait_for_everyone()
             if config.report_to:
                 self.accelerator.init_trackers("hsivi")
             identity = {**settings, **self.state.identity}
             checkpoints = Checkpoints(run, self.accelerator, self.state, identity, complete)
             start, spent = checkpoints.load()
+            if main and config.prompts is not None:  # now, for a run that was refused keeps its own
+                write_text(Path(str(config.output_dir)) / PROMPTS, "\n".join(read_prompts(config.prompts)) + "\n")
             if start >= config.max_train_steps:
                 self.accelerator.print(f"nothing is left to do, the run had {start} updates")
             with signals_as_trigger(self.accelerator), self.state.counting_rows() as rows:

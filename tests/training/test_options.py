@@ -225,7 +225,7 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
             for name in ("digits", "digits_guided", "digits_flow", *SETS)
         ],
         ("emoji_vae", [train_vae.Autoencoder, train_teacher.Training, Output]),
-        ("emoji_text_teacher", [train_text_teacher.Text, train_teacher.Training, Output]),
+        ("emoji_text", [train_text_teacher.Text, train_teacher.Training, Output]),
         ("digits_evaluation", [evaluate.Evaluation]),
         *[
             (f"{name}_{method}", [train_baseline.Teacher, train_baseline.Training, Output])
@@ -268,7 +268,7 @@ def test_no_config_is_left_untested():
         *[f"digits_{part}.yaml" for part in ("t5", "t1248", "evaluation", "teacher", "guided_teacher", "flow_teacher")],
         *[f"{kind}_{name}.yaml" for name in ("digits", "guided", "flow", *SETS) for kind in ("solvers", "benchmark")],
         *[f"{name}_{part}.yaml" for name in SETS for part in ("teacher", "classifier", "t4")],
-        *[f"emoji_{part}.yaml" for part in ("vae", "text_teacher")],
+        *[f"emoji_{part}.yaml" for part in ("vae", "text")],
         *[f"{name}_{method}.yaml" for name in ("digits", *SETS) for method in BASELINES],
     }
 

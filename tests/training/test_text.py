@@ -30,14 +30,15 @@ from hsivi_diffusers.distillation.denoisers import denoise, give_prompts, num_cl
 from hsivi_diffusers.distillation.guidance import guided
 from hsivi_diffusers.distillation.networks import adapter_rank, make_scheduler
 from hsivi_diffusers.distillation.ode import run_solver
-from hsivi_diffusers.distillation.prompts import encode_prompts, read_prompts
+from hsivi_diffusers.distillation.prompts import encode_prompts
 from hsivi_diffusers.distillation.teachers import decode, load_parts, load_prompts, load_student, network_of
 from hsivi_diffusers.evaluation import evaluate
-from hsivi_diffusers.run_records import ADAPTER
-from short_run import SETTINGS
+from hsivi_diffusers.run_records import ADAPTER, read_prompts
+from short_run import SETTINGS as SHORT
 from tiny_text import KINDS, PROMPTS, make_text
 
 CPU = torch.device("cpu")
+SETTINGS = {**SHORT, "guidance_scale": 3.0}
 WITH_ADAPTERS = ["sd", "sdxl"]
 
 
@@ -175,8 +176,12 @@ def test_prompts_come_from_a_file_or_a_list(prompt_file):
     assert read_prompts(str(prompt_file)) == PROMPTS == read_prompts([*PROMPTS, " "])
     with pytest.raises(ValueError, match=r"prompts='nowhere.txt' is no file: give the path of a text file"):
         read_prompts("nowhere.txt")
-    with pytest.raises(ValueError, match="prompts has no text: give at least one prompt"):
+    with pytest.raises(ValueError, match=r"prompts=\[' '\] has no text: give the path of a text file"):
         read_prompts([" "])
+    binary = prompt_file.with_name("image.png")
+    binary.write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"image.png' is no text in UTF-8 .*: give the path of a text file"):
+        read_prompts(str(binary))
 
 
 # ----- adapters -----
@@ -232,6 +237,7 @@ def test_a_checkpoint_holds_the_adapters_alone(run):
 
 def test_a_run_goes_on_from_another(run, text_teachers, prompt_file, distil, tmp_path):
     options = {"pretrained_teacher_model": text_teachers("sd"), "prompts": prompt_file, "init_from": run}
+    options["guidance_scale"] = 3.0
     distil(tmp_path / "next", **options, lora_rank=4, max_train_steps=1, learning_rate=1e-12)
     before, after = (load_file(folder / "pipeline" / ADAPTER) for folder in (run, tmp_path / "next"))
     assert before.keys() == after.keys()
@@ -249,7 +255,7 @@ def test_a_run_goes_on_from_another(run, text_teachers, prompt_file, distil, tmp
 
 def test_copies_of_all_weights_make_a_stock_pipeline(text_teachers, distil, prompt_file, tmp_path, kind):
     folder = text_teachers(kind)
-    distil(tmp_path / "run", pretrained_teacher_model=folder, prompts=prompt_file, lora_rank=0, learning_rate=1e-3)
+    distil(tmp_path / "run", pretrained_teacher_model=folder, prompts=prompt_file, guidance_scale=1.0, lora_rank=0)
     student = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert type(student) is type(make_text(kind))
     assert isinstance(student.scheduler, HSIVIScheduler)
@@ -401,7 +407,7 @@ def test_an_adapter_that_is_damaged_or_alone_is_refused(run, tmp_path):
 
 def test_a_plan_knows_what_adapters_share(text_teachers, prompt_file, make_config, fresh_accelerator):
     shape, schedule = plan.read_teacher(str(text_teachers("sdxl")), None)
-    config = make_config(prompts=prompt_file, lora_rank=4)
+    config = make_config(prompts=prompt_file, lora_rank=4, guidance_scale=3.0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         meter = plan.Meter()
         state = plan.make_fake_state(shape, schedule, config, meter)
@@ -434,7 +440,12 @@ def test_it_is_planned_by_its_configs(text_teachers, prompt_file, make_config, k
 def test_a_teacher_stored_in_half_precision_is_drawn_from(prompt_file, distil, tmp_path):
     """transformers keeps the precision that a text encoder is stored in, and diffusers that of the rest not."""
     make_text("sd").to(torch.float16).save_pretrained(tmp_path / "half")
-    options = {"pretrained_teacher_model": tmp_path / "half", "prompts": prompt_file, "lora_rank": 4}
+    options = {
+        "pretrained_teacher_model": tmp_path / "half",
+        "prompts": prompt_file,
+        "lora_rank": 4,
+        "guidance_scale": 2.0,
+    }
     folder = distil(tmp_path / "run", **options)
     cli.main(["sample", f"--pipeline={folder}", "--num_samples=1", f"--output_dir={tmp_path / 'drawn'}"])
     assert (tmp_path / "drawn" / "00000.png").is_file()
@@ -453,7 +464,42 @@ def test_teachers_come_with_other_schedulers(kind):
     torch.testing.assert_close(eps, stock.unet(x, level, embeddings).sample)
 
 
+def test_a_resume_that_is_refused_leaves_the_prompts_of_the_run(text_teachers, distil, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat\n")
+    options = {
+        "pretrained_teacher_model": text_teachers("sd"),
+        "prompts": prompts,
+        "lora_rank": 2,
+        "guidance_scale": 2.0,
+    }
+    folder = distil(tmp_path / "run", **options)
+    prompts.write_text("a blue dog\n")
+    with pytest.raises(ValueError, match="prompts_sha256"):
+        distil(folder, resume_from_checkpoint="latest", **options)
+    assert (folder / "prompts.txt").read_text() == "a red cat\n"
+
+
 # ----- refusals -----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": PROMPTS}, "guidance_scale is missing: with prompts give one, such as 4.5, or 1 for none"),
+        ({"negative_prompt": "blurry"}, "negative_prompt='blurry' .* has no effect without prompts"),
+        ({"prompts": PROMPTS, "guidance_scale": 1.0, "negative_prompt": "blurry"}, "has no effect without prompts and"),
+        ({"prompts": "nowhere.txt", "guidance_scale": 2.0}, "prompts='nowhere.txt' is no file"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused_before_any_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        HSIVIConfig(**options).check()
+
+
+def test_a_plan_needs_prompts_as_the_run_does(text_teachers, make_config):
+    with pytest.raises(ValueError, match="prompts is missing, and the teacher takes text"):
+        plan.print_plan(str(text_teachers("sd")), make_config())
 
 
 def test_a_teacher_with_an_adapter_is_refused_and_one_it_was_merged_into_is_not(run):
@@ -477,8 +523,16 @@ def test_what_does_not_fit_is_refused_before_prompts_are_encoded(text_teachers, 
     ("kind", "options", "message"),
     [
         ("sd", {"prompts": None}, "prompts is missing, and the teacher takes text: give a text file"),
-        ("sd", {"num_inference_steps": [1, 2]}, "UNet2DConditionModel leaves no place to tell it a layer"),
-        ("sd", {"guidance_scale": [1.0, 3.0]}, "UNet2DConditionModel leaves no place to tell it a layer or a scale"),
+        (
+            "sd",
+            {"num_inference_steps": [1, 2]},
+            r"num_inference_steps=\[1, 2\]: UNet2DConditionModel leaves no place",
+        ),
+        (
+            "sd",
+            {"guidance_scale": [1.0, 3.0]},
+            r"guidance_scale=\[1.0, 3.0\]: UNet2DConditionModel leaves no place",
+        ),
         ("pixart", {}, "of a PixArtTransformer2DModel no stock pipeline loads an adapter: set lora_rank to 0"),
     ],
 )
@@ -491,7 +545,7 @@ def test_what_cannot_be_trained_is_refused(text_teachers, kind, options, message
 def test_prompts_and_adapters_are_not_for_other_teachers(teacher, dit_teacher, make_config):
     for name in (teacher, dit_teacher):
         with pytest.raises(ValueError, match="prompts was given, and the teacher takes no text: leave it out"):
-            HSIVITrainer(str(name), make_config(prompts="prompts.txt", preset="fast"))
+            HSIVITrainer(str(name), HSIVIConfig(**SETTINGS, prompts=PROMPTS))
         with pytest.raises(ValueError, match="no stock pipeline loads an adapter: set lora_rank to 0"):
             HSIVITrainer(str(name), make_config(lora_rank=4))
 
@@ -521,6 +575,7 @@ def test_the_command_says_what_it_needs(run, text_teachers, tmp_path, capsys, fa
         ([f"--pipeline={fast_run}", "--prompt", "a cat"], "this pipeline takes no text, leave it out"),
         ([f"--pipeline={run}", "--class_label", "1"], "this pipeline has no classes, leave it out"),
         ([f"--pipeline={text_teachers('sd')}"], "that was not distilled"),
+        (["--pipeline=runs/nowhere"], "is no folder here and was not found on the Hub"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["sample", *words, f"--output_dir={tmp_path / 'drawn'}"])

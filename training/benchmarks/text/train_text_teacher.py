@@ -1,6 +1,6 @@
 """Trains a small text-to-image teacher on captioned emoji, and saves it as a stock StableDiffusionPipeline.
 
-    python -m training.benchmarks.text.train_text_teacher --config training/configs/emoji_text_teacher.yaml
+    python -m training.benchmarks.text.train_text_teacher --config training/configs/emoji_text.yaml
 
 A UNet2DConditionModel of the latents of `train_vae` and a CLIPTextModel learn together to predict the velocity
 alpha noise - sigma x_0 (Salimans and Ho 2022, arXiv 2202.00512) on the clock of Stable Diffusion. Some captions are
