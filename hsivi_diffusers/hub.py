@@ -93,7 +93,8 @@ def push(
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             # Old shards would take precedence over new weights in one file.
-            stale = [f"{name}/*{kind}" for name in getattr(pipeline, "components", ["*"]) for kind in WEIGHTS]
+            parts = ["*"] if isinstance(pipeline, str | Path) else pipeline.components
+            stale = [f"{name}/*{kind}" for name in parts for kind in WEIGHTS]
             message = commit_message or f"Upload a sampler of {network_calls(scheduler.depths)}"
             return _upload(api, repo_id, folder, revision, message, stale)
 

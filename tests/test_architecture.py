@@ -61,7 +61,10 @@ ALLOWED = {
         {"vi/*", "scheduling_hsivi"} | {f"distillation/{noun}" for noun in ("denoisers", "guidance", "student")},
         TRAIN,
     ),
-    "distillation/teacher_configs": ({"pipeline_hsivi", "scheduling_hsivi", "distillation/denoisers"}, TRAIN),
+    "distillation/teacher_configs": (
+        {"pipeline_hsivi", "scheduling_hsivi", "distillation/denoisers", "distillation/prompts"},
+        TRAIN,
+    ),
     "distillation/teachers": (
         {f"distillation/{noun}" for noun in ("denoisers", "prompts", "state_dicts", "teacher_configs")}
         | {"hub", "modeling_hsivi", "pipeline_hsivi", "run_records", "scheduling_hsivi"},
@@ -106,12 +109,12 @@ ALLOWED = {
             f"distillation/{noun}"
             for noun in ("config", "denoisers", "networks", "pairs", "prompts", "state", "teachers", "updates")
         }
-        | {"distillation/teacher_configs", "scheduling_hsivi"},
+        | {"distillation/adapters", "distillation/teacher_configs", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/trainer": (
-        {f"distillation/{noun}" for noun in ("adapters", "checkpoints", "config", "networks", "output", "progress")}
-        | {f"distillation/{noun}" for noun in ("state", "teachers", "updates")}
+        {f"distillation/{noun}" for noun in ("adapters", "checkpoints", "config", "denoisers", "networks", "output")}
+        | {f"distillation/{noun}" for noun in ("progress", "state", "teachers", "updates")}
         | {"vi/*", "folders", "hub", "run_records"},
         TRAIN,
     ),

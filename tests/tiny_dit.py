@@ -4,6 +4,18 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 
+def make_vae():
+    """Latents of 2 x 8 x 8 are images of 16x16."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=2,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
+
+
 def make_dit():
     """The weights do not depend on the order of the tests; those that start at 0 in diffusers are random too."""
     with torch.random.fork_rng():
@@ -17,14 +29,7 @@ def make_dit():
             sample_size=8,
             num_embeds_ada_norm=3,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=2,
-            norm_num_groups=4,
-            sample_size=16,
-        )
-    pipeline = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
+        vae = make_vae()
+    pipeline = DiTPipeline(transformer.eval(), vae, DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

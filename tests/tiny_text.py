@@ -2,7 +2,6 @@
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
@@ -22,6 +21,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from tiny_dit import make_vae
 
 WORDS = ["[pad]", "[start]", "[end]", "[unk]", "a", "red", "green", "blue", "cat", "dog", "star", "blurry"]
 PROMPTS = ["a red cat", "a green dog", "a blue star"]
@@ -46,17 +47,6 @@ def make_clip(kind=CLIPTextModel):
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "projection_dim": WIDTH, "num_hidden_layers": 2}
     tokens = {"vocab_size": len(WORDS), "max_position_embeddings": LENGTH, "eos_token_id": 2}
     return kind(CLIPTextConfig(**sizes, **tokens, bos_token_id=1, pad_token_id=0, num_attention_heads=2)).eval()
-
-
-def make_vae():
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=2,
-        norm_num_groups=4,
-        sample_size=16,
-    ).eval()
 
 
 def make_unet(width=WIDTH, **settings):

@@ -71,6 +71,13 @@ def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
     return scheduler
 
 
+def batches(x: Tensor, condition: Tensor | None, size: int) -> list[tuple[Tensor, Tensor | None]]:
+    """Returns rows with their conditions, if there are any, so many at once."""
+    rows = x.split(size)
+    conditions = [None] * len(rows) if condition is None else condition.split(size)
+    return list(zip(rows, conditions, strict=True))
+
+
 @torch.no_grad()
 def run_solver(
     unet: Any, solver: Any, x: Tensor, num_steps: int, condition: Tensor | None = None, **arguments: Any

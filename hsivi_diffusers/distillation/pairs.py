@@ -17,7 +17,7 @@ from ..vi.layers import hierarchy_ends
 from ..vi.regression import half_square
 from .denoisers import Network
 from .guidance import GuidedNetwork
-from .ode import power_timesteps, run_solver, use_grid
+from .ode import batches, power_timesteps, run_solver, use_grid
 
 PAIR_CALLS = 15  # of the teacher, for a pair
 LEAST_RATIO = 0.006  # alpha / sigma at the end of the linear clock
@@ -57,11 +57,10 @@ class TeacherPairs:
     ) -> None:
         self._device, self.scheduler = unet.device, scheduler
         self.noise, self.condition = noise.cpu(), None if condition is None else condition.cpu()
-        noises = noise.split(batch_size)
-        classes = [None] * len(noises) if condition is None else condition.to(unet.device).split(batch_size)
+        labelled = batches(noise, None if condition is None else condition.to(unet.device), batch_size)
         solver = make_unipc(scheduler, pair_levels(scheduler, num_calls))
-        batches = tqdm(list(zip(noises, classes, strict=True)), "pairs", leave=False, disable=not show)
-        ends = [run_solver(unet, solver, x.to(unet.device), num_calls, labels).cpu() for x, labels in batches]
+        shown = tqdm(labelled, "pairs", leave=False, disable=not show)
+        ends = [run_solver(unet, solver, x.to(unet.device), num_calls, labels).cpu() for x, labels in shown]
         self.end = torch.cat(ends).clamp_(-1, 1) if clip else torch.cat(ends)
         if lost := int((~self.end.isfinite()).flatten(1).any(1).sum()):
             raise ValueError(

@@ -30,13 +30,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..scheduling_hsivi import HSIVIScheduler
+from .adapters import has_adapter
 from .config import HSIVIConfig
 from .denoisers import Network, call_network, give_prompts, num_labels, sample_shape
 from .networks import HALF, adapter_rank, make_networks, make_players
 from .pairs import PAIR_CALLS
 from .prompts import empty_prompts
 from .state import TrainingState, trained
-from .teacher_configs import check, read_configs
+from .teacher_configs import TEXT, check, read_configs
 from .teachers import check_prompts
 from .updates import run_updates
 
@@ -100,6 +101,7 @@ class Cost:
     flops: float
     call_flops: float  # of a call of one network for one row, without a gradient
     written: dict[str, int]  # bytes of each thing that is saved
+    adapted: bool  # the student is an adapter, which is saved without the rest of the pipeline
 
 
 def read_teacher(name: str, revision: str | None) -> tuple[dict[str, Any], HSIVIScheduler]:
@@ -153,7 +155,7 @@ def make_fake_state(
 
 
 def _make_fake(networks: Sequence[nn.Module]) -> None:
-    """Puts fake tensors of the CPU in the place of meta tensors; what networks share, they share afterwards."""
+    """Replaces meta tensors by fake tensors on the CPU; networks that shared a tensor still do."""
     fakes: dict[int, Any] = {}
     for module in (part for network in networks for part in network.modules()):
         held: list[dict[str, Any]] = [module._parameters, module._buffers]
@@ -217,6 +219,7 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
             "critic": static["critic"],
             f"{limit} checkpoints": limit * (sum(static.values()) - static["teacher"]),
         },
+        adapted=has_adapter(state.student.unet),
     )
 
 
@@ -292,11 +295,11 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
         os.environ.pop(name, None)
     shape, schedule = read_teacher(teacher, revision)
     vae = vae_memory(teacher, revision) if shape["_class_name"] != "UNet2DModel" else 0
-    check_prompts("text_encoder" in read_configs(teacher, revision).parts, config.prompts)
+    check_prompts(shape["_class_name"] in TEXT, config.prompts)
     cost, (speed, clock) = measure(shape, schedule, config), seconds_per_flop(shape, config)
     seconds = speed * cost.flops
     cost.memory |= {"VAE": vae} if vae else {}
-    cost.written["pipeline"] += 0 if cost.parameters["trained of the student"] < cost.parameters["teacher"] else vae
+    cost.written["pipeline"] += 0 if cost.adapted else vae
     calls = ", ".join(f"{name} {number:.1f}" for name, number in cost.calls.items())
     lines = [
         f"{teacher}, {', '.join(map(str, config.depths))} steps, preset {config.preset}: "

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..vi import Step
 from .guidance import guided
-from .ode import run_solver
+from .ode import batches, run_solver
 from .pairs import TeacherPairs
 from .state import TrainingState
 from .teachers import decode
@@ -134,10 +134,8 @@ class Progress:
         noise = torch.randn(size, *bridge.shape, generator=generator).to(student.unet.device)
         scale = None if student.noise_scale is None else student.noise_scale()
         given = {"generator": generator, "noise_scale": scale}
-        batch = self.config.train_batch_size  # which there is memory for
-        rows = [None] * len(noise.split(batch)) if condition is None else condition.split(batch)
         drawn = [
-            run_solver(student.unet, student.scheduler, each, steps, row, **given)
-            for each, row in zip(noise.split(batch), rows, strict=True)
+            run_solver(student.unet, student.scheduler, x, steps, row, **given)
+            for x, row in batches(noise, condition, self.config.train_batch_size)  # which there is memory for
         ]
         return decode(self.state.host, torch.cat(drawn)).cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from inspect import signature
@@ -44,10 +44,17 @@ class PromptTable:
         files: Tensors by argument of the network, each of shape (N, ...); those of a file stay on the disk.
         sizes: Further arguments, the same for all rows, each of shape (1, ...).
         digest: Names prompts and encoders.
+        prompts: In the order of their numbers.
     """
 
-    def __init__(self, files: Sequence[Mapping[str, Tensor]], sizes: Mapping[str, Tensor], digest: str = "") -> None:
-        self.files, self.sizes, self.digest = files, sizes, digest
+    def __init__(
+        self,
+        files: Sequence[Mapping[str, Tensor]],
+        sizes: Mapping[str, Tensor],
+        digest: str = "",
+        prompts: Sequence[str] = (),
+    ) -> None:
+        self.files, self.sizes, self.digest, self.prompts = files, sizes, digest, prompts
         counts = [len(next(iter(file.values()))) for file in files]
         self._places = [(file, place) for file, count in zip(files, counts, strict=True) for place in range(count)]
 
@@ -104,34 +111,32 @@ def encode_prompts(
     digest = _digest_of_encoders(pipeline, encoders)
     folder = cached_assets_path("hsivi_diffusers", "prompts", digest[:16])
     starts = range(0, len(prompts), FILE_ROWS)
-    chunks = [[*prompts[start : start + FILE_ROWS]] for start in starts]
-    keys = [*((chunk, None) for chunk in chunks), ([negative], "negative")]
-    names = [hashlib.sha256(json.dumps(key).encode()).hexdigest() for key in keys]
+    chunks = [*(([*prompts[start : start + FILE_ROWS]], False) for start in starts), ([negative], True)]
+    names = [hashlib.sha256(json.dumps(chunk).encode()).hexdigest() for chunk in chunks]
     paths = [folder / f"{name}.safetensors" for name in names]
-    with in_turn(folder), _moved(encoders, device) as move:  # one process encodes, the others find the files
-        for (texts, role), path in zip(tqdm(keys, "encode prompts", leave=False), paths, strict=True):
-            if not path.is_file():
-                move()
+    with in_turn(folder):  # one process encodes, the others find the files
+        missing = [(path, *chunk) for path, chunk in zip(paths, chunks, strict=True) if not path.is_file()]
+        with _moved(encoders if missing else [], device):
+            for path, texts, are_negative in tqdm(missing, "encode prompts", leave=False):
                 partial = path.with_suffix(f".{os.getpid()}.partial")
-                save_file(_encode(pipeline, texts, role is not None, device), partial)
+                save_file(_encode(pipeline, texts, are_negative, device), partial)
                 partial.replace(path)
     files = [load_file(path) for path in paths]  # mapped into memory
-    return PromptTable(files, _sizes(pipeline, size), hashlib.sha256(f"{digest}{names}".encode()).hexdigest())
+    digest = hashlib.sha256(f"{digest}{names}".encode()).hexdigest()
+    return PromptTable(files, _sizes(pipeline, size), digest, prompts)
 
 
 @contextmanager
-def _moved(encoders: Sequence[nn.Module], device: torch.device) -> Iterator[Callable[[], None]]:
-    """Gives a function that moves the encoders to a device; they are moved back at the end."""
+def _moved(encoders: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Moves encoders to a device, and back at the end."""
     before = [next(encoder.parameters()).device for encoder in encoders]
-
-    def move(places: Sequence[torch.device]) -> None:
-        for encoder, place in zip(encoders, places, strict=True):
-            encoder.to(place)
-
     try:
-        yield lambda: move([device] * len(encoders))
+        for encoder in encoders:
+            encoder.to(device)
+        yield
     finally:
-        move(before)
+        for encoder, place in zip(encoders, before, strict=True):
+            encoder.to(place)
 
 
 def _digest_of_encoders(pipeline: DiffusionPipeline, encoders: Sequence[Any]) -> str:
@@ -143,7 +148,14 @@ def _digest_of_encoders(pipeline: DiffusionPipeline, encoders: Sequence[Any]) ->
     ]
     configs = [{**encoder.config.to_dict(), "_name_or_path": None} for encoder in encoders]  # wherever it came from
     versions = [version(name) for name in ("diffusers", "transformers")]
-    about = [_kind_of(pipeline), {**pipeline.config}.get(ZEROS), _cleans(pipeline), versions, configs, tokenizers]
+    about = [
+        kind_among(ENCODED, pipeline),
+        {**pipeline.config}.get(ZEROS),
+        _cleans(pipeline),
+        versions,
+        configs,
+        tokenizers,
+    ]
     hash = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for encoder in encoders:
         hash_weights(hash, encoder)
@@ -170,7 +182,7 @@ def _encode(
     pipeline: DiffusionPipeline, texts: Sequence[str], are_negative: bool, device: torch.device
 ) -> dict[str, Tensor]:
     """Returns what the network is told of texts, as prompts or as negative prompts."""
-    kind, rows = str(_kind_of(pipeline)), list[dict[str, Tensor]]()
+    kind, rows = str(kind_among(ENCODED, pipeline)), list[dict[str, Tensor]]()
     given: dict[str, Any] = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": are_negative}
     given |= {"clean_caption": True} if _cleans(pipeline) else {}
     for first in range(0, len(texts), BATCH):
@@ -184,17 +196,18 @@ def _encode(
 
 def takes_text(pipeline: DiffusionPipeline) -> bool:
     """Whether a pipeline is of a type in ENCODED."""
-    return _kind_of(pipeline) is not None
+    return kind_among(ENCODED, pipeline) is not None
 
 
-def _kind_of(pipeline: DiffusionPipeline) -> str | None:
-    return next((each.__name__ for each in type(pipeline).__mro__ if each.__name__ in ENCODED), None)
+def kind_among(names: Collection[str], pipeline: DiffusionPipeline) -> str | None:
+    """Which of some names of classes a pipeline goes by, its own or one that it was derived from; None if by none."""
+    return next((each.__name__ for each in type(pipeline).__mro__ if each.__name__ in names), None)
 
 
 def _sizes(pipeline: DiffusionPipeline, size: tuple[int, int]) -> dict[str, Tensor]:
     """What the network is told of the size of images: of an original of that size, without a crop."""
     height, width = size
-    if _kind_of(pipeline) == "StableDiffusionXLPipeline":
+    if kind_among(ENCODED, pipeline) == "StableDiffusionXLPipeline":
         return {"time_ids": torch.tensor([[height, width, 0.0, 0.0, height, width]])}
     if "transformer" in pipeline.components and pipeline.transformer.config.sample_size == 128:  # as PixArt's call
         return {"resolution": torch.tensor([[height, width]]), "aspect_ratio": torch.tensor([[height / width]])}

@@ -208,12 +208,12 @@ class TrainingState:
 
     def make_pipeline(self) -> DiffusionPipeline:
         """The averaged layers as a pipeline of their own, on the device of the run."""
-        student = copy.deepcopy(self.averaged())  # no weight of the run is in it
+        student = self.averaged(copy.deepcopy)  # no weight of the run is in it
         return make_pipeline(self.host, student.unet, student.scheduler, student.noise_scale, **self.encoders())
 
-    def averaged(self) -> UNetLayers:
+    def averaged(self, copied: Callable[[UNetLayers], UNetLayers] = share) -> UNetLayers:
         """A copy of the layers with the averaged weights, in evaluation mode."""
-        student: UNetLayers = share(self.student)
+        student = copied(self.student)
         self.ema.copy_to(trained(student))
         student.unet.disable_gradient_checkpointing()
         return student.eval()

@@ -21,6 +21,7 @@ from diffusers import (
 from ..pipeline_hsivi import HSIVIPipeline, parts_of
 from ..scheduling_hsivi import HSIVIScheduler
 from .denoisers import Network
+from .prompts import ENCODED, kind_among
 
 REMEDY = "give a folder or repo id that DiffusionPipeline.from_pretrained loads, such as google/ddpm-cifar10-32"
 SUPPORTED = (
@@ -35,6 +36,7 @@ LATENT: dict[str, type[Network]] = {
     "PixArtAlphaPipeline": PixArtTransformer2DModel,
     "PixArtSigmaPipeline": PixArtTransformer2DModel,
 }
+TEXT = {LATENT[kind].__name__ for kind in ENCODED}  # networks that take text
 # Options of a UNet2DConditionModel that tell what else it takes beside text, and what of it is supported.
 TOLD = {
     "addition_embed_type": (None, "text_time"),  # SDXL's
@@ -61,8 +63,7 @@ def part_of(parts: Collection[str]) -> str:
 
 def kind_of(pipeline: DiffusionPipeline) -> str:
     """Name of the class of a pipeline; a subclass goes by the name of its class in LATENT."""
-    names = [each.__name__ for each in type(pipeline).__mro__]
-    return next((name for name in names if name in LATENT), names[0])
+    return kind_among(LATENT, pipeline) or type(pipeline).__name__
 
 
 def read_configs(name: str, revision: str | None) -> Configs:

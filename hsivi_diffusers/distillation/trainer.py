@@ -21,11 +21,12 @@ from diffusers import DiffusionPipeline
 
 from ..folders import write_json, write_text
 from ..hub import push
-from ..run_records import PROMPTS, read_prompts
+from ..run_records import PROMPTS
 from ..vi import DivergenceError, Step
 from .adapters import has_adapter
 from .checkpoints import Checkpoints
 from .config import HSIVIConfig, complete
+from .denoisers import prompts_of
 from .networks import load_networks
 from .output import Output, check_init_from, check_teacher, claimed, finished, start_run
 from .progress import Progress
@@ -142,8 +143,8 @@ class HSIVITrainer:
             identity = {**settings, **self.state.identity}
             checkpoints = Checkpoints(run, self.accelerator, self.state, identity, complete)
             start, spent = checkpoints.load()
-            if main and config.prompts is not None:  # now, for a run that was refused keeps its own
-                write_text(Path(str(config.output_dir)) / PROMPTS, "\n".join(read_prompts(config.prompts)) + "\n")
+            if main and (told := prompts_of(self.state.bridge.unet)) is not None:  # a run that is refused keeps its own
+                write_text(checkpoints.output_dir / PROMPTS, "\n".join(told.prompts) + "\n")
             if start >= config.max_train_steps:
                 self.accelerator.print(f"nothing is left to do, the run had {start} updates")
             with signals_as_trigger(self.accelerator), self.state.counting_rows() as rows:

@@ -433,6 +433,7 @@ def test_it_is_planned_by_its_configs(text_teachers, prompt_file, make_config, k
     assert cost.memory["teacher"] == 4 * weights
     assert cost.memory["Adam's moments"] >= 16 * (trained or weights)
     assert cost.calls["teacher"] == 2
+    assert cost.adapted == bool(rank)
     plan.print_plan(teacher, config)
     assert "VAE" in capsys.readouterr().out
 

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.optim.lr_scheduler import LRScheduler
 
 from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.distillation.output import Output, check_output, claimed, start_run
@@ -124,11 +125,28 @@ def drop(classes: Tensor, share: float, none: int) -> Tensor:
     return torch.where(torch.rand(len(classes), device=classes.device) < share, none, classes) if share else classes
 
 
-def main(args: list[str] | None = None) -> None:
-    data, network, training, run = parse_options([Data, Network, Training, Output], __doc__ or "", args=args)
+def check_run(run: Output) -> None:
+    """Refuses, before any work, what could not run, or more processes than one."""
     check_output(run)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"{os.environ['WORLD_SIZE']} processes were launched: a teacher is trained by one, start one")
+
+
+def make_loop(
+    run: Output, accelerator: Accelerator, training: Training, settings: dict[str, Any], **named: nn.Module
+) -> tuple[TrainingLoop, LRScheduler, Any]:
+    """Returns the loop of one network, given by the name of its file in a checkpoint, its rate, and the network."""
+    ((name, network),) = named.items()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=training.learning_rate)
+    rate = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
+    network, optimizer = accelerator.prepare(network, optimizer)
+    parts = {name: network, "schedule": rate}
+    return TrainingLoop(run, accelerator, network, optimizer, training.ema_decay, settings, **parts), rate, network
+
+
+def main(args: list[str] | None = None) -> None:
+    data, network, training, run = parse_options([Data, Network, Training, Output], __doc__ or "", args=args)
+    check_run(run)
     with claimed(run) as output_dir:
         accelerator = Accelerator()
         set_seed(training.seed)
@@ -139,11 +157,7 @@ def main(args: list[str] | None = None) -> None:
         schedule, stock = make_schedules(network)
         settings = flatten([data, network, training])
         start_run(run, settings, WRITTEN)
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=training.learning_rate)
-        rate = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
-        unet, optimizer = accelerator.prepare(unet, optimizer)
-        parts = {"unet": unet, "schedule": rate}
-        loop = TrainingLoop(run, accelerator, unet, optimizer, training.ema_decay, settings, **parts)
+        loop, rate, unet = make_loop(run, accelerator, training, settings, unet=unet)
         for _ in loop.updates(training.max_train_steps):
             rows = torch.randint(len(images), (training.train_batch_size,), device=images.device)
             clean, kinds = images[rows], None if classes is None else drop(classes[rows], network.class_dropout, number)

@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import get_cosine_schedule_with_warmup
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
@@ -30,12 +29,11 @@ from torch.nn.functional import mse_loss
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from hsivi_diffusers import HSIVIScheduler
-from hsivi_diffusers.distillation.output import Output, check_output, claimed, start_run
+from hsivi_diffusers.distillation.output import Output, claimed, start_run
 from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command
 
-from ..images.train_teacher import Training, drop, target
-from ..images.training_loop import TrainingLoop
+from ..images.train_teacher import Training, check_run, drop, make_loop, target
 from .captions import hold_out, load_captioned
 
 WRITTEN = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -100,7 +98,7 @@ def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def main(args: list[str] | None = None) -> None:
     options, training, run = parse_options([Text, Training, Output], __doc__ or "", args=args)
-    check_output(run)
+    check_run(run)
     if not options.vae:
         raise ValueError("--vae is missing: give the folder of an autoencoder, by training.benchmarks.text.train_vae")
     with claimed(run) as output_dir:
@@ -117,12 +115,8 @@ def main(args: list[str] | None = None) -> None:
         networks = make_networks(options, vae, len(tokenizer))
         settings = flatten([options, training])
         start_run(run, settings, WRITTEN)
-        optimizer = torch.optim.AdamW(networks.parameters(), lr=training.learning_rate)
-        rate = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
-        networks, optimizer = accelerator.prepare(networks, optimizer)
         schedule = HSIVIScheduler(**CLOCK, prediction_type="v_prediction")
-        parts = {"networks": networks, "schedule": rate}
-        loop = TrainingLoop(run, accelerator, networks, optimizer, training.ema_decay, settings, **parts)
+        loop, rate, networks = make_loop(run, accelerator, training, settings, networks=networks)
         for _ in loop.updates(training.max_train_steps):
             chosen = rows[torch.randint(len(rows), (training.train_batch_size,))].to(device)
             clean = mean[chosen] + std[chosen] * torch.randn_like(mean[chosen])

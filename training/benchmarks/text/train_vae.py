@@ -16,14 +16,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
-from diffusers.optimization import get_cosine_schedule_with_warmup
 
-from hsivi_diffusers.distillation.output import Output, check_output, claimed, start_run
+from hsivi_diffusers.distillation.output import Output, claimed, start_run
 from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command
 
-from ..images.train_teacher import Training
-from ..images.training_loop import TrainingLoop
+from ..images.train_teacher import Training, check_run, make_loop
 from .captions import load_captioned
 
 WRITTEN = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -59,7 +57,7 @@ def scaling_factor(vae: AutoencoderKL, images: torch.Tensor) -> float:
 
 def main(args: list[str] | None = None) -> None:
     options, training, run = parse_options([Autoencoder, Training, Output], __doc__ or "", args=args)
-    check_output(run)
+    check_run(run)
     with claimed(run) as output_dir:
         accelerator = Accelerator()
         set_seed(training.seed)
@@ -67,11 +65,7 @@ def main(args: list[str] | None = None) -> None:
         vae = make_vae(options)
         settings = flatten([options, training])
         start_run(run, settings, WRITTEN)
-        optimizer = torch.optim.AdamW(vae.parameters(), lr=training.learning_rate)
-        rate = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
-        vae, optimizer = accelerator.prepare(vae, optimizer)
-        parts = {"vae": vae, "schedule": rate}
-        loop = TrainingLoop(run, accelerator, vae, optimizer, training.ema_decay, settings, **parts)
+        loop, rate, vae = make_loop(run, accelerator, training, settings, vae=vae)
         for _ in loop.updates(training.max_train_steps):
             clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
             with accelerator.autocast():
