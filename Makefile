@@ -1,6 +1,7 @@
 # make demo   virtual environment, install, distil the digits teacher into 5 steps, evaluate
 # make test   the same environment, the tests
 # make benchmark   few-step samplers of each teacher, measured and drawn into docs/benchmarks; hours, and resumable
+# make docs   the pages of docs as a site, in build/docs
 # make lint   ruff and mypy, as pre-commit and CI run them
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ WORKERS ?= 2
 # One thread: on a small, busy machine two are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow benchmark benchmark-kinds lint format clean
+.PHONY: demo test test-slow benchmark benchmark-kinds docs lint format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {v} was found: make {sys.argv[1]} PYTHON=python3.12")' "$(or $(MAKECMDGOALS),demo)"
@@ -51,6 +52,10 @@ benchmark-kinds: $(VENV)/installed
 		$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_guided.yaml $$guided --calls $$* || exit; \
 		$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_guided.yaml $$guided $(BENCHMARK) || exit; \
 	done
+
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
+	@echo "the pages are in build/docs/index.html"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

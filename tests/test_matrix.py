@@ -1,6 +1,6 @@
 """Which loader loads which layout, with and without the package, from a folder and from the Hub.
 
-Every cell is tried; the table in docs/loading.md is the one that is written here.
+Every cell is tried; the table in docs/share.md is the one that is written here.
 """
 
 import json
@@ -14,7 +14,7 @@ from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 from hub_server import Hub, run_client
 from tiny_unet import make_unet
 
-DOCS = Path(__file__).parents[1] / "docs" / "loading.md"
+DOCS = Path(__file__).parents[1] / "docs" / "share.md"
 STATES = ["imported", "not imported", "not installed"]
 PLACES = ["folder", "Hub"]
 LOADERS = {

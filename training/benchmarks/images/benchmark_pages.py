@@ -2,7 +2,7 @@
 
     python -m training.benchmarks.images.benchmark_pages
 
-fills the tables of README.md by docs/benchmarks/results.json; `benchmark` does so with the page beside its results.
+fills the table of README.md by docs/benchmarks/results.json; `benchmark` does so with the page beside its results.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def write_pages(folder: Path) -> None:
 
 
 def fill_readme(folder: Path, readme: Path) -> None:
-    """Fills the tables of a page by FOLDER/results.json.
+    """Fills the table of README.md by FOLDER/results.json.
 
     Raises:
         ValueError: There are no results.
     """
     if not (rows := read_rows(folder / "results.json")):
         raise ValueError(f"{folder / 'results.json'} is missing: run the benchmark first, in the folder of the clone")
-    tables = make_tables(in_sets(rows))
+    tables = {"glance": glance_table(in_sets(rows))}
     write_text(readme, fill_tables(readme.read_text(encoding="utf-8"), tables))
 
 
@@ -77,8 +77,7 @@ def make_tables(sets: dict[str, list[Row]]) -> dict[str, str]:
     """The tables of each set, by name."""
     makers = {"summary": summary_table, "floor": floor_table, "goals": goals_table}
     makers |= {"measures": measures_table, "costs": costs_table}
-    tables = {f"{kind}_{as_word(name)}": make(rows) for name, rows in sets.items() for kind, make in makers.items()}
-    return {"glance": glance_table(sets), **tables}
+    return {f"{kind}_{as_word(name)}": make(rows) for name, rows in sets.items() for kind, make in makers.items()}
 
 
 def in_sets(rows: list[Row]) -> dict[str, list[Row]]:
@@ -143,11 +142,11 @@ def summary_table(rows: list[Row]) -> str:
 
 
 def glance_table(sets: dict[str, list[Row]]) -> str:
-    """Of every set, the distances in its first space: what the README shows."""
+    """Of every set, at the calls of our students, the distances in its first space: what the README shows."""
     lines = []
     for name, rows in sets.items():
         groups, (space, *_) = grouped(rows), rows[0]["distances"]
-        for nfe in counts_of(groups):
+        for nfe in sorted(nfe for method, nfe in groups if method == OURS):
             solver = groups.get((SOLVER, nfe), [])
             told = f"{distance(solver, space)} {solver[0]['solver']}" if solver else ""
             lines.append([name, nfe, told, best_baseline(groups, nfe, space), of_ours(groups, nfe, space)])
