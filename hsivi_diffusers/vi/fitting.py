@@ -75,7 +75,7 @@ def fit(
     """Fits layers to a bridge: one update of the layers, then `critic_updates` of the critic, and again.
 
     Every batch costs one call of the layers, and every answer is given back to the chain. The layer update and the
-    first critic update share a batch, in this order, see docs/method.md. With a single micro-batch and an objective that
+    first critic update share a batch, in this order (docs/method.md). With a single micro-batch and an objective that
     takes no gradient through the critic, they share the critic's answer too.
 
     An update is the mean over micro-batches: the chains given here, one after the other (gradient accumulation), in
