@@ -22,13 +22,11 @@ NULL_LABELS = {
 MEASURES = {
     "js": "JS",
     "swd": "SWD",
-    "mmd": "MMD²",
     "ksd": "KSD",
     "modes_found": "modes",
     "mode_tv": "mode TV",
     "mode_max_error": "mode max error",
     "mean_error": "mean error",
-    "mean_error_rms": "mean error, rms",
     "covariance_error": "covariance error",
 }
 

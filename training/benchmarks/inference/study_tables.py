@@ -34,9 +34,9 @@ from .study_rows import (
     values_of,
 )
 
-PLANE_MEASURES = ("js", "swd", "mmd", "ksd", "modes_found", "mode_tv", "mode_max_error")
+PLANE_MEASURES = ("js", "swd", "modes_found", "mode_tv")
 LABELS = ("objective", "bridge", "training", "target", "findings", "measure", "whitening", "sign", "A, B", "no fit")
-POSTERIOR_MEASURES = ("mean_error", "mean_error_rms", "covariance_error", "swd", "mmd", "ksd")
+POSTERIOR_MEASURES = ("mean_error", "covariance_error")
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
@@ -64,10 +64,6 @@ def _number(value: float) -> str:
 def _count(value: float) -> str:
     """A number that is whole for each seed."""
     return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
-
-
-def _whole(value: float) -> str:
-    return f"{value:,.0f}"
 
 
 def _mean(rows: Rows, key: str, number: Callable[[float], str] = _number, failures: bool = True) -> str:
@@ -132,33 +128,6 @@ def _plane_table(target: str, rows: Rows) -> str:
     return f"{first}\n\nJS of the fits:\n\n{grid}"
 
 
-def _modes_table(target: str, rows: Rows) -> str:
-    def cell(some: Rows) -> str:
-        found = _measure(some, "modes_found", failures=False)
-        return f"{_mean(some, 'mode_tv')}; {found}" if measured(some) else _mean(some, "mode_tv")
-
-    grid = _plane_grid(target, cell, rows)
-    return grid if grid == NOT_RUN else f"Mode TV; modes found:\n\n{grid}"
-
-
-def _costs_table(rows: Rows) -> str:
-    """Over both targets, both bridges and all seeds."""
-    fits = fits_of(rows, study="plane")
-    layers = values_of(fits, "T")
-
-    def cell(some: Rows) -> str:
-        failed = len(some) - len(measured(some))
-        cost = f"{_mean(some, 'seconds', failures=False)}; {_mean(some, 'parameters', _whole, failures=False)}"
-        return cost + (f", {failed} of {len(some)} failed" if failed else "")
-
-    lines = []
-    for objective, training in product(OBJECTIVES, TRAINING):
-        line = along(fits, objective, training=training)
-        lines.append([objective, training, *(cell(select(line, T=T)) for T in layers)])
-    table = write_table(["objective", "training", *_over(layers)], LABELS, lines)
-    return f"CPU seconds; parameters of the layers:\n\n{table}" if fits else NOT_RUN
-
-
 def _shapes_table(rows: Rows) -> str:
     here = select(rows, study="shapes")
     targets = [target for target in PLANE if select(here, target=target)]
@@ -217,7 +186,7 @@ def _whitening_table(rows: Rows) -> str:
 
 
 def _every_fit(study: str, measures: Sequence[str], rows: Rows) -> str:
-    """One line a fit, with all that is known of it."""
+    """One line a fit."""
     order = ("target", "objective", "bridge", "training", "T", "seed")
     fits = sorted(fits_of(rows, study=study), key=lambda row: [row[key] for key in order])
     wide = any("sd_ratio_min" in row for row in fits)
@@ -226,10 +195,10 @@ def _every_fit(study: str, measures: Sequence[str], rows: Rows) -> str:
         cells = [_measure([row], key, failures=False) for key in measures]
         ratios = [_sd_ratios([row])] if wide else []
         last = f"failed: {row['failed']}" if "failed" in row else ", ".join(row["findings"]) or "–"
-        cost = [_mean([row], "parameters", _whole, failures=False), _mean([row], "seconds", failures=False)]
+        cost = _mean([row], "seconds", failures=False)
         names = [row[key] for key in order]
-        lines.append([*names, " ".join(last.replace("|", "/").split()), *cells, *ratios, *cost])
-    heads = [*(MEASURES[key] for key in measures), *(["sd ratios"] if wide else []), "parameters", "seconds"]
+        lines.append([*names, " ".join(last.replace("|", "/").split()), *cells, *ratios, cost])
+    heads = [*(MEASURES[key] for key in measures), *(["sd ratios"] if wide else []), "seconds"]
     return _table([*order, "findings", *heads], lines)
 
 
@@ -265,7 +234,7 @@ def _compare(rows: Rows, axis: str, first: str, second: str, measure: str) -> li
 
 
 def _winners_table(rows: Rows) -> str:
-    """Pairs of fits that differ in one thing, and means by the number of layers."""
+    """Pairs of fits that differ in one thing."""
     plane, posteriors = fits_of(rows, study=("plane", "shapes")), fits_of(rows, study="posteriors")
     deep, deep_posteriors = ([row for row in some if row["T"] > 1] for some in (plane, posteriors))
     lines = [_compare(deep, "bridge", *BRIDGES, "js"), _compare(deep, "training", *TRAINING, "js")]
@@ -278,19 +247,7 @@ def _winners_table(rows: Rows) -> str:
     if not lines:
         return NOT_RUN
     heads = ["pairs", "mean A", "mean B", "mean of B - A", "median of B / A", "B is better", "failed A, B"]
-    pairs = write_table(["A, B", "measure", *heads], LABELS, lines)
-    return f"{pairs}\n\nMeans over all fits:\n\n{_layers_table(plane, posteriors)}"
-
-
-def _layers_table(plane: Rows, posteriors: Rows) -> str:
-    layers = values_of([*plane, *posteriors], "T")
-    lines = []
-    for targets, rows, keys in ((PLANE, plane, ("js",)), (POSTERIORS, posteriors, ("mean_error", "covariance_error"))):
-        for target, key in product(targets, keys):
-            here = select(rows, target=target)
-            if here:
-                lines.append([target, MEASURES[key], *(_mean(select(here, T=T), key) for T in layers)])
-    return write_table(["target", "measure", *_over(layers)], LABELS, lines)
+    return write_table(["A, B", "measure", *heads], LABELS, lines)
 
 
 def _findings_table(rows: Rows) -> str:
@@ -325,10 +282,7 @@ def _modes_found(row: Row) -> float:
 
 TABLES: dict[str, Callable[[Rows], str]] = {
     "checkerboard": partial(_plane_table, "checkerboard"),
-    "checkerboard_modes": partial(_modes_table, "checkerboard"),
     "ring": partial(_plane_table, "ring"),
-    "ring_modes": partial(_modes_table, "ring"),
-    "costs": _costs_table,
     "shapes": _shapes_table,
     **{target: partial(_posterior_table, target) for target in POSTERIORS},
     "whitening": _whitening_table,
