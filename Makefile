@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/digits_t5
 # Extra arguments of pip, such as --constraint tests/oldest.txt
 PIP_PINS ?=
+EXTRAS ?= dev,demo,docs
 # Processes that share the tests; a slow one takes up to 6 GiB.
 WORKERS ?= 2
 # One thread: on a small, busy machine two are often slower than one.
@@ -21,7 +22,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {v} was found: make {sys.argv[1]} PYTHON=python3.12")' "$(or $(MAKECMDGOALS),demo)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(PIP_PINS) --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_PINS) --editable ".[$(EXTRAS)]"
 	@touch $@
 
 demo: $(VENV)/installed

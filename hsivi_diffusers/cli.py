@@ -1,4 +1,4 @@
-"""The command `hsivi`: distil a model, plan it, sample, evaluate, and push to the Hub."""
+"""The command `hsivi`: distil a model, plan it, sample, evaluate, push to the Hub, and show it in the browser."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ commands:
   sample     draw images from a distilled pipeline
   evaluate   measure a run against solvers of its teacher
   push       push a run to the Hub, with its model card
+  demo       draw in the browser, a student beside its teacher
 
 `hsivi COMMAND --help` lists the common options of a command, `--help_all` all of them, and `hsivi --version` the
 version. `--traceback` shows where an error comes from. `accelerate launch -m hsivi_diffusers distil ...` runs on
@@ -189,6 +191,15 @@ def evaluate(args: Sequence[str]) -> None:
     main(list(args))
 
 
+def demo(args: Sequence[str]) -> None:
+    """Runs `hsivi demo`."""
+    if find_spec("gradio") is None:
+        raise ValueError("gradio is missing: pip install 'hsivi-diffusers[demo]'")
+    from .demo import main
+
+    main(args)
+
+
 def push_run(args: Sequence[str]) -> None:
     """Runs `hsivi push`."""
     (options,) = parse_options([Push], PUSH, args, "hsivi push")
@@ -217,6 +228,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample,
     "evaluate": evaluate,
     "push": push_run,
+    "demo": demo,
 }
 
 

@@ -43,18 +43,14 @@ def sample(args: Sequence[str]) -> None:
             raise ValueError(f"--{name} {given}: give a number of at least 1")
     import torch
     from diffusers.utils import make_image_grid
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
     from tqdm import tqdm
 
     from .folders import claim_output_dir
     from .pipeline_hsivi import HSIVIPipeline
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {device} cannot be used here ({error}): give cpu, or leave it out") from error
-    pipeline = _load_pipeline(options.pipeline).to(device)
+    device = usable_device(options.device)
+    pipeline = load_sampler(options.pipeline).to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler.set_timesteps(options.num_inference_steps)  # refuses a count that was not trained
     pipeline.scheduler.guidance_index(options.guidance_scale)
@@ -67,17 +63,12 @@ def sample(args: Sequence[str]) -> None:
         numbers = range(first, min(first + batch, size))
         labels = [classes[number % len(classes)] for number in numbers] if classes else None
         generators = [torch.Generator(device).manual_seed(options.seed + number) for number in numbers]
-        if ours:
-            given = {"class_labels": labels, "guidance_scale": options.guidance_scale}
-            images += pipeline(len(numbers), generators, options.num_inference_steps, **given).images
-        else:
-            images += _draw_stock(pipeline, labels, generators)
+        images += draw(pipeline, labels, generators, options.num_inference_steps, options.guidance_scale)
     for number, image in enumerate(images):
         image.save(output_dir / f"{number:05d}.png")
     columns = math.isqrt(len(images))
     rows = len(images) // columns
-    shown = [ImageOps.scale(image, max(1, 64 // image.width), Image.Resampling.NEAREST) for image in images]
-    shown = [ImageOps.expand(image, 1, "gray") for image in shown]
+    shown = [ImageOps.expand(enlarge(image, 64), 1, "gray") for image in images]
     make_image_grid(shown[: rows * columns], rows=rows, cols=columns).save(output_dir / "grid.png")
     listed = classes if len(classes) <= 20 else ""
     what = "prompt" if classes and isinstance(classes[0], str) else "class"
@@ -85,34 +76,83 @@ def sample(args: Sequence[str]) -> None:
     print(f"{len(images)} images in {output_dir}, {rows * columns} of them in {output_dir / 'grid.png'}{turn}")
 
 
-def _conditions(options: Sampling, pipeline: Any) -> Sequence[int | str]:
-    """The classes or prompts to draw; those of the run, if that is at hand, by default, and none without classes."""
+def usable_device(name: str | None) -> str:
+    """The device of that name; by default the GPU, if there is one.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    import torch
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device} cannot be used here ({error}): give cpu, or leave it out") from error
+    return device
+
+
+def classes_of(pipeline: Any) -> int:
+    """The number of classes that a distilled pipeline draws; 0 without classes."""
     from .distillation.denoisers import num_classes
-    from .distillation.prompts import takes_text
     from .distillation.teachers import network_of
     from .pipeline_hsivi import HSIVIPipeline
 
-    by_text = takes_text(pipeline)
-    number = (pipeline.num_classes if isinstance(pipeline, HSIVIPipeline) else num_classes(network_of(pipeline))) or 0
+    return (pipeline.num_classes if isinstance(pipeline, HSIVIPipeline) else num_classes(network_of(pipeline))) or 0
+
+
+def _conditions(options: Sampling, pipeline: Any) -> Sequence[int | str]:
+    """The classes or prompts to draw; those of the run, if that is at hand, by default, and none without classes."""
+    from .distillation.prompts import takes_text
+
+    by_text, number = takes_text(pipeline), classes_of(pipeline)
     if any(not 0 <= label < number for label in options.class_label):
         known = f"classes 0 to {number - 1}" if number else "no classes, leave it out"
         raise ValueError(f"--class_label {options.class_label}: this pipeline has {known}")
     if options.prompt and not by_text:
         raise ValueError(f"--prompt {options.prompt}: this pipeline takes no text, leave it out")
     if by_text:
-        recorded = _folder_of_run(str(options.pipeline)) / PROMPTS
+        recorded = folder_of_run(str(options.pipeline)) / PROMPTS
         if not options.prompt and not recorded.is_file():
             raise ValueError("--prompt is missing: say what to draw")
         return read_prompts(options.prompt or str(recorded))
-    record = _folder_of_run(str(options.pipeline)) / "options.json"
-    run = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    shares = run.get("class_shares") or [1] * number
+    shares = run_of(str(options.pipeline)).get("class_shares") or [1] * number
     return options.class_label or [label for label, share in enumerate(shares[:number]) if share]
 
 
-def _folder_of_run(name: str) -> Path:
+def folder_of_run(name: str) -> Path:
     """The folder of the run of a pipeline, or where it would be."""
     return Path(name) if (Path(name) / "options.json").is_file() else pipeline_of(name).parent
+
+
+def run_of(name: str) -> dict[str, Any]:
+    """What a pipeline was trained with, empty without a run."""
+    record = folder_of_run(name) / "options.json"
+    return dict(json.loads(record.read_text(encoding="utf-8"))) if record.is_file() else {}
+
+
+def enlarge(image: Any, width: int) -> Any:
+    """A small image, its pixels as squares, about so many pixels wide."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.scale(image, max(1, width // image.width), Image.Resampling.NEAREST)
+
+
+def draw(
+    pipeline: Any,
+    conditions: Sequence[int | str] | None,
+    generators: list[Any],
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+) -> list[Any]:
+    """Images of a distilled pipeline, one for each generator, of classes or prompts; by default in the most steps."""
+    from .pipeline_hsivi import HSIVIPipeline
+
+    if not isinstance(pipeline, HSIVIPipeline):
+        return _draw_stock(pipeline, conditions, generators)
+    given: dict[str, Any] = {"class_labels": conditions, "guidance_scale": guidance_scale}
+    drawn: Any = pipeline(len(generators), generators, num_inference_steps, **given)
+    return list(drawn.images)
 
 
 def _draw_stock(pipeline: Any, conditions: Sequence[int | str] | None, generators: list[Any]) -> list[Any]:
@@ -126,8 +166,12 @@ def _draw_stock(pipeline: Any, conditions: Sequence[int | str] | None, generator
     return images
 
 
-def _load_pipeline(name: str | None) -> Any:
-    """Loads the pipeline of a folder, of a run, or of a repo."""
+def load_sampler(name: str | None) -> Any:
+    """Loads the distilled pipeline of a folder, of a run, or of a repo.
+
+    Raises:
+        ValueError: There is none, or it is of another kind or damaged.
+    """
     if not name:
         raise ValueError("--pipeline is missing: give the folder or the repo id of a distilled pipeline")
     from .distillation.teachers import load_student

@@ -150,9 +150,14 @@ ALLOWED = {
         | {"folders", "options", "pipeline_hsivi", "run_records"},
         {"torch", "diffusers", "tqdm", "PIL"},
     ),
+    "demo": (
+        {f"distillation/{noun}" for noun in ("denoisers", "guidance", "ode", "pairs", "prompts", "teachers")}
+        | {"options", "sampling"},
+        {"torch", "huggingface_hub", "PIL", "gradio"},
+    ),
     "cli": (
         {f"distillation/{noun}" for noun in ("config", "output", "plan", "trainer")}
-        | {"vi/*", "evaluation/evaluate", "folders", "hub", "options", "run_records", "sampling"},
+        | {"vi/*", "demo", "evaluation/evaluate", "folders", "hub", "options", "run_records", "sampling"},
         {"diffusers", "huggingface_hub"},
     ),
     "__main__": ({"cli"}, set()),
