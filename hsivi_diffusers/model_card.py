@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,7 +14,24 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .pipeline_hsivi import HSIVIPipeline, network_calls, one_of
 
-METRICS = {"fd": "Frechet distance", "swd": "sliced Wasserstein distance"}
+
+class Metric(NamedTuple):
+    """How a measure of a report is written in a card."""
+
+    name: str
+    form: str
+    factor: int = 1
+    is_distance: bool = True  # and so goes into the model-index
+
+
+# The first one is the headline of a report, if it names none.
+METRICS = {
+    "fd": Metric("Frechet distance", ".2f"),
+    "kid": Metric("KID x 1000", ".2f", 1000),
+    "recall": Metric("recall", ".3f", is_distance=False),
+    "coverage": Metric("coverage", ".3f", is_distance=False),
+    "swd": Metric("sliced Wasserstein distance", ".4f"),
+}
 # The options of a run that a reader of its card wants to know.
 TOLD = (
     "preset",
@@ -41,7 +58,7 @@ images = pipeline({inputs}).images
 ```"""
 
 USE = """\
-With the package installed (`pip install hsivi-diffusers`; without it, use the code in this repository, below):
+With the package `hsivi_diffusers` installed (without it, use the code in this repository, below):
 
 {installed}
 
@@ -150,9 +167,19 @@ def _write(
     return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n")
 
 
+def _headline(report: dict[str, Any]) -> str:
+    """The measure that a report is about."""
+    first, *_ = METRICS
+    return report["headline"] if report.get("headline") in METRICS else first
+
+
 def _metric_name(metric: str, report: dict[str, Any]) -> str:
     features = report.get("features")
-    return f"{METRICS[metric]}, {features}" if metric == "fd" and features else METRICS[metric]
+    return f"{METRICS[metric].name}, {features}" if metric == _headline(report) and features else METRICS[metric].name
+
+
+def _written(metric: str, row: dict[str, Any]) -> str:
+    return format(METRICS[metric].factor * row[metric], METRICS[metric].form) if _measured(row, metric) else "-"
 
 
 def _measured(row: dict[str, Any], metric: str) -> bool:
@@ -176,14 +203,14 @@ def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
             task_type="unconditional-image-generation",
             dataset_type=str(row["dataset"]),
             dataset_name=str(row["dataset"]),
-            metric_type=METRICS[metric].lower().replace(" ", "_"),
+            metric_type=METRICS[metric].name.lower().replace(" ", "_"),
             metric_name=f"{_metric_name(metric, report)}, {network_calls([row['nfe']])}, {row['num_samples']} images",
-            metric_value=round(row[metric], 4),
+            metric_value=round(METRICS[metric].factor * row[metric], 4),
         )
         for row in _rows(report)
         if row["method"] == "HSIVI" and row.get("dataset")
         for metric in METRICS
-        if _measured(row, metric)
+        if METRICS[metric].is_distance and _measured(row, metric)
     ]
     return results or None
 
@@ -245,25 +272,37 @@ def _inputs(pipeline: DiffusionPipeline) -> str:
 
 def _quality(run: dict[str, Any]) -> str:
     report = run["report"]
-    rows = _rows(report)
+    rows, headline, floor = _rows(report), _headline(report), report.get("floor")
     if not rows:
         return "Not measured yet."
-
-    def line(row: dict[str, Any]) -> str:
-        method = "**HSIVI, this model**" if row["method"] == "HSIVI" else _plain(row["method"])
-        fd = f"{row['fd']:.2f}" if _measured(row, "fd") else "-"
-        swd = f"{row['swd']:.4f}" if _measured(row, "swd") else "-"
-        return f"| {_plain(row['nfe'])} | {method} | {fd} | {swd} | {_plain(row['num_samples'])} |"
-
-    head = f"| NFE | method | {_plain(_metric_name('fd', report))} | {_metric_name('swd', report)} | images |"
-    lines = map(line, sorted(rows, key=lambda row: (row["nfe"], row["fd"] if _measured(row, "fd") else math.inf)))
-    notes = (
-        "NFE: network calls for one image. Lower is better. All methods sample the same teacher from the same noise. "
-        f"{_plain(report.get('measured') or '')}"
-    )
+    notes = [
+        "NFE: network calls for one image. Lower is better, but for recall and coverage. All methods sample the same "
+        f"teacher from the same noise, and are compared to {_plain(report.get('reference') or 'the reference')}.",
+        f"Two halves of it are at {_written(headline, {headline: floor})}." if floor is not None else "",
+        "A KID below 0 is noise of the measurement." if headline == "kid" else "",
+        _plain(report.get("measured") or ""),
+    ]
     figures = {"samples": "![Rows of images of each method](comparison.png)", "curve": "![The curve](curve.png)"}
-    parts = ["\n".join([head, "|---:|---|---:|---:|---:|", *lines]), notes.strip()]
+    parts = [_quality_table(rows, report), " ".join(note for note in notes if note)]
     return "\n\n".join([*parts, *(line for name, line in figures.items() if name in run)])
+
+
+def _quality_table(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
+    """By network calls, then by the headline, which comes first of what was measured."""
+    headline = _headline(report)
+    others = [metric for metric in METRICS if metric != headline and any(_measured(row, metric) for row in rows)]
+
+    def place(row: dict[str, Any]) -> tuple[Any, float]:
+        return row["nfe"], row[headline] if _measured(row, headline) else math.inf
+
+    def line(row: dict[str, Any]) -> list[str]:
+        method = "**HSIVI, this model**" if row["method"] == "HSIVI" else _plain(row["method"])
+        distances = [_written(metric, row) for metric in (headline, *others)]
+        return [_plain(row["nfe"]), method, *distances, _plain(row["num_samples"])]
+
+    heads = ["NFE", "method", *(_plain(_metric_name(metric, report)) for metric in (headline, *others)), "images"]
+    first, *lines = (f"| {' | '.join(cells)} |" for cells in [heads, *map(line, sorted(rows, key=place))])
+    return "\n".join([first, f"|---:|---|{'---:|' * (len(heads) - 2)}", *lines])
 
 
 def _training(scheduler: Any, run: dict[str, Any]) -> str:

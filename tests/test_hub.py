@@ -244,7 +244,7 @@ def test_rows_that_lack_a_measure_or_say_not_of_what_they_are():
     card = card_of({"rows": [lacking, {"fd": 1.0}]})
     assert [result.metric_type for result in card.data.eval_results] == ["frechet_distance"]
     assert [line for line in card.text.splitlines() if line.startswith("| ")][1:] == [
-        "| 4 | **HSIVI, this model** | 1.25 | - | 500 |"
+        "| 4 | **HSIVI, this model** | 1.25 | 500 |"
     ]
 
 
@@ -266,6 +266,19 @@ def test_nothing_of_the_files_of_a_run_becomes_markdown():
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         line for line in plain.splitlines() if line.startswith("#")
     ]
+
+
+def test_the_headline_of_the_report_comes_first_with_its_floor():
+    more = {"kid": 0.0015, "recall": 0.91, "coverage": 0.88}
+    report = {"headline": "kid", "features": "EfficientNet", "reference": "teacher | 50", "floor": -0.0002}
+    card = card_of({**report, "rows": [{**ROWS[0], **more}]})
+    head, _, line = [line for line in card.text.splitlines() if line.startswith("|")]
+    heads = ["KID x 1000, EfficientNet", "Frechet distance", "recall", "coverage", "sliced Wasserstein distance"]
+    assert head == f"| NFE | method | {' | '.join(heads)} | images |"
+    assert line == "| 4 | **HSIVI, this model** | 1.50 | 1.25 | 0.910 | 0.880 | 0.0200 | 500 |"
+    assert "compared to teacher \\| 50. Two halves of it are at -0.20. A KID below 0 is noise" in card.text
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values == {"frechet_distance": 1.25, "kid_x_1000": 1.5, "sliced_wasserstein_distance": 0.02}
 
 
 @pytest.mark.parametrize("report", [{}, {"rows": []}, {"rows": None}, {"features": "mine"}])
@@ -416,7 +429,7 @@ def test_the_card_names_the_calls_and_the_package(pushed, snippets):
     for name, title in zip(snippets, titles, strict=True):
         assert pushed.repos[name].branches["main"].title == title
         card = files_of(pushed, name)["README.md"].decode()
-        assert "`pip install hsivi-diffusers`" in card
+        assert "With the package `hsivi_diffusers` installed" in card
         assert "private, log in with `hf auth login` or set `HF_TOKEN`" in " ".join(card.split())
         assert [len(line) <= 120 for line in card.splitlines() if line.startswith("Without the package")] == [True]
 
