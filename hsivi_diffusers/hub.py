@@ -30,6 +30,7 @@ from .scheduling_hsivi import HSIVIScheduler
 
 AGAIN = "Nothing of yours was lost. Push again later: what has arrived is not sent twice."
 CUT = (OSError, RuntimeError, HTTPError)  # what a cut connection raises; a ValueError says itself what is wrong
+WIDEST = 1600  # pixels of a figure
 # Ends of the names of files that hold weights or tell where they are.
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
@@ -248,7 +249,7 @@ def write_repo(folder: Path, pipeline: Any, repo_id: str, run: dict[str, Any], f
             half = torch.nn.Module.to(kind.from_pretrained(folder / name), torch.float16)
             half.save_pretrained(folder / name, variant="fp16")
     if drawn:
-        draw_grid(pipeline).save(folder / "samples.png")
+        run = {**run, "grid": draw_grid(pipeline)}
     _save_figures(folder, run)
     make_card(pipeline, repo_id, run, fp16=fp16, drawn=drawn, **about).save(folder / "README.md")
     _make_private(folder, class_names(pipeline))
@@ -266,8 +267,9 @@ def write_adapter_repo(
 
 
 def _save_figures(folder: Path, run: dict[str, Any]) -> None:
-    for name, figure in (("samples", "comparison.png"), ("curve", "curve.png")):
+    for name, figure in (("grid", "samples.png"), ("samples", "comparison.png"), ("curve", "curve.png")):
         if name in run:
+            run[name].thumbnail((WIDEST, WIDEST))
             run[name].save(folder / figure)
 
 

@@ -126,7 +126,7 @@ def make_card(
     data_used = "with" if run["options"].get("train_data") else "without"  # an earlier version could use some
     sections = [
         f"A sampler of **{network_calls(counts)}**, distilled from {_link(base_model)} {data_used} training data, {BY}",
-        f"![Images drawn by this model, {network_calls(counts[-1:])} each](samples.png)" if drawn else "",
+        f"![Images drawn by this model, {network_calls(counts[-1:])} each](samples.png)" if drawn else _grid(run),
         f"## Use it\n\n{_usage(pipeline, repo_id, counts, fp16)}",
     ]
     results = _eval_results(run["report"])
@@ -141,10 +141,22 @@ def make_adapter_card(
     names = {"base": base_model or "REPO_OF_THE_TEACHER", "repo_id": repo_id, "steps": counts[-1], "guides": guides}
     sections = [
         f"A LoRA with which {_link(base_model)} draws in **{network_calls(counts)}**, distilled without images, {BY}",
+        _grid(run),
         f"## Use it\n\n{ADAPTER_USE.format(**names)}",
     ]
     data = {"pipeline_tag": "text-to-image", "license": license, "base_model": base_model}
     return _write(repo_id, scheduler, run, sections, ["lora"], eval_results=_eval_results(run["report"]), **data)
+
+
+def _grid(run: dict[str, Any]) -> str:
+    """The sample grid that a run drew at its end."""
+    if "grid" not in run:
+        return ""
+    figure = "![First row: the teacher in many steps. Below: this model](samples.png)"
+    text = "First row: the teacher in many steps. Below: this model, from the same noise."
+    if prompts := run.get("prompts"):
+        text += f" The columns are of the prompts {', '.join(_plain(prompt) for prompt in prompts)}, in turn."
+    return f"{figure}\n\n{text}"
 
 
 def _link(base_model: str | None) -> str:

@@ -9,6 +9,7 @@ from PIL import Image
 
 ADAPTER = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` of diffusers looks for
 PROMPTS = "prompts.txt"  # in the folder of a run
+COLUMNS = 8  # of a sample grid
 SAMPLERS = ("model_index.json", ADAPTER)  # one of them is in the folder of a sampler
 
 
@@ -40,7 +41,9 @@ def pipeline_of(name: str) -> Path:
 
 
 def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:
-    """Reads what a run left for its card: options, training and report, empty where missing; samples and curve.
+    """Reads what a run left for its card: options, training and report, empty where missing; figures and prompts.
+
+    The figures are samples and curve of the report, and the last sample grid; the prompts are those of its columns.
 
     The grid, or the list of grids, is that of the pipeline that is pushed.
 
@@ -68,6 +71,10 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
         path = Path(run_dir) / f"{name}.json"
         run[name] = _read_json(path) if path.is_file() else {}
     figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
+    if grids := sorted(Path(run_dir).glob("samples/step-*.png"), key=lambda path: int(path.stem.rpartition("-")[2])):
+        figures["grid"] = grids[-1]
+    if run["options"].get("prompts") and (prompts := Path(run_dir) / PROMPTS).is_file():
+        run["prompts"] = read_prompts(str(prompts))[:COLUMNS]
     return run | {name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()}
 
 

@@ -101,7 +101,8 @@ ALLOWED = {
         TRAIN,
     ),
     "distillation/progress": (
-        {f"distillation/{noun}" for noun in ("guidance", "ode", "pairs", "state", "teachers")} | {"vi/*"},
+        {f"distillation/{noun}" for noun in ("guidance", "ode", "pairs", "state", "teachers")}
+        | {"vi/*", "run_records"},
         TRAIN | {"PIL"},
     ),
     "distillation/plan": (

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
+from ..run_records import COLUMNS
 from ..vi import Step
 from .guidance import guided
 from .ode import batches, run_solver
@@ -25,7 +26,7 @@ from .state import TrainingState
 from .teachers import decode
 
 EVERY = 20  # updates between two lines of the trackers
-COLUMNS, ROWS = 8, 4  # of a sample grid, whose first row is the teacher's
+ROWS = 4  # of a sample grid, whose first row is the teacher's
 TEACHER_CALLS = 20  # network calls of the teacher's row
 WIDTH = 512  # pixels that a sample grid has at least
 

@@ -383,13 +383,18 @@ def test_it_is_pushed_and_pulled_into_the_stock_pipeline_beside_a_style(run, tex
 
 
 def test_a_trainer_pushes_its_adapter(text_teachers, logged_in, tmp_path):
-    config = HSIVIConfig(**SETTINGS, prompts=PROMPTS, lora_rank=4, output_dir=str(tmp_path / "run"))
+    settings = {**SETTINGS, "validation_steps": 4, "prompts": PROMPTS, "lora_rank": 4}
+    config = HSIVIConfig(**settings, output_dir=str(tmp_path / "run"))
     trainer = HSIVITrainer(str(text_teachers("sd")), config)
     with pytest.raises(ValueError, match=r"no adapter to push yet: call train\(\) first"):
         trainer.push_to_hub("alice/mine")
     trainer.train()
     trainer.push_to_hub("alice/mine")
     assert with_adapter(text_teachers("sd"), "alice/mine").scheduler.depths == [2]
+    pushed, last = HfApi().hf_hub_download("alice/mine", "samples.png"), tmp_path / "run" / "samples" / "step-5.png"
+    assert Image.open(pushed).tobytes() == Image.open(last).convert("RGB").tobytes()
+    text = f"The columns are of the prompts {', '.join(PROMPTS)}, in turn."
+    assert text in ModelCard.load("alice/mine").text
 
 
 def test_an_adapter_that_is_damaged_or_alone_is_refused(run, tmp_path):
