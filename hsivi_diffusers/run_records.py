@@ -40,6 +40,12 @@ def pipeline_of(name: str) -> Path:
     return inside if inside.is_dir() else Path(name)
 
 
+def sample_grids(run_dir: Path) -> dict[int, Path]:
+    """The sample grids of a run, by the number of updates before them, ascending."""
+    grids = {int(path.stem.rpartition("-")[2]): path for path in run_dir.glob("samples/step-*.png")}
+    return dict(sorted(grids.items()))
+
+
 def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:
     """Reads what a run left for its card: options, training and report, empty where missing; figures and prompts.
 
@@ -71,8 +77,8 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
         path = Path(run_dir) / f"{name}.json"
         run[name] = _read_json(path) if path.is_file() else {}
     figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
-    if grids := sorted(Path(run_dir).glob("samples/step-*.png"), key=lambda path: int(path.stem.rpartition("-")[2])):
-        figures["grid"] = grids[-1]
+    if grids := sample_grids(Path(run_dir)):
+        figures["grid"] = [*grids.values()][-1]
     if run["options"].get("prompts") and (prompts := Path(run_dir) / PROMPTS).is_file():
         run["prompts"] = read_prompts(str(prompts))[:COLUMNS]
     return run | {name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()}

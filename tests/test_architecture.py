@@ -46,6 +46,7 @@ ALLOWED = {
     "pipeline_hsivi": (set(), HOST),
     "model_card": ({"pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub"}),
     "run_records": (set(), {"PIL"}),
+    "run_page": ({"folders", "run_records"}, set()),
     "hub": (
         {"model_card", "pipeline_hsivi", "run_records", "scheduling_hsivi"},
         {"torch", "diffusers", "huggingface_hub", "PIL", "safetensors"},
@@ -102,7 +103,7 @@ ALLOWED = {
     ),
     "distillation/progress": (
         {f"distillation/{noun}" for noun in ("guidance", "ode", "pairs", "state", "teachers")}
-        | {"vi/*", "run_records"},
+        | {"vi/*", "folders", "run_page", "run_records"},
         TRAIN | {"PIL"},
     ),
     "distillation/plan": (
@@ -116,7 +117,7 @@ ALLOWED = {
     "distillation/trainer": (
         {f"distillation/{noun}" for noun in ("adapters", "checkpoints", "config", "denoisers", "networks", "output")}
         | {f"distillation/{noun}" for noun in ("progress", "state", "teachers", "updates")}
-        | {"vi/*", "folders", "hub", "run_records"},
+        | {"vi/*", "folders", "hub", "run_page", "run_records"},
         TRAIN,
     ),
     "evaluation/__init__": (set(), set()),
@@ -139,6 +140,7 @@ ALLOWED = {
             "distillation/guidance",
             "distillation/ode",
             "distillation/teachers",
+            "run_page",
             "folders",
             "images",
             "options",

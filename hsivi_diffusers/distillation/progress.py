@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
+from ..folders import write_text
+from ..run_page import LOG, read_log, write_page
 from ..run_records import COLUMNS
 from ..vi import Step
 from .guidance import guided
@@ -37,9 +40,11 @@ class Progress:
     def __init__(self, state: TrainingState) -> None:
         self.state, self.config, self.accelerator = state, state.config, state.accelerator
         self.running: dict[str, float] = {}
+        self.folder = Path(str(self.config.output_dir))
 
     def watch(self, steps: Iterator[Step], start: int, metrics: Callable[[Step], dict[str, float]]) -> Iterator[Step]:
         """Yields the steps after `start`, with a bar of running losses, of the metrics of a step, and the time left."""
+        self._rewind(start)
         total, every = self.config.max_train_steps, self.config.validation_steps
         every = max(1, total // 10) if every is None else every
         if every and start < total:
@@ -64,9 +69,23 @@ class Progress:
         if done % EVERY == 0 or done == self.config.max_train_steps or measured:
             speed = (done - self.clock_step) * self.state.rows / (time.perf_counter() - self.clock)
             self._restart_clock(done)
-            self.accelerator.log({**self._numbers(step), "images_per_second": speed, **measured}, step=done)
+            numbers = {**self._numbers(step), "images_per_second": speed, **measured}
+            self.accelerator.log(numbers, step=done)
+            self._record({"step": done, **numbers})
             shown = {**self.running, "img/s": speed, **measured}
             bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+
+    def _record(self, line: dict[str, float]) -> None:
+        """Adds a line to the log."""
+        if self.accelerator.is_main_process:
+            with (self.folder / LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+
+    def _rewind(self, start: int) -> None:
+        """Takes out of the log what a resumed run does again."""
+        if self.accelerator.is_main_process:
+            kept = [json.dumps(line) for line in read_log(self.folder) if line["step"] <= start]
+            write_text(self.folder / LOG, "".join(f"{line}\n" for line in kept))
 
     def _restart_clock(self, step: int) -> None:
         self.clock_step, self.clock = step, time.perf_counter()
@@ -92,13 +111,14 @@ class Progress:
         if self.accelerator.is_main_process:
             images = torch.cat([self._teacher_row, self._draw_student((ROWS - 1) * COLUMNS)])
             shown = images.permute(0, 2, 3, 1).numpy()
-            folder = Path(str(self.config.output_dir)) / "samples"
+            folder = self.folder / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             cells = pad(images, (0, 1, 0, 1), value=0.5).permute(0, 2, 3, 1).numpy()  # a grey line between images
             grid = make_image_grid(DiffusionPipeline.numpy_to_pil(cells), ROWS, COLUMNS)
             factor = -(-WIDTH // grid.width)
             size = (factor * grid.width, factor * grid.height)
             grid.resize(size, Image.Resampling.NEAREST).save(folder / f"step-{step}.png")
+            write_page(self.folder)
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":
                     tracker.log_images({"samples": shown}, step=step, dataformats="NHWC")

@@ -21,6 +21,7 @@ from diffusers import DiffusionPipeline
 
 from ..folders import write_json, write_text
 from ..hub import push
+from ..run_page import LOG, PAGE, write_page
 from ..run_records import PROMPTS
 from ..vi import DivergenceError, Step
 from .adapters import has_adapter
@@ -37,6 +38,8 @@ from .updates import fit_calls, run_updates
 
 WRITTEN = (
     "training.json",
+    PAGE,
+    LOG,
     PROMPTS,
     "pipeline",
     "critic",
@@ -157,6 +160,7 @@ class HSIVITrainer:
             if main:
                 self.state.save(checkpoints.output_dir)
                 write_json(record, summary)
+                write_page(checkpoints.output_dir)
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         return summary

@@ -2,9 +2,10 @@
 
     hsivi evaluate --run_dir runs/my_run
 
-Writes RUN_DIR/report.json, report.md, samples.png and curve.png. The reference is what images are compared to: by
-default images of the teacher's own sampler with many steps, to which a student is fitted without data; with --real_data
-real images. Every method starts from the same noise, with the same balanced class labels; the reference does not.
+Writes RUN_DIR/report.json, report.md, samples.png and curve.png, and adds them to RUN_DIR/index.html. The reference is
+what images are compared to: by default images of the teacher's own sampler with many steps, to which a student is
+fitted without data; with --real_data real images. Every method starts from the same noise, with the same balanced class
+labels; the reference does not.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..distillation.ode import few_step_timesteps
 from ..distillation.teachers import image_shape, load_parts, load_prompts, load_student, network_of
 from ..images import load_images
 from ..options import option, parse_options
+from ..run_page import write_page
 from ..run_records import PROMPTS
 from .features import check_packages, load_network
 from .metrics import FEWEST, PACKAGES, Measures, split_halves
@@ -195,4 +197,5 @@ def main(args: list[str] | None = None) -> None:
     report = Report(headline, options.feature_name or features, name, floor, rows)
     report.write(run_dir, training)
     report.draw(run_dir, shown, pick(reference, labels, classes, min(COLUMNS, size)), classes)
+    write_page(run_dir)
     print(report.closing_lines(run_dir))

@@ -105,7 +105,7 @@ class Report:
         return (
             f"Wrote:  report.md, report.json, samples.png, curve.png in {run_dir}\n"
             f"Result: {compared}\n"
-            f"Next:   look at {run_dir / 'samples.png'}"
+            f"Next:   open {run_dir / 'index.html'} in a browser"
         )
 
 

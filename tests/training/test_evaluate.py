@@ -424,7 +424,7 @@ def test_three_lines_close_the_run(rows, evaluated):
         f"Result: FD {rows[0]['fd']:.2f} at 2 network calls; best solver at as many calls: "
         f"{best['method']}, {best['fd']:.2f}; best at 5 calls: DDPM, {rows[12]['fd']:.2f}"
     )
-    assert following.startswith(f"Next:   look at {folder / 'samples.png'}")
+    assert following == f"Next:   open {folder / 'index.html'} in a browser"
 
 
 def test_of_several_long_baselines_the_best_is_named(tmp_path):

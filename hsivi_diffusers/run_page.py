@@ -1,0 +1,112 @@
+"""The page of a run, RUN_DIR/index.html: sample grids, losses, quality, cost and options, from the files beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .folders import write_text
+from .run_records import PROMPTS, sample_grids
+
+PAGE = "index.html"
+LOG = "log.jsonl"  # losses, rates and speed, a line of JSON every now and then
+SHOWN = {"loss/student": "#e8590c", "loss/critic": "#1971c2"}  # curves and their colours
+WIDTH, HEIGHT = 640, 200  # of the curves, in pixels
+MEASURES = ("kid", "fd", "precision", "recall", "coverage", "swd")
+STYLE = """\
+body { font: 16px/1.5 sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
+img { max-width: 100%; image-rendering: pixelated } table { border-collapse: collapse }
+td, th { border: 1px solid #ccc; padding: 2px 8px; text-align: left } input { width: 100% }"""
+SLIDER = """\
+<p><input type="range" id="at" min="0" max="{last}" value="{last}"></p><p>after <b id="step"></b> updates</p>
+<img id="grid" alt="sample grid">
+<script>
+const grids = {grids}, at = document.getElementById("at");
+function show() {{
+  document.getElementById("grid").src = grids[at.value][1];
+  document.getElementById("step").textContent = grids[at.value][0];
+}}
+at.oninput = show; show();
+</script>"""
+
+
+def write_page(run_dir: Path) -> None:
+    """Writes the page of a run, finished or not."""
+    options, training, report = (read_json(run_dir / f"{name}.json") for name in ("options", "training", "report"))
+    title = run_dir.resolve().name
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_cost(options, training))}</p>"]
+    if grids := sample_grids(run_dir):
+        shown = json.dumps([(step, f"samples/{path.name}") for step, path in grids.items()])
+        text = "First row: the teacher in many steps. Below: the student, from the same noise."
+        parts += ["<h2>Images</h2>", f"<p>{text}</p>", SLIDER.format(last=len(grids) - 1, grids=shown)]
+    if (prompts := run_dir / PROMPTS).is_file():
+        first = prompts.read_text(encoding="utf-8").splitlines()[:20]
+        parts += ["<p>The first prompts:</p>", "<ol>", *(f"<li>{escape(prompt)}</li>" for prompt in first), "</ol>"]
+    if curves := draw_curves(read_log(run_dir)):
+        parts += ["<h2>Losses</h2>", curves]
+    if rows := report.get("rows"):
+        parts += ["<h2>Quality</h2>", f"<p>{escape(str(report.get('measured', '')))}</p>", _quality(rows)]
+        figures = [name for name in ("samples.png", "curve.png") if (run_dir / name).is_file()]
+        parts += [f'<p><img src="{name}" alt="{name}"></p>' for name in figures]
+    parts += ["<h2>Options</h2>", _table(["option", "value"], options.items())]
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    write_text(run_dir / PAGE, "\n".join(["<!doctype html>", head, *parts, ""]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty if there is none."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of the log of a run; a last one that was cut off is left out."""
+    path = run_dir / LOG
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def _cost(options: dict[str, Any], training: dict[str, Any]) -> str:
+    counts, updates = ", ".join(map(str, options.get("num_inference_steps", []))), options.get("max_train_steps")
+    text = f"{counts} steps, distilled from {options.get('pretrained_teacher_model')} in {updates} updates."
+    if not training:
+        return f"{text} The training has not ended yet."
+    calls = f", {training['network_calls']:,} network calls" if training.get("network_calls") else ""
+    precision = training.get("mixed_precision") or "no"
+    return f"{text} It took {training['seconds']:.0f} s{calls}, in {'float32' if precision == 'no' else precision}."
+
+
+def draw_curves(log: Sequence[dict[str, Any]]) -> str:
+    """Losses against updates as SVG, on a logarithmic scale; nothing with fewer than two lines."""
+    curves = {name: [(line["step"], line[name]) for line in log if line.get(name, 0) > 0] for name in SHOWN}
+    heights = [y for curve in curves.values() for _, y in curve]
+    if len(log) < 2 or not heights:
+        return ""
+    last, low, high = log[-1]["step"], min(heights), max(heights)
+    scale = HEIGHT / max(math.log(high / low), 1e-9)
+    lines, names = [], []
+    for name, color in SHOWN.items():
+        places = " ".join(f"{WIDTH * x / last:.1f},{scale * math.log(high / y):.1f}" for x, y in curves[name])
+        lines.append(f'<polyline points="{places}" fill="none" stroke="{color}"/>')
+        names.append(f'<b style="color: {color}">{name.removeprefix("loss/")}</b>')
+    told = f"<p>{', '.join(names)}: from {low:.3g} to {high:.3g}, logarithmic, over {last} updates.</p>"
+    return f'<svg width="{WIDTH}" height="{HEIGHT}" style="border: 1px solid #ccc">{"".join(lines)}</svg>{told}'
+
+
+def _quality(rows: Sequence[dict[str, Any]]) -> str:
+    measures = [name for name in MEASURES if any(name in row for row in rows)]
+
+    def line(row: dict[str, Any]) -> list[Any]:
+        return [row["nfe"], row["method"], *(f"{row[name]:.4g}" if name in row else "" for name in measures)]
+
+    heads = [name if len(name) > 3 else name.upper() for name in measures]
+    return _table(["NFE", "method", *heads], map(line, rows))
+
+
+def _table(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    rows = [("th", heads), *(("td", line) for line in lines)]
+    cells = ("".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in line) for tag, line in rows)
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"

@@ -1,0 +1,84 @@
+"""The page of a run, and the log that its curves are drawn from."""
+
+import json
+import re
+
+import pytest
+
+from hsivi_diffusers import run_page
+from hsivi_diffusers.distillation import progress
+
+LOSSES = [{"step": step, "loss/student": 10.0 / step, "loss/critic": 100.0} for step in (1, 2, 4)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run that has not ended, with all that a page can show of it."""
+    options = {"pretrained_teacher_model": "assets/<b>x", "num_inference_steps": [4], "max_train_steps": 9, "seed": 3}
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    (tmp_path / "samples").mkdir()
+    for step in (0, 90, 100):
+        (tmp_path / "samples" / f"step-{step}.png").touch()
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOSSES) + '{"step": 5, "lo')
+    return tmp_path
+
+
+def page(folder):
+    run_page.write_page(folder)
+    return (folder / "index.html").read_text()
+
+
+def test_the_grids_are_in_order(folder):
+    grids = re.search(r"const grids = (.*), at = ", page(folder))[1]
+    assert json.loads(grids) == [[step, f"samples/step-{step}.png"] for step in (0, 90, 100)]
+
+
+def test_a_curve_has_a_point_for_each_line_that_is_whole(folder):
+    student, critic = re.findall(r'polyline points="([^"]*)"', page(folder))
+    assert student == "160.0,124.8 320.0,162.4 640.0,200.0"  # log(100 / y) / log(100 / 2.5) of 200 pixels
+    assert critic == "160.0,0.0 320.0,0.0 640.0,0.0"
+
+
+@pytest.mark.parametrize("log", ["", json.dumps(LOSSES[0]) + "\n", '{"step": 1}\n{"step": 2}\n'])
+def test_too_little_for_a_curve_is_left_out(folder, log):
+    (folder / "log.jsonl").write_text(log)
+    assert "<svg" not in page(folder)
+
+
+def test_losses_that_are_not_numbers_have_no_point(folder):
+    lines = [*LOSSES, {"step": 5, "loss/student": float("nan"), "loss/critic": float("nan")}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(re.findall(r'polyline points="([^"]*)"', page(folder))[0].split()) == 3
+
+
+def test_text_of_the_run_is_shown_as_it_is(folder):
+    (folder / "prompts.txt").write_text("a <script>alert(1)</script>\na dog\n")
+    rows = [{"nfe": 4, "method": "<i>HSIVI", "kid": 0.00123, "num_samples": 9}]
+    (folder / "report.json").write_text(json.dumps({"rows": rows, "measured": "<u>today"}))
+    text = page(folder)
+    for mark in ("<b>x", "<script>alert", "<i>HSIVI", "<u>"):
+        assert mark not in text
+    assert "<li>a &lt;script&gt;alert(1)&lt;/script&gt;</li>" in text
+    assert "<td>4</td><td>&lt;i&gt;HSIVI</td><td>0.00123</td>" in text
+    assert "<tr><td>seed</td><td>3</td></tr>" in text
+
+
+def test_it_tells_whether_the_training_has_ended(folder):
+    assert "in 9 updates. The training has not ended yet." in page(folder)
+    cost = {"seconds": 61.2, "network_calls": 12345, "mixed_precision": "bf16"}
+    (folder / "training.json").write_text(json.dumps(cost))
+    assert "in 9 updates. It took 61 s, 12,345 network calls, in bf16." in page(folder)
+
+
+def test_a_run_writes_its_page_and_a_resumed_one_logs_each_update_once(distil, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 1)
+    run = distil(tmp_path / "run", max_train_steps=5, checkpointing_steps=3, validation_steps=5)
+    for checkpoint in (run / "checkpoints").glob("checkpoint-5"):
+        checkpoint.rename(tmp_path / "away")
+    distil(run, "--resume_from_checkpoint=latest", max_train_steps=5, checkpointing_steps=3, validation_steps=5)
+    log = run_page.read_log(run)
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
+    assert all(line["loss/critic"] > 0 and line["images_per_second"] > 0 for line in log)
+    text = (run / "index.html").read_text()
+    assert "It took" in text
+    assert '[5, "samples/step-5.png"]' in text
