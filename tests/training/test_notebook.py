@@ -1,6 +1,7 @@
-"""docs/distil.ipynb runs from its first cell to its last."""
+"""The notebooks of docs run from their first cell to their last."""
 
 import ast
+import re
 from pathlib import Path
 
 import nbformat
@@ -52,3 +53,19 @@ def test_the_notebook_runs_in_jupyter(notebook, monkeypatch):
     assert "network calls" in training.outputs[-1]["data"]["text/plain"]
     for cell in shown:
         assert "image/png" in cell.outputs[-1]["data"]
+
+
+@pytest.mark.slow
+def test_the_notebook_of_inference_finds_the_posterior(monkeypatch):
+    """With what it prints last: the largest error of a mean and ratios of standard deviations."""
+    monkeypatch.setenv("PYTHONPATH", str(DOCS.parent))
+    infer = nbformat.read(DOCS / "infer.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in infer.cells)
+    notebook = NotebookClient(infer, timeout=600, resources={"metadata": {"path": str(DOCS)}}).execute()
+    *_, compared, figure = (cell for cell in notebook.cells if cell.cell_type == "code")
+    errors, ratios = (
+        [float(number) for number in re.findall(r"\d+\.\d+", line)] for line in compared.outputs[0]["text"].splitlines()
+    )
+    assert max(errors) < 0.1
+    assert 0.9 < min(ratios) <= max(ratios) < 1.1
+    assert "image/png" in figure.outputs[-1]["data"]
