@@ -17,11 +17,9 @@ LABELS = ("solver", "timesteps", "settings")
 
 
 def write_page(folder: Path) -> None:
-    """Fills the tables of FOLDER/solvers.md, which is begun if there is none: the best at each count, and all."""
-    tables = {}
-    for name, rows in in_sets(read_rows(folder / "solvers.json")).items():
-        tables[f"solvers_{as_word(name)}"] = settings_table(best_solvers(rows))
-        tables[f"all_solvers_{as_word(name)}"] = distances_table(sorted(rows, key=_place))
+    """Fills the tables of FOLDER/solvers.md, which is begun if there is none: the best at each number of calls."""
+    sets = in_sets(read_rows(folder / "solvers.json"))
+    tables = {f"solvers_{as_word(name)}": settings_table(best_solvers(rows)) for name, rows in sets.items()}
     fill_page(folder / "solvers.md", "Solvers at their best", tables)
 
 
@@ -41,25 +39,16 @@ def score(distances: Mapping[str, float]) -> float:
 
 
 def settings_table(rows: list[Row]) -> str:
-    """What to load: the best solver at each number of calls, its timesteps and its settings."""
+    """The best solver at each number of calls: its distances, tuned / stock, and what to load."""
     lines = []
     for row in rows:
         settings = {name: value for name, value in row["settings"].items() if name != "timesteps"}
         timesteps = ", ".join(map(str, row["settings"].get("timesteps", [settings.get("timestep_spacing", "own")])))
         told = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "timestep_spacing")
-        lines.append([row["calls"], row["solver"], *map(_written, row["tuned"].values()), timesteps, told])
+        distances = (f"{_written(tuned)} / {_written(row['stock'][name])}" for name, tuned in row["tuned"].items())
+        lines.append([row["calls"], row["solver"], *distances, timesteps, told])
     lines.append(["", "floor", *map(_written, rows[0]["floor"].values()), "", ""])
     return write_table(["calls", "solver", *rows[0]["tuned"], "timesteps", "settings"], LABELS, lines)
-
-
-def distances_table(rows: list[Row]) -> str:
-    """Every solver at every number of calls, with stock and with tuned settings."""
-    lines = [
-        [row["calls"], row["solver"], *(_written(row[kind][name]) for kind in ("stock", "tuned") for name in row[kind])]
-        for row in rows
-    ]
-    heads = [f"{name}, {kind}" for kind in ("stock", "tuned") for name in rows[0][kind]]
-    return write_table(["calls", "solver", *heads], LABELS, lines)
 
 
 def _written(distance: float) -> str:
