@@ -22,13 +22,15 @@ body { font: 16px/1.5 sans-serif; max-width: 900px; margin: 2em auto; padding: 0
 img { max-width: 100%; image-rendering: pixelated } table { border-collapse: collapse }
 td, th { border: 1px solid #ccc; padding: 2px 8px; text-align: left } input { width: 100% }"""
 SLIDER = """\
-<p><input type="range" id="at" min="0" max="{last}" value="{last}"></p><p>after <b id="step"></b> updates</p>
+<p><input type="range" id="at" min="0" max="{last}" value="{last}"></p>
+<p>after <b id="step"></b> updates<span id="beside"></span></p>
 <img id="grid" alt="sample grid">
 <script>
 const grids = {grids}, at = document.getElementById("at");
 function show() {{
   document.getElementById("grid").src = grids[at.value][1];
   document.getElementById("step").textContent = grids[at.value][0];
+  document.getElementById("beside").textContent = grids[at.value][2];
 }}
 at.oninput = show; show();
 </script>"""
@@ -37,16 +39,17 @@ at.oninput = show; show();
 def write_page(run_dir: Path) -> None:
     """Writes the page of a run, finished or not."""
     options, training, report = (read_json(run_dir / f"{name}.json") for name in ("options", "training", "report"))
-    title = run_dir.resolve().name
+    title, log = run_dir.resolve().name, read_log(run_dir)
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_cost(options, training))}</p>"]
     if grids := sample_grids(run_dir):
-        shown = json.dumps([(step, f"samples/{path.name}") for step, path in grids.items()])
+        ratios = {line["step"]: line for line in log if "images/contrast" in line}
+        shown = json.dumps([(step, f"samples/{path.name}", _beside(ratios.get(step))) for step, path in grids.items()])
         text = "First row: the teacher in many steps. Below: the student, from the same noise."
         parts += ["<h2>Images</h2>", f"<p>{text}</p>", SLIDER.format(last=len(grids) - 1, grids=shown)]
     if (prompts := run_dir / PROMPTS).is_file():
         first = prompts.read_text(encoding="utf-8").splitlines()[:20]
         parts += ["<p>The first prompts:</p>", "<ol>", *(f"<li>{escape(prompt)}</li>" for prompt in first), "</ol>"]
-    if curves := draw_curves(read_log(run_dir)):
+    if curves := draw_curves(log):
         parts += ["<h2>Losses</h2>", curves]
     if rows := report.get("rows"):
         parts += ["<h2>Quality</h2>", f"<p>{escape(str(report.get('measured', '')))}</p>", _quality(rows)]
@@ -79,11 +82,18 @@ def _cost(options: dict[str, Any], training: dict[str, Any]) -> str:
     return f"{text} It took {training['seconds']:.0f} s{calls}, in {'float32' if precision == 'no' else precision}."
 
 
+def _beside(line: dict[str, Any] | None) -> str:
+    """How the images of a grid compare with the teacher's."""
+    if line is None:
+        return ""
+    return f", {line['images/contrast']:.2f} times the teacher's contrast, {line['images/diversity']:.2f} its diversity"
+
+
 def draw_curves(log: Sequence[dict[str, Any]]) -> str:
     """Losses against updates as SVG, on a logarithmic scale; nothing with fewer than two lines."""
     curves = {name: [(line["step"], line[name]) for line in log if line.get(name, 0) > 0] for name in SHOWN}
     heights = [y for curve in curves.values() for _, y in curve]
-    if len(log) < 2 or not heights:
+    if max(map(len, curves.values())) < 2:
         return ""
     last, low, high = log[-1]["step"], min(heights), max(heights)
     scale = HEIGHT / max(math.log(high / low), 1e-9)

@@ -32,6 +32,25 @@ EVERY = 20  # updates between two lines of the trackers
 ROWS = 4  # of a sample grid, whose first row is the teacher's
 TEACHER_CALLS = 20  # network calls of the teacher's row
 WIDTH = 512  # pixels that a sample grid has at least
+BOUND = 1.5  # of contrast and diversity beside the teacher's; healthy runs have been at 0.8 to 1.1 after a tenth
+
+
+def beside_teacher(grid: Tensor) -> dict[str, float]:
+    """Compares the rows of a student with the first one, the teacher's, without data.
+
+    The contrast is the standard deviation of all values, the diversity the mean distance between two images of a row,
+    the root of the mean square of their difference. Both are ratios, student / teacher, near 1 in a healthy run.
+
+    Args:
+        grid: Shape (ROWS * COLUMNS, C, H, W), row by row, each of the same classes or prompts.
+    """
+    rows = grid.float().unflatten(0, (ROWS, COLUMNS)).flatten(2)
+    distances = torch.stack([torch.pdist(row).mean() for row in rows])
+    tiny = torch.finfo(torch.float).tiny
+    return {
+        "images/contrast": float(rows[1:].std() / rows[0].std().clamp_min(tiny)),
+        "images/diversity": float(distances[1:].mean() / distances[0].clamp_min(tiny)),
+    }
 
 
 class Progress:
@@ -84,8 +103,9 @@ class Progress:
     def _rewind(self, start: int) -> None:
         """Takes out of the log what a resumed run does again."""
         if self.accelerator.is_main_process:
-            kept = [json.dumps(line) for line in read_log(self.folder) if line["step"] <= start]
-            write_text(self.folder / LOG, "".join(f"{line}\n" for line in kept))
+            kept = [line for line in read_log(self.folder) if line["step"] <= start]
+            kept = [line for line in kept if line["step"] < start or "loss/student" in line]  # its grid is drawn again
+            write_text(self.folder / LOG, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def _restart_clock(self, step: int) -> None:
         self.clock_step, self.clock = step, time.perf_counter()
@@ -118,6 +138,7 @@ class Progress:
             factor = -(-WIDTH // grid.width)
             size = (factor * grid.width, factor * grid.height)
             grid.resize(size, Image.Resampling.NEAREST).save(folder / f"step-{step}.png")
+            self._compare(step, images)
             write_page(self.folder)
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":
@@ -125,6 +146,17 @@ class Progress:
                 elif tracker.name in ("wandb", "comet_ml"):
                     tracker.log_images({"samples": list(shown)}, step=step)
         self.accelerator.wait_for_everyone()
+
+    def _compare(self, step: int, images: Tensor) -> None:
+        """Tells contrast and diversity of a grid, and says so, after a tenth of the run, if they are out of bounds."""
+        ratios = beside_teacher(images)
+        self.accelerator.log(ratios, step=step)
+        self._record({"step": step, **ratios})
+        for name, ratio in ratios.items():
+            if 10 * step >= self.config.max_train_steps and not 1 / BOUND < ratio < BOUND:
+                what = name.removeprefix("images/")
+                text = f"after {step} updates the images have {ratio:.2f} times the {what} of the teacher's"
+                tqdm.write(f"{text}: look at {self.folder / 'samples'}, and at 'Training' in docs/troubleshooting.md")
 
     def _labels(self, size: int) -> list[int] | None:
         """Class labels in turn, of a class-conditional teacher; those that are not trained are left out."""

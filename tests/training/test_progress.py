@@ -136,3 +136,37 @@ def test_a_new_start_removes_the_grids_of_the_old_one(distil, shown, tmp_path):
     folder = shutil.copytree(shown, tmp_path / "run")
     distil(folder, "--overwrite_output_dir", max_train_steps=1, critic_updates=1)
     assert not (folder / "samples").exists()
+
+
+def test_a_grid_that_repeats_its_first_row_has_the_teachers_contrast_and_diversity():
+    row = torch.rand(progress.COLUMNS, 1, 4, 4)
+    assert progress.beside_teacher(row.repeat(progress.ROWS, 1, 1, 1)) == pytest.approx(
+        {"images/contrast": 1.0, "images/diversity": 1.0}, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_contrast_and_diversity_scale_with_the_images(factor):
+    row = torch.randn(progress.COLUMNS, 1, 4, 4)
+    grid = torch.cat([row, *(factor * row,) * (progress.ROWS - 1)])
+    assert progress.beside_teacher(grid) == pytest.approx(
+        {"images/contrast": factor, "images/diversity": factor}, rel=0.02
+    )
+
+
+def test_images_that_are_all_the_same_have_no_diversity():
+    row, one = torch.randn(progress.COLUMNS, 1, 4, 4), torch.randn(1, 1, 4, 4)
+    ratios = progress.beside_teacher(torch.cat([row, one.repeat(24, 1, 1, 1)]))
+    assert ratios["images/diversity"] == 0
+    assert ratios["images/contrast"] > 0.3
+
+
+def test_a_run_says_that_its_images_have_collapsed(distil, tmp_path, monkeypatch, capsys):
+    """By a student that draws black alone, and not after the first tenth, when it is the teacher still."""
+    black = progress.Progress._draw_student
+    monkeypatch.setattr(progress.Progress, "_draw_student", lambda self, size: 0 * black(self, size))
+    distil(tmp_path / "run", max_train_steps=5, validation_steps=5)
+    told = [line for line in capsys.readouterr().out.splitlines() if "of the teacher's" in line]
+    assert [line.partition(": look at")[0] for line in told] == [
+        f"after 5 updates the images have 0.00 times the {what} of the teacher's" for what in ("contrast", "diversity")
+    ]

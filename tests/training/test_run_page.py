@@ -30,7 +30,14 @@ def page(folder):
 
 def test_the_grids_are_in_order(folder):
     grids = re.search(r"const grids = (.*), at = ", page(folder))[1]
-    assert json.loads(grids) == [[step, f"samples/step-{step}.png"] for step in (0, 90, 100)]
+    assert json.loads(grids) == [[step, f"samples/step-{step}.png", ""] for step in (0, 90, 100)]
+
+
+def test_a_grid_is_told_contrast_and_diversity(folder):
+    line = {"step": 90, "images/contrast": 1.234, "images/diversity": 0.5}
+    (folder / "log.jsonl").write_text(json.dumps(line) + "\n")
+    grids = json.loads(re.search(r"const grids = (.*), at = ", page(folder))[1])
+    assert [told for _, _, told in grids] == ["", ", 1.23 times the teacher's contrast, 0.50 its diversity", ""]
 
 
 def test_a_curve_has_a_point_for_each_line_that_is_whole(folder):
@@ -77,8 +84,12 @@ def test_a_run_writes_its_page_and_a_resumed_one_logs_each_update_once(distil, t
         checkpoint.rename(tmp_path / "away")
     distil(run, "--resume_from_checkpoint=latest", max_train_steps=5, checkpointing_steps=3, validation_steps=5)
     log = run_page.read_log(run)
-    assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
-    assert all(line["loss/critic"] > 0 and line["images_per_second"] > 0 for line in log)
+    updates = [line for line in log if "loss/student" in line]
+    assert [line["step"] for line in updates] == [1, 2, 3, 4, 5]
+    assert all(line["loss/critic"] > 0 and line["images_per_second"] > 0 for line in updates)
+    grids = [line for line in log if "loss/student" not in line]
+    assert [line["step"] for line in grids] == [0, 3, 5]  # it was resumed after 3
+    assert all(line["images/contrast"] > 0 and line["images/diversity"] > 0 for line in grids)
     text = (run / "index.html").read_text()
     assert "It took" in text
-    assert '[5, "samples/step-5.png"]' in text
+    assert '[5, "samples/step-5.png", ", ' in text
