@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,24 @@ from PIL import Image
 from .distillation.denoisers import sample_shape
 from .distillation.guidance import calls_of_step, guided
 from .distillation.ode import run_solver
-from .distillation.pairs import make_unipc, pair_levels
+from .distillation.pairs import pair_levels
 from .distillation.prompts import takes_text
 from .distillation.teachers import Parts, decode, load_parts
+from .evaluation.solvers import make_solver
 from .options import option, parse_options
+from .pipeline_hsivi import network_calls
 from .sampling import classes_of, draw, enlarge, load_sampler, run_of, usable_device
 
 DEMO = """Open a page in the browser that draws from distilled samplers, each beside its teacher.
 
     hsivi demo --pipeline runs/digits_t5"""
-BUNDLED = Path("assets/students")  # in a clone
+BUNDLED = [Path("assets/students") / name for name in ("emoji_t4", "fashion_t4", "digits_t4")]  # in a clone
 REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 WIDTH = 192  # pixels that an image has on the page, about
 MOST_STEPS, MOST_IMAGES = 100, 16  # of the teacher; of a request
 IN_TURN = "all in turn"
+SAMPLER = "DPM-Solver++ SDE"  # of teachers on pixels
+KEPT = 3600  # seconds that drawn images stay on the disk
 
 
 @dataclass
@@ -51,17 +55,19 @@ class Demo:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A student and its teacher, which may be missing, on a device."""
+class Student:
+    """A distilled pipeline, and its teacher beside it, which may be missing, on a device."""
 
-    student: Any
+    pipeline: Any
     teacher: Parts | None
-    name: str  # of the teacher, or why there is none
+    about: str  # name of the teacher, or why there is none
+    classes: Sequence[int]  # that it was trained on
+    negative_prompt: str  # that it was trained with
 
     @property
     def scales(self) -> list[float]:
-        """Scales of guidance that the student has taken in; [1] if none."""
-        return self.student.scheduler.guidance_scales or [1.0]
+        """Scales of guidance that it has taken in; [1] if none."""
+        return self.pipeline.scheduler.guidance_scales or [1.0]
 
 
 @dataclass(frozen=True)
@@ -77,74 +83,94 @@ class Request:
         """One for each image: image i has the seed `seed + i`."""
         return [torch.Generator(device).manual_seed(self.seed + number) for number in range(self.count)]
 
-    def conditions(self, classes: int) -> list[Any] | None:
+    def conditions(self, classes: Sequence[int]) -> list[Any] | None:
         """The class or prompt of each image; None of a pipeline without."""
         if self.condition is None:
-            return [number % classes for number in range(self.count)] if classes else None
+            return [classes[number % len(classes)] for number in range(self.count)] if classes else None
         return [self.condition] * self.count
 
 
-def load_pair(name: str, device: str) -> Pair:
-    """Loads a student, and the teacher that its run or its card names."""
-    student = load_sampler(name).to(device)
-    student.set_progress_bar_config(disable=True)
+def load_student(name: str, device: str) -> Student:
+    """Loads a student, and the teacher that its run or its card names.
+
+    Raises:
+        ValueError: There is none, or its card names something else than a repo as its teacher.
+    """
     run = run_of(name)
-    source = run.get("pretrained_teacher_model")
-    if not Path(name).is_dir():
-        with suppress(OSError, ValueError):  # without a card
-            source = ModelCard.load(name).data.base_model
-    if not isinstance(source, str):
-        return Pair(student, None, "not named by its run or its card")
+    source = run.get("pretrained_teacher_model") or teacher_of_card(name)
+    pipeline = load_sampler(name).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    given = {"classes": classes_of(pipeline, name), "negative_prompt": run.get("negative_prompt", "")}
+    if source is None:
+        return Student(pipeline, None, "not named by its run or its card", **given)
     try:
         teacher = load_parts(source, run.get("revision"))
     except (OSError, ValueError) as error:
-        return Pair(student, None, f"not loaded: {error}")
+        return Student(pipeline, None, f"{source} was not loaded ({type(error).__name__})", **given)
     teacher.network.to(device).eval()
     if teacher.host is not None:
         teacher.host.to(device).set_progress_bar_config(disable=True)
-    return Pair(student, teacher, source)
+        teacher.host.vae.enable_slicing()  # images are decoded one by one
+    return Student(pipeline, teacher, source, **given)
+
+
+def teacher_of_card(name: str) -> str | None:
+    """The repo of the teacher that a card names; None without one.
+
+    Raises:
+        ValueError: It names a folder of this machine, which a repo of somebody else must not reach.
+    """
+    card = Path(name) / "README.md"
+    try:
+        source = ModelCard.load(card if card.is_file() else name).data.base_model
+    except Exception:  # no card, a damaged one, or no connection
+        return None
+    if isinstance(source, str) and (Path(source).exists() or not REPO.fullmatch(source)):
+        raise ValueError(f"the card of {name} names a teacher that is no repo id such as user/name")
+    return source if isinstance(source, str) else None
 
 
 @torch.no_grad()
-def draw_teacher(pair: Pair, request: Request, num_steps: int) -> tuple[list[Image.Image], int]:
+def draw_teacher(student: Student, teacher: Parts, request: Request, num_steps: int) -> tuple[list[Image.Image], int]:
     """Images of the teacher, and its network calls for each.
 
-    A pipeline of latents draws as it does by itself, a UNet on pixels by UniPC on a grid that follows its ODE well.
+    A pipeline of latents draws as it does by itself, a UNet on pixels by SAMPLER, whose noise mends errors of its own.
     """
-    teacher = pair.teacher
-    assert teacher is not None
-    conditions, network = request.conditions(classes_of(pair.student)), guided(teacher.network, [request.scale])
-    calls = num_steps * calls_of_step(network)
+    conditions, network = request.conditions(student.classes), guided(teacher.network, [request.scale])
+    generators, calls = request.generators(network.device), num_steps * calls_of_step(network)
     if teacher.host is not None:
-        given = {"num_inference_steps": num_steps, "guidance_scale": request.scale}
-        return teacher.host(conditions, generator=request.generators(network.device), **given).images, calls
+        known = signature(teacher.host.__call__).parameters
+        given: dict[str, Any] = {"negative_prompt": student.negative_prompt or None, "use_resolution_binning": False}
+        given = {name: value for name, value in given.items() if name in known}
+        given |= {"num_inference_steps": num_steps, "guidance_scale": request.scale, "generator": generators}
+        return teacher.host(conditions, **given).images, calls
     shape, schedule = sample_shape(network), teacher.schedule
-    solver = make_unipc(schedule, pair_levels(schedule, num_steps))
-    generators = request.generators(network.device)
+    solver = make_solver(SAMPLER, num_steps, network, schedule.config, pair_levels(schedule, num_steps)).scheduler
     noise = [torch.randn(1, *shape, generator=each, device=network.device) for each in generators]
     labels = None if conditions is None else torch.tensor(conditions, device=network.device)
-    x = run_solver(network, solver, torch.cat(noise), num_steps, labels)
+    x = run_solver(network, solver, torch.cat(noise), num_steps, labels, generator=generators)
     pixels = decode(None, x).permute(0, 2, 3, 1).cpu().numpy()
-    return pair.student.numpy_to_pil(pixels), calls
+    return student.pipeline.numpy_to_pil(pixels), calls
 
 
-def draw_student(pair: Pair, request: Request, num_steps: int) -> tuple[list[Image.Image], int]:
+def draw_student(student: Student, request: Request, num_steps: int) -> tuple[list[Image.Image], int]:
     """Images of the student, and its network calls for each."""
-    generators, conditions = request.generators(pair.student.device), request.conditions(classes_of(pair.student))
-    scale = request.scale if pair.student.scheduler.guidance_scales else None
-    return draw(pair.student, conditions, generators, num_steps, scale), num_steps
+    pipeline, conditions = student.pipeline, request.conditions(student.classes)
+    scale = request.scale if pipeline.scheduler.guidance_scales else None
+    return draw(pipeline, conditions, request.generators(pipeline.device), num_steps, scale), num_steps
 
 
-def timed(who: str, drawn: Callable[[], tuple[list[Image.Image], int]]) -> tuple[list[Image.Image], str]:
-    """Images, enlarged, and a line that tells network calls and milliseconds."""
+def timed(who: str, drawn: Callable[[], tuple[list[Image.Image], int]]) -> tuple[str, list[Image.Image]]:
+    """A line that tells network calls and milliseconds, and images, enlarged."""
     start = time.perf_counter()
     images, calls = drawn()
     milliseconds = 1000 * (time.perf_counter() - start) / len(images)
-    return [enlarge(image, WIDTH) for image in images], f"{who}: {calls} calls, {milliseconds:.0f} ms an image"
+    told = f"{who}: {network_calls([calls])}, {milliseconds:.0f} ms an image"
+    return told, [enlarge(image, WIDTH) for image in images]
 
 
-class Pairs:
-    """Students by name, each with its teacher; the two that were used last are kept.
+class Students:
+    """Students by name; the one that was used last is kept.
 
     Args:
         names: Folders and repo ids that may be asked for, besides repos of the Hub.
@@ -152,34 +178,40 @@ class Pairs:
     """
 
     def __init__(self, names: Sequence[str], device: str) -> None:
-        self.names, self._load = [*names], lru_cache(maxsize=2)(partial(load_pair, device=device))
+        self.names, self.device, self._kept = [*names], device, dict[str, Student]()
 
-    def __call__(self, name: str) -> Pair:
+    def __call__(self, name: str) -> Student:
         """Returns the student of that name.
 
         Raises:
             ValueError: It may not be asked for, or there is none.
         """
         if name not in self.names and (Path(name).exists() or not REPO.fullmatch(name)):
-            raise ValueError(f"{name!r} is not in the list, and no repo id such as user/name")
-        return self._load(name)
+            raise ValueError(
+                f"{name!r} is neither a student of the list nor a repo id such as user/name; a folder must be named "
+                f"when the page is started: hsivi demo --pipeline {name}"
+            )
+        if name not in self._kept:
+            self._kept.clear()  # first, for there may be no memory for both
+            self._kept[name] = load_student(name, self.device)
+        return self._kept[name]
 
 
-def choose(pairs: Pairs, name: str) -> list[Any]:
+def choose(students: Students, name: str) -> list[Any]:
     """What can be asked of a student: its steps, its classes, a prompt, its scales of guidance; and its teacher."""
-    pair = pairs(name)
-    depths, classes, scales = pair.student.scheduler.depths, classes_of(pair.student), pair.scales
+    student = students(name)
+    depths, classes, scales = student.pipeline.scheduler.depths, student.classes, student.scales
     return [
         gr.update(choices=depths, value=depths[-1], interactive=len(depths) > 1),
-        gr.update(choices=[IN_TURN, *map(str, range(classes))], value=IN_TURN, visible=classes > 0),
-        gr.update(visible=takes_text(pair.student)),
+        gr.update(choices=[IN_TURN, *map(str, classes)], value=IN_TURN, visible=bool(classes)),
+        gr.update(visible=takes_text(student.pipeline)),
         gr.update(choices=scales, value=scales[0], visible=scales != [1.0]),
-        f"Teacher: {pair.name}",
+        f"Teacher: {student.about}",
     ]
 
 
 def show(
-    pairs: Pairs,
+    students: Students,
     name: str,
     steps: int,
     teacher_steps: int,
@@ -190,36 +222,43 @@ def show(
     seed: int,
 ) -> list[Any]:
     """Images of student and teacher, each with a line of network calls and time."""
-    pair, text = pairs(name), prompt.strip()
-    if takes_text(pair.student) and not text:
+    student, text = students(name), (prompt or "").strip()
+    if takes_text(student.pipeline) and not text:
         raise ValueError("the prompt is missing: say what to draw")
-    request = Request(int(count), int(seed), text or (None if label == IN_TURN else int(label)), float(scale))
-    ours, told = timed("Student", partial(draw_student, pair, request, int(steps)))
-    theirs, theirs_told = list[Image.Image](), f"Teacher: {pair.name}"
-    if pair.teacher is not None:
-        theirs, theirs_told = timed("Teacher", partial(draw_teacher, pair, request, int(teacher_steps)))
-    return [told, ours, theirs_told, theirs]
+    condition = text or (None if label == IN_TURN else int(label))
+    request = Request(int(count), int(seed or 0), condition, float(scale))
+    ours = timed("Student", partial(draw_student, student, request, int(steps)))
+    theirs: tuple[str, list[Image.Image]] = f"Teacher: {student.about}", []
+    if student.teacher is not None:
+        host, drawn = student.teacher.host, partial(draw_teacher, student, student.teacher, request, int(teacher_steps))
+        try:
+            theirs = timed(f"Teacher, {SAMPLER if host is None else type(host.scheduler).__name__}", drawn)
+        except Exception as error:  # its pipeline may not draw with what the student was trained on
+            theirs = f"Teacher: it could not draw ({type(error).__name__}: {error})", []
+    return [*ours, *theirs]
 
 
-def told(function: Callable[..., list[Any]], *given: Any) -> Callable[..., list[Any]]:
+def on_page(function: Callable[..., list[Any]], *given: Any) -> Callable[..., list[Any]]:
     """Returns the function with the first arguments given, and shows what it raises as one line on the page."""
 
     def call(*chosen: Any) -> list[Any]:
         try:
             return function(*given, *chosen)
-        except (OSError, ValueError) as error:
-            raise gr.Error(str(error).removeprefix("--pipeline "), print_exception=False) from error
+        except Exception as error:
+            expected = isinstance(error, OSError | ValueError)
+            text = str(error).removeprefix("--pipeline ") if expected else f"{type(error).__name__}: {error}"
+            raise gr.Error(text, print_exception=not expected) from error
 
     return call
 
 
 def make_page(names: Sequence[str], device: str) -> gr.Blocks:
     """Makes the page, to be launched."""
-    pairs = Pairs(names, device)
-    with gr.Blocks(title="hsivi_diffusers", analytics_enabled=False) as page:
+    students = Students(names, device)
+    with gr.Blocks(title="hsivi_diffusers", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
         gr.Markdown("# A student beside its teacher")
         with gr.Row():
-            name = gr.Dropdown(pairs.names, value=names[0], label="Student, or a repo id", allow_custom_value=True)
+            name = gr.Dropdown(students.names, value=names[0], label="Student, or a repo id", allow_custom_value=True)
             steps = gr.Dropdown([1], value=1, label="Steps of the student")
             teacher_steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps of the teacher")
         with gr.Row():
@@ -227,7 +266,7 @@ def make_page(names: Sequence[str], device: str) -> gr.Blocks:
             prompt = gr.Textbox("", label="Prompt", visible=False)
             scale = gr.Dropdown([1.0], value=1.0, label="Guidance scale", visible=False)
             count = gr.Slider(1, MOST_IMAGES, 8, step=1, label="Images")
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53)
         button, about = gr.Button("Draw", variant="primary"), gr.Markdown()
         with gr.Row():
             shown = list[gr.Component]()
@@ -237,19 +276,22 @@ def make_page(names: Sequence[str], device: str) -> gr.Blocks:
         one_by_one: dict[str, Any] = {"concurrency_id": "networks", "concurrency_limit": 1}
         chosen, asked = [steps, label, prompt, scale, about], [name, steps, teacher_steps, label, prompt, scale]
         for event in (name.change, page.load):
-            event(told(choose, pairs), name, chosen, api_name="choose", **one_by_one)
-        button.click(told(show, pairs), [*asked, count, seed], shown, api_name="draw", **one_by_one)
+            event(on_page(choose, students), name, chosen, api_name="choose", **one_by_one)
+        button.click(on_page(show, students), [*asked, count, seed], shown, api_name="draw", **one_by_one)
     return page
 
 
 def main(args: Sequence[str]) -> None:
     """Runs `hsivi demo`."""
     (options,) = parse_options([Demo], DEMO, args, "hsivi demo")
-    names = options.pipeline or [str(folder) for folder in sorted(BUNDLED.glob("*"), reverse=True) if folder.is_dir()]
+    names = options.pipeline or [str(folder) for folder in BUNDLED if folder.is_dir()]
     if not names:
         raise ValueError("--pipeline is missing: give folders of runs, or repo ids")
+    if unknown := [name for name in names if not Path(name).is_dir() and not REPO.fullmatch(name)]:
+        raise ValueError(f"--pipeline {unknown[0]} is no folder, and no repo id such as user/name: check the spelling")
     page = make_page(names, usable_device(options.device))
     try:
-        page.launch(server_name=options.server_name, server_port=options.server_port)
+        # Nothing needs to be uploaded, and the least that can be allowed is a byte.
+        page.launch(server_name=options.server_name, server_port=options.server_port, max_file_size=1)
     except OSError as error:
         raise ValueError(f"--server_name {options.server_name} --server_port {options.server_port}: {error}") from error

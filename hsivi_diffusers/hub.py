@@ -30,7 +30,6 @@ from .scheduling_hsivi import HSIVIScheduler
 
 AGAIN = "Nothing of yours was lost. Push again later: what has arrived is not sent twice."
 CUT = (OSError, RuntimeError, HTTPError)  # what a cut connection raises; a ValueError says itself what is wrong
-WIDEST = 1600  # pixels of a figure
 # Ends of the names of files that hold weights or tell where they are.
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
@@ -269,7 +268,6 @@ def write_adapter_repo(
 def _save_figures(folder: Path, run: dict[str, Any]) -> None:
     for name, figure in (("grid", "samples.png"), ("samples", "comparison.png"), ("curve", "curve.png")):
         if name in run:
-            run[name].thumbnail((WIDEST, WIDEST))
             run[name].save(folder / figure)
 
 

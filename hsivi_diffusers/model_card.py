@@ -6,32 +6,16 @@ import re
 import textwrap
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .measures import MEASURES, REPORTED, written
 from .pipeline_hsivi import HSIVIPipeline, network_calls, one_of
 
-
-class Metric(NamedTuple):
-    """How a measure of a report is written in a card."""
-
-    name: str
-    form: str
-    factor: int = 1
-    is_distance: bool = True  # and so goes into the model-index
-
-
-# The first one is the headline of a report, if it names none.
-METRICS = {
-    "fd": Metric("Frechet distance", ".2f"),
-    "kid": Metric("KID x 1000", ".2f", 1000),
-    "recall": Metric("recall", ".3f", is_distance=False),
-    "coverage": Metric("coverage", ".3f", is_distance=False),
-    "swd": Metric("sliced Wasserstein distance", ".4f"),
-}
+DISTANCES = {"fd": "frechet_distance", "kid": "kid_x_1000", "swd": "sliced_wasserstein_distance"}  # of the model-index
 # The options of a run that a reader of its card wants to know.
 TOLD = (
     "preset",
@@ -181,17 +165,12 @@ def _write(
 
 def _headline(report: dict[str, Any]) -> str:
     """The measure that a report is about."""
-    first, *_ = METRICS
-    return report["headline"] if report.get("headline") in METRICS else first
+    return report["headline"] if report.get("headline") in REPORTED else "fd"
 
 
 def _metric_name(metric: str, report: dict[str, Any]) -> str:
-    features = report.get("features")
-    return f"{METRICS[metric].name}, {features}" if metric == _headline(report) and features else METRICS[metric].name
-
-
-def _written(metric: str, row: dict[str, Any]) -> str:
-    return format(METRICS[metric].factor * row[metric], METRICS[metric].form) if _measured(row, metric) else "-"
+    features = report.get("features") if metric in ("fd", "kid") else None
+    return f"{MEASURES[metric].head}, {features}" if features else MEASURES[metric].head
 
 
 def _measured(row: dict[str, Any], metric: str) -> bool:
@@ -215,14 +194,14 @@ def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
             task_type="unconditional-image-generation",
             dataset_type=str(row["dataset"]),
             dataset_name=str(row["dataset"]),
-            metric_type=METRICS[metric].name.lower().replace(" ", "_"),
+            metric_type=kind,
             metric_name=f"{_metric_name(metric, report)}, {network_calls([row['nfe']])}, {row['num_samples']} images",
-            metric_value=round(METRICS[metric].factor * row[metric], 4),
+            metric_value=round(MEASURES[metric].factor * row[metric], 4),
         )
         for row in _rows(report)
         if row["method"] == "HSIVI" and row.get("dataset")
-        for metric in METRICS
-        if METRICS[metric].is_distance and _measured(row, metric)
+        for metric, kind in DISTANCES.items()
+        if _measured(row, metric)
     ]
     return results or None
 
@@ -288,9 +267,10 @@ def _quality(run: dict[str, Any]) -> str:
     if not rows:
         return "Not measured yet."
     notes = [
-        "NFE: network calls for one image. Lower is better, but for recall and coverage. All methods sample the same "
-        f"teacher from the same noise, and are compared to {_plain(report.get('reference') or 'the reference')}.",
-        f"Two halves of it are at {_written(headline, {headline: floor})}." if floor is not None else "",
+        "NFE: network calls for one image; FD: Frechet distance; SWD: sliced Wasserstein distance. Lower is better, "
+        "but for precision, recall and coverage. All methods sample the same teacher from the same noise, and are "
+        f"compared to {_plain(report.get('reference') or 'the reference')}.",
+        f"Two halves of it are at {written(headline, floor)}." if floor is not None else "",
         "A KID below 0 is noise of the measurement." if headline == "kid" else "",
         _plain(report.get("measured") or ""),
     ]
@@ -302,14 +282,14 @@ def _quality(run: dict[str, Any]) -> str:
 def _quality_table(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
     """By network calls, then by the headline, which comes first of what was measured."""
     headline = _headline(report)
-    others = [metric for metric in METRICS if metric != headline and any(_measured(row, metric) for row in rows)]
+    others = [metric for metric in REPORTED if metric != headline and any(_measured(row, metric) for row in rows)]
 
     def place(row: dict[str, Any]) -> tuple[Any, float]:
         return row["nfe"], row[headline] if _measured(row, headline) else math.inf
 
     def line(row: dict[str, Any]) -> list[str]:
         method = "**HSIVI, this model**" if row["method"] == "HSIVI" else _plain(row["method"])
-        distances = [_written(metric, row) for metric in (headline, *others)]
+        distances = [written(metric, row[metric]) if _measured(row, metric) else "-" for metric in (headline, *others)]
         return [_plain(row["nfe"]), method, *distances, _plain(row["num_samples"])]
 
     heads = ["NFE", "method", *(_plain(_metric_name(metric, report)) for metric in (headline, *others)), "images"]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from .folders import write_text
+from .measures import MEASURES, REPORTED, written
 from .run_records import PROMPTS, sample_grids
 
 PAGE = "index.html"
 LOG = "log.jsonl"  # losses, rates and speed, a line of JSON every now and then
 SHOWN = {"loss/student": "#e8590c", "loss/critic": "#1971c2"}  # curves and their colours
 WIDTH, HEIGHT = 640, 200  # of the curves, in pixels
-MEASURES = ("kid", "fd", "precision", "recall", "coverage", "swd")
 STYLE = """\
 body { font: 16px/1.5 sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
 img { max-width: 100%; image-rendering: pixelated } table { border-collapse: collapse }
@@ -49,10 +50,12 @@ def write_page(run_dir: Path) -> None:
     if (prompts := run_dir / PROMPTS).is_file():
         first = prompts.read_text(encoding="utf-8").splitlines()[:20]
         parts += ["<p>The first prompts:</p>", "<ol>", *(f"<li>{escape(prompt)}</li>" for prompt in first), "</ol>"]
-    if curves := draw_curves(log):
+    if curves := loss_curves(log):
         parts += ["<h2>Losses</h2>", curves]
     if rows := report.get("rows"):
-        parts += ["<h2>Quality</h2>", f"<p>{escape(str(report.get('measured', '')))}</p>", _quality(rows)]
+        about = f"Features: {report.get('features')}. Reference: {report.get('reference')}. {report.get('measured')} "
+        about += "Lower is better, but for precision, recall and coverage."
+        parts += ["<h2>Quality</h2>", f"<p>{escape(about)}</p>", _quality(rows)]
         figures = [name for name in ("samples.png", "curve.png") if (run_dir / name).is_file()]
         parts += [f'<p><img src="{name}" alt="{name}"></p>' for name in figures]
     parts += ["<h2>Options</h2>", _table(["option", "value"], options.items())]
@@ -61,20 +64,29 @@ def write_page(run_dir: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, empty if there is none."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    """The object in a file, empty if there is none, or a damaged one."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of the log of a run; a last one that was cut off is left out."""
-    path = run_dir / LOG
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    """The lines of the log of a run; those that were cut off or are damaged are left out."""
+    path, lines = run_dir / LOG, list[dict[str, Any]]()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, TypeError):
+            lines.append(dict(json.loads(line)))
+    return [line for line in lines if isinstance(line.get("step"), int)]
 
 
 def _cost(options: dict[str, Any], training: dict[str, Any]) -> str:
-    counts, updates = ", ".join(map(str, options.get("num_inference_steps", []))), options.get("max_train_steps")
-    text = f"{counts} steps, distilled from {options.get('pretrained_teacher_model')} in {updates} updates."
+    counts = options.get("num_inference_steps") or options.get("num_layers")  # of earlier versions
+    steps, updates = (
+        ", ".join(map(str, counts if isinstance(counts, list) else [counts])),
+        options.get("max_train_steps"),
+    )
+    text = f"{steps} steps, distilled from {options.get('pretrained_teacher_model')} in {updates} updates."
     if not training:
         return f"{text} The training has not ended yet."
     calls = f", {training['network_calls']:,} network calls" if training.get("network_calls") else ""
@@ -89,7 +101,7 @@ def _beside(line: dict[str, Any] | None) -> str:
     return f", {line['images/contrast']:.2f} times the teacher's contrast, {line['images/diversity']:.2f} its diversity"
 
 
-def draw_curves(log: Sequence[dict[str, Any]]) -> str:
+def loss_curves(log: Sequence[dict[str, Any]]) -> str:
     """Losses against updates as SVG, on a logarithmic scale; nothing with fewer than two lines."""
     curves = {name: [(line["step"], line[name]) for line in log if line.get(name, 0) > 0] for name in SHOWN}
     heights = [y for curve in curves.values() for _, y in curve]
@@ -107,13 +119,12 @@ def draw_curves(log: Sequence[dict[str, Any]]) -> str:
 
 
 def _quality(rows: Sequence[dict[str, Any]]) -> str:
-    measures = [name for name in MEASURES if any(name in row for row in rows)]
+    measures = [name for name in REPORTED if any(name in row for row in rows)]
 
     def line(row: dict[str, Any]) -> list[Any]:
-        return [row["nfe"], row["method"], *(f"{row[name]:.4g}" if name in row else "" for name in measures)]
+        return [row["nfe"], row["method"], *(written(name, row[name]) if name in row else "" for name in measures)]
 
-    heads = [name if len(name) > 3 else name.upper() for name in measures]
-    return _table(["NFE", "method", *heads], map(line, rows))
+    return _table(["NFE", "method", *(MEASURES[name].head for name in measures)], map(line, rows))
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:

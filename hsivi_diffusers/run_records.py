@@ -10,6 +10,7 @@ from PIL import Image
 ADAPTER = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` of diffusers looks for
 PROMPTS = "prompts.txt"  # in the folder of a run
 COLUMNS = 8  # of a sample grid
+WIDEST = 1600  # pixels of a sample grid in a card
 SAMPLERS = ("model_index.json", ADAPTER)  # one of them is in the folder of a sampler
 
 
@@ -42,8 +43,8 @@ def pipeline_of(name: str) -> Path:
 
 def sample_grids(run_dir: Path) -> dict[int, Path]:
     """The sample grids of a run, by the number of updates before them, ascending."""
-    grids = {int(path.stem.rpartition("-")[2]): path for path in run_dir.glob("samples/step-*.png")}
-    return dict(sorted(grids.items()))
+    paths = [path for path in run_dir.glob("samples/step-*.png") if path.stem.removeprefix("step-").isdecimal()]
+    return dict(sorted((int(path.stem.removeprefix("step-")), path) for path in paths))
 
 
 def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -79,9 +80,13 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
     figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
     if grids := sample_grids(Path(run_dir)):
         figures["grid"] = [*grids.values()][-1]
-    if run["options"].get("prompts") and (prompts := Path(run_dir) / PROMPTS).is_file():
+    prompts = Path(run_dir) / PROMPTS
+    if run["options"].get("prompts") and prompts.is_file() and not prompts.is_symlink():
         run["prompts"] = read_prompts(str(prompts))[:COLUMNS]
-    return run | {name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()}
+    run |= {name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()}
+    if "grid" in run:
+        run["grid"].thumbnail((WIDEST, WIDEST))
+    return run
 
 
 def _read_figure(path: Path) -> Image.Image:

@@ -92,8 +92,13 @@ def usable_device(name: str | None) -> str:
     return device
 
 
-def classes_of(pipeline: Any) -> int:
-    """The number of classes that a distilled pipeline draws; 0 without classes."""
+def classes_of(pipeline: Any, name: str) -> list[int]:
+    """The classes that a distilled pipeline of that name was trained on, empty without classes; all without a run."""
+    number, shares = _num_classes(pipeline), run_of(name).get("class_shares")
+    return [label for label, share in enumerate((shares or [1] * number)[:number]) if share]
+
+
+def _num_classes(pipeline: Any) -> int:
     from .distillation.denoisers import num_classes
     from .distillation.teachers import network_of
     from .pipeline_hsivi import HSIVIPipeline
@@ -105,7 +110,7 @@ def _conditions(options: Sampling, pipeline: Any) -> Sequence[int | str]:
     """The classes or prompts to draw; those of the run, if that is at hand, by default, and none without classes."""
     from .distillation.prompts import takes_text
 
-    by_text, number = takes_text(pipeline), classes_of(pipeline)
+    by_text, number = takes_text(pipeline), _num_classes(pipeline)
     if any(not 0 <= label < number for label in options.class_label):
         known = f"classes 0 to {number - 1}" if number else "no classes, leave it out"
         raise ValueError(f"--class_label {options.class_label}: this pipeline has {known}")
@@ -116,8 +121,7 @@ def _conditions(options: Sampling, pipeline: Any) -> Sequence[int | str]:
         if not options.prompt and not recorded.is_file():
             raise ValueError("--prompt is missing: say what to draw")
         return read_prompts(options.prompt or str(recorded))
-    shares = run_of(str(options.pipeline)).get("class_shares") or [1] * number
-    return options.class_label or [label for label, share in enumerate(shares[:number]) if share]
+    return options.class_label or classes_of(pipeline, str(options.pipeline))
 
 
 def folder_of_run(name: str) -> Path:

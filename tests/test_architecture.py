@@ -44,9 +44,10 @@ ALLOWED = {
     "scheduling_hsivi": (set(), HOST),
     "modeling_hsivi": (set(), HOST),
     "pipeline_hsivi": (set(), HOST),
-    "model_card": ({"pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub"}),
+    "model_card": ({"measures", "pipeline_hsivi"}, {"torch", "diffusers", "huggingface_hub"}),
     "run_records": (set(), {"PIL"}),
-    "run_page": ({"folders", "run_records"}, set()),
+    "measures": (set(), set()),
+    "run_page": ({"folders", "measures", "run_records"}, set()),
     "hub": (
         {"model_card", "pipeline_hsivi", "run_records", "scheduling_hsivi"},
         {"torch", "diffusers", "huggingface_hub", "PIL", "safetensors"},
@@ -78,7 +79,7 @@ ALLOWED = {
         TRAIN,
     ),
     "distillation/state_dicts": (set(), TRAIN),
-    "distillation/output": ({"folders", "options"}, set()),
+    "distillation/output": ({"folders", "options", "run_page", "run_records"}, set()),
     "distillation/checkpoints": (
         {"distillation/output", "distillation/state_dicts", "folders", "options"},
         TRAIN,
@@ -130,8 +131,8 @@ ALLOWED = {
         | {"pipeline_hsivi", "scheduling_hsivi"},
         EVALUATE,
     ),
-    "evaluation/report": ({"evaluation/figures", "evaluation/pages", "folders"}, EVALUATE),
-    "evaluation/figures": ({"evaluation/pages"}, EVALUATE),
+    "evaluation/report": ({"evaluation/figures", "evaluation/pages", "folders", "measures"}, EVALUATE),
+    "evaluation/figures": ({"measures"}, EVALUATE),
     "evaluation/pages": (set(), EVALUATE),
     "evaluation/evaluate": (
         {
@@ -140,6 +141,7 @@ ALLOWED = {
             "distillation/guidance",
             "distillation/ode",
             "distillation/teachers",
+            "measures",
             "run_page",
             "folders",
             "images",
@@ -155,7 +157,7 @@ ALLOWED = {
     ),
     "demo": (
         {f"distillation/{noun}" for noun in ("denoisers", "guidance", "ode", "pairs", "prompts", "teachers")}
-        | {"options", "sampling"},
+        | {"evaluation/solvers", "options", "pipeline_hsivi", "sampling"},
         {"torch", "huggingface_hub", "PIL", "gradio"},
     ),
     "cli": (

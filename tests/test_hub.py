@@ -273,7 +273,7 @@ def test_the_headline_of_the_report_comes_first_with_its_floor():
     report = {"headline": "kid", "features": "EfficientNet", "reference": "teacher | 50", "floor": -0.0002}
     card = card_of({**report, "rows": [{**ROWS[0], **more}]})
     head, _, line = [line for line in card.text.splitlines() if line.startswith("|")]
-    heads = ["KID x 1000, EfficientNet", "Frechet distance", "recall", "coverage", "sliced Wasserstein distance"]
+    heads = ["KID x 1000, EfficientNet", "FD, EfficientNet", "recall", "coverage", "SWD"]
     assert head == f"| NFE | method | {' | '.join(heads)} | images |"
     assert line == "| 4 | **HSIVI, this model** | 1.50 | 1.25 | 0.910 | 0.880 | 0.0200 | 500 |"
     assert "compared to teacher \\| 50. Two halves of it are at -0.20. A KID below 0 is noise" in card.text
@@ -292,7 +292,7 @@ def test_bars_and_line_breaks_leave_the_table_whole():
     rows = [ROWS[0], {**ROWS[1], "method": "DDIM | eta 1\nagain"}]
     card = card_of({"rows": rows, "features": "mine | of\ntwo lines", "measured": None})
     head, _, *lines = [line for line in card.text.splitlines() if line.startswith("|")]
-    assert head == "| NFE | method | Frechet distance, mine \\| of two lines | sliced Wasserstein distance | images |"
+    assert head == "| NFE | method | FD, mine \\| of two lines | SWD | images |"
     assert lines[1] == "| 4 | DDIM \\| eta 1 again | 9.50 | 0.0200 | 500 |"
     assert len(lines) == 2
     assert "None" not in card.text

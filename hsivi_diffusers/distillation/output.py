@@ -13,9 +13,12 @@ from typing import Any
 
 from ..folders import LOCK, claim_output_dir, remove_folder, sole_writer, write_json
 from ..options import differences, option
+from ..run_page import LOG, PAGE
+from ..run_records import PROMPTS
 
 OPTIONS = {"options.json", "options.json.partial"}
-STARTED = OPTIONS | {"logs", "samples", "checkpoints"}  # in a folder before the first checkpoint
+WRITTEN_AT_ONCE = {f"{name}{end}" for name in (PAGE, LOG, PROMPTS) for end in ("", ".partial")}
+STARTED = OPTIONS | WRITTEN_AT_ONCE | {"logs", "samples", "checkpoints"}  # in a folder before the first checkpoint
 ANEW = "start over with --overwrite_output_dir and without --resume_from_checkpoint"
 
 Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]

@@ -90,13 +90,14 @@ class Progress:
             self._restart_clock(done)
             numbers = {**self._numbers(step), "images_per_second": speed, **measured}
             self.accelerator.log(numbers, step=done)
-            self._record({"step": done, **numbers})
+            self._record(done, numbers)
             shown = {**self.running, "img/s": speed, **measured}
             bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
-    def _record(self, line: dict[str, float]) -> None:
+    def _record(self, step: int, numbers: dict[str, float]) -> None:
         """Adds a line to the log."""
         if self.accelerator.is_main_process:
+            line = {**{name: float(number) for name, number in numbers.items()}, "step": step}
             with (self.folder / LOG).open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
 
@@ -151,7 +152,7 @@ class Progress:
         """Tells contrast and diversity of a grid, and says so, after a tenth of the run, if they are out of bounds."""
         ratios = beside_teacher(images)
         self.accelerator.log(ratios, step=step)
-        self._record({"step": step, **ratios})
+        self._record(step, ratios)
         for name, ratio in ratios.items():
             if 10 * step >= self.config.max_train_steps and not 1 / BOUND < ratio < BOUND:
                 what = name.removeprefix("images/")

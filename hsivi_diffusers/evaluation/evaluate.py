@@ -24,12 +24,13 @@ from ..distillation.guidance import GuidedNetwork, calls_of_step, guided
 from ..distillation.ode import few_step_timesteps
 from ..distillation.teachers import image_shape, load_parts, load_prompts, load_student, network_of
 from ..images import load_images
+from ..measures import REPORTED
 from ..options import option, parse_options
 from ..run_page import write_page
 from ..run_records import PROMPTS
 from .features import check_packages, load_network
 from .metrics import FEWEST, PACKAGES, Measures, split_halves
-from .report import METRICS, OURS, Report, load_run
+from .report import OURS, Report, load_run
 from .solvers import Sampler, make_solver, make_student, sample, shorten
 
 COLUMNS = 16  # images in a row of samples.png
@@ -181,7 +182,7 @@ def main(args: list[str] | None = None) -> None:
     network, features = load_network(options.feature_extractor, image_shape(host, sample_shape(unet))[0])
     samplers = list(make_samplers(options, student, teacher, schedule.config, host))  # refuses counts without a grid
     reference, labels, name = load_reference(options, teacher, schedule.config, classes, host)
-    measures = Measures(network.to(device), reference, METRICS)
+    measures = Measures(network.to(device), reference, REPORTED)
 
     size, seed = options.num_samples, options.eval_seed
     rows, shown = [], {}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .pages import MEASURES, Measure
+from ..measures import MEASURES, Measure
 
 DPI = 130
 

@@ -1,4 +1,4 @@
-"""Pages of results: how measures are written, tables between markers in a text by hand, the day and the machine."""
+"""Pages of results: tables between markers in a text by hand, the day and the machine."""
 
 from __future__ import annotations
 
@@ -7,45 +7,9 @@ import os
 import platform
 import re
 from collections.abc import Collection, Iterable, Sequence
-from statistics import mean, stdev
-from typing import NamedTuple
 
 import diffusers
 import torch
-
-
-class Measure(NamedTuple):
-    """How a measure is written in tables and figures."""
-
-    head: str
-    form: str = ".2f"
-    factor: int = 1
-    higher_is_better: bool = False
-
-
-MEASURES = {
-    "fd": Measure("FD"),
-    "kid": Measure("KID x 1000", factor=1000),
-    "precision": Measure("precision", ".3f", higher_is_better=True),
-    "recall": Measure("recall", ".3f", higher_is_better=True),
-    "density": Measure("density", ".3f", higher_is_better=True),
-    "coverage": Measure("coverage", ".3f", higher_is_better=True),
-    "swd": Measure("SWD", ".4f"),
-    "class_tv": Measure("class TV", ".3f"),
-    "teacher_tv": Measure("TV to teacher", ".3f"),
-    "accuracy": Measure("accuracy", ".4f", higher_is_better=True),
-    "class_fd": Measure("FD of a class"),
-    "class_recall": Measure("recall of a class", ".3f", higher_is_better=True),
-    "nearest": Measure("nearest", ".3f", higher_is_better=True),
-}
-
-
-def written(name: str, *values: float) -> str:
-    """A measure as it is written in tables: the mean of its values and, of several, their standard deviation."""
-    measure = MEASURES[name]
-    scaled = [measure.factor * value for value in values]
-    spread = f" ± {format(stdev(scaled), measure.form)}" if len(scaled) > 1 else ""
-    return format(mean(scaled), measure.form) + spread
 
 
 def write_table(heads: Sequence[str], left: Collection[str], lines: Iterable[Sequence[object]]) -> str:

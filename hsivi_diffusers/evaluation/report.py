@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ..folders import write_json, write_text
+from ..measures import MEASURES, REPORTED, written
 from .figures import draw_curves, draw_samples
-from .pages import MEASURES, measured_on, write_table, written
+from .pages import measured_on, write_table
 
 OURS = "HSIVI"
-METRICS = ("kid", "fd", "precision", "recall", "coverage", "swd")
 GUIDED = "Teacher and solvers are guided, too: a step of theirs is two network calls."
 NOTES = """\
 KID is the squared maximum mean discrepancy of the features under the kernel (x . y / s + 1)^3, with s the mean of
@@ -68,7 +68,7 @@ class Report:
         return f"{MEASURES[self.headline].head} {written(self.headline, value)}"
 
     def _table(self) -> str:
-        names = [self.headline, *(name for name in METRICS if name != self.headline)]
+        names = [self.headline, *(name for name in REPORTED if name != self.headline)]
         measures = [MEASURES[name].head for name in names]
         heads = ["NFE", "method", *measures, "images", "train seed", "eval seed", "training s", "grid"]
         lines = []
@@ -103,7 +103,7 @@ class Report:
             value = written(self.headline, longest[self.headline])
             compared += f"; best at {longest['nfe']} calls: {longest['method']}, {value}"
         return (
-            f"Wrote:  report.md, report.json, samples.png, curve.png in {run_dir}\n"
+            f"Wrote:  index.html, report.md, report.json, samples.png, curve.png in {run_dir}\n"
             f"Result: {compared}\n"
             f"Next:   open {run_dir / 'index.html'} in a browser"
         )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
+from hsivi_diffusers import measures
 from hsivi_diffusers.evaluation import pages
 from training.benchmarks.images import benchmark_pages
 from training.benchmarks.images.benchmark_pages import (
@@ -214,8 +215,8 @@ def test_costs_are_told_seed_by_seed_and_as_multiples_of_those_of_ours():
 
 
 def test_a_mean_has_its_spread():
-    assert pages.written("fd", 1.0, 3.0) == "2.00 ± 1.41"
-    assert pages.written("kid", 0.0012) == "1.20"
+    assert measures.written("fd", 1.0, 3.0) == "2.00 ± 1.41"
+    assert measures.written("kid", 0.0012) == "1.20"
     assert benchmark_pages.distance([row(OURS, 1, 1.0, 0.1234)], "pixels") == "0.123"
     assert benchmark_pages.distance([], "pixels") == ""
 

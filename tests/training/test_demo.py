@@ -1,5 +1,6 @@
 """`hsivi demo`: the page, by its functions, by its server, and in a browser where there is one."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -7,11 +8,14 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
 from hsivi_diffusers import HSIVIPipeline, cli
-from hsivi_diffusers.distillation.pairs import TeacherPairs
+from hsivi_diffusers.distillation.pairs import pair_levels
 from hsivi_diffusers.distillation.teachers import load_teacher
+from hsivi_diffusers.evaluation.solvers import make_solver
 from hsivi_diffusers.hub import push
 from short_run import SETTINGS
 
@@ -26,8 +30,8 @@ ASKED = {"teacher_steps": 3, "label": demo.IN_TURN, "prompt": "", "scale": 1.0, 
 
 
 @pytest.fixture
-def pairs(fast_run, several_run, class_run):
-    return demo.Pairs([str(run) for run in (fast_run, several_run, class_run)], "cpu")
+def students(fast_run, several_run, class_run):
+    return demo.Students([str(run) for run in (fast_run, several_run, class_run)], "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -48,97 +52,146 @@ def same(shown, image):
     return np.array_equal(np.asarray(shown)[::factor, ::factor], np.asarray(image))
 
 
-def show(pairs, name, steps, **asked):
-    return demo.show(pairs, str(name), steps, **{**ASKED, **asked})
+def show(students, name, steps, **asked):
+    return demo.show(students, str(name), steps, **{**ASKED, **asked})
 
 
-def test_the_student_draws_what_its_pipeline_draws(pairs, fast_run):
-    told, images, *_ = show(pairs, fast_run, 2)
+def test_the_student_draws_what_its_pipeline_draws(students, fast_run):
+    told, images, *_ = show(students, fast_run, 2)
     drawn = HSIVIPipeline.from_pretrained(fast_run / "pipeline")(3, seeds(3, 7)).images
     assert len(images) == 3
     assert all(same(*each) for each in zip(images, drawn, strict=True))
-    assert told.startswith("Student: 2 calls, ")
+    assert told.startswith("Student: 2 network calls, ")
     assert told.endswith(" ms an image")
 
 
-def test_the_teacher_starts_from_the_same_noise(pairs, fast_run, teacher):
-    *_, told, images = show(pairs, fast_run, 2, count=1)
+def test_the_teacher_starts_from_the_same_noise(students, fast_run, teacher):
+    *_, told, images = show(students, fast_run, 2, count=1)
     unet, schedule = load_teacher(teacher)
-    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(7))
-    (end,) = TeacherPairs(unet.eval(), schedule, noise, num_calls=3).end
-    (drawn,) = HSIVIPipeline.numpy_to_pil((end / 2 + 0.5).permute(1, 2, 0)[None].numpy())
+    solver = make_solver(demo.SAMPLER, 3, unet.eval(), schedule.config, pair_levels(schedule, 3))
+    (drawn,) = HSIVIPipeline.numpy_to_pil(solver(1, *seeds(1, 7)).permute(0, 2, 3, 1).numpy())
     assert same(images[0], drawn)
-    assert told.startswith("Teacher: 3 calls, ")
+    assert told.startswith(f"Teacher, {demo.SAMPLER}: 3 network calls, ")
 
 
-def test_steps_and_classes_can_be_chosen_where_there_are_several(pairs, several_run, class_run, teacher):
-    steps, label, prompt, scale, about = demo.choose(pairs, str(several_run))
+def test_steps_and_classes_can_be_chosen_where_there_are_several(students, several_run, class_run, teacher):
+    steps, label, prompt, scale, about = demo.choose(students, str(several_run))
     assert (steps["choices"], steps["value"], steps["interactive"]) == ([1, 2, 4], 4, True)
     assert (label["visible"], prompt["visible"], scale["visible"]) == (False, False, False)
     assert about == f"Teacher: {teacher}"
-    assert show(pairs, several_run, 1)[0].startswith("Student: 1 calls")
-    _, label, *_ = demo.choose(pairs, str(class_run))
+    assert show(students, several_run, 1)[0].startswith("Student: 1 network call")
+    _, label, *_ = demo.choose(students, str(class_run))
     assert label["visible"]
     assert len(label["choices"]) == 4  # all in turn, and three
 
 
-def test_a_class_is_drawn_that_is_asked_for(pairs, class_run):
-    images = show(pairs, class_run, 2, label="1")[1]
+def test_a_class_is_drawn_that_is_asked_for(students, class_run):
+    images = show(students, class_run, 2, label="1")[1]
     drawn = HSIVIPipeline.from_pretrained(class_run / "pipeline")(3, seeds(3, 7), class_labels=[1, 1, 1]).images
     assert all(same(*each) for each in zip(images, drawn, strict=True))
 
 
 def test_scales_of_guidance_cost_the_teacher_two_calls(distil, class_teacher, tmp_path):
     run = distil(tmp_path / "run", pretrained_teacher_model=class_teacher, guidance_scale=(1, 3))
-    pairs = demo.Pairs([str(run)], "cpu")
-    *_, scale, _ = demo.choose(pairs, str(run))
+    students = demo.Students([str(run)], "cpu")
+    *_, scale, _ = demo.choose(students, str(run))
     assert scale["visible"]
-    assert show(pairs, run, 2, scale=3.0)[2].startswith("Teacher: 6 calls")
-    assert show(pairs, run, 2, scale=1.0)[2].startswith("Teacher: 3 calls")
+    assert show(students, run, 2, scale=3.0)[2].startswith(f"Teacher, {demo.SAMPLER}: 6 network calls")
+    assert show(students, run, 2, scale=1.0)[2].startswith(f"Teacher, {demo.SAMPLER}: 3 network calls")
     with pytest.raises(ValueError, match="guidance_scale=2"):
-        show(pairs, run, 2, scale=2.0)
+        show(students, run, 2, scale=2.0)
 
 
 def test_a_prompt_is_drawn_and_asked_for(distil, text_teachers, tmp_path):
     settings = {"pretrained_teacher_model": text_teachers("sd"), "guidance_scale": 2, "lora_rank": 2}
     (tmp_path / "prompts.txt").write_text("a cat\n")
     run = distil(tmp_path / "run", prompts=tmp_path / "prompts.txt", max_train_steps=1, **settings)
-    pairs = demo.Pairs([str(run)], "cpu")
-    assert demo.choose(pairs, str(run))[2]["visible"]
-    _, images, told, theirs = show(pairs, run, 2, prompt="a cat", scale=2.0, count=2)
+    students = demo.Students([str(run)], "cpu")
+    assert demo.choose(students, str(run))[2]["visible"]
+    _, images, told, theirs = show(students, run, 2, prompt="a cat", scale=2.0, count=2)
     assert (len(images), len(theirs)) == (2, 2)
-    assert told.startswith("Teacher: 6 calls")
+    assert told.startswith("Teacher, DDIMScheduler: 6 network calls")
     with pytest.raises(ValueError, match="the prompt is missing: say what to draw"):
-        show(pairs, run, 2, prompt=" ")
+        show(students, run, 2, prompt=" ")
 
 
 def test_a_student_without_its_teacher_is_shown_alone(fast_run, tmp_path):
     folder = shutil.copytree(fast_run / "pipeline", tmp_path / "alone")
-    pairs = demo.Pairs([str(folder)], "cpu")
-    assert show(pairs, folder, 2)[2:] == ["Teacher: not named by its run or its card", []]
+    students = demo.Students([str(folder)], "cpu")
+    assert show(students, folder, 2)[2:] == ["Teacher: not named by its run or its card", []]
 
 
 def test_a_repo_may_be_named(logged_in, fast_run, teacher):
     push(HSIVIPipeline.from_pretrained(fast_run / "pipeline"), "alice/student", run_dir=fast_run)
-    pair = demo.Pairs(["other"], "cpu")("alice/student")
-    assert pair.student.scheduler.depths == [SETTINGS["num_inference_steps"]]
-    assert pair.name == "not named by its run or its card"  # a folder, which the Hub does not have
+    student = demo.Students(["other"], "cpu")("alice/student")
+    assert student.pipeline.scheduler.depths == [SETTINGS["num_inference_steps"]]
+    assert student.about == "not named by its run or its card"  # a folder, which the Hub does not have
+    HfApi().create_repo("alice/teacher")
+    HfApi().upload_folder(repo_id="alice/teacher", folder_path=teacher)
+    push(HSIVIPipeline.from_pretrained(fast_run / "pipeline"), "alice/known", base_model="alice/teacher")
+    told = show(demo.Students(["other"], "cpu"), "alice/known", 2)[2]
+    assert told.startswith(f"Teacher, {demo.SAMPLER}: 3 network calls")
+
+
+@pytest.mark.parametrize("source", ["{teacher}", "../teacher", "assets"])
+def test_a_card_reaches_no_folder_of_this_machine(logged_in, fast_run, teacher, source):
+    push(HSIVIPipeline.from_pretrained(fast_run / "pipeline"), "alice/student")
+    card = ModelCard.load("alice/student")
+    card.data.base_model = source.format(teacher=teacher)
+    card.push_to_hub("alice/student")
+    with pytest.raises(ValueError, match="names a teacher that is no repo id such as user/name"):
+        demo.Students(["other"], "cpu")("alice/student")
+
+
+def test_classes_that_were_not_trained_are_not_offered(class_run, tmp_path):
+    run = shutil.copytree(class_run, tmp_path / "run")
+    options = json.loads((run / "options.json").read_text())
+    (run / "options.json").write_text(json.dumps({**options, "class_shares": [1.0, 0.0, 2.0]}))
+    students = demo.Students([str(run)], "cpu")
+    assert demo.choose(students, str(run))[1]["choices"] == [demo.IN_TURN, "0", "2"]
+    drawn = HSIVIPipeline.from_pretrained(run / "pipeline")(3, seeds(3, 7), class_labels=[0, 2, 0]).images
+    assert all(same(*each) for each in zip(show(students, run, 2)[1], drawn, strict=True))
+
+
+def test_a_teacher_that_cannot_draw_leaves_the_student(distil, dit_teacher, tmp_path):
+    """A stock DiTPipeline takes label 1000 for "no class", and this teacher has three."""
+    settings = {"pretrained_teacher_model": dit_teacher, "guidance_scale": 2, "max_train_steps": 1}
+    run = distil(tmp_path / "run", **settings)
+    told, images, teacher_told, theirs = show(demo.Students([str(run)], "cpu"), run, 2, scale=2.0)
+    assert (len(images), theirs) == (3, [])
+    assert told.startswith("Student: 2 network calls")
+    assert teacher_told.startswith("Teacher: it could not draw (IndexError")
+
+
+def test_the_negative_prompt_of_the_run_is_the_teachers(distil, text_teachers, tmp_path):
+    settings = {"pretrained_teacher_model": text_teachers("sdxl"), "guidance_scale": 2, "lora_rank": 2}
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    settings |= {"prompts": tmp_path / "prompts.txt", "max_train_steps": 1, "negative_prompt": "a dog"}
+    run = distil(tmp_path / "run", **settings)
+    *_, images = show(demo.Students([str(run)], "cpu"), run, 2, prompt="a cat", scale=2.0, count=1)
+    stock = DiffusionPipeline.from_pretrained(text_teachers("sdxl"), torch_dtype=torch.float32)
+    given = {"negative_prompt": "a dog", "guidance_scale": 2.0, "generator": seeds(1, 7), "num_inference_steps": 3}
+    assert same(images[0], stock(["a cat"], **given).images[0])
+
+
+def test_a_cleared_field_is_no_error(students, fast_run):
+    assert len(show(students, fast_run, 2, prompt=None, seed=None)[1]) == 3
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc", "a/b/c", "word"])
-def test_folders_that_were_not_given_are_refused(pairs, name):
-    with pytest.raises(ValueError, match="is not in the list, and no repo id such as user/name"):
-        pairs(name)
+def test_folders_that_were_not_given_are_refused(students, name):
+    with pytest.raises(ValueError, match="is neither a student of the list nor a repo id"):
+        students(name)
 
 
-def test_a_folder_that_looks_like_a_repo_is_refused(pairs, fast_run, tmp_path, monkeypatch):
+def test_a_folder_that_looks_like_a_repo_is_refused(students, fast_run, tmp_path, monkeypatch):
     shutil.copytree(fast_run, tmp_path / "user" / "name")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="is not in the list"):
-        pairs("user/name")
+    with pytest.raises(ValueError, match="is neither a student of the list nor a repo id"):
+        students("user/name")
 
 
-def test_two_visitors_at_once_get_their_own_images(address, fast_run, several_run, pairs):
+def test_two_visitors_at_once_get_their_own_images(address, fast_run, several_run, students):
     def ask(name, steps, seed):
         client = Client(address, verbose=False)
         client.predict(str(name), api_name="/choose")
@@ -149,15 +202,28 @@ def test_two_visitors_at_once_get_their_own_images(address, fast_run, several_ru
     with ThreadPoolExecutor(3) as pool:
         answers = [*pool.map(lambda each: ask(*each), asked)]
     for (name, steps, seed), (told, images) in zip(asked, answers, strict=True):
-        assert told.startswith(f"Student: {steps} calls")
-        alone = show(pairs, name, steps, seed=seed)[1]
+        assert told.startswith(f"Student: {steps} network calls")
+        alone = show(students, name, steps, seed=seed)[1]
         for image, other in zip(images, alone, strict=True):
             assert np.abs(image.astype(int) - np.asarray(other.convert("RGB"))).mean() < 4  # the page sends webp
 
 
 def test_what_goes_wrong_is_one_line(address):
-    with pytest.raises(AppError, match=r"^'word' is not in the list, and no repo id such as user/name$"):
+    message = r"^'word' is neither a student of the list nor a repo id such as user/name; [^\n]*$"
+    with pytest.raises(AppError, match=message):
         Client(address, verbose=False).predict("word", api_name="/choose")
+
+
+def test_no_file_is_taken(fast_run):
+    import httpx
+
+    page = demo.make_page([str(fast_run)], "cpu")
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, max_file_size=1)
+    try:
+        sent = httpx.post(f"{address}gradio_api/upload", files={"files": ("x.html", b"<script>")})
+        assert sent.status_code == 413
+    finally:
+        page.close()
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "README.md", "{run}/options.json"])
@@ -175,6 +241,10 @@ def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
         assert exit.value.code == 2
         assert capsys.readouterr().err.startswith(f"error: {message}")
         monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.undo()
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--pipeline", "nowhere"])
+    assert capsys.readouterr().err.startswith("error: --pipeline nowhere is no folder, and no repo id")
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -190,14 +260,14 @@ def test_a_browser_draws_and_changes_steps(address, several_run):
         page.goto(address)
         expect(page.get_by_text("Teacher: /")).to_be_visible(timeout=60_000)
         page.get_by_role("button", name="Draw").click()
-        expect(page.get_by_text("Student: 2 calls")).to_be_visible(timeout=60_000)
+        expect(page.get_by_text("Student: 2 network calls")).to_be_visible(timeout=60_000)
         page.get_by_label("Student, or a repo id").fill(str(several_run))
         page.keyboard.press("Enter")
         expect(page.get_by_label("Steps of the student")).to_have_value("4", timeout=60_000)
         page.get_by_label("Steps of the student").click()
         page.get_by_role("option", name="1").click()
         page.get_by_role("button", name="Draw").click()
-        expect(page.get_by_text("Student: 1 calls")).to_be_visible(timeout=60_000)
+        expect(page.get_by_text("Student: 1 network call")).to_be_visible(timeout=60_000)
         page.get_by_label("Student, or a repo id").fill("nobody/nothing")
         page.keyboard.press("Enter")
         expect(page.get_by_text("was not found on the Hub")).to_be_visible(timeout=60_000)

@@ -16,15 +16,15 @@ from hsivi_diffusers.evaluation import evaluate, features, report
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.figures import draw_curves, draw_samples
 from hsivi_diffusers.evaluation.metrics import Measures
-from hsivi_diffusers.evaluation.report import METRICS
 from hsivi_diffusers.evaluation.solvers import make_solver, make_student, sample
 from hsivi_diffusers.images import load_images
+from hsivi_diffusers.measures import REPORTED
 from tiny_unet import make_unet
 
 SOLVERS = ["DDIM", "DPM-Solver++", "DPM-Solver++, few-step grid", "UniPC", "UniPC, few-step grid"]
 METHODS = ["DDPM", "DDIM, eta 1", *SOLVERS]
 KINDS = [method for method in METHODS if "few-step" not in method]  # on the grids of diffusers
-KEYS = ["dataset", "method", "nfe", "grid", "train_seed", "eval_seed", "num_samples", *METRICS, "train_seconds"]
+KEYS = ["dataset", "method", "nfe", "grid", "train_seed", "eval_seed", "num_samples", *REPORTED, "train_seconds"]
 
 
 def generator(seed=0):
@@ -384,13 +384,13 @@ def test_the_reference_is_shown_class_by_class():
 
 def test_rows_hold_the_distances_of_the_pictures(rows, evaluated, solver, extractor):
     network = ImageClassifier.from_pretrained(extractor).eval()
-    distances = Measures(network, load_images("digits", 8, 1)[0].float() / 255, [*METRICS])
+    distances = Measures(network, load_images("digits", 8, 1)[0].float() / 255, [*REPORTED])
     student = make_student(HSIVIPipeline.from_pretrained(evaluated[0] / "pipeline"))
     measured = {0: student, 7: ("DPM-Solver++", 3), 8: ("DPM-Solver++, few-step grid", 3), 11: ("DDIM, eta 1", 4)}
     for number, given in measured.items():
         row, sampler = rows[number], given if callable(given) else solver(*given)[0]
         wanted = distances(torch.cat([*sample(sampler, 24, 10, seed=3)]))
-        assert {name: row[name] for name in METRICS} == pytest.approx(wanted, rel=1e-6)
+        assert {name: row[name] for name in REPORTED} == pytest.approx(wanted, rel=1e-6)
 
 
 def test_the_table_is_sorted_and_says_what_was_measured(rows, evaluated, teacher):
@@ -418,7 +418,7 @@ def test_pictures_open(evaluated, name):
 def test_three_lines_close_the_run(rows, evaluated):
     folder, text = evaluated
     made, compares, following = text.splitlines()
-    assert made == f"Wrote:  report.md, report.json, samples.png, curve.png in {folder}"
+    assert made == f"Wrote:  index.html, report.md, report.json, samples.png, curve.png in {folder}"
     best = min(rows[1:6], key=lambda row: row["fd"])
     assert compares == (
         f"Result: FD {rows[0]['fd']:.2f} at 2 network calls; best solver at as many calls: "
@@ -436,7 +436,7 @@ def test_of_several_long_baselines_the_best_is_named(tmp_path):
 
 def test_guidance_and_classes_that_were_left_out_are_told(tmp_path):
     made = {"method": "HSIVI", "nfe": 2, "grid": "", "num_samples": 9, "train_seed": 0, "eval_seed": 0}
-    rows = [{**made, "train_seconds": 1.0, **dict.fromkeys(report.METRICS, 0.5)}]
+    rows = [{**made, "train_seconds": 1.0, **dict.fromkeys(REPORTED, 0.5)}]
     training = {"teacher": "t", "guidance_scale": [3.0], "class_shares": [1.0, 0.0, 2.0, 0.0]}
     report.Report("kid", "features", "digits", None, rows).write(tmp_path, training)
     text = (tmp_path / "report.md").read_text()

@@ -2,11 +2,16 @@
 
 import json
 import re
+import shutil
 
+import numpy as np
 import pytest
+import torch
 
-from hsivi_diffusers import run_page
+from hsivi_diffusers import HSIVIConfig, HSIVITrainer, run_page
 from hsivi_diffusers.distillation import progress
+from hsivi_diffusers.run_records import sample_grids
+from short_run import SETTINGS
 
 LOSSES = [{"step": step, "loss/student": 10.0 / step, "loss/critic": 100.0} for step in (1, 2, 4)]
 
@@ -66,7 +71,7 @@ def test_text_of_the_run_is_shown_as_it_is(folder):
     for mark in ("<b>x", "<script>alert", "<i>HSIVI", "<u>"):
         assert mark not in text
     assert "<li>a &lt;script&gt;alert(1)&lt;/script&gt;</li>" in text
-    assert "<td>4</td><td>&lt;i&gt;HSIVI</td><td>0.00123</td>" in text
+    assert "<td>4</td><td>&lt;i&gt;HSIVI</td><td>1.23</td>" in text
     assert "<tr><td>seed</td><td>3</td></tr>" in text
 
 
@@ -93,3 +98,33 @@ def test_a_run_writes_its_page_and_a_resumed_one_logs_each_update_once(distil, t
     text = (run / "index.html").read_text()
     assert "It took" in text
     assert '[5, "samples/step-5.png", ", ' in text
+
+
+def test_other_files_among_the_grids_and_damaged_lines_of_the_log_do_no_harm(folder):
+    for name in ("step-9-zoom.png", "step-.png", "step-x.png"):
+        (folder / "samples" / name).touch()
+    (folder / "log.jsonl").write_text('\x00\x00\n\n{"step": "one"}\n[1]\n' + (folder / "log.jsonl").read_text())
+    (folder / "report.json").write_text("{")
+    assert list(sample_grids(folder)) == [0, 90, 100]
+    assert [line["step"] for line in run_page.read_log(folder)] == [1, 2, 4]
+    assert "<h2>Quality" not in page(folder)
+
+
+@pytest.mark.parametrize("number", [np.float32(2.5), torch.tensor(2.5), 2.5])
+def test_a_callback_may_return_any_number_and_any_name(teacher, tmp_path, number):
+    config = HSIVIConfig(**{**SETTINGS, "max_train_steps": 2}, output_dir=str(tmp_path / "run"))
+    HSIVITrainer(str(teacher), config, callbacks=[lambda trainer, step: {"mine": number, "step": 7}]).train()
+    assert [(line["step"], line["mine"]) for line in run_page.read_log(tmp_path / "run")] == [(1, 2.5), (2, 2.5)]
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(distil, tmp_path):
+    run = tmp_path / "run"
+    distil(run, max_train_steps=1, validation_steps=1)
+    for name in ("pipeline", "critic", "checkpoints"):
+        shutil.rmtree(run / name)
+    (run / "training.json").unlink()
+    for name in ("index.html", "log.jsonl"):
+        assert (run / name).is_file()
+        (run / f"{name}.partial").touch()
+    distil(run, max_train_steps=1, validation_steps=1)
+    assert (run / "pipeline" / "model_index.json").is_file()

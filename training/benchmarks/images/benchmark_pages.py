@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 
 from hsivi_diffusers.evaluation.figures import draw_curves, draw_samples, pyplot
-from hsivi_diffusers.evaluation.pages import MEASURES, fill_tables, new_parts, write_table, written
+from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
 from hsivi_diffusers.folders import write_text
+from hsivi_diffusers.measures import MEASURES, written
 
 from .benchmark_results import Row, pictures_path, read_rows
 from .spaces import OF_CLASSES, OF_CLASSIFIER

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.features import EfficientNetFeatures
 from hsivi_diffusers.evaluation.metrics import Measures
-from hsivi_diffusers.evaluation.pages import MEASURES
+from hsivi_diffusers.measures import MEASURES
 
 COMPONENTS = 64  # of the pixels' PCA
 HIDDEN = (256, 64)  # widths of the MLP; the last one are the features

@@ -1,0 +1,120 @@
+"""Measures what an update of a LoRA distillation costs beside its network calls, on the CPU.
+
+    OMP_NUM_THREADS=1 python -m training.benchmarks.text.bench_step
+
+A text-to-image teacher of random weights, of the shapes of emoji_text.yaml or of --teacher, is distilled with preset
+latent. By turns: an update, and its network calls alone, forward, and backward where a gradient was asked for. Prints
+the medians of processor time, which other work on the machine does not lengthen, and the median of the turns' ratios.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import nn
+from tqdm import trange
+
+from hsivi_diffusers import HSIVIConfig, HSIVITrainer
+from hsivi_diffusers.distillation.state import TrainingState
+from hsivi_diffusers.distillation.updates import run_updates
+from hsivi_diffusers.options import option, parse_options, run_command
+
+from .train_text_teacher import CLOCK, Text, make_networks, make_tokenizer
+from .train_vae import Autoencoder, make_vae
+
+PROMPTS = [f"{color} {thing}" for color in ("red", "blue", "green") for thing in ("cat", "house", "flag", "star")]
+Call = tuple[nn.Module, bool, tuple[Any, ...], dict[str, Any]]  # network, with a gradient or not, what it was told
+
+
+@dataclass
+class Benchmark:
+    _group = "benchmark"
+    teacher: str | None = option(None, "folder or repo id of a text-to-image pipeline; random weights by default")
+    train_batch_size: int = option(4, "images of an update")
+    lora_rank: int = option(64, "rank of the adapters; 0 trains copies")
+    repetitions: int = option(20, "turns")
+
+
+def make_teacher() -> StableDiffusionPipeline:
+    tokenizer, vae = make_tokenizer(PROMPTS, Text.tokens), make_vae(Autoencoder())
+    networks: dict[str, Any] = dict(make_networks(Text(), vae, len(tokenizer)))
+    scheduler = DDIMScheduler(**CLOCK, prediction_type="v_prediction")
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(vae=vae, tokenizer=tokenizer, scheduler=scheduler, **networks, **none)
+
+
+@contextmanager
+def recording(state: TrainingState) -> Iterator[list[Call]]:
+    """Records the calls of student, critic and teacher."""
+    calls: list[Call] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], told: dict[str, Any]) -> None:
+        trains = any(weight.requires_grad for weight in module.parameters())
+        calls.append((module, trains and torch.is_grad_enabled(), args, told))
+
+    networks = (state.student.unet, state.critic_unet, state.bridge.unet)
+    handles = [each.register_forward_pre_hook(record, with_kwargs=True) for each in networks]
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+def replay(calls: list[Call]) -> None:
+    """Makes the calls again."""
+    for network, has_gradient, args, told in calls:
+        with torch.set_grad_enabled(has_gradient):
+            output = network(*args, **told).sample
+        if has_gradient:
+            output.backward(torch.ones_like(output))
+            network.zero_grad()
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    begin = time.process_time()
+    run()
+    return time.process_time() - begin
+
+
+def main(args: list[str] | None = None) -> None:
+    (options,) = parse_options([Benchmark], __doc__ or "", args=args)
+    config = HSIVIConfig(
+        prompts=PROMPTS,
+        guidance_scale=4.0,
+        num_inference_steps=4,
+        train_batch_size=options.train_batch_size,
+        lora_rank=options.lora_rank,
+    )
+    state = HSIVITrainer(options.teacher or make_teacher(), config).state
+    steps = run_updates(state, 0)
+    next(steps)  # the first one fills the pool
+    with recording(state) as calls:
+        next(steps)
+    calls = [(module, gradient, *(_detached(each) for each in told)) for module, gradient, *told in calls]
+    turns = []
+    for _ in trange(options.repetitions, desc="turns"):
+        turns.append((seconds_of(partial(next, steps)), seconds_of(partial(replay, calls))))
+    update, bare = (statistics.median(each) for each in zip(*turns, strict=True))
+    ratio = statistics.median(own / alone for own, alone in turns)
+    backward = sum(gradient for _, gradient, *_ in calls)
+    print(f"an update {update:.3f} s, its {len(calls)} calls, {backward} with a gradient, {bare:.3f} s: {ratio:.3f}")
+
+
+def _detached(told: Any) -> Any:
+    """The same arguments without the graph they were made in."""
+    if isinstance(told, torch.Tensor):
+        return told.detach()
+    if isinstance(told, dict):
+        return {name: _detached(each) for name, each in told.items()}
+    return tuple(map(_detached, told)) if isinstance(told, tuple) else told
+
+
+if __name__ == "__main__":
+    run_command(main)
