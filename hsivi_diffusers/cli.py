@@ -118,6 +118,7 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
         folder = Path(config.output_dir)
         print(
             f"the training took {summary['seconds']:.0f} s; the pipeline is in {folder / 'pipeline'}\n"
+            f"look at it: open {folder / 'index.html'} in a browser\n"
             f"measure it: hsivi evaluate --run_dir {folder}\n"
             f"draw from it: hsivi sample --pipeline {folder} --output_dir {folder / 'drawn'}"
         )

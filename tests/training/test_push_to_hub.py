@@ -58,8 +58,9 @@ def test_training_pushes_at_its_end_what_it_saved(logged_in, train, tmp_path, mo
     folder = tmp_path / "run"
     train(folder, "--hub_model_id=org/tiny", "--hub_token=hf_alice")
     files = logged_in.repos["org/tiny"].branches["main"].files
-    made, measure, draw, pushed = capsys.readouterr().out.splitlines()[-4:]
+    made, look, measure, draw, pushed = capsys.readouterr().out.splitlines()[-5:]
     assert made.endswith(f"; the pipeline is in {folder / 'pipeline'}")
+    assert look == f"look at it: open {folder / 'index.html'} in a browser"
     assert measure == f"measure it: hsivi evaluate --run_dir {folder}"
     assert draw == f"draw from it: hsivi sample --pipeline {folder} --output_dir {folder / 'drawn'}"
     assert pushed.startswith("pushed to ")
