@@ -30,7 +30,8 @@ def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
     if path.is_dir() and not keep and any(entry.name != LOCK for entry in path.iterdir()):
         raise ValueError(
             f"--output_dir {path} is not empty: name another folder, pass --overwrite_output_dir, or resume a training "
-            "with --resume_from_checkpoint latest"
+            "with --resume_from_checkpoint latest; in Python HSIVIConfig(overwrite_output_dir=True), or "
+            "trainer.train(resume_from_checkpoint='latest')"
         )
     path.mkdir(parents=True, exist_ok=True)
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from inspect import signature
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
@@ -93,6 +94,11 @@ def _read_config(name: str, part: str, kind: str | None, revision: str | None) -
         except (OSError, ValueError) as error:
             cause = error
     else:
+        if not Path(name).is_dir():
+            raise FileNotFoundError(
+                f"teacher {name!r} is no folder here, and no config of a {part} was found on the Hub "
+                f"({type(cause).__name__}): check the spelling, the connection, and the token of a private repo"
+            )
         raise FileNotFoundError(f"teacher {name!r} has no config of a {part} ({cause}): {REMEDY}")
     named = config.get("_class_name", kind)
     parameters = signature(getattr(diffusers, str(named), lambda: None)).parameters.values()
