@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from hsivi_diffusers import cli
+from hsivi_diffusers.run_page import LOG, PAGE
 
 
 @pytest.fixture
@@ -119,7 +120,17 @@ def test_a_run_begun_anew_forgets_the_report_of_the_old_one(distil, fast_run, tm
     (tmp_path / "run" / "notes.txt").write_text("mine")
     distil(tmp_path / "run", "--overwrite_output_dir", max_train_steps=1, critic_updates=1)
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {".lock", "checkpoints", "critic", "notes.txt", "options.json", "pipeline", "training.json"}
+    assert left == {
+        ".lock",
+        "checkpoints",
+        "critic",
+        "notes.txt",
+        "options.json",
+        "pipeline",
+        "training.json",
+        PAGE,
+        LOG,
+    }
 
 
 def test_no_repo_is_made_where_the_folder_is_refused(train, tmp_path, refused, logged_in):
