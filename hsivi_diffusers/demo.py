@@ -121,6 +121,8 @@ def teacher_of_card(name: str) -> str | None:
         ValueError: It names a folder of this machine, which a repo of somebody else must not reach.
     """
     card = Path(name) / "README.md"
+    if Path(name).is_dir() and not card.is_file():
+        return None
     try:
         source = ModelCard.load(card if card.is_file() else name).data.base_model
     except Exception:  # no card, a damaged one, or no connection
@@ -225,7 +227,7 @@ def show(
     student, text = students(name), (prompt or "").strip()
     if takes_text(student.pipeline) and not text:
         raise ValueError("the prompt is missing: say what to draw")
-    condition = text or (None if label == IN_TURN else int(label))
+    condition = text or (None if label in (None, IN_TURN) else int(label))
     request = Request(int(count), int(seed or 0), condition, float(scale))
     ours = timed("Student", partial(draw_student, student, request, int(steps)))
     theirs: tuple[str, list[Image.Image]] = f"Teacher: {student.about}", []

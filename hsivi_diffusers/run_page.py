@@ -45,7 +45,7 @@ def write_page(run_dir: Path) -> None:
     if grids := sample_grids(run_dir):
         ratios = {line["step"]: line for line in log if "images/contrast" in line}
         shown = json.dumps([(step, f"samples/{path.name}", _beside(ratios.get(step))) for step, path in grids.items()])
-        text = "First row: the teacher in many steps. Below: the student, from the same noise."
+        text = "First row: the teacher in 20 steps. Below: the student, from the same noise."
         parts += ["<h2>Images</h2>", f"<p>{text}</p>", SLIDER.format(last=len(grids) - 1, grids=shown)]
     if (prompts := run_dir / PROMPTS).is_file():
         first = prompts.read_text(encoding="utf-8").splitlines()[:20]
@@ -82,11 +82,9 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
 
 def _cost(options: dict[str, Any], training: dict[str, Any]) -> str:
     counts = options.get("num_inference_steps") or options.get("num_layers")  # of earlier versions
-    steps, updates = (
-        ", ".join(map(str, counts if isinstance(counts, list) else [counts])),
-        options.get("max_train_steps"),
-    )
-    text = f"{steps} steps, distilled from {options.get('pretrained_teacher_model')} in {updates} updates."
+    steps = ", ".join(map(str, counts if isinstance(counts, list) else [counts]))
+    teacher, updates = options.get("pretrained_teacher_model"), options.get("max_train_steps")
+    text = f"{steps} steps, distilled from {teacher} in {updates} updates."
     if not training:
         return f"{text} The training has not ended yet."
     calls = f", {training['network_calls']:,} network calls" if training.get("network_calls") else ""
