@@ -1,5 +1,7 @@
 """The captioned emoji, their autoencoder and their text-to-image teacher, on glyphs of noise."""
 
+import re
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -7,7 +9,7 @@ from safetensors.torch import load_file
 
 from hsivi_diffusers import load_teacher
 from training.benchmarks.images import sets
-from training.benchmarks.text import captions, train_text_teacher, train_vae
+from training.benchmarks.text import bench_step, captions, train_text_teacher, train_vae
 
 TONES = ["light", "medium", "dark"]
 TEXTS = [*(f"{who}: {tone} skin tone" for who in ("man", "woman", "hand") for tone in TONES), "red apple", "cat"]
@@ -116,3 +118,13 @@ def test_more_than_two_thousand_emoji_have_a_name():
     images, texts = captions.load_captioned(16)
     assert len(images) == len(texts) > 2000
     assert len(captions.hold_out(texts)[1]) == 50
+
+
+def test_the_cost_of_an_update_is_held_against_its_calls(text_teachers, fresh_accelerator, capsys):
+    given = [f"--teacher={text_teachers('sd')}", "--lora_rank=2", "--train_batch_size=2", "--repetitions=1"]
+    bench_step.main(given)
+    pattern = r"an update (\S+) s, its (\d+) calls, (\d+) with a gradient, (\S+) s: (\S+)"
+    told = re.search(pattern, capsys.readouterr().out)
+    # Five draws of the student, the first with a gradient, an answer of the critic to each, two of the guided teacher.
+    assert [told[2], told[3]] == ["12", "6"]
+    assert all(float(told[place]) > 0 for place in (1, 4, 5))
