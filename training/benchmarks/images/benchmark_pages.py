@@ -33,7 +33,7 @@ BASELINES = (PAIRS, PROGRESSIVE, CONSISTENCY)
 ORDER = (REAL, TEACHER, SOLVER, *BASELINES, OURS)
 LABELS = ("method", "held against", "reached")
 CURVES = ("recall", "coverage")
-SHOWN_SOLVERS = (1, 2, 4, 10)
+SHOWN_SOLVERS = (1, 2, 4, 10, 20)
 
 
 def write_pages(folder: Path) -> None:
