@@ -6,7 +6,6 @@ Visitors reach the folders that the page was started with, and repos of the Hub.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,15 +26,16 @@ from .distillation.pairs import pair_levels
 from .distillation.prompts import takes_text
 from .distillation.teachers import Parts, decode, load_parts
 from .evaluation.solvers import make_solver
+from .hub import check_repo_id
 from .options import option, parse_options
 from .pipeline_hsivi import network_calls
-from .sampling import classes_of, draw, enlarge, load_sampler, run_of, usable_device
+from .run_records import run_of
+from .sampling import classes_of, draw, enlarge, load_sampler, usable_device
 
 DEMO = """Open a page in the browser that draws from distilled samplers, each beside its teacher.
 
     hsivi demo --pipeline runs/digits_t5"""
 BUNDLED = [Path("assets/students") / name for name in ("emoji_t4", "fashion_t4", "digits_t4")]  # in a clone
-REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 WIDTH = 192  # pixels that an image has on the page, about
 MOST_STEPS, MOST_IMAGES = 100, 16  # of the teacher; of a request
 IN_TURN = "all in turn"
@@ -114,6 +114,15 @@ def load_student(name: str, device: str) -> Student:
     return Student(pipeline, teacher, source, **given)
 
 
+def names_repo(name: str) -> bool:
+    """Whether it is the id of a repo, and nothing of that name is here."""
+    try:
+        check_repo_id(name)
+    except ValueError:
+        return False
+    return not Path(name).exists()
+
+
 def teacher_of_card(name: str) -> str | None:
     """The repo of the teacher that a card names; None without one.
 
@@ -127,7 +136,7 @@ def teacher_of_card(name: str) -> str | None:
         source = ModelCard.load(card if card.is_file() else name).data.base_model
     except Exception:  # no card, a damaged one, or no connection
         return None
-    if isinstance(source, str) and (Path(source).exists() or not REPO.fullmatch(source)):
+    if isinstance(source, str) and not names_repo(source):
         raise ValueError(f"the card of {name} names a teacher that is no repo id such as user/name")
     return source if isinstance(source, str) else None
 
@@ -188,7 +197,7 @@ class Students:
         Raises:
             ValueError: It may not be asked for, or there is none.
         """
-        if name not in self.names and (Path(name).exists() or not REPO.fullmatch(name)):
+        if name not in self.names and not names_repo(name):
             raise ValueError(
                 f"{name!r} is neither a student of the list nor a repo id such as user/name; a folder must be named "
                 f"when the page is started: hsivi demo --pipeline {name}"
@@ -289,7 +298,7 @@ def main(args: Sequence[str]) -> None:
     names = options.pipeline or [str(folder) for folder in BUNDLED if folder.is_dir()]
     if not names:
         raise ValueError("--pipeline is missing: give folders of runs, or repo ids")
-    if unknown := [name for name in names if not Path(name).is_dir() and not REPO.fullmatch(name)]:
+    if unknown := [name for name in names if not Path(name).is_dir() and not names_repo(name)]:
         raise ValueError(f"--pipeline {unknown[0]} is no folder, and no repo id such as user/name: check the spelling")
     page = make_page(names, usable_device(options.device))
     try:

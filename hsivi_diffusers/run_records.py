@@ -41,6 +41,17 @@ def pipeline_of(name: str) -> Path:
     return inside if inside.is_dir() else Path(name)
 
 
+def folder_of_run(name: str) -> Path:
+    """The folder of the run of a pipeline, or where it would be."""
+    return Path(name) if (Path(name) / "options.json").is_file() else pipeline_of(name).parent
+
+
+def run_of(name: str) -> dict[str, Any]:
+    """What a pipeline was trained with, empty without a run."""
+    record = folder_of_run(name) / "options.json"
+    return dict(json.loads(record.read_text(encoding="utf-8"))) if record.is_file() else {}
+
+
 def sample_grids(run_dir: Path) -> dict[int, Path]:
     """The sample grids of a run, by the number of updates before them, ascending."""
     paths = [path for path in run_dir.glob("samples/step-*.png") if path.stem.removeprefix("step-").isdecimal()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import option, parse_options
-from .run_records import PROMPTS, SAMPLERS, pipeline_of, read_prompts
+from .run_records import PROMPTS, SAMPLERS, folder_of_run, pipeline_of, read_prompts, run_of
 
 SAMPLE = """Draw images from a distilled pipeline into a folder of PNG files and one contact sheet.
 
@@ -122,17 +121,6 @@ def _conditions(options: Sampling, pipeline: Any) -> Sequence[int | str]:
             raise ValueError("--prompt is missing: say what to draw")
         return read_prompts(options.prompt or str(recorded))
     return options.class_label or classes_of(pipeline, str(options.pipeline))
-
-
-def folder_of_run(name: str) -> Path:
-    """The folder of the run of a pipeline, or where it would be."""
-    return Path(name) if (Path(name) / "options.json").is_file() else pipeline_of(name).parent
-
-
-def run_of(name: str) -> dict[str, Any]:
-    """What a pipeline was trained with, empty without a run."""
-    record = folder_of_run(name) / "options.json"
-    return dict(json.loads(record.read_text(encoding="utf-8"))) if record.is_file() else {}
 
 
 def enlarge(image: Any, width: int) -> Any:

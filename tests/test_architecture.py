@@ -157,7 +157,7 @@ ALLOWED = {
     ),
     "demo": (
         {f"distillation/{noun}" for noun in ("denoisers", "guidance", "ode", "pairs", "prompts", "teachers")}
-        | {"evaluation/solvers", "options", "pipeline_hsivi", "sampling"},
+        | {"evaluation/solvers", "hub", "options", "pipeline_hsivi", "run_records", "sampling"},
         {"torch", "huggingface_hub", "PIL", "gradio"},
     ),
     "cli": (

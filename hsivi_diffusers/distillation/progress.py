@@ -88,14 +88,13 @@ class Progress:
         if done % EVERY == 0 or done == self.config.max_train_steps or measured:
             speed = (done - self.clock_step) * self.state.rows / (time.perf_counter() - self.clock)
             self._restart_clock(done)
-            numbers = {**self._numbers(step), "images_per_second": speed, **measured}
-            self.accelerator.log(numbers, step=done)
-            self._record(done, numbers)
+            self._log(done, {**self._numbers(step), "images_per_second": speed, **measured})
             shown = {**self.running, "img/s": speed, **measured}
             bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
-    def _record(self, step: int, numbers: dict[str, float]) -> None:
-        """Adds a line to the log."""
+    def _log(self, step: int, numbers: dict[str, float]) -> None:
+        """Tells the trackers, and adds a line to the log."""
+        self.accelerator.log(numbers, step=step)
         if self.accelerator.is_main_process:
             line = {**{name: float(number) for name, number in numbers.items()}, "step": step}
             with (self.folder / LOG).open("a", encoding="utf-8") as log:
@@ -151,8 +150,7 @@ class Progress:
     def _compare(self, step: int, images: Tensor) -> None:
         """Tells contrast and diversity of a grid, and says so, after a tenth of the run, if they are out of bounds."""
         ratios = beside_teacher(images)
-        self.accelerator.log(ratios, step=step)
-        self._record(step, ratios)
+        self._log(step, ratios)
         for name, ratio in ratios.items():
             if 10 * step >= self.config.max_train_steps and not 1 / BOUND < ratio < BOUND:
                 what = name.removeprefix("images/")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..hub import CUT, class_names
 from ..modeling_hsivi import HSIVINoiseScale
 from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, naming_damage, parts_of
-from ..run_records import ADAPTER, read_prompts
+from ..run_records import ADAPTER, read_prompts, run_of
 from ..scheduling_hsivi import HSIVIScheduler
 from .denoisers import Network, sample_shape
 from .prompts import PromptTable, encode_prompts, takes_text
@@ -213,8 +213,7 @@ def load_student(source: str | Path) -> DiffusionPipeline:
         OSError: It is missing.
     """
     if (Path(source) / ADAPTER).is_file():
-        record = Path(source).parent / "options.json"
-        run = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        run = run_of(str(source))
         return _load_with_adapter(str(source), run.get("pretrained_teacher_model"), run.get("revision"))
     try:
         kind = DiffusionPipeline.load_config(str(source)).get("_class_name")

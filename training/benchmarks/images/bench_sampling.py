@@ -69,15 +69,20 @@ def make_contenders(pipeline: HSIVIPipeline, batch_size: int) -> dict[str, Calla
     return contenders
 
 
+def seconds_of(run: Callable[[], object]) -> float:
+    """Processor time of a call."""
+    begin = time.process_time()
+    run()
+    return time.process_time() - begin
+
+
 def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Benchmark], __doc__ or "", args=args)
     contenders = make_contenders(load_pipeline(options.pipeline), options.batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in trange(options.repetitions + 5, desc="turns"):
         for name, run in contenders.items():
-            begin = time.process_time()
-            run()
-            seconds[name].append(time.process_time() - begin)
+            seconds[name].append(seconds_of(run))
     print(f"batch {options.batch_size}, {options.repetitions} turns, {torch.get_num_threads()} thread(s)")
     reference = next(iter(seconds.values()))[5:]  # the first ones warm up
     for name, every in seconds.items():

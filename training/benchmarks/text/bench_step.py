@@ -10,15 +10,15 @@ the medians of processor time, which other work on the machine does not lengthen
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from accelerate.utils import recursively_apply
+from diffusers import StableDiffusionPipeline
 from torch import nn
 from tqdm import trange
 
@@ -27,7 +27,8 @@ from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.distillation.updates import run_updates
 from hsivi_diffusers.options import option, parse_options, run_command
 
-from .train_text_teacher import CLOCK, Text, make_networks, make_tokenizer
+from ..images.bench_sampling import seconds_of
+from .train_text_teacher import Text, make_networks, make_pipeline, make_tokenizer
 from .train_vae import Autoencoder, make_vae
 
 PROMPTS = [f"{color} {thing}" for color in ("red", "blue", "green") for thing in ("cat", "house", "flag", "star")]
@@ -45,19 +46,17 @@ class Benchmark:
 
 def make_teacher() -> StableDiffusionPipeline:
     tokenizer, vae = make_tokenizer(PROMPTS, Text.tokens), make_vae(Autoencoder())
-    networks: dict[str, Any] = dict(make_networks(Text(), vae, len(tokenizer)))
-    scheduler = DDIMScheduler(**CLOCK, prediction_type="v_prediction")
-    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(vae=vae, tokenizer=tokenizer, scheduler=scheduler, **networks, **none)
+    return make_pipeline(vae, tokenizer, make_networks(Text(), vae, len(tokenizer)))
 
 
 @contextmanager
 def recording(state: TrainingState) -> Iterator[list[Call]]:
-    """Records the calls of student, critic and teacher."""
+    """Records the calls of student, critic and teacher, without the graph that their arguments were made in."""
     calls: list[Call] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], told: dict[str, Any]) -> None:
         trains = any(weight.requires_grad for weight in module.parameters())
+        args, told = recursively_apply(torch.Tensor.detach, (args, told))
         calls.append((module, trains and torch.is_grad_enabled(), args, told))
 
     networks = (state.student.unet, state.critic_unet, state.bridge.unet)
@@ -77,12 +76,6 @@ def replay(calls: list[Call]) -> None:
             network.zero_grad()
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    begin = time.process_time()
-    run()
-    return time.process_time() - begin
-
-
 def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Benchmark], __doc__ or "", args=args)
     config = HSIVIConfig(
@@ -97,7 +90,6 @@ def main(args: list[str] | None = None) -> None:
     next(steps)  # the first one fills the pool
     with recording(state) as calls:
         next(steps)
-    calls = [(module, gradient, *(_detached(each) for each in told)) for module, gradient, *told in calls]
     turns = []
     for _ in trange(options.repetitions, desc="turns"):
         turns.append((seconds_of(partial(next, steps)), seconds_of(partial(replay, calls))))
@@ -105,15 +97,6 @@ def main(args: list[str] | None = None) -> None:
     ratio = statistics.median(own / alone for own, alone in turns)
     backward = sum(gradient for _, gradient, *_ in calls)
     print(f"an update {update:.3f} s, its {len(calls)} calls, {backward} with a gradient, {bare:.3f} s: {ratio:.3f}")
-
-
-def _detached(told: Any) -> Any:
-    """The same arguments without the graph they were made in."""
-    if isinstance(told, torch.Tensor):
-        return told.detach()
-    if isinstance(told, dict):
-        return {name: _detached(each) for name, each in told.items()}
-    return tuple(map(_detached, told)) if isinstance(told, tuple) else told
 
 
 if __name__ == "__main__":

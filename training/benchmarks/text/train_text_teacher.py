@@ -88,6 +88,17 @@ def make_networks(options: Text, vae: AutoencoderKL, num_words: int) -> nn.Modul
     return nn.ModuleDict({"unet": unet, "text_encoder": CLIPTextModel(CLIPTextConfig(**sizes))})
 
 
+def make_pipeline(
+    vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast, networks: nn.ModuleDict
+) -> StableDiffusionPipeline:
+    """Puts the parts together, with the scheduler of Stable Diffusion."""
+    stock = DDIMScheduler(
+        **CLOCK, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(vae=vae, tokenizer=tokenizer, scheduler=stock, **networks, **none)
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of the scaled latents of images in [-1, 1]."""
@@ -126,13 +137,7 @@ def main(args: list[str] | None = None) -> None:
                 velocity = networks["unet"](schedule.diffuse(clean, noise, level), level, told).sample
             loop.descend(mse_loss(velocity.float(), target(schedule, clean, noise, level)))
             rate.step()
-        stock = DDIMScheduler(
-            **CLOCK, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1
-        )
-        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        StableDiffusionPipeline(vae=vae, tokenizer=tokenizer, scheduler=stock, **networks, **none).save_pretrained(
-            output_dir
-        )
+        make_pipeline(vae, tokenizer, networks).save_pretrained(output_dir)
 
 
 if __name__ == "__main__":
