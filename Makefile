@@ -16,7 +16,7 @@ WORKERS ?= 2
 # One thread: on a small, busy machine two are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow benchmark benchmark-kinds docs lint format clean
+.PHONY: demo test test-slow benchmark benchmark-kinds benchmark-text docs lint format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {v} was found: make {sys.argv[1]} PYTHON=python3.12")' "$(or $(MAKECMDGOALS),demo)"
@@ -53,6 +53,11 @@ benchmark-kinds: $(VENV)/installed
 		$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_guided.yaml $$guided --calls $$* || exit; \
 		$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_guided.yaml $$guided $(BENCHMARK) || exit; \
 	done
+
+# The same of a text-to-image teacher, in docs/benchmarks/text
+benchmark-text: $(VENV)/installed
+	$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_text.yaml
+	$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_text.yaml $(BENCHMARK)
 
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs

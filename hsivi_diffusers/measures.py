@@ -26,6 +26,8 @@ MEASURES = {
     "accuracy": Measure("accuracy", ".4f", higher_is_better=True),
     "class_fd": Measure("FD of a class"),
     "class_recall": Measure("recall of a class", ".3f", higher_is_better=True),
+    "retrieval": Measure("retrieval", ".3f", higher_is_better=True),
+    "diversity": Measure("diversity", ".3f", higher_is_better=True),
     "nearest": Measure("nearest", ".3f", higher_is_better=True),
 }
 REPORTED = ("kid", "fd", "precision", "recall", "coverage", "swd")  # by `hsivi evaluate`

@@ -18,7 +18,7 @@ from hsivi_diffusers.evaluation.solvers import make_student, sample
 from hsivi_diffusers.folders import LOCK
 from hsivi_diffusers.options import parse_options
 from training.benchmarks.images import benchmark, benchmark_results, set_teacher, train_teacher, trainings
-from training.benchmarks.images.benchmark_pages import CONSISTENCY, OURS, PAIRS, PROGRESSIVE, REAL, SOLVER, TEACHER
+from training.benchmarks.images.benchmark_results import CONSISTENCY, OURS, PAIRS, PROGRESSIVE, REAL, SOLVER, TEACHER
 from training.benchmarks.images.spaces import OF_CLASSIFIER
 
 ROOT = Path(__file__).parents[2]

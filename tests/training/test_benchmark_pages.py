@@ -11,6 +11,13 @@ from hsivi_diffusers import measures
 from hsivi_diffusers.evaluation import pages
 from training.benchmarks.images import benchmark_pages
 from training.benchmarks.images.benchmark_pages import (
+    costs_table,
+    floor_table,
+    measures_table,
+    summary_table,
+    write_pages,
+)
+from training.benchmarks.images.benchmark_results import (
     CONSISTENCY,
     OURS,
     PAIRS,
@@ -18,16 +25,10 @@ from training.benchmarks.images.benchmark_pages import (
     REAL,
     SOLVER,
     TEACHER,
-    Goal,
-    costs_table,
-    floor_table,
-    goals_table,
     grouped,
-    measures_table,
-    summary_table,
-    write_pages,
+    read_rows,
 )
-from training.benchmarks.images.benchmark_results import read_rows
+from training.benchmarks.images.goals import Goal, goals_table
 from training.benchmarks.images.spaces import OF_CLASSIFIER
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from hsivi_diffusers.distillation.output import Output
 from hsivi_diffusers.evaluation import evaluate
 from hsivi_diffusers.options import differences, flatten, option, parse_options, run_command
 from training.benchmarks.images import train_baseline, train_classifier, train_teacher, tune_solvers
-from training.benchmarks.text import train_text_teacher, train_vae
+from training.benchmarks.text import train_scorer, train_text_teacher, train_vae
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 SETS = ("fashion", "emoji", "mnist")
@@ -226,6 +226,8 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
         ],
         ("emoji_vae", [train_vae.Autoencoder, train_teacher.Training, Output]),
         ("emoji_text", [train_text_teacher.Text, train_teacher.Training, Output]),
+        ("emoji_scorer", [train_scorer.Training]),
+        ("emoji_lcm", [train_baseline.Teacher, train_baseline.Training, Output]),
         ("digits_evaluation", [evaluate.Evaluation]),
         *[
             (f"{name}_{method}", [train_baseline.Teacher, train_baseline.Training, Output])
@@ -233,7 +235,7 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
             for method in BASELINES
         ],
         *[(f"{name}_classifier", [train_classifier.Training]) for name in SETS],
-        *[(f"solvers_{name}", [tune_solvers.Options]) for name in ("digits", "guided", "flow", *SETS)],
+        *[(f"solvers_{name}", [tune_solvers.Options]) for name in ("digits", "guided", "flow", "text", *SETS)],
     ],
 )
 def test_the_configs_parse_for_their_programs(name, groups):
@@ -242,21 +244,23 @@ def test_the_configs_parse_for_their_programs(name, groups):
     assert differences(options, yaml.safe_load(path.read_text())) == ""
 
 
-@pytest.mark.parametrize("name", ["digits", "guided", *SETS])
+@pytest.mark.parametrize("name", ["digits", "guided", "text", *SETS])
 def test_the_configs_parse_for_the_benchmark(name):
     from training.benchmarks.images import benchmark
 
     test_the_configs_parse_for_their_programs(f"benchmark_{name}", [benchmark.Options])
 
 
-@pytest.mark.parametrize("name", ["digits_t5", "digits_t1248", "fashion_t4", "emoji_t4", "mnist_t4"])
+@pytest.mark.parametrize("name", ["digits_t5", "digits_t1248", "fashion_t4", "emoji_t4", "mnist_t4", "emoji_text_t4"])
 def test_the_configs_of_a_distillation_can_run_and_are_of_a_preset(name):
     path = CONFIGS / f"{name}.yaml"
     teacher, config, _ = cli.read_distillation(["--config", str(path)], "hsivi distil", "")
     written = {ALIASES.get(key, key): value for key, value in yaml.safe_load(path.read_text()).items()}
-    assert config.preset == "fast"
+    assert config.preset == ("latent" if config.prompts else "fast")
     counts = written.pop("num_inference_steps")
     assert config.depths == (counts if isinstance(counts, list) else [counts])
+    if "guidance_scale" in written:
+        assert config.scales == [written.pop("guidance_scale")]
     assert differences(flatten([teacher, config]), written) == ""
 
 
@@ -266,9 +270,13 @@ def test_no_config_is_left_untested():
     recipes |= {path.name for path in CONFIGS.glob("study_*.yaml")}
     assert {path.name for path in CONFIGS.glob("*.yaml")} - recipes == {
         *[f"digits_{part}.yaml" for part in ("t5", "t1248", "evaluation", "teacher", "guided_teacher", "flow_teacher")],
-        *[f"{kind}_{name}.yaml" for name in ("digits", "guided", "flow", *SETS) for kind in ("solvers", "benchmark")],
+        *[
+            f"{kind}_{name}.yaml"
+            for name in ("digits", "guided", "flow", "text", *SETS)
+            for kind in ("solvers", "benchmark")
+        ],
         *[f"{name}_{part}.yaml" for name in SETS for part in ("teacher", "classifier", "t4")],
-        *[f"emoji_{part}.yaml" for part in ("vae", "text")],
+        *[f"emoji_{part}.yaml" for part in ("vae", "text", "text_t4", "scorer", "lcm")],
         *[f"{name}_{method}.yaml" for name in ("digits", *SETS) for method in BASELINES],
     }
 

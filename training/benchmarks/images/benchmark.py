@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDPMPipeline, LCMScheduler
+from diffusers import DiffusionPipeline, LCMScheduler
 from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.distillation.config import HSIVIConfig
+from hsivi_diffusers.distillation.teachers import load_student
 from hsivi_diffusers.evaluation.metrics import FEWEST
 from hsivi_diffusers.evaluation.pages import measured_on
 from hsivi_diffusers.evaluation.solvers import Sampler, Solver, make_student
@@ -31,21 +32,23 @@ from hsivi_diffusers.folders import in_turn
 from hsivi_diffusers.options import option, parse_options, run_command
 
 from . import train_baseline
-from .benchmark_pages import (
+from .benchmark_pages import is_shown, write_pages
+from .benchmark_results import (
     BASELINES,
     CONSISTENCY,
+    LATENT_CONSISTENCY,
     OURS,
     PAIRS,
     PROGRESSIVE,
     REAL,
     SOLVER,
     TEACHER,
-    is_shown,
-    write_pages,
+    Key,
+    Results,
+    read_rows,
+    recipe_of,
 )
-from .benchmark_results import Key, Results, read_rows, recipe_of
 from .set_teacher import SetTeacher
-from .sets import load_labelled
 from .solver_pages import best_solvers
 from .spaces import SetMeasures
 from .trainings import ANEW, RESUME, Costs, Trainings, make
@@ -64,8 +67,9 @@ class Options:
     pairs: str | None = option(None, "config of train_baseline.py of a regression on pairs, for one call")
     progressive: str | None = option(None, "config of train_baseline.py of a progressive distillation")
     consistency: str | None = option(None, "config of train_baseline.py of a consistency model")
+    lcm_lora: str | None = option(None, "config of train_baseline.py of an LCM-LoRA")
     baseline_steps: list[int] = option([1, 2, 4], "network calls of the baselines, each of which has a student")
-    guidance_scale: float | None = option(None, "scale of guidance of teacher, solvers and students, not of baselines")
+    guidance_scale: float | None = option(None, "scale of guidance of teacher, solvers, students and LCM-LoRA")
     seeds: list[int] = option([0, 1, 2], "training seeds of the students")
     baseline_seeds: list[int] = option([0], "training seeds of the baselines, each one of --seeds")
     solvers: str = option("docs/benchmarks/solvers.json", "solvers that were tuned, by tune_solvers.py")
@@ -110,8 +114,9 @@ class Comparison:
             folder.mkdir(parents=True, exist_ok=True)
         make(Path(teacher), f"{__package__}.train_teacher", options.teacher_config, *RESUME)
         make(Path(str(options.classifier)), f"{__package__}.train_classifier", options.classifier_config, *ANEW)
-        self.teacher = SetTeacher(teacher, options.guidance_scale)
-        if options.num_samples < (fewest := FEWEST * (self.teacher.classes or 1)):
+        self.teacher = SetTeacher(teacher, options.real_data, options.guidance_scale)
+        of_classes = 1 if self.teacher.held_out else self.teacher.classes or 1
+        if options.num_samples < (fewest := FEWEST * of_classes):
             raise ValueError(f"--num_samples {options.num_samples}: give {fewest} or more, {FEWEST} of each class")
 
     def entries(self) -> list[Entry]:
@@ -134,9 +139,10 @@ class Comparison:
         """The baselines that have a config, of which those are refused that none of the students has a row for."""
         options = self.options
         given = {PAIRS: options.pairs, PROGRESSIVE: options.progressive, CONSISTENCY: options.consistency}
+        given |= {LATENT_CONSISTENCY: options.lcm_lora}
         configs = {method: config for method, config in given.items() if config is not None}
-        if configs and options.guidance_scale is not None:
-            raise ValueError(f"{', '.join(configs)} know no guidance: leave out their configs, or --guidance_scale")
+        if options.guidance_scale is not None and (unguided := ", ".join({*configs} - {LATENT_CONSISTENCY})):
+            raise ValueError(f"{unguided} know no guidance: leave out their configs, or --guidance_scale")
         if configs and (lacking := sorted({*options.baseline_seeds} - {*options.seeds})):
             raise ValueError(
                 f"--baseline_seeds has {lacking}, and --seeds has not: a baseline is given the cost of our student of "
@@ -144,7 +150,7 @@ class Comparison:
             )
         for method, config in configs.items():
             counts = [1] if method == PAIRS else options.baseline_steps
-            make = self._make_consistency if method == CONSISTENCY else self._make_baseline
+            make = self._make_consistency if method in (CONSISTENCY, LATENT_CONSISTENCY) else self._make_baseline
             if lacking := [nfe for nfe in counts if (OURS, nfe, options.seeds[0]) not in keys]:
                 raise ValueError(
                     f"--baseline_steps has {lacking}, and --students none of so many calls, whose cost the "
@@ -152,8 +158,12 @@ class Comparison:
                 )
             told = {"recipe": train_baseline.recipe_of(config)}
             for seed, nfe in product(options.baseline_seeds, counts):
-                words = f"{config} --num_inference_steps {nfe}" if method == PROGRESSIVE else config
+                own = {PROGRESSIVE: f" --num_inference_steps {nfe}", LATENT_CONSISTENCY: self._guidance_words()}
+                words = config + own.get(method, "")
                 yield Entry(method, nfe, seed, partial(make, words, nfe, seed), told=told)
+
+    def _guidance_words(self) -> str:
+        return "" if self.options.guidance_scale is None else f" --guidance_scale {self.options.guidance_scale}"
 
     def _costless(self, sampler: Sampler) -> tuple[Sampler, Costs]:
         return sampler, {}
@@ -187,12 +197,13 @@ class Comparison:
             name = f"{OURS} paper" if settings.preset == "paper" else OURS
             name += ", one for all" if len(settings.depths) > 1 else ""
             name += ", one for all scales" if len(settings.scales) > 1 else ""
+            name += ", no LoRA" if settings.prompts and not settings.lora_rank else ""
             for nfe in settings.depths:
                 yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed, settings), settings)
 
     def _make_student(self, config: str, nfe: int, seed: int, settings: HSIVIConfig) -> tuple[Sampler, Costs]:
         folder, costs = self.trainings.student(config, seed, settings)
-        pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
+        pipeline = self.teacher.tell(load_student(folder / "pipeline"))
         return make_student(pipeline, nfe, self.options.guidance_scale), costs
 
     def _make_baseline(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
@@ -203,8 +214,9 @@ class Comparison:
     def _make_consistency(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
         """One model for all numbers of calls, that has at least the cost of each of their students."""
         folder, costs = self._train_as_long(config, self.options.baseline_steps, seed)
-        pipeline = DDPMPipeline.from_pretrained(folder / "pipeline")
-        return Solver(LCMScheduler.from_config(pipeline.scheduler.config), nfe, pipeline.unet), costs
+        pipeline = self.teacher.tell(DiffusionPipeline.from_pretrained(folder / "pipeline"))
+        host = pipeline if "vae" in pipeline.components else None
+        return Solver(LCMScheduler.from_config(pipeline.scheduler.config), nfe, pipeline.unet, host=host), costs
 
     def _train_as_long(self, config: str, counts: Sequence[int], seed: int) -> tuple[Path, Costs]:
         """Trains a baseline for at least the seconds and the network calls of our students of these calls."""
@@ -245,15 +257,11 @@ class Comparison:
 
     def _make_measures(self) -> SetMeasures:
         options = self.options
-        self.real, self.labels = load_labelled(options.real_data, self.teacher.network)
-        if lacking := {*range(self.teacher.classes or 0)} - {*self.labels.tolist()}:
-            raise ValueError(
-                f"--real_data {options.real_data} has no images of the classes {sorted(lacking)} of the teacher: if "
-                "the last one is 'no class', give --guidance_scale 1"
-            )
+        self.real, self.labels = self.teacher.load_real()
         # From other noise than the rows: a solver of few steps would be near to these images, and not to the teacher.
         converged = self._draw(self._teacher_sampler(), options.eval_seed + 1)
-        return SetMeasures(Path(str(options.classifier)), self.real, self.labels, converged)
+        given = self.real, self.labels, converged, self.teacher.held_out
+        return SetMeasures(Path(str(options.classifier)), *given)
 
     def _draw(self, sampler: Sampler, seed: int) -> torch.Tensor:
         return self.teacher.draw(sampler, self.options.num_samples, self.options.batch_size, seed)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -21,15 +21,22 @@ from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
 from hsivi_diffusers.folders import write_text
 from hsivi_diffusers.measures import MEASURES, written
 
-from .benchmark_results import Row, pictures_path, read_rows
-from .spaces import OF_CLASSES, OF_CLASSIFIER
+from .benchmark_results import (
+    BASELINES,
+    OURS,
+    REAL,
+    SOLVER,
+    TEACHER,
+    Group,
+    Row,
+    grouped,
+    pictures_path,
+    read_rows,
+    value,
+)
+from .goals import goals_table
+from .spaces import OF_CAPTIONS, OF_CLASSES, OF_CLASSIFIER
 
-Group = tuple[str, int]  # method and network calls
-
-OURS = "HSIVI"
-REAL, TEACHER, SOLVER = "real images", "teacher", "tuned solver"
-PAIRS, PROGRESSIVE, CONSISTENCY = "pairs only", "progressive distillation", "consistency distillation"
-BASELINES = (PAIRS, PROGRESSIVE, CONSISTENCY)
 ORDER = (REAL, TEACHER, SOLVER, *BASELINES, OURS)
 LABELS = ("method", "held against", "reached")
 CURVES = ("recall", "coverage")
@@ -92,14 +99,6 @@ def as_word(dataset: str) -> str:
     return re.sub(r"\W", "_", dataset)
 
 
-def grouped(rows: list[Row]) -> dict[Group, list[Row]]:
-    """The rows of all training seeds of each method and number of calls."""
-    groups: dict[Group, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["nfe"]), []).append(row)
-    return groups
-
-
 def is_ours(method: str) -> bool:
     return method.startswith(OURS)
 
@@ -113,11 +112,6 @@ def rank(row: Row) -> tuple[int, str]:
 def is_shown(method: str, nfe: int) -> bool:
     """Whether the figure of samples has images of it."""
     return method not in (REAL, SOLVER) or (method == SOLVER and nfe in SHOWN_SOLVERS)
-
-
-def value(rows: list[Row], space: str, kind: str = "distances") -> float:
-    """Mean distance over the training seeds."""
-    return mean(row[kind][space] for row in rows)
 
 
 def distance(rows: list[Row], space: str, kind: str = "distances") -> str:
@@ -185,7 +179,7 @@ def floor_table(rows: list[Row]) -> str:
 def measures_table(rows: list[Row]) -> str:
     """Every measure: distances to real images and to the teacher's, and those of the classifier's features."""
     spaces = [*rows[0]["distances"]]
-    names = [*OF_CLASSIFIER, *(name for name in OF_CLASSES if all(name in row for row in rows))]
+    names = [name for name in (*OF_CLASSIFIER, *OF_CLASSES, *OF_CAPTIONS) if all(name in row for row in rows)]
     lines = []
     for (method, nfe), of_group in sorted(grouped(rows).items(), key=lambda item: (item[0][1], rank(item[1][0]))):
         cells = [distance(of_group, space, kind) for kind in ("distances", "teacher_distances") for space in spaces]
@@ -217,93 +211,6 @@ def bold(method: str) -> str:
     return f"**{method}**" if is_ours(method) else method
 
 
-class Goal(NamedTuple):
-    """What is asked of ours at a number of calls: a distance of at most the factor times that of a group.
-
-    Of a solver it is the least that it has in that space with so many calls or fewer. With `over_floor` both are
-    distances over that of real images.
-    """
-
-    calls: int
-    group: Group
-    factor: float = 1.0
-    over_floor: bool = False
-
-    @property
-    def words(self) -> str:
-        """What ours is held against."""
-        share = {1.0: "", 0.5: "half of ", 1 / 1.5: "1/1.5 of "}[self.factor]
-        return f"{share}{self.group[0]} at {self.group[1]}" + (", over the floor" if self.over_floor else "")
-
-    def limit(self, groups: dict[Group, list[Row]], space: str) -> float:
-        """The largest distance that reaches the goal."""
-        floor = value(groups[REAL, 0], space) if self.over_floor else 0.0
-        counts = [nfe for method, nfe in groups if method == self.group[0] == SOLVER and nfe < self.group[1]]
-        least = min(value(groups[self.group[0], nfe], space) for nfe in (*counts, self.group[1]))
-        return floor + self.factor * (least - floor)
-
-
-GOALS = [
-    *(Goal(nfe, (SOLVER, nfe), 0.5, over_floor=True) for nfe in (1, 2, 4, 5)),
-    *(Goal(nfe, (SOLVER, more)) for nfe, more in ((1, 5), (1, 8), (2, 8), (4, 15))),
-    *(Goal(nfe, (baseline, nfe), 1 / 1.5) for baseline in BASELINES for nfe in (1, 2, 4)),  # regression has 1 alone
-]
-
-
-class MeasureGoal(NamedTuple):
-    """What is asked of ours at a number of calls: a measure as good as that of a tuned solver, or a share of it.
-
-    With guidance the steps of the solver are two network calls each.
-    """
-
-    calls: int
-    measure: str
-    steps: int
-    share: float = 1.0
-
-    def cells(self, groups: dict[Group, list[Row]]) -> list[Any] | None:
-        """Calls, what is held against, ours and the limit, and whether it is reached; None where a row lacks."""
-        ours = groups.get((OURS, self.calls), [])
-        nfe = self.steps * (2 if ours and ours[0].get("guidance_scale", 1) != 1 else 1)
-        solver = groups.get((SOLVER, nfe), [])
-        if not (ours and solver and self.measure in ours[0] and self.measure in solver[0]):
-            return None
-        one, other = (mean(row[self.measure] for row in each) for each in (ours, solver))
-        known = MEASURES[self.measure]
-        limit = self.share * other
-        reached = one >= limit if known.higher_is_better else one <= limit
-        share = "" if self.share == 1 else f"{self.share:g} of "
-        words = f"{share}{known.head} of {SOLVER} at {nfe}"
-        return [self.calls, words, f"{one:{known.form}} / {limit:{known.form}}", "reached" if reached else "missed"]
-
-
-MEASURE_GOALS = [
-    *(MeasureGoal(4, name, 20) for name in ("recall", "coverage")),
-    *(MeasureGoal(nfe, "accuracy", 20, 0.98) for nfe in (1, 2, 4)),
-    *(MeasureGoal(nfe, name, 10) for nfe in (1, 2, 4) for name in ("class_fd", "class_recall")),
-]
-
-
-def goals_table(rows: list[Row]) -> str:
-    """Each goal in each space: what ours has, and at most should have."""
-    groups, spaces = grouped(rows), [*rows[0]["distances"]]
-    lines = []
-    for goal in GOALS:
-        ours = groups.get((OURS, goal.calls))
-        if ours is None or goal.group not in groups or (goal.over_floor and (REAL, 0) not in groups):
-            continue
-        found = [(value(ours, space), goal.limit(groups, space)) for space in spaces]
-        missed = [space for space, (one, most) in zip(spaces, found, strict=True) if one > most]
-        told = f"missed: {', '.join(missed)}" if missed else "reached"
-        lines.append([goal.calls, goal.words, *(f"{one:.3g} / {most:.3g}" for one, most in found), told])
-    for asked in MEASURE_GOALS:
-        if cells := asked.cells(groups):
-            lines.append([*cells[:3], *[""] * (len(spaces) - 1), cells[3]])
-    if not lines:
-        return "No goal can be told: the rows lack ours, or what they are held against."
-    return write_table(["calls", "held against", *spaces, "reached"], LABELS, lines)
-
-
 def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
     """Labelled rows of one figure: the teacher and its solvers, the baselines, ours, real images."""
 
@@ -321,9 +228,9 @@ def draw_classes(rows: list[Row], path: Path) -> None:
     groups = {
         group: of_group
         for group, of_group in sorted(grouped(rows).items(), key=lambda item: (is_ours(item[0][0]), item[0]))
-        if group[0] not in (REAL, SOLVER) or group == (SOLVER, 10)
+        if of_group[0]["class_shares"] and (group[0] not in (REAL, SOLVER) or group == (SOLVER, 10))
     }
-    if not groups:  # nothing of it is measured yet
+    if not groups:  # nothing of it is measured yet, or there are captions
         return
     columns = min(4, len(groups))
     lines = math.ceil(len(groups) / columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ from hsivi_diffusers.options import differences
 
 Row = dict[str, Any]
 Key = tuple[str, int, int | None]  # method, network calls and training seed
+Group = tuple[str, int]  # method and network calls
+
+OURS = "HSIVI"
+REAL, TEACHER, SOLVER = "real images", "teacher", "tuned solver"
+PAIRS, PROGRESSIVE, CONSISTENCY = "pairs only", "progressive distillation", "consistency distillation"
+LATENT_CONSISTENCY = "LCM-LoRA"
+BASELINES = (PAIRS, PROGRESSIVE, CONSISTENCY, LATENT_CONSISTENCY)
+NO_LORA = f"{OURS}, no LoRA"
 RECIPE = ("preset", "num_inference_steps", "max_train_steps")
 
 
@@ -106,3 +115,16 @@ def recipe_of(config: HSIVIConfig) -> dict[str, Any]:
 def key_of(row: Row) -> Key:
     """What a row is of."""
     return row["method"], row["nfe"], row["train_seed"]
+
+
+def grouped(rows: list[Row]) -> dict[Group, list[Row]]:
+    """The rows of all training seeds of each method and number of calls."""
+    groups: dict[Group, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["nfe"]), []).append(row)
+    return groups
+
+
+def value(rows: list[Row], space: str, kind: str = "distances") -> float:
+    """Mean distance over the training seeds."""
+    return mean(row[kind][space] for row in rows)

@@ -48,11 +48,14 @@ class ConsistencyDistillation(Baseline):
         super().__init__(teacher, schedule)
         self.target = copy.deepcopy(teacher)
         self.unclipped = HSIVIScheduler.from_config(schedule.config, clip_sample=False, thresholding=False)
-        self.sampler = make_sampler(schedule, num_timesteps, start)
-        self.sampler.set_timesteps(num_timesteps)
-        self.grid = self.sampler.timesteps.to(teacher.device)
-        self.stride = len(self.sampler.betas) // num_timesteps
+        self._make_grid(num_timesteps, start)
         self.parts = {"student": self.student, "target": self.target}
+
+    def _make_grid(self, num_timesteps: int, start: int | None = None) -> None:
+        self.sampler = make_sampler(self.schedule, num_timesteps, start)
+        self.sampler.set_timesteps(num_timesteps)
+        self.grid = self.sampler.timesteps.to(self.teacher.device)
+        self.stride = len(self.sampler.betas) // num_timesteps
 
     def consistency(
         self,

@@ -1,38 +1,88 @@
-"""The teacher of a set as tuning and benchmark draw from it: guided or not, with all its classes in turn."""
+"""The teacher of a set as tuning and benchmark draw from it: guided or not, all its classes or captions in turn."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from hsivi_diffusers import load_teacher
-from hsivi_diffusers.distillation.denoisers import num_classes
+from hsivi_diffusers.distillation.denoisers import give_prompts, num_classes, sample_shape
 from hsivi_diffusers.distillation.guidance import calls_of_step, guided
+from hsivi_diffusers.distillation.prompts import takes_text
+from hsivi_diffusers.distillation.teachers import image_shape, load_parts, load_prompts, network_of
 from hsivi_diffusers.evaluation.solvers import Sampler, Solver, make_solver, sample
+
+from .captions import CAPTIONS, choose, load_captioned
+from .sets import load_images
 
 
 class SetTeacher:
-    """A teacher, and what is drawn from it or from its students.
+    """A teacher, the images of its set, and what is drawn from it or from its students.
 
     Args:
         folder: Of its pipeline.
+        real_data: Real images, see train_teacher.py; of a text-to-image teacher `captions`.
         guidance_scale: Scale of guidance; without one a class-conditional teacher has no label for "no class".
 
     Attributes:
         network: The teacher, guided.
         schedule: Its noise schedule.
-        classes: Number of its classes, None without.
+        classes: Number of its classes or captions, None without.
+        held_out: Place of each held-out caption among those of `load_captioned`; these are drawn first.
         step_calls: Network calls of a step.
+
+    Raises:
+        ValueError: It takes text, and the images have no captions, or the other way round.
     """
 
-    def __init__(self, folder: str, guidance_scale: float | None = None) -> None:
-        unet, self.schedule = load_teacher(folder)
+    def __init__(self, folder: str, real_data: str, guidance_scale: float | None = None) -> None:
+        unet, self.schedule, self.host, _ = load_parts(folder)
         unet.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same images
+        self.real_data, self.rows, self.held_out = real_data, list[int](), list[int]()
+        self.shape = image_shape(self.host, sample_shape(unet))
+        texts = None
+        if (self.host is not None and takes_text(self.host)) != (real_data == CAPTIONS):
+            raise ValueError(f"--real_data {real_data}, and the teacher {folder}: `{CAPTIONS}` goes with text to image")
+        if real_data == CAPTIONS:
+            captions = load_captioned(self.shape[1])[1]
+            self.held_out, trained = choose(captions)
+            self.rows = self.held_out + trained
+            texts = [captions[row] for row in self.rows]
+        self.prompts = load_prompts(self.host, texts, "", unet.device)
+        if self.prompts is not None:
+            give_prompts(unet, self.prompts)
         self.classes = num_classes(unet, guidance_scale is not None) or None
         self.network = guided(unet, [1.0 if guidance_scale is None else guidance_scale])
         self.step_calls = calls_of_step(self.network)
+
+    def load_real(self) -> tuple[Tensor, Tensor]:
+        """Loads the real images in [0, 1], of the shape of the teacher's, (N, C, H, W), and their classes, (N,).
+
+        Raises:
+            ValueError: They have no classes, or not all of the teacher's.
+        """
+        channels, height, _ = self.shape
+        if self.rows:
+            images = load_captioned(height)[0][self.rows]
+            labels: Tensor | None = torch.arange(len(images))
+        else:
+            images, labels = load_images(self.real_data, height, channels)
+        if labels is None:
+            raise ValueError(f"--real_data {self.real_data} has no labels: give a set with classes")
+        if lacking := {*range(self.classes or 0)} - {*labels.tolist()}:
+            raise ValueError(
+                f"--real_data {self.real_data} has no images of the classes {sorted(lacking)} of the teacher: if the "
+                "last one is 'no class', give --guidance_scale 1"
+            )
+        return images.float() / 255, labels
+
+    def tell(self, student: DiffusionPipeline) -> DiffusionPipeline:
+        """Returns a student that knows the captions, if the teacher has any."""
+        if self.prompts is not None:
+            give_prompts(network_of(student), self.prompts)
+        return student
 
     def solver(self, name: str, calls: int, **settings: Any) -> Solver:
         """A solver that makes so many network calls, see `make_solver`.
@@ -42,7 +92,8 @@ class SetTeacher:
         """
         if calls % self.step_calls:
             raise ValueError(f"{calls} network calls: a guided step has two, give an even number")
-        return make_solver(name, calls // self.step_calls, self.network, self.schedule.config, **settings)
+        steps = calls // self.step_calls
+        return make_solver(name, steps, self.network, self.schedule.config, host=self.host, **settings)
 
     def draw(self, sampler: Sampler, size: int, batch_size: int, seed: int) -> Tensor:
         """Images of any sampler, shape (size, C, H, W); with classes image i is of class i mod their number."""

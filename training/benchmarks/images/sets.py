@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageOps
 
@@ -65,18 +64,6 @@ def load_images(source: str, resolution: int, channels: int) -> tuple[torch.Tens
     else:
         return package.load_images(source, resolution, channels)
     return stack_images(images, resolution, channels), labels
-
-
-def load_labelled(source: str, unet: UNet2DModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loads the images of a source in [0, 1], of the shape of a teacher's, (N, C, H, W), and their classes, (N,).
-
-    Raises:
-        ValueError: The source has no classes.
-    """
-    images, labels = load_images(source, unet.config.sample_size, unet.config.in_channels)
-    if labels is None:
-        raise ValueError(f"--real_data {source} has no labels: give a set with classes")
-    return images.float() / 255, labels
 
 
 def _load_fashion() -> tuple[list[Image.Image], torch.Tensor]:

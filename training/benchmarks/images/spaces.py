@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -23,6 +24,7 @@ MOST = 5000  # real images in a KID
 BATCH = 500  # images that are classified at once
 OF_CLASSIFIER = ("precision", "recall", "density", "coverage", "class_tv", "nearest")
 OF_CLASSES = ("accuracy", "class_fd", "class_recall")
+OF_CAPTIONS = ("retrieval", "diversity")
 
 
 class PixelComponents(nn.Module):
@@ -31,7 +33,7 @@ class PixelComponents(nn.Module):
     def __init__(self, real: Tensor) -> None:
         super().__init__()
         pixels = real.flatten(1)
-        found = PCA(min(COMPONENTS, pixels.shape[1] - 1), svd_solver="randomized", random_state=0).fit(pixels.numpy())
+        found = PCA(min(COMPONENTS, min(pixels.shape) - 1), svd_solver="randomized", random_state=0).fit(pixels.numpy())
         self.mean = nn.Parameter(torch.from_numpy(found.mean_).float(), requires_grad=False)
         self.components = nn.Parameter(torch.from_numpy(found.components_.T).float(), requires_grad=False)
 
@@ -122,6 +124,34 @@ class ClassMeasures:
         return {"accuracy": (seen == asked).float().mean().item(), **means}
 
 
+class CaptionMeasures:
+    """How images suit the captions that they were asked for.
+
+    - `retrieval`: share of the images of held-out captions whose own the scorer puts first among those.
+    - `diversity`: mean distance of two images of a caption in the features of EfficientNet-Lite0; mean over the
+      captions that have two.
+
+    Args:
+        scorer: Its classes are captions.
+        held_out: Its class of each held-out caption, the first ones that are asked for.
+    """
+
+    def __init__(self, scorer: ImageClassifier, held_out: Sequence[int]) -> None:
+        self.scorer, self.held_out, self.network = scorer, [*held_out], EfficientNetFeatures().eval()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, asked: Tensor) -> dict[str, float]:
+        """Returns the numbers above, by name, of images asked for by the numbers of captions (N,)."""
+        held = asked < len(self.held_out)
+        logits = torch.cat([self.scorer.logits(batch)[:, self.held_out] for batch in images[held].split(BATCH)])
+        features = torch.cat([self.network(batch) for batch in images.split(BATCH)])
+        of_caption = [features[asked == each] for each in asked.unique().tolist()]
+        return {
+            "retrieval": (logits.argmax(1) == asked[held]).float().mean().item(),
+            "diversity": mean(torch.pdist(each).mean().item() for each in of_caption if len(each) > 1),
+        }
+
+
 class SetMeasures:
     """What a row of the benchmark of a set tells of its images.
 
@@ -130,20 +160,28 @@ class SetMeasures:
         real: Its images in [0, 1], shape (N, C, H, W).
         labels: Their classes, shape (N,).
         converged: Images of the teacher in many steps, like the real ones.
+        held_out: Of captioned images, see `CaptionMeasures`.
     """
 
-    def __init__(self, classifier: Path, real: Tensor, labels: Tensor, converged: Tensor) -> None:
+    def __init__(
+        self, classifier: Path, real: Tensor, labels: Tensor, converged: Tensor, held_out: Sequence[int] = ()
+    ) -> None:
         self.spaces = make_spaces(classifier, real, labels)
         self.teacher_spaces = [space.beside(converged) for space in self.spaces]
-        self.measures = Measures(self.spaces[0].measures.network, real, OF_CLASSIFIER)
-        self.make_class_measures = cache(
-            lambda: ClassMeasures(ImageClassifier.from_pretrained(classifier).eval(), real, labels)
-        )
+        names = [name for name in OF_CLASSIFIER if not held_out or name != "class_tv"]  # of thousands of captions
+        self.measures = Measures(self.spaces[0].measures.network, real, names)
+
+        @cache
+        def make() -> ClassMeasures | CaptionMeasures:
+            network = ImageClassifier.from_pretrained(classifier).eval()
+            return CaptionMeasures(network, held_out) if held_out else ClassMeasures(network, real, labels)
+
+        self.make_class_measures = make
 
     def __call__(self, images: Tensor, asked: Tensor | None = None) -> dict[str, Any]:
         """Returns distances to the real images and to the teacher's, by space, and the other measures, of images.
 
-        With the classes that they were asked for, shape (N,), also those of `ClassMeasures`.
+        With the classes that they were asked for, shape (N,), also those of `ClassMeasures` or `CaptionMeasures`.
         """
         return {
             "distances": {space.name: space.distance(images) for space in self.spaces},

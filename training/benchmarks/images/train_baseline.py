@@ -1,12 +1,13 @@
-"""Trains a baseline of train_hsivi.py: consistency or progressive distillation, or regression on pairs.
+"""Trains a baseline of train_hsivi.py: consistency or progressive distillation, regression on pairs, or LCM-LoRA.
 
     python -m training.benchmarks.images.train_baseline --pretrained_teacher_model assets/digits_ddpm \
         --train_data digits --method progressive --max_train_seconds 120 --output_dir runs/digits_progressive
 
-See `consistency`, `progressive` and `regression` for the losses; the first two use real images. AdamW has a learning
-rate that is warmed up and falls as a cosine, in each stage of a progressive distillation; gradients are clipped at norm
-1, and the weights that are saved are averaged with decay 0.995. The teacher makes pixels; where it has classes, the
-images of --train_data have the same ones. Nothing is guided.
+See `consistency`, `progressive`, `regression` and `latent_consistency` for the losses; all but regression use real
+images. AdamW has a learning rate that is warmed up and falls as a cosine, in each stage of a progressive distillation;
+gradients are clipped at norm 1, and the weights that are saved are averaged with decay 0.995. The teacher makes pixels;
+where it has classes, the images of --train_data have the same ones, and nothing is guided. For lcm_lora it is a
+text-to-image teacher, and --train_data is `captions`.
 
 Writes OUTPUT_DIR/pipeline, OUTPUT_DIR/checkpoints and OUTPUT_DIR/training.json. It is one process. With
 --max_train_steps a run is a function of its seed; with --max_train_seconds the clock ends it. A run that is stopped
@@ -23,21 +24,23 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
 from hsivi_diffusers import load_teacher
 from hsivi_diffusers.distillation.denoisers import sample_shape
 from hsivi_diffusers.distillation.output import Output, check_output, check_teacher, claimed, start_run
 from hsivi_diffusers.distillation.pairs import PAIR_CALLS
-from hsivi_diffusers.distillation.teachers import fingerprint
+from hsivi_diffusers.distillation.teachers import fingerprint, load_parts
 from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command
 from hsivi_diffusers.vi import cosine
 
 from .baseline import Baseline
+from .captions import CAPTIONS
 from .consistency import ConsistencyDistillation
+from .latent_consistency import LatentConsistency, load_latents
 from .progressive import ProgressiveDistillation
 from .regression import PairRegression
 from .sets import load_images
@@ -46,9 +49,10 @@ from .training_loop import TrainingLoop
 EMA_DECAY, MAX_GRAD_NORM = 0.995, 1.0
 WRITTEN = ("training.json", "pipeline")
 OF_METHOD = {"num_inference_steps": "progressive", "num_stages": "progressive", "num_pairs": "regression"}
+OF_METHOD |= {"guidance_scale": "lcm_lora", "lora_rank": "lcm_lora"}
 # What a benchmark gives, see `settings_of`.
 GIVEN = (
-    *("pretrained_teacher_model", "num_inference_steps", "seed"),
+    *("pretrained_teacher_model", "num_inference_steps", "guidance_scale", "seed"),
     *("max_train_steps", "max_train_seconds", "min_network_calls"),
 )
 
@@ -63,10 +67,12 @@ class Teacher:
 @dataclass
 class Training:
     _group = "training"
-    method: Literal["consistency", "progressive", "regression"] = option("consistency", "which baseline")
+    method: Literal["consistency", "progressive", "regression", "lcm_lora"] = option("consistency", "which baseline")
     num_inference_steps: int = option(4, "of --method progressive: network calls of the student")
     num_stages: int = option(4, "of --method progressive: stages, each of which halves the number of steps")
     num_pairs: int = option(20_000, "of --method regression: pairs")
+    guidance_scale: float = option(1.0, "of --method lcm_lora: scale of guidance of the teacher")
+    lora_rank: int = option(64, "of --method lcm_lora: rank of the adapter")
     start_timestep: int | None = option(None, "of the first step; by default that of the method")
     seed: int = option(0, "seed of batches and noise")
     max_train_steps: int = option(1000, "number of updates")
@@ -90,8 +96,24 @@ def recipe_of(config: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name == "method" or value != usual[name]}
 
 
+def prepare(teacher: Teacher, training: Training, device: torch.device) -> tuple[Baseline, Tensor, Tensor | None]:
+    """Loads the teacher, of which student and target start as copies, and the data: images or latents, and classes."""
+    name = str(teacher.pretrained_teacher_model)
+    if training.method != "lcm_lora":
+        distillation = make_distillation(name, training, device)
+        return distillation, *load_data(teacher.train_data, distillation.teacher, device)
+    unet, schedule, host, _ = load_parts(name)
+    if not isinstance(unet, UNet2DConditionModel) or host is None or teacher.train_data != CAPTIONS:
+        raise ValueError(
+            f"--method lcm_lora distils Stable Diffusion, with --train_data {CAPTIONS}: {name} is no such teacher, or "
+            f"--train_data {teacher.train_data}"
+        )
+    latents, numbers = load_latents(host, unet.to(device), device)
+    return LatentConsistency(unet, schedule, host, training.guidance_scale, training.lora_rank), latents, numbers
+
+
 def make_distillation(name: str, training: Training, device: torch.device) -> Baseline:
-    """Loads the teacher, of which student and target start as copies."""
+    """Loads the teacher of pixels, of which student and target start as copies."""
     unet, schedule = load_teacher(name)
     channels, height, width = sample_shape(unet)
     learned_variance = unet.config.out_channels != channels
@@ -191,8 +213,7 @@ def main(args: list[str] | None = None) -> None:
     with claimed(run) as output_dir:
         accelerator = Accelerator()
         set_seed(training.seed)
-        distillation = make_distillation(teacher.pretrained_teacher_model, training, accelerator.device)
-        images, classes = load_data(teacher.train_data, distillation.teacher, accelerator.device)
+        distillation, images, classes = prepare(teacher, training, accelerator.device)
         settings = flatten([teacher, training])
         start_run(run, settings, WRITTEN)
         identity = {**settings, "teacher_sha256": fingerprint(distillation.teacher, distillation.schedule)}

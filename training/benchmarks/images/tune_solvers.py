@@ -37,7 +37,6 @@ from hsivi_diffusers.options import option, parse_options, run_command
 
 from .benchmark_results import Row, read_rows
 from .set_teacher import SetTeacher
-from .sets import load_labelled
 from .solver_pages import score, write_page
 from .spaces import make_spaces
 
@@ -84,11 +83,10 @@ class Tuning:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.teacher = SetTeacher(str(options.teacher), options.guidance_scale)
+        self.teacher = SetTeacher(str(options.teacher), options.real_data, options.guidance_scale)
         if odd := [calls for calls in options.calls if calls % self.teacher.step_calls]:
             raise ValueError(f"--calls {odd}: a guided step is two network calls: give even numbers")
-        real = load_labelled(options.real_data, self.teacher.network)
-        self.spaces = make_spaces(Path(str(options.classifier)), *real)
+        self.spaces = make_spaces(Path(str(options.classifier)), *self.teacher.load_real())
 
     def draw(self, solver: str, calls: int, size: int, seed: int, **settings: Any) -> Tensor:
         """Images of a solver, shape (size, C, H, W)."""

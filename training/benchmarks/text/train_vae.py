@@ -21,8 +21,8 @@ from hsivi_diffusers.distillation.output import Output, claimed, start_run
 from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command
 
+from ..images.captions import load_captioned
 from ..images.train_teacher import Training, check_run, make_loop
-from .captions import load_captioned
 
 WRITTEN = ("config.json", "diffusion_pytorch_model.safetensors")
 

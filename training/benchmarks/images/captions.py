@@ -8,10 +8,12 @@ from xml.etree import ElementTree
 
 import torch
 
-from ..images.sets import load_images, read_emoji
+from .sets import load_images, read_emoji
 
 # Where Debian's package unicode-cldr-core puts the names, licensed as Unicode-3.0.
 CLDR = Path("/usr/share/unicode/cldr/common")
+CAPTIONS = "captions"  # what --real_data calls these images
+HELD_OUT, DRAWN = 50, 500  # captions that are not trained, captions that a benchmark draws
 PRESENTATION = "\ufe0f"  # asks for colour, and is in some sequences of a font and not in the names
 TONE = " skin tone"
 
@@ -42,8 +44,8 @@ def read_names() -> dict[str, str]:
     return names
 
 
-def hold_out(captions: list[str], count: int = 50) -> tuple[list[int], list[int]]:
-    """Splits captions into those to train on and some held out; returns their rows.
+def hold_out(captions: list[str], count: int | None = None) -> tuple[list[int], list[int]]:
+    """Splits captions into those to train on and HELD_OUT, or so many, that are not; returns their rows.
 
     Held out are new combinations of what is known: captions of one skin tone, "firefighter: light skin tone", whose
     subject is trained in other tones. At most one tone of a subject is held out, by a hash of the caption.
@@ -51,6 +53,7 @@ def hold_out(captions: list[str], count: int = 50) -> tuple[list[int], list[int]
     Raises:
         ValueError: There are fewer such captions.
     """
+    count = HELD_OUT if count is None else count
     toned = [row for row, caption in enumerate(captions) if caption.endswith(TONE) and caption.count(":") == 1]
     toned = [row for row in toned if "," not in captions[row]]
     chosen: dict[str, int] = {}
@@ -60,3 +63,10 @@ def hold_out(captions: list[str], count: int = 50) -> tuple[list[int], list[int]
     if len(held) < count:
         raise ValueError(f"{len(held)} captions can be held out, and {count} were asked for")
     return sorted({*range(len(captions))} - {*held}), held
+
+
+def choose(captions: list[str]) -> tuple[list[int], list[int]]:
+    """Returns the rows of the captions that a benchmark draws: those held out, and trained ones by a fixed seed."""
+    trained, held = hold_out(captions)
+    order = torch.randperm(len(trained), generator=torch.Generator().manual_seed(0)).tolist()
+    return held, [trained[place] for place in order[: DRAWN - len(held)]]

@@ -1,0 +1,97 @@
+"""LCM-LoRA (Luo et al. 2023, arXiv 2311.05556): an adapter of a guided text-to-image teacher, from captioned images.
+
+The loss is that of `consistency` on latents, as in the example of diffusers: the teacher's step is DDIM's, under
+classifier-free guidance, on a grid of 50 timesteps, and the target is the student itself, without a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from hsivi_diffusers import HSIVIScheduler
+from hsivi_diffusers.distillation.adapters import add_adapter
+from hsivi_diffusers.distillation.denoisers import denoise, give_prompts, sample_shape
+from hsivi_diffusers.distillation.guidance import guided
+from hsivi_diffusers.distillation.teachers import image_shape, load_prompts
+from hsivi_diffusers.images import to_model_range
+
+from .captions import hold_out, load_captioned
+from .consistency import ConsistencyDistillation, make_sampler
+
+NUM_TIMESTEPS = 50
+BATCH = 64  # images that are encoded at once
+
+
+class LatentConsistency(ConsistencyDistillation):
+    """Teacher, and student as an adapter on its weights.
+
+    Args:
+        teacher: Is frozen; it knows its prompts.
+        schedule: Of the teacher.
+        host: Its pipeline.
+        guidance_scale: w of the teacher's guidance.
+        rank: Of the adapter.
+    """
+
+    calls_per_image = 4  # of the guided teacher, two, student and target
+
+    def __init__(
+        self,
+        teacher: UNet2DConditionModel,
+        schedule: HSIVIScheduler,
+        host: DiffusionPipeline,
+        guidance_scale: float,
+        rank: int,
+    ) -> None:
+        self.student = self.target = add_adapter(teacher.eval(), rank).train()
+        self.teacher: Any = guided(teacher, [guidance_scale])
+        self.host, self.schedule, self.unclipped = host, schedule, schedule
+        self._make_grid(NUM_TIMESTEPS)
+        self.parts = {"student": self.student}
+
+    @torch.no_grad()
+    def aim(self, x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Returns f of the student one step of the teacher further down."""
+        below = (timestep - self.stride).clamp_min(0)
+        down = self.schedule.diffuse(*denoise(self.teacher, self.schedule, x, timestep, condition), below)
+        return self.consistency(self.target, self.schedule, down, below, condition)
+
+    def loss(self, clean: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Of means and stds of latents, one after the other, shape (B, 2 C, H, W)."""
+        mean, std = clean.chunk(2, dim=1)
+        return super().loss(mean + std * torch.randn_like(mean), condition)
+
+    def begin_update(self, share: float) -> None:
+        """Does nothing: no weights are averaged."""
+
+    def pipeline(self) -> DiffusionPipeline:
+        """The student in a pipeline like the teacher's, its adapter added to the weights."""
+        self.student.eval().fuse_lora()
+        self.student.unload_lora()
+        self.host.register_modules(unet=self.student, scheduler=make_sampler(self.schedule, NUM_TIMESTEPS))
+        return self.host
+
+
+def load_latents(host: DiffusionPipeline, network: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Latents of the captioned emoji that are not held out, as `loss` takes them, and the numbers of their captions.
+
+    The network is given these captions as prompts.
+    """
+    images, captions = load_captioned(image_shape(host, sample_shape(network))[1])
+    rows = hold_out(captions)[0]
+    if (prompts := load_prompts(host, [captions[row] for row in rows], "", device)) is not None:
+        give_prompts(network, prompts)
+    mean, std = encode(host.vae.to(device), to_model_range(images[rows]).to(device))
+    return torch.cat([mean, std], dim=1), torch.arange(len(rows), device=device)
+
+
+@torch.no_grad()
+def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std of the scaled latents of images in [-1, 1]."""
+    laws = [vae.encode(batch).latent_dist for batch in images.split(BATCH)]
+    mean, std = (torch.cat([getattr(law, name) for law in laws]) for name in ("mean", "std"))
+    return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
