@@ -34,6 +34,9 @@ from .prompts import PromptTable, encode_prompts, takes_text
 from .state_dicts import hash_weights
 from .teacher_configs import LATENT, REMEDY, check, check_levels, configs_of, kind_of, part_of, read_configs
 
+# diffusers renamed the argument in 0.40, and warns of the old name.
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
+IN_FLOAT32: dict[str, Any] = {DTYPE: torch.float32}
 VAE_PIXELS = 2**21  # of images that are decoded at once
 
 
@@ -92,7 +95,7 @@ def load_parts(teacher: str | os.PathLike[str] | DiffusionPipeline, revision: st
 def _load_encoders(name: str, revision: str | None) -> dict[str, Any]:
     index = DiffusionPipeline.load_config(name, revision=revision)
     part = part_of(parts_of(index))
-    without = {part: None, "vae": None, "torch_dtype": torch.float32}
+    without = {part: None, "vae": None, **IN_FLOAT32}
     return text_encoders(DiffusionPipeline.from_pretrained(name, revision=revision, **without))
 
 
@@ -114,7 +117,7 @@ def _load(name: str, revision: str | None) -> DiffusionPipeline:
     with suppress(OSError):  # what is missing, the loading itself reports
         check(repr(name), read_configs(name, revision))
     try:
-        return DiffusionPipeline.from_pretrained(name, revision=revision, torch_dtype=torch.float32)
+        return DiffusionPipeline.from_pretrained(name, revision=revision, **IN_FLOAT32)
     except Exception as error:  # diffusers raises many types here, and all mean the same to the user
         if path.is_dir():
             raise ValueError(
@@ -224,7 +227,7 @@ def load_student(source: str | Path) -> DiffusionPipeline:
     if kind not in LATENT:
         return HSIVIPipeline.from_pretrained(source)
     with naming_damage():
-        pipeline = getattr(diffusers, kind).from_pretrained(source, torch_dtype=torch.float32)
+        pipeline = getattr(diffusers, kind).from_pretrained(source, **IN_FLOAT32)
     if not hasattr(pipeline.scheduler, "trained_grids"):
         raise ValueError(f"{str(source)!r} is a {kind} that was not distilled: distil it with `hsivi distil`")
     check_finite_weights(network_of(pipeline), part_of(pipeline.components))

@@ -18,7 +18,16 @@ from hsivi_diffusers.evaluation.solvers import make_student, sample
 from hsivi_diffusers.folders import LOCK
 from hsivi_diffusers.options import parse_options
 from training.benchmarks.images import benchmark, benchmark_results, set_teacher, train_teacher, trainings
-from training.benchmarks.images.benchmark_results import CONSISTENCY, OURS, PAIRS, PROGRESSIVE, REAL, SOLVER, TEACHER
+from training.benchmarks.images.benchmark_results import (
+    CONSISTENCY,
+    OURS,
+    PAIRS,
+    PROGRESSIVE,
+    REAL,
+    SOLVER,
+    TEACHER,
+    TEACHER_SDE,
+)
 from training.benchmarks.images.spaces import OF_CLASSIFIER
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +167,7 @@ def told(folder, run):
 
 
 def keys_of(seeds, baseline_seeds=(0,)):
-    costless = [(REAL, 0, None), (TEACHER, 3, None), (SOLVER, 1, None), (SOLVER, 2, None)]
+    costless = [(REAL, 0, None), (TEACHER, 3, None), (TEACHER_SDE, 3, None), (SOLVER, 1, None), (SOLVER, 2, None)]
     ours = [(OURS, nfe, seed) for nfe in (1, 2) for seed in seeds]
     ours += [(ONE_FOR_ALL, nfe, seed) for seed in seeds for nfe in (1, 2)]
     pairs = [(PAIRS, 1, seed) for seed in baseline_seeds]
@@ -341,7 +350,16 @@ def test_rows_and_parts_of_another_set_are_kept_and_added(copied):
 
 def test_the_page_has_tables_and_figures(folder):
     text = (folder / "docs/index.md").read_text()
-    for method in (f"**{OURS}**", f"**{ONE_FOR_ALL}**", PAIRS, PROGRESSIVE, CONSISTENCY, TEACHER, f"{SOLVER} (UniPC)"):
+    for method in (
+        f"**{OURS}**",
+        f"**{ONE_FOR_ALL}**",
+        PAIRS,
+        PROGRESSIVE,
+        CONSISTENCY,
+        TEACHER,
+        TEACHER_SDE,
+        f"{SOLVER} (UniPC)",
+    ):
         assert f"| {method} |" in text
     for name in ("curves_digits.png", "samples_digits.png", "classes_digits.png"):
         assert f"({name})" in text
@@ -354,7 +372,7 @@ def test_pictures_of_what_is_shown_stay_beside_the_results(folder):
     several = [
         f"{method} at {nfe}" for method in (SOLVER, OURS, ONE_FOR_ALL, PROGRESSIVE, CONSISTENCY) for nfe in (1, 2)
     ]
-    assert set(kept) == {"real", f"{TEACHER} at 3", f"{PAIRS} at 1", *several}
+    assert set(kept) == {"real", f"{TEACHER} at 3", f"{TEACHER_SDE} at 3", f"{PAIRS} at 1", *several}
     run = folder / "runs/digits/student_num_inference_steps_2_seed0/pipeline"
     drawn = torch.cat([*sample(make_student(HSIVIPipeline.from_pretrained(run), 2), 20, 15, 0)])[:16]
     torch.testing.assert_close(kept[f"{OURS} at 2"] / 255, drawn, atol=0.51 / 255, rtol=0)
@@ -474,7 +492,7 @@ def test_a_teacher_with_classes_draws_all_of_them_equally(copied, class_teacher,
     students = ["--students", str(folder / "student.yaml")]
     benchmark.main([*given, f"--teacher={class_teacher}", *students, *folders, "--seeds=2", "--num_samples=30"])
     rows = benchmark_results.read_rows(folder / "classes/output/results.json")
-    assert {row["method"] for row in rows} == {REAL, TEACHER, SOLVER, OURS}
+    assert {row["method"] for row in rows} == {REAL, TEACHER, TEACHER_SDE, SOLVER, OURS}
     assert asked == [3] * (len(rows) + 1)  # and of the images of the teacher that rows are compared with
 
 
@@ -578,7 +596,7 @@ def test_a_guided_benchmark_draws_all_classes_and_counts_two_calls_a_step(guided
     monkeypatch.setattr(trainings, "call", call)
     benchmark.main(guided)
     rows = {(row["method"], row["nfe"]): row for row in rows_of(tmp_path)}
-    assert rows.keys() == {(REAL, 0), (TEACHER, 6), (SOLVER, 4), (OURS, 1)}
+    assert rows.keys() == {(REAL, 0), (TEACHER, 6), (TEACHER_SDE, 6), (SOLVER, 4), (OURS, 1)}
     assert all(row["guidance_scale"] == 2 for row in rows.values())
     assert rows[REAL, 0]["accuracy"] > 0.95
     assert rows[REAL, 0]["class_shares"] == pytest.approx([0.1] * 10, abs=0.03)

@@ -20,6 +20,7 @@ from training.benchmarks.images.benchmark_results import (
     REAL,
     SOLVER,
     TEACHER,
+    TEACHER_SDE,
     read_rows,
 )
 from training.benchmarks.images.goals import goals_table
@@ -239,7 +240,15 @@ def test_the_benchmark_of_captions(teach, scorer, tmp_path, monkeypatch):
     )
     found = read_rows(tmp_path / "docs" / "results.json")
     rows = {(row["method"], row["nfe"]): row for row in found}
-    assert rows.keys() == {(REAL, 0), (TEACHER, 6), (SOLVER, 4), (OURS, 1), (NO_LORA, 1), (LATENT_CONSISTENCY, 1)}
+    assert rows.keys() == {
+        (REAL, 0),
+        (TEACHER, 6),
+        (TEACHER_SDE, 6),
+        (SOLVER, 4),
+        (OURS, 1),
+        (NO_LORA, 1),
+        (LATENT_CONSISTENCY, 1),
+    }
     assert rows[REAL, 0]["retrieval"] == 1
     assert rows[REAL, 0]["diversity"] == 0  # each has one image
     assert all(row["diversity"] > 0 for (method, _), row in rows.items() if method != REAL)

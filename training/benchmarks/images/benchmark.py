@@ -43,6 +43,7 @@ from .benchmark_results import (
     REAL,
     SOLVER,
     TEACHER,
+    TEACHER_SDE,
     Key,
     Results,
     read_rows,
@@ -73,7 +74,7 @@ class Options:
     seeds: list[int] = option([0, 1, 2], "training seeds of the students")
     baseline_seeds: list[int] = option([0], "training seeds of the baselines, each one of --seeds")
     solvers: str = option("docs/benchmarks/solvers.json", "solvers that were tuned, by tune_solvers.py")
-    teacher_steps: int = option(100, "network calls of the teacher's converged sampler, DPM-Solver++")
+    teacher_steps: int = option(100, "network calls of the teacher's converged samplers, DPM-Solver++ and its SDE")
     num_samples: int = option(10_000, "images of each row")
     batch_size: int = option(500, "images at once")
     eval_seed: int = option(0, "seed of the noise")
@@ -123,7 +124,7 @@ class Comparison:
         """Every row: the floor, the teacher and its solvers, students, and the baselines that have their cost."""
         entries = [
             Entry(REAL, 0, None, partial(self._costless, self._draw_real)),
-            Entry(TEACHER, self.options.teacher_steps, None, partial(self._costless, self._teacher_sampler())),
+            *self._teachers(),
             *self._solvers(),
             *(entry for config in self.options.students for entry in self._students(config)),
         ]
@@ -176,6 +177,14 @@ class Comparison:
             return self.real[torch.randint(len(self.real), (batch_size,), generator=generator)]
         weights = (labels[:, None] == self.labels).float()
         return self.real[torch.multinomial(weights, 1, generator=generator).squeeze(1)]
+
+    def _teachers(self) -> Iterator[Entry]:
+        """The converged samplers of the teacher, of its ODE and, if it has betas, of its SDE."""
+        samplers = {TEACHER: self._teacher_sampler()}
+        if not self.teacher.schedule.is_flow:
+            samplers[TEACHER_SDE] = self.teacher.solver("DPM-Solver++ SDE", self.options.teacher_steps)
+        for name, sampler in samplers.items():
+            yield Entry(name, self.options.teacher_steps, None, partial(self._costless, sampler))
 
     def _teacher_sampler(self) -> Solver:
         return self.teacher.solver("DPM-Solver++", self.options.teacher_steps)

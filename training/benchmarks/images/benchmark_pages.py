@@ -27,6 +27,7 @@ from .benchmark_results import (
     REAL,
     SOLVER,
     TEACHER,
+    TEACHER_SDE,
     Group,
     Row,
     grouped,
@@ -37,7 +38,7 @@ from .benchmark_results import (
 from .goals import goals_table
 from .spaces import OF_CAPTIONS, OF_CLASSES, OF_CLASSIFIER
 
-ORDER = (REAL, TEACHER, SOLVER, *BASELINES, OURS)
+ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, *BASELINES, OURS)
 LABELS = ("method", "held against", "reached")
 CURVES = ("recall", "coverage")
 SHOWN_SOLVERS = (1, 2, 4, 10, 20)
@@ -170,7 +171,7 @@ def floor_table(rows: list[Row]) -> str:
     """Distances of real images to themselves, and of the teacher: what is good."""
     lines = []
     for row in rows:
-        if row["method"] in (REAL, TEACHER):
+        if row["method"] in (REAL, TEACHER, TEACHER_SDE):
             words = f"{row['method']} at {row['nfe']}" if row["nfe"] else row["method"]
             lines.append([words, *(distance([row], space) for space in row["distances"])])
     return write_table(["", *rows[0]["distances"]], ("",), lines)

@@ -20,7 +20,7 @@ Key = tuple[str, int, int | None]  # method, network calls and training seed
 Group = tuple[str, int]  # method and network calls
 
 OURS = "HSIVI"
-REAL, TEACHER, SOLVER = "real images", "teacher", "tuned solver"
+REAL, TEACHER, TEACHER_SDE, SOLVER = "real images", "teacher", "teacher, SDE", "tuned solver"
 PAIRS, PROGRESSIVE, CONSISTENCY = "pairs only", "progressive distillation", "consistency distillation"
 LATENT_CONSISTENCY = "LCM-LoRA"
 BASELINES = (PAIRS, PROGRESSIVE, CONSISTENCY, LATENT_CONSISTENCY)
