@@ -27,10 +27,11 @@ from .distillation.prompts import takes_text
 from .distillation.teachers import Parts, decode, load_parts
 from .evaluation.solvers import make_solver
 from .hub import check_repo_id
+from .images import enlarge
 from .options import option, parse_options
 from .pipeline_hsivi import network_calls
 from .run_records import run_of
-from .sampling import classes_of, draw, enlarge, load_sampler, usable_device
+from .sampling import classes_of, draw, load_sampler, usable_device
 
 DEMO = """Open a page in the browser that draws from distilled samplers, each beside its teacher.
 
@@ -90,7 +91,7 @@ class Request:
         return [self.condition] * self.count
 
 
-def load_student(name: str, device: str) -> Student:
+def load_with_teacher(name: str, device: str) -> Student:
     """Loads a student, and the teacher that its run or its card names.
 
     Raises:
@@ -204,7 +205,7 @@ class Students:
             )
         if name not in self._kept:
             self._kept.clear()  # first, for there may be no memory for both
-            self._kept[name] = load_student(name, self.device)
+            self._kept[name] = load_with_teacher(name, self.device)
         return self._kept[name]
 
 

@@ -23,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import ImageOps
 from safetensors import safe_open
 
+from .images import enlarge
 from .model_card import is_ours, make_adapter_card, make_card
 from .pipeline_hsivi import HSIVIPipeline, check_finite_weights, network_calls
 from .run_records import ADAPTER, read_run
@@ -310,6 +311,5 @@ def draw_grid(pipeline: HSIVIPipeline, rows: int = 4, columns: int = 8) -> Any:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         labels = [seed % classes for seed in seeds] if classes else None
         images += pipeline(columns, generator=generators, class_labels=labels, return_dict=False)[0]
-    width, height = (max(1, 64 // images[0].width) * size for size in images[0].size)
-    images = [ImageOps.expand(image.resize((width, height), resample=0), 2, "white") for image in images]
+    images = [ImageOps.expand(enlarge(image, 64), 2, "white") for image in images]
     return make_image_grid(images, rows=rows, cols=columns)

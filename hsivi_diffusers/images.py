@@ -1,4 +1,4 @@
-"""Real images as one uint8 tensor: the digits of scikit-learn, a folder, or a dataset on the Hub."""
+"""Real images as one tensor: the digits of scikit-learn, a folder, or a dataset on the Hub; small images enlarged."""
 
 from __future__ import annotations
 
@@ -92,3 +92,8 @@ def _to_tensor(image: Image.Image, resolution: int, channels: int) -> torch.Tens
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
     """Maps uint8 images 0..255 to floats in [-1, 1], the range of diffusers' UNets."""
     return images.float() / 127.5 - 1
+
+
+def enlarge(image: Image.Image, width: int) -> Image.Image:
+    """A small image, its pixels as squares, about so many pixels wide."""
+    return ImageOps.scale(image, max(1, width // image.width), Image.Resampling.NEAREST)

@@ -42,11 +42,16 @@ def write_page(run_dir: Path) -> None:
     options, training, report = (read_json(run_dir / f"{name}.json") for name in ("options", "training", "report"))
     title, log = run_dir.resolve().name, read_log(run_dir)
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_cost(options, training))}</p>"]
-    if grids := sample_grids(run_dir):
+    scheduler = read_json(run_dir / "pipeline" / "scheduler" / "scheduler_config.json")
+    if given := scheduler.get("layer_timesteps"):
+        grids = given if isinstance(given[0], list) else [given]
+        told = "; ".join(", ".join(map(str, grid[:-1])) for grid in grids)
+        parts += [f"<p>The network is called at the timesteps {told}.</p>"]
+    if drawn := sample_grids(run_dir):
         ratios = {line["step"]: line for line in log if "images/contrast" in line}
-        shown = json.dumps([(step, f"samples/{path.name}", _beside(ratios.get(step))) for step, path in grids.items()])
+        shown = json.dumps([(step, f"samples/{path.name}", _beside(ratios.get(step))) for step, path in drawn.items()])
         text = "First row: the teacher in 20 steps. Below: the student, from the same noise."
-        parts += ["<h2>Images</h2>", f"<p>{text}</p>", SLIDER.format(last=len(grids) - 1, grids=shown)]
+        parts += ["<h2>Images</h2>", f"<p>{text}</p>", SLIDER.format(last=len(drawn) - 1, grids=shown)]
     if (prompts := run_dir / PROMPTS).is_file():
         first = prompts.read_text(encoding="utf-8").splitlines()[:20]
         parts += ["<p>The first prompts:</p>", "<ol>", *(f"<li>{escape(prompt)}</li>" for prompt in first), "</ol>"]

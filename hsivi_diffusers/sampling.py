@@ -24,12 +24,13 @@ class Sampling:
     pipeline: str | None = option(None, "folder or repo id of a distilled pipeline, or folder of a run")
     output_dir: str | None = option(None, "folder of the images")
     overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
-    num_samples: int | None = option(None, "images to draw; one of each --prompt, or 64, by default")
+    num_samples: int | None = option(None, "images to draw; one of each prompt that is given, or 64, by default")
     num_inference_steps: int | None = option(None, "steps, one of the trained counts; the largest by default")
     batch_size: int | None = option(None, "images at once; 64 by default, of latents 4")
     seed: int = option(0, "image i has the seed `seed + i`")
     class_label: list[int] = option([], "classes to draw, one image of each in turn; all by default")
     prompt: list[str] = option([], "of a text-to-image sampler, prompts to draw, in turn; those of the run by default")
+    prompts: str | None = option(None, "text file with such prompts, one in a line")
     guidance_scale: float | None = option(None, "one of the scales that were trained; the lowest by default")
     device: str | None = option(None, "cpu, cuda or another torch device; the GPU if there is one")
 
@@ -46,6 +47,7 @@ def sample(args: Sequence[str]) -> None:
     from tqdm import tqdm
 
     from .folders import claim_output_dir
+    from .images import enlarge
     from .pipeline_hsivi import HSIVIPipeline
 
     device = usable_device(options.device)
@@ -55,7 +57,8 @@ def sample(args: Sequence[str]) -> None:
     pipeline.scheduler.guidance_index(options.guidance_scale)
     ours = isinstance(pipeline, HSIVIPipeline)
     classes = _conditions(options, pipeline)
-    size, batch = options.num_samples or len(options.prompt) or 64, options.batch_size or (64 if ours else 4)
+    given = len(classes) if options.prompt or options.prompts else 0
+    size, batch = options.num_samples or given or 64, options.batch_size or (64 if ours else 4)
     output_dir = claim_output_dir(options.output_dir, options.overwrite_output_dir)
     images: list[Any] = []
     for first in tqdm(range(0, size, batch), desc="sample", unit="batch"):
@@ -113,21 +116,17 @@ def _conditions(options: Sampling, pipeline: Any) -> Sequence[int | str]:
     if any(not 0 <= label < number for label in options.class_label):
         known = f"classes 0 to {number - 1}" if number else "no classes, leave it out"
         raise ValueError(f"--class_label {options.class_label}: this pipeline has {known}")
-    if options.prompt and not by_text:
-        raise ValueError(f"--prompt {options.prompt}: this pipeline takes no text, leave it out")
+    given = options.prompt or options.prompts
+    if given and not by_text:
+        raise ValueError(f"--prompt or --prompts {given}: this pipeline takes no text, leave it out")
+    if options.prompt and options.prompts:
+        raise ValueError("--prompt and --prompts were both given: give one of them")
     if by_text:
         recorded = folder_of_run(str(options.pipeline)) / PROMPTS
-        if not options.prompt and not recorded.is_file():
-            raise ValueError("--prompt is missing: say what to draw")
-        return read_prompts(options.prompt or str(recorded))
+        if not given and not recorded.is_file():
+            raise ValueError("--prompt or --prompts is missing: say what to draw")
+        return read_prompts(given or str(recorded))
     return options.class_label or classes_of(pipeline, str(options.pipeline))
-
-
-def enlarge(image: Any, width: int) -> Any:
-    """A small image, its pixels as squares, about so many pixels wide."""
-    from PIL import Image, ImageOps
-
-    return ImageOps.scale(image, max(1, width // image.width), Image.Resampling.NEAREST)
 
 
 def draw(

@@ -49,7 +49,7 @@ ALLOWED = {
     "measures": (set(), set()),
     "run_page": ({"folders", "measures", "run_records"}, set()),
     "hub": (
-        {"model_card", "pipeline_hsivi", "run_records", "scheduling_hsivi"},
+        {"images", "model_card", "pipeline_hsivi", "run_records", "scheduling_hsivi"},
         {"torch", "diffusers", "huggingface_hub", "PIL", "safetensors"},
     ),
     "folders": (set(), {"filelock"}),
@@ -147,17 +147,18 @@ ALLOWED = {
             "images",
             "options",
             "run_records",
+            "scheduling_hsivi",
         },
         EVALUATE,
     ),
     "sampling": (
         {f"distillation/{noun}" for noun in ("denoisers", "prompts", "teachers")}
-        | {"folders", "options", "pipeline_hsivi", "run_records"},
+        | {"folders", "images", "options", "pipeline_hsivi", "run_records"},
         {"torch", "diffusers", "tqdm", "PIL"},
     ),
     "demo": (
         {f"distillation/{noun}" for noun in ("denoisers", "guidance", "ode", "pairs", "prompts", "teachers")}
-        | {"evaluation/solvers", "hub", "options", "pipeline_hsivi", "run_records", "sampling"},
+        | {"evaluation/solvers", "hub", "images", "options", "pipeline_hsivi", "run_records", "sampling"},
         {"torch", "huggingface_hub", "PIL", "gradio"},
     ),
     "cli": (

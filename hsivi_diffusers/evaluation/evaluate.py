@@ -28,6 +28,7 @@ from ..measures import REPORTED
 from ..options import option, parse_options
 from ..run_page import write_page
 from ..run_records import PROMPTS
+from ..scheduling_hsivi import HSIVIScheduler
 from .features import check_packages, load_network
 from .metrics import FEWEST, PACKAGES, Measures, split_halves
 from .report import OURS, Report, load_run
@@ -36,7 +37,9 @@ from .solvers import Sampler, make_solver, make_student, sample, shorten
 COLUMNS = 16  # images in a row of samples.png
 ON_GRID = ("DPM-Solver++", "UniPC")  # of `few_step_timesteps` too: neither grid is the better one for every teacher
 BASELINES = ("DDIM", *ON_GRID)
-REFERENCE = "DPM-Solver++"  # by the trailing grid, which starts at the end of the clock
+# Of the teacher's SDE, whose noise mends errors of the network, or of a rectified flow, which has none; both by the
+# trailing grid, which starts at the end of the clock.
+REFERENCE, REFERENCE_OF_FLOW = "DPM-Solver++ SDE", "DPM-Solver++"
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Evaluation:
         "Hub; by default images of the teacher",
     )
     reference_samples: int = option(2000, "images of the teacher in the reference")
-    reference_steps: int = option(50, "steps of DPM-Solver++ for each of them")
+    reference_steps: int = option(50, "steps of DPM-Solver++ SDE, of a flow DPM-Solver++, for each of them")
     feature_extractor: str | None = option(None, "folder of an ImageClassifier; EfficientNet-Lite0 by default")
     feature_name: str | None = option(None, "its name in the tables")
     num_samples: int = option(1000, "images of each method")
@@ -126,11 +129,12 @@ def load_reference(
         images, labels = load_images(options.real_data, height, channels)
         path = Path(options.real_data)
         return images.float() / 255, labels, path.resolve().name if path.exists() else options.real_data
-    solver = make_solver(REFERENCE, options.reference_steps, unet, config, host=host, timestep_spacing="trailing")
+    method = REFERENCE_OF_FLOW if HSIVIScheduler.from_config(config).is_flow else REFERENCE
+    solver = make_solver(method, options.reference_steps, unet, config, host=host, timestep_spacing="trailing")
     size = options.reference_samples
     images = draw("reference", solver, size, options.batch_size, options.eval_seed + 1, classes)
     labels = torch.arange(size) % classes if classes else None
-    return images, labels, f"teacher, {REFERENCE} at {options.reference_steps} steps"
+    return images, labels, f"teacher, {method} at {options.reference_steps} steps"
 
 
 def draw(name: str, sampler: Sampler, size: int, batch_size: int, seed: int, classes: int | None) -> torch.Tensor:

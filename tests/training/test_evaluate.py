@@ -367,12 +367,12 @@ def test_the_reference_is_the_teacher_from_other_noise(class_teacher):
     unet, schedule = load_teacher(str(class_teacher))
     options = evaluate.Evaluation(reference_samples=8, reference_steps=3, batch_size=5, eval_seed=4)
     images, labels, name = evaluate.load_reference(options, unet, schedule.config, 3)
-    solver = make_solver("DPM-Solver++", 3, unet, schedule.config, timestep_spacing="trailing")
+    solver = make_solver("DPM-Solver++ SDE", 3, unet, schedule.config, timestep_spacing="trailing")
     own, other = (torch.cat([*sample(solver, 8, 5, seed, 3)]) for seed in (4, 5))
     assert torch.equal(images, other)
     assert not torch.equal(images, own)
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert name == "teacher, DPM-Solver++ at 3 steps"
+    assert name == "teacher, DPM-Solver++ SDE at 3 steps"
 
 
 def test_the_reference_is_shown_class_by_class():
@@ -558,7 +558,7 @@ def test_a_class_conditional_run_is_evaluated_without_further_options(class_run,
     content = json.loads((folder / "report.json").read_text())
     keys = [(row["method"], row["nfe"]) for row in content["rows"]]
     assert keys == [("HSIVI", 2), *[(name, nfe) for nfe in (2, 4) for name in SOLVERS], ("DDPM", 4)]
-    assert content["reference"] == "teacher, DPM-Solver++ at 3 steps"
+    assert content["reference"] == "teacher, DPM-Solver++ SDE at 3 steps"
     assert content["headline"] == "kid"
     assert isinstance(content["floor"], float)
     text = (folder / "report.md").read_text()

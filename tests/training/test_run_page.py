@@ -128,3 +128,14 @@ def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(distil, tmp
         (run / f"{name}.partial").touch()
     distil(run, max_train_steps=1, validation_steps=1)
     assert (run / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("grid", "told"), [([440, 220, 0], "440, 220"), ([[500, 0], [440, 220, 0]], "500; 440, 220"), (None, None)]
+)
+def test_the_page_says_at_which_timesteps_the_network_is_called(folder, grid, told):
+    (folder / "pipeline" / "scheduler").mkdir(parents=True)
+    config = folder / "pipeline" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({"layer_timesteps": grid}))
+    found = re.search(r"called at the timesteps (.*)\.</p>", page(folder))
+    assert (found and found[1]) == told

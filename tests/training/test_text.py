@@ -338,12 +338,16 @@ def test_the_command_draws_prompts(run, tmp_path):
     cli.main([*sample, f"--output_dir={tmp_path / 'of_run'}"])
     cli.main([*sample, f"--output_dir={tmp_path / 'given'}", "--prompt", *PROMPTS])
     cli.main([*sample, f"--output_dir={tmp_path / 'other'}", "--prompt", "a red star"])
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[1:]))
+    cli.main([*sample[:2], f"--prompts={tmp_path / 'prompts.txt'}", f"--output_dir={tmp_path / 'file'}", "--seed=1"])
+    assert sorted(path.name for path in (tmp_path / "file").iterdir()) == ["00000.png", "00001.png", "grid.png"]
     images = [
         [Image.open(tmp_path / name / f"{number:05d}.png").tobytes() for number in range(3)]
         for name in ("of_run", "given", "other")
     ]
     assert images[0] == images[1]
     assert not set(images[0]) & set(images[2])
+    assert Image.open(tmp_path / "file" / "00000.png").tobytes() == images[0][1]  # the same seed, and prompt
     assert Image.open(run / "samples" / "step-5.png").size[0] >= 512
 
 
@@ -579,6 +583,7 @@ def test_what_the_configs_refuse_is_refused_before_weights_are_loaded(text_teach
 def test_the_command_says_what_it_needs(run, text_teachers, tmp_path, capsys, fast_run):
     for words, message in (
         ([f"--pipeline={fast_run}", "--prompt", "a cat"], "this pipeline takes no text, leave it out"),
+        ([f"--pipeline={run}", "--prompts=x.txt", "--prompt", "a cat"], "were both given: give one of them"),
         ([f"--pipeline={run}", "--class_label", "1"], "this pipeline has no classes, leave it out"),
         ([f"--pipeline={text_teachers('sd')}"], "that was not distilled"),
         (["--pipeline=runs/nowhere"], "is no folder here and was not found on the Hub"),
@@ -590,5 +595,5 @@ def test_the_command_says_what_it_needs(run, text_teachers, tmp_path, capsys, fa
     (folder / "prompts.txt").unlink()
     with pytest.raises(SystemExit):
         cli.main(["sample", f"--pipeline={folder}", f"--output_dir={tmp_path / 'drawn'}"])
-    assert "--prompt is missing: say what to draw" in capsys.readouterr().err
+    assert "--prompt or --prompts is missing: say what to draw" in capsys.readouterr().err
     assert StableDiffusionPipeline.__name__ in json.dumps(DiffusionPipeline.load_config(text_teachers("sd")))
