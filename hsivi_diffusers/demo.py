@@ -99,20 +99,22 @@ def load_with_teacher(name: str, device: str) -> Student:
     """
     run = run_of(name)
     source = run.get("pretrained_teacher_model") or teacher_of_card(name)
-    pipeline = load_sampler(name).to(device)
+    teacher, about = None, source or "not named by its run or its card"
+    if source is not None:
+        try:
+            teacher = load_parts(source, run.get("revision"))
+        except (OSError, ValueError) as error:
+            about = f"{source} was not loaded ({type(error).__name__})"
+    pipeline = load_sampler(name, teacher and teacher.host).to(device)
     pipeline.set_progress_bar_config(disable=True)
     given = {"classes": classes_of(pipeline, name), "negative_prompt": run.get("negative_prompt", "")}
-    if source is None:
-        return Student(pipeline, None, "not named by its run or its card", **given)
-    try:
-        teacher = load_parts(source, run.get("revision"))
-    except (OSError, ValueError) as error:
-        return Student(pipeline, None, f"{source} was not loaded ({type(error).__name__})", **given)
+    if teacher is None:
+        return Student(pipeline, None, about, **given)
     teacher.network.to(device).eval()
     if teacher.host is not None:
         teacher.host.to(device).set_progress_bar_config(disable=True)
         teacher.host.vae.enable_slicing()  # images are decoded one by one
-    return Student(pipeline, teacher, source, **given)
+    return Student(pipeline, teacher, about, **given)
 
 
 def names_repo(name: str) -> bool:

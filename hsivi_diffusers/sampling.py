@@ -157,8 +157,8 @@ def _draw_stock(pipeline: Any, conditions: Sequence[int | str] | None, generator
     return images
 
 
-def load_sampler(name: str | None) -> Any:
-    """Loads the distilled pipeline of a folder, of a run, or of a repo.
+def load_sampler(name: str | None, host: Any = None) -> Any:
+    """Loads the distilled pipeline of a folder, of a run, or of a repo; for the host see `load_student`.
 
     Raises:
         ValueError: There is none, or it is of another kind or damaged.
@@ -174,7 +174,7 @@ def load_sampler(name: str | None) -> Any:
             "run is resumed by `hsivi distil`"
         )
     try:
-        return load_student(folder if folder.is_dir() else name)
+        return load_student(folder if folder.is_dir() else name, host)
     except OSError as error:
         if folder.is_dir():
             raise

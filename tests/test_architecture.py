@@ -68,7 +68,7 @@ ALLOWED = {
         TRAIN,
     ),
     "distillation/teachers": (
-        {f"distillation/{noun}" for noun in ("denoisers", "prompts", "state_dicts", "teacher_configs")}
+        {f"distillation/{noun}" for noun in ("adapters", "denoisers", "prompts", "state_dicts", "teacher_configs")}
         | {"hub", "modeling_hsivi", "pipeline_hsivi", "run_records", "scheduling_hsivi"},
         TRAIN,
     ),

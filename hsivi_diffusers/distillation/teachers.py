@@ -29,6 +29,7 @@ from ..modeling_hsivi import HSIVINoiseScale
 from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, naming_damage, parts_of
 from ..run_records import ADAPTER, read_prompts, run_of
 from ..scheduling_hsivi import HSIVIScheduler
+from .adapters import share
 from .denoisers import Network, sample_shape
 from .prompts import PromptTable, encode_prompts, takes_text
 from .state_dicts import hash_weights
@@ -208,8 +209,12 @@ def _like(host: DiffusionPipeline, **parts: Any) -> DiffusionPipeline:
     return pipeline
 
 
-def load_student(source: str | Path) -> DiffusionPipeline:
-    """Loads a sampler: a pipeline that `make_pipeline` made, or an adapter in a folder, into its teacher.
+def load_student(source: str | Path, host: DiffusionPipeline | None = None) -> DiffusionPipeline:
+    """Loads a sampler: a pipeline that `make_pipeline` made, or an adapter, onto the weights of its teacher.
+
+    Args:
+        source: Folder or repo id.
+        host: The teacher of an adapter, where it is loaded already; it stays as it is.
 
     Raises:
         ValueError: It is of another kind, was not distilled, or is damaged.
@@ -217,13 +222,13 @@ def load_student(source: str | Path) -> DiffusionPipeline:
     """
     if (Path(source) / ADAPTER).is_file():
         run = run_of(str(source))
-        return _load_with_adapter(str(source), run.get("pretrained_teacher_model"), run.get("revision"))
+        return _with_adapter(str(source), run.get("pretrained_teacher_model"), run.get("revision"), host)
     try:
         kind = DiffusionPipeline.load_config(str(source)).get("_class_name")
     except OSError:
         if Path(source).is_dir() or not _has_adapter(str(source)):
             raise
-        return _load_with_adapter(str(source), ModelCard.load(str(source)).data.base_model, None)
+        return _with_adapter(str(source), ModelCard.load(str(source)).data.base_model, None, host)
     if kind not in LATENT:
         return HSIVIPipeline.from_pretrained(source)
     with naming_damage():
@@ -241,17 +246,20 @@ def _has_adapter(repo_id: str) -> bool:
     return False
 
 
-def _load_with_adapter(source: str, teacher: str | None, revision: str | None) -> DiffusionPipeline:
-    """Loads a teacher, and into it the adapter and the scheduler of a folder or repo."""
+def _with_adapter(
+    source: str, teacher: str | None, revision: str | None, host: DiffusionPipeline | None
+) -> DiffusionPipeline:
+    """A pipeline of a teacher's tensors, with the adapter and the scheduler of a folder or repo."""
     if not teacher:
         raise ValueError(
             f"{source} holds an adapter, and nothing beside it names its teacher: load it as its card says, by "
             "load_lora_weights of a pipeline of the teacher"
         )
-    pipeline = _load(teacher, revision)
+    host = host or _load(teacher, revision)
     with naming_damage():
+        scheduler = HSIVIScheduler.from_pretrained(source, subfolder="scheduler")
+        pipeline = _like(host, unet=share(network_of(host).requires_grad_(False)), scheduler=scheduler)
         pipeline.load_lora_weights(source, weight_name=ADAPTER)
-        pipeline.scheduler = HSIVIScheduler.from_pretrained(source, subfolder="scheduler")
     return pipeline
 
 

@@ -17,6 +17,7 @@ from hsivi_diffusers.distillation.pairs import pair_levels
 from hsivi_diffusers.distillation.teachers import load_teacher
 from hsivi_diffusers.evaluation.solvers import make_solver
 from hsivi_diffusers.hub import push
+from hsivi_diffusers.sampling import load_sampler
 from short_run import SETTINGS
 
 pytest.importorskip("gradio", reason="needs the extra demo")
@@ -111,6 +112,14 @@ def test_a_prompt_is_drawn_and_asked_for(distil, text_teachers, tmp_path):
     _, images, told, theirs = show(students, run, 2, prompt="a cat", scale=2.0, count=2)
     assert (len(images), len(theirs)) == (2, 2)
     assert told.startswith("Teacher, DDIMScheduler: 6 network calls")
+    student = students(str(run))
+    trained, kept = (dict(network.named_parameters()) for network in (student.pipeline.unet, student.teacher.network))
+    assert any("lora" in name for name in trained)
+    assert not any("lora" in name for name in kept)
+    addresses = {weight.data_ptr() for weight in kept.values()}  # the teacher's weights are there once
+    assert all("lora" in name or weight.data_ptr() in addresses for name, weight in trained.items())
+    drawn = load_sampler(str(run))("a cat", guidance_scale=1, num_inference_steps=2, generator=seeds(1, 7)).images
+    assert same(images[0], drawn[0])
     with pytest.raises(ValueError, match="the prompt is missing: say what to draw"):
         show(students, run, 2, prompt=" ")
 
