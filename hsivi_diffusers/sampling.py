@@ -10,6 +10,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from .bars import bar
 from .options import option, parse_options
 from .run_records import PROMPTS, SAMPLERS, folder_of_run, pipeline_of, read_prompts, run_of
 
@@ -44,7 +45,6 @@ def sample(args: Sequence[str]) -> None:
     import torch
     from diffusers.utils import make_image_grid
     from PIL import ImageOps
-    from tqdm import tqdm
 
     from .folders import claim_output_dir
     from .images import enlarge
@@ -61,7 +61,7 @@ def sample(args: Sequence[str]) -> None:
     size, batch = options.num_samples or given or 64, options.batch_size or (64 if ours else 4)
     output_dir = claim_output_dir(options.output_dir, options.overwrite_output_dir)
     images: list[Any] = []
-    for first in tqdm(range(0, size, batch), desc="sample", unit="batch"):
+    for first in bar(range(0, size, batch), desc="sample", unit="batch"):
         numbers = range(first, min(first + batch, size))
         labels = [classes[number % len(classes)] for number in numbers] if classes else None
         generators = [torch.Generator(device).manual_seed(options.seed + number) for number in numbers]

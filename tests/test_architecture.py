@@ -52,10 +52,11 @@ ALLOWED = {
         {"images", "model_card", "pipeline_hsivi", "run_records", "scheduling_hsivi"},
         {"torch", "diffusers", "huggingface_hub", "PIL", "safetensors"},
     ),
+    "bars": (set(), {"tqdm"}),
     "folders": (set(), {"filelock"}),
     "options": (set(), {"yaml"}),
     "distillation/__init__": (set(), set()),
-    "distillation/prompts": ({"distillation/state_dicts", "folders"}, TRAIN),
+    "distillation/prompts": ({"distillation/state_dicts", "bars", "folders"}, TRAIN),
     "distillation/adapters": ({"run_records"}, TRAIN),
     "distillation/denoisers": ({"distillation/prompts", "scheduling_hsivi"}, TRAIN),
     "distillation/student": ({"vi/*", "scheduling_hsivi", "modeling_hsivi", "distillation/denoisers"}, TRAIN),
@@ -75,7 +76,7 @@ ALLOWED = {
     "distillation/ode": ({"scheduling_hsivi", "distillation/denoisers"}, TRAIN),
     "distillation/guidance": ({"distillation/denoisers"}, TRAIN),
     "distillation/pairs": (
-        {"vi/*", "scheduling_hsivi"} | {f"distillation/{noun}" for noun in ("denoisers", "guidance", "ode")},
+        {"vi/*", "bars", "scheduling_hsivi"} | {f"distillation/{noun}" for noun in ("denoisers", "guidance", "ode")},
         TRAIN,
     ),
     "distillation/state_dicts": (set(), TRAIN),
@@ -99,12 +100,12 @@ ALLOWED = {
         TRAIN,
     ),
     "distillation/updates": (
-        {f"distillation/{noun}" for noun in ("bridge", "config", "pairs", "state", "student")} | {"vi/*"},
+        {f"distillation/{noun}" for noun in ("bridge", "config", "pairs", "state", "student")} | {"vi/*", "bars"},
         TRAIN,
     ),
     "distillation/progress": (
         {f"distillation/{noun}" for noun in ("guidance", "ode", "pairs", "state", "teachers")}
-        | {"vi/*", "folders", "run_page", "run_records"},
+        | {"vi/*", "bars", "folders", "run_page", "run_records"},
         TRAIN | {"PIL"},
     ),
     "distillation/plan": (
@@ -142,6 +143,7 @@ ALLOWED = {
             "distillation/ode",
             "distillation/teachers",
             "measures",
+            "bars",
             "run_page",
             "folders",
             "images",
@@ -153,8 +155,8 @@ ALLOWED = {
     ),
     "sampling": (
         {f"distillation/{noun}" for noun in ("denoisers", "prompts", "teachers")}
-        | {"folders", "images", "options", "pipeline_hsivi", "run_records"},
-        {"torch", "diffusers", "tqdm", "PIL"},
+        | {"bars", "folders", "images", "options", "pipeline_hsivi", "run_records"},
+        {"torch", "diffusers", "PIL"},
     ),
     "demo": (
         {f"distillation/{noun}" for noun in ("denoisers", "guidance", "ode", "pairs", "prompts", "teachers")}

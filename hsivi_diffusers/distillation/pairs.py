@@ -9,8 +9,8 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
-from tqdm.auto import tqdm
 
+from ..bars import bar
 from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.distributions import randn_like
 from ..vi.layers import hierarchy_ends
@@ -59,7 +59,7 @@ class TeacherPairs:
         self.noise, self.condition = noise.cpu(), None if condition is None else condition.cpu()
         labelled = batches(noise, None if condition is None else condition.to(unet.device), batch_size)
         solver = make_unipc(scheduler, pair_levels(scheduler, num_calls))
-        shown = tqdm(labelled, "pairs", leave=False, disable=not show)
+        shown = bar(labelled, "pairs", leave=False, disable=not show)
         ends = [run_solver(unet, solver, x.to(unet.device), num_calls, labels).cpu() for x, labels in shown]
         self.end = torch.cat(ends).clamp_(-1, 1) if clip else torch.cat(ends)
         if lost := int((~self.end.isfinite()).flatten(1).any(1).sum()):

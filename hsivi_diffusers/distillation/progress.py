@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,8 +17,9 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
+from ..bars import bar
 from ..folders import write_text
 from ..run_page import LOG, read_log, write_page
 from ..run_records import COLUMNS
@@ -70,27 +72,27 @@ class Progress:
             self.draw(start)
         self._restart_clock(start)
         first = list(islice(steps, 1))  # the fit to pairs, which comes before it, has a bar of its own
-        with tqdm(total=total, initial=start, desc="distil", disable=not self.accelerator.is_main_process) as bar:
+        with bar(total=total, initial=start, desc="distil", disable=not self.accelerator.is_main_process) as shown:
             for step in chain(first, steps):
-                self._show(bar, step, metrics(step))
+                self._show(shown, step, metrics(step))
                 done = step.step + 1
                 if every and (done % every == 0 or done == total):
                     self.draw(done)
                     self._restart_clock(done)
                 yield step
 
-    def _show(self, bar: tqdm, step: Step, measured: dict[str, float]) -> None:
+    def _show(self, shown: tqdm[Any], step: Step, measured: dict[str, float]) -> None:
         """Moves the bar, and tells the trackers every now and then."""
         done = step.step + 1
         losses = {"student": step.layers.loss.mean().item(), "critic": step.critic.loss.mean().item()}
         self.running = {name: 0.95 * self.running.get(name, loss) + 0.05 * loss for name, loss in losses.items()}
-        bar.update()
+        shown.update()
         if done % EVERY == 0 or done == self.config.max_train_steps or measured:
             speed = (done - self.clock_step) * self.state.rows / (time.perf_counter() - self.clock)
             self._restart_clock(done)
             self._log(done, {**self._numbers(step), "images_per_second": speed, **measured})
-            shown = {**self.running, "img/s": speed, **measured}
-            bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+            told = {**self.running, "img/s": speed, **measured}
+            shown.set_postfix({name: f"{value:.4g}" for name, value in told.items()}, refresh=False)
 
     def _log(self, step: int, numbers: dict[str, float]) -> None:
         """Tells the trackers, and adds a line to the log."""

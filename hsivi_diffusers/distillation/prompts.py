@@ -17,8 +17,8 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from huggingface_hub import cached_assets_path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from ..bars import bar
 from ..folders import in_turn
 from .state_dicts import hash_weights
 
@@ -117,7 +117,7 @@ def encode_prompts(
     with in_turn(folder):  # one process encodes, the others find the files
         missing = [(path, *chunk) for path, chunk in zip(paths, chunks, strict=True) if not path.is_file()]
         with _moved(encoders if missing else [], device):
-            for path, texts, are_negative in tqdm(missing, "encode prompts", leave=False):
+            for path, texts, are_negative in bar(missing, "encode prompts", leave=False):
                 partial = path.with_suffix(f".{os.getpid()}.partial")
                 save_file(_encode(pipeline, texts, are_negative, device), partial)
                 partial.replace(path)

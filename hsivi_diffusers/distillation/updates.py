@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from ..bars import bar
 from ..vi import (
     Chain,
     CriticObjective,
@@ -144,7 +144,7 @@ def _regress(state: TrainingState) -> None:
     ]
     rate, objective = group["lr"], Regression(image_loss(state.student.scheduler))
     steps = _fit(state, objective, chains, joint(sum(depths), config.pair_steps))
-    for step in tqdm(range(config.pair_steps), "regress", disable=not state.accelerator.is_main_process):
+    for step in bar(range(config.pair_steps), "regress", disable=not state.accelerator.is_main_process):
         group["lr"] = config.pair_learning_rate * cosine(step / config.pair_steps)
         try:
             next(steps)

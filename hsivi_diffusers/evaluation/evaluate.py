@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from tqdm import tqdm
 
+from ..bars import bar
 from ..distillation.denoisers import Network, give_prompts, num_classes, sample_shape
 from ..distillation.guidance import GuidedNetwork, calls_of_step, guided
 from ..distillation.ode import few_step_timesteps
@@ -140,7 +140,7 @@ def load_reference(
 def draw(name: str, sampler: Sampler, size: int, batch_size: int, seed: int, classes: int | None) -> torch.Tensor:
     """Images as `sample` yields them, in one tensor, with a progress bar."""
     batches = []
-    with tqdm(total=size, desc=name, unit="image") as progress:
+    with bar(total=size, desc=name, unit="image") as progress:
         for batch in sample(sampler, size, batch_size, seed, classes):
             batches.append(batch)
             progress.update(len(batch))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 from huggingface_hub.errors import HfHubHTTPError
+from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVITrainer
-from hsivi_diffusers.distillation import progress
 from hsivi_diffusers.distillation.trainer import InterruptedRunError
 from short_run import SETTINGS
 
@@ -37,7 +37,7 @@ def run(teacher, tmp_path_factory):
     trainer.accelerator.log = lambda numbers, step: logged.update({step: numbers})
     bars = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(progress.tqdm, "set_postfix", lambda bar, shown, **options: bars.append(shown))
+        patched.setattr(tqdm, "set_postfix", lambda bar, shown, **options: bars.append(shown))
         summary = trainer.train()
     return {
         "trainer": trainer,

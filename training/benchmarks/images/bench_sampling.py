@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-from tqdm import trange
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
+from hsivi_diffusers.bars import bar
 from hsivi_diffusers.distillation.denoisers import sample_shape
 from hsivi_diffusers.options import option, parse_options, run_command
 
@@ -80,7 +80,7 @@ def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Benchmark], __doc__ or "", args=args)
     contenders = make_contenders(load_pipeline(options.pipeline), options.batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in trange(options.repetitions + 5, desc="turns"):
+    for _ in bar(range(options.repetitions + 5), "turns"):
         for name, run in contenders.items():
             seconds[name].append(seconds_of(run))
     print(f"batch {options.batch_size}, {options.repetitions} turns, {torch.get_num_threads()} thread(s)")

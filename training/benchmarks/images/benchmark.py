@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
-from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIPipeline
+from hsivi_diffusers.bars import bar
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.teachers import load_student
 from hsivi_diffusers.evaluation.metrics import FEWEST
@@ -240,7 +240,7 @@ class Comparison:
         if not wanted:
             return
         measures = self._make_measures()
-        progress = tqdm(wanted, desc=str(self.options.dataset), unit="row")
+        progress = bar(wanted, str(self.options.dataset), unit="row")
         for entry in progress:
             name = f"{entry.method} at {entry.nfe}"
             progress.set_postfix_str(name)

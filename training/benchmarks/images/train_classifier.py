@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import trange
 
+from hsivi_diffusers.bars import bar
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.folders import claim_output_dir
 from hsivi_diffusers.options import option, parse_options, run_command
@@ -67,7 +67,7 @@ def main(args: list[str] | None = None) -> None:
     model = ImageClassifier(training.channels, int(labels.max()) + 1, training.num_features, training.num_halvings)
     optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.max_train_steps)
-    progress = trange(training.max_train_steps, desc="classifier")
+    progress = bar(range(training.max_train_steps), "classifier")
     for _ in progress:
         rows = train[torch.randint(len(train), (training.train_batch_size,))]
         loss = cross_entropy(model.logits(images[rows]), labels[rows])

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from tqdm import tqdm
 
+from hsivi_diffusers.bars import bar
 from hsivi_diffusers.distillation.checkpoints import Checkpoints
 from hsivi_diffusers.distillation.output import Output
 
@@ -89,7 +89,7 @@ class TrainingLoop:
         if self.steps and share() < 1:
             restore()
         clock = time.perf_counter() - self.seconds
-        with tqdm(initial=self.steps, total=max_steps if max_seconds is None else None) as self.progress:
+        with bar(initial=self.steps, total=max_steps if max_seconds is None else None) as self.progress:
             while share() < 1:
                 yield share()
                 self.average.step(self.parameters)

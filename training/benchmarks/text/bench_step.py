@@ -20,9 +20,9 @@ import torch
 from accelerate.utils import recursively_apply
 from diffusers import StableDiffusionPipeline
 from torch import nn
-from tqdm import trange
 
 from hsivi_diffusers import HSIVIConfig, HSIVITrainer
+from hsivi_diffusers.bars import bar
 from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.distillation.updates import run_updates
 from hsivi_diffusers.options import option, parse_options, run_command
@@ -91,7 +91,7 @@ def main(args: list[str] | None = None) -> None:
     with recording(state) as calls:
         next(steps)
     turns = []
-    for _ in trange(options.repetitions, desc="turns"):
+    for _ in bar(range(options.repetitions), "turns"):
         turns.append((seconds_of(partial(next, steps)), seconds_of(partial(replay, calls))))
     update, bare = (statistics.median(each) for each in zip(*turns, strict=True))
     ratio = statistics.median(own / alone for own, alone in turns)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, cross_entropy, grid_sample
-from tqdm import trange
 
+from hsivi_diffusers.bars import bar
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.folders import claim_output_dir
 from hsivi_diffusers.options import option, parse_options, run_command
@@ -67,7 +67,7 @@ def main(args: list[str] | None = None) -> None:
     scorer = ImageClassifier(3, len(captions), training.num_features, training.num_halvings)
     optimizer = torch.optim.Adam(scorer.parameters(), lr=training.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.max_train_steps)
-    progress = trange(training.max_train_steps, desc="scorer")
+    progress = bar(range(training.max_train_steps), "scorer")
     for _ in progress:
         rows = torch.randint(len(images), (training.train_batch_size,))
         loss = cross_entropy(scorer.logits(change(images[rows])), rows)
