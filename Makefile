@@ -1,6 +1,7 @@
 # make demo   virtual environment, install, distil the digits teacher into 5 steps, evaluate
 # make test   the same environment, the tests
 # make benchmark   few-step samplers of each teacher, measured and drawn into docs/benchmarks; hours, and resumable
+# make benchmark-kinds, make benchmark-text   the same of guided teachers and flows, and of text to image
 # make docs   the pages of docs as a site, in build/docs
 # make lint   ruff and mypy, as pre-commit and CI run them
 

@@ -46,7 +46,8 @@ def write_page(run_dir: Path) -> None:
     if given := scheduler.get("layer_timesteps"):
         grids = given if isinstance(given[0], list) else [given]
         told = "; ".join(", ".join(map(str, grid[:-1])) for grid in grids)
-        parts += [f"<p>The network is called at the timesteps {told}.</p>"]
+        name = "levels" if scheduler.get("prediction_type") == "flow_prediction" else "timesteps"
+        parts += [f"<p>The network is called at the {name} {told}.</p>"]
     if drawn := sample_grids(run_dir):
         ratios = {line["step"]: line for line in log if "images/contrast" in line}
         shown = json.dumps([(step, f"samples/{path.name}", _beside(ratios.get(step))) for step, path in drawn.items()])

@@ -61,7 +61,7 @@ def sample_grids(run_dir: Path) -> dict[int, Path]:
 def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:
     """Reads what a run left for its card: options, training and report, empty where missing; figures and prompts.
 
-    The figures are samples and curve of the report and, with prompts, the last sample grid, whose columns are of these.
+    The figures are samples and curve of the report, and the last sample grid; the prompts are those of its columns.
 
     The grid, or the list of grids, is that of the pipeline that is pushed.
 
@@ -89,12 +89,11 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
         path = Path(run_dir) / f"{name}.json"
         run[name] = _read_json(path) if path.is_file() else {}
     figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
-    if run["options"].get("prompts"):
-        if grids := sample_grids(Path(run_dir)):
-            figures["grid"] = [*grids.values()][-1]
-        prompts = Path(run_dir) / PROMPTS
-        if prompts.is_file() and not prompts.is_symlink():
-            run["prompts"] = read_prompts(str(prompts))[:COLUMNS]
+    if grids := sample_grids(Path(run_dir)):
+        figures["grid"] = [*grids.values()][-1]
+    prompts = Path(run_dir) / PROMPTS
+    if run["options"].get("prompts") and prompts.is_file() and not prompts.is_symlink():
+        run["prompts"] = read_prompts(str(prompts))[:COLUMNS]
     run |= {name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()}
     if "grid" in run:
         run["grid"].thumbnail((WIDEST, WIDEST))

@@ -136,6 +136,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(distil, tmp
 def test_the_page_says_at_which_timesteps_the_network_is_called(folder, grid, told):
     (folder / "pipeline" / "scheduler").mkdir(parents=True)
     config = folder / "pipeline" / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps({"layer_timesteps": grid}))
-    found = re.search(r"called at the timesteps (.*)\.</p>", page(folder))
-    assert (found and found[1]) == told
+    for kind, name in (("epsilon", "timesteps"), ("flow_prediction", "levels")):
+        config.write_text(json.dumps({"layer_timesteps": grid, "prediction_type": kind}))
+        found = re.search(rf"called at the {name} (.*)\.</p>", page(folder))
+        assert (found and found[1]) == told

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from typing import Any
 
 from diffusers import DiffusionPipeline, UNet2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from hsivi_diffusers import HSIVIScheduler
 
@@ -27,7 +28,7 @@ class Baseline(ABC):
     """
 
     calls_per_image: int
-    parts: dict[str, nn.Module]
+    parts: dict[str, Any]
 
     def __init__(self, teacher: UNet2DModel, schedule: HSIVIScheduler) -> None:
         self.teacher, self.schedule = teacher.requires_grad_(False).eval(), schedule

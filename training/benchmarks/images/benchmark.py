@@ -37,6 +37,7 @@ from .benchmark_results import (
     BASELINES,
     CONSISTENCY,
     LATENT_CONSISTENCY,
+    NO_LORA,
     OURS,
     PAIRS,
     PROGRESSIVE,
@@ -49,10 +50,13 @@ from .benchmark_results import (
     read_rows,
     recipe_of,
 )
+from .captions import CAPTIONS
 from .set_teacher import SetTeacher
 from .solver_pages import best_solvers
 from .spaces import SetMeasures
 from .trainings import ANEW, RESUME, Costs, Trainings, make
+
+MAKERS = ("images.train_teacher", "images.train_classifier")  # of teacher and classifier
 
 
 @dataclass
@@ -63,7 +67,7 @@ class Options:
     teacher_config: str | None = option(None, "config of train_teacher.py")
     classifier: str | None = option(None, "folder of the ImageClassifier; trained if it is missing")
     classifier_config: str | None = option(None, "config of train_classifier.py")
-    real_data: str = option("digits", "real images, see train_teacher.py")
+    real_data: str = option("digits", "real images, see train_teacher.py; of a text-to-image teacher `captions`")
     students: list[str] = option([], "configs of train_hsivi.py, each with the options it is given besides, if any")
     pairs: str | None = option(None, "config of train_baseline.py of a regression on pairs, for one call")
     progressive: str | None = option(None, "config of train_baseline.py of a progressive distillation")
@@ -113,12 +117,14 @@ class Comparison:
         self.results = Results(Path(options.output_dir), str(options.dataset))
         for folder in (runs, self.results.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        make(Path(teacher), f"{__package__}.train_teacher", options.teacher_config, *RESUME)
-        make(Path(str(options.classifier)), f"{__package__}.train_classifier", options.classifier_config, *ANEW)
+        makers = ("text.train_text_teacher", "text.train_scorer") if options.real_data == CAPTIONS else MAKERS
+        programs = [f"training.benchmarks.{maker}" for maker in makers]
+        make(Path(teacher), programs[0], options.teacher_config, *RESUME)
+        make(Path(str(options.classifier)), programs[1], options.classifier_config, *ANEW)
         self.teacher = SetTeacher(teacher, options.real_data, options.guidance_scale)
-        of_classes = 1 if self.teacher.held_out else self.teacher.classes or 1
-        if options.num_samples < (fewest := FEWEST * of_classes):
-            raise ValueError(f"--num_samples {options.num_samples}: give {fewest} or more, {FEWEST} of each class")
+        of_class = 2 if self.teacher.held_out else FEWEST  # images of a caption are compared with each other
+        if options.num_samples < (fewest := max(FEWEST, of_class * (self.teacher.classes or 1))):
+            raise ValueError(f"--num_samples {options.num_samples}: give {fewest} or more, {of_class} of each class")
 
     def entries(self) -> list[Entry]:
         """Every row: the floor, the teacher and its solvers, students, and the baselines that have their cost."""
@@ -142,8 +148,15 @@ class Comparison:
         given = {PAIRS: options.pairs, PROGRESSIVE: options.progressive, CONSISTENCY: options.consistency}
         given |= {LATENT_CONSISTENCY: options.lcm_lora}
         configs = {method: config for method, config in given.items() if config is not None}
-        if options.guidance_scale is not None and (unguided := ", ".join({*configs} - {LATENT_CONSISTENCY})):
-            raise ValueError(f"{unguided} know no guidance: leave out their configs, or --guidance_scale")
+        unguided = [method for method in configs if method != LATENT_CONSISTENCY]
+        if unguided and options.guidance_scale is not None:
+            raise ValueError(f"{', '.join(unguided)} know no guidance: leave out their configs, or --guidance_scale")
+        if odd := [method for method in configs if (method == LATENT_CONSISTENCY) != bool(self.teacher.held_out)]:
+            takes = "takes captions" if self.teacher.held_out else "takes none"
+            raise ValueError(
+                f"{', '.join(odd)} cannot be trained: {LATENT_CONSISTENCY} is for teachers of captions, the others for "
+                f"those of pixels, and this teacher {takes}: leave out their configs"
+            )
         if configs and (lacking := sorted({*options.baseline_seeds} - {*options.seeds})):
             raise ValueError(
                 f"--baseline_seeds has {lacking}, and --seeds has not: a baseline is given the cost of our student of "
@@ -206,7 +219,7 @@ class Comparison:
             name = f"{OURS} paper" if settings.preset == "paper" else OURS
             name += ", one for all" if len(settings.depths) > 1 else ""
             name += ", one for all scales" if len(settings.scales) > 1 else ""
-            name += ", no LoRA" if settings.prompts and not settings.lora_rank else ""
+            name = NO_LORA if settings.prompts and settings.lora_rank == 0 else name
             for nfe in settings.depths:
                 yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed, settings), settings)
 
@@ -261,7 +274,8 @@ class Comparison:
             }
             seeds = self.options.baseline_seeds if entry.method in BASELINES else self.options.seeds
             if entry.seed in (None, seeds[0]) and is_shown(entry.method, entry.nfe):
-                self.results.keep_images(name, images[:16], self.real)  # before the row
+                real = self.real[:16] if self.teacher.held_out else self.real  # of the same captions
+                self.results.keep_images(name, images[:16], real)  # before the row
             self.results.add(row)
 
     def _make_measures(self) -> SetMeasures:
@@ -269,7 +283,7 @@ class Comparison:
         self.real, self.labels = self.teacher.load_real()
         # From other noise than the rows: a solver of few steps would be near to these images, and not to the teacher.
         converged = self._draw(self._teacher_sampler(), options.eval_seed + 1)
-        given = self.real, self.labels, converged, self.teacher.held_out
+        given = self.real, self.labels, converged, self.teacher.held_out, self.teacher.rivals
         return SetMeasures(Path(str(options.classifier)), *given)
 
     def _draw(self, sampler: Sampler, seed: int) -> torch.Tensor:

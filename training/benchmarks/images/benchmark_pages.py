@@ -39,7 +39,6 @@ from .goals import goals_table
 from .spaces import OF_CAPTIONS, OF_CLASSES, OF_CLASSIFIER
 
 ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, *BASELINES, OURS)
-LABELS = ("method", "held against", "reached")
 CURVES = ("recall", "coverage")
 SHOWN_SOLVERS = (1, 2, 4, 10, 20)
 
@@ -134,7 +133,7 @@ def summary_table(rows: list[Row]) -> str:
             cells += [solver, best_baseline(groups, nfe, space), of_ours(groups, nfe, space)]
         lines.append([nfe, *cells])
     heads = [f"{space}: {word}" for space in spaces for word in ("tuned solver", "best baseline", "ours")]
-    return write_table(["calls", *heads], LABELS, lines)
+    return write_table(["calls", *heads], ("method",), lines)
 
 
 def glance_table(sets: dict[str, list[Row]]) -> str:
@@ -188,7 +187,7 @@ def measures_table(rows: list[Row]) -> str:
         told = f" ({of_group[0]['solver']})" if method == SOLVER else ""
         lines.append([nfe or "", bold(method) + told, *cells, of_group[0]["num_samples"]])
     heads = [*spaces, *(f"{space}, to teacher" for space in spaces), *(MEASURES[each].head for each in names)]
-    return write_table(["calls", "method", *heads, "images"], LABELS, lines)
+    return write_table(["calls", "method", *heads, "images"], ("method",), lines)
 
 
 def costs_table(rows: list[Row]) -> str:
@@ -205,7 +204,7 @@ def costs_table(rows: list[Row]) -> str:
             cells.append(", ".join(f"{one / other:.2f}" for one, other in pairs) if method in BASELINES else "")
         lines.append([nfe, bold(method), *cells])
     heads = ["seconds", "times ours", "million calls", "times ours"]
-    return write_table(["calls", "method", *heads], LABELS, lines)
+    return write_table(["calls", "method", *heads], ("method",), lines)
 
 
 def bold(method: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import torch
@@ -16,6 +17,7 @@ CAPTIONS = "captions"  # what --real_data calls these images
 HELD_OUT, DRAWN = 50, 500  # captions that are not trained, captions that a benchmark draws
 PRESENTATION = "\ufe0f"  # asks for colour, and is in some sequences of a font and not in the names
 TONE = " skin tone"
+BATCH = 64  # images that are encoded at once
 
 
 def load_captioned(resolution: int) -> tuple[torch.Tensor, list[str]]:
@@ -65,8 +67,25 @@ def hold_out(captions: list[str], count: int | None = None) -> tuple[list[int], 
     return sorted({*range(len(captions))} - {*held}), held
 
 
+def rivals(captions: list[str], held: list[int]) -> list[int]:
+    """Returns the rows of captions that are taken for those held out by who does not see their tone.
+
+    They have the subject of one that is held out, and another tone, or none.
+    """
+    subjects = {captions[row].split(":")[0] for row in held}
+    return [row for row, caption in enumerate(captions) if row not in held and caption.split(":")[0] in subjects]
+
+
 def choose(captions: list[str]) -> tuple[list[int], list[int]]:
     """Returns the rows of the captions that a benchmark draws: those held out, and trained ones by a fixed seed."""
     trained, held = hold_out(captions)
     order = torch.randperm(len(trained), generator=torch.Generator().manual_seed(0)).tolist()
     return held, [trained[place] for place in order[: DRAWN - len(held)]]
+
+
+@torch.no_grad()
+def encode(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std of the scaled latents of images in [-1, 1]."""
+    laws = [vae.encode(batch).latent_dist for batch in images.split(BATCH)]
+    mean, std = (torch.cat([getattr(law, name) for law in laws]) for name in ("mean", "std"))
+    return mean * vae.config.scaling_factor, std * vae.config.scaling_factor

@@ -10,8 +10,6 @@ from hsivi_diffusers.measures import MEASURES
 
 from .benchmark_results import BASELINES, NO_LORA, OURS, REAL, SOLVER, TEACHER, Group, Row, grouped, value
 
-LABELS = ("held against", "reached")
-
 
 class Goal(NamedTuple):
     """What is asked of ours at a number of calls: a distance of at most the factor times that of a group.
@@ -106,4 +104,4 @@ def goals_table(rows: list[Row]) -> str:
             lines.append([*cells[:3], *[""] * (len(spaces) - 1), cells[3]])
     if not lines:
         return "No goal can be told: the rows lack ours, or what they are held against."
-    return write_table(["calls", "held against", *spaces, "reached"], LABELS, lines)
+    return write_table(["calls", "held against", *spaces, "reached"], ("held against", "reached"), lines)

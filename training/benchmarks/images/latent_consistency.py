@@ -15,15 +15,15 @@ from torch import Tensor
 from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.distillation.adapters import add_adapter
 from hsivi_diffusers.distillation.denoisers import denoise, give_prompts, sample_shape
-from hsivi_diffusers.distillation.guidance import guided
+from hsivi_diffusers.distillation.guidance import calls_of_step, guided
+from hsivi_diffusers.distillation.state_dicts import TrainedWeights
 from hsivi_diffusers.distillation.teachers import image_shape, load_prompts
 from hsivi_diffusers.images import to_model_range
 
-from .captions import hold_out, load_captioned
-from .consistency import ConsistencyDistillation, make_sampler
+from .captions import encode, hold_out, load_captioned
+from .consistency import ConsistencyDistillation
 
 NUM_TIMESTEPS = 50
-BATCH = 64  # images that are encoded at once
 
 
 class LatentConsistency(ConsistencyDistillation):
@@ -35,9 +35,8 @@ class LatentConsistency(ConsistencyDistillation):
         host: Its pipeline.
         guidance_scale: w of the teacher's guidance.
         rank: Of the adapter.
+        start: See `ConsistencyDistillation`.
     """
-
-    calls_per_image = 4  # of the guided teacher, two, student and target
 
     def __init__(
         self,
@@ -46,12 +45,15 @@ class LatentConsistency(ConsistencyDistillation):
         host: DiffusionPipeline,
         guidance_scale: float,
         rank: int,
+        start: int | None = None,
     ) -> None:
         self.student = self.target = add_adapter(teacher.eval(), rank).train()
         self.teacher: Any = guided(teacher, [guidance_scale])
         self.host, self.schedule, self.unclipped = host, schedule, schedule
-        self._make_grid(NUM_TIMESTEPS)
-        self.parts = {"student": self.student}
+        self.calls_per_image = 2 + calls_of_step(self.teacher)  # of student and target, and of the teacher
+        self._make_grid(NUM_TIMESTEPS, start)
+        self.sampler.register_to_config(steps_offset=1)  # has no effect but on a warning of diffusers
+        self.parts = {"student": TrainedWeights(self.student)}
 
     @torch.no_grad()
     def aim(self, x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -72,7 +74,7 @@ class LatentConsistency(ConsistencyDistillation):
         """The student in a pipeline like the teacher's, its adapter added to the weights."""
         self.student.eval().fuse_lora()
         self.student.unload_lora()
-        self.host.register_modules(unet=self.student, scheduler=make_sampler(self.schedule, NUM_TIMESTEPS))
+        self.host.register_modules(unet=self.student, scheduler=self.sampler)
         return self.host
 
 
@@ -87,11 +89,3 @@ def load_latents(host: DiffusionPipeline, network: Any, device: torch.device) ->
         give_prompts(network, prompts)
     mean, std = encode(host.vae.to(device), to_model_range(images[rows]).to(device))
     return torch.cat([mean, std], dim=1), torch.arange(len(rows), device=device)
-
-
-@torch.no_grad()
-def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std of the scaled latents of images in [-1, 1]."""
-    laws = [vae.encode(batch).latent_dist for batch in images.split(BATCH)]
-    mean, std = (torch.cat([getattr(law, name) for law in laws]) for name in ("mean", "std"))
-    return mean * vae.config.scaling_factor, std * vae.config.scaling_factor

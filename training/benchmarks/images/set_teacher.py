@@ -14,7 +14,7 @@ from hsivi_diffusers.distillation.prompts import takes_text
 from hsivi_diffusers.distillation.teachers import image_shape, load_parts, load_prompts, network_of
 from hsivi_diffusers.evaluation.solvers import Sampler, Solver, make_solver, sample
 
-from .captions import CAPTIONS, choose, load_captioned
+from .captions import CAPTIONS, choose, load_captioned, rivals
 from .sets import load_images
 
 
@@ -31,6 +31,7 @@ class SetTeacher:
         schedule: Its noise schedule.
         classes: Number of its classes or captions, None without.
         held_out: Place of each held-out caption among those of `load_captioned`; these are drawn first.
+        rivals: Places of the captions that these are told apart from.
         step_calls: Network calls of a step.
 
     Raises:
@@ -40,7 +41,7 @@ class SetTeacher:
     def __init__(self, folder: str, real_data: str, guidance_scale: float | None = None) -> None:
         unet, self.schedule, self.host, _ = load_parts(folder)
         unet.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same images
-        self.real_data, self.rows, self.held_out = real_data, list[int](), list[int]()
+        self.real_data, self.rows, self.held_out, self.rivals = real_data, list[int](), list[int](), list[int]()
         self.shape = image_shape(self.host, sample_shape(unet))
         texts = None
         if (self.host is not None and takes_text(self.host)) != (real_data == CAPTIONS):
@@ -48,7 +49,7 @@ class SetTeacher:
         if real_data == CAPTIONS:
             captions = load_captioned(self.shape[1])[1]
             self.held_out, trained = choose(captions)
-            self.rows = self.held_out + trained
+            self.rows, self.rivals = self.held_out + trained, rivals(captions, self.held_out)
             texts = [captions[row] for row in self.rows]
         self.prompts = load_prompts(self.host, texts, "", unet.device)
         if self.prompts is not None:

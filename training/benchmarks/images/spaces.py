@@ -127,23 +127,26 @@ class ClassMeasures:
 class CaptionMeasures:
     """How images suit the captions that they were asked for.
 
-    - `retrieval`: share of the images of held-out captions whose own the scorer puts first among those.
+    - `retrieval`: share of the images of held-out captions whose own the scorer puts first, among those and their
+      rivals: of the same subjects, in other tones.
     - `diversity`: mean distance of two images of a caption in the features of EfficientNet-Lite0; mean over the
       captions that have two.
 
     Args:
         scorer: Its classes are captions.
         held_out: Its class of each held-out caption, the first ones that are asked for.
+        rivals: Its classes of their rivals.
     """
 
-    def __init__(self, scorer: ImageClassifier, held_out: Sequence[int]) -> None:
-        self.scorer, self.held_out, self.network = scorer, [*held_out], EfficientNetFeatures().eval()
+    def __init__(self, scorer: ImageClassifier, held_out: Sequence[int], rivals: Sequence[int] = ()) -> None:
+        self.scorer, self.network = scorer, EfficientNetFeatures().eval()
+        self.held_out, self.candidates = len(held_out), [*held_out, *rivals]
 
     @torch.no_grad()
     def __call__(self, images: Tensor, asked: Tensor) -> dict[str, float]:
         """Returns the numbers above, by name, of images asked for by the numbers of captions (N,)."""
-        held = asked < len(self.held_out)
-        logits = torch.cat([self.scorer.logits(batch)[:, self.held_out] for batch in images[held].split(BATCH)])
+        held = asked < self.held_out
+        logits = torch.cat([self.scorer.logits(batch)[:, self.candidates] for batch in images[held].split(BATCH)])
         features = torch.cat([self.network(batch) for batch in images.split(BATCH)])
         of_caption = [features[asked == each] for each in asked.unique().tolist()]
         return {
@@ -160,11 +163,18 @@ class SetMeasures:
         real: Its images in [0, 1], shape (N, C, H, W).
         labels: Their classes, shape (N,).
         converged: Images of the teacher in many steps, like the real ones.
-        held_out: Of captioned images, see `CaptionMeasures`.
+        held_out: Of captioned images, as `rivals`, see `CaptionMeasures`.
+        rivals: Of captioned images.
     """
 
     def __init__(
-        self, classifier: Path, real: Tensor, labels: Tensor, converged: Tensor, held_out: Sequence[int] = ()
+        self,
+        classifier: Path,
+        real: Tensor,
+        labels: Tensor,
+        converged: Tensor,
+        held_out: Sequence[int] = (),
+        rivals: Sequence[int] = (),
     ) -> None:
         self.spaces = make_spaces(classifier, real, labels)
         self.teacher_spaces = [space.beside(converged) for space in self.spaces]
@@ -174,7 +184,7 @@ class SetMeasures:
         @cache
         def make() -> ClassMeasures | CaptionMeasures:
             network = ImageClassifier.from_pretrained(classifier).eval()
-            return CaptionMeasures(network, held_out) if held_out else ClassMeasures(network, real, labels)
+            return CaptionMeasures(network, held_out, rivals) if held_out else ClassMeasures(network, real, labels)
 
         self.make_class_measures = make
 

@@ -60,8 +60,8 @@ GIVEN = (
 @dataclass
 class Teacher:
     _group = "teacher and data"
-    pretrained_teacher_model: str | None = option(None, "folder or repo id of a diffusers pipeline with a UNet2DModel")
-    train_data: str = option("digits", "`digits`, a folder of images, or a dataset's name")
+    pretrained_teacher_model: str | None = option(None, "folder or repo id of a diffusers pipeline")
+    train_data: str = option("digits", "`digits`, a folder, a dataset's name, or for lcm_lora `captions`")
 
 
 @dataclass
@@ -84,10 +84,16 @@ class Training:
     mixed_precision: Literal["no", "bf16"] = option("no", "precision of the networks")
 
 
+def recorded(teacher: Teacher, training: Training) -> dict[str, Any]:
+    """The settings of a run, but for those of other methods."""
+    settings = flatten([teacher, training])
+    return {name: value for name, value in settings.items() if OF_METHOD.get(name, training.method) == training.method}
+
+
 def settings_of(config: str) -> dict[str, Any]:
     """The settings of a config, but for those that a benchmark gives."""
     teacher, training, _ = parse_options([Teacher, Training, Output], "", ["--config", *shlex.split(config)])
-    return {name: value for name, value in flatten([teacher, training]).items() if name not in GIVEN}
+    return {name: value for name, value in recorded(teacher, training).items() if name not in GIVEN}
 
 
 def recipe_of(config: str) -> dict[str, Any]:
@@ -97,7 +103,7 @@ def recipe_of(config: str) -> dict[str, Any]:
 
 
 def prepare(teacher: Teacher, training: Training, device: torch.device) -> tuple[Baseline, Tensor, Tensor | None]:
-    """Loads the teacher, of which student and target start as copies, and the data: images or latents, and classes."""
+    """Loads the teacher, and the data: images or latents, and their classes or the numbers of their captions."""
     name = str(teacher.pretrained_teacher_model)
     if training.method != "lcm_lora":
         distillation = make_distillation(name, training, device)
@@ -109,7 +115,8 @@ def prepare(teacher: Teacher, training: Training, device: torch.device) -> tuple
             f"--train_data {teacher.train_data}"
         )
     latents, numbers = load_latents(host, unet.to(device), device)
-    return LatentConsistency(unet, schedule, host, training.guidance_scale, training.lora_rank), latents, numbers
+    given = training.guidance_scale, training.lora_rank, training.start_timestep
+    return LatentConsistency(unet, schedule, host, *given), latents, numbers
 
 
 def make_distillation(name: str, training: Training, device: torch.device) -> Baseline:
@@ -169,7 +176,8 @@ def train(
     Leaves the student the averaged weights; returns updates and seconds.
     """
     student = distillation.student
-    optimizer = torch.optim.AdamW(student.parameters(), lr=training.learning_rate, weight_decay=0.0)
+    trained = [weight for weight in student.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=0.0)
     loop = TrainingLoop(run, accelerator, student, optimizer, EMA_DECAY, identity, **distillation.parts)
     least = training.min_network_calls / (distillation.calls_per_image * training.train_batch_size)
     for share in loop.updates(training.max_train_steps, training.max_train_seconds, least, distillation.restore):
@@ -214,7 +222,7 @@ def main(args: list[str] | None = None) -> None:
         accelerator = Accelerator()
         set_seed(training.seed)
         distillation, images, classes = prepare(teacher, training, accelerator.device)
-        settings = flatten([teacher, training])
+        settings = recorded(teacher, training)
         start_run(run, settings, WRITTEN)
         identity = {**settings, "teacher_sha256": fingerprint(distillation.teacher, distillation.schedule)}
         steps, seconds = train(distillation, images, classes, training, run, accelerator, identity)

@@ -49,7 +49,7 @@ class TrainingLoop:
         **parts: Any,
     ) -> None:
         self.run, self.accelerator, self.optimizer = run, accelerator, optimizer
-        self.parameters = list(network.parameters())
+        self.parameters = [weight for weight in network.parameters() if weight.requires_grad]
         self.average = EMAModel(self.parameters, decay=ema_decay, use_ema_warmup=False)
         self.parts = {"average": self.average, "optimizer": optimizer, **parts}
         self.checkpoints = Checkpoints(run, accelerator, self, identity)

@@ -63,7 +63,7 @@ class Options:
     dataset: str | None = option(None, "name of the set")
     teacher: str | None = option(None, "folder of the teacher")
     classifier: str | None = option(None, "folder of the ImageClassifier")
-    real_data: str = option("digits", "real images, see train_teacher.py")
+    real_data: str = option("digits", "real images, see train_teacher.py; of a text-to-image teacher `captions`")
     guidance_scale: float | None = option(None, "scale of guidance; with another than 1 a step is two network calls")
     solvers: list[str] = option([*CHOICES], "solvers to tune")
     calls: list[int] = option([1, 2, 3, 4, 5, 8, 10, 15, 20], "network calls")

@@ -3,8 +3,9 @@
     python -m training.benchmarks.text.train_scorer --config training/configs/emoji_scorer.yaml
 
 It sees every image, those of held-out captions too, for it has to know what they look like: each shrunk to a factor,
-moved, blurred and with noise, all at random, so that it does not go by single pixels. What it finds of images moved in
-such a way again, of all captions and of those held out, is printed. The result is a function of the seed.
+moved, blurred and with noise, all at random, so that it does not go by single pixels. Printed is what it finds of
+images that are changed again: of all captions, and of those held out among these and the same subjects in other tones.
+The result is a function of the seed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.folders import claim_output_dir
 from hsivi_diffusers.options import option, parse_options, run_command
 
-from ..images.captions import choose, load_captioned
+from ..images.captions import choose, load_captioned, rivals
 
 SHRINK, SHIFT, NOISE = 0.15, 0.1, 0.1  # the most, of the side and of the range of values
 
@@ -52,9 +53,9 @@ def change(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def found(scorer: ImageClassifier, images: Tensor, rows: Tensor) -> float:
-    """The share of images of these captions whose own is put first among those, of changed images."""
-    logits = torch.cat([scorer.logits(change(batch))[:, rows] for batch in images[rows].split(500)])
+def found(scorer: ImageClassifier, images: Tensor, rows: list[int], rivals: list[int]) -> float:
+    """The share of changed images of these captions whose own is put first among those and their rivals."""
+    logits = torch.cat([scorer.logits(change(batch))[:, rows + rivals] for batch in images[rows].split(500)])
     return (logits.argmax(1) == torch.arange(len(rows))).float().mean().item()
 
 
@@ -77,9 +78,10 @@ def main(args: list[str] | None = None) -> None:
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     scorer.save_pretrained(output_dir)
-    every, held_out = torch.arange(len(captions)), torch.tensor(choose(captions)[0])
-    print(f"found among all {len(every)}: {found(scorer, images, every):.3f}, ", end="")
-    print(f"of those held out among those: {found(scorer, images, held_out):.3f}")
+    every, held_out = list(range(len(captions))), choose(captions)[0]
+    others = rivals(captions, held_out)
+    print(f"found among all {len(every)}: {found(scorer, images, every, []):.3f}, ", end="")
+    print(f"of those held out among {len(held_out) + len(others)}: {found(scorer, images, held_out, others):.3f}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 
 A UNet2DConditionModel of the latents of `train_vae` and a CLIPTextModel learn together to predict the velocity alpha
 noise - sigma x_0 (Salimans and Ho 2022, arXiv 2202.00512) on the clock of Stable Diffusion. Some captions are replaced
-by "", for classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), and those of `hold_out` are not trained;
-those that are, are in OUTPUT_DIR/prompts.txt. A token is a word of the captions. It is one process, a run is a function
-of its seed, and one that is stopped continues with --resume_from_checkpoint latest.
+by "", for classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), and those of `hold_out` are not trained. A
+token is a word of the captions. It is one process, a run is a function of its seed, and one that is stopped continues
+with --resume_from_checkpoint latest.
 """
 
 from __future__ import annotations
@@ -30,15 +30,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.distillation.output import Output, claimed, start_run
-from hsivi_diffusers.folders import write_text
 from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command
 
-from ..images.captions import hold_out, load_captioned
-from ..images.latent_consistency import encode
+from ..images.captions import encode, hold_out, load_captioned
 from ..images.train_teacher import Training, check_run, drop, make_loop, target
 
-WRITTEN = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "prompts.txt")
+WRITTEN = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SPECIAL = ["[pad]", "[start]", "[end]", "[unknown]"]
 CLOCK = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -112,8 +110,7 @@ def main(args: list[str] | None = None) -> None:
         set_seed(training.seed)
         vae = AutoencoderKL.from_pretrained(options.vae).to(device).eval()
         images, captions = load_captioned(vae.config.sample_size)
-        trained = hold_out(captions)[0]
-        rows = torch.tensor(trained)
+        rows = torch.tensor(hold_out(captions)[0])
         tokenizer = make_tokenizer(captions, options.tokens)
         texts = ["", *captions]  # the first one replaces those that are dropped
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
@@ -133,7 +130,6 @@ def main(args: list[str] | None = None) -> None:
             loop.descend(mse_loss(velocity.float(), target(schedule, clean, noise, level)))
             rate.step()
         make_pipeline(vae, tokenizer, networks).save_pretrained(output_dir)
-        write_text(output_dir / "prompts.txt", "".join(f"{captions[row]}\n" for row in trained))
 
 
 if __name__ == "__main__":
