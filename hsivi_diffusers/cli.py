@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import option, parse_options, print_error, run_command
-from .run_records import ADAPTER, SAMPLERS, pipeline_of
+from .run_records import ADAPTER, SAMPLERS, pipeline_of, sample_grids
 from .sampling import sample  # torch and diffusers, which take seconds, are imported by what needs them
 
 INTERRUPTED = 75  # exit status after SIGTERM or Ctrl-C: EX_TEMPFAIL, "try again"
@@ -103,6 +103,7 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
         raise ValueError("--output_dir is missing: name the folder to write to")
     check_output(Output(config.output_dir, config.overwrite_output_dir, teacher.resume_from_checkpoint))
     from .distillation.trainer import HSIVITrainer, InterruptedRunError
+    from .images import show
     from .vi import DivergenceError
 
     trainer = HSIVITrainer(teacher.pretrained_teacher_model, config, teacher.revision)
@@ -116,6 +117,8 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
         raise SystemExit("; ".join([f"error: {error}", *error.__notes__])) from error
     if trainer.accelerator.is_main_process:
         folder = Path(config.output_dir)
+        if grids := sample_grids(folder):
+            show([*grids.values()][-1])
         print(
             f"the training took {summary['seconds']:.0f} s; the pipeline is in {folder / 'pipeline'}\n"
             f"look at it: open {folder / 'index.html'} in a browser\n"

@@ -1,7 +1,10 @@
-"""Real images as one tensor: the digits of scikit-learn, a folder, or a dataset on the Hub; small images enlarged."""
+"""Real images as one tensor: the digits of scikit-learn, a folder, or a dataset on the Hub. How images are shown."""
 
 from __future__ import annotations
 
+import base64
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+TERMINALS = ("iTerm.app", "WezTerm", "vscode", "mintty")
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
 
@@ -97,3 +101,10 @@ def to_model_range(images: torch.Tensor) -> torch.Tensor:
 def enlarge(image: Image.Image, width: int) -> Image.Image:
     """A small image, its pixels as squares, about so many pixels wide."""
     return ImageOps.scale(image, max(1, width // image.width), Image.Resampling.NEAREST)
+
+
+def show(path: Path) -> None:
+    """Draws an image file in a terminal that can, by the protocol of iTerm2 (https://iterm2.com/documentation-images)."""
+    if sys.stdout.isatty() and os.environ.get("TERM_PROGRAM") in TERMINALS:
+        content = base64.b64encode(path.read_bytes()).decode()
+        print(f"\033]1337;File=inline=1;preserveAspectRatio=1:{content}\a")

@@ -47,7 +47,7 @@ def sample(args: Sequence[str]) -> None:
     from PIL import ImageOps
 
     from .folders import claim_output_dir
-    from .images import enlarge
+    from .images import enlarge, show
     from .pipeline_hsivi import HSIVIPipeline
 
     device = usable_device(options.device)
@@ -72,6 +72,7 @@ def sample(args: Sequence[str]) -> None:
     rows = len(images) // columns
     shown = [ImageOps.expand(enlarge(image, 64), 1, "gray") for image in images]
     make_image_grid(shown[: rows * columns], rows=rows, cols=columns).save(output_dir / "grid.png")
+    show(output_dir / "grid.png")
     listed = classes if len(classes) <= 20 else ""
     what = "prompt" if classes and isinstance(classes[0], str) else "class"
     turn = f"; image i is of {what} {listed}[i % {len(classes)}]" if classes else ""

@@ -165,7 +165,7 @@ ALLOWED = {
     ),
     "cli": (
         {f"distillation/{noun}" for noun in ("config", "output", "plan", "trainer")}
-        | {"vi/*", "demo", "evaluation/evaluate", "folders", "hub", "options", "run_records", "sampling"},
+        | {"vi/*", "demo", "evaluation/evaluate", "folders", "hub", "images", "options", "run_records", "sampling"},
         {"diffusers", "huggingface_hub"},
     ),
     "__main__": ({"cli"}, set()),

@@ -1,3 +1,4 @@
+import base64
 import gzip
 import io
 import os
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hsivi_diffusers.images import load_images, to_model_range
+from hsivi_diffusers.images import load_images, show, to_model_range
 from training.benchmarks.images import sets
 from training.benchmarks.images.sets import EMOJI_KINDS, load_families
 
@@ -279,3 +280,20 @@ def test_the_model_range_is_exact_at_its_ends_and_affine():
     assert values.dtype == torch.float32
     assert (values[0], values[255]) == (-1, 1)
     torch.testing.assert_close((values + 1) * 127.5, torch.arange(256.0), rtol=0, atol=1e-4)
+
+
+# ----- shown -----
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "name", "is_shown"), [(True, "WezTerm", True), (True, "xterm", False), (False, "WezTerm", False)]
+)
+def test_an_image_is_shown_in_a_terminal_that_can(tmp_path, monkeypatch, capsys, is_terminal, name, is_shown):
+    Image.new("RGB", (2, 2), "red").save(tmp_path / "a.png")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    monkeypatch.setenv("TERM_PROGRAM", name)
+    show(tmp_path / "a.png")
+    told = capsys.readouterr().out
+    assert bool(told) == is_shown
+    if is_shown:
+        assert base64.b64decode(told.split(":")[1].rstrip("\a\n")) == (tmp_path / "a.png").read_bytes()
