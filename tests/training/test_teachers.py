@@ -21,7 +21,7 @@ from tiny_unet import make_unet
 from training.benchmarks.images import make_teacher
 
 TRAINING = Path(__file__).parents[2] / "training"
-RECIPES = sorted(path.stem for path in (TRAINING / "configs").glob("*_t*_*.yaml"))
+RECIPES = sorted(path.stem for path in (TRAINING / "configs").glob("*_t[0-9]*_*.yaml"))
 TEACHERS = {"cifar10": "cifar10_32", "celeba64": "celeba_64", "imagenet64": "imagenet_64", "church256": "church_256"}
 
 
