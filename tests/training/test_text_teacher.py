@@ -20,6 +20,7 @@ from training.benchmarks.images.benchmark_pages import measures_table
 from training.benchmarks.images.benchmark_results import (
     LATENT_CONSISTENCY,
     NO_LORA,
+    NO_NOISE,
     OURS,
     REAL,
     SOLVER,
@@ -291,14 +292,18 @@ def test_what_cannot_be_compared_is_refused_before_any_training(teach, scorer, t
             benchmark.main([*common, *words])
 
 
-def test_a_student_is_called_by_whether_it_is_a_lora(tmp_path):
-    """Of the config of the repository, which leaves the rank to the preset."""
+def test_a_student_is_called_by_its_kind(tmp_path):
+    """Of the configs of the repository; that of captions leaves the rank to the preset."""
     config = str(ROOT / "training" / "configs" / "emoji_text_t4.yaml")
     comparison = benchmark.Comparison.__new__(benchmark.Comparison)
     comparison.options = benchmark.Options(seeds=[0])
     comparison.trainings = trainings.Trainings(tmp_path, "assets/emoji_text", 4.0)
     names = [entry.method for words in ("", " --lora_rank 0") for entry in comparison._students(config + words)]
     assert names == [OURS, NO_LORA]
+    comparison.trainings = trainings.Trainings(tmp_path, "assets/digits_ddpm", None)
+    config = str(ROOT / "training" / "configs" / "digits_t5.yaml")
+    names = [entry.method for words in ("", " --noise_eta 0") for entry in comparison._students(config + words)]
+    assert names == [OURS, NO_NOISE]
 
 
 def test_goals_of_captions_are_held_against_the_teacher_in_50_guided_steps():

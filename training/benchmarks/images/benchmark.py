@@ -34,10 +34,12 @@ from hsivi_diffusers.options import option, parse_options, run_command
 from . import train_baseline
 from .benchmark_pages import is_shown, write_pages
 from .benchmark_results import (
+    ALL_SCALES,
     BASELINES,
     CONSISTENCY,
     LATENT_CONSISTENCY,
     NO_LORA,
+    NO_NOISE,
     OURS,
     PAIRS,
     PROGRESSIVE,
@@ -218,8 +220,9 @@ class Comparison:
             settings = self.trainings.settings(config, seed)  # refused now, and not after the trainings before it
             name = f"{OURS} paper" if settings.preset == "paper" else OURS
             name += ", one for all" if len(settings.depths) > 1 else ""
-            name += ", one for all scales" if len(settings.scales) > 1 else ""
+            name = ALL_SCALES if len(settings.scales) > 1 else name
             name = NO_LORA if settings.prompts and settings.lora_rank == 0 else name
+            name = NO_NOISE if settings.noise_eta == 0 else name
             for nfe in settings.depths:
                 yield Entry(name, nfe, seed, partial(self._make_student, config, nfe, seed, settings), settings)
 

@@ -8,7 +8,20 @@ from typing import Any, NamedTuple
 from hsivi_diffusers.evaluation.pages import write_table
 from hsivi_diffusers.measures import MEASURES
 
-from .benchmark_results import BASELINES, NO_LORA, OURS, REAL, SOLVER, TEACHER, Group, Row, grouped, value
+from .benchmark_results import (
+    ALL_SCALES,
+    BASELINES,
+    NO_LORA,
+    NO_NOISE,
+    OURS,
+    REAL,
+    SOLVER,
+    TEACHER,
+    Group,
+    Row,
+    grouped,
+    value,
+)
 
 
 class Goal(NamedTuple):
@@ -22,12 +35,15 @@ class Goal(NamedTuple):
     group: Group
     factor: float = 1.0
     over_floor: bool = False
+    ours: str = OURS
 
     @property
     def words(self) -> str:
         """What ours is held against."""
-        share = {1.0: "", 0.5: "half of ", 1 / 1.5: "1/1.5 of ", 1.25: "1.25 of "}[self.factor]
-        return f"{share}{self.group[0]} at {self.group[1]}" + (", over the floor" if self.over_floor else "")
+        words = {1.0: "", 0.5: "half of ", 1 / 1.5: "1/1.5 of "}
+        share = words.get(self.factor, f"{self.factor:g} of ")
+        name = "" if self.ours == OURS else f"{self.ours}: "
+        return f"{name}{share}{self.group[0]} at {self.group[1]}" + (", over the floor" if self.over_floor else "")
 
     def limit(self, groups: dict[Group, list[Row]], space: str) -> float:
         """The largest distance that reaches the goal."""
@@ -41,6 +57,7 @@ GOALS = [
     *(Goal(nfe, (SOLVER, nfe), 0.5, over_floor=True) for nfe in (1, 2, 4, 5)),
     *(Goal(nfe, (SOLVER, more)) for nfe, more in ((1, 5), (1, 8), (2, 8), (4, 15))),
     *(Goal(nfe, (baseline, nfe), 1 / 1.5) for baseline in BASELINES for nfe in (1, 2, 4)),  # regression has 1 alone
+    *(Goal(nfe, (OURS, nfe), 1.3, ours=ours) for ours in (NO_NOISE, ALL_SCALES) for nfe in (1, 2, 4)),
 ]
 
 
@@ -61,11 +78,12 @@ class MeasureGoal(NamedTuple):
     steps: int
     share: float = 1.0
     method: str = SOLVER
+    ours: str = OURS
 
     def cells(self, groups: dict[Group, list[Row]]) -> list[Any] | None:
         """Calls, what is held against, ours and the limit, and whether it is reached; None where a row lacks."""
-        ours = groups.get((OURS, self.calls), [])
-        nfe = self.steps * (2 if ours and ours[0].get("guidance_scale", 1) != 1 else 1)
+        ours = groups.get((self.ours, self.calls), [])
+        nfe = self.steps * (2 if self.method != OURS and ours and ours[0].get("guidance_scale", 1) != 1 else 1)
         others = groups.get((self.method, nfe), [])
         if not (ours and others and self.measure in ours[0] and self.measure in others[0]):
             return None
@@ -73,8 +91,9 @@ class MeasureGoal(NamedTuple):
         known = MEASURES[self.measure]
         limit = self.share * other
         reached = one >= limit if known.higher_is_better else one <= limit
-        share = "" if self.share == 1 else f"{self.share:g} of "
-        words = f"{share}{known.head} of {self.method} at {nfe}"
+        share = "" if self.share == 1 else f"{self.share:.2g} of "
+        name = "" if self.ours == OURS else f"{self.ours}: "
+        words = f"{name}{share}{known.head} of {self.method} at {nfe}"
         return [self.calls, words, f"{one:{known.form}} / {limit:{known.form}}", "reached" if reached else "missed"]
 
 
@@ -84,6 +103,7 @@ MEASURE_GOALS = [
     *(MeasureGoal(nfe, name, 10) for nfe in (1, 2, 4) for name in ("class_fd", "class_recall")),
     *(MeasureGoal(nfe, "retrieval", 50, share, TEACHER) for nfe, share in ((1, 0.85), (4, 0.95))),
     *(MeasureGoal(nfe, "diversity", 50, 0.8, TEACHER) for nfe in (1, 4)),
+    *(MeasureGoal(nfe, "accuracy", nfe, 1 / 1.3, OURS, ALL_SCALES) for nfe in (1, 2, 4)),
 ]
 
 
@@ -92,7 +112,7 @@ def goals_table(rows: list[Row]) -> str:
     groups, spaces = grouped(rows), [*rows[0]["distances"]]
     lines = []
     for goal in [*GOALS, *(TEXT_GOALS if "retrieval" in rows[0] else [])]:
-        ours = groups.get((OURS, goal.calls))
+        ours = groups.get((goal.ours, goal.calls))
         if ours is None or goal.group not in groups or (goal.over_floor and (REAL, 0) not in groups):
             continue
         found = [(value(ours, space), goal.limit(groups, space)) for space in spaces]
