@@ -1,6 +1,5 @@
 """`training/benchmarks/images/benchmark.py`: rows, what they are refused for, and the cost of the baselines."""
 
-import importlib
 import json
 import shutil
 from functools import partial
@@ -12,11 +11,12 @@ from diffusers import UniPCMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, cli
+from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 from hsivi_diffusers.distillation.checkpoints import Checkpoints
 from hsivi_diffusers.evaluation.solvers import make_student, sample
 from hsivi_diffusers.folders import LOCK
 from hsivi_diffusers.options import parse_options
+from short_run import call
 from training.benchmarks.images import benchmark, benchmark_results, set_teacher, train_teacher, trainings
 from training.benchmarks.images.benchmark_results import (
     CONSISTENCY,
@@ -88,14 +88,6 @@ def arguments(tmp_path_factory):
         *[f"--solvers={folder / 'solvers.json'}", "--teacher_steps=3", "--num_samples=20", "--batch_size=15"],
         *[f"--output_dir={folder / 'docs'}", f"--runs_dir={folder / 'runs'}"],
     ]
-
-
-def call(program, given):
-    """Runs a program in this process."""
-    if program == trainings.DISTIL:
-        cli.distil(given)
-    else:
-        importlib.import_module(program).main(given)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The captioned emoji, their autoencoder and their text-to-image teacher, on glyphs of noise."""
 
-import importlib
 import json
 import re
 import shutil
@@ -11,10 +10,11 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from hsivi_diffusers import cli, load_teacher
+from hsivi_diffusers import load_teacher
 from hsivi_diffusers.distillation.denoisers import prompts_of
 from hsivi_diffusers.distillation.teachers import load_parts
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from short_run import call
 from training.benchmarks.images import benchmark, captions, sets, train_baseline, trainings
 from training.benchmarks.images.benchmark_pages import measures_table
 from training.benchmarks.images.benchmark_results import (
@@ -79,14 +79,6 @@ def scorer(glyphs, tmp_path_factory):
     sizes = ["--resolution=32", "--num_features=32", "--num_halvings=0", "--train_batch_size=16"]
     train_scorer.main([*sizes, "--max_train_steps=600", f"--output_dir={folder}"])
     return folder
-
-
-def call(program, given):
-    """Runs a program in this process."""
-    if program == trainings.DISTIL:
-        cli.distil(given)
-    else:
-        importlib.import_module(program).main(given)
 
 
 def test_the_latents_of_the_autoencoder_have_a_std_of_1(vae):

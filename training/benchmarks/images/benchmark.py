@@ -148,7 +148,7 @@ class Comparison:
         """The baselines that have a config, of which those are refused that none of the students has a row for."""
         options = self.options
         given = {PAIRS: options.pairs, PROGRESSIVE: options.progressive, CONSISTENCY: options.consistency}
-        given |= {LATENT_CONSISTENCY: options.lcm_lora}
+        given[LATENT_CONSISTENCY] = options.lcm_lora
         configs = {method: config for method, config in given.items() if config is not None}
         unguided = [method for method in configs if method != LATENT_CONSISTENCY]
         if unguided and options.guidance_scale is not None:

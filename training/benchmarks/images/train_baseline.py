@@ -31,6 +31,7 @@ from hsivi_diffusers import load_teacher
 from hsivi_diffusers.distillation.denoisers import sample_shape
 from hsivi_diffusers.distillation.output import Output, check_output, check_teacher, claimed, start_run
 from hsivi_diffusers.distillation.pairs import PAIR_CALLS
+from hsivi_diffusers.distillation.state import trained
 from hsivi_diffusers.distillation.teachers import fingerprint, load_parts
 from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.images import to_model_range
@@ -176,8 +177,7 @@ def train(
     Leaves the student the averaged weights; returns updates and seconds.
     """
     student = distillation.student
-    trained = [weight for weight in student.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained(student), lr=training.learning_rate, weight_decay=0.0)
     loop = TrainingLoop(run, accelerator, student, optimizer, EMA_DECAY, identity, **distillation.parts)
     least = training.min_network_calls / (distillation.calls_per_image * training.train_batch_size)
     for share in loop.updates(training.max_train_steps, training.max_train_seconds, least, distillation.restore):

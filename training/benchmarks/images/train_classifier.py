@@ -9,9 +9,11 @@ result is a function of the seed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hsivi_diffusers.bars import bar
@@ -50,6 +52,21 @@ def split(families: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows[:size], rows[size:]
 
 
+def fit(model: ImageClassifier, draw: Callable[[], tuple[Tensor, Tensor]], num_steps: int, rate: float) -> None:
+    """Trains a classifier on batches of images and classes, by Adam with a rate that falls to 0 as a cosine."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    progress = bar(range(num_steps), "classifier")
+    for _ in progress:
+        images, labels = draw()
+        loss = cross_entropy(model.logits(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+
+
 def main(args: list[str] | None = None) -> None:
     (training,) = parse_options([Training], __doc__ or "", args=args)
     output_dir = claim_output_dir(training.output_dir, training.overwrite_output_dir)
@@ -65,18 +82,12 @@ def main(args: list[str] | None = None) -> None:
     held_out, train = split(torch.arange(len(images)) if families is None else families)
 
     model = ImageClassifier(training.channels, int(labels.max()) + 1, training.num_features, training.num_halvings)
-    optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.max_train_steps)
-    progress = bar(range(training.max_train_steps), "classifier")
-    for _ in progress:
-        rows = train[torch.randint(len(train), (training.train_batch_size,))]
-        loss = cross_entropy(model.logits(images[rows]), labels[rows])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
 
+    def draw() -> tuple[Tensor, Tensor]:
+        rows = train[torch.randint(len(train), (training.train_batch_size,))]
+        return images[rows], labels[rows]
+
+    fit(model, draw, training.max_train_steps, training.learning_rate)
     with torch.no_grad():
         guesses = torch.cat([model.logits(images[rows]).argmax(1) for rows in held_out.split(500)])
         accuracy = (guesses == labels[held_out]).float().mean().item()

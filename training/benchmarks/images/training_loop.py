@@ -17,6 +17,7 @@ from torch import Tensor
 from hsivi_diffusers.bars import bar
 from hsivi_diffusers.distillation.checkpoints import Checkpoints
 from hsivi_diffusers.distillation.output import Output
+from hsivi_diffusers.distillation.state import trained
 
 
 class TrainingLoop:
@@ -49,7 +50,7 @@ class TrainingLoop:
         **parts: Any,
     ) -> None:
         self.run, self.accelerator, self.optimizer = run, accelerator, optimizer
-        self.parameters = [weight for weight in network.parameters() if weight.requires_grad]
+        self.parameters = trained(network)
         self.average = EMAModel(self.parameters, decay=ema_decay, use_ema_warmup=False)
         self.parts = {"average": self.average, "optimizer": optimizer, **parts}
         self.checkpoints = Checkpoints(run, accelerator, self, identity)

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 import yaml
-from tqdm import tqdm
 
+from hsivi_diffusers.bars import bar
 from hsivi_diffusers.folders import write_json
 from hsivi_diffusers.vi import DivergenceError
 from hsivi_diffusers.vi.targets import FullNormal, SampledTarget, laplace, moment_match
@@ -95,7 +95,7 @@ def run_study(jobs: Sequence[Job], path: Path, workers: int) -> None:
     ) as pool:
         futures = [pool.submit(run_job, job) for job in left]
         try:
-            for future in tqdm(as_completed(futures), total=len(futures), unit="fit"):
+            for future in bar(as_completed(futures), total=len(futures), unit="fit"):
                 results["rows"].append(future.result())
                 write_json(path, results)
         except BaseException:  # else it would wait for all others first, and lose them

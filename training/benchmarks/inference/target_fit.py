@@ -11,8 +11,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from hsivi_diffusers.bars import bar
 from hsivi_diffusers.options import option
 from hsivi_diffusers.vi import (
     Bridge,
@@ -88,7 +88,7 @@ def run(fit: Fit, progress: bool = False) -> tuple[Fitted, float]:
     """Does a whole fit, with a progress bar or without; returns it and the CPU seconds it took."""
     fitted = prepare(fit)
     begin = time.process_time()
-    for _ in tqdm(fitted.inference.steps(), total=fit.num_steps, unit="step", disable=not progress):
+    for _ in bar(fitted.inference.steps(), total=fit.num_steps, unit="step", disable=not progress):
         pass
     return fitted, fitted.seconds + time.process_time() - begin
 

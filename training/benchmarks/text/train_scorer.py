@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, avg_pool2d, cross_entropy, grid_sample
+from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 
-from hsivi_diffusers.bars import bar
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.folders import claim_output_dir
 from hsivi_diffusers.options import option, parse_options, run_command
 
 from ..images.captions import choose, load_captioned, rivals
+from ..images.train_classifier import fit
 
 SHRINK, SHIFT, NOISE = 0.15, 0.1, 0.1  # the most, of the side and of the range of values
 
@@ -66,17 +66,12 @@ def main(args: list[str] | None = None) -> None:
     whole, captions = load_captioned(training.resolution)
     images = whole.float() / 255
     scorer = ImageClassifier(3, len(captions), training.num_features, training.num_halvings)
-    optimizer = torch.optim.Adam(scorer.parameters(), lr=training.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.max_train_steps)
-    progress = bar(range(training.max_train_steps), "scorer")
-    for _ in progress:
+
+    def draw() -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(images), (training.train_batch_size,))
-        loss = cross_entropy(scorer.logits(change(images[rows])), rows)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        return change(images[rows]), rows
+
+    fit(scorer, draw, training.max_train_steps, training.learning_rate)
     scorer.save_pretrained(output_dir)
     every, held_out = list(range(len(captions))), choose(captions)[0]
     others = rivals(captions, held_out)
