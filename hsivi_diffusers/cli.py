@@ -102,7 +102,7 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     if not config.output_dir:
         raise ValueError("--output_dir is missing: name the folder to write to")
     check_output(Output(config.output_dir, config.overwrite_output_dir, teacher.resume_from_checkpoint))
-    from .distillation.trainer import HSIVITrainer, InterruptedRunError
+    from .distillation.trainer import CollapsedRunError, HSIVITrainer, InterruptedRunError
     from .images import show
     from .vi import DivergenceError
 
@@ -113,7 +113,7 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     except InterruptedRunError as error:
         trainer.accelerator.print(str(error).replace("resume_from", "--resume_from"))
         raise SystemExit(INTERRUPTED) from error
-    except DivergenceError as error:
+    except (CollapsedRunError, DivergenceError) as error:
         raise SystemExit("; ".join([f"error: {error}", *error.__notes__])) from error
     if trainer.accelerator.is_main_process:
         folder = Path(config.output_dir)

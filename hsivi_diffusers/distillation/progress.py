@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -34,7 +35,14 @@ EVERY = 20  # updates between two lines of the trackers
 ROWS = 4  # of a sample grid, whose first row is the teacher's
 TEACHER_CALLS = 20  # network calls of the teacher's row
 WIDTH = 512  # pixels that a sample grid has at least
-BOUND = 1.5  # of contrast and diversity beside the teacher's; healthy runs have been at 0.8 to 1.1 after a tenth
+# Of contrast and diversity beside the teacher's: where a run says so, and where it stops. Healthy runs have been at 0.8
+# to 1.1 after a tenth; the digits, at a hundred times the student's rate, ended at a diversity of 0.15.
+BOUND, LIMIT = 1.5, 3.0
+RATIOS = ("contrast", "diversity")
+
+
+class CollapsedRunError(Exception):
+    """The images of a run are nothing like those of its teacher."""
 
 
 def beside_teacher(grid: Tensor) -> dict[str, float]:
@@ -129,7 +137,13 @@ class Progress:
         return numbers
 
     def draw(self, step: int) -> None:
-        """Writes a grid: the teacher's images in many steps, then the student's in most, always from the same noise."""
+        """Writes a grid: the teacher's images in many steps, then the student's in most, always from the same noise.
+
+        Raises:
+            CollapsedRunError: After a tenth of the run, and not at its end, contrast or diversity is LIMIT times that
+                of the teacher, or a LIMIT-th of it.
+        """
+        ratios = torch.ones(len(RATIOS), device=self.accelerator.device)
         if self.accelerator.is_main_process:
             images = torch.cat([self._teacher_row, self._draw_student((ROWS - 1) * COLUMNS)])
             shown = images.permute(0, 2, 3, 1).numpy()
@@ -140,24 +154,36 @@ class Progress:
             factor = -(-WIDTH // grid.width)
             size = (factor * grid.width, factor * grid.height)
             grid.resize(size, Image.Resampling.NEAREST).save(folder / f"step-{step}.png")
-            self._compare(step, images)
+            ratios.copy_(torch.tensor(self._compare(step, images)))
             write_page(self.folder)
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":
                     tracker.log_images({"samples": shown}, step=step, dataformats="NHWC")
                 elif tracker.name in ("wandb", "comet_ml"):
                     tracker.log_images({"samples": list(shown)}, step=step)
+        if 10 * step >= self.config.max_train_steps:
+            self._judge(step, broadcast(ratios).tolist())
         self.accelerator.wait_for_everyone()
 
-    def _compare(self, step: int, images: Tensor) -> None:
-        """Tells contrast and diversity of a grid, and says so, after a tenth of the run, if they are out of bounds."""
+    def _compare(self, step: int, images: Tensor) -> list[float]:
+        """Tells contrast and diversity of a grid."""
         ratios = beside_teacher(images)
         self._log(step, ratios)
-        for name, ratio in ratios.items():
-            if 10 * step >= self.config.max_train_steps and not 1 / BOUND < ratio < BOUND:
-                what = name.removeprefix("images/")
-                text = f"after {step} updates the images have {ratio:.2f} times the {what} of the teacher's"
-                tqdm.write(f"{text}: look at {self.folder / 'samples'}, and at 'Training' in docs/troubleshooting.md")
+        return [*ratios.values()]
+
+    def _judge(self, step: int, ratios: list[float]) -> None:
+        """Says so if contrast or diversity is out of bounds, and ends a run that is far out, in every process."""
+        told = [
+            (ratio, f"after {step} updates the images have {ratio:.2f} times the {name} of the teacher's")
+            for name, ratio in zip(RATIOS, ratios, strict=True)
+            if not 1 / BOUND < ratio < BOUND
+        ]
+        where = f"look at {self.folder / 'samples'}, and at 'Training' in docs/troubleshooting.md"
+        for ratio, text in told:
+            if not 1 / LIMIT < ratio < LIMIT and step < self.config.max_train_steps:
+                raise CollapsedRunError(f"{text}, and the run was stopped: {where}; with validation_steps 0 it goes on")
+            if self.accelerator.is_main_process:
+                tqdm.write(f"{text}: {where}")
 
     def _labels(self, size: int) -> list[int] | None:
         """Class labels in turn, of a class-conditional teacher; those that are not trained are left out."""

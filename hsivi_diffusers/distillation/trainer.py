@@ -30,6 +30,7 @@ from .config import HSIVIConfig, complete
 from .denoisers import prompts_of
 from .networks import load_networks
 from .output import Output, check_init_from, check_teacher, claimed, finished, start_run
+from .progress import CollapsedRunError as CollapsedRunError
 from .progress import Progress
 from .state import TrainingState
 from .teachers import load_parts
@@ -121,6 +122,7 @@ class HSIVITrainer:
         Raises:
             ValueError: The output folder is missing, holds something else, or a checkpoint does not fit.
             DivergenceError: A loss or a weight is not finite.
+            CollapsedRunError: After a tenth of the run its images are nothing like the teacher's.
             InterruptedRunError: SIGTERM or Ctrl-C came.
         """
         if self._has_trained and resume_from_checkpoint is None:
@@ -178,9 +180,9 @@ class HSIVITrainer:
                     raise InterruptedRunError(
                         f"stopped and saved after update {done}: continue with resume_from_checkpoint latest"
                     )
-        except DivergenceError as error:
+        except (CollapsedRunError, DivergenceError) as error:
             kept = finished(checkpoints.output_dir)
-            error.add_note(f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet")
+            error.add_note(f"the last checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet")
             raise
         return spent + time.perf_counter() - clock
 

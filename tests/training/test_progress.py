@@ -10,7 +10,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hsivi_diffusers import HSIVIPipeline, load_teacher
+from hsivi_diffusers import HSIVIPipeline, cli, load_teacher
 from hsivi_diffusers.distillation import progress
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.pairs import TeacherPairs
@@ -161,12 +161,41 @@ def test_images_that_are_all_the_same_have_no_diversity():
     assert ratios["images/contrast"] > 0.3
 
 
-def test_a_run_says_that_its_images_have_collapsed(distil, tmp_path, monkeypatch, capsys):
-    """By a student that draws black alone, and not after the first tenth, when it is the teacher still."""
-    black = progress.Progress._draw_student
-    monkeypatch.setattr(progress.Progress, "_draw_student", lambda self, size: 0 * black(self, size))
+@pytest.fixture
+def draw_times(monkeypatch):
+    """Has students draw the images of the teacher, in other noise, times a factor."""
+
+    def patch(factor):
+        def draw(self, size):
+            return factor * self._teacher_row.roll(1, 0).repeat(size // progress.COLUMNS, 1, 1, 1)
+
+        monkeypatch.setattr(progress.Progress, "_draw_student", draw)
+
+    return patch
+
+
+def test_a_run_says_that_its_images_are_pale(distil, tmp_path, draw_times, capsys):
+    draw_times(0.5)
     distil(tmp_path / "run", max_train_steps=5, validation_steps=5)
     told = [line for line in capsys.readouterr().out.splitlines() if "of the teacher's" in line]
     assert [line.partition(": look at")[0] for line in told] == [
-        f"after 5 updates the images have 0.00 times the {what} of the teacher's" for what in ("contrast", "diversity")
+        f"after 5 updates the images have 0.50 times the {what} of the teacher's" for what in ("contrast", "diversity")
     ]
+
+
+def test_a_run_whose_images_have_collapsed_is_stopped(distil, tmp_path, draw_times, arguments, differences):
+    """After the first tenth, before which the student is the teacher still, and before its end."""
+    draw_times(0.0)
+    options = {"max_train_steps": 5, "checkpointing_steps": 2}
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["distil", *arguments(tmp_path / "run", validation_steps=3, **options)])
+    where = f"look at {tmp_path / 'run' / 'samples'}, and at 'Training' in docs/troubleshooting.md"
+    kept = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    assert exit.value.code == (
+        "error: after 3 updates the images have 0.00 times the contrast of the teacher's, and the run was stopped: "
+        f"{where}; with validation_steps 0 it goes on; the last checkpoint is {kept}"
+    )
+    assert [path.name for path in sorted((tmp_path / "run" / "samples").iterdir())] == ["step-0.png", "step-3.png"]
+    resumed = distil(tmp_path / "run", resume_from_checkpoint="latest", validation_steps=0, **options)
+    other = distil(tmp_path / "other", validation_steps=5, **options)  # whose end is told
+    assert differences(resumed, other) == []
