@@ -56,13 +56,10 @@ EXPECTED = {
     ("stock classes", "DDPMPipeline"): [STOCK, STOCK, STOCK],
     ("stock classes", "DDPMPipeline, scheduler="): [YES, NONE, NONE],
 }
-# States that one process goes through: importing costs more than all cells. What the code of a repo leaves behind
-# in it would hide that the package is not installed, but not whether it is imported.
-PROCESSES = [["not imported", "imported"], ["not installed"]]
+# One process imports, which costs more than all cells, and goes through the states. What the code of a repo leaves
+# behind in it would hide that the package is not installed, but not whether it is imported: so the one has a fork.
 CLIENT = """
-import json, sys
-if {states!r} == ["not installed"]:
-    sys.modules["hsivi_diffusers"] = None
+import json, os, sys
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
 from safetensors.torch import load_file
@@ -78,12 +75,19 @@ def outcome(load, x):
     except Exception as error:
         return f"{{type(error).__name__}}: {{error}}"
 
-wanted = load_file({pictures!r})["pictures"]
-for state in {states!r}:
-    if state == "imported":
-        from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+def try_cells(state):
     for layout, loader, place, load, x in {cells!r}[state]:
-        print("CELL", json.dumps([layout, loader, state, place, outcome(load, x)]))
+        print("CELL", json.dumps([layout, loader, state, place, outcome(load, x)]), flush=True)
+
+wanted = load_file({pictures!r})["pictures"]
+if (child := os.fork()) == 0:
+    sys.modules["hsivi_diffusers"] = None
+    try_cells("not installed")
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+try_cells("not imported")
+from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+try_cells("imported")
 """
 
 
@@ -130,16 +134,11 @@ def outcomes(saved, tmp_path_factory):
             repo = "alice/" + layout.replace(" ", "-")
             hub.add_repo(repo, {path.relative_to(saved / layout).as_posix(): path.read_bytes() for path in files})
             sources[layout] = {"folder": str(saved / layout), "Hub": repo}
-        return {
-            (layout, loader, state, place): classify(outcome)
-            for states in PROCESSES
-            for layout, loader, state, place, outcome in try_cells(
-                hub, tmp_path_factory.mktemp("home"), saved, sources, states
-            )
-        }
+        lines = try_cells(hub, tmp_path_factory.mktemp("home"), saved, sources)
+    return {(layout, loader, state, place): classify(outcome) for layout, loader, state, place, outcome in lines}
 
 
-def try_cells(hub, home, saved, sources, states):
+def try_cells(hub, home, saved, sources):
     cells = {
         state: [
             (layout, loader, place, LOADERS[loader], sources[layout][place])
@@ -147,9 +146,9 @@ def try_cells(hub, home, saved, sources, states):
             for place in PLACES
             if state == "imported" or loader not in NEED_IMPORT
         ]
-        for state in states
+        for state in STATES
     }
-    code = CLIENT.format(states=states, cells=cells, pictures=str(saved / "pictures.safetensors"))
+    code = CLIENT.format(cells=cells, pictures=str(saved / "pictures.safetensors"))
     run = run_client(code, hub, home)
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line[5:]) for line in run.stdout.splitlines() if line.startswith("CELL ")]
