@@ -5,7 +5,7 @@ Model repositories live in memory; the unmodified client reaches them over HTTP 
 pull requests, Xet, revisions with a slash in their name.
 
 `signed_in` has the client of this process talk to the hub. `HF_*` variables are read when huggingface_hub is
-imported: `run_client` runs code that must read them, or import something first, in a process of its own, which costs
+imported: `run_clients` runs code that must read them, or import something first, in a process of its own, which costs
 several seconds. Both disable Xet, or the client would take files called "lfs" there.
 """
 
@@ -23,7 +23,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from unittest import mock
 
 import uvicorn
@@ -526,7 +525,7 @@ def forget_sessions():
     forget()
 
 
-def client_env(hub, home, token=None, **env):
+def client_env(hub, home, token=None):
     """The environment of a process whose client talks to the hub and keeps its cache and logins under `home`."""
     foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
     ours = {
@@ -540,10 +539,36 @@ def client_env(hub, home, token=None, **env):
         "no_proxy": "127.0.0.1",
         **({"HF_TOKEN": token} if token else {}),
     }
-    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | ours | env
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | ours
 
 
-def run_client(code, hub, home, token=None, **env):
-    """Run Python code in such a process, started in tests/; returns the completed process."""
-    command, env = [sys.executable, "-c", code], client_env(hub, home, token, **env)
-    return subprocess.run(command, env=env, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=600)
+FORKS = """
+import json, os, sys, traceback
+from diffusers import DDPMPipeline
+for place, code in enumerate(json.loads(sys.stdin.read())):
+    if (child := os.fork()) == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(f"{place}.{stream}", os.O_WRONLY | os.O_CREAT), stream)
+        status = 1
+        try:
+            exec(code, {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+    os.waitpid(child, 0)
+"""
+
+
+def run_clients(codes, hub, home, token=None):
+    """Runs pieces of Python code, each in a process that has imported diffusers and whose client talks to the hub.
+
+    Returns what each wrote to stdout and to stderr, where a traceback is if it failed. They share one import, which
+    takes longer than they do, and what is cached in `home`.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    env = client_env(hub, home, token)
+    subprocess.run([sys.executable, "-c", FORKS], env=env, cwd=home, input=json.dumps(codes), text=True, check=True)
+    return [tuple((home / f"{place}.{stream}").read_text() for stream in (1, 2)) for place in range(len(codes))]

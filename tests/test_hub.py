@@ -25,7 +25,7 @@ from safetensors.torch import load, load_file, save_file
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, hub, push
 from hsivi_diffusers.hub import CUT, read_run
 from hsivi_diffusers.model_card import make_card
-from hub_server import Hub, run_client, signed_in
+from hub_server import Hub, run_clients, signed_in
 from make_golden import draw, make_pipeline
 from tiny_unet import make_unet
 
@@ -199,17 +199,8 @@ def test_only_old_weights_are_removed(client, pipeline, same):
     assert files["README.md"].startswith(b"---\nlibrary_name: diffusers")
 
 
-def test_a_pipeline_of_trusted_code_is_pushed_as_ours(pushed, tmp_path):
-    """In a process of its own, which keeps what it imports of the repo."""
-    code = """
-from diffusers import DiffusionPipeline
-from hsivi_diffusers import HSIVIPipeline, push
-trusted = DiffusionPipeline.from_pretrained("alice/digits", custom_pipeline="alice/digits", trust_remote_code=True)
-assert type(trusted) is not HSIVIPipeline
-push(trusted, "alice/trusted")
-"""
-    run = run_client(code, pushed, tmp_path / "home", "hf_alice")
-    assert run.returncode == 0, run.stderr
+def test_a_pipeline_of_trusted_code_is_pushed_as_ours(pushed, apart):
+    assert "Traceback" not in apart["trusted"]
     files = files_of(pushed, "alice/trusted")
     assert files.keys() == files_of(pushed, "alice/digits").keys() - {"comparison.png", "curve.png"}
     assert 'custom_pipeline="alice/trusted"' in files["README.md"].decode()
@@ -417,11 +408,40 @@ def test_the_first_snippet_of_the_card_runs(client, snippets):
         exec(ours + DRAWN, {})
 
 
-def test_the_snippet_in_a_pipeline_of_diffusers_runs(pushed, snippets, tmp_path):
-    """In a process of its own: whether loading works depends on what was imported before."""
-    run = run_client(DRAWN.join([*(stock for _, stock, _ in snippets.values()), ""]), pushed, tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert "non-standard module" not in run.stderr
+TRUSTED = """
+from diffusers import DiffusionPipeline
+from hsivi_diffusers import HSIVIPipeline, push
+trusted = DiffusionPipeline.from_pretrained("alice/digits", custom_pipeline="alice/digits", trust_remote_code=True)
+assert type(trusted) is not HSIVIPipeline
+push(trusted, "alice/trusted")
+"""
+ALONE = """
+from diffusers import DiffusionPipeline
+calls = []
+def load(x):
+    pipeline = DiffusionPipeline.from_pretrained(x, custom_pipeline=x, trust_remote_code=True)
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    return pipeline
+pulled = load("alice/digits")
+assert same(pulled) and len(calls) == 4
+pulled.save_pretrained("again")
+assert same(load("./again"))
+"""
+
+
+@pytest.fixture(scope="module")
+def apart(pushed, snippets, run_dir, tmp_path_factory):
+    """What was told by code that runs in processes of its own, for what works depends on what was imported before."""
+    same = SAME.format(pictures=str(run_dir / "pictures.safetensors"))
+    stock, alone = (DRAWN.join([*(codes[place] for codes in snippets.values()), ""]) for place in (1, 2))
+    codes = {"trusted": TRUSTED, "stock": stock, "alone": WITHOUT_PACKAGE + same + ALONE + alone}
+    told = run_clients([*codes.values()], pushed, home := tmp_path_factory.mktemp("apart"), "hf_alice")
+    return {"home": home, **{name: text for name, (_, text) in zip(codes, told, strict=True)}}
+
+
+def test_the_snippet_in_a_pipeline_of_diffusers_runs(apart):
+    assert "Traceback" not in apart["stock"]
+    assert "non-standard module" not in apart["stock"]
 
 
 def test_the_card_names_the_calls_and_the_package(pushed, snippets):
@@ -434,26 +454,11 @@ def test_the_card_names_the_calls_and_the_package(pushed, snippets):
         assert [len(line) <= 120 for line in card.splitlines() if line.startswith("Without the package")] == [True]
 
 
-def test_without_the_package_it_draws_the_same_pictures_and_can_be_saved(pushed, snippets, run_dir, tmp_path):
+def test_without_the_package_it_draws_the_same_pictures_and_can_be_saved(apart):
     """And the last snippets of the cards run."""
-    code = f"""
-from diffusers import DiffusionPipeline
-calls = []
-def load(x):
-    pipeline = DiffusionPipeline.from_pretrained(x, custom_pipeline=x, trust_remote_code=True)
-    pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
-    return pipeline
-pulled = load("alice/digits")
-assert same(pulled) and len(calls) == 4
-pulled.save_pretrained({str(tmp_path / "again")!r})
-assert same(load({str(tmp_path / "again")!r}))
-"""
-    same = SAME.format(pictures=str(run_dir / "pictures.safetensors"))
-    alone = DRAWN.join([*(alone for _, _, alone in snippets.values()), ""])
-    run = run_client(WITHOUT_PACKAGE + same + code + alone, pushed, tmp_path / "home", "hf_bob")
-    assert run.returncode == 0, run.stderr
-    assert "non-standard module" not in run.stderr
-    assert HSIVIPipeline.from_pretrained(tmp_path / "again").unet_noise_scale is not None
+    assert "Traceback" not in apart["alone"]
+    assert "non-standard module" not in apart["alone"]
+    assert HSIVIPipeline.from_pretrained(apart["home"] / "again").unet_noise_scale is not None
 
 
 # ----- what is refused -----

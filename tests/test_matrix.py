@@ -11,7 +11,7 @@ import pytest
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
-from hub_server import Hub, run_client
+from hub_server import Hub, run_clients
 from tiny_unet import make_unet
 
 DOCS = Path(__file__).parents[1] / "docs" / "share.md"
@@ -56,10 +56,13 @@ EXPECTED = {
     ("stock classes", "DDPMPipeline"): [STOCK, STOCK, STOCK],
     ("stock classes", "DDPMPipeline, scheduler="): [YES, NONE, NONE],
 }
-# One process imports, which costs more than all cells, and goes through the states. What the code of a repo leaves
-# behind in it would hide that the package is not installed, but not whether it is imported: so the one has a fork.
+# States that one process goes through. What the code of a repo leaves behind in it would hide that the package is not
+# installed, but not whether it is imported.
+PROCESSES = [["not imported", "imported"], ["not installed"]]
 CLIENT = """
-import json, os, sys
+import json, sys
+if {states!r} == ["not installed"]:
+    sys.modules["hsivi_diffusers"] = None
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
 from safetensors.torch import load_file
@@ -75,19 +78,12 @@ def outcome(load, x):
     except Exception as error:
         return f"{{type(error).__name__}}: {{error}}"
 
-def try_cells(state):
-    for layout, loader, place, load, x in {cells!r}[state]:
-        print("CELL", json.dumps([layout, loader, state, place, outcome(load, x)]), flush=True)
-
 wanted = load_file({pictures!r})["pictures"]
-if (child := os.fork()) == 0:
-    sys.modules["hsivi_diffusers"] = None
-    try_cells("not installed")
-    os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
-try_cells("not imported")
-from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
-try_cells("imported")
+for state in {states!r}:
+    if state == "imported":
+        from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+    for layout, loader, place, load, x in {cells!r}[state]:
+        print("CELL", json.dumps([layout, loader, state, place, outcome(load, x)]))
 """
 
 
@@ -148,11 +144,12 @@ def try_cells(hub, home, saved, sources):
         ]
         for state in STATES
     }
-    code = CLIENT.format(cells=cells, pictures=str(saved / "pictures.safetensors"))
-    run = run_client(code, hub, home)
-    assert run.returncode == 0, run.stderr
-    lines = [json.loads(line[5:]) for line in run.stdout.splitlines() if line.startswith("CELL ")]
-    assert len(lines) == sum(map(len, cells.values()))
+    pictures = str(saved / "pictures.safetensors")
+    codes = [CLIENT.format(states=states, cells=cells, pictures=pictures) for states in PROCESSES]
+    told = run_clients(codes, hub, home)
+    found = [line[5:] for printed, _ in told for line in printed.splitlines() if line.startswith("CELL ")]
+    lines = [json.loads(line) for line in found]
+    assert len(lines) == sum(map(len, cells.values())), told
     return lines
 
 

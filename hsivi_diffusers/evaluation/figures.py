@@ -13,6 +13,7 @@ import torch
 from ..measures import MEASURES, Measure
 
 DPI = 130
+GAP = 0.06  # between two images of a figure, of the width of one
 
 
 def pyplot() -> Any:
@@ -29,16 +30,21 @@ def draw_samples(rows: list[tuple[str, torch.Tensor]], path: Path, titles: list[
     """Draws labelled rows of images in [0, 1], shape (N, C, H, W), with titles of the N columns."""
     plt, columns = pyplot(), len(rows[0][1])
     size = max(0.62 * columns + 2.6, 520 / DPI), 0.66 * len(rows) + (0.3 if titles else 0)
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
-    for (label, images), line in zip(rows, axes, strict=True):
-        for image, axis in zip(images, line, strict=True):
-            axis.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-        bold = "bold" if label.startswith("HSIVI") else "normal"
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11, fontweight=bold, labelpad=10)
-    for axis, title in zip(axes[0], titles or [], strict=False):
-        axis.set_title(title, fontsize=9)
+    figure, axis = plt.subplots(figsize=size, layout="compressed")
+    style = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+    for line, (_, images) in enumerate(rows):
+        for column, image in zip(range(columns), images, strict=True):
+            place = (column, column + 1 - GAP, line + 1 - GAP, line)  # left, right, bottom, top
+            axis.imshow(image.permute(1, 2, 0).squeeze(-1), extent=place, **style)
+    axis.set(xlim=(0, columns), ylim=(len(rows), 0), xticks=[])
+    axis.set_yticks([line + 0.5 for line in range(len(rows))], [label for label, _ in rows], fontsize=11)
+    for text in axis.get_yticklabels():
+        text.set_fontweight("bold" if text.get_text().startswith("HSIVI") else "normal")
+    if titles:
+        axis.set_xticks([column + 0.5 for column in range(columns)], titles[:columns], fontsize=9)
+        axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
