@@ -45,6 +45,7 @@ max_train_steps: 2
 train_batch_size: 8
 lr_warmup_steps: 1
 checkpointing_steps: 1
+validation_steps: 0
 """
 BASELINE = """
 method: {}

@@ -550,11 +550,12 @@ def test_sigterm_in_the_last_step_ends_the_run(launch, fast_run, tmp_path, diffe
     assert differences(tmp_path / "run", fast_run) == []
 
 
+@pytest.mark.slow  # each imports everything; signals of forked processes are above
 @pytest.mark.parametrize(
     ("launcher", "statuses"),
     [
         pytest.param([sys.executable], {PREEMPTED}, id="python"),
-        pytest.param(["torchrun", "--nproc_per_node=2"], range(-15, 256), id="torchrun", marks=pytest.mark.slow),
+        pytest.param(["torchrun", "--nproc_per_node=2"], range(-15, 256), id="torchrun"),
     ],
 )
 def test_a_run_that_is_taken_away_goes_on(launch, arguments, tmp_path, differences, launcher, statuses):

@@ -180,6 +180,7 @@ def planned_and_real_peak(*arguments):
     return float(line.split()[-1].replace(",", "")) * plan.MIB, int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow
 def test_the_peak_is_known_within_20_percent(tmp_path):
     """Here of few layers. Most of it are the libraries, of which a run touches more than a plan does."""
     teacher = save_teacher(tmp_path / "teacher", sample_size=32)

@@ -77,7 +77,7 @@ def teach(vae, tmp_path_factory):
 def scorer(glyphs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scorer") / "scorer"
     sizes = ["--resolution=32", "--num_features=32", "--num_halvings=0", "--train_batch_size=16"]
-    train_scorer.main([*sizes, "--max_train_steps=600", f"--output_dir={folder}"])
+    train_scorer.main([*sizes, "--max_train_steps=400", f"--output_dir={folder}"])
     return folder
 
 
@@ -227,7 +227,7 @@ def test_the_benchmark_of_captions(teach, scorer, tmp_path, monkeypatch):
     teacher = teach()
     student, lcm = tmp_path / "student.yaml", tmp_path / "lcm.yaml"
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS[row] for row in captions.hold_out(TEXTS)[0]))
-    sizes = "num_inference_steps: 1\nmax_train_steps: 1\ntrain_batch_size: 2\ncritic_updates: 1\n"
+    sizes = "num_inference_steps: 1\nmax_train_steps: 1\ntrain_batch_size: 2\ncritic_updates: 1\nvalidation_steps: 0\n"
     student.write_text(f"prompts: {tmp_path / 'prompts.txt'}\nguidance_scale: 4\n{sizes}")
     lcm.write_text("method: lcm_lora\ntrain_data: captions\ntrain_batch_size: 2\nlora_rank: 2\n")
     tuned = {"dataset": "captions", "solver": "UniPC", "calls": 4, "settings": {"timesteps": [900, 300]}}
