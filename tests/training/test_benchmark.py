@@ -165,7 +165,7 @@ def keys_of(seeds, baseline_seeds=(0,)):
     ours += [(ONE_FOR_ALL, nfe, seed) for seed in seeds for nfe in (1, 2)]
     pairs = [(PAIRS, 1, seed) for seed in baseline_seeds]
     several = (PROGRESSIVE, CONSISTENCY)
-    baselines = [(method, nfe, seed) for method in several for seed in baseline_seeds for nfe in (1, 2)]
+    baselines = [(method, nfe, seed) for method in several for nfe in (1, 2) for seed in baseline_seeds]
     return [*costless, *ours, *pairs, *baselines]
 
 
@@ -178,6 +178,17 @@ def test_every_seed_of_students_and_baselines_has_a_row(arguments):
     assert [entry.key for entry in benchmark.Comparison(options).entries()] == keys_of([0, 3])
     options.baseline_seeds = [3, 0]
     assert [entry.key for entry in benchmark.Comparison(options).entries()] == keys_of([0, 3], [3, 0])
+
+
+def test_a_baseline_keeps_the_seed_that_it_has(copied):
+    folder, arguments = copied
+    students = [row for row in rows_of(folder) if row["method"] == OURS]
+    changed = [{**row, "train_seed": 3} if row["method"] == PAIRS else row for row in rows_of(folder)]
+    write_rows(folder, [*changed, *({**row, "train_seed": 3} for row in students)])
+    (options,) = parse_options([benchmark.Options], "", [*arguments, "--seeds", "0", "3"])
+    keys = [entry.key for entry in benchmark.Comparison(options).entries()]
+    assert [seed for method, _, seed in keys if method == PAIRS] == [3]
+    assert {seed for method, _, seed in keys if method == PROGRESSIVE} == {0}
 
 
 def test_a_baseline_of_a_seed_that_no_student_has_is_refused(arguments):

@@ -65,7 +65,9 @@ def test_a_glance_at_all_sets_has_the_best_of_each_kind_in_their_first_space(tmp
         row(REAL, 0, 0.1, 0.1),
     ]
     rows += [row(OURS, 1, 1.0, 0.5, 0), row(OURS, 1, 2.0, 0.5, 1)]
-    rows += [{**each, "dataset": "letters"} for each in (row(SOLVER, 5, 7.0, 9.0), row(OURS, 5, 6.0, 0.5, 0))]
+    letters = [row(SOLVER, 2, 5.5, 9.0), row(SOLVER, 5, 7.0, 9.0), row(SOLVER, 8, 1.0, 1.0)]
+    letters += [row(OURS, nfe, 6.0, 0.5, 0) for nfe in (1, 2, 5)]
+    rows += [{**each, "dataset": "letters"} for each in letters]
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "README.md").write_text("before\n<!-- table: glance -->\n<!-- end of table -->\nafter\n")
     benchmark_pages.fill_readme(tmp_path, tmp_path / "README.md")
@@ -73,7 +75,9 @@ def test_a_glance_at_all_sets_has_the_best_of_each_kind_in_their_first_space(tmp
     assert (before.splitlines()[0], after.splitlines()[-1]) == ("before", "after")
     assert lines_of(table) == [
         ["digits", "1", "", "3.5 (progressive)", "**1.5 ± 0.71**"],
-        ["letters", "5", "7 UniPC", "", "**6**"],
+        ["letters", "1", "", "", "6"],
+        ["letters", "2", "**5.5 UniPC**", "", "6"],
+        ["letters", "5", "**5.5 UniPC at 2**", "", "6"],
     ]
 
 

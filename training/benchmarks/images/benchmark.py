@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +77,10 @@ class Options:
     baseline_steps: list[int] = option([1, 2, 4], "network calls of the baselines, each of which has a student")
     guidance_scale: float | None = option(None, "scale of guidance of teacher, solvers, students and LCM-LoRA")
     seeds: list[int] = option([0, 1, 2], "training seeds of the students")
-    baseline_seeds: list[int] = option([0], "training seeds of the baselines, each one of --seeds")
+    baseline_seeds: list[int] = option(
+        [],
+        "training seeds of the baselines, each one of --seeds; by default those that have rows, or the first",
+    )
     solvers: str = option("docs/benchmarks/solvers.json", "solvers that were tuned, by tune_solvers.py")
     teacher_steps: int = option(100, "network calls of the teacher's converged samplers, DPM-Solver++ and its SDE")
     num_samples: int = option(10_000, "images of each row")
@@ -173,10 +175,15 @@ class Comparison:
                     "baseline is given: leave them out, or add such a student"
                 )
             told = {"recipe": train_baseline.recipe_of(config)}
-            for seed, nfe in product(options.baseline_seeds, counts):
+            for nfe, seed in [(each, seed) for each in counts for seed in self._baseline_seeds(method, each)]:
                 own = {PROGRESSIVE: f" --num_inference_steps {nfe}", LATENT_CONSISTENCY: self._guidance_words()}
                 words = config + own.get(method, "")
                 yield Entry(method, nfe, seed, partial(make, words, nfe, seed), told=told)
+
+    def _baseline_seeds(self, method: str, nfe: int) -> list[int]:
+        """Those that are named, or that a baseline was trained with already, or the first."""
+        there = {row["train_seed"] for row in self.results.rows() if (row["method"], row["nfe"]) == (method, nfe)}
+        return self.options.baseline_seeds or sorted(there) or self.options.seeds[:1]
 
     def _guidance_words(self) -> str:
         return "" if self.options.guidance_scale is None else f" --guidance_scale {self.options.guidance_scale}"
@@ -275,7 +282,8 @@ class Comparison:
                 **entry.told,
                 "measured": measured_on(),
             }
-            seeds = self.options.baseline_seeds if entry.method in BASELINES else self.options.seeds
+            of_baseline = entry.method in BASELINES
+            seeds = self._baseline_seeds(entry.method, entry.nfe) if of_baseline else self.options.seeds
             if entry.seed in (None, seeds[0]) and is_shown(entry.method, entry.nfe):
                 real = self.real[:16] if self.teacher.held_out else self.real  # of the same captions
                 self.results.keep_images(name, images[:16], real)  # before the row

@@ -129,22 +129,27 @@ def summary_table(rows: list[Row]) -> str:
     for nfe in counts_of(groups):
         cells = []
         for space in spaces:
-            solver = distance(groups.get((SOLVER, nfe), []), space)
-            cells += [solver, best_baseline(groups, nfe, space), of_ours(groups, nfe, space)]
+            solver, ours = (told(groups.get((method, nfe), []), space) for method in (SOLVER, OURS))
+            cells += least_bold(solver, best_baseline(groups, nfe, space), ours)
         lines.append([nfe, *cells])
     heads = [f"{space}: {word}" for space in spaces for word in ("tuned solver", "best baseline", "ours")]
     return write_table(["calls", *heads], ("method",), lines)
 
 
 def glance_table(sets: dict[str, list[Row]]) -> str:
-    """Of every set, at the calls of our students, the distances in its first space: what the README shows."""
+    """Of every set, at the calls of our students, the distances in its first space: what the README shows.
+
+    The solver is the best in that space with so many calls or fewer.
+    """
     lines = []
     for name, rows in sets.items():
         groups, (space, *_) = grouped(rows), rows[0]["distances"]
         for nfe in sorted(nfe for method, nfe in groups if method == OURS):
-            solver = groups.get((SOLVER, nfe), [])
-            told = f"{distance(solver, space)} {solver[0]['solver']}" if solver else ""
-            lines.append([name, nfe, told, best_baseline(groups, nfe, space), of_ours(groups, nfe, space)])
+            solvers = [each for (method, calls), each in groups.items() if method == SOLVER and calls <= nfe]
+            solver = min(solvers, key=lambda each: value(each, space), default=[])
+            words = [f" {row['solver']}" + (f" at {row['nfe']}" if row["nfe"] < nfe else "") for row in solver[:1]]
+            cells = told(solver, space, *words), best_baseline(groups, nfe, space), told(groups[OURS, nfe], space)
+            lines.append([name, nfe, *least_bold(*cells)])
     return write_table(["set", "calls", "tuned solver", "best baseline", OURS], ("set",), lines)
 
 
@@ -153,17 +158,23 @@ def counts_of(groups: dict[Group, list[Row]]) -> list[int]:
     return sorted({nfe for method, nfe in groups if method in (SOLVER, OURS)})
 
 
-def of_ours(groups: dict[Group, list[Row]], nfe: int, space: str) -> str:
-    """The distance of ours in a space at so many calls, bold; nothing without rows."""
-    ours = distance(groups.get((OURS, nfe), []), space)
-    return f"**{ours}**" if ours else ""
+def told(rows: list[Row], space: str, *words: str) -> tuple[float, str]:
+    """The distance of rows in a space, and how it is written, with words after it; infinity and "" without rows."""
+    return (value(rows, space), distance(rows, space) + "".join(words)) if rows else (math.inf, "")
 
 
-def best_baseline(groups: dict[Group, list[Row]], nfe: int, space: str) -> str:
-    """The distance of the baseline that is best in a space at so many calls, and its first word."""
+def least_bold(*cells: tuple[float, str]) -> list[str]:
+    """What is written in each cell, the least of several bold."""
+    numbers = [number for number, text in cells if text]
+    least = min(numbers) if len(numbers) > 1 else None
+    return [f"**{text}**" if number == least else text for number, text in cells]
+
+
+def best_baseline(groups: dict[Group, list[Row]], nfe: int, space: str) -> tuple[float, str]:
+    """The distance of the baseline that is best in a space at so many calls, and with its first word."""
     baselines = [groups[name, nfe] for name in BASELINES if (name, nfe) in groups]
     best = min(baselines, key=lambda each: value(each, space), default=[])
-    return distance(best, space) + (f" ({best[0]['method'].split()[0]})" if best else "")
+    return told(best, space, *(f" ({row['method'].split()[0]})" for row in best[:1]))
 
 
 def floor_table(rows: list[Row]) -> str:
@@ -184,8 +195,8 @@ def measures_table(rows: list[Row]) -> str:
     for (method, nfe), of_group in sorted(grouped(rows).items(), key=lambda item: (item[0][1], rank(item[1][0]))):
         cells = [distance(of_group, space, kind) for kind in ("distances", "teacher_distances") for space in spaces]
         cells += [written(name, *(row[name] for row in of_group)) for name in names]
-        told = f" ({of_group[0]['solver']})" if method == SOLVER else ""
-        lines.append([nfe or "", bold(method) + told, *cells, of_group[0]["num_samples"]])
+        solver = f" ({of_group[0]['solver']})" if method == SOLVER else ""
+        lines.append([nfe or "", bold(method) + solver, *cells, of_group[0]["num_samples"]])
     heads = [*spaces, *(f"{space}, to teacher" for space in spaces), *(MEASURES[each].head for each in names)]
     return write_table(["calls", "method", *heads, "images"], ("method",), lines)
 
