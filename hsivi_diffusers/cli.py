@@ -113,7 +113,10 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     except InterruptedRunError as error:
         trainer.accelerator.print(str(error).replace("resume_from", "--resume_from"))
         raise SystemExit(INTERRUPTED) from error
-    except (CollapsedRunError, DivergenceError) as error:
+    except CollapsedRunError as error:
+        told = str(error).replace("resume_from", "--resume_from").replace("validation_steps", "--validation_steps")
+        raise SystemExit(f"error: {told}") from error
+    except DivergenceError as error:
         raise SystemExit("; ".join([f"error: {error}", *error.__notes__])) from error
     if trainer.accelerator.is_main_process:
         folder = Path(config.output_dir)

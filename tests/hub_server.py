@@ -558,17 +558,18 @@ for place, code in enumerate(json.loads(sys.stdin.read())):
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(status)
-    os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def run_clients(codes, hub, home, token=None):
+def run_clients(codes, hub, home):
     """Runs pieces of Python code, each in a process that has imported diffusers and whose client talks to the hub.
 
-    Returns what each wrote to stdout and to stderr, where a traceback is if it failed. They share one import, which
-    takes longer than they do, and what is cached in `home`.
+    Returns the completed processes. They share one import, which takes longer than they do, and what `home` caches.
     """
     home.mkdir(parents=True, exist_ok=True)
-    env = client_env(hub, home, token)
-    subprocess.run([sys.executable, "-c", FORKS], env=env, cwd=home, input=json.dumps(codes), text=True, check=True)
-    return [tuple((home / f"{place}.{stream}").read_text() for stream in (1, 2)) for place in range(len(codes))]
+    options = {"env": client_env(hub, home), "cwd": home, "text": True, "check": True, "timeout": 600}
+    run = subprocess.run([sys.executable, "-c", FORKS], input=json.dumps(codes), stdout=subprocess.PIPE, **options)
+    told = [[(home / f"{place}.{stream}").read_text() for stream in (1, 2)] for place in range(len(codes))]
+    statuses = map(int, run.stdout.split())
+    return [subprocess.CompletedProcess(*each) for each in zip(codes, statuses, *zip(*told, strict=True), strict=True)]

@@ -56,13 +56,12 @@ EXPECTED = {
     ("stock classes", "DDPMPipeline"): [STOCK, STOCK, STOCK],
     ("stock classes", "DDPMPipeline, scheduler="): [YES, NONE, NONE],
 }
-# States that one process goes through. What the code of a repo leaves behind in it would hide that the package is not
-# installed, but not whether it is imported.
-PROCESSES = [["not imported", "imported"], ["not installed"]]
 CLIENT = """
 import json, sys
-if {states!r} == ["not installed"]:
+if {state!r} == "not installed":
     sys.modules["hsivi_diffusers"] = None
+elif {state!r} == "imported":
+    from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
 from safetensors.torch import load_file
@@ -79,11 +78,8 @@ def outcome(load, x):
         return f"{{type(error).__name__}}: {{error}}"
 
 wanted = load_file({pictures!r})["pictures"]
-for state in {states!r}:
-    if state == "imported":
-        from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
-    for layout, loader, place, load, x in {cells!r}[state]:
-        print("CELL", json.dumps([layout, loader, state, place, outcome(load, x)]))
+for layout, loader, place, load, x in {cells!r}:
+    print("CELL", json.dumps([layout, loader, {state!r}, place, outcome(load, x)]))
 """
 
 
@@ -145,11 +141,11 @@ def try_cells(hub, home, saved, sources):
         for state in STATES
     }
     pictures = str(saved / "pictures.safetensors")
-    codes = [CLIENT.format(states=states, cells=cells, pictures=pictures) for states in PROCESSES]
-    told = run_clients(codes, hub, home)
-    found = [line[5:] for printed, _ in told for line in printed.splitlines() if line.startswith("CELL ")]
+    codes = [CLIENT.format(state=state, cells=of_state, pictures=pictures) for state, of_state in cells.items()]
+    runs = run_clients(codes, hub, home)
+    found = [line[5:] for run in runs for line in run.stdout.splitlines() if line.startswith("CELL ")]
     lines = [json.loads(line) for line in found]
-    assert len(lines) == sum(map(len, cells.values())), told
+    assert len(lines) == sum(map(len, cells.values())), runs
     return lines
 
 

@@ -35,10 +35,10 @@ EVERY = 20  # updates between two lines of the trackers
 ROWS = 4  # of a sample grid, whose first row is the teacher's
 TEACHER_CALLS = 20  # network calls of the teacher's row
 WIDTH = 512  # pixels that a sample grid has at least
-# Of contrast and diversity beside the teacher's: where a run says so, and where it stops. Healthy runs have been at 0.8
-# to 1.1 after a tenth; the digits, at a hundred times the student's rate, ended at a diversity of 0.15.
+# Of contrast and diversity beside the teacher's: where a run says so, and where two grids in a row stop it. Healthy
+# runs have been at 0.8 to 1.1 after a tenth; digits at a hundred times the student's rate ended at a diversity of 0.15.
 BOUND, LIMIT = 1.5, 3.0
-RATIOS = ("contrast", "diversity")
+RATIOS = ("images/contrast", "images/diversity")
 
 
 class CollapsedRunError(Exception):
@@ -57,37 +57,47 @@ def beside_teacher(grid: Tensor) -> dict[str, float]:
     rows = grid.float().unflatten(0, (ROWS, COLUMNS)).flatten(2)
     distances = torch.stack([torch.pdist(row).mean() for row in rows])
     tiny = torch.finfo(torch.float).tiny
-    return {
-        "images/contrast": float(rows[1:].std() / rows[0].std().clamp_min(tiny)),
-        "images/diversity": float(distances[1:].mean() / distances[0].clamp_min(tiny)),
-    }
+    contrast = float(rows[1:].std() / rows[0].std().clamp_min(tiny))
+    diversity = float(distances[1:].mean() / distances[0].clamp_min(tiny))
+    return dict(zip(RATIOS, (contrast, diversity), strict=True))
 
 
 class Progress:
-    """Passes the steps of a run on and shows them; the main process alone does. Grids go to OUTPUT_DIR/samples."""
+    """Passes the steps of a run on and shows them in the main process; stops a run whose images have collapsed.
+
+    Grids go to OUTPUT_DIR/samples.
+    """
 
     def __init__(self, state: TrainingState) -> None:
         self.state, self.config, self.accelerator = state, state.config, state.accelerator
         self.running: dict[str, float] = {}
+        self.far = 0  # grids in a row, up to the last one, that are far from the teacher's
         self.folder = Path(str(self.config.output_dir))
 
     def watch(self, steps: Iterator[Step], start: int, metrics: Callable[[Step], dict[str, float]]) -> Iterator[Step]:
-        """Yields the steps after `start`, with a bar of running losses, of the metrics of a step, and the time left."""
+        """Yields the steps after `start`, with a bar of running losses, of the metrics of a step, and the time left.
+
+        Raises:
+            CollapsedRunError: In two grids in a row, after a tenth of the run, contrast or diversity is LIMIT times
+                that of the teacher, or a LIMIT-th of it. The step was yielded.
+        """
         self._rewind(start)
         total, every = self.config.max_train_steps, self.config.validation_steps
         every = max(1, total // 10) if every is None else every
         if every and start < total:
-            self.draw(start)
+            self._judge(start, self.draw(start))
         self._restart_clock(start)
         first = list(islice(steps, 1))  # the fit to pairs, which comes before it, has a bar of its own
         with bar(total=total, initial=start, desc="distil", disable=not self.accelerator.is_main_process) as shown:
             for step in chain(first, steps):
                 self._show(shown, step, metrics(step))
                 done = step.step + 1
-                if every and (done % every == 0 or done == total):
-                    self.draw(done)
+                drawn = every and (done % every == 0 or done == total)
+                ratios = self.draw(done) if drawn else []
+                if drawn:
                     self._restart_clock(done)
                 yield step
+                self._judge(done, ratios)
 
     def _show(self, shown: tqdm[Any], step: Step, measured: dict[str, float]) -> None:
         """Moves the bar, and tells the trackers every now and then."""
@@ -136,12 +146,10 @@ class Progress:
             numbers |= {f"noise_scale/{name}": float(getattr(scale, name)()) for name in ("min", "mean", "max")}
         return numbers
 
-    def draw(self, step: int) -> None:
+    def draw(self, step: int) -> list[float]:
         """Writes a grid: the teacher's images in many steps, then the student's in most, always from the same noise.
 
-        Raises:
-            CollapsedRunError: After a tenth of the run, and not at its end, contrast or diversity is LIMIT times that
-                of the teacher, or a LIMIT-th of it.
+        Returns the ratios of `beside_teacher`, in every process.
         """
         ratios = torch.ones(len(RATIOS), device=self.accelerator.device)
         if self.accelerator.is_main_process:
@@ -154,36 +162,37 @@ class Progress:
             factor = -(-WIDTH // grid.width)
             size = (factor * grid.width, factor * grid.height)
             grid.resize(size, Image.Resampling.NEAREST).save(folder / f"step-{step}.png")
-            ratios.copy_(torch.tensor(self._compare(step, images)))
+            compared = beside_teacher(images)
+            self._log(step, compared)
+            ratios.copy_(torch.tensor([*compared.values()]))
             write_page(self.folder)
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":
                     tracker.log_images({"samples": shown}, step=step, dataformats="NHWC")
                 elif tracker.name in ("wandb", "comet_ml"):
                     tracker.log_images({"samples": list(shown)}, step=step)
-        if 10 * step >= self.config.max_train_steps:
-            self._judge(step, broadcast(ratios).tolist())
-        self.accelerator.wait_for_everyone()
-
-    def _compare(self, step: int, images: Tensor) -> list[float]:
-        """Tells contrast and diversity of a grid."""
-        ratios = beside_teacher(images)
-        self._log(step, ratios)
-        return [*ratios.values()]
+        shared: list[float] = broadcast(ratios).tolist()
+        return shared
 
     def _judge(self, step: int, ratios: list[float]) -> None:
-        """Says so if contrast or diversity is out of bounds, and ends a run that is far out, in every process."""
-        told = [
-            (ratio, f"after {step} updates the images have {ratio:.2f} times the {name} of the teacher's")
-            for name, ratio in zip(RATIOS, ratios, strict=True)
-            if not 1 / BOUND < ratio < BOUND
-        ]
+        """Says so if the ratios of a grid, if one was drawn, are out of bounds, and ends a run that is far out."""
+        total = self.config.max_train_steps
+        if not ratios or 10 * step < total:
+            return
         where = f"look at {self.folder / 'samples'}, and at 'Training' in docs/troubleshooting.md"
-        for ratio, text in told:
-            if not 1 / LIMIT < ratio < LIMIT and step < self.config.max_train_steps:
-                raise CollapsedRunError(f"{text}, and the run was stopped: {where}; with validation_steps 0 it goes on")
-            if self.accelerator.is_main_process:
-                tqdm.write(f"{text}: {where}")
+        text = ""
+        for name, ratio in zip(RATIOS, ratios, strict=True):
+            if not 1 / BOUND < ratio < BOUND:
+                what = name.removeprefix("images/")
+                text = f"after {step} updates the images have {ratio:.2f} times the {what} of the teacher's"
+                if self.accelerator.is_main_process:
+                    tqdm.write(f"{text}: {where}")
+        self.far = 0 if all(1 / LIMIT < ratio < LIMIT for ratio in ratios) else self.far + 1
+        if self.far > 1 and step < total:
+            raise CollapsedRunError(
+                f"{text}, as at the grid before, and the run was stopped: {where}; to go on all the same, continue "
+                "with validation_steps 0 and resume_from_checkpoint latest"
+            )
 
     def _labels(self, size: int) -> list[int] | None:
         """Class labels in turn, of a class-conditional teacher; those that are not trained are left out."""

@@ -122,7 +122,8 @@ class HSIVITrainer:
         Raises:
             ValueError: The output folder is missing, holds something else, or a checkpoint does not fit.
             DivergenceError: A loss or a weight is not finite.
-            CollapsedRunError: After a tenth of the run its images are nothing like the teacher's.
+            CollapsedRunError: After a tenth of the run its images are nothing like the teacher's, twice in a row; a
+                checkpoint was saved.
             InterruptedRunError: SIGTERM or Ctrl-C came.
         """
         if self._has_trained and resume_from_checkpoint is None:
@@ -169,7 +170,7 @@ class HSIVITrainer:
 
     def _run(self, checkpoints: Checkpoints, start: int, spent: float) -> float:
         """Runs the updates from `start` on, before which `spent` seconds went by; returns the seconds of all."""
-        total, clock = self.config.max_train_steps, time.perf_counter()
+        total, clock, done, seconds = self.config.max_train_steps, time.perf_counter(), start, spent
         try:
             for step in self.progress.watch(run_updates(self.state, start), start, self._call_back):
                 done, seconds = step.step + 1, spent + time.perf_counter() - clock
@@ -180,9 +181,12 @@ class HSIVITrainer:
                     raise InterruptedRunError(
                         f"stopped and saved after update {done}: continue with resume_from_checkpoint latest"
                     )
-        except (CollapsedRunError, DivergenceError) as error:
+        except CollapsedRunError:
+            checkpoints.save(done, seconds)
+            raise
+        except DivergenceError as error:
             kept = finished(checkpoints.output_dir)
-            error.add_note(f"the last checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet")
+            error.add_note(f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet")
             raise
         return spent + time.perf_counter() - clock
 

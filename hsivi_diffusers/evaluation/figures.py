@@ -41,7 +41,7 @@ def draw_samples(rows: list[tuple[str, torch.Tensor]], path: Path, titles: list[
     for text in axis.get_yticklabels():
         text.set_fontweight("bold" if text.get_text().startswith("HSIVI") else "normal")
     if titles:
-        axis.set_xticks([column + 0.5 for column in range(columns)], titles[:columns], fontsize=9)
+        axis.set_xticks([column + 0.5 for column in range(columns)], titles, fontsize=9)
         axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)

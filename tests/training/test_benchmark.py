@@ -191,6 +191,15 @@ def test_a_baseline_keeps_the_seed_that_it_has(copied):
     assert {seed for method, _, seed in keys if method == PROGRESSIVE} == {0}
 
 
+def test_a_model_of_several_numbers_of_calls_keeps_its_seed_for_those_that_lack(copied):
+    folder, arguments = copied
+    rows = [row for row in rows_of(folder) if (row["method"], row["nfe"]) != (CONSISTENCY, 2)]
+    write_rows(folder, [{**row, "train_seed": 3} if row["method"] == CONSISTENCY else row for row in rows])
+    (options,) = parse_options([benchmark.Options], "", [*arguments, "--seeds", "0", "3"])
+    keys = [entry.key for entry in benchmark.Comparison(options).entries()]
+    assert [key for key in keys if key[0] == CONSISTENCY] == [(CONSISTENCY, 1, 3), (CONSISTENCY, 2, 3)]
+
+
 def test_a_baseline_of_a_seed_that_no_student_has_is_refused(arguments):
     with pytest.raises(ValueError, match=r"--baseline_seeds has \[5\], and --seeds has not: a baseline is given the"):
         benchmark.main([*arguments, "--baseline_seeds", "0", "5"])

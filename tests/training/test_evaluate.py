@@ -241,6 +241,23 @@ def test_samples_are_drawn_row_by_row(tmp_path):
     assert (lower < 30).mean() < 0.1
 
 
+def test_images_stand_upright_under_their_titles(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    images = torch.zeros(2, 3, 8, 8)
+    images[:, 0, :4] = images[:, 2, 4:] = 1  # red above blue
+    draw_samples([("a", images)], tmp_path / "samples.png", ["one", "two"])
+    pixels = np.asarray(Image.open(tmp_path / "samples.png").convert("RGB"))
+    red, blue = (np.flatnonzero((pixels == colour).all(2).any(1)) for colour in ([255, 0, 0], [0, 0, 255]))
+    assert red.max() < blue.min()
+    assert len(red) == pytest.approx(len(blue), abs=2)
+    (axis,) = kept[0].axes
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["one", "two"]
+    assert axis.get_xticks().tolist() == [0.5, 1.5]
+
+
 def test_samples_may_have_colour(tmp_path):
     red = torch.zeros(2, 3, 8, 8)
     red[:, 0] = 1
@@ -251,7 +268,7 @@ def test_samples_may_have_colour(tmp_path):
 
 def test_rows_of_different_length_are_refused(tmp_path):
     rows = [("a", torch.zeros(3, 1, 8, 8)), ("b", torch.zeros(2, 1, 8, 8))]
-    with pytest.raises(ValueError, match="is shorter|is longer|argument 2"):
+    with pytest.raises(ValueError, match="argument 2"):
         draw_samples(rows, tmp_path / "samples.png")
 
 

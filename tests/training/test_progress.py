@@ -1,6 +1,7 @@
 """What a run shows of itself."""
 
 import shutil
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -163,15 +164,20 @@ def test_images_that_are_all_the_same_have_no_diversity():
 
 @pytest.fixture
 def draw_times(monkeypatch):
-    """Has students draw the images of the teacher, in other noise, times a factor."""
+    """Has students draw the images of the teacher, in another order, times a factor: that of each grid in turn."""
 
-    def patch(factor):
+    def patch(*factors):
+        turn = cycle(factors)
+
         def draw(self, size):
-            return factor * self._teacher_row.roll(1, 0).repeat(size // progress.COLUMNS, 1, 1, 1)
+            return next(turn) * self._teacher_row.roll(1, 0).repeat(size // progress.COLUMNS, 1, 1, 1)
 
         monkeypatch.setattr(progress.Progress, "_draw_student", draw)
 
     return patch
+
+
+COLLAPSED = {"max_train_steps": 11, "checkpointing_steps": 100, "critic_updates": 1}
 
 
 def test_a_run_says_that_its_images_are_pale(distil, tmp_path, draw_times, capsys):
@@ -183,19 +189,40 @@ def test_a_run_says_that_its_images_are_pale(distil, tmp_path, draw_times, capsy
     ]
 
 
-def test_a_run_whose_images_have_collapsed_is_stopped(distil, tmp_path, draw_times, arguments, differences):
-    """After the first tenth, before which the student is the teacher still, and before its end."""
-    draw_times(0.0)
-    options = {"max_train_steps": 5, "checkpointing_steps": 2}
+@pytest.mark.parametrize("factor", [0.0, 4.0])
+def test_a_run_whose_images_have_collapsed_in_two_grids_is_stopped(tmp_path, draw_times, arguments, factor):
+    """After the first tenth, before which the student is the teacher still."""
+    draw_times(factor)
     with pytest.raises(SystemExit) as exit:
-        cli.main(["distil", *arguments(tmp_path / "run", validation_steps=3, **options)])
-    where = f"look at {tmp_path / 'run' / 'samples'}, and at 'Training' in docs/troubleshooting.md"
-    kept = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+        cli.main(["distil", *arguments(tmp_path / "run", validation_steps=1, **COLLAPSED)])
+    samples = tmp_path / "run" / "samples"
     assert exit.value.code == (
-        "error: after 3 updates the images have 0.00 times the contrast of the teacher's, and the run was stopped: "
-        f"{where}; with validation_steps 0 it goes on; the last checkpoint is {kept}"
+        f"error: after 3 updates the images have {factor:.2f} times the diversity of the teacher's, as at the grid "
+        f"before, and the run was stopped: look at {samples}, and at 'Training' in docs/troubleshooting.md; to go on "
+        "all the same, continue with --validation_steps 0 and --resume_from_checkpoint latest"
     )
-    assert [path.name for path in sorted((tmp_path / "run" / "samples").iterdir())] == ["step-0.png", "step-3.png"]
-    resumed = distil(tmp_path / "run", resume_from_checkpoint="latest", validation_steps=0, **options)
-    other = distil(tmp_path / "other", validation_steps=5, **options)  # whose end is told
-    assert differences(resumed, other) == []
+    assert sorted(path.name for path in samples.iterdir()) == [f"step-{step}.png" for step in range(4)]
+
+
+def test_a_stopped_run_goes_on_to_the_bits_of_one_without_grids(distil, tmp_path, draw_times, differences):
+    draw_times(0.0)
+    with pytest.raises(SystemExit):
+        distil(tmp_path / "run", validation_steps=1, **COLLAPSED)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-3"]
+    stopped = distil(tmp_path / "run", resume_from_checkpoint="latest", validation_steps=0, **COLLAPSED)
+    assert differences(stopped, distil(tmp_path / "other", validation_steps=0, **COLLAPSED)) == []
+
+
+def test_one_grid_of_collapsed_images_stops_no_run(distil, tmp_path, draw_times):
+    draw_times(1.0, 0.0)
+    distil(tmp_path / "run", validation_steps=1, **COLLAPSED)
+
+
+def test_all_processes_of_a_collapsed_run_stop(launch, tmp_path):
+    """Only the first has drawn."""
+    statuses, text = launch(
+        tmp_path / "run", processes=2, kill={"point": "collapse", "step": 0}, validation_steps=1, **COLLAPSED
+    )
+    assert statuses == [1, 1], text
+    assert text.count("after 3 updates the images have 0.00 times the diversity") == 2 + 1  # it is told, too
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-3"]

@@ -523,7 +523,7 @@ def test_a_nan_ends_the_run_with_the_step_and_the_last_good_checkpoint(
         distil(folder)
     message, kept = str(exit.value.code), folder / "checkpoints" / "checkpoint-2"
     assert "the loss of the layers is not finite at step 3" in message
-    assert message.endswith(f"the last checkpoint is {kept}")
+    assert message.endswith(f"the last good checkpoint is {kept}")
     assert checkpoints(folder) == ["checkpoint-2"]
     assert not (folder / "pipeline").exists()
 
@@ -553,7 +553,7 @@ def test_weights_that_are_not_finite_are_never_saved(distil, tmp_path, monkeypat
     with pytest.raises(SystemExit) as exit:
         distil(tmp_path / "run")
     assert re.search("a weight of the .* not finite at step 3", exit.value.code)
-    assert exit.value.code.endswith(f"the last checkpoint is {tmp_path / 'run' / 'checkpoints' / 'checkpoint-2'}")
+    assert exit.value.code.endswith(f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / 'checkpoint-2'}")
     assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
 
 
@@ -664,5 +664,5 @@ def test_gradients_that_always_overflow_end_the_run(distil, tmp_path, monkeypatc
 
     monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda _: True))
     monkeypatch.setattr(updates, "MAX_OVERFLOWS", 4)
-    with pytest.raises(SystemExit, match="the gradient is not finite at step 3.*last checkpoint is .*checkpoint-2"):
+    with pytest.raises(SystemExit, match="the gradient is not finite at step 3.*good checkpoint is .*checkpoint-2"):
         distil(tmp_path / "run")

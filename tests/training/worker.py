@@ -2,7 +2,8 @@
 
 Reads a request of JSON on each line of its input: `arguments`, `processes`, `environment`, and `kill`. That is null, or
 {"after": seconds}, for SIGKILL from here, or {"point": ..., "step": ...}, for a child that kills itself while it saves
-the checkpoint of a step (see POINTS) or, if the point is the name of a signal, sends itself that after a step. Answers
+the checkpoint of a step (see POINTS) or, if the point is the name of a signal, sends itself that after a step, or, if
+it is "collapse", has a student that draws black. Answers
 with the exit statuses of the children, minus the signal where there was one, and with the last lines that each printed.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hsivi_diffusers import cli, folders
-from hsivi_diffusers.distillation import checkpoints, state, state_dicts, updates
+from hsivi_diffusers.distillation import checkpoints, progress, state, state_dicts, updates
 
 PATIENCE = 600  # seconds that a run may take
 GRACE = 1  # seconds that the other children have after one died
@@ -78,6 +79,12 @@ def send_signal(name, step):
     updates.fit = signalled
 
 
+def collapse(name, step):
+    """Has the student of this process draw black."""
+    columns = progress.COLUMNS
+    progress.Progress._draw_student = lambda run, size: 0 * run._teacher_row.repeat(size // columns, 1, 1, 1)
+
+
 def start(rank, request, port, log):
     """Forks a child that runs `hsivi distil` as one of the processes of a launcher."""
     child = os.fork()
@@ -93,7 +100,8 @@ def start(rank, request, port, log):
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(request["processes"])}
         kill = request["kill"] or {}
         if "point" in kill and rank == kill.get("rank", 0):
-            act = send_signal if kill["point"] in signal.Signals.__members__ else arrange_death
+            acts = {**dict.fromkeys(signal.Signals.__members__, send_signal), "collapse": collapse}
+            act = acts.get(kill["point"], arrange_death)
             act(kill["point"], kill["step"])
         cli.distil(request["arguments"])
         status = 0

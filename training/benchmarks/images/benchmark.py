@@ -182,7 +182,9 @@ class Comparison:
 
     def _baseline_seeds(self, method: str, nfe: int) -> list[int]:
         """Those that are named, or that a baseline was trained with already, or the first."""
-        there = {row["train_seed"] for row in self.results.rows() if (row["method"], row["nfe"]) == (method, nfe)}
+        one_model = method in (CONSISTENCY, LATENT_CONSISTENCY)  # for all numbers of calls
+        rows = [row for row in self.results.rows() if row["method"] == method and (one_model or row["nfe"] == nfe)]
+        there = {row["train_seed"] for row in rows}
         return self.options.baseline_seeds or sorted(there) or self.options.seeds[:1]
 
     def _guidance_words(self) -> str:

@@ -129,7 +129,7 @@ def summary_table(rows: list[Row]) -> str:
     for nfe in counts_of(groups):
         cells = []
         for space in spaces:
-            solver, ours = (told(groups.get((method, nfe), []), space) for method in (SOLVER, OURS))
+            solver, ours = (cell(groups.get((method, nfe), []), space) for method in (SOLVER, OURS))
             cells += least_bold(solver, best_baseline(groups, nfe, space), ours)
         lines.append([nfe, *cells])
     heads = [f"{space}: {word}" for space in spaces for word in ("tuned solver", "best baseline", "ours")]
@@ -139,7 +139,7 @@ def summary_table(rows: list[Row]) -> str:
 def glance_table(sets: dict[str, list[Row]]) -> str:
     """Of every set, at the calls of our students, the distances in its first space: what the README shows.
 
-    The solver is the best in that space with so many calls or fewer.
+    The solver is that with the least of so many calls or fewer, of those that are best in all spaces at their number.
     """
     lines = []
     for name, rows in sets.items():
@@ -147,8 +147,9 @@ def glance_table(sets: dict[str, list[Row]]) -> str:
         for nfe in sorted(nfe for method, nfe in groups if method == OURS):
             solvers = [each for (method, calls), each in groups.items() if method == SOLVER and calls <= nfe]
             solver = min(solvers, key=lambda each: value(each, space), default=[])
-            words = [f" {row['solver']}" + (f" at {row['nfe']}" if row["nfe"] < nfe else "") for row in solver[:1]]
-            cells = told(solver, space, *words), best_baseline(groups, nfe, space), told(groups[OURS, nfe], space)
+            words = f" {solver[0]['solver']}" if solver else ""
+            words += f" at {solver[0]['nfe']}" if solver and solver[0]["nfe"] < nfe else ""
+            cells = cell(solver, space, words), best_baseline(groups, nfe, space), cell(groups[OURS, nfe], space)
             lines.append([name, nfe, *least_bold(*cells)])
     return write_table(["set", "calls", "tuned solver", "best baseline", OURS], ("set",), lines)
 
@@ -158,9 +159,9 @@ def counts_of(groups: dict[Group, list[Row]]) -> list[int]:
     return sorted({nfe for method, nfe in groups if method in (SOLVER, OURS)})
 
 
-def told(rows: list[Row], space: str, *words: str) -> tuple[float, str]:
+def cell(rows: list[Row], space: str, words: str = "") -> tuple[float, str]:
     """The distance of rows in a space, and how it is written, with words after it; infinity and "" without rows."""
-    return (value(rows, space), distance(rows, space) + "".join(words)) if rows else (math.inf, "")
+    return (value(rows, space), distance(rows, space) + words) if rows else (math.inf, "")
 
 
 def least_bold(*cells: tuple[float, str]) -> list[str]:
@@ -171,10 +172,10 @@ def least_bold(*cells: tuple[float, str]) -> list[str]:
 
 
 def best_baseline(groups: dict[Group, list[Row]], nfe: int, space: str) -> tuple[float, str]:
-    """The distance of the baseline that is best in a space at so many calls, and with its first word."""
+    """The distance of the baseline that is best in a space at so many calls, and how it is written, with its name."""
     baselines = [groups[name, nfe] for name in BASELINES if (name, nfe) in groups]
     best = min(baselines, key=lambda each: value(each, space), default=[])
-    return told(best, space, *(f" ({row['method'].split()[0]})" for row in best[:1]))
+    return cell(best, space, f" ({best[0]['method'].split()[0]})" if best else "")
 
 
 def floor_table(rows: list[Row]) -> str:
