@@ -42,6 +42,7 @@ def write_page(run_dir: Path) -> None:
     options, training, report = (read_json(run_dir / f"{name}.json") for name in ("options", "training", "report"))
     title, log = run_dir.resolve().name, read_log(run_dir)
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_cost(options, training))}</p>"]
+    parts += [f"<p><b>{escape(str(line['stopped']))}</b></p>" for line in log if "stopped" in line]
     scheduler = read_json(run_dir / "pipeline" / "scheduler" / "scheduler_config.json")
     if given := scheduler.get("layer_timesteps"):
         grids = given if isinstance(given[0], list) else [given]

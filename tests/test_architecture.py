@@ -104,7 +104,7 @@ ALLOWED = {
         TRAIN,
     ),
     "distillation/progress": (
-        {f"distillation/{noun}" for noun in ("guidance", "ode", "pairs", "state", "teachers")}
+        {f"distillation/{noun}" for noun in ("config", "guidance", "ode", "pairs", "state", "teachers")}
         | {"vi/*", "bars", "folders", "run_page", "run_records"},
         TRAIN | {"PIL"},
     ),

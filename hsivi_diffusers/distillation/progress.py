@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import broadcast
@@ -25,6 +25,7 @@ from ..folders import write_text
 from ..run_page import LOG, read_log, write_page
 from ..run_records import COLUMNS
 from ..vi import Step
+from .config import HSIVIConfig
 from .guidance import guided
 from .ode import batches, run_solver
 from .pairs import TeacherPairs
@@ -39,6 +40,7 @@ WIDTH = 512  # pixels that a sample grid has at least
 # runs have been at 0.8 to 1.1 after a tenth; digits at a hundred times the student's rate ended at a diversity of 0.15.
 BOUND, LIMIT = 1.5, 3.0
 RATIOS = ("images/contrast", "images/diversity")
+RATES = ("learning_rate", "critic_learning_rate")
 
 
 class CollapsedRunError(Exception):
@@ -179,20 +181,29 @@ class Progress:
         total = self.config.max_train_steps
         if not ratios or 10 * step < total:
             return
-        where = f"look at {self.folder / 'samples'}, and at 'Training' in docs/troubleshooting.md"
-        text = ""
+        where, text = f"look at {self.folder / 'samples'}, and at 'Training' in docs/troubleshooting.md", ""
         for name, ratio in zip(RATIOS, ratios, strict=True):
             if not 1 / BOUND < ratio < BOUND:
                 what = name.removeprefix("images/")
                 text = f"after {step} updates the images have {ratio:.2f} times the {what} of the teacher's"
                 if self.accelerator.is_main_process:
-                    tqdm.write(f"{text}: {where}")
+                    tqdm.write(f"{text}, and 0.67 to 1.5 is usual: {where}")
         self.far = 0 if all(1 / LIMIT < ratio < LIMIT for ratio in ratios) else self.far + 1
         if self.far > 1 and step < total:
-            raise CollapsedRunError(
-                f"{text}, as at the grid before, and the run was stopped: {where}; to go on all the same, continue "
-                "with validation_steps 0 and resume_from_checkpoint latest"
-            )
+            self._stop(step, f"{text}, as at the grid before, and the run was stopped: {where}")
+
+    def _stop(self, step: int, text: str) -> NoReturn:
+        """Ends the run, and says so on its page, until it is resumed."""
+        config = self.config
+        usual = HSIVIConfig(num_inference_steps=config.num_inference_steps, preset=config.preset)
+        told = [f"{name} {getattr(config, name)} (preset {usual.preset}: {getattr(usual, name)})" for name in RATES]
+        text += f"; start anew with other rates than {' and '.join(told)}, or, to go on all the same, "
+        text += "continue with the same options, validation_steps 0 and resume_from_checkpoint latest"
+        if self.accelerator.is_main_process:
+            with (self.folder / LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": step, "stopped": text}) + "\n")
+            write_page(self.folder)
+        raise CollapsedRunError(text)
 
     def _labels(self, size: int) -> list[int] | None:
         """Class labels in turn, of a class-conditional teacher; those that are not trained are left out."""

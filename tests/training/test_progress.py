@@ -184,7 +184,7 @@ def test_a_run_says_that_its_images_are_pale(distil, tmp_path, draw_times, capsy
     draw_times(0.5)
     distil(tmp_path / "run", max_train_steps=5, validation_steps=5)
     told = [line for line in capsys.readouterr().out.splitlines() if "of the teacher's" in line]
-    assert [line.partition(": look at")[0] for line in told] == [
+    assert [line.partition(", and 0.67 to 1.5")[0] for line in told] == [
         f"after 5 updates the images have 0.50 times the {what} of the teacher's" for what in ("contrast", "diversity")
     ]
 
@@ -194,13 +194,16 @@ def test_a_run_whose_images_have_collapsed_in_two_grids_is_stopped(tmp_path, dra
     """After the first tenth, before which the student is the teacher still."""
     draw_times(factor)
     with pytest.raises(SystemExit) as exit:
-        cli.main(["distil", *arguments(tmp_path / "run", validation_steps=1, **COLLAPSED)])
+        cli.main(["distil", *arguments(tmp_path / "run", validation_steps=1, critic_learning_rate=0.01, **COLLAPSED)])
     samples = tmp_path / "run" / "samples"
     assert exit.value.code == (
         f"error: after 3 updates the images have {factor:.2f} times the diversity of the teacher's, as at the grid "
-        f"before, and the run was stopped: look at {samples}, and at 'Training' in docs/troubleshooting.md; to go on "
-        "all the same, continue with --validation_steps 0 and --resume_from_checkpoint latest"
+        f"before, and the run was stopped: look at {samples}, and at 'Training' in docs/troubleshooting.md; start anew "
+        "with other rates than learning_rate 0.0001 (preset fast: 0.0001) and critic_learning_rate 0.01 (preset fast: "
+        "0.001), or, to go on all the same, continue with the same options, --validation_steps 0 and "
+        "--resume_from_checkpoint latest"
     )
+    assert "and the run was stopped" in (tmp_path / "run" / "index.html").read_text()
     assert sorted(path.name for path in samples.iterdir()) == [f"step-{step}.png" for step in range(4)]
 
 
@@ -211,6 +214,7 @@ def test_a_stopped_run_goes_on_to_the_bits_of_one_without_grids(distil, tmp_path
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-3"]
     stopped = distil(tmp_path / "run", resume_from_checkpoint="latest", validation_steps=0, **COLLAPSED)
     assert differences(stopped, distil(tmp_path / "other", validation_steps=0, **COLLAPSED)) == []
+    assert "the run was stopped" not in (stopped / "index.html").read_text()
 
 
 def test_one_grid_of_collapsed_images_stops_no_run(distil, tmp_path, draw_times):
