@@ -17,7 +17,7 @@ SETTINGS = {
 
 
 def call(program, given):
-    """Runs a program of a benchmark in this process, in the place of `trainings.call`."""
+    """Stands in for `trainings.call`: runs the program in this process."""
     if program == DISTIL:
         cli.distil(given)
     else:

@@ -143,9 +143,10 @@ def try_cells(hub, home, saved, sources):
     pictures = str(saved / "pictures.safetensors")
     codes = [CLIENT.format(state=state, cells=of_state, pictures=pictures) for state, of_state in cells.items()]
     runs = run_clients(codes, hub, home)
+    assert [run.returncode for run in runs] == [0] * len(codes), runs
     found = [line[5:] for run in runs for line in run.stdout.splitlines() if line.startswith("CELL ")]
     lines = [json.loads(line) for line in found]
-    assert len(lines) == sum(map(len, cells.values())), runs
+    assert len(lines) == sum(map(len, cells.values()))
     return lines
 
 

@@ -94,9 +94,9 @@ class Progress:
             for step in chain(first, steps):
                 self._show(shown, step, metrics(step))
                 done = step.step + 1
-                drawn = every and (done % every == 0 or done == total)
-                ratios = self.draw(done) if drawn else []
-                if drawn:
+                ratios: list[float] = []
+                if every and (done % every == 0 or done == total):
+                    ratios = self.draw(done)
                     self._restart_clock(done)
                 yield step
                 self._judge(done, ratios)
@@ -118,9 +118,11 @@ class Progress:
         """Tells the trackers, and adds a line to the log."""
         self.accelerator.log(numbers, step=step)
         if self.accelerator.is_main_process:
-            line = {**{name: float(number) for name, number in numbers.items()}, "step": step}
-            with (self.folder / LOG).open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
+            self._add_line({**{name: float(number) for name, number in numbers.items()}, "step": step})
+
+    def _add_line(self, line: dict[str, Any]) -> None:
+        with (self.folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
 
     def _rewind(self, start: int) -> None:
         """Takes out of the log what a resumed run does again."""
@@ -187,7 +189,7 @@ class Progress:
                 what = name.removeprefix("images/")
                 text = f"after {step} updates the images have {ratio:.2f} times the {what} of the teacher's"
                 if self.accelerator.is_main_process:
-                    tqdm.write(f"{text}, and 0.67 to 1.5 is usual: {where}")
+                    tqdm.write(f"{text}, and {1 / BOUND:.2f} to {BOUND} is usual: {where}")
         self.far = 0 if all(1 / LIMIT < ratio < LIMIT for ratio in ratios) else self.far + 1
         if self.far > 1 and step < total:
             self._stop(step, f"{text}, as at the grid before, and the run was stopped: {where}")
@@ -200,8 +202,7 @@ class Progress:
         text += f"; start anew with other rates than {' and '.join(told)}, or, to go on all the same, "
         text += "continue with the same options, validation_steps 0 and resume_from_checkpoint latest"
         if self.accelerator.is_main_process:
-            with (self.folder / LOG).open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step, "stopped": text}) + "\n")
+            self._add_line({"step": step, "stopped": text})
             write_page(self.folder)
         raise CollapsedRunError(text)
 

@@ -182,7 +182,8 @@ class HSIVITrainer:
                         f"stopped and saved after update {done}: continue with resume_from_checkpoint latest"
                     )
         except CollapsedRunError:
-            checkpoints.save(done, seconds)
+            if done % self.config.checkpointing_steps:  # else it is saved
+                checkpoints.save(done, seconds)
             raise
         except DivergenceError as error:
             kept = finished(checkpoints.output_dir)
