@@ -37,8 +37,10 @@ DISTIL = """Distil a pretrained diffusion pipeline into a few steps; no training
     hsivi distil --pretrained_teacher_model google/ddpm-cifar10-32 --num_inference_steps 5 --output_dir runs/cifar10
 
 Writes OUTPUT_DIR/pipeline (an HSIVIPipeline, a pipeline like the teacher's, or a LoRA with its scheduler), critic,
-samples, checkpoints and training.json. A run that was stopped continues with --resume_from_checkpoint latest. The
-command line overrides the YAML file of --config, which overrides the preset."""
+samples, checkpoints and training.json. The command line overrides the YAML file of --config, which overrides the
+preset. A run that was stopped continues, with the options that it had, by
+
+    hsivi distil --output_dir runs/cifar10 --resume_from_checkpoint latest"""
 PLAN = """Estimate the memory and time of `hsivi distil` with these options, without training."""
 PUSH = """Push the pipeline of a finished run to the Hub, with a model card made from the run's report.
 
@@ -141,11 +143,15 @@ def _claim_repo(hub: PushAtEnd) -> None:
 
 
 def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
-    """Reads the options of a distillation, and refuses what cannot run."""
-    from .distillation.config import ALIASES, HSIVIConfig
+    """Reads the options of a distillation, of a resumed one over those that it had, and refuses what cannot run."""
+    from .distillation.config import ALIASES, HSIVIConfig, read_settings
     from .distillation.output import check_init_from
 
-    teacher, config, hub = parse_options([Teacher, HSIVIConfig, PushAtEnd], description, args, prog, ALIASES)
+    read = partial(parse_options, [Teacher, HSIVIConfig, PushAtEnd], description, args, prog, ALIASES)
+    teacher, config, hub = read()
+    record = Path(config.output_dir or "") / "options.json"
+    if teacher.resume_from_checkpoint and config.output_dir and record.is_file():
+        teacher, config, hub = read(read_settings(record))
     config.check()
     hub.check()
     if config.init_from is not None:

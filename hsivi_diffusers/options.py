@@ -39,12 +39,13 @@ def parse_options(
     args: Sequence[str] | None = None,
     prog: str | None = None,
     aliases: Mapping[str, str] | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """Reads one dataclass per group of options, and returns an instance of each.
 
-    A value on the command line wins over the YAML file of `--config`, which wins over the default of the dataclass. A
-    bad option ends the program with one line and exit status 2. `_group` of a dataclass is its heading in `--help`;
-    `aliases` are old names of options, which are still read.
+    A value on the command line wins over the YAML file of `--config`, which wins over the settings `before`, and these
+    over the default of the dataclass. A bad option ends the program with one line and exit status 2. `_group` of a
+    dataclass is its heading in `--help`; `aliases` are old names of options, which are still read.
     """
     parser = Parser(
         prog=prog,
@@ -67,7 +68,8 @@ def parse_options(
     words = [_renamed(word, aliases or {}) for word in (sys.argv[1:] if args is None else args)]
     given = vars(parser.parse_args(words))
     path = given.pop("config", None)
-    given = given if path is None else {**_read_config(parser, path, hints, aliases or {}), **given}
+    settings = {} if path is None else _read_config(parser, path, hints, aliases or {})
+    given = {**{name: value for name, value in (before or {}).items() if name in hints}, **settings, **given}
     shown = [name for name in ("help", "help_all") if given.pop(name, False)]
     instances = tuple(
         group(**{each.name: given[each.name] for each in fields(group) if each.name in given}) for group in groups

@@ -37,12 +37,19 @@ at.oninput = show; show();
 </script>"""
 
 
+QUALITY = """\
+KID and FD are distances of the features to those of the reference, SWD one of the pixels: lower is better. Precision is
+the share of the images that lie among those of the reference, recall and coverage how much of the reference they reach:
+higher is better. NFE is the number of network calls for an image. The "few-step grid" of a solver has timesteps that
+start where the image begins to show in the noise, as the student's do; without it they are those of diffusers."""
+
+
 def write_page(run_dir: Path) -> None:
     """Writes the page of a run, finished or not."""
     options, training, report = (read_json(run_dir / f"{name}.json") for name in ("options", "training", "report"))
     title, log = run_dir.resolve().name, read_log(run_dir)
-    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_cost(options, training))}</p>"]
-    parts += [f"<p><b>{escape(str(line['stopped']))}</b></p>" for line in log if "stopped" in line]
+    stopped = [f"<p><b>{escape(str(line['stopped']))}</b></p>" for line in log if "stopped" in line]
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_cost(options, training, bool(stopped)))}</p>", *stopped]
     scheduler = read_json(run_dir / "pipeline" / "scheduler" / "scheduler_config.json")
     if given := scheduler.get("layer_timesteps"):
         grids = given if isinstance(given[0], list) else [given]
@@ -61,8 +68,7 @@ def write_page(run_dir: Path) -> None:
         parts += ["<h2>Losses</h2>", curves]
     if rows := report.get("rows"):
         about = f"Features: {report.get('features')}. Reference: {report.get('reference')}. {report.get('measured')} "
-        about += "Lower is better, but for precision, recall and coverage."
-        parts += ["<h2>Quality</h2>", f"<p>{escape(about)}</p>", _quality(rows)]
+        parts += ["<h2>Quality</h2>", f"<p>{escape(about + QUALITY)}</p>", _quality(rows)]
         figures = [name for name in ("samples.png", "curve.png") if (run_dir / name).is_file()]
         parts += [f'<p><img src="{name}" alt="{name}"></p>' for name in figures]
     parts += ["<h2>Options</h2>", _table(["option", "value"], options.items())]
@@ -87,13 +93,13 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line.get("step"), int)]
 
 
-def _cost(options: dict[str, Any], training: dict[str, Any]) -> str:
+def _cost(options: dict[str, Any], training: dict[str, Any], stopped: bool) -> str:
     counts = options.get("num_inference_steps") or options.get("num_layers")  # of earlier versions
     steps = ", ".join(map(str, counts if isinstance(counts, list) else [counts]))
     teacher, updates = options.get("pretrained_teacher_model"), options.get("max_train_steps")
     text = f"{steps} steps, distilled from {teacher} in {updates} updates."
     if not training:
-        return f"{text} The training has not ended yet."
+        return f"{text} The training {'was stopped' if stopped else 'has not ended yet'}."
     calls = f", {training['network_calls']:,} network calls" if training.get("network_calls") else ""
     precision = training.get("mixed_precision") or "no"
     return f"{text} It took {training['seconds']:.0f} s{calls}, in {'float32' if precision == 'no' else precision}."

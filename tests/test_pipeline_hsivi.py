@@ -236,6 +236,12 @@ def test_a_damaged_file_of_weights_is_called_damaged(unet, tmp_path, size):
         HSIVIPipeline.from_pretrained(tmp_path)
 
 
+def test_the_folder_of_a_run_stands_for_its_pipeline(unet, tmp_path):
+    make_pipeline(unet).save_pretrained(tmp_path / "pipeline")
+    one, other = (HSIVIPipeline.from_pretrained(folder) for folder in (tmp_path, tmp_path / "pipeline"))
+    assert all(map(torch.equal, one.unet.state_dict().values(), other.unet.state_dict().values()))
+
+
 SD = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "scheduler": "PNDM"}
 
 

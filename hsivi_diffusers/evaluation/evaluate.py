@@ -26,7 +26,7 @@ from ..distillation.teachers import image_shape, load_parts, load_prompts, load_
 from ..images import load_images
 from ..measures import REPORTED
 from ..options import option, parse_options
-from ..run_page import write_page
+from ..run_page import read_json, write_page
 from ..run_records import PROMPTS
 from ..scheduling_hsivi import HSIVIScheduler
 from .features import check_packages, load_network
@@ -167,6 +167,8 @@ def main(args: list[str] | None = None) -> None:
             raise ValueError(f"--{name} {given} images are too few to be measured: give {FEWEST} or more")
     run_dir = Path(options.run_dir)
     training = load_run(run_dir)
+    if before := read_json(run_dir / "report.json"):
+        print(f"The report that {run_dir} has, of {before.get('features')}, will be replaced.")
     check_packages([*PACKAGES, "matplotlib"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_student(run_dir / "pipeline").to(device)

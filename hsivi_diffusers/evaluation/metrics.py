@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..bars import bar
 from .features import check_packages
 
 BATCH = 500  # images in the network at once
@@ -110,7 +111,8 @@ class Measures:
     @torch.no_grad()
     def _extract(self, images: torch.Tensor) -> torch.Tensor:
         device = next(self.network.parameters(), images).device
-        return torch.cat([self.network(batch.to(device)).cpu() for batch in images.split(BATCH)])
+        batches = bar(images.split(BATCH), "features", unit="batch", leave=False, delay=5)
+        return torch.cat([self.network(batch.to(device)).cpu() for batch in batches])
 
     @torch.no_grad()
     def _count(self, features: torch.Tensor) -> list[float]:

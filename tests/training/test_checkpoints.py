@@ -226,6 +226,20 @@ def test_a_run_goes_on_with_its_own_teacher_alone(distil, teacher, tmp_path):
     distil(folder, resume_from_checkpoint="latest", **options)
 
 
+def test_a_run_is_resumed_by_the_name_of_its_folder(distil, tmp_path):
+    """Its options are those that it had, but for what the command line says."""
+    options = {"max_train_steps": 4, "checkpointing_steps": 2, "seed": 5, "num_inference_steps": (1, 2)}
+    whole = distil(tmp_path / "whole", **options)
+    weights = (whole / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    shutil.rmtree(whole / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(whole / "pipeline")
+    words = [f"--output_dir={whole}", "--resume_from_checkpoint=latest"]
+    with pytest.raises(ValueError, match=r"other options \(seed: 5 -> 6\): resume with the same ones"):
+        cli.distil([*words, "--seed=6"])
+    cli.distil(words)
+    assert (whole / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
 def test_a_fingerprint_is_of_weights_and_configs(teacher, tmp_path):
     unet, scheduler = load_teacher(str(shutil.copytree(teacher, tmp_path / "elsewhere")))
     before = fingerprint(unet, scheduler)

@@ -108,6 +108,14 @@ def test_the_command_line_wins_over_yaml_under_names_old_or_new(parse, text, arg
     assert (options["rate"], options["steps"]) == wanted
 
 
+def test_a_file_wins_over_settings_of_before_and_these_over_defaults(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("rate: 0.5")
+    words, before = ["--config", str(path), "--steps=7"], {"rate": 0.1, "steps": 9, "keep": True, "gone": 1}
+    (options,) = parse_options([Training], "About.", words, "quiz", OLD_NAMES, before)
+    assert (options.rate, options.steps, options.keep, options.name) == (0.5, 7, True, "plain")
+
+
 def test_without_args_the_command_line_of_the_program_is_read(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script", "--rate", "0.25"])
     assert parse_options([Method, Training], "About.")[1].rate == 0.25
