@@ -20,10 +20,13 @@ consistency sampling.
 import math
 import os
 import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
@@ -76,16 +79,67 @@ class LayerCoefficients(NamedTuple):
         return x0, self.noise_in(sample, x0)
 
 
-class BetaLevels:
+class Levels(ABC):
+    """The clock of a teacher: levels 0..N-1, and -1, where noise ends."""
+
+    accepted: str  # levels or times, for messages
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """N."""
+
+    @abstractmethod
+    def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns alpha and sigma of levels, of their shape, on the device and in the dtype of the sample."""
+
+    @abstractmethod
+    def time(self, level: torch.Tensor) -> torch.Tensor:
+        """Returns the network's time of levels."""
+
+    @abstractmethod
+    def level(self, time: torch.Tensor) -> torch.Tensor:
+        """Returns the levels that are nearest to times."""
+
+    def alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns alpha and sigma of levels (B,) or (1,), shaped (B, 1, ...) to go with the sample."""
+        alpha, sigma = self._alpha_sigma(level.to(sample.device), sample)
+        shape = [-1, *[1] * (sample.ndim - 1)]
+        return alpha.reshape(shape), sigma.reshape(shape)
+
+    def read_levels(self, given: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """Returns levels as a vector on the device of the sample, or refuses with ValueError what is none."""
+        rows = _rows("level", given, sample)
+        level = rows.long()
+        self._check("level", rows, level, level)
+        return level.to(sample.device)
+
+    def read_times(self, given: float | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """Returns the levels of times, in the same way."""
+        rows = _rows("timestep", given, sample)
+        level = self.level(rows)
+        self._check("timestep", rows, level, self.time(level.clamp(0, len(self) - 1)))
+        return level.to(sample.device)
+
+    def _check(self, name: str, given: torch.Tensor, level: torch.Tensor, exact: torch.Tensor) -> None:
+        """Refuses what is off the clock; only on the CPU, for on a GPU it would wait for the device."""
+        if given.device.type != "cpu":
+            return
+        inside = (level >= 0) & (level < len(self))
+        if not bool(inside.all()) or not torch.allclose(exact.double(), given.double(), rtol=1e-6, atol=1e-6):
+            raise ValueError(f"{name} {given.tolist()} is off the clock: give {self.accepted}")
+
+
+class BetaLevels(Levels):
     """Levels of a diffusion with betas: alpha = sqrt(abar), sigma = sqrt(1 - abar); a network's time is the level."""
 
     def __init__(self, alphas_cumprod: torch.Tensor, final: torch.Tensor) -> None:
         self._abar = torch.cat([alphas_cumprod, final[None]])
+        self.accepted = f"integers from 0 to {len(self) - 1}"
 
     def __len__(self) -> int:
         return len(self._abar) - 1
 
-    def alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         abar = self._abar.to(sample)[level]
         return abar.sqrt(), (1 - abar).sqrt()
 
@@ -96,11 +150,13 @@ class BetaLevels:
         return time.long()
 
 
-class FlowLevels:
+class FlowLevels(Levels):
     """Levels of a rectified flow: alpha = 1 - sigma, sigma = shift u / (1 + (shift - 1) u), u = (level + 1) / N.
 
     A network's time is N sigma, as in FlowMatchEulerDiscreteScheduler of diffusers.
     """
+
+    accepted = "some of scheduler.timesteps"
 
     def __init__(self, size: int, shift: float) -> None:
         u = torch.arange(1, size + 1, dtype=torch.float64) / size
@@ -109,7 +165,7 @@ class FlowLevels:
     def __len__(self) -> int:
         return len(self._sigma) - 1
 
-    def alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sigma = self._sigma.to(sample)[level]
         return 1 - sigma, sigma
 
@@ -120,6 +176,140 @@ class FlowLevels:
         times = self.time(torch.arange(-1, len(self))).to(time.device)  # with that of level -1, which is 0
         nearest: torch.Tensor = torch.searchsorted((times[1:] + times[:-1]) / 2, time.float().contiguous())
         return nearest - 1
+
+    def levels_of(self, times: Sequence[float]) -> list[int]:
+        """Returns the levels of times, each within half a step of one.
+
+        Raises:
+            ValueError: They are no numbers, or leave the clock.
+        """
+        if not all(isinstance(time, int | float) for time in times):
+            raise ValueError(f"timesteps={times}: give numbers, from {len(self)} down")
+        levels = self.level(torch.tensor(times))
+        if times and max(times) > len(self) or bool((levels < 0).any()):
+            raise ValueError(f"timesteps={times} leave the teacher's clock: give numbers from {len(self)} down")
+        found: list[int] = levels.tolist()
+        return found
+
+
+class Layers:
+    """The layers of a grid, by the formulas at the head of this file.
+
+    Args:
+        levels: The clock.
+        grid: tau_T .. tau_0.
+        settings: Those of a `HSIVIScheduler`; of a trained one a layer starts on the grid alone.
+    """
+
+    def __init__(self, levels: Levels, grid: list[int], settings: Mapping[str, Any]) -> None:
+        self.levels, self.settings = levels, settings
+        self.grid = torch.tensor(grid, dtype=torch.long)
+        self.made_of = (grid, levels, *(settings[name] for name in ("kernel", "noise_eta", "noise_scale")))
+
+    @cached_property
+    def by_time(self) -> dict[float, LayerCoefficients]:
+        """The numbers of each layer of the grid, as floats, by the time of its input."""
+        inputs = self.grid[:-1]
+        columns = self.coefficients(inputs, inputs[:, None].float())
+        rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
+        return {time: LayerCoefficients(*row) for time, row in zip(self.times, rows, strict=True)}
+
+    @property
+    def times(self) -> list[float]:
+        """The network's times of the inputs of the grid."""
+        times: list[float] = self.levels.time(self.grid[:-1]).tolist()
+        return times
+
+    def at(self, timestep: int | float | torch.Tensor, sample: torch.Tensor) -> LayerCoefficients:
+        """Returns the numbers of the layers that start at times; of one on the grid they are looked up, fast."""
+        if sample.dtype == torch.float32 and (not isinstance(timestep, torch.Tensor) or timestep.numel() == 1):
+            number: Any = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
+            if (known := self.by_time.get(number)) is not None:
+                return known
+        return self.coefficients(self.levels.read_times(timestep, sample), sample)
+
+    def coefficients(
+        self, level: torch.Tensor, sample: torch.Tensor, prev_level: torch.Tensor | None = None
+    ) -> LayerCoefficients:
+        """Returns the numbers of layers tau_{t+1} (B,), as tensors (B, 1, ...); see `HSIVIScheduler.transition`."""
+        position, below = (None, prev_level) if prev_level is not None else self._below(level)
+        alpha_next, sigma_next = self.levels.alpha_sigma(level, sample)
+        alpha, sigma = self.levels.alpha_sigma(below, sample)
+        c = sigma
+        if self.settings["kernel"] == "ddim":
+            variance = sigma_next.square() - (alpha_next / alpha * sigma).square()
+            c = self.settings["noise_eta"] * variance.clamp_min(0).sqrt() * sigma / sigma_next
+        direction = (sigma.square() - c.square()).clamp_min(0).sqrt()
+        last = (below <= self.grid[-1].to(below.device)).reshape(alpha.shape)
+        noise_scale = torch.as_tensor(self.settings["noise_scale"]).to(alpha)
+        if noise_scale.ndim:  # of the only grid, counted from the data side, the positions from the base
+            position = self._below(level)[0] if position is None else position
+            noise_scale = noise_scale.flip(0)[position].reshape(alpha_next.shape)
+        return LayerCoefficients(alpha_next, sigma_next, alpha, direction, c, noise_scale.expand(alpha.shape), last)
+
+    def _below(self, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the place of each level in the grid, and the level below it, both of shape (B,)."""
+        grid = self.grid.to(level.device)
+        matches = level[:, None] == grid[None, :-1]
+        position = matches.int().argmax(1)
+        below = grid[position + 1]
+        on_grid = matches.any(1)
+        if not bool(on_grid.all()):
+            if trained := _grids(self.settings["layer_timesteps"]):
+                raise ValueError(self._refusal(self.levels.time(level[~on_grid]).tolist(), trained))
+            stride = self.settings["num_train_timesteps"] // len(grid[:-1])
+            below = torch.where(on_grid, below, (level - stride).clamp_min(-1))
+        return position, below
+
+    def _refusal(self, times: list[float], trained: list[list[int]]) -> str:
+        which, remedy = "this sampler", f"give one of these {len(self.times)}"
+        if len(trained) > 1:
+            which = f"the grid that is set, of {len(self.times)} steps,"
+            remedy = f"there are grids of {_counts(trained)} steps, call set_timesteps(T) with the T you mean first"
+        return f"timestep {times} is not an input of a layer: {which} was trained at {self.times}: {remedy}"
+
+
+def make_layer_timesteps(
+    num_layers: int,
+    timestep_spacing: str = "quadratic",
+    num_train_timesteps: int = 1000,
+    start: int | None = None,
+    steps_offset: int = 0,
+) -> list[int]:
+    """Makes a grid tau_T .. tau_0 of T+1 descending integers.
+
+    Args:
+        num_layers: T, 1..N.
+        timestep_spacing: "quadratic": (i/T)^2 start, as in the paper. "uniform": (i/T) start. "trailing",
+            "leading" and "linspace": those of diffusers (table 2 of arXiv 2305.08891), ending at -1, the final
+            alpha. Repeated timesteps are moved apart; T = N always takes every timestep down to -1.
+        num_train_timesteps: N.
+        start: tau_T of the first two; 0.8 N for quadratic, N-1 for uniform by default.
+        steps_offset: Added to the timesteps of "leading".
+
+    Raises:
+        ValueError: T or `start` is out of range, or the spacing unknown.
+    """
+    size = num_train_timesteps
+    _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+    if not _is_whole(num_layers) or not 1 <= num_layers <= size:
+        raise ValueError(f"{num_layers!r} steps: give a whole number from 1 to num_train_timesteps={size}")
+    num_layers = int(num_layers)
+    if timestep_spacing in OUR_SPACINGS and num_layers < size:
+        power, default = (2, round(0.8 * size)) if timestep_spacing == "quadratic" else (1, size - 1)
+        start = max(default, num_layers) if start is None else start
+        if not _is_whole(start) or not num_layers <= start < size:
+            raise ValueError(f"start={start!r}: give a timestep from {num_layers} (the steps) to {size - 1}")
+        return [max(round((i / num_layers) ** power * start), i) for i in range(num_layers, -1, -1)]
+    if start is not None:
+        raise ValueError(f"start={start} goes with timestep_spacing 'quadratic' or 'uniform' only")
+    if timestep_spacing == "trailing":
+        timesteps = [round(i * size / num_layers) - 1 for i in range(num_layers, 0, -1)]
+    elif timestep_spacing == "leading":
+        timesteps = [i * (size // num_layers) + steps_offset for i in range(num_layers - 1, -1, -1)]
+    else:
+        timesteps = [round(i * (size - 1) / max(num_layers - 1, 1)) for i in range(num_layers - 1, -1, -1)]
+    return [min(timestep, size - 1 - place) for place, timestep in enumerate(timesteps)] + [-1]
 
 
 class HSIVIScheduler(SchedulerMixin, ConfigMixin):
@@ -169,6 +359,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
     get_velocity = DDPMScheduler.get_velocity
     _threshold_sample = DDPMScheduler._threshold_sample
+    make_layer_timesteps = staticmethod(make_layer_timesteps)
 
     @register_to_config
     def __init__(
@@ -198,38 +389,19 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         time_shift_type: str = "exponential",
         guidance_scale: float | list[float] | None = None,
     ):
-        _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        _check_choice("kernel", kernel, ("ddim", "renoise"))
-        _check_choice("noise_scale_type", noise_scale_type, ("config", "per_pixel"))
-        _check_choice("time_shift_type", time_shift_type, ("exponential", "linear"))
-        _check_number("num_train_timesteps", num_train_timesteps, 1, kind=Integral)
-        _check_number("steps_offset", steps_offset, 0, num_train_timesteps - 1, kind=Integral)
-        _check_number("noise_eta", noise_eta, 0, 1, remedy="; 0 is DDIM, 1 is the noise of DDPM")
-        _check_number("dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0, 1)
-        _check_number("clip_sample_range", clip_sample_range, sys.float_info.min)
-        _check_number("sample_max_value", sample_max_value, sys.float_info.min)
-        _check_number("shift", shift, sys.float_info.min)
-        if rescale_betas_zero_snr and prediction_type == "epsilon":
-            raise ValueError(
-                "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the sample "
-                "is pure noise, and a prediction of it does not determine x0"
-            )
+        _check_settings(self.config)
         if layer_timesteps is not None:
             layer_timesteps = _check_grids(layer_timesteps, num_train_timesteps)
             # A trained grid needs no spacing, and some classes accept only their own.
             spacing = "leading" if timestep_spacing in OUR_SPACINGS else timestep_spacing
             self.register_to_config(layer_timesteps=layer_timesteps, timestep_spacing=spacing)
-        self.register_to_config(noise_scale=_check_noise_scale(noise_scale, layer_timesteps))
-
-        self.register_to_config(guidance_scale=_check_guidance(guidance_scale))
+        noise_scale, guidance_scale = _check_noise_scale(noise_scale, layer_timesteps), _check_guidance(guidance_scale)
+        self.register_to_config(noise_scale=noise_scale, guidance_scale=guidance_scale)
         self.levels = self._make_levels(shift)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        self.layer_grid: torch.Tensor | None = None
         self.timesteps = self.levels.time(torch.arange(len(self.levels)).flip(0))
-        self._layers: dict[float, LayerCoefficients] = {}
-        self._layers_are_of: tuple[Any, ...] = ()
+        self._layers: Layers | None = None
         for depth in self.depths if layer_timesteps is not None else []:  # checks each; the largest stays
             self.set_timesteps(depth)
 
@@ -256,22 +428,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             ValueError: The config has the noise levels of EDM, or those of a flow that follow another formula.
         """
         if isinstance(config, dict):
-            name = config.get("_class_name") or "this scheduler"
-            betas = {"beta_start", "trained_betas"} & {*config, *kwargs}
-            whole = "_class_name" in config or "num_train_timesteps" in config
-            flow, kind = config.get("use_flow_sigmas"), config.get("prediction_type", "flow_prediction")
-            if flow is not None and flow != (kind == "flow_prediction"):
-                raise ValueError(
-                    f"the config of {name} has use_flow_sigmas={flow} and prediction_type={kind!r}: a rectified flow "
-                    "has True and 'flow_prediction', and any other model neither"
-                )
-            if flow or ("shift" in config and not betas):
-                kwargs = {**_flow_settings(name, config), **kwargs}
-            elif whole and not betas:
-                raise ValueError(
-                    f"the config of {name} has neither betas nor a rectified flow; EDM and VE models are not "
-                    "supported: use one whose scheduler is like DDPMScheduler or FlowMatchEulerDiscreteScheduler"
-                )
+            kwargs = _read_settings(config, kwargs)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -294,49 +451,6 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     # ----- the grid -----
-
-    @staticmethod
-    def make_layer_timesteps(
-        num_layers: int,
-        timestep_spacing: str = "quadratic",
-        num_train_timesteps: int = 1000,
-        start: int | None = None,
-        steps_offset: int = 0,
-    ) -> list[int]:
-        """Makes a grid tau_T .. tau_0 of T+1 descending integers.
-
-        Args:
-            num_layers: T, 1..N.
-            timestep_spacing: "quadratic": (i/T)^2 start, as in the paper. "uniform": (i/T) start. "trailing",
-                "leading" and "linspace": those of diffusers (table 2 of arXiv 2305.08891), ending at -1, the final
-                alpha. Repeated timesteps are moved apart; T = N always takes every timestep down to -1.
-            num_train_timesteps: N.
-            start: tau_T of the first two; 0.8 N for quadratic, N-1 for uniform by default.
-            steps_offset: Added to the timesteps of "leading".
-
-        Raises:
-            ValueError: T or `start` is out of range, or the spacing unknown.
-        """
-        size = num_train_timesteps
-        _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        if not _is_whole(num_layers) or not 1 <= num_layers <= size:
-            raise ValueError(f"{num_layers!r} steps: give a whole number from 1 to num_train_timesteps={size}")
-        num_layers = int(num_layers)
-        if timestep_spacing in OUR_SPACINGS and num_layers < size:
-            power, default = (2, round(0.8 * size)) if timestep_spacing == "quadratic" else (1, size - 1)
-            start = max(default, num_layers) if start is None else start
-            if not _is_whole(start) or not num_layers <= start < size:
-                raise ValueError(f"start={start!r}: give a timestep from {num_layers} (the steps) to {size - 1}")
-            return [max(round((i / num_layers) ** power * start), i) for i in range(num_layers, -1, -1)]
-        if start is not None:
-            raise ValueError(f"start={start} goes with timestep_spacing 'quadratic' or 'uniform' only")
-        if timestep_spacing == "trailing":
-            timesteps = [round(i * size / num_layers) - 1 for i in range(num_layers, 0, -1)]
-        elif timestep_spacing == "leading":
-            timesteps = [i * (size // num_layers) + steps_offset for i in range(num_layers - 1, -1, -1)]
-        else:
-            timesteps = [round(i * (size - 1) / max(num_layers - 1, 1)) for i in range(num_layers - 1, -1, -1)]
-        return [min(timestep, size - 1 - place) for place, timestep in enumerate(timesteps)] + [-1]
 
     def set_timesteps(
         self,
@@ -364,56 +478,16 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             shift = math.exp(mu) if self.config.time_shift_type == "exponential" else mu
             _check_number("the shift that follows from mu", shift, sys.float_info.min)
             self.levels = self._make_levels(shift)
-        grid = self._choose_grid(num_inference_steps, timesteps, sigmas)
+        grid = _choose_grid(self.config, self.levels, num_inference_steps, timesteps, sigmas)
         if grid[0] >= len(self.levels):
             raise ValueError(f"the grid {grid} starts beyond the {len(self.levels)} betas: give trained_betas for all")
         if self.config.prediction_type == "epsilon" and self.alphas_cumprod[grid[0]] == 0:
             raise ValueError(f"abar is 0 at {grid[0]}, where a noise prediction does not determine x0: start lower")
-        settings = (grid, self.config.kernel, self.config.noise_eta, self.config.noise_scale, self.levels)
-        if settings != self._layers_are_of:
-            self.layer_grid = torch.tensor(grid, dtype=torch.long)
-            self._layers, self._layers_are_of = self._make_layers(), settings
+        layers = Layers(self.levels, grid, self.config)
+        if self._layers is None or layers.made_of != self._layers.made_of:  # else its numbers are known
+            self._layers = layers
         self.num_inference_steps = len(grid) - 1
-        self.timesteps = self.levels.time(self._grid()[:-1]).to(device)
-
-    def _choose_grid(
-        self, num_inference_steps: int | None, timesteps: list[int] | list[float] | None, sigmas: list[float] | None
-    ) -> list[int]:
-        if sigmas is not None:
-            if not self.is_flow:
-                raise ValueError("sigmas are of a rectified flow, and this scheduler has betas: pass timesteps")
-            if num_inference_steps not in (None, len(sigmas)):
-                raise ValueError(f"num_inference_steps={num_inference_steps}, and {len(sigmas)} sigmas: pass one")
-            if self.trained_grids:
-                return _choose_trained(self.trained_grids, len(sigmas), None)
-            steps = [round(float(u) * len(self)) - 1 for u in sigmas]
-            return _check_timesteps("the levels of sigmas + [-1]", [*steps, -1], len(self))
-        if num_inference_steps is not None and timesteps is not None:
-            raise ValueError("num_inference_steps and timesteps were both given: pass one of them")
-        if timesteps is not None and self.is_flow:
-            timesteps = self._levels_of(timesteps)
-        if trained := self.trained_grids:
-            return _choose_trained(trained, num_inference_steps, timesteps)
-        if timesteps is not None:
-            return _check_timesteps("timesteps + [-1]", [*_listed(timesteps), -1], self.config.num_train_timesteps)
-        if num_inference_steps is None:
-            raise ValueError("this scheduler has no trained grid (layer_timesteps): pass num_inference_steps")
-        spacing, size = self.config.timestep_spacing, self.config.num_train_timesteps
-        # A rectified flow is N(0, I) at its last level alone; with betas others are nearly so.
-        start = size - 1 if self.is_flow and spacing in OUR_SPACINGS and num_inference_steps < size else None
-        offset = self.config.steps_offset
-        return self.make_layer_timesteps(num_inference_steps, spacing, size, start, steps_offset=offset)
-
-    def _levels_of(self, times: Any) -> list[int]:
-        """Levels of times of a rectified flow, each within half a step of one."""
-        given = _listed(times)
-        if not all(isinstance(time, int | float) for time in given):
-            raise ValueError(f"timesteps={given}: give numbers, from {len(self)} down")
-        levels = self.levels.level(torch.tensor(given))
-        if given and max(given) > len(self) or bool((levels < 0).any()):
-            raise ValueError(f"timesteps={given} leave the teacher's clock: give numbers from {len(self)} down")
-        found: list[int] = levels.tolist()
-        return found
+        self.timesteps = self.levels.time(layers.grid[:-1]).to(device)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Checks the layer that a pipeline starts at; `step` finds its layer by the timestep.
@@ -430,8 +504,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     @property
     def trained_grids(self) -> list[list[int]]:
         """The grids of `layer_timesteps`, by rising T; empty if nothing was trained."""
-        grids = self.config.layer_timesteps or []
-        return [list(grids)] if grids and isinstance(grids[0], int) else sorted(map(list, grids), key=len)
+        return _grids(self.config.layer_timesteps)
 
     @property
     def guidance_scales(self) -> list[float]:
@@ -454,7 +527,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     @property
     def depths(self) -> list[int]:
         """T of each trained grid, or of the one that is set: the layers of all are counted one grid after the other."""
-        return [len(grid) - 1 for grid in self.trained_grids] or [len(self._grid()) - 1]
+        return [len(grid) - 1 for grid in self.trained_grids] or [len(self.layers.grid) - 1]
 
     def input_level(self, t: torch.Tensor) -> torch.Tensor:
         """Returns tau_{t+1}, the level of the input of layers t, of the shape of t; `depths` tells how t counts."""
@@ -467,35 +540,19 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     @property
     def _layers_of_all_grids(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Levels of input and output of each layer, counted from the data side, one grid after the other."""
-        rising = [torch.tensor(grid).flip(0) for grid in self.trained_grids] or [self._grid().flip(0)]
+        rising = [torch.tensor(grid).flip(0) for grid in self.trained_grids] or [self.layers.grid.flip(0)]
         return torch.cat([grid[1:] for grid in rising]), torch.cat([grid[:-1] for grid in rising])
 
-    def _grid(self) -> torch.Tensor:
-        if self.layer_grid is None:
+    @property
+    def layers(self) -> Layers:
+        """Those of the grid that is set.
+
+        Raises:
+            ValueError: There is none yet.
+        """
+        if self._layers is None:
             raise ValueError("the scheduler has no grid yet: call set_timesteps(num_inference_steps) first")
-        return self.layer_grid
-
-    def _below(self, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the place of each level in the grid, and the level below it, both of shape (B,)."""
-        grid = self._grid().to(level.device)
-        matches = level[:, None] == grid[None, :-1]
-        position = matches.int().argmax(1)
-        below = grid[position + 1]
-        on_grid = matches.any(1)
-        if not bool(on_grid.all()):
-            if self.config.layer_timesteps is not None:
-                self._refuse(self.levels.time(level[~on_grid]).tolist())
-            stride = self.config.num_train_timesteps // len(grid[:-1])
-            below = torch.where(on_grid, below, (level - stride).clamp_min(-1))
-        return position, below
-
-    def _refuse(self, timesteps: list[float]) -> NoReturn:
-        trained, inputs = self.trained_grids, self.levels.time(self._grid()[:-1]).tolist()
-        which, remedy = "this sampler", f"give one of these {len(inputs)}"
-        if len(trained) > 1:
-            which = f"the grid that is set, of {len(inputs)} steps,"
-            remedy = f"there are grids of {_counts(trained)} steps, call set_timesteps(T) with the T you mean first"
-        raise ValueError(f"timestep {timesteps} is not an input of a layer: {which} was trained at {inputs}: {remedy}")
+        return self._layers
 
     # ----- the layer -----
 
@@ -504,9 +561,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
         Level -1 is where noise ends. The sample gives the device, dtype and number of dimensions.
         """
-        alpha, sigma = self.levels.alpha_sigma(level.to(sample.device), sample)
-        shape = [-1, *[1] * (sample.ndim - 1)]
-        return alpha.reshape(shape), sigma.reshape(shape)
+        return self.levels.alpha_sigma(level, sample)
 
     def diffuse(self, x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Returns alpha x0 + sigma noise, of the shape and dtype of x0; levels as in `alpha_sigma`."""
@@ -545,20 +600,13 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: The output does not fit the sample.
         """
-        model_output, sample = self._match(model_output, sample)
-        return self._predict(model_output, sample, *self.alpha_sigma(self._on_clock(level, sample), sample))
+        model_output, sample = _match(model_output, sample)
+        return self._predict(model_output, sample, *self.alpha_sigma(self.levels.read_levels(level, sample), sample))
 
     def _predict(
         self, model_output: torch.Tensor, sample: torch.Tensor, alpha: Any, sigma: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.config.prediction_type == "epsilon":
-            x0, eps = (sample - sigma * model_output) / alpha, model_output
-        elif self.config.prediction_type == "sample":
-            x0, eps = model_output, (sample - alpha * model_output) / sigma
-        elif self.config.prediction_type == "flow_prediction":
-            x0, eps = sample - sigma * model_output, sample + alpha * model_output
-        else:
-            x0, eps = alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
+        x0, eps = _split(self.config.prediction_type, model_output, sample, alpha, sigma)
         if self.config.thresholding:
             x0 = self._threshold_sample(x0)
         elif self.config.clip_sample:
@@ -587,8 +635,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: The level is no layer's input, the shapes do not fit, or a per-pixel scale is missing.
         """
-        model_output, sample = self._match(model_output, sample)
-        layer = self.coefficients(self._on_clock(level, sample), sample, prev_level)
+        model_output, sample = _match(model_output, sample)
+        layer = self.layers.coefficients(self.levels.read_levels(level, sample), sample, prev_level)
         mean, std, _ = self._transition(model_output, sample, layer, noise_scale)
         return mean, std if isinstance(std, torch.Tensor) else mean.new_full([1] * mean.ndim, std)
 
@@ -640,8 +688,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             ValueError: As `transition`; or generator and variance_noise are both given.
         """
         dtype = sample.dtype
-        model_output, sample = self._match(model_output, sample)
-        layer = self._layer(timestep, sample)
+        model_output, sample = _match(model_output, sample)
+        layer = self.layers.at(timestep, sample)
         mean, std, x0 = self._transition(model_output, sample, layer, noise_scale)
         if generator is not None and variance_noise is not None:
             raise ValueError("generator and variance_noise were both given: pass the source of the noise, or the noise")
@@ -661,92 +709,54 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         x, x0 = x.to(dtype), x0.to(dtype)
         return HSIVISchedulerOutput(prev_sample=x, pred_original_sample=x0) if return_dict else (x, x0)
 
-    # ----- the numbers of the layers -----
 
-    def _layer(self, timestep: int | float | torch.Tensor, sample: torch.Tensor) -> LayerCoefficients:
-        """Returns the numbers of the layers that start at a time; of one on the grid they are looked up, fast."""
-        if sample.dtype == torch.float32 and (not isinstance(timestep, torch.Tensor) or timestep.numel() == 1):
-            number: Any = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
-            if (known := self._layers.get(number)) is not None:
-                return known
-        time = self._rows("timestep", timestep, sample)
-        level = self.levels.level(time)
-        self._check_on_clock("timestep", time, level)
-        return self.coefficients(level.to(sample.device), sample)
+def _match(model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drops a learned variance, checks the shapes, and leaves half precision."""
+    if model_output.ndim == sample.ndim and model_output.shape[1] == 2 * sample.shape[1]:
+        model_output = model_output.chunk(2, dim=1)[0]
+    if model_output.shape != sample.shape:
+        raise ValueError(
+            f"model_output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}: they must be "
+            "equal, or the output must have twice the channels"
+        )
+    if model_output.dtype == sample.dtype == torch.float32:
+        return model_output, sample
+    if not sample.is_floating_point() or not model_output.is_floating_point():
+        raise ValueError(
+            f"model_output is {model_output.dtype} and the sample {sample.dtype}: give floating-point tensors, "
+            "such as sample.float()"
+        )
+    dtype = torch.promote_types(sample.dtype, torch.float32)
+    return model_output.to(dtype), sample.to(dtype)
 
-    def _make_layers(self) -> dict[float, LayerCoefficients]:
-        """The numbers of each layer of the grid, by the time of its input."""
-        inputs = self._grid()[:-1]
-        columns = self.coefficients(inputs, inputs[:, None].float())
-        rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
-        times = self.levels.time(inputs).tolist()
-        return {time: LayerCoefficients(*row) for time, row in zip(times, rows, strict=True)}
 
-    def coefficients(
-        self, level: torch.Tensor, sample: torch.Tensor, prev_level: torch.Tensor | None = None
-    ) -> LayerCoefficients:
-        """Returns the numbers of layers tau_{t+1} (B,), as tensors (B, 1, ...); see `transition` for the arguments."""
-        position, below = (None, prev_level) if prev_level is not None else self._below(level)
-        alpha_next, sigma_next = self.alpha_sigma(level, sample)
-        alpha, sigma = self.alpha_sigma(below, sample)
-        c = sigma
-        if self.config.kernel == "ddim":
-            variance = sigma_next.square() - (alpha_next / alpha * sigma).square()
-            c = self.config.noise_eta * variance.clamp_min(0).sqrt() * sigma / sigma_next
-        direction = (sigma.square() - c.square()).clamp_min(0).sqrt()
-        last = (below <= self._grid()[-1].to(below.device)).reshape(alpha.shape)
-        noise_scale = torch.as_tensor(self.config.noise_scale).to(alpha)
-        if noise_scale.ndim:  # of the only grid, counted from the data side, the positions from the base
-            position = self._below(level)[0] if position is None else position
-            noise_scale = noise_scale.flip(0)[position].reshape(alpha_next.shape)
-        return LayerCoefficients(alpha_next, sigma_next, alpha, direction, c, noise_scale.expand(alpha.shape), last)
+def _rows(name: str, values: Any, sample: torch.Tensor) -> torch.Tensor:
+    """One number, or one for each row of the sample, as a vector."""
+    if isinstance(values, str):
+        raise ValueError(f"{name}={values!r}: give a number or a tensor, such as one of scheduler.timesteps")
+    values = torch.as_tensor(values).reshape(-1)
+    if len(values) not in (1, len(sample)):
+        raise ValueError(f"{len(values)} {name}s for {len(sample)} samples: give one, or one for each")
+    return values
 
-    def _match(self, model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Drops a learned variance, checks the shapes, and leaves half precision."""
-        if model_output.ndim == sample.ndim and model_output.shape[1] == 2 * sample.shape[1]:
-            model_output = model_output.chunk(2, dim=1)[0]
-        if model_output.shape != sample.shape:
-            raise ValueError(
-                f"model_output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}: they must be "
-                "equal, or the output must have twice the channels"
-            )
-        if model_output.dtype == sample.dtype == torch.float32:
-            return model_output, sample
-        if not sample.is_floating_point() or not model_output.is_floating_point():
-            raise ValueError(
-                f"model_output is {model_output.dtype} and the sample {sample.dtype}: give floating-point tensors, "
-                "such as sample.float()"
-            )
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        return model_output.to(dtype), sample.to(dtype)
 
-    def _on_clock(self, level: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """Levels as a vector on the device of the sample."""
-        given = self._rows("level", level, sample)
-        level = given.long()
-        self._check_on_clock("level", given, level)
-        return level.to(sample.device)
+def _split(
+    prediction_type: str, model_output: torch.Tensor, sample: torch.Tensor, alpha: Any, sigma: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the (x0, eps) that a prediction means, with sample = alpha x0 + sigma eps."""
+    if prediction_type == "epsilon":
+        return (sample - sigma * model_output) / alpha, model_output
+    if prediction_type == "sample":
+        return model_output, (sample - alpha * model_output) / sigma
+    if prediction_type == "flow_prediction":
+        return sample - sigma * model_output, sample + alpha * model_output
+    return alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
 
-    def _check_on_clock(self, name: str, given: torch.Tensor, level: torch.Tensor) -> None:
-        """Refuses what is no level, or no time of one; only on the CPU, for on a GPU it would wait for the device."""
-        if given.device.type != "cpu":
-            return
-        size = len(self.levels)
-        inside = (level >= 0) & (level < size)
-        exact = level if name == "level" else self.levels.time(level.clamp(0, size - 1))
-        if not bool(inside.all()) or not torch.allclose(exact.double(), given.double(), rtol=1e-6, atol=1e-6):
-            wanted = "some of scheduler.timesteps" if self.is_flow else f"integers from 0 to {size - 1}"
-            raise ValueError(f"{name} {given.tolist()} is off the clock: give {wanted}")
 
-    @staticmethod
-    def _rows(name: str, values: Any, sample: torch.Tensor) -> torch.Tensor:
-        """One number, or one for each row of the sample, as a vector."""
-        if isinstance(values, str):
-            raise ValueError(f"{name}={values!r}: give a number or a tensor, such as one of scheduler.timesteps")
-        values = torch.as_tensor(values).reshape(-1)
-        if len(values) not in (1, len(sample)):
-            raise ValueError(f"{len(values)} {name}s for {len(sample)} samples: give one, or one for each")
-        return values
+def _grids(layer_timesteps: Any) -> list[list[int]]:
+    """Returns the grids of the setting, by rising T; empty if nothing was trained."""
+    grids = layer_timesteps or []
+    return [list(grids)] if grids and isinstance(grids[0], int) else sorted(map(list, grids), key=len)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -761,6 +771,30 @@ def _check_number(
         whole = "a whole number" if kind is Integral else "a number"
         bounds = f"from {low} to {high}" if high < sys.float_info.max else "> 0" if low < 1 else f"of at least {low}"
         raise ValueError(f"{name}={value!r}: give {whole} {bounds}{remedy}")
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuses, with ValueError, single values that are out of range."""
+    choices = {
+        "prediction_type": PREDICTION_TYPES,
+        "timestep_spacing": TIMESTEP_SPACINGS,
+        "kernel": ("ddim", "renoise"),
+    }
+    choices |= {"noise_scale_type": ("config", "per_pixel"), "time_shift_type": ("exponential", "linear")}
+    for name, accepted in choices.items():
+        _check_choice(name, settings[name], accepted)
+    size = settings["num_train_timesteps"]
+    _check_number("num_train_timesteps", size, 1, kind=Integral)
+    _check_number("steps_offset", settings["steps_offset"], 0, size - 1, kind=Integral)
+    _check_number("noise_eta", settings["noise_eta"], 0, 1, remedy="; 0 is DDIM, 1 is the noise of DDPM")
+    _check_number("dynamic_thresholding_ratio", settings["dynamic_thresholding_ratio"], 0, 1)
+    for name in ("clip_sample_range", "sample_max_value", "shift"):
+        _check_number(name, settings[name], sys.float_info.min)
+    if settings["rescale_betas_zero_snr"] and settings["prediction_type"] == "epsilon":
+        raise ValueError(
+            "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the sample "
+            "is pure noise, and a prediction of it does not determine x0"
+        )
 
 
 def _is_whole(value: Any) -> bool:
@@ -789,6 +823,27 @@ def _make_schedule(options: dict[str, Any]) -> DDPMScheduler:
     if not 0 <= low <= high <= 1 or schedule.betas.ndim != 1:
         raise ValueError(f"betas from {float(low):g} to {float(high):g}, shape {tuple(schedule.betas.shape)}: {remedy}")
     return schedule
+
+
+def _read_settings(config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns kwargs with what the config of a rectified flow means, or refuses levels that are not known."""
+    name = config.get("_class_name") or "this scheduler"
+    betas = {"beta_start", "trained_betas"} & {*config, *kwargs}
+    whole = "_class_name" in config or "num_train_timesteps" in config
+    flow, kind = config.get("use_flow_sigmas"), config.get("prediction_type", "flow_prediction")
+    if flow is not None and flow != (kind == "flow_prediction"):
+        raise ValueError(
+            f"the config of {name} has use_flow_sigmas={flow} and prediction_type={kind!r}: a rectified flow "
+            "has True and 'flow_prediction', and any other model neither"
+        )
+    if flow or ("shift" in config and not betas):
+        return {**_flow_settings(name, config), **kwargs}
+    if whole and not betas:
+        raise ValueError(
+            f"the config of {name} has neither betas nor a rectified flow; EDM and VE models are not "
+            "supported: use one whose scheduler is like DDPMScheduler or FlowMatchEulerDiscreteScheduler"
+        )
+    return kwargs
 
 
 def _flow_settings(name: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -826,6 +881,40 @@ def _check_grids(grids: Any, num_train_timesteps: int) -> list[int] | list[list[
     if len(set(counts)) < len(counts):
         raise ValueError(f"layer_timesteps holds grids of {counts} steps: give each number of steps one grid")
     return checked if len(checked) > 1 else checked[0]
+
+
+def _choose_grid(
+    settings: Mapping[str, Any],
+    levels: Levels,
+    num_inference_steps: int | None,
+    timesteps: list[int] | list[float] | None,
+    sigmas: list[float] | None,
+) -> list[int]:
+    """Returns the grid that `set_timesteps` is asked for."""
+    size, spacing = settings["num_train_timesteps"], settings["timestep_spacing"]
+    is_flow, trained = isinstance(levels, FlowLevels), _grids(settings["layer_timesteps"])
+    if sigmas is not None:
+        if not is_flow:
+            raise ValueError("sigmas are of a rectified flow, and this scheduler has betas: pass timesteps")
+        if num_inference_steps not in (None, len(sigmas)):
+            raise ValueError(f"num_inference_steps={num_inference_steps}, and {len(sigmas)} sigmas: pass one")
+        if trained:
+            return _choose_trained(trained, len(sigmas), None)
+        steps = [round(float(u) * size) - 1 for u in sigmas]
+        return _check_timesteps("the levels of sigmas + [-1]", [*steps, -1], size)
+    if num_inference_steps is not None and timesteps is not None:
+        raise ValueError("num_inference_steps and timesteps were both given: pass one of them")
+    if timesteps is not None and isinstance(levels, FlowLevels):
+        timesteps = levels.levels_of(_listed(timesteps))
+    if trained:
+        return _choose_trained(trained, num_inference_steps, timesteps)
+    if timesteps is not None:
+        return _check_timesteps("timesteps + [-1]", [*_listed(timesteps), -1], size)
+    if num_inference_steps is None:
+        raise ValueError("this scheduler has no trained grid (layer_timesteps): pass num_inference_steps")
+    # A rectified flow is N(0, I) at its last level alone; with betas others are nearly so.
+    start = size - 1 if is_flow and spacing in OUR_SPACINGS and num_inference_steps < size else None
+    return make_layer_timesteps(num_inference_steps, spacing, size, start, settings["steps_offset"])
 
 
 def _counts(trained: list[list[int]]) -> str:

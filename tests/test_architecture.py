@@ -126,7 +126,7 @@ ALLOWED = {
     "evaluation/classifier": (set(), {"torch", "diffusers"}),
     "images": (set(), EVALUATE),
     "evaluation/features": ({"evaluation/classifier"}, EVALUATE),
-    "evaluation/metrics": ({"evaluation/features"}, EVALUATE),
+    "evaluation/metrics": ({"bars", "evaluation/features"}, EVALUATE),
     "evaluation/solvers": (
         {f"distillation/{noun}" for noun in ("denoisers", "guidance", "ode", "teachers")}
         | {"pipeline_hsivi", "scheduling_hsivi"},

@@ -160,7 +160,7 @@ def test_a_student_of_a_rectified_flow_starts_at_pure_noise():
     schedule = HSIVIScheduler(prediction_type="flow_prediction", shift=3.0)
     for config in (HSIVIConfig(num_inference_steps=4), HSIVIConfig(num_inference_steps=1)):
         student = make_scheduler(schedule, config, (1, 8, 8))
-        assert (student.timesteps[0], student.layer_grid[-1]) == (1000.0, 0)
+        assert (student.timesteps[0], student.layers.grid[-1]) == (1000.0, 0)
     with pytest.raises(ValueError, match="a student of a rectified flow starts at 999, pure noise"):
         make_scheduler(schedule, HSIVIConfig(start_timestep=800), (1, 8, 8))
 
@@ -562,7 +562,7 @@ def test_the_coarse_part_of_an_image_counts_more_and_the_rest_as_before():
     scheduler = HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)
     t = torch.tensor([0, 1])
     ends = scheduler.input_level(t), fine, scheduler.output_level(t)
-    share = scheduler.coefficients(*ends).image_share
+    share = scheduler.layers.coefficients(*ends).image_share
     torch.testing.assert_close(image_loss(scheduler, 7.0)(share * (coarse + fine), t), expected)
     torch.testing.assert_close(image_loss(scheduler)(share * fine, t), half_square(fine))
 
@@ -572,7 +572,7 @@ def test_the_loss_of_pairs_is_in_image_units_whatever_the_layer():
     scheduler = HSIVIScheduler(layer_timesteps=[[440, 0], [440, 220, 0], [440, 330, 220, 110, 0]], noise_eta=1.0)
     t = torch.arange(7)
     x, x0 = torch.randn(2, 7, 1, 8, 8)
-    layer = scheduler.coefficients(scheduler.input_level(t), x, scheduler.output_level(t))
+    layer = scheduler.layers.coefficients(scheduler.input_level(t), x, scheduler.output_level(t))
     mean, moved = (layer.mean(clean, layer.noise_in(x, clean)) for clean in (x0, x0 + 0.1))
     torch.testing.assert_close(image_loss(scheduler)(moved - mean, t), torch.full((7,), 0.32), rtol=1e-3, atol=0)
     torch.testing.assert_close(layer.invert(mean, x)[0], x0, rtol=1e-3, atol=1e-4)
@@ -680,7 +680,7 @@ def test_pairs_of_several_layers_lead_each_to_its_picture(noise_eta):
     noise = ((x - alpha * clean) / sigma)[~first]
     assert noise.mean().item() == pytest.approx(0, abs=0.05)
     assert noise.std().item() == pytest.approx(1, abs=0.05)
-    x0, _ = grid.coefficients(grid.input_level(t), x, grid.output_level(t)).invert(end, x)
+    x0, _ = grid.layers.coefficients(grid.input_level(t), x, grid.output_level(t)).invert(end, x)
     torch.testing.assert_close(x0, clean, atol=1e-4, rtol=1e-4)
     # what a network that answers with the picture would have for its mean
     told = HSIVIScheduler.from_config(grid.config, prediction_type="sample", clip_sample=False)

@@ -126,7 +126,9 @@ def test_a_layer_is_the_posterior_of_diffusing_up_again(shift, eta, grid):
 def test_the_variance_of_a_layer_is_that_of_the_posterior():
     """With eta 1, c^2 is the variance of x_t given x_{t+1} and x0: 0.471^2 from 0.75 to 0.5."""
     scheduler = flow(noise_eta=1.0, layer_timesteps=[749, 499])
-    layer = scheduler.coefficients(torch.tensor([749]), torch.zeros(1, 1, dtype=torch.float64), torch.tensor([499]))
+    layer = scheduler.layers.coefficients(
+        torch.tensor([749]), torch.zeros(1, 1, dtype=torch.float64), torch.tensor([499])
+    )
     assert float(layer.c) == pytest.approx(math.sqrt(0.75**2 - 0.5**2 * 0.5**2) * 0.5 / 0.75)
     assert float(layer.c) == pytest.approx(0.471, abs=5e-4)
 

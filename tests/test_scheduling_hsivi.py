@@ -126,7 +126,7 @@ def test_a_mean_is_read_as_the_image_and_noise_it_was_made_of_and_leads_back(pre
     timesteps, below = scheduler.timesteps, torch.tensor(GRID[1:])
     clean, eps = scheduler.predict(output, timesteps, sample)
     mean, _ = scheduler.transition(output, timesteps, sample)
-    layer = scheduler.coefficients(timesteps, sample, below)
+    layer = scheduler.layers.coefficients(timesteps, sample, below)
     for got, wanted in zip(layer.invert(mean, sample), (clean, eps), strict=True):
         torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(layer.mean(clean, layer.noise_in(sample, clean)), mean)
@@ -422,7 +422,7 @@ def test_a_count_picks_its_grid_and_none_the_longest():
         scheduler.set_timesteps(count)
         assert (scheduler.timesteps.tolist(), scheduler.num_inference_steps) == (grid[:-1], len(grid) - 1)
     scheduler.set_timesteps(timesteps=[440, 220])
-    assert scheduler.layer_grid.tolist() == GRIDS[2]
+    assert scheduler.layers.grid.tolist() == GRIDS[2]
 
 
 @pytest.mark.parametrize(

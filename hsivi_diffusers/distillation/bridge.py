@@ -138,8 +138,8 @@ class TeacherBridge(Bridge):
         tau = self.scheduler.input_level(t)
         chosen = torch.rand(len(t), generator=generator).to(t.device) < self.between_share
         chosen &= ~torch.isin(t, self._first_layers.to(t.device)) & (level < tau)
-        x0, eps = self.scheduler.coefficients(tau, x_next, self.level(t)).invert(q.mean, x_next)
-        layer = self.scheduler.coefficients(tau, q.mean, torch.minimum(level, tau))
+        x0, eps = self.scheduler.layers.coefficients(tau, x_next, self.level(t)).invert(q.mean, x_next)
+        layer = self.scheduler.layers.coefficients(tau, q.mean, torch.minimum(level, tau))
         chosen = chosen.reshape(alpha.shape)
         mean, std = torch.where(chosen, alpha * x0, fresh.mean), torch.where(chosen, sigma, fresh.std)
         kept = ((layer.direction * eps + layer.c * noise) / sigma).detach()

@@ -76,7 +76,7 @@ class TeacherPairs:
         if bool(below.any()):
             diffused = self.scheduler.diffuse(x0, randn_like(x0, generator), timestep)
             x_next = torch.where(below.to(x0.device)[:, None, None, None], diffused, x_next)
-        layer = self.scheduler.coefficients(timestep, x_next, self.scheduler.output_level(t))
+        layer = self.scheduler.layers.coefficients(timestep, x_next, self.scheduler.output_level(t))
         end = layer.mean(x0, layer.noise_in(x_next, x0))
         return x_next, end, None if self.condition is None else self.condition[index].to(self._device)
 
@@ -125,7 +125,7 @@ def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tens
     def loss(residual: Tensor, t: Tensor) -> Tensor:
         """Residuals of means, shape (B, C, H, W), of layers t -> (B,)."""
         ends = scheduler.input_level(t), residual, scheduler.output_level(t)
-        image = residual / scheduler.coefficients(*ends).image_share
+        image = residual / scheduler.layers.coefficients(*ends).image_share
         if not coarse:
             return half_square(image)
         means = adaptive_avg_pool2d(image, 4)

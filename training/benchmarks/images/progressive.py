@@ -69,13 +69,13 @@ class ProgressiveDistillation(Baseline):
     def aim(self, z: Tensor, t: Tensor, u: Tensor, s: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns the clean image with which one DDIM step from t to s ends where two of the teacher do."""
         end = self.step(self.step(z, t, u, condition), u, s, condition)
-        aim: Tensor = self.schedule.coefficients(t, z, s).invert(end, z)[0]
+        aim: Tensor = self.schedule.layers.coefficients(t, z, s).invert(end, z)[0]
         return aim
 
     def step(self, z: Tensor, timestep: Tensor, below: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns the teacher's DDIM step between timesteps of shape (B,)."""
         x0, _ = denoise(self.teacher, self.schedule, z, timestep, condition)
-        layer = self.schedule.coefficients(timestep, z, below)
+        layer = self.schedule.layers.coefficients(timestep, z, below)
         mean: Tensor = layer.mean(x0, layer.noise_in(z, x0))
         return mean
 
