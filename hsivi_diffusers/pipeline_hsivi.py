@@ -133,11 +133,9 @@ class HSIVIPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
         weight = self.unet.conv_in.weight
-        # Hooks of accelerate or diffusers move weights; to ask them for the device takes as long as a small network.
-        hooks, modules = ("_hf_hook", "_diffusers_hook"), (self.unet, self.unet.conv_in)
-        hooked = any(hasattr(module, hook) for module in modules for hook in hooks)
+        hooked = _is_hooked(self.unet)  # to ask for the device takes as long as a small network
         device, dtype = (self._execution_device, self.unet.dtype) if hooked else (weight.device, weight.dtype)
-        latents = self._prepare_latents(batch_size, latents, generator, device, dtype)
+        latents = _prepare_latents(self.unet, batch_size, latents, generator, device, dtype)
         guidance = self.scheduler.guidance_index(guidance_scale)
         conditions = self._prepare_class_labels(batch_size, class_labels, device, guidance)
         per_pixel = self.scheduler.config.noise_scale_type == "per_pixel"
@@ -155,11 +153,7 @@ class HSIVIPipeline(DiffusionPipeline):
                 wanted = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                 latents = (callback_on_step_end(self, i, timestep, wanted) or {}).get("latents", latents)
 
-        images = latents if output_type == "latent" else (latents / 2 + 0.5).clamp(0, 1)
-        if output_type in ("pil", "np"):
-            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
+        images = _convert(latents, output_type)
         if hooked:
             self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -171,7 +165,7 @@ class HSIVIPipeline(DiffusionPipeline):
             remedy = "pass the HSIVINoiseScale that was trained with this unet" if scale is None else "leave it out"
             given = "None" if scale is None else "given"
             raise ValueError(f"noise_scale_type is {kind!r} and unet_noise_scale is {given}: {remedy}")
-        shape = self._sample_shape()
+        shape = _sample_shape(self.unet)
         if scale is not None and shape not in (None, tuple(scale.config.sample_shape)):
             raise ValueError(
                 f"unet_noise_scale is of samples {tuple(scale.config.sample_shape)}, the unet of {shape}: pass the one "
@@ -195,27 +189,6 @@ class HSIVIPipeline(DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: choose from {self._callback_tensor_inputs}"
             )
-
-    def _sample_shape(self) -> tuple[int, int, int] | None:
-        """(C, H, W), or None where the unet was made for no size of its own."""
-        size = self.unet.config.sample_size
-        if size is None:
-            return None
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
-
-    def _prepare_latents(
-        self, batch_size: int, latents: torch.Tensor | None, generator: Any, device: torch.device, dtype: torch.dtype
-    ) -> torch.Tensor:
-        shape = self._sample_shape() or (tuple(latents.shape[1:]) if latents is not None else None)
-        if shape is None:
-            raise ValueError("this unet has no sample_size: pass latents, which give the size of the images")
-        shape = (batch_size, *shape)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}: expected {shape}")
-        return latents.to(device=device, dtype=dtype)
 
     @property
     def num_classes(self) -> int | None:
@@ -242,6 +215,51 @@ class HSIVIPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels={labels.tolist()}: the classes of this unet are 0 to {classes - 1}")
         labels = labels * max(len(self.scheduler.guidance_scales), 1) + guidance
         return {"class_labels": labels.to(device=device, dtype=torch.long)}
+
+
+def _sample_shape(unet: UNet2DModel) -> tuple[int, int, int] | None:
+    """(C, H, W), or None where the unet was made for no size of its own."""
+    size = unet.config.sample_size
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return unet.config.in_channels, height, width
+
+
+def _prepare_latents(
+    unet: UNet2DModel,
+    batch_size: int,
+    latents: torch.Tensor | None,
+    generator: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Returns x_T, drawn or given."""
+    shape = _sample_shape(unet) or (tuple(latents.shape[1:]) if latents is not None else None)
+    if shape is None:
+        raise ValueError("this unet has no sample_size: pass latents, which give the size of the images")
+    shape = (batch_size, *shape)
+    if latents is None:
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+    elif tuple(latents.shape) != shape:
+        raise ValueError(f"latents has shape {tuple(latents.shape)}: expected {shape}")
+    return latents.to(device=device, dtype=dtype)
+
+
+def _is_hooked(unet: UNet2DModel) -> bool:
+    """Whether accelerate or diffusers moves weights of the unet to where they are needed."""
+    return any(hasattr(module, hook) for module in (unet, unet.conv_in) for hook in ("_hf_hook", "_diffusers_hook"))
+
+
+def _convert(x: torch.Tensor, output_type: str) -> Any:
+    """Returns samples in [-1, 1] as images of a type."""
+    if output_type == "latent":
+        return x
+    images = (x / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return images
+    array = images.cpu().permute(0, 2, 3, 1).float().numpy()
+    return DiffusionPipeline.numpy_to_pil(array) if output_type == "pil" else array
 
 
 @contextmanager
