@@ -347,22 +347,21 @@ def test_rows_and_parts_of_another_set_are_kept_and_added(copied):
     other = [{**row, "dataset": "other-set.2"} for row in rows]
     begun = [{**rows[0], "dataset": "begun"}]  # by another process, which has measured the real images alone
     write_rows(folder, [*other, *rows, *begun])
-    page = folder / "docs/index.md"
+    page = folder / "docs/digits.md"
     page.write_text("# By hand\n\n" + page.read_text())
     benchmark.main(arguments)
     assert rows_of(folder) == [*other, *rows, *begun]
-    text = page.read_text()
-    assert text.startswith("# By hand")
+    assert page.read_text().startswith("# By hand")
+    texts = [(folder / f"docs/{name}.md").read_text() for name in ("digits", "other_set_2", "begun")]
     for table in ("summary", "floor", "goals", "measures", "costs"):
-        for name in ("digits", "other_set_2", "begun"):
-            assert text.count(f"<!-- table: {table}_{name} -->") == 1
-    assert "(curves_other_set_2.png)" in text
-    assert "(samples_other_set_2.png)" not in text
-    assert "_begun.png" not in text
+        assert [text.count(f"<!-- table: {table} -->") for text in texts] == [1, 1, 1]
+    assert "(curves_other_set_2.png)" in texts[1]
+    assert "(samples_other_set_2.png)" not in texts[1]
+    assert ".png" not in texts[2]
 
 
 def test_the_page_has_tables_and_figures(folder):
-    text = (folder / "docs/index.md").read_text()
+    text = (folder / "docs/digits.md").read_text()
     for method in (
         f"**{OURS}**",
         f"**{ONE_FOR_ALL}**",

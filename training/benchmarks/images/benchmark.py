@@ -31,7 +31,7 @@ from hsivi_diffusers.folders import in_turn
 from hsivi_diffusers.options import option, parse_options, run_command
 
 from . import train_baseline
-from .benchmark_pages import is_shown, write_pages
+from .benchmark_pages import as_word, is_shown, write_pages
 from .benchmark_results import (
     ALL_SCALES,
     BASELINES,
@@ -312,7 +312,7 @@ def main(args: list[str] | None = None) -> None:
     comparison.measure()
     with in_turn(folder):
         write_pages(folder)
-    print(f"tables and figures are in {folder / 'index.md'}, the rows in {comparison.results.path}")
+    print(f"tables and figures are in {folder / as_word(options.dataset)}.md, the rows in {comparison.results.path}")
 
 
 if __name__ == "__main__":

@@ -44,10 +44,8 @@ SHOWN_SOLVERS = (1, 2, 4, 10, 20)
 
 
 def write_pages(folder: Path) -> None:
-    """Fills the tables of FOLDER/index.md, which is begun if there is none, and draws the figures of FOLDER."""
-    sets = in_sets(read_rows(folder / "results.json"))
-    tables, figures = make_tables(sets), []
-    for name, rows in sets.items():
+    """Fills the tables of FOLDER/SET.md of each set, which is begun if there is none, and draws its figures."""
+    for name, rows in in_sets(read_rows(folder / "results.json")).items():
         word = as_word(name)
         if flat := [{**row, **row["distances"]} for row in sorted(rows, key=rank) if row["nfe"]]:
             shown = [*flat[0]["distances"], *CURVES]
@@ -57,12 +55,12 @@ def write_pages(folder: Path) -> None:
             measured = {"real", *(f"{row['method']} at {row['nfe']}" for row in rows)}
             kept = {each: images for each, images in load_file(pictures).items() if each in measured}
             draw_samples(picture_rows(kept), folder / f"samples_{word}.png")
-        figures += [f"{kind}_{word}.png" for kind in ("curves", "samples", "classes")]
-    fill_page(folder / "index.md", "Benchmark", tables, figures)
+        figures = [f"{kind}_{word}.png" for kind in ("samples", "curves", "classes")]
+        fill_page(folder / f"{word}.md", name, make_tables(rows), figures)
 
 
-def fill_readme(folder: Path, readme: Path) -> None:
-    """Fills the table of README.md by FOLDER/results.json.
+def fill_glance(folder: Path, *pages: Path) -> None:
+    """Fills the table of all sets in pages by FOLDER/results.json.
 
     Raises:
         ValueError: There are no results.
@@ -70,7 +68,8 @@ def fill_readme(folder: Path, readme: Path) -> None:
     if not (rows := read_rows(folder / "results.json")):
         raise ValueError(f"{folder / 'results.json'} is missing: run the benchmark first, in the folder of the clone")
     tables = {"glance": glance_table(in_sets(rows))}
-    write_text(readme, fill_tables(readme.read_text(encoding="utf-8"), tables))
+    for page in pages:
+        write_text(page, fill_tables(page.read_text(encoding="utf-8"), tables))
 
 
 def fill_page(page: Path, title: str, tables: dict[str, str], figures: Sequence[str] = ()) -> None:
@@ -81,11 +80,11 @@ def fill_page(page: Path, title: str, tables: dict[str, str], figures: Sequence[
     write_text(page, fill_tables(text + new_parts(lacking, drawn), tables))
 
 
-def make_tables(sets: dict[str, list[Row]]) -> dict[str, str]:
-    """The tables of each set, by name."""
+def make_tables(rows: list[Row]) -> dict[str, str]:
+    """The tables of a set, by name."""
     makers = {"summary": summary_table, "floor": floor_table, "goals": goals_table}
     makers |= {"measures": measures_table, "costs": costs_table}
-    return {f"{kind}_{as_word(name)}": make(rows) for name, rows in sets.items() for kind, make in makers.items()}
+    return {name: make(rows) for name, make in makers.items()}
 
 
 def in_sets(rows: list[Row]) -> dict[str, list[Row]]:
@@ -114,12 +113,12 @@ def is_shown(method: str, nfe: int) -> bool:
     return method not in (REAL, SOLVER) or (method == SOLVER and nfe in SHOWN_SOLVERS)
 
 
-def distance(rows: list[Row], space: str, kind: str = "distances") -> str:
+def distance(rows: list[Row], space: str) -> str:
     """Mean and spread over the training seeds, of three digits; nothing without rows."""
     if not rows:
         return ""
-    spread = stdev(row[kind][space] for row in rows) if len(rows) > 1 else None
-    return f"{value(rows, space, kind):.3g}" + ("" if spread is None else f" ± {spread:.2g}")
+    spread = stdev(row["distances"][space] for row in rows) if len(rows) > 1 else None
+    return f"{value(rows, space):.3g}" + ("" if spread is None else f" ± {spread:.2g}")
 
 
 def summary_table(rows: list[Row]) -> str:
@@ -189,17 +188,17 @@ def floor_table(rows: list[Row]) -> str:
 
 
 def measures_table(rows: list[Row]) -> str:
-    """Every measure: distances to real images and to the teacher's, and those of the classifier's features."""
+    """Every measure of the images: distances to real ones, and those of the classifier's features."""
     spaces = [*rows[0]["distances"]]
     names = [name for name in (*OF_CLASSIFIER, *OF_CLASSES, *OF_CAPTIONS) if all(name in row for row in rows)]
     lines = []
     for (method, nfe), of_group in sorted(grouped(rows).items(), key=lambda item: (item[0][1], rank(item[1][0]))):
-        cells = [distance(of_group, space, kind) for kind in ("distances", "teacher_distances") for space in spaces]
+        cells = [distance(of_group, space) for space in spaces]
         cells += [written(name, *(row[name] for row in of_group)) for name in names]
         solver = f" ({of_group[0]['solver']})" if method == SOLVER else ""
-        lines.append([nfe or "", bold(method) + solver, *cells, of_group[0]["num_samples"]])
-    heads = [*spaces, *(f"{space}, to teacher" for space in spaces), *(MEASURES[each].head for each in names)]
-    return write_table(["calls", "method", *heads, "images"], ("method",), lines)
+        lines.append([nfe or "", bold(method) + solver, *cells])
+    heads = [*spaces, *(MEASURES[each].head for each in names)]
+    return write_table(["calls", "method", *heads], ("method",), lines)
 
 
 def costs_table(rows: list[Row]) -> str:
@@ -264,4 +263,4 @@ def draw_classes(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    fill_readme(Path("docs/benchmarks"), Path("README.md"))
+    fill_glance(Path("docs/benchmarks"), Path("README.md"), Path("docs/benchmarks/index.md"))

@@ -125,6 +125,6 @@ def grouped(rows: list[Row]) -> dict[Group, list[Row]]:
     return groups
 
 
-def value(rows: list[Row], space: str, kind: str = "distances") -> float:
+def value(rows: list[Row], space: str) -> float:
     """Mean distance over the training seeds."""
-    return mean(row[kind][space] for row in rows)
+    return mean(row["distances"][space] for row in rows)
