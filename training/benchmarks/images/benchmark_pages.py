@@ -33,6 +33,7 @@ from .benchmark_results import (
     grouped,
     pictures_path,
     read_rows,
+    three_digits,
     value,
 )
 from .goals import goals_table
@@ -118,7 +119,7 @@ def distance(rows: list[Row], space: str) -> str:
     if not rows:
         return ""
     spread = stdev(row["distances"][space] for row in rows) if len(rows) > 1 else None
-    return f"{value(rows, space):.3g}" + ("" if spread is None else f" ± {spread:.2g}")
+    return three_digits(value(rows, space)) + ("" if spread is None else f" ± {spread:.2g}")
 
 
 def summary_table(rows: list[Row]) -> str:

@@ -125,6 +125,11 @@ def grouped(rows: list[Row]) -> dict[Group, list[Row]]:
     return groups
 
 
+def three_digits(number: float) -> str:
+    """A distance as it is written: 0.0123, 12.3 or 1,230."""
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{float(f'{number:.3g}'):,.0f}"
+
+
 def value(rows: list[Row], space: str) -> float:
     """Mean distance over the training seeds."""
     return mean(row["distances"][space] for row in rows)

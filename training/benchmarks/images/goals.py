@@ -20,6 +20,7 @@ from .benchmark_results import (
     Group,
     Row,
     grouped,
+    three_digits,
     value,
 )
 
@@ -118,7 +119,9 @@ def goals_table(rows: list[Row]) -> str:
         found = [(value(ours, space), goal.limit(groups, space)) for space in spaces]
         missed = [space for space, (one, most) in zip(spaces, found, strict=True) if one > most]
         told = f"missed: {', '.join(missed)}" if missed else "reached"
-        lines.append([goal.calls, goal.words, *(f"{one:.3g} / {most:.3g}" for one, most in found), told])
+        lines.append(
+            [goal.calls, goal.words, *(f"{three_digits(one)} / {three_digits(most)}" for one, most in found), told]
+        )
     for asked in MEASURE_GOALS:
         if cells := asked.cells(groups):
             lines.append([*cells[:3], *[""] * (len(spaces) - 1), cells[3]])

@@ -10,7 +10,7 @@ from statistics import mean
 from hsivi_diffusers.evaluation.pages import write_table
 
 from .benchmark_pages import as_word, fill_page, in_sets
-from .benchmark_results import Row, read_rows
+from .benchmark_results import Row, read_rows, three_digits
 
 LEAST = 1e-4  # an unbiased KID may be 0 or below
 LABELS = ("solver", "timesteps", "settings")
@@ -45,11 +45,9 @@ def settings_table(rows: list[Row]) -> str:
         settings = {name: value for name, value in row["settings"].items() if name != "timesteps"}
         timesteps = ", ".join(map(str, row["settings"].get("timesteps", [settings.get("timestep_spacing", "own")])))
         told = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "timestep_spacing")
-        distances = (f"{_written(tuned)} / {_written(row['stock'][name])}" for name, tuned in row["tuned"].items())
+        distances = (
+            f"{three_digits(tuned)} / {three_digits(row['stock'][name])}" for name, tuned in row["tuned"].items()
+        )
         lines.append([row["calls"], row["solver"], *distances, timesteps, told])
-    lines.append(["", "floor", *map(_written, rows[0]["floor"].values()), "", ""])
+    lines.append(["", "floor", *map(three_digits, rows[0]["floor"].values()), "", ""])
     return write_table(["calls", "solver", *rows[0]["tuned"], "timesteps", "settings"], LABELS, lines)
-
-
-def _written(distance: float) -> str:
-    return f"{distance:.3g}"
