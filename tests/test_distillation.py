@@ -37,6 +37,7 @@ from hsivi_diffusers.distillation.networks import make_scheduler
 from hsivi_diffusers.distillation.ode import use_grid
 from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss, pair_levels
 from hsivi_diffusers.distillation.student import label_layers
+from hsivi_diffusers.distillation.teacher_configs import read_configs
 from hsivi_diffusers.vi import DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer
 from hsivi_diffusers.vi.regression import half_square
 from tiny_unet import make_unet
@@ -341,11 +342,14 @@ def test_a_missing_folder_is_told_before_the_hub_is_asked(tmp_path):
         load_teacher("./nothing")
 
 
-def test_a_mistyped_folder_is_told_with_the_one_that_is_there(tmp_path, monkeypatch):
+def test_a_mistyped_folder_is_told_with_the_one_that_is_there(tmp_path, monkeypatch, capsys):
     (tmp_path / "digits_ddpm").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="'digit_ddpm' is no folder here.*; did you mean digits_ddpm?"):
+    with pytest.raises(ValueError, match="'digit_ddpm' is no folder here.*; did you mean digits_ddpm\\?"):
         load_teacher("digit_ddpm")
+    assert capsys.readouterr().err.startswith("there is no folder digit_ddpm, so the Hub is asked; did you mean")
+    with pytest.raises(OSError, match="'digit_ddpm' is no folder here.*; did you mean digits_ddpm\\?"):
+        read_configs("digit_ddpm", None)
 
 
 def test_a_repo_that_cannot_be_reached_is_told():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
 import os
@@ -33,7 +32,17 @@ from .adapters import share
 from .denoisers import Network, sample_shape
 from .prompts import PromptTable, encode_prompts, takes_text
 from .state_dicts import hash_weights
-from .teacher_configs import LATENT, REMEDY, check, check_levels, configs_of, kind_of, part_of, read_configs
+from .teacher_configs import (
+    LATENT,
+    REMEDY,
+    check,
+    check_levels,
+    configs_of,
+    did_you_mean,
+    kind_of,
+    part_of,
+    read_configs,
+)
 
 # diffusers renamed the argument in 0.40, and warns of the old name.
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
@@ -124,13 +133,9 @@ def _load(name: str, revision: str | None) -> DiffusionPipeline:
             raise ValueError(
                 f"teacher {name!r} cannot be loaded ({type(error).__name__}: {error}): {REMEDY}"
             ) from error
-        near = difflib.get_close_matches(
-            path.name, map(str, os.listdir(path.parent)) if path.parent.is_dir() else [], 1
-        )
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ValueError(
             f"teacher {name!r} is no folder here, and was not loaded from the Hub ({type(error).__name__}): "
-            f"{REMEDY}{hint}"
+            f"{REMEDY}{did_you_mean(path)}"
         ) from error
 
 
