@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import option, parse_options, print_error, run_command
-from .run_records import ADAPTER, SAMPLERS, pipeline_of, sample_grids
+from .run_records import ADAPTER, SAMPLERS, pipeline_of, read_record, sample_grids
 from .sampling import sample  # torch and diffusers, which take seconds, are imported by what needs them
 
 INTERRUPTED = 75  # exit status after SIGTERM or Ctrl-C: EX_TEMPFAIL, "try again"
@@ -38,9 +37,11 @@ DISTIL = """Distil a pretrained diffusion pipeline into a few steps; no training
 
 Writes OUTPUT_DIR/pipeline (an HSIVIPipeline, a pipeline like the teacher's, or a LoRA with its scheduler), critic,
 samples, checkpoints and training.json. The command line overrides the YAML file of --config, which overrides the
-preset. A run that was stopped continues, with the options that it had, by
+preset. A run that was stopped continues by
 
-    hsivi distil --output_dir runs/cifar10 --resume_from_checkpoint latest"""
+    hsivi distil --output_dir runs/cifar10 --resume_from_checkpoint latest
+
+with the options that it had; those of the Hub are given again."""
 PLAN = """Estimate the memory and time of `hsivi distil` with these options, without training."""
 PUSH = """Push the pipeline of a finished run to the Hub, with a model card made from the run's report.
 
@@ -143,25 +144,38 @@ def _claim_repo(hub: PushAtEnd) -> None:
 
 
 def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
-    """Reads the options of a distillation, of a resumed one over those that it had, and refuses what cannot run."""
+    """Reads the options of a distillation, and refuses what cannot run; of a resumed run its own are the defaults."""
     from .distillation.config import ALIASES, HSIVIConfig, read_settings
     from .distillation.output import check_init_from
 
     read = partial(parse_options, [Teacher, HSIVIConfig, PushAtEnd], description, args, prog, ALIASES)
     teacher, config, hub = read()
-    record = Path(config.output_dir or "") / "options.json"
-    if teacher.resume_from_checkpoint and config.output_dir and record.is_file():
+    record = _record_of(teacher.resume_from_checkpoint, config.output_dir)
+    if record is not None:
         teacher, config, hub = read(read_settings(record))
     config.check()
     hub.check()
     if config.init_from is not None:
         check_init_from(Path(config.init_from))
         if teacher.pretrained_teacher_model is None:
-            before = json.loads((Path(config.init_from) / "options.json").read_text(encoding="utf-8"))
+            before = read_record(Path(config.init_from) / "options.json")
             teacher.pretrained_teacher_model, teacher.revision = before["pretrained_teacher_model"], before["revision"]
+    if record is not None and not teacher.pretrained_teacher_model:
+        raise ValueError(
+            f"the run of {record} was given its teacher from Python: resume it there, by "
+            "HSIVITrainer(teacher, config).train(resume_from_checkpoint='latest')"
+        )
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
     return teacher, config, hub
+
+
+def _record_of(checkpoint: str | None, output_dir: str | None) -> Path | None:
+    """The options.json of the run that is continued, if there is one."""
+    if not checkpoint or not output_dir:
+        return None
+    record = (Path(output_dir) if checkpoint == "latest" else Path(checkpoint).parent.parent) / "options.json"
+    return record if record.is_file() else None
 
 
 @contextmanager

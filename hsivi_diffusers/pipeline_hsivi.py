@@ -53,14 +53,15 @@ class HSIVIPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Loads a folder or a repo, see `DiffusionPipeline.from_pretrained`; of a run its pipeline.
+        """Loads a folder, also that of a run, or a repo, see `DiffusionPipeline.from_pretrained`.
 
         Raises:
             ValueError: It is of another kind (known before weights are downloaded), not distilled, or damaged.
         """
-        inside = Path(pretrained_model_name_or_path) / "pipeline"
-        if (inside / "model_index.json").is_file():
-            pretrained_model_name_or_path = inside
+        index = os.path.join("pipeline", "model_index.json")
+        folder = Path(pretrained_model_name_or_path)
+        if (folder / index).is_file() and not (folder / "model_index.json").is_file():
+            pretrained_model_name_or_path = str(folder / "pipeline")
         if "unet" not in kwargs:
             with suppress(OSError):  # which the loading itself reports
                 options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}

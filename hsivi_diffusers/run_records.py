@@ -35,6 +35,14 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
     return found
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file of a run, or refuses, with ValueError, a damaged one."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # no JSON, no text, or no object
+        raise ValueError(f"{path} is damaged ({error}): make it again, or remove it") from error
+
+
 def pipeline_of(name: str) -> Path:
     """The folder of a pipeline, where that of a run may be given."""
     inside = Path(name) / "pipeline"
@@ -49,7 +57,7 @@ def folder_of_run(name: str) -> Path:
 def run_of(name: str) -> dict[str, Any]:
     """What a pipeline was trained with, empty without a run."""
     record = folder_of_run(name) / "options.json"
-    return dict(json.loads(record.read_text(encoding="utf-8"))) if record.is_file() else {}
+    return read_record(record) if record.is_file() else {}
 
 
 def sample_grids(run_dir: Path) -> dict[int, Path]:
@@ -79,7 +87,7 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
     if not any((Path(run_dir) / f"{name}.json").is_file() for name in run):
         raise ValueError(f"run_dir={str(run_dir)!r} holds no run: give the folder that `hsivi distil` wrote, or None")
     config = Path(run_dir) / "pipeline" / "scheduler" / "scheduler_config.json"
-    theirs = _read_json(config).get("layer_timesteps") if config.is_file() else grid
+    theirs = read_record(config).get("layer_timesteps") if config.is_file() else grid
     if grid is not None and list(grid) != theirs:
         raise ValueError(
             f"run_dir={str(run_dir)!r} is the run of another sampler, layer_timesteps={theirs}, and this pipeline has "
@@ -87,7 +95,7 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
         )
     for name in run:
         path = Path(run_dir) / f"{name}.json"
-        run[name] = _read_json(path) if path.is_file() else {}
+        run[name] = read_record(path) if path.is_file() else {}
     figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
     if grids := sample_grids(Path(run_dir)):
         figures["grid"] = [*grids.values()][-1]
@@ -109,11 +117,4 @@ def _read_figure(path: Path) -> Image.Image:
             pixels = image.convert("RGB")
         return Image.frombytes("RGB", pixels.size, pixels.tobytes())
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged ({error}): make it again, or remove it") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:  # no JSON, no text, or no object
         raise ValueError(f"{path} is damaged ({error}): make it again, or remove it") from error

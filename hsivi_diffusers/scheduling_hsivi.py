@@ -23,7 +23,6 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +97,7 @@ class Levels(ABC):
 
     @abstractmethod
     def level(self, time: torch.Tensor) -> torch.Tensor:
-        """Returns the levels that are nearest to times."""
+        """Returns the levels of times, of a rectified flow the nearest."""
 
     def alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns alpha and sigma of levels (B,) or (1,), shaped (B, 1, ...) to go with the sample."""
@@ -110,20 +109,20 @@ class Levels(ABC):
         """Returns levels as a vector on the device of the sample, or refuses with ValueError what is none."""
         rows = _rows("level", given, sample)
         level = rows.long()
-        self._check("level", rows, level, level)
+        if rows.device.type == "cpu":  # on a GPU a check would wait for the device
+            self._check("level", rows, level, level)
         return level.to(sample.device)
 
     def read_times(self, given: float | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """Returns the levels of times, in the same way."""
         rows = _rows("timestep", given, sample)
         level = self.level(rows)
-        self._check("timestep", rows, level, self.time(level.clamp(0, len(self) - 1)))
+        if rows.device.type == "cpu":
+            self._check("timestep", rows, level, self.time(level.clamp(0, len(self) - 1)))
         return level.to(sample.device)
 
     def _check(self, name: str, given: torch.Tensor, level: torch.Tensor, exact: torch.Tensor) -> None:
-        """Refuses what is off the clock; only on the CPU, for on a GPU it would wait for the device."""
-        if given.device.type != "cpu":
-            return
+        """Refuses what is off the clock."""
         inside = (level >= 0) & (level < len(self))
         if not bool(inside.all()) or not torch.allclose(exact.double(), given.double(), rtol=1e-6, atol=1e-6):
             raise ValueError(f"{name} {given.tolist()} is off the clock: give {self.accepted}")
@@ -198,21 +197,17 @@ class Layers:
     Args:
         levels: The clock.
         grid: tau_T .. tau_0.
-        settings: Those of a `HSIVIScheduler`; of a trained one a layer starts on the grid alone.
+        settings: Those of a `HSIVIScheduler`; if it was trained, only levels of the grid are accepted.
     """
 
     def __init__(self, levels: Levels, grid: list[int], settings: Mapping[str, Any]) -> None:
+        self.made_of = levels, grid, settings
         self.levels, self.settings = levels, settings
         self.grid = torch.tensor(grid, dtype=torch.long)
-        self.made_of = (grid, levels, *(settings[name] for name in ("kernel", "noise_eta", "noise_scale")))
-
-    @cached_property
-    def by_time(self) -> dict[float, LayerCoefficients]:
-        """The numbers of each layer of the grid, as floats, by the time of its input."""
-        inputs = self.grid[:-1]
-        columns = self.coefficients(inputs, inputs[:, None].float())
+        columns = self.coefficients(self.grid[:-1], self.grid[:-1, None].float())
         rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
-        return {time: LayerCoefficients(*row) for time, row in zip(self.times, rows, strict=True)}
+        # The numbers of each layer of the grid, as floats, by the time of its input.
+        self.by_time = {time: LayerCoefficients(*row) for time, row in zip(self.times, rows, strict=True)}
 
     @property
     def times(self) -> list[float]:
@@ -483,11 +478,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"the grid {grid} starts beyond the {len(self.levels)} betas: give trained_betas for all")
         if self.config.prediction_type == "epsilon" and self.alphas_cumprod[grid[0]] == 0:
             raise ValueError(f"abar is 0 at {grid[0]}, where a noise prediction does not determine x0: start lower")
-        layers = Layers(self.levels, grid, self.config)
-        if self._layers is None or layers.made_of != self._layers.made_of:  # else its numbers are known
-            self._layers = layers
+        if self._layers is None or self._layers.made_of != (self.levels, grid, self.config):
+            self._layers = Layers(self.levels, grid, self.config)
         self.num_inference_steps = len(grid) - 1
-        self.timesteps = self.levels.time(layers.grid[:-1]).to(device)
+        self.timesteps = self.levels.time(self._layers.grid[:-1]).to(device)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Checks the layer that a pipeline starts at; `step` finds its layer by the timestep.

@@ -242,6 +242,13 @@ def test_the_folder_of_a_run_stands_for_its_pipeline(unet, tmp_path):
     assert all(map(torch.equal, one.unet.state_dict().values(), other.unet.state_dict().values()))
 
 
+def test_a_pipeline_with_another_in_a_folder_of_that_name_is_itself(unet, tmp_path):
+    for folder, steps in ((tmp_path, 2), (tmp_path / "pipeline", 3)):
+        scheduler = HSIVIScheduler(layer_timesteps=[*range(10 * steps, -1, -10)])
+        HSIVIPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+    assert HSIVIPipeline.from_pretrained(tmp_path).num_timesteps == 2
+
+
 SD = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "scheduler": "PNDM"}
 
 

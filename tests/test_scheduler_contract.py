@@ -284,6 +284,20 @@ def test_a_setting_changed_in_place_counts_from_the_next_set_timesteps():
     assert torch.equal(walk(ready(scheduler)), walk(HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)))
 
 
+def test_a_grid_that_becomes_the_trained_one_or_is_freed_counts_from_the_next_set_timesteps():
+    output, sample, _ = tensors()
+    scheduler = HSIVIScheduler()
+    scheduler.set_timesteps(timesteps=[440, 220])
+    assert scheduler.step(output, 333, sample).prev_sample.isfinite().all()
+    scheduler.register_to_config(layer_timesteps=[440, 220, -1])
+    scheduler.set_timesteps(2)
+    with pytest.raises(ValueError, match="timestep \\[333\\] is not an input of a layer"):
+        scheduler.step(output, 333, sample)
+    scheduler.register_to_config(layer_timesteps=None)
+    scheduler.set_timesteps(timesteps=[440, 220])
+    assert scheduler.step(output, 333, sample).prev_sample.isfinite().all()
+
+
 def test_a_begin_index_changes_no_step_and_is_that_of_a_layer():
     scheduler = HSIVIScheduler(layer_timesteps=GRID)
     before = walk(scheduler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -10,10 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..options import option
-from ..run_records import read_prompts
+from ..run_records import read_prompts, read_record
 from .limits import check_choices, check_ranges, check_together, check_types
 from .presets import PRESETS, ByPreset, by_preset
 
+FOLDER = {"output_dir", "overwrite_output_dir"}
+# Hardware, checkpointing and reporting, which do not decide what is trained.
+MAY_CHANGE = {"gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32"}
+MAY_CHANGE |= {"checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to"}
 # Old names of options: in a YAML file, on the command line, and in the options.json of a run.
 ALIASES = {
     "num_layers": "num_inference_steps",
@@ -208,11 +211,13 @@ class HSIVIConfig:
         return self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
     def settings(self) -> dict[str, Any]:
-        """What decides which student is trained: all but folders, hardware and reporting, flat, as JSON types."""
-        apart = {"output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit"}
-        apart |= {"validation_steps", "report_to", "gradient_checkpointing", "allow_tf32", "mixed_precision"}
-        apart |= {"gradient_accumulation_steps"}
-        return {name: value for name, value in asdict(self).items() if name not in apart}
+        """What decides which student is trained, flat, as JSON types."""
+        return {name: value for name, value in self.record().items() if name not in MAY_CHANGE}
+
+    def record(self) -> dict[str, Any]:
+        """What a run keeps of its options: all but its folder, with the precision that the launcher has told."""
+        kept = {name: value for name, value in asdict(self).items() if name not in FOLDER}
+        return {**kept, "mixed_precision": self.precision}
 
     def check(self) -> None:
         """Refuses, before any work, what cannot run.
@@ -230,8 +235,12 @@ class HSIVIConfig:
 
 
 def read_settings(record: Path) -> dict[str, Any]:
-    """The settings of a run by its options.json, see `complete`."""
-    return complete(json.loads(record.read_text(encoding="utf-8")))
+    """The options of a run by its options.json, see `complete`.
+
+    Raises:
+        ValueError: The file is damaged, or as `complete`.
+    """
+    return complete(read_record(record))
 
 
 def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,12 @@ def _only_started(path: Path) -> bool:
 
 
 def start_run(
-    run: Output, settings: Mapping[str, Any], leftovers: Sequence[str], remedy: str = "", complete: Complete = dict
+    run: Output,
+    settings: Mapping[str, Any],
+    leftovers: Sequence[str],
+    remedy: str = "",
+    complete: Complete = dict,
+    record: Mapping[str, Any] | None = None,
 ) -> None:
     """Records the options of a run and removes what an earlier one left, or checks that a resumed run has the same.
 
@@ -101,6 +106,7 @@ def start_run(
         leftovers: What a new run removes, beside `checkpoints`. The first is written when a run has ended.
         remedy: What else may be done with a run of other options.
         complete: Turns recorded settings into those that a run of today would record.
+        record: What is recorded, the settings and more; the settings by default.
 
     Raises:
         ValueError: A resumed run has other options than before, or it has ended and its checkpoints are gone.
@@ -124,7 +130,7 @@ def start_run(
             f"{output_dir} holds a run that has ended, and no checkpoint to continue from: name another --output_dir, "
             f"or {ANEW}"
         )
-    write_json(output_dir / "options.json", dict(settings))
+    write_json(output_dir / "options.json", dict(record or settings))
 
 
 def _recorded(output_dir: Path, checkpoint: str) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -200,7 +200,7 @@ class Progress:
         usual = HSIVIConfig(num_inference_steps=config.num_inference_steps, preset=config.preset)
         told = [f"{name} {getattr(config, name)} (preset {usual.preset}: {getattr(usual, name)})" for name in RATES]
         text += f"; start anew with other rates than {' and '.join(told)}, or, to go on all the same, "
-        text += "continue with the same options, validation_steps 0 and resume_from_checkpoint latest"
+        text += "continue with validation_steps 0 and resume_from_checkpoint latest"
         if self.accelerator.is_main_process:
             self._add_line({"step": step, "stopped": text})
             write_page(self.folder)

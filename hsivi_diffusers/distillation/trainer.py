@@ -142,7 +142,7 @@ class HSIVITrainer:
                 stack.enter_context(claimed(run))
                 self.before_start()
                 remedy = " (a finished run can be named by init_from there)"
-                start_run(run, settings, WRITTEN, remedy, complete)
+                start_run(run, settings, WRITTEN, remedy, complete, {**self.teacher, **config.record()})
             self.accelerator.wait_for_everyone()
             if config.report_to:
                 self.accelerator.init_trackers("hsivi")

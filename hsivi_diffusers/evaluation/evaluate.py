@@ -167,8 +167,6 @@ def main(args: list[str] | None = None) -> None:
             raise ValueError(f"--{name} {given} images are too few to be measured: give {FEWEST} or more")
     run_dir = Path(options.run_dir)
     training = load_run(run_dir)
-    if before := read_json(run_dir / "report.json"):
-        print(f"The report that {run_dir} has, of {before.get('features')}, will be replaced.")
     check_packages([*PACKAGES, "matplotlib"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_student(run_dir / "pipeline").to(device)
@@ -189,6 +187,8 @@ def main(args: list[str] | None = None) -> None:
     samplers = list(make_samplers(options, student, teacher, schedule.config, host))  # refuses counts without a grid
     reference, labels, name = load_reference(options, teacher, schedule.config, classes, host)
     measures = Measures(network.to(device), reference, REPORTED)
+    if before := read_json(run_dir / "report.json").get("features"):
+        print(f"The report in {run_dir} (features: {before}) will be replaced.")
 
     size, seed = options.num_samples, options.eval_seed
     rows, shown = [], {}

@@ -229,7 +229,7 @@ def test_a_run_goes_on_with_its_own_teacher_alone(distil, teacher, tmp_path):
 def test_a_run_is_resumed_by_the_name_of_its_folder(distil, tmp_path):
     """Its options are those that it had, but for what the command line says."""
     options = {"max_train_steps": 4, "checkpointing_steps": 2, "seed": 5, "num_inference_steps": (1, 2)}
-    whole = distil(tmp_path / "whole", **options)
+    whole = distil(tmp_path / "whole", **options, gradient_accumulation_steps=2)
     weights = (whole / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     shutil.rmtree(whole / "checkpoints" / "checkpoint-4")
     shutil.rmtree(whole / "pipeline")
@@ -238,6 +238,25 @@ def test_a_run_is_resumed_by_the_name_of_its_folder(distil, tmp_path):
         cli.distil([*words, "--seed=6"])
     cli.distil(words)
     assert (whole / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
+    assert json.loads((whole / "options.json").read_text())["gradient_accumulation_steps"] == 2
+    named = [f"--output_dir={tmp_path / 'other'}", f"--resume_from_checkpoint={whole / 'checkpoints/checkpoint-2'}"]
+    cli.distil(named)
+    weights_of_other = tmp_path / "other" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert weights_of_other.read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("[1, 2]", "options.json is damaged"),
+        ("{", "options.json is damaged"),
+        ('{"pretrained_teacher_model": null}', "was given its teacher from Python: resume it there"),
+    ],
+)
+def test_a_run_that_cannot_be_resumed_by_its_folder_is_told(tmp_path, record, message):
+    (tmp_path / "options.json").write_text(record)
+    with pytest.raises(ValueError, match=message):
+        cli.distil([f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest"])
 
 
 def test_a_fingerprint_is_of_weights_and_configs(teacher, tmp_path):
