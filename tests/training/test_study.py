@@ -303,7 +303,7 @@ def test_the_program_fits_and_does_studies(tmp_path, inline_pool, no_figures, mo
     path.write_text("study: plane\nnulls: false\naxes: {targets: [ring], seeds: [0]}\nfit: {num_steps: 5}\n")
     monkeypatch.setattr(script, "draw_fits", lambda *_: None, raising=False)
     script.main([f"--study={path}", f"--output_dir={tmp_path / 'pages'}", "--workers=1"])
-    assert "| LB | diffusion | sequential | 0." in (tmp_path / "pages" / "index.md").read_text()
+    assert "| LB | diffusion | sequential | 0." in (tmp_path / "pages" / "study.md").read_text()
     script.main(["--pages_only=true", f"--output_dir={tmp_path / 'pages'}"])
 
 
@@ -353,9 +353,9 @@ def page(tmp_path, no_figures):
     def make(rows, name, text=None):
         (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
         if text is not None:
-            (tmp_path / "index.md").write_text(text)
+            (tmp_path / "study.md").write_text(text)
         write_pages(tmp_path)
-        page = (tmp_path / "index.md").read_text()
+        page = (tmp_path / "study.md").read_text()
         return page.split(f"<!-- table: {name} -->")[1].split("<!-- end of table -->")[0]
 
     return make
@@ -453,7 +453,7 @@ def test_signs_of_failure_are_held_against_the_truth(page):
 def test_a_part_of_the_results_makes_a_page_of_what_there_is(rows, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
     write_pages(tmp_path)
-    text = (tmp_path / "index.md").read_text()
+    text = (tmp_path / "study.md").read_text()
     for name in TABLES:
         assert f"<!-- table: {name} -->\n\n" in text
     assert "<!-- table: size -->\n\nNot run yet.\n\n<!-- end of table -->" in text
@@ -465,12 +465,12 @@ def test_a_part_of_the_results_makes_a_page_of_what_there_is(rows, tmp_path):
 def test_what_stands_between_the_markers_is_replaced_and_nothing_else(page, tmp_path):
     text = "# Mine\n\n<!-- table: ring -->\nold\n<!-- end of table -->\n\nprose\n"
     page([fitted_row(0.2)], "ring", text)
-    before = (tmp_path / "index.md").read_text()
+    before = (tmp_path / "study.md").read_text()
     assert before.startswith("# Mine\n\n<!-- table: ring -->\n\n| objective |")
     assert before.endswith("|\n\n<!-- end of table -->\n\nprose\n")
     assert "old" not in before
     page([fitted_row(0.2)], "ring")
-    assert (tmp_path / "index.md").read_text() == before
+    assert (tmp_path / "study.md").read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -487,7 +487,7 @@ def test_what_stands_between_the_markers_is_replaced_and_nothing_else(page, tmp_
 def test_markers_that_are_wrong_are_refused_and_the_page_stays(page, tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         page([fitted_row(0.2)], "ring", text)
-    assert (tmp_path / "index.md").read_text() == text
+    assert (tmp_path / "study.md").read_text() == text
 
 
 def test_pages_without_results_are_refused(tmp_path):

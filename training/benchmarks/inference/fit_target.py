@@ -12,7 +12,7 @@ A study, which continues where it was stopped:
 
     python -m training.benchmarks.inference.fit_target --study training/configs/study_*.yaml
 
-writes docs/inference/results.json, and the figures and tables of docs/inference/index.md that are made from it.
+writes docs/inference/results.json, and the figures and tables of docs/inference/study.md that are made from it.
 `--quick true` does a short version of each study and writes to runs/inference_quick.
 
 A target of your own is fitted by a few lines of Python; see docs/inference/index.md.
@@ -36,6 +36,8 @@ from .study import read_study, run_study
 from .study_figures import FIGURES, draw_fits, draw_marginals_figure, save
 from .study_tables import TABLES
 from .target_fit import Fit, measure, run
+
+PAGE = "study.md"  # of the folder of a study
 
 
 @dataclass
@@ -85,12 +87,12 @@ def study_all(study: Study, output: Output) -> None:
             print(f"{folder}: {len(jobs)} rows are there; fitting for the images", flush=True)
             draw_fits(folder, study.quick)
         write_pages(folder)
-    print(f"{folder / 'index.md'} is made")
+    print(f"{folder / PAGE} is made")
 
 
 def write_pages(folder: Path) -> None:
-    """Makes the figures of a folder's results.json, and the tables of its index.md, which is begun if there is none."""
-    path, page = folder / "results.json", folder / "index.md"
+    """Makes the figures of a folder's results.json, and the tables of its study.md, which is begun if there is none."""
+    path, page = folder / "results.json", folder / PAGE
     if not path.exists():
         raise ValueError(f"{path} is missing: do a study first, with --study")
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
