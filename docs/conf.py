@@ -11,6 +11,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 html_theme = "furo"
+html_static_path, html_css_files = ["_static"], ["tables.css"]
 html_title = f"hsivi_diffusers {release}"
 autodoc_typehints = "none"  # they are in the signatures, and the ranges in the text
 autodoc_member_order = "bysource"
