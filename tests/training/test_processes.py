@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tiny_text import PROMPTS
 
-PROCESSES = {"processes": 2}
+PROCESSES = {"processes": 2, "gradient_accumulation_steps": 1}
 ACCUMULATION = {"gradient_accumulation_steps": 2}
 KINDS = {
     "fast": {"preset": "fast"},
@@ -91,7 +91,9 @@ def test_a_run_resumes_with_its_batches_in_other_processes(
     assert differences(folder, accumulated[kind]) == []
 
 
-@pytest.mark.parametrize(("options", "batches"), [({}, 1), ({"gradient_accumulation_steps": 4}, 4)])
+@pytest.mark.parametrize(
+    ("options", "batches"), [({"gradient_accumulation_steps": number}, number) for number in (1, 4)]
+)
 def test_another_number_of_batches_is_refused(distil, accumulated, tmp_path, options, batches):
     checkpoint = accumulated["fast"] / "checkpoints" / "checkpoint-4"
     message = f"checkpoint-4 is of a run with 2 micro-batches an update, now there are {batches}: choose"

@@ -139,9 +139,11 @@ def test_a_preset_makes_a_pipeline_of_its_layers(request, preset):
 def test_options_json_records_the_preset_and_what_was_given(request, teacher, preset):
     options = json.loads((request.getfixturevalue(f"{preset}_run") / "options.json").read_text())
     given = {"num_inference_steps": [2], "critic_updates": 2, "max_train_steps": 5, "train_batch_size": 4}
+    given |= {"checkpointing_steps": 2, "validation_steps": 0}
     config = HSIVIConfig(preset=preset, lr_warmup_steps=4, **given)
-    assert options == {"pretrained_teacher_model": str(teacher), "revision": None, **config.settings()}
-    assert {**options, **given} == options
+    assert options == {"pretrained_teacher_model": str(teacher), "revision": None, **config.record()}
+    assert {**options, **given, "mixed_precision": "no"} == options
+    assert not {"output_dir", "overwrite_output_dir"} & {*options}
 
 
 def test_training_json_records_the_cost(fast_run):

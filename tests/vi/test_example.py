@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import matplotlib
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 PAGE = Path(__file__).parents[2] / "docs" / "inference" / "index.md"
 
@@ -20,7 +20,8 @@ def test_it_is_no_longer_than_fifteen_lines(example):
 
 
 def test_it_runs_and_its_draws_have_the_moments_of_the_target(example, tmp_path, monkeypatch):
-    matplotlib.use("Agg")
+    plt.switch_backend("Agg")
+    plt.close("all")  # figures of other tests
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(example, names)
