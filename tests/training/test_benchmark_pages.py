@@ -38,11 +38,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def row(method, nfe, one, other, seed=None, **more):
-    """A row with distances in two spaces."""
+    """A row with distances in two spaces, twice as large to the teacher's images."""
     distances = {"classifier": one, "pixels": other}
     measured = dict.fromkeys(OF_CLASSIFIER, 0.5) | {"num_samples": 20, "solver": "UniPC"}
     return {
         **{"dataset": "digits", "method": method, "nfe": nfe, "train_seed": seed, "distances": distances},
+        "teacher_distances": {space: 2 * distance for space, distance in distances.items()},
         **{"class_shares": [0.4, 0.6], "real_class_shares": [0.5, 0.5], "train_seconds": None, "train_calls": None},
         **measured,
         **more,
@@ -191,18 +192,19 @@ def test_the_summary_has_the_best_baseline_of_each_space():
     assert lines_of(floor_table(rows)) == [["real images", "0.1", "0.01"], ["teacher at 100", "0.2", "0.02"]]
 
 
-def test_the_measures_have_methods_in_one_order():
+def test_the_measures_have_both_kinds_of_distances_and_methods_in_one_order():
     rows = [row(method, 1, 1.0, 0.5, 0) for method in (f"{OURS} paper", OURS, CONSISTENCY, PROGRESSIVE, PAIRS, SOLVER)]
     rows += [row(TEACHER, 100, 2.0, 0.2), row(REAL, 0, 3.0, 0.3), row(PAIRS, 1, 3.0, 0.5, 1, recall=0.7)]
     table = measures_table(rows)
-    assert table.splitlines()[0].startswith("| calls | method | classifier | pixels | precision | recall |")
+    heads = ["classifier", "pixels", "classifier, to teacher", "pixels, to teacher"]
+    assert table.splitlines()[0].startswith(f"| calls | method | {' | '.join(heads)} | precision | recall |")
     lines = lines_of(table)
     assert [line[:2] for line in lines] == [
         *[["", REAL], ["1", f"{SOLVER} (UniPC)"], ["1", PAIRS], ["1", PROGRESSIVE], ["1", CONSISTENCY]],
         *[["1", f"**{OURS}**"], ["1", f"**{OURS} paper**"], ["100", TEACHER]],
     ]
-    assert lines[2][2:4] == ["2 ± 1.4", "0.5 ± 0"]
-    assert lines[2][5] == "0.600 ± 0.141"
+    assert lines[2][2:6] == ["2 ± 1.4", "0.5 ± 0", "4 ± 2.8", "1 ± 0"]
+    assert lines[2][7] == "0.600 ± 0.141"
 
 
 def test_costs_are_told_seed_by_seed_and_as_multiples_of_those_of_ours():

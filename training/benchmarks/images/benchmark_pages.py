@@ -114,12 +114,12 @@ def is_shown(method: str, nfe: int) -> bool:
     return method not in (REAL, SOLVER) or (method == SOLVER and nfe in SHOWN_SOLVERS)
 
 
-def distance(rows: list[Row], space: str) -> str:
+def distance(rows: list[Row], space: str, kind: str = "distances") -> str:
     """Mean and spread over the training seeds, of three digits; nothing without rows."""
     if not rows:
         return ""
-    spread = stdev(row["distances"][space] for row in rows) if len(rows) > 1 else None
-    return three_digits(value(rows, space)) + ("" if spread is None else f" ± {spread:.2g}")
+    spread = stdev(row[kind][space] for row in rows) if len(rows) > 1 else None
+    return three_digits(value(rows, space, kind)) + ("" if spread is None else f" ± {spread:.2g}")
 
 
 def summary_table(rows: list[Row]) -> str:
@@ -189,16 +189,16 @@ def floor_table(rows: list[Row]) -> str:
 
 
 def measures_table(rows: list[Row]) -> str:
-    """Every measure of the images: distances to real ones, and those of the classifier's features."""
+    """Every measure: distances to real images and to the teacher's, and those of the classifier's features."""
     spaces = [*rows[0]["distances"]]
     names = [name for name in (*OF_CLASSIFIER, *OF_CLASSES, *OF_CAPTIONS) if all(name in row for row in rows)]
     lines = []
     for (method, nfe), of_group in sorted(grouped(rows).items(), key=lambda item: (item[0][1], rank(item[1][0]))):
-        cells = [distance(of_group, space) for space in spaces]
+        cells = [distance(of_group, space, kind) for kind in ("distances", "teacher_distances") for space in spaces]
         cells += [written(name, *(row[name] for row in of_group)) for name in names]
         solver = f" ({of_group[0]['solver']})" if method == SOLVER else ""
         lines.append([nfe or "", bold(method) + solver, *cells])
-    heads = [*spaces, *(MEASURES[each].head for each in names)]
+    heads = [*spaces, *(f"{space}, to teacher" for space in spaces), *(MEASURES[each].head for each in names)]
     return write_table(["calls", "method", *heads], ("method",), lines)
 
 

@@ -130,6 +130,6 @@ def three_digits(number: float) -> str:
     return f"{number:.3g}" if abs(number) < 999.5 else f"{float(f'{number:.3g}'):,.0f}"
 
 
-def value(rows: list[Row], space: str) -> float:
+def value(rows: list[Row], space: str, kind: str = "distances") -> float:
     """Mean distance over the training seeds."""
-    return mean(row["distances"][space] for row in rows)
+    return mean(row[kind][space] for row in rows)
