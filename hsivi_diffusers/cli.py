@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .options import option, parse_options, print_error, run_command
+from .options import did_you_mean, option, parse_options, print_error, run_command
 from .run_records import ADAPTER, SAMPLERS, pipeline_of, read_record, sample_grids
 from .sampling import sample  # torch and diffusers, which take seconds, are imported by what needs them
 
@@ -165,6 +165,11 @@ def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple
             f"the run of {record} was given its teacher from Python: resume it there, by "
             "HSIVITrainer(teacher, config).train(resume_from_checkpoint='latest')"
         )
+    if teacher.resume_from_checkpoint and config.output_dir and not teacher.pretrained_teacher_model:
+        raise ValueError(
+            f"--output_dir {config.output_dir} holds no run to resume: name another, or start one by "
+            "--pretrained_teacher_model and the other options"
+        )
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
     return teacher, config, hub
@@ -270,7 +275,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"hsivi-diffusers {version('hsivi-diffusers')}")
         return
     if name not in COMMANDS:
-        sys.exit(print_error(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}"))
+        hint = did_you_mean(name, COMMANDS)
+        sys.exit(print_error(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}{hint}"))
     traceback = "--traceback" in rest
     try:
         run_command(lambda: COMMANDS[name]([word for word in rest if word != "--traceback"]), traceback)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -106,3 +108,17 @@ def _to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def near_folder(folder: Path) -> str:
+    """The end of a message that a folder is missing: what is there under nearly its name, or nothing."""
+    if folder.exists() or not folder.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(folder.name, map(str, os.listdir(folder.parent)), 1)
+    return f"; did you mean {folder.parent / near[0]}?" if near else ""
+
+
+def tell_missing(name: str) -> None:
+    """Says that there is no folder of a name, if another is called nearly so, before the Hub is asked for a minute."""
+    if hint := near_folder(Path(name)):
+        print(f"there is no folder {name}, so the Hub is asked{hint}", file=sys.stderr)

@@ -6,12 +6,20 @@ import argparse
 import difflib
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+
+def did_you_mean(name: str, known: Iterable[str], quote: str = "") -> str:
+    """The end of a message about an unknown name: the nearest known one, first of those that have all its words."""
+    words = set(name.strip("-").split("_"))
+    having = [each for each in known if words <= set(each.strip("-").split("_"))]
+    close = difflib.get_close_matches(name, having, n=1, cutoff=0) or difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {quote}{close[0]}{quote}?" if close else ""
 
 
 def option(default: Any, help: str, common: bool = True) -> Any:
@@ -28,8 +36,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         words = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
         if message.startswith("unrecognized") and words:
-            close = difflib.get_close_matches(words[0], self._option_string_actions, n=1)
-            message += f"; did you mean {close[0]}?" if close else ""
+            message += did_you_mean(words[0], self._option_string_actions)
         self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
 
 
@@ -121,8 +128,7 @@ def _read_config(parser: Parser, path: str, hints: Mapping[str, Any], aliases: M
     for key, value in settings.items():
         name = aliases.get(str(key), str(key))
         if name not in hints:
-            close = difflib.get_close_matches(name, hints, n=1)
-            parser.error(f"{path}: unknown option `{name}`" + (f"; did you mean `{close[0]}`?" if close else ""))
+            parser.error(f"{path}: unknown option `{name}`{did_you_mean(name, hints, '`')}")
         if isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:

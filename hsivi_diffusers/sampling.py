@@ -167,6 +167,7 @@ def load_sampler(name: str | None, host: Any = None) -> Any:
     if not name:
         raise ValueError("--pipeline is missing: give the folder or the repo id of a distilled pipeline")
     from .distillation.teachers import load_student
+    from .folders import near_folder, tell_missing
 
     folder = pipeline_of(name)
     if Path(name).is_dir() and not any((folder / each).is_file() for each in SAMPLERS):
@@ -174,6 +175,7 @@ def load_sampler(name: str | None, host: Any = None) -> Any:
             f"--pipeline {name} holds no pipeline: give the folder of a pipeline or of a finished run; an unfinished "
             "run is resumed by `hsivi distil`"
         )
+    tell_missing(name)
     try:
         return load_student(folder if folder.is_dir() else name, host)
     except OSError as error:
@@ -181,5 +183,5 @@ def load_sampler(name: str | None, host: Any = None) -> Any:
             raise
         raise ValueError(
             f"--pipeline {name} is no folder here and was not found on the Hub ({type(error).__name__}): check the "
-            "spelling, the connection, and the token of a private repo"
+            f"spelling, the connection, and the token of a private repo{near_folder(Path(name))}"
         ) from error

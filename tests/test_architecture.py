@@ -65,12 +65,12 @@ ALLOWED = {
         TRAIN,
     ),
     "distillation/teacher_configs": (
-        {"pipeline_hsivi", "scheduling_hsivi", "distillation/denoisers", "distillation/prompts"},
+        {"folders", "pipeline_hsivi", "scheduling_hsivi", "distillation/denoisers", "distillation/prompts"},
         TRAIN,
     ),
     "distillation/teachers": (
         {f"distillation/{noun}" for noun in ("adapters", "denoisers", "prompts", "state_dicts", "teacher_configs")}
-        | {"hub", "modeling_hsivi", "pipeline_hsivi", "run_records", "scheduling_hsivi"},
+        | {"folders", "hub", "modeling_hsivi", "pipeline_hsivi", "run_records", "scheduling_hsivi"},
         TRAIN,
     ),
     "distillation/ode": ({"scheduling_hsivi", "distillation/denoisers"}, TRAIN),

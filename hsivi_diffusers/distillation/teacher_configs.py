@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-import sys
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from inspect import signature
@@ -22,6 +19,7 @@ from diffusers import (
     UNet2DModel,
 )
 
+from ..folders import near_folder, tell_missing
 from ..pipeline_hsivi import HSIVIPipeline, parts_of
 from ..scheduling_hsivi import HSIVIScheduler
 from .denoisers import Network
@@ -76,8 +74,7 @@ def read_configs(name: str, revision: str | None) -> Configs:
     Raises:
         OSError: A config is missing.
     """
-    if hint := did_you_mean(Path(name)):  # now, for without a connection the Hub is asked for a minute
-        print(f"there is no folder {name}, so the Hub is asked{hint}", file=sys.stderr)
+    tell_missing(name)
     index: dict[str, Any] = {}
     with suppress(OSError):  # which network and scheduler can do without
         index = DiffusionPipeline.load_config(name, revision=revision)
@@ -87,14 +84,6 @@ def read_configs(name: str, revision: str | None) -> Configs:
     if network["_class_name"] == "Transformer2DModel" and network.get("norm_type") == "ada_norm_zero":
         network["_class_name"] = DiTTransformer2DModel.__name__  # as diffusers does
     return Configs(index.get("_class_name", "pipeline"), parts, network, scheduler)
-
-
-def did_you_mean(folder: Path) -> str:
-    """The end of a message that a folder is missing: what is there under nearly its name, or nothing."""
-    if folder.exists() or not folder.parent.is_dir():
-        return ""
-    near = difflib.get_close_matches(folder.name, map(str, os.listdir(folder.parent)), 1)
-    return f"; did you mean {folder.parent / near[0]}?" if near else ""
 
 
 def _read_config(name: str, part: str, kind: str | None, revision: str | None) -> dict[str, Any]:
@@ -111,7 +100,7 @@ def _read_config(name: str, part: str, kind: str | None, revision: str | None) -
             raise FileNotFoundError(
                 f"teacher {name!r} is no folder here, and no config of a {part} was found on the Hub "
                 f"({type(cause).__name__}): check the spelling, the connection, and the token of a private repo"
-                f"{did_you_mean(Path(name))}"
+                f"{near_folder(Path(name))}"
             )
         raise FileNotFoundError(f"teacher {name!r} has no config of a {part} ({cause}): {REMEDY}")
     named = config.get("_class_name", kind)

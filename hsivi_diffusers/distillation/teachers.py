@@ -23,6 +23,7 @@ from diffusers import (
 from huggingface_hub import ModelCard, file_exists
 from torch import Tensor, nn
 
+from ..folders import near_folder
 from ..hub import CUT, class_names
 from ..modeling_hsivi import HSIVINoiseScale
 from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, naming_damage, parts_of
@@ -38,7 +39,6 @@ from .teacher_configs import (
     check,
     check_levels,
     configs_of,
-    did_you_mean,
     kind_of,
     part_of,
     read_configs,
@@ -135,7 +135,7 @@ def _load(name: str, revision: str | None) -> DiffusionPipeline:
             ) from error
         raise ValueError(
             f"teacher {name!r} is no folder here, and was not loaded from the Hub ({type(error).__name__}): "
-            f"{REMEDY}{did_you_mean(path)}"
+            f"{REMEDY}{near_folder(path)}"
         ) from error
 
 

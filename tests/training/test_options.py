@@ -341,6 +341,12 @@ def test_an_error_of_the_program_itself_is_left_as_it_is():
         (["plan", "--num_inference_steps", "0"], "num_inference_steps=[0]: give one number of steps of at least 1"),
         (["plan", "--bogus"], "unrecognized arguments: --bogus (see `hsivi plan --help`)"),
         (["plan", "--num_inference_stpes=2"], "did you mean --num_inference_steps? (see `hsivi plan --help`)"),
+        (["plan", "--num_steps=2"], "did you mean --num_inference_steps? (see `hsivi plan --help`)"),
+        (
+            ["distill"],
+            "unknown command 'distill': choose one of distil, plan, sample, evaluate, push, demo; did you mean",
+        ),
+        (["distil", "--output_dir=x", "--resume_from_checkpoint=latest"], "--output_dir x holds no run to resume"),
         (["sample", "--output_dir", "x"], "--pipeline is missing"),
         (["push", "--hub_model_id", "a/b"], "--run_dir is missing"),
         (["evaluate", "--run_dir", "nowhere"], "nowhere"),
