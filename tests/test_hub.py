@@ -199,6 +199,7 @@ def test_only_old_weights_are_removed(client, pipeline, same):
     assert files["README.md"].startswith(b"---\nlibrary_name: diffusers")
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_trusted_code_is_pushed_as_ours(pushed, apart):
     assert apart["trusted"].returncode == 0, apart["trusted"].stderr
     files = files_of(pushed, "alice/trusted")
@@ -444,6 +445,7 @@ def apart(pushed, snippets, run_dir, tmp_path_factory):
     return {"home": home, **dict(zip(codes, run_clients([*codes.values()], pushed, home), strict=True))}
 
 
+@pytest.mark.slow
 def test_the_snippet_in_a_pipeline_of_diffusers_runs(apart):
     assert apart["stock"].returncode == 0, apart["stock"].stderr
     assert "non-standard module" not in apart["stock"].stderr

@@ -92,6 +92,7 @@ def test_diffusers_first_and_all_names_import_no_training_dependency(load):
     assert not {*added} & {*TRAINING}
 
 
+@pytest.mark.slow
 def test_a_module_first_and_distillation_imports_no_package_of_evaluation(load):
     order = ["import hsivi_diffusers.pipeline_hsivi", "from diffusers import DiffusionPipeline"]
     programs = "import hsivi_diffusers.distillation.trainer, hsivi_diffusers.evaluation.evaluate"

@@ -219,6 +219,7 @@ def test_one_step_starts_with_pairs(dit_teacher, distil, tmp_path):
     assert json.loads((folder / "training.json").read_text())["network_calls"] > 8 * 15
 
 
+@pytest.mark.slow
 def test_it_is_planned_with_its_vae(dit_teacher, make_config, capsys):
     shape, schedule = plan.read_teacher(str(dit_teacher), None)
     cost = plan.measure(shape, schedule, make_config())
@@ -274,6 +275,7 @@ def test_damaged_weights_of_a_student_are_named(run, tmp_path, capsys):
         load_student(folder)
 
 
+@pytest.mark.slow
 def test_it_is_measured_against_solvers_of_the_teacher(run):
     evaluate.main(
         [

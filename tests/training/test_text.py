@@ -351,6 +351,7 @@ def test_the_command_draws_prompts(run, tmp_path):
     assert Image.open(run / "samples" / "step-5.png").size[0] >= 512
 
 
+@pytest.mark.slow
 def test_it_is_measured_against_solvers_of_the_teacher(run):
     words = ["--num_samples=20", "--reference_samples=20", "--reference_steps=3", "--ddpm_steps=0", "--ddim_steps=0"]
     evaluate.main([f"--run_dir={run}", *words, "--solver_steps", "2"])

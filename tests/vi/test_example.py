@@ -19,6 +19,7 @@ def test_it_is_no_longer_than_fifteen_lines(example):
     assert len(example.strip().splitlines()) <= 15
 
 
+@pytest.mark.slow
 def test_it_runs_and_its_draws_have_the_moments_of_the_target(example, tmp_path, monkeypatch):
     plt.switch_backend("Agg")
     plt.close("all")  # figures of other tests
