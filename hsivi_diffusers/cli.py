@@ -41,7 +41,7 @@ preset. A run that was stopped continues by
 
     hsivi distil --output_dir runs/cifar10 --resume_from_checkpoint latest
 
-with the options that it had; those of the Hub are given again."""
+with the options it had, except those of the Hub, which must be given again."""
 PLAN = """Estimate the memory and time of `hsivi distil` with these options, without training."""
 PUSH = """Push the pipeline of a finished run to the Hub, with a model card made from the run's report.
 
@@ -166,9 +166,10 @@ def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple
             "HSIVITrainer(teacher, config).train(resume_from_checkpoint='latest')"
         )
     if teacher.resume_from_checkpoint and config.output_dir and not teacher.pretrained_teacher_model:
+        latest = teacher.resume_from_checkpoint == "latest"
+        place = f"--output_dir {config.output_dir}" if latest else f"the folder of {teacher.resume_from_checkpoint}"
         raise ValueError(
-            f"--output_dir {config.output_dir} holds no run to resume: name another, or start one by "
-            "--pretrained_teacher_model and the other options"
+            f"{place} holds no run to resume: name another, or give --pretrained_teacher_model and the other options"
         )
     if not teacher.pretrained_teacher_model:
         raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")

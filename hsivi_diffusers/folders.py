@@ -114,7 +114,7 @@ def near_folder(folder: Path) -> str:
     """The end of a message that a folder is missing: what is there under nearly its name, or nothing."""
     if folder.exists() or not folder.parent.is_dir():
         return ""
-    near = difflib.get_close_matches(folder.name, map(str, os.listdir(folder.parent)), 1)
+    near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.iterdir() if each.is_dir()], 1)
     return f"; did you mean {folder.parent / near[0]}?" if near else ""
 
 

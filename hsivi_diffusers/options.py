@@ -6,7 +6,7 @@ import argparse
 import difflib
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -14,11 +14,11 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 
 
-def did_you_mean(name: str, known: Iterable[str], quote: str = "") -> str:
-    """The end of a message about an unknown name: the nearest known one, first of those that have all its words."""
+def did_you_mean(name: str, known: Collection[str], quote: str = "") -> str:
+    """The end of a message about an unknown name: the one known that has all of its words, or the nearest."""
     words = set(name.strip("-").split("_"))
     having = [each for each in known if words <= set(each.strip("-").split("_"))]
-    close = difflib.get_close_matches(name, having, n=1, cutoff=0) or difflib.get_close_matches(name, known, n=1)
+    close = having if len(having) == 1 else difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {quote}{close[0]}{quote}?" if close else ""
 
 

@@ -201,13 +201,16 @@ class Layers:
     """
 
     def __init__(self, levels: Levels, grid: list[int], settings: Mapping[str, Any]) -> None:
-        self.made_of = levels, grid, settings
         self.levels, self.settings = levels, settings
         self.grid = torch.tensor(grid, dtype=torch.long)
         columns = self.coefficients(self.grid[:-1], self.grid[:-1, None].float())
         rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
         # The numbers of each layer of the grid, as floats, by the time of its input.
         self.by_time = {time: LayerCoefficients(*row) for time, row in zip(self.times, rows, strict=True)}
+
+    def are_of(self, levels: Levels, grid: list[int], settings: Mapping[str, Any]) -> bool:
+        """Whether they were made of these; a config of which a setting is changed is another object."""
+        return self.levels is levels and self.settings is settings and self.grid.tolist() == grid
 
     @property
     def times(self) -> list[float]:
@@ -478,7 +481,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"the grid {grid} starts beyond the {len(self.levels)} betas: give trained_betas for all")
         if self.config.prediction_type == "epsilon" and self.alphas_cumprod[grid[0]] == 0:
             raise ValueError(f"abar is 0 at {grid[0]}, where a noise prediction does not determine x0: start lower")
-        if self._layers is None or self._layers.made_of != (self.levels, grid, self.config):
+        if self._layers is None or not self._layers.are_of(self.levels, grid, self.config):
             self._layers = Layers(self.levels, grid, self.config)
         self.num_inference_steps = len(grid) - 1
         self.timesteps = self.levels.time(self._layers.grid[:-1]).to(device)

@@ -14,7 +14,7 @@ from typing import Any
 from ..folders import LOCK, claim_output_dir, remove_folder, sole_writer, write_json
 from ..options import differences, option
 from ..run_page import LOG, PAGE
-from ..run_records import PROMPTS
+from ..run_records import PROMPTS, read_record
 
 OPTIONS = {"options.json", "options.json.partial"}
 WRITTEN_AT_ONCE = {f"{name}{end}" for name in (PAGE, LOG, PROMPTS) for end in ("", ".partial")}
@@ -137,7 +137,7 @@ def _recorded(output_dir: Path, checkpoint: str) -> Iterator[tuple[Path, dict[st
     """The settings of the runs to continue with: by options.json, by the seal of a checkpoint if it is missing."""
     record = output_dir / "options.json"
     if record.is_file():
-        yield output_dir, json.loads(record.read_text(encoding="utf-8"))
+        yield output_dir, read_record(record)
     if not record.is_file() or checkpoint != "latest":
         named = finished(output_dir)[::-1] if checkpoint == "latest" else [Path(checkpoint)]
         path = next((path for path in named if find_damage(path) is None), None)
