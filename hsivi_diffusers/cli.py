@@ -160,20 +160,21 @@ def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple
         if teacher.pretrained_teacher_model is None:
             before = read_record(Path(config.init_from) / "options.json")
             teacher.pretrained_teacher_model, teacher.revision = before["pretrained_teacher_model"], before["revision"]
-    if record is not None and not teacher.pretrained_teacher_model:
-        raise ValueError(
+    if not teacher.pretrained_teacher_model:
+        raise ValueError(_why_no_teacher(teacher.resume_from_checkpoint, config.output_dir, record))
+    return teacher, config, hub
+
+
+def _why_no_teacher(checkpoint: str | None, output_dir: str | None, record: Path | None) -> str:
+    if record is not None:
+        return (
             f"the run of {record} was given its teacher from Python: resume it there, by "
             "HSIVITrainer(teacher, config).train(resume_from_checkpoint='latest')"
         )
-    if teacher.resume_from_checkpoint and config.output_dir and not teacher.pretrained_teacher_model:
-        latest = teacher.resume_from_checkpoint == "latest"
-        place = f"--output_dir {config.output_dir}" if latest else f"the folder of {teacher.resume_from_checkpoint}"
-        raise ValueError(
-            f"{place} holds no run to resume: name another, or give --pretrained_teacher_model and the other options"
-        )
-    if not teacher.pretrained_teacher_model:
-        raise ValueError("--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline")
-    return teacher, config, hub
+    if checkpoint and output_dir:
+        place = f"--output_dir {output_dir}" if checkpoint == "latest" else f"the folder of {checkpoint}"
+        return f"{place} holds no run to resume: name another, or give --pretrained_teacher_model and the other options"
+    return "--pretrained_teacher_model is missing: give a folder or repo id of a diffusers pipeline"
 
 
 def _record_of(checkpoint: str | None, output_dir: str | None) -> Path | None:

@@ -33,16 +33,7 @@ from .adapters import share
 from .denoisers import Network, sample_shape
 from .prompts import PromptTable, encode_prompts, takes_text
 from .state_dicts import hash_weights
-from .teacher_configs import (
-    LATENT,
-    REMEDY,
-    check,
-    check_levels,
-    configs_of,
-    kind_of,
-    part_of,
-    read_configs,
-)
+from .teacher_configs import LATENT, REMEDY, check, check_levels, configs_of, kind_of, part_of, read_configs
 
 # diffusers renamed the argument in 0.40, and warns of the old name.
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
