@@ -18,6 +18,7 @@ PAGE = "index.html"
 LOG = "log.jsonl"  # losses, rates and speed, a line of JSON every now and then
 SHOWN = {"loss/student": "#e8590c", "loss/critic": "#1971c2"}  # curves and their colours
 WIDTH, HEIGHT = 640, 200  # of the curves, in pixels
+REFRESH = 30  # seconds after which a browser reads the page again, until the training has ended
 STYLE = """\
 body { font: 16px/1.5 sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
 img { max-width: 100%; image-rendering: pixelated } table { border-collapse: collapse }
@@ -49,7 +50,9 @@ def write_page(run_dir: Path) -> None:
     options, training, report = (read_json(run_dir / f"{name}.json") for name in ("options", "training", "report"))
     title, log = run_dir.resolve().name, read_log(run_dir)
     stopped = [f"<p><b>{escape(str(line['stopped']))}</b></p>" for line in log if "stopped" in line]
-    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_cost(options, training, bool(stopped)))}</p>", *stopped]
+    done = max((line["step"] for line in log), default=0)
+    state = "was stopped" if stopped else "" if training else f"has done {done} of them"
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_cost(options, training, state))}</p>", *stopped]
     scheduler = read_json(run_dir / "pipeline" / "scheduler" / "scheduler_config.json")
     if given := scheduler.get("layer_timesteps"):
         grids = given if isinstance(given[0], list) else [given]
@@ -72,7 +75,8 @@ def write_page(run_dir: Path) -> None:
         figures = [name for name in ("samples.png", "curve.png") if (run_dir / name).is_file()]
         parts += [f'<p><img src="{name}" alt="{name}"></p>' for name in figures]
     parts += ["<h2>Options</h2>", _table(["option", "value"], options.items())]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    again = f'<meta http-equiv="refresh" content="{REFRESH}">' * (not training and not stopped)
+    head = f'<meta charset="utf-8">{again}<title>{escape(title)}</title><style>{STYLE}</style>'
     write_text(run_dir / PAGE, "\n".join(["<!doctype html>", head, *parts, ""]))
 
 
@@ -93,13 +97,13 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line.get("step"), int)]
 
 
-def _cost(options: dict[str, Any], training: dict[str, Any], stopped: bool) -> str:
+def _cost(options: dict[str, Any], training: dict[str, Any], state: str) -> str:
     counts = options.get("num_inference_steps") or options.get("num_layers")  # of earlier versions
     steps = ", ".join(map(str, counts if isinstance(counts, list) else [counts]))
     teacher, updates = options.get("pretrained_teacher_model"), options.get("max_train_steps")
     text = f"{steps} steps, distilled from {teacher} in {updates} updates."
     if not training:
-        return f"{text} The training {'was stopped' if stopped else 'has not ended yet'}."
+        return f"{text} The training {state}."
     calls = f", {training['network_calls']:,} network calls" if training.get("network_calls") else ""
     precision = training.get("mixed_precision") or "no"
     return f"{text} It took {training['seconds']:.0f} s{calls}, in {'float32' if precision == 'no' else precision}."

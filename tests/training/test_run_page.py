@@ -76,10 +76,12 @@ def test_text_of_the_run_is_shown_as_it_is(folder):
 
 
 def test_it_tells_whether_the_training_has_ended(folder):
-    assert "in 9 updates. The training has not ended yet." in page(folder)
+    assert "in 9 updates. The training has done 4 of them." in page(folder)
+    assert '<meta http-equiv="refresh" content="30">' in page(folder)
     log = folder / "log.jsonl"
     log.write_text(log.read_text() + "\n" + json.dumps({"step": 4, "stopped": "the images are grey"}) + "\n")
     assert "in 9 updates. The training was stopped.</p>\n<p><b>the images are grey</b></p>" in page(folder)
+    assert "refresh" not in page(folder)
     cost = {"seconds": 61.2, "network_calls": 12345, "mixed_precision": "bf16"}
     (folder / "training.json").write_text(json.dumps(cost))
     assert "in 9 updates. It took 61 s, 12,345 network calls, in bf16." in page(folder)
