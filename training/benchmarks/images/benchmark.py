@@ -34,6 +34,7 @@ from . import train_baseline
 from .benchmark_pages import as_word, is_shown, write_pages
 from .benchmark_results import (
     ALL_SCALES,
+    ALL_STEPS,
     BASELINES,
     CONSISTENCY,
     LATENT_CONSISTENCY,
@@ -228,7 +229,7 @@ class Comparison:
         for seed in self.options.seeds:
             settings = self.trainings.settings(config, seed)  # refused now, and not after the trainings before it
             name = f"{OURS} paper" if settings.preset == "paper" else OURS
-            name += ", one for all" if len(settings.depths) > 1 else ""
+            name = ALL_STEPS if len(settings.depths) > 1 else name
             name = ALL_SCALES if len(settings.scales) > 1 else name
             name = NO_LORA if settings.prompts and settings.lora_rank == 0 else name
             name = NO_NOISE if settings.noise_eta == 0 else name

@@ -10,6 +10,7 @@ from hsivi_diffusers.measures import MEASURES
 
 from .benchmark_results import (
     ALL_SCALES,
+    ALL_STEPS,
     BASELINES,
     NO_LORA,
     NO_NOISE,
@@ -58,7 +59,7 @@ GOALS = [
     *(Goal(nfe, (SOLVER, nfe), 0.5, over_floor=True) for nfe in (1, 2, 4, 5)),
     *(Goal(nfe, (SOLVER, more)) for nfe, more in ((1, 5), (1, 8), (2, 8), (4, 15))),
     *(Goal(nfe, (baseline, nfe), 1 / 1.5) for baseline in BASELINES for nfe in (1, 2, 4)),  # regression has 1 alone
-    *(Goal(nfe, (OURS, nfe), 1.3, ours=ours) for ours in (NO_NOISE, ALL_SCALES) for nfe in (1, 2, 4)),
+    *(Goal(nfe, (OURS, nfe), 1.3, ours=ours) for ours in (NO_NOISE, ALL_STEPS, ALL_SCALES) for nfe in (1, 2, 4)),
 ]
 
 
