@@ -50,8 +50,10 @@ benchmark-kinds: $(VENV)/installed
 	$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_flow.yaml
 	$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_flow.yaml $(BENCHMARK)
 	for each in "1 1 2 4 10 20" "2 2 4 8 20 40" "4 2 4 8 20 40"; do \
-		set -- $$each; guided="--guidance_scale $$1 --dataset w=$$1"; shift; \
+		set -- $$each; scale=$$1; guided="--guidance_scale $$1 --dataset w=$$1"; shift; \
 		$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_guided.yaml $$guided --calls $$* || exit; \
+		[ $$scale = 1 ] || $(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_guided.yaml $$guided --calls $$* \
+			--guidance_falls true --solvers iPNDM "DPM-Solver++ SDE" SA-Solver UniPC || exit; \
 		$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_guided.yaml $$guided $(BENCHMARK) || exit; \
 	done
 

@@ -20,6 +20,8 @@ from .student import UNetCritic
 class TeacherBridge(Bridge):
     """The diffusion bridge (Example 2): p_level is the data at a noise level, its score the pretrained network's.
 
+    Guidance falls with the noise, to none where the highest grid starts, see `GuidedNetwork`.
+
     Args:
         unet: The teacher; it is frozen.
         scheduler: Holds the grid; layer t is fitted to the data at tau_t.
@@ -48,7 +50,8 @@ class TeacherBridge(Bridge):
         self.guides, self.scales = bool(scheduler.guidance_scales), scheduler.guidance_scales or [1.0]
         # To draw; 0 without classes. With guidance the last label of the teacher is none of them.
         self.num_classes = num_classes(unet, self.guides)
-        self.network = UNetCritic(guided(unet, self.scales), scheduler)
+        start = scheduler.levels.time(scheduler.input_level(self._first_layers).max()).item()
+        self.network = UNetCritic(guided(unet, self.scales, start), scheduler)
         if int(scheduler.output_level(torch.arange(self.num_layers)).min()) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
         if (kernel := scheduler.config.kernel) != "ddim":

@@ -4,6 +4,9 @@ The last class label of the teacher is "no class", of a text-to-image model the 
 guidance, 1 for none, the guided teacher has the score S_none + w (S_c - S_none), of the class and of no class. A
 condition of a row is class * G + g, with g the number of its scale among the G that are trained. The critic is not
 guided.
+
+Guided scores of all levels are not those of one law of images and its diffusions: these have less guidance, the more
+noise there is. So the scale may fall with the noise (arXiv 2404.13040, arXiv 2404.07724).
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ class GuidedNetwork(nn.Module):
     Args:
         unet: Its last class label is "no class".
         scales: w of each g.
+        end: Time of the network at which there is no guidance left, 1 + (w - 1) max(1 - time / end, 0); without it
+            there is as much at all times.
     """
 
-    def __init__(self, unet: Network, scales: Sequence[float]) -> None:
+    def __init__(self, unet: Network, scales: Sequence[float], end: float | None = None) -> None:
         super().__init__()
-        self.unet, self.config = unet, unet.config
+        self.unet, self.config, self.end = unet, unet.config, end
         self.scales = torch.tensor(scales)
 
     @property
@@ -43,6 +48,8 @@ class GuidedNetwork(nn.Module):
     def forward(self, x: Tensor, time: Tensor, class_labels: Tensor) -> UNet2DOutput:
         """Returns the guided prediction; the labels are conditions, shape (B,)."""
         number, w = len(self.scales), self.scales.to(x)[class_labels % len(self.scales)]
+        if self.end is not None:
+            w = 1 + (w - 1) * (1 - torch.as_tensor(time).to(x) / self.end).clamp_min(0)
         none = torch.full_like(class_labels, num_labels(self.unet) - 1)
         of_class, of_none = (predict(self.unet, x, time, each) for each in (class_labels // number, none))
         return UNet2DOutput(sample=of_none + w.reshape(-1, *[1] * (x.ndim - 1)) * (of_class - of_none))
@@ -53,6 +60,6 @@ def calls_of_step(network: Network | GuidedNetwork) -> int:
     return 2 if isinstance(network, GuidedNetwork) else 1
 
 
-def guided(unet: Network, scales: Sequence[float]) -> Network | GuidedNetwork:
+def guided(unet: Network, scales: Sequence[float], end: float | None = None) -> Network | GuidedNetwork:
     """Returns the teacher that is followed, guided if a scale is not 1."""
-    return unet if [*scales] == [1] else GuidedNetwork(unet, scales)
+    return unet if [*scales] == [1] else GuidedNetwork(unet, scales, end)

@@ -45,10 +45,32 @@ def test_a_guided_network_is_the_class_and_what_it_has_more_than_none(teacher, s
 def test_the_score_of_the_bridge_is_that_of_the_guided_network(teacher, scales):
     bridge, x, level = bridge_of(teacher, scales), torch.randn(6, 1, 8, 8), torch.tensor([10, 100, 300, 500, 700, 800])
     condition = torch.arange(6) % (3 * len(bridge.scales))
-    told = GuidedNetwork(teacher, bridge.scales)(x, level, class_labels=condition).sample
+    told = GuidedNetwork(teacher, bridge.scales, GRID[0])(x, level, class_labels=condition).sample
     _, sigma = bridge.scheduler.alpha_sigma(level, x)
     torch.testing.assert_close(bridge.score(x, level, condition), -told / sigma, rtol=1e-3, atol=1e-4)
     assert bridge.num_classes == 3
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_guidance_that_falls_is_whole_at_no_noise_and_none_from_its_end_on(teacher, together):
+    x, condition, scales = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]), [1.0, 3.0]
+    falling = GuidedNetwork(teacher, scales, end=400)
+    for time, share in ((0, 1.0), (100, 0.75), (300, 0.25), (400, 0.0), (900, 0.0)):
+        told = torch.tensor(time) if together else torch.full((4,), time)
+        wanted = GuidedNetwork(teacher, [1 + share * (w - 1) for w in scales])(x, told, class_labels=condition).sample
+        torch.testing.assert_close(falling(x, told, class_labels=condition).sample, wanted)
+
+
+def test_the_guidance_of_a_bridge_ends_where_its_highest_grid_starts(teacher):
+    scheduler = HSIVIScheduler(layer_timesteps=[[200, 10], [440, 220, 10]], noise_eta=1.0, guidance_scale=3.0)
+    guided = TeacherBridge(teacher, scheduler)
+    x, condition = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
+    for levels, scale in (((440, 700), 1.0), ((220, 220), 2.0), ((330, 330), 1.5)):
+        level = torch.tensor(levels)
+        told = GuidedNetwork(teacher, [scale])(x, level, class_labels=condition).sample
+        torch.testing.assert_close(
+            guided.score(x, level, condition), -told / scheduler.alpha_sigma(level, x)[1], rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(("scales", "calls"), [(None, 1), (1.0, 1), (3.0, 2), ([1.0, 3.0], 2)])

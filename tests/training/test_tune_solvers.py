@@ -119,6 +119,21 @@ def test_a_guided_solver_takes_two_calls_a_step(arguments, tmp_path):
     assert (row["calls"], len(row["settings"]["timesteps"])) == (4, 2)
 
 
+def test_the_end_of_falling_guidance_is_tuned_from_what_constant_guidance_has(arguments, tmp_path, monkeypatch):
+    guided = [f"--teacher={ASSETS / 'digits_guided_ddpm'}", "--guidance_scale=2", f"--output_dir={tmp_path}"]
+    guided += [f"--runs_dir={tmp_path}", "--solvers", "iPNDM", "--trials=3", "--calls", "4"]
+    tune_solvers.main([*arguments, *guided])
+    tried, suggest = [], tune_solvers.suggest
+    monkeypatch.setattr(tune_solvers, "suggest", lambda *given: tried.append(suggest(*given)) or tried[-1])
+    tune_solvers.main([*arguments, *guided, "--guidance_falls=true"])
+    before, now = benchmark_results.read_rows(tmp_path / "solvers.json")
+    assert (before["dataset"], now["dataset"]) == ("digits", "digits falling")
+    assert now["settings"].pop("guidance_end") in (200, 350, 500, 800)
+    assert [each["timesteps"] for each in tried] == [pytest.approx(before["settings"]["timesteps"], abs=1)] * 3
+    with pytest.raises(ValueError, match="--guidance_falls true has no effect without a --guidance_scale other than"):
+        tune_solvers.main([*arguments, "--guidance_falls=true"])
+
+
 def test_each_solver_has_a_row_that_is_as_good_as_its_stock_settings(path):
     rows = benchmark_results.read_rows(path)
     assert [(row["dataset"], row["calls"], row["solver"]) for row in rows] == [

@@ -37,6 +37,7 @@ from .benchmark_results import (
     ALL_STEPS,
     BASELINES,
     CONSISTENCY,
+    FALLING,
     LATENT_CONSISTENCY,
     NO_LORA,
     NO_NOISE,
@@ -54,7 +55,7 @@ from .benchmark_results import (
 )
 from .captions import CAPTIONS
 from .set_teacher import SetTeacher
-from .solver_pages import best_solvers
+from .solver_pages import FALLS, best_solvers
 from .spaces import SetMeasures
 from .trainings import ANEW, RESUME, Costs, Trainings, make
 
@@ -215,15 +216,15 @@ class Comparison:
         return self.teacher.solver("DPM-Solver++", self.options.teacher_steps)
 
     def _solvers(self) -> Iterator[Entry]:
-        """The best tuned solver at each number of calls."""
+        """The best tuned solver at each number of calls, of guidance that falls with the noise, too."""
         path = Path(self.options.solvers)
         if not path.is_file():
             raise ValueError(f"--solvers {path} is missing: name a file that tune_solvers.py has written")
-        rows = [row for row in read_rows(path) if row["dataset"] == self.options.dataset]
-        for row in best_solvers(rows):
-            solver = self.teacher.solver(row["solver"], row["calls"], **row["settings"])
-            told = {"solver": row["solver"], "settings": row["settings"]}
-            yield Entry(SOLVER, row["calls"], None, partial(self._costless, solver), told=told)
+        for method, name in ((SOLVER, str(self.options.dataset)), (FALLING, f"{self.options.dataset} {FALLS}")):
+            for row in best_solvers([row for row in read_rows(path) if row["dataset"] == name]):
+                solver = self.teacher.solver(row["solver"], row["calls"], **row["settings"])
+                told = {"solver": row["solver"], "settings": row["settings"]}
+                yield Entry(method, row["calls"], None, partial(self._costless, solver), told=told)
 
     def _students(self, config: str) -> Iterator[Entry]:
         for seed in self.options.seeds:

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from hsivi_diffusers.distillation.denoisers import give_prompts, num_classes, sample_shape
-from hsivi_diffusers.distillation.guidance import calls_of_step, guided
+from hsivi_diffusers.distillation.guidance import GuidedNetwork, calls_of_step, guided
 from hsivi_diffusers.distillation.prompts import takes_text
 from hsivi_diffusers.distillation.teachers import image_shape, load_parts, load_prompts, network_of
 from hsivi_diffusers.evaluation.solvers import Sampler, Solver, make_solver, sample
@@ -85,16 +85,20 @@ class SetTeacher:
             give_prompts(network_of(student), self.prompts)
         return student
 
-    def solver(self, name: str, calls: int, **settings: Any) -> Solver:
+    def solver(self, name: str, calls: int, guidance_end: float | None = None, **settings: Any) -> Solver:
         """A solver that makes so many network calls, see `make_solver`.
+
+        With `guidance_end` its guidance falls with the noise, see `GuidedNetwork`.
 
         Raises:
             ValueError: They are not those of whole steps.
         """
         if calls % self.step_calls:
             raise ValueError(f"{calls} network calls: a guided step has two, give an even number")
-        steps = calls // self.step_calls
-        return make_solver(name, steps, self.network, self.schedule.config, host=self.host, **settings)
+        steps, network = calls // self.step_calls, self.network
+        if guidance_end is not None and isinstance(network, GuidedNetwork):
+            network = GuidedNetwork(network.unet, network.scales.tolist(), guidance_end)
+        return make_solver(name, steps, network, self.schedule.config, host=self.host, **settings)
 
     def draw(self, sampler: Sampler, size: int, batch_size: int, seed: int) -> Tensor:
         """Images of any sampler, shape (size, C, H, W); with classes image i is of class i mod their number."""

@@ -37,7 +37,7 @@ from hsivi_diffusers.options import option, parse_options, run_command
 
 from .benchmark_results import Row, read_rows
 from .set_teacher import SetTeacher
-from .solver_pages import score, write_page
+from .solver_pages import FALLS, score, write_page
 from .spaces import make_spaces
 
 # What is tuned of each solver beside its grid, by the names of diffusers.
@@ -55,6 +55,7 @@ GRIDS = ("leading", "trailing", "linspace")  # of diffusers; iPNDM has none for 
 # Start and end, as shares of the clock, and power; the last one is for flows, which start at pure noise.
 POWER_GRIDS = [(0.7, 0.03, 1.5), (0.8, 0.02, 1.5), (0.9, 0.01, 2.0), (0.95, 0.06, 1.0), (0.44, 0.1, 1.0)]
 POWER_GRIDS += [(0.999, 0.05, 1.0)]
+GUIDANCE_ENDS = (0.2, 0.35, 0.5, 0.8)  # shares of the clock
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Options:
     classifier: str | None = option(None, "folder of the ImageClassifier")
     real_data: str = option("digits", "real images, see train_teacher.py; of a text-to-image teacher `captions`")
     guidance_scale: float | None = option(None, "scale of guidance; with another than 1 a step is two network calls")
+    guidance_falls: bool = option(False, "tune the end of guidance that falls with the noise, for DATASET falling")
     solvers: list[str] = option([*CHOICES], "solvers to tune")
     calls: list[int] = option([1, 2, 3, 4, 5, 8, 10, 15, 20], "network calls")
     trials: int = option(30, "settings to try for each solver and number of calls")
@@ -99,7 +101,10 @@ class Tuning:
 
     def score(self, solver: str, calls: int, trial: optuna.Trial) -> float:
         """What a trial is worth, see `solver_pages.score`."""
-        settings = suggest(trial, solver, calls // self.teacher.step_calls, len(self.teacher.schedule))
+        clock = len(self.teacher.schedule)
+        settings = suggest(trial, solver, calls // self.teacher.step_calls, clock)
+        if self.options.guidance_falls:
+            settings["guidance_end"] = round(clock * trial.suggest_float("guidance_end", 0.1, 1.0))
         with torch.autocast(
             self.teacher.network.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bf16"
         ):
@@ -118,11 +123,13 @@ class Tuning:
             load_if_exists=True,
         )
         rows, stock_settings = read_rows(Path(options.output_dir) / "solvers.json"), SOLVERS[solver][1]
+        if options.guidance_falls:  # starts from what was found with constant guidance
+            rows = [row for row in rows if f"{row['dataset']} {FALLS}" == options.dataset]
         others = [row["settings"] for row in rows if (row["solver"], row.get("steps", row["calls"])) == (solver, steps)]
-        for first in [
-            *(as_trial(solver, found, len(self.teacher.schedule)) for found in others if found != stock_settings),
-            *first_trials(solver),
-        ]:
+        firsts = [as_trial(solver, found, len(self.teacher.schedule)) for found in others if found != stock_settings]
+        if options.guidance_falls:
+            firsts = [{**first, "guidance_end": end} for first in firsts for end in GUIDANCE_ENDS]
+        for first in [*firsts, *first_trials(solver)]:
             study.enqueue_trial(first, skip_if_exists=True)
         done = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
         study.optimize(partial(self.score, solver, calls), max(options.trials - done, 0))
@@ -203,6 +210,10 @@ def main(args: list[str] | None = None) -> None:
     missing = [name for name in ("dataset", "teacher", "classifier") if not getattr(options, name)]
     if missing:
         raise ValueError(f"--{', --'.join(missing)} missing: give --config training/configs/solvers_digits.yaml")
+    if options.guidance_falls:
+        if options.guidance_scale in (None, 1):
+            raise ValueError("--guidance_falls true has no effect without a --guidance_scale other than 1")
+        options.dataset = f"{options.dataset} {FALLS}"
     if unknown := [solver for solver in options.solvers if solver not in CHOICES]:
         raise ValueError(f"--solvers {', '.join(unknown)} unknown: choose from {', '.join(CHOICES)}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
