@@ -20,6 +20,7 @@ MEASURES = {
     "recall": Measure("recall", ".3f", higher_is_better=True),
     "density": Measure("density", ".3f", higher_is_better=True),
     "coverage": Measure("coverage", ".3f", higher_is_better=True),
+    "pixel_fd": Measure("FD of pixels", ".4f"),
     "swd": Measure("SWD", ".4f"),
     "class_tv": Measure("class TV", ".3f"),
     "teacher_tv": Measure("TV to teacher", ".3f"),
@@ -30,7 +31,8 @@ MEASURES = {
     "diversity": Measure("diversity", ".3f", higher_is_better=True),
     "nearest": Measure("nearest", ".3f", higher_is_better=True),
 }
-REPORTED = ("kid", "fd", "precision", "recall", "coverage", "swd")  # by `hsivi evaluate`
+HALVES = "two halves of the reference"  # the floor in reports and cards
+REPORTED = ("kid", "fd", "precision", "recall", "coverage", "pixel_fd", "swd")  # by `hsivi evaluate`
 
 
 def written(name: str, *values: float) -> str:

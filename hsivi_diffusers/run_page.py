@@ -39,10 +39,11 @@ at.oninput = show; show();
 
 
 QUALITY = """\
-KID and FD are distances of the features to those of the reference, SWD one of the pixels: lower is better. Precision is
-the share of the images that lie among those of the reference, recall and coverage how much of the reference they reach:
-higher is better. NFE is the number of network calls for an image. The "few-step grid" of a solver starts where an image
-begins to show in the noise, of a rectified flow at pure noise; the other rows have the timesteps of diffusers."""
+KID and FD are distances of the features to those of the reference, FD of pixels and SWD of the pixels: lower is better.
+Precision is the share of the images that lie among those of the reference, recall and coverage how much of the
+reference they reach: higher is better. NFE is the number of network calls for an image. The "few-step grid" of a solver
+starts where an image begins to show in the noise, of a rectified flow at pure noise; the other rows have the timesteps
+of diffusers."""
 
 
 def write_page(run_dir: Path) -> None:

@@ -262,13 +262,17 @@ def test_nothing_of_the_files_of_a_run_becomes_markdown():
 
 def test_the_headline_of_the_report_comes_first_with_its_floor():
     more = {"kid": 0.0015, "recall": 0.91, "coverage": 0.88}
-    report = {"headline": "kid", "features": "EfficientNet", "reference": "teacher | 50", "floor": -0.0002}
+    report = {"headline": "kid", "features": "EfficientNet", "reference": "teacher | 50"}
+    report["floor"] = {"kid": -0.0002, "fd": 0.5, "recall": 0.99, "coverage": 0.98, "swd": 0.01}
     card = card_of({**report, "rows": [{**ROWS[0], **more}]})
-    head, _, line = [line for line in card.text.splitlines() if line.startswith("|")]
+    head, _, floor, line = [line for line in card.text.splitlines() if line.startswith("|")]
     heads = ["KID x 1000, EfficientNet", "FD, EfficientNet", "recall", "coverage", "SWD"]
     assert head == f"| NFE | method | {' | '.join(heads)} | images |"
     assert line == "| 4 | **HSIVI, this model** | 1.50 | 1.25 | 0.910 | 0.880 | 0.0200 | 500 |"
-    assert "compared to teacher \\| 50. Two halves of it are at -0.20. A KID below 0 is noise" in card.text
+    assert floor == "|  | two halves of the reference | -0.20 | 0.50 | 0.990 | 0.980 | 0.0100 |  |"
+    assert "compared to teacher \\| 50. A KID below 0 is noise" in card.text
+    before = {**report, "floor": -0.0002, "rows": [{**ROWS[0], **more, "pixel_fd": 0.03}]}  # floors were one number
+    assert "FD of pixels: of their first 64 principal components." in card_of(before).text
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert values == {"frechet_distance": 1.25, "kid_x_1000": 1.5, "sliced_wasserstein_distance": 0.02}
 

@@ -200,7 +200,7 @@ def main(args: list[str] | None = None) -> None:
         seconds = training["seconds"] if method == OURS else None
         rows.append({**made, **drawn, **measures(images), "train_seconds": seconds})
     headline = "fd" if options.feature_extractor else "kid"
-    floor = split_halves(network, reference, headline)
+    floor = split_halves(network, reference, REPORTED)
     report = Report(headline, options.feature_name or features, name, floor, rows)
     report.write(run_dir, training)
     report.draw(run_dir, shown, pick(reference, labels, classes, min(COLUMNS, size)), classes)

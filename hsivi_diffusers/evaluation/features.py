@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from .classifier import ImageClassifier
 
+COMPONENTS = 64  # of the pixels' PCA
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -49,6 +50,23 @@ class EfficientNetFeatures(nn.Module):
         resized = interpolate(images.expand(-1, 3, -1, -1), size, mode="bilinear", antialias=True, align_corners=False)
         features: torch.Tensor = self.network.extract_features((resized - self.mean) / self.std).mean((2, 3))
         return features
+
+
+class PixelComponents(nn.Module):
+    """The first 64 principal components of the pixels of real images."""
+
+    def __init__(self, real: torch.Tensor) -> None:
+        super().__init__()
+        from sklearn.decomposition import PCA
+
+        pixels = real.flatten(1)
+        found = PCA(min(COMPONENTS, min(pixels.shape) - 1), svd_solver="randomized", random_state=0).fit(pixels.numpy())
+        self.mean = nn.Parameter(torch.from_numpy(found.mean_).float(), requires_grad=False)
+        self.components = nn.Parameter(torch.from_numpy(found.components_.T).float(), requires_grad=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the components, shape (B, 64), of images (B, C, H, W)."""
+        return (images.flatten(1) - self.mean) @ self.components
 
 
 def load_network(folder: str | None, channels: int) -> tuple[nn.Module, str]:

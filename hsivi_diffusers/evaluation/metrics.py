@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import adaptive_avg_pool2d
 
 from ..bars import bar
-from .features import check_packages
+from .features import PixelComponents, check_packages
 
 BATCH = 500  # images in the network at once
 NEIGHBOURS = 5  # of precision, recall, density and coverage
@@ -19,7 +20,8 @@ MOST = 5000  # images of a side where the cost grows with their square
 MOST_COPIES = 2000  # images whose nearest real one is looked for
 PRDC = ("precision", "recall", "density", "coverage")
 PACKAGES = ("torchmetrics", "prdc", "ot", "sklearn")
-NAMES = ("fd", "kid", *PRDC, "swd", "class_tv", "nearest")
+NAMES = ("fd", "kid", *PRDC, "pixel_fd", "swd", "class_tv", "nearest")
+SIDE = 64  # pixels of a side that pixel_fd and swd see at most
 
 
 def total_variation(p: Sequence[float], q: Sequence[float]) -> float:
@@ -40,6 +42,8 @@ class Measures:
       of the scale of the features, which FD is not.
     - `precision`, `density`: how many images lie among the real ones; `recall`, `coverage`: how many of the real ones
       lie among, or close to, the images. By prdc, in the features, of 5 neighbours, of at most 5,000 of each set.
+    - `pixel_fd`: Frechet distance of the first 64 principal components of the real images' pixels. Here and in `swd`
+      a larger image is averaged down to 64 x 64.
     - `swd`: sliced Wasserstein 2-distance of the pixels over 500 random projections of a fixed seed; of at most 5,000
       of each set.
     - `class_tv`: total variation between the shares of classes that the classifier sees in the two sets, in [0, 1].
@@ -62,15 +66,13 @@ class Measures:
 
     def __init__(self, network: torch.nn.Module, real: torch.Tensor, names: Sequence[str] | None = None) -> None:
         check_packages(PACKAGES)
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
         self.network, self.real = network, _check(real, real)
         self.names = names or [name for name in NAMES if name != "class_tv" or hasattr(network, "head")]
         features = self._extract(self.real)
-        self.frechet = FrechetInceptionDistance(
-            feature=_Features(features.shape[1]), normalize=True, reset_real_features=False
-        )
-        self.frechet.update(features, real=True)
+        self.frechet = _Frechet(features)
+        if "pixel_fd" in self.names:
+            self.components = PixelComponents(small := _small(self.real))
+            self.pixel_frechet = _Frechet(self.components(small))
         self.rows = _choose(len(real), MOST)
         self.features = features[self.rows]
         self.shares = self.real_shares = self._count(features)
@@ -90,17 +92,17 @@ class Measures:
         found: dict[str, Any] = {}
         self.shares = self._count(features)
         if "fd" in self.names:
-            self.frechet.reset()
-            self.frechet.update(features, real=False)
-            found["fd"] = self.frechet.compute()
+            found["fd"] = self.frechet(features)
         if "kid" in self.names:
             across = _mean_kernel(self.gamma, some, self.features)
             found["kid"] = self.kernel + _mean_kernel(self.gamma, some) - 2 * across
         if any(name in self.names for name in PRDC):
             with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of rows
                 found |= compute_prdc(self.features.numpy(), some.numpy(), NEIGHBOURS)
+        if "pixel_fd" in self.names:
+            found["pixel_fd"] = self.pixel_frechet(self.components(_small(images)))
         if "swd" in self.names:
-            pixels = (each.flatten(1).double() for each in (images[rows], self.real[self.rows]))
+            pixels = (_small(each).flatten(1).double() for each in (images[rows], self.real[self.rows]))
             found["swd"] = ot.sliced_wasserstein_distance(*pixels, n_projections=500, seed=0)
         if "class_tv" in self.names:
             found["class_tv"] = total_variation(self.shares, self.real_shares)
@@ -139,12 +141,29 @@ class Measures:
         return (rows - real[places]).norm(dim=1).median().item()
 
 
-def split_halves(network: torch.nn.Module, real: torch.Tensor, name: str) -> float | None:
-    """The floor: a measure of one random half of the real images against the other; None where there are too few."""
+def split_halves(network: torch.nn.Module, real: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
+    """The floor: measures of one random half of the real images against the other; empty where there are too few."""
     if len(real) < 2 * FEWEST:
-        return None
+        return {}
     one, other = real[_shuffle(len(real))].tensor_split(2)
-    return Measures(network, one, [name])(other)[name]
+    return Measures(network, one, names)(other)
+
+
+class _Frechet:
+    """Frechet distance of features, shape (M, D), to those of real images."""
+
+    def __init__(self, real: torch.Tensor) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        self.metric = FrechetInceptionDistance(
+            feature=_Features(real.shape[1]), normalize=True, reset_real_features=False
+        )
+        self.metric.update(real, real=True)
+
+    def __call__(self, features: torch.Tensor) -> float:
+        self.metric.reset()
+        self.metric.update(features, real=False)
+        return float(self.metric.compute())
 
 
 class _Features(torch.nn.Identity):
@@ -168,6 +187,12 @@ def _check(images: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
             f"images are {images.dtype} from {images.min():.4g} to {images.max():.4g}: give floats in [0, 1]"
         )
     return images.float()
+
+
+def _small(images: torch.Tensor) -> torch.Tensor:
+    """The images, averaged down to at most 64 x 64 pixels."""
+    height, width = images.shape[-2:]
+    return images if max(height, width) <= SIDE else adaptive_avg_pool2d(images, (min(height, SIDE), min(width, SIDE)))
 
 
 def _choose(size: int, most: int) -> torch.Tensor:

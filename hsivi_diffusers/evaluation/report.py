@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..folders import write_json, write_text
-from ..measures import MEASURES, REPORTED, written
+from ..measures import HALVES, MEASURES, REPORTED, written
 from .figures import draw_curves, draw_samples
 from .pages import measured_on, write_table
 
@@ -20,11 +20,12 @@ NOTES = """\
 KID is the squared maximum mean discrepancy of the features under the kernel (x . y / s + 1)^3, with s the mean of
 |x|^2 in the reference; FD is the Frechet distance of the features. Both depend on the features named above: they
 are not the KID and FID of Inception features, and compare within this table only. KID has no bias, so a value near
-the best may fall below 0; FD falls with the number of images. Lower is better in both and in
-SWD, the sliced Wasserstein distance of the pixels; higher is better in precision, recall and coverage. DDIM has eta
-0; DPM-Solver++ is 2M. All methods start from the same noise and have the same class labels, if any, in equal
-numbers. The last column is the spacing of the timesteps, and the timesteps of the network calls. Another grid can
-make a baseline better."""
+the best may fall below 0; FD falls with the number of images. FD of pixels is that of their first 64 principal
+components, SWD their sliced Wasserstein distance, both at 64 x 64 pixels at most. Lower is better, but in precision,
+recall and coverage. Two halves of the reference, one measured against the other, are the floor; they have fewer images
+than a row, whose distance may be lower. DDIM has eta 0; DPM-Solver++ is 2M. All methods start from the same noise and
+have the same class labels, if any, in equal numbers. The last column is the spacing of the timesteps, and the timesteps
+of the network calls. Another grid can make a baseline better."""
 
 
 def load_run(run_dir: Path) -> dict[str, Any]:
@@ -42,7 +43,7 @@ class Report:
     headline: str  # measure that the rows are sorted by and the curve shows, "kid" or "fd"
     features: str  # their name
     reference: str  # name of the images that were compared to
-    floor: float | None  # headline of one half of the reference against the other, None if it is too small
+    floor: dict[str, float]  # measures of one half of the reference against the other, empty if it is too small
     rows: list[dict[str, Any]]
 
     def write(self, run_dir: Path, training: dict[str, Any]) -> None:
@@ -50,11 +51,9 @@ class Report:
         measured = f"Measured on {measured_on()}."
         content = {"features": self.features, "reference": self.reference, "headline": self.headline}
         write_json(run_dir / "report.json", {**content, "floor": self.floor, "measured": measured, "rows": self.rows})
-        halves = "for they have fewer images than a row, whose distance may be lower"
-        floor = "" if self.floor is None else f" Two halves of it are at {self._short(self.floor)}, {halves}."
         unknown = [label for label, share in enumerate(training.get("class_shares") or []) if not share]
         sentences = [
-            f"Teacher `{training['teacher']}`. Reference: {self.reference}.{floor}",
+            f"Teacher `{training['teacher']}`. Reference: {self.reference}.",
             f"HSIVI was trained {'with' if training.get('train_data') else 'without'} data by the preset "
             f"`{training.get('preset')}` for {training.get('max_train_steps')} updates. Features: {self.features}.",
             GUIDED if training.get("guidance_scale") else "",
@@ -71,7 +70,9 @@ class Report:
         names = [self.headline, *(name for name in REPORTED if name != self.headline)]
         measures = [MEASURES[name].head for name in names]
         heads = ["NFE", "method", *measures, "images", "train seed", "eval seed", "training s", "grid"]
-        lines = []
+        lines: list[list[Any]] = []
+        if self.floor:
+            lines.append(["", HALVES, *(written(name, self.floor[name]) for name in names), *[""] * 5])
         for row in sorted(self.rows, key=lambda row: (row["nfe"], row[self.headline])):
             method, seed, seconds = row["method"], "", ""
             if method == OURS:

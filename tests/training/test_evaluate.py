@@ -414,7 +414,8 @@ def test_the_table_is_sorted_and_says_what_was_measured(rows, evaluated, teacher
     text = (evaluated[0] / "report.md").read_text()
     assert "Features: my own features." in text
     assert "preset `fast` for 5 updates" in text
-    assert f"Teacher `{teacher}`. Reference: digits. Two halves of it are at FD " in text
+    assert f"Teacher `{teacher}`. Reference: digits. HSIVI was trained" in text
+    assert "|  | two halves of the reference | " in text
     assert "| 800, 200 |" in text
     assert "rival" not in text
     cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
@@ -577,10 +578,10 @@ def test_a_class_conditional_run_is_evaluated_without_further_options(class_run,
     assert keys == [("HSIVI", 2), *[(name, nfe) for nfe in (2, 4) for name in SOLVERS], ("DDPM", 4)]
     assert content["reference"] == "teacher, DPM-Solver++ SDE at 3 steps"
     assert content["headline"] == "kid"
-    assert isinstance(content["floor"], float)
+    assert [*content["floor"]] == [*REPORTED]
     text = (folder / "report.md").read_text()
     assert "| NFE | method | KID x 1000 |" in text
-    assert "Two halves of it are at KID x 1000" in text
+    assert f"|  | two halves of the reference | {1000 * content['floor']['kid']:.2f} |" in text
     assert f"{1000 * content['rows'][0]['kid']:.2f}" in text
     assert "Result: KID x 1000 " in capsys.readouterr().out
     for name in ("samples.png", "curve.png"):

@@ -14,7 +14,7 @@ from hsivi_diffusers.evaluation import metrics
 from hsivi_diffusers.evaluation.metrics import Measures, split_halves
 from hsivi_diffusers.images import load_images
 
-NAMES = {"fd", "kid", "precision", "recall", "density", "coverage", "swd", "class_tv", "nearest"}
+NAMES = {"fd", "kid", "precision", "recall", "density", "coverage", "pixel_fd", "swd", "class_tv", "nearest"}
 
 
 class Corners(torch.nn.Module):
@@ -96,9 +96,29 @@ def test_swd_of_a_shifted_set_is_the_shift_along_500_directions():
 
 
 def test_the_floor_is_one_half_against_the_other(real):
-    assert abs(split_halves(Corners(), real, "fd")) < 0.05 < Measures(Corners(), real, ["fd"])(1 - real)["fd"]
-    assert split_halves(Corners(), real[:14], "swd") > 0  # real images against themselves would have 0
-    assert split_halves(Corners(), real[:13], "kid") is None
+    assert abs(split_halves(Corners(), real, ["fd"])["fd"]) < 0.05 < Measures(Corners(), real, ["fd"])(1 - real)["fd"]
+    floor = split_halves(Corners(), real[:14], ["swd", "recall"])
+    assert floor["swd"] > 0  # real images against themselves would have 0
+    assert [*floor] == ["swd", "recall"]
+    assert split_halves(Corners(), real[:13], ["kid"]) == {}
+
+
+def test_the_fd_of_pixels_is_that_of_all_components_of_small_images():
+    real = torch.rand(200, 1, 2, 4, generator=torch.Generator().manual_seed(0))
+    real[..., 1, 3] = 0.5  # seven components are all that there is
+    moved = real.clone()
+    moved[..., :3] *= 0.9
+    wanted = Measures(torch.nn.Flatten(), real, ["fd"])(moved)["fd"]
+    assert Measures(Corners(), real, ["pixel_fd"])(moved)["pixel_fd"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_pixels_of_large_images_are_averaged_down():
+    names = ["pixel_fd", "swd"]
+    small = torch.rand(120, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    small = small.repeat_interleave(8, 2).repeat_interleave(8, 3)  # 64 x 64
+    large = small.repeat_interleave(3, 2).repeat_interleave(2, 3)
+    one, other = (Measures(Corners(), each, names)(each.flip(2)) for each in (small, large))
+    assert one == pytest.approx(other, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["ot", "prdc", "sklearn", "torchmetrics"])

@@ -9,37 +9,20 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from sklearn.decomposition import PCA
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
 
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
-from hsivi_diffusers.evaluation.features import EfficientNetFeatures
+from hsivi_diffusers.evaluation.features import EfficientNetFeatures, PixelComponents
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.measures import MEASURES
 
-COMPONENTS = 64  # of the pixels' PCA
 HIDDEN = (256, 64)  # widths of the MLP; the last one are the features
 MOST = 5000  # real images in a KID
 BATCH = 500  # images that are classified at once
 OF_CLASSIFIER = ("precision", "recall", "density", "coverage", "class_tv", "nearest")
 OF_CLASSES = ("accuracy", "class_fd", "class_recall")
 OF_CAPTIONS = ("retrieval", "diversity")
-
-
-class PixelComponents(nn.Module):
-    """The first 64 principal components of the pixels of real images."""
-
-    def __init__(self, real: Tensor) -> None:
-        super().__init__()
-        pixels = real.flatten(1)
-        found = PCA(min(COMPONENTS, min(pixels.shape) - 1), svd_solver="randomized", random_state=0).fit(pixels.numpy())
-        self.mean = nn.Parameter(torch.from_numpy(found.mean_).float(), requires_grad=False)
-        self.components = nn.Parameter(torch.from_numpy(found.components_.T).float(), requires_grad=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns the components, shape (B, 64), of images (B, C, H, W)."""
-        return (images.flatten(1) - self.mean) @ self.components
 
 
 class DenseFeatures(nn.Sequential):
