@@ -19,7 +19,7 @@ from ..scheduling_hsivi import HSIVIScheduler
 from .adapters import add_adapter, has_adapter, load_adapter
 from .config import HSIVIConfig
 from .denoisers import Network, give_prompts, keep_labels, sample_shape, signal_timestep
-from .student import check_labels, label_layers
+from .student import check_labels, label_layers, label_scales
 from .teachers import Parts, fingerprint, load_prompts, load_student, network_of, without_encoders
 
 LORA_RANK = 64
@@ -99,8 +99,8 @@ def make_networks(three: tuple[Network, Network, Network], schedule: HSIVISchedu
     for each in three:
         keep_labels(each)
     scheduler = make_scheduler(schedule, config, sample_shape(teacher))
-    if (scales := len(scheduler.guidance_scales)) > 1:  # of which student and critic are told one beside the class
-        student, critic = (label_layers(each, scales) for each in (student, critic))
+    if len(scales := scheduler.guidance_scales) > 1:  # of which student and critic are told one beside the class
+        student, critic = (label_scales(each, scales) for each in (student, critic))
     noise_scale = HSIVINoiseScale(sample_shape(teacher)) if config.noise_scale_type == "per_pixel" else None
     if len(config.depths) > 1:  # grids, whose layers are scored at the same levels
         critic = label_layers(critic, sum(scheduler.depths))

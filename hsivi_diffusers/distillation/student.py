@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from ..scheduling_hsivi import HSIVIScheduler
 from ..vi.distributions import DiagonalGaussian
 from ..vi.layers import ConditionalLayers, hierarchy_ends
 from .denoisers import Network, call_network, denoise
+
+SPREAD = 0.25  # how far apart the embeddings of scales of guidance start
 
 
 class UNetCritic(nn.Module):
@@ -118,3 +121,20 @@ def label_layers(unet: Network, num_layers: int) -> UNet2DModel:
     if (unet.device, unet.dtype) != (labelled.device, labelled.dtype):  # fake tensors, of a plan, cannot be moved
         labelled = labelled.to(unet.device, unet.dtype)
     return labelled.train(unet.training)
+
+
+@torch.no_grad()
+def label_scales(unet: Network, scales: Sequence[float]) -> UNet2DModel:
+    """Returns a copy of a UNet that is told a scale of guidance w beside the class, as class * G + g.
+
+    For w = 1 it starts as the UNet itself. The embeddings of others start at e_none + (1 + SPREAD (w - 1)) (e_c -
+    e_none), with those of the class and of no class: from equal ones it would not learn to tell the scales apart.
+
+    Raises:
+        ValueError: See `check_labels`.
+    """
+    labelled = label_layers(unet, len(scales))
+    rows = labelled.class_embedding.weight.unflatten(0, (-1, len(scales)))
+    none, w = rows[-1], torch.tensor(scales).to(rows)[:, None]
+    rows.copy_(none + (1 + SPREAD * (w - 1)) * (rows - none))
+    return labelled

@@ -1,5 +1,6 @@
 """Classifier-free guidance that a student takes in: the teacher's score, runs, the pipeline."""
 
+import copy
 import json
 
 import pytest
@@ -81,14 +82,16 @@ def test_a_guided_score_is_two_calls_of_the_teacher(teacher, scales, calls):
     assert len(seen) == calls
 
 
-def test_a_student_of_several_scales_starts_as_the_teacher_for_each(teacher):
+def test_a_student_of_several_scales_starts_as_the_teacher_farther_from_no_class_the_larger_the_scale(teacher):
     config = HSIVIConfig(num_inference_steps=2, guidance_scale=[5.0, 1.0])
     networks = make_networks((teacher, teacher, teacher), HSIVIScheduler(), config)
     assert networks.scheduler.config.guidance_scale == [1.0, 5.0]
-    x, classes = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
-    wanted = teacher(x, 100, class_labels=classes).sample
+    x, classes = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, NONE])
+    farther, old = copy.deepcopy(teacher), teacher.class_embedding.weight
+    farther.class_embedding.weight = nn.Parameter(old[NONE] + 2 * (old - old[NONE]))
     for network in (networks.student, networks.critic):
-        for place in range(2):
+        for place, same in enumerate((teacher, farther)):
+            wanted = same(x, 100, class_labels=classes).sample
             torch.testing.assert_close(network(x, 100, class_labels=2 * classes + place).sample, wanted)
 
 
