@@ -31,7 +31,7 @@ MEASURES = {
     "diversity": Measure("diversity", ".3f", higher_is_better=True),
     "nearest": Measure("nearest", ".3f", higher_is_better=True),
 }
-HALVES = "two halves of the reference"  # the floor in reports and cards
+HALVES = "two halves of the reference"  # what is good, in reports, cards and pages
 REPORTED = ("kid", "fd", "precision", "recall", "coverage", "pixel_fd", "swd")  # by `hsivi evaluate`
 
 

@@ -299,8 +299,9 @@ def _quality_table(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
 
     heads = ["NFE", "method", *(_plain(_metric_name(metric, report)) for metric in (headline, *others)), "images"]
     measured = [*map(line, sorted(rows, key=place))]
-    if isinstance(floor := report.get("floor"), dict) and floor:  # one number in reports of before
-        measured = [line({"nfe": "", "method": HALVES, "num_samples": "", **floor}), *measured]
+    if floor := report.get("floor"):
+        found = floor if isinstance(floor, dict) else {headline: floor}  # one number in reports of before
+        measured = [line({"nfe": "", "method": HALVES, "num_samples": "", **found}), *measured]
     first, *lines = (f"| {' | '.join(cells)} |" for cells in [heads, *measured])
     return "\n".join([first, f"|---:|---|{'---:|' * (len(heads) - 2)}", *lines])
 
@@ -319,7 +320,8 @@ def _training(scheduler: Any, run: dict[str, Any]) -> str:
         f"the teacher knows. {data}"
     )
     if scales := scheduler.guidance_scales:
-        text += f" It has taken in classifier-free guidance of scale {one_of(scales)}, at no further network call."
+        less = ", in training weaker the more noise there is" if options.get("guidance_falls") else ""
+        text += f" It has taken in classifier-free guidance of scale {one_of(scales)}{less}, at no further call."
     settings = ", ".join(f"{name} {_plain(options[name])}" for name in TOLD if options.get(name) is not None)
     if settings:
         text += f"\n\nCommand `hsivi distil` of hsivi_diffusers: {settings}."

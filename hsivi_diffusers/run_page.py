@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .folders import write_text
-from .measures import MEASURES, REPORTED, written
+from .measures import HALVES, MEASURES, REPORTED, written
 from .run_records import PROMPTS, sample_grids
 
 PAGE = "index.html"
@@ -34,12 +34,15 @@ function show() {{
   document.getElementById("step").textContent = grids[at.value][0];
   document.getElementById("beside").textContent = grids[at.value][2];
 }}
-at.oninput = show; show();
+if (location.hash) at.value = location.hash.slice(1);  // where it was before the page was read again
+at.oninput = () => {{ location.hash = at.value == at.max ? "" : at.value; show(); }};
+show();
 </script>"""
 
 
 QUALITY = """\
-KID and FD are distances of the features to those of the reference, FD of pixels and SWD of the pixels: lower is better.
+KID and FD are distances of the features to those of the reference, FD of pixels and SWD distances of the pixels, of at
+most 64 x 64 of them: lower is better. Two halves of the reference show what is good.
 Precision is the share of the images that lie among those of the reference, recall and coverage how much of the
 reference they reach: higher is better. NFE is the number of network calls for an image. The "few-step grid" of a solver
 starts where an image begins to show in the noise, of a rectified flow at pure noise; the other rows have the timesteps
@@ -72,7 +75,7 @@ def write_page(run_dir: Path) -> None:
         parts += ["<h2>Losses</h2>", curves]
     if rows := report.get("rows"):
         about = f"Features: {report.get('features')}. Reference: {report.get('reference')}. {report.get('measured')} "
-        parts += ["<h2>Quality</h2>", f"<p>{escape(about + QUALITY)}</p>", _quality(rows)]
+        parts += ["<h2>Quality</h2>", f"<p>{escape(about + QUALITY)}</p>", _quality(rows, report.get("floor"))]
         figures = [name for name in ("samples.png", "curve.png") if (run_dir / name).is_file()]
         parts += [f'<p><img src="{name}" alt="{name}"></p>' for name in figures]
     parts += ["<h2>Options</h2>", _table(["option", "value"], options.items())]
@@ -134,8 +137,10 @@ def loss_curves(log: Sequence[dict[str, Any]]) -> str:
     return f'<svg width="{WIDTH}" height="{HEIGHT}" style="border: 1px solid #ccc">{"".join(lines)}</svg>{told}'
 
 
-def _quality(rows: Sequence[dict[str, Any]]) -> str:
+def _quality(rows: Sequence[dict[str, Any]], floor: Any) -> str:
     measures = [name for name in REPORTED if any(name in row for row in rows)]
+    if isinstance(floor, dict) and floor:  # one number in reports of before
+        rows = [{"nfe": "", "method": HALVES, **floor}, *rows]
 
     def line(row: dict[str, Any]) -> list[Any]:
         return [row["nfe"], row["method"], *(written(name, row[name]) if name in row else "" for name in measures)]

@@ -20,13 +20,15 @@ from .student import UNetCritic
 class TeacherBridge(Bridge):
     """The diffusion bridge (Example 2): p_level is the data at a noise level, its score the pretrained network's.
 
-    Guidance falls with the noise, to none where the highest grid starts, see `GuidedNetwork`.
-
     Args:
         unet: The teacher; it is frozen.
         scheduler: Holds the grid; layer t is fitted to the data at tau_t.
         level_range: Lowest and highest timestep of random levels.
         between_share: Share of the rows scored at a random level that keep to their input, see `place`; 0 to 1.
+        guidance_falls: Guide less the more noise there is, not at all where the highest grid starts.
+
+    Attributes:
+        guidance_end: Time of the network from which on there is no guidance, None where it is the same at all times.
 
     Raises:
         ValueError: The range leaves the teacher's clock, the grid ends at -1, where the score is infinite, or the
@@ -39,6 +41,7 @@ class TeacherBridge(Bridge):
         scheduler: HSIVIScheduler,
         level_range: tuple[int, int] = (5, 800),
         between_share: float = 0.0,
+        guidance_falls: bool = False,
     ) -> None:
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
@@ -51,7 +54,8 @@ class TeacherBridge(Bridge):
         # To draw; 0 without classes. With guidance the last label of the teacher is none of them.
         self.num_classes = num_classes(unet, self.guides)
         start = scheduler.levels.time(scheduler.input_level(self._first_layers).max()).item()
-        self.network = UNetCritic(guided(unet, self.scales, start), scheduler)
+        self.guidance_end = start if guidance_falls else None
+        self.network = UNetCritic(guided(unet, self.scales, self.guidance_end), scheduler)
         if int(scheduler.output_level(torch.arange(self.num_layers)).min()) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
         if (kernel := scheduler.config.kernel) != "ddim":

@@ -24,7 +24,6 @@ ALIASES = {
     "layer_weight": "loss_weight",
     "ode_pairs": "num_pairs",
     "ode_steps": "pair_steps",
-    "ode_learning_rate": "pair_learning_rate",
     "ode_weight": "pair_weight",
 }
 # Options that runs of earlier versions recorded and that were removed, and the value with which they changed nothing.
@@ -35,6 +34,8 @@ GONE = {
     "train_data": None,
     "adversarial_weight": 0.0,
     "prediction_type": None,
+    "pair_learning_rate": 5e-4,
+    "ode_learning_rate": 5e-4,
 }
 
 
@@ -86,6 +87,7 @@ class HSIVIConfig:
         True, True, False, "clip the last mean to [-1, 1] in training too, but not latents; its gradient passes"
     )
     guidance_scale: float | list[float] | None = option(None, "scale or scales of guidance to take in; 1 is none")
+    guidance_falls: bool = option(True, "in training guide less the more noise there is, not at all at the first call")
     prompts: str | list[str] | None = option(
         None, "of a text-to-image teacher: text file with one prompt in a line; from Python a list will do"
     )
@@ -112,7 +114,6 @@ class HSIVIConfig:
         0, 6400, 0, "pairs of noise and the teacher's image of it, on which the student is fitted first; 0 for none"
     )
     pair_steps: int = option(500, "updates of the fit to pairs", common=False)
-    pair_learning_rate: float = option(5e-4, "Adam learning rate of that fit; it falls to 0", common=False)
     pair_weight: float = option(
         0.005,
         "weight of the pairs in the student's loss after that fit; falls as the student's learning rate does",
@@ -237,10 +238,14 @@ class HSIVIConfig:
 def read_settings(record: Path) -> dict[str, Any]:
     """The options of a run by its options.json, see `complete`.
 
+    The guidance of a run that does not tell did not fall.
+
     Raises:
         ValueError: The file is damaged, or as `complete`.
     """
-    return complete(read_record(record))
+    recorded = read_record(record)
+    was_guided = recorded.get("guidance_scale") not in (None, 1, [1])
+    return complete({"guidance_falls": not was_guided, **recorded})
 
 
 def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ guidance, 1 for none, the guided teacher has the score S_none + w (S_c - S_none)
 condition of a row is class * G + g, with g the number of its scale among the G that are trained. The critic is not
 guided.
 
-Guided scores of all levels are not those of one law of images and its diffusions: these have less guidance, the more
-noise there is. So the scale may fall with the noise (arXiv 2404.13040, arXiv 2404.07724).
+No law of images has these scores at all of its noise levels: where there is more noise, the score of a guided law has
+less guidance. So the scale may be smaller the more noise there is (arXiv 2404.13040, arXiv 2404.07724).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class GuidedNetwork(nn.Module):
     Args:
         unet: Its last class label is "no class".
         scales: w of each g.
-        end: Time of the network at which there is no guidance left, 1 + (w - 1) max(1 - time / end, 0); without it
-            there is as much at all times.
+        end: Time of the network at which no guidance is left, above 0: the scale is 1 + (w - 1) max(1 - time / end, 0).
+            Without it the scale is w at all times.
     """
 
     def __init__(self, unet: Network, scales: Sequence[float], end: float | None = None) -> None:
@@ -47,12 +47,12 @@ class GuidedNetwork(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, class_labels: Tensor) -> UNet2DOutput:
         """Returns the guided prediction; the labels are conditions, shape (B,)."""
-        number, w = len(self.scales), self.scales.to(x)[class_labels % len(self.scales)]
+        number, w = len(self.scales), self.scales.to(x.device)[class_labels % len(self.scales)]
         if self.end is not None:
-            w = 1 + (w - 1) * (1 - torch.as_tensor(time).to(x) / self.end).clamp_min(0)
+            w = 1 + (w - 1) * (1 - torch.as_tensor(time, device=x.device).float() / self.end).clamp_min(0)
         none = torch.full_like(class_labels, num_labels(self.unet) - 1)
         of_class, of_none = (predict(self.unet, x, time, each) for each in (class_labels // number, none))
-        return UNet2DOutput(sample=of_none + w.reshape(-1, *[1] * (x.ndim - 1)) * (of_class - of_none))
+        return UNet2DOutput(sample=of_none + w.to(x).reshape(-1, *[1] * (x.ndim - 1)) * (of_class - of_none))
 
 
 def calls_of_step(network: Network | GuidedNetwork) -> int:

@@ -67,7 +67,6 @@ RANGES: dict[str, Range] = {
     "num_pairs": FROM_0,
     "lora_rank": ("a number from 0 on, or leave it out", lambda value: value >= 0),
     "pair_steps": ABOVE_0,
-    "pair_learning_rate": ABOVE_0,
     "pair_weight": FROM_0,
     "max_train_steps": AT_LEAST_1,
     "train_batch_size": AT_LEAST_1,
@@ -111,7 +110,7 @@ def check_together(config: Any) -> None:
     """Refuses settings that exclude each other, or have no effect beside the others."""
     starts = (config.start_timestep, config.start_signal, config.start_noise)
     usual = {each.name: _default(each, config.preset) for each in fields(config)}
-    names = ("pair_weight", "pair_steps", "pair_learning_rate")
+    names = ("pair_weight", "pair_steps")
     changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != usual[name]]
     if config.start_spacing and starts == (None, None, None):
         raise ValueError(
@@ -125,6 +124,8 @@ def check_together(config: Any) -> None:
         )
     if config.prompts is not None and config.guidance_scale is None:
         raise ValueError("guidance_scale is missing: with prompts give one, such as 4.5, or 1 for none")
+    if not config.guidance_falls and set(config.scales) <= {1}:
+        raise ValueError("guidance_falls=False has no effect without a guidance_scale other than 1: leave it out")
     if config.negative_prompt and config.guidance_scale in (None, 1):
         raise ValueError(
             f"negative_prompt={config.negative_prompt!r} is what guidance leads away from, and has no effect without "

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..bars import bar
 from ..folders import write_text
-from ..run_page import LOG, read_log, write_page
+from ..run_page import LOG, REFRESH, read_log, write_page
 from ..run_records import COLUMNS
 from ..vi import Step
 from .config import HSIVIConfig
@@ -75,6 +75,7 @@ class Progress:
         self.running: dict[str, float] = {}
         self.far = 0  # grids in a row, up to the last one, that are far from the teacher's
         self.folder = Path(str(self.config.output_dir))
+        self.page_written = 0.0  # when, by the clock of `time.perf_counter`
 
     def watch(self, steps: Iterator[Step], start: int, metrics: Callable[[Step], dict[str, float]]) -> Iterator[Step]:
         """Yields the steps after `start`, with a bar of running losses, of the metrics of a step, and the time left.
@@ -119,6 +120,12 @@ class Progress:
         self.accelerator.log(numbers, step=step)
         if self.accelerator.is_main_process:
             self._add_line({**{name: float(number) for name, number in numbers.items()}, "step": step})
+            if time.perf_counter() - self.page_written > REFRESH:
+                self._write_page()
+
+    def _write_page(self) -> None:
+        write_page(self.folder)
+        self.page_written = time.perf_counter()
 
     def _add_line(self, line: dict[str, Any]) -> None:
         with (self.folder / LOG).open("a", encoding="utf-8") as log:
@@ -169,7 +176,7 @@ class Progress:
             compared = beside_teacher(images)
             self._log(step, compared)
             ratios.copy_(torch.tensor([*compared.values()]))
-            write_page(self.folder)
+            self._write_page()
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":
                     tracker.log_images({"samples": shown}, step=step, dataformats="NHWC")
@@ -203,7 +210,7 @@ class Progress:
         text += "continue with validation_steps 0 and resume_from_checkpoint latest"
         if self.accelerator.is_main_process:
             self._add_line({"step": step, "stopped": text})
-            write_page(self.folder)
+            self._write_page()
         raise CollapsedRunError(text)
 
     def _labels(self, size: int) -> list[int] | None:
@@ -214,10 +221,10 @@ class Progress:
 
     @cached_property
     def _teacher_row(self) -> Tensor:
-        """Images in [0, 1] of a solver of the teacher, on the CPU."""
+        """Images in [0, 1] of a solver of the teacher, with the guidance of the training, on the CPU."""
         labels, bridge = self._labels(COLUMNS), self.state.bridge
         pairs = TeacherPairs(
-            guided(copy.copy(bridge.unet), bridge.scales),  # whose calls are not those of the training
+            guided(copy.copy(bridge.unet), bridge.scales, bridge.guidance_end),  # its calls are not the training's
             bridge.scheduler,
             torch.randn(COLUMNS, *bridge.shape, generator=torch.Generator().manual_seed(0)),
             None if labels is None else torch.tensor(labels) * len(bridge.scales),

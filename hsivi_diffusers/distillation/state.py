@@ -61,12 +61,9 @@ class TrainingState:
         self.config, self.accelerator = config, accelerator
         self.identity, self.host, self.encoders = networks.identity, networks.host, networks.encoders
         scheduler, shape = networks.scheduler, sample_shape(networks.teacher)
-        self.bridge = TeacherBridge(
-            networks.teacher,
-            scheduler,
-            (config.level_min, highest_level(scheduler, shape)),
-            between_share=between_share(config),
-        )
+        levels = config.level_min, highest_level(scheduler, shape)
+        more = between_share(config), config.guidance_falls
+        self.bridge = TeacherBridge(networks.teacher, scheduler, levels, *more)
         shares, classes = config.class_shares, self.bridge.num_classes
         if shares is not None and len(shares) != classes:
             remedy = "give as many" if classes else "leave it out"

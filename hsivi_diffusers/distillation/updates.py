@@ -32,6 +32,7 @@ from .pairs import PAIR_CALLS, image_loss
 from .state import TrainingState, trained
 
 MAX_OVERFLOWS = 50
+PAIR_LEARNING_RATE = 5e-4  # of the fit to pairs; it falls to 0
 COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs
 
 
@@ -145,12 +146,11 @@ def _regress(state: TrainingState) -> None:
     rate, objective = group["lr"], Regression(image_loss(state.student.scheduler))
     steps = _fit(state, objective, chains, joint(sum(depths), config.pair_steps))
     for step in bar(range(config.pair_steps), "regress", disable=not state.accelerator.is_main_process):
-        group["lr"] = config.pair_learning_rate * cosine(step / config.pair_steps)
+        group["lr"] = PAIR_LEARNING_RATE * cosine(step / config.pair_steps)
         try:
             next(steps)
         except DivergenceError as error:
-            subject = f"the loss of the fit to the pairs, of pair_learning_rate={config.pair_learning_rate},"
-            raise DivergenceError(subject, error.step, error.layers) from error
+            raise DivergenceError("the loss of the fit to the pairs", error.step, error.layers) from error
         if state.accelerator.check_trigger():
             raise InterruptedRunError(
                 "stopped before the first update, nothing was saved: start again with resume_from_checkpoint latest"

@@ -16,16 +16,17 @@ from .pages import measured_on, write_table
 
 OURS = "HSIVI"
 GUIDED = "Teacher and solvers are guided, too: a step of theirs is two network calls."
+FELL = "In the training of HSIVI the guidance was weaker the more noise there is, so that it is guided less than these."
 NOTES = """\
 KID is the squared maximum mean discrepancy of the features under the kernel (x . y / s + 1)^3, with s the mean of
 |x|^2 in the reference; FD is the Frechet distance of the features. Both depend on the features named above: they
 are not the KID and FID of Inception features, and compare within this table only. KID has no bias, so a value near
 the best may fall below 0; FD falls with the number of images. FD of pixels is that of their first 64 principal
-components, SWD their sliced Wasserstein distance, both at 64 x 64 pixels at most. Lower is better, but in precision,
-recall and coverage. Two halves of the reference, one measured against the other, are the floor; they have fewer images
-than a row, whose distance may be lower. DDIM has eta 0; DPM-Solver++ is 2M. All methods start from the same noise and
-have the same class labels, if any, in equal numbers. The last column is the spacing of the timesteps, and the timesteps
-of the network calls. Another grid can make a baseline better."""
+components, SWD the sliced Wasserstein distance of the pixels, both at 64 x 64 pixels at most. Lower is better, but in
+precision, recall and coverage. Two halves of the reference, one measured against the other, show what is good; a row is
+measured against all of it, and may be better. DDIM has eta 0; DPM-Solver++ is 2M. All methods start from the same noise
+and have the same class labels, if any, in equal numbers. The last column is the spacing of the timesteps, and the
+timesteps of the network calls. Another grid can make a baseline better."""
 
 
 def load_run(run_dir: Path) -> dict[str, Any]:
@@ -57,6 +58,7 @@ class Report:
             f"HSIVI was trained {'with' if training.get('train_data') else 'without'} data by the preset "
             f"`{training.get('preset')}` for {training.get('max_train_steps')} updates. Features: {self.features}.",
             GUIDED if training.get("guidance_scale") else "",
+            FELL if training.get("guidance_scale") and training.get("guidance_falls") else "",
             f"Classes that the student was not trained on: {', '.join(map(str, unknown))}." if unknown else "",
         ]
         intro = " ".join(sentence for sentence in sentences if sentence)

@@ -448,7 +448,7 @@ def test_three_lines_close_the_run(rows, evaluated):
 def test_of_several_long_baselines_the_best_is_named(tmp_path):
     rows = [{"method": name, "nfe": nfe, "kid": kid} for name, nfe, kid in (("HSIVI", 2, 0.3), ("DDIM", 4, 0.9))]
     rows.append({"method": "UniPC", "nfe": 4, "kid": 0.1})
-    text = report.Report("kid", "features", "digits", None, rows).closing_lines(tmp_path)
+    text = report.Report("kid", "features", "digits", {}, rows).closing_lines(tmp_path)
     assert "KID x 1000 300.00 at 2 network calls; best at 4 calls: UniPC, 100.00" in text
 
 
@@ -456,10 +456,12 @@ def test_guidance_and_classes_that_were_left_out_are_told(tmp_path):
     made = {"method": "HSIVI", "nfe": 2, "grid": "", "num_samples": 9, "train_seed": 0, "eval_seed": 0}
     rows = [{**made, "train_seconds": 1.0, **dict.fromkeys(REPORTED, 0.5)}]
     training = {"teacher": "t", "guidance_scale": [3.0], "class_shares": [1.0, 0.0, 2.0, 0.0]}
-    report.Report("kid", "features", "digits", None, rows).write(tmp_path, training)
+    report.Report("kid", "features", "digits", {}, rows).write(tmp_path, training)
     text = (tmp_path / "report.md").read_text()
-    assert "Teacher and solvers are guided, too: a step of theirs is two network calls." in text
+    assert "Teacher and solvers are guided, too: a step of theirs is two network calls. Classes" in text
     assert "Classes that the student was not trained on: 1, 3." in text
+    report.Report("kid", "features", "digits", {}, rows).write(tmp_path, {**training, "guidance_falls": True})
+    assert "two network calls. In the training of HSIVI the guidance was weaker" in (tmp_path / "report.md").read_text()
 
 
 @pytest.fixture(scope="module")

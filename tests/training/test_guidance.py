@@ -6,11 +6,14 @@ import json
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge, cli
+from hsivi_diffusers.distillation.config import read_settings
 from hsivi_diffusers.distillation.guidance import GuidedNetwork, guided
 from hsivi_diffusers.distillation.networks import carry_over, make_networks
+from hsivi_diffusers.distillation.pairs import TeacherPairs
 from hsivi_diffusers.distillation.progress import Progress
 from hsivi_diffusers.evaluation import evaluate
 from hsivi_diffusers.model_card import make_card
@@ -44,7 +47,8 @@ def test_a_guided_network_is_the_class_and_what_it_has_more_than_none(teacher, s
 
 @pytest.mark.parametrize("scales", [1.0, 3.0, [1.0, 2.0, 5.0]])
 def test_the_score_of_the_bridge_is_that_of_the_guided_network(teacher, scales):
-    bridge, x, level = bridge_of(teacher, scales), torch.randn(6, 1, 8, 8), torch.tensor([10, 100, 300, 500, 700, 800])
+    bridge = bridge_of(teacher, scales, guidance_falls=True)
+    x, level = torch.randn(6, 1, 8, 8), torch.tensor([10, 100, 300, 500, 700, 800])
     condition = torch.arange(6) % (3 * len(bridge.scales))
     told = GuidedNetwork(teacher, bridge.scales, GRID[0])(x, level, class_labels=condition).sample
     _, sigma = bridge.scheduler.alpha_sigma(level, x)
@@ -64,7 +68,8 @@ def test_guidance_that_falls_is_whole_at_no_noise_and_none_from_its_end_on(teach
 
 def test_the_guidance_of_a_bridge_ends_where_its_highest_grid_starts(teacher):
     scheduler = HSIVIScheduler(layer_timesteps=[[200, 10], [440, 220, 10]], noise_eta=1.0, guidance_scale=3.0)
-    guided = TeacherBridge(teacher, scheduler)
+    guided, constant = (TeacherBridge(teacher, scheduler, guidance_falls=falls) for falls in (True, False))
+    assert (guided.guidance_end, constant.guidance_end) == (440, None)
     x, condition = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
     for levels, scale in (((440, 700), 1.0), ((220, 220), 2.0), ((330, 330), 1.5)):
         level = torch.tensor(levels)
@@ -72,6 +77,66 @@ def test_the_guidance_of_a_bridge_ends_where_its_highest_grid_starts(teacher):
         torch.testing.assert_close(
             guided.score(x, level, condition), -told / scheduler.alpha_sigma(level, x)[1], rtol=1e-3, atol=1e-4
         )
+
+
+def test_the_end_of_guidance_is_a_time_of_the_network(teacher):
+    scheduler = HSIVIScheduler(
+        layer_timesteps=[999, 500, 10], prediction_type="flow_prediction", shift=3.0, guidance_scale=3.0, noise_eta=1.0
+    )
+    bridge, x, level = (
+        TeacherBridge(teacher, scheduler, guidance_falls=True),
+        torch.randn(2, 1, 8, 8),
+        torch.tensor([500]),
+    )
+    assert bridge.guidance_end == 1000
+    sigma = scheduler.alpha_sigma(level, x)[1].item()
+    wanted, found = GuidedNetwork(teacher, [3 - 2 * sigma]), bridge.network.unet
+    told = 1000 * torch.tensor([sigma, sigma]), torch.tensor([0, 2])
+    torch.testing.assert_close(found(x, *told).sample, wanted(x, *told).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_scale_is_computed_in_single_precision(teacher, dtype):
+    class Two(nn.Module):
+        """1 for the class, 0 for none."""
+
+        config = teacher.config
+
+        def forward(self, x, time, class_labels):
+            return UNet2DOutput((class_labels != NONE).to(x)[:, None, None, None].expand(x.shape))
+
+    x = torch.zeros(1, 1, 8, 8, dtype=dtype)
+    found = GuidedNetwork(Two(), [7.5], end=440)(x, torch.tensor([323]), torch.tensor([0])).sample
+    assert found.dtype == dtype
+    assert found[0, 0, 0, 0] == torch.tensor(1 + 6.5 * (1 - 323 / 440)).to(dtype)
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_pairs_and_the_row_of_the_teacher_have_the_guidance_of_the_training(pipeline, tmp_path, falls, monkeypatch):
+    ends = []
+    made = TeacherPairs.__init__
+    monkeypatch.setattr(
+        TeacherPairs, "__init__", lambda self, unet, *a, **k: ends.append(unet.end) or made(self, unet, *a, **k)
+    )
+    more = {"num_pairs": 8, "pair_steps": 2, "num_inference_steps": 1, "validation_steps": 5, "guidance_falls": falls}
+    trainer = train(pipeline, tmp_path / "run", guidance_scale=3.0, **more)
+    (start, *_) = trainer.pipeline.scheduler.trained_grids[0]
+    assert set(ends) == {start if falls else None}
+    assert len(ends) == 2
+    assert read_settings(tmp_path / "run" / "options.json")["guidance_falls"] == falls
+
+
+@pytest.mark.parametrize(("scale", "falls"), [([3.0], False), (3.0, False), ([1.0], True), (1, True), (None, True)])
+def test_the_guidance_of_a_run_that_does_not_tell_did_not_fall(tmp_path, scale, falls):
+    (tmp_path / "options.json").write_text(json.dumps({"num_inference_steps": [2], "guidance_scale": scale}))
+    assert read_settings(tmp_path / "options.json")["guidance_falls"] == falls
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_constant_guidance_without_guidance_is_refused(tmp_path, scale):
+    config = HSIVIConfig(guidance_scale=scale, guidance_falls=False, output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="guidance_falls=False has no effect without a guidance_scale other than 1"):
+        config.check()
 
 
 @pytest.mark.parametrize(("scales", "calls"), [(None, 1), (1.0, 1), (3.0, 2), ([1.0, 3.0], 2)])
@@ -207,8 +272,11 @@ def test_what_several_scales_were_told_is_not_taken_for_others(pipeline, tmp_pat
 
 def test_the_card_tells_the_scales(pipeline, tmp_path):
     student = train(pipeline, tmp_path / "run", guidance_scale=[1.0, 3.0])
-    text = make_card(student.pipeline, "user/name", {"options": {}, "training": {}, "report": {}}).text
-    assert "It has taken in classifier-free guidance of scale 1.0 or 3.0" in text
+    run = {"options": {"guidance_falls": True}, "training": {}, "report": {}}
+    text = make_card(student.pipeline, "user/name", run).text
+    assert "guidance of scale 1.0 or 3.0, in training weaker the more noise there is, at no" in text
+    text = make_card(student.pipeline, "user/name", {**run, "options": {}}).text
+    assert "It has taken in classifier-free guidance of scale 1.0 or 3.0, at no" in text
     assert "guidance_scale=3.0" in text
 
 

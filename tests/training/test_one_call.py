@@ -14,7 +14,7 @@ from hsivi_diffusers.vi import Guided, GuidedChain, KullbackLeibler, PairChain, 
 
 ONE = {"preset": "one_call", "num_inference_steps": 1, "num_pairs": 8, "pair_steps": 3}
 ONE["critic_first"] = 1
-FIT = {"num_pairs": 4, "pair_steps": 80, "pair_learning_rate": 2e-3}
+FIT = {"num_pairs": 4, "pair_steps": 80}
 
 
 @pytest.fixture
@@ -49,7 +49,6 @@ def test_one_step_starts_at_a_noise_whatever_the_size_of_the_images(teacher, sha
         ({"num_pairs": -1}, "num_pairs=-1: give a number from 0 on"),
         ({"pair_weight": -0.1}, "pair_weight=-0.1: give a number from 0 on"),
         ({"pair_steps": 0}, "pair_steps=0: give a number above 0"),
-        ({"pair_learning_rate": 0.0}, "pair_learning_rate=0.0: give a number above 0"),
         ({"noise_scale_type": "per_pixel"}, "noise_scale_type='per_pixel' has nothing to learn from pairs"),
         ({"num_pairs": 0, "pair_steps": 500, "pair_weight": 1.0}, "pair_weight=1.0 has no effect"),
         ({"num_pairs": 0}, "pair_steps=3 has no effect without pairs: set num_pairs, say 6400"),
@@ -67,7 +66,8 @@ def test_what_cannot_run_is_refused_before_any_work(distil, tmp_path, settings, 
 # ----- the fit to the pairs -----
 
 
-def test_the_layer_is_fitted_to_the_pairs_first_and_the_optimizer_starts_over(make_one):
+def test_the_layer_is_fitted_to_the_pairs_first_and_the_optimizer_starts_over(make_one, monkeypatch):
+    monkeypatch.setattr(updates, "PAIR_LEARNING_RATE", 2e-3)
     made = make_one(**FIT)
     before = {name: value.clone() for name, value in made.critic.state_dict().items()}
     batch = made.chains[0].draw(made.layers)
@@ -88,6 +88,7 @@ def test_the_layer_is_fitted_to_the_pairs_first_and_the_optimizer_starts_over(ma
 
 @pytest.mark.parametrize("weight", [0.0, 0.01])
 def test_several_layers_are_fitted_to_pairs_which_then_guide_the_first_or_go(make_one, monkeypatch, weight):
+    monkeypatch.setattr(updates, "PAIR_LEARNING_RATE", 2e-3)
     fitted, fit = [], updates.fit
     monkeypatch.setattr(updates, "fit", lambda *given, **named: fitted.append(given[4]) or fit(*given, **named))
     steps = FIT["pair_steps"] if weight else 2

@@ -23,6 +23,7 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.bars import bar
 from hsivi_diffusers.distillation.config import HSIVIConfig
+from hsivi_diffusers.distillation.guidance import GuidedNetwork
 from hsivi_diffusers.distillation.teachers import load_student
 from hsivi_diffusers.evaluation.metrics import FEWEST
 from hsivi_diffusers.evaluation.pages import measured_on
@@ -37,7 +38,6 @@ from .benchmark_results import (
     ALL_STEPS,
     BASELINES,
     CONSISTENCY,
-    FALLING,
     LATENT_CONSISTENCY,
     NO_LORA,
     NO_NOISE,
@@ -216,21 +216,23 @@ class Comparison:
         return self.teacher.solver("DPM-Solver++", self.options.teacher_steps)
 
     def _solvers(self) -> Iterator[Entry]:
-        """The best tuned solver at each number of calls, of guidance that falls with the noise, too."""
+        """The best tuned solver at each number of calls, of constant and of falling guidance."""
         path = Path(self.options.solvers)
         if not path.is_file():
             raise ValueError(f"--solvers {path} is missing: name a file that tune_solvers.py has written")
-        for method, name in ((SOLVER, str(self.options.dataset)), (FALLING, f"{self.options.dataset} {FALLS}")):
-            for row in best_solvers([row for row in read_rows(path) if row["dataset"] == name]):
-                solver = self.teacher.solver(row["solver"], row["calls"], **row["settings"])
-                told = {"solver": row["solver"], "settings": row["settings"]}
-                yield Entry(method, row["calls"], None, partial(self._costless, solver), told=told)
+        names = [self.options.dataset]
+        if isinstance(self.teacher.network, GuidedNetwork):
+            names.append(f"{self.options.dataset} {FALLS}")
+        for row in best_solvers([row for row in read_rows(path) if row["dataset"] in names]):
+            solver = self.teacher.solver(row["solver"], row["calls"], **row["settings"])
+            told = {"solver": row["solver"], "settings": row["settings"]}
+            yield Entry(SOLVER, row["calls"], None, partial(self._costless, solver), told=told)
 
     def _students(self, config: str) -> Iterator[Entry]:
         for seed in self.options.seeds:
             settings = self.trainings.settings(config, seed)  # refused now, and not after the trainings before it
             name = f"{OURS} paper" if settings.preset == "paper" else OURS
-            name = ALL_STEPS if len(settings.depths) > 1 else name
+            name = name.replace(OURS, ALL_STEPS) if len(settings.depths) > 1 else name
             name = ALL_SCALES if len(settings.scales) > 1 else name
             name = NO_LORA if settings.prompts and settings.lora_rank == 0 else name
             name = NO_NOISE if settings.noise_eta == 0 else name

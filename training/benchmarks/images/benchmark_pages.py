@@ -23,7 +23,6 @@ from hsivi_diffusers.measures import MEASURES, written
 
 from .benchmark_results import (
     BASELINES,
-    FALLING,
     OURS,
     REAL,
     SOLVER,
@@ -40,7 +39,7 @@ from .benchmark_results import (
 from .goals import goals_table
 from .spaces import OF_CAPTIONS, OF_CLASSES, OF_CLASSIFIER
 
-ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, FALLING, *BASELINES, OURS)
+ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, *BASELINES, OURS)
 CURVES = ("recall", "coverage")
 SHOWN_SOLVERS = (1, 2, 4, 10, 20)
 
@@ -112,7 +111,7 @@ def rank(row: Row) -> tuple[int, str]:
 
 def is_shown(method: str, nfe: int) -> bool:
     """Whether the figure of samples has images of it."""
-    return method != REAL and (method not in (SOLVER, FALLING) or nfe in SHOWN_SOLVERS)
+    return method != REAL and (method != SOLVER or nfe in SHOWN_SOLVERS)
 
 
 def distance(rows: list[Row], space: str, kind: str = "distances") -> str:
@@ -174,7 +173,7 @@ def least_bold(*cells: tuple[float, str]) -> list[str]:
 
 def best_baseline(groups: dict[Group, list[Row]], nfe: int, space: str) -> tuple[float, str]:
     """The distance of the baseline that is best in a space at so many calls, and how it is written, with its name."""
-    baselines = [groups[name, nfe] for name in (*BASELINES, FALLING) if (name, nfe) in groups]
+    baselines = [groups[name, nfe] for name in BASELINES if (name, nfe) in groups]
     best = min(baselines, key=lambda each: value(each, space), default=[])
     return cell(best, space, f" ({best[0]['method'].split()[0]})" if best else "")
 
@@ -197,10 +196,14 @@ def measures_table(rows: list[Row]) -> str:
     for (method, nfe), of_group in sorted(grouped(rows).items(), key=lambda item: (item[0][1], rank(item[1][0]))):
         cells = [distance(of_group, space, kind) for kind in ("distances", "teacher_distances") for space in spaces]
         cells += [written(name, *(row[name] for row in of_group)) for name in names]
-        solver = f" ({of_group[0]['solver']})" if method in (SOLVER, FALLING) else ""
+        solver = f" ({of_group[0]['solver']}{_falls(of_group[0])})" if method == SOLVER else ""
         lines.append([nfe or "", bold(method) + solver, *cells])
     heads = [*spaces, *(f"{space}, to teacher" for space in spaces), *(MEASURES[each].head for each in names)]
     return write_table(["calls", "method", *heads], ("method",), lines)
+
+
+def _falls(row: Row) -> str:
+    return ", falling guidance" if "guidance_end" in row["settings"] else ""
 
 
 def costs_table(rows: list[Row]) -> str:
@@ -241,7 +244,7 @@ def draw_classes(rows: list[Row], path: Path) -> None:
     groups = {
         group: of_group
         for group, of_group in sorted(grouped(rows).items(), key=lambda item: (is_ours(item[0][0]), item[0]))
-        if of_group[0]["class_shares"] and (group[0] not in (REAL, SOLVER, FALLING) or group == (SOLVER, 10))
+        if of_group[0]["class_shares"] and (group[0] not in (REAL, SOLVER) or group == (SOLVER, 10))
     }
     if not groups:  # nothing of it is measured yet, or there are captions
         return

@@ -24,7 +24,6 @@ REAL, TEACHER, TEACHER_SDE, SOLVER = "real images", "teacher", "teacher, SDE", "
 PAIRS, PROGRESSIVE, CONSISTENCY = "pairs only", "progressive distillation", "consistency distillation"
 LATENT_CONSISTENCY = "LCM-LoRA"
 BASELINES = (PAIRS, PROGRESSIVE, CONSISTENCY, LATENT_CONSISTENCY)
-FALLING = "falling-guidance solver"
 NO_LORA, NO_NOISE = f"{OURS}, no LoRA", f"{OURS}, eta 0"
 ALL_STEPS, ALL_SCALES = f"{OURS}, one for all", f"{OURS}, one for all scales"
 RECIPE = ("preset", "num_inference_steps", "max_train_steps")

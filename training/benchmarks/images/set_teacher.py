@@ -88,7 +88,7 @@ class SetTeacher:
     def solver(self, name: str, calls: int, guidance_end: float | None = None, **settings: Any) -> Solver:
         """A solver that makes so many network calls, see `make_solver`.
 
-        With `guidance_end` its guidance falls with the noise, see `GuidedNetwork`.
+        With `guidance_end` its guidance is weaker the more noise there is, see `GuidedNetwork`.
 
         Raises:
             ValueError: They are not those of whole steps.
@@ -96,7 +96,9 @@ class SetTeacher:
         if calls % self.step_calls:
             raise ValueError(f"{calls} network calls: a guided step has two, give an even number")
         steps, network = calls // self.step_calls, self.network
-        if guidance_end is not None and isinstance(network, GuidedNetwork):
+        if guidance_end is not None:
+            if not isinstance(network, GuidedNetwork):
+                raise ValueError(f"guidance_end={guidance_end} of a teacher without guidance: leave it out")
             network = GuidedNetwork(network.unet, network.scales.tolist(), guidance_end)
         return make_solver(name, steps, network, self.schedule.config, host=self.host, **settings)
 

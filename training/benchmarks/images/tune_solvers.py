@@ -66,7 +66,7 @@ class Options:
     classifier: str | None = option(None, "folder of the ImageClassifier")
     real_data: str = option("digits", "real images, see train_teacher.py; of a text-to-image teacher `captions`")
     guidance_scale: float | None = option(None, "scale of guidance; with another than 1 a step is two network calls")
-    guidance_falls: bool = option(False, "tune the end of guidance that falls with the noise, for DATASET falling")
+    guidance_falls: bool = option(False, "guide less the more noise there is, and tune where guidance ends")
     solvers: list[str] = option([*CHOICES], "solvers to tune")
     calls: list[int] = option([1, 2, 3, 4, 5, 8, 10, 15, 20], "network calls")
     trials: int = option(30, "settings to try for each solver and number of calls")
@@ -123,8 +123,10 @@ class Tuning:
             load_if_exists=True,
         )
         rows, stock_settings = read_rows(Path(options.output_dir) / "solvers.json"), SOLVERS[solver][1]
-        if options.guidance_falls:  # starts from what was found with constant guidance
-            rows = [row for row in rows if f"{row['dataset']} {FALLS}" == options.dataset]
+        of_constant = [row for row in rows if not row["dataset"].endswith(FALLS)]
+        rows = [
+            row for row in of_constant if not options.guidance_falls or options.dataset == f"{row['dataset']} {FALLS}"
+        ]
         others = [row["settings"] for row in rows if (row["solver"], row.get("steps", row["calls"])) == (solver, steps)]
         firsts = [as_trial(solver, found, len(self.teacher.schedule)) for found in others if found != stock_settings]
         if options.guidance_falls:
@@ -136,7 +138,7 @@ class Tuning:
         settings = study.best_trial.user_attrs["settings"]
         given = (solver, calls, options.num_samples, options.eval_seed)
         stock, tuned = self.distances(self.draw(*given)), self.distances(self.draw(*given, **settings))
-        if score(stock) < score(tuned):
+        if score(stock) < score(tuned) and not options.guidance_falls:  # stock guidance is constant
             settings, tuned = {}, stock
         return {
             "dataset": options.dataset,
