@@ -275,7 +275,7 @@ def _quality(run: dict[str, Any]) -> str:
         "NFE: network calls for one image; FD: Frechet distance; SWD: sliced Wasserstein distance. Lower is better, "
         "but for precision, recall and coverage. All methods sample the same teacher from the same noise, and are "
         f"compared to {_plain(report.get('reference') or 'the reference')}.",
-        "FD of pixels: of their first 64 principal components." if any("pixel_fd" in row for row in rows) else "",
+        "FD of pixels: of up to 64 of their principal components." if any("pixel_fd" in row for row in rows) else "",
         "A KID below 0 is noise of the measurement." if headline == "kid" else "",
         _plain(report.get("measured") or ""),
     ]

@@ -42,8 +42,8 @@ class Measures:
       of the scale of the features, which FD is not.
     - `precision`, `density`: how many images lie among the real ones; `recall`, `coverage`: how many of the real ones
       lie among, or close to, the images. By prdc, in the features, of 5 neighbours, of at most 5,000 of each set.
-    - `pixel_fd`: Frechet distance of the first 64 principal components of the real images' pixels. Here and in `swd`
-      a larger image is averaged down to 64 x 64.
+    - `pixel_fd`: Frechet distance of up to 64 principal components of the pixels of the real images, of at most 5,000
+      of them. Here and in `swd` a larger image is averaged down to 64 x 64.
     - `swd`: sliced Wasserstein 2-distance of the pixels over 500 random projections of a fixed seed; of at most 5,000
       of each set.
     - `class_tv`: total variation between the shares of classes that the classifier sees in the two sets, in [0, 1].
@@ -70,11 +70,11 @@ class Measures:
         self.names = names or [name for name in NAMES if name != "class_tv" or hasattr(network, "head")]
         features = self._extract(self.real)
         self.frechet = _Frechet(features)
-        if "pixel_fd" in self.names:
-            self.components = PixelComponents(small := _small(self.real))
-            self.pixel_frechet = _Frechet(self.components(small))
         self.rows = _choose(len(real), MOST)
-        self.features = features[self.rows]
+        self.features, self.small = features[self.rows], _small(self.real[self.rows])
+        if "pixel_fd" in self.names:
+            self.components = PixelComponents(self.small)
+            self.pixel_frechet = _Frechet(self.components(_small(self.real)))
         self.shares = self.real_shares = self._count(features)
         self.gamma = 1 / self.features.square().sum(1).mean().item()
         self.kernel = _mean_kernel(self.gamma, self.features) if "kid" in self.names else 0.0
@@ -102,7 +102,7 @@ class Measures:
         if "pixel_fd" in self.names:
             found["pixel_fd"] = self.pixel_frechet(self.components(_small(images)))
         if "swd" in self.names:
-            pixels = (_small(each).flatten(1).double() for each in (images[rows], self.real[self.rows]))
+            pixels = (each.flatten(1).double() for each in (_small(images[rows]), self.small))
             found["swd"] = ot.sliced_wasserstein_distance(*pixels, n_projections=500, seed=0)
         if "class_tv" in self.names:
             found["class_tv"] = total_variation(self.shares, self.real_shares)

@@ -21,7 +21,7 @@ NOTES = """\
 KID is the squared maximum mean discrepancy of the features under the kernel (x . y / s + 1)^3, with s the mean of
 |x|^2 in the reference; FD is the Frechet distance of the features. Both depend on the features named above: they
 are not the KID and FID of Inception features, and compare within this table only. KID has no bias, so a value near
-the best may fall below 0; FD falls with the number of images. FD of pixels is that of their first 64 principal
+the best may fall below 0; FD falls with the number of images. FD of pixels is that of up to 64 of their principal
 components, SWD the sliced Wasserstein distance of the pixels, both at 64 x 64 pixels at most. Lower is better, but in
 precision, recall and coverage. Two halves of the reference, one measured against the other, show what is good; a row is
 measured against all of it, and may be better. DDIM has eta 0; DPM-Solver++ is 2M. All methods start from the same noise
