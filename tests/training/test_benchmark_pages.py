@@ -20,6 +20,7 @@ from training.benchmarks.images.benchmark_pages import (
 )
 from training.benchmarks.images.benchmark_results import (
     ALL_SCALES,
+    ALL_STEPS,
     CONSISTENCY,
     NO_NOISE,
     OURS,
@@ -194,6 +195,7 @@ def test_the_summary_has_the_best_baseline_of_each_space():
 
 def test_the_measures_have_both_kinds_of_distances_and_methods_in_one_order():
     rows = [row(method, 1, 1.0, 0.5, 0) for method in (f"{OURS} paper", OURS, CONSISTENCY, PROGRESSIVE, PAIRS, SOLVER)]
+    rows.append(row(SOLVER, 2, 1.0, 0.5, settings={"guidance_end": 200}))
     rows += [row(TEACHER, 100, 2.0, 0.2), row(REAL, 0, 3.0, 0.3), row(PAIRS, 1, 3.0, 0.5, 1, recall=0.7)]
     table = measures_table(rows)
     heads = ["classifier", "pixels", "classifier, to teacher", "pixels, to teacher"]
@@ -201,7 +203,8 @@ def test_the_measures_have_both_kinds_of_distances_and_methods_in_one_order():
     lines = lines_of(table)
     assert [line[:2] for line in lines] == [
         *[["", REAL], ["1", f"{SOLVER} (UniPC)"], ["1", PAIRS], ["1", PROGRESSIVE], ["1", CONSISTENCY]],
-        *[["1", f"**{OURS}**"], ["1", f"**{OURS} paper**"], ["100", TEACHER]],
+        *[["1", f"**{OURS}**"], ["1", f"**{OURS} paper**"]],
+        *[["2", f"{SOLVER} (UniPC, falling guidance)"], ["100", TEACHER]],
     ]
     assert lines[2][2:6] == ["2 ± 1.4", "0.5 ± 0", "4 ± 2.8", "1 ± 0"]
     assert lines[2][7] == "0.600 ± 0.141"
@@ -317,12 +320,14 @@ def test_the_tables_of_the_docs_are_those_of_the_results(tmp_path):
 
 
 def test_students_of_other_kinds_are_held_against_the_usual_one():
-    """Layers without noise, and one student for several scales of guidance: 1.3 times ours at as many calls."""
+    """Layers without noise, and one student for several counts or scales: 1.3 times ours at as many calls."""
     told = {"guidance_scale": 2.0}
     rows = [row(OURS, 4, 1.0, 1.0, 0, accuracy=0.9, **told), row(NO_NOISE, 4, 1.3, 1.31, 0, **told)]
     rows += [row(ALL_SCALES, 4, 1.2, 1.0, 0, accuracy=0.7, **told), row(SOLVER, 8, 1.0, 1.0, accuracy=0.9, **told)]
+    rows += [row(ALL_STEPS, 4, 1.4, 1.2, 0, **told)]
     assert [line for line in lines_of(goals_table(rows)) if ": " in line[1]] == [
         ["4", f"{NO_NOISE}: 1.3 of {OURS} at 4", "1.3 / 1.3", "1.31 / 1.3", "missed: pixels"],
+        ["4", f"{ALL_STEPS}: 1.3 of {OURS} at 4", "1.4 / 1.3", "1.2 / 1.3", "missed: classifier"],
         ["4", f"{ALL_SCALES}: 1.3 of {OURS} at 4", "1.2 / 1.3", "1 / 1.3", "reached"],
         ["4", f"{ALL_SCALES}: 0.77 of accuracy of {OURS} at 4", "0.7000 / 0.6923", "", "reached"],
     ]

@@ -203,7 +203,7 @@ def measures_table(rows: list[Row]) -> str:
 
 
 def _falls(row: Row) -> str:
-    return ", falling guidance" if "guidance_end" in row["settings"] else ""
+    return ", falling guidance" if "guidance_end" in row.get("settings", {}) else ""
 
 
 def costs_table(rows: list[Row]) -> str:
