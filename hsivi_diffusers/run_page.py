@@ -42,7 +42,8 @@ show();
 
 QUALITY = """\
 KID and FD are distances of the features to those of the reference, FD of pixels and SWD distances of the pixels, of at
-most 64 x 64 of them: lower is better. Two halves of the reference show what is good.
+most 64 x 64 of them: lower is better. Two halves of the reference, one measured against the other, show what is good; a
+row is measured against all of it, and may be better.
 Precision is the share of the images that lie among those of the reference, recall and coverage how much of the
 reference they reach: higher is better. NFE is the number of network calls for an image. The "few-step grid" of a solver
 starts where an image begins to show in the noise, of a rectified flow at pure noise; the other rows have the timesteps
