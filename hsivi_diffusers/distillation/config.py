@@ -238,18 +238,16 @@ class HSIVIConfig:
 def read_settings(record: Path) -> dict[str, Any]:
     """The options of a run by its options.json, see `complete`.
 
-    The guidance of a run that does not tell did not fall.
-
     Raises:
         ValueError: The file is damaged, or as `complete`.
     """
-    recorded = read_record(record)
-    was_guided = recorded.get("guidance_scale") not in (None, 1, [1])
-    return complete({"guidance_falls": not was_guided, **recorded})
+    return complete(read_record(record))
 
 
 def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Recorded settings as a run of today writes them: under today's names, and what is missing as the default.
+
+    But the guidance of a run that does not tell did not fall.
 
     Raises:
         ValueError: The run had an option that is gone, and not at its default.
@@ -262,4 +260,5 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
                 "version that began it, or start over"
             )
     given = {each.name: recorded[each.name] for each in fields(HSIVIConfig) if each.name in recorded}
-    return {**recorded, **HSIVIConfig(**given).settings()}
+    was_guided = recorded.get("guidance_scale") not in (None, 1, [1])
+    return {**recorded, **HSIVIConfig(**{"guidance_falls": not was_guided, **given}).settings()}

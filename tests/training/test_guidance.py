@@ -126,6 +126,21 @@ def test_pairs_and_the_row_of_the_teacher_have_the_guidance_of_the_training(pipe
     assert read_settings(tmp_path / "run" / "options.json")["guidance_falls"] == falls
 
 
+def test_a_run_of_before_goes_on_with_constant_guidance(pipeline, tmp_path):
+    run = tmp_path / "run"
+    pipeline.save_pretrained(tmp_path / "teacher")
+    options = {**SETTINGS, "guidance_scale": 3.0, "guidance_falls": False, "output_dir": str(run)}
+    HSIVITrainer(str(tmp_path / "teacher"), HSIVIConfig(**options)).train()
+    record, (*_, checkpoint) = run / "options.json", sorted((run / "checkpoints").iterdir())
+    told = json.loads(record.read_text())
+    assert told.pop("guidance_falls") is False
+    record.write_text(json.dumps(told))
+    assert str(checkpoint).endswith(str(SETTINGS["max_train_steps"]))
+    cli.main(["distil", f"--output_dir={run}", "--resume_from_checkpoint=latest"])
+    with pytest.raises(SystemExit):
+        cli.main(["distil", f"--output_dir={run}", "--resume_from_checkpoint=latest", "--guidance_falls=true"])
+
+
 @pytest.mark.parametrize(("scale", "falls"), [([3.0], False), (3.0, False), ([1.0], True), (1, True), (None, True)])
 def test_the_guidance_of_a_run_that_does_not_tell_did_not_fall(tmp_path, scale, falls):
     (tmp_path / "options.json").write_text(json.dumps({"num_inference_steps": [2], "guidance_scale": scale}))

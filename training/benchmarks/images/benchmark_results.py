@@ -69,7 +69,8 @@ class Results:
             config, recipe = students.get(key_of(row)), row["recipe"]
             if config is None:
                 continue
-            if other := differences(complete({**recipe, "seed": config.seed}), config.settings()):
+            recorded = {"guidance_falls": True, **recipe, "seed": config.seed}  # what is usual is not in a recipe
+            if other := differences(complete(recorded), config.settings()):
                 raise ValueError(
                     f"{self.path} has {row['method']} at {row['nfe']}, seed {row['train_seed']}, of other options than "
                     f"--students have now ({other}): remove that row, or name another --output_dir"
