@@ -202,6 +202,11 @@ class HSIVIConfig:
         return scales if isinstance(scales, list) else [] if scales is None else [scales]
 
     @property
+    def has_guidance(self) -> bool:
+        """Whether a scale of guidance is another than 1, none: a step of the teacher is two network calls then."""
+        return any(w != 1 for w in self.scales)
+
+    @property
     def is_guided(self) -> bool:
         """Whether the pairs have a weight in the loss after the fit to them, too."""
         return bool(self.num_pairs and self.pair_weight)
@@ -260,5 +265,7 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
                 "version that began it, or start over"
             )
     given = {each.name: recorded[each.name] for each in fields(HSIVIConfig) if each.name in recorded}
-    was_guided = recorded.get("guidance_scale") not in (None, 1, [1])
-    return {**recorded, **HSIVIConfig(**{"guidance_falls": not was_guided, **given}).settings()}
+    config = HSIVIConfig(**given)
+    if "guidance_falls" not in given:
+        config.guidance_falls = not config.has_guidance
+    return {**recorded, **config.settings()}

@@ -124,7 +124,7 @@ def check_together(config: Any) -> None:
         )
     if config.prompts is not None and config.guidance_scale is None:
         raise ValueError("guidance_scale is missing: with prompts give one, such as 4.5, or 1 for none")
-    if not config.guidance_falls and set(config.scales) <= {1}:
+    if not (config.guidance_falls or config.has_guidance):
         raise ValueError("guidance_falls=False has no effect without a guidance_scale other than 1: leave it out")
     if config.negative_prompt and config.guidance_scale in (None, 1):
         raise ValueError(

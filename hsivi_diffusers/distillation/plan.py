@@ -325,8 +325,7 @@ def _fit_line(config: HSIVIConfig, call: float) -> list[str]:
     """What comes before the updates, if there are pairs; a call takes so many seconds, and a backward pass is two."""
     if not config.num_pairs:
         return []
-    guided = any(w != 1 for w in config.scales)  # two calls a step of the teacher
-    calls = config.num_pairs * PAIR_CALLS * (1 + guided) + 3 * config.pair_steps * _rows(config)
+    calls = config.num_pairs * PAIR_CALLS * (1 + config.has_guidance) + 3 * config.pair_steps * _rows(config)
     what = f"{config.num_pairs:,} pairs of {PAIR_CALLS} calls of the teacher and {config.pair_steps:,} updates"
     return [f"before them about {_duration(call * calls)} for {what} of the layers alone"]
 

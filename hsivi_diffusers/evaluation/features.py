@@ -53,7 +53,7 @@ class EfficientNetFeatures(nn.Module):
 
 
 class PixelComponents(nn.Module):
-    """The first 64 principal components of the pixels of real images."""
+    """Up to 64 principal components of the pixels of real images."""
 
     def __init__(self, real: torch.Tensor) -> None:
         super().__init__()

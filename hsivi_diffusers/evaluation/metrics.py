@@ -71,10 +71,10 @@ class Measures:
         features = self._extract(self.real)
         self.frechet = _Frechet(features)
         self.rows = _choose(len(real), MOST)
-        self.features, self.small = features[self.rows], _small(self.real[self.rows])
+        self.features, self.small = features[self.rows], _small(self.real)
         if "pixel_fd" in self.names:
-            self.components = PixelComponents(self.small)
-            self.pixel_frechet = _Frechet(self.components(_small(self.real)))
+            self.components = PixelComponents(self.small[self.rows])
+            self.pixel_frechet = _Frechet(self.components(self.small))
         self.shares = self.real_shares = self._count(features)
         self.gamma = 1 / self.features.square().sum(1).mean().item()
         self.kernel = _mean_kernel(self.gamma, self.features) if "kid" in self.names else 0.0
@@ -87,7 +87,7 @@ class Measures:
         from prdc import compute_prdc
 
         images = _check(images, self.real)
-        features, rows = self._extract(images), _choose(len(images), MOST)
+        features, small, rows = self._extract(images), _small(images), _choose(len(images), MOST)
         some = features[rows]
         found: dict[str, Any] = {}
         self.shares = self._count(features)
@@ -100,9 +100,9 @@ class Measures:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of rows
                 found |= compute_prdc(self.features.numpy(), some.numpy(), NEIGHBOURS)
         if "pixel_fd" in self.names:
-            found["pixel_fd"] = self.pixel_frechet(self.components(_small(images)))
+            found["pixel_fd"] = self.pixel_frechet(self.components(small))
         if "swd" in self.names:
-            pixels = (each.flatten(1).double() for each in (_small(images[rows]), self.small))
+            pixels = (each.flatten(1).double() for each in (small[rows], self.small[self.rows]))
             found["swd"] = ot.sliced_wasserstein_distance(*pixels, n_projections=500, seed=0)
         if "class_tv" in self.names:
             found["class_tv"] = total_variation(self.shares, self.real_shares)

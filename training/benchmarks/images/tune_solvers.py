@@ -123,10 +123,9 @@ class Tuning:
             load_if_exists=True,
         )
         rows, stock_settings = read_rows(Path(options.output_dir) / "solvers.json"), SOLVERS[solver][1]
-        of_constant = [row for row in rows if not row["dataset"].endswith(FALLS)]
-        rows = [
-            row for row in of_constant if not options.guidance_falls or options.dataset == f"{row['dataset']} {FALLS}"
-        ]
+        rows = [row for row in rows if not row["dataset"].endswith(FALLS)]
+        if options.guidance_falls:  # starts from what the set has with constant guidance
+            rows = [row for row in rows if options.dataset == f"{row['dataset']} {FALLS}"]
         others = [row["settings"] for row in rows if (row["solver"], row.get("steps", row["calls"])) == (solver, steps)]
         firsts = [as_trial(solver, found, len(self.teacher.schedule)) for found in others if found != stock_settings]
         if options.guidance_falls:
