@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 LOCK = ".lock"  # file in a folder that is locked; it stays there
 
 
-def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
-    """Makes the output folder; `keep` tells that the user resumes or overwrites, so that it may hold something.
+def check_output_dir(output_dir: str | None, keep: bool) -> Path:
+    """The output folder; `keep` tells that the user resumes or overwrites, so that it may hold something.
 
     Raises:
         ValueError: No folder was named, it is a file, or it is not empty and `keep` is false.
@@ -35,6 +35,12 @@ def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
             "with --resume_from_checkpoint latest; in Python HSIVIConfig(overwrite_output_dir=True), or "
             "trainer.train(resume_from_checkpoint='latest')"
         )
+    return path
+
+
+def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
+    """Makes the output folder, see `check_output_dir`."""
+    path = check_output_dir(output_dir, keep)
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .bars import bar
+from .folders import check_output_dir, claim_output_dir
 from .options import option, parse_options
 from .run_records import PROMPTS, SAMPLERS, folder_of_run, pipeline_of, read_prompts, run_of
 
@@ -39,6 +40,7 @@ class Sampling:
 def sample(args: Sequence[str]) -> None:
     """Runs `hsivi sample`."""
     (options,) = parse_options([Sampling], SAMPLE, args, "hsivi sample")
+    check_output_dir(options.output_dir, options.overwrite_output_dir)
     for name in ("num_samples", "batch_size"):
         if (given := getattr(options, name)) is not None and given < 1:
             raise ValueError(f"--{name} {given}: give a number of at least 1")
@@ -46,7 +48,6 @@ def sample(args: Sequence[str]) -> None:
     from diffusers.utils import make_image_grid
     from PIL import ImageOps
 
-    from .folders import claim_output_dir
     from .images import enlarge, show
     from .pipeline_hsivi import HSIVIPipeline
 

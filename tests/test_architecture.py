@@ -132,7 +132,7 @@ ALLOWED = {
         | {"pipeline_hsivi", "scheduling_hsivi"},
         EVALUATE,
     ),
-    "evaluation/report": ({"evaluation/figures", "evaluation/pages", "folders", "measures"}, EVALUATE),
+    "evaluation/report": ({"evaluation/figures", "evaluation/pages", "folders", "measures", "run_records"}, EVALUATE),
     "evaluation/figures": ({"measures"}, EVALUATE),
     "evaluation/pages": (set(), EVALUATE),
     "evaluation/evaluate": (

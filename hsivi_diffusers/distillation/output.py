@@ -67,7 +67,7 @@ def claimed(run: Output) -> Iterator[Path]:
     """Makes the output folder or refuses, and keeps other processes out of it for as long as it lasts.
 
     Raises:
-        ValueError: See `claim_output_dir` and `sole_writer`. A resumed run may write to the folder of an earlier one,
+        ValueError: See `check_output_dir` and `sole_writer`. A resumed run may write to the folder of an earlier one,
             and any run to that of one that stopped before its first checkpoint.
     """
     place, resumes = Path(str(run.output_dir)), run.resume_from_checkpoint is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from ..folders import write_json, write_text
 from ..measures import HALVES, MEASURES, REPORTED, written
+from ..run_records import read_record
 from .figures import draw_curves, draw_samples
 from .pages import measured_on, write_table
 
@@ -34,7 +34,7 @@ def load_run(run_dir: Path) -> dict[str, Any]:
     missing = [name for name in ("pipeline", "options.json", "training.json") if not (run_dir / name).exists()]
     if missing:
         raise ValueError(f"--run_dir {run_dir} lacks {', '.join(missing)}: give the folder of a finished distillation")
-    return {**json.loads((run_dir / "options.json").read_text()), **json.loads((run_dir / "training.json").read_text())}
+    return {**read_record(run_dir / "options.json"), **read_record(run_dir / "training.json")}
 
 
 @dataclass(frozen=True)

@@ -550,6 +550,13 @@ def test_an_unfinished_run_is_refused(fast_run, tmp_path, name):
     assert not (folder / "report.json").exists()
 
 
+def test_a_damaged_record_of_a_run_is_refused(fast_run, tmp_path):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    (folder / "training.json").write_text('{"updates": 3')
+    with pytest.raises(ValueError, match="training.json is damaged"):
+        evaluate.main([f"--run_dir={folder}"])
+
+
 def test_help(check_help):
     check_help(evaluate.main, "evaluation")
 

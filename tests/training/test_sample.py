@@ -149,8 +149,9 @@ def test_a_run_stands_for_its_pipeline(draw, fast_run, tmp_path):
 def test_a_filled_output_folder_is_refused_unless_overwritten(draw, tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "precious").touch()
-    with pytest.raises(ValueError, match="is not empty"):
-        draw("samples", "--num_samples=1")
+    for run in ({}, {"run": tmp_path / "nowhere"}):  # before a pipeline is looked for
+        with pytest.raises(ValueError, match="is not empty"):
+            draw("samples", "--num_samples=1", **run)
     assert os.listdir(tmp_path / "samples") == ["precious"]
     draw("samples", "--num_samples=1", "--overwrite_output_dir")
     assert sorted(os.listdir(tmp_path / "samples")) == ["00000.png", "grid.png", "precious"]

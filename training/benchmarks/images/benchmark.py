@@ -55,7 +55,7 @@ from .benchmark_results import (
 )
 from .captions import CAPTIONS
 from .set_teacher import SetTeacher
-from .solver_pages import FALLS, best_solvers
+from .solver_pages import FALLING, best_solvers
 from .spaces import SetMeasures
 from .trainings import ANEW, RESUME, Costs, Trainings, make
 
@@ -222,7 +222,7 @@ class Comparison:
             raise ValueError(f"--solvers {path} is missing: name a file that tune_solvers.py has written")
         names = [self.options.dataset]
         if isinstance(self.teacher.network, GuidedNetwork):
-            names.append(f"{self.options.dataset} {FALLS}")
+            names.append(f"{self.options.dataset}{FALLING}")
         for row in best_solvers([row for row in read_rows(path) if row["dataset"] in names]):
             solver = self.teacher.solver(row["solver"], row["calls"], **row["settings"])
             told = {"solver": row["solver"], "settings": row["settings"]}

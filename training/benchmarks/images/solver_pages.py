@@ -13,7 +13,7 @@ from .benchmark_pages import as_word, fill_page, in_sets
 from .benchmark_results import Row, read_rows, three_digits
 
 LEAST = 1e-4  # an unbiased KID may be 0 or below
-FALLS = "falling"  # after the name of a set: its solvers with less guidance the more noise there is
+FALLING = " falling"  # after the name of a set: its solvers with less guidance the more noise there is
 LABELS = ("solver", "timesteps", "settings")
 
 

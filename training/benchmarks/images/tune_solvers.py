@@ -37,7 +37,7 @@ from hsivi_diffusers.options import option, parse_options, run_command
 
 from .benchmark_results import Row, read_rows
 from .set_teacher import SetTeacher
-from .solver_pages import FALLS, score, write_page
+from .solver_pages import FALLING, score, write_page
 from .spaces import make_spaces
 
 # What is tuned of each solver beside its grid, by the names of diffusers.
@@ -123,9 +123,9 @@ class Tuning:
             load_if_exists=True,
         )
         rows, stock_settings = read_rows(Path(options.output_dir) / "solvers.json"), SOLVERS[solver][1]
-        rows = [row for row in rows if not row["dataset"].endswith(FALLS)]
+        rows = [row for row in rows if not row["dataset"].endswith(FALLING)]
         if options.guidance_falls:  # starts from what the set has with constant guidance
-            rows = [row for row in rows if options.dataset == f"{row['dataset']} {FALLS}"]
+            rows = [row for row in rows if options.dataset == row["dataset"] + FALLING]
         others = [row["settings"] for row in rows if (row["solver"], row.get("steps", row["calls"])) == (solver, steps)]
         firsts = [as_trial(solver, found, len(self.teacher.schedule)) for found in others if found != stock_settings]
         if options.guidance_falls:
@@ -214,7 +214,7 @@ def main(args: list[str] | None = None) -> None:
     if options.guidance_falls:
         if options.guidance_scale in (None, 1):
             raise ValueError("--guidance_falls true has no effect without a --guidance_scale other than 1")
-        options.dataset = f"{options.dataset} {FALLS}"
+        options.dataset = f"{options.dataset}{FALLING}"
     if unknown := [solver for solver in options.solvers if solver not in CHOICES]:
         raise ValueError(f"--solvers {', '.join(unknown)} unknown: choose from {', '.join(CHOICES)}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
