@@ -366,9 +366,11 @@ def lines(table):
     return [[cell.strip() for cell in row] for row in rows]
 
 
-def test_a_cell_is_the_mean_with_the_range_over_seeds(page):
+def test_a_cell_is_the_mean_with_the_range_over_seeds_that_differ(page):
     rows = [fitted_row(js, seed=seed) for seed, js in enumerate((0.1, 0.2, 0.36))]
     assert ["LB", "geometric", "sequential", "0.220 (0.100..0.360)"] in lines(page(rows, "ring"))
+    rows = [fitted_row(js, seed=seed) for seed, js in enumerate((0.19, 0.2, 0.21))]
+    assert ["LB", "geometric", "sequential", "0.200"] in lines(page(rows, "ring"))
 
 
 def test_one_layer_is_shown_for_all_bridges_and_training(page):

@@ -1,7 +1,7 @@
 """The tables of a study.
 
-A cell is the mean over seeds, with the least and the greatest in brackets where there are several. Fits that failed are
-counted beside it.
+A cell is the mean over seeds, with the least and the greatest in brackets if they differ by more than a quarter of it.
+Fits that failed are counted beside it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .study_rows import (
 PLANE_MEASURES = ("js", "swd", "modes_found", "mode_tv")
 LABELS = ("objective", "bridge", "training", "target", "findings", "measure", "whitening", "sign", "A, B", "no fit")
 POSTERIOR_MEASURES = ("mean_error", "covariance_error")
+SPREAD = 0.25  # share of the mean
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
@@ -67,10 +68,10 @@ def _count(value: float) -> str:
 
 
 def _mean(rows: Rows, key: str, number: Callable[[float], str] = _number, failures: bool = True) -> str:
-    """A cell: mean (least..greatest), and how many failed."""
+    """A cell: mean (least..greatest) if the seeds differ much, else the mean, and how many failed."""
     values = [row[key] for row in measured(rows) if key in row]
     parts = [number(fmean(values))] if values else []
-    if len(values) > 1 and number(min(values)) != number(max(values)):
+    if values and max(values) - min(values) > SPREAD * fmean(values):
         parts = [f"{parts[0]} ({number(min(values))}..{number(max(values))})"]
     failed = len(rows) - len(measured(rows))
     if failed and failures:
