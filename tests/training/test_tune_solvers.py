@@ -29,7 +29,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def spaces(digits):
-    return make_spaces(ASSETS / "digits_classifier", *digits)
+    return make_spaces(ASSETS / "digits_classifier", digits[0])
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from sklearn.neural_network import MLPClassifier
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
@@ -17,7 +17,9 @@ from hsivi_diffusers.evaluation.features import EfficientNetFeatures, PixelCompo
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.measures import MEASURES
 
+MLP = "mlp.safetensors"  # beside the weights of the classifier
 HIDDEN = (256, 64)  # widths of the MLP; the last one are the features
+LARGE = 32  # pixels from which ImageNet features are used
 MOST = 5000  # real images in a KID
 BATCH = 500  # images that are classified at once
 OF_CLASSIFIER = ("precision", "recall", "density", "coverage", "class_tv", "nearest")
@@ -26,18 +28,14 @@ OF_CAPTIONS = ("retrieval", "diversity")
 
 
 class DenseFeatures(nn.Sequential):
-    """The last hidden layer of an MLP of scikit-learn, trained on the pixels and classes of real images."""
+    """The last hidden layer of an MLP of so many values of an image, which `train_classifier` trains.
 
-    def __init__(self, real: Tensor, labels: Tensor) -> None:
-        model = MLPClassifier(HIDDEN, random_state=0, early_stopping=True).fit(real.flatten(1).numpy(), labels.numpy())
-        layers: list[nn.Module] = [nn.Flatten()]
-        for weight, bias in list(zip(model.coefs_, model.intercepts_, strict=True))[:-1]:
-            linear = nn.Linear(*weight.shape)
-            linear.load_state_dict(
-                {"weight": torch.from_numpy(weight.T).float(), "bias": torch.from_numpy(bias).float()}
-            )
-            layers += [linear, nn.ReLU()]
-        super().__init__(*layers)
+    Its weights are kept: trained again, on a processor with other instructions, it is another network.
+    """
+
+    def __init__(self, size: int) -> None:
+        first, last = HIDDEN
+        super().__init__(nn.Flatten(), nn.Linear(size, first), nn.ReLU(), nn.Linear(first, last), nn.ReLU())
 
 
 class Space(NamedTuple):
@@ -62,18 +60,26 @@ class Space(NamedTuple):
         return self.distance(real[torch.randint(len(real), (size,), generator=torch.Generator().manual_seed(0))])
 
 
-def make_spaces(classifier: Path, real: Tensor, labels: Tensor) -> list[Space]:
+def make_spaces(classifier: Path, real: Tensor) -> list[Space]:
     """Returns the three spaces of a set: of its classifier, of an independent network, and of its pixels.
 
     Args:
-        classifier: Folder of the ImageClassifier of the set.
+        classifier: Folder of the ImageClassifier of the set, by `train_classifier`.
         real: Its images in [0, 1], shape (N, C, H, W); those below 32x32 have an MLP as the independent network,
             larger ones EfficientNet-Lite0, whose KID is taken.
-        labels: Their classes, shape (N,).
+
+    Raises:
+        ValueError: The folder lacks the MLP.
     """
     own = _space("classifier", "fd", ImageClassifier.from_pretrained(classifier), real)
-    if real.shape[-1] < 32:
-        independent = _space("MLP", "fd", DenseFeatures(real, labels), real)
+    if real.shape[-1] < LARGE:
+        if not (classifier / MLP).is_file():
+            raise ValueError(
+                f"{classifier} lacks {MLP}: train it again, by training.benchmarks.images.train_classifier"
+            )
+        dense = DenseFeatures(real[0].numel())
+        dense.load_state_dict(load_file(classifier / MLP))
+        independent = _space("MLP", "fd", dense, real)
     else:
         some = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:MOST]
         independent = _space("EfficientNet", "kid", EfficientNetFeatures(), real[some])
@@ -159,7 +165,7 @@ class SetMeasures:
         held_out: Sequence[int] = (),
         rivals: Sequence[int] = (),
     ) -> None:
-        self.spaces = make_spaces(classifier, real, labels)
+        self.spaces = make_spaces(classifier, real)
         self.teacher_spaces = [space.beside(converged) for space in self.spaces]
         names = [name for name in OF_CLASSIFIER if not held_out or name != "class_tv"]  # of thousands of captions
         self.measures = Measures(self.spaces[0].measures.network, real, names)

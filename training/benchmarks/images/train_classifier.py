@@ -1,10 +1,10 @@
-"""Trains the small classifier whose features the Frechet distance is measured in ("FD, digits classifier features").
+"""Trains the networks in whose features images are compared: a small ImageClassifier, and for small images an MLP.
 
     python -m training.benchmarks.images.train_classifier --output_dir assets/digits_classifier
     python -m training.benchmarks.images.train_classifier --config training/configs/fashion_classifier.yaml
 
 A fifth of the images is held out, and the accuracy on it printed. Variants of one emoji are never on both sides. The
-result is a function of the seed.
+classifier is a function of the seed; the MLP, of scikit-learn, of the processor too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from safetensors.torch import save_file
+from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -22,6 +24,7 @@ from hsivi_diffusers.folders import claim_output_dir
 from hsivi_diffusers.options import option, parse_options, run_command
 
 from .sets import load_families, load_images
+from .spaces import HIDDEN, LARGE, MLP
 
 
 @dataclass
@@ -67,6 +70,15 @@ def fit(model: ImageClassifier, draw: Callable[[], tuple[Tensor, Tensor]], num_s
         progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
 
 
+def fit_mlp(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The weights of `DenseFeatures`: the hidden layers of an MLP of the pixels, by early stopping."""
+    model = MLPClassifier(HIDDEN, random_state=0, early_stopping=True).fit(images.flatten(1).numpy(), labels.numpy())
+    weights = {}
+    for place, (weight, bias) in zip((1, 3), zip(model.coefs_, model.intercepts_, strict=True), strict=False):
+        weights[f"{place}.weight"], weights[f"{place}.bias"] = torch.tensor(weight.T), torch.tensor(bias)
+    return {name: value.float().contiguous() for name, value in weights.items()}
+
+
 def main(args: list[str] | None = None) -> None:
     (training,) = parse_options([Training], __doc__ or "", args=args)
     output_dir = claim_output_dir(training.output_dir, training.overwrite_output_dir)
@@ -92,6 +104,8 @@ def main(args: list[str] | None = None) -> None:
         guesses = torch.cat([model.logits(images[rows]).argmax(1) for rows in held_out.split(500)])
         accuracy = (guesses == labels[held_out]).float().mean().item()
     model.save_pretrained(output_dir)
+    if training.resolution < LARGE:
+        save_file(fit_mlp(images, labels), output_dir / MLP)
     print(f"accuracy on {len(held_out)} held-out images of {training.train_data}: {accuracy:.3f}")
 
 

@@ -88,7 +88,7 @@ class Tuning:
         self.teacher = SetTeacher(str(options.teacher), options.real_data, options.guidance_scale)
         if odd := [calls for calls in options.calls if calls % self.teacher.step_calls]:
             raise ValueError(f"--calls {odd}: a guided step is two network calls: give even numbers")
-        self.spaces = make_spaces(Path(str(options.classifier)), *self.teacher.load_real())
+        self.spaces = make_spaces(Path(str(options.classifier)), self.teacher.load_real()[0])
 
     def draw(self, solver: str, calls: int, size: int, seed: int, **settings: Any) -> Tensor:
         """Images of a solver, shape (size, C, H, W)."""
