@@ -33,6 +33,7 @@ AGAIN = "Nothing of yours was lost. Push again later: what has arrived is not se
 CUT = (OSError, RuntimeError, HTTPError)  # what a cut connection raises; a ValueError says itself what is wrong
 # Ends of the names of files that hold weights or tell where they are.
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
+PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "unet_noise_scale")  # that have some
 
 
 def push(
@@ -94,8 +95,8 @@ def push(
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             # Old shards would take precedence over new weights in one file.
-            parts = ["*"] if isinstance(pipeline, str | Path) else pipeline.components
-            stale = [f"{name}/*{kind}" for name in parts for kind in WEIGHTS]
+            parts = {*PARTS, *getattr(pipeline, "components", ())}
+            stale = [f"{name}/*{kind}" for name in sorted(parts) for kind in WEIGHTS]
             message = commit_message or f"Upload a sampler of {network_calls(scheduler.depths)}"
             return _upload(api, repo_id, folder, revision, message, stale)
 

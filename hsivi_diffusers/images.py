@@ -68,10 +68,13 @@ def _load_folder(folder: Path) -> tuple[Iterable[Image.Image], torch.Tensor | No
     return map(Image.open, paths), labels  # one after the other: an open image is an open file
 
 
-def _load_dataset(name: str) -> tuple[list[Image.Image], torch.Tensor | None]:
+def _load_dataset(name: str) -> tuple[Iterable[Image.Image], torch.Tensor | None]:
     rows = load_rows(name, "train")
+    columns = [each for each in ("image", "img") if each in rows.column_names]
+    if not columns:
+        raise ValueError(f"dataset {name} has the columns {', '.join(rows.column_names)}: one must be `image` or `img`")
     labels = torch.tensor(rows["label"]) if "label" in rows.column_names else None
-    return list(rows["image" if "image" in rows.column_names else "img"]), labels
+    return (row[columns[0]] for row in rows), labels  # one after the other: as they are, all may not fit in memory
 
 
 def load_rows(name: str, split: str) -> Any:
@@ -87,6 +90,8 @@ def load_rows(name: str, split: str) -> Any:
 
 
 def _to_tensor(image: Image.Image, resolution: int, channels: int) -> torch.Tensor:
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (resolution, resolution):
         image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BOX)

@@ -132,7 +132,8 @@ def _read_config(parser: Parser, path: str, hints: Mapping[str, Any], aliases: M
         if isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
-            words.append(f"--{name}={value}")
+            no = value is False and "no" in _keywords(hints[name]).get("choices", ())  # YAML's `no` is false
+            words.append(f"--{name}={'no' if no else value}")
         elif type(None) in get_args(hints[name]):
             empty[name] = None
     return {**empty, **vars(parser.parse_args(words))}

@@ -59,7 +59,7 @@ class Evaluation:
     num_samples: int = option(1000, "images of each method")
     eval_seed: int = option(0, "seed of the noise")
     guidance_scale: float | None = option(None, "of a guided student, one of its scales; the lowest by default")
-    batch_size: int = option(100, "images at once")
+    batch_size: int | None = option(None, "images at once; 100 by default, of latents 4")
     solver_steps: list[int] = option(
         [], "steps of DDIM, DPM-Solver++ and UniPC; by default for the calls of the student, and twice the most of them"
     )
@@ -101,6 +101,11 @@ def make_samplers(
             yield name, calls * steps, solver, solver.grid
 
 
+def batch_size_of(options: Evaluation, host: DiffusionPipeline | None) -> int:
+    """Images at once: 100 by default, of latents 4."""
+    return options.batch_size or (100 if host is None else 4)
+
+
 def scale_of(options: Evaluation, student: DiffusionPipeline) -> float:
     """The scale of guidance that is measured; 1 of a student that has taken in none."""
     scales = student.scheduler.guidance_scales or [1.0]
@@ -132,7 +137,7 @@ def load_reference(
     method = REFERENCE_OF_FLOW if HSIVIScheduler.from_config(config).is_flow else REFERENCE
     solver = make_solver(method, options.reference_steps, unet, config, host=host, timestep_spacing="trailing")
     size = options.reference_samples
-    images = draw("reference", solver, size, options.batch_size, options.eval_seed + 1, classes)
+    images = draw("reference", solver, size, batch_size_of(options, host), options.eval_seed + 1, classes)
     labels = torch.arange(size) % classes if classes else None
     return images, labels, f"teacher, {method} at {options.reference_steps} steps"
 
@@ -169,9 +174,11 @@ def main(args: list[str] | None = None) -> None:
     training = load_run(run_dir)
     check_packages([*PACKAGES, "matplotlib"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    student = load_student(run_dir / "pipeline").to(device)
     training["teacher"] = options.teacher or training["pretrained_teacher_model"]
+    if training["teacher"] is None:
+        raise ValueError("--teacher is missing: this run was given a loaded pipeline, name its folder or repo id")
     unet, schedule, host, _ = load_parts(training["teacher"], None if options.teacher else training.get("revision"))
+    student = load_student(run_dir / "pipeline", host).to(device)
     unet.to(device).eval()
     if host is not None:
         host.vae.to(device)
@@ -182,7 +189,8 @@ def main(args: list[str] | None = None) -> None:
     classes = num_classes(unet, bool(student.scheduler.guidance_scales)) or None
     if prompts is not None:  # the same for methods and reference
         classes = min(len(prompts) - 1, options.num_samples, options.reference_samples)
-    teacher = guided(unet, [scale_of(options, student)])
+    training["guidance_scale"] = scale_of(options, student)
+    teacher = guided(unet, [training["guidance_scale"]])
     network, features = load_network(options.feature_extractor, image_shape(host, sample_shape(unet))[0])
     samplers = list(make_samplers(options, student, teacher, schedule.config, host))  # refuses counts without a grid
     reference, labels, name = load_reference(options, teacher, schedule.config, classes, host)
@@ -193,8 +201,8 @@ def main(args: list[str] | None = None) -> None:
     size, seed = options.num_samples, options.eval_seed
     rows, shown = [], {}
     for method, nfe, sampler, grid in samplers:
-        images = draw(f"{method} at {nfe}", sampler, size, options.batch_size, seed, classes)
-        shown[method, nfe] = images[:COLUMNS]
+        images = draw(f"{method} at {nfe}", sampler, size, batch_size_of(options, host), seed, classes)
+        shown[method, nfe] = images[:COLUMNS].clone()  # else all of them stay in memory
         made = {"dataset": name, "method": method, "nfe": nfe, "grid": grid}
         drawn = {"train_seed": training["seed"] if method == OURS else None, "eval_seed": seed, "num_samples": size}
         seconds = training["seconds"] if method == OURS else None

@@ -48,7 +48,11 @@ class Report:
     rows: list[dict[str, Any]]
 
     def write(self, run_dir: Path, training: dict[str, Any]) -> None:
-        """Writes report.json and report.md; `training` has options and cost of the run, and the teacher's name."""
+        """Writes report.json and report.md; `training` has options and cost of the run, and the teacher's name.
+
+        Its `guidance_scale` is the one that was measured.
+        """
+        guided = training.get("guidance_scale", 1) != 1
         measured = f"Measured on {measured_on()}."
         content = {"features": self.features, "reference": self.reference, "headline": self.headline}
         write_json(run_dir / "report.json", {**content, "floor": self.floor, "measured": measured, "rows": self.rows})
@@ -57,8 +61,8 @@ class Report:
             f"Teacher `{training['teacher']}`. Reference: {self.reference}.",
             f"HSIVI was trained {'with' if training.get('train_data') else 'without'} data by the preset "
             f"`{training.get('preset')}` for {training.get('max_train_steps')} updates. Features: {self.features}.",
-            GUIDED if training.get("guidance_scale") else "",
-            FELL if training.get("guidance_scale") and training.get("guidance_falls") else "",
+            GUIDED if guided else "",
+            FELL if guided and training.get("guidance_falls") else "",
             f"Classes that the student was not trained on: {', '.join(map(str, unknown))}." if unknown else "",
         ]
         intro = " ".join(sentence for sentence in sentences if sentence)

@@ -455,13 +455,18 @@ def test_of_several_long_baselines_the_best_is_named(tmp_path):
 def test_guidance_and_classes_that_were_left_out_are_told(tmp_path):
     made = {"method": "HSIVI", "nfe": 2, "grid": "", "num_samples": 9, "train_seed": 0, "eval_seed": 0}
     rows = [{**made, "train_seconds": 1.0, **dict.fromkeys(REPORTED, 0.5)}]
-    training = {"teacher": "t", "guidance_scale": [3.0], "class_shares": [1.0, 0.0, 2.0, 0.0]}
+    training = {"teacher": "t", "guidance_scale": 3.0, "class_shares": [1.0, 0.0, 2.0, 0.0]}
     report.Report("kid", "features", "digits", {}, rows).write(tmp_path, training)
     text = (tmp_path / "report.md").read_text()
     assert "Teacher and solvers are guided, too: a step of theirs is two network calls. Classes" in text
     assert "Classes that the student was not trained on: 1, 3." in text
     report.Report("kid", "features", "digits", {}, rows).write(tmp_path, {**training, "guidance_falls": True})
     assert "two network calls. In the training of HSIVI the guidance was weaker" in (tmp_path / "report.md").read_text()
+    report.Report("kid", "features", "digits", {}, rows).write(
+        tmp_path, {**training, "guidance_falls": True, "guidance_scale": 1.0}
+    )
+    assert "are guided" not in (text := (tmp_path / "report.md").read_text())
+    assert "the guidance was weaker" not in text
 
 
 @pytest.fixture(scope="module")
@@ -548,6 +553,14 @@ def test_an_unfinished_run_is_refused(fast_run, tmp_path, name):
     with pytest.raises(ValueError, match=f"run lacks {name}: give the folder of a finished distillation"):
         evaluate.main([f"--run_dir={folder}"])
     assert not (folder / "report.json").exists()
+
+
+def test_a_run_whose_teacher_was_a_loaded_pipeline_asks_for_it(fast_run, tmp_path):
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    options = json.loads((folder / "options.json").read_text())
+    (folder / "options.json").write_text(json.dumps({**options, "pretrained_teacher_model": None}))
+    with pytest.raises(ValueError, match="--teacher is missing: this run was given a loaded pipeline, name its folder"):
+        evaluate.main([f"--run_dir={folder}"])
 
 
 def test_a_damaged_record_of_a_run_is_refused(fast_run, tmp_path):

@@ -124,17 +124,36 @@ def test_an_unknown_source_is_refused_where_datasets_is_not_installed(monkeypatc
 @pytest.mark.parametrize("labelled", [{}, {"label": [3, 0]}])
 @pytest.mark.parametrize("column", ["image", "img"])
 def test_a_dataset_is_loaded_by_name(monkeypatch, column, labelled):
-    class Rows(dict):
+    class Rows(list):
         column_names = [column, *labelled]
 
+        def __getitem__(self, name):
+            return labelled[name]
+
     asked = []
-    rows = Rows({column: [Image.new("L", (8, 8), 7), Image.new("RGB", (9, 9), (9, 9, 9))], **labelled})
+    rows = Rows([{column: Image.new("L", (8, 8), 7)}, {column: Image.new("RGB", (9, 9), (9, 9, 9))}])
     stand_in = types.SimpleNamespace(load_dataset=lambda name, split: asked.append((name, split)) or rows)
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     images, labels = load_images("somebody/digits", resolution=8, channels=1)
     assert asked == [("somebody/digits", "train")]
     assert images.float().mean((1, 2, 3)).tolist() == [7, 9]
     assert labels is None if not labelled else labels.tolist() == [3, 0]
+
+
+def test_a_dataset_without_images_is_refused(monkeypatch):
+    rows = types.SimpleNamespace(column_names=["text", "label"])
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, split: rows))
+    with pytest.raises(
+        ValueError, match="dataset some/texts has the columns text, label: one must be `image` or `img`"
+    ):
+        load_images("some/texts", resolution=8, channels=1)
+
+
+def test_grey_of_16_bits_keeps_its_range(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).round()
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "depth.png")
+    images, _ = load_images(str(tmp_path), resolution=8, channels=1)
+    assert np.abs(images[0, 0].numpy() - ramp / 257).max() <= 0.5
 
 
 # ----- clothes -----

@@ -28,7 +28,7 @@ OLD_NAMES = {"pace": "rate"}
 @dataclass
 class Method:
     _group = "method"
-    law: Literal["normal", "uniform"] = option("normal", "a choice")
+    law: Literal["normal", "uniform", "no"] = option("normal", "a choice")
     start: int | None = option(7, "may be left out", common=False)
 
 
@@ -138,6 +138,7 @@ def test_without_args_the_command_line_of_the_program_is_read(monkeypatch):
         ("widths: 8", "widths", [8]),
         ("widths: []", "widths", []),
         ("law: uniform", "law", "uniform"),
+        ("law: no", "law", "no"),
         ("counts: 4", "counts", [4]),
         ("counts: [4, 8]", "counts", [4, 8]),
     ],

@@ -361,11 +361,15 @@ def test_it_is_measured_against_solvers_of_the_teacher(run):
 
 
 def test_it_is_pushed_and_pulled_into_the_stock_pipeline_beside_a_style(run, text_teachers, logged_in, tmp_path):
-    teacher = text_teachers("sd")
-    cli.main(["push", f"--run_dir={run}", "--hub_model_id=alice/lora", "--base_model=alice/teacher"])
+    teacher, api = text_teachers("sd"), HfApi()
+    kept, stale = "style/old/model.safetensors", "unet/diffusion_pytorch_model.safetensors"
+    api.create_repo("alice/lora")
+    for name in (kept, stale):
+        api.upload_file(repo_id="alice/lora", path_in_repo=name, path_or_fileobj=b"mine")
+    cli.main(["push", f"--run_dir={run}", "--hub_model_id=alice/lora", "--base_model=alice/teacher", "--hub_exist_ok"])
+    assert {kept, stale} & {*api.list_repo_files("alice/lora")} == {kept}
     pulled, local = with_adapter(teacher, "alice/lora"), with_adapter(teacher, run / "pipeline")
     assert torch.equal(draw(pulled), draw(local))
-    api = HfApi()
     api.create_repo("alice/teacher")
     api.upload_folder(repo_id="alice/teacher", folder_path=teacher)
     cli.main(["sample", "--pipeline=alice/lora", "--prompt", "a red cat", f"--output_dir={tmp_path / 'drawn'}"])

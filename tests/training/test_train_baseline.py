@@ -244,6 +244,21 @@ def test_pairs_that_a_run_makes_again_take_none_of_its_time(unet, tmp_path, monk
     assert now == [205.0]
 
 
+def test_pairs_that_a_run_makes_again_are_the_same_in_half_precision(unet, tmp_path, monkeypatch):
+    made, make_pairs = [], regression.TeacherPairs
+    monkeypatch.setattr(
+        regression, "TeacherPairs", lambda *given, **named: made.append(make_pairs(*given, **named)) or made[-1]
+    )
+    training = Training(method="regression", max_train_steps=1, train_batch_size=2, mixed_precision="bf16")
+    run_for(PairRegression(unet, HSIVIScheduler(), 9), training, tmp_path)
+    training.max_train_steps = 2
+    output = Output(str(tmp_path), resume_from_checkpoint="latest")
+    images = torch.zeros(10, 1, 8, 8)
+    train_baseline.train(PairRegression(unet, HSIVIScheduler(), 9), images, None, training, output, Accelerator(), {})
+    assert len(made) == 2
+    assert torch.equal(made[0].end, made[1].end)
+
+
 def test_the_teacher_of_the_last_stage_is_the_student_of_the_one_before(train, tmp_path, same_tensors):
     folder = train(
         "--method=progressive", "--max_train_steps=4", "--checkpointing_steps=1", "--checkpoints_total_limit=9"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,12 +181,18 @@ def train(
     optimizer = torch.optim.AdamW(trained(student), lr=training.learning_rate, weight_decay=0.0)
     loop = TrainingLoop(run, accelerator, student, optimizer, EMA_DECAY, identity, **distillation.parts)
     least = training.min_network_calls / (distillation.calls_per_image * training.train_batch_size)
-    for share in loop.updates(training.max_train_steps, training.max_train_seconds, least, distillation.restore):
+    precise = partial(torch.autocast, images.device.type, torch.bfloat16, enabled=training.mixed_precision == "bf16")
+
+    def restore() -> None:
+        with precise():  # as when it was made
+            distillation.restore()
+
+    for share in loop.updates(training.max_train_steps, training.max_train_seconds, least, restore):
         distillation.begin_update(share)
         optimizer.param_groups[0]["lr"] = learning_rate(loop.steps, share, training)
         rows = torch.randint(len(images), (training.train_batch_size,), device=images.device)
         condition = None if classes is None else classes[rows]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=training.mixed_precision == "bf16"):
+        with precise():
             loss = distillation.loss(images[rows], condition)
         loop.descend(loss, MAX_GRAD_NORM)
     return loop.steps, loop.seconds
