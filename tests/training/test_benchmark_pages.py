@@ -208,6 +208,8 @@ def test_the_measures_have_both_kinds_of_distances_and_methods_in_one_order():
     ]
     assert lines[2][2:6] == ["2 ± 1.4", "0.5 ± 0", "4 ± 2.8", "1 ± 0"]
     assert lines[2][7] == "0.600 ± 0.141"
+    shown = dict(zip(OF_CLASSIFIER, lines[0][6:], strict=True))  # of real images, which are copies of the reference
+    assert {name for name, text in shown.items() if text} == {"class_tv"}
 
 
 def test_costs_are_told_seed_by_seed_and_as_multiples_of_those_of_ours():
@@ -222,6 +224,7 @@ def test_costs_are_told_seed_by_seed_and_as_multiples_of_those_of_ours():
         ["1", f"**{OURS}**", "100, 50", "", "2.00, 2.00", ""],
         ["2", PROGRESSIVE, "80", "", "1.00", ""],
     ]
+    assert lines_of(costs_table([trained(OURS, 1, 0, 100.4, None)])) == [["1", f"**{OURS}**", "100", "", "", ""]]
 
 
 def test_a_mean_has_its_spread():

@@ -41,6 +41,7 @@ from .spaces import OF_CAPTIONS, OF_CLASSES, OF_CLASSIFIER
 
 ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, *BASELINES, OURS)
 CURVES = ("recall", "coverage")
+OF_NEIGHBOURS = ("precision", "recall", "density", "coverage", "nearest", "class_recall")  # of copies they tell nothing
 SHOWN_SOLVERS = (1, 2, 4, 10, 20)
 
 
@@ -195,7 +196,8 @@ def measures_table(rows: list[Row]) -> str:
     lines = []
     for (method, nfe), of_group in sorted(grouped(rows).items(), key=lambda item: (item[0][1], rank(item[1][0]))):
         cells = [distance(of_group, space, kind) for kind in ("distances", "teacher_distances") for space in spaces]
-        cells += [written(name, *(row[name] for row in of_group)) for name in names]
+        empty = OF_NEIGHBOURS if method == REAL else ()
+        cells += ["" if each in empty else written(each, *(row[each] for row in of_group)) for each in names]
         solver = f" ({of_group[0]['solver']}{_falls(of_group[0])})" if method == SOLVER else ""
         lines.append([nfe or "", bold(method) + solver, *cells])
     heads = [*spaces, *(f"{space}, to teacher" for space in spaces), *(MEASURES[each].head for each in names)]
@@ -215,8 +217,9 @@ def costs_table(rows: list[Row]) -> str:
         ours = {row["train_seed"]: row for row in groups.get((OURS, nfe), [])}
         cells = []
         for name, unit, form in (("train_seconds", 1, ".0f"), ("train_calls", 1e6, ".2f")):
-            cells.append(", ".join(format(row[name] / unit, form) for row in of_group))
-            pairs = [(row[name], ours[row["train_seed"]][name]) for row in of_group if row["train_seed"] in ours]
+            known = [row for row in of_group if row[name] is not None]  # a run may have been killed at its end
+            cells.append(", ".join(format(row[name] / unit, form) for row in known))
+            pairs = [(row[name], ours[row["train_seed"]][name]) for row in known if row["train_seed"] in ours]
             cells.append(", ".join(f"{one / other:.2f}" for one, other in pairs) if method in BASELINES else "")
         lines.append([nfe, bold(method), *cells])
     heads = ["seconds", "times ours", "million calls", "times ours"]
