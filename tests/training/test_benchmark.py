@@ -393,6 +393,15 @@ def test_pictures_of_what_is_shown_stay_beside_the_results(folder):
 # ----- refusals -----
 
 
+def test_rows_of_another_teacher_are_not_added_to(copied, monkeypatch):
+    folder, arguments = copied
+    monkeypatch.setattr(benchmark, "hash_weights", lambda *folders: "another")
+    before = rows_of(folder)
+    with pytest.raises(ValueError, match="real images .* of other images or networks .networks: .* -> another.: name"):
+        benchmark.main(arguments)
+    assert rows_of(folder) == before
+
+
 @pytest.mark.parametrize(
     "other", ["num_samples: 20 -> 25", "batch_size: 15 -> 10", "eval_seed: 0 -> 1", "teacher_steps: 3 -> 4"]
 )
@@ -400,7 +409,9 @@ def test_rows_of_other_images_are_not_added_to(copied, other):
     folder, arguments = copied
     before = rows_of(folder)
     name, number = other.split(":")[0], other.split()[-1]
-    with pytest.raises(ValueError, match=rf"results.json has real images .* of other images \({other}\): name another"):
+    with pytest.raises(
+        ValueError, match=rf"results.json has real images .* of other images or networks \({other}\): name another"
+    ):
         benchmark.main([*arguments, f"--{name}={number}"])
     assert rows_of(folder) == before
 

@@ -146,6 +146,12 @@ def test_each_solver_has_a_row_that_is_as_good_as_its_stock_settings(path):
         assert row["tuned"]["classifier"] < row["stock"]["classifier"]
 
 
+def test_rows_of_another_teacher_are_not_added_to(path, arguments, monkeypatch):
+    monkeypatch.setattr(tune_solvers, "hash_weights", lambda *folders: "another")
+    with pytest.raises(ValueError, match="has rows of digits of another teacher or classifier: name another --output"):
+        tune_solvers.main([*arguments, "--calls", "3"])
+
+
 @pytest.mark.parametrize("solver", ["UniPC", "DPM-Solver++ SDE", "DDIM"])
 def test_stock_settings_that_are_better_than_those_of_the_trials_are_kept(solver, arguments, tmp_path, monkeypatch):
     def found_bad(self, solver, calls, trial):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,14 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def hash_weights(*folders: Path) -> str:
+    """The first digits of the SHA-256 of all weights in folders: what a row was measured of, and in."""
+    found = hashlib.sha256()
+    for path in (each for folder in folders for each in sorted(folder.rglob("*.safetensors"))):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def pictures_path(folder: Path, dataset: str) -> Path:
     """File of the first images of each shown row of a set, as bytes."""
     return folder / f"pictures_{dataset}.safetensors"
@@ -58,8 +67,8 @@ class Results:
         for row in rows:
             if other := differences(row, drawn):
                 raise ValueError(
-                    f"{self.path} has {row['method']} at {row['nfe']} of other images ({other}): name another "
-                    "--output_dir"
+                    f"{self.path} has {row['method']} at {row['nfe']} of other images or networks ({other}): name "
+                    "another --output_dir"
                 )
             if other := differences(row, told.get(key_of(row), {})):
                 raise ValueError(

@@ -35,7 +35,7 @@ from hsivi_diffusers.evaluation.solvers import SOLVERS
 from hsivi_diffusers.folders import in_turn, write_json
 from hsivi_diffusers.options import option, parse_options, run_command
 
-from .benchmark_results import Row, read_rows
+from .benchmark_results import Row, hash_weights, read_rows
 from .set_teacher import SetTeacher
 from .solver_pages import FALLING, score, write_page
 from .spaces import make_spaces
@@ -85,6 +85,7 @@ class Tuning:
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.networks = hash_weights(Path(str(options.teacher)), Path(str(options.classifier)))
         self.teacher = SetTeacher(str(options.teacher), options.real_data, options.guidance_scale)
         if odd := [calls for calls in options.calls if calls % self.teacher.step_calls]:
             raise ValueError(f"--calls {odd}: a guided step is two network calls: give even numbers")
@@ -154,6 +155,7 @@ class Tuning:
                 for name in ("num_samples", "eval_seed", "tuning_samples", "tuning_seed", "mixed_precision")
             },
             "trials": options.trials,
+            "networks": self.networks,
             "measured": measured_on(),
         }
 
@@ -222,6 +224,10 @@ def main(args: list[str] | None = None) -> None:
     path, tuning = Path(options.output_dir) / "solvers.json", Tuning(options)
     for folder in (path.parent, Path(options.runs_dir)):
         folder.mkdir(parents=True, exist_ok=True)
+    if any(row["networks"] != tuning.networks for row in read_rows(path) if row["dataset"] == options.dataset):
+        raise ValueError(
+            f"{path} has rows of {options.dataset} of another teacher or classifier: name another --output_dir"
+        )
     for calls in options.calls:
         for solver in options.solvers:
             if (options.dataset, calls, solver) not in map(key_of, read_rows(path)):
