@@ -128,9 +128,9 @@ class HSIVITrainer:
         """
         if self._has_trained and resume_from_checkpoint is None:
             raise ValueError(
-                "this trainer has trained already: make a new HSIVITrainer, or pass resume_from_checkpoint='latest'"
+                "this trainer has trained already: make a new HSIVITrainer, or pass resume_from_checkpoint='latest' if "
+                "there is a checkpoint"
             )
-        self._has_trained = True
         main, config = self.accelerator.is_main_process, self.config
         settings = {**self.teacher, **config.settings()}
         anew = config.overwrite_output_dir and resume_from_checkpoint is None
@@ -148,7 +148,10 @@ class HSIVITrainer:
                 self.accelerator.init_trackers("hsivi")
             identity = {**settings, **self.state.identity}
             checkpoints = Checkpoints(run, self.accelerator, self.state, identity, complete)
+            begun, self._has_trained = self._has_trained, True
             start, spent = checkpoints.load()
+            if begun and not start:
+                raise ValueError("this trainer has trained, and there is no checkpoint: make a new HSIVITrainer")
             if main and (told := prompts_of(self.state.bridge.unet)) is not None:  # a run that is refused keeps its own
                 write_text(checkpoints.output_dir / PROMPTS, "\n".join(told.prompts) + "\n")
             if start >= config.max_train_steps:

@@ -153,7 +153,8 @@ def _regress(state: TrainingState) -> None:
             raise DivergenceError("the loss of the fit to the pairs", error.step, error.layers) from error
         if state.accelerator.check_trigger():
             raise InterruptedRunError(
-                "stopped before the first update, nothing was saved: start again with resume_from_checkpoint latest"
+                "stopped before the first update, nothing was saved: start again with resume_from_checkpoint latest, "
+                "from Python in a new HSIVITrainer"
             )
     if not config.is_guided:
         state.pairs.cache_clear()

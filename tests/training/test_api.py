@@ -232,6 +232,39 @@ def test_a_trainer_trains_once_unless_it_goes_on(teacher, tmp_path):
     assert trainer.train(resume_from_checkpoint="latest") == first  # though the config would overwrite
 
 
+@pytest.mark.parametrize("more", [{}, {"num_pairs": 8, "pair_steps": 2}])
+def test_a_trainer_that_stopped_before_its_first_checkpoint_does_not_start_over_in_its_trained_state(
+    teacher, tmp_path, more, monkeypatch
+):
+    """Stopped by a callback, or by Ctrl-C in the fit to pairs; a new one starts."""
+
+    def stop(*_):
+        raise RuntimeError("stop")
+
+    trainer = make(teacher, tmp_path / "run", [stop], **more)
+    if more:
+        monkeypatch.setattr(trainer.accelerator, "check_trigger", lambda: True)
+    with pytest.raises(InterruptedRunError if more else RuntimeError, match="stop"):
+        trainer.train()
+    monkeypatch.undo()
+    trainer.callbacks.clear()
+    with pytest.raises(ValueError, match="has trained, and there is no checkpoint: make a new HSIVITrainer"):
+        trainer.train("latest")
+    with pytest.raises(ValueError, match="this trainer has trained already: make a new HSIVITrainer, or pass resume"):
+        trainer.train()
+    make(teacher, tmp_path / "run", **more).train("latest")
+
+
+def test_a_trainer_whose_folder_was_refused_has_not_trained(teacher, tmp_path):
+    trainer = make(teacher, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        trainer.train()
+    (tmp_path / "run" / "mine").unlink()
+    trainer.train()
+
+
 def test_a_folder_of_the_user_is_not_taken_for_the_start_of_a_run(teacher, tmp_path):
     (tmp_path / "mine" / "samples").mkdir(parents=True)
     (tmp_path / "mine" / "samples" / "photo.png").write_bytes(b"precious")
