@@ -101,7 +101,9 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
         figures["grid"] = [*grids.values()][-1]
     prompts = Path(run_dir) / PROMPTS
     if run["options"].get("prompts") and prompts.is_file() and not prompts.is_symlink():
-        run["prompts"] = read_prompts(str(prompts))[:COLUMNS]
+        told = read_prompts(str(prompts))
+        shares = run["options"].get("class_shares") or [1.0] * len(told)  # a column has a prompt that was trained
+        run["prompts"] = [prompt for prompt, share in zip(told, shares, strict=False) if share][:COLUMNS]
     run |= {name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()}
     if "grid" in run:
         run["grid"].thumbnail((WIDEST, WIDEST))

@@ -213,21 +213,22 @@ class Progress:
             self._write_page()
         raise CollapsedRunError(text)
 
-    def _labels(self, size: int) -> list[int] | None:
-        """Class labels in turn, of a class-conditional teacher; those that are not trained are left out."""
+    @property
+    def _conditions(self) -> Tensor | None:
+        """Conditions of a row: class labels in turn, without those that are not trained; None without classes."""
         shares = self.config.class_shares or [1.0] * self.state.bridge.num_classes
-        classes = [label for label, share in enumerate(shares) if share]
-        return [classes[i % len(classes)] for i in range(size)] if classes else None
+        classes = torch.tensor([label for label, share in enumerate(shares) if share])
+        return classes[torch.arange(COLUMNS) % len(classes)] * len(self.state.bridge.scales) if len(classes) else None
 
     @cached_property
     def _teacher_row(self) -> Tensor:
         """Images in [0, 1] of a solver of the teacher, with the guidance of the training, on the CPU."""
-        labels, bridge = self._labels(COLUMNS), self.state.bridge
+        bridge = self.state.bridge
         pairs = TeacherPairs(
             guided(copy.copy(bridge.unet), bridge.scales, bridge.guidance_end),  # its calls are not the training's
             bridge.scheduler,
             torch.randn(COLUMNS, *bridge.shape, generator=torch.Generator().manual_seed(0)),
-            None if labels is None else torch.tensor(labels) * len(bridge.scales),
+            self._conditions,
             min(TEACHER_CALLS, len(bridge.scheduler) // 2),  # a schedule may have few timesteps
             self.config.train_batch_size,
             clip=self.state.host is None,
@@ -235,9 +236,9 @@ class Progress:
         return decode(self.state.host, pairs.end).cpu()
 
     def _draw_student(self, size: int) -> Tensor:
-        """Images of the averaged student in [0, 1], shape (size, C, H, W), on the CPU."""
-        student, labels, bridge = self.state.averaged(), self._labels(size), self.state.bridge
-        condition = None if labels is None else torch.tensor(labels, device=student.unet.device) * len(bridge.scales)
+        """Images of the averaged student in [0, 1], shape (size, C, H, W), of the same classes in each row."""
+        student, told, bridge = self.state.averaged(), self._conditions, self.state.bridge
+        condition = None if told is None else told.repeat(size // COLUMNS).to(student.unet.device)
         generator, steps = torch.Generator().manual_seed(0), max(student.depths)
         noise = torch.randn(size, *bridge.shape, generator=generator).to(student.unet.device)
         scale = None if student.noise_scale is None else student.noise_scale()

@@ -220,7 +220,7 @@ def test_classes_are_trained_by_their_shares(pipeline, tmp_path):
     drawn = state.sample_condition(6000, torch.Generator().manual_seed(0))
     counts = drawn.bincount(minlength=6) / len(drawn)  # of class * 2 + scale
     assert counts.tolist() == pytest.approx([1 / 3, 1 / 3, 0, 0, 1 / 6, 1 / 6], abs=0.02)
-    assert Progress(state)._labels(5) == [0, 2, 0, 2, 0]
+    assert Progress(state)._conditions.tolist() == [0, 4] * 4
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from hsivi_diffusers.distillation.ode import run_solver
 from hsivi_diffusers.distillation.prompts import encode_prompts
 from hsivi_diffusers.distillation.teachers import decode, load_parts, load_prompts, load_student, network_of
 from hsivi_diffusers.evaluation import evaluate
-from hsivi_diffusers.run_records import ADAPTER, read_prompts
+from hsivi_diffusers.run_records import ADAPTER, read_prompts, read_run
 from short_run import SETTINGS as SHORT
 from tiny_text import KINDS, PROMPTS, make_text
 
@@ -493,6 +493,14 @@ def test_a_resume_that_is_refused_leaves_the_prompts_of_the_run(text_teachers, d
     with pytest.raises(ValueError, match="prompts_sha256"):
         distil(folder, resume_from_checkpoint="latest", **options)
     assert (folder / "prompts.txt").read_text() == "a red cat\n"
+
+
+def test_the_prompts_of_the_columns_are_those_that_were_trained(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    assert read_run(folder)["prompts"] == PROMPTS
+    record = folder / "options.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "class_shares": [1.0, 0.0, 1.0]}))
+    assert read_run(folder)["prompts"] == [PROMPTS[0], PROMPTS[2]]
 
 
 # ----- refusals -----
