@@ -84,13 +84,14 @@ class Progress:
             CollapsedRunError: In two grids in a row, after a tenth of the run, contrast or diversity is LIMIT times
                 that of the teacher, or a LIMIT-th of it. The step was yielded.
         """
-        self._rewind(start)
         total, every = self.config.max_train_steps, self.config.validation_steps
         every = max(1, total // 10) if every is None else every
-        if every and start < total:
+        draws = bool(every) and start < total
+        self._rewind(start, draws)
+        if draws:
             self._judge(start, self.draw(start))
-        self._restart_clock(start)
         first = list(islice(steps, 1))  # the fit to pairs, which comes before it, has a bar of its own
+        self._restart_clock(start + len(first))
         with bar(total=total, initial=start, desc="distil", disable=not self.accelerator.is_main_process) as shown:
             for step in chain(first, steps):
                 self._show(shown, step, metrics(step))
@@ -109,10 +110,13 @@ class Progress:
         self.running = {name: 0.95 * self.running.get(name, loss) + 0.05 * loss for name, loss in losses.items()}
         shown.update()
         if done % EVERY == 0 or done == self.config.max_train_steps or measured:
-            speed = (done - self.clock_step) * self.state.rows / (time.perf_counter() - self.clock)
+            numbers, told = self._numbers(step), dict(self.running)
+            if done > self.clock_step:  # not of the first update alone
+                speed = (done - self.clock_step) * self.state.rows / (time.perf_counter() - self.clock)
+                numbers["images_per_second"] = told["img/s"] = speed
             self._restart_clock(done)
-            self._log(done, {**self._numbers(step), "images_per_second": speed, **measured})
-            told = {**self.running, "img/s": speed, **measured}
+            self._log(done, {**numbers, **measured})
+            told |= measured
             shown.set_postfix({name: f"{value:.4g}" for name, value in told.items()}, refresh=False)
 
     def _log(self, step: int, numbers: dict[str, float]) -> None:
@@ -131,11 +135,12 @@ class Progress:
         with (self.folder / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
 
-    def _rewind(self, start: int) -> None:
-        """Takes out of the log what a resumed run does again."""
+    def _rewind(self, start: int, draws: bool) -> None:
+        """Takes out of the log what a resumed run does again, with the grid of its start if it draws, and its end."""
         if self.accelerator.is_main_process:
+            again = {"stopped", *RATIOS} if draws else {"stopped"}
             kept = [line for line in read_log(self.folder) if line["step"] <= start]
-            kept = [line for line in kept if line["step"] < start or "loss/student" in line]  # its grid is drawn again
+            kept = [line for line in kept if line["step"] < start or again.isdisjoint(line)]
             write_text(self.folder / LOG, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def _restart_clock(self, step: int) -> None:

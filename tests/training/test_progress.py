@@ -2,6 +2,7 @@
 
 import shutil
 from itertools import cycle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from hsivi_diffusers.distillation import progress
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.pairs import TeacherPairs
 from hsivi_diffusers.distillation.trainer import HSIVITrainer
+from hsivi_diffusers.distillation.updates import run_updates
+from hsivi_diffusers.run_page import read_log
 from tiny_unet import make_unet
 
 SIZE = 512  # pixels of a side of a grid, at least
@@ -69,13 +72,37 @@ def test_the_trackers_are_told_losses_norms_rates_and_scales(events):
     assert tags <= set(events.Tags()["scalars"])
     for tag in tags:
         assert all(np.isfinite(event.value) for event in events.Scalars(tag))
-    for tag in ("loss/student", "grad_norm/critic", "noise_scale/mean", "images_per_second"):
+    for tag in ("loss/student", "grad_norm/critic", "noise_scale/mean"):
         assert [event.step for event in events.Scalars(tag)] == [1, 2, 3, 4, 5]
+    assert [event.step for event in events.Scalars("images_per_second")] == [2, 3, 4, 5]
     rates = [event.value for event in events.Scalars("learning_rate/critic")]
     assert rates == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4])
     assert all(event.value > 0 for event in events.Scalars("images_per_second"))
     low, mean, high = (events.Scalars(f"noise_scale/{name}")[-1].value for name in ("min", "mean", "max"))
     assert low < mean < high
+
+
+def test_the_speed_is_that_of_the_updates_after_the_first_with_which_the_pairs_come(make_state, tmp_path, monkeypatch):
+    seconds = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+
+    def updates(state):
+        for step in run_updates(state, 0):
+            seconds[0] += 2.0 if step.step else 1000.0
+            yield step
+
+    state = make_state()
+    state.config.output_dir = str(tmp_path)
+    list(progress.Progress(state).watch(updates(state), 0, lambda step: {}))
+    assert [line["images_per_second"] for line in read_log(tmp_path)] == [4 / 2.0]
+
+
+@pytest.mark.parametrize("validation_steps", [0, 2])
+def test_resuming_a_finished_run_leaves_its_last_grid_in_the_log(distil, shown, tmp_path, validation_steps):
+    folder = shutil.copytree(shown, tmp_path / "run")
+    distil(folder, resume_from_checkpoint="latest", validation_steps=validation_steps, **PAPER)
+    assert read_log(folder) == read_log(shown)
+    assert "images/diversity" in read_log(folder)[-1]
 
 
 def test_grids_go_to_the_tracker_and_to_files_at_the_start_in_between_and_at_the_end(events, shown):
