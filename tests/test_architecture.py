@@ -100,7 +100,8 @@ ALLOWED = {
         TRAIN,
     ),
     "distillation/updates": (
-        {f"distillation/{noun}" for noun in ("bridge", "config", "pairs", "state", "student")} | {"vi/*", "bars"},
+        {f"distillation/{noun}" for noun in ("bridge", "config", "guidance", "pairs", "state", "student")}
+        | {"vi/*", "bars"},
         TRAIN,
     ),
     "distillation/progress": (
@@ -111,7 +112,7 @@ ALLOWED = {
     "distillation/plan": (
         {
             f"distillation/{noun}"
-            for noun in ("config", "denoisers", "networks", "pairs", "prompts", "state", "teachers", "updates")
+            for noun in ("config", "denoisers", "networks", "prompts", "state", "teachers", "updates")
         }
         | {"distillation/adapters", "distillation/teacher_configs", "scheduling_hsivi"},
         TRAIN,

@@ -34,12 +34,11 @@ from .adapters import has_adapter
 from .config import HSIVIConfig
 from .denoisers import Network, call_network, give_prompts, num_labels, sample_shape
 from .networks import HALF, adapter_rank, make_networks, make_players
-from .pairs import PAIR_CALLS
 from .prompts import empty_prompts
 from .state import TrainingState, trained
 from .teacher_configs import TEXT, check, read_configs
 from .teachers import check_prompts
-from .updates import run_updates
+from .updates import fit_calls, run_updates
 
 MIB = 2**20
 CALIBRATION_FLOPS = 2e11  # about what the calls may cost that the speed is taken from
@@ -100,6 +99,7 @@ class Cost:
     calls: dict[str, float]  # of student, critic and teacher, for each row of the batch
     flops: float
     call_flops: float  # of a call of one network for one row, without a gradient
+    fit_calls: tuple[int, int]  # before the updates, see `fit_calls`
     written: dict[str, int]  # bytes of each thing that is saved
     adapted: bool  # the student is an adapter, which is saved without the rest of the pipeline
 
@@ -198,9 +198,10 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
                 counts.append(count)
             peak = meter.peak
             with _counting(state) as call, torch.no_grad():
-                no_level = torch.zeros(1, dtype=torch.long)
-                classes = no_level if state.bridge.num_classes else None
-                state.bridge.score(torch.randn(1, *state.bridge.shape), no_level, classes)
+                zero = torch.zeros(1, dtype=torch.long)
+                classes = zero if state.bridge.num_classes else None
+                call_network(state.bridge.unet, torch.randn(1, *state.bridge.shape), zero, classes)
+            config.num_pairs = pairs  # which `fit_calls` counts
         _, one, two = counts
     total = {name: one[name] + (wanted - 1) * (two[name] - one[name]) for name in one}
     static, limit = _static(state), config.checkpoints_total_limit
@@ -214,6 +215,7 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
         calls={name: total[name] / _rows(config) for name in ("student", "critic", "teacher")},
         flops=total["flops"],
         call_flops=call["flops"],
+        fit_calls=fit_calls(state),
         written={
             "pipeline": static["student"],
             "critic": static["critic"],
@@ -314,20 +316,20 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
         f"an update calls for each row: {calls}; {cost.flops / 1e9:,.1f} GFLOP in a process",
         f"about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all, by the speed of "
         f"one network ({clock})",
-        *_fit_line(config, speed * cost.call_flops),
+        *_fit_line(config, cost.fit_calls, speed * cost.call_flops),
         "",
         *_table("written, MiB", cost.written, MIB, ",.1f"),
     ]
     print("\n".join(lines))
 
 
-def _fit_line(config: HSIVIConfig, call: float) -> list[str]:
-    """What comes before the updates, if there are pairs; a call takes so many seconds, and a backward pass is two."""
+def _fit_line(config: HSIVIConfig, calls: tuple[int, int], seconds: float) -> list[str]:
+    """What comes before the updates, if there are pairs; a call takes so long, and a backward pass is two."""
     if not config.num_pairs:
         return []
-    calls = config.num_pairs * PAIR_CALLS * (1 + config.has_guidance) + 3 * config.pair_steps * _rows(config)
-    what = f"{config.num_pairs:,} pairs of {PAIR_CALLS} calls of the teacher and {config.pair_steps:,} updates"
-    return [f"before them about {_duration(call * calls)} for {what} of the layers alone"]
+    made, fitted = calls
+    what = f"{config.num_pairs:,} pairs in {made:,} calls of the teacher and {config.pair_steps:,} updates"
+    return [f"before them about {_duration(seconds * (made + 3 * fitted))} for {what} of the layers alone"]
 
 
 def _table(title: str, numbers: Mapping[str, float], unit: float, form: str) -> list[str]:

@@ -28,6 +28,7 @@ from ..vi import (
 )
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
+from .guidance import calls_of_step
 from .pairs import PAIR_CALLS, image_loss
 from .state import TrainingState, trained
 
@@ -130,7 +131,8 @@ def _fit(
 def fit_calls(state: TrainingState) -> tuple[int, int]:
     """Network calls, in all processes, that make the pairs, and that fit the layers to them before the updates."""
     pairs = state.pairs_per_micro_batch * state.micro_batches
-    return (pairs * PAIR_CALLS, state.config.pair_steps * state.rows) if pairs else (0, 0)
+    calls = PAIR_CALLS * calls_of_step(state.bridge.network.unet)
+    return (pairs * calls, state.config.pair_steps * state.rows) if pairs else (0, 0)
 
 
 def _regress(state: TrainingState) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -250,6 +251,16 @@ def test_a_guided_run_resumes_to_the_same_bits(pipeline, tmp_path, same_tensors)
     trainer = HSIVITrainer(pipeline, config)
     trainer.train(resume_from_checkpoint="latest")
     assert same_tensors(trainer.pipeline.unet.state_dict(), whole.pipeline.unet.state_dict())
+
+
+@pytest.mark.parametrize("pair_weight", [0.0, 0.005])
+def test_the_calls_of_a_resumed_guided_run_with_pairs_are_those_of_a_whole_one(pipeline, tmp_path, pair_weight):
+    options = {**SETTINGS, "guidance_scale": 3.0, "num_pairs": 8, "pair_steps": 2, "pair_weight": pair_weight}
+    config = HSIVIConfig(**options, output_dir=str(tmp_path / "run"))
+    whole = HSIVITrainer(pipeline, config).train()["network_calls"]
+    (tmp_path / "run" / "training.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-5")
+    assert HSIVITrainer(pipeline, config).train("latest")["network_calls"] == pytest.approx(whole, abs=4)
 
 
 def test_guidance_needs_a_label_for_no_class(tmp_path):

@@ -230,6 +230,6 @@ def test_pairs_of_a_class_conditional_teacher_have_classes(distil, class_teacher
 
 def test_a_plan_tells_what_the_pairs_cost(make_config, teacher):
     config = make_config(**ONE)
-    (line,) = plan._fit_line(config, call=1.0)
+    (line,) = plan._fit_line(config, (8 * 15, 3 * 4), seconds=1.0)
     # A backward pass is two calls: 8 pairs of 15 calls, and 3 updates of 4 rows
-    assert line == ("before them about 3 min for 8 pairs of 15 calls of the teacher and 3 updates of the layers alone")
+    assert line == ("before them about 3 min for 8 pairs in 120 calls of the teacher and 3 updates of the layers alone")

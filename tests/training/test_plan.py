@@ -225,6 +225,14 @@ def test_calls_are_those_of_the_loop(one_call, measured):
     assert one_call.calls == {"student": 21 - 1, "critic": 21, "teacher": 1}
 
 
+def test_a_guided_pair_costs_twice_as_many_calls_of_the_same_network(measure, tiny_class_teacher):
+    plain, guided = (
+        measure(tiny_class_teacher, guidance_scale=scale, num_pairs=100, critic_updates=1) for scale in (1.0, 3.0)
+    )
+    assert (plain.fit_calls, guided.fit_calls) == ((1500, 2000), (3000, 2000))
+    assert guided.call_flops == plain.call_flops
+
+
 @pytest.mark.slow
 def test_further_critic_updates_are_counted_without_being_run(measure):
     one, two, five = (measure(preset="paper", num_inference_steps=1, critic_updates=updates) for updates in (1, 2, 5))
