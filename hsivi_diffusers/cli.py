@@ -99,12 +99,14 @@ class Push(Hub):
 
 def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     """Runs `hsivi distil`."""
-    from .distillation.output import Output, check_output
+    from .distillation.output import Output, check_output, check_place
 
     teacher, config, hub = read_distillation(args, prog, DISTIL)
     if not config.output_dir:
         raise ValueError("--output_dir is missing: name the folder to write to")
-    check_output(Output(config.output_dir, config.overwrite_output_dir, teacher.resume_from_checkpoint))
+    output = Output(config.output_dir, config.overwrite_output_dir, teacher.resume_from_checkpoint)
+    check_output(output)
+    check_place(output)  # before the teacher is loaded, and again when the folder is claimed
     from .distillation.trainer import CollapsedRunError, HSIVITrainer, InterruptedRunError
     from .images import show
     from .vi import DivergenceError

@@ -162,8 +162,10 @@ def test_a_student_of_a_rectified_flow_starts_at_pure_noise():
     for config in (HSIVIConfig(num_inference_steps=4), HSIVIConfig(num_inference_steps=1)):
         student = make_scheduler(schedule, config, (1, 8, 8))
         assert (student.timesteps[0], student.layers.grid[-1]) == (1000.0, 0)
-    with pytest.raises(ValueError, match="a student of a rectified flow starts at 999, pure noise"):
-        make_scheduler(schedule, HSIVIConfig(start_timestep=800), (1, 8, 8))
+    make_scheduler(schedule, HSIVIConfig(start_timestep=999), (1, 8, 8))
+    for start in ({"start_timestep": 800}, {"start_signal": 5.0}, {"start_noise": 2.0}):
+        with pytest.raises(ValueError, match="a student of a rectified flow starts at 999, pure noise"):
+            make_scheduler(schedule, HSIVIConfig(**start), (1, 8, 8))
 
 
 def test_the_end_of_a_clock_without_any_signal_is_left_out():

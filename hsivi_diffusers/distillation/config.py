@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from ..options import option
 from ..run_records import read_prompts, read_record
-from .limits import check_choices, check_ranges, check_together, check_types
+from .limits import check_choices, check_ranges, check_shares, check_together, check_types
 from .presets import PRESETS, ByPreset, by_preset
 
 FOLDER = {"output_dir", "overwrite_output_dir"}
 # Hardware, checkpointing and reporting, which do not decide what is trained.
 MAY_CHANGE = {"gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32"}
 MAY_CHANGE |= {"checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to"}
+STARTS = ("start_timestep", "start_signal", "start_noise")  # ways to say where the first call is
 # Old names of options: in a YAML file, on the command line, and in the options.json of a run.
 ALIASES = {
     "num_layers": "num_inference_steps",
@@ -170,18 +171,19 @@ class HSIVIConfig:
                 setattr(self, name, os.fspath(getattr(self, name)))
         check_types(self)
         self.num_inference_steps = sorted(self.depths)
+        if self.scales:
+            self.guidance_scale = sorted(self.scales) if len(self.scales) > 1 else self.scales[0]
         if self.preset not in (None, *PRESETS):
             raise ValueError(f"preset={self.preset!r} is unknown: choose one of {', '.join(PRESETS)}")
         if self.preset is None and self.prompts is not None:
             self.preset = "latent"
         if self.preset in (None, "fast"):
             self.preset = "one_call" if self.depths == [1] else "fast"
-        starts = {name: getattr(self, name) for name in ("start_timestep", "start_signal", "start_noise")}
-        named = any(not isinstance(start, ByPreset | None) for start in starts.values())
+        named = any(not isinstance(start, ByPreset) for start in self.starts.values())
         chosen = [each.name for each in fields(self) if isinstance(getattr(self, each.name), ByPreset)]
         for name in chosen:
             value = getattr(getattr(self, name), self.preset)
-            setattr(self, name, None if named and name in starts else value)
+            setattr(self, name, None if named and name in STARTS else value)
         if "start_noise" in chosen and self.preset == "latent" and self.depths == [1] and not named:
             self.start_noise = ONE_CALL_START
         if "critic_first" in chosen:  # a short run leaves the critic a sixth at most
@@ -200,6 +202,11 @@ class HSIVIConfig:
         """The scales of guidance to take in; none without guidance."""
         scales = self.guidance_scale
         return scales if isinstance(scales, list) else [] if scales is None else [scales]
+
+    @property
+    def starts(self) -> dict[str, float]:
+        """What says where the first call is: one of STARTS, or nothing."""
+        return {name: start for name in STARTS if (start := getattr(self, name)) is not None}
 
     @property
     def has_guidance(self) -> bool:
@@ -235,7 +242,7 @@ class HSIVIConfig:
         check_ranges(self)
         check_together(self)
         if self.prompts is not None:
-            read_prompts(self.prompts)
+            check_shares(self, len(read_prompts(self.prompts)))
         if self.init_from and self.output_dir and Path(self.init_from).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"init_from={self.init_from!r} is the output_dir too: name another, or it would be lost")
 

@@ -53,6 +53,8 @@ FROM_0: Range = ("a number from 0 on", lambda value: value >= 0)
 FROM_0_BELOW_1: Range = ("a number from 0 to below 1", lambda value: 0 <= value < 1)
 ABOVE_0: Range = ("a number above 0", lambda value: value > 0)
 ABOVE_0_OR_NONE: Range = ("a number above 0, or leave it out", lambda value: value > 0)
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+SCHEDULE: Range = (f"one of {', '.join(SCHEDULES)}", lambda value: value in SCHEDULES)
 RANGES: dict[str, Range] = {
     "noise_eta": ("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "start_signal": ABOVE_0_OR_NONE,
@@ -64,6 +66,7 @@ RANGES: dict[str, Range] = {
         "a number from 0 on for each class, not all 0",
         lambda value: all(0 <= share < math.inf for share in value) and sum(value) > 0,
     ),
+    "level_min": FROM_0,
     "num_pairs": FROM_0,
     "lora_rank": ("a number from 0 on, or leave it out", lambda value: value >= 0),
     "pair_steps": ABOVE_0,
@@ -73,6 +76,8 @@ RANGES: dict[str, Range] = {
     "learning_rate": ABOVE_0,
     "critic_learning_rate": ABOVE_0,
     "adam_beta1": FROM_0_BELOW_1,
+    "lr_scheduler": SCHEDULE,
+    "critic_lr_scheduler": SCHEDULE,
     "lr_warmup_steps": FROM_0,
     "max_grad_norm": ABOVE_0_OR_NONE,
     "ema_decay": FROM_0_BELOW_1,
@@ -101,6 +106,13 @@ def check_ranges(config: Any) -> None:
         )
 
 
+def check_shares(config: Any, number: int) -> None:
+    """Refuses shares of so many prompts that are not as many."""
+    shares = config.class_shares
+    if shares is not None and len(shares) != number:
+        raise ValueError(f"class_shares has {len(shares)} numbers for {number} prompts: give as many")
+
+
 def _default(field: Field[Any], preset: str) -> Any:
     """What a field is if it is not given."""
     return getattr(field.default, preset) if isinstance(field.default, ByPreset) else field.default
@@ -108,11 +120,13 @@ def _default(field: Field[Any], preset: str) -> Any:
 
 def check_together(config: Any) -> None:
     """Refuses settings that exclude each other, or have no effect beside the others."""
-    starts = (config.start_timestep, config.start_signal, config.start_noise)
     usual = {each.name: _default(each, config.preset) for each in fields(config)}
     names = ("pair_weight", "pair_steps")
     changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != usual[name]]
-    if config.start_spacing and starts == (None, None, None):
+    if len(config.starts) > 1:
+        told = " and ".join(f"{name}={value}" for name, value in config.starts.items())
+        raise ValueError(f"{told} each say where the first call is: give one of them")
+    if config.start_spacing and not config.starts:
         raise ValueError(
             f"start_spacing={config.start_spacing} needs start_timestep, start_signal or start_noise, where the first "
             "grid starts: give one of them"
@@ -126,7 +140,7 @@ def check_together(config: Any) -> None:
         raise ValueError("guidance_scale is missing: with prompts give one, such as 4.5, or 1 for none")
     if not (config.guidance_falls or config.has_guidance):
         raise ValueError("guidance_falls=False has no effect without a guidance_scale other than 1: leave it out")
-    if config.negative_prompt and config.guidance_scale in (None, 1):
+    if config.negative_prompt and (config.prompts is None or not config.has_guidance):
         raise ValueError(
             f"negative_prompt={config.negative_prompt!r} is what guidance leads away from, and has no effect without "
             "prompts and a guidance_scale other than 1: leave it out"

@@ -114,7 +114,8 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
     """
     start, last = config.start_timestep, len(schedule) - 1
     if schedule.is_flow:
-        if start not in (None, last) or config.start_spacing:
+        usual = HSIVIConfig(num_inference_steps=config.num_inference_steps, preset=config.preset)
+        if config.start_spacing or config.starts not in ({}, usual.starts, {"start_timestep": last}):
             raise ValueError(f"a student of a rectified flow starts at {last}, pure noise: leave its start out")
         start = last
     elif start is None and config.start_noise is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..folders import LOCK, claim_output_dir, remove_folder, sole_writer, write_json
+from ..folders import LOCK, check_output_dir, remove_folder, sole_writer, write_json
 from ..options import differences, option
 from ..run_page import LOG, PAGE
 from ..run_records import PROMPTS, read_record
@@ -62,13 +62,12 @@ def check_init_from(run: Path) -> None:
         raise ValueError(f"init_from={str(run)!r} lacks {', '.join(missing)}: give the folder of a finished run")
 
 
-@contextmanager
-def claimed(run: Output) -> Iterator[Path]:
-    """Makes the output folder or refuses, and keeps other processes out of it for as long as it lasts.
+def check_place(run: Output) -> Path:
+    """Returns the output folder, which need not exist yet.
 
     Raises:
-        ValueError: See `check_output_dir` and `sole_writer`. A resumed run may write to the folder of an earlier one,
-            and any run to that of one that stopped before its first checkpoint.
+        ValueError: See `check_output_dir`. A resumed run may write to the folder of an earlier one, and any run to that
+            of one that stopped before its first checkpoint.
     """
     place, resumes = Path(str(run.output_dir)), run.resume_from_checkpoint is not None
     anew = place.is_dir() and _only_started(place)
@@ -78,7 +77,18 @@ def claimed(run: Output) -> Iterator[Path]:
             f"--output_dir {place} is not empty and holds no run to continue with: name another folder, or pass "
             f"--overwrite_output_dir instead of --resume_from_checkpoint {run.resume_from_checkpoint}"
         )
-    path = claim_output_dir(run.output_dir, run.overwrite_output_dir or resumes or anew)
+    return check_output_dir(run.output_dir, run.overwrite_output_dir or resumes or anew)
+
+
+@contextmanager
+def claimed(run: Output) -> Iterator[Path]:
+    """Makes the output folder or refuses, and keeps other processes out of it for as long as it lasts.
+
+    Raises:
+        ValueError: See `check_place` and `sole_writer`.
+    """
+    path = check_place(run)
+    path.mkdir(parents=True, exist_ok=True)
     with sole_writer(path):
         yield path
 

@@ -184,7 +184,8 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
     libraries = psutil.Process().memory_info().rss
     wanted, pairs = config.critic_updates, config.num_pairs
     # Of the first updates in which the critic learns alone, the student's optimizer would have no moments yet.
-    config = replace(config, critic_updates=1, critic_first=0, max_train_steps=3, num_pairs=0)
+    shares = None if config.prompts else config.class_shares  # a plan has but one prompt
+    config = replace(config, critic_updates=1, critic_first=0, max_train_steps=3, num_pairs=0, class_shares=shares)
     counts: list[dict[str, float]] = []
     with _collecting_often(), FakeTensorMode(allow_non_fake_inputs=True):
         meter = Meter()

@@ -288,6 +288,11 @@ def test_a_teacher_in_half_precision_is_trained_in_single(teacher):
         ({"learning_rate": -1.0}, "learning_rate=-1.0: give a number above 0"),
         ({"ema_decay": 2.0}, "ema_decay=2.0: give a number from 0 to below 1"),
         ({"lr_warmup_steps": -3}, "lr_warmup_steps=-3: give a number from 0 on"),
+        ({"level_min": -3}, "level_min=-3: give a number from 0 on"),
+        ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler=piecewise_constant: give one of linear, cosine"),
+        ({"critic_lr_scheduler": "cosin"}, "critic_lr_scheduler=cosin: give one of linear, cosine"),
+        ({"start_signal": 3.0, "start_noise": 2.0}, "start_signal=3.0 and start_noise=2.0 each say where the first"),
+        ({"start_timestep": 9, "start_noise": 2.0}, "start_timestep=9 and start_noise=2.0 each say where the first"),
     ],
 )
 def test_a_config_from_python_is_checked_as_one_of_the_command(settings, message):
@@ -325,6 +330,19 @@ def test_a_whole_number_is_a_number():
 def test_steps_may_be_a_tuple_and_folders_paths():
     config = HSIVIConfig(num_inference_steps=(4, 1), output_dir=Path("runs"), init_from=Path("other"))
     assert (config.depths, config.output_dir, config.init_from) == ([1, 4], "runs", "other")
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+)
+def test_every_schedule_of_learning_rates_that_is_accepted_can_be_trained(teacher, name):
+    schedules = make(teacher, lr_scheduler=name, critic_lr_scheduler=name).state.lr_schedulers
+    assert [schedule.get_last_lr()[0] >= 0 for schedule in schedules] == [True, True]
+
+
+def test_scales_are_the_same_in_any_order_and_alone_in_a_list():
+    assert HSIVIConfig(guidance_scale=[2.0]).guidance_scale == HSIVIConfig(guidance_scale=2).guidance_scale == 2
+    assert HSIVIConfig(guidance_scale=[2.0, 1.0]) == HSIVIConfig(guidance_scale=[1.0, 2.0])
 
 
 def test_nothing_counts_the_calls_of_a_run_that_was_stopped(teacher, tmp_path):

@@ -14,6 +14,7 @@ from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITra
 from hsivi_diffusers.distillation.config import read_settings
 from hsivi_diffusers.distillation.guidance import GuidedNetwork, guided
 from hsivi_diffusers.distillation.networks import carry_over, make_networks
+from hsivi_diffusers.distillation.output import seal
 from hsivi_diffusers.distillation.pairs import TeacherPairs
 from hsivi_diffusers.distillation.progress import Progress
 from hsivi_diffusers.evaluation import evaluate
@@ -251,6 +252,24 @@ def test_a_guided_run_resumes_to_the_same_bits(pipeline, tmp_path, same_tensors)
     trainer = HSIVITrainer(pipeline, config)
     trainer.train(resume_from_checkpoint="latest")
     assert same_tensors(trainer.pipeline.unet.state_dict(), whole.pipeline.unet.state_dict())
+
+
+@pytest.mark.parametrize(("recorded", "given"), [([2.0], 2.0), ([3.0, 1.0], [1.0, 3.0])])
+def test_a_run_that_recorded_its_scales_in_another_form_resumes(pipeline, tmp_path, recorded, given):
+    run = tmp_path / "run"
+    config = HSIVIConfig(**SETTINGS, guidance_scale=given, output_dir=str(run))
+    HSIVITrainer(pipeline, config).train()
+    shutil.rmtree(run / "checkpoints" / "checkpoint-5")
+    progress = run / "checkpoints" / "checkpoint-4" / "progress.json"
+    told = json.loads(progress.read_text())
+    told["identity"]["guidance_scale"] = recorded
+    for name in ("sha256", "files"):
+        del told[name]
+    progress.write_text(json.dumps(seal(progress.parent, told)))
+    record = run / "options.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "guidance_scale": recorded}))
+    HSIVITrainer(pipeline, config).train("latest")
+    assert json.loads(record.read_text())["guidance_scale"] == given
 
 
 @pytest.mark.parametrize("pair_weight", [0.0, 0.005])

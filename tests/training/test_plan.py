@@ -233,6 +233,11 @@ def test_a_guided_pair_costs_twice_as_many_calls_of_the_same_network(measure, ti
     assert guided.call_flops == plain.call_flops
 
 
+def test_shares_of_classes_cost_nothing(measure, tiny_class_teacher):
+    shared, equal = (measure(tiny_class_teacher, class_shares=shares) for shares in ([1.0, 2.0, 0.0], None))
+    assert (shared.calls, shared.flops) == (equal.calls, equal.flops)
+
+
 @pytest.mark.slow
 def test_further_critic_updates_are_counted_without_being_run(measure):
     one, two, five = (measure(preset="paper", num_inference_steps=1, critic_updates=updates) for updates in (1, 2, 5))

@@ -512,12 +512,24 @@ def test_the_prompts_of_the_columns_are_those_that_were_trained(run, tmp_path):
         ({"prompts": PROMPTS}, "guidance_scale is missing: with prompts give one, such as 4.5, or 1 for none"),
         ({"negative_prompt": "blurry"}, "negative_prompt='blurry' .* has no effect without prompts"),
         ({"prompts": PROMPTS, "guidance_scale": 1.0, "negative_prompt": "blurry"}, "has no effect without prompts and"),
+        ({"prompts": PROMPTS, "guidance_scale": [1.0], "negative_prompt": "x"}, "has no effect without prompts and"),
+        ({"guidance_scale": 3.0, "negative_prompt": "blurry"}, "has no effect without prompts and a guidance_scale"),
         ({"prompts": "nowhere.txt", "guidance_scale": 2.0}, "prompts='nowhere.txt' is no file"),
+        (
+            {"prompts": PROMPTS, "guidance_scale": 2.0, "class_shares": [1.0, 1.0]},
+            "class_shares has 2 numbers for 3 prompts: give as many",
+        ),
     ],
 )
 def test_what_makes_no_sense_together_is_refused_before_any_work(options, message):
     with pytest.raises(ValueError, match=message):
         HSIVIConfig(**options).check()
+
+
+def test_shares_of_prompts_are_planned(text_teachers, prompt_file, make_config, capsys, fresh_accelerator):
+    shares = {"class_shares": (1, 0, 1), "prompts": prompt_file, "guidance_scale": 3.0}
+    plan.print_plan(str(text_teachers("sd")), make_config(**shares))
+    assert "memory of a process" in capsys.readouterr().out
 
 
 def test_a_plan_needs_prompts_as_the_run_does(text_teachers, make_config):

@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, cli, load_teacher
-from hsivi_diffusers.distillation import networks, state, updates
+from hsivi_diffusers.distillation import networks, state, trainer, updates
 from hsivi_diffusers.distillation.config import ALIASES, GONE, HSIVIConfig
 from hsivi_diffusers.distillation.output import read_progress, seal
 from hsivi_diffusers.distillation.trainer import HSIVITrainer
@@ -498,7 +498,10 @@ def test_resuming_never_removes_checkpoints(distil, fast_run, tmp_path, starts):
     assert checkpoints(folder) == ["checkpoint-4", "checkpoint-5"]
 
 
-def test_a_filled_output_folder_is_refused_and_left_as_it_is(distil, fast_run):
+def test_a_filled_output_folder_is_refused_before_the_teacher_is_loaded_and_left_as_it_is(
+    distil, fast_run, monkeypatch
+):
+    monkeypatch.setattr(trainer, "load_parts", lambda *given: pytest.fail("the teacher was loaded"))
     before = contents(fast_run)
     with pytest.raises(ValueError, match="is not empty.*--resume_from_checkpoint latest"):
         distil(fast_run)
