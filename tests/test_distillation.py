@@ -20,6 +20,7 @@ from diffusers import (
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from gaussian_teacher import MEAN, STD, GaussianTeacher
 from hsivi_diffusers import (
@@ -195,6 +196,23 @@ def test_random_levels_of_a_layer_lie_between_its_ends_and_of_the_first_above_to
         assert low <= levels.min() < low + 5
         assert high - 5 < levels.max() <= high
         assert levels.float().mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
+
+
+def test_random_levels_move_no_double_off_the_cpu(bridge):
+    """Which Apple GPUs refuse. The draws are those of a seed as ever."""
+
+    class NoDoubles(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.to and args[0].dtype == torch.float64:
+                raise TypeError("the MPS framework doesn't support float64")
+            return func(*args, **(kwargs or {}))
+
+    t = torch.tensor([0, 1, 1, 0])
+    with NoDoubles():
+        levels = bridge.sample_level(t, torch.Generator().manual_seed(0))
+    uniform = torch.rand(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, size = torch.tensor([10, 220])[t], torch.tensor([210, 581])[t]
+    assert torch.equal(levels, low + (uniform * size).long())
 
 
 def test_layers_without_noise_are_scored_above_their_output(unet):
@@ -609,13 +627,14 @@ def test_pairs_are_noise_and_what_diffusers_solver_makes_of_it(settings, classes
     "clock",
     [
         *({"beta_schedule": name} for name in ("linear", "scaled_linear", "squaredcos_cap_v2")),
-        *({"prediction_type": "flow_prediction", "shift": shift} for shift in (1.0, 3.0)),
+        *({"prediction_type": "flow_prediction", "shift": shift} for shift in (1.0, 3.0, 25.0)),
+        *({"prediction_type": "flow_prediction", "num_train_timesteps": size, "shift": 3.0} for size in (50, 100)),
     ],
     ids=str,
 )
 def test_pairs_follow_the_ode_on_every_clock(clock):
     """Of N(0.3, 0.4^2) in each pixel, whose ODE leads to 0.3 + 0.4 x_T; on the linear clock "leading" has .044."""
-    schedule = HSIVIScheduler(**clock, layer_timesteps=[440, 0])
+    schedule = HSIVIScheduler(**clock, layer_timesteps=[44, 0])
     noise = torch.randn(20, 1, 8, 8).clamp(-1.7, 1.7)
     pairs = TeacherPairs(GaussianTeacher(schedule), schedule, noise)
     assert (pairs.end - MEAN - STD * noise).square().mean().sqrt() < 0.03
@@ -632,6 +651,14 @@ def test_the_grid_of_pairs_is_strict_and_ends_near_the_data_on_any_clock():
             assert calls == 1 or grid[-1] == size // 100
     with pytest.raises(ValueError, match="51 network calls: give from 1 to 50"):
         pair_levels(schedule, 51)
+
+
+@given(size=st.integers(1, 1000), share=st.floats(0, 1), shift=st.floats(0.01, 100))
+def test_the_grid_of_pairs_of_a_flow_is_strict_and_on_its_clock(size, share, shift):
+    schedule = HSIVIScheduler(prediction_type="flow_prediction", num_train_timesteps=size, shift=shift)
+    grid = pair_levels(schedule, 1 + int(share * (size - size // 100 - 1)))
+    assert all(high > low for high, low in itertools.pairwise(grid))
+    assert size > grid[0] >= grid[-1] >= 0
 
 
 def test_pairs_of_a_schedule_that_the_solver_has_no_name_for_have_its_betas(unet):

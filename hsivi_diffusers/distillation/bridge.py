@@ -85,9 +85,9 @@ class TeacherBridge(Bridge):
         Raises:
             ValueError: A layer has no level in the range.
         """
-        lowest, highest = (bound.to(t.device)[t] for bound in self._layer_levels)
-        uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(t.device)
-        return lowest + (uniform * (highest + 1 - lowest)).long()
+        lowest, highest = (bound[t.cpu()] for bound in self._layer_levels)
+        uniform = torch.rand(len(t), generator=generator, dtype=torch.float64)  # stays on the CPU: MPS has no float64
+        return (lowest + (uniform * (highest + 1 - lowest)).long()).to(t.device)
 
     @property
     def _first_layers(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -27,8 +27,13 @@ def power_timesteps(num_calls: int, start: int, end: int, power: float) -> list[
             f"{num_calls} network calls: give from 1 to {start - end + 1}, for so many timesteps there are"
         )
     steps = end + (start - end) * torch.linspace(0, 1, num_calls, dtype=torch.float64) ** power
-    apart = accumulate(map(round, steps.tolist()), lambda below, step: max(step, below + 1))
-    return [min(step, start - above) for above, step in enumerate([*apart][::-1])] if num_calls > 1 else [start]
+    return move_apart(map(round, steps.tolist()), start) if num_calls > 1 else [start]
+
+
+def move_apart(steps: Iterable[int], start: int) -> list[int]:
+    """Returns ascending timesteps, of which some may be equal, apart and descending, none above the start."""
+    apart = accumulate(steps, lambda below, step: max(step, below + 1))
+    return [min(step, start - above) for above, step in enumerate([*apart][::-1])]
 
 
 def few_step_timesteps(schedule: HSIVIScheduler, shape: tuple[int, ...], num_calls: int) -> list[int]:

@@ -17,7 +17,7 @@ from ..vi.layers import hierarchy_ends
 from ..vi.regression import half_square
 from .denoisers import Network
 from .guidance import GuidedNetwork
-from .ode import batches, power_timesteps, run_solver, use_grid
+from .ode import batches, move_apart, power_timesteps, run_solver, use_grid
 
 PAIR_CALLS = 15  # of the teacher, for a pair
 LEAST_RATIO = 0.006  # alpha / sigma at the end of the linear clock
@@ -100,15 +100,16 @@ def pair_levels(schedule: HSIVIScheduler, num_calls: int) -> list[int]:
 
     Their times of the network are e + (s - e) u^1.25 with u from 1 to 0 in equal steps, e = N / 100, and s the last
     one, or with betas the first where alpha / sigma is below LEAST_RATIO: a noise prediction is worth nothing there.
+    Of a flow they are the levels nearest to these times, moved apart where one is nearest to several.
 
     Raises:
         ValueError: There are more calls than timesteps from e to s.
     """
     size = len(schedule)
     if schedule.is_flow:
-        times = power_timesteps(num_calls, size, size // 100, 1.25)
-        levels: list[int] = schedule.levels.level(torch.tensor(times)).tolist()
-        return levels
+        times = power_timesteps(num_calls, size, max(size // 100, 1), 1.25)
+        levels = schedule.levels.level(torch.tensor(times)).clamp_min(0)  # at level -1 there is no noise
+        return move_apart(reversed(levels.tolist()), size - 1)
     alpha, sigma = schedule.alpha_sigma(torch.arange(size), torch.zeros(1))
     start = min(int((alpha / sigma > LEAST_RATIO).sum()), size - 1)
     return power_timesteps(num_calls, start, size // 100, 1.25)
