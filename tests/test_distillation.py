@@ -33,7 +33,7 @@ from hsivi_diffusers import (
     load_teacher,
 )
 from hsivi_diffusers.distillation.config import HSIVIConfig
-from hsivi_diffusers.distillation.denoisers import signal_timestep
+from hsivi_diffusers.distillation.denoisers import num_classes, signal_timestep
 from hsivi_diffusers.distillation.networks import make_scheduler
 from hsivi_diffusers.distillation.ode import use_grid
 from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss, pair_levels
@@ -475,11 +475,15 @@ def test_a_unet_and_a_scheduler_that_disagree_are_refused(tmp_path):
     for name, options, message in (
         ("channels", {"out_channels": 3}, "takes 1 channels and returns 3"),
         ("clock", {"num_train_timesteps": 500}, "made for 500 timesteps, the scheduler counts 1000"),
+        ("time", {"class_embed_type": "timestep"}, "class_embed_type='timestep' and num_class_embeds=None of the unet"),
+        ("vector", {"class_embed_type": "identity", "num_class_embeds": 4}, "takes what is no class label: give a te"),
     ):
         path = tmp_path / name
         DDPMPipeline(unet=make_unet(**options), scheduler=DDPMScheduler()).save_pretrained(path)
         with pytest.raises(ValueError, match=message):
             load_teacher(str(path))
+    unet = make_unet(class_embed_type="timestep", num_class_embeds=4)
+    assert num_classes(load_teacher(DDPMPipeline(unet=unet, scheduler=DDPMScheduler()))[0]) == 4
 
 
 @pytest.fixture

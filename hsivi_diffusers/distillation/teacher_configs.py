@@ -164,6 +164,12 @@ def _check_agreement(name: str, part: str, configs: Configs) -> None:
                 f"teacher {name}: {option}={given!r} of the unet, and only {' or '.join(map(repr, accepted))} is "
                 "supported: give a text-to-image model that takes text alone"
             )
+    told, classes = (config.get(option) for option in ("class_embed_type", "num_class_embeds"))
+    if config["_class_name"] == "UNet2DModel" and told is not None and (told == "identity" or not classes):
+        raise ValueError(
+            f"teacher {name}: class_embed_type={told!r} and num_class_embeds={classes} of the unet, which then takes "
+            "what is no class label: give a teacher of class labels, or of none"
+        )
     outputs = config["out_channels"] or channels
     if not isinstance(config["sample_size"], int) and (part == "transformer" or config["sample_size"] is None):
         raise ValueError(f"teacher {name}: sample_size={config['sample_size']} of the {part}: it must be a number")

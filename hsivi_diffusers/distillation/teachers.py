@@ -90,7 +90,7 @@ def load_parts(teacher: str | os.PathLike[str] | DiffusionPipeline, revision: st
     if pipeline is not teacher:
         return Parts(network, schedule, host, partial(_load_encoders, os.fspath(teacher), revision))
     host = host and _like(host, vae=copy.deepcopy(host.vae).float())  # the one given stays as it is
-    return Parts(copy.deepcopy(network).float(), schedule, host, partial(text_encoders, pipeline))
+    return Parts(copy.deepcopy(network).float(), schedule, host, lambda: copy.deepcopy(text_encoders(pipeline)))
 
 
 def _load_encoders(name: str, revision: str | None) -> dict[str, Any]:
@@ -101,9 +101,8 @@ def _load_encoders(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Returns copies of the text encoders of a pipeline, by name."""
-    parts = pipeline.components.items()
-    return {name: copy.deepcopy(part) for name, part in parts if name.startswith("text_encoder")}
+    """Returns the text encoders of a pipeline, by name."""
+    return {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
 
 
 def without_encoders(pipeline: DiffusionPipeline) -> DiffusionPipeline:

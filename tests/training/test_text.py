@@ -312,6 +312,13 @@ def test_a_pipeline_of_ones_own_is_left_as_it_was(tmp_path, rank):
     assert isinstance(stock.scheduler, DDIMScheduler)
 
 
+def test_text_encoders_that_were_loaded_for_a_student_are_not_copied(text_teachers, monkeypatch):
+    parts, loaded = load_parts(str(text_teachers("sd"))), make_text("sd")
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *given, **options: loaded)
+    assert parts.encoders()["text_encoder"] is loaded.text_encoder
+    assert load_parts(loaded).encoders()["text_encoder"] is not loaded.text_encoder  # which is the user's
+
+
 # ----- the preset -----
 
 
