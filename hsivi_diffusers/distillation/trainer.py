@@ -45,6 +45,7 @@ WRITTEN = (
     "pipeline",
     "critic",
     "samples",
+    "logs",
     "report.json",
     "report.md",
     "samples.png",

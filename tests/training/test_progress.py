@@ -161,10 +161,11 @@ def test_a_teacher_of_a_short_clock_is_drawn_in_fewer_calls(distil, tmp_path):
     assert (folder / "samples" / "step-1.png").exists()
 
 
-def test_a_new_start_removes_the_grids_of_the_old_one(distil, shown, tmp_path):
+def test_a_new_start_removes_the_grids_and_the_logs_of_trackers_of_the_old_one(distil, shown, tmp_path):
     folder = shutil.copytree(shown, tmp_path / "run")
+    assert (folder / "logs").is_dir()
     distil(folder, "--overwrite_output_dir", max_train_steps=1, critic_updates=1)
-    assert not (folder / "samples").exists()
+    assert not any((folder / name).exists() for name in ("samples", "logs"))
 
 
 def test_a_grid_that_repeats_its_first_row_has_the_teachers_contrast_and_diversity():
