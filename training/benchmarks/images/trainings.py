@@ -44,7 +44,7 @@ class Trainings:
         settings: HSIVIConfig
         _, settings, _ = read_distillation(self._arguments(config, seed), config, "")
         if settings.guidance_scale is None and self.guidance_scale is not None:
-            settings.guidance_scale = [self.guidance_scale]  # as the command reads it
+            settings.guidance_scale = self.guidance_scale
         if settings.scales and self.guidance_scale not in settings.scales:
             raise ValueError(
                 f"--students {config} has guidance_scale {settings.scales}, and the benchmark {self.guidance_scale}: "
