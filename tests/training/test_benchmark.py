@@ -393,6 +393,14 @@ def test_pictures_of_what_is_shown_stay_beside_the_results(folder):
 # ----- refusals -----
 
 
+def test_a_row_that_two_processes_measured_is_there_once(copied):
+    folder, _ = copied
+    before = rows_of(folder)
+    benchmark_results.Results(folder / "docs", "digits").add({**before[0], "num_samples": 7})
+    assert len(rows_of(folder)) == len(before)
+    assert [row["num_samples"] for row in rows_of(folder)].count(7) == 1
+
+
 def test_rows_of_another_teacher_are_not_added_to(copied, monkeypatch):
     folder, arguments = copied
     monkeypatch.setattr(benchmark, "hash_weights", lambda *folders: "another")
