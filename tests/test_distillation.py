@@ -198,21 +198,25 @@ def test_random_levels_of_a_layer_lie_between_its_ends_and_of_the_first_above_to
         assert levels.float().mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
 
 
-def test_random_levels_move_no_double_off_the_cpu(bridge):
-    """Which Apple GPUs refuse. The draws are those of a seed as ever."""
+def test_random_levels_move_no_double_to_an_apple_gpu(bridge):
+    """Here a tensor on the CPU that calls itself one of MPS. The draws are those of a seed as ever."""
+
+    class OnMPS(torch.Tensor):
+        device = torch.device("mps")
 
     class NoDoubles(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is torch.Tensor.to and args[0].dtype == torch.float64:
-                raise TypeError("the MPS framework doesn't support float64")
+            if func is torch.Tensor.to and args[1] == OnMPS.device:
+                assert args[0].dtype != torch.float64
+                return args[0]
             return func(*args, **(kwargs or {}))
 
     t = torch.tensor([0, 1, 1, 0])
     with NoDoubles():
-        levels = bridge.sample_level(t, torch.Generator().manual_seed(0))
+        levels = bridge.sample_level(t.as_subclass(OnMPS), torch.Generator().manual_seed(0))
     uniform = torch.rand(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     low, size = torch.tensor([10, 220])[t], torch.tensor([210, 581])[t]
-    assert torch.equal(levels, low + (uniform * size).long())
+    assert torch.equal(levels.as_subclass(torch.Tensor), low + (uniform * size).long())
 
 
 def test_layers_without_noise_are_scored_above_their_output(unet):

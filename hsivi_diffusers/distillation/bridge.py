@@ -85,8 +85,9 @@ class TeacherBridge(Bridge):
         Raises:
             ValueError: A layer has no level in the range.
         """
-        lowest, highest = (bound[t.cpu()] for bound in self._layer_levels)
-        uniform = torch.rand(len(t), generator=generator, dtype=torch.float64)  # stays on the CPU: MPS has no float64
+        place = torch.device("cpu") if t.device.type == "mps" else t.device  # which has no float64
+        lowest, highest = (bound.to(place)[t.to(place)] for bound in self._layer_levels)
+        uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(place)
         return (lowest + (uniform * (highest + 1 - lowest)).long()).to(t.device)
 
     @property
