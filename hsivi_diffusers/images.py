@@ -90,7 +90,7 @@ def load_rows(name: str, split: str) -> Any:
 
 
 def _to_tensor(image: Image.Image, resolution: int, channels: int) -> torch.Tensor:
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+    if image.mode.startswith("I;16"):  # of which Pillow would cut off what is above 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (resolution, resolution):

@@ -17,7 +17,7 @@ FOLDER = {"output_dir", "overwrite_output_dir"}
 # Hardware, checkpointing and reporting, which do not decide what is trained.
 MAY_CHANGE = {"gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32"}
 MAY_CHANGE |= {"checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to"}
-STARTS = ("start_timestep", "start_signal", "start_noise")  # ways to say where the first call is
+STARTS = ("start_timestep", "start_noise", "start_signal")  # ways to say where the first call is
 # Old names of options: in a YAML file, on the command line, and in the options.json of a run.
 ALIASES = {
     "num_layers": "num_inference_steps",
@@ -259,7 +259,7 @@ def read_settings(record: Path) -> dict[str, Any]:
 def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Recorded settings as a run of today writes them: under today's names, and what is missing as the default.
 
-    But the guidance of a run that does not tell did not fall.
+    But the guidance of a run that does not tell did not fall. What had no effect, and is refused today, is left out.
 
     Raises:
         ValueError: The run had an option that is gone, and not at its default.
@@ -275,4 +275,8 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     config = HSIVIConfig(**given)
     if "guidance_falls" not in given:
         config.guidance_falls = not config.has_guidance
+    if config.prompts is None or not config.has_guidance:
+        config.negative_prompt = ""
+    for name in [*config.starts][1:]:
+        setattr(config, name, None)
     return {**recorded, **config.settings()}

@@ -116,11 +116,11 @@ def pair_levels(schedule: HSIVIScheduler, num_calls: int) -> list[int]:
 
 
 def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns the loss 1/2 (|m|^2 + c |P m|^2) in image units, for `Regression` and `Guided`.
+    """Returns the loss 1/2 (|m|^2 + kappa |P m|^2) in image units, for `Regression` and `Guided`.
 
     m is the residual of the clean image, that of the layer's mean divided by its `image_share`, so that one
     weight serves any number of steps. P m are the means of m over 4 x 4 fields of equal size: brightness, colour and
-    layout, which the solver tells well; the objective with the critic makes the details. c >= 0 is `coarse`.
+    layout, which the solver tells well; the objective with the critic makes the details. kappa >= 0 is `coarse`.
     """
 
     def loss(residual: Tensor, t: Tensor) -> Tensor:

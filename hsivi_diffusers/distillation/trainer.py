@@ -145,14 +145,14 @@ class HSIVITrainer:
                 remedy = " (a finished run can be named by init_from there)"
                 start_run(run, settings, WRITTEN, remedy, complete, {**self.teacher, **config.record()})
             self.accelerator.wait_for_everyone()
-            if config.report_to:
-                self.accelerator.init_trackers("hsivi")
             identity = {**settings, **self.state.identity}
             checkpoints = Checkpoints(run, self.accelerator, self.state, identity, complete)
-            begun, self._has_trained = self._has_trained, True
             start, spent = checkpoints.load()
-            if begun and not start:
+            if self._has_trained and not start:
                 raise ValueError("this trainer has trained, and there is no checkpoint: make a new HSIVITrainer")
+            self._has_trained = True
+            if config.report_to:
+                self.accelerator.init_trackers("hsivi")
             if main and (told := prompts_of(self.state.bridge.unet)) is not None:  # a run that is refused keeps its own
                 write_text(checkpoints.output_dir / PROMPTS, "\n".join(told.prompts) + "\n")
             if start >= config.max_train_steps:

@@ -103,7 +103,9 @@ def make_samplers(
 
 def batch_size_of(options: Evaluation, host: DiffusionPipeline | None) -> int:
     """Images at once: 100 by default, of latents 4."""
-    return options.batch_size or (100 if host is None else 4)
+    if options.batch_size is None:
+        return 100 if host is None else 4
+    return options.batch_size
 
 
 def scale_of(options: Evaluation, student: DiffusionPipeline) -> float:
@@ -162,15 +164,22 @@ def pick(images: torch.Tensor, labels: torch.Tensor | None, classes: int | None,
     return images[rows]
 
 
-def main(args: list[str] | None = None) -> None:
-    """Measures a run and writes its report."""
-    (options,) = parse_options([Evaluation], __doc__ or "", args, "hsivi evaluate")
+def check_options(options: Evaluation) -> Path:
+    """Returns the folder of the run, or refuses, with ValueError, what could not be measured."""
     if not options.run_dir:
         raise ValueError("--run_dir is missing: give the folder of a finished distillation")
     for name in ("num_samples", "reference_samples"):
         if (given := getattr(options, name)) < FEWEST:
             raise ValueError(f"--{name} {given} images are too few to be measured: give {FEWEST} or more")
-    run_dir = Path(options.run_dir)
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ValueError(f"--batch_size {options.batch_size}: give a number of at least 1")
+    return Path(options.run_dir)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Measures a run and writes its report."""
+    (options,) = parse_options([Evaluation], __doc__ or "", args, "hsivi evaluate")
+    run_dir = check_options(options)
     training = load_run(run_dir)
     check_packages([*PACKAGES, "matplotlib"])
     device = "cuda" if torch.cuda.is_available() else "cpu"

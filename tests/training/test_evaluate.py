@@ -539,6 +539,20 @@ def test_the_teacher_is_that_of_the_run_with_its_revision_unless_named(fast_run,
     assert asked == [("somebody/teacher", "v2"), ("other", None)]
 
 
+def test_a_batch_of_none_is_refused(fast_run):
+    with pytest.raises(ValueError, match="--batch_size 0: give a number of at least 1"):
+        evaluate.main([f"--run_dir={fast_run}", "--batch_size=0"])
+
+
+def test_latents_are_drawn_in_smaller_batches():
+    sizes = [
+        evaluate.batch_size_of(evaluate.Evaluation(batch_size=size), host)
+        for size in (None, 7)
+        for host in (None, object())
+    ]
+    assert sizes == [100, 4, 7, 7]
+
+
 def test_a_missing_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--run_dir is missing"):
         evaluate.main([])

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hsivi_diffusers.images import load_images, show, to_model_range
+from hsivi_diffusers.images import load_images, show, stack_images, to_model_range
 from training.benchmarks.images import sets
 from training.benchmarks.images.sets import EMOJI_KINDS, load_families
 
@@ -154,6 +154,8 @@ def test_grey_of_16_bits_keeps_its_range(tmp_path):
     Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "depth.png")
     images, _ = load_images(str(tmp_path), resolution=8, channels=1)
     assert np.abs(images[0, 0].numpy() - ramp / 257).max() <= 0.5
+    small = Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8))  # of 32 bits, with values of 8
+    assert torch.equal(stack_images([small], 8, 1).flatten(), torch.arange(64).byte())
 
 
 # ----- clothes -----

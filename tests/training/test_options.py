@@ -500,3 +500,12 @@ def test_the_record_of_an_older_run_is_read_as_one_of_today(tmp_path):
     today = HSIVIConfig(num_inference_steps=1, pair_steps=4, seed=3).settings()
     assert settings == {"revision": None, "alpha": 0.5, **today}
     assert (settings["num_inference_steps"], settings["preset"], settings["adam_beta1"]) == ([1], "one_call", 0.0)
+
+
+def test_settings_that_had_no_effect_are_left_out_of_a_record(tmp_path):
+    """They were accepted once, and are refused now: the run could be continued neither with them nor without."""
+    record = tmp_path / "options.json"
+    today = HSIVIConfig(guidance_scale=3.0, start_timestep=440)
+    record.write_text(json.dumps({**today.settings(), "negative_prompt": "blurry", "start_signal": 3.2}))
+    assert read_settings(record) == today.settings()
+    HSIVIConfig(**read_settings(record)).check()

@@ -224,7 +224,7 @@ def main(args: list[str] | None = None) -> None:
     path, tuning = Path(options.output_dir) / "solvers.json", Tuning(options)
     for folder in (path.parent, Path(options.runs_dir)):
         folder.mkdir(parents=True, exist_ok=True)
-    if any(row["networks"] != tuning.networks for row in read_rows(path) if row["dataset"] == options.dataset):
+    if any(row.get("networks") != tuning.networks for row in read_rows(path) if row["dataset"] == options.dataset):
         raise ValueError(
             f"{path} has rows of {options.dataset} of another teacher or classifier: name another --output_dir"
         )
