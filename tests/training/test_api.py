@@ -291,7 +291,7 @@ def test_a_teacher_in_half_precision_is_trained_in_single(teacher):
         ({"level_min": -3}, "level_min=-3: give a number from 0 on"),
         ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler=piecewise_constant: give one of linear, cosine"),
         ({"critic_lr_scheduler": "cosin"}, "critic_lr_scheduler=cosin: give one of linear, cosine"),
-        ({"start_signal": 3.0, "start_noise": 2.0}, "start_signal=3.0 and start_noise=2.0 each say where the first"),
+        ({"start_signal": 3.0, "start_noise": 2.0}, "start_noise=2.0 and start_signal=3.0 each say where the first"),
         ({"start_timestep": 9, "start_noise": 2.0}, "start_timestep=9 and start_noise=2.0 each say where the first"),
     ],
 )
