@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..options import option
 from ..run_records import read_prompts, read_record
-from .limits import check_choices, check_ranges, check_shares, check_together, check_types
+from .limits import check_choices, check_ranges, check_shares, check_together, check_types, takes_negative_prompt
 from .presets import PRESETS, ByPreset, by_preset
 
 FOLDER = {"output_dir", "overwrite_output_dir"}
@@ -275,7 +275,7 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     config = HSIVIConfig(**given)
     if "guidance_falls" not in given:
         config.guidance_falls = not config.has_guidance
-    if config.prompts is None or not config.has_guidance:
+    if not takes_negative_prompt(config):
         config.negative_prompt = ""
     for name in [*config.starts][1:]:
         setattr(config, name, None)

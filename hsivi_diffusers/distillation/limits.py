@@ -113,6 +113,11 @@ def check_shares(config: Any, number: int) -> None:
         raise ValueError(f"class_shares has {len(shares)} numbers for {number} prompts: give as many")
 
 
+def takes_negative_prompt(config: Any) -> bool:
+    """Whether a negative prompt has an effect: there are prompts, and guidance leads away from it."""
+    return config.prompts is not None and config.has_guidance
+
+
 def _default(field: Field[Any], preset: str) -> Any:
     """What a field is if it is not given."""
     return getattr(field.default, preset) if isinstance(field.default, ByPreset) else field.default
@@ -140,7 +145,7 @@ def check_together(config: Any) -> None:
         raise ValueError("guidance_scale is missing: with prompts give one, such as 4.5, or 1 for none")
     if not (config.guidance_falls or config.has_guidance):
         raise ValueError("guidance_falls=False has no effect without a guidance_scale other than 1: leave it out")
-    if config.negative_prompt and (config.prompts is None or not config.has_guidance):
+    if config.negative_prompt and not takes_negative_prompt(config):
         raise ValueError(
             f"negative_prompt={config.negative_prompt!r} is what guidance leads away from, and has no effect without "
             "prompts and a guidance_scale other than 1: leave it out"

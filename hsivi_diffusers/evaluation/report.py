@@ -52,7 +52,7 @@ class Report:
 
         Its `guidance_scale` is the one that was measured.
         """
-        guided = training.get("guidance_scale", 1) != 1
+        guided = training.get("guidance_scale") not in (None, 1)
         measured = f"Measured on {measured_on()}."
         content = {"features": self.features, "reference": self.reference, "headline": self.headline}
         write_json(run_dir / "report.json", {**content, "floor": self.floor, "measured": measured, "rows": self.rows})

@@ -403,7 +403,7 @@ def test_a_row_that_two_processes_measured_is_there_once(copied):
 
 def test_rows_of_another_teacher_are_not_added_to(copied, monkeypatch):
     folder, arguments = copied
-    monkeypatch.setattr(benchmark, "hash_weights", lambda *folders: "another")
+    monkeypatch.setattr(benchmark, "hash_networks", lambda *folders: "another")
     before = rows_of(folder)
     with pytest.raises(ValueError, match="real images .* of other images or networks .networks: .* -> another.: name"):
         benchmark.main(arguments)

@@ -5,10 +5,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from sklearn.neural_network import MLPClassifier
 
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.images import load_images
 from training.benchmarks.images import train_classifier
+from training.benchmarks.images.spaces import DenseFeatures
 
 ASSETS = Path(__file__).parents[2] / "assets"
 
@@ -113,6 +115,21 @@ def test_a_filled_output_folder_is_refused_unless_overwritten(tmp_path):
     with pytest.raises(ValueError, match="is not empty"):
         train(tmp_path)
     assert train(tmp_path, "--overwrite_output_dir").config.num_classes == 10
+
+
+def test_the_features_of_the_mlp_are_the_last_hidden_layer_of_that_of_scikit_learn(monkeypatch):
+    """What scikit-learn makes of them by its output layer are its probabilities."""
+    models, fit = [], MLPClassifier.fit
+    monkeypatch.setattr(MLPClassifier, "fit", lambda model, *given: models.append(model) or fit(model, *given))
+    images, labels = torch.rand(60, 1, 8, 8), torch.arange(60) % 3
+    dense = DenseFeatures(64)
+    dense.load_state_dict(train_classifier.fit_mlp(images, labels))
+    (model,) = models
+    weight, bias = (torch.tensor(each[-1]).float() for each in (model.coefs_, model.intercepts_))
+    with torch.no_grad():
+        shares = (dense(images) @ weight + bias).softmax(1)
+    wanted = torch.from_numpy(model.predict_proba(images.flatten(1).numpy())).float()
+    torch.testing.assert_close(shares, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_help(check_help):

@@ -147,7 +147,7 @@ def test_each_solver_has_a_row_that_is_as_good_as_its_stock_settings(path):
 
 
 def test_rows_of_another_teacher_are_not_added_to(path, arguments, monkeypatch):
-    monkeypatch.setattr(tune_solvers, "hash_weights", lambda *folders: "another")
+    monkeypatch.setattr(tune_solvers, "hash_networks", lambda *folders: "another")
     with pytest.raises(ValueError, match="has rows of digits of another teacher or classifier: name another --output"):
         tune_solvers.main([*arguments, "--calls", "3"])
 

@@ -50,7 +50,7 @@ from .benchmark_results import (
     TEACHER_SDE,
     Key,
     Results,
-    hash_weights,
+    hash_networks,
     read_rows,
     recipe_of,
 )
@@ -128,7 +128,7 @@ class Comparison:
         programs = [f"training.benchmarks.{maker}" for maker in makers]
         make(Path(teacher), programs[0], options.teacher_config, *RESUME)
         make(Path(str(options.classifier)), programs[1], options.classifier_config, *ANEW)
-        self.drawn["networks"] = hash_weights(Path(teacher), Path(str(options.classifier)))
+        self.drawn["networks"] = hash_networks(Path(teacher), Path(str(options.classifier)))
         self.teacher = SetTeacher(teacher, options.real_data, options.guidance_scale)
         of_class = 2 if self.teacher.held_out else FEWEST  # images of a caption are compared with each other
         if options.num_samples < (fewest := max(FEWEST, of_class * (self.teacher.classes or 1))):

@@ -36,7 +36,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def hash_weights(*folders: Path) -> str:
+def hash_networks(*folders: Path) -> str:
     """The first digits of the SHA-256 of all weights in folders: what a row was measured of, and in."""
     found = hashlib.sha256()
     for path in (each for folder in folders for each in sorted(folder.rglob("*.safetensors"))):
@@ -102,7 +102,7 @@ class Results:
         return max(row["train_seconds"] for row in rows), max(row["train_calls"] for row in rows)
 
     def add(self, row: Row) -> None:
-        """Writes a row, in the place of one that another process has measured meanwhile."""
+        """Adds a row, or replaces the same row if another process has measured it in the meantime."""
         own = self.dataset, key_of(row)
         with in_turn(self.path.parent):  # another set may be measured at the same time
             others = [each for each in read_rows(self.path) if (each["dataset"], key_of(each)) != own]

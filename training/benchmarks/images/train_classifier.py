@@ -74,7 +74,7 @@ def fit_mlp(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """The weights of `DenseFeatures`: the hidden layers of an MLP of the pixels, by early stopping."""
     model = MLPClassifier(HIDDEN, random_state=0, early_stopping=True).fit(images.flatten(1).numpy(), labels.numpy())
     weights = {}
-    for place, (weight, bias) in zip((1, 3), zip(model.coefs_, model.intercepts_, strict=True), strict=False):
+    for place, weight, bias in zip((1, 3), model.coefs_[:-1], model.intercepts_[:-1], strict=True):
         weights[f"{place}.weight"], weights[f"{place}.bias"] = torch.tensor(weight.T), torch.tensor(bias)
     return {name: value.float().contiguous() for name, value in weights.items()}
 

@@ -35,7 +35,7 @@ from hsivi_diffusers.evaluation.solvers import SOLVERS
 from hsivi_diffusers.folders import in_turn, write_json
 from hsivi_diffusers.options import option, parse_options, run_command
 
-from .benchmark_results import Row, hash_weights, read_rows
+from .benchmark_results import Row, hash_networks, read_rows
 from .set_teacher import SetTeacher
 from .solver_pages import FALLING, score, write_page
 from .spaces import make_spaces
@@ -85,7 +85,7 @@ class Tuning:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.networks = hash_weights(Path(str(options.teacher)), Path(str(options.classifier)))
+        self.networks = hash_networks(Path(str(options.teacher)), Path(str(options.classifier)))
         self.teacher = SetTeacher(str(options.teacher), options.real_data, options.guidance_scale)
         if odd := [calls for calls in options.calls if calls % self.teacher.step_calls]:
             raise ValueError(f"--calls {odd}: a guided step is two network calls: give even numbers")
