@@ -1,6 +1,7 @@
 # make demo   virtual environment, install, distil the digits teacher into 5 steps, evaluate
 # make test   the same environment, the tests
 # make benchmark   few-step samplers of each teacher, measured and drawn into docs/benchmarks; hours, and resumable
+# make demo-text   distil a text-to-image teacher of emoji into 4 steps, and draw names that it was not trained on
 # make benchmark-kinds, make benchmark-text   the same of guided teachers and flows, and of text to image
 # make docs   the pages of docs as a site, in build/docs
 # make lint   ruff and mypy, as pre-commit and CI run them
@@ -17,7 +18,7 @@ WORKERS ?= 2
 # One thread: on a small, busy machine two are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow benchmark benchmark-kinds benchmark-text docs lint format clean
+.PHONY: demo demo-text test test-slow benchmark benchmark-kinds benchmark-text docs lint format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {v} was found: make {sys.argv[1]} PYTHON=python3.12")' "$(or $(MAKECMDGOALS),demo)"
@@ -30,6 +31,12 @@ demo: $(VENV)/installed
 	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		training/train_hsivi.py --config training/configs/digits_t5.yaml --output_dir $(RUN) --resume_from_checkpoint latest
 	$(BIN)/hsivi evaluate --config training/configs/digits_evaluation.yaml --run_dir $(RUN)
+
+demo-text: RUN := runs/emoji_text_t4
+demo-text: $(VENV)/installed
+	$(BIN)/hsivi distil --config training/configs/emoji_text_t4.yaml --output_dir $(RUN) --resume_from_checkpoint latest
+	$(BIN)/hsivi sample --pipeline $(RUN) --prompts training/configs/emoji_new_prompts.txt \
+		--output_dir $(RUN)/drawn --overwrite_output_dir true
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-fail-under=95
