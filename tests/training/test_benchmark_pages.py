@@ -22,6 +22,8 @@ from training.benchmarks.images.benchmark_results import (
     ALL_SCALES,
     ALL_STEPS,
     CONSISTENCY,
+    LATENT_CONSISTENCY,
+    NO_LORA,
     NO_NOISE,
     OURS,
     PAIRS,
@@ -135,6 +137,19 @@ def test_ours_are_held_against_two_thirds_of_each_baseline_of_as_many_calls():
         ["1", "1/1.5 of pairs only at 1", "2 / 2", "0.19 / 0.2", "reached"],
         ["2", "1/1.5 of progressive distillation at 2", "9 / 2", "9 / 0.2", "missed: classifier, pixels"],
         ["1", "1/1.5 of consistency distillation at 1", "2 / 1.6", "0.19 / 0.6", "missed: classifier"],
+    ]
+
+
+def test_of_captions_what_is_over_the_floor_is_compared_for_the_floor_is_below_nothing():
+    rows = [
+        row(REAL, 0, -10.0, 0.0, retrieval=1.0),
+        row(OURS, 4, 0.0, 0.15, 0),
+        row(NO_LORA, 4, -2.0, 0.1, 0),
+        row(LATENT_CONSISTENCY, 4, 8.0, 0.3, 0),
+    ]
+    assert lines_of(goals_table(rows)) == [
+        ["4", "1/1.5 of LCM-LoRA at 4, over the floor", "0 / 2", "0.15 / 0.2", "reached"],
+        ["4", "1.25 of HSIVI, no LoRA at 4, over the floor", "0 / 0", "0.15 / 0.125", "missed: pixels"],
     ]
 
 

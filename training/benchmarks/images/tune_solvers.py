@@ -118,7 +118,7 @@ class Tuning:
         """The settings of the best trial, or the stock ones where they are better on the noise of `eval_seed`."""
         options, steps = self.options, calls // self.teacher.step_calls
         study = optuna.create_study(
-            study_name=f"{options.dataset}, {solver} at {calls}",
+            study_name=f"{options.dataset}, {solver} at {calls}, {options.tuning_samples} images, {self.networks}",
             storage=JournalStorage(JournalFileBackend(str(Path(options.runs_dir) / "trials.log"))),
             sampler=optuna.samplers.TPESampler(seed=options.tuning_seed, multivariate=True, group=True),
             load_if_exists=True,
