@@ -54,7 +54,8 @@ def load_networks(parts: Parts, config: HSIVIConfig, accelerator: Accelerator) -
     if config.init_from is not None:
         carry_over(networks, Path(config.init_from))
     networks.identity, networks.host, networks.encoders = identity, host, dict if prompts is None else encoders
-    networks.teacher.to(accelerator.device, HALF.get(accelerator.mixed_precision))
+    # Not by `to` of diffusers, which warns of modules to keep in single precision where there are none.
+    nn.Module.to(networks.teacher, accelerator.device, HALF.get(accelerator.mixed_precision))
     if host is not None:
         host.vae.requires_grad_(False).to(accelerator.device)
     return networks

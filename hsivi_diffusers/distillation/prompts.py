@@ -117,7 +117,7 @@ def encode_prompts(
     with in_turn(folder):  # one process encodes, the others find the files
         missing = [(path, *chunk) for path, chunk in zip(paths, chunks, strict=True) if not path.is_file()]
         with _moved(encoders if missing else [], device):
-            for path, texts, are_negative in bar(missing, "encode prompts", leave=False):
+            for path, texts, are_negative in bar(missing, "encode prompts", leave=False, disable=not missing):
                 partial = path.with_suffix(f".{os.getpid()}.partial")
                 save_file(_encode(pipeline, texts, are_negative, device), partial)
                 partial.replace(path)
