@@ -74,9 +74,9 @@ def sample(args: Sequence[str]) -> None:
     shown = [ImageOps.expand(enlarge(image, 64), 1, "gray") for image in images]
     make_image_grid(shown[: rows * columns], rows=rows, cols=columns).save(output_dir / "grid.png")
     show(output_dir / "grid.png")
-    listed = classes if len(classes) <= 20 else ""
+    listed = f"{classes}[i % {len(classes)}]" if len(classes) <= 20 else f"number i % {len(classes)}"
     what = "prompt" if classes and isinstance(classes[0], str) else "class"
-    turn = f"; image i is of {what} {listed}[i % {len(classes)}]" if classes else ""
+    turn = f"; image i is of {what} {listed}" if classes else ""
     print(f"{len(images)} images in {output_dir}, {rows * columns} of them in {output_dir / 'grid.png'}{turn}")
 
 

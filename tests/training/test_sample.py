@@ -56,6 +56,9 @@ def test_classes_that_were_not_trained_are_drawn_when_they_are_named_alone(class
         assert "image i is of class [0, 2][i % 2]" in capsys.readouterr().out
     cli.sample([f"--pipeline={run}", f"--output_dir={tmp_path / 'one'}", "--num_samples=4", "--class_label", "1"])
     assert "image i is of class [1][i % 1]" in capsys.readouterr().out
+    many = ["--class_label", *["0", "1", "2"] * 7]  # more than are listed
+    cli.sample([f"--pipeline={run}", f"--output_dir={tmp_path / 'many'}", "--num_samples=4", *many])
+    assert capsys.readouterr().out.endswith("; image i is of class number i % 21\n")
 
 
 def test_the_same_seed_gives_the_same_bytes(draw):
