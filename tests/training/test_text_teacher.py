@@ -402,3 +402,22 @@ def test_an_lcm_lora_continues_to_the_bit(teach, tmp_path):
 def test_what_an_lcm_lora_cannot_use_is_refused(teach, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         train_baseline.main([f"--pretrained_teacher_model={teach()}", f"--output_dir={tmp_path / 'run'}", *words])
+
+
+# ----- the teacher of the repository -----
+
+
+def test_the_stock_pipeline_draws_from_the_teacher_of_the_repository_what_it_was_not_trained_on():
+    """Its parts are of several precisions in their files, and of one when they are loaded."""
+    new, trained = (
+        (ROOT / "training" / "configs" / f"emoji_{kind}.txt").read_text().splitlines()
+        for kind in ("new_prompts", "prompts")
+    )
+    assert len(new) == 50
+    assert not {*new} & {*trained}
+    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / "assets" / "emoji_text")
+    told = pipeline.tokenizer(new, truncation=True).input_ids
+    assert not any(pipeline.tokenizer.unk_token_id in row for row in told)
+    images = pipeline(new[:2], num_inference_steps=2, guidance_scale=4.0, output_type="np").images
+    assert images.shape == (2, 64, 64, 3)
+    assert images.std() > 0.05

@@ -56,7 +56,7 @@ class Goal(NamedTuple):
         return floor + self.factor * (least - floor)
 
 
-OF_TEXT = {LATENT_CONSISTENCY: 1 / 1.5, NO_LORA: 1.25}
+OF_TEXT = {LATENT_CONSISTENCY: 1 / 1.5, NO_LORA: 1.25}  # factor of each method that captions alone have
 GOALS = [
     *(Goal(nfe, (SOLVER, nfe), 0.5, over_floor=True) for nfe in (1, 2, 4, 5)),
     *(Goal(nfe, (SOLVER, more)) for nfe, more in ((1, 5), (1, 8), (2, 8), (4, 15))),
