@@ -67,7 +67,8 @@ benchmark-kinds: $(VENV)/installed
 # The same of a text-to-image teacher, in docs/benchmarks/text
 benchmark-text: $(VENV)/installed
 	$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_text.yaml
-	$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_text.yaml --guidance_falls true
+	$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_text.yaml \
+		--guidance_falls true --solvers iPNDM SA-Solver UniPC
 	$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_text.yaml $(BENCHMARK)
 
 docs: $(VENV)/installed

@@ -254,7 +254,7 @@ def _with_adapter(
     with naming_damage():
         scheduler = HSIVIScheduler.from_pretrained(source, subfolder="scheduler")
         pipeline = _like(host, unet=share(network_of(host).requires_grad_(False)), scheduler=scheduler)
-        pipeline.load_lora_weights(source, weight_name=ADAPTER)
+        network_of(pipeline).load_lora_adapter(source, prefix="unet", weight_name=ADAPTER)
     return pipeline
 
 

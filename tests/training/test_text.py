@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import shutil
 from functools import partial
@@ -411,6 +412,14 @@ def test_a_trainer_pushes_its_adapter(text_teachers, logged_in, tmp_path):
     assert Image.open(pushed).tobytes() == Image.open(last).convert("RGB").tobytes()
     text = f"The columns are of the prompts {', '.join(PROMPTS)}, in turn."
     assert text in ModelCard.load("alice/mine").text
+
+
+def test_no_warning_says_that_an_adapter_is_none_of_the_text_encoder(run, caplog):
+    log = logging.getLogger("diffusers.loaders.lora_base")
+    log.addHandler(caplog.handler)
+    load_student(run / "pipeline")
+    log.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_an_adapter_that_is_damaged_or_alone_is_refused(run, tmp_path):
