@@ -54,10 +54,14 @@ class Space(NamedTuple):
         some = images[:MOST] if self.measure == "kid" else images
         return Space(self.name, self.measure, Measures(self.measures.network, some, [self.measure]))
 
-    def floor(self, size: int) -> float:
-        """The distance of so many real images, drawn with replacement: what a perfect sampler would have."""
+    def floor(self, size: int, asked: Tensor | None = None) -> float:
+        """The distance of so many real images, drawn with replacement: what a perfect sampler would have.
+
+        Where image i is of caption i, it is that of the images of the captions asked for, shape (size,).
+        """
         real = self.measures.real
-        return self.distance(real[torch.randint(len(real), (size,), generator=torch.Generator().manual_seed(0))])
+        drawn = torch.randint(len(real), (size,), generator=torch.Generator().manual_seed(0))
+        return self.distance(real[drawn if asked is None else asked])
 
 
 def make_spaces(classifier: Path, real: Tensor) -> list[Space]:
