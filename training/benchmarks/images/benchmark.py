@@ -293,8 +293,11 @@ class Comparison:
             of_baseline = entry.method in BASELINES
             seeds = self._baseline_seeds(entry.method, entry.nfe) if of_baseline else self.options.seeds
             if entry.seed in (None, seeds[0]) and is_shown(entry.method, entry.nfe):
-                real = self.real[:16] if self.teacher.held_out else self.real  # of the same captions
-                self.results.keep_images(name, images[:16], real)  # before the row
+                chosen, real = torch.arange(16), self.real
+                if self.teacher.held_out:  # real images of the same prompts
+                    chosen = torch.linspace(0, (self.teacher.classes or 1) - 1, 16).long()
+                    real = self.real[chosen]
+                self.results.keep_images(name, images[chosen], real)  # before the row
             self.results.add(row)
 
     def _make_measures(self) -> SetMeasures:

@@ -1,8 +1,12 @@
-"""Noto Color Emoji with their English names: images and captions, of which some combinations are held out."""
+"""Noto Color Emoji with their English names: images and captions, of which some combinations are held out.
+
+A name has one image. So the words that several names share are prompts, too: of "cat" or "dark" there are many images.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,7 +18,11 @@ from .sets import load_images, read_emoji
 # Where Debian's package unicode-cldr-core puts the names, licensed as Unicode-3.0.
 CLDR = Path("/usr/share/unicode/cldr/common")
 CAPTIONS = "captions"  # what --real_data calls these images
-HELD_OUT, DRAWN = 50, 500  # captions that are not trained, captions that a benchmark draws
+HELD_OUT = 50  # captions that are not trained
+SHARED = 6  # images of a word that is a prompt
+EACH = 20  # real images of a prompt that a benchmark compares with
+WORD = re.compile(r"[^\W\d_]{3,}")
+NO_PROMPTS = {"and", "the", "with"}
 PRESENTATION = "\ufe0f"  # asks for colour, and is in some sequences of a font and not in the names
 TONE = " skin tone"
 BATCH = 64  # images that are encoded at once
@@ -67,6 +75,27 @@ def hold_out(captions: list[str], count: int | None = None) -> tuple[list[int], 
     return sorted({*range(len(captions))} - {*held}), held
 
 
+def shared_words(captions: list[str]) -> dict[str, list[int]]:
+    """Returns the words that SHARED or more of the captions to train on have, each with their rows."""
+    found: dict[str, list[int]] = {}
+    for row in hold_out(captions)[0]:
+        for word in {*WORD.findall(captions[row].lower())} - NO_PROMPTS:
+            found.setdefault(word, []).append(row)
+    return {word: rows for word, rows in sorted(found.items()) if len(rows) >= SHARED}
+
+
+def pair(captions: list[str]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Returns prompts, and what is trained on: pairs of an image and a prompt of it, rows and numbers of shape (M,).
+
+    The prompts are the captions and their `shared_words`. No pair has an image or a caption that is held out.
+    """
+    words = shared_words(captions)
+    pairs = [(row, row) for row in hold_out(captions)[0]]
+    pairs += [(row, number) for number, rows in enumerate(words.values(), len(captions)) for row in rows]
+    rows, numbers = torch.tensor(pairs).T
+    return [*captions, *words], rows, numbers
+
+
 def rivals(captions: list[str], held: list[int]) -> list[int]:
     """Returns the rows of captions that are taken for those held out by who does not see their tone.
 
@@ -76,11 +105,19 @@ def rivals(captions: list[str], held: list[int]) -> list[int]:
     return [row for row, caption in enumerate(captions) if row not in held and caption.split(":")[0] in subjects]
 
 
-def choose(captions: list[str]) -> tuple[list[int], list[int]]:
-    """Returns the rows of the captions that a benchmark draws: those held out, and trained ones by a fixed seed."""
-    trained, held = hold_out(captions)
-    order = torch.randperm(len(trained), generator=torch.Generator().manual_seed(0)).tolist()
-    return held, [trained[place] for place in order[: DRAWN - len(held)]]
+def choose(captions: list[str]) -> tuple[list[int], list[str], list[int]]:
+    """Returns what a benchmark draws and compares with.
+
+    Returns:
+        The rows of the captions that are held out; the prompts, these captions and then the `shared_words`; and the
+        rows of their real images, EACH of each prompt: of prompt i those at i, i + P, i + 2 P, with P prompts.
+    """
+    held = hold_out(captions)[1]
+    images = [[row] for row in held]
+    words, generator = shared_words(captions), torch.Generator().manual_seed(0)
+    images += [[rows[place] for place in torch.randperm(len(rows), generator=generator)] for rows in words.values()]
+    rows = [rows[turn % len(rows)] for turn in range(EACH) for rows in images]
+    return held, [*(captions[row] for row in held), *words], rows
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from hsivi_diffusers.distillation.state_dicts import TrainedWeights
 from hsivi_diffusers.distillation.teachers import image_shape, load_prompts
 from hsivi_diffusers.images import to_model_range
 
-from .captions import encode, hold_out, load_captioned
+from .captions import encode, load_captioned, pair
 from .consistency import ConsistencyDistillation
 
 NUM_TIMESTEPS = 50
@@ -79,13 +79,13 @@ class LatentConsistency(ConsistencyDistillation):
 
 
 def load_latents(host: DiffusionPipeline, network: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Latents of the captioned emoji that are not held out, as `loss` takes them, and the numbers of their captions.
+    """Latents of the captioned emoji that are not held out, as `loss` takes them, and the numbers of their prompts.
 
-    The network is given these captions as prompts.
+    The network is given the prompts, see `captions.pair`.
     """
     images, captions = load_captioned(image_shape(host, sample_shape(network))[1])
-    rows = hold_out(captions)[0]
-    if (prompts := load_prompts(host, [captions[row] for row in rows], "", device)) is not None:
+    texts, rows, numbers = pair(captions)
+    if (prompts := load_prompts(host, texts, "", device)) is not None:
         give_prompts(network, prompts)
-    mean, std = encode(host.vae.to(device), to_model_range(images[rows]).to(device))
-    return torch.cat([mean, std], dim=1), torch.arange(len(rows), device=device)
+    mean, std = encode(host.vae.to(device), to_model_range(images).to(device))
+    return torch.cat([mean, std], dim=1)[rows.to(device)], numbers.to(device)

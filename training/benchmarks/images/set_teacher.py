@@ -29,7 +29,7 @@ class SetTeacher:
     Attributes:
         network: The teacher, guided.
         schedule: Its noise schedule.
-        classes: Number of its classes or captions, None without.
+        classes: Number of its classes or prompts, None without.
         held_out: Place of each held-out caption among those of `load_captioned`; these are drawn first.
         rivals: Places of the captions that these are told apart from.
         step_calls: Network calls of a step.
@@ -48,9 +48,8 @@ class SetTeacher:
             raise ValueError(f"--real_data {real_data}, and the teacher {folder}: `{CAPTIONS}` goes with text to image")
         if real_data == CAPTIONS:
             images, captions = load_captioned(self.shape[1])
-            self.held_out, trained = choose(captions)
-            rows, self.rivals = self.held_out + trained, rivals(captions, self.held_out)
-            self._captioned, texts = images[rows], [captions[row] for row in rows]
+            self.held_out, texts, rows = choose(captions)
+            self._captioned, self.rivals = images[rows], rivals(captions, self.held_out)
         self.prompts = load_prompts(self.host, texts, "", unet.device)
         if self.prompts is not None:
             give_prompts(unet, self.prompts)
@@ -67,7 +66,7 @@ class SetTeacher:
         channels, height, _ = self.shape
         labels: Tensor | None
         if self._captioned is not None:  # read once, with their captions
-            images, labels = self._captioned, torch.arange(len(self._captioned))
+            images, labels = self._captioned, torch.arange(len(self._captioned)) % (self.classes or 1)
         else:
             images, labels = load_images(self.real_data, height, channels)
         if labels is None:

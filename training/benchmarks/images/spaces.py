@@ -54,14 +54,10 @@ class Space(NamedTuple):
         some = images[:MOST] if self.measure == "kid" else images
         return Space(self.name, self.measure, Measures(self.measures.network, some, [self.measure]))
 
-    def floor(self, size: int, asked: Tensor | None = None) -> float:
-        """The distance of so many real images, drawn with replacement: what a perfect sampler would have.
-
-        Where image i is of caption i, it is that of the images of the captions asked for, shape (size,).
-        """
+    def floor(self, size: int) -> float:
+        """The distance of so many real images, drawn with replacement: what a perfect sampler would have."""
         real = self.measures.real
-        drawn = torch.randint(len(real), (size,), generator=torch.Generator().manual_seed(0))
-        return self.distance(real[drawn if asked is None else asked])
+        return self.distance(real[torch.randint(len(real), (size,), generator=torch.Generator().manual_seed(0))])
 
 
 def make_spaces(classifier: Path, real: Tensor) -> list[Space]:
@@ -172,7 +168,8 @@ class SetMeasures:
         self.spaces = make_spaces(classifier, real)
         self.teacher_spaces = [space.beside(converged) for space in self.spaces]
         names = [name for name in OF_CLASSIFIER if not held_out or name != "class_tv"]  # of thousands of captions
-        self.measures = Measures(self.spaces[0].measures.network, real, names)
+        alone = real.unique(dim=0) if held_out else real  # an image may be of several prompts
+        self.measures = Measures(self.spaces[0].measures.network, alone, names)
 
         @cache
         def make() -> ClassMeasures | CaptionMeasures:

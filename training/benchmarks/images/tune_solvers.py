@@ -136,7 +136,6 @@ class Tuning:
         done = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
         study.optimize(partial(self.score, solver, calls), max(options.trials - done, 0))
         settings = study.best_trial.user_attrs["settings"]
-        captions = self.teacher.asked(options.num_samples) if self.teacher.held_out else None
         given = (solver, calls, options.num_samples, options.eval_seed)
         stock, tuned = self.distances(self.draw(*given)), self.distances(self.draw(*given, **settings))
         if score(stock) < score(tuned) and not options.guidance_falls:  # stock guidance is constant
@@ -150,7 +149,7 @@ class Tuning:
             "settings": {**stock_settings, **settings},
             "tuned": tuned,
             "stock": stock,
-            "floor": {space.name: space.floor(options.num_samples, captions) for space in self.spaces},
+            "floor": {space.name: space.floor(options.num_samples) for space in self.spaces},
             **{
                 name: getattr(options, name)
                 for name in ("num_samples", "eval_seed", "tuning_samples", "tuning_seed", "mixed_precision")

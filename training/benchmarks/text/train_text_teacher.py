@@ -5,8 +5,8 @@
 A UNet2DConditionModel of the latents of `train_vae` and a CLIPTextModel learn together to predict the velocity alpha
 noise - sigma x_0 (Salimans and Ho 2022, arXiv 2202.00512) on the clock of Stable Diffusion. Some captions are replaced
 by "", for classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), and those of `hold_out` are not trained. A
-token is a word of the captions. It is one process, a run is a function of its seed, and one that is stopped continues
-with --resume_from_checkpoint latest.
+prompt is a caption, or a word that several of them share (`captions.pair`); a token is a word of the captions. It is
+one process, a run is a function of its seed, and one that is stopped continues with --resume_from_checkpoint latest.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hsivi_diffusers.distillation.output import Output, claimed, start_run
 from hsivi_diffusers.images import to_model_range
 from hsivi_diffusers.options import flatten, option, parse_options, run_command
 
-from ..images.captions import encode, hold_out, load_captioned
+from ..images.captions import encode, load_captioned, pair
 from ..images.train_teacher import Training, check_run, drop, make_loop, target
 
 WRITTEN = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -45,6 +45,7 @@ CLOCK = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 class Text:
     _group = "text and latents"
     vae: str | None = option(None, "folder of the autoencoder, by train_vae")
+    init_from: str | None = option(None, "teacher to go on from, a folder; by default UNet and text encoder are new")
     block_out_channels: list[int] = option([48, 96, 128], "width of each level of the UNet; all but the first attend")
     text_width: int = option(128, "width of the text encoder")
     text_layers: int = option(2, "its layers")
@@ -68,7 +69,12 @@ def make_tokenizer(captions: Sequence[str], tokens: int) -> PreTrainedTokenizerF
 
 
 def make_networks(options: Text, vae: AutoencoderKL, num_words: int) -> nn.ModuleDict:
-    """Makes the UNet, and the text encoder that is trained along."""
+    """Makes the UNet, and the text encoder that is trained along, or loads them."""
+    if folder := options.init_from:
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        return nn.ModuleDict(
+            {"unet": unet, "text_encoder": CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")}
+        )
     levels, width = len(options.block_out_channels), options.text_width
     unet = UNet2DConditionModel(
         sample_size=vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
@@ -110,9 +116,9 @@ def main(args: list[str] | None = None) -> None:
         set_seed(training.seed)
         vae = AutoencoderKL.from_pretrained(options.vae).to(device).eval()
         images, captions = load_captioned(vae.config.sample_size)
-        rows = torch.tensor(hold_out(captions)[0])
+        prompts, rows, numbers = pair(captions)
         tokenizer = make_tokenizer(captions, options.tokens)
-        texts = ["", *captions]  # the first one replaces those that are dropped
+        texts = ["", *prompts]  # the first one replaces those that are dropped
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
         mean, std = encode(vae, to_model_range(images).to(device))
         networks = make_networks(options, vae, len(tokenizer))
@@ -121,11 +127,12 @@ def main(args: list[str] | None = None) -> None:
         schedule = HSIVIScheduler(**CLOCK, prediction_type="v_prediction")
         loop, rate, networks = make_loop(run, accelerator, training, settings, networks=networks)
         for _ in loop.updates(training.max_train_steps):
-            chosen = rows[torch.randint(len(rows), (training.train_batch_size,))].to(device)
-            clean = mean[chosen] + std[chosen] * torch.randn_like(mean[chosen])
+            chosen = torch.randint(len(rows), (training.train_batch_size,))
+            row, number = rows[chosen].to(device), numbers[chosen].to(device)
+            clean = mean[row] + std[row] * torch.randn_like(mean[row])
             noise, level = torch.randn_like(clean), torch.randint(len(schedule), (len(clean),), device=device)
             with accelerator.autocast():
-                told = networks["text_encoder"](tokens[drop(chosen + 1, options.caption_dropout, 0)])[0]
+                told = networks["text_encoder"](tokens[drop(number + 1, options.caption_dropout, 0)])[0]
                 velocity = networks["unet"](schedule.diffuse(clean, noise, level), level, told).sample
             loop.descend(mse_loss(velocity.float(), target(schedule, clean, noise, level)))
             rate.step()
