@@ -33,7 +33,8 @@ several devices.
 """
 DISTIL = """Distil a pretrained diffusion pipeline into a few steps; no training data is needed.
 
-    hsivi distil --pretrained_teacher_model google/ddpm-cifar10-32 --num_inference_steps 5 --output_dir runs/cifar10
+    hsivi distil --pretrained_teacher_model google/ddpm-cifar10-32 --num_inference_steps 5 --learning_rate 1e-5 \\
+        --critic_learning_rate 5e-5 --output_dir runs/cifar10
 
 Writes OUTPUT_DIR/pipeline (an HSIVIPipeline, a pipeline like the teacher's, or a LoRA with its scheduler), critic,
 samples, checkpoints and training.json. The command line overrides the YAML file of --config, which overrides the

@@ -103,6 +103,20 @@ def test_the_teacher_is_a_stock_pipeline_and_a_function_of_its_seed(teach):
         assert all(torch.equal(weight, other[name]) for name, weight in weights.items()) == same
 
 
+def test_a_teacher_goes_on_from_another_of_the_same_words(teach, tmp_path):
+    folder = teach()
+    first, second = (
+        load_file(each / "unet" / "diffusion_pytorch_model.safetensors")
+        for each in (folder, teach(f"--init_from={folder}", "--learning_rate=0", "--seed=1"))
+    )
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    other = shutil.copytree(folder, tmp_path / "other")
+    words = other / "tokenizer" / "tokenizer.json"
+    words.write_text(words.read_text().replace('"cat"', '"dog"'))
+    with pytest.raises(ValueError, match="has other words than these captions: name another, or leave it out"):
+        teach(f"--init_from={other}")
+
+
 def test_a_token_is_a_word_and_a_new_one_is_unknown():
     tokenizer = train_text_teacher.make_tokenizer(TEXTS, 8)
     assert tokenizer.decode(tokenizer("Red cat").input_ids) == "[start] red cat [end]"
@@ -198,6 +212,8 @@ def test_a_prompt_is_a_caption_or_a_word_of_several_and_nothing_that_is_held_out
         (row, word) for row in trained for word in prompts[len(TEXTS) :] if word in TEXTS[row].replace(":", "").split()
     }
     assert not {prompt for _, prompt in pairs} & {TEXTS[row] for row in held}
+    prompts, rows, numbers = captions.pair([*TEXTS, "Hand"])  # a caption that is a word
+    assert [prompts[number] for number in numbers[rows == len(TEXTS)]] == ["hand"]
 
 
 def test_the_scorer_finds_the_caption_of_a_changed_image(scorer):
@@ -224,11 +240,12 @@ def test_retrieval_is_among_the_held_out_captions_and_diversity_of_one_caption()
 
     images = torch.zeros(6, 3, 8, 8)
     images[:4, 0, 0, 0] = torch.tensor([0.4, 0.7, 0.4, 0.4])
+    images[5] = 1
     asked = torch.tensor([0, 1, 0, 1, 2, 2])
     measured = CaptionMeasures(Scorer(), [4, 7])(images, asked)
     assert measured["retrieval"] == 0.75
     assert measured["diversity"] > 0
-    images[3] = images[1]
+    images[3], images[5] = images[1], images[4]
     assert CaptionMeasures(Scorer(), [4, 7])(images, asked) == {"retrieval": 1, "diversity": 0}
     assert CaptionMeasures(Scorer(), [4, 7], [9])(images, asked)["retrieval"] == 0  # a rival is put first
 
@@ -348,7 +365,7 @@ def latent_consistency(teach):
     return made, clean, numbers
 
 
-def test_only_captions_that_are_not_held_out_are_told(latent_consistency):
+def test_it_learns_the_pairs_of_images_and_prompts(latent_consistency):
     made, clean, numbers = latent_consistency
     prompts, _, pairs = captions.pair(TEXTS)
     assert len(clean) == len(numbers)

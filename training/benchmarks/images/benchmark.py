@@ -293,7 +293,7 @@ class Comparison:
             of_baseline = entry.method in BASELINES
             seeds = self._baseline_seeds(entry.method, entry.nfe) if of_baseline else self.options.seeds
             if entry.seed in (None, seeds[0]) and is_shown(entry.method, entry.nfe):
-                chosen, real = torch.arange(16), self.real
+                chosen, real = torch.arange(min(16, len(images))), self.real
                 if self.teacher.held_out:  # real images of the same prompts
                     chosen = torch.linspace(0, (self.teacher.classes or 1) - 1, 16).long()
                     real = self.real[chosen]

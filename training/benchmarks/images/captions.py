@@ -20,7 +20,7 @@ CLDR = Path("/usr/share/unicode/cldr/common")
 CAPTIONS = "captions"  # what --real_data calls these images
 HELD_OUT = 50  # captions that are not trained
 SHARED = 6  # images of a word that is a prompt
-EACH = 20  # real images of a prompt that a benchmark compares with
+EACH = 40  # real images of a prompt that a benchmark compares with, of few some more than once
 WORD = re.compile(r"[^\W\d_]{3,}")
 NO_PROMPTS = {"and", "the", "with"}
 PRESENTATION = "\ufe0f"  # asks for colour, and is in some sequences of a font and not in the names
@@ -87,10 +87,11 @@ def shared_words(captions: list[str]) -> dict[str, list[int]]:
 def pair(captions: list[str]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
     """Returns prompts, and what is trained on: pairs of an image and a prompt of it, rows and numbers of shape (M,).
 
-    The prompts are the captions and their `shared_words`. No pair has an image or a caption that is held out.
+    The prompts are the captions and their `shared_words`; a caption that is such a word counts as the word. No pair has
+    an image or a caption that is held out.
     """
     words = shared_words(captions)
-    pairs = [(row, row) for row in hold_out(captions)[0]]
+    pairs = [(row, row) for row in hold_out(captions)[0] if captions[row].lower() not in words]
     pairs += [(row, number) for number, rows in enumerate(words.values(), len(captions)) for row in rows]
     rows, numbers = torch.tensor(pairs).T
     return [*captions, *words], rows, numbers

@@ -118,8 +118,8 @@ class CaptionMeasures:
 
     - `retrieval`: share of the images of held-out captions whose own the scorer puts first, among those and their
       rivals: of the same subjects, in other tones.
-    - `diversity`: mean distance of two images of a caption in the features of EfficientNet-Lite0; mean over the
-      captions that have two.
+    - `diversity`: mean distance of two images of a prompt in the features of EfficientNet-Lite0; mean over the prompts
+      that have two. Those held out do not count, for each has one real image.
 
     Args:
         scorer: Its classes are captions.
@@ -133,14 +133,14 @@ class CaptionMeasures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, asked: Tensor) -> dict[str, float]:
-        """Returns the numbers above, by name, of images asked for by the numbers of captions (N,)."""
+        """Returns the numbers above, by name, of images asked for by the numbers of prompts (N,)."""
         held = asked < self.held_out
         logits = torch.cat([self.scorer.logits(batch)[:, self.candidates] for batch in images[held].split(BATCH)])
         features = torch.cat([self.network(batch) for batch in images.split(BATCH)])
-        of_caption = [features[asked == each] for each in asked.unique().tolist()]
+        of_prompt = [features[asked == each] for each in asked[~held].unique().tolist()]
         return {
             "retrieval": (logits.argmax(1) == asked[held]).float().mean().item(),
-            "diversity": mean(torch.pdist(each).mean().item() for each in of_caption if len(each) > 1),
+            "diversity": mean(torch.pdist(each).mean().item() for each in of_prompt if len(each) > 1),
         }
 
 

@@ -68,6 +68,11 @@ def make_tokenizer(captions: Sequence[str], tokens: int) -> PreTrainedTokenizerF
     )
 
 
+def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer of a teacher."""
+    return PreTrainedTokenizerFast.from_pretrained(folder, subfolder="tokenizer")
+
+
 def make_networks(options: Text, vae: AutoencoderKL, num_words: int) -> nn.ModuleDict:
     """Makes the UNet, and the text encoder that is trained along, or loads them."""
     if folder := options.init_from:
@@ -118,6 +123,8 @@ def main(args: list[str] | None = None) -> None:
         images, captions = load_captioned(vae.config.sample_size)
         prompts, rows, numbers = pair(captions)
         tokenizer = make_tokenizer(captions, options.tokens)
+        if (folder := options.init_from) and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"--init_from {folder} has other words than these captions: name another, or leave it out")
         texts = ["", *prompts]  # the first one replaces those that are dropped
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
         mean, std = encode(vae, to_model_range(images).to(device))
