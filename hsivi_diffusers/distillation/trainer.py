@@ -221,6 +221,7 @@ class HSIVITrainer:
             "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
             "mixed_precision": self.accelerator.mixed_precision,
             "base_model": None if teacher is None or Path(teacher).exists() else teacher,
+            **self.state.identity,
         }
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:

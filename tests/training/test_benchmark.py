@@ -507,6 +507,16 @@ def test_a_baseline_of_another_cost_is_refused(copied, name):
         benchmark.main(arguments)
 
 
+@pytest.mark.parametrize(("method", "run"), [(OURS, "student_seed0"), (CONSISTENCY, "consistency_seed0")])
+def test_a_training_of_another_teacher_is_refused(copied, method, run):
+    folder, arguments = copied
+    forget(folder, method)
+    path = folder / "runs/digits" / run / "training.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "teacher_sha256": "other"}))
+    with pytest.raises(ValueError, match=f"{run} was trained of another teacher than .* is now: name another"):
+        benchmark.main(arguments)
+
+
 def test_a_teacher_with_classes_draws_all_of_them_equally(copied, class_teacher, monkeypatch, no_pages):
     folder, arguments = copied
     forms = ("--pairs", "--progressive", "--consistency", "--baseline_steps", "1", "2")

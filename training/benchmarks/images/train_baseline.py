@@ -104,6 +104,12 @@ def recipe_of(config: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name == "method" or value != usual[name]}
 
 
+def hash_teacher(name: str) -> str:
+    """The SHA-256 of a teacher, as training.json of its students and baselines has it."""
+    network, schedule, *_ = load_parts(name)
+    return fingerprint(network, schedule)
+
+
 def prepare(teacher: Teacher, training: Training, device: torch.device) -> tuple[Baseline, Tensor, Tensor | None]:
     """Loads the teacher, and the data: images or latents, and their classes or the numbers of their captions."""
     name = str(teacher.pretrained_teacher_model)
@@ -231,12 +237,12 @@ def main(args: list[str] | None = None) -> None:
         distillation, images, classes = prepare(teacher, training, accelerator.device)
         settings = recorded(teacher, training)
         start_run(run, settings, WRITTEN)
-        identity = {**settings, "teacher_sha256": fingerprint(distillation.teacher, distillation.schedule)}
+        identity = {**settings, "teacher_sha256": hash_teacher(str(teacher.pretrained_teacher_model))}
         steps, seconds = train(distillation, images, classes, training, run, accelerator, identity)
         save(distillation, output_dir)
         calls = distillation.calls_per_image * steps * training.train_batch_size  # forward passes of an image
         calls += training.num_pairs * PAIR_CALLS if training.method == "regression" else 0
-        record = {**settings, "max_train_steps": steps, "seconds": seconds, "network_calls": calls}
+        record = {**identity, "max_train_steps": steps, "seconds": seconds, "network_calls": calls}
         write_json(output_dir / "training.json", record)
     print(f"{steps} updates in {seconds:.0f} s; the pipeline is in {output_dir / 'pipeline'}")
 

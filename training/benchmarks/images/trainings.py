@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,17 @@ class Trainings:
         folder = runs / "_".join([Path(path).stem, *words, f"seed{seed}"])
         if not (folder / "training.json").exists():
             call(program, [*self._arguments(config, seed), "--output_dir", str(folder), *arguments])
-        return folder, json.loads((folder / "training.json").read_text())
+        costs = json.loads((folder / "training.json").read_text())
+        if "teacher_sha256" in costs and costs["teacher_sha256"] != self._teacher_sha256:
+            raise ValueError(
+                f"{folder} was trained of another teacher than {self.teacher} is now: name another --runs_dir and "
+                "--output_dir, or remove it and its rows"
+            )
+        return folder, costs
+
+    @cached_property
+    def _teacher_sha256(self) -> str:
+        return train_baseline.hash_teacher(self.teacher)
 
 
 def make(folder: Path, program: str, config: str | None, *arguments: str) -> None:
