@@ -293,10 +293,9 @@ class Comparison:
             of_baseline = entry.method in BASELINES
             seeds = self._baseline_seeds(entry.method, entry.nfe) if of_baseline else self.options.seeds
             if entry.seed in (None, seeds[0]) and is_shown(entry.method, entry.nfe):
-                chosen, real = torch.arange(min(16, len(images))), self.real
-                if self.teacher.held_out:  # real images of the same prompts
-                    chosen = torch.linspace(0, (self.teacher.classes or 1) - 1, 16).long()
-                    real = self.real[chosen]
+                prompts = self.teacher.classes if self.teacher.held_out else None  # real images are of the same ones
+                chosen = torch.linspace(0, prompts - 1, 16).long() if prompts else torch.arange(min(16, len(images)))
+                real = self.real[chosen] if prompts else self.real
                 self.results.keep_images(name, images[chosen], real)  # before the row
             self.results.add(row)
 
