@@ -111,14 +111,15 @@ def choose(captions: list[str]) -> tuple[list[int], list[str], list[int]]:
 
     Returns:
         The rows of the captions that are held out; the prompts, these captions and then the `shared_words`; and the
-        rows of their real images, EACH of each prompt: of prompt i those at i, i + P, i + 2 P, with P prompts.
+        rows of their real images, EACH of each prompt: of prompt i those at i, i + P, i + 2 P, with P prompts. They
+        are the same each time, and of a word with more images a part.
     """
     held = hold_out(captions)[1]
     images = [[row] for row in held]
     words, generator = shared_words(captions), torch.Generator().manual_seed(0)
     images += [[rows[place] for place in torch.randperm(len(rows), generator=generator)] for rows in words.values()]
-    rows = [rows[turn % len(rows)] for turn in range(EACH) for rows in images]
-    return held, [*(captions[row] for row in held), *words], rows
+    prompts = [*(captions[row] for row in held), *words]
+    return held, prompts, [of_prompt[turn % len(of_prompt)] for turn in range(EACH) for of_prompt in images]
 
 
 @torch.no_grad()
