@@ -41,7 +41,7 @@ GONE = {
 
 
 ONE_CALL_START = 1.25  # start_noise of preset "latent" for one call: 625 on the clock of Stable Diffusion, as in
-# arXiv 2404.04057; several start at 899 of Stable Diffusion (arXiv 2503.06674), at 999 of SDXL (arXiv 2405.14867)
+# arXiv 2404.04057; that for several calls is 899 there (arXiv 2503.06674)
 
 
 @dataclass
@@ -70,10 +70,10 @@ class HSIVIConfig:
     )
     start_timestep: int | None = option(None, "tau_T, the timestep of the first call", common=False)
     start_signal: float | None = by_preset(
-        3.2, None, None, "start where sqrt(channels height width) alpha / sigma falls to this", latent=15.4
+        3.2, None, None, "start where sqrt(channels height width) alpha / sigma falls to this", latent=None
     )
     start_noise: float | None = by_preset(
-        None, 2.5, None, "start where sigma / (sqrt(channels) alpha) rises to this, at any image size"
+        None, 2.5, None, "start where sigma / (sqrt(channels) alpha) rises to this, at any image size", latent=4.15
     )
     start_spacing: int = option(
         0, "with several step counts, timesteps from the start of one grid to that of the next", common=False
@@ -185,7 +185,7 @@ class HSIVIConfig:
             value = getattr(getattr(self, name), self.preset)
             setattr(self, name, None if named and name in STARTS else value)
         if "start_noise" in chosen and self.preset == "latent" and self.depths == [1] and not named:
-            self.start_signal, self.start_noise = None, ONE_CALL_START
+            self.start_noise = ONE_CALL_START
         if "critic_first" in chosen:  # a short run leaves the critic a sixth at most
             self.critic_first = 0 if self.init_from else min(self.critic_first, self.max_train_steps // 6)
         if "num_pairs" in chosen and self.init_from:  # student and critic have learned already
