@@ -136,8 +136,8 @@ class CaptionMeasures:
         """Returns the numbers above, by name, of images asked for by the numbers of prompts (N,)."""
         held = asked < self.held_out
         logits = torch.cat([self.scorer.logits(batch)[:, self.candidates] for batch in images[held].split(BATCH)])
-        features = torch.cat([self.network(batch) for batch in images.split(BATCH)])
-        of_prompt = [features[asked == each] for each in asked[~held].unique().tolist()]
+        features = torch.cat([self.network(batch) for batch in images[~held].split(BATCH)])
+        of_prompt = [features[asked[~held] == each] for each in asked[~held].unique().tolist()]
         return {
             "retrieval": (logits.argmax(1) == asked[held]).float().mean().item(),
             "diversity": mean(torch.pdist(each).mean().item() for each in of_prompt if len(each) > 1),

@@ -68,18 +68,8 @@ def make_tokenizer(captions: Sequence[str], tokens: int) -> PreTrainedTokenizerF
     )
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
-    """Loads the tokenizer of a teacher."""
-    return PreTrainedTokenizerFast.from_pretrained(folder, subfolder="tokenizer")
-
-
 def make_networks(options: Text, vae: AutoencoderKL, num_words: int) -> nn.ModuleDict:
-    """Makes the UNet, and the text encoder that is trained along, or loads them."""
-    if folder := options.init_from:
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-        return nn.ModuleDict(
-            {"unet": unet, "text_encoder": CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")}
-        )
+    """Makes the UNet, and the text encoder that is trained along."""
     levels, width = len(options.block_out_channels), options.text_width
     unet = UNet2DConditionModel(
         sample_size=vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
@@ -97,6 +87,18 @@ def make_networks(options: Text, vae: AutoencoderKL, num_words: int) -> nn.Modul
     sizes |= {"num_hidden_layers": options.text_layers, "num_attention_heads": 4, "vocab_size": num_words}
     sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": options.tokens}
     return nn.ModuleDict({"unet": unet, "text_encoder": CLIPTextModel(CLIPTextConfig(**sizes))})
+
+
+def load_networks(folder: str, tokenizer: PreTrainedTokenizerFast) -> nn.ModuleDict:
+    """Loads UNet and text encoder of a teacher.
+
+    Raises:
+        ValueError: It has other words than the tokenizer.
+    """
+    if PreTrainedTokenizerFast.from_pretrained(folder, subfolder="tokenizer").get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--init_from {folder} has other words than these captions: name another, or leave it out")
+    parts = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
+    return nn.ModuleDict({name: part.from_pretrained(folder, subfolder=name) for name, part in parts.items()})
 
 
 def make_pipeline(
@@ -123,12 +125,11 @@ def main(args: list[str] | None = None) -> None:
         images, captions = load_captioned(vae.config.sample_size)
         prompts, rows, numbers = pair(captions)
         tokenizer = make_tokenizer(captions, options.tokens)
-        if (folder := options.init_from) and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"--init_from {folder} has other words than these captions: name another, or leave it out")
+        start = options.init_from
+        networks = load_networks(start, tokenizer) if start else make_networks(options, vae, len(tokenizer))
         texts = ["", *prompts]  # the first one replaces those that are dropped
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
         mean, std = encode(vae, to_model_range(images).to(device))
-        networks = make_networks(options, vae, len(tokenizer))
         settings = flatten([options, training])
         start_run(run, settings, WRITTEN)
         schedule = HSIVIScheduler(**CLOCK, prediction_type="v_prediction")
