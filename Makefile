@@ -42,6 +42,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-fail-under=95
 
 test-slow: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet $(PIP_PINS) "bitsandbytes>=0.50"
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m slow
 
 # What docs/benchmarks/results.json has is not measured again: BENCHMARK=--output_dir=runs/again measures again, with the

@@ -97,7 +97,7 @@ ALLOWED = {
         {f"distillation/{noun}" for noun in ("adapters", "bridge", "config", "denoisers", "networks", "pairs")}
         | {f"distillation/{noun}" for noun in ("state_dicts", "student", "teachers")}
         | {"vi/*", "folders", "scheduling_hsivi"},
-        TRAIN,
+        TRAIN | {"bitsandbytes"},
     ),
     "distillation/updates": (
         {f"distillation/{noun}" for noun in ("bridge", "config", "guidance", "pairs", "state", "student")}

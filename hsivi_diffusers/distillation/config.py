@@ -62,8 +62,7 @@ class HSIVIConfig:
         5, "T, network calls of the sampler; several, such as 1 2 4 8, train one student for all of them"
     )
     preset: Literal["fast", "one_call", "paper", "latent"] | None = option(
-        None,
-        "recipe for what is not given; by default latent with prompts, one_call for 1 step, else fast",
+        None, "recipe for what is not given; by default latent with prompts, one_call for 1 step, else fast"
     )
     timestep_spacing: Literal["quadratic", "uniform"] = by_preset(
         "uniform", "uniform", "quadratic", "spacing of the timesteps"
@@ -151,6 +150,7 @@ class HSIVIConfig:
         None, "precision of the networks; by default that of `accelerate config`"
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    use_8bit_adam: bool = option(False, "keep Adam's moments in 8 bits, by bitsandbytes, to save memory", common=False)
     allow_tf32: bool = option(False, "use TF32 for matrix products on Ampere GPUs and later", common=False)
     # ----- the run -----
     output_dir: str | None = option(None, "folder of the run")

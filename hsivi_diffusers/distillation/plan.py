@@ -186,6 +186,7 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
     # Of the first updates in which the critic learns alone, the student's optimizer would have no moments yet.
     shares = None if config.prompts else config.class_shares  # a plan has but one prompt
     config = replace(config, critic_updates=1, critic_first=0, max_train_steps=3, num_pairs=0, class_shares=shares)
+    eight_bit, config.use_8bit_adam = config.use_8bit_adam, False  # bitsandbytes takes no fake tensors
     counts: list[dict[str, float]] = []
     with _collecting_often(), FakeTensorMode(allow_non_fake_inputs=True):
         meter = Meter()
@@ -205,8 +206,8 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
             config.num_pairs = pairs  # which `fit_calls` counts
         _, one, two = counts
     total = {name: one[name] + (wanted - 1) * (two[name] - one[name]) for name in one}
-    static, limit = _static(state), config.checkpoints_total_limit
-    memory = {**static, "activations and gradients": peak - sum(static.values()), "libraries": libraries}
+    static, limit = _static(state, eight_bit), config.checkpoints_total_limit
+    memory = {**static, "activations and gradients": peak - sum(_static(state).values()), "libraries": libraries}
     if pairs:
         memory["pairs"] = 2 * 4 * pairs * math.prod(state.bridge.shape)
     parts = {"teacher": [*state.bridge.network.parameters()], "trained of the student": trained(state.student)}
@@ -240,8 +241,8 @@ def _counting(state: TrainingState) -> Iterator[dict[str, float]]:
     count.update(rows, flops=float(flops.get_total_flops()))
 
 
-def _static(state: TrainingState) -> dict[str, int]:
-    """Bytes that stay from update to update."""
+def _static(state: TrainingState, eight_bit: bool = False) -> dict[str, int]:
+    """Bytes that stay from update to update; `eight_bit`, if Adam's moments were kept in 8 bits."""
     optimizers = (state.layer_optimizer, state.critic_optimizer)
     moments = (moment for each in optimizers for values in each.state.values() for moment in values.values())
     return {
@@ -249,9 +250,15 @@ def _static(state: TrainingState) -> dict[str, int]:
         "student": _bytes(trained(state.student)),
         "critic": _bytes(trained(state.critic)),
         "average of the student": _bytes(state.ema.shadow_params),
-        "Adam's moments": _bytes(moments),
+        "Adam's moments": sum(map(_eight_bit, moments)) if eight_bit else _bytes(moments),
         "chains": _bytes(tensor for chain in state.chains for tensor in chain.state_dict().values()),
     }
+
+
+def _eight_bit(moment: Tensor) -> int:
+    """Bytes of it by bitsandbytes: one a number, and 4 for every 256; all of one below 4,096 numbers."""
+    number = moment.numel()
+    return number + 4 * math.ceil(number / 256) if number >= 4096 else _bytes([moment])
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -54,6 +54,15 @@ def between_share(config: HSIVIConfig) -> float:
     return 0.0 if config.scoring != "between" else 0.5 if config.noise_eta else 1.0
 
 
+def adam_of(config: HSIVIConfig) -> Callable[..., torch.optim.Optimizer]:
+    """Adam, with moments of 8 bits (arXiv 2110.02861) if `use_8bit_adam`."""
+    if not config.use_8bit_adam:
+        return torch.optim.Adam
+    from bitsandbytes.optim import Adam8bit  # needed for nothing else
+
+    return Adam8bit
+
+
 class TrainingState:
     """The modules, optimizers and chains of a run, prepared by accelerate; the networks are trained in place."""
 
@@ -103,9 +112,10 @@ class TrainingState:
         groups: list[dict[str, Any]] = [{"params": trained(networks.student), "lr": config.learning_rate}]
         if networks.noise_scale is not None:
             groups.append({"params": networks.noise_scale.parameters(), "lr": NOISE_SCALE_LEARNING_RATE})
+        adam = adam_of(config)
         optimizers = (
-            torch.optim.Adam(groups, betas=betas),
-            torch.optim.Adam(trained(networks.critic), lr=config.critic_learning_rate, betas=betas),
+            adam(groups, betas=betas),
+            adam(trained(networks.critic), lr=config.critic_learning_rate, betas=betas),
         )
         names, warmup = (config.lr_scheduler, config.critic_lr_scheduler), config.lr_warmup_steps
         steps = (config.max_train_steps - config.critic_first, config.max_train_steps)

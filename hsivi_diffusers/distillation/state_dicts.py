@@ -26,6 +26,10 @@ def save_state_dict(state: Mapping[Any, Any], path: Path) -> None:
     """
     tensors: dict[str, Tensor] = {}
     rest = json.dumps(_take_tensors(state, "", tensors))
+    seen: set[int] = set()
+    for name, tensor in tensors.items():  # safetensors refuses what is shared, as the codes of 8-bit moments are
+        tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
     save_file(tensors, path, metadata={"rest": rest})
 
 
