@@ -69,7 +69,9 @@ benchmark-kinds: $(VENV)/installed
 benchmark-text: $(VENV)/installed
 	$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_text.yaml
 	$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_text.yaml \
-		--guidance_falls true --solvers iPNDM SA-Solver UniPC
+		--guidance_falls true --solvers iPNDM UniPC
+	$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_text.yaml \
+		--guidance_scale 1 --dataset "captions without guidance" --solvers iPNDM UniPC --calls 1 2 4
 	$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_text.yaml $(BENCHMARK)
 
 docs: $(VENV)/installed

@@ -27,6 +27,7 @@ from training.benchmarks.images.benchmark_results import (
     SOLVER,
     TEACHER,
     TEACHER_SDE,
+    UNGUIDED,
 )
 from training.benchmarks.images.spaces import OF_CLASSIFIER
 
@@ -625,6 +626,7 @@ def guided(arguments, tmp_path):
     rows = [
         tuned("digits", "UniPC", 4, {"timesteps": [400, 140]}, 1.0),
         tuned("digits falling", "UniPC", 4, {"timesteps": [400, 140], "guidance_end": 150}, 0.9),
+        tuned("digits without guidance", "UniPC", 3, {"timesteps": [400, 200, 60]}, 2.0),
     ]
     (tmp_path / "solvers.json").write_text(json.dumps({"rows": rows}))
     return [
@@ -639,7 +641,7 @@ def test_a_guided_benchmark_draws_all_classes_and_counts_two_calls_a_step(guided
     monkeypatch.setattr(trainings, "call", call)
     benchmark.main(guided)
     rows = {(row["method"], row["nfe"]): row for row in rows_of(tmp_path)}
-    assert rows.keys() == {(REAL, 0), (TEACHER, 6), (TEACHER_SDE, 6), (SOLVER, 4), (OURS, 1)}
+    assert rows.keys() == {(REAL, 0), (TEACHER, 6), (TEACHER_SDE, 6), (SOLVER, 4), (UNGUIDED, 3), (OURS, 1)}
     assert rows[SOLVER, 4]["settings"] == {"timesteps": [400, 140], "guidance_end": 150}  # the better one
     assert all(row["guidance_scale"] == 2 for row in rows.values())
     assert rows[REAL, 0]["accuracy"] > 0.95
@@ -647,6 +649,15 @@ def test_a_guided_benchmark_draws_all_classes_and_counts_two_calls_a_step(guided
     assert rows[OURS, 1]["accuracy"] < rows[SOLVER, 4]["accuracy"]
     (run,) = (tmp_path / "runs" / "digits").iterdir()
     assert HSIVIPipeline.from_pretrained(run / "pipeline").scheduler.config.guidance_scale == 2
+
+
+def test_an_unguided_solver_is_that_of_the_teacher_without_guidance():
+    guided, plain = (set_teacher.SetTeacher(str(ROOT / "assets/digits_guided_ddpm"), "digits", w) for w in (2.0, 1.0))
+    settings = {"timesteps": [400, 200, 60]}
+    images = guided.draw(guided.solver("UniPC", 3, unguided=True, **settings), 20, 20, 0)
+    assert images.equal(plain.draw(plain.solver("UniPC", 3, **settings), 20, 20, 0))
+    with pytest.raises(ValueError, match="3 network calls: a guided step has two"):
+        guided.solver("UniPC", 3, **settings)
 
 
 def test_baselines_know_no_guidance(guided, arguments):

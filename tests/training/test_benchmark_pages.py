@@ -31,6 +31,7 @@ from training.benchmarks.images.benchmark_results import (
     REAL,
     SOLVER,
     TEACHER,
+    UNGUIDED,
     grouped,
     read_rows,
 )
@@ -225,6 +226,17 @@ def test_the_measures_have_both_kinds_of_distances_and_methods_in_one_order():
     assert lines[2][7] == "0.600 ± 0.141"
     shown = dict(zip(OF_CLASSIFIER, lines[0][6:], strict=True))  # of real images, which are copies of the reference
     assert {name for name, text in shown.items() if text} == {"class_tv"}
+
+
+def test_a_solver_without_guidance_is_a_baseline_that_costs_nothing():
+    rows = [
+        row(SOLVER, 4, 9.0, 0.9),
+        row(UNGUIDED, 4, 2.0, 0.7),
+        row(CONSISTENCY, 4, 3.0, 0.5, 0),
+        row(OURS, 4, 1.0, 0.8, 0),
+    ]
+    assert lines_of(summary_table(rows)) == [["4", "9", "2 (unguided)", "**1**", "0.9", "**0.5 (consistency)**", "0.8"]]
+    assert f"{UNGUIDED} (UniPC)" in measures_table(rows)
 
 
 def test_costs_are_told_seed_by_seed_and_as_multiples_of_those_of_ours():

@@ -48,6 +48,7 @@ from .benchmark_results import (
     SOLVER,
     TEACHER,
     TEACHER_SDE,
+    UNGUIDED,
     Key,
     Results,
     hash_networks,
@@ -56,7 +57,7 @@ from .benchmark_results import (
 )
 from .captions import CAPTIONS
 from .set_teacher import SetTeacher
-from .solver_pages import FALLING, best_solvers
+from .solver_pages import FALLING, WITHOUT, best_solvers
 from .spaces import SetMeasures
 from .trainings import ANEW, RESUME, Costs, Trainings, make
 
@@ -180,7 +181,8 @@ class Comparison:
                 )
             told = {"recipe": train_baseline.recipe_of(config)}
             for nfe, seed in [(each, seed) for each in counts for seed in self._baseline_seeds(method, each)]:
-                own = {PROGRESSIVE: f" --num_inference_steps {nfe}", LATENT_CONSISTENCY: self._guidance_words()}
+                scale = f" --guidance_scale {options.guidance_scale}" if options.guidance_scale is not None else ""
+                own = {PROGRESSIVE: f" --num_inference_steps {nfe}", LATENT_CONSISTENCY: scale}
                 words = config + own.get(method, "")
                 yield Entry(method, nfe, seed, partial(make, words, nfe, seed), told=told)
 
@@ -190,9 +192,6 @@ class Comparison:
         rows = [row for row in self.results.rows() if row["method"] == method and (one_model or row["nfe"] == nfe)]
         there = {row["train_seed"] for row in rows}
         return self.options.baseline_seeds or sorted(there) or self.options.seeds[:1]
-
-    def _guidance_words(self) -> str:
-        return "" if self.options.guidance_scale is None else f" --guidance_scale {self.options.guidance_scale}"
 
     def _costless(self, sampler: Sampler) -> tuple[Sampler, Costs]:
         return sampler, {}
@@ -218,17 +217,19 @@ class Comparison:
         return self.teacher.solver("DPM-Solver++", self.options.teacher_steps)
 
     def _solvers(self) -> Iterator[Entry]:
-        """The best tuned solver at each number of calls, of constant and of falling guidance."""
-        path = Path(self.options.solvers)
+        """The best tuned solver at each number of calls, of constant and of falling guidance, and that of none."""
+        path, dataset = Path(self.options.solvers), self.options.dataset
         if not path.is_file():
             raise ValueError(f"--solvers {path} is missing: name a file that tune_solvers.py has written")
-        names = [self.options.dataset]
+        names = {SOLVER: [dataset]}
         if isinstance(self.teacher.network, GuidedNetwork):
-            names.append(f"{self.options.dataset}{FALLING}")
-        for row in best_solvers([row for row in read_rows(path) if row["dataset"] in names]):
-            solver = self.teacher.solver(row["solver"], row["calls"], **row["settings"])
-            told = {"solver": row["solver"], "settings": row["settings"]}
-            yield Entry(SOLVER, row["calls"], None, partial(self._costless, solver), told=told)
+            names = {SOLVER: [dataset, f"{dataset}{FALLING}"], UNGUIDED: [f"{dataset}{WITHOUT}"]}
+        for method, sets in names.items():
+            for row in best_solvers([row for row in read_rows(path) if row["dataset"] in sets]):
+                given = row["solver"], row["calls"]
+                solver = self.teacher.solver(*given, unguided=method == UNGUIDED, **row["settings"])
+                told = {"solver": row["solver"], "settings": row["settings"]}
+                yield Entry(method, row["calls"], None, partial(self._costless, solver), told=told)
 
     def _students(self, config: str) -> Iterator[Entry]:
         for seed in self.options.seeds:

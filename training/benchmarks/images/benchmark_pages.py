@@ -28,6 +28,7 @@ from .benchmark_results import (
     SOLVER,
     TEACHER,
     TEACHER_SDE,
+    UNGUIDED,
     Group,
     Row,
     grouped,
@@ -39,7 +40,7 @@ from .benchmark_results import (
 from .goals import goals_table
 from .spaces import OF_CAPTIONS, OF_CLASSES, OF_CLASSIFIER
 
-ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, *BASELINES, OURS)
+ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, UNGUIDED, *BASELINES, OURS)
 CURVES = ("recall", "coverage")
 OF_NEIGHBOURS = ("precision", "recall", "density", "coverage", "nearest", "class_recall")  # of copies they tell nothing
 SHOWN_SOLVERS = (1, 2, 4, 10, 20)
@@ -174,7 +175,7 @@ def least_bold(*cells: tuple[float, str]) -> list[str]:
 
 def best_baseline(groups: dict[Group, list[Row]], nfe: int, space: str) -> tuple[float, str]:
     """The distance of the baseline that is best in a space at so many calls, and how it is written, with its name."""
-    baselines = [groups[name, nfe] for name in BASELINES if (name, nfe) in groups]
+    baselines = [groups[name, nfe] for name in (UNGUIDED, *BASELINES) if (name, nfe) in groups]
     best = min(baselines, key=lambda each: value(each, space), default=[])
     return cell(best, space, f" ({best[0]['method'].split()[0]})" if best else "")
 
@@ -198,7 +199,7 @@ def measures_table(rows: list[Row]) -> str:
         cells = [distance(of_group, space, kind) for kind in ("distances", "teacher_distances") for space in spaces]
         empty = OF_NEIGHBOURS if method == REAL else ()
         cells += ["" if each in empty else written(each, *(row[each] for row in of_group)) for each in names]
-        solver = f" ({of_group[0]['solver']}{_falls(of_group[0])})" if method == SOLVER else ""
+        solver = f" ({of_group[0]['solver']}{_falls(of_group[0])})" if method in (SOLVER, UNGUIDED) else ""
         lines.append([nfe or "", bold(method) + solver, *cells])
     heads = [*spaces, *(f"{space}, to teacher" for space in spaces), *(MEASURES[each].head for each in names)]
     return write_table(["calls", "method", *heads], ("method",), lines)

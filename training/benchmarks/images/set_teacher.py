@@ -84,17 +84,20 @@ class SetTeacher:
             give_prompts(network_of(student), self.prompts)
         return student
 
-    def solver(self, name: str, calls: int, guidance_end: float | None = None, **settings: Any) -> Solver:
-        """A solver that makes so many network calls, see `make_solver`.
+    def solver(
+        self, name: str, calls: int, guidance_end: float | None = None, unguided: bool = False, **settings: Any
+    ) -> Solver:
+        """A solver that makes so many network calls, see `make_solver`; `unguided` of the teacher without guidance.
 
         With `guidance_end` its guidance is weaker the more noise there is, see `GuidedNetwork`.
 
         Raises:
             ValueError: They are not those of whole steps.
         """
-        if calls % self.step_calls:
+        network = self.network.unet if unguided and isinstance(self.network, GuidedNetwork) else self.network
+        if calls % calls_of_step(network):
             raise ValueError(f"{calls} network calls: a guided step has two, give an even number")
-        steps, network = calls // self.step_calls, self.network
+        steps = calls // calls_of_step(network)
         if guidance_end is not None:
             if not isinstance(network, GuidedNetwork):
                 raise ValueError(f"guidance_end={guidance_end} of a teacher without guidance: leave it out")
