@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import Field, fields
-from importlib.util import find_spec
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -129,8 +128,6 @@ def check_together(config: Any) -> None:
     usual = {each.name: _default(each, config.preset) for each in fields(config)}
     names = ("pair_weight", "pair_steps")
     changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != usual[name]]
-    if config.use_8bit_adam and find_spec("bitsandbytes") is None:
-        raise ValueError("use_8bit_adam=True needs bitsandbytes: run `pip install bitsandbytes`, or leave it out")
     if len(config.starts) > 1:
         told = " and ".join(f"{name}={value}" for name, value in config.starts.items())
         raise ValueError(f"{told} each say where the first call is: give one of them")

@@ -256,7 +256,7 @@ def _static(state: TrainingState, eight_bit: bool = False) -> dict[str, int]:
 
 
 def _eight_bit(moment: Tensor) -> int:
-    """Bytes of it by bitsandbytes: one a number, and 4 for every 256; all of one below 4,096 numbers."""
+    """Bytes of it by bitsandbytes: one a number, 4 for every 256; below 4,096 numbers it is kept whole."""
     number = moment.numel()
     return number + 4 * math.ceil(number / 256) if number >= 4096 else _bytes([moment])
 

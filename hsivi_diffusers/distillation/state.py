@@ -55,11 +55,19 @@ def between_share(config: HSIVIConfig) -> float:
 
 
 def adam_of(config: HSIVIConfig) -> Callable[..., torch.optim.Optimizer]:
-    """Adam, with moments of 8 bits (arXiv 2110.02861) if `use_8bit_adam`."""
+    """Adam, with moments of 8 bits (arXiv 2110.02861) if `use_8bit_adam`.
+
+    Raises:
+        ValueError: That needs bitsandbytes.
+    """
     if not config.use_8bit_adam:
         return torch.optim.Adam
-    from bitsandbytes.optim import Adam8bit  # needed for nothing else
-
+    try:
+        from bitsandbytes.optim import Adam8bit  # needed for nothing else
+    except ImportError as error:
+        raise ValueError(
+            "use_8bit_adam=True needs bitsandbytes: run `pip install 'bitsandbytes>=0.50'`, or start a run without it"
+        ) from error
     return Adam8bit
 
 
@@ -83,6 +91,8 @@ class TrainingState:
         for network in (networks.student, networks.critic):
             if not has_adapter(network):  # whose other weights are the teacher's
                 network.requires_grad_(True)
+            if config.use_8bit_adam:  # a checkpoint keeps codes in this order
+                network.to(memory_format=torch.contiguous_format)
         unet = networks.student.train()
         self.student = UNetLayers(unet, scheduler, networks.noise_scale, config.clip_images and self.host is None)
         self.critic_unet = networks.critic

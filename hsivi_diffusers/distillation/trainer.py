@@ -32,7 +32,7 @@ from .networks import load_networks
 from .output import Output, check_init_from, check_teacher, claimed, finished, start_run
 from .progress import CollapsedRunError as CollapsedRunError
 from .progress import Progress
-from .state import TrainingState
+from .state import TrainingState, adam_of
 from .teachers import load_parts
 from .updates import InterruptedRunError as InterruptedRunError
 from .updates import fit_calls, run_updates
@@ -90,6 +90,7 @@ class HSIVITrainer:
             raise ValueError(f"callbacks={callbacks!r}: give a list of functions of (trainer, step)")
         self.config = config = replace(config) if config is not None else HSIVIConfig()
         config.check()
+        adam_of(config)  # refused now, and not after the teacher is loaded
         if config.init_from is not None:
             check_init_from(Path(config.init_from))
         parts = load_parts(teacher, revision)

@@ -217,7 +217,7 @@ class Comparison:
         return self.teacher.solver("DPM-Solver++", self.options.teacher_steps)
 
     def _solvers(self) -> Iterator[Entry]:
-        """The best tuned solver at each number of calls, of constant and of falling guidance, and that of none."""
+        """The best tuned solver at each number of calls with guidance, constant or falling, and without."""
         path, dataset = Path(self.options.solvers), self.options.dataset
         if not path.is_file():
             raise ValueError(f"--solvers {path} is missing: name a file that tune_solvers.py has written")

@@ -248,7 +248,7 @@ def draw_classes(rows: list[Row], path: Path) -> None:
     groups = {
         group: of_group
         for group, of_group in sorted(grouped(rows).items(), key=lambda item: (is_ours(item[0][0]), item[0]))
-        if of_group[0]["class_shares"] and (group[0] not in (REAL, SOLVER) or group == (SOLVER, 10))
+        if of_group[0]["class_shares"] and (group[0] not in (REAL, SOLVER, UNGUIDED) or group == (SOLVER, 10))
     }
     if not groups:  # nothing of it is measured yet, or there are captions
         return

@@ -22,7 +22,7 @@ Group = tuple[str, int]  # method and network calls
 
 OURS = "HSIVI"
 REAL, TEACHER, TEACHER_SDE, SOLVER = "real images", "teacher", "teacher, SDE", "tuned solver"
-UNGUIDED = "unguided solver"  # tuned too, of a teacher under guidance
+UNGUIDED = "unguided solver"  # tuned too; beside teachers under guidance
 PAIRS, PROGRESSIVE, CONSISTENCY = "pairs only", "progressive distillation", "consistency distillation"
 LATENT_CONSISTENCY = "LCM-LoRA"
 BASELINES = (PAIRS, PROGRESSIVE, CONSISTENCY, LATENT_CONSISTENCY)

@@ -87,7 +87,7 @@ class SetTeacher:
     def solver(
         self, name: str, calls: int, guidance_end: float | None = None, unguided: bool = False, **settings: Any
     ) -> Solver:
-        """A solver that makes so many network calls, see `make_solver`; `unguided` of the teacher without guidance.
+        """A solver that makes so many network calls, see `make_solver`; if `unguided`, of the teacher without guidance.
 
         With `guidance_end` its guidance is weaker the more noise there is, see `GuidedNetwork`.
 

@@ -14,7 +14,7 @@ from .benchmark_results import Row, read_rows, three_digits
 
 LEAST = 1e-4  # an unbiased KID may be 0 or below
 FALLING = " falling"  # after the name of a set: its solvers with less guidance the more noise there is
-WITHOUT = " without guidance"  # the same of its solvers that do not guide, so that a step is one network call
+WITHOUT = " without guidance"  # after it: its solvers without guidance, whose step is one network call
 LABELS = ("solver", "timesteps", "settings")
 
 

@@ -37,7 +37,7 @@ from hsivi_diffusers.options import option, parse_options, run_command
 
 from .benchmark_results import Row, hash_networks, read_rows
 from .set_teacher import SetTeacher
-from .solver_pages import FALLING, score, write_page
+from .solver_pages import FALLING, WITHOUT, score, write_page
 from .spaces import make_spaces
 
 # What is tuned of each solver beside its grid, by the names of diffusers.
@@ -213,6 +213,8 @@ def main(args: list[str] | None = None) -> None:
     missing = [name for name in ("dataset", "teacher", "classifier") if not getattr(options, name)]
     if missing:
         raise ValueError(f"--{', --'.join(missing)} missing: give --config training/configs/solvers_digits.yaml")
+    if str(options.dataset).endswith(WITHOUT) and options.guidance_scale != 1:
+        raise ValueError(f"--dataset {options.dataset!r} needs --guidance_scale 1")
     if options.guidance_falls:
         if options.guidance_scale in (None, 1):
             raise ValueError("--guidance_falls true has no effect without a --guidance_scale other than 1")
