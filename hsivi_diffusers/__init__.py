@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .scheduling_hsivi import HSIVIScheduler as HSIVIScheduler
     from .scheduling_hsivi import HSIVISchedulerOutput as HSIVISchedulerOutput
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Name: the module that has it. A new name has a line here and one above, for type checkers.
 _MODULES = {

@@ -1,6 +1,6 @@
 """Makes tests/golden/VERSION: a pipeline as this version saves it, and the pictures it draws.
 
-    python tests/make_golden.py v0.1
+    python tests/make_golden.py v0.2
 
 Run once for each release that changes what is saved; the folders of earlier releases stay, and must go on loading.
 """

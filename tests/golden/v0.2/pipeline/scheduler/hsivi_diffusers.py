@@ -1,0 +1,964 @@
+"""The layer of a diffusion UNet, as a diffusers scheduler.
+
+A noise schedule has levels 0..N-1, where x = alpha x0 + sigma eps of a clean image x0 and noise eps. On a grid of
+levels tau_T > ... > tau_0, with alpha_t and sigma_t those of tau_t, layer t is
+
+    x0, eps  of the output of the network at x_{t+1} and the time of tau_{t+1}, see `predict`
+    r     = alpha_{t+1} / alpha_t
+    c     = noise_eta sqrt(sigma_{t+1}^2 - r^2 sigma_t^2) sigma_t / sigma_{t+1}        kernel "ddim"
+          = sigma_t                                                                    kernel "renoise"
+    mean  = alpha_t x0 + sqrt(sigma_t^2 - c^2) eps
+    std   = noise_scale_t c
+    x_t   = mean + std noise                                 (the last layer, t = 0, returns the mean)
+
+From betas, alpha = sqrt(abar) and sigma = sqrt(1 - abar), and with noise_scale = 1 and kernel "ddim" this is DDIM(eta)
+(Song et al. 2021, eq. 12); the paper's app. B fits eps and noise_scale. Of a rectified flow, alpha = 1 - sigma (Liu et
+al. 2023, arXiv 2209.03003), and with noise_eta = 0 this is an Euler step. With kernel "renoise" it is the re-noising of
+consistency sampling.
+"""
+
+import math
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+FLOWS = tuple(f"FlowMatch{kind}Scheduler" for kind in ("EulerDiscrete", "HeunDiscrete", "LCM"))
+OUR_SPACINGS = ("quadratic", "uniform")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
+
+
+@dataclass
+class HSIVISchedulerOutput(BaseOutput):
+    """Output of `HSIVIScheduler.step`: x_t, and the predicted clean image x0, both like the sample that was given."""
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+class LayerCoefficients(NamedTuple):
+    """The numbers of a layer's formula: floats of one layer, or tensors (B, 1, ...) of one layer for each row."""
+
+    alpha_next: Any
+    sigma_next: Any
+    alpha: Any
+    direction: Any  # sqrt(sigma_t^2 - c^2)
+    c: Any
+    noise_scale: Any
+    last: Any
+
+    def mean(self, x0: Any, eps: Any) -> Any:
+        """Returns the mean of the layer, of the clean image x0 and the noise eps in its input."""
+        return self.alpha * x0 + self.direction * eps
+
+    @property
+    def image_share(self) -> Any:
+        """The derivative of the mean with respect to x0, at a given input: alpha_t - direction alpha / sigma there."""
+        return self.alpha - self.direction / self.sigma_next * self.alpha_next
+
+    def noise_in(self, sample: Any, x0: Any) -> Any:
+        """Returns the noise eps in the input of the layer when its clean image is x0."""
+        return (sample - self.alpha_next * x0) / self.sigma_next
+
+    def invert(self, mean: Any, sample: Any) -> tuple[Any, Any]:
+        """Returns the (x0, eps) that the mean was made of, with sample = alpha x0 + sigma eps in the input."""
+        x0 = (mean - self.direction / self.sigma_next * sample) / self.image_share
+        return x0, self.noise_in(sample, x0)
+
+
+class Levels(ABC):
+    """The clock of a teacher: levels 0..N-1, and -1, where noise ends."""
+
+    accepted: str  # levels or times, for messages
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """N."""
+
+    @abstractmethod
+    def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns alpha and sigma of levels, of their shape, on the device and in the dtype of the sample."""
+
+    @abstractmethod
+    def time(self, level: torch.Tensor) -> torch.Tensor:
+        """Returns the network's time of levels."""
+
+    @abstractmethod
+    def level(self, time: torch.Tensor) -> torch.Tensor:
+        """Returns the levels of times, of a rectified flow the nearest."""
+
+    def alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns alpha and sigma of levels (B,) or (1,), shaped (B, 1, ...) to go with the sample."""
+        alpha, sigma = self._alpha_sigma(level.to(sample.device), sample)
+        shape = [-1, *[1] * (sample.ndim - 1)]
+        return alpha.reshape(shape), sigma.reshape(shape)
+
+    def read_levels(self, given: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """Returns levels as a vector on the device of the sample, or refuses with ValueError what is none."""
+        rows = _rows("level", given, sample)
+        level = rows.long()
+        if rows.device.type == "cpu":  # on a GPU a check would wait for the device
+            self._check("level", rows, level, level)
+        return level.to(sample.device)
+
+    def read_times(self, given: float | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """Returns the levels of times, in the same way."""
+        rows = _rows("timestep", given, sample)
+        level = self.level(rows)
+        if rows.device.type == "cpu":
+            self._check("timestep", rows, level, self.time(level.clamp(0, len(self) - 1)))
+        return level.to(sample.device)
+
+    def _check(self, name: str, given: torch.Tensor, level: torch.Tensor, exact: torch.Tensor) -> None:
+        """Refuses what is off the clock."""
+        inside = (level >= 0) & (level < len(self))
+        if not bool(inside.all()) or not torch.allclose(exact.double(), given.double(), rtol=1e-6, atol=1e-6):
+            raise ValueError(f"{name} {given.tolist()} is off the clock: give {self.accepted}")
+
+
+class BetaLevels(Levels):
+    """Levels of a diffusion with betas: alpha = sqrt(abar), sigma = sqrt(1 - abar); a network's time is the level."""
+
+    def __init__(self, alphas_cumprod: torch.Tensor, final: torch.Tensor) -> None:
+        self._abar = torch.cat([alphas_cumprod, final[None]])
+        self.accepted = f"integers from 0 to {len(self) - 1}"
+
+    def __len__(self) -> int:
+        return len(self._abar) - 1
+
+    def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        abar = self._abar.to(sample)[level]
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def time(self, level: torch.Tensor) -> torch.Tensor:
+        return level
+
+    def level(self, time: torch.Tensor) -> torch.Tensor:
+        return time.long()
+
+
+class FlowLevels(Levels):
+    """Levels of a rectified flow: alpha = 1 - sigma, sigma = shift u / (1 + (shift - 1) u), u = (level + 1) / N.
+
+    A network's time is N sigma, as in FlowMatchEulerDiscreteScheduler of diffusers.
+    """
+
+    accepted = "some of scheduler.timesteps"
+
+    def __init__(self, size: int, shift: float) -> None:
+        u = torch.arange(1, size + 1, dtype=torch.float64) / size
+        self._sigma = torch.cat([shift * u / (1 + (shift - 1) * u), torch.zeros(1, dtype=torch.float64)])
+
+    def __len__(self) -> int:
+        return len(self._sigma) - 1
+
+    def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sigma = self._sigma.to(sample)[level]
+        return 1 - sigma, sigma
+
+    def time(self, level: torch.Tensor) -> torch.Tensor:
+        return (len(self) * self._sigma).float().to(level.device)[level]
+
+    def level(self, time: torch.Tensor) -> torch.Tensor:
+        times = self.time(torch.arange(-1, len(self))).to(time.device)  # with that of level -1, which is 0
+        nearest: torch.Tensor = torch.searchsorted((times[1:] + times[:-1]) / 2, time.float().contiguous())
+        return nearest - 1
+
+    def levels_of(self, times: Sequence[float]) -> list[int]:
+        """Returns the levels of times, each within half a step of one.
+
+        Raises:
+            ValueError: They are no numbers, or leave the clock.
+        """
+        if not all(isinstance(time, int | float) for time in times):
+            raise ValueError(f"timesteps={times}: give numbers, from {len(self)} down")
+        levels = self.level(torch.tensor(times))
+        if times and max(times) > len(self) or bool((levels < 0).any()):
+            raise ValueError(f"timesteps={times} leave the teacher's clock: give numbers from {len(self)} down")
+        found: list[int] = levels.tolist()
+        return found
+
+
+class Layers:
+    """The layers of a grid, by the formulas at the head of this file.
+
+    Args:
+        levels: The clock.
+        grid: tau_T .. tau_0.
+        settings: Those of a `HSIVIScheduler`; if it was trained, only levels of the grid are accepted.
+    """
+
+    def __init__(self, levels: Levels, grid: list[int], settings: Mapping[str, Any]) -> None:
+        self.levels, self.settings = levels, settings
+        self.grid = torch.tensor(grid, dtype=torch.long)
+        columns = self.coefficients(self.grid[:-1], self.grid[:-1, None].float())
+        rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
+        # The numbers of each layer of the grid, as floats, by the time of its input.
+        self.by_time = {time: LayerCoefficients(*row) for time, row in zip(self.times, rows, strict=True)}
+
+    def are_of(self, levels: Levels, grid: list[int], settings: Mapping[str, Any]) -> bool:
+        """Whether they were made of these; a config of which a setting is changed is another object."""
+        return self.levels is levels and self.settings is settings and self.grid.tolist() == grid
+
+    @property
+    def times(self) -> list[float]:
+        """The network's times of the inputs of the grid."""
+        times: list[float] = self.levels.time(self.grid[:-1]).tolist()
+        return times
+
+    def at(self, timestep: int | float | torch.Tensor, sample: torch.Tensor) -> LayerCoefficients:
+        """Returns the numbers of the layers that start at times; of one on the grid they are looked up, fast."""
+        if sample.dtype == torch.float32 and (not isinstance(timestep, torch.Tensor) or timestep.numel() == 1):
+            number: Any = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
+            if (known := self.by_time.get(number)) is not None:
+                return known
+        return self.coefficients(self.levels.read_times(timestep, sample), sample)
+
+    def coefficients(
+        self, level: torch.Tensor, sample: torch.Tensor, prev_level: torch.Tensor | None = None
+    ) -> LayerCoefficients:
+        """Returns the numbers of layers tau_{t+1} (B,), as tensors (B, 1, ...); see `HSIVIScheduler.transition`."""
+        position, below = (None, prev_level) if prev_level is not None else self._below(level)
+        alpha_next, sigma_next = self.levels.alpha_sigma(level, sample)
+        alpha, sigma = self.levels.alpha_sigma(below, sample)
+        c = sigma
+        if self.settings["kernel"] == "ddim":
+            variance = sigma_next.square() - (alpha_next / alpha * sigma).square()
+            c = self.settings["noise_eta"] * variance.clamp_min(0).sqrt() * sigma / sigma_next
+        direction = (sigma.square() - c.square()).clamp_min(0).sqrt()
+        last = (below <= self.grid[-1].to(below.device)).reshape(alpha.shape)
+        noise_scale = torch.as_tensor(self.settings["noise_scale"]).to(alpha)
+        if noise_scale.ndim:  # of the only grid, counted from the data side, the positions from the base
+            position = self._below(level)[0] if position is None else position
+            noise_scale = noise_scale.flip(0)[position].reshape(alpha_next.shape)
+        return LayerCoefficients(alpha_next, sigma_next, alpha, direction, c, noise_scale.expand(alpha.shape), last)
+
+    def _below(self, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the place of each level in the grid, and the level below it, both of shape (B,)."""
+        grid = self.grid.to(level.device)
+        matches = level[:, None] == grid[None, :-1]
+        position = matches.int().argmax(1)
+        below = grid[position + 1]
+        on_grid = matches.any(1)
+        if not bool(on_grid.all()):
+            if trained := _grids(self.settings["layer_timesteps"]):
+                raise ValueError(self._refusal(self.levels.time(level[~on_grid]).tolist(), trained))
+            stride = self.settings["num_train_timesteps"] // len(grid[:-1])
+            below = torch.where(on_grid, below, (level - stride).clamp_min(-1))
+        return position, below
+
+    def _refusal(self, times: list[float], trained: list[list[int]]) -> str:
+        which, remedy = "this sampler", f"give one of these {len(self.times)}"
+        if len(trained) > 1:
+            which = f"the grid that is set, of {len(self.times)} steps,"
+            remedy = f"there are grids of {_counts(trained)} steps, call set_timesteps(T) with the T you mean first"
+        return f"timestep {times} is not an input of a layer: {which} was trained at {self.times}: {remedy}"
+
+
+def make_layer_timesteps(
+    num_layers: int,
+    timestep_spacing: str = "quadratic",
+    num_train_timesteps: int = 1000,
+    start: int | None = None,
+    steps_offset: int = 0,
+) -> list[int]:
+    """Makes a grid tau_T .. tau_0 of T+1 descending integers.
+
+    Args:
+        num_layers: T, 1..N.
+        timestep_spacing: "quadratic": (i/T)^2 start, as in the paper. "uniform": (i/T) start. "trailing",
+            "leading" and "linspace": those of diffusers (table 2 of arXiv 2305.08891), ending at -1, the final
+            alpha. Repeated timesteps are moved apart; T = N always takes every timestep down to -1.
+        num_train_timesteps: N.
+        start: tau_T of the first two; 0.8 N for quadratic, N-1 for uniform by default.
+        steps_offset: Added to the timesteps of "leading".
+
+    Raises:
+        ValueError: T or `start` is out of range, or the spacing unknown.
+    """
+    size = num_train_timesteps
+    _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+    if not _is_whole(num_layers) or not 1 <= num_layers <= size:
+        raise ValueError(f"{num_layers!r} steps: give a whole number from 1 to num_train_timesteps={size}")
+    num_layers = int(num_layers)
+    if timestep_spacing in OUR_SPACINGS and num_layers < size:
+        power, default = (2, round(0.8 * size)) if timestep_spacing == "quadratic" else (1, size - 1)
+        start = max(default, num_layers) if start is None else start
+        if not _is_whole(start) or not num_layers <= start < size:
+            raise ValueError(f"start={start!r}: give a timestep from {num_layers} (the steps) to {size - 1}")
+        return [max(round((i / num_layers) ** power * start), i) for i in range(num_layers, -1, -1)]
+    if start is not None:
+        raise ValueError(f"start={start} goes with timestep_spacing 'quadratic' or 'uniform' only")
+    if timestep_spacing == "trailing":
+        timesteps = [round(i * size / num_layers) - 1 for i in range(num_layers, 0, -1)]
+    elif timestep_spacing == "leading":
+        timesteps = [i * (size // num_layers) + steps_offset for i in range(num_layers - 1, -1, -1)]
+    else:
+        timesteps = [round(i * (size - 1) / max(num_layers - 1, 1)) for i in range(num_layers - 1, -1, -1)]
+    return [min(timestep, size - 1 - place) for place, timestep in enumerate(timesteps)] + [-1]
+
+
+class HSIVIScheduler(SchedulerMixin, ConfigMixin):
+    """Scheduler of a T-layer hierarchical semi-implicit sampler; one network call per layer.
+
+    Args:
+        num_train_timesteps: Number N of levels of the teacher.
+        beta_start: First beta, in [0, 1].
+        beta_end: Last beta, in [0, 1].
+        beta_schedule: Any name that `DDPMScheduler` knows.
+        trained_betas: The betas, in [0, 1], instead of the three above.
+        prediction_type: What the network predicts: "epsilon", "v_prediction", "sample", or, of a rectified flow, which
+            has no betas, "flow_prediction": noise - x0.
+        layer_timesteps: The trained grid, T+1 strictly descending levels tau_T .. tau_0 in 0..N-1; the last one may
+            be -1, where noise ends. Only T steps are accepted then. Or a list of such grids of different T.
+        timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`.
+        kernel: "ddim" or "renoise", see above.
+        noise_eta: eta of the ddim kernel, in [0, 1]; the paper has 0.2.
+        noise_scale: Factor > 0 on the standard deviation, one for all layers or, of one grid, a list of T,
+            noise_scale[t] for layer t (so the last of the list is for the first step).
+        noise_scale_type: "config": `noise_scale` above. "per_pixel": `step` must be given a tensor.
+        clip_sample: Clamp the predicted x0 to +- `clip_sample_range`.
+        clip_sample_range: Bound of the clamp, > 0.
+        thresholding: Clamp x0 to a quantile of its absolute values and divide by it, instead of `clip_sample` (Imagen).
+        dynamic_thresholding_ratio: That quantile, in [0, 1].
+        sample_max_value: Upper bound of the threshold, > 0.
+        set_alpha_to_one: The final alpha (level -1) is 1; otherwise that of timestep 0.
+        steps_offset: Added to the timesteps of spacing "leading", 0..N-1.
+        rescale_betas_zero_snr: abar is 0 at the last timestep (alg. 1 of arXiv 2305.08891); not with "epsilon".
+        shift: Of a rectified flow, > 0: above 1 more of the levels have high noise, see `FlowLevels`.
+        use_dynamic_shifting: Of a rectified flow: the shift is that of `set_timesteps(mu=...)`, which follows from the
+            number of pixels, exp(mu) or mu; `shift` before.
+        time_shift_type: "exponential", exp(mu), or "linear", mu.
+        guidance_scale: Scale of classifier-free guidance that the network has taken in, 1 for none, or the scales, of
+            which it must be told one; the last class label is "no class". None: the network knows nothing of it.
+
+    Raises:
+        ValueError: A value is outside the ranges above.
+    """
+
+    # Saved pipelines name the class by its module, also where this file is saved beside the weights.
+    __module__ = "hsivi_diffusers"
+
+    _source = Path(__file__).read_text(encoding="utf-8")
+    _compatibles = [*(scheduler.name for scheduler in KarrasDiffusionSchedulers), *FLOWS]
+    order = 1
+
+    get_velocity = DDPMScheduler.get_velocity
+    _threshold_sample = DDPMScheduler._threshold_sample
+    make_layer_timesteps = staticmethod(make_layer_timesteps)
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        prediction_type: str = "epsilon",
+        layer_timesteps: list[int] | list[list[int]] | None = None,
+        timestep_spacing: str = "quadratic",
+        kernel: str = "ddim",
+        noise_eta: float = 0.2,
+        noise_scale: float | list[float] = 1.0,
+        noise_scale_type: str = "config",
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        guidance_scale: float | list[float] | None = None,
+    ):
+        _check_settings(self.config)
+        if layer_timesteps is not None:
+            layer_timesteps = _check_grids(layer_timesteps, num_train_timesteps)
+            # A trained grid needs no spacing, and some classes accept only their own.
+            spacing = "leading" if timestep_spacing in OUR_SPACINGS else timestep_spacing
+            self.register_to_config(layer_timesteps=layer_timesteps, timestep_spacing=spacing)
+        noise_scale, guidance_scale = _check_noise_scale(noise_scale, layer_timesteps), _check_guidance(guidance_scale)
+        self.register_to_config(noise_scale=noise_scale, guidance_scale=guidance_scale)
+        self.levels = self._make_levels(shift)
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self.timesteps = self.levels.time(torch.arange(len(self.levels)).flip(0))
+        self._layers: Layers | None = None
+        for depth in self.depths if layer_timesteps is not None else []:  # checks each; the largest stays
+            self.set_timesteps(depth)
+
+    def _make_levels(self, shift: float) -> BetaLevels | FlowLevels:
+        if self.is_flow:
+            return FlowLevels(len(self), shift)
+        given = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+        schedule = _make_schedule({name: self.config[name] for name in (*given, "rescale_betas_zero_snr")})
+        self.betas, self.alphas, self.alphas_cumprod = schedule.betas, schedule.alphas, schedule.alphas_cumprod
+        self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
+        return BetaLevels(self.alphas_cumprod, self.final_alpha_cumprod)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Adds to the config. A trained sampler keeps all of it: no setting gives way to another class's default."""
+        if kwargs.get("layer_timesteps") is not None:
+            kwargs.pop("_use_default_values", None)
+        super().register_to_config(**kwargs)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Makes the scheduler from the config of any scheduler with a beta schedule, or of a rectified flow.
+
+        Raises:
+            ValueError: The config has the noise levels of EDM, or those of a flow that follow another formula.
+        """
+        if isinstance(config, dict):
+            kwargs = _read_settings(config, kwargs)
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves the config and this file beside it, so that the folder also loads without the package."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / "hsivi_diffusers.py").write_text(self._source, encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def __len__(self) -> int:
+        """N, the number of levels of the teacher."""
+        return int(self.config.num_train_timesteps)
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the levels are those of a rectified flow, not of betas."""
+        return bool(self.config.prediction_type == "flow_prediction")
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the sample as it is; other schedulers scale here."""
+        return sample
+
+    # ----- the grid -----
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | list[float] | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Sets the grid: the trained one, one made for this count, or the one given.
+
+        Args:
+            num_inference_steps: T. With trained grids only a T of theirs is accepted, and None means the largest.
+            device: Where `timesteps` goes.
+            timesteps: Times of the inputs tau_T .. tau_1 of the layers, instead of T; the last layer ends at -1. Or
+                trained ones.
+            sigmas: Of a rectified flow: u of the inputs, before the shift, each moved to the nearest level. With a
+                trained grid they only tell T.
+            mu: See `use_dynamic_shifting`; a trained grid keeps the shift it was trained with.
+
+        Raises:
+            ValueError: Several or none are given, or they are not as above.
+        """
+        if self.config.use_dynamic_shifting and mu is not None and not self.trained_grids:
+            shift = math.exp(mu) if self.config.time_shift_type == "exponential" else mu
+            _check_number("the shift that follows from mu", shift, sys.float_info.min)
+            self.levels = self._make_levels(shift)
+        grid = _choose_grid(self.config, self.levels, num_inference_steps, timesteps, sigmas)
+        if grid[0] >= len(self.levels):
+            raise ValueError(f"the grid {grid} starts beyond the {len(self.levels)} betas: give trained_betas for all")
+        if self.config.prediction_type == "epsilon" and self.alphas_cumprod[grid[0]] == 0:
+            raise ValueError(f"abar is 0 at {grid[0]}, where a noise prediction does not determine x0: start lower")
+        if self._layers is None or not self._layers.are_of(self.levels, grid, self.config):
+            self._layers = Layers(self.levels, grid, self.config)
+        self.num_inference_steps = len(grid) - 1
+        self.timesteps = self.levels.time(self._layers.grid[:-1]).to(device)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Checks the layer that a pipeline starts at; `step` finds its layer by the timestep.
+
+        Raises:
+            ValueError: The sampler has no such layer, as when an image-to-image pipeline is given a low strength.
+        """
+        if self.num_inference_steps is not None and begin_index >= self.num_inference_steps:
+            raise ValueError(
+                f"begin_index={begin_index}, but there are {self.num_inference_steps} layers, so no layer is left to "
+                f"run: with an image-to-image pipeline raise `strength` to 1/{self.num_inference_steps} or more"
+            )
+
+    @property
+    def trained_grids(self) -> list[list[int]]:
+        """The grids of `layer_timesteps`, by rising T; empty if nothing was trained."""
+        return _grids(self.config.layer_timesteps)
+
+    @property
+    def guidance_scales(self) -> list[float]:
+        """The scales of guidance that the network has taken in, ascending; empty if it knows nothing of it."""
+        scales = self.config.guidance_scale
+        return [] if scales is None else list(scales) if isinstance(scales, list | tuple) else [scales]
+
+    def guidance_index(self, scale: float | None) -> int:
+        """Returns the place of a scale in `guidance_scales`; of None, 0.
+
+        Raises:
+            ValueError: The network was not trained with it.
+        """
+        scales = self.guidance_scales
+        if scale is None or scale in scales:
+            return 0 if scale is None else scales.index(scale)
+        taken = f"guidance of scale {' or '.join(map(str, scales))}" if scales else "no guidance: leave it out"
+        raise ValueError(f"guidance_scale={scale}: this sampler was trained with {taken}")
+
+    @property
+    def depths(self) -> list[int]:
+        """T of each trained grid, or of the one that is set: the layers of all are counted one grid after the other."""
+        return [len(grid) - 1 for grid in self.trained_grids] or [len(self.layers.grid) - 1]
+
+    def input_level(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns tau_{t+1}, the level of the input of layers t, of the shape of t; `depths` tells how t counts."""
+        return self._layers_of_all_grids[0].to(t.device)[t]
+
+    def output_level(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns tau_t, see `input_level`."""
+        return self._layers_of_all_grids[1].to(t.device)[t]
+
+    @property
+    def _layers_of_all_grids(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Levels of input and output of each layer, counted from the data side, one grid after the other."""
+        rising = [torch.tensor(grid).flip(0) for grid in self.trained_grids] or [self.layers.grid.flip(0)]
+        return torch.cat([grid[1:] for grid in rising]), torch.cat([grid[:-1] for grid in rising])
+
+    @property
+    def layers(self) -> Layers:
+        """Those of the grid that is set.
+
+        Raises:
+            ValueError: There is none yet.
+        """
+        if self._layers is None:
+            raise ValueError("the scheduler has no grid yet: call set_timesteps(num_inference_steps) first")
+        return self._layers
+
+    # ----- the layer -----
+
+    def alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns alpha and sigma of levels (B,) or (1,), shaped (B, 1, ...) to go with the sample.
+
+        Level -1 is where noise ends. The sample gives the device, dtype and number of dimensions.
+        """
+        return self.levels.alpha_sigma(level, sample)
+
+    def diffuse(self, x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Returns alpha x0 + sigma noise, of the shape and dtype of x0; levels as in `alpha_sigma`."""
+        alpha, sigma = self.alpha_sigma(level, x0)
+        noisy: torch.Tensor = alpha * x0 + sigma * noise
+        return noisy
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Returns what `diffuse` does, at times of the network."""
+        return self.diffuse(original_samples, noise, self.levels.level(timesteps))
+
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns what `add_noise` does, under the name and with the order of flow matching.
+
+        Raises:
+            ValueError: The noise is missing.
+        """
+        if noise is None:
+            raise ValueError("noise is missing: give noise of the shape of the sample")
+        return self.add_noise(sample, noise, timestep.reshape(-1))
+
+    def predict(
+        self, model_output: torch.Tensor, level: int | torch.Tensor, sample: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Converts a network output to (x0, eps) with sample = alpha x0 + sigma eps, float32 at least.
+
+        x0, the clean image, is clamped afterwards if `clip_sample`.
+
+        Args:
+            model_output: Shape (B, C, H, W), or (B, 2C, H, W) with a learned variance, which is dropped.
+            level: Where the sample is, a scalar or shape (B,).
+            sample: Shape (B, C, H, W).
+
+        Raises:
+            ValueError: The output does not fit the sample.
+        """
+        model_output, sample = _match(model_output, sample)
+        return self._predict(model_output, sample, *self.alpha_sigma(self.levels.read_levels(level, sample), sample))
+
+    def _predict(
+        self, model_output: torch.Tensor, sample: torch.Tensor, alpha: Any, sigma: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x0, eps = _split(self.config.prediction_type, model_output, sample, alpha, sigma)
+        if self.config.thresholding:
+            x0 = self._threshold_sample(x0)
+        elif self.config.clip_sample:
+            x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return x0, eps
+
+    def transition(
+        self,
+        model_output: torch.Tensor,
+        level: int | torch.Tensor,
+        sample: torch.Tensor,
+        noise_scale: torch.Tensor | None = None,
+        prev_level: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns mean and standard deviation of q_t(x_t | x_{t+1}), the formulas at the head of this file.
+
+        The std broadcasts against the sample; it is returned at the last layer, too, whose noise `step` leaves out.
+
+        Args:
+            model_output: Output of the network at the sample, see `predict`.
+            level: tau_{t+1}, a scalar or shape (B,).
+            sample: x_{t+1}, shape (B, C, H, W).
+            noise_scale: Instead of that of the config; any shape that broadcasts against the sample.
+            prev_level: tau_t, shape (B,), where it does not follow from the grid that is set, as with several.
+
+        Raises:
+            ValueError: The level is no layer's input, the shapes do not fit, or a per-pixel scale is missing.
+        """
+        model_output, sample = _match(model_output, sample)
+        layer = self.layers.coefficients(self.levels.read_levels(level, sample), sample, prev_level)
+        mean, std, _ = self._transition(model_output, sample, layer, noise_scale)
+        return mean, std if isinstance(std, torch.Tensor) else mean.new_full([1] * mean.ndim, std)
+
+    def _transition(
+        self, model_output: torch.Tensor, sample: torch.Tensor, layer: LayerCoefficients, noise_scale: Any
+    ) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """Returns mean and std of the layer, and x0."""
+        x0, eps = self._predict(model_output, sample, layer.alpha_next, layer.sigma_next)
+        mean = layer.mean(x0, eps)
+        if noise_scale is not None:
+            sizes = zip(reversed(noise_scale.shape), reversed(sample.shape), strict=False)
+            if noise_scale.ndim > sample.ndim or any(size not in (1, wanted) for size, wanted in sizes):
+                raise ValueError(
+                    f"noise_scale has shape {tuple(noise_scale.shape)}: give one that broadcasts to the sample, "
+                    f"{tuple(sample.shape)}"
+                )
+            return mean, noise_scale.to(sample) * layer.c, x0
+        if self.config.noise_scale_type == "per_pixel":
+            raise ValueError(
+                "noise_scale_type is 'per_pixel', but no noise_scale was given: sample with HSIVIPipeline, which holds "
+                "it, or pass step(..., noise_scale=tensor)"
+            )
+        return mean, layer.noise_scale * layer.c, x0
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
+        noise_scale: torch.Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> HSIVISchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Draws x_t ~ q_t(. | x_{t+1}); the last layer returns the mean. Keeps no state: any order, any repetition.
+
+        Args:
+            model_output: See `transition`, as the sample.
+            timestep: The network's time at tau_{t+1}, one of `timesteps`, a scalar or shape (B,).
+            sample: x_{t+1}.
+            generator: Source of the noise, one or a list of B.
+            variance_noise: The noise itself, of the shape of the sample.
+            noise_scale: The per-pixel scale, where `noise_scale_type` is "per_pixel".
+            return_dict: Return `HSIVISchedulerOutput` rather than a tuple.
+            **kwargs: What pipelines pass to other schedulers, such as `eta`; ignored.
+
+        Raises:
+            ValueError: As `transition`; or generator and variance_noise are both given.
+        """
+        dtype = sample.dtype
+        model_output, sample = _match(model_output, sample)
+        layer = self.layers.at(timestep, sample)
+        mean, std, x0 = self._transition(model_output, sample, layer, noise_scale)
+        if generator is not None and variance_noise is not None:
+            raise ValueError("generator and variance_noise were both given: pass the source of the noise, or the noise")
+        if layer.last is True:
+            x = mean
+        else:
+            if variance_noise is None:
+                variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=mean.dtype)
+            elif variance_noise.shape != sample.shape:
+                raise ValueError(
+                    f"variance_noise has shape {tuple(variance_noise.shape)}: give that of the sample, "
+                    f"{tuple(sample.shape)}"
+                )
+            x = mean + std * variance_noise.to(mean.dtype)
+            if layer.last is not False:
+                x = torch.where(layer.last, mean, x)
+        x, x0 = x.to(dtype), x0.to(dtype)
+        return HSIVISchedulerOutput(prev_sample=x, pred_original_sample=x0) if return_dict else (x, x0)
+
+
+def _match(model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drops a learned variance, checks the shapes, and leaves half precision."""
+    if model_output.ndim == sample.ndim and model_output.shape[1] == 2 * sample.shape[1]:
+        model_output = model_output.chunk(2, dim=1)[0]
+    if model_output.shape != sample.shape:
+        raise ValueError(
+            f"model_output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}: they must be "
+            "equal, or the output must have twice the channels"
+        )
+    if model_output.dtype == sample.dtype == torch.float32:
+        return model_output, sample
+    if not sample.is_floating_point() or not model_output.is_floating_point():
+        raise ValueError(
+            f"model_output is {model_output.dtype} and the sample {sample.dtype}: give floating-point tensors, "
+            "such as sample.float()"
+        )
+    dtype = torch.promote_types(sample.dtype, torch.float32)
+    return model_output.to(dtype), sample.to(dtype)
+
+
+def _rows(name: str, values: Any, sample: torch.Tensor) -> torch.Tensor:
+    """One number, or one for each row of the sample, as a vector."""
+    if isinstance(values, str):
+        raise ValueError(f"{name}={values!r}: give a number or a tensor, such as one of scheduler.timesteps")
+    values = torch.as_tensor(values).reshape(-1)
+    if len(values) not in (1, len(sample)):
+        raise ValueError(f"{len(values)} {name}s for {len(sample)} samples: give one, or one for each")
+    return values
+
+
+def _split(
+    prediction_type: str, model_output: torch.Tensor, sample: torch.Tensor, alpha: Any, sigma: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the (x0, eps) that a prediction means, with sample = alpha x0 + sigma eps."""
+    if prediction_type == "epsilon":
+        return (sample - sigma * model_output) / alpha, model_output
+    if prediction_type == "sample":
+        return model_output, (sample - alpha * model_output) / sigma
+    if prediction_type == "flow_prediction":
+        return sample - sigma * model_output, sample + alpha * model_output
+    return alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
+
+
+def _grids(layer_timesteps: Any) -> list[list[int]]:
+    """Returns the grids of the setting, by rising T; empty if nothing was trained."""
+    grids = layer_timesteps or []
+    return [list(grids)] if grids and isinstance(grids[0], int) else sorted(map(list, grids), key=len)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+
+
+def _check_number(
+    name: str, value: Any, low: float, high: float = sys.float_info.max, kind: type = Real, remedy: str = ""
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # type: ignore[operator]
+        whole = "a whole number" if kind is Integral else "a number"
+        bounds = f"from {low} to {high}" if high < sys.float_info.max else "> 0" if low < 1 else f"of at least {low}"
+        raise ValueError(f"{name}={value!r}: give {whole} {bounds}{remedy}")
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuses, with ValueError, single values that are out of range."""
+    choices = {
+        "prediction_type": PREDICTION_TYPES,
+        "timestep_spacing": TIMESTEP_SPACINGS,
+        "kernel": ("ddim", "renoise"),
+    }
+    choices |= {"noise_scale_type": ("config", "per_pixel"), "time_shift_type": ("exponential", "linear")}
+    for name, accepted in choices.items():
+        _check_choice(name, settings[name], accepted)
+    size = settings["num_train_timesteps"]
+    _check_number("num_train_timesteps", size, 1, kind=Integral)
+    _check_number("steps_offset", settings["steps_offset"], 0, size - 1, kind=Integral)
+    _check_number("noise_eta", settings["noise_eta"], 0, 1, remedy="; 0 is DDIM, 1 is the noise of DDPM")
+    _check_number("dynamic_thresholding_ratio", settings["dynamic_thresholding_ratio"], 0, 1)
+    for name in ("clip_sample_range", "sample_max_value", "shift"):
+        _check_number(name, settings[name], sys.float_info.min)
+    if settings["rescale_betas_zero_snr"] and settings["prediction_type"] == "epsilon":
+        raise ValueError(
+            "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the sample "
+            "is pure noise, and a prediction of it does not determine x0"
+        )
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool | str) and float(value).is_integer()
+    except (TypeError, ValueError):
+        return False
+
+
+def _listed(values: Any) -> list[Any]:
+    """Returns the values as a list; a single number as a list of one, which a check of a grid then refuses."""
+    try:
+        return list(values)
+    except TypeError:
+        return [values]
+
+
+def _make_schedule(options: dict[str, Any]) -> DDPMScheduler:
+    """Returns the scheduler of diffusers that has these betas."""
+    remedy = "give betas from 0 to 1, such as beta_start=0.0001, beta_end=0.02, or a list of them as trained_betas"
+    try:
+        schedule = DDPMScheduler(**options)
+        low, high = schedule.betas.aminmax()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"no betas follow from these settings ({str(error).splitlines()[0]}): {remedy}") from error
+    if not 0 <= low <= high <= 1 or schedule.betas.ndim != 1:
+        raise ValueError(f"betas from {float(low):g} to {float(high):g}, shape {tuple(schedule.betas.shape)}: {remedy}")
+    return schedule
+
+
+def _read_settings(config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns kwargs with what the config of a rectified flow means, or refuses levels that are not known."""
+    name = config.get("_class_name") or "this scheduler"
+    betas = {"beta_start", "trained_betas"} & {*config, *kwargs}
+    whole = "_class_name" in config or "num_train_timesteps" in config
+    flow, kind = config.get("use_flow_sigmas"), config.get("prediction_type", "flow_prediction")
+    if flow is not None and flow != (kind == "flow_prediction"):
+        raise ValueError(
+            f"the config of {name} has use_flow_sigmas={flow} and prediction_type={kind!r}: a rectified flow "
+            "has True and 'flow_prediction', and any other model neither"
+        )
+    if flow or ("shift" in config and not betas):
+        return {**_flow_settings(name, config), **kwargs}
+    if whole and not betas:
+        raise ValueError(
+            f"the config of {name} has neither betas nor a rectified flow; EDM and VE models are not "
+            "supported: use one whose scheduler is like DDPMScheduler or FlowMatchEulerDiscreteScheduler"
+        )
+    return kwargs
+
+
+def _flow_settings(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What a scheduler of diffusers for rectified flows says in its config, under our names."""
+    others = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+    if odd := [other for other in others if config.get(other)]:
+        raise ValueError(
+            f"the config of {name} sets {', '.join(odd)}, whose noise levels are not supported: a rectified flow with "
+            "`shift` is"
+        )
+    shift = config.get("flow_shift", config.get("shift", 1.0))
+    return {"prediction_type": "flow_prediction", "shift": 1.0 if shift is None else shift}
+
+
+def _check_timesteps(name: str, timesteps: Any, num_train_timesteps: int) -> list[int]:
+    """Returns the grid as plain integers."""
+    grid = _listed(timesteps)
+    remedy = f"give T+1 strictly descending integers from {num_train_timesteps - 1} to 0; the last may be -1"
+    if len(grid) < 2 or not all(map(_is_whole, grid)):
+        raise ValueError(f"{name}={grid!r} is no grid of at least 1 layer: {remedy}")
+    if any(above <= below for above, below in zip(grid[:-1], grid[1:], strict=True)):
+        raise ValueError(f"{name}={grid} is not strictly descending: {remedy}")
+    if grid[0] >= num_train_timesteps or grid[-1] < -1:
+        raise ValueError(f"{name}={grid} leaves the teacher's clock: {remedy}")
+    return [int(tau) for tau in grid]
+
+
+def _check_grids(grids: Any, num_train_timesteps: int) -> list[int] | list[list[int]]:
+    """Returns one grid, or several of different T, as plain integers."""
+    grids = _listed(grids)
+    if not grids or not hasattr(grids[0], "__len__") or isinstance(grids[0], str) or getattr(grids[0], "ndim", 1) == 0:
+        return _check_timesteps("layer_timesteps", grids, num_train_timesteps)
+    checked = [_check_timesteps(f"layer_timesteps[{i}]", grid, num_train_timesteps) for i, grid in enumerate(grids)]
+    counts = [len(grid) - 1 for grid in checked]
+    if len(set(counts)) < len(counts):
+        raise ValueError(f"layer_timesteps holds grids of {counts} steps: give each number of steps one grid")
+    return checked if len(checked) > 1 else checked[0]
+
+
+def _choose_grid(
+    settings: Mapping[str, Any],
+    levels: Levels,
+    num_inference_steps: int | None,
+    timesteps: list[int] | list[float] | None,
+    sigmas: list[float] | None,
+) -> list[int]:
+    """Returns the grid that `set_timesteps` is asked for."""
+    size, spacing = settings["num_train_timesteps"], settings["timestep_spacing"]
+    is_flow, trained = isinstance(levels, FlowLevels), _grids(settings["layer_timesteps"])
+    if sigmas is not None:
+        if not is_flow:
+            raise ValueError("sigmas are of a rectified flow, and this scheduler has betas: pass timesteps")
+        if num_inference_steps not in (None, len(sigmas)):
+            raise ValueError(f"num_inference_steps={num_inference_steps}, and {len(sigmas)} sigmas: pass one")
+        if trained:
+            return _choose_trained(trained, len(sigmas), None)
+        steps = [round(float(u) * size) - 1 for u in sigmas]
+        return _check_timesteps("the levels of sigmas + [-1]", [*steps, -1], size)
+    if num_inference_steps is not None and timesteps is not None:
+        raise ValueError("num_inference_steps and timesteps were both given: pass one of them")
+    if timesteps is not None and isinstance(levels, FlowLevels):
+        timesteps = levels.levels_of(_listed(timesteps))
+    if trained:
+        return _choose_trained(trained, num_inference_steps, timesteps)
+    if timesteps is not None:
+        return _check_timesteps("timesteps + [-1]", [*_listed(timesteps), -1], size)
+    if num_inference_steps is None:
+        raise ValueError("this scheduler has no trained grid (layer_timesteps): pass num_inference_steps")
+    # A rectified flow is N(0, I) at its last level alone; with betas others are nearly so.
+    start = size - 1 if is_flow and spacing in OUR_SPACINGS and num_inference_steps < size else None
+    return make_layer_timesteps(num_inference_steps, spacing, size, start, settings["steps_offset"])
+
+
+def _counts(trained: list[list[int]]) -> str:
+    *most, last = (str(len(grid) - 1) for grid in trained)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _choose_trained(
+    trained: list[list[int]], num_inference_steps: int | None, timesteps: list[int] | list[float] | None
+) -> list[int]:
+    """Returns the trained grid that was asked for; the longest, if nothing was."""
+    for grid in reversed(trained):
+        if num_inference_steps in (None, len(grid) - 1) and (timesteps is None or _listed(timesteps) == grid[:-1]):
+            return grid
+    counts = _counts(trained)
+    asked = f"num_inference_steps={num_inference_steps!r}" if timesteps is None else f"timesteps={timesteps}"
+    raise ValueError(
+        f"{asked}, but this sampler was trained for {counts} steps, layer_timesteps="
+        f"{trained[0] if len(trained) == 1 else trained}: pass num_inference_steps={counts}"
+    )
+
+
+def _check_guidance(scales: Any) -> float | list[float] | None:
+    """Returns plain numbers, for JSON, ascending."""
+    given = [] if scales is None else _listed(scales)
+    numbers = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 <= w < math.inf for w in given)
+    if not numbers or len(set(given)) < len(given) or scales == []:
+        raise ValueError(f"guidance_scale={scales!r}: give a number of at least 0, 1 for none, or several that differ")
+    ordered = sorted(map(float, given))
+    return None if scales is None else ordered if len(ordered) > 1 else ordered[0]
+
+
+def _check_noise_scale(noise_scale: Any, grid: Any) -> float | list[float]:
+    """Returns plain numbers, for JSON; several go with one grid of as many layers."""
+    try:
+        scale = torch.as_tensor(noise_scale, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        scale = torch.tensor(math.nan)
+    if scale.ndim > 1 or not bool(((scale > 0) & scale.isfinite()).all()):
+        raise ValueError(f"noise_scale={noise_scale!r}: give a number > 0 or a list; for no noise use noise_eta=0")
+    numbers: float | list[float] = scale.tolist()
+    if not isinstance(numbers, list):
+        return numbers
+    count = len(numbers)
+    if grid is not None and isinstance(grid[0], list):
+        raise ValueError(f"noise_scale has {count} numbers, for {len(grid)} grids: give one number for all layers")
+    if grid is None or count != len(grid) - 1:
+        wanted = "a grid, layer_timesteps" if grid is None else f"{len(grid) - 1} numbers, one for each layer"
+        raise ValueError(f"noise_scale has {count} numbers: it needs {wanted}")
+    return numbers
