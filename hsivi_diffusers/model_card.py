@@ -324,7 +324,7 @@ def _training(scheduler: Any, run: dict[str, Any]) -> str:
         text += f" It has taken in classifier-free guidance of scale {one_of(scales)}{less}, at no further call."
     settings = ", ".join(f"{name} {_plain(options[name])}" for name in TOLD if options.get(name) is not None)
     if settings:
-        text += f"\n\nCommand `hsivi distil` of hsivi_diffusers: {settings}."
+        text += f"\n\nTrained by hsivi_diffusers: {settings}."
     if training.get("processes") and training.get("seconds"):
         processes = f"{training['processes']} process{'es' * (training['processes'] > 1)}"
         text += f" It took {training['seconds']:.0f} s in {processes}."

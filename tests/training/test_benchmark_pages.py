@@ -339,7 +339,7 @@ def test_the_figure_of_samples_has_images_of(method, nfe, shown):
 
 def test_the_tables_of_the_docs_are_those_of_the_results(tmp_path):
     docs = ROOT / "docs" / "benchmarks"
-    for folder in (docs, docs / "kinds"):
+    for folder in (docs, docs / "kinds", docs / "text"):
         for name, rows in benchmark_pages.in_sets(read_rows(folder / "results.json")).items():
             page = (folder / f"{benchmark_pages.as_word(name)}.md").read_text(encoding="utf-8")
             assert pages.fill_tables(page, benchmark_pages.make_tables(rows)) == page
