@@ -305,7 +305,10 @@ def main(args: Sequence[str]) -> None:
         raise ValueError(f"--pipeline {unknown[0]} is no folder, and no repo id such as user/name: check the spelling")
     page = make_page(names, usable_device(options.device))
     try:
-        # Nothing needs to be uploaded, and the least that can be allowed is a byte.
-        page.launch(server_name=options.server_name, server_port=options.server_port, max_file_size=1)
+        # Nothing needs to be uploaded, and the least that can be allowed is a byte. Quiet, for gradio offers to share.
+        where = {"server_name": options.server_name, "server_port": options.server_port}
+        _, address, _ = page.launch(**where, max_file_size=1, quiet=True, prevent_thread_lock=True)
     except OSError as error:
         raise ValueError(f"--server_name {options.server_name} --server_port {options.server_port}: {error}") from error
+    print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
+    page.block_thread()

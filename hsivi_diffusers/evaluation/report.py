@@ -108,7 +108,7 @@ class Report:
         longest = max(baselines, key=lambda row: (row["nfe"], -row[self.headline]), default=ours)
         if longest["nfe"] > ours["nfe"]:
             value = written(self.headline, longest[self.headline])
-            compared += f"; best at {longest['nfe']} calls: {longest['method']}, {value}"
+            compared += f"; with the most calls, {longest['nfe']}: {longest['method']}, {value}"
         return (
             f"Wrote:  index.html, report.md, report.json, samples.png, curve.png in {run_dir}\n"
             f"Result: {compared}\n"

@@ -440,7 +440,7 @@ def test_three_lines_close_the_run(rows, evaluated):
     best = min(rows[1:6], key=lambda row: row["fd"])
     assert compares == (
         f"Result: FD {rows[0]['fd']:.2f} at 2 network calls; best solver at as many calls: "
-        f"{best['method']}, {best['fd']:.2f}; best at 5 calls: DDPM, {rows[12]['fd']:.2f}"
+        f"{best['method']}, {best['fd']:.2f}; with the most calls, 5: DDPM, {rows[12]['fd']:.2f}"
     )
     assert following == f"Next:   open {folder / 'index.html'} in a browser"
 
@@ -449,7 +449,7 @@ def test_of_several_long_baselines_the_best_is_named(tmp_path):
     rows = [{"method": name, "nfe": nfe, "kid": kid} for name, nfe, kid in (("HSIVI", 2, 0.3), ("DDIM", 4, 0.9))]
     rows.append({"method": "UniPC", "nfe": 4, "kid": 0.1})
     text = report.Report("kid", "features", "digits", {}, rows).closing_lines(tmp_path)
-    assert "KID x 1000 300.00 at 2 network calls; best at 4 calls: UniPC, 100.00" in text
+    assert "KID x 1000 300.00 at 2 network calls; with the most calls, 4: UniPC, 100.00" in text
 
 
 def test_guidance_and_classes_that_were_left_out_are_told(tmp_path):
