@@ -95,9 +95,9 @@ class SetTeacher:
             ValueError: They are not those of whole steps.
         """
         network = self.network.unet if unguided and isinstance(self.network, GuidedNetwork) else self.network
-        if calls % calls_of_step(network):
+        steps, rest = divmod(calls, calls_of_step(network))
+        if rest:
             raise ValueError(f"{calls} network calls: a guided step has two, give an even number")
-        steps = calls // calls_of_step(network)
         if guidance_end is not None:
             if not isinstance(network, GuidedNetwork):
                 raise ValueError(f"guidance_end={guidance_end} of a teacher without guidance: leave it out")
