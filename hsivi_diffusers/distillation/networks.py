@@ -74,6 +74,12 @@ def check_fit(teacher: Network, config: HSIVIConfig) -> None:
             f"lora_rank={config.lora_rank}: of a {kind} no stock pipeline loads an adapter: set lora_rank to 0, which "
             "trains all weights"
         )
+    shares = getattr(teacher, "is_loaded_in_4bit", False)  # networks of 8-bit weights, if shared, answer wrongly
+    if getattr(teacher, "is_quantized", False) and not (shares and adapter_rank(teacher, config)):
+        raise ValueError(
+            "the teacher has quantised weights: 4 bits by bitsandbytes, load_in_4bit=True, are supported, "
+            f"with adapters of lora_rank {LORA_RANK}; load it so, or without quantization_config"
+        )
     several: dict[str, list[Any]] = {"num_inference_steps": config.depths, "guidance_scale": config.scales}
     for name, values in several.items():
         if len(values) > 1:

@@ -90,7 +90,8 @@ def load_parts(teacher: str | os.PathLike[str] | DiffusionPipeline, revision: st
     if pipeline is not teacher:
         return Parts(network, schedule, host, partial(_load_encoders, os.fspath(teacher), revision))
     host = host and _like(host, vae=copy.deepcopy(host.vae).float())  # the one given stays as it is
-    return Parts(copy.deepcopy(network).float(), schedule, host, lambda: copy.deepcopy(text_encoders(pipeline)))
+    whole = nn.Module.float(copy.deepcopy(network))  # that of diffusers refuses a network with quantised weights
+    return Parts(whole, schedule, host, lambda: copy.deepcopy(text_encoders(pipeline)))
 
 
 def _load_encoders(name: str, revision: str | None) -> dict[str, Any]:
