@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -27,6 +28,7 @@ from ..run_records import COLUMNS
 from ..vi import Step
 from .config import HSIVIConfig
 from .guidance import guided
+from .lag import critic_lag
 from .ode import batches, run_solver
 from .pairs import TeacherPairs
 from .state import TrainingState
@@ -40,6 +42,8 @@ WIDTH = 512  # pixels that a sample grid has at least
 # runs have been at 0.8 to 1.1 after a tenth; digits at a hundred times the student's rate ended at a diversity of 0.15.
 BOUND, LIMIT = 1.5, 3.0
 RATIOS = ("images/contrast", "images/diversity")
+LAG = "critic/lag"  # see `critic_lag`
+USUAL_LAG = 0.5  # above which a run says so
 RATES = ("learning_rate", "critic_learning_rate")
 
 
@@ -165,8 +169,10 @@ class Progress:
     def draw(self, step: int) -> list[float]:
         """Writes a grid: the teacher's images in many steps, then the student's in most, always from the same noise.
 
-        Returns the ratios of `beside_teacher`, in every process.
+        From half of the run on it tells the lag of the critic, too, which is large in any run before. Returns the
+        ratios of `beside_teacher`, in every process.
         """
+        told = {LAG: critic_lag(self.state, step)} if 2 * step >= self.config.max_train_steps else {}
         ratios = torch.ones(len(RATIOS), device=self.accelerator.device)
         if self.accelerator.is_main_process:
             images = torch.cat([self._teacher_row, self._draw_student((ROWS - 1) * COLUMNS)])
@@ -179,7 +185,12 @@ class Progress:
             size = (factor * grid.width, factor * grid.height)
             grid.resize(size, Image.Resampling.NEAREST).save(folder / f"step-{step}.png")
             compared = beside_teacher(images)
-            self._log(step, compared)
+            self._log(step, {**compared, **told})
+            if told.get(LAG, math.nan) > USUAL_LAG:
+                tqdm.write(
+                    f"after {step} updates the critic lags by {told[LAG]:.2f}, and up to {USUAL_LAG} is usual: see "
+                    "'Training' in docs/troubleshooting.md"
+                )
             ratios.copy_(torch.tensor([*compared.values()]))
             self._write_page()
             for tracker in self.accelerator.trackers:

@@ -113,8 +113,9 @@ class TrainingState:
             "critic_schedule": self.lr_schedulers[1],
             "average": self.ema,
         }
+        self.called: dict[str, int] = {}  # see `counting_rows`
         self.pairs = cache(self._make_pairs)  # made when first asked for, and anew by a resumed run
-        self.chains = [self._make_chain(place) for place in range(config.gradient_accumulation_steps)]
+        self.chains = [self.make_chain(place) for place in range(config.gradient_accumulation_steps)]
 
     def _make_optimizers(self, networks: Networks) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
         config = self.config
@@ -135,7 +136,8 @@ class TrainingState:
         ]
         return optimizers
 
-    def _make_chain(self, place: int) -> Chain:
+    def make_chain(self, place: int) -> Chain:
+        """The chain of a micro-batch, at its start."""
         chain = make_chain(
             self.config.source,
             self.bridge.sample_base,
@@ -210,7 +212,7 @@ class TrainingState:
     def counting_rows(self) -> Iterator[dict[str, int]]:
         """Counts the rows that student, critic and teacher are called with, in this process."""
         networks = {"student": self.student.unet, "critic": self.critic_unet, "teacher": self.bridge.unet}
-        rows = dict.fromkeys(networks, 0)
+        rows = self.called = dict.fromkeys(networks, 0)
 
         def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if module is networks[name]:  # and no copy of it, which has the hook too

@@ -26,6 +26,7 @@ from ..vi import (
     fit,
     joint,
 )
+from ..vi.objectives import Scoring
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
 from .guidance import calls_of_step
@@ -50,6 +51,11 @@ def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjectiv
     return Guided(objective, config.pair_weight, loss) if config.is_guided else objective
 
 
+def scoring_of(config: HSIVIConfig) -> Scoring:
+    """The way of the core; "between" differs in what the bridge makes of a draw."""
+    return "own" if config.scoring == "own" else "random"
+
+
 def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
     """Trains from a step on; learning rates and the average of the weights have moved when a step is yielded.
 
@@ -69,7 +75,7 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
         critic=state.critic,
         critic_optimizer=state.critic_optimizer,
         critic_updates=config.critic_updates,
-        scoring="own" if config.scoring == "own" else "random",
+        scoring=scoring_of(config),
         start_step=start_step,
     )
     optimizers, overflows = (state.layer_optimizer, state.critic_optimizer), 0

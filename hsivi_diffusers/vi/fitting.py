@@ -193,10 +193,10 @@ class _Game:
     def begin(self, beta: Tensor, generators: Sequence[torch.Generator]) -> None:
         """Starts a step."""
         self.beta, self.generators = beta, generators
-        self.left: dict[int, tuple[Tensor, LayerDraw, Critic]] = {}
+        self.left: dict[int, tuple[LayerDraw, Critic]] = {}
 
     def layer_rows(self, micro_batch: int) -> _Rows:
-        t, draw = self._draw(micro_batch)
+        draw = self._draw(micro_batch)
         cut = draw.detach()
         critic_seen: Critic = self.critic_seen
         critic: Critic = self.critic
@@ -204,37 +204,48 @@ class _Game:
             answer = cut.answer(self.critic)
             critic_seen, critic = (lambda *_: answer.detach()), (lambda *_: answer)
         if self.has_critic:
-            self.left[micro_batch] = (t, cut, critic)
+            self.left[micro_batch] = (cut, critic)
         loss = self.objective.layer_loss(critic_seen, self.bridge, draw)
-        return _Rows(t, loss, self.beta.to(t.device)[t])
+        return _Rows(draw.t, loss, self.beta.to(draw.t.device)[draw.t])
 
     def critic_rows(self, micro_batch: int) -> _Rows:
         if micro_batch in self.left:
-            t, draw, critic = self.left.pop(micro_batch)
+            draw, critic = self.left.pop(micro_batch)
         else:
             with torch.no_grad():
-                t, draw = self._draw(micro_batch)
+                draw = self._draw(micro_batch)
             critic = self.critic
         assert isinstance(self.objective, CriticObjective)
         loss = self.objective.critic_loss(critic, draw)
-        return _Rows(t, loss, torch.ones_like(loss))
+        return _Rows(draw.t, loss, torch.ones_like(loss))
 
-    def _draw(self, micro_batch: int) -> tuple[Tensor, LayerDraw]:
+    def _draw(self, micro_batch: int) -> LayerDraw:
         chain, generator = self.chains[micro_batch], self.generators[micro_batch]
-        batch = chain.draw(self.layers, generator, self.beta)
-        q = self.layers(batch.x_next, batch.t, batch.condition)
-        chain.advance(batch, q, generator)
-        draw = draw_layer(
-            q,
-            batch.t,
-            self.bridge,
-            x_next=batch.x_next,
-            scoring=self.scoring,
-            condition=batch.condition,
-            generator=generator,
-            end=batch.end,
-        )
-        return batch.t, draw
+        return draw_rows(self.layers, self.bridge, chain, self.scoring, generator, self.beta)
+
+
+def draw_rows(
+    layers: ConditionalLayers,
+    bridge: Bridge,
+    chain: Chain,
+    scoring: Scoring,
+    generator: torch.Generator | None = None,
+    beta: Tensor | None = None,
+) -> LayerDraw:
+    """Draws a batch from the layers, one call of them, and moves the chain on; see `Chain.draw` and `draw_layer`."""
+    batch = chain.draw(layers, generator, beta)
+    q = layers(batch.x_next, batch.t, batch.condition)
+    chain.advance(batch, q, generator)
+    return draw_layer(
+        q,
+        batch.t,
+        bridge,
+        x_next=batch.x_next,
+        scoring=scoring,
+        condition=batch.condition,
+        generator=generator,
+        end=batch.end,
+    )
 
 
 def step_generator(seed: int, micro_batch: int, step: int) -> torch.Generator:

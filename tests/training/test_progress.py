@@ -246,6 +246,18 @@ def test_a_stopped_run_goes_on_to_the_bits_of_one_without_grids(distil, tmp_path
     assert "the run was stopped" not in (stopped / "index.html").read_text()
 
 
+@pytest.mark.parametrize(("lag", "said"), [(0.5, False), (0.7, True)])
+def test_a_run_says_that_its_critic_lags(distil, tmp_path, monkeypatch, draw_times, capsys, lag, said):
+    """In the second half of the run, in which it is looked at."""
+    draw_times(1.0)
+    monkeypatch.setattr(progress, "critic_lag", lambda state, step: lag)
+    run = distil(tmp_path / "run", max_train_steps=5, validation_steps=1)
+    assert ("after 4 updates the critic lags by 0.70, and up to 0.5 is usual" in capsys.readouterr().out) == said
+    lags = {line["step"]: line["critic/lag"] for line in read_log(run) if "critic/lag" in line}
+    assert lags == dict.fromkeys((3, 4, 5), lag)
+    assert f"teacher's contrast, 1.00 its diversity, critic's lag {lag:.2f}" in (run / "index.html").read_text()
+
+
 def test_one_grid_of_collapsed_images_stops_no_run(distil, tmp_path, draw_times):
     draw_times(1.0, 0.0)
     distil(tmp_path / "run", validation_steps=1, **COLLAPSED)
