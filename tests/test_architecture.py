@@ -104,8 +104,12 @@ ALLOWED = {
         | {"vi/*", "bars"},
         TRAIN,
     ),
+    "distillation/lag": (
+        {f"distillation/{noun}" for noun in ("guidance", "state", "state_dicts", "student", "updates")} | {"vi/*"},
+        TRAIN,
+    ),
     "distillation/progress": (
-        {f"distillation/{noun}" for noun in ("config", "guidance", "ode", "pairs", "state", "teachers")}
+        {f"distillation/{noun}" for noun in ("config", "guidance", "lag", "ode", "pairs", "state", "teachers")}
         | {"vi/*", "bars", "folders", "run_page", "run_records"},
         TRAIN | {"PIL"},
     ),

@@ -71,6 +71,14 @@ def adam_of(config: HSIVIConfig) -> Callable[..., torch.optim.Optimizer]:
     return Adam8bit
 
 
+def check_number_of_shares(config: HSIVIConfig, classes: int) -> None:
+    """Refuses, with ValueError, shares for another number of classes than the teacher has."""
+    shares = config.class_shares
+    if shares is not None and len(shares) != classes:
+        remedy = "give as many" if classes else "leave it out"
+        raise ValueError(f"class_shares has {len(shares)} numbers, and the teacher {classes} classes: {remedy}")
+
+
 class TrainingState:
     """The modules, optimizers and chains of a run, prepared by accelerate; the networks are trained in place."""
 
@@ -81,10 +89,7 @@ class TrainingState:
         levels = config.level_min, highest_level(scheduler, shape)
         more = between_share(config), config.guidance_falls
         self.bridge = TeacherBridge(networks.teacher, scheduler, levels, *more)
-        shares, classes = config.class_shares, self.bridge.num_classes
-        if shares is not None and len(shares) != classes:
-            remedy = "give as many" if classes else "leave it out"
-            raise ValueError(f"class_shares has {len(shares)} numbers, and the teacher {classes} classes: {remedy}")
+        check_number_of_shares(config, self.bridge.num_classes)
         if config.gradient_checkpointing:
             for unet in (networks.teacher, networks.student, networks.critic):
                 unet.enable_gradient_checkpointing()
