@@ -28,10 +28,10 @@ def critic_lag(state: TrainingState, step: int) -> float:
     With s the critic's score, s' that after FITS further updates while the student waits, at its first rate falling to
     0, s_p the unguided teacher's, from which the critic started, and L the critic's loss with weights w,
 
-        lag = (L(s) - L(s')) / E[w/2 |s' - s_p|^2].
+        lag = max(L(s) - L(s'), 0) / E[w/2 |s' - s_p|^2].
 
-    If s' is the score of the student's marginals, L(s) - L(s') is E[w/2 |s - s'|^2]. So the lag is 0, or less by
-    chance, if the critic has caught up, and 1 if it tells no more of the student than the teacher does.
+    If s' is the score of the student's marginals, L(s) - L(s') is E[w/2 |s - s'|^2]. So the lag is 0 if the critic has
+    caught up, and there is nothing left to gain, and 1 if it tells no more of the student than the teacher does.
 
     All processes call it, after so many updates. Run and critic are then as they were before.
     """
@@ -43,7 +43,7 @@ def critic_lag(state: TrainingState, step: int) -> float:
         _fit_further(state, objective, draws)
         after, learned = _judge(state, objective, held)
     excess, learned = state.accelerator.reduce(torch.stack([before - after, learned]), "mean")
-    return float(excess / learned)
+    return float(excess.clamp_min(0) / learned)
 
 
 @torch.no_grad()

@@ -60,8 +60,8 @@ def adam_of(config: HSIVIConfig) -> Callable[..., torch.optim.Optimizer]:
     Raises:
         ValueError: That needs bitsandbytes.
     """
-    if not config.use_8bit_adam:
-        return torch.optim.Adam
+    if not config.use_8bit_adam:  # with the loss scaling of fp16 a fused one cannot say that it skipped an update
+        return partial(torch.optim.Adam, fused=config.precision != "fp16")
     try:
         from bitsandbytes.optim import Adam8bit  # needed for nothing else
     except ImportError as error:
@@ -107,7 +107,7 @@ class TrainingState:
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
             self.student, critic, layer_optimizer, critic_optimizer
         )
-        self.ema = EMAModel(trained(self.student), decay=config.ema_decay, use_ema_warmup=False)
+        self.ema = EMAModel(trained(self.student), decay=config.ema_decay, use_ema_warmup=False, foreach=True)
         self.ema.to(accelerator.device)
         self.parts = {
             "layers": TrainedWeights(self.student),
