@@ -327,7 +327,10 @@ def _training(scheduler: Any, run: dict[str, Any]) -> str:
         text += f"\n\nTrained by hsivi_diffusers: {settings}."
     if training.get("processes") and training.get("seconds"):
         processes = f"{training['processes']} process{'es' * (training['processes'] > 1)}"
-        text += f" It took {training['seconds']:.0f} s in {processes}."
+        memory = (
+            f", and at most {training['peak_memory_mib']:,} MiB of memory" if training.get("peak_memory_mib") else ""
+        )
+        text += f" It took {training['seconds']:.0f} s in {processes}{memory}."
     return text
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -119,7 +120,7 @@ class HSIVITrainer:
 
         Returns:
             What training.json holds: seconds, network calls (forward passes of one image through student, critic or
-            teacher, in any process), processes and precision.
+            teacher, in any process), `peak_memory`, processes and precision.
 
         Raises:
             ValueError: The output folder is missing, holds something else, or a checkpoint does not fit.
@@ -218,6 +219,7 @@ class HSIVITrainer:
         return {
             "seconds": seconds,
             "network_calls": calls,
+            "peak_memory_mib": peak_memory(self.accelerator.device),
             "processes": self.accelerator.num_processes,
             "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
             "mixed_precision": self.accelerator.mixed_precision,
@@ -234,6 +236,18 @@ class HSIVITrainer:
         if run_dir is None or not self._has_trained:
             raise ValueError("there is no adapter to push yet: call train() first")
         return push(run_dir / "pipeline", repo_id, run_dir=run_dir, **options)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most MiB that tensors took on the device, or on a CPU this process; None where that is not known."""
+    measure = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    if measure is not None:
+        return int(measure(device)) // 2**20
+    with suppress(ImportError):  # on Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+    return None
 
 
 def make_accelerator(config: HSIVIConfig) -> Accelerator:

@@ -56,6 +56,7 @@ def run(teacher, tmp_path_factory):
 def test_a_run_from_python_has_the_bits_of_the_command(run, fast_run, differences):
     assert differences(run["folder"], fast_run) == []
     assert run["summary"]["network_calls"] > 0
+    assert 100 < run["summary"]["peak_memory_mib"] < 32_000
 
 
 def test_a_loaded_teacher_stays_as_it_was(run, teacher, same_tensors):
