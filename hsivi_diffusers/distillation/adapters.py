@@ -39,14 +39,18 @@ def add_adapter(teacher: UNet2DConditionModel, rank: int) -> UNet2DConditionMode
     return network
 
 
-def save_network(network: Any, folder: Path) -> None:
-    """Writes a network, or its adapter, if it has one, as the file that `load_lora_weights` of diffusers loads."""
+def save_network(network: Any, folder: Path, identity: dict[str, str]) -> None:
+    """Writes a network, or its adapter, if it has one, as the file that `load_lora_weights` of diffusers loads.
+
+    That file says what it was trained with: `identity`, such as the hash of the teacher.
+    """
     if not has_adapter(network):
         network.save_pretrained(folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(network)
-    save_file({f"unet.{name}": value.contiguous() for name, value in state.items()}, folder / ADAPTER)
+    tensors = {f"unet.{name}": value.contiguous() for name, value in state.items()}
+    save_file(tensors, folder / ADAPTER, {"format": "pt", **identity})
 
 
 def load_adapter(network: UNet2DConditionModel, folder: Path) -> None:

@@ -265,7 +265,8 @@ class TrainingState:
 
     def save(self, output_dir: Path) -> None:
         """Saves the averaged layers as OUTPUT_DIR/pipeline, and the critic, for --init_from, as OUTPUT_DIR/critic."""
-        for name, save in (("pipeline", self._save_sampler), ("critic", partial(save_network, self.critic_unet))):
+        save_critic = partial(save_network, self.critic_unet, identity=self.identity)
+        for name, save in (("pipeline", self._save_sampler), ("critic", save_critic)):
             unfinished = output_dir / f"{name}.partial"
             remove_folder(unfinished)  # of a run that was killed here, and was perhaps another
             save(unfinished)
@@ -276,5 +277,5 @@ class TrainingState:
             self.make_pipeline().save_pretrained(folder)
             return
         student = self.averaged()
-        save_network(student.unet, folder)
+        save_network(student.unet, folder, self.identity)
         student.scheduler.save_pretrained(folder / "scheduler")

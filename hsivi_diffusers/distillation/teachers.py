@@ -20,7 +20,8 @@ from diffusers import (
     DiTTransformer2DModel,
     SchedulerMixin,
 )
-from huggingface_hub import ModelCard, file_exists
+from huggingface_hub import ModelCard, file_exists, hf_hub_download
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..folders import near_folder
@@ -253,10 +254,23 @@ def _with_adapter(
         )
     host = host or _load(teacher, revision)
     with naming_damage():
+        _check_base(source, teacher, host)
         scheduler = HSIVIScheduler.from_pretrained(source, subfolder="scheduler")
         pipeline = _like(host, unet=share(network_of(host).requires_grad_(False)), scheduler=scheduler)
         network_of(pipeline).load_lora_adapter(source, prefix="unet", weight_name=ADAPTER)
     return pipeline
+
+
+def _check_base(source: str, teacher: str, host: DiffusionPipeline) -> None:
+    """Refuses, with ValueError, an adapter that says that it was trained on other weights."""
+    path = Path(source) / ADAPTER
+    with safe_open(path if path.is_file() else hf_hub_download(source, ADAPTER), framework="pt") as file:
+        trained_on = (file.metadata() or {}).get("teacher_sha256")
+    if trained_on not in (None, fingerprint(network_of(host), check(repr(teacher), configs_of(host, repr(teacher))))):
+        raise ValueError(
+            f"{source} is an adapter of other weights than those of {teacher!r} now: give the teacher that it was "
+            "trained on, or load it into a pipeline of diffusers by load_lora_weights"
+        )
 
 
 def image_shape(host: DiffusionPipeline | None, shape: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -80,6 +80,25 @@ def run(distil, text_teachers, prompt_file, tmp_path_factory):
     return distil(folder, pretrained_teacher_model=text_teachers("sd"), learning_rate=1e-2, **options)
 
 
+def test_an_adapter_of_other_weights_is_refused(run, text_teachers, tmp_path):
+    """Also where nothing but the file says what it was trained on."""
+    pipeline, other = run / "pipeline", tmp_path / "other"
+    host = DiffusionPipeline.from_pretrained(text_teachers("sd"), torch_dtype=torch.float32)
+    shutil.copytree(pipeline, other)
+    with safe_open(other / ADAPTER, framework="pt") as file:
+        training = json.loads((run / "training.json").read_text())
+        names = ("teacher_sha256", "prompts_sha256")
+        assert file.metadata() == {"format": "pt", **{name: training[name] for name in names}}
+    teacher = str(text_teachers("sd"))
+    assert teachers._with_adapter(str(other), teacher, None, host).scheduler.depths == [2]
+    with torch.no_grad():
+        host.unet.conv_in.bias += 1
+    with pytest.raises(ValueError, match=r"other is an adapter of other weights than those of .*: give the teacher"):
+        teachers._with_adapter(str(other), teacher, None, host)
+    with pytest.raises(ValueError, match=r"pipeline is an adapter of other weights"):
+        load_student(pipeline, host)
+
+
 # ----- prompts -----
 
 
