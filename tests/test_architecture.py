@@ -105,7 +105,8 @@ ALLOWED = {
         TRAIN,
     ),
     "distillation/lag": (
-        {f"distillation/{noun}" for noun in ("guidance", "state", "state_dicts", "student", "updates")} | {"vi/*"},
+        {f"distillation/{noun}" for noun in ("config", "guidance", "state", "state_dicts", "student", "updates")}
+        | {"vi/*"},
         TRAIN,
     ),
     "distillation/progress": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,38 +13,46 @@ from torch import Tensor
 from ..vi import CriticObjective, LayerDraw, cosine, step_generator
 from ..vi.fitting import draw_rows
 from ..vi.objectives import row_sum
+from .config import HSIVIConfig
 from .guidance import guided
 from .state import TrainingState, trained
-from .state_dicts import copy_state_dict, random_state, set_random_state
+from .state_dicts import random_state, set_random_state
 from .student import UNetCritic
 from .updates import make_objective, scoring_of
 
-ROWS = 128  # of all processes, that the losses are the means of
+ROWS = 128  # of all processes, that the losses are the means of; a batch, if that is more
 FITS = 16  # updates of the fit
 
 
 def critic_lag(state: TrainingState, step: int) -> float:
-    """Returns the share of what the critic should have learned of the student that it has not.
+    """Returns the share of what the critic could know of the student that it does not know, from 0 to 1.
 
-    With s the critic's score, s' that after FITS further updates while the student waits, at its first rate falling to
-    0, s_p the unguided teacher's, from which the critic started, and L the critic's loss with weights w,
+    With s the critic's score, s' that after FITS further updates while the student waits, s_p the unguided teacher's,
+    and L the critic's loss with weights w,
 
-        lag = max(L(s) - L(s'), 0) / E[w/2 |s' - s_p|^2].
+        lag = (L(s) - L(s')) / E[w/2 |s' - s_p|^2].
 
-    If s' is the score of the student's marginals, L(s) - L(s') is E[w/2 |s - s'|^2]. So the lag is 0 if the critic has
-    caught up, and there is nothing left to gain, and 1 if it tells no more of the student than the teacher does.
+    If s' is the score of the student's marginals, L(s) - L(s') is E[w/2 |s - s'|^2]: the lag is 0 if the critic has
+    caught up, and 1 if it tells no more of the student than the teacher does. So few updates get but a part of the way,
+    and what they gain may be hidden by their own noise, so a low lag does not prove that the critic is good. Their rate
+    falls to 0 from the first one of the run, or of its preset, if that is higher.
 
-    All processes call it, after so many updates. Run and critic are then as they were before.
+    All processes call it, after so many updates. Run and critic are then as they were before. It is NaN if the fit
+    diverges.
     """
+    if state.config.is_guided:
+        for place in range(len(state.chains)):
+            state.pairs(place)  # whose calls are the run's
     objective = make_objective(state.config, state.bridge)
     with _restoring(state):
         draws = _draw(state, step)
         held = list(islice(draws, max(1, ROWS // state.rows) * len(state.chains)))
         before, _ = _judge(state, objective, held)
         _fit_further(state, objective, draws)
-        after, learned = _judge(state, objective, held)
+        after, answers = _judge(state, objective, held)
+        learned = _distance(state, objective, held, answers)
     excess, learned = state.accelerator.reduce(torch.stack([before - after, learned]), "mean")
-    return float(excess.clamp_min(0) / learned)
+    return float((excess / learned).clamp(0, 1))
 
 
 @torch.no_grad()
@@ -59,23 +68,38 @@ def _draw(state: TrainingState, step: int) -> Iterator[LayerDraw]:
 
 
 @torch.no_grad()
-def _judge(state: TrainingState, objective: CriticObjective, held: Sequence[LayerDraw]) -> tuple[Tensor, Tensor]:
-    """The critic's loss, and how far it is from the unguided teacher, both in the mean over the draws."""
-    bridge, losses, distances = state.bridge, list[Tensor](), list[Tensor]()
+def _judge(
+    state: TrainingState, objective: CriticObjective, held: Sequence[LayerDraw]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The critic's loss without dropout, in the mean over the draws, and its answers."""
+    state.critic.eval()
+    answers = [draw.answer(state.critic) for draw in held]
+    state.critic.train()
+    pairs = zip(held, answers, strict=True)
+    losses = [objective.critic_loss(lambda *_, answer=answer: answer, draw) for draw, answer in pairs]
+    return torch.cat(losses).mean(), answers
+
+
+@torch.no_grad()
+def _distance(
+    state: TrainingState, objective: CriticObjective, held: Sequence[LayerDraw], answers: Sequence[Tensor]
+) -> Tensor:
+    """E[w/2 |s - s_p|^2] of answers s and the unguided teacher."""
+    bridge, distances = state.bridge, list[Tensor]()
     teacher = UNetCritic(guided(bridge.unet, [1.0] * len(bridge.scales)), bridge.scheduler)
-    for draw in held:
-        answer = draw.answer(state.critic)
-        losses.append(objective.critic_loss(lambda *_, answer=answer: answer, draw))
-        gap = answer - draw.answer(teacher)
-        distances.append(0.5 * objective.level_weight(draw.level) * row_sum(gap.square()))
-    return torch.cat(losses).mean(), torch.cat(distances).mean()
+    for draw, answer in zip(held, answers, strict=True):
+        gap = row_sum((answer - draw.answer(teacher)).square())
+        distances.append(0.5 * objective.level_weight(draw.level) * gap)
+    return torch.cat(distances).mean()
 
 
 def _fit_further(state: TrainingState, objective: CriticObjective, draws: Iterator[LayerDraw]) -> None:
     config, optimizer, number = state.config, state.critic_optimizer, len(state.chains)
+    usual = HSIVIConfig(num_inference_steps=config.num_inference_steps, preset=config.preset)
+    rate = max(config.critic_learning_rate, usual.critic_learning_rate)
     for update in range(FITS):
         for group in optimizer.param_groups:
-            group["lr"] = config.critic_learning_rate * cosine(update / FITS)
+            group["lr"] = rate * cosine(update / FITS)
         for draw in islice(draws, number):
             state.accelerator.backward(objective.critic_loss(state.critic, draw).mean() / number)
         if config.max_grad_norm is not None:
@@ -87,15 +111,37 @@ def _fit_further(state: TrainingState, objective: CriticObjective, draws: Iterat
 @contextmanager
 def _restoring(state: TrainingState) -> Iterator[None]:
     """Gives the critic what it had before, which is kept on the CPU, and the run its counts and generators."""
-    parts = [state.parts["critic"], state.parts["critic_optimizer"]]
-    if state.accelerator.scaler is not None:
-        parts.append(state.accelerator.scaler)
-    kept = [copy_state_dict(part.state_dict()) for part in parts]
-    rows, random = dict(state.called), random_state(state.accelerator.device)
+    optimizer, scaler, device = state.critic_optimizer, state.accelerator.scaler, state.accelerator.device
+    weights = {weight: weight.detach().to("cpu", copy=True) for weight in trained(state.critic)}
+    moments = {weight: _copies(optimizer.state[weight]) for weight in weights if weight in optimizer.state}
+    rates = [group["lr"] for group in optimizer.param_groups]
+    scale = None if scaler is None else scaler.state_dict()
+    rows, random = dict(state.called), random_state(device)
     try:
         yield
     finally:
-        for part, before in zip(parts, kept, strict=True):
-            part.load_state_dict(before)
+        optimizer.zero_grad()
+        for weight, kept in weights.items():
+            weight.data.copy_(kept)
+            _restore(optimizer.state[weight], moments.get(weight, {}))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if scaler is not None:
+            scaler.load_state_dict(scale)
         state.called.update(rows)
-        set_random_state(random, state.accelerator.device)
+        set_random_state(random, device)
+
+
+def _copies(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: each.to("cpu", copy=True) if isinstance(each, Tensor) else each for name, each in values.items()}
+
+
+def _restore(values: dict[str, Any], kept: dict[str, Any]) -> None:
+    """In place, for on a GPU there may be no room for more."""
+    for name in [*values]:
+        if name not in kept:
+            del values[name]
+        elif isinstance(kept[name], Tensor):
+            values[name].copy_(kept[name])
+        else:
+            values[name] = kept[name]

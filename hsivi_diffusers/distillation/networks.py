@@ -74,16 +74,22 @@ def check_fit(teacher: Network, config: HSIVIConfig) -> None:
             f"lora_rank={config.lora_rank}: of a {kind} no stock pipeline loads an adapter: set lora_rank to 0, which "
             "trains all weights"
         )
-    shares = getattr(teacher, "is_loaded_in_4bit", False)  # networks of 8-bit weights, if shared, answer wrongly
-    if getattr(teacher, "is_quantized", False) and not (shares and adapter_rank(teacher, config)):
+    if getattr(teacher, "is_quantized", False) and not (adapter_rank(teacher, config) and _is_shareable(teacher)):
         raise ValueError(
-            "the teacher has quantised weights: 4 bits by bitsandbytes, load_in_4bit=True, are supported, "
-            f"with adapters of lora_rank {LORA_RANK}; load it so, or without quantization_config"
+            "the teacher has quantised weights, which are supported in 4 bits by bitsandbytes (load_in_4bit=True, "
+            "bnb_4bit_quant_storage uint8), as the base of the adapters of Stable Diffusion and SDXL: load it so, or "
+            "without quantization_config"
         )
     several: dict[str, list[Any]] = {"num_inference_steps": config.depths, "guidance_scale": config.scales}
     for name, values in several.items():
         if len(values) > 1:
             check_labels(teacher, f"{name}={values}")
+
+
+def _is_shareable(teacher: Network) -> bool:
+    """Whether networks may share quantised weights. With those of 8 bits all but the first would answer wrongly."""
+    codes = [weight.dtype for weight in teacher.parameters() if type(weight).__name__ == "Params4bit"]
+    return getattr(teacher, "is_loaded_in_4bit", False) and all(dtype == torch.uint8 for dtype in codes)
 
 
 def make_players(teacher: Network, config: HSIVIConfig) -> tuple[Network, Network]:

@@ -172,7 +172,7 @@ class Progress:
         From half of the run on it tells the lag of the critic, too, which is large in any run before. Returns the
         ratios of `beside_teacher`, in every process.
         """
-        told = {LAG: critic_lag(self.state, step)} if 2 * step >= self.config.max_train_steps else {}
+        lag = critic_lag(self.state, step) if 2 * step >= self.config.max_train_steps else math.nan
         ratios = torch.ones(len(RATIOS), device=self.accelerator.device)
         if self.accelerator.is_main_process:
             images = torch.cat([self._teacher_row, self._draw_student((ROWS - 1) * COLUMNS)])
@@ -185,10 +185,10 @@ class Progress:
             size = (factor * grid.width, factor * grid.height)
             grid.resize(size, Image.Resampling.NEAREST).save(folder / f"step-{step}.png")
             compared = beside_teacher(images)
-            self._log(step, {**compared, **told})
-            if told.get(LAG, math.nan) > USUAL_LAG:
+            self._log(step, {**compared, LAG: lag} if math.isfinite(lag) else compared)
+            if lag > USUAL_LAG:
                 tqdm.write(
-                    f"after {step} updates the critic lags by {told[LAG]:.2f}, and up to {USUAL_LAG} is usual: see "
+                    f"after {step} updates the critic lags by {lag:.2f}, and up to {USUAL_LAG} is usual: see "
                     "'Training' in docs/troubleshooting.md"
                 )
             ratios.copy_(torch.tensor([*compared.values()]))

@@ -61,7 +61,7 @@ def adam_of(config: HSIVIConfig) -> Callable[..., torch.optim.Optimizer]:
         ValueError: That needs bitsandbytes.
     """
     if not config.use_8bit_adam:  # with the loss scaling of fp16 a fused one cannot say that it skipped an update
-        return partial(torch.optim.Adam, fused=config.precision != "fp16")
+        return partial(torch.optim.Adam, fused=None if config.precision == "fp16" else True)
     try:
         from bitsandbytes.optim import Adam8bit  # needed for nothing else
     except ImportError as error:
@@ -96,8 +96,7 @@ class TrainingState:
         for network in (networks.student, networks.critic):
             if not has_adapter(network):  # whose other weights are the teacher's
                 network.requires_grad_(True)
-            if config.use_8bit_adam:  # a checkpoint keeps codes in this order
-                network.to(memory_format=torch.contiguous_format)
+            network.to(memory_format=torch.contiguous_format)  # a checkpoint keeps moments in this order
         unet = networks.student.train()
         self.student = UNetLayers(unet, scheduler, networks.noise_scale, config.clip_images and self.host is None)
         self.critic_unet = networks.critic

@@ -41,14 +41,6 @@ def load_state_dict(path: Path) -> dict[Any, Any]:
     return state
 
 
-def copy_state_dict(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Returns a copy on the CPU, of what `save_state_dict` writes."""
-    tensors: dict[str, Tensor] = {}
-    rest = _take_tensors(state, "", tensors)
-    copy: dict[Any, Any] = _put_tensors(rest, {name: each.to("cpu", copy=True) for name, each in tensors.items()})
-    return copy
-
-
 def _take_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Moves the tensors of a tree to a flat dictionary; mappings become pairs, since JSON has no numbers as keys."""
     if isinstance(tree, Tensor):

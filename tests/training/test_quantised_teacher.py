@@ -1,5 +1,7 @@
 """A teacher of quantised weights, by bitsandbytes, which `make test-slow` installs: the base of the adapters."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -8,7 +10,8 @@ from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIConfig, HSIVIScheduler, HSIVITrainer
 from hsivi_diffusers.distillation.adapters import add_adapter
-from hsivi_diffusers.distillation.teachers import load_parts
+from hsivi_diffusers.distillation.networks import check_fit
+from hsivi_diffusers.distillation.teachers import fingerprint, load_parts, network_of
 from hsivi_diffusers.run_records import ADAPTER
 from tiny_text import PROMPTS, make_text
 
@@ -22,12 +25,37 @@ SETTINGS |= {
 }
 
 
-@pytest.mark.parametrize(("bits", "rank"), [(4, 0), (8, 4)])
-def test_quantised_weights_are_refused_for_copies_and_in_8_bits(tmp_path, bits, rank):
-    teacher = make_text("sd")
-    teacher.unet.is_quantized, teacher.unet.is_loaded_in_4bit = True, bits == 4  # as diffusers says of its models
-    with pytest.raises(ValueError, match="the teacher has quantised weights: 4 bits by bitsandbytes"):
-        HSIVITrainer(teacher, HSIVIConfig(**{**SETTINGS, "lora_rank": rank}, output_dir=tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("kind", "bits", "rank", "storage", "accepted"),
+    [
+        ("sd", 4, 4, torch.uint8, True),
+        ("sdxl", 4, None, torch.uint8, True),
+        ("sd", 4, 0, torch.uint8, False),
+        ("sd", 8, 4, torch.uint8, False),
+        ("sd", 4, 4, torch.bfloat16, False),
+        ("pixart", 4, None, torch.uint8, False),
+    ],
+)
+def test_quantised_weights_are_the_base_of_adapters_in_4_bits_alone(kind, bits, rank, storage, accepted):
+    class Params4bit(torch.nn.Parameter):
+        pass
+
+    network = network_of(make_text(kind))
+    network.is_quantized, network.is_loaded_in_4bit = True, bits == 4  # as diffusers says of its models
+    network.codes = Params4bit(torch.zeros(2, dtype=storage), requires_grad=False)
+    refusal = pytest.raises(ValueError, match="the teacher has quantised weights, which are supported in 4 bits")
+    with nullcontext() if accepted else refusal:
+        check_fit(network, HSIVIConfig(**{**SETTINGS, "lora_rank": rank}))
+
+
+def test_the_hash_of_quantised_weights_is_that_of_their_saved_folder():
+    """Whose config says the same in another way."""
+    network, _, host, _ = load_parts(make_text("sd"))
+    hashes = []
+    for told in ({"load_in_4bit": True}, BitsAndBytesConfig, None):
+        network.register_to_config(quantization_config=told)
+        hashes.append(fingerprint(network, host.scheduler))
+    assert len({*hashes}) == 1
 
 
 @pytest.fixture
@@ -65,9 +93,11 @@ def test_adapters_of_quantised_weights_start_as_the_teacher(quantised):
 
 
 @pytest.mark.slow
-def test_adapters_share_quantised_weights_which_stay_as_they_are(quantised, tmp_path):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_adapters_share_quantised_weights_which_stay_as_they_are(quantised, fresh_accelerator, tmp_path, precision):
+    """Of a pipeline."""
     before = {name: weight.clone() for name, weight in load(quantised).unet.state_dict().items()}
-    state = train(quantised, tmp_path / "run").state
+    state = train(load(quantised), tmp_path / "run", mixed_precision=precision).state
     base = {weight.data_ptr() for weight in state.bridge.unet.parameters()}
     for network in (state.student.unet, state.critic_unet):
         shared = [weight for weight in network.parameters() if not weight.requires_grad]
@@ -75,7 +105,9 @@ def test_adapters_share_quantised_weights_which_stay_as_they_are(quantised, tmp_
         assert torch.uint8 in {weight.dtype for weight in shared}
         assert {weight.dtype for weight in network.parameters() if weight.requires_grad} == {torch.float32}
     after = state.bridge.unet.state_dict()
-    assert all(after[name].equal(weight) for name, weight in before.items())
+    codes = [name for name, weight in before.items() if weight.dtype == torch.uint8]
+    assert codes
+    assert all(after[name].equal(before[name]) for name in codes)
 
 
 @pytest.mark.slow
