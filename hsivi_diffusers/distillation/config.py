@@ -40,8 +40,7 @@ GONE = {
 }
 
 
-ONE_CALL_START = 1.25  # start_noise of preset "latent" for one call: 625 on the clock of Stable Diffusion, as in
-# arXiv 2404.04057; that for several calls is 899 there (arXiv 2503.06674)
+ONE_CALL_PAIRS = 1920  # num_pairs of preset "latent" for one call
 
 
 @dataclass
@@ -184,8 +183,8 @@ class HSIVIConfig:
         for name in chosen:
             value = getattr(getattr(self, name), self.preset)
             setattr(self, name, None if named and name in STARTS else value)
-        if "start_noise" in chosen and self.preset == "latent" and self.depths == [1] and not named:
-            self.start_noise = ONE_CALL_START
+        if "num_pairs" in chosen and self.preset == "latent" and self.depths == [1]:
+            self.num_pairs = ONE_CALL_PAIRS
         if "critic_first" in chosen:  # a short run leaves the critic a sixth at most
             self.critic_first = 0 if self.init_from else min(self.critic_first, self.max_train_steps // 6)
         if "num_pairs" in chosen and self.init_from:  # student and critic have learned already
