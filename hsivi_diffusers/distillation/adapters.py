@@ -39,10 +39,10 @@ def add_adapter(teacher: UNet2DConditionModel, rank: int) -> UNet2DConditionMode
     return network
 
 
-def save_network(network: Any, folder: Path, identity: dict[str, str]) -> None:
+def save_network(network: Any, folder: Path, teacher_sha256: str) -> None:
     """Writes a network, or its adapter, if it has one, as the file that `load_lora_weights` of diffusers loads.
 
-    That file says what it was trained with: `identity`, such as the hash of the teacher.
+    That file says which teacher it is of. It says nothing more, for the order of what it says is by chance.
     """
     if not has_adapter(network):
         network.save_pretrained(folder)
@@ -50,7 +50,7 @@ def save_network(network: Any, folder: Path, identity: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(network)
     tensors = {f"unet.{name}": value.contiguous() for name, value in state.items()}
-    save_file(tensors, folder / ADAPTER, {"format": "pt", **identity})
+    save_file(tensors, folder / ADAPTER, {"teacher_sha256": teacher_sha256})
 
 
 def load_adapter(network: UNet2DConditionModel, folder: Path) -> None:

@@ -264,7 +264,7 @@ class TrainingState:
 
     def save(self, output_dir: Path) -> None:
         """Saves the averaged layers as OUTPUT_DIR/pipeline, and the critic, for --init_from, as OUTPUT_DIR/critic."""
-        save_critic = partial(save_network, self.critic_unet, identity=self.identity)
+        save_critic = partial(save_network, self.critic_unet, teacher_sha256=self.identity["teacher_sha256"])
         for name, save in (("pipeline", self._save_sampler), ("critic", save_critic)):
             unfinished = output_dir / f"{name}.partial"
             remove_folder(unfinished)  # of a run that was killed here, and was perhaps another
@@ -276,5 +276,5 @@ class TrainingState:
             self.make_pipeline().save_pretrained(folder)
             return
         student = self.averaged()
-        save_network(student.unet, folder, self.identity)
+        save_network(student.unet, folder, self.identity["teacher_sha256"])
         student.scheduler.save_pretrained(folder / "scheduler")

@@ -32,7 +32,7 @@ def adapter(tmp_path_factory):
     with torch.no_grad():
         for weight in trained(unet):
             weight.copy_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
-    save_network(unet, folder, {})
+    save_network(unet, folder, "hash")
     grid = [899, 500, 200, 0]
     HSIVIScheduler.from_config(make_scheduler().config, layer_timesteps=grid).save_pretrained(folder / "scheduler")
     return folder

@@ -10,6 +10,7 @@ from inspect import signature
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -29,10 +30,12 @@ from hsivi_diffusers.distillation import plan, prompts, teachers
 from hsivi_diffusers.distillation.adapters import TARGETS, add_adapter, share
 from hsivi_diffusers.distillation.denoisers import denoise, give_prompts, num_classes, num_labels
 from hsivi_diffusers.distillation.guidance import guided
-from hsivi_diffusers.distillation.networks import adapter_rank, make_scheduler
+from hsivi_diffusers.distillation.networks import adapter_rank, load_networks, make_scheduler
 from hsivi_diffusers.distillation.ode import run_solver
 from hsivi_diffusers.distillation.prompts import encode_prompts
+from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.distillation.teachers import decode, load_parts, load_prompts, load_student, network_of
+from hsivi_diffusers.distillation.updates import run_updates
 from hsivi_diffusers.evaluation import evaluate
 from hsivi_diffusers.run_records import ADAPTER, read_prompts, read_run
 from short_run import SETTINGS as SHORT
@@ -87,8 +90,7 @@ def test_an_adapter_of_other_weights_is_refused(run, text_teachers, tmp_path):
     shutil.copytree(pipeline, other)
     with safe_open(other / ADAPTER, framework="pt") as file:
         training = json.loads((run / "training.json").read_text())
-        names = ("teacher_sha256", "prompts_sha256")
-        assert file.metadata() == {"format": "pt", **{name: training[name] for name in names}}
+        assert file.metadata() == {"teacher_sha256": training["teacher_sha256"]}
     teacher = str(text_teachers("sd"))
     assert teachers._with_adapter(str(other), teacher, None, host).scheduler.depths == [2]
     with torch.no_grad():
@@ -355,6 +357,35 @@ def test_the_preset_starts_on_the_clock_of_stable_diffusion_where_a_published_re
     config = HSIVIConfig(prompts=PROMPTS, num_inference_steps=steps)
     schedule = HSIVIScheduler.from_config(make_text("sd").scheduler.config)
     assert abs(make_scheduler(schedule, config, (4, 64, 64)).trained_grids[0][0] - 899) <= 1
+
+
+def test_one_step_is_first_fitted_to_pairs_of_the_guided_teacher(text_teachers, make_config, fresh_accelerator):
+    """Latents, which are not clipped."""
+    options = {"preset": "latent", "num_pairs": 8, "pair_steps": 150, "train_batch_size": 8, "learning_rate": 1e-9}
+    config, accelerator = make_config(**{**options, "num_inference_steps": 1, "lora_rank": 8}), Accelerator(cpu=True)
+    config.prompts, config.guidance_scale = PROMPTS, 3.0
+    networks = load_networks(load_parts(text_teachers("sd")), config, accelerator)
+    state = TrainingState(networks, config, accelerator)
+    pairs = state.pairs(0)
+    assert pairs.end.abs().max() > 1.2
+    errors = []
+    for _ in range(2):
+        with torch.no_grad():
+            end = run_solver(state.student.unet, state.student.scheduler, pairs.noise, 1, pairs.condition)
+        errors.append(float((end - pairs.end).square().mean()))
+        next(run_updates(state, 0))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_one_step_with_pairs_is_resumed_to_the_same_bits(text_teachers, prompt_file, launch, tmp_path, differences):
+    options = {"pretrained_teacher_model": text_teachers("sd"), "prompts": prompt_file, "guidance_scale": 3.0}
+    options |= {"num_inference_steps": 1, "num_pairs": 8, "pair_steps": 2, "lora_rank": 4, "validation_steps": 2}
+    assert launch(tmp_path / "whole", **options)[0] == [0]
+    assert launch(tmp_path / "run", kill={"point": "SIGTERM", "step": 3}, **options)[0] == [75]
+    assert launch(tmp_path / "run", resume_from_checkpoint="latest", **options)[0] == [0]
+    assert differences(tmp_path / "run", tmp_path / "whole") == []
+    calls = [json.loads((tmp_path / name / "training.json").read_text())["network_calls"] for name in ("run", "whole")]
+    assert calls[0] == pytest.approx(calls[1], abs=4)
 
 
 # ----- the commands -----
