@@ -327,9 +327,8 @@ def _training(scheduler: Any, run: dict[str, Any]) -> str:
         text += f"\n\nTrained by hsivi_diffusers: {settings}."
     if training.get("processes") and training.get("seconds"):
         processes = f"{training['processes']} process{'es' * (training['processes'] > 1)}"
-        memory = (
-            f", and at most {training['peak_memory_mib']:,} MiB of memory" if training.get("peak_memory_mib") else ""
-        )
+        where, peak = " in the first" * (training["processes"] > 1), training.get("peak_memory_mib")
+        memory = f", and at most {peak:,} MiB of memory{where}" if peak else ""
         text += f" It took {training['seconds']:.0f} s in {processes}{memory}."
     return text
 

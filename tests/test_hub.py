@@ -302,6 +302,7 @@ def test_a_cost_that_is_not_known_in_full_is_left_out():
     assert "It took 12 s in 2 processes." in card_of({}, {"seconds": 12.3, "processes": 2}).text
     cost = {"seconds": 12.3, "processes": 1, "peak_memory_mib": 6759}
     assert "It took 12 s in 1 process, and at most 6,759 MiB of memory." in card_of({}, cost).text
+    assert "in 2 processes, and at most 6,759 MiB of memory in the first." in card_of({}, {**cost, "processes": 2}).text
 
 
 GRIDS = [[500, 0], [440, 220, 0], [440, 330, 220, 110, 0]]

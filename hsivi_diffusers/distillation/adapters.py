@@ -18,6 +18,9 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.
 TARGETS += ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
 
 
+WEIGHTS = "teacher_weights_sha256"  # entry of the file of an adapter
+
+
 def share(module: Any) -> Any:
     """Returns a copy of a module with the very tensors of those weights that are not trained, and of all buffers."""
     kept = [*(each for each in module.parameters() if not each.requires_grad), *module.buffers()]
@@ -39,10 +42,10 @@ def add_adapter(teacher: UNet2DConditionModel, rank: int) -> UNet2DConditionMode
     return network
 
 
-def save_network(network: Any, folder: Path, teacher_sha256: str) -> None:
+def save_network(network: Any, folder: Path, weights_sha256: str) -> None:
     """Writes a network, or its adapter, if it has one, as the file that `load_lora_weights` of diffusers loads.
 
-    That file says which teacher it is of. It says nothing more, for the order of what it says is by chance.
+    That file has the hash of the weights that it is for. It says nothing more, for the order of entries is by chance.
     """
     if not has_adapter(network):
         network.save_pretrained(folder)
@@ -50,7 +53,7 @@ def save_network(network: Any, folder: Path, teacher_sha256: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(network)
     tensors = {f"unet.{name}": value.contiguous() for name, value in state.items()}
-    save_file(tensors, folder / ADAPTER, {"teacher_sha256": teacher_sha256})
+    save_file(tensors, folder / ADAPTER, {WEIGHTS: weights_sha256})
 
 
 def load_adapter(network: UNet2DConditionModel, folder: Path) -> None:

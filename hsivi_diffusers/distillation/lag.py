@@ -33,12 +33,11 @@ def critic_lag(state: TrainingState, step: int) -> float:
         lag = (L(s) - L(s')) / E[w/2 |s' - s_p|^2].
 
     If s' is the score of the student's marginals, L(s) - L(s') is E[w/2 |s - s'|^2]: the lag is 0 if the critic has
-    caught up, and 1 if it tells no more of the student than the teacher does. So few updates get but a part of the way,
-    and what they gain may be hidden by their own noise, so a low lag does not prove that the critic is good. Their rate
-    falls to 0 from the first one of the run, or of its preset, if that is higher.
+    caught up, and 1 if it tells no more of the student than the teacher does. A low lag does not prove that the critic
+    is good: 16 updates get but a part of the way, and their noise may hide what they gain. Their rate falls to 0 from
+    the higher of the first rates of the run and of its preset.
 
-    All processes call it, after so many updates. Run and critic are then as they were before. It is NaN if the fit
-    diverges.
+    All processes call it, after so many updates. Run and critic are then as they were before. It is NaN if a loss is.
     """
     if state.config.is_guided:
         for place in range(len(state.chains)):

@@ -20,7 +20,7 @@ from .adapters import add_adapter, has_adapter, load_adapter
 from .config import HSIVIConfig
 from .denoisers import Network, give_prompts, keep_labels, sample_shape, signal_timestep
 from .student import check_labels, label_layers, label_scales
-from .teachers import Parts, fingerprint, load_prompts, load_student, network_of, without_encoders
+from .teachers import Parts, fingerprint, load_prompts, load_student, network_of, weights_sha256, without_encoders
 
 LORA_RANK = 64
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,6 +37,7 @@ class Networks:
     noise_scale: HSIVINoiseScale | None
     host: DiffusionPipeline | None = None  # the teacher's, if the student is to be put into one of its kind
     encoders: Callable[[], dict[str, Any]] = dict  # of text, which the host then lacks
+    weights_sha256: str = ""  # of the teacher, for its adapters
     identity: dict[str, str] = field(default_factory=dict)  # hashes of the teacher as it was loaded, and of its prompts
 
 
@@ -53,6 +54,7 @@ def load_networks(parts: Parts, config: HSIVIConfig, accelerator: Accelerator) -
     networks = make_networks((teacher, *make_players(teacher, config)), schedule, config)
     if config.init_from is not None:
         carry_over(networks, Path(config.init_from))
+    networks.weights_sha256 = weights_sha256(teacher) if has_adapter(networks.student) else ""
     networks.identity, networks.host, networks.encoders = identity, host, dict if prompts is None else encoders
     # Not by `to` of diffusers, which warns of modules to keep in single precision where there are none.
     nn.Module.to(networks.teacher, accelerator.device, HALF.get(accelerator.mixed_precision))

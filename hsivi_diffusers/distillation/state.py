@@ -38,6 +38,14 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in module.parameters() if weight.requires_grad]
 
 
+def make_trained(network: nn.Module) -> None:
+    """Lets the weights of a player be trained, of one with an adapter the adapter's."""
+    if not has_adapter(network):
+        network.requires_grad_(True)
+    for weight in trained(network):
+        weight.data = weight.data.contiguous()  # a checkpoint keeps moments in this order
+
+
 def highest_level(scheduler: HSIVIScheduler, shape: tuple[int, ...]) -> int:
     """The highest level where outputs are scored: where an image just begins to show.
 
@@ -84,7 +92,8 @@ class TrainingState:
 
     def __init__(self, networks: Networks, config: HSIVIConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
-        self.identity, self.host, self.encoders = networks.identity, networks.host, networks.encoders
+        self.identity, self.weights_sha256 = networks.identity, networks.weights_sha256
+        self.host, self.encoders = networks.host, networks.encoders
         scheduler, shape = networks.scheduler, sample_shape(networks.teacher)
         levels = config.level_min, highest_level(scheduler, shape)
         more = between_share(config), config.guidance_falls
@@ -94,9 +103,7 @@ class TrainingState:
             for unet in (networks.teacher, networks.student, networks.critic):
                 unet.enable_gradient_checkpointing()
         for network in (networks.student, networks.critic):
-            if not has_adapter(network):  # whose other weights are the teacher's
-                network.requires_grad_(True)
-            network.to(memory_format=torch.contiguous_format)  # a checkpoint keeps moments in this order
+            make_trained(network)
         unet = networks.student.train()
         self.student = UNetLayers(unet, scheduler, networks.noise_scale, config.clip_images and self.host is None)
         self.critic_unet = networks.critic
@@ -264,7 +271,7 @@ class TrainingState:
 
     def save(self, output_dir: Path) -> None:
         """Saves the averaged layers as OUTPUT_DIR/pipeline, and the critic, for --init_from, as OUTPUT_DIR/critic."""
-        save_critic = partial(save_network, self.critic_unet, teacher_sha256=self.identity["teacher_sha256"])
+        save_critic = partial(save_network, self.critic_unet, weights_sha256=self.weights_sha256)
         for name, save in (("pipeline", self._save_sampler), ("critic", save_critic)):
             unfinished = output_dir / f"{name}.partial"
             remove_folder(unfinished)  # of a run that was killed here, and was perhaps another
@@ -276,5 +283,5 @@ class TrainingState:
             self.make_pipeline().save_pretrained(folder)
             return
         student = self.averaged()
-        save_network(student.unet, folder, self.identity["teacher_sha256"])
+        save_network(student.unet, folder, self.weights_sha256)
         student.scheduler.save_pretrained(folder / "scheduler")

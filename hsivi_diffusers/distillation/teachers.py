@@ -20,6 +20,7 @@ from diffusers import (
     DiTTransformer2DModel,
     SchedulerMixin,
 )
+from diffusers.utils import logging
 from huggingface_hub import ModelCard, file_exists, hf_hub_download
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -30,11 +31,13 @@ from ..modeling_hsivi import HSIVINoiseScale
 from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, naming_damage, parts_of
 from ..run_records import ADAPTER, read_prompts, run_of
 from ..scheduling_hsivi import HSIVIScheduler
-from .adapters import share
+from .adapters import WEIGHTS, share
 from .denoisers import Network, sample_shape
 from .prompts import PromptTable, encode_prompts, takes_text
 from .state_dicts import hash_weights
 from .teacher_configs import LATENT, REMEDY, check, check_levels, configs_of, kind_of, part_of, read_configs
+
+logger = logging.get_logger(__name__)
 
 # diffusers renamed the argument in 0.40, and warns of the old name.
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
@@ -164,6 +167,13 @@ def network_of(pipeline: DiffusionPipeline) -> Network:
     return network
 
 
+def weights_sha256(network: Network) -> str:
+    """Returns the SHA-256 of the weights of a network."""
+    hash = hashlib.sha256()
+    hash_weights(hash, network)
+    return hash.hexdigest()
+
+
 def fingerprint(network: Network, scheduler: SchedulerMixin) -> str:
     """Returns the SHA-256 of weights and configs of a teacher; where it was loaded from, by what, does not enter."""
     hash = hashlib.sha256()
@@ -249,29 +259,29 @@ def _with_adapter(
     source: str, teacher: str | None, revision: str | None, host: DiffusionPipeline | None
 ) -> DiffusionPipeline:
     """A pipeline of a teacher's tensors, with the adapter and the scheduler of a folder or repo."""
-    if not teacher:
+    if not teacher and host is None:
         raise ValueError(
             f"{source} holds an adapter, and nothing beside it names its teacher: load it as its card says, by "
             "load_lora_weights of a pipeline of the teacher"
         )
-    host = host or _load(teacher, revision)
+    host = host or _load(str(teacher), revision)
     with naming_damage():
-        _check_base(source, teacher, host)
+        _compare_base(source, host)
         scheduler = HSIVIScheduler.from_pretrained(source, subfolder="scheduler")
         pipeline = _like(host, unet=share(network_of(host).requires_grad_(False)), scheduler=scheduler)
         network_of(pipeline).load_lora_adapter(source, prefix="unet", weight_name=ADAPTER)
     return pipeline
 
 
-def _check_base(source: str, teacher: str, host: DiffusionPipeline) -> None:
-    """Refuses, with ValueError, an adapter that says that it was trained on other weights."""
+def _compare_base(source: str, host: DiffusionPipeline) -> None:
+    """Says so if an adapter was trained on other weights; those of half precision may do as well."""
     path = Path(source) / ADAPTER
     with safe_open(path if path.is_file() else hf_hub_download(source, ADAPTER), framework="pt") as file:
-        trained_on = (file.metadata() or {}).get("teacher_sha256")
-    if trained_on not in (None, fingerprint(network_of(host), check(repr(teacher), configs_of(host, repr(teacher))))):
-        raise ValueError(
-            f"{source} is an adapter of other weights than those of {teacher!r} now: give the teacher that it was "
-            "trained on, or load it into a pipeline of diffusers by load_lora_weights"
+        trained_on = (file.metadata() or {}).get(WEIGHTS)
+    if trained_on not in (None, weights_sha256(network_of(host))):
+        logger.warning(
+            f"{source} was trained on other weights than it is loaded onto, and its images may be poor: give the "
+            "teacher that it was trained on, in the same revision"
         )
 
 

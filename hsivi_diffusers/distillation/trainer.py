@@ -120,7 +120,7 @@ class HSIVITrainer:
 
         Returns:
             What training.json holds: seconds, network calls (forward passes of one image through student, critic or
-            teacher, in any process), `peak_memory`, processes and precision.
+            teacher, in any process), peak memory of the first process, processes and precision.
 
         Raises:
             ValueError: The output folder is missing, holds something else, or a checkpoint does not fit.
@@ -239,7 +239,7 @@ class HSIVITrainer:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most MiB that tensors took on the device, or on a CPU this process; None where that is not known."""
+    """Most MiB that tensors took on a GPU, else this process since it began; None where that is not known."""
     measure = getattr(torch.get_device_module(device), "max_memory_allocated", None)
     if measure is not None:
         return int(measure(device)) // 2**20

@@ -35,6 +35,7 @@ from .state import TrainingState, trained
 
 MAX_OVERFLOWS = 50
 PAIR_LEARNING_RATE = 5e-4  # of the fit to pairs; it falls to 0
+LATENT_PAIR_RATE = 2.5  # that of preset "latent", whose networks are of all sizes, in learning rates of the run
 COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs
 
 
@@ -151,10 +152,12 @@ def _regress(state: TrainingState) -> None:
     chains: list[Chain] = [
         PairChain(partial(state.sample_pairs, place), depths, size) for place in range(len(state.chains))
     ]
+    latent = config.preset == "latent"
+    highest = LATENT_PAIR_RATE * config.learning_rate if latent else PAIR_LEARNING_RATE
     rate, objective = group["lr"], Regression(image_loss(state.student.scheduler))
     steps = _fit(state, objective, chains, joint(sum(depths), config.pair_steps))
     for step in bar(range(config.pair_steps), "regress", disable=not state.accelerator.is_main_process):
-        group["lr"] = PAIR_LEARNING_RATE * cosine(step / config.pair_steps)
+        group["lr"] = highest * cosine(step / config.pair_steps)
         try:
             next(steps)
         except DivergenceError as error:
