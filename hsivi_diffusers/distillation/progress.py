@@ -79,6 +79,7 @@ class Progress:
         self.running: dict[str, float] = {}
         self.far = 0  # grids in a row, up to the last one, that are far from the teacher's
         self.folder = Path(str(self.config.output_dir))
+        self.every = 0  # updates between two grids
         self.page_written = 0.0  # when, by the clock of `time.perf_counter`
 
     def watch(self, steps: Iterator[Step], start: int, metrics: Callable[[Step], dict[str, float]]) -> Iterator[Step]:
@@ -90,6 +91,7 @@ class Progress:
         """
         total, every = self.config.max_train_steps, self.config.validation_steps
         every = max(1, total // 10) if every is None else every
+        self.every = every
         draws = bool(every) and start < total
         self._rewind(start, draws)
         if draws:
@@ -169,10 +171,11 @@ class Progress:
     def draw(self, step: int) -> list[float]:
         """Writes a grid: the teacher's images in many steps, then the student's in most, always from the same noise.
 
-        From half of the run on it tells the lag of the critic, too, which is large in any run before. Returns the
-        ratios of `beside_teacher`, in every process.
+        The first grids after a half and after three quarters of the run, and the last, tell the lag of the critic, too,
+        which is large in any run before. Returns the ratios of `beside_teacher`, in every process.
         """
-        lag = critic_lag(self.state, step) if 2 * step >= self.config.max_train_steps else math.nan
+        quarter, before = (4 * done // self.config.max_train_steps for done in (step, step - self.every))
+        lag = critic_lag(self.state, step) if quarter >= 2 and quarter > before else math.nan
         ratios = torch.ones(len(RATIOS), device=self.accelerator.device)
         if self.accelerator.is_main_process:
             images = torch.cat([self._teacher_row, self._draw_student((ROWS - 1) * COLUMNS)])
