@@ -70,9 +70,13 @@ def test_it_is_small_if_the_critic_has_followed_and_large_if_its_rate_was_too_lo
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_8bit_adam": True}, {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0}]
+    ("memory_format", "options"),
+    [
+        (torch.contiguous_format, {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0}),
+        (torch.channels_last, {}),
+        (torch.channels_last, {"use_8bit_adam": True}),
+    ],
 )
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_run_goes_on_to_the_same_bits(make_config, fresh_accelerator, memory_format, options):
     """With dropout, which draws from the generators of torch, and whatever the order of the weights in memory."""
     if "use_8bit_adam" in options:
