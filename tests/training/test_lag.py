@@ -62,11 +62,11 @@ def test_the_loss_is_that_which_the_critic_is_trained_with(make_state):
 
 @pytest.mark.parametrize(("rate", "least", "most"), [(3e-3, 0.0, 0.1), (3e-5, 0.5, 1.0)])
 def test_it_is_small_if_the_critic_has_followed_and_large_if_its_rate_was_too_low(make_state, rate, least, most):
-    """The student is moved away from the teacher, and the critic fitted to it in 150 updates."""
-    state = make_state(critic_first=150, max_train_steps=151, critic_updates=1, critic_learning_rate=rate)
+    """The student is moved away from the teacher, and the critic fitted to it in 80 updates."""
+    state = make_state(critic_first=80, max_train_steps=81, critic_updates=1, critic_learning_rate=rate)
     disturb(state.layers, 0.1)
-    list(islice(run_updates(state, 0), 150))
-    assert least <= critic_lag(state, 150) <= most
+    list(islice(run_updates(state, 0), 80))
+    assert least <= critic_lag(state, 80) <= most
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,9 @@ def test_it_is_small_if_the_critic_has_followed_and_large_if_its_rate_was_too_lo
         (torch.channels_last, {"use_8bit_adam": True}),
     ],
 )
-def test_the_run_goes_on_to_the_same_bits(make_config, fresh_accelerator, memory_format, options):
+def test_the_run_goes_on_to_the_same_bits(make_config, fresh_accelerator, monkeypatch, memory_format, options):
     """With dropout, which draws from the generators of torch, and whatever the order of the weights in memory."""
+    monkeypatch.setattr(lag, "ROWS", 8)
     if "use_8bit_adam" in options:
         pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
@@ -114,6 +115,7 @@ def test_a_fit_that_diverges_tells_nothing(make_state):
     assert math.isnan(critic_lag(make_state(critic_learning_rate=1e9), 0))
 
 
+@pytest.mark.slow
 def test_two_processes_see_what_two_micro_batches_see(distil, launch, tmp_path):
     settings = {"max_train_steps": 2, "validation_steps": 1, "critic_updates": 1}
     distil(tmp_path / "one", gradient_accumulation_steps=2, **settings)
