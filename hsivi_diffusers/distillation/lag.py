@@ -35,10 +35,19 @@ def critic_lag(state: TrainingState, step: int) -> float:
     If s' is the score of the student's marginals, L(s) - L(s') is E[w/2 |s - s'|^2]: the lag is 0 if the critic has
     caught up, and 1 if it tells no more of the student than the teacher does. A low lag does not prove that the critic
     is good: 16 updates get but a part of the way, and their noise may hide what they gain. Their rate falls to 0 from
-    the higher of the first rates of the run and of its preset.
+    the first one of the run. If that is below its preset's, another fit has the preset's, and the larger lag counts: of
+    a low rate the former gains little, and the latter is noisy.
 
     All processes call it, after so many updates. Run and critic are then as they were before. It is NaN if a loss is.
     """
+    config = state.config
+    usual = HSIVIConfig(num_inference_steps=config.num_inference_steps, preset=config.preset).critic_learning_rate
+    rates = {config.critic_learning_rate, max(config.critic_learning_rate, usual)}
+    return max(_lag_at(state, step, rate) for rate in sorted(rates))
+
+
+def _lag_at(state: TrainingState, step: int, rate: float) -> float:
+    """The lag by a fit of this rate."""
     if state.config.is_guided:
         for place in range(len(state.chains)):
             state.pairs(place)  # whose calls are the run's
@@ -47,7 +56,7 @@ def critic_lag(state: TrainingState, step: int) -> float:
         draws = _draw(state, step)
         held = list(islice(draws, max(1, ROWS // state.rows) * len(state.chains)))
         before, _ = _judge(state, objective, held)
-        _fit_further(state, objective, draws)
+        _fit_further(state, objective, draws, rate)
         after, answers = _judge(state, objective, held)
         learned = _distance(state, objective, held, answers)
     excess, learned = state.accelerator.reduce(torch.stack([before - after, learned]), "mean")
@@ -92,10 +101,8 @@ def _distance(
     return torch.cat(distances).mean()
 
 
-def _fit_further(state: TrainingState, objective: CriticObjective, draws: Iterator[LayerDraw]) -> None:
+def _fit_further(state: TrainingState, objective: CriticObjective, draws: Iterator[LayerDraw], rate: float) -> None:
     config, optimizer, number = state.config, state.critic_optimizer, len(state.chains)
-    usual = HSIVIConfig(num_inference_steps=config.num_inference_steps, preset=config.preset)
-    rate = max(config.critic_learning_rate, usual.critic_learning_rate)
     for update in range(FITS):
         for group in optimizer.param_groups:
             group["lr"] = rate * cosine(update / FITS)
