@@ -110,10 +110,7 @@ class HSIVIConfig:
     critic_first: int = by_preset(0, 50, 0, "updates at the start in which only the critic is trained")
     # ----- pairs of the teacher's ODE -----
     num_pairs: int = by_preset(
-        0,
-        6400,
-        0,
-        "pairs of noise and the teacher's image of it, fitted first; 0 for none, by latent 1920 for one step",
+        0, 6400, 0, "pairs of noise and the teacher's image of it, fitted first; 0 for none; latent: 1920 for one step"
     )
     pair_steps: int = option(500, "updates of the fit to pairs", common=False)
     pair_weight: float = option(
