@@ -261,6 +261,7 @@ def test_the_benchmark_of_captions(teach, scorer, tmp_path, monkeypatch):
     student, lcm = tmp_path / "student.yaml", tmp_path / "lcm.yaml"
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS[row] for row in captions.hold_out(TEXTS)[0]))
     sizes = "num_inference_steps: 1\nmax_train_steps: 1\ntrain_batch_size: 2\ncritic_updates: 1\nvalidation_steps: 0\n"
+    sizes += "num_pairs: 2\npair_steps: 1\n"
     student.write_text(f"prompts: {tmp_path / 'prompts.txt'}\nguidance_scale: 4\n{sizes}")
     lcm.write_text("method: lcm_lora\ntrain_data: captions\ntrain_batch_size: 2\nlora_rank: 2\n")
     tuned = {"dataset": "captions", "solver": "UniPC", "calls": 4, "settings": {"timesteps": [900, 300]}}
