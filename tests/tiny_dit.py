@@ -4,13 +4,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 
-def make_vae():
-    """Latents of 2 x 8 x 8 are images of 16x16."""
+def make_vae(channels=2):
+    """Latents of `channels` x 8 x 8 are images of 16x16."""
     return AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=2,
+        latent_channels=channels,
         norm_num_groups=4,
         sample_size=16,
     ).eval()

@@ -49,11 +49,11 @@ def make_clip(kind=CLIPTextModel):
     return kind(CLIPTextConfig(**sizes, **tokens, bos_token_id=1, pad_token_id=0, num_attention_heads=2)).eval()
 
 
-def make_unet(width=WIDTH, **settings):
+def make_unet(width=WIDTH, channels=2, **settings):
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=2,
-        out_channels=2,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(8, 16),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -65,8 +65,9 @@ def make_unet(width=WIDTH, **settings):
     ).eval()
 
 
-def make_sd():
-    parts = {"vae": make_vae(), "text_encoder": make_clip(), "tokenizer": make_tokenizer(), "unet": make_unet()}
+def make_sd(channels=2):
+    parts = {"vae": make_vae(channels), "text_encoder": make_clip(), "tokenizer": make_tokenizer()}
+    parts["unet"] = make_unet(channels=channels)
     none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline(**parts, scheduler=make_scheduler(), **none)
 

@@ -279,3 +279,8 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     for name in [*config.starts][1:]:
         setattr(config, name, None)
     return {**recorded, **config.settings()}
+
+
+def usual_settings(config: HSIVIConfig) -> HSIVIConfig:
+    """Returns what the preset of a config gives for as many steps."""
+    return HSIVIConfig(num_inference_steps=config.num_inference_steps, preset=config.preset)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..vi import CriticObjective, LayerDraw, cosine, step_generator
 from ..vi.fitting import draw_rows
-from ..vi.objectives import row_sum
-from .config import HSIVIConfig
+from ..vi.regression import half_square
+from .config import usual_settings
 from .guidance import guided
 from .state import TrainingState, trained
 from .state_dicts import random_state, set_random_state
@@ -41,8 +41,7 @@ def critic_lag(state: TrainingState, step: int) -> float:
     All processes call it, after so many updates. Run and critic are then as they were before. It is NaN if a loss is.
     """
     config = state.config
-    usual = HSIVIConfig(num_inference_steps=config.num_inference_steps, preset=config.preset).critic_learning_rate
-    rates = {config.critic_learning_rate, max(config.critic_learning_rate, usual)}
+    rates = {config.critic_learning_rate, max(config.critic_learning_rate, usual_settings(config).critic_learning_rate)}
     return max(_lag_at(state, step, rate) for rate in sorted(rates))
 
 
@@ -96,8 +95,7 @@ def _distance(
     bridge, distances = state.bridge, list[Tensor]()
     teacher = UNetCritic(guided(bridge.unet, [1.0] * len(bridge.scales)), bridge.scheduler)
     for draw, answer in zip(held, answers, strict=True):
-        gap = row_sum((answer - draw.answer(teacher)).square())
-        distances.append(0.5 * objective.level_weight(draw.level) * gap)
+        distances.append(objective.level_weight(draw.level) * half_square(answer - draw.answer(teacher)))
     return torch.cat(distances).mean()
 
 

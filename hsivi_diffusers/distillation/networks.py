@@ -17,7 +17,7 @@ from ..modeling_hsivi import HSIVINoiseScale
 from ..run_records import ADAPTER
 from ..scheduling_hsivi import HSIVIScheduler
 from .adapters import add_adapter, has_adapter, load_adapter
-from .config import HSIVIConfig
+from .config import HSIVIConfig, usual_settings
 from .denoisers import Network, give_prompts, keep_labels, sample_shape, signal_timestep
 from .student import check_labels, label_layers, label_scales
 from .teachers import Parts, fingerprint, load_prompts, load_student, network_of, weights_sha256, without_encoders
@@ -129,8 +129,7 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
     """
     start, last = config.start_timestep, len(schedule) - 1
     if schedule.is_flow:
-        usual = HSIVIConfig(num_inference_steps=config.num_inference_steps, preset=config.preset)
-        if config.start_spacing or config.starts not in ({}, usual.starts, {"start_timestep": last}):
+        if config.start_spacing or config.starts not in ({}, usual_settings(config).starts, {"start_timestep": last}):
             raise ValueError(f"a student of a rectified flow starts at {last}, pure noise: leave its start out")
         start = last
     elif start is None and config.start_noise is not None:

@@ -26,7 +26,7 @@ from ..folders import write_text
 from ..run_page import LOG, REFRESH, read_log, write_page
 from ..run_records import COLUMNS
 from ..vi import Step
-from .config import HSIVIConfig
+from .config import HSIVIConfig, usual_settings
 from .guidance import guided
 from .lag import critic_lag
 from .ode import batches, run_solver
@@ -68,6 +68,12 @@ def beside_teacher(grid: Tensor) -> dict[str, float]:
     return dict(zip(RATIOS, (contrast, diversity), strict=True))
 
 
+def grid_interval(config: HSIVIConfig) -> int:
+    """Updates between two sample grids, 0 for no grids."""
+    every = config.validation_steps
+    return max(1, config.max_train_steps // 10) if every is None else every
+
+
 class Progress:
     """Passes the steps of a run on and shows them in the main process; stops a run whose images have collapsed.
 
@@ -79,7 +85,6 @@ class Progress:
         self.running: dict[str, float] = {}
         self.far = 0  # grids in a row, up to the last one, that are far from the teacher's
         self.folder = Path(str(self.config.output_dir))
-        self.every = 0  # updates between two grids
         self.page_written = 0.0  # when, by the clock of `time.perf_counter`
 
     def watch(self, steps: Iterator[Step], start: int, metrics: Callable[[Step], dict[str, float]]) -> Iterator[Step]:
@@ -89,9 +94,7 @@ class Progress:
             CollapsedRunError: In two grids in a row, after a tenth of the run, contrast or diversity is LIMIT times
                 that of the teacher, or a LIMIT-th of it. The step was yielded.
         """
-        total, every = self.config.max_train_steps, self.config.validation_steps
-        every = max(1, total // 10) if every is None else every
-        self.every = every
+        total, every = self.config.max_train_steps, grid_interval(self.config)
         draws = bool(every) and start < total
         self._rewind(start, draws)
         if draws:
@@ -174,8 +177,9 @@ class Progress:
         The first grids after a half and after three quarters of the run, and the last, tell the lag of the critic, too,
         which is large in any run before. Returns the ratios of `beside_teacher`, in every process.
         """
-        quarter, before = (4 * done // self.config.max_train_steps for done in (step, step - self.every))
-        lag = critic_lag(self.state, step) if quarter >= 2 and quarter > before else math.nan
+        total, last = self.config.max_train_steps, step - grid_interval(self.config)
+        quarter = 4 * step // total
+        lag = critic_lag(self.state, step) if quarter >= 2 and quarter > 4 * last // total else math.nan
         ratios = torch.ones(len(RATIOS), device=self.accelerator.device)
         if self.accelerator.is_main_process:
             images = torch.cat([self._teacher_row, self._draw_student((ROWS - 1) * COLUMNS)])
@@ -223,7 +227,7 @@ class Progress:
     def _stop(self, step: int, text: str) -> NoReturn:
         """Ends the run, and says so on its page, until it is resumed."""
         config = self.config
-        usual = HSIVIConfig(num_inference_steps=config.num_inference_steps, preset=config.preset)
+        usual = usual_settings(config)
         told = [f"{name} {getattr(config, name)} (preset {usual.preset}: {getattr(usual, name)})" for name in RATES]
         text += f"; start anew with other rates than {' and '.join(told)}, or, to go on all the same, "
         text += "continue with validation_steps 0 and resume_from_checkpoint latest"

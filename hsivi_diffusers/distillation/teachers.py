@@ -278,7 +278,7 @@ def _compare_base(source: str, host: DiffusionPipeline) -> None:
     path = Path(source) / ADAPTER
     with safe_open(path if path.is_file() else hf_hub_download(source, ADAPTER), framework="pt") as file:
         trained_on = (file.metadata() or {}).get(WEIGHTS)
-    if trained_on not in (None, weights_sha256(network_of(host))):
+    if trained_on is not None and trained_on != weights_sha256(network_of(host)):
         logger.warning(
             f"{source} was trained on other weights than it is loaded onto, and its images may be poor: give the "
             "teacher that it was trained on, in the same revision"

@@ -117,11 +117,11 @@ def make_config(arguments):
 
 @pytest.fixture
 def make_state(make_config, teacher, fresh_accelerator):
-    """Makes the TrainingState of a run that has made no update yet; options by keyword."""
+    """Makes the TrainingState of a run that has made no update yet, of a teacher; options by keyword."""
 
-    def make(**options):
+    def make(source=teacher, **options):
         config, accelerator = make_config(**options), Accelerator(cpu=True)
-        return TrainingState(load_networks(load_parts(str(teacher)), config, accelerator), config, accelerator)
+        return TrainingState(load_networks(load_parts(source), config, accelerator), config, accelerator)
 
     return make
 

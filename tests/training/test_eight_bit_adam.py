@@ -4,17 +4,13 @@ import sys
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVITrainer
 from hsivi_diffusers.distillation import plan
 from hsivi_diffusers.distillation.config import HSIVIConfig
-from hsivi_diffusers.distillation.networks import load_networks
-from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.distillation.state_dicts import load_state_dict, save_state_dict
-from hsivi_diffusers.distillation.teachers import load_parts
 from hsivi_diffusers.distillation.updates import run_updates
 from tiny_unet import make_unet
 
@@ -70,10 +66,9 @@ def test_it_trains_near_to_full_precision(options, launch, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_is_planned(options, make_config, fresh_accelerator):
+def test_it_is_planned(options, make_config, make_state):
     config, teacher = make_config(**options), str(options["pretrained_teacher_model"])
-    accelerator = Accelerator(cpu=True)
-    state = TrainingState(load_networks(load_parts(teacher), config, accelerator), config, accelerator)
+    state = make_state(teacher, **options)
     next(run_updates(state, 0))
     optimizers = (state.layer_optimizer, state.critic_optimizer)
     kept = [moment for each in optimizers for values in each.state.values() for moment in values.items()]

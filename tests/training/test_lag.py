@@ -5,16 +5,13 @@ from itertools import islice
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from hsivi_diffusers.distillation import lag
 from hsivi_diffusers.distillation.lag import critic_lag
-from hsivi_diffusers.distillation.networks import load_networks
 from hsivi_diffusers.distillation.pairs import PAIR_CALLS
-from hsivi_diffusers.distillation.state import TrainingState, trained
+from hsivi_diffusers.distillation.state import trained
 from hsivi_diffusers.distillation.state_dicts import random_state
-from hsivi_diffusers.distillation.teachers import load_parts
 from hsivi_diffusers.distillation.updates import make_objective, run_updates
 from hsivi_diffusers.run_page import read_log
 from tiny_unet import make_unet
@@ -37,11 +34,8 @@ def disturb(module, size=0.02):
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (3.0,), (2.0, 3.0)])
-def test_a_critic_that_has_learned_nothing_is_the_unguided_teacher(
-    make_config, class_teacher, fresh_accelerator, scales
-):
-    config, accelerator = make_config(guidance_scale=scales), Accelerator(cpu=True)
-    state = TrainingState(load_networks(load_parts(class_teacher), config, accelerator), config, accelerator)
+def test_a_critic_that_has_learned_nothing_is_the_unguided_teacher(make_state, class_teacher, scales):
+    state = make_state(class_teacher, guidance_scale=scales)
     if len(scales) > 1:  # its labels for these start elsewhere
         labels = state.critic_unet.class_embedding.weight
         labels.data = state.bridge.unet.class_embedding.weight.repeat_interleave(len(scales), 0)
@@ -77,7 +71,7 @@ def test_it_is_small_if_the_critic_has_followed_and_large_if_its_rate_was_too_lo
         (torch.channels_last, {"use_8bit_adam": True}),
     ],
 )
-def test_the_run_goes_on_to_the_same_bits(make_config, fresh_accelerator, monkeypatch, memory_format, options):
+def test_the_run_goes_on_to_the_same_bits(make_state, monkeypatch, memory_format, options):
     """With dropout, which draws from the generators of torch, and whatever the order of the weights in memory."""
     monkeypatch.setattr(lag, "ROWS", 8)
     if "use_8bit_adam" in options:
@@ -87,9 +81,8 @@ def test_the_run_goes_on_to_the_same_bits(make_config, fresh_accelerator, monkey
     pipeline = DDPMPipeline(unet, DDPMScheduler())
     ends = []
     for looks in (False, True):
-        config, accelerator = make_config(max_train_steps=4, adam_beta1=0.9, **options), Accelerator(cpu=True)
         torch.manual_seed(0)
-        state = TrainingState(load_networks(load_parts(pipeline), config, accelerator), config, accelerator)
+        state = make_state(pipeline, max_train_steps=4, adam_beta1=0.9, **options)
         with state.counting_rows() as rows:
             for step in run_updates(state, 0):
                 if looks and step.step < 3:

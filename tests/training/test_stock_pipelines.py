@@ -1,23 +1,23 @@
 """A LoRA of ours with its scheduler in other stock pipelines of a Stable Diffusion than text to image."""
 
+from inspect import signature
+
 import pytest
 import torch
 from diffusers import (
     AnimateDiffPipeline,
-    AutoencoderKL,
     ControlNetModel,
     MotionAdapter,
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 
 from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.distillation.adapters import add_adapter, save_network
 from hsivi_diffusers.distillation.state import trained
 from hsivi_diffusers.run_records import ADAPTER
-from tiny_text import WIDTH, make_clip, make_scheduler, make_tokenizer
+from tiny_text import make_scheduler, make_sd
 
 SIZE = 16  # pixels; latents have half of it
 LATENTS = torch.randn(1, 4, SIZE // 2, SIZE // 2, generator=torch.Generator().manual_seed(1))
@@ -42,34 +42,13 @@ def make_parts():
     """The parts of a Stable Diffusion of four channels, which inpainting asks for."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4}
-        return {
-            "unet": UNet2DConditionModel(
-                sample_size=SIZE // 2,
-                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-                layers_per_block=1,
-                attention_head_dim=4,
-                cross_attention_dim=WIDTH,
-                **blocks,
-            ).eval(),
-            "vae": AutoencoderKL(
-                latent_channels=4,
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                **blocks,
-            ).eval(),
-            "text_encoder": make_clip(),
-            "tokenizer": make_tokenizer(),
-            "scheduler": make_scheduler(),
-        }
+        return make_sd(channels=4).components
 
 
 def make(kind, adapter=None, **parts):
     """A stock pipeline, with a LoRA as a card says."""
-    none = {} if kind is AnimateDiffPipeline else {"safety_checker": None, "feature_extractor": None}
-    none |= {} if kind is AnimateDiffPipeline else {"requires_safety_checker": False}
-    pipeline = kind(**make_parts(), **none, **parts)
+    taken = {name: part for name, part in make_parts().items() if name in signature(kind).parameters}
+    pipeline = kind(**taken, **parts)
     if adapter is not None:
         pipeline.load_lora_weights(adapter, weight_name=ADAPTER)
         pipeline.scheduler = HSIVIScheduler.from_pretrained(adapter, subfolder="scheduler")

@@ -10,7 +10,6 @@ from inspect import signature
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -30,10 +29,9 @@ from hsivi_diffusers.distillation import plan, prompts, teachers
 from hsivi_diffusers.distillation.adapters import TARGETS, add_adapter, share
 from hsivi_diffusers.distillation.denoisers import denoise, give_prompts, num_classes, num_labels
 from hsivi_diffusers.distillation.guidance import guided
-from hsivi_diffusers.distillation.networks import adapter_rank, load_networks, make_scheduler
+from hsivi_diffusers.distillation.networks import adapter_rank, make_scheduler
 from hsivi_diffusers.distillation.ode import run_solver
 from hsivi_diffusers.distillation.prompts import encode_prompts
-from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.distillation.teachers import (
     decode,
     load_parts,
@@ -366,13 +364,11 @@ def test_the_preset_starts_on_the_clock_of_stable_diffusion_where_a_published_re
     assert abs(make_scheduler(schedule, config, (4, 64, 64)).trained_grids[0][0] - 899) <= 1
 
 
-def test_one_step_is_first_fitted_to_pairs_of_the_guided_teacher(text_teachers, make_config, fresh_accelerator):
+def test_one_step_is_first_fitted_to_pairs_of_the_guided_teacher(text_teachers, prompt_file, make_state):
     """Latents, which are not clipped."""
-    options = {"preset": "latent", "num_pairs": 8, "pair_steps": 50, "train_batch_size": 8, "learning_rate": 1e-3}
-    config, accelerator = make_config(**{**options, "num_inference_steps": 1, "lora_rank": 8}), Accelerator(cpu=True)
-    config.prompts, config.guidance_scale = PROMPTS, 3.0
-    networks = load_networks(load_parts(text_teachers("sd")), config, accelerator)
-    state = TrainingState(networks, config, accelerator)
+    options = {"num_pairs": 8, "pair_steps": 50, "train_batch_size": 8, "learning_rate": 1e-3, "lora_rank": 8}
+    options |= {"prompts": prompt_file, "guidance_scale": 3.0, "num_inference_steps": 1}
+    state = make_state(text_teachers("sd"), **options)
     pairs = state.pairs(0)
     assert pairs.end.abs().max() > 1.2
     errors = []
