@@ -6,7 +6,7 @@ Names are imported when they are first asked for, so that `hsivi_diffusers.vi` l
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .registration import register
+from .share.registration import register
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline as DiffusionPipeline
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from .distillation.config import HSIVIConfig as HSIVIConfig
     from .distillation.student import UNetCritic as UNetCritic
     from .distillation.student import UNetLayers as UNetLayers
-    from .distillation.teachers import load_teacher as load_teacher
     from .distillation.trainer import HSIVITrainer as HSIVITrainer
-    from .hub import push as push
     from .modeling_hsivi import HSIVINoiseScale as HSIVINoiseScale
     from .pipeline_hsivi import HSIVIPipeline as HSIVIPipeline
     from .scheduling_hsivi import HSIVIScheduler as HSIVIScheduler
     from .scheduling_hsivi import HSIVISchedulerOutput as HSIVISchedulerOutput
+    from .share.push import push as push
+    from .teachers.teacher import load_teacher as load_teacher
 
 __version__ = "0.2.0"
 
@@ -42,8 +42,8 @@ _MODULES = {
     "TeacherBridge": ".distillation.bridge",
     "UNetCritic": ".distillation.student",
     "UNetLayers": ".distillation.student",
-    "load_teacher": ".distillation.teachers",
-    "push": ".hub",
+    "load_teacher": ".teachers.teacher",
+    "push": ".share.push",
 }
 
 __all__ = [name for name in _MODULES if name != "HSIVITrainer"]  # `import *` works without the extra `train`

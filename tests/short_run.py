@@ -2,7 +2,7 @@
 
 import importlib
 
-from hsivi_diffusers import cli
+from hsivi_diffusers.commands import cli
 from training.benchmarks.images.trainings import DISTIL
 
 SETTINGS = {

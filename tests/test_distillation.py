@@ -33,12 +33,12 @@ from hsivi_diffusers import (
     load_teacher,
 )
 from hsivi_diffusers.distillation.config import HSIVIConfig
-from hsivi_diffusers.distillation.denoisers import num_classes, signal_timestep
 from hsivi_diffusers.distillation.networks import make_scheduler
-from hsivi_diffusers.distillation.ode import use_grid
 from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss, pair_levels
 from hsivi_diffusers.distillation.student import label_layers
-from hsivi_diffusers.distillation.teacher_configs import read_configs
+from hsivi_diffusers.teachers.configs import read_configs
+from hsivi_diffusers.teachers.denoisers import num_classes, signal_timestep
+from hsivi_diffusers.teachers.ode import use_grid
 from hsivi_diffusers.vi import DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer
 from hsivi_diffusers.vi.regression import half_square
 from tiny_unet import make_unet

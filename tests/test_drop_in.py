@@ -27,7 +27,7 @@ from diffusers import (
 from diffusers.utils import logging
 
 from hsivi_diffusers import HSIVIScheduler
-from hsivi_diffusers.model_card import make_card
+from hsivi_diffusers.share.card import make_card
 from tiny_unet import make_unet
 
 GRID = [700, 400, 100, 0]

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from gaussian_teacher import MEAN, STD, GaussianTeacher
 from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge
 from hsivi_diffusers.distillation.networks import make_scheduler
-from hsivi_diffusers.distillation.ode import few_step_timesteps, run_solver
 from hsivi_diffusers.distillation.pairs import pair_levels
 from hsivi_diffusers.distillation.state import highest_level
-from hsivi_diffusers.evaluation.solvers import make_solver
+from hsivi_diffusers.teachers.ode import few_step_timesteps, run_solver
+from hsivi_diffusers.teachers.solvers import make_solver
 from short_run import SETTINGS
 from tiny_unet import make_unet
 

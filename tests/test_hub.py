@@ -22,9 +22,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load, load_file, save_file
 
-from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, hub, push
-from hsivi_diffusers.hub import CUT, read_run
-from hsivi_diffusers.model_card import make_card
+from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, push
+from hsivi_diffusers.share import push as hub
+from hsivi_diffusers.share.card import make_card
+from hsivi_diffusers.share.push import CUT, read_run
 from hub_server import Hub, run_clients, signed_in
 from make_golden import draw, make_pipeline
 from tiny_unet import make_unet

@@ -15,7 +15,7 @@ from diffusers import DDPMPipeline
 import hsivi_diffusers
 import hsivi_diffusers.vi
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
-from hsivi_diffusers.registration import register
+from hsivi_diffusers.share.registration import register
 from tiny_unet import make_unet
 
 TRAINING = ["matplotlib", "ot", "pandas", "scipy", "sklearn", "torchmetrics", "torchvision", "tqdm.auto", "yaml"]
@@ -56,7 +56,7 @@ def test_type_checkers_see_the_names():
 def test_what_a_command_refuses_by_its_options_alone_costs_no_import_of_torch():
     asked = [["--help"], ["distil", "--help"], ["plan", "--num_inference_steps", "x"], ["sample", "--num_samples", "0"]]
     asked += [["push"], ["distil", "--num_inference_steps", "0"]]
-    lines = ["import contextlib", "from hsivi_diffusers import cli"]
+    lines = ["import contextlib", "from hsivi_diffusers.commands import cli"]
     for words in asked:
         lines += ["with contextlib.suppress(SystemExit):", f"    cli.main({words})"]
     assert run(*lines, tell("[name for name in ('torch', 'diffusers') if name in sys.modules]")) == []
@@ -95,7 +95,7 @@ def test_diffusers_first_and_all_names_import_no_training_dependency(load):
 @pytest.mark.slow
 def test_a_module_first_and_distillation_imports_no_package_of_evaluation(load):
     order = ["import hsivi_diffusers.pipeline_hsivi", "from diffusers import DiffusionPipeline"]
-    programs = "import hsivi_diffusers.distillation.trainer, hsivi_diffusers.evaluation.evaluate"
+    programs = "import hsivi_diffusers.distillation.trainer, hsivi_diffusers.commands.evaluate"
     imported = run(*order, *load, programs, tell("[*sys.modules]"))
     assert "hsivi_diffusers.distillation.trainer" in imported
     brought = {"sklearn"} if version("transformers") < "5" else set()  # by transformers itself

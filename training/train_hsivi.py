@@ -5,7 +5,7 @@ accelerate launch training/train_hsivi.py --config training/configs/digits_t5.ya
 
 import sys
 
-from hsivi_diffusers.cli import main
+from hsivi_diffusers.commands.cli import main
 
 if __name__ == "__main__":
     main(["distil", *sys.argv[1:]])

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
+from ..teachers.denoisers import Network, num_classes, sample_shape
+from ..teachers.guidance import guided
 from ..vi.bridges import Bridge
 from ..vi.distributions import DiagonalGaussian
 from ..vi.layers import hierarchy_ends
 from ..vi.objectives import Weight
-from .denoisers import Network, num_classes, sample_shape
-from .guidance import guided
 from .student import UNetCritic
 
 

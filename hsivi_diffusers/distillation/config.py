@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..options import option
-from ..run_records import read_prompts, read_record
-from .limits import check_choices, check_ranges, check_shares, check_together, check_types, takes_negative_prompt
+from ..runs.artifacts import read_prompts, read_record
+from ..runs.options import option
 from .presets import PRESETS, ByPreset, by_preset
+from .validation import check_choices, check_ranges, check_shares, check_together, check_types, takes_negative_prompt
 
 FOLDER = {"output_dir", "overwrite_output_dir"}
 # Hardware, checkpointing and reporting, which do not decide what is trained.

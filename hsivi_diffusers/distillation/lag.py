@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runs.state_dicts import random_state, set_random_state
+from ..teachers.guidance import guided
 from ..vi import CriticObjective, LayerDraw, cosine, step_generator
 from ..vi.fitting import draw_rows
 from ..vi.regression import half_square
 from .config import usual_settings
-from .guidance import guided
 from .state import TrainingState, trained
-from .state_dicts import random_state, set_random_state
 from .student import UNetCritic
 from .updates import make_objective, scoring_of
 

@@ -14,13 +14,21 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
-from ..run_records import ADAPTER
+from ..runs.artifacts import ADAPTER
 from ..scheduling_hsivi import HSIVIScheduler
-from .adapters import add_adapter, has_adapter, load_adapter
+from ..teachers.adapters import add_adapter, has_adapter, load_adapter
+from ..teachers.denoisers import Network, give_prompts, keep_labels, sample_shape, signal_timestep
+from ..teachers.teacher import (
+    Parts,
+    fingerprint,
+    load_prompts,
+    load_student,
+    network_of,
+    weights_sha256,
+    without_encoders,
+)
 from .config import HSIVIConfig, usual_settings
-from .denoisers import Network, give_prompts, keep_labels, sample_shape, signal_timestep
 from .student import check_labels, label_layers, label_scales
-from .teachers import Parts, fingerprint, load_prompts, load_student, network_of, weights_sha256, without_encoders
 
 LORA_RANK = 64
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -10,14 +10,14 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ..bars import bar
+from ..runs.bars import bar
 from ..scheduling_hsivi import HSIVIScheduler
+from ..teachers.denoisers import Network
+from ..teachers.guidance import GuidedNetwork
+from ..teachers.ode import batches, move_apart, power_timesteps, run_solver, use_grid
 from ..vi.distributions import randn_like
 from ..vi.layers import hierarchy_ends
 from ..vi.regression import half_square
-from .denoisers import Network
-from .guidance import GuidedNetwork
-from .ode import batches, move_apart, power_timesteps, run_solver, use_grid
 
 PAIR_CALLS = 15  # of the teacher, for a pair
 LEAST_RATIO = 0.006  # alpha / sigma at the end of the linear clock

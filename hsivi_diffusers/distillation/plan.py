@@ -30,14 +30,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..scheduling_hsivi import HSIVIScheduler
-from .adapters import has_adapter
+from ..teachers.adapters import has_adapter
+from ..teachers.configs import TEXT, check, read_configs
+from ..teachers.denoisers import Network, call_network, give_prompts, num_labels, sample_shape
+from ..teachers.prompts import empty_prompts
+from ..teachers.teacher import check_prompts
 from .config import HSIVIConfig
-from .denoisers import Network, call_network, give_prompts, num_labels, sample_shape
 from .networks import HALF, adapter_rank, make_networks, make_players
-from .prompts import empty_prompts
 from .state import TrainingState, trained
-from .teacher_configs import TEXT, check, read_configs
-from .teachers import check_prompts
 from .updates import fit_calls, run_updates
 
 MIB = 2**20

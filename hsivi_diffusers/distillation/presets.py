@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..options import option
+from ..runs.options import option
 
 
 class ByPreset(NamedTuple):

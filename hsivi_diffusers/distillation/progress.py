@@ -21,18 +21,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from ..bars import bar
-from ..folders import write_text
-from ..run_page import LOG, REFRESH, read_log, write_page
-from ..run_records import COLUMNS
+from ..runs.artifacts import COLUMNS
+from ..runs.bars import bar
+from ..runs.folders import write_text
+from ..runs.page import LOG, REFRESH, read_log, write_page
+from ..teachers.guidance import guided
+from ..teachers.ode import batches, run_solver
+from ..teachers.teacher import decode
 from ..vi import Step
 from .config import HSIVIConfig, usual_settings
-from .guidance import guided
 from .lag import critic_lag
-from .ode import batches, run_solver
 from .pairs import TeacherPairs
 from .state import TrainingState
-from .teachers import decode
 
 EVERY = 20  # updates between two lines of the trackers
 ROWS = 4  # of a sample grid, whose first row is the teacher's

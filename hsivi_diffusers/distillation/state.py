@@ -17,18 +17,18 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..folders import remove_folder, replace_folder
+from ..runs.folders import remove_folder, replace_folder
+from ..runs.state_dicts import TrainedWeights
 from ..scheduling_hsivi import HSIVIScheduler
+from ..teachers.adapters import has_adapter, save_network, share
+from ..teachers.denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
+from ..teachers.teacher import make_pipeline
 from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
-from .adapters import has_adapter, save_network, share
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
-from .denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
 from .networks import Networks
 from .pairs import TeacherPairs
-from .state_dicts import TrainedWeights
 from .student import UNetCritic, UNetLayers
-from .teachers import make_pipeline
 
 NOISE_SCALE_LEARNING_RATE = 1e-2
 

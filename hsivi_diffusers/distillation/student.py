@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
 from ..scheduling_hsivi import HSIVIScheduler
+from ..teachers.denoisers import Network, call_network, denoise
 from ..vi.distributions import DiagonalGaussian
 from ..vi.layers import ConditionalLayers, hierarchy_ends
-from .denoisers import Network, call_network, denoise
 
 SPREAD = 0.25  # how far apart the embeddings of scales of guidance start
 

@@ -20,21 +20,21 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers import DiffusionPipeline
 
-from ..folders import write_json, write_text
-from ..hub import push
-from ..run_page import LOG, PAGE, write_page
-from ..run_records import PROMPTS
+from ..runs.artifacts import PROMPTS
+from ..runs.checkpoints import Checkpoints
+from ..runs.folders import write_json, write_text
+from ..runs.output import Output, check_init_from, check_teacher, claimed, finished, start_run
+from ..runs.page import LOG, PAGE, write_page
+from ..share.push import push
+from ..teachers.adapters import has_adapter
+from ..teachers.denoisers import prompts_of
+from ..teachers.teacher import load_parts
 from ..vi import DivergenceError, Step
-from .adapters import has_adapter
-from .checkpoints import Checkpoints
 from .config import HSIVIConfig, complete
-from .denoisers import prompts_of
 from .networks import load_networks
-from .output import Output, check_init_from, check_teacher, claimed, finished, start_run
 from .progress import CollapsedRunError as CollapsedRunError
 from .progress import Progress
 from .state import TrainingState, adam_of
-from .teachers import load_parts
 from .updates import InterruptedRunError as InterruptedRunError
 from .updates import fit_calls, run_updates
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..bars import bar
+from ..runs.bars import bar
+from ..teachers.guidance import calls_of_step
 from ..vi import (
     Chain,
     CriticObjective,
@@ -29,7 +30,6 @@ from ..vi import (
 from ..vi.objectives import Scoring
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
-from .guidance import calls_of_step
 from .pairs import PAIR_CALLS, image_loss
 from .state import TrainingState, trained
 

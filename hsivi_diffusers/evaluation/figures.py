@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..measures import MEASURES, Measure
+from ..runs.measures import MEASURES, Measure
 
 DPI = 130
 GAP = 0.06  # between two images of a figure, of the width of one

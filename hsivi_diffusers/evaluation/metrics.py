@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ..bars import bar
+from ..runs.bars import bar
 from .features import PixelComponents, check_packages
 
 BATCH = 500  # images in the network at once

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..folders import write_json, write_text
-from ..measures import HALVES, MEASURES, REPORTED, written
-from ..run_records import read_record
+from ..runs.artifacts import read_record
+from ..runs.folders import write_json, write_text
+from ..runs.measures import HALVES, MEASURES, REPORTED, written
 from .figures import draw_curves, draw_samples
 from .pages import measured_on, write_table
 

@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from hsivi_diffusers import cli
+from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation.networks import load_networks
 from hsivi_diffusers.distillation.state import TrainingState
-from hsivi_diffusers.distillation.teachers import load_parts
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from hsivi_diffusers.teachers.teacher import load_parts
 from short_run import SETTINGS
 from tiny_dit import make_dit
 from tiny_text import make_text

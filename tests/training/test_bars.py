@@ -2,8 +2,8 @@
 
 import io
 
-from hsivi_diffusers import bars
-from hsivi_diffusers.bars import bar
+from hsivi_diffusers.runs import bars
+from hsivi_diffusers.runs.bars import bar
 
 
 def test_a_log_gets_lines_and_nothing_that_moves_a_cursor(monkeypatch):

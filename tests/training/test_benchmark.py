@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
-from hsivi_diffusers.distillation.checkpoints import Checkpoints
-from hsivi_diffusers.evaluation.solvers import make_student, sample
-from hsivi_diffusers.folders import LOCK
-from hsivi_diffusers.options import parse_options
+from hsivi_diffusers.commands.options import parse_options
+from hsivi_diffusers.runs.checkpoints import Checkpoints
+from hsivi_diffusers.runs.folders import LOCK
+from hsivi_diffusers.teachers.solvers import make_student, sample
 from short_run import call
 from training.benchmarks.images import benchmark, benchmark_results, set_teacher, train_teacher, trainings
 from training.benchmarks.images.benchmark_results import (

@@ -8,8 +8,8 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from hsivi_diffusers import measures
 from hsivi_diffusers.evaluation import pages
+from hsivi_diffusers.runs import measures
 from training.benchmarks.images import benchmark_pages
 from training.benchmarks.images.benchmark_pages import (
     costs_table,

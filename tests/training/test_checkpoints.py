@@ -20,12 +20,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hsivi_diffusers import cli, load_teacher
-from hsivi_diffusers.distillation.checkpoints import Checkpoints
-from hsivi_diffusers.distillation.output import Output, claimed, find_damage
-from hsivi_diffusers.distillation.state_dicts import load_state_dict, random_state, save_state_dict, set_random_state
-from hsivi_diffusers.distillation.teachers import fingerprint
+from hsivi_diffusers import load_teacher
+from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation.trainer import signals_as_trigger
+from hsivi_diffusers.runs.checkpoints import Checkpoints
+from hsivi_diffusers.runs.output import Output, claimed, find_damage
+from hsivi_diffusers.runs.state_dicts import load_state_dict, random_state, save_state_dict, set_random_state
+from hsivi_diffusers.teachers.teacher import fingerprint
 from training.benchmarks.images import train_baseline, train_teacher, training_loop
 from training.benchmarks.images.training_loop import TrainingLoop
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from hsivi_diffusers.distillation.output import find_damage
+from hsivi_diffusers.runs.output import find_damage
 
 STEPS = 4
 OPTIONS = {"max_train_steps": STEPS, "checkpointing_steps": 1, "critic_updates": 1}

@@ -12,12 +12,13 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
-from hsivi_diffusers import HSIVIPipeline, cli
+from hsivi_diffusers import HSIVIPipeline
+from hsivi_diffusers.commands import cli
+from hsivi_diffusers.commands.sample import load_sampler
 from hsivi_diffusers.distillation.pairs import pair_levels
-from hsivi_diffusers.distillation.teachers import load_teacher
-from hsivi_diffusers.evaluation.solvers import make_solver
-from hsivi_diffusers.hub import push
-from hsivi_diffusers.sampling import load_sampler
+from hsivi_diffusers.share.push import push
+from hsivi_diffusers.teachers.solvers import make_solver
+from hsivi_diffusers.teachers.teacher import load_teacher
 from short_run import SETTINGS
 
 pytest.importorskip("gradio", reason="needs the extra demo")
@@ -25,7 +26,7 @@ pytest.importorskip("gradio", reason="needs the extra demo")
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from hsivi_diffusers import demo
+from hsivi_diffusers.commands import demo
 
 ASKED = {"teacher_steps": 3, "label": demo.IN_TURN, "prompt": "", "scale": 1.0, "count": 3, "seed": 7}
 

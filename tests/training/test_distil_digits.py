@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsivi_diffusers import HSIVIPipeline, cli, load_teacher
+from hsivi_diffusers import HSIVIPipeline, load_teacher
+from hsivi_diffusers.commands import cli
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures
-from hsivi_diffusers.evaluation.solvers import make_solver, make_student, sample
-from hsivi_diffusers.images import load_images
+from hsivi_diffusers.teachers.solvers import make_solver, make_student, sample
 
 ROOT = Path(__file__).parents[2]
 

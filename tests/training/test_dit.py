@@ -12,23 +12,14 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hsivi_diffusers import (
-    HSIVIConfig,
-    HSIVIPipeline,
-    HSIVIScheduler,
-    HSIVITrainer,
-    TeacherBridge,
-    cli,
-    load_teacher,
-    push,
-)
+from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge, load_teacher, push
+from hsivi_diffusers.commands import cli, evaluate
 from hsivi_diffusers.distillation import plan
-from hsivi_diffusers.distillation.denoisers import denoise, num_classes, num_labels, sample_shape
 from hsivi_diffusers.distillation.networks import make_networks
 from hsivi_diffusers.distillation.pairs import TeacherPairs
-from hsivi_diffusers.distillation.teachers import decode, load_student
-from hsivi_diffusers.evaluation import evaluate
-from hsivi_diffusers.model_card import make_card
+from hsivi_diffusers.share.card import make_card
+from hsivi_diffusers.teachers.denoisers import denoise, num_classes, num_labels, sample_shape
+from hsivi_diffusers.teachers.teacher import decode, load_student
 from short_run import SETTINGS
 from tiny_dit import make_dit
 

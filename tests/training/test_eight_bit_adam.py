@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from hsivi_diffusers import HSIVITrainer
 from hsivi_diffusers.distillation import plan
 from hsivi_diffusers.distillation.config import HSIVIConfig
-from hsivi_diffusers.distillation.state_dicts import load_state_dict, save_state_dict
 from hsivi_diffusers.distillation.updates import run_updates
+from hsivi_diffusers.runs.state_dicts import load_state_dict, save_state_dict
 from tiny_unet import make_unet
 
 OPTIONS = {"use_8bit_adam": True, "max_train_steps": 2, "critic_updates": 1, "lr_warmup_steps": 0}

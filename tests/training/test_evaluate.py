@@ -11,14 +11,15 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from hsivi_diffusers import HSIVIPipeline, load_teacher
-from hsivi_diffusers.distillation.ode import few_step_timesteps
-from hsivi_diffusers.evaluation import evaluate, features, report
+from hsivi_diffusers.commands import evaluate
+from hsivi_diffusers.evaluation import features, report
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.figures import draw_curves, draw_samples
+from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures
-from hsivi_diffusers.evaluation.solvers import make_solver, make_student, sample
-from hsivi_diffusers.images import load_images
-from hsivi_diffusers.measures import REPORTED
+from hsivi_diffusers.runs.measures import REPORTED
+from hsivi_diffusers.teachers.ode import few_step_timesteps
+from hsivi_diffusers.teachers.solvers import make_solver, make_student, sample
 from tiny_unet import make_unet
 
 SOLVERS = ["DDIM", "DPM-Solver++", "DPM-Solver++, few-step grid", "UniPC", "UniPC, few-step grid"]

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from hsivi_diffusers import folders
-from hsivi_diffusers.folders import claim_output_dir, in_turn, sole_writer
+from hsivi_diffusers.runs import folders
+from hsivi_diffusers.runs.folders import claim_output_dir, in_turn, sole_writer
 
 
 def test_a_new_output_folder_is_made_with_its_parents(tmp_path):

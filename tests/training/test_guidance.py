@@ -10,15 +10,15 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge, cli
+from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge
+from hsivi_diffusers.commands import cli, evaluate
 from hsivi_diffusers.distillation.config import read_settings
-from hsivi_diffusers.distillation.guidance import GuidedNetwork, guided
 from hsivi_diffusers.distillation.networks import carry_over, make_networks
-from hsivi_diffusers.distillation.output import seal
 from hsivi_diffusers.distillation.pairs import TeacherPairs
 from hsivi_diffusers.distillation.progress import Progress
-from hsivi_diffusers.evaluation import evaluate
-from hsivi_diffusers.model_card import make_card
+from hsivi_diffusers.runs.output import seal
+from hsivi_diffusers.share.card import make_card
+from hsivi_diffusers.teachers.guidance import GuidedNetwork, guided
 from short_run import SETTINGS
 from tiny_unet import make_unet
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hsivi_diffusers.images import load_images, show, stack_images, to_model_range
+from hsivi_diffusers.evaluation.images import load_images, show, stack_images, to_model_range
 from training.benchmarks.images import sets
 from training.benchmarks.images.sets import EMOJI_KINDS, load_families
 

@@ -10,11 +10,12 @@ import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
-from hsivi_diffusers import HSIVINoiseScale, HSIVIPipeline, HSIVIScheduler, cli
+from hsivi_diffusers import HSIVINoiseScale, HSIVIPipeline, HSIVIScheduler
+from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation import state, updates
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.networks import load_networks
-from hsivi_diffusers.distillation.teachers import load_parts
+from hsivi_diffusers.teachers.teacher import load_parts
 
 
 def pipeline_of(folder):

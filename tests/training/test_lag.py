@@ -11,9 +11,9 @@ from hsivi_diffusers.distillation import lag
 from hsivi_diffusers.distillation.lag import critic_lag
 from hsivi_diffusers.distillation.pairs import PAIR_CALLS
 from hsivi_diffusers.distillation.state import trained
-from hsivi_diffusers.distillation.state_dicts import random_state
 from hsivi_diffusers.distillation.updates import make_objective, run_updates
-from hsivi_diffusers.run_page import read_log
+from hsivi_diffusers.runs.page import read_log
+from hsivi_diffusers.runs.state_dicts import random_state
 from tiny_unet import make_unet
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from torchmetrics.image import kid
 from torchmetrics.image.kid import poly_mmd
 
 from hsivi_diffusers.evaluation import metrics
+from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures, split_halves
-from hsivi_diffusers.images import load_images
 
 NAMES = {"fd", "kid", "precision", "recall", "density", "coverage", "pixel_fd", "swd", "class_tv", "nearest"}
 

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 import hsivi_diffusers
-from hsivi_diffusers import cli
+from hsivi_diffusers.commands import cli, evaluate
+from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.distillation.config import ALIASES, GONE, PRESETS, HSIVIConfig, read_settings
-from hsivi_diffusers.distillation.output import Output
-from hsivi_diffusers.evaluation import evaluate
-from hsivi_diffusers.options import differences, flatten, option, parse_options, run_command
+from hsivi_diffusers.runs.options import differences, flatten, option
+from hsivi_diffusers.runs.output import Output
 from training.benchmarks.images import train_baseline, train_classifier, train_teacher, tune_solvers
 from training.benchmarks.text import train_scorer, train_text_teacher, train_vae
 

@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from hsivi_diffusers import cli
+from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation import plan
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.networks import load_networks
 from hsivi_diffusers.distillation.state import TrainingState
-from hsivi_diffusers.distillation.teachers import load_parts
+from hsivi_diffusers.teachers.teacher import load_parts
 from tiny_unet import make_unet
 from training.benchmarks.images import make_teacher
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PEAK = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-from hsivi_diffusers import cli
+from hsivi_diffusers.commands import cli
 cli.plan(sys.argv[1:])
 cli.distil([*sys.argv[1:], "--max_train_steps=2"])
 # Not getrusage, which counts the memory of the process that started this one.

@@ -12,8 +12,8 @@ from hsivi_diffusers import HSIVIScheduler, UNetCritic, load_teacher
 from hsivi_diffusers.distillation import updates
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.networks import load_networks
-from hsivi_diffusers.distillation.teachers import load_parts
 from hsivi_diffusers.distillation.trainer import make_accelerator
+from hsivi_diffusers.teachers.teacher import load_parts
 
 SHORT = {"max_train_steps": 2, "critic_updates": 1, "lr_warmup_steps": 0}
 

@@ -12,13 +12,14 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hsivi_diffusers import HSIVIPipeline, cli, load_teacher
+from hsivi_diffusers import HSIVIPipeline, load_teacher
+from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation import progress
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.pairs import TeacherPairs
 from hsivi_diffusers.distillation.trainer import HSIVITrainer
 from hsivi_diffusers.distillation.updates import run_updates
-from hsivi_diffusers.run_page import read_log
+from hsivi_diffusers.runs.page import read_log
 from tiny_unet import make_unet
 
 SIZE = 512  # pixels of a side of a grid, at least

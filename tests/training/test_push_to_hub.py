@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from hsivi_diffusers import cli
-from hsivi_diffusers.run_page import LOG, PAGE
+from hsivi_diffusers.commands import cli
+from hsivi_diffusers.runs.page import LOG, PAGE
 
 
 @pytest.fixture

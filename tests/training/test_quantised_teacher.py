@@ -9,10 +9,10 @@ from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIConfig, HSIVIScheduler, HSIVITrainer
-from hsivi_diffusers.distillation.adapters import add_adapter
 from hsivi_diffusers.distillation.networks import check_fit
-from hsivi_diffusers.distillation.teachers import fingerprint, load_parts, network_of
-from hsivi_diffusers.run_records import ADAPTER
+from hsivi_diffusers.runs.artifacts import ADAPTER
+from hsivi_diffusers.teachers.adapters import add_adapter
+from hsivi_diffusers.teachers.teacher import fingerprint, load_parts, network_of
 from tiny_text import PROMPTS, make_text
 
 SETTINGS = {"num_inference_steps": 2, "prompts": PROMPTS, "guidance_scale": 3.0, "lora_rank": 4, "train_batch_size": 2}

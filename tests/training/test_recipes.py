@@ -8,13 +8,13 @@ import yaml
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
-from hsivi_diffusers.cli import PushAtEnd, Teacher
+from hsivi_diffusers.commands.cli import PushAtEnd, Teacher
+from hsivi_diffusers.commands.options import parse_options
 from hsivi_diffusers.distillation import plan
 from hsivi_diffusers.distillation.config import ALIASES, PRESETS, HSIVIConfig
 from hsivi_diffusers.distillation.networks import make_networks
 from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.distillation.updates import run_updates
-from hsivi_diffusers.options import parse_options
 
 TRAINING = Path(__file__).parents[2] / "training"
 RECIPES = sorted(path for preset in PRESETS for path in (TRAINING / "configs").glob(f"*_{preset}.yaml"))

@@ -8,7 +8,7 @@ import torch
 from gaussian_teacher import GaussianTeacher, Network, exact_flow
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 from hsivi_diffusers.distillation.pairs import PAIR_CALLS, pair_levels
-from hsivi_diffusers.evaluation.solvers import make_solver, sample
+from hsivi_diffusers.teachers.solvers import make_solver, sample
 from tiny_unet import make_unet
 from training.benchmarks.images import regression
 from training.benchmarks.images.regression import PairRegression

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hsivi_diffusers import HSIVIConfig, HSIVITrainer, run_page
+from hsivi_diffusers import HSIVIConfig, HSIVITrainer
 from hsivi_diffusers.distillation import progress
-from hsivi_diffusers.run_records import sample_grids
+from hsivi_diffusers.runs import page as run_page
+from hsivi_diffusers.runs.artifacts import sample_grids
 from short_run import SETTINGS
 
 LOSSES = [{"step": step, "loss/student": 10.0 / step, "loss/critic": 100.0} for step in (1, 2, 4)]

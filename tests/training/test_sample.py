@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hsivi_diffusers import HSIVIPipeline, cli
+from hsivi_diffusers import HSIVIPipeline
+from hsivi_diffusers.commands import cli
 
 
 @pytest.fixture

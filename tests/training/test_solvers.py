@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsivi_diffusers import HSIVIScheduler
-from hsivi_diffusers.distillation.ode import few_step_timesteps, power_timesteps, use_grid
-from hsivi_diffusers.evaluation.solvers import Solver, make_solver, sample
+from hsivi_diffusers.teachers.ode import few_step_timesteps, power_timesteps, use_grid
+from hsivi_diffusers.teachers.solvers import Solver, make_solver, sample
 from tiny_unet import make_unet
 
 

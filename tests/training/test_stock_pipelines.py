@@ -14,9 +14,9 @@ from diffusers import (
 )
 
 from hsivi_diffusers import HSIVIScheduler
-from hsivi_diffusers.distillation.adapters import add_adapter, save_network
 from hsivi_diffusers.distillation.state import trained
-from hsivi_diffusers.run_records import ADAPTER
+from hsivi_diffusers.runs.artifacts import ADAPTER
+from hsivi_diffusers.teachers.adapters import add_adapter, save_network
 from tiny_text import make_scheduler, make_sd
 
 SIZE = 16  # pixels; latents have half of it

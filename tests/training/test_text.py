@@ -24,25 +24,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hsivi_diffusers import HSIVIConfig, HSIVIScheduler, HSIVITrainer, cli, load_teacher, push
-from hsivi_diffusers.distillation import plan, prompts, teachers
-from hsivi_diffusers.distillation.adapters import TARGETS, add_adapter, share
-from hsivi_diffusers.distillation.denoisers import denoise, give_prompts, num_classes, num_labels
-from hsivi_diffusers.distillation.guidance import guided
+from hsivi_diffusers import HSIVIConfig, HSIVIScheduler, HSIVITrainer, load_teacher, push
+from hsivi_diffusers.commands import cli, evaluate
+from hsivi_diffusers.distillation import plan
 from hsivi_diffusers.distillation.networks import adapter_rank, make_scheduler
-from hsivi_diffusers.distillation.ode import run_solver
-from hsivi_diffusers.distillation.prompts import encode_prompts
-from hsivi_diffusers.distillation.teachers import (
-    decode,
-    load_parts,
-    load_prompts,
-    load_student,
-    network_of,
-    weights_sha256,
-)
 from hsivi_diffusers.distillation.updates import run_updates
-from hsivi_diffusers.evaluation import evaluate
-from hsivi_diffusers.run_records import ADAPTER, read_prompts, read_run
+from hsivi_diffusers.runs.artifacts import ADAPTER, read_prompts, read_run
+from hsivi_diffusers.teachers import prompts
+from hsivi_diffusers.teachers import teacher as teachers
+from hsivi_diffusers.teachers.adapters import TARGETS, add_adapter, share
+from hsivi_diffusers.teachers.denoisers import denoise, give_prompts, num_classes, num_labels
+from hsivi_diffusers.teachers.guidance import guided
+from hsivi_diffusers.teachers.ode import run_solver
+from hsivi_diffusers.teachers.prompts import encode_prompts
+from hsivi_diffusers.teachers.teacher import decode, load_parts, load_prompts, load_student, network_of, weights_sha256
 from short_run import SETTINGS as SHORT
 from tiny_text import KINDS, PROMPTS, make_text
 

@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from hsivi_diffusers import load_teacher
-from hsivi_diffusers.distillation.denoisers import prompts_of
-from hsivi_diffusers.distillation.teachers import load_parts
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from hsivi_diffusers.teachers.denoisers import prompts_of
+from hsivi_diffusers.teachers.teacher import load_parts
 from short_run import call
 from training.benchmarks.images import benchmark, captions, sets, train_baseline, trainings
 from training.benchmarks.images.benchmark_pages import measures_table

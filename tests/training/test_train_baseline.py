@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
-from hsivi_diffusers.distillation.checkpoints import Checkpoints
-from hsivi_diffusers.distillation.output import Output
 from hsivi_diffusers.distillation.pairs import PAIR_CALLS
-from hsivi_diffusers.evaluation.solvers import Solver
+from hsivi_diffusers.runs.checkpoints import Checkpoints
+from hsivi_diffusers.runs.output import Output
+from hsivi_diffusers.teachers.solvers import Solver
 from tiny_unet import make_unet
 from training.benchmarks.images import consistency, regression, train_baseline, training_loop
 from training.benchmarks.images.consistency import ConsistencyDistillation

@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.neural_network import MLPClassifier
 
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
-from hsivi_diffusers.images import load_images
+from hsivi_diffusers.evaluation.images import load_images
 from training.benchmarks.images import train_classifier
 from training.benchmarks.images.spaces import DenseFeatures
 

@@ -4,7 +4,7 @@ from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from hsivi_diffusers.images import load_images, to_model_range
+from hsivi_diffusers.evaluation.images import load_images, to_model_range
 from training.benchmarks.images import train_teacher, training_loop
 
 

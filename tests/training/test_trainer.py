@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
-from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, cli, load_teacher
+from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
+from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation import networks, state, trainer, updates
 from hsivi_diffusers.distillation.config import ALIASES, GONE, HSIVIConfig
-from hsivi_diffusers.distillation.output import read_progress, seal
 from hsivi_diffusers.distillation.trainer import HSIVITrainer
+from hsivi_diffusers.runs.output import read_progress, seal
 from tiny_unet import make_unet
 
 GRIDS = {"fast": [440, 220, 0], "paper": [800, 200, 0]}

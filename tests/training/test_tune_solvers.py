@@ -11,9 +11,9 @@ from diffusers import DDPMScheduler
 
 from hsivi_diffusers import load_teacher
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures, total_variation
-from hsivi_diffusers.evaluation.solvers import SOLVERS, make_solver, sample
-from hsivi_diffusers.images import load_images
+from hsivi_diffusers.teachers.solvers import SOLVERS, make_solver, sample
 from training.benchmarks.images import benchmark_results, solver_pages, tune_solvers
 from training.benchmarks.images import spaces as spaces_module
 from training.benchmarks.images.spaces import OF_CLASSIFIER, ClassMeasures, SetMeasures, Space, make_spaces

@@ -22,8 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from hsivi_diffusers import cli, folders
-from hsivi_diffusers.distillation import checkpoints, progress, state, state_dicts, updates
+from hsivi_diffusers.commands import cli
+from hsivi_diffusers.distillation import progress, state, updates
+from hsivi_diffusers.runs import checkpoints, folders, state_dicts
 
 PATIENCE = 600  # seconds that a run may take
 GRACE = 1  # seconds that the other children have after one died

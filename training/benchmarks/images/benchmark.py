@@ -21,15 +21,16 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 
 from hsivi_diffusers import HSIVIPipeline
-from hsivi_diffusers.bars import bar
+from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.distillation.config import HSIVIConfig
-from hsivi_diffusers.distillation.guidance import GuidedNetwork
-from hsivi_diffusers.distillation.teachers import load_student
 from hsivi_diffusers.evaluation.metrics import FEWEST
 from hsivi_diffusers.evaluation.pages import measured_on
-from hsivi_diffusers.evaluation.solvers import Sampler, Solver, make_student
-from hsivi_diffusers.folders import in_turn
-from hsivi_diffusers.options import option, parse_options, run_command
+from hsivi_diffusers.runs.bars import bar
+from hsivi_diffusers.runs.folders import in_turn
+from hsivi_diffusers.runs.options import option
+from hsivi_diffusers.teachers.guidance import GuidedNetwork
+from hsivi_diffusers.teachers.solvers import Sampler, Solver, make_student
+from hsivi_diffusers.teachers.teacher import load_student
 
 from . import train_baseline
 from .benchmark_pages import as_word, is_shown, write_pages

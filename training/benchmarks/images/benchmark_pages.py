@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from hsivi_diffusers.evaluation.figures import draw_curves, draw_samples, pyplot
 from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
-from hsivi_diffusers.folders import write_text
-from hsivi_diffusers.measures import MEASURES, written
+from hsivi_diffusers.runs.folders import write_text
+from hsivi_diffusers.runs.measures import MEASURES, written
 
 from .benchmark_results import (
     BASELINES,

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hsivi_diffusers.distillation.config import HSIVIConfig, complete
-from hsivi_diffusers.folders import in_turn, write_json
-from hsivi_diffusers.options import differences
+from hsivi_diffusers.runs.folders import in_turn, write_json
+from hsivi_diffusers.runs.options import differences
 
 Row = dict[str, Any]
 Key = tuple[str, int, int | None]  # method, network calls and training seed

@@ -19,7 +19,7 @@ from diffusers import DDPMPipeline, LCMScheduler, UNet2DModel
 from torch import Tensor
 
 from hsivi_diffusers import HSIVIScheduler
-from hsivi_diffusers.distillation.denoisers import denoise
+from hsivi_diffusers.teachers.denoisers import denoise
 
 from .baseline import Baseline, default_start
 

@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from hsivi_diffusers.evaluation.pages import write_table
-from hsivi_diffusers.measures import MEASURES
+from hsivi_diffusers.runs.measures import MEASURES
 
 from .benchmark_results import (
     ALL_SCALES,

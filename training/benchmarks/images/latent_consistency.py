@@ -13,12 +13,12 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from hsivi_diffusers import HSIVIScheduler
-from hsivi_diffusers.distillation.adapters import add_adapter
-from hsivi_diffusers.distillation.denoisers import denoise, give_prompts, sample_shape
-from hsivi_diffusers.distillation.guidance import calls_of_step, guided
-from hsivi_diffusers.distillation.state_dicts import TrainedWeights
-from hsivi_diffusers.distillation.teachers import image_shape, load_prompts
-from hsivi_diffusers.images import to_model_range
+from hsivi_diffusers.evaluation.images import to_model_range
+from hsivi_diffusers.runs.state_dicts import TrainedWeights
+from hsivi_diffusers.teachers.adapters import add_adapter
+from hsivi_diffusers.teachers.denoisers import denoise, give_prompts, sample_shape
+from hsivi_diffusers.teachers.guidance import calls_of_step, guided
+from hsivi_diffusers.teachers.teacher import image_shape, load_prompts
 
 from .captions import encode, load_captioned, pair
 from .consistency import ConsistencyDistillation

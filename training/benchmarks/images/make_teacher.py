@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.distillation.plan import read_teacher
-from hsivi_diffusers.folders import claim_output_dir
-from hsivi_diffusers.options import option, parse_options, run_command
+from hsivi_diffusers.runs.folders import claim_output_dir
+from hsivi_diffusers.runs.options import option
 
 
 @dataclass

@@ -16,7 +16,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
-from hsivi_diffusers.distillation.denoisers import denoise
+from hsivi_diffusers.teachers.denoisers import denoise
 
 from .baseline import Baseline, default_start
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 from hsivi_diffusers.distillation.config import HSIVIConfig
-from hsivi_diffusers.distillation.denoisers import sample_shape
 from hsivi_diffusers.distillation.networks import make_scheduler
 from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss
 from hsivi_diffusers.distillation.student import UNetLayers
+from hsivi_diffusers.teachers.denoisers import sample_shape
 from hsivi_diffusers.vi import step_generator
 
 from .baseline import Baseline

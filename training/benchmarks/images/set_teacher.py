@@ -8,11 +8,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from hsivi_diffusers.distillation.denoisers import give_prompts, num_classes, sample_shape
-from hsivi_diffusers.distillation.guidance import GuidedNetwork, calls_of_step, guided
-from hsivi_diffusers.distillation.prompts import takes_text
-from hsivi_diffusers.distillation.teachers import image_shape, load_parts, load_prompts, network_of
-from hsivi_diffusers.evaluation.solvers import Sampler, Solver, make_solver, sample
+from hsivi_diffusers.teachers.denoisers import give_prompts, num_classes, sample_shape
+from hsivi_diffusers.teachers.guidance import GuidedNetwork, calls_of_step, guided
+from hsivi_diffusers.teachers.prompts import takes_text
+from hsivi_diffusers.teachers.solvers import Sampler, Solver, make_solver, sample
+from hsivi_diffusers.teachers.teacher import image_shape, load_parts, load_prompts, network_of
 
 from .captions import CAPTIONS, choose, load_captioned, rivals
 from .sets import load_images

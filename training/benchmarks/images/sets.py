@@ -11,8 +11,8 @@ import torch
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageOps
 
-from hsivi_diffusers import images as package
-from hsivi_diffusers.images import load_rows, stack_images
+from hsivi_diffusers.evaluation import images as package
+from hsivi_diffusers.evaluation.images import load_rows, stack_images
 
 # Where Debian's packages dataset-fashion-mnist and fonts-noto-color-emoji put their files.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

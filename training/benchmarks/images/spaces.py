@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.features import EfficientNetFeatures, PixelComponents
 from hsivi_diffusers.evaluation.metrics import Measures
-from hsivi_diffusers.measures import MEASURES
+from hsivi_diffusers.runs.measures import MEASURES
 
 MLP = "mlp.safetensors"  # beside the weights of the classifier
 HIDDEN = (256, 64)  # widths of the MLP; the last one are the features

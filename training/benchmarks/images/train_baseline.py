@@ -29,14 +29,15 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
 from hsivi_diffusers import load_teacher
-from hsivi_diffusers.distillation.denoisers import sample_shape
-from hsivi_diffusers.distillation.output import Output, check_output, check_teacher, claimed, start_run
+from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.distillation.pairs import PAIR_CALLS
 from hsivi_diffusers.distillation.state import trained
-from hsivi_diffusers.distillation.teachers import fingerprint, load_parts
-from hsivi_diffusers.folders import remove_folder, replace_folder, write_json
-from hsivi_diffusers.images import to_model_range
-from hsivi_diffusers.options import flatten, option, parse_options, run_command
+from hsivi_diffusers.evaluation.images import to_model_range
+from hsivi_diffusers.runs.folders import remove_folder, replace_folder, write_json
+from hsivi_diffusers.runs.options import flatten, option
+from hsivi_diffusers.runs.output import Output, check_output, check_teacher, claimed, start_run
+from hsivi_diffusers.teachers.denoisers import sample_shape
+from hsivi_diffusers.teachers.teacher import fingerprint, load_parts
 from hsivi_diffusers.vi import cosine
 
 from .baseline import Baseline

@@ -18,10 +18,11 @@ from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hsivi_diffusers.bars import bar
+from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
-from hsivi_diffusers.folders import claim_output_dir
-from hsivi_diffusers.options import option, parse_options, run_command
+from hsivi_diffusers.runs.bars import bar
+from hsivi_diffusers.runs.folders import claim_output_dir
+from hsivi_diffusers.runs.options import option
 
 from .sets import load_families, load_images
 from .spaces import HIDDEN, LARGE, MLP

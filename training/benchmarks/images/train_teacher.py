@@ -29,9 +29,10 @@ from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LRScheduler
 
 from hsivi_diffusers import HSIVIScheduler
-from hsivi_diffusers.distillation.output import Output, check_output, claimed, start_run
-from hsivi_diffusers.images import to_model_range
-from hsivi_diffusers.options import flatten, option, parse_options, run_command
+from hsivi_diffusers.commands.options import parse_options, run_command
+from hsivi_diffusers.evaluation.images import to_model_range
+from hsivi_diffusers.runs.options import flatten, option
+from hsivi_diffusers.runs.output import Output, check_output, claimed, start_run
 
 from .sets import load_images
 from .training_loop import TrainingLoop

@@ -14,10 +14,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from hsivi_diffusers.bars import bar
-from hsivi_diffusers.distillation.checkpoints import Checkpoints
-from hsivi_diffusers.distillation.output import Output
 from hsivi_diffusers.distillation.state import trained
+from hsivi_diffusers.runs.bars import bar
+from hsivi_diffusers.runs.checkpoints import Checkpoints
+from hsivi_diffusers.runs.output import Output
 
 
 class TrainingLoop:

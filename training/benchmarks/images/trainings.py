@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hsivi_diffusers.cli import read_distillation
+from hsivi_diffusers.commands.cli import read_distillation
 from hsivi_diffusers.distillation.config import HSIVIConfig, read_settings
-from hsivi_diffusers.folders import LOCK, remove_folder, replace_folder
-from hsivi_diffusers.options import differences
+from hsivi_diffusers.runs.folders import LOCK, remove_folder, replace_folder
+from hsivi_diffusers.runs.options import differences
 
 from . import train_baseline
 

@@ -29,11 +29,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from torch import Tensor
 
-from hsivi_diffusers.distillation.ode import power_timesteps
+from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.pages import measured_on
-from hsivi_diffusers.evaluation.solvers import SOLVERS
-from hsivi_diffusers.folders import in_turn, write_json
-from hsivi_diffusers.options import option, parse_options, run_command
+from hsivi_diffusers.runs.folders import in_turn, write_json
+from hsivi_diffusers.runs.options import option
+from hsivi_diffusers.teachers.ode import power_timesteps
+from hsivi_diffusers.teachers.solvers import SOLVERS
 
 from .benchmark_results import Row, hash_networks, read_rows
 from .set_teacher import SetTeacher

@@ -28,9 +28,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.pages import fill_tables, new_parts
-from hsivi_diffusers.folders import claim_output_dir, sole_writer, write_json, write_text
-from hsivi_diffusers.options import option, parse_options, run_command
+from hsivi_diffusers.runs.folders import claim_output_dir, sole_writer, write_json, write_text
+from hsivi_diffusers.runs.options import option
 
 from .study import read_study, run_study
 from .study_figures import FIGURES, draw_fits, draw_marginals_figure, save

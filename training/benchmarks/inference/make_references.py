@@ -21,8 +21,9 @@ from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
-from hsivi_diffusers.folders import claim_output_dir
-from hsivi_diffusers.options import option, parse_options, run_command
+from hsivi_diffusers.commands.options import parse_options, run_command
+from hsivi_diffusers.runs.folders import claim_output_dir
+from hsivi_diffusers.runs.options import option
 from hsivi_diffusers.vi.targets import Target, Whitened
 
 from .benchmark_targets import Reference, make_target, save_reference

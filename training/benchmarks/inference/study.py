@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import yaml
 
-from hsivi_diffusers.bars import bar
-from hsivi_diffusers.folders import write_json
+from hsivi_diffusers.runs.bars import bar
+from hsivi_diffusers.runs.folders import write_json
 from hsivi_diffusers.vi import DivergenceError
 from hsivi_diffusers.vi.targets import FullNormal, SampledTarget, laplace, moment_match
 

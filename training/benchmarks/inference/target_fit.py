@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hsivi_diffusers.bars import bar
-from hsivi_diffusers.options import option
+from hsivi_diffusers.runs.bars import bar
+from hsivi_diffusers.runs.options import option
 from hsivi_diffusers.vi import (
     Bridge,
     DiagonalGaussian,

@@ -22,10 +22,11 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from hsivi_diffusers import HSIVIConfig, HSIVITrainer
-from hsivi_diffusers.bars import bar
+from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.distillation.updates import run_updates
-from hsivi_diffusers.options import option, parse_options, run_command
+from hsivi_diffusers.runs.bars import bar
+from hsivi_diffusers.runs.options import option
 
 from ..images.bench_sampling import seconds_of
 from .train_text_teacher import Text, make_networks, make_pipeline, make_tokenizer

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 
+from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
-from hsivi_diffusers.folders import claim_output_dir
-from hsivi_diffusers.options import option, parse_options, run_command
+from hsivi_diffusers.runs.folders import claim_output_dir
+from hsivi_diffusers.runs.options import option
 
 from ..images.captions import choose, load_captioned, rivals
 from ..images.train_classifier import fit

@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 
-from hsivi_diffusers.distillation.output import Output, claimed, start_run
-from hsivi_diffusers.images import to_model_range
-from hsivi_diffusers.options import flatten, option, parse_options, run_command
+from hsivi_diffusers.commands.options import parse_options, run_command
+from hsivi_diffusers.evaluation.images import to_model_range
+from hsivi_diffusers.runs.options import flatten, option
+from hsivi_diffusers.runs.output import Output, claimed, start_run
 
 from ..images.captions import load_captioned
 from ..images.train_teacher import Training, check_run, make_loop

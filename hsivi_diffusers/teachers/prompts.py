@@ -18,9 +18,9 @@ from huggingface_hub import cached_assets_path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..bars import bar
-from ..folders import in_turn
-from .state_dicts import hash_weights
+from ..runs.bars import bar
+from ..runs.folders import in_turn
+from ..runs.state_dicts import hash_weights
 
 FILE_ROWS = 512  # prompts of a file
 BATCH = 32  # prompts that are encoded at once

@@ -19,19 +19,20 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from .distillation.denoisers import sample_shape
-from .distillation.guidance import calls_of_step, guided
-from .distillation.ode import run_solver
-from .distillation.pairs import pair_levels
-from .distillation.prompts import takes_text
-from .distillation.teachers import Parts, decode, load_parts
-from .evaluation.solvers import make_solver
-from .hub import check_repo_id
-from .images import enlarge
-from .options import option, parse_options
-from .pipeline_hsivi import network_calls
-from .run_records import run_of
-from .sampling import classes_of, draw, load_sampler, usable_device
+from ..distillation.pairs import pair_levels
+from ..evaluation.images import enlarge
+from ..pipeline_hsivi import network_calls
+from ..runs.artifacts import run_of
+from ..runs.options import option
+from ..share.push import check_repo_id
+from ..teachers.denoisers import sample_shape
+from ..teachers.guidance import calls_of_step, guided
+from ..teachers.ode import run_solver
+from ..teachers.prompts import takes_text
+from ..teachers.solvers import make_solver
+from ..teachers.teacher import Parts, decode, load_parts
+from .options import parse_options
+from .sample import classes_of, draw, load_sampler, usable_device
 
 DEMO = """Open a page in the browser that draws from distilled samplers, each beside its teacher.
 

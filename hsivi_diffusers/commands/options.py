@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-
-def did_you_mean(name: str, known: Collection[str], quote: str = "") -> str:
-    """The end of a message about an unknown name: the one known that has all of its words, or the nearest."""
-    words = set(name.strip("-").split("_"))
-    having = [each for each in known if words <= set(each.strip("-").split("_"))]
-    close = having if len(having) == 1 else difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {quote}{close[0]}{quote}?" if close else ""
-
-
-def option(default: Any, help: str, common: bool = True) -> Any:
-    """A field of an options dataclass; those that are not common are shown by `--help_all` alone."""
-    metadata = {"help": help, "common": common}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from ..runs.options import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -172,15 +157,3 @@ def print_error(text: str) -> int:
     """Prints one line of an error; returns the exit status of it."""
     print(f"error: {text}", file=sys.stderr)
     return 2
-
-
-def flatten(groups: Sequence[Any]) -> dict[str, Any]:
-    """The options of several groups, by name."""
-    return {name: value for group in groups for name, value in asdict(group).items()}
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Says which settings of now differ from those before; empty if none does."""
-    return "; ".join(
-        f"{name}: {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value
-    )

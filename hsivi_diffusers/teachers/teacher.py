@@ -25,17 +25,17 @@ from huggingface_hub import ModelCard, file_exists, hf_hub_download
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..folders import near_folder
-from ..hub import CUT, class_names
 from ..modeling_hsivi import HSIVINoiseScale
 from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, naming_damage, parts_of
-from ..run_records import ADAPTER, read_prompts, run_of
+from ..runs.artifacts import ADAPTER, read_prompts, run_of
+from ..runs.folders import near_folder
+from ..runs.state_dicts import hash_weights
 from ..scheduling_hsivi import HSIVIScheduler
+from ..share.push import CUT, class_names
 from .adapters import WEIGHTS, share
+from .configs import LATENT, REMEDY, check, check_levels, configs_of, kind_of, part_of, read_configs
 from .denoisers import Network, sample_shape
 from .prompts import PromptTable, encode_prompts, takes_text
-from .state_dicts import hash_weights
-from .teacher_configs import LATENT, REMEDY, check, check_levels, configs_of, kind_of, part_of, read_configs
 
 logger = logging.get_logger(__name__)
 

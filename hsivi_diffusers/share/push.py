@@ -23,11 +23,11 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import ImageOps
 from safetensors import safe_open
 
-from .images import enlarge
-from .model_card import is_ours, make_adapter_card, make_card
-from .pipeline_hsivi import HSIVIPipeline, check_finite_weights, network_calls
-from .run_records import ADAPTER, read_run
-from .scheduling_hsivi import HSIVIScheduler
+from ..evaluation.images import enlarge
+from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, network_calls
+from ..runs.artifacts import ADAPTER, read_run
+from ..scheduling_hsivi import HSIVIScheduler
+from .card import is_ours, make_adapter_card, make_card
 
 AGAIN = "Nothing of yours was lost. Push again later: what has arrived is not sent twice."
 CUT = (OSError, RuntimeError, HTTPError)  # what a cut connection raises; a ValueError says itself what is wrong

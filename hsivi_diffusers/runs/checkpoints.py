@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from torch import nn
 
-from ..folders import remove_folder, replace_folder, write_json, write_text
-from ..options import differences
+from .folders import remove_folder, replace_folder, write_json, write_text
+from .options import differences
 from .output import ANEW, Complete, Output, find_damage, finished, is_partial, read_progress, seal, step_of
 from .state_dicts import load_state_dict, random_state, save_state_dict, set_random_state
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .folders import write_text
 from .measures import HALVES, MEASURES, REPORTED, written
-from .run_records import PROMPTS, sample_grids
+from .artifacts import PROMPTS, sample_grids
 
 PAGE = "index.html"
 LOG = "log.jsonl"  # losses, rates and speed, a line of JSON every now and then

@@ -18,21 +18,22 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ..bars import bar
-from ..distillation.denoisers import Network, give_prompts, num_classes, sample_shape
-from ..distillation.guidance import GuidedNetwork, calls_of_step, guided
-from ..distillation.ode import few_step_timesteps
-from ..distillation.teachers import image_shape, load_parts, load_prompts, load_student, network_of
-from ..images import load_images
-from ..measures import REPORTED
-from ..options import option, parse_options
-from ..run_page import read_json, write_page
-from ..run_records import PROMPTS
+from ..evaluation.features import check_packages, load_network
+from ..evaluation.images import load_images
+from ..evaluation.metrics import FEWEST, PACKAGES, Measures, split_halves
+from ..evaluation.report import OURS, Report, load_run
+from ..runs.artifacts import PROMPTS
+from ..runs.bars import bar
+from ..runs.measures import REPORTED
+from ..runs.options import option
+from ..runs.page import read_json, write_page
 from ..scheduling_hsivi import HSIVIScheduler
-from .features import check_packages, load_network
-from .metrics import FEWEST, PACKAGES, Measures, split_halves
-from .report import OURS, Report, load_run
-from .solvers import Sampler, make_solver, make_student, sample, shorten
+from ..teachers.denoisers import Network, give_prompts, num_classes, sample_shape
+from ..teachers.guidance import GuidedNetwork, calls_of_step, guided
+from ..teachers.ode import few_step_timesteps
+from ..teachers.solvers import Sampler, make_solver, make_student, sample, shorten
+from ..teachers.teacher import image_shape, load_parts, load_prompts, load_student, network_of
+from .options import parse_options
 
 COLUMNS = 16  # images in a row of samples.png
 ON_GRID = ("DPM-Solver++", "UniPC")  # of `few_step_timesteps` too: neither grid is the better one for every teacher

@@ -12,8 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .measures import HALVES, MEASURES, REPORTED, written
-from .pipeline_hsivi import HSIVIPipeline, network_calls, one_of
+from ..pipeline_hsivi import HSIVIPipeline, network_calls, one_of
+from ..runs.measures import HALVES, MEASURES, REPORTED, written
 
 DISTANCES = {
     "fd": "frechet_distance",

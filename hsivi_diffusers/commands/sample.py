@@ -10,10 +10,11 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from .bars import bar
-from .folders import check_output_dir, claim_output_dir
-from .options import option, parse_options
-from .run_records import PROMPTS, SAMPLERS, folder_of_run, pipeline_of, read_prompts, run_of
+from ..runs.artifacts import PROMPTS, SAMPLERS, folder_of_run, pipeline_of, read_prompts, run_of
+from ..runs.bars import bar
+from ..runs.folders import check_output_dir, claim_output_dir
+from ..runs.options import option
+from .options import parse_options
 
 SAMPLE = """Draw images from a distilled pipeline into a folder of PNG files and one contact sheet.
 
@@ -48,8 +49,8 @@ def sample(args: Sequence[str]) -> None:
     from diffusers.utils import make_image_grid
     from PIL import ImageOps
 
-    from .images import enlarge, show
-    from .pipeline_hsivi import HSIVIPipeline
+    from ..evaluation.images import enlarge, show
+    from ..pipeline_hsivi import HSIVIPipeline
 
     device = usable_device(options.device)
     pipeline = load_sampler(options.pipeline).to(device)
@@ -103,16 +104,16 @@ def classes_of(pipeline: Any, name: str) -> list[int]:
 
 
 def _num_classes(pipeline: Any) -> int:
-    from .distillation.denoisers import num_classes
-    from .distillation.teachers import network_of
-    from .pipeline_hsivi import HSIVIPipeline
+    from ..pipeline_hsivi import HSIVIPipeline
+    from ..teachers.denoisers import num_classes
+    from ..teachers.teacher import network_of
 
     return (pipeline.num_classes if isinstance(pipeline, HSIVIPipeline) else num_classes(network_of(pipeline))) or 0
 
 
 def _conditions(options: Sampling, pipeline: Any) -> Sequence[int | str]:
     """The classes or prompts to draw; those of the run, if that is at hand, by default, and none without classes."""
-    from .distillation.prompts import takes_text
+    from ..teachers.prompts import takes_text
 
     by_text, number = takes_text(pipeline), _num_classes(pipeline)
     if any(not 0 <= label < number for label in options.class_label):
@@ -139,7 +140,7 @@ def draw(
     guidance_scale: float | None = None,
 ) -> list[Any]:
     """Images of a distilled pipeline, one for each generator, of classes or prompts; by default in the most steps."""
-    from .pipeline_hsivi import HSIVIPipeline
+    from ..pipeline_hsivi import HSIVIPipeline
 
     if not isinstance(pipeline, HSIVIPipeline):
         return _draw_stock(pipeline, conditions, generators)
@@ -167,8 +168,8 @@ def load_sampler(name: str | None, host: Any = None) -> Any:
     """
     if not name:
         raise ValueError("--pipeline is missing: give the folder or the repo id of a distilled pipeline")
-    from .distillation.teachers import load_student
-    from .folders import near_folder, tell_missing
+    from ..runs.folders import near_folder, tell_missing
+    from ..teachers.teacher import load_student
 
     folder = pipeline_of(name)
     if Path(name).is_dir() and not any((folder / each).is_file() for each in SAMPLERS):

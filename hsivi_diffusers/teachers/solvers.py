@@ -19,12 +19,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ..distillation.denoisers import Network, sample_shape
-from ..distillation.guidance import GuidedNetwork
-from ..distillation.ode import run_solver, use_grid
-from ..distillation.teachers import decode, network_of
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
+from .denoisers import Network, sample_shape
+from .guidance import GuidedNetwork
+from .ode import run_solver, use_grid
+from .teacher import decode, network_of
 
 
 class TeacherIPNDM(IPNDMScheduler):

@@ -19,8 +19,8 @@ from diffusers import (
     UNet2DModel,
 )
 
-from ..folders import near_folder, tell_missing
 from ..pipeline_hsivi import HSIVIPipeline, parts_of
+from ..runs.folders import near_folder, tell_missing
 from ..scheduling_hsivi import HSIVIScheduler
 from .denoisers import Network
 from .prompts import ENCODED, kind_among

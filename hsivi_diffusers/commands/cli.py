@@ -12,9 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .options import did_you_mean, option, parse_options, print_error, run_command
-from .run_records import ADAPTER, SAMPLERS, pipeline_of, read_record, sample_grids
-from .sampling import sample  # torch and diffusers, which take seconds, are imported by what needs them
+from ..runs.artifacts import ADAPTER, SAMPLERS, pipeline_of, read_record, sample_grids
+from ..runs.options import did_you_mean, option
+from .options import parse_options, print_error, run_command
+from .sample import sample  # torch and diffusers, which take seconds, are imported by what needs them
 
 INTERRUPTED = 75  # exit status after SIGTERM or Ctrl-C: EX_TEMPFAIL, "try again"
 USAGE = """usage: hsivi COMMAND [OPTIONS]
@@ -83,7 +84,7 @@ class PushAtEnd(Hub):
         if self.hub_model_id and not self.push_to_hub:
             raise ValueError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub: pass both")
         if self.hub_model_id:
-            from .hub import check_repo_id
+            from ..share.push import check_repo_id
 
             check_repo_id(self.hub_model_id)
 
@@ -100,7 +101,7 @@ class Push(Hub):
 
 def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     """Runs `hsivi distil`."""
-    from .distillation.output import Output, check_output, check_place
+    from ..runs.output import Output, check_output, check_place
 
     teacher, config, hub = read_distillation(args, prog, DISTIL)
     if not config.output_dir:
@@ -108,9 +109,9 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     output = Output(config.output_dir, config.overwrite_output_dir, teacher.resume_from_checkpoint)
     check_output(output)
     check_place(output)  # before the teacher is loaded, and again when the folder is claimed
-    from .distillation.trainer import CollapsedRunError, HSIVITrainer, InterruptedRunError
-    from .images import show
-    from .vi import DivergenceError
+    from ..distillation.trainer import CollapsedRunError, HSIVITrainer, InterruptedRunError
+    from ..evaluation.images import show
+    from ..vi import DivergenceError
 
     trainer = HSIVITrainer(teacher.pretrained_teacher_model, config, teacher.revision)
     trainer.before_start = partial(_claim_repo, hub)
@@ -140,7 +141,7 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
 
 def _claim_repo(hub: PushAtEnd) -> None:
     if hub.push_to_hub:
-        from .hub import claim
+        from ..share.push import claim
 
         with told_in_one_line():
             claim(str(hub.hub_model_id), **hub.settings())
@@ -148,8 +149,8 @@ def _claim_repo(hub: PushAtEnd) -> None:
 
 def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
     """Reads the options of a distillation, and refuses what cannot run; of a resumed run its own are the defaults."""
-    from .distillation.config import ALIASES, HSIVIConfig, read_settings
-    from .distillation.output import check_init_from
+    from ..distillation.config import ALIASES, HSIVIConfig, read_settings
+    from ..runs.output import check_init_from
 
     read = partial(parse_options, [Teacher, HSIVIConfig, PushAtEnd], description, args, prog, ALIASES)
     teacher, config, hub = read()
@@ -216,14 +217,14 @@ def _push_trained(trainer: Any, hub: PushAtEnd) -> None:
 def plan(args: Sequence[str]) -> None:
     """Runs `hsivi plan`."""
     teacher, config, _ = read_distillation(args, "hsivi plan", PLAN)
-    from .distillation.plan import print_plan
+    from ..distillation.plan import print_plan
 
     print_plan(teacher.pretrained_teacher_model, config, teacher.revision)
 
 
 def evaluate(args: Sequence[str]) -> None:
     """Runs `hsivi evaluate`."""
-    from .evaluation.evaluate import main
+    from .evaluate import main
 
     main(list(args))
 
@@ -249,7 +250,7 @@ def push_run(args: Sequence[str]) -> None:
         raise ValueError(f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline")
     from diffusers import DiffusionPipeline
 
-    from .hub import push
+    from ..share.push import push
 
     pipeline = folder if (folder / ADAPTER).is_file() else DiffusionPipeline.from_pretrained(folder)
     settings = {name: getattr(options, name) for name in ("run_dir", "base_model", "license", "fp16")}

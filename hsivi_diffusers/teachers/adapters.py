@@ -11,7 +11,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from ..run_records import ADAPTER
+from ..runs.artifacts import ADAPTER
 
 # Attention, feed-forward and convolutions: those of diffusers' LCM-LoRA example.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"]

@@ -1,0 +1,1 @@
+"""Pretrained diffusion models as teachers: one file a kind."""
