@@ -13,17 +13,18 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin as ModelMixin
     from diffusers import SchedulerMixin as SchedulerMixin
 
-    from .distillation.bridge import TeacherBridge as TeacherBridge
     from .distillation.config import HSIVIConfig as HSIVIConfig
-    from .distillation.student import UNetCritic as UNetCritic
-    from .distillation.student import UNetLayers as UNetLayers
+    from .distillation.game import StudentCritic as StudentCritic
+    from .distillation.game import StudentLayers as StudentLayers
+    from .distillation.game import TeacherBridge as TeacherBridge
     from .distillation.trainer import HSIVITrainer as HSIVITrainer
     from .modeling_hsivi import HSIVINoiseScale as HSIVINoiseScale
     from .pipeline_hsivi import HSIVIPipeline as HSIVIPipeline
     from .scheduling_hsivi import HSIVIScheduler as HSIVIScheduler
     from .scheduling_hsivi import HSIVISchedulerOutput as HSIVISchedulerOutput
     from .share.push import push as push
-    from .teachers.teacher import load_teacher as load_teacher
+    from .teachers.loading import load_teacher as load_teacher
+    from .teachers.teacher import Teacher as Teacher
 
 __version__ = "0.2.0"
 
@@ -39,10 +40,11 @@ _MODULES = {
     "HSIVIScheduler": ".scheduling_hsivi",
     "HSIVISchedulerOutput": ".scheduling_hsivi",
     "HSIVITrainer": ".distillation.trainer",
-    "TeacherBridge": ".distillation.bridge",
-    "UNetCritic": ".distillation.student",
-    "UNetLayers": ".distillation.student",
-    "load_teacher": ".teachers.teacher",
+    "Teacher": ".teachers.teacher",
+    "TeacherBridge": ".distillation.game",
+    "StudentCritic": ".distillation.game",
+    "StudentLayers": ".distillation.game",
+    "load_teacher": ".teachers.loading",
     "push": ".share.push",
 }
 

@@ -1,46 +1,79 @@
-"""What a distillation is told: `HSIVIConfig`, its presets, and what of it cannot run."""
+"""Configuration of a distillation: `HSIVIConfig`, its presets, and how a run records it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..runs.artifacts import read_prompts, read_record
-from ..runs.options import option
-from .presets import PRESETS, ByPreset, by_preset
-from .validation import check_choices, check_ranges, check_shares, check_together, check_types, takes_negative_prompt
+from ..runs.artifacts import read_record
+from ..runs.options import did_you_mean, option
+from .validation import check_choices, check_ranges, check_together, check_types
 
 FOLDER = {"output_dir", "overwrite_output_dir"}
 # Hardware, checkpointing and reporting, which do not decide what is trained.
 MAY_CHANGE = {"gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32"}
 MAY_CHANGE |= {"checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to"}
-STARTS = ("start_timestep", "start_noise", "start_signal")  # ways to say where the first call is
-# Old names of options: in a YAML file, on the command line, and in the options.json of a run.
-ALIASES = {
-    "num_layers": "num_inference_steps",
-    "clip_pictures": "clip_images",
-    "layer_weight": "loss_weight",
-    "ode_pairs": "num_pairs",
-    "ode_steps": "pair_steps",
-    "ode_weight": "pair_weight",
-}
-# Options that runs of earlier versions recorded and that were removed, and the value with which they changed nothing.
-GONE = {
-    "kernel": "ddim",
-    "level_power": 1.0,
-    "teacher_share": 0.0,
-    "train_data": None,
-    "adversarial_weight": 0.0,
-    "prediction_type": None,
-    "pair_learning_rate": 5e-4,
-    "ode_learning_rate": 5e-4,
-}
+PAIRS_OF_LATENTS = 1920  # num_pairs of preset "latent" for one step
 
-
-ONE_CALL_PAIRS = 1920  # num_pairs of preset "latent" for one call
+FAST: dict[str, Any] = {
+    "timestep_spacing": "uniform",
+    "noise_eta": 1.0,
+    "noise_scale_type": "config",
+    "objective": "KL",
+    "scoring": "between",
+    "level_min": 5,
+    "critic_updates": 1,
+    "critic_first": 0,
+    "num_pairs": 0,
+    "train_batch_size": 64,
+    "learning_rate": 1e-4,
+    "critic_learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "max_grad_norm": None,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": FAST,
+    "one_call": {
+        **FAST,
+        "critic_updates": 2,
+        "critic_first": 50,
+        "num_pairs": 6400,
+        "learning_rate": 3e-5,
+        "critic_learning_rate": 5e-4,
+        "max_grad_norm": 20.0,
+    },
+    "paper": {
+        **FAST,
+        "timestep_spacing": "quadratic",
+        "noise_eta": 0.2,
+        "noise_scale_type": "per_pixel",
+        "objective": "SM",
+        "scoring": "own",
+        "critic_updates": 20,
+        "critic_learning_rate": 1e-4,
+        "lr_scheduler": "constant_with_warmup",
+    },
+    "latent": {
+        **FAST,
+        "level_min": 20,
+        "critic_updates": 5,
+        "train_batch_size": 4,
+        "learning_rate": 5e-5,
+        "critic_learning_rate": 2e-4,
+        "max_grad_norm": 20.0,
+    },
+}
+# Where the first step starts unless `start_timestep` says so, see `Clock.start`.
+START_RULES: dict[str | None, tuple[str, float] | None] = {
+    "fast": ("signal", 3.2),
+    "one_call": ("noise", 2.5),
+    "paper": None,
+    "latent": ("noise", 4.15),
+}
+BY_PRESET: Any = object()  # the default of what the preset decides
 
 
 @dataclass
@@ -48,7 +81,11 @@ class HSIVIConfig:
     """Settings of a distillation. What is not given is that of the preset; `print` one to see all values.
 
     The recipe "paper" is that of arXiv 2310.17153; "fast" is our best for several steps, "one_call" for one step, and
-    "latent" is for text-to-image models, put together from published recipes.
+    "latent" is for text-to-image models, put together from published recipes. With `dataclasses.replace` the values of
+    the old preset give way to those of the new one.
+
+    Raises:
+        ValueError: An option is unknown, or has another type or value than it may have.
 
     Example:
         >>> HSIVIConfig(num_inference_steps=4, output_dir="runs/c4").preset
@@ -63,80 +100,50 @@ class HSIVIConfig:
     preset: Literal["fast", "one_call", "paper", "latent"] | None = option(
         None, "recipe for what is not given; by default latent with prompts, one_call for 1 step, else fast"
     )
-    timestep_spacing: Literal["quadratic", "uniform"] = by_preset(
-        "uniform", "uniform", "quadratic", "spacing of the timesteps"
+    timestep_spacing: Literal["quadratic", "uniform"] = option(BY_PRESET, "spacing of the timesteps", common=False)
+    start_timestep: int | None = option(
+        None, "tau_T, the timestep of the first step; by default it follows from preset and image size", common=False
     )
-    start_timestep: int | None = option(None, "tau_T, the timestep of the first call", common=False)
-    start_signal: float | None = by_preset(
-        3.2, None, None, "start where sqrt(channels height width) alpha / sigma falls to this", latent=None
+    noise_eta: float = option(BY_PRESET, "eta of DDIM layers, 0 to 1; with 0 sampling needs no noise")
+    noise_scale_type: Literal["config", "per_pixel"] = option(
+        BY_PRESET, "config: the noise scale stays 1; per_pixel: one is learned for each pixel", common=False
     )
-    start_noise: float | None = by_preset(
-        None, 2.5, None, "start where sigma / (sqrt(channels) alpha) rises to this, at any image size", latent=4.15
+    guidance_scale: float | list[float] | None = option(None, "guidance scale or scales to distil; 1 is none")
+    decay_guidance: bool = option(
+        True, "decrease guidance linearly with noise during training, to none at the first step"
     )
-    start_spacing: int = option(
-        0, "with several step counts, timesteps from the start of one grid to that of the next", common=False
-    )
-    noise_eta: float = by_preset(
-        1.0, 1.0, 0.2, "eta of DDIM layers, 0 to 1; with 0 sampling needs no noise", common=True
-    )
-    noise_scale_type: Literal["config", "per_pixel"] = by_preset(
-        "config", "config", "per_pixel", "config: the noise scale stays 1; per_pixel: one is learned for each pixel"
-    )
-    clip_images: bool = by_preset(
-        True, True, False, "clip the last mean to [-1, 1] in training too, but not latents; its gradient passes"
-    )
-    guidance_scale: float | list[float] | None = option(None, "scale or scales of guidance to take in; 1 is none")
-    guidance_falls: bool = option(True, "in training guide less the more noise there is, not at all at the first call")
     prompts: str | list[str] | None = option(
-        None, "of a text-to-image teacher: text file with one prompt in a line; from Python a list will do"
+        None, "of a text-to-image teacher: text file with one prompt per line, or a list"
     )
-    negative_prompt: str = option("", "what guidance leads away from, of a text-to-image teacher", common=False)
+    negative_prompt: str = option("", "negative prompt used for guidance, of a text-to-image teacher", common=False)
     class_shares: list[float] | None = option(
         None, "share of each class among the images of training, in proportion; equal by default"
     )
     # ----- the objective -----
-    objective: Literal["SM", "KL"] = by_preset("KL", "KL", "SM", "HSIVI-SM (score matching) or HSIVI-KL")
-    scoring: Literal["own", "random", "between"] = by_preset(
-        "between", "between", "own", "score a layer at its own level, a random one, or half the time between its ends"
+    objective: Literal["SM", "KL"] = option(
+        BY_PRESET, "HSIVI-SM (score matching, with the paper's weight) or HSIVI-KL", common=False
     )
-    level_min: int = by_preset(5, 5, 5, "lowest timestep of random levels", latent=20)
-    loss_weight: Literal["unit", "sigma2"] = by_preset(
-        "unit", "unit", "sigma2", "weight of the losses of student and critic, on squared noise"
-    )
-    source: Literal["pool", "simulate"] = by_preset(
-        "pool", "pool", "simulate", "inputs of the layers: a pool of live chains, or fresh chains"
-    )
-    critic_updates: int = by_preset(1, 2, 20, "critic updates per student update", latent=5)
-    critic_first: int = by_preset(0, 50, 0, "updates at the start in which only the critic is trained")
-    # ----- pairs of the teacher's ODE -----
-    num_pairs: int = by_preset(
-        0, 6400, 0, "pairs of noise and the teacher's image of it, fitted first; 0 for none; latent: 1920 for one step"
-    )
-    pair_steps: int = option(500, "updates of the fit to pairs", common=False)
-    pair_weight: float = option(
-        0.005,
-        "weight of the pairs in the student's loss after that fit; falls as the student's learning rate does",
+    scoring: Literal["own", "random", "between"] = option(
+        BY_PRESET,
+        "score a layer at its own level (and simulate fresh chains), a random one, or half the time between its ends",
         common=False,
+    )
+    level_min: int = option(BY_PRESET, "lowest timestep of random levels", common=False)
+    critic_updates: int = option(BY_PRESET, "critic updates per student update", common=False)
+    critic_first: int = option(BY_PRESET, "updates at the start in which only the critic is trained", common=False)
+    num_pairs: int = option(
+        BY_PRESET, "pairs of noise and the teacher's image of it, fitted first; 0 for none", common=False
     )
     # ----- training -----
     seed: int = option(0, "seed of batches, noise and dropout")
     max_train_steps: int = option(1000, "student updates")
-    train_batch_size: int = by_preset(
-        64, 64, 64, "images of an update, per process and accumulation step", common=True, latent=4
-    )
-    learning_rate: float = by_preset(1e-4, 3e-5, 1e-4, "Adam learning rate of the student", common=True, latent=5e-5)
-    critic_learning_rate: float = by_preset(
-        1e-3, 5e-4, 1e-4, "Adam learning rate of the critic", common=True, latent=2e-4
-    )
+    train_batch_size: int = option(BY_PRESET, "images of an update, per process and accumulation step")
+    learning_rate: float = option(BY_PRESET, "Adam learning rate of the student")
+    critic_learning_rate: float = option(BY_PRESET, "Adam learning rate of the critic")
     adam_beta1: float = option(0.0, "first-moment decay of both optimizers", common=False)
-    lr_scheduler: str = by_preset(
-        "cosine", "cosine", "constant_with_warmup", "learning-rate schedule of the student, as in diffusers"
-    )
-    critic_lr_scheduler: str = by_preset("cosine", "cosine", "constant_with_warmup", "that of the critic")
+    lr_scheduler: str = option(BY_PRESET, "learning-rate schedule of student and critic, as in diffusers", common=False)
     lr_warmup_steps: int = option(50, "student updates of warm-up", common=False)
-    max_grad_norm: float | None = by_preset(
-        None, 20.0, None, "clip the gradient of either network to this norm", latent=20.0
-    )
+    max_grad_norm: float | None = option(BY_PRESET, "clip the gradient of either network to this norm", common=False)
     ema_decay: float = option(0.995, "decay of the averaged student, which is saved", common=False)
     lora_rank: int | None = option(
         None,
@@ -163,32 +170,51 @@ class HSIVIConfig:
         None, "student updates between sample grids; a tenth of the run by default, 0 for none"
     )
     report_to: str | None = option(None, "trackers of accelerate: tensorboard, wandb, comet_ml or all", common=False)
+    # What the preset filled in: `dataclasses.replace` passes all fields, and so it can be told from what was given.
+    _filled: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    def __new__(cls, *args: Any, **given: Any) -> HSIVIConfig:
+        known = {each.name for each in fields(cls)}
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"{unknown[0]} is no option of HSIVIConfig{did_you_mean(unknown[0], known)}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("output_dir", "init_from", "prompts"):
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
-        check_types(self)
+        for name, value in (self._filled or {}).items():
+            if getattr(self, name) == value:
+                setattr(self, name, None if name == "preset" else BY_PRESET)
+        filled = {each.name for each in fields(self) if getattr(self, each.name) is BY_PRESET}
+        check_types(self, filled)
         self.num_inference_steps = sorted(self.depths)
         if self.scales:
             self.guidance_scale = sorted(self.scales) if len(self.scales) > 1 else self.scales[0]
         if self.preset not in (None, *PRESETS):
             raise ValueError(f"preset={self.preset!r} is unknown: choose one of {', '.join(PRESETS)}")
-        if self.preset is None and self.prompts is not None:
-            self.preset = "latent"
         if self.preset in (None, "fast"):
-            self.preset = "one_call" if self.depths == [1] else "fast"
-        named = any(not isinstance(start, ByPreset) for start in self.starts.values())
-        chosen = [each.name for each in fields(self) if isinstance(getattr(self, each.name), ByPreset)]
-        for name in chosen:
-            value = getattr(getattr(self, name), self.preset)
-            setattr(self, name, None if named and name in STARTS else value)
-        if "num_pairs" in chosen and self.preset == "latent" and self.depths == [1]:
-            self.num_pairs = ONE_CALL_PAIRS
-        if "critic_first" in chosen:  # a short run leaves the critic a sixth at most
-            self.critic_first = 0 if self.init_from else min(self.critic_first, self.max_train_steps // 6)
-        if "num_pairs" in chosen and self.init_from:  # student and critic have learned already
-            self.num_pairs = 0
+            filled.add("preset")
+            self.preset = self._usual_preset()
+        for name, value in self._of_preset().items():
+            if name in filled:
+                setattr(self, name, value)
+        self._filled = {name: getattr(self, name) for name in filled}
+
+    def _usual_preset(self) -> Literal["fast", "one_call", "latent"]:
+        if self.preset is None and self.prompts is not None:
+            return "latent"
+        return "one_call" if self.depths == [1] else "fast"
+
+    def _of_preset(self) -> dict[str, Any]:
+        """The values of the preset for as many steps and updates."""
+        values = dict(PRESETS[str(self.preset)])
+        if self.preset == "latent" and self.depths == [1]:
+            values["num_pairs"] = PAIRS_OF_LATENTS
+        values["critic_first"] = min(values["critic_first"], self.max_train_steps // 6)  # in short runs a sixth at most
+        if self.init_from:  # student and critic have learned already
+            values |= {"num_pairs": 0, "critic_first": 0}
+        return values
 
     @property
     def depths(self) -> list[int]:
@@ -198,24 +224,14 @@ class HSIVIConfig:
 
     @property
     def scales(self) -> list[float]:
-        """The scales of guidance to take in; none without guidance."""
+        """The guidance scales to distil; none without guidance."""
         scales = self.guidance_scale
         return scales if isinstance(scales, list) else [] if scales is None else [scales]
 
     @property
-    def starts(self) -> dict[str, float]:
-        """What says where the first call is: one of STARTS, or nothing."""
-        return {name: start for name in STARTS if (start := getattr(self, name)) is not None}
-
-    @property
     def has_guidance(self) -> bool:
-        """Whether a scale of guidance is another than 1, none: a step of the teacher is two network calls then."""
+        """Whether a guidance scale is another than 1, none: a step of the teacher is two network calls then."""
         return any(w != 1 for w in self.scales)
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether the pairs have a weight in the loss after the fit to them, too."""
-        return bool(self.num_pairs and self.pair_weight)
 
     @property
     def precision(self) -> str:
@@ -227,9 +243,13 @@ class HSIVIConfig:
         return {name: value for name, value in self.record().items() if name not in MAY_CHANGE}
 
     def record(self) -> dict[str, Any]:
-        """What a run keeps of its options: all but its folder, with the precision that the launcher has told."""
-        kept = {name: value for name, value in asdict(self).items() if name not in FOLDER}
-        return {**kept, "mixed_precision": self.precision}
+        """What a run keeps of its options: all but its folder, with the precision that the launcher has set."""
+        names = (each.name for each in fields(self) if each.name not in FOLDER | {"_filled"})
+        return {**{name: getattr(self, name) for name in names}, "mixed_precision": self.precision}
+
+    def usual(self) -> HSIVIConfig:
+        """Returns what the preset gives for as many steps."""
+        return HSIVIConfig(num_inference_steps=self.num_inference_steps, preset=self.preset)
 
     def check(self) -> None:
         """Refuses, before any work, what cannot run.
@@ -239,11 +259,21 @@ class HSIVIConfig:
         """
         check_choices(self)
         check_ranges(self)
-        check_together(self)
-        if self.prompts is not None:
-            check_shares(self, len(read_prompts(self.prompts)))
+        check_together(self, self.usual())
         if self.init_from and self.output_dir and Path(self.init_from).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"init_from={self.init_from!r} is the output_dir too: name another, or it would be lost")
+
+
+# Options of version 0.2 that were renamed, and those that were removed with the values at which nothing changes.
+RENAMED = {"guidance_falls": "decay_guidance"}
+REMOVED: dict[str, Any] = {
+    "pair_steps": [500],
+    "pair_weight": [0.005],
+    "start_spacing": [0],
+    "start_signal": [None, 3.2],
+}
+REMOVED |= {"start_noise": [None, 2.5, 4.15], "clip_images": [True, False], "loss_weight": ["unit", "sigma2"]}
+REMOVED |= {"source": ["pool", "simulate"], "critic_lr_scheduler": ["cosine", "constant_with_warmup"]}
 
 
 def read_settings(record: Path) -> dict[str, Any]:
@@ -256,31 +286,17 @@ def read_settings(record: Path) -> dict[str, Any]:
 
 
 def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded settings as a run of today writes them: under today's names, and what is missing as the default.
-
-    But the guidance of a run that does not tell did not fall. What had no effect, and is refused today, is left out.
+    """Recorded settings as a run of today writes them.
 
     Raises:
-        ValueError: The run had an option that is gone, and not at its default.
+        ValueError: The run had an option of version 0.2 that was removed, at another value than the preset's.
     """
-    recorded = {ALIASES.get(name, name): value for name, value in recorded.items()}
-    for name, usual in GONE.items():
-        if (value := recorded.pop(name, usual)) != usual:
+    recorded = {RENAMED.get(name, name): value for name, value in recorded.items()}
+    for name, usual in REMOVED.items():
+        if (value := recorded.pop(name, usual[0])) not in usual:
             raise ValueError(
                 f"the run was trained with {name}={value!r}, and the option was removed: finish it with the "
                 "version that began it, or start over"
             )
     given = {each.name: recorded[each.name] for each in fields(HSIVIConfig) if each.name in recorded}
-    config = HSIVIConfig(**given)
-    if "guidance_falls" not in given:
-        config.guidance_falls = not config.has_guidance
-    if not takes_negative_prompt(config):
-        config.negative_prompt = ""
-    for name in [*config.starts][1:]:
-        setattr(config, name, None)
-    return {**recorded, **config.settings()}
-
-
-def usual_settings(config: HSIVIConfig) -> HSIVIConfig:
-    """Returns what the preset of a config gives for as many steps."""
-    return HSIVIConfig(num_inference_steps=config.num_inference_steps, preset=config.preset)
+    return {**recorded, **HSIVIConfig(**given).settings()}

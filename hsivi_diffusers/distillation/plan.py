@@ -1,7 +1,7 @@
-"""What a run would cost, told before it starts: by updates of its very loop, on tensors that have no memory.
+"""Estimates memory and time by running a few updates on fake tensors.
 
-The networks are made from their configs, without weights, as fake tensors of torch, which know their shape and no
-numbers. `Meter` adds up what would be alive at each moment; only time is measured on real ones, on a single network.
+The networks are made from their configs, without weights, as fake tensors of torch: they have a shape and no values.
+`Meter` adds up what would be alive at each moment; time alone is measured on real tensors, on a single network.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import sys
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,28 +18,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import diffusers
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..scheduling_hsivi import HSIVIScheduler
 from ..teachers.adapters import has_adapter
-from ..teachers.configs import TEXT, check, read_configs
-from ..teachers.denoisers import Network, call_network, give_prompts, num_labels, sample_shape
-from ..teachers.prompts import empty_prompts
-from ..teachers.teacher import check_prompts
+from ..teachers.guidance import Guided
+from ..teachers.loading import read_teacher
+from ..teachers.teacher import Teacher, check_prompts
 from .config import HSIVIConfig
-from .networks import HALF, adapter_rank, make_networks, make_players
+from .networks import HALF, make_networks, make_student_and_critic
 from .state import TrainingState, trained
-from .updates import fit_calls, run_updates
+from .updates import PAIR_STEPS, fit_calls, run_updates
 
 MIB = 2**20
 CALIBRATION_FLOPS = 2e11  # about what the calls may cost that the speed is taken from
@@ -104,52 +101,30 @@ class Cost:
     adapted: bool  # the student is an adapter, which is saved without the rest of the pipeline
 
 
-def read_teacher(name: str, revision: str | None) -> tuple[dict[str, Any], HSIVIScheduler]:
-    """Reads the config of a teacher's network, and its schedule; no weights are asked for."""
-    try:
-        configs = read_configs(name, revision)
-    except OSError as error:
-        raise ValueError(str(error)) from error
-    return {**configs.network}, check(repr(name), configs)
-
-
-def vae_memory(name: str, revision: str | None) -> int:
-    """Bytes of the weights of a VAE, by its config."""
-    try:
-        config = AutoencoderKL.load_config(name, subfolder="vae", revision=revision)
-    except OSError as error:
-        raise ValueError(f"teacher {name!r} has no config of a vae ({error}): give a whole pipeline") from error
-    with torch.device("meta"):
-        return _bytes(AutoencoderKL.from_config(config).parameters())
-
-
-def make_network(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Network:
-    """Makes a network from its config; one that takes text is given prompts that say nothing."""
+def make_teacher(name: str, revision: str | None, dtype: torch.dtype = torch.float32) -> Teacher:
+    """Makes a teacher of random weights, in a precision, from its configs alone, on the default device."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        network: Network = getattr(diffusers, config["_class_name"]).from_config(config)
+        return read_teacher(name, revision)
     finally:
         torch.set_default_dtype(before)
-    if (prompts := empty_prompts(network)) is not None:
-        give_prompts(network, prompts)
-    return network
 
 
-def make_fake_state(
-    shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig, meter: Meter
-) -> TrainingState:
+def make_fake_state(name: str, revision: str | None, config: HSIVIConfig, meter: Meter) -> TrainingState:
     """Makes the state of the run without weights; to be called within a `FakeTensorMode`."""
     half = config.precision != "no"  # the two are of one size
     accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="bf16" if half else "no")
     with unset_fake_temporarily(), torch.device("meta"):  # adapters cannot be added to fake tensors
-        teacher = make_network(shape, torch.bfloat16 if half else torch.float32)
-        adapted = adapter_rank(teacher, config) > 0
-        players = make_players(teacher, config) if adapted else (make_network(shape), make_network(shape))
-    _make_fake([teacher, *players])
+        teacher = make_teacher(name, revision, torch.bfloat16 if half else torch.float32)
+        adapted = teacher.rank(config.lora_rank) > 0
+        source = teacher if adapted else make_teacher(name, revision)
+        student, critic = make_student_and_critic(source, config)
+    teacher.check_students(config)
+    _make_fake([teacher.network, student, critic])
     with meter:
-        networks = make_networks((teacher, *players), schedule, config)
-    meter.add(parameter for unet in (teacher, *players) for parameter in unet.parameters())
+        networks = make_networks(teacher, student, critic, config)
+    meter.add(parameter for network in (teacher.network, student, critic) for parameter in network.parameters())
     with meter:
         return TrainingState(networks, config, accelerator)
 
@@ -179,7 +154,7 @@ def _collecting_often() -> Iterator[None]:
         gc.set_threshold(*usual)
 
 
-def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig) -> Cost:
+def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
     """Runs the loop on fake tensors: two steps with one critic update, and one with two; the rest is as many more."""
     libraries = psutil.Process().memory_info().rss
     wanted, pairs = config.critic_updates, config.num_pairs
@@ -190,7 +165,7 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
     counts: list[dict[str, float]] = []
     with _collecting_often(), FakeTensorMode(allow_non_fake_inputs=True):
         meter = Meter()
-        state = make_fake_state(shape, schedule, config, meter)
+        state = make_fake_state(name, revision, config, meter)
         with meter:
             for step, critic_updates in enumerate([1, 1, min(wanted, 2)]):
                 config.critic_updates = critic_updates
@@ -202,7 +177,7 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
             with _counting(state) as call, torch.no_grad():
                 zero = torch.zeros(1, dtype=torch.long)
                 classes = zero if state.bridge.num_classes else None
-                call_network(state.bridge.unet, torch.randn(1, *state.bridge.shape), zero, classes)
+                Guided(state.teacher)(torch.randn(1, *state.bridge.shape), zero, classes)
             config.num_pairs = pairs  # which `fit_calls` counts
         _, one, two = counts
     total = {name: one[name] + (wanted - 1) * (two[name] - one[name]) for name in one}
@@ -210,7 +185,7 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
     memory = {**static, "activations and gradients": peak - sum(_static(state).values()), "libraries": libraries}
     if pairs:
         memory["pairs"] = 2 * 4 * pairs * math.prod(state.bridge.shape)
-    parts = {"teacher": [*state.bridge.network.parameters()], "trained of the student": trained(state.student)}
+    parts = {"teacher": [*state.teacher.network.parameters()], "trained of the student": trained(state.student)}
     return Cost(
         parameters={name: sum(each.numel() for each in weights) for name, weights in parts.items()},
         memory=memory,
@@ -223,7 +198,7 @@ def measure(shape: dict[str, Any], schedule: HSIVIScheduler, config: HSIVIConfig
             "critic": static["critic"],
             f"{limit} checkpoints": limit * (sum(static.values()) - static["teacher"]),
         },
-        adapted=has_adapter(state.student.unet),
+        adapted=has_adapter(state.student.network),
     )
 
 
@@ -246,7 +221,7 @@ def _static(state: TrainingState, eight_bit: bool = False) -> dict[str, int]:
     optimizers = (state.layer_optimizer, state.critic_optimizer)
     moments = (moment for each in optimizers for values in each.state.values() for moment in values.values())
     return {
-        "teacher": _bytes(state.bridge.network.parameters()),
+        "teacher": _bytes(state.teacher.network.parameters()),
         "student": _bytes(trained(state.student)),
         "critic": _bytes(trained(state.critic)),
         "average of the student": _bytes(state.ema.shadow_params),
@@ -265,7 +240,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def seconds_per_flop(shape: dict[str, Any], config: HSIVIConfig) -> tuple[float, str]:
+def seconds_per_flop(teacher: Teacher, config: HSIVIConfig) -> tuple[float, str]:
     """Times a call of one real network of random weights; returns seconds per FLOP and what they are of.
 
     On a CPU it is the CPU time of this process over its threads, so that other work on the machine does not count. As
@@ -276,18 +251,18 @@ def seconds_per_flop(shape: dict[str, Any], config: HSIVIConfig) -> tuple[float,
         device = torch.accelerator.current_accelerator() or device
         name = f"on GPU {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"on {device.type}"
     half = HALF.get(config.precision, torch.float32)
-    network = make_network(shape).to(device).eval()
+    teacher.network.to(device).eval()
 
     def clock() -> float:
         return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.perf_counter()
 
     def call(rows: int) -> float:
-        x = torch.randn(rows, *sample_shape(network), device=device)
+        x = torch.randn(rows, *teacher.shape, device=device)
         zeros = torch.zeros(rows, dtype=torch.long, device=device)
-        labels = zeros if num_labels(network) else None
+        labels = zeros if teacher.num_rows else None
         begin = clock()
         with torch.no_grad(), torch.autocast(device.type, half, enabled=half != torch.float32):
-            float(call_network(network, x, zeros, labels).sum())  # a number, for which a GPU must have finished
+            float(Guided(teacher)(x, zeros, labels).sum())  # a number, for which a GPU must have finished
         return clock() - begin
 
     with FlopCounterMode(display=False) as counter:
@@ -303,10 +278,11 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
         return
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # accelerate would wait for the others
         os.environ.pop(name, None)
-    shape, schedule = read_teacher(teacher, revision)
-    vae = vae_memory(teacher, revision) if shape["_class_name"] != "UNet2DModel" else 0
-    check_prompts(shape["_class_name"] in TEXT, config.prompts)
-    cost, (speed, clock) = measure(shape, schedule, config), seconds_per_flop(shape, config)
+    print(f"planning {teacher} from its configs: no weights are loaded", file=sys.stderr, flush=True)
+    known = make_teacher(teacher, revision)
+    vae = _bytes(known.decoder_weights())
+    check_prompts(known.takes_text, config.prompts)
+    cost, (speed, clock) = measure(teacher, revision, config), seconds_per_flop(known, config)
     seconds = speed * cost.flops
     cost.memory |= {"VAE": vae} if vae else {}
     cost.written["pipeline"] += 0 if cost.adapted else vae
@@ -336,7 +312,7 @@ def _fit_line(config: HSIVIConfig, calls: tuple[int, int], seconds: float) -> li
     if not config.num_pairs:
         return []
     made, fitted = calls
-    what = f"{config.num_pairs:,} pairs in {made:,} calls of the teacher and {config.pair_steps:,} updates"
+    what = f"{config.num_pairs:,} pairs in {made:,} calls of the teacher and {PAIR_STEPS:,} updates"
     return [f"before them about {_duration(seconds * (made + 3 * fitted))} for {what} of the layers alone"]
 
 

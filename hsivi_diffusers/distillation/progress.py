@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,25 +23,21 @@ from ..runs.artifacts import COLUMNS
 from ..runs.bars import bar
 from ..runs.folders import write_text
 from ..runs.page import LOG, REFRESH, read_log, write_page
-from ..teachers.guidance import guided
-from ..teachers.ode import batches, run_solver
-from ..teachers.teacher import decode
+from ..teachers.solvers import batches, run_solver
 from ..vi import Step
-from .config import HSIVIConfig, usual_settings
-from .lag import critic_lag
+from .config import HSIVIConfig
 from .pairs import TeacherPairs
 from .state import TrainingState
 
 EVERY = 20  # updates between two lines of the trackers
 ROWS = 4  # of a sample grid, whose first row is the teacher's
-TEACHER_CALLS = 20  # network calls of the teacher's row
+TEACHER_STEPS = 20  # solver steps of the teacher's row
+OUTSIDE = 0.1  # share of their pixels out of range above which a run says so; 0.4 of a teacher that needs clipping
 WIDTH = 512  # pixels that a sample grid has at least
 # Of contrast and diversity beside the teacher's: where a run says so, and where two grids in a row stop it. Healthy
 # runs have been at 0.8 to 1.1 after a tenth; digits at a hundred times the student's rate ended at a diversity of 0.15.
 BOUND, LIMIT = 1.5, 3.0
 RATIOS = ("images/contrast", "images/diversity")
-LAG = "critic/lag"  # see `critic_lag`
-USUAL_LAG = 0.5  # above which a run says so
 RATES = ("learning_rate", "critic_learning_rate")
 
 
@@ -85,6 +79,11 @@ class Progress:
         self.running: dict[str, float] = {}
         self.far = 0  # grids in a row, up to the last one, that are far from the teacher's
         self.folder = Path(str(self.config.output_dir))
+        channels = state.teacher.image_shape[0]
+        if grid_interval(self.config) and channels not in (1, 3):
+            raise ValueError(
+                f"the teacher's images have {channels} channels, and sample grids show 1 or 3: set validation_steps=0"
+            )
         self.page_written = 0.0  # when, by the clock of `time.perf_counter`
 
     def watch(self, steps: Iterator[Step], start: int, metrics: Callable[[Step], dict[str, float]]) -> Iterator[Step]:
@@ -174,12 +173,8 @@ class Progress:
     def draw(self, step: int) -> list[float]:
         """Writes a grid: the teacher's images in many steps, then the student's in most, always from the same noise.
 
-        The first grids after a half and after three quarters of the run, and the last, tell the lag of the critic, too,
-        which is large in any run before. Returns the ratios of `beside_teacher`, in every process.
+        Returns the ratios of `beside_teacher`, in every process.
         """
-        total, last = self.config.max_train_steps, step - grid_interval(self.config)
-        quarter = 4 * step // total
-        lag = critic_lag(self.state, step) if quarter >= 2 and quarter > 4 * last // total else math.nan
         ratios = torch.ones(len(RATIOS), device=self.accelerator.device)
         if self.accelerator.is_main_process:
             images = torch.cat([self._teacher_row, self._draw_student((ROWS - 1) * COLUMNS)])
@@ -192,12 +187,7 @@ class Progress:
             size = (factor * grid.width, factor * grid.height)
             grid.resize(size, Image.Resampling.NEAREST).save(folder / f"step-{step}.png")
             compared = beside_teacher(images)
-            self._log(step, {**compared, LAG: lag} if math.isfinite(lag) else compared)
-            if lag > USUAL_LAG:
-                tqdm.write(
-                    f"after {step} updates the critic lags by {lag:.2f}, and up to {USUAL_LAG} is usual: see "
-                    "'Training' in docs/troubleshooting.md"
-                )
+            self._log(step, compared)
             ratios.copy_(torch.tensor([*compared.values()]))
             self._write_page()
             for tracker in self.accelerator.trackers:
@@ -213,13 +203,13 @@ class Progress:
         total = self.config.max_train_steps
         if not ratios or 10 * step < total:
             return
-        where, text = f"look at {self.folder / 'samples'}, and at 'Training' in docs/troubleshooting.md", ""
-        for name, ratio in zip(RATIOS, ratios, strict=True):
-            if not 1 / BOUND < ratio < BOUND:
-                what = name.removeprefix("images/")
-                text = f"after {step} updates the images have {ratio:.2f} times the {what} of the teacher's"
-                if self.accelerator.is_main_process:
-                    tqdm.write(f"{text}, and {1 / BOUND:.2f} to {BOUND} is usual: {where}")
+        where = f"look at {self.folder / 'samples'}, and at 'Training' in docs/troubleshooting.md"
+        found = {name.removeprefix("images/"): ratio for name, ratio in zip(RATIOS, ratios, strict=True)}
+        text = f"after {step} updates the images have " + " and ".join(
+            f"{ratio:.2f} times the {name} of the teacher's" for name, ratio in found.items()
+        )
+        if not all(1 / BOUND < ratio < BOUND for ratio in ratios) and self.accelerator.is_main_process:
+            tqdm.write(f"{text}, and {1 / BOUND:.2f} to {BOUND} is usual: {where}")
         self.far = 0 if all(1 / LIMIT < ratio < LIMIT for ratio in ratios) else self.far + 1
         if self.far > 1 and step < total:
             self._stop(step, f"{text}, as at the grid before, and the run was stopped: {where}")
@@ -227,7 +217,7 @@ class Progress:
     def _stop(self, step: int, text: str) -> NoReturn:
         """Ends the run, and says so on its page, until it is resumed."""
         config = self.config
-        usual = usual_settings(config)
+        usual = config.usual()
         told = [f"{name} {getattr(config, name)} (preset {usual.preset}: {getattr(usual, name)})" for name in RATES]
         text += f"; start anew with other rates than {' and '.join(told)}, or, to go on all the same, "
         text += "continue with validation_steps 0 and resume_from_checkpoint latest"
@@ -246,28 +236,36 @@ class Progress:
     @cached_property
     def _teacher_row(self) -> Tensor:
         """Images in [0, 1] of a solver of the teacher, with the guidance of the training, on the CPU."""
-        bridge = self.state.bridge
-        pairs = TeacherPairs(
-            guided(copy.copy(bridge.unet), bridge.scales, bridge.guidance_end),  # its calls are not the training's
-            bridge.scheduler,
-            torch.randn(COLUMNS, *bridge.shape, generator=torch.Generator().manual_seed(0)),
-            self._conditions,
-            min(TEACHER_CALLS, len(bridge.scheduler) // 2),  # a schedule may have few timesteps
-            self.config.train_batch_size,
-            clip=self.state.host is None,
-        )
-        return decode(self.state.host, pairs.end).cpu()
+        bridge, teacher = self.state.bridge, self.state.teacher
+        num_steps = min(TEACHER_STEPS, len(bridge.scheduler) // 2)  # a schedule may have few timesteps
+        with self.state.counting_paused():
+            pairs = TeacherPairs(
+                bridge.guided,
+                bridge.scheduler,
+                torch.randn(COLUMNS, *bridge.shape, generator=torch.Generator().manual_seed(0)),
+                self._conditions,
+                num_steps,
+                self.config.train_batch_size,
+            )
+        if teacher.clips and pairs.outside > OUTSIDE:
+            tqdm.write(
+                f"{100 * pairs.outside:.0f} % of the pixels of the teacher's images, in {num_steps} steps, are outside "
+                "[-1, 1], so they are poor: if its DDPMPipeline draws better, set clip_sample=True in its scheduler; "
+                "else train the teacher for longer"
+            )
+        return teacher.decode(pairs.end).cpu()
 
     def _draw_student(self, size: int) -> Tensor:
         """Images of the averaged student in [0, 1], shape (size, C, H, W), of the same classes in each row."""
         student, told, bridge = self.state.averaged(), self._conditions, self.state.bridge
-        condition = None if told is None else told.repeat(size // COLUMNS).to(student.unet.device)
+        condition = None if told is None else told.repeat(size // COLUMNS).to(self.state.teacher.device)
         generator, steps = torch.Generator().manual_seed(0), max(student.depths)
-        noise = torch.randn(size, *bridge.shape, generator=generator).to(student.unet.device)
+        noise = torch.randn(size, *bridge.shape, generator=generator).to(self.state.teacher.device)
         scale = None if student.noise_scale is None else student.noise_scale()
         given = {"generator": generator, "noise_scale": scale}
+        call = partial(self.state.teacher.call, student.network)
         drawn = [
-            run_solver(student.unet, student.scheduler, x, steps, row, **given)
+            run_solver(call, student.scheduler, x, steps, row, **given)
             for x, row in batches(noise, condition, self.config.train_batch_size)  # which there is memory for
         ]
-        return decode(self.state.host, torch.cat(drawn)).cpu()
+        return self.state.teacher.decode(torch.cat(drawn)).cpu()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -11,25 +13,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..runs.folders import remove_folder, replace_folder
 from ..runs.state_dicts import TrainedWeights
-from ..scheduling_hsivi import HSIVIScheduler
-from ..teachers.adapters import has_adapter, save_network, share
-from ..teachers.denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
-from ..teachers.teacher import make_pipeline
-from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
-from .bridge import TeacherBridge
+from ..teachers.adapters import has_adapter, share
+from ..teachers.levels import clock_of
+from ..vi import Chain, CriticObjective, DivergenceError, PairMixingChain, make_chain, step_generator
 from .config import HSIVIConfig
+from .game import StudentCritic, StudentLayers, TeacherBridge
 from .networks import Networks
-from .pairs import TeacherPairs
-from .student import UNetCritic, UNetLayers
+from .pairs import PAIR_CALLS, InterruptedRunError, TeacherPairs
 
+PAIRS = "pairs"  # folder of a run
 NOISE_SCALE_LEARNING_RATE = 1e-2
 
 
@@ -44,17 +44,6 @@ def make_trained(network: nn.Module) -> None:
         network.requires_grad_(True)
     for weight in trained(network):
         weight.data = weight.data.contiguous()  # a checkpoint keeps moments in this order
-
-
-def highest_level(scheduler: HSIVIScheduler, shape: tuple[int, ...]) -> int:
-    """The highest level where outputs are scored: where an image just begins to show.
-
-    A rectified flow starts above it, so there it is at least one above the output of the first layer.
-    """
-    level = signal_timestep(scheduler, shape, LOWEST_SIGNAL)
-    if scheduler.is_flow:
-        level = max(level, int(scheduler.output_level(torch.arange(sum(scheduler.depths))).max()) + 1)
-    return level
 
 
 def between_share(config: HSIVIConfig) -> float:
@@ -90,25 +79,34 @@ def check_number_of_shares(config: HSIVIConfig, classes: int) -> None:
 class TrainingState:
     """The modules, optimizers and chains of a run, prepared by accelerate; the networks are trained in place."""
 
-    def __init__(self, networks: Networks, config: HSIVIConfig, accelerator: Accelerator) -> None:
-        self.config, self.accelerator = config, accelerator
-        self.identity, self.weights_sha256 = networks.identity, networks.weights_sha256
-        self.host, self.encoders = networks.host, networks.encoders
-        scheduler, shape = networks.scheduler, sample_shape(networks.teacher)
-        levels = config.level_min, highest_level(scheduler, shape)
-        more = between_share(config), config.guidance_falls
-        self.bridge = TeacherBridge(networks.teacher, scheduler, levels, *more)
+    def __init__(
+        self,
+        networks: Networks,
+        config: HSIVIConfig,
+        accelerator: Accelerator,
+        identity: dict[str, str] | None = None,
+        objective: CriticObjective | None = None,
+    ) -> None:
+        self.config, self.accelerator, self.identity = config, accelerator, identity or {}
+        self.objective = objective
+        self.teacher, scheduler = networks.teacher, networks.scheduler
+        outputs = scheduler.output_level(torch.arange(sum(scheduler.depths)))
+        levels = config.level_min, clock_of(scheduler).highest_level(self.teacher.shape, outputs)
+        self.bridge = TeacherBridge(self.teacher, scheduler, levels, between_share(config), config.decay_guidance)
+        self.bridge.check_levels()
+        if config.num_pairs:
+            clock_of(scheduler).pair_levels(PAIR_CALLS)  # refused now, and not after the folder is claimed
         check_number_of_shares(config, self.bridge.num_classes)
         if config.gradient_checkpointing:
-            for unet in (networks.teacher, networks.student, networks.critic):
-                unet.enable_gradient_checkpointing()
+            for network in (self.teacher.network, networks.student, networks.critic):
+                network.enable_gradient_checkpointing()
         for network in (networks.student, networks.critic):
             make_trained(network)
-        unet = networks.student.train()
-        self.student = UNetLayers(unet, scheduler, networks.noise_scale, config.clip_images and self.host is None)
-        self.critic_unet = networks.critic
-        told = self.bridge.num_layers if len(config.depths) > 1 else 0
-        critic = UNetCritic(networks.critic.train(), scheduler, told)
+        clips = config.objective == "KL" and self.teacher.clips  # the paper's objective knows no clipping
+        self.student = StudentLayers(networks.student.train(), self.teacher, scheduler, networks.noise_scale, clips)
+        self.critic_network = networks.critic
+        num_layers = self.bridge.num_layers if len(config.depths) > 1 else 0
+        critic = StudentCritic(networks.critic.train(), self.teacher, scheduler, num_layers)
         layer_optimizer, critic_optimizer = self._make_optimizers(networks)
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
             self.student, critic, layer_optimizer, critic_optimizer
@@ -139,7 +137,7 @@ class TrainingState:
             adam(groups, betas=betas),
             adam(trained(networks.critic), lr=config.critic_learning_rate, betas=betas),
         )
-        names, warmup = (config.lr_scheduler, config.critic_lr_scheduler), config.lr_warmup_steps
+        names, warmup = (config.lr_scheduler, config.lr_scheduler), config.lr_warmup_steps
         steps = (config.max_train_steps - config.critic_first, config.max_train_steps)
         self.lr_schedulers = [
             get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=number)
@@ -150,13 +148,13 @@ class TrainingState:
     def make_chain(self, place: int) -> Chain:
         """The chain of a micro-batch, at its start."""
         chain = make_chain(
-            self.config.source,
+            "simulate" if self.config.scoring == "own" else "pool",
             self.bridge.sample_base,
             self.student.scheduler.depths,
             self.config.train_batch_size,
             self.sample_condition,
         )
-        return GuidedChain(chain, partial(self.sample_pairs, place)) if self.config.is_guided else chain
+        return PairMixingChain(chain, partial(self.sample_pairs, place)) if self.config.num_pairs else chain
 
     def sample_pairs(
         self, place: int, t: Tensor, generator: torch.Generator | None
@@ -169,7 +167,7 @@ class TrainingState:
         """Draws conditions, class labels or see `guidance`, (size, generator) -> (size,); None without classes."""
         if not self.bridge.num_classes:
             return None
-        scales, shares, device = len(self.bridge.scales), self.config.class_shares, self.student.unet.device
+        scales, shares, device = len(self.bridge.scales), self.config.class_shares, self.teacher.device
         if shares is None:
             rows = self.bridge.num_classes * scales
             return lambda size, generator: torch.randint(rows, (size,), generator=generator).to(device)
@@ -183,20 +181,45 @@ class TrainingState:
         return draw
 
     def _make_pairs(self, place: int) -> TeacherPairs:
-        """The share of the pairs of one micro-batch."""
+        """The share of the pairs of one micro-batch; those that were made before are in the output folder."""
         config, number = self.config, self.pairs_per_micro_batch
         generator = step_generator(config.seed, self.first_micro_batch + place, -1)
         draw = self.sample_condition
         condition = None if draw is None else draw(number, generator)
-        return TeacherPairs(
-            self.bridge.network.unet,
-            self.bridge.scheduler,
-            torch.randn(number, *self.bridge.shape, generator=generator),  # of all pairs: too many for a GPU
-            condition,
-            batch_size=config.train_batch_size,
-            clip=self.host is None,
-            show=self.accelerator.is_main_process,
-        )
+        noise = torch.randn(number, *self.bridge.shape, generator=generator)  # of all pairs: too many for a GPU
+        path, made = self._pairs_path(place), None
+        key = hashlib.sha256(json.dumps([self.identity, config.settings()], default=str).encode()).hexdigest()
+        if path is not None and path.is_file():
+            with safe_open(path, "pt") as file:
+                made = file.get_tensor("images") if (file.metadata() or {}).get("key") == key else None
+        known = 0 if made is None else len(made)
+
+        def keep(images: Tensor) -> None:
+            if path is not None and len(images) > known:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file({"images": images}, path.with_suffix(".partial"), {"key": key})
+                path.with_suffix(".partial").replace(path)
+
+        try:
+            pairs = TeacherPairs(
+                self.bridge.guided,
+                self.bridge.scheduler,
+                noise,
+                condition,
+                batch_size=config.train_batch_size,
+                show=self.accelerator.is_main_process,
+                made=made,
+                stop=self.accelerator.check_trigger,
+            )
+        except InterruptedRunError as error:
+            keep(error.args[0])
+            raise
+        keep(pairs.made)
+        return pairs
+
+    def _pairs_path(self, place: int) -> Path | None:
+        folder = self.config.output_dir
+        return None if folder is None else Path(folder) / PAIRS / f"{self.first_micro_batch + place}.safetensors"
 
     @property
     def pairs_per_micro_batch(self) -> int:
@@ -222,7 +245,7 @@ class TrainingState:
     @contextmanager
     def counting_rows(self) -> Iterator[dict[str, int]]:
         """Counts the rows that student, critic and teacher are called with, in this process."""
-        networks = {"student": self.student.unet, "critic": self.critic_unet, "teacher": self.bridge.unet}
+        networks = {"student": self.student.network, "critic": self.critic_network, "teacher": self.teacher.network}
         rows = self.called = dict.fromkeys(networks, 0)
 
         def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -236,16 +259,26 @@ class TrainingState:
             for handle in handles:
                 handle.remove()
 
-    def make_pipeline(self) -> DiffusionPipeline:
+    @contextmanager
+    def counting_paused(self) -> Iterator[None]:
+        """Lets calls within it not count as those of the training."""
+        before = dict(self.called)
+        try:
+            yield
+        finally:
+            self.called.update(before)
+
+    def make_pipeline(self) -> Any:
         """The averaged layers as a pipeline of their own, on the device of the run."""
         student = self.averaged(copy.deepcopy)  # no weight of the run is in it
-        return make_pipeline(self.host, student.unet, student.scheduler, student.noise_scale, **self.encoders())
+        return self.teacher.student_pipeline(student.network, student.scheduler, student.noise_scale)
 
-    def averaged(self, copied: Callable[[UNetLayers], UNetLayers] = share) -> UNetLayers:
+    def averaged(self, copied: Callable[[StudentLayers], StudentLayers] = share) -> StudentLayers:
         """A copy of the layers with the averaged weights, in evaluation mode."""
         student = copied(self.student)
         self.ema.copy_to(trained(student))
-        student.unet.disable_gradient_checkpointing()
+        if self.config.gradient_checkpointing:
+            student.network.disable_gradient_checkpointing()
         return student.eval()
 
     def check_finite(self, step: int) -> None:
@@ -271,17 +304,15 @@ class TrainingState:
 
     def save(self, output_dir: Path) -> None:
         """Saves the averaged layers as OUTPUT_DIR/pipeline, and the critic, for --init_from, as OUTPUT_DIR/critic."""
-        save_critic = partial(save_network, self.critic_unet, weights_sha256=self.weights_sha256)
-        for name, save in (("pipeline", self._save_sampler), ("critic", save_critic)):
+        for name, save in (
+            ("pipeline", self._save_student),
+            ("critic", partial(self.teacher.save, self.critic_network)),
+        ):
             unfinished = output_dir / f"{name}.partial"
             remove_folder(unfinished)  # of a run that was killed here, and was perhaps another
             save(unfinished)
             replace_folder(unfinished, output_dir / name)
 
-    def _save_sampler(self, folder: Path) -> None:
-        if not has_adapter(self.student.unet):
-            self.make_pipeline().save_pretrained(folder)
-            return
-        student = self.averaged()
-        save_network(student.unet, folder, self.weights_sha256)
-        student.scheduler.save_pretrained(folder / "scheduler")
+    def _save_student(self, folder: Path) -> None:
+        student = self.averaged(share if has_adapter(self.student.network) else copy.deepcopy)
+        self.teacher.save_student(student.network, student.scheduler, student.noise_scale, folder)

@@ -27,15 +27,15 @@ from ..runs.output import Output, check_init_from, check_teacher, claimed, finis
 from ..runs.page import LOG, PAGE, write_page
 from ..share.push import push
 from ..teachers.adapters import has_adapter
-from ..teachers.denoisers import prompts_of
-from ..teachers.teacher import load_parts
-from ..vi import DivergenceError, Step
+from ..teachers.loading import load_teacher
+from ..teachers.teacher import Teacher
+from ..vi import CriticObjective, DivergenceError, Step
 from .config import HSIVIConfig, complete
 from .networks import load_networks
+from .pairs import InterruptedRunError as InterruptedRunError
 from .progress import CollapsedRunError as CollapsedRunError
 from .progress import Progress
-from .state import TrainingState, adam_of
-from .updates import InterruptedRunError as InterruptedRunError
+from .state import PAIRS, TrainingState, adam_of
 from .updates import fit_calls, run_updates
 
 WRITTEN = (
@@ -43,6 +43,7 @@ WRITTEN = (
     PAGE,
     LOG,
     PROMPTS,
+    PAIRS,
     "pipeline",
     "critic",
     "samples",
@@ -61,13 +62,14 @@ class HSIVITrainer:
     Under `accelerate launch` every process makes one.
 
     Args:
-        teacher: See `load_teacher`.
+        teacher: See `load_teacher`; also a `Teacher` of your own.
         config: Settings; `HSIVIConfig()` by default.
         revision: Branch, tag or commit of the repo.
         callbacks: Each is called as callback(trainer, step) after every student update, in every process. `step` is a
             `vi.Step`: `step.step` is its number, from 0, and `step.layers.loss` the losses, shape (B,).
             `trainer.pipeline` is the student so far. A dictionary of numbers that it returns is shown in the bar and by
             the trackers of the main process.
+        objective: Instead of that of the config: any `vi.CriticObjective`, with weights in score units.
 
     Raises:
         ValueError: The config cannot run, or the teacher cannot be loaded or distilled.
@@ -80,10 +82,11 @@ class HSIVITrainer:
 
     def __init__(
         self,
-        teacher: str | os.PathLike[str] | DiffusionPipeline,
+        teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher,
         config: HSIVIConfig | None = None,
         revision: str | None = None,
         callbacks: Sequence[Callback] = (),
+        objective: CriticObjective | None = None,
     ) -> None:
         if not isinstance(config, HSIVIConfig | None):
             raise ValueError(f"config is a {type(config).__name__}: give an HSIVIConfig(num_inference_steps=4, ...)")
@@ -94,21 +97,21 @@ class HSIVITrainer:
         adam_of(config)  # refused now, and not after the teacher is loaded
         if config.init_from is not None:
             check_init_from(Path(config.init_from))
-        parts = load_parts(teacher, revision)
-        name = None if isinstance(teacher, DiffusionPipeline) else os.fspath(teacher)
+        loaded = load_teacher(teacher, revision)
+        name = os.fspath(teacher) if isinstance(teacher, str | os.PathLike) else None
         self.teacher = {"pretrained_teacher_model": name, "revision": revision}
         self.callbacks = list(callbacks)
         self.accelerator = make_accelerator(config)
         set_seed(config.seed)
-        networks = load_networks(parts, config, self.accelerator)
-        self.state = TrainingState(networks, config, self.accelerator)
+        networks, identity = load_networks(loaded, config, self.accelerator)
+        self.state = TrainingState(networks, config, self.accelerator, identity, objective)
         self.progress = Progress(self.state)
         self.before_start: Callable[[], Any] = lambda: None  # called when the output folder is claimed
         self._has_trained = False
 
     @property
-    def pipeline(self) -> DiffusionPipeline:
-        """The averaged student on the device of the run: an `HSIVIPipeline`, or of a DiT a `DiTPipeline`."""
+    def pipeline(self) -> Any:
+        """The averaged student on the device of the run: an `HSIVIPipeline`, or a pipeline like the teacher's."""
         return self.state.make_pipeline()
 
     def train(self, resume_from_checkpoint: str | None = None) -> dict[str, Any]:
@@ -155,8 +158,8 @@ class HSIVITrainer:
             self._has_trained = True
             if config.report_to:
                 self.accelerator.init_trackers("hsivi")
-            if main and (told := prompts_of(self.state.bridge.unet)) is not None:  # a run that is refused keeps its own
-                write_text(checkpoints.output_dir / PROMPTS, "\n".join(told.prompts) + "\n")
+            if main and self.state.teacher.takes_text:  # a run that is refused keeps its own
+                write_text(checkpoints.output_dir / PROMPTS, "\n".join(self.state.teacher.conditions.prompts) + "\n")
             if start >= config.max_train_steps:
                 self.accelerator.print(f"nothing is left to do, the run had {start} updates")
             with signals_as_trigger(self.accelerator), self.state.counting_rows() as rows:
@@ -207,15 +210,10 @@ class HSIVITrainer:
         return numbers
 
     def _summarise(self, start: int, seconds: float, counted: int) -> dict[str, Any]:
-        """What training.json says, with the calls of a run that was never stopped, of those counted after `start`.
-
-        A resumed run does not fit its pairs again, and makes them again if they guide the student.
-        """
+        """What training.json says, with the calls of a run that was never stopped, of those counted after `start`."""
         teacher, total, calls = self.teacher["pretrained_teacher_model"], self.config.max_train_steps, None
         if start < total:
-            made, fitted = fit_calls(self.state)
-            again = (made if self.config.is_guided else 0) if start else made + fitted
-            calls = round((counted - again) * total / (total - start)) + made + fitted
+            calls = round(counted * total / (total - start)) + sum(fit_calls(self.state))
         return {
             "seconds": seconds,
             "network_calls": calls,
@@ -231,7 +229,7 @@ class HSIVITrainer:
         """Pushes the averaged student with its model card; see `hsivi_diffusers.push` for options; returns the URL."""
         folder = self.config.output_dir
         run_dir = Path(folder) if folder and (Path(folder) / "training.json").is_file() else None
-        if not has_adapter(self.state.student.unet):
+        if not has_adapter(self.state.student.network):
             return push(self.pipeline, repo_id, run_dir=run_dir, **options)
         if run_dir is None or not self._has_trained:
             raise ValueError("there is no adapter to push yet: call train() first")

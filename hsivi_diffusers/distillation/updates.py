@@ -10,12 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..runs.bars import bar
-from ..teachers.guidance import calls_of_step
 from ..vi import (
     Chain,
     CriticObjective,
     DivergenceError,
-    Guided,
     KullbackLeibler,
     Objective,
     PairChain,
@@ -23,33 +21,32 @@ from ..vi import (
     ScoreMatching,
     Stage,
     Step,
+    WithPairs,
     cosine,
     fit,
     joint,
 )
 from ..vi.objectives import Scoring
-from .bridge import TeacherBridge
 from .config import HSIVIConfig
-from .pairs import PAIR_CALLS, image_loss
+from .game import TeacherBridge
+from .pairs import PAIR_CALLS, InterruptedRunError, image_loss
 from .state import TrainingState, trained
 
 MAX_OVERFLOWS = 50
+PAIR_STEPS = 500  # updates of the fit to pairs
+PAIR_WEIGHT = 0.005  # of the pairs in the student's loss after that fit; it falls as the student's rate does
 PAIR_LEARNING_RATE = 5e-4  # of the fit to pairs; it falls to 0
 LATENT_PAIR_RATE = 2.5  # that of preset "latent", whose networks are of all sizes, in learning rates of the run
 COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs
 
 
-class InterruptedRunError(Exception):
-    """SIGTERM or Ctrl-C ended a run; what was done is in a checkpoint, and the message says how to continue."""
-
-
 def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjective:
-    """Returns the objective with its weights in score units: sigma^2 times those in noise units."""
-    weight = bridge.weight({"unit": 2.0, "sigma2": 4.0}[config.loss_weight])
-    kind = KullbackLeibler if config.objective == "KL" else ScoreMatching
-    objective: CriticObjective = kind(weight)
-    loss = image_loss(bridge.scheduler, COARSE_WEIGHT)
-    return Guided(objective, config.pair_weight, loss) if config.is_guided else objective
+    """Returns the objective with its weights in score units: sigma^2 times those in noise units.
+
+    In noise units they are 1 with KL, and sigma^2 with SM, as in the paper.
+    """
+    matches = config.objective == "SM"
+    return (ScoreMatching if matches else KullbackLeibler)(bridge.weight(4.0 if matches else 2.0))
 
 
 def scoring_of(config: HSIVIConfig) -> Scoring:
@@ -65,9 +62,21 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
         InterruptedRunError: SIGTERM or Ctrl-C came before the first update.
     """
     config = state.config
-    if start_step == 0 and config.num_pairs:
-        _regress(state)
-    objective = make_objective(config, state.bridge)
+    if config.num_pairs:
+        try:
+            with state.counting_paused():  # `fit_calls` knows them
+                for place in range(len(state.chains)):
+                    state.pairs(place)
+                if start_step == 0:
+                    _regress(state)
+        except InterruptedRunError as error:
+            raise InterruptedRunError(
+                f"stopped before update {start_step + 1}, the pairs made so far were kept: continue with "
+                "resume_from_checkpoint latest, from Python in a new HSIVITrainer"
+            ) from error
+    objective = state.objective or make_objective(config, state.bridge)
+    if config.num_pairs:
+        objective = WithPairs(objective, PAIR_WEIGHT, image_loss(state.bridge.scheduler, COARSE_WEIGHT))
     steps = _fit(
         state,
         objective,
@@ -97,9 +106,9 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
 
 def _relax(state: TrainingState, objective: Objective) -> None:
     """Lets the weight of the pairs fall as the layers' rate does, so that the solver's faults do not stay."""
-    if isinstance(objective, Guided):
+    if isinstance(objective, WithPairs):
         (rate, *_), first = state.lr_schedulers[0].get_last_lr(), state.config.learning_rate
-        objective.weight = state.config.pair_weight * rate / first
+        objective.weight = PAIR_WEIGHT * rate / first
 
 
 def _fit(
@@ -138,8 +147,8 @@ def _fit(
 def fit_calls(state: TrainingState) -> tuple[int, int]:
     """Network calls, in all processes, that make the pairs, and that fit the layers to them before the updates."""
     pairs = state.pairs_per_micro_batch * state.micro_batches
-    calls = PAIR_CALLS * calls_of_step(state.bridge.network.unet)
-    return (pairs * calls, state.config.pair_steps * state.rows) if pairs else (0, 0)
+    calls = PAIR_CALLS * state.bridge.guided.calls
+    return (pairs * calls, PAIR_STEPS * state.rows) if pairs else (0, 0)
 
 
 def _regress(state: TrainingState) -> None:
@@ -155,20 +164,15 @@ def _regress(state: TrainingState) -> None:
     latent = config.preset == "latent"
     highest = LATENT_PAIR_RATE * config.learning_rate if latent else PAIR_LEARNING_RATE
     rate, objective = group["lr"], Regression(image_loss(state.student.scheduler))
-    steps = _fit(state, objective, chains, joint(sum(depths), config.pair_steps))
-    for step in bar(range(config.pair_steps), "regress", disable=not state.accelerator.is_main_process):
-        group["lr"] = highest * cosine(step / config.pair_steps)
+    steps = _fit(state, objective, chains, joint(sum(depths), PAIR_STEPS))
+    for step in bar(range(PAIR_STEPS), "regress", disable=not state.accelerator.is_main_process):
+        group["lr"] = highest * cosine(step / PAIR_STEPS)
         try:
             next(steps)
         except DivergenceError as error:
             raise DivergenceError("the loss of the fit to the pairs", error.step, error.layers) from error
         if state.accelerator.check_trigger():
-            raise InterruptedRunError(
-                "stopped before the first update, nothing was saved: start again with resume_from_checkpoint latest, "
-                "from Python in a new HSIVITrainer"
-            )
-    if not config.is_guided:
-        state.pairs.cache_clear()
+            raise InterruptedRunError
     group["lr"] = rate
     state.layer_optimizer.state.clear()
     for average, parameter in zip(state.ema.shadow_params, trained(state.student), strict=True):

@@ -18,7 +18,7 @@ from .artifacts import PROMPTS, read_record
 
 OPTIONS = {"options.json", "options.json.partial"}
 WRITTEN_AT_ONCE = {f"{name}{end}" for name in (PAGE, LOG, PROMPTS) for end in ("", ".partial")}
-STARTED = OPTIONS | WRITTEN_AT_ONCE | {"logs", "samples", "checkpoints"}  # in a folder before the first checkpoint
+STARTED = OPTIONS | WRITTEN_AT_ONCE | {"logs", "samples", "checkpoints", "pairs"}  # in a folder before the first checkpoint
 ANEW = "start over with --overwrite_output_dir and without --resume_from_checkpoint"
 
 Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]

@@ -5,47 +5,41 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, PixArtTransformer2DModel, UNet2DConditionModel
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from huggingface_hub import cached_assets_path
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
+from ..pipeline_hsivi import check_finite_weights
 from ..runs.bars import bar
 from ..runs.folders import in_turn
 from ..runs.state_dicts import hash_weights
 
 FILE_ROWS = 512  # prompts of a file
 BATCH = 32  # prompts that are encoded at once
-# Of what a pipeline's encode_prompt returns: argument of the network, place of the prompt, place of the negative one.
-SD, SDXL = [("encoder_hidden_states", 0, 1)], [("encoder_hidden_states", 0, 1), ("text_embeds", 2, 3)]
-PIXART = [("encoder_hidden_states", 0, 2), ("encoder_attention_mask", 1, 3)]
-ENCODED = {
-    "StableDiffusionPipeline": SD,
-    "StableDiffusionXLPipeline": SDXL,
-    "PixArtAlphaPipeline": PIXART,
-    "PixArtSigmaPipeline": PIXART,
-}
-ZEROS = "force_zeros_for_empty_prompt"  # setting of SDXL
-ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")  # go into added_cond_kwargs
+SHA256 = "sha256"  # entry of a file of the cache: that of its tensors
 
 
 class PromptTable:
-    """What a network is told of prompts, by their number; the last row is the negative prompt, "no class" of guidance.
+    """What a network gets for prompts, by their number; the last row is the negative prompt, "no class" of guidance.
 
     Args:
         files: Tensors by argument of the network, each of shape (N, ...); those of a file stay on the disk.
         sizes: Further arguments, the same for all rows, each of shape (1, ...).
-        digest: Names prompts and encoders.
+        digest: Identifies prompts and encoders.
         prompts: In the order of their numbers.
     """
+
+    has_null = True
 
     def __init__(
         self,
@@ -58,107 +52,145 @@ class PromptTable:
         counts = [len(next(iter(file.values()))) for file in files]
         self._places = [(file, place) for file, count in zip(files, counts, strict=True) for place in range(count)]
 
-    def __len__(self) -> int:
+    @property
+    def rows(self) -> int:
+        """Prompts, with the negative one."""
         return len(self._places)
 
-    def __deepcopy__(self, memo: Any) -> PromptTable:
-        return self
+    def arguments(self, condition: Tensor, like: Tensor) -> dict[str, Tensor]:
+        """Returns arguments of the network for rows of numbers (B,), of the dtype and device of a tensor.
 
-    def arguments(self, condition: Tensor, like: Tensor) -> dict[str, Any]:
-        """Returns the keyword arguments of the network for rows of numbers (B,), of the type and device of a tensor."""
+        Numbers on the CPU, where the tables are, cost no wait for a GPU.
+        """
         chosen = [self._places[row] for row in condition.tolist()]
         rows = {name: torch.stack([file[name][place] for file, place in chosen]) for name in self.files[0]}
         rows |= {name: size.expand(len(chosen), -1) for name, size in self.sizes.items()}
-        given: dict[str, Any] = {name: row.to(like.device, like.dtype) for name, row in rows.items()}
-        added = {name: given.pop(name) for name in ADDED if name in given}
-        return {**given, "added_cond_kwargs": added} if added else given
+        return {name: row.to(like.device, like.dtype, non_blocking=True) for name, row in rows.items()}
 
 
-def empty_prompts(network: Any) -> PromptTable | None:
-    """Returns prompts without a content, of the shapes that a network is told, for a plan; None if it takes no text."""
-    config, shapes = network.config, dict[str, tuple[int, ...]]()
-    if isinstance(network, UNet2DConditionModel):
-        width = config.cross_attention_dim  # of all blocks, or of each
-        shapes |= {"encoder_hidden_states": (77, width if isinstance(width, int) else width[0])}
-        if config.addition_embed_type == "text_time":
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            shapes |= {"text_embeds": (pooled,), "time_ids": (6,)}
-    elif isinstance(network, PixArtTransformer2DModel):
-        shapes |= {"encoder_hidden_states": (300, config.caption_channels), "encoder_attention_mask": (300,)}
-        if network.use_additional_conditions:
-            shapes |= {"resolution": (2,), "aspect_ratio": (1,)}
-    else:
-        return None
-    return PromptTable([{name: torch.zeros(2, *shape, device="cpu") for name, shape in shapes.items()}], {})
+def encode_prompts(teacher: Any, prompts: Sequence[str], negative: str, device: torch.device) -> PromptTable:
+    """Encodes prompts by the encoders of a teacher's pipeline, as its own call does, which cuts long ones.
 
-
-def encode_prompts(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], negative: str, size: tuple[int, int], device: torch.device
-) -> PromptTable:
-    """Encodes prompts by the encoders of a pipeline, as its own call does; longer ones are cut as there, and told.
-
-    What is encoded is kept in the assets folder of huggingface_hub, in files named by encoders and prompts, so it is
-    done once, and continues where it was stopped.
+    The encoded prompts are kept in the assets folder of huggingface_hub, in files named by encoders and prompts. So
+    they are encoded once, encoding continues where it was stopped, and no encoder is loaded where nothing is missing.
+    A file that is damaged is made again.
 
     Args:
-        pipeline: Of a type in ENCODED. Its encoders are moved to the device, if there is something to encode, and back.
+        teacher: Of a kind that takes text, see `latents.TextLatents`.
         prompts: In the order of their numbers.
-        negative: The prompt that guidance leads away from; "" for none.
-        size: Height and width of the images.
+        negative: The negative prompt of guidance; "" for none.
         device: Where to encode.
     """
-    encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
-    digest = _digest_of_encoders(pipeline, encoders)
+    digest = teacher.encoders_digest()
     folder = cached_assets_path("hsivi_diffusers", "prompts", digest[:16])
     starts = range(0, len(prompts), FILE_ROWS)
     chunks = [*(([*prompts[start : start + FILE_ROWS]], False) for start in starts), ([negative], True)]
     names = [hashlib.sha256(json.dumps(chunk).encode()).hexdigest() for chunk in chunks]
     paths = [folder / f"{name}.safetensors" for name in names]
     with in_turn(folder):  # one process encodes, the others find the files
-        missing = [(path, *chunk) for path, chunk in zip(paths, chunks, strict=True) if not path.is_file()]
-        with _moved(encoders if missing else [], device):
-            for path, texts, are_negative in bar(missing, "encode prompts", leave=False, disable=not missing):
-                partial = path.with_suffix(f".{os.getpid()}.partial")
-                save_file(_encode(pipeline, texts, are_negative, device), partial)
-                partial.replace(path)
+        for unfinished in folder.glob("*.partial"):  # of a process that was killed
+            unfinished.unlink()
+        missing = [(path, *chunk) for path, chunk in zip(paths, chunks, strict=True) if not _is_whole(path)]
+        if missing:
+            with _on_device(teacher.load_encoders(), device) as encoders:
+                pipeline = teacher.like(**encoders)
+                for path, texts, are_negative in bar(missing, "encode prompts", leave=False):
+                    _write(path, _encode(teacher, pipeline, texts, are_negative, device))
     files = [load_file(path) for path in paths]  # mapped into memory
     digest = hashlib.sha256(f"{digest}{names}".encode()).hexdigest()
-    return PromptTable(files, _sizes(pipeline, size), digest, prompts)
+    return PromptTable(files, teacher.sizes(), digest, prompts)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of the cache has the tensors that were written to it."""
+    try:
+        with safe_open(path, "pt") as file:
+            written = (file.metadata() or {}).get(SHA256)
+            return written == _sha256({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(save(dict(tensors))).hexdigest()
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a file that is on the disk whole before it has its name."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, {SHA256: _sha256(tensors)})
+    except SafetensorError as error:  # which is no OSError
+        raise OSError(f"{partial} could not be written ({error}): make room on the disk") from error
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 @contextmanager
-def _moved(encoders: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+def _on_device(encoders: Mapping[str, Any], device: torch.device) -> Iterator[Mapping[str, Any]]:
     """Moves encoders to a device, and back at the end."""
-    before = [next(encoder.parameters()).device for encoder in encoders]
+    parts: dict[str, nn.Module] = {name: part for name, part in encoders.items() if part is not None}
+    before = {name: next(part.parameters()).device for name, part in parts.items()}
     try:
-        for encoder in encoders:
-            encoder.to(device)
-        yield
+        for name, part in parts.items():
+            check_finite_weights(part, name)
+            part.to(device)
+        yield encoders
     finally:
-        for encoder, place in zip(encoders, before, strict=True):
-            encoder.to(place)
+        for name, place in before.items():
+            parts[name].to(place)
 
 
-def _digest_of_encoders(pipeline: DiffusionPipeline, encoders: Sequence[Any]) -> str:
-    """SHA-256 of all that the embedding of a prompt follows from."""
+def digest_of(kind: str, pipeline: Any, encoders: Mapping[str, str]) -> str:
+    """Returns the SHA-256 of all that the embedding of a prompt follows from.
+
+    Args:
+        kind: Name of the class of the pipeline.
+        pipeline: With tokenizers.
+        encoders: A digest of each text encoder, by name.
+    """
     parts = [part for name, part in sorted(pipeline.components.items()) if name.startswith("tokenizer") and part]
     tokenizers = [
         [part.get_vocab(), part.model_max_length, part.padding_side, part.special_tokens_map, _backend(part)]
         for part in parts
     ]
-    configs = [{**encoder.config.to_dict(), "_name_or_path": None} for encoder in encoders]  # wherever it came from
     versions = [version(name) for name in ("diffusers", "transformers")]
-    about = [
-        kind_among(ENCODED, pipeline),
-        {**pipeline.config}.get(ZEROS),
-        _cleans(pipeline),
-        versions,
-        configs,
-        tokenizers,
-    ]
-    hash = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for encoder in encoders:
-        hash_weights(hash, encoder)
+    zeros = {**pipeline.config}.get("force_zeros_for_empty_prompt")  # of SDXL
+    about = [kind, zeros, cleans(pipeline), versions, sorted(encoders.items()), tokenizers]
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digest_of_module(module: Any) -> str:
+    """Returns the SHA-256 of the config and weights of an encoder in memory."""
+    config = {**module.config.to_dict(), "_name_or_path": None}  # wherever it came from
+    hash = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    hash_weights(hash, module)
+    return hash.hexdigest()
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Returns the SHA-256 of the files of an encoder, which is not loaded.
+
+    In the cache of huggingface_hub a file of weights is a link to one that is named by its SHA-256.
+    """
+    hash = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if not {*path.name.split(".")[1:]} <= {
+            "json",
+            "index",
+            "safetensors",
+            "bin",
+        }:  # of another variant, such as fp16
+            continue
+        target = path.resolve()
+        named = target.parent.name == "blobs" and len(target.name) == 64
+        if named:
+            digest = target.name
+        else:
+            with target.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        hash.update(f"{path.name} {digest}\n".encode())
     return hash.hexdigest()
 
 
@@ -170,7 +202,7 @@ def _backend(tokenizer: Any) -> dict[str, Any] | None:
     return {**backend, "padding": None, "truncation": None}  # which the last call has set
 
 
-def _cleans(pipeline: DiffusionPipeline) -> bool:
+def cleans(pipeline: Any) -> bool:
     """Whether the pipeline's own call cleans prompts: PixArt's does, with two libraries that may be missing."""
     return (
         "clean_caption" in signature(pipeline.encode_prompt).parameters and is_bs4_available() and is_ftfy_available()
@@ -179,36 +211,15 @@ def _cleans(pipeline: DiffusionPipeline) -> bool:
 
 @torch.no_grad()
 def _encode(
-    pipeline: DiffusionPipeline, texts: Sequence[str], are_negative: bool, device: torch.device
+    teacher: Any, pipeline: Any, texts: Sequence[str], are_negative: bool, device: torch.device
 ) -> dict[str, Tensor]:
-    """Returns what the network is told of texts, as prompts or as negative prompts."""
-    kind, rows = str(kind_among(ENCODED, pipeline)), list[dict[str, Tensor]]()
+    """Returns what the network gets for texts, as prompts or as negative prompts."""
+    rows = list[dict[str, Tensor]]()
     given: dict[str, Any] = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": are_negative}
-    given |= {"clean_caption": True} if _cleans(pipeline) else {}
+    given |= {"clean_caption": True} if cleans(pipeline) else {}
     for first in range(0, len(texts), BATCH):
         batch = [*texts[first : first + BATCH]]
-        # Without a negative prompt SDXL takes zeros.
-        without = None if kind == "StableDiffusionXLPipeline" and batch == [""] else batch
-        encoded = pipeline.encode_prompt(prompt=batch, negative_prompt=without if are_negative else None, **given)
-        rows.append({name: encoded[places[are_negative]].cpu() for name, *places in ENCODED[kind]})
+        without = teacher.negative(batch) if are_negative else None
+        encoded = pipeline.encode_prompt(prompt=batch, negative_prompt=without, **given)
+        rows.append({name: encoded[places[are_negative]].cpu() for name, *places in teacher.encoded})
     return {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
-
-
-def takes_text(pipeline: DiffusionPipeline) -> bool:
-    """Whether a pipeline is of a type in ENCODED."""
-    return kind_among(ENCODED, pipeline) is not None
-
-
-def kind_among(names: Collection[str], pipeline: DiffusionPipeline) -> str | None:
-    """Which of some names of classes a pipeline goes by, its own or one that it was derived from; None if by none."""
-    return next((each.__name__ for each in type(pipeline).__mro__ if each.__name__ in names), None)
-
-
-def _sizes(pipeline: DiffusionPipeline, size: tuple[int, int]) -> dict[str, Tensor]:
-    """What the network is told of the size of images: of an original of that size, without a crop."""
-    height, width = size
-    if kind_among(ENCODED, pipeline) == "StableDiffusionXLPipeline":
-        return {"time_ids": torch.tensor([[height, width, 0.0, 0.0, height, width]])}
-    if "transformer" in pipeline.components and pipeline.transformer.config.sample_size == 128:  # as PixArt's call
-        return {"resolution": torch.tensor([[height, width]]), "aspect_ratio": torch.tensor([[height / width]])}
-    return {}

@@ -1,9 +1,10 @@
-"""Sampling by what a report compares: students, and the baselines (solvers of the teacher)."""
+"""Solvers of the teacher's ODE and SDE: schedulers of diffusers, on grids of our choice, and students as samplers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from inspect import signature
 from typing import Any, Protocol
 
@@ -18,13 +19,15 @@ from diffusers import (
     SASolverScheduler,
     UniPCMultistepScheduler,
 )
+from torch import Tensor
 
 from ..pipeline_hsivi import HSIVIPipeline
 from ..scheduling_hsivi import HSIVIScheduler
-from .denoisers import Network, sample_shape
-from .guidance import GuidedNetwork
-from .ode import run_solver, use_grid
-from .teacher import decode, network_of
+from .guidance import Guided
+from .levels import clock_of
+from .teacher import Teacher, network_of
+
+Call = Callable[[Tensor, Any, Tensor | None], Tensor]  # (x, time of the network, condition) -> output of the network
 
 
 class TeacherIPNDM(IPNDMScheduler):
@@ -79,6 +82,85 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
+    """Gives a solver of diffusers timesteps of your choice, and returns it; a pipeline can then be run with it.
+
+    Its `set_timesteps` then accepts their number alone. The noise level after the last one stays as its config has it.
+
+    Args:
+        scheduler: A multistep solver with `alphas_cumprod` and `sigmas`, or with `set_levels`, as `TeacherIPNDM`.
+        timesteps: Of the network calls, descending: from N-1 to 0, or, of a solver with `use_flow_sigmas`, N sigma.
+    """
+    own, steps = scheduler.set_timesteps, torch.tensor(timesteps)
+
+    def set_timesteps(num_inference_steps: int, device: Any = None) -> None:
+        if num_inference_steps != len(steps):
+            raise ValueError(f"num_inference_steps={num_inference_steps}: this solver has a grid of {len(steps)} steps")
+        own(num_inference_steps, device=device)
+        if hasattr(scheduler, "set_levels"):
+            scheduler.set_levels(steps)
+            return
+        if scheduler.config.get("use_flow_sigmas"):
+            sigmas = (steps / scheduler.config.num_train_timesteps).clamp_max(1 - 1e-6)  # log alpha is asked for
+        else:
+            abar = scheduler.alphas_cumprod[steps]
+            sigmas = ((1 - abar) / abar).sqrt()
+        scheduler.timesteps, scheduler.sigmas = steps.to(device), torch.cat([sigmas, scheduler.sigmas[-1:]])
+
+    scheduler.set_timesteps = set_timesteps
+    return scheduler
+
+
+def clip_steps(solver: Any, schedule: HSIVIScheduler) -> Any:
+    """Makes a solver of diffusers clip or threshold the clean image as the teacher's scheduler does, and returns it.
+
+    DDPMScheduler clips by default, and its teachers may need it: at high noise an error of the predicted noise is
+    multiplied by sigma / alpha. Most solvers have no such setting. So each output is replaced by that of a network
+    whose clean image is the clipped one, x0', and whose noise is (x - alpha x0') / sigma.
+
+    Args:
+        solver: A scheduler of diffusers with the prediction type of the teacher.
+        schedule: Of the teacher, with its `clip_sample` and `thresholding`; without both the solver stays as it is.
+    """
+    if not (schedule.config.clip_sample or schedule.config.thresholding):
+        return solver
+    own = solver.step
+
+    @wraps(own)
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, **given: Any) -> Any:
+        level = schedule.levels.level(torch.as_tensor(timestep).reshape(-1))
+        x0, _ = schedule.predict(model_output, level, sample)
+        alpha, sigma = schedule.alpha_sigma(level, x0)
+        return own(schedule.output(x0, (sample - alpha * x0) / sigma, level), timestep, sample, **given)
+
+    solver.step = step
+    return solver
+
+
+def batches(x: Tensor, condition: Tensor | None, size: int) -> list[tuple[Tensor, Tensor | None]]:
+    """Returns rows with their conditions, if there are any, so many at once."""
+    rows = x.split(size)
+    conditions = [None] * len(rows) if condition is None else condition.split(size)
+    return list(zip(rows, conditions, strict=True))
+
+
+@torch.no_grad()
+def run_solver(
+    call: Call, solver: Any, x: Tensor, num_steps: int, condition: Tensor | None = None, **arguments: Any
+) -> Tensor:
+    """Follows `num_steps` of a diffusers scheduler from noise x to an image, both of shape (B, C, H, W).
+
+    A variance that the teacher predicts is dropped, unless the solver takes one. The condition has shape (B,); the
+    other arguments are those of `solver.step`.
+    """
+    solver.set_timesteps(num_steps, device=x.device)
+    takes_variance = isinstance(solver, DDPMScheduler) and solver.config.variance_type.startswith("learned")
+    for timestep in solver.timesteps:
+        output = call(x, timestep, condition)
+        x = solver.step(output if takes_variance else output[:, : x.shape[1]], timestep, x, **arguments).prev_sample
+    return x
+
+
 class Sampler(Protocol):
     """Returns images in [0, 1], shape (B, C, H, W); labels, shape (B,), are for a class-conditional network."""
 
@@ -89,23 +171,22 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class Solver:
-    """A Sampler by the steps of a scheduler of diffusers, whose `step` is given the settings."""
+    """A Sampler by the steps of a scheduler of diffusers, whose `step` gets the settings."""
 
     scheduler: Any
     num_steps: int
-    unet: Network | GuidedNetwork
+    teacher: Teacher  # gives shape and decoder
+    call: Call  # the network: the teacher, guided or not, or a student
     settings: dict[str, Any] = field(default_factory=dict)
-    host: DiffusionPipeline | None = None  # whose VAE decodes, if it denoises latents
 
-    @torch.no_grad()
-    def __call__(self, batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, batch_size: int, generator: torch.Generator, labels: Tensor | None = None) -> Tensor:
         """Returns images; the noise is drawn on the CPU."""
-        device = self.unet.device
+        device = self.teacher.device
         labels = None if labels is None else labels.to(device)
         given = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
-        noise = torch.randn(batch_size, *sample_shape(self.unet), generator=generator).to(device)
-        x = run_solver(self.unet, self.scheduler, noise, self.num_steps, labels, **self.settings, **given)
-        return decode(self.host, x)
+        noise = torch.randn(batch_size, *self.teacher.shape, generator=generator).to(device)
+        x = run_solver(self.call, self.scheduler, noise, self.num_steps, labels, **self.settings, **given)
+        return self.teacher.decode(x)
 
     @property
     def grid(self) -> str:
@@ -120,71 +201,74 @@ def shorten(timesteps: list[float]) -> str:
     return ", ".join(each if isinstance(each, str) else f"{each:.4g}" for each in shown)
 
 
-def make_solver(
-    method: str,
-    num_steps: int,
-    unet: Network | GuidedNetwork,
-    config: Any,
-    timesteps: Sequence[int] | None = None,
-    host: DiffusionPipeline | None = None,
-    **settings: Any,
-) -> Solver:
-    """Returns a solver of the teacher.
+def make_scheduler(
+    method: str, schedule: HSIVIScheduler, levels: Sequence[int] | None = None, **settings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Returns a scheduler of diffusers that solves the ODE or SDE of a noise schedule, and arguments of its `step`.
+
+    It clips and thresholds as the schedule does.
 
     Args:
         method: Key of SOLVERS, such as "DDIM", eta 0 on the quadratic grid, or "DPM-Solver++", 2M.
-        num_steps: Network calls.
-        unet: The teacher.
-        config: Config of the teacher's scheduler.
-        timesteps: Levels of the network calls; by default the solver's own grid.
-        host: The teacher's pipeline, if it has a VAE.
-        **settings: Of the solver's scheduler, such as `timestep_spacing`, instead of those of SOLVERS and config.
+        schedule: Of the teacher.
+        levels: Levels of the network calls; by default the solver's own grid.
+        **settings: Of the solver, such as `timestep_spacing`, instead of those of SOLVERS and schedule.
 
     Raises:
-        ValueError: The method is unknown, or not for rectified flows.
+        ValueError: The method is unknown, or cannot follow this schedule.
     """
-    if method not in SOLVERS:
-        raise ValueError(f"method {method!r} is unknown: choose one of {', '.join(map(repr, SOLVERS))}")
+    clock = clock_of(schedule)
+    able = [name for name in SOLVERS if name not in clock.unsupported]
+    if method not in able:
+        why = "is not for rectified flows" if method in SOLVERS else "is unknown"
+        raise ValueError(f"method {method!r} {why}: choose one of {', '.join(map(repr, able))}")
     kind, chosen = SOLVERS[method]
-    schedule, chosen = HSIVIScheduler.from_config(config), {**chosen, **settings}
-    if schedule.is_flow and kind is not HSIVIScheduler:
-        chosen |= _flow_options(method, kind, schedule)
-        known = signature(kind).parameters
-        config = {
-            name: value for name, value in config.items() if name[0] == "_" or (name in known and name != "shift")
-        }
-    if timesteps is not None and kind is HSIVIScheduler:
-        chosen["layer_timesteps"] = [*timesteps, -1]
-    scheduler = kind.from_config(config, **chosen)
-    if timesteps is not None and kind is not HSIVIScheduler:
-        use_grid(scheduler, schedule.levels.time(torch.tensor(timesteps)).tolist())
-    return Solver(scheduler, num_steps, unet, {"eta": 1.0} if method == "DDIM, eta 1" else {}, host)
+    chosen, known = {**chosen, **settings}, signature(kind).parameters
+    if kind is HSIVIScheduler:
+        grid = {} if levels is None else {"layer_timesteps": [*levels, -1]}
+        return kind.from_config(schedule.config, **chosen, **grid), {}
+    config = {
+        name: value for name, value in schedule.config.items() if name[0] == "_" or (name in known and name != "shift")
+    }
+    scheduler = kind.from_config(
+        schedule.config if kind is TeacherIPNDM else config, **clock.solver_settings(), **chosen
+    )
+    if "clip_sample" not in known:  # else it clips by itself
+        clip_steps(scheduler, schedule)
+    if levels is not None:
+        use_grid(scheduler, schedule.levels.time(torch.tensor(levels)).tolist())
+    return scheduler, {"eta": 1.0} if method == "DDIM, eta 1" else {}
 
 
-def _flow_options(method: str, kind: Any, schedule: HSIVIScheduler) -> dict[str, Any]:
-    """What a scheduler of diffusers must be told to solve a rectified flow."""
-    if "use_flow_sigmas" not in signature(kind).parameters:
-        able = [name for name, (each, _) in SOLVERS.items() if "use_flow_sigmas" in signature(each).parameters]
-        raise ValueError(
-            f"method {method!r} is not for rectified flows: choose one of {', '.join(map(repr, ['DDIM', *able]))}"
-        )
-    return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": schedule.config.shift}
+def make_solver(
+    method: str, num_steps: int, teacher: Guided, levels: Sequence[int] | None = None, **settings: Any
+) -> Solver:
+    """Returns a solver of the teacher, see `make_scheduler`.
+
+    Args:
+        method: Key of SOLVERS.
+        num_steps: Steps; of a guided teacher each is two network calls.
+        teacher: Guided or not.
+        levels: Of the steps.
+        **settings: Of the solver.
+    """
+    scheduler, arguments = make_scheduler(method, teacher.teacher.schedule, levels, **settings)
+    return Solver(scheduler, num_steps, teacher.teacher, teacher, arguments)
 
 
 def make_student(
-    pipeline: DiffusionPipeline, num_steps: int | None = None, guidance_scale: float | None = None
+    pipeline: DiffusionPipeline, teacher: Teacher, num_steps: int | None = None, guidance_scale: float | None = None
 ) -> Sampler:
-    """Returns the distilled pipeline as a sampler, with one of its trained counts of calls, or the largest."""
+    """Returns the distilled pipeline as a sampler, with one of its trained step counts, or the largest."""
     if not isinstance(pipeline, HSIVIPipeline):  # a stock one, which gives the steps no generator
-        scheduler = pipeline.scheduler
-        return Solver(scheduler, num_steps or max(scheduler.depths), network_of(pipeline), host=pipeline)
+        call = partial(teacher.call, network_of(pipeline))
+        return Solver(pipeline.scheduler, num_steps or max(pipeline.scheduler.depths), teacher, call)
     pipeline.set_progress_bar_config(disable=True)
 
-    def sampler(batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def sampler(batch_size: int, generator: torch.Generator, labels: Tensor | None = None) -> Tensor:
         given: dict[str, Any] = {"class_labels": labels, "guidance_scale": guidance_scale}
-        images: torch.Tensor = pipeline(batch_size, generator, num_steps, **given, output_type="pt", return_dict=False)[
-            0
-        ]
+        images: Tensor
+        (images,) = pipeline(batch_size, generator, num_steps, **given, output_type="pt", return_dict=False)
         return images
 
     return sampler

@@ -1,137 +1,366 @@
-"""Teachers: pretrained pipelines of diffusers, loaded or refused, and the pipelines that their students go into."""
+"""What a distillation asks of a pretrained diffusion model. Each kind of model answers in one file of this folder."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import os
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
-from inspect import signature
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import diffusers
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    DiTTransformer2DModel,
-    SchedulerMixin,
-)
-from diffusers.utils import logging
-from huggingface_hub import ModelCard, file_exists, hf_hub_download
-from safetensors import safe_open
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
-from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, naming_damage, parts_of
-from ..runs.artifacts import ADAPTER, read_prompts, run_of
-from ..runs.folders import near_folder
 from ..runs.state_dicts import hash_weights
 from ..scheduling_hsivi import HSIVIScheduler
-from ..share.push import CUT, class_names
-from .adapters import WEIGHTS, share
-from .configs import LATENT, REMEDY, check, check_levels, configs_of, kind_of, part_of, read_configs
-from .denoisers import Network, sample_shape
-from .prompts import PromptTable, encode_prompts, takes_text
+from .adapters import Adapter, has_adapter, save_adapter
+from .configs import Configs
 
-logger = logging.get_logger(__name__)
-
-# diffusers renamed the argument in 0.40, and warns of the old name.
-DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
-IN_FLOAT32: dict[str, Any] = {DTYPE: torch.float32}
-VAE_PIXELS = 2**21  # of images that are decoded at once
+WEIGHTS = "network.safetensors"  # of a network that is no model of diffusers
 
 
-def load_teacher(
-    teacher: str | os.PathLike[str] | DiffusionPipeline, revision: str | None = None
-) -> tuple[Network, HSIVIScheduler]:
-    """Takes network and noise schedule of a pretrained pipeline.
+class Conditions(NamedTuple):
+    """How many conditions a network knows: class labels, or numbers of prompts."""
+
+    rows: int = 0
+    # The last row is "no class" whether the run guides or not; else it is one only if the run guides.
+    has_null: bool = False
+
+
+class Teacher:
+    """A pretrained diffusion model, and all that depends on its kind.
+
+    As it stands it serves a plain torch network f(x, time) of images in [-1, 1]; a kind overrides what is different.
+    A teacher of your own is a subclass, or an object of this class, that you give to `HSIVITrainer`.
 
     Args:
-        teacher: Folder or repo id of a diffusers pipeline of a `UNet2DModel` and a scheduler, or of one of `LATENT`, or
-            such a pipeline itself, whose network is copied. The scheduler has betas, or is a rectified flow.
-        revision: Branch, tag or commit of a repo.
+        network: The network; student and critic start as copies of it, and are called in the same way.
+        schedule: `HSIVIScheduler` without a grid: noise levels, what the network predicts, clipping of the clean image.
+        shape: (C, H, W) of what the network denoises.
+        classes: Class labels that the network takes, 0 without classes.
 
-    Returns:
-        The network, and a `HSIVIScheduler` without a grid: make one with `from_config(scheduler.config, ...)`.
-
-    Raises:
-        ValueError: The pipeline is missing, damaged, or no teacher for this method.
+    Attributes:
+        clips: The network denoises pixels, whose range is [-1, 1]; not latents.
+        adapter: Where a LoRA goes, or None if all weights are trained.
+        takes_text: It needs prompts, see `encode_prompts`.
     """
-    parts = load_parts(teacher, revision)
-    return parts.network, parts.schedule
 
+    clips = True
+    adapter: ClassVar[Adapter | None] = None
+    takes_text: ClassVar[bool] = False
+    draw_batch = 100  # images drawn at once, by default
 
-class Parts(NamedTuple):
-    """A teacher in parts."""
+    def __init__(self, network: nn.Module, schedule: HSIVIScheduler, shape: tuple[int, int, int], classes: int = 0):
+        self.network: Any = network
+        self.schedule, self.shape = schedule, shape
+        self.conditions: Any = Conditions(classes)
 
-    network: Network
-    schedule: HSIVIScheduler
-    host: DiffusionPipeline | None  # the pipeline, if its students are to be put into one of its kind
-    encoders: Callable[[], dict[str, Any]]  # loads its text encoders, by name
+    def __deepcopy__(self, memo: Any) -> Teacher:
+        return self
 
+    @property
+    def name(self) -> str:
+        """The class of the network, for messages."""
+        return type(self.network).__name__
 
-def load_parts(teacher: str | os.PathLike[str] | DiffusionPipeline, revision: str | None = None) -> Parts:
-    """Returns what `load_teacher` does, and more of the pipeline."""
-    if isinstance(teacher, DiffusionPipeline):
-        pipeline, name = teacher, type(teacher).__name__
-    elif isinstance(teacher, str | os.PathLike):
-        pipeline, name = _load(os.fspath(teacher), revision), repr(os.fspath(teacher))
-    else:
-        raise ValueError(f"teacher is a {type(teacher).__name__}: give a folder, a repo id, or a loaded pipeline")
-    schedule = check(name, configs_of(pipeline, name))
-    if adapted := [part for part, module in pipeline.components.items() if hasattr(module, "peft_config")]:
-        raise ValueError(
-            f"teacher {name} has adapters in its {', '.join(adapted)}, which would not be distilled: call fuse_lora() "
-            "and unload_lora_weights() of the pipeline first"
-        )
-    check_levels(name, schedule, pipeline.scheduler)
-    network = network_of(pipeline)
-    host = pipeline if kind_of(pipeline) in LATENT else None
-    if pipeline is not teacher:
-        return Parts(network, schedule, host, partial(_load_encoders, os.fspath(teacher), revision))
-    host = host and _like(host, vae=copy.deepcopy(host.vae).float())  # the one given stays as it is
-    whole = nn.Module.float(copy.deepcopy(network))  # that of diffusers refuses a network with quantised weights
-    return Parts(whole, schedule, host, lambda: copy.deepcopy(text_encoders(pipeline)))
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
 
+    # ----- calls -----
 
-def _load_encoders(name: str, revision: str | None) -> dict[str, Any]:
-    index = DiffusionPipeline.load_config(name, revision=revision)
-    part = part_of(parts_of(index))
-    without = {part: None, "vae": None, **IN_FLOAT32}
-    return text_encoders(DiffusionPipeline.from_pretrained(name, revision=revision, **without))
+    def call(self, network: Any, x: Tensor, time: Any, condition: Tensor | None = None) -> Tensor:
+        """Calls a network of this kind in its own precision, and returns its output in that of x.
 
+        Args:
+            network: The teacher's, the student's or the critic's.
+            x: Shape (B, C, H, W).
+            time: The network's time, one number or (B,), see `HSIVIScheduler.levels`.
+            condition: Numbers of classes or prompts, (B,), or None.
+        """
+        like = x.to(getattr(network, "dtype", None) or next(network.parameters()).dtype)
+        times = torch.as_tensor(time).to(x.device).expand(len(x))
+        given = {} if condition is None else self.arguments(condition, like)
+        return self.forward(network, like, times, **given).to(x.dtype)
 
-def text_encoders(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Returns the text encoders of a pipeline, by name."""
-    return {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
+    def forward(self, network: Any, x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
+        """Returns the output of a network, in its own layout; a model of diffusers wraps it."""
+        output = network(x, time, **arguments)
+        tensor: Tensor = getattr(output, "sample", output)
+        return tensor
 
+    def arguments(self, condition: Tensor, like: Tensor) -> dict[str, Any]:
+        """Returns the arguments of the network that say a condition, of the device and dtype of a tensor."""
+        return {"class_labels": condition}
 
-def without_encoders(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Returns a pipeline with the same parts but for its text encoders."""
-    return _like(pipeline, **{name: None for name in pipeline.components if name.startswith("text_encoder")})
+    def denoise(self, network: Any, x: Tensor, level: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the clean image and the noise that a network sees in x, both (B, C, H, W), at levels (B,)."""
+        return self.schedule.predict(self.call(network, x, self.schedule.levels.time(level), condition), level, x)
 
+    def guide(self, of_condition: Tensor, of_none: Tensor, w: Tensor) -> Tensor:
+        """Returns the guided prediction of scale w, shape (B, 1, ...)."""
+        return of_none + w * (of_condition - of_none)
 
-def _load(name: str, revision: str | None) -> DiffusionPipeline:
-    path = Path(name)
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise ValueError(f"teacher {name!r} is not a folder: {REMEDY}")
-    with suppress(OSError):  # what is missing, the loading itself reports
-        check(repr(name), read_configs(name, revision))
-    try:
-        return DiffusionPipeline.from_pretrained(name, revision=revision, **IN_FLOAT32)
-    except Exception as error:  # diffusers raises many types here, and all mean the same to the user
-        if path.is_dir():
+    # ----- conditions -----
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of conditions, with the last one, "no class", if there is one; 0 without conditions."""
+        return int(self.conditions.rows)
+
+    def num_conditions(self, guides: bool = False) -> int:
+        """Classes or prompts that are drawn, 0 without: all rows but "no class".
+
+        Raises:
+            ValueError: The run guides, and the teacher has no classes.
+        """
+        if guides and self.num_rows < 2:
             raise ValueError(
-                f"teacher {name!r} cannot be loaded ({type(error).__name__}: {error}): {REMEDY}"
-            ) from error
+                "guidance_scale was given, and the teacher has no class labels, of which the last must be 'no class': "
+                "leave guidance_scale out"
+            )
+        return self.num_rows - (guides or self.conditions.has_null)
+
+    def encode_prompts(self, prompts: Any, negative: str, device: torch.device) -> None:
+        """Encodes prompts, after which the conditions are their numbers; refuses them if it takes no text.
+
+        Raises:
+            ValueError: It takes text and there are no prompts, or the other way round.
+        """
+        check_prompts(self.takes_text, prompts)
+
+    # ----- student and critic -----
+
+    def check_students(self, config: Any) -> None:
+        """Refuses, with ValueError, settings of a student that this kind cannot have."""
+        if config.noise_scale_type == "per_pixel":
+            raise ValueError(
+                f"noise_scale_type='per_pixel' needs a UNet2DModel, and the teacher is a {self.name}: set it to "
+                "'config'"
+            )
+        self.check_rank(config.lora_rank)
+        several = {"num_inference_steps": config.depths, "guidance_scale": config.scales}
+        for option, values in several.items():
+            if len(values) > 1:
+                self.check_labels(f"{option}={values}")
+
+    def check_rank(self, rank: int | None) -> None:
+        """Refuses a LoRA where no stock pipeline loads one, and quantised weights where all of them are trained."""
+        if rank and self.adapter is None:
+            raise ValueError(
+                f"lora_rank={rank}: no stock pipeline loads a LoRA of a {self.name}: set lora_rank=0, which trains all "
+                "weights"
+            )
+        if getattr(self.network, "is_quantized", False) and not (self.rank(rank) and _is_shareable(self.network)):
+            raise ValueError(
+                "the teacher has quantised weights, which are supported in 4 bits by bitsandbytes (load_in_4bit=True, "
+                "bnb_4bit_quant_storage uint8), as the base of LoRA adapters: load it so, or without "
+                "quantization_config"
+            )
+
+    def rank(self, rank: int | None) -> int:
+        """The rank of the adapters of a run, 0 for copies."""
+        usual = 0 if self.adapter is None else self.adapter.rank
+        return usual if rank is None else rank
+
+    def check_labels(self, asked: str = "several layers") -> None:
+        """Refuses, with ValueError, to let a network tell layers or guidance scales apart by class labels."""
         raise ValueError(
-            f"teacher {name!r} is no folder here, and was not loaded from the Hub ({type(error).__name__}): "
-            f"{REMEDY}{near_folder(path)}"
-        ) from error
+            f"{asked}: a {self.name} has no free class embedding for the layer or guidance scale: train one step count "
+            "and one scale"
+        )
+
+    def label(self, network: Any, number: int) -> Any:
+        """Returns a copy of a network with labels class * number + i; for each i it starts as the network."""
+        raise NotImplementedError
+
+    def prepare(self, network: Any) -> None:
+        """Prepares a network for training; called once for each of the three."""
+
+    def student_pipeline(
+        self, network: Any, scheduler: HSIVIScheduler, noise_scale: HSIVINoiseScale | None = None
+    ) -> Any:
+        """Returns what draws images with a student: a pipeline of diffusers, or a `StudentSampler`."""
+        return StudentSampler(self, network, scheduler)
+
+    def save_student(
+        self, network: Any, scheduler: HSIVIScheduler, noise_scale: HSIVINoiseScale | None, folder: Path
+    ) -> None:
+        """Saves a student: its pipeline, or its adapter with the scheduler."""
+        if has_adapter(network):
+            self.save(network, folder)
+            scheduler.save_pretrained(folder / "scheduler")
+        else:
+            self.student_pipeline(network, scheduler, noise_scale).save_pretrained(folder)
+
+    def save(self, network: Any, folder: Path) -> None:
+        """Saves a network, of one with an adapter the adapter alone."""
+        if self.adapter is not None and has_adapter(network):
+            save_adapter(network, folder, self.adapter.prefix, self.weights_sha256)
+        elif hasattr(network, "save_pretrained"):
+            network.save_pretrained(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / WEIGHTS)
+
+    def load(self, like: Any, folder: Path) -> dict[str, Tensor]:
+        """Returns the weights of a network that `save` wrote."""
+        if (folder / WEIGHTS).is_file():
+            return load_file(folder / WEIGHTS)
+        state: dict[str, Tensor] = type(like).from_pretrained(folder).state_dict()
+        return state
+
+    def load_student(self, folder: Path) -> Any:
+        """Loads what `save_student` wrote, onto the teacher's weights if it is an adapter."""
+        network = copy.deepcopy(self.network)
+        network.load_state_dict(self.load(network, folder))
+        return StudentSampler(self, network, HSIVIScheduler.from_pretrained(folder, subfolder="scheduler"))
+
+    # ----- images -----
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that `decode` returns."""
+        return self.shape
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Returns images in [0, 1], shape (B, C, H, W), of what a network has denoised."""
+        return (x / 2 + 0.5).clamp(0, 1)
+
+    def decoder_weights(self) -> Iterable[Tensor]:
+        """The weights of what decodes, for a plan."""
+        return ()
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Teacher:
+        """Moves the network, in the precision of its calls, and what decodes."""
+        # Not by `to` of diffusers, which warns of modules to keep in single precision where there are none.
+        nn.Module.to(self.network, device, dtype)
+        return self
+
+    # ----- identity -----
+
+    @property
+    def weights_sha256(self) -> str:
+        """The SHA-256 of the weights as they were loaded, which the file of an adapter names."""
+        if not hasattr(self, "_weights_sha256"):
+            hash = hashlib.sha256()
+            hash_weights(hash, self.network)
+            self._weights_sha256 = hash.hexdigest()
+        return self._weights_sha256
+
+    def identity(self) -> dict[str, str]:
+        """Hashes of weights and configs, and of prompts; where they were loaded from does not enter."""
+        hash = hashlib.sha256()
+        for part in (self.network, self.schedule):
+            config: Mapping[str, Any] = getattr(part, "config", {})
+            # Of quantised weights the config says something else when they have been saved.
+            names = {name for name in config if not name.startswith("_")} - {"quantization_config"}
+            hash.update(json.dumps({name: config[name] for name in names}, sort_keys=True, default=str).encode())
+        hash_weights(hash, self.network)
+        return {"teacher_sha256": hash.hexdigest()}
+
+
+class PipelineTeacher(Teacher):
+    """A teacher of a pipeline of diffusers; each kind is a subclass, listed in `loading`.
+
+    Attributes:
+        pipelines: Names of the classes of pipelines of this kind.
+        network_class: Of the network.
+    """
+
+    pipelines: ClassVar[Collection[str]] = ()
+    network_class: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def of(cls, pipeline: DiffusionPipeline, schedule: HSIVIScheduler) -> PipelineTeacher:
+        """Makes the teacher of a loaded pipeline."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_configs(cls, configs: Configs, schedule: HSIVIScheduler) -> PipelineTeacher:
+        """Makes the teacher of random weights, on the default device, for a plan."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, name: str, part: str, config: Mapping[str, Any]) -> None:
+        """Refuses, with ValueError, a network by its config, before its weights are loaded."""
+
+    # ----- drawing with a pipeline of this kind, for the commands -----
+
+    @classmethod
+    def count_classes(cls, pipeline: DiffusionPipeline) -> int:
+        """Classes that a distilled pipeline of this kind draws, 0 without."""
+        return 0
+
+    @classmethod
+    def draw(
+        cls,
+        pipeline: DiffusionPipeline,
+        conditions: Any,
+        generators: list[torch.Generator],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> list[Any]:
+        """Draws images with a distilled pipeline of this kind, one for each generator."""
+        raise NotImplementedError
+
+    def draw_teacher(
+        self,
+        conditions: Any,
+        generators: list[torch.Generator],
+        num_inference_steps: int,
+        guidance_scale: float,
+        negative_prompt: str,
+    ) -> tuple[list[Any], int, str]:
+        """Draws images of the teacher; returns them, network calls for each, and the name of the sampler."""
+        raise NotImplementedError
+
+
+class StudentSampler:
+    """Draws with a student that no pipeline of diffusers holds: x_T ~ N(0, I), then a call for each layer."""
+
+    def __init__(self, teacher: Teacher, network: Any, scheduler: HSIVIScheduler) -> None:
+        self.teacher, self.network, self.scheduler = teacher, network.eval(), scheduler
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Any:
+        """Returns images in [0, 1] as `.images`, shape (batch_size, C, H, W)."""
+        self.scheduler.set_timesteps(num_inference_steps)
+        device = next(self.network.parameters()).device
+        x = torch.randn(batch_size, *self.teacher.shape, generator=generator).to(device)
+        for time in self.scheduler.timesteps:
+            output = self.teacher.call(self.network, x, time, class_labels)
+            x = self.scheduler.step(output, time, x, generator=generator, return_dict=False)[0]
+        return Images(self.teacher.decode(x))
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Saves network and scheduler, see `Teacher.load_student`."""
+        self.teacher.save(self.network, Path(folder))
+        self.scheduler.save_pretrained(Path(folder) / "scheduler")
+
+
+class Images(NamedTuple):
+    """Output of a `StudentSampler`."""
+
+    images: Tensor
+
+
+def network_of(pipeline: Any) -> Any:
+    """Returns the network of a pipeline, teacher or student."""
+    if isinstance(pipeline, StudentSampler):
+        return pipeline.network
+    return getattr(pipeline, "transformer", None) or pipeline.unet
 
 
 def check_prompts(takes_text: bool, prompts: Any) -> None:
@@ -145,160 +374,7 @@ def check_prompts(takes_text: bool, prompts: Any) -> None:
         )
 
 
-def load_prompts(
-    host: DiffusionPipeline | None, prompts: str | list[str] | None, negative: str, device: torch.device
-) -> PromptTable | None:
-    """Returns the encoded prompts of a teacher that takes text, or None.
-
-    Raises:
-        ValueError: It takes text and there are no prompts, or the other way round.
-    """
-    by_text = host is not None and takes_text(host)
-    check_prompts(by_text, prompts)
-    if host is None or prompts is None:
-        return None
-    _, height, width = image_shape(host, sample_shape(network_of(host)))
-    return encode_prompts(host, read_prompts(prompts), negative, (height, width), device)
-
-
-def network_of(pipeline: DiffusionPipeline) -> Network:
-    """Returns the network of a pipeline, teacher or student."""
-    network: Network = getattr(pipeline, part_of(pipeline.components))
-    return network
-
-
-def weights_sha256(network: Network) -> str:
-    """Returns the SHA-256 of the weights of a network."""
-    hash = hashlib.sha256()
-    hash_weights(hash, network)
-    return hash.hexdigest()
-
-
-def fingerprint(network: Network, scheduler: SchedulerMixin) -> str:
-    """Returns the SHA-256 of weights and configs of a teacher; where it was loaded from, by what, does not enter."""
-    hash = hashlib.sha256()
-    for part in (network, scheduler):
-        # Of quantised weights the config says something else when they have been saved.
-        names = {name for name in part.config if not name.startswith("_")} - {"quantization_config"}
-        config = {name: part.config[name] for name in names}
-        hash.update(json.dumps(config, sort_keys=True, default=str).encode())
-    hash_weights(hash, network)
-    return hash.hexdigest()
-
-
-def make_pipeline(
-    host: DiffusionPipeline | None,
-    student: Network,
-    scheduler: HSIVIScheduler,
-    noise_scale: HSIVINoiseScale | None = None,
-    **encoders: Any,
-) -> DiffusionPipeline:
-    """Returns the sampler: an `HSIVIPipeline`, or one like the host, with other parts."""
-    if host is None:
-        return HSIVIPipeline(unet=student, scheduler=scheduler, unet_noise_scale=noise_scale)
-    if isinstance(student, DiTTransformer2DModel):
-        student.register_to_config(out_channels=student.out_channels)  # which the pipeline asks for, and may be None
-    parts = {part_of(host.components): student, "scheduler": scheduler, **encoders}
-    for name, part in host.components.items():
-        if isinstance(part, nn.Module) and name not in parts:
-            parts[name] = copy.deepcopy(part)
-    pipeline = _like(host, **parts)
-    return pipeline.to(student.device, student.dtype) if encoders else pipeline
-
-
-def _like(host: DiffusionPipeline, **parts: Any) -> DiffusionPipeline:
-    """Returns a pipeline like another, with other parts; names of classes are no part."""
-    settings = {name: host.config[name] for name in signature(type(host)).parameters if name in host.config}
-    pipeline: DiffusionPipeline = type(host)(**{**settings, **host.components, **parts})
-    if "scheduler" in parts:
-        pipeline.scheduler = parts["scheduler"]  # some pipelines replace the one they are made with
-    if hasattr(host, "labels"):
-        pipeline.labels = host.labels
-        pipeline.register_to_config(**class_names(host))
-    return pipeline
-
-
-def load_student(source: str | Path, host: DiffusionPipeline | None = None) -> DiffusionPipeline:
-    """Loads a sampler: a pipeline that `make_pipeline` made, or an adapter, onto the weights of its teacher.
-
-    Args:
-        source: Folder or repo id.
-        host: The teacher of an adapter, where it is loaded already; it stays as it is.
-
-    Raises:
-        ValueError: It is of another kind, was not distilled, or is damaged.
-        OSError: It is missing.
-    """
-    if (Path(source) / ADAPTER).is_file():
-        run = run_of(str(source))
-        return _with_adapter(str(source), run.get("pretrained_teacher_model"), run.get("revision"), host)
-    try:
-        kind = DiffusionPipeline.load_config(str(source)).get("_class_name")
-    except OSError:
-        if Path(source).is_dir() or not _has_adapter(str(source)):
-            raise
-        return _with_adapter(str(source), ModelCard.load(str(source)).data.base_model, None, host)
-    if kind not in LATENT:
-        return HSIVIPipeline.from_pretrained(source)
-    with naming_damage():
-        pipeline = getattr(diffusers, kind).from_pretrained(source, **IN_FLOAT32)
-    if not hasattr(pipeline.scheduler, "trained_grids"):
-        raise ValueError(f"{str(source)!r} is a {kind} that was not distilled: distil it with `hsivi distil`")
-    check_finite_weights(network_of(pipeline), part_of(pipeline.components))
-    return pipeline
-
-
-def _has_adapter(repo_id: str) -> bool:
-    """Whether a repo holds an adapter; not, if the Hub cannot be asked."""
-    with suppress(ValueError, *CUT):
-        return file_exists(repo_id, ADAPTER)
-    return False
-
-
-def _with_adapter(
-    source: str, teacher: str | None, revision: str | None, host: DiffusionPipeline | None
-) -> DiffusionPipeline:
-    """A pipeline of a teacher's tensors, with the adapter and the scheduler of a folder or repo."""
-    if not teacher and host is None:
-        raise ValueError(
-            f"{source} holds an adapter, and nothing beside it names its teacher: load it as its card says, by "
-            "load_lora_weights of a pipeline of the teacher"
-        )
-    host = host or _load(str(teacher), revision)
-    with naming_damage():
-        _compare_base(source, host)
-        scheduler = HSIVIScheduler.from_pretrained(source, subfolder="scheduler")
-        pipeline = _like(host, unet=share(network_of(host).requires_grad_(False)), scheduler=scheduler)
-        network_of(pipeline).load_lora_adapter(source, prefix="unet", weight_name=ADAPTER)
-    return pipeline
-
-
-def _compare_base(source: str, host: DiffusionPipeline) -> None:
-    """Says so if an adapter was trained on other weights; those of half precision may do as well."""
-    path = Path(source) / ADAPTER
-    with safe_open(path if path.is_file() else hf_hub_download(source, ADAPTER), framework="pt") as file:
-        trained_on = (file.metadata() or {}).get(WEIGHTS)
-    if trained_on is not None and trained_on != weights_sha256(network_of(host)):
-        logger.warning(
-            f"{source} was trained on other weights than it is loaded onto, and its images may be poor: give the "
-            "teacher that it was trained on, in the same revision"
-        )
-
-
-def image_shape(host: DiffusionPipeline | None, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Returns (channels, height, width) of the images that `decode` makes of what has another shape."""
-    if host is None:
-        return shape
-    factor = 2 ** (len(host.vae.config.block_out_channels) - 1)
-    return host.vae.config.out_channels, factor * shape[1], factor * shape[2]
-
-
-@torch.no_grad()
-def decode(host: DiffusionPipeline | None, x: Tensor) -> Tensor:
-    """Returns images in [0, 1], shape (B, C, H, W), of what a network has denoised: pixels, or latents of the VAE."""
-    if host is not None:
-        _, height, width = image_shape(host, sample_shape(network_of(host)))
-        batch = max(1, VAE_PIXELS // (height * width))
-        latents = (x / host.vae.config.scaling_factor).to(host.vae.device, host.vae.dtype).split(batch)
-        x = torch.cat([host.vae.decode(each).sample.float() for each in latents])
-    return (x / 2 + 0.5).clamp(0, 1)
+def _is_shareable(network: Any) -> bool:
+    """Whether networks may share quantised weights. With those of 8 bits all but the first would answer wrongly."""
+    codes = [weight.dtype for weight in network.parameters() if type(weight).__name__ == "Params4bit"]
+    return getattr(network, "is_loaded_in_4bit", False) and all(dtype == torch.uint8 for dtype in codes)

@@ -18,7 +18,7 @@ from .lower_bound import LowerBound
 from .networks import GaussianMLP, ResidualMLP, ScoreMLP
 from .objectives import CriticObjective, KullbackLeibler, LayerDraw, Objective, ScoreMatching, draw_layer
 from .pools import CohortChain, FrozenPoolChain, PoolChain, make_chain
-from .regression import Guided, GuidedChain, PairChain, Regression
+from .regression import PairChain, PairMixingChain, Regression, WithPairs
 from .targets import (
     DiffusibleTarget,
     FullNormal,
@@ -52,8 +52,8 @@ __all__ = [
     "GaussianMLP",
     "GaussianMixture",
     "GeometricBridge",
-    "Guided",
-    "GuidedChain",
+    "WithPairs",
+    "PairMixingChain",
     "IndependentLayers",
     "Inference",
     "IsotropicNormal",

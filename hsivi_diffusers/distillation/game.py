@@ -1,33 +1,143 @@
-"""The teacher as the bridge of the core: p_t is the data at a noise level, its score the pretrained network's."""
+"""A teacher as the core sees it: the layers of the student, the critic, and the bridge of Example 2."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..modeling_hsivi import HSIVINoiseScale
 from ..scheduling_hsivi import HSIVIScheduler
-from ..teachers.denoisers import Network, num_classes, sample_shape
-from ..teachers.guidance import guided
+from ..teachers.guidance import Guided
+from ..teachers.teacher import Teacher
 from ..vi.bridges import Bridge
 from ..vi.distributions import DiagonalGaussian
-from ..vi.layers import hierarchy_ends
+from ..vi.layers import ConditionalLayers, hierarchy_ends
 from ..vi.objectives import Weight
-from .student import UNetCritic
+
+SPREAD = 0.25  # how far apart the embeddings of guidance scales start
+
+
+def noise_score(output: Tensor, scheduler: HSIVIScheduler, x: Tensor, level: Tensor) -> Tensor:
+    """Returns the score -eps / sigma at x, (B, C, H, W), of a network output at levels (B,)."""
+    _, noise_pred = scheduler.predict(output, level, x)
+    _, sigma = scheduler.alpha_sigma(level, noise_pred)
+    return -noise_pred / sigma
+
+
+class StudentCritic(nn.Module):
+    """A diffusion network as the score of the density at each noise level: -eps(x, level) / sigma_level.
+
+    Args:
+        network: Predicts what the scheduler's `prediction_type` says.
+        teacher: Knows how to call it.
+        scheduler: Gives alpha and sigma.
+        num_layers: Layers that the network tells apart, see `label_layers`; 0 for one that does not.
+    """
+
+    def __init__(self, network: Any, teacher: Teacher, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
+        super().__init__()
+        self.network, self.teacher, self.scheduler, self.num_layers = network, teacher, scheduler, num_layers
+
+    def forward(self, x: Tensor, level: Tensor, condition: Tensor | None = None, t: Tensor | None = None) -> Tensor:
+        """Returns the score at x, shape (B, C, H, W).
+
+        Args:
+            x: Shape (B, C, H, W).
+            level: Timesteps, 0..N-1, shape (B,).
+            condition: Class labels, shape (B,), or None.
+            t: Layers, 0..L-1, shape (B,); needed with `num_layers`, ignored without it.
+        """
+        if self.num_layers:
+            if t is None:
+                raise ValueError(f"t is missing: this critic has {self.num_layers} layers; give one for each row")
+            condition = t if condition is None else condition * self.num_layers + t  # see label_layers
+        output = self.teacher.call(self.network, x, self.scheduler.levels.time(level), condition)
+        return noise_score(output, self.scheduler, x, level)
+
+
+class StudentLayers(ConditionalLayers):
+    """The student: one network shared by all layers, q_t(x_t | x_{t+1}) by `HSIVIScheduler.transition`.
+
+    Args:
+        network: Starts as a copy of the teacher's.
+        teacher: Knows how to call it.
+        scheduler: Holds the grid, or the grids of several hierarchies.
+        noise_scale: The learned scale per pixel, or None for that of the scheduler's config.
+        clip_images: Clip the mean of the last layer to [-1, 1], as pipelines do with what is drawn, and let its
+            gradient pass as if it were not clipped (straight through).
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        teacher: Teacher,
+        scheduler: HSIVIScheduler,
+        noise_scale: HSIVINoiseScale | None = None,
+        clip_images: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network, self.teacher, self.scheduler, self.noise_scale = network, teacher, scheduler, noise_scale
+        self.clip_images, self.num_layers = clip_images, sum(scheduler.depths)
+
+    @property
+    def depths(self) -> list[int]:
+        """T of each grid."""
+        return self.scheduler.depths
+
+    def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
+        """Returns q_t(. | x_next), see `ConditionalLayers`; the condition is class labels of shape (B,)."""
+        level = self.scheduler.input_level(t)
+        model_output = self.teacher.call(self.network, x_next, self.scheduler.levels.time(level), condition)
+        several = len(self.scheduler.depths) > 1  # grids, which may share an input and not the output
+        prev_level = self.scheduler.output_level(t) if several else None
+        scale = None if self.noise_scale is None else self.noise_scale()
+        mean, std = self.scheduler.transition(model_output, level, x_next, scale, prev_level)
+        if self.clip_images:
+            _, last = hierarchy_ends(self.depths)
+            is_last = torch.isin(t, last.to(t.device)).reshape(-1, *[1] * (mean.ndim - 1))
+            mean = torch.where(is_last, mean + (mean.clamp(-1, 1) - mean).detach(), mean)
+        return DiagonalGaussian(mean=mean, std=std)
+
+
+@torch.no_grad()
+def label_scales(teacher: Teacher, network: Any, scales: Sequence[float]) -> Any:
+    """Returns a copy of a network whose labels say a guidance scale w beside the class, class * G + g.
+
+    For w = 1 it starts as the network itself. The embeddings of others start at e_none + (1 + SPREAD (w - 1)) (e_c -
+    e_none), with those of the class and of no class: from equal ones it would not learn to tell the scales apart.
+
+    Raises:
+        ValueError: See `Teacher.check_labels`.
+    """
+    labelled = label_layers(teacher, network, len(scales))
+    rows = labelled.class_embedding.weight.unflatten(0, (-1, len(scales)))
+    none, w = rows[-1], torch.tensor(scales).to(rows)[:, None]
+    rows.copy_(none + (1 + SPREAD * (w - 1)) * (rows - none))
+    return labelled
+
+
+def label_layers(teacher: Teacher, network: Any, num_layers: int) -> Any:
+    """Returns a copy of a network whose labels say the layer too, class * L + t; see `Teacher.label`."""
+    teacher.check_labels()
+    return teacher.label(network, num_layers)
 
 
 class TeacherBridge(Bridge):
     """The diffusion bridge (Example 2): p_level is the data at a noise level, its score the pretrained network's.
 
     Args:
-        unet: The teacher; it is frozen.
+        teacher: Its network is frozen.
         scheduler: Holds the grid; layer t is fitted to the data at tau_t.
         level_range: Lowest and highest timestep of random levels.
         between_share: Share of the rows scored at a random level that keep to their input, see `place`; 0 to 1.
-        guidance_falls: Guide less the more noise there is, not at all where the highest grid starts.
+        decay_guidance: Decrease guidance linearly with noise, to none where the highest grid starts.
 
     Attributes:
+        guided: The teacher that is followed.
         guidance_end: Time of the network from which on there is no guidance, None where it is the same at all times.
 
     Raises:
@@ -37,25 +147,25 @@ class TeacherBridge(Bridge):
 
     def __init__(
         self,
-        unet: Network,
+        teacher: Teacher,
         scheduler: HSIVIScheduler,
         level_range: tuple[int, int] = (5, 800),
         between_share: float = 0.0,
-        guidance_falls: bool = False,
+        decay_guidance: bool = False,
     ) -> None:
         low, high = level_range
         if not 0 <= low <= high < len(scheduler):
             raise ValueError(f"level_range={level_range}: give two timesteps in order, from 0 to {len(scheduler) - 1}")
-        self.unet = unet.requires_grad_(False).eval()
+        teacher.network.requires_grad_(False).eval()
+        self.teacher, self.shape = teacher, teacher.shape
         self.scheduler, self.level_range, self.between_share = scheduler, level_range, between_share
         self.num_layers = sum(scheduler.depths)
-        self.shape = sample_shape(unet)
         self.guides, self.scales = bool(scheduler.guidance_scales), scheduler.guidance_scales or [1.0]
         # To draw; 0 without classes. With guidance the last label of the teacher is none of them.
-        self.num_classes = num_classes(unet, self.guides)
+        self.num_classes = teacher.num_conditions(self.guides)
         start = scheduler.levels.time(scheduler.input_level(self._first_layers).max()).item()
-        self.guidance_end = start if guidance_falls else None
-        self.network = UNetCritic(guided(unet, self.scales, self.guidance_end), scheduler)
+        self.guidance_end = start if decay_guidance else None
+        self.guided = Guided(teacher, self.scales, self.guidance_end)
         if int(scheduler.output_level(torch.arange(self.num_layers)).min()) < 0:
             raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
         if (kernel := scheduler.config.kernel) != "ddim":
@@ -63,12 +173,11 @@ class TeacherBridge(Bridge):
 
     def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns -eps*(x, level) / sigma_level, of the guided teacher if there is guidance."""
-        score: Tensor = self.network(x, level, condition)
-        return score
+        return noise_score(self.guided(x, self.scheduler.levels.time(level), condition), self.scheduler, x, level)
 
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws x_T ~ N(0, I) on the teacher's device."""
-        return torch.randn(batch_size, *self.shape, generator=generator).to(self.network.unet.device)
+        return torch.randn(batch_size, *self.shape, generator=generator).to(self.teacher.device)
 
     def level(self, t: Tensor) -> Tensor:
         """Returns tau_t, shape (B,)."""
@@ -89,6 +198,10 @@ class TeacherBridge(Bridge):
         lowest, highest = (bound.to(place)[t.to(place)] for bound in self._layer_levels)
         uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(place)
         return (lowest + (uniform * (highest + 1 - lowest)).long()).to(t.device)
+
+    def check_levels(self) -> None:
+        """Refuses, with ValueError, a grid and a range of levels in which a layer has no level."""
+        _ = self._layer_levels
 
     @property
     def _first_layers(self) -> Tensor:

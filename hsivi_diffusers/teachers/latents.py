@@ -1,0 +1,216 @@
+"""What teachers on latents have in common: a pipeline of diffusers with a VAE, into which the student is put."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import Tensor, nn
+
+from ..modeling_hsivi import HSIVINoiseScale
+from ..runs.artifacts import read_prompts
+from ..scheduling_hsivi import HSIVIScheduler
+from .adapters import share
+from .configs import Configs
+from .guidance import Guided
+from .prompts import PromptTable, digest_of, digest_of_folder, digest_of_module, encode_prompts
+from .teacher import PipelineTeacher, check_prompts, network_of
+
+VAE_PIXELS = 2**21  # of images that are decoded at once
+
+
+class Latents(PipelineTeacher):
+    """A teacher whose network denoises latents of a VAE.
+
+    Attributes:
+        part: Name of the network in the pipeline.
+        pipeline: Without text encoders, if there were any.
+        load_encoders: Loads the text encoders of the pipeline, by name.
+        folder: That the pipeline was loaded from, None of one that was given in memory.
+    """
+
+    clips = False
+    draw_batch = 4
+    part = "transformer"
+
+    def __init__(self, pipeline: Any, network: Any, schedule: HSIVIScheduler, rows: int = 0) -> None:
+        size = network.config.sample_size
+        super().__init__(network, schedule, (network.config.in_channels, size, size), rows)
+        self.pipeline = pipeline
+        self.load_encoders: Callable[[], dict[str, Any]] = dict
+        self.folder: Path | None = None
+        self.vae = pipeline.vae
+
+    @classmethod
+    def of(cls, pipeline: DiffusionPipeline, schedule: HSIVIScheduler) -> Latents:
+        return cls(pipeline, network_of(pipeline), schedule)
+
+    @classmethod
+    def of_configs(cls, configs: Configs, schedule: HSIVIScheduler) -> Latents:
+        network: Any = cls.network_class
+        return cls(ConfigsOnly(configs), network.from_config(dict(configs.network)), schedule)
+
+    @classmethod
+    def check(cls, name: str, part: str, config: Mapping[str, Any]) -> None:
+        if not isinstance(config["sample_size"], int):
+            raise ValueError(f"teacher {name}: sample_size={config['sample_size']} of the {part}: it must be a number")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.out_channels, factor * self.shape[1], factor * self.shape[2]
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        _, height, width = self.image_shape
+        batch = max(1, VAE_PIXELS // (height * width))
+        latents = (x / self.vae.config.scaling_factor).to(self.vae.device, self.vae.dtype).split(batch)
+        return super().decode(torch.cat([self.vae.decode(each).sample.float() for each in latents]))
+
+    def decoder_weights(self) -> Iterable[Tensor]:
+        return self.vae.parameters()
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Latents:
+        super().to(device, dtype)
+        self.vae.requires_grad_(False).to(device)
+        return self
+
+    def student_pipeline(
+        self, network: Any, scheduler: HSIVIScheduler, noise_scale: HSIVINoiseScale | None = None
+    ) -> DiffusionPipeline:
+        encoders = self.load_encoders()
+        parts = {self.part: network, "scheduler": scheduler, **encoders}
+        for name, part in self.pipeline.components.items():
+            if isinstance(part, nn.Module) and name not in parts:
+                parts[name] = copy.deepcopy(part)
+        pipeline = self.like(**parts)
+        return pipeline.to(network.device, network.dtype) if encoders else pipeline
+
+    def like(self, **parts: Any) -> DiffusionPipeline:
+        """Returns a pipeline like the teacher's, with other parts."""
+        kind: Any = type(self.pipeline)
+        settings = {
+            name: self.pipeline.config[name] for name in signature(kind).parameters if name in self.pipeline.config
+        }
+        pipeline: DiffusionPipeline = kind(**{**settings, **self.pipeline.components, **parts})
+        if "scheduler" in parts:
+            pipeline.scheduler = parts["scheduler"]  # some pipelines replace the one they are made with
+        return pipeline
+
+    def with_adapter(self, folder: str | Path, weight_name: str, scheduler: HSIVIScheduler) -> DiffusionPipeline:
+        """Returns a pipeline of the teacher's tensors, with the adapter of a folder or repo."""
+        network = share(self.network.requires_grad_(False))
+        pipeline = self.like(**{self.part: network}, scheduler=scheduler, **self.load_encoders())
+        assert self.adapter is not None
+        network.load_lora_adapter(str(folder), prefix=self.adapter.prefix, weight_name=weight_name)
+        return pipeline
+
+    def load_student(self, folder: Path) -> DiffusionPipeline:
+        pipeline: DiffusionPipeline = type(self.pipeline).from_pretrained(folder, torch_dtype=torch.float32)
+        return pipeline
+
+    @classmethod
+    def draw(
+        cls,
+        pipeline: Any,
+        conditions: Any,
+        generators: list[torch.Generator],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> list[Any]:
+        """Draws with a stock pipeline, which may pass no generator to the steps, and would guide once more."""
+        scheduler, parameters = pipeline.scheduler, signature(pipeline.__call__).parameters
+        pipeline.vae.enable_slicing()  # images are decoded one by one
+        scheduler.step = partial(type(scheduler).step, scheduler, generator=generators)
+        given: dict[str, Any] = {"num_inference_steps": num_inference_steps or max(scheduler.depths)}
+        given |= {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
+        images: list[Any] = pipeline(conditions, guidance_scale=1.0, generator=generators, **given).images
+        return images
+
+    def draw_teacher(
+        self,
+        conditions: Any,
+        generators: list[torch.Generator],
+        num_inference_steps: int,
+        guidance_scale: float,
+        negative_prompt: str,
+    ) -> tuple[list[Any], int, str]:
+        """Draws with the teacher's pipeline, as it does by itself."""
+        pipeline = self.like(**self.load_encoders()) if self.takes_text else self.pipeline
+        pipeline.to(self.device).set_progress_bar_config(disable=True)
+        pipeline.vae.enable_slicing()  # images are decoded one by one
+        known = signature(pipeline.__call__).parameters
+        given: dict[str, Any] = {"negative_prompt": negative_prompt or None, "use_resolution_binning": False}
+        given = {name: value for name, value in given.items() if name in known}
+        given |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        images = pipeline(conditions, generator=generators, **given).images
+        calls = num_inference_steps * Guided(self, [guidance_scale]).calls
+        return images, calls, type(pipeline.scheduler).__name__
+
+
+class TextLatents(Latents):
+    """A teacher of text: its conditions are numbers of prompts, the last of them the negative prompt.
+
+    Attributes:
+        encoded: What `encode_prompt` of the pipeline returns: argument of the network, place of the prompt, and of the
+            negative prompt.
+    """
+
+    takes_text = True
+    encoded: Sequence[tuple[str, int, int]]
+
+    def arguments(self, condition: Tensor, like: Tensor) -> dict[str, Any]:
+        return dict(self.conditions.arguments(condition, like))
+
+    def encode_prompts(self, prompts: Any, negative: str, device: torch.device) -> None:
+        check_prompts(True, prompts)
+        self.conditions = encode_prompts(self, read_prompts(prompts), negative, device)
+
+    def identity(self) -> dict[str, str]:
+        return {**super().identity(), "prompts_sha256": self.conditions.digest}
+
+    def encoders_digest(self) -> str:
+        """Returns a hash of encoders and tokenizers, without loading an encoder that is not."""
+        folder: Path | None = self.folder
+        if folder is None:
+            digests = {name: digest_of_module(part) for name, part in self.load_encoders().items() if part is not None}
+        else:
+            digests = {path.name: digest_of_folder(path) for path in folder.glob("text_encoder*") if path.is_dir()}
+        return digest_of(type(self).__name__, self.pipeline, digests)
+
+    def sizes(self) -> dict[str, Tensor]:
+        """Returns further arguments of the network that say the size of the images, each of shape (1, ...)."""
+        return {}
+
+    def negative(self, texts: list[str]) -> list[str] | None:
+        """Returns what the pipeline is given as negative prompts."""
+        return texts
+
+    @classmethod
+    def of_configs(cls, configs: Configs, schedule: HSIVIScheduler) -> Latents:
+        """Makes it with two prompts that say nothing."""
+        teacher = super().of_configs(configs, schedule)
+        shapes = cls.prompt_shapes(teacher.network)
+        teacher.conditions = PromptTable(
+            [{name: torch.zeros(2, *shape, device="cpu") for name, shape in shapes.items()}], {}
+        )
+        return teacher
+
+    @classmethod
+    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each argument of the network for one prompt."""
+        raise NotImplementedError
+
+
+class ConfigsOnly:
+    """The parts of a pipeline of which only configs are known: a VAE without a network, to be counted in a plan."""
+
+    def __init__(self, configs: Configs) -> None:
+        with torch.device("meta"):
+            self.vae: Any = AutoencoderKL.from_config(dict(configs.vae or {}))

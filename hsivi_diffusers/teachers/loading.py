@@ -1,0 +1,258 @@
+"""Loads teachers and students, of each kind of pipeline; refuses what is no teacher, before its weights are loaded.
+
+A further kind of teacher is a file in this folder and a line in KINDS.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+from huggingface_hub import ModelCard, file_exists, hf_hub_download
+from safetensors import safe_open
+from torch import nn
+
+from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, naming_damage
+from ..runs.artifacts import ADAPTER, run_of
+from ..runs.folders import near_folder
+from ..scheduling_hsivi import HSIVIScheduler
+from ..share.push import CUT
+from .adapters import BASE
+from .configs import (
+    REMEDY,
+    Configs,
+    check_agreement,
+    check_levels,
+    configs_of,
+    part_of,
+    read_configs,
+    schedule_of,
+)
+from .dit import DiT
+from .latents import Latents, TextLatents
+from .pixart import PixArt
+from .pixels import Pixels
+from .stable_diffusion import StableDiffusion, StableDiffusionXL
+from .teacher import PipelineTeacher, Teacher, network_of
+
+logger = logging.get_logger(__name__)
+
+KINDS: tuple[type[PipelineTeacher], ...] = (Pixels, DiT, StableDiffusion, StableDiffusionXL, PixArt)
+SUPPORTED = "pipelines of a UNet2DModel and a scheduler, DiT, Stable Diffusion 1 and 2, SDXL and PixArt"
+# diffusers renamed the argument in 0.40, and warns of the old name.
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
+IN_FLOAT32: dict[str, Any] = {DTYPE: torch.float32}
+
+
+def kind_named(*names: str) -> type[PipelineTeacher]:
+    """The kind of a pipeline by the names of its class and of those it was derived from; `Pixels` if none is known."""
+    return next((kind for name in names for kind in KINDS if name in kind.pipelines), Pixels)
+
+
+def kind_of(pipeline: DiffusionPipeline) -> type[PipelineTeacher]:
+    """The kind of a pipeline."""
+    return kind_named(*(each.__name__ for each in type(pipeline).__mro__))
+
+
+def check_configs(name: str, configs: Configs, kind: type[PipelineTeacher]) -> HSIVIScheduler:
+    """Returns the noise schedule of a teacher, or refuses it, with ValueError."""
+    part = part_of(configs.parts)
+    others = sorted({*configs.parts} - {part, "scheduler"})
+    if "unet_noise_scale" in configs.parts or configs.kind == HSIVIPipeline.__name__:
+        raise ValueError(f"teacher {name} is an HSIVIPipeline, a sampler that was distilled: give the teacher it had")
+    if kind is Pixels and (others or part == "transformer"):
+        raise ValueError(
+            f"teacher {name} is a {configs.kind} with {', '.join(others or [part])}: only {SUPPORTED} can be distilled"
+        )
+    found, wanted = configs.network["_class_name"], kind.network_class.__name__
+    bases = (each.__name__ for each in getattr(diffusers, str(found), object).__mro__)
+    if wanted not in (found, *bases):
+        raise ValueError(f"teacher {name} has a {part} of type {found}, a {wanted} is needed")
+    kind.check(name, part, configs.network)
+    check_agreement(name, part, configs)
+    return schedule_of(name, configs)
+
+
+def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, revision: str | None = None) -> Teacher:
+    """Loads a teacher in single precision.
+
+    Args:
+        teacher: Folder or repo id of a pipeline of diffusers, or such a pipeline itself, which is copied. Supported are
+            pipelines of a `UNet2DModel` and a scheduler, DiT, Stable Diffusion 1 and 2, SDXL and PixArt. The scheduler
+            has betas, or is a rectified flow. A `Teacher` is returned as it is.
+        revision: Branch, tag or commit of a repo.
+
+    Raises:
+        ValueError: The pipeline is missing or damaged, or this method cannot distil it.
+    """
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, DiffusionPipeline):
+        return _of_pipeline(teacher, type(teacher).__name__, copied=True)
+    if not isinstance(teacher, str | os.PathLike):
+        raise ValueError(f"teacher is a {type(teacher).__name__}: give a folder, a repo id, or a loaded pipeline")
+    name = os.fspath(teacher)
+    folder = _fetch(name, revision)
+    loaded = _of_pipeline(_load(name, folder), repr(name), copied=False)
+    if isinstance(loaded, TextLatents):
+        index = DiffusionPipeline.load_config(folder)
+        without = {part: None for part in (loaded.part, "vae") if part in index}
+        loaded.folder = Path(folder)
+        loaded.load_encoders = lambda: _encoders(DiffusionPipeline.from_pretrained(folder, **without, **IN_FLOAT32))
+    return loaded
+
+
+def _of_pipeline(pipeline: Any, name: str, copied: bool) -> Teacher:
+    kind = kind_of(pipeline)
+    configs = configs_of(pipeline, name)
+    if isinstance(network := network_of(pipeline), kind.network_class):
+        configs = configs._replace(network={**configs.network, "_class_name": kind.network_class.__name__})
+    schedule = check_configs(name, configs, kind)
+    if adapted := [part for part, module in pipeline.components.items() if hasattr(module, "peft_config")]:
+        raise ValueError(
+            f"teacher {name} has adapters in its {', '.join(adapted)}, which would not be distilled: call fuse_lora() "
+            "and unload_lora_weights() of the pipeline first"
+        )
+    check_levels(name, schedule, pipeline.scheduler)
+    for part in (part_of(pipeline.components), "vae"):
+        if (module := pipeline.components.get(part)) is not None:
+            check_finite_weights(module, f"the {part} of teacher {name}")
+    teacher = kind.of(pipeline, schedule)
+    if copied:  # that of diffusers refuses to make a network with quantised weights float
+        teacher.network = nn.Module.float(copy.deepcopy(network))
+    if isinstance(teacher, Latents):
+        encoders = _encoders(pipeline)
+        parts: dict[str, Any] = dict.fromkeys(encoders)
+        if copied:
+            teacher.load_encoders = lambda: copy.deepcopy(encoders)
+            parts["vae"] = teacher.vae = copy.deepcopy(pipeline.vae).float()
+        teacher.pipeline = teacher.like(**parts)
+    return teacher
+
+
+def _encoders(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """The text encoders of a pipeline, by name."""
+    return {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
+
+
+def read_teacher(name: str, revision: str | None = None) -> Teacher:
+    """Makes a teacher of random weights, on the default device, from the configs of a pipeline alone, for a plan.
+
+    Raises:
+        ValueError: A config is missing, or it is no teacher for this method.
+    """
+    try:
+        configs = read_configs(name, revision)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    kind = kind_named(configs.kind)
+    return kind.of_configs(configs, check_configs(repr(name), configs, kind))
+
+
+def _fetch(name: str, revision: str | None) -> str:
+    """Returns the folder of a pipeline, downloaded if it is a repo; refuses by its configs what is no teacher."""
+    path = Path(name)
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ValueError(f"teacher {name!r} is not a folder: {REMEDY}{near_folder(path)}")
+    with suppress(OSError):  # what is missing, the loading itself reports
+        configs = read_configs(name, revision)
+        check_configs(repr(name), configs, kind_named(configs.kind))
+    if path.is_dir():
+        return name
+    try:
+        return str(DiffusionPipeline.download(name, revision=revision))
+    except Exception as error:  # diffusers raises many types here, and all mean the same to the user
+        raise ValueError(
+            f"teacher {name!r} is no folder here, and was not loaded from the Hub ({type(error).__name__}): "
+            f"{REMEDY}{near_folder(path)}"
+        ) from error
+
+
+def _load(name: str, folder: str) -> DiffusionPipeline:
+    """Loads a pipeline without its text encoders, which are needed only where prompts are not encoded yet."""
+    without: dict[str, Any] = {}
+    with suppress(OSError):
+        index = DiffusionPipeline.load_config(folder)
+        without = {part: None for part in index if part.startswith("text_encoder")}
+    try:
+        return DiffusionPipeline.from_pretrained(folder, **without, **IN_FLOAT32)
+    except Exception as error:
+        raise ValueError(f"teacher {name!r} cannot be loaded ({type(error).__name__}: {error}): {REMEDY}") from error
+
+
+def load_student(source: str | Path, teacher: Teacher | None = None) -> Any:
+    """Loads a sampler: the pipeline of a student, or an adapter, onto the weights of its teacher.
+
+    Args:
+        source: Folder or repo id.
+        teacher: Where it is loaded already; it stays as it is.
+
+    Raises:
+        ValueError: It is of another kind, was not distilled, or is damaged.
+        OSError: It is missing.
+    """
+    folder = Path(source)
+    if (folder / ADAPTER).is_file():
+        run = run_of(str(source))
+        return _with_adapter(str(source), run.get("pretrained_teacher_model"), run.get("revision"), teacher)
+    try:
+        name = str(DiffusionPipeline.load_config(str(source)).get("_class_name"))
+    except OSError:
+        if teacher is not None and folder.is_dir():
+            return teacher.load_student(folder)
+        if folder.is_dir() or not _has_adapter(str(source)):
+            raise
+        return _with_adapter(str(source), ModelCard.load(str(source)).data.base_model, None, teacher)
+    if kind_named(name) is Pixels:
+        return HSIVIPipeline.from_pretrained(source)
+    with naming_damage():
+        pipeline = getattr(diffusers, name).from_pretrained(source, **IN_FLOAT32)
+    if not hasattr(pipeline.scheduler, "trained_grids"):
+        raise ValueError(f"{str(source)!r} is a {name} that was not distilled: distil it with `hsivi distil`")
+    check_finite_weights(network_of(pipeline), part_of(pipeline.components))
+    return pipeline
+
+
+def _has_adapter(repo_id: str) -> bool:
+    """Whether a repo holds an adapter; not, if the Hub cannot be asked."""
+    with suppress(ValueError, *CUT):
+        return file_exists(repo_id, ADAPTER)
+    return False
+
+
+def _with_adapter(source: str, name: str | None, revision: str | None, teacher: Teacher | None) -> DiffusionPipeline:
+    """A pipeline of a teacher's tensors, with the adapter and the scheduler of a folder or repo."""
+    if not name and teacher is None:
+        raise ValueError(
+            f"{source} holds an adapter, and nothing beside it names its teacher: load it as its card says, by "
+            "load_lora_weights of a pipeline of the teacher"
+        )
+    teacher = teacher or load_teacher(str(name), revision)
+    if not isinstance(teacher, Latents) or teacher.adapter is None:
+        raise ValueError(f"{source} holds an adapter, which a {teacher.name} does not take: give the teacher it had")
+    with naming_damage():
+        _check_adapter(source, teacher)
+        scheduler = HSIVIScheduler.from_pretrained(source, subfolder="scheduler")
+        return teacher.with_adapter(source, ADAPTER, scheduler)
+
+
+def _check_adapter(source: str, teacher: Teacher) -> None:
+    """Refuses damaged weights, and warns of an adapter of other weights; those of half precision may do as well."""
+    path = Path(source) / ADAPTER
+    with safe_open(path if path.is_file() else hf_hub_download(source, ADAPTER), framework="pt") as file:
+        base = (file.metadata() or {}).get(BASE)
+        damaged = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
+    if damaged:
+        raise ValueError(f"{source} has {len(damaged)} weights that are not finite, such as {damaged[0]}")
+    if base is not None and base != teacher.weights_sha256:
+        logger.warning(
+            f"{source} was trained on other weights than it is loaded onto, and its images may be poor: give the "
+            "teacher that it was trained on, in the same revision"
+        )
