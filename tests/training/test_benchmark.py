@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 from hsivi_diffusers.commands.options import parse_options
@@ -25,6 +25,7 @@ from training.benchmarks.images.benchmark_results import (
     PROGRESSIVE,
     REAL,
     SOLVER,
+    STORED,
     TEACHER,
     TEACHER_SDE,
     UNGUIDED,
@@ -389,6 +390,65 @@ def test_pictures_of_what_is_shown_stay_beside_the_results(folder):
     run = folder / "runs/digits/student_num_inference_steps_2_seed0/pipeline"
     drawn = torch.cat([*sample(make_student(HSIVIPipeline.from_pretrained(run), 2), 20, 15, 0)])[:16]
     torch.testing.assert_close(kept[f"{OURS} at 2"] / 255, drawn, atol=0.51 / 255, rtol=0)
+
+
+# ----- other noise -----
+
+
+def of_noise(folder):
+    return benchmark_results.read_rows(folder / "docs/noise.json")
+
+
+def test_other_noise_measures_again_what_is_trained_and_continues_where_it_was_stopped(copied, monkeypatch):
+    folder, arguments = copied
+    before, runs = rows_of(folder), folder / "runs/digits"
+    shutil.rmtree(runs / "regression_seed0")
+    monkeypatch.setattr(trainings, "call", never)
+    given = [*arguments, f"--stored={runs / 'student_num_inference_steps_2_seed0'}", "--noise_seeds", "8", "7"]
+    drawn = []
+
+    def stopped(sampler, *settings):
+        drawn.append(settings[2])
+        if len(drawn) == 5:
+            raise KeyboardInterrupt
+        return sample(sampler, *settings)
+
+    monkeypatch.setattr(set_teacher, "sample", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(given)
+    first = of_noise(folder)
+    assert drawn == [1, 8, 7, 8, 7]  # first the teacher's images, which rows are compared with
+    benchmark.main(given)
+    rows = of_noise(folder)
+    assert rows[:3] == first
+    assert len(drawn) == 6 + len(rows) - len(first)
+    keys = [*(key for key in keys_of([0]) if key[0] != PAIRS), (STORED, 2, 0)]
+    found = [(benchmark_results.key_of(row), row["eval_seed"]) for row in rows]
+    assert found == [(key, seed) for key in sorted(keys, key=lambda key: key[1]) for seed in (8, 7)]
+    assert rows_of(folder) == before
+    assert [row["distances"] for row in rows if row["method"] == STORED] == [
+        row["distances"] for row in rows if (row["method"], row["nfe"]) == (OURS, 2)
+    ]
+    assert rows[0]["distances"] != rows[1]["distances"]
+    text = (folder / "docs/digits.md").read_text()
+    assert all(text.count(f"<!-- table: {name} -->") == 1 for name in ("noise", "differences"))
+
+
+def test_rows_of_another_stored_student_are_not_added_to(copied, no_pages):
+    folder, arguments = copied
+    student = folder / "runs/digits/student_seed0"
+    given = [*arguments, f"--stored={student}", "--noise_seeds", "7"]
+    benchmark.main(given)
+    weights = student / "pipeline/unet/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match="noise.json has HSIVI, stored at 1 of other settings .*student: .* -> "):
+        benchmark.main(given)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_noise_of_the_results_is_no_other_noise(arguments, seed):
+    with pytest.raises(ValueError, match=rf"--noise_seeds has \[{seed}\], the noise of results.json or of the teacher"):
+        benchmark.main([*arguments, "--noise_seeds", "101", str(seed)])
 
 
 # ----- refusals -----

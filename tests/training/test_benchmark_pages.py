@@ -13,8 +13,10 @@ from hsivi_diffusers.runs import measures
 from training.benchmarks.images import benchmark_pages
 from training.benchmarks.images.benchmark_pages import (
     costs_table,
+    differences_table,
     floor_table,
     measures_table,
+    noise_table,
     summary_table,
     write_pages,
 )
@@ -25,17 +27,20 @@ from training.benchmarks.images.benchmark_results import (
     LATENT_CONSISTENCY,
     NO_LORA,
     NO_NOISE,
+    NOISE,
     OURS,
     PAIRS,
     PROGRESSIVE,
     REAL,
     SOLVER,
+    STORED,
     TEACHER,
     UNGUIDED,
     grouped,
     read_rows,
 )
 from training.benchmarks.images.goals import Goal, goals_table
+from training.benchmarks.images.noise import paired_difference, summary
 from training.benchmarks.images.spaces import OF_CLASSIFIER
 
 ROOT = Path(__file__).parents[2]
@@ -263,6 +268,48 @@ def test_a_mean_has_its_spread():
     assert benchmark_pages.distance([], "pixels") == ""
 
 
+# ----- other noise -----
+
+
+def on_noise(method, nfe, *distances, seed=None, first=101, **more):
+    """Rows of a method on noise seeds from the first on."""
+    return [row(method, nfe, each, each / 4, seed, eval_seed=first + i, **more) for i, each in enumerate(distances)]
+
+
+def test_the_error_of_a_mean_is_the_deviation_over_the_root_of_the_number():
+    assert summary([1.0, 2.0, 3.0, 4.0, 10.0]) == pytest.approx((4.0, (50 / 4 / 5) ** 0.5))
+    assert str(summary([1.0, 3.0])) == "2 ± 1"
+    assert str(summary([5.0])) == "5"
+
+
+def test_a_difference_is_paired_by_the_noise_that_both_rows_have():
+    ours, solver = on_noise(OURS, 4, 1.0, 2.0, 9.0, seed=0), on_noise(SOLVER, 4, 50.0, 4.0, 11.0, first=100)
+    assert paired_difference(ours, solver, "classifier") == pytest.approx((-6.0, 3.0))  # 1 - 4 and 2 - 11
+    assert paired_difference(ours, solver, "pixels") == pytest.approx((-1.5, 0.75))
+    assert paired_difference(ours, on_noise(SOLVER, 4, 1.0, first=900), "classifier") is None
+
+
+def test_training_seeds_count_once_for_each_noise():
+    rows = on_noise(OURS, 4, 1.0, 3.0, seed=0) + on_noise(OURS, 4, 3.0, 5.0, seed=1)
+    assert lines_of(noise_table(rows)) == [["4", f"**{OURS}**", "2", "3 ± 1", "0.75 ± 0.25"]]
+
+
+def test_ours_are_compared_with_solvers_of_up_to_twice_as_many_calls():
+    rows = on_noise(STORED, 4, 1.0, 2.0, seed=0) + on_noise(REAL, 0, 0.5)
+    for calls in (2, 4, 8, 10):
+        rows += on_noise(SOLVER, calls, 4.0, 4.0)
+    assert [line[:3] for line in lines_of(noise_table(rows))] == [
+        ["", REAL, "1"],
+        ["2", f"{SOLVER} (UniPC)", "2"],
+        ["4", f"{SOLVER} (UniPC)", "2"],
+        ["4", f"**{STORED}**", "2"],
+        *(([str(calls), f"{SOLVER} (UniPC)", "2"]) for calls in (8, 10)),
+    ]
+    assert lines_of(differences_table(rows)) == [
+        ["4", f"**{STORED}** - {SOLVER} (UniPC) at {calls}", "-2.5 ± 0.5", "-0.625 ± 0.12"] for calls in (4, 8)
+    ]
+
+
 # ----- the page -----
 
 
@@ -340,9 +387,10 @@ def test_the_figure_of_samples_has_images_of(method, nfe, shown):
 def test_the_tables_of_the_docs_are_those_of_the_results(tmp_path):
     docs = ROOT / "docs" / "benchmarks"
     for folder in (docs, docs / "kinds", docs / "text"):
+        noise = benchmark_pages.in_sets(read_rows(folder / NOISE))
         for name, rows in benchmark_pages.in_sets(read_rows(folder / "results.json")).items():
             page = (folder / f"{benchmark_pages.as_word(name)}.md").read_text(encoding="utf-8")
-            assert pages.fill_tables(page, benchmark_pages.make_tables(rows)) == page
+            assert pages.fill_tables(page, benchmark_pages.make_tables(rows, noise.get(name))) == page
     for page in (ROOT / "README.md", docs / "index.md"):
         filled = Path(shutil.copy(page, tmp_path))
         benchmark_pages.fill_glance(docs, filled)

@@ -7,13 +7,15 @@ the same noise, measures them against real ones, and writes OUTPUT_DIR/results.j
 of OUTPUT_DIR. Rows that exist are kept, and only what a missing row needs is trained, so a benchmark that was stopped
 continues by the same command (the classifier, a minute, starts over). To measure again, name another --output_dir; to
 train again, another --runs_dir too.
+
+With --noise_seeds it measures on other draws of noise what is trained already, and writes OUTPUT_DIR/noise.json.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,11 +44,13 @@ from .benchmark_results import (
     LATENT_CONSISTENCY,
     NO_LORA,
     NO_NOISE,
+    NOISE,
     OURS,
     PAIRS,
     PROGRESSIVE,
     REAL,
     SOLVER,
+    STORED,
     TEACHER,
     TEACHER_SDE,
     UNGUIDED,
@@ -60,7 +64,7 @@ from .captions import CAPTIONS
 from .set_teacher import SetTeacher
 from .solver_pages import FALLING, WITHOUT, best_solvers
 from .spaces import SetMeasures
-from .trainings import ANEW, RESUME, Costs, Trainings, make
+from .trainings import ANEW, RESUME, Costs, Trainings, UntrainedError, make
 
 MAKERS = ("images.train_teacher", "images.train_classifier")  # of teacher and classifier
 
@@ -91,6 +95,10 @@ class Options:
     num_samples: int = option(10_000, "images of each row")
     batch_size: int = option(500, "images at once")
     eval_seed: int = option(0, "seed of the noise")
+    noise_seeds: list[int] = option(
+        [], "seeds of other noise, to measure what is trained already, into noise.json beside results.json"
+    )
+    stored: str | None = option(None, "folder of a finished student, which --noise_seeds measure, too")
     output_dir: str = option("docs/benchmarks", "results, images, tables and figures")
     runs_dir: str = option("runs/benchmark", "trainings, in a folder for each set")
 
@@ -117,12 +125,17 @@ class Comparison:
     def __init__(self, options: Options) -> None:
         self.options = options
         # What a row tells of its images, and of the teacher's; the noise of a batch depends on its size.
-        names = ("num_samples", "batch_size", "eval_seed", "teacher_steps")
-        self.drawn = {name: getattr(options, name) for name in names}
+        self.drawn = {name: getattr(options, name) for name in ("num_samples", "batch_size", "teacher_steps")}
+        if not options.noise_seeds:
+            self.drawn["eval_seed"] = options.eval_seed
+        elif used := {options.eval_seed, options.eval_seed + 1}.intersection(options.noise_seeds):
+            raise ValueError(
+                f"--noise_seeds has {sorted(used)}, the noise of results.json or of the teacher's images: name others"
+            )
         if options.guidance_scale is not None:
             self.drawn["guidance_scale"] = options.guidance_scale
         runs, teacher = Path(options.runs_dir) / str(options.dataset), str(options.teacher)
-        self.trainings = Trainings(runs, teacher, options.guidance_scale)
+        self.trainings = Trainings(runs, teacher, options.guidance_scale, found_only=bool(options.noise_seeds))
         self.results = Results(Path(options.output_dir), str(options.dataset))
         for folder in (runs, self.results.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +163,7 @@ class Comparison:
                 f"--students have {', '.join(twice)} more than once: compare one student of each preset and number of "
                 "calls, and the others in another --output_dir"
             )
-        return [*entries, *self._baselines(keys)]
+        return [*entries, *self._baselines(keys), *self._stored()]
 
     def _baselines(self, keys: list[Key]) -> Iterator[Entry]:
         """The baselines that have a config, of which those are refused that none of the students has a row for."""
@@ -248,6 +261,18 @@ class Comparison:
         pipeline = self.teacher.tell(load_student(folder / "pipeline"))
         return make_student(pipeline, nfe, self.options.guidance_scale), costs
 
+    def _stored(self) -> Iterator[Entry]:
+        """A finished student, on noise seeds."""
+        if self.options.stored is None or not self.options.noise_seeds:
+            return
+        folder = Path(self.options.stored)
+        pipeline = self.teacher.tell(load_student(folder / "pipeline"))
+        nfe, seed = max(pipeline.scheduler.depths), read_settings(folder / "options.json")["seed"]
+        sampler = make_student(pipeline, nfe, self.options.guidance_scale)
+        yield Entry(
+            STORED, nfe, seed, partial(self._costless, sampler), told={"student": hash_networks(folder / "pipeline")}
+        )
+
     def _make_baseline(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
         """A progressive distillation to so many calls, or a regression on pairs, whose student takes one."""
         folder, costs = self._train_as_long(config, [nfe], seed)
@@ -265,26 +290,32 @@ class Comparison:
         return self.trainings.baseline(config, seed, *self.results.cost_of(OURS, counts, seed))
 
     def measure(self) -> None:
-        """Adds the rows that are missing, one after the other."""
-        entries = self.entries()
+        """Adds the rows that are missing, one after the other; on noise seeds those of the fewest calls first."""
+        options, entries = self.options, self.entries()
+        seeds, results = [options.eval_seed], self.results
+        if options.noise_seeds:
+            seeds, results = options.noise_seeds, Results(Path(options.output_dir), str(options.dataset), NOISE)
+            entries.sort(key=lambda entry: entry.nfe)
         told = {entry.key: entry.told for entry in entries}
-        there = self.results.keys({entry.key: entry.settings for entry in entries}, told, self.drawn)
-        wanted = [entry for entry in entries if entry.key not in there]
-        if not wanted:
-            return
-        measures = self._make_measures()
-        progress = bar(wanted, str(self.options.dataset), unit="row")
-        for entry in progress:
+        there = results.keys({entry.key: entry.settings for entry in entries}, told, self.drawn)
+        wanted = [(entry, seed) for entry in entries for seed in seeds if (entry.key, seed) not in there]
+        progress = bar(wanted, str(options.dataset), unit="row")
+        for entry, seed in progress:
             name = f"{entry.method} at {entry.nfe}"
             progress.set_postfix_str(name)
-            sampler, costs = entry.make()
-            images = self._draw(sampler, self.options.eval_seed)
+            try:
+                sampler, costs = entry.make()
+            except UntrainedError:
+                continue
+            measures = self.measures  # it loads the real images
+            images = self._draw(sampler, seed)
             row = {
-                "dataset": self.options.dataset,
+                "dataset": options.dataset,
                 "method": entry.method,
                 "nfe": entry.nfe,
                 "train_seed": entry.seed,
                 **self.drawn,
+                "eval_seed": seed,
                 **measures(images, self.teacher.asked(len(images))),
                 "train_seconds": costs.get("seconds"),
                 "train_calls": costs.get("network_calls"),
@@ -292,16 +323,22 @@ class Comparison:
                 **entry.told,
                 "measured": measured_on(),
             }
-            of_baseline = entry.method in BASELINES
-            seeds = self._baseline_seeds(entry.method, entry.nfe) if of_baseline else self.options.seeds
-            if entry.seed in (None, seeds[0]) and is_shown(entry.method, entry.nfe):
-                prompts = self.teacher.classes if self.teacher.held_out else None  # real images are of the same ones
-                chosen = torch.linspace(0, prompts - 1, 16).long() if prompts else torch.arange(min(16, len(images)))
-                real = self.real[chosen] if prompts else self.real
-                self.results.keep_images(name, images[chosen], real)  # before the row
-            self.results.add(row)
+            if not options.noise_seeds:
+                self._keep_images(entry, name, images)  # before the row
+            results.add(row)
 
-    def _make_measures(self) -> SetMeasures:
+    def _keep_images(self, entry: Entry, name: str, images: torch.Tensor) -> None:
+        """Keeps the first images of a row that is shown, of its first training seed."""
+        of_baseline = entry.method in BASELINES
+        seeds = self._baseline_seeds(entry.method, entry.nfe) if of_baseline else self.options.seeds
+        if entry.seed in (None, seeds[0]) and is_shown(entry.method, entry.nfe):
+            prompts = self.teacher.classes if self.teacher.held_out else None  # real images are of the same ones
+            chosen = torch.linspace(0, prompts - 1, 16).long() if prompts else torch.arange(min(16, len(images)))
+            self.results.keep_images(name, images[chosen], self.real[chosen] if prompts else self.real)
+
+    @cached_property
+    def measures(self) -> SetMeasures:
+        """The measures of the set, beside images of the teacher."""
         options = self.options
         self.real, self.labels = self.teacher.load_real()
         # From other noise than the rows: a solver of few steps would be near to these images, and not to the teacher.
@@ -322,7 +359,7 @@ def main(args: list[str] | None = None) -> None:
     comparison.measure()
     with in_turn(folder):
         write_pages(folder)
-    print(f"tables and figures are in {folder / as_word(options.dataset)}.md, the rows in {comparison.results.path}")
+    print(f"tables and figures are in {folder / as_word(options.dataset)}.md, the rows beside it")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables and figures of a benchmark, from its results.json.
+"""Tables and figures of a benchmark, from its results.json and noise.json.
 
     python -m training.benchmarks.images.benchmark_pages
 
@@ -23,8 +23,10 @@ from hsivi_diffusers.runs.measures import MEASURES, written
 
 from .benchmark_results import (
     BASELINES,
+    NOISE,
     OURS,
     REAL,
+    RESULTS,
     SOLVER,
     TEACHER,
     TEACHER_SDE,
@@ -38,6 +40,7 @@ from .benchmark_results import (
     value,
 )
 from .goals import goals_table
+from .noise import by_noise, paired_difference, summary
 from .spaces import OF_CAPTIONS, OF_CLASSES, OF_CLASSIFIER
 
 ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, UNGUIDED, *BASELINES, OURS)
@@ -48,7 +51,8 @@ SHOWN_SOLVERS = (1, 2, 4, 10, 20)
 
 def write_pages(folder: Path) -> None:
     """Fills the tables of FOLDER/SET.md of each set, which is begun if there is none, and draws its figures."""
-    for name, rows in in_sets(read_rows(folder / "results.json")).items():
+    noise = in_sets(read_rows(folder / NOISE))
+    for name, rows in in_sets(read_rows(folder / RESULTS)).items():
         word = as_word(name)
         if flat := [{**row, **row["distances"]} for row in sorted(rows, key=rank) if row["nfe"]]:
             shown = [*flat[0]["distances"], *CURVES]
@@ -59,7 +63,7 @@ def write_pages(folder: Path) -> None:
             kept = {each: images for each, images in load_file(pictures).items() if each in measured}
             draw_samples(picture_rows(kept), folder / f"samples_{word}.png")
         figures = [f"{kind}_{word}.png" for kind in ("samples", "curves", "classes")]
-        fill_page(folder / f"{word}.md", name, make_tables(rows), figures)
+        fill_page(folder / f"{word}.md", name, make_tables(rows, noise.get(name)), figures)
 
 
 def fill_glance(folder: Path, *pages: Path) -> None:
@@ -83,11 +87,13 @@ def fill_page(page: Path, title: str, tables: dict[str, str], figures: Sequence[
     write_text(page, fill_tables(text + new_parts(lacking, drawn), tables))
 
 
-def make_tables(rows: list[Row]) -> dict[str, str]:
-    """The tables of a set, by name."""
+def make_tables(rows: list[Row], noise: list[Row] | None = None) -> dict[str, str]:
+    """The tables of a set, by name: of its rows, and of those of other noise if there are any."""
     makers = {"summary": summary_table, "floor": floor_table, "goals": goals_table}
     makers |= {"measures": measures_table, "costs": costs_table}
-    return {name: make(rows) for name, make in makers.items()}
+    of_noise = {"noise": noise_table, "differences": differences_table} if noise else {}
+    tables = {name: make(rows) for name, make in makers.items()}
+    return tables | {name: make(noise or []) for name, make in of_noise.items()}
 
 
 def in_sets(rows: list[Row]) -> dict[str, list[Row]]:
@@ -195,24 +201,54 @@ def measures_table(rows: list[Row]) -> str:
     spaces = [*rows[0]["distances"]]
     names = [name for name in (*OF_CLASSIFIER, *OF_CLASSES, *OF_CAPTIONS) if all(name in row for row in rows)]
     lines = []
-    for (method, nfe), of_group in sorted(grouped(rows).items(), key=lambda item: (item[0][1], rank(item[1][0]))):
+    for (method, nfe), of_group in in_order(rows):
         cells = [distance(of_group, space, kind) for kind in ("distances", "teacher_distances") for space in spaces]
         empty = OF_NEIGHBOURS if method == REAL else ()
         cells += ["" if each in empty else written(each, *(row[each] for row in of_group)) for each in names]
-        solver = f" ({of_group[0]['solver']}{_falls(of_group[0])})" if method in (SOLVER, UNGUIDED) else ""
-        lines.append([nfe or "", bold(method) + solver, *cells])
+        lines.append([nfe or "", label(of_group[0]), *cells])
     heads = [*spaces, *(f"{space}, to teacher" for space in spaces), *(MEASURES[each].head for each in names)]
     return write_table(["calls", "method", *heads], ("method",), lines)
 
 
-def _falls(row: Row) -> str:
-    return ", falling guidance" if "guidance_end" in row.get("settings", {}) else ""
+def noise_table(rows: list[Row]) -> str:
+    """Mean distance over the noise seeds, and its standard error."""
+    spaces = [*rows[0]["distances"]]
+    lines = []
+    for (_, nfe), of_group in in_order(rows):
+        seeds = len({row["eval_seed"] for row in of_group})
+        cells = [summary([*by_noise(of_group, space).values()]) for space in spaces]
+        lines.append([nfe or "", label(of_group[0]), seeds, *cells])
+    return write_table(["calls", "method", "noise seeds", *spaces], ("method",), lines)
+
+
+def differences_table(rows: list[Row]) -> str:
+    """Distance of ours less that of the solvers of as many to twice as many calls, paired by the noise seeds."""
+    spaces, groups, lines = [*rows[0]["distances"]], in_order(rows), []
+    for (method, nfe), ours in groups:
+        for (_, calls), solver in (each for each in groups if each[0][0] == SOLVER and nfe <= each[0][1] <= 2 * nfe):
+            if is_ours(method):
+                name = f"{label(ours[0])} - {label(solver[0])} at {calls}"
+                lines.append([nfe, name, *(paired_difference(ours, solver, space) or "" for space in spaces)])
+    return write_table(["calls", "difference", *spaces], ("difference",), lines)
+
+
+def in_order(rows: list[Row]) -> list[tuple[Group, list[Row]]]:
+    """The groups by calls, and then by method."""
+    return sorted(grouped(rows).items(), key=lambda item: (item[0][1], rank(item[1][0])))
+
+
+def label(row: Row) -> str:
+    """The method of a row as it is written: ours bold, a solver with its name."""
+    if row["method"] not in (SOLVER, UNGUIDED):
+        return bold(row["method"])
+    falls = ", falling guidance" if "guidance_end" in row.get("settings", {}) else ""
+    return f"{row['method']} ({row['solver']}{falls})"
 
 
 def costs_table(rows: list[Row]) -> str:
     """What each training cost, seed by seed, and as a multiple of what ours of as many calls cost."""
     groups, lines = grouped(rows), []
-    for (method, nfe), of_group in sorted(groups.items(), key=lambda item: (item[0][1], rank(item[1][0]))):
+    for (method, nfe), of_group in in_order(rows):
         if of_group[0]["train_seconds"] is None:
             continue
         ours = {row["train_seed"]: row for row in groups.get((OURS, nfe), [])}

@@ -1,4 +1,4 @@
-"""The results of a benchmark: rows in results.json, and beside it the images that its figures show."""
+"""The results of a benchmark: rows in results.json and noise.json, and beside them the images of its figures."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hsivi_diffusers.runs.options import differences
 Row = dict[str, Any]
 Key = tuple[str, int, int | None]  # method, network calls and training seed
 Group = tuple[str, int]  # method and network calls
+RESULTS, NOISE = "results.json", "noise.json"  # rows of one noise seed, and of others
 
 OURS = "HSIVI"
 REAL, TEACHER, TEACHER_SDE, SOLVER = "real images", "teacher", "teacher, SDE", "tuned solver"
@@ -26,7 +27,7 @@ UNGUIDED = "unguided solver"  # tuned too; beside teachers under guidance
 PAIRS, PROGRESSIVE, CONSISTENCY = "pairs only", "progressive distillation", "consistency distillation"
 LATENT_CONSISTENCY = "LCM-LoRA"
 BASELINES = (PAIRS, PROGRESSIVE, CONSISTENCY, LATENT_CONSISTENCY)
-NO_LORA, NO_NOISE = f"{OURS}, no LoRA", f"{OURS}, eta 0"
+NO_LORA, NO_NOISE, STORED = f"{OURS}, no LoRA", f"{OURS}, eta 0", f"{OURS}, stored"
 ALL_STEPS, ALL_SCALES = f"{OURS}, one for all", f"{OURS}, one for all scales"
 RECIPE = ("preset", "num_inference_steps", "max_train_steps")
 
@@ -53,8 +54,8 @@ def pictures_path(folder: Path, dataset: str) -> Path:
 class Results:
     """Rows and images of one set, in files that several sets share."""
 
-    def __init__(self, folder: Path, dataset: str) -> None:
-        self.path, self.images_path, self.dataset = folder / "results.json", pictures_path(folder, dataset), dataset
+    def __init__(self, folder: Path, dataset: str, name: str = RESULTS) -> None:
+        self.path, self.images_path, self.dataset = folder / name, pictures_path(folder, dataset), dataset
 
     def rows(self) -> list[Row]:
         """The rows of this set."""
@@ -62,8 +63,8 @@ class Results:
 
     def keys(
         self, students: Mapping[Key, HSIVIConfig | None], told: Mapping[Key, Mapping[str, Any]], drawn: Row
-    ) -> set[Key]:
-        """Keys of the rows; one of other images or settings is refused."""
+    ) -> set[tuple[Key, int]]:
+        """Keys of the rows and their noise seeds; one of other images or settings is refused."""
         rows = self.rows()
         for row in rows:
             if other := differences(row, drawn):
@@ -85,7 +86,7 @@ class Results:
                     f"{self.path} has {row['method']} at {row['nfe']}, seed {row['train_seed']}, of other options than "
                     f"--students have now ({other}): remove that row, or name another --output_dir"
                 )
-        return {key_of(row) for row in rows}
+        return {(key_of(row), row["eval_seed"]) for row in rows}
 
     def cost_of(self, method: str, counts: Sequence[int], seed: int) -> tuple[float, int]:
         """The most seconds and the most network calls of the trainings of a method to these calls.
@@ -104,9 +105,10 @@ class Results:
 
     def add(self, row: Row) -> None:
         """Adds a row, or replaces the same row if another process has measured it in the meantime."""
-        own = self.dataset, key_of(row)
+        own = self.dataset, key_of(row), row["eval_seed"]
         with in_turn(self.path.parent):  # another set may be measured at the same time
-            others = [each for each in read_rows(self.path) if (each["dataset"], key_of(each)) != own]
+            rows = read_rows(self.path)
+            others = [each for each in rows if (each["dataset"], key_of(each), each["eval_seed"]) != own]
             write_json(self.path, {"rows": [*others, row]})
 
     def keep_images(self, name: str, images: torch.Tensor, real: torch.Tensor) -> None:
