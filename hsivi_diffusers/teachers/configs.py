@@ -20,7 +20,7 @@ from diffusers import (
 )
 
 from ..pipeline_hsivi import HSIVIPipeline, parts_of
-from ..runs.folders import near_folder, tell_missing
+from ..runs.folders import check_spelling, near_folder
 from ..scheduling_hsivi import HSIVIScheduler
 from .denoisers import Network
 from .prompts import ENCODED, kind_among
@@ -74,7 +74,7 @@ def read_configs(name: str, revision: str | None) -> Configs:
     Raises:
         OSError: A config is missing.
     """
-    tell_missing(name)
+    check_spelling(name)
     index: dict[str, Any] = {}
     with suppress(OSError):  # which network and scheduler can do without
         index = DiffusionPipeline.load_config(name, revision=revision)
