@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
@@ -23,6 +24,7 @@ from short_run import SETTINGS
 
 pytest.importorskip("gradio", reason="needs the extra demo")
 
+import httpx
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
@@ -39,9 +41,23 @@ def students(fast_run, several_run, class_run):
 @pytest.fixture(scope="module")
 def address(fast_run, several_run):
     page = demo.make_page([str(fast_run), str(several_run)], "cpu")
-    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True)
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, max_file_size=1)
     yield address
     page.close()
+
+
+@pytest.fixture(scope="module")
+def text_run(distil, text_teachers, tmp_path_factory):
+    """Makes a LoRA of a text-to-image teacher."""
+
+    def make(kind, **settings):
+        folder = tmp_path_factory.mktemp("text")
+        (folder / "prompts.txt").write_text("a cat\n")
+        settings = {"guidance_scale": 2, "lora_rank": 2, "max_train_steps": 1, **settings}
+        prompts = {"prompts": folder / "prompts.txt", "pretrained_teacher_model": text_teachers(kind)}
+        return distil(folder / "run", **prompts, **settings)
+
+    return make
 
 
 def seeds(count, first):
@@ -58,39 +74,42 @@ def show(students, name, steps, **asked):
     return demo.show(students, str(name), steps, **{**ASKED, **asked})
 
 
+def drawn(run, **given):
+    return HSIVIPipeline.from_pretrained(run / "pipeline")(3, seeds(3, 7), **given).images
+
+
 def test_the_student_draws_what_its_pipeline_draws(students, fast_run):
-    told, images, *_ = show(students, fast_run, 2)
-    drawn = HSIVIPipeline.from_pretrained(fast_run / "pipeline")(3, seeds(3, 7)).images
-    assert len(images) == 3
-    assert all(same(*each) for each in zip(images, drawn, strict=True))
-    assert told.startswith("Student: 2 network calls, ")
-    assert told.endswith(" ms an image")
+    line, images, *_ = show(students, fast_run, 2)
+    assert all(same(*each) for each in zip(images, drawn(fast_run), strict=True))
+    assert line.startswith("Student: 2 network calls, ")
+    assert line.endswith(" ms an image")
+    assert len(show(students, fast_run, 2, prompt=None, seed=None)[1]) == 3  # fields that were cleared
 
 
 def test_the_teacher_starts_from_the_same_noise(students, fast_run, teacher):
-    *_, told, images = show(students, fast_run, 2, count=1)
+    *_, line, images = show(students, fast_run, 2, count=1)
     unet, schedule = load_teacher(teacher)
     solver = make_solver(demo.SAMPLER, 3, unet.eval(), schedule.config, pair_levels(schedule, 3))
-    (drawn,) = HSIVIPipeline.numpy_to_pil(solver(1, *seeds(1, 7)).permute(0, 2, 3, 1).numpy())
-    assert same(images[0], drawn)
-    assert told.startswith(f"Teacher, {demo.SAMPLER}: 3 network calls, ")
+    (image,) = HSIVIPipeline.numpy_to_pil(solver(1, *seeds(1, 7)).permute(0, 2, 3, 1).numpy())
+    assert same(images[0], image)
+    assert line.startswith(f"Teacher, {demo.SAMPLER}: 3 network calls, ")
 
 
 def test_steps_and_classes_can_be_chosen_where_there_are_several(students, several_run, class_run, teacher):
     steps, label, prompt, scale, about = demo.choose(students, str(several_run))
     assert (steps["choices"], steps["value"], steps["interactive"]) == ([1, 2, 4], 4, True)
     assert (label["visible"], prompt["visible"], scale["visible"]) == (False, False, False)
-    assert about == f"Teacher: {teacher}"
+    assert about == f"Teacher: {teacher.name}"  # not where it lies
     assert show(students, several_run, 1)[0].startswith("Student: 1 network call")
     _, label, *_ = demo.choose(students, str(class_run))
-    assert label["visible"]
-    assert len(label["choices"]) == 4  # all in turn, and three
+    assert (label["visible"], label["choices"]) == (True, [demo.IN_TURN, "0", "1", "2"])
 
 
-def test_a_class_is_drawn_that_is_asked_for(students, class_run):
-    images = show(students, class_run, 2, label="1")[1]
-    drawn = HSIVIPipeline.from_pretrained(class_run / "pipeline")(3, seeds(3, 7), class_labels=[1, 1, 1]).images
-    assert all(same(*each) for each in zip(images, drawn, strict=True))
+def test_a_class_is_drawn_that_is_asked_for_and_a_prompt_of_the_student_before_is_not(students, class_run, fast_run):
+    images = show(students, class_run, 2, label="1", prompt="a hidden cat")[1]
+    assert all(same(*each) for each in zip(images, drawn(class_run, class_labels=[1, 1, 1]), strict=True))
+    images = show(students, fast_run, 2, label="1", prompt="a hidden cat")[1]
+    assert all(same(*each) for each in zip(images, drawn(fast_run), strict=True))
 
 
 def test_scales_of_guidance_cost_the_teacher_two_calls(distil, class_teacher, tmp_path):
@@ -104,25 +123,32 @@ def test_scales_of_guidance_cost_the_teacher_two_calls(distil, class_teacher, tm
         show(students, run, 2, scale=2.0)
 
 
-def test_a_prompt_is_drawn_and_asked_for(distil, text_teachers, tmp_path):
-    settings = {"pretrained_teacher_model": text_teachers("sd"), "guidance_scale": 2, "lora_rank": 2}
-    (tmp_path / "prompts.txt").write_text("a cat\n")
-    run = distil(tmp_path / "run", prompts=tmp_path / "prompts.txt", max_train_steps=1, **settings)
+def test_a_prompt_is_drawn_and_asked_for(text_run):
+    run = text_run("sd")
     students = demo.Students([str(run)], "cpu")
     assert demo.choose(students, str(run))[2]["visible"]
-    _, images, told, theirs = show(students, run, 2, prompt="a cat", scale=2.0, count=2)
+    _, images, line, theirs = show(students, run, 2, prompt="a cat", scale=2.0, count=2)
     assert (len(images), len(theirs)) == (2, 2)
-    assert told.startswith("Teacher, DDIMScheduler: 6 network calls")
+    assert line.startswith("Teacher, DDIMScheduler: 6 network calls")
     student = students(str(run))
     trained, kept = (dict(network.named_parameters()) for network in (student.pipeline.unet, student.teacher.network))
     assert any("lora" in name for name in trained)
     assert not any("lora" in name for name in kept)
     addresses = {weight.data_ptr() for weight in kept.values()}  # the teacher's weights are there once
     assert all("lora" in name or weight.data_ptr() in addresses for name, weight in trained.items())
-    drawn = load_sampler(str(run))("a cat", guidance_scale=1, num_inference_steps=2, generator=seeds(1, 7)).images
-    assert same(images[0], drawn[0])
-    with pytest.raises(ValueError, match="the prompt is missing: say what to draw"):
-        show(students, run, 2, prompt=" ")
+    image = load_sampler(str(run))("a cat", guidance_scale=1, num_inference_steps=2, generator=seeds(1, 7)).images[0]
+    assert same(images[0], image)
+    for prompt, length in ((" ", 0), ("cat " * 1_000_000, 3_999_999)):
+        with pytest.raises(ValueError, match=f"the prompt has {length} letters: say what to draw in 1 to 1000"):
+            show(students, run, 2, prompt=prompt)
+
+
+def test_the_negative_prompt_of_the_run_is_the_teachers(text_run, text_teachers):
+    run = text_run("sdxl", negative_prompt="a dog")
+    *_, images = show(demo.Students([str(run)], "cpu"), run, 2, prompt="a cat", scale=2.0, count=1)
+    stock = DiffusionPipeline.from_pretrained(text_teachers("sdxl"), torch_dtype=torch.float32)
+    given = {"negative_prompt": "a dog", "guidance_scale": 2.0, "generator": seeds(1, 7), "num_inference_steps": 3}
+    assert same(images[0], stock(["a cat"], **given).images[0])
 
 
 def test_a_student_without_its_teacher_is_shown_alone(fast_run, tmp_path):
@@ -131,16 +157,42 @@ def test_a_student_without_its_teacher_is_shown_alone(fast_run, tmp_path):
     assert show(students, folder, 2)[2:] == ["Teacher: not named by its run or its card", []]
 
 
-def test_a_repo_may_be_named(logged_in, fast_run, teacher):
+def test_a_teacher_that_cannot_draw_leaves_the_student(distil, dit_teacher, tmp_path):
+    """A stock DiTPipeline takes label 1000 for "no class", and this teacher has three."""
+    settings = {"pretrained_teacher_model": dit_teacher, "guidance_scale": 2, "max_train_steps": 1}
+    run = distil(tmp_path / "run", **settings)
+    line, images, teacher_line, theirs = show(demo.Students([str(run)], "cpu"), run, 2, scale=2.0)
+    assert (len(images), theirs) == (3, [])
+    assert line.startswith("Student: 2 network calls")
+    assert teacher_line.startswith("Teacher: it could not draw (IndexError")
+
+
+def test_classes_that_were_not_trained_are_not_offered(class_run, tmp_path):
+    run = shutil.copytree(class_run, tmp_path / "run")
+    options = json.loads((run / "options.json").read_text())
+    (run / "options.json").write_text(json.dumps({**options, "class_shares": [1.0, 0.0, 2.0]}))
+    students = demo.Students([str(run)], "cpu")
+    assert demo.choose(students, str(run))[1]["choices"] == [demo.IN_TURN, "0", "2"]
+    images = show(students, run, 2)[1]
+    assert all(same(*each) for each in zip(images, drawn(run, class_labels=[0, 2, 0]), strict=True))
+
+
+# ----- what visitors reach -----
+
+
+def test_a_repo_may_be_named(logged_in, fast_run, teacher, tmp_path, monkeypatch):
+    """And nothing of this machine is read for it, as the run ./alice."""
+    shutil.copytree(fast_run, tmp_path / "alice", ignore=shutil.ignore_patterns("pipeline"))
+    monkeypatch.chdir(tmp_path)
     push(HSIVIPipeline.from_pretrained(fast_run / "pipeline"), "alice/student", run_dir=fast_run)
     student = demo.Students(["other"], "cpu")("alice/student")
     assert student.pipeline.scheduler.depths == [SETTINGS["num_inference_steps"]]
-    assert student.about == "not named by its run or its card"  # a folder, which the Hub does not have
+    assert (student.about, student.teacher) == ("not named by its run or its card", None)
     HfApi().create_repo("alice/teacher")
     HfApi().upload_folder(repo_id="alice/teacher", folder_path=teacher)
     push(HSIVIPipeline.from_pretrained(fast_run / "pipeline"), "alice/known", base_model="alice/teacher")
-    told = show(demo.Students(["other"], "cpu"), "alice/known", 2)[2]
-    assert told.startswith(f"Teacher, {demo.SAMPLER}: 3 network calls")
+    line = show(demo.Students(["other"], "cpu"), "alice/known", 2)[2]
+    assert line.startswith(f"Teacher, {demo.SAMPLER}: 3 network calls")
 
 
 @pytest.mark.parametrize("source", ["{teacher}", "../teacher", "assets"])
@@ -153,66 +205,32 @@ def test_a_card_reaches_no_folder_of_this_machine(logged_in, fast_run, teacher, 
         demo.Students(["other"], "cpu")("alice/student")
 
 
-def test_classes_that_were_not_trained_are_not_offered(class_run, tmp_path):
-    run = shutil.copytree(class_run, tmp_path / "run")
-    options = json.loads((run / "options.json").read_text())
-    (run / "options.json").write_text(json.dumps({**options, "class_shares": [1.0, 0.0, 2.0]}))
-    students = demo.Students([str(run)], "cpu")
-    assert demo.choose(students, str(run))[1]["choices"] == [demo.IN_TURN, "0", "2"]
-    drawn = HSIVIPipeline.from_pretrained(run / "pipeline")(3, seeds(3, 7), class_labels=[0, 2, 0]).images
-    assert all(same(*each) for each in zip(show(students, run, 2)[1], drawn, strict=True))
-
-
-def test_a_teacher_that_cannot_draw_leaves_the_student(distil, dit_teacher, tmp_path):
-    """A stock DiTPipeline takes label 1000 for "no class", and this teacher has three."""
-    settings = {"pretrained_teacher_model": dit_teacher, "guidance_scale": 2, "max_train_steps": 1}
-    run = distil(tmp_path / "run", **settings)
-    told, images, teacher_told, theirs = show(demo.Students([str(run)], "cpu"), run, 2, scale=2.0)
-    assert (len(images), theirs) == (3, [])
-    assert told.startswith("Student: 2 network calls")
-    assert teacher_told.startswith("Teacher: it could not draw (IndexError")
-
-
-def test_the_negative_prompt_of_the_run_is_the_teachers(distil, text_teachers, tmp_path):
-    settings = {"pretrained_teacher_model": text_teachers("sdxl"), "guidance_scale": 2, "lora_rank": 2}
-    (tmp_path / "prompts.txt").write_text("a cat\n")
-    settings |= {"prompts": tmp_path / "prompts.txt", "max_train_steps": 1, "negative_prompt": "a dog"}
-    run = distil(tmp_path / "run", **settings)
-    *_, images = show(demo.Students([str(run)], "cpu"), run, 2, prompt="a cat", scale=2.0, count=1)
-    stock = DiffusionPipeline.from_pretrained(text_teachers("sdxl"), torch_dtype=torch.float32)
-    given = {"negative_prompt": "a dog", "guidance_scale": 2.0, "generator": seeds(1, 7), "num_inference_steps": 3}
-    assert same(images[0], stock(["a cat"], **given).images[0])
-
-
-def test_a_cleared_field_is_no_error(students, fast_run):
-    assert len(show(students, fast_run, 2, prompt=None, seed=None)[1]) == 3
-
-
-@pytest.mark.parametrize("name", ["../secret", "/etc", "a/b/c", "word"])
-def test_folders_that_were_not_given_are_refused(students, name):
+@pytest.mark.parametrize("name", ["../secret", "/etc", "a/b/c", "word", "user/name"])
+def test_folders_that_were_not_given_are_refused(students, fast_run, tmp_path, monkeypatch, name):
+    shutil.copytree(fast_run, tmp_path / "user" / "name")  # looks like a repo
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="is neither a student of the list nor a repo id"):
         students(name)
 
 
-def test_a_folder_that_looks_like_a_repo_is_refused(students, fast_run, tmp_path, monkeypatch):
-    shutil.copytree(fast_run, tmp_path / "user" / "name")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="is neither a student of the list nor a repo id"):
-        students("user/name")
+@pytest.mark.parametrize("asked", [{"count": 17}, {"count": 0}, {"teacher_steps": 101}])
+def test_numbers_beyond_those_of_the_page_are_refused(students, fast_run, asked):
+    with pytest.raises(ValueError, match=": give a number from 1 to 1"):
+        show(students, fast_run, 2, **asked)
 
 
 def test_two_visitors_at_once_get_their_own_images(address, fast_run, several_run, students):
     def ask(name, steps, seed):
         client = Client(address, verbose=False)
         client.predict(str(name), api_name="/choose")
-        told, images, *_ = client.predict(str(name), steps, *{**ASKED, "seed": seed}.values(), api_name="/draw")
-        return told, [np.asarray(Image.open(each["image"]).convert("RGB")) for each in images]
+        line, images, *_ = client.predict(str(name), steps, *{**ASKED, "seed": seed}.values(), api_name="/draw")
+        return line, [np.asarray(Image.open(each["image"]).convert("RGB")) for each in images]
 
     asked = [(fast_run, 2, 7), (several_run, 4, 11), (fast_run, 2, 23)]
     with ThreadPoolExecutor(3) as pool:
         answers = [*pool.map(lambda each: ask(*each), asked)]
-    for (name, steps, seed), (told, images) in zip(asked, answers, strict=True):
-        assert told.startswith(f"Student: {steps} network calls")
+    for (name, steps, seed), (line, images) in zip(asked, answers, strict=True):
+        assert line.startswith(f"Student: {steps} network calls")
         alone = show(students, name, steps, seed=seed)[1]
         for image, other in zip(images, alone, strict=True):
             assert np.abs(image.astype(int) - np.asarray(other.convert("RGB"))).mean() < 4  # the page sends webp
@@ -224,51 +242,59 @@ def test_what_goes_wrong_is_one_line(address):
         Client(address, verbose=False).predict("word", api_name="/choose")
 
 
-def test_no_file_is_taken(fast_run):
-    import httpx
-
-    page = demo.make_page([str(fast_run)], "cpu")
-    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, max_file_size=1)
-    try:
-        sent = httpx.post(f"{address}gradio_api/upload", files={"files": ("x.html", b"<script>")})
-        assert sent.status_code == 413
-    finally:
-        page.close()
+def test_no_file_is_taken_or_served(address, fast_run):
+    sent = httpx.post(f"{address}gradio_api/upload", files={"files": ("x.html", b"<script>")})
+    assert sent.status_code == 413
+    for file in ("/etc/passwd", "README.md", f"{fast_run}/options.json"):
+        assert httpx.get(f"{address}gradio_api/file={file}").status_code in (403, 404)
 
 
-@pytest.mark.parametrize("file", ["/etc/passwd", "README.md", "{run}/options.json"])
-def test_no_file_is_served(address, fast_run, file):
-    import httpx
-
-    assert httpx.get(f"{address}gradio_api/file={file.format(run=fast_run)}").status_code in (403, 404)
+# ----- the command -----
 
 
-def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--pipeline is missing: give folders of runs"),
+        (["--pipeline=nowhere"], "--pipeline nowhere is no folder, and no repo id"),
+        (["--pipeline=a/b", "--server_port=99999"], "--server_port=99999: give a whole number from 1 to 65535"),
+        (["--pipeline=a/b", "--server_port=0"], "--server_port=0: give a whole number from 1 to 65535"),
+        (["--pipeline=a/b", "--server_port={taken}"], "--server_name 127.0.0.1 --server_port {taken}: "),
+        (["--pipeline=a/b", "--server_name=a..b"], "--server_name a..b: "),
+        (["--pipeline=a/b", "--server_name=192.0.2.1"], "--server_name 192.0.2.1: "),
+        (["--pipeline=a/b", "--device=meta"], "--device meta cannot be used here"),
+    ],
+)
+def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
-    for message in ("--pipeline is missing: give folders of runs", "gradio is missing: pip install"):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
         with pytest.raises(SystemExit) as exit:
-            cli.main(["demo"])
-        assert exit.value.code == 2
-        assert capsys.readouterr().err.startswith(f"error: {message}")
-        monkeypatch.setattr(cli, "find_spec", lambda name: None)
-    monkeypatch.undo()
+            cli.main(["demo", *(option.format(taken=taken) for option in options)])
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message.format(taken=taken)}")
+
+
+def test_the_command_needs_gradio(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        cli.main(["demo", "--pipeline", "nowhere"])
-    assert capsys.readouterr().err.startswith("error: --pipeline nowhere is no folder, and no repo id")
+        cli.main(["demo"])
+    assert capsys.readouterr().err.startswith("error: gradio is missing: pip install")
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.mark.skipif(BROWSER is None or find_spec("playwright") is None, reason="needs playwright and chromium")
-def test_a_browser_draws_and_changes_steps(address, several_run):
+def test_a_browser_draws_and_changes_steps(address, several_run, teacher):
     from playwright.sync_api import expect, sync_playwright
 
     with sync_playwright() as tools:
         browser = tools.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page()
         page.goto(address)
-        expect(page.get_by_text("Teacher: /")).to_be_visible(timeout=60_000)
+        expect(page.get_by_text(f"Teacher: {teacher.name}")).to_be_visible(timeout=60_000)
         page.get_by_role("button", name="Draw").click()
         expect(page.get_by_text("Student: 2 network calls")).to_be_visible(timeout=60_000)
         page.get_by_label("Student, or a repo id").fill(str(several_run))
