@@ -14,7 +14,7 @@ from typing import Any
 
 from ..runs.artifacts import ADAPTER, SAMPLERS, pipeline_of, read_record, sample_grids
 from ..runs.options import did_you_mean, option
-from .options import parse_options, print_error, run_command
+from .options import parse_options, print_error, run_command, with_dashes
 from .sample import sample  # torch and diffusers, which take seconds, are imported by what needs them
 
 INTERRUPTED = 75  # exit status after SIGTERM or Ctrl-C: EX_TEMPFAIL, "try again"
@@ -118,13 +118,12 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     try:
         summary = trainer.train(teacher.resume_from_checkpoint)
     except InterruptedRunError as error:
-        trainer.accelerator.print(str(error).replace("resume_from", "--resume_from"))
+        trainer.accelerator.print(with_dashes(str(error)))
         raise SystemExit(INTERRUPTED) from error
     except CollapsedRunError as error:
-        told = str(error).replace("resume_from", "--resume_from").replace("validation_steps", "--validation_steps")
-        raise SystemExit(f"error: {told}") from error
+        raise SystemExit(f"error: {with_dashes(str(error))}") from error
     except DivergenceError as error:
-        raise SystemExit("; ".join([f"error: {error}", *error.__notes__])) from error
+        raise SystemExit(with_dashes("; ".join([f"error: {error}", *error.__notes__]))) from error
     if trainer.accelerator.is_main_process:
         folder = Path(config.output_dir)
         if grids := sample_grids(folder):
@@ -143,16 +142,16 @@ def _claim_repo(hub: PushAtEnd) -> None:
     if hub.push_to_hub:
         from ..share.push import claim
 
-        with told_in_one_line():
+        with hub_errors_as_oserror():
             claim(str(hub.hub_model_id), **hub.settings())
 
 
 def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
     """Reads the options of a distillation, and refuses what cannot run; of a resumed run its own are the defaults."""
-    from ..distillation.config import ALIASES, HSIVIConfig, read_settings
+    from ..distillation.config import HSIVIConfig, read_settings
     from ..runs.output import check_init_from
 
-    read = partial(parse_options, [Teacher, HSIVIConfig, PushAtEnd], description, args, prog, ALIASES)
+    read = partial(parse_options, [Teacher, HSIVIConfig, PushAtEnd], description, args, prog)
     teacher, config, hub = read()
     record = _record_of(teacher.resume_from_checkpoint, config.output_dir)
     if record is not None:
@@ -190,7 +189,7 @@ def _record_of(checkpoint: str | None, output_dir: str | None) -> Path | None:
 
 
 @contextmanager
-def told_in_one_line() -> Iterator[None]:
+def hub_errors_as_oserror() -> Iterator[None]:
     """Makes one OSError of what the client raises for a cut or refused connection, the remedy first."""
     from huggingface_hub.errors import HTTPError
 
@@ -203,7 +202,7 @@ def told_in_one_line() -> Iterator[None]:
 
 def _push_trained(trainer: Any, hub: PushAtEnd) -> None:
     try:
-        with told_in_one_line():
+        with hub_errors_as_oserror():
             print(f"pushed to {trainer.push_to_hub(hub.hub_model_id, **hub.settings())}")
     except Exception as error:
         folder = trainer.config.output_dir
@@ -255,7 +254,7 @@ def push_run(args: Sequence[str]) -> None:
     pipeline = folder if (folder / ADAPTER).is_file() else DiffusionPipeline.from_pretrained(folder)
     settings = {name: getattr(options, name) for name in ("run_dir", "base_model", "license", "fp16")}
     settings |= {"revision": options.hub_revision, **options.settings()}
-    with told_in_one_line():
+    with hub_errors_as_oserror():
         url = push(pipeline, options.hub_model_id, **settings)
     print(f"pushed to {url}")
 
@@ -283,8 +282,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)
         sys.exit(print_error(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}{hint}"))
-    traceback = "--traceback" in rest
     try:
-        run_command(lambda: COMMANDS[name]([word for word in rest if word != "--traceback"]), traceback)
+        run_command(partial(COMMANDS[name], rest))
     except KeyboardInterrupt:
         sys.exit("error: interrupted")

@@ -6,11 +6,11 @@ Visitors reach the folders that the page was started with, and repos of the Hub.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,13 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ..distillation.pairs import pair_levels
 from ..evaluation.images import enlarge
 from ..pipeline_hsivi import network_calls
 from ..runs.artifacts import run_of
 from ..runs.options import option
 from ..share.push import check_repo_id
-from ..teachers.denoisers import sample_shape
-from ..teachers.guidance import calls_of_step, guided
-from ..teachers.ode import run_solver
-from ..teachers.prompts import takes_text
-from ..teachers.solvers import make_solver
-from ..teachers.teacher import Parts, decode, load_parts
-from .options import parse_options
+from ..teachers.loading import kind_of, load_teacher
+from .options import check_numbers, parse_options
 from .sample import classes_of, draw, load_sampler, usable_device
 
 DEMO = """Open a page in the browser that draws from distilled samplers, each beside its teacher.
@@ -40,8 +34,9 @@ DEMO = """Open a page in the browser that draws from distilled samplers, each be
 BUNDLED = [Path("assets/students") / name for name in ("emoji_t4", "fashion_t4", "digits_t4")]  # in a clone
 WIDTH = 192  # pixels that an image has on the page, about
 MOST_STEPS, MOST_IMAGES = 100, 16  # of the teacher; of a request
+MOST_LETTERS = 1000  # of a prompt; text encoders read 77 to 512 tokens of it
 IN_TURN = "all in turn"
-SAMPLER = "DPM-Solver++ SDE"  # of teachers on pixels
+Drawn = tuple[list[Image.Image], int, str]  # images, network calls for each, and what drew them
 KEPT = 3600  # seconds that drawn images stay on the disk
 
 
@@ -61,14 +56,19 @@ class Student:
     """A distilled pipeline, and its teacher beside it, which may be missing, on a device."""
 
     pipeline: Any
-    teacher: Parts | None
+    teacher: Any
     about: str  # name of the teacher, or why there is none
     classes: Sequence[int]  # that it was trained on
     negative_prompt: str  # that it was trained with
 
     @property
+    def takes_text(self) -> bool:
+        """Whether it draws prompts."""
+        return kind_of(self.pipeline).takes_text
+
+    @property
     def scales(self) -> list[float]:
-        """Scales of guidance that it has taken in; [1] if none."""
+        """The guidance scales that it was trained with; [1] if none."""
         return self.pipeline.scheduler.guidance_scales or [1.0]
 
 
@@ -100,21 +100,19 @@ def load_with_teacher(name: str, device: str) -> Student:
     """
     run = run_of(name)
     source = run.get("pretrained_teacher_model") or teacher_of_card(name)
-    teacher, about = None, source or "not named by its run or its card"
+    teacher, about = None, "not named by its run or its card"
     if source is not None:
+        about = source if names_repo(source) else Path(source).name  # visitors need not know where a folder lies
         try:
-            teacher = load_parts(source, run.get("revision"))
+            teacher = load_teacher(source, run.get("revision"))
         except (OSError, ValueError) as error:
-            about = f"{source} was not loaded ({type(error).__name__})"
-    pipeline = load_sampler(name, teacher and teacher.host).to(device)
+            about = f"{about} was not loaded ({type(error).__name__})"
+    pipeline = load_sampler(name, teacher).to(device)
     pipeline.set_progress_bar_config(disable=True)
     given = {"classes": classes_of(pipeline, name), "negative_prompt": run.get("negative_prompt", "")}
     if teacher is None:
         return Student(pipeline, None, about, **given)
-    teacher.network.to(device).eval()
-    if teacher.host is not None:
-        teacher.host.to(device).set_progress_bar_config(disable=True)
-        teacher.host.vae.enable_slicing()  # images are decoded one by one
+    teacher.to(device).network.eval()
     return Student(pipeline, teacher, about, **given)
 
 
@@ -145,43 +143,30 @@ def teacher_of_card(name: str) -> str | None:
     return source if isinstance(source, str) else None
 
 
-@torch.no_grad()
-def draw_teacher(student: Student, teacher: Parts, request: Request, num_steps: int) -> tuple[list[Image.Image], int]:
-    """Images of the teacher, and its network calls for each.
-
-    A pipeline of latents draws as it does by itself, a UNet on pixels by SAMPLER, whose noise mends errors of its own.
-    """
-    conditions, network = request.conditions(student.classes), guided(teacher.network, [request.scale])
-    generators, calls = request.generators(network.device), num_steps * calls_of_step(network)
-    if teacher.host is not None:
-        known = signature(teacher.host.__call__).parameters
-        given: dict[str, Any] = {"negative_prompt": student.negative_prompt or None, "use_resolution_binning": False}
-        given = {name: value for name, value in given.items() if name in known}
-        given |= {"num_inference_steps": num_steps, "guidance_scale": request.scale, "generator": generators}
-        return teacher.host(conditions, **given).images, calls
-    shape, schedule = sample_shape(network), teacher.schedule
-    solver = make_solver(SAMPLER, num_steps, network, schedule.config, pair_levels(schedule, num_steps)).scheduler
-    noise = [torch.randn(1, *shape, generator=each, device=network.device) for each in generators]
-    labels = None if conditions is None else torch.tensor(conditions, device=network.device)
-    x = run_solver(network, solver, torch.cat(noise), num_steps, labels, generator=generators)
-    pixels = decode(None, x).permute(0, 2, 3, 1).cpu().numpy()
-    return student.pipeline.numpy_to_pil(pixels), calls
-
-
-def draw_student(student: Student, request: Request, num_steps: int) -> tuple[list[Image.Image], int]:
-    """Images of the student, and its network calls for each."""
+def draw_student(student: Student, request: Request, num_steps: int) -> Drawn:
+    """Draws with a student."""
     pipeline, conditions = student.pipeline, request.conditions(student.classes)
     scale = request.scale if pipeline.scheduler.guidance_scales else None
-    return draw(pipeline, conditions, request.generators(pipeline.device), num_steps, scale), num_steps
+    return draw(pipeline, conditions, request.generators(pipeline.device), num_steps, scale), num_steps, "Student"
 
 
-def timed(who: str, drawn: Callable[[], tuple[list[Image.Image], int]]) -> tuple[str, list[Image.Image]]:
-    """A line that tells network calls and milliseconds, and images, enlarged."""
+@torch.no_grad()
+def draw_teacher(student: Student, request: Request, num_steps: int) -> Drawn:
+    """Draws with the teacher of a student."""
+    teacher = student.teacher
+    given = request.conditions(student.classes), request.generators(teacher.device), num_steps, request.scale
+    images, calls, sampler = teacher.draw_teacher(*given, student.negative_prompt)
+    return images, calls, f"Teacher, {sampler}"
+
+
+def timed(drawn: Callable[[], Drawn]) -> tuple[str, list[Image.Image]]:
+    """A line with network calls and milliseconds, and the images, enlarged."""
     start = time.perf_counter()
-    images, calls = drawn()
+    images, calls, who = drawn()
     milliseconds = 1000 * (time.perf_counter() - start) / len(images)
-    told = f"{who}: {network_calls([calls])}, {milliseconds:.0f} ms an image"
-    return told, [enlarge(image, WIDTH) for image in images]
+    return f"{who}: {network_calls([calls])}, {milliseconds:.0f} ms an image", [
+        enlarge(image, WIDTH) for image in images
+    ]
 
 
 class Students:
@@ -219,7 +204,7 @@ def choose(students: Students, name: str) -> list[Any]:
     return [
         gr.update(choices=depths, value=depths[-1], interactive=len(depths) > 1),
         gr.update(choices=[IN_TURN, *map(str, classes)], value=IN_TURN, visible=bool(classes)),
-        gr.update(visible=takes_text(student.pipeline)),
+        gr.update(visible=student.takes_text),
         gr.update(choices=scales, value=scales[0], visible=scales != [1.0]),
         f"Teacher: {student.about}",
     ]
@@ -238,16 +223,22 @@ def show(
 ) -> list[Any]:
     """Images of student and teacher, each with a line of network calls and time."""
     student, text = students(name), (prompt or "").strip()
-    if takes_text(student.pipeline) and not text:
-        raise ValueError("the prompt is missing: say what to draw")
-    condition = text or (None if label in (None, IN_TURN) else int(label))
+    for what, number, most in (("teacher steps", teacher_steps, MOST_STEPS), ("images", count, MOST_IMAGES)):
+        if not 1 <= number <= most:
+            raise ValueError(f"{number} {what}: give a number from 1 to {most}")
+    condition: int | str | None = None if label in (None, IN_TURN) else int(label)
+    if student.takes_text:
+        if not 1 <= len(text) <= MOST_LETTERS:
+            raise ValueError(f"the prompt has {len(text)} letters: say what to draw in 1 to {MOST_LETTERS}")
+        condition = text
+    elif not student.classes:  # a class or prompt of the student before may still be in its hidden field
+        condition = None
     request = Request(int(count), int(seed or 0), condition, float(scale))
-    ours = timed("Student", partial(draw_student, student, request, int(steps)))
+    ours = timed(partial(draw_student, student, request, int(steps)))
     theirs: tuple[str, list[Image.Image]] = f"Teacher: {student.about}", []
     if student.teacher is not None:
-        host, drawn = student.teacher.host, partial(draw_teacher, student, student.teacher, request, int(teacher_steps))
         try:
-            theirs = timed(f"Teacher, {SAMPLER if host is None else type(host.scheduler).__name__}", drawn)
+            theirs = timed(partial(draw_teacher, student, request, int(teacher_steps)))
         except Exception as error:  # its pipeline may not draw with what the student was trained on
             theirs = f"Teacher: it could not draw ({type(error).__name__}: {error})", []
     return [*ours, *theirs]
@@ -278,7 +269,7 @@ def make_page(names: Sequence[str], device: str) -> gr.Blocks:
             teacher_steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps of the teacher")
         with gr.Row():
             label = gr.Dropdown([IN_TURN], value=IN_TURN, label="Class", visible=False)
-            prompt = gr.Textbox("", label="Prompt", visible=False)
+            prompt = gr.Textbox("", label="Prompt", visible=False, max_length=MOST_LETTERS)
             scale = gr.Dropdown([1.0], value=1.0, label="Guidance scale", visible=False)
             count = gr.Slider(1, MOST_IMAGES, 8, step=1, label="Images")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53)
@@ -296,6 +287,22 @@ def make_page(names: Sequence[str], device: str) -> gr.Blocks:
     return page
 
 
+def check_address(options: Demo) -> None:
+    """Refuses an address or a port that cannot be listened at, which gradio tries for minutes.
+
+    Raises:
+        ValueError: The name is of no address of this machine, or the port is taken or out of range.
+    """
+    check_numbers(options, server_port=(1, 65535))
+    name, port = options.server_name, options.server_port
+    try:
+        family, _, _, _, address = socket.getaddrinfo(name, port or 0, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except (OSError, UnicodeError) as error:
+        where = f"--server_name {name}" + (f" --server_port {port}" if port else "")
+        raise ValueError(f"{where}: {error}; give an address of this machine, and a free port") from error
+
+
 def main(args: Sequence[str]) -> None:
     """Runs `hsivi demo`."""
     (options,) = parse_options([Demo], DEMO, args, "hsivi demo")
@@ -304,12 +311,10 @@ def main(args: Sequence[str]) -> None:
         raise ValueError("--pipeline is missing: give folders of runs, or repo ids")
     if unknown := [name for name in names if not Path(name).is_dir() and not names_repo(name)]:
         raise ValueError(f"--pipeline {unknown[0]} is no folder, and no repo id such as user/name: check the spelling")
+    check_address(options)
     page = make_page(names, usable_device(options.device))
-    try:
-        # Nothing needs to be uploaded, and the least that can be allowed is a byte. Quiet, for gradio offers to share.
-        where = {"server_name": options.server_name, "server_port": options.server_port}
-        _, address, _ = page.launch(**where, max_file_size=1, quiet=True, prevent_thread_lock=True)
-    except OSError as error:
-        raise ValueError(f"--server_name {options.server_name} --server_port {options.server_port}: {error}") from error
+    # Nothing needs to be uploaded, and the least that can be allowed is a byte. Quiet, for gradio offers to share.
+    where = {"server_name": options.server_name, "server_port": options.server_port}
+    _, address, _ = page.launch(**where, max_file_size=1, quiet=True, prevent_thread_lock=True)
     print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()

@@ -2,10 +2,9 @@
 
     hsivi evaluate --run_dir runs/my_run
 
-Writes RUN_DIR/report.json, report.md, samples.png and curve.png, and adds them to RUN_DIR/index.html. The reference is
-what images are compared to: by default images of the teacher's own sampler with many steps, to which a student is
-fitted without data; with --real_data real images. Every method starts from the same noise, with the same balanced class
-labels; the reference does not.
+Writes RUN_DIR/report.json, report.md, samples.png and curve.png, and adds them to RUN_DIR/index.html. Images are
+compared to a reference: images that the teacher draws in many steps, or, with --real_data, real images. All methods
+start from the same noise, with the same balanced class labels; the reference has noise of its own.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ..evaluation.features import check_packages, load_network
-from ..evaluation.images import load_images
+from ..evaluation.features import check_channels, check_packages, load_network
+from ..evaluation.images import check_source, load_images
 from ..evaluation.metrics import FEWEST, PACKAGES, Measures, split_halves
 from ..evaluation.report import OURS, Report, load_run
 from ..runs.artifacts import PROMPTS
@@ -33,13 +32,12 @@ from ..teachers.guidance import GuidedNetwork, calls_of_step, guided
 from ..teachers.ode import few_step_timesteps
 from ..teachers.solvers import Sampler, make_solver, make_student, sample, shorten
 from ..teachers.teacher import image_shape, load_parts, load_prompts, load_student, network_of
-from .options import parse_options
+from .options import check_numbers, parse_options
 
-COLUMNS = 16  # images in a row of samples.png
 ON_GRID = ("DPM-Solver++", "UniPC")  # of `few_step_timesteps` too: neither grid is the better one for every teacher
 BASELINES = ("DDIM", *ON_GRID)
-# Of the teacher's SDE, whose noise mends errors of the network, or of a rectified flow, which has none; both by the
-# trailing grid, which starts at the end of the clock.
+# The SDE of a teacher corrects errors of its network, and a rectified flow has none. Both by the trailing grid, which
+# starts at the last timestep.
 REFERENCE, REFERENCE_OF_FLOW = "DPM-Solver++ SDE", "DPM-Solver++"
 
 
@@ -54,18 +52,30 @@ class Evaluation:
         "Hub; by default images of the teacher",
     )
     reference_samples: int = option(2000, "images of the teacher in the reference")
-    reference_steps: int = option(50, "steps of DPM-Solver++ SDE, of a flow DPM-Solver++, for each of them")
+    reference_steps: int = option(50, "steps of DPM-Solver++ SDE for each of them; DPM-Solver++ for a rectified flow")
     feature_extractor: str | None = option(None, "folder of an ImageClassifier; EfficientNet-Lite0 by default")
     feature_name: str | None = option(None, "its name in the tables")
     num_samples: int = option(1000, "images of each method")
     eval_seed: int = option(0, "seed of the noise")
-    guidance_scale: float | None = option(None, "of a guided student, one of its scales; the lowest by default")
+    guidance_scale: float | None = option(None, "one of the guidance scales it was trained with; the lowest by default")
     batch_size: int | None = option(None, "images at once; 100 by default, of latents 4")
     solver_steps: list[int] = option(
         [], "steps of DDIM, DPM-Solver++ and UniPC; by default for the calls of the student, and twice the most of them"
     )
     ddpm_steps: int = option(100, "steps of DDPM; 0 leaves it out")
     ddim_steps: int = option(50, "steps of DDIM with eta 1; 0 leaves it out")
+
+    def check(self) -> None:
+        """Refuses, before anything is loaded, what cannot be measured."""
+        if not self.run_dir:
+            raise ValueError("--run_dir is missing: give the folder of a finished distillation")
+        samples, steps, or_none = (FEWEST, 1_000_000), (1, 1000), (0, 10_000)
+        check_numbers(self, num_samples=samples, reference_samples=samples, batch_size=(1, 10_000))
+        check_numbers(self, reference_steps=steps, solver_steps=steps, ddpm_steps=or_none, ddim_steps=or_none)
+        check_numbers(self, eval_seed=(0, 2**32))
+        if self.real_data is not None:
+            check_source(self.real_data)
+        check_packages([*PACKAGES, "matplotlib"])
 
 
 def make_samplers(
@@ -77,7 +87,7 @@ def make_samplers(
 ) -> Iterator[tuple[str, int, Sampler, str]]:
     """The student at each of its step counts, then the baselines: method, network calls, sampler, grid.
 
-    A step of a guided teacher is two network calls. Of a rectified flow there is no DDPM.
+    A step of a teacher with guidance is two network calls. DDPM is not defined for rectified flows.
     """
     counts = student.scheduler.depths
     for nfe in counts:
@@ -110,7 +120,7 @@ def batch_size_of(options: Evaluation, host: DiffusionPipeline | None) -> int:
 
 
 def scale_of(options: Evaluation, student: DiffusionPipeline) -> float:
-    """The scale of guidance that is measured; 1 of a student that has taken in none."""
+    """The guidance scale that is measured; 1 for a student that was trained without guidance."""
     scales = student.scheduler.guidance_scales or [1.0]
     return float(scales[student.scheduler.guidance_index(options.guidance_scale)])
 
@@ -141,6 +151,11 @@ def load_reference(
     solver = make_solver(method, options.reference_steps, unet, config, host=host, timestep_spacing="trailing")
     size = options.reference_samples
     images = draw("reference", solver, size, batch_size_of(options, host), options.eval_seed + 1, classes)
+    if not images.isfinite().all():
+        raise ValueError(
+            f"the teacher's images by {method} at {options.reference_steps} steps are not finite: give more "
+            "--reference_steps, or real images by --real_data"
+        )
     labels = torch.arange(size) % classes if classes else None
     return images, labels, f"teacher, {method} at {options.reference_steps} steps"
 
@@ -155,39 +170,19 @@ def draw(name: str, sampler: Sampler, size: int, batch_size: int, seed: int, cla
     return torch.cat(batches)
 
 
-def pick(images: torch.Tensor, labels: torch.Tensor | None, classes: int | None, columns: int) -> torch.Tensor:
-    """Images of the reference for a row of the figure: image i of class i if the classes are known."""
-    rows = torch.linspace(0, len(images) - 1, columns).long()
-    if classes and labels is not None:
-        wanted = [(labels == i % classes).nonzero().flatten() for i in range(columns)]
-        found = [each[i // classes % len(each)] for i, each in enumerate(wanted) if len(each)]
-        rows = torch.stack(found) if len(found) == columns else rows
-    return images[rows]
-
-
-def check_options(options: Evaluation) -> Path:
-    """Returns the folder of the run, or refuses, with ValueError, what could not be measured."""
-    if not options.run_dir:
-        raise ValueError("--run_dir is missing: give the folder of a finished distillation")
-    for name in ("num_samples", "reference_samples"):
-        if (given := getattr(options, name)) < FEWEST:
-            raise ValueError(f"--{name} {given} images are too few to be measured: give {FEWEST} or more")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise ValueError(f"--batch_size {options.batch_size}: give a number of at least 1")
-    return Path(options.run_dir)
-
-
 def main(args: list[str] | None = None) -> None:
     """Measures a run and writes its report."""
     (options,) = parse_options([Evaluation], __doc__ or "", args, "hsivi evaluate")
-    run_dir = check_options(options)
+    options.check()
+    run_dir = Path(options.run_dir)
     training = load_run(run_dir)
-    check_packages([*PACKAGES, "matplotlib"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     training["teacher"] = options.teacher or training["pretrained_teacher_model"]
     if training["teacher"] is None:
         raise ValueError("--teacher is missing: this run was given a loaded pipeline, name its folder or repo id")
+    network, features = load_network(options.feature_extractor)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     unet, schedule, host, _ = load_parts(training["teacher"], None if options.teacher else training.get("revision"))
+    check_channels(network, image_shape(host, sample_shape(unet))[0])
     student = load_student(run_dir / "pipeline", host).to(device)
     unet.to(device).eval()
     if host is not None:
@@ -201,26 +196,18 @@ def main(args: list[str] | None = None) -> None:
         classes = min(len(prompts) - 1, options.num_samples, options.reference_samples)
     training["guidance_scale"] = scale_of(options, student)
     teacher = guided(unet, [training["guidance_scale"]])
-    network, features = load_network(options.feature_extractor, image_shape(host, sample_shape(unet))[0])
     samplers = list(make_samplers(options, student, teacher, schedule.config, host))  # refuses counts without a grid
     reference, labels, name = load_reference(options, teacher, schedule.config, classes, host)
     measures = Measures(network.to(device), reference, REPORTED)
     if before := read_json(run_dir / "report.json").get("features"):
         print(f"The report in {run_dir} (features: {before}) will be replaced.")
 
-    size, seed = options.num_samples, options.eval_seed
-    rows, shown = [], {}
+    headline, features = "fd" if options.feature_extractor else "kid", options.feature_name or features
+    report = Report(run_dir, training, headline, features, name, split_halves(network, reference, REPORTED))
+    size, batch_size, seed = options.num_samples, batch_size_of(options, host), options.eval_seed
     for method, nfe, sampler, grid in samplers:
-        images = draw(f"{method} at {nfe}", sampler, size, batch_size_of(options, host), seed, classes)
-        shown[method, nfe] = images[:COLUMNS].clone()  # else all of them stay in memory
-        made = {"dataset": name, "method": method, "nfe": nfe, "grid": grid}
-        drawn = {"train_seed": training["seed"] if method == OURS else None, "eval_seed": seed, "num_samples": size}
-        seconds = training["seconds"] if method == OURS else None
-        rows.append({**made, **drawn, **measures(images), "train_seconds": seconds})
-    headline = "fd" if options.feature_extractor else "kid"
-    floor = split_halves(network, reference, REPORTED)
-    report = Report(headline, options.feature_name or features, name, floor, rows)
-    report.write(run_dir, training)
-    report.draw(run_dir, shown, pick(reference, labels, classes, min(COLUMNS, size)), classes)
+        images = draw(f"{method} at {nfe}", sampler, size, batch_size, seed, classes)
+        report.add(method, nfe, grid, images, measures, seed)
+    report.draw(reference, labels, classes)
     write_page(run_dir)
-    print(report.closing_lines(run_dir))
+    print(report.closing_lines())

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from ..runs.options import did_you_mean
 
+OURS = ("hsivi_diffusers", "training", "__main__")  # packages whose messages say what to do
+EXTRAS = {  # modules of the extras, which a plain installation lacks
+    "evaluate": ("efficientnet_lite_pytorch", "matplotlib", "ot", "prdc", "sklearn", "torchmetrics"),
+    "train": ("accelerate", "filelock", "peft", "psutil"),
+    "demo": ("gradio",),
+}
+OUT_OF_MEMORY = "out ?of ?memory|enough memory|allocate memory|MemoryError|size calculation overflowed"
+
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, without the list of all options."""
+    """An argparse parser whose errors are one line, without the list of all options.
+
+    Attributes:
+        options: Names of the options that were read last, for messages.
+        traceback: Whether the traceback of an error was asked for.
+    """
+
+    options: frozenset[str] = frozenset()
+    traceback = False
 
     def error(self, message: str) -> NoReturn:
         words = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
@@ -25,19 +43,30 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
 
 
+class Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which PyYAML drops the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = list[Any]()
+        for key, _ in node.value:
+            keys.append(self.construct_object(key, deep=True))
+            if keys[-1] in keys[:-1]:
+                raise yaml.YAMLError(f"`{keys[-1]}` is given twice, again in line {key.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
 def parse_options(
     groups: Sequence[type[Any]],
     description: str,
     args: Sequence[str] | None = None,
     prog: str | None = None,
-    aliases: Mapping[str, str] | None = None,
     before: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """Reads one dataclass per group of options, and returns an instance of each.
 
     A value on the command line wins over the YAML file of `--config`, which wins over the settings `before`, and these
     over the default of the dataclass. A bad option ends the program with one line and exit status 2. `_group` of a
-    dataclass is its heading in `--help`; `aliases` are old names of options, which are still read.
+    dataclass is its heading in `--help`.
     """
     parser = Parser(
         prog=prog,
@@ -51,16 +80,17 @@ def parse_options(
     parser.add_argument("--config", help="YAML file of options; the command line overrides it")
     parser.add_argument("--help", "-h", action="store_true", help="show the common options")
     parser.add_argument("--help_all", action="store_true", help="show all options")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     hints: dict[str, Any] = {}
     for group in groups:
         heading, kinds = parser.add_argument_group(group._group), get_type_hints(group)
         for each in fields(group):
             hints[each.name] = kinds[each.name]
             heading.add_argument(f"--{each.name}", help=each.metadata["help"], **_keywords(hints[each.name]))
-    words = [_renamed(word, aliases or {}) for word in (sys.argv[1:] if args is None else args)]
-    given = vars(parser.parse_args(words))
+    given = vars(parser.parse_args(args))
+    Parser.options, Parser.traceback = frozenset(hints), given.pop("traceback", False)
     path = given.pop("config", None)
-    settings = {} if path is None else _read_config(parser, path, hints, aliases or {})
+    settings = {} if path is None else _read_config(parser, path, hints)
     given = {**{name: value for name, value in (before or {}).items() if name in hints}, **settings, **given}
     shown = [name for name in ("help", "help_all") if given.pop(name, False)]
     instances = tuple(
@@ -94,34 +124,35 @@ def _to_bool(text: str) -> bool:
     return known[text.lower()]
 
 
-def _renamed(word: str, aliases: Mapping[str, str]) -> str:
-    """An option of the command line under its name of today."""
-    name, equals, value = word.removeprefix("--").partition("=")
-    return f"--{aliases[name]}{equals}{value}" if word.startswith("--") and name in aliases else word
-
-
-def _read_config(parser: Parser, path: str, hints: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+def _read_config(parser: Parser, path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a YAML file, checked and converted as those of the command line; `1e-4` is text for YAML."""
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        settings = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         parser.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(settings, dict):
         parser.error(f"--config {path} must hold lines of `option: value`, got {type(settings).__name__}")
     words: list[str] = []
-    empty: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = aliases.get(str(key), str(key))
+    found: dict[str, Any] = {}  # what a command line cannot say
+    for name, value in settings.items():
         if name not in hints:
-            parser.error(f"{path}: unknown option `{name}`{did_you_mean(name, hints, '`')}")
-        if isinstance(value, list):
+            parser.error(f"{path}: unknown option `{name}`{did_you_mean(str(name), hints, '`')}")
+        hint = hints[name]
+        lists = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is list]
+        if isinstance(value, dict) or (isinstance(value, list) and not lists):
+            parser.error(f"{path}: `{name}` takes one value, got a {type(value).__name__}")
+        if isinstance(value, list) and get_args(lists[0])[0] is str:
+            if others := [each for each in value if not isinstance(each, str)]:
+                parser.error(f"{path}: `{name}` is a list of texts: put {others[0]!r} in quotes")
+            found[name] = value
+        elif isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
-            no = value is False and "no" in _keywords(hints[name]).get("choices", ())  # YAML's `no` is false
+            no = value is False and "no" in _keywords(hint).get("choices", ())  # YAML's `no` is false
             words.append(f"--{name}={'no' if no else value}")
-        elif type(None) in get_args(hints[name]):
-            empty[name] = None
-    return {**empty, **vars(parser.parse_args(words))}
+        elif type(None) in get_args(hint):
+            found[name] = None
+    return {**found, **vars(parser.parse_args(words))}
 
 
 def _show_help(parser: Parser, instances: Sequence[Any], everything: bool) -> NoReturn:
@@ -140,17 +171,59 @@ def _show_help(parser: Parser, instances: Sequence[Any], everything: bool) -> No
     parser.exit()
 
 
-def run_command(command: Callable[[], Any], traceback: bool = False) -> None:
+def check_numbers(options: Any, **bounds: tuple[int, int]) -> None:
+    """Raises ValueError if an option, or a number of a list, is out of its bounds; None is not checked."""
+    for name, (least, most) in bounds.items():
+        value = getattr(options, name)
+        numbers = value if isinstance(value, list) else [least if value is None else value]
+        if not all(least <= number <= most for number in numbers):
+            raise ValueError(f"{name}={value}: give a whole number from {least} to {most}")
+
+
+def run_command(command: Callable[[], Any]) -> None:
     """Runs a command: an error that its user can mend is one line with its notes below, and exit status 2."""
+    Parser.options, Parser.traceback = frozenset(), False
     try:
         command()
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if traceback:
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        text = _one_line(error)
+        if Parser.traceback or text is None:
             raise
-        text = " ".join(str(error).split())
-        if isinstance(error, ModuleNotFoundError):
-            text += ": pip install 'hsivi-diffusers[train]'"
-        sys.exit(print_error("\n".join([text, *getattr(error, "__notes__", [])])))
+        sys.exit(print_error("\n".join([text, *map(with_dashes, getattr(error, "__notes__", []))])))
+
+
+def _one_line(error: Exception) -> str | None:
+    """What the user reads of an error; None of one that is a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        name = error.name.partition(".")[0]
+        if name in OURS:
+            return None
+        extras = [extra for extra, modules in EXTRAS.items() if name in modules]
+        remedy = f"pip install 'hsivi-diffusers[{extras[0]}]'" if extras else "install the package that provides it"
+        return f"the module {name} is missing: {remedy}"
+    if isinstance(error, MemoryError | RuntimeError):
+        if not re.search(OUT_OF_MEMORY, f"{type(error).__name__} {text}", re.IGNORECASE):
+            return None
+        sizes = [f"--{name}" for name in sorted(Parser.options) if name.endswith("batch_size")]
+        return f"out of memory ({text[:100]}): give smaller sizes, first of all {' or '.join(sizes) or 'of a batch'}"
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    if frame.f_globals.get("__name__", "").partition(".")[0] in OURS and not isinstance(error, ImportError):
+        return with_dashes(text)
+    return f"{type(error).__name__}: {text} (--traceback shows where it comes from)"
+
+
+def with_dashes(text: str) -> str:
+    """Writes the options in a message of the package as a command takes them: `output_dir` as `--output_dir`.
+
+    A name of one word may be a word of English: it is an option before `=` and at the start of the message.
+    """
+    for name in Parser.options:
+        before, after = r"(?<![\w./'\"`-])(?<!\w\()", r"(?![\w/'\"`-]|\.\w)"
+        if "_" not in name:
+            before, after = rf"(?:^|{before}(?={name}=\S))", r"(?==| is missing| was given)"
+        text = re.sub(f"{before}{name}{after}", f"--{name}", text)
+    return text
 
 
 def print_error(text: str) -> int:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from inspect import signature
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..runs.artifacts import PROMPTS, SAMPLERS, folder_of_run, pipeline_of, read_prompts, run_of
+from ..runs.artifacts import PROMPTS, SAMPLERS, folder_of_run, pipeline_of, read_prompts, read_record, run_of
 from ..runs.bars import bar
-from ..runs.folders import check_output_dir, claim_output_dir
+from ..runs.folders import check_output_dir, check_spelling, claim_output_dir, near_folder
 from ..runs.options import option
-from .options import parse_options
+from .options import check_numbers, parse_options
+
+GRID = "grid.png"
+MOST_SHOWN = 1024  # images in it
 
 SAMPLE = """Draw images from a distilled pipeline into a folder of PNG files and one contact sheet.
 
@@ -26,59 +28,92 @@ class Sampling:
     _group = "sampling"
     pipeline: str | None = option(None, "folder or repo id of a distilled pipeline, or folder of a run")
     output_dir: str | None = option(None, "folder of the images")
-    overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
+    overwrite_output_dir: bool = option(False, "write into a folder that is not empty; removes the images drawn before")
     num_samples: int | None = option(None, "images to draw; one of each prompt that is given, or 64, by default")
     num_inference_steps: int | None = option(None, "steps, one of the trained counts; the largest by default")
-    batch_size: int | None = option(None, "images at once; 64 by default, of latents 4")
+    batch_size: int | None = option(None, "images at once; 100 by default, of latents 4")
     seed: int = option(0, "image i has the seed `seed + i`")
     class_label: list[int] = option([], "classes to draw, one image of each in turn; all by default")
-    prompt: list[str] = option([], "of a text-to-image sampler, prompts to draw, in turn; those of the run by default")
+    prompt: list[str] = option([], "prompts for a text-to-image student, drawn in turn; those of the run by default")
     prompts: str | None = option(None, "text file with such prompts, one in a line")
-    guidance_scale: float | None = option(None, "one of the scales that were trained; the lowest by default")
+    guidance_scale: float | None = option(None, "one of the guidance scales it was trained with; the lowest by default")
     device: str | None = option(None, "cpu, cuda or another torch device; the GPU if there is one")
+
+    def check(self) -> None:
+        """Refuses, before anything is loaded, what no pipeline can draw."""
+        check_output_dir(self.output_dir, self.overwrite_output_dir)
+        check_numbers(self, num_samples=(1, 1_000_000), batch_size=(1, 10_000), seed=(0, 2**53))
+        if self.prompt and self.prompts:
+            raise ValueError("--prompt and --prompts were both given: give one of them")
+        if self.prompts:
+            read_prompts(self.prompts)
 
 
 def sample(args: Sequence[str]) -> None:
     """Runs `hsivi sample`."""
     (options,) = parse_options([Sampling], SAMPLE, args, "hsivi sample")
-    check_output_dir(options.output_dir, options.overwrite_output_dir)
-    for name in ("num_samples", "batch_size"):
-        if (given := getattr(options, name)) is not None and given < 1:
-            raise ValueError(f"--{name} {given}: give a number of at least 1")
+    options.check()
     import torch
     from diffusers.utils import make_image_grid
     from PIL import ImageOps
 
     from ..evaluation.images import enlarge, show
-    from ..pipeline_hsivi import HSIVIPipeline
 
     device = usable_device(options.device)
+    check_trained(options)
     pipeline = load_sampler(options.pipeline).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler.set_timesteps(options.num_inference_steps)  # refuses a count that was not trained
-    pipeline.scheduler.guidance_index(options.guidance_scale)
-    ours = isinstance(pipeline, HSIVIPipeline)
     classes = _conditions(options, pipeline)
     given = len(classes) if options.prompt or options.prompts else 0
-    size, batch = options.num_samples or given or 64, options.batch_size or (64 if ours else 4)
+    batch = options.batch_size or kind_of(pipeline).draw_batch
+    size = options.num_samples or given or 64
     output_dir = claim_output_dir(options.output_dir, options.overwrite_output_dir)
-    images: list[Any] = []
+    remove_images(output_dir)
+    shown: list[Any] = []  # of the contact sheet
     for first in bar(range(0, size, batch), desc="sample", unit="batch"):
         numbers = range(first, min(first + batch, size))
         labels = [classes[number % len(classes)] for number in numbers] if classes else None
         generators = [torch.Generator(device).manual_seed(options.seed + number) for number in numbers]
-        images += draw(pipeline, labels, generators, options.num_inference_steps, options.guidance_scale)
-    for number, image in enumerate(images):
-        image.save(output_dir / f"{number:05d}.png")
-    columns = math.isqrt(len(images))
-    rows = len(images) // columns
-    shown = [ImageOps.expand(enlarge(image, 64), 1, "gray") for image in images]
-    make_image_grid(shown[: rows * columns], rows=rows, cols=columns).save(output_dir / "grid.png")
-    show(output_dir / "grid.png")
+        images = draw(pipeline, labels, generators, options.num_inference_steps, options.guidance_scale)
+        for number, image in zip(numbers, images, strict=True):
+            image.save(image_path(output_dir, number))
+        shown += [ImageOps.expand(enlarge(image, 64), 1, "gray") for image in images[: MOST_SHOWN - len(shown)]]
+    columns = math.isqrt(len(shown))
+    rows = len(shown) // columns
+    make_image_grid(shown[: rows * columns], rows=rows, cols=columns).save(output_dir / GRID)
+    show(output_dir / GRID)
     listed = f"{classes}[i % {len(classes)}]" if len(classes) <= 20 else f"number i % {len(classes)}"
     what = "prompt" if classes and isinstance(classes[0], str) else "class"
     turn = f"; image i is of {what} {listed}" if classes else ""
-    print(f"{len(images)} images in {output_dir}, {rows * columns} of them in {output_dir / 'grid.png'}{turn}")
+    print(f"{size} images in {output_dir}, {rows * columns} of them in {output_dir / GRID}{turn}")
+
+
+def image_path(folder: Path, number: int) -> Path:
+    """The file of an image."""
+    return folder / f"{number:05d}.png"
+
+
+def remove_images(folder: Path) -> None:
+    """Removes the images that were drawn into a folder before, which have consecutive numbers, and their sheet."""
+    (folder / GRID).unlink(missing_ok=True)
+    for number in count():
+        if not (path := image_path(folder, number)).is_file():
+            return
+        path.unlink()
+
+
+def check_trained(options: Sampling) -> None:
+    """Refuses steps and a guidance scale that the sampler was not trained with, before its weights are loaded."""
+    from ..scheduling_hsivi import HSIVIScheduler
+
+    folder = folder_of_pipeline(options.pipeline)
+    try:
+        scheduler = HSIVIScheduler.from_pretrained(folder, subfolder="scheduler")
+    except (OSError, ValueError, TypeError):  # which the loading of the whole pipeline reports
+        return
+    if scheduler.trained_grids:
+        scheduler.set_timesteps(options.num_inference_steps)
+        scheduler.guidance_index(options.guidance_scale)
 
 
 def usable_device(name: str | None) -> str:
@@ -91,7 +126,7 @@ def usable_device(name: str | None) -> str:
 
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # which no tensor on "meta" has
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device} cannot be used here ({error}): give cpu, or leave it out") from error
     return device
@@ -104,26 +139,22 @@ def classes_of(pipeline: Any, name: str) -> list[int]:
 
 
 def _num_classes(pipeline: Any) -> int:
-    from ..pipeline_hsivi import HSIVIPipeline
-    from ..teachers.denoisers import num_classes
-    from ..teachers.teacher import network_of
+    from ..teachers.loading import kind_of
 
-    return (pipeline.num_classes if isinstance(pipeline, HSIVIPipeline) else num_classes(network_of(pipeline))) or 0
+    return kind_of(pipeline).count_classes(pipeline)
 
 
 def _conditions(options: Sampling, pipeline: Any) -> Sequence[int | str]:
     """The classes or prompts to draw; those of the run, if that is at hand, by default, and none without classes."""
-    from ..teachers.prompts import takes_text
+    from ..teachers.loading import kind_of
 
-    by_text, number = takes_text(pipeline), _num_classes(pipeline)
+    by_text, number = kind_of(pipeline).takes_text, _num_classes(pipeline)
     if any(not 0 <= label < number for label in options.class_label):
         known = f"classes 0 to {number - 1}" if number else "no classes, leave it out"
         raise ValueError(f"--class_label {options.class_label}: this pipeline has {known}")
     given = options.prompt or options.prompts
     if given and not by_text:
         raise ValueError(f"--prompt or --prompts {given}: this pipeline takes no text, leave it out")
-    if options.prompt and options.prompts:
-        raise ValueError("--prompt and --prompts were both given: give one of them")
     if by_text:
         recorded = folder_of_run(str(options.pipeline)) / PROMPTS
         if not given and not recorded.is_file():
@@ -140,50 +171,48 @@ def draw(
     guidance_scale: float | None = None,
 ) -> list[Any]:
     """Images of a distilled pipeline, one for each generator, of classes or prompts; by default in the most steps."""
-    from ..pipeline_hsivi import HSIVIPipeline
+    from ..teachers.loading import kind_of
 
-    if not isinstance(pipeline, HSIVIPipeline):
-        return _draw_stock(pipeline, conditions, generators)
-    given: dict[str, Any] = {"class_labels": conditions, "guidance_scale": guidance_scale}
-    drawn: Any = pipeline(len(generators), generators, num_inference_steps, **given)
-    return list(drawn.images)
+    return kind_of(pipeline).draw(pipeline, conditions, generators, num_inference_steps, guidance_scale)
 
 
-def _draw_stock(pipeline: Any, conditions: Sequence[int | str] | None, generators: list[Any]) -> list[Any]:
-    """Images of a stock pipeline, which may pass no generator to the steps, and would guide once more."""
-    scheduler, parameters = pipeline.scheduler, signature(pipeline.__call__).parameters
-    pipeline.vae.enable_slicing()  # images are decoded one by one
-    scheduler.step = partial(type(scheduler).step, scheduler, generator=generators)
-    given: dict[str, Any] = {"generator": generators, "num_inference_steps": max(scheduler.depths)}
-    given |= {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
-    images: list[Any] = pipeline(conditions, guidance_scale=1.0, **given).images
-    return images
-
-
-def load_sampler(name: str | None, host: Any = None) -> Any:
-    """Loads the distilled pipeline of a folder, of a run, or of a repo; for the host see `load_student`.
+def folder_of_pipeline(name: str | None) -> Path | str:
+    """The folder of a distilled pipeline, where that of its run may be given, or the id of a repo.
 
     Raises:
-        ValueError: There is none, or it is of another kind or damaged.
+        ValueError: No pipeline is named, there is none in the folder, or its index is damaged.
     """
     if not name:
         raise ValueError("--pipeline is missing: give the folder or the repo id of a distilled pipeline")
-    from ..runs.folders import near_folder, tell_missing
-    from ..teachers.teacher import load_student
-
+    check_spelling(name)
     folder = pipeline_of(name)
-    if Path(name).is_dir() and not any((folder / each).is_file() for each in SAMPLERS):
+    if not folder.is_dir():
+        return name
+    if not any((folder / each).is_file() for each in SAMPLERS):
         raise ValueError(
             f"--pipeline {name} holds no pipeline: give the folder of a pipeline or of a finished run; an unfinished "
             "run is resumed by `hsivi distil`"
         )
-    tell_missing(name)
+    if (index := folder / "model_index.json").is_file():
+        read_record(index)
+    return folder
+
+
+def load_sampler(name: str | None, teacher: Any = None) -> Any:
+    """Loads the distilled pipeline of a folder, of a run, or of a repo; for the teacher see `load_student`.
+
+    Raises:
+        ValueError: There is none, or it is of another kind or damaged.
+    """
+    from ..teachers.loading import load_student
+
+    source = folder_of_pipeline(name)
     try:
-        return load_student(folder if folder.is_dir() else name, host)
+        return load_student(source, teacher)
     except OSError as error:
-        if folder.is_dir():
+        if isinstance(source, Path):
             raise
         raise ValueError(
             f"--pipeline {name} is no folder here and was not found on the Hub ({type(error).__name__}): check the "
-            f"spelling, the connection, and the token of a private repo{near_folder(Path(name))}"
+            f"spelling, the connection, and the token of a private repo{near_folder(Path(source))}"
         ) from error

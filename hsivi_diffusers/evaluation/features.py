@@ -69,26 +69,26 @@ class PixelComponents(nn.Module):
         return (images.flatten(1) - self.mean) @ self.components
 
 
-def load_network(folder: str | None, channels: int) -> tuple[nn.Module, str]:
+def load_network(folder: str | None) -> tuple[nn.Module, str]:
     """Loads the network that features are taken from, in eval mode, and its name for a report.
 
     Raises:
-        ValueError: A package is missing, or the folder holds no classifier of images with these channels.
+        ValueError: A package is missing, or the folder holds no classifier.
     """
     if folder is None:
-        if channels not in (1, 3):
-            raise ValueError(
-                f"the images have {channels} channels, EfficientNet-Lite0 takes 1 or 3: name an ImageClassifier for "
-                "them with --feature_extractor"
-            )
         return EfficientNetFeatures().eval(), "EfficientNet-Lite0 (ImageNet) features at 64x64"
     try:
-        classifier = ImageClassifier.from_pretrained(folder).eval()
+        classifier = ImageClassifier.from_pretrained(folder, local_files_only=True).eval()
     except OSError as error:
-        raise ValueError(f"--feature_extractor {folder} holds no ImageClassifier: name the folder of one") from error
-    if classifier.config.channels != channels:
-        raise ValueError(
-            f"--feature_extractor {folder} takes {classifier.config.channels} channels, the images have {channels}: "
-            "name a classifier that was trained for them"
-        )
+        raise ValueError(f"feature_extractor={folder!r} holds no ImageClassifier: name the folder of one") from error
     return classifier, f"features of the classifier {folder}"
+
+
+def check_channels(network: nn.Module, channels: int) -> None:
+    """Raises ValueError if the network does not take images with so many channels."""
+    accepted = {network.config.channels} if isinstance(network, ImageClassifier) else {1, 3}
+    if channels not in accepted:
+        raise ValueError(
+            f"the images have {channels} channels, and the network of the features takes "
+            f"{' or '.join(map(str, accepted))}: give as feature_extractor an ImageClassifier that was trained for them"
+        )

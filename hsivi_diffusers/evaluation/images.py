@@ -1,4 +1,4 @@
-"""Real images as one tensor: the digits of scikit-learn, a folder, or a dataset on the Hub. How images are shown."""
+"""Real images as one tensor, from scikit-learn, a folder or the Hub, and images shown in a terminal."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+from ..runs.folders import check_spelling
 
 TERMINALS = ("iTerm.app", "WezTerm", "vscode", "mintty")
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
@@ -28,7 +30,7 @@ def load_images(source: str, resolution: int, channels: int) -> tuple[torch.Tens
         channels: 1 (grey) or 3 (RGB).
 
     Raises:
-        ValueError: The source is unknown or holds no image.
+        ValueError: The source is unknown, holds no image, or one that is damaged.
     """
     images: Iterable[Image.Image]
     labels: torch.Tensor | None
@@ -65,7 +67,16 @@ def _load_folder(folder: Path) -> tuple[Iterable[Image.Image], torch.Tensor | No
     classes = sorted({each[0] for each in parts})
     labelled = len(classes) > 1 and all(len(each) > 1 for each in parts)
     labels = torch.tensor([classes.index(each[0]) for each in parts]) if labelled else None
-    return map(Image.open, paths), labels  # one after the other: an open image is an open file
+    return map(_open, paths), labels  # one after the other: as they are, all may not fit in memory
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}): remove it, or save it again") from error
 
 
 def _load_dataset(name: str) -> tuple[Iterable[Image.Image], torch.Tensor | None]:
@@ -77,15 +88,24 @@ def _load_dataset(name: str) -> tuple[Iterable[Image.Image], torch.Tensor | None
     return (row[columns[0]] for row in rows), labels  # one after the other: as they are, all may not fit in memory
 
 
+def check_source(name: str) -> None:
+    """Raises ValueError if images of a source cannot be asked for: it is no folder, and datasets are not installed."""
+    if name != "digits" and not Path(name).is_dir():
+        check_spelling(name)
+        try:
+            import datasets  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                f"{name!r} is neither `digits` nor a folder here: correct the path, or, if it is a dataset on the Hub, "
+                "pip install datasets"
+            ) from error
+
+
 def load_rows(name: str, split: str) -> Any:
     """Loads one split of a dataset on the Hub."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError(
-            f"{name!r} is neither `digits` nor a folder here: correct the path, or, if it is a dataset on the Hub, "
-            "pip install datasets"
-        ) from error
+    check_source(name)
+    from datasets import load_dataset
+
     return load_dataset(name, split=split)
 
 
@@ -109,7 +129,7 @@ def enlarge(image: Image.Image, width: int) -> Image.Image:
 
 
 def show(path: Path) -> None:
-    """Draws an image file in a terminal that can, by the protocol of iTerm2 (https://iterm2.com/documentation-images)."""
+    """Shows an image file in a terminal that can, by the protocol of iTerm2 (https://iterm2.com/documentation-images)."""
     if sys.stdout.isatty() and os.environ.get("TERM_PROGRAM") in TERMINALS:
         content = base64.b64encode(path.read_bytes()).decode()
         print(f"\033]1337;File=inline=1;preserveAspectRatio=1:{content}\a")

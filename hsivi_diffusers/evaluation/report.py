@@ -1,8 +1,10 @@
-"""The report of an evaluation: its tables, its two figures, and its closing lines."""
+"""The report of an evaluation: its rows and tables, its two figures, and its closing lines."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from ..runs.artifacts import read_record
 from ..runs.folders import write_json, write_text
 from ..runs.measures import HALVES, MEASURES, REPORTED, written
 from .figures import draw_curves, draw_samples
+from .metrics import Measures
 from .pages import measured_on, write_table
 
+COLUMNS = 16  # images in a row of samples.png
 OURS = "HSIVI"
-GUIDED = "Teacher and solvers are guided, too: a step of theirs is two network calls."
-FELL = "In the training of HSIVI the guidance was weaker the more noise there is, so that it is guided less than these."
+GUIDED = "Teacher and solvers use guidance, too: one of their steps is two network calls."
+FELL = "In training the guidance of HSIVI decreased with noise, so that it has less of it than these."
 NOTES = """\
 KID is the squared maximum mean discrepancy of the features under the kernel (x . y / s + 1)^3, with s the mean of
 |x|^2 in the reference; FD is the Frechet distance of the features. Both depend on the features named above: they
@@ -25,37 +29,73 @@ the best may fall below 0; FD falls with the number of images. FD of pixels is t
 components, SWD the sliced Wasserstein distance of the pixels, both at 64 x 64 pixels at most. Lower is better, but in
 precision, recall and coverage. Two halves of the reference, one measured against the other, show what is good; a row is
 measured against all of it, and may be better. DDIM has eta 0; DPM-Solver++ is 2M. All methods start from the same noise
-and have the same class labels, if any, in equal numbers. The last column is the spacing of the timesteps, and the
-timesteps of the network calls. Another grid can make a baseline better."""
+and have the same class labels, if any, in equal numbers. The last column has the timesteps of the network calls;
+another grid can make a baseline better."""
 
 
 def load_run(run_dir: Path) -> dict[str, Any]:
-    """Options and cost of a finished run."""
+    """Returns options and cost of a finished run.
+
+    Raises:
+        ValueError: The run is not finished, or one of its records is damaged.
+    """
     missing = [name for name in ("pipeline", "options.json", "training.json") if not (run_dir / name).exists()]
     if missing:
-        raise ValueError(f"--run_dir {run_dir} lacks {', '.join(missing)}: give the folder of a finished distillation")
-    return {**read_record(run_dir / "options.json"), **read_record(run_dir / "training.json")}
+        raise ValueError(f"run_dir={str(run_dir)!r} lacks {', '.join(missing)}: give the folder of a finished run")
+    if (index := run_dir / "pipeline" / "model_index.json").is_file():
+        read_record(index)
+    run = {**read_record(run_dir / "options.json"), **read_record(run_dir / "training.json")}
+    if missing := [name for name in ("pretrained_teacher_model", "seed", "seconds") if name not in run]:
+        raise ValueError(f"options.json or training.json in {run_dir} is damaged: it lacks {', '.join(missing)}")
+    return run
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured, with a row for each method and number of calls."""
+    """What was measured of a run, with a row for each method and number of network calls.
 
-    headline: str  # measure that the rows are sorted by and the curve shows, "kid" or "fd"
-    features: str  # their name
-    reference: str  # name of the images that were compared to
-    floor: dict[str, float]  # measures of one half of the reference against the other, empty if it is too small
-    rows: list[dict[str, Any]]
+    Attributes:
+        run_dir: Folder of the run, which the report is written to.
+        training: Options and cost of the run, the teacher's name, and as `guidance_scale` the one that is measured.
+        headline: Measure that the rows are sorted by and the curve shows, "kid" or "fd".
+        features: Name of the features.
+        reference: Name of the images that were compared to.
+        floor: Measures of one half of the reference against the other, empty if it is too small.
+        rows: What `add` has measured.
+        shown: The first images of each method and number of network calls.
+    """
 
-    def write(self, run_dir: Path, training: dict[str, Any]) -> None:
-        """Writes report.json and report.md; `training` has options and cost of the run, and the teacher's name.
+    run_dir: Path
+    training: dict[str, Any]
+    headline: str
+    features: str
+    reference: str
+    floor: dict[str, float]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    shown: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
-        Its `guidance_scale` is the one that was measured.
+    def add(self, method: str, nfe: int, grid: str, images: torch.Tensor, measures: Measures, eval_seed: int) -> None:
+        """Measures images, shape (N, C, H, W), of a method, and writes the report so far.
+
+        Images that are not finite cannot be measured: their number stands in the row as `not_finite`.
         """
+        bad = int((~images.isfinite().flatten(1).all(1)).sum())
+        ours = method == OURS
+        row = {"dataset": self.reference, "method": method, "nfe": nfe, "grid": grid}
+        row |= {"train_seed": self.training["seed"] if ours else None, "eval_seed": eval_seed}
+        row |= {"num_samples": len(images), **({"not_finite": bad} if bad else measures(images))}
+        self.rows.append({**row, "train_seconds": self.training["seconds"] if ours else None})
+        self.shown[method, nfe] = images[:COLUMNS].nan_to_num(0, 1, 0)  # a copy, else all of them stay in memory
+        self.write()
+
+    def write(self) -> None:
+        """Writes report.json and report.md."""
+        training = self.training
         guided = training.get("guidance_scale") not in (None, 1)
         measured = f"Measured on {measured_on()}."
-        content = {"features": self.features, "reference": self.reference, "headline": self.headline}
-        write_json(run_dir / "report.json", {**content, "floor": self.floor, "measured": measured, "rows": self.rows})
+        content: dict[str, Any] = {"features": self.features, "reference": self.reference, "headline": self.headline}
+        content |= {"floor": self.floor, "measured": measured, "rows": self.rows}
+        write_json(self.run_dir / "report.json", content)
         unknown = [label for label, share in enumerate(training.get("class_shares") or []) if not share]
         sentences = [
             f"Teacher `{training['teacher']}`. Reference: {self.reference}.",
@@ -66,11 +106,8 @@ class Report:
             f"Classes that the student was not trained on: {', '.join(map(str, unknown))}." if unknown else "",
         ]
         intro = " ".join(sentence for sentence in sentences if sentence)
-        text = "\n\n".join([f"# {run_dir.resolve().name}", intro, self._table(), NOTES, measured])
-        write_text(run_dir / "report.md", f"{text}\n")
-
-    def _short(self, value: float) -> str:
-        return f"{MEASURES[self.headline].head} {written(self.headline, value)}"
+        text = "\n\n".join([f"# {self.run_dir.resolve().name}", intro, self._table(), NOTES, measured])
+        write_text(self.run_dir / "report.md", f"{text}\n")
 
     def _table(self) -> str:
         names = [self.headline, *(name for name in REPORTED if name != self.headline)]
@@ -79,40 +116,47 @@ class Report:
         lines: list[list[Any]] = []
         if self.floor:
             lines.append(["", HALVES, *(written(name, self.floor[name]) for name in names), *[""] * 5])
-        for row in sorted(self.rows, key=lambda row: (row["nfe"], row[self.headline])):
+        for row in sorted(self.rows, key=lambda row: (row["nfe"], row.get(self.headline, math.inf))):
             method, seed, seconds = row["method"], "", ""
             if method == OURS:
                 method, seed, seconds = f"**{OURS}**", row["train_seed"], format(row["train_seconds"], ".0f")
-            cells = [written(name, row[name]) for name in names]
+            cells = [written(name, row[name]) if name in row else "-" for name in names]
+            if "not_finite" in row:
+                cells[0] = f"{row['not_finite']} images are not finite"
             lines.append([row["nfe"], method, *cells, row["num_samples"], seed, row["eval_seed"], seconds, row["grid"]])
         return write_table(heads, ("method", "grid"), lines)
 
-    def draw(
-        self, run_dir: Path, shown: dict[tuple[str, int], torch.Tensor], reference: torch.Tensor, classes: int | None
-    ) -> None:
-        """Draws samples.png, of shown images and reference, and curve.png; image i is of class i mod classes."""
-        titles = [f"class {i % classes}" for i in range(len(reference))] if classes else None
-        draw_samples([*image_rows(shown), ("reference", reference)], run_dir / "samples.png", titles)
+    def draw(self, images: torch.Tensor, labels: torch.Tensor | None, classes: int | None) -> None:
+        """Draws samples.png, of each method and the reference, and curve.png; image i is of class i mod `classes`."""
+        columns = min(COLUMNS, *map(len, self.shown.values()))
+        titles = [f"class {i % classes}" for i in range(columns)] if classes else None
+        reference = "reference", pick(images, labels, classes, columns)
+        draw_samples([*image_rows(self.shown), reference], self.run_dir / "samples.png", titles)
         label = f"{MEASURES[self.headline].head}, {self.features}"
-        draw_curves(self.rows, {self.headline: label}, run_dir / "curve.png")
+        draw_curves(self._measured(self.rows), {self.headline: label}, self.run_dir / "curve.png")
 
-    def closing_lines(self, run_dir: Path) -> str:
-        """What was made, how it compares at the most network calls it can make, what to do next."""
+    def _measured(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row for row in rows if self.headline in row]
+
+    def closing_lines(self) -> str:
+        """What was written, how HSIVI compares at its largest number of network calls, and what to do next."""
         ours = max((row for row in self.rows if row["method"] == OURS), key=lambda row: row["nfe"])
-        baselines = [row for row in self.rows if row["method"] != OURS]
-        compared = f"{self._short(ours[self.headline])} at {ours['nfe']} network calls"
+        baselines = self._measured([row for row in self.rows if row["method"] != OURS])
+
+        def value(row: dict[str, Any]) -> str:
+            return written(self.headline, row[self.headline]) if self.headline in row else "not finite"
+
+        compared = f"{MEASURES[self.headline].head} {value(ours)} at {ours['nfe']} network calls"
         if equal := [row for row in baselines if row["nfe"] == ours["nfe"]]:
             best = min(equal, key=lambda row: row[self.headline])
-            value = written(self.headline, best[self.headline])
-            compared += f"; best solver at as many calls: {best['method']}, {value}"
+            compared += f"; best solver at as many calls: {best['method']}, {value(best)}"
         longest = max(baselines, key=lambda row: (row["nfe"], -row[self.headline]), default=ours)
         if longest["nfe"] > ours["nfe"]:
-            value = written(self.headline, longest[self.headline])
-            compared += f"; with the most calls, {longest['nfe']}: {longest['method']}, {value}"
+            compared += f"; with the most calls, {longest['nfe']}: {longest['method']}, {value(longest)}"
         return (
-            f"Wrote:  index.html, report.md, report.json, samples.png, curve.png in {run_dir}\n"
+            f"Wrote:  index.html, report.md, report.json, samples.png, curve.png in {self.run_dir}\n"
             f"Result: {compared}\n"
-            f"Next:   open {run_dir / 'index.html'} in a browser"
+            f"Next:   open {self.run_dir / 'index.html'} in a browser"
         )
 
 
@@ -123,3 +167,13 @@ def image_rows(shown: dict[tuple[str, int], torch.Tensor]) -> list[tuple[str, to
         rows += [(f"{method} at {nfe}", shown[method, nfe]) for method, nfe in shown if nfe == count and method != ours]
         rows.append((f"{ours} at {count}", shown[ours, count]))
     return rows
+
+
+def pick(images: torch.Tensor, labels: torch.Tensor | None, classes: int | None, columns: int) -> torch.Tensor:
+    """Images of the reference for a row of the figure: image i of class i mod `classes` if the labels are known."""
+    rows = torch.linspace(0, len(images) - 1, columns).long()
+    if classes and labels is not None:
+        wanted = [(labels == i % classes).nonzero().flatten() for i in range(columns)]
+        found = [each[i // classes % len(each)] for i, each in enumerate(wanted) if len(each)]
+        rows = torch.stack(found) if len(found) == columns else rows
+    return images[rows]

@@ -50,8 +50,9 @@ def pipeline_of(name: str) -> Path:
 
 
 def folder_of_run(name: str) -> Path:
-    """The folder of the run of a pipeline, or where it would be."""
-    return Path(name) if (Path(name) / "options.json").is_file() else pipeline_of(name).parent
+    """The folder of the run of a pipeline; of a pipeline without a run, and of a repo id, the path itself."""
+    folder = pipeline_of(name).absolute()
+    return folder.parent if folder.is_dir() and folder.name == "pipeline" else folder
 
 
 def run_of(name: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -116,15 +116,26 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def near_folder(folder: Path) -> str:
+def near_folder(folder: Path, likeness: float = 0.6) -> str:
     """The end of a message that a folder is missing: what is there under nearly its name, or nothing."""
     if folder.exists() or not folder.parent.is_dir():
         return ""
-    near = difflib.get_close_matches(folder.name, [each.name for each in folder.parent.iterdir() if each.is_dir()], 1)
+    names = [each.name for each in folder.parent.iterdir() if each.is_dir()]
+    near = difflib.get_close_matches(folder.name, names, 1, likeness)
     return f"; did you mean {folder.parent / near[0]}?" if near else ""
 
 
-def tell_missing(name: str) -> None:
-    """Says that there is no folder of a name, if another is called nearly so, before the Hub is asked for a minute."""
-    if hint := near_folder(Path(name)):
-        print(f"there is no folder {name}, so the Hub is asked{hint}", file=sys.stderr)
+def check_spelling(name: str) -> None:
+    """Refuses a mistyped folder before the Hub is asked for it, which can take a minute.
+
+    Raises:
+        ValueError: There is no such folder, and it is written like one, or there is one of nearly this name. Names with
+            other numbers are different ones: of `user/model-v1` only `user/model-v2` may be here.
+    """
+    path = Path(name)
+    near = near_folder(path, 0.85)
+    is_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
+    if not path.exists() and (is_local or (near and re.findall(r"\d", name) == re.findall(r"\d", near))):
+        raise ValueError(
+            f"{name!r} is no folder here: give a folder, or a repo id such as user/name{near_folder(path)}"
+        )

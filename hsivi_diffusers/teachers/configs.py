@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, SchedulerMixin, UNet2DModel
 
 from ..pipeline_hsivi import parts_of
-from ..runs.folders import near_folder, tell_missing
+from ..runs.folders import check_spelling, near_folder
 from ..scheduling_hsivi import HSIVIScheduler
 
 REMEDY = "give a folder or repo id that DiffusionPipeline.from_pretrained loads, such as google/ddpm-cifar10-32"
@@ -40,7 +40,7 @@ def read_configs(name: str, revision: str | None) -> Configs:
     Raises:
         OSError: A config is missing.
     """
-    tell_missing(name)
+    check_spelling(name)
     index: dict[str, Any] = {}
     with suppress(OSError):  # which network and scheduler can do without
         index = DiffusionPipeline.load_config(name, revision=revision)

@@ -46,6 +46,7 @@ class Latents(PipelineTeacher):
         self.load_encoders: Callable[[], dict[str, Any]] = dict
         self.folder: Path | None = None
         self.vae = pipeline.vae
+        self._whole: Any = None  # the pipeline with its text encoders, once the teacher has drawn
 
     @classmethod
     def of(cls, pipeline: DiffusionPipeline, schedule: HSIVIScheduler) -> Latents:
@@ -142,9 +143,11 @@ class Latents(PipelineTeacher):
         negative_prompt: str,
     ) -> tuple[list[Any], int, str]:
         """Draws with the teacher's pipeline, as it does by itself."""
-        pipeline = self.like(**self.load_encoders()) if self.takes_text else self.pipeline
-        pipeline.to(self.device).set_progress_bar_config(disable=True)
-        pipeline.vae.enable_slicing()  # images are decoded one by one
+        if self._whole is None:
+            self._whole = self.like(**self.load_encoders())
+            self._whole.to(self.device).set_progress_bar_config(disable=True)
+            self._whole.vae.enable_slicing()  # images are decoded one by one
+        pipeline = self._whole
         known = signature(pipeline.__call__).parameters
         given: dict[str, Any] = {"negative_prompt": negative_prompt or None, "use_resolution_binning": False}
         given = {name: value for name, value in given.items() if name in known}

@@ -108,9 +108,9 @@ class Pixels(PipelineTeacher):
     ) -> tuple[list[Any], int, str]:
         """Draws by the solver of the teacher's reference images."""
         guided, clock = Guided(self, [guidance_scale]), clock_of(self.schedule)
-        solver, _ = make_scheduler(clock.reference, self.schedule, clock.pair_levels(num_inference_steps))
+        solver, given = make_scheduler(clock.reference, self.schedule, clock.pair_levels(num_inference_steps))
         noise = [torch.randn(1, *self.shape, generator=each, device=self.device) for each in generators]
         labels = None if conditions is None else torch.tensor(conditions, device=self.device)
-        x = run_solver(guided, solver, torch.cat(noise), num_inference_steps, labels, generator=generators)
+        x = run_solver(guided, solver, torch.cat(noise), num_inference_steps, labels, generator=generators, **given)
         images = DiffusionPipeline.numpy_to_pil(self.decode(x).permute(0, 2, 3, 1).cpu().numpy())
         return images, num_inference_steps * guided.calls, clock.reference

@@ -1,4 +1,4 @@
-"""The configs of the launcher, and what it may ask for."""
+"""What the launcher may ask for."""
 
 import json
 import os
@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
@@ -28,29 +27,6 @@ def launch_script(config, arguments, **environment):
         check=True,
         timeout=600,
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "distributed", "machines", "processes", "precision", "cpu"),
-    [
-        ("one_gpu", DistributedType.NO, 1, 1, "bf16", False),
-        ("eight_gpus", DistributedType.MULTI_GPU, 1, 8, "bf16", False),
-        ("two_nodes", DistributedType.MULTI_GPU, 2, 16, "bf16", False),
-        ("cpu_two_processes", DistributedType.MULTI_GPU, 1, 2, "no", True),
-    ],
-)
-def test_accelerate_reads_the_configs(name, distributed, machines, processes, precision, cpu):
-    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
-    assert config.distributed_type == distributed
-    assert (config.num_machines, config.num_processes) == (machines, processes)
-    assert (config.mixed_precision, config.use_cpu) == (precision, cpu)
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.iterdir()), ids=lambda path: path.stem)
-def test_a_config_begins_with_how_to_launch_it(path):
-    head = path.read_text().split("compute_environment")[0].replace("\\\n# ", "")
-    assert f"accelerate launch --config_file training/accelerate_configs/{path.name} " in head
-    assert "training/train_hsivi.py --config RECIPE" in head
 
 
 @pytest.mark.slow  # the launcher and both processes import everything; test_processes.py has two that are forked

@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from hsivi_diffusers.commands.cli import PushAtEnd, Teacher
 from hsivi_diffusers.commands.options import parse_options
 from hsivi_diffusers.distillation import plan
-from hsivi_diffusers.distillation.config import ALIASES, PRESETS, HSIVIConfig
+from hsivi_diffusers.distillation.config import PRESETS, HSIVIConfig
 from hsivi_diffusers.distillation.networks import make_networks
 from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.distillation.updates import run_updates
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerator")]
 def read(path, *arguments):
     """Configs of the teacher and the config of a recipe; the run of `init_from` need not be there."""
     groups = [Teacher, HSIVIConfig, PushAtEnd]
-    config = parse_options(groups, "", ["--config", str(path), *arguments], aliases=ALIASES)[1]
+    config = parse_options(groups, "", ["--config", str(path), *arguments])[1]
     return *plan.read_teacher(TRAINING / "teachers" / TEACHERS[path.stem.split("_")[0]], None), config
 
 

@@ -44,7 +44,7 @@ def schedule_of(name):
 def options_of(recipe):
     """Teacher and config of a recipe, checked as a run would; the run of `init_from` need not be there."""
     given = ["--config", str(TRAINING / "configs" / f"{recipe}.yaml")]
-    teacher, config, _ = parse_options([Teacher, HSIVIConfig, PushAtEnd], "", given, aliases=ALIASES)
+    teacher, config, _ = parse_options([Teacher, HSIVIConfig, PushAtEnd], "", given)
     config.check()
     return teacher, config
 

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from hsivi_diffusers import HSIVIPipeline
-from hsivi_diffusers.commands import cli
+from hsivi_diffusers.commands import cli, sample
+from hsivi_diffusers.runs.artifacts import run_of
+from hsivi_diffusers.teachers import teacher
 
 
 @pytest.fixture
@@ -86,15 +88,12 @@ def test_images_are_those_of_the_pipeline(draw, paper_run):
     assert np.array_equal(np.asarray(image), pixels(folder, 0))
 
 
-def test_the_number_of_steps_may_be_chosen_among_those_trained(draw, several_run, tmp_path):
+def test_the_number_of_steps_may_be_chosen_among_those_trained(draw, several_run):
     pipeline = HSIVIPipeline.from_pretrained(several_run / "pipeline")
     for name, given, steps in (("one", ["--num_inference_steps=1"], 1), ("default", [], 4)):
         folder = draw(name, "--num_samples=1", "--seed=9", *given, run=several_run)
         (image,) = pipeline(1, [torch.Generator().manual_seed(9)], steps).images
         assert np.array_equal(np.asarray(image), pixels(folder, 0))
-    with pytest.raises(ValueError, match="num_inference_steps=3, .* pass num_inference_steps=1, 2 or 4"):
-        draw("three", "--num_inference_steps=3", run=several_run)
-    assert not (tmp_path / "three").exists()
 
 
 def test_a_conditional_pipeline_draws_all_classes_in_turn_or_those_that_are_named(draw, class_run):
@@ -107,40 +106,71 @@ def test_a_conditional_pipeline_draws_all_classes_in_turn_or_those_that_are_name
         folder = draw(name, "--num_samples=4", *given, run=class_run)
         for number, image in enumerate(images(labels)):
             assert np.array_equal(image, pixels(folder, number))
-    with pytest.raises(ValueError, match="this pipeline has no classes, leave it out"):
-        draw("label", "--class_label=1")
 
 
-@pytest.mark.parametrize("option", ["--num_samples=0", "--batch_size=0"])
-def test_nothing_to_draw_is_refused(draw, tmp_path, option):
-    with pytest.raises(ValueError, match=f"{option.replace('=', ' ')}: give a number of at least 1"):
-        draw("samples", option)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num_samples=0"], "num_samples=0: give a whole number from 1 to"),
+        (["--num_samples=1000000000000"], "num_samples=1000000000000: give a whole number from 1 to"),
+        (["--batch_size=0"], "batch_size=0: give a whole number from 1 to"),
+        (["--batch_size=1000000000000"], "batch_size=1000000000000: give a whole number from 1 to"),
+        (["--seed=-1"], "seed=-1: give a whole number from 0 to"),
+        ([f"--seed={2**64}"], f"seed={2**64}: give a whole number from 0 to"),
+        (["--device=cuda:99"], "--device cuda:99 cannot be used here .*: give cpu, or leave it out"),
+        (["--device=abacus"], "--device abacus cannot be used here .*: give cpu, or leave it out"),
+        (["--device=meta"], "--device meta cannot be used here .*: give cpu, or leave it out"),
+        (["--prompt", "a cat", "--prompts=cats.txt"], "--prompt and --prompts were both given"),
+        (["--prompts=nowhere.txt"], "prompts='nowhere.txt' is no file"),
+        (["--num_inference_steps=3"], "num_inference_steps=3, .* num_inference_steps=2"),
+        (["--guidance_scale=3"], "guidance_scale=3.0: this sampler was trained with no guidance"),
+        (["--pipeline="], "--pipeline is missing"),
+        (["--pipeline=./nowhere"], r"'./nowhere' is no folder here: give a folder, or a repo id such as user/name$"),
+        (["--pipeline={tmp}/nowhere"], "nowhere' is no folder here"),
+        (["--pipeline=assets/digitst5"], r"digitst5' is no folder here.*; did you mean assets/digits_t5\?"),
+        (["--pipeline={tmp}/unfinished"], "unfinished holds no pipeline: give the folder of a pipeline or of a finish"),
+        (["--pipeline={tmp}/damaged"], "model_index.json is damaged"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_weights_are_loaded(draw, tmp_path, monkeypatch, options, message):
+    for folder in ("unfinished", "damaged", "assets/digits_t5"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "damaged" / "model_index.json").write_text("[1]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher, "load_student", lambda *given: pytest.fail("weights were loaded"))
+    with pytest.raises(ValueError, match=message):
+        draw("samples", *(option.format(tmp=tmp_path) for option in options))
     assert not (tmp_path / "samples").exists()
 
 
-def test_a_missing_pipeline_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--pipeline is missing"):
-        cli.sample([f"--output_dir={tmp_path / 'samples'}"])
-    with pytest.raises((OSError, ValueError), match="nowhere"):
-        cli.sample([f"--output_dir={tmp_path / 'samples'}", f"--pipeline={tmp_path / 'nowhere'}"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--class_label=1"], "this pipeline has no classes, leave it out"),
+        (["--prompt", "a cat"], "this pipeline takes no text, leave it out"),
+        (["--pipeline=digits_t4"], "--pipeline digits_t4 is no folder .* was not found on the Hub .*mean digits_t5"),
+        (["--pipeline=no/body"], "--pipeline no/body is no folder here and was not found on the Hub"),
+    ],
+)
+def test_what_only_the_pipeline_or_the_hub_can_tell_is_refused_too(draw, tmp_path, monkeypatch, options, message):
+    (tmp_path / "digits_t5").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        draw("samples", *options)
     assert not (tmp_path / "samples").exists()
 
 
-def test_a_folder_without_a_pipeline_and_an_unknown_repo_are_refused(tmp_path, monkeypatch):
-    (tmp_path / "unfinished").mkdir()
-    given = [f"--output_dir={tmp_path / 'samples'}"]
-    with pytest.raises(
-        ValueError, match="unfinished holds no pipeline: give the folder of a pipeline or of a finished"
-    ):
-        cli.sample([*given, f"--pipeline={tmp_path / 'unfinished'}"])
-    with pytest.raises(ValueError, match="--pipeline no/body is no folder here and was not found on the Hub"):
-        cli.sample([*given, "--pipeline=no/body"])
-
-
-def test_a_device_that_is_not_there_is_refused(draw):
-    for device in ("cuda:99", "abacus"):
-        with pytest.raises(ValueError, match=f"--device {device} cannot be used here .*: give cpu, or leave it out"):
-            draw("samples", f"--device={device}")
+def test_a_repo_id_reads_no_folder_of_this_machine(tmp_path, monkeypatch):
+    """As ./user/options.json, where `user` is a run of a private teacher."""
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "options.json").write_text('{"pretrained_teacher_model": "private"}')
+    monkeypatch.chdir(tmp_path)
+    assert run_of("user/name") == run_of("user/pipeline") == {}
+    (tmp_path / "user" / "pipeline").mkdir()
+    for name in ("user", "user/pipeline"):
+        assert run_of(name) == {"pretrained_teacher_model": "private"}
+    monkeypatch.chdir(tmp_path / "user" / "pipeline")
+    assert run_of(".") == {"pretrained_teacher_model": "private"}
 
 
 def test_a_run_stands_for_its_pipeline(draw, fast_run, tmp_path):
@@ -151,15 +181,37 @@ def test_a_run_stands_for_its_pipeline(draw, fast_run, tmp_path):
 
 
 def test_a_filled_output_folder_is_refused_unless_overwritten(draw, tmp_path):
-    (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / "precious").touch()
+    """And of an earlier drawing nothing stays, of others all."""
+    folder, others = tmp_path / "samples", {"00011.png", "20260101.png", "precious"}
+    folder.mkdir()
+    for name in others:
+        (folder / name).touch()
     for run in ({}, {"run": tmp_path / "nowhere"}):  # before a pipeline is looked for
         with pytest.raises(ValueError, match="is not empty"):
             draw("samples", "--num_samples=1", **run)
-    assert os.listdir(tmp_path / "samples") == ["precious"]
-    draw("samples", "--num_samples=1", "--overwrite_output_dir")
-    assert sorted(os.listdir(tmp_path / "samples")) == ["00000.png", "grid.png", "precious"]
+    assert set(os.listdir(folder)) == others
+    for number in (9, 4):
+        draw("samples", f"--num_samples={number}", "--overwrite_output_dir")
+        assert set(os.listdir(folder)) == {*others, "grid.png", *(f"{i:05d}.png" for i in range(number))}
 
 
-def test_help(check_help):
-    check_help(cli.sample, "sampling")
+def test_images_are_written_as_they_are_drawn(draw, tmp_path, monkeypatch):
+    drawn, batches = sample.draw, []
+
+    def interrupted(*given):
+        batches.append(given)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return drawn(*given)
+
+    monkeypatch.setattr(sample, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw("samples", "--num_samples=7", "--batch_size=2")
+    assert sorted(os.listdir(tmp_path / "samples")) == [f"{number:05d}.png" for number in range(4)]
+
+
+def test_the_contact_sheet_shows_the_first_of_many(draw, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "MOST_SHOWN", 4)
+    folder = draw("samples", "--num_samples=7", "--batch_size=3")
+    assert Image.open(folder / "grid.png").size == (2 * 66, 2 * 66)
+    assert capsys.readouterr().out.startswith("7 images in ")

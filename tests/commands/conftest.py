@@ -1,0 +1,3 @@
+"""The fixtures of tests/training/conftest.py."""
+
+from training.conftest import *  # noqa: F403

@@ -1,0 +1,323 @@
+"""`hsivi evaluate`."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from hsivi_diffusers import HSIVIPipeline, load_teacher
+from hsivi_diffusers.commands import evaluate
+from hsivi_diffusers.evaluation import features, report
+from hsivi_diffusers.evaluation.classifier import ImageClassifier
+from hsivi_diffusers.evaluation.figures import draw_samples
+from hsivi_diffusers.evaluation.images import load_images
+from hsivi_diffusers.evaluation.metrics import Measures
+from hsivi_diffusers.runs.measures import REPORTED
+from hsivi_diffusers.teachers.ode import few_step_timesteps
+from hsivi_diffusers.teachers.solvers import make_solver, make_student, sample
+from tiny_unet import make_unet
+
+SOLVERS = ["DDIM", "DPM-Solver++", "DPM-Solver++, few-step grid", "UniPC", "UniPC, few-step grid"]
+KEYS = ["dataset", "method", "nfe", "grid", "train_seed", "eval_seed", "num_samples", *REPORTED, "train_seconds"]
+
+
+def arguments(run_dir, extractor):
+    return [
+        *[f"--run_dir={run_dir}", f"--feature_extractor={extractor}", "--feature_name=my own features"],
+        *["--num_samples=24", "--batch_size=10", "--eval_seed=3"],
+        *["--solver_steps", "2", "3", "--ddim_steps=4", "--ddpm_steps=5", "--real_data=digits"],
+    ]
+
+
+@pytest.fixture
+def run_copy(fast_run, tmp_path):
+    """A finished run that may be written to."""
+    return shutil.copytree(fast_run, tmp_path / "run")
+
+
+def change(folder, **settings):
+    """Changes options of a run."""
+    path = folder / "options.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return folder
+
+
+# ----- the report -----
+
+
+@pytest.fixture(scope="module")
+def evaluated(fast_run, extractor, printed, tmp_path_factory):
+    """A tiny evaluation: folder, its report.json, and what was printed."""
+    folder = shutil.copytree(fast_run, tmp_path_factory.mktemp("evaluated") / "fast")
+    text = printed(evaluate.main, arguments(folder, extractor))
+    return folder, json.loads((folder / "report.json").read_text()), text
+
+
+def test_every_method_has_its_row_with_the_keys_promised(evaluated):
+    folder, content, _ = evaluated
+    assert content["features"] == "my own features"
+    assert content["measured"].startswith("Measured on 20")
+    methods = [("HSIVI", 2), *[(name, 2) for name in SOLVERS], *[(name, 3) for name in SOLVERS]]
+    rows = content["rows"]
+    assert [(row["method"], row["nfe"]) for row in rows] == [*methods, ("DDIM, eta 1", 4), ("DDPM", 5)]
+    training = json.loads((folder / "training.json").read_text())
+    for row in rows:
+        ours = row["method"] == "HSIVI"
+        assert list(row) == KEYS
+        assert (row["dataset"], row["num_samples"], row["eval_seed"]) == ("digits", 24, 3)
+        assert row["train_seed"] == (0 if ours else None)
+        assert row["train_seconds"] == (training["seconds"] if ours else None)
+
+
+def test_rows_hold_the_distances_of_the_images(evaluated, teacher, extractor):
+    network = ImageClassifier.from_pretrained(extractor).eval()
+    distances = Measures(network, load_images("digits", 8, 1)[0].float() / 255, [*REPORTED])
+    unet, schedule = load_teacher(str(teacher))
+    few = few_step_timesteps(schedule, (1, 8, 8), 3)
+    measured = {
+        0: make_student(HSIVIPipeline.from_pretrained(evaluated[0] / "pipeline")),
+        7: make_solver("DPM-Solver++", 3, unet, schedule.config),
+        8: make_solver("DPM-Solver++", 3, unet, schedule.config, timesteps=few),
+        11: make_solver("DDIM, eta 1", 4, unet, schedule.config),
+    }
+    for number, sampler in measured.items():
+        wanted = distances(torch.cat([*sample(sampler, 24, 10, seed=3)]))
+        row = evaluated[1]["rows"][number]
+        assert {name: row[name] for name in REPORTED} == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_table_is_sorted_and_says_what_was_measured(evaluated, teacher):
+    folder, content, _ = evaluated
+    text = (folder / "report.md").read_text()
+    assert "Features: my own features." in text
+    assert "preset `fast` for 5 updates" in text
+    assert f"Teacher `{teacher}`. Reference: digits. HSIVI was trained" in text
+    assert "|  | two halves of the reference | " in text
+    assert "| 800, 200 |" in text
+    cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    wanted = sorted(content["rows"], key=lambda row: (row["nfe"], row["fd"]))
+    assert [cell[0] for cell in cells] == [f"| {row['nfe']}" for row in wanted]
+    assert [cell[1].strip("*") for cell in cells] == [row["method"] for row in wanted]
+    assert [cell[2] for cell in cells] == [f"{row['fd']:.2f}" for row in wanted]
+
+
+def test_three_lines_close_the_run_and_the_figures_open(evaluated):
+    folder, content, text = evaluated
+    rows = content["rows"]
+    made, compares, following = text.splitlines()
+    assert made == f"Wrote:  index.html, report.md, report.json, samples.png, curve.png in {folder}"
+    best = min(rows[1:6], key=lambda row: row["fd"])
+    assert compares == (
+        f"Result: FD {rows[0]['fd']:.2f} at 2 network calls; best solver at as many calls: "
+        f"{best['method']}, {best['fd']:.2f}; with the most calls, 5: DDPM, {rows[12]['fd']:.2f}"
+    )
+    assert following == f"Next:   open {folder / 'index.html'} in a browser"
+    for name in ("samples.png", "curve.png"):
+        with Image.open(folder / name) as image:
+            assert image.format == "PNG"
+            assert image.width >= 512
+            assert len(image.convert("L").getcolors()) > 10
+    assert not [*folder.glob("*.partial")]
+
+
+@pytest.fixture(scope="module")
+def evaluated_several(several_run, extractor, printed, tmp_path_factory):
+    """Folder, the rows of images, and what was printed."""
+    folder, shown = shutil.copytree(several_run, tmp_path_factory.mktemp("evaluated") / "several"), []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(report, "draw_samples", lambda rows, *given: shown.append(rows) or draw_samples(rows, *given))
+        text = printed(evaluate.main, [*arguments(folder, extractor), "--solver_steps", "2", "4", "--ddim_steps=0"])
+    return folder, shown[0], text
+
+
+def test_each_count_of_a_student_has_its_row(evaluated_several, extractor):
+    folder, _, text = evaluated_several
+    rows = json.loads((folder / "report.json").read_text())["rows"]
+    ours = [row for row in rows if row["method"] == "HSIVI"]
+    assert [row["nfe"] for row in ours] == [1, 2, 4]
+    assert len({row["train_seconds"] for row in ours}) == 1
+    pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
+    distances = Measures(ImageClassifier.from_pretrained(extractor).eval(), load_images("digits", 8, 1)[0] / 255)
+    for row in ours:
+        images = torch.cat([*sample(make_student(pipeline, row["nfe"]), 24, 10, seed=3)])
+        assert row["fd"] == pytest.approx(distances(images)["fd"], rel=1e-6)
+    table = (folder / "report.md").read_text()
+    assert all(f"| {nfe} | **HSIVI** |" in table for nfe in (1, 2, 4))
+    best = min((row for row in rows if row["nfe"] == 4 and row["method"] != "HSIVI"), key=lambda row: row["fd"])
+    told = f"best solver at as many calls: {best['method']}, {best['fd']:.2f}; "
+    assert f"FD {ours[-1]['fd']:.2f} at 4 network calls; {told}" in text
+
+
+def test_each_count_of_a_student_is_shown_with_the_solvers_of_as_many_calls(evaluated_several):
+    _, shown, _ = evaluated_several
+    two, four = ([f"{name} at {nfe}" for name in (*SOLVERS, "HSIVI")] for nfe in (2, 4))
+    assert [label for label, _ in shown] == ["teacher, DDPM at 5", "HSIVI at 1", *two, *four, "reference"]
+    assert len({tuple(images.shape) for _, images in shown}) == 1
+
+
+def test_a_solver_that_diverges_loses_no_row_and_one_that_fails_none_before_it(run_copy, extractor, monkeypatch):
+    drawn = evaluate.draw
+
+    def diverge(name, *given):
+        images = drawn(name, *given)
+        if name.startswith("UniPC at"):
+            images[3] = torch.nan
+        if name == "DDPM at 5":
+            raise KeyboardInterrupt
+        return images
+
+    monkeypatch.setattr(evaluate, "draw", diverge)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main([*arguments(run_copy, extractor), "--solver_steps", "2", "--ddim_steps=0"])
+    rows = json.loads((run_copy / "report.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["HSIVI", *SOLVERS]
+    assert [(row["method"], row["not_finite"]) for row in rows if "fd" not in row] == [("UniPC", 1)]
+
+
+def test_solvers_may_be_left_out_and_images_fewer_than_columns(run_copy, extractor, printed):
+    options = ["--solver_steps", "3", "--ddim_steps=0", "--ddpm_steps=0", "--num_samples=7"]
+    text = printed(evaluate.main, [*arguments(run_copy, extractor), *options])
+    rows = json.loads((run_copy / "report.json").read_text())["rows"]
+    assert [(row["method"], row["nfe"]) for row in rows] == [("HSIVI", 2), *((solver, 3) for solver in SOLVERS)]
+    assert "best solver" not in text
+    assert len(text.splitlines()) == 3
+
+
+# ----- the reference -----
+
+
+def test_the_reference_is_the_teacher_from_other_noise(class_teacher):
+    unet, schedule = load_teacher(str(class_teacher))
+    options = evaluate.Evaluation(reference_samples=8, reference_steps=3, batch_size=5, eval_seed=4)
+    images, labels, name = evaluate.load_reference(options, unet, schedule.config, 3)
+    solver = make_solver("DPM-Solver++ SDE", 3, unet, schedule.config, timestep_spacing="trailing")
+    own, other = (torch.cat([*sample(solver, 8, 5, seed, 3)]) for seed in (4, 5))
+    assert torch.equal(images, other)
+    assert not torch.equal(images, own)
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert name == "teacher, DPM-Solver++ SDE at 3 steps"
+
+
+def test_a_folder_of_images_is_named_by_its_last_part(teacher, tmp_path, monkeypatch):
+    (tmp_path / "cats").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "cats" / "1.png")
+    monkeypatch.chdir(tmp_path / "cats")
+    unet, schedule = load_teacher(str(teacher))
+    for given in (str(tmp_path / "cats"), f"{tmp_path}/cats/", "."):
+        *_, name = evaluate.load_reference(evaluate.Evaluation(real_data=given), unet, schedule.config, None)
+        assert name == "cats"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"real_data": "digits"}, "images are 1 x 8 x 16, and only square .*: leave --real_data out"),
+        ({"reference_samples": 8, "reference_steps": 2}, "by DPM-Solver.* at 2 steps are not finite: give more --refe"),
+    ],
+)
+def test_a_reference_that_nothing_can_be_compared_to_is_refused(teacher, options, message):
+    unet, schedule = make_unet(sample_size=(8, 16)), load_teacher(str(teacher))[1]
+    torch.nn.init.constant_(unet.conv_out.bias, torch.nan)
+    with pytest.raises(ValueError, match=message):
+        evaluate.load_reference(evaluate.Evaluation(**options), unet, schedule.config, None)
+
+
+def test_latents_are_drawn_in_smaller_batches():
+    sizes = [
+        evaluate.batch_size_of(evaluate.Evaluation(batch_size=size), host)
+        for size in (None, 7)
+        for host in (None, object())
+    ]
+    assert sizes == [100, 4, 7, 7]
+
+
+# ----- refusals -----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--run_dir="], "--run_dir is missing"),
+        (["--run_dir=nowhere"], "'nowhere' lacks pipeline, options.json, training.json: give the folder of a finished"),
+        (["--batch_size=0"], "batch_size=0: give a whole number from 1"),
+        (["--num_samples=6"], "num_samples=6: give a whole number from 7"),
+        (["--num_samples=1000000000000"], "num_samples=1000000000000: give a whole number from 7"),
+        (["--reference_samples=6"], "reference_samples=6: give a whole number from 7"),
+        (["--reference_steps=0"], "reference_steps=0: give a whole number from 1 to 1000"),
+        (["--ddpm_steps=-1"], "ddpm_steps=-1: give a whole number from 0"),
+        (["--ddim_steps=-1"], "ddim_steps=-1: give a whole number from 0"),
+        (["--solver_steps", "2", "0"], r"solver_steps=\[2, 0\]: give a whole number from 1"),
+        (["--eval_seed=-1"], "eval_seed=-1: give a whole number from 0"),
+        (["--real_data=./nowhere"], "'./nowhere' is no folder here"),
+        (["--feature_extractor=nowhere"], "feature_extractor='nowhere' holds no ImageClassifier"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(run_copy, monkeypatch, options, message):
+    monkeypatch.setattr(evaluate, "load_parts", lambda *given: pytest.fail("the teacher was loaded"))
+    with pytest.raises(ValueError, match=message):
+        evaluate.main([f"--run_dir={run_copy}", *options])
+    assert not (run_copy / "report.json").exists()
+
+
+def test_a_missing_package_is_refused_before_anything_is_loaded(run_copy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(evaluate, "load_parts", lambda *given: pytest.fail("the teacher was loaded"))
+    with pytest.raises(ValueError, match="^matplotlib missing: pip install"):
+        evaluate.main([f"--run_dir={run_copy}"])
+
+
+def test_a_run_whose_teacher_was_a_loaded_pipeline_asks_for_it(run_copy):
+    with pytest.raises(ValueError, match="--teacher is missing: this run was given a loaded pipeline, name its folder"):
+        evaluate.main([f"--run_dir={change(run_copy, pretrained_teacher_model=None)}"])
+
+
+def test_a_count_that_a_solver_cannot_draw_is_refused_before_images_are_drawn(run_copy, extractor, monkeypatch):
+    monkeypatch.setattr(evaluate, "draw", lambda *given: pytest.fail("images were drawn"))
+    with pytest.raises(ValueError, match="2000"):
+        evaluate.main([f"--run_dir={run_copy}", f"--feature_extractor={extractor}", "--ddpm_steps=2000"])
+
+
+def test_the_teacher_is_that_of_the_run_with_its_revision_unless_named(run_copy, extractor, monkeypatch):
+    change(run_copy, pretrained_teacher_model="somebody/teacher", revision="v2")
+    asked = []
+
+    def load(name, revision=None):
+        asked.append((name, revision))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "load_parts", load)
+    for extra in ([], ["--teacher=other"]):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main([*arguments(run_copy, extractor), *extra])
+    assert asked == [("somebody/teacher", "v2"), ("other", None)]
+
+
+# ----- any run, with nothing but --run_dir -----
+
+
+class Means(torch.nn.Module):
+    """Four features of any images: stands in for EfficientNet, without a head."""
+
+    def forward(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), 2).flatten(1)
+
+
+def test_a_class_conditional_run_is_evaluated_without_further_options(class_run, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(class_run, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(features, "EfficientNetFeatures", Means)
+    quick = ["--num_samples=12", "--reference_samples=20", "--reference_steps=3", "--ddpm_steps=4", "--ddim_steps=0"]
+    evaluate.main([f"--run_dir={folder}", *quick])
+    content = json.loads((folder / "report.json").read_text())
+    keys = [(row["method"], row["nfe"]) for row in content["rows"]]
+    assert keys == [("HSIVI", 2), *[(name, nfe) for nfe in (2, 4) for name in SOLVERS], ("DDPM", 4)]
+    assert content["reference"] == "teacher, DPM-Solver++ SDE at 3 steps"
+    assert content["headline"] == "kid"
+    assert [*content["floor"]] == [*REPORTED]
+    text = (folder / "report.md").read_text()
+    assert "| NFE | method | KID x 1000 |" in text
+    assert f"|  | two halves of the reference | {1000 * content['floor']['kid']:.2f} |" in text
+    assert "Result: KID x 1000 " in capsys.readouterr().out

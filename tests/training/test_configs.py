@@ -1,0 +1,93 @@
+"""The configs of the repository: recipes for the programs, and of the launcher."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+
+from hsivi_diffusers.commands import cli, evaluate
+from hsivi_diffusers.commands.options import parse_options
+from hsivi_diffusers.distillation.config import PRESETS
+from hsivi_diffusers.runs.options import differences, flatten
+from hsivi_diffusers.runs.output import Output
+from training.benchmarks.images import benchmark, train_baseline, train_classifier, train_teacher, tune_solvers
+from training.benchmarks.text import train_scorer, train_text_teacher, train_vae
+
+TRAINING = Path(__file__).parents[2] / "training"
+CONFIGS = TRAINING / "configs"
+SETS = ("fashion", "emoji", "mnist")
+STUDENTS = ("digits_t5", "digits_t1248", "fashion_t4", "emoji_t4", "mnist_t4", "emoji_text_t4")
+TEACHER = [train_teacher.Data, train_teacher.Network, train_teacher.Training, Output]
+BASELINE = [train_baseline.Teacher, train_baseline.Training, Output]
+GROUPS = {
+    **{f"{name}_teacher": TEACHER for name in ("digits", "digits_guided", "digits_flow", *SETS)},
+    "emoji_vae": [train_vae.Autoencoder, train_teacher.Training, Output],
+    "emoji_text": [train_text_teacher.Text, train_teacher.Training, Output],
+    "emoji_scorer": [train_scorer.Training],
+    "emoji_lcm": BASELINE,
+    "digits_evaluation": [evaluate.Evaluation],
+    **{
+        f"{name}_{method}": BASELINE
+        for name in ("digits", *SETS)
+        for method in ("consistency", "progressive", "regression")
+    },
+    **{f"{name}_classifier": [train_classifier.Training] for name in SETS},
+    **{f"solvers_{name}": [tune_solvers.Options] for name in ("digits", "guided", "flow", "text", *SETS)},
+    **{f"benchmark_{name}": [benchmark.Options] for name in ("digits", "guided", "flow", "text", *SETS)},
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_config_parses_for_its_program(name):
+    path = CONFIGS / f"{name}.yaml"
+    options = flatten(parse_options(GROUPS[name], "", ["--config", str(path)]))
+    assert differences(options, yaml.safe_load(path.read_text())) == ""
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_config_of_a_distillation_can_run_and_is_of_a_preset(name):
+    path = CONFIGS / f"{name}.yaml"
+    teacher, config, _ = cli.read_distillation(["--config", str(path)], "hsivi distil", "")
+    written = yaml.safe_load(path.read_text())
+    assert config.preset == ("latent" if config.prompts else "fast")
+    counts = written.pop("num_inference_steps")
+    assert config.depths == (counts if isinstance(counts, list) else [counts])
+    if "guidance_scale" in written:
+        assert config.scales == [written.pop("guidance_scale")]
+    assert differences(flatten([teacher, config]), written) == ""
+
+
+def test_no_config_is_left_untested():
+    """Those that end in a preset are tested in test_teachers.py, those of studies in test_study.py."""
+    elsewhere = ("study_*", *(f"*_{preset}" for preset in PRESETS))
+    recipes = {path.stem for pattern in elsewhere for path in CONFIGS.glob(f"{pattern}.yaml")}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} - recipes == {*GROUPS, *STUDENTS}
+
+
+@pytest.mark.parametrize(
+    ("name", "distributed", "machines", "processes", "precision", "cpu"),
+    [
+        ("one_gpu", DistributedType.NO, 1, 1, "bf16", False),
+        ("eight_gpus", DistributedType.MULTI_GPU, 1, 8, "bf16", False),
+        ("two_nodes", DistributedType.MULTI_GPU, 2, 16, "bf16", False),
+        ("cpu_two_processes", DistributedType.MULTI_GPU, 1, 2, "no", True),
+    ],
+)
+def test_accelerate_reads_the_configs_and_each_says_how_to_launch_it(
+    name, distributed, machines, processes, precision, cpu
+):
+    path = TRAINING / "accelerate_configs" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == distributed
+    assert (config.num_machines, config.num_processes) == (machines, processes)
+    assert (config.mixed_precision, config.use_cpu) == (precision, cpu)
+    head = path.read_text().split("compute_environment")[0].replace("\\\n# ", "")
+    assert f"accelerate launch --config_file training/accelerate_configs/{path.name} " in head
+    assert "training/train_hsivi.py --config RECIPE" in head
+
+
+def test_every_config_of_the_launcher_is_tested():
+    names = {path.stem for path in (TRAINING / "accelerate_configs").iterdir()}
+    assert names == {"one_gpu", "eight_gpus", "two_nodes", "cpu_two_processes"}
