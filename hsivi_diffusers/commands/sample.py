@@ -58,6 +58,7 @@ def sample(args: Sequence[str]) -> None:
     from PIL import ImageOps
 
     from ..evaluation.images import enlarge, show
+    from ..teachers.loading import kind_of
 
     device = usable_device(options.device)
     check_trained(options)
