@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -26,19 +25,14 @@ from ..runs.bars import bar
 from ..runs.measures import REPORTED
 from ..runs.options import option
 from ..runs.page import read_json, write_page
-from ..scheduling_hsivi import HSIVIScheduler
-from ..teachers.denoisers import Network, give_prompts, num_classes, sample_shape
-from ..teachers.guidance import GuidedNetwork, calls_of_step, guided
-from ..teachers.ode import few_step_timesteps
+from ..teachers.guidance import Guided
+from ..teachers.levels import clock_of
+from ..teachers.loading import load_student, load_teacher
 from ..teachers.solvers import Sampler, make_solver, make_student, sample, shorten
-from ..teachers.teacher import image_shape, load_parts, load_prompts, load_student, network_of
 from .options import check_numbers, parse_options
 
-ON_GRID = ("DPM-Solver++", "UniPC")  # of `few_step_timesteps` too: neither grid is the better one for every teacher
+ON_GRID = ("DPM-Solver++", "UniPC")  # of `few_step_levels` too: neither grid is the better one for every teacher
 BASELINES = ("DDIM", *ON_GRID)
-# The SDE of a teacher corrects errors of its network, and a rectified flow has none. Both by the trailing grid, which
-# starts at the last timestep.
-REFERENCE, REFERENCE_OF_FLOW = "DPM-Solver++ SDE", "DPM-Solver++"
 
 
 @dataclass
@@ -79,44 +73,32 @@ class Evaluation:
 
 
 def make_samplers(
-    options: Evaluation,
-    student: DiffusionPipeline,
-    unet: Network | GuidedNetwork,
-    config: Any,
-    host: DiffusionPipeline | None = None,
+    options: Evaluation, student: DiffusionPipeline, guided: Guided
 ) -> Iterator[tuple[str, int, Sampler, str]]:
     """The student at each of its step counts, then the baselines: method, network calls, sampler, grid.
 
-    A step of a teacher with guidance is two network calls. DDPM is not defined for rectified flows.
+    A step of a teacher with guidance is two network calls. Solvers that its noise schedule excludes are left out.
     """
+    clock, shape = clock_of(guided.teacher.schedule), guided.teacher.shape
     counts = student.scheduler.depths
     for nfe in counts:
         student.scheduler.set_timesteps(nfe)
         grid = f"trained: {shorten(student.scheduler.timesteps.tolist())}"
         if student.scheduler.guidance_scales:
             grid += f"; guidance {scale_of(options, student)}"
-        yield OURS, nfe, make_student(student, nfe, options.guidance_scale), grid
-    calls = calls_of_step(unet)
-    few = dict.fromkeys(max(1, nfe // calls) for nfe in [*counts, 2 * max(counts)])
+        yield OURS, nfe, make_student(student, guided.teacher, nfe, options.guidance_scale), grid
+    few = dict.fromkeys(max(1, nfe // guided.calls) for nfe in [*counts, 2 * max(counts)])
     baselines = [(method, steps) for steps in options.solver_steps or few for method in BASELINES]
-    if not student.scheduler.is_flow:
-        baselines += [("DDIM, eta 1", options.ddim_steps), ("DDPM", options.ddpm_steps)]
+    baselines += [("DDIM, eta 1", options.ddim_steps), ("DDPM", options.ddpm_steps)]
     for method, steps in baselines:
-        if not steps:
+        if not steps or method in clock.unsupported:
             continue
         grids: dict[str, list[int] | None] = {method: None}
         if method in ON_GRID:
-            grids[f"{method}, few-step grid"] = few_step_timesteps(student.scheduler, sample_shape(unet), steps)
-        for name, timesteps in grids.items():
-            solver = make_solver(method, steps, unet, config, timesteps, host)
-            yield name, calls * steps, solver, solver.grid
-
-
-def batch_size_of(options: Evaluation, host: DiffusionPipeline | None) -> int:
-    """Images at once: 100 by default, of latents 4."""
-    if options.batch_size is None:
-        return 100 if host is None else 4
-    return options.batch_size
+            grids[f"{method}, few-step grid"] = clock.few_step_levels(shape, steps)
+        for name, levels in grids.items():
+            solver = make_solver(method, steps, guided, levels)
+            yield name, guided.calls * steps, solver, solver.grid
 
 
 def scale_of(options: Evaluation, student: DiffusionPipeline) -> float:
@@ -126,18 +108,14 @@ def scale_of(options: Evaluation, student: DiffusionPipeline) -> float:
 
 
 def load_reference(
-    options: Evaluation,
-    unet: Network | GuidedNetwork,
-    config: Any,
-    classes: int | None,
-    host: DiffusionPipeline | None = None,
+    options: Evaluation, guided: Guided, classes: int | None, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
     """Loads the real images, or samples the teacher, from other noise than the methods start from.
 
     Returns:
         Images in [0, 1], shape (N, C, H, W), labels of shape (N,) if they are known, and a name.
     """
-    channels, height, width = image_shape(host, sample_shape(unet))
+    channels, height, width = guided.teacher.image_shape
     if options.real_data is not None:
         if height != width or channels not in (1, 3):
             raise ValueError(
@@ -147,10 +125,11 @@ def load_reference(
         images, labels = load_images(options.real_data, height, channels)
         path = Path(options.real_data)
         return images.float() / 255, labels, path.resolve().name if path.exists() else options.real_data
-    method = REFERENCE_OF_FLOW if HSIVIScheduler.from_config(config).is_flow else REFERENCE
-    solver = make_solver(method, options.reference_steps, unet, config, host=host, timestep_spacing="trailing")
+    method = clock_of(guided.teacher.schedule).reference
+    # The trailing grid starts at the last timestep.
+    solver = make_solver(method, options.reference_steps, guided, timestep_spacing="trailing")
     size = options.reference_samples
-    images = draw("reference", solver, size, batch_size_of(options, host), options.eval_seed + 1, classes)
+    images = draw("reference", solver, size, batch_size, options.eval_seed + 1, classes)
     if not images.isfinite().all():
         raise ValueError(
             f"the teacher's images by {method} at {options.reference_steps} steps are not finite: give more "
@@ -181,30 +160,26 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("--teacher is missing: this run was given a loaded pipeline, name its folder or repo id")
     network, features = load_network(options.feature_extractor)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet, schedule, host, _ = load_parts(training["teacher"], None if options.teacher else training.get("revision"))
-    check_channels(network, image_shape(host, sample_shape(unet))[0])
-    student = load_student(run_dir / "pipeline", host).to(device)
-    unet.to(device).eval()
-    if host is not None:
-        host.vae.to(device)
-    told = str(run_dir / PROMPTS) if training.get("prompts") else None, training.get("negative_prompt", "")
-    if (prompts := load_prompts(host, *told, torch.device(device))) is not None:
-        for each in (unet, network_of(student)):
-            give_prompts(each, prompts)
-    classes = num_classes(unet, bool(student.scheduler.guidance_scales)) or None
-    if prompts is not None:  # the same for methods and reference
-        classes = min(len(prompts) - 1, options.num_samples, options.reference_samples)
+    teacher = load_teacher(training["teacher"], None if options.teacher else training.get("revision"))
+    check_channels(network, teacher.image_shape[0])
+    student = load_student(run_dir / "pipeline", teacher).to(device)
+    prompts = str(run_dir / PROMPTS) if training.get("prompts") else None
+    teacher.encode_prompts(prompts, training.get("negative_prompt", ""), torch.device(device))
+    teacher.to(device).network.eval()
+    classes = teacher.num_conditions(bool(student.scheduler.guidance_scales)) or None
+    if prompts is not None and classes is not None:  # the same for methods and reference
+        classes = min(classes, options.num_samples, options.reference_samples)
     training["guidance_scale"] = scale_of(options, student)
-    teacher = guided(unet, [training["guidance_scale"]])
-    samplers = list(make_samplers(options, student, teacher, schedule.config, host))  # refuses counts without a grid
-    reference, labels, name = load_reference(options, teacher, schedule.config, classes, host)
+    guided, batch = Guided(teacher, [training["guidance_scale"]]), options.batch_size or teacher.draw_batch
+    samplers = list(make_samplers(options, student, guided))  # refuses counts without a grid
+    reference, labels, name = load_reference(options, guided, classes, batch)
     measures = Measures(network.to(device), reference, REPORTED)
     if before := read_json(run_dir / "report.json").get("features"):
         print(f"The report in {run_dir} (features: {before}) will be replaced.")
 
     headline, features = "fd" if options.feature_extractor else "kid", options.feature_name or features
     report = Report(run_dir, training, headline, features, name, split_halves(network, reference, REPORTED))
-    size, batch_size, seed = options.num_samples, batch_size_of(options, host), options.eval_seed
+    size, batch_size, seed = options.num_samples, batch, options.eval_seed
     for method, nfe, sampler, grid in samplers:
         images = draw(f"{method} at {nfe}", sampler, size, batch_size, seed, classes)
         report.add(method, nfe, grid, images, measures, seed)
