@@ -149,14 +149,14 @@ def _claim_repo(hub: PushAtEnd) -> None:
 
 def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
     """Reads the options of a distillation, and refuses what cannot run; of a resumed run its own are the defaults."""
-    from ..distillation.config import ALIASES, HSIVIConfig, read_settings
+    from ..distillation.config import HSIVIConfig, read_settings
     from ..runs.output import check_init_from
 
-    read = partial(parse_options, [Teacher, HSIVIConfig, PushAtEnd], description, args, prog, ALIASES)
+    read = partial(parse_options, [Teacher, HSIVIConfig, PushAtEnd], description, args, prog)
     teacher, config, hub = read()
     record = _record_of(teacher.resume_from_checkpoint, config.output_dir)
     if record is not None:
-        teacher, config, hub = read(read_settings(record))
+        teacher, config, hub = read(before=read_settings(record))
     config.check()
     hub.check()
     if config.init_from is not None:
