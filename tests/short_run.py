@@ -2,9 +2,6 @@
 
 import importlib
 
-from hsivi_diffusers.commands import cli
-from training.benchmarks.images.trainings import DISTIL
-
 SETTINGS = {
     "num_inference_steps": 2,
     "train_batch_size": 4,
@@ -18,6 +15,9 @@ SETTINGS = {
 
 def call(program, given):
     """Stands in for `trainings.call`: runs the program in this process."""
+    from hsivi_diffusers.commands import cli
+    from training.benchmarks.images.trainings import DISTIL
+
     if program == DISTIL:
         cli.distil(given)
     else:

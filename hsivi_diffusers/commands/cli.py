@@ -155,7 +155,7 @@ def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple
     teacher, config, hub = read()
     record = _record_of(teacher.resume_from_checkpoint, config.output_dir)
     if record is not None:
-        teacher, config, hub = read(read_settings(record))
+        teacher, config, hub = read(before=read_settings(record))
     config.check()
     hub.check()
     if config.init_from is not None:

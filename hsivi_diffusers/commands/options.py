@@ -84,7 +84,7 @@ def parse_options(
     hints: dict[str, Any] = {}
     for group in groups:
         heading, kinds = parser.add_argument_group(group._group), get_type_hints(group)
-        for each in fields(group):
+        for each in (each for each in fields(group) if each.metadata):
             hints[each.name] = kinds[each.name]
             heading.add_argument(f"--{each.name}", help=each.metadata["help"], **_keywords(hints[each.name]))
     given = vars(parser.parse_args(args))

@@ -73,7 +73,7 @@ START_RULES: dict[str | None, tuple[str, float] | None] = {
     "paper": None,
     "latent": ("noise", 4.15),
 }
-BY_PRESET: Any = object()  # the default of what the preset decides
+BY_PRESET: Any = ...  # the default of what the preset decides; a copy or a pickle of it is itself
 
 
 @dataclass
@@ -170,8 +170,8 @@ class HSIVIConfig:
         None, "student updates between sample grids; a tenth of the run by default, 0 for none"
     )
     report_to: str | None = option(None, "trackers of accelerate: tensorboard, wandb, comet_ml or all", common=False)
-    # What the preset filled in: `dataclasses.replace` passes all fields, and so it can be told from what was given.
-    _filled: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    # What was filled in, as (given, value): `dataclasses.replace` passes all fields, and this tells which were given.
+    _filled: Mapping[str, tuple[Any, Any]] | None = field(default=None, repr=False, compare=False)
 
     def __new__(cls, *args: Any, **given: Any) -> HSIVIConfig:
         known = {each.name for each in fields(cls)}
@@ -183,10 +183,10 @@ class HSIVIConfig:
         for name in ("output_dir", "init_from", "prompts"):
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
-        for name, value in (self._filled or {}).items():
+        for name, (given, value) in (self._filled or {}).items():
             if getattr(self, name) == value:
-                setattr(self, name, None if name == "preset" else BY_PRESET)
-        filled = {each.name for each in fields(self) if getattr(self, each.name) is BY_PRESET}
+                setattr(self, name, given)
+        filled = {each.name: BY_PRESET for each in fields(self) if getattr(self, each.name) is BY_PRESET}
         check_types(self, filled)
         self.num_inference_steps = sorted(self.depths)
         if self.scales:
@@ -194,12 +194,12 @@ class HSIVIConfig:
         if self.preset not in (None, *PRESETS):
             raise ValueError(f"preset={self.preset!r} is unknown: choose one of {', '.join(PRESETS)}")
         if self.preset in (None, "fast"):
-            filled.add("preset")
+            filled["preset"] = self.preset
             self.preset = self._usual_preset()
         for name, value in self._of_preset().items():
             if name in filled:
                 setattr(self, name, value)
-        self._filled = {name: getattr(self, name) for name in filled}
+        self._filled = {name: (given, getattr(self, name)) for name, given in filled.items()}
 
     def _usual_preset(self) -> Literal["fast", "one_call", "latent"]:
         if self.preset is None and self.prompts is not None:

@@ -216,11 +216,14 @@ class TeacherBridge(Bridge):
         outputs, inputs = self.scheduler.output_level(t), self.scheduler.input_level(t)
         if outputs.max() > high:
             raise ValueError(
-                f"a layer ends at timestep {outputs.max()}, above the random levels up to {high}: start the grid "
-                "lower, or raise the upper end of level_range"
+                f"a layer ends at timestep {outputs.max()}, above {high}, the highest that is scored: set a lower "
+                "start_timestep, or take fewer steps"
             )
         if low >= inputs.min():
-            raise ValueError(f"the random levels start at {low}, above the levels of the last layer: lower them")
+            raise ValueError(
+                f"the last layer starts at timestep {inputs.min()}, and levels are drawn from {low} on: take fewer "
+                f"steps, or set level_min below {inputs.min()}"
+            )
         highest = inputs - 1
         highest[self._first_layers] = high
         if self.scheduler.config.noise_eta == 0:

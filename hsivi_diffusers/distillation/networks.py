@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
-from ..runs.artifacts import ADAPTER
+from ..runs.artifacts import ADAPTER, read_record
 from ..scheduling_hsivi import HSIVIScheduler
 from ..teachers.adapters import add_adapter, has_adapter, load_adapter
 from ..teachers.levels import clock_of
@@ -45,6 +45,7 @@ def load_networks(teacher: Teacher, config: HSIVIConfig, accelerator: Accelerato
     identity = teacher.identity()
     networks = make_networks(teacher, *make_student_and_critic(teacher, config), config)
     if config.init_from is not None:
+        check_same_teacher(Path(config.init_from), identity["teacher_sha256"])
         carry_over(networks, Path(config.init_from))
     if has_adapter(networks.student):
         _ = teacher.weights_sha256  # of the weights as they are now
@@ -75,13 +76,17 @@ def make_networks(teacher: Teacher, student: Any, critic: Any, config: HSIVIConf
 
 def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[int, ...]) -> HSIVIScheduler:
     """Returns the teacher's noise schedule with the grid, or grids, of a student."""
-    rule, counts = START_RULES[config.preset], config.depths
+    rule, counts, last = START_RULES[config.preset], config.depths, len(schedule) - 1
+    if config.start_timestep is not None and not max(counts) <= config.start_timestep <= last:
+        raise ValueError(
+            f"start_timestep={config.start_timestep}: give a timestep from {max(counts)} (the steps) to {last}"
+        )
     starts = clock_of(schedule).starts(config.start_timestep, rule, shape, len(counts))
     for count, start in zip(counts, starts, strict=True):
-        if not 0 < count <= (len(schedule) - 1 if start is None else start):
+        if count > (highest := last if start is None else start):
             raise ValueError(
-                f"num_inference_steps={count}: give at most {start or len(schedule) - 1}, the timesteps from the start "
-                "down; a higher start_timestep leaves more"
+                f"num_inference_steps={count}: the first step starts at timestep {highest}: take at most {highest} "
+                f"steps{'' if highest == last else ', or set a higher start_timestep'}"
             )
     grids = [
         HSIVIScheduler.make_layer_timesteps(count, config.timestep_spacing, len(schedule), first)
@@ -94,10 +99,20 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
         kernel="ddim",
         noise_eta=config.noise_eta,
         noise_scale_type=config.noise_scale_type,
-        guidance_scale=config.guidance_scale,
+        guidance_scale=config.guidance_scale if config.has_guidance else None,
         clip_sample=False,  # a clamp would stop the gradient of every pixel at black or white
         thresholding=False,
     )
+
+
+def check_same_teacher(run: Path, teacher_sha256: str) -> None:
+    """Refuses, with ValueError, a run whose record names another teacher."""
+    record = read_record(run / "training.json") if (run / "training.json").is_file() else {}
+    if record.get("teacher_sha256", teacher_sha256) != teacher_sha256:
+        raise ValueError(
+            f"init_from={str(run)!r} was trained with another teacher, of other weights or noise levels: give a run of "
+            "the same teacher"
+        )
 
 
 def carry_over(networks: Networks, run: Path) -> None:

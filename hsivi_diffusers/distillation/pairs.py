@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -22,6 +27,26 @@ PAIR_CALLS = 15  # steps of the teacher for a pair
 
 class InterruptedRunError(Exception):
     """SIGTERM or Ctrl-C ended a run; what was done is in a checkpoint, and the message says how to continue."""
+
+
+def read_images(path: Path, about: str) -> Tensor | None:
+    """Returns the images of pairs that `write_images` wrote; None if there are none of such a run, or damaged ones."""
+    with suppress(FileNotFoundError, SafetensorError), safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("about") == _digest(about):
+            return file.get_tensor("images")
+    return None
+
+
+def write_images(path: Path, images: Tensor, about: str) -> None:
+    """Writes the images of pairs, with a hash of all that decides them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({"images": images}, partial, {"about": _digest(about)})
+    partial.replace(path)
+
+
+def _digest(about: str) -> str:
+    return hashlib.sha256(about.encode()).hexdigest()
 
 
 class TeacherPairs:

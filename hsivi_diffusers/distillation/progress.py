@@ -77,6 +77,7 @@ class Progress:
     def __init__(self, state: TrainingState) -> None:
         self.state, self.config, self.accelerator = state, state.config, state.accelerator
         self.running: dict[str, float] = {}
+        self.unread: list[Tensor] = []  # mean losses of updates, still on the device: to read them is to wait for it
         self.far = 0  # grids in a row, up to the last one, that are far from the teacher's
         self.folder = Path(str(self.config.output_dir))
         channels = state.teacher.image_shape[0]
@@ -114,10 +115,13 @@ class Progress:
     def _show(self, shown: tqdm[Any], step: Step, measured: dict[str, float]) -> None:
         """Moves the bar, and tells the trackers every now and then."""
         done = step.step + 1
-        losses = {"student": step.layers.loss.mean().item(), "critic": step.critic.loss.mean().item()}
-        self.running = {name: 0.95 * self.running.get(name, loss) + 0.05 * loss for name, loss in losses.items()}
+        self.unread.append(torch.stack([step.layers.loss.mean(), step.critic.loss.mean()]))
         shown.update()
         if done % EVERY == 0 or done == self.config.max_train_steps or measured:
+            for losses in torch.stack(self.unread).tolist():
+                for name, loss in zip(("student", "critic"), losses, strict=True):
+                    self.running[name] = 0.95 * self.running.get(name, loss) + 0.05 * loss
+            self.unread.clear()
             numbers, told = self._numbers(step), dict(self.running)
             if done > self.clock_step:  # not of the first update alone
                 speed = (done - self.clock_step) * self.state.rows / (time.perf_counter() - self.clock)
@@ -199,20 +203,26 @@ class Progress:
         return shared
 
     def _judge(self, step: int, ratios: list[float]) -> None:
-        """Says so if the ratios of a grid, if one was drawn, are out of bounds, and ends a run that is far out."""
+        """Warns when contrast or diversity leaves the usual range; stops the run after two bad grids."""
         total = self.config.max_train_steps
         if not ratios or 10 * step < total:
             return
         where = f"look at {self.folder / 'samples'}, and at 'Training' in docs/troubleshooting.md"
-        found = {name.removeprefix("images/"): ratio for name, ratio in zip(RATIOS, ratios, strict=True)}
-        text = f"after {step} updates the images have " + " and ".join(
-            f"{ratio:.2f} times the {name} of the teacher's" for name, ratio in found.items()
-        )
-        if not all(1 / BOUND < ratio < BOUND for ratio in ratios) and self.accelerator.is_main_process:
-            tqdm.write(f"{text}, and {1 / BOUND:.2f} to {BOUND} is usual: {where}")
-        self.far = 0 if all(1 / LIMIT < ratio < LIMIT for ratio in ratios) else self.far + 1
+
+        values = {name.removeprefix("images/"): ratio for name, ratio in zip(RATIOS, ratios, strict=True)}
+
+        def outside(bound: float) -> dict[str, float]:
+            return {name: ratio for name, ratio in values.items() if not 1 / bound < ratio < bound}
+
+        def describe(found: dict[str, float]) -> str:
+            text = " and ".join(f"{ratio:.2f} times the {name}" for name, ratio in found.items())
+            return f"after {step} updates the images have {text} of the teacher's"
+
+        if (unusual := outside(BOUND)) and self.accelerator.is_main_process:
+            tqdm.write(f"{describe(unusual)}, and {1 / BOUND:.2f} to {BOUND} is usual: {where}")
+        self.far = self.far + 1 if outside(LIMIT) else 0
         if self.far > 1 and step < total:
-            self._stop(step, f"{text}, as at the grid before, and the run was stopped: {where}")
+            self._stop(step, f"{describe(values)}, as at the grid before, and the run was stopped: {where}")
 
     def _stop(self, step: int, text: str) -> NoReturn:
         """Ends the run, and says so on its page, until it is resumed."""

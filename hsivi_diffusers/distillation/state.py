@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,21 +12,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..runs.folders import remove_folder, replace_folder
 from ..runs.state_dicts import TrainedWeights
+from ..scheduling_hsivi import HSIVIScheduler
 from ..teachers.adapters import has_adapter, share
 from ..teachers.levels import clock_of
 from ..vi import Chain, CriticObjective, DivergenceError, PairMixingChain, make_chain, step_generator
 from .config import HSIVIConfig
 from .game import StudentCritic, StudentLayers, TeacherBridge
 from .networks import Networks
-from .pairs import PAIR_CALLS, InterruptedRunError, TeacherPairs
+from .pairs import PAIR_CALLS, InterruptedRunError, TeacherPairs, read_images, write_images
 
 PAIRS = "pairs"  # folder of a run
 NOISE_SCALE_LEARNING_RATE = 1e-2
@@ -76,6 +76,17 @@ def check_number_of_shares(config: HSIVIConfig, classes: int) -> None:
         raise ValueError(f"class_shares has {len(shares)} numbers, and the teacher {classes} classes: {remedy}")
 
 
+def check_pairs(config: HSIVIConfig, scheduler: HSIVIScheduler) -> None:
+    """Refuses, with ValueError, pairs of a schedule with fewer timesteps than their solver takes steps."""
+    try:
+        _ = clock_of(scheduler).pair_levels(PAIR_CALLS) if config.num_pairs else []
+    except ValueError as error:
+        raise ValueError(
+            f"num_pairs={config.num_pairs}: a pair takes {PAIR_CALLS} solver steps, and the teacher's schedule has "
+            "fewer timesteps: set num_pairs=0"
+        ) from error
+
+
 class TrainingState:
     """The modules, optimizers and chains of a run, prepared by accelerate; the networks are trained in place."""
 
@@ -91,14 +102,19 @@ class TrainingState:
         self.objective = objective
         self.teacher, scheduler = networks.teacher, networks.scheduler
         outputs = scheduler.output_level(torch.arange(sum(scheduler.depths)))
-        levels = config.level_min, clock_of(scheduler).highest_level(self.teacher.shape, outputs)
+        highest = clock_of(scheduler).highest_level(self.teacher.shape, outputs)
+        if config.level_min > highest:
+            raise ValueError(f"level_min={config.level_min}: give a timestep up to {highest}, the highest in training")
+        levels = config.level_min, highest
         self.bridge = TeacherBridge(self.teacher, scheduler, levels, between_share(config), config.decay_guidance)
-        self.bridge.check_levels()
-        if config.num_pairs:
-            clock_of(scheduler).pair_levels(PAIR_CALLS)  # refused now, and not after the folder is claimed
+        if config.scoring != "own":
+            self.bridge.check_levels()
+        check_pairs(config, scheduler)
         check_number_of_shares(config, self.bridge.num_classes)
         if config.gradient_checkpointing:
             for network in (self.teacher.network, networks.student, networks.critic):
+                if not hasattr(network, "enable_gradient_checkpointing"):
+                    raise ValueError(f"gradient_checkpointing=True: a {self.teacher.name} has none: leave it out")
                 network.enable_gradient_checkpointing()
         for network in (networks.student, networks.critic):
             make_trained(network)
@@ -187,19 +203,10 @@ class TrainingState:
         draw = self.sample_condition
         condition = None if draw is None else draw(number, generator)
         noise = torch.randn(number, *self.bridge.shape, generator=generator)  # of all pairs: too many for a GPU
-        path, made = self._pairs_path(place), None
-        key = hashlib.sha256(json.dumps([self.identity, config.settings()], default=str).encode()).hexdigest()
-        if path is not None and path.is_file():
-            with safe_open(path, "pt") as file:
-                made = file.get_tensor("images") if (file.metadata() or {}).get("key") == key else None
-        known = 0 if made is None else len(made)
-
-        def keep(images: Tensor) -> None:
-            if path is not None and len(images) > known:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_file({"images": images}, path.with_suffix(".partial"), {"key": key})
-                path.with_suffix(".partial").replace(path)
-
+        path, about = self._pairs_path(place), json.dumps([self.identity, config.settings(), number], default=str)
+        made = None if path is None else read_images(path, about)
+        # As many in all processes, so that each asks as often whether to stop.
+        known = min(gather_object([0 if made is None else len(made)]))
         try:
             pairs = TeacherPairs(
                 self.bridge.guided,
@@ -208,13 +215,15 @@ class TrainingState:
                 condition,
                 batch_size=config.train_batch_size,
                 show=self.accelerator.is_main_process,
-                made=made,
+                made=None if made is None else made[:known],
                 stop=self.accelerator.check_trigger,
             )
         except InterruptedRunError as error:
-            keep(error.args[0])
+            if path is not None:
+                write_images(path, error.args[0], about)
             raise
-        keep(pairs.made)
+        if path is not None and len(pairs.made) > known:
+            write_images(path, pairs.made, about)
         return pairs
 
     def _pairs_path(self, place: int) -> Path | None:

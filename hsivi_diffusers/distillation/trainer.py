@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 
 from ..runs.artifacts import PROMPTS
 from ..runs.checkpoints import Checkpoints
-from ..runs.folders import write_json, write_text
+from ..runs.folders import remove_folder, write_json, write_text
 from ..runs.output import Output, check_init_from, check_teacher, claimed, finished, start_run
 from ..runs.page import LOG, PAGE, write_page
 from ..share.push import push
@@ -36,7 +36,7 @@ from .pairs import InterruptedRunError as InterruptedRunError
 from .progress import CollapsedRunError as CollapsedRunError
 from .progress import Progress
 from .state import PAIRS, TrainingState, adam_of
-from .updates import fit_calls, run_updates
+from .updates import check_objective, fit_calls, run_updates
 
 WRITTEN = (
     "training.json",
@@ -90,10 +90,13 @@ class HSIVITrainer:
     ) -> None:
         if not isinstance(config, HSIVIConfig | None):
             raise ValueError(f"config is a {type(config).__name__}: give an HSIVIConfig(num_inference_steps=4, ...)")
+        if not isinstance(objective, CriticObjective | None):
+            raise ValueError(f"objective={objective!r}: give a vi.CriticObjective, such as vi.KullbackLeibler(weight)")
         if callable(callbacks) or not all(map(callable, callbacks)):
             raise ValueError(f"callbacks={callbacks!r}: give a list of functions of (trainer, step)")
         self.config = config = replace(config) if config is not None else HSIVIConfig()
         config.check()
+        check_objective(objective, config)
         adam_of(config)  # refused now, and not after the teacher is loaded
         if config.init_from is not None:
             check_init_from(Path(config.init_from))
@@ -150,7 +153,8 @@ class HSIVITrainer:
                 remedy = " (a finished run can be named by init_from there)"
                 start_run(run, settings, WRITTEN, remedy, complete, {**self.teacher, **config.record()})
             self.accelerator.wait_for_everyone()
-            identity = {**settings, **self.state.identity}
+            objective = None if self.state.objective is None else type(self.state.objective).__name__
+            identity = {**settings, **self.state.identity, "custom_objective": objective}
             checkpoints = Checkpoints(run, self.accelerator, self.state, identity, complete)
             start, spent = checkpoints.load()
             if self._has_trained and not start:
@@ -171,6 +175,7 @@ class HSIVITrainer:
                 summary = self._summarise(start, seconds, sum(rows.values()) * self.accelerator.num_processes)
             if main:
                 self.state.save(checkpoints.output_dir)
+                remove_folder(checkpoints.output_dir / PAIRS)
                 write_json(record, summary)
                 write_page(checkpoints.output_dir)
             self.accelerator.wait_for_everyone()
@@ -267,7 +272,7 @@ def make_accelerator(config: HSIVIConfig) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if started != accelerator.num_processes:
         raise ValueError(
-            f"the launcher started {started} processes, and each takes itself for the only one: on a CPU set "
+            f"the launcher started {started} processes, and each was initialised as a single-process run: on a CPU set "
             "ACCELERATE_USE_CPU=true"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would leave it out

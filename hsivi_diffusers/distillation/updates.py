@@ -49,6 +49,15 @@ def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjectiv
     return (ScoreMatching if matches else KullbackLeibler)(bridge.weight(4.0 if matches else 2.0))
 
 
+def check_objective(objective: CriticObjective | None, config: HSIVIConfig) -> None:
+    """Refuses, with ValueError, an objective of the user that cannot be used as the config scores layers."""
+    if objective is not None and objective.critic_gradient and (config.scoring == "between" or config.noise_eta == 0):
+        raise ValueError(
+            f"objective={type(objective).__name__}(...) takes a gradient through the critic, which scoring='between' "
+            "and noise_eta=0 exclude: set scoring to 'own' or 'random', and noise_eta above 0"
+        )
+
+
 def scoring_of(config: HSIVIConfig) -> Scoring:
     """The way of the core; "between" differs in what the bridge makes of a draw."""
     return "own" if config.scoring == "own" else "random"
@@ -62,7 +71,7 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
         InterruptedRunError: SIGTERM or Ctrl-C came before the first update.
     """
     config = state.config
-    if config.num_pairs:
+    if config.num_pairs and start_step < config.max_train_steps:
         try:
             with state.counting_paused():  # `fit_calls` knows them
                 for place in range(len(state.chains)):

@@ -93,6 +93,7 @@ def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, 
         ValueError: The pipeline is missing or damaged, or this method cannot distil it.
     """
     if isinstance(teacher, Teacher):
+        check_finite_weights(teacher.network, f"the {teacher.name}")
         return teacher
     if isinstance(teacher, DiffusionPipeline):
         return _of_pipeline(teacher, type(teacher).__name__, copied=True)
