@@ -109,9 +109,9 @@ def check_together(config: Any, usual: Any) -> None:
     """Refuses settings that exclude each other, or have no effect; `usual` are those of the preset."""
     if config.prompts is not None and config.guidance_scale is None:
         raise ValueError("guidance_scale is missing: with prompts give one, such as 4.5, or 1 for none")
-    if config.prompts is not None and config.class_shares is not None:
+    if config.prompts is not None:
         number = len(read_prompts(config.prompts))
-        if len(config.class_shares) != number:
+        if config.class_shares is not None and len(config.class_shares) != number:
             raise ValueError(f"class_shares has {len(config.class_shares)} numbers for {number} prompts: give as many")
     if not (config.decay_guidance or config.has_guidance):
         raise ValueError("decay_guidance=False has no effect without a guidance_scale other than 1: leave it out")

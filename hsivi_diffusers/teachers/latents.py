@@ -149,7 +149,8 @@ class Latents(PipelineTeacher):
             self._whole.vae.enable_slicing()  # images are decoded one by one
         pipeline = self._whole
         known = signature(pipeline.__call__).parameters
-        given: dict[str, Any] = {"negative_prompt": negative_prompt or None, "use_resolution_binning": False}
+        negative = [negative_prompt] * len(generators) if negative_prompt else None
+        given: dict[str, Any] = {"negative_prompt": negative, "use_resolution_binning": False}
         given = {name: value for name, value in given.items() if name in known}
         given |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         images = pipeline(conditions, generator=generators, **given).images

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge, load_teacher, push
 from hsivi_diffusers.commands import cli, evaluate
-from hsivi_diffusers.distillation import plan
-from hsivi_diffusers.distillation.networks import make_networks
+from hsivi_diffusers.distillation import plan, updates
+from hsivi_diffusers.distillation.networks import make_networks, make_student_and_critic
 from hsivi_diffusers.distillation.pairs import TeacherPairs
 from hsivi_diffusers.share.card import make_card
-from hsivi_diffusers.teachers.denoisers import denoise, num_classes, num_labels, sample_shape
-from hsivi_diffusers.teachers.teacher import decode, load_student
+from hsivi_diffusers.teachers.guidance import Guided
+from hsivi_diffusers.teachers.loading import load_student, read_teacher
+from hsivi_diffusers.teachers.solvers import run_solver
 from short_run import SETTINGS
 from tiny_dit import make_dit
 
@@ -44,62 +45,57 @@ def student(run):
     return pipeline
 
 
+@pytest.fixture
+def loaded(stock):
+    return load_teacher(stock)
+
+
 def test_it_is_loaded_with_its_schedule(dit_teacher, stock):
-    network, schedule = load_teacher(str(dit_teacher))
-    assert isinstance(network, DiTTransformer2DModel)
-    assert torch.equal(schedule.alphas_cumprod, stock.scheduler.alphas_cumprod)
-    assert (sample_shape(network), num_labels(network), num_classes(network)) == ((2, 8, 8), 4, 3)
+    teacher = load_teacher(str(dit_teacher))
+    assert isinstance(teacher.network, DiTTransformer2DModel)
+    assert torch.equal(teacher.schedule.alphas_cumprod, stock.scheduler.alphas_cumprod)
+    assert (teacher.shape, teacher.image_shape) == ((2, 8, 8), (3, 16, 16))
+    assert (teacher.num_rows, teacher.num_conditions(), teacher.num_conditions(guides=True)) == (4, 3, 3)
 
 
-def test_it_denoises_as_the_stock_pipeline_does(stock):
-    x, level, labels = torch.randn(3, 2, 8, 8), torch.tensor([10, 400, 900]), torch.tensor([0, 2, NONE])
-    x0, eps = denoise(stock.transformer, HSIVIScheduler(), x, level, labels)
-    told = stock.transformer(x, level, class_labels=labels).sample[:, :2]
-    torch.testing.assert_close(eps, told)
-    alpha, sigma = HSIVIScheduler().alpha_sigma(level, x)
-    torch.testing.assert_close(alpha * x0 + sigma * eps, x)
+@pytest.mark.parametrize("scale", [None, 4.0])
+def test_the_bridge_guides_by_the_label_for_no_class(stock, loaded, scale):
+    scheduler = HSIVIScheduler(layer_timesteps=[440, 220, 10], noise_eta=1.0, guidance_scale=scale)
+    bridge, x = TeacherBridge(loaded, scheduler), torch.randn(3, 2, 8, 8)
+    level, labels = torch.tensor([10, 200, 400]), torch.tensor([0, 1, 2])
+    of_class, of_none = (
+        stock.transformer(x, level, class_labels=each).sample[:, :2] for each in (labels, torch.full((3,), NONE))
+    )
+    output = of_class if scale is None else of_none + scale * (of_class - of_none)
+    _, sigma = scheduler.alpha_sigma(level, x)
+    torch.testing.assert_close(bridge.score(x, level, labels), -output / sigma, rtol=1e-3, atol=1e-4)
+    assert bridge.num_classes == 3
 
 
-def test_no_label_is_dropped_in_training(stock):
-    networks = make_networks((stock.transformer,) * 3, HSIVIScheduler(), HSIVIConfig(num_inference_steps=2))
+def test_no_label_is_dropped_in_training(loaded):
+    config = HSIVIConfig(num_inference_steps=2)
+    networks = make_networks(loaded, *make_student_and_critic(loaded, config), config)
     x, labels = torch.randn(64, 2, 8, 8), torch.arange(64) % 3
     outputs = [networks.student.train(mode)(x, torch.full((64,), 300), labels).sample for mode in (True, False)]
     torch.testing.assert_close(*outputs)
 
 
-@pytest.mark.parametrize("scale", [None, 4.0])
-def test_the_bridge_guides_by_the_label_for_no_class(stock, scale):
-    scheduler = HSIVIScheduler(layer_timesteps=[440, 220, 10], noise_eta=1.0, guidance_scale=scale)
-    bridge, x = TeacherBridge(stock.transformer, scheduler), torch.randn(3, 2, 8, 8)
-    level, labels = torch.tensor([10, 200, 400]), torch.tensor([0, 1, 2])
-    of_class, of_none = (
-        stock.transformer(x, level, class_labels=each).sample[:, :2] for each in (labels, torch.full((3,), NONE))
-    )
-    told = of_class if scale is None else of_none + scale * (of_class - of_none)
-    _, sigma = scheduler.alpha_sigma(level, x)
-    torch.testing.assert_close(bridge.score(x, level, labels), -told / sigma, rtol=1e-3, atol=1e-4)
-    assert bridge.num_classes == 3
-
-
-def test_latents_are_not_clipped_and_become_the_images_of_the_stock_pipeline(stock):
+def test_latents_are_not_clipped_and_become_the_images_of_the_stock_pipeline(stock, loaded):
     noise, labels = 3 * torch.randn(3, 2, 8, 8), torch.tensor([0, 1, 2])
-    pairs = TeacherPairs(stock.transformer, HSIVIScheduler(layer_timesteps=[999, -1]), noise, labels, clip=False)
+    pairs = TeacherPairs(Guided(loaded), HSIVIScheduler(layer_timesteps=[999, -1]), noise, labels)
     assert pairs.end.abs().max() > 1
     stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
     generator = torch.Generator().manual_seed(3)
     images = stock([0, 1], 1.0, generator, num_inference_steps=4, output_type="pt").images
     latents = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(3))
-    stock.scheduler.set_timesteps(4)
-    for timestep in stock.scheduler.timesteps:
-        output = stock.transformer(latents, timestep.expand(2), class_labels=torch.tensor([0, 1])).sample[:, :2]
-        latents = stock.scheduler.step(output, timestep, latents).prev_sample
-    torch.testing.assert_close(decode(stock, latents), images)
+    latents = run_solver(Guided(loaded), stock.scheduler, latents, 4, torch.tensor([0, 1]))
+    torch.testing.assert_close(loaded.decode(latents), images)
 
 
 def test_the_student_is_a_stock_pipeline_with_our_scheduler(student, run, dit_teacher):
     assert isinstance(student.scheduler, HSIVIScheduler)
     assert student.get_label_ids(["tiger", "owl"]) == [0, 2]
-    before, _ = load_teacher(str(dit_teacher))
+    before = load_teacher(str(dit_teacher)).network
     assert not torch.equal(student.transformer.proj_out_2.weight, before.proj_out_2.weight)
     assert student([0, 1, 2], **DRAW).images.shape == (3, 16, 16, 3)
     with pytest.raises(ValueError, match="num_inference_steps"):
@@ -148,9 +144,8 @@ def test_the_old_name_of_the_class_is_known(dit_teacher, tmp_path):
     for file in (folder / "model_index.json", folder / "transformer" / "config.json"):
         file.write_text(file.read_text().replace("DiTTransformer2DModel", "Transformer2DModel"))
     assert "norm_type" in (folder / "transformer" / "config.json").read_text()
-    network, _ = load_teacher(str(folder))
-    assert isinstance(network, DiTTransformer2DModel)
-    assert plan.read_teacher(str(folder), None)[0]["_class_name"] == "DiTTransformer2DModel"
+    for read in (load_teacher, read_teacher):
+        assert isinstance(read(str(folder)).network, DiTTransformer2DModel)
 
 
 def test_a_subclass_is_as_good(stock):
@@ -161,7 +156,7 @@ def test_a_subclass_is_as_good(stock):
         pass
 
     mine = Mine(MyTransformer.from_config(stock.transformer.config), stock.vae, stock.scheduler)
-    assert isinstance(load_teacher(mine)[0], MyTransformer)
+    assert isinstance(load_teacher(mine).network, MyTransformer)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +189,7 @@ def test_what_the_configs_refuse_is_refused_before_weights_are_loaded(dit_teache
     if "EDM" in str(change):
         config = {name: value for name, value in config.items() if not name.startswith(("beta", "trained"))}
     (folder / file).write_text(json.dumps(config))
-    for read in (load_teacher, lambda name: plan.read_teacher(name, None)):
+    for read in (load_teacher, read_teacher):
         with pytest.raises(ValueError, match=message):
             read(str(folder))
 
@@ -204,24 +199,21 @@ def test_a_run_goes_on_from_another(run, dit_teacher, distil, tmp_path):
     assert (tmp_path / "next" / "pipeline" / "transformer").is_dir()
 
 
-def test_one_step_starts_with_pairs(dit_teacher, distil, tmp_path):
-    options = {"num_inference_steps": 1, "num_pairs": 8, "pair_steps": 2}
+def test_one_step_starts_with_pairs(dit_teacher, distil, tmp_path, monkeypatch):
+    monkeypatch.setattr(updates, "PAIR_STEPS", 2)
+    options = {"num_inference_steps": 1, "num_pairs": 8}
     folder = distil(tmp_path / "run", pretrained_teacher_model=dit_teacher, **options)
     assert json.loads((folder / "training.json").read_text())["network_calls"] > 8 * 15
 
 
 @pytest.mark.slow
 def test_it_is_planned_with_its_vae(dit_teacher, make_config, capsys):
-    shape, schedule = plan.read_teacher(str(dit_teacher), None)
-    cost = plan.measure(shape, schedule, make_config())
-    network, _ = load_teacher(str(dit_teacher))
-    assert cost.parameters["teacher"] == network.num_parameters()
+    cost = plan.measure(str(dit_teacher), None, make_config())
+    assert cost.parameters["teacher"] == load_teacher(str(dit_teacher)).network.num_parameters()
     plan.print_plan(str(dit_teacher), make_config())
     text = capsys.readouterr().out
     assert "VAE" in text
-    vae = DiTPipeline.from_pretrained(dit_teacher).vae
-    assert plan.vae_memory(str(dit_teacher), None) == 4 * vae.num_parameters()
-    with pytest.raises(ValueError, match="per_pixel' is for a UNet2DModel, and the teacher is a DiTTransformer2DModel"):
+    with pytest.raises(ValueError, match="per_pixel' needs a UNet2DModel, and the teacher is a DiTTransformer2DModel"):
         plan.print_plan(str(dit_teacher), make_config(noise_scale_type="per_pixel"))
 
 
@@ -291,10 +283,10 @@ def test_it_is_measured_against_solvers_of_the_teacher(run):
     [
         (
             {"noise_scale_type": "per_pixel"},
-            "per_pixel' is for a UNet2DModel, and the teacher is a DiTTransformer2DModel",
+            "per_pixel' needs a UNet2DModel, and the teacher is a DiTTransformer2DModel",
         ),
-        ({"num_inference_steps": [1, 2]}, "DiTTransformer2DModel leaves no place to tell it a layer"),
-        ({"guidance_scale": [1.0, 2.0]}, "DiTTransformer2DModel leaves no place to tell it a layer or a scale"),
+        ({"num_inference_steps": [1, 2]}, "a DiTTransformer2DModel has no free class embedding"),
+        ({"guidance_scale": [1.0, 2.0]}, "a DiTTransformer2DModel has no free class embedding"),
     ],
 )
 def test_what_a_dit_cannot_be_told_is_refused(dit_teacher, tmp_path, options, message):
@@ -309,7 +301,7 @@ def test_a_teacher_is_not_drawn_from_and_a_student_does_not_teach(dit_teacher, r
     assert "was not distilled" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a sampler that was distilled: give the teacher it had"):
         load_teacher(str(run / "pipeline"))
-    with pytest.raises(ValueError, match="has a DiTTransformer2DModel, and the teacher is a UNet2DModel: give a run"):
+    with pytest.raises(ValueError, match="was trained with another teacher, of other weights or noise levels"):
         distil(tmp_path / "next", init_from=run)
     with pytest.raises(ValueError, match="HSIVIPipeline draws with a UNet2DModel alone"):
         HSIVIPipeline.from_pretrained(run / "pipeline")

@@ -1,0 +1,162 @@
+"""Solvers of the teacher's ODE and SDE, on grids of our choice."""
+
+import itertools
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler, UniPCMultistepScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsivi_diffusers import HSIVIScheduler
+from hsivi_diffusers.teachers.guidance import Guided
+from hsivi_diffusers.teachers.levels import power_timesteps
+from hsivi_diffusers.teachers.loading import load_teacher
+from hsivi_diffusers.teachers.solvers import SOLVERS, Solver, clip_steps, make_solver, run_solver, sample, use_grid
+from tiny_unet import make_unet
+
+
+def teacher_of(unet, scheduler=None, **options):
+    return load_teacher(DDPMPipeline(unet=unet, scheduler=scheduler or DDPMScheduler(clip_sample=False, **options)))
+
+
+@pytest.fixture
+def teacher(unet):
+    return Guided(teacher_of(unet))
+
+
+@pytest.fixture
+def consistency_model(unet):
+    """A pipeline of random weights with the scheduler that train_baseline.py writes."""
+    config = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True}
+    return DDPMPipeline(unet=unet, scheduler=LCMScheduler(**config))
+
+
+def consistency_sampler(pipeline, num_steps):
+    teacher = teacher_of(pipeline.unet)
+    return Solver(LCMScheduler.from_config(pipeline.scheduler.config), num_steps, teacher, Guided(teacher))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+def test_a_consistency_model_is_sampled_as_by_a_pipeline_of_diffusers(consistency_model, num_steps):
+    calls, sampler = [], consistency_sampler(consistency_model, num_steps)
+    sampler.teacher.network.register_forward_pre_hook(lambda module, given: calls.append(int(given[1][0])))
+    (images,) = sample(sampler, 3, 3, seed=0)
+    assert len(calls) == num_steps
+    assert calls[0] == 999
+    assert calls == sorted(calls, reverse=True)
+    consistency_model.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    wanted = consistency_model(3, generator, num_inference_steps=num_steps, output_type="np").images
+    assert torch.equal(images.permute(0, 2, 3, 1), torch.from_numpy(wanted))
+
+
+def test_a_sampler_may_be_called_again_and_follows_its_seed(consistency_model):
+    sampler = consistency_sampler(consistency_model, 3)
+    first, again, other = (torch.cat([*sample(sampler, 3, 2, seed=seed)]) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("method", ["DDIM", "UniPC", "DPM-Solver++"])
+def test_a_variance_that_the_teacher_predicts_is_dropped(method):
+    unet, mean_alone = make_unet(out_channels=2).eval(), make_unet(out_channels=1).eval()
+    weights = unet.state_dict()
+    for name in ("conv_out.weight", "conv_out.bias"):
+        weights[name] = weights[name][:1]
+    mean_alone.load_state_dict(weights)
+    images, wanted = (
+        next(sample(make_solver(method, 2, Guided(teacher_of(each))), 3, 3, 0)) for each in (unet, mean_alone)
+    )
+    torch.testing.assert_close(images, wanted)
+
+
+# ----- grids of our choice -----
+
+
+@pytest.mark.parametrize("method", ["DPM-Solver++", "UniPC", "DEIS", "SA-Solver"])
+def test_the_grid_of_a_solver_given_to_it_gives_its_images(teacher, method):
+    solver = make_solver(method, 4, teacher)
+    solver.scheduler.set_timesteps(4)
+    same = make_solver(method, 4, teacher, solver.scheduler.timesteps.tolist())
+    (images,), (wanted,) = (sample(each, 3, 3, seed=0) for each in (same, solver))
+    torch.testing.assert_close(images, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["DDIM", "UniPC", "iPNDM"])
+def test_the_network_is_called_at_the_timesteps_that_are_given(teacher, method):
+    calls = []
+    teacher.teacher.network.register_forward_hook(lambda module, args, output: calls.append(int(args[1][0])))
+    (images,) = sample(make_solver(method, 3, teacher, [700, 300, 40]), 2, 2, seed=0)
+    assert calls == [700, 300, 40]
+    assert images.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_ipndm_of_one_step_is_ddim_and_of_two_adams_bashforth(unet, prediction_type):
+    """3/2 and -1/2 of the noise at the second step."""
+    teacher = Guided(teacher_of(unet, prediction_type=prediction_type))
+    (one,), (ddim,) = (sample(make_solver(name, 1, teacher, [600]), 3, 3, 0) for name in ("iPNDM", "DDIM"))
+    torch.testing.assert_close(one, ddim, rtol=0, atol=1e-5)
+    (two,) = sample(make_solver("iPNDM", 2, teacher, [600, 200]), 3, 3, seed=0)
+    schedule, past = teacher.teacher.schedule, []
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for level, below in ((600, 200), (200, -1)):
+        past.append(schedule.predict(unet(x, level).sample, level, x)[1])
+        noise = past[0] if len(past) == 1 else (3 * past[1] - past[0]) / 2
+        alpha, sigma = schedule.alpha_sigma(torch.tensor(level), x)
+        alpha_below, sigma_below = schedule.alpha_sigma(torch.tensor(below), x)
+        x = alpha_below * (x - sigma * noise) / alpha + sigma_below * noise
+    torch.testing.assert_close(two, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+
+
+def test_a_pipeline_runs_with_a_solver_on_a_grid(unet):
+    pipeline = DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
+    pipeline.scheduler = use_grid(DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config), [700, 300, 40])
+    assert len(pipeline(2, num_inference_steps=3).images) == 2
+    assert pipeline.scheduler.timesteps.tolist() == [700, 300, 40]
+    with pytest.raises(ValueError, match="num_inference_steps=4: this solver has a grid of 3 steps"):
+        pipeline(2, num_inference_steps=4)
+
+
+@given(st.integers(1, 60), st.integers(0, 400), st.integers(60, 500), st.floats(0.3, 3))
+def test_power_timesteps_descend_from_the_start_to_the_end(num_steps, end, length, power):
+    steps = power_timesteps(num_steps, end + length, end, power)
+    assert len(steps) == num_steps
+    assert steps[0] == end + length
+    assert all(above > below for above, below in itertools.pairwise(steps))
+    assert num_steps == 1 or steps[-1] == end
+
+
+def test_more_steps_than_timesteps_are_refused():
+    with pytest.raises(ValueError, match="12 solver steps: give from 1 to 11"):
+        power_timesteps(12, 10, 0, 1.0)
+
+
+# ----- clipping -----
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_clipped_solver_is_the_one_of_diffusers_that_thresholds(unet, prediction_type):
+    """With sample_max_value 1 dynamic thresholding is a clip to [-1, 1]."""
+    options = {"prediction_type": prediction_type}
+    clipped = UniPCMultistepScheduler.from_config(DDPMScheduler(**options).config)
+    clip_steps(clipped, HSIVIScheduler(**options, clip_sample=True))
+    own = UniPCMultistepScheduler.from_config(DDPMScheduler(**options).config, thresholding=True, sample_max_value=1.0)
+    call = Guided(teacher_of(unet, **options))
+    x = 3 * torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(run_solver(call, clipped, x, 5), run_solver(call, own, x, 5), rtol=1e-4, atol=1e-4)
+
+
+def test_every_solver_honours_the_clipping_of_the_teacher(unet):
+    """Of a teacher that predicts far out of range: each last step then ends within it."""
+    torch.nn.init.normal_(unet.conv_out.weight, std=3.0)
+    clips, free = (Guided(teacher_of(unet, DDPMScheduler(clip_sample=clip))) for clip in (True, False))
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for method in SOLVERS:
+        within, outside = (
+            run_solver(each, (solver := make_solver(method, 3, each)).scheduler, x, 3, **solver.settings).abs().max()
+            for each in (clips, free)
+        )
+        assert within < 1.5 < outside, method  # DDIM keeps the noise as the network predicts it
