@@ -21,17 +21,12 @@ from .pools import CohortChain, FrozenPoolChain, PoolChain, make_chain
 from .regression import Guided, GuidedChain, PairChain, Regression
 from .targets import (
     DiffusibleTarget,
-    FullNormal,
-    GaussianMixture,
     IsotropicNormal,
     LogProbTarget,
     SampledTarget,
     ScoreTarget,
     Target,
-    Whitened,
     as_target,
-    laplace,
-    moment_match,
 )
 
 __all__ = [
@@ -48,9 +43,7 @@ __all__ = [
     "DivergenceError",
     "Finding",
     "FrozenPoolChain",
-    "FullNormal",
     "GaussianMLP",
-    "GaussianMixture",
     "GeometricBridge",
     "Guided",
     "GuidedChain",
@@ -77,7 +70,6 @@ __all__ = [
     "Step",
     "Target",
     "Update",
-    "Whitened",
     "as_target",
     "cosine",
     "diagnose",
@@ -85,9 +77,7 @@ __all__ = [
     "draw_marginals",
     "fit",
     "joint",
-    "laplace",
     "make_chain",
-    "moment_match",
     "sequential",
     "simulate",
     "step_generator",

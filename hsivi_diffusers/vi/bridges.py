@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from .distributions import DiagonalGaussian
-from .targets.target import DiffusibleTarget, IsotropicNormal, SampledTarget, Target, as_target
+from .targets import DiffusibleTarget, IsotropicNormal, SampledTarget, Target, as_target
 
 ScoreNetwork = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -115,7 +115,7 @@ class DiffusionBridge(Bridge):
     sigma_t = t / T.
 
     Args:
-        target: Its diffused form is known, as of a Gaussian mixture; or None, with `score_network`.
+        target: A `DiffusibleTarget`; any target, or None, with `score_network`.
         num_layers: T.
         score_network: Estimate of the score at a level, (x, level, condition) -> shape of x, instead of the exact one;
             sigma_t then is 0.05 at least. It is frozen if it is a module.
@@ -141,8 +141,8 @@ class DiffusionBridge(Bridge):
             raise ValueError(f"path={path!r} is unknown: choose 'variance preserving' or 'flow'")
         if score_network is None and not isinstance(target, DiffusibleTarget):
             raise ValueError(
-                f"the diffused law of a {type(target).__name__} is not known: give a DiffusibleTarget such as a "
-                "GaussianMixture, or a score_network fitted to draws of the target; or take a GeometricBridge"
+                f"the diffused law of a {type(target).__name__} is not known: give a DiffusibleTarget, or a "
+                "score_network fitted to draws of the target; or take a GeometricBridge"
             )
         if target is not None and dimension not in (None, target.dimension):
             raise ValueError(f"dimension={dimension}, and the target has {target.dimension}: leave it out")

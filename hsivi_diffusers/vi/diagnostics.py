@@ -98,8 +98,8 @@ def _wrong_spread(x: Tensor, score: Tensor) -> list[Finding]:
         message = (
             f"x_0 is wider than the target in {int(wide.sum())} of {len(ratio)} coordinates, or in a thin direction: "
             f"in coordinate {int(most.argmax())} the Stein ratio E[-(x - E x) S(x)] is {float(most.max()):.3g} where "
-            "the target has 1. Train longer; if the target is stiff, fit Whitened(target, moment_match(draws)), and "
-            "that again"
+            "the target has 1. Train longer; if the target is stiff, fit it in coordinates whitened by the mean and "
+            "covariance of these draws, and repeat"
         )
         found.append(Finding("over_dispersed", 0, float(most.max()), 1 / STEIN, message))
     return found

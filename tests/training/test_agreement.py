@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsivi_diffusers.vi.targets.target import LogProbTarget, as_target
+from hsivi_diffusers.vi import LogProbTarget, as_target
 from training.benchmarks.inference.agreement import (
     compare,
     compare_moments,

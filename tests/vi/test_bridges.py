@@ -9,12 +9,13 @@ from hsivi_diffusers.vi import (
     DiagonalGaussian,
     DiffusionBridge,
     GeometricBridge,
+    IsotropicNormal,
     ScoreMLP,
     ScoreTarget,
     as_target,
 )
-from hsivi_diffusers.vi.targets import Banana, GaussianMixture, IsotropicNormal
 from scenarios import linear_layers, matching_bridge
+from training.benchmarks.inference.targets.plane import Banana, GaussianMixture
 
 
 def test_a_bridge_without_a_clock_of_its_own_counts_layers():

@@ -7,7 +7,7 @@ from hsivi_diffusers.vi import Bridge, ConditionalLayers, DiagonalGaussian, draw
 from hsivi_diffusers.vi.diagnosis import diagnose
 from hsivi_diffusers.vi.diagnostics import critic_lag, stein_ratio, variance_collapse
 from hsivi_diffusers.vi.masses import drift, lost_modes, wrong_masses
-from hsivi_diffusers.vi.targets.target import gradient
+from hsivi_diffusers.vi.targets import gradient
 from scenarios import ExactCritic, GaussianBridge, LinearCritic, LinearLayers, linear_layers, matching_bridge
 
 

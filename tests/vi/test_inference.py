@@ -25,7 +25,7 @@ from hsivi_diffusers.vi import (
     SharedLayers,
 )
 from hsivi_diffusers.vi import inference as inference_module
-from hsivi_diffusers.vi.targets import GaussianMixture
+from training.benchmarks.inference.targets.plane import GaussianMixture
 
 MEAN = torch.tensor([1.0, -0.5])
 COVARIANCE = torch.tensor([[1.0, 0.6], [0.6, 0.8]])

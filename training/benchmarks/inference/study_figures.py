@@ -18,8 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from hsivi_diffusers.evaluation.figures import pyplot
-from hsivi_diffusers.vi import DiffusionBridge, GeometricBridge
-from hsivi_diffusers.vi.targets import SampledTarget
+from hsivi_diffusers.vi import DiffusionBridge, GeometricBridge, SampledTarget
 
 from .benchmark_targets import make_target
 from .study_rows import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..distributions import randn_like
+from .distributions import randn_like
 
 LogProb = Callable[[Tensor], Tensor]
 MAX_DIMENSION = 10**6

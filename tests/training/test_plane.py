@@ -6,8 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from hsivi_diffusers.vi.targets import Banana, Checkerboard, GaussianMixture, circles, cross, ring, swiss_roll
-from hsivi_diffusers.vi.targets.target import gradient
+from hsivi_diffusers.vi.targets import gradient
+from training.benchmarks.inference.targets.plane import (
+    Banana,
+    Checkerboard,
+    GaussianMixture,
+    circles,
+    cross,
+    ring,
+    swiss_roll,
+)
 
 
 def tilted():

@@ -4,17 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal
 
-from hsivi_diffusers.vi.targets import (
-    Banana,
-    FullNormal,
-    GaussianMixture,
-    LogProbTarget,
-    RareEvents,
-    ScoreTarget,
-    Whitened,
-    laplace,
-    moment_match,
-)
+from hsivi_diffusers.vi import LogProbTarget, ScoreTarget
+from training.benchmarks.inference.targets.plane import Banana, GaussianMixture
+from training.benchmarks.inference.targets.posteriors import RareEvents
+from training.benchmarks.inference.targets.whitened import FullNormal, Whitened, laplace, moment_match
 
 
 def law(dimension=3, condition=20.0, seed=0):
