@@ -116,7 +116,7 @@ def pair_levels(schedule: HSIVIScheduler, num_calls: int) -> list[int]:
 
 
 def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns the loss 1/2 (|m|^2 + kappa |P m|^2) in image units, for `Regression` and `Guided`.
+    """Returns the loss 1/2 (|m|^2 + kappa |P m|^2) in image units, for `Regression` and `WithPairs`.
 
     m is the residual of the clean image, that of the layer's mean divided by its `image_share`, so that one
     weight serves any number of steps. P m are the means of m over 4 x 4 fields of equal size: brightness, colour and

@@ -23,7 +23,7 @@ from ..scheduling_hsivi import HSIVIScheduler
 from ..teachers.adapters import has_adapter, save_network, share
 from ..teachers.denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
 from ..teachers.teacher import make_pipeline
-from ..vi import Chain, DivergenceError, GuidedChain, make_chain, step_generator
+from ..vi import Chain, DivergenceError, PairMixingChain, make_chain, step_generator
 from .bridge import TeacherBridge
 from .config import HSIVIConfig
 from .networks import Networks
@@ -156,7 +156,7 @@ class TrainingState:
             self.config.train_batch_size,
             self.sample_condition,
         )
-        return GuidedChain(chain, partial(self.sample_pairs, place)) if self.config.is_guided else chain
+        return PairMixingChain(chain, partial(self.sample_pairs, place)) if self.config.is_guided else chain
 
     def sample_pairs(
         self, place: int, t: Tensor, generator: torch.Generator | None

@@ -15,7 +15,6 @@ from ..vi import (
     Chain,
     CriticObjective,
     DivergenceError,
-    Guided,
     KullbackLeibler,
     Objective,
     PairChain,
@@ -23,6 +22,7 @@ from ..vi import (
     ScoreMatching,
     Stage,
     Step,
+    WithPairs,
     cosine,
     fit,
     joint,
@@ -49,7 +49,7 @@ def make_objective(config: HSIVIConfig, bridge: TeacherBridge) -> CriticObjectiv
     kind = KullbackLeibler if config.objective == "KL" else ScoreMatching
     objective: CriticObjective = kind(weight)
     loss = image_loss(bridge.scheduler, COARSE_WEIGHT)
-    return Guided(objective, config.pair_weight, loss) if config.is_guided else objective
+    return WithPairs(objective, config.pair_weight, loss) if config.is_guided else objective
 
 
 def scoring_of(config: HSIVIConfig) -> Scoring:
@@ -97,7 +97,7 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
 
 def _relax(state: TrainingState, objective: Objective) -> None:
     """Lets the weight of the pairs fall as the layers' rate does, so that the solver's faults do not stay."""
-    if isinstance(objective, Guided):
+    if isinstance(objective, WithPairs):
         (rate, *_), first = state.lr_schedulers[0].get_last_lr(), state.config.learning_rate
         objective.weight = state.config.pair_weight * rate / first
 

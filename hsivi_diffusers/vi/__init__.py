@@ -18,7 +18,7 @@ from .lower_bound import LowerBound
 from .networks import GaussianMLP, ResidualMLP, ScoreMLP
 from .objectives import CriticObjective, KullbackLeibler, LayerDraw, Objective, ScoreMatching, draw_layer
 from .pools import CohortChain, FrozenPoolChain, PoolChain, make_chain
-from .regression import Guided, GuidedChain, PairChain, Regression
+from .regression import PairChain, PairMixingChain, Regression, WithPairs
 from .targets import (
     DiffusibleTarget,
     IsotropicNormal,
@@ -45,8 +45,6 @@ __all__ = [
     "FrozenPoolChain",
     "GaussianMLP",
     "GeometricBridge",
-    "Guided",
-    "GuidedChain",
     "IndependentLayers",
     "Inference",
     "IsotropicNormal",
@@ -56,6 +54,7 @@ __all__ = [
     "LowerBound",
     "Objective",
     "PairChain",
+    "PairMixingChain",
     "Plateau",
     "PoolChain",
     "Regression",
@@ -70,6 +69,7 @@ __all__ = [
     "Step",
     "Target",
     "Update",
+    "WithPairs",
     "as_target",
     "cosine",
     "diagnose",

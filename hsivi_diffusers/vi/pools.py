@@ -75,7 +75,7 @@ class PoolChain(_Kept):
         self.x_next[batch.index] = torch.where(keep, x, q.rsample(noise).to(x.dtype))
         self.t[batch.index] = torch.where(done, self.first.to(batch.t.device)[batch.t], batch.t - 1)
         if self.condition is not None and condition is not None and batch.condition is not None:
-            self.condition[batch.index] = batch.condition  # of a guided row it is that of the pair
+            self.condition[batch.index] = batch.condition  # the condition of the pair in rows with one
             self.condition[batch.index[done]] = condition[done]
 
     def _staggered(self) -> Tensor:

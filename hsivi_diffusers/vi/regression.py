@@ -41,8 +41,8 @@ class PairChain(Chain):
         return ChainBatch(x_next=x_next, t=t.to(x_next.device), condition=condition, end=end)
 
 
-class GuidedChain(Chain):
-    """Another chain, in which layers that take the base get the inputs of pairs, for `Guided`; others keep theirs."""
+class PairMixingChain(Chain):
+    """Another chain, whose rows of layers that take the base are replaced by pairs: for `WithPairs`."""
 
     def __init__(self, chain: Chain, sample_pairs: SamplePairs) -> None:
         super().__init__(chain.sample_base, chain.depths, chain.batch_size, chain.sample_condition)
@@ -96,12 +96,12 @@ class Regression(Objective):
         """
         if draw.residual is None:
             raise ValueError(
-                "the draw has no pair: take the layer's input from a PairChain, or with Guided from a GuidedChain"
+                "the draw has no pair: Regression takes its inputs from a PairChain, WithPairs from a PairMixingChain"
             )
         return self.loss(draw.residual, draw.t)
 
 
-class Guided(CriticObjective):
+class WithPairs(CriticObjective):
     """Another objective plus a weight times `Regression`: the regression loss of DMD (arXiv 2311.18828).
 
     Objectives with a critic see missing mass at high levels only, and there the critic errs; a small weight keeps the

@@ -5,8 +5,8 @@ from hsivi_diffusers.vi import (
     CohortChain,
     DiagonalGaussian,
     FrozenPoolChain,
-    GuidedChain,
     PairChain,
+    PairMixingChain,
     PoolChain,
     SimulatedChain,
     draw_marginals,
@@ -531,7 +531,7 @@ def test_a_guided_chain_has_pairs_in_the_place_of_base_draws_and_nothing_else_of
         return torch.full((len(t), DIMENSION), 100.0), (7.0 + t[:, None]).expand(-1, DIMENSION), 5 + t
 
     pool = PoolChain(bases, num_layers, 8, lambda size, generator: torch.full((size,), -1))
-    chain, source = GuidedChain(pool, sample_pairs), generator()
+    chain, source = PairMixingChain(pool, sample_pairs), generator()
     for _ in range(60):
         batch = chain.draw(shift, source)
         chain.advance(batch, shift(batch.x_next, batch.t, None), source)

@@ -7,13 +7,13 @@ import torch
 from hsivi_diffusers.vi import (
     DiagonalGaussian,
     GeometricBridge,
-    Guided,
     KullbackLeibler,
     LayerDraw,
     LowerBound,
     Regression,
     ScoreMatching,
     ScoreTarget,
+    WithPairs,
     draw_layer,
     make_chain,
 )
@@ -249,7 +249,7 @@ def test_a_row_of_no_pair_is_not_guided_and_has_no_regression():
         end=torch.tensor([[torch.nan], [0.5]]),
     )
     assert Regression().layer_loss(no_critic, None, draw).isnan().tolist() == [True, False]
-    loss = Guided(Constant(), 2.0).layer_loss(no_critic, None, draw)
+    loss = WithPairs(Constant(), 2.0).layer_loss(no_critic, None, draw)
     assert loss.tolist() == [2.0, 2 + 2 * 1.5**2 / 2]
     (gradient,) = torch.autograd.grad(loss.sum(), q.mean)
     assert gradient.tolist() == [[0.0], [3.0]]
@@ -269,7 +269,7 @@ def test_a_loss_of_residuals_may_be_given():
     expected = draw.residual.abs().sum(1)
     loss = lambda residual, t: residual.abs().sum(1)  # noqa: E731
     torch.testing.assert_close(Regression(loss).layer_loss(no_critic, None, draw), expected)
-    torch.testing.assert_close(Guided(Constant(), 0.3, loss).layer_loss(no_critic, None, draw), 2 + 0.3 * expected)
+    torch.testing.assert_close(WithPairs(Constant(), 0.3, loss).layer_loss(no_critic, None, draw), 2 + 0.3 * expected)
 
 
 @pytest.mark.parametrize("objective", [ScoreMatching(), KullbackLeibler()])
@@ -277,27 +277,29 @@ def test_guidance_is_added_to_the_layers_loss_and_leaves_the_critics(objective):
     layers = linear_layers()
     bridge = shifted(matching_bridge(layers))
     draw = make_draw(layers, bridge, end=torch.ones(64, DIMENSION, dtype=torch.float64))
-    critic, guided = LinearCritic(3), Guided(objective, 0.3)
+    critic, with_pairs = LinearCritic(3), WithPairs(objective, 0.3)
     torch.testing.assert_close(
-        guided.layer_loss(critic, bridge, draw),
+        with_pairs.layer_loss(critic, bridge, draw),
         objective.layer_loss(critic, bridge, draw) + 0.3 * Regression().layer_loss(no_critic, None, draw),
     )
-    torch.testing.assert_close(guided.critic_loss(critic, draw.detach()), objective.critic_loss(critic, draw.detach()))
-    assert guided.critic_gradient == objective.critic_gradient
+    torch.testing.assert_close(
+        with_pairs.critic_loss(critic, draw.detach()), objective.critic_loss(critic, draw.detach())
+    )
+    assert with_pairs.critic_gradient == objective.critic_gradient
 
 
-@pytest.mark.parametrize("objective", [Regression(), Guided(KullbackLeibler(), 0.3)])
+@pytest.mark.parametrize("objective", [Regression(), WithPairs(KullbackLeibler(), 0.3)])
 def test_what_is_fitted_to_pairs_needs_pairs(objective):
     layers = linear_layers()
     bridge = matching_bridge(layers)
-    with pytest.raises(ValueError, match="take the layer's input from a PairChain, or with Gu"):
+    with pytest.raises(ValueError, match="Regression takes its inputs from a PairChain, WithPairs from"):
         objective.layer_loss(ExactCritic(layers), bridge, make_draw(layers, bridge))
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
 def test_a_guidance_of_no_weight_is_refused(weight):
     with pytest.raises(ValueError, match="give a number > 0, or take the objective without"):
-        Guided(KullbackLeibler(), weight)
+        WithPairs(KullbackLeibler(), weight)
 
 
 class Constant(KullbackLeibler):
