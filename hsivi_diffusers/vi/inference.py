@@ -158,6 +158,7 @@ class Inference:
             self.bridge,
             critic=self.critic,
             critic_layers=[0] if self.training == "sequential" else None,
+            objective=self.objective,
             generator=torch.Generator().manual_seed(seed),
         )
 
