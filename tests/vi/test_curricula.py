@@ -28,12 +28,6 @@ def test_sequential_trains_one_layer_after_the_other_from_the_base_down():
     assert [stage.num_steps for stage in stages] == [7, 7, 7]
 
 
-def test_with_one_layer_sequential_is_joint():
-    for one, other in zip(sequential(1, 5), joint(1, 5), strict=True):
-        assert torch.equal(one.beta, other.beta)
-        assert one.num_steps == other.num_steps
-
-
 # ----- plateaus -----
 
 

@@ -132,13 +132,6 @@ def test_one_condition_that_is_missed_is_found_and_another_is_not():
         assert bool(diagnose(layers, bridge, condition=at, generator=seeded())) == found
 
 
-def test_one_seed_gives_one_answer():
-    layers, bridge = linear_layers(), GaussianBridge([0.0, 0, 0], [9.0, 1, 1])
-    first = diagnose(layers, bridge, generator=seeded())
-    assert first
-    assert first == diagnose(layers, bridge, generator=seeded())
-
-
 @given(st.floats(0.1, 2), st.floats(0.2, 3), st.floats(-2, 2))
 @settings(max_examples=20, deadline=None)
 def test_the_stein_ratio_of_gaussians_is_that_of_their_variances(sd_q, sd_p, shift):
@@ -221,7 +214,9 @@ def test_a_sign_within_its_error_is_no_finding():
     assert len(lag(layers, bridge, scaled(exact, 1.2), num_draws=8000)) == 3
 
 
-@pytest.mark.parametrize(("dimension", "gap", "std"), [(2, 3.0, 1.0), (2, 3.0, 0.1), (10, 4.0, 0.5), (30, 8.0, 1.0)])
+@pytest.mark.parametrize(
+    ("dimension", "gap", "std"), [(2, 3.0, 1.0), (2, 3.0, 0.1), (10, 4.0, 0.5), (30, 8.0, 1.0), (2, 10.0, 1.0)]
+)
 def test_a_mode_that_is_never_visited_is_found(dimension, gap, std):
     modes = two_modes(gap, dimension)
     (finding,) = losses(OneLayer(modes[:1], std), mixture_bridge(modes, std))
@@ -270,12 +265,6 @@ def test_a_mode_beyond_the_base_is_found_from_an_upper_layer_alone(reach, expect
     assert signatures(losses(TwoLayers(), bridge)) == expected
 
 
-def test_draws_that_are_not_finite_are_refused():
-    layers = LinearLayers(scale=[0.8, 0.5], shift=[0.3, float("nan")], std=[0.4, 0.6])
-    with pytest.raises(ValueError, match="numbers of x_0 are not finite"):
-        diagnose(layers, GaussianBridge([0.0, 0.0], [1.0, 1.0]))
-
-
 @pytest.mark.parametrize(("factor", "found"), [(1.5, ["over_dispersed"]), (1.0, [])])
 def test_a_sampler_that_is_too_wide_is_found_by_the_ratio_of_variances(factor, found):
     layers = LinearLayers(scale=[0.0], shift=[0.0], std=[factor])
@@ -306,11 +295,17 @@ def test_a_layer_as_narrow_as_its_target_has_not_collapsed(std, found):
     assert ("variance_collapse" in signatures(findings)) == found
 
 
-def test_draws_whose_score_overflows_say_that_the_sampler_diverged():
-    layers = LinearLayers(scale=[0.0], shift=[400.0], std=[0.1])
-    bridge = DensityBridge(lambda x: -x.exp().sum(1), 3)
-    with pytest.raises(ValueError, match="the sampler diverged"):
-        losses(layers, bridge)
+@pytest.mark.parametrize(
+    ("shift", "bridge", "message"),
+    [
+        (math.nan, GaussianBridge([0.0], [1.0]), "numbers of x_0 are not finite: the sampler diverged"),
+        (800.0, DensityBridge(lambda x: -x.exp().sum(1), 3), "score is not finite at draws of x_0: the sampler div"),
+        (400.0, DensityBridge(lambda x: -x.exp().sum(1), 3), "score is too large .* to be squared: the sampler div"),
+    ],
+)
+def test_a_sampler_that_diverged_is_refused(shift, bridge, message):
+    with pytest.raises(ValueError, match=message):
+        diagnose(LinearLayers(scale=[0.0], shift=[shift], std=[0.1]), bridge)
 
 
 class Banana(ConditionalLayers):
@@ -367,14 +362,6 @@ def test_remedies_depend_on_the_objective(objective, remedy):
     found = diagnose(OneLayer(modes[:1], std=0.5), mixture_bridge(modes), objective=objective, generator=seeded())
     assert {"lost_modes", "under_dispersed", "drift"} <= set(signatures(found))
     assert all(remedy in finding.message for finding in found)
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_a_lost_mode_at_distance_20_is_found(seed):
-    modes = torch.tensor([[0.0, 0.0], [20.0, 0.0]], dtype=torch.float64)
-    found = diagnose(OneLayer(modes[:1]), mixture_bridge(modes), generator=seeded(seed))
-    assert signatures(found) == ["lost_modes"]
-    assert diagnose(OneLayer(modes), mixture_bridge(modes), generator=seeded(seed)) == []
 
 
 class WithDensity(DensityBridge):
