@@ -1,7 +1,7 @@
 """Hierarchical semi-implicit variational inference: the method itself, in torch only.
 
 Reading order: `distributions`, `targets`, `bridges`, `layers`, `chains`, `pools`, `objectives`, `lower_bound`,
-`regression`, `curricula`, `fitting`; then `networks` and `inference`, which put them together for small targets, and
+`regression`, `curricula`, `fitting`; then `networks` and `inference` for small targets, and the checks of a fit:
 `diagnostics`, `langevin`, `masses`, `diagnosis`.
 """
 

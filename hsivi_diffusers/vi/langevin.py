@@ -1,4 +1,4 @@
-"""Langevin chains in a score: where a density has its mass, and whether draws stay as they are."""
+"""Langevin chains in a score: where a density has its mass, and whether draws keep their law."""
 
 from __future__ import annotations
 
