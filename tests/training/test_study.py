@@ -19,11 +19,12 @@ from training.benchmarks.inference.benchmark_targets import load_reference
 from training.benchmarks.inference.fit_target import Output, fit_one, write_pages
 from training.benchmarks.inference.study import NULLS, read_study, run_job, run_study
 from training.benchmarks.inference.study_figures import FIGURES, draw_fits, draw_marginals_figure
-from training.benchmarks.inference.study_rows import NULL_LABELS
+from training.benchmarks.inference.study_rows import NULL_LABELS, frame_of
 from training.benchmarks.inference.study_tables import TABLES
 from training.benchmarks.inference.target_fit import Fit, prepare, score_network, width_of
 
 STUDIES = sorted((Path(__file__).parents[2] / "training" / "configs").glob("study_*.yaml"))
+DOCS = Path(__file__).parents[2] / "docs" / "inference"
 TINY = Fit("ring", 2, "LB", "geometric", num_steps=20, batch_size=16, parameters=1000, depth=1)
 PNG = b"\x89PNG"
 
@@ -392,6 +393,12 @@ def test_what_stands_between_the_markers_is_replaced_and_nothing_else(page, tmp_
 )
 def test_numbers_have_three_digits(value, text):
     assert study_tables._number(value) == text
+
+
+def test_the_page_in_the_docs_is_what_the_program_writes():
+    page = (DOCS / "study.md").read_text()
+    rows = frame_of(json.loads((DOCS / "results.json").read_text())["rows"])
+    assert fill_tables(page, {name: make(rows) for name, make in TABLES.items()}) == page
 
 
 # Figures

@@ -19,7 +19,7 @@ from hsivi_diffusers.vi.diagnosis import diagnose
 from hsivi_diffusers.vi.diagnostics import critic_lag, stein_ratio, variance_collapse
 from hsivi_diffusers.vi.masses import drift, lost_modes, wrong_masses
 from hsivi_diffusers.vi.targets import gradient
-from scenarios import ExactCritic, GaussianBridge, LinearCritic, LinearLayers, linear_layers, matching_bridge
+from scenarios import ExactCritic, GaussianBridge, LinearLayers, linear_layers, matching_bridge
 
 
 def seeded(seed=0):
@@ -115,21 +115,14 @@ class ShiftedBridge(GaussianBridge):
         return super().score(x - shift, level)
 
 
-@pytest.mark.parametrize("condition", [0.0, 2.0])
-def test_a_sampler_is_diagnosed_at_one_condition(condition):
-    layers = linear_layers()
-    at = torch.tensor(condition, dtype=torch.float64)
-    assert diagnose(layers, ShiftedBridge(layers), condition=at, generator=seeded()) == []
-    assert layers.forward.__func__ is LinearLayers.forward
-
-
-def test_one_condition_that_is_missed_is_found_and_another_is_not():
+@pytest.mark.parametrize(("offset", "condition", "found"), [(0, 0.0, 0), (0, 2.0, 0), (0.8, 0.0, 0), (0.8, 2.0, 1)])
+def test_a_sampler_is_diagnosed_at_one_condition(offset, condition, found):
     layers = linear_layers()
     bridge = ShiftedBridge(layers)
-    bridge.shift = bridge.shift + 0.8
-    for condition, found in ((0.0, False), (2.0, True)):
-        at = torch.tensor(condition, dtype=torch.float64)
-        assert bool(diagnose(layers, bridge, condition=at, generator=seeded())) == found
+    bridge.shift = bridge.shift + offset
+    at = torch.tensor(condition, dtype=torch.float64)
+    assert bool(diagnose(layers, bridge, condition=at, generator=seeded())) == found
+    assert layers.forward.__func__ is LinearLayers.forward
 
 
 @given(st.floats(0.1, 2), st.floats(0.2, 3), st.floats(-2, 2))
@@ -195,17 +188,6 @@ def test_a_shifted_critic_lags_by_the_closed_form():
     assert finding.value == pytest.approx(1 / (1 + square), rel=0.1)
 
 
-def test_a_critic_of_another_layer_lags():
-    layers = linear_layers()
-    critic = LinearCritic(3)
-    assert len(lag(layers, matching_bridge(layers), critic)) == 3
-    exact = ExactCritic(layers)
-    with torch.no_grad():
-        critic.slope.copy_(-1 / exact.variance[:-1])
-        critic.intercept.copy_(exact.mean[:-1] / exact.variance[:-1])
-    assert lag(layers, matching_bridge(layers), critic) == []
-
-
 def test_a_sign_within_its_error_is_no_finding():
     layers = linear_layers()
     exact, bridge = ExactCritic(layers), matching_bridge(layers)
@@ -225,12 +207,6 @@ def test_a_mode_that_is_never_visited_is_found(dimension, gap, std):
     place = float(finding.message.split("x = [")[1].split(",")[0])
     assert place == pytest.approx(-gap, abs=4 * std)
     assert losses(OneLayer(modes, std), mixture_bridge(modes, std)) == []
-
-
-def test_a_lost_mode_is_the_only_sign_of_it():
-    modes = two_modes(4.0)
-    assert signatures(diagnose(OneLayer(modes[:1]), mixture_bridge(modes), generator=seeded())) == ["lost_modes"]
-    assert diagnose(OneLayer(modes), mixture_bridge(modes), generator=seeded()) == []
 
 
 def test_a_funnel_has_no_lost_modes():

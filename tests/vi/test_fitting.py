@@ -92,20 +92,6 @@ def test_one_call_of_the_layers_for_each_critic_update_and_none_for_simulation()
     assert game.layers.calls - first == 4 * 3
 
 
-def test_a_resumed_run_repeats_one_that_was_never_stopped():
-    whole, halves = Game(target()), Game(target())
-    list(whole.fit(KullbackLeibler(), 10, seed=3))
-    list(halves.fit(KullbackLeibler(), 10, seed=3, curriculum=joint(3, 4)))
-    resumed = Game(target())
-    for name in ("layers", "critic", "layer_optimizer", "critic_optimizer", "chain"):
-        getattr(resumed, name).load_state_dict(copy.deepcopy(getattr(halves, name).state_dict()))
-    list(resumed.fit(KullbackLeibler(), 10, seed=3, start_step=4))
-    for got, wanted in zip(resumed.layers.parameters(), whole.layers.parameters(), strict=True):
-        assert torch.equal(got, wanted)
-    for got, wanted in zip(resumed.critic.parameters(), whole.critic.parameters(), strict=True):
-        assert torch.equal(got, wanted)
-
-
 def test_seed_rank_and_step_each_change_the_draws():
     draws = {
         float(torch.rand(1, generator=step_generator(*key))) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
@@ -187,16 +173,6 @@ def test_shards_of_two_ranks_are_those_of_one():
     halves = [gradients(shards_of(Game(bridge), 2), KullbackLeibler(), rank=rank) for rank in (0, 1)]
     for got, one, other in zip(whole, *halves, strict=True):
         torch.testing.assert_close(got, (one + other) / 2)
-
-
-def test_a_step_tells_the_rows_of_all_shards_in_order():
-    game = shards_of(Game(target()), 2)
-    step = next(game.fit(ScoreMatching(), 1))
-    rows = [next(Game(target()).fit(ScoreMatching(), 1, rank=rank)) for rank in (0, 1)]
-    for name in ("t", "loss"):
-        for player in ("layers", "critic"):
-            each = [getattr(getattr(row, player), name) for row in rows]
-            assert getattr(getattr(step, player), name).equal(torch.cat(each))
 
 
 @pytest.mark.parametrize(
@@ -384,18 +360,6 @@ def test_layer_by_layer_moves_the_one_that_learns_and_no_bit_of_the_others(objec
         before = copy.deepcopy(game.layers.state_dict())
 
 
-@pytest.mark.parametrize("stop", [0, 3, 4, 11])
-def test_layer_by_layer_a_resumed_run_repeats_one_that_was_never_stopped(stop):
-    whole, begun = Alone(num_states=100), Alone(num_states=100)
-    list(whole.fit(sequential(3, 4), seed=5))
-    for step in begun.fit(sequential(3, 4), seed=5):
-        if step.step == stop:
-            break
-    resumed = Alone(num_states=100).copy_from(begun)
-    list(resumed.fit(sequential(3, 4), seed=5, start_step=step.next_step))
-    assert same(resumed, whole)
-
-
 def test_a_stage_ends_where_the_caller_says_and_numbers_stay():
     asked = []
 
@@ -408,11 +372,6 @@ def test_a_stage_ends_where_the_caller_says_and_numbers_stay():
     assert [step.next_step for step in steps] == [1, 2, 3, 4, 10, 11, 12, 20, 21, 22, 23, 24, 25, 30]
     assert asked == [step.step for step in steps]
     assert [int(step.layers.t[0]) for step in steps] == [2] * 5 + [1] * 3 + [0] * 6
-
-
-def test_a_stage_that_was_stopped_at_its_last_step_changes_nothing():
-    steps = list(Alone().fit(sequential(3, 2), stop_stage=lambda step: step.step == 1))
-    assert [step.next_step for step in steps] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("left_at", [3, 4, 11, 12])
