@@ -1,6 +1,7 @@
 """A UNet of random weights, small enough for any test."""
 
-from diffusers import UNet2DModel
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 
 def make_unet(**options):
@@ -15,3 +16,12 @@ def make_unet(**options):
         "up_block_types": ("UpBlock2D", "UpBlock2D"),
     }
     return UNet2DModel(**{**settings, **options})
+
+
+def save_teacher(folder, **options):
+    """Saves a pipeline of random weights that do not depend on the order of the tests."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = make_unet(**options)
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(folder)
+    return folder

@@ -3,44 +3,23 @@
 import contextlib
 import io
 import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
-
-os.environ["ACCELERATE_USE_CPU"] = "true"  # bit-identical runs are promised on one machine's CPU
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
 
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation.networks import load_networks
 from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.teachers.teacher import load_parts
-from short_run import SETTINGS
 from tiny_dit import make_dit
 from tiny_text import make_text
-from tiny_unet import make_unet
+from tiny_unet import save_teacher
 from training.benchmarks.images import train_baseline as train_program
-
-
-def save_teacher(folder, **options):
-    """Saves a pipeline of random weights that do not depend on the order of the tests."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = make_unet(**options)
-    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory):
-    return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="session")
@@ -81,31 +60,6 @@ def text_teachers(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def arguments(teacher):
-    """The command line of a run with 2 layers and 4 rows; options by keyword, a tuple for a list."""
-
-    def make(output_dir, *flags, **options):
-        settings = {"pretrained_teacher_model": teacher, **SETTINGS, **options}
-        line = []
-        for name, value in settings.items():
-            line += [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
-        return [*line, f"--output_dir={output_dir}", *flags]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def distil(arguments):
-    """Runs `hsivi distil` with 2 layers and 4 rows, and returns the output folder; options by keyword."""
-
-    def run(output_dir, *flags, **options):
-        cli.distil(arguments(output_dir, *flags, **options))
-        return output_dir
-
-    return run
-
-
-@pytest.fixture(scope="session")
 def make_config(arguments):
     """Returns the HSIVIConfig that `hsivi distil` reads; options by keyword."""
 
@@ -127,28 +81,6 @@ def make_state(make_config, teacher, fresh_accelerator):
 
 
 @pytest.fixture(scope="session")
-def launch(arguments):
-    """The same in processes of their own, which a request may have killed (see worker.py).
-
-    Returns their exit statuses and what they printed.
-    """
-    script = Path(__file__).with_name("worker.py")
-    with subprocess.Popen(
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    ) as worker:
-
-        def run(output_dir, *flags, processes=1, environment=None, kill=None, **options):
-            request = {"processes": processes, "environment": environment or {}, "kill": kill}
-            request["arguments"] = arguments(output_dir, *flags, **options)
-            worker.stdin.write(json.dumps(request) + "\n")
-            answer = json.loads(worker.stdout.readline())
-            return answer["statuses"], "\n".join(answer["texts"])
-
-        yield run
-        worker.stdin.close()
-
-
-@pytest.fixture(scope="session")
 def train_baseline(teacher, tmp_path_factory):
     """Trains a baseline for 3 updates of 4 rows, by default a consistency model, and returns the output folder."""
     settings = [f"--pretrained_teacher_model={teacher}", "--max_train_steps=3", "--train_batch_size=4"]
@@ -161,29 +93,6 @@ def train_baseline(teacher, tmp_path_factory):
         return folder
 
     return run
-
-
-@pytest.fixture(scope="session")
-def differences():
-    """Tells in which files two runs differ: those of pipeline and critic, and the weights and chains at the end."""
-
-    def files(folder):
-        patterns = ("pipeline/**/*", "critic/**/*")
-        last = max((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        found = [*(path for pattern in patterns for path in folder.glob(pattern)), *last.glob("*.safetensors")]
-        return {path.relative_to(folder): path.read_bytes() for path in found if path.is_file()}
-
-    def compare(one, other):
-        one, other = files(one), files(other)
-        return sorted(str(name) for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-
-    return compare
-
-
-@pytest.fixture(scope="session")
-def fast_run(distil, tmp_path_factory):
-    """A finished run of the preset `fast`: to be read, not written to."""
-    return distil(tmp_path_factory.mktemp("runs") / "fast", preset="fast")
 
 
 @pytest.fixture(scope="session")
@@ -255,21 +164,5 @@ def overwrite(tmp_path, monkeypatch):
                 train(f"--output_dir={tmp_path}")
         train(f"--output_dir={tmp_path}", "--overwrite_output_dir")
         return tmp_path
-
-    return check
-
-
-@pytest.fixture
-def check_help(capsys):
-    """Asks a program for --help: exit status 0, and the headings."""
-
-    def check(main, *headings):
-        with pytest.raises(SystemExit) as exit:
-            main(["--help_all"])
-        text = capsys.readouterr().out
-        assert exit.value.code == 0
-        for heading in headings:
-            assert f"\n{heading}:\n" in text
-        assert "--config" in text
 
     return check

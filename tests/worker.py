@@ -20,7 +20,7 @@ import traceback
 from contextlib import ExitStack
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation import progress, state, updates
