@@ -31,9 +31,13 @@ from .card import is_ours, make_adapter_card, make_card
 
 AGAIN = "Nothing of yours was lost. Push again later: what has arrived is not sent twice."
 CUT = (OSError, RuntimeError, HTTPError)  # what a cut connection raises; a ValueError says itself what is wrong
-# Ends of the names of files that hold weights or tell where they are.
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
-PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "unet_noise_scale")  # that have some
+# Files of weights of a component: whole, or in shards or of a variant.
+WEIGHTS = [
+    f"*model{part}.{kind}{index}"
+    for part in ("", "[.-]*")
+    for kind in ("safetensors", "bin")
+    for index in ("", ".index.json")
+]
 
 
 def push(
@@ -54,7 +58,7 @@ def push(
 
     It is sent from a temporary folder; no file of yours is touched. If the connection is cut, the Hub is asked whether
     the commit arrived; if it did not, push again: weights that have arrived are not sent twice. In a repo that holds
-    files already, README.md and all weights in the folders of the components are replaced; the rest stays.
+    files already, the card and the weights of the components that are pushed are replaced; other files stay.
 
     Args:
         pipeline: An `HSIVIPipeline`, or a stock pipeline whose scheduler is an `HSIVIScheduler` with a trained grid, or
@@ -94,9 +98,9 @@ def push(
         with remedies(repo_id):
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            # Old shards would take precedence over new weights in one file.
-            parts = {*PARTS, *getattr(pipeline, "components", ())}
-            stale = [f"{name}/*{kind}" for name in sorted(parts) for kind in WEIGHTS]
+            # Old shards would take precedence over new weights in one file, and old variants are of other weights.
+            components = sorted({path.parent.name for path in Path(folder).glob("*/*.safetensors")})
+            stale = [f"{name}/{weights}" for name in components for weights in WEIGHTS]
             message = commit_message or f"Upload a sampler of {network_calls(scheduler.depths)}"
             return _upload(api, repo_id, folder, revision, message, stale)
 

@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load, load_file, save_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, push
+from hsivi_diffusers.runs.artifacts import ADAPTER
 from hsivi_diffusers.share import push as hub
 from hsivi_diffusers.share.card import make_card
 from hsivi_diffusers.share.push import CUT, read_run
@@ -191,6 +192,7 @@ def test_only_old_weights_are_removed(client, pipeline, same):
     kept = {"notes.txt": b"mine", "unet/notes.txt": b"mine", "other/model.safetensors": b"mine"}
     shards = [f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     stale = [*shards, "unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model.bin"]
+    stale += ["unet/diffusion_pytorch_model.fp16.safetensors"]
     client.add_repo("alice/old", {"README.md": b"old", **kept, **dict.fromkeys(stale, b"old")})
     push(pipeline, "alice/old", exist_ok=True, fp16=False)
     assert same(HSIVIPipeline.from_pretrained("alice/old"))
@@ -198,6 +200,20 @@ def test_only_old_weights_are_removed(client, pipeline, same):
     assert kept.items() <= files.items()
     assert not {*stale} & {*files}
     assert files["README.md"].startswith(b"---\nlibrary_name: diffusers")
+
+
+@pytest.mark.parametrize("kind", ["adapter", "pipeline"])
+def test_weights_that_a_push_does_not_replace_stay(client, pipeline, tmp_path, kind):
+    kept = ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "unet/my_lora.safetensors"]
+    if kind == "adapter":
+        kept.append("unet/diffusion_pytorch_model.safetensors")
+        save_file({"lora": torch.zeros(1)}, tmp_path / ADAPTER)
+        pipeline.scheduler.save_pretrained(tmp_path / "scheduler")
+        pipeline = tmp_path
+    client.add_repo("alice/mixed", dict.fromkeys(kept, b"mine"))
+    push(pipeline, "alice/mixed", exist_ok=True, fp16=False)
+    files = files_of(client, "alice/mixed")
+    assert {name: files.get(name) for name in kept} == dict.fromkeys(kept, b"mine")
 
 
 @pytest.mark.slow
