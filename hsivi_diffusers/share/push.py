@@ -1,6 +1,7 @@
 """Sharing a sampler on the Hugging Face Hub: weights, code for those without the package, and a card, in one commit."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -87,7 +88,7 @@ def push(
         check_repo_id(name)
     adapter = Path(pipeline) if isinstance(pipeline, str | Path) else None
     scheduler = check_pipeline(pipeline) if adapter is None else check_adapter(adapter)
-    run, api = read_run(run_dir, scheduler.config.layer_timesteps), HfApi(token=token)
+    run, api = read_run(run_dir, scheduler.config.layer_timesteps), _open_hub(token)
     with tempfile.TemporaryDirectory() as folder:
         about: dict[str, Any] = {"base_model": base_model or _public_teacher(api, run), "license": license}
         if adapter is None:
@@ -179,12 +180,19 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"repo {repo_id!r} does not say whose it is: give user/name or organisation/name")
 
 
+def _open_hub(token: str | bool | None) -> HfApi:
+    """Returns a client of the Hub; a token that cannot be sent is refused here, for the client would print it."""
+    if isinstance(token, str) and not re.fullmatch("[!-~]+", token):
+        raise ValueError("the token is empty or has characters that no token has, such as a line break: copy it again")
+    return HfApi(token=token)
+
+
 def claim(
     repo_id: str, *, exist_ok: bool = False, private: bool | None = None, token: str | bool | None = None
 ) -> None:
     """Makes the repo, so that a long run learns at its start whether it may push at its end; see `push`."""
     check_repo_id(repo_id)
-    api = HfApi(token=token)
+    api = _open_hub(token)
     with remedies(repo_id):
         try:
             # Not with exist_ok: the client then takes any 403 for a repo of yours.

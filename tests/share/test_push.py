@@ -658,6 +658,15 @@ def test_what_is_no_name_of_a_repo_is_refused(repo, message):
         push(make_pipeline(), repo)
 
 
+@pytest.mark.parametrize("token", ["hf_alice\n", "hf_al\rice", "hf alice", "hf_\u00e4lice", ""])
+def test_a_token_that_is_none_is_refused_and_not_repeated(logged_in, token):
+    for call in (lambda: push(make_pipeline(), "alice/new", token=token), lambda: hub.claim("alice/new", token=token)):
+        with pytest.raises(ValueError, match="the token is empty or has characters that no token has") as refused:
+            call()
+        assert refused.value.__context__ is None
+    assert logged_in.repos == {}
+
+
 def test_what_would_not_load_again_is_not_pushed(unet):
     for given in (unet, "runs/digits_t5/pipeline", None):
         with pytest.raises(ValueError, match=r"(got a (UNet2DModel|NoneType)|holds no pytorch.*): give a pipeline"):
