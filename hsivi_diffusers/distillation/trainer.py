@@ -154,7 +154,7 @@ class HSIVITrainer:
                 raise ValueError("this trainer has trained, and there is no checkpoint: make a new HSIVITrainer")
             self._has_trained = True
             if config.report_to:
-                self.accelerator.init_trackers("hsivi")
+                stack.enter_context(trackers(self.accelerator, {**self.teacher, **config.record()}))
             if main and (told := prompts_of(self.state.bridge.unet)) is not None:  # a run that is refused keeps its own
                 write_text(checkpoints.output_dir / PROMPTS, "\n".join(told.prompts) + "\n")
             if start >= config.max_train_steps:
@@ -280,6 +280,20 @@ def make_accelerator(config: HSIVIConfig) -> Accelerator:
             "which accelerate keeps: give that precision, or start a new process"
         )
     return accelerator
+
+
+@contextmanager
+def trackers(accelerator: Accelerator, options: dict[str, Any]) -> Iterator[None]:
+    """Starts the trackers of a run with its options, and ends them if it fails or is interrupted."""
+    plain = (bool, int, float, str, type(None))  # what trackers accept
+    config = {name: value if isinstance(value, plain) else json.dumps(value) for name, value in options.items()}
+    accelerator.init_trackers("hsivi", config=config)
+    try:
+        yield
+    except BaseException:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        raise
 
 
 @contextmanager
