@@ -269,7 +269,7 @@ def make_accelerator(config: HSIVIConfig) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if started != accelerator.num_processes:
         raise ValueError(
-            f"the launcher started {started} processes, and each takes itself for the only one: on a CPU set "
+            f"the launcher started {started} processes, and each was initialised as a single-process run: on a CPU set "
             "ACCELERATE_USE_CPU=true"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would leave it out
