@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..runs.artifacts import ADAPTER, SAMPLERS, pipeline_of, read_record, sample_grids
+from ..runs.artifacts import ADAPTER, holds_pipeline, pipeline_of, read_record, sample_grids
 from ..runs.options import did_you_mean, option
 from .options import parse_options, print_error, run_command
 from .sample import sample  # torch and diffusers, which take seconds, are imported by what needs them
@@ -246,7 +246,7 @@ def push_run(args: Sequence[str]) -> None:
     if not (options.run_dir or options.pipeline):
         raise ValueError("--run_dir is missing: give the folder of a run, or --pipeline FOLDER")
     folder = Path(options.pipeline) if options.pipeline else pipeline_of(options.run_dir)
-    if not any((folder / each).is_file() for each in SAMPLERS):
+    if not holds_pipeline(folder):
         raise ValueError(f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline")
     from diffusers import DiffusionPipeline
 

@@ -10,7 +10,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from ..runs.artifacts import PROMPTS, SAMPLERS, folder_of_run, pipeline_of, read_prompts, run_of
+from ..runs.artifacts import PROMPTS, folder_of_run, holds_pipeline, pipeline_of, read_prompts, run_of
 from ..runs.bars import bar
 from ..runs.folders import check_output_dir, claim_output_dir
 from ..runs.options import option
@@ -172,7 +172,7 @@ def load_sampler(name: str | None, host: Any = None) -> Any:
     from ..teachers.teacher import load_student
 
     folder = pipeline_of(name)
-    if Path(name).is_dir() and not any((folder / each).is_file() for each in SAMPLERS):
+    if Path(name).is_dir() and not holds_pipeline(folder):
         raise ValueError(
             f"--pipeline {name} holds no pipeline: give the folder of a pipeline or of a finished run; an unfinished "
             "run is resumed by `hsivi distil`"

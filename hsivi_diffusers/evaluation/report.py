@@ -10,7 +10,7 @@ import torch
 
 from ..runs.artifacts import read_record
 from ..runs.folders import write_json, write_text
-from ..runs.measures import HALVES, MEASURES, REPORTED, written
+from ..runs.measures import HALVES, MEASURES, REPORTED, format_measure
 from .figures import draw_curves, draw_samples
 from .pages import measured_on, write_table
 
@@ -70,7 +70,7 @@ class Report:
         write_text(run_dir / "report.md", f"{text}\n")
 
     def _short(self, value: float) -> str:
-        return f"{MEASURES[self.headline].head} {written(self.headline, value)}"
+        return f"{MEASURES[self.headline].head} {format_measure(self.headline, value)}"
 
     def _table(self) -> str:
         names = [self.headline, *(name for name in REPORTED if name != self.headline)]
@@ -78,12 +78,12 @@ class Report:
         heads = ["NFE", "method", *measures, "images", "train seed", "eval seed", "training s", "grid"]
         lines: list[list[Any]] = []
         if self.floor:
-            lines.append(["", HALVES, *(written(name, self.floor[name]) for name in names), *[""] * 5])
+            lines.append(["", HALVES, *(format_measure(name, self.floor[name]) for name in names), *[""] * 5])
         for row in sorted(self.rows, key=lambda row: (row["nfe"], row[self.headline])):
             method, seed, seconds = row["method"], "", ""
             if method == OURS:
                 method, seed, seconds = f"**{OURS}**", row["train_seed"], format(row["train_seconds"], ".0f")
-            cells = [written(name, row[name]) for name in names]
+            cells = [format_measure(name, row[name]) for name in names]
             lines.append([row["nfe"], method, *cells, row["num_samples"], seed, row["eval_seed"], seconds, row["grid"]])
         return write_table(heads, ("method", "grid"), lines)
 
@@ -103,11 +103,11 @@ class Report:
         compared = f"{self._short(ours[self.headline])} at {ours['nfe']} network calls"
         if equal := [row for row in baselines if row["nfe"] == ours["nfe"]]:
             best = min(equal, key=lambda row: row[self.headline])
-            value = written(self.headline, best[self.headline])
+            value = format_measure(self.headline, best[self.headline])
             compared += f"; best solver at as many calls: {best['method']}, {value}"
         longest = max(baselines, key=lambda row: (row["nfe"], -row[self.headline]), default=ours)
         if longest["nfe"] > ours["nfe"]:
-            value = written(self.headline, longest[self.headline])
+            value = format_measure(self.headline, longest[self.headline])
             compared += f"; with the most calls, {longest['nfe']}: {longest['method']}, {value}"
         return (
             f"Wrote:  index.html, report.md, report.json, samples.png, curve.png in {run_dir}\n"

@@ -319,9 +319,9 @@ def test_the_card_tells_the_scales(pipeline, tmp_path):
     student = train(pipeline, tmp_path / "run", guidance_scale=[1.0, 3.0])
     run = {"options": {"guidance_falls": True}, "training": {}, "report": {}}
     text = make_card(student.pipeline, "user/name", run).text
-    assert "guidance of scale 1.0 or 3.0, in training weaker the more noise there is, at no" in text
+    assert "guidance of scale 1.0 or 3.0, decreased with noise during training, is distilled" in text
     text = make_card(student.pipeline, "user/name", {**run, "options": {}}).text
-    assert "It has taken in classifier-free guidance of scale 1.0 or 3.0, at no" in text
+    assert "Classifier-free guidance of scale 1.0 or 3.0 is distilled into the weights." in text
     assert "guidance_scale=3.0" in text
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from hsivi_diffusers.evaluation.figures import draw_curves, draw_samples, pyplot
 from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
 from hsivi_diffusers.runs.folders import write_text
-from hsivi_diffusers.runs.measures import MEASURES, written
+from hsivi_diffusers.runs.measures import MEASURES, format_measure
 
 from .benchmark_results import (
     BASELINES,
@@ -198,7 +198,7 @@ def measures_table(rows: list[Row]) -> str:
     for (method, nfe), of_group in sorted(grouped(rows).items(), key=lambda item: (item[0][1], rank(item[1][0]))):
         cells = [distance(of_group, space, kind) for kind in ("distances", "teacher_distances") for space in spaces]
         empty = OF_NEIGHBOURS if method == REAL else ()
-        cells += ["" if each in empty else written(each, *(row[each] for row in of_group)) for each in names]
+        cells += ["" if each in empty else format_measure(each, *(row[each] for row in of_group)) for each in names]
         solver = f" ({of_group[0]['solver']}{_falls(of_group[0])})" if method in (SOLVER, UNGUIDED) else ""
         lines.append([nfe or "", bold(method) + solver, *cells])
     heads = [*spaces, *(f"{space}, to teacher" for space in spaces), *(MEASURES[each].head for each in names)]
