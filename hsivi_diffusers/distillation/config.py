@@ -242,8 +242,6 @@ class HSIVIConfig:
         check_together(self)
         if self.prompts is not None:
             check_shares(self, len(read_prompts(self.prompts)))
-        if self.init_from and self.output_dir and Path(self.init_from).resolve() == Path(self.output_dir).resolve():
-            raise ValueError(f"init_from={self.init_from!r} is the output_dir too: name another, or it would be lost")
 
 
 def read_settings(record: Path) -> dict[str, Any]:

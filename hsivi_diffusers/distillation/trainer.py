@@ -20,10 +20,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers import DiffusionPipeline
 
-from ..runs.artifacts import PROMPTS
+from ..runs.artifacts import PROMPTS, read_record
 from ..runs.checkpoints import Checkpoints
 from ..runs.folders import write_json, write_text
-from ..runs.output import Output, check_init_from, check_teacher, claimed, finished, start_run
+from ..runs.output import Output, check_init_from, check_inputs, claimed, finished, start_run
 from ..runs.page import LOG, PAGE, write_page
 from ..share.push import push
 from ..teachers.adapters import has_adapter
@@ -92,10 +92,15 @@ class HSIVITrainer:
         self.config = config = replace(config) if config is not None else HSIVIConfig()
         config.check()
         adam_of(config)  # refused now, and not after the teacher is loaded
+        name = None if isinstance(teacher, DiffusionPipeline) else os.fspath(teacher)
+        inputs: dict[str, Any] = {"pretrained_teacher_model": name}
+        inputs["prompts"] = config.prompts if isinstance(config.prompts, str) else None
         if config.init_from is not None:
             check_init_from(Path(config.init_from))
+            inputs["init_from"] = Path(config.init_from) / "pipeline"
+        if config.output_dir is not None:
+            check_inputs(Output(config.output_dir), WRITTEN, **inputs)
         parts = load_parts(teacher, revision)
-        name = None if isinstance(teacher, DiffusionPipeline) else os.fspath(teacher)
         self.teacher = {"pretrained_teacher_model": name, "revision": revision}
         self.callbacks = list(callbacks)
         self.accelerator = make_accelerator(config)
@@ -139,7 +144,6 @@ class HSIVITrainer:
         anew = config.overwrite_output_dir and resume_from_checkpoint is None
         limits = (config.checkpointing_steps, config.checkpoints_total_limit)
         run = Output(config.output_dir, anew, resume_from_checkpoint, *limits)
-        check_teacher(run, self.teacher["pretrained_teacher_model"], WRITTEN)
         with ExitStack() as stack:
             if main:  # now, for later a refusal would cost a training or an earlier run
                 stack.enter_context(claimed(run))

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -648,14 +649,6 @@ def test_a_checkpoint_of_a_run_with_other_options_is_refused(distil, fast_run, t
             resume_from_checkpoint=fast_run / "checkpoints" / "checkpoint-5",
         )
     assert starts == []
-
-
-def test_a_run_does_not_start_from_the_folder_it_would_empty(distil, fast_run, tmp_path):
-    folder = shutil.copytree(fast_run, tmp_path / "run")
-    before = contents(folder)
-    with pytest.raises(ValueError, match="is the output_dir too"):
-        distil(folder, "--overwrite_output_dir=true", init_from=folder)
-    assert contents(folder) == before
 
 
 def test_a_run_does_not_both_start_over_and_go_on(distil, fast_run, tmp_path):
