@@ -31,8 +31,8 @@ GRACE = 1  # seconds that the other children have after one died
 
 # Function before which the child dies, and the path it is called with.
 POINTS = {
-    "state": (state, "save_file", r"partial-{step}/chains"),  # the parts are saved
-    "half a file": (state, "save_file", r"partial-{step}/chains"),
+    "state": (state, "save_tensors", r"partial-{step}/chains"),  # the parts are saved
+    "half a file": (state, "save_tensors", r"partial-{step}/chains"),
     "half a part": (state_dicts, "save_file", r"partial-{step}/average"),
     "chains": (checkpoints, "write_json", r"partial-{step}/progress.json$"),
     "progress": (checkpoints, "replace_folder", r"partial-{step}$"),
