@@ -166,9 +166,8 @@ class HSIVITrainer:
             with signals_as_trigger(self.accelerator), self.state.counting_rows() as rows:
                 seconds = self._run(checkpoints, start, spent)
             record = checkpoints.output_dir / "training.json"
-            if start >= config.max_train_steps and record.exists():
-                summary = json.loads(record.read_text(encoding="utf-8"))
-            else:
+            summary = read_record(record) if start >= config.max_train_steps and record.exists() else {}
+            if "seconds" not in summary:
                 summary = self._summarise(start, seconds, sum(rows.values()) * self.accelerator.num_processes)
             if main:
                 self.state.save(checkpoints.output_dir)

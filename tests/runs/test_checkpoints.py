@@ -158,9 +158,7 @@ def test_a_process_that_does_not_see_the_output_folder_is_refused(tiny, tmp_path
     monkeypatch.setattr(type(checkpoints.accelerator), "is_main_process", False)
     choice = [(tmp_path / "run" / "checkpoints" / "checkpoint-1", None)]
     monkeypatch.setattr(runs_checkpoints, "broadcast_object_list", lambda own: choice)
-    with pytest.raises(
-        ValueError, match="process 1 does not see .*: give an --output_dir that all machines"
-    ):
+    with pytest.raises(ValueError, match="process 1 does not see .*: give an --output_dir that all machines"):
         checkpoints.load() if happens == "load" else checkpoints.save(1, 0.0)
     assert not list((tmp_path / "run").iterdir())
 
