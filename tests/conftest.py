@@ -15,9 +15,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from hsivi_diffusers.commands import cli
 from hub_server import Hub, signed_in
-from short_run import SETTINGS
 from tiny_unet import make_unet, save_teacher
 
 torch.set_num_threads(1)
@@ -67,6 +65,7 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="session")
 def arguments(teacher):
     """The command line of a run with 2 layers and 4 rows; options by keyword, a tuple for a list."""
+    from short_run import SETTINGS  # imports the trainer, which most tests do not need
 
     def make(output_dir, *flags, **options):
         settings = {"pretrained_teacher_model": teacher, **SETTINGS, **options}
@@ -81,6 +80,7 @@ def arguments(teacher):
 @pytest.fixture(scope="session")
 def distil(arguments):
     """Runs `hsivi distil` with 2 layers and 4 rows, and returns the output folder; options by keyword."""
+    from hsivi_diffusers.commands import cli
 
     def run(output_dir, *flags, **options):
         cli.distil(arguments(output_dir, *flags, **options))
