@@ -14,7 +14,6 @@ import base64
 import hashlib
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from datetime import UTC, datetime
 from unittest import mock
 
 import uvicorn
-import yaml
 from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import constants, file_download, hf_api, utils
 from starlette.applications import Starlette
@@ -61,8 +59,6 @@ class Commit:
 class Repo:
     id: str
     private: bool = False
-    gated: bool | str = False
-    readers: set[str] = field(default_factory=set)  # who was let in to a gated repository
     commits: list[Commit] = field(default_factory=list)
     branches: dict[str, Commit] = field(default_factory=dict)
 
@@ -117,37 +113,13 @@ def file_sha(path, data):
     return hashlib.sha256(data).hexdigest() if is_lfs(path) else git_sha(data)
 
 
-def list_tree(files, folder, recursive):
-    prefix, rows = f"{folder}/" if folder else "", {}
+def list_tree(files):
+    rows = []
     for path, data in sorted(files.items()):
-        name, _, below = path.removeprefix(prefix).partition("/")
-        if not path.startswith(prefix):
-            continue
-        if below and not recursive:
-            rows[name] = {"type": "directory", "path": prefix + name, "size": 0, "oid": git_sha(b"")}
-        else:
-            rows[path] = {"type": "file", "path": path, "size": len(data), "oid": git_sha(data)}
-            if is_lfs(path):
-                rows[path]["lfs"] = {"oid": file_sha(path, data), "size": len(data), "pointerSize": 134}
-    return list(rows.values())
-
-
-def read_card(readme):
-    """The metadata at the head of a model card, and what is wrong with it."""
-    block = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", readme, re.DOTALL)
-    try:
-        card = (yaml.safe_load(block[1]) if block else None) or {}
-    except yaml.YAMLError as error:
-        return {}, [f"YAML parsing error: {error}"]
-    if not isinstance(card, dict):
-        return {}, ["metadata must be an object"]
-    return card, [] if isinstance(card.get("license", ""), str) else ['"license" must be a string']
-
-
-def card_tags(card):
-    first = [card["library_name"]] if "library_name" in card else []
-    last = [f"license:{card['license']}"] if "license" in card else []
-    return [*first, *(card.get("tags") or []), *last]
+        rows.append({"type": "file", "path": path, "size": len(data), "oid": git_sha(data)})
+        if is_lfs(path):
+            rows[-1]["lfs"] = {"oid": file_sha(path, data), "size": len(data), "pointerSize": 134}
+    return rows
 
 
 class Hub:
@@ -215,7 +187,6 @@ class Hub:
             ("GET", api, self.model_info),
             ("GET", api + "/revision/{rev}", self.model_info),
             ("GET", api + "/tree/{rev}", self.tree),
-            ("GET", api + "/tree/{rev}/{path:path}", self.tree),
             ("GET", api + "/commits/{rev}", self.commits),
             ("POST", api + "/branch/{branch}", self.create_branch),
             ("POST", api + "/preupload/{rev}", self.preupload),
@@ -286,16 +257,6 @@ class Hub:
             raise HubError(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
         return repo
 
-    def check_gate(self, repo, user, headers):
-        if not repo.gated or user in repo.readers or self.owns(user, repo.id.split("/")[0]):
-            return
-        text = f"Access to model {repo.id} is restricted"
-        if user is None:
-            text += ". You must have access to it and be authenticated to access it. Please log in."
-            raise HubError(401, text, "GatedRepo", headers)
-        text += f" and you are not in the authorized list. Visit {self.url}/{repo.id} to ask for access."
-        raise HubError(403, text, "GatedRepo", headers)
-
     # Accounts and repositories.
 
     def whoami(self, call):
@@ -307,9 +268,7 @@ class Hub:
 
     def validate_yaml(self, call):
         """Asked without a token by `ModelCard.validate`."""
-        _, errors = read_card(call.json["content"])
-        answer = {"errors": [{"message": error} for error in errors], "warnings": []}
-        return JSONResponse(answer, 400 if errors else 200)
+        return {"errors": [], "warnings": []}
 
     def owned_name(self, call):
         if call.user is None:
@@ -335,7 +294,6 @@ class Hub:
     def resolve(self, call):
         path, commit = call.params["path"], call.commit
         headers = {"X-Repo-Commit": commit.sha}
-        self.check_gate(call.repo, call.user, headers)
         if path not in commit.files:
             raise HubError(404, "Entry not found", "EntryNotFound", headers)
         data = commit.files[path]
@@ -345,29 +303,13 @@ class Hub:
         return Response(data, 200, headers)
 
     def model_info(self, call):
-        """Open for gated repositories too: only their files are closed."""
         repo, commit = call.repo, call.commit
-        card, _ = read_card(commit.files.get("README.md", b"").decode())
-        return {
-            "id": repo.id,
-            "author": repo.id.split("/")[0],
-            "sha": commit.sha,
-            "lastModified": commit.date,
-            "private": repo.private,
-            "gated": repo.gated,
-            "tags": card_tags(card),
-            "library_name": card.get("library_name"),
-            "pipeline_tag": card.get("pipeline_tag"),
-            "cardData": card,
-            "siblings": [{"rfilename": path} for path in sorted(commit.files)],
-        }
+        siblings = [{"rfilename": path} for path in sorted(commit.files)]
+        about = {"lastModified": commit.date, "private": repo.private, "tags": [], "siblings": siblings}
+        return {"id": repo.id, "author": repo.id.split("/")[0], "sha": commit.sha, **about}
 
     def tree(self, call):
-        folder = call.params.get("path", "")
-        rows = list_tree(call.commit.files, folder, call.query.get("recursive", "").lower() in ("1", "true"))
-        if folder and not rows:
-            raise HubError(404, f"{folder} does not exist", "EntryNotFound")
-        return JSONResponse(rows)
+        return JSONResponse(list_tree(call.commit.files))
 
     def commits(self, call):
         return [

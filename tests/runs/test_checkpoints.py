@@ -506,6 +506,11 @@ def test_a_second_ctrl_c_ends_the_run_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_sigterm_in_the_last_step_ends_the_run(launch, fast_run, tmp_path, differences):
+    assert launch(tmp_path / "run", kill={"point": "SIGTERM", "step": 5})[0] == [0]
+    assert differences(tmp_path / "run", fast_run) == []
+
+
 @pytest.mark.slow  # each imports everything; signals of forked processes are above
 @pytest.mark.parametrize(
     ("launcher", "statuses"),

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from hsivi_diffusers.commands import cli
-from hsivi_diffusers.runs.output import Output, check_inputs
+from hsivi_diffusers.runs.output import Output, check_inputs, check_output
 from training.benchmarks.images import train_baseline
 
 
@@ -41,3 +41,19 @@ def test_inputs_beside_what_a_run_writes_are_accepted(tmp_path):
     check_inputs(run, ["user"], teacher="user/name")
     with pytest.raises(ValueError, match=r"prompts='.*prompts\.txt' lies among the files"):
         check_inputs(run, ["prompts.txt"], prompts=tmp_path / "linked" / ".." / "prompts.txt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpointing_steps": 0}, "--checkpointing_steps 0: give a number of at least 1"),
+        ({"checkpoints_total_limit": -1}, "--checkpoints_total_limit -1: give a number of at least 1"),
+        (
+            {"overwrite_output_dir": True, "resume_from_checkpoint": "latest"},
+            "starts over and .* continues: pass one",
+        ),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_output(Output("run", **options))

@@ -83,13 +83,10 @@ def test_the_cache_serves_without_the_hub(hub, tmp_path, state):
     assert (len(hub.requests) > asked) == (state == "down")
 
 
-GATED = 'hf.hf_hub_download("alice/gated", "config.json")'
 REFUSALS = [
     ("hf_alice", 'hf.model_info("alice/none")', "RepositoryNotFoundError", 404, "Repository Not Found"),
     (None, 'hf.snapshot_download("alice/none")', "RepositoryNotFoundError", 401, "Invalid username or password."),
     ("hf_bob", 'hf.model_info("org/private")', "RepositoryNotFoundError", 404, "Repository Not Found"),
-    ("hf_bob", GATED, "GatedRepoError", 403, "you are not in the authorized list"),
-    (None, GATED, "GatedRepoError", 401, "Please log in."),
     ("hf_alice", 'hf.snapshot_download("org/m", revision="v9")', "RevisionNotFoundError", 404, "Invalid rev id: v9"),
     ("hf_alice", 'hf.hf_hub_download("org/m", "no.txt")', "EntryNotFoundError", 404, "Entry Not Found"),
     ("hf_wrong", 'hf.model_info("org/m")', "HfHubHTTPError", 401, "Invalid credentials in Authorization header"),
@@ -104,7 +101,6 @@ REFUSALS = [
 def test_a_refusal_is_the_error_of_the_real_hub(hub, tmp_path, token, call, error, status, message):
     hub.add_repo("org/m")
     hub.add_repo("org/private", private=True)
-    hub.add_repo("alice/gated", {"config.json": b"{}"}, gated="auto")
     code = f"""
 try:
     {call}

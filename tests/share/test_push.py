@@ -13,11 +13,8 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, PNDMPipeline, PNDMScheduler
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import (
-    GatedRepoError,
     HfHubHTTPError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -480,18 +477,6 @@ def test_a_push_that_the_hub_refuses_is_told_with_the_remedy(client, pipeline, n
     assert remedy in told(refused)
     assert not {"alice/new", "bob/new"} & {*client.repos}
     assert len(client.repos["alice/digits"].branches["main"].parents) == 1
-
-
-def test_what_is_not_to_be_read_comes_as_the_error_of_the_hub(client):
-    client.add_repo("bob/gated", files_of(client, "alice/digits"), author="bob", gated="manual")
-    with pytest.raises(OSError, match="alice/nothing") as missing:
-        HSIVIPipeline.from_pretrained("alice/nothing")
-    assert isinstance(missing.value.__cause__, RepositoryNotFoundError)
-    with pytest.raises(GatedRepoError):
-        HSIVIPipeline.from_pretrained("bob/gated")
-    with pytest.raises((OSError, RevisionNotFoundError)) as unknown:
-        HSIVIPipeline.from_pretrained("alice/digits", revision="v9")
-    assert RevisionNotFoundError in (type(unknown.value), type(unknown.value.__cause__))
 
 
 def test_a_repo_is_claimed_if_it_is_ours_and_as_private_as_was_asked(client, pipeline):
