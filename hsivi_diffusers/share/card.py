@@ -23,8 +23,10 @@ DISTANCES = {
     "swd": "sliced_wasserstein_distance",
 }
 # Options of the run that the card lists.
-OPTIONS = ("preset", "objective", "scoring", "guidance_scale", "lora_rank", "max_train_steps", "train_batch_size")
-OPTIONS += ("learning_rate", "critic_learning_rate", "seed")
+OPTIONS = (
+    *("preset", "objective", "scoring", "guidance_scale", "lora_rank", "max_train_steps", "train_batch_size"),
+    *("learning_rate", "critic_learning_rate", "seed"),
+)
 METHOD = (
     "hierarchical semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153))"
 )
