@@ -18,6 +18,9 @@ from diffusers import (
     VQModel,
 )
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from hsivi_diffusers.distillation.student import label_layers
+from hsivi_diffusers.teachers.denoisers import num_classes, signal_timestep
+from hsivi_diffusers.teachers.ode import use_grid
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
@@ -35,10 +38,7 @@ from hsivi_diffusers import (
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.networks import make_scheduler
 from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss, pair_levels
-from hsivi_diffusers.distillation.student import label_layers
 from hsivi_diffusers.teachers.configs import read_configs
-from hsivi_diffusers.teachers.denoisers import num_classes, signal_timestep
-from hsivi_diffusers.teachers.ode import use_grid
 from hsivi_diffusers.vi import DiagonalGaussian, KullbackLeibler, ScoreMatching, draw_layer
 from hsivi_diffusers.vi.regression import half_square
 from tiny_unet import make_unet

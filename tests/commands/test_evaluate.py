@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from hsivi_diffusers.teachers.ode import few_step_timesteps
 from PIL import Image
 
 from hsivi_diffusers import HSIVIPipeline, load_teacher
@@ -16,7 +17,6 @@ from hsivi_diffusers.evaluation.figures import draw_samples
 from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.runs.measures import REPORTED
-from hsivi_diffusers.teachers.ode import few_step_timesteps
 from hsivi_diffusers.teachers.solvers import make_solver, make_student, sample
 from tiny_unet import make_unet
 

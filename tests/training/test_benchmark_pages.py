@@ -260,8 +260,8 @@ def test_costs_are_told_seed_by_seed_and_as_multiples_of_those_of_ours():
 
 
 def test_a_mean_has_its_spread():
-    assert measures.written("fd", 1.0, 3.0) == "2.00 ± 1.41"
-    assert measures.written("kid", 0.0012) == "1.20"
+    assert measures.format_measure("fd", 1.0, 3.0) == "2.00 ± 1.41"
+    assert measures.format_measure("kid", 0.0012) == "1.20"
     assert benchmark_pages.distance([row(OURS, 1, 1.0, 0.1234)], "pixels") == "0.123"
     assert benchmark_pages.distance([row(OURS, 1, 1953.4, 999.6)], "classifier") == "1,950"
     assert benchmark_pages.distance([row(OURS, 1, 1953.4, 999.6)], "pixels") == "1,000"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
+from hsivi_diffusers.teachers.ode import few_step_timesteps
 
 from hsivi_diffusers import HSIVIPipeline, load_teacher
-from hsivi_diffusers.teachers.ode import few_step_timesteps
 from hsivi_diffusers.teachers.solvers import make_solver, make_student, sample
 from tiny_unet import make_unet
 

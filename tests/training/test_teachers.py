@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hsivi_diffusers.teachers.denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIScheduler, TeacherBridge, load_teacher
@@ -17,7 +18,6 @@ from hsivi_diffusers.commands.options import parse_options
 from hsivi_diffusers.distillation.config import ALIASES, HSIVIConfig
 from hsivi_diffusers.distillation.networks import make_networks
 from hsivi_diffusers.runs.options import differences, flatten
-from hsivi_diffusers.teachers.denoisers import LOWEST_SIGNAL, sample_shape, signal_timestep
 from tiny_unet import make_unet
 from training.benchmarks.images import make_teacher
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from hsivi_diffusers.teachers.denoisers import prompts_of
 from safetensors.torch import load_file
 
 from hsivi_diffusers import load_teacher
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
-from hsivi_diffusers.teachers.denoisers import prompts_of
 from hsivi_diffusers.teachers.teacher import load_parts
 from short_run import call
 from training.benchmarks.images import benchmark, captions, sets, train_baseline, trainings

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from hsivi_diffusers.teachers.denoisers import sample_shape
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
 from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.runs.bars import bar
 from hsivi_diffusers.runs.options import option
-from hsivi_diffusers.teachers.denoisers import sample_shape
 
 
 @dataclass

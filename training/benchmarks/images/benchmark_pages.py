@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from hsivi_diffusers.evaluation.figures import draw_curves, draw_samples, pyplot
 from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
 from hsivi_diffusers.runs.folders import write_text
-from hsivi_diffusers.runs.measures import MEASURES, written
+from hsivi_diffusers.runs.measures import MEASURES
 
 from .benchmark_results import (
     BASELINES,
@@ -204,7 +204,7 @@ def measures_table(rows: list[Row]) -> str:
     for (method, nfe), of_group in in_order(rows):
         cells = [distance(of_group, space, kind) for kind in ("distances", "teacher_distances") for space in spaces]
         empty = OF_NEIGHBOURS if method == REAL else ()
-        cells += ["" if each in empty else written(each, *(row[each] for row in of_group)) for each in names]
+        cells += ["" if each in empty else format_measure(each, *(row[each] for row in of_group)) for each in names]
         lines.append([nfe or "", label(of_group[0]), *cells])
     heads = [*spaces, *(f"{space}, to teacher" for space in spaces), *(MEASURES[each].head for each in names)]
     return write_table(["calls", "method", *heads], ("method",), lines)

@@ -13,10 +13,10 @@ import copy
 
 import torch
 from diffusers import UNet2DModel
+from hsivi_diffusers.teachers.denoisers import denoise
 from torch import Tensor, nn
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
-from hsivi_diffusers.teachers.denoisers import denoise
 
 from .baseline import Baseline, default_start
 

@@ -26,6 +26,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import UNet2DConditionModel, UNet2DModel
+from hsivi_diffusers.teachers.denoisers import sample_shape
 from torch import Tensor
 
 from hsivi_diffusers import load_teacher
@@ -35,8 +36,7 @@ from hsivi_diffusers.distillation.state import trained
 from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.runs.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.runs.options import flatten, option
-from hsivi_diffusers.runs.output import Output, check_output, check_teacher, claimed, start_run
-from hsivi_diffusers.teachers.denoisers import sample_shape
+from hsivi_diffusers.runs.output import Output, check_inputs, check_output, claimed, start_run
 from hsivi_diffusers.teachers.teacher import fingerprint, load_parts
 from hsivi_diffusers.vi import cosine
 
@@ -218,7 +218,7 @@ def check_options(teacher: Teacher, training: Training, run: Output) -> None:
         if value < 1:
             raise ValueError(f"--{name} {value}: give a number of at least 1")
     check_output(run)
-    check_teacher(run, teacher.pretrained_teacher_model, WRITTEN)
+    check_inputs(run, WRITTEN, pretrained_teacher_model=teacher.pretrained_teacher_model)
 
 
 def save(distillation: Baseline, output_dir: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import optuna
 import torch
+from hsivi_diffusers.teachers.ode import power_timesteps
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -33,7 +34,6 @@ from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.pages import measured_on
 from hsivi_diffusers.runs.folders import in_turn, write_json
 from hsivi_diffusers.runs.options import option
-from hsivi_diffusers.teachers.ode import power_timesteps
 from hsivi_diffusers.teachers.solvers import SOLVERS
 
 from .benchmark_results import Row, hash_networks, read_rows
