@@ -17,13 +17,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hsivi_diffusers import load_teacher
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation.trainer import signals_as_trigger
 from hsivi_diffusers.runs import checkpoints as runs_checkpoints
 from hsivi_diffusers.runs.checkpoints import Checkpoints
 from hsivi_diffusers.runs.output import Output, claimed, find_damage
-from hsivi_diffusers.teachers.teacher import fingerprint
 from training.benchmarks.images import train_baseline, train_teacher, training_loop
 from training.benchmarks.images.training_loop import TrainingLoop
 
@@ -288,13 +286,6 @@ def test_a_run_is_resumed_by_the_name_of_its_folder(distil, tmp_path):
     cli.distil(named)
     weights_of_other = tmp_path / "other" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     assert weights_of_other.read_bytes() == weights
-
-
-def test_a_fingerprint_is_of_weights_and_configs(teacher, tmp_path):
-    unet, scheduler = load_teacher(str(shutil.copytree(teacher, tmp_path / "elsewhere")))
-    before = fingerprint(unet, scheduler)
-    assert before == fingerprint(*load_teacher(str(teacher)))
-    assert fingerprint(unet.half(), scheduler) != before
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from hsivi_diffusers.evaluation.figures import draw_curves, draw_samples, pyplot
 from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
 from hsivi_diffusers.runs.folders import write_text
-from hsivi_diffusers.runs.measures import MEASURES
+from hsivi_diffusers.runs.measures import MEASURES, format_measure
 
 from .benchmark_results import (
     BASELINES,
