@@ -1,6 +1,5 @@
 """`hsivi demo`: the page, by its functions, by its server, and in a browser where there is one."""
 
-import json
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -165,16 +164,6 @@ def test_a_teacher_that_cannot_draw_leaves_the_student(distil, dit_teacher, tmp_
     assert (len(images), theirs) == (3, [])
     assert line.startswith("Student: 2 network calls")
     assert teacher_line.startswith("Teacher: it could not draw (IndexError")
-
-
-def test_classes_that_were_not_trained_are_not_offered(class_run, tmp_path):
-    run = shutil.copytree(class_run, tmp_path / "run")
-    options = json.loads((run / "options.json").read_text())
-    (run / "options.json").write_text(json.dumps({**options, "class_shares": [1.0, 0.0, 2.0]}))
-    students = demo.Students([str(run)], "cpu")
-    assert demo.choose(students, str(run))[1]["choices"] == [demo.IN_TURN, "0", "2"]
-    images = show(students, run, 2)[1]
-    assert all(same(*each) for each in zip(images, drawn(run, class_labels=[0, 2, 0]), strict=True))
 
 
 # ----- what visitors reach -----
