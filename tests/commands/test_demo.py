@@ -265,6 +265,17 @@ def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys, options,
     assert line.startswith(f"error: {message.format(taken=taken)}")
 
 
+def test_the_command_listens_where_it_says(fast_run, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    pages = []
+    monkeypatch.setattr(demo.gr.Blocks, "block_thread", lambda page: pages.append(page))
+    demo.main([f"--pipeline={fast_run}", f"--server_port={port}"])
+    assert httpx.get(f"http://127.0.0.1:{port}/").status_code == 200
+    assert capsys.readouterr().out.startswith(f"open http://127.0.0.1:{port}/ in a browser")
+    pages[0].close()
+
+
 def test_the_command_needs_gradio(monkeypatch, capsys):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
