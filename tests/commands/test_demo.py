@@ -1,6 +1,5 @@
 """`hsivi demo`: the page, by its functions, by its server, and in a browser where there is one."""
 
-import json
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -167,16 +166,6 @@ def test_a_teacher_that_cannot_draw_leaves_the_student(distil, dit_teacher, tmp_
     assert teacher_line.startswith("Teacher: it could not draw (IndexError")
 
 
-def test_classes_that_were_not_trained_are_not_offered(class_run, tmp_path):
-    run = shutil.copytree(class_run, tmp_path / "run")
-    options = json.loads((run / "options.json").read_text())
-    (run / "options.json").write_text(json.dumps({**options, "class_shares": [1.0, 0.0, 2.0]}))
-    students = demo.Students([str(run)], "cpu")
-    assert demo.choose(students, str(run))[1]["choices"] == [demo.IN_TURN, "0", "2"]
-    images = show(students, run, 2)[1]
-    assert all(same(*each) for each in zip(images, drawn(run, class_labels=[0, 2, 0]), strict=True))
-
-
 # ----- what visitors reach -----
 
 
@@ -274,6 +263,17 @@ def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys, options,
     assert exit.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message.format(taken=taken)}")
+
+
+def test_the_command_listens_where_it_says(fast_run, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    pages = []
+    monkeypatch.setattr(demo.gr.Blocks, "block_thread", lambda page: pages.append(page))
+    demo.main([f"--pipeline={fast_run}", f"--server_port={port}"])
+    assert httpx.get(f"http://127.0.0.1:{port}/").status_code == 200
+    assert capsys.readouterr().out.startswith(f"open http://127.0.0.1:{port}/ in a browser")
+    pages[0].close()
 
 
 def test_the_command_needs_gradio(monkeypatch, capsys):
