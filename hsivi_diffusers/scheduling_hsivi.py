@@ -34,10 +34,18 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 FLOWS = tuple(f"FlowMatch{kind}Scheduler" for kind in ("EulerDiscrete", "HeunDiscrete", "LCM"))
+LEVEL_SETTINGS = (*BETAS, "prediction_type", "shift")
 OUR_SPACINGS = ("quadratic", "uniform")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
+# Settings of schedulers of diffusers that change noise levels or network times, with the value that does not.
+UNREAD = {"snr_shift_scale": 1.0, "timestep_type": "discrete"}
+UNREAD_OF_FLOWS = dict.fromkeys(
+    ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False
+)
+UNREAD_OF_FLOWS |= dict.fromkeys(("shift_terminal", "stages", "n_grid"))
 
 
 @dataclass
@@ -406,8 +414,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def _make_levels(self, shift: float) -> BetaLevels | FlowLevels:
         if self.is_flow:
             return FlowLevels(len(self), shift)
-        given = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        schedule = _make_schedule({name: self.config[name] for name in (*given, "rescale_betas_zero_snr")})
+        schedule = _make_schedule({name: self.config[name] for name in BETAS})
         self.betas, self.alphas, self.alphas_cumprod = schedule.betas, schedule.alphas, schedule.alphas_cumprod
         self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
         return BetaLevels(self.alphas_cumprod, self.final_alpha_cumprod)
@@ -479,6 +486,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         grid = _choose_grid(self.config, self.levels, num_inference_steps, timesteps, sigmas)
         if grid[0] >= len(self.levels):
             raise ValueError(f"the grid {grid} starts beyond the {len(self.levels)} betas: give trained_betas for all")
+        if not self.is_flow and self.alphas_cumprod[grid[-2]] == 1:
+            raise ValueError(
+                f"abar is 1 at {grid[-2]}, where a layer would have no noise to remove: raise the first beta"
+            )
         if self.config.prediction_type == "epsilon" and self.alphas_cumprod[grid[0]] == 0:
             raise ValueError(f"abar is 0 at {grid[0]}, where a noise prediction does not determine x0: start lower")
         if self._layers is None or not self._layers.are_of(self.levels, grid, self.config):
@@ -819,40 +830,43 @@ def _make_schedule(options: dict[str, Any]) -> DDPMScheduler:
         raise ValueError(f"no betas follow from these settings ({str(error).splitlines()[0]}): {remedy}") from error
     if not 0 <= low <= high <= 1 or schedule.betas.ndim != 1:
         raise ValueError(f"betas from {float(low):g} to {float(high):g}, shape {tuple(schedule.betas.shape)}: {remedy}")
+    if schedule.alphas_cumprod[-1] == 1:
+        raise ValueError(f"betas of at most {float(high):g} add no noise: {remedy}")
     return schedule
 
 
 def _read_settings(config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns kwargs with what the config of a rectified flow means, or refuses levels that are not known."""
+    """Returns kwargs with the noise levels that the config of a scheduler means, or refuses levels that are not known.
+
+    Levels are read also where the config marks them as defaults, because the defaults of other classes differ.
+    """
     name = config.get("_class_name") or "this scheduler"
-    betas = {"beta_start", "trained_betas"} & {*config, *kwargs}
-    whole = "_class_name" in config or "num_train_timesteps" in config
-    flow, kind = config.get("use_flow_sigmas"), config.get("prediction_type", "flow_prediction")
-    if flow is not None and flow != (kind == "flow_prediction"):
+    given = {**config, **kwargs}
+    betas = "beta_start" in given or given.get("trained_betas") is not None
+    whole = not {"_class_name", "_use_default_values", "num_train_timesteps"}.isdisjoint(config)
+    flow, kind = config.get("use_flow_sigmas"), config.get("prediction_type")
+    if None not in (flow, kind) and flow != (kind == "flow_prediction"):
         raise ValueError(
             f"the config of {name} has use_flow_sigmas={flow} and prediction_type={kind!r}: a rectified flow "
             "has True and 'flow_prediction', and any other model neither"
         )
-    if flow or ("shift" in config and not betas):
-        return {**_flow_settings(name, config), **kwargs}
-    if whole and not betas:
+    is_flow = flow or ("shift" in config and not betas and (not whole or "num_train_timesteps" in config))
+    if whole and not is_flow and not betas:
         raise ValueError(
             f"the config of {name} has neither betas nor a rectified flow; EDM and VE models are not "
             "supported: use one whose scheduler is like DDPMScheduler or FlowMatchEulerDiscreteScheduler"
         )
-    return kwargs
-
-
-def _flow_settings(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """What a scheduler of diffusers for rectified flows says in its config, under our names."""
-    others = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-    if odd := [other for other in others if config.get(other)]:
+    unread = UNREAD_OF_FLOWS if is_flow else UNREAD
+    if odd := {key: config[key] for key in unread if config.get(key) not in (None, False, unread[key])}:
         raise ValueError(
-            f"the config of {name} sets {', '.join(odd)}, whose noise levels are not supported: a rectified flow with "
-            "`shift` is"
+            f"the config of {name} has {', '.join(f'{key}={value!r}' for key, value in odd.items())}: noise levels with "
+            f"this setting are not supported, only with {', '.join(f'{key}={unread[key]!r}' for key in odd)}"
         )
-    shift = config.get("flow_shift", config.get("shift", 1.0))
-    return {"prediction_type": "flow_prediction", "shift": 1.0 if shift is None else shift}
+    levels = {key: config[key] for key in LEVEL_SETTINGS if key in config}
+    if is_flow:
+        shift = config.get("flow_shift", config.get("shift"))
+        levels |= {"prediction_type": "flow_prediction", "shift": 1.0 if shift is None else shift}
+    return {**levels, **kwargs}
 
 
 def _check_timesteps(name: str, timesteps: Any, num_train_timesteps: int) -> list[int]:

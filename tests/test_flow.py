@@ -90,13 +90,6 @@ def test_the_config_of_any_flow_is_understood_and_survives_saving(other, tmp_pat
     torch.testing.assert_close(euler.timesteps, ours.timesteps)
 
 
-@pytest.mark.parametrize("name", ["invert_sigmas", "use_karras_sigmas", "use_beta_sigmas"])
-def test_levels_that_follow_another_formula_are_refused(name):
-    config = FlowMatchEulerDiscreteScheduler(**{name: True}).config
-    with pytest.raises(ValueError, match=f"sets {name}, whose noise levels"):
-        HSIVIScheduler.from_config(config)
-
-
 def grids(highest, least):
     """Descending grids of levels."""
     return st.lists(st.integers(0, highest), min_size=least, max_size=5, unique=True).map(

@@ -181,20 +181,68 @@ def test_every_other_scheduler_hands_our_settings_back(cls, kind, tmp_path):
         assert torch.equal(walk(ready(back)), walk(ours))
 
 
-@pytest.mark.parametrize("cls", [cls for cls in STOCK if cls.__name__ != "EDMEulerScheduler"])
-def test_it_takes_the_betas_of_every_saved_scheduler(cls, tmp_path):
-    other = cls()
-    assert walk(ready(HSIVIScheduler.from_config(other.config))).isfinite().all()
-    loaded = saved_and_loaded(other, tmp_path)
-    assert torch.equal(loaded.alphas_cumprod, other.alphas_cumprod)
-    assert walk(ready(loaded)).isfinite().all()
+def have_defaults():
+    """The schedulers of diffusers that are made without arguments."""
+    classes = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")]
+    for cls in classes:
+        parameters = [*inspect.signature(cls.__init__).parameters.values()][1:]
+        ready = all(each.default is not each.empty or each.kind is each.VAR_KEYWORD for each in parameters)
+        if ready and not hasattr(cls, "_backends") and not cls.__name__.startswith("Flax"):
+            yield cls
 
 
-def test_a_scheduler_with_the_levels_of_edm_is_refused_before_and_after_saving(tmp_path):
-    other = diffusers.EDMEulerScheduler()
+def flow_schedulers():
+    return [cls for cls in have_defaults() if cls.__name__.startswith("FlowMatch")]
+
+
+@pytest.mark.parametrize("cls", have_defaults())
+def test_the_levels_of_any_scheduler_of_diffusers_are_kept_or_refused(cls, tmp_path):
+    """Those of an object, whose defaults may differ from ours, and those of its file."""
+    other, known = cls(), [*STOCK, *flow_schedulers()]
+    other.save_pretrained(tmp_path)
+    for read in (partial(HSIVIScheduler.from_config, other.config), partial(HSIVIScheduler.from_pretrained, tmp_path)):
+        try:
+            ours = read()
+        except ValueError as error:
+            assert "neither betas nor a rectified flow" in str(
+                error
+            ) or "noise levels with this setting are not" in str(error)
+            assert cls not in known or cls is diffusers.EDMEulerScheduler
+        else:
+            if ours.is_flow:
+                assert ours.config.shift == other.config.shift
+                assert cls in known or cls.__name__ == "FlowMapEulerDiscreteScheduler"
+            else:
+                torch.testing.assert_close(ours.alphas_cumprod, other.alphas_cumprod, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (diffusers.CogVideoXDDIMScheduler, {"snr_shift_scale": 3.0}),
+        (diffusers.CogVideoXDPMScheduler, {}),
+        (diffusers.EulerDiscreteScheduler, {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
+        (diffusers.FlowMatchEulerDiscreteScheduler, {"invert_sigmas": True}),
+        (diffusers.FlowMatchEulerDiscreteScheduler, {"shift_terminal": 0.1}),
+        (diffusers.FlowMatchLCMScheduler, {"use_karras_sigmas": True}),
+        (diffusers.HeliosScheduler, {}),
+        (diffusers.PiflowScheduler, {}),
+    ],
+)
+def test_a_setting_that_changes_levels_and_is_not_read_is_refused(cls, options, tmp_path):
+    other = cls(**options)
+    name = next(iter(options), {"CogVideoXDPMScheduler": "snr_shift_scale"}.get(cls.__name__, ""))
     for refused in (partial(HSIVIScheduler.from_config, other.config), partial(saved_and_loaded, other, tmp_path)):
-        with pytest.raises(ValueError, match="has neither betas nor a rectified flow"):
+        with pytest.raises(
+            ValueError, match=f"{name}.*: noise levels with this setting are not supported, only with {name}"
+        ):
             refused()
+
+
+def test_a_cogvideox_scheduler_without_the_shift_is_read():
+    other = diffusers.CogVideoXDDIMScheduler(snr_shift_scale=1.0, prediction_type="sample", rescale_betas_zero_snr=True)
+    ours = HSIVIScheduler.from_config(other.config)
+    torch.testing.assert_close(ours.alphas_cumprod, other.alphas_cumprod, check_dtype=False)
 
 
 # ----- DDIM's options -----
