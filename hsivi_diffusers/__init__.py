@@ -54,7 +54,12 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(".vi", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name], __name__), name)
+    try:
+        module = importlib.import_module(_MODULES[name], __name__)
+    except ModuleNotFoundError as error:
+        extra = f'{name} needs {error.name}, which is missing: pip install "hsivi-diffusers[train]"'
+        raise ImportError(extra, name=error.name) from error
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

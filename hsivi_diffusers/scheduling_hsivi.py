@@ -420,9 +420,13 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         return BetaLevels(self.alphas_cumprod, self.final_alpha_cumprod)
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Adds to the config. A trained sampler keeps all of it: no setting gives way to another class's default."""
-        if kwargs.get("layer_timesteps") is not None:
-            kwargs.pop("_use_default_values", None)
+        """Adds to the config. In that of a trained sampler no setting is marked as a default.
+
+        Settings so marked would give way to the defaults of another class in its `from_config`.
+        """
+        settings = {**getattr(self, "_internal_dict", {}), **kwargs}
+        if settings.get("layer_timesteps") is not None and "_use_default_values" in settings:
+            kwargs["_use_default_values"] = []
         super().register_to_config(**kwargs)
 
     @classmethod
@@ -527,9 +531,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             ValueError: The network was not trained with it.
         """
         scales = self.guidance_scales
-        if scale is None or scale in scales:
-            return 0 if scale is None else scales.index(scale)
-        taken = f"guidance of scale {' or '.join(map(str, scales))}" if scales else "no guidance: leave it out"
+        if scale is None or scale in (scales or [1]):
+            return scales.index(scale) if scale in scales else 0
+        taken = f"guidance of scale {' or '.join(map(str, scales))}: give one of these"
+        taken = taken if scales else "no guidance: leave it out, or give 1"
         raise ValueError(f"guidance_scale={scale}: this sampler was trained with {taken}")
 
     @property

@@ -172,12 +172,21 @@ def test_class_labels_reach_the_network():
         ({"generator": [torch.Generator()] * 4}, "4 generators for batch_size=3"),
         ({"output_type": "jpeg"}, "output_type='jpeg' is unknown"),
         ({"class_labels": [1, 1, 1]}, "takes no class_labels"),
+        ({"guidance_scale": 2}, "guidance_scale=2: this sampler was trained with no guidance: leave it out, or give 1"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"has \['noise'\]"),
     ],
 )
 def test_bad_calls_are_refused(unet, options, message):
     with pytest.raises(ValueError, match=message):
         make_pipeline(unet)(**{"batch_size": 3, **options})
+
+
+def test_a_guidance_of_1_is_none(unet):
+    assert torch.equal(draw(make_pipeline(unet), guidance_scale=1), draw(make_pipeline(unet)))
+    guided = HSIVIScheduler(layer_timesteps=GRID, guidance_scale=[4.0, 2.0])
+    assert [guided.guidance_index(scale) for scale in (None, 2, 4)] == [0, 0, 1]
+    with pytest.raises(ValueError, match="guidance_scale=1: .* trained with guidance of scale 2.0 or 4.0: give"):
+        guided.guidance_index(1)
 
 
 def test_the_number_of_images_may_be_of_numpy(unet):
