@@ -40,12 +40,10 @@ LEVEL_SETTINGS = (*BETAS, "prediction_type", "shift")
 OUR_SPACINGS = ("quadratic", "uniform")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
-# Settings of schedulers of diffusers that change noise levels or network times, with the value that does not.
+# Settings of schedulers of diffusers that change noise levels or network times; of betas with the value that does not.
 UNREAD = {"snr_shift_scale": 1.0, "timestep_type": "discrete"}
-UNREAD_OF_FLOWS = dict.fromkeys(
-    ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False
-)
-UNREAD_OF_FLOWS |= dict.fromkeys(("shift_terminal", "stages", "n_grid"))
+SIGMAS = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+UNREAD_OF_FLOWS = (*SIGMAS, "shift_terminal", "stages", "n_grid")
 
 
 @dataclass
@@ -86,6 +84,26 @@ class LayerCoefficients(NamedTuple):
         return x0, self.noise_in(sample, x0)
 
 
+class Table:
+    """Numbers by index, copied once to each accelerator that asks for them: each copy would wait for it."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+        self._copies: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"values": self.values, "_copies": {}}
+
+    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Returns the numbers on a device, in a dtype."""
+        key = device, dtype or self.values.dtype
+        if device.type == "cpu":
+            return self.values.to(*key)
+        if key not in self._copies:
+            self._copies[key] = self.values.to(*key)
+        return self._copies[key]
+
+
 class Levels(ABC):
     """The clock of a teacher: levels 0..N-1, and -1, where noise ends."""
 
@@ -114,12 +132,12 @@ class Levels(ABC):
         return alpha.reshape(shape), sigma.reshape(shape)
 
     def read_levels(self, given: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """Returns levels as a vector on the device of the sample, or refuses with ValueError what is none."""
+        """Returns levels as a vector on their device; refuses with ValueError those of the CPU that are none."""
         rows = _rows("level", given, sample)
         level = rows.long()
-        if rows.device.type == "cpu":  # on a GPU a check would wait for the device
+        if rows.device.type == "cpu":  # a check would wait for an accelerator
             self._check("level", rows, level, level)
-        return level.to(sample.device)
+        return level
 
     def read_times(self, given: float | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """Returns the levels of times, in the same way."""
@@ -127,7 +145,7 @@ class Levels(ABC):
         level = self.level(rows)
         if rows.device.type == "cpu":
             self._check("timestep", rows, level, self.time(level.clamp(0, len(self) - 1)))
-        return level.to(sample.device)
+        return level
 
     def _check(self, name: str, given: torch.Tensor, level: torch.Tensor, exact: torch.Tensor) -> None:
         """Refuses what is off the clock."""
@@ -140,14 +158,14 @@ class BetaLevels(Levels):
     """Levels of a diffusion with betas: alpha = sqrt(abar), sigma = sqrt(1 - abar); a network's time is the level."""
 
     def __init__(self, alphas_cumprod: torch.Tensor, final: torch.Tensor) -> None:
-        self._abar = torch.cat([alphas_cumprod, final[None]])
+        self._abar = Table(torch.cat([alphas_cumprod, final[None]]))
         self.accepted = f"integers from 0 to {len(self) - 1}"
 
     def __len__(self) -> int:
-        return len(self._abar) - 1
+        return len(self._abar.values) - 1
 
     def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        abar = self._abar.to(sample)[level]
+        abar = self._abar.on(sample.device, sample.dtype)[level]
         return abar.sqrt(), (1 - abar).sqrt()
 
     def time(self, level: torch.Tensor) -> torch.Tensor:
@@ -167,21 +185,23 @@ class FlowLevels(Levels):
 
     def __init__(self, size: int, shift: float) -> None:
         u = torch.arange(1, size + 1, dtype=torch.float64) / size
-        self._sigma = torch.cat([shift * u / (1 + (shift - 1) * u), torch.zeros(1, dtype=torch.float64)])
+        sigma = torch.cat([shift * u / (1 + (shift - 1) * u), torch.zeros(1, dtype=torch.float64)])
+        times = (size * sigma).float()
+        rising = times.roll(1)  # from that of level -1, which is 0
+        self._sigma, self._times, self._between = Table(sigma), Table(times), Table((rising[1:] + rising[:-1]) / 2)
 
     def __len__(self) -> int:
-        return len(self._sigma) - 1
+        return len(self._times.values) - 1
 
     def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        sigma = self._sigma.to(sample)[level]
+        sigma = self._sigma.on(sample.device, sample.dtype)[level]
         return 1 - sigma, sigma
 
     def time(self, level: torch.Tensor) -> torch.Tensor:
-        return (len(self) * self._sigma).float().to(level.device)[level]
+        return self._times.on(level.device)[level]
 
     def level(self, time: torch.Tensor) -> torch.Tensor:
-        times = self.time(torch.arange(-1, len(self))).to(time.device)  # with that of level -1, which is 0
-        nearest: torch.Tensor = torch.searchsorted((times[1:] + times[:-1]) / 2, time.float().contiguous())
+        nearest: torch.Tensor = torch.searchsorted(self._between.on(time.device), time.float().contiguous())
         return nearest - 1
 
     def levels_of(self, times: Sequence[float]) -> list[int]:
@@ -210,7 +230,14 @@ class Layers:
 
     def __init__(self, levels: Levels, grid: list[int], settings: Mapping[str, Any]) -> None:
         self.levels, self.settings = levels, settings
-        self.grid = torch.tensor(grid, dtype=torch.long)
+        self.grid, self._end = torch.tensor(grid), grid[-1]
+        self._inputs, self._below = Table(self.grid[:-1]), Table(self.grid[1:])
+        # Of all trained grids, or of the one that is set: layers counted from the data side, one grid after the other.
+        rising = [torch.tensor(each).flip(0) for each in _grids(settings["layer_timesteps"])] or [self.grid.flip(0)]
+        self.inputs = Table(torch.cat([each[1:] for each in rising]))
+        self.outputs = Table(torch.cat([each[:-1] for each in rising]))
+        scales: Any = settings["noise_scale"]  # by position in the grid
+        self._noise_scales = Table(torch.tensor(scales, dtype=torch.float64).reshape(-1).flip(0))
         columns = self.coefficients(self.grid[:-1], self.grid[:-1, None].float())
         rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
         # The numbers of each layer of the grid, as floats, by the time of its input.
@@ -227,18 +254,19 @@ class Layers:
         return times
 
     def at(self, timestep: int | float | torch.Tensor, sample: torch.Tensor) -> LayerCoefficients:
-        """Returns the numbers of the layers that start at times; of one on the grid they are looked up, fast."""
-        if sample.dtype == torch.float32 and (not isinstance(timestep, torch.Tensor) or timestep.numel() == 1):
-            number: Any = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
-            if (known := self.by_time.get(number)) is not None:
-                return known
+        """Returns the numbers of the layers that start at times; a number on the grid is looked up, fast."""
+        number: Any = timestep
+        if isinstance(timestep, torch.Tensor):
+            number = timestep.item() if timestep.numel() == 1 and timestep.device.type == "cpu" else None
+        if sample.dtype == torch.float32 and (known := self.by_time.get(number)) is not None:
+            return known
         return self.coefficients(self.levels.read_times(timestep, sample), sample)
 
     def coefficients(
         self, level: torch.Tensor, sample: torch.Tensor, prev_level: torch.Tensor | None = None
     ) -> LayerCoefficients:
         """Returns the numbers of layers tau_{t+1} (B,), as tensors (B, 1, ...); see `HSIVIScheduler.transition`."""
-        position, below = (None, prev_level) if prev_level is not None else self._below(level)
+        position, below = (None, prev_level) if prev_level is not None else self._find(level)
         alpha_next, sigma_next = self.levels.alpha_sigma(level, sample)
         alpha, sigma = self.levels.alpha_sigma(below, sample)
         c = sigma
@@ -246,25 +274,22 @@ class Layers:
             variance = sigma_next.square() - (alpha_next / alpha * sigma).square()
             c = self.settings["noise_eta"] * variance.clamp_min(0).sqrt() * sigma / sigma_next
         direction = (sigma.square() - c.square()).clamp_min(0).sqrt()
-        last = (below <= self.grid[-1].to(below.device)).reshape(alpha.shape)
-        noise_scale = torch.as_tensor(self.settings["noise_scale"]).to(alpha)
-        if noise_scale.ndim:  # of the only grid, counted from the data side, the positions from the base
-            position = self._below(level)[0] if position is None else position
-            noise_scale = noise_scale.flip(0)[position].reshape(alpha_next.shape)
+        noise_scale = self._noise_scales.on(alpha.device, alpha.dtype)
+        if len(noise_scale) > 1:
+            position = self._find(level)[0] if position is None else position
+            noise_scale = noise_scale[position.to(alpha.device)].reshape(alpha_next.shape)
+        last = (below <= self._end).to(alpha.device).reshape(alpha.shape)
         return LayerCoefficients(alpha_next, sigma_next, alpha, direction, c, noise_scale.expand(alpha.shape), last)
 
-    def _below(self, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _find(self, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the place of each level in the grid, and the level below it, both of shape (B,)."""
-        grid = self.grid.to(level.device)
-        matches = level[:, None] == grid[None, :-1]
-        position = matches.int().argmax(1)
-        below = grid[position + 1]
-        on_grid = matches.any(1)
-        if not bool(on_grid.all()):
-            if trained := _grids(self.settings["layer_timesteps"]):
-                raise ValueError(self._refusal(self.levels.time(level[~on_grid]).tolist(), trained))
-            stride = self.settings["num_train_timesteps"] // len(grid[:-1])
-            below = torch.where(on_grid, below, (level - stride).clamp_min(-1))
+        matches = level[:, None] == self._inputs.on(level.device)[None]
+        position, on_grid = matches.int().argmax(1), matches.any(1)
+        trained = _grids(self.settings["layer_timesteps"])
+        if trained and level.device.type == "cpu" and not bool(on_grid.all()):
+            raise ValueError(self._refusal(self.levels.time(level[~on_grid]).tolist(), trained))
+        stride = self.settings["num_train_timesteps"] // len(self._inputs.values)
+        below = torch.where(on_grid, self._below.on(level.device)[position], (level - stride).clamp_min(-1))
         return position, below
 
     def _refusal(self, times: list[float], trained: list[list[int]]) -> str:
@@ -544,17 +569,11 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
     def input_level(self, t: torch.Tensor) -> torch.Tensor:
         """Returns tau_{t+1}, the level of the input of layers t, of the shape of t; `depths` tells how t counts."""
-        return self._layers_of_all_grids[0].to(t.device)[t]
+        return self.layers.inputs.on(t.device)[t]
 
     def output_level(self, t: torch.Tensor) -> torch.Tensor:
         """Returns tau_t, see `input_level`."""
-        return self._layers_of_all_grids[1].to(t.device)[t]
-
-    @property
-    def _layers_of_all_grids(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Levels of input and output of each layer, counted from the data side, one grid after the other."""
-        rising = [torch.tensor(grid).flip(0) for grid in self.trained_grids] or [self.layers.grid.flip(0)]
-        return torch.cat([grid[1:] for grid in rising]), torch.cat([grid[:-1] for grid in rising])
+        return self.layers.outputs.on(t.device)[t]
 
     @property
     def layers(self) -> Layers:
@@ -861,11 +880,11 @@ def _read_settings(config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, 
             f"the config of {name} has neither betas nor a rectified flow; EDM and VE models are not "
             "supported: use one whose scheduler is like DDPMScheduler or FlowMatchEulerDiscreteScheduler"
         )
-    unread = UNREAD_OF_FLOWS if is_flow else UNREAD
-    if odd := {key: config[key] for key in unread if config.get(key) not in (None, False, unread[key])}:
+    unread: Mapping[str, Any] = dict.fromkeys(UNREAD_OF_FLOWS) if is_flow else UNREAD
+    if odd := [f"{key}={config[key]!r}" for key in unread if config.get(key) not in (None, False, unread[key])]:
         raise ValueError(
-            f"the config of {name} has {', '.join(f'{key}={value!r}' for key, value in odd.items())}: noise levels with "
-            f"this setting are not supported, only with {', '.join(f'{key}={unread[key]!r}' for key in odd)}"
+            f"the config of {name} has {', '.join(odd)}: noise levels with this setting are not supported, "
+            "use a model whose scheduler leaves it out"
         )
     levels = {key: config[key] for key in LEVEL_SETTINGS if key in config}
     if is_flow:

@@ -236,9 +236,7 @@ def test_a_setting_that_changes_levels_and_is_not_read_is_refused(cls, options, 
     other = cls(**options)
     name = next(iter(options), {"CogVideoXDPMScheduler": "snr_shift_scale"}.get(cls.__name__, ""))
     for refused in (partial(HSIVIScheduler.from_config, other.config), partial(saved_and_loaded, other, tmp_path)):
-        with pytest.raises(
-            ValueError, match=f"{name}.*: noise levels with this setting are not supported, only with {name}"
-        ):
+        with pytest.raises(ValueError, match=f"{name}.*: noise levels with this setting are not supported"):
             refused()
 
 

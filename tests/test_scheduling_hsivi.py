@@ -1,9 +1,13 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hsivi_diffusers import HSIVIScheduler, HSIVISchedulerOutput
 
@@ -259,6 +263,51 @@ def test_noising_on_one_device_leaves_stepping_on_it_possible():
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to("meta")  # what add_noise does with the sample's device
     alpha, sigma = scheduler.alpha_sigma(torch.tensor([800], device="meta"), torch.zeros(SHAPE, device="meta"))
     assert alpha.device.type == sigma.device.type == "meta"
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a GPU would be waited for: a number is read from it, or a tensor copied to it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        name = func.overloadpacket.__name__
+        assert name != "_local_scalar_dense" or tensors[0].device.type == "cpu"
+        assert name not in ("_to_copy", "copy_") or len({tensor.device for tensor in tensors}) == 1, "a copy"
+        return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layer_timesteps": GRID, "noise_scale": [0.5, 0.6, 0.7, 0.8, 0.9]},
+        {"layer_timesteps": GRIDS, "noise_scale": 0.5, "clip_sample": True},
+        {"layer_timesteps": GRID, "prediction_type": "flow_prediction", "shift": 3.0},
+        {"kernel": "renoise"},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_no_call_waits_for_a_gpu(options, dtype):
+    """The device meta, whose tensors have no numbers to be read, stands for one."""
+    scheduler, (output, sample, noise) = HSIVIScheduler(**options), torch.randn(3, *SHAPE, dtype=dtype, device="meta")
+    scheduler.set_timesteps(None if scheduler.trained_grids else 5, device="meta")
+
+    def call():
+        for timestep in scheduler.timesteps:
+            for at in (timestep, timestep.repeat(4)):
+                drawn = scheduler.step(output, at, sample, variance_noise=noise)
+                assert drawn.prev_sample.device.type == "meta"
+        t = torch.arange(4, device="meta")
+        level, below = scheduler.input_level(t), scheduler.output_level(t)
+        for end in (None, below):
+            scheduler.transition(output, level, sample, prev_level=end)
+        scheduler.predict(output, level, sample)
+        scheduler.add_noise(sample, noise, scheduler.levels.time(level))
+
+    call()  # numbers are copied to the device once
+    with NoWaiting():
+        call()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(scheduler)).layers.grid, scheduler.layers.grid)
 
 
 def test_leading_with_an_offset_has_no_duplicates():
