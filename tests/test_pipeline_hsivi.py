@@ -588,7 +588,7 @@ def test_layerwise_casting_draws_in_the_compute_precision_with_rounded_weights(u
 def test_a_noise_scale_that_is_not_wanted_or_of_other_samples_is_refused(unet):
     with pytest.raises(ValueError, match="noise_scale_type is 'config' and unet_noise_scale is given: leave it out"):
         HSIVIPipeline(unet=unet, scheduler=HSIVIScheduler(), unet_noise_scale=HSIVINoiseScale(sample_shape=(1, 8, 8)))
-    with pytest.raises(ValueError, match=r"of samples \(1, 4, 4\), the unet of \(1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"sample_shape \(1, 4, 4\), the unet \(1, 8, 8\)"):
         HSIVIPipeline(
             unet=unet,
             scheduler=HSIVIScheduler(noise_scale_type="per_pixel"),
