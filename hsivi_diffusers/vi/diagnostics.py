@@ -102,7 +102,7 @@ def _wrong_spread(x: Tensor, score: Tensor, objective: Objective | None) -> list
             STEIN,
             narrow,
             f"narrower than the target in {int(narrow.sum())} of {len(ratio)} coordinates",
-            f"Train longer, start from a larger std, or {other_objective(objective)}",
+            f"Train longer or start from a larger std; otherwise {other_objective(objective)}",
         ),
         (
             "over_dispersed",

@@ -112,8 +112,8 @@ def _changes(before: Tensor, after: Tensor, num_steps: int, objective: Objective
     message = (
         f"x_0 does not stay as it is under Langevin steps in the target in {int(wrong.sum())} of {len(wrong)} "
         f"coordinates: in coordinate {worst} the variance of the draws is {float(changes[worst]):.2g} of that after "
-        f"{num_steps} steps, their mean {float(shift.mean(0)[worst]):+.2g} standard deviations off. Train longer, or "
-        f"with more layers, or {other_objective(objective)}"
+        f"{num_steps} steps, their mean {float(shift.mean(0)[worst]):+.2g} standard deviations off. Train longer or "
+        f"with more layers; otherwise {other_objective(objective)}"
     )
     return [Finding("drift", 0, float(changes[worst]), SAME, message)]
 
