@@ -174,10 +174,10 @@ def _grid(run: dict[str, Any]) -> str:
     if "grid" not in run:
         return ""
     text = "First row: the teacher in many steps. Below: this model"
-    columns = ", ".join(map(_plain, run.get("prompts", ())))
-    return f"![{text}](samples.png)\n\n{text}, from the same noise." + f" Prompts of the columns: {columns}." * bool(
-        columns
-    )
+    figure = f"![{text}](samples.png)\n\n{text}, from the same noise."
+    if prompts := run.get("prompts"):
+        figure += f" The columns are of the prompts {', '.join(map(_plain, prompts))}, in turn."
+    return figure
 
 
 # ----- usage -----

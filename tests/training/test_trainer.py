@@ -457,14 +457,14 @@ def test_incomplete_checkpoints_are_ignored(interrupt, distil, fast_run, tmp_pat
 
 
 def test_a_checkpoint_that_is_cut_short_has_no_final_name(distil, tmp_path, monkeypatch):
-    save_file = state.save_file
+    save_tensors = state.save_tensors
 
     def failing(tensors, path):
         if "partial-4" in str(path):
             raise OSError("no space left")
-        save_file(tensors, path)
+        save_tensors(tensors, path)
 
-    monkeypatch.setattr(state, "save_file", failing)
+    monkeypatch.setattr(state, "save_tensors", failing)
     with pytest.raises(OSError, match="no space left"):
         distil(tmp_path / "run")
     assert checkpoints(tmp_path / "run") == ["checkpoint-2", "partial-4"]
