@@ -175,10 +175,19 @@ def test_class_labels_of_any_integer_type_reach_the_network():
 
 def test_a_guidance_of_1_is_none(pipeline):
     assert torch.equal(draw(pipeline, guidance_scale=1), draw(pipeline))
-    guided = HSIVIScheduler(layer_timesteps=GRID, guidance_scale=[4.0, 2.0])
-    assert [guided.guidance_index(scale) for scale in (None, 2, 4)] == [0, 0, 1]
-    with pytest.raises(ValueError, match="guidance_scale=1: .* trained with guidance of scale 2.0 or 4.0: give"):
-        guided.guidance_index(1)
+
+
+@pytest.mark.parametrize(("scale", "place"), [(None, 0), (2, 0), (4, 1)])
+def test_a_scale_of_guidance_reaches_the_network_beside_the_class(scale, place):
+    """The last of four classes is none, and each has a label for either scale."""
+    pipeline, labels = make_pipeline(make_unet(num_class_embeds=8).eval(), guidance_scale=[4.0, 2.0]), []
+    pipeline.unet.register_forward_pre_hook(lambda *given: labels.append(given[2]["class_labels"]), with_kwargs=True)
+    draw(pipeline, class_labels=[0, 1, 2], guidance_scale=scale)
+    assert [each.tolist() for each in labels] == [[place, 2 + place, 4 + place]] * 3
+    assert pipeline.num_classes == 3
+    for bad in ({"guidance_scale": 1}, {"class_labels": [0, 1, 3]}):
+        with pytest.raises(ValueError, match="trained with guidance of scale 2.0 or 4.0: give one|unet are 0 to 2"):
+            draw(pipeline, **{"class_labels": [0, 1, 2], **bad})
 
 
 @pytest.mark.parametrize(

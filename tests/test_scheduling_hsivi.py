@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -223,7 +223,7 @@ def test_no_call_waits_for_a_gpu(options, dtype):
     call()  # vectors are copied to the device once
     with NoWaiting():
         call()
-    torch.testing.assert_close(pickle.loads(pickle.dumps(scheduler)).layers.grid, scheduler.layers.grid)
+    assert b"meta" not in pickle.dumps(scheduler.layers)  # so that it loads where there is no GPU
 
 
 # ----- grids -----
@@ -249,6 +249,8 @@ def test_five_step_grids(spacing, start, grid):
     st.integers(1, 1000),
     st.integers(0, 2),
 )
+@example("quadratic", 900, 0)
+@example("leading", 1000, 1)
 @settings(deadline=None)
 def test_every_count_has_a_strictly_descending_grid_on_the_clock(spacing, count, offset):
     grid = HSIVIScheduler.make_layer_timesteps(count, spacing, steps_offset=offset)
