@@ -1,7 +1,5 @@
 """Rectified flows: the scheduler on their clock, against the schedulers of diffusers."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from diffusers import (
@@ -17,11 +15,12 @@ from hypothesis import strategies as st
 
 from gaussian_teacher import MEAN, STD, GaussianTeacher
 from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge
+from hsivi_diffusers.distillation import updates
 from hsivi_diffusers.distillation.networks import make_scheduler
-from hsivi_diffusers.distillation.pairs import pair_levels
-from hsivi_diffusers.distillation.state import highest_level
-from hsivi_diffusers.teachers.ode import few_step_timesteps, run_solver
-from hsivi_diffusers.teachers.solvers import make_solver
+from hsivi_diffusers.teachers.guidance import Guided
+from hsivi_diffusers.teachers.levels import clock_of
+from hsivi_diffusers.teachers.solvers import make_solver, run_solver
+from hsivi_diffusers.teachers.teacher import Teacher
 from short_run import SETTINGS
 from tiny_unet import make_unet
 
@@ -176,9 +175,10 @@ def test_what_cannot_be_is_refused(function, arguments, message):
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_flow_teacher_is_distilled_into_a_sampler_that_stock_pipelines_run(tmp_path, steps):
+def test_a_flow_teacher_is_distilled_into_a_sampler_that_stock_pipelines_run(tmp_path, monkeypatch, steps):
+    monkeypatch.setattr(updates, "PAIR_STEPS", 2)
     teacher = DDPMPipeline(unet=make_unet(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
-    pairs = {"num_pairs": 8, "pair_steps": 2} if steps == 1 else {}
+    pairs = {"num_pairs": 8} if steps == 1 else {}
     config = HSIVIConfig(**{**SETTINGS, **pairs, "num_inference_steps": steps}, output_dir=str(tmp_path / "run"))
     HSIVITrainer(teacher, config).train()
     ours = HSIVIPipeline.from_pretrained(tmp_path / "run" / "pipeline")
@@ -192,7 +192,9 @@ def test_a_flow_teacher_is_distilled_into_a_sampler_that_stock_pipelines_run(tmp
 @pytest.mark.parametrize(("shift", "steps"), [(5.0, 8), (3.0, 16), (1.0, 32), (10.0, 2)])
 def test_every_layer_of_a_flow_has_levels(shift, steps):
     student = make_scheduler(flow(shift=shift), HSIVIConfig(num_inference_steps=steps), (1, 8, 8))
-    bridge = TeacherBridge(make_unet(), student, (5, highest_level(student, (1, 8, 8))))
+    outputs = student.output_level(torch.arange(steps))
+    highest = clock_of(student).highest_level((1, 8, 8), outputs)
+    bridge = TeacherBridge(Teacher(make_unet(), student, (1, 8, 8)), student, (5, highest))
     t = torch.arange(steps).repeat(20)
     levels = bridge.sample_level(t)
     assert bool((levels >= student.output_level(t)).all())
@@ -201,14 +203,14 @@ def test_every_layer_of_a_flow_has_levels(shift, steps):
 def test_solvers_of_diffusers_follow_a_flow_on_their_grid_or_ours():
     for shift in (1.0, 3.0):
         schedule = flow(shift=shift)
-        teacher, x = GaussianTeacher(schedule), torch.randn(20, 1, 8, 8).clamp(-1.7, 1.7)
-        teacher.config = SimpleNamespace(num_class_embeds=None, sample_size=8, in_channels=1)
-        few, many = (few_step_timesteps(schedule, (1, 8, 8), calls) for calls in (8, 50))
+        guided = Guided(Teacher(GaussianTeacher(schedule), schedule, (1, 8, 8)))
+        x, clock = torch.randn(20, 1, 8, 8).clamp(-1.7, 1.7), clock_of(schedule)
+        few, many = (clock.few_step_levels((1, 8, 8), steps) for steps in (8, 50))
         assert few[0] == many[0] == 999
         for method in ("DDIM", "DPM-Solver++", "UniPC", "DEIS"):
-            for calls, levels, error in ((15, None, 0.09), (15, pair_levels(schedule, 15), 0.07), (50, many, 0.03)):
-                solver = make_solver(method, calls, teacher, schedule.config, timesteps=levels)
-                end = run_solver(teacher, solver.scheduler, x, calls)
+            for calls, levels, error in ((15, None, 0.09), (15, clock.pair_levels(15), 0.07), (50, many, 0.03)):
+                solver = make_solver(method, calls, guided, levels)
+                end = run_solver(guided, solver.scheduler, x, calls)
                 assert (end - MEAN - STD * x).square().mean().sqrt() < error, (shift, method, calls)
     with pytest.raises(ValueError, match="method 'DDPM' is not for rectified flows: choose one of 'DDIM', 'DPM-Solver"):
-        make_solver("DDPM", 15, teacher, schedule.config)
+        make_solver("DDPM", 15, guided)

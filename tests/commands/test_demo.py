@@ -15,10 +15,11 @@ from PIL import Image
 from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.commands.sample import load_sampler
-from hsivi_diffusers.distillation.pairs import pair_levels
 from hsivi_diffusers.share.push import push
+from hsivi_diffusers.teachers.guidance import Guided
+from hsivi_diffusers.teachers.levels import clock_of
+from hsivi_diffusers.teachers.loading import load_teacher
 from hsivi_diffusers.teachers.solvers import make_solver
-from hsivi_diffusers.teachers.teacher import load_teacher
 from short_run import SETTINGS
 
 pytest.importorskip("gradio", reason="needs the extra demo")
@@ -29,6 +30,7 @@ from gradio_client.exceptions import AppError
 
 from hsivi_diffusers.commands import demo
 
+SAMPLER = "DPM-Solver++ SDE"  # of teachers on pixels
 ASKED = {"teacher_steps": 3, "label": demo.IN_TURN, "prompt": "", "scale": 1.0, "count": 3, "seed": 7}
 
 
@@ -87,11 +89,11 @@ def test_the_student_draws_what_its_pipeline_draws(students, fast_run):
 
 def test_the_teacher_starts_from_the_same_noise(students, fast_run, teacher):
     *_, line, images = show(students, fast_run, 2, count=1)
-    unet, schedule = load_teacher(teacher)
-    solver = make_solver(demo.SAMPLER, 3, unet.eval(), schedule.config, pair_levels(schedule, 3))
+    loaded = load_teacher(teacher)
+    solver = make_solver(SAMPLER, 3, Guided(loaded), clock_of(loaded.schedule).pair_levels(3))
     (image,) = HSIVIPipeline.numpy_to_pil(solver(1, *seeds(1, 7)).permute(0, 2, 3, 1).numpy())
     assert same(images[0], image)
-    assert line.startswith(f"Teacher, {demo.SAMPLER}: 3 network calls, ")
+    assert line.startswith(f"Teacher, {SAMPLER}: 3 network calls, ")
 
 
 def test_steps_and_classes_can_be_chosen_where_there_are_several(students, several_run, class_run, teacher):
@@ -116,8 +118,8 @@ def test_scales_of_guidance_cost_the_teacher_two_calls(distil, class_teacher, tm
     students = demo.Students([str(run)], "cpu")
     *_, scale, _ = demo.choose(students, str(run))
     assert scale["visible"]
-    assert show(students, run, 2, scale=3.0)[2].startswith(f"Teacher, {demo.SAMPLER}: 6 network calls")
-    assert show(students, run, 2, scale=1.0)[2].startswith(f"Teacher, {demo.SAMPLER}: 3 network calls")
+    assert show(students, run, 2, scale=3.0)[2].startswith(f"Teacher, {SAMPLER}: 6 network calls")
+    assert show(students, run, 2, scale=1.0)[2].startswith(f"Teacher, {SAMPLER}: 3 network calls")
     with pytest.raises(ValueError, match="guidance_scale=2"):
         show(students, run, 2, scale=2.0)
 
@@ -181,7 +183,7 @@ def test_a_repo_may_be_named(logged_in, fast_run, teacher, tmp_path, monkeypatch
     HfApi().upload_folder(repo_id="alice/teacher", folder_path=teacher)
     push(HSIVIPipeline.from_pretrained(fast_run / "pipeline"), "alice/known", base_model="alice/teacher")
     line = show(demo.Students(["other"], "cpu"), "alice/known", 2)[2]
-    assert line.startswith(f"Teacher, {demo.SAMPLER}: 3 network calls")
+    assert line.startswith(f"Teacher, {SAMPLER}: 3 network calls")
 
 
 @pytest.mark.parametrize("source", ["{teacher}", "../teacher", "assets"])

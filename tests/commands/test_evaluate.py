@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from hsivi_diffusers.teachers.ode import few_step_timesteps
 from PIL import Image
 
 from hsivi_diffusers import HSIVIPipeline, load_teacher
@@ -17,7 +16,10 @@ from hsivi_diffusers.evaluation.figures import draw_samples
 from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.runs.measures import REPORTED
+from hsivi_diffusers.teachers.guidance import Guided
+from hsivi_diffusers.teachers.levels import clock_of
 from hsivi_diffusers.teachers.solvers import make_solver, make_student, sample
+from hsivi_diffusers.teachers.teacher import Teacher
 from tiny_unet import make_unet
 
 SOLVERS = ["DDIM", "DPM-Solver++", "DPM-Solver++, few-step grid", "UniPC", "UniPC, few-step grid"]
@@ -78,14 +80,14 @@ def test_rows_hold_the_distances_of_the_images(evaluated, teacher, extractor):
     folder, content, *_ = evaluated
     network = ImageClassifier.from_pretrained(extractor).eval()
     distances = Measures(network, load_images("digits", 8, 1)[0].float() / 255, [*REPORTED])
-    unet, schedule = load_teacher(str(teacher))
-    few, student = few_step_timesteps(schedule, (1, 8, 8), 4), HSIVIPipeline.from_pretrained(folder / "pipeline")
+    loaded, student = load_teacher(str(teacher)), HSIVIPipeline.from_pretrained(folder / "pipeline")
+    few, guided = clock_of(loaded.schedule).few_step_levels((1, 8, 8), 4), Guided(loaded)
     measured = {
-        ("HSIVI", 1): make_student(student, 1),
-        ("HSIVI", 4): make_student(student, 4),
-        ("DPM-Solver++", 4): make_solver("DPM-Solver++", 4, unet, schedule.config),
-        ("DPM-Solver++, few-step grid", 4): make_solver("DPM-Solver++", 4, unet, schedule.config, timesteps=few),
-        ("DDIM, eta 1", 3): make_solver("DDIM, eta 1", 3, unet, schedule.config),
+        ("HSIVI", 1): make_student(student, loaded, 1),
+        ("HSIVI", 4): make_student(student, loaded, 4),
+        ("DPM-Solver++", 4): make_solver("DPM-Solver++", 4, guided),
+        ("DPM-Solver++, few-step grid", 4): make_solver("DPM-Solver++", 4, guided, few),
+        ("DDIM, eta 1", 3): make_solver("DDIM, eta 1", 3, guided),
     }
     for row in content["rows"]:
         if sampler := measured.pop((row["method"], row["nfe"]), None):
@@ -154,10 +156,10 @@ def test_a_solver_that_diverges_loses_no_row_and_one_that_fails_none_before_it(r
 
 
 def test_the_reference_is_the_teacher_from_other_noise(class_teacher):
-    unet, schedule = load_teacher(str(class_teacher))
+    guided = Guided(load_teacher(str(class_teacher)))
     options = evaluate.Evaluation(reference_samples=8, reference_steps=3, batch_size=5, eval_seed=4)
-    images, labels, name = evaluate.load_reference(options, unet, schedule.config, 3)
-    solver = make_solver("DPM-Solver++ SDE", 3, unet, schedule.config, timestep_spacing="trailing")
+    images, labels, name = evaluate.load_reference(options, guided, 3, 100)
+    solver = make_solver("DPM-Solver++ SDE", 3, guided, timestep_spacing="trailing")
     own, other = (torch.cat([*sample(solver, 8, 5, seed, 3)]) for seed in (4, 5))
     assert torch.equal(images, other)
     assert not torch.equal(images, own)
@@ -169,9 +171,9 @@ def test_a_folder_of_images_is_named_by_its_last_part(teacher, tmp_path, monkeyp
     (tmp_path / "cats").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "cats" / "1.png")
     monkeypatch.chdir(tmp_path / "cats")
-    unet, schedule = load_teacher(str(teacher))
+    guided = Guided(load_teacher(str(teacher)))
     for given in (str(tmp_path / "cats"), f"{tmp_path}/cats/", "."):
-        *_, name = evaluate.load_reference(evaluate.Evaluation(real_data=given), unet, schedule.config, None)
+        *_, name = evaluate.load_reference(evaluate.Evaluation(real_data=given), guided, None, 100)
         assert name == "cats"
 
 
@@ -183,10 +185,10 @@ def test_a_folder_of_images_is_named_by_its_last_part(teacher, tmp_path, monkeyp
     ],
 )
 def test_a_reference_that_nothing_can_be_compared_to_is_refused(teacher, options, message):
-    unet, schedule = make_unet(sample_size=(8, 16)), load_teacher(str(teacher))[1]
-    torch.nn.init.constant_(unet.conv_out.bias, torch.nan)
+    guided = Guided(Teacher(make_unet(sample_size=(8, 16)), load_teacher(str(teacher)).schedule, (1, 8, 16)))
+    torch.nn.init.constant_(guided.teacher.network.conv_out.bias, torch.nan)
     with pytest.raises(ValueError, match=message):
-        evaluate.load_reference(evaluate.Evaluation(**options), unet, schedule.config, None)
+        evaluate.load_reference(evaluate.Evaluation(**options), guided, None, 100)
 
 
 def test_latents_are_drawn_in_smaller_batches():

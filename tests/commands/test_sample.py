@@ -13,7 +13,7 @@ from PIL import Image
 from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.commands import cli, sample
 from hsivi_diffusers.runs.artifacts import run_of
-from hsivi_diffusers.teachers import teacher
+from hsivi_diffusers.teachers import loading
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_what_cannot_be_drawn_is_refused_before_weights_are_loaded(draw, tmp_pat
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "damaged" / "model_index.json").write_text("[1]")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(teacher, "load_student", lambda *given: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load_student", lambda *given: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match=message):
         draw("samples", *(option.format(tmp=tmp_path) for option in options))
     assert not (tmp_path / "samples").exists()

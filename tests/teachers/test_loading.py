@@ -77,9 +77,7 @@ def test_an_empty_folder_and_damaged_weights_are_refused(teacher_folder, tmp_pat
     weights = teacher_folder / "unet" / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
     save_file({**state, "conv_in.bias": state["conv_in.bias"] * math.nan}, weights)
-    with pytest.raises(
-        ValueError, match="the unet of teacher .* has weights that are NaN or infinite, the fir"
-    ):
+    with pytest.raises(ValueError, match="the unet of teacher .* has weights that are NaN or infinite, the fir"):
         load_teacher(str(teacher_folder))
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be loaded"):
