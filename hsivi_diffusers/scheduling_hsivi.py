@@ -600,6 +600,16 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         model_output, sample = _match(model_output, sample)
         return self._predict(model_output, sample, *self.alpha_sigma(self.levels.read_levels(level, sample), sample))
 
+    def output(self, x0: torch.Tensor, eps: torch.Tensor, level: int | torch.Tensor) -> torch.Tensor:
+        """Returns the network output that means (x0, eps), the inverse of `predict`."""
+        if self.config.prediction_type in ("epsilon", "sample"):
+            return eps if self.config.prediction_type == "epsilon" else x0
+        if self.config.prediction_type == "flow_prediction":
+            return eps - x0
+        alpha, sigma = self.alpha_sigma(self.levels.read_levels(level, x0), x0)
+        velocity: torch.Tensor = alpha * eps - sigma * x0
+        return velocity
+
     def _predict(
         self, model_output: torch.Tensor, sample: torch.Tensor, alpha: Any, sigma: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
