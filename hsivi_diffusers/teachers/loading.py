@@ -154,7 +154,9 @@ def read_teacher(name: str, revision: str | None = None) -> Teacher:
     except OSError as error:
         raise ValueError(str(error)) from error
     kind = kind_named(configs.kind)
-    return kind.of_configs(configs, check_configs(repr(name), configs, kind))
+    with torch.device("cpu"):  # levels follow from its numbers, which a meta tensor has not
+        schedule = check_configs(repr(name), configs, kind)
+    return kind.of_configs(configs, schedule)
 
 
 def _fetch(name: str, revision: str | None) -> str:
