@@ -25,6 +25,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteSchedul
 from hypothesis import settings
 
 from hub_server import Hub, signed_in
+from short_run import SETTINGS
 from tiny_unet import make_unet, save_teacher
 
 torch.set_num_threads(1)
@@ -116,7 +117,6 @@ def text_teachers(tmp_path_factory):
 @pytest.fixture(scope="session")
 def arguments(teacher):
     """The command line of a run with 2 layers and 4 rows; options by keyword, a tuple for a list."""
-    from short_run import SETTINGS  # imports the trainer, which most tests do not need
 
     def make(output_dir, *flags, **options):
         settings = {"pretrained_teacher_model": teacher, **SETTINGS, **options}
@@ -132,12 +132,15 @@ def arguments(teacher):
 def distil(arguments):
     """Runs `hsivi distil` with 2 layers and 4 rows, and returns the output folder; options by keyword."""
     from hsivi_diffusers.commands import cli
+    from hsivi_diffusers.distillation import updates
 
     def run(output_dir, *flags, **options):
         cli.distil(arguments(output_dir, *flags, **options))
         return output_dir
 
-    return run
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(updates, "PAIR_STEPS", 3)
+        yield run
 
 
 @pytest.fixture(scope="session")
@@ -152,16 +155,17 @@ def make_config(arguments):
 
 
 @pytest.fixture
-def make_state(make_config, teacher, fresh_accelerator):
-    """Makes the TrainingState of a run that has made no update yet, of a teacher; options by keyword."""
+def make_state(teacher, fresh_accelerator):
+    """Makes the TrainingState of a run of `arguments` that has made no update yet, of a teacher; options by keyword."""
     from accelerate import Accelerator
 
+    from hsivi_diffusers import HSIVIConfig
     from hsivi_diffusers.distillation.networks import load_networks
     from hsivi_diffusers.distillation.state import TrainingState
     from hsivi_diffusers.teachers.loading import load_teacher
 
     def make(source=teacher, **options):
-        config, accelerator = make_config(**options), Accelerator(cpu=True)
+        config, accelerator = HSIVIConfig(**{**SETTINGS, **options}), Accelerator(cpu=True)
         networks, identity = load_networks(load_teacher(source), config, accelerator)
         return TrainingState(networks, config, accelerator, identity)
 

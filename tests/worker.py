@@ -3,8 +3,9 @@
 Reads a request of JSON on each line of its input: `arguments`, `processes`, `environment`, and `kill`. That is null, or
 {"after": seconds}, for SIGKILL from here, or {"point": ..., "step": ...}, for a child that kills itself while it saves
 the checkpoint of a step (see POINTS) or, if the point is the name of a signal, sends itself that after a step, or, if
-it is "collapse", has a student that draws black, or, if it is "see damage", takes that checkpoint for damaged. Answers
-with the exit statuses of the children, minus the signal where there was one, and with the last lines that each printed.
+it is "making pairs", SIGTERM before so many batches of pairs, or, if it is "collapse", has a student that draws black,
+or, if it is "see damage", takes that checkpoint for damaged. Answers with the exit statuses of the children, minus the
+signal where there was one, and with the last lines that each printed.
 """
 
 import json
@@ -23,9 +24,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hsivi_diffusers.commands import cli
-from hsivi_diffusers.distillation import progress, state, updates
+from hsivi_diffusers.distillation import pairs, progress, state, updates
 from hsivi_diffusers.runs import checkpoints, folders, state_dicts
 
+updates.PAIR_STEPS = 3  # as in the runs of the fixtures
 PATIENCE = 600  # seconds that a run may take
 GRACE = 1  # seconds that the other children have after one died
 
@@ -39,6 +41,7 @@ POINTS = {
     "between retire and rename": (folders.os, "replace", r"partial-{step}$"),
     "renamed": (checkpoints, "remove_folder", r"checkpoint-\d+$"),
     "half removed": (folders.shutil, "rmtree", r"checkpoint-\d+.retired$"),
+    "images of pairs": (state, "write_images", r"pairs/"),
     "pipeline": (folders.os, "replace", r"pipeline.partial$"),
 }
 
@@ -80,6 +83,19 @@ def send_signal(name, step):
     updates.fit = signalled
 
 
+def stop_pairs(name, step):
+    """Has this process send itself SIGTERM before a batch of pairs."""
+    run_solver, left = pairs.run_solver, [step]
+
+    def counting(*given, **named):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_solver(*given, **named)
+
+    pairs.run_solver = counting
+
+
 def collapse(name, step):
     """Has the student of this process draw black."""
     columns = progress.COLUMNS
@@ -107,11 +123,8 @@ def start(rank, request, port, log):
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(request["processes"])}
         kill = request["kill"] or {}
         if "point" in kill and rank == kill.get("rank", 0):
-            acts = {
-                **dict.fromkeys(signal.Signals.__members__, send_signal),
-                "collapse": collapse,
-                "see damage": see_damage,
-            }
+            acts = {**dict.fromkeys(signal.Signals.__members__, send_signal), "collapse": collapse}
+            acts |= {"making pairs": stop_pairs, "see damage": see_damage}
             act = acts.get(kill["point"], arrange_death)
             act(kill["point"], kill["step"])
         cli.distil(request["arguments"])

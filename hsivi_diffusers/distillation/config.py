@@ -66,7 +66,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 20.0,
     },
 }
-# Where the first step starts unless `start_timestep` says so, see `Clock.start`.
+# Where the first step starts without `start_timestep`, see `Clock.start`.
 START_RULES: dict[str | None, tuple[str, float] | None] = {
     "fast": ("signal", 3.2),
     "one_call": ("noise", 2.5),
@@ -78,11 +78,11 @@ BY_PRESET: Any = ...  # the default of what the preset decides; a copy or a pick
 
 @dataclass
 class HSIVIConfig:
-    """Settings of a distillation. What is not given is that of the preset; `print` one to see all values.
+    """Settings of a distillation. The preset gives those that are left out; `print` a config to see all values.
 
     The recipe "paper" is that of arXiv 2310.17153; "fast" is our best for several steps, "one_call" for one step, and
-    "latent" is for text-to-image models, put together from published recipes. With `dataclasses.replace` the values of
-    the old preset give way to those of the new one.
+    "latent" is for text-to-image models, put together from published recipes. A changed copy by
+    `dataclasses.replace` keeps what was given, and its preset gives the rest.
 
     Raises:
         ValueError: An option is unknown, or has another type or value than it may have.
@@ -176,7 +176,9 @@ class HSIVIConfig:
     def __new__(cls, *args: Any, **given: Any) -> HSIVIConfig:
         known = {each.name for each in fields(cls)}
         if unknown := [name for name in given if name not in known]:
-            raise ValueError(f"{unknown[0]} is no option of HSIVIConfig{did_you_mean(unknown[0], known)}")
+            now = RENAMED.get(unknown[0])
+            hint = f"; it is called {now} now" if now else did_you_mean(unknown[0], known)
+            raise ValueError(f"{unknown[0]} is no option of HSIVIConfig{hint}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -269,7 +271,6 @@ RENAMED = {"guidance_falls": "decay_guidance"}
 REMOVED: dict[str, Any] = {
     "pair_steps": [500],
     "pair_weight": [0.005],
-    "start_spacing": [0],
     "start_signal": [None, 3.2],
 }
 REMOVED |= {"start_noise": [None, 2.5, 4.15], "clip_images": [True, False], "loss_weight": ["unit", "sigma2"]}
@@ -292,7 +293,10 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: The run had an option of version 0.2 that was removed, at another value than the preset's.
     """
     recorded = {RENAMED.get(name, name): value for name, value in recorded.items()}
-    for name, usual in REMOVED.items():
+    counts, start = recorded.get("num_inference_steps"), recorded.get("start_timestep")
+    several = isinstance(counts, list) and len(counts) > 1
+    apart = several and (start is not None or START_RULES.get(recorded.get("preset")) is not None)
+    for name, usual in {**REMOVED, "start_spacing": [20 if apart else 0]}.items():
         if (value := recorded.pop(name, usual[0])) not in usual:
             raise ValueError(
                 f"the run was trained with {name}={value!r}, and the option was removed: finish it with the "

@@ -32,10 +32,10 @@ class StudentCritic(nn.Module):
     """A diffusion network as the score of the density at each noise level: -eps(x, level) / sigma_level.
 
     Args:
-        network: Predicts what the scheduler's `prediction_type` says.
+        network: Its prediction is of the scheduler's `prediction_type`.
         teacher: Knows how to call it.
         scheduler: Gives alpha and sigma.
-        num_layers: Layers that the network tells apart, see `label_layers`; 0 for one that does not.
+        num_layers: Layers in the labels of the network, see `label_layers`; 0 if they are not.
     """
 
     def __init__(self, network: Any, teacher: Teacher, scheduler: HSIVIScheduler, num_layers: int = 0) -> None:
@@ -105,10 +105,10 @@ class StudentLayers(ConditionalLayers):
 
 @torch.no_grad()
 def label_scales(teacher: Teacher, network: Any, scales: Sequence[float]) -> Any:
-    """Returns a copy of a network whose labels say a guidance scale w beside the class, class * G + g.
+    """Returns a copy of a network whose labels hold a guidance scale w beside the class, class * G + g.
 
     For w = 1 it starts as the network itself. The embeddings of others start at e_none + (1 + SPREAD (w - 1)) (e_c -
-    e_none), with those of the class and of no class: from equal ones it would not learn to tell the scales apart.
+    e_none), with those of the class and of no class: from equal ones it would not learn to distinguish the scales.
 
     Raises:
         ValueError: See `Teacher.check_labels`.
@@ -121,7 +121,7 @@ def label_scales(teacher: Teacher, network: Any, scales: Sequence[float]) -> Any
 
 
 def label_layers(teacher: Teacher, network: Any, num_layers: int) -> Any:
-    """Returns a copy of a network whose labels say the layer too, class * L + t; see `Teacher.label`."""
+    """Returns a copy of a network whose labels hold the layer too, class * L + t; see `Teacher.label`."""
     teacher.check_labels()
     return teacher.label(network, num_layers)
 
@@ -188,15 +188,15 @@ class TeacherBridge(Bridge):
 
         A layer t is scored from tau_t, or with noise_eta 0, where its output has no score, from above it, up to, not
         including, tau_{t+1}; the first one, t = T-1, up to the end of `level_range`. So no two layers of a grid share a
-        level, and the critic, which is told the level alone, learns the marginal of each. With several grids it must be
-        told the layer, see `label_layers`.
+        level, and the critic, which takes the level alone, learns the marginal of each. With several grids it takes the
+        layer too, see `label_layers`.
 
         Raises:
             ValueError: A layer has no level in the range.
         """
-        place = torch.device("cpu") if t.device.type == "mps" else t.device  # which has no float64
-        lowest, highest = (bound.to(place)[t.to(place)] for bound in self._layer_levels)
-        uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(place)
+        device = torch.device("cpu") if t.device.type == "mps" else t.device  # which has no float64
+        lowest, highest = (bound.to(device)[t.to(device)] for bound in self._layer_levels)
+        uniform = torch.rand(len(t), generator=generator, dtype=torch.float64).to(device)
         return (lowest + (uniform * (highest + 1 - lowest)).long()).to(t.device)
 
     def check_levels(self) -> None:
@@ -266,8 +266,8 @@ class TeacherBridge(Bridge):
         layer = self.scheduler.layers.coefficients(tau, q.mean, torch.minimum(level, tau))
         chosen = chosen.reshape(alpha.shape)
         mean, std = torch.where(chosen, alpha * x0, fresh.mean), torch.where(chosen, sigma, fresh.std)
-        kept = ((layer.direction * eps + layer.c * noise) / sigma).detach()
-        return DiagonalGaussian(mean=mean, std=std), torch.where(chosen, kept, noise)
+        correlated = ((layer.direction * eps + layer.c * noise) / sigma).detach()
+        return DiagonalGaussian(mean=mean, std=std), torch.where(chosen, correlated, noise)
 
     def weight(self, sigma_power: float) -> Weight:
         """Returns the weight sigma^a of a level, in score units; multiply by sigma^-2 for noise units."""

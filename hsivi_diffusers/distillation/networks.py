@@ -66,7 +66,7 @@ def make_networks(teacher: Teacher, student: Any, critic: Any, config: HSIVIConf
     for network in (teacher.network, student, critic):
         teacher.prepare(network)
     scheduler = make_scheduler(teacher.schedule, config, teacher.shape)
-    if len(scales := scheduler.guidance_scales) > 1:  # the label of student and critic says which
+    if len(scales := scheduler.guidance_scales) > 1:  # which the labels of student and critic hold
         student, critic = (label_scales(teacher, network, scales) for network in (student, critic))
     noise_scale = HSIVINoiseScale(teacher.shape) if config.noise_scale_type == "per_pixel" else None
     if len(config.depths) > 1:  # grids, whose layers are scored at the same levels
@@ -165,10 +165,10 @@ def carry_over(networks: Networks, run: Path) -> None:
 
 
 def _fitting_labels(state: dict[str, Tensor], networks: Networks, before: HSIVIScheduler) -> dict[str, Tensor]:
-    """The state of a critic that was told layers of other grids, or none: what it is told of them starts over."""
+    """The state of a critic; its labels of layers start over if the grids are others."""
     name, own = "class_embedding.weight", networks.critic.state_dict()
     if name not in own:
         return {key: value for key, value in state.items() if key != name}
-    tells = len(networks.scheduler.depths) > 1
-    same = not tells or before.trained_grids == networks.scheduler.trained_grids
+    has_layers = len(networks.scheduler.depths) > 1
+    same = not has_layers or before.trained_grids == networks.scheduler.trained_grids
     return state if same and name in state and state[name].shape == own[name].shape else {**state, name: own[name]}

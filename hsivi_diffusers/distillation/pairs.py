@@ -26,7 +26,7 @@ PAIR_CALLS = 15  # steps of the teacher for a pair
 
 
 class InterruptedRunError(Exception):
-    """SIGTERM or Ctrl-C ended a run; what was done is in a checkpoint, and the message says how to continue."""
+    """SIGTERM or Ctrl-C ended a run; its progress is saved, and the message says how to continue."""
 
 
 def read_images(path: Path, about: str) -> Tensor | None:
@@ -128,7 +128,7 @@ def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tens
 
     m is the residual of the clean image, that of the layer's mean divided by its `image_share`, so that one
     weight serves any number of steps. P m are the means of m over 4 x 4 fields of equal size: brightness, colour and
-    layout, which the solver tells well; the objective with the critic makes the details. kappa >= 0 is `coarse`.
+    layout, in which the solver is good; the details come from the objective with the critic. kappa >= 0 is `coarse`.
     """
 
     def loss(residual: Tensor, t: Tensor) -> Tensor:

@@ -217,7 +217,7 @@ def _counting(state: TrainingState) -> Iterator[dict[str, float]]:
 
 
 def _static(state: TrainingState, eight_bit: bool = False) -> dict[str, int]:
-    """Bytes that stay from update to update; `eight_bit`, if Adam's moments were kept in 8 bits."""
+    """Bytes that stay from update to update; with `eight_bit` Adam's moments take 8 bits."""
     optimizers = (state.layer_optimizer, state.critic_optimizer)
     moments = (moment for each in optimizers for values in each.state.values() for moment in values.values())
     return {

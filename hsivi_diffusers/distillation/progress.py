@@ -1,4 +1,4 @@
-"""What a run shows of itself: a progress bar, numbers for the trackers, and sample grids of the averaged student."""
+"""Progress of a run: a bar, numbers for the trackers, and sample grids of the averaged student."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from .state import TrainingState
 EVERY = 20  # updates between two lines of the trackers
 ROWS = 4  # of a sample grid, whose first row is the teacher's
 TEACHER_STEPS = 20  # solver steps of the teacher's row
-OUTSIDE = 0.1  # share of their pixels out of range above which a run says so; 0.4 of a teacher that needs clipping
+OUTSIDE = 0.1  # share of pixels out of range above which a run warns; 0.4 for a teacher that needs clipping
 WIDTH = 512  # pixels that a sample grid has at least
-# Of contrast and diversity beside the teacher's: where a run says so, and where two grids in a row stop it. Healthy
+# Of contrast and diversity divided by the teacher's: where a run warns, and where two grids in a row stop it. Healthy
 # runs have been at 0.8 to 1.1 after a tenth; digits at a hundred times the student's rate ended at a diversity of 0.15.
 BOUND, LIMIT = 1.5, 3.0
 RATIOS = ("images/contrast", "images/diversity")
@@ -69,7 +69,7 @@ def grid_interval(config: HSIVIConfig) -> int:
 
 
 class Progress:
-    """Passes the steps of a run on and shows them in the main process; stops a run whose images have collapsed.
+    """Shows the steps of a run in the main process, and stops a run whose images have collapsed.
 
     Grids go to OUTPUT_DIR/samples.
     """
@@ -113,7 +113,7 @@ class Progress:
                 self._judge(done, ratios)
 
     def _show(self, shown: tqdm[Any], step: Step, measured: dict[str, float]) -> None:
-        """Moves the bar, and tells the trackers every now and then."""
+        """Moves the bar, and logs every EVERY updates."""
         done = step.step + 1
         self.unread.append(torch.stack([step.layers.loss.mean(), step.critic.loss.mean()]))
         shown.update()
@@ -122,17 +122,17 @@ class Progress:
                 for name, loss in zip(("student", "critic"), losses, strict=True):
                     self.running[name] = 0.95 * self.running.get(name, loss) + 0.05 * loss
             self.unread.clear()
-            numbers, told = self._numbers(step), dict(self.running)
+            numbers, in_bar = self._numbers(step), dict(self.running)
             if done > self.clock_step:  # not of the first update alone
                 speed = (done - self.clock_step) * self.state.rows / (time.perf_counter() - self.clock)
-                numbers["images_per_second"] = told["img/s"] = speed
+                numbers["images_per_second"] = in_bar["img/s"] = speed
             self._restart_clock(done)
             self._log(done, {**numbers, **measured})
-            told |= measured
-            shown.set_postfix({name: f"{value:.4g}" for name, value in told.items()}, refresh=False)
+            in_bar |= measured
+            shown.set_postfix({name: f"{value:.4g}" for name, value in in_bar.items()}, refresh=False)
 
     def _log(self, step: int, numbers: dict[str, float]) -> None:
-        """Tells the trackers, and adds a line to the log."""
+        """Logs to the trackers and to the file of the run."""
         self.accelerator.log(numbers, step=step)
         if self.accelerator.is_main_process:
             self._add_line({**{name: float(number) for name, number in numbers.items()}, "step": step})
@@ -225,11 +225,11 @@ class Progress:
             self._stop(step, f"{describe(values)}, as at the grid before, and the run was stopped: {where}")
 
     def _stop(self, step: int, text: str) -> NoReturn:
-        """Ends the run, and says so on its page, until it is resumed."""
+        """Stops the run, with the reason on its page until it is resumed."""
         config = self.config
         usual = config.usual()
-        told = [f"{name} {getattr(config, name)} (preset {usual.preset}: {getattr(usual, name)})" for name in RATES]
-        text += f"; start anew with other rates than {' and '.join(told)}, or, to go on all the same, "
+        rates = [f"{name} {getattr(config, name)} (preset {usual.preset}: {getattr(usual, name)})" for name in RATES]
+        text += f"; start anew with other rates than {' and '.join(rates)}, or, to go on all the same, "
         text += "continue with validation_steps 0 and resume_from_checkpoint latest"
         if self.accelerator.is_main_process:
             self._add_line({"step": step, "stopped": text})
@@ -267,8 +267,8 @@ class Progress:
 
     def _draw_student(self, size: int) -> Tensor:
         """Images of the averaged student in [0, 1], shape (size, C, H, W), of the same classes in each row."""
-        student, told, bridge = self.state.averaged(), self._conditions, self.state.bridge
-        condition = None if told is None else told.repeat(size // COLUMNS).to(self.state.teacher.device)
+        student, row, bridge = self.state.averaged(), self._conditions, self.state.bridge
+        condition = None if row is None else row.repeat(size // COLUMNS).to(self.state.teacher.device)
         generator, steps = torch.Generator().manual_seed(0), max(student.depths)
         noise = torch.randn(size, *bridge.shape, generator=generator).to(self.state.teacher.device)
         scale = None if student.noise_scale is None else student.noise_scale()

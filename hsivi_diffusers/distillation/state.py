@@ -38,7 +38,7 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 def make_trained(network: nn.Module) -> None:
-    """Lets the weights of a player be trained, of one with an adapter the adapter's."""
+    """Unfreezes the weights of a network, of one with an adapter those of the adapter."""
     if not has_adapter(network):
         network.requires_grad_(True)
     for weight in trained(network):
@@ -138,8 +138,8 @@ class TrainingState:
             "average": self.ema,
         }
         self.called: dict[str, int] = {}  # see `counting_rows`
-        self.pairs = cache(self._make_pairs)  # made when first asked for, and anew by a resumed run
-        self.chains = [self.make_chain(place) for place in range(config.gradient_accumulation_steps)]
+        self.pairs = cache(self._make_pairs)  # made or read when first used
+        self.chains = [self.make_chain(index) for index in range(config.gradient_accumulation_steps)]
 
     def _make_optimizers(self, networks: Networks) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
         config = self.config
@@ -160,7 +160,7 @@ class TrainingState:
         ]
         return optimizers
 
-    def make_chain(self, place: int) -> Chain:
+    def make_chain(self, index: int) -> Chain:
         """The chain of a micro-batch, at its start."""
         chain = make_chain(
             "simulate" if self.config.scoring == "own" else "pool",
@@ -169,13 +169,13 @@ class TrainingState:
             self.config.train_batch_size,
             self.sample_condition,
         )
-        return PairMixingChain(chain, partial(self.sample_pairs, place)) if self.config.num_pairs else chain
+        return PairMixingChain(chain, partial(self.sample_pairs, index)) if self.config.num_pairs else chain
 
     def sample_pairs(
-        self, place: int, t: Tensor, generator: torch.Generator | None
+        self, index: int, t: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Draws from the pairs of a micro-batch, see `TeacherPairs.sample`."""
-        return self.pairs(place).sample(t, generator)
+        return self.pairs(index).sample(t, generator)
 
     @property
     def sample_condition(self) -> Callable[[int, torch.Generator | None], Tensor] | None:
@@ -195,14 +195,14 @@ class TrainingState:
 
         return draw
 
-    def _make_pairs(self, place: int) -> TeacherPairs:
+    def _make_pairs(self, index: int) -> TeacherPairs:
         """The share of the pairs of one micro-batch; those that were made before are in the output folder."""
         config, number = self.config, self.pairs_per_micro_batch
-        generator = step_generator(config.seed, self.first_micro_batch + place, -1)
+        generator = step_generator(config.seed, self.first_micro_batch + index, -1)
         draw = self.sample_condition
         condition = None if draw is None else draw(number, generator)
         noise = torch.randn(number, *self.bridge.shape, generator=generator)  # of all pairs: too many for a GPU
-        path, about = self._pairs_path(place), json.dumps([self.identity, config.settings(), number], default=str)
+        path, about = self._pairs_path(index), json.dumps([self.identity, config.settings(), number], default=str)
         made = None if path is None else read_images(path, about)
         # As many in all processes, so that each asks as often whether to stop.
         known = min(gather_object([0 if made is None else len(made)]))
@@ -225,9 +225,9 @@ class TrainingState:
             write_images(path, pairs.made, about)
         return pairs
 
-    def _pairs_path(self, place: int) -> Path | None:
+    def _pairs_path(self, index: int) -> Path | None:
         folder = self.config.output_dir
-        return None if folder is None else Path(folder) / PAIRS / f"{self.first_micro_batch + place}.safetensors"
+        return None if folder is None else Path(folder) / PAIRS / f"{self.first_micro_batch + index}.safetensors"
 
     @property
     def pairs_per_micro_batch(self) -> int:
@@ -308,7 +308,7 @@ class TrainingState:
             chain.load_state_dict(load_tensors(path))
 
     def _chain_paths(self, folder: Path) -> list[Path]:
-        return [folder / f"chains-{self.first_micro_batch + place}.safetensors" for place in range(len(self.chains))]
+        return [folder / f"chains-{self.first_micro_batch + index}.safetensors" for index in range(len(self.chains))]
 
     def save(self, output_dir: Path) -> None:
         """Saves the averaged layers as OUTPUT_DIR/pipeline, and the critic, for --init_from, as OUTPUT_DIR/critic."""

@@ -203,8 +203,8 @@ class HSIVITrainer:
                 checkpoints.save(done, seconds)
             raise
         except DivergenceError as error:
-            kept = finished(checkpoints.output_dir)
-            error.add_note(f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet")
+            saved = finished(checkpoints.output_dir)
+            error.add_note(f"the last good checkpoint is {saved[-1]}" if saved else "there was no checkpoint yet")
             raise
         return spent + time.perf_counter() - clock
 
@@ -218,7 +218,7 @@ class HSIVITrainer:
         return numbers
 
     def _summarise(self, start: int, seconds: float, counted: int) -> dict[str, Any]:
-        """What training.json says, with the calls of a run that was never stopped, of those counted after `start`."""
+        """The content of training.json; the calls of a whole run follow from those counted after `start`."""
         teacher, total, calls = self.teacher["pretrained_teacher_model"], self.config.max_train_steps, None
         if start < total:
             calls = round(counted * total / (total - start)) + sum(fit_calls(self.state))

@@ -74,8 +74,8 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
     if config.num_pairs and start_step < config.max_train_steps:
         try:
             with state.counting_paused():  # `fit_calls` knows them
-                for place in range(len(state.chains)):
-                    state.pairs(place)
+                for index in range(len(state.chains)):
+                    state.pairs(index)
                 if start_step == 0:
                     _regress(state)
         except InterruptedRunError as error:
@@ -168,7 +168,7 @@ def _regress(state: TrainingState) -> None:
     config, group = state.config, state.layer_optimizer.param_groups[0]
     depths, size = state.student.depths, config.train_batch_size
     chains: list[Chain] = [
-        PairChain(partial(state.sample_pairs, place), depths, size) for place in range(len(state.chains))
+        PairChain(partial(state.sample_pairs, index), depths, size) for index in range(len(state.chains))
     ]
     latent = config.preset == "latent"
     highest = LATENT_PAIR_RATE * config.learning_rate if latent else PAIR_LEARNING_RATE

@@ -158,7 +158,7 @@ def test_a_solver_that_diverges_loses_no_row_and_one_that_fails_none_before_it(r
 def test_the_reference_is_the_teacher_from_other_noise(class_teacher):
     guided = Guided(load_teacher(str(class_teacher)))
     options = evaluate.Evaluation(reference_samples=8, reference_steps=3, batch_size=5, eval_seed=4)
-    images, labels, name = evaluate.load_reference(options, guided, 3, 100)
+    images, labels, name = evaluate.load_reference(options, guided, 3, options.batch_size)
     solver = make_solver("DPM-Solver++ SDE", 3, guided, timestep_spacing="trailing")
     own, other = (torch.cat([*sample(solver, 8, 5, seed, 3)]) for seed in (4, 5))
     assert torch.equal(images, other)
@@ -191,15 +191,6 @@ def test_a_reference_that_nothing_can_be_compared_to_is_refused(teacher, options
         evaluate.load_reference(evaluate.Evaluation(**options), guided, None, 100)
 
 
-def test_latents_are_drawn_in_smaller_batches():
-    sizes = [
-        evaluate.batch_size_of(evaluate.Evaluation(batch_size=size), host)
-        for size in (None, 7)
-        for host in (None, object())
-    ]
-    assert sizes == [100, 4, 7, 7]
-
-
 # ----- refusals -----
 
 
@@ -222,7 +213,7 @@ def test_latents_are_drawn_in_smaller_batches():
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(run_copy, monkeypatch, options, message):
-    monkeypatch.setattr(evaluate, "load_parts", lambda *given: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(evaluate, "load_teacher", lambda *given: pytest.fail("the teacher was loaded"))
     with pytest.raises(ValueError, match=message):
         evaluate.main([f"--run_dir={run_copy}", *options])
     assert not (run_copy / "report.json").exists()
@@ -230,7 +221,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(run_copy, 
 
 def test_a_missing_package_is_refused_before_anything_is_loaded(run_copy, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(evaluate, "load_parts", lambda *given: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(evaluate, "load_teacher", lambda *given: pytest.fail("the teacher was loaded"))
     with pytest.raises(ValueError, match="^matplotlib missing: pip install"):
         evaluate.main([f"--run_dir={run_copy}"])
 
@@ -254,7 +245,7 @@ def test_the_teacher_is_that_of_the_run_with_its_revision_unless_named(run_copy,
         asked.append((name, revision))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "load_parts", load)
+    monkeypatch.setattr(evaluate, "load_teacher", load)
     for extra in ([], ["--teacher=other"]):
         with pytest.raises(KeyboardInterrupt):
             evaluate.main([*arguments(run_copy, extractor), *extra])

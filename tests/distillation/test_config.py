@@ -1,55 +1,160 @@
-"""The presets of `HSIVIConfig`."""
+"""`HSIVIConfig`: what is given, what the preset fills in, and what a run records."""
+
+import copy
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from hsivi_diffusers.distillation.config import PRESETS, HSIVIConfig
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_can_be_printed_with_every_value(preset):
-    config = HSIVIConfig(preset=preset)
-    assert config.preset == preset
-    assert "ByPreset" not in repr(config)
-    assert f"preset={preset!r}" in repr(config)
-    config.check()
-    assert "ByPreset" not in repr(config.settings())
+from hsivi_diffusers import HSIVIConfig
+from hsivi_diffusers.distillation.config import PRESETS, REMOVED, complete, read_settings
 
 
 @pytest.mark.parametrize(
-    ("given", "preset", "found"),
+    ("given", "preset"),
     [
-        ({}, "fast", {"objective": "KL", "num_pairs": 0, "start_signal": 3.2, "start_noise": None}),
-        ({"num_inference_steps": [1, 2]}, "fast", {"num_pairs": 0, "critic_first": 0}),
-        ({"num_inference_steps": 1}, "one_call", {"num_pairs": 6400, "critic_first": 50, "max_grad_norm": 20.0}),
-        ({"num_inference_steps": 1, "preset": "fast"}, "one_call", {"start_signal": None, "start_noise": 2.5}),
-        ({"num_inference_steps": 1, "preset": "paper"}, "paper", {"num_pairs": 0, "objective": "SM"}),
-        ({"preset": "paper"}, "paper", {"critic_updates": 20, "noise_eta": 0.2, "start_signal": None}),
-        ({"preset": "paper", "critic_updates": 3}, "paper", {"critic_updates": 3, "noise_eta": 0.2}),
-        ({"num_inference_steps": 1, "num_pairs": 7}, "one_call", {"num_pairs": 7, "critic_updates": 2}),
-        ({"num_inference_steps": 1, "critic_updates": 1}, "one_call", {"num_pairs": 6400, "critic_updates": 1}),
-        ({"start_noise": 4.0}, "fast", {"start_signal": None, "start_noise": 4.0}),
-        ({"num_inference_steps": 1, "start_signal": 3.2}, "one_call", {"start_signal": 3.2, "start_noise": None}),
-        (
-            {"num_inference_steps": 1, "start_timestep": 300},
-            "one_call",
-            {"start_timestep": 300, "start_signal": None, "start_noise": None},
-        ),
-        ({"num_inference_steps": 1, "max_train_steps": 5}, "one_call", {"critic_first": 0}),
-        ({"num_inference_steps": 1, "max_train_steps": 60}, "one_call", {"critic_first": 10}),
-        (
-            {"num_inference_steps": 1, "init_from": "runs/other"},
-            "one_call",
-            {"num_pairs": 0, "critic_first": 0, "learning_rate": 3e-5},
-        ),
-        ({"num_inference_steps": 1, "init_from": "runs/other", "num_pairs": 7}, "one_call", {"num_pairs": 7}),
+        ({}, "fast"),
+        ({"num_inference_steps": 1}, "one_call"),
+        ({"num_inference_steps": 1, "preset": "fast"}, "one_call"),
+        ({"num_inference_steps": 1, "preset": "paper"}, "paper"),
+        ({"num_inference_steps": [1, 2]}, "fast"),
+        ({"prompts": ["a cat"]}, "latent"),
+        ({"prompts": ["a cat"], "preset": "fast"}, "fast"),
     ],
 )
-def test_a_preset_sets_what_is_not_given(given, preset, found):
-    config = HSIVIConfig(**given)
+@pytest.mark.parametrize("again", [lambda config: config, replace, copy.deepcopy, lambda c: replace(copy.deepcopy(c))])
+def test_the_preset_follows_from_steps_and_prompts_unless_it_is_given(given, preset, again):
+    config = again(HSIVIConfig(**given))
     assert config.preset == preset
-    assert {name: getattr(config, name) for name in found} == found
+    assert {name: getattr(config, name) for name in PRESETS[preset]} == PRESETS[preset]
+    assert config == HSIVIConfig(**given)
 
 
-def test_an_unknown_preset_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="preset='slow' is unknown: choose one of fast, one_call, paper"):
-        HSIVIConfig(preset="slow")
+@pytest.mark.parametrize(
+    ("given", "change"),
+    [
+        ({}, {"num_inference_steps": 1}),
+        ({"num_inference_steps": 1}, {"num_inference_steps": 4}),
+        ({"preset": "paper"}, {"preset": "fast"}),
+        ({"preset": "fast"}, {"prompts": ["a cat"]}),
+        ({"num_inference_steps": 1, "preset": "fast"}, {"prompts": ["a cat"]}),
+        ({"num_inference_steps": 1}, {"prompts": ["a cat"]}),
+        ({"learning_rate": 0.5, "noise_eta": 1.0}, {"preset": "paper"}),
+        ({"max_train_steps": 6, "num_inference_steps": 1}, {"max_train_steps": 1000}),
+        ({"num_inference_steps": 1}, {"init_from": "runs/before"}),
+    ],
+)
+def test_a_changed_copy_is_what_the_same_options_make(given, change):
+    """`dataclasses.replace` passes on what was given, and the new preset fills in the rest."""
+    changed = replace(HSIVIConfig(**given), **change)
+    assert changed == HSIVIConfig(**{**given, **change})
+    assert replace(pickle.loads(pickle.dumps(changed))) == changed
+
+
+def test_an_attribute_that_was_set_counts_as_given():
+    config = HSIVIConfig()
+    config.learning_rate = 0.5
+    assert replace(config, num_inference_steps=1).learning_rate == 0.5
+
+
+def test_short_runs_and_runs_that_go_on_need_no_long_start():
+    assert HSIVIConfig(num_inference_steps=1, max_train_steps=12).critic_first == 2
+    again = HSIVIConfig(num_inference_steps=1, init_from="runs/before")
+    assert (again.num_pairs, again.critic_first) == (0, 0)
+    assert HSIVIConfig(num_inference_steps=1, prompts=["a"]).num_pairs == 1920
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("num_inference_step", "; did you mean num_inference_steps?"),
+        ("batch_size", "; did you mean train_batch_size?"),
+        ("guidance_falls", "; it is called decay_guidance now"),
+        ("xyzzy", ""),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_one_that_was_meant(name, hint):
+    with pytest.raises(ValueError, match=f"^{name} is no option of HSIVIConfig") as refused:
+        HSIVIConfig(**{name: 4})
+    assert str(refused.value) == f"{name} is no option of HSIVIConfig{hint}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": "high"}, "learning_rate='high' has the type str: give float"),
+        ({"learning_rate": True}, "learning_rate=True has the type bool: give float"),
+        ({"max_train_steps": "10"}, "max_train_steps='10' has the type str: give int"),
+        ({"max_train_steps": 10.0}, "max_train_steps=10.0 has the type float: give int"),
+        ({"max_grad_norm": "1"}, r"max_grad_norm='1' has the type str: give float \| None"),
+        ({"seed": None}, "seed=None has the type NoneType: give int"),
+        ({"objective": None}, r"objective=None has the type NoneType: give Literal\['SM', 'KL'\]"),
+        ({"allow_tf32": 1}, "allow_tf32=1 has the type int: give bool"),
+        ({"output_dir": 5}, r"output_dir=5 has the type int: give str \| None"),
+        ({"num_inference_steps": "4"}, r"num_inference_steps='4' has the type str: give int \| list\[int\]"),
+        ({"num_inference_steps": [1, "4"]}, r"num_inference_steps=\[1, '4'\] has the type list: give int"),
+        ({"num_inference_steps": 4.0}, "num_inference_steps=4.0 has the type float: give int"),
+        ({"preset": "quick"}, "preset='quick' is unknown: choose one of fast, one_call, paper, latent"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_when_the_config_is_made(settings, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        HSIVIConfig(**settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_values_that_mean_the_same_are_the_same():
+    HSIVIConfig(max_grad_norm=1, noise_eta=1, validation_steps=None).check()
+    config = HSIVIConfig(num_inference_steps=(4, 1), output_dir=Path("runs"), init_from=Path("other"))
+    assert (config.depths, config.output_dir, config.init_from) == ([1, 4], "runs", "other")
+    assert HSIVIConfig(guidance_scale=[2.0]).guidance_scale == HSIVIConfig(guidance_scale=2).guidance_scale == 2
+    assert HSIVIConfig(guidance_scale=[2.0, 1.0]) == HSIVIConfig(guidance_scale=[1.0, 2.0])
+
+
+def test_the_precision_is_that_of_the_launcher_unless_the_config_says_one(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert HSIVIConfig().precision == "bf16"
+    assert HSIVIConfig(mixed_precision="no").precision == "no"
+
+
+# ----- records of runs -----
+
+
+def test_a_record_is_read_back(tmp_path):
+    config = HSIVIConfig(num_inference_steps=1, learning_rate=0.5)
+    (tmp_path / "options.json").write_text(json.dumps({"revision": None, **config.record()}))
+    assert read_settings(tmp_path / "options.json") == {"revision": None, **config.record()}
+
+
+def test_a_record_of_version_0_2_is_read_if_what_was_removed_changes_nothing():
+    config = HSIVIConfig(preset="one_call", num_inference_steps=1, guidance_scale=3.0, decay_guidance=False)
+    record = {name: value for name, value in config.record().items() if name != "adam_beta1"}  # which came later
+    record["guidance_falls"] = record.pop("decay_guidance")
+    for usual in zip(*([value[0], value[-1]] for value in REMOVED.values()), strict=True):
+        read = complete({**record, **dict(zip(REMOVED, usual, strict=True)), "num_inference_steps": 1})
+        assert read == config.record()
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "value", "accepted"),
+    [
+        ({}, "pair_steps", 3, False),
+        ({}, "start_noise", 9.0, False),
+        ({}, "loss_weight", "sigma", False),
+        ({}, "start_spacing", 0, True),
+        ({"num_inference_steps": [1, 2]}, "start_spacing", 0, False),  # several grids start 20 apart now
+        ({"num_inference_steps": [1, 2]}, "start_spacing", 20, True),
+        ({"num_inference_steps": [1, 2], "preset": "paper"}, "start_spacing", 0, True),  # but not these
+        ({"num_inference_steps": [1, 2], "preset": "paper", "start_timestep": 500}, "start_spacing", 0, False),
+    ],
+)
+def test_a_record_that_needs_an_option_that_was_removed_is_refused(given, name, value, accepted):
+    record = HSIVIConfig(**given).record()
+    if accepted:
+        assert complete({**record, name: value}) == record
+        return
+    with pytest.raises(ValueError, match=f"trained with {name}={value!r}, and the option was removed") as refused:
+        complete({**record, name: value})
+    assert "\n" not in str(refused.value)

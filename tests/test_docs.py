@@ -1,0 +1,144 @@
+"""Pages and notebooks of the docs do what they say."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+
+from hsivi_diffusers import HSIVIConfig, HSIVITrainer
+from hsivi_diffusers.distillation import updates
+from hsivi_diffusers.runs.output import finished
+
+DOCS = Path(__file__).parents[1] / "docs"
+SETTINGS = 'TEACHER = "../assets/digits_ddpm"\nOUTPUT_DIR = {folder!r}\nUPDATES = 2'
+
+
+# ----- a teacher of the user's own -----
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The names that the code of the page has made."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / "distil" / "own_teacher.md").read_text(), re.DOTALL):
+        exec(code, names)
+    return names
+
+
+def test_a_plain_network_is_distilled_resumed_loaded_and_started_from(own, tmp_path, monkeypatch, same_tensors):
+    teacher, config = own["teacher"], own["config"]
+    for images in (own["images"], own["trainer"].pipeline(batch_size=4).images):
+        assert images.shape == (4, 1, 8, 8)
+        assert 0 <= images.min() < images.max() <= 1
+    drawn = own["trainer"].pipeline(batch_size=4, generator=torch.Generator().manual_seed(0)).images
+    assert torch.equal(drawn, own["images"])  # of the student that was loaded
+    whole = own["trainer"].state.averaged().network.state_dict()
+    assert not same_tensors(whole, teacher.network.state_dict())
+
+    def stop(trainer, step):
+        if step.step == 5:
+            trainer.accelerator.set_trigger()
+
+    monkeypatch.setattr(updates, "PAIR_STEPS", 2)
+    given = {"num_inference_steps": 2, "max_train_steps": 20, "train_batch_size": 8}
+    again = HSIVIConfig(**given, output_dir=tmp_path / "again")
+    with pytest.raises(Exception, match="saved after update 6"):
+        HSIVITrainer(teacher, again, callbacks=[stop]).train()
+    assert [path.name for path in finished(tmp_path / "again")] == ["checkpoint-6"]
+    resumed = HSIVITrainer(teacher, again)
+    resumed.train("latest")
+    assert same_tensors(resumed.state.averaged().network.state_dict(), whole)
+
+    given["num_inference_steps"] = 1
+    further = HSIVITrainer(teacher, HSIVIConfig(**given, init_from=config.output_dir, output_dir=tmp_path / "one"))
+    assert same_tensors(further.state.student.network.state_dict(), whole)
+    further.train()
+    assert further.pipeline(batch_size=1).images.isfinite().all()
+    pairs = HSIVITrainer(teacher, HSIVIConfig(**given, num_pairs=8, output_dir=tmp_path / "pairs"))
+    assert pairs.train()["network_calls"] > 15 * 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_inference_steps": [1, 2]}, r"num_inference_steps=\[1, 2\]: a ConvNet has no free class embedding"),
+        ({"lora_rank": 4}, "lora_rank=4: no stock pipeline loads a LoRA of a ConvNet: set lora_rank=0"),
+        ({"noise_scale_type": "per_pixel"}, "noise_scale_type='per_pixel' needs a UNet2DModel, and the teacher is a"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing=True: a ConvNet has none: leave it out"),
+        ({"guidance_scale": 3.0}, "guidance_scale was given, and the teacher has no class labels"),
+        ({"prompts": ["a"], "guidance_scale": 1.0}, "prompts was given, and the teacher takes no text"),
+    ],
+)
+def test_what_a_plain_network_cannot_do_is_refused(own, settings, message):
+    with pytest.raises(ValueError, match=message):
+        HSIVITrainer(own["teacher"], HSIVIConfig(**{"num_inference_steps": 2, **settings}))
+
+
+def test_a_network_whose_weights_are_not_finite_is_refused(own):
+    own["teacher"].network.first.bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the ConvNet has weights that are NaN or infinite, the first in first.bias"):
+        HSIVITrainer(own["teacher"], HSIVIConfig())
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    """With two updates, into tmp_path / "run"."""
+    notebook = nbformat.read(DOCS / "distil.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    settings = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert settings.source.startswith('TEACHER = "../assets/digits_ddpm"')
+    settings.source = SETTINGS.format(folder=str(tmp_path / "run"))
+    return notebook
+
+
+def run_cell(source, names):
+    """Runs a cell and returns the value of its last line, which a notebook shows."""
+    *lines, last = ast.parse(source).body
+    if not isinstance(last, ast.Expr):
+        return exec(source, names)
+    exec(compile(ast.Module(lines, []), "cell", "exec"), names)
+    return eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+
+
+def test_the_notebook_distils_and_shows_images(notebook, tmp_path, monkeypatch):
+    """Without Jupyter, which needs a process that imports everything again."""
+    monkeypatch.chdir(DOCS)
+    names = {}
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    _, trained, *shown = [run_cell(source, names) for source in code]
+    assert "network calls" in trained
+    assert len(shown) == 2
+    for image in shown:
+        assert image._repr_png_().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_in_jupyter(notebook, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(DOCS.parent))
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(DOCS)}}).execute()
+    _, training, *shown = (cell for cell in notebook.cells if cell.cell_type == "code")
+    assert "network calls" in training.outputs[-1]["data"]["text/plain"]
+    for cell in shown:
+        assert "image/png" in cell.outputs[-1]["data"]
+
+
+@pytest.mark.slow
+def test_the_notebook_of_inference_finds_the_posterior(monkeypatch):
+    """With what it prints last: the largest error of a mean and ratios of standard deviations."""
+    monkeypatch.setenv("PYTHONPATH", str(DOCS.parent))
+    infer = nbformat.read(DOCS / "infer.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in infer.cells)
+    notebook = NotebookClient(infer, timeout=600, resources={"metadata": {"path": str(DOCS)}}).execute()
+    *_, compared, figure = (cell for cell in notebook.cells if cell.cell_type == "code")
+    errors, ratios = (
+        [float(number) for number in re.findall(r"\d+\.\d+", line)] for line in compared.outputs[0]["text"].splitlines()
+    )
+    assert max(errors) < 0.1
+    assert 0.9 < min(ratios) <= max(ratios) < 1.1
+    assert "image/png" in figure.outputs[-1]["data"]
