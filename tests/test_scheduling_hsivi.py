@@ -321,7 +321,7 @@ one_grid = st.lists(st.integers(-1, 999), min_size=2, max_size=7, unique=True).m
         }
     )
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_each_count_steps_exactly_as_its_grid_alone(options):
     """And so does a transition of a layer of any grid that gets its end."""
     several = HSIVIScheduler(**options)

@@ -140,7 +140,7 @@ def test_modes_have_the_shares_of_the_nearest():
 
 
 @given(st.floats(-2, 2), st.floats(0.2, 3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_moments_of_a_shifted_and_scaled_copy_are_known(shift, scale):
     x = normal(200, 3) @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, 0.3], [0.0, 0.0, 0.1]], dtype=torch.float64)
     mean, covariance = x.mean(0), torch.cov(x.T)

@@ -56,7 +56,7 @@ def grid(extent, num_points=201):
 
 @every_sampled
 @given(point=coordinates)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_score_is_the_gradient_of_the_log_density(target, point):
     x = torch.tensor([point[: target.dimension]], dtype=torch.float64)
     torch.testing.assert_close(target.score(x), gradient(target.log_prob, x), rtol=1e-6, atol=1e-8)
@@ -64,7 +64,7 @@ def test_the_score_is_the_gradient_of_the_log_density(target, point):
 
 @every_diffusible
 @given(rows=st.lists(st.tuples(coordinates, levels), min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_so_it_is_for_rows_at_levels_of_their_own_and_each_row_is_as_if_alone(target, rows):
     points, at = zip(*rows, strict=True)
     x = torch.tensor(points, dtype=torch.float64)[:, : target.dimension]

@@ -24,7 +24,7 @@ every_posterior = pytest.mark.parametrize("target", POSTERIORS.values(), ids=POS
 
 @every_posterior
 @given(seed=st.integers(0, 2**31), scale=st.floats(0.01, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_score_is_the_gradient_of_the_log_density(target, seed, scale):
     x = scale * torch.randn(3, target.dimension, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     expected = gradient(target.log_prob, x)

@@ -178,7 +178,7 @@ def test_the_time_of_a_fit_that_fails_counts(monkeypatch):
     assert row["seconds"] == 5.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     parameters=st.integers(500, 100_000),
     depth=st.integers(1, 6),

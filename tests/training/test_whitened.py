@@ -84,7 +84,7 @@ def fitted_to(normal):
 
 
 @given(st.integers(1, 6), st.floats(1, 1e4))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_whitening_and_unwhitening_undo_each_other(dimension, condition):
     gaussian, x = fitted_to(law(dimension, condition)), points(dimension)
     torch.testing.assert_close(gaussian.unwhiten(gaussian.whiten(x)), x)

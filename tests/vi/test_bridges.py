@@ -78,7 +78,7 @@ def test_at_lambda_zero_a_geometric_bridge_is_its_base():
 
 
 @given(level=st.floats(0, 1), std=st.floats(0.3, 3), shift=st.floats(-2, 2))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_the_geometric_mean_of_gaussians_is_the_gaussian_of_the_mixed_precisions(level, std, shift):
     means, stds = (torch.full((2,), number, dtype=torch.float64) for number in (shift, std))
     target = as_target(Independent(Normal(means, stds), 1))
@@ -94,7 +94,7 @@ def test_the_geometric_mean_of_gaussians_is_the_gaussian_of_the_mixed_precisions
 
 @pytest.mark.parametrize("path", ["variance preserving", "flow"])
 @given(level=st.floats(0, 0.99))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_a_diffused_gaussian_is_the_gaussian_of_the_scaled_moments(path, level):
     mean, covariance = torch.tensor([[1.0, -2.0]]).double(), torch.tensor([[[2.0, 0.5], [0.5, 0.3]]]).double()
     bridge, x = DiffusionBridge(GaussianMixture(mean, covariance), 2, path=path), points()
@@ -107,7 +107,7 @@ def test_a_diffused_gaussian_is_the_gaussian_of_the_scaled_moments(path, level):
 
 @pytest.mark.parametrize("make", [geometric, diffusion, flow])
 @given(levels=st.lists(st.floats(0, 0.99), min_size=1, max_size=8))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_the_score_is_the_gradient_of_the_log_density_at_every_level(make, levels):
     bridge, level = make(), torch.tensor(levels, dtype=torch.float64)
     x = points(len(levels)).requires_grad_(True)

@@ -126,7 +126,7 @@ def test_a_sampler_is_diagnosed_at_one_condition(offset, condition, found):
 
 
 @given(st.floats(0.1, 2), st.floats(0.2, 3), st.floats(-2, 2))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_stein_ratio_of_gaussians_is_that_of_their_variances(sd_q, sd_p, shift):
     x = shift + sd_q * torch.randn(4000, 3, generator=seeded(), dtype=torch.float64)
     ratio, error = stein_ratio(x, -x / sd_p**2)
