@@ -144,12 +144,13 @@ def distil(arguments):
 
 
 @pytest.fixture(scope="session")
-def make_config(arguments):
+def make_config(arguments, tmp_path_factory):
     """Returns the HSIVIConfig that `hsivi distil` reads; options by keyword."""
     from hsivi_diffusers.commands import cli
 
     def make(*flags, **options):
-        return cli.read_distillation(arguments("nowhere", *flags, **options), "hsivi distil", "")[1]
+        folder = tmp_path_factory.mktemp("state")  # which keeps pairs, if they are made
+        return cli.read_distillation(arguments(folder, *flags, **options), "hsivi distil", "")[1]
 
     return make
 

@@ -1,5 +1,6 @@
 """Whole runs: what they make, how they are stopped and resumed, in one process and in several."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,10 +9,12 @@ import signal
 import threading
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
@@ -747,3 +750,20 @@ def test_another_number_of_batches_is_refused(train, accumulated, tmp_path, batc
     message = f"checkpoint-4 is of a run with 2 micro-batches an update, now there are {batches}: choose"
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", "fast", resume_from_checkpoint=checkpoint, gradient_accumulation_steps=batches)
+
+
+@pytest.mark.parametrize("error", [None, InterruptedRunError("stopped"), RuntimeError("out of memory")])
+def test_trackers_get_the_options_and_are_ended(distil, tmp_path, monkeypatch, error):
+    from accelerate.tracking import TensorBoardTracker
+
+    ended, finish = [], TensorBoardTracker.finish
+    monkeypatch.setattr(TensorBoardTracker, "finish", lambda self: finish(self) or ended.append(self))
+    if error is not None:
+        monkeypatch.setattr(HSIVITrainer, "_run", mock.Mock(side_effect=error))
+    with contextlib.nullcontext() if error is None else pytest.raises((SystemExit, RuntimeError)):
+        distil(tmp_path / "run", report_to="tensorboard", max_train_steps=1, critic_updates=1, lr_warmup_steps=1)
+    assert len(ended) == 1
+    (record,) = (tmp_path / "run" / "logs" / "hsivi").glob("*/hparams.yml")
+    options = yaml.safe_load(record.read_text())
+    assert (options["learning_rate"], options["num_inference_steps"], options["max_grad_norm"]) == (1e-4, "[2]", None)
+    assert options["pretrained_teacher_model"]
