@@ -639,25 +639,19 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         model_output, sample = _match(model_output, sample)
         return self._predict(model_output, sample, *self.alpha_sigma(self.levels.read_levels(level, sample), sample))
 
-    def output(self, x0: torch.Tensor, eps: torch.Tensor, level: int | torch.Tensor) -> torch.Tensor:
-        """Returns the network output that means (x0, eps), the inverse of `predict`."""
-        if self.config.prediction_type in ("epsilon", "sample"):
-            return eps if self.config.prediction_type == "epsilon" else x0
-        if self.config.prediction_type == "flow_prediction":
-            return eps - x0
-        alpha, sigma = self.alpha_sigma(self.levels.read_levels(level, x0), x0)
-        velocity: torch.Tensor = alpha * eps - sigma * x0
-        return velocity
+    def clip(self, x0: torch.Tensor) -> torch.Tensor:
+        """Returns a clean image as `clip_sample` or `thresholding` leaves it."""
+        if self.config.thresholding:
+            return self._threshold_sample(x0)
+        if self.config.clip_sample:
+            return x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return x0
 
     def _predict(
         self, model_output: torch.Tensor, sample: torch.Tensor, alpha: Any, sigma: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x0, eps = _split(self.config.prediction_type, model_output, sample, alpha, sigma)
-        if self.config.thresholding:
-            x0 = self._threshold_sample(x0)
-        elif self.config.clip_sample:
-            x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        return x0, eps
+        return self.clip(x0), eps
 
     def transition(
         self,

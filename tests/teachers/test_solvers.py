@@ -4,15 +4,14 @@ import itertools
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler, UniPCMultistepScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.levels import power_timesteps
 from hsivi_diffusers.teachers.loading import load_teacher
-from hsivi_diffusers.teachers.solvers import SOLVERS, Solver, clip_steps, make_solver, run_solver, sample, use_grid
+from hsivi_diffusers.teachers.solvers import Solver, make_solver, sample, use_grid
 from tiny_unet import make_unet
 
 
@@ -132,32 +131,3 @@ def test_power_timesteps_descend_from_the_start_to_the_end(num_steps, end, lengt
 def test_more_steps_than_timesteps_are_refused():
     with pytest.raises(ValueError, match="12 solver steps: give from 1 to 11"):
         power_timesteps(12, 10, 0, 1.0)
-
-
-# ----- clipping -----
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_a_clipped_solver_is_the_one_of_diffusers_that_thresholds(unet, prediction_type):
-    """With sample_max_value 1 dynamic thresholding is a clip to [-1, 1]."""
-    options = {"prediction_type": prediction_type}
-    clipped = UniPCMultistepScheduler.from_config(DDPMScheduler(**options).config)
-    clip_steps(clipped, HSIVIScheduler(**options, clip_sample=True))
-    own = UniPCMultistepScheduler.from_config(DDPMScheduler(**options).config, thresholding=True, sample_max_value=1.0)
-    call = Guided(teacher_of(unet, **options))
-    x = 3 * torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(run_solver(call, clipped, x, 5), run_solver(call, own, x, 5), rtol=1e-4, atol=1e-4)
-
-
-def test_every_solver_honours_the_clipping_of_the_teacher(unet):
-    """Of a teacher that predicts far out of range: each last step then ends within it."""
-    torch.nn.init.normal_(unet.conv_out.weight, std=3.0)
-    clips, free = (Guided(teacher_of(unet, DDPMScheduler(clip_sample=clip))) for clip in (True, False))
-    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    for method in SOLVERS:
-        within, outside = (
-            run_solver(each, (solver := make_solver(method, 3, each)).scheduler, x, 3, **solver.settings).abs().max()
-            for each in (clips, free)
-        )
-        # DDIM keeps the noise as the network predicts it, and iPNDM extrapolates it.
-        assert within < (outside / 2 if method == "iPNDM" else 1.5) < outside, method
