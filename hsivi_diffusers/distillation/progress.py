@@ -32,7 +32,7 @@ from .state import TrainingState
 EVERY = 20  # updates between two lines of the trackers
 ROWS = 4  # of a sample grid, whose first row is the teacher's
 TEACHER_STEPS = 20  # solver steps of the teacher's row
-OUTSIDE = 0.1  # share of pixels out of range above which a run warns; 0.4 for a teacher that needs clipping
+OUTSIDE = 0.25  # share of their pixels out of range above which a run says so; of good teachers at most 0.14
 WIDTH = 512  # pixels that a sample grid has at least
 # Of contrast and diversity divided by the teacher's: where a run warns, and where two grids in a row stop it. Healthy
 # runs have been at 0.8 to 1.1 after a tenth; digits at a hundred times the student's rate ended at a diversity of 0.15.
