@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .artifacts import PROMPTS, read_record
 from .folders import LOCK, check_output_dir, remove_folder, sole_writer, write_json
 from .options import differences, option
 from .page import LOG, PAGE
-from .artifacts import PROMPTS, read_record
 
 OPTIONS = {"options.json", "options.json.partial"}
 WRITTEN_AT_ONCE = {f"{name}{end}" for name in (PAGE, LOG, PROMPTS) for end in ("", ".partial")}

@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .artifacts import PROMPTS, sample_grids
 from .folders import write_text
 from .measures import HALVES, MEASURES, REPORTED, written
-from .artifacts import PROMPTS, sample_grids
 
 PAGE = "index.html"
 LOG = "log.jsonl"  # losses, rates and speed, a line of JSON every now and then

@@ -354,7 +354,7 @@ def test_rows_and_parts_of_another_set_are_kept_and_added(copied):
     assert rows_of(folder) == [*other, *rows, *begun]
     assert page.read_text().startswith("# By hand")
     texts = [(folder / f"docs/{name}.md").read_text() for name in ("digits", "other_set_2", "begun")]
-    for table in ("summary", "floor", "goals", "measures", "costs"):
+    for table in ("summary", "floor", "measures", "costs"):
         assert [text.count(f"<!-- table: {table} -->") for text in texts] == [1, 1, 1]
     assert "(curves_other_set_2.png)" in texts[1]
     assert "(samples_other_set_2.png)" not in texts[1]

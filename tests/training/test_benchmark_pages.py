@@ -19,12 +19,7 @@ from training.benchmarks.images.benchmark_pages import (
     write_pages,
 )
 from training.benchmarks.images.benchmark_results import (
-    ALL_SCALES,
-    ALL_STEPS,
     CONSISTENCY,
-    LATENT_CONSISTENCY,
-    NO_LORA,
-    NO_NOISE,
     OURS,
     PAIRS,
     PROGRESSIVE,
@@ -32,10 +27,8 @@ from training.benchmarks.images.benchmark_results import (
     SOLVER,
     TEACHER,
     UNGUIDED,
-    grouped,
     read_rows,
 )
-from training.benchmarks.images.goals import Goal, goals_table
 from training.benchmarks.images.spaces import OF_CLASSIFIER
 
 ROOT = Path(__file__).parents[2]
@@ -84,109 +77,6 @@ def test_a_glance_at_all_sets_has_the_best_of_each_kind_in_their_first_space(tmp
         ["letters", "2", "**5.5 UniPC**", "", "6"],
         ["letters", "5", "**5.5 UniPC at 2**", "", "6"],
     ]
-
-
-# ----- goals -----
-
-
-def test_a_goal_is_reached_at_the_limit_and_missed_in_the_spaces_that_are_above_it():
-    rows = [row(OURS, 1, 3.0, 0.5, 0), row(SOLVER, 5, 3.0, 0.4)]
-    assert lines_of(goals_table(rows)) == [["1", "tuned solver at 5", "3 / 3", "0.5 / 0.4", "missed: pixels"]]
-    rows[0]["distances"]["pixels"] = 0.4
-    assert lines_of(goals_table(rows))[0][-1] == "reached"
-
-
-def test_goals_are_of_the_mean_of_the_seeds():
-    rows = [row(OURS, 4, 1.0, 0.1, 0), row(OURS, 4, 3.0, 0.3, 1), row(SOLVER, 15, 2.5, 0.15)]
-    assert lines_of(goals_table(rows)) == [["4", "tuned solver at 15", "2 / 2.5", "0.2 / 0.15", "missed: pixels"]]
-
-
-def test_a_solver_is_as_good_as_with_fewer_calls():
-    rows = [row(OURS, 1, 3.0, 0.5, 0), row(SOLVER, 4, 2.5, 0.9), row(SOLVER, 5, 3.5, 0.6), row(SOLVER, 15, 0.1, 0.1)]
-    assert lines_of(goals_table(rows)) == [["1", "tuned solver at 5", "3 / 2.5", "0.5 / 0.6", "missed: classifier"]]
-    rows = [row(OURS, 2, 3.0, 0.5, 0), row(PROGRESSIVE, 1, 1.0, 0.1, 0), row(PROGRESSIVE, 2, 6.0, 0.9, 0)]
-    assert lines_of(goals_table(rows))[0][2:4] == ["3 / 4", "0.5 / 0.6"]
-
-
-def test_half_of_a_solver_is_half_of_what_it_has_over_the_floor():
-    floor, solver = row(REAL, 0, 1.0, 0.2), row(SOLVER, 2, 5.0, 0.6)
-    goal = Goal(2, (SOLVER, 2), 0.5, over_floor=True)
-    groups = grouped([floor, solver])
-    assert [goal.limit(groups, space) for space in ("classifier", "pixels")] == pytest.approx([3.0, 0.4])
-    table = goals_table([floor, solver, row(OURS, 2, 3.0, 0.41, 0)])
-    assert lines_of(table) == [
-        ["2", "half of tuned solver at 2, over the floor", "3 / 3", "0.41 / 0.4", "missed: pixels"]
-    ]
-
-
-def test_a_distance_of_nothing_or_less_is_a_floor_too():
-    """An unbiased KID of real images is."""
-    groups = grouped([row(REAL, 0, -0.5, 0.0), row(SOLVER, 2, 5.5, 0.6)])
-    goal = Goal(2, (SOLVER, 2), 0.5, over_floor=True)
-    assert [goal.limit(groups, space) for space in ("classifier", "pixels")] == pytest.approx([2.5, 0.3])
-
-
-def test_ours_are_held_against_two_thirds_of_each_baseline_of_as_many_calls():
-    rows = [
-        row(OURS, 1, 2.0, 0.19, 0),
-        row(OURS, 2, 9.0, 9.0, 0),
-        row(PAIRS, 1, 3.0, 0.3, 0),
-        row(PROGRESSIVE, 2, 3.0, 0.3, 0),
-        row(CONSISTENCY, 1, 2.4, 0.9, 0),
-    ]
-    assert lines_of(goals_table(rows)) == [
-        ["1", "1/1.5 of pairs only at 1", "2 / 2", "0.19 / 0.2", "reached"],
-        ["2", "1/1.5 of progressive distillation at 2", "9 / 2", "9 / 0.2", "missed: classifier, pixels"],
-        ["1", "1/1.5 of consistency distillation at 1", "2 / 1.6", "0.19 / 0.6", "missed: classifier"],
-    ]
-
-
-def test_of_captions_what_is_over_the_floor_is_compared_for_the_floor_is_below_nothing():
-    rows = [
-        row(REAL, 0, -10.0, 0.0, retrieval=1.0),
-        row(OURS, 4, 0.0, 0.15, 0),
-        row(NO_LORA, 4, -2.0, 0.1, 0),
-        row(LATENT_CONSISTENCY, 4, 8.0, 0.3, 0),
-    ]
-    assert lines_of(goals_table(rows)) == [
-        ["4", "1/1.5 of LCM-LoRA at 4, over the floor", "0 / 2", "0.15 / 0.2", "reached"],
-        ["4", "1.25 of HSIVI, no LoRA at 4, over the floor", "0 / 0", "0.15 / 0.125", "missed: pixels"],
-    ]
-
-
-def test_recall_and_coverage_are_held_against_a_solver_of_many_calls():
-    rows = [row(OURS, 4, 1.0, 0.1, 0, recall=0.9, coverage=0.8), row(OURS, 4, 1.0, 0.1, 1, recall=0.7, coverage=0.8)]
-    rows.append(row(SOLVER, 20, 1.0, 0.1, recall=0.8, coverage=0.81))
-    assert lines_of(goals_table(rows)) == [
-        ["4", "recall of tuned solver at 20", "0.800 / 0.800", "", "reached"],
-        ["4", "coverage of tuned solver at 20", "0.800 / 0.810", "", "missed"],
-    ]
-
-
-@pytest.mark.parametrize(("scale", "calls"), [({}, 20), ({"guidance_scale": 1.0}, 20), ({"guidance_scale": 2.0}, 40)])
-def test_the_accuracy_is_held_against_a_solver_of_twenty_steps(scale, calls):
-    rows = [row(OURS, 2, 1.0, 0.1, seed, accuracy=each, **scale) for seed, each in enumerate((0.97, 0.99))]
-    rows += [row(SOLVER, calls, 1.0, 0.1, accuracy=0.999, **scale), row(SOLVER, 10, 1.0, 0.1, accuracy=1.0, **scale)]
-    told = f"0.98 of accuracy of tuned solver at {calls}"
-    assert lines_of(goals_table(rows)) == [["2", told, "0.9800 / 0.9790", "", "reached"]]
-    rows[0]["accuracy"] = 0.96
-    assert lines_of(goals_table(rows))[0][-1] == "missed"
-
-
-def test_the_distance_of_a_class_is_held_against_a_solver_of_ten_steps():
-    rows = [
-        row(OURS, 1, 1.0, 0.1, 0, class_fd=2.0, class_recall=0.9),
-        row(SOLVER, 10, 1.0, 0.1, class_fd=1.5, class_recall=0.9),
-    ]
-    assert lines_of(goals_table(rows)) == [
-        ["1", "FD of a class of tuned solver at 10", "2.00 / 1.50", "", "missed"],
-        ["1", "recall of a class of tuned solver at 10", "0.900 / 0.900", "", "reached"],
-    ]
-
-
-def test_without_ours_or_what_they_are_held_against_no_goal_is_told():
-    for rows in ([row(SOLVER, 5, 1.0, 0.1)], [row(OURS, 1, 1.0, 0.1, 0)], [row(f"{OURS} paper", 1, 1.0, 0.1, 0)]):
-        assert goals_table(rows).startswith("No goal can be told")
 
 
 # ----- the other tables -----
@@ -274,7 +164,7 @@ def test_each_set_has_a_page_of_all_tables_and_figures_of_what_is_measured(tmp_p
     write_pages(tmp_path)
     texts = {name: (tmp_path / f"{name}.md").read_text() for name in ("digits", "begun", "a_solver")}
     for text in texts.values():
-        for table in ("summary", "floor", "goals", "measures", "costs"):
+        for table in ("summary", "floor", "measures", "costs"):
             assert text.count(f"<!-- table: {table} -->") == 1
     names = ["classes_digits.png", "curves_a_solver.png", "curves_digits.png"]
     assert sorted(path.name for path in tmp_path.glob("*.png")) == names
@@ -347,17 +237,3 @@ def test_the_tables_of_the_docs_are_those_of_the_results(tmp_path):
         filled = Path(shutil.copy(page, tmp_path))
         benchmark_pages.fill_glance(docs, filled)
         assert filled.read_bytes() == page.read_bytes()
-
-
-def test_students_of_other_kinds_are_held_against_the_usual_one():
-    """Layers without noise, and one student for several counts or scales: 1.3 times ours at as many calls."""
-    told = {"guidance_scale": 2.0}
-    rows = [row(OURS, 4, 1.0, 1.0, 0, accuracy=0.9, **told), row(NO_NOISE, 4, 1.3, 1.31, 0, **told)]
-    rows += [row(ALL_SCALES, 4, 1.2, 1.0, 0, accuracy=0.7, **told), row(SOLVER, 8, 1.0, 1.0, accuracy=0.9, **told)]
-    rows += [row(ALL_STEPS, 4, 1.4, 1.2, 0, **told)]
-    assert [line for line in lines_of(goals_table(rows)) if ": " in line[1]] == [
-        ["4", f"{NO_NOISE}: 1.3 of {OURS} at 4", "1.3 / 1.3", "1.31 / 1.3", "missed: pixels"],
-        ["4", f"{ALL_STEPS}: 1.3 of {OURS} at 4", "1.4 / 1.3", "1.2 / 1.3", "missed: classifier"],
-        ["4", f"{ALL_SCALES}: 1.3 of {OURS} at 4", "1.2 / 1.3", "1 / 1.3", "reached"],
-        ["4", f"{ALL_SCALES}: 0.77 of accuracy of {OURS} at 4", "0.7000 / 0.6923", "", "reached"],
-    ]

@@ -37,7 +37,6 @@ from .benchmark_results import (
     three_digits,
     value,
 )
-from .goals import goals_table
 from .spaces import OF_CAPTIONS, OF_CLASSES, OF_CLASSIFIER
 
 ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, UNGUIDED, *BASELINES, OURS)
@@ -85,7 +84,7 @@ def fill_page(page: Path, title: str, tables: dict[str, str], figures: Sequence[
 
 def make_tables(rows: list[Row]) -> dict[str, str]:
     """The tables of a set, by name."""
-    makers = {"summary": summary_table, "floor": floor_table, "goals": goals_table}
+    makers = {"summary": summary_table, "floor": floor_table}
     makers |= {"measures": measures_table, "costs": costs_table}
     return {name: make(rows) for name, make in makers.items()}
 
