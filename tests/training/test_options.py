@@ -243,7 +243,7 @@ def test_an_error_is_one_line_that_names_the_program(parse, capsys):
             for name in ("digits", *SETS)
             for method in BASELINES
         ],
-        *[(f"{name}_classifier", [train_classifier.Training]) for name in SETS],
+        *[(f"{name}_classifier", [train_classifier.Data, train_classifier.Training]) for name in SETS],
         *[(f"solvers_{name}", [tune_solvers.Options]) for name in ("digits", "guided", "flow", "text", *SETS)],
     ],
 )

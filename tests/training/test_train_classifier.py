@@ -133,4 +133,4 @@ def test_the_features_of_the_mlp_are_the_last_hidden_layer_of_that_of_scikit_lea
 
 
 def test_help(check_help):
-    check_help(train_classifier.main, "training")
+    check_help(train_classifier.main, "data", "training")

@@ -35,7 +35,7 @@ def trained(train):
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were launched: a teacher is trained by one"):
+    with pytest.raises(ValueError, match="2 processes were launched: this program runs in one"):
         train_teacher.main([f"--output_dir={tmp_path / 'teacher'}"])
 
 

@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
@@ -35,7 +34,7 @@ from hsivi_diffusers.distillation.state import trained
 from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.runs.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.runs.options import flatten, option
-from hsivi_diffusers.runs.output import Output, check_output, check_teacher, claimed, start_run
+from hsivi_diffusers.runs.output import Output, check_teacher, start_run
 from hsivi_diffusers.teachers.denoisers import sample_shape
 from hsivi_diffusers.teachers.teacher import fingerprint, load_parts
 from hsivi_diffusers.vi import cosine
@@ -47,7 +46,7 @@ from .latent_consistency import LatentConsistency, load_latents
 from .progressive import ProgressiveDistillation
 from .regression import PairRegression
 from .sets import load_images
-from .training_loop import TrainingLoop
+from .training_loop import TrainingLoop, claimed_alone
 
 EMA_DECAY, MAX_GRAD_NORM = 0.995, 1.0
 WRITTEN = ("training.json", "pipeline")
@@ -217,7 +216,6 @@ def check_options(teacher: Teacher, training: Training, run: Output) -> None:
             )
         if value < 1:
             raise ValueError(f"--{name} {value}: give a number of at least 1")
-    check_output(run)
     check_teacher(run, teacher.pretrained_teacher_model, WRITTEN)
 
 
@@ -232,9 +230,8 @@ def save(distillation: Baseline, output_dir: Path) -> None:
 def main(args: list[str] | None = None) -> None:
     teacher, training, run = parse_options([Teacher, Training, Output], __doc__ or "", args=args)
     check_options(teacher, training, run)
-    with claimed(run) as output_dir:
-        accelerator = Accelerator()
-        set_seed(training.seed)
+    output_dir = Path(str(run.output_dir))
+    with claimed_alone(run, training.seed) as accelerator:
         distillation, images, classes = prepare(teacher, training, accelerator.device)
         settings = recorded(teacher, training)
         start_run(run, settings, WRITTEN)
