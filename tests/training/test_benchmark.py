@@ -110,7 +110,7 @@ def copied(folder, arguments, tmp_path):
 @pytest.fixture
 def no_pages(monkeypatch):
     """Tables and figures take most of the time where nothing has to be sampled."""
-    monkeypatch.setattr(benchmark, "write_pages", lambda folder: None)
+    monkeypatch.setattr(benchmark, "write_pages", lambda *folders: None)
 
 
 @pytest.fixture
@@ -209,14 +209,14 @@ def test_a_baseline_of_a_seed_that_no_student_has_is_refused(arguments):
 def test_another_seed_is_added_without_images_in_the_figures(copied, monkeypatch, no_pages):
     folder, arguments = copied
     monkeypatch.setattr(trainings, "call", call)
-    before, pictures = rows_of(folder), (folder / "docs/pictures_digits.safetensors").read_bytes()
+    before, pictures = rows_of(folder), (folder / "runs/digits/pictures.safetensors").read_bytes()
     given = [text for text in arguments if not text.startswith(("--pairs", "--progressive", "--consistency"))]
     benchmark.main([*given, "--students", str(folder / "student.yaml"), "--seeds", "0", "1"])
     *kept, row = rows_of(folder)
     assert kept == before
     assert benchmark_results.key_of(row) == (OURS, 1, 1)
     assert (row["train_seconds"], row["train_calls"]) == told(folder, "student_seed1")
-    assert (folder / "docs/pictures_digits.safetensors").read_bytes() == pictures
+    assert (folder / "runs/digits/pictures.safetensors").read_bytes() == pictures
 
 
 def test_a_row_has_all_measures_in_three_spaces_and_what_its_training_cost(folder):
@@ -379,15 +379,15 @@ def test_the_page_has_tables_and_figures(folder):
         assert (folder / "docs" / name).stat().st_size > 1000
 
 
-def test_pictures_of_what_is_shown_stay_beside_the_results(folder):
+def test_images_of_what_is_shown_are_kept_beside_the_trainings(folder):
     """So the figures are drawn anew where nothing has to be sampled."""
-    kept = load_file(folder / "docs" / "pictures_digits.safetensors")
+    kept = load_file(folder / "runs/digits/pictures.safetensors")
     several = [
         f"{method} at {nfe}" for method in (SOLVER, OURS, ONE_FOR_ALL, PROGRESSIVE, CONSISTENCY) for nfe in (1, 2)
     ]
     assert set(kept) == {"real", f"{TEACHER} at 3", f"{TEACHER_SDE} at 3", f"{PAIRS} at 1", *several}
     run = folder / "runs/digits/student_num_inference_steps_2_seed0/pipeline"
-    drawn = torch.cat([*sample(make_student(HSIVIPipeline.from_pretrained(run), 2), 20, 15, 0)])[:16]
+    drawn = torch.cat([*sample(make_student(HSIVIPipeline.from_pretrained(run), 2), 20, 15, 0)])[: benchmark.SHOWN]
     torch.testing.assert_close(kept[f"{OURS} at 2"] / 255, drawn, atol=0.51 / 255, rtol=0)
 
 
@@ -397,7 +397,7 @@ def test_pictures_of_what_is_shown_stay_beside_the_results(folder):
 def test_a_row_that_two_processes_measured_is_there_once(copied):
     folder, _ = copied
     before = rows_of(folder)
-    benchmark_results.Results(folder / "docs", "digits").add({**before[0], "num_samples": 7})
+    benchmark_results.Results(folder / "docs", folder / "runs", "digits").add({**before[0], "num_samples": 7})
     assert len(rows_of(folder)) == len(before)
     assert [row["num_samples"] for row in rows_of(folder)].count(7) == 1
 

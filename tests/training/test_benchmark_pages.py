@@ -4,18 +4,20 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from PIL import Image
 
 from hsivi_diffusers.evaluation import pages
-from hsivi_diffusers.runs import measures
 from training.benchmarks.images import benchmark_pages
 from training.benchmarks.images.benchmark_pages import (
     costs_table,
     floor_table,
     measures_table,
     summary_table,
+    three_digits,
     write_pages,
 )
 from training.benchmarks.images.benchmark_results import (
@@ -27,6 +29,7 @@ from training.benchmarks.images.benchmark_results import (
     SOLVER,
     TEACHER,
     UNGUIDED,
+    Results,
     read_rows,
 )
 from training.benchmarks.images.spaces import OF_CLASSIFIER
@@ -89,9 +92,9 @@ def test_the_summary_has_the_best_baseline_of_each_space():
     rows += [row(f"{OURS} paper", 2, 0.1, 0.1, 0)]
     table = summary_table(rows)
     heads = [
-        f"{space}: {word}" for space in ("classifier", "pixels") for word in ("tuned solver", "best baseline", "ours")
+        f"{space}: {word}" for space in ("classifier", "pixels") for word in ("tuned solver", "best baseline", OURS)
     ]
-    assert [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")] == ["calls", *heads]
+    assert [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")] == ["NFE", *heads]
     assert lines_of(table) == [
         ["1", "9", "2.5 ± 0.71 (pairs)", "**1.5 ± 0.71**", "0.9", "0.3 (progressive)", "**0.15 ± 0.071**"],
         ["3", "4", "", "", "0.4", "", ""],
@@ -105,7 +108,7 @@ def test_the_measures_have_both_kinds_of_distances_and_methods_in_one_order():
     rows += [row(TEACHER, 100, 2.0, 0.2), row(REAL, 0, 3.0, 0.3), row(PAIRS, 1, 3.0, 0.5, 1, recall=0.7)]
     table = measures_table(rows)
     heads = ["classifier", "pixels", "classifier, to teacher", "pixels, to teacher"]
-    assert table.splitlines()[0].startswith(f"| calls | method | {' | '.join(heads)} | precision | recall |")
+    assert table.splitlines()[0].startswith(f"| NFE | method | {' | '.join(heads)} | precision | recall |")
     lines = lines_of(table)
     assert [line[:2] for line in lines] == [
         *[["", REAL], ["1", f"{SOLVER} (UniPC)"], ["1", PAIRS], ["1", PROGRESSIVE], ["1", CONSISTENCY]],
@@ -144,13 +147,12 @@ def test_costs_are_told_seed_by_seed_and_as_multiples_of_those_of_ours():
     assert lines_of(costs_table([trained(OURS, 1, 0, 100.4, None)])) == [["1", f"**{OURS}**", "100", "", "", ""]]
 
 
-def test_a_mean_has_its_spread():
-    assert measures.written("fd", 1.0, 3.0) == "2.00 ± 1.41"
-    assert measures.written("kid", 0.0012) == "1.20"
-    assert benchmark_pages.distance([row(OURS, 1, 1.0, 0.1234)], "pixels") == "0.123"
-    assert benchmark_pages.distance([row(OURS, 1, 1953.4, 999.6)], "classifier") == "1,950"
-    assert benchmark_pages.distance([row(OURS, 1, 1953.4, 999.6)], "pixels") == "1,000"
-    assert benchmark_pages.distance([], "pixels") == ""
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [((0.1234,), "0.123"), ((1953.4,), "1,950"), ((999.6,), "1,000"), ((1.5, 0.7071), "1.5 ± 0.71")],
+)
+def test_a_distance_has_three_digits_and_its_spread_two(numbers, text):
+    assert three_digits(*numbers) == text
 
 
 # ----- the page -----
@@ -161,7 +163,7 @@ def test_each_set_has_a_page_of_all_tables_and_figures_of_what_is_measured(tmp_p
     solver = {**row(SOLVER, 2, 0.1, 0.01), "dataset": "a solver"}
     rows = [row(TEACHER, 100, 0.2, 0.02), row(OURS, 1, 1.0, -0.1, 0), begun, solver]
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
-    write_pages(tmp_path)
+    write_pages(tmp_path, tmp_path / "runs")
     texts = {name: (tmp_path / f"{name}.md").read_text() for name in ("digits", "begun", "a_solver")}
     for text in texts.values():
         for table in ("summary", "floor", "measures", "costs"):
@@ -172,7 +174,7 @@ def test_each_set_has_a_page_of_all_tables_and_figures_of_what_is_measured(tmp_p
     assert "(curves_digits.png)" in texts["digits"]
     assert "(curves_a_solver.png)" in texts["a_solver"]
     assert ".png" not in texts["begun"]
-    write_pages(tmp_path)
+    write_pages(tmp_path, tmp_path / "runs")
     assert texts == {name: (tmp_path / f"{name}.md").read_text() for name in texts}
 
 
@@ -181,7 +183,7 @@ def test_the_curves_have_a_panel_for_each_space_and_for_what_is_lost(tmp_path, m
     monkeypatch.setattr(benchmark_pages, "draw_curves", lambda *given: drawn.append(given))
     rows = [row(REAL, 0, 0.1, 0.01), row(OURS, 1, 1.0, 0.1, 0), row(TEACHER, 100, 0.2, 0.02)]
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
-    write_pages(tmp_path)
+    write_pages(tmp_path, tmp_path / "runs")
     (shown, labels, path), *_ = drawn
     assert [(each["method"], each["classifier"]) for each in shown] == [(TEACHER, 0.2), (OURS, 1.0)]
     assert list(labels) == ["classifier", "pixels", "recall", "coverage"]
@@ -201,6 +203,27 @@ def test_classes_are_those_of_the_teacher_the_baselines_and_ours(tmp_path, monke
     assert [bar.get_height() for bar in figure.axes[-1].patches] == pytest.approx([0.4, 0.6])
     monkeypatch.undo()
     plt.close(figure)
+
+
+def test_images_are_drawn_where_those_of_all_rows_were_kept(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"rows": [row(OURS, 1, 1.0, 0.1, 0), row(OURS, 2, 1.0, 0.1, 0)]}))
+    (tmp_path / "runs/digits").mkdir(parents=True)
+    results, images = Results(tmp_path, tmp_path / "runs", "digits"), torch.rand(3, 1, 8, 8)
+    for nfe, drawn in ((1, False), (2, True)):
+        results.keep_images(f"{OURS} at {nfe}", images, images)
+        write_pages(tmp_path, tmp_path / "runs")
+        assert (tmp_path / "samples_digits.png").exists() == drawn
+
+
+@pytest.mark.parametrize(("colors", "mode"), [(200, "P"), (20_000, "RGB")])
+def test_a_figure_of_few_colours_gets_a_palette_and_looks_the_same(tmp_path, colors, mode):
+    places = torch.arange(200 * 200) % colors
+    pixels = torch.stack([places % 256, places // 256, 0 * places], 1).reshape(200, 200, 3).to(torch.uint8).numpy()
+    Image.fromarray(pixels).save(tmp_path / "figure.png")
+    benchmark_pages.shrink(tmp_path / "figure.png")
+    figure = Image.open(tmp_path / "figure.png")
+    assert figure.mode == mode
+    assert (numpy.asarray(figure.convert("RGB")) == pixels).all()
 
 
 def test_pictures_are_shown_in_order():

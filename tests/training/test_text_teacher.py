@@ -255,7 +255,7 @@ def test_the_rivals_of_a_caption_have_its_subject_and_another_tone():
 def test_the_benchmark_of_captions(teach, scorer, tmp_path, monkeypatch):
     """A LoRA, a whole copy and an LCM-LoRA of the same cost, beside the guided teacher and a solver of two steps."""
     monkeypatch.setattr(trainings, "call", call)
-    monkeypatch.setattr(benchmark, "write_pages", lambda folder: None)  # figures take most of the time
+    monkeypatch.setattr(benchmark, "write_pages", lambda *folders: None)  # figures take most of the time
     teacher = teach()
     student, lcm = tmp_path / "student.yaml", tmp_path / "lcm.yaml"
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS[row] for row in captions.hold_out(TEXTS)[0]))

@@ -62,6 +62,7 @@ from .solver_pages import FALLING, WITHOUT, best_solvers
 from .spaces import SetMeasures
 from .trainings import ANEW, RESUME, Costs, Trainings, make
 
+SHOWN = 10  # images of a row in the figure
 MAKERS = ("images.train_teacher", "images.train_classifier")  # of teacher and classifier
 
 
@@ -91,8 +92,8 @@ class Options:
     num_samples: int = option(10_000, "images of each row")
     batch_size: int = option(500, "images at once")
     eval_seed: int = option(0, "seed of the noise")
-    output_dir: str = option("docs/benchmarks", "results, images, tables and figures")
-    runs_dir: str = option("runs/benchmark", "trainings, in a folder for each set")
+    output_dir: str = option("docs/benchmarks", "results, tables and figures")
+    runs_dir: str = option("runs/benchmark", "trainings and images of the figures, in a folder for each set")
 
 
 class Entry(NamedTuple):
@@ -123,7 +124,7 @@ class Comparison:
             self.drawn["guidance_scale"] = options.guidance_scale
         runs, teacher = Path(options.runs_dir) / str(options.dataset), str(options.teacher)
         self.trainings = Trainings(runs, teacher, options.guidance_scale)
-        self.results = Results(Path(options.output_dir), str(options.dataset))
+        self.results = Results(Path(options.output_dir), Path(options.runs_dir), str(options.dataset))
         for folder in (runs, self.results.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
         makers = ("text.train_text_teacher", "text.train_scorer") if options.real_data == CAPTIONS else MAKERS
@@ -296,7 +297,8 @@ class Comparison:
             seeds = self._baseline_seeds(entry.method, entry.nfe) if of_baseline else self.options.seeds
             if entry.seed in (None, seeds[0]) and is_shown(entry.method, entry.nfe):
                 prompts = self.teacher.classes if self.teacher.held_out else None  # real images are of the same ones
-                chosen = torch.linspace(0, prompts - 1, 16).long() if prompts else torch.arange(min(16, len(images)))
+                count = min(SHOWN, len(images))
+                chosen = torch.linspace(0, (prompts or count) - 1, count).long()
                 real = self.real[chosen] if prompts else self.real
                 self.results.keep_images(name, images[chosen], real)  # before the row
             self.results.add(row)
@@ -321,7 +323,7 @@ def main(args: list[str] | None = None) -> None:
     comparison, folder = Comparison(options), Path(options.output_dir)
     comparison.measure()
     with in_turn(folder):
-        write_pages(folder)
+        write_pages(folder, Path(options.runs_dir))
     print(f"tables and figures are in {folder / as_word(options.dataset)}.md, the rows in {comparison.results.path}")
 
 

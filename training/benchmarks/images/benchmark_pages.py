@@ -7,14 +7,13 @@ fills the table of README.md by docs/benchmarks/results.json; `benchmark` does s
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from safetensors.torch import load_file
+import pandas as pd
+from PIL import Image
 
 from hsivi_diffusers.evaluation.figures import draw_curves, draw_samples, pyplot
 from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
@@ -29,13 +28,9 @@ from .benchmark_results import (
     TEACHER,
     TEACHER_SDE,
     UNGUIDED,
-    Group,
     Row,
-    grouped,
-    pictures_path,
+    read_pictures,
     read_rows,
-    three_digits,
-    value,
 )
 from .spaces import OF_CAPTIONS, OF_CLASSES, OF_CLASSIFIER
 
@@ -43,22 +38,37 @@ ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, UNGUIDED, *BASELINES, OURS)
 CURVES = ("recall", "coverage")
 OF_NEIGHBOURS = ("precision", "recall", "density", "coverage", "nearest", "class_recall")  # of copies they tell nothing
 SHOWN_SOLVERS = (1, 2, 4, 10, 20)
+MANY_COLORS = 4096  # of a figure of colour images, not of curves
 
 
-def write_pages(folder: Path) -> None:
-    """Fills the tables of FOLDER/SET.md of each set, which is begun if there is none, and draws its figures."""
+def write_pages(folder: Path, runs: Path) -> None:
+    """Fills the tables of FOLDER/SET.md of each set, which is begun if there is none, and draws its figures.
+
+    Images are drawn where RUNS has those of all rows, for a row that was measured elsewhere has none.
+    """
     for name, rows in in_sets(read_rows(folder / "results.json")).items():
         word = as_word(name)
+        paths = {kind: folder / f"{kind}_{word}.png" for kind in ("samples", "curves", "classes")}
         if flat := [{**row, **row["distances"]} for row in sorted(rows, key=rank) if row["nfe"]]:
             shown = [*flat[0]["distances"], *CURVES]
-            draw_curves(flat, {each: each for each in shown}, folder / f"curves_{word}.png")
-            draw_classes(rows, folder / f"classes_{word}.png")
-        if (pictures := pictures_path(folder, name)).exists():
-            measured = {"real", *(f"{row['method']} at {row['nfe']}" for row in rows)}
-            kept = {each: images for each, images in load_file(pictures).items() if each in measured}
-            draw_samples(picture_rows(kept), folder / f"samples_{word}.png")
-        figures = [f"{kind}_{word}.png" for kind in ("samples", "curves", "classes")]
-        fill_page(folder / f"{word}.md", name, make_tables(rows), figures)
+            draw_curves(flat, {each: each for each in shown}, paths["curves"])
+            draw_classes(rows, paths["classes"])
+        names = {f"{row['method']} at {row['nfe']}" for row in rows if is_shown(row["method"], row["nfe"])}
+        kept = read_pictures(runs, name)
+        if names and names <= kept.keys():
+            draw_samples(picture_rows({each: kept[each] for each in (*names, "real")}), paths["samples"])
+        for path in paths.values():
+            shrink(path)
+        fill_page(folder / f"{word}.md", name, make_tables(rows), [path.name for path in paths.values()])
+
+
+def shrink(path: Path) -> None:
+    """Writes a figure in fewer bytes: 256 colours, if it does not show colour images."""
+    if path.exists():
+        figure = Image.open(path).convert("RGB")
+        if figure.getcolors(MANY_COLORS):
+            figure = figure.quantize(256, dither=Image.Dither.NONE)
+        figure.save(path, optimize=True)
 
 
 def fill_glance(folder: Path, *pages: Path) -> None:
@@ -115,119 +125,138 @@ def is_shown(method: str, nfe: int) -> bool:
     return method != REAL and (method != SOLVER or nfe in SHOWN_SOLVERS)
 
 
-def distance(rows: list[Row], space: str, kind: str = "distances") -> str:
-    """Mean and spread over the training seeds, of three digits; nothing without rows."""
-    if not rows:
-        return ""
-    spread = stdev(row[kind][space] for row in rows) if len(rows) > 1 else None
-    return three_digits(value(rows, space, kind)) + ("" if spread is None else f" ± {spread:.2g}")
+def three_digits(number: float, spread: float = float("nan")) -> str:
+    """A distance as it is written, with its spread: 0.0123, 12.3 ± 0.4 or 1,230."""
+    text = f"{number:.3g}" if abs(number) < 999.5 else f"{float(f'{number:.3g}'):,.0f}"
+    return text if pd.isna(spread) else f"{text} ± {spread:.2g}"
+
+
+class Distances:
+    """Distances of the rows of a set, by NFE and method: means over the training seeds, and how they are written.
+
+    Attributes:
+        spaces: Names of the spaces.
+        groups: The rows of each NFE and method, in the order of the pages.
+        means: Has a column for each space, and one `SPACE, to teacher`.
+        texts: The same, as text.
+    """
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.spaces = [*rows[0]["distances"]]
+        flat = [{"nfe": row["nfe"], "method": row["method"], **row["distances"], **_to_teacher(row)} for row in rows]
+        table = pd.DataFrame({"row": rows, **pd.DataFrame(flat)})
+        table = table.iloc[sorted(range(len(rows)), key=lambda place: (rows[place]["nfe"], rank(rows[place])))]
+        groups = table.groupby(["nfe", "method"], sort=False)
+        self.groups = {key: list(each) for key, each in groups["row"]}
+        columns = groups[[name for name in table if name not in ("row", "nfe", "method")]]
+        self.means, spreads = columns.mean(), columns.std()
+        self.texts = self.means.combine(spreads, lambda mean, spread: mean.combine(spread, three_digits))
+
+    def lowest(self, space: str, keys: Iterable[tuple[int, str]]) -> tuple[int, str] | None:
+        """NFE and method of the least distance, of those that there are."""
+        found = self.means.loc[self.means.index.isin([*keys]), space]
+        return None if found.empty else found.idxmin()
+
+    def cells(self, space: str, keys: Sequence[tuple[int, str] | None], words: Sequence[str]) -> list[str]:
+        """The distances as text with words after them, the lowest of several in bold; empty where a key is missing."""
+        there = [key for key in keys if key in self.groups]
+        least = self.lowest(space, there) if len(there) > 1 else None
+        mark = {key: "**" if key == least else "" for key in there}
+        return [
+            f"{mark[key]}{self.texts.at[key, space]}{word}{mark[key]}" if key in there else ""
+            for key, word in zip(keys, words, strict=True)
+        ]
+
+    def best_baseline(self, space: str, nfe: int) -> tuple[int, str] | None:
+        """Of the baselines that of the least distance."""
+        return self.lowest(space, [(nfe, name) for name in (UNGUIDED, *BASELINES)])
+
+
+def _to_teacher(row: Row) -> dict[str, float]:
+    return {f"{space}, to teacher": each for space, each in row["teacher_distances"].items()}
+
+
+def _name(key: tuple[int, str] | None) -> str:
+    return f" ({key[1].split()[0]})" if key else ""
 
 
 def summary_table(rows: list[Row]) -> str:
-    """Distances at each number of calls, of the tuned solver, the baseline that is best in the space, and ours."""
-    groups, spaces = grouped(rows), [*rows[0]["distances"]]
-    lines = []
-    for nfe in counts_of(groups):
-        cells = []
-        for space in spaces:
-            solver, ours = (cell(groups.get((method, nfe), []), space) for method in (SOLVER, OURS))
-            cells += least_bold(solver, best_baseline(groups, nfe, space), ours)
-        lines.append([nfe, *cells])
-    heads = [f"{space}: {word}" for space in spaces for word in ("tuned solver", "best baseline", "ours")]
-    return write_table(["calls", *heads], ("method",), lines)
+    """Distances at each NFE, of the tuned solver, the baseline that is best in the space, and ours."""
+    table, lines = Distances(rows), []
+    for nfe in dict.fromkeys(nfe for nfe, method in table.groups if method in (SOLVER, OURS)):
+        line = [str(nfe)]
+        for space in table.spaces:
+            best = table.best_baseline(space, nfe)
+            line += table.cells(space, [(nfe, SOLVER), best, (nfe, OURS)], ["", _name(best), ""])
+        lines.append(line)
+    heads = [f"{space}: {word}" for space in table.spaces for word in ("tuned solver", "best baseline", OURS)]
+    return write_table(["NFE", *heads], (), lines)
 
 
 def glance_table(sets: dict[str, list[Row]]) -> str:
-    """Of every set, at the calls of our students, the distances in its first space: what the README shows.
+    """Of every set, at the NFE of our students, the distances in its first space: what the README shows.
 
-    The solver is that with the least of so many calls or fewer, of those that are best in all spaces at their number.
+    The solver is that of the least distance at as many NFE or fewer, of those that are best in all spaces at theirs.
     """
     lines = []
     for name, rows in sets.items():
-        groups, (space, *_) = grouped(rows), rows[0]["distances"]
-        for nfe in sorted(nfe for method, nfe in groups if method == OURS):
-            solvers = [each for (method, calls), each in groups.items() if method == SOLVER and calls <= nfe]
-            solver = min(solvers, key=lambda each: value(each, space), default=[])
-            words = f" {solver[0]['solver']}" if solver else ""
-            words += f" at {solver[0]['nfe']}" if solver and solver[0]["nfe"] < nfe else ""
-            cells = cell(solver, space, words), best_baseline(groups, nfe, space), cell(groups[OURS, nfe], space)
-            lines.append([name, nfe, *least_bold(*cells)])
-    return write_table(["set", "calls", "tuned solver", "best baseline", OURS], ("set",), lines)
-
-
-def counts_of(groups: dict[Group, list[Row]]) -> list[int]:
-    """The numbers of calls of the tuned solver and of ours, ascending."""
-    return sorted({nfe for method, nfe in groups if method in (SOLVER, OURS)})
-
-
-def cell(rows: list[Row], space: str, words: str = "") -> tuple[float, str]:
-    """The distance of rows in a space, and how it is written, with words after it; infinity and "" without rows."""
-    return (value(rows, space), distance(rows, space) + words) if rows else (math.inf, "")
-
-
-def least_bold(*cells: tuple[float, str]) -> list[str]:
-    """What is written in each cell, the least of several bold."""
-    numbers = [number for number, text in cells if text]
-    least = min(numbers) if len(numbers) > 1 else None
-    return [f"**{text}**" if number == least else text for number, text in cells]
-
-
-def best_baseline(groups: dict[Group, list[Row]], nfe: int, space: str) -> tuple[float, str]:
-    """The distance of the baseline that is best in a space at so many calls, and how it is written, with its name."""
-    baselines = [groups[name, nfe] for name in (UNGUIDED, *BASELINES) if (name, nfe) in groups]
-    best = min(baselines, key=lambda each: value(each, space), default=[])
-    return cell(best, space, f" ({best[0]['method'].split()[0]})" if best else "")
+        table = Distances(rows)
+        space, *_ = table.spaces
+        for nfe in (nfe for nfe, method in table.groups if method == OURS):
+            solver = table.lowest(space, [key for key in table.groups if key[1] == SOLVER and key[0] <= nfe])
+            words = f" {table.groups[solver][0]['solver']}" if solver else ""
+            words += f" at {solver[0]}" if solver and solver[0] < nfe else ""
+            best = table.best_baseline(space, nfe)
+            lines.append([name, nfe, *table.cells(space, [solver, best, (nfe, OURS)], [words, _name(best), ""])])
+    return write_table(["set", "NFE", "tuned solver", "best baseline", OURS], ("set",), lines)
 
 
 def floor_table(rows: list[Row]) -> str:
     """Distances of real images to themselves, and of the teacher: what is good."""
-    lines = []
-    for row in rows:
-        if row["method"] in (REAL, TEACHER, TEACHER_SDE):
-            words = f"{row['method']} at {row['nfe']}" if row["nfe"] else row["method"]
-            lines.append([words, *(distance([row], space) for space in row["distances"])])
-    return write_table(["", *rows[0]["distances"]], ("",), lines)
+    table = Distances(rows)
+    lines = [
+        [f"{method} at {nfe}" if nfe else method, *table.texts.loc[(nfe, method), table.spaces]]
+        for nfe, method in table.groups
+        if method in (REAL, TEACHER, TEACHER_SDE)
+    ]
+    return write_table(["", *table.spaces], ("",), lines)
 
 
 def measures_table(rows: list[Row]) -> str:
     """Every measure: distances to real images and to the teacher's, and those of the classifier's features."""
-    spaces = [*rows[0]["distances"]]
+    table, lines = Distances(rows), []
     names = [name for name in (*OF_CLASSIFIER, *OF_CLASSES, *OF_CAPTIONS) if all(name in row for row in rows)]
-    lines = []
-    for (method, nfe), of_group in sorted(grouped(rows).items(), key=lambda item: (item[0][1], rank(item[1][0]))):
-        cells = [distance(of_group, space, kind) for kind in ("distances", "teacher_distances") for space in spaces]
+    for (nfe, method), group in table.groups.items():
         empty = OF_NEIGHBOURS if method == REAL else ()
-        cells += ["" if each in empty else written(each, *(row[each] for row in of_group)) for each in names]
-        solver = f" ({of_group[0]['solver']}{_falls(of_group[0])})" if method in (SOLVER, UNGUIDED) else ""
-        lines.append([nfe or "", bold(method) + solver, *cells])
-    heads = [*spaces, *(f"{space}, to teacher" for space in spaces), *(MEASURES[each].head for each in names)]
-    return write_table(["calls", "method", *heads], ("method",), lines)
-
-
-def _falls(row: Row) -> str:
-    return ", falling guidance" if "guidance_end" in row.get("settings", {}) else ""
+        cells = ["" if each in empty else written(each, *(row[each] for row in group)) for each in names]
+        lines.append([nfe or "", label(group[0]), *table.texts.loc[(nfe, method)], *cells])
+    return write_table(["NFE", "method", *table.texts, *(MEASURES[each].head for each in names)], ("method",), lines)
 
 
 def costs_table(rows: list[Row]) -> str:
-    """What each training cost, seed by seed, and as a multiple of what ours of as many calls cost."""
-    groups, lines = grouped(rows), []
-    for (method, nfe), of_group in sorted(groups.items(), key=lambda item: (item[0][1], rank(item[1][0]))):
-        if of_group[0]["train_seconds"] is None:
+    """What each training cost, seed by seed, and as a multiple of what ours at the same NFE cost."""
+    table, lines = Distances(rows), []
+    for (nfe, method), group in table.groups.items():
+        if group[0]["train_seconds"] is None:
             continue
-        ours = {row["train_seed"]: row for row in groups.get((OURS, nfe), [])}
+        ours = {row["train_seed"]: row for row in table.groups.get((nfe, OURS), [])}
         cells = []
         for name, unit, form in (("train_seconds", 1, ".0f"), ("train_calls", 1e6, ".2f")):
-            known = [row for row in of_group if row[name] is not None]  # a run may have been killed at its end
+            known = [row for row in group if row[name] is not None]  # a run may have been killed at its end
             cells.append(", ".join(format(row[name] / unit, form) for row in known))
             pairs = [(row[name], ours[row["train_seed"]][name]) for row in known if row["train_seed"] in ours]
             cells.append(", ".join(f"{one / other:.2f}" for one, other in pairs) if method in BASELINES else "")
-        lines.append([nfe, bold(method), *cells])
-    heads = ["seconds", "times ours", "million calls", "times ours"]
-    return write_table(["calls", "method", *heads], ("method",), lines)
+        lines.append([nfe, label(group[0]), *cells])
+    heads = ["seconds", "times ours", "million forward passes", "times ours"]
+    return write_table(["NFE", "method", *heads], ("method",), lines)
 
 
-def bold(method: str) -> str:
-    return f"**{method}**" if is_ours(method) else method
+def label(row: Row) -> str:
+    """The method of a row as it is written: ours in bold, a solver with its name."""
+    if row["method"] in (SOLVER, UNGUIDED):
+        falls = ", falling guidance" if "guidance_end" in row.get("settings", {}) else ""
+        return f"{row['method']} ({row['solver']}{falls})"
+    return f"**{row['method']}**" if is_ours(row["method"]) else row["method"]
 
 
 def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -243,25 +272,25 @@ def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def draw_classes(rows: list[Row], path: Path) -> None:
     """Draws the share of each class for the teacher and what was distilled, by bars, and for the data, by dashes."""
-    plt = pyplot()
-    groups = {
-        group: of_group
-        for group, of_group in sorted(grouped(rows).items(), key=lambda item: (is_ours(item[0][0]), item[0]))
-        if of_group[0]["class_shares"] and (group[0] not in (REAL, SOLVER, UNGUIDED) or group == (SOLVER, 10))
+    plt, groups = pyplot(), Distances([row for row in rows if row["class_shares"]]).groups if rows else {}
+    shown = {
+        (method, nfe): group
+        for (nfe, method), group in groups.items()
+        if method not in (REAL, SOLVER, UNGUIDED) or (method, nfe) == (SOLVER, 10)
     }
-    if not groups:  # nothing of it is measured yet, or there are captions
+    if not shown:  # nothing of it is measured yet, or there are captions
         return
-    columns = min(4, len(groups))
-    lines = math.ceil(len(groups) / columns)
+    columns = min(4, len(shown))
+    lines = -(-len(shown) // columns)
     style = {"figsize": (3.5 * columns, 2 * lines), "squeeze": False, "sharey": True, "layout": "constrained"}
     figure, axes = plt.subplots(lines, columns, **style)
-    for axis in axes.flat[len(groups) :]:
+    for axis in axes.flat[len(shown) :]:
         axis.remove()
-    for axis, ((method, nfe), of_group) in zip(axes.flat, groups.items(), strict=False):
-        shares = [mean(each) for each in zip(*(row["class_shares"] for row in of_group), strict=True)]
-        real = of_group[0]["real_class_shares"]
+    ordered = sorted(shown.items(), key=lambda item: (is_ours(item[0][0]), item[0]))
+    for axis, ((method, nfe), group) in zip(axes.flat, ordered, strict=False):
+        shares = pd.DataFrame([row["class_shares"] for row in group]).mean()
         axis.bar(range(len(shares)), shares, color="#d62728" if is_ours(method) else "#7f7f7f")
-        axis.plot(range(len(real)), real, color="black", ls="", marker="_", ms=12)
+        axis.plot(range(len(shares)), group[0]["real_class_shares"], color="black", ls="", marker="_", ms=12)
         axis.set_title(f"{method} at {nfe}", fontsize=8)
         axis.set_xticks(range(len(shares)))
     figure.supxlabel("class", fontsize=9)

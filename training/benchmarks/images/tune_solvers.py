@@ -31,12 +31,12 @@ from torch import Tensor
 
 from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.pages import measured_on
-from hsivi_diffusers.runs.folders import in_turn, write_json
+from hsivi_diffusers.runs.folders import in_turn
 from hsivi_diffusers.runs.options import option
 from hsivi_diffusers.teachers.ode import power_timesteps
 from hsivi_diffusers.teachers.solvers import SOLVERS
 
-from .benchmark_results import Row, hash_networks, read_rows
+from .benchmark_results import Row, hash_networks, read_rows, write_rows
 from .set_teacher import SetTeacher
 from .solver_pages import FALLING, WITHOUT, score, write_page
 from .spaces import make_spaces
@@ -236,7 +236,7 @@ def main(args: list[str] | None = None) -> None:
             if (options.dataset, calls, solver) not in map(key_of, read_rows(path)):
                 row = tuning.tune(solver, calls)
                 with in_turn(path.parent):
-                    write_json(path, {"rows": sorted([*read_rows(path), row], key=key_of)})
+                    write_rows(path, sorted([*read_rows(path), row], key=key_of))
                     write_page(path.parent)
                 print(
                     f"{solver} at {calls}: stock {row['stock']}, tuned {row['tuned']} by {row['settings']}", flush=True
