@@ -8,7 +8,7 @@ fills the table of README.md by docs/benchmarks/results.json; `benchmark` does s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from .benchmark_results import (
 )
 from .spaces import OF_CAPTIONS, OF_CLASSES, OF_CLASSIFIER
 
+Key = tuple[int, str]  # NFE and method
 ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, UNGUIDED, *BASELINES, OURS)
 CURVES = ("recall", "coverage")
 OF_NEIGHBOURS = ("precision", "recall", "density", "coverage", "nearest", "class_recall")  # of copies they tell nothing
@@ -131,64 +132,64 @@ def three_digits(number: float, spread: float = float("nan")) -> str:
     return text if pd.isna(spread) else f"{text} ± {spread:.2g}"
 
 
+def frame(rows: list[Row]) -> pd.DataFrame:
+    """The rows in the order of the pages, with columns `label`, `SPACE` and `SPACE, to teacher`."""
+    return pd.DataFrame(
+        {
+            **row,
+            "label": label(row),
+            **row["distances"],
+            **{f"{space}, to teacher": each for space, each in row["teacher_distances"].items()},
+        }
+        for row in sorted(rows, key=lambda row: (row["nfe"], *rank(row)))
+    )
+
+
 class Distances:
-    """Distances of the rows of a set, by NFE and method: means over the training seeds, and how they are written.
+    """Distances in the rows of a set: their means over the training seeds, and how these are written.
 
     Attributes:
         spaces: Names of the spaces.
-        groups: The rows of each NFE and method, in the order of the pages.
-        means: Has a column for each space, and one `SPACE, to teacher`.
-        texts: The same, as text.
+        groups: Rows by NFE and method.
+        means: By NFE and method, with the columns `SPACE` and `SPACE, to teacher`.
+        texts: The same as text.
+        keys: NFE and method of each group.
     """
 
     def __init__(self, rows: list[Row]) -> None:
         self.spaces = [*rows[0]["distances"]]
-        flat = [{"nfe": row["nfe"], "method": row["method"], **row["distances"], **_to_teacher(row)} for row in rows]
-        table = pd.DataFrame({"row": rows, **pd.DataFrame(flat)})
-        table = table.iloc[sorted(range(len(rows)), key=lambda place: (rows[place]["nfe"], rank(rows[place])))]
-        groups = table.groupby(["nfe", "method"], sort=False)
-        self.groups = {key: list(each) for key, each in groups["row"]}
-        columns = groups[[name for name in table if name not in ("row", "nfe", "method")]]
-        self.means, spreads = columns.mean(), columns.std()
-        self.texts = self.means.combine(spreads, lambda mean, spread: mean.combine(spread, three_digits))
+        self.groups = frame(rows).groupby(["nfe", "method"], sort=False)
+        columns = self.groups[[*self.spaces, *(f"{space}, to teacher" for space in self.spaces)]]
+        self.means = columns.mean()
+        self.texts = columns.agg(lambda each: three_digits(each.mean(), each.std()))
+        self.keys: list[Key] = [*self.means.index]
 
-    def lowest(self, space: str, keys: Iterable[tuple[int, str]]) -> tuple[int, str] | None:
-        """NFE and method of the least distance, of those that there are."""
-        found = self.means.loc[self.means.index.isin([*keys]), space]
-        return None if found.empty else found.idxmin()
+    def lowest(self, space: str, *keys: Key | None) -> Key | None:
+        """The key of the lowest distance, of those that there are."""
+        there = [key for key in self.keys if key in keys]
+        return min(there, key=lambda key: self.means.at[key, space], default=None)
 
-    def cells(self, space: str, keys: Sequence[tuple[int, str] | None], words: Sequence[str]) -> list[str]:
-        """The distances as text with words after them, the lowest of several in bold; empty where a key is missing."""
-        there = [key for key in keys if key in self.groups]
-        least = self.lowest(space, there) if len(there) > 1 else None
-        mark = {key: "**" if key == least else "" for key in there}
-        return [
-            f"{mark[key]}{self.texts.at[key, space]}{word}{mark[key]}" if key in there else ""
-            for key, word in zip(keys, words, strict=True)
-        ]
+    def best_baseline(self, space: str, nfe: int) -> Key | None:
+        """The key of the baseline of the lowest distance."""
+        return self.lowest(space, *((nfe, name) for name in (UNGUIDED, *BASELINES)))
 
-    def best_baseline(self, space: str, nfe: int) -> tuple[int, str] | None:
-        """Of the baselines that of the least distance."""
-        return self.lowest(space, [(nfe, name) for name in (UNGUIDED, *BASELINES)])
-
-
-def _to_teacher(row: Row) -> dict[str, float]:
-    return {f"{space}, to teacher": each for space, each in row["teacher_distances"].items()}
-
-
-def _name(key: tuple[int, str] | None) -> str:
-    return f" ({key[1].split()[0]})" if key else ""
+    def cells(self, space: str, *named: tuple[Key | None, str]) -> list[str]:
+        """The distances of keys, each with words after it, the lowest of several in bold; empty without rows."""
+        there = [key for key, _ in named if key in self.keys]
+        lowest = self.lowest(space, *there) if len(there) > 1 else None
+        texts = [f"{self.texts.at[key, space]}{words}" if key in there else "" for key, words in named]
+        return [f"**{text}**" if key and key == lowest else text for (key, _), text in zip(named, texts, strict=True)]
 
 
 def summary_table(rows: list[Row]) -> str:
     """Distances at each NFE, of the tuned solver, the baseline that is best in the space, and ours."""
     table, lines = Distances(rows), []
-    for nfe in dict.fromkeys(nfe for nfe, method in table.groups if method in (SOLVER, OURS)):
-        line = [str(nfe)]
+    for nfe in dict.fromkeys(nfe for nfe, method in table.keys if method in (SOLVER, OURS)):
+        cells = []
         for space in table.spaces:
             best = table.best_baseline(space, nfe)
-            line += table.cells(space, [(nfe, SOLVER), best, (nfe, OURS)], ["", _name(best), ""])
-        lines.append(line)
+            cells += table.cells(space, ((nfe, SOLVER), ""), (best, _name(best)), ((nfe, OURS), ""))
+        lines.append([nfe, *cells])
     heads = [f"{space}: {word}" for space in table.spaces for word in ("tuned solver", "best baseline", OURS)]
     return write_table(["NFE", *heads], (), lines)
 
@@ -196,19 +197,23 @@ def summary_table(rows: list[Row]) -> str:
 def glance_table(sets: dict[str, list[Row]]) -> str:
     """Of every set, at the NFE of our students, the distances in its first space: what the README shows.
 
-    The solver is that of the least distance at as many NFE or fewer, of those that are best in all spaces at theirs.
+    The solver is that of the lowest distance at as many NFE or fewer, of those that are best in all spaces at theirs.
     """
     lines = []
     for name, rows in sets.items():
         table = Distances(rows)
         space, *_ = table.spaces
-        for nfe in (nfe for nfe, method in table.groups if method == OURS):
-            solver = table.lowest(space, [key for key in table.groups if key[1] == SOLVER and key[0] <= nfe])
-            words = f" {table.groups[solver][0]['solver']}" if solver else ""
+        for nfe in (nfe for nfe, method in table.keys if method == OURS):
+            solver = table.lowest(space, *(key for key in table.keys if key[1] == SOLVER and key[0] <= nfe))
+            words = f" {table.groups.get_group(solver).solver.iloc[0]}" if solver else ""
             words += f" at {solver[0]}" if solver and solver[0] < nfe else ""
             best = table.best_baseline(space, nfe)
-            lines.append([name, nfe, *table.cells(space, [solver, best, (nfe, OURS)], [words, _name(best), ""])])
+            lines.append([name, nfe, *table.cells(space, (solver, words), (best, _name(best)), ((nfe, OURS), ""))])
     return write_table(["set", "NFE", "tuned solver", "best baseline", OURS], ("set",), lines)
+
+
+def _name(key: Key | None) -> str:
+    return f" ({key[1].split()[0]})" if key else ""
 
 
 def floor_table(rows: list[Row]) -> str:
@@ -216,7 +221,7 @@ def floor_table(rows: list[Row]) -> str:
     table = Distances(rows)
     lines = [
         [f"{method} at {nfe}" if nfe else method, *table.texts.loc[(nfe, method), table.spaces]]
-        for nfe, method in table.groups
+        for nfe, method in table.keys
         if method in (REAL, TEACHER, TEACHER_SDE)
     ]
     return write_table(["", *table.spaces], ("",), lines)
@@ -226,27 +231,25 @@ def measures_table(rows: list[Row]) -> str:
     """Every measure: distances to real images and to the teacher's, and those of the classifier's features."""
     table, lines = Distances(rows), []
     names = [name for name in (*OF_CLASSIFIER, *OF_CLASSES, *OF_CAPTIONS) if all(name in row for row in rows)]
-    for (nfe, method), group in table.groups.items():
+    for (nfe, method), group in table.groups:
         empty = OF_NEIGHBOURS if method == REAL else ()
-        cells = ["" if each in empty else written(each, *(row[each] for row in group)) for each in names]
-        lines.append([nfe or "", label(group[0]), *table.texts.loc[(nfe, method)], *cells])
+        cells = ["" if each in empty else written(each, *group[each]) for each in names]
+        lines.append([nfe or "", group.label.iloc[0], *table.texts.loc[(nfe, method)], *cells])
     return write_table(["NFE", "method", *table.texts, *(MEASURES[each].head for each in names)], ("method",), lines)
 
 
 def costs_table(rows: list[Row]) -> str:
     """What each training cost, seed by seed, and as a multiple of what ours at the same NFE cost."""
-    table, lines = Distances(rows), []
-    for (nfe, method), group in table.groups.items():
-        if group[0]["train_seconds"] is None:
-            continue
-        ours = {row["train_seed"]: row for row in table.groups.get((nfe, OURS), [])}
+    table, lines = frame(rows), []
+    ours = table[table.method == OURS].set_index(["nfe", "train_seed"])
+    for (nfe, method), group in table[table.train_seconds.notna()].groupby(["nfe", "method"], sort=False):
         cells = []
         for name, unit, form in (("train_seconds", 1, ".0f"), ("train_calls", 1e6, ".2f")):
-            known = [row for row in group if row[name] is not None]  # a run may have been killed at its end
-            cells.append(", ".join(format(row[name] / unit, form) for row in known))
-            pairs = [(row[name], ours[row["train_seed"]][name]) for row in known if row["train_seed"] in ours]
-            cells.append(", ".join(f"{one / other:.2f}" for one, other in pairs) if method in BASELINES else "")
-        lines.append([nfe, label(group[0]), *cells])
+            known = group.set_index(["nfe", "train_seed"])[name].dropna()  # a run may have been killed at its end
+            times = (known / ours[name].reindex(known.index)).dropna() if method in BASELINES else []
+            cells.append(", ".join(format(each / unit, form) for each in known))
+            cells.append(", ".join(f"{each:.2f}" for each in times))
+        lines.append([nfe, group.label.iloc[0], *cells])
     heads = ["seconds", "times ours", "million forward passes", "times ours"]
     return write_table(["NFE", "method", *heads], ("method",), lines)
 
@@ -272,14 +275,14 @@ def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def draw_classes(rows: list[Row], path: Path) -> None:
     """Draws the share of each class for the teacher and what was distilled, by bars, and for the data, by dashes."""
-    plt, groups = pyplot(), Distances([row for row in rows if row["class_shares"]]).groups if rows else {}
     shown = {
         (method, nfe): group
-        for (nfe, method), group in groups.items()
-        if method not in (REAL, SOLVER, UNGUIDED) or (method, nfe) == (SOLVER, 10)
+        for (nfe, method), group in frame(rows).groupby(["nfe", "method"])
+        if group.class_shares.all() and (method not in (REAL, SOLVER, UNGUIDED) or (method, nfe) == (SOLVER, 10))
     }
     if not shown:  # nothing of it is measured yet, or there are captions
         return
+    plt = pyplot()
     columns = min(4, len(shown))
     lines = -(-len(shown) // columns)
     style = {"figsize": (3.5 * columns, 2 * lines), "squeeze": False, "sharey": True, "layout": "constrained"}
@@ -288,9 +291,9 @@ def draw_classes(rows: list[Row], path: Path) -> None:
         axis.remove()
     ordered = sorted(shown.items(), key=lambda item: (is_ours(item[0][0]), item[0]))
     for axis, ((method, nfe), group) in zip(axes.flat, ordered, strict=False):
-        shares = pd.DataFrame([row["class_shares"] for row in group]).mean()
+        shares = pd.DataFrame([*group.class_shares]).mean()
         axis.bar(range(len(shares)), shares, color="#d62728" if is_ours(method) else "#7f7f7f")
-        axis.plot(range(len(shares)), group[0]["real_class_shares"], color="black", ls="", marker="_", ms=12)
+        axis.plot(range(len(shares)), group.real_class_shares.iloc[0], color="black", ls="", marker="_", ms=12)
         axis.set_title(f"{method} at {nfe}", fontsize=8)
         axis.set_xticks(range(len(shares)))
     figure.supxlabel("class", fontsize=9)

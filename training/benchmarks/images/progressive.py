@@ -42,8 +42,6 @@ class ProgressiveDistillation(Baseline):
         num_stages: int = 4,
         start: int | None = None,
     ) -> None:
-        if num_stages < 1:
-            raise ValueError(f"--num_stages {num_stages}: give a number of at least 1")
         super().__init__(copy.deepcopy(teacher), schedule)  # a copy, for students become the teacher
         self.num_stages = num_stages
         self.stage = nn.Parameter(torch.tensor(0), requires_grad=False)
