@@ -122,8 +122,9 @@ def test_a_token_is_a_word_and_a_new_one_is_unknown():
     assert len(tokenizer("man: light skin tone, red apple and more", truncation=True).input_ids) == 8
 
 
-def test_what_is_held_out_is_a_new_combination_of_what_is_trained():
-    rows, held = captions.hold_out(TEXTS, 3)
+def test_what_is_held_out_is_a_new_combination_of_what_is_trained(monkeypatch):
+    monkeypatch.setattr(captions, "HELD_OUT", 3)
+    rows, held = captions.hold_out(TEXTS)
     assert sorted([*rows, *held]) == list(range(len(TEXTS)))
     trained = " ".join(TEXTS[row] for row in rows)
     for row in held:
@@ -131,8 +132,9 @@ def test_what_is_held_out_is_a_new_combination_of_what_is_trained():
         assert who in trained
         assert tone in trained
     assert len({TEXTS[row].split(":")[0] for row in held}) == 3
+    monkeypatch.setattr(captions, "HELD_OUT", 4)
     with pytest.raises(ValueError, match="3 captions can be held out, and 4 were asked for"):
-        captions.hold_out(TEXTS, 4)
+        captions.hold_out(TEXTS)
 
 
 def test_names_and_images_are_joined_by_their_code_points(tmp_path, monkeypatch):
@@ -163,7 +165,8 @@ def test_more_than_two_thousand_emoji_have_a_name(monkeypatch):
     monkeypatch.setattr(captions, "load_images", sets.load_images)
     images, texts = captions.load_captioned(16)
     assert len(images) == len(texts) > 2000
-    assert len(captions.hold_out(texts, 50)[1]) == 50
+    monkeypatch.setattr(captions, "HELD_OUT", 50)
+    assert len(captions.hold_out(texts)[1]) == 50
 
 
 def test_the_cost_of_an_update_is_held_against_its_calls(text_teachers, fresh_accelerator, capsys):
