@@ -269,7 +269,7 @@ RENAMED = {"guidance_falls": "decay_guidance"}
 REMOVED: dict[str, Any] = {
     "pair_steps": [500],
     "pair_weight": [0.005],
-    "start_spacing": [0],
+    "start_spacing": [0, 20],
     "start_signal": [None, 3.2],
 }
 REMOVED |= {"start_noise": [None, 2.5, 4.15], "clip_images": [True, False], "loss_weight": ["unit", "sigma2"]}

@@ -206,7 +206,7 @@ def test_the_peak_of_a_32x32_unet_is_known_within_15_percent(tmp_path):
     teacher = tmp_path / "teacher"
     make_teacher.main([f"--teacher={ROOT / 'training' / 'teachers' / 'cifar10_32'}", f"--output_dir={teacher}"])
     said, real = planned_and_real_peak(
-        "--config=training/configs/cifar10_t5_fast.yaml",
+        "--config=training/configs/cifar10.yaml",
         f"--pretrained_teacher_model={teacher}",
         "--train_batch_size=4",
         "--mixed_precision=no",
