@@ -38,7 +38,6 @@ SPACES = ["classifier", "MLP", "pixels"]
 STUDENT = """
 preset: fast
 num_inference_steps: 1
-start_noise: null
 num_pairs: 0
 critic_first: 0
 critic_updates: 1
@@ -351,6 +350,29 @@ def test_images_of_what_is_shown_are_kept_beside_the_trainings(folder):
     torch.testing.assert_close(kept[f"{OURS} at 2"] / 255, drawn, atol=0.51 / 255, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        *[(name, ()) for name in ("digits", "fashion", "mnist", "emoji", "flow", "guided")],
+        *[("guided", (f"--guidance_scale={w}", f"--dataset=w={w}")) for w in (1, 4)],
+        ("digits", ("--noise_seeds", "101", "102", "103", "104", "105")),
+    ],
+)
+def test_the_rows_of_the_repository_are_those_of_its_configs(name, more, tmp_path, monkeypatch):
+    """None is refused, and each is of an entry; on other noise not all entries are measured yet."""
+    monkeypatch.chdir(ROOT)
+    given = ["--config", f"training/configs/benchmark_{name}.yaml", f"--runs_dir={tmp_path}", *more]
+    (options,) = parse_options([benchmark.Options], "", given)
+    comparison = benchmark.Comparison(options)
+    entries = {entry.key: entry for entry in comparison.entries()}
+    file = benchmark_results.NOISE if options.noise_seeds else benchmark_results.RESULTS
+    results = benchmark_results.Results(Path(options.output_dir), tmp_path, options.dataset, file)
+    settings, told = ({key: getattr(entry, kind) for key, entry in entries.items()} for kind in ("settings", "told"))
+    keys = {key for key, _ in results.keys(settings, told, comparison.drawn)}
+    assert keys <= entries.keys()
+    assert options.noise_seeds or keys == entries.keys()
+
+
 # ----- other noise -----
 
 
@@ -550,11 +572,11 @@ def test_a_row_that_two_processes_measured_is_there_once(copied):
 
 def test_a_student_may_be_given_options_besides_its_config(copied, next_call):
     folder, arguments = copied
-    student = f"{folder / 'student.yaml'} --num_layers 3 --noise_eta 0.5"
+    student = f"{folder / 'student.yaml'} --num_inference_steps 3 --noise_eta 0.5"
     place = arguments.index("--students") + 3
     program, words = next_call([*arguments[:place], student, *arguments[place:]])
-    assert (program, words[2:6]) == (trainings.DISTIL, ["--num_layers", "3", "--noise_eta", "0.5"])
-    assert words[words.index("--output_dir") + 1].endswith("digits/student_num_layers_3_noise_eta_0.5_seed0")
+    assert (program, words[2:6]) == (trainings.DISTIL, ["--num_inference_steps", "3", "--noise_eta", "0.5"])
+    assert words[words.index("--output_dir") + 1].endswith("digits/student_num_inference_steps_3_noise_eta_0.5_seed0")
 
 
 def test_a_teacher_with_classes_draws_all_of_them_equally(copied, class_teacher, monkeypatch, no_pages):
@@ -643,6 +665,15 @@ def test_a_guided_benchmark_draws_all_classes_and_counts_two_calls_a_step(guided
     assert rows[OURS, 1]["accuracy"] < rows[SOLVER, 4]["accuracy"]
     (run,) = (tmp_path / "runs" / "digits").glob("student*")
     assert HSIVIPipeline.from_pretrained(run / "pipeline").scheduler.config.guidance_scale == 2
+
+
+def test_without_guidance_no_student_is_trained_on_the_label_no_class(arguments, tmp_path, monkeypatch):
+    student, called = next(text for text in arguments if text.endswith("student.yaml")), []
+    monkeypatch.setattr(trainings, "call", lambda program, words: called.append(words) or exit())
+    made = trainings.Trainings(tmp_path, str(ROOT / "assets/digits_guided_ddpm"), 1.0)
+    with pytest.raises(SystemExit):
+        made.student(student, 0, made.settings(student, 0))
+    assert called[0][-14:] == ["--guidance_scale", "1.0", "--class_shares", *["1.0"] * 10, "0.0"]
 
 
 def test_an_unguided_solver_is_that_of_the_teacher_without_guidance():

@@ -258,27 +258,26 @@ class Comparison:
 
     def _make_student(self, config: str, nfe: int, seed: int, settings: HSIVIConfig) -> tuple[Sampler, Costs]:
         folder, costs = self.trainings.student(config, seed, settings)
-        return self._load_student(folder, nfe), costs
+        return self._sampler(load_student(folder / "pipeline", self.teacher.teacher), nfe), costs
 
-    def _load_student(self, folder: Path, nfe: int | None = None) -> Sampler:
-        teacher = self.teacher.teacher
-        return make_student(load_student(folder / "pipeline", teacher), teacher, nfe, self.options.guidance_scale)
+    def _sampler(self, pipeline: Any, nfe: int) -> Sampler:
+        return make_student(pipeline, self.teacher.teacher, nfe, self.options.guidance_scale)
 
     def _stored(self) -> Iterator[Entry]:
         """A finished student, on noise seeds."""
         if self.options.stored is None or not self.options.noise_seeds:
             return
         folder = Path(self.options.stored)
-        settings = read_settings(folder / "options.json")
-        nfe, seed = max(settings["num_inference_steps"]), settings["seed"]
-        make = partial(self._costless, self._load_student(folder))
+        pipeline = load_student(folder / "pipeline", self.teacher.teacher)
+        nfe, seed = max(pipeline.scheduler.depths), read_settings(folder / "options.json")["seed"]
+        make = partial(self._costless, self._sampler(pipeline, nfe))
         told = {"student": hash_networks(folder / "pipeline")}
         yield Entry(STORED, nfe, seed, make, told=told)
 
     def _make_baseline(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
         """A progressive distillation to so many calls, or a regression on pairs, whose student takes one."""
         folder, costs = self._train_as_long(config, [nfe], seed)
-        return make_student(HSIVIPipeline.from_pretrained(folder / "pipeline"), self.teacher.teacher, nfe), costs
+        return self._sampler(HSIVIPipeline.from_pretrained(folder / "pipeline"), nfe), costs
 
     def _make_consistency(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
         """One model for all numbers of calls, that has at least the cost of each of their students."""
