@@ -1,6 +1,6 @@
 """Few-step sampling of pretrained diffusion models by hierarchical semi-implicit variational inference.
 
-Names are imported when they are first asked for, so that `hsivi_diffusers.vi` loads torch alone.
+Names are imported on first use, so that `hsivi_diffusers.vi` loads torch alone.
 """
 
 import importlib
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Name: the module that has it. A new name has a line here and one above, for type checkers.
+# Each name with its module. A new name needs a line here and one above, for type checkers.
 _MODULES = {
-    # diffusers looks the base classes of a saved component up in this namespace: without them, loading fails.
+    # diffusers looks up the base classes of a saved component in this namespace; without them loading fails.
     "DiffusionPipeline": "diffusers",
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
@@ -56,7 +56,12 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(".vi", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name], __name__), name)
+    try:
+        module = importlib.import_module(_MODULES[name], __name__)
+    except ModuleNotFoundError as error:
+        extra = f'{name} needs {error.name}, which is missing: pip install "hsivi-diffusers[train]"'
+        raise ImportError(extra, name=error.name) from error
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""The learned noise scale of the layers, one number per pixel."""
+"""The learned noise scale of the layers, one factor per pixel."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 
 
 class HSIVINoiseScale(ModelMixin, ConfigMixin):
-    """Scale of the layers' noise, exp(log_scale), one per pixel and shared by all layers (app. of the paper).
+    """Factor exp(log_scale) on the noise, one per pixel, shared by all layers (appendix of the paper).
 
     Args:
         sample_shape: (channels, height, width) of the samples.
@@ -34,13 +34,13 @@ class HSIVINoiseScale(ModelMixin, ConfigMixin):
         self.log_scale = torch.nn.Parameter(torch.zeros(1, *self.config.sample_shape))
 
     def forward(self) -> torch.Tensor:
-        """Returns the scale, > 0, shape (1, channels, height, width); initially 1 everywhere."""
+        """Returns the scale, shape (1, channels, height, width); 1 everywhere before training."""
         return self.log_scale.exp()
 
-    # `wraps`: a pipeline passes on the options (variant, ...) that it finds in the signature.
+    # `wraps`: a pipeline passes the options (variant, ...) that the signature has.
     @functools.wraps(ModelMixin.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Saves weights and config, and this file beside them, so that the folder loads without the package too."""
+        """Saves weights and config, and this source file so that the folder loads without the package."""
         if not kwargs.get("safe_serialization", True):
             raise ValueError("safe_serialization=False would write pickles: leave it out, weights are safetensors")
         Path(save_directory).mkdir(parents=True, exist_ok=True)

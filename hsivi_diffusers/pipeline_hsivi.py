@@ -1,4 +1,4 @@
-"""Sampling with T network calls."""
+"""Sampling in T steps, with one network call each."""
 
 import os
 import re
@@ -17,15 +17,15 @@ HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
 
 
 class HSIVIPipeline(DiffusionPipeline):
-    """Draws images with a distilled UNet: x_T ~ N(0, I), then one network call for each of T layers.
+    """Draws images with a distilled UNet: x_T ~ N(0, I), then T layers with one network call each.
 
     Args:
         unet: The student.
         scheduler: A `HSIVIScheduler`.
-        unet_noise_scale: The `HSIVINoiseScale`, where the scheduler's `noise_scale_type` is "per_pixel".
+        unet_noise_scale: The `HSIVINoiseScale`, if the scheduler's `noise_scale_type` is "per_pixel".
 
     Raises:
-        ValueError: The scheduler or the unet is of another kind, the noise scale is missing, or weights are not finite.
+        ValueError: The scheduler or UNet is of another kind, the noise scale is missing, or weights are not finite.
     """
 
     __module__ = "hsivi_diffusers"
@@ -53,17 +53,17 @@ class HSIVIPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Loads a folder, also that of a run, or a repo, see `DiffusionPipeline.from_pretrained`.
+        """Loads a folder, the folder of a run, or a repo; see `DiffusionPipeline.from_pretrained`.
 
         Raises:
-            ValueError: It is of another kind (known before weights are downloaded), not distilled, or damaged.
+            ValueError: The pipeline is of another kind (seen before weights are downloaded), not distilled, or damaged.
         """
         index = os.path.join("pipeline", "model_index.json")
         folder = Path(pretrained_model_name_or_path)
         if (folder / index).is_file() and not (folder / "model_index.json").is_file():
             pretrained_model_name_or_path = str(folder / "pipeline")
         if "unet" not in kwargs:
-            with suppress(OSError):  # which the loading itself reports
+            with suppress(OSError):  # loading reports it
                 options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
                 _check_kind(pretrained_model_name_or_path, cls.load_config(pretrained_model_name_or_path, **options))
         with naming_damage():
@@ -71,7 +71,7 @@ class HSIVIPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """Makes the pipeline of the components of another, ours or a stock one with scheduler=; kwargs go first."""
+        """Makes the pipeline from the components of another one; kwargs replace components."""
         scheduler = kwargs.get("scheduler", pipeline.scheduler)
         if not hasattr(scheduler, "config"):
             raise ValueError(_wrong_scheduler(scheduler))
@@ -81,13 +81,13 @@ class HSIVIPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """T, the steps of the last call, or of the largest trained grid before the first."""
+        """Number of steps of the last call; before the first, of the longest trained grid."""
         return len(self.scheduler.timesteps)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """Saves the pipeline, as safetensors, and the code of its classes, so that it loads without the package too."""
+        """Saves weights as safetensors, and the code of our classes so that the folder loads without the package."""
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles: leave it out, weights are safetensors")
         Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -113,28 +113,28 @@ class HSIVIPipeline(DiffusionPipeline):
         Args:
             batch_size: Number of images.
             generator: Source of all noise; a list gives each image its own.
-            num_inference_steps: T, one of the trained counts; None takes the largest.
-            latents: x_T, shape (batch_size, C, H, W), instead of a draw.
-            class_labels: Shape (batch_size,), for a class-conditional UNet.
-            guidance_scale: A scale of classifier-free guidance that the UNet has taken in, at no further network call.
-                None takes the only one, or, of several, the lowest.
-            output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), both in [0, 1], or "latent" (x_0 as it is).
-            return_dict: Return `ImagePipelineOutput` rather than a tuple.
-            callback_on_step_end: Called as f(pipeline, step, timestep, {"latents": x_t}) after each step; what it
-                returns under "latents" replaces x_t; None replaces nothing.
-            callback_on_step_end_tensor_inputs: Names it wants, of "latents".
+            num_inference_steps: T, one of the trained numbers of steps; None means the largest.
+            latents: x_T, shape (batch_size, C, H, W); drawn by default.
+            class_labels: Shape (batch_size,), required for a class-conditional UNet.
+            guidance_scale: A scale of classifier-free guidance that was distilled into the UNet; it costs no extra
+                network call. None means the lowest; without guidance, 1 is accepted too.
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent" (x_0 unchanged).
+            return_dict: Whether to return `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: Called as f(pipeline, step, timestep, {"latents": x_t}) after each step. If it
+                returns a dictionary with "latents", these replace x_t.
+            callback_on_step_end_tensor_inputs: Names of the tensors passed to it; only "latents" exists.
 
         Returns:
             The images.
 
         Raises:
-            ValueError: The step count, a shape, a label or an option does not fit.
+            ValueError: The number of steps, a shape, a label or an option does not fit.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
         weight = self.unet.conv_in.weight
-        hooked = _is_hooked(self.unet)  # to ask for the device takes as long as a small network
+        hooked = _is_hooked(self.unet)  # `self.device` takes as long as a call of a small network
         device, dtype = (self._execution_device, self.unet.dtype) if hooked else (weight.device, weight.dtype)
         latents = _prepare_latents(self.unet, batch_size, latents, generator, device, dtype)
         guidance = self.scheduler.guidance_index(guidance_scale)
@@ -143,7 +143,7 @@ class HSIVIPipeline(DiffusionPipeline):
         noise_scale = self.unet_noise_scale() if per_pixel and self.unet_noise_scale is not None else None
         self.scheduler.set_timesteps(num_inference_steps, device=device)
 
-        # The step is told a number, the network a tensor: so a GPU is not waited for at each step.
+        # `step` gets a number and the network a tensor, so that no step waits for a GPU.
         steps = list(zip(self.scheduler.timesteps.tolist(), self.scheduler.timesteps, strict=True))
         for i, (timestep, tensor) in enumerate(self.progress_bar(steps)):
             model_output = self.unet(latents, tensor, **conditions).sample
@@ -160,7 +160,7 @@ class HSIVIPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check_noise_scale(self) -> None:
-        """Refuses a per-pixel noise scale that is missing, not wanted, or of other samples."""
+        """Raises ValueError if a per-pixel noise scale is missing, unexpected, or of another shape."""
         kind, scale = self.scheduler.config.noise_scale_type, self.unet_noise_scale
         if (kind == "per_pixel") != (scale is not None):
             remedy = "pass the HSIVINoiseScale that was trained with this unet" if scale is None else "leave it out"
@@ -169,7 +169,7 @@ class HSIVIPipeline(DiffusionPipeline):
         shape = _sample_shape(self.unet)
         if scale is not None and shape not in (None, tuple(scale.config.sample_shape)):
             raise ValueError(
-                f"unet_noise_scale is of samples {tuple(scale.config.sample_shape)}, the unet of {shape}: pass the one "
+                f"unet_noise_scale has sample_shape {tuple(scale.config.sample_shape)}, the unet {shape}: pass the one "
                 "that was trained with this unet"
             )
 
@@ -193,7 +193,7 @@ class HSIVIPipeline(DiffusionPipeline):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of class labels, of which one is drawn; None without classes. Of a guided UNet the last is none."""
+        """Number of classes that can be drawn, without the label "no class" of guidance; None without classes."""
         embeddings, scales = self.unet.config.num_class_embeds, self.scheduler.guidance_scales
         return embeddings // len(scales) - 1 if scales and embeddings else embeddings
 
@@ -219,7 +219,7 @@ class HSIVIPipeline(DiffusionPipeline):
 
 
 def _sample_shape(unet: UNet2DModel) -> tuple[int, int, int] | None:
-    """(C, H, W), or None where the unet was made for no size of its own."""
+    """Returns (C, H, W), or None if the UNet has no fixed size."""
     size = unet.config.sample_size
     if size is None:
         return None
@@ -235,7 +235,7 @@ def _prepare_latents(
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Returns x_T, drawn or given."""
+    """Returns x_T, given or drawn."""
     shape = _sample_shape(unet) or (tuple(latents.shape[1:]) if latents is not None else None)
     if shape is None:
         raise ValueError("this unet has no sample_size: pass latents, which give the size of the images")
@@ -248,12 +248,12 @@ def _prepare_latents(
 
 
 def _is_hooked(unet: UNet2DModel) -> bool:
-    """Whether accelerate or diffusers moves weights of the unet to where they are needed."""
+    """Whether hooks of accelerate or diffusers move the weights of the UNet between devices."""
     return any(hasattr(module, hook) for module in (unet, unet.conv_in) for hook in ("_hf_hook", "_diffusers_hook"))
 
 
 def _convert(x: torch.Tensor, output_type: str) -> Any:
-    """Returns samples in [-1, 1] as images of a type."""
+    """Converts samples in [-1, 1] to images of an output type."""
     if output_type == "latent":
         return x
     images = (x / 2 + 0.5).clamp(0, 1)
@@ -265,7 +265,7 @@ def _convert(x: torch.Tensor, output_type: str) -> Any:
 
 @contextmanager
 def naming_damage() -> Iterator[None]:
-    """Makes a ValueError that names the file of what diffusers raises for damaged weights."""
+    """Turns the error of diffusers about damaged weights into a ValueError that names the file."""
     try:
         yield
     except OSError as error:
@@ -278,7 +278,7 @@ def naming_damage() -> Iterator[None]:
 
 
 def check_finite_weights(module: torch.nn.Module, name: str) -> None:
-    """Refuses, with ValueError, weights that are NaN or infinite; those on the meta device and of 8 bits are passed."""
+    """Raises ValueError if weights are NaN or infinite; those on the meta device or with 8 bits are not checked."""
     for key, weight in module.state_dict().items():
         known = weight.is_floating_point() and weight.element_size() > 1 and weight.device.type != "meta"
         if known and weight.numel() and not bool(torch.stack(weight.aminmax()).isfinite().all()):
@@ -300,13 +300,13 @@ def one_of(choices: list[Any]) -> str:
 
 
 def parts_of(index: dict[str, Any]) -> set[str]:
-    """Returns the parts of a pipeline by its model_index.json, without those that are left out."""
+    """Returns the components that a model_index.json lists, without those that are null."""
     listed = {part: kind for part, kind in index.items() if isinstance(kind, list | tuple) and part[0] != "_"}
     return {part for part, kind in listed.items() if len(kind) == 2 and kind[0]}
 
 
 def _check_kind(name: str | os.PathLike, index: dict[str, Any]) -> None:
-    """Refuses what model_index.json says to be more than a unet and a scheduler, or to have no unet."""
+    """Raises ValueError if a model_index.json has no unet, or components that this pipeline has not."""
     parts = parts_of(index)
     others = sorted(parts - {"unet", "scheduler", "unet_noise_scale"})
     if others or "unet" not in parts:

@@ -1,9 +1,9 @@
-"""The layer of a diffusion UNet, as a diffusers scheduler.
+"""The layers of a sampler, as a diffusers scheduler.
 
-A noise schedule has levels 0..N-1, where x = alpha x0 + sigma eps of a clean image x0 and noise eps. On a grid of
+A noise schedule has levels 0..N-1, with x = alpha x0 + sigma eps for a clean image x0 and noise eps. On a grid of
 levels tau_T > ... > tau_0, with alpha_t and sigma_t those of tau_t, layer t is
 
-    x0, eps  of the output of the network at x_{t+1} and the time of tau_{t+1}, see `predict`
+    x0, eps  from the network output at x_{t+1} and the time of tau_{t+1}, see `predict`
     r     = alpha_{t+1} / alpha_t
     c     = noise_eta sqrt(sigma_{t+1}^2 - r^2 sigma_t^2) sigma_t / sigma_{t+1}        kernel "ddim"
           = sigma_t                                                                    kernel "renoise"
@@ -12,8 +12,8 @@ levels tau_T > ... > tau_0, with alpha_t and sigma_t those of tau_t, layer t is
     x_t   = mean + std noise                                 (the last layer, t = 0, returns the mean)
 
 From betas, alpha = sqrt(abar) and sigma = sqrt(1 - abar), and with noise_scale = 1 and kernel "ddim" this is DDIM(eta)
-(Song et al. 2021, eq. 12); the paper's app. B fits eps and noise_scale. Of a rectified flow, alpha = 1 - sigma (Liu et
-al. 2023, arXiv 2209.03003), and with noise_eta = 0 this is an Euler step. With kernel "renoise" it is the re-noising of
+(Song et al. 2021, eq. 12); the paper's app. B fits eps and noise_scale. A rectified flow has alpha = 1 - sigma (Liu et
+al. 2023, arXiv 2209.03003), and with noise_eta = 0 this is an Euler step. Kernel "renoise" is the re-noising of
 consistency sampling.
 """
 
@@ -34,22 +34,28 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 FLOWS = tuple(f"FlowMatch{kind}Scheduler" for kind in ("EulerDiscrete", "HeunDiscrete", "LCM"))
+LEVEL_SETTINGS = (*BETAS, "prediction_type", "shift")
 OUR_SPACINGS = ("quadratic", "uniform")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
+# Settings of schedulers of diffusers that change noise levels or network times; of betas with the value that does not.
+UNREAD = {"snr_shift_scale": 1.0, "timestep_type": "discrete"}
+SIGMAS = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+UNREAD_OF_FLOWS = (*SIGMAS, "shift_terminal", "stages", "n_grid")
 
 
 @dataclass
 class HSIVISchedulerOutput(BaseOutput):
-    """Output of `HSIVIScheduler.step`: x_t, and the predicted clean image x0, both like the sample that was given."""
+    """Output of `HSIVIScheduler.step`: x_t and the predicted clean image x0, in the dtype of the sample."""
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor | None = None
 
 
 class LayerCoefficients(NamedTuple):
-    """The numbers of a layer's formula: floats of one layer, or tensors (B, 1, ...) of one layer for each row."""
+    """Coefficients of a layer: floats of one layer, or tensors (B, 1, ...) with one layer per row."""
 
     alpha_next: Any
     sigma_next: Any
@@ -60,28 +66,48 @@ class LayerCoefficients(NamedTuple):
     last: Any
 
     def mean(self, x0: Any, eps: Any) -> Any:
-        """Returns the mean of the layer, of the clean image x0 and the noise eps in its input."""
+        """Returns the mean of the layer if its input is made of x0 and eps."""
         return self.alpha * x0 + self.direction * eps
 
     @property
     def image_share(self) -> Any:
-        """The derivative of the mean with respect to x0, at a given input: alpha_t - direction alpha / sigma there."""
+        """Derivative of the mean with respect to x0 at a fixed input."""
         return self.alpha - self.direction / self.sigma_next * self.alpha_next
 
     def noise_in(self, sample: Any, x0: Any) -> Any:
-        """Returns the noise eps in the input of the layer when its clean image is x0."""
+        """Returns the noise eps of the input if its clean image is x0."""
         return (sample - self.alpha_next * x0) / self.sigma_next
 
     def invert(self, mean: Any, sample: Any) -> tuple[Any, Any]:
-        """Returns the (x0, eps) that the mean was made of, with sample = alpha x0 + sigma eps in the input."""
+        """Returns the (x0, eps) that give this mean at this input."""
         x0 = (mean - self.direction / self.sigma_next * sample) / self.image_share
         return x0, self.noise_in(sample, x0)
 
 
-class Levels(ABC):
-    """The clock of a teacher: levels 0..N-1, and -1, where noise ends."""
+class Table:
+    """A vector that is copied only once to each accelerator, because a copy waits for the device."""
 
-    accepted: str  # levels or times, for messages
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+        self._copies: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"values": self.values, "_copies": {}}
+
+    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Returns the vector on a device, by default in its own dtype."""
+        key = device, dtype or self.values.dtype
+        if device.type == "cpu":
+            return self.values.to(*key)
+        if key not in self._copies:
+            self._copies[key] = self.values.to(*key)
+        return self._copies[key]
+
+
+class Levels(ABC):
+    """The clock of a teacher: levels 0..N-1, and -1, where sigma is 0."""
+
+    accepted: str  # what error messages ask for
 
     @abstractmethod
     def __len__(self) -> int:
@@ -89,57 +115,57 @@ class Levels(ABC):
 
     @abstractmethod
     def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns alpha and sigma of levels, of their shape, on the device and in the dtype of the sample."""
+        """Returns alpha and sigma, shaped like the levels, on the device and in the dtype of the sample."""
 
     @abstractmethod
     def time(self, level: torch.Tensor) -> torch.Tensor:
-        """Returns the network's time of levels."""
+        """Returns the network's times of levels."""
 
     @abstractmethod
     def level(self, time: torch.Tensor) -> torch.Tensor:
-        """Returns the levels of times, of a rectified flow the nearest."""
+        """Returns the levels of network times; of a rectified flow the nearest ones."""
 
     def alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns alpha and sigma of levels (B,) or (1,), shaped (B, 1, ...) to go with the sample."""
+        """Returns alpha and sigma of levels (B,) or (1,), shaped (B, 1, ...) to broadcast with the sample."""
         alpha, sigma = self._alpha_sigma(level.to(sample.device), sample)
         shape = [-1, *[1] * (sample.ndim - 1)]
         return alpha.reshape(shape), sigma.reshape(shape)
 
     def read_levels(self, given: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """Returns levels as a vector on the device of the sample, or refuses with ValueError what is none."""
+        """Returns levels as a vector; on the CPU it raises ValueError for levels that do not exist."""
         rows = _rows("level", given, sample)
         level = rows.long()
-        if rows.device.type == "cpu":  # on a GPU a check would wait for the device
+        if rows.device.type == "cpu":  # a check would wait for an accelerator
             self._check("level", rows, level, level)
-        return level.to(sample.device)
+        return level
 
     def read_times(self, given: float | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """Returns the levels of times, in the same way."""
+        """Returns the levels of network times, likewise."""
         rows = _rows("timestep", given, sample)
         level = self.level(rows)
         if rows.device.type == "cpu":
             self._check("timestep", rows, level, self.time(level.clamp(0, len(self) - 1)))
-        return level.to(sample.device)
+        return level
 
     def _check(self, name: str, given: torch.Tensor, level: torch.Tensor, exact: torch.Tensor) -> None:
-        """Refuses what is off the clock."""
+        """Raises ValueError if a level is out of range or not exact."""
         inside = (level >= 0) & (level < len(self))
         if not bool(inside.all()) or not torch.allclose(exact.double(), given.double(), rtol=1e-6, atol=1e-6):
             raise ValueError(f"{name} {given.tolist()} is off the clock: give {self.accepted}")
 
 
 class BetaLevels(Levels):
-    """Levels of a diffusion with betas: alpha = sqrt(abar), sigma = sqrt(1 - abar); a network's time is the level."""
+    """Levels from betas: alpha = sqrt(abar), sigma = sqrt(1 - abar); the network's time is the level."""
 
     def __init__(self, alphas_cumprod: torch.Tensor, final: torch.Tensor) -> None:
-        self._abar = torch.cat([alphas_cumprod, final[None]])
+        self._abar = Table(torch.cat([alphas_cumprod, final[None]]))
         self.accepted = f"integers from 0 to {len(self) - 1}"
 
     def __len__(self) -> int:
-        return len(self._abar) - 1
+        return len(self._abar.values) - 1
 
     def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        abar = self._abar.to(sample)[level]
+        abar = self._abar.on(sample.device, sample.dtype)[level]
         return abar.sqrt(), (1 - abar).sqrt()
 
     def time(self, level: torch.Tensor) -> torch.Tensor:
@@ -152,35 +178,37 @@ class BetaLevels(Levels):
 class FlowLevels(Levels):
     """Levels of a rectified flow: alpha = 1 - sigma, sigma = shift u / (1 + (shift - 1) u), u = (level + 1) / N.
 
-    A network's time is N sigma, as in FlowMatchEulerDiscreteScheduler of diffusers.
+    The network's time is N sigma, as in FlowMatchEulerDiscreteScheduler of diffusers.
     """
 
     accepted = "some of scheduler.timesteps"
 
     def __init__(self, size: int, shift: float) -> None:
         u = torch.arange(1, size + 1, dtype=torch.float64) / size
-        self._sigma = torch.cat([shift * u / (1 + (shift - 1) * u), torch.zeros(1, dtype=torch.float64)])
+        sigma = torch.cat([shift * u / (1 + (shift - 1) * u), torch.zeros(1, dtype=torch.float64)])
+        times = (size * sigma).float()
+        rising = times.roll(1)  # from that of level -1, which is 0
+        self._sigma, self._times, self._between = Table(sigma), Table(times), Table((rising[1:] + rising[:-1]) / 2)
 
     def __len__(self) -> int:
-        return len(self._sigma) - 1
+        return len(self._times.values) - 1
 
     def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        sigma = self._sigma.to(sample)[level]
+        sigma = self._sigma.on(sample.device, sample.dtype)[level]
         return 1 - sigma, sigma
 
     def time(self, level: torch.Tensor) -> torch.Tensor:
-        return (len(self) * self._sigma).float().to(level.device)[level]
+        return self._times.on(level.device)[level]
 
     def level(self, time: torch.Tensor) -> torch.Tensor:
-        times = self.time(torch.arange(-1, len(self))).to(time.device)  # with that of level -1, which is 0
-        nearest: torch.Tensor = torch.searchsorted((times[1:] + times[:-1]) / 2, time.float().contiguous())
+        nearest: torch.Tensor = torch.searchsorted(self._between.on(time.device), time.float().contiguous())
         return nearest - 1
 
     def levels_of(self, times: Sequence[float]) -> list[int]:
-        """Returns the levels of times, each within half a step of one.
+        """Returns the levels nearest to times.
 
         Raises:
-            ValueError: They are no numbers, or leave the clock.
+            ValueError: They are not numbers, or out of range.
         """
         if not all(isinstance(time, int | float) for time in times):
             raise ValueError(f"timesteps={times}: give numbers, from {len(self)} down")
@@ -195,42 +223,50 @@ class Layers:
     """The layers of a grid, by the formulas at the head of this file.
 
     Args:
-        levels: The clock.
+        levels: The teacher's clock.
         grid: tau_T .. tau_0.
-        settings: Those of a `HSIVIScheduler`; if it was trained, only levels of the grid are accepted.
+        settings: The config of a `HSIVIScheduler`. With a trained grid, only its levels are accepted.
     """
 
     def __init__(self, levels: Levels, grid: list[int], settings: Mapping[str, Any]) -> None:
         self.levels, self.settings = levels, settings
-        self.grid = torch.tensor(grid, dtype=torch.long)
+        self.grid, self._end = torch.tensor(grid), grid[-1]
+        self._inputs, self._below = Table(self.grid[:-1]), Table(self.grid[1:])
+        # Layers of all trained grids, else of the grid that is set: grid after grid, each from the data side.
+        rising = [torch.tensor(each).flip(0) for each in _grids(settings["layer_timesteps"])] or [self.grid.flip(0)]
+        self.inputs = Table(torch.cat([each[1:] for each in rising]))
+        self.outputs = Table(torch.cat([each[:-1] for each in rising]))
+        scales: Any = settings["noise_scale"]  # by position in the grid
+        self._noise_scales = Table(torch.tensor(scales, dtype=torch.float64).reshape(-1).flip(0))
         columns = self.coefficients(self.grid[:-1], self.grid[:-1, None].float())
         rows = zip(*(column.flatten().tolist() for column in columns), strict=True)
-        # The numbers of each layer of the grid, as floats, by the time of its input.
+        # Coefficients of each layer of the grid, as floats, by the time of its input.
         self.by_time = {time: LayerCoefficients(*row) for time, row in zip(self.times, rows, strict=True)}
 
     def are_of(self, levels: Levels, grid: list[int], settings: Mapping[str, Any]) -> bool:
-        """Whether they were made of these; a config of which a setting is changed is another object."""
+        """Whether they were made from these; diffusers replaces the config object when a setting changes."""
         return self.levels is levels and self.settings is settings and self.grid.tolist() == grid
 
     @property
     def times(self) -> list[float]:
-        """The network's times of the inputs of the grid."""
+        """The network's times at the inputs of the layers."""
         times: list[float] = self.levels.time(self.grid[:-1]).tolist()
         return times
 
     def at(self, timestep: int | float | torch.Tensor, sample: torch.Tensor) -> LayerCoefficients:
-        """Returns the numbers of the layers that start at times; of one on the grid they are looked up, fast."""
-        if sample.dtype == torch.float32 and (not isinstance(timestep, torch.Tensor) or timestep.numel() == 1):
-            number: Any = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
-            if (known := self.by_time.get(number)) is not None:
-                return known
+        """Returns the coefficients of the layers that start at these times; a number on the grid is looked up."""
+        number: Any = timestep
+        if isinstance(timestep, torch.Tensor):
+            number = timestep.item() if timestep.numel() == 1 and timestep.device.type == "cpu" else None
+        if sample.dtype == torch.float32 and (known := self.by_time.get(number)) is not None:
+            return known
         return self.coefficients(self.levels.read_times(timestep, sample), sample)
 
     def coefficients(
         self, level: torch.Tensor, sample: torch.Tensor, prev_level: torch.Tensor | None = None
     ) -> LayerCoefficients:
-        """Returns the numbers of layers tau_{t+1} (B,), as tensors (B, 1, ...); see `HSIVIScheduler.transition`."""
-        position, below = (None, prev_level) if prev_level is not None else self._below(level)
+        """Returns the coefficients of the layers at levels (B,), as tensors (B, 1, ...); see `transition`."""
+        position, below = (None, prev_level) if prev_level is not None else self._find(level)
         alpha_next, sigma_next = self.levels.alpha_sigma(level, sample)
         alpha, sigma = self.levels.alpha_sigma(below, sample)
         c = sigma
@@ -238,25 +274,22 @@ class Layers:
             variance = sigma_next.square() - (alpha_next / alpha * sigma).square()
             c = self.settings["noise_eta"] * variance.clamp_min(0).sqrt() * sigma / sigma_next
         direction = (sigma.square() - c.square()).clamp_min(0).sqrt()
-        last = (below <= self.grid[-1].to(below.device)).reshape(alpha.shape)
-        noise_scale = torch.as_tensor(self.settings["noise_scale"]).to(alpha)
-        if noise_scale.ndim:  # of the only grid, counted from the data side, the positions from the base
-            position = self._below(level)[0] if position is None else position
-            noise_scale = noise_scale.flip(0)[position].reshape(alpha_next.shape)
+        noise_scale = self._noise_scales.on(alpha.device, alpha.dtype)
+        if len(noise_scale) > 1:
+            position = self._find(level)[0] if position is None else position
+            noise_scale = noise_scale[position.to(alpha.device)].reshape(alpha_next.shape)
+        last = (below <= self._end).to(alpha.device).reshape(alpha.shape)
         return LayerCoefficients(alpha_next, sigma_next, alpha, direction, c, noise_scale.expand(alpha.shape), last)
 
-    def _below(self, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the place of each level in the grid, and the level below it, both of shape (B,)."""
-        grid = self.grid.to(level.device)
-        matches = level[:, None] == grid[None, :-1]
-        position = matches.int().argmax(1)
-        below = grid[position + 1]
-        on_grid = matches.any(1)
-        if not bool(on_grid.all()):
-            if trained := _grids(self.settings["layer_timesteps"]):
-                raise ValueError(self._refusal(self.levels.time(level[~on_grid]).tolist(), trained))
-            stride = self.settings["num_train_timesteps"] // len(grid[:-1])
-            below = torch.where(on_grid, below, (level - stride).clamp_min(-1))
+    def _find(self, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the position of each level in the grid and the next lower level, both of shape (B,)."""
+        matches = level[:, None] == self._inputs.on(level.device)[None]
+        position, on_grid = matches.int().argmax(1), matches.any(1)
+        trained = _grids(self.settings["layer_timesteps"])
+        if trained and level.device.type == "cpu" and not bool(on_grid.all()):
+            raise ValueError(self._refusal(self.levels.time(level[~on_grid]).tolist(), trained))
+        stride = self.settings["num_train_timesteps"] // len(self._inputs.values)
+        below = torch.where(on_grid, self._below.on(level.device)[position], (level - stride).clamp_min(-1))
         return position, below
 
     def _refusal(self, times: list[float], trained: list[list[int]]) -> str:
@@ -279,10 +312,10 @@ def make_layer_timesteps(
     Args:
         num_layers: T, 1..N.
         timestep_spacing: "quadratic": (i/T)^2 start, as in the paper. "uniform": (i/T) start. "trailing",
-            "leading" and "linspace": those of diffusers (table 2 of arXiv 2305.08891), ending at -1, the final
-            alpha. Repeated timesteps are moved apart; T = N always takes every timestep down to -1.
+            "leading" and "linspace": as in diffusers (table 2 of arXiv 2305.08891), ending at -1, the final
+            alpha. Equal timesteps are moved apart; T = N always takes every timestep down to -1.
         num_train_timesteps: N.
-        start: tau_T of the first two; 0.8 N for quadratic, N-1 for uniform by default.
+        start: tau_T for "quadratic" (default 0.8 N) and "uniform" (default N-1).
         steps_offset: Added to the timesteps of "leading".
 
     Raises:
@@ -311,44 +344,45 @@ def make_layer_timesteps(
 
 
 class HSIVIScheduler(SchedulerMixin, ConfigMixin):
-    """Scheduler of a T-layer hierarchical semi-implicit sampler; one network call per layer.
+    """Scheduler of a hierarchical semi-implicit sampler of T layers, with one network call per layer.
 
     Args:
         num_train_timesteps: Number N of levels of the teacher.
         beta_start: First beta, in [0, 1].
         beta_end: Last beta, in [0, 1].
-        beta_schedule: Any name that `DDPMScheduler` knows.
+        beta_schedule: Any name that `DDPMScheduler` accepts.
         trained_betas: The betas, in [0, 1], instead of the three above.
-        prediction_type: What the network predicts: "epsilon", "v_prediction", "sample", or, of a rectified flow, which
-            has no betas, "flow_prediction": noise - x0.
-        layer_timesteps: The trained grid, T+1 strictly descending levels tau_T .. tau_0 in 0..N-1; the last one may
-            be -1, where noise ends. Only T steps are accepted then. Or a list of such grids of different T.
+        prediction_type: What the network predicts: "epsilon", "v_prediction", "sample", or "flow_prediction", which is
+            noise - x0 of a rectified flow and needs no betas.
+        layer_timesteps: The trained grid: T+1 strictly descending levels tau_T .. tau_0 in 0..N-1; the last one may
+            be -1, where sigma is 0. Only T steps are accepted then. Or a list of such grids with different T.
         timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`.
-        kernel: "ddim" or "renoise", see above.
-        noise_eta: eta of the ddim kernel, in [0, 1]; the paper has 0.2.
-        noise_scale: Factor > 0 on the standard deviation, one for all layers or, of one grid, a list of T,
-            noise_scale[t] for layer t (so the last of the list is for the first step).
-        noise_scale_type: "config": `noise_scale` above. "per_pixel": `step` must be given a tensor.
-        clip_sample: Clamp the predicted x0 to +- `clip_sample_range`.
+        kernel: "ddim" or "renoise", see the formulas above.
+        noise_eta: eta of the ddim kernel, in [0, 1]; 0.2 in the paper.
+        noise_scale: Factor > 0 on the standard deviation: one for all layers, or with a single grid a list of T, where
+            noise_scale[t] is for layer t (the last one for the first step).
+        noise_scale_type: "config": `noise_scale` above. "per_pixel": a tensor must be passed to `step`.
+        clip_sample: Clamp the predicted x0 to [-clip_sample_range, clip_sample_range].
         clip_sample_range: Bound of the clamp, > 0.
         thresholding: Clamp x0 to a quantile of its absolute values and divide by it, instead of `clip_sample` (Imagen).
         dynamic_thresholding_ratio: That quantile, in [0, 1].
         sample_max_value: Upper bound of the threshold, > 0.
-        set_alpha_to_one: The final alpha (level -1) is 1; otherwise that of timestep 0.
+        set_alpha_to_one: Whether alpha at level -1 is 1; otherwise it is that of timestep 0.
         steps_offset: Added to the timesteps of spacing "leading", 0..N-1.
-        rescale_betas_zero_snr: abar is 0 at the last timestep (alg. 1 of arXiv 2305.08891); not with "epsilon".
-        shift: Of a rectified flow, > 0: above 1 more of the levels have high noise, see `FlowLevels`.
-        use_dynamic_shifting: Of a rectified flow: the shift is that of `set_timesteps(mu=...)`, which follows from the
-            number of pixels, exp(mu) or mu; `shift` before.
-        time_shift_type: "exponential", exp(mu), or "linear", mu.
-        guidance_scale: Scale of classifier-free guidance that the network has taken in, 1 for none, or the scales, of
-            which it must be told one; the last class label is "no class". None: the network knows nothing of it.
+        rescale_betas_zero_snr: Rescale the betas so that abar is 0 at the last timestep (alg. 1 of arXiv 2305.08891);
+            not with "epsilon".
+        shift: For rectified flows, > 0: above 1, more levels have high noise, see `FlowLevels`.
+        use_dynamic_shifting: For rectified flows: take the shift from `set_timesteps(mu=...)`, which pipelines compute
+            from the image size; `shift` holds until then.
+        time_shift_type: The shift is exp(mu) ("exponential") or mu ("linear").
+        guidance_scale: Scale of classifier-free guidance distilled into the network (1: none), or several scales, of
+            which each call picks one; the last class label is then "no class". None: distilled without guidance.
 
     Raises:
-        ValueError: A value is outside the ranges above.
+        ValueError: A value is out of range.
     """
 
-    # Saved pipelines name the class by its module, also where this file is saved beside the weights.
+    # Saved pipelines refer to the class by this module, also when this file is saved beside the weights.
     __module__ = "hsivi_diffusers"
 
     _source = Path(__file__).read_text(encoding="utf-8")
@@ -390,7 +424,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         _check_settings(self.config)
         if layer_timesteps is not None:
             layer_timesteps = _check_grids(layer_timesteps, num_train_timesteps)
-            # A trained grid needs no spacing, and some classes accept only their own.
+            # A trained grid needs no spacing, and some diffusers classes accept only their own.
             spacing = "leading" if timestep_spacing in OUR_SPACINGS else timestep_spacing
             self.register_to_config(layer_timesteps=layer_timesteps, timestep_spacing=spacing)
         noise_scale, guidance_scale = _check_noise_scale(noise_scale, layer_timesteps), _check_guidance(guidance_scale)
@@ -406,46 +440,49 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def _make_levels(self, shift: float) -> BetaLevels | FlowLevels:
         if self.is_flow:
             return FlowLevels(len(self), shift)
-        given = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        schedule = _make_schedule({name: self.config[name] for name in (*given, "rescale_betas_zero_snr")})
+        schedule = _make_schedule({name: self.config[name] for name in BETAS})
         self.betas, self.alphas, self.alphas_cumprod = schedule.betas, schedule.alphas, schedule.alphas_cumprod
         self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
         return BetaLevels(self.alphas_cumprod, self.final_alpha_cumprod)
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Adds to the config. A trained sampler keeps all of it: no setting gives way to another class's default."""
-        if kwargs.get("layer_timesteps") is not None:
-            kwargs.pop("_use_default_values", None)
+        """Adds to the config. In that of a trained sampler no setting is marked as a default.
+
+        Settings so marked would give way to the defaults of another class in its `from_config`.
+        """
+        settings = {**getattr(self, "_internal_dict", {}), **kwargs}
+        if settings.get("layer_timesteps") is not None and "_use_default_values" in settings:
+            kwargs["_use_default_values"] = []
         super().register_to_config(**kwargs)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Makes the scheduler from the config of any scheduler with a beta schedule, or of a rectified flow.
+        """Makes the scheduler from the config of any scheduler that has betas or is a rectified flow.
 
         Raises:
-            ValueError: The config has the noise levels of EDM, or those of a flow that follow another formula.
+            ValueError: The noise levels are of another kind, such as those of EDM.
         """
         if isinstance(config, dict):
             kwargs = _read_settings(config, kwargs)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves the config and this file beside it, so that the folder also loads without the package."""
+        """Saves the config, and this source file so that the folder loads without the package."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / "hsivi_diffusers.py").write_text(self._source, encoding="utf-8")
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def __len__(self) -> int:
-        """N, the number of levels of the teacher."""
+        """N, the number of the teacher's levels."""
         return int(self.config.num_train_timesteps)
 
     @property
     def is_flow(self) -> bool:
-        """Whether the levels are those of a rectified flow, not of betas."""
+        """Whether the noise levels are those of a rectified flow."""
         return bool(self.config.prediction_type == "flow_prediction")
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the sample as it is; other schedulers scale here."""
+        """Returns the sample unchanged; other schedulers scale it here."""
         return sample
 
     # ----- the grid -----
@@ -458,19 +495,19 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         sigmas: list[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """Sets the grid: the trained one, one made for this count, or the one given.
+        """Sets the grid: a trained one, one made for this number of steps, or a given one.
 
         Args:
-            num_inference_steps: T. With trained grids only a T of theirs is accepted, and None means the largest.
-            device: Where `timesteps` goes.
-            timesteps: Times of the inputs tau_T .. tau_1 of the layers, instead of T; the last layer ends at -1. Or
-                trained ones.
-            sigmas: Of a rectified flow: u of the inputs, before the shift, each moved to the nearest level. With a
-                trained grid they only tell T.
+            num_inference_steps: T. With trained grids it must be one of theirs; None means the largest.
+            device: Device of `self.timesteps`.
+            timesteps: Instead of T, the network's times at tau_T .. tau_1; the last layer ends at -1. With trained
+                grids they must be those of one.
+            sigmas: For rectified flows: u of tau_T .. tau_1 before the shift, each rounded to the nearest level. With
+                trained grids only their number counts.
             mu: See `use_dynamic_shifting`; a trained grid keeps the shift it was trained with.
 
         Raises:
-            ValueError: Several or none are given, or they are not as above.
+            ValueError: Not exactly one of the three is given, or it does not fit.
         """
         if self.config.use_dynamic_shifting and mu is not None and not self.trained_grids:
             shift = math.exp(mu) if self.config.time_shift_type == "exponential" else mu
@@ -479,6 +516,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         grid = _choose_grid(self.config, self.levels, num_inference_steps, timesteps, sigmas)
         if grid[0] >= len(self.levels):
             raise ValueError(f"the grid {grid} starts beyond the {len(self.levels)} betas: give trained_betas for all")
+        if not self.is_flow and self.alphas_cumprod[grid[-2]] == 1:
+            raise ValueError(
+                f"abar is 1 at {grid[-2]}, where a layer would have no noise to remove: raise the first beta"
+            )
         if self.config.prediction_type == "epsilon" and self.alphas_cumprod[grid[0]] == 0:
             raise ValueError(f"abar is 0 at {grid[0]}, where a noise prediction does not determine x0: start lower")
         if self._layers is None or not self._layers.are_of(self.levels, grid, self.config):
@@ -487,10 +528,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self.levels.time(self._layers.grid[:-1]).to(device)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Checks the layer that a pipeline starts at; `step` finds its layer by the timestep.
+        """Checks that a pipeline can start at this layer; `step` finds its layer by the timestep.
 
         Raises:
-            ValueError: The sampler has no such layer, as when an image-to-image pipeline is given a low strength.
+            ValueError: There is no such layer, for example in image-to-image with a low strength.
         """
         if self.num_inference_steps is not None and begin_index >= self.num_inference_steps:
             raise ValueError(
@@ -500,52 +541,50 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def trained_grids(self) -> list[list[int]]:
-        """The grids of `layer_timesteps`, by rising T; empty if nothing was trained."""
+        """The grids of `layer_timesteps`, by increasing T; empty without a trained grid."""
         return _grids(self.config.layer_timesteps)
 
     @property
     def guidance_scales(self) -> list[float]:
-        """The scales of guidance that the network has taken in, ascending; empty if it knows nothing of it."""
+        """The guidance scales distilled into the network, ascending; empty without guidance."""
         scales = self.config.guidance_scale
         return [] if scales is None else list(scales) if isinstance(scales, list | tuple) else [scales]
 
     def guidance_index(self, scale: float | None) -> int:
-        """Returns the place of a scale in `guidance_scales`; of None, 0.
+        """Returns the index of a scale in `guidance_scales`; 0 for None, and for 1 without guidance.
 
         Raises:
-            ValueError: The network was not trained with it.
+            ValueError: The network was not trained with this scale.
         """
         scales = self.guidance_scales
-        if scale is None or scale in scales:
-            return 0 if scale is None else scales.index(scale)
-        taken = f"guidance of scale {' or '.join(map(str, scales))}" if scales else "no guidance: leave it out"
+        if scale is None or scale in (scales or [1]):
+            return scales.index(scale) if scale in scales else 0
+        taken = f"guidance of scale {' or '.join(map(str, scales))}: give one of these"
+        taken = taken if scales else "no guidance: leave it out, or give 1"
         raise ValueError(f"guidance_scale={scale}: this sampler was trained with {taken}")
 
     @property
     def depths(self) -> list[int]:
-        """T of each trained grid, or of the one that is set: the layers of all are counted one grid after the other."""
+        """T of each trained grid, or of the grid that is set."""
         return [len(grid) - 1 for grid in self.trained_grids] or [len(self.layers.grid) - 1]
 
     def input_level(self, t: torch.Tensor) -> torch.Tensor:
-        """Returns tau_{t+1}, the level of the input of layers t, of the shape of t; `depths` tells how t counts."""
-        return self._layers_of_all_grids[0].to(t.device)[t]
+        """Returns tau_{t+1}, the levels of the inputs of layers t, in the shape of t.
+
+        With several grids, t counts the layers of all of them, one grid after the other in the order of `depths`.
+        """
+        return self.layers.inputs.on(t.device)[t]
 
     def output_level(self, t: torch.Tensor) -> torch.Tensor:
         """Returns tau_t, see `input_level`."""
-        return self._layers_of_all_grids[1].to(t.device)[t]
-
-    @property
-    def _layers_of_all_grids(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Levels of input and output of each layer, counted from the data side, one grid after the other."""
-        rising = [torch.tensor(grid).flip(0) for grid in self.trained_grids] or [self.layers.grid.flip(0)]
-        return torch.cat([grid[1:] for grid in rising]), torch.cat([grid[:-1] for grid in rising])
+        return self.layers.outputs.on(t.device)[t]
 
     @property
     def layers(self) -> Layers:
-        """Those of the grid that is set.
+        """The layers of the grid that is set.
 
         Raises:
-            ValueError: There is none yet.
+            ValueError: No grid is set yet.
         """
         if self._layers is None:
             raise ValueError("the scheduler has no grid yet: call set_timesteps(num_inference_steps) first")
@@ -554,26 +593,26 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     # ----- the layer -----
 
     def alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns alpha and sigma of levels (B,) or (1,), shaped (B, 1, ...) to go with the sample.
+        """Returns alpha and sigma of levels (B,) or (1,), shaped (B, 1, ...) to broadcast with the sample.
 
-        Level -1 is where noise ends. The sample gives the device, dtype and number of dimensions.
+        At level -1 sigma is 0. The sample gives the device, the dtype and the number of dimensions.
         """
         return self.levels.alpha_sigma(level, sample)
 
     def diffuse(self, x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """Returns alpha x0 + sigma noise, of the shape and dtype of x0; levels as in `alpha_sigma`."""
+        """Returns alpha x0 + sigma noise, in the shape and dtype of x0; levels as in `alpha_sigma`."""
         alpha, sigma = self.alpha_sigma(level, x0)
         noisy: torch.Tensor = alpha * x0 + sigma * noise
         return noisy
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Returns what `diffuse` does, at times of the network."""
+        """Does the same as `diffuse`, for the network's times."""
         return self.diffuse(original_samples, noise, self.levels.level(timesteps))
 
     def scale_noise(
         self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns what `add_noise` does, under the name and with the order of flow matching.
+        """Does the same as `add_noise`, with the name and argument order of the flow-matching schedulers.
 
         Raises:
             ValueError: The noise is missing.
@@ -585,13 +624,13 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def predict(
         self, model_output: torch.Tensor, level: int | torch.Tensor, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Converts a network output to (x0, eps) with sample = alpha x0 + sigma eps, float32 at least.
+        """Converts a network output to (x0, eps) with sample = alpha x0 + sigma eps, in float32 or float64.
 
-        x0, the clean image, is clamped afterwards if `clip_sample`.
+        Afterwards x0 is clamped as `clip_sample` or `thresholding` say.
 
         Args:
             model_output: Shape (B, C, H, W), or (B, 2C, H, W) with a learned variance, which is dropped.
-            level: Where the sample is, a scalar or shape (B,).
+            level: Level of the sample, a scalar or shape (B,).
             sample: Shape (B, C, H, W).
 
         Raises:
@@ -628,19 +667,19 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         noise_scale: torch.Tensor | None = None,
         prev_level: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns mean and standard deviation of q_t(x_t | x_{t+1}), the formulas at the head of this file.
+        """Returns the mean and standard deviation of q_t(x_t | x_{t+1}) by the formulas at the top of this file.
 
-        The std broadcasts against the sample; it is returned at the last layer, too, whose noise `step` leaves out.
+        The std broadcasts with the sample. The last layer has one too, though `step` adds no noise there.
 
         Args:
-            model_output: Output of the network at the sample, see `predict`.
+            model_output: Network output at the sample, see `predict`.
             level: tau_{t+1}, a scalar or shape (B,).
             sample: x_{t+1}, shape (B, C, H, W).
-            noise_scale: Instead of that of the config; any shape that broadcasts against the sample.
-            prev_level: tau_t, shape (B,), where it does not follow from the grid that is set, as with several.
+            noise_scale: Replaces that of the config; any shape that broadcasts with the sample.
+            prev_level: tau_t, shape (B,); by default the next level of the grid that is set.
 
         Raises:
-            ValueError: The level is no layer's input, the shapes do not fit, or a per-pixel scale is missing.
+            ValueError: No layer starts at the level, shapes do not fit, or a per-pixel noise scale is missing.
         """
         model_output, sample = _match(model_output, sample)
         layer = self.layers.coefficients(self.levels.read_levels(level, sample), sample, prev_level)
@@ -650,7 +689,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def _transition(
         self, model_output: torch.Tensor, sample: torch.Tensor, layer: LayerCoefficients, noise_scale: Any
     ) -> tuple[torch.Tensor, Any, torch.Tensor]:
-        """Returns mean and std of the layer, and x0."""
+        """Returns the mean and std of the layer, and x0."""
         x0, eps = self._predict(model_output, sample, layer.alpha_next, layer.sigma_next)
         mean = layer.mean(x0, eps)
         if noise_scale is not None:
@@ -679,17 +718,17 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         **kwargs: Any,
     ) -> HSIVISchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Draws x_t ~ q_t(. | x_{t+1}); the last layer returns the mean. Keeps no state: any order, any repetition.
+        """Draws x_t ~ q_t(. | x_{t+1}); the last layer returns the mean. No state is kept between calls.
 
         Args:
-            model_output: See `transition`, as the sample.
+            model_output: Network output at the sample, see `transition`.
             timestep: The network's time at tau_{t+1}, one of `timesteps`, a scalar or shape (B,).
             sample: x_{t+1}.
-            generator: Source of the noise, one or a list of B.
-            variance_noise: The noise itself, of the shape of the sample.
-            noise_scale: The per-pixel scale, where `noise_scale_type` is "per_pixel".
+            generator: Source of the noise: one, or a list of B.
+            variance_noise: The noise itself, in the shape of the sample.
+            noise_scale: The per-pixel scale, required if `noise_scale_type` is "per_pixel".
             return_dict: Return `HSIVISchedulerOutput` rather than a tuple.
-            **kwargs: What pipelines pass to other schedulers, such as `eta`; ignored.
+            **kwargs: Arguments of other schedulers that pipelines pass, such as `eta`; ignored.
 
         Raises:
             ValueError: As `transition`; or generator and variance_noise are both given.
@@ -718,7 +757,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _match(model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drops a learned variance, checks the shapes, and leaves half precision."""
+    """Drops a learned variance, checks shapes and dtypes, and casts half precision to float32."""
     if model_output.ndim == sample.ndim and model_output.shape[1] == 2 * sample.shape[1]:
         model_output = model_output.chunk(2, dim=1)[0]
     if model_output.shape != sample.shape:
@@ -738,7 +777,7 @@ def _match(model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tens
 
 
 def _rows(name: str, values: Any, sample: torch.Tensor) -> torch.Tensor:
-    """One number, or one for each row of the sample, as a vector."""
+    """Returns one number, or one per row of the sample, as a vector."""
     if isinstance(values, str):
         raise ValueError(f"{name}={values!r}: give a number or a tensor, such as one of scheduler.timesteps")
     values = torch.as_tensor(values).reshape(-1)
@@ -750,7 +789,7 @@ def _rows(name: str, values: Any, sample: torch.Tensor) -> torch.Tensor:
 def _split(
     prediction_type: str, model_output: torch.Tensor, sample: torch.Tensor, alpha: Any, sigma: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the (x0, eps) that a prediction means, with sample = alpha x0 + sigma eps."""
+    """Converts a prediction to (x0, eps) with sample = alpha x0 + sigma eps."""
     if prediction_type == "epsilon":
         return (sample - sigma * model_output) / alpha, model_output
     if prediction_type == "sample":
@@ -761,7 +800,7 @@ def _split(
 
 
 def _grids(layer_timesteps: Any) -> list[list[int]]:
-    """Returns the grids of the setting, by rising T; empty if nothing was trained."""
+    """Returns the grids of the setting, by increasing T; empty without a trained grid."""
     grids = layer_timesteps or []
     return [list(grids)] if grids and isinstance(grids[0], int) else sorted(map(list, grids), key=len)
 
@@ -781,7 +820,7 @@ def _check_number(
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuses, with ValueError, single values that are out of range."""
+    """Raises ValueError if a single setting is out of range."""
     choices = {
         "prediction_type": PREDICTION_TYPES,
         "timestep_spacing": TIMESTEP_SPACINGS,
@@ -812,7 +851,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _listed(values: Any) -> list[Any]:
-    """Returns the values as a list; a single number as a list of one, which a check of a grid then refuses."""
+    """Returns the values as a list; a single number becomes a list of one, which the checks of grids refuse."""
     try:
         return list(values)
     except TypeError:
@@ -820,7 +859,7 @@ def _listed(values: Any) -> list[Any]:
 
 
 def _make_schedule(options: dict[str, Any]) -> DDPMScheduler:
-    """Returns the scheduler of diffusers that has these betas."""
+    """Returns a diffusers scheduler with these betas."""
     remedy = "give betas from 0 to 1, such as beta_start=0.0001, beta_end=0.02, or a list of them as trained_betas"
     try:
         schedule = DDPMScheduler(**options)
@@ -829,44 +868,47 @@ def _make_schedule(options: dict[str, Any]) -> DDPMScheduler:
         raise ValueError(f"no betas follow from these settings ({str(error).splitlines()[0]}): {remedy}") from error
     if not 0 <= low <= high <= 1 or schedule.betas.ndim != 1:
         raise ValueError(f"betas from {float(low):g} to {float(high):g}, shape {tuple(schedule.betas.shape)}: {remedy}")
+    if schedule.alphas_cumprod[-1] == 1:
+        raise ValueError(f"betas of at most {float(high):g} add no noise: {remedy}")
     return schedule
 
 
 def _read_settings(config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns kwargs with what the config of a rectified flow means, or refuses levels that are not known."""
+    """Returns kwargs with the noise levels of a config added, or raises ValueError if they are of an unknown kind.
+
+    They are also read where the config marks them as defaults, because other classes have other defaults.
+    """
     name = config.get("_class_name") or "this scheduler"
-    betas = {"beta_start", "trained_betas"} & {*config, *kwargs}
-    whole = "_class_name" in config or "num_train_timesteps" in config
-    flow, kind = config.get("use_flow_sigmas"), config.get("prediction_type", "flow_prediction")
-    if flow is not None and flow != (kind == "flow_prediction"):
+    given = {**config, **kwargs}
+    betas = "beta_start" in given or given.get("trained_betas") is not None
+    whole = not {"_class_name", "_use_default_values", "num_train_timesteps"}.isdisjoint(config)
+    flow, kind = config.get("use_flow_sigmas"), config.get("prediction_type")
+    if None not in (flow, kind) and flow != (kind == "flow_prediction"):
         raise ValueError(
             f"the config of {name} has use_flow_sigmas={flow} and prediction_type={kind!r}: a rectified flow "
             "has True and 'flow_prediction', and any other model neither"
         )
-    if flow or ("shift" in config and not betas):
-        return {**_flow_settings(name, config), **kwargs}
-    if whole and not betas:
+    is_flow = flow or ("shift" in config and not betas and (not whole or "num_train_timesteps" in config))
+    if whole and not is_flow and not betas:
         raise ValueError(
             f"the config of {name} has neither betas nor a rectified flow; EDM and VE models are not "
             "supported: use one whose scheduler is like DDPMScheduler or FlowMatchEulerDiscreteScheduler"
         )
-    return kwargs
-
-
-def _flow_settings(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """What a scheduler of diffusers for rectified flows says in its config, under our names."""
-    others = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-    if odd := [other for other in others if config.get(other)]:
+    unread: Mapping[str, Any] = dict.fromkeys(UNREAD_OF_FLOWS) if is_flow else UNREAD
+    if odd := [f"{key}={config[key]!r}" for key in unread if config.get(key) not in (None, False, unread[key])]:
         raise ValueError(
-            f"the config of {name} sets {', '.join(odd)}, whose noise levels are not supported: a rectified flow with "
-            "`shift` is"
+            f"the config of {name} has {', '.join(odd)}: noise levels with this setting are not supported, "
+            "use a model whose scheduler leaves it out"
         )
-    shift = config.get("flow_shift", config.get("shift", 1.0))
-    return {"prediction_type": "flow_prediction", "shift": 1.0 if shift is None else shift}
+    levels = {key: config[key] for key in LEVEL_SETTINGS if key in config}
+    if is_flow:
+        shift = config.get("flow_shift", config.get("shift"))
+        levels |= {"prediction_type": "flow_prediction", "shift": 1.0 if shift is None else shift}
+    return {**levels, **kwargs}
 
 
 def _check_timesteps(name: str, timesteps: Any, num_train_timesteps: int) -> list[int]:
-    """Returns the grid as plain integers."""
+    """Returns a valid grid as plain integers."""
     grid = _listed(timesteps)
     remedy = f"give T+1 strictly descending integers from {num_train_timesteps - 1} to 0; the last may be -1"
     if len(grid) < 2 or not all(map(_is_whole, grid)):
@@ -879,7 +921,7 @@ def _check_timesteps(name: str, timesteps: Any, num_train_timesteps: int) -> lis
 
 
 def _check_grids(grids: Any, num_train_timesteps: int) -> list[int] | list[list[int]]:
-    """Returns one grid, or several of different T, as plain integers."""
+    """Returns one valid grid, or several with different T, as plain integers."""
     grids = _listed(grids)
     if not grids or not hasattr(grids[0], "__len__") or isinstance(grids[0], str) or getattr(grids[0], "ndim", 1) == 0:
         return _check_timesteps("layer_timesteps", grids, num_train_timesteps)
@@ -897,7 +939,7 @@ def _choose_grid(
     timesteps: list[int] | list[float] | None,
     sigmas: list[float] | None,
 ) -> list[int]:
-    """Returns the grid that `set_timesteps` is asked for."""
+    """Returns the grid that the arguments of `set_timesteps` ask for."""
     size, spacing = settings["num_train_timesteps"], settings["timestep_spacing"]
     is_flow, trained = isinstance(levels, FlowLevels), _grids(settings["layer_timesteps"])
     if sigmas is not None:
@@ -919,7 +961,7 @@ def _choose_grid(
         return _check_timesteps("timesteps + [-1]", [*_listed(timesteps), -1], size)
     if num_inference_steps is None:
         raise ValueError("this scheduler has no trained grid (layer_timesteps): pass num_inference_steps")
-    # A rectified flow is N(0, I) at its last level alone; with betas others are nearly so.
+    # A rectified flow is pure noise only at its last level; with betas, lower levels are nearly so.
     start = size - 1 if is_flow and spacing in OUR_SPACINGS and num_inference_steps < size else None
     return make_layer_timesteps(num_inference_steps, spacing, size, start, settings["steps_offset"])
 
@@ -932,7 +974,7 @@ def _counts(trained: list[list[int]]) -> str:
 def _choose_trained(
     trained: list[list[int]], num_inference_steps: int | None, timesteps: list[int] | list[float] | None
 ) -> list[int]:
-    """Returns the trained grid that was asked for; the longest, if nothing was."""
+    """Returns the trained grid that was asked for, by default the one with most steps."""
     for grid in reversed(trained):
         if num_inference_steps in (None, len(grid) - 1) and (timesteps is None or _listed(timesteps) == grid[:-1]):
             return grid
@@ -945,7 +987,7 @@ def _choose_trained(
 
 
 def _check_guidance(scales: Any) -> float | list[float] | None:
-    """Returns plain numbers, for JSON, ascending."""
+    """Returns plain numbers for JSON, ascending."""
     given = [] if scales is None else _listed(scales)
     numbers = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 <= w < math.inf for w in given)
     if not numbers or len(set(given)) < len(given) or scales == []:
@@ -955,7 +997,7 @@ def _check_guidance(scales: Any) -> float | list[float] | None:
 
 
 def _check_noise_scale(noise_scale: Any, grid: Any) -> float | list[float]:
-    """Returns plain numbers, for JSON; several go with one grid of as many layers."""
+    """Returns plain numbers for JSON; a list must go with one grid of as many layers."""
     try:
         scale = torch.as_tensor(noise_scale, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):

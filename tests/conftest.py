@@ -141,12 +141,13 @@ def distil(arguments):
 
 
 @pytest.fixture(scope="session")
-def make_config(arguments):
+def make_config(arguments, tmp_path_factory):
     """Returns the HSIVIConfig that `hsivi distil` reads; options by keyword."""
     from hsivi_diffusers.commands import cli
 
     def make(*flags, **options):
-        return cli.read_distillation(arguments("nowhere", *flags, **options), "hsivi distil", "")[1]
+        line = arguments(tmp_path_factory.mktemp("run"), *flags, **options)
+        return cli.read_distillation(line, "hsivi distil", "")[1]
 
     return make
 

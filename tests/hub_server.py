@@ -14,7 +14,6 @@ import base64
 import hashlib
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from datetime import UTC, datetime
 from unittest import mock
 
 import uvicorn
-import yaml
 from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import constants, file_download, hf_api, utils
 from starlette.applications import Starlette
@@ -61,11 +59,8 @@ class Commit:
 class Repo:
     id: str
     private: bool = False
-    gated: bool | str = False
-    readers: set[str] = field(default_factory=set)  # who was let in to a gated repository
     commits: list[Commit] = field(default_factory=list)
     branches: dict[str, Commit] = field(default_factory=dict)
-    tags: dict[str, Commit] = field(default_factory=dict)
 
     def commit(self, files, title, author, message="", branch="main"):
         head = self.branches.get(branch)
@@ -79,7 +74,7 @@ class Repo:
         return self.branches[branch]
 
     def find(self, revision):
-        known = {commit.sha: commit for commit in self.commits} | self.tags | self.branches
+        known = {commit.sha: commit for commit in self.commits} | self.branches
         if revision not in known:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return known[revision]
@@ -118,58 +113,22 @@ def file_sha(path, data):
     return hashlib.sha256(data).hexdigest() if is_lfs(path) else git_sha(data)
 
 
-def list_tree(files, folder, recursive):
-    prefix, rows = f"{folder}/" if folder else "", {}
+def list_tree(files):
+    rows = []
     for path, data in sorted(files.items()):
-        name, _, below = path.removeprefix(prefix).partition("/")
-        if not path.startswith(prefix):
-            continue
-        if below and not recursive:
-            rows[name] = {"type": "directory", "path": prefix + name, "size": 0, "oid": git_sha(b"")}
-        else:
-            rows[path] = {"type": "file", "path": path, "size": len(data), "oid": git_sha(data)}
-            if is_lfs(path):
-                rows[path]["lfs"] = {"oid": file_sha(path, data), "size": len(data), "pointerSize": 134}
-    return list(rows.values())
-
-
-def read_card(readme):
-    """The metadata at the head of a model card, and what is wrong with it."""
-    block = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", readme, re.DOTALL)
-    try:
-        card = (yaml.safe_load(block[1]) if block else None) or {}
-    except yaml.YAMLError as error:
-        return {}, [f"YAML parsing error: {error}"]
-    if not isinstance(card, dict):
-        return {}, ["metadata must be an object"]
-    return card, [] if isinstance(card.get("license", ""), str) else ['"license" must be a string']
-
-
-def card_tags(card):
-    first = [card["library_name"]] if "library_name" in card else []
-    last = [f"license:{card['license']}"] if "license" in card else []
-    return [*first, *(card.get("tags") or []), *last]
-
-
-def send_bytes(data, wanted, headers):
-    """The file, or the part of it that a Range header asks for."""
-    part = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
-    if not part:
-        return Response(data, 200, headers)
-    start, end = int(part[1]), min(int(part[2] or len(data)), len(data) - 1)
-    if start > end:
-        return Response(b"", 416, headers | {"Content-Range": f"bytes */{len(data)}"})
-    return Response(data[start : end + 1], 206, headers | {"Content-Range": f"bytes {start}-{end}/{len(data)}"})
+        rows.append({"type": "file", "path": path, "size": len(data), "oid": git_sha(data)})
+        if is_lfs(path):
+            rows[-1]["lfs"] = {"oid": file_sha(path, data), "size": len(data), "pointerSize": 134}
+    return rows
 
 
 class Hub:
     """The server and its state: `with Hub() as hub:` runs it in a thread.
 
-    Switches: `down` answers 503 to everything; `cut_uploads` and `refuse_uploads` hold the numbers (from 1) of
-    the PUTs of lfs files that lose the connection half-way, or are answered 403; `after_commit` is called
-    after each commit, which then loses the connection instead of being answered. Records: `requests`, pairs of
-    method and path, and `uploads`, the sha256 of each lfs file stored. `stop()` closes the port, as with no
-    network; `start()` opens the same one again.
+    Switches: `down` answers 503 to everything; `refuse_uploads` holds the numbers (from 1) of the PUTs of lfs files
+    that are answered 403; `after_commit` is called after each commit, which then loses the connection instead of being
+    answered. Records: `requests`, pairs of method and path, and `uploads`, the sha256 of each lfs file stored. `stop()`
+    closes the port, as with no network.
     """
 
     def __init__(self):
@@ -179,7 +138,6 @@ class Hub:
         self.requests = []
         self.uploads = []
         self.puts = 0
-        self.cut_uploads = set()
         self.refuse_uploads = set()
         self.after_commit = None
         self.down = False
@@ -198,7 +156,7 @@ class Hub:
         listener.bind(("127.0.0.1", self.port))
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        # h11 is named because `cut` reaches into its connection, asgi3 because uvicorn misreads bound methods.
+        # h11 is named because `drop` reaches into its connection, asgi3 because uvicorn misreads bound methods.
         options = {"http": "h11", "interface": "asgi3", "lifespan": "off", "timeout_graceful_shutdown": 1}
         self.server = uvicorn.Server(uvicorn.Config(self.serve, log_level="error", **options))
         self.thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
@@ -225,16 +183,12 @@ class Hub:
             ("GET", "/api/whoami-v2", self.whoami),
             ("POST", "/api/validate-yaml", self.validate_yaml),
             ("POST", "/api/repos/create", self.create_repo),
-            ("DELETE", "/api/repos/delete", self.delete_repo),
             ("GET", "/{space}/{name}/resolve/{rev}/{path:path}", self.resolve),
             ("GET", api, self.model_info),
             ("GET", api + "/revision/{rev}", self.model_info),
             ("GET", api + "/tree/{rev}", self.tree),
-            ("GET", api + "/tree/{rev}/{path:path}", self.tree),
-            ("GET", api + "/refs", self.refs),
             ("GET", api + "/commits/{rev}", self.commits),
             ("POST", api + "/branch/{branch}", self.create_branch),
-            ("POST", api + "/tag/{rev}", self.create_tag),
             ("POST", api + "/preupload/{rev}", self.preupload),
             ("POST", api + "/commit/{rev}", self.commit),
             ("POST", lfs + "/batch", self.lfs_batch),
@@ -303,16 +257,6 @@ class Hub:
             raise HubError(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
         return repo
 
-    def check_gate(self, repo, user, headers):
-        if not repo.gated or user in repo.readers or self.owns(user, repo.id.split("/")[0]):
-            return
-        text = f"Access to model {repo.id} is restricted"
-        if user is None:
-            text += ". You must have access to it and be authenticated to access it. Please log in."
-            raise HubError(401, text, "GatedRepo", headers)
-        text += f" and you are not in the authorized list. Visit {self.url}/{repo.id} to ask for access."
-        raise HubError(403, text, "GatedRepo", headers)
-
     # Accounts and repositories.
 
     def whoami(self, call):
@@ -324,9 +268,7 @@ class Hub:
 
     def validate_yaml(self, call):
         """Asked without a token by `ModelCard.validate`."""
-        _, errors = read_card(call.json["content"])
-        answer = {"errors": [{"message": error} for error in errors], "warnings": []}
-        return JSONResponse(answer, 400 if errors else 200)
+        return {"errors": [], "warnings": []}
 
     def owned_name(self, call):
         if call.user is None:
@@ -347,55 +289,27 @@ class Hub:
         self.add_repo(name, author=call.user, private=private)
         return {"url": f"{self.url}/{name}", "name": name}
 
-    def delete_repo(self, call):
-        if self.repos.pop(self.owned_name(call), None) is None:
-            raise HubError(404, "Repository not found", "RepoNotFound")
-        return {}
-
     # Reading.
 
     def resolve(self, call):
         path, commit = call.params["path"], call.commit
         headers = {"X-Repo-Commit": commit.sha}
-        self.check_gate(call.repo, call.user, headers)
         if path not in commit.files:
             raise HubError(404, "Entry not found", "EntryNotFound", headers)
         data = commit.files[path]
         headers |= {"ETag": f'"{file_sha(path, data)}"', "Accept-Ranges": "bytes"}
         if is_lfs(path):
             headers |= {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(data))}
-        return send_bytes(data, call.headers.get("range"), headers)
+        return Response(data, 200, headers)
 
     def model_info(self, call):
-        """Open for gated repositories too: only their files are closed."""
         repo, commit = call.repo, call.commit
-        card, _ = read_card(commit.files.get("README.md", b"").decode())
-        return {
-            "id": repo.id,
-            "author": repo.id.split("/")[0],
-            "sha": commit.sha,
-            "lastModified": commit.date,
-            "private": repo.private,
-            "gated": repo.gated,
-            "tags": card_tags(card),
-            "library_name": card.get("library_name"),
-            "pipeline_tag": card.get("pipeline_tag"),
-            "cardData": card,
-            "siblings": [{"rfilename": path} for path in sorted(commit.files)],
-        }
+        siblings = [{"rfilename": path} for path in sorted(commit.files)]
+        about = {"lastModified": commit.date, "private": repo.private, "tags": [], "siblings": siblings}
+        return {"id": repo.id, "author": repo.id.split("/")[0], "sha": commit.sha, **about}
 
     def tree(self, call):
-        folder = call.params.get("path", "")
-        rows = list_tree(call.commit.files, folder, call.query.get("recursive", "").lower() in ("1", "true"))
-        if folder and not rows:
-            raise HubError(404, f"{folder} does not exist", "EntryNotFound")
-        return JSONResponse(rows)
-
-    def refs(self, call):
-        def rows(kind, refs):
-            return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": at.sha} for name, at in refs.items()]
-
-        return {"branches": rows("heads", call.repo.branches), "tags": rows("tags", call.repo.tags), "converts": []}
+        return JSONResponse(list_tree(call.commit.files))
 
     def commits(self, call):
         return [
@@ -409,12 +323,6 @@ class Hub:
         if call.params["branch"] in call.repo.branches:
             raise HubError(409, "Reference already exists")
         call.repo.branches[call.params["branch"]] = call.repo.find(call.json.get("startingPoint", "main"))
-        return {}
-
-    def create_tag(self, call):
-        if call.json["tag"] in call.repo.tags:
-            raise HubError(409, "Tag reference exists already")
-        call.repo.tags[call.json["tag"]] = call.commit
         return {}
 
     def preupload(self, call):
@@ -438,9 +346,6 @@ class Hub:
         """Stands for the signed address of a store, which asks for no token."""
         self.puts += 1
         number, sha = self.puts, request.path_params["oid"]
-        if number in self.cut_uploads:
-            await self.cut(request)
-            return Response()
         data = await request.body()
         if number in self.refuse_uploads:
             raise HubError(403, "Request has expired")
@@ -449,10 +354,6 @@ class Hub:
         self.blobs[sha] = data
         self.uploads.append(sha)
         return Response()
-
-    async def cut(self, request):
-        await request.receive()
-        await self.drop(request)
 
     async def drop(self, request):
         # ASGI has no way to drop a connection; uvicorn's `receive` is a method of the object that holds it.

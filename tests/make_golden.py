@@ -1,4 +1,4 @@
-"""Makes tests/golden/VERSION: a pipeline as this version saves it, and the pictures it draws.
+"""Makes tests/golden/VERSION: a pipeline as this version saves it, without its code, and the images it draws.
 
     python tests/make_golden.py v0.2
 
@@ -28,10 +28,10 @@ def make_pipeline():
 
 
 def draw(pipeline):
-    """Four pictures of seed 0, shape (4, 8, 8, 1)."""
+    """Four images of seed 0, shape (4, 8, 8, 1)."""
     pipeline.set_progress_bar_config(disable=True)
-    pictures = pipeline(batch_size=4, generator=torch.Generator().manual_seed(0), output_type="np").images
-    return torch.from_numpy(pictures)
+    images = pipeline(batch_size=4, generator=torch.Generator().manual_seed(0), output_type="np").images
+    return torch.from_numpy(images)
 
 
 def main():
@@ -40,6 +40,8 @@ def main():
         raise SystemExit(f"{folder} exists: a golden folder is made once, name another")
     pipeline = make_pipeline()
     pipeline.save_pretrained(folder / "pipeline")
+    for code in folder.rglob("*.py"):
+        code.unlink()
     save_file({"pictures": draw(pipeline)}, folder / "pictures.safetensors")
 
 

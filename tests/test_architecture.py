@@ -6,6 +6,8 @@ from sys import stdlib_module_names
 
 import pytest
 
+from hsivi_diffusers.teachers.loading import KINDS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hsivi_diffusers"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -58,3 +60,25 @@ def test_there_is_no_cycle():
     while ready := {name for name, (needs, _) in GRAPH.items() if name not in done and needs <= done}:
         done |= ready
     assert done == set(GRAPH)
+
+
+def words(path):
+    """Names, attributes and texts of a file's code, without its docstrings."""
+    tree = ast.parse(path.read_text())
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield node.value
+
+
+def test_only_a_teacher_knows_its_kind():
+    """What is asked of a kind of model, or of a noise schedule, is answered in the folder `teachers`."""
+    kinds = {name for kind in KINDS for name in (kind.__name__, kind.network_class.__name__, *kind.pipelines)}
+    asked = kinds | {"is_flow", "vae"}
+    for path in FILES:
+        if name_of(path).split("/")[0] not in {"teachers", "vi", *HOSTS}:
+            assert asked.isdisjoint(words(path)), path

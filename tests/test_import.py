@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -42,6 +43,16 @@ def test_public_names_exist():
         assert hasattr(hsivi_diffusers.vi, name)
     with pytest.raises(AttributeError, match="module 'hsivi_diffusers' has no attribute 'nothing'"):
         hsivi_diffusers.nothing  # noqa: B018
+
+
+def test_a_name_that_needs_an_extra_says_which(monkeypatch):
+    monkeypatch.delitem(hsivi_diffusers.__dict__, "HSIVITrainer", raising=False)
+    for module in [name for name in sys.modules if name.startswith("hsivi_diffusers.distillation")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    message = 'HSIVITrainer needs accelerate, which is missing: pip install "hsivi-diffusers[train]"'
+    with pytest.raises(ImportError, match=re.escape(message)):
+        from hsivi_diffusers import HSIVITrainer  # noqa: F401
 
 
 def test_type_checkers_see_the_names():

@@ -174,10 +174,3 @@ def test_the_matrix_stands_in_the_docs():
         *(f"| {layout} | `{LOADERS[loader]}` | {' | '.join(marks)} |" for (layout, loader), marks in EXPECTED.items()),
     ]
     assert "\n".join(lines) in DOCS.read_text()
-
-
-def test_no_cell_that_could_work_is_left_out():
-    for layout in {layout for layout, _ in EXPECTED}:
-        for state in range(len(STATES)):
-            works = any(marks[state] == YES for (name, _), marks in EXPECTED.items() if name == layout)
-            assert works or (layout == "stock classes" and state > 0)

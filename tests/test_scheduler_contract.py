@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsivi_diffusers import HSIVIScheduler, scheduling_hsivi
+from hsivi_diffusers import HSIVIScheduler, HSIVISchedulerOutput, scheduling_hsivi
 
 SHAPE = (4, 3, 8, 8)
 GRID = [800, 512, 288, 128, 32, 0]
@@ -72,33 +72,23 @@ def arguments_of(scheduler):
 @pytest.mark.parametrize(
     "options",
     [
-        *({"beta_schedule": name} for name in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")),
         *({"prediction_type": name} for name in ("v_prediction", "sample")),
         *({"timestep_spacing": name} for name in ("uniform", "trailing", "leading", "linspace")),
-        {"num_train_timesteps": 100, "beta_start": 0.01, "beta_end": 0.2},
-        {"num_train_timesteps": 2, "trained_betas": np.array([0.1, 0.3])},
-        {"clip_sample": True, "clip_sample_range": 0.7},
+        {"num_train_timesteps": 100, "beta_start": 0.01, "beta_end": 0.2, "beta_schedule": "sigmoid"},
+        {"num_train_timesteps": 2, "trained_betas": [0.1, 0.3]},
         {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.0},
-        {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False},
         {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
-        {"kernel": "renoise", "noise_scale": 0.5},
-        {"layer_timesteps": GRID, "noise_eta": 0.7, "noise_scale": SCALES},
-        {"layer_timesteps": GRIDS, "noise_eta": 1.0, "noise_scale": 0.7},
+        *CONVERTED.values(),
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_a_saved_scheduler_loads_with_the_same_config_and_steps(options, tmp_path):
     scheduler = ready(HSIVIScheduler(**options))
     loaded = ready(saved_and_loaded(scheduler, tmp_path))
-    assert loaded.to_json_string() == scheduler.to_json_string()
-    assert "_use_default_values" not in loaded.config
+    config = dict(scheduler.config)
+    del config["_use_default_values"]  # as the tests of diffusers do
+    assert loaded.config == config
     assert torch.equal(walk(loaded), walk(scheduler))
-
-
-@pytest.mark.parametrize("make", [list, tuple, np.array])
-def test_two_betas_on_a_longer_clock_survive_saving(make, tmp_path):
-    scheduler = HSIVIScheduler(trained_betas=make([0.1, 0.3]))
-    assert torch.equal(saved_and_loaded(scheduler, tmp_path).betas, scheduler.betas)
 
 
 def test_saving_writes_a_strict_json_and_the_code_and_nothing_else(tmp_path):
@@ -112,41 +102,45 @@ def test_saving_writes_a_strict_json_and_the_code_and_nothing_else(tmp_path):
     assert config == arguments_of(scheduler)
 
 
-@pytest.mark.parametrize("make", [tuple, np.array, lambda numbers: list(np.array(numbers))])
-def test_grids_and_scales_of_other_types_become_plain_numbers(make, tmp_path):
-    scheduler = HSIVIScheduler(layer_timesteps=make(GRID), noise_scale=make(SCALES))
-    loaded = saved_and_loaded(scheduler, tmp_path)
-    assert arguments_of(loaded) == arguments_of(HSIVIScheduler(layer_timesteps=GRID, noise_scale=SCALES))
-    scheduler.set_timesteps(timesteps=GRID[:-1])
+@pytest.mark.parametrize("make", [tuple, np.array, lambda numbers: [*map(np.float64, numbers)]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layer_timesteps": GRID},
+        {"layer_timesteps": GRID, "noise_scale": SCALES},
+        {"trained_betas": [0.1, 0.3]},
+    ],
+)
+def test_numbers_of_other_types_become_plain(make, options, tmp_path):
+    given = HSIVIScheduler(**{name: make(numbers) for name, numbers in options.items()})
+    plain = HSIVIScheduler(**options)
+    loaded = saved_and_loaded(given, tmp_path)
+    assert arguments_of(loaded) == arguments_of(saved_and_loaded(plain, tmp_path / "plain"))
+    assert torch.equal(loaded.betas, plain.betas)
 
 
-@pytest.mark.parametrize("make", [tuple, np.array, torch.tensor, lambda grid: [float(tau) for tau in grid]])
-def test_several_grids_of_other_types_become_plain_numbers(make, tmp_path):
-    loaded = saved_and_loaded(HSIVIScheduler(layer_timesteps=tuple(map(make, GRIDS))), tmp_path)
+@pytest.mark.parametrize("make", [tuple, np.array, torch.tensor])
+def test_several_grids_of_other_types_become_plain_numbers_and_one_is_itself(make, tmp_path):
+    saved_and_loaded(HSIVIScheduler(layer_timesteps=tuple(map(make, GRIDS))), tmp_path)
     assert json.loads((tmp_path / "scheduler_config.json").read_text())["layer_timesteps"] == GRIDS
-    assert loaded.config.layer_timesteps == GRIDS
+    assert HSIVIScheduler(layer_timesteps=[make(GRID)], noise_scale=SCALES).config.layer_timesteps == GRID
 
 
 def test_a_trained_sampler_has_no_setting_that_gives_way_to_the_default_of_another_class():
-    scheduler = HSIVIScheduler(layer_timesteps=GRID)
-    assert "_use_default_values" not in scheduler.config
-    assert "_use_default_values" in HSIVIScheduler().config
-
-
-def test_a_list_of_one_grid_is_that_grid():
-    assert HSIVIScheduler(layer_timesteps=[GRID], noise_scale=SCALES).config.layer_timesteps == GRID
+    """It keeps the key, though, which the tests of diffusers delete."""
+    assert HSIVIScheduler(layer_timesteps=GRID).config["_use_default_values"] == []
+    generic = HSIVIScheduler()
+    assert "kernel" in generic.config["_use_default_values"]
+    generic.register_to_config(layer_timesteps=GRID)
+    assert generic.config["_use_default_values"] == []
 
 
 def test_a_grid_changed_by_its_maker_does_not_change_the_scheduler():
-    grid = list(GRID)
-    scheduler = HSIVIScheduler(layer_timesteps=grid)
-    grid.append(-1)
-    assert scheduler.config.layer_timesteps == GRID
-    grids = copy.deepcopy(GRIDS)
-    scheduler = HSIVIScheduler(layer_timesteps=grids)
-    grids[0].append(-1)
-    scheduler.trained_grids[0].append(-1)
-    assert scheduler.config.layer_timesteps == GRIDS
+    for grids in (list(GRID), copy.deepcopy(GRIDS)):
+        scheduler, wanted = HSIVIScheduler(layer_timesteps=grids), copy.deepcopy(grids)
+        (grids if grids[0] == GRID[0] else grids[0]).append(-1)
+        scheduler.trained_grids[0].append(-1)
+        assert scheduler.config.layer_timesteps == wanted
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
@@ -157,8 +151,9 @@ def test_a_copy_steps_like_its_original_and_lives_on_its_own(copied, options):
     assert torch.equal(walk(twin), before)
     twin.register_to_config(layer_timesteps=None, noise_scale=1.0)
     twin.set_timesteps(3)
-    assert torch.equal(walk(original), before)
+    twin.alphas_cumprod.zero_()
     assert len(walk(twin)) == 3
+    assert torch.equal(walk(ready(original)), before)
 
 
 # ----- other schedulers -----
@@ -181,61 +176,69 @@ def test_every_other_scheduler_hands_our_settings_back(cls, kind, tmp_path):
         assert torch.equal(walk(ready(back)), walk(ours))
 
 
-@pytest.mark.parametrize("cls", [cls for cls in STOCK if cls.__name__ != "EDMEulerScheduler"])
-def test_it_takes_the_betas_of_every_saved_scheduler(cls, tmp_path):
-    other = cls()
-    assert walk(ready(HSIVIScheduler.from_config(other.config))).isfinite().all()
-    loaded = saved_and_loaded(other, tmp_path)
-    assert torch.equal(loaded.alphas_cumprod, other.alphas_cumprod)
-    assert walk(ready(loaded)).isfinite().all()
+def have_defaults():
+    """The schedulers of diffusers that are made without arguments."""
+    classes = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")]
+    for cls in classes:
+        parameters = [*inspect.signature(cls.__init__).parameters.values()][1:]
+        can = all(each.default is not each.empty or each.kind is each.VAR_KEYWORD for each in parameters)
+        if can and not hasattr(cls, "_backends") and not cls.__name__.startswith("Flax"):
+            yield cls
 
 
-def test_a_scheduler_with_the_levels_of_edm_is_refused_before_and_after_saving(tmp_path):
-    other = diffusers.EDMEulerScheduler()
+FLOWS = [cls for cls in have_defaults() if cls.__name__.startswith("FlowMatch")]
+
+
+@pytest.mark.parametrize("cls", have_defaults())
+def test_the_levels_of_any_scheduler_of_diffusers_are_kept_or_refused(cls, tmp_path):
+    """Those of an object, whose defaults may differ from ours, and those of its file."""
+    other, reason = cls(), None
+    other.save_pretrained(tmp_path)
+    for read in (partial(HSIVIScheduler.from_config, other.config), partial(HSIVIScheduler.from_pretrained, tmp_path)):
+        try:
+            ours = read()
+        except ValueError as error:
+            reason = str(error)
+        else:
+            if ours.is_flow:
+                assert cls in FLOWS or cls.__name__ == "FlowMapEulerDiscreteScheduler"
+                assert ours.config.shift == other.config.shift
+            else:
+                torch.testing.assert_close(ours.alphas_cumprod, other.alphas_cumprod, check_dtype=False)
+            assert walk(ready(ours)).isfinite().all()
+    known = {*STOCK, *FLOWS} - {diffusers.EDMEulerScheduler}
+    assert reason is None or (cls not in known and "not supported" in reason)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "name"),
+    [
+        ("CogVideoXDDIMScheduler", {"snr_shift_scale": 3.0}, "snr_shift_scale=3.0"),
+        ("CogVideoXDPMScheduler", {}, "snr_shift_scale=3.0"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}, "timestep_type"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas"),
+        ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1}, "shift_terminal"),
+        ("FlowMatchLCMScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas"),
+    ],
+)
+def test_a_setting_that_changes_levels_and_is_not_read_is_refused(cls, options, name, tmp_path):
+    other = getattr(diffusers, cls)(**options)
     for refused in (partial(HSIVIScheduler.from_config, other.config), partial(saved_and_loaded, other, tmp_path)):
-        with pytest.raises(ValueError, match="has neither betas nor a rectified flow"):
+        with pytest.raises(ValueError, match=f"{name}.*: noise levels with this setting are not supported"):
             refused()
 
 
-# ----- DDIM's options -----
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
-    "options",
+    "other",
     [
-        {"clip_sample": True, "clip_sample_range": 0.5},
-        {"thresholding": True},
-        {"thresholding": True, "dynamic_thresholding_ratio": 0.5, "sample_max_value": 3.0},
-        {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 0.5},
-        {"thresholding": True, "clip_sample": True, "sample_max_value": 100.0},
-        {"steps_offset": 1, "set_alpha_to_one": False},
+        diffusers.CogVideoXDDIMScheduler(snr_shift_scale=1.0, prediction_type="sample", rescale_betas_zero_snr=True),
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        DDPMScheduler(trained_betas=np.linspace(1e-4, 0.02, 1000).tolist()),
     ],
 )
-def test_clamps_thresholds_and_offsets_are_ddims(prediction_type, options):
-    options = {"prediction_type": prediction_type, "timestep_spacing": "leading", "clip_sample": False, **options}
-    ours, stock = ready(HSIVIScheduler(noise_eta=0.0, **options)), DDIMScheduler(**options)
-    stock.set_timesteps(5)
-    assert torch.equal(ours.timesteps, stock.timesteps)
-    torch.testing.assert_close(walk(ours), walk(stock), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("count", [1, 5, 10])
-@pytest.mark.parametrize("eta", [0.0, 0.5])
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_from_pure_noise_at_zero_terminal_snr_it_is_ddim(prediction_type, eta, count):
-    options = {"prediction_type": prediction_type, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
-    ours, stock = HSIVIScheduler(noise_eta=eta, **options), DDIMScheduler(**options, clip_sample=False)
-    for scheduler in (ours, stock):
-        scheduler.set_timesteps(count)
-        assert (scheduler.timesteps[0], scheduler.alphas_cumprod[999]) == (999, 0)
-    assert torch.equal(ours.alphas_cumprod, stock.alphas_cumprod)
-    torch.testing.assert_close(walk(ours), walk(stock, eta=eta), rtol=1e-5, atol=1e-5)
-
-
-def test_zero_terminal_snr_does_not_go_with_noise_prediction():
-    with pytest.raises(ValueError, match="goes with prediction_type 'v_prediction' or 'sample'"):
-        HSIVIScheduler(rescale_betas_zero_snr=True)
+def test_betas_are_those_of_the_other_scheduler(other):
+    ours = HSIVIScheduler.from_config(other.config)
+    torch.testing.assert_close(ours.alphas_cumprod, other.alphas_cumprod, check_dtype=False)
 
 
 # ----- timesteps -----
@@ -246,89 +249,43 @@ def test_timesteps_given_one_by_one_are_used_as_they_are(make):
     scheduler, stock = HSIVIScheduler(noise_eta=0.5), DDIMScheduler(clip_sample=False)
     scheduler.set_timesteps(timesteps=make([800, 600, 400, 200, 0]))
     stock.set_timesteps(5)
-    assert torch.equal(scheduler.timesteps, stock.timesteps)
     torch.testing.assert_close(walk(scheduler), walk(stock, eta=0.5), rtol=1e-4, atol=1e-4)
     scheduler.set_timesteps(timesteps=make([999, 3]))
     assert (scheduler.timesteps.tolist(), scheduler.num_inference_steps) == ([999, 3], 2)
+    trained = HSIVIScheduler(layer_timesteps=GRID)
+    trained.set_timesteps(timesteps=make(GRID[:-1]))
+    assert trained.timesteps.tolist() == GRID[:-1]
 
 
-@pytest.mark.parametrize("timesteps", [[0, 500], [500, 500], [1000, 500], [500, -1], [500.5, 0], [], "many"])
-def test_timesteps_that_are_no_grid_are_refused(timesteps):
-    with pytest.raises(ValueError, match="strictly descending integers from 999 to 0"):
-        HSIVIScheduler().set_timesteps(timesteps=timesteps)
-
-
-def test_a_trained_grid_accepts_no_timesteps_but_its_own():
-    scheduler = HSIVIScheduler(layer_timesteps=GRID)
-    for timesteps in (GRID[:-1], tuple(GRID[:-1]), scheduler.timesteps):
-        scheduler.set_timesteps(timesteps=timesteps)
-        assert scheduler.timesteps.tolist() == GRID[:-1]
-    for timesteps in (GRID, GRID[1:-1], [800, 600, 400, 200, 0]):
-        with pytest.raises(ValueError, match="trained for 5 steps.*pass num_inference_steps=5"):
-            scheduler.set_timesteps(timesteps=timesteps)
-    for either in (scheduler, HSIVIScheduler()):
-        with pytest.raises(ValueError, match="both given: pass one of them"):
-            either.set_timesteps(5, timesteps=GRID[:-1])
-
-
-def test_another_count_leaves_nothing_of_the_one_before():
+def test_a_setting_or_count_counts_from_the_next_set_timesteps_and_leaves_nothing_of_the_one_before():
     scheduler = HSIVIScheduler()
     for arguments in ({"num_inference_steps": 7}, {"timesteps": [900, 100]}, {"num_inference_steps": 5}):
         scheduler.set_timesteps(**arguments)
     assert torch.equal(walk(scheduler), walk(ready(HSIVIScheduler())))
-
-
-def test_a_setting_changed_in_place_counts_from_the_next_set_timesteps():
-    scheduler = HSIVIScheduler(layer_timesteps=GRID)
     scheduler.register_to_config(noise_eta=1.0)
-    assert torch.equal(walk(ready(scheduler)), walk(HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0)))
+    assert torch.equal(walk(ready(scheduler)), walk(ready(HSIVIScheduler(noise_eta=1.0))))
 
 
 def test_a_grid_that_becomes_the_trained_one_or_is_freed_counts_from_the_next_set_timesteps():
     output, sample, _ = tensors()
     scheduler = HSIVIScheduler()
-    scheduler.set_timesteps(timesteps=[440, 220])
-    assert scheduler.step(output, 333, sample).prev_sample.isfinite().all()
-    scheduler.register_to_config(layer_timesteps=[440, 220, -1])
-    scheduler.set_timesteps(2)
-    with pytest.raises(ValueError, match="timestep \\[333\\] is not an input of a layer"):
-        scheduler.step(output, 333, sample)
-    scheduler.register_to_config(layer_timesteps=None)
-    scheduler.set_timesteps(timesteps=[440, 220])
-    assert scheduler.step(output, 333, sample).prev_sample.isfinite().all()
+    for grid in (None, [440, 220, -1], None):
+        scheduler.register_to_config(layer_timesteps=grid)
+        scheduler.set_timesteps(timesteps=[440, 220])
+        if grid is None:
+            assert scheduler.step(output, 333, sample).prev_sample.isfinite().all()
+        else:
+            with pytest.raises(ValueError, match="timestep \\[333\\] is not an input of a layer"):
+                scheduler.step(output, 333, sample)
 
 
 def test_a_begin_index_changes_no_step_and_is_that_of_a_layer():
     scheduler = HSIVIScheduler(layer_timesteps=GRID)
     before = walk(scheduler)
-    scheduler.set_begin_index(3)
-    assert torch.equal(walk(scheduler), before)
     scheduler.set_begin_index(4)
+    assert torch.equal(walk(scheduler), before)
     with pytest.raises(ValueError, match="begin_index=5, but there are 5 layers"):
         scheduler.set_begin_index(5)
-
-
-def test_the_timesteps_go_to_the_device_asked_for():
-    for scheduler, count in ((HSIVIScheduler(layer_timesteps=GRID), None), (HSIVIScheduler(), 5)):
-        scheduler.set_timesteps(count, device="meta")
-        assert scheduler.timesteps.device.type == "meta"
-
-
-def test_schedulers_share_no_state():
-    one, two = ready(HSIVIScheduler()), HSIVIScheduler()
-    before = walk(one)
-    two.set_timesteps(7)
-    two.set_begin_index(2)
-    two.alphas_cumprod.zero_()
-    assert len(one.timesteps) == 5
-    assert torch.equal(walk(ready(one)), before)
-
-
-@pytest.mark.parametrize("timestep", [1000, -1])
-def test_a_timestep_off_the_clock_is_refused(timestep):
-    output, sample, _ = tensors()
-    with pytest.raises((ValueError, IndexError)):
-        ready(HSIVIScheduler()).step(output, timestep, sample)
 
 
 # ----- a step -----
@@ -336,15 +293,16 @@ def test_a_timestep_off_the_clock_is_refused(timestep):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{"layer_timesteps": [997, 300, 2, 1], "noise_scale": [0.5, 0.6, 0.7]}, {}])
-def test_a_timestep_is_a_number_or_a_tensor_of_any_kind_and_the_dtype_stays(options, dtype):
+@pytest.mark.parametrize("pixels", [None, torch.ones(1, 3, 8, 8)], ids=["config", "per_pixel"])
+def test_a_timestep_is_a_number_or_a_tensor_of_any_kind_and_the_dtype_stays(options, dtype, pixels):
     scheduler = ready(HSIVIScheduler(noise_eta=1.0, thresholding=not options, **options))
     output, sample, noise = tensors(dtype)
     for timestep in [*scheduler.timesteps.tolist(), *([] if options else [555])]:
-        wanted = scheduler.step(output, timestep, sample, variance_noise=noise)
+        wanted = scheduler.step(output, timestep, sample, variance_noise=noise, noise_scale=pixels)
         assert wanted.prev_sample.dtype == wanted.pred_original_sample.dtype == dtype
         scalar = torch.tensor(timestep)
         for given_as in (np.int64(timestep), scalar, scalar[None], scalar.int(), scalar.float(), scalar.repeat(4)):
-            step = scheduler.step(output, given_as, sample, variance_noise=noise)
+            step = scheduler.step(output, given_as, sample, variance_noise=noise, noise_scale=pixels)
             for name, value in step.items():
                 torch.testing.assert_close(value, wanted[name], rtol=1e-9, atol=1e-9)
 
@@ -356,6 +314,7 @@ def test_a_step_keeps_any_shape_and_drops_the_learned_variance(shape):
     for timestep in (800, torch.full(shape[:1], 32)):
         step = scheduler.step(output, timestep, sample, variance_noise=noise)
         wide = scheduler.step(torch.cat([output, variance], dim=1), timestep, sample, variance_noise=noise)
+        assert isinstance(step, HSIVISchedulerOutput)
         assert step.prev_sample.shape == step.pred_original_sample.shape == shape
         assert torch.equal(wide.prev_sample, step.prev_sample)
         assert step[0] is step["prev_sample"] is step.to_tuple()[0] is step.prev_sample
@@ -371,6 +330,9 @@ def test_noising_and_velocity_keep_the_dtype_and_are_those_of_ddpm(dtype):
             assert got.dtype == dtype
             assert torch.equal(got, getattr(stock, name)(clean, noise, timesteps))
     assert ours.alphas_cumprod.dtype == torch.float32
+    assert torch.equal(ours.add_noise(clean, noise, torch.tensor([-1])), clean)
+    assert ours.scale_model_input(clean, 3) is clean
+    assert (ours.init_noise_sigma, len(ours)) == (1.0, 1000)
 
 
 def test_the_last_layer_draws_nothing_and_repeats_itself():
@@ -380,16 +342,6 @@ def test_the_last_layer_draws_nothing_and_repeats_itself():
     assert torch.equal(scheduler.step(output, 32, sample).prev_sample, step)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(scheduler.step(output, torch.full((4,), 32), sample).prev_sample, step)
-
-
-def test_attributes_are_those_of_the_object_then_of_the_config_and_no_others(recwarn):
-    scheduler = HSIVIScheduler(kernel="renoise")
-    scheduler.own = 5
-    assert (scheduler.own, len(recwarn)) == (5, 0)
-    with pytest.warns(FutureWarning, match="Accessing config attribute `kernel` directly"):
-        assert scheduler.kernel == "renoise"
-    with pytest.raises(AttributeError, match="'HSIVIScheduler' object has no attribute 'sigmas'"):
-        scheduler.sigmas  # noqa: B018
 
 
 # ----- the law -----

@@ -3,7 +3,7 @@
 Reads a request of JSON on each line of its input: `arguments`, `processes`, `environment`, and `kill`. That is null, or
 {"after": seconds}, for SIGKILL from here, or {"point": ..., "step": ...}, for a child that kills itself while it saves
 the checkpoint of a step (see POINTS) or, if the point is the name of a signal, sends itself that after a step, or, if
-it is "collapse", has a student that draws black. Answers
+it is "collapse", has a student that draws black, or, if it is "see damage", takes that checkpoint for damaged. Answers
 with the exit statuses of the children, minus the signal where there was one, and with the last lines that each printed.
 """
 
@@ -31,8 +31,8 @@ GRACE = 1  # seconds that the other children have after one died
 
 # Function before which the child dies, and the path it is called with.
 POINTS = {
-    "state": (state, "save_file", r"partial-{step}/chains"),  # the parts are saved
-    "half a file": (state, "save_file", r"partial-{step}/chains"),
+    "state": (state, "save_tensors", r"partial-{step}/chains"),  # the parts are saved
+    "half a file": (state, "save_tensors", r"partial-{step}/chains"),
     "half a part": (state_dicts, "save_file", r"partial-{step}/average"),
     "chains": (checkpoints, "write_json", r"partial-{step}/progress.json$"),
     "progress": (checkpoints, "replace_folder", r"partial-{step}$"),
@@ -86,6 +86,12 @@ def collapse(name, step):
     progress.Progress._draw_student = lambda run, size: 0 * run._teacher_row.repeat(size // columns, 1, 1, 1)
 
 
+def see_damage(name, step):
+    """Has this process read damage in the checkpoint of a step."""
+    find = checkpoints.find_damage
+    checkpoints.find_damage = lambda path: "damaged" if path.name == f"checkpoint-{step}" else find(path)
+
+
 def start(rank, request, port, log):
     """Forks a child that runs `hsivi distil` as one of the processes of a launcher."""
     child = os.fork()
@@ -101,7 +107,11 @@ def start(rank, request, port, log):
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(request["processes"])}
         kill = request["kill"] or {}
         if "point" in kill and rank == kill.get("rank", 0):
-            acts = {**dict.fromkeys(signal.Signals.__members__, send_signal), "collapse": collapse}
+            acts = {
+                **dict.fromkeys(signal.Signals.__members__, send_signal),
+                "collapse": collapse,
+                "see damage": see_damage,
+            }
             act = acts.get(kill["point"], arrange_death)
             act(kill["point"], kill["step"])
         cli.distil(request["arguments"])

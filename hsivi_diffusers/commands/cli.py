@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..runs.artifacts import ADAPTER, SAMPLERS, pipeline_of, read_record, sample_grids
+from ..runs.artifacts import holds_pipeline, pipeline_of, read_record, sample_grids
 from ..runs.options import did_you_mean, option
 from .options import parse_options, print_error, run_command, with_dashes
 from .sample import sample  # torch and diffusers, which take seconds, are imported by what needs them
@@ -245,17 +245,14 @@ def push_run(args: Sequence[str]) -> None:
     if not (options.run_dir or options.pipeline):
         raise ValueError("--run_dir is missing: give the folder of a run, or --pipeline FOLDER")
     folder = Path(options.pipeline) if options.pipeline else pipeline_of(options.run_dir)
-    if not any((folder / each).is_file() for each in SAMPLERS):
+    if not holds_pipeline(folder):
         raise ValueError(f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline")
-    from diffusers import DiffusionPipeline
-
     from ..share.push import push
 
-    pipeline = folder if (folder / ADAPTER).is_file() else DiffusionPipeline.from_pretrained(folder)
     settings = {name: getattr(options, name) for name in ("run_dir", "base_model", "license", "fp16")}
     settings |= {"revision": options.hub_revision, **options.settings()}
     with hub_errors_as_oserror():
-        url = push(pipeline, options.hub_model_id, **settings)
+        url = push(folder, options.hub_model_id, **settings)
     print(f"pushed to {url}")
 
 

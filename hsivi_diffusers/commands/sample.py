@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..runs.artifacts import PROMPTS, SAMPLERS, folder_of_run, pipeline_of, read_prompts, read_record, run_of
+from ..runs.artifacts import PROMPTS, folder_of_run, holds_pipeline, pipeline_of, read_prompts, read_record, run_of
 from ..runs.bars import bar
 from ..runs.folders import check_output_dir, check_spelling, claim_output_dir, near_folder
 from ..runs.options import option
@@ -189,7 +189,7 @@ def folder_of_pipeline(name: str | None) -> Path | str:
     folder = pipeline_of(name)
     if not folder.is_dir():
         return name
-    if not any((folder / each).is_file() for each in SAMPLERS):
+    if not holds_pipeline(folder):
         raise ValueError(
             f"--pipeline {name} holds no pipeline: give the folder of a pipeline or of a finished run; an unfinished "
             "run is resumed by `hsivi distil`"

@@ -280,12 +280,12 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
         os.environ.pop(name, None)
     print(f"planning {teacher} from its configs: no weights are loaded", file=sys.stderr, flush=True)
     known = make_teacher(teacher, revision)
-    vae = _bytes(known.decoder_weights())
+    decoder = _bytes(known.decoder_weights())
     check_prompts(known.takes_text, config.prompts)
     cost, (speed, clock) = measure(teacher, revision, config), seconds_per_flop(known, config)
     seconds = speed * cost.flops
-    cost.memory |= {"VAE": vae} if vae else {}
-    cost.written["pipeline"] += 0 if cost.adapted else vae
+    cost.memory |= {"VAE": decoder} if decoder else {}
+    cost.written["pipeline"] += 0 if cost.adapted else decoder
     calls = ", ".join(f"{name} {number:.1f}" for name, number in cost.calls.items())
     lines = [
         f"{teacher}, {', '.join(map(str, config.depths))} steps, preset {config.preset}: "

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from ..runs.artifacts import COLUMNS
+from ..runs.artifacts import GRID_COLUMNS as COLUMNS
 from ..runs.bars import bar
 from ..runs.folders import write_text
 from ..runs.page import LOG, REFRESH, read_log, write_page

@@ -15,11 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..runs.folders import remove_folder, replace_folder
-from ..runs.state_dicts import TrainedWeights
+from ..runs.state_dicts import TrainedWeights, load_tensors, save_tensors
 from ..scheduling_hsivi import HSIVIScheduler
 from ..teachers.adapters import has_adapter, share
 from ..teachers.levels import clock_of
@@ -300,13 +299,13 @@ class TrainingState:
     def save_state(self, folder: Path) -> None:
         """Writes the chains of this process into a checkpoint."""
         for path, chain in zip(self._chain_paths(folder), self.chains, strict=True):
-            save_file(chain.state_dict(), path)
+            save_tensors(chain.state_dict(), path)
 
     def load_state(self, folder: Path) -> None:
         """Restores the chains of this process, and moves the averages from the CPU."""
         self.ema.to(self.accelerator.device)
         for path, chain in zip(self._chain_paths(folder), self.chains, strict=True):
-            chain.load_state_dict(load_file(path))
+            chain.load_state_dict(load_tensors(path))
 
     def _chain_paths(self, folder: Path) -> list[Path]:
         return [folder / f"chains-{self.first_micro_batch + place}.safetensors" for place in range(len(self.chains))]

@@ -20,10 +20,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers import DiffusionPipeline
 
-from ..runs.artifacts import PROMPTS
+from ..runs.artifacts import PROMPTS, read_record
 from ..runs.checkpoints import Checkpoints
 from ..runs.folders import remove_folder, write_json, write_text
-from ..runs.output import Output, check_init_from, check_teacher, claimed, finished, start_run
+from ..runs.output import Output, check_init_from, check_inputs, claimed, finished, start_run
 from ..runs.page import LOG, PAGE, write_page
 from ..share.push import push
 from ..teachers.adapters import has_adapter
@@ -98,10 +98,15 @@ class HSIVITrainer:
         config.check()
         check_objective(objective, config)
         adam_of(config)  # refused now, and not after the teacher is loaded
+        name = os.fspath(teacher) if isinstance(teacher, str | os.PathLike) else None
+        inputs: dict[str, Any] = {"pretrained_teacher_model": name}
+        inputs["prompts"] = config.prompts if isinstance(config.prompts, str) else None
         if config.init_from is not None:
             check_init_from(Path(config.init_from))
+            inputs["init_from"] = Path(config.init_from) / "pipeline"
+        if config.output_dir is not None:
+            check_inputs(Output(config.output_dir), WRITTEN, **inputs)
         loaded = load_teacher(teacher, revision)
-        name = os.fspath(teacher) if isinstance(teacher, str | os.PathLike) else None
         self.teacher = {"pretrained_teacher_model": name, "revision": revision}
         self.callbacks = list(callbacks)
         self.accelerator = make_accelerator(config)
@@ -145,7 +150,6 @@ class HSIVITrainer:
         anew = config.overwrite_output_dir and resume_from_checkpoint is None
         limits = (config.checkpointing_steps, config.checkpoints_total_limit)
         run = Output(config.output_dir, anew, resume_from_checkpoint, *limits)
-        check_teacher(run, self.teacher["pretrained_teacher_model"], WRITTEN)
         with ExitStack() as stack:
             if main:  # now, for later a refusal would cost a training or an earlier run
                 stack.enter_context(claimed(run))
@@ -161,7 +165,7 @@ class HSIVITrainer:
                 raise ValueError("this trainer has trained, and there is no checkpoint: make a new HSIVITrainer")
             self._has_trained = True
             if config.report_to:
-                self.accelerator.init_trackers("hsivi")
+                stack.enter_context(trackers(self.accelerator, {**self.teacher, **config.record()}))
             if main and self.state.teacher.takes_text:  # a run that is refused keeps its own
                 write_text(checkpoints.output_dir / PROMPTS, "\n".join(self.state.teacher.conditions.prompts) + "\n")
             if start >= config.max_train_steps:
@@ -169,9 +173,8 @@ class HSIVITrainer:
             with signals_as_trigger(self.accelerator), self.state.counting_rows() as rows:
                 seconds = self._run(checkpoints, start, spent)
             record = checkpoints.output_dir / "training.json"
-            if start >= config.max_train_steps and record.exists():
-                summary = json.loads(record.read_text(encoding="utf-8"))
-            else:
+            summary = read_record(record) if start >= config.max_train_steps and record.exists() else {}
+            if "seconds" not in summary:
                 summary = self._summarise(start, seconds, sum(rows.values()) * self.accelerator.num_processes)
             if main:
                 self.state.save(checkpoints.output_dir)
@@ -283,6 +286,20 @@ def make_accelerator(config: HSIVIConfig) -> Accelerator:
             "which accelerate keeps: give that precision, or start a new process"
         )
     return accelerator
+
+
+@contextmanager
+def trackers(accelerator: Accelerator, options: dict[str, Any]) -> Iterator[None]:
+    """Starts the trackers of a run with its options, and ends them if it fails or is interrupted."""
+    plain = (bool, int, float, str, type(None))  # what trackers accept
+    config = {name: value if isinstance(value, plain) else json.dumps(value) for name, value in options.items()}
+    accelerator.init_trackers("hsivi", config=config)
+    try:
+        yield
+    except BaseException:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        raise
 
 
 @contextmanager

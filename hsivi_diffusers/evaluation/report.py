@@ -12,7 +12,7 @@ import torch
 
 from ..runs.artifacts import read_record
 from ..runs.folders import write_json, write_text
-from ..runs.measures import HALVES, MEASURES, REPORTED, written
+from ..runs.measures import HALVES, MEASURES, REPORTED, format_measure
 from .figures import draw_curves, draw_samples
 from .metrics import Measures
 from .pages import measured_on, write_table
@@ -115,12 +115,12 @@ class Report:
         heads = ["NFE", "method", *measures, "images", "train seed", "eval seed", "training s", "grid"]
         lines: list[list[Any]] = []
         if self.floor:
-            lines.append(["", HALVES, *(written(name, self.floor[name]) for name in names), *[""] * 5])
+            lines.append(["", HALVES, *(format_measure(name, self.floor[name]) for name in names), *[""] * 5])
         for row in sorted(self.rows, key=lambda row: (row["nfe"], row.get(self.headline, math.inf))):
             method, seed, seconds = row["method"], "", ""
             if method == OURS:
                 method, seed, seconds = f"**{OURS}**", row["train_seed"], format(row["train_seconds"], ".0f")
-            cells = [written(name, row[name]) if name in row else "-" for name in names]
+            cells = [format_measure(name, row[name]) if name in row else "-" for name in names]
             if "not_finite" in row:
                 cells[0] = f"{row['not_finite']} images are not finite"
             lines.append([row["nfe"], method, *cells, row["num_samples"], seed, row["eval_seed"], seconds, row["grid"]])
@@ -144,7 +144,7 @@ class Report:
         baselines = self._measured([row for row in self.rows if row["method"] != OURS])
 
         def value(row: dict[str, Any]) -> str:
-            return written(self.headline, row[self.headline]) if self.headline in row else "not finite"
+            return format_measure(self.headline, row[self.headline]) if self.headline in row else "not finite"
 
         compared = f"{MEASURES[self.headline].head} {value(ours)} at {ours['nfe']} network calls"
         if equal := [row for row in baselines if row["nfe"] == ours["nfe"]]:

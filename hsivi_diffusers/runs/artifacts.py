@@ -1,6 +1,7 @@
-"""What a run left: the folder of its sampler, and what its card tells."""
+"""Files of a run: prompts, records, sample grids and figures, and the folder of its pipeline."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,29 @@ from PIL import Image
 
 ADAPTER = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` of diffusers looks for
 PROMPTS = "prompts.txt"  # in the folder of a run
-COLUMNS = 8  # of a sample grid
-WIDEST = 1600  # pixels of a sample grid in a card
-SAMPLERS = ("model_index.json", ADAPTER)  # one of them is in the folder of a sampler
+GRID_COLUMNS = 8  # of a sample grid
+CARD_GRID_WIDTH = 1600  # pixels of a sample grid in a card, at most
+NUMBERS = ("seconds", "network_calls", "peak_memory_mib", "processes")  # of training.json
 
 
 def read_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """Returns prompts that are given as a list, or as the path of a text file with one in a line.
+    """Returns the prompts of a list, or of a text file with one prompt per line.
 
     Raises:
-        ValueError: There is no such file, it is no text, or there are no prompts.
+        ValueError: There is no such file, it is not text, a prompt of a list has a line break, or there are no prompts.
     """
-    accepted = "give the path of a text file with one prompt in a line, or from Python a list"
-    texts = [prompts] if isinstance(prompts, str) else prompts
+    accepted = "give the path of a text file with one prompt per line, or from Python a list"
+    texts = prompts
     if isinstance(prompts, str):
         if not Path(prompts).is_file():
             raise ValueError(f"prompts={prompts!r} is no file: {accepted}")
         try:
-            texts = Path(prompts).read_text(encoding="utf-8").splitlines()
+            texts = Path(prompts).read_bytes().decode("utf-8-sig").split("\n")  # splitlines() splits at U+2028, too
         except UnicodeDecodeError as error:
             raise ValueError(f"prompts={prompts!r} is no text in UTF-8 ({error}): {accepted}") from error
     found = [stripped for text in texts if (stripped := text.strip())]
+    if broken := next((text for text in found if re.search("[\r\n]", text)), None):
+        raise ValueError(f"the prompt {broken!r} has a line break: give each prompt in one line")
     if not found:
         raise ValueError(f"prompts={prompts!r} has no text: {accepted}")
     return found
@@ -38,13 +41,22 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
 def read_record(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file of a run, or refuses, with ValueError, a damaged one."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:  # no JSON, no text, or no object
+        record = dict(json.loads(path.read_text(encoding="utf-8")))
+        for name in NUMBERS:
+            if not isinstance(record.get(name), int | float | None):
+                raise TypeError(f"{name} is not a number")
+    except (ValueError, TypeError) as error:  # not JSON, not text, not an object
         raise ValueError(f"{path} is damaged ({error}): make it again, or remove it") from error
+    return record
+
+
+def holds_pipeline(folder: Path) -> bool:
+    """Whether a folder holds a saved pipeline, or a LoRA."""
+    return any((folder / name).is_file() for name in ("model_index.json", ADAPTER))
 
 
 def pipeline_of(name: str) -> Path:
-    """The folder of a pipeline, where that of a run may be given."""
+    """The folder of a pipeline, by its name or that of its run."""
     inside = Path(name) / "pipeline"
     return inside if inside.is_dir() else Path(name)
 
@@ -56,7 +68,7 @@ def folder_of_run(name: str) -> Path:
 
 
 def run_of(name: str) -> dict[str, Any]:
-    """What a pipeline was trained with, empty without a run."""
+    """The options that a pipeline was trained with, empty without a run."""
     record = folder_of_run(name) / "options.json"
     return read_record(record) if record.is_file() else {}
 
@@ -68,26 +80,29 @@ def sample_grids(run_dir: Path) -> dict[int, Path]:
 
 
 def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:
-    """Reads what a run left for its card: options, training and report, empty where missing; figures and prompts.
+    """Reads what a model card shows of a run.
 
-    The figures are samples and curve of the report, and the last sample grid; the prompts are those of its columns.
+    Args:
+        run_dir: Folder of the run; None for no run.
+        grid: `layer_timesteps` of the pipeline that is pushed.
 
-    The grid, or the list of grids, is that of the pipeline that is pushed.
+    Returns:
+        The records "options", "training" and "report", empty where missing, and what there is of the images "samples",
+        "curve" and "grid" (the last sample grid) and of "prompts", those of the columns of the grid.
 
     Raises:
         ValueError: `run_dir` is not the folder of a run, or is that of another sampler, or a file in it is damaged, or
             a figure is a link.
     """
-    if run_dir is not None and not Path(run_dir).is_dir():
-        raise ValueError(
-            f"run_dir={str(run_dir)!r} is not a folder: give the folder of a run of `hsivi distil`, or None"
-        )
     run: dict[str, Any] = {name: {} for name in ("options", "training", "report")}
     if run_dir is None:
         return run
-    if not any((Path(run_dir) / f"{name}.json").is_file() for name in run):
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise ValueError(f"run_dir={str(run_dir)!r} is not a folder: give that of a run of `hsivi distil`, or None")
+    if not any((folder / f"{name}.json").is_file() for name in run):
         raise ValueError(f"run_dir={str(run_dir)!r} holds no run: give the folder that `hsivi distil` wrote, or None")
-    config = Path(run_dir) / "pipeline" / "scheduler" / "scheduler_config.json"
+    config = folder / "pipeline" / "scheduler" / "scheduler_config.json"
     theirs = read_record(config).get("layer_timesteps") if config.is_file() else grid
     if grid is not None and list(grid) != theirs:
         raise ValueError(
@@ -95,26 +110,26 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
             f"{list(grid)}: give its own run, or None"
         )
     for name in run:
-        path = Path(run_dir) / f"{name}.json"
+        path = folder / f"{name}.json"
         run[name] = read_record(path) if path.is_file() else {}
-    figures = {name: Path(run_dir) / f"{name}.png" for name in ("samples", "curve")}
-    if grids := sample_grids(Path(run_dir)):
+    figures = {name: folder / f"{name}.png" for name in ("samples", "curve")}
+    if grids := sample_grids(folder):
         figures["grid"] = [*grids.values()][-1]
-    prompts = Path(run_dir) / PROMPTS
+    prompts = folder / PROMPTS
     if run["options"].get("prompts") and prompts.is_file() and not prompts.is_symlink():
-        told = read_prompts(str(prompts))
-        shares = run["options"].get("class_shares") or [1.0] * len(told)  # a column has a prompt that was trained
-        run["prompts"] = [prompt for prompt, share in zip(told, shares, strict=False) if share][:COLUMNS]
+        texts = read_prompts(str(prompts))
+        shares = run["options"].get("class_shares") or [1.0] * len(texts)  # a column has a prompt that was trained
+        run["prompts"] = [text for text, share in zip(texts, shares, strict=False) if share][:GRID_COLUMNS]
     run |= {name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()}
     if "grid" in run:
-        run["grid"].thumbnail((WIDEST, WIDEST))
+        run["grid"].thumbnail((CARD_GRID_WIDTH, CARD_GRID_WIDTH))
     return run
 
 
 def _read_figure(path: Path) -> Image.Image:
     """Returns the pixels of an image and nothing else of the file."""
     if path.is_symlink():
-        raise ValueError(f"{path} is a link, and what it leads to would be public: put the image there, or remove it")
+        raise ValueError(f"{path} is a link, and its target would be public: put the image there, or remove it")
     try:
         with Image.open(path) as image:
             pixels = image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Progress bars with the time left, for a terminal, a notebook and a log file."""
+"""Progress bars for a terminal, a notebook and a log file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, TextIO
 from tqdm import auto, autonotebook, std
 
 SECONDS = 30  # from one line of a log to the next
-CONTROL = re.compile(r"\x1b\[[A-Z]|[\r\n]")  # what moves the cursor
+CONTROL = re.compile(r"\x1b\[[A-Z]|[\r\n]")  # moves the cursor
 
 
 class _Lines:
-    """A stream that gets each state of a bar as a line of its own."""
+    """A stream that writes each state of a bar as a line."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -27,9 +27,9 @@ class _Lines:
         self.stream.flush()
 
 
-def bar(iterable: Iterable[Any] | None = None, desc: str | None = None, **given: Any) -> std.tqdm[Any]:
-    """Returns a bar of tqdm, of the same arguments; where stderr is a file, it has a line every 30 seconds."""
+def bar(iterable: Iterable[Any] | None = None, desc: str | None = None, **options: Any) -> std.tqdm[Any]:
+    """Returns a bar of tqdm, with its arguments; where stderr is a file, the bar prints a line every 30 seconds."""
     if sys.stderr.isatty() or autonotebook.tqdm is not std.tqdm:
-        return auto.tqdm(iterable, desc, **given)
+        return auto.tqdm(iterable, desc, **options)
     lines: Any = _Lines(sys.stderr)
-    return std.tqdm(iterable, desc, file=lines, mininterval=SECONDS, maxinterval=2 * SECONDS, **given)
+    return std.tqdm(iterable, desc, file=lines, mininterval=SECONDS, maxinterval=2 * SECONDS, **options)

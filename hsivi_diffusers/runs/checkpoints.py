@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash at any moment: complete under their name or absent, and verified on loading."""
+"""Checkpoints that survive a crash at any moment: complete or absent, and verified when they are loaded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from .folders import remove_folder, replace_folder, write_json, write_text
@@ -17,11 +18,13 @@ from .state_dicts import load_state_dict, random_state, save_state_dict, set_ran
 
 
 class State(Protocol):
-    """What is trained.
+    """The state of a training.
 
-    Its `parts` have a `state_dict` that is the same in all processes, by the name of their file; `save_state` writes
-    what only this process has, and `load_state` restores it when the parts were restored, on the CPU. `check_finite`
-    raises an error if a weight is not finite after so many updates.
+    Attributes:
+        parts: Modules, optimizers and others with a `state_dict` that is the same in all processes, by file name.
+
+    `save_state` writes what only this process has, and `load_state` restores it, on the CPU, after the parts.
+    `check_finite` raises an error if a weight is not finite; `step` is the number of updates, for its message.
     """
 
     parts: dict[str, Any]
@@ -38,13 +41,15 @@ class Checkpoints:
 
     Each holds the parts of the state as safetensors, what the state saves, the generators of each process as JSON, and
     progress.json, written last: updates done, seconds spent, number of micro-batches, the identity of the run, and the
-    SHA-256 of every other file. The seal finds damage; it is no signature. No pickle is written or read.
+    SHA-256 of every other file, which finds damage and is no signature. No pickle is written or read.
+
+    All processes must see the same output folder.
 
     Args:
-        run: Where to write to, and what to continue from.
+        run: Output folder, and the checkpoint to resume from.
         accelerator: Of the process.
-        state: What is trained.
-        identity: Options and hash of the teacher, which a run that continues must have in common with the one before.
+        state: State of the training.
+        identity: Options and hash of the teacher, which a resumed run must have in common with the earlier one.
         complete: See `start_run`.
     """
 
@@ -67,7 +72,8 @@ class Checkpoints:
         """Saves the state after `step` updates, under its final name only when it is all on the disk.
 
         Raises:
-            ValueError: The output folder was moved or deleted since the run began. Errors of `State.check_finite`.
+            ValueError: The output folder was moved or deleted since the run began, or not all processes see it.
+            OSError: The disk is full.
         """
         self.state.check_finite(step)
         final, partial = self.folder / f"checkpoint-{step}", self.folder / f"partial-{step}"
@@ -81,7 +87,7 @@ class Checkpoints:
             for name, part in self._parts().items():
                 save_state_dict(part.state_dict(), partial / f"{name}.safetensors")
         self.accelerator.wait_for_everyone()
-        partial.mkdir(parents=True, exist_ok=True)  # on a machine whose folders are its own
+        self._check_shared(partial)
         self.state.save_state(partial)
         write_text(partial / self.random, json.dumps(random_state(self.accelerator.device)))
         self.accelerator.wait_for_everyone()
@@ -110,17 +116,23 @@ class Checkpoints:
     def load(self) -> tuple[int, float]:
         """Restores what --resume_from_checkpoint names; returns updates done and seconds spent.
 
-        `latest` takes the newest checkpoint that is whole. What a killed run left half written is removed.
+        `latest` is the newest checkpoint that is whole. Unfinished checkpoints of a killed run are removed.
 
         Raises:
-            ValueError: The checkpoint is missing or damaged, or this run cannot continue from it.
+            ValueError: The checkpoint is missing or damaged, or this run cannot continue from it, or not all processes
+                see it.
         """
         if self.accelerator.is_main_process and self.folder.is_dir():
             for stale in filter(is_partial, self.folder.iterdir()):
                 remove_folder(stale)
         self.accelerator.wait_for_everyone()
-        if (path := self._choose()) is None:
+        choice = [self._choose() if self.accelerator.is_main_process else None]
+        path, error = broadcast_object_list(choice)[0]
+        if error is not None:
+            raise ValueError(error)
+        if path is None:
             return 0, 0.0
+        self._check_shared(path)
         progress = read_progress(path)
         self._check(path, progress)
         for name, part in self._parts().items():
@@ -132,11 +144,6 @@ class Checkpoints:
 
     def _check(self, path: Path, progress: Mapping[str, Any]) -> None:
         """Refuses a checkpoint that this run cannot continue from."""
-        if "identity" not in progress:
-            raise ValueError(
-                f"{path} was written by an earlier version and holds pickles, which can run code and are not read: "
-                f"finish the run with the version that wrote it, or {ANEW}"
-            )
         if changed := differences(self.complete(progress["identity"]), self.identity):
             raise ValueError(
                 f"{path} is of a run with another teacher or other options ({changed}): give those it had, or {ANEW}"
@@ -151,25 +158,31 @@ class Checkpoints:
         if self.accelerator.scaler is not None and not (path / "scaler.safetensors").is_file():
             raise ValueError(f"{path} was not trained in fp16 and has no loss scale: resume it with another precision")
 
-    def _choose(self) -> Path | None:
+    def _choose(self) -> tuple[Path | None, str | None]:
+        """The checkpoint to resume from, if any, and an error, if any; all processes take what the main one chooses."""
         name = self.run.resume_from_checkpoint
         if name is None:
-            return None
+            return None, None
         if name != "latest":
-            if damage := find_damage(Path(name)):
-                raise ValueError(f"--resume_from_checkpoint {damage}: name one of {self.folder}, or latest")
-            return Path(name)
+            damage = find_damage(Path(name))
+            return Path(name), damage and f"--resume_from_checkpoint {damage}: name one of {self.folder}, or latest"
         damages = []
         for path in reversed(finished(self.output_dir)):
             if (damage := find_damage(path)) is None:
-                return path
+                return path, None
             self.accelerator.print(f"passed over: {damage}")
             damages.append(damage)
-        if damages:
-            raise ValueError(f"no checkpoint of {self.folder} is whole ({'; '.join(damages)}): {ANEW}")
-        return None
+        return None, f"no checkpoint of {self.folder} is whole ({'; '.join(damages)}): {ANEW}" if damages else None
+
+    def _check_shared(self, path: Path) -> None:
+        """Refuses a process that does not see a folder of the main process."""
+        if not path.is_dir():
+            raise ValueError(
+                f"process {self.accelerator.process_index} does not see {path}, which the first process wrote: give an "
+                "--output_dir that all machines of the run share"
+            )
 
 
 def _place(path: Path) -> tuple[int, int] | None:
-    """What tells a folder from another one of the same path, or None if there is none."""
+    """Identifies a folder, also after it was moved; None if there is none."""
     return (path.stat().st_dev, path.stat().st_ino) if path.is_dir() else None

@@ -1,4 +1,4 @@
-"""Folders that nothing is lost from: claimed before they are written to, and whole or absent afterwards."""
+"""Output folders and files: claimed and locked before they are written, and replaced as a whole."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOCK = ".lock"  # file in a folder that is locked; it stays there
 
 
 def check_output_dir(output_dir: str | None, keep: bool) -> Path:
-    """The output folder; `keep` tells that the user resumes or overwrites, so that it may hold something.
+    """Returns the output folder, which must be empty or new unless `keep` is true.
 
     Raises:
         ValueError: No folder was named, it is a file, or it is not empty and `keep` is false.
@@ -47,10 +47,10 @@ def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
 
 @contextmanager
 def sole_writer(path: Path, timeout: float = 0) -> Iterator[None]:
-    """Keeps other processes of this program out of a folder, for as long as it lasts and the process lives.
+    """Locks a folder against other runs until the context ends or the process dies.
 
     Raises:
-        ValueError: Another one is at work in it, also after the timeout, in seconds; below 0 it waits forever.
+        ValueError: Another run holds the lock, also after `timeout` seconds; a negative timeout waits forever.
     """
     lock = FileLock(path / LOCK, timeout=timeout)
     try:
@@ -66,24 +66,28 @@ def sole_writer(path: Path, timeout: float = 0) -> Iterator[None]:
 
 
 def in_turn(path: Path) -> AbstractContextManager[None]:
-    """Lets the processes that work on the files of a folder do so one after the other."""
+    """Locks a folder, and waits for other processes that have locked it."""
     return sole_writer(path, timeout=-1)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file as a whole or not at all; a full disk is an OSError that names it."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file that is there whole or not at all."""
+    """Writes a JSON file, see `write_text`."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Replaces a folder by a finished one, on the disk before it gets its name: a reader never finds half of one."""
+    """Replaces a folder by a finished one, which is synced to the disk first, so that no reader finds half of it."""
     for path in [*new.rglob("*"), new]:
         _to_disk(path)
     retired = _retire(old)
@@ -93,7 +97,7 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder; it is renamed first, so that half of it is never taken for the whole."""
+    """Removes a folder; it is renamed first, so that nobody takes half of it for the whole."""
     shutil.rmtree(_retire(path), ignore_errors=True)
 
 
@@ -107,7 +111,7 @@ def _retire(path: Path) -> Path:
 
 
 def _to_disk(path: Path) -> None:
-    if os.name == "nt":  # has no such call for folders
+    if os.name == "nt":  # which cannot sync a folder
         return
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -117,7 +121,7 @@ def _to_disk(path: Path) -> None:
 
 
 def near_folder(folder: Path, likeness: float = 0.6) -> str:
-    """The end of a message that a folder is missing: what is there under nearly its name, or nothing."""
+    """Ends a message about a missing folder: suggests one of nearly that name, if there is one."""
     if folder.exists() or not folder.parent.is_dir():
         return ""
     names = [each.name for each in folder.parent.iterdir() if each.is_dir()]

@@ -1,11 +1,11 @@
-"""The measures of images, and how they are written in tables, figures and cards."""
+"""The measures of images, and their format in tables, figures and cards."""
 
 from statistics import mean, stdev
 from typing import NamedTuple
 
 
 class Measure(NamedTuple):
-    """How a measure is written in tables and figures."""
+    """Name and format of a measure."""
 
     head: str
     form: str = ".2f"
@@ -31,12 +31,12 @@ MEASURES = {
     "diversity": Measure("diversity", ".3f", higher_is_better=True),
     "nearest": Measure("nearest", ".3f", higher_is_better=True),
 }
-HALVES = "two halves of the reference"  # what is good, in reports, cards and pages
+HALVES = "two halves of the reference"  # the row of the best values that can be expected
 REPORTED = ("kid", "fd", "precision", "recall", "coverage", "pixel_fd", "swd")  # by `hsivi evaluate`
 
 
-def written(name: str, *values: float) -> str:
-    """A measure as it is written in tables: the mean of its values and, of several, their standard deviation."""
+def format_measure(name: str, *values: float) -> str:
+    """Formats a measure: the mean of its values and, of several, their standard deviation."""
     measure = MEASURES[name]
     scaled = [measure.factor * value for value in values]
     spread = f" ± {format(stdev(scaled), measure.form)}" if len(scaled) > 1 else ""

@@ -1,4 +1,4 @@
-"""The folder of a run: claimed before it is written to, with the options of the run and its checkpoints, sealed."""
+"""The output folder of a run: checked and claimed before it is written, with the options and sealed checkpoints."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Output:
 
 
 def check_output(run: Output) -> None:
-    """Refuses numbers below 1, and a run that is to start over and to continue."""
+    """Refuses, with ValueError, numbers below 1, and a run that is to start over and to continue."""
     for name in ("checkpointing_steps", "checkpoints_total_limit"):
         if getattr(run, name) < 1:
             raise ValueError(f"--{name} {getattr(run, name)}: give a number of at least 1")
@@ -48,17 +48,27 @@ def check_output(run: Output) -> None:
         )
 
 
-def check_teacher(run: Output, teacher: str | None, written: Sequence[str]) -> None:
-    """Refuses a teacher in the files and folders that a run writes and so removes, named in its output folder."""
-    if teacher is None:
-        return
-    place, output = Path(teacher).resolve(), Path(str(run.output_dir)).resolve()
-    if place.exists() and {output / name for name in ("checkpoints", *written)} & {place, *place.parents}:
-        raise ValueError(f"--output_dir {run.output_dir} holds the teacher, which would be lost: name another folder")
+def check_inputs(run: Output, written: Sequence[str], **inputs: str | Path | None) -> None:
+    """Refuses, with ValueError, an input that the run would overwrite or remove.
+
+    Args:
+        run: Its output folder need not exist yet.
+        written: Names of the files and folders in the output folder that a run writes, beside `checkpoints`.
+        inputs: By option, the path of a file or folder, or the id of a repo.
+    """
+    output = Path(str(run.output_dir)).resolve()
+    removed = {output / name for name in ("checkpoints", *written)}
+    for name, given in inputs.items():
+        path = Path(given or "").resolve()
+        if given is not None and path.exists() and removed & {path, *path.parents}:
+            raise ValueError(
+                f"{name}={str(given)!r} lies among the files that a run in --output_dir {run.output_dir} removes: name "
+                "another folder"
+            )
 
 
 def check_init_from(run: Path) -> None:
-    """Refuses, with ValueError, a folder that is no finished run."""
+    """Refuses, with ValueError, a folder that is not a finished run."""
     missing = [name for name in ("pipeline", "critic", "options.json") if not (run / name).exists()]
     if missing:
         raise ValueError(f"init_from={str(run)!r} lacks {', '.join(missing)}: give the folder of a finished run")
@@ -71,12 +81,12 @@ def check_place(run: Output) -> Path:
         ValueError: See `check_output_dir`. A resumed run may write to the folder of an earlier one, and any run to that
             of one that stopped before its first checkpoint.
     """
-    place, resumes = Path(str(run.output_dir)), run.resume_from_checkpoint is not None
-    anew = place.is_dir() and _only_started(place)
-    holds_run = (place / "options.json").is_file() or (place / "checkpoints").is_dir()
-    if resumes and place.is_dir() and not anew and not holds_run:
+    path, resumes = Path(str(run.output_dir)), run.resume_from_checkpoint is not None
+    anew = path.is_dir() and _only_started(path)
+    holds_run = (path / "options.json").is_file() or (path / "checkpoints").is_dir()
+    if resumes and path.is_dir() and not anew and not holds_run:
         raise ValueError(
-            f"--output_dir {place} is not empty and holds no run to continue with: name another folder, or pass "
+            f"--output_dir {path} is not empty and holds no run to continue with: name another folder, or pass "
             f"--overwrite_output_dir instead of --resume_from_checkpoint {run.resume_from_checkpoint}"
         )
     return check_output_dir(run.output_dir, run.overwrite_output_dir or resumes or anew)
@@ -84,7 +94,7 @@ def check_place(run: Output) -> Path:
 
 @contextmanager
 def claimed(run: Output) -> Iterator[Path]:
-    """Makes the output folder or refuses, and keeps other processes out of it for as long as it lasts.
+    """Makes the output folder or refuses, and locks it.
 
     Raises:
         ValueError: See `check_place` and `sole_writer`.
@@ -96,7 +106,7 @@ def claimed(run: Output) -> Iterator[Path]:
 
 
 def _only_started(path: Path) -> bool:
-    """Whether a folder holds nothing but the start of a run that stopped before its first checkpoint."""
+    """Whether a folder holds only the start of a run that stopped before its first checkpoint."""
     checkpoints, names = path / "checkpoints", {entry.name for entry in path.iterdir()} - {LOCK}
     unfinished = all(is_partial(entry) for entry in checkpoints.iterdir()) if checkpoints.is_dir() else True
     return unfinished and names <= STARTED and (bool(names & OPTIONS) or not names)
@@ -113,12 +123,12 @@ def start_run(
     """Records the options of a run and removes what an earlier one left, or checks that a resumed run has the same.
 
     Args:
-        run: What was asked for.
-        settings: What decides what is trained.
-        leftovers: What a new run removes, beside `checkpoints`. The first is written when a run has ended.
-        remedy: What else may be done with a run of other options.
+        run: Output folder, and whether to resume.
+        settings: Options that a resumed run must have in common with the earlier one.
+        leftovers: Files and folders that a new run removes, beside `checkpoints`; the first marks the end of a run.
+        remedy: Addition to the message about other options.
         complete: Turns recorded settings into those that a run of today would record.
-        record: What is recorded, the settings and more; the settings by default.
+        record: Written to options.json: the settings and more; by default the settings.
 
     Raises:
         ValueError: A resumed run has other options than before, or it has ended and its checkpoints are gone.
@@ -131,10 +141,10 @@ def start_run(
             else:
                 old.unlink(missing_ok=True)
     else:
-        for place, recorded in _recorded(output_dir, checkpoint):
+        for folder, recorded in _recorded(output_dir, checkpoint):
             if changed := differences(complete(recorded), settings):
                 raise ValueError(
-                    f"{place} holds a run with other options ({changed}): resume with the same ones, name another "
+                    f"{folder} holds a run with other options ({changed}): resume with the same ones, name another "
                     f"--output_dir{remedy}, or {ANEW}"
                 )
     if checkpoint == "latest" and (output_dir / leftovers[0]).exists() and not finished(output_dir):
@@ -146,16 +156,15 @@ def start_run(
 
 
 def _recorded(output_dir: Path, checkpoint: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The settings of the runs to continue with: by options.json, by the seal of a checkpoint if it is missing."""
+    """The folder and settings of the run to resume: from options.json, or from a checkpoint if it is missing."""
     record = output_dir / "options.json"
     if record.is_file():
         yield output_dir, read_record(record)
     if not record.is_file() or checkpoint != "latest":
         named = finished(output_dir)[::-1] if checkpoint == "latest" else [Path(checkpoint)]
         path = next((path for path in named if find_damage(path) is None), None)
-        identity = {} if path is None else read_progress(path).get("identity", {})
-        if path is not None and identity:
-            yield path.parent.parent, identity
+        if path is not None:
+            yield path.parent.parent, read_progress(path)["identity"]
 
 
 # ----- checkpoints as folders -----
@@ -168,12 +177,12 @@ def finished(output_dir: Path) -> list[Path]:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a folder is what a killed run left of a checkpoint."""
+    """Whether a folder is an unfinished or half-removed checkpoint of a killed run."""
     return re.fullmatch(r"partial-[0-9]+|checkpoint-[0-9]+\.retired", path.name) is not None
 
 
 def find_damage(path: Path) -> str | None:
-    """Says what is wrong with a checkpoint, or None if every byte is as it was written."""
+    """Says what is wrong with a checkpoint; None if every byte is as it was written."""
     if not (path / "progress.json").is_file():
         return f"{path} holds no checkpoint"
     try:
@@ -183,6 +192,8 @@ def find_damage(path: Path) -> str | None:
         whole = False
     if not whole:
         return f"{path}/progress.json is damaged"
+    if "identity" not in progress:
+        return f"{path} was written before version 0.2 and holds pickles, which are not read"
     for name, written in progress["files"].items():
         if not (path / name).is_file():
             return f"{path} lacks {name}"
@@ -192,17 +203,17 @@ def find_damage(path: Path) -> str | None:
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """What progress.json of a checkpoint says."""
+    """Reads progress.json of a checkpoint."""
     return dict(json.loads((path / "progress.json").read_text(encoding="utf-8")))
 
 
 def step_of(path: Path) -> int:
-    """Updates that were done at a checkpoint, by its name."""
+    """The number of updates before a checkpoint, by its name."""
     return int(path.name.split("-")[1])
 
 
 def seal(folder: Path, progress: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the SHA-256 of every other file of a folder, and of it all."""
+    """Adds the SHA-256 of every other file of a folder, and of the whole record."""
     files = {
         path.relative_to(folder).as_posix(): _file_digest(path)
         for path in sorted(folder.rglob("*"))

@@ -1,19 +1,42 @@
-"""State dicts on the disk without pickles: tensors as safetensors, the rest as JSON."""
+"""Tensors and state dicts on the disk without pickles: safetensors, with the rest as JSON in the header."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file; a full disk is an OSError that names it."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error}): make room on the disk, or name another folder") from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file, mapped into memory; a damaged one is a ValueError that names it."""
+    with _naming_damage(path):
+        return load_file(path)
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): make it again, or remove it") from error
 
 
 def save_state_dict(state: Mapping[Any, Any], path: Path) -> None:
@@ -22,6 +45,7 @@ def save_state_dict(state: Mapping[Any, Any], path: Path) -> None:
     A tensor is named by its keys, joined by `/`; the rest is JSON in the header, where tuples become lists.
 
     Raises:
+        OSError: The disk is full.
         TypeError: Something else is in it.
     """
     tensors: dict[str, Tensor] = {}
@@ -30,12 +54,16 @@ def save_state_dict(state: Mapping[Any, Any], path: Path) -> None:
     for name, tensor in tensors.items():  # safetensors refuses what is shared, as the codes of 8-bit moments are
         tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
-    save_file(tensors, path, metadata={"rest": rest})
+    save_tensors(tensors, path, {"rest": rest})
 
 
 def load_state_dict(path: Path) -> dict[Any, Any]:
-    """Returns what `save_state_dict` wrote, on the CPU, bit for bit."""
-    with safe_open(path, framework="pt") as file:
+    """Returns what `save_state_dict` wrote, on the CPU, bit for bit.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    with _naming_damage(path), safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # it is no mapping
         state: dict[Any, Any] = _put_tensors(json.loads(file.metadata()["rest"]), tensors)
     return state
@@ -50,7 +78,7 @@ def _take_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         start = f"{name}/" if name else ""
         return {"pairs": [[key, _take_tensors(value, f"{start}{key}", tensors)] for key, value in tree.items()]}
     if isinstance(tree, list | tuple):
-        return [_take_tensors(value, f"{name}/{place}", tensors) for place, value in enumerate(tree)]
+        return [_take_tensors(value, f"{name}/{index}", tensors) for index, value in enumerate(tree)]
     return tree
 
 
@@ -66,7 +94,7 @@ def _put_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 class TrainedWeights:
-    """Those weights of a module that are trained, as a part of a checkpoint: the rest is the teacher's."""
+    """The trainable weights of a module, as a part of a checkpoint; the others are the teacher's."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

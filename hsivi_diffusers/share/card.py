@@ -1,4 +1,4 @@
-"""The model card of a distilled sampler, from the pipeline and the folder of its run: how to use it, how good it is."""
+"""The model card of a distilled sampler, from the pipeline and the folder of its run: usage, quality, training."""
 
 import html
 import math
@@ -13,30 +13,22 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..pipeline_hsivi import HSIVIPipeline, network_calls, one_of
-from ..runs.measures import HALVES, MEASURES, REPORTED, written
+from ..runs.measures import HALVES, MEASURES, REPORTED, format_measure
 
+# Metric types of the model-index.
 DISTANCES = {
     "fd": "frechet_distance",
     "kid": "kid_x_1000",
     "pixel_fd": "pixel_frechet_distance",
     "swd": "sliced_wasserstein_distance",
-}  # of the model-index
-# The options of a run that a reader of its card wants to know.
-TOLD = (
-    "preset",
-    "objective",
-    "scoring",
-    "guidance_scale",
-    "lora_rank",
-    "max_train_steps",
-    "train_batch_size",
-    "learning_rate",
-    "critic_learning_rate",
-    "seed",
+}
+# Options of the run that the card lists.
+OPTIONS = (
+    *("preset", "objective", "scoring", "guidance_scale", "lora_rank", "max_train_steps", "train_batch_size"),
+    *("learning_rate", "critic_learning_rate", "seed"),
 )
-
-BY = (
-    "by hierarchical semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153))."
+METHOD = (
+    "hierarchical semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153))"
 )
 CODE = """\
 ```python
@@ -45,18 +37,18 @@ CODE = """\
 pipeline = {name}.from_pretrained("{repo_id}"{options})
 images = pipeline({inputs}).images
 ```"""
-
 USE = """\
 With the package `hsivi_diffusers` installed (without it, use the code in this repository, below):
 
 {installed}
 
-{more}{without}
+{more}
+
+{without}
 
 {alone}
 
 The number of steps is part of the sampler: {counts}."""
-
 ADAPTER_USE = """\
 ```python
 import torch
@@ -69,29 +61,17 @@ pipeline.scheduler = HSIVIScheduler.from_pretrained("{repo_id}", subfolder="sche
 images = pipeline("a prompt", num_inference_steps={steps}, guidance_scale=1).images
 ```
 
-{guides} Negative prompts have no effect at `guidance_scale=1`. LoRAs of a style go along with it: give each an
-`adapter_name` and choose by `set_adapters`."""
-
+{guidance} Negative prompts have no effect at `guidance_scale=1`. It can be combined with style LoRAs: give each an
+`adapter_name`, and select them with `set_adapters`."""
 WITHOUT = (
     "Without the package, with the code that is in this repository ({files}; read it first). If the repository is "
     "private, log in with `hf auth login` or set `HF_TOKEN`:"
 )
-
-MORE = """\
-After `import hsivi_diffusers`, `DiffusionPipeline.from_pretrained` loads it as well.{half}
-
-{stock}
-
-"""
-
-
-GUIDES = """\
-{why} If the images must be the same each time, call `torch.manual_seed` before, for some pipelines pass no generator to
-the steps.
-
-"""
-TWICE = "Guidance is in the weights: a larger `guidance_scale` would guide a second time."
-NEVER = "It was trained without guidance, so keep `guidance_scale=1`."
+SEEDED = """\
+{guidance} If the images must be the same each time, call `torch.manual_seed` before: some pipelines pass no generator
+to the steps."""
+GUIDED = "Guidance is in the weights: a larger `guidance_scale` would guide a second time."
+UNGUIDED = "It was trained without guidance, so keep `guidance_scale=1`."
 
 
 def is_ours(pipeline: DiffusionPipeline) -> bool:
@@ -108,78 +88,153 @@ def make_card(
     fp16: bool = False,
     drawn: bool = False,
 ) -> ModelCard:
-    """Writes the card from what `read_run` returned; `fp16` and `drawn` tell of half precision and of samples.png."""
-    counts = pipeline.scheduler.depths
+    """Makes the card of a pipeline.
+
+    Args:
+        pipeline: Its scheduler is an `HSIVIScheduler`.
+        repo_id: Repo of the pipeline.
+        run: Returned by `read_run`.
+        base_model: Repo of the teacher.
+        license: Identifier of the licence.
+        fp16: Whether the repo has the weights in half precision, too.
+        drawn: Whether samples.png was drawn by the pipeline, and is not the sample grid of the run.
+    """
+    counts, teacher = pipeline.scheduler.depths, _link(base_model)
     tag = "text-to-image" if hasattr(pipeline, "tokenizer") else "unconditional-image-generation"
-    data = {"pipeline_tag": tag, "license": license, "base_model": base_model}
-    data_used = "with" if run["options"].get("train_data") else "without"  # an earlier version could use some
     sections = [
-        f"A sampler of **{network_calls(counts)}**, distilled from {_link(base_model)} {data_used} training data, {BY}",
+        f"A sampler of **{network_calls(counts)}**, distilled from {teacher} without training data, by {METHOD}.",
         f"![Images drawn by this model, {network_calls(counts[-1:])} each](samples.png)" if drawn else _grid(run),
         f"## Use it\n\n{_usage(pipeline, repo_id, counts, fp16)}",
     ]
-    results = _eval_results(run["report"])
-    return _write(repo_id, pipeline.scheduler, run, sections, (), eval_results=results, **data)
+    return _assemble(
+        repo_id, pipeline.scheduler, run, sections, [], pipeline_tag=tag, license=license, base_model=base_model
+    )
 
 
 def make_adapter_card(
     scheduler: Any, repo_id: str, run: dict[str, Any], base_model: str | None = None, license: str | None = None
 ) -> ModelCard:
-    """Writes the card of a LoRA file with its scheduler, which are loaded into a stock pipeline of the teacher."""
-    counts, guides = scheduler.depths, TWICE if scheduler.guidance_scales else NEVER
-    names = {"base": base_model or "REPO_OF_THE_TEACHER", "repo_id": repo_id, "steps": counts[-1], "guides": guides}
+    """Makes the card of a LoRA with its scheduler, which are loaded into a stock pipeline of the teacher."""
+    counts = scheduler.depths
+    usage = ADAPTER_USE.format(
+        base=base_model or "REPO_OF_THE_TEACHER", repo_id=repo_id, steps=counts[-1], guidance=_guidance(scheduler)
+    )
     sections = [
-        f"A LoRA with which {_link(base_model)} draws in **{network_calls(counts)}**, distilled without images, {BY}",
+        f"A LoRA for {_link(base_model)}, which draws in **{network_calls(counts)}**, distilled without images, by "
+        f"{METHOD}.",
         _grid(run),
-        f"## Use it\n\n{ADAPTER_USE.format(**names)}",
+        f"## Use it\n\n{usage}",
     ]
-    data = {"pipeline_tag": "text-to-image", "license": license, "base_model": base_model}
-    return _write(repo_id, scheduler, run, sections, ["lora"], eval_results=_eval_results(run["report"]), **data)
+    return _assemble(
+        repo_id,
+        scheduler,
+        run,
+        sections,
+        ["lora"],
+        pipeline_tag="text-to-image",
+        license=license,
+        base_model=base_model,
+    )
 
 
-def _grid(run: dict[str, Any]) -> str:
-    """The sample grid that a run drew at its end."""
-    if "grid" not in run:
-        return ""
-    figure = "![First row: the teacher in many steps. Below: this model](samples.png)"
-    text = "First row: the teacher in many steps. Below: this model, from the same noise."
-    if prompts := run.get("prompts"):
-        text += f" The columns are of the prompts {', '.join(_plain(prompt) for prompt in prompts)}, in turn."
-    return f"{figure}\n\n{text}"
+def _assemble(
+    repo_id: str, scheduler: Any, run: dict[str, Any], sections: list[str], tags: Sequence[str], **data: Any
+) -> ModelCard:
+    """Puts the metadata, some sections, and the sections of all cards together."""
+    name = repo_id.split("/")[-1]
+    tags = ["diffusers", "hsivi", "few-step", "distillation", "arxiv:2310.17153", *tags]
+    results = _eval_results(run["report"])
+    head = ModelCardData(library_name="diffusers", model_name=name, tags=tags, eval_results=results, **data)
+    terms = " No licence was stated at the upload; terms of the teacher may apply to this model too."
+    limits = (
+        f"It draws with {network_calls(scheduler.depths)} only. It has the faults and biases of its teacher, and it "
+        "can draw some kinds of images more often than the teacher does: look at many before you rely on their "
+        f"frequencies. It has no content filter.{'' if data['license'] else terms}"
+    )
+    sections = [*sections, f"## Quality\n\n{_quality(run)}", f"## Training\n\n{_training(scheduler, run)}"]
+    body = "\n\n".join(section for section in [f"# {name}", *sections, f"## Limits\n\n{limits}"] if section)
+    return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n")
 
 
 def _link(base_model: str | None) -> str:
     return f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained diffusion model"
 
 
-def _write(
-    repo_id: str, scheduler: Any, run: dict[str, Any], sections: list[str], tags: Sequence[str], **data: Any
-) -> ModelCard:
-    """Writes a card: its metadata, the sections given, and those that all cards have."""
-    name = repo_id.split("/")[-1]
-    tags = ["diffusers", "hsivi", "few-step", "distillation", "arxiv:2310.17153", *tags]
-    head = ModelCardData(library_name="diffusers", model_name=name, tags=tags, **data)
-    last = [
-        f"## Quality\n\n{_quality(run)}",
-        f"## Training\n\n{_training(scheduler, run)}",
-        f"## Limits\n\n{_limits(scheduler.depths, data['license'])}",
-    ]
-    body = "\n\n".join(section for section in [f"# {name}", *sections, *last] if section)
-    return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n")
+def _guidance(scheduler: Any) -> str:
+    return GUIDED if scheduler.guidance_scales else UNGUIDED
 
 
-def _headline(report: dict[str, Any]) -> str:
-    """The measure that a report is about."""
-    return report["headline"] if report.get("headline") in REPORTED else "fd"
+def _plain(text: Any) -> str:
+    """Text of a file of the run as one line that Markdown and HTML show as it is, also in a cell of a table."""
+    return html.escape(re.sub(r"([\\`*_\[\]#|])", r"\\\1", " ".join(str(text).split())), quote=False)
 
 
-def _metric_name(metric: str, report: dict[str, Any]) -> str:
-    features = report.get("features") if metric in ("fd", "kid") else None
-    return f"{MEASURES[metric].head}, {features}" if features else MEASURES[metric].head
+def _grid(run: dict[str, Any]) -> str:
+    """The last sample grid of the run."""
+    if "grid" not in run:
+        return ""
+    text = "First row: the teacher in many steps. Below: this model"
+    figure = f"![{text}](samples.png)\n\n{text}, from the same noise."
+    if prompts := run.get("prompts"):
+        figure += f" The columns are of the prompts {', '.join(map(_plain, prompts))}, in turn."
+    return figure
 
 
-def _measured(row: dict[str, Any], metric: str) -> bool:
-    return isinstance(row.get(metric), int | float) and math.isfinite(row[metric])
+# ----- usage -----
+
+
+def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: bool) -> str:
+    """Code with the package, in a stock pipeline, and without the package; of several counts with the largest."""
+
+    def code(name: str, inputs: str, imports: str, options: str = "") -> str:
+        return CODE.format(name=name, inputs=inputs, imports=imports, options=options, repo_id=repo_id)
+
+    steps, trust = f"num_inference_steps={counts[-1]}", ", trust_remote_code=True"
+    if not is_ours(pipeline):
+        takes_scale = "guidance_scale" in signature(pipeline.__call__).parameters
+        name, inputs = type(pipeline).__name__, f"{_inputs(pipeline)}{steps}{', guidance_scale=1' * takes_scale}"
+        imports, files = f"from diffusers import {name}", "`scheduler/hsivi_diffusers.py`"
+        installed = code(name, inputs, f"import hsivi_diffusers\n{imports}")
+        alone, allowed = code(name, inputs, imports, trust), f"pass {one_of(counts)}, any other is refused"
+        more = SEEDED.format(guidance=_guidance(pipeline.scheduler)) if takes_scale else ""
+    else:
+        scales = pipeline.scheduler.guidance_scales
+        inputs = "batch_size=16" + f", {steps}" * (len(counts) > 1)
+        inputs += f", class_labels=[i % {pipeline.num_classes} for i in range(16)]" if pipeline.num_classes else ""
+        inputs += f", guidance_scale={scales[-1]}" if len(scales) > 1 else ""
+        installed = code("HSIVIPipeline", inputs, "from hsivi_diffusers import HSIVIPipeline")
+        files = "`pipeline.py`, and `hsivi_diffusers.py` in the folders of the components"
+        options = f', custom_pipeline="{repo_id}"{trust}'
+        alone = code("DiffusionPipeline", inputs, "from diffusers import DiffusionPipeline", options)
+        allowed, more = f"{one_of(counts)}, and no other", _stock_usage(pipeline, code, steps, fp16)
+    without = textwrap.fill(WITHOUT.format(files=files), 120)
+    text = USE.format(installed=installed, more=more, without=without, alone=alone, counts=allowed)
+    return re.sub("\n{3,}", "\n\n", text)
+
+
+def _stock_usage(pipeline: HSIVIPipeline, code: Any, steps: str, fp16: bool) -> str:
+    """How else an `HSIVIPipeline` is loaded with the package: in half precision, and in a stock pipeline."""
+    text = "After `import hsivi_diffusers`, `DiffusionPipeline.from_pretrained` loads it as well."
+    text += ' For half precision add `variant="fp16"` and `.to(torch.float16)`.' if fp16 else ""
+    if pipeline.num_classes:
+        return f"{text}\n\nA stock DDPMPipeline cannot draw with it, because it passes no class labels."
+    if pipeline.unet_noise_scale is not None:
+        return f"{text}\n\nA stock DDPMPipeline cannot draw with it, because it has no learned noise scale per pixel."
+    imports = "import hsivi_diffusers\nfrom diffusers import DDPMPipeline"
+    return f"{text}\n\nIn a pipeline of diffusers:\n\n{code('DDPMPipeline', f'batch_size=16, {steps}', imports)}"
+
+
+def _inputs(pipeline: DiffusionPipeline) -> str:
+    """The required arguments of a stock pipeline's call, as code; the reader fills in the names."""
+    given = {"prompt": '"a prompt", '} if hasattr(pipeline, "tokenizer") else {}
+    for name, parameter in signature(pipeline.__call__).parameters.items():
+        wanted = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if name == "image" or wanted:
+            given.setdefault(name, f"{name}=[0], " if name == "class_labels" else f"{name}={name}, ")
+    return "".join(given.values())
+
+
+# ----- quality -----
 
 
 def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -187,9 +242,13 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in report.get("rows") or [] if {"method", "nfe", "num_samples"} <= row.keys()]
 
 
-def _plain(text: Any) -> str:
-    """Text of a file of the run as one line that Markdown and HTML show as it is, also in a cell of a table."""
-    return html.escape(re.sub(r"([\\`*_\[\]#|])", r"\\\1", " ".join(str(text).split())), quote=False)
+def _measured(row: dict[str, Any], metric: str) -> bool:
+    return isinstance(row.get(metric), int | float) and math.isfinite(row[metric])
+
+
+def _metric_name(metric: str, report: dict[str, Any]) -> str:
+    features = report.get("features") if metric in ("fd", "kid") else None
+    return f"{MEASURES[metric].head}, {features}" if features else MEASURES[metric].head
 
 
 def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
@@ -211,132 +270,61 @@ def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
     return results or None
 
 
-def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: bool) -> str:
-    """Snippets: with the package, in a stock pipeline, without the package; of several counts with the largest."""
-
-    def code(name: str, inputs: str, imports: str, options: str = "") -> str:
-        return CODE.format(name=name, inputs=inputs, imports=imports, options=options, repo_id=repo_id)
-
-    steps = f"num_inference_steps={counts[-1]}"
-    if not is_ours(pipeline):
-        guides = "guidance_scale" in signature(pipeline.__call__).parameters
-        name, inputs = type(pipeline).__name__, f"{_inputs(pipeline)}{steps}{', guidance_scale=1' * guides}"
-        imports = f"from diffusers import {name}"
-        return USE.format(
-            installed=code(name, inputs, f"import hsivi_diffusers\n{imports}"),
-            more=GUIDES.format(why=TWICE if pipeline.scheduler.guidance_scales else NEVER) if guides else "",
-            without=textwrap.fill(WITHOUT.format(files="`scheduler/hsivi_diffusers.py`"), 120),
-            alone=code(name, inputs, imports, ", trust_remote_code=True"),
-            counts=f"pass {one_of(counts)}, any other is refused",
-        )
-    classes = pipeline.num_classes
-    inputs = "batch_size=16" + (f", {steps}" if len(counts) > 1 else "")
-    inputs += f", class_labels=[i % {classes} for i in range(16)]" if classes else ""
-    scales = pipeline.scheduler.guidance_scales
-    inputs += f", guidance_scale={scales[-1]}" if len(scales) > 1 else ""
-    imports = "import hsivi_diffusers\nfrom diffusers import DDPMPipeline"
-    stock = f"In a pipeline of diffusers:\n\n{code('DDPMPipeline', f'batch_size=16, {steps}', imports)}"
-    if classes:
-        stock = "A stock DDPMPipeline cannot draw with it, for it passes no class labels."
-    elif pipeline.unet_noise_scale is not None:
-        stock = "A stock DDPMPipeline cannot draw with it, for it does not know the learned noise scale, one per pixel."
-    files = "`pipeline.py`, and `hsivi_diffusers.py` in the folders of the components"
-    half = ' For half precision add `variant="fp16"` and `.to(torch.float16)`.' if fp16 else ""
-    return USE.format(
-        installed=code("HSIVIPipeline", inputs, "from hsivi_diffusers import HSIVIPipeline"),
-        more=MORE.format(half=half, stock=stock),
-        without=textwrap.fill(WITHOUT.format(files=files), 120),
-        alone=code(
-            "DiffusionPipeline",
-            inputs,
-            "from diffusers import DiffusionPipeline",
-            f', custom_pipeline="{repo_id}", trust_remote_code=True',
-        ),
-        counts=f"{one_of(counts)}, and no other",
-    )
-
-
-def _inputs(pipeline: DiffusionPipeline) -> str:
-    """What a call of the stock pipeline needs, as code; the reader fills in the names."""
-    given = {"prompt": '"a prompt", '} if hasattr(pipeline, "tokenizer") else {}
-    for name, parameter in signature(pipeline.__call__).parameters.items():
-        wanted = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        if name == "image" or wanted:
-            given.setdefault(name, f"{name}=[0], " if name == "class_labels" else f"{name}={name}, ")
-    return "".join(given.values())
-
-
 def _quality(run: dict[str, Any]) -> str:
+    """A table of the report, by NFE and then by its headline, which is the first measure, with notes and figures."""
     report = run["report"]
-    rows, headline = _rows(report), _headline(report)
+    rows = _rows(report)
     if not rows:
         return "Not measured yet."
-    notes = [
-        "NFE: network calls for one image; FD: Frechet distance; SWD: sliced Wasserstein distance. Lower is better, "
-        "but for precision, recall and coverage. All methods sample the same teacher from the same noise, and are "
-        f"compared to {_plain(report.get('reference') or 'the reference')}.",
-        "FD of pixels: of up to 64 of their principal components." if any("pixel_fd" in row for row in rows) else "",
-        "A KID below 0 is noise of the measurement." if headline == "kid" else "",
-        _plain(report.get("measured") or ""),
-    ]
-    figures = {"samples": "![Rows of images of each method](comparison.png)", "curve": "![The curve](curve.png)"}
-    parts = [_quality_table(rows, report), " ".join(note for note in notes if note)]
-    return "\n\n".join([*parts, *(line for name, line in figures.items() if name in run)])
-
-
-def _quality_table(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
-    """By network calls, then by the headline, which comes first of what was measured."""
-    headline = _headline(report)
+    headline = report["headline"] if report.get("headline") in REPORTED else "fd"
     others = [metric for metric in REPORTED if metric != headline and any(_measured(row, metric) for row in rows)]
-
-    def place(row: dict[str, Any]) -> tuple[Any, float]:
-        return row["nfe"], row[headline] if _measured(row, headline) else math.inf
+    metrics = [headline, *others]
 
     def line(row: dict[str, Any]) -> list[str]:
         method = "**HSIVI, this model**" if row["method"] == "HSIVI" else _plain(row["method"])
-        distances = [written(metric, row[metric]) if _measured(row, metric) else "-" for metric in (headline, *others)]
-        return [_plain(row["nfe"]), method, *distances, _plain(row["num_samples"])]
+        values = [format_measure(metric, row[metric]) if _measured(row, metric) else "-" for metric in metrics]
+        return [_plain(row["nfe"]), method, *values, _plain(row["num_samples"])]
 
-    heads = ["NFE", "method", *(_plain(_metric_name(metric, report)) for metric in (headline, *others)), "images"]
-    measured = [*map(line, sorted(rows, key=place))]
-    if floor := report.get("floor"):
-        found = floor if isinstance(floor, dict) else {headline: floor}  # one number in reports of before
-        measured = [line({"nfe": "", "method": HALVES, "num_samples": "", **found}), *measured]
-    first, *lines = (f"| {' | '.join(cells)} |" for cells in [heads, *measured])
-    return "\n".join([first, f"|---:|---|{'---:|' * (len(heads) - 2)}", *lines])
+    rows.sort(key=lambda row: (row["nfe"], row[headline] if _measured(row, headline) else math.inf))
+    if isinstance(report.get("floor"), dict):
+        rows.insert(0, {"nfe": "", "method": HALVES, "num_samples": "", **report["floor"]})
+    heads = ["NFE", "method", *(_plain(_metric_name(metric, report)) for metric in metrics), "images"]
+    first, *lines = (f"| {' | '.join(cells)} |" for cells in [heads, *map(line, rows)])
+    notes = (
+        "NFE: network calls per image; FD: Frechet distance; SWD: sliced Wasserstein distance. Lower is better, except "
+        "for precision, recall and coverage. All methods sample the same teacher from the same noise, and are compared "
+        f"to {_plain(report.get('reference') or 'the reference')}."
+    )
+    notes += " FD of pixels: of up to 64 of their principal components." if "pixel_fd" in metrics else ""
+    notes += " A KID below 0 is measurement noise." if headline == "kid" else ""
+    notes += f" {_plain(report['measured'])}" if report.get("measured") else ""
+    figures = {"samples": "![Rows of images of each method](comparison.png)", "curve": "![The curve](curve.png)"}
+    table = "\n".join([first, f"|---:|---|{'---:|' * (len(heads) - 2)}", *lines])
+    return "\n\n".join([table, notes, *(figure for name, figure in figures.items() if name in run)])
+
+
+# ----- training -----
 
 
 def _training(scheduler: Any, run: dict[str, Any]) -> str:
-    config, options, training = scheduler.config, run["options"], run["training"]
-    noise = f"DDIM layers of eta {config.noise_eta}"
-    if config.kernel != "ddim":
-        noise = "layers that add new noise to the clean image"
-    calls, grids = network_calls(scheduler.depths), scheduler.trained_grids
-    data = "Real images of its training data were used too." if options.get("train_data") else "No images were used."
-    times = [scheduler.levels.time(torch.tensor(grid[:-1])).tolist() for grid in grids]
+    options, training = run["options"], run["training"]
+    noise = "layers that add new noise to the clean image"
+    if scheduler.config.kernel == "ddim":
+        noise = f"DDIM layers of eta {scheduler.config.noise_eta}"
+    times = [scheduler.levels.time(torch.tensor(grid[:-1])).tolist() for grid in scheduler.trained_grids]
     text = (
-        f"{calls.capitalize()} at the timesteps {one_of(times)}, {noise}. Each is a "
-        "conditional distribution, trained so that its marginal matches the data at a noise level, which the score of "
-        f"the teacher knows. {data}"
+        f"{network_calls(scheduler.depths).capitalize()} at the timesteps {one_of(times)}, {noise}. Each is a "
+        "conditional distribution, trained so that its marginal matches the data at a noise level, whose score the "
+        "teacher gives. No images were used."
     )
     if scales := scheduler.guidance_scales:
-        less = ", in training weaker the more noise there is" if options.get("guidance_falls") else ""
-        text += f" It has taken in classifier-free guidance of scale {one_of(scales)}{less}, at no further call."
-    settings = ", ".join(f"{name} {_plain(options[name])}" for name in TOLD if options.get(name) is not None)
+        less = ", decreased with noise during training," if options.get("guidance_falls") else ""
+        text += f" Classifier-free guidance of scale {one_of(scales)}{less} is distilled into the weights."
+    settings = ", ".join(f"{name} {_plain(options[name])}" for name in OPTIONS if options.get(name) is not None)
     if settings:
         text += f"\n\nTrained by hsivi_diffusers: {settings}."
     if training.get("processes") and training.get("seconds"):
-        processes = f"{training['processes']} process{'es' * (training['processes'] > 1)}"
-        where, peak = " in the first" * (training["processes"] > 1), training.get("peak_memory_mib")
-        memory = f", and at most {peak:,} MiB of memory{where}" if peak else ""
-        text += f" It took {training['seconds']:.0f} s in {processes}{memory}."
+        several, peak = training["processes"] > 1, training.get("peak_memory_mib")
+        memory = f", and at most {peak:,} MiB of memory{' in the first' * several}" if peak else ""
+        text += f" It took {training['seconds']:.0f} s in {training['processes']} process{'es' * several}{memory}."
     return text
-
-
-def _limits(counts: list[int], license: str | None) -> str:
-    terms = "" if license else " No licence was stated at the upload; terms of the teacher may apply to this model too."
-    return (
-        f"It draws with {network_calls(counts)} only. It has the faults and biases of its teacher, and it can draw "
-        "some kinds of images more often than the teacher does: look at many before you rely on their frequencies. It "
-        f"has no content filter.{terms}"
-    )

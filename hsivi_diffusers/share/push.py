@@ -1,6 +1,7 @@
-"""Sharing a sampler on the Hugging Face Hub: weights, code for those without the package, and a card, in one commit."""
+"""Pushes a sampler to the Hugging Face Hub: weights, code for those without the package, and a card, in one commit."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,25 +16,29 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of the library that it speaks HTTP by, which is not the same in all versions
+    HTTPError,  # of requests or httpx, depending on the version
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
 from PIL import ImageOps
-from safetensors import safe_open
 
 from ..evaluation.images import enlarge
 from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, network_calls
-from ..runs.artifacts import ADAPTER, read_run
+from ..runs.artifacts import ADAPTER, read_record, read_run
+from ..runs.state_dicts import load_tensors
 from ..scheduling_hsivi import HSIVIScheduler
 from .card import is_ours, make_adapter_card, make_card
 
 AGAIN = "Nothing of yours was lost. Push again later: what has arrived is not sent twice."
-CUT = (OSError, RuntimeError, HTTPError)  # what a cut connection raises; a ValueError says itself what is wrong
-# Ends of the names of files that hold weights or tell where they are.
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
-PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "unet_noise_scale")  # that have some
+CUT = (OSError, RuntimeError, HTTPError)  # raised by a cut connection
+# Files of weights of a component: whole, or in shards or of a variant.
+WEIGHTS = [
+    f"*model{part}.{kind}{index}"
+    for part in ("", "[.-]*")
+    for kind in ("safetensors", "bin")
+    for index in ("", ".index.json")
+]
 
 
 def push(
@@ -54,11 +59,11 @@ def push(
 
     It is sent from a temporary folder; no file of yours is touched. If the connection is cut, the Hub is asked whether
     the commit arrived; if it did not, push again: weights that have arrived are not sent twice. In a repo that holds
-    files already, README.md and all weights in the folders of the components are replaced; the rest stays.
+    files already, the card and the weights of the components that are pushed are replaced; other files stay.
 
     Args:
         pipeline: An `HSIVIPipeline`, or a stock pipeline whose scheduler is an `HSIVIScheduler` with a trained grid, or
-            the folder of an adapter, RUN/pipeline.
+            the folder of such a pipeline or of a LoRA, RUN/pipeline.
         repo_id: "user/name" or "organisation/name".
         run_dir: Folder of the run, for the card; what it lacks is left out.
         base_model: Repo id of the teacher, for the card; that of the run by default, if the Hub knows it.
@@ -81,34 +86,49 @@ def push(
     """
     for name in [repo_id] if base_model is None else [repo_id, base_model]:
         check_repo_id(name)
-    adapter = Path(pipeline) if isinstance(pipeline, str | Path) else None
+    folder = Path(pipeline) if isinstance(pipeline, str | Path) else None
+    adapter = folder if folder is not None and (folder / ADAPTER).is_file() else None
+    if folder is not None and adapter is None:
+        pipeline = load_folder(folder)
     scheduler = check_pipeline(pipeline) if adapter is None else check_adapter(adapter)
-    run, api = read_run(run_dir, scheduler.config.layer_timesteps), HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
+    run, api = read_run(run_dir, scheduler.config.layer_timesteps), _open_hub(token)
+    with tempfile.TemporaryDirectory() as files:
         about: dict[str, Any] = {"base_model": base_model or _public_teacher(api, run), "license": license}
         if adapter is None:
-            write_repo(Path(folder), pipeline, repo_id, run, fp16, **about)
+            write_repo(Path(files), pipeline, repo_id, run, fp16, **about)
         else:
-            write_adapter_repo(Path(folder), adapter, scheduler, repo_id, run, **about)
+            write_adapter_repo(Path(files), adapter, scheduler, repo_id, run, **about)
         claim(repo_id, exist_ok=exist_ok, private=private, token=token)
         with remedies(repo_id):
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            # Old shards would take precedence over new weights in one file.
-            parts = {*PARTS, *getattr(pipeline, "components", ())}
-            stale = [f"{name}/*{kind}" for name in sorted(parts) for kind in WEIGHTS]
+            # Old shards would take precedence over new weights in one file, and old variants are of other weights.
+            components = sorted({path.parent.name for path in Path(files).glob("*/*.safetensors")})
+            stale = [f"{name}/{weights}" for name in components for weights in WEIGHTS]
             message = commit_message or f"Upload a sampler of {network_calls(scheduler.depths)}"
-            return _upload(api, repo_id, folder, revision, message, stale)
+            return _upload(api, repo_id, files, revision, message, stale)
+
+
+def load_folder(folder: Path) -> DiffusionPipeline:
+    """Loads a saved pipeline, or refuses, with ValueError, a folder that holds none or a damaged one."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} holds no pipeline: give a pipeline, or the folder RUN/pipeline of a finished run")
+    for path in (index, *folder.glob("*/*config.json")):
+        read_record(path)
+    try:
+        return DiffusionPipeline.from_pretrained(folder)
+    except (AttributeError, KeyError, TypeError) as error:  # what diffusers raises for nonsense in an index
+        raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}): make the pipeline again") from error
 
 
 def check_adapter(folder: Path) -> Any:
-    """Returns the scheduler of an adapter, or refuses, with ValueError, what is none."""
-    if not (folder / ADAPTER).is_file() or not (folder / "scheduler").is_dir():
-        raise ValueError(f"{folder} holds no {ADAPTER} with its scheduler: give a pipeline, or RUN/pipeline of a LoRA")
-    with safe_open(folder / ADAPTER, "pt") as file:
-        damaged = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
-    if damaged:
-        raise ValueError(f"{len(damaged)} weights of {folder / ADAPTER} are not finite, such as {damaged[0]}")
+    """Returns the scheduler of a LoRA, or refuses, with ValueError, a damaged one."""
+    if not (folder / "scheduler").is_dir():
+        raise ValueError(f"{folder} holds {ADAPTER} without its scheduler: give RUN/pipeline of a finished run")
+    bad = [name for name, tensor in load_tensors(folder / ADAPTER).items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{len(bad)} weights of {folder / ADAPTER} are not finite, such as {bad[0]}: train it again")
     return HSIVIScheduler.from_pretrained(folder, subfolder="scheduler")
 
 
@@ -116,7 +136,7 @@ def check_pipeline(pipeline: Any) -> Any:
     """Returns the scheduler of a pipeline, or refuses, with ValueError, what is not a distilled sampler."""
     kind = type(pipeline).__name__
     if not (isinstance(pipeline, DiffusionPipeline) and hasattr(pipeline, "scheduler")):
-        raise ValueError(f"push got a {kind}: give a pipeline, HSIVIPipeline.from_pretrained(folder)")
+        raise ValueError(f"push got a {kind}: give a pipeline, or the folder of one")
     if not getattr(pipeline.scheduler, "trained_grids", None):
         raise ValueError(
             f"the scheduler of this {kind} is not an HSIVIScheduler with a trained grid (layer_timesteps): distil the "
@@ -164,7 +184,7 @@ def _upload(api: HfApi, repo_id: str, folder: str, revision: str | None, message
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuses, with ValueError, what is not "user/name", the full name of a repo."""
+    """Refuses, with ValueError, what is not the full name of a repo, "user/name"."""
     if not isinstance(repo_id, str):
         raise ValueError(f"repo {repo_id!r} is not a name: give user/name or organisation/name")
     try:
@@ -175,12 +195,19 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"repo {repo_id!r} does not say whose it is: give user/name or organisation/name")
 
 
+def _open_hub(token: str | bool | None) -> HfApi:
+    """Returns a client of the Hub; a token that cannot be sent is refused here, for the client would print it."""
+    if isinstance(token, str) and not re.fullmatch("[!-~]+", token):
+        raise ValueError("the token is empty or has characters that no token has, such as a line break: copy it again")
+    return HfApi(token=token)
+
+
 def claim(
     repo_id: str, *, exist_ok: bool = False, private: bool | None = None, token: str | bool | None = None
 ) -> None:
-    """Makes the repo, so that a long run learns at its start whether it may push at its end; see `push`."""
+    """Makes the repo, so that a run that may not push fails before its training; see `push`."""
     check_repo_id(repo_id)
-    api = HfApi(token=token)
+    api = _open_hub(token)
     with remedies(repo_id):
         try:
             # Not with exist_ok: the client then takes any 403 for a repo of yours.
@@ -196,7 +223,7 @@ def claim(
 
 
 def _may_add(api: HfApi, repo_id: str, refusal: HfHubHTTPError, exist_ok: bool) -> bool:
-    """Whether a repo that could not be made is there to be filled."""
+    """Whether a repo that could not be made exists and may get a commit."""
     if _status(refusal) == 403:  # a token may write to a repo and yet not make new ones; the upload will tell
         user = api.whoami()
         names = {user["name"], *(organisation["name"] for organisation in user.get("orgs", []))}
@@ -209,7 +236,7 @@ def _may_add(api: HfApi, repo_id: str, refusal: HfHubHTTPError, exist_ok: bool) 
 
 @contextmanager
 def remedies(repo_id: str) -> Iterator[None]:
-    """Adds to an error of the Hub what to do about it; its type stays."""
+    """Adds a remedy to an error of the Hub; its type stays."""
     try:
         yield
     except HfHubHTTPError as error:
@@ -241,7 +268,7 @@ def _status(error: HfHubHTTPError) -> int:
 
 
 def write_repo(folder: Path, pipeline: Any, repo_id: str, run: dict[str, Any], fp16: bool, **about: Any) -> None:
-    """Writes into a folder all that `push` uploads; `about` are further arguments of the card."""
+    """Writes the files that `push` uploads; `about` are further arguments of the card."""
     pipeline.save_pretrained(folder)
     fp16, drawn = fp16 and pipeline.dtype == torch.float32, can_draw(pipeline)
     for name, part in pipeline.components.items():
@@ -259,7 +286,7 @@ def write_repo(folder: Path, pipeline: Any, repo_id: str, run: dict[str, Any], f
 def write_adapter_repo(
     folder: Path, adapter: Path, scheduler: Any, repo_id: str, run: dict[str, Any], **about: Any
 ) -> None:
-    """Writes into a folder all that `push` uploads of an adapter; `about` are further arguments of the card."""
+    """Writes the files that `push` uploads of a LoRA; `about` are further arguments of the card."""
     shutil.copy(adapter / ADAPTER, folder)
     scheduler.save_pretrained(folder / "scheduler")
     _save_figures(folder, run)
@@ -274,7 +301,7 @@ def _save_figures(folder: Path, run: dict[str, Any]) -> None:
 
 
 def _make_private(folder: Path, names: dict[str, Any]) -> None:
-    """Takes the folder that each part was loaded from out of its config, and puts names of classes into the index."""
+    """Removes local paths from the configs, and adds the names of classes to the index."""
     index = folder / "model_index.json"
     for path in folder.rglob("*.json"):
         if path.name.endswith("config.json") or path == index:
@@ -287,7 +314,7 @@ def _make_private(folder: Path, names: dict[str, Any]) -> None:
 def class_names(pipeline: DiffusionPipeline) -> dict[str, dict[str, str]]:
     """The names of the classes of a DiTPipeline for its index, which diffusers reads and does not write.
 
-    Of several classes of one name the last one keeps it, for the pipeline knows no other.
+    A name of several classes is that of the last one.
     """
     names: dict[str, str] = {}
     for name, number in getattr(pipeline, "labels", {}).items():
@@ -296,7 +323,7 @@ def class_names(pipeline: DiffusionPipeline) -> dict[str, dict[str, str]]:
 
 
 def can_draw(pipeline: DiffusionPipeline) -> bool:
-    """Whether it is ours and draws images of a fixed size, grey or RGB, without classes or with numbered ones."""
+    """Whether it is an HSIVIPipeline of grey or RGB images of a fixed size, without classes or with numbered ones."""
     if not is_ours(pipeline):
         return False
     config = pipeline.unet.config
@@ -305,7 +332,7 @@ def can_draw(pipeline: DiffusionPipeline) -> bool:
 
 
 def draw_grid(pipeline: HSIVIPipeline, rows: int = 4, columns: int = 8) -> Any:
-    """Draws a grid of images, seeded; with classes, each in turn."""
+    """Draws a seeded grid of images; with classes, each in turn."""
     classes, images = pipeline.num_classes, []
     for first in range(0, rows * columns, columns):
         seeds = range(first, first + columns)

@@ -1,4 +1,4 @@
-"""Makes known where `DiffusionPipeline.from_pretrained` looks up the names of a saved pipeline.
+"""Registers `HSIVIPipeline` where `DiffusionPipeline.from_pretrained` looks up the classes of a saved pipeline.
 
 These are the pipeline modules of diffusers and its namespace. Without both, every repo of the Hub is refused.
 """
@@ -12,18 +12,18 @@ from typing import Any
 
 
 def register(package: str) -> None:
-    """Makes a package with an `HSIVIPipeline` known to diffusers, now or as soon as something imports diffusers."""
+    """Registers a package with an `HSIVIPipeline`, now or as soon as diffusers is imported."""
     if "diffusers" in sys.modules:
-        _tell(package)
+        _add_to_diffusers(package)
     else:
         sys.meta_path.insert(0, _Finder(package))
 
 
-def _tell(package: str) -> None:
+def _add_to_diffusers(package: str) -> None:
     module, diffusers = sys.modules[package], sys.modules["diffusers"]
 
     class Diffusers(type(diffusers)):  # type: ignore[misc]
-        """The module of diffusers, with one name more, whose class is imported when it is asked for."""
+        """The module of diffusers with one more class, which is imported lazily."""
 
         @property
         def HSIVIPipeline(self) -> Any:  # noqa: N802
@@ -34,7 +34,7 @@ def _tell(package: str) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds diffusers as the other finders do, and lets `_tell` follow its import."""
+    """Finds diffusers as the other finders do, and calls `_add_to_diffusers` after its import."""
 
     def __init__(self, package: str) -> None:
         self.package = package
@@ -51,7 +51,7 @@ class _Finder(MetaPathFinder):
         def exec_module(module: ModuleType) -> None:
             run(module)
             sys.meta_path.remove(self)
-            _tell(self.package)
+            _add_to_diffusers(self.package)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from ..runs.artifacts import ADAPTER
+from ..runs.state_dicts import load_tensors, save_tensors
 
 BASE = "teacher_weights_sha256"  # entry of the file of an adapter
 
@@ -53,7 +52,7 @@ def save_adapter(network: Any, folder: Path, prefix: str, weights_sha256: str) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{prefix}.{name}": value.contiguous() for name, value in get_peft_model_state_dict(network).items()}
-    save_file(tensors, folder / ADAPTER, {BASE: weights_sha256})
+    save_tensors(tensors, folder / ADAPTER, {BASE: weights_sha256})
 
 
 def load_adapter(network: Any, folder: Path, prefix: str) -> None:
@@ -65,10 +64,7 @@ def load_adapter(network: Any, folder: Path, prefix: str) -> None:
     path = folder / ADAPTER
     if not path.is_file():
         raise ValueError(f"{folder} holds no {ADAPTER}: give a run that was trained with lora_rank")
-    try:
-        state = {name.removeprefix(f"{prefix}."): value for name, value in load_file(path).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again") from error
+    state = {name.removeprefix(f"{prefix}."): value for name, value in load_tensors(path).items()}
     own = get_peft_model_state_dict(network)
     if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
         raise ValueError(f"{folder} has an adapter of another rank or network: set lora_rank to that of the run")

@@ -16,13 +16,13 @@ import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..pipeline_hsivi import check_finite_weights
 from ..runs.bars import bar
 from ..runs.folders import in_turn
-from ..runs.state_dicts import hash_weights
+from ..runs.state_dicts import hash_weights, load_tensors, save_tensors
 
 FILE_ROWS = 512  # prompts of a file
 BATCH = 32  # prompts that are encoded at once
@@ -96,7 +96,7 @@ def encode_prompts(teacher: Any, prompts: Sequence[str], negative: str, device: 
                 pipeline = teacher.like(**encoders)
                 for path, texts, are_negative in bar(missing, "encode prompts", leave=False):
                     _write(path, _encode(teacher, pipeline, texts, are_negative, device))
-    files = [load_file(path) for path in paths]  # mapped into memory
+    files = [load_tensors(path) for path in paths]  # mapped into memory
     digest = hashlib.sha256(f"{digest}{names}".encode()).hexdigest()
     return PromptTable(files, teacher.sizes(), digest, prompts)
 
@@ -118,10 +118,7 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a file that is on the disk whole before it has its name."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, {SHA256: _sha256(tensors)})
-    except SafetensorError as error:  # which is no OSError
-        raise OSError(f"{partial} could not be written ({error}): make room on the disk") from error
+    save_tensors(tensors, partial, {SHA256: _sha256(tensors)})
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)

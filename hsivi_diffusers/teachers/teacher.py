@@ -11,11 +11,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
-from ..runs.state_dicts import hash_weights
+from ..runs.state_dicts import hash_weights, load_tensors, save_tensors
 from ..scheduling_hsivi import HSIVIScheduler
 from .adapters import Adapter, has_adapter, save_adapter
 from .configs import Configs
@@ -206,12 +205,12 @@ class Teacher:
             network.save_pretrained(folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / WEIGHTS)
+            save_tensors({name: value.contiguous() for name, value in network.state_dict().items()}, folder / WEIGHTS)
 
     def load(self, like: Any, folder: Path) -> dict[str, Tensor]:
         """Returns the weights of a network that `save` wrote."""
         if (folder / WEIGHTS).is_file():
-            return load_file(folder / WEIGHTS)
+            return load_tensors(folder / WEIGHTS)
         state: dict[str, Tensor] = type(like).from_pretrained(folder).state_dict()
         return state
 

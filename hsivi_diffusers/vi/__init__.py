@@ -1,7 +1,7 @@
 """Hierarchical semi-implicit variational inference: the method itself, in torch only.
 
 Reading order: `distributions`, `targets`, `bridges`, `layers`, `chains`, `pools`, `objectives`, `lower_bound`,
-`regression`, `curricula`, `fitting`; then `networks` and `inference`, which put them together for small targets, and
+`regression`, `curricula`, `fitting`; then `networks` and `inference` for small targets, and the checks of a fit:
 `diagnostics`, `langevin`, `masses`, `diagnosis`.
 """
 
@@ -21,17 +21,12 @@ from .pools import CohortChain, FrozenPoolChain, PoolChain, make_chain
 from .regression import PairChain, PairMixingChain, Regression, WithPairs
 from .targets import (
     DiffusibleTarget,
-    FullNormal,
-    GaussianMixture,
     IsotropicNormal,
     LogProbTarget,
     SampledTarget,
     ScoreTarget,
     Target,
-    Whitened,
     as_target,
-    laplace,
-    moment_match,
 )
 
 __all__ = [
@@ -48,12 +43,8 @@ __all__ = [
     "DivergenceError",
     "Finding",
     "FrozenPoolChain",
-    "FullNormal",
     "GaussianMLP",
-    "GaussianMixture",
     "GeometricBridge",
-    "WithPairs",
-    "PairMixingChain",
     "IndependentLayers",
     "Inference",
     "IsotropicNormal",
@@ -63,6 +54,7 @@ __all__ = [
     "LowerBound",
     "Objective",
     "PairChain",
+    "PairMixingChain",
     "Plateau",
     "PoolChain",
     "Regression",
@@ -77,7 +69,7 @@ __all__ = [
     "Step",
     "Target",
     "Update",
-    "Whitened",
+    "WithPairs",
     "as_target",
     "cosine",
     "diagnose",
@@ -85,9 +77,7 @@ __all__ = [
     "draw_marginals",
     "fit",
     "joint",
-    "laplace",
     "make_chain",
-    "moment_match",
     "sequential",
     "simulate",
     "step_generator",

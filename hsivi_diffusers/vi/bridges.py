@@ -1,4 +1,4 @@
-"""What the layers are fitted to: a bridge {p_t}, t = 0..T-1, from an easy p_{T-1} to the target p_0 (sec. 3.1)."""
+"""Bridges {p_t}, t = 0..T-1, from a simple p_{T-1} to the target p_0, to which the layers are fitted (sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from .distributions import DiagonalGaussian
-from .targets.target import DiffusibleTarget, IsotropicNormal, SampledTarget, Target, as_target
+from .targets import DiffusibleTarget, IsotropicNormal, SampledTarget, Target, as_target
 
 ScoreNetwork = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -20,12 +20,12 @@ ScoreNetwork = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class Bridge(ABC):
     """A family of densities p_level, of which layer t, 0..num_layers - 1, is fitted to the one at `level(t)`.
 
-    Levels are positions on the bridge's own clock: by default t itself, for a bridge of T densities. All methods take x
-    of shape (B, ...), level and t of shape (B,), and a condition for each row, opaque to the core.
+    A level is a position on the bridge's own scale, by default t itself. All methods take x of shape (B, ...), level
+    and t of shape (B,), and a condition for each row.
 
     Raises:
-        NotImplementedError: By `log_prob` where only the score is known, by `sample_level` and `place` where there are
-            only the T levels of the layers.
+        NotImplementedError: By `log_prob` if only the score is known, by `sample_level` and `place` if there are only
+            the T levels of the layers.
     """
 
     num_layers: int
@@ -35,7 +35,7 @@ class Bridge(ABC):
         """Returns the bridge score, grad_x log p_level(x), of the shape of x."""
 
     def log_prob(self, x: Tensor, level: Tensor) -> Tensor:
-        """Returns log p_level(x) + constant, shape (B,), which `LowerBound` asks for."""
+        """Returns log p_level(x) + constant, shape (B,), for `LowerBound`."""
         raise NotImplementedError(
             f"{type(self).__name__} has no log-density: use LowerBound(surrogate=True) or a critic"
         )
@@ -45,7 +45,7 @@ class Bridge(ABC):
         """Draws x_T, the input of the first layer: shape (batch_size, ...)."""
 
     def level(self, t: Tensor) -> Tensor:
-        """Returns the level of p_t on the bridge's clock, shape (B,); here t itself."""
+        """Returns the level of p_t, shape (B,); t itself by default."""
         return t
 
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -64,8 +64,8 @@ class Bridge(ABC):
         """Moves q_t(. | x_{t+1}) along the bridge to one of the levels that `sample_level` draws.
 
         Returns:
-            The law of x there, and the noise of the draw from it that is scored: the noise given, standard normal, of
-            the shape of q.mean, or in rows that the generator chooses a part of that of the layer's input x_{t+1}.
+            The law of x there, and the standard normal noise of the draw that is scored: `noise`, of the shape of
+            q.mean, or in rows that the generator chooses, partly the noise of the layer's input x_{t+1}.
         """
         raise NotImplementedError(f'{type(self).__name__} cannot re-noise a layer: use scoring="own"')
 
@@ -115,10 +115,10 @@ class DiffusionBridge(Bridge):
     sigma_t = t / T.
 
     Args:
-        target: Its diffused form is known, as of a Gaussian mixture; or None, with `score_network`.
+        target: A `DiffusibleTarget`; any target, or None, with `score_network`.
         num_layers: T.
         score_network: Estimate of the score at a level, (x, level, condition) -> shape of x, instead of the exact one;
-            sigma_t then is 0.05 at least. It is frozen if it is a module.
+            sigma_t is then at least 0.05. A module is frozen in place.
         dimension: d; needed with `score_network` alone.
         device: Where the base is drawn.
         path: "variance preserving" or "flow".
@@ -141,14 +141,14 @@ class DiffusionBridge(Bridge):
             raise ValueError(f"path={path!r} is unknown: choose 'variance preserving' or 'flow'")
         if score_network is None and not isinstance(target, DiffusibleTarget):
             raise ValueError(
-                f"the diffused law of a {type(target).__name__} is not known: give a DiffusibleTarget such as a "
-                "GaussianMixture, or a score_network fitted to draws of the target; or take a GeometricBridge"
+                f"the diffused law of a {type(target).__name__} is not known: give a DiffusibleTarget, or a "
+                "score_network fitted to draws of the target; or take a GeometricBridge"
             )
         if target is not None and dimension not in (None, target.dimension):
             raise ValueError(f"dimension={dimension}, and the target has {target.dimension}: leave it out")
         dimension = dimension if target is None else target.dimension
         if dimension is None:
-            raise ValueError("dimension is missing: a score network does not tell how many coordinates its x has")
+            raise ValueError("dimension is missing: give the number of coordinates of x with a score network")
         self.target = target
         self.num_layers = _at_least_one(num_layers)
         self.network = score_network
@@ -157,7 +157,7 @@ class DiffusionBridge(Bridge):
         self.base = IsotropicNormal(dimension, device=device)
         self.is_flow = path == "flow"
         steps = torch.arange(num_layers, dtype=torch.float64) / num_layers
-        lowest = 0.0 if score_network is None else 0.05  # a network knows the score better at a little noise
+        lowest = 0.0 if score_network is None else 0.05  # networks are inaccurate without noise
         self.levels = (steps if self.is_flow else (0.5 * math.pi * steps).sin()).clamp_min(lowest)
 
     def level(self, t: Tensor) -> Tensor:
@@ -189,5 +189,5 @@ def _at_least_one(num_layers: int) -> int:
 
 
 def _mix(level: Tensor, base: Callable[[Tensor], Tensor], target: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """(1 - lambda) base + lambda target, of level 1 - lambda; a base without weight may be infinite."""
+    """(1 - lambda) base + lambda target, for the level 1 - lambda; a base of weight 0 may be infinite."""
     return level * base(x) + (1 - level) * target(x) if bool(level.any()) else target(x)

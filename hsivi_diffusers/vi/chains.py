@@ -1,10 +1,10 @@
 """Where the inputs x_{t+1} of the layers come from: x_T ~ base, then x_t ~ q_t(. | x_{t+1}) without gradient.
 
-`SimulatedChain` runs a fresh chain down to each layer that is trained (the paper); see `pools` for the chains that are
-kept, and `regression` for pairs.
+`SimulatedChain` runs a fresh chain down to each layer that is trained (the paper); see `pools` for persistent chains,
+and `regression` for pairs.
 
-Layers may serve several hierarchies, of T_1, T_2, ... layers, that share a network: they are counted one hierarchy
-after the other, each from the data side, and every hierarchy gets an equal part of the rows.
+Several hierarchies, of T_1, T_2, ... layers, may share a network: layers are numbered one hierarchy after the other,
+each from the data side, and every hierarchy gets an equal part of the rows.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SampleBase = Callable[[int, torch.Generator | None], Tensor]
 
 @dataclass(frozen=True)
 class ChainBatch:
-    """Inputs of layers."""
+    """A batch of inputs of layers."""
 
     x_next: Tensor  # x_{t+1}, shape (B, ...)
-    t: Tensor  # layer that takes it, shape (B,)
+    t: Tensor  # layer of each row, shape (B,)
     condition: Tensor | None = None  # of each chain, shape (B, ...)
-    index: Tensor | None = None  # place of each row in a pool, shape (B,)
-    end: Tensor | None = None  # where the mean of the layer should be, like x_next; NaN in rows where that is unknown
+    index: Tensor | None = None  # index of each row in a pool, shape (B,)
+    end: Tensor | None = None  # end of the pair, the target of the layer's mean, like x_next; NaN without a pair
 
 
 @torch.no_grad()
@@ -72,15 +72,13 @@ def simulate(
 
 
 class Chain(ABC):
-    """A source of layer inputs.
-
-    With one layer all chains are alike: its inputs are fresh draws of the base.
+    """A source of layer inputs. With one layer all chains draw fresh inputs from the base.
 
     Args:
         sample_base: Draws x_T: (batch_size, generator) -> shape (batch_size, ...).
         num_layers: T; or a list, the T of each of several hierarchies.
         batch_size: B, rows of a batch.
-        sample_condition: Draws a condition per chain, of shape (batch_size, ...); None for no condition.
+        sample_condition: Draws a condition for each chain, of shape (batch_size, ...).
     """
 
     def __init__(
@@ -104,18 +102,18 @@ class Chain(ABC):
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        """Draws inputs of the layers as they are now; the generator is the source of t, the base draws and the noise.
+        """Draws inputs of the present layers; t, base draws and noise come from the generator.
 
-        beta, the share of each layer in the loss, shape (T,), tells a chain for layer-by-layer training its layer. The
-        others draw t uniformly over the layers of a hierarchy that is drawn before it.
+        A chain for layer-by-layer training takes the layer from beta, the weight of each layer in the loss, shape (T,).
+        The others draw a hierarchy, then t uniformly from its layers.
         """
 
     def advance(self, batch: ChainBatch, q: DiagonalGaussian, generator: torch.Generator | None = None) -> None:
-        """Takes the layers' answer q_t(. | x_next) to a drawn batch; only a pool uses it."""
+        """Takes the output q_t(. | x_next) of the layers for a batch; only a pool uses it."""
         del batch, q, generator
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that a resumed run needs."""
+        """Returns the tensors that a resumed run needs."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -151,7 +149,7 @@ class Chain(ABC):
 
 
 class SimulatedChain(Chain):
-    """Fresh chains for every batch: the paper's way. Costs up to T-1 network calls a batch."""
+    """Fresh chains for every batch, as in the paper, at up to T-1 network calls a batch."""
 
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None

@@ -1,7 +1,6 @@
-"""Signs of failure that show without a reference posterior: in the sampler, its critic and the score S of the target.
+"""Checks of the sampler and its critic that need the target's score S, and no reference posterior.
 
-The target is p at the level of layer 0, so the bridge is all that is needed of it. `marginals` are draws of the
-sampler, see `draw_marginals`.
+The target is p at the level of layer 0 of the bridge. `marginals` are draws of the sampler, see `draw_marginals`.
 """
 
 from __future__ import annotations
@@ -16,31 +15,45 @@ from torch import Tensor
 from .bridges import Bridge
 from .distributions import randn_like
 from .layers import ConditionalLayers
-from .objectives import Critic
+from .lower_bound import LowerBound
+from .objectives import Critic, KullbackLeibler, Objective, ScoreMatching
+from .regression import WithPairs
 
 STANDARD_ERRORS = 3.0
-STD_RATIO = 1e-2  # std of a collapsed layer, in spreads of its outputs
-STEIN = 0.8  # Stein ratio of draws that are too narrow
-LAG = 0.15  # of the signs of a critic that does not follow
+STD_RATIO = 1e-2  # below it a layer has collapsed: its std over the spread of its outputs
+STEIN = 0.8  # below it draws are too narrow: their Stein ratio
+LAG = 0.15  # above it a critic lags: its errors in two identities
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A sign of failure, seen at a layer t: what was measured against which threshold, what it means, and the remedy.
+    """A sign of a bad fit."""
 
-    The signature is "variance_collapse", "under_dispersed", "over_dispersed", "critic_lag", or of `masses`
-    "lost_modes", "drift" or "wrong_masses".
-    """
-
-    signature: str
+    signature: str  # the name of the check: "variance_collapse", "under_dispersed", "over_dispersed", "critic_lag",
+    # "lost_modes", "drift" or "wrong_masses"
     layer: int
     value: float
     threshold: float
-    message: str
+    message: str  # what was measured, and the remedy
+
+
+def other_objective(objective: Objective | None) -> str:
+    """Returns the remedy that concerns the objective, for layers that were trained with this one; None if unknown."""
+    if isinstance(objective, WithPairs):
+        objective = objective.objective
+    if isinstance(objective, ScoreMatching):
+        return "train by KullbackLeibler or LowerBound instead of ScoreMatching"
+    if isinstance(objective, LowerBound):
+        return "give LowerBound a larger batch, or train by KullbackLeibler"
+    if isinstance(objective, KullbackLeibler):
+        return "give the critic more updates, or train by LowerBound"
+    return "try another objective"
 
 
 @torch.no_grad()
-def variance_collapse(layers: ConditionalLayers, bridge: Bridge, marginals: list[Tensor]) -> list[Finding]:
+def variance_collapse(
+    layers: ConditionalLayers, bridge: Bridge, marginals: list[Tensor], objective: Objective | None = None
+) -> list[Finding]:
     """Finds layers that have become deterministic, and coordinates whose spread is not the target's.
 
     A layer is collapsed in a coordinate if mean std < `STD_RATIO` sd(x_t), and if mean std is less than a tenth of
@@ -70,38 +83,43 @@ def variance_collapse(layers: ConditionalLayers, bridge: Bridge, marginals: list
             message = (
                 f"layer {t} is deterministic in {narrow} of {len(ratio)} coordinates: in coordinate "
                 f"{int(ratio.argmin())} its std is {float(ratio.min()):.2g} of the spread of its outputs. Start from a "
-                "larger std, lower the layers' learning rate, or train by LowerBound or KullbackLeibler instead of "
-                "ScoreMatching"
+                f"larger std, lower the layers' learning rate, or {other_objective(objective)}"
             )
             found.append(Finding("variance_collapse", t, float(ratio.min()), STD_RATIO, message))
-    return found + _wrong_spread(marginals[0], score)  # the score of the last layer, t = 0
+    return found + _wrong_spread(marginals[0], score, objective)  # the score at the last layer, t = 0
 
 
-def _wrong_spread(x: Tensor, score: Tensor) -> list[Finding]:
+def _wrong_spread(x: Tensor, score: Tensor, objective: Objective | None) -> list[Finding]:
     """At most one "under_dispersed" and one "over_dispersed", by `stein_ratio`."""
-    found = []
     ratio, error = stein_ratio(x, score)
-    errors = math.sqrt(STANDARD_ERRORS**2 + 2 * math.log(len(ratio)))  # the least of d ratios strays farther than one
+    errors = math.sqrt(STANDARD_ERRORS**2 + 2 * math.log(len(ratio)))  # the extreme of d ratios strays farther than one
     narrow = (ratio < STEIN) & (ratio + errors * error < 1)
     wide = (ratio > 1 / STEIN) & (ratio - errors * error > 1)
-    if bool(narrow.any()):
-        least = ratio.masked_fill(~narrow, math.inf)
-        message = (
-            f"x_0 is narrower than the target in {int(narrow.sum())} of {len(ratio)} coordinates: in coordinate "
-            f"{int(least.argmin())} the Stein ratio E[-(x - E x) S(x)] is {float(least.min()):.2g} where the target "
-            "has 1. Train longer, with a larger std at the start, or by LowerBound or KullbackLeibler instead of "
-            "ScoreMatching"
-        )
-        found.append(Finding("under_dispersed", 0, float(least.min()), STEIN, message))
-    if bool(wide.any()):
-        most = ratio.masked_fill(~wide, -math.inf)
-        message = (
-            f"x_0 is wider than the target in {int(wide.sum())} of {len(ratio)} coordinates, or in a thin direction: "
-            f"in coordinate {int(most.argmax())} the Stein ratio E[-(x - E x) S(x)] is {float(most.max()):.3g} where "
-            "the target has 1. Train longer; if the target is stiff, fit Whitened(target, moment_match(draws)), and "
-            "that again"
-        )
-        found.append(Finding("over_dispersed", 0, float(most.max()), 1 / STEIN, message))
+    found = []
+    for signature, threshold, seen, where, remedy in (
+        (
+            "under_dispersed",
+            STEIN,
+            narrow,
+            f"narrower than the target in {int(narrow.sum())} of {len(ratio)} coordinates",
+            f"Train longer or start from a larger std; otherwise {other_objective(objective)}",
+        ),
+        (
+            "over_dispersed",
+            1 / STEIN,
+            wide,
+            f"wider than the target in {int(wide.sum())} of {len(ratio)} coordinates, or in a thin direction",
+            "Train longer; if the target is stiff, fit it in coordinates whitened by the mean and covariance of these "
+            "draws, and repeat",
+        ),
+    ):
+        if bool(seen.any()):
+            worst = int((ratio - 1).abs().masked_fill(~seen, -math.inf).argmax())
+            message = (
+                f"x_0 is {where}: in coordinate {worst} the Stein ratio E[-(x - E x) S(x)] is "
+                f"{float(ratio[worst]):.3g}, and 1 for the target. {remedy}"
+            )
+            found.append(Finding(signature, 0, float(ratio[worst]), threshold, message))
     return found
 
 

@@ -33,7 +33,7 @@ class DiagonalGaussian:
     def pairwise_log_prob(self, x: Tensor) -> Tensor:
         """Returns log N(x_i; mean_j, std_j^2) for each row i of x, shape (N, ...), and each Gaussian j: shape (N, B).
 
-        By matrix products, in double precision, for they cancel where the std is small.
+        By matrix products in double precision, since terms cancel where the std is small.
         """
         centre = self.mean.detach().mean(0, keepdim=True)
         dtype = x.dtype
@@ -56,11 +56,11 @@ class DiagonalGaussian:
         return DiagonalGaussian(mean=ratio * self.mean, std=variance.sqrt())
 
     def detach(self) -> DiagonalGaussian:
-        """The same law, cut from the graph of its parameters."""
+        """Returns the same law without gradients to its parameters."""
         return DiagonalGaussian(self.mean.detach(), self.std.detach())
 
 
 def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard Gaussian draw like `x`, made on the generator's device: one seed, one draw, on every device."""
+    """Returns standard normal noise like `x`, drawn on the generator's device, so that a seed fixes the draw."""
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)

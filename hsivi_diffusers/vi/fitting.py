@@ -1,4 +1,4 @@
-"""The one training loop, a generator: it updates and yields; logging, saving and averaging belong to the caller."""
+"""The training loop, a generator that yields after each step; logging, saving and averaging belong to the caller."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from .objectives import Critic, CriticObjective, LayerDraw, Objective, Scoring, 
 
 
 class DivergenceError(FloatingPointError):
-    """A loss or a gradient is not finite at an update, `step`, by rows of `layers`; it has moved no parameter."""
+    """Raised when a loss or gradient is not finite. No parameter was updated."""
 
     def __init__(self, subject: str, step: int, layers: Sequence[int]) -> None:
         super().__init__(
             f"{subject} is not finite at step {step} (layers t = {', '.join(map(str, layers))}): "
-            "start a new run with a lower learning rate, or with more critic updates; if it is at once, see that the "
-            "target is finite on all of R^d"
+            "start a new run with a lower learning rate or more critic updates; if this is the first step, check "
+            "that the target is finite on all of R^d"
         )
         self.step, self.layers = step, list(layers)
 
 
 @dataclass(frozen=True)
 class Update:
-    """One update of a player, by the rows of all micro-batches of this process."""
+    """One update of the layers or the critic, with the rows of all micro-batches of this process."""
 
-    t: Tensor  # layers of the rows, shape (B,)
-    loss: Tensor  # shape (B,), detached; of the layers, before beta(t)
-    grad_norm: Tensor | None = None  # what `clip_grad_norm` returned
+    t: Tensor  # layer of each row, shape (B,)
+    loss: Tensor  # of each row, detached, before the factor beta(t), shape (B,)
+    grad_norm: Tensor | None = None  # as returned by `clip_grad_norm`
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of the loop did."""
+    """One step of the loop: an update of the layers, then of the critic."""
 
     step: int  # from 0
     layers: Update
-    critic: Update  # the last one; of no rows where the objective has no critic
-    next_step: int  # the next stage's first if this one was stopped
+    critic: Update  # the last one; empty for an objective without a critic
+    next_step: int  # the first of the next stage if this stage was stopped
 
 
 def fit(
@@ -72,37 +72,36 @@ def fit(
     skips_overflows: bool = False,
     stop_stage: Callable[[Step], bool] = lambda _: False,
 ) -> Iterator[Step]:
-    """Fits layers to a bridge: one update of the layers, then `critic_updates` of the critic, and again.
+    """Fits layers to a bridge, by turns: one update of the layers, then `critic_updates` of the critic.
 
-    Every batch costs one call of the layers, and every answer is given back to the chain. The layer update and the
-    first critic update share a batch, in this order (docs/method.md). With a single micro-batch and an objective that
-    takes no gradient through the critic, they share the critic's answer too.
+    Every batch costs one call of the layers, whose output also moves the chain on. The layer update and the first
+    critic update share a batch, in this order (docs/method.md). With one micro-batch and an objective that takes no
+    gradient through the critic, they share the critic's output too.
 
-    An update is the mean over micro-batches: the chains given here, one after the other (gradient accumulation), in
-    each of the processes (data parallelism). N micro-batches in one process give the same update as one in each of N.
-    Randomness comes from a generator per (seed, micro-batch, step), so a run that is resumed at `start_step`, with
-    parameters, optimizers and chains restored, repeats one that was never stopped.
+    An update is the mean over micro-batches: one for each chain (gradient accumulation) in each process (data
+    parallelism). N micro-batches in one process give the same update as one in each of N processes. Random numbers
+    come from a generator per (seed, micro-batch, step), so a run resumed at `start_step`, with parameters, optimizers
+    and chains restored, repeats an uninterrupted one.
 
     Args:
-        layers: The sampler; called as layers(x_next, t, condition).
-        critic: Called as critic(x, level, condition, t); returns the marginal score. None for `LowerBound` and
-            `Regression`.
+        layers: The sampler.
+        critic: (x, level, condition, t) -> marginal score; None for `LowerBound` and `Regression`.
         bridge: What the layers are fitted to.
         objective: The losses.
-        chain: Where layer inputs come from; a list of chains for gradient accumulation, one for each micro-batch.
-        curriculum: Stages, one after the other.
-        layer_optimizer: Of the layers.
-        critic_optimizer: Of the critic.
-        critic_updates: Critic updates for each layer update, >= 1 (the paper: 20).
+        chain: Source of the layers' inputs; a list for gradient accumulation, one chain for each micro-batch.
+        curriculum: The stages, in order.
+        layer_optimizer: Optimizer of the layers.
+        critic_optimizer: Optimizer of the critic.
+        critic_updates: Critic updates per layer update, >= 1 (20 in the paper).
         scoring: Level at which layers are scored, "own" (the paper) or "random", see `draw_layer`.
-        seed: Of the run.
+        seed: Seed of the run.
         rank: Index of this process.
-        start_step: First step to do; those before it are taken as done.
-        backward: Called with each micro-batch's share of the loss, such as `accelerator.backward`.
-        no_sync: Context of all micro-batches but the last, in which the gradients of a module stay in this process.
-        clip_grad_norm: Called with a player's parameters before its optimizer moves them; returns the norm before it.
-        skips_overflows: The optimizers skip an update whose gradient is not finite, as under the loss scaling of fp16.
-        stop_stage: Called with each step before it is yielded; true ends the stage. Numbers of steps do not move.
+        start_step: Number of the first step.
+        backward: Called with the loss of each micro-batch, such as `accelerator.backward`.
+        no_sync: Context of all micro-batches but the last, in which gradients are not reduced between processes.
+        clip_grad_norm: Called with the parameters before an optimizer step; returns the norm before clipping.
+        skips_overflows: Whether the optimizers skip gradients that are not finite, as fp16 loss scaling does.
+        stop_stage: Called with each step before it is yielded; true ends the stage. Later ones keep their step numbers.
 
     Raises:
         ValueError: `critic_updates` < 1, or there is no critic or optimizer for an objective that needs them.
@@ -129,7 +128,7 @@ def fit(
                 backward(mean / len(chains))
             made.append(rows)
         norm = None
-        if move:  # Adam would count gradients that are 0, and take the first others for far larger
+        if move:  # else Adam would average zeros into its moments
             norm = clip_grad_norm(module.parameters()) if clip_grad_norm else None
             if not (skips_overflows or bool(torch.isfinite(_grad_norm(module) if norm is None else norm))):
                 raise DivergenceError(f"the gradient of the {player}", step, _layers_of(made))
@@ -137,19 +136,19 @@ def fit(
         optimizer.zero_grad()
         return Update(torch.cat([rows.t for rows in made]), torch.cat([rows.loss.detach() for rows in made]), norm)
 
-    game = _Game(layers, nn.Identity() if critic is None else critic, bridge, objective, chains, scoring)
+    losses = _Losses(layers, nn.Identity() if critic is None else critic, bridge, objective, chains, scoring)
     next_step = start_step
     for step, end, stage in _steps(curriculum):
         if step < next_step:
             continue
-        game.begin(stage.beta, [step_generator(seed, rank * len(chains) + i, step) for i in range(len(chains))])
-        with _frozen(game.critic) if objective.critic_gradient else nullcontext():
+        losses.begin(stage.beta, [step_generator(seed, rank * len(chains) + i, step) for i in range(len(chains))])
+        with _frozen(losses.critic) if objective.critic_gradient else nullcontext():
             move = bool(stage.beta.any())
-            layer_update = update("layers", layers, layer_optimizer, game.layer_rows, step, move)
+            layer_update = update("layers", layers, layer_optimizer, losses.layer_rows, step, move)
         critic_update = Update(t=layer_update.t[:0], loss=layer_update.loss[:0])
-        if critic is not None and critic_optimizer is not None and game.has_critic:
+        if critic is not None and critic_optimizer is not None and losses.has_critic:
             for _ in range(critic_updates):
-                critic_update = update("critic", critic, critic_optimizer, game.critic_rows, step)
+                critic_update = update("critic", critic, critic_optimizer, losses.critic_rows, step)
         done = Step(step=step, layers=layer_update, critic=critic_update, next_step=step + 1)
         if stop_stage(done):
             done = replace(done, next_step=end)
@@ -158,7 +157,7 @@ def fit(
 
 
 class _Rows(NamedTuple):
-    """Layers, losses and shares in the mean of the rows of a micro-batch, each of shape (B,)."""
+    """Layer, loss and weight of each row of a micro-batch, all of shape (B,)."""
 
     t: Tensor
     loss: Tensor
@@ -174,8 +173,8 @@ def _grad_norm(module: nn.Module) -> Tensor:
 
 
 @dataclass
-class _Game:
-    """The losses of both players, micro-batch by micro-batch, and what the one leaves to the other within a step."""
+class _Losses:
+    """The losses of layers and critic by micro-batch; within a step the critic reuses the draws of the layers."""
 
     layers: ConditionalLayers
     critic: nn.Module
@@ -187,7 +186,7 @@ class _Game:
     def __post_init__(self) -> None:
         self.critic_seen = _local(self.critic)
         self.has_critic = isinstance(self.objective, CriticObjective)
-        # The graph of one answer is kept until the critic's loss; those of several micro-batches would not fit.
+        # Memory: the graph of the answer lives until the critic's loss, so this is for one micro-batch only.
         self.shares_answer = self.has_critic and len(self.chains) == 1 and not self.objective.critic_gradient
 
     def begin(self, beta: Tensor, generators: Sequence[torch.Generator]) -> None:
@@ -232,7 +231,7 @@ def draw_rows(
     generator: torch.Generator | None = None,
     beta: Tensor | None = None,
 ) -> LayerDraw:
-    """Draws a batch from the layers, one call of them, and moves the chain on; see `Chain.draw` and `draw_layer`."""
+    """Draws a batch from the layers with one call, and moves the chain on; see `Chain.draw` and `draw_layer`."""
     batch = chain.draw(layers, generator, beta)
     q = layers(batch.x_next, batch.t, batch.condition)
     chain.advance(batch, q, generator)
@@ -249,20 +248,20 @@ def draw_rows(
 
 
 def step_generator(seed: int, micro_batch: int, step: int) -> torch.Generator:
-    """Returns a generator that depends on these three alone."""
+    """Returns a generator seeded by these three numbers."""
     digest = hashlib.blake2b(f"{seed} {micro_batch} {step}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def _local(critic: nn.Module) -> nn.Module:
-    """The critic outside of any reduction between processes."""
+    """The critic without its wrapper for data parallelism."""
     inner = getattr(critic, "_orig_mod", critic)  # of torch.compile
     return inner.module if isinstance(inner, DistributedDataParallel) else critic
 
 
 @contextmanager
 def _frozen(critic: nn.Module) -> Iterator[None]:
-    """Within it no parameter takes a gradient. Only where it must be: torch rounds products with them otherwise."""
+    """Switches off gradients of the parameters. Use it only if needed: torch then rounds products differently."""
     trained = [parameter for parameter in critic.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -274,7 +273,7 @@ def _frozen(critic: nn.Module) -> Iterator[None]:
 
 
 def _steps(curriculum: Sequence[Stage]) -> Iterator[tuple[int, int, Stage]]:
-    """Number of each step, the end of its stage, and the stage."""
+    """Yields the number of each step, the end of its stage, and the stage."""
     end = 0
     for stage in curriculum:
         begin, end = end, end + stage.num_steps

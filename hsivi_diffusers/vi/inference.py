@@ -1,4 +1,4 @@
-"""Everything that a small target needs, with settings that work: networks, chain, curriculum, optimizers, rates."""
+"""Inference on small targets: networks, chain, curriculum, optimizers and learning rates with good defaults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .objectives import CriticObjective, KullbackLeibler, Objective, ScoreMatchi
 from .pools import CohortChain, FrozenPoolChain, PoolChain
 
 Training = Literal["sequential", "joint"]
-NUM_PROBES = 256  # draws of the base at which the target is looked at before work
+NUM_PROBES = 256  # draws of the base at which the target is checked before training
 MAX_GRAD_NORM = 10.0  # of both players
 OBJECTIVES: dict[str, Callable[[], Objective]] = {"LB": LowerBound, "SM": ScoreMatching, "KL": KullbackLeibler}
 
@@ -31,29 +31,29 @@ class Inference:
     """Fits a hierarchy of T Gaussian layers to a bridge, and draws from it.
 
     Args:
-        bridge: From the base to the target; says T.
+        bridge: From the base to the target, with T layers.
         objective: "LB" (`LowerBound`), "SM" (`ScoreMatching`) or "KL" (`KullbackLeibler`), or an `Objective`.
         training: "joint", all layers at once with a shared network; or "sequential", layer by layer with a network for
             each.
-        num_steps: Layer updates in all, an equal part for each layer if sequential.
+        num_steps: Layer updates in all; sequential training gives each layer an equal part.
         batch_size: B.
         layers: The sampler; residual MLPs by default.
-        critic: For the objectives with a critic; a residual MLP by default.
-        width: Of the default networks, as `depth`.
-        learning_rate: Of the layers, by Adam, with a cosine to 5 % over each stage; by default 4e-3, or 1e-3 with
+        critic: For objectives with a critic; a residual MLP by default.
+        width: Width of the default networks.
+        depth: Hidden layers of the default networks.
+        learning_rate: Of the layers, falling to 5 % by a cosine over each stage; 4e-3 by default, and 1e-3 for
             `ScoreMatching`, which diverges sooner.
         critic_learning_rate: Of the critic, constant.
-        critic_updates: For each layer update.
+        critic_updates: Critic updates per layer update.
         plateau: Ends a stage whose loss has stopped falling.
-        seed: Of parameters and draws.
+        seed: Seed of parameters and draws.
 
     Attributes:
         next_step: Number of the step that `steps` continues with.
 
     Raises:
-        ValueError: A name is unknown, a number is out of range, there are fewer steps than layers, `layers` has another
-            T than the bridge, the target is not finite at draws of the base, or a plateau is asked for with a loss that
-            has no meaning.
+        ValueError: An argument is unknown, out of range or does not fit the others, or the target is not finite at
+            draws of the base.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Inference:
             raise ValueError(f"batch_size={batch_size}: give 2 rows or more")
         self.curriculum, self.chain = _make_training(training, bridge, self.objective, num_steps, batch_size)
         if plateau is not None and isinstance(self.objective, LowerBound) and self.objective.surrogate:
-            raise ValueError("a plateau needs a loss that means something: LowerBound(surrogate=True) has none")
+            raise ValueError("a plateau needs a loss that can be compared: that of LowerBound(surrogate=True) cannot")
         self.critic_updates, self.plateau = critic_updates, plateau
         self.next_step = 0
         self._settings = {
@@ -116,7 +116,7 @@ class Inference:
             self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=critic_learning_rate, fused=True)
 
     def steps(self) -> Iterator[Step]:
-        """Trains from `next_step` to the end; yields after each layer update, and can be left and called again."""
+        """Trains from `next_step` to the end; yields after each step. It may be left and called again."""
         self._set_rate(self.next_step)
         for step in fit(
             self.layers,
@@ -148,21 +148,22 @@ class Inference:
         return draw_marginals(self.layers, self.bridge.sample_base(size, generator), generator)
 
     def sample(self, size: int, seed: int = 0) -> Tensor:
-        """Draws from the fitted law, shape (size, d); the same ones again unless the seed is another."""
+        """Draws from the fitted law, shape (size, d); one seed gives the same draws."""
         return self.marginals(size, seed)[0]
 
     def diagnose(self, seed: int = 0) -> Diagnosis:
-        """Looks for signs of failure, see `diagnosis.diagnose`; each finding has a message with the remedy."""
+        """Checks the fit, see `diagnosis.diagnose`; each finding has a message with the remedy."""
         return diagnose(
             self.layers,
             self.bridge,
             critic=self.critic,
             critic_layers=[0] if self.training == "sequential" else None,
+            objective=self.objective,
             generator=torch.Generator().manual_seed(seed),
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of all that a resumed run needs to repeat one that was never stopped."""
+        """Returns a copy of all that a resumed run needs to repeat an uninterrupted one."""
         state = {name: part.state_dict() for name, part in self._parts().items()}
         return copy.deepcopy({**state, "settings": self._settings, "next_step": self.next_step})
 

@@ -1,4 +1,4 @@
-"""Langevin chains in a score: where a density has its mass, and whether draws stay as they are."""
+"""Langevin chains in a score: where a density has its mass, and whether draws keep their law."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def langevin(
     default each has its own.
 
     Returns:
-        The ends, shape (N, d), and for each chain -trace cov(u, g) / d over its second half, shape (N,): by Stein's
-        identity 1 for a chain that has mixed; less for one that is still on its way, or stuck.
+        The ends, shape (N, d), and for each chain and coordinate -cov(u, g) over its second half, shape (N, d): by
+        Stein's identity 1 for a chain that has mixed; less for one that is still on its way, or stuck.
     """
     longest = 2 * math.log(max(1.0, 0.1 * float(u.square().mean().sqrt())))
     log_step = u.new_full((len(u),), math.log(0.1))
     g = score(u)
-    sum_u, sum_g, sum_ug = torch.zeros_like(u), torch.zeros_like(u), torch.zeros_like(log_step)
+    sum_u, sum_g, sum_ug = torch.zeros_like(u), torch.zeros_like(u), torch.zeros_like(u)
     kept = num_steps - num_steps // 2
     for index in range(num_steps):
         step = log_step.exp()
@@ -68,8 +68,8 @@ def langevin(
         if not together or index < num_steps - kept:
             log_step = (log_step + 0.2 * ((rate.mean() if together else rate) - 0.57)).clamp(max=longest)
         if index >= num_steps - kept:
-            sum_u, sum_g, sum_ug = sum_u + u, sum_g + g, sum_ug + (u * g).sum(1)
-    return u, ((sum_u * sum_g).sum(1) / kept - sum_ug) / kept / u.shape[1]
+            sum_u, sum_g, sum_ug = sum_u + u, sum_g + g, sum_ug + u * g
+    return u, (sum_u * sum_g / kept - sum_ug) / kept
 
 
 def _uniform_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

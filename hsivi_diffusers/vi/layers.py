@@ -12,7 +12,7 @@ from .distributions import DiagonalGaussian
 
 
 class ConditionalLayers(nn.Module, ABC):
-    """All T = `num_layers` layers of a hierarchy, each a reparameterisable Gaussian given the state above it."""
+    """All T = `num_layers` layers of a hierarchy, each a Gaussian given the state above it."""
 
     num_layers: int
 
@@ -20,7 +20,7 @@ class ConditionalLayers(nn.Module, ABC):
     def forward(self, x_next: Tensor, t: Tensor, condition: Tensor | None = None) -> DiagonalGaussian:
         """Returns q_t(. | x_next), for inputs x_{t+1} of shape (B, ...) and layers t of shape (B,), 0 the data side.
 
-        The condition is opaque to the core, such as class labels of shape (B,).
+        The condition, such as class labels of shape (B,), is passed on as it is.
         """
 
 
@@ -32,10 +32,10 @@ def hierarchy_ends(depths: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 class IndependentLayers(ConditionalLayers):
-    """Each layer is a network of its own, x_next -> `DiagonalGaussian`, from the data side up: for sequential training.
+    """A network x_next -> `DiagonalGaussian` for each layer, from the data side up: for sequential training.
 
     Raises:
-        ValueError: No network is given, or `forward` is given a condition.
+        ValueError: There is no network, or `forward` gets a condition.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
@@ -60,10 +60,10 @@ class IndependentLayers(ConditionalLayers):
 
 
 class SharedLayers(ConditionalLayers):
-    """All layers are one network that is told the layer, (x_next, t) -> `DiagonalGaussian`: for joint training.
+    """One network (x_next, t) -> `DiagonalGaussian` for all layers: for joint training.
 
     Raises:
-        ValueError: `forward` is given a condition.
+        ValueError: `forward` gets a condition.
     """
 
     def __init__(self, network: nn.Module, num_layers: int) -> None:

@@ -1,4 +1,4 @@
-"""HSIVI-LB: the loss of the layers without a critic, from further draws of x_next."""
+"""HSIVI-LB: a loss of the layers without a critic, from extra draws of x_next."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from .objectives import Critic, LayerDraw, Objective, row_sum
 class LowerBound(Objective):
     """HSIVI-LB: the bound of semi-implicit variational inference, layer by layer (sec. 3.1).
 
-    The mean of the loss bounds KL(q || p) - log Z from above, is nearer to it the larger K is, and equal in the limit.
-    The K extra draws of x_{t+1} are the inputs of the other rows of the batch at the same level, so that the mixture
-    costs one B x B matrix and no network call. A small K makes q too narrow: the bound counts the spread within a
-    layer, and little of that between its inputs.
+    The mean of the loss is an upper bound of KL(q || p) - log Z that becomes tight as K grows. The K extra draws of
+    x_{t+1} are the inputs of the other rows of the batch at the same level, so the mixture costs one B x B matrix and
+    no network call. A small K makes q too narrow, since the bound sees little of the spread between inputs.
 
     Args:
-        surrogate: Take stopgrad(S(x)) . x instead of log p(x), which has the same gradient: for a target of which
-            only the score is known. The value then means nothing.
+        surrogate: Take stopgrad(S(x)) . x instead of log p(x), which has the same gradient, for a target whose score
+            only is known. The value then has no meaning.
     """
 
     def __init__(self, surrogate: bool = False) -> None:
         self.surrogate = surrogate
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
-        """Returns log 1/(K+1) sum_k q(x | x_next^(k)) - log p(x), x_next^(0) the input of which x was drawn.
+        """Returns log 1/(K+1) sum_k q(x | x_next^(k)) - log p(x), where x was drawn from the input x_next^(0).
 
         Raises:
             ValueError: The rows have conditions, or all have levels of their own.
@@ -41,7 +40,7 @@ class LowerBound(Objective):
         levels = draw.level.unique()
         if 1 < len(levels) == len(draw.level):
             raise ValueError(
-                f"each of the {len(levels)} rows is at a level of its own, so there is nothing to mix: use "
+                f"each of the {len(levels)} rows has a level of its own, so there is nothing to mix: use "
                 'scoring="own", and a larger batch'
             )
         marginal = draw.x.new_empty(len(draw.x))

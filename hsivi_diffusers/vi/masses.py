@@ -1,4 +1,4 @@
-"""Signs that mass of the target is missing, or in the wrong place: by probes, chains and importance weights."""
+"""Checks for mass of the target that is missing or misplaced: by probes, Langevin chains and importance weights."""
 
 from __future__ import annotations
 
@@ -9,22 +9,29 @@ import torch
 from torch import Tensor
 
 from .bridges import Bridge
-from .diagnostics import STANDARD_ERRORS, Finding, fill
+from .diagnostics import STANDARD_ERRORS, Finding, fill, other_objective
 from .langevin import langevin, precision_root
 from .layers import ConditionalLayers
+from .objectives import Objective
 
 NUM_PROBES = 500
-NUM_STEPS = 300  # of each chain
-LOST = 0.01  # share of lost probes that tells
-SAME = 0.8  # ratio of variances that has not changed
-DISTANCE = 0.1  # of distribution functions
+NUM_STEPS = 300  # of each chain; chains of `drift` that have not mixed go on to three times as many
+LOST = 0.01  # above it modes are lost: share of lost probes
+SAME = 0.8  # below it a variance has changed: ratio of before and after
+DISTANCE = 0.1  # above it masses are wrong: distance of distribution functions
 REACH = 20.0  # the widest start of a probe, in spreads of the base
-SETTLED = 0.7  # share of what Stein's identity asks of a chain that has mixed
-RELIABLE = 0.2  # effective share of draws, below which importance weights tell nothing
+SETTLED = 0.7  # share of what Stein's identity asks of a chain that has mixed; of a single chain
+MIXED = 0.9  # the same of all chains together, in their slowest coordinate
+RELIABLE = 0.2  # below it importance weights say nothing: effective share of draws
 
 
 @torch.no_grad()
-def lost_modes(bridge: Bridge, marginals: list[Tensor], generator: torch.Generator | None = None) -> list[Finding]:
+def lost_modes(
+    bridge: Bridge,
+    marginals: list[Tensor],
+    objective: Objective | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Finding]:
     """Finds places of high target density where the sampler never goes.
 
     Probes start from the base, inflated about its mean up to `REACH` times, and from the upper layers' outputs, and
@@ -42,30 +49,37 @@ def lost_modes(bridge: Bridge, marginals: list[Tensor], generator: torch.Generat
     score, root, inverse = _round(bridge, marginals)
     start = (_starts(bridge, marginals[1:-1], NUM_PROBES, generator).flatten(1) - center) @ root
     probes, stein = langevin(lambda u: score(center + u @ inverse) @ inverse.T, start, NUM_STEPS, generator)
-    probes = probes[stein > SETTLED]
+    probes = probes[stein.mean(1) > SETTLED]
     draws = (draws - center) @ root
     usual = torch.cdist(draws, draws).fill_diagonal_(math.inf).amin(1)
     far = 3 * usual.quantile(0.99) - 2 * usual.median()
     lost = center + probes[torch.cdist(probes, draws).amin(1) > far] @ inverse
-    lost = lost[_is_dense(bridge, lost.reshape(-1, *shape), marginals[0])]
+    if len(lost):  # not all distributions of torch take none
+        lost = lost[_is_dense(bridge, lost.reshape(-1, *shape), marginals[0])]
     value = len(lost) / NUM_PROBES
     if value <= LOST:
         return []
     place = ", ".join(f"{number:.3g}" for number in lost[0, :4].tolist())
     message = (
         f"{value:.1%} of {NUM_PROBES} probes settled where the target is dense and the sampler hardly goes, one at x = "
-        f"[{place}{', ...' if len(center) > 4 else ''}]. Train by KullbackLeibler or LowerBound instead of "
-        "ScoreMatching, with more layers, a diffusion bridge or a wider base. Mend a collapsed variance first"
+        f"[{place}{', ...' if len(center) > 4 else ''}]. Train with more layers, a diffusion bridge or "
+        f"a wider base, or {other_objective(objective)}. Fix a collapsed variance first"
     )
     return [Finding("lost_modes", 0, value, LOST, message)]
 
 
 @torch.no_grad()
-def drift(bridge: Bridge, marginals: list[Tensor], generator: torch.Generator | None = None) -> list[Finding]:
+def drift(
+    bridge: Bridge,
+    marginals: list[Tensor],
+    objective: Objective | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Finding]:
     """Finds coordinates whose mean or variance changes when Langevin chains continue from the draws of x_0.
 
-    Draws of p have the same law after any number of steps, so what changes is wrong, in any dimension. A curved or thin
-    target is followed along its ridge. Chains do not cross between modes that are far apart: see `wrong_masses`.
+    Draws of p have the same law after any number of steps, so what changes is wrong, in any dimension. Chains that have
+    not mixed go on for longer, so that a curved or thin target is followed into its tails. They do not cross between
+    modes that are far apart: see `wrong_masses`.
 
     Returns:
         At most one "drift": significantly, a ratio of the variances before and after is below `SAME`, or above its
@@ -73,8 +87,18 @@ def drift(bridge: Bridge, marginals: list[Tensor], generator: torch.Generator | 
     """
     before = marginals[0].flatten(1)
     score, root, inverse = _round(bridge, marginals)
-    end, _ = langevin(lambda u: score(u @ inverse) @ inverse.T, before @ root, NUM_STEPS, generator, together=True)
-    after = end @ inverse
+    u, found, done = before @ root, [], 0
+    for num_steps in (NUM_STEPS, 2 * NUM_STEPS):
+        u, stein = langevin(lambda u: score(u @ inverse) @ inverse.T, u, num_steps, generator, together=True)
+        done += num_steps
+        found = _changes(before, u @ inverse, done, objective)
+        if found or float(stein.mean(0).min()) > MIXED:
+            break
+    return found
+
+
+def _changes(before: Tensor, after: Tensor, num_steps: int, objective: Objective | None) -> list[Finding]:
+    """At most one "drift", between rows of draws before and after so many steps."""
     center, variance = after.mean(0), after.var(0).clamp_min(torch.finfo(after.dtype).tiny)
     square = ((before - center).square() - (after - center).square()) / variance
     shift = (before - after) / variance.sqrt()
@@ -88,8 +112,8 @@ def drift(bridge: Bridge, marginals: list[Tensor], generator: torch.Generator | 
     message = (
         f"x_0 does not stay as it is under Langevin steps in the target in {int(wrong.sum())} of {len(wrong)} "
         f"coordinates: in coordinate {worst} the variance of the draws is {float(changes[worst]):.2g} of that after "
-        f"{NUM_STEPS} steps, their mean {float(shift.mean(0)[worst]):+.2g} standard deviations off. Train longer, with "
-        "more layers, or by KullbackLeibler or LowerBound instead of ScoreMatching"
+        f"{num_steps} steps, their mean {float(shift.mean(0)[worst]):+.2g} standard deviations off. Train longer or "
+        f"with more layers; otherwise {other_objective(objective)}"
     )
     return [Finding("drift", 0, float(changes[worst]), SAME, message)]
 
@@ -144,7 +168,7 @@ def _round(bridge: Bridge, marginals: list[Tensor]) -> tuple[Callable[[Tensor], 
 
 
 def _is_dense(bridge: Bridge, x: Tensor, draws: Tensor) -> Tensor:
-    """Whether the target is as dense at x as at its least likely draws, less d; true where only the score is known."""
+    """Whether log p at x reaches that of the least likely draw, less d; true if only the score is known."""
     try:
         least = bridge.log_prob(draws, bridge.level(fill(0, draws))).min() - draws[0].numel()
         return bridge.log_prob(x, bridge.level(fill(0, x))) > least

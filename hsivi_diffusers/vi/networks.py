@@ -52,8 +52,8 @@ class ResidualMLP(nn.Module):
 class GaussianMLP(nn.Module):
     """A layer: x -> N(A x + net(x), std^2), A = I and net nearly 0 at the start, x in up to 10,000 dimensions.
 
-    A std > 0 is learned for each coordinate of each layer, from `initial_std`. num_layers is the T of the layers that
-    share the network, or None for a layer of its own.
+    A std > 0 is learned for each coordinate of each layer, from `initial_std`. With num_layers = T the network is
+    shared by T layers.
 
     Raises:
         ValueError: A number is out of its range.
@@ -81,10 +81,10 @@ class GaussianMLP(nn.Module):
             self.network.last.bias.zero_()
 
     def forward(self, x_next: Tensor, t: Tensor | None = None) -> DiagonalGaussian:
-        """Returns q(. | x_next), of shape (B, d), with the layers t of the rows where layers share the network."""
+        """Returns q(. | x_next), of shape (B, d); t is the layer of each row of a shared network."""
         if (t is None) != (self.num_layers is None):
             raise ValueError(
-                "give num_layers=T to a network that layers share, and leave it out for a layer of its own"
+                "give num_layers=T to a network that layers share, and leave it out for a network of one layer"
             )
         level = None if t is None or self.num_layers is None else t / self.num_layers
         log_std = self.log_std[0] if level is None else self.log_std[t]

@@ -6,7 +6,7 @@ With x ~ q(. | x_next), S the bridge score, s the critic's estimate of the margi
     HSIVI-SM      v(x) . (S(x) - grad log q(x | x_next)) - 1/2 |v(x)|^2                    (sec. 3.2)
     HSIVI-KL      x . stopgrad(s(x) - S(x))                        gradient of KL(q || p), as the layer sees it
 
-`regression` adds pairs of a map, and `lower_bound` does without a critic.
+`regression` adds a loss on pairs of a map, and `lower_bound` needs no critic.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Scoring = Literal["own", "random"]
 class LayerDraw:
     """A draw x ~ q(. | x_next) from a layer, at the level where it is scored."""
 
-    q: DiagonalGaussian  # of x, of `scoring="own"` given x_next, else what `Bridge.place` makes of that
+    q: DiagonalGaussian  # law of x: given x_next for `scoring="own"`, else moved by `Bridge.place`
     x: Tensor  # shape (B, ...)
-    level: Tensor  # of the bridge, that q belongs to, shape (B,)
+    level: Tensor  # of q on the bridge, shape (B,)
     t: Tensor  # layer of each row, shape (B,)
     condition: Tensor | None = None  # of each row
-    residual: Tensor | None = None  # mean of the layer, at its own level, minus the end of its pair; NaN without one
+    residual: Tensor | None = None  # mean of the layer, at its own level, minus the end of the pair; NaN without a pair
 
     @property
     def layer_score(self) -> Tensor:
@@ -64,10 +64,10 @@ def draw_layer(
     generator: torch.Generator | None = None,
     end: Tensor | None = None,
 ) -> LayerDraw:
-    """Draws from layers t, shape (B,), of law q = q_t(. | x_next), each row with its condition.
+    """Draws from q = q_t(. | x_next), with layers t of shape (B,).
 
-    Scoring "own" (the paper) is at the level of the layer; "random" at one that the bridge draws and moves q to. `end`
-    is where the pair of each row ends, NaN in rows without a pair.
+    It is scored at the level of the layer ("own", the paper), or at a level that the bridge draws and moves q to
+    ("random"). `end` is the end of the pair of each row, NaN in rows without a pair.
 
     Raises:
         ValueError: `scoring` is neither of these.
@@ -88,21 +88,20 @@ def unit_weight(level: Tensor) -> Tensor:
 
 
 class Objective(ABC):
-    """What draws of the layers are worth."""
+    """Base class of training objectives."""
 
-    critic_gradient = False  # the layers' loss has none through the critic, so that one answer serves both losses
+    critic_gradient = False  # whether the layers' loss needs the gradient through the critic
 
     @abstractmethod
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
         """Returns the loss whose gradient in the layers' parameters pulls q towards p: shape (B,).
 
-        The critic, (x, level, condition, t) -> estimate of grad log q(x), of the shape of x, is not updated with this
-        loss; the draw is on the graph of the layers.
+        The critic is (x, level, condition, t) -> estimate of grad log q(x), of the shape of x.
         """
 
 
 class CriticObjective(Objective):
-    """What the objectives with a critic share: the critic's loss, and the weights.
+    """Base class of objectives with a critic: the critic's loss, and the weights.
 
     Args:
         level_weight: w(level) >= 0 of both losses, (B,) -> (B,), in score units; 1 by default.

@@ -1,7 +1,7 @@
-"""Chains that are kept from batch to batch: live ones for joint training, frozen ones for one layer after the other.
+"""Chains that persist between batches: live ones for joint training, frozen ones for layer-by-layer training.
 
-A training step moves the chains of a `PoolChain` that it used by one layer, with the very network call that trained
-them, so that no call is spent on simulation alone.
+A training step moves the chains of a `PoolChain` that it used by one layer, with the network call that trained them, so
+no call is spent on simulation only.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .distributions import DiagonalGaussian, randn_like
 from .layers import ConditionalLayers
 
 
-class _Kept(Chain):
-    """The states x_{t+1} of chains, their layers and conditions, from batch to batch; empty before they are made."""
+class _PersistentChain(Chain):
+    """States x_{t+1} of chains with their layers and conditions, between batches; empty before the first draw."""
 
     x_next: Tensor | None = None
     t: Tensor
@@ -40,12 +40,12 @@ class _Kept(Chain):
         self.condition = state["condition"].to(device, copy=True) if "condition" in state else None
 
 
-class PoolChain(_Kept):
+class PoolChain(_PersistentChain):
     """B T live chains at staggered depths; a batch is B of them, and `advance` moves those down by one layer.
 
     With several hierarchies T is the largest, and a chain stays in its own. The first draw fills the pool. A chain that
-    has left the last layer starts again from the base. A state is as old as the B T / B = T steps since it was made, on
-    average, so it is nearly, not exactly, a draw from today's sampler.
+    has left the last layer restarts from the base. States are T steps old on average, so they are nearly, not exactly,
+    draws from the present sampler.
     """
 
     def draw(
@@ -75,11 +75,11 @@ class PoolChain(_Kept):
         self.x_next[batch.index] = torch.where(keep, x, q.rsample(noise).to(x.dtype))
         self.t[batch.index] = torch.where(done, self.first.to(batch.t.device)[batch.t], batch.t - 1)
         if self.condition is not None and condition is not None and batch.condition is not None:
-            self.condition[batch.index] = batch.condition  # of a guided row it is that of the pair
+            self.condition[batch.index] = batch.condition  # the condition of the pair in rows with one
             self.condition[batch.index[done]] = condition[done]
 
     def _staggered(self) -> Tensor:
-        """Layers of the chains at the start: the hierarchies take turns, each from its last layer up."""
+        """Layers of the chains at the start: the hierarchies in turn, each from its last layer up."""
         chain = torch.arange(self.batch_size * max(self.depths))
         return self._in_hierarchy(chain % len(self.depths), chain // len(self.depths))
 
@@ -88,9 +88,9 @@ class PoolChain(_Kept):
 
 
 class CohortChain(PoolChain):
-    """A pool of one hierarchy, of which a batch is B chains that go down together, all of them at the same layer.
+    """A pool of one hierarchy, whose batches are B chains at the same layer.
 
-    The lower bound needs that: its extra draws are the other rows of the batch at that layer.
+    `LowerBound` needs that: its extra draws are the other rows of the batch at that layer.
 
     Raises:
         ValueError: There are several hierarchies.
@@ -112,11 +112,11 @@ class CohortChain(PoolChain):
         return torch.arange(first, len(self.t), self.num_layers)  # every T-th chain started at the same layer
 
 
-class FrozenPoolChain(_Kept):
-    """For layer-by-layer training: many draws of x_{t+1} from layers that are trained and frozen.
+class FrozenPoolChain(_PersistentChain):
+    """For layer-by-layer training: `num_states` draws of x_{t+1} from the layers that are trained.
 
-    When the curriculum moves on to the next layer, the layer that has just been trained moves the whole pool down.
-    Batches are drawn from its `num_states` draws with replacement; for t = T-1 the base is drawn afresh.
+    When the curriculum goes to the next layer, the layer that was trained last moves the whole pool down. Batches are
+    drawn with replacement; for t = T-1 the base is drawn afresh.
     """
 
     num_states = 60_000
@@ -124,10 +124,10 @@ class FrozenPoolChain(_Kept):
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        """Draws rows of the pool of the one layer that learns.
+        """Draws rows of the pool for the layer with beta > 0.
 
         Raises:
-            ValueError: Not one layer learns, or one above a layer that was trained before.
+            ValueError: There is not one such layer, or it is above a layer that was trained before.
         """
         here = self.num_layers - 1 if self.x_next is None else int(self.t)
         learning = [] if beta is None else beta.nonzero().flatten().tolist()

@@ -19,7 +19,7 @@ SamplePairs = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor, T
 
 
 class PairChain(Chain):
-    """Pairs of a map from the base to the target, such as the teacher's ODE, known by draws alone: for `Regression`.
+    """Pairs of a map from the base to the target, such as the teacher's ODE: for `Regression`.
 
     `sample_pairs` draws the pairs of layers t: (t of shape (B,), generator) -> (x_{t+1}, end, condition), tensors of
     shape (B, ...); the condition may be None. With a single layer a pair is (x_1, x_0). The rest is as in `Chain`.
@@ -42,7 +42,7 @@ class PairChain(Chain):
 
 
 class PairMixingChain(Chain):
-    """Another chain, in which layers that take the base get the inputs of pairs, for `WithPairs`; others keep theirs."""
+    """Another chain, whose rows of layers that take the base are replaced by pairs: for `WithPairs`."""
 
     def __init__(self, chain: Chain, sample_pairs: SamplePairs) -> None:
         super().__init__(chain.sample_base, chain.depths, chain.batch_size, chain.sample_condition)
@@ -80,9 +80,9 @@ def half_square(residual: Tensor, t: Tensor | None = None) -> Tensor:
 class Regression(Objective):
     """The layer is fitted to pairs of a map, without critic or score (arXiv 2101.02388): a start for other objectives.
 
-    Its best mean is the map where that is smooth, and an average over the neighbourhood elsewhere, so details are lost;
-    but each part of the target gets the mass that the map gives it. The loss takes residuals mu(x_next) - end of shape
-    (B, ...), mu the mean of the layer, and the layers t: it is 1/2 |residual|^2 by default, shape (B,).
+    The best mean is the map where that is smooth, and a local average elsewhere, so details are lost; but each part of
+    the target gets its mass. `loss` takes the residuals mu(x_next) - end, shape (B, ...), with the mean mu of the
+    layer, and the layers t; it returns shape (B,), by default 1/2 |residual|^2.
     """
 
     def __init__(self, loss: ResidualLoss = half_square) -> None:
@@ -96,7 +96,7 @@ class Regression(Objective):
         """
         if draw.residual is None:
             raise ValueError(
-                "the draw has no pair: take the layer's input from a PairChain, or with WithPairs from a PairMixingChain"
+                "the draw has no pair: Regression takes its inputs from a PairChain, WithPairs from a PairMixingChain"
             )
         return self.loss(draw.residual, draw.t)
 
@@ -104,9 +104,9 @@ class Regression(Objective):
 class WithPairs(CriticObjective):
     """Another objective plus a weight times `Regression`: the regression loss of DMD (arXiv 2311.18828).
 
-    Objectives with a critic see missing mass at high levels only, and there the critic errs; a small weight keeps the
-    masses of the map. A larger one costs detail, unless the loss is of what the map tells well. The weight > 0 is in
-    the units of `KullbackLeibler` with a weight sigma^2: try 0.005.
+    Objectives with a critic see missing mass at high levels only, where the critic is inaccurate; a small weight keeps
+    the masses of the map, a larger one costs detail. The weight > 0 is in units of `KullbackLeibler` with a weight
+    sigma^2: try 0.005.
 
     Raises:
         ValueError: The weight is not above 0.

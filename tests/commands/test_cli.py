@@ -16,7 +16,7 @@ CHOICES = "choose one of distil, plan, sample, evaluate, push, demo"
     ("args", "message"),
     [
         (["distil", "--output_dir", "x"], "--pretrained_teacher_model is missing"),
-        (["distil", "--pretrained_teacher_model", "./nowhere", "--output_dir", "x"], "teacher './nowhere' is not a f"),
+        (["distil", "--pretrained_teacher_model", "./nowhere", "--output_dir", "x"], "'./nowhere' is no folder here"),
         (["distil", "--pretrained_teacher_model", "a/b"], "--output_dir is missing"),
         (["distil", "--output_dir=x", "--resume_from_checkpoint=latest"], "--output_dir x holds no run to resume"),
         (["plan", "--num_inference_steps", "0"], "--num_inference_steps=[0]: give one number of steps of at least 1"),

@@ -1,6 +1,5 @@
 """`hsivi demo`: the page, by its functions, by its server, and in a browser where there is one."""
 
-import json
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +15,11 @@ from PIL import Image
 from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.commands.sample import load_sampler
-from hsivi_diffusers.distillation.pairs import pair_levels
 from hsivi_diffusers.share.push import push
+from hsivi_diffusers.teachers.guidance import Guided
+from hsivi_diffusers.teachers.levels import clock_of
+from hsivi_diffusers.teachers.loading import load_teacher
 from hsivi_diffusers.teachers.solvers import make_solver
-from hsivi_diffusers.teachers.teacher import load_teacher
 from short_run import SETTINGS
 
 pytest.importorskip("gradio", reason="needs the extra demo")
@@ -30,6 +30,7 @@ from gradio_client.exceptions import AppError
 
 from hsivi_diffusers.commands import demo
 
+SAMPLER = "DPM-Solver++ SDE"  # of teachers on pixels
 ASKED = {"teacher_steps": 3, "label": demo.IN_TURN, "prompt": "", "scale": 1.0, "count": 3, "seed": 7}
 
 
@@ -88,11 +89,11 @@ def test_the_student_draws_what_its_pipeline_draws(students, fast_run):
 
 def test_the_teacher_starts_from_the_same_noise(students, fast_run, teacher):
     *_, line, images = show(students, fast_run, 2, count=1)
-    unet, schedule = load_teacher(teacher)
-    solver = make_solver(demo.SAMPLER, 3, unet.eval(), schedule.config, pair_levels(schedule, 3))
+    loaded = load_teacher(teacher)
+    solver = make_solver(SAMPLER, 3, Guided(loaded), clock_of(loaded.schedule).pair_levels(3))
     (image,) = HSIVIPipeline.numpy_to_pil(solver(1, *seeds(1, 7)).permute(0, 2, 3, 1).numpy())
     assert same(images[0], image)
-    assert line.startswith(f"Teacher, {demo.SAMPLER}: 3 network calls, ")
+    assert line.startswith(f"Teacher, {SAMPLER}: 3 network calls, ")
 
 
 def test_steps_and_classes_can_be_chosen_where_there_are_several(students, several_run, class_run, teacher):
@@ -117,8 +118,8 @@ def test_scales_of_guidance_cost_the_teacher_two_calls(distil, class_teacher, tm
     students = demo.Students([str(run)], "cpu")
     *_, scale, _ = demo.choose(students, str(run))
     assert scale["visible"]
-    assert show(students, run, 2, scale=3.0)[2].startswith(f"Teacher, {demo.SAMPLER}: 6 network calls")
-    assert show(students, run, 2, scale=1.0)[2].startswith(f"Teacher, {demo.SAMPLER}: 3 network calls")
+    assert show(students, run, 2, scale=3.0)[2].startswith(f"Teacher, {SAMPLER}: 6 network calls")
+    assert show(students, run, 2, scale=1.0)[2].startswith(f"Teacher, {SAMPLER}: 3 network calls")
     with pytest.raises(ValueError, match="guidance_scale=2"):
         show(students, run, 2, scale=2.0)
 
@@ -167,16 +168,6 @@ def test_a_teacher_that_cannot_draw_leaves_the_student(distil, dit_teacher, tmp_
     assert teacher_line.startswith("Teacher: it could not draw (IndexError")
 
 
-def test_classes_that_were_not_trained_are_not_offered(class_run, tmp_path):
-    run = shutil.copytree(class_run, tmp_path / "run")
-    options = json.loads((run / "options.json").read_text())
-    (run / "options.json").write_text(json.dumps({**options, "class_shares": [1.0, 0.0, 2.0]}))
-    students = demo.Students([str(run)], "cpu")
-    assert demo.choose(students, str(run))[1]["choices"] == [demo.IN_TURN, "0", "2"]
-    images = show(students, run, 2)[1]
-    assert all(same(*each) for each in zip(images, drawn(run, class_labels=[0, 2, 0]), strict=True))
-
-
 # ----- what visitors reach -----
 
 
@@ -192,7 +183,7 @@ def test_a_repo_may_be_named(logged_in, fast_run, teacher, tmp_path, monkeypatch
     HfApi().upload_folder(repo_id="alice/teacher", folder_path=teacher)
     push(HSIVIPipeline.from_pretrained(fast_run / "pipeline"), "alice/known", base_model="alice/teacher")
     line = show(demo.Students(["other"], "cpu"), "alice/known", 2)[2]
-    assert line.startswith(f"Teacher, {demo.SAMPLER}: 3 network calls")
+    assert line.startswith(f"Teacher, {SAMPLER}: 3 network calls")
 
 
 @pytest.mark.parametrize("source", ["{teacher}", "../teacher", "assets"])
@@ -274,6 +265,17 @@ def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys, options,
     assert exit.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message.format(taken=taken)}")
+
+
+def test_the_command_listens_where_it_says(fast_run, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    pages = []
+    monkeypatch.setattr(demo.gr.Blocks, "block_thread", lambda page: pages.append(page))
+    demo.main([f"--pipeline={fast_run}", f"--server_port={port}"])
+    assert httpx.get(f"http://127.0.0.1:{port}/").status_code == 200
+    assert capsys.readouterr().out.startswith(f"open http://127.0.0.1:{port}/ in a browser")
+    pages[0].close()
 
 
 def test_the_command_needs_gradio(monkeypatch, capsys):

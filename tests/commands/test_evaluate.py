@@ -16,8 +16,10 @@ from hsivi_diffusers.evaluation.figures import draw_samples
 from hsivi_diffusers.evaluation.images import load_images
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.runs.measures import REPORTED
-from hsivi_diffusers.teachers.ode import few_step_timesteps
+from hsivi_diffusers.teachers.guidance import Guided
+from hsivi_diffusers.teachers.levels import clock_of
 from hsivi_diffusers.teachers.solvers import make_solver, make_student, sample
+from hsivi_diffusers.teachers.teacher import Teacher
 from tiny_unet import make_unet
 
 SOLVERS = ["DDIM", "DPM-Solver++", "DPM-Solver++, few-step grid", "UniPC", "UniPC, few-step grid"]
@@ -27,8 +29,7 @@ KEYS = ["dataset", "method", "nfe", "grid", "train_seed", "eval_seed", "num_samp
 def arguments(run_dir, extractor):
     return [
         *[f"--run_dir={run_dir}", f"--feature_extractor={extractor}", "--feature_name=my own features"],
-        *["--num_samples=24", "--batch_size=10", "--eval_seed=3"],
-        *["--solver_steps", "2", "3", "--ddim_steps=4", "--ddpm_steps=5", "--real_data=digits"],
+        *["--num_samples=24", "--batch_size=10", "--eval_seed=3", "--real_data=digits"],
     ]
 
 
@@ -49,20 +50,23 @@ def change(folder, **settings):
 
 
 @pytest.fixture(scope="module")
-def evaluated(fast_run, extractor, printed, tmp_path_factory):
-    """A tiny evaluation: folder, its report.json, and what was printed."""
-    folder = shutil.copytree(fast_run, tmp_path_factory.mktemp("evaluated") / "fast")
-    text = printed(evaluate.main, arguments(folder, extractor))
-    return folder, json.loads((folder / "report.json").read_text()), text
+def evaluated(several_run, extractor, printed, tmp_path_factory):
+    """A tiny evaluation: folder, its report.json, the rows of images, and what was printed."""
+    folder, shown = shutil.copytree(several_run, tmp_path_factory.mktemp("evaluated") / "several"), []
+    options = ["--solver_steps", "2", "4", "--ddim_steps=3", "--ddpm_steps=5"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(report, "draw_samples", lambda rows, *given: shown.append(rows) or draw_samples(rows, *given))
+        text = printed(evaluate.main, [*arguments(folder, extractor), *options])
+    return folder, json.loads((folder / "report.json").read_text()), shown[0], text
 
 
-def test_every_method_has_its_row_with_the_keys_promised(evaluated):
-    folder, content, _ = evaluated
+def test_every_method_and_count_has_its_row_with_the_keys_promised(evaluated):
+    folder, content, *_ = evaluated
     assert content["features"] == "my own features"
     assert content["measured"].startswith("Measured on 20")
-    methods = [("HSIVI", 2), *[(name, 2) for name in SOLVERS], *[(name, 3) for name in SOLVERS]]
+    methods = [*(("HSIVI", nfe) for nfe in (1, 2, 4)), *((name, nfe) for nfe in (2, 4) for name in SOLVERS)]
     rows = content["rows"]
-    assert [(row["method"], row["nfe"]) for row in rows] == [*methods, ("DDIM, eta 1", 4), ("DDPM", 5)]
+    assert [(row["method"], row["nfe"]) for row in rows] == [*methods, ("DDIM, eta 1", 3), ("DDPM", 5)]
     training = json.loads((folder / "training.json").read_text())
     for row in rows:
         ours = row["method"] == "HSIVI"
@@ -73,24 +77,27 @@ def test_every_method_has_its_row_with_the_keys_promised(evaluated):
 
 
 def test_rows_hold_the_distances_of_the_images(evaluated, teacher, extractor):
+    folder, content, *_ = evaluated
     network = ImageClassifier.from_pretrained(extractor).eval()
     distances = Measures(network, load_images("digits", 8, 1)[0].float() / 255, [*REPORTED])
-    unet, schedule = load_teacher(str(teacher))
-    few = few_step_timesteps(schedule, (1, 8, 8), 3)
+    loaded, student = load_teacher(str(teacher)), HSIVIPipeline.from_pretrained(folder / "pipeline")
+    few, guided = clock_of(loaded.schedule).few_step_levels((1, 8, 8), 4), Guided(loaded)
     measured = {
-        0: make_student(HSIVIPipeline.from_pretrained(evaluated[0] / "pipeline")),
-        7: make_solver("DPM-Solver++", 3, unet, schedule.config),
-        8: make_solver("DPM-Solver++", 3, unet, schedule.config, timesteps=few),
-        11: make_solver("DDIM, eta 1", 4, unet, schedule.config),
+        ("HSIVI", 1): make_student(student, loaded, 1),
+        ("HSIVI", 4): make_student(student, loaded, 4),
+        ("DPM-Solver++", 4): make_solver("DPM-Solver++", 4, guided),
+        ("DPM-Solver++, few-step grid", 4): make_solver("DPM-Solver++", 4, guided, few),
+        ("DDIM, eta 1", 3): make_solver("DDIM, eta 1", 3, guided),
     }
-    for number, sampler in measured.items():
-        wanted = distances(torch.cat([*sample(sampler, 24, 10, seed=3)]))
-        row = evaluated[1]["rows"][number]
-        assert {name: row[name] for name in REPORTED} == pytest.approx(wanted, rel=1e-6)
+    for row in content["rows"]:
+        if sampler := measured.pop((row["method"], row["nfe"]), None):
+            wanted = distances(torch.cat([*sample(sampler, 24, 10, seed=3)]))
+            assert {name: row[name] for name in REPORTED} == pytest.approx(wanted, rel=1e-6)
+    assert measured == {}
 
 
 def test_the_table_is_sorted_and_says_what_was_measured(evaluated, teacher):
-    folder, content, _ = evaluated
+    folder, content, *_ = evaluated
     text = (folder / "report.md").read_text()
     assert "Features: my own features." in text
     assert "preset `fast` for 5 updates" in text
@@ -105,14 +112,14 @@ def test_the_table_is_sorted_and_says_what_was_measured(evaluated, teacher):
 
 
 def test_three_lines_close_the_run_and_the_figures_open(evaluated):
-    folder, content, text = evaluated
-    rows = content["rows"]
+    folder, content, shown, text = evaluated
     made, compares, following = text.splitlines()
     assert made == f"Wrote:  index.html, report.md, report.json, samples.png, curve.png in {folder}"
-    best = min(rows[1:6], key=lambda row: row["fd"])
+    rows = {(row["method"], row["nfe"]): row["fd"] for row in content["rows"]}
+    best = min((name for name, nfe in rows if nfe == 4 and name != "HSIVI"), key=lambda name: rows[name, 4])
     assert compares == (
-        f"Result: FD {rows[0]['fd']:.2f} at 2 network calls; best solver at as many calls: "
-        f"{best['method']}, {best['fd']:.2f}; with the most calls, 5: DDPM, {rows[12]['fd']:.2f}"
+        f"Result: FD {rows['HSIVI', 4]:.2f} at 4 network calls; best solver at as many calls: "
+        f"{best}, {rows[best, 4]:.2f}; with the most calls, 5: DDPM, {rows['DDPM', 5]:.2f}"
     )
     assert following == f"Next:   open {folder / 'index.html'} in a browser"
     for name in ("samples.png", "curve.png"):
@@ -120,80 +127,39 @@ def test_three_lines_close_the_run_and_the_figures_open(evaluated):
             assert image.format == "PNG"
             assert image.width >= 512
             assert len(image.convert("L").getcolors()) > 10
-    assert not [*folder.glob("*.partial")]
-
-
-@pytest.fixture(scope="module")
-def evaluated_several(several_run, extractor, printed, tmp_path_factory):
-    """Folder, the rows of images, and what was printed."""
-    folder, shown = shutil.copytree(several_run, tmp_path_factory.mktemp("evaluated") / "several"), []
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(report, "draw_samples", lambda rows, *given: shown.append(rows) or draw_samples(rows, *given))
-        text = printed(evaluate.main, [*arguments(folder, extractor), "--solver_steps", "2", "4", "--ddim_steps=0"])
-    return folder, shown[0], text
-
-
-def test_each_count_of_a_student_has_its_row(evaluated_several, extractor):
-    folder, _, text = evaluated_several
-    rows = json.loads((folder / "report.json").read_text())["rows"]
-    ours = [row for row in rows if row["method"] == "HSIVI"]
-    assert [row["nfe"] for row in ours] == [1, 2, 4]
-    assert len({row["train_seconds"] for row in ours}) == 1
-    pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
-    distances = Measures(ImageClassifier.from_pretrained(extractor).eval(), load_images("digits", 8, 1)[0] / 255)
-    for row in ours:
-        images = torch.cat([*sample(make_student(pipeline, row["nfe"]), 24, 10, seed=3)])
-        assert row["fd"] == pytest.approx(distances(images)["fd"], rel=1e-6)
-    table = (folder / "report.md").read_text()
-    assert all(f"| {nfe} | **HSIVI** |" in table for nfe in (1, 2, 4))
-    best = min((row for row in rows if row["nfe"] == 4 and row["method"] != "HSIVI"), key=lambda row: row["fd"])
-    told = f"best solver at as many calls: {best['method']}, {best['fd']:.2f}; "
-    assert f"FD {ours[-1]['fd']:.2f} at 4 network calls; {told}" in text
-
-
-def test_each_count_of_a_student_is_shown_with_the_solvers_of_as_many_calls(evaluated_several):
-    _, shown, _ = evaluated_several
     two, four = ([f"{name} at {nfe}" for name in (*SOLVERS, "HSIVI")] for nfe in (2, 4))
     assert [label for label, _ in shown] == ["teacher, DDPM at 5", "HSIVI at 1", *two, *four, "reference"]
-    assert len({tuple(images.shape) for _, images in shown}) == 1
+    assert {len(images) for _, images in shown} == {16}
+    assert not [*folder.glob("*.partial")]
 
 
 def test_a_solver_that_diverges_loses_no_row_and_one_that_fails_none_before_it(run_copy, extractor, monkeypatch):
     drawn = evaluate.draw
 
     def diverge(name, *given):
-        images = drawn(name, *given)
-        if name.startswith("UniPC at"):
-            images[3] = torch.nan
-        if name == "DDPM at 5":
+        if name == "UniPC, few-step grid at 2":
             raise KeyboardInterrupt
+        images = drawn(name, *given)
+        if name == "UniPC at 2":
+            images[3] = torch.nan
         return images
 
     monkeypatch.setattr(evaluate, "draw", diverge)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.main([*arguments(run_copy, extractor), "--solver_steps", "2", "--ddim_steps=0"])
+        evaluate.main([*arguments(run_copy, extractor), "--solver_steps=2", "--ddim_steps=0", "--ddpm_steps=0"])
     rows = json.loads((run_copy / "report.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["HSIVI", *SOLVERS]
+    assert [row["method"] for row in rows] == ["HSIVI", *SOLVERS[:-1]]
     assert [(row["method"], row["not_finite"]) for row in rows if "fd" not in row] == [("UniPC", 1)]
-
-
-def test_solvers_may_be_left_out_and_images_fewer_than_columns(run_copy, extractor, printed):
-    options = ["--solver_steps", "3", "--ddim_steps=0", "--ddpm_steps=0", "--num_samples=7"]
-    text = printed(evaluate.main, [*arguments(run_copy, extractor), *options])
-    rows = json.loads((run_copy / "report.json").read_text())["rows"]
-    assert [(row["method"], row["nfe"]) for row in rows] == [("HSIVI", 2), *((solver, 3) for solver in SOLVERS)]
-    assert "best solver" not in text
-    assert len(text.splitlines()) == 3
 
 
 # ----- the reference -----
 
 
 def test_the_reference_is_the_teacher_from_other_noise(class_teacher):
-    unet, schedule = load_teacher(str(class_teacher))
+    guided = Guided(load_teacher(str(class_teacher)))
     options = evaluate.Evaluation(reference_samples=8, reference_steps=3, batch_size=5, eval_seed=4)
-    images, labels, name = evaluate.load_reference(options, unet, schedule.config, 3)
-    solver = make_solver("DPM-Solver++ SDE", 3, unet, schedule.config, timestep_spacing="trailing")
+    images, labels, name = evaluate.load_reference(options, guided, 3, 100)
+    solver = make_solver("DPM-Solver++ SDE", 3, guided, timestep_spacing="trailing")
     own, other = (torch.cat([*sample(solver, 8, 5, seed, 3)]) for seed in (4, 5))
     assert torch.equal(images, other)
     assert not torch.equal(images, own)
@@ -205,9 +171,9 @@ def test_a_folder_of_images_is_named_by_its_last_part(teacher, tmp_path, monkeyp
     (tmp_path / "cats").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "cats" / "1.png")
     monkeypatch.chdir(tmp_path / "cats")
-    unet, schedule = load_teacher(str(teacher))
+    guided = Guided(load_teacher(str(teacher)))
     for given in (str(tmp_path / "cats"), f"{tmp_path}/cats/", "."):
-        *_, name = evaluate.load_reference(evaluate.Evaluation(real_data=given), unet, schedule.config, None)
+        *_, name = evaluate.load_reference(evaluate.Evaluation(real_data=given), guided, None, 100)
         assert name == "cats"
 
 
@@ -219,10 +185,10 @@ def test_a_folder_of_images_is_named_by_its_last_part(teacher, tmp_path, monkeyp
     ],
 )
 def test_a_reference_that_nothing_can_be_compared_to_is_refused(teacher, options, message):
-    unet, schedule = make_unet(sample_size=(8, 16)), load_teacher(str(teacher))[1]
-    torch.nn.init.constant_(unet.conv_out.bias, torch.nan)
+    guided = Guided(Teacher(make_unet(sample_size=(8, 16)), load_teacher(str(teacher)).schedule, (1, 8, 16)))
+    torch.nn.init.constant_(guided.teacher.network.conv_out.bias, torch.nan)
     with pytest.raises(ValueError, match=message):
-        evaluate.load_reference(evaluate.Evaluation(**options), unet, schedule.config, None)
+        evaluate.load_reference(evaluate.Evaluation(**options), guided, None, 100)
 
 
 def test_latents_are_drawn_in_smaller_batches():

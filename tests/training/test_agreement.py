@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsivi_diffusers.vi.targets.target import LogProbTarget, as_target
+from hsivi_diffusers.vi import LogProbTarget, as_target
 from training.benchmarks.inference.agreement import (
     compare,
     compare_moments,
@@ -55,13 +55,6 @@ def test_js_of_two_cells_is_the_formula():
     assert js_divergence(one, other) == pytest.approx(expected, rel=1e-6)
 
 
-@given(st.integers(0, 1000), st.floats(0.1, 2))
-@settings(max_examples=20, deadline=None)
-def test_js_is_at_most_ln_2(seed, factor):
-    value = js_divergence(normal(300, seed=seed), factor * normal(200, seed=seed + 1))
-    assert 0 <= value <= math.log(2) + 1e-9
-
-
 def test_draws_outside_the_bounds_are_counted_in_a_cell_of_their_own():
     inside = torch.rand(100, 2)
     half_lost = torch.cat([inside, inside + 5])
@@ -101,11 +94,6 @@ def test_mmd_of_gaussians_is_the_closed_form(dimension):
         expected.append(mean_kernel(h, 2, 0) + mean_kernel(h, 2 * sd**2, 0) - 2 * far)
         values.append(mmd(normal(1000, dimension, k), reference))
     assert sum(values) == pytest.approx(sum(expected), rel=0.05)
-
-
-def test_mmd_takes_evenly_spaced_rows():
-    stationary = torch.cat([torch.zeros(3000, 2), torch.ones(3000, 2)]) + 0.1 * normal(6000)
-    assert abs(mmd(stationary, stationary.flip(0))) < 0.02
 
 
 def test_ksd_of_exact_draws_falls_with_the_root_of_their_number_and_is_larger_for_wrong_ones():
@@ -180,15 +168,6 @@ def test_compare_has_what_applies_and_a_floor():
     assert set(compare(normal(100, 3), normal(100, 3, 2), standard(3))) == {"swd", "mmd", "ksd"}
     target.modes = torch.zeros(2, 2)
     assert set(compare(normal(100), normal(100, 2, 2), target)) == {"js", "swd", "mmd", "ksd"}
-
-
-def test_compare_asks_the_target_for_the_weights_of_its_modes():
-    target = two_modes(20.0, (0.8, 0.2))
-    side = torch.tensor([1.0] * 80 + [-1.0] * 20)[:, None] * target.modes[0]
-    draws = normal(100) + side
-    assert compare(draws, draws, target)["mode_tv"] == pytest.approx(0.3)
-    target.weights = torch.tensor([0.8, 0.2])
-    assert compare(draws, draws, target)["mode_tv"] == pytest.approx(0)
 
 
 def test_compare_moments_measures_in_units_of_the_reference():

@@ -55,7 +55,7 @@ def test_processes_that_do_not_know_each_other_are_refused(launch, tmp_path):
         return
     assert statuses == [1, 1], text
     # By one at least: the other may lose it while they meet.
-    assert "the launcher started 2 processes, and each takes itself for the only one" in text
+    assert "the launcher started 2 processes, and each was initialised as a single-process run" in text
     assert not (tmp_path / "run").exists()
 
 

@@ -10,7 +10,7 @@ from hsivi_diffusers import HSIVIPipeline, load_teacher
 from hsivi_diffusers.distillation import networks, plan, state, updates
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.pairs import TeacherPairs
-from hsivi_diffusers.vi import Guided, GuidedChain, KullbackLeibler, PairChain, PoolChain
+from hsivi_diffusers.vi import KullbackLeibler, PairChain, PairMixingChain, PoolChain, WithPairs
 
 ONE = {"preset": "one_call", "num_inference_steps": 1, "num_pairs": 8, "pair_steps": 3}
 ONE["critic_first"] = 1
@@ -106,21 +106,21 @@ def test_several_layers_are_fitted_to_pairs_which_then_guide_the_first_or_go(mak
     next(updates.run_updates(made, 0))
     assert not weight or (distance() < 0.8 * at_first).all()
     kinds = [[type(chain) for chain in chains] for chains in fitted]
-    assert kinds == [[PairChain] * 2, [GuidedChain if weight else PoolChain] * 2]
+    assert kinds == [[PairChain] * 2, [PairMixingChain if weight else PoolChain] * 2]
     assert made.pairs.cache_info().currsize == (2 if weight else 0)
 
 
 def test_each_micro_batch_has_its_share_of_the_pairs(make_one):
     made = make_one(gradient_accumulation_steps=2, num_pairs=6)
     draws = [chain.draw(made.layers, torch.Generator().manual_seed(0)) for chain in made.chains]
-    assert all(isinstance(chain, GuidedChain) for chain in made.chains)
+    assert all(isinstance(chain, PairMixingChain) for chain in made.chains)
     seen = [{row.sum().item() for _ in range(20) for row in chain.draw(made.layers).x_next} for chain in made.chains]
     assert [len(each) for each in seen] == [3, 3]
     assert not seen[0] & seen[1]
     assert not torch.equal(draws[0].x_next, draws[1].x_next)
 
 
-@pytest.mark.parametrize(("weight", "kind"), [(0.0, KullbackLeibler), (0.01, Guided)])
+@pytest.mark.parametrize(("weight", "kind"), [(0.0, KullbackLeibler), (0.01, WithPairs)])
 def test_the_pairs_go_on_guiding_the_layer_by_their_weight(make_one, weight, kind):
     made = make_one(pair_weight=weight)
     assert type(updates.make_objective(made.config, made.bridge)) is kind
@@ -129,12 +129,12 @@ def test_the_pairs_go_on_guiding_the_layer_by_their_weight(make_one, weight, kin
 def test_the_weight_of_the_pairs_falls_as_the_rate_does(make_one, monkeypatch):
     seen, rates = [], []
 
-    class Recorded(Guided):
+    class Recorded(WithPairs):
         def layer_loss(self, critic, bridge, draw):
             seen.append(self.weight)
             return super().layer_loss(critic, bridge, draw)
 
-    monkeypatch.setattr(updates, "Guided", Recorded)
+    monkeypatch.setattr(updates, "WithPairs", Recorded)
     made = make_one(pair_weight=0.01, critic_first=0, max_train_steps=6, lr_warmup_steps=2, learning_rate=1e-3)
     for _ in updates.run_updates(made, 0):
         rates.append(made.lr_schedulers[0].get_last_lr()[0])

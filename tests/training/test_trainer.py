@@ -1,12 +1,15 @@
+import contextlib
 import copy
 import json
 import os
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
@@ -454,14 +457,14 @@ def test_incomplete_checkpoints_are_ignored(interrupt, distil, fast_run, tmp_pat
 
 
 def test_a_checkpoint_that_is_cut_short_has_no_final_name(distil, tmp_path, monkeypatch):
-    save_file = state.save_file
+    save_tensors = state.save_tensors
 
     def failing(tensors, path):
         if "partial-4" in str(path):
             raise OSError("no space left")
-        save_file(tensors, path)
+        save_tensors(tensors, path)
 
-    monkeypatch.setattr(state, "save_file", failing)
+    monkeypatch.setattr(state, "save_tensors", failing)
     with pytest.raises(OSError, match="no space left"):
         distil(tmp_path / "run")
     assert checkpoints(tmp_path / "run") == ["checkpoint-2", "partial-4"]
@@ -648,14 +651,6 @@ def test_a_checkpoint_of_a_run_with_other_options_is_refused(distil, fast_run, t
     assert starts == []
 
 
-def test_a_run_does_not_start_from_the_folder_it_would_empty(distil, fast_run, tmp_path):
-    folder = shutil.copytree(fast_run, tmp_path / "run")
-    before = contents(folder)
-    with pytest.raises(ValueError, match="is the output_dir too"):
-        distil(folder, "--overwrite_output_dir=true", init_from=folder)
-    assert contents(folder) == before
-
-
 def test_a_run_does_not_both_start_over_and_go_on(distil, fast_run, tmp_path):
     folder = shutil.copytree(fast_run, tmp_path / "run")
     before = contents(folder)
@@ -672,3 +667,20 @@ def test_gradients_that_always_overflow_end_the_run(distil, tmp_path, monkeypatc
     monkeypatch.setattr(updates, "MAX_OVERFLOWS", 4)
     with pytest.raises(SystemExit, match="the gradient is not finite at step 3.*good checkpoint is .*checkpoint-2"):
         distil(tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", [None, trainer.InterruptedRunError("stopped"), RuntimeError("out of memory")])
+def test_trackers_get_the_options_and_are_ended(distil, tmp_path, monkeypatch, error):
+    from accelerate.tracking import TensorBoardTracker
+
+    ended, finish = [], TensorBoardTracker.finish
+    monkeypatch.setattr(TensorBoardTracker, "finish", lambda self: finish(self) or ended.append(self))
+    if error is not None:
+        monkeypatch.setattr(HSIVITrainer, "_run", mock.Mock(side_effect=error))
+    with contextlib.nullcontext() if error is None else pytest.raises((SystemExit, RuntimeError)):
+        distil(tmp_path / "run", report_to="tensorboard", max_train_steps=1, critic_updates=1)
+    assert len(ended) == 1
+    (record,) = (tmp_path / "run" / "logs" / "hsivi").glob("*/hparams.yml")
+    options = yaml.safe_load(record.read_text())
+    assert (options["learning_rate"], options["num_inference_steps"], options["max_grad_norm"]) == (1e-4, "[2]", None)
+    assert options["pretrained_teacher_model"]

@@ -5,8 +5,8 @@ from hsivi_diffusers.vi import (
     CohortChain,
     DiagonalGaussian,
     FrozenPoolChain,
-    GuidedChain,
     PairChain,
+    PairMixingChain,
     PoolChain,
     SimulatedChain,
     draw_marginals,
@@ -31,41 +31,12 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_simulate_follows_the_layers_down_to_the_one_asked_for():
-    layers = linear_layers()
-    x, noise = torch.randn(4, DIMENSION, dtype=torch.float64), torch.randn(3, 4, DIMENSION, dtype=torch.float64)
-    x_2 = layers.scale[2] * x + layers.shift[2] + layers.std[2] * noise[2]
-    x_1 = layers.scale[1] * x_2 + layers.shift[1] + layers.std[1] * noise[1]
-    simulated = simulate(layers, x, torch.tensor([2, 1, 0, 0]), noise)
-    torch.testing.assert_close(simulated[0], x[0])
-    torch.testing.assert_close(simulated[1], x_2[1].detach())
-    torch.testing.assert_close(simulated[2:], x_1[2:].detach())
-    assert not simulated.requires_grad
-
-
 def test_simulate_gives_each_row_its_condition():
     layers = linear_layers()
     x, noise = torch.zeros(2, DIMENSION, dtype=torch.float64), torch.zeros(3, 2, DIMENSION, dtype=torch.float64)
     condition = torch.tensor([0.0, 10.0], dtype=torch.float64)
     simulated = simulate(layers, x, torch.tensor([1, 1]), noise, condition)
     torch.testing.assert_close((simulated[1] - simulated[0]).detach(), torch.full((3,), 10.0, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("source", ["pool", "simulate"])
-def test_layer_inputs_have_the_marginals_of_the_layers(source):
-    layers, size = linear_layers(), 3000
-    chain = make_chain(source, matching_bridge(layers).sample_base, 3, size)
-    mean, variance = layers.marginals()
-    random = generator()
-    for _ in range(4):
-        batch = chain.draw(layers, random)
-        chain.advance(batch, layers(batch.x_next, batch.t), random)
-    for t in range(3):
-        rows = batch.x_next[batch.t == t]
-        assert len(rows) > size / 3 * 0.8
-        error = 5 * (variance[t + 1] / rows.numel()).sqrt()
-        assert (rows.mean() - mean[t + 1]).abs() < error
-        assert (rows.var() / variance[t + 1] - 1).abs() < 0.1
 
 
 def test_given_the_same_noise_pool_and_simulation_give_identical_inputs_while_the_student_is_frozen():
@@ -106,12 +77,6 @@ def test_a_pool_moves_what_it_drew_by_one_layer_and_leaves_the_rest():
     assert len(set(batch.index.tolist())) == 4
 
 
-def test_a_pool_starts_with_as_many_chains_at_every_depth():
-    pool = PoolChain(matching_bridge(linear_layers()).sample_base, 3, 4)
-    pool.draw(linear_layers(), generator())
-    assert torch.bincount(pool.t).tolist() == [4, 4, 4]
-
-
 def labels(size, random):
     return torch.randint(100, (size,), generator=random).double()
 
@@ -140,54 +105,7 @@ def test_simulated_chains_draw_fresh_conditions():
     assert chain.state_dict() == {}
 
 
-@pytest.mark.parametrize("sample_condition", [None, labels])
-def test_a_restored_pool_goes_on_as_the_one_that_was_saved(sample_condition):
-    layers = linear_layers()
-    base = matching_bridge(layers).sample_base
-    first = PoolChain(base, 3, 4, sample_condition)
-    assert first.state_dict() == {}
-    first.draw(layers, generator())
-    state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
-    second = PoolChain(base, 3, 4, sample_condition)
-    second.load_state_dict({})
-    assert second.x_next is None
-    second.load_state_dict(state)
-    for pool in (first, second):
-        batch = pool.draw(layers, generator(1))
-        pool.advance(batch, layers(batch.x_next, batch.t, batch.condition), generator(2))
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[name])
-
-
-def test_advance_refuses_a_batch_of_another_source():
-    layers = linear_layers()
-    base = matching_bridge(layers).sample_base
-    batch = SimulatedChain(base, 3, 4).draw(layers, generator())
-    with pytest.raises(ValueError, match="batch that draw"):
-        PoolChain(base, 3, 4).advance(batch, layers(batch.x_next, batch.t), generator())
-
-
-def test_a_cohort_of_several_hierarchies_is_refused():
-    with pytest.raises(ValueError, match=r"num_layers=\[2, 3\]: a CohortChain has one hierarchy"):
-        CohortChain(bases, [2, 3], 4)
-    assert CohortChain(bases, [3], 4).num_layers == 3
-
-
-def test_an_unknown_source_is_refused_by_name():
-    with pytest.raises(ValueError, match="source='replay' is unknown: choose 'pool' or 'simulate'"):
-        make_chain("replay", matching_bridge(linear_layers()).sample_base, 3, 4)
-
-
 # ----- a cohort at a time -----
-
-
-def test_a_batch_of_a_pool_without_cohorts_is_drawn_without_replacement_from_all_depths():
-    layers = linear_layers()
-    pool = PoolChain(matching_bridge(layers).sample_base, 3, 4)
-    pool.draw(layers, generator())
-    batch = pool.draw(layers, generator(1))
-    assert torch.equal(batch.index, torch.randperm(12, generator=generator(1))[:4])
-    assert torch.equal(batch.x_next, pool.x_next[batch.index])
 
 
 def test_a_cohort_is_one_layer_and_all_layers_have_their_turn():
@@ -267,6 +185,7 @@ def test_simulate_starts_each_row_at_the_top_of_its_hierarchy():
         for above in range(first, t, -1):
             wanted = layers.scale[above] * wanted + layers.shift[above] + layers.std[above] * noise[above, row]
         torch.testing.assert_close(simulated[row], wanted.detach())
+    assert not simulated.requires_grad
 
 
 def test_a_pool_of_several_hierarchies_starts_with_equal_parts_at_every_depth():
@@ -298,18 +217,6 @@ def test_fresh_chains_of_several_hierarchies_cost_no_call_above_the_top():
     layers, _ = several_hierarchies()
     SimulatedChain(bases, DEPTHS, 200).draw(layers, generator())
     assert layers.calls == max(DEPTHS) - 1
-
-
-@pytest.mark.parametrize("source", ["pool", "simulate"])
-def test_a_list_of_one_depth_is_that_depth(source):
-    layers = linear_layers()
-    chains = [make_chain(source, bases, depth, 5, labels) for depth in (3, [3])]
-    for step in range(5):
-        batches = [chain.draw(layers, generator(step)) for chain in chains]
-        for name in ("x_next", "t", "condition"):
-            assert torch.equal(getattr(batches[0], name), getattr(batches[1], name))
-        for chain, batch in zip(chains, batches, strict=True):
-            chain.advance(batch, layers(batch.x_next, batch.t, batch.condition), generator(step + 100))
 
 
 @pytest.mark.parametrize("sample_condition", [None, labels])
@@ -362,16 +269,6 @@ def test_a_frozen_pool_has_the_law_of_the_marginal_above_the_layer_that_learns()
     assert not chain.x_next.requires_grad
 
 
-def test_a_frozen_pool_may_begin_at_any_layer():
-    layers = linear_layers()
-    chain = frozen_pool(layers, num_states=20_000)
-    batch = chain.draw(layers, generator(), one_layer(0))
-    mean, variance = layers.marginals()
-    assert batch.t.tolist() == [0] * 50
-    assert layers.calls == 2
-    assert (chain.x_next.mean() - mean[1]).abs() < 4 * (variance[1] / chain.x_next.numel()).sqrt()
-
-
 def test_a_batch_is_of_rows_of_the_pool_which_moves_when_the_next_layer_learns():
     layers = linear_layers()
     chain = frozen_pool(layers)
@@ -386,21 +283,6 @@ def test_a_batch_is_of_rows_of_the_pool_which_moves_when_the_next_layer_learns()
     chain.draw(layers, generator(3), one_layer(0))
     assert layers.calls == calls + 1
     assert not torch.equal(chain.x_next, pool)
-
-
-@pytest.mark.parametrize("beta", [None, torch.ones(3), torch.zeros(3)])
-def test_a_frozen_pool_trains_one_layer_at_a_time(beta):
-    layers = linear_layers()
-    with pytest.raises(ValueError, match="a FrozenPoolChain trains one layer after the other"):
-        frozen_pool(layers).draw(layers, generator(), beta)
-
-
-def test_a_frozen_pool_does_not_go_up():
-    layers = linear_layers()
-    chain = frozen_pool(layers)
-    chain.draw(layers, generator(), one_layer(0))
-    with pytest.raises(ValueError, match=r"layers \[1\] are to learn, the pool is at layer 0"):
-        chain.draw(layers, generator(), one_layer(1))
 
 
 def test_conditions_go_down_with_a_frozen_pool():
@@ -475,18 +357,36 @@ def test_with_one_layer_all_chains_draw_the_same_fresh_bases(sample_condition):
             assert torch.equal(of.get_state(), random[0].get_state())
 
 
+def drawn_by_another(chain):
+    layers = linear_layers()
+    batch = SimulatedChain(bases, 3, 4).draw(layers, generator())
+    chain.advance(batch, layers(batch.x_next, batch.t), generator())
+
+
+def draw_upwards(chain):
+    for t in (0, 1):
+        chain.draw(linear_layers(), generator(), one_layer(t))
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: drawn_by_another(PoolChain(bases, 3, 4)), "batch that draw"),
+        (lambda: CohortChain(bases, [2, 3], 4), r"num_layers=\[2, 3\]: a CohortChain has one hierarchy"),
+        (lambda: make_chain("replay", bases, 3, 4), "source='replay' is unknown: choose 'pool' or 'simulate'"),
+        (lambda: draw_upwards(frozen_pool(linear_layers())), r"layers \[1\] are to learn, the pool is at layer 0"),
+        *(
+            (lambda beta=beta: frozen_pool(linear_layers()).draw(None, None, beta), "trains one layer after the other")
+            for beta in (None, torch.ones(3), torch.zeros(3))
+        ),
+    ],
+)
+def test_what_a_chain_cannot_do_is_refused(act, message):
+    with pytest.raises(ValueError, match=message):
+        act()
+
+
 # ----- draws from the whole hierarchy -----
-
-
-def test_draws_of_all_marginals_have_their_moments():
-    layers, size = linear_layers(), 20_000
-    draws = draw_marginals(layers, matching_bridge(layers).sample_base(size, generator()), generator(1))
-    mean, variance = layers.marginals()
-    assert len(draws) == 4
-    for t, x in enumerate(draws):
-        assert not x.requires_grad
-        assert (x.mean() - mean[t]).abs() < 4 * (variance[t] / x.numel()).sqrt()
-        assert (x.var() / variance[t] - 1).abs() < 4 * (2 / x.numel()) ** 0.5
 
 
 def test_each_marginal_is_drawn_from_the_one_above():
@@ -509,20 +409,21 @@ def sample_pairs(t, generator):
     return x, (2 + t[:, None]) * x, torch.arange(len(t))
 
 
-@pytest.mark.parametrize("num_layers", [3, [1, 2]])
-def test_a_pair_chain_of_several_layers_draws_them_alike_and_tells_where_each_leads(num_layers):
+@pytest.mark.parametrize(
+    ("num_layers", "shares"), [(1, [1]), (3, [1 / 3, 1 / 3, 1 / 3]), ([1, 2], [1 / 2, 1 / 4, 1 / 4])]
+)
+def test_a_pair_chain_draws_all_layers_alike_with_the_ends_of_their_pairs(num_layers, shares):
     chain = PairChain(sample_pairs, num_layers, 3000)
     batch = chain.draw(None, generator())
-    shares = batch.t.bincount(minlength=3) / 3000
-    expected = [1 / 3] * 3 if num_layers == 3 else [1 / 2, 1 / 4, 1 / 4]
-    assert shares.tolist() == pytest.approx(expected, abs=0.04)
+    assert (batch.t.bincount() / 3000).tolist() == pytest.approx(shares, abs=0.04)
     assert torch.equal(batch.end, (2 + batch.t[:, None]) * batch.x_next)
     assert batch.condition.tolist() == list(range(3000))
+    assert chain.state_dict() == {}
 
 
 @pytest.mark.parametrize("num_layers", [1, 3, [1, 2]])
-def test_a_guided_chain_has_pairs_in_the_place_of_base_draws_and_nothing_else_of_its_own(num_layers):
-    """The layers add 1 to their input, so that a chain of the pool still tells the pair that it began with."""
+def test_pairs_are_mixed_in_where_a_chain_starts_and_nowhere_else(num_layers):
+    """The layers add 1 to their input, so that a state of the pool shows the pair that its chain began with."""
 
     def shift(x_next, t, condition):
         return DiagonalGaussian(x_next + 1, torch.zeros(()))
@@ -531,7 +432,7 @@ def test_a_guided_chain_has_pairs_in_the_place_of_base_draws_and_nothing_else_of
         return torch.full((len(t), DIMENSION), 100.0), (7.0 + t[:, None]).expand(-1, DIMENSION), 5 + t
 
     pool = PoolChain(bases, num_layers, 8, lambda size, generator: torch.full((size,), -1))
-    chain, source = GuidedChain(pool, sample_pairs), generator()
+    chain, source = PairMixingChain(pool, sample_pairs), generator()
     for _ in range(60):
         batch = chain.draw(shift, source)
         chain.advance(batch, shift(batch.x_next, batch.t, None), source)
@@ -543,14 +444,3 @@ def test_a_guided_chain_has_pairs_in_the_place_of_base_draws_and_nothing_else_of
     assert batch.end[~starts].isnan().all()
     assert torch.equal(batch.condition, 5 + first)
     assert chain.state_dict().keys() == pool.state_dict().keys()
-
-
-def test_a_pair_chain_draws_inputs_of_the_one_layer_and_where_they_lead():
-    chain = PairChain(sample_pairs, 1, 4)
-    batch = chain.draw(None, generator())
-    assert torch.equal(batch.end, 2 * batch.x_next)
-    assert torch.equal(batch.x_next, torch.randn(4, DIMENSION, generator=generator()))
-    assert (batch.t.tolist(), batch.condition.tolist()) == ([0] * 4, [0, 1, 2, 3])
-    assert chain.num_layers == 1
-    assert chain.state_dict() == {}
-    assert chain.sample_base(4, generator()).equal(batch.x_next)

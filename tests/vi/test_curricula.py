@@ -28,12 +28,6 @@ def test_sequential_trains_one_layer_after_the_other_from_the_base_down():
     assert [stage.num_steps for stage in stages] == [7, 7, 7]
 
 
-def test_with_one_layer_sequential_is_joint():
-    for one, other in zip(sequential(1, 5), joint(1, 5), strict=True):
-        assert torch.equal(one.beta, other.beta)
-        assert one.num_steps == other.num_steps
-
-
 # ----- plateaus -----
 
 
@@ -64,11 +58,6 @@ def test_noise_around_a_constant_ends_a_stage(seed, height):
 def test_a_value_that_falls_ends_no_stage(seed):
     falling = [value - 0.01 * i for i, value in enumerate(noise(5000, seed))]  # half a std in each window of 50
     assert stops_at(short_plateau(window=50, patience=3), falling) is None
-
-
-def test_a_stage_ends_soon_after_the_fall_does():
-    values = [value - 0.02 * min(i, 2000) for i, value in enumerate(noise(6000))]
-    assert 2000 < stops_at(short_plateau(window=50, patience=3), values) < 3500
 
 
 def test_a_value_without_any_noise_ends_a_stage_after_patience_windows_more_than_the_first():

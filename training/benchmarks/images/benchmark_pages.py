@@ -18,7 +18,7 @@ from PIL import Image
 from hsivi_diffusers.evaluation.figures import draw_curves, draw_samples, pyplot
 from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
 from hsivi_diffusers.runs.folders import write_text
-from hsivi_diffusers.runs.measures import MEASURES, written
+from hsivi_diffusers.runs.measures import MEASURES, format_measure
 
 from .benchmark_results import (
     BASELINES,
@@ -239,7 +239,7 @@ def measures_table(rows: list[Row]) -> str:
     names = [name for name in (*OF_CLASSIFIER, *OF_CLASSES, *OF_CAPTIONS) if all(name in row for row in rows)]
     for (nfe, method), group in table.groups:
         empty = OF_NEIGHBOURS if method == REAL else ()
-        cells = ["" if each in empty else written(each, *group[each]) for each in names]
+        cells = ["" if each in empty else format_measure(each, *group[each]) for each in names]
         lines.append([nfe or "", group.label.iloc[0], *table.texts.loc[(nfe, method)], *cells])
     return write_table(["NFE", "method", *table.texts, *(MEASURES[each].head for each in names)], ("method",), lines)
 

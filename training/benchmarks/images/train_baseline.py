@@ -33,7 +33,7 @@ from hsivi_diffusers.distillation.state import trained
 from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.runs.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.runs.options import flatten, option
-from hsivi_diffusers.runs.output import Output, check_teacher, start_run
+from hsivi_diffusers.runs.output import Output, check_inputs, start_run
 from hsivi_diffusers.teachers.pixels import Pixels
 from hsivi_diffusers.teachers.stable_diffusion import StableDiffusion
 from hsivi_diffusers.teachers.teacher import Teacher as Model
@@ -217,7 +217,7 @@ def check_options(teacher: Teacher, training: Training, run: Output) -> None:
             )
         if value < 1:
             raise ValueError(f"--{name} {value}: give a number of at least 1")
-    check_teacher(run, teacher.pretrained_teacher_model, WRITTEN)
+    check_inputs(run, WRITTEN, pretrained_teacher_model=teacher.pretrained_teacher_model)
 
 
 def save(distillation: Baseline, output_dir: Path) -> None:

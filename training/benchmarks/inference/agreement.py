@@ -18,7 +18,7 @@ from scipy.spatial.distance import jensenshannon, pdist
 from sklearn.metrics.pairwise import rbf_kernel
 from torch import Tensor
 
-from hsivi_diffusers.vi.targets.target import ScoreTarget, Target
+from hsivi_diffusers.vi import ScoreTarget, Target
 
 
 def js_divergence(draws: Tensor, reference: Tensor) -> float:

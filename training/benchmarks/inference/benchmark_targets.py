@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 
-from hsivi_diffusers.vi.targets.plane import Banana, Checkerboard, circles, cross, ring, swiss_roll
-from hsivi_diffusers.vi.targets.posteriors import ConditionedDiffusion, LogisticRegression, RareEvents
-from hsivi_diffusers.vi.targets.target import Target
+from hsivi_diffusers.vi import Target
+
+from .targets.plane import Banana, Checkerboard, circles, cross, ring, swiss_roll
+from .targets.posteriors import ConditionedDiffusion, LogisticRegression, RareEvents
 
 REFERENCES = Path(__file__).parents[3] / "assets" / "references"
 

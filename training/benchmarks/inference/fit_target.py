@@ -35,6 +35,7 @@ from hsivi_diffusers.runs.options import option
 
 from .study import read_study, run_study
 from .study_figures import FIGURES, draw_fits, draw_marginals_figure, save
+from .study_rows import frame_of
 from .study_tables import TABLES
 from .target_fit import Fit, measure, run
 
@@ -96,7 +97,7 @@ def write_pages(folder: Path) -> None:
     path, page = folder / "results.json", folder / PAGE
     if not path.exists():
         raise ValueError(f"{path} is missing: do a study first, with --study")
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    rows = frame_of(json.loads(path.read_text(encoding="utf-8"))["rows"])
     tables = {name: make(rows) for name, make in TABLES.items()}
     figures = [*dict.fromkeys([*FIGURES, *sorted(each.name for each in folder.glob("*.png"))])]
     old = page.read_text(encoding="utf-8") if page.exists() else "# Results\n" + new_parts([*TABLES], figures)

@@ -24,9 +24,10 @@ from torch import Tensor
 from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.runs.folders import claim_output_dir
 from hsivi_diffusers.runs.options import option
-from hsivi_diffusers.vi.targets import Target, Whitened
+from hsivi_diffusers.vi import Target
 
 from .benchmark_targets import Reference, make_target, save_reference
+from .targets.whitened import Whitened
 
 POSTERIORS = ["logistic_regression", "conditioned_diffusion", "rare_events"]
 NUM_CHAINS = 4  # one after the other

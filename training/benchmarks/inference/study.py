@@ -25,11 +25,11 @@ import yaml
 
 from hsivi_diffusers.runs.bars import bar
 from hsivi_diffusers.runs.folders import write_json
-from hsivi_diffusers.vi import DivergenceError
-from hsivi_diffusers.vi.targets import FullNormal, SampledTarget, laplace, moment_match
+from hsivi_diffusers.vi import DivergenceError, SampledTarget
 
 from .benchmark_targets import load_reference, make_target
 from .target_fit import DRAWS, JS_DRAWS, Fit, measure, prepare, run
+from .targets.whitened import FullNormal, laplace, moment_match
 
 Row = dict[str, Any]
 AXES = {f"{name}s": name for name in ("target", "objective", "bridge", "seed", "depth")}

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,8 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from hsivi_diffusers.evaluation.figures import pyplot
-from hsivi_diffusers.vi import DiffusionBridge, GeometricBridge
-from hsivi_diffusers.vi.targets import SampledTarget
+from hsivi_diffusers.vi import DiffusionBridge, GeometricBridge, SampledTarget
 
 from .benchmark_targets import make_target
 from .study_rows import (
@@ -31,10 +30,8 @@ from .study_rows import (
     PLANE,
     POSTERIORS,
     TRAINING,
-    Rows,
     along,
     fits_of,
-    measured,
     select,
     values_of,
 )
@@ -48,18 +45,18 @@ MARGINALS = tuple((target, bridge, "joint") for target in ("checkerboard", "ring
 BASE_STD = {"ring": 4.0}
 
 
-def _curve(axis: Axes, rows: Rows, x: str, key: str, **style: Any) -> None:
+def _curve(axis: Axes, rows: pd.DataFrame, x: str, key: str, **style: Any) -> None:
     """Means over seeds with the range as a band; what failed leaves a gap."""
-    done = [row for row in measured(rows) if key in row]
-    groups = [(place, [row[key] for row in select(done, **{x: place})]) for place in values_of(done, x)]
-    if not groups:
+    groups = rows.dropna(subset=[key]).groupby(x)[key]
+    if not len(groups):
         return
-    places, values = zip(*groups, strict=True)
-    axis.plot(places, [fmean(some) for some in values], marker="o", markersize=4, linewidth=1.5, **style)
-    axis.fill_between(places, list(map(min, values)), list(map(max, values)), color=style["color"], alpha=0.12, lw=0)
+    mean = groups.mean()
+    places = mean.index.astype(int)
+    axis.plot(places, mean, marker="o", markersize=4, linewidth=1.5, **style)
+    axis.fill_between(places, groups.min(), groups.max(), color=style["color"], alpha=0.12, lw=0)
 
 
-def _curves(axis: Axes, fits: Rows, key: str, **deep: Any) -> None:
+def _curves(axis: Axes, fits: pd.DataFrame, key: str, **deep: Any) -> None:
     """A measure against T, for each objective and training."""
     for objective, training in product(OBJECTIVES, TRAINING):
         line = along(fits, objective, training=training, **deep)
@@ -67,12 +64,12 @@ def _curves(axis: Axes, fits: Rows, key: str, **deep: Any) -> None:
         _curve(axis, line, "T", key, label=f"{objective}, {training}", **style)
 
 
-def _level(axis: Axes, rows: Rows, key: str, method: str = "exact", **style: Any) -> None:
-    """A line across, at the mean of what fits are held against."""
-    values = [row[key] for row in select(rows, method=method) if key in row]
-    if values:
+def _level(axis: Axes, rows: pd.DataFrame, key: str, method: str = "exact", **style: Any) -> None:
+    """A line across, at the mean of what fits are compared with."""
+    values = select(rows, method=method)[key].dropna()
+    if len(values):
         style = {"color": "black", "linestyle": ":", **style}
-        axis.axhline(fmean(values), label=NULL_LABELS[method], linewidth=1.3, zorder=1, **style)
+        axis.axhline(values.mean(), label=NULL_LABELS[method], linewidth=1.3, zorder=1, **style)
 
 
 def _finish(axis: Axes, places: Sequence[int], title: str, xlabel: str, ylabel: str) -> None:
@@ -93,7 +90,7 @@ def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
 
 
-def draw_layers(rows: Rows) -> Figure:
+def draw_layers(rows: pd.DataFrame) -> Figure:
     """JS against the number of layers, on two targets and two bridges; one layer knows neither bridge nor training."""
     targets, layers = ("checkerboard", "ring"), values_of(fits_of(rows, study="plane"), "T")
     figure, axes = plt.subplots(2, 2, figsize=(9, 7), sharex=True, sharey="row", layout="constrained")
@@ -107,7 +104,7 @@ def draw_layers(rows: Rows) -> Figure:
     return figure
 
 
-def draw_posteriors(rows: Rows) -> Figure:
+def draw_posteriors(rows: pd.DataFrame) -> Figure:
     """Errors of mean and covariance against the number of layers, on three posteriors."""
     keys, layers = ("mean_error", "covariance_error"), values_of(fits_of(rows, study="posteriors"), "T")
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), sharex=True, layout="constrained")
@@ -123,7 +120,7 @@ def draw_posteriors(rows: Rows) -> Figure:
     return figure
 
 
-def draw_sizes(rows: Rows) -> Figure:
+def draw_sizes(rows: pd.DataFrame) -> Figure:
     """JS against the number of parameters; a line for each objective and depth."""
     fits = fits_of(rows, study="size")
     layers, depths = values_of(fits, "T") or [1], values_of(fits, "depth")
@@ -141,7 +138,7 @@ def draw_sizes(rows: Rows) -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[Rows], Figure]] = {
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "js_against_layers.png": draw_layers,
     "posterior_errors.png": draw_posteriors,
     "size.png": draw_sizes,

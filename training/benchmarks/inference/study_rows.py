@@ -1,13 +1,14 @@
-"""The rows of a study: what they are called in tables and figures, and how they are chosen."""
+"""The rows of a study as a table of pandas, their labels in tables and figures, and how they are selected."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from .study import NULLS, Row
+import pandas as pd
 
-Rows = Sequence[Row]
+from .study import KEYS, NULLS, Row
+
 NOT_RUN = "Not run yet."
 OBJECTIVES, BRIDGES, TRAINING = ("LB", "SM", "KL"), ("geometric", "diffusion"), ("sequential", "joint")
 PLANE = ("checkerboard", "ring", "swiss_roll", "circles", "banana", "cross")
@@ -31,28 +32,33 @@ MEASURES = {
 }
 
 
-def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+def frame_of(rows: Iterable[Row]) -> pd.DataFrame:
+    """One line a row; what a row lacks is missing, as are all measures of fits that failed."""
+    numbers = [*MEASURES, "sd_ratio_min", "sd_ratio_max", "seconds"]
+    frame = pd.DataFrame(rows, columns=[*KEYS, *numbers, "findings", "failed"])
+    frame[numbers] = frame[numbers].astype(float)
+    frame.loc[frame["failed"].notna(), numbers] = float("nan")
+    return frame.astype({"T": "Int64"})
+
+
+def select(frame: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
     """Rows with the given values, where a tuple is a choice of them."""
-    choices = {name: value if isinstance(value, tuple) else (value,) for name, value in wanted.items()}
-    return [row for row in rows if all(row.get(name) in choice for name, choice in choices.items())]
+    for name, value in wanted.items():
+        frame = frame[frame[name].isin(value if isinstance(value, tuple) else (value,))]
+    return frame
 
 
-def fits_of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """The same of fits, not of what they are held against."""
-    return [row for row in select(rows, **wanted) if row["method"] not in NULLS]
+def fits_of(frame: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
+    """The same of fits only, without the rows that they are compared with."""
+    return select(frame[~frame["method"].isin(NULLS)], **wanted)
 
 
-def along(fits: Iterable[Row], objective: str, **deep: Any) -> list[Row]:
+def along(fits: pd.DataFrame, objective: str, **deep: Any) -> pd.DataFrame:
     """Fits of an objective for a line over T; one layer is the same for every bridge and training."""
     some = select(fits, objective=objective)
-    return [row for row in some if row["T"] == 1] + [row for row in select(some, **deep) if row["T"] > 1]
+    return pd.concat([select(some, T=1), select(some[some["T"] > 1], **deep)])
 
 
-def values_of(rows: Iterable[Row], name: str) -> list[Any]:
+def values_of(frame: pd.DataFrame, name: str) -> list[Any]:
     """Values of an axis that occur, in order."""
-    return sorted({row[name] for row in rows if row[name] is not None})
-
-
-def measured(rows: Iterable[Row]) -> list[Row]:
-    """Rows of fits that did not fail."""
-    return [row for row in rows if "failed" not in row]
+    return sorted(frame[name].dropna().unique())

@@ -17,20 +17,23 @@ from hsivi_diffusers.runs.options import option
 from hsivi_diffusers.vi import (
     Bridge,
     DiagonalGaussian,
+    DiffusibleTarget,
     DiffusionBridge,
     GeometricBridge,
     Inference,
+    IsotropicNormal,
     LowerBound,
     Objective,
     ResidualMLP,
+    SampledTarget,
     ScoreMLP,
     Target,
 )
 from hsivi_diffusers.vi.inference import OBJECTIVES
-from hsivi_diffusers.vi.targets import DiffusibleTarget, IsotropicNormal, SampledTarget, Whitened, laplace, moment_match
 
 from .agreement import compare, compare_moments
 from .benchmark_targets import TARGETS, load_reference, make_target
+from .targets.whitened import Whitened, laplace, moment_match
 
 JS_DRAWS, DRAWS = 50_000, 20_000
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -9,20 +10,18 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, PNDMPipeline, PNDMScheduler
-from huggingface_hub import HfApi, ModelCard
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, PNDMPipeline, PNDMScheduler
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import (
-    GatedRepoError,
     HfHubHTTPError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load, load_file, save_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, push
+from hsivi_diffusers.runs.artifacts import ADAPTER
 from hsivi_diffusers.share import push as hub
 from hsivi_diffusers.share.card import make_card
 from hsivi_diffusers.share.push import CUT, read_run
@@ -100,8 +99,7 @@ def pushed(run_dir, tmp_path_factory):
         server.add_repo("google/ddpm-cifar10-32", author="bob")
         before = contents(run_dir)
         with signed_in(server, tmp_path_factory.mktemp("home")):
-            pipeline = HSIVIPipeline.from_pretrained(run_dir / "pipeline")
-            server.answer = push(pipeline, "alice/digits", run_dir=run_dir, license="apache-2.0")
+            server.answer = push(run_dir / "pipeline", "alice/digits", run_dir=run_dir, license="apache-2.0")
         assert before == contents(run_dir)
         yield server
 
@@ -191,6 +189,7 @@ def test_only_old_weights_are_removed(client, pipeline, same):
     kept = {"notes.txt": b"mine", "unet/notes.txt": b"mine", "other/model.safetensors": b"mine"}
     shards = [f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     stale = [*shards, "unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model.bin"]
+    stale += ["unet/diffusion_pytorch_model.fp16.safetensors"]
     client.add_repo("alice/old", {"README.md": b"old", **kept, **dict.fromkeys(stale, b"old")})
     push(pipeline, "alice/old", exist_ok=True, fp16=False)
     assert same(HSIVIPipeline.from_pretrained("alice/old"))
@@ -198,6 +197,20 @@ def test_only_old_weights_are_removed(client, pipeline, same):
     assert kept.items() <= files.items()
     assert not {*stale} & {*files}
     assert files["README.md"].startswith(b"---\nlibrary_name: diffusers")
+
+
+@pytest.mark.parametrize("kind", ["adapter", "pipeline"])
+def test_weights_that_a_push_does_not_replace_stay(client, pipeline, tmp_path, kind):
+    kept = ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "unet/my_lora.safetensors"]
+    if kind == "adapter":
+        kept.append("unet/diffusion_pytorch_model.safetensors")
+        save_file({"lora": torch.zeros(1)}, tmp_path / ADAPTER)
+        pipeline.scheduler.save_pretrained(tmp_path / "scheduler")
+        pipeline = tmp_path
+    client.add_repo("alice/mixed", dict.fromkeys(kept, b"mine"))
+    push(pipeline, "alice/mixed", exist_ok=True, fp16=False)
+    files = files_of(client, "alice/mixed")
+    assert {name: files.get(name) for name in kept} == dict.fromkeys(kept, b"mine")
 
 
 @pytest.mark.slow
@@ -232,15 +245,6 @@ def test_what_was_not_measured_is_a_dash_and_no_metric(changed, metrics, cells):
     assert f"| 4 | **HSIVI, this model** | {cells} | 500 |" in card.text
 
 
-def test_rows_that_lack_a_measure_or_say_not_of_what_they_are():
-    lacking = {name: value for name, value in ROWS[0].items() if name != "swd"}
-    card = card_of({"rows": [lacking, {"fd": 1.0}]})
-    assert [result.metric_type for result in card.data.eval_results] == ["frechet_distance"]
-    assert [line for line in card.text.splitlines() if line.startswith("| ")][1:] == [
-        "| 4 | **HSIVI, this model** | 1.25 | 500 |"
-    ]
-
-
 EVIL = "fast\n# Heading <script>alert(1)</script> [link](https://evil.example) `code` ![](x) *b* _i_ | c"
 
 
@@ -271,11 +275,9 @@ def test_the_headline_of_the_report_comes_first_with_its_floor():
     assert head == f"| NFE | method | {' | '.join(heads)} | images |"
     assert line == "| 4 | **HSIVI, this model** | 1.50 | 1.25 | 0.910 | 0.880 | 0.0200 | 500 |"
     assert floor == "|  | two halves of the reference | -0.20 | 0.50 | 0.990 | 0.980 | 0.0100 |  |"
-    assert "compared to teacher \\| 50. A KID below 0 is noise" in card.text
-    before = {**report, "floor": -0.0002, "rows": [{**ROWS[0], **more, "pixel_fd": 0.03}]}  # floors were one number
-    text = card_of(before).text
+    assert "compared to teacher \\| 50. A KID below 0 is measurement noise" in card.text
+    text = card_of({**report, "rows": [{**ROWS[0], "pixel_fd": 0.03}]}).text
     assert "FD of pixels: of up to 64 of their principal components." in text
-    assert "|  | two halves of the reference | -0.20 | - | - | - | - | - |  |" in text
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert values == {"frechet_distance": 1.25, "kid_x_1000": 1.5, "sliced_wasserstein_distance": 0.02}
 
@@ -285,17 +287,6 @@ def test_a_report_without_rows_says_so(report):
     card = card_of(report)
     assert "Not measured yet." in card.text
     assert card.data.eval_results is None
-
-
-def test_bars_and_line_breaks_leave_the_table_whole():
-    rows = [ROWS[0], {**ROWS[1], "method": "DDIM | eta 1\nagain"}]
-    card = card_of({"rows": rows, "features": "mine | of\ntwo lines", "measured": None})
-    head, _, *lines = [line for line in card.text.splitlines() if line.startswith("|")]
-    assert head == "| NFE | method | FD, mine \\| of two lines | SWD | images |"
-    assert lines[1] == "| 4 | DDIM \\| eta 1 again | 9.50 | 0.0200 | 500 |"
-    assert len(lines) == 2
-    assert "None" not in card.text
-    assert len(card.data.eval_results) == 2
 
 
 def test_a_cost_that_is_not_known_in_full_is_left_out():
@@ -331,13 +322,6 @@ def test_the_card_of_several_grids_says_which_counts_there_are():
     assert wanted in make_card(labelled, "alice/several", run).text
 
 
-def test_the_card_of_a_stock_pipeline_with_several_grids_says_what_to_pass(unet):
-    stock = DDPMPipeline(unet=unet, scheduler=HSIVIScheduler(layer_timesteps=GRIDS))
-    text = make_card(stock, "alice/several", {"options": {}, "training": {}, "report": {}}).text
-    assert "num_inference_steps=4).images" in text
-    assert "part of the sampler: pass 1, 2 or 4, any other is refused." in text
-
-
 # ----- what is pulled -----
 
 
@@ -368,28 +352,31 @@ def test_what_was_pushed_is_pulled_and_pushed_again(client, pipeline, same, tmp_
     assert same(HSIVIPipeline.from_pretrained("org/digits", revision="trial"))
 
 
+def evil_repos(files, marker):
+    """Repos with code that would make a file: in a file of ours, named by the index, and in place of a library."""
+    evil = f"open({str(marker)!r}, 'a').write('x')\n".encode()
+    index = {**json.loads(files["model_index.json"]), "_class_name": ["pipeline", "HSIVIPipeline"]}
+    return {
+        "alice/evil": {name: evil + data if name.endswith(".py") else data for name, data in files.items()},
+        "alice/listed": {
+            **files,
+            "model_index.json": json.dumps(index).encode(),
+            "pipeline.py": evil + files["pipeline.py"],
+        },
+        "alice/module": {**files, "unet/diffusers.py": evil + b"from diffusers import UNet2DModel\n"},
+    }
+
+
 def test_no_code_of_a_repo_is_run_unless_it_is_trusted(client, same, tmp_path):
-    evil = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')\n".encode()
-    files = files_of(client, "alice/digits")
-    client.add_repo("alice/evil", {name: evil + data if name.endswith(".py") else data for name, data in files.items()})
-    assert same(HSIVIPipeline.from_pretrained("alice/evil"))
-    assert same(DiffusionPipeline.from_pretrained("alice/evil"))
+    for name, files in evil_repos(files_of(client, "alice/digits"), tmp_path / "ran").items():
+        client.add_repo(name, files)
+        for cls, options in itertools.product((HSIVIPipeline, DiffusionPipeline), ({}, {"trust_remote_code": False})):
+            if name == "alice/evil":
+                assert same(cls.from_pretrained(name, **options))
+            else:
+                with contextlib.suppress(Exception):
+                    cls.from_pretrained(name, **options)
     assert same(HSIVIPipeline.from_pretrained("alice/evil", trust_remote_code=True))
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}])
-def test_no_code_of_a_hostile_index_is_run_without_trust(client, tmp_path, options):
-    evil = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')\n".encode()
-    files = files_of(client, "alice/digits")
-    index = json.loads(files["model_index.json"])
-    listed = json.dumps({**index, "_class_name": ["pipeline", "HSIVIPipeline"]}).encode()
-    client.add_repo("alice/listed", {**files, "model_index.json": listed, "pipeline.py": evil + files["pipeline.py"]})
-    module = {"unet/diffusers.py": evil + b"from diffusers import UNet2DModel\n"}
-    client.add_repo("alice/module", {**files, **module})
-    for name in ("alice/listed", "alice/module"):
-        with contextlib.suppress(Exception):
-            HSIVIPipeline.from_pretrained(name, **options)
     assert not (tmp_path / "ran").exists()
 
 
@@ -461,16 +448,6 @@ def test_the_snippet_in_a_pipeline_of_diffusers_runs(apart):
     assert "non-standard module" not in apart["stock"].stderr
 
 
-def test_the_card_names_the_calls_and_the_package(pushed, snippets):
-    titles = ["Upload a sampler of 2 network calls", "Upload a sampler of 1 or 2 network calls"]
-    for name, title in zip(snippets, titles, strict=True):
-        assert pushed.repos[name].branches["main"].title == title
-        card = files_of(pushed, name)["README.md"].decode()
-        assert "With the package `hsivi_diffusers` installed" in card
-        assert "private, log in with `hf auth login` or set `HF_TOKEN`" in " ".join(card.split())
-        assert [len(line) <= 120 for line in card.splitlines() if line.startswith("Without the package")] == [True]
-
-
 def test_without_the_package_it_draws_the_same_pictures_and_can_be_saved(apart):
     """And the last snippets of the cards run."""
     assert apart["alone"].returncode == 0, apart["alone"].stderr
@@ -500,18 +477,6 @@ def test_a_push_that_the_hub_refuses_is_told_with_the_remedy(client, pipeline, n
     assert remedy in told(refused)
     assert not {"alice/new", "bob/new"} & {*client.repos}
     assert len(client.repos["alice/digits"].branches["main"].parents) == 1
-
-
-def test_what_is_not_to_be_read_comes_as_the_error_of_the_hub(client):
-    client.add_repo("bob/gated", files_of(client, "alice/digits"), author="bob", gated="manual")
-    with pytest.raises(OSError, match="alice/nothing") as missing:
-        HSIVIPipeline.from_pretrained("alice/nothing")
-    assert isinstance(missing.value.__cause__, RepositoryNotFoundError)
-    with pytest.raises(GatedRepoError):
-        HSIVIPipeline.from_pretrained("bob/gated")
-    with pytest.raises((OSError, RevisionNotFoundError)) as unknown:
-        HSIVIPipeline.from_pretrained("alice/digits", revision="v9")
-    assert RevisionNotFoundError in (type(unknown.value), type(unknown.value.__cause__))
 
 
 def test_a_repo_is_claimed_if_it_is_ours_and_as_private_as_was_asked(client, pipeline):
@@ -572,7 +537,7 @@ def test_a_cut_connection_is_told_with_what_is_known_of_the_repo(logged_in, pipe
     assert "as it was" not in told(cut)
 
 
-@pytest.mark.parametrize("name", ["runs/teacher", "/home/alice/teacher", "../teacher", None])
+@pytest.mark.parametrize("name", ["runs/teacher", "/home/alice/teacher"])
 def test_a_teacher_that_the_hub_does_not_know_is_not_named(logged_in, pipeline, run_dir, tmp_path, name):
     other = shutil.copytree(run_dir, tmp_path / "run")
     (other / "training.json").write_text(json.dumps({"base_model": name}))
@@ -580,11 +545,6 @@ def test_a_teacher_that_the_hub_does_not_know_is_not_named(logged_in, pipeline, 
     card = files_of(logged_in, "alice/model")["README.md"].decode()
     assert "base_model" not in card
     assert "teacher]" not in card
-
-
-def test_a_teacher_that_is_no_name_is_refused():
-    with pytest.raises(ValueError, match="'../teacher'.*: give user/name"):
-        push(make_pipeline(), "alice/new", base_model="../teacher")
 
 
 @pytest.mark.parametrize("name", ["samples", "curve"])
@@ -607,88 +567,96 @@ def test_a_figure_that_is_a_link_or_no_image_is_refused(run_dir, tmp_path, name)
             push(make_pipeline(), "alice/new", run_dir=folder)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_not_pushed(value):
-    pipeline = make_pipeline()
-    with torch.no_grad():
-        pipeline.unet.conv_out.bias[0] = value
-    with pytest.raises(ValueError, match="unet has weights that are NaN or infinite, the first in conv_out.bias"):
-        push(pipeline, "alice/new")
-
-
-def test_only_a_trained_sampler_is_pushed(tmp_path):
-    pipeline = HSIVIPipeline(unet=make_unet(), scheduler=HSIVIScheduler())
-    with pytest.raises(ValueError, match="is not an HSIVIScheduler with a trained grid"):
-        push(pipeline, "alice/new")
-    pipeline.scheduler = HSIVIScheduler(layer_timesteps=[500, 0])
-    with pytest.raises(ValueError, match="is not a folder: give the folder of a run"):
-        push(pipeline, "alice/new", run_dir=tmp_path / "nothing")
-    assert torch.is_grad_enabled()
-
-
 @pytest.mark.parametrize(
-    ("repo", "message"),
+    ("name", "content"),
     [
-        ("digits", "'digits' does not say whose it is: give user/name or organisation/name"),
-        ("alice/digits/five", "give user/name or organisation/name"),
-        ("alice/", "give user/name or organisation/name"),
-        ("", "give user/name or organisation/name"),
-        (None, "repo None is not a name: give user/name"),
-        (5, "repo 5 is not a name: give user/name"),
+        *(("report.json", content) for content in (b"", b'{"rows": [', b"\xff{}", b"null", b"[1]")),
+        ("options.json", b"null"),
+        ("training.json", b'{"seconds": "x", "processes": 1}'),
+        ("pipeline/scheduler/scheduler_config.json", b"[1]"),
+        ("pipeline/model_index.json", b"[]"),
+        ("pipeline/model_index.json", b"{}"),
+        ("pipeline/model_index.json", b'{"_class_name": 5}'),
+        ("pipeline/model_index.json", b'{"_class_name": "DDPMPipeline", "unet": 5}'),
+        ("adapter/" + ADAPTER, b"half"),
     ],
 )
-def test_what_is_no_name_of_a_repo_is_refused(repo, message):
-    with pytest.raises(ValueError, match=message):
-        push(make_pipeline(), repo)
+def test_a_damaged_file_of_a_run_is_named(run_dir, tmp_path, name, content):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    shutil.copytree(folder / "pipeline", folder / "adapter")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder / name))} is damaged .*: make "):
+        push(folder / name.split("/")[0] if "/" in name else make_pipeline(), "alice/new", run_dir=folder)
 
 
-def test_what_would_not_load_again_is_not_pushed(unet):
-    for given in (unet, "runs/digits_t5/pipeline", None):
-        with pytest.raises(ValueError, match=r"(got a (UNet2DModel|NoneType)|holds no pytorch.*): give a pipeline"):
-            push(given, "alice/new")
-    for stock in (DDIMPipeline(unet, DDIMScheduler()), PNDMPipeline(unet, PNDMScheduler())):
-        stock.scheduler = HSIVIScheduler(layer_timesteps=[500, 0])
-        with pytest.raises(ValueError, match=r"would be lost: push HSIVIPipeline.from_pipe\(pipeline\)"):
-            push(stock, "alice/new")
+def with_scheduler(grid=None):
+    return HSIVIPipeline(unet=make_unet(), scheduler=HSIVIScheduler(layer_timesteps=grid))
 
 
-def test_only_the_run_of_the_pipeline_is_pushed_with_it(run_dir, tmp_path):
-    other = HSIVIPipeline(unet=make_unet(), scheduler=HSIVIScheduler(layer_timesteps=[500, 0]))
-    with pytest.raises(
-        ValueError, match=r"another sampler, layer_timesteps=\[800, 450, 200, 50, 0\], and .* has \[500, 0\]"
-    ):
-        push(other, "alice/new", run_dir=run_dir)
-    with pytest.raises(ValueError, match="holds no run: give the folder that `hsivi distil` wrote"):
-        push(other, "alice/new", run_dir=tmp_path)
+def not_finite():
+    pipeline = with_scheduler([500, 0])
+    torch.nn.init.constant_(pipeline.unet.conv_out.bias, float("nan"))
+    return pipeline
 
 
-def test_the_run_of_several_grids_is_known_by_all_of_them(unet, tmp_path):
-    HSIVIPipeline(unet=unet, scheduler=HSIVIScheduler(layer_timesteps=GRIDS)).save_pretrained(tmp_path / "pipeline")
+def in_a_stock(pipeline_class, scheduler):
+    pipeline = pipeline_class(make_unet(), scheduler)
+    pipeline.scheduler = HSIVIScheduler(layer_timesteps=[500, 0])
+    return pipeline
+
+
+WHOSE = "give user/name or organisation/name"
+REFUSED = [
+    *((with_scheduler, {"repo_id": repo}, WHOSE) for repo in ("digits", "alice/digits/five", "alice/", "", None, 5)),
+    (with_scheduler, {"base_model": "../teacher"}, f"'../teacher'.*: {WHOSE}"),
+    (with_scheduler, {}, "is not an HSIVIScheduler with a trained grid"),
+    (not_finite, {}, "unet has weights that are NaN or infinite, the first in conv_out.bias"),
+    (make_unet, {}, "push got a UNet2DModel: give a pipeline, or the folder of one"),
+    (lambda: None, {}, "push got a NoneType: give a pipeline"),
+    (lambda: "runs/digits_t5/pipeline", {}, "holds no pipeline: give a pipeline, or the folder RUN/pipeline"),
+    (lambda: in_a_stock(DDIMPipeline, DDIMScheduler()), {}, r"would be lost: push HSIVIPipeline.from_pipe\(pipeline\)"),
+    (lambda: in_a_stock(PNDMPipeline, PNDMScheduler()), {}, r"would be lost: push HSIVIPipeline.from_pipe\(pipeline\)"),
+    (make_pipeline, {"run_dir": "nowhere"}, "is not a folder: give that of a run"),
+    (make_pipeline, {"run_dir": "."}, "holds no run: give the folder that `hsivi distil` wrote"),
+    (
+        lambda: with_scheduler(GRIDS[1]),
+        {"run_dir": None},
+        r"another sampler, layer_timesteps=\[800, .* has \[440, 220, 0",
+    ),
+    (lambda: with_scheduler(GRIDS), {"run_dir": None}, "another sampler, layer_timesteps=.* give its own run, or None"),
+    *(
+        (make_pipeline, {"token": token}, "the token is empty or has characters that no token has")
+        for token in ("hf_alice\n", "hf_al\rice", "hf alice", "hf_\u00e4lice", "")
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "message"), REFUSED)
+def test_what_cannot_be_pushed_is_refused(logged_in, run_dir, tmp_path, monkeypatch, make, options, message):
+    monkeypatch.chdir(tmp_path)
+    if options.get("run_dir", "") is None:
+        options = {"run_dir": run_dir}
+    with pytest.raises(ValueError, match=message) as refused:
+        push(make(), **{"repo_id": "alice/new", **options})
+    assert "hf_" not in told(refused)
+    assert "token" not in options or refused.value.__context__ is None
+    assert logged_in.repos == {}
+
+
+def test_the_run_of_several_grids_is_known_by_all_of_them(tmp_path):
+    with_scheduler(GRIDS).save_pretrained(tmp_path / "pipeline")
     (tmp_path / "options.json").write_text('{"preset": "fast"}')
-    pipeline = HSIVIPipeline.from_pretrained(tmp_path / "pipeline")
-    assert read_run(tmp_path, pipeline.scheduler.config.layer_timesteps)["options"] == {"preset": "fast"}
+    assert read_run(tmp_path, GRIDS)["options"] == {"preset": "fast"}
     for others in (GRIDS[:2], GRIDS[2]):
         with pytest.raises(ValueError, match=r"another sampler, layer_timesteps=\[\[500, 0\], .* give its own run"):
             read_run(tmp_path, others)
 
 
-@pytest.mark.parametrize("name", ["options.json", "report.json", "pipeline/scheduler/scheduler_config.json"])
-@pytest.mark.parametrize("content", [b"", b'{"rows": [', b"\xff{}", b"null", b"[1]"])
-def test_a_damaged_file_of_a_run_is_named(run_dir, tmp_path, name, content):
-    folder = shutil.copytree(run_dir, tmp_path / "run")
-    (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{re.escape(str(folder / name))} is damaged .*: make it again"):
-        push(make_pipeline(), "alice/new", run_dir=folder)
-
-
-def test_a_hub_that_is_not_reached_is_told_of(logged_in, pipeline):
+def test_a_hub_that_is_not_reached_is_told_with_the_remedy(logged_in, pipeline):
     logged_in.stop()
     with pytest.raises(CUT) as unreached:
         push(pipeline, "alice/new")
     assert "The Hub was not reached, or the connection was cut. Nothing of yours was lost." in told(unreached)
-
-
-def test_offline_the_remedy_is_to_unset_it():
-    with pytest.raises(OfflineModeIsEnabled) as error:
-        push(make_pipeline(), "alice/new")
-    assert error.value.__notes__ == ["Unset HF_HUB_OFFLINE to push."]
+    with mock.patch.object(constants, "HF_HUB_OFFLINE", True), pytest.raises(OfflineModeIsEnabled) as offline:
+        push(pipeline, "alice/new")
+    assert offline.value.__notes__ == ["Unset HF_HUB_OFFLINE to push."]

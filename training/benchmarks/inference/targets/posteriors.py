@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
-from .target import Target
+from hsivi_diffusers.vi import Target
 
 
 class LogisticRegression(Target):

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Bernoulli, Normal, Poisson
 
-from hsivi_diffusers.vi.targets import ConditionedDiffusion, LogisticRegression, RareEvents
-from hsivi_diffusers.vi.targets.target import gradient
+from hsivi_diffusers.vi.targets import gradient
+from training.benchmarks.inference.targets.posteriors import ConditionedDiffusion, LogisticRegression, RareEvents
 
 
 def regression():

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..distributions import randn_like
-from .target import DiffusibleTarget, SampledTarget
+from hsivi_diffusers.vi import DiffusibleTarget, SampledTarget
+from hsivi_diffusers.vi.distributions import randn_like
 
 SPACING = 1.25  # of Gaussians in a chain, in std: the density of their sum varies by 1e-5 of itself along it
 

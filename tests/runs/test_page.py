@@ -68,8 +68,11 @@ def test_text_of_the_run_is_shown_as_it_is(folder):
     (folder / "prompts.txt").write_text("a <script>alert(1)</script>\na dog\n")
     rows = [{"nfe": 4, "method": "<i>HSIVI", "kid": 0.00123, "num_samples": 9}]
     (folder / "report.json").write_text(json.dumps({"rows": rows, "measured": "<u>today"}))
+    (folder / "pipeline" / "scheduler").mkdir(parents=True)
+    scheduler = {"layer_timesteps": ["<img src=x onerror=alert(1)>", 0], "prediction_type": "epsilon"}
+    (folder / "pipeline" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     text = page(folder)
-    for mark in ("<b>x", "<script>alert", "<i>HSIVI", "<u>"):
+    for mark in ("<b>x", "<script>alert", "<i>HSIVI", "<u>", "<img src=x"):
         assert mark not in text
     assert "<li>a &lt;script&gt;alert(1)&lt;/script&gt;</li>" in text
     assert "<td>4</td><td>&lt;i&gt;HSIVI</td><td>1.23</td>" in text
@@ -113,10 +116,32 @@ def test_other_files_among_the_grids_and_damaged_lines_of_the_log_do_no_harm(fol
     for name in ("step-9-zoom.png", "step-.png", "step-x.png"):
         (folder / "samples" / name).touch()
     (folder / "log.jsonl").write_text('\x00\x00\n\n{"step": "one"}\n[1]\n' + (folder / "log.jsonl").read_text())
-    (folder / "report.json").write_text("{")
     assert list(sample_grids(folder)) == [0, 90, 100]
     assert [line["step"] for line in run_page.read_log(folder)] == [1, 2, 4]
-    assert "<h2>Quality" not in page(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("report.json", "{"),
+        ("report.json", '{"rows": [1, {"nfe": 1}], "floor": 3}'),
+        ("report.json", '{"rows": [{"nfe": 1, "method": "x", "fd": "<b>"}], "floor": {"fd": null}}'),
+        ("training.json", '{"seconds": "x"}'),
+        ("training.json", '{"network_calls": 3}'),
+        ("options.json", "[1]"),
+        ("prompts.txt", "\ud800"),
+        ("log.jsonl", '{"step": 0, "images/contrast": "x", "loss/student": 1}\n{"step": 0, "loss/student": "<b>"}'),
+        ("log.jsonl", '{"step": 0, "images/contrast": 1, "loss/student": 1}\n{"step": 0, "loss/student": 2}'),
+        ("pipeline/scheduler/scheduler_config.json", '{"layer_timesteps": "<b>"}'),
+        ("pipeline/scheduler/scheduler_config.json", '{"layer_timesteps": [[5, 0], 3]}'),
+    ],
+)
+def test_a_page_is_written_of_damaged_files_too(folder, name, content):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(content, errors="surrogatepass")
+    text = page(folder)
+    assert "<h2>Options" in text
+    assert "<b>x" not in text
 
 
 @pytest.mark.parametrize("number", [np.float32(2.5), torch.tensor(2.5), 2.5])

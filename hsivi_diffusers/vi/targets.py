@@ -1,4 +1,4 @@
-"""What is to be inferred: a density p(x) on R^d, known up to a constant, or by its score alone."""
+"""The target of inference: a density p(x) on R^d, known up to a constant or by its score only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..distributions import randn_like
+from .distributions import randn_like
 
 LogProb = Callable[[Tensor], Tensor]
 MAX_DIMENSION = 10**6
@@ -37,7 +37,7 @@ class Target(ABC):
 
 
 class SampledTarget(Target):
-    """A density that exact draws can be had from: the base of a bridge, or a test case."""
+    """A density with exact draws, such as the base of a bridge."""
 
     @abstractmethod
     def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
@@ -89,8 +89,8 @@ class LogProbTarget(Target):
     """A function as a target: x of shape (B, d) -> log p(x) + constant, shape (B,), differentiable by torch.
 
     Raises:
-        ValueError: The dimension is not a whole number from 1 to 10^6; or later, the answer of the function is not a
-            tensor of that shape, or has no gradient where one is asked for.
+        ValueError: The dimension is not a whole number from 1 to 10^6, or a call of the function returns no tensor of
+            that shape, or one without a gradient where it is needed.
     """
 
     def __init__(self, log_prob: LogProb, dimension: int) -> None:
@@ -102,7 +102,7 @@ class LogProbTarget(Target):
 
 
 class ScoreTarget(Target):
-    """A score x -> grad log p(x), both of shape (B, d), alone as a target, see `LogProbTarget`.
+    """A target known by its score only: x -> grad log p(x), both of shape (B, d); see `LogProbTarget`.
 
     It serves `KullbackLeibler`, `LowerBound(surrogate=True)` and, if differentiable by torch, `ScoreMatching`.
     """
@@ -116,7 +116,7 @@ class ScoreTarget(Target):
 
 
 def as_target(source: Target | Distribution) -> Target:
-    """Returns a target as it is, and a distribution of torch over vectors of all real numbers as a target.
+    """Returns a target unchanged, and wraps a distribution of torch over R^d.
 
     Raises:
         ValueError: It is neither.
@@ -138,7 +138,7 @@ def _check_dimension(dimension: int) -> int:
 
 
 def _checked(value: object, x: Tensor, shape: torch.Size, name: str) -> Tensor:
-    """Returns the answer of a user's function to x, and refuses what is of no use."""
+    """Returns the output of a user's function at x if it can be used."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} returned a {type(value).__name__}: write it in torch, and return a tensor")
     if value.shape != shape:
@@ -154,7 +154,7 @@ def _checked(value: object, x: Tensor, shape: torch.Size, name: str) -> Tensor:
 
 
 def gradient(log_prob: LogProb, x: Tensor) -> Tensor:
-    """Returns grad_x of log_prob at each row, shape (B, d), on the graph of x if gradients are wanted of x."""
+    """Returns grad_x of log_prob at each row, shape (B, d), differentiable if x requires a gradient."""
     keep = torch.is_grad_enabled() and x.requires_grad
     with torch.enable_grad():
         point = x if keep else x.detach().requires_grad_(True)

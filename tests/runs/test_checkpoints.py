@@ -5,8 +5,6 @@ import hashlib
 import itertools
 import json
 import os
-import random
-import re
 import shutil
 import signal
 import subprocess
@@ -15,18 +13,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
-from hsivi_diffusers import load_teacher
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation.trainer import signals_as_trigger
+from hsivi_diffusers.runs import checkpoints as runs_checkpoints
 from hsivi_diffusers.runs.checkpoints import Checkpoints
 from hsivi_diffusers.runs.output import Output, claimed, find_damage
-from hsivi_diffusers.runs.state_dicts import load_state_dict, random_state, save_state_dict, set_random_state
-from hsivi_diffusers.teachers.teacher import fingerprint
 from training.benchmarks.images import train_baseline, train_teacher, training_loop
 from training.benchmarks.images.training_loop import TrainingLoop
 
@@ -67,15 +62,6 @@ def stop_after(monkeypatch):
     return patch
 
 
-@pytest.mark.parametrize("name", ["layers.safetensors", "random-0.json", "progress.json"])
-def test_a_byte_that_changed_is_found(distil, run, name):
-    path = run / "checkpoints" / "checkpoint-5"
-    assert find_damage(path) is None
-    damage(path / name)
-    with pytest.raises(ValueError, match=re.escape(f"--resume_from_checkpoint {path / name} is damaged: name one of")):
-        distil(run, resume_from_checkpoint=path)
-
-
 def test_every_file_is_under_the_seal(run):
     path = run / "checkpoints" / "checkpoint-5"
     for file in path.rglob("*"):
@@ -88,11 +74,91 @@ def test_every_file_is_under_the_seal(run):
     assert find_damage(path) is None
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"sha256": 1}', '{"step": 5, "sha256": "0"}', "\x00"])
-def test_a_progress_file_of_nonsense_is_damage(run, text):
-    path = run / "checkpoints" / "checkpoint-5"
-    (path / "progress.json").write_text(text)
-    assert find_damage(path) == f"{path}/progress.json is damaged"
+def on_all(change):
+    return lambda run: [change(path) for path in (run / "checkpoints").iterdir()]
+
+
+def empty(run):
+    for path in run.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (run / "precious").touch()
+
+
+def forget_identity(path):
+    progress = json.loads((path / "progress.json").read_text())
+    del progress["identity"]
+    (path / "progress.json").write_text(json.dumps(progress))
+    seal(path)
+
+
+def write(name, text):
+    return lambda run: (run / name).write_text(text)
+
+
+AT, NAMED = "checkpoints/checkpoint-5", "--resume_from_checkpoint .*checkpoint-5"
+REFUSED = [
+    (AT, lambda run: damage(run / AT / "layers.safetensors"), f"{NAMED}/layers.safetensors is damaged: name one of"),
+    (AT, lambda run: damage(run / AT / "progress.json"), f"{NAMED}/progress.json is damaged: name one of"),
+    *((AT, write(f"{AT}/progress.json", text), "json is damaged") for text in ("", "{}", "[]", '{"sha256": 1}', "\0")),
+    ("nowhere", lambda run: None, "nowhere holds no checkpoint: name one of .*, or latest"),
+    (
+        "latest",
+        on_all(lambda path: damage(path / "layers.safetensors")),
+        "no checkpoint .*-5.*-4.* is whole|whole .*-4",
+    ),
+    ("latest", on_all(forget_identity), "checkpoint-5 was written before version 0.2 and holds pickles, .* start over"),
+    (
+        "latest",
+        lambda run: shutil.rmtree(run / "checkpoints"),
+        "has ended, and no checkpoint to continue from: name an",
+    ),
+    ("latest", empty, "is not empty and holds no run to continue with: name another folder, or pass"),
+    ("latest", write("options.json", "[1, 2]"), "options.json is damaged"),
+    ("latest", write("training.json", "{"), "training.json is damaged .*: make it again, or remove it"),
+    ("latest", write("training.json", '{"seconds": "x"}'), "training.json is damaged .seconds is not a number.: make"),
+]
+
+
+@pytest.mark.parametrize(("checkpoint", "change", "message"), REFUSED)
+def test_what_cannot_be_resumed_is_refused_and_left(distil, run, checkpoint, change, message):
+    change(run)
+    before = sorted(run.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        distil(run, preset="fast", resume_from_checkpoint=checkpoint if checkpoint == "latest" else run / checkpoint)
+    assert [path for path in sorted(run.rglob("*")) if path.name != ".lock"] == [
+        path for path in before if path.name != ".lock"
+    ]
+
+
+def test_a_run_whose_teacher_came_from_python_is_resumed_there(tmp_path):
+    (tmp_path / "options.json").write_text('{"pretrained_teacher_model": null}')
+    with pytest.raises(ValueError, match="was given its teacher from Python: resume it there"):
+        cli.distil([f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest"])
+
+
+def test_all_processes_resume_from_the_checkpoint_that_the_first_one_chooses(launch, tmp_path, differences):
+    """Though the second reads damage in the newest one."""
+    options = {"processes": 2, "max_train_steps": 4, "critic_updates": 1, "resume_from_checkpoint": "latest"}
+    for folder in ("run", "at_once"):
+        assert launch(tmp_path / folder, **{**options, "max_train_steps": 4})[0] == [0, 0]
+    shutil.rmtree(tmp_path / "run" / "pipeline")
+    statuses, text = launch(tmp_path / "run", kill={"point": "see damage", "step": 4, "rank": 1}, **options)
+    assert statuses == [0, 0], text
+    assert "passed over" not in text
+    assert differences(tmp_path / "run", tmp_path / "at_once") == []
+
+
+@pytest.mark.parametrize("happens", ["load", "save"])
+def test_a_process_that_does_not_see_the_output_folder_is_refused(tiny, tmp_path, monkeypatch, happens):
+    """It is told of a checkpoint, or of a folder for one, that the first process made on another machine."""
+    checkpoints = tiny(resume_from_checkpoint="latest")
+    monkeypatch.setattr(checkpoints.accelerator.state, "process_index", 1, raising=False)
+    monkeypatch.setattr(type(checkpoints.accelerator), "is_main_process", False)
+    choice = [(tmp_path / "run" / "checkpoints" / "checkpoint-1", None)]
+    monkeypatch.setattr(runs_checkpoints, "broadcast_object_list", lambda own: choice)
+    with pytest.raises(ValueError, match="process 1 does not see .*: give an --output_dir that all machines"):
+        checkpoints.load() if happens == "load" else checkpoints.save(1, 0.0)
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.parametrize("remove", [False, True])
@@ -104,20 +170,6 @@ def test_latest_passes_over_what_is_damaged_and_says_so(distil, run, fast_run, d
     assert f"passed over: {said}\n" in capsys.readouterr().out
     assert differences(run, fast_run) == []
     assert find_damage(path.parent) is None
-
-
-def test_a_run_without_a_whole_checkpoint_does_not_start_over_by_itself(distil, run):
-    for step in (4, 5):
-        damage(run / "checkpoints" / f"checkpoint-{step}" / "layers.safetensors")
-    before = names(run)
-    with pytest.raises(ValueError, match="no checkpoint of .*checkpoint-5.*checkpoint-4.*--overwrite_output_dir"):
-        distil(run, resume_from_checkpoint="latest")
-    assert names(run) == before
-
-
-def test_a_path_that_is_no_checkpoint_is_refused(distil, run, tmp_path):
-    with pytest.raises(ValueError, match="nowhere holds no checkpoint"):
-        distil(run, resume_from_checkpoint=tmp_path / "nowhere")
 
 
 def test_what_a_killed_run_left_half_written_is_removed_on_resuming(distil, run):
@@ -199,16 +251,6 @@ def test_no_pickle_of_a_checkpoint_is_loaded(distil, run, tmp_path):
     assert marker.exists()
 
 
-def test_a_checkpoint_with_pickles_of_an_earlier_version_is_refused(distil, run):
-    for path in (run / "checkpoints").iterdir():
-        progress = json.loads((path / "progress.json").read_text())
-        del progress["identity"]
-        (path / "progress.json").write_text(json.dumps(progress))
-        seal(path)
-    with pytest.raises(ValueError, match="checkpoint-5 was written by an earlier version and holds pickles, .* start"):
-        distil(run, resume_from_checkpoint="latest")
-
-
 def test_a_run_goes_on_with_its_own_teacher_alone(distil, teacher, tmp_path):
     place = shutil.copytree(teacher, tmp_path / "teacher")
     options = {"pretrained_teacher_model": place, "max_train_steps": 1, "critic_updates": 1}
@@ -244,27 +286,6 @@ def test_a_run_is_resumed_by_the_name_of_its_folder(distil, tmp_path):
     cli.distil(named)
     weights_of_other = tmp_path / "other" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     assert weights_of_other.read_bytes() == weights
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ("[1, 2]", "options.json is damaged"),
-        ("{", "options.json is damaged"),
-        ('{"pretrained_teacher_model": null}', "was given its teacher from Python: resume it there"),
-    ],
-)
-def test_a_run_that_cannot_be_resumed_by_its_folder_is_told(tmp_path, record, message):
-    (tmp_path / "options.json").write_text(record)
-    with pytest.raises(ValueError, match=message):
-        cli.distil([f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest"])
-
-
-def test_a_fingerprint_is_of_weights_and_configs(teacher, tmp_path):
-    unet, scheduler = load_teacher(str(shutil.copytree(teacher, tmp_path / "elsewhere")))
-    before = fingerprint(unet, scheduler)
-    assert before == fingerprint(*load_teacher(str(teacher)))
-    assert fingerprint(unet.half(), scheduler) != before
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -344,50 +365,6 @@ def test_a_start_without_a_checkpoint_is_taken_up_again(tmp_path, left, resume):
             pass
 
 
-def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(train, whole, tmp_path, monkeypatch):
-    def interrupted(self):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "load", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "run")
-    assert (tmp_path / "run" / "options.json").is_file()
-    assert weights(train(tmp_path / "run")) == weights(whole)
-
-
-# ----- state dicts -----
-
-
-def test_a_state_dict_is_read_bit_for_bit(tmp_path):
-    tensors = [torch.rand(2, 3).T, torch.tensor(1.5, dtype=torch.bfloat16), torch.zeros(0), torch.tensor([True])]
-    state = {"state": {0: {"step": tensors[0]}, 1: {}}, "a/b": tensors[1], "list": [tensors[2:], 0.1, None, "x", True]}
-    save_state_dict(state, tmp_path / "file")
-    read = load_state_dict(tmp_path / "file")
-    found = [read["state"][0]["step"], read["a/b"], *read["list"][0]]
-    assert all(one.equal(other) and one.dtype == other.dtype for one, other in zip(found, tensors, strict=True))
-    assert read["state"].keys() == {0, 1}
-    assert read["list"][1:] == [0.1, None, "x", True]
-
-
-def test_something_else_is_not_written_as_state(tmp_path):
-    with pytest.raises(TypeError):
-        save_state_dict({"a": object()}, tmp_path / "file")
-
-
-def test_global_generators_go_on_where_they_were():
-    def draw():
-        array = np.random.standard_normal(3)  # noqa: NPY002
-        return random.random(), random.gauss(0, 1), array.tolist(), torch.rand(3).tolist()
-
-    random.gauss(0, 1)
-    np.random.standard_normal()  # noqa: NPY002  # of each pair of normal numbers one is kept
-    state = json.loads(json.dumps(random_state(torch.device("cpu"))))
-    expected = draw()
-    set_random_state(state, torch.device("cpu"))
-    assert draw() == expected
-
-
 # ----- teachers and baselines -----
 
 
@@ -444,14 +421,6 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(train, whole, tmp_
     assert names(tmp_path / "run") == names(whole) == ["checkpoint-4", "checkpoint-5"]
 
 
-def test_a_training_without_a_checkpoint_yet_starts_and_a_finished_one_stays(train, tmp_path, saved):
-    folder = train(tmp_path / "run", "--resume_from_checkpoint=latest")
-    before = weights(folder)
-    train(folder, "--resume_from_checkpoint=latest")
-    assert weights(folder) == before
-    assert saved == [2, 4, 5]
-
-
 def test_an_earlier_training_stays_until_the_next_can_start(train, trained, tmp_path):
     folder = trained
     before = weights(folder)
@@ -460,57 +429,6 @@ def test_an_earlier_training_stays_until_the_next_can_start(train, trained, tmp_
         train(folder, "--overwrite_output_dir", f"--train_data={tmp_path / 'empty'}")
     assert weights(folder) == before
     assert names(folder) == ["checkpoint-4", "checkpoint-5"]
-
-
-@pytest.mark.parametrize("inside", ["pipeline", "checkpoints/kept"])
-@pytest.mark.parametrize("program", [cli.distil, train_baseline.main])
-def test_a_student_is_not_written_over_its_teacher(teacher, tmp_path, inside, program):
-    place = shutil.copytree(teacher, tmp_path / "run" / inside)
-    with pytest.raises(ValueError, match="--output_dir .* holds the teacher, which would be lost: name another folder"):
-        program([f"--pretrained_teacher_model={place}", f"--output_dir={tmp_path / 'run'}", "--overwrite_output_dir"])
-    assert (place / "unet" / "config.json").exists()
-
-
-def test_a_baseline_may_lie_beside_its_teacher(teacher, tmp_path):
-    place = shutil.copytree(teacher, tmp_path / "teacher")
-    options = train_baseline.Teacher(str(place)), train_baseline.Training(), Output(output_dir=str(tmp_path))
-    train_baseline.check_options(*options)
-
-
-def test_a_training_goes_on_with_its_own_options_alone(train, trained, tmp_path):
-    folder = trained
-    with pytest.raises(ValueError, match=r"other options \(seed: 0 -> 1\): resume with the same ones, name another"):
-        train(folder, "--resume_from_checkpoint=latest", "--seed=1")
-    with pytest.raises(
-        ValueError, match="--overwrite_output_dir starts over and --resume_from_checkpoint latest continues"
-    ):
-        train(folder, "--resume_from_checkpoint=latest", "--overwrite_output_dir")
-    with pytest.raises(ValueError, match="--checkpointing_steps 0: give a number of at least 1"):
-        train(folder, "--overwrite_output_dir", "--checkpointing_steps=0")
-    shorter = train(tmp_path / "shorter", "--max_train_steps=1")
-    train(folder, "--overwrite_output_dir", "--max_train_steps=1")
-    assert weights(folder) == weights(shorter)
-    assert names(folder) == ["checkpoint-1"]
-
-
-def test_a_folder_of_something_else_is_not_gone_on_with(train, tmp_path):
-    (tmp_path / "precious").touch()
-    with pytest.raises(
-        ValueError, match="is not empty and holds no run to continue with: name another folder, or pass"
-    ):
-        train(tmp_path, "--resume_from_checkpoint=latest")
-    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
-
-
-def test_an_ended_training_whose_checkpoints_are_gone_is_not_trained_again(train, trained):
-    folder = trained
-    before = weights(folder)
-    shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(
-        ValueError, match="holds a run that has ended, and no checkpoint to continue from: name another"
-    ):
-        train(folder, "--resume_from_checkpoint=latest")
-    assert weights(folder) == before
 
 
 def test_a_new_run_never_finds_the_checkpoints_of_an_earlier_one(train, trained, tmp_path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..distributions import randn_like
-from .target import Target
+from hsivi_diffusers.vi import Target
+from hsivi_diffusers.vi.distributions import randn_like
 
 
 class FullNormal:

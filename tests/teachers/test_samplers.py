@@ -7,8 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 
-from gaussian_teacher import as_teacher
-from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
+from hsivi_diffusers import HSIVIPipeline, load_teacher
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.levels import clock_of
 from hsivi_diffusers.teachers.solvers import make_solver, make_student, sample
@@ -31,14 +30,15 @@ def load(run):
 @pytest.fixture(scope="module")
 def solver(teacher):
     """A solver of the teacher, and the list of the timesteps at which it calls the network."""
-    guided, calls = Guided(load_teacher(teacher)), []
-    guided.teacher.network.register_forward_pre_hook(lambda module, given: calls.append(int(given[1][0])))
+    loaded = load_teacher(str(teacher))
+    calls = []
+    loaded.network.register_forward_pre_hook(lambda module, given: calls.append(int(given[1][0])))
 
     def make(method, num_steps):
         calls.clear()
         name, _, few = method.partition(", few-step")
-        levels = clock_of(guided.teacher.schedule).few_step_levels((1, 8, 8), num_steps) if few else None
-        return make_solver(name, num_steps, guided, levels), calls
+        levels = clock_of(loaded.schedule).few_step_levels((1, 8, 8), num_steps) if few else None
+        return make_solver(name, num_steps, Guided(loaded), levels), calls
 
     return make
 
@@ -56,9 +56,10 @@ def test_a_solver_makes_as_many_network_calls_as_it_says_and_may_be_called_again
 
 
 def test_every_method_starts_each_batch_from_the_same_noise(teacher, fast_run):
-    guided, student = Guided(load_teacher(teacher)), load(fast_run)
-    samplers = [(make_student(student, guided.teacher), student.unet)]
-    samplers += [(make_solver(method, 2, guided), guided.teacher.network) for method in KINDS]
+    loaded = load_teacher(str(teacher))
+    student = load(fast_run)
+    samplers = [(make_student(student, loaded), student.unet)]
+    samplers += [(make_solver(method, 2, Guided(loaded)), loaded.network) for method in KINDS]
     starts = []
     for sampler, network in samplers:
         inputs = []
@@ -85,12 +86,13 @@ def test_a_solver_is_that_of_diffusers(solver, teacher, method, kind, settings):
 
 @torch.no_grad()
 def test_ddim_is_the_formula_on_the_quadratic_grid(solver, teacher):
-    loaded = load_teacher(teacher)
+    loaded = load_teacher(str(teacher))
+    unet, schedule = loaded.network, loaded.schedule
     grid = [round((i / 4) ** 2 * 800) for i in range(4, -1, -1)]
     x = torch.randn(3, 1, 8, 8, generator=generator())
     for above, below in itertools.pairwise(grid):
-        abar, abar_below = loaded.schedule.alphas_cumprod[[above, below]]
-        eps = loaded.network(x, above).sample
+        abar, abar_below = schedule.alphas_cumprod[[above, below]]
+        eps = unet(x, above).sample
         x0 = ((x - (1 - abar).sqrt() * eps) / abar.sqrt()).clamp(-1, 1)
         x = abar_below.sqrt() * x0 + (1 - abar_below).sqrt() * eps
     sampler, calls = solver("DDIM", 4)
@@ -106,7 +108,7 @@ def test_an_unknown_method_is_refused(solver):
 
 def test_a_student_is_its_pipeline_with_each_count_of_steps(several_run, teacher):
     pipeline = load(several_run)
-    samplers = {count: make_student(pipeline, load_teacher(teacher), count) for count in (1, 2, 4, None)}
+    samplers = {count: make_student(pipeline, load_teacher(str(teacher)), count) for count in (1, 2, 4, None)}
     for count, sampler in samplers.items():
         wanted = pipeline(3, generator(4), num_inference_steps=count or 4, output_type="pt").images
         assert torch.equal(sampler(3, generator(4)), wanted)
@@ -129,10 +131,11 @@ def test_sample_goes_by_batches_and_follows_its_seed():
 
 @pytest.mark.parametrize("method", [*KINDS, "DEIS"])
 def test_the_labels_go_to_the_network(class_teacher, method):
-    teacher, given = load_teacher(class_teacher), []
-    record = lambda module, args, kwargs: given.append(kwargs["class_labels"])  # noqa: E731
-    teacher.network.register_forward_pre_hook(record, with_kwargs=True)
-    sampler = make_solver(method, 2, Guided(teacher))
+    loaded, given = load_teacher(str(class_teacher)), []
+    loaded.network.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["class_labels"]), with_kwargs=True
+    )
+    sampler = make_solver(method, 2, Guided(loaded))
     batches = [*sample(sampler, 5, 4, seed=0, num_classes=3)]
     assert [labels.tolist() for labels in given] == [[0, 1, 2, 0]] * 2 + [[1]] * 2
     assert [len(batch) for batch in batches] == [4, 1]
@@ -140,19 +143,18 @@ def test_the_labels_go_to_the_network(class_teacher, method):
 
 def test_the_labels_go_to_the_student(class_run, class_teacher):
     pipeline = load(class_run)
-    (images,) = sample(make_student(pipeline, load_teacher(class_teacher)), 4, 4, seed=0, num_classes=3)
+    (images,) = sample(make_student(pipeline, load_teacher(str(class_teacher))), 4, 4, seed=0, num_classes=3)
     assert torch.equal(images, pipeline(4, generator(), class_labels=[0, 1, 2, 0], output_type="pt").images)
 
 
 @pytest.mark.parametrize("method", KINDS)
 def test_a_learned_variance_is_for_ddpm_alone(method):
     unet = make_unet(out_channels=2)
-    schedule = HSIVIScheduler.from_config(DDPMScheduler(variance_type="learned_range").config)
-    guided = Guided(as_teacher(unet, schedule))
+    guided = Guided(load_teacher(DDPMPipeline(unet=unet, scheduler=DDPMScheduler(variance_type="learned_range"))))
     images = make_solver(method, 3, guided)(2, generator())
     with torch.no_grad():
-        unet.conv_out.weight[1:].mul_(3)
-        unet.conv_out.bias[1:].fill_(1)
+        guided.teacher.network.conv_out.weight[1:].mul_(3)
+        guided.teacher.network.conv_out.bias[1:].fill_(1)
     assert images.shape == (2, 1, 8, 8)
     assert torch.equal(images, make_solver(method, 3, guided)(2, generator())) == (method != "DDPM")
 
@@ -167,4 +169,4 @@ def test_a_learned_variance_is_for_ddpm_alone(method):
     ],
 )
 def test_a_solver_has_its_grid_as_text(teacher, method, steps, settings, grid):
-    assert make_solver(method, steps, Guided(load_teacher(teacher)), **settings).grid == grid
+    assert make_solver(method, steps, Guided(load_teacher(str(teacher))), **settings).grid == grid

@@ -1,3 +1,0 @@
-"""The fixtures of tests/training/conftest.py."""
-
-from training.conftest import *  # noqa: F403

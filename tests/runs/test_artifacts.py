@@ -1,0 +1,24 @@
+"""Prompts of a run: one per line of a file, or a list."""
+
+import pytest
+
+from hsivi_diffusers.runs.artifacts import read_prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        ("a cat\n\n a dog \n", ["a cat", "a dog"]),
+        ("\ufeffa cat\r\na dog", ["a cat", "a dog"]),
+        ("a\x0ccat\na\u2028dog\nan\x85owl\n", ["a\x0ccat", "a\u2028dog", "an\x85owl"]),
+    ],
+)
+def test_prompts_of_a_file_are_its_lines(tmp_path, content, prompts):
+    (tmp_path / "prompts.txt").write_bytes(content.encode())
+    assert read_prompts(str(tmp_path / "prompts.txt")) == prompts == read_prompts([*prompts, " "])
+
+
+@pytest.mark.parametrize("text", ["a cat\na dog", "a cat\ra dog"])
+def test_a_prompt_of_a_list_has_no_line_break(text):
+    with pytest.raises(ValueError, match="the prompt 'a cat.*a dog' has a line break: give each prompt in one line"):
+        read_prompts(["an owl", text])
