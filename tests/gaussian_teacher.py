@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
+from hsivi_diffusers.teachers.teacher import Teacher
+
 MEAN, STD = 0.3, 0.4
 
 
@@ -35,6 +37,13 @@ class GaussianTeacher(Network):
     def clean(self, x, timestep):
         alpha, sigma = self.schedule.alpha_sigma(timestep, x)
         return MEAN + STD**2 * alpha * (x - MEAN * alpha) / (STD**2 * alpha**2 + sigma**2)
+
+
+def as_teacher(network, schedule):
+    """A teacher of a network of images of 8x8."""
+    return Teacher(
+        network, schedule, (getattr(network.config, "in_channels", 1), 8, 8), network.config.num_class_embeds or 0
+    )
 
 
 def exact_flow(schedule, x, timestep, below):

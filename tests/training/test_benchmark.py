@@ -38,8 +38,6 @@ SPACES = ["classifier", "MLP", "pixels"]
 STUDENT = """
 preset: fast
 num_inference_steps: 1
-start_signal: 3.2
-start_noise: null
 num_pairs: 0
 critic_first: 0
 critic_updates: 1
@@ -111,7 +109,7 @@ def copied(folder, arguments, tmp_path):
 @pytest.fixture
 def no_pages(monkeypatch):
     """Tables and figures take most of the time where nothing has to be sampled."""
-    monkeypatch.setattr(benchmark, "write_pages", lambda folder: None)
+    monkeypatch.setattr(benchmark, "write_pages", lambda *folders: None)
 
 
 @pytest.fixture
@@ -182,42 +180,17 @@ def test_every_seed_of_students_and_baselines_has_a_row(arguments):
     assert [entry.key for entry in benchmark.Comparison(options).entries()] == keys_of([0, 3], [3, 0])
 
 
-def test_a_baseline_keeps_the_seed_that_it_has(copied):
-    folder, arguments = copied
-    students = [row for row in rows_of(folder) if row["method"] == OURS]
-    changed = [{**row, "train_seed": 3} if row["method"] == PAIRS else row for row in rows_of(folder)]
-    write_rows(folder, [*changed, *({**row, "train_seed": 3} for row in students)])
-    (options,) = parse_options([benchmark.Options], "", [*arguments, "--seeds", "0", "3"])
-    keys = [entry.key for entry in benchmark.Comparison(options).entries()]
-    assert [seed for method, _, seed in keys if method == PAIRS] == [3]
-    assert {seed for method, _, seed in keys if method == PROGRESSIVE} == {0}
-
-
-def test_a_model_of_several_numbers_of_calls_keeps_its_seed_for_those_that_lack(copied):
-    folder, arguments = copied
-    rows = [row for row in rows_of(folder) if (row["method"], row["nfe"]) != (CONSISTENCY, 2)]
-    write_rows(folder, [{**row, "train_seed": 3} if row["method"] == CONSISTENCY else row for row in rows])
-    (options,) = parse_options([benchmark.Options], "", [*arguments, "--seeds", "0", "3"])
-    keys = [entry.key for entry in benchmark.Comparison(options).entries()]
-    assert [key for key in keys if key[0] == CONSISTENCY] == [(CONSISTENCY, 1, 3), (CONSISTENCY, 2, 3)]
-
-
-def test_a_baseline_of_a_seed_that_no_student_has_is_refused(arguments):
-    with pytest.raises(ValueError, match=r"--baseline_seeds has \[5\], and --seeds has not: a baseline is given the"):
-        benchmark.main([*arguments, "--baseline_seeds", "0", "5"])
-
-
 def test_another_seed_is_added_without_images_in_the_figures(copied, monkeypatch, no_pages):
     folder, arguments = copied
     monkeypatch.setattr(trainings, "call", call)
-    before, pictures = rows_of(folder), (folder / "docs/pictures_digits.safetensors").read_bytes()
+    before, pictures = rows_of(folder), (folder / "runs/digits/pictures.safetensors").read_bytes()
     given = [text for text in arguments if not text.startswith(("--pairs", "--progressive", "--consistency"))]
     benchmark.main([*given, "--students", str(folder / "student.yaml"), "--seeds", "0", "1"])
     *kept, row = rows_of(folder)
     assert kept == before
     assert benchmark_results.key_of(row) == (OURS, 1, 1)
     assert (row["train_seconds"], row["train_calls"]) == told(folder, "student_seed1")
-    assert (folder / "docs/pictures_digits.safetensors").read_bytes() == pictures
+    assert (folder / "runs/digits/pictures.safetensors").read_bytes() == pictures
 
 
 def test_a_row_has_all_measures_in_three_spaces_and_what_its_training_cost(folder):
@@ -244,13 +217,6 @@ def test_the_floor_is_of_real_images(folder):
     floor, *others = rows_of(folder)
     assert floor["nearest"] == 0
     assert all(row["nearest"] > 0 for row in others)
-
-
-def test_a_baseline_has_at_least_the_cost_of_the_student_of_as_many_calls(folder):
-    rows = {(row["method"], row["nfe"]): row for row in rows_of(folder)}
-    for method, nfe in ((PAIRS, 1), (PROGRESSIVE, 1), (PROGRESSIVE, 2), (CONSISTENCY, 1), (CONSISTENCY, 2)):
-        for name in ("train_seconds", "train_calls"):
-            assert rows[method, nfe][name] >= rows[OURS, nfe][name]
 
 
 @pytest.mark.parametrize("forgotten", [[OURS], []])
@@ -294,16 +260,33 @@ def test_a_model_of_several_numbers_of_calls_is_given_the_most_seconds_and_the_m
     assert given[-4:-2] == ["--max_train_seconds=50.5", "--min_network_calls=900"]
 
 
-def test_baselines_that_are_not_named_are_left_out(copied, monkeypatch, no_pages):
+def test_a_baseline_keeps_the_seed_that_it_has(copied):
+    """A model of several numbers of steps has one, for those that lack, too."""
     folder, arguments = copied
-    for method in (PAIRS, PROGRESSIVE, CONSISTENCY):
-        forget(folder, method)
-    given = [text for text in arguments if not text.startswith(("--pairs", "--progressive", "--consistency"))]
-    monkeypatch.setattr(set_teacher, "sample", lambda *given: pytest.fail("nothing is missing"))
-    benchmark.main(given)
+    rows = [row for row in rows_of(folder) if (row["method"], row["nfe"]) != (CONSISTENCY, 2)]
+    changed = [{**row, "train_seed": 3} if row["method"] in (PAIRS, CONSISTENCY) else row for row in rows]
+    write_rows(folder, [*changed, *({**row, "train_seed": 3} for row in rows if row["method"] == OURS)])
+    (options,) = parse_options([benchmark.Options], "", [*arguments, "--seeds", "0", "3"])
+    keys = [entry.key for entry in benchmark.Comparison(options).entries()]
+    assert [seed for method, _, seed in keys if method == PAIRS] == [3]
+    assert {seed for method, _, seed in keys if method == PROGRESSIVE} == {0}
+    assert [key for key in keys if key[0] == CONSISTENCY] == [(CONSISTENCY, 1, 3), (CONSISTENCY, 2, 3)]
 
 
 # ----- what is there is kept -----
+
+
+def test_nothing_is_trained_or_drawn_for_rows_that_are_there(copied, monkeypatch, no_pages):
+    folder, arguments = copied
+    monkeypatch.setattr(trainings, "call", never)
+    monkeypatch.setattr(set_teacher, "sample", never)
+    shutil.rmtree(folder / "runs")
+    before = rows_of(folder)
+    benchmark.main(arguments)
+    for method in (PAIRS, PROGRESSIVE, CONSISTENCY):  # those that are not named are left out
+        forget(folder, method)
+    benchmark.main([text for text in arguments if not text.startswith(("--pairs", "--progressive", "--consistency"))])
+    assert rows_of(folder) == [row for row in before if row["method"] not in (PAIRS, PROGRESSIVE, CONSISTENCY)]
 
 
 def test_a_student_and_a_baseline_are_found_again(copied, monkeypatch, no_pages):
@@ -314,15 +297,6 @@ def test_a_student_and_a_baseline_are_found_again(copied, monkeypatch, no_pages)
     again = rows_of(folder)[-len(before) :]
     for name in ("method", "nfe", "train_seed", "distances", "teacher_distances", "recall"):
         assert [row[name] for row in again] == [row[name] for row in before]
-
-
-def test_nothing_is_trained_for_rows_that_are_there(copied, monkeypatch, no_pages):
-    folder, arguments = copied
-    shutil.rmtree(folder / "runs")
-    monkeypatch.setattr(trainings, "call", never)
-    before = rows_of(folder)
-    benchmark.main(arguments)
-    assert rows_of(folder) == before
 
 
 def test_a_stopped_benchmark_measures_only_what_is_missing(copied, monkeypatch, no_pages):
@@ -355,41 +329,48 @@ def test_rows_and_parts_of_another_set_are_kept_and_added(copied):
     assert rows_of(folder) == [*other, *rows, *begun]
     assert page.read_text().startswith("# By hand")
     texts = [(folder / f"docs/{name}.md").read_text() for name in ("digits", "other_set_2", "begun")]
-    for table in ("summary", "floor", "goals", "measures", "costs"):
+    for table in ("summary", "floor", "measures", "costs"):
         assert [text.count(f"<!-- table: {table} -->") for text in texts] == [1, 1, 1]
     assert "(curves_other_set_2.png)" in texts[1]
     assert "(samples_other_set_2.png)" not in texts[1]
     assert ".png" not in texts[2]
 
 
-def test_the_page_has_tables_and_figures(folder):
-    text = (folder / "docs/digits.md").read_text()
-    for method in (
-        f"**{OURS}**",
-        f"**{ONE_FOR_ALL}**",
-        PAIRS,
-        PROGRESSIVE,
-        CONSISTENCY,
-        TEACHER,
-        TEACHER_SDE,
-        f"{SOLVER} (UniPC)",
-    ):
-        assert f"| {method} |" in text
-    for name in ("curves_digits.png", "samples_digits.png", "classes_digits.png"):
-        assert f"({name})" in text
-        assert (folder / "docs" / name).stat().st_size > 1000
-
-
-def test_pictures_of_what_is_shown_stay_beside_the_results(folder):
+def test_images_of_what_is_shown_are_kept_beside_the_trainings(folder):
     """So the figures are drawn anew where nothing has to be sampled."""
-    kept = load_file(folder / "docs" / "pictures_digits.safetensors")
+    kept = load_file(folder / "runs/digits/pictures.safetensors")
     several = [
         f"{method} at {nfe}" for method in (SOLVER, OURS, ONE_FOR_ALL, PROGRESSIVE, CONSISTENCY) for nfe in (1, 2)
     ]
     assert set(kept) == {"real", f"{TEACHER} at 3", f"{TEACHER_SDE} at 3", f"{PAIRS} at 1", *several}
     run = folder / "runs/digits/student_num_inference_steps_2_seed0/pipeline"
-    drawn = torch.cat([*sample(make_student(HSIVIPipeline.from_pretrained(run), 2), 20, 15, 0)])[:16]
+    drawn = torch.cat([*sample(make_student(HSIVIPipeline.from_pretrained(run), None, 2), 20, 15, 0)])[
+        : benchmark.SHOWN
+    ]
     torch.testing.assert_close(kept[f"{OURS} at 2"] / 255, drawn, atol=0.51 / 255, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        *[(name, ()) for name in ("digits", "fashion", "mnist", "emoji", "flow", "guided")],
+        *[("guided", (f"--guidance_scale={w}", f"--dataset=w={w}")) for w in (1, 4)],
+        ("digits", ("--noise_seeds", "101", "102", "103", "104", "105")),
+    ],
+)
+def test_the_rows_of_the_repository_are_those_of_its_configs(name, more, tmp_path, monkeypatch):
+    """None is refused, and each is of an entry; on other noise not all entries are measured yet."""
+    monkeypatch.chdir(ROOT)
+    given = ["--config", f"training/configs/benchmark_{name}.yaml", f"--runs_dir={tmp_path}", *more]
+    (options,) = parse_options([benchmark.Options], "", given)
+    comparison = benchmark.Comparison(options)
+    entries = {entry.key: entry for entry in comparison.entries()}
+    file = benchmark_results.NOISE if options.noise_seeds else benchmark_results.RESULTS
+    results = benchmark_results.Results(Path(options.output_dir), tmp_path, options.dataset, file)
+    settings, told = ({key: getattr(entry, kind) for key, entry in entries.items()} for kind in ("settings", "told"))
+    keys = {key for key, _ in results.keys(settings, told, comparison.drawn)}
+    assert keys <= entries.keys()
+    assert options.noise_seeds or keys == entries.keys()
 
 
 # ----- other noise -----
@@ -454,128 +435,148 @@ def test_noise_of_the_results_is_no_other_noise(arguments, seed):
 # ----- refusals -----
 
 
+def edit_json(path, **more):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+
+
+def edit_rows(folder, method, **more):
+    write_rows(folder, [{**row, **more} if row["method"] == method else row for row in rows_of(folder)])
+
+
+def edit_config(folder, name, *forgotten):
+    (folder / f"{name}.yaml").write_text((folder / f"{name}.yaml").read_text() + "learning_rate: 0.5\n")
+    for method in forgotten:
+        forget(folder, method)
+
+
+def other_recipe(folder):
+    rows = [{**row, "recipe": row["recipe"] and {**row["recipe"], "critic_updates": 3}} for row in rows_of(folder)]
+    write_rows(folder, rows)
+
+
+def no_classes(folder):
+    forget(folder, SOLVER)
+    (folder / "real").mkdir()
+    Image.new("L", (8, 8)).save(folder / "real/one.png")
+
+
+def other_training(method, run, **more):
+    def edit(folder):
+        forget(folder, method)
+        edit_json(folder / "runs/digits" / run / "training.json", **more)
+
+    return edit
+
+
+def write_solvers(*rows):
+    return lambda folder: (folder / "solvers.json").write_text(json.dumps({"rows": rows}))
+
+
+def unknown_solver(folder):
+    shutil.rmtree(folder / "docs")
+    write_solvers(tuned("digits", "DPM", 2, {}, 1.0))(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "given", "message"),
+    [
+        *[
+            (None, [f"--{other.split(':')[0]}={other.split()[-1]}"], rf"of other images or networks \({other}\): name")
+            for other in ("num_samples: 20 -> 25", "batch_size: 15 -> 10", "eval_seed: 0 -> 1", "teacher_steps: 3 -> 4")
+        ],
+        (
+            lambda folder: edit_rows(folder, REAL, networks="another"),
+            [],
+            "real images .* of other images or networks .networks: another -> .*: name another --output_dir",
+        ),
+        (
+            write_solvers(*SOLVERS[1:]),
+            [],
+            "tuned solver at 2 of other settings .*solver: UniPC -> DEIS;",
+        ),
+        (unknown_solver, [], "method 'DPM' is unknown: choose one of 'DDPM', 'DDIM',"),
+        (None, ["--solvers=nowhere.json"], "--solvers nowhere.json is missing: name a file that tune_solvers.py"),
+        (
+            lambda folder: edit_config(folder, "student"),
+            [],
+            "HSIVI at 1, seed 0, of other .*learning_rate: .* -> 0.5.: remove",
+        ),
+        (other_recipe, [], "than --students have now .critic_updates: 3 -> 1.: remove that row"),
+        (
+            lambda folder: edit_config(folder, "student", OURS, ONE_FOR_ALL),
+            [],
+            "was trained with other options.*learning_rate: .* -> 0.5.*--runs_dir",
+        ),
+        (
+            lambda folder: edit_config(folder, "progressive"),
+            [],
+            "progressive distillation at 1 of other settings.*learning_rate': 0.5",
+        ),
+        (
+            lambda folder: edit_config(folder, "consistency", CONSISTENCY),
+            [],
+            "consistency_seed0 was trained with other options than .*learning_rate: .* -> 0.5.: remove it and its rows",
+        ),
+        *[
+            (
+                other_training(CONSISTENCY, "consistency_seed0", **{name: 1000}),
+                [],
+                "consistency_seed0 was not given the cost of what it is compared with",
+            )
+            for name in ("max_train_seconds", "min_network_calls")
+        ],
+        *[
+            (
+                other_training(method, run, teacher_sha256="other"),
+                [],
+                f"{run} was trained of another teacher than .* is now: name another",
+            )
+            for method, run in ((OURS, "student_seed0"), (CONSISTENCY, "consistency_seed0"))
+        ],
+        (
+            lambda folder: (forget(folder, PROGRESSIVE), edit_rows(folder, OURS, train_calls=None)),
+            [],
+            r"the network calls of HSIVI at \[1\], seed 0, are not known",
+        ),
+        (None, ["--baseline_steps", "1", "3"], r"--baseline_steps has \[3\], and --students none of so many"),
+        (None, ["--baseline_seeds", "0", "5"], r"--baseline_seeds has \[5\], and --seeds has not"),
+        (None, ["--students", "STUDENT --max_train_steps 0"], "max_train_steps=0: give a number of at least 1"),
+        (None, ["--students", "STUDENT", "STUDENT --learning_rate 0.1"], "--students have HSIVI at 1 more than once"),
+        (no_classes, ["--real_data=FOLDER/real"], "real has no labels: give a set with classes"),
+        (None, ["--teacher=FOLDER/none"], "is missing: give the config of training.benchmarks.images.train_teacher"),
+        *[
+            (None, [f"--{name}="], f"--{name} missing: give --config training/configs/benchmark_digits.yaml")
+            for name in ("dataset", "teacher", "classifier")
+        ],
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_any_training(copied, monkeypatch, edit, given, message):
+    folder, arguments = copied
+    monkeypatch.setattr(trainings, "call", never)
+    if edit:
+        edit(folder)
+    before = rows_of(folder)
+    given = [word.replace("STUDENT", str(folder / "student.yaml")).replace("FOLDER", str(folder)) for word in given]
+    with pytest.raises(ValueError, match=message):
+        benchmark.main([*arguments, *given])
+    assert rows_of(folder) == before
+
+
 def test_a_row_that_two_processes_measured_is_there_once(copied):
     folder, _ = copied
     before = rows_of(folder)
-    benchmark_results.Results(folder / "docs", "digits").add({**before[0], "num_samples": 7})
+    benchmark_results.Results(folder / "docs", folder / "runs", "digits").add({**before[0], "num_samples": 7})
     assert len(rows_of(folder)) == len(before)
     assert [row["num_samples"] for row in rows_of(folder)].count(7) == 1
 
 
-def test_rows_of_another_teacher_are_not_added_to(copied, monkeypatch):
-    folder, arguments = copied
-    monkeypatch.setattr(benchmark, "hash_networks", lambda *folders: "another")
-    before = rows_of(folder)
-    with pytest.raises(ValueError, match="real images .* of other images or networks .networks: .* -> another.: name"):
-        benchmark.main(arguments)
-    assert rows_of(folder) == before
-
-
-@pytest.mark.parametrize(
-    "other", ["num_samples: 20 -> 25", "batch_size: 15 -> 10", "eval_seed: 0 -> 1", "teacher_steps: 3 -> 4"]
-)
-def test_rows_of_other_images_are_not_added_to(copied, other):
-    folder, arguments = copied
-    before = rows_of(folder)
-    name, number = other.split(":")[0], other.split()[-1]
-    with pytest.raises(
-        ValueError, match=rf"results.json has real images .* of other images or networks \({other}\): name another"
-    ):
-        benchmark.main([*arguments, f"--{name}={number}"])
-    assert rows_of(folder) == before
-
-
-def test_rows_of_a_solver_of_other_settings_are_not_added_to(copied):
-    folder, arguments = copied
-    (folder / "solvers.json").write_text(json.dumps({"rows": SOLVERS[1:]}))
-    with pytest.raises(ValueError, match="tuned solver at 2 of other settings than --solvers .*solver: UniPC -> DEIS;"):
-        benchmark.main(arguments)
-
-
 def test_a_student_may_be_given_options_besides_its_config(copied, next_call):
     folder, arguments = copied
-    student = f"{folder / 'student.yaml'} --num_layers 3 --noise_eta 0.5"
+    student = f"{folder / 'student.yaml'} --num_inference_steps 3 --noise_eta 0.5"
     place = arguments.index("--students") + 3
     program, words = next_call([*arguments[:place], student, *arguments[place:]])
-    assert (program, words[2:6]) == (trainings.DISTIL, ["--num_layers", "3", "--noise_eta", "0.5"])
-    assert words[words.index("--output_dir") + 1].endswith("digits/student_num_layers_3_noise_eta_0.5_seed0")
-
-
-def test_a_baseline_without_a_student_of_as_many_calls_is_refused(arguments):
-    with pytest.raises(ValueError, match=r"--baseline_steps has \[3\], and --students none of so many calls"):
-        benchmark.main([*arguments, "--baseline_steps", "1", "3"])
-
-
-def test_a_student_of_other_options_is_refused(copied):
-    folder, arguments = copied
-    forget(folder, OURS)
-    (folder / "student.yaml").write_text(STUDENT + "learning_rate: 0.5\n")
-    forget(folder, ONE_FOR_ALL)
-    with pytest.raises(ValueError, match="was trained with other options.*learning_rate: .* -> 0.5.*--runs_dir"):
-        benchmark.main(arguments)
-
-
-def test_rows_of_a_student_of_other_options_are_not_added_to(copied):
-    folder, arguments = copied
-    (folder / "student.yaml").write_text(STUDENT + "learning_rate: 0.5\n")
-    with pytest.raises(ValueError, match="HSIVI at 1, seed 0, of other .*learning_rate: .* -> 0.5.: remove"):
-        benchmark.main(arguments)
-
-
-def test_rows_tell_by_which_options_a_student_differed(copied):
-    folder, arguments = copied
-    rows = rows_of(folder)
-    for each in rows:
-        each["recipe"] = each["recipe"] and {**each["recipe"], "critic_updates": 3}
-    write_rows(folder, rows)
-    with pytest.raises(ValueError, match="than --students have now .critic_updates: 3 -> 1.: remove that row"):
-        benchmark.main(arguments)
-
-
-def test_rows_of_a_baseline_of_other_options_are_not_added_to(copied):
-    folder, arguments = copied
-    (folder / "progressive.yaml").write_text(BASELINE.format("progressive") + "learning_rate: 0.5\n")
-    with pytest.raises(ValueError, match="progressive distillation at 1 of other settings.*learning_rate': 0.5"):
-        benchmark.main(arguments)
-
-
-def test_a_baseline_that_was_trained_with_other_options_is_not_measured(copied):
-    folder, arguments = copied
-    forget(folder, CONSISTENCY)
-    (folder / "consistency.yaml").write_text(BASELINE.format("consistency") + "learning_rate: 0.5\n")
-    message = (
-        "consistency_seed0 was trained with other options than .*learning_rate: .* -> 0.5.: remove it and its rows"
-    )
-    with pytest.raises(ValueError, match=message):
-        benchmark.main(arguments)
-
-
-def test_a_student_whose_calls_are_not_known_is_no_measure_of_a_baseline(copied):
-    folder, arguments = copied
-    forget(folder, PROGRESSIVE)
-    write_rows(folder, [{**row, "train_calls": None} if row["method"] == OURS else row for row in rows_of(folder)])
-    with pytest.raises(ValueError, match=r"the network calls of HSIVI at \[1\], seed 0, are not known"):
-        benchmark.main([*arguments, "--progressive", f"{folder / 'progressive.yaml'} --num_stages 1"])
-
-
-@pytest.mark.parametrize("name", ["max_train_seconds", "min_network_calls"])
-def test_a_baseline_of_another_cost_is_refused(copied, name):
-    folder, arguments = copied
-    forget(folder, CONSISTENCY)
-    path = folder / "runs/digits/consistency_seed0/training.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), name: 1000}))
-    with pytest.raises(ValueError, match="consistency_seed0 was not given the cost of what it is compared with"):
-        benchmark.main(arguments)
-
-
-@pytest.mark.parametrize(("method", "run"), [(OURS, "student_seed0"), (CONSISTENCY, "consistency_seed0")])
-def test_a_training_of_another_teacher_is_refused(copied, method, run):
-    folder, arguments = copied
-    forget(folder, method)
-    path = folder / "runs/digits" / run / "training.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "teacher_sha256": "other"}))
-    with pytest.raises(ValueError, match=f"{run} was trained of another teacher than .* is now: name another"):
-        benchmark.main(arguments)
+    assert (program, words[2:6]) == (trainings.DISTIL, ["--num_inference_steps", "3", "--noise_eta", "0.5"])
+    assert words[words.index("--output_dir") + 1].endswith("digits/student_num_inference_steps_3_noise_eta_0.5_seed0")
 
 
 def test_a_teacher_with_classes_draws_all_of_them_equally(copied, class_teacher, monkeypatch, no_pages):
@@ -598,52 +599,14 @@ def test_a_teacher_with_classes_draws_all_of_them_equally(copied, class_teacher,
     assert asked == [3] * (len(rows) + 1)  # and of the images of the teacher that rows are compared with
 
 
-def test_an_unknown_solver_is_refused_before_any_training(copied, monkeypatch):
-    folder, arguments = copied
-    shutil.rmtree(folder / "docs")
-    monkeypatch.setattr(trainings, "call", never)
-    (folder / "solvers.json").write_text(json.dumps({"rows": [tuned("digits", "DPM", 2, {}, 1.0)]}))
-    with pytest.raises(ValueError, match="method 'DPM' is unknown: choose one of 'DDPM', 'DDIM',"):
-        benchmark.main(arguments)
-    with pytest.raises(ValueError, match="--solvers nowhere.json is missing: name a file that tune_solvers.py"):
-        benchmark.main([*arguments, "--solvers=nowhere.json"])
-
-
-def test_a_student_that_cannot_be_trained_is_refused_before_any_training(copied, monkeypatch):
-    folder, arguments = copied
-    monkeypatch.setattr(trainings, "call", never)
-    with pytest.raises(ValueError, match="max_train_steps=0: give a number of at least 1"):
-        benchmark.main([*arguments, "--students", f"{folder / 'student.yaml'} --max_train_steps 0"])
-
-
-def test_two_students_of_the_same_rows_are_refused(copied):
-    folder, arguments = copied
-    student = str(folder / "student.yaml")
-    with pytest.raises(ValueError, match="--students have HSIVI at 1 more than once: compare one student of each"):
-        benchmark.main([*arguments, "--students", student, f"{student} --learning_rate 0.1"])
-
-
-def test_real_images_without_classes_are_refused(copied):
-    folder, arguments = copied
-    forget(folder, SOLVER)
-    (folder / "real").mkdir()
-    Image.new("L", (8, 8)).save(folder / "real/one.png")
-    with pytest.raises(ValueError, match="real has no labels: give a set with classes"):
-        benchmark.main([*arguments, f"--real_data={folder / 'real'}"])
-
-
-@pytest.mark.parametrize("name", ["dataset", "teacher", "classifier"])
-def test_what_must_be_named_is(arguments, name):
-    with pytest.raises(ValueError, match=f"--{name} missing: give --config training/configs/benchmark_digits.yaml"):
-        benchmark.main([text for text in arguments if not text.startswith(f"--{name}=")])
-
-
-def test_a_missing_teacher_without_a_config_is_refused(arguments, tmp_path):
-    with pytest.raises(ValueError, match="is missing: give the config of training.benchmarks.images.train_teacher"):
-        benchmark.main([*arguments, f"--teacher={tmp_path / 'none'}"])
-
-
 # ----- parts -----
+
+
+def test_a_failed_training_ends_the_benchmark(tmp_path, monkeypatch):
+    (tmp_path / "failing.py").write_text("import sys\nassert sys.argv[1] == 'distil'\nsys.exit(2)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="failing distil --config none.yaml ended with status 2"):
+        trainings.call("failing distil", ["--config", "none.yaml"])
 
 
 def test_a_teacher_that_was_stopped_goes_on(tmp_path, monkeypatch):
@@ -667,13 +630,6 @@ def test_a_teacher_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert saved == [1, 2, 3]
     names = {path.name for path in (tmp_path / "teacher").iterdir()}
     assert names - {LOCK} == {"model_index.json", "options.json", "scheduler", "unet"}
-
-
-def test_a_failed_training_ends_the_benchmark(tmp_path, monkeypatch):
-    (tmp_path / "failing.py").write_text("import sys\nassert sys.argv[1] == 'distil'\nsys.exit(2)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(SystemExit, match="failing distil --config none.yaml ended with status 2"):
-        trainings.call("failing distil", ["--config", "none.yaml"])
 
 
 # ----- guidance -----
@@ -707,8 +663,17 @@ def test_a_guided_benchmark_draws_all_classes_and_counts_two_calls_a_step(guided
     assert rows[REAL, 0]["accuracy"] > 0.95
     assert rows[REAL, 0]["class_shares"] == pytest.approx([0.1] * 10, abs=0.03)
     assert rows[OURS, 1]["accuracy"] < rows[SOLVER, 4]["accuracy"]
-    (run,) = (tmp_path / "runs" / "digits").iterdir()
+    (run,) = (tmp_path / "runs" / "digits").glob("student*")
     assert HSIVIPipeline.from_pretrained(run / "pipeline").scheduler.config.guidance_scale == 2
+
+
+def test_without_guidance_no_student_is_trained_on_the_label_no_class(arguments, tmp_path, monkeypatch):
+    student, called = next(text for text in arguments if text.endswith("student.yaml")), []
+    monkeypatch.setattr(trainings, "call", lambda program, words: called.append(words) or exit())
+    made = trainings.Trainings(tmp_path, str(ROOT / "assets/digits_guided_ddpm"), 1.0)
+    with pytest.raises(SystemExit):
+        made.student(student, 0, made.settings(student, 0))
+    assert called[0][-14:] == ["--guidance_scale", "1.0", "--class_shares", *["1.0"] * 10, "0.0"]
 
 
 def test_an_unguided_solver_is_that_of_the_teacher_without_guidance():
@@ -720,32 +685,34 @@ def test_an_unguided_solver_is_that_of_the_teacher_without_guidance():
         guided.solver("UniPC", 3, **settings)
 
 
-def test_baselines_know_no_guidance(guided, arguments):
-    progressive = next(text for text in arguments if text.startswith("--progressive="))
-    with pytest.raises(ValueError, match="progressive distillation know no guidance"):
-        benchmark.main([*guided, progressive])
+@pytest.mark.parametrize(
+    ("scale", "more", "message"),
+    [
+        ("2", ["PROGRESSIVE"], "progressive distillation know no guidance"),
+        (None, ["--teacher_steps=3", "--num_samples=90"], r"no images of the classes \[10\] of .* --guidance_scale 1"),
+        ("2", ["--num_samples=60"], "--num_samples 60: give 70 or more, 7 of each class"),
+        ("2", ["STUDENT --guidance_scale 1 4"], r"has guidance_scale \[.*\], and the benchmark 2.0: leave it out, or"),
+        ("2", ["STUDENT --guidance_scale 4"], r"has guidance_scale \[.*\], and the benchmark 2.0: leave it out, or"),
+    ],
+)
+def test_what_cannot_be_guided_is_refused_before_anything_is_drawn(
+    guided, arguments, no_pages, monkeypatch, scale, more, message
+):
+    monkeypatch.setattr(set_teacher, "sample", never)
+    names = {"STUDENT": "--students=", "PROGRESSIVE": "--progressive="}
+    paths = {
+        name: next(text for text in (*guided, *arguments) if text.startswith(start)) for name, start in names.items()
+    }
+    for name, path in paths.items():
+        more = [word.replace(name, path) for word in more]
+    given = guided if scale else [text for text in guided if not text.startswith("--guidance_scale")]
+    with pytest.raises(ValueError, match=message):
+        benchmark.main([*given, *more])
 
 
-def test_classes_that_the_real_images_lack_are_told_before_anything_is_drawn(guided, no_pages, monkeypatch):
-    monkeypatch.setattr(set_teacher, "sample", lambda *given: pytest.fail("images were drawn"))
-    unguided = [text for text in guided if not text.startswith("--guidance_scale")]
-    with pytest.raises(ValueError, match=r"has no images of the classes \[10\] of the teacher: .* --guidance_scale 1"):
-        benchmark.main([*unguided, "--teacher_steps=3", "--num_samples=90"])
-    with pytest.raises(ValueError, match="--num_samples 60: give 70 or more, 7 of each class"):
-        benchmark.main([*guided, "--num_samples=60"])
-
-
-@pytest.mark.parametrize(("scales", "refused"), [("2.0 4.0", False), ("1 4", True), ("4", True)])
-def test_a_student_may_name_several_scales_with_that_of_the_benchmark(guided, tmp_path, next_call, scales, refused):
-    student = next(text for text in guided if text.startswith("--students=")) + f" --guidance_scale {scales}"
-    given = [text for text in guided if not text.startswith("--students=")]
-    if refused:
-        with pytest.raises(
-            ValueError, match=r"has guidance_scale \[.*\], and the benchmark 2.0: leave it out, or let it"
-        ):
-            benchmark.main([*given, student])
-        return
-    program, words = next_call([*given, student])
+def test_a_student_of_several_scales_is_shared_by_their_benchmarks(guided, tmp_path, next_call):
+    student = next(text for text in guided if text.startswith("--students=")) + " --guidance_scale 2.0 4.0"
+    program, words = next_call([*(text for text in guided if not text.startswith("--students=")), student])
     assert program == trainings.DISTIL
     assert words[words.index("--output_dir") + 1].startswith(str(tmp_path / "runs" / "scales_of_digits_guided_ddpm"))
     assert words[words.index("--guidance_scale") + 1 :][:2] == ["2.0", "4.0"]

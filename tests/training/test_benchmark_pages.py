@@ -4,12 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from PIL import Image
 
 from hsivi_diffusers.evaluation import pages
-from hsivi_diffusers.runs import measures
 from training.benchmarks.images import benchmark_pages
 from training.benchmarks.images.benchmark_pages import (
     costs_table,
@@ -18,15 +19,11 @@ from training.benchmarks.images.benchmark_pages import (
     measures_table,
     noise_table,
     summary_table,
+    three_digits,
     write_pages,
 )
 from training.benchmarks.images.benchmark_results import (
-    ALL_SCALES,
-    ALL_STEPS,
     CONSISTENCY,
-    LATENT_CONSISTENCY,
-    NO_LORA,
-    NO_NOISE,
     NOISE,
     OURS,
     PAIRS,
@@ -36,11 +33,9 @@ from training.benchmarks.images.benchmark_results import (
     STORED,
     TEACHER,
     UNGUIDED,
-    grouped,
+    Results,
     read_rows,
 )
-from training.benchmarks.images.goals import Goal, goals_table
-from training.benchmarks.images.noise import paired_difference, summary
 from training.benchmarks.images.spaces import OF_CLASSIFIER
 
 ROOT = Path(__file__).parents[2]
@@ -91,109 +86,6 @@ def test_a_glance_at_all_sets_has_the_best_of_each_kind_in_their_first_space(tmp
     ]
 
 
-# ----- goals -----
-
-
-def test_a_goal_is_reached_at_the_limit_and_missed_in_the_spaces_that_are_above_it():
-    rows = [row(OURS, 1, 3.0, 0.5, 0), row(SOLVER, 5, 3.0, 0.4)]
-    assert lines_of(goals_table(rows)) == [["1", "tuned solver at 5", "3 / 3", "0.5 / 0.4", "missed: pixels"]]
-    rows[0]["distances"]["pixels"] = 0.4
-    assert lines_of(goals_table(rows))[0][-1] == "reached"
-
-
-def test_goals_are_of_the_mean_of_the_seeds():
-    rows = [row(OURS, 4, 1.0, 0.1, 0), row(OURS, 4, 3.0, 0.3, 1), row(SOLVER, 15, 2.5, 0.15)]
-    assert lines_of(goals_table(rows)) == [["4", "tuned solver at 15", "2 / 2.5", "0.2 / 0.15", "missed: pixels"]]
-
-
-def test_a_solver_is_as_good_as_with_fewer_calls():
-    rows = [row(OURS, 1, 3.0, 0.5, 0), row(SOLVER, 4, 2.5, 0.9), row(SOLVER, 5, 3.5, 0.6), row(SOLVER, 15, 0.1, 0.1)]
-    assert lines_of(goals_table(rows)) == [["1", "tuned solver at 5", "3 / 2.5", "0.5 / 0.6", "missed: classifier"]]
-    rows = [row(OURS, 2, 3.0, 0.5, 0), row(PROGRESSIVE, 1, 1.0, 0.1, 0), row(PROGRESSIVE, 2, 6.0, 0.9, 0)]
-    assert lines_of(goals_table(rows))[0][2:4] == ["3 / 4", "0.5 / 0.6"]
-
-
-def test_half_of_a_solver_is_half_of_what_it_has_over_the_floor():
-    floor, solver = row(REAL, 0, 1.0, 0.2), row(SOLVER, 2, 5.0, 0.6)
-    goal = Goal(2, (SOLVER, 2), 0.5, over_floor=True)
-    groups = grouped([floor, solver])
-    assert [goal.limit(groups, space) for space in ("classifier", "pixels")] == pytest.approx([3.0, 0.4])
-    table = goals_table([floor, solver, row(OURS, 2, 3.0, 0.41, 0)])
-    assert lines_of(table) == [
-        ["2", "half of tuned solver at 2, over the floor", "3 / 3", "0.41 / 0.4", "missed: pixels"]
-    ]
-
-
-def test_a_distance_of_nothing_or_less_is_a_floor_too():
-    """An unbiased KID of real images is."""
-    groups = grouped([row(REAL, 0, -0.5, 0.0), row(SOLVER, 2, 5.5, 0.6)])
-    goal = Goal(2, (SOLVER, 2), 0.5, over_floor=True)
-    assert [goal.limit(groups, space) for space in ("classifier", "pixels")] == pytest.approx([2.5, 0.3])
-
-
-def test_ours_are_held_against_two_thirds_of_each_baseline_of_as_many_calls():
-    rows = [
-        row(OURS, 1, 2.0, 0.19, 0),
-        row(OURS, 2, 9.0, 9.0, 0),
-        row(PAIRS, 1, 3.0, 0.3, 0),
-        row(PROGRESSIVE, 2, 3.0, 0.3, 0),
-        row(CONSISTENCY, 1, 2.4, 0.9, 0),
-    ]
-    assert lines_of(goals_table(rows)) == [
-        ["1", "1/1.5 of pairs only at 1", "2 / 2", "0.19 / 0.2", "reached"],
-        ["2", "1/1.5 of progressive distillation at 2", "9 / 2", "9 / 0.2", "missed: classifier, pixels"],
-        ["1", "1/1.5 of consistency distillation at 1", "2 / 1.6", "0.19 / 0.6", "missed: classifier"],
-    ]
-
-
-def test_of_captions_what_is_over_the_floor_is_compared_for_the_floor_is_below_nothing():
-    rows = [
-        row(REAL, 0, -10.0, 0.0, retrieval=1.0),
-        row(OURS, 4, 0.0, 0.15, 0),
-        row(NO_LORA, 4, -2.0, 0.1, 0),
-        row(LATENT_CONSISTENCY, 4, 8.0, 0.3, 0),
-    ]
-    assert lines_of(goals_table(rows)) == [
-        ["4", "1/1.5 of LCM-LoRA at 4, over the floor", "0 / 2", "0.15 / 0.2", "reached"],
-        ["4", "1.25 of HSIVI, no LoRA at 4, over the floor", "0 / 0", "0.15 / 0.125", "missed: pixels"],
-    ]
-
-
-def test_recall_and_coverage_are_held_against_a_solver_of_many_calls():
-    rows = [row(OURS, 4, 1.0, 0.1, 0, recall=0.9, coverage=0.8), row(OURS, 4, 1.0, 0.1, 1, recall=0.7, coverage=0.8)]
-    rows.append(row(SOLVER, 20, 1.0, 0.1, recall=0.8, coverage=0.81))
-    assert lines_of(goals_table(rows)) == [
-        ["4", "recall of tuned solver at 20", "0.800 / 0.800", "", "reached"],
-        ["4", "coverage of tuned solver at 20", "0.800 / 0.810", "", "missed"],
-    ]
-
-
-@pytest.mark.parametrize(("scale", "calls"), [({}, 20), ({"guidance_scale": 1.0}, 20), ({"guidance_scale": 2.0}, 40)])
-def test_the_accuracy_is_held_against_a_solver_of_twenty_steps(scale, calls):
-    rows = [row(OURS, 2, 1.0, 0.1, seed, accuracy=each, **scale) for seed, each in enumerate((0.97, 0.99))]
-    rows += [row(SOLVER, calls, 1.0, 0.1, accuracy=0.999, **scale), row(SOLVER, 10, 1.0, 0.1, accuracy=1.0, **scale)]
-    told = f"0.98 of accuracy of tuned solver at {calls}"
-    assert lines_of(goals_table(rows)) == [["2", told, "0.9800 / 0.9790", "", "reached"]]
-    rows[0]["accuracy"] = 0.96
-    assert lines_of(goals_table(rows))[0][-1] == "missed"
-
-
-def test_the_distance_of_a_class_is_held_against_a_solver_of_ten_steps():
-    rows = [
-        row(OURS, 1, 1.0, 0.1, 0, class_fd=2.0, class_recall=0.9),
-        row(SOLVER, 10, 1.0, 0.1, class_fd=1.5, class_recall=0.9),
-    ]
-    assert lines_of(goals_table(rows)) == [
-        ["1", "FD of a class of tuned solver at 10", "2.00 / 1.50", "", "missed"],
-        ["1", "recall of a class of tuned solver at 10", "0.900 / 0.900", "", "reached"],
-    ]
-
-
-def test_without_ours_or_what_they_are_held_against_no_goal_is_told():
-    for rows in ([row(SOLVER, 5, 1.0, 0.1)], [row(OURS, 1, 1.0, 0.1, 0)], [row(f"{OURS} paper", 1, 1.0, 0.1, 0)]):
-        assert goals_table(rows).startswith("No goal can be told")
-
-
 # ----- the other tables -----
 
 
@@ -204,9 +96,9 @@ def test_the_summary_has_the_best_baseline_of_each_space():
     rows += [row(f"{OURS} paper", 2, 0.1, 0.1, 0)]
     table = summary_table(rows)
     heads = [
-        f"{space}: {word}" for space in ("classifier", "pixels") for word in ("tuned solver", "best baseline", "ours")
+        f"{space}: {word}" for space in ("classifier", "pixels") for word in ("tuned solver", "best baseline", OURS)
     ]
-    assert [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")] == ["calls", *heads]
+    assert [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")] == ["NFE", *heads]
     assert lines_of(table) == [
         ["1", "9", "2.5 ± 0.71 (pairs)", "**1.5 ± 0.71**", "0.9", "0.3 (progressive)", "**0.15 ± 0.071**"],
         ["3", "4", "", "", "0.4", "", ""],
@@ -220,7 +112,7 @@ def test_the_measures_have_both_kinds_of_distances_and_methods_in_one_order():
     rows += [row(TEACHER, 100, 2.0, 0.2), row(REAL, 0, 3.0, 0.3), row(PAIRS, 1, 3.0, 0.5, 1, recall=0.7)]
     table = measures_table(rows)
     heads = ["classifier", "pixels", "classifier, to teacher", "pixels, to teacher"]
-    assert table.splitlines()[0].startswith(f"| calls | method | {' | '.join(heads)} | precision | recall |")
+    assert table.splitlines()[0].startswith(f"| NFE | method | {' | '.join(heads)} | precision | recall |")
     lines = lines_of(table)
     assert [line[:2] for line in lines] == [
         *[["", REAL], ["1", f"{SOLVER} (UniPC)"], ["1", PAIRS], ["1", PROGRESSIVE], ["1", CONSISTENCY]],
@@ -259,13 +151,12 @@ def test_costs_are_told_seed_by_seed_and_as_multiples_of_those_of_ours():
     assert lines_of(costs_table([trained(OURS, 1, 0, 100.4, None)])) == [["1", f"**{OURS}**", "100", "", "", ""]]
 
 
-def test_a_mean_has_its_spread():
-    assert measures.format_measure("fd", 1.0, 3.0) == "2.00 ± 1.41"
-    assert measures.format_measure("kid", 0.0012) == "1.20"
-    assert benchmark_pages.distance([row(OURS, 1, 1.0, 0.1234)], "pixels") == "0.123"
-    assert benchmark_pages.distance([row(OURS, 1, 1953.4, 999.6)], "classifier") == "1,950"
-    assert benchmark_pages.distance([row(OURS, 1, 1953.4, 999.6)], "pixels") == "1,000"
-    assert benchmark_pages.distance([], "pixels") == ""
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [((0.1234,), "0.123"), ((1953.4,), "1,950"), ((999.6,), "1,000"), ((1.5, 0.7071), "1.5 ± 0.71")],
+)
+def test_a_distance_has_three_digits_and_its_spread_two(numbers, text):
+    assert three_digits(*numbers) == text
 
 
 # ----- other noise -----
@@ -276,17 +167,17 @@ def on_noise(method, nfe, *distances, seed=None, first=101, **more):
     return [row(method, nfe, each, each / 4, seed, eval_seed=first + i, **more) for i, each in enumerate(distances)]
 
 
-def test_the_error_of_a_mean_is_the_deviation_over_the_root_of_the_number():
-    assert summary([1.0, 2.0, 3.0, 4.0, 10.0]) == pytest.approx((4.0, (50 / 4 / 5) ** 0.5))
-    assert str(summary([1.0, 3.0])) == "2 ± 1"
-    assert str(summary([5.0])) == "5"
+def test_a_mean_has_its_standard_error():
+    rows = on_noise(SOLVER, 4, 1.0, 2.0, 3.0, 4.0, 10.0) + on_noise(REAL, 0, 5.0)
+    lines = [["", REAL, "1", "5", "1.25"], ["4", f"{SOLVER} (UniPC)", "5", "4 ± 1.6", "1 ± 0.4"]]  # sqrt(50 / 4 / 5)
+    assert lines_of(noise_table(rows)) == lines
 
 
 def test_a_difference_is_paired_by_the_noise_that_both_rows_have():
     ours, solver = on_noise(OURS, 4, 1.0, 2.0, 9.0, seed=0), on_noise(SOLVER, 4, 50.0, 4.0, 11.0, first=100)
-    assert paired_difference(ours, solver, "classifier") == pytest.approx((-6.0, 3.0))  # 1 - 4 and 2 - 11
-    assert paired_difference(ours, solver, "pixels") == pytest.approx((-1.5, 0.75))
-    assert paired_difference(ours, on_noise(SOLVER, 4, 1.0, first=900), "classifier") is None
+    name = f"**{OURS}** - {SOLVER} (UniPC) at 4"
+    assert lines_of(differences_table(ours + solver)) == [["4", name, "-6 ± 3", "-1.5 ± 0.75"]]  # 1 - 4 and 2 - 11
+    assert lines_of(differences_table(ours + on_noise(SOLVER, 4, 1.0, first=900))) == [["4", name, "", ""]]
 
 
 def test_training_seeds_count_once_for_each_noise():
@@ -318,10 +209,10 @@ def test_each_set_has_a_page_of_all_tables_and_figures_of_what_is_measured(tmp_p
     solver = {**row(SOLVER, 2, 0.1, 0.01), "dataset": "a solver"}
     rows = [row(TEACHER, 100, 0.2, 0.02), row(OURS, 1, 1.0, -0.1, 0), begun, solver]
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
-    write_pages(tmp_path)
+    write_pages(tmp_path, tmp_path / "runs")
     texts = {name: (tmp_path / f"{name}.md").read_text() for name in ("digits", "begun", "a_solver")}
     for text in texts.values():
-        for table in ("summary", "floor", "goals", "measures", "costs"):
+        for table in ("summary", "floor", "measures", "costs"):
             assert text.count(f"<!-- table: {table} -->") == 1
     names = ["classes_digits.png", "curves_a_solver.png", "curves_digits.png"]
     assert sorted(path.name for path in tmp_path.glob("*.png")) == names
@@ -329,7 +220,7 @@ def test_each_set_has_a_page_of_all_tables_and_figures_of_what_is_measured(tmp_p
     assert "(curves_digits.png)" in texts["digits"]
     assert "(curves_a_solver.png)" in texts["a_solver"]
     assert ".png" not in texts["begun"]
-    write_pages(tmp_path)
+    write_pages(tmp_path, tmp_path / "runs")
     assert texts == {name: (tmp_path / f"{name}.md").read_text() for name in texts}
 
 
@@ -338,7 +229,7 @@ def test_the_curves_have_a_panel_for_each_space_and_for_what_is_lost(tmp_path, m
     monkeypatch.setattr(benchmark_pages, "draw_curves", lambda *given: drawn.append(given))
     rows = [row(REAL, 0, 0.1, 0.01), row(OURS, 1, 1.0, 0.1, 0), row(TEACHER, 100, 0.2, 0.02)]
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
-    write_pages(tmp_path)
+    write_pages(tmp_path, tmp_path / "runs")
     (shown, labels, path), *_ = drawn
     assert [(each["method"], each["classifier"]) for each in shown] == [(TEACHER, 0.2), (OURS, 1.0)]
     assert list(labels) == ["classifier", "pixels", "recall", "coverage"]
@@ -358,6 +249,27 @@ def test_classes_are_those_of_the_teacher_the_baselines_and_ours(tmp_path, monke
     assert [bar.get_height() for bar in figure.axes[-1].patches] == pytest.approx([0.4, 0.6])
     monkeypatch.undo()
     plt.close(figure)
+
+
+def test_images_are_drawn_where_those_of_all_rows_were_kept(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"rows": [row(OURS, 1, 1.0, 0.1, 0), row(OURS, 2, 1.0, 0.1, 0)]}))
+    (tmp_path / "runs/digits").mkdir(parents=True)
+    results, images = Results(tmp_path, tmp_path / "runs", "digits"), torch.rand(3, 1, 8, 8)
+    for nfe, drawn in ((1, False), (2, True)):
+        results.keep_images(f"{OURS} at {nfe}", images, images)
+        write_pages(tmp_path, tmp_path / "runs")
+        assert (tmp_path / "samples_digits.png").exists() == drawn
+
+
+@pytest.mark.parametrize(("colors", "mode"), [(200, "P"), (20_000, "RGB")])
+def test_a_figure_of_few_colours_gets_a_palette_and_looks_the_same(tmp_path, colors, mode):
+    places = torch.arange(200 * 200) % colors
+    pixels = torch.stack([places % 256, places // 256, 0 * places], 1).reshape(200, 200, 3).to(torch.uint8).numpy()
+    Image.fromarray(pixels).save(tmp_path / "figure.png")
+    benchmark_pages.shrink(tmp_path / "figure.png")
+    figure = Image.open(tmp_path / "figure.png")
+    assert figure.mode == mode
+    assert (numpy.asarray(figure.convert("RGB")) == pixels).all()
 
 
 def test_pictures_are_shown_in_order():
@@ -395,17 +307,3 @@ def test_the_tables_of_the_docs_are_those_of_the_results(tmp_path):
         filled = Path(shutil.copy(page, tmp_path))
         benchmark_pages.fill_glance(docs, filled)
         assert filled.read_bytes() == page.read_bytes()
-
-
-def test_students_of_other_kinds_are_held_against_the_usual_one():
-    """Layers without noise, and one student for several counts or scales: 1.3 times ours at as many calls."""
-    told = {"guidance_scale": 2.0}
-    rows = [row(OURS, 4, 1.0, 1.0, 0, accuracy=0.9, **told), row(NO_NOISE, 4, 1.3, 1.31, 0, **told)]
-    rows += [row(ALL_SCALES, 4, 1.2, 1.0, 0, accuracy=0.7, **told), row(SOLVER, 8, 1.0, 1.0, accuracy=0.9, **told)]
-    rows += [row(ALL_STEPS, 4, 1.4, 1.2, 0, **told)]
-    assert [line for line in lines_of(goals_table(rows)) if ": " in line[1]] == [
-        ["4", f"{NO_NOISE}: 1.3 of {OURS} at 4", "1.3 / 1.3", "1.31 / 1.3", "missed: pixels"],
-        ["4", f"{ALL_STEPS}: 1.3 of {OURS} at 4", "1.4 / 1.3", "1.2 / 1.3", "missed: classifier"],
-        ["4", f"{ALL_SCALES}: 1.3 of {OURS} at 4", "1.2 / 1.3", "1 / 1.3", "reached"],
-        ["4", f"{ALL_SCALES}: 0.77 of accuracy of {OURS} at 4", "0.7000 / 0.6923", "", "reached"],
-    ]

@@ -6,10 +6,11 @@ import copy
 from abc import ABC, abstractmethod
 from typing import Any
 
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from hsivi_diffusers import HSIVIScheduler
+from hsivi_diffusers.teachers.teacher import Teacher
 
 # sqrt(abar) at the last timestep of Stable Diffusion, where the example of diffusers starts its grid. A noise
 # prediction becomes a clean image by a division by it; at the last timestep of a DDPM of pixels it is 0.006, and errors
@@ -21,8 +22,9 @@ class Baseline(ABC):
     """A way to train a student of few steps.
 
     Attributes:
-        teacher: Is frozen; the student starts as its copy.
+        teacher: Its network is frozen; the student starts as its copy.
         schedule: Of the teacher.
+        student: The network that is trained.
         calls_per_image: Network calls of an update for each image of its batch.
         parts: What a checkpoint keeps, besides the optimizer and the averaged weights.
     """
@@ -30,9 +32,16 @@ class Baseline(ABC):
     calls_per_image: int
     parts: dict[str, Any]
 
-    def __init__(self, teacher: UNet2DModel, schedule: HSIVIScheduler) -> None:
-        self.teacher, self.schedule = teacher.requires_grad_(False).eval(), schedule
-        self.student = copy.deepcopy(teacher).requires_grad_(True).train()
+    def __init__(self, teacher: Teacher) -> None:
+        teacher.network.requires_grad_(False).eval()
+        self.teacher, self.schedule = teacher, teacher.schedule
+        self.student: Any = copy.deepcopy(teacher.network).requires_grad_(True).train()
+
+    def denoise(
+        self, network: Any, schedule: HSIVIScheduler, x: Tensor, timestep: Tensor, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the clean image and the noise that a network sees in x, clipped as a schedule does."""
+        return schedule.predict(self.teacher.call(network, x, timestep, condition), timestep, x)
 
     @abstractmethod
     def loss(self, clean: Tensor, condition: Tensor | None = None) -> Tensor:

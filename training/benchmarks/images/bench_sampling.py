@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-from hsivi_diffusers.teachers.denoisers import sample_shape
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, load_teacher
 from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.runs.bars import bar
 from hsivi_diffusers.runs.options import option
+from hsivi_diffusers.teachers.pixels import Pixels
 
 
 @dataclass
@@ -36,10 +36,11 @@ class Benchmark:
 def load_pipeline(name: str | None) -> HSIVIPipeline:
     if name is not None:
         return HSIVIPipeline.from_pretrained(name)
-    unet, schedule = load_teacher("assets/digits_ddpm")
+    teacher = load_teacher("assets/digits_ddpm")
+    schedule = teacher.schedule
     grid = HSIVIScheduler.make_layer_timesteps(5, "uniform", len(schedule), start=440)
     scheduler = HSIVIScheduler.from_config(schedule.config, layer_timesteps=grid, noise_eta=1.0, clip_sample=False)
-    return HSIVIPipeline(unet=unet, scheduler=scheduler)
+    return HSIVIPipeline(unet=teacher.network, scheduler=scheduler)
 
 
 def make_contenders(pipeline: HSIVIPipeline, batch_size: int) -> dict[str, Callable[[], object]]:
@@ -48,7 +49,7 @@ def make_contenders(pipeline: HSIVIPipeline, batch_size: int) -> dict[str, Calla
     stock = DDPMPipeline(unet=unet, scheduler=DDPMScheduler(prediction_type=pipeline.scheduler.config.prediction_type))
     for each in (pipeline, stock):
         each.set_progress_bar_config(disable=True)
-    x = torch.randn(batch_size, *sample_shape(unet))
+    x = torch.randn(batch_size, *Pixels.of(pipeline, pipeline.scheduler).shape)
     labels = torch.zeros(batch_size, dtype=torch.long) if pipeline.num_classes else None
     told: dict[str, Any] = {} if labels is None else {"class_labels": labels}
 

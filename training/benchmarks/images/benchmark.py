@@ -24,15 +24,14 @@ from diffusers import DiffusionPipeline, LCMScheduler
 
 from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.commands.options import parse_options, run_command
-from hsivi_diffusers.distillation.config import HSIVIConfig
+from hsivi_diffusers.distillation.config import HSIVIConfig, read_settings
 from hsivi_diffusers.evaluation.metrics import FEWEST
 from hsivi_diffusers.evaluation.pages import measured_on
 from hsivi_diffusers.runs.bars import bar
 from hsivi_diffusers.runs.folders import in_turn
 from hsivi_diffusers.runs.options import option
-from hsivi_diffusers.teachers.guidance import GuidedNetwork
+from hsivi_diffusers.teachers.loading import load_student
 from hsivi_diffusers.teachers.solvers import Sampler, Solver, make_student
-from hsivi_diffusers.teachers.teacher import load_student
 
 from . import train_baseline
 from .benchmark_pages import as_word, is_shown, write_pages
@@ -66,6 +65,7 @@ from .solver_pages import FALLING, WITHOUT, best_solvers
 from .spaces import SetMeasures
 from .trainings import ANEW, RESUME, Costs, Trainings, UntrainedError, make
 
+SHOWN = 10  # images of a row in the figure
 MAKERS = ("images.train_teacher", "images.train_classifier")  # of teacher and classifier
 
 
@@ -99,8 +99,8 @@ class Options:
         [], "seeds of other noise, to measure what is trained already, into noise.json beside results.json"
     )
     stored: str | None = option(None, "folder of a finished student, which --noise_seeds measure, too")
-    output_dir: str = option("docs/benchmarks", "results, images, tables and figures")
-    runs_dir: str = option("runs/benchmark", "trainings, in a folder for each set")
+    output_dir: str = option("docs/benchmarks", "results, tables and figures")
+    runs_dir: str = option("runs/benchmark", "trainings and images of the figures, in a folder for each set")
 
 
 class Entry(NamedTuple):
@@ -136,7 +136,7 @@ class Comparison:
             self.drawn["guidance_scale"] = options.guidance_scale
         runs, teacher = Path(options.runs_dir) / str(options.dataset), str(options.teacher)
         self.trainings = Trainings(runs, teacher, options.guidance_scale, found_only=bool(options.noise_seeds))
-        self.results = Results(Path(options.output_dir), str(options.dataset))
+        self.results = Results(Path(options.output_dir), Path(options.runs_dir), str(options.dataset))
         for folder in (runs, self.results.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
         makers = ("text.train_text_teacher", "text.train_scorer") if options.real_data == CAPTIONS else MAKERS
@@ -222,7 +222,7 @@ class Comparison:
     def _teachers(self) -> Iterator[Entry]:
         """The converged samplers of the teacher, of its ODE and, if it has betas, of its SDE."""
         samplers = {TEACHER: self._teacher_sampler()}
-        if not self.teacher.schedule.is_flow:
+        if not self.teacher.teacher.schedule.is_flow:
             samplers[TEACHER_SDE] = self.teacher.solver("DPM-Solver++ SDE", self.options.teacher_steps)
         for name, sampler in samplers.items():
             yield Entry(name, self.options.teacher_steps, None, partial(self._costless, sampler))
@@ -236,7 +236,7 @@ class Comparison:
         if not path.is_file():
             raise ValueError(f"--solvers {path} is missing: name a file that tune_solvers.py has written")
         names = {SOLVER: [dataset]}
-        if isinstance(self.teacher.network, GuidedNetwork):
+        if self.teacher.guided.calls > 1:
             names = {SOLVER: [dataset, f"{dataset}{FALLING}"], UNGUIDED: [f"{dataset}{WITHOUT}"]}
         for method, sets in names.items():
             for row in best_solvers([row for row in read_rows(path) if row["dataset"] in sets]):
@@ -258,32 +258,33 @@ class Comparison:
 
     def _make_student(self, config: str, nfe: int, seed: int, settings: HSIVIConfig) -> tuple[Sampler, Costs]:
         folder, costs = self.trainings.student(config, seed, settings)
-        pipeline = self.teacher.tell(load_student(folder / "pipeline"))
-        return make_student(pipeline, nfe, self.options.guidance_scale), costs
+        return self._sampler(load_student(folder / "pipeline", self.teacher.teacher), nfe), costs
+
+    def _sampler(self, pipeline: Any, nfe: int) -> Sampler:
+        return make_student(pipeline, self.teacher.teacher, nfe, self.options.guidance_scale)
 
     def _stored(self) -> Iterator[Entry]:
         """A finished student, on noise seeds."""
         if self.options.stored is None or not self.options.noise_seeds:
             return
         folder = Path(self.options.stored)
-        pipeline = self.teacher.tell(load_student(folder / "pipeline"))
+        pipeline = load_student(folder / "pipeline", self.teacher.teacher)
         nfe, seed = max(pipeline.scheduler.depths), read_settings(folder / "options.json")["seed"]
-        sampler = make_student(pipeline, nfe, self.options.guidance_scale)
-        yield Entry(
-            STORED, nfe, seed, partial(self._costless, sampler), told={"student": hash_networks(folder / "pipeline")}
-        )
+        make = partial(self._costless, self._sampler(pipeline, nfe))
+        told = {"student": hash_networks(folder / "pipeline")}
+        yield Entry(STORED, nfe, seed, make, told=told)
 
     def _make_baseline(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
         """A progressive distillation to so many calls, or a regression on pairs, whose student takes one."""
         folder, costs = self._train_as_long(config, [nfe], seed)
-        return make_student(HSIVIPipeline.from_pretrained(folder / "pipeline"), nfe), costs
+        return self._sampler(HSIVIPipeline.from_pretrained(folder / "pipeline"), nfe), costs
 
     def _make_consistency(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
         """One model for all numbers of calls, that has at least the cost of each of their students."""
         folder, costs = self._train_as_long(config, self.options.baseline_steps, seed)
-        pipeline = self.teacher.tell(DiffusionPipeline.from_pretrained(folder / "pipeline"))
-        host = pipeline if "vae" in pipeline.components else None
-        return Solver(LCMScheduler.from_config(pipeline.scheduler.config), nfe, pipeline.unet, host=host), costs
+        pipeline, teacher = DiffusionPipeline.from_pretrained(folder / "pipeline"), self.teacher.teacher
+        scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+        return Solver(scheduler, nfe, teacher, partial(teacher.call, pipeline.unet)), costs
 
     def _train_as_long(self, config: str, counts: Sequence[int], seed: int) -> tuple[Path, Costs]:
         """Trains a baseline for at least the seconds and the network calls of our students of these calls."""
@@ -294,7 +295,8 @@ class Comparison:
         options, entries = self.options, self.entries()
         seeds, results = [options.eval_seed], self.results
         if options.noise_seeds:
-            seeds, results = options.noise_seeds, Results(Path(options.output_dir), str(options.dataset), NOISE)
+            folders = Path(options.output_dir), Path(options.runs_dir)
+            seeds, results = options.noise_seeds, Results(*folders, str(options.dataset), NOISE)
             entries.sort(key=lambda entry: entry.nfe)
         told = {entry.key: entry.told for entry in entries}
         there = results.keys({entry.key: entry.settings for entry in entries}, told, self.drawn)
@@ -333,7 +335,8 @@ class Comparison:
         seeds = self._baseline_seeds(entry.method, entry.nfe) if of_baseline else self.options.seeds
         if entry.seed in (None, seeds[0]) and is_shown(entry.method, entry.nfe):
             prompts = self.teacher.classes if self.teacher.held_out else None  # real images are of the same ones
-            chosen = torch.linspace(0, prompts - 1, 16).long() if prompts else torch.arange(min(16, len(images)))
+            count = min(SHOWN, len(images))
+            chosen = torch.linspace(0, (prompts or count) - 1, count).long()
             self.results.keep_images(name, images[chosen], self.real[chosen] if prompts else self.real)
 
     @cached_property
@@ -358,7 +361,7 @@ def main(args: list[str] | None = None) -> None:
     comparison, folder = Comparison(options), Path(options.output_dir)
     comparison.measure()
     with in_turn(folder):
-        write_pages(folder)
+        write_pages(folder, Path(options.runs_dir))
     print(f"tables and figures are in {folder / as_word(options.dataset)}.md, the rows beside it")
 
 

@@ -7,14 +7,13 @@ fills the table of README.md by docs/benchmarks/results.json; `benchmark` does s
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from safetensors.torch import load_file
+import pandas as pd
+from PIL import Image
 
 from hsivi_diffusers.evaluation.figures import draw_curves, draw_samples, pyplot
 from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
@@ -31,39 +30,50 @@ from .benchmark_results import (
     TEACHER,
     TEACHER_SDE,
     UNGUIDED,
-    Group,
     Row,
-    grouped,
-    pictures_path,
+    read_pictures,
     read_rows,
-    three_digits,
-    value,
 )
-from .goals import goals_table
-from .noise import by_noise, paired_difference, summary
 from .spaces import OF_CAPTIONS, OF_CLASSES, OF_CLASSIFIER
 
+Key = tuple[int, str]  # NFE and method
 ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, UNGUIDED, *BASELINES, OURS)
 CURVES = ("recall", "coverage")
 OF_NEIGHBOURS = ("precision", "recall", "density", "coverage", "nearest", "class_recall")  # of copies they tell nothing
 SHOWN_SOLVERS = (1, 2, 4, 10, 20)
+MANY_COLORS = 4096  # of a figure of colour images, not of curves
 
 
-def write_pages(folder: Path) -> None:
-    """Fills the tables of FOLDER/SET.md of each set, which is begun if there is none, and draws its figures."""
+def write_pages(folder: Path, runs: Path) -> None:
+    """Fills the tables of FOLDER/SET.md of each set, which is begun if there is none, and draws its figures.
+
+    Images are drawn where RUNS has those of all rows, for a row that was measured elsewhere has none.
+    """
     noise = in_sets(read_rows(folder / NOISE))
     for name, rows in in_sets(read_rows(folder / RESULTS)).items():
         word = as_word(name)
+        paths = {kind: folder / f"{kind}_{word}.png" for kind in ("samples", "curves", "classes")}
         if flat := [{**row, **row["distances"]} for row in sorted(rows, key=rank) if row["nfe"]]:
             shown = [*flat[0]["distances"], *CURVES]
-            draw_curves(flat, {each: each for each in shown}, folder / f"curves_{word}.png")
-            draw_classes(rows, folder / f"classes_{word}.png")
-        if (pictures := pictures_path(folder, name)).exists():
-            measured = {"real", *(f"{row['method']} at {row['nfe']}" for row in rows)}
-            kept = {each: images for each, images in load_file(pictures).items() if each in measured}
-            draw_samples(picture_rows(kept), folder / f"samples_{word}.png")
-        figures = [f"{kind}_{word}.png" for kind in ("samples", "curves", "classes")]
+            draw_curves(flat, {each: each for each in shown}, paths["curves"])
+            draw_classes(rows, paths["classes"])
+        names = {f"{row['method']} at {row['nfe']}" for row in rows if is_shown(row["method"], row["nfe"])}
+        kept = read_pictures(runs, name)
+        if names and names <= kept.keys():
+            draw_samples(picture_rows({each: kept[each] for each in (*names, "real")}), paths["samples"])
+        for path in paths.values():
+            shrink(path)
+        figures = [path.name for path in paths.values()]
         fill_page(folder / f"{word}.md", name, make_tables(rows, noise.get(name)), figures)
+
+
+def shrink(path: Path) -> None:
+    """Writes a figure in fewer bytes: 256 colours, if it does not show colour images."""
+    if path.exists():
+        figure = Image.open(path).convert("RGB")
+        if figure.getcolors(MANY_COLORS):
+            figure = figure.quantize(256, dither=Image.Dither.NONE)
+        figure.save(path, optimize=True)
 
 
 def fill_glance(folder: Path, *pages: Path) -> None:
@@ -89,7 +99,7 @@ def fill_page(page: Path, title: str, tables: dict[str, str], figures: Sequence[
 
 def make_tables(rows: list[Row], noise: list[Row] | None = None) -> dict[str, str]:
     """The tables of a set, by name: of its rows, and of those of other noise if there are any."""
-    makers = {"summary": summary_table, "floor": floor_table, "goals": goals_table}
+    makers = {"summary": summary_table, "floor": floor_table}
     makers |= {"measures": measures_table, "costs": costs_table}
     of_noise = {"noise": noise_table, "differences": differences_table} if noise else {}
     tables = {name: make(rows) for name, make in makers.items()}
@@ -122,149 +132,168 @@ def is_shown(method: str, nfe: int) -> bool:
     return method != REAL and (method != SOLVER or nfe in SHOWN_SOLVERS)
 
 
-def distance(rows: list[Row], space: str, kind: str = "distances") -> str:
-    """Mean and spread over the training seeds, of three digits; nothing without rows."""
-    if not rows:
-        return ""
-    spread = stdev(row[kind][space] for row in rows) if len(rows) > 1 else None
-    return three_digits(value(rows, space, kind)) + ("" if spread is None else f" ± {spread:.2g}")
+def three_digits(number: float, spread: float = float("nan")) -> str:
+    """A distance as it is written, with its spread: 0.0123, 12.3 ± 0.4 or 1,230."""
+    text = f"{number:.3g}" if abs(number) < 999.5 else f"{float(f'{number:.3g}'):,.0f}"
+    return text if pd.isna(spread) else f"{text} ± {spread:.2g}"
+
+
+def frame(rows: list[Row]) -> pd.DataFrame:
+    """The rows in the order of the pages, with columns `label`, `SPACE` and `SPACE, to teacher`."""
+    return pd.DataFrame(
+        {
+            **row,
+            "label": label(row),
+            **row["distances"],
+            **{f"{space}, to teacher": each for space, each in row["teacher_distances"].items()},
+        }
+        for row in sorted(rows, key=lambda row: (row["nfe"], *rank(row)))
+    )
+
+
+class Distances:
+    """Distances in the rows of a set: their means over the training seeds, and how these are written.
+
+    Attributes:
+        spaces: Names of the spaces.
+        groups: Rows by NFE and method.
+        means: By NFE and method, with the columns `SPACE` and `SPACE, to teacher`.
+        texts: The same as text.
+        keys: NFE and method of each group.
+    """
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.spaces = [*rows[0]["distances"]]
+        self.groups = frame(rows).groupby(["nfe", "method"], sort=False)
+        columns = self.groups[[*self.spaces, *(f"{space}, to teacher" for space in self.spaces)]]
+        self.means = columns.mean()
+        self.texts = columns.agg(lambda each: three_digits(each.mean(), each.std()))
+        self.keys: list[Key] = [*self.means.index]
+
+    def lowest(self, space: str, *keys: Key | None) -> Key | None:
+        """The key of the lowest distance, of those that there are."""
+        there = [key for key in self.keys if key in keys]
+        return min(there, key=lambda key: self.means.at[key, space], default=None)
+
+    def best_baseline(self, space: str, nfe: int) -> Key | None:
+        """The key of the baseline of the lowest distance."""
+        return self.lowest(space, *((nfe, name) for name in (UNGUIDED, *BASELINES)))
+
+    def cells(self, space: str, *named: tuple[Key | None, str]) -> list[str]:
+        """The distances of keys, each with words after it, the lowest of several in bold; empty without rows."""
+        there = [key for key, _ in named if key in self.keys]
+        lowest = self.lowest(space, *there) if len(there) > 1 else None
+        texts = [f"{self.texts.at[key, space]}{words}" if key in there else "" for key, words in named]
+        return [f"**{text}**" if key and key == lowest else text for (key, _), text in zip(named, texts, strict=True)]
 
 
 def summary_table(rows: list[Row]) -> str:
-    """Distances at each number of calls, of the tuned solver, the baseline that is best in the space, and ours."""
-    groups, spaces = grouped(rows), [*rows[0]["distances"]]
-    lines = []
-    for nfe in counts_of(groups):
+    """Distances at each NFE, of the tuned solver, the baseline that is best in the space, and ours."""
+    table, lines = Distances(rows), []
+    for nfe in dict.fromkeys(nfe for nfe, method in table.keys if method in (SOLVER, OURS)):
         cells = []
-        for space in spaces:
-            solver, ours = (cell(groups.get((method, nfe), []), space) for method in (SOLVER, OURS))
-            cells += least_bold(solver, best_baseline(groups, nfe, space), ours)
+        for space in table.spaces:
+            best = table.best_baseline(space, nfe)
+            cells += table.cells(space, ((nfe, SOLVER), ""), (best, _name(best)), ((nfe, OURS), ""))
         lines.append([nfe, *cells])
-    heads = [f"{space}: {word}" for space in spaces for word in ("tuned solver", "best baseline", "ours")]
-    return write_table(["calls", *heads], ("method",), lines)
+    heads = [f"{space}: {word}" for space in table.spaces for word in ("tuned solver", "best baseline", OURS)]
+    return write_table(["NFE", *heads], (), lines)
 
 
 def glance_table(sets: dict[str, list[Row]]) -> str:
-    """Of every set, at the calls of our students, the distances in its first space: what the README shows.
+    """Of every set, at the NFE of our students, the distances in its first space: what the README shows.
 
-    The solver is that with the least of so many calls or fewer, of those that are best in all spaces at their number.
+    The solver is that of the lowest distance at as many NFE or fewer, of those that are best in all spaces at theirs.
     """
     lines = []
     for name, rows in sets.items():
-        groups, (space, *_) = grouped(rows), rows[0]["distances"]
-        for nfe in sorted(nfe for method, nfe in groups if method == OURS):
-            solvers = [each for (method, calls), each in groups.items() if method == SOLVER and calls <= nfe]
-            solver = min(solvers, key=lambda each: value(each, space), default=[])
-            words = f" {solver[0]['solver']}" if solver else ""
-            words += f" at {solver[0]['nfe']}" if solver and solver[0]["nfe"] < nfe else ""
-            cells = cell(solver, space, words), best_baseline(groups, nfe, space), cell(groups[OURS, nfe], space)
-            lines.append([name, nfe, *least_bold(*cells)])
-    return write_table(["set", "calls", "tuned solver", "best baseline", OURS], ("set",), lines)
+        table = Distances(rows)
+        space, *_ = table.spaces
+        for nfe in (nfe for nfe, method in table.keys if method == OURS):
+            solver = table.lowest(space, *(key for key in table.keys if key[1] == SOLVER and key[0] <= nfe))
+            words = f" {table.groups.get_group(solver).solver.iloc[0]}" if solver else ""
+            words += f" at {solver[0]}" if solver and solver[0] < nfe else ""
+            best = table.best_baseline(space, nfe)
+            lines.append([name, nfe, *table.cells(space, (solver, words), (best, _name(best)), ((nfe, OURS), ""))])
+    return write_table(["set", "NFE", "tuned solver", "best baseline", OURS], ("set",), lines)
 
 
-def counts_of(groups: dict[Group, list[Row]]) -> list[int]:
-    """The numbers of calls of the tuned solver and of ours, ascending."""
-    return sorted({nfe for method, nfe in groups if method in (SOLVER, OURS)})
-
-
-def cell(rows: list[Row], space: str, words: str = "") -> tuple[float, str]:
-    """The distance of rows in a space, and how it is written, with words after it; infinity and "" without rows."""
-    return (value(rows, space), distance(rows, space) + words) if rows else (math.inf, "")
-
-
-def least_bold(*cells: tuple[float, str]) -> list[str]:
-    """What is written in each cell, the least of several bold."""
-    numbers = [number for number, text in cells if text]
-    least = min(numbers) if len(numbers) > 1 else None
-    return [f"**{text}**" if number == least else text for number, text in cells]
-
-
-def best_baseline(groups: dict[Group, list[Row]], nfe: int, space: str) -> tuple[float, str]:
-    """The distance of the baseline that is best in a space at so many calls, and how it is written, with its name."""
-    baselines = [groups[name, nfe] for name in (UNGUIDED, *BASELINES) if (name, nfe) in groups]
-    best = min(baselines, key=lambda each: value(each, space), default=[])
-    return cell(best, space, f" ({best[0]['method'].split()[0]})" if best else "")
+def _name(key: Key | None) -> str:
+    return f" ({key[1].split()[0]})" if key else ""
 
 
 def floor_table(rows: list[Row]) -> str:
     """Distances of real images to themselves, and of the teacher: what is good."""
-    lines = []
-    for row in rows:
-        if row["method"] in (REAL, TEACHER, TEACHER_SDE):
-            words = f"{row['method']} at {row['nfe']}" if row["nfe"] else row["method"]
-            lines.append([words, *(distance([row], space) for space in row["distances"])])
-    return write_table(["", *rows[0]["distances"]], ("",), lines)
+    table = Distances(rows)
+    lines = [
+        [f"{method} at {nfe}" if nfe else method, *table.texts.loc[(nfe, method), table.spaces]]
+        for nfe, method in table.keys
+        if method in (REAL, TEACHER, TEACHER_SDE)
+    ]
+    return write_table(["", *table.spaces], ("",), lines)
 
 
 def measures_table(rows: list[Row]) -> str:
     """Every measure: distances to real images and to the teacher's, and those of the classifier's features."""
-    spaces = [*rows[0]["distances"]]
+    table, lines = Distances(rows), []
     names = [name for name in (*OF_CLASSIFIER, *OF_CLASSES, *OF_CAPTIONS) if all(name in row for row in rows)]
-    lines = []
-    for (method, nfe), of_group in in_order(rows):
-        cells = [distance(of_group, space, kind) for kind in ("distances", "teacher_distances") for space in spaces]
+    for (nfe, method), group in table.groups:
         empty = OF_NEIGHBOURS if method == REAL else ()
-        cells += ["" if each in empty else format_measure(each, *(row[each] for row in of_group)) for each in names]
-        lines.append([nfe or "", label(of_group[0]), *cells])
-    heads = [*spaces, *(f"{space}, to teacher" for space in spaces), *(MEASURES[each].head for each in names)]
-    return write_table(["calls", "method", *heads], ("method",), lines)
+        cells = ["" if each in empty else format_measure(each, *group[each]) for each in names]
+        lines.append([nfe or "", group.label.iloc[0], *table.texts.loc[(nfe, method)], *cells])
+    return write_table(["NFE", "method", *table.texts, *(MEASURES[each].head for each in names)], ("method",), lines)
 
 
 def noise_table(rows: list[Row]) -> str:
     """Mean distance over the noise seeds, and its standard error."""
-    spaces = [*rows[0]["distances"]]
-    lines = []
-    for (_, nfe), of_group in in_order(rows):
-        seeds = len({row["eval_seed"] for row in of_group})
-        cells = [summary([*by_noise(of_group, space).values()]) for space in spaces]
-        lines.append([nfe or "", label(of_group[0]), seeds, *cells])
-    return write_table(["calls", "method", "noise seeds", *spaces], ("method",), lines)
+    spaces, lines = [*rows[0]["distances"]], []
+    for (nfe, _), group in frame(rows).groupby(["nfe", "method"], sort=False):
+        means = by_noise(group)[spaces]
+        cells = (three_digits(each.mean(), each.sem()) for _, each in means.items())
+        lines.append([nfe or "", group.label.iloc[0], len(means), *cells])
+    return write_table(["NFE", "method", "noise seeds", *spaces], ("method",), lines)
 
 
 def differences_table(rows: list[Row]) -> str:
-    """Distance of ours less that of the solvers of as many to twice as many calls, paired by the noise seeds."""
-    spaces, groups, lines = [*rows[0]["distances"]], in_order(rows), []
-    for (method, nfe), ours in groups:
-        for (_, calls), solver in (each for each in groups if each[0][0] == SOLVER and nfe <= each[0][1] <= 2 * nfe):
-            if is_ours(method):
-                name = f"{label(ours[0])} - {label(solver[0])} at {calls}"
-                lines.append([nfe, name, *(paired_difference(ours, solver, space) or "" for space in spaces)])
-    return write_table(["calls", "difference", *spaces], ("difference",), lines)
+    """Distance of ours less that of the solvers of as many to twice as many NFE, paired by the noise seeds."""
+    spaces, lines = [*rows[0]["distances"]], []
+    groups = frame(rows).groupby(["nfe", "method"], sort=False)
+    for (nfe, method), ours in groups:
+        for (calls, other), solver in groups:
+            if is_ours(method) and other == SOLVER and nfe <= calls <= 2 * nfe:
+                difference = (by_noise(ours)[spaces] - by_noise(solver)[spaces]).dropna()
+                cells = (three_digits(each.mean(), each.sem()) if len(each) else "" for _, each in difference.items())
+                lines.append([nfe, f"{ours.label.iloc[0]} - {solver.label.iloc[0]} at {calls}", *cells])
+    return write_table(["NFE", "difference", *spaces], ("difference",), lines)
 
 
-def in_order(rows: list[Row]) -> list[tuple[Group, list[Row]]]:
-    """The groups by calls, and then by method."""
-    return sorted(grouped(rows).items(), key=lambda item: (item[0][1], rank(item[1][0])))
-
-
-def label(row: Row) -> str:
-    """The method of a row as it is written: ours bold, a solver with its name."""
-    if row["method"] not in (SOLVER, UNGUIDED):
-        return bold(row["method"])
-    falls = ", falling guidance" if "guidance_end" in row.get("settings", {}) else ""
-    return f"{row['method']} ({row['solver']}{falls})"
+def by_noise(group: pd.DataFrame) -> pd.DataFrame:
+    """The means over the training seeds, on each noise seed."""
+    return group.groupby("eval_seed").mean(numeric_only=True)
 
 
 def costs_table(rows: list[Row]) -> str:
-    """What each training cost, seed by seed, and as a multiple of what ours of as many calls cost."""
-    groups, lines = grouped(rows), []
-    for (method, nfe), of_group in in_order(rows):
-        if of_group[0]["train_seconds"] is None:
-            continue
-        ours = {row["train_seed"]: row for row in groups.get((OURS, nfe), [])}
+    """What each training cost, seed by seed, and as a multiple of what ours at the same NFE cost."""
+    table, lines = frame(rows), []
+    ours = table[table.method == OURS].set_index(["nfe", "train_seed"])
+    for (nfe, method), group in table[table.train_seconds.notna()].groupby(["nfe", "method"], sort=False):
         cells = []
         for name, unit, form in (("train_seconds", 1, ".0f"), ("train_calls", 1e6, ".2f")):
-            known = [row for row in of_group if row[name] is not None]  # a run may have been killed at its end
-            cells.append(", ".join(format(row[name] / unit, form) for row in known))
-            pairs = [(row[name], ours[row["train_seed"]][name]) for row in known if row["train_seed"] in ours]
-            cells.append(", ".join(f"{one / other:.2f}" for one, other in pairs) if method in BASELINES else "")
-        lines.append([nfe, bold(method), *cells])
-    heads = ["seconds", "times ours", "million calls", "times ours"]
-    return write_table(["calls", "method", *heads], ("method",), lines)
+            known = group.set_index(["nfe", "train_seed"])[name].dropna()  # a run may have been killed at its end
+            times = (known / ours[name].reindex(known.index)).dropna() if method in BASELINES else []
+            cells.append(", ".join(format(each / unit, form) for each in known))
+            cells.append(", ".join(f"{each:.2f}" for each in times))
+        lines.append([nfe, group.label.iloc[0], *cells])
+    heads = ["seconds", "times ours", "million forward passes", "times ours"]
+    return write_table(["NFE", "method", *heads], ("method",), lines)
 
 
-def bold(method: str) -> str:
-    return f"**{method}**" if is_ours(method) else method
+def label(row: Row) -> str:
+    """The method of a row as it is written: ours in bold, a solver with its name."""
+    if row["method"] in (SOLVER, UNGUIDED):
+        falls = ", falling guidance" if "guidance_end" in row.get("settings", {}) else ""
+        return f"{row['method']} ({row['solver']}{falls})"
+    return f"**{row['method']}**" if is_ours(row["method"]) else row["method"]
 
 
 def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -280,25 +309,25 @@ def picture_rows(pictures: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def draw_classes(rows: list[Row], path: Path) -> None:
     """Draws the share of each class for the teacher and what was distilled, by bars, and for the data, by dashes."""
-    plt = pyplot()
-    groups = {
-        group: of_group
-        for group, of_group in sorted(grouped(rows).items(), key=lambda item: (is_ours(item[0][0]), item[0]))
-        if of_group[0]["class_shares"] and (group[0] not in (REAL, SOLVER, UNGUIDED) or group == (SOLVER, 10))
+    shown = {
+        (method, nfe): group
+        for (nfe, method), group in frame(rows).groupby(["nfe", "method"])
+        if group.class_shares.all() and (method not in (REAL, SOLVER, UNGUIDED) or (method, nfe) == (SOLVER, 10))
     }
-    if not groups:  # nothing of it is measured yet, or there are captions
+    if not shown:  # nothing of it is measured yet, or there are captions
         return
-    columns = min(4, len(groups))
-    lines = math.ceil(len(groups) / columns)
+    plt = pyplot()
+    columns = min(4, len(shown))
+    lines = -(-len(shown) // columns)
     style = {"figsize": (3.5 * columns, 2 * lines), "squeeze": False, "sharey": True, "layout": "constrained"}
     figure, axes = plt.subplots(lines, columns, **style)
-    for axis in axes.flat[len(groups) :]:
+    for axis in axes.flat[len(shown) :]:
         axis.remove()
-    for axis, ((method, nfe), of_group) in zip(axes.flat, groups.items(), strict=False):
-        shares = [mean(each) for each in zip(*(row["class_shares"] for row in of_group), strict=True)]
-        real = of_group[0]["real_class_shares"]
+    ordered = sorted(shown.items(), key=lambda item: (is_ours(item[0][0]), item[0]))
+    for axis, ((method, nfe), group) in zip(axes.flat, ordered, strict=False):
+        shares = pd.DataFrame([*group.class_shares]).mean()
         axis.bar(range(len(shares)), shares, color="#d62728" if is_ours(method) else "#7f7f7f")
-        axis.plot(range(len(real)), real, color="black", ls="", marker="_", ms=12)
+        axis.plot(range(len(shares)), group.real_class_shares.iloc[0], color="black", ls="", marker="_", ms=12)
         axis.set_title(f"{method} at {nfe}", fontsize=8)
         axis.set_xticks(range(len(shares)))
     figure.supxlabel("class", fontsize=9)

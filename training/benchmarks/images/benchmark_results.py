@@ -1,4 +1,4 @@
-"""The results of a benchmark: rows in results.json and noise.json, and beside them the images of its figures."""
+"""The results of a benchmark: rows in results.json and noise.json, and beside the trainings images for figures."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from hsivi_diffusers.distillation.config import HSIVIConfig, complete
-from hsivi_diffusers.runs.folders import in_turn, write_json
+from hsivi_diffusers.runs.folders import in_turn, write_text
 from hsivi_diffusers.runs.options import differences
 
 Row = dict[str, Any]
-Key = tuple[str, int, int | None]  # method, network calls and training seed
-Group = tuple[str, int]  # method and network calls
+Key = tuple[str, int, int | None]  # method, NFE and training seed
 RESULTS, NOISE = "results.json", "noise.json"  # rows of one noise seed, and of others
 
 OURS = "HSIVI"
@@ -38,24 +36,42 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Writes a results.json, a row a line."""
+    lines = ",\n".join(map(json.dumps, rows))
+    write_text(path, f'{{"rows": [\n{lines}\n]}}\n')
+
+
 def hash_networks(*folders: Path) -> str:
-    """The first digits of the SHA-256 of all weights in folders: what a row was measured of, and in."""
+    """The first digits of the SHA-256 of all weights in folders: of teacher and classifier of a row."""
     found = hashlib.sha256()
     for path in (each for folder in folders for each in sorted(folder.rglob("*.safetensors"))):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
 
-def pictures_path(folder: Path, dataset: str) -> Path:
-    """File of the first images of each shown row of a set, as bytes."""
-    return folder / f"pictures_{dataset}.safetensors"
+def read_pictures(runs: Path, dataset: str) -> dict[str, torch.Tensor]:
+    """The first images of each row of a set that was measured here, as bytes, by `METHOD at NFE`."""
+    path = pictures_path(runs, dataset)
+    return load_file(path) if path.exists() else {}
+
+
+def pictures_path(runs: Path, dataset: str) -> Path:
+    return runs / dataset / "pictures.safetensors"
 
 
 class Results:
-    """Rows and images of one set, in files that several sets share."""
+    """Rows and images of one set, in files that several sets share.
 
-    def __init__(self, folder: Path, dataset: str, name: str = RESULTS) -> None:
-        self.path, self.images_path, self.dataset = folder / name, pictures_path(folder, dataset), dataset
+    Args:
+        folder: Of the file of the rows.
+        runs: Of the trainings, and of the images that figures show.
+        dataset: Name of the set.
+        name: Of the file, RESULTS or NOISE.
+    """
+
+    def __init__(self, folder: Path, runs: Path, dataset: str, name: str = RESULTS) -> None:
+        self.path, self.images_path, self.dataset = folder / name, pictures_path(runs, dataset), dataset
 
     def rows(self) -> list[Row]:
         """The rows of this set."""
@@ -67,32 +83,28 @@ class Results:
         """Keys of the rows and their noise seeds; one of other images or settings is refused."""
         rows = self.rows()
         for row in rows:
+            name = f"{self.path} has {row['method']} at {row['nfe']}"
             if other := differences(row, drawn):
-                raise ValueError(
-                    f"{self.path} has {row['method']} at {row['nfe']} of other images or networks ({other}): name "
-                    "another --output_dir"
-                )
+                raise ValueError(f"{name} of other images or networks ({other}): name another --output_dir")
             if other := differences(row, told.get(key_of(row), {})):
                 raise ValueError(
-                    f"{self.path} has {row['method']} at {row['nfe']} of other settings than --solvers or "
-                    f"its config has now ({other}): remove that row, or name another --output_dir"
+                    f"{name} of other settings than --solvers or its config has now ({other}): remove that row, or "
+                    "name another --output_dir"
                 )
-            config, recipe = students.get(key_of(row)), row["recipe"]
-            if config is None:
+            if (config := students.get(key_of(row))) is None:
                 continue
-            recorded = {"guidance_falls": True, **recipe, "seed": config.seed}  # what is usual is not in a recipe
-            if other := differences(complete(recorded), config.settings()):
+            if other := differences(recorded({**row["recipe"], "seed": config.seed}, config), config.settings()):
                 raise ValueError(
-                    f"{self.path} has {row['method']} at {row['nfe']}, seed {row['train_seed']}, of other options than "
-                    f"--students have now ({other}): remove that row, or name another --output_dir"
+                    f"{name}, seed {row['train_seed']}, of other options than --students have now ({other}): remove "
+                    "that row, or name another --output_dir"
                 )
         return {(key_of(row), row["eval_seed"]) for row in rows}
 
     def cost_of(self, method: str, counts: Sequence[int], seed: int) -> tuple[float, int]:
-        """The most seconds and the most network calls of the trainings of a method to these calls.
+        """The most seconds and the most network calls of the trainings of a method to these NFE.
 
         Raises:
-            ValueError: The calls are not known.
+            ValueError: The network calls are not known.
         """
         keys = [(method, nfe, seed) for nfe in counts]
         rows = [row for row in self.rows() if key_of(row) in keys]
@@ -109,15 +121,14 @@ class Results:
         with in_turn(self.path.parent):  # another set may be measured at the same time
             rows = read_rows(self.path)
             others = [each for each in rows if (each["dataset"], key_of(each), each["eval_seed"]) != own]
-            write_json(self.path, {"rows": [*others, row]})
+            write_rows(self.path, [*others, row])
 
     def keep_images(self, name: str, images: torch.Tensor, real: torch.Tensor) -> None:
         """Keeps images of a row under its name, and as many real ones, all in [0, 1], (N, C, H, W), as bytes."""
         shown = real[torch.linspace(0, len(real) - 1, len(images)).long()]
         drawn, shown = ((255 * each).round().to(torch.uint8).contiguous() for each in (images, shown))
-        with in_turn(self.path.parent):
-            before = load_file(self.images_path) if self.images_path.exists() else {}
-            save_file({**before, name: drawn, "real": shown}, self.images_path)
+        before = load_file(self.images_path) if self.images_path.exists() else {}
+        save_file({**before, name: drawn, "real": shown}, self.images_path)
 
 
 def recipe_of(config: HSIVIConfig) -> dict[str, Any]:
@@ -128,24 +139,17 @@ def recipe_of(config: HSIVIConfig) -> dict[str, Any]:
     return {**given, **{name: value for name, value in settings.items() if value != usual[name] and name != "seed"}}
 
 
+def recorded(settings: Mapping[str, Any], config: HSIVIConfig) -> dict[str, Any]:
+    """Recorded settings as a run of today writes them, to be compared with a config.
+
+    At guidance_scale 1 version 0.2 did not train the last class, "no class", which class_shares of `config` say now.
+    """
+    completed = complete(settings)
+    if completed["guidance_scale"] == 1 and completed["class_shares"] is None:
+        completed["class_shares"] = config.class_shares
+    return completed
+
+
 def key_of(row: Row) -> Key:
     """What a row is of."""
     return row["method"], row["nfe"], row["train_seed"]
-
-
-def grouped(rows: list[Row]) -> dict[Group, list[Row]]:
-    """The rows of all training seeds of each method and number of calls."""
-    groups: dict[Group, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["nfe"]), []).append(row)
-    return groups
-
-
-def three_digits(number: float) -> str:
-    """A distance as it is written: 0.0123, 12.3 or 1,230."""
-    return f"{number:.3g}" if abs(number) < 999.5 else f"{float(f'{number:.3g}'):,.0f}"
-
-
-def value(rows: list[Row], space: str, kind: str = "distances") -> float:
-    """Mean distance over the training seeds."""
-    return mean(row[kind][space] for row in rows)

@@ -54,8 +54,8 @@ def read_names() -> dict[str, str]:
     return names
 
 
-def hold_out(captions: list[str], count: int | None = None) -> tuple[list[int], list[int]]:
-    """Splits captions into those to train on and HELD_OUT, or so many, that are not; returns their rows.
+def hold_out(captions: list[str]) -> tuple[list[int], list[int]]:
+    """Splits captions into those to train on and HELD_OUT that are not; returns their rows.
 
     Held out are new combinations of what is known: captions of one skin tone, "firefighter: light skin tone", whose
     subject is trained in other tones. At most one tone of a subject is held out, by a hash of the caption.
@@ -63,15 +63,14 @@ def hold_out(captions: list[str], count: int | None = None) -> tuple[list[int], 
     Raises:
         ValueError: There are fewer such captions.
     """
-    count = HELD_OUT if count is None else count
     toned = [row for row, caption in enumerate(captions) if caption.endswith(TONE) and caption.count(":") == 1]
     toned = [row for row in toned if "," not in captions[row]]
     chosen: dict[str, int] = {}
     for row in sorted(toned, key=lambda row: hashlib.sha256(captions[row].encode()).digest()):
         chosen.setdefault(captions[row].split(":")[0], row)
-    held = [*chosen.values()][:count]
-    if len(held) < count:
-        raise ValueError(f"{len(held)} captions can be held out, and {count} were asked for")
+    held = [*chosen.values()][:HELD_OUT]
+    if len(held) < HELD_OUT:
+        raise ValueError(f"{len(held)} captions can be held out, and {HELD_OUT} were asked for")
     return sorted({*range(len(captions))} - {*held}), held
 
 

@@ -13,13 +13,14 @@ the clean images at both ends, of second order.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, LCMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, LCMScheduler
 from torch import Tensor
 
 from hsivi_diffusers import HSIVIScheduler
-from hsivi_diffusers.teachers.denoisers import denoise
+from hsivi_diffusers.teachers.teacher import Teacher
 
 from .baseline import Baseline, default_start
 
@@ -30,24 +31,17 @@ class ConsistencyDistillation(Baseline):
     """Teacher, student and averaged student; the teacher's schedule; the student's sampler, with grid and scalings.
 
     Args:
-        teacher: Is frozen; student and target start as its copies.
-        schedule: Of the teacher.
+        teacher: Its network is frozen; student and target start as its copies.
         num_timesteps: Of the grid.
         start: Where it starts; by default `default_start`.
     """
 
     calls_per_image = 4  # of teacher, at both ends of its step, student and target
 
-    def __init__(
-        self,
-        teacher: UNet2DModel,
-        schedule: HSIVIScheduler,
-        num_timesteps: int = NUM_TIMESTEPS,
-        start: int | None = None,
-    ) -> None:
-        super().__init__(teacher, schedule)
-        self.target = copy.deepcopy(teacher)
-        self.unclipped = HSIVIScheduler.from_config(schedule.config, clip_sample=False, thresholding=False)
+    def __init__(self, teacher: Teacher, num_timesteps: int = NUM_TIMESTEPS, start: int | None = None) -> None:
+        super().__init__(teacher)
+        self.target: Any = copy.deepcopy(teacher.network)
+        self.unclipped = HSIVIScheduler.from_config(self.schedule.config, clip_sample=False, thresholding=False)
         self._make_grid(num_timesteps, start)
         self.parts = {"student": self.student, "target": self.target}
 
@@ -59,14 +53,14 @@ class ConsistencyDistillation(Baseline):
 
     def consistency(
         self,
-        unet: UNet2DModel,
+        network: Any,
         schedule: HSIVIScheduler,
         x: Tensor,
         timestep: Tensor,
         condition: Tensor | None = None,
     ) -> Tensor:
         """Returns f(x, t) = c_skip(t) x + c_out(t) x0(x, t), shape (B, C, H, W), for timesteps (B,)."""
-        x0, _ = denoise(unet, schedule, x, timestep, condition)
+        x0, _ = self.denoise(network, schedule, x, timestep, condition)
         c_skip, c_out = self.sampler.get_scalings_for_boundary_condition_discrete(timestep[:, None, None, None])
         f: Tensor = c_skip * x + c_out * x0
         return f
@@ -79,9 +73,9 @@ class ConsistencyDistillation(Baseline):
     def aim(self, x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns f of the target one step of the teacher further down, as it would be sampled."""
         below = (timestep - self.stride).clamp_min(0)
-        x0, noise = denoise(self.teacher, self.schedule, x, timestep, condition)
+        x0, noise = self.denoise(self.teacher.network, self.schedule, x, timestep, condition)
         down = self.schedule.diffuse(x0, noise, below)
-        x0_below, _ = denoise(self.teacher, self.schedule, down, below, condition)
+        x0_below, _ = self.denoise(self.teacher.network, self.schedule, down, below, condition)
         x0 = (x0 + x0_below) / 2
         alpha, sigma = self.schedule.alpha_sigma(timestep, x)
         down = self.schedule.diffuse(x0, (x - alpha * x0) / sigma, below)

@@ -9,16 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.runs.state_dicts import TrainedWeights
 from hsivi_diffusers.teachers.adapters import add_adapter
-from hsivi_diffusers.teachers.denoisers import denoise, give_prompts, sample_shape
-from hsivi_diffusers.teachers.guidance import calls_of_step, guided
-from hsivi_diffusers.teachers.teacher import image_shape, load_prompts
+from hsivi_diffusers.teachers.guidance import Guided
+from hsivi_diffusers.teachers.stable_diffusion import StableDiffusion
 
 from .captions import encode, load_captioned, pair
 from .consistency import ConsistencyDistillation
@@ -30,27 +28,18 @@ class LatentConsistency(ConsistencyDistillation):
     """Teacher, and student as an adapter on its weights.
 
     Args:
-        teacher: Is frozen; it knows its prompts.
-        schedule: Of the teacher.
-        host: Its pipeline.
+        teacher: Its network is frozen; it knows its prompts.
         guidance_scale: w of the teacher's guidance.
         rank: Of the adapter.
         start: See `ConsistencyDistillation`.
     """
 
-    def __init__(
-        self,
-        teacher: UNet2DConditionModel,
-        schedule: HSIVIScheduler,
-        host: DiffusionPipeline,
-        guidance_scale: float,
-        rank: int,
-        start: int | None = None,
-    ) -> None:
-        self.student = self.target = add_adapter(teacher.eval(), rank).train()
-        self.teacher: Any = guided(teacher, [guidance_scale])
-        self.host, self.schedule, self.unclipped = host, schedule, schedule
-        self.calls_per_image = 2 + calls_of_step(self.teacher)  # of student and target, and of the teacher
+    def __init__(self, teacher: StableDiffusion, guidance_scale: float, rank: int, start: int | None = None) -> None:
+        self.teacher: StableDiffusion = teacher
+        self.schedule = self.unclipped = teacher.schedule
+        self.student: Any = add_adapter(teacher.network.eval(), teacher.adapter, rank).train()
+        self.target, self.guided = self.student, Guided(teacher, [guidance_scale])
+        self.calls_per_image = 2 + self.guided.calls  # of student and target, and of the teacher
         self._make_grid(NUM_TIMESTEPS, start)
         self.sampler.register_to_config(steps_offset=1)  # has no effect but on a warning of diffusers
         self.parts = {"student": TrainedWeights(self.student)}
@@ -59,7 +48,8 @@ class LatentConsistency(ConsistencyDistillation):
     def aim(self, x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns f of the student one step of the teacher further down."""
         below = (timestep - self.stride).clamp_min(0)
-        down = self.schedule.diffuse(*denoise(self.teacher, self.schedule, x, timestep, condition), below)
+        clean, noise = self.schedule.predict(self.guided(x, timestep, condition), timestep, x)
+        down = self.schedule.diffuse(clean, noise, below)
         return self.consistency(self.target, self.schedule, down, below, condition)
 
     def loss(self, clean: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -74,18 +64,17 @@ class LatentConsistency(ConsistencyDistillation):
         """The student in a pipeline like the teacher's, its adapter added to the weights."""
         self.student.eval().fuse_lora()
         self.student.unload_lora()
-        self.host.register_modules(unet=self.student, scheduler=self.sampler)
-        return self.host
+        parts = {"unet": self.student, "scheduler": self.sampler, **self.teacher.load_encoders()}
+        return self.teacher.like(**parts)
 
 
-def load_latents(host: DiffusionPipeline, network: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def load_latents(teacher: StableDiffusion, device: torch.device) -> tuple[Tensor, Tensor]:
     """Latents of the captioned emoji that are not held out, as `loss` takes them, and the numbers of their prompts.
 
-    The network is given the prompts, see `captions.pair`.
+    The teacher encodes the prompts, see `captions.pair`.
     """
-    images, captions = load_captioned(image_shape(host, sample_shape(network))[1])
+    images, captions = load_captioned(teacher.image_shape[1])
     texts, rows, numbers = pair(captions)
-    if (prompts := load_prompts(host, texts, "", device)) is not None:
-        give_prompts(network, prompts)
-    mean, std = encode(host.vae.to(device), to_model_range(images).to(device))
+    teacher.encode_prompts(texts, "", device)
+    mean, std = encode(teacher.vae.to(device), to_model_range(images).to(device))
     return torch.cat([mean, std], dim=1)[rows.to(device)], numbers.to(device)

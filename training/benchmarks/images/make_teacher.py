@@ -12,12 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from accelerate.utils import set_seed
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 
 from hsivi_diffusers.commands.options import parse_options, run_command
-from hsivi_diffusers.distillation.plan import read_teacher
 from hsivi_diffusers.runs.folders import claim_output_dir
 from hsivi_diffusers.runs.options import option
+from hsivi_diffusers.teachers.loading import read_teacher
+from hsivi_diffusers.teachers.pixels import Pixels
 
 
 @dataclass
@@ -29,12 +30,13 @@ class Options:
 
 def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Options], __doc__ or "", args=args)
-    config, scheduler = read_teacher(str(options.teacher), None)
-    if config["_class_name"] != "UNet2DModel":
-        raise ValueError(f"--teacher {options.teacher} has a {config['_class_name']}: give one with a UNet2DModel")
-    output_dir = claim_output_dir(options.output_dir, keep=False)
     set_seed(0)
-    pipeline = DDPMPipeline(unet=UNet2DModel.from_config(config), scheduler=DDPMScheduler.from_config(scheduler.config))
+    teacher = read_teacher(str(options.teacher))
+    if not isinstance(teacher, Pixels):
+        raise ValueError(f"--teacher {options.teacher} has a {teacher.name}: give one with a UNet2DModel")
+    output_dir = claim_output_dir(options.output_dir, keep=False)
+    scheduler = DDPMScheduler.from_config(teacher.schedule.config)
+    pipeline = DDPMPipeline(unet=teacher.network, scheduler=scheduler)
     pipeline.save_pretrained(output_dir)
     print(f"a teacher of {pipeline.unet.num_parameters():,} random parameters is in {output_dir}")
 

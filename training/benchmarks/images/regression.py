@@ -8,15 +8,15 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor
 
-from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.distillation.config import HSIVIConfig
+from hsivi_diffusers.distillation.game import StudentLayers
 from hsivi_diffusers.distillation.networks import make_scheduler
 from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss
-from hsivi_diffusers.distillation.student import UNetLayers
-from hsivi_diffusers.teachers.denoisers import sample_shape
+from hsivi_diffusers.teachers.guidance import Guided
+from hsivi_diffusers.teachers.teacher import Teacher
 from hsivi_diffusers.vi import step_generator
 
 from .baseline import Baseline
@@ -26,8 +26,7 @@ class PairRegression(Baseline):
     """Teacher and student; the pairs, which are made when they are first asked for, with the clock running.
 
     Args:
-        teacher: Is frozen; the student starts as its copy.
-        schedule: Of the teacher.
+        teacher: Its network is frozen; the student starts as its copy.
         num_pairs: To draw from, with replacement.
         start: Timestep that the noise is taken for; by default that of our students of one call.
         seed: Of the pairs, so that a resumed run has the same; evaluations start from other noise.
@@ -35,29 +34,21 @@ class PairRegression(Baseline):
 
     calls_per_image = 1
 
-    def __init__(
-        self,
-        teacher: UNet2DModel,
-        schedule: HSIVIScheduler,
-        num_pairs: int,
-        start: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(teacher, schedule)
+    def __init__(self, teacher: Teacher, num_pairs: int, start: int | None = None, seed: int = 0) -> None:
+        super().__init__(teacher)
         self.num_pairs, self.seed = num_pairs, seed
-        self.shape = sample_shape(teacher)
         config = HSIVIConfig(num_inference_steps=1, start_timestep=start, noise_eta=0.0)
-        self.layers = UNetLayers(self.student, make_scheduler(schedule, config, self.shape))
+        self.layers = StudentLayers(self.student, teacher, make_scheduler(self.schedule, config, teacher.shape))
         self.image_loss = image_loss(self.layers.scheduler)
         self.parts = {"student": self.student}
 
     @cached_property
     def pairs(self) -> TeacherPairs:
         """Pairs of the seed, with the classes in turn."""
-        noise = torch.randn(self.num_pairs, *self.shape, generator=step_generator(self.seed, 0, -1))
-        classes = self.teacher.config.num_class_embeds
+        noise = torch.randn(self.num_pairs, *self.teacher.shape, generator=step_generator(self.seed, 0, -1))
+        classes = self.teacher.num_conditions()
         condition = torch.arange(self.num_pairs) % classes if classes else None
-        return TeacherPairs(self.teacher, self.layers.scheduler, noise, condition, show=True)
+        return TeacherPairs(Guided(self.teacher), self.layers.scheduler, noise, condition, show=True)
 
     def loss(self, clean: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns the loss of as many pairs as there are real images, which it does not look at."""

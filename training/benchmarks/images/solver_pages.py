@@ -9,8 +9,8 @@ from statistics import mean
 
 from hsivi_diffusers.evaluation.pages import write_table
 
-from .benchmark_pages import as_word, fill_page, in_sets
-from .benchmark_results import Row, read_rows, three_digits
+from .benchmark_pages import as_word, fill_page, in_sets, three_digits
+from .benchmark_results import Row, read_rows
 
 LEAST = 1e-4  # an unbiased KID may be 0 or below
 FALLING = " falling"  # after the name of a set: its solvers with less guidance the more noise there is
@@ -19,20 +19,16 @@ LABELS = ("solver", "timesteps", "settings")
 
 
 def write_page(folder: Path) -> None:
-    """Fills the tables of FOLDER/solvers.md, which is begun if there is none: the best at each number of calls."""
+    """Fills the tables of FOLDER/solvers.md, which is begun if there is none: the best at each NFE."""
     sets = in_sets(read_rows(folder / "solvers.json"))
     tables = {f"solvers_{as_word(name)}": settings_table(best_solvers(rows)) for name, rows in sets.items()}
     fill_page(folder / "solvers.md", "Solvers at their best", tables)
 
 
 def best_solvers(rows: list[Row]) -> list[Row]:
-    """Of the rows of a set, the best at each number of calls."""
-    order = sorted(rows, key=_place, reverse=True)
+    """Of the rows of a set, the best at each NFE, ascending."""
+    order = sorted(rows, key=lambda row: (row["calls"], score(row["tuned"])), reverse=True)
     return [*{row["calls"]: row for row in order}.values()][::-1]
-
-
-def _place(row: Row) -> tuple[int, float]:
-    return row["calls"], score(row["tuned"])
 
 
 def score(distances: Mapping[str, float]) -> float:
@@ -41,15 +37,16 @@ def score(distances: Mapping[str, float]) -> float:
 
 
 def settings_table(rows: list[Row]) -> str:
-    """The best solver at each number of calls: its distances, tuned / stock, and what to load."""
+    """The best solver at each NFE: its distances, tuned / stock, and its settings in diffusers."""
     lines = []
     for row in rows:
-        settings = {name: value for name, value in row["settings"].items() if name != "timesteps"}
-        timesteps = ", ".join(map(str, row["settings"].get("timesteps", [settings.get("timestep_spacing", "own")])))
-        told = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "timestep_spacing")
+        settings = dict(row["settings"])
+        spacing = settings.pop("timestep_spacing", "own")
+        timesteps = ", ".join(map(str, settings.pop("timesteps", [spacing])))
         distances = (
-            f"{three_digits(tuned)} / {three_digits(row['stock'][name])}" for name, tuned in row["tuned"].items()
+            f"{three_digits(each)} / {three_digits(row['stock'][name])}" for name, each in row["tuned"].items()
         )
-        lines.append([row["calls"], row["solver"], *distances, timesteps, told])
+        named = ", ".join(f"{name} {value}" for name, value in settings.items())
+        lines.append([row["calls"], row["solver"], *distances, timesteps, named])
     lines.append(["", "floor", *map(three_digits, rows[0]["floor"].values()), "", ""])
-    return write_table(["calls", "solver", *rows[0]["tuned"], "timesteps", "settings"], LABELS, lines)
+    return write_table(["NFE", "solver", *rows[0]["tuned"], "timesteps", "settings"], LABELS, lines)

@@ -24,9 +24,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from diffusers import UNet2DConditionModel, UNet2DModel
-from hsivi_diffusers.teachers.denoisers import sample_shape
 from torch import Tensor
 
 from hsivi_diffusers import load_teacher
@@ -36,8 +33,10 @@ from hsivi_diffusers.distillation.state import trained
 from hsivi_diffusers.evaluation.images import to_model_range
 from hsivi_diffusers.runs.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.runs.options import flatten, option
-from hsivi_diffusers.runs.output import Output, check_inputs, check_output, claimed, start_run
-from hsivi_diffusers.teachers.teacher import fingerprint, load_parts
+from hsivi_diffusers.runs.output import Output, check_inputs, start_run
+from hsivi_diffusers.teachers.pixels import Pixels
+from hsivi_diffusers.teachers.stable_diffusion import StableDiffusion
+from hsivi_diffusers.teachers.teacher import Teacher as Model
 from hsivi_diffusers.vi import cosine
 
 from .baseline import Baseline
@@ -47,7 +46,7 @@ from .latent_consistency import LatentConsistency, load_latents
 from .progressive import ProgressiveDistillation
 from .regression import PairRegression
 from .sets import load_images
-from .training_loop import TrainingLoop
+from .training_loop import TrainingLoop, claimed_alone
 
 EMA_DECAY, MAX_GRAD_NORM = 0.995, 1.0
 WRITTEN = ("training.json", "pipeline")
@@ -105,57 +104,58 @@ def recipe_of(config: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name == "method" or value != usual[name]}
 
 
-def hash_teacher(name: str) -> str:
+def hash_teacher(teacher: Model) -> str:
     """The SHA-256 of a teacher, as training.json of its students and baselines has it."""
-    network, schedule, *_ = load_parts(name)
-    return fingerprint(network, schedule)
+    return Model.identity(teacher)["teacher_sha256"]  # without that of prompts
 
 
 def prepare(teacher: Teacher, training: Training, device: torch.device) -> tuple[Baseline, Tensor, Tensor | None]:
     """Loads the teacher, and the data: images or latents, and their classes or the numbers of their captions."""
     name = str(teacher.pretrained_teacher_model)
+    model = load_teacher(name)
     if training.method != "lcm_lora":
-        distillation = make_distillation(name, training, device)
-        return distillation, *load_data(teacher.train_data, distillation.teacher, device)
-    unet, schedule, host, _ = load_parts(name)
-    if not isinstance(unet, UNet2DConditionModel) or host is None or teacher.train_data != CAPTIONS:
+        return make_distillation(name, model.to(device), training), *load_data(teacher.train_data, model, device)
+    if not isinstance(model, StableDiffusion) or teacher.train_data != CAPTIONS:
         raise ValueError(
             f"--method lcm_lora distils Stable Diffusion, with --train_data {CAPTIONS}: {name} is no such teacher, or "
             f"--train_data {teacher.train_data}"
         )
-    latents, numbers = load_latents(host, unet.to(device), device)
+    model.to(device)
+    latents, numbers = load_latents(model, device)
     given = training.guidance_scale, training.lora_rank, training.start_timestep
-    return LatentConsistency(unet, schedule, host, *given), latents, numbers
+    return LatentConsistency(model, *given), latents, numbers
 
 
-def make_distillation(name: str, training: Training, device: torch.device) -> Baseline:
-    """Loads the teacher of pixels, of which student and target start as copies."""
-    unet, schedule = load_teacher(name)
-    channels, height, width = sample_shape(unet)
-    learned_variance = unet.config.out_channels != channels
-    if learned_variance or channels not in (1, 3) or height != width:
+def make_distillation(name: str, teacher: Model, training: Training) -> Baseline:
+    """Makes the baseline of a teacher of pixels."""
+    channels, height, width = teacher.shape
+    if (
+        not isinstance(teacher, Pixels)
+        or teacher.network.config.out_channels != channels
+        or channels not in (1, 3)
+        or height != width
+    ):
         raise ValueError(
             f"teacher {name!r} has a learned variance, or images of another shape than --train_data: give one of "
             "square images with 1 or 3 channels, which predicts as many"
         )
-    if schedule.is_flow and training.method != "regression":
+    if teacher.schedule.is_flow and training.method != "regression":
         raise ValueError(
             f"teacher {name!r} is a rectified flow, and --method {training.method} needs betas: give regression"
         )
-    unet.to(device)
     if training.method == "consistency":
-        return ConsistencyDistillation(unet, schedule, start=training.start_timestep)
+        return ConsistencyDistillation(teacher, start=training.start_timestep)
     if training.method == "regression":
-        return PairRegression(unet, schedule, training.num_pairs, start=training.start_timestep, seed=training.seed)
+        return PairRegression(teacher, training.num_pairs, start=training.start_timestep, seed=training.seed)
     steps = training.num_inference_steps, training.num_stages
-    return ProgressiveDistillation(unet, schedule, *steps, start=training.start_timestep)
+    return ProgressiveDistillation(teacher, *steps, start=training.start_timestep)
 
 
-def load_data(source: str, unet: UNet2DModel, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def load_data(source: str, teacher: Model, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Images in [-1, 1] of the shape of a teacher's, (N, C, H, W), and, if it has classes, theirs, (N,)."""
-    channels, size, _ = sample_shape(unet)
+    channels, size, _ = teacher.shape
     images, labels = load_images(source, size, channels)
-    number, found = unet.config.num_class_embeds, 0 if labels is None else int(labels.max()) + 1
+    number, found = teacher.num_rows, 0 if labels is None else int(labels.max()) + 1
     if number and not 0 < found <= number:
         raise ValueError(
             f"--train_data {source} has {found or 'no'} classes, and the teacher {number}: give images of the classes "
@@ -217,7 +217,6 @@ def check_options(teacher: Teacher, training: Training, run: Output) -> None:
             )
         if value < 1:
             raise ValueError(f"--{name} {value}: give a number of at least 1")
-    check_output(run)
     check_inputs(run, WRITTEN, pretrained_teacher_model=teacher.pretrained_teacher_model)
 
 
@@ -232,13 +231,12 @@ def save(distillation: Baseline, output_dir: Path) -> None:
 def main(args: list[str] | None = None) -> None:
     teacher, training, run = parse_options([Teacher, Training, Output], __doc__ or "", args=args)
     check_options(teacher, training, run)
-    with claimed(run) as output_dir:
-        accelerator = Accelerator()
-        set_seed(training.seed)
+    output_dir = Path(str(run.output_dir))
+    with claimed_alone(run, training.seed) as accelerator:
         distillation, images, classes = prepare(teacher, training, accelerator.device)
         settings = recorded(teacher, training)
         start_run(run, settings, WRITTEN)
-        identity = {**settings, "teacher_sha256": hash_teacher(str(teacher.pretrained_teacher_model))}
+        identity = {**settings, "teacher_sha256": hash_teacher(distillation.teacher)}
         steps, seconds = train(distillation, images, classes, training, run, accelerator, identity)
         save(distillation, output_dir)
         calls = distillation.calls_per_image * steps * training.train_batch_size  # forward passes of an image

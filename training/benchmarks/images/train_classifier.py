@@ -29,16 +29,21 @@ from .spaces import HIDDEN, LARGE, MLP
 
 
 @dataclass
-class Training:
-    _group = "training"
-    output_dir: str | None = option(None, "folder of the classifier")
-    overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
+class Data:
+    _group = "data"
     train_data: str = option(
         "digits",
         "`digits`, `fashion-mnist`, `emoji`, a folder with one subfolder per class, or a labelled dataset on the Hub",
     )
-    resolution: int = option(8, "height and width of the images")
     channels: int = option(1, "1 (grey) or 3 (RGB)")
+
+
+@dataclass
+class Training:
+    _group = "training"
+    output_dir: str | None = option(None, "folder of the classifier")
+    overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
+    resolution: int = option(8, "height and width of the images")
     num_features: int = option(64, "width of the features")
     num_halvings: int = option(0, "convolutions in front that halve height and width; 2 for images of 32x32")
     seed: int = option(0, "seed of split, weights and batches")
@@ -56,19 +61,23 @@ def split(families: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows[:size], rows[size:]
 
 
-def fit(model: ImageClassifier, draw: Callable[[], tuple[Tensor, Tensor]], num_steps: int, rate: float) -> None:
+def fit(
+    training: Training, channels: int, num_classes: int, draw: Callable[[int], tuple[Tensor, Tensor]]
+) -> ImageClassifier:
     """Trains a classifier on batches of images and classes, by Adam with a rate that falls to 0 as a cosine."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    progress = bar(range(num_steps), "classifier")
+    model = ImageClassifier(channels, num_classes, training.num_features, training.num_halvings)
+    optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.max_train_steps)
+    progress = bar(range(training.max_train_steps), "classifier")
     for _ in progress:
-        images, labels = draw()
+        images, labels = draw(training.train_batch_size)
         loss = cross_entropy(model.logits(images), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    return model
 
 
 def fit_mlp(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -81,33 +90,31 @@ def fit_mlp(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def main(args: list[str] | None = None) -> None:
-    (training,) = parse_options([Training], __doc__ or "", args=args)
+    data, training = parse_options([Data, Training], __doc__ or "", args=args)
     output_dir = claim_output_dir(training.output_dir, training.overwrite_output_dir)
     torch.manual_seed(training.seed)
-    images, labels = load_images(training.train_data, training.resolution, training.channels)
+    images, labels = load_images(data.train_data, training.resolution, data.channels)
     if labels is None:
         raise ValueError(
-            f"--train_data {training.train_data} has no labels: give a folder with one subfolder per class, `digits`, "
+            f"--train_data {data.train_data} has no labels: give a folder with one subfolder per class, `digits`, "
             "`fashion-mnist` or `emoji`"
         )
     images = images.float() / 255
-    families = load_families(training.train_data)
+    families = load_families(data.train_data)
     held_out, train = split(torch.arange(len(images)) if families is None else families)
 
-    model = ImageClassifier(training.channels, int(labels.max()) + 1, training.num_features, training.num_halvings)
-
-    def draw() -> tuple[Tensor, Tensor]:
-        rows = train[torch.randint(len(train), (training.train_batch_size,))]
+    def draw(size: int) -> tuple[Tensor, Tensor]:
+        rows = train[torch.randint(len(train), (size,))]
         return images[rows], labels[rows]
 
-    fit(model, draw, training.max_train_steps, training.learning_rate)
+    model = fit(training, data.channels, int(labels.max()) + 1, draw)
     with torch.no_grad():
         guesses = torch.cat([model.logits(images[rows]).argmax(1) for rows in held_out.split(500)])
         accuracy = (guesses == labels[held_out]).float().mean().item()
     model.save_pretrained(output_dir)
     if training.resolution < LARGE:
         save_file(fit_mlp(images, labels), output_dir / MLP)
-    print(f"accuracy on {len(held_out)} held-out images of {training.train_data}: {accuracy:.3f}")
+    print(f"accuracy on {len(held_out)} held-out images of {data.train_data}: {accuracy:.3f}")
 
 
 if __name__ == "__main__":

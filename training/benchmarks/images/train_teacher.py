@@ -15,27 +15,22 @@ Writes the pipeline into OUTPUT_DIR, and OUTPUT_DIR/checkpoints: a run that is s
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin, UNet2DModel
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import mse_loss
-from torch.optim.lr_scheduler import LRScheduler
 
 from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.images import to_model_range
-from hsivi_diffusers.runs.options import flatten, option
-from hsivi_diffusers.runs.output import Output, check_output, claimed, start_run
+from hsivi_diffusers.runs.options import option
+from hsivi_diffusers.runs.output import Output
 
 from .sets import load_images
-from .training_loop import TrainingLoop
+from .training_loop import Training, claimed_alone, fit
 
 WRITTEN = ("model_index.json", "unet", "scheduler")
 
@@ -61,17 +56,6 @@ class Network:
     )
     class_conditional: bool = option(False, "tell the network the class of an image")
     class_dropout: float = option(0.0, "share of the images whose class is not told, 0 to 1")
-
-
-@dataclass
-class Training:
-    _group = "training"
-    seed: int = option(0, "seed of weights, batches and noise")
-    max_train_steps: int = option(10_000, "number of updates")
-    train_batch_size: int = option(128, "images in an update")
-    learning_rate: float = option(1e-3, "AdamW's, warmed up, then cosine to 0")
-    lr_warmup_steps: int = option(200, "updates of linear warm-up")
-    ema_decay: float = option(0.999, "decay of the averaged weights, which are saved")
 
 
 def make_unet(data: Data, network: Network, num_classes: int | None = None) -> UNet2DModel:
@@ -126,48 +110,25 @@ def drop(classes: Tensor, share: float, none: int) -> Tensor:
     return torch.where(torch.rand(len(classes), device=classes.device) < share, none, classes) if share else classes
 
 
-def check_run(run: Output) -> None:
-    """Refuses, before any work, what could not run, or more processes than one."""
-    check_output(run)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"{os.environ['WORLD_SIZE']} processes were launched: a teacher is trained by one, start one")
-
-
-def make_loop(
-    run: Output, accelerator: Accelerator, training: Training, settings: dict[str, Any], **named: nn.Module
-) -> tuple[TrainingLoop, LRScheduler, Any]:
-    """Returns the loop of one network, given by the name of its file in a checkpoint, its rate, and the network."""
-    ((name, network),) = named.items()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=training.learning_rate)
-    rate = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
-    network, optimizer = accelerator.prepare(network, optimizer)
-    parts = {name: network, "schedule": rate}
-    return TrainingLoop(run, accelerator, network, optimizer, training.ema_decay, settings, **parts), rate, network
-
-
 def main(args: list[str] | None = None) -> None:
     data, network, training, run = parse_options([Data, Network, Training, Output], __doc__ or "", args=args)
-    check_run(run)
-    with claimed(run) as output_dir:
-        accelerator = Accelerator()
-        set_seed(training.seed)
+    with claimed_alone(run, training.seed) as accelerator:
         images, classes = load_data(data, network)
         images, classes = images.to(accelerator.device), None if classes is None else classes.to(accelerator.device)
         number = 0 if classes is None else int(classes.max()) + 1
         unet = make_unet(data, network, number + bool(network.class_dropout) or None)
         schedule, stock = make_schedules(network)
-        settings = flatten([data, network, training])
-        start_run(run, settings, WRITTEN)
-        loop, rate, unet = make_loop(run, accelerator, training, settings, unet=unet)
-        for _ in loop.updates(training.max_train_steps):
+
+        def loss(unet: UNet2DModel) -> Tensor:
             rows = torch.randint(len(images), (training.train_batch_size,), device=images.device)
             clean, kinds = images[rows], None if classes is None else drop(classes[rows], network.class_dropout, number)
             noise = torch.randn_like(clean)
             level = torch.randint(len(schedule), (len(clean),), device=images.device)
             noisy, time = schedule.diffuse(clean, noise, level), schedule.levels.time(level)
-            loop.descend(mse_loss(unet(noisy, time, class_labels=kinds).sample, target(schedule, clean, noise, level)))
-            rate.step()
-        DDPMPipeline(unet=unet, scheduler=stock).save_pretrained(output_dir)
+            return mse_loss(unet(noisy, time, class_labels=kinds).sample, target(schedule, clean, noise, level))
+
+        unet = fit(run, accelerator, training, [data, network], WRITTEN, loss, unet=unet)
+        DDPMPipeline(unet=unet, scheduler=stock).save_pretrained(str(run.output_dir))
 
 
 if __name__ == "__main__":

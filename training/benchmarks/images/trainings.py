@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from hsivi_diffusers.commands.cli import read_distillation
-from hsivi_diffusers.distillation.config import HSIVIConfig, read_settings
+from hsivi_diffusers.distillation.config import HSIVIConfig
+from hsivi_diffusers.runs.artifacts import read_record
 from hsivi_diffusers.runs.folders import LOCK, remove_folder, replace_folder
 from hsivi_diffusers.runs.options import differences
+from hsivi_diffusers.teachers.loading import load_teacher
+from hsivi_diffusers.teachers.teacher import Teacher
 
 from . import train_baseline
+from .benchmark_results import recorded
 
 DISTIL = "hsivi_diffusers distil"
 RESUME = ("--resume_from_checkpoint", "latest")
@@ -44,6 +48,8 @@ class Trainings:
     def settings(self, config: str, seed: int) -> HSIVIConfig:
         """The settings of a student, with the scale of guidance if it names none.
 
+        At scale 1, none, it is not trained on the last class of the teacher, "no class".
+
         Raises:
             ValueError: It cannot run, or has other scales.
         """
@@ -56,13 +62,17 @@ class Trainings:
                 f"--students {config} has guidance_scale {settings.scales}, and the benchmark {self.guidance_scale}: "
                 "leave it out, or let it be among several"
             )
+        if self.guidance_scale == 1 and settings.scales == [1] and not (settings.prompts or settings.class_shares):
+            settings.class_shares = [1.0] * self._teacher.num_conditions(guides=True)
+            settings.class_shares += [0.0] * (self._teacher.num_conditions() - len(settings.class_shares))
         return settings
 
     def student(self, config: str, seed: int, settings: HSIVIConfig) -> tuple[Path, Costs]:
         """Folder and cost of a student of `settings`."""
         words = ["--guidance_scale", *map(str, settings.scales)] if settings.scales else []
+        words += ["--class_shares", *map(str, settings.class_shares)] if settings.class_shares else []
         folder, costs = self._train(config, seed, DISTIL, [*RESUME, *words], shared=len(settings.scales) > 1)
-        if changed := differences(read_settings(folder / "options.json"), settings.settings()):
+        if changed := differences(recorded(read_record(folder / "options.json"), settings), settings.settings()):
             raise ValueError(
                 f"{folder} was trained with other options than {config} has ({changed}): name another "
                 "--runs_dir and --output_dir, or remove it and its rows"
@@ -110,8 +120,12 @@ class Trainings:
         return folder, costs
 
     @cached_property
+    def _teacher(self) -> Teacher:
+        return load_teacher(self.teacher)
+
+    @cached_property
     def _teacher_sha256(self) -> str:
-        return train_baseline.hash_teacher(self.teacher)
+        return train_baseline.hash_teacher(self._teacher)
 
 
 def make(folder: Path, program: str, config: str | None, *arguments: str) -> None:

@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import optuna
 import torch
-from hsivi_diffusers.teachers.ode import power_timesteps
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -32,11 +31,12 @@ from torch import Tensor
 
 from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.pages import measured_on
-from hsivi_diffusers.runs.folders import in_turn, write_json
+from hsivi_diffusers.runs.folders import in_turn
 from hsivi_diffusers.runs.options import option
+from hsivi_diffusers.teachers.levels import power_timesteps
 from hsivi_diffusers.teachers.solvers import SOLVERS
 
-from .benchmark_results import Row, hash_networks, read_rows
+from .benchmark_results import Row, hash_networks, read_rows, write_rows
 from .set_teacher import SetTeacher
 from .solver_pages import FALLING, WITHOUT, score, write_page
 from .spaces import make_spaces
@@ -88,7 +88,8 @@ class Tuning:
         self.options = options
         self.networks = hash_networks(Path(str(options.teacher)), Path(str(options.classifier)))
         self.teacher = SetTeacher(str(options.teacher), options.real_data, options.guidance_scale)
-        if odd := [calls for calls in options.calls if calls % self.teacher.step_calls]:
+        self.clock = len(self.teacher.teacher.schedule)
+        if odd := [calls for calls in options.calls if calls % self.teacher.guided.calls]:
             raise ValueError(f"--calls {odd}: a guided step is two network calls: give even numbers")
         self.spaces = make_spaces(Path(str(options.classifier)), self.teacher.load_real()[0])
 
@@ -103,12 +104,11 @@ class Tuning:
 
     def score(self, solver: str, calls: int, trial: optuna.Trial) -> float:
         """What a trial is worth, see `solver_pages.score`."""
-        clock = len(self.teacher.schedule)
-        settings = suggest(trial, solver, calls // self.teacher.step_calls, clock)
+        settings = suggest(trial, solver, calls // self.teacher.guided.calls, self.clock)
         if self.options.guidance_falls:
-            settings["guidance_end"] = round(clock * trial.suggest_float("guidance_end", 0.1, 1.0))
+            settings["guidance_end"] = round(self.clock * trial.suggest_float("guidance_end", 0.1, 1.0))
         with torch.autocast(
-            self.teacher.network.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bf16"
+            self.teacher.teacher.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bf16"
         ):
             images = self.draw(solver, calls, self.options.tuning_samples, self.options.tuning_seed, **settings)
         found = self.distances(images.float())
@@ -117,7 +117,7 @@ class Tuning:
 
     def tune(self, solver: str, calls: int) -> Row:
         """The settings of the best trial, or the stock ones where they are better on the noise of `eval_seed`."""
-        options, steps = self.options, calls // self.teacher.step_calls
+        options, steps = self.options, calls // self.teacher.guided.calls
         study = optuna.create_study(
             study_name=f"{options.dataset}, {solver} at {calls}, {options.tuning_samples} images, {self.networks}",
             storage=JournalStorage(JournalFileBackend(str(Path(options.runs_dir) / "trials.log"))),
@@ -129,7 +129,7 @@ class Tuning:
         if options.guidance_falls:  # starts from what the set has with constant guidance
             rows = [row for row in rows if options.dataset == row["dataset"] + FALLING]
         others = [row["settings"] for row in rows if (row["solver"], row.get("steps", row["calls"])) == (solver, steps)]
-        firsts = [as_trial(solver, found, len(self.teacher.schedule)) for found in others if found != stock_settings]
+        firsts = [as_trial(solver, found, self.clock) for found in others if found != stock_settings]
         if options.guidance_falls:
             firsts = [{**first, "guidance_end": end} for first in firsts for end in GUIDANCE_ENDS]
         for first in [*firsts, *first_trials(solver)]:
@@ -236,7 +236,7 @@ def main(args: list[str] | None = None) -> None:
             if (options.dataset, calls, solver) not in map(key_of, read_rows(path)):
                 row = tuning.tune(solver, calls)
                 with in_turn(path.parent):
-                    write_json(path, {"rows": sorted([*read_rows(path), row], key=key_of)})
+                    write_rows(path, sorted([*read_rows(path), row], key=key_of))
                     write_page(path.parent)
                 print(
                     f"{solver} at {calls}: stock {row['stock']}, tuned {row['tuned']} by {row['settings']}", flush=True

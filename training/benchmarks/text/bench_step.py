@@ -60,7 +60,7 @@ def recording(state: TrainingState) -> Iterator[list[Call]]:
         args, told = recursively_apply(torch.Tensor.detach, (args, told))
         calls.append((module, trains and torch.is_grad_enabled(), args, told))
 
-    networks = (state.student.unet, state.critic_unet, state.bridge.unet)
+    networks = (state.student.network, state.critic.network, state.teacher.network)
     handles = [each.register_forward_pre_hook(record, with_kwargs=True) for each in networks]
     yield calls
     for handle in handles:

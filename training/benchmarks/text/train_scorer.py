@@ -10,8 +10,6 @@ The result is a function of the seed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
@@ -19,26 +17,15 @@ from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.runs.folders import claim_output_dir
-from hsivi_diffusers.runs.options import option
 
 from ..images.captions import choose, load_captioned, rivals
-from ..images.train_classifier import fit
+from ..images.train_classifier import Training, fit
 
 SHRINK, SHIFT, NOISE = 0.15, 0.1, 0.1  # the most, of the side and of the range of values
 
 
-@dataclass
-class Training:
-    _group = "training"
-    output_dir: str | None = option(None, "folder of the classifier")
-    overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
-    resolution: int = option(64, "height and width in pixels")
-    num_features: int = option(128, "width of the features")
-    num_halvings: int = option(2, "convolutions in front that halve height and width")
-    seed: int = option(0, "seed of weights, batches and changes")
-    max_train_steps: int = option(5000, "number of updates")
-    train_batch_size: int = option(64, "images in an update")
-    learning_rate: float = option(2e-3, "Adam's, cosine to 0")
+# Unless the options or the config name others.
+USUAL = {"resolution": 64, "num_features": 128, "num_halvings": 2, "max_train_steps": 5000, "train_batch_size": 64}
 
 
 def change(images: Tensor) -> Tensor:
@@ -61,18 +48,17 @@ def found(scorer: ImageClassifier, images: Tensor, rows: list[int], rivals: list
 
 
 def main(args: list[str] | None = None) -> None:
-    (training,) = parse_options([Training], __doc__ or "", args=args)
+    (training,) = parse_options([Training], __doc__ or "", args=args, before=USUAL)
     output_dir = claim_output_dir(training.output_dir, training.overwrite_output_dir)
     torch.manual_seed(training.seed)
     whole, captions = load_captioned(training.resolution)
     images = whole.float() / 255
-    scorer = ImageClassifier(3, len(captions), training.num_features, training.num_halvings)
 
-    def draw() -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(images), (training.train_batch_size,))
+    def draw(size: int) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(images), (size,))
         return change(images[rows]), rows
 
-    fit(scorer, draw, training.max_train_steps, training.learning_rate)
+    scorer = fit(training, 3, len(captions), draw)
     scorer.save_pretrained(output_dir)
     every, held_out = list(range(len(captions))), choose(captions)[0]
     others = rivals(captions, held_out)

@@ -16,26 +16,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.images import to_model_range
-from hsivi_diffusers.runs.options import flatten, option
-from hsivi_diffusers.runs.output import Output, claimed, start_run
+from hsivi_diffusers.runs.options import option
+from hsivi_diffusers.runs.output import Output
 
 from ..images.captions import encode, load_captioned, pair
-from ..images.train_teacher import Training, check_run, drop, make_loop, target
+from ..images.train_teacher import drop, target
+from ..images.training_loop import Training, claimed_alone, fit
 
 WRITTEN = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SPECIAL = ["[pad]", "[start]", "[end]", "[unknown]"]
@@ -115,13 +114,10 @@ def make_pipeline(
 
 def main(args: list[str] | None = None) -> None:
     options, training, run = parse_options([Text, Training, Output], __doc__ or "", args=args)
-    check_run(run)
     if not options.vae:
         raise ValueError("--vae is missing: give the folder of an autoencoder, by training.benchmarks.text.train_vae")
-    with claimed(run) as output_dir:
-        accelerator = Accelerator()
+    with claimed_alone(run, training.seed) as accelerator:
         device = accelerator.device
-        set_seed(training.seed)
         vae = AutoencoderKL.from_pretrained(options.vae).to(device).eval()
         images, captions = load_captioned(vae.config.sample_size)
         prompts, rows, numbers = pair(captions)
@@ -131,21 +127,20 @@ def main(args: list[str] | None = None) -> None:
         texts = ["", *prompts]  # the first one replaces those that are dropped
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
         mean, std = encode(vae, to_model_range(images).to(device))
-        settings = flatten([options, training])
-        start_run(run, settings, WRITTEN)
         schedule = HSIVIScheduler(**CLOCK, prediction_type="v_prediction")
-        loop, rate, networks = make_loop(run, accelerator, training, settings, networks=networks)
-        for _ in loop.updates(training.max_train_steps):
+
+        def loss(networks: nn.ModuleDict) -> Tensor:
             chosen = torch.randint(len(rows), (training.train_batch_size,))
             row, number = rows[chosen].to(device), numbers[chosen].to(device)
             clean = mean[row] + std[row] * torch.randn_like(mean[row])
             noise, level = torch.randn_like(clean), torch.randint(len(schedule), (len(clean),), device=device)
             with accelerator.autocast():
-                told = networks["text_encoder"](tokens[drop(number + 1, options.caption_dropout, 0)])[0]
-                velocity = networks["unet"](schedule.diffuse(clean, noise, level), level, told).sample
-            loop.descend(mse_loss(velocity.float(), target(schedule, clean, noise, level)))
-            rate.step()
-        make_pipeline(vae, tokenizer, networks).save_pretrained(output_dir)
+                states = networks["text_encoder"](tokens[drop(number + 1, options.caption_dropout, 0)])[0]
+                velocity = networks["unet"](schedule.diffuse(clean, noise, level), level, states).sample
+            return mse_loss(velocity.float(), target(schedule, clean, noise, level))
+
+        networks = fit(run, accelerator, training, [options], WRITTEN, loss, networks=networks)
+        make_pipeline(vae, tokenizer, networks).save_pretrained(str(run.output_dir))
 
 
 if __name__ == "__main__":

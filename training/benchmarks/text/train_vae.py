@@ -13,17 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
+from torch import Tensor
 
 from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.images import to_model_range
-from hsivi_diffusers.runs.options import flatten, option
-from hsivi_diffusers.runs.output import Output, claimed, start_run
+from hsivi_diffusers.runs.options import option
+from hsivi_diffusers.runs.output import Output
 
 from ..images.captions import load_captioned
-from ..images.train_teacher import Training, check_run, make_loop
+from ..images.training_loop import Training, claimed_alone, fit
 
 WRITTEN = ("config.json", "diffusion_pytorch_model.safetensors")
 
@@ -50,7 +49,7 @@ def make_vae(options: Autoencoder) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def scaling_factor(vae: AutoencoderKL, images: torch.Tensor) -> float:
+def scaling_factor(vae: AutoencoderKL, images: Tensor) -> float:
     """1 / std of the latents of images in [-1, 1], over images, channels and pixels."""
     latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in images.split(64)])
     return 1 / float(latents.std())
@@ -58,24 +57,19 @@ def scaling_factor(vae: AutoencoderKL, images: torch.Tensor) -> float:
 
 def main(args: list[str] | None = None) -> None:
     options, training, run = parse_options([Autoencoder, Training, Output], __doc__ or "", args=args)
-    check_run(run)
-    with claimed(run) as output_dir:
-        accelerator = Accelerator()
-        set_seed(training.seed)
+    with claimed_alone(run, training.seed) as accelerator:
         images = to_model_range(load_captioned(options.resolution)[0]).to(accelerator.device)
-        vae = make_vae(options)
-        settings = flatten([options, training])
-        start_run(run, settings, WRITTEN)
-        loop, rate, vae = make_loop(run, accelerator, training, settings, vae=vae)
-        for _ in loop.updates(training.max_train_steps):
+
+        def loss(vae: AutoencoderKL) -> Tensor:
             clean = images[torch.randint(len(images), (training.train_batch_size,), device=images.device)]
             with accelerator.autocast():
                 q = vae.encode(clean).latent_dist
                 made = vae.decode(q.sample()).sample
-            loop.descend((clean - made.float()).abs().mean() + options.kl_weight * q.kl().mean() / q.mean[0].numel())
-            rate.step()
+            return (clean - made.float()).abs().mean() + options.kl_weight * q.kl().mean() / q.mean[0].numel()
+
+        vae = fit(run, accelerator, training, [options], WRITTEN, loss, vae=make_vae(options))
         vae.register_to_config(scaling_factor=scaling_factor(vae.eval(), images))
-        vae.save_pretrained(output_dir)
+        vae.save_pretrained(str(run.output_dir))
 
 
 if __name__ == "__main__":
