@@ -292,8 +292,8 @@ def test_a_run_whose_images_have_collapsed_in_two_grids_is_stopped(tmp_path, dra
         f"error: after 3 updates the images have {factor:.2f} times the contrast and {factor:.2f} times the diversity "
         f"of the teacher's, as at the grid before, and the run was stopped: look at {samples}, and at 'Training' in "
         "docs/troubleshooting.md; start anew "
-        "with other rates than learning_rate 0.0001 (preset fast: 0.0001) and critic_learning_rate 0.01 (preset fast: "
-        "0.001), or, to go on all the same, continue with --validation_steps 0 and "
+        "with other rates than --learning_rate 0.0001 (preset fast: 0.0001) and --critic_learning_rate 0.01 (preset "
+        "fast: 0.001), or, to go on all the same, continue with --validation_steps 0 and "
         "--resume_from_checkpoint latest"
     )
     assert "and the run was stopped" in (tmp_path / "run" / "index.html").read_text()
