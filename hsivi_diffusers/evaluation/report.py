@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..runs.artifacts import read_record
+from ..runs.artifacts import decays_guidance, read_record
 from ..runs.folders import write_json, write_text
 from ..runs.measures import HALVES, MEASURES, REPORTED, format_measure
 from .figures import draw_curves, draw_samples
@@ -102,7 +102,7 @@ class Report:
             f"HSIVI was trained {'with' if training.get('train_data') else 'without'} data by the preset "
             f"`{training.get('preset')}` for {training.get('max_train_steps')} updates. Features: {self.features}.",
             GUIDED if guided else "",
-            FELL if guided and training.get("guidance_falls") else "",
+            FELL if guided and decays_guidance(training) else "",
             f"Classes that the student was not trained on: {', '.join(map(str, unknown))}." if unknown else "",
         ]
         intro = " ".join(sentence for sentence in sentences if sentence)

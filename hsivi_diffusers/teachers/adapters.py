@@ -45,6 +45,13 @@ def add_adapter(network: Any, adapter: Adapter, rank: int) -> Any:
     return adapted
 
 
+def adapter_names(network: Any, adapter: Adapter) -> list[str]:
+    """The names of the weights of an adapter of a network, as in the file that `save_adapter` writes."""
+    ends = tuple(f".{target}" for target in adapter.targets)
+    layers = [name for name, _ in network.named_modules() if f".{name}".endswith(ends)]
+    return [f"{adapter.prefix}.{name}.lora_{factor}.weight" for name in layers for factor in "AB"]
+
+
 def save_adapter(network: Any, folder: Path, prefix: str, weights_sha256: str) -> None:
     """Writes an adapter as the file that `load_lora_weights` of diffusers loads, with the hash of its base's weights.
 

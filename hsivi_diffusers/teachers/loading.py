@@ -24,7 +24,7 @@ from ..runs.artifacts import ADAPTER, run_of
 from ..runs.folders import near_folder
 from ..scheduling_hsivi import HSIVIScheduler
 from ..share.push import CUT
-from .adapters import BASE
+from .adapters import BASE, adapter_names
 from .configs import (
     REMEDY,
     Configs,
@@ -244,14 +244,21 @@ def _with_adapter(source: str, name: str | None, revision: str | None, teacher: 
         return teacher.with_adapter(source, ADAPTER, scheduler)
 
 
-def _check_adapter(source: str, teacher: Teacher) -> None:
-    """Refuses damaged weights, and warns of an adapter of other weights; those of half precision may do as well."""
+def _check_adapter(source: str, teacher: Latents) -> None:
+    """Refuses damaged or missing weights, and warns of another base, whose half precision may do as well."""
+    assert teacher.adapter is not None
     path = Path(source) / ADAPTER
     with safe_open(path if path.is_file() else hf_hub_download(source, ADAPTER), framework="pt") as file:
-        base = (file.metadata() or {}).get(BASE)
+        base, names = (file.metadata() or {}).get(BASE), set(file.keys())
         damaged = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
     if damaged:
         raise ValueError(f"{source} has {len(damaged)} weights that are not finite, such as {damaged[0]}")
+    expected = adapter_names(teacher.network, teacher.adapter)
+    if missing := [name for name in expected if name not in names]:
+        raise ValueError(
+            f"{source} lacks {len(missing)} of the {len(expected)} weights of its adapter, such as {missing[0]}: copy "
+            "the file again from the run, or give the teacher it was trained on"
+        )
     if base is not None and base != teacher.weights_sha256:
         logger.warning(
             f"{source} was trained on other weights than it is loaded onto, and its images may be poor: give the "

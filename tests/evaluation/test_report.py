@@ -77,7 +77,9 @@ def test_of_several_long_baselines_the_best_is_named(report):
     [
         ({"guidance_scale": 3.0}, ["Teacher and solvers use guidance, too"], ["decreased with noise"]),
         ({"guidance_scale": 3.0, "guidance_falls": True}, ["network calls. In training the guidance of HSIVI"], []),
-        ({"guidance_scale": 1.0, "guidance_falls": True}, [], ["guidance"]),
+        ({"guidance_scale": 3.0, "decay_guidance": True}, ["network calls. In training the guidance of HSIVI"], []),
+        ({"guidance_scale": 3.0, "decay_guidance": False}, [], ["decreased with noise"]),
+        ({"guidance_scale": 1.0, "decay_guidance": True}, [], ["guidance"]),
         ({"class_shares": [1.0, 0.0, 2.0, 0.0]}, ["Classes that the student was not trained on: 1, 3."], []),
     ],
 )

@@ -16,6 +16,7 @@ from hsivi_diffusers.distillation.config import read_settings
 from hsivi_diffusers.distillation.networks import carry_over, make_networks
 from hsivi_diffusers.distillation.pairs import TeacherPairs
 from hsivi_diffusers.distillation.progress import Progress
+from hsivi_diffusers.runs.artifacts import read_run
 from hsivi_diffusers.runs.output import seal
 from hsivi_diffusers.share.card import make_card
 from hsivi_diffusers.teachers.guidance import Guided
@@ -151,6 +152,8 @@ def test_pairs_and_the_row_of_the_teacher_have_the_guidance_of_the_training(pipe
     (start, *_) = trainer.pipeline.scheduler.trained_grids[0]
     assert ends == [start if decays else None] * 2
     assert read_settings(tmp_path / "run" / "options.json")["decay_guidance"] == decays
+    card = str(make_card(trainer.pipeline, "alice/student", read_run(tmp_path / "run")))
+    assert ("scale 3.0, decreased with noise during training, is distilled" in card) == decays
 
 
 def test_a_run_of_version_0_2_is_resumed_by_its_old_options(pipeline, tmp_path):

@@ -31,7 +31,7 @@ from hsivi_diffusers.distillation.networks import make_scheduler
 from hsivi_diffusers.distillation.updates import run_updates
 from hsivi_diffusers.runs.artifacts import ADAPTER, read_prompts, read_run
 from hsivi_diffusers.teachers import latents, prompts
-from hsivi_diffusers.teachers.adapters import add_adapter, share
+from hsivi_diffusers.teachers.adapters import adapter_names, add_adapter, share
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.loading import load_student, read_teacher
 from hsivi_diffusers.teachers.solvers import run_solver
@@ -494,12 +494,18 @@ def test_no_warning_says_that_an_adapter_is_none_of_the_text_encoder(run, caplog
     assert not caplog.records
 
 
-def test_an_adapter_that_is_damaged_or_alone_is_refused(run, tmp_path):
+def test_an_adapter_that_is_damaged_or_alone_is_refused(run, text_teachers, tmp_path):
     folder = shutil.copytree(run / "pipeline", tmp_path / "alone")
     with pytest.raises(ValueError, match="nothing beside it names its teacher: load it as its card says"):
         load_student(folder)
     state = load_file(folder / ADAPTER)
+    teacher = load_teacher(str(text_teachers("sd")))
+    assert sorted(adapter_names(teacher.network, teacher.adapter)) == sorted(state)
     name = next(iter(state))
+    for kept in ({}, {key: value for key, value in state.items() if key != name}):
+        save_file(kept, folder / ADAPTER)
+        with pytest.raises(ValueError, match=f"lacks {len(state) - len(kept)} of the {len(state)} weights"):
+            load_student(folder, teacher)
     save_file({**state, name: state[name] * math.nan}, folder / ADAPTER)
     with pytest.raises(ValueError, match=f"1 weights of .* are not finite, such as {name}"):
         push(folder, "alice/lora")
@@ -508,11 +514,11 @@ def test_an_adapter_that_is_damaged_or_alone_is_refused(run, tmp_path):
 
 
 def test_a_plan_knows_what_adapters_share(text_teachers, prompt_file, make_config, fresh_accelerator):
-    config = make_config(prompts=prompt_file, lora_rank=4, guidance_scale=3.0)
+    folder, config = str(text_teachers("sdxl")), make_config(prompts=prompt_file, lora_rank=4, guidance_scale=3.0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         meter = plan.Meter()
-        state = plan.make_fake_state(str(text_teachers("sdxl")), None, config, meter)
-    network = load_teacher(str(text_teachers("sdxl"))).network
+        state = plan.make_fake_state(folder, None, config, meter)
+    network = load_teacher(folder).network
     own = 4 * sum(weight.numel() for weight in adapted(network).parameters() if weight.requires_grad)
     assert meter.now - 4 * sum(weight.numel() for weight in network.parameters()) == 3 * own + chains_of(state)
 

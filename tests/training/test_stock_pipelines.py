@@ -16,7 +16,8 @@ from diffusers import (
 from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.distillation.state import trained
 from hsivi_diffusers.runs.artifacts import ADAPTER
-from hsivi_diffusers.teachers.adapters import add_adapter, save_network
+from hsivi_diffusers.teachers.adapters import add_adapter, save_adapter
+from hsivi_diffusers.teachers.stable_diffusion import StableDiffusion
 from tiny_text import make_scheduler, make_sd
 
 SIZE = 16  # pixels; latents have half of it
@@ -28,11 +29,11 @@ IMAGE = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
 def adapter(tmp_path_factory):
     """The folder of a LoRA that changes the network a good deal, as a run saves it."""
     folder = tmp_path_factory.mktemp("lora")
-    unet = add_adapter(make_parts()["unet"], 4)
+    unet = add_adapter(make_parts()["unet"], StableDiffusion.adapter, 4)
     with torch.no_grad():
         for weight in trained(unet):
             weight.copy_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
-    save_network(unet, folder, "hash")
+    save_adapter(unet, folder, StableDiffusion.adapter.prefix, "hash")
     grid = [899, 500, 200, 0]
     HSIVIScheduler.from_config(make_scheduler().config, layer_timesteps=grid).save_pretrained(folder / "scheduler")
     return folder
