@@ -194,13 +194,6 @@ def test_a_teacher_of_a_short_clock_is_drawn_in_fewer_steps(distil, tmp_path):
     assert (folder / "samples" / "step-1.png").exists()
 
 
-def test_a_new_start_removes_the_grids_and_the_logs_of_trackers_of_the_old_one(distil, shown, tmp_path):
-    folder = shutil.copytree(shown, tmp_path / "run")
-    assert (folder / "logs").is_dir()
-    distil(folder, "--overwrite_output_dir", max_train_steps=1, critic_updates=1)
-    assert not any((folder / name).exists() for name in ("samples", "logs"))
-
-
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
 def test_contrast_and_diversity_scale_with_the_images(factor):
     row = torch.randn(progress.COLUMNS, 1, 4, 4)
