@@ -7,6 +7,7 @@ import pytest
 
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.runs.page import LOG, PAGE
+from short_run import contents
 
 
 @pytest.fixture
@@ -66,10 +67,6 @@ def test_training_pushes_at_its_end_what_it_saved(logged_in, train, tmp_path, mo
     assert "hsivi" in files["README.md"].decode()
     for path in folder.glob("*.json"):
         assert "hf_alice" not in path.read_text()
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_name_that_cannot_be_pushed_to_is_refused_before_the_training(logged_in, train, fast_run, tmp_path, refused):
