@@ -253,8 +253,7 @@ def test_bad_components_are_refused(unet, parts, message):
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype"),
-    [(float("nan"), torch.float16), (float("inf"), torch.float32), (-float("inf"), torch.float64)],
+    ("value", "dtype"), [(float("nan"), torch.float16), (float("inf"), torch.float32), (-float("inf"), torch.float64)]
 )
 def test_weights_that_are_not_finite_are_refused_before_anything_is_drawn(unet, value, dtype, tmp_path):
     pipeline = make_pipeline(unet, noise_scale_type="per_pixel").to(dtype)

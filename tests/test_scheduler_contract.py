@@ -105,11 +105,7 @@ def test_saving_writes_a_strict_json_and_the_code_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("make", [tuple, np.array, lambda numbers: [*map(np.float64, numbers)]])
 @pytest.mark.parametrize(
     "options",
-    [
-        {"layer_timesteps": GRID},
-        {"layer_timesteps": GRID, "noise_scale": SCALES},
-        {"trained_betas": [0.1, 0.3]},
-    ],
+    [{"layer_timesteps": GRID}, {"layer_timesteps": GRID, "noise_scale": SCALES}, {"trained_betas": [0.1, 0.3]}],
 )
 def test_numbers_of_other_types_become_plain(make, options, tmp_path):
     given = HSIVIScheduler(**{name: make(numbers) for name, numbers in options.items()})

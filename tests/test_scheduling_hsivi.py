@@ -462,6 +462,7 @@ REFUSED = [
     (set_steps, {"scheduler_options": NO_SIGNAL, "num_inference_steps": 3}, "abar is 0 at 2, .*: start lower"),
     (set_steps, {"scheduler_options": {}, "sigmas": [1.0, 0.5]}, "sigmas are of a rectified flow, and this scheduler"),
     # a step
+    (lambda: NEW().step(torch.zeros(SHAPE), 10, torch.zeros(SHAPE)), {}, "call set_timesteps"),
     (step, {"output": (4, 5, 8, 8)}, "must be equal, or the output must have twice the channels"),
     (step, {"output": (4, 3, 4, 4)}, "must be equal"),
     (step, {"dtypes": (torch.float32, torch.int64)}, "the sample torch.int64: give floating-point"),
@@ -493,11 +494,6 @@ REFUSED = [
 def test_what_cannot_be_is_refused_with_a_remedy(function, arguments, message):
     with pytest.raises(ValueError, match=message):
         function(**arguments)
-
-
-def test_a_layer_needs_a_grid():
-    with pytest.raises(ValueError, match="call set_timesteps"):
-        HSIVIScheduler().step(torch.zeros(SHAPE), 10, torch.zeros(SHAPE))
 
 
 def test_what_a_noise_prediction_does_not_determine_others_do():

@@ -143,6 +143,8 @@ def test_a_record_of_version_0_2_is_read_if_what_was_removed_changes_nothing():
         ({}, "pair_steps", 3, False),
         ({}, "start_noise", 9.0, False),
         ({}, "loss_weight", "sigma", False),
+        ({"guidance_scale": 2.0}, "guidance_scale", [2.0], True),  # the same in another form
+        ({"guidance_scale": [1.0, 3.0]}, "guidance_scale", [3.0, 1.0], True),
         ({}, "start_spacing", 0, True),
         ({"num_inference_steps": [1, 2]}, "start_spacing", 0, False),  # several grids start 20 apart now
         ({"num_inference_steps": [1, 2]}, "start_spacing", 20, True),

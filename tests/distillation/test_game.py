@@ -231,11 +231,7 @@ def test_random_levels_move_no_double_to_an_apple_gpu(bridge):
     ("grid", "settings", "message"),
     [
         (GRID, {"level_range": (5, 1000)}, r"level_range=\(5, 1000\): give two timesteps in order, from 0 to 999"),
-        (
-            [900, 600, 0],
-            {"level_range": (5, 500)},
-            "a layer ends at timestep 600, above 500, .* a lower start",
-        ),
+        ([900, 600, 0], {"level_range": (5, 500)}, "a layer ends at timestep 600, above 500, .* a lower start"),
         (GRID, {"level_range": (220, 800)}, "starts at timestep 220, .* drawn from 220 on: .* level_min below 220"),
         ([800, 400, -1], {}, "the grid ends at -1"),
         ([[440, 0], [800, 400, -1]], {}, "the grid ends at -1"),

@@ -17,18 +17,11 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
-from hsivi_diffusers import (
-    HSIVIConfig,
-    HSIVINoiseScale,
-    HSIVIPipeline,
-    HSIVIScheduler,
-    HSIVITrainer,
-    Teacher,
-    load_teacher,
-)
+from hsivi_diffusers import HSIVIConfig, HSIVINoiseScale, HSIVIScheduler, HSIVITrainer, Teacher, load_teacher
 from hsivi_diffusers.distillation import state
 from hsivi_diffusers.distillation.networks import load_networks, make_scheduler
 from hsivi_diffusers.runs.artifacts import ADAPTER
+from short_run import pipeline_of
 from tiny_text import PROMPTS, make_text
 from tiny_unet import save_teacher
 
@@ -132,12 +125,6 @@ def test_a_teacher_given_in_half_precision_is_trained_in_single_and_stays_as_it_
 
 
 # ----- going on from an earlier run -----
-
-
-def pipeline_of(folder):
-    pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module")
@@ -259,11 +246,7 @@ def test_runs_that_do_not_fit_are_refused(
     old, old_classes = without_record(fast_run, tmp_path / "old"), without_record(class_run, tmp_path / "old_classes")
     shape = "has networks of another shape than the teacher: give a run of the same"
     for run, settings, message in (
-        (
-            fast_run,
-            {"teacher": other},
-            "was trained with another teacher, of other weights or noise levels",
-        ),
+        (fast_run, {"teacher": other}, "was trained with another teacher, of other weights or noise levels"),
         (class_run, {}, "was trained with another teacher"),
         (old, {"teacher": class_teacher, "num_inference_steps": [1, 2]}, shape),
         (old_classes, {"num_inference_steps": [1, 2]}, shape),

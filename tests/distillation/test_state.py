@@ -44,33 +44,6 @@ def test_the_random_levels_end_at_a_signal(make, side, highest):
     assert make(make_unet(sample_size=side)).bridge.level_range == (5, highest)
 
 
-SHORT = HSIVIScheduler(num_train_timesteps=12)
-
-
-@pytest.mark.parametrize(
-    ("settings", "schedule", "message"),
-    [
-        (
-            {"start_timestep": 999, "num_inference_steps": 10},
-            None,
-            "ends at timestep 899, above 800, the highest that is scored: set a lower start_timestep, or take fewer",
-        ),
-        ({"num_inference_steps": 100}, None, "starts at timestep 4, .* from 5 on: take fewer steps, or set level_min"),
-        ({"level_min": 900}, None, "level_min=900: give a timestep up to 800, the highest in training"),
-        (
-            {"num_pairs": 8, "start_timestep": 10, "level_min": 1},
-            SHORT,
-            "num_pairs=8: a pair takes 15 solver steps, .* schedule has fewer timesteps: set num_pairs=0",
-        ),
-        ({"class_shares": [1.0]}, None, "class_shares has 1 numbers, and the teacher 0 classes: leave it out"),
-    ],
-)
-def test_what_the_teacher_cannot_do_is_refused(make, unet, settings, schedule, message):
-    with pytest.raises(ValueError, match=message) as refused:
-        make(unet, schedule, **settings)
-    assert "\n" not in str(refused.value)
-
-
 def test_layers_that_are_scored_at_their_own_levels_need_no_others(make, unet):
     assert make(unet, preset="paper", num_inference_steps=100).bridge.num_layers == 100
 

@@ -26,7 +26,7 @@ from hsivi_diffusers.distillation.config import REMOVED
 from hsivi_diffusers.distillation.trainer import InterruptedRunError, make_accelerator
 from hsivi_diffusers.runs.output import read_progress, seal
 from hsivi_diffusers.vi import KullbackLeibler, Regression, ScoreMatching
-from short_run import SETTINGS
+from short_run import SETTINGS, contents, pipeline_of
 from tiny_text import PROMPTS
 from tiny_unet import make_unet
 
@@ -38,11 +38,6 @@ ONE = {"preset": "one_call", "num_inference_steps": 1, "num_pairs": 12, "critic_
 def make(teacher, folder=None, callbacks=(), objective=None, **settings):
     config = HSIVIConfig(**{**SETTINGS, **settings}, output_dir=folder)
     return HSIVITrainer(teacher, config, callbacks=callbacks, objective=objective)
-
-
-def contents(folder):
-    """Every file under a folder, with its bytes."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def checkpoints(folder):
@@ -87,8 +82,7 @@ def interrupt(distil, folder, **options):
 @pytest.mark.parametrize("preset", ["fast", "paper"])
 def test_a_run_makes_a_pipeline_of_its_layers_and_records_its_options(request, teacher, preset):
     folder = request.getfixturevalue(f"{preset}_run")
-    pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_of(folder)
     config = HSIVIConfig(preset=preset, **SETTINGS)
     options = json.loads((folder / "options.json").read_text())
     assert options == {"pretrained_teacher_model": str(teacher), "revision": None, **config.record()}
@@ -128,8 +122,7 @@ def test_a_run_is_a_function_of_its_seed_and_latest_starts_one(distil, fast_run,
 
 
 def test_a_class_conditional_teacher_trains(class_run, class_teacher):
-    pipeline = HSIVIPipeline.from_pretrained(class_run / "pipeline")
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_of(class_run)
     before = load_teacher(class_teacher).network.class_embedding.weight
     assert not torch.equal(pipeline.unet.class_embedding.weight, before)
     images = [
@@ -143,8 +136,7 @@ def test_a_class_conditional_teacher_trains(class_run, class_teacher):
 
 
 def test_one_student_is_trained_for_several_step_counts(several_run):
-    pipeline = HSIVIPipeline.from_pretrained(several_run / "pipeline")
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_of(several_run)
     assert pipeline.scheduler.config.layer_timesteps == [[440, 0], [460, 230, 0], [480, 360, 240, 120, 0]]
     assert json.loads((several_run / "options.json").read_text())["num_inference_steps"] == [1, 2, 4]
 
@@ -166,7 +158,7 @@ def test_a_run_counts_the_calls_of_its_pairs_and_makes_a_pipeline_of_one_call(di
     calls = json.loads((run / "training.json").read_text())["network_calls"]
     # 12 pairs of 15 calls, 3 updates of 4 rows, and 5 of the layers, with 2 of the critic, which share an answer.
     assert calls == 12 * 15 + 3 * 4 + 5 * 4 * (1 + 1 + 1 + 2)
-    pipeline = HSIVIPipeline.from_pretrained(run / "pipeline")
+    pipeline = pipeline_of(run)
     assert pipeline.scheduler.config.layer_timesteps == [440, 0]
     assert not (run / "pairs").exists()  # of no use to a run that has ended
     assert distil(run, resume_from_checkpoint="latest", **ONE)
@@ -377,6 +369,8 @@ def save(folder, size=1000, bias=0.0, cut=0, **options):
     [
         (None, {"num_inference_steps": 10, "start_timestep": 999}, "set a lower start_timestep, or take fewer steps"),
         (None, {"num_inference_steps": 100}, "take fewer steps, or set level_min below 4"),
+        (None, {"level_min": 900}, "level_min=900: give a timestep up to 800, the highest in training"),
+        (None, {"class_shares": (1.0,)}, "class_shares has 1 numbers, and the teacher 0 classes: leave it out"),
         (None, {"num_inference_steps": 1000}, "take at most 440 steps, or set a higher start_timestep"),
         (None, {"pretrained_teacher_model": "./nowhere"}, "'./nowhere' is no folder here"),
         (None, {"learning_rate": -1.0}, "learning_rate=-1.0"),
@@ -394,8 +388,9 @@ def test_what_cannot_run_is_refused_before_a_finished_run_is_removed(
     before = contents(folder)
     if other is not None:
         options = {"pretrained_teacher_model": save(tmp_path / "teacher", **other), **options}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         distil(folder, "--overwrite_output_dir=true", **options)
+    assert "\n" not in str(refused.value)
     assert starts == []
     assert contents(folder) == before
 
@@ -410,12 +405,10 @@ def test_a_filled_output_folder_is_refused_before_the_teacher_is_loaded(distil, 
 
 def test_overwriting_starts_over(distil, fast_run, paper_run, tmp_path, starts, differences):
     folder = shutil.copytree(paper_run, tmp_path / "run")
-    (folder / "pairs").mkdir()
     distil(folder, "--overwrite_output_dir", preset="fast")
     assert starts == [0]
     assert json.loads((folder / "options.json").read_text())["preset"] == "fast"
     assert differences(folder, fast_run) == []
-    assert not (folder / "pairs").exists()
 
 
 # ----- hardware -----
@@ -560,24 +553,32 @@ def test_checkpoints_are_pruned_to_the_limit_in_the_order_of_their_numbers(disti
     assert json.loads((folder / "checkpoints" / "checkpoint-9" / "progress.json").read_text())["step"] == 9
 
 
+@pytest.mark.parametrize("record", ["kept", "lost"])
 @pytest.mark.parametrize(
     ("of", "options", "message"),
     [
         (
             "fast_run",
-            {"learning_rate": 0.1, "max_train_steps": 6},
-            r"other options \(max_train_steps: 5 -> 6; learning_rate: 0.0001 -> 0.1\): resume with the same",
+            {"learning_rate": 0.1, "seed": 1},
+            r"\(seed: 0 -> 1; learning_rate: 0.0001 -> 0.1\): resume with the",
         ),
         ("several_run", {"num_inference_steps": 4}, r"other options \(num_inference_steps: \[1, 2, 4\] -> \[4\]\)"),
     ],
 )
-def test_resuming_with_other_options_is_refused_and_names_them(request, distil, tmp_path, starts, of, options, message):
+def test_resuming_with_other_options_is_refused_and_names_them(
+    request, distil, tmp_path, starts, of, options, message, record
+):
+    """They are under the seal of a checkpoint too, so a run whose options.json is lost goes on with no others."""
     folder = shutil.copytree(request.getfixturevalue(of), tmp_path / "run")
+    starts.clear()
+    if record == "lost":
+        (folder / "options.json").unlink()
     before = contents(folder)
     with pytest.raises(ValueError, match=message):
         distil(folder, **options, resume_from_checkpoint="latest")
     with pytest.raises(ValueError, match="holds a run with other options"):
         distil(tmp_path / "new", **options, resume_from_checkpoint=folder / "checkpoints" / "checkpoint-5")
+    assert not (tmp_path / "new" / "options.json").exists()
     assert starts == []
     assert contents(folder) == before
 
@@ -674,16 +675,16 @@ KINDS = {
     "guided": {"guidance_scale": (1.0, 3.0), **FEW},
     "flow": {"noise_eta": 0.0, **FEW},
     "dit": {"guidance_scale": 3.0, **FEW},
-    "text": {"guidance_scale": 3.0, "lora_rank": 4, **FEW},
-    "pairs": {**ONE, **FEW},
+    "text": {"guidance_scale": 3.0, "lora_rank": 4, "num_inference_steps": 1, "num_pairs": 8, **FEW},
+    "pairs": {"guidance_scale": (1.0, 3.0), **ONE, **FEW},
 }
 
 
 @pytest.fixture(scope="module")
 def train(launch, distil, class_teacher, flow_teacher, dit_teacher, text_teachers, tmp_path_factory):
     """Does a run of a kind, or what is left of one: several processes of their own, or batches in this one."""
-    teachers = {"classes": class_teacher, "guided": class_teacher, "flow": flow_teacher, "dit": dit_teacher}
-    teachers["text"] = text_teachers("sd")
+    teachers = dict.fromkeys(("classes", "guided", "pairs"), class_teacher)
+    teachers |= {"flow": flow_teacher, "dit": dit_teacher, "text": text_teachers("sd")}
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
 
@@ -720,7 +721,7 @@ def test_two_processes_equal_two_accumulated_batches(parallel, accumulated, diff
     assert differences(folder, accumulated[kind]) == []
     assert json.loads((folder / "training.json").read_text())["processes"] == 2
     chains = [load_file(last_checkpoint(folder) / f"chains-{number}.safetensors") for number in (0, 1)]
-    if kind not in ("paper", "pairs"):  # of one layer, or empty after each chain
+    if kind not in ("paper", "text", "pairs"):  # of one layer, or empty after each chain
         assert not chains[0]["x_next"].equal(chains[1]["x_next"])
 
 

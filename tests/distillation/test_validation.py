@@ -34,6 +34,7 @@ from hsivi_diffusers import HSIVIConfig
         ({"noise_eta": -0.1}, "noise_eta=-0.1: give a number from 0 to 1"),
         ({"lora_rank": -1}, "lora_rank=-1: give a number from 0 on, or leave it out"),
         ({"guidance_scale": [2.0, 2.0]}, r"guidance_scale=\[2.0, 2.0\]: give numbers from 0 on that differ"),
+        ({"guidance_scale": -1.0}, "guidance_scale=-1.0: give numbers from 0 on that differ, 1 for none"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan: give numbers from 0 on"),
         *(
             ({"class_shares": shares}, "class_shares=.*: give a number from 0 on for each class, not all 0")
@@ -52,10 +53,14 @@ from hsivi_diffusers import HSIVIConfig
         ({"decay_guidance": False}, "decay_guidance=False has no effect without a guidance_scale other than 1"),
         ({"decay_guidance": False, "guidance_scale": 1.0}, "decay_guidance=False has no effect"),
         ({"negative_prompt": "blurry"}, "negative_prompt='blurry' has no effect without prompts and a guidance_scale"),
-        (
-            {"prompts": ["a"], "guidance_scale": 1.0, "negative_prompt": "blurry"},
-            "negative_prompt='blurry' has no effect without prompts and a guidance_scale other than 1",
+        *(
+            (
+                {**given, "negative_prompt": "x"},
+                "negative_prompt='x' has no effect without prompts and a guidance_scale",
+            )
+            for given in ({"guidance_scale": 3.0}, *({"prompts": ["a"], "guidance_scale": of} for of in (1.0, [1.0])))
         ),
+        ({"prompts": "nowhere.txt", "guidance_scale": 2.0}, "prompts='nowhere.txt' is no file"),
         ({"num_pairs": 8, "noise_scale_type": "per_pixel"}, "'per_pixel' has nothing to learn from pairs"),
         ({"objective": "SM"}, "scoring='between' with objective='SM': .* set objective to 'KL', or scoring to 'random"),
         ({"preset": "paper", "noise_eta": 0.0}, "noise_eta=0, and outputs without noise have no score"),

@@ -288,18 +288,6 @@ def test_a_run_is_resumed_by_the_name_of_its_folder(distil, tmp_path):
     assert weights_of_other.read_bytes() == weights
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_options_are_under_the_seal(distil, run, tmp_path, named):
-    """So a run whose options.json is gone does not continue with others, in its folder or in another."""
-    (run / "options.json").unlink()
-    folder = tmp_path / "other" if named else run
-    checkpoint = run / "checkpoints" / "checkpoint-4" if named else "latest"
-    with pytest.raises(ValueError, match=r"run holds a run with other options \(seed: 0 -> 1\): resume with the same"):
-        distil(folder, resume_from_checkpoint=checkpoint, seed=1)
-    assert not (folder / "options.json").exists()
-    distil(run, resume_from_checkpoint="latest")
-
-
 # ----- the folder of a run -----
 
 

@@ -12,10 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, PNDMPipeline, PNDMScheduler
 from huggingface_hub import HfApi, ModelCard, constants
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load, load_file, save_file
@@ -27,6 +24,7 @@ from hsivi_diffusers.share.card import make_card
 from hsivi_diffusers.share.push import CUT, read_run
 from hub_server import Hub, run_clients, signed_in
 from make_golden import draw, make_pipeline
+from short_run import contents
 from tiny_unet import make_unet
 
 ROWS = [
@@ -86,10 +84,6 @@ def same(run_dir):
 @pytest.fixture
 def pipeline(run_dir):
     return HSIVIPipeline.from_pretrained(run_dir / "pipeline")
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.runs.page import LOG, PAGE
+from short_run import contents
 
 
 @pytest.fixture
@@ -31,10 +32,6 @@ def refused(capsys):
         return capsys.readouterr().err
 
     return call
-
-
-def test_the_help_names_its_options(check_help):
-    check_help(cli.push_run, "hub", "options")
 
 
 def test_a_finished_run_is_pushed_with_its_card(logged_in, fast_run, capsys, refused):
@@ -72,10 +69,6 @@ def test_training_pushes_at_its_end_what_it_saved(logged_in, train, tmp_path, mo
         assert "hf_alice" not in path.read_text()
 
 
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_name_that_cannot_be_pushed_to_is_refused_before_the_training(logged_in, train, fast_run, tmp_path, refused):
     folder = shutil.copytree(fast_run, tmp_path / "run")
     assert "push under your own name" in refused(train, folder, "--hub_model_id=bob/tiny", "--overwrite_output_dir")
@@ -91,19 +84,6 @@ def test_a_push_that_fails_leaves_the_pipeline_and_says_how_to_push_it(logged_in
     assert json.loads((folder / "training.json").read_text())["processes"] == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--hub_model_id is missing"),
-        (["--hub_model_id=alice/x"], "--run_dir is missing"),
-        (["--hub_model_id=alice/x", "--run_dir=nowhere"], "holds no pipeline: give the folder of a finished run"),
-    ],
-)
-def test_what_is_missing_is_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        cli.push_run(arguments)
-
-
 def test_training_needs_a_name_to_push_to(train, distil, tmp_path, refused):
     folder = tmp_path / "run"
     assert "--push_to_hub needs --hub_model_id" in refused(train, folder)
@@ -114,23 +94,14 @@ def test_training_needs_a_name_to_push_to(train, distil, tmp_path, refused):
 
 
 def test_a_run_begun_anew_forgets_the_report_of_the_old_one(distil, fast_run, tmp_path):
-    shutil.copytree(fast_run, tmp_path / "run")
-    for name in ("report.json", "report.md", "samples.png", "curve.png"):
-        (tmp_path / "run" / name).write_text("old")
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    distil(tmp_path / "run", "--overwrite_output_dir", max_train_steps=1, critic_updates=1)
-    left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {
-        ".lock",
-        "checkpoints",
-        "critic",
-        "notes.txt",
-        "options.json",
-        "pipeline",
-        "training.json",
-        PAGE,
-        LOG,
-    }
+    folder = shutil.copytree(fast_run, tmp_path / "run")
+    old = ["report.json", "report.md", "samples.png", "curve.png", "samples/step-1.png", "logs/hsivi", "pairs/0"]
+    for name in ("notes.txt", *old):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("old")
+    distil(folder, "--overwrite_output_dir", max_train_steps=1, critic_updates=1)
+    left = {"checkpoints", "critic", "notes.txt", "options.json", "pipeline", "training.json"}
+    assert {path.name for path in folder.iterdir()} == {".lock", PAGE, LOG, *left}
 
 
 def test_no_repo_is_made_where_the_folder_is_refused(train, tmp_path, refused, logged_in):

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 
 import pytest
 import torch
@@ -17,13 +16,12 @@ from hsivi_diffusers.distillation.networks import carry_over, make_networks
 from hsivi_diffusers.distillation.pairs import TeacherPairs
 from hsivi_diffusers.distillation.progress import Progress
 from hsivi_diffusers.runs.artifacts import read_run
-from hsivi_diffusers.runs.output import seal
 from hsivi_diffusers.share.card import make_card
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.loading import load_teacher
 from hsivi_diffusers.teachers.pixels import Pixels
 from hsivi_diffusers.teachers.teacher import Teacher
-from short_run import SETTINGS
+from short_run import SETTINGS, train
 from tiny_unet import make_unet
 
 GRID = [440, 220, 10]
@@ -48,12 +46,6 @@ def short_fits(monkeypatch):
 
 def bridge_of(teacher, scales, **options):
     return TeacherBridge(teacher, HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0, guidance_scale=scales), **options)
-
-
-def train(pipeline, folder, **options):
-    trainer = HSIVITrainer(pipeline, HSIVIConfig(**{**SETTINGS, **options}, output_dir=str(folder)))
-    trainer.train()
-    return trainer
 
 
 @pytest.mark.parametrize("scales", [[3.0], [1.0, 2.0, 5.0]])
@@ -131,13 +123,6 @@ def test_the_guidance_of_a_bridge_ends_where_its_highest_grid_starts(teacher):
     torch.testing.assert_close(bridge.guided(*given), Guided(teacher, [3 - 2 * sigma])(*given))
 
 
-def test_a_guidance_scale_of_1_is_none_and_trains_every_class(pipeline, tmp_path):
-    state = HSIVITrainer(pipeline, HSIVIConfig(**SETTINGS, guidance_scale=1.0, output_dir=str(tmp_path / "run"))).state
-    assert (state.bridge.num_classes, state.bridge.guided.calls) == (4, 1)
-    drawn = state.sample_condition(400, torch.Generator().manual_seed(0))
-    assert drawn.bincount(minlength=4).min() > 50
-
-
 @pytest.mark.parametrize("decays", [True, False])
 def test_pairs_and_the_row_of_the_teacher_have_the_guidance_of_the_training(pipeline, tmp_path, decays, monkeypatch):
     ends, made = [], TeacherPairs.__init__
@@ -154,23 +139,6 @@ def test_pairs_and_the_row_of_the_teacher_have_the_guidance_of_the_training(pipe
     assert read_settings(tmp_path / "run" / "options.json")["decay_guidance"] == decays
     card = str(make_card(trainer.pipeline, "alice/student", read_run(tmp_path / "run")))
     assert ("scale 3.0, decreased with noise during training, is distilled" in card) == decays
-
-
-def test_a_run_of_version_0_2_is_resumed_by_its_old_options(pipeline, tmp_path):
-    run = tmp_path / "run"
-    pipeline.save_pretrained(tmp_path / "teacher")
-    options = {**SETTINGS, "guidance_scale": 3.0, "decay_guidance": False, "output_dir": str(run)}
-    HSIVITrainer(str(tmp_path / "teacher"), HSIVIConfig(**options)).train()
-    record = run / "options.json"
-    recorded = json.loads(record.read_text())
-    recorded["guidance_falls"] = recorded.pop("decay_guidance")
-    record.write_text(json.dumps({**recorded, "start_signal": 3.2, "start_noise": None, "pair_weight": 0.005}))
-    cli.main(["distil", f"--output_dir={run}", "--resume_from_checkpoint=latest"])
-    with pytest.raises(SystemExit):
-        cli.main(["distil", f"--output_dir={run}", "--resume_from_checkpoint=latest", "--decay_guidance=true"])
-    record.write_text(json.dumps({**recorded, "pair_weight": 0.1}))
-    with pytest.raises(ValueError, match="trained with pair_weight=0.1, and the option was removed: finish it with"):
-        read_settings(record)
 
 
 def test_a_student_of_several_scales_starts_farther_from_no_class_the_larger_the_scale(teacher):
@@ -219,61 +187,17 @@ def test_classes_are_trained_by_their_shares(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("classes", "options", "message"),
     [
-        ({"class_shares": [1.0, 1.0]}, "class_shares has 2 numbers, and the teacher 3 classes: give as many"),
-        ({"class_shares": [0.0, 0.0, 0.0]}, "class_shares=.* give a number from 0 on for each class, not all 0"),
-        ({"class_shares": [1.0, -1.0, 1.0]}, "class_shares=.* give a number from 0 on for each class"),
-        ({"class_shares": [1.0, 1e38, 1.0]}, "class_shares=.* give a number from 0 on for each class"),
-        ({"guidance_scale": 1.0, "decay_guidance": False}, "decay_guidance=False has no effect without a guidance_sc"),
-        ({"guidance_scale": None, "decay_guidance": False}, "decay_guidance=False has no effect without a guidance_sc"),
-        ({"guidance_scale": -1.0}, "guidance_scale=-1.0: give numbers from 0 on that differ, 1 for none"),
+        (4, {"class_shares": [1.0, 1.0]}, "class_shares has 2 numbers, and the teacher 3 classes: give as many"),
+        (None, {}, "guidance_scale was given, and the teacher has no class labels"),
     ],
 )
-def test_what_is_refused(pipeline, tmp_path, options, message):
+def test_what_is_refused(tmp_path, classes, options, message):
+    pipeline = DDPMPipeline(unet=make_unet(num_class_embeds=classes), scheduler=DDPMScheduler())
     with pytest.raises(ValueError, match=message):
-        train(pipeline, tmp_path / "run", **{"guidance_scale": 2.0, **options})
+        train(pipeline, tmp_path / "run", guidance_scale=2.0, **options)
     assert not (tmp_path / "run").exists()
-
-
-def test_guidance_needs_a_label_for_no_class(tmp_path):
-    with pytest.raises(ValueError, match="guidance_scale was given, and the teacher has no class labels"):
-        train(DDPMPipeline(unet=make_unet(), scheduler=DDPMScheduler()), tmp_path / "run", guidance_scale=2.0)
-
-
-def test_a_guided_run_with_pairs_resumes_to_the_same_bits_and_calls(pipeline, tmp_path, same_tensors):
-    options = {**SETTINGS, "guidance_scale": [1.0, 3.0], "num_pairs": 8}
-    whole = HSIVITrainer(pipeline, HSIVIConfig(**options, output_dir=str(tmp_path / "whole")))
-    calls = whole.train()["network_calls"]
-    config = HSIVIConfig(**options, output_dir=str(tmp_path / "stopped"))
-
-    def stop(trainer, step):
-        if step.step == 2:
-            raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        HSIVITrainer(pipeline, config, callbacks=[stop]).train()
-    trainer = HSIVITrainer(pipeline, config)
-    assert trainer.train(resume_from_checkpoint="latest")["network_calls"] == pytest.approx(calls, abs=4)
-    assert same_tensors(trainer.pipeline.unet.state_dict(), whole.pipeline.unet.state_dict())
-
-
-@pytest.mark.parametrize(("recorded", "given"), [([2.0], 2.0), ([3.0, 1.0], [1.0, 3.0])])
-def test_a_run_that_recorded_its_scales_in_another_form_resumes(pipeline, tmp_path, recorded, given):
-    run = tmp_path / "run"
-    config = HSIVIConfig(**SETTINGS, guidance_scale=given, output_dir=str(run))
-    HSIVITrainer(pipeline, config).train()
-    shutil.rmtree(run / "checkpoints" / "checkpoint-5")
-    progress = run / "checkpoints" / "checkpoint-4" / "progress.json"
-    sealed = json.loads(progress.read_text())
-    sealed["identity"]["guidance_scale"] = recorded
-    for name in ("sha256", "files"):
-        del sealed[name]
-    progress.write_text(json.dumps(seal(progress.parent, sealed)))
-    record = run / "options.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "guidance_scale": recorded}))
-    HSIVITrainer(pipeline, config).train("latest")
-    assert json.loads(record.read_text())["guidance_scale"] == given
 
 
 def test_a_run_goes_on_with_the_same_several_scales_alone(pipeline, tmp_path):
@@ -301,8 +225,7 @@ def test_the_card_names_the_scales(pipeline, tmp_path):
 
 def test_a_guided_student_is_measured_against_guided_solvers_of_two_calls_a_step(pipeline, tmp_path, extractor):
     pipeline.save_pretrained(tmp_path / "teacher")
-    options = {**SETTINGS, "guidance_scale": 3.0, "output_dir": str(tmp_path / "run")}
-    HSIVITrainer(str(tmp_path / "teacher"), HSIVIConfig(**options)).train()
+    train(tmp_path / "teacher", tmp_path / "run", guidance_scale=3.0)
     sizes = ["--num_samples=20", "--reference_samples=20", "--reference_steps=2", "--ddpm_steps=3", "--ddim_steps=0"]
     evaluate.main([f"--run_dir={tmp_path / 'run'}", f"--feature_extractor={extractor}", *sizes, "--solver_steps=2"])
     rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]

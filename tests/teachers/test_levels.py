@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsivi_diffusers import HSIVIScheduler
-from hsivi_diffusers.teachers.levels import LOWEST_SIGNAL, clock_of
+from hsivi_diffusers.teachers.levels import clock_of
 from hsivi_diffusers.teachers.solvers import SOLVERS, make_scheduler
 
 LINEAR = HSIVIScheduler()
@@ -35,18 +35,6 @@ def test_a_lower_signal_is_at_no_lower_level_and_on_the_clock(schedule, signal, 
     assert 0 <= here <= lower < len(schedule)
 
 
-def test_a_student_starts_where_it_is_told_else_by_the_rule():
-    clock = clock_of(LINEAR)
-    assert clock.start(600, ("signal", 3.2), GREY) == 600
-    assert clock.start(None, ("signal", 3.2), GREY) == 674
-    assert clock.start(None, ("noise", 2.5), GREY) == clock.start(None, ("noise", 2.5), (1, 8, 8)) == 440
-    assert clock.start(None, None, GREY) is None
-    flow = clock_of(FLOW)
-    assert flow.start(None, ("signal", 3.2), GREY) == flow.start(999, None, GREY) == 999
-    with pytest.raises(ValueError, match="start_timestep=600: a student of a rectified flow starts at 999"):
-        flow.start(600, None, GREY)
-
-
 def test_several_grids_start_a_fiftieth_of_the_clock_apart_and_of_a_flow_together():
     assert clock_of(LINEAR).starts(440, None, GREY, 3) == [440, 460, 480]
     assert clock_of(LINEAR).starts(990, None, GREY, 3) == [959, 979, 999]
@@ -54,10 +42,7 @@ def test_several_grids_start_a_fiftieth_of_the_clock_apart_and_of_a_flow_togethe
     assert clock_of(FLOW).starts(None, None, GREY, 2) == [999, 999]
 
 
-def test_the_highest_level_is_where_an_image_begins_to_show_and_of_a_flow_above_every_output():
-    assert clock_of(LINEAR).highest_level(GREY, torch.tensor([0, 300])) == clock_of(LINEAR).signal_level(
-        GREY, LOWEST_SIGNAL
-    )
+def test_the_highest_level_of_a_flow_is_above_every_output():
     assert clock_of(FLOW).highest_level((1, 1, 1), torch.tensor([0, 990])) == 991
 
 

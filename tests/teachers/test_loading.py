@@ -39,13 +39,6 @@ def test_a_teacher_is_loaded_with_its_schedule(unet, tmp_path, pipeline_class, s
     assert load_teacher(teacher) is teacher
 
 
-def test_a_scheduler_made_in_memory_keeps_its_clipping(unet):
-    """diffusers lists its defaults, and another class would take its own instead."""
-    assert load_teacher(DDPMPipeline(unet=unet, scheduler=DDPMScheduler())).schedule.config.clip_sample is True
-    free = DDPMPipeline(unet=unet, scheduler=DDPMScheduler(clip_sample=False))
-    assert load_teacher(free).schedule.config.clip_sample is False
-
-
 def test_identity_is_of_weights_and_configs(teacher, tmp_path):
     copy = load_teacher(str(shutil.copytree(teacher, tmp_path / "elsewhere")))
     before = copy.identity()
@@ -179,6 +172,60 @@ def test_what_is_no_teacher_is_refused_before_its_weights_are_loaded(tmp_path, n
             read(str(tmp_path))
 
 
+EDITED = [
+    (
+        "dit",
+        "model_index.json",
+        {"_class_name": "DDPMPipeline", "vae": [None, None]},
+        "DDPMPipeline with transformer: only",
+    ),
+    ("dit", "transformer/config.json", {"sample_size": [8, 8]}, "sample_size=.8, 8. of the transformer: it must"),
+    ("dit", "transformer/config.json", {"out_channels": 3}, "the transformer takes 2 channels and returns 3"),
+    (
+        "dit",
+        "transformer/config.json",
+        {"_class_name": "SD3Transformer2DModel"},
+        "a transformer of type SD3Transformer",
+    ),
+    (
+        "dit",
+        "scheduler/scheduler_config.json",
+        {"_class_name": "EDMEulerScheduler"},
+        "neither betas nor a rectified flow",
+    ),
+    ("sd", "unet/config.json", {"in_channels": 9}, "the unet takes 9 channels and returns 2"),
+    (
+        "sd",
+        "unet/config.json",
+        {"time_cond_proj_dim": 8},
+        "time_cond_proj_dim=8 of the unet, and only None is supported",
+    ),
+    ("sd", "unet/config.json", {"_class_name": "UNet2DModel"}, "unet of type UNet2DModel, a UNet2DConditionModel is"),
+    (
+        "sdxl",
+        "unet/config.json",
+        {"addition_embed_type": "image"},
+        "addition_embed_type='image' of the unet, and only None",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "file", "change", "message"), EDITED)
+def test_what_the_configs_refuse_is_refused_before_weights_are_loaded(
+    dit_teacher, text_teachers, tmp_path, kind, file, change, message
+):
+    folder = shutil.copytree(dit_teacher if kind == "dit" else text_teachers(kind), tmp_path / "other")
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    config = {**json.loads((folder / file).read_text()), **change}
+    if "scheduler" in file:
+        config = {name: value for name, value in config.items() if not name.startswith(("beta", "trained"))}
+    (folder / file).write_text(json.dumps(config))
+    for read in (load_teacher, read_teacher):
+        with pytest.raises(ValueError, match=message):
+            read(str(folder))
+
+
 def test_what_looks_like_it_is_loaded(unet, tmp_path):
     DDPMPipeline(unet=unet, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)).save_pretrained(tmp_path / "flow")
     schedule = load_teacher(str(tmp_path / "flow")).schedule
@@ -187,8 +234,3 @@ def test_what_looks_like_it_is_loaded(unet, tmp_path):
     schedule = load_teacher(of(DDIMScheduler(**options))).schedule
     assert schedule.alphas_cumprod[-1] == 0
     assert load_teacher(of(DDPMScheduler(), class_embed_type="timestep", num_class_embeds=4)).num_conditions() == 4
-
-
-def test_something_else_is_refused():
-    with pytest.raises(ValueError, match="teacher is a int: give a folder, a repo id, or a loaded pipeline"):
-        load_teacher(3)

@@ -33,14 +33,16 @@ from hsivi_diffusers.runs.artifacts import ADAPTER, read_prompts, read_run
 from hsivi_diffusers.teachers import latents, prompts
 from hsivi_diffusers.teachers.adapters import adapter_names, add_adapter, share
 from hsivi_diffusers.teachers.guidance import Guided
-from hsivi_diffusers.teachers.loading import load_student, read_teacher
+from hsivi_diffusers.teachers.loading import load_student
 from hsivi_diffusers.teachers.solvers import run_solver
 from hsivi_diffusers.teachers.stable_diffusion import TARGETS, StableDiffusion
 from short_run import SETTINGS as SHORT
+from short_run import train
+from tiny_dit import make_dit
 from tiny_text import KINDS, PROMPTS, make_text
 
 CPU = torch.device("cpu")
-SETTINGS = {**SHORT, "guidance_scale": 3.0}
+GIVEN = {"prompts": PROMPTS, "guidance_scale": 3.0}
 WITH_ADAPTERS = ["sd", "sdxl"]
 
 
@@ -267,9 +269,7 @@ def test_an_adapter_is_trained_in_single_precision_on_a_teacher_in_half():
 def test_the_stock_pipeline_draws_with_the_file_what_the_trainer_draws(text_teachers, tmp_path, kind, given):
     folder = text_teachers(kind)
     teacher = DiffusionPipeline.from_pretrained(folder) if given == "pipeline" else str(folder)
-    config = HSIVIConfig(**SETTINGS, prompts=PROMPTS, lora_rank=4, learning_rate=1e-2, output_dir=str(tmp_path / "run"))
-    trainer = HSIVITrainer(teacher, config)
-    trainer.train()
+    trainer = train(teacher, tmp_path / "run", **GIVEN, lora_rank=4, learning_rate=1e-2)
     images = draw(trainer.pipeline)
     torch.testing.assert_close(draw(with_adapter(folder, tmp_path / "run" / "pipeline")), images, atol=1e-5, rtol=0)
     untrained = DiffusionPipeline.from_pretrained(folder)
@@ -317,9 +317,7 @@ def test_copies_of_all_weights_make_a_stock_pipeline(text_teachers, distil, prom
 @pytest.mark.parametrize("rank", [0, 4])
 def test_what_is_done_to_the_pipeline_of_a_trainer_is_not_done_to_its_run(tmp_path, rank):
     stock = make_text("sd")
-    config = HSIVIConfig(**SETTINGS, prompts=PROMPTS, lora_rank=rank, output_dir=str(tmp_path / "run"))
-    trainer = HSIVITrainer(stock, config)
-    trainer.train()
+    trainer = train(stock, tmp_path / "run", **GIVEN, lora_rank=rank)
     state = trainer.state
     networks = (state.teacher.network, state.student.network, state.critic_network, stock.text_encoder)
     before = [copy.deepcopy(network.state_dict()) for network in networks]
@@ -337,38 +335,41 @@ def test_what_is_done_to_the_pipeline_of_a_trainer_is_not_done_to_its_run(tmp_pa
 
 
 def test_a_run_in_half_precision_draws(text_teachers, tmp_path, fresh_accelerator):
-    options = {**SETTINGS, "prompts": PROMPTS, "lora_rank": 4, "mixed_precision": "bf16", "validation_steps": 5}
-    trainer = HSIVITrainer(str(text_teachers("sd")), HSIVIConfig(**options, output_dir=str(tmp_path / "run")))
-    trainer.train()
+    options = {"lora_rank": 4, "mixed_precision": "bf16", "validation_steps": 5}
+    trainer = train(text_teachers("sd"), tmp_path / "run", **GIVEN, **options)
     assert draw(trainer.pipeline).shape == (3, 3, 16, 16)
     kinds = {weight.dtype for weight in trainer.state.student.network.parameters() if weight.requires_grad}
     assert kinds == {torch.float32}
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_a_pipeline_of_ones_own_is_left_as_it_was(tmp_path, rank):
-    stock = make_text("sd").to(torch.bfloat16)
+@pytest.mark.parametrize(
+    ("make", "options", "dtype"),
+    [
+        (make_dit, {}, torch.float32),
+        (make_dit, {}, torch.bfloat16),
+        *((lambda: make_text("sd"), {**GIVEN, "lora_rank": rank}, torch.bfloat16) for rank in (0, 4)),
+    ],
+)
+def test_a_pipeline_of_ones_own_is_left_as_it_was(tmp_path, make, options, dtype):
+    stock = make().to(dtype)
     parts = [part for part in stock.components.values() if isinstance(part, torch.nn.Module)]
     before = [copy.deepcopy(part.state_dict()) for part in parts]
-    config = HSIVIConfig(**SETTINGS, prompts=PROMPTS, lora_rank=rank, output_dir=str(tmp_path / "run"))
-    trainer = HSIVITrainer(stock, config)
-    trainer.train()
-    assert draw(trainer.pipeline).shape == (3, 3, 16, 16)
+    trainer = train(stock, tmp_path / "run", **options)
+    assert len(draw(trainer.pipeline, PROMPTS if options else [0, 1, 2])) == 3
+    trainer.pipeline.to(torch.float16)  # and is no part of the run
+    assert trainer.pipeline.vae.dtype == torch.float32
     for part, weights in zip(parts, before, strict=True):
         assert all(torch.equal(weight, weights[name]) for name, weight in part.state_dict().items())
-        assert {weight.dtype for weight in part.parameters()} == {torch.bfloat16}
-    assert all(weight.requires_grad for weight in stock.unet.parameters())
+        assert {weight.dtype for weight in part.parameters()} == {dtype}
+        assert all(weight.requires_grad for weight in part.parameters())
     assert isinstance(stock.scheduler, DDIMScheduler)
 
 
 # ----- the preset -----
 
 
-def test_prompts_choose_the_preset_for_latents():
-    config = HSIVIConfig(prompts=PROMPTS, num_inference_steps=4)
-    assert (config.preset, config.critic_updates) == ("latent", 5)
-    assert (config.num_pairs, HSIVIConfig(prompts=PROMPTS, num_inference_steps=1).num_pairs) == (0, 1920)
-    assert [load_teacher(make_text(kind)).rank(config.lora_rank) for kind in KINDS] == [64, 64, 0]
+def test_the_usual_rank_is_that_of_the_kind():
+    assert [load_teacher(make_text(kind)).rank(None) for kind in KINDS] == [64, 64, 0]
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -396,18 +397,6 @@ def test_one_step_is_first_fitted_to_pairs_of_the_guided_teacher(text_teachers, 
         errors.append(float((end - pairs.end).square().mean()))
         next(run_updates(state, 0))
     assert errors[1] < 0.8 * errors[0]
-
-
-@pytest.mark.slow
-def test_one_step_with_pairs_is_resumed_to_the_same_bits(text_teachers, prompt_file, launch, tmp_path, differences):
-    options = {"pretrained_teacher_model": text_teachers("sd"), "prompts": prompt_file, "guidance_scale": 3.0}
-    options |= {"num_inference_steps": 1, "num_pairs": 8, "lora_rank": 4, "validation_steps": 2}
-    assert launch(tmp_path / "whole", **options)[0] == [0]
-    assert launch(tmp_path / "run", kill={"point": "SIGTERM", "step": 3}, **options)[0] == [75]
-    assert launch(tmp_path / "run", resume_from_checkpoint="latest", **options)[0] == [0]
-    assert differences(tmp_path / "run", tmp_path / "whole") == []
-    calls = [json.loads((tmp_path / name / "training.json").read_text())["network_calls"] for name in ("run", "whole")]
-    assert calls[0] == pytest.approx(calls[1], abs=4)
 
 
 # ----- the commands -----
@@ -472,7 +461,7 @@ def test_it_is_pushed_and_pulled_into_the_stock_pipeline_beside_a_style(run, tex
 
 
 def test_a_trainer_pushes_its_adapter(text_teachers, logged_in, tmp_path):
-    settings = {**SETTINGS, "validation_steps": 4, "prompts": PROMPTS, "lora_rank": 4}
+    settings = {**SHORT, **GIVEN, "validation_steps": 4, "lora_rank": 4}
     config = HSIVIConfig(**settings, output_dir=str(tmp_path / "run"))
     trainer = HSIVITrainer(str(text_teachers("sd")), config)
     with pytest.raises(ValueError, match=r"no adapter to push yet: call train\(\) first"):
@@ -602,26 +591,6 @@ def test_the_prompts_of_the_columns_are_those_that_were_trained(run, tmp_path):
 # ----- refusals -----
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prompts": PROMPTS}, "guidance_scale is missing: with prompts give one, such as 4.5, or 1 for none"),
-        ({"negative_prompt": "blurry"}, "negative_prompt='blurry' has no effect without prompts"),
-        ({"prompts": PROMPTS, "guidance_scale": 1.0, "negative_prompt": "blurry"}, "has no effect without prompts and"),
-        ({"prompts": PROMPTS, "guidance_scale": [1.0], "negative_prompt": "x"}, "has no effect without prompts and"),
-        ({"guidance_scale": 3.0, "negative_prompt": "blurry"}, "has no effect without prompts and a guidance_scale"),
-        ({"prompts": "nowhere.txt", "guidance_scale": 2.0}, "prompts='nowhere.txt' is no file"),
-        (
-            {"prompts": PROMPTS, "guidance_scale": 2.0, "class_shares": [1.0, 1.0]},
-            "class_shares has 2 numbers for 3 prompts: give as many",
-        ),
-    ],
-)
-def test_what_makes_no_sense_together_is_refused_before_any_work(options, message):
-    with pytest.raises(ValueError, match=message):
-        HSIVIConfig(**options).check()
-
-
 def test_shares_of_prompts_are_planned(text_teachers, prompt_file, make_config, capsys, fresh_accelerator):
     shares = {"class_shares": (1, 0, 1), "prompts": prompt_file, "guidance_scale": 3.0}
     plan.print_plan(str(text_teachers("sd")), make_config(**shares))
@@ -643,62 +612,37 @@ def test_a_teacher_with_an_adapter_is_refused_and_one_it_was_merged_into_is_not(
     assert torch.equal(load_teacher(stock).network.conv_in.weight, stock.unet.conv_in.weight)
 
 
-def test_what_does_not_fit_is_refused_before_prompts_are_encoded(text_teachers, monkeypatch):
-    monkeypatch.setattr(latents, "encode_prompts", lambda *given: pytest.fail("work was begun"))
-    config = HSIVIConfig(**SETTINGS, prompts=PROMPTS, lora_rank=4)
-    with pytest.raises(ValueError, match="set lora_rank=0"):
-        HSIVITrainer(str(text_teachers("pixart")), config)
+NO_LABEL = "has no free class embedding"
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
         ("sd", {"prompts": None}, "prompts is missing, and the teacher takes text: give a text file"),
-        (
-            "sd",
-            {"num_inference_steps": [1, 2]},
-            r"num_inference_steps=\[1, 2\]: a UNet2DConditionModel has no free class",
-        ),
-        (
-            "sd",
-            {"guidance_scale": [1.0, 3.0]},
-            r"guidance_scale=\[1.0, 3.0\]: a UNet2DConditionModel has no free class",
-        ),
+        ("sd", {"num_inference_steps": [1, 2]}, rf"num_inference_steps=\[1, 2\]: a UNet2DConditionModel {NO_LABEL}"),
+        ("sd", {"guidance_scale": [1.0, 3.0]}, rf"guidance_scale=\[1.0, 3.0\]: a UNet2DConditionModel {NO_LABEL}"),
         ("pixart", {}, "no stock pipeline loads a LoRA of a PixArtTransformer2DModel: set lora_rank=0"),
+        ("dit", {"num_inference_steps": [1, 2]}, f"a DiTTransformer2DModel {NO_LABEL}"),
+        ("dit", {"guidance_scale": [1.0, 2.0]}, f"a DiTTransformer2DModel {NO_LABEL}"),
+        ("dit", {"noise_scale_type": "per_pixel"}, "needs a UNet2DModel, and the teacher is a DiTTransformer2DModel"),
+        *(
+            (kind, options, message)
+            for kind in ("pixels", "dit")
+            for options, message in (
+                (GIVEN, "prompts was given, and the teacher takes no text: leave it out"),
+                ({"lora_rank": 4}, "no stock pipeline loads a LoRA of a .*: set lora_rank=0"),
+            )
+        ),
     ],
 )
-def test_what_cannot_be_trained_is_refused(text_teachers, kind, options, message):
-    config = HSIVIConfig(**{**SETTINGS, "prompts": PROMPTS, "lora_rank": 4, **options})
+def test_what_cannot_be_trained_is_refused_before_prompts_are_encoded(
+    text_teachers, teacher, dit_teacher, monkeypatch, kind, options, message
+):
+    monkeypatch.setattr(latents, "encode_prompts", lambda *given: pytest.fail("work was begun"))
+    folder = {"pixels": teacher, "dit": dit_teacher}.get(kind) or text_teachers(kind)
+    settings = {} if kind in ("pixels", "dit") else {**GIVEN, "lora_rank": 4}
     with pytest.raises(ValueError, match=message):
-        HSIVITrainer(str(text_teachers(kind)), config)
-
-
-def test_prompts_and_adapters_are_not_for_other_teachers(teacher, dit_teacher, make_config):
-    for name in (teacher, dit_teacher):
-        with pytest.raises(ValueError, match="prompts was given, and the teacher takes no text: leave it out"):
-            HSIVITrainer(str(name), HSIVIConfig(**SETTINGS, prompts=PROMPTS))
-        with pytest.raises(ValueError, match="no stock pipeline loads a LoRA of a .*: set lora_rank=0"):
-            HSIVITrainer(str(name), make_config(lora_rank=4))
-
-
-@pytest.mark.parametrize(
-    ("kind", "change", "message"),
-    [
-        ("sd", {"in_channels": 9}, "the unet takes 9 channels and returns 2"),
-        ("sd", {"time_cond_proj_dim": 8}, "time_cond_proj_dim=8 of the unet, and only None is supported"),
-        ("sdxl", {"addition_embed_type": "image"}, "addition_embed_type='image' of the unet, and only None or 'text_"),
-        ("sd", {"_class_name": "UNet2DModel"}, "a unet of type UNet2DModel, a UNet2DConditionModel is needed"),
-    ],
-)
-def test_what_the_configs_refuse_is_refused_before_weights_are_loaded(text_teachers, tmp_path, kind, change, message):
-    folder = shutil.copytree(text_teachers(kind), tmp_path / "other")
-    for weights in folder.rglob("*.safetensors"):
-        weights.unlink()
-    config = folder / "unet" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
-    for read in (load_teacher, read_teacher):
-        with pytest.raises(ValueError, match=message):
-            read(str(folder))
+        HSIVITrainer(str(folder), HSIVIConfig(**{**SHORT, **settings, **options}))
 
 
 def test_the_command_says_what_it_needs(run, text_teachers, tmp_path, capsys, fast_run):

@@ -17,13 +17,6 @@ from hsivi_diffusers.vi import (
 from scenarios import linear_layers, matching_bridge
 from training.benchmarks.inference.targets.plane import Banana, GaussianMixture
 
-
-def test_a_bridge_without_a_clock_of_its_own_counts_layers():
-    bridge = matching_bridge(linear_layers())
-    t = torch.tensor([2, 0, 1])
-    assert torch.equal(bridge.level(t), t)
-
-
 # ----- bridges to a target -----
 
 

@@ -52,6 +52,7 @@ def test_given_the_same_noise_pool_and_simulation_give_identical_inputs_while_th
         batch = pool.draw(layers, generator(step))
         rows, lives = batch.index, life[batch.index]
         x, noise = bases[lives, rows], noises[lives, :, rows].transpose(0, 1)
+        assert len(rows.unique()) == size
         assert torch.equal(batch.x_next, simulate(layers, x, batch.t, noise))
         done = batch.t == 0
         life[rows[done]] += 1
@@ -59,22 +60,6 @@ def test_given_the_same_noise_pool_and_simulation_give_identical_inputs_while_th
         used = noises[lives, batch.t, rows]
         pool.advance(batch, Recorded(layers(batch.x_next, batch.t), used), generator(step))
     assert life.min() >= 1
-
-
-def test_a_pool_moves_what_it_drew_by_one_layer_and_leaves_the_rest():
-    layers = linear_layers()
-    pool = PoolChain(matching_bridge(layers).sample_base, 3, 4)
-    batch = pool.draw(layers, generator())
-    before, depths = pool.x_next.clone(), pool.t.clone()
-    calls = layers.calls
-    pool.advance(batch, layers(batch.x_next, batch.t), generator(1))
-    assert layers.calls == calls + 1
-    others = torch.ones(12, dtype=torch.bool)
-    others[batch.index] = False
-    assert torch.equal(pool.x_next[others], before[others])
-    assert torch.equal(pool.t[others], depths[others])
-    assert torch.equal(pool.t[batch.index], (batch.t - 1) % 3)
-    assert len(set(batch.index.tolist())) == 4
 
 
 def labels(size, random):
@@ -97,42 +82,22 @@ def test_conditions_stay_with_their_chain_and_change_when_it_starts_again():
     assert not torch.equal(pool.condition, labels(15, generator()))
 
 
-def test_simulated_chains_draw_fresh_conditions():
-    chain = make_chain("simulate", matching_bridge(linear_layers()).sample_base, 3, 5, labels)
-    batch = chain.draw(linear_layers(), generator())
-    assert batch.condition.shape == (5,)
-    assert batch.index is None
-    assert chain.state_dict() == {}
-
-
 # ----- a cohort at a time -----
 
 
-def test_a_cohort_is_one_layer_and_all_layers_have_their_turn():
-    layers = linear_layers()
-    pool = CohortChain(matching_bridge(layers).sample_base, 3, 4)
-    visits = torch.zeros(3)
-    for step in range(60):
-        batch = pool.draw(layers, generator(step))
-        assert batch.x_next.shape == (4, DIMENSION)
-        assert len(batch.t.unique()) == 1
-        assert len(batch.index.unique()) == 4
-        assert torch.bincount(pool.t, minlength=3).sum() == 12
-        visits[batch.t[0]] += 1
-        pool.advance(batch, layers(batch.x_next, batch.t), generator(step + 100))
-    assert bool((visits >= 10).all())
-
-
-def test_cohorts_have_the_marginals_of_the_layers():
+def test_a_cohort_is_one_layer_with_its_marginal_and_all_layers_have_their_turn():
     layers, size = linear_layers(), 1000
     chain = CohortChain(matching_bridge(layers).sample_base, 3, size)
     mean, variance = layers.marginals()
-    random, seen = generator(), {}
-    for _ in range(20):
+    random, seen, visits = generator(), {}, torch.zeros(3)
+    for _ in range(60):
         batch = chain.draw(layers, random)
+        assert len(batch.t.unique()) == 1
+        assert len(batch.index.unique()) == len(batch.x_next) == size
+        visits[batch.t[0]] += 1
         seen[int(batch.t[0])] = batch.x_next
         chain.advance(batch, layers(batch.x_next, batch.t), random)
-    assert sorted(seen) == [0, 1, 2]
+    assert bool((visits >= 10).all())
     for t, rows in seen.items():
         assert (rows.mean() - mean[t + 1]).abs() < 5 * (variance[t + 1] / rows.numel()).sqrt()
         assert (rows.var() / variance[t + 1] - 1).abs() < 5 * (2 / rows.numel()) ** 0.5
@@ -188,17 +153,12 @@ def test_simulate_starts_each_row_at_the_top_of_its_hierarchy():
     assert not simulated.requires_grad
 
 
-def test_a_pool_of_several_hierarchies_starts_with_equal_parts_at_every_depth():
-    layers, _ = several_hierarchies()
-    pool = PoolChain(bases, DEPTHS, 6)
-    pool.draw(layers, generator())
-    assert torch.bincount(pool.t).tolist() == [8, 4, 4, 2, 2, 2, 2]
-
-
 def test_a_chain_stays_in_its_hierarchy_and_starts_again_at_its_top():
+    """A pool starts with equal parts at every depth."""
     layers, _ = several_hierarchies()
     pool, random = PoolChain(bases, DEPTHS, 6), generator()
     pool.draw(layers, random)
+    assert torch.bincount(pool.t).tolist() == [8, 4, 4, 2, 2, 2, 2]
     hierarchy, ended = FIRST[pool.t], torch.zeros(7)
     for step in range(60):
         batch = pool.draw(layers, random)
@@ -224,13 +184,15 @@ def test_a_restored_pool_of_several_hierarchies_goes_on_as_the_one_that_was_save
     layers, _ = several_hierarchies()
     first, second = (PoolChain(bases, DEPTHS, 4, sample_condition) for _ in range(2))
     first.draw(layers, generator())
-    second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
+    state, kept = ({name: tensor.clone() for name, tensor in first.state_dict().items()} for _ in range(2))
+    second.load_state_dict(state)
     for step in range(1, 20):
         for pool in (first, second):
             batch = pool.draw(layers, generator(step))
             pool.advance(batch, layers(batch.x_next, batch.t, batch.condition), generator(-step))
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name])
+        assert torch.equal(state[name], kept[name])
 
 
 # ----- layer by layer -----
@@ -322,19 +284,6 @@ def test_the_state_before_the_first_draw_may_be_restored_later(kind):
     assert torch.equal(drawn[2], fresh.draw(layers, generator(), one_layer(2)).x_next)
 
 
-def test_a_restored_pool_leaves_the_saved_state_alone():
-    layers = linear_layers()
-    base = matching_bridge(layers).sample_base
-    first, second = PoolChain(base, 3, 4), PoolChain(base, 3, 4)
-    first.draw(layers, generator())
-    state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
-    kept = {name: tensor.clone() for name, tensor in state.items()}
-    second.load_state_dict(state)
-    batch = second.draw(layers, generator(1))
-    second.advance(batch, layers(batch.x_next, batch.t), generator(2))
-    assert all(torch.equal(state[name], kept[name]) for name in kept)
-
-
 @pytest.mark.parametrize("sample_condition", [None, labels])
 def test_with_one_layer_all_chains_draw_the_same_fresh_bases(sample_condition):
     layers = LinearLayers(scale=[0.5], shift=[1.0], std=[0.3])
@@ -345,6 +294,7 @@ def test_with_one_layer_all_chains_draw_the_same_fresh_bases(sample_condition):
         CohortChain(base, 1, 6, sample_condition),
         FrozenPoolChain(base, 1, 6, sample_condition),
     ]
+    assert chains[0].state_dict() == {}
     for step in range(3):
         random = [generator(step) for _ in chains]
         batches = [chain.draw(layers, of, torch.ones(1)) for chain, of in zip(chains, random, strict=True)]

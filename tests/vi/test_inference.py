@@ -196,38 +196,19 @@ def test_one_seed_is_one_fit_and_leaves_the_global_random_state_alone(objective,
 @each_training
 @pytest.mark.parametrize("stop", [0, 2, 4])
 def test_a_resumed_fit_repeats_one_that_was_never_stopped(objective, training, stop, tmp_path):
-    whole = tiny(objective, training, plateau=short_plateau(window=2, patience=9))
+    """Its loop may be left and gone on with, and its state taken from a file or from memory, where it stays."""
+    whole, begun, *fresh = (tiny(objective, training, plateau=short_plateau(window=2, patience=9)) for _ in range(4))
     whole.run()
-    begun = run_to(tiny(objective, training, plateau=short_plateau(window=2, patience=9)), stop)
-    torch.save(begun.state_dict(), tmp_path / "state.pt")
-    resumed = tiny(objective, training, plateau=short_plateau(window=2, patience=9))
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert resumed.next_step == stop + 1
-    resumed.run()
-    assert equal(parameters(resumed), parameters(whole))
-    assert torch.equal(resumed.sample(10), whole.sample(10))
-
-
-@each_objective
-@each_training
-def test_a_loop_that_was_left_goes_on_where_it_was(objective, training):
-    whole, halves = tiny(objective, training), tiny(objective, training)
-    whole.run()
-    run_to(halves, 2).run()
-    assert equal(parameters(halves), parameters(whole))
-
-
-@each_objective
-@each_training
-def test_a_state_in_memory_stays_as_it_was_taken(objective, training):
-    inference = run_to(tiny(objective, training), 1)
-    state = inference.state_dict()
-    inference.run()
-    end = parameters(inference)
-    for resumed in (tiny(objective, training), inference):  # the second must find the state untouched by the first
-        resumed.load_state_dict(state)
+    state = run_to(begun, stop).state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    begun.run()
+    assert equal(parameters(begun), parameters(whole))
+    for resumed, of in zip((*fresh, begun), (torch.load(tmp_path / "state.pt"), state, state), strict=True):
+        resumed.load_state_dict(of)
+        assert resumed.next_step == stop + 1
         resumed.run()
-        assert equal(parameters(resumed), end)
+        assert equal(parameters(resumed), parameters(whole))
+        assert torch.equal(resumed.sample(10), whole.sample(10))
 
 
 # ----- draws -----
@@ -350,10 +331,7 @@ def test_a_critic_of_the_users_own_is_trained():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"objective": "elbo"},
-            "objective='elbo' is unknown: choose LB, SM, KL, or give an Objective",
-        ),
+        ({"objective": "elbo"}, "objective='elbo' is unknown: choose LB, SM, KL, or give an Objective"),
         ({"training": "parallel"}, "training='parallel' is unknown: choose 'sequential' or 'joint'"),
         ({"num_steps": 1}, "num_steps=1: give at least one update for each of the 2 layers"),
         ({"batch_size": 1}, "batch_size=1: give 2 rows or more"),

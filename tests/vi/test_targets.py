@@ -27,11 +27,6 @@ def test_a_torch_distribution_becomes_a_target_with_its_exact_score(normal):
     torch.testing.assert_close(target.score(x), (normal.mean - x) @ normal.precision_matrix)
 
 
-def test_independent_coordinates_are_a_law_of_vectors():
-    target = as_target(Independent(Normal(torch.zeros(2), torch.tensor([1.0, 2.0])), 1))
-    torch.testing.assert_close(target.score(torch.ones(1, 2)), torch.tensor([[-1.0, -0.25]]))
-
-
 def test_the_score_of_a_function_is_its_gradient():
     x = torch.randn(4, 2)
     torch.testing.assert_close(LogProbTarget(quartic, 2).score(x), -4 * x.pow(3))
