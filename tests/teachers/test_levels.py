@@ -55,6 +55,14 @@ def test_grids_of_solvers_descend_on_the_clock(schedule, num_steps):
         assert 0 <= levels[-1] <= levels[0] < len(schedule)
 
 
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE, FLOW], ids=["linear", "cosine", "flow"])
+def test_grids_of_solvers_end_near_the_image_where_their_docs_say(schedule):
+    clock = clock_of(schedule)
+    end = schedule.levels.time(torch.tensor(clock.pair_levels(15)[-1]))
+    assert float(end) == pytest.approx(10, abs=1.5)  # N / 100, of a flow to the nearest level
+    assert clock.few_step_levels(GREY, 5)[-1] == 20  # N / 50
+
+
 def test_a_solver_of_pairs_does_not_start_where_a_noise_prediction_is_worth_nothing():
     start = clock_of(COSINE).pair_levels(15)[0]
     alpha, sigma = COSINE.alpha_sigma(torch.tensor([start - 1, start]), torch.zeros(1))
