@@ -102,7 +102,10 @@ class HSIVIConfig:
     )
     timestep_spacing: Literal["quadratic", "uniform"] = option(BY_PRESET, "spacing of the timesteps", common=False)
     start_timestep: int | None = option(
-        None, "tau_T, the timestep of the first step; by default it follows from preset and image size", common=False
+        None,
+        "tau_T, the timestep of the first step; by default it follows from preset and image size; of "
+        "several step counts that of the fewest, lowered where those of the others would not fit above",
+        common=False,
     )
     noise_eta: float = option(BY_PRESET, "eta of DDIM layers, 0 to 1; with 0 sampling needs no noise")
     noise_scale_type: Literal["config", "per_pixel"] = option(
@@ -262,19 +265,28 @@ class HSIVIConfig:
         check_choices(self)
         check_ranges(self)
         check_together(self, self.usual())
-        if self.init_from and self.output_dir and Path(self.init_from).resolve() == Path(self.output_dir).resolve():
-            raise ValueError(f"init_from={self.init_from!r} is the output_dir too: name another, or it would be lost")
 
 
 # Options of version 0.2 that were renamed, and those that were removed with the values at which nothing changes.
 RENAMED = {"guidance_falls": "decay_guidance"}
-REMOVED: dict[str, Any] = {
-    "pair_steps": [500],
-    "pair_weight": [0.005],
-    "start_signal": [None, 3.2],
-}
-REMOVED |= {"start_noise": [None, 2.5, 4.15], "clip_images": [True, False], "loss_weight": ["unit", "sigma2"]}
-REMOVED |= {"source": ["pool", "simulate"], "critic_lr_scheduler": ["cosine", "constant_with_warmup"]}
+
+
+def removed(config: HSIVIConfig) -> dict[str, Any]:
+    """Options of version 0.2 that were removed, with what follows now from the options that are left."""
+    several = len(config.depths) > 1
+    rule = START_RULES[config.preset]
+    kind, value = ("", None) if rule is None or config.start_timestep is not None else rule
+    return {
+        "pair_steps": 500,
+        "pair_weight": 0.005,
+        "start_signal": value if kind == "signal" else None,
+        "start_noise": value if kind == "noise" else None,
+        "start_spacing": 20 if several and (rule is not None or config.start_timestep is not None) else 0,
+        "clip_images": config.objective == "KL",
+        "loss_weight": "sigma2" if config.objective == "SM" else "unit",
+        "source": "simulate" if config.scoring == "own" else "pool",
+        "critic_lr_scheduler": config.lr_scheduler,
+    }
 
 
 def read_settings(record: Path) -> dict[str, Any]:
@@ -293,14 +305,17 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: The run had an option of version 0.2 that was removed, at another value than the preset's.
     """
     recorded = {RENAMED.get(name, name): value for name, value in recorded.items()}
-    counts, start = recorded.get("num_inference_steps"), recorded.get("start_timestep")
-    several = isinstance(counts, list) and len(counts) > 1
-    apart = several and (start is not None or START_RULES.get(recorded.get("preset")) is not None)
-    for name, usual in {**REMOVED, "start_spacing": [20 if apart else 0]}.items():
-        if (value := recorded.pop(name, usual[0])) not in usual:
+    config = HSIVIConfig(**{each.name: recorded[each.name] for each in fields(HSIVIConfig) if each.name in recorded})
+    now_follows = removed(config)
+    if now_follows.keys() & recorded.keys() and config.scales and not config.has_guidance and config.prompts is None:
+        raise ValueError(
+            "the run was trained with guidance_scale=1 by version 0.2, which left the last class out: finish it with "
+            "the version that began it, or start over"
+        )
+    for name, now in now_follows.items():
+        if (value := recorded.pop(name, now)) != now:
             raise ValueError(
                 f"the run was trained with {name}={value!r}, and the option was removed: finish it with the "
                 "version that began it, or start over"
             )
-    given = {each.name: recorded[each.name] for each in fields(HSIVIConfig) if each.name in recorded}
-    return {**recorded, **HSIVIConfig(**given).settings()}
+    return {**recorded, **config.settings()}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ..runs.bars import bar
+from ..runs.state_dicts import save_tensors
 from ..scheduling_hsivi import HSIVIScheduler
 from ..teachers.guidance import Guided
 from ..teachers.levels import clock_of
@@ -41,7 +41,7 @@ def write_images(path: Path, images: Tensor, about: str) -> None:
     """Writes the images of pairs, with a hash of all that decides them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({"images": images}, partial, {"about": _digest(about)})
+    save_tensors({"images": images}, partial, {"about": _digest(about)})
     partial.replace(path)
 
 

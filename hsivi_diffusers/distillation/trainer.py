@@ -155,7 +155,7 @@ class HSIVITrainer:
                 stack.enter_context(claimed(run))
                 self.before_start()
                 remedy = " (a finished run can be named by init_from there)"
-                start_run(run, settings, WRITTEN, remedy, complete, {**self.teacher, **config.record()})
+                start_run(run, settings, WRITTEN, remedy, complete)
             self.accelerator.wait_for_everyone()
             objective = None if self.state.objective is None else type(self.state.objective).__name__
             identity = {**settings, **self.state.identity, "custom_objective": objective}
@@ -163,6 +163,8 @@ class HSIVITrainer:
             start, spent = checkpoints.load()
             if self._has_trained and not start:
                 raise ValueError("this trainer has trained, and there is no checkpoint: make a new HSIVITrainer")
+            if main:  # a run that cannot be resumed keeps its own
+                write_json(checkpoints.output_dir / "options.json", {**self.teacher, **config.record()})
             self._has_trained = True
             if config.report_to:
                 stack.enter_context(trackers(self.accelerator, {**self.teacher, **config.record()}))

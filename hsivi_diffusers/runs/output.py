@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import PROMPTS, read_record
-from .folders import LOCK, check_output_dir, remove_folder, sole_writer, write_json
+from .folders import LOCK, check_output_dir, remove_folder, sole_writer
 from .options import differences, option
 from .page import LOG, PAGE
 
@@ -118,9 +118,8 @@ def start_run(
     leftovers: Sequence[str],
     remedy: str = "",
     complete: Complete = dict,
-    record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Records the options of a run and removes what an earlier one left, or checks that a resumed run has the same.
+    """Removes what an earlier run left, or checks that a resumed run has the options that it had.
 
     Args:
         run: Output folder, and whether to resume.
@@ -128,7 +127,6 @@ def start_run(
         leftovers: Files and folders that a new run removes, beside `checkpoints`; the first marks the end of a run.
         remedy: Addition to the message about other options.
         complete: Turns recorded settings into those that a run of today would record.
-        record: Written to options.json: the settings and more; by default the settings.
 
     Raises:
         ValueError: A resumed run has other options than before, or it has ended and its checkpoints are gone.
@@ -152,7 +150,6 @@ def start_run(
             f"{output_dir} holds a run that has ended, and no checkpoint to continue from: name another --output_dir, "
             f"or {ANEW}"
         )
-    write_json(output_dir / "options.json", dict(record or settings))
 
 
 def _recorded(output_dir: Path, checkpoint: str) -> Iterator[tuple[Path, dict[str, Any]]]:

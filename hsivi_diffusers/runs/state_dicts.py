@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +28,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file, mapped into memory; a damaged one is a ValueError that names it."""
-    with _naming_damage(path):
+    with naming_damage_of(path):
         return load_file(path)
 
 
 @contextmanager
-def _naming_damage(path: Path) -> Iterator[None]:
+def naming_damage_of(path: Path) -> Iterator[None]:
+    """Turns the error of a damaged safetensors file into a ValueError that names it."""
     try:
         yield
     except SafetensorError as error:
@@ -63,7 +65,7 @@ def load_state_dict(path: Path) -> dict[Any, Any]:
     Raises:
         ValueError: The file is damaged.
     """
-    with _naming_damage(path), safe_open(path, framework="pt") as file:
+    with naming_damage_of(path), safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # it is no mapping
         state: dict[Any, Any] = _put_tensors(json.loads(file.metadata()["rest"]), tensors)
     return state
@@ -94,22 +96,28 @@ def _put_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 class TrainedWeights:
-    """The trainable weights of a module, as a part of a checkpoint; the others are the teacher's."""
+    """The trainable weights of a module, and its buffers, as a part of a checkpoint; the others are the teacher's."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the weights by name."""
+        """Returns weights and buffers by name."""
+        saved = self.module.state_dict().keys()
+        return {**self._weights(), **{name: each for name, each in self.module.named_buffers() if name in saved}}
+
+    def _weights(self) -> dict[str, Tensor]:
         return {name: weight for name, weight in self.module.named_parameters() if weight.requires_grad}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores them.
+        """Restores them; buffers may be missing.
 
         Raises:
-            RuntimeError: One is missing, or has another shape.
+            RuntimeError: A weight is missing, or has another shape.
         """
-        if missing := self.state_dict().keys() - state.keys():
+        # Version 0.2 called the network of layers and critic so.
+        state = {re.sub("^unet[.]", "network.", name): value for name, value in state.items()}
+        if missing := self._weights().keys() - state.keys():
             raise RuntimeError(f"the state lacks {', '.join(sorted(missing))}")
         self.module.load_state_dict(state, strict=False)
 

@@ -43,7 +43,10 @@ class Guided:
             return teacher.call(teacher.network, x, time, condition)
         if condition is None:
             raise ValueError("a guided teacher needs conditions: give one for each row")
-        number, w = len(self.scales), torch.tensor(self.scales)[condition.cpu() % len(self.scales)].to(x.device)
+        number, w = (
+            len(self.scales),
+            torch.tensor(self.scales, device=x.device)[condition.to(x.device) % len(self.scales)],
+        )
         if self.end is not None:
             w = 1 + (w - 1) * (1 - torch.as_tensor(time, device=x.device).float() / self.end).clamp_min(0)
         none = torch.full_like(condition, teacher.num_rows - 1)

@@ -22,6 +22,7 @@ from torch import nn
 from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, naming_damage
 from ..runs.artifacts import ADAPTER, run_of
 from ..runs.folders import near_folder
+from ..runs.state_dicts import naming_damage_of
 from ..scheduling_hsivi import HSIVIScheduler
 from ..share.push import CUT
 from .adapters import BASE, adapter_names
@@ -86,7 +87,7 @@ def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, 
     Args:
         teacher: Folder or repo id of a pipeline of diffusers, or such a pipeline itself, which is copied. Supported are
             pipelines of a `UNet2DModel` and a scheduler, DiT, Stable Diffusion 1 and 2, SDXL and PixArt. The scheduler
-            has betas, or is a rectified flow. A `Teacher` is returned as it is.
+            has betas, or is a rectified flow. Of a `Teacher` the network is copied.
         revision: Branch, tag or commit of a repo.
 
     Raises:
@@ -94,7 +95,9 @@ def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, 
     """
     if isinstance(teacher, Teacher):
         check_finite_weights(teacher.network, f"the {teacher.name}")
-        return teacher
+        loaded = copy.copy(teacher)
+        loaded.network = copy.deepcopy(teacher.network)
+        return loaded
     if isinstance(teacher, DiffusionPipeline):
         return _of_pipeline(teacher, type(teacher).__name__, copied=True)
     if not isinstance(teacher, str | os.PathLike):
@@ -248,7 +251,10 @@ def _check_adapter(source: str, teacher: Latents) -> None:
     """Refuses damaged or missing weights, and warns of another base, whose half precision may do as well."""
     assert teacher.adapter is not None
     path = Path(source) / ADAPTER
-    with safe_open(path if path.is_file() else hf_hub_download(source, ADAPTER), framework="pt") as file:
+    with (
+        naming_damage_of(path),
+        safe_open(path if path.is_file() else hf_hub_download(source, ADAPTER), framework="pt") as file,
+    ):
         base, names = (file.metadata() or {}).get(BASE), set(file.keys())
         damaged = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
     if damaged:

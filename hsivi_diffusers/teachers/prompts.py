@@ -172,7 +172,7 @@ def digest_of_folder(folder: Path) -> str:
     In the cache of huggingface_hub a file of weights is a link to one that is named by its SHA-256.
     """
     hash = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(filter(Path.is_file, folder.iterdir())):
         if not {*path.name.split(".")[1:]} <= {
             "json",
             "index",

@@ -81,6 +81,8 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SA-Solver": (SASolverScheduler, {}),
     "iPNDM": (TeacherIPNDM, {}),
 }
+# Settings of a teacher's scheduler that solvers take: what they solve, not how its pipeline does.
+OF_TEACHER = {*signature(HSIVIScheduler).parameters, "variance_type", "_use_default_values"}
 
 
 def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
@@ -218,9 +220,8 @@ def make_scheduler(
     if kind is HSIVIScheduler:
         grid = {} if levels is None else {"layer_timesteps": [*levels, -1]}
         return kind.from_config(schedule.config, **chosen, **grid), {}
-    config = {
-        name: value for name, value in schedule.config.items() if name[0] == "_" or (name in known and name != "shift")
-    }
+    own = OF_TEACHER & {*known, "_use_default_values"}
+    config = {name: value for name, value in schedule.config.items() if name in own}
     scheduler = kind.from_config(
         schedule.config if kind is TeacherIPNDM else config, **clock.solver_settings(), **chosen
     )

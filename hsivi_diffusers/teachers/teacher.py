@@ -205,7 +205,9 @@ class Teacher:
             network.save_pretrained(folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            save_tensors({name: value.contiguous() for name, value in network.state_dict().items()}, folder / WEIGHTS)
+            save_tensors(
+                {name: value.clone().contiguous() for name, value in network.state_dict().items()}, folder / WEIGHTS
+            )
 
     def load(self, like: Any, folder: Path) -> dict[str, Tensor]:
         """Returns the weights of a network that `save` wrote."""
@@ -256,7 +258,9 @@ class Teacher:
         """Hashes of weights and configs, and of prompts; where they were loaded from does not enter."""
         hash = hashlib.sha256()
         for part in (self.network, self.schedule):
-            config: Mapping[str, Any] = getattr(part, "config", {})
+            config = getattr(part, "config", {})
+            if not isinstance(config, Mapping):  # of a network that is none of diffusers
+                continue
             # Of quantised weights the config says something else when they have been saved.
             names = {name for name in config if not name.startswith("_")} - {"quantization_config"}
             hash.update(json.dumps({name: config[name] for name in names}, sort_keys=True, default=str).encode())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hsivi_diffusers import HSIVIConfig
-from hsivi_diffusers.distillation.config import PRESETS, REMOVED, complete, read_settings
+from hsivi_diffusers.distillation.config import PRESETS, complete, read_settings, removed
 
 
 @pytest.mark.parametrize(
@@ -128,13 +128,29 @@ def test_a_record_is_read_back(tmp_path):
     assert read_settings(tmp_path / "options.json") == {"revision": None, **config.record()}
 
 
-def test_a_record_of_version_0_2_is_read_if_what_was_removed_changes_nothing():
-    config = HSIVIConfig(preset="one_call", num_inference_steps=1, guidance_scale=3.0, decay_guidance=False)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_record_of_version_0_2_is_read_if_what_was_removed_changes_nothing(preset):
+    config = HSIVIConfig(preset=preset, num_inference_steps=1, guidance_scale=3.0, decay_guidance=False)
     record = {name: value for name, value in config.record().items() if name != "adam_beta1"}  # which came later
     record["guidance_falls"] = record.pop("decay_guidance")
-    for usual in zip(*([value[0], value[-1]] for value in REMOVED.values()), strict=True):
-        read = complete({**record, **dict(zip(REMOVED, usual, strict=True)), "num_inference_steps": 1})
-        assert read == config.record()
+    assert complete({**record, **removed(config), "num_inference_steps": 1}) == config.record()
+
+
+# As version 0.2 had them.
+OF_0_2 = {
+    "fast": {"start_signal": 3.2, "start_noise": None, "loss_weight": "unit", "clip_images": True},
+    "one_call": {"start_signal": None, "start_noise": 2.5, "loss_weight": "unit", "clip_images": True},
+    "paper": {"start_signal": None, "start_noise": None, "loss_weight": "sigma2", "clip_images": False},
+    "latent": {"start_signal": None, "start_noise": 4.15, "loss_weight": "unit", "clip_images": True},
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_was_removed_follows_as_the_presets_of_version_0_2_had_it(preset):
+    now = removed(HSIVIConfig(preset=preset, num_inference_steps=2))
+    assert {name: now[name] for name in OF_0_2[preset]} == OF_0_2[preset]
+    paper = ("simulate", "constant_with_warmup")
+    assert (now["source"], now["critic_lr_scheduler"]) == (paper if preset == "paper" else ("pool", "cosine"))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +158,13 @@ def test_a_record_of_version_0_2_is_read_if_what_was_removed_changes_nothing():
     [
         ({}, "pair_steps", 3, False),
         ({}, "start_noise", 9.0, False),
-        ({}, "loss_weight", "sigma", False),
+        ({}, "loss_weight", "sigma2", False),
+        ({"preset": "paper"}, "loss_weight", "sigma2", True),
+        ({}, "clip_images", False, False),
+        ({}, "source", "simulate", False),
+        ({}, "critic_lr_scheduler", "constant_with_warmup", False),
+        ({"start_timestep": 500}, "start_signal", None, True),
+        ({"start_timestep": 500}, "start_signal", 3.2, False),
         ({"guidance_scale": 2.0}, "guidance_scale", [2.0], True),  # the same in another form
         ({"guidance_scale": [1.0, 3.0]}, "guidance_scale", [3.0, 1.0], True),
         ({}, "start_spacing", 0, True),

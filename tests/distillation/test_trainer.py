@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVITrainer, load_teacher
 from hsivi_diffusers.distillation import state, trainer, updates
-from hsivi_diffusers.distillation.config import REMOVED
+from hsivi_diffusers.distillation.config import removed
 from hsivi_diffusers.distillation.trainer import InterruptedRunError, make_accelerator
 from hsivi_diffusers.runs.output import read_progress, seal
+from hsivi_diffusers.runs.state_dicts import load_state_dict, save_state_dict
 from hsivi_diffusers.vi import KullbackLeibler, Regression, ScoreMatching
 from short_run import SETTINGS, contents, pipeline_of
 from tiny_text import PROMPTS
@@ -583,24 +584,30 @@ def test_resuming_with_other_options_is_refused_and_names_them(
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("removed", [{name: value[-1] for name, value in REMOVED.items()}, {"pair_weight": 0.5}])
+@pytest.mark.parametrize("other", [{}, {"pair_weight": 0.5}])
 def test_a_run_of_version_0_2_resumes_if_what_was_removed_changes_nothing(
-    distil, fast_run, tmp_path, starts, differences, removed
+    distil, fast_run, tmp_path, starts, differences, other
 ):
     folder = shutil.copytree(fast_run, tmp_path / "run")
     options = json.loads((folder / "options.json").read_text())
-    (folder / "options.json").write_text(json.dumps({**options, **removed, "num_inference_steps": 2}))
+    gone = {**removed(HSIVIConfig(num_inference_steps=2, preset="fast")), **other}
+    (folder / "options.json").write_text(json.dumps({**options, **gone, "num_inference_steps": 2}))
     checkpoint = folder / "checkpoints" / "checkpoint-5"
     progress = read_progress(checkpoint)
-    progress["identity"] |= removed
+    progress["identity"] |= gone
+    for name in ("layers", "critic"):
+        weights = load_state_dict(checkpoint / f"{name}.safetensors")
+        weights = {re.sub("^network[.]", "unet.", key): weight.clone() for key, weight in weights.items()}
+        save_state_dict(weights, checkpoint / f"{name}.safetensors")
     del progress["sha256"]
     (checkpoint / "progress.json").write_text(json.dumps(seal(checkpoint, progress)))
     before = contents(folder)
-    if removed["pair_weight"] != 0.5:
+    if not other:
         distil(folder, resume_from_checkpoint="latest")
         assert starts == [5]
-        assert differences(folder, fast_run) == []
-        assert not removed.keys() & json.loads((folder / "options.json").read_text()).keys()
+        written = {f"checkpoints/checkpoint-5/{name}.safetensors" for name in ("layers", "critic")}
+        assert {*differences(folder, fast_run)} == written
+        assert not gone.keys() & json.loads((folder / "options.json").read_text()).keys()
         return
     for path in ("latest", checkpoint):
         with pytest.raises(

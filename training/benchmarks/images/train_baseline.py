@@ -236,6 +236,7 @@ def main(args: list[str] | None = None) -> None:
         distillation, images, classes = prepare(teacher, training, accelerator.device)
         settings = recorded(teacher, training)
         start_run(run, settings, WRITTEN)
+        write_json(output_dir / "options.json", settings)
         identity = {**settings, "teacher_sha256": hash_teacher(distillation.teacher)}
         steps, seconds = train(distillation, images, classes, training, run, accelerator, identity)
         save(distillation, output_dir)
