@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UniPCMultistepScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, UniPCMultistepScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from gaussian_teacher import MEAN, STD, GaussianTeacher
@@ -12,6 +12,7 @@ from hsivi_diffusers import HSIVIScheduler, Teacher
 from hsivi_diffusers.distillation.pairs import InterruptedRunError, TeacherPairs, image_loss, read_images, write_images
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.levels import clock_of
+from hsivi_diffusers.teachers.loading import load_teacher
 from hsivi_diffusers.teachers.pixels import Pixels
 from hsivi_diffusers.teachers.solvers import use_grid
 from hsivi_diffusers.vi.regression import half_square
@@ -48,6 +49,15 @@ def test_pairs_are_noise_and_what_diffusers_solver_makes_of_it(settings, classes
             x = solver.step(unet(x, timestep, class_labels=condition).sample, timestep, x).prev_sample
     torch.testing.assert_close(pairs.end, x.clamp(-1, 1), atol=1e-4, rtol=1e-4)
     assert not pairs.end.requires_grad
+
+
+@pytest.mark.parametrize("settings", [{"solver_order": 1}, {"final_sigmas_type": "sigma_min"}, {"predict_x0": False}])
+def test_pairs_do_not_depend_on_how_the_teachers_pipeline_samples(unet, settings):
+    noise, ends = torch.randn(3, 1, 8, 8), []
+    for scheduler in (UniPCMultistepScheduler(), UniPCMultistepScheduler(**settings)):
+        teacher = load_teacher(DDPMPipeline(unet=unet, scheduler=scheduler))
+        ends.append(TeacherPairs(Guided(teacher), HSIVIScheduler(layer_timesteps=[440, 0]), noise, num_steps=3).end)
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize(

@@ -491,6 +491,10 @@ def test_an_adapter_that_is_damaged_or_alone_is_refused(run, text_teachers, tmp_
     teacher = load_teacher(str(text_teachers("sd")))
     assert sorted(adapter_names(teacher.network, teacher.adapter)) == sorted(state)
     name = next(iter(state))
+    whole = (folder / ADAPTER).read_bytes()
+    (folder / ADAPTER).write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=f"{ADAPTER} is damaged .*: make it again, or remove it"):
+        load_student(folder, teacher)
     for kept in ({}, {key: value for key, value in state.items() if key != name}):
         save_file(kept, folder / ADAPTER)
         with pytest.raises(ValueError, match=f"lacks {len(state) - len(kept)} of the {len(state)} weights"):
