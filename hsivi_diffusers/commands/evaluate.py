@@ -157,7 +157,10 @@ def main(args: list[str] | None = None) -> None:
     training = load_run(run_dir)
     training["teacher"] = options.teacher or training["pretrained_teacher_model"]
     if training["teacher"] is None:
-        raise ValueError("--teacher is missing: this run was given a loaded pipeline, name its folder or repo id")
+        raise ValueError(
+            "--teacher is missing: this run was given a loaded teacher, name the folder or repo id of its "
+            "pipeline; of a Teacher of your own there is none, and its students are measured in Python"
+        )
     network, features = load_network(options.feature_extractor)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_teacher(training["teacher"], None if options.teacher else training.get("revision"))

@@ -192,7 +192,7 @@ def folder_of_pipeline(name: str | None) -> Path | str:
     if not holds_pipeline(folder):
         raise ValueError(
             f"--pipeline {name} holds no pipeline: give the folder of a pipeline or of a finished run; an unfinished "
-            "run is resumed by `hsivi distil`"
+            "run is resumed by `hsivi distil`, and a student of a Teacher of your own loaded by load_student in Python"
         )
     if (index := folder / "model_index.json").is_file():
         read_record(index)

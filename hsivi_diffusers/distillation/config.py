@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..runs.artifacts import read_record
-from ..runs.options import did_you_mean, option
+from ..runs.options import RENAMED, did_you_mean, option
 from .validation import check_choices, check_ranges, check_together, check_types
 
 FOLDER = {"output_dir", "overwrite_output_dir"}
@@ -179,9 +179,7 @@ class HSIVIConfig:
     def __new__(cls, *args: Any, **given: Any) -> HSIVIConfig:
         known = {each.name for each in fields(cls)}
         if unknown := [name for name in given if name not in known]:
-            now = RENAMED.get(unknown[0])
-            hint = f"; it is called {now} now" if now else did_you_mean(unknown[0], known)
-            raise ValueError(f"{unknown[0]} is no option of HSIVIConfig{hint}")
+            raise ValueError(f"{unknown[0]} is no option of HSIVIConfig{did_you_mean(unknown[0], known)}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -267,10 +265,6 @@ class HSIVIConfig:
         check_together(self, self.usual())
 
 
-# Options of version 0.2 that were renamed, and those that were removed with the values at which nothing changes.
-RENAMED = {"guidance_falls": "decay_guidance"}
-
-
 def removed(config: HSIVIConfig) -> dict[str, Any]:
     """Options of version 0.2 that were removed, with what follows now from the options that are left."""
     several = len(config.depths) > 1
@@ -302,7 +296,7 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Recorded settings as a run of today writes them.
 
     Raises:
-        ValueError: The run had an option of version 0.2 that was removed, at another value than the preset's.
+        ValueError: The run had an option of version 0.2 that was removed, at another value than follows now.
     """
     recorded = {RENAMED.get(name, name): value for name, value in recorded.items()}
     config = HSIVIConfig(**{each.name: recorded[each.name] for each in fields(HSIVIConfig) if each.name in recorded})

@@ -127,8 +127,7 @@ def _beside(line: dict[str, Any] | None) -> str:
     """How the images of a grid compare with the teacher's."""
     if line is None:
         return ""
-    text = f", {line['images/contrast']:.2f} times the teacher's contrast, {line['images/diversity']:.2f} its diversity"
-    return text + (f", critic's lag {line['critic/lag']:.2f}" if "critic/lag" in line else "")
+    return f", {line['images/contrast']:.2f} times the teacher's contrast, {line['images/diversity']:.2f} its diversity"
 
 
 def loss_curves(log: Sequence[dict[str, Any]]) -> str:

@@ -22,6 +22,10 @@ CHOICES = "choose one of distil, plan, sample, evaluate, push, demo"
         (["plan", "--num_inference_steps", "0"], "--num_inference_steps=[0]: give one number of steps of at least 1"),
         (["plan", "--bogus"], "unrecognized arguments: --bogus (see `hsivi plan --help`)"),
         (["plan", "--num_inference_stpes=2"], "did you mean --num_inference_steps? (see `hsivi plan --help`)"),
+        (
+            ["plan", "--guidance_falls=true"],
+            "did you mean --decay_guidance? (see `hsivi plan --help`)",
+        ),  # of version 0.2
         (["plan", "--num_steps=2"], "did you mean --num_inference_steps? (see `hsivi plan --help`)"),
         (["push", "--hub_model_id", "a/b"], "--run_dir is missing"),
         (["push", "--run_dir", "."], "--hub_model_id is missing"),

@@ -227,7 +227,7 @@ def test_a_missing_package_is_refused_before_anything_is_loaded(run_copy, monkey
 
 
 def test_a_run_whose_teacher_was_a_loaded_pipeline_asks_for_it(run_copy):
-    with pytest.raises(ValueError, match="--teacher is missing: this run was given a loaded pipeline, name its folder"):
+    with pytest.raises(ValueError, match="--teacher is missing: this run was given a loaded teacher, name the folder"):
         evaluate.main([f"--run_dir={change(run_copy, pretrained_teacher_model=None)}"])
 
 

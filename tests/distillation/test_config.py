@@ -71,7 +71,7 @@ def test_short_runs_and_runs_that_go_on_need_no_long_start():
     [
         ("num_inference_step", "; did you mean num_inference_steps?"),
         ("batch_size", "; did you mean train_batch_size?"),
-        ("guidance_falls", "; it is called decay_guidance now"),
+        ("guidance_falls", "; did you mean decay_guidance?"),
         ("xyzzy", ""),
     ],
 )
