@@ -85,7 +85,7 @@ def load_network(folder: str | None) -> tuple[nn.Module, str]:
 
 
 def check_channels(network: nn.Module, channels: int) -> None:
-    """Raises ValueError if the network does not take images with so many channels."""
+    """Raises ValueError if the network takes another number of channels."""
     accepted = {network.config.channels} if isinstance(network, ImageClassifier) else {1, 3}
     if channels not in accepted:
         raise ValueError(

@@ -131,7 +131,7 @@ def use_clipping(solver: Any, schedule: HSIVIScheduler) -> Any:
 
 
 def batches(x: Tensor, condition: Tensor | None, size: int) -> list[tuple[Tensor, Tensor | None]]:
-    """Returns rows with their conditions, if there are any, so many at once."""
+    """Returns rows with their conditions, if there are any, in batches of `size`."""
     rows = x.split(size)
     conditions = [None] * len(rows) if condition is None else condition.split(size)
     return list(zip(rows, conditions, strict=True))

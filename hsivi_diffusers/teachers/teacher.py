@@ -259,7 +259,7 @@ class Teacher:
         hash = hashlib.sha256()
         for part in (self.network, self.schedule):
             config = getattr(part, "config", {})
-            if not isinstance(config, Mapping):  # of a network that is none of diffusers
+            if not isinstance(config, Mapping):  # of a network that is not from diffusers
                 continue
             # Of quantised weights the config says something else when they have been saved.
             names = {name for name in config if not name.startswith("_")} - {"quantization_config"}
