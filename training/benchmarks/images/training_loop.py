@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hsivi_diffusers.distillation.state import trained
 from hsivi_diffusers.runs.bars import bar
 from hsivi_diffusers.runs.checkpoints import Checkpoints
+from hsivi_diffusers.runs.folders import write_json
 from hsivi_diffusers.runs.options import flatten, option
 from hsivi_diffusers.runs.output import Output, check_output, claimed, start_run
 
@@ -169,6 +170,7 @@ def fit(
     ((name, network),) = named.items()
     settings = flatten([*groups, training])
     start_run(run, settings, written)
+    write_json(Path(str(run.output_dir)) / "options.json", settings)
     optimizer = torch.optim.AdamW(network.parameters(), lr=training.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
     network, optimizer = accelerator.prepare(network, optimizer)
