@@ -18,7 +18,7 @@ def draw_shapes(number, size):
 
 
 def train_stock(updates, batch_size=32, **options):
-    """Returns the pipeline of a UNet that predicts noise, after so many updates on shapes."""
+    """Returns the pipeline of a UNet that predicts noise, trained on shapes for a number of updates."""
     unet, scheduler = make_unet(**options).train(), DDPMScheduler()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
     for _ in range(updates):

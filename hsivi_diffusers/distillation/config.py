@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..runs.artifacts import read_record
-from ..runs.options import RENAMED, did_you_mean, option
+from ..runs.options import did_you_mean, option, renamed
 from .validation import check_choices, check_ranges, check_together, check_types
 
 FOLDER = {"output_dir", "overwrite_output_dir"}
@@ -298,7 +298,7 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: The run had an option of version 0.2 that was removed, at another value than follows now.
     """
-    recorded = {RENAMED.get(name, name): value for name, value in recorded.items()}
+    recorded = renamed(recorded)
     config = HSIVIConfig(**{each.name: recorded[each.name] for each in fields(HSIVIConfig) if each.name in recorded})
     now_follows = removed(config)
     if now_follows.keys() & recorded.keys() and config.scales and not config.has_guidance and config.prompts is None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from ..runs.artifacts import decays_guidance, read_record
+from ..runs.artifacts import read_record
 from ..runs.folders import write_json, write_text
 from ..runs.measures import HALVES, MEASURES, REPORTED, format_measure
+from ..runs.options import renamed
 from .figures import draw_curves, draw_samples
 from .metrics import Measures
 from .pages import measured_on, write_table
@@ -102,7 +103,7 @@ class Report:
             f"HSIVI was trained {'with' if training.get('train_data') else 'without'} data by the preset "
             f"`{training.get('preset')}` for {training.get('max_train_steps')} updates. Features: {self.features}.",
             GUIDED if guided else "",
-            FELL if guided and decays_guidance(training) else "",
+            FELL if guided and renamed(training).get("decay_guidance") else "",
             f"Classes that the student was not trained on: {', '.join(map(str, unknown))}." if unknown else "",
         ]
         intro = " ".join(sentence for sentence in sentences if sentence)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,6 @@ def run_of(name: str) -> dict[str, Any]:
     """The options that a pipeline was trained with, empty without a run."""
     record = folder_of_run(name) / "options.json"
     return read_record(record) if record.is_file() else {}
-
-
-def decays_guidance(options: Mapping[str, Any]) -> bool:
-    """Whether guidance decreased with noise in a run, by its options, of version 0.2 or later."""
-    return bool(options.get("decay_guidance", options.get("guidance_falls")))
 
 
 def sample_grids(run_dir: Path) -> dict[int, Path]:

@@ -10,9 +10,15 @@ from typing import Any
 RENAMED = {"guidance_falls": "decay_guidance"}  # since version 0.2
 
 
+def renamed(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run of version 0.2 or later under the names of today."""
+    return {RENAMED.get(name, name): value for name, value in recorded.items()}
+
+
 def did_you_mean(name: str, known: Collection[str], quote: str = "") -> str:
     """The end of a message about an unknown name: the one known that has all of its words, or the nearest."""
-    words = set(RENAMED.get(name.strip("-"), name.strip("-")).split("_"))
+    plain = name.strip("-")
+    words = set(RENAMED.get(plain, plain).split("_"))
     having = [each for each in known if words <= set(each.strip("-").split("_"))]
     close = having if len(having) == 1 else difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {quote}{close[0]}{quote}?" if close else ""

@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..pipeline_hsivi import HSIVIPipeline, network_calls, one_of
-from ..runs.artifacts import decays_guidance
 from ..runs.measures import HALVES, MEASURES, REPORTED, format_measure
+from ..runs.options import renamed
 
 # Metric types of the model-index.
 DISTANCES = {
@@ -319,7 +319,7 @@ def _training(scheduler: Any, run: dict[str, Any]) -> str:
         "teacher gives. No images were used."
     )
     if scales := scheduler.guidance_scales:
-        less = ", decreased with noise during training," if decays_guidance(options) else ""
+        less = ", decreased with noise during training," if renamed(options).get("decay_guidance") else ""
         text += f" Classifier-free guidance of scale {one_of(scales)}{less} is distilled into the weights."
     settings = ", ".join(f"{name} {_plain(options[name])}" for name in OPTIONS if options.get(name) is not None)
     if settings:

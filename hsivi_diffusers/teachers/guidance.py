@@ -43,10 +43,8 @@ class Guided:
             return teacher.call(teacher.network, x, time, condition)
         if condition is None:
             raise ValueError("a guided teacher needs conditions: give one for each row")
-        number, w = (
-            len(self.scales),
-            torch.tensor(self.scales, device=x.device)[condition.to(x.device) % len(self.scales)],
-        )
+        number = len(self.scales)
+        w = torch.tensor(self.scales, device=x.device)[condition.to(x.device) % number]
         if self.end is not None:
             w = 1 + (w - 1) * (1 - torch.as_tensor(time, device=x.device).float() / self.end).clamp_min(0)
         none = torch.full_like(condition, teacher.num_rows - 1)

@@ -98,7 +98,7 @@ def drift(
 
 
 def _changes(before: Tensor, after: Tensor, num_steps: int, objective: Objective | None) -> list[Finding]:
-    """At most one "drift", between rows of draws before and after so many steps."""
+    """At most one "drift", between rows of draws before and after the steps."""
     center, variance = after.mean(0), after.var(0).clamp_min(torch.finfo(after.dtype).tiny)
     square = ((before - center).square() - (after - center).square()) / variance
     shift = (before - after) / variance.sqrt()

@@ -357,7 +357,7 @@ def test_a_trainer_whose_folder_was_refused_has_not_trained(teacher, tmp_path):
 
 
 def save(folder, size=1000, bias=0.0, cut=0, **options):
-    """Saves a teacher of so many timesteps, with a bias, whose file of weights was cut by so many bytes."""
+    """Saves a teacher with a number of timesteps and a bias, and cuts bytes off its file of weights."""
     unet = make_unet(**options)
     torch.nn.init.constant_(unet.conv_out.bias, bias)
     DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=size)).save_pretrained(folder)
