@@ -17,6 +17,7 @@ al. 2023, arXiv 2209.03003), and with noise_eta = 0 this is an Euler step. Kerne
 consistency sampling.
 """
 
+import hashlib
 import math
 import os
 import sys
@@ -43,7 +44,7 @@ TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
 # Settings of schedulers of diffusers that change noise levels or network times; of betas with the value that does not.
 UNREAD = {"snr_shift_scale": 1.0, "timestep_type": "discrete"}
 SIGMAS = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-UNREAD_OF_FLOWS = (*SIGMAS, "shift_terminal", "stages", "n_grid")
+UNREAD_OF_FLOWS = (*SIGMAS, "stages", "n_grid")
 
 
 @dataclass
@@ -179,13 +180,21 @@ class FlowLevels(Levels):
     """Levels of a rectified flow: alpha = 1 - sigma, sigma = shift u / (1 + (shift - 1) u), u = (level + 1) / N.
 
     The network's time is N sigma, as in FlowMatchEulerDiscreteScheduler of diffusers.
+
+    Args:
+        size: N.
+        shift: Above 0.
+        exact: Some sigma, descending, each of which replaces that of the nearest level, so that a grid of a pipeline is
+            followed exactly.
     """
 
     accepted = "some of scheduler.timesteps"
 
-    def __init__(self, size: int, shift: float) -> None:
-        u = torch.arange(1, size + 1, dtype=torch.float64) / size
-        sigma = torch.cat([shift * u / (1 + (shift - 1) * u), torch.zeros(1, dtype=torch.float64)])
+    def __init__(self, size: int, shift: float, exact: torch.Tensor | None = None) -> None:
+        sigma = shifted(torch.arange(1, size + 1, dtype=torch.float64) / size, shift)
+        if exact is not None:
+            sigma[torch.searchsorted((sigma[1:] + sigma[:-1]) / 2, exact)] = exact
+        sigma = torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
         times = (size * sigma).float()
         rising = times.roll(1)  # from that of level -1, which is 0
         self._sigma, self._times, self._between = Table(sigma), Table(times), Table((rising[1:] + rising[:-1]) / 2)
@@ -217,6 +226,11 @@ class FlowLevels(Levels):
             raise ValueError(f"timesteps={times} leave the teacher's clock: give numbers from {len(self)} down")
         found: list[int] = levels.tolist()
         return found
+
+
+def shifted(u: Any, shift: float) -> Any:
+    """Returns shift u / (1 + (shift - 1) u)."""
+    return shift * u / (1 + (shift - 1) * u)
 
 
 class Layers:
@@ -356,7 +370,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             noise - x0 of a rectified flow and needs no betas.
         layer_timesteps: The trained grid: T+1 strictly descending levels tau_T .. tau_0 in 0..N-1; the last one may
             be -1, where sigma is 0. Only T steps are accepted then. Or a list of such grids with different T.
-        timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`.
+        timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`. Where it is
+            left out, a rectified flow has the grid of FlowMatchEulerDiscreteScheduler of diffusers.
         kernel: "ddim" or "renoise", see the formulas above.
         noise_eta: eta of the ddim kernel, in [0, 1]; 0.2 in the paper.
         noise_scale: Factor > 0 on the standard deviation: one for all layers, or with a single grid a list of T, where
@@ -375,6 +390,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         use_dynamic_shifting: For rectified flows: take the shift from `set_timesteps(mu=...)`, which pipelines compute
             from the image size; `shift` holds until then.
         time_shift_type: The shift is exp(mu) ("exponential") or mu ("linear").
+        shift_terminal: For rectified flows, in (0, 1): grids that are not trained are stretched to have this sigma at
+            the input of the last layer, as in diffusers.
+        resolution: Height and width of the images it was trained on, where they are not those of the pipeline; for the
+            reader, and for programs that draw.
         guidance_scale: Scale of classifier-free guidance distilled into the network (1: none), or several scales, of
             which each call picks one; the last class label is then "no class". None: distilled without guidance.
 
@@ -419,6 +438,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         shift: float = 1.0,
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
+        resolution: list[int] | None = None,
         guidance_scale: float | list[float] | None = None,
     ):
         _check_settings(self.config)
@@ -438,6 +459,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             self.set_timesteps(depth)
 
     def _make_levels(self, shift: float) -> BetaLevels | FlowLevels:
+        self._shift = shift
         if self.is_flow:
             return FlowLevels(len(self), shift)
         schedule = _make_schedule({name: self.config[name] for name in BETAS})
@@ -502,8 +524,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             device: Device of `self.timesteps`.
             timesteps: Instead of T, the network's times at tau_T .. tau_1; the last layer ends at -1. With trained
                 grids they must be those of one.
-            sigmas: For rectified flows: u of tau_T .. tau_1 before the shift, each rounded to the nearest level. With
-                trained grids only their number counts.
+            sigmas: For rectified flows: u of tau_T .. tau_1 before the shift, from 1 down to above 0. With trained
+                grids only their number counts.
             mu: See `use_dynamic_shifting`; a trained grid keeps the shift it was trained with.
 
         Raises:
@@ -513,6 +535,9 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             shift = math.exp(mu) if self.config.time_shift_type == "exponential" else mu
             _check_number("the shift that follows from mu", shift, sys.float_info.min)
             self.levels = self._make_levels(shift)
+        if self.is_flow and not self.trained_grids and timesteps is None:
+            timesteps = self._stock_times(num_inference_steps, sigmas)
+            num_inference_steps, sigmas = num_inference_steps if timesteps is None else None, None
         grid = _choose_grid(self.config, self.levels, num_inference_steps, timesteps, sigmas)
         if grid[0] >= len(self.levels):
             raise ValueError(f"the grid {grid} starts beyond the {len(self.levels)} betas: give trained_betas for all")
@@ -526,6 +551,34 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             self._layers = Layers(self.levels, grid, self.config)
         self.num_inference_steps = len(grid) - 1
         self.timesteps = self.levels.time(self._layers.grid[:-1]).to(device)
+
+    def _stock_times(self, num_inference_steps: int | None, sigmas: list[float] | None) -> list[float] | None:
+        """The network's times on the grid of FlowMatchEulerDiscreteScheduler, to which the nearest levels are moved.
+
+        None for another spacing, and without a number of steps.
+        """
+        if sigmas is None:
+            if num_inference_steps is None or "timestep_spacing" not in self.config.get("_use_default_values", ()):
+                return None
+            make_layer_timesteps(num_inference_steps, "linspace", len(self))  # checks the number
+            last = 1 / len(self) if self.config.use_dynamic_shifting else shifted(1 / len(self), self._shift)
+            u = torch.linspace(1, last, num_inference_steps, dtype=torch.float64)
+        else:
+            if num_inference_steps not in (None, len(sigmas)):
+                raise ValueError(f"num_inference_steps={num_inference_steps}, and {len(sigmas)} sigmas: pass one")
+            u = torch.tensor([float(each) for each in sigmas], dtype=torch.float64)
+            if not len(u) or not bool(((u > 0) & (u <= 1)).all() & (u.diff() < 0).all()):
+                raise ValueError(f"sigmas={u.tolist()}: give descending numbers, from 1 down to above 0")
+        sigma = shifted(u, self._shift).clamp_max(1)  # which rounding may exceed
+        if self.config.shift_terminal and sigma[-1] < 1:
+            sigma = 1 - (1 - sigma) * (1 - self.config.shift_terminal) / (1 - sigma[-1])
+        self.levels = FlowLevels(len(self), self._shift, sigma)
+        return [len(self) * each for each in sigma.tolist()]
+
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """Noise levels sigma of the inputs of the layers of the grid that is set, then of its end, shape (T+1,)."""
+        return self.alpha_sigma(self.layers.grid, torch.zeros(1))[1].flatten()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Checks that a pipeline can start at this layer; `step` finds its layer by the timestep.
@@ -718,7 +771,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             model_output: Network output at the sample, see `transition`.
             timestep: The network's time at tau_{t+1}, one of `timesteps`, a scalar or shape (B,).
             sample: x_{t+1}.
-            generator: Source of the noise: one, or a list of B.
+            generator: Source of the noise: one, or a list of B. Pipelines of rectified flows pass none: the noise of a
+                row then follows from its sample, so that a seed draws the same image again.
             variance_noise: The noise itself, in the shape of the sample.
             noise_scale: The per-pixel scale, required if `noise_scale_type` is "per_pixel".
             return_dict: Return `HSIVISchedulerOutput` rather than a tuple.
@@ -736,7 +790,9 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         if layer.last is True:
             x = mean
         else:
-            if variance_noise is None:
+            if variance_noise is None and generator is None and self.is_flow:
+                variance_noise = _noise_of(sample)
+            elif variance_noise is None:
                 variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=mean.dtype)
             elif variance_noise.shape != sample.shape:
                 raise ValueError(
@@ -778,6 +834,17 @@ def _rows(name: str, values: Any, sample: torch.Tensor) -> torch.Tensor:
     if len(values) not in (1, len(sample)):
         raise ValueError(f"{len(values)} {name}s for {len(sample)} samples: give one, or one for each")
     return values
+
+
+def _noise_of(sample: torch.Tensor) -> torch.Tensor:
+    """Returns standard noise, of which each row is seeded by the bytes of that row of the sample."""
+    rows = []
+    for row in sample.detach().cpu():
+        seed = hashlib.blake2b(row.contiguous().numpy().tobytes(), digest_size=7).digest()
+        rows.append(
+            torch.randn(row.shape, generator=torch.Generator().manual_seed(int.from_bytes(seed)), dtype=row.dtype)
+        )
+    return torch.stack(rows).to(sample.device)
 
 
 def _split(
@@ -830,6 +897,8 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     _check_number("dynamic_thresholding_ratio", settings["dynamic_thresholding_ratio"], 0, 1)
     for name in ("clip_sample_range", "sample_max_value", "shift"):
         _check_number(name, settings[name], sys.float_info.min)
+    if settings["shift_terminal"] is not None:
+        _check_number("shift_terminal", settings["shift_terminal"], 0, 1)
     if settings["rescale_betas_zero_snr"] and settings["prediction_type"] == "epsilon":
         raise ValueError(
             "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the sample "
@@ -941,10 +1010,7 @@ def _choose_grid(
             raise ValueError("sigmas are of a rectified flow, and this scheduler has betas: pass timesteps")
         if num_inference_steps not in (None, len(sigmas)):
             raise ValueError(f"num_inference_steps={num_inference_steps}, and {len(sigmas)} sigmas: pass one")
-        if trained:
-            return _choose_trained(trained, len(sigmas), None)
-        steps = [round(float(u) * size) - 1 for u in sigmas]
-        return _check_timesteps("the levels of sigmas + [-1]", [*steps, -1], size)
+        return _choose_trained(trained, len(sigmas), None)
     if num_inference_steps is not None and timesteps is not None:
         raise ValueError("num_inference_steps and timesteps were both given: pass one of them")
     if timesteps is not None and isinstance(levels, FlowLevels):

@@ -17,6 +17,7 @@ from gaussian_teacher import MEAN, STD, GaussianTeacher
 from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge
 from hsivi_diffusers.distillation import updates
 from hsivi_diffusers.distillation.networks import make_scheduler
+from hsivi_diffusers.scheduling_hsivi import _noise_of
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.levels import clock_of
 from hsivi_diffusers.teachers.solvers import make_solver, run_solver
@@ -44,17 +45,46 @@ def walk(scheduler, x, **options):
     return x
 
 
-@pytest.mark.parametrize("options", [{}, {"shift": 3.0}, {"use_dynamic_shifting": True}])
-@pytest.mark.parametrize("time_shift_type", ["exponential", "linear"])
-def test_without_noise_it_is_the_euler_method_of_diffusers(options, time_shift_type):
-    stock = FlowMatchEulerDiscreteScheduler(**options, time_shift_type=time_shift_type)
+DYNAMIC = {"use_dynamic_shifting": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shift": 3.0},
+        {"shift": 3.0, "shift_terminal": 0.02},
+        DYNAMIC,
+        {**DYNAMIC, "time_shift_type": "linear"},
+        {**DYNAMIC, "shift_terminal": 0.1},
+    ],
+)
+@pytest.mark.parametrize(
+    "grid", [{"sigmas": SIGMAS}, {"sigmas": torch.linspace(1, 1 / 28, 28).numpy()}, {"num_inference_steps": 28}]
+)
+def test_without_noise_it_is_the_euler_method_of_diffusers(options, grid):
+    """Whether a pipeline sends a grid or leaves it to the scheduler."""
+    stock = FlowMatchEulerDiscreteScheduler(**options)
     ours = HSIVIScheduler.from_config(stock.config, noise_eta=0.0)
     mu = {"mu": 1.15} if options.get("use_dynamic_shifting") else {}
     for scheduler in (ours, stock):
-        scheduler.set_timesteps(sigmas=SIGMAS, **mu)
+        scheduler.set_timesteps(**grid, **mu)
     torch.testing.assert_close(ours.timesteps, stock.timesteps, rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(ours.sigmas, stock.sigmas, rtol=1e-6, atol=1e-6)
     x = torch.randn(SHAPE)
     torch.testing.assert_close(walk(ours, x), walk(stock, x), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_generator_the_noise_of_a_flow_follows_from_each_sample():
+    scheduler = flow(noise_eta=1.0, layer_timesteps=[999, 500, 0])
+    x = torch.randn(3, 3, 4, 4)
+    first, again = (walk(scheduler, x), walk(scheduler, x))
+    assert torch.equal(first, again)
+    torch.testing.assert_close(walk(scheduler, x[1:2]), first[1:2])
+    noise = _noise_of(torch.randn(8, 3, 16, 16))
+    assert abs(noise.mean()) < 0.05
+    assert abs(noise.std() - 1) < 0.05
+    assert abs((noise[0] * noise[1]).mean()) < 0.2
 
 
 def test_renoising_is_the_consistency_sampler_of_diffusers():
@@ -155,6 +185,8 @@ TRAINED, SHIFTED = {"layer_timesteps": [999, 700, 300, -1]}, {"use_dynamic_shift
         (contradict, (False, "flow_prediction"), "use_flow_sigmas=False and prediction_type='flow_prediction': a"),
         (set_steps, {"options": TRAINED, "sigmas": [1.0, 0.5]}, "trained for 3 steps"),
         (set_steps, {"num_inference_steps": 3, "sigmas": [1.0, 0.5]}, "num_inference_steps=3, and 2 sigmas"),
+        (set_steps, {"sigmas": [1.5, 0.5]}, r"sigmas=\[1.5, 0.5\]: give descending numbers, from 1 down to above 0"),
+        (set_steps, {"sigmas": [0.5, 0.5]}, "give descending numbers"),
         (set_steps, {"timesteps": [5000, 1]}, "leave the teacher's clock"),
         (set_steps, {"timesteps": ["a"]}, "give numbers"),
         (set_steps, {"options": SHIFTED, "sigmas": SIGMAS, "mu": -1}, "the shift that follows from mu=-1"),

@@ -213,7 +213,7 @@ def test_the_levels_of_any_scheduler_of_diffusers_are_kept_or_refused(cls, tmp_p
         ("CogVideoXDPMScheduler", {}, "snr_shift_scale=3.0"),
         ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}, "timestep_type"),
         ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas"),
-        ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1}, "shift_terminal"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas"),
         ("FlowMatchLCMScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas"),
     ],
 )

@@ -263,6 +263,7 @@ class Teacher:
                 continue
             # Of quantised weights the config says something else when they have been saved.
             names = {name for name in config if not name.startswith("_")} - {"quantization_config"}
+            names -= {name for name in ("shift_terminal", "resolution") if config.get(name) is None}  # new in 0.3
             hash.update(json.dumps({name: config[name] for name in names}, sort_keys=True, default=str).encode())
         hash_weights(hash, self.network)
         return {"teacher_sha256": hash.hexdigest()}
