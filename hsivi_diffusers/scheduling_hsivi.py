@@ -580,6 +580,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """Noise levels sigma of the inputs of the layers of the grid that is set, then of its end, shape (T+1,)."""
         return self.alpha_sigma(self.layers.grid, torch.zeros(1))[1].flatten()
 
+    @property
+    def unshifted_sigmas(self) -> list[float]:
+        """The `sigmas` of the grid that is set, as flow pipelines take them, before the shift; T numbers."""
+        sigma = self.sigmas[:-1].double()
+        return [float(u) for u in sigma / (self._shift - (self._shift - 1) * sigma)]
+
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Checks that a pipeline can start at this layer; `step` finds its layer by the timestep.
 

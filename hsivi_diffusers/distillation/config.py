@@ -118,6 +118,9 @@ class HSIVIConfig:
     prompts: str | list[str] | None = option(
         None, "of a text-to-image teacher: text file with one prompt per line, or a list"
     )
+    resolution: list[int] | None = option(
+        None, "height and width of the images, of a text-to-image teacher; those of its pipeline by default"
+    )
     negative_prompt: str = option("", "negative prompt used for guidance, of a text-to-image teacher", common=False)
     class_shares: list[float] | None = option(
         None, "share of each class among the images of training, in proportion; equal by default"

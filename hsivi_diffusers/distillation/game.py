@@ -141,7 +141,7 @@ class TeacherBridge(Bridge):
         guidance_end: Time of the network from which on there is no guidance, None where it is the same at all times.
 
     Raises:
-        ValueError: The range leaves the teacher's clock, the grid ends at -1, where the score is infinite, or the
+        ValueError: The range leaves the teacher's clock, the grid ends at -1 and layers have noise, or the
             kernel is another than "ddim".
     """
 
@@ -166,8 +166,11 @@ class TeacherBridge(Bridge):
         start = scheduler.levels.time(scheduler.input_level(self._first_layers).max()).item()
         self.guidance_end = start if decay_guidance else None
         self.guided = Guided(teacher, self.scales, self.guidance_end)
-        if int(scheduler.output_level(torch.arange(self.num_layers)).min()) < 0:
-            raise ValueError("the grid ends at -1, where the data has no score: end a grid to train on at 0 or above")
+        if scheduler.config.noise_eta and int(scheduler.output_level(torch.arange(self.num_layers)).min()) < 0:
+            raise ValueError(
+                "the grid ends at -1, where the data has no score: end a grid to train on at 0 or above, or set "
+                "noise_eta=0, which scores no output"
+            )
         if (kernel := scheduler.config.kernel) != "ddim":
             raise ValueError(f"kernel={kernel!r} of the scheduler is for sampling: make one with kernel 'ddim'")
 

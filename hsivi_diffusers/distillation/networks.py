@@ -40,6 +40,8 @@ def load_networks(teacher: Teacher, config: HSIVIConfig, accelerator: Accelerato
 
     With `init_from` they start where an earlier run ended. The second value identifies teacher and prompts by hashes.
     """
+    if config.resolution is not None:
+        teacher.resize(config.resolution)
     teacher.check_students(config)  # before prompts are encoded, which may take hours
     teacher.encode_prompts(config.prompts, config.negative_prompt, accelerator.device)
     identity = teacher.identity()
@@ -81,15 +83,17 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
         raise ValueError(
             f"start_timestep={config.start_timestep}: give a timestep from {max(counts)} (the steps) to {last}"
         )
-    starts = clock_of(schedule).starts(config.start_timestep, rule, shape, len(counts))
+    clock = clock_of(schedule)
+    starts = clock.starts(config.start_timestep, rule, shape, len(counts))
     for count, start in zip(counts, starts, strict=True):
         if count > (highest := last if start is None else start):
             raise ValueError(
                 f"num_inference_steps={count}: the first step starts at timestep {highest}: take at most {highest} "
                 f"steps{'' if highest == last else ', or set a higher start_timestep'}"
             )
+    end = clock.end(config.noise_eta)
     grids = [
-        HSIVIScheduler.make_layer_timesteps(count, config.timestep_spacing, len(schedule), first)
+        [*HSIVIScheduler.make_layer_timesteps(count, config.timestep_spacing, len(schedule), first)[:-1], end]
         for count, first in zip(counts, starts, strict=True)
     ]
     return HSIVIScheduler.from_config(

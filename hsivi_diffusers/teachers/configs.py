@@ -91,15 +91,21 @@ def configs_of(pipeline: DiffusionPipeline, name: str) -> Configs:
     )
 
 
-def schedule_of(name: str, configs: Configs) -> HSIVIScheduler:
-    """Returns the noise schedule of a teacher, or refuses, with ValueError, one that is not supported."""
+def schedule_of(name: str, configs: Configs, knows_size: bool = False) -> HSIVIScheduler:
+    """Returns the noise schedule of a teacher, or refuses, with ValueError, one that is not supported.
+
+    Args:
+        name: Of the teacher, for messages.
+        configs: Of its pipeline.
+        knows_size: Whether this kind of teacher sets a shift that depends on the size of its images.
+    """
     if configs.scheduler.get("layer_timesteps"):
         raise ValueError(f"teacher {name} has the scheduler of a sampler that was distilled: give the teacher it had")
     try:
         schedule: HSIVIScheduler = HSIVIScheduler.from_config({**configs.scheduler})
     except ValueError as error:
         raise ValueError(f"teacher {name}: {error}") from error
-    if schedule.config.use_dynamic_shifting:
+    if schedule.config.use_dynamic_shifting and not knows_size:
         raise ValueError(
             f"teacher {name}: its {configs.scheduler['_class_name']} has use_dynamic_shifting, so its noise levels "
             "depend on the size of images: turn it off, and set `shift` to that of the size it was trained on"
@@ -110,7 +116,7 @@ def schedule_of(name: str, configs: Configs) -> HSIVIScheduler:
 def check_agreement(name: str, part: str, configs: Configs) -> None:
     """Refuses a network and a scheduler that cannot have been trained together."""
     config, channels = configs.network, configs.network["in_channels"]
-    outputs = config["out_channels"] or channels
+    outputs = config.get("out_channels") or channels
     if outputs not in (channels, 2 * channels):
         raise ValueError(
             f"teacher {name}: the {part} takes {channels} channels and returns {outputs}; a noise prediction has "

@@ -9,8 +9,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
@@ -40,8 +41,8 @@ class Latents(PipelineTeacher):
     part = "transformer"
 
     def __init__(self, pipeline: Any, network: Any, schedule: HSIVIScheduler, rows: int = 0) -> None:
-        size = network.config.sample_size
-        super().__init__(network, schedule, (network.config.in_channels, size, size), rows)
+        size = self.default_size(network.config)
+        super().__init__(network, schedule, (self.channels(network.config), size, size), rows)
         self.pipeline = pipeline
         self.load_encoders: Callable[[], dict[str, Any]] = dict
         self.folder: Path | None = None
@@ -62,17 +63,41 @@ class Latents(PipelineTeacher):
         if not isinstance(config["sample_size"], int):
             raise ValueError(f"teacher {name}: sample_size={config['sample_size']} of the {part}: it must be a number")
 
+    @staticmethod
+    def default_size(config: Mapping[str, Any]) -> int:
+        """Height and width of the latents that the pipeline draws by default, by the config of the network."""
+        return int(config["sample_size"])
+
+    @staticmethod
+    def channels(config: Mapping[str, Any]) -> int:
+        """C of the latents."""
+        return int(config["in_channels"])
+
+    @property
+    def factor(self) -> int:
+        """Height of an image by that of its latents."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def patch(self) -> int:
+        """Height and width of latents are multiples of it."""
+        config = self.network.config
+        return int(config.get("patch_size") or 2 ** (len(config.get("block_out_channels", [0])) - 1))
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.vae.config.out_channels, factor * self.shape[1], factor * self.shape[2]
+        return self.vae.config.out_channels, self.factor * self.shape[1], self.factor * self.shape[2]
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         _, height, width = self.image_shape
         batch = max(1, VAE_PIXELS // (height * width))
-        latents = (x / self.vae.config.scaling_factor).to(self.vae.device, self.vae.dtype).split(batch)
+        latents = self.unscale(x).to(self.vae.device, self.vae.dtype).split(batch)
         return super().decode(torch.cat([self.vae.decode(each).sample.float() for each in latents]))
+
+    def unscale(self, x: Tensor) -> Tensor:
+        """Returns the latents that the VAE decodes."""
+        return x / self.vae.config.scaling_factor
 
     def decoder_weights(self) -> Iterable[Tensor]:
         return self.vae.parameters()
@@ -131,8 +156,14 @@ class Latents(PipelineTeacher):
         scheduler.step = partial(type(scheduler).step, scheduler, generator=generators)
         given: dict[str, Any] = {"num_inference_steps": num_inference_steps or max(scheduler.depths)}
         given |= {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
-        images: list[Any] = pipeline(conditions, guidance_scale=1.0, generator=generators, **given).images
+        given |= {**cls.unguided(scheduler), **size_of(scheduler)}
+        images: list[Any] = pipeline(conditions, generator=generators, **given).images
         return images
+
+    @classmethod
+    def unguided(cls, scheduler: HSIVIScheduler) -> dict[str, Any]:
+        """Returns the argument that keeps a pipeline from guiding a student."""
+        return {"guidance_scale": 1.0}
 
     def draw_teacher(
         self,
@@ -152,10 +183,20 @@ class Latents(PipelineTeacher):
         negative = [negative_prompt] * len(generators) if negative_prompt else None
         given: dict[str, Any] = {"negative_prompt": negative, "use_resolution_binning": False}
         given = {name: value for name, value in given.items() if name in known}
-        given |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        given |= {"num_inference_steps": num_inference_steps, **self.guided(guidance_scale), **size_of(self.schedule)}
         images = pipeline(conditions, generator=generators, **given).images
         calls = num_inference_steps * Guided(self, [guidance_scale]).calls
         return images, calls, type(pipeline.scheduler).__name__
+
+
+    def guided(self, w: float) -> dict[str, Any]:
+        """Returns the argument with which the teacher's pipeline guides at scale w."""
+        return {"guidance_scale": w}
+
+
+def size_of(schedule: HSIVIScheduler) -> dict[str, int]:
+    """Arguments of a pipeline that say the size of its images, where it is not the default."""
+    return dict(zip(("height", "width"), schedule.config.resolution or (), strict=False))
 
 
 class TextLatents(Latents):
@@ -168,6 +209,17 @@ class TextLatents(Latents):
 
     takes_text = True
     encoded: Sequence[tuple[str, int, int]]
+
+    def resize(self, resolution: Sequence[int]) -> None:
+        unit = self.factor * self.patch
+        if len(resolution) != 2 or any(side < 1 or side % unit for side in resolution):
+            raise ValueError(
+                f"resolution={[*resolution]}: give height and width, multiples of {unit} for a {self.name}, such as "
+                f"{max(512 // unit, 1) * unit} {max(768 // unit, 1) * unit}"
+            )
+        height, width = (side // self.factor for side in resolution)
+        self.shape = (self.shape[0], height, width)
+        self.schedule = HSIVIScheduler.from_config(self.schedule.config, resolution=[*resolution])
 
     def arguments(self, condition: Tensor, like: Tensor) -> dict[str, Any]:
         return dict(self.conditions.arguments(condition, like))
@@ -217,4 +269,5 @@ class ConfigsOnly:
 
     def __init__(self, configs: Configs) -> None:
         with torch.device("meta"):
-            self.vae: Any = AutoencoderKL.from_config(dict(configs.vae or {}))
+            config = dict(configs.vae or {})
+            self.vae: Any = getattr(diffusers, config["_class_name"]).from_config(config)

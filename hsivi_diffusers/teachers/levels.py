@@ -94,6 +94,10 @@ class Clock(ABC):
         first = max(min(first, self.size - 1 - (number - 1) * self.spacing), 0)
         return [first + place * self.spacing for place in range(number)]
 
+    def end(self, noise_eta: float) -> int:
+        """Returns tau_0, the level of a student's last output, for the eta of its layers."""
+        return 0
+
     @abstractmethod
     def highest_level(self, shape: tuple[int, ...], outputs: torch.Tensor) -> int:
         """Returns the highest level where outputs of layers are scored; `outputs` are the lowest of each layer."""
@@ -174,6 +178,10 @@ class FlowClock(Clock):
                 "it out"
             )
         return last
+
+    def end(self, noise_eta: float) -> int:
+        """See `Clock`; without noise it is the image itself, so the layers are steps of FlowMatchEuler of diffusers."""
+        return -1 if noise_eta == 0 else 0
 
     def highest_level(self, shape: tuple[int, ...], outputs: torch.Tensor) -> int:
         """At least one above the output of the first layer, which starts above all."""

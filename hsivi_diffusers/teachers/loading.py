@@ -37,6 +37,7 @@ from .configs import (
     schedule_of,
 )
 from .dit import DiT
+from .flow_transformers import FlowTransformer, StableDiffusion3
 from .latents import Latents, TextLatents
 from .pixart import PixArt
 from .pixels import Pixels
@@ -45,7 +46,7 @@ from .teacher import PipelineTeacher, Teacher, network_of
 
 logger = logging.get_logger(__name__)
 
-KINDS: tuple[type[PipelineTeacher], ...] = (Pixels, DiT, StableDiffusion, StableDiffusionXL, PixArt)
+KINDS: tuple[type[PipelineTeacher], ...] = (Pixels, DiT, StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3)
 SUPPORTED = "pipelines of a UNet2DModel and a scheduler, DiT, Stable Diffusion 1 and 2, SDXL and PixArt"
 # diffusers renamed the argument in 0.40, and warns of the old name.
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
@@ -78,7 +79,7 @@ def check_configs(name: str, configs: Configs, kind: type[PipelineTeacher]) -> H
         raise ValueError(f"teacher {name} has a {part} of type {found}, a {wanted} is needed")
     kind.check(name, part, configs.network)
     check_agreement(name, part, configs)
-    return schedule_of(name, configs)
+    return schedule_of(name, configs, issubclass(kind, FlowTransformer))
 
 
 def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, revision: str | None = None) -> Teacher:

@@ -213,10 +213,12 @@ def _encode(
     """Returns what the network gets for texts, as prompts or as negative prompts."""
     rows = list[dict[str, Tensor]]()
     given: dict[str, Any] = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": are_negative}
+    given |= {"prompt_2": None, "prompt_3": None}  # by default the prompt itself
     given |= {"clean_caption": True} if cleans(pipeline) else {}
+    known = signature(pipeline.encode_prompt).parameters
     for first in range(0, len(texts), BATCH):
         batch = [*texts[first : first + BATCH]]
-        without = teacher.negative(batch) if are_negative else None
-        encoded = pipeline.encode_prompt(prompt=batch, negative_prompt=without, **given)
+        given |= {"negative_prompt": teacher.negative(batch) if are_negative else None}
+        encoded = pipeline.encode_prompt(batch, **{name: value for name, value in given.items() if name in known})
         rows.append({name: encoded[places[are_negative]].cpu() for name, *places in teacher.encoded})
     return {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -134,6 +134,17 @@ class Teacher:
         check_prompts(self.takes_text, prompts)
 
     # ----- student and critic -----
+
+    def resize(self, resolution: Sequence[int]) -> None:
+        """Sets height and width of the images, before prompts are encoded.
+
+        Raises:
+            ValueError: It draws images of one size, or of others than this.
+        """
+        _, height, width = self.image_shape
+        raise ValueError(
+            f"resolution={[*resolution]}: a {self.name} draws images of {height} x {width} alone: leave it out"
+        )
 
     def check_students(self, config: Any) -> None:
         """Refuses, with ValueError, settings of a student that this kind cannot have."""

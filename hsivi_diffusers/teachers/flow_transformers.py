@@ -1,0 +1,87 @@
+"""Rectified-flow transformers on latents: v = noise - clean latents; their students are LoRA adapters by default."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+
+from ..scheduling_hsivi import HSIVIScheduler
+from .adapters import Adapter
+from .latents import TextLatents
+
+# Attention and feed-forward of image and text.
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+TARGETS += ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+
+
+class FlowTransformer(TextLatents):
+    """What rectified-flow transformers have in common; it serves those that take latents and the time N sigma as is.
+
+    Where the shift of the noise levels depends on the size of the images (use_dynamic_shifting), that of the size of
+    this run is set, as the pipeline computes it.
+    """
+
+    adapter = Adapter(TARGETS, "transformer")
+
+    def __init__(self, pipeline: Any, network: Any, schedule: HSIVIScheduler, rows: int = 0) -> None:
+        super().__init__(pipeline, network, schedule, rows)
+        self._dynamic = schedule.config if schedule.config.use_dynamic_shifting else None
+        self.set_shift()
+
+    @classmethod
+    def check(cls, name: str, part: str, config: Mapping[str, Any]) -> None:
+        """Any size will do."""
+
+    @staticmethod
+    def default_size(config: Mapping[str, Any]) -> int:
+        return int(config.get("sample_size") or 128)
+
+    def resize(self, resolution: Sequence[int]) -> None:
+        super().resize(resolution)
+        self.set_shift()
+
+    def set_shift(self) -> None:
+        """Sets the shift that follows from the size of the images."""
+        if self._dynamic is not None:
+            mu = self.mu(self._dynamic)
+            shift = math.exp(mu) if self._dynamic["time_shift_type"] == "exponential" else mu
+            self.schedule = HSIVIScheduler.from_config(self.schedule.config, shift=shift, use_dynamic_shifting=False)
+
+    def mu(self, config: Mapping[str, Any]) -> float:
+        """Returns mu of the config of a scheduler, which is linear in the number of tokens of an image."""
+        tokens = math.prod(self.shape[1:]) / self.patch**2
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        return float(low + (high - low) * (tokens - few) / (many - few))
+
+    def forward(self, network: Any, x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
+        return self.unpack(network(self.pack(x), timestep=time, **arguments).sample)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Returns latents (B, C, H, W) in the layout of the network."""
+        return x
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Returns latents of the layout of the network as (B, C, H, W)."""
+        return x
+
+    def unscale(self, x: Tensor) -> Tensor:
+        return super().unscale(x) + (self.vae.config.get("shift_factor") or 0.0)
+
+
+class StableDiffusion3(FlowTransformer):
+    """Stable Diffusion 3 and 3.5: three encoders, of which the third may be missing."""
+
+    pipelines = ("StableDiffusion3Pipeline",)
+    network_class = SD3Transformer2DModel
+    encoded = (("encoder_hidden_states", 0, 1), ("pooled_projections", 2, 3))
+
+    @classmethod
+    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
+        config = network.config
+        shapes = {"encoder_hidden_states": (77 + 256, config.joint_attention_dim)}
+        return {**shapes, "pooled_projections": (config.pooled_projection_dim,)}

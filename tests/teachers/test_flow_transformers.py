@@ -1,0 +1,122 @@
+"""Rectified-flow transformers: the velocity of their stock pipelines, and students in these pipelines."""
+
+from inspect import signature
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+from hsivi_diffusers import HSIVIScheduler, load_teacher
+from hsivi_diffusers.runs.artifacts import ADAPTER
+from hsivi_diffusers.teachers.guidance import Guided
+from hsivi_diffusers.teachers.loading import load_student
+from short_run import train
+from tiny_flows import FLOWS, make_flow
+from tiny_text import PROMPTS
+
+CPU = torch.device("cpu")
+SIZE = [16, 24]  # height and width of the images
+SHORT = {"resolution": SIZE, "prompts": PROMPTS, "guidance_scale": 3.0, "lora_rank": 2, "validation_steps": 0}
+
+
+@pytest.fixture(params=FLOWS)
+def kind(request):
+    return request.param
+
+
+def stock(pipeline, **given):
+    """Draws with a stock pipeline, of which some take no generator or negative prompt."""
+    known = signature(pipeline.__call__).parameters
+    generator = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
+    given = {"height": SIZE[0], "width": SIZE[1], "generator": generator, "output_type": "pt", **given}
+    return pipeline(PROMPTS, **{name: value for name, value in given.items() if name in known}).images
+
+
+def make_teacher(kind, **scheduler):
+    teacher = load_teacher(make_flow(kind, **scheduler))
+    teacher.resize(SIZE)
+    teacher.encode_prompts(PROMPTS, "blurry", CPU)
+    return teacher
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_velocity_is_that_of_the_stock_pipeline(kind, scale):
+    """At each step, of each prompt, guided or not."""
+    seen, pipeline = [], make_flow(kind)
+    teacher = make_teacher(kind)
+    step = pipeline.scheduler.step
+
+    def spy(velocity, time, x, **options):
+        seen.append((velocity, time, x))
+        return step(velocity, time, x, **options)
+
+    pipeline.scheduler.step = spy
+    stock(pipeline, negative_prompt=["blurry"] * len(PROMPTS), num_inference_steps=3, **teacher.guided(scale))
+    assert len(seen) == 3
+    guided, rows = Guided(teacher, [scale]), torch.arange(len(PROMPTS))
+    for velocity, time, x in seen:
+        ours = guided(teacher.unpack(x), torch.full((len(rows),), float(time)), rows)
+        torch.testing.assert_close(ours, teacher.unpack(velocity), rtol=1e-4, atol=5e-6)
+
+
+def test_each_row_may_have_its_own_level(kind):
+    teacher = make_teacher(kind)
+    x, rows, levels = torch.randn(3, *teacher.shape), torch.tensor([2, 0, 1]), torch.tensor([999, 500, 20])
+    whole = teacher.denoise(teacher.network, x, levels, rows)[0]
+    for i in range(3):
+        one = teacher.denoise(teacher.network, x[i : i + 1], levels[i : i + 1], rows[i : i + 1])[0]
+        torch.testing.assert_close(one, whole[i : i + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_ends_in_a_file_that_the_stock_pipeline_loads(kind, tmp_path):
+    """At eta 0 also without our scheduler: the steps of FlowMatchEuler on the student's sigmas."""
+    make_flow(kind).save_pretrained(tmp_path / "teacher")
+    config = {**SHORT, "noise_eta": 0.0, "learning_rate": 1e-2, "num_inference_steps": 2}
+    trainer = train(tmp_path / "teacher", tmp_path / "run", **config)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "teacher", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    before = stock(pipeline, num_inference_steps=2)
+    pipeline.load_lora_weights(tmp_path / "run" / "pipeline", weight_name=ADAPTER)
+    pipeline.scheduler = ours = HSIVIScheduler.from_pretrained(tmp_path / "run" / "pipeline", subfolder="scheduler")
+    assert ours.config.resolution == SIZE
+    given = {"num_inference_steps": 2, **type(trainer.state.teacher).unguided(ours)}
+    drawn = stock(pipeline, **given)
+    assert (drawn - before).abs().max() > 1e-3
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=ours.config.shift)
+    torch.testing.assert_close(stock(pipeline, **given, sigmas=ours.unshifted_sigmas), drawn, rtol=1e-4, atol=1e-5)
+    loaded = load_student(tmp_path / "run" / "pipeline")
+    torch.testing.assert_close(stock(loaded, **given), drawn, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stock(trainer.pipeline, **given), drawn, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_of_layers_is_drawn_again_from_the_same_seed(kind):
+    pipeline = make_flow(kind)
+    pipeline.scheduler = HSIVIScheduler.from_config(
+        pipeline.scheduler.config, layer_timesteps=[999, 500, 0], noise_eta=1.0, use_dynamic_shifting=False
+    )
+    first, again = stock(pipeline, num_inference_steps=2), stock(pipeline, num_inference_steps=2)
+    assert torch.equal(first, again)
+
+
+def test_a_shift_that_depends_on_the_size_is_that_of_the_pipeline(kind):
+    pipeline = make_flow(kind, use_dynamic_shifting=True, base_shift=0.3, max_shift=2.0)
+    seen, teacher = [], make_teacher(kind, use_dynamic_shifting=True, base_shift=0.3, max_shift=2.0)
+    own = pipeline.scheduler.set_timesteps
+    pipeline.scheduler.set_timesteps = lambda *args, mu, **options: seen.append(mu) or own(*args, mu=mu, **options)
+    stock(pipeline, num_inference_steps=2)
+    assert teacher.schedule.config.shift == pytest.approx(torch.tensor(seen[0]).exp().item())
+    assert not teacher.schedule.config.use_dynamic_shifting
+
+
+def test_images_are_decoded_as_the_pipeline_does(kind):
+    pipeline, teacher = make_flow(kind), make_teacher(kind)
+    latents = stock(pipeline, num_inference_steps=1, output_type="latent")
+    torch.testing.assert_close(teacher.decode(teacher.unpack(latents)), stock(pipeline, num_inference_steps=1))
+    assert teacher.image_shape == (3, *SIZE)
+
+
+def test_a_size_that_does_not_fit_is_refused(kind):
+    teacher = load_teacher(make_flow(kind))
+    for size in ([16], [15, 16], [0, 16]):
+        with pytest.raises(ValueError, match="give height and width, multiples of 4"):
+            teacher.resize(size)
