@@ -29,12 +29,12 @@ class Guided:
             Without it the scale is w at all times.
 
     Attributes:
-        calls: Network calls of a call: 2 with guidance, else 1.
+        calls: Network calls of a call: 2 with guidance, else 1; and 1 where the networks take the scale as an input.
     """
 
     def __init__(self, teacher: Teacher, scales: Sequence[float] = (1.0,), end: float | None = None) -> None:
         self.teacher, self.scales, self.end = teacher, [*scales], end
-        self.calls = 1 if self.scales == [1] else 2
+        self.calls = 1 if teacher.embed_guidance(self.scales) or self.scales == [1] else 2
 
     def __call__(self, x: Tensor, time: Any, condition: Tensor | None = None) -> Tensor:
         """Returns the prediction at x, (B, C, H, W), and times of the network; conditions have the shape (B,)."""

@@ -188,7 +188,6 @@ class Latents(PipelineTeacher):
         calls = num_inference_steps * Guided(self, [guidance_scale]).calls
         return images, calls, type(pipeline.scheduler).__name__
 
-
     def guided(self, w: float) -> dict[str, Any]:
         """Returns the argument with which the teacher's pipeline guides at scale w."""
         return {"guidance_scale": w}
@@ -239,6 +238,10 @@ class TextLatents(Latents):
         else:
             digests = {path.name: digest_of_folder(path) for path in folder.glob("text_encoder*") if path.is_dir()}
         return digest_of(type(self).__name__, self.pipeline, digests)
+
+    def prompt_tensors(self, encoded: Sequence[Any], are_negative: bool) -> dict[str, Tensor]:
+        """Returns arguments of the network of what `encode_prompt` of the pipeline returned, each (N, ...)."""
+        return {name: encoded[places[are_negative]] for name, *places in self.encoded}
 
     def sizes(self) -> dict[str, Tensor]:
         """Returns further arguments of the network that say the size of the images, each of shape (1, ...)."""

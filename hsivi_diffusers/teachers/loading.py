@@ -39,6 +39,7 @@ from .configs import (
 from .dit import DiT
 from .flow_transformers import FlowTransformer, StableDiffusion3
 from .latents import Latents, TextLatents
+from .packed_flows import Flux
 from .pixart import PixArt
 from .pixels import Pixels
 from .stable_diffusion import StableDiffusion, StableDiffusionXL
@@ -46,7 +47,15 @@ from .teacher import PipelineTeacher, Teacher, network_of
 
 logger = logging.get_logger(__name__)
 
-KINDS: tuple[type[PipelineTeacher], ...] = (Pixels, DiT, StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3)
+KINDS: tuple[type[PipelineTeacher], ...] = (
+    Pixels,
+    DiT,
+    StableDiffusion,
+    StableDiffusionXL,
+    PixArt,
+    StableDiffusion3,
+    Flux,
+)
 SUPPORTED = "pipelines of a UNet2DModel and a scheduler, DiT, Stable Diffusion 1 and 2, SDXL and PixArt"
 # diffusers renamed the argument in 0.40, and warns of the old name.
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"

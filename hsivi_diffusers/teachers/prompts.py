@@ -18,6 +18,7 @@ from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..pipeline_hsivi import check_finite_weights
 from ..runs.bars import bar
@@ -33,7 +34,8 @@ class PromptTable:
     """What a network gets for prompts, by their number; the last row is the negative prompt, "no class" of guidance.
 
     Args:
-        files: Tensors by argument of the network, each of shape (N, ...); those of a file stay on the disk.
+        files: Tensors by argument of the network, each of shape (N, ...); those of a file stay on the disk. Where
+            prompts have lengths of their own, (N, L, ...), L differs between files, and rows are padded by zeros.
         sizes: Further arguments, the same for all rows, each of shape (1, ...).
         digest: Identifies prompts and encoders.
         prompts: In the order of their numbers.
@@ -63,9 +65,14 @@ class PromptTable:
         Numbers on the CPU, where the tables are, cost no wait for a GPU.
         """
         chosen = [self._places[row] for row in condition.tolist()]
-        rows = {name: torch.stack([file[name][place] for file, place in chosen]) for name in self.files[0]}
+        rows = {name: padded([file[name][place] for file, place in chosen]) for name in self.files[0]}
         rows |= {name: size.expand(len(chosen), -1) for name, size in self.sizes.items()}
         return {name: row.to(like.device, like.dtype, non_blocking=True) for name, row in rows.items()}
+
+
+def padded(rows: Sequence[Tensor]) -> Tensor:
+    """Returns tensors (L, ...) as one of shape (N, longest L, ...), with zeros at the ends of shorter ones."""
+    return pad_sequence([*rows], batch_first=True)
 
 
 def encode_prompts(teacher: Any, prompts: Sequence[str], negative: str, device: torch.device) -> PromptTable:
@@ -220,5 +227,6 @@ def _encode(
         batch = [*texts[first : first + BATCH]]
         given |= {"negative_prompt": teacher.negative(batch) if are_negative else None}
         encoded = pipeline.encode_prompt(batch, **{name: value for name, value in given.items() if name in known})
-        rows.append({name: encoded[places[are_negative]].cpu() for name, *places in teacher.encoded})
-    return {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
+        tensors = teacher.prompt_tensors(encoded, are_negative)
+        rows += [dict(zip(tensors, values, strict=True)) for values in zip(*tensors.values(), strict=True)]
+    return {name: padded([row[name].cpu() for row in rows]) for name in rows[0]}

@@ -101,6 +101,10 @@ class Teacher:
         """Returns the clean image and the noise that a network sees in x, both (B, C, H, W), at levels (B,)."""
         return self.schedule.predict(self.call(network, x, self.schedule.levels.time(level), condition), level, x)
 
+    def embed_guidance(self, scales: Sequence[float]) -> bool:
+        """Tells the networks the guidance scale from now on, if they take it as an input; returns whether they do."""
+        return False
+
     def guide(self, of_condition: Tensor, of_none: Tensor, w: Tensor) -> Tensor:
         """Returns the guided prediction of scale w, shape (B, 1, ...)."""
         return of_none + w * (of_condition - of_none)

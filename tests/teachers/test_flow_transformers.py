@@ -102,7 +102,12 @@ def test_a_shift_that_depends_on_the_size_is_that_of_the_pipeline(kind):
     pipeline = make_flow(kind, use_dynamic_shifting=True, base_shift=0.3, max_shift=2.0)
     seen, teacher = [], make_teacher(kind, use_dynamic_shifting=True, base_shift=0.3, max_shift=2.0)
     own = pipeline.scheduler.set_timesteps
-    pipeline.scheduler.set_timesteps = lambda *args, mu, **options: seen.append(mu) or own(*args, mu=mu, **options)
+
+    def spy(num_inference_steps=None, device=None, sigmas=None, mu=None):
+        seen.append(mu)
+        own(num_inference_steps, device, sigmas=sigmas, mu=mu)
+
+    pipeline.scheduler.set_timesteps = spy
     stock(pipeline, num_inference_steps=2)
     assert teacher.schedule.config.shift == pytest.approx(torch.tensor(seen[0]).exp().item())
     assert not teacher.schedule.config.use_dynamic_shifting

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import shutil
-from functools import partial
+from functools import partial, wraps
 from inspect import signature
 
 import pytest
@@ -128,6 +128,7 @@ def test_prompts_are_encoded_once_and_a_stopped_encoding_goes_on(monkeypatch, ki
     encode_prompt = type(stock).encode_prompt
     monkeypatch.setattr(prompts, "FILE_ROWS", 2)
 
+    @wraps(encode_prompt)
     def count(self, prompt, **options):
         calls.append(prompt)
         if prompt == ["a dog"]:
