@@ -239,10 +239,10 @@ def test_solvers_of_diffusers_follow_a_flow_on_their_grid_or_ours():
         x, clock = torch.randn(20, 1, 8, 8).clamp(-1.7, 1.7), clock_of(schedule)
         few, many = (clock.few_step_levels((1, 8, 8), steps) for steps in (8, 50))
         assert few[0] == many[0] == 999
-        for method in ("DDIM", "DPM-Solver++", "UniPC", "DEIS"):
+        for method in ("DDIM", "Euler", "DPM-Solver++", "UniPC", "DEIS"):
             for calls, levels, error in ((15, None, 0.09), (15, clock.pair_levels(15), 0.07), (50, many, 0.03)):
                 solver = make_solver(method, calls, guided, levels)
                 end = run_solver(guided, solver.scheduler, x, calls)
                 assert (end - MEAN - STD * x).square().mean().sqrt() < error, (shift, method, calls)
-    with pytest.raises(ValueError, match="method 'DDPM' is not for rectified flows: choose one of 'DDIM', 'DPM-Solver"):
+    with pytest.raises(ValueError, match="method 'DDPM' is not for rectified flows: choose one of 'DDIM', 'Euler'"):
         make_solver("DDPM", 15, guided)

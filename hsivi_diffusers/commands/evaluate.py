@@ -32,7 +32,7 @@ from ..teachers.solvers import Sampler, make_solver, make_student, sample, short
 from .options import check_numbers, parse_options
 
 ON_GRID = ("DPM-Solver++", "UniPC")  # of `few_step_levels` too: neither grid is the better one for every teacher
-BASELINES = ("DDIM", *ON_GRID)
+BASELINES = ("DDIM", "Euler", *ON_GRID)
 
 
 @dataclass
@@ -54,7 +54,9 @@ class Evaluation:
     guidance_scale: float | None = option(None, "one of the guidance scales it was trained with; the lowest by default")
     batch_size: int | None = option(None, "images at once; 100 by default, of latents 4")
     solver_steps: list[int] = option(
-        [], "steps of DDIM, DPM-Solver++ and UniPC; by default for the calls of the student, and twice the most of them"
+        [],
+        "steps of DDIM, DPM-Solver++, UniPC and, of a flow, Euler; by default for the calls of the student, and twice "
+        "the most of them",
     )
     ddpm_steps: int = option(100, "steps of DDPM; 0 leaves it out")
     ddim_steps: int = option(50, "steps of DDIM with eta 1; 0 leaves it out")
@@ -166,6 +168,8 @@ def main(args: list[str] | None = None) -> None:
     teacher = load_teacher(training["teacher"], None if options.teacher else training.get("revision"))
     check_channels(network, teacher.image_shape[0])
     student = load_student(run_dir / "pipeline", teacher).to(device)
+    if student.scheduler.config.resolution is not None:
+        teacher.resize(student.scheduler.config.resolution)
     prompts = str(run_dir / PROMPTS) if training.get("prompts") else None
     teacher.encode_prompts(prompts, training.get("negative_prompt", ""), torch.device(device))
     teacher.to(device).network.eval()

@@ -132,6 +132,7 @@ class Clock(ABC):
 class BetaClock(Clock):
     """Of a diffusion with betas: it is nearly pure noise at its last levels."""
 
+    unsupported = frozenset(["Euler"])
     reference = "DPM-Solver++ SDE"  # whose noise mends errors of the network
 
     def start(self, start_timestep: int | None, rule: tuple[str, float] | None, shape: tuple[int, ...]) -> int | None:

@@ -15,6 +15,7 @@ from diffusers import (
     DEISMultistepScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     IPNDMScheduler,
     SASolverScheduler,
     UniPCMultistepScheduler,
@@ -74,6 +75,7 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     # diffusers' DDIMScheduler has no quadratic grid, which is the best for few steps; the formulas are the same.
     "DDIM": (HSIVIScheduler, {"timestep_spacing": "quadratic", "noise_eta": 0.0}),
     "DDIM, eta 1": (DDIMScheduler, {}),
+    "Euler": (FlowMatchEulerDiscreteScheduler, {}),  # what pipelines of rectified flows have
     "DPM-Solver++": (DPMSolverMultistepScheduler, {}),
     "DPM-Solver++ SDE": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "UniPC": (UniPCMultistepScheduler, {}),
@@ -92,7 +94,7 @@ def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
 
     Args:
         scheduler: A multistep solver with `alphas_cumprod` and `sigmas`, or with `set_levels`, as `TeacherIPNDM`.
-        timesteps: Of the network calls, descending: from N-1 to 0, or, of a solver with `use_flow_sigmas`, N sigma.
+        timesteps: Of the network calls, descending: from N-1 to 0, or, of a rectified flow, N sigma.
     """
     own, steps = scheduler.set_timesteps, torch.tensor(timesteps)
 
@@ -103,7 +105,7 @@ def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
         if hasattr(scheduler, "set_levels"):
             scheduler.set_levels(steps)
             return
-        if scheduler.config.get("use_flow_sigmas"):
+        if scheduler.config.get("use_flow_sigmas") or not hasattr(scheduler, "alphas_cumprod"):
             sigmas = (steps / scheduler.config.num_train_timesteps).clamp_max(1 - 1e-6)  # log alpha is asked for
         else:
             abar = scheduler.alphas_cumprod[steps]
@@ -213,7 +215,8 @@ def make_scheduler(
     clock = clock_of(schedule)
     able = [name for name in SOLVERS if name not in clock.unsupported]
     if method not in able:
-        why = "is not for rectified flows" if method in SOLVERS else "is unknown"
+        flows = "not for rectified flows" if schedule.is_flow else "for rectified flows alone"
+        why = f"is {flows if method in SOLVERS else 'unknown'}"
         raise ValueError(f"method {method!r} {why}: choose one of {', '.join(map(repr, able))}")
     kind, chosen = SOLVERS[method]
     chosen, known = {**chosen, **settings}, signature(kind).parameters

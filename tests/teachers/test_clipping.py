@@ -92,7 +92,7 @@ def test_a_solver_that_is_saved_clips_by_itself(method, settings, tmp_path):
 def test_a_scheduler_that_tells_nothing_of_clipping_does_not_clip():
     """And the default of a solver's class counts for nothing."""
     schedule = load_teacher(DDPMPipeline(make_unet(), PNDMScheduler())).schedule
-    for method in SOLVERS:
+    for method in SOLVERS.keys() - clock_of(schedule).unsupported:
         assert not make_scheduler(method, schedule)[0].config.get("clip_sample")
     network = Loud(HSIVIScheduler())
     solvers = [solver_of(method, schedule) for method in ("DDPM", "DDIM, eta 1")]
