@@ -232,6 +232,7 @@ class HSIVITrainer:
             "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
             "mixed_precision": self.accelerator.mixed_precision,
             "base_model": None if teacher is None or Path(teacher).exists() else teacher,
+            "call": self.state.teacher.call_arguments(self.state.bridge.scheduler),
             **self.state.identity,
         }
 

@@ -56,14 +56,29 @@ import torch
 from diffusers import DiffusionPipeline
 from hsivi_diffusers import HSIVIScheduler
 
-pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)  # float16 on a GPU
+pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)  # bfloat16 on a GPU
 pipeline.load_lora_weights("{repo_id}")
 pipeline.scheduler = HSIVIScheduler.from_pretrained("{repo_id}", subfolder="scheduler")
-images = pipeline("a prompt", num_inference_steps={steps}, guidance_scale=1).images
+images = pipeline("a prompt", num_inference_steps={steps}, {call}).images
 ```
 
-{guidance} Negative prompts have no effect at `guidance_scale=1`. It can be combined with style LoRAs: give each an
-`adapter_name`, and select them with `set_adapters`."""
+{guidance} Negative prompts have no effect. It can be combined with style LoRAs: give each an `adapter_name`, and select
+them with `set_adapters`."""
+EULER_USE = """\
+
+
+Its layers have no noise, so the same images are drawn without the package, by the scheduler of diffusers:
+
+```python
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)  # bfloat16 on a GPU
+pipeline.load_lora_weights("{repo_id}")
+pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift})
+sigmas = {sigmas}
+images = pipeline("a prompt", num_inference_steps={steps}, sigmas=sigmas, {call}).images
+```"""
 WITHOUT = (
     "Without the package, with the code that is in this repository ({files}; read it first). If the repository is "
     "private, log in with `hf auth login` or set `HF_TOKEN`:"
@@ -71,6 +86,7 @@ WITHOUT = (
 SEEDED = """\
 {guidance} If the images must be the same each time, call `torch.manual_seed` before: some pipelines pass no generator
 to the steps."""
+EMBEDDED = "The network takes the guidance scale as an input: keep that of the training."
 GUIDED = "Guidance is in the weights: a larger `guidance_scale` would guide a second time."
 UNGUIDED = "It was trained without guidance, so keep `guidance_scale=1`."
 
@@ -116,10 +132,14 @@ def make_adapter_card(
     scheduler: Any, repo_id: str, run: dict[str, Any], base_model: str | None = None, license: str | None = None
 ) -> ModelCard:
     """Makes the card of a LoRA with its scheduler, which are loaded into a stock pipeline of the teacher."""
-    counts = scheduler.depths
-    usage = ADAPTER_USE.format(
-        base=base_model or "REPO_OF_THE_TEACHER", repo_id=repo_id, steps=counts[-1], guidance=_guidance(scheduler)
-    )
+    counts, call = scheduler.depths, run["training"].get("call") or {"guidance_scale": 1}
+    guidance = EMBEDDED if call.get("guidance_scale", 1) > 1 else _guidance(scheduler)
+    about = {"base": base_model or "REPO_OF_THE_TEACHER", "repo_id": repo_id, "steps": counts[-1]}
+    about["call"] = ", ".join(f"{name}={value:g}" for name, value in call.items())
+    usage = ADAPTER_USE.format(**about, guidance=guidance)
+    if scheduler.is_flow and scheduler.config.noise_eta == 0 and scheduler.trained_grids[-1][-1] == -1:
+        sigmas = [round(u, 6) for u in scheduler.unshifted_sigmas]
+        usage += EULER_USE.format(**about, shift=scheduler.config.shift, sigmas=sigmas)
     sections = [
         f"A LoRA for {_link(base_model)}, which draws in **{network_calls(counts)}**, distilled without images, by "
         f"{METHOD}.",

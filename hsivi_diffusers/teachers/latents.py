@@ -156,9 +156,13 @@ class Latents(PipelineTeacher):
         scheduler.step = partial(type(scheduler).step, scheduler, generator=generators)
         given: dict[str, Any] = {"num_inference_steps": num_inference_steps or max(scheduler.depths)}
         given |= {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
-        given |= {**cls.unguided(scheduler), **size_of(scheduler)}
+        given |= cls.call_arguments(scheduler)
         images: list[Any] = pipeline(conditions, generator=generators, **given).images
         return images
+
+    @classmethod
+    def call_arguments(cls, scheduler: HSIVIScheduler) -> dict[str, Any]:
+        return {**cls.unguided(scheduler), **size_of(scheduler)}
 
     @classmethod
     def unguided(cls, scheduler: HSIVIScheduler) -> dict[str, Any]:

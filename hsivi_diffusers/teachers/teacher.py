@@ -202,6 +202,11 @@ class Teacher:
         """Returns what draws images with a student: a pipeline of diffusers, or a `StudentSampler`."""
         return StudentSampler(self, network, scheduler)
 
+    @classmethod
+    def call_arguments(cls, scheduler: HSIVIScheduler) -> dict[str, Any]:
+        """Returns what the pipeline of a student is called with, beside prompts and steps, for its card."""
+        return {}
+
     def save_student(
         self, network: Any, scheduler: HSIVIScheduler, noise_scale: HSIVINoiseScale | None, folder: Path
     ) -> None:

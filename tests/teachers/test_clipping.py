@@ -12,6 +12,7 @@ from hsivi_diffusers import HSIVIScheduler, load_teacher
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.evaluation.report import OURS
 from hsivi_diffusers.teachers.guidance import Guided
+from hsivi_diffusers.teachers.levels import clock_of
 from hsivi_diffusers.teachers.solvers import SOLVERS, make_scheduler, run_solver
 from hsivi_diffusers.teachers.teacher import Teacher
 from stock_teacher import train_stock

@@ -1,13 +1,16 @@
 """Rectified-flow transformers: the velocity of their stock pipelines, and students in these pipelines."""
 
+import re
 from inspect import signature
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from hsivi_diffusers import HSIVIScheduler, load_teacher
-from hsivi_diffusers.runs.artifacts import ADAPTER
+from hsivi_diffusers.runs.artifacts import ADAPTER, read_run
+from hsivi_diffusers.share.card import make_adapter_card
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.loading import load_student
 from short_run import train
@@ -87,6 +90,24 @@ def test_a_run_ends_in_a_file_that_the_stock_pipeline_loads(kind, tmp_path):
     loaded = load_student(tmp_path / "run" / "pipeline")
     torch.testing.assert_close(stock(loaded, **given), drawn, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stock(trainer.pipeline, **given), drawn, rtol=1e-4, atol=1e-5)
+
+
+def test_the_code_of_a_card_draws_with_and_without_the_package(kind, tmp_path):
+    make_flow(kind).save_pretrained(tmp_path / "teacher")
+    run = tmp_path / "run"
+    train(tmp_path / "teacher", run, **SHORT, noise_eta=0.0, learning_rate=1e-2)
+    scheduler = HSIVIScheduler.from_pretrained(run / "pipeline", subfolder="scheduler")
+    card = make_adapter_card(scheduler, str(run / "pipeline"), read_run(run), base_model=str(tmp_path / "teacher"))
+    images = []
+    for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
+        names: dict = {}
+        torch.manual_seed(0)
+        exec(block, names)
+        (image,) = names["images"]
+        assert image.size == (24, 16)
+        images.append(torch.from_numpy(np.array(image, dtype=np.float32)))
+    assert len(images) == 2
+    torch.testing.assert_close(*images, rtol=0, atol=2)
 
 
 def test_noise_of_layers_is_drawn_again_from_the_same_seed(kind):
