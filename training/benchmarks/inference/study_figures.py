@@ -146,11 +146,11 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
 
 
 def save(figure: Figure, path: Path) -> None:
-    """With 256 colours, so that the noise of draws does not fill the repository."""
+    """With 32 colours, so that the noise of draws does not fill the repository."""
     whole = BytesIO()
     figure.savefig(whole, dpi=110)
     plt.close(figure)
-    Image.open(whole).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(whole).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 # Fits
