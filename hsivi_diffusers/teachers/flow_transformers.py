@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class FlowTransformer(TextLatents):
     """
 
     adapter = Adapter(TARGETS, "transformer")
+    prompt_dtype = torch.bfloat16  # of the encoders of the published ones; a prompt of FLUX.1 takes 4 MB
 
     def __init__(self, pipeline: Any, network: Any, schedule: HSIVIScheduler, rows: int = 0) -> None:
         super().__init__(pipeline, network, schedule, rows)

@@ -208,9 +208,11 @@ class TextLatents(Latents):
     Attributes:
         encoded: What `encode_prompt` of the pipeline returns: argument of the network, place of the prompt, and of the
             negative prompt.
+        prompt_dtype: Of encoded prompts on the disk; that of the encoders by default.
     """
 
     takes_text = True
+    prompt_dtype: torch.dtype | None = None
     encoded: Sequence[tuple[str, int, int]]
 
     def resize(self, resolution: Sequence[int]) -> None:

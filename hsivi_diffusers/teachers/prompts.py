@@ -89,6 +89,8 @@ def encode_prompts(teacher: Any, prompts: Sequence[str], negative: str, device: 
         device: Where to encode.
     """
     digest = teacher.encoders_digest()
+    if teacher.prompt_dtype is not None:
+        digest = hashlib.sha256(f"{digest}{teacher.prompt_dtype}".encode()).hexdigest()
     folder = cached_assets_path("hsivi_diffusers", "prompts", digest[:16])
     starts = range(0, len(prompts), FILE_ROWS)
     chunks = [*(([*prompts[start : start + FILE_ROWS]], False) for start in starts), ([negative], True)]
@@ -229,4 +231,6 @@ def _encode(
         encoded = pipeline.encode_prompt(batch, **{name: value for name, value in given.items() if name in known})
         tensors = teacher.prompt_tensors(encoded, are_negative)
         rows += [dict(zip(tensors, values, strict=True)) for values in zip(*tensors.values(), strict=True)]
-    return {name: padded([row[name].cpu() for row in rows]) for name in rows[0]}
+    columns = {name: padded([row[name].cpu() for row in rows]) for name in rows[0]}
+    kept = teacher.prompt_dtype
+    return {name: each.to(kept) if kept and each.is_floating_point() else each for name, each in columns.items()}

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from hsivi_diffusers import HSIVIScheduler, load_teacher
 from hsivi_diffusers.runs.artifacts import ADAPTER, read_run
 from hsivi_diffusers.share.card import make_adapter_card
+from hsivi_diffusers.teachers.flow_transformers import FlowTransformer
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.loading import load_student
 from short_run import train
@@ -33,6 +34,12 @@ def stock(pipeline, **given):
     generator = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
     given = {"height": SIZE[0], "width": SIZE[1], "generator": generator, "output_type": "pt", **given}
     return pipeline(PROMPTS, **{name: value for name, value in given.items() if name in known}).images
+
+
+@pytest.fixture(autouse=True)
+def whole_prompts(monkeypatch):
+    """Stock pipelines do not round what their encoders return."""
+    monkeypatch.setattr(FlowTransformer, "prompt_dtype", None)
 
 
 def make_teacher(kind, **scheduler):
@@ -108,6 +115,17 @@ def test_the_code_of_a_card_draws_with_and_without_the_package(kind, tmp_path):
         images.append(torch.from_numpy(np.array(image, dtype=np.float32)))
     assert len(images) == 2
     torch.testing.assert_close(*images, rtol=0, atol=2)
+
+
+def test_prompts_are_kept_in_half_the_bytes(kind, monkeypatch):
+    whole = make_teacher(kind).conditions
+    monkeypatch.setattr(FlowTransformer, "prompt_dtype", torch.bfloat16)
+    half = make_teacher(kind).conditions
+    assert {each.dtype for each in half.files[0].values() if each.is_floating_point()} == {torch.bfloat16}
+    rows, like = torch.tensor([1, 3]), torch.zeros(1)
+    given, rounded = (each.arguments(rows, like) for each in (whole, half))
+    for name, value in rounded.items():
+        assert torch.equal(value, given[name].bfloat16().float())
 
 
 def test_noise_of_layers_is_drawn_again_from_the_same_seed(kind):
