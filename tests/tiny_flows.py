@@ -3,13 +3,24 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
 
 from tiny_text import WIDTH, WORDS, make_clip, make_tokenizer
 
@@ -71,7 +82,51 @@ def make_flux(**settings):
     return FluxPipeline(transformer=transformer, scheduler=scheduler, vae=make_vae(), **encoders, **tokenizers)
 
 
-FLOWS = {"sd3": make_sd3, "flux": make_flux}
+def make_chroma():
+    sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": WIDTH}
+    heads = {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (2, 2, 4)}
+    approximator = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    transformer = ChromaTransformer2DModel(**sizes, **heads, **approximator)
+    parts = {"text_encoder": make_t5(), "tokenizer": make_tokenizer(), "vae": make_vae()}
+    return ChromaPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), **parts
+    )
+
+
+def make_qwen():
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(2, 2, 4),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[-0.7, 0.1, 0.4, 0.0],
+        latents_std=[2.8, 1.4, 2.3, 1.0],
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02)
+    return QwenImagePipeline(scheduler, vae.eval(), make_qwen_encoder(), make_tokenizer(), transformer)
+
+
+def make_qwen_encoder():
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "vocab_size": len(WORDS)}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": WIDTH}
+    config = Qwen2_5_VLConfig(text_config={**sizes, **heads, **rope, **tokens}, vision_config=vision)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+FLOWS = {"sd3": make_sd3, "flux": make_flux, "chroma": make_chroma, "qwen": make_qwen}
 
 
 def make_flow(kind, **scheduler):

@@ -21,6 +21,7 @@ class Adapter(NamedTuple):
     targets: list[str]  # names of modules, as in peft
     prefix: str  # of the names in the file that `load_lora_weights` of diffusers loads
     rank: int = 64  # the default
+    idle: tuple[str, ...] = ()  # names in the last block of modules that get no gradient, and no adapter
 
 
 def share(module: Any) -> Any:
@@ -40,15 +41,22 @@ def add_adapter(network: Any, adapter: Adapter, rank: int) -> Any:
         rank: r of the adapter W + B A, with A of shape (r, inputs) and B of shape (outputs, r); alpha is r.
     """
     adapted = share(network.requires_grad_(False))
-    adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=adapter.targets))
+    left_out = idle_names(network, adapter) or None
+    adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=adapter.targets, exclude_modules=left_out))
     cast_training_params(adapted)
     return adapted
+
+
+def idle_names(network: Any, adapter: Adapter) -> list[str]:
+    """The names of the modules of a network that an adapter leaves out, for nothing depends on them."""
+    return [f"transformer_blocks.{len(network.transformer_blocks) - 1}.{name}" for name in adapter.idle]
 
 
 def adapter_names(network: Any, adapter: Adapter) -> list[str]:
     """The names of the weights of an adapter of a network, as in the file that `save_adapter` writes."""
     ends = tuple(f".{target}" for target in adapter.targets)
-    layers = [name for name, _ in network.named_modules() if f".{name}".endswith(ends)]
+    left_out = idle_names(network, adapter)
+    layers = [name for name, _ in network.named_modules() if f".{name}".endswith(ends) and name not in left_out]
     return [f"{adapter.prefix}.{name}.lora_{factor}.weight" for name in layers for factor in "AB"]
 
 

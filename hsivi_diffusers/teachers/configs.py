@@ -113,10 +113,9 @@ def schedule_of(name: str, configs: Configs, knows_size: bool = False) -> HSIVIS
     return schedule
 
 
-def check_agreement(name: str, part: str, configs: Configs) -> None:
-    """Refuses a network and a scheduler that cannot have been trained together."""
+def check_agreement(name: str, part: str, configs: Configs, outputs: int) -> None:
+    """Refuses a network, of so many output channels, and a scheduler that cannot have been trained together."""
     config, channels = configs.network, configs.network["in_channels"]
-    outputs = config.get("out_channels") or channels
     if outputs not in (channels, 2 * channels):
         raise ValueError(
             f"teacher {name}: the {part} takes {channels} channels and returns {outputs}; a noise prediction has "

@@ -169,6 +169,10 @@ class Latents(PipelineTeacher):
         """Returns the argument that keeps a pipeline from guiding a student."""
         return {"guidance_scale": 1.0}
 
+    def negative(self, texts: list[str]) -> list[str] | None:
+        """Returns what the pipeline is given as negative prompts."""
+        return texts
+
     def draw_teacher(
         self,
         conditions: Any,
@@ -184,7 +188,7 @@ class Latents(PipelineTeacher):
             self._whole.vae.enable_slicing()  # images are decoded one by one
         pipeline = self._whole
         known = signature(pipeline.__call__).parameters
-        negative = [negative_prompt] * len(generators) if negative_prompt else None
+        negative = self.negative([negative_prompt] * len(generators))
         given: dict[str, Any] = {"negative_prompt": negative, "use_resolution_binning": False}
         given = {name: value for name, value in given.items() if name in known}
         given |= {"num_inference_steps": num_inference_steps, **self.guided(guidance_scale), **size_of(self.schedule)}
@@ -252,10 +256,6 @@ class TextLatents(Latents):
     def sizes(self) -> dict[str, Tensor]:
         """Returns further arguments of the network that say the size of the images, each of shape (1, ...)."""
         return {}
-
-    def negative(self, texts: list[str]) -> list[str] | None:
-        """Returns what the pipeline is given as negative prompts."""
-        return texts
 
     @classmethod
     def of_configs(cls, configs: Configs, schedule: HSIVIScheduler) -> Latents:

@@ -39,7 +39,7 @@ from .configs import (
 from .dit import DiT
 from .flow_transformers import FlowTransformer, StableDiffusion3
 from .latents import Latents, TextLatents
-from .packed_flows import Flux
+from .packed_flows import Chroma, Flux, QwenImage
 from .pixart import PixArt
 from .pixels import Pixels
 from .stable_diffusion import StableDiffusion, StableDiffusionXL
@@ -55,8 +55,13 @@ KINDS: tuple[type[PipelineTeacher], ...] = (
     PixArt,
     StableDiffusion3,
     Flux,
+    Chroma,
+    QwenImage,
 )
-SUPPORTED = "pipelines of a UNet2DModel and a scheduler, DiT, Stable Diffusion 1 and 2, SDXL and PixArt"
+SUPPORTED = (
+    "pipelines of a UNet2DModel and a scheduler, DiT, Stable Diffusion 1 to 3, SDXL, PixArt, FLUX.1-dev, Chroma and "
+    "Qwen-Image"
+)
 # diffusers renamed the argument in 0.40, and warns of the old name.
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
 IN_FLOAT32: dict[str, Any] = {DTYPE: torch.float32}
@@ -87,7 +92,7 @@ def check_configs(name: str, configs: Configs, kind: type[PipelineTeacher]) -> H
     if wanted not in (found, *bases):
         raise ValueError(f"teacher {name} has a {part} of type {found}, a {wanted} is needed")
     kind.check(name, part, configs.network)
-    check_agreement(name, part, configs)
+    check_agreement(name, part, configs, kind.outputs(configs.network))
     return schedule_of(name, configs, issubclass(kind, FlowTransformer))
 
 
@@ -96,8 +101,9 @@ def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, 
 
     Args:
         teacher: Folder or repo id of a pipeline of diffusers, or such a pipeline itself, which is copied. Supported are
-            pipelines of a `UNet2DModel` and a scheduler, DiT, Stable Diffusion 1 and 2, SDXL and PixArt. The scheduler
-            has betas, or is a rectified flow. Of a `Teacher` the network is copied.
+            pipelines of a `UNet2DModel` and a scheduler, DiT, Stable Diffusion 1 to 3, SDXL, PixArt, FLUX.1-dev,
+            Chroma and Qwen-Image. The scheduler has betas, or is a rectified flow. Of a `Teacher` the network is
+            copied.
         revision: Branch, tag or commit of a repo.
 
     Raises:

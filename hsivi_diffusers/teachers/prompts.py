@@ -224,7 +224,9 @@ def _encode(
     given: dict[str, Any] = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": are_negative}
     given |= {"prompt_2": None, "prompt_3": None}  # by default the prompt itself
     given |= {"clean_caption": True} if cleans(pipeline) else {}
-    known = signature(pipeline.encode_prompt).parameters
+    known, called = signature(pipeline.encode_prompt).parameters, signature(pipeline.__call__).parameters
+    if longest := called.get("max_sequence_length"):  # which is another in `encode_prompt` of some pipelines
+        given |= {"max_sequence_length": longest.default}
     for first in range(0, len(texts), BATCH):
         batch = [*texts[first : first + BATCH]]
         given |= {"negative_prompt": teacher.negative(batch) if are_negative else None}

@@ -67,7 +67,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def negative(self, texts: list[str]) -> list[str] | None:
         """Without a negative prompt SDXL takes zeros."""
-        return None if texts == [""] else texts
+        return texts if any(texts) else None
 
     @classmethod
     def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:

@@ -314,6 +314,11 @@ class PipelineTeacher(Teacher):
     def check(cls, name: str, part: str, config: Mapping[str, Any]) -> None:
         """Refuses, with ValueError, a network by its config, before its weights are loaded."""
 
+    @classmethod
+    def outputs(cls, config: Mapping[str, Any]) -> int:
+        """Channels that a network returns, in the layout of those it takes (`in_channels`)."""
+        return int(config.get("out_channels") or config["in_channels"])
+
     # ----- drawing with a pipeline of this kind, for the commands -----
 
     @classmethod
