@@ -3,13 +3,27 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextModelWithProjection,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 from tiny_text import WIDTH, WORDS, make_clip, make_tokenizer
 
@@ -71,7 +85,61 @@ def make_flux(**settings):
     return FluxPipeline(transformer=transformer, scheduler=scheduler, vae=make_vae(), **encoders, **tokenizers)
 
 
-FLOWS = {"sd3": make_sd3, "flux": make_flux}
+def make_flux2_vae():
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    torch.nn.init.uniform_(vae.bn.running_mean, -1, 1)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2)
+    return vae.eval()
+
+
+def make_flux2_transformer(**settings):
+    sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 2, "joint_attention_dim": 3 * WIDTH}
+    heads = {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (2, 2, 2, 2)}
+    return Flux2Transformer2DModel(**sizes, **heads, timestep_guidance_channels=16, **settings)
+
+
+def decoder_sizes(layers):
+    """The pipelines of FLUX.2 take hidden states of three layers of a language model, by number."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": layers, "head_dim": 8}
+    return {**sizes, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": len(WORDS), "pad_token_id": 0}
+
+
+def make_flux2(**settings):
+    vision = PixtralVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=32, patch_size=16
+    )
+    encoder = Mistral3Config(vision_config=vision, text_config=MistralConfig(**decoder_sizes(30)), image_token_index=3)
+    tokenizer = make_tokenizer()  # of a PixtralProcessor, which needs torchvision
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content[0].text }} {% endfor %}"
+    return Flux2Pipeline(
+        transformer=make_flux2_transformer(**settings),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=make_flux2_vae(),
+        text_encoder=Mistral3ForConditionalGeneration(encoder).eval(),
+        tokenizer=tokenizer,
+    )
+
+
+def make_klein(**settings):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    return Flux2KleinPipeline(
+        transformer=make_flux2_transformer(guidance_embeds=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=make_flux2_vae(),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**decoder_sizes(27))).eval(),
+        tokenizer=tokenizer,
+        **settings,
+    )
+
+
+FLOWS = {"sd3": make_sd3, "flux": make_flux, "flux2": make_flux2, "klein": make_klein}
 
 
 def make_flow(kind, **scheduler):
