@@ -1,17 +1,19 @@
 """Rectified-flow transformers: the velocity of their stock pipelines, and students in these pipelines."""
 
 from inspect import signature
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from hsivi_diffusers import HSIVIScheduler, load_teacher
+from hsivi_diffusers import HSIVIConfig, HSIVIScheduler, load_teacher
 from hsivi_diffusers.runs.artifacts import ADAPTER
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.loading import load_student
+from hsivi_diffusers.teachers.prompts import digest_of
 from short_run import train
-from tiny_flows import FLOWS, make_flow
+from tiny_flows import FLOWS, make_flow, make_flux2, make_klein
 from tiny_text import PROMPTS
 
 CPU = torch.device("cpu")
@@ -132,3 +134,21 @@ def test_a_size_that_does_not_fit_is_refused(kind):
     for size in ([16], [15, 16], [0, 16]):
         with pytest.raises(ValueError, match="give height and width, multiples of 4"):
             teacher.resize(size)
+
+
+def test_flux2_klein_takes_no_negative_prompt_and_must_not_be_distilled():
+    with pytest.raises(ValueError, match="negative_prompt='blurry': a Flux2KleinPipeline takes no negative prompt"):
+        load_teacher(make_flow("klein")).check_students(HSIVIConfig(negative_prompt="blurry", guidance_scale=3.0))
+    with pytest.raises(ValueError, match="is_distilled=True, so it is distilled already: give the base model"):
+        load_teacher(make_klein(is_distilled=True))
+    with pytest.raises(ValueError, match="a Flux2Pipeline takes the guidance scale as an input"):
+        load_teacher(make_flux2(guidance_embeds=False))
+
+
+def test_prompts_are_encoded_again_with_another_chat_template():
+    """Of a tokenizer, or of a processor with a tokenizer, as FLUX.2-dev has."""
+    tokenizer = make_klein().tokenizer
+    parts = [tokenizer, *(SimpleNamespace(tokenizer=tokenizer, chat_template=text) for text in "ab")]
+    given = {"config": {}, "encode_prompt": lambda prompt: prompt}
+    digests = {digest_of("", SimpleNamespace(components={"tokenizer": part}, **given), {}) for part in parts}
+    assert len(digests) == 3
