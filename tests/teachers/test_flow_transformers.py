@@ -152,3 +152,13 @@ def test_prompts_are_encoded_again_with_another_chat_template():
     given = {"config": {}, "encode_prompt": lambda prompt: prompt}
     digests = {digest_of("", SimpleNamespace(components={"tokenizer": part}, **given), {}) for part in parts}
     assert len(digests) == 3
+
+
+def test_the_pipeline_of_flux2_draws_prompts_and_takes_no_image_of_them():
+    """The first argument of its call is an image."""
+    teacher, student = make_teacher("flux2"), make_flow("flux2")
+    student.scheduler = HSIVIScheduler.from_config(teacher.schedule.config, layer_timesteps=[999, 500, 0])
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
+    images = type(teacher).draw(student, PROMPTS, generators)
+    images += teacher.draw_teacher(PROMPTS, generators, 2, 3.0, "")[0]
+    assert [image.size for image in images] == [(24, 16)] * 6
