@@ -3,10 +3,14 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -16,8 +20,14 @@ from diffusers import (
 )
 from transformers import (
     CLIPTextModelWithProjection,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
 )
@@ -126,7 +136,68 @@ def make_qwen_encoder():
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-FLOWS = {"sd3": make_sd3, "flux": make_flux, "chroma": make_chroma, "qwen": make_qwen}
+def make_flux2_vae():
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    torch.nn.init.uniform_(vae.bn.running_mean, -1, 1)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2)
+    return vae.eval()
+
+
+def make_flux2_transformer(**settings):
+    sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 2, "joint_attention_dim": 3 * WIDTH}
+    heads = {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (2, 2, 2, 2)}
+    return Flux2Transformer2DModel(**sizes, **heads, timestep_guidance_channels=16, **settings)
+
+
+def decoder_sizes(layers):
+    """The pipelines of FLUX.2 take hidden states of three layers of a language model, by number."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": layers, "head_dim": 8}
+    return {**sizes, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": len(WORDS), "pad_token_id": 0}
+
+
+def make_flux2(**settings):
+    vision = PixtralVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=32, patch_size=16
+    )
+    encoder = Mistral3Config(vision_config=vision, text_config=MistralConfig(**decoder_sizes(30)), image_token_index=3)
+    tokenizer = make_tokenizer()  # of a PixtralProcessor, which needs torchvision
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content[0].text }} {% endfor %}"
+    return Flux2Pipeline(
+        transformer=make_flux2_transformer(**settings),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=make_flux2_vae(),
+        text_encoder=Mistral3ForConditionalGeneration(encoder).eval(),
+        tokenizer=tokenizer,
+    )
+
+
+def make_klein(**settings):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    return Flux2KleinPipeline(
+        transformer=make_flux2_transformer(guidance_embeds=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=make_flux2_vae(),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**decoder_sizes(27))).eval(),
+        tokenizer=tokenizer,
+        **settings,
+    )
+
+
+FLOWS = {
+    "sd3": make_sd3,
+    "flux": make_flux,
+    "chroma": make_chroma,
+    "qwen": make_qwen,
+    "flux2": make_flux2,
+    "klein": make_klein,
+}
 
 
 def make_flow(kind, **scheduler):

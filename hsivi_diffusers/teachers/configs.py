@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from inspect import signature
@@ -17,6 +18,19 @@ from ..runs.folders import check_spelling, near_folder
 from ..scheduling_hsivi import HSIVIScheduler
 
 REMEDY = "give a folder or repo id that DiffusionPipeline.from_pretrained loads, such as google/ddpm-cifar10-32"
+# Names of pipelines of diffusers that are refused, as regular expressions, and why.
+REFUSED = {
+    "SanaSprint|LatentConsistency|KleinKV": "it is distilled already: give the model that it was distilled from",
+    "^CogView4": "its network takes the times of unshifted noise levels, which is not supported",
+    "^HiDream": "its text takes 67 MB a prompt",
+    "^StableCascade|^Wuerstchen|^Kandinsky.*(Combined|Prior)": "its images are made by several networks in turn",
+    "Video|^Wan|^LTX|^Mochi|^Allegro|^Latte|ToWorld|^SkyReels|Animate|[TI]2V|^Helios|^ConsisID|^ChronoEdit|^LucyEdit": (
+        "it draws video, and only images are supported"
+    ),
+    "Img2Img|Inpaint|Control|Edit(?!ing)|Kontext|Fill|Upscale|Pix2Pix|ImageVariation|Adapter": (
+        "it takes an image beside the text: give the text-to-image pipeline of the same model"
+    ),
+}
 
 
 class Configs(NamedTuple):
@@ -44,6 +58,7 @@ def read_configs(name: str, revision: str | None) -> Configs:
     index: dict[str, Any] = {}
     with suppress(OSError):  # which network and scheduler can do without
         index = DiffusionPipeline.load_config(name, revision=revision)
+    check_pipeline(repr(name), index.get("_class_name"), index)
     parts = parts_of(index) or {"unet", "scheduler"}
     named = {part: index.get(part, [None, None])[1] for part in (part_of(parts), "scheduler")}
     network, scheduler = (_read_config(name, part, kind, revision) for part, kind in named.items())
@@ -78,6 +93,7 @@ def _read_config(name: str, part: str, kind: str | None, revision: str | None) -
 
 def configs_of(pipeline: DiffusionPipeline, name: str) -> Configs:
     """The configs of a loaded pipeline."""
+    check_pipeline(name, type(pipeline).__name__, pipeline.config)
     network, scheduler = (getattr(pipeline, each, None) for each in (part_of(pipeline.components), "scheduler"))
     if scheduler is None:
         raise ValueError(f"teacher {name} has no scheduler, which has its noise levels: give a whole pipeline")
@@ -89,6 +105,24 @@ def configs_of(pipeline: DiffusionPipeline, name: str) -> Configs:
         {**getattr(network, "config", {}), "_class_name": type(network).__name__},
         {**levels, "_class_name": type(scheduler).__name__},
     )
+
+
+def check_pipeline(name: str, kind: str | None, settings: Mapping[str, Any]) -> None:
+    """Refuses, with ValueError, a pipeline by the name of its class and its settings.
+
+    Args:
+        name: Of the teacher, for messages.
+        kind: Name of the class; one that is not of diffusers is judged by its parts, later.
+        settings: Content of its model_index.json.
+    """
+    known = kind if kind in dir(diffusers) else ""
+    if reason := next((why for pattern, why in REFUSED.items() if re.search(pattern, str(known))), None):
+        raise ValueError(f"teacher {name} is a {kind}, which cannot be distilled: {reason}")
+    if settings.get("is_distilled"):
+        raise ValueError(
+            f"teacher {name} has is_distilled=True, so it is distilled already: give the base model, such as "
+            "FLUX.2-klein-base-4B"
+        )
 
 
 def schedule_of(name: str, configs: Configs, knows_size: bool = False) -> HSIVIScheduler:

@@ -31,6 +31,7 @@ class Latents(PipelineTeacher):
 
     Attributes:
         part: Name of the network in the pipeline.
+        condition_name: Argument of the pipeline that takes the conditions.
         pipeline: Without text encoders, if there were any.
         load_encoders: Loads the text encoders of the pipeline, by name.
         folder: That the pipeline was loaded from, None of one that was given in memory.
@@ -39,6 +40,7 @@ class Latents(PipelineTeacher):
     clips = False
     draw_batch = 4
     part = "transformer"
+    condition_name = "class_labels"
 
     def __init__(self, pipeline: Any, network: Any, schedule: HSIVIScheduler, rows: int = 0) -> None:
         size = self.default_size(network.config)
@@ -157,7 +159,7 @@ class Latents(PipelineTeacher):
         given: dict[str, Any] = {"num_inference_steps": num_inference_steps or max(scheduler.depths)}
         given |= {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
         given |= cls.call_arguments(scheduler)
-        images: list[Any] = pipeline(conditions, generator=generators, **given).images
+        images: list[Any] = pipeline(**{cls.condition_name: conditions}, generator=generators, **given).images
         return images
 
     @classmethod
@@ -192,7 +194,7 @@ class Latents(PipelineTeacher):
         given: dict[str, Any] = {"negative_prompt": negative, "use_resolution_binning": False}
         given = {name: value for name, value in given.items() if name in known}
         given |= {"num_inference_steps": num_inference_steps, **self.guided(guidance_scale), **size_of(self.schedule)}
-        images = pipeline(conditions, generator=generators, **given).images
+        images = pipeline(**{self.condition_name: conditions}, generator=generators, **given).images
         calls = num_inference_steps * Guided(self, [guidance_scale]).calls
         return images, calls, type(pipeline.scheduler).__name__
 
@@ -217,6 +219,7 @@ class TextLatents(Latents):
 
     takes_text = True
     prompt_dtype: torch.dtype | None = None
+    condition_name = "prompt"
     encoded: Sequence[tuple[str, int, int]]
 
     def resize(self, resolution: Sequence[int]) -> None:

@@ -38,6 +38,7 @@ from .configs import (
 )
 from .dit import DiT
 from .flow_transformers import FlowTransformer, StableDiffusion3
+from .flux2 import Flux2, Flux2Klein
 from .latents import Latents, TextLatents
 from .packed_flows import Chroma, Flux, QwenImage
 from .pixart import PixArt
@@ -57,10 +58,12 @@ KINDS: tuple[type[PipelineTeacher], ...] = (
     Flux,
     Chroma,
     QwenImage,
+    Flux2,
+    Flux2Klein,
 )
 SUPPORTED = (
-    "pipelines of a UNet2DModel and a scheduler, DiT, Stable Diffusion 1 to 3, SDXL, PixArt, FLUX.1-dev, Chroma and "
-    "Qwen-Image"
+    "pipelines of a UNet2DModel and a scheduler, DiT, Stable Diffusion 1 to 3, SDXL, PixArt, FLUX.1-dev, FLUX.2-dev, "
+    "FLUX.2 Klein base, Chroma and Qwen-Image"
 )
 # diffusers renamed the argument in 0.40, and warns of the old name.
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
@@ -102,8 +105,8 @@ def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, 
     Args:
         teacher: Folder or repo id of a pipeline of diffusers, or such a pipeline itself, which is copied. Supported are
             pipelines of a `UNet2DModel` and a scheduler, DiT, Stable Diffusion 1 to 3, SDXL, PixArt, FLUX.1-dev,
-            Chroma and Qwen-Image. The scheduler has betas, or is a rectified flow. Of a `Teacher` the network is
-            copied.
+            FLUX.2-dev, FLUX.2 Klein base, Chroma and Qwen-Image. The scheduler has betas, or is a rectified flow. Of a
+            `Teacher` the network is copied.
         revision: Branch, tag or commit of a repo.
 
     Raises:

@@ -51,7 +51,7 @@ class Flux(Packed):
 
     pipelines = ("FluxPipeline",)
     network_class = FluxTransformer2DModel
-    encoded = (("encoder_hidden_states", 0, 0), ("pooled_projections", 1, 1))
+    encoded: Sequence[tuple[str, int, int]] = (("encoder_hidden_states", 0, 0), ("pooled_projections", 1, 1))
     guidance = 1.0
 
     @classmethod

@@ -156,14 +156,16 @@ def digest_of(kind: str, pipeline: Any, encoders: Mapping[str, str]) -> str:
         pipeline: With tokenizers.
         encoders: A digest of each text encoder, by name.
     """
-    parts = [part for name, part in sorted(pipeline.components.items()) if name.startswith("tokenizer") and part]
+    given = [part for name, part in sorted(pipeline.components.items()) if name.startswith("tokenizer") and part]
+    parts = [getattr(part, "tokenizer", part) for part in given]  # a processor has one
+    templates = [part.chat_template for part in given if getattr(part, "chat_template", None)]
     tokenizers = [
         [part.get_vocab(), part.model_max_length, part.padding_side, part.special_tokens_map, _backend(part)]
         for part in parts
     ]
     versions = [version(name) for name in ("diffusers", "transformers")]
     zeros = {**pipeline.config}.get("force_zeros_for_empty_prompt")  # of SDXL
-    about = [kind, zeros, cleans(pipeline), versions, sorted(encoders.items()), tokenizers]
+    about = [kind, zeros, cleans(pipeline), versions, sorted(encoders.items()), tokenizers, *templates]
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -2,23 +2,24 @@
 
 import re
 from inspect import signature
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from hsivi_diffusers import HSIVIScheduler, load_teacher
+from hsivi_diffusers import HSIVIConfig, HSIVIScheduler, load_teacher
 from hsivi_diffusers.distillation import plan
-from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.runs.artifacts import ADAPTER, read_run
 from hsivi_diffusers.share.card import make_adapter_card
 from hsivi_diffusers.teachers.adapters import adapter_names, add_adapter
 from hsivi_diffusers.teachers.flow_transformers import FlowTransformer
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.loading import load_student
+from hsivi_diffusers.teachers.prompts import digest_of
 from short_run import train
-from tiny_flows import FLOWS, make_flow
+from tiny_flows import FLOWS, make_flow, make_flux2, make_klein
 from tiny_text import PROMPTS
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def stock(pipeline, prompts=PROMPTS, **given):
     known = signature(pipeline.__call__).parameters
     generator = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
     given = {"height": SIZE[0], "width": SIZE[1], "generator": generator, "output_type": "pt", **given}
-    return pipeline(prompts, **{name: value for name, value in given.items() if name in known}).images
+    return pipeline(prompt=prompts, **{name: value for name, value in given.items() if name in known}).images
 
 
 def velocities(pipeline, prompts, **given):
@@ -60,9 +61,10 @@ def whole_prompts(monkeypatch):
 
 
 def make_teacher(kind, **scheduler):
-    teacher = load_teacher(make_flow(kind, **scheduler))
+    teacher = load_teacher(pipeline := make_flow(kind, **scheduler))
     teacher.resize(SIZE)
-    teacher.encode_prompts(PROMPTS, "blurry", CPU)
+    takes_negative = "negative_prompt" in signature(pipeline.__call__).parameters
+    teacher.encode_prompts(PROMPTS, "blurry" if takes_negative else "", CPU)
     return teacher
 
 
@@ -208,24 +210,30 @@ def test_noise_of_layers_is_drawn_again_from_the_same_seed(kind):
 
 
 def test_a_shift_that_depends_on_the_size_is_that_of_the_pipeline(kind):
+    """At its default number of steps, on which that of FLUX.2 depends too."""
     pipeline = make_flow(kind, use_dynamic_shifting=True, base_shift=0.3, max_shift=2.0)
-    seen, teacher = [], make_teacher(kind, use_dynamic_shifting=True, base_shift=0.3, max_shift=2.0)
-    own = pipeline.scheduler.set_timesteps
+    teacher = make_teacher(kind, use_dynamic_shifting=True, base_shift=0.3, max_shift=2.0)
 
     def spy(num_inference_steps=None, device=None, sigmas=None, mu=None):
-        seen.append(mu)
-        own(num_inference_steps, device, sigmas=sigmas, mu=mu)
+        raise StopIteration(mu)  # the rest is not needed
 
     pipeline.scheduler.set_timesteps = spy
-    stock(pipeline, num_inference_steps=2)
-    assert teacher.schedule.config.shift == pytest.approx(torch.tensor(seen[0]).exp().item())
+    with pytest.raises(StopIteration) as asked:
+        stock(pipeline)
+    assert teacher.schedule.config.shift == pytest.approx(torch.tensor(asked.value.value).exp().item())
     assert not teacher.schedule.config.use_dynamic_shifting
 
 
 def test_images_are_decoded_as_the_pipeline_does(kind):
-    pipeline, teacher = make_flow(kind), make_teacher(kind)
-    latents = stock(pipeline, num_inference_steps=2, output_type="latent")  # of one step shift_terminal makes NaN
-    torch.testing.assert_close(teacher.decode(teacher.unpack(latents)), stock(pipeline, num_inference_steps=2))
+    """From the latents of the last step: some pipelines return scaled ones as output_type 'latent'."""
+    pipeline, teacher, seen = make_flow(kind), make_teacher(kind), []
+
+    def keep(pipeline, step, time, given):
+        seen.append(given["latents"])
+        return {}
+
+    images = stock(pipeline, num_inference_steps=2, callback_on_step_end=keep)
+    torch.testing.assert_close(teacher.decode(teacher.unpack(seen[-1])), images)
     assert teacher.image_shape == (3, *SIZE)
 
 
@@ -234,3 +242,31 @@ def test_a_size_that_does_not_fit_is_refused(kind):
     for size in ([16], [15, 16], [0, 16]):
         with pytest.raises(ValueError, match="give height and width, multiples of 4"):
             teacher.resize(size)
+
+
+def test_flux2_klein_takes_no_negative_prompt_and_must_not_be_distilled():
+    with pytest.raises(ValueError, match="negative_prompt='blurry': a Flux2KleinPipeline takes no negative prompt"):
+        load_teacher(make_flow("klein")).check_students(HSIVIConfig(negative_prompt="blurry", guidance_scale=3.0))
+    with pytest.raises(ValueError, match="is_distilled=True, so it is distilled already: give the base model"):
+        load_teacher(make_klein(is_distilled=True))
+    with pytest.raises(ValueError, match="a Flux2Pipeline takes the guidance scale as an input"):
+        load_teacher(make_flux2(guidance_embeds=False))
+
+
+def test_prompts_are_encoded_again_with_another_chat_template():
+    """Of a tokenizer, or of a processor with a tokenizer, as FLUX.2-dev has."""
+    tokenizer = make_klein().tokenizer
+    parts = [tokenizer, *(SimpleNamespace(tokenizer=tokenizer, chat_template=text) for text in "ab")]
+    given = {"config": {}, "encode_prompt": lambda prompt: prompt}
+    digests = {digest_of("", SimpleNamespace(components={"tokenizer": part}, **given), {}) for part in parts}
+    assert len(digests) == 3
+
+
+def test_the_pipeline_of_flux2_draws_prompts_and_takes_no_image_of_them():
+    """The first argument of its call is an image."""
+    teacher, student = make_teacher("flux2"), make_flow("flux2")
+    student.scheduler = HSIVIScheduler.from_config(teacher.schedule.config, layer_timesteps=[999, 500, 0])
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
+    images = type(teacher).draw(student, PROMPTS, generators)
+    images += teacher.draw_teacher(PROMPTS, generators, 2, 3.0, "")[0]
+    assert [image.size for image in images] == [(24, 16)] * 6
