@@ -366,7 +366,12 @@ def test_half_precision_stays_half_precision():
 
 @pytest.mark.parametrize(
     ("name", "inputs"),
-    [("ddpm", ""), ("sd", '"a prompt", '), ("img2img", '"a prompt", image=image, '), ("dit", "class_labels=[0], ")],
+    [
+        ("ddpm", ""),
+        ("sd", 'prompt="a prompt", '),
+        ("img2img", 'prompt="a prompt", image=image, '),
+        ("dit", "class_labels=[0], "),
+    ],
 )
 def test_the_card_gives_a_stock_pipeline_what_its_call_needs(name, inputs):
     pipe = make_pipe(name, layer_timesteps=GRID)

@@ -59,7 +59,7 @@ from hsivi_diffusers import HSIVIScheduler
 pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)  # bfloat16 on a GPU
 pipeline.load_lora_weights("{repo_id}")
 pipeline.scheduler = HSIVIScheduler.from_pretrained("{repo_id}", subfolder="scheduler")
-images = pipeline("a prompt", num_inference_steps={steps}, {call}).images
+images = pipeline(prompt="a prompt", num_inference_steps={steps}, {call}).images
 ```
 
 {guidance} Negative prompts have no effect. It can be combined with style LoRAs: give each an `adapter_name`, and select
@@ -77,7 +77,7 @@ pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32
 pipeline.load_lora_weights("{repo_id}")
 pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift})
 sigmas = {sigmas}
-images = pipeline("a prompt", num_inference_steps={steps}, sigmas=sigmas, {call}).images
+images = pipeline(prompt="a prompt", num_inference_steps={steps}, sigmas=sigmas, {call}).images
 ```"""
 WITHOUT = (
     "Without the package, with the code that is in this repository ({files}; read it first). If the repository is "
@@ -247,7 +247,7 @@ def _stock_usage(pipeline: HSIVIPipeline, code: Any, steps: str, fp16: bool) -> 
 
 def _inputs(pipeline: DiffusionPipeline) -> str:
     """The required arguments of a stock pipeline's call, as code; the reader fills in the names."""
-    given = {"prompt": '"a prompt", '} if hasattr(pipeline, "tokenizer") else {}
+    given = {"prompt": 'prompt="a prompt", '} if hasattr(pipeline, "tokenizer") else {}
     for name, parameter in signature(pipeline.__call__).parameters.items():
         wanted = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         if name == "image" or wanted:
