@@ -39,6 +39,7 @@ from .updates import PAIR_STEPS, fit_calls, run_updates
 
 MIB = 2**20
 CALIBRATION_FLOPS = 2e11  # about what the calls may cost that the speed is taken from
+MOST_FLOPS = 1e12  # of a call that is timed on a CPU
 
 
 class Meter(TorchDispatchMode):
@@ -281,11 +282,11 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # accelerate would wait for the others
         os.environ.pop(name, None)
     print(f"planning {teacher} from its configs: no weights are loaded", file=sys.stderr, flush=True)
-    known = make_teacher(teacher, revision)
+    with torch.device("meta"):
+        known = make_teacher(teacher, revision)
     decoder = _bytes(known.decoder_weights())
     check_prompts(known.takes_text, config.prompts)
-    cost, (speed, clock) = measure(teacher, revision, config), seconds_per_flop(known, config)
-    seconds = speed * cost.flops
+    cost = measure(teacher, revision, config)
     cost.memory |= {"VAE": decoder} if decoder else {}
     cost.written["pipeline"] += 0 if cost.adapted else decoder
     calls = ", ".join(f"{name} {number:.1f}" for name, number in cost.calls.items())
@@ -300,13 +301,24 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
         "  (libraries, of this process, and pairs are in main memory; the rest is on the device)",
         "",
         f"an update calls for each row: {calls}; {cost.flops / 1e9:,.1f} GFLOP in a process",
-        f"about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all, by the speed of "
-        f"one network ({clock})",
-        *_fit_line(config, cost.fit_calls, speed * cost.call_flops),
+        *_time_lines(teacher, revision, config, cost),
         "",
         *_table("written, MiB", cost.written, MIB, ",.1f"),
     ]
     print("\n".join(lines))
+
+
+def _time_lines(teacher: str, revision: str | None, config: HSIVIConfig, cost: Cost) -> list[str]:
+    """What the updates take, and what comes before them; without a GPU not of a network that would take minutes."""
+    if cost.call_flops > MOST_FLOPS and not torch.accelerator.is_available():
+        return [f"a call of the teacher takes {cost.call_flops / 1e12:,.1f} TFLOP: plan on the GPU to know the time"]
+    speed, clock = seconds_per_flop(make_teacher(teacher, revision), config)
+    seconds = speed * cost.flops
+    return [
+        f"about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all, by the speed of "
+        f"one network ({clock})",
+        *_fit_line(config, cost.fit_calls, speed * cost.call_flops),
+    ]
 
 
 def _fit_line(config: HSIVIConfig, calls: tuple[int, int], seconds: float) -> list[str]:
