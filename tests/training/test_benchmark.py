@@ -596,22 +596,21 @@ def test_an_unguided_solver_is_that_of_the_teacher_without_guidance():
 @pytest.mark.parametrize(
     ("scale", "more", "message"),
     [
-        ("2", ["PROGRESSIVE"], "progressive distillation know no guidance"),
-        (None, ["--teacher_steps=3", "--num_samples=90"], r"no images of the classes \[10\] of .* --guidance_scale 1"),
+        ("2", ["--progressive=FOLDER/progressive.yaml"], "progressive distillation know no guidance"),
+        ("", ["--teacher_steps=3", "--num_samples=90"], r"no images of the classes \[10\] of .* --guidance_scale 1"),
         ("2", ["--num_samples=60"], "--num_samples 60: give 70 or more, 7 of each class"),
-        ("2", ["STUDENT --guidance_scale 1 4"], r"has guidance_scale \[.*\], and the benchmark 2.0: leave it out, or"),
+        (
+            "2",
+            ["--students=FOLDER/student.yaml --guidance_scale 1 4"],
+            r"scale \[.*\], and the benchmark 2.0: leave it out",
+        ),
     ],
 )
 def test_what_cannot_be_guided_is_refused_before_anything_is_drawn(
-    guided, arguments, no_pages, monkeypatch, scale, more, message
+    guided, arguments, monkeypatch, scale, more, message
 ):
     monkeypatch.setattr(set_teacher, "sample", never)
-    names = {"STUDENT": "--students=", "PROGRESSIVE": "--progressive="}
-    paths = {
-        name: next(text for text in (*guided, *arguments) if text.startswith(start)) for name, start in names.items()
-    }
-    for name, path in paths.items():
-        more = [word.replace(name, path) for word in more]
-    given = guided if scale else [text for text in guided if not text.startswith("--guidance_scale")]
+    folder = str(Path(arguments[-1].split("=")[1]).parent)
+    given = [text for text in guided if scale or not text.startswith("--guidance_scale")]
     with pytest.raises(ValueError, match=message):
-        benchmark.main([*given, *more])
+        benchmark.main([*given, *(word.replace("FOLDER", folder) for word in more)])

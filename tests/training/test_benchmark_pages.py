@@ -245,7 +245,7 @@ def test_classes_are_those_of_the_teacher_the_baselines_and_ours(tmp_path, monke
     benchmark_pages.draw_classes([*rows, row(PAIRS, 1, 1.0, 0.1, 0)], tmp_path / "classes.png")
     (figure,) = kept
     assert [axis.get_title() for axis in figure.axes] == [
-        *["pairs only at 1", "teacher at 100", "tuned solver at 10", f"{OURS} at 1"],
+        *["pairs only at 1", "teacher at 100", "tuned solver at 10", f"{OURS} at 1"]
     ]
     assert [bar.get_height() for bar in figure.axes[-1].patches] == pytest.approx([0.4, 0.6])
     monkeypatch.undo()

@@ -99,10 +99,7 @@ def test_a_stage_begins_at_equal_shares_of_a_run_and_makes_the_student_the_teach
         follows = torch.equal(made.former.conv_in.weight, made.student.conv_in.weight)
         assert follows or torch.equal(made.former.conv_in.weight, before)
         seen.append((int(made.stage), follows))
-    assert seen == [
-        *[(0, False), (0, False), (1, True), (1, False)],
-        *[(2, True), (2, False), (3, True), (3, False)],
-    ]
+    assert seen == [*[(0, False), (0, False), (1, True), (1, False)], *[(2, True), (2, False), (3, True), (3, False)]]
     assert same_tensors(unet.state_dict(), given)  # the caller's stays as it is
 
 

@@ -128,9 +128,8 @@ def test_a_run_in_half_precision_is_nearly_the_same_and_training_json_tells_it(
     assert all(value.dtype == torch.float32 for value in half.values())
     assert 0 < max(float((half[name] - full[name]).abs().max()) for name in full) < 0.02
     record = json.loads((folder / "training.json").read_text())
-    wanted = {"pretrained_teacher_model": str(teacher), "method": method, "seed": 0}
-    wanted |= {"max_train_steps": 4, "train_batch_size": 4, "mixed_precision": "bf16"}
-    assert wanted.items() <= record.items()
+    wanted = {"pretrained_teacher_model": str(teacher), "method": method, "seed": 0, "max_train_steps": 4}
+    assert record.items() >= {**wanted, "train_batch_size": 4, "mixed_precision": "bf16"}.items()
     assert record["seconds"] > 0
     assert record["network_calls"] == sum(rows)
 
@@ -343,34 +342,32 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch):
 # ----- refusals -----
 
 
+ODD_SHAPE = "has a learned variance, or images of another shape"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pretrained_teacher_model="], "--pretrained_teacher_model is missing: give a folder or repo id"),
-        (["--pretrained_teacher_model=./nowhere"], "'./nowhere' is no folder here"),
-        (["--num_stages=0"], "--num_stages 0 has no effect with --method consistency: it belongs to progressive"),
-        (["--num_pairs=7"], "--num_pairs 7 has no effect with --method consistency: it belongs to regression"),
-        (["--lora_rank=2"], "--lora_rank 2 has no effect with --method consistency"),
-        *[
-            ([f"--method={method}", f"--{name}=0"], f"--{name} 0: give a number of at least 1")
-            for method, name in (
-                ("progressive", "num_inference_steps"),
-                ("progressive", "num_stages"),
-                ("regression", "num_pairs"),
-            )
-        ],
-        *[
-            ([f"--pretrained_teacher_model={name}"], "has a learned variance, or images of another shape")
-            for name in ODD
-        ],
+        ("--pretrained_teacher_model=", "--pretrained_teacher_model is missing: give a folder or repo id"),
+        ("--pretrained_teacher_model=./nowhere", "'./nowhere' is no folder here"),
+        ("--pretrained_teacher_model=learned", ODD_SHAPE),
+        ("--pretrained_teacher_model=two", ODD_SHAPE),
+        ("--pretrained_teacher_model=wide", ODD_SHAPE),
+        ("--num_stages=0", "--num_stages 0 has no effect with --method consistency: it belongs to progressive"),
+        ("--num_pairs=7", "--num_pairs 7 has no effect with --method consistency: it belongs to regression"),
+        ("--lora_rank=2", "--lora_rank 2 has no effect with --method consistency"),
+        ("--method=progressive --num_inference_steps=0", "--num_inference_steps 0: give a number of at least 1"),
+        ("--method=progressive --num_stages=0", "--num_stages 0: give a number of at least 1"),
+        ("--method=regression --num_pairs=0", "--num_pairs 0: give a number of at least 1"),
     ],
 )
 def test_what_cannot_run_is_refused(train, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    for name in ODD.keys() & {words.split("=")[1] for words in arguments}:
+    if message == ODD_SHAPE:
+        name = arguments.split("=")[1]
         DDPMPipeline(unet=make_unet(**ODD[name]), scheduler=DDPMScheduler()).save_pretrained(name)
     with pytest.raises(ValueError, match=message):
-        train(*arguments)
+        train(*arguments.split())
 
 
 def test_a_filled_output_folder_is_refused_before_work_unless_overwritten(trained, train, overwrite):
