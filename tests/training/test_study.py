@@ -385,7 +385,8 @@ def test_the_marginals_are_drawn(fit, tmp_path, quick_score_network):
 @pytest.mark.parametrize(("quick", "num_steps", "gallery"), [(True, 200, []), (False, 3000, ["shapes.png"])])
 def test_fits_are_drawn(quick, num_steps, gallery, tmp_path, monkeypatch):
     done, marginals = [], []
-    monkeypatch.setattr(study_figures, "run", lambda fit: (done.append(fit) or prepare(fit), 0.0))
+    small = {"parameters": 1000, "depth": 1}
+    monkeypatch.setattr(study_figures, "run", lambda fit: (done.append(fit) or prepare(replace(fit, **small)), 0.0))
     monkeypatch.setattr(study_figures, "draw_marginals_figure", lambda fitted, path: marginals.append(path))
     monkeypatch.setattr(study_figures, "MARGINALS", study_figures.MARGINALS[1:2])
     monkeypatch.setattr(study_figures, "PLANE", ("checkerboard", "ring"))

@@ -46,6 +46,7 @@ def glyphs():
         patched.setattr(captions, "read_emoji", lambda: {bytes([point]): (point,) for point in points})
         patched.setattr(captions, "load_images", lambda *given: (images, None))
         patched.setattr(captions, "HELD_OUT", 2)
+        patched.setattr(captions, "EACH", 8)
         yield
 
 
@@ -244,6 +245,7 @@ def test_the_rivals_of_a_caption_have_its_subject_and_another_tone():
     assert [TEXTS[row] for row in captions.rivals(TEXTS, held)] == others
 
 
+@pytest.mark.slow  # three trainings and seven rows; the benchmark of images has the same steps
 def test_the_benchmark_of_captions(taught, scorer, tmp_path, monkeypatch):
     """A LoRA, a whole copy and an LCM-LoRA of the same cost, beside the guided teacher and a solver of two steps."""
     monkeypatch.setattr(trainings, "call", call)
