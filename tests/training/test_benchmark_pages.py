@@ -167,10 +167,12 @@ def on_noise(method, nfe, *distances, seed=None, first=101, **more):
     return [row(method, nfe, each, each / 4, seed, eval_seed=first + i, **more) for i, each in enumerate(distances)]
 
 
-def test_a_mean_has_its_standard_error():
+def test_a_mean_over_noise_has_its_standard_error_and_training_seeds_count_once_for_each():
     rows = on_noise(SOLVER, 4, 1.0, 2.0, 3.0, 4.0, 10.0) + on_noise(REAL, 0, 5.0)
     lines = [["", REAL, "1", "5", "1.25"], ["4", f"{SOLVER} (UniPC)", "5", "4 ± 1.6", "1 ± 0.4"]]  # sqrt(50 / 4 / 5)
     assert lines_of(noise_table(rows)) == lines
+    rows = on_noise(OURS, 4, 1.0, 3.0, seed=0) + on_noise(OURS, 4, 3.0, 5.0, seed=1)
+    assert lines_of(noise_table(rows)) == [["4", f"**{OURS}**", "2", "3 ± 1", "0.75 ± 0.25"]]
 
 
 def test_a_difference_is_paired_by_the_noise_that_both_rows_have():
@@ -178,11 +180,6 @@ def test_a_difference_is_paired_by_the_noise_that_both_rows_have():
     name = f"**{OURS}** - {SOLVER} (UniPC) at 4"
     assert lines_of(differences_table(ours + solver)) == [["4", name, "-6 ± 3", "-1.5 ± 0.75"]]  # 1 - 4 and 2 - 11
     assert lines_of(differences_table(ours + on_noise(SOLVER, 4, 1.0, first=900))) == [["4", name, "", ""]]
-
-
-def test_training_seeds_count_once_for_each_noise():
-    rows = on_noise(OURS, 4, 1.0, 3.0, seed=0) + on_noise(OURS, 4, 3.0, 5.0, seed=1)
-    assert lines_of(noise_table(rows)) == [["4", f"**{OURS}**", "2", "3 ± 1", "0.75 ± 0.25"]]
 
 
 def test_ours_are_compared_with_solvers_of_up_to_twice_as_many_calls():

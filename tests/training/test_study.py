@@ -289,9 +289,11 @@ def test_a_long_fit_has_a_line():
 def test_a_posterior_has_its_errors():
     rows = [null_row("laplace", 0.0, study="posteriors", target="rare_events", mean_error=0.5, covariance_error=0.6)]
     rows += [posterior_row(0.1), posterior_row(0.3, seed=1, sd_ratio_min=0.5)]
+    rows.append(failed_row(study="posteriors", target="rare_events", whitening="moments", seed=2, seconds=99.0))
     table = lines(rows, "rare_events")
     assert table[2] == ["Laplace", "", "", "0.500", "–", "0.600", "–"]
-    assert table[3] == ["LB", "sequential", "2", "0.200 (0.100..0.300)", "0.500..1.25", "0.200 (0.100..0.300)", "12.5"]
+    errors = ["0.200 (0.100..0.300), 1 of 3 failed", "0.500..1.25", "0.200 (0.100..0.300)"]
+    assert table[3] == ["LB", "sequential", "2", *errors, "12.5"]  # seconds of those that ended
 
 
 def test_whitening_by_moments_is_taken_from_the_posteriors():
