@@ -40,28 +40,19 @@ def two_modes(gap, weights=(0.5, 0.5)):
     return target
 
 
-def test_js_of_a_sample_with_itself_is_zero_and_of_disjoint_ones_ln_2():
-    x = torch.rand(500, 2)
-    assert js_divergence(x, x) == 0
-    assert js_divergence(0.4 * x, 0.6 + 0.4 * x) == pytest.approx(math.log(2))
-
-
-def test_js_of_two_cells_is_the_formula():
+def test_js_is_the_formula_with_a_cell_of_its_own_for_draws_outside_the_bounds():
     p, q = torch.tensor([0.75, 0.25]), torch.tensor([0.25, 0.75])
-    one = torch.tensor([[0.1, 0.1]] * 3 + [[0.9, 0.1]])
-    other = torch.tensor([[0.1, 0.1]] + [[0.9, 0.1]] * 3)
+    one, other = (torch.tensor([[0.1, 0.1]] * n + [[0.9, 0.1]] * (4 - n)) for n in (3, 1))
     m = (p + q) / 2
     expected = float(0.5 * (p * (p / m).log()).sum() + 0.5 * (q * (q / m).log()).sum())
     assert js_divergence(one, other) == pytest.approx(expected, rel=1e-6)
-
-
-def test_draws_outside_the_bounds_are_counted_in_a_cell_of_their_own():
-    inside = torch.rand(100, 2)
-    half_lost = torch.cat([inside, inside + 5])
+    x = torch.rand(500, 2)
+    assert js_divergence(x, x) == 0
+    assert js_divergence(0.4 * x, 0.6 + 0.4 * x) == pytest.approx(math.log(2))
+    assert js_divergence(x + 5, x) == pytest.approx(math.log(2))
     # Cells are halved, and the overflow has 1/2 against 0: the divergence of (1, 0) and (1/2, 1/2).
     expected = 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3) + 0.25 * math.log(2)
-    assert js_divergence(half_lost, inside) == pytest.approx(expected)
-    assert js_divergence(inside + 5, inside) == pytest.approx(math.log(2))
+    assert js_divergence(torch.cat([x, x + 5]), x) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dimension", [2, 10])
@@ -96,15 +87,6 @@ def test_mmd_of_gaussians_is_the_closed_form(dimension):
     assert sum(values) == pytest.approx(sum(expected), rel=0.05)
 
 
-def test_ksd_of_exact_draws_falls_with_the_root_of_their_number_and_is_larger_for_wrong_ones():
-    def mean(size, shift=0.0):
-        return sum(ksd(normal(size, seed=k) + shift, standard()) for k in range(6)) / 6
-
-    assert mean(100) / mean(900) == pytest.approx(3, rel=0.25)
-    assert mean(900, shift=0.5) > 5 * mean(900)
-    assert ksd(0.5 * normal(900), standard()) > 5 * mean(900)
-
-
 def test_ksd_is_the_sum_of_derivatives_that_its_docstring_gives():
     x = normal(5, 3)
     score = standard(3).score(x)
@@ -119,15 +101,6 @@ def test_ksd_is_the_sum_of_derivatives_that_its_docstring_gives():
 
     total = sum(stein(x[i], x[j], score[i], score[j]) for i in range(5) for j in range(5))
     assert ksd(x, standard(3)) == pytest.approx(math.sqrt(total / 25))
-
-
-def test_ksd_does_not_see_that_one_of_two_far_modes_is_missing():
-    target = two_modes(20.0)
-    side = torch.sign(normal(1000, 1, seed=5)) * target.modes[0]
-    both, one = normal(1000) + side, normal(1000) + target.modes[0]
-    assert ksd(one, target) < 1.3 * ksd(both, target)
-    assert compare(one, both, target)["modes_found"] == 1
-    assert compare(one, both, target)["js"] > 0.2
 
 
 def test_modes_have_the_shares_of_the_nearest():

@@ -72,7 +72,6 @@ SOLVERS = [
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """A benchmark of the digits teacher that takes seconds."""
     folder = tmp_path_factory.mktemp("benchmark")
     student = folder / "student.yaml"
     student.write_text(STUDENT)
@@ -93,10 +92,15 @@ def arguments(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(arguments):
+    """Of the finished benchmark, without its pages."""
     with pytest.MonkeyPatch.context() as patched:  # one process: each of its own would import everything again
         patched.setattr(trainings, "call", call)
+        patched.setattr(benchmark, "write_pages", lambda *folders: None)
         benchmark.main(arguments)
-    return Path(next(text for text in arguments if text.startswith("--output_dir=")).split("=")[1]).parent
+    folder = Path(arguments[-1].split("=")[1]).parent
+    for checkpoints in folder.glob("runs/digits/*/checkpoints"):
+        shutil.rmtree(checkpoints)  # which nothing here reads
+    return folder
 
 
 @pytest.fixture
@@ -108,8 +112,10 @@ def copied(folder, arguments, tmp_path):
 
 @pytest.fixture
 def no_pages(monkeypatch):
-    """Tables and figures take most of the time where nothing has to be sampled."""
-    monkeypatch.setattr(benchmark, "write_pages", lambda *folders: None)
+    """Keeps what was to be written: tables and figures take most of the time where nothing has to be sampled."""
+    written = []
+    monkeypatch.setattr(benchmark, "write_pages", lambda *folders: written.append(folders))
+    return written
 
 
 @pytest.fixture
@@ -150,12 +156,6 @@ def forget(folder, method):
     return [row for row in rows if row["method"] == method]
 
 
-def told(folder, run):
-    """Seconds and network calls of a training."""
-    record = json.loads((folder / "runs/digits" / run / "training.json").read_text())
-    return record["seconds"], record["network_calls"]
-
-
 # ----- rows -----
 
 
@@ -167,10 +167,6 @@ def keys_of(seeds, baseline_seeds=(0,)):
     several = (PROGRESSIVE, CONSISTENCY)
     baselines = [(method, nfe, seed) for method in several for nfe in (1, 2) for seed in baseline_seeds]
     return [*costless, *ours, *pairs, *baselines]
-
-
-def test_every_method_has_a_row_at_each_number_of_calls(folder):
-    assert [benchmark_results.key_of(row) for row in rows_of(folder)] == keys_of([0])
 
 
 def test_every_seed_of_students_and_baselines_has_a_row(arguments):
@@ -189,12 +185,15 @@ def test_another_seed_is_added_without_images_in_the_figures(copied, monkeypatch
     *kept, row = rows_of(folder)
     assert kept == before
     assert benchmark_results.key_of(row) == (OURS, 1, 1)
-    assert (row["train_seconds"], row["train_calls"]) == told(folder, "student_seed1")
+    record = json.loads((folder / "runs/digits/student_seed1/training.json").read_text())
+    assert (row["train_seconds"], row["train_calls"]) == (record["seconds"], record["network_calls"])
     assert (folder / "runs/digits/pictures.safetensors").read_bytes() == pictures
 
 
 def test_a_row_has_all_measures_in_three_spaces_and_what_its_training_cost(folder):
-    for row in rows_of(folder):
+    rows = rows_of(folder)
+    assert [benchmark_results.key_of(row) for row in rows] == keys_of([0])
+    for row in rows:
         assert row.keys() >= {*OF_CLASSIFIER, "dataset", "eval_seed", "measured"}
         assert list(row["distances"]) == list(row["teacher_distances"]) == SPACES
         assert all(distance > 0 for kind in ("distances", "teacher_distances") for distance in row[kind].values())
@@ -203,61 +202,35 @@ def test_a_row_has_all_measures_in_three_spaces_and_what_its_training_cost(folde
         assert (row["num_samples"], row["batch_size"], row["teacher_steps"]) == (20, 15, 3)
         trained = row["train_seed"] is not None
         assert [row[name] is not None for name in ("recipe", "train_seconds", "train_calls")] == [trained] * 3
-
-
-def test_the_best_tuned_solver_of_the_set_has_a_row_at_each_number_of_calls(folder):
-    rows = [row for row in rows_of(folder) if row["method"] == SOLVER]
-    assert [(row["solver"], row["settings"]) for row in rows] == [
+        assert (row["nearest"] == 0) == (row["method"] == REAL)  # whose images are real ones
+    assert [(row["solver"], row["settings"]) for row in rows if row["method"] == SOLVER] == [
         ("DDIM", {"timestep_spacing": "trailing"}),
         ("UniPC", {"solver_order": 2, "timesteps": [400, 140]}),
     ]
 
 
-def test_the_floor_is_of_real_images(folder):
-    floor, *others = rows_of(folder)
-    assert floor["nearest"] == 0
-    assert all(row["nearest"] > 0 for row in others)
-
-
-@pytest.mark.parametrize("forgotten", [[OURS], []])
 @pytest.mark.parametrize(
-    ("method", "config", "words", "students"),
+    ("method", "config", "words", "cost"),
     [
-        (PAIRS, "regression", [], ["student"]),
-        (PROGRESSIVE, "progressive", ["--num_stages", "1", "--num_inference_steps", "1"], ["student"]),
-        (CONSISTENCY, "consistency", [], ["student", "student_num_inference_steps_2"]),
+        (PAIRS, "regression", [], (50.5, 10)),
+        (PROGRESSIVE, "progressive", ["--num_stages", "1", "--num_inference_steps", "1"], (50.5, 10)),
+        (CONSISTENCY, "consistency", [], (50.5, 900)),  # of several numbers of calls: the most seconds and most calls
     ],
 )
-def test_a_baseline_is_given_the_cost_of_the_student(copied, next_call, forgotten, method, config, words, students):
+def test_a_baseline_is_given_the_cost_that_the_rows_of_the_student_tell(copied, next_call, method, config, words, cost):
     folder, arguments = copied
-    costs = [told(folder, f"{student}_seed0") for student in students]
-    seconds, calls = map(max, zip(*costs, strict=True))
-    for each in [method, *forgotten]:
-        forget(folder, each)
-    shutil.rmtree(folder / "runs/digits" / "_".join([config, *(word.removeprefix("--") for word in words), "seed0"]))
-    if not forgotten:  # the rows tell, and the students may be gone
-        for student in students:
-            shutil.rmtree(folder / "runs/digits" / f"{student}_seed0")
-    program, given = next_call(arguments)
-    assert program == "training.benchmarks.images.train_baseline"
-    assert given[1 : 2 + len(words)] == [str(folder / f"{config}.yaml"), *words]
-    assert given[-4:-2] == [f"--max_train_seconds={seconds}", f"--min_network_calls={calls}"]
-    assert given[-2:] == ["--resume_from_checkpoint", "latest"]
-
-
-def test_a_model_of_several_numbers_of_calls_is_given_the_most_seconds_and_the_most_calls(copied, next_call):
-    """A student of 1 call, with pairs and more critic updates, may cost more than one of 4."""
-    folder, arguments = copied
-    forget(folder, CONSISTENCY)
-    shutil.rmtree(folder / "runs/digits/consistency_seed0")
+    forget(folder, method)
+    shutil.rmtree(folder / "runs")
     costs = {(OURS, 1): (50.5, 10), (OURS, 2): (40.5, 900), (ONE_FOR_ALL, 1): (99.5, 9999)}
     rows = rows_of(folder)
     for row in rows:
-        if cost := costs.get((row["method"], row["nfe"])):
-            row["train_seconds"], row["train_calls"] = cost
+        row["train_seconds"], row["train_calls"] = costs.get((row["method"], row["nfe"]), (None, None))
     write_rows(folder, rows)
-    _, given = next_call(arguments)
-    assert given[-4:-2] == ["--max_train_seconds=50.5", "--min_network_calls=900"]
+    program, given = next_call(arguments)
+    assert program == "training.benchmarks.images.train_baseline"
+    assert given[1 : 2 + len(words)] == [str(folder / f"{config}.yaml"), *words]
+    limits = [f"--max_train_seconds={cost[0]}", f"--min_network_calls={cost[1]}"]
+    assert given[-4:] == [*limits, "--resume_from_checkpoint", "latest"]
 
 
 def test_a_baseline_keeps_the_seed_that_it_has(copied):
@@ -289,51 +262,28 @@ def test_nothing_is_trained_or_drawn_for_rows_that_are_there(copied, monkeypatch
     assert rows_of(folder) == [row for row in before if row["method"] not in (PAIRS, PROGRESSIVE, CONSISTENCY)]
 
 
-def test_a_student_and_a_baseline_are_found_again(copied, monkeypatch, no_pages):
-    folder, arguments = copied
-    before = forget(folder, ONE_FOR_ALL) + forget(folder, PROGRESSIVE)
-    monkeypatch.setattr(trainings, "call", never)
-    benchmark.main(arguments)
-    again = rows_of(folder)[-len(before) :]
-    for name in ("method", "nfe", "train_seed", "distances", "teacher_distances", "recall"):
-        assert [row[name] for row in again] == [row[name] for row in before]
-
-
-def test_a_stopped_benchmark_measures_only_what_is_missing(copied, monkeypatch, no_pages):
+def test_a_stopped_benchmark_measures_only_what_is_missing_by_what_is_trained(copied, monkeypatch, no_pages):
     """After the images of the teacher, which start from other noise than the rows."""
     folder, arguments = copied
-    lost = forget(folder, SOLVER)
+    lost = [*forget(folder, SOLVER), *forget(folder, ONE_FOR_ALL), *forget(folder, PROGRESSIVE)]
+    kept = [{**lost[0], "dataset": "other"}, *rows_of(folder)]
+    write_rows(folder, kept)
     drawn = []
 
     def recorded(sampler, *given):
-        drawn.append((type(sampler.scheduler), sampler.num_steps, given[2]))
+        drawn.append((sampler, given[2]))
         return sample(sampler, *given)
 
     monkeypatch.setattr(set_teacher, "sample", recorded)
+    monkeypatch.setattr(trainings, "call", never)
     benchmark.main(arguments)
-    assert [(steps, seed) for _, steps, seed in drawn] == [(3, 1), (1, 0), (2, 0)]
-    assert [kind for kind, _, _ in drawn[1:]] == [HSIVIScheduler, UniPCMultistepScheduler]
-    again = rows_of(folder)[-2:]
-    assert [row["distances"] for row in again] == [row["distances"] for row in lost]
-
-
-def test_rows_and_parts_of_another_set_are_kept_and_added(copied):
-    folder, arguments = copied
+    assert [seed for _, seed in drawn] == [1, *[0] * 6]
+    assert [solver.num_steps for solver, _ in drawn[:3]] == [3, 1, 2]
+    assert [type(solver.scheduler) for solver, _ in drawn[1:3]] == [HSIVIScheduler, UniPCMultistepScheduler]
     rows = rows_of(folder)
-    other = [{**row, "dataset": "other-set.2"} for row in rows]
-    begun = [{**rows[0], "dataset": "begun"}]  # by another process, which has measured the real images alone
-    write_rows(folder, [*other, *rows, *begun])
-    page = folder / "docs/digits.md"
-    page.write_text("# By hand\n\n" + page.read_text())
-    benchmark.main(arguments)
-    assert rows_of(folder) == [*other, *rows, *begun]
-    assert page.read_text().startswith("# By hand")
-    texts = [(folder / f"docs/{name}.md").read_text() for name in ("digits", "other_set_2", "begun")]
-    for table in ("summary", "floor", "measures", "costs"):
-        assert [text.count(f"<!-- table: {table} -->") for text in texts] == [1, 1, 1]
-    assert "(curves_other_set_2.png)" in texts[1]
-    assert "(samples_other_set_2.png)" not in texts[1]
-    assert ".png" not in texts[2]
+    assert rows[: len(kept)] == kept
+    for name in ("method", "nfe", "train_seed", "distances", "teacher_distances", "recall"):
+        assert [row[name] for row in rows[len(kept) :]] == [row[name] for row in lost]
 
 
 def test_images_of_what_is_shown_are_kept_beside_the_trainings(folder):
@@ -376,16 +326,14 @@ def test_the_rows_of_the_repository_are_those_of_its_configs(name, more, tmp_pat
 # ----- other noise -----
 
 
-def of_noise(folder):
-    return benchmark_results.read_rows(folder / "docs/noise.json")
-
-
-def test_other_noise_measures_again_what_is_trained_and_continues_where_it_was_stopped(copied, monkeypatch):
+def test_other_noise_measures_again_what_is_trained_and_continues_where_it_was_stopped(copied, monkeypatch, no_pages):
     folder, arguments = copied
     before, runs = rows_of(folder), folder / "runs/digits"
     shutil.rmtree(runs / "regression_seed0")
     monkeypatch.setattr(trainings, "call", never)
-    given = [*arguments, f"--stored={runs / 'student_num_inference_steps_2_seed0'}", "--noise_seeds", "8", "7"]
+    given = [text for text in arguments if not text.startswith(("--progressive", "--consistency"))]
+    given += ["--baseline_steps=1", "--students", str(folder / "student.yaml")]
+    given += [f"--stored={runs / 'student_seed0'}", "--noise_seeds", "8", "7"]
     drawn = []
 
     def stopped(sampler, *settings):
@@ -397,157 +345,121 @@ def test_other_noise_measures_again_what_is_trained_and_continues_where_it_was_s
     monkeypatch.setattr(set_teacher, "sample", stopped)
     with pytest.raises(KeyboardInterrupt):
         benchmark.main(given)
-    first = of_noise(folder)
+    first = benchmark_results.read_rows(folder / "docs/noise.json")
     assert drawn == [1, 8, 7, 8, 7]  # first the teacher's images, which rows are compared with
     benchmark.main(given)
-    rows = of_noise(folder)
+    rows = benchmark_results.read_rows(folder / "docs/noise.json")
     assert rows[:3] == first
     assert len(drawn) == 6 + len(rows) - len(first)
-    keys = [*(key for key in keys_of([0]) if key[0] != PAIRS), (STORED, 2, 0)]
-    found = [(benchmark_results.key_of(row), row["eval_seed"]) for row in rows]
-    assert found == [(key, seed) for key in sorted(keys, key=lambda key: key[1]) for seed in (8, 7)]
-    assert rows_of(folder) == before
-    assert [row["distances"] for row in rows if row["method"] == STORED] == [
-        row["distances"] for row in rows if (row["method"], row["nfe"]) == (OURS, 2)
+    keys = [(REAL, 0), (SOLVER, 1), (OURS, 1), (STORED, 1), (SOLVER, 2), (TEACHER, 3), (TEACHER_SDE, 3)]
+    assert [(row["method"], row["nfe"], row["eval_seed"]) for row in rows] == [
+        (*key, s) for key in keys for s in (8, 7)
     ]
+    assert rows_of(folder) == before
+    ours, stored = ([row["distances"] for row in rows if row["method"] == name] for name in (OURS, STORED))
+    assert ours == stored
     assert rows[0]["distances"] != rows[1]["distances"]
-    text = (folder / "docs/digits.md").read_text()
-    assert all(text.count(f"<!-- table: {name} -->") == 1 for name in ("noise", "differences"))
-
-
-def test_rows_of_another_stored_student_are_not_added_to(copied, no_pages):
-    folder, arguments = copied
-    student = folder / "runs/digits/student_seed0"
-    given = [*arguments, f"--stored={student}", "--noise_seeds", "7"]
-    benchmark.main(given)
-    weights = student / "pipeline/unet/diffusion_pytorch_model.safetensors"
+    assert no_pages == [(folder / "docs", folder / "runs")]
+    weights = runs / "student_seed0/pipeline/unet/diffusion_pytorch_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
     with pytest.raises(ValueError, match="noise.json has HSIVI, stored at 1 of other settings .*student: .* -> "):
         benchmark.main(given)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_noise_of_the_results_is_no_other_noise(arguments, seed):
-    with pytest.raises(ValueError, match=rf"--noise_seeds has \[{seed}\], the noise of results.json or of the teacher"):
-        benchmark.main([*arguments, "--noise_seeds", "101", str(seed)])
-
-
 # ----- refusals -----
 
 
-def edit_json(path, **more):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+def with_rows(method, **more):
+    def edit(folder):
+        write_rows(folder, [{**row, **more} if row["method"] == method else row for row in rows_of(folder)])
+
+    return edit
 
 
-def edit_rows(folder, method, **more):
-    write_rows(folder, [{**row, **more} if row["method"] == method else row for row in rows_of(folder)])
-
-
-def edit_config(folder, name, *forgotten):
-    (folder / f"{name}.yaml").write_text((folder / f"{name}.yaml").read_text() + "learning_rate: 0.5\n")
-    for method in forgotten:
-        forget(folder, method)
-
-
-def other_recipe(folder):
+def with_recipe(folder):
     rows = [{**row, "recipe": row["recipe"] and {**row["recipe"], "critic_updates": 3}} for row in rows_of(folder)]
     write_rows(folder, rows)
 
 
-def no_classes(folder):
+def with_config(name, *forgotten):
+    def edit(folder):
+        (folder / f"{name}.yaml").write_text((folder / f"{name}.yaml").read_text() + "learning_rate: 0.5\n")
+        for method in forgotten:
+            forget(folder, method)
+
+    return edit
+
+
+def with_training(method, run, **more):
+    def edit(folder):
+        forget(folder, method)
+        path = folder / "runs/digits" / run / "training.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+
+    return edit
+
+
+def with_images(folder):
     forget(folder, SOLVER)
     (folder / "real").mkdir()
     Image.new("L", (8, 8)).save(folder / "real/one.png")
 
 
-def other_training(method, run, **more):
+def with_solvers(*rows, pages=True):
     def edit(folder):
-        forget(folder, method)
-        edit_json(folder / "runs/digits" / run / "training.json", **more)
+        (folder / "solvers.json").write_text(json.dumps({"rows": rows}))
+        if not pages:
+            shutil.rmtree(folder / "docs")
 
     return edit
 
 
-def write_solvers(*rows):
-    return lambda folder: (folder / "solvers.json").write_text(json.dumps({"rows": rows}))
+def without_calls(folder):
+    forget(folder, PROGRESSIVE)
+    with_rows(OURS, train_calls=None)(folder)
 
 
-def unknown_solver(folder):
-    shutil.rmtree(folder / "docs")
-    write_solvers(tuned("digits", "DPM", 2, {}, 1.0))(folder)
+UNKNOWN_SOLVER = with_solvers(tuned("digits", "DPM", 2, {}, 1.0), pages=False)
+OPTIONS = r"with other options.*learning_rate: .* -> 0.5"
+OTHER_NETWORKS = "of other images or networks .networks: x -> .*: name another --output_dir"
+COST = "consistency_seed0 was not given the cost of what it is compared with"
+OTHER_TEACHER = "was trained of another teacher than .* is now: name another"
 
 
 @pytest.mark.parametrize(
     ("edit", "given", "message"),
     [
-        *[
-            (None, [f"--{other.split(':')[0]}={other.split()[-1]}"], rf"of other images or networks \({other}\): name")
-            for other in ("num_samples: 20 -> 25", "batch_size: 15 -> 10", "eval_seed: 0 -> 1", "teacher_steps: 3 -> 4")
-        ],
+        (None, "--batch_size=10", r"of other images or networks \(batch_size: 15 -> 10\): name"),
+        (None, "--eval_seed=1", r"of other images or networks \(eval_seed: 0 -> 1\): name"),
+        (None, "--teacher_steps=4", r"of other images or networks \(teacher_steps: 3 -> 4\): name"),
+        (with_rows(REAL, networks="x"), "", f"real images .* {OTHER_NETWORKS}"),
+        (with_solvers(*SOLVERS[1:]), "", "tuned solver at 2 of other settings .*solver: UniPC -> DEIS;"),
+        (UNKNOWN_SOLVER, "", "method 'DPM' is unknown: choose one of 'DDPM', 'DDIM',"),
+        (None, "--solvers=nowhere.json", "--solvers nowhere.json is missing: name a file that tune_solvers.py"),
+        (with_config("student"), "", "HSIVI at 1, seed 0, of other .*learning_rate: .* -> 0.5.: remove"),
+        (with_recipe, "", "than --students have now .critic_updates: 3 -> 1.: remove that row"),
+        (with_config("student", OURS, ONE_FOR_ALL), "", f"was trained {OPTIONS}.*--runs_dir"),
+        (with_config("progressive"), "", "progressive distillation at 1 of other settings.*learning_rate': 0.5"),
         (
-            lambda folder: edit_rows(folder, REAL, networks="another"),
-            [],
-            "real images .* of other images or networks .networks: another -> .*: name another --output_dir",
+            with_config("consistency", CONSISTENCY),
+            "",
+            f"consistency_seed0 was trained {OPTIONS}.: remove it and its rows",
         ),
-        (
-            write_solvers(*SOLVERS[1:]),
-            [],
-            "tuned solver at 2 of other settings .*solver: UniPC -> DEIS;",
-        ),
-        (unknown_solver, [], "method 'DPM' is unknown: choose one of 'DDPM', 'DDIM',"),
-        (None, ["--solvers=nowhere.json"], "--solvers nowhere.json is missing: name a file that tune_solvers.py"),
-        (
-            lambda folder: edit_config(folder, "student"),
-            [],
-            "HSIVI at 1, seed 0, of other .*learning_rate: .* -> 0.5.: remove",
-        ),
-        (other_recipe, [], "than --students have now .critic_updates: 3 -> 1.: remove that row"),
-        (
-            lambda folder: edit_config(folder, "student", OURS, ONE_FOR_ALL),
-            [],
-            "was trained with other options.*learning_rate: .* -> 0.5.*--runs_dir",
-        ),
-        (
-            lambda folder: edit_config(folder, "progressive"),
-            [],
-            "progressive distillation at 1 of other settings.*learning_rate': 0.5",
-        ),
-        (
-            lambda folder: edit_config(folder, "consistency", CONSISTENCY),
-            [],
-            "consistency_seed0 was trained with other options than .*learning_rate: .* -> 0.5.: remove it and its rows",
-        ),
-        *[
-            (
-                other_training(CONSISTENCY, "consistency_seed0", **{name: 1000}),
-                [],
-                "consistency_seed0 was not given the cost of what it is compared with",
-            )
-            for name in ("max_train_seconds", "min_network_calls")
-        ],
-        *[
-            (
-                other_training(method, run, teacher_sha256="other"),
-                [],
-                f"{run} was trained of another teacher than .* is now: name another",
-            )
-            for method, run in ((OURS, "student_seed0"), (CONSISTENCY, "consistency_seed0"))
-        ],
-        (
-            lambda folder: (forget(folder, PROGRESSIVE), edit_rows(folder, OURS, train_calls=None)),
-            [],
-            r"the network calls of HSIVI at \[1\], seed 0, are not known",
-        ),
-        (None, ["--baseline_steps", "1", "3"], r"--baseline_steps has \[3\], and --students none of so many"),
-        (None, ["--baseline_seeds", "0", "5"], r"--baseline_seeds has \[5\], and --seeds has not"),
+        (with_training(CONSISTENCY, "consistency_seed0", max_train_seconds=1000), "", COST),
+        (with_training(CONSISTENCY, "consistency_seed0", min_network_calls=1000), "", COST),
+        (with_training(OURS, "student_seed0", teacher_sha256="x"), "", f"student_seed0 {OTHER_TEACHER}"),
+        (with_training(CONSISTENCY, "consistency_seed0", teacher_sha256="x"), "", f"consistency_seed0 {OTHER_TEACHER}"),
+        (without_calls, "", r"the network calls of HSIVI at \[1\], seed 0, are not known"),
+        (None, "--baseline_steps 1 3", r"--baseline_steps has \[3\], and --students none of so many"),
+        (None, "--baseline_seeds 0 5", r"--baseline_seeds has \[5\], and --seeds has not"),
         (None, ["--students", "STUDENT --max_train_steps 0"], "max_train_steps=0: give a number of at least 1"),
         (None, ["--students", "STUDENT", "STUDENT --learning_rate 0.1"], "--students have HSIVI at 1 more than once"),
-        (no_classes, ["--real_data=FOLDER/real"], "real has no labels: give a set with classes"),
-        (None, ["--teacher=FOLDER/none"], "is missing: give the config of training.benchmarks.images.train_teacher"),
-        *[
-            (None, [f"--{name}="], f"--{name} missing: give --config training/configs/benchmark_digits.yaml")
-            for name in ("dataset", "teacher", "classifier")
-        ],
+        (with_images, "--real_data=FOLDER/real", "real has no labels: give a set with classes"),
+        (None, "--noise_seeds 101 0", r"--noise_seeds has \[0\], the noise of results.json or of the teacher"),
+        (None, "--noise_seeds 101 1", r"--noise_seeds has \[1\], the noise of results.json or of the teacher"),
+        (None, "--teacher=FOLDER/none", "is missing: give the config of training.benchmarks.images.train_teacher"),
+        (None, "--dataset= --classifier=", "--dataset, --classifier missing: give --config training/conf"),
+        (None, "--teacher=", "--teacher missing: give --config training/configs/benchmark_digits.yaml"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_any_training(copied, monkeypatch, edit, given, message):
@@ -556,6 +468,7 @@ def test_what_cannot_be_compared_is_refused_before_any_training(copied, monkeypa
     if edit:
         edit(folder)
     before = rows_of(folder)
+    given = given.split() if isinstance(given, str) else given
     given = [word.replace("STUDENT", str(folder / "student.yaml")).replace("FOLDER", str(folder)) for word in given]
     with pytest.raises(ValueError, match=message):
         benchmark.main([*arguments, *given])
@@ -579,24 +492,10 @@ def test_a_student_may_be_given_options_besides_its_config(copied, next_call):
     assert words[words.index("--output_dir") + 1].endswith("digits/student_num_inference_steps_3_noise_eta_0.5_seed0")
 
 
-def test_a_teacher_with_classes_draws_all_of_them_equally(copied, class_teacher, monkeypatch, no_pages):
-    folder, arguments = copied
-    forms = ("--pairs", "--progressive", "--consistency", "--baseline_steps", "1", "2")
-    given = [each for each in arguments if not each.startswith(forms)]
-    asked = []
-
-    def recorded(*given):
-        asked.append(given[-1])
-        return sample(*given)
-
-    monkeypatch.setattr(trainings, "call", call)
-    monkeypatch.setattr(set_teacher, "sample", recorded)
-    folders = [f"--{kind}_dir={folder / 'classes' / kind}" for kind in ("output", "runs")]
-    students = ["--students", str(folder / "student.yaml")]
-    benchmark.main([*given, f"--teacher={class_teacher}", *students, *folders, "--seeds=2", "--num_samples=30"])
-    rows = benchmark_results.read_rows(folder / "classes/output/results.json")
-    assert {row["method"] for row in rows} == {REAL, TEACHER, TEACHER_SDE, SOLVER, OURS}
-    assert asked == [3] * (len(rows) + 1)  # and of the images of the teacher that rows are compared with
+def test_a_teacher_with_classes_draws_all_of_them_equally(class_teacher):
+    teacher = set_teacher.SetTeacher(str(class_teacher), "digits")
+    drawn = teacher.draw(lambda size, generator, labels: labels, 7, 4, 0)
+    assert drawn.tolist() == teacher.asked(7).tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
 # ----- parts -----
@@ -667,13 +566,22 @@ def test_a_guided_benchmark_draws_all_classes_and_counts_two_calls_a_step(guided
     assert HSIVIPipeline.from_pretrained(run / "pipeline").scheduler.config.guidance_scale == 2
 
 
-def test_without_guidance_no_student_is_trained_on_the_label_no_class(arguments, tmp_path, monkeypatch):
-    student, called = next(text for text in arguments if text.endswith("student.yaml")), []
-    monkeypatch.setattr(trainings, "call", lambda program, words: called.append(words) or exit())
-    made = trainings.Trainings(tmp_path, str(ROOT / "assets/digits_guided_ddpm"), 1.0)
+@pytest.mark.parametrize(
+    ("scale", "more", "place", "words"),
+    [
+        (1.0, "", "digits", ["1.0", "--class_shares", *["1.0"] * 10, "0.0"]),  # not on the label "no class"
+        (2.0, " --guidance_scale 2.0 4.0", "scales_of_digits_guided_ddpm", ["2.0", "4.0"]),  # shared by benchmarks
+    ],
+)
+def test_a_student_is_trained_on_the_scales_and_classes_of(arguments, tmp_path, monkeypatch, scale, more, place, words):
+    student, called = next(text for text in arguments if text.endswith("student.yaml")) + more, []
+    monkeypatch.setattr(trainings, "call", lambda *given: called.append(given) or exit())
+    made = trainings.Trainings(tmp_path / "digits", str(ROOT / "assets/digits_guided_ddpm"), scale)
     with pytest.raises(SystemExit):
         made.student(student, 0, made.settings(student, 0))
-    assert called[0][-14:] == ["--guidance_scale", "1.0", "--class_shares", *["1.0"] * 10, "0.0"]
+    ((program, given),) = called
+    assert (program, given[-1 - len(words) :]) == (trainings.DISTIL, ["--guidance_scale", *words])
+    assert Path(given[given.index("--output_dir") + 1]).parent == tmp_path / place
 
 
 def test_an_unguided_solver_is_that_of_the_teacher_without_guidance():
@@ -688,31 +596,21 @@ def test_an_unguided_solver_is_that_of_the_teacher_without_guidance():
 @pytest.mark.parametrize(
     ("scale", "more", "message"),
     [
-        ("2", ["PROGRESSIVE"], "progressive distillation know no guidance"),
-        (None, ["--teacher_steps=3", "--num_samples=90"], r"no images of the classes \[10\] of .* --guidance_scale 1"),
+        ("2", ["--progressive=FOLDER/progressive.yaml"], "progressive distillation know no guidance"),
+        ("", ["--teacher_steps=3", "--num_samples=90"], r"no images of the classes \[10\] of .* --guidance_scale 1"),
         ("2", ["--num_samples=60"], "--num_samples 60: give 70 or more, 7 of each class"),
-        ("2", ["STUDENT --guidance_scale 1 4"], r"has guidance_scale \[.*\], and the benchmark 2.0: leave it out, or"),
-        ("2", ["STUDENT --guidance_scale 4"], r"has guidance_scale \[.*\], and the benchmark 2.0: leave it out, or"),
+        (
+            "2",
+            ["--students=FOLDER/student.yaml --guidance_scale 1 4"],
+            r"scale \[.*\], and the benchmark 2.0: leave it out",
+        ),
     ],
 )
 def test_what_cannot_be_guided_is_refused_before_anything_is_drawn(
-    guided, arguments, no_pages, monkeypatch, scale, more, message
+    guided, arguments, monkeypatch, scale, more, message
 ):
     monkeypatch.setattr(set_teacher, "sample", never)
-    names = {"STUDENT": "--students=", "PROGRESSIVE": "--progressive="}
-    paths = {
-        name: next(text for text in (*guided, *arguments) if text.startswith(start)) for name, start in names.items()
-    }
-    for name, path in paths.items():
-        more = [word.replace(name, path) for word in more]
-    given = guided if scale else [text for text in guided if not text.startswith("--guidance_scale")]
+    folder = str(Path(arguments[-1].split("=")[1]).parent)
+    given = [text for text in guided if scale or not text.startswith("--guidance_scale")]
     with pytest.raises(ValueError, match=message):
-        benchmark.main([*given, *more])
-
-
-def test_a_student_of_several_scales_is_shared_by_their_benchmarks(guided, tmp_path, next_call):
-    student = next(text for text in guided if text.startswith("--students=")) + " --guidance_scale 2.0 4.0"
-    program, words = next_call([*(text for text in guided if not text.startswith("--students=")), student])
-    assert program == trainings.DISTIL
-    assert words[words.index("--output_dir") + 1].startswith(str(tmp_path / "runs" / "scales_of_digits_guided_ddpm"))
-    assert words[words.index("--guidance_scale") + 1 :][:2] == ["2.0", "4.0"]
+        benchmark.main([*given, *(word.replace("FOLDER", folder) for word in more)])

@@ -167,10 +167,12 @@ def on_noise(method, nfe, *distances, seed=None, first=101, **more):
     return [row(method, nfe, each, each / 4, seed, eval_seed=first + i, **more) for i, each in enumerate(distances)]
 
 
-def test_a_mean_has_its_standard_error():
+def test_a_mean_over_noise_has_its_standard_error_and_training_seeds_count_once_for_each():
     rows = on_noise(SOLVER, 4, 1.0, 2.0, 3.0, 4.0, 10.0) + on_noise(REAL, 0, 5.0)
     lines = [["", REAL, "1", "5", "1.25"], ["4", f"{SOLVER} (UniPC)", "5", "4 ± 1.6", "1 ± 0.4"]]  # sqrt(50 / 4 / 5)
     assert lines_of(noise_table(rows)) == lines
+    rows = on_noise(OURS, 4, 1.0, 3.0, seed=0) + on_noise(OURS, 4, 3.0, 5.0, seed=1)
+    assert lines_of(noise_table(rows)) == [["4", f"**{OURS}**", "2", "3 ± 1", "0.75 ± 0.25"]]
 
 
 def test_a_difference_is_paired_by_the_noise_that_both_rows_have():
@@ -178,11 +180,6 @@ def test_a_difference_is_paired_by_the_noise_that_both_rows_have():
     name = f"**{OURS}** - {SOLVER} (UniPC) at 4"
     assert lines_of(differences_table(ours + solver)) == [["4", name, "-6 ± 3", "-1.5 ± 0.75"]]  # 1 - 4 and 2 - 11
     assert lines_of(differences_table(ours + on_noise(SOLVER, 4, 1.0, first=900))) == [["4", name, "", ""]]
-
-
-def test_training_seeds_count_once_for_each_noise():
-    rows = on_noise(OURS, 4, 1.0, 3.0, seed=0) + on_noise(OURS, 4, 3.0, 5.0, seed=1)
-    assert lines_of(noise_table(rows)) == [["4", f"**{OURS}**", "2", "3 ± 1", "0.75 ± 0.25"]]
 
 
 def test_ours_are_compared_with_solvers_of_up_to_twice_as_many_calls():
@@ -204,33 +201,34 @@ def test_ours_are_compared_with_solvers_of_up_to_twice_as_many_calls():
 # ----- the page -----
 
 
-def test_each_set_has_a_page_of_all_tables_and_figures_of_what_is_measured(tmp_path):
-    begun = {**row(REAL, 0, 0.1, 0.01), "dataset": "begun"}
-    solver = {**row(SOLVER, 2, 0.1, 0.01), "dataset": "a solver"}
-    rows = [row(TEACHER, 100, 0.2, 0.02), row(OURS, 1, 1.0, -0.1, 0), begun, solver]
+def test_each_set_has_a_page_of_all_tables_and_figures_of_what_is_measured_and_kept(tmp_path, monkeypatch):
+    curves, draw_curves = [], benchmark_pages.draw_curves
+    monkeypatch.setattr(benchmark_pages, "draw_curves", lambda *given: curves.append(given) or draw_curves(*given))
+    rows = [row(REAL, 0, 0.1, 0.01), row(OURS, 1, 1.0, -0.1, 0), row(TEACHER, 100, 0.2, 0.02)]
+    rows += [row(REAL, 0, 0.1, 0.01, dataset="begun"), row(SOLVER, 2, 0.1, 0.01, dataset="a solver.2")]
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
-    write_pages(tmp_path, tmp_path / "runs")
-    texts = {name: (tmp_path / f"{name}.md").read_text() for name in ("digits", "begun", "a_solver")}
-    for text in texts.values():
+    (tmp_path / "noise.json").write_text(json.dumps({"rows": [row(OURS, 1, 1.0, 0.1, 0, eval_seed=7)]}))
+    (tmp_path / "digits.md").write_text("# By hand\n")
+    results, images = Results(tmp_path, tmp_path / "runs", "digits"), torch.rand(3, 1, 8, 8)
+    results.images_path.parent.mkdir(parents=True)
+    figures = ["classes_digits.png", "curves_a_solver_2.png", "curves_digits.png"]
+    before = None
+    for name, more in ((f"{OURS} at 1", []), (f"{TEACHER} at 100", ["samples_digits.png"])):
+        results.keep_images(name, images, images)
+        write_pages(tmp_path, tmp_path / "runs")
+        assert sorted(path.name for path in tmp_path.glob("*.png")) == [*figures, *more]
+        texts = {page: (tmp_path / f"{page}.md").read_text() for page in ("digits", "begun", "a_solver_2")}
         for table in ("summary", "floor", "measures", "costs"):
-            assert text.count(f"<!-- table: {table} -->") == 1
-    names = ["classes_digits.png", "curves_a_solver.png", "curves_digits.png"]
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == names
-    assert "(classes_digits.png)" in texts["digits"]
-    assert "(curves_digits.png)" in texts["digits"]
-    assert "(curves_a_solver.png)" in texts["a_solver"]
-    assert ".png" not in texts["begun"]
-    write_pages(tmp_path, tmp_path / "runs")
-    assert texts == {name: (tmp_path / f"{name}.md").read_text() for name in texts}
-
-
-def test_the_curves_have_a_panel_for_each_space_and_for_what_is_lost(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(benchmark_pages, "draw_curves", lambda *given: drawn.append(given))
-    rows = [row(REAL, 0, 0.1, 0.01), row(OURS, 1, 1.0, 0.1, 0), row(TEACHER, 100, 0.2, 0.02)]
-    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
-    write_pages(tmp_path, tmp_path / "runs")
-    (shown, labels, path), *_ = drawn
+            assert [text.count(f"<!-- table: {table} -->") for text in texts.values()] == [1, 1, 1]
+        for table in ("noise", "differences"):
+            assert [text.count(f"<!-- table: {table} -->") for text in texts.values()] == [1, 0, 0]
+        assert texts["digits"].startswith("# By hand\n")
+        for figure in [*figures, *more]:
+            assert f"({figure})" in texts["a_solver_2" if "solver" in figure else "digits"]
+        assert ".png" not in texts["begun"]
+        before = before or texts
+    assert [before[page] == texts[page] for page in texts] == [False, True, True]
+    (shown, labels, path), *_ = curves
     assert [(each["method"], each["classifier"]) for each in shown] == [(TEACHER, 0.2), (OURS, 1.0)]
     assert list(labels) == ["classifier", "pixels", "recall", "coverage"]
     assert path == tmp_path / "curves_digits.png"
@@ -244,21 +242,11 @@ def test_classes_are_those_of_the_teacher_the_baselines_and_ours(tmp_path, monke
     benchmark_pages.draw_classes([*rows, row(PAIRS, 1, 1.0, 0.1, 0)], tmp_path / "classes.png")
     (figure,) = kept
     assert [axis.get_title() for axis in figure.axes] == [
-        *["pairs only at 1", "teacher at 100", "tuned solver at 10", f"{OURS} at 1"],
+        *["pairs only at 1", "teacher at 100", "tuned solver at 10", f"{OURS} at 1"]
     ]
     assert [bar.get_height() for bar in figure.axes[-1].patches] == pytest.approx([0.4, 0.6])
     monkeypatch.undo()
     plt.close(figure)
-
-
-def test_images_are_drawn_where_those_of_all_rows_were_kept(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps({"rows": [row(OURS, 1, 1.0, 0.1, 0), row(OURS, 2, 1.0, 0.1, 0)]}))
-    (tmp_path / "runs/digits").mkdir(parents=True)
-    results, images = Results(tmp_path, tmp_path / "runs", "digits"), torch.rand(3, 1, 8, 8)
-    for nfe, drawn in ((1, False), (2, True)):
-        results.keep_images(f"{OURS} at {nfe}", images, images)
-        write_pages(tmp_path, tmp_path / "runs")
-        assert (tmp_path / "samples_digits.png").exists() == drawn
 
 
 @pytest.mark.parametrize(("colors", "mode"), [(200, "P"), (20_000, "RGB")])
@@ -274,15 +262,8 @@ def test_a_figure_of_few_colours_gets_a_palette_and_looks_the_same(tmp_path, col
 
 def test_pictures_are_shown_in_order():
     white = torch.full((1,), 255, dtype=torch.uint8)
-    names = [
-        "real",
-        f"{OURS} at 10",
-        f"{OURS} at 2",
-        f"{PAIRS} at 1",
-        f"{SOLVER} at 4",
-        f"{SOLVER} at 2",
-        f"{TEACHER} at 9",
-    ]
+    names = ["real", f"{OURS} at 10", f"{OURS} at 2", f"{PAIRS} at 1"]
+    names += [f"{SOLVER} at 4", f"{SOLVER} at 2", f"{TEACHER} at 9"]
     kept = dict.fromkeys(names, white)
     assert all(pictures == 1.0 for _, pictures in benchmark_pages.picture_rows(kept))
     assert [name for name, _ in benchmark_pages.picture_rows(kept)] == [*reversed(names[1:]), "real"]

@@ -60,13 +60,11 @@ def test_the_config_of_a_distillation_can_run_and_is_of_a_preset(name):
 
 def test_no_config_is_left_untested():
     """Those of studies are tested in test_study.py, the recipes of published teachers in test_recipes.py."""
-    elsewhere = {path.stem for path in CONFIGS.glob("study_*.yaml")} | {
-        "cifar10",
-        "celeba64",
-        "imagenet64",
-        "church256",
-    }
+    elsewhere = {path.stem for path in CONFIGS.glob("study_*.yaml")}
+    elsewhere |= {"cifar10", "celeba64", "imagenet64", "church256"}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} - elsewhere == {*GROUPS, *STUDENTS}
+    names = {path.stem for path in (TRAINING / "accelerate_configs").iterdir()}
+    assert names == {"one_gpu", "eight_gpus", "two_nodes", "cpu_two_processes"}
 
 
 @pytest.mark.parametrize(
@@ -89,8 +87,3 @@ def test_accelerate_reads_the_configs_and_each_says_how_to_launch_it(
     head = path.read_text().split("compute_environment")[0].replace("\\\n# ", "")
     assert f"accelerate launch --config_file training/accelerate_configs/{path.name} " in head
     assert "training/train_hsivi.py --config RECIPE" in head
-
-
-def test_every_config_of_the_launcher_is_tested():
-    names = {path.stem for path in (TRAINING / "accelerate_configs").iterdir()}
-    assert names == {"one_gpu", "eight_gpus", "two_nodes", "cpu_two_processes"}

@@ -53,8 +53,7 @@ def test_logistic_regression_is_bernoulli_times_normal():
     target = regression()
     features, labels = target.features.double(), target.labels.double()
     same_up_to_a_constant(
-        target,
-        lambda x: Bernoulli(logits=features @ x).log_prob(labels).sum() + Normal(0.0, 1.0).log_prob(x).sum(),
+        target, lambda x: Bernoulli(logits=features @ x).log_prob(labels).sum() + Normal(0.0, 1.0).log_prob(x).sum()
     )
 
 

@@ -49,6 +49,7 @@ def gaussian_distillation(num_steps=2, num_stages=3, **config):
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_the_loss_of_the_exact_student_is_nothing_in_each_stage(prediction_type):
     made = gaussian_distillation(prediction_type=prediction_type)
+    assert made.grid.tolist() == list(range(800, -1, -50))
     clean = 0.3 + 0.4 * torch.randn(100, 1, 8, 8)
     networks = exact_students(made)
     for stage in range(3):
@@ -61,9 +62,8 @@ def test_the_loss_of_the_exact_student_is_nothing_in_each_stage(prediction_type)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("clip_sample", [True, False])
-def test_one_step_to_the_aim_ends_where_two_steps_of_the_teacher_do(clip_sample):
-    schedule = HSIVIScheduler(clip_sample=clip_sample)
+def test_one_step_to_the_aim_ends_where_two_steps_of_a_teacher_that_clips_do():
+    schedule = HSIVIScheduler(clip_sample=True)
     made = ProgressiveDistillation(as_teacher(make_unet().eval(), schedule), 2)
     z = torch.randn(2, 1, 8, 8)
     t, u, s = (torch.tensor(each) for each in ([900, 500], [700, 450], [600, 0]))
@@ -72,19 +72,6 @@ def test_one_step_to_the_aim_ends_where_two_steps_of_the_teacher_do(clip_sample)
     second, _ = schedule.predict(made.former(half, u).sample, u, half)
     wanted = ddim_step(schedule, second, half, u, s)
     torch.testing.assert_close(ddim_step(schedule, made.aim(z, t, u, s), z, t, s), wanted, rtol=0, atol=1e-4)
-
-
-@torch.no_grad()
-def test_the_exact_student_of_the_last_stage_draws_what_the_first_teacher_does_in_all_its_steps():
-    made = gaussian_distillation()
-    assert made.grid.tolist() == list(range(800, -1, -50))
-    drawn = []
-    for network, grid in ((made.former, made.grid), (exact_students(made)[-1], made.grid[::8])):
-        x = torch.randn(50, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        for at, below in zip(grid[:-1, None], grid[1:, None], strict=True):
-            x = ddim_step(made.schedule, network.clean(x, at), x, at, below)
-        drawn.append(x)
-    torch.testing.assert_close(*drawn, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
@@ -112,10 +99,7 @@ def test_a_stage_begins_at_equal_shares_of_a_run_and_makes_the_student_the_teach
         follows = torch.equal(made.former.conv_in.weight, made.student.conv_in.weight)
         assert follows or torch.equal(made.former.conv_in.weight, before)
         seen.append((int(made.stage), follows))
-    assert seen == [
-        *[(0, False), (0, False), (1, True), (1, False)],
-        *[(2, True), (2, False), (3, True), (3, False)],
-    ]
+    assert seen == [*[(0, False), (0, False), (1, True), (1, False)], *[(2, True), (2, False), (3, True), (3, False)]]
     assert same_tensors(unet.state_dict(), given)  # the caller's stays as it is
 
 
@@ -137,13 +121,12 @@ def test_the_steps_of_a_stage_are_twice_those_of_its_teacher(monkeypatch, stage,
     assert set((t - u).tolist()) == set((u - s).tolist()) == {stride // 2}
 
 
-@pytest.mark.parametrize("num_steps", [1, 4])
-def test_the_saved_pipeline_has_the_grid_of_the_last_stage_and_adds_no_noise(train_baseline, num_steps):
-    folder = train_baseline("--method=progressive", f"--num_inference_steps={num_steps}", "--num_stages=2")
+def test_the_saved_pipeline_has_the_grid_of_the_last_stage_and_adds_no_noise(train_baseline):
+    folder = train_baseline("--method=progressive", "--num_inference_steps=4", "--num_stages=2")
     pipeline = HSIVIPipeline.from_pretrained(folder / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.scheduler.config
-    grid = HSIVIScheduler.make_layer_timesteps(4 * num_steps, "uniform", 1000, default_start(pipeline.scheduler))
+    grid = HSIVIScheduler.make_layer_timesteps(16, "uniform", 1000, default_start(pipeline.scheduler))
     assert config.layer_timesteps == grid[::4]
     assert (config.noise_eta, config.kernel) == (0.0, "ddim")
     calls = []

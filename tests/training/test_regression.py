@@ -78,7 +78,7 @@ def test_the_noise_is_taken_for_that_of_our_students_of_one_call(channels):
 
 
 def test_pairs_follow_their_seed_and_no_evaluation_starts_from_their_noise(unet):
-    noise = [PairRegression(as_teacher(unet, HSIVIScheduler()), 500, seed=seed).pairs.noise for seed in (0, 0, 1)]
+    noise = [PairRegression(as_teacher(unet, HSIVIScheduler()), 100, seed=seed).pairs.noise for seed in (0, 0, 1)]
     assert torch.equal(noise[0], noise[1])
     started = []
 
@@ -86,7 +86,7 @@ def test_pairs_follow_their_seed_and_no_evaluation_starts_from_their_noise(unet)
         started.append(torch.randn(batch_size, 1, 8, 8, generator=generator))
         return started[-1]
 
-    assert len([*sample(draw, 500, 250, seed=0)]) == 2
+    assert len([*sample(draw, 100, 50, seed=0)]) == 2
     for one, other in ((noise[0], noise[2]), (noise[0], torch.cat(started))):
         assert torch.cdist(one.flatten(1), other.flatten(1)).min() > 1
 

@@ -115,25 +115,17 @@ def emoji(tmp_path, monkeypatch):
     return drawn
 
 
-def test_emoji_are_squares_on_white_in_the_order_of_the_font_and_none_twice(emoji):
-    images, _ = sets.load_images("emoji", resolution=8, channels=3)
+def test_emoji_are_squares_on_white_in_the_order_of_the_font_with_kinds_and_families_and_none_twice(emoji):
+    images, labels = sets.load_images("emoji", resolution=8, channels=3)
     assert images.shape == (len(emoji) + 1, 3, 8, 8)
     assert images[:-1, 0, 4, 0].tolist() == [30 * number for number in range(len(emoji))]
     assert images[:-1, 1:, 2:6].max() == 0
     assert images[:, :, [0, 1, 6, 7]].min() == 255
     assert images[-1].min() == 255
-
-
-def test_the_label_of_an_emoji_is_its_kind(emoji):
-    _, labels = sets.load_images("emoji", resolution=8, channels=3)
-    kinds = [[*EMOJI_KINDS][label] for label in labels]
     toned = ["people with a skin tone"] * 2
-    assert kinds == ["food", "people", "people", *toned, "flags", "faces", "travel and places"]
-
-
-def test_skin_tones_and_sexes_of_an_emoji_are_one_family(emoji):
-    families = load_families("emoji").tolist()
-    assert families == [0, 1, 2, 2, 2, 3, 4, 2]
+    kinds = ["food", "people", "people", *toned, "flags", "faces", "travel and places"]
+    assert [[*EMOJI_KINDS][label] for label in labels] == kinds
+    assert load_families("emoji").tolist() == [0, 1, 2, 2, 2, 3, 4, 2]  # skin tones and sexes are one
 
 
 def test_a_missing_font_is_refused(tmp_path, monkeypatch):

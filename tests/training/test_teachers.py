@@ -1,6 +1,5 @@
 """`training/teachers` and `make_teacher.py`: the shapes of published teachers. No weights are loaded."""
 
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,60 +12,34 @@ from tiny_unet import make_unet
 from training.benchmarks.images import make_teacher
 
 TRAINING = Path(__file__).parents[2] / "training"
-TEACHERS = ("cifar10_32", "celeba_64", "imagenet_64", "church_256")
-
-
-def folder_of(name):
-    return TRAINING / "teachers" / name
-
-
-@cache
-def meta_unet(name):
-    with torch.device("meta"):
-        return UNet2DModel.from_config(UNet2DModel.load_config(folder_of(name), subfolder="unet"))
-
-
-def schedule_of(name):
-    return HSIVIScheduler.from_config(DDPMScheduler.from_pretrained(folder_of(name), subfolder="scheduler").config)
-
-
-# ----- teachers -----
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "size", "outputs", "clock"),
+    ("name", "parameters", "size", "outputs", "clock", "attends"),
     [
-        ("cifar10_32", 35_746_307, 32, 3, 1000),
-        ("celeba_64", 78_700_803, 64, 3, 1000),
-        ("imagenet_64", 121_575_942, 64, 6, 4000),
-        ("church_256", 113_673_219, 256, 3, 1000),
+        ("cifar10_32", 35_746_307, 32, 3, 1000, {16}),
+        ("celeba_64", 78_700_803, 64, 3, 1000, {16}),
+        ("imagenet_64", 121_575_942, 64, 6, 4000, {16, 8}),
+        ("church_256", 113_673_219, 256, 3, 1000, {16}),
     ],
 )
-def test_a_teacher_has_its_published_shape(name, parameters, size, outputs, clock):
-    unet = meta_unet(name)
-    timestep = torch.zeros(1, dtype=torch.long, device="meta")
-    sample = unet(torch.zeros(1, 3, size, size, device="meta"), timestep).sample
+def test_a_folder_holds_a_pipeline_of_the_published_shape_without_weights(
+    name, parameters, size, outputs, clock, attends
+):
+    folder = TRAINING / "teachers" / name
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {"model_index.json", "unet/config.json", "scheduler/scheduler_config.json"}
+    assert DDPMPipeline.load_config(folder)["_class_name"] == "DDPMPipeline"
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(UNet2DModel.load_config(folder, subfolder="unet"))
+        sample = unet(torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.long)).sample
+    assert sample.shape == (1, outputs, size, size)
     assert unet.num_parameters() == parameters
     assert f"{parameters:,}" in (TRAINING / "teachers" / "README.md").read_text()
-    assert sample.shape == (1, outputs, size, size)
-    assert len(schedule_of(name)) == clock
-
-
-@pytest.mark.parametrize("name", TEACHERS)
-def test_a_teacher_attends_where_the_original_does(name):
-    unet = meta_unet(name)
-    size, levels = unet.config.sample_size, unet.config.down_block_types
-    resolutions = {size >> level for level, block in enumerate(levels) if block.startswith("Attn")}
-    assert resolutions == ({16, 8} if name == "imagenet_64" else {16})
-    mirrored = [block.replace("Down", "Up") for block in reversed(levels)]
-    assert list(unet.config.up_block_types) == mirrored
-
-
-@pytest.mark.parametrize("name", TEACHERS)
-def test_a_teacher_folder_holds_a_pipeline_without_weights(name):
-    files = {str(path.relative_to(folder_of(name))) for path in folder_of(name).rglob("*") if path.is_file()}
-    assert files == {"model_index.json", "unet/config.json", "scheduler/scheduler_config.json"}
-    assert DDPMPipeline.load_config(folder_of(name))["_class_name"] == "DDPMPipeline"
+    assert len(HSIVIScheduler.from_config(DDPMScheduler.load_config(folder, subfolder="scheduler"))) == clock
+    levels = unet.config.down_block_types
+    assert {size >> level for level, block in enumerate(levels) if block.startswith("Attn")} == attends
+    assert list(unet.config.up_block_types) == [block.replace("Down", "Up") for block in reversed(levels)]
 
 
 # ----- make_teacher.py -----
@@ -118,12 +91,9 @@ def test_a_folder_without_configs_is_refused_before_work(empty_teacher, tmp_path
     assert not (tmp_path / "made").exists()
 
 
-def test_a_teacher_of_another_network_is_not_made(dit_teacher, tmp_path):
+def test_another_network_and_a_filled_output_folder_are_refused(empty_teacher, dit_teacher, tmp_path):
     with pytest.raises(ValueError, match="has a DiTTransformer2DModel: give one with a UNet2DModel"):
         make(dit_teacher, tmp_path / "made")
-
-
-def test_a_filled_output_folder_is_refused(empty_teacher):
     folder = empty_teacher()
     with pytest.raises(ValueError, match="is not empty"):
         make(folder, folder)

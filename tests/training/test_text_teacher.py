@@ -46,6 +46,7 @@ def glyphs():
         patched.setattr(captions, "read_emoji", lambda: {bytes([point]): (point,) for point in points})
         patched.setattr(captions, "load_images", lambda *given: (images, None))
         patched.setattr(captions, "HELD_OUT", 2)
+        patched.setattr(captions, "EACH", 8)
         yield
 
 
@@ -68,10 +69,20 @@ def teach(vae, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def taught(teach):
+    """The folder of a teacher, to be read."""
+    return teach()
+
+
+def weights(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
 def scorer(glyphs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scorer") / "scorer"
     sizes = ["--resolution=32", "--num_features=32", "--num_halvings=0", "--train_batch_size=16"]
-    train_scorer.main([*sizes, "--max_train_steps=400", f"--output_dir={folder}"])
+    train_scorer.main([*sizes, "--max_train_steps=150", "--learning_rate=3e-3", f"--output_dir={folder}"])
     return folder
 
 
@@ -85,28 +96,20 @@ def test_the_latents_of_the_autoencoder_have_a_std_of_1(vae):
     assert float(mean.std()) == pytest.approx(1, rel=1e-5)
 
 
-def test_the_teacher_is_a_stock_pipeline_and_a_function_of_its_seed(teach):
-    folder = teach()
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+def test_the_teacher_is_a_stock_pipeline_and_a_function_of_its_seed(teach, taught, same_tensors):
+    pipeline = StableDiffusionPipeline.from_pretrained(taught)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(["cat", "a red apple"], num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 32, 32, 3)
-    teacher = load_teacher(str(folder))
+    teacher = load_teacher(str(taught))
     assert (teacher.shape, teacher.schedule.config.prediction_type) == ((4, 8, 8), "v_prediction")
-    weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     for seed, same in ((0, True), (1, False)):
-        other = load_file(teach(f"--seed={seed}") / "unet" / "diffusion_pytorch_model.safetensors")
-        assert all(torch.equal(weight, other[name]) for name, weight in weights.items()) == same
+        assert same_tensors(weights(teach(f"--seed={seed}")), weights(taught)) == same
 
 
-def test_a_teacher_goes_on_from_another_of_the_same_words(teach, tmp_path):
-    folder = teach()
-    first, second = (
-        load_file(each / "unet" / "diffusion_pytorch_model.safetensors")
-        for each in (folder, teach(f"--init_from={folder}", "--learning_rate=0", "--seed=1"))
-    )
-    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
-    other = shutil.copytree(folder, tmp_path / "other")
+def test_a_teacher_goes_on_from_another_of_the_same_words(teach, taught, tmp_path, same_tensors):
+    assert same_tensors(weights(teach(f"--init_from={taught}", "--learning_rate=0", "--seed=1")), weights(taught))
+    other = shutil.copytree(taught, tmp_path / "other")
     words = other / "tokenizer" / "tokenizer.json"
     words.write_text(words.read_text().replace('"cat"', '"dog"'))
     with pytest.raises(ValueError, match="has other words than these captions: name another, or leave it out"):
@@ -242,11 +245,11 @@ def test_the_rivals_of_a_caption_have_its_subject_and_another_tone():
     assert [TEXTS[row] for row in captions.rivals(TEXTS, held)] == others
 
 
-def test_the_benchmark_of_captions(teach, scorer, tmp_path, monkeypatch):
+@pytest.mark.slow  # three trainings and seven rows; the benchmark of images has the same steps
+def test_the_benchmark_of_captions(taught, scorer, tmp_path, monkeypatch):
     """A LoRA, a whole copy and an LCM-LoRA of the same cost, beside the guided teacher and a solver of two steps."""
     monkeypatch.setattr(trainings, "call", call)
     monkeypatch.setattr(benchmark, "write_pages", lambda *folders: None)  # figures take most of the time
-    teacher = teach()
     student, lcm = tmp_path / "student.yaml", tmp_path / "lcm.yaml"
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS[row] for row in captions.hold_out(TEXTS)[0]))
     sizes = "num_inference_steps: 1\nmax_train_steps: 1\ntrain_batch_size: 2\ncritic_updates: 1\nvalidation_steps: 0\n"
@@ -258,24 +261,17 @@ def test_the_benchmark_of_captions(teach, scorer, tmp_path, monkeypatch):
     (tmp_path / "solvers.json").write_text(json.dumps({"rows": [tuned]}))
     benchmark.main(
         [
-            *["--dataset=captions", "--real_data=captions", f"--teacher={teacher}", f"--classifier={scorer}"],
+            *["--dataset=captions", "--real_data=captions", f"--teacher={taught}", f"--classifier={scorer}"],
             *["--students", str(student), f"{student} --lora_rank 0", f"--lcm_lora={lcm}", "--baseline_steps=1"],
-            *["--seeds=0", "--guidance_scale=4", "--teacher_steps=6", "--num_samples=16", "--batch_size=16"],
+            *["--seeds=0", "--guidance_scale=4", "--teacher_steps=6", "--num_samples=8", "--batch_size=8"],
             *[f"--solvers={tmp_path / 'solvers.json'}", f"--output_dir={tmp_path / 'docs'}"],
             f"--runs_dir={tmp_path / 'runs'}",
         ]
     )
     found = read_rows(tmp_path / "docs" / "results.json")
     rows = {(row["method"], row["nfe"]): row for row in found}
-    assert rows.keys() == {
-        (REAL, 0),
-        (TEACHER, 6),
-        (TEACHER_SDE, 6),
-        (SOLVER, 4),
-        (OURS, 1),
-        (NO_LORA, 1),
-        (LATENT_CONSISTENCY, 1),
-    }
+    trained = {(OURS, 1), (NO_LORA, 1), (LATENT_CONSISTENCY, 1)}
+    assert rows.keys() == {(REAL, 0), (TEACHER, 6), (TEACHER_SDE, 6), (SOLVER, 4)} | trained
     assert rows[REAL, 0]["retrieval"] == 1
     assert all(row["diversity"] > 0 for row in rows.values())
     assert rows[LATENT_CONSISTENCY, 1]["train_calls"] >= rows[OURS, 1]["train_calls"] > 0
@@ -284,14 +280,14 @@ def test_the_benchmark_of_captions(teach, scorer, tmp_path, monkeypatch):
     assert "class TV" not in heads
 
 
-def test_what_cannot_be_compared_is_refused_before_any_training(teach, scorer, tmp_path, monkeypatch):
+def test_what_cannot_be_compared_is_refused_before_any_training(taught, scorer, tmp_path, monkeypatch):
     monkeypatch.setattr(trainings, "call", lambda *_: pytest.fail("something was trained"))
     (tmp_path / "solvers.json").write_text(json.dumps({"rows": []}))
     (tmp_path / "baseline.yaml").write_text("method: lcm_lora\ntrain_data: captions\n")
     common = ["--dataset=captions", f"--solvers={tmp_path / 'solvers.json'}", f"--output_dir={tmp_path / 'docs'}"]
     common += [f"--runs_dir={tmp_path / 'runs'}", "--num_samples=16", "--teacher_steps=2", f"--classifier={scorer}"]
-    text = [f"--teacher={teach()}", "--real_data=captions"]
-    lcm = f"--pretrained_teacher_model={teach()}"
+    text = [f"--teacher={taught}", "--real_data=captions"]
+    lcm = f"--pretrained_teacher_model={taught}"
     digits = [f"--teacher={ROOT / 'assets' / 'digits_ddpm'}", "--real_data=digits"]
     for words, message in (
         ([*text, f"--pairs={tmp_path / 'baseline.yaml'}"], "pairs only cannot be trained: LCM-LoRA is for teachers of"),
@@ -314,10 +310,10 @@ def test_what_cannot_be_compared_is_refused_before_any_training(teach, scorer, t
 
 
 @pytest.fixture
-def latent_consistency(teach):
+def latent_consistency(taught):
     """Of the tiny teacher, with an adapter that has been trained a little."""
     torch.manual_seed(0)
-    teacher = load_teacher(str(teach()))
+    teacher = load_teacher(str(taught))
     clean, numbers = load_latents(teacher, torch.device("cpu"))
     made = LatentConsistency(teacher, 4.0, 2)
     for name, weight in made.student.named_parameters():
@@ -372,18 +368,16 @@ def test_its_pipeline_has_the_adapter_in_its_weights(latent_consistency):
     assert not torch.allclose(after, teacher, rtol=1e-2, atol=1e-3)
 
 
-def test_an_lcm_lora_continues_to_the_bit(teach, tmp_path):
-    common = [f"--pretrained_teacher_model={teach()}", "--method=lcm_lora", "--train_data=captions", "--lora_rank=2"]
+def test_an_lcm_lora_continues_to_the_bit(taught, tmp_path, same_tensors):
+    common = [f"--pretrained_teacher_model={taught}", "--method=lcm_lora", "--train_data=captions", "--lora_rank=2"]
     common += ["--train_batch_size=2", "--max_train_steps=3", "--checkpointing_steps=2", "--guidance_scale=4"]
     train_baseline.main([*common, f"--output_dir={tmp_path / 'whole'}"])
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    part = shutil.copytree(tmp_path / "whole", tmp_path / "part")
     for name in ("pipeline", "checkpoints/checkpoint-3"):
-        shutil.rmtree(tmp_path / "part" / name)
-    (tmp_path / "part" / "training.json").unlink()
-    train_baseline.main([*common, f"--output_dir={tmp_path / 'part'}", "--resume_from_checkpoint=latest"])
-    weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
-    one, other = (load_file(tmp_path / run / weights) for run in ("whole", "part"))
-    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+        shutil.rmtree(part / name)
+    (part / "training.json").unlink()
+    train_baseline.main([*common, f"--output_dir={part}", "--resume_from_checkpoint=latest"])
+    assert same_tensors(weights(part / "pipeline"), weights(tmp_path / "whole" / "pipeline"))
 
 
 # ----- the teacher of the repository -----

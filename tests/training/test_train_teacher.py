@@ -14,41 +14,22 @@ def train(tmp_path_factory):
 
     def run(*arguments):
         folder = tmp_path_factory.mktemp("teachers") / "teacher"
-        sizes = [
-            "--block_out_channels",
-            "8",
-            "16",
-            "--max_train_steps=3",
-            "--train_batch_size=4",
-            "--lr_warmup_steps=1",
-        ]
+        sizes = ["--block_out_channels", "8", "16"]
+        sizes += ["--max_train_steps=3", "--train_batch_size=4", "--lr_warmup_steps=1"]
         train_teacher.main([*sizes, f"--output_dir={folder}", *arguments])
         return folder
 
     return run
 
 
-@pytest.fixture(scope="module")
-def trained(train):
-    return train()
-
-
 def weights(folder):
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def test_a_run_is_a_function_of_its_seed(train, trained, same_tensors):
-    assert same_tensors(weights(train("--seed=0")), weights(trained))
-    assert not same_tensors(weights(train("--seed=1")), weights(trained))
-
-
-def test_the_loss_falls(train, monkeypatch):
-    losses = []
-    mse_loss = train_teacher.mse_loss
-    monkeypatch.setattr(train_teacher, "mse_loss", lambda *given: losses.append(mse_loss(*given)) or losses[-1])
-    train("--max_train_steps=40", "--train_batch_size=32", "--learning_rate=3e-3")
-    assert len(losses) == 40
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+def test_a_run_is_a_function_of_its_seed(train, same_tensors):
+    first, again, other = (weights(train(f"--seed={seed}")) for seed in (0, 0, 1))
+    assert same_tensors(first, again)
+    assert not same_tensors(first, other)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow_prediction"])
@@ -68,7 +49,7 @@ def test_a_perfect_prediction_leads_back_to_the_clean_picture(prediction_type):
     torch.testing.assert_close(found, clean, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow_prediction"])
 def test_the_output_is_a_stock_pipeline_of_the_network_and_schedule_asked_for(train, prediction_type):
     sizes = ["--attention_levels", "0", "--resolution=16", "--channels=3", "--beta_schedule=squaredcos_cap_v2"]
     pipeline = DDPMPipeline.from_pretrained(train(*sizes, f"--prediction_type={prediction_type}"))
@@ -86,8 +67,8 @@ def test_the_output_is_a_stock_pipeline_of_the_network_and_schedule_asked_for(tr
     assert images.shape == (2, 16, 16, 3)
 
 
-def test_a_class_conditional_teacher_is_given_the_classes_of_its_images_and_of_some_none(train, monkeypatch):
-    given, drawn = [], []
+def test_a_class_conditional_teacher_learns_and_is_given_the_classes_of_its_images_and_of_some_none(train, monkeypatch):
+    given, drawn, losses, mse_loss = [], [], [], train_teacher.mse_loss
     forward, diffuse = train_teacher.UNet2DModel.forward, train_teacher.HSIVIScheduler.diffuse
 
     def recorded(self, *inputs, class_labels=None):
@@ -100,7 +81,11 @@ def test_a_class_conditional_teacher_is_given_the_classes_of_its_images_and_of_s
 
     monkeypatch.setattr(train_teacher.UNet2DModel, "forward", recorded)
     monkeypatch.setattr(train_teacher.HSIVIScheduler, "diffuse", noised)
-    folder = train("--class_conditional=true", "--class_dropout=0.3", "--max_train_steps=20", "--train_batch_size=32")
+    monkeypatch.setattr(train_teacher, "mse_loss", lambda *given: losses.append(mse_loss(*given)) or losses[-1])
+    options = ["--class_conditional=true", "--class_dropout=0.3", "--learning_rate=3e-3"]
+    folder = train(*options, "--max_train_steps=40", "--train_batch_size=32")
+    assert len(losses) == 40
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert DDPMPipeline.from_pretrained(folder).unet.config.num_class_embeds == 11
     classes = torch.cat(given)
     images, labels = load_images("digits", 8, 1)
