@@ -174,7 +174,12 @@ def planned_and_real_peak(*arguments):
 
 
 DIGITS = ["--config=training/configs/digits_t5.yaml"]
-LARGE = ["--config=training/configs/cifar10.yaml", "--lr_warmup_steps=0", "--train_batch_size=4", "--mixed_precision=no"]
+LARGE = [
+    "--config=training/configs/cifar10.yaml",
+    "--lr_warmup_steps=0",
+    "--train_batch_size=4",
+    "--mixed_precision=no",
+]
 
 
 @pytest.mark.slow
