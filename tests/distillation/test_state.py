@@ -13,14 +13,14 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIConfig, HSIVIScheduler, HSIVITrainer
-from hsivi_diffusers.distillation import plan, state
+from hsivi_diffusers.distillation import pairs, plan, state
 from hsivi_diffusers.distillation.networks import make_networks
 from hsivi_diffusers.distillation.updates import run_updates
 from hsivi_diffusers.runs.state_dicts import load_state_dict, save_state_dict
 from hsivi_diffusers.teachers.pixels import Pixels
 from tiny_unet import make_unet
 
-ONE = {"preset": "one_call", "num_inference_steps": 1, "num_pairs": 8, "critic_first": 1}
+ONE = {"preset": "one_call", "num_inference_steps": 1, "num_pairs": 4, "critic_first": 1}
 
 
 @pytest.fixture
@@ -120,28 +120,21 @@ def test_pairs_of_a_class_conditional_teacher_have_classes(make_state, class_tea
 
 def test_kept_images_are_of_the_same_options_and_number(make_state, tmp_path, monkeypatch):
     """Those of fewer pairs, of a run with more micro-batches, follow from other noise."""
-    drawn = []
-    run_solver = state.TeacherPairs.__init__.__globals__["run_solver"]
-    monkeypatch.setitem(
-        state.TeacherPairs.__init__.__globals__,
-        "run_solver",
-        lambda call, solver, x, *rest: drawn.append(len(x)) or run_solver(call, solver, x, *rest),
-    )
+    drawn, run_solver = [], pairs.run_solver
+    monkeypatch.setattr(pairs, "run_solver", lambda *given: drawn.append(len(given[2])) or run_solver(*given))
 
     def ends(**settings):
-        made = make_state(**{**ONE, **settings})
-        made.config.output_dir = str(tmp_path)
-        made.pairs.cache_clear()
+        made = make_state(output_dir=tmp_path, **ONE, **settings)
         drawn.clear()
         return made.pairs(0).end, sum(drawn)
 
     first, number = ends()
     again, remade = ends()
     assert torch.equal(first, again)
-    assert (number, remade) == (8, 0)
+    assert (number, remade) == (4, 0)
     fewer, number = ends(gradient_accumulation_steps=2)
-    assert (len(fewer), number) == (4, 4)
-    assert ends(seed=1)[1] == 8
+    assert (len(fewer), number) == (2, 2)
+    assert ends(seed=1)[1] == 4
 
 
 # ----- gradients -----
