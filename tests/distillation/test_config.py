@@ -116,9 +116,6 @@ def test_the_precision_is_that_of_the_launcher_unless_the_config_says_one(monkey
     assert HSIVIConfig(mixed_precision="no").precision == "no"
 
 
-# ----- records of runs -----
-
-
 def test_a_record_is_read_back(tmp_path):
     config = HSIVIConfig(num_inference_steps=1, learning_rate=0.5)
     (tmp_path / "options.json").write_text(json.dumps({"revision": None, **config.record()}))

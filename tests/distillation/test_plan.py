@@ -90,9 +90,6 @@ def test_a_plan_is_of_the_levels_of_the_run(tmp_path, make_state):
     assert planned.bridge.scheduler.config.layer_timesteps == run.bridge.scheduler.config.layer_timesteps
 
 
-# ----- memory -----
-
-
 @pytest.fixture(scope="module")
 def one_call(measure):
     """A run of one step, with pairs, in which the critic learns alone at first, and 20 times an update."""
@@ -182,9 +179,6 @@ def test_the_peak_is_known(tmp_path, teacher, arguments, within):
     assert planned * plan.MIB == pytest.approx(int(lines[-1].split()[-1]), rel=within)
 
 
-# ----- calls, time, what is written -----
-
-
 def test_calls_are_those_of_the_loop(one_call, measured):
     assert measured.calls == {"student": 1, "critic": 1, "teacher": 1}
     # The first critic update shares a batch with the update of the student.
@@ -218,9 +212,6 @@ def test_the_speed_is_taken_from_a_real_network(teacher):
     speed, clock = plan.seconds_per_flop(plan.make_teacher(str(teacher), None), make_config())
     assert 1e-13 < speed < 1e-6
     assert clock == "CPU time of this process measured alone, 1 thread(s)"
-
-
-# ----- the command -----
 
 
 def copy_configs(teacher, folder, flat=False):

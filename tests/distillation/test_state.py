@@ -36,9 +36,6 @@ def make(fresh_accelerator):
     return state_of
 
 
-# ----- levels -----
-
-
 @pytest.mark.parametrize(("side", "highest"), [(8, 800), (32, 956)])
 def test_the_random_levels_end_at_a_signal(make, side, highest):
     assert make(make_unet(sample_size=side)).bridge.level_range == (5, highest)
@@ -46,9 +43,6 @@ def test_the_random_levels_end_at_a_signal(make, side, highest):
 
 def test_layers_that_are_scored_at_their_own_levels_need_no_others(make, unet):
     assert make(unet, preset="paper", num_inference_steps=100).bridge.num_layers == 100
-
-
-# ----- classes -----
 
 
 @pytest.mark.parametrize(
@@ -64,9 +58,6 @@ def test_classes_are_drawn_by_their_shares(make):
     draw = make(make_unet(num_class_embeds=3), class_shares=[3.0, 0.0, 1.0]).sample_condition
     counts = draw(4000, torch.Generator().manual_seed(0)).bincount(minlength=3).tolist()
     assert counts == pytest.approx([3000, 0, 1000], abs=100)
-
-
-# ----- weights -----
 
 
 @pytest.mark.parametrize(("preset", "clips"), [("one_call", True), ("paper", False)])
@@ -102,9 +93,6 @@ def test_every_schedule_of_learning_rates_that_is_accepted_can_be_trained(make, 
     assert [schedule.get_last_lr()[0] >= 0 for schedule in schedules] == [True, True]
 
 
-# ----- pairs -----
-
-
 def test_each_micro_batch_has_its_share_of_the_pairs(make_state):
     made = make_state(**{**ONE, "num_pairs": 6}, gradient_accumulation_steps=2)
     seen = [{row.sum().item() for _ in range(20) for row in chain.draw(made.layers).x_next} for chain in made.chains]
@@ -135,9 +123,6 @@ def test_kept_images_are_of_the_same_options_and_number(make_state, tmp_path, mo
     fewer, number = ends(gradient_accumulation_steps=2)
     assert (len(fewer), number) == (2, 2)
     assert ends(seed=1)[1] == 4
-
-
-# ----- gradients -----
 
 
 def test_gradients_are_clipped_to_the_norm(make_state, monkeypatch):

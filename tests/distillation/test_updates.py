@@ -35,9 +35,6 @@ def copies(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-# ----- the objective -----
-
-
 @pytest.mark.parametrize(("objective", "kind", "power"), [("SM", ScoreMatching, 2), ("KL", KullbackLeibler, 1)])
 def test_the_weights_are_those_in_score_units(make_state, objective, kind, power):
     made = make_state(objective=objective, scoring="random")
@@ -65,9 +62,6 @@ def test_an_objective_of_the_user_is_refused_where_it_would_be_biased(objective,
         return
     with pytest.raises(ValueError, match=r"objective=ScoreMatching\(...\) takes a gradient through the critic, which"):
         check_objective(objective, HSIVIConfig(**settings))
-
-
-# ----- pairs first -----
 
 
 def test_the_layer_is_fitted_to_the_pairs_first_and_the_optimizer_starts_over(make_one, monkeypatch):
@@ -128,9 +122,6 @@ def test_the_weight_of_the_pairs_falls_as_the_rate_does(make_one, monkeypatch):
     assert seen[-1] < 0.2 * usual
 
 
-# ----- the critic first -----
-
-
 def test_the_critic_learns_alone_before_the_layer_moves(make_one):
     made = make_one(critic_first=2, max_train_steps=4)
     steps = run_updates(made, 0)
@@ -152,9 +143,6 @@ def test_the_first_updates_of_the_layer_are_no_larger_for_the_critic_that_learne
         next(steps)
     moved = max((new - old).abs().max().item() for new, old in zip(made.student.parameters(), before, strict=True))
     assert 0 < moved < 1.5 * made.config.learning_rate / 4
-
-
-# ----- divergence -----
 
 
 def test_gradients_that_always_overflow_end_the_run(make_state, monkeypatch):
