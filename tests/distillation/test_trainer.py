@@ -687,7 +687,7 @@ def test_a_run_resumes_with_its_batches_in_other_processes(
 @pytest.mark.parametrize(
     ("point", "step", "status", "second"),
     [
-        ("making pairs", 2, 75, ACCUMULATION),
+        ("making pairs", 1, 75, ACCUMULATION),
         ("SIGTERM", 2, 75, ACCUMULATION),  # in the fit to the pairs
         ("images of pairs", 0, -signal.SIGKILL, PROCESSES),
     ],
