@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import threading
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -647,20 +647,20 @@ def train(launch, distil, class_teacher, flow_teacher, text_teachers, tmp_path_f
 def accumulated(train, tmp_path_factory):
     """One process with two batches an update, by kind of run."""
     folders = tmp_path_factory.mktemp("runs")
-    return {kind: train(folders / kind, kind, **ACCUMULATION) for kind in KINDS}
+    return cache(lambda kind: train(folders / kind, kind, **ACCUMULATION))
 
 
 @pytest.fixture(scope="module")
 def parallel(train, tmp_path_factory):
     """Two processes, by kind of run."""
     folders = tmp_path_factory.mktemp("runs")
-    return {kind: train(folders / kind, kind, **PROCESSES) for kind in KINDS}
+    return cache(lambda kind: train(folders / kind, kind, **PROCESSES))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_equal_two_accumulated_batches_and_not_one(parallel, accumulated, fast_run, differences, kind):
-    folder = parallel[kind]
-    assert differences(folder, accumulated[kind]) == []
+    folder = parallel(kind)
+    assert differences(folder, accumulated(kind)) == []
     assert kind != "fast" or differences(folder, fast_run)
     assert json.loads((folder / "training.json").read_text())["processes"] == 2
     chains = [load_file(last_checkpoint(folder) / f"chains-{number}.safetensors") for number in (0, 1)]
@@ -677,11 +677,11 @@ def test_a_run_resumes_with_its_batches_in_other_processes(
     train, accumulated, parallel, tmp_path, differences, kind, second
 ):
     """From the last checkpoint but one."""
-    folder = shutil.copytree((accumulated if second is PROCESSES else parallel)[kind], tmp_path / "run")
+    folder = shutil.copytree((accumulated if second is PROCESSES else parallel)(kind), tmp_path / "run")
     for path in (last_checkpoint(folder), folder / "pipeline"):
         shutil.rmtree(path)
     train(folder, kind, resume_from_checkpoint="latest", **second)
-    assert differences(folder, accumulated[kind]) == []
+    assert differences(folder, accumulated(kind)) == []
 
 
 @pytest.mark.parametrize(
@@ -705,12 +705,12 @@ def test_processes_that_are_ended_before_their_first_update_go_on_to_the_same_bi
         assert len([*(run / "pairs").glob("*.safetensors")]) == 2
     assert not any((run / name).exists() for name in ("checkpoints", "pipeline"))
     train(run, "pairs", resume_from_checkpoint="latest", **second)
-    assert differences(run, accumulated["pairs"]) == []
+    assert differences(run, accumulated("pairs")) == []
 
 
 @pytest.mark.parametrize("batches", [1, 4])
 def test_another_number_of_batches_is_refused(train, accumulated, tmp_path, batches):
-    checkpoint = accumulated["fast"] / "checkpoints" / "checkpoint-4"
+    checkpoint = accumulated("fast") / "checkpoints" / "checkpoint-4"
     message = f"checkpoint-4 is of a run with 2 micro-batches an update, now there are {batches}: choose"
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", "fast", resume_from_checkpoint=checkpoint, gradient_accumulation_steps=batches)
