@@ -152,11 +152,11 @@ class TrainingState:
             adam(groups, betas=betas),
             adam(trained(networks.critic), lr=config.critic_learning_rate, betas=betas),
         )
-        names, warmup = (config.lr_scheduler, config.lr_scheduler), config.lr_warmup_steps
+        name, warmup = config.lr_scheduler, config.lr_warmup_steps
         steps = (config.max_train_steps - config.critic_first, config.max_train_steps)
         self.lr_schedulers = [
             get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=number)
-            for name, optimizer, number in zip(names, optimizers, steps, strict=True)
+            for optimizer, number in zip(optimizers, steps, strict=True)
         ]
         return optimizers
 

@@ -84,7 +84,6 @@ def test_an_unknown_option_is_refused_with_the_one_that_was_meant(name, hint):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"learning_rate": "high"}, "learning_rate='high' has the type str: give float"),
         ({"learning_rate": True}, "learning_rate=True has the type bool: give float"),
         ({"max_train_steps": "10"}, "max_train_steps='10' has the type str: give int"),
         ({"max_train_steps": 10.0}, "max_train_steps=10.0 has the type float: give int"),
@@ -92,10 +91,8 @@ def test_an_unknown_option_is_refused_with_the_one_that_was_meant(name, hint):
         ({"seed": None}, "seed=None has the type NoneType: give int"),
         ({"objective": None}, r"objective=None has the type NoneType: give Literal\['SM', 'KL'\]"),
         ({"allow_tf32": 1}, "allow_tf32=1 has the type int: give bool"),
-        ({"output_dir": 5}, r"output_dir=5 has the type int: give str \| None"),
         ({"num_inference_steps": "4"}, r"num_inference_steps='4' has the type str: give int \| list\[int\]"),
         ({"num_inference_steps": [1, "4"]}, r"num_inference_steps=\[1, '4'\] has the type list: give int"),
-        ({"num_inference_steps": 4.0}, "num_inference_steps=4.0 has the type float: give int"),
         ({"preset": "quick"}, "preset='quick' is unknown: choose one of fast, one_call, paper, latent"),
     ],
 )
@@ -117,9 +114,6 @@ def test_the_precision_is_that_of_the_launcher_unless_the_config_says_one(monkey
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert HSIVIConfig().precision == "bf16"
     assert HSIVIConfig(mixed_precision="no").precision == "no"
-
-
-# ----- records of runs -----
 
 
 def test_a_record_is_read_back(tmp_path):

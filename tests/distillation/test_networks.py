@@ -74,19 +74,9 @@ FLOW = {"prediction_type": "flow_prediction", "shift": 3.0}
         ({"start_timestep": 4}, {}, r"start_timestep=4: give a timestep from 5 \(the steps\) to 999"),
         ({"start_timestep": -1}, {}, "start_timestep=-1: give a timestep from 5"),
         ({"start_timestep": 3, "num_inference_steps": [1, 4]}, {}, "start_timestep=3: give a timestep from 4"),
-        ({"start_timestep": 1000, "num_inference_steps": [1, 4]}, {}, "start_timestep=1000: give a timestep from 4"),
-        (
-            {"num_inference_steps": 1000},
-            {},
-            "num_inference_steps=1000: the first step starts at timestep 440: take at most 440 steps, or set a higher "
-            "start_timestep",
-        ),
+        ({"num_inference_steps": 1000}, {}, "at timestep 440: take at most 440 steps, or set a higher start_timestep$"),
         ({"num_inference_steps": [1, 1000]}, {}, "=1000: the first step starts at timestep .*: take at most"),
-        (
-            {"num_inference_steps": 1000, "preset": "paper"},
-            {},
-            "num_inference_steps=1000: the first step starts at timestep 999: take at most 999 steps$",
-        ),
+        ({"num_inference_steps": 1000, "preset": "paper"}, {}, "^num_inference_steps=1000: .* take at most 999 steps$"),
         ({"start_timestep": 800}, FLOW, "start_timestep=800: a student of a rectified flow starts at 999, pure noise"),
         ({"num_inference_steps": 1000}, FLOW, "the first step starts at timestep 999: take at most 999 steps$"),
     ],
@@ -184,23 +174,22 @@ def test_student_and_critic_start_where_the_run_ended(begin, fast_run, same_tens
 def test_noise_scales_are_carried_over(begin, scaled_run, pixel_run, same_tensors):
     run = scaled_run(0.75)
     for steps in (3, [1, 2]):
-        networks = begin(run, num_inference_steps=steps)
-        assert networks.scheduler.config.noise_scale == 0.75
-        assert networks.scheduler.depths == ([steps] if steps == 3 else steps)
+        config = begin(run, num_inference_steps=steps).scheduler.config
+        assert config.noise_scale == 0.75
         pixels = begin(run, num_inference_steps=steps, noise_scale_type="per_pixel").noise_scale()
         torch.testing.assert_close(pixels, torch.full((1, 1, 8, 8), 0.75))
-    for steps in (2, [1, 2]):
         networks = begin(pixel_run, num_inference_steps=steps, noise_scale_type="per_pixel")
+        assert networks.scheduler.depths == ([steps] if steps == 3 else steps)
         assert same_tensors(networks.noise_scale.state_dict(), pipeline_of(pixel_run).unet_noise_scale.state_dict())
 
 
 def test_a_noise_scale_is_learned_for_each_pixel_and_saved_for_the_sampler(pixel_run):
     scale = pipeline_of(pixel_run).unet_noise_scale
     assert isinstance(scale, HSIVINoiseScale)
-    values = scale().flatten().tolist()
-    assert len(values) == 64
-    assert len(set(values)) > 1
-    assert all(value != 1 for value in values)
+    values = scale().unique()
+    assert scale().shape == (1, 1, 8, 8)
+    assert len(values) > 1
+    assert 1 not in values
     assert json.loads((pixel_run / "options.json").read_text())["noise_scale_type"] == "per_pixel"
 
 

@@ -26,9 +26,6 @@ def pairs_of(unet, noise, condition=None, grid=(440, 0), num_steps=2, noise_eta=
     return TeacherPairs(Guided(teacher), student, noise, condition, num_steps, **options)
 
 
-# ----- the solver -----
-
-
 @pytest.mark.parametrize(
     "settings", [{}, {"prediction_type": "v_prediction"}, {"beta_schedule": "squaredcos_cap_v2"}, {"rescaled": True}]
 )
@@ -104,9 +101,6 @@ def test_pairs_that_are_not_finite_are_refused():
         pairs_of(unet, torch.randn(6, 1, 8, 8))
 
 
-# ----- stopping, and keeping what was made -----
-
-
 def test_pairs_continue_after_those_that_were_made_to_the_same_bits(unet):
     noise, asked = torch.randn(5, 1, 8, 8), []
 
@@ -134,9 +128,6 @@ def test_images_are_kept_for_the_same_run_and_damaged_ones_are_not_read(tmp_path
     path.write_bytes(path.read_bytes()[:-10])
     assert read_images(path, "this run") is None
     assert [each.name for each in path.parent.iterdir()] == [path.name]
-
-
-# ----- draws -----
 
 
 def test_pairs_are_drawn_as_pairs(unet):
@@ -167,9 +158,6 @@ def test_pairs_of_several_layers_lead_each_to_its_image(noise_eta):
     answers = HSIVIScheduler.from_config(grid.config, prediction_type="sample", clip_sample=False)
     mean, _ = answers.transition(clean, grid.input_level(t), x)
     torch.testing.assert_close(end, mean, atol=1e-5, rtol=1e-4)
-
-
-# ----- the loss -----
 
 
 def test_the_coarse_part_of_an_image_counts_more_and_the_rest_as_before():

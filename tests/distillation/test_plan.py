@@ -76,16 +76,8 @@ def planned(arguments, tmp_path, capsys):
     return call
 
 
-def test_under_a_launcher_the_first_process_plans(planned, monkeypatch):
-    for rank in ("0", "1"):
-        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2")):
-            monkeypatch.setenv(name, value)
-        assert ("memory of a process" in planned()) == (rank == "0")
-
-
-def weights_of(teacher):
-    unet = UNet2DModel.from_pretrained(teacher, subfolder="unet")
-    return sum(parameter.numel() for parameter in unet.parameters())
+def sizes_of(teacher):
+    return [weight.numel() for weight in UNet2DModel.from_pretrained(teacher, subfolder="unet").parameters()]
 
 
 def test_a_plan_is_of_the_levels_of_the_run(tmp_path, make_state):
@@ -98,16 +90,11 @@ def test_a_plan_is_of_the_levels_of_the_run(tmp_path, make_state):
     assert planned.bridge.scheduler.config.layer_timesteps == run.bridge.scheduler.config.layer_timesteps
 
 
-# ----- memory -----
-
-
 @pytest.fixture(scope="module")
 def one_call(measure):
     """A run of one step, with pairs, in which the critic learns alone at first, and 20 times an update."""
-    return measure(
-        preset="paper", num_inference_steps=1, noise_scale_type="config", num_pairs=100, critic_first=2,
-        critic_updates=20,
-    )  # fmt: skip
+    settings = {"preset": "paper", "noise_scale_type": "config", "critic_first": 2, "critic_updates": 20}
+    return measure(num_inference_steps=1, num_pairs=100, **settings)
 
 
 def test_a_sampler_of_one_call_has_its_moments_and_its_pairs(one_call, measured):
@@ -118,10 +105,10 @@ def test_a_sampler_of_one_call_has_its_moments_and_its_pairs(one_call, measured)
 
 def test_what_stays_is_counted_exactly(measured, tiny_teacher):
     """float32: 4 bytes for a weight of each network and of the average, 8 for Adam's moments of both players."""
-    weights = weights_of(tiny_teacher)
+    sizes = sizes_of(tiny_teacher)
+    weights, tensors = sum(sizes), len(sizes)
     for name in ("teacher", "student", "critic", "average of the student"):
         assert measured.memory[name] == 4 * weights
-    tensors = sum(1 for _ in UNet2DModel.from_pretrained(tiny_teacher, subfolder="unet").parameters())
     assert measured.memory["Adam's moments"] == 2 * (8 * weights + 4 * tensors)  # and a step count for each tensor
     assert measured.memory["chains"] == 2 * 4 * (64 * 4 + 8)  # T B states of 8x8 floats and an index
     assert measured.parameters == {"teacher": weights, "trained of the student": weights}
@@ -148,66 +135,48 @@ def test_accumulation_takes_the_memory_of_one_batch(measure):
     assert four.flops == pytest.approx(4 * one.flops, rel=0.01)
 
 
-def test_half_precision_halves_the_teacher_alone(measure, tiny_class_teacher):
-    """Here of a class-conditional teacher, with a learned noise scale for each of 8x8 pixels."""
-    half = measure(tiny_class_teacher, noise_scale_type="per_pixel", mixed_precision="bf16", critic_updates=1)
-    weights = weights_of(tiny_class_teacher)
+def test_half_precision_halves_the_teacher_and_activations_and_shares_of_classes_cost_nothing(
+    measure, measured, tiny_class_teacher
+):
+    """Here with a learned noise scale for each of 8x8 pixels."""
+    settings = {"noise_scale_type": "per_pixel", "class_shares": [1.0, 2.0, 0.0], "critic_updates": 1}
+    half = measure(tiny_class_teacher, mixed_precision="bf16", **settings)
+    weights = sum(sizes_of(tiny_class_teacher))
     assert half.parameters == {"teacher": weights, "trained of the student": weights + 64}
     assert half.memory["teacher"] == 2 * weights
     assert half.memory["student"] == 4 * (weights + 64)
     assert half.memory["critic"] == 4 * weights
-    assert half.calls == {"student": 1, "critic": 1, "teacher": 1}
-
-
-@pytest.mark.slow
-def test_half_precision_takes_less_for_activations(measure, measured):
-    half = measure(mixed_precision="bf16", critic_updates=1)
     assert half.memory["activations and gradients"] < measured.memory["activations and gradients"]
+    assert (half.calls, half.flops) == (measured.calls, measured.flops)
 
 
-def planned_and_real_peak(*arguments):
-    """Bytes that `hsivi plan` prints, and that a process which trains had at its peak."""
-    command = [sys.executable, "-c", PEAK, str(ROOT), *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    (line,) = [line for line in done.stdout.splitlines() if "at the peak" in line]
-    return float(line.split()[-1].replace(",", "")) * plan.MIB, int(done.stdout.split()[-1])
-
-
-DIGITS = ["--config=training/configs/digits_t5.yaml"]
-LARGE = [
-    "--config=training/configs/cifar10.yaml",
-    "--lr_warmup_steps=0",
-    "--train_batch_size=4",
-    "--mixed_precision=no",
-]
+DIGITS = "--config=training/configs/digits_t5.yaml"
+LARGE = ["--config=training/configs/cifar10.yaml", "--lr_warmup_steps=0", "--train_batch_size=4"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "within"),
+    ("teacher", "arguments", "within"),
     [
-        (["--num_inference_steps=2", "--train_batch_size=32", "--critic_updates=1"], 0.2),
-        ([*DIGITS, "--preset=fast"], 0.2),
-        ([*DIGITS, "--preset=paper"], 0.2),
-        (LARGE, 0.15),
+        ("tiny", ["--num_inference_steps=2", "--train_batch_size=32", "--critic_updates=1"], 0.2),
+        (None, [DIGITS, "--preset=fast"], 0.2),
+        (None, [DIGITS, "--preset=paper"], 0.2),
+        ("cifar10_32", [*LARGE, "--mixed_precision=no"], 0.15),
     ],
 )
-def test_the_peak_is_known(tmp_path, arguments, within):
+def test_the_peak_is_known(tmp_path, teacher, arguments, within):
     """Of small networks most of it are the libraries, of which a run touches more than a plan does."""
-    if arguments == LARGE:
-        make_teacher.main(
-            [f"--teacher={ROOT / 'training' / 'teachers' / 'cifar10_32'}", f"--output_dir={tmp_path / 't'}"]
-        )
-    elif arguments[0] not in DIGITS:
-        save_teacher(tmp_path / "t", sample_size=32)
-    teacher = [f"--pretrained_teacher_model={tmp_path / 't'}"] if (tmp_path / "t").is_dir() else []
-    planned, real = planned_and_real_peak(
-        *arguments, *teacher, f"--output_dir={tmp_path / 'run'}", "--validation_steps=0"
-    )
-    assert planned == pytest.approx(real, rel=within)
-
-
-# ----- calls, time, what is written -----
+    folder = tmp_path / "teacher"
+    if teacher == "tiny":
+        save_teacher(folder, sample_size=32)
+    elif teacher:
+        make_teacher.main([f"--teacher={ROOT / 'training' / 'teachers' / teacher}", f"--output_dir={folder}"])
+    given = [*arguments, f"--output_dir={tmp_path / 'run'}", "--validation_steps=0"]
+    given += [f"--pretrained_teacher_model={folder}"] if teacher else []
+    command = [sys.executable, "-c", PEAK, str(ROOT), *given]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
+    (planned,) = [float(line.split()[-1].replace(",", "")) for line in lines if "at the peak" in line]
+    assert planned * plan.MIB == pytest.approx(int(lines[-1].split()[-1]), rel=within)
 
 
 def test_calls_are_those_of_the_loop(one_call, measured):
@@ -216,17 +185,10 @@ def test_calls_are_those_of_the_loop(one_call, measured):
     assert one_call.calls == {"student": 21 - 1, "critic": 21, "teacher": 1}
 
 
-def test_a_guided_pair_costs_twice_as_many_calls_of_the_same_network(measure, tiny_class_teacher):
-    plain, guided = (
-        measure(tiny_class_teacher, guidance_scale=scale, num_pairs=100, critic_updates=1) for scale in (1.0, 3.0)
-    )
-    assert (plain.fit_calls, guided.fit_calls) == ((1500, 4 * updates.PAIR_STEPS), (3000, 4 * updates.PAIR_STEPS))
-    assert guided.call_flops == plain.call_flops
-
-
-def test_shares_of_classes_cost_nothing(measure, tiny_class_teacher):
-    shared, equal = (measure(tiny_class_teacher, class_shares=shares) for shares in ([1.0, 2.0, 0.0], None))
-    assert (shared.calls, shared.flops) == (equal.calls, equal.flops)
+def test_a_guided_pair_costs_twice_as_many_calls_of_the_same_network(measure, measured, one_call, tiny_class_teacher):
+    guided = measure(tiny_class_teacher, guidance_scale=3.0, num_pairs=100, critic_updates=1)
+    assert (one_call.fit_calls[0], *guided.fit_calls) == (1500, 3000, 4 * updates.PAIR_STEPS)
+    assert guided.call_flops == measured.call_flops
 
 
 @pytest.mark.slow
@@ -252,26 +214,39 @@ def test_the_speed_is_taken_from_a_real_network(teacher):
     assert clock == "CPU time of this process measured alone, 1 thread(s)"
 
 
-# ----- the command -----
-
-
-@pytest.mark.parametrize("flat", [False, True])
-def test_a_plan_needs_no_weights_and_writes_nothing(planned, tiny_teacher, tmp_path, monkeypatch, flat):
-    """Here of a student of several counts, with all its chains; configs may lie in one folder, as of google/ddpm-*."""
+def copy_configs(teacher, folder, flat=False):
     for name in ("unet/config.json", "scheduler/scheduler_config.json"):
-        copy = tmp_path / "teacher" / (Path(name).name if flat else name)
+        copy = folder / (Path(name).name if flat else name)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes((tiny_teacher / name).read_bytes())
+        copy.write_bytes((teacher / name).read_bytes())
+    return folder
+
+
+def test_a_plan_by_the_first_process_needs_no_weights_and_writes_nothing(planned, tiny_teacher, tmp_path, monkeypatch):
+    """Here of a student of several counts, with all its chains."""
     costs, measure = [], plan.measure
     monkeypatch.setattr(plan, "measure", lambda *given: costs.append(measure(*given)) or costs[0])
-    text = planned(pretrained_teacher_model=tmp_path / "teacher", max_train_steps=2, num_inference_steps=(4, 1, 2))
+    given = {"pretrained_teacher_model": copy_configs(tiny_teacher, tmp_path / "teacher"), "max_train_steps": 2}
+    for rank in ("1", "0"):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        text = planned(**given, num_inference_steps=(4, 1, 2))
+        assert bool(text) == (rank == "0")
     assert not (tmp_path / "run").exists()
     assert costs[0].memory["chains"] == 4 * 4 * (64 * 4 + 8)  # max(T) B states of 8x8 floats and an index
     assert "1, 2, 4 steps, preset fast: 2 updates of 4 rows\n" in text
     assert "student 2.0, critic 2.0, teacher 1.0" in text  # two critic updates, the first on the answer for the layers
-    for part in ("parameters", "Adam's moments", "in all, at the peak", "GFLOP", "2 checkpoints"):
+    for part in ("memory of a process", "Adam's moments", "in all, at the peak", "GFLOP", "2 checkpoints"):
         assert part in text
     assert "by the speed of one network (CPU time of this process measured alone, 1 thread(s))" in text
+
+
+def test_the_configs_of_a_teacher_may_lie_in_one_folder(tiny_teacher, tmp_path):
+    """As those of google/ddpm-*."""
+    teachers = [plan.make_teacher(str(copy_configs(tiny_teacher, tmp_path / str(flat), flat)), None) for flat in (0, 1)]
+    one, other = ({name: weight.shape for name, weight in each.network.state_dict().items()} for each in teachers)
+    assert one == other
+    assert teachers[0].schedule.config == teachers[1].schedule.config
 
 
 def test_a_teacher_without_configs_is_refused(planned, tmp_path):

@@ -14,7 +14,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVITrainer, load_teacher
+from hsivi_diffusers import HSIVIPipeline, load_teacher
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation import progress
 from hsivi_diffusers.distillation.pairs import TeacherPairs
@@ -93,9 +93,8 @@ def test_the_speed_is_that_of_the_updates_after_the_first_with_which_the_pairs_c
             seconds[0] += 2.0 if step.step else 1000.0
             yield step
 
-    state = make_state()
-    state.config.output_dir = str(tmp_path)
-    list(progress.Progress(state).watch(updates(state), 0, lambda step: {}))
+    made = make_state(output_dir=tmp_path)
+    list(progress.Progress(made).watch(updates(made), 0, lambda step: {}))
     assert [line["images_per_second"] for line in read_log(tmp_path)] == [4 / 2.0]
 
 
@@ -117,13 +116,12 @@ def test_grids_go_to_the_tracker_and_to_files_at_the_start_in_between_and_at_the
         assert grid.std() > 0
 
 
-def test_a_tenth_of_the_run_lies_between_two_grids(teacher, tmp_path, monkeypatch):
+def test_a_tenth_of_the_run_lies_between_two_grids(make_state, tmp_path, monkeypatch):
     drawn_at = []
     monkeypatch.setattr(progress.Progress, "draw", lambda self, step: drawn_at.append(step))
-    config = HSIVIConfig(
-        num_inference_steps=2, train_batch_size=1, max_train_steps=21, output_dir=str(tmp_path / "run")
-    )
-    HSIVITrainer(teacher, config).train()
+    made = make_state(max_train_steps=21, validation_steps=None, output_dir=tmp_path)
+    step = next(run_updates(made, 0))
+    list(progress.Progress(made).watch((replace(step, step=number) for number in range(21)), 0, lambda step: {}))
     assert drawn_at == [*range(0, 21, 2), 21]
 
 
@@ -155,8 +153,7 @@ def test_drawing_changes_no_bit_of_the_result_and_is_no_call_of_the_training(dis
 def test_losses_are_read_from_the_device_only_where_they_are_shown(make_state, tmp_path, monkeypatch):
     """The running losses are those of all updates."""
     monkeypatch.setattr(progress, "EVERY", 3)
-    made = make_state(max_train_steps=7)
-    made.config = replace(made.config, output_dir=str(tmp_path))
+    made = make_state(max_train_steps=7, output_dir=tmp_path)
     read, losses, shown = [], [], progress.Progress(made)
     item, tolist = torch.Tensor.item, torch.Tensor.tolist
     steps = list(run_updates(made, 0))
@@ -194,38 +191,17 @@ def test_a_teacher_of_a_short_clock_is_drawn_in_fewer_steps(distil, tmp_path):
     assert (folder / "samples" / "step-1.png").exists()
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
-def test_contrast_and_diversity_scale_with_the_images(factor):
+def test_contrast_and_diversity_scale_with_the_images_and_images_that_are_all_the_same_have_no_diversity():
     row = torch.randn(progress.COLUMNS, 1, 4, 4)
-    grid = torch.cat([row, *(factor * row,) * (progress.ROWS - 1)])
-    assert progress.beside_teacher(grid) == pytest.approx(
-        {"images/contrast": factor, "images/diversity": factor}, rel=0.02
-    )
-
-
-def test_images_that_are_all_the_same_have_no_diversity():
-    row, one = torch.randn(progress.COLUMNS, 1, 4, 4), torch.randn(1, 1, 4, 4)
-    ratios = progress.beside_teacher(torch.cat([row, one.repeat(24, 1, 1, 1)]))
+    for factor in (0.5, 2.0):
+        ratios = progress.beside_teacher(torch.cat([row, *(factor * row,) * (progress.ROWS - 1)]))
+        assert ratios == pytest.approx({"images/contrast": factor, "images/diversity": factor}, rel=0.02)
+    ratios = progress.beside_teacher(torch.cat([row, torch.randn(1, 1, 4, 4).repeat(24, 1, 1, 1)]))
     assert ratios["images/diversity"] == 0
     assert ratios["images/contrast"] > 0.3
 
 
-@pytest.fixture
-def draw_times(monkeypatch):
-    """Has students draw the images of the teacher, in another order, times a factor: that of each grid in turn."""
-
-    def patch(*factors):
-        turn = itertools.cycle(factors)
-
-        def draw(self, size):
-            return next(turn) * self._teacher_row.roll(1, 0).repeat(size // progress.COLUMNS, 1, 1, 1)
-
-        monkeypatch.setattr(progress.Progress, "_draw_student", draw)
-
-    return patch
-
-
-COLLAPSED = {"max_train_steps": 11, "checkpointing_steps": 100, "critic_updates": 1}
+COLLAPSED = {"max_train_steps": 11, "checkpointing_steps": 100, "critic_updates": 1, "critic_learning_rate": 0.01}
 
 
 @pytest.fixture
@@ -233,9 +209,7 @@ def judge(make_state, tmp_path):
     """Judges grids of a run of 10 updates, one after the other, by their contrast and diversity."""
 
     def call(*grids):
-        made = make_state(max_train_steps=10)
-        made.config = replace(made.config, output_dir=str(tmp_path))
-        watched = progress.Progress(made)
+        watched = progress.Progress(make_state(max_train_steps=10, output_dir=tmp_path))
         for step, ratios in enumerate(grids, start=1):
             watched._judge(step, list(ratios))
 
@@ -274,42 +248,33 @@ def test_a_run_is_stopped_with_both_measures_each_with_its_own_value(judge, tmp_
     judge(ratios, (1.0, 1.0), ratios)  # not in a row
 
 
-@pytest.mark.parametrize("factor", [0.0, 4.0])
-def test_a_run_whose_images_have_collapsed_in_two_grids_is_stopped(tmp_path, draw_times, arguments, factor):
+def test_a_run_whose_images_have_collapsed_in_two_grids_is_stopped_and_goes_on_without_grids_to_the_same_bits(
+    distil, tmp_path, monkeypatch, arguments, differences
+):
     """After the first tenth, before which the student is the teacher still."""
-    draw_times(factor)
+    black = torch.zeros((progress.ROWS - 1) * progress.COLUMNS, 1, 8, 8)
+    monkeypatch.setattr(progress.Progress, "_draw_student", lambda self, size: black)
+    run, samples = tmp_path / "run", tmp_path / "run" / "samples"
     with pytest.raises(SystemExit) as exit:
-        cli.main(["distil", *arguments(tmp_path / "run", validation_steps=1, critic_learning_rate=0.01, **COLLAPSED)])
-    samples = tmp_path / "run" / "samples"
+        cli.main(["distil", *arguments(run, validation_steps=1, **COLLAPSED)])
     said = exit.value.code
-    start = (
-        f"error: after 3 updates the images have {factor:.2f} times the contrast and {factor:.2f} times the diversity"
-    )
-    assert said.startswith(
-        f"{start} of the teacher's, as at the grid before, and the run was stopped: look at {samples},"
-    )
+    found = "after 3 updates the images have 0.00 times the contrast and 0.00 times the diversity of the teacher's"
+    assert said.startswith(f"error: {found}, as at the grid before, and the run was stopped: look at {samples},")
     rates = "--learning_rate 0.0001 (preset fast: 0.0001) and --critic_learning_rate 0.01 (preset fast: 0.001)"
     assert f"; start anew with other rates than {rates}, or, to go on all the same, continue with" in said
     assert said.endswith("--validation_steps 0 and --resume_from_checkpoint latest")
-    assert "and the run was stopped" in (tmp_path / "run" / "index.html").read_text()
+    assert "and the run was stopped" in (run / "index.html").read_text()
     assert sorted(path.name for path in samples.iterdir()) == [f"step-{step}.png" for step in range(4)]
-
-
-def test_a_stopped_run_goes_on_to_the_bits_of_one_without_grids(distil, tmp_path, draw_times, differences):
-    draw_times(0.0)
-    with pytest.raises(SystemExit):
-        distil(tmp_path / "run", validation_steps=1, **COLLAPSED)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-3"]
-    stopped = distil(tmp_path / "run", resume_from_checkpoint="latest", validation_steps=0, **COLLAPSED)
-    assert differences(stopped, distil(tmp_path / "other", validation_steps=0, **COLLAPSED)) == []
-    assert "the run was stopped" not in (stopped / "index.html").read_text()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-3"]
+    distil(run, resume_from_checkpoint="latest", validation_steps=0, **COLLAPSED)
+    assert differences(run, distil(tmp_path / "other", validation_steps=0, **COLLAPSED)) == []
+    assert "the run was stopped" not in (run / "index.html").read_text()
 
 
 def test_all_processes_of_a_collapsed_run_stop(launch, tmp_path):
     """Only the first has drawn."""
-    statuses, text = launch(
-        tmp_path / "run", processes=2, kill={"point": "collapse", "step": 0}, validation_steps=1, **COLLAPSED
-    )
+    kill = {"point": "collapse", "step": 0}
+    statuses, text = launch(tmp_path / "run", processes=2, kill=kill, validation_steps=1, **COLLAPSED)
     assert statuses == [1, 1], text
     assert text.count("after 3 updates the images have 0.00 times the contrast") == 2 + 1  # and the warning
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-3"]

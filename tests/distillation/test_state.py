@@ -13,14 +13,14 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIConfig, HSIVIScheduler, HSIVITrainer
-from hsivi_diffusers.distillation import plan, state
+from hsivi_diffusers.distillation import pairs, plan, state
 from hsivi_diffusers.distillation.networks import make_networks
 from hsivi_diffusers.distillation.updates import run_updates
 from hsivi_diffusers.runs.state_dicts import load_state_dict, save_state_dict
 from hsivi_diffusers.teachers.pixels import Pixels
 from tiny_unet import make_unet
 
-ONE = {"preset": "one_call", "num_inference_steps": 1, "num_pairs": 8, "critic_first": 1}
+ONE = {"preset": "one_call", "num_inference_steps": 1, "num_pairs": 4, "critic_first": 1}
 
 
 @pytest.fixture
@@ -36,9 +36,6 @@ def make(fresh_accelerator):
     return state_of
 
 
-# ----- levels -----
-
-
 @pytest.mark.parametrize(("side", "highest"), [(8, 800), (32, 956)])
 def test_the_random_levels_end_at_a_signal(make, side, highest):
     assert make(make_unet(sample_size=side)).bridge.level_range == (5, highest)
@@ -46,9 +43,6 @@ def test_the_random_levels_end_at_a_signal(make, side, highest):
 
 def test_layers_that_are_scored_at_their_own_levels_need_no_others(make, unet):
     assert make(unet, preset="paper", num_inference_steps=100).bridge.num_layers == 100
-
-
-# ----- classes -----
 
 
 @pytest.mark.parametrize(
@@ -64,9 +58,6 @@ def test_classes_are_drawn_by_their_shares(make):
     draw = make(make_unet(num_class_embeds=3), class_shares=[3.0, 0.0, 1.0]).sample_condition
     counts = draw(4000, torch.Generator().manual_seed(0)).bincount(minlength=3).tolist()
     assert counts == pytest.approx([3000, 0, 1000], abs=100)
-
-
-# ----- weights -----
 
 
 @pytest.mark.parametrize(("preset", "clips"), [("one_call", True), ("paper", False)])
@@ -102,9 +93,6 @@ def test_every_schedule_of_learning_rates_that_is_accepted_can_be_trained(make, 
     assert [schedule.get_last_lr()[0] >= 0 for schedule in schedules] == [True, True]
 
 
-# ----- pairs -----
-
-
 def test_each_micro_batch_has_its_share_of_the_pairs(make_state):
     made = make_state(**{**ONE, "num_pairs": 6}, gradient_accumulation_steps=2)
     seen = [{row.sum().item() for _ in range(20) for row in chain.draw(made.layers).x_next} for chain in made.chains]
@@ -120,31 +108,21 @@ def test_pairs_of_a_class_conditional_teacher_have_classes(make_state, class_tea
 
 def test_kept_images_are_of_the_same_options_and_number(make_state, tmp_path, monkeypatch):
     """Those of fewer pairs, of a run with more micro-batches, follow from other noise."""
-    drawn = []
-    run_solver = state.TeacherPairs.__init__.__globals__["run_solver"]
-    monkeypatch.setitem(
-        state.TeacherPairs.__init__.__globals__,
-        "run_solver",
-        lambda call, solver, x, *rest: drawn.append(len(x)) or run_solver(call, solver, x, *rest),
-    )
+    drawn, run_solver = [], pairs.run_solver
+    monkeypatch.setattr(pairs, "run_solver", lambda *given: drawn.append(len(given[2])) or run_solver(*given))
 
     def ends(**settings):
-        made = make_state(**{**ONE, **settings})
-        made.config.output_dir = str(tmp_path)
-        made.pairs.cache_clear()
+        made = make_state(output_dir=tmp_path, **ONE, **settings)
         drawn.clear()
         return made.pairs(0).end, sum(drawn)
 
     first, number = ends()
     again, remade = ends()
     assert torch.equal(first, again)
-    assert (number, remade) == (8, 0)
+    assert (number, remade) == (4, 0)
     fewer, number = ends(gradient_accumulation_steps=2)
-    assert (len(fewer), number) == (4, 4)
-    assert ends(seed=1)[1] == 8
-
-
-# ----- gradients -----
+    assert (len(fewer), number) == (2, 2)
+    assert ends(seed=1)[1] == 4
 
 
 def test_gradients_are_clipped_to_the_norm(make_state, monkeypatch):

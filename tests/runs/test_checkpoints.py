@@ -22,11 +22,13 @@ from hsivi_diffusers.distillation.trainer import signals_as_trigger
 from hsivi_diffusers.runs import checkpoints as runs_checkpoints
 from hsivi_diffusers.runs.checkpoints import Checkpoints
 from hsivi_diffusers.runs.output import Output, claimed, find_damage
+from short_run import contents
 from training.benchmarks.images import train_baseline, train_teacher, training_loop
 from training.benchmarks.images.training_loop import TrainingLoop
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_hsivi.py"
 PREEMPTED = 75
+TWO = {"processes": 2, "preset": "paper"}
 
 
 def names(folder):
@@ -37,6 +39,11 @@ def damage(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def weights(folder):
+    (path,) = folder.rglob("diffusion_pytorch_model.safetensors")
+    return path.read_bytes()
 
 
 @pytest.fixture
@@ -74,6 +81,16 @@ def test_every_file_is_under_the_seal(run):
     assert find_damage(path) is None
 
 
+def seal(path, *forgotten):
+    """Makes a checkpoint look whole, as anyone can: the seal is no signature."""
+    progress = json.loads((path / "progress.json").read_text())
+    progress = {name: value for name, value in progress.items() if name not in ("sha256", *forgotten)}
+    files = [file for file in path.iterdir() if file.name != "progress.json"]
+    progress["files"] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    digest = hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
+    (path / "progress.json").write_text(json.dumps({**progress, "sha256": digest}))
+
+
 def on_all(change):
     return lambda run: [change(path) for path in (run / "checkpoints").iterdir()]
 
@@ -82,13 +99,6 @@ def empty(run):
     for path in run.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (run / "precious").touch()
-
-
-def forget_identity(path):
-    progress = json.loads((path / "progress.json").read_text())
-    del progress["identity"]
-    (path / "progress.json").write_text(json.dumps(progress))
-    seal(path)
 
 
 def write(name, text):
@@ -101,17 +111,13 @@ REFUSED = [
     (AT, lambda run: damage(run / AT / "progress.json"), f"{NAMED}/progress.json is damaged: name one of"),
     *((AT, write(f"{AT}/progress.json", text), "json is damaged") for text in ("", "{}", "[]", '{"sha256": 1}', "\0")),
     ("nowhere", lambda run: None, "nowhere holds no checkpoint: name one of .*, or latest"),
+    ("latest", on_all(lambda path: damage(path / "layers.safetensors")), r"no checkpoint .* is whole \(.*-5.*-4"),
     (
         "latest",
-        on_all(lambda path: damage(path / "layers.safetensors")),
-        "no checkpoint .*-5.*-4.* is whole|whole .*-4",
+        on_all(lambda path: seal(path, "identity")),
+        "-5 .* before version 0.2 and holds pickles, .* start over",
     ),
-    ("latest", on_all(forget_identity), "checkpoint-5 was written before version 0.2 and holds pickles, .* start over"),
-    (
-        "latest",
-        lambda run: shutil.rmtree(run / "checkpoints"),
-        "has ended, and no checkpoint to continue from: name an",
-    ),
+    ("latest", lambda run: shutil.rmtree(run / "checkpoints"), "ended, and no checkpoint to continue from: name an"),
     ("latest", empty, "is not empty and holds no run to continue with: name another folder, or pass"),
     ("latest", write("options.json", "[1, 2]"), "options.json is damaged"),
     ("latest", write("training.json", "{"), "training.json is damaged .*: make it again, or remove it"),
@@ -122,30 +128,16 @@ REFUSED = [
 @pytest.mark.parametrize(("checkpoint", "change", "message"), REFUSED)
 def test_what_cannot_be_resumed_is_refused_and_left(distil, run, checkpoint, change, message):
     change(run)
-    before = sorted(run.rglob("*"))
+    before = {**contents(run), Path(".lock"): b""}
     with pytest.raises(ValueError, match=message):
         distil(run, preset="fast", resume_from_checkpoint=checkpoint if checkpoint == "latest" else run / checkpoint)
-    assert [path for path in sorted(run.rglob("*")) if path.name != ".lock"] == [
-        path for path in before if path.name != ".lock"
-    ]
+    assert {**contents(run), Path(".lock"): b""} == before
 
 
 def test_a_run_whose_teacher_came_from_python_is_resumed_there(tmp_path):
     (tmp_path / "options.json").write_text('{"pretrained_teacher_model": null}')
     with pytest.raises(ValueError, match="was given its teacher from Python: resume it there"):
         cli.distil([f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest"])
-
-
-def test_all_processes_resume_from_the_checkpoint_that_the_first_one_chooses(launch, tmp_path, differences):
-    """Though the second reads damage in the newest one."""
-    options = {"processes": 2, "max_train_steps": 4, "critic_updates": 1, "resume_from_checkpoint": "latest"}
-    for folder in ("run", "at_once"):
-        assert launch(tmp_path / folder, **{**options, "max_train_steps": 4})[0] == [0, 0]
-    shutil.rmtree(tmp_path / "run" / "pipeline")
-    statuses, text = launch(tmp_path / "run", kill={"point": "see damage", "step": 4, "rank": 1}, **options)
-    assert statuses == [0, 0], text
-    assert "passed over" not in text
-    assert differences(tmp_path / "run", tmp_path / "at_once") == []
 
 
 @pytest.mark.parametrize("happens", ["load", "save"])
@@ -161,46 +153,20 @@ def test_a_process_that_does_not_see_the_output_folder_is_refused(tiny, tmp_path
     assert not list((tmp_path / "run").iterdir())
 
 
-@pytest.mark.parametrize("remove", [False, True])
-def test_latest_passes_over_what_is_damaged_and_says_so(distil, run, fast_run, differences, capsys, remove):
-    path = run / "checkpoints" / "checkpoint-5" / "critic_optimizer.safetensors"
-    path.unlink() if remove else damage(path)
-    distil(run, resume_from_checkpoint="latest")
-    said = f"{path.parent} lacks {path.name}" if remove else f"{path} is damaged"
-    assert f"passed over: {said}\n" in capsys.readouterr().out
-    assert differences(run, fast_run) == []
-    assert find_damage(path.parent) is None
-
-
-def test_what_a_killed_run_left_half_written_is_removed_on_resuming(distil, run):
-    folder = run / "checkpoints"
+def test_what_a_killed_run_left_is_passed_over_or_removed(distil, run, fast_run, differences, capsys):
+    folder, path = run / "checkpoints", run / "checkpoints" / "checkpoint-5" / "critic_optimizer.safetensors"
     for name in ("partial-3", "partial-5", "checkpoint-2.retired"):
         shutil.copytree(folder / "checkpoint-4", folder / name)
     (folder / "partial-5" / "stale.bin").write_bytes(b"0")
-    distil(run, resume_from_checkpoint=folder / "checkpoint-4")
-    assert names(run) == ["checkpoint-4", "checkpoint-5"]
-    assert not (folder / "checkpoint-5" / "stale.bin").exists()
-
-
-def test_pruning_never_counts_on_checkpoints_of_a_later_step(distil, tmp_path, stop_after):
-    """They may be damaged, which is why one resumed before them."""
-    folder = distil(tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=5)
-    stop_after(3)
-    with pytest.raises(KeyboardInterrupt):
-        distil(
-            folder,
-            checkpointing_steps=1,
-            checkpoints_total_limit=1,
-            resume_from_checkpoint=folder / "checkpoints" / "checkpoint-2",
-        )
-    assert names(folder) == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
-
-
-def test_what_is_left_of_a_pipeline_half_saved_is_not_taken_into_the_next(distil, run, fast_run, differences):
     shutil.copytree(run / "pipeline" / "unet", run / "pipeline.partial" / "unet_noise_scale")
     shutil.rmtree(run / "pipeline")
+    damage(path)
     distil(run, resume_from_checkpoint="latest")
+    assert f"passed over: {path} is damaged\n" in capsys.readouterr().out
     assert differences(run, fast_run) == []
+    assert names(run) == ["checkpoint-4", "checkpoint-5"]
+    assert find_damage(path.parent) is None
+    assert not (path.parent / "stale.bin").exists()
 
 
 # ----- what a checkpoint must not do -----
@@ -214,19 +180,6 @@ class Bomb:
 
     def __reduce__(self):
         return os.mkdir, (str(self.marker),)
-
-
-def seal(path):
-    """Makes a checkpoint look whole, as anyone can: the seal is no signature."""
-    progress = json.loads((path / "progress.json").read_text())
-    del progress["sha256"]
-    progress["files"] = {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in path.iterdir()
-        if file.name != "progress.json"
-    }
-    digest = hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
-    (path / "progress.json").write_text(json.dumps({**progress, "sha256": digest}))
 
 
 def test_no_pickle_of_a_checkpoint_is_loaded(distil, run, tmp_path):
@@ -271,21 +224,20 @@ def test_a_run_goes_on_with_its_own_teacher_alone(distil, teacher, tmp_path):
 
 def test_a_run_is_resumed_by_the_name_of_its_folder(distil, tmp_path):
     """Its options are those that it had, but for what the command line says."""
-    options = {"max_train_steps": 4, "checkpointing_steps": 2, "seed": 5, "num_inference_steps": (1, 2)}
-    whole = distil(tmp_path / "whole", **options, gradient_accumulation_steps=2)
-    weights = (whole / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    shutil.rmtree(whole / "checkpoints" / "checkpoint-4")
+    options = {"max_train_steps": 2, "checkpointing_steps": 1, "critic_updates": 1, "lr_warmup_steps": 0, "seed": 5}
+    whole = distil(tmp_path / "whole", **options, num_inference_steps=(1, 2), gradient_accumulation_steps=2)
+    before = weights(whole / "pipeline")
+    shutil.rmtree(whole / "checkpoints" / "checkpoint-2")
     shutil.rmtree(whole / "pipeline")
     words = [f"--output_dir={whole}", "--resume_from_checkpoint=latest"]
     with pytest.raises(ValueError, match=r"other options \(seed: 5 -> 6\): resume with the same ones"):
         cli.distil([*words, "--seed=6"])
     cli.distil(words)
-    assert (whole / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
+    assert weights(whole / "pipeline") == before
     assert json.loads((whole / "options.json").read_text())["gradient_accumulation_steps"] == 2
-    named = [f"--output_dir={tmp_path / 'other'}", f"--resume_from_checkpoint={whole / 'checkpoints/checkpoint-2'}"]
-    cli.distil(named)
-    weights_of_other = tmp_path / "other" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
-    assert weights_of_other.read_bytes() == weights
+    other = tmp_path / "other"
+    cli.distil([f"--output_dir={other}", f"--resume_from_checkpoint={whole / 'checkpoints' / 'checkpoint-1'}"])
+    assert weights(other / "pipeline") == before
 
 
 # ----- the folder of a run -----
@@ -305,6 +257,19 @@ def tiny(tmp_path):
 
     (tmp_path / "run").mkdir()
     return make
+
+
+def test_checkpoints_are_pruned_in_the_order_of_their_numbers_and_never_count_on_those_of_a_later_step(tiny, tmp_path):
+    """They may be damaged, which is why one resumed before them."""
+    checkpoints, folder = tiny(checkpoints_total_limit=3), tmp_path / "run" / "checkpoints"
+    for step in (3, 6, 9, 10):
+        checkpoints.save(step, 0.0)
+    assert names(tmp_path / "run") == ["checkpoint-10", "checkpoint-6", "checkpoint-9"]
+    assert json.loads((folder / "checkpoint-9" / "progress.json").read_text())["step"] == 9
+    resumed = tiny(checkpoints_total_limit=1, resume_from_checkpoint=folder / "checkpoint-6")
+    assert resumed.load() == (6, 0.0)
+    resumed.save(7, 0.0)
+    assert names(tmp_path / "run") == ["checkpoint-10", "checkpoint-7", "checkpoint-9"]
 
 
 @pytest.mark.parametrize("name", ["checkpoint-best", "partial-best", "checkpoint-1.old", "notes"])
@@ -383,11 +348,6 @@ def trained(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "run")
 
 
-def weights(folder):
-    (path,) = folder.rglob("diffusion_pytorch_model.safetensors")
-    return path.read_bytes()
-
-
 @pytest.fixture
 def saved(monkeypatch):
     """Steps after which checkpoints were written."""
@@ -396,7 +356,7 @@ def saved(monkeypatch):
     return steps
 
 
-@pytest.mark.parametrize("step", [2, 4, 5])
+@pytest.mark.parametrize("step", [2, 5])
 def test_a_training_that_was_stopped_goes_on_to_the_same_bits(train, whole, tmp_path, saved, stop_after, step):
     stop_after(step)
     with pytest.raises(KeyboardInterrupt):
@@ -410,22 +370,20 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(train, whole, tmp_
 
 
 def test_an_earlier_training_stays_until_the_next_can_start(train, trained, tmp_path):
-    folder = trained
-    before = weights(folder)
+    before = contents(trained)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no image"):
-        train(folder, "--overwrite_output_dir", f"--train_data={tmp_path / 'empty'}")
-    assert weights(folder) == before
-    assert names(folder) == ["checkpoint-4", "checkpoint-5"]
+        train(trained, "--overwrite_output_dir", f"--train_data={tmp_path / 'empty'}")
+    assert contents(trained) == before
 
 
 def test_a_new_run_never_finds_the_checkpoints_of_an_earlier_one(train, trained, tmp_path):
     """Not even where the user has linked them from elsewhere."""
-    folder, scratch = trained, tmp_path / "scratch"
-    os.replace(folder / "checkpoints", scratch)
-    (folder / "checkpoints").symlink_to(scratch)
-    train(folder, "--overwrite_output_dir", "--max_train_steps=1")
-    assert names(folder) == ["checkpoint-1"]
+    scratch = tmp_path / "scratch"
+    os.replace(trained / "checkpoints", scratch)
+    (trained / "checkpoints").symlink_to(scratch)
+    train(trained, "--overwrite_output_dir", "--max_train_steps=1")
+    assert names(trained) == ["checkpoint-1"]
     assert sorted(path.name for path in scratch.iterdir()) == ["checkpoint-4", "checkpoint-5"]
 
 
@@ -458,21 +416,34 @@ def test_an_average_that_is_not_finite_is_not_saved(tmp_path):
 # ----- signals -----
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [("SIGTERM", {}), ("SIGINT", {"processes": 2, "preset": "paper"})], ids=["SIGTERM", "SIGINT"]
-)
-def test_a_signal_saves_and_leaves_with_the_status_try_again(launch, tmp_path, differences, name, options):
-    """One of the processes gets it, and all stop."""
-    processes = options.get("processes", 1)
-    kill = {"point": name, "step": 3, "rank": processes - 1}
-    statuses, text = launch(tmp_path / "run", kill=kill, **options)
-    assert statuses == [PREEMPTED] * processes, text
+@pytest.fixture(scope="module")
+def in_two(launch, tmp_path_factory):
+    """A finished run of two processes: to be read, not written to."""
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    assert launch(folder, **TWO)[0] == [0, 0]
+    return folder
+
+
+def test_a_signal_to_one_of_the_processes_saves_and_all_leave_with_the_status_try_again(
+    launch, in_two, tmp_path, differences
+):
+    statuses, text = launch(tmp_path / "run", kill={"point": "SIGINT", "step": 3, "rank": 1}, **TWO)
+    assert statuses == [PREEMPTED] * 2, text
     assert "stopped and saved after update 3: continue with --resume_from_checkpoint latest" in text
     assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"]
     assert not (tmp_path / "run" / "pipeline").exists()
-    for folder, resume in (("run", {"resume_from_checkpoint": "latest"}), ("at_once", {})):
-        assert launch(tmp_path / folder, **resume, **options)[0] == [0] * processes
-    assert differences(tmp_path / "run", tmp_path / "at_once") == []
+    assert launch(tmp_path / "run", resume_from_checkpoint="latest", **TWO)[0] == [0, 0]
+    assert differences(tmp_path / "run", in_two) == []
+
+
+def test_all_processes_resume_from_the_checkpoint_that_the_first_one_chooses(launch, in_two, tmp_path, differences):
+    """Though the second reads damage in the newest one."""
+    run, kill = shutil.copytree(in_two, tmp_path / "run"), {"point": "see damage", "step": 5, "rank": 1}
+    shutil.rmtree(run / "pipeline")
+    statuses, text = launch(run, kill=kill, resume_from_checkpoint="latest", **TWO)
+    assert statuses == [0, 0], text
+    assert "passed over" not in text
+    assert differences(run, in_two) == []
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once():
@@ -483,11 +454,6 @@ def test_a_second_ctrl_c_ends_the_run_at_once():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_sigterm_in_the_last_step_ends_the_run(launch, fast_run, tmp_path, differences):
-    assert launch(tmp_path / "run", kill={"point": "SIGTERM", "step": 5})[0] == [0]
-    assert differences(tmp_path / "run", fast_run) == []
 
 
 @pytest.mark.slow  # each imports everything; signals of forked processes are above

@@ -37,12 +37,13 @@ def test_a_file_or_no_name_is_no_output_folder(tmp_path, keep):
         claim_output_dir(None, keep)
 
 
-def test_a_folder_has_one_writer(tmp_path):
+def test_a_folder_has_one_writer_and_is_not_filled_by_its_lock(tmp_path):
     first = sole_writer(tmp_path)
     with first, pytest.raises(ValueError, match="is being written by another run"), sole_writer(tmp_path):
         pass
     with sole_writer(tmp_path):
         pass
+    assert claim_output_dir(str(tmp_path), keep=False) == tmp_path
 
 
 def test_processes_write_in_turn(tmp_path):
@@ -68,12 +69,6 @@ def test_processes_write_in_turn(tmp_path):
         for each in running:
             each.result(10)
     assert order == ["first", "second"]
-
-
-def test_a_lock_makes_no_folder_full(tmp_path):
-    with sole_writer(tmp_path):
-        pass
-    assert claim_output_dir(str(tmp_path), keep=False) == tmp_path
 
 
 def test_a_writer_that_is_killed_leaves_no_lock(tmp_path):

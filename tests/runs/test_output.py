@@ -6,11 +6,8 @@ import pytest
 
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.runs.output import Output, check_inputs, check_output
+from short_run import contents
 from training.benchmarks.images import train_baseline
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("inside", ["pipeline", "checkpoints/kept"])
@@ -48,10 +45,7 @@ def test_inputs_beside_what_a_run_writes_are_accepted(tmp_path):
     [
         ({"checkpointing_steps": 0}, "--checkpointing_steps 0: give a number of at least 1"),
         ({"checkpoints_total_limit": -1}, "--checkpoints_total_limit -1: give a number of at least 1"),
-        (
-            {"overwrite_output_dir": True, "resume_from_checkpoint": "latest"},
-            "starts over and .* continues: pass one",
-        ),
+        ({"overwrite_output_dir": True, "resume_from_checkpoint": "latest"}, "starts over and .* continues: pass one"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):
