@@ -30,12 +30,6 @@ WITH_PROMPTS = ["sd", "img2img", "sdxl", "pixart"]
 LATENT_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 
 
-def make_img2img():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return StableDiffusionImg2ImgPipeline(**make_sd(channels=4).components, requires_safety_checker=False)
-
-
 def make_classes():
     """A DiT with the thousand classes that its pipeline counts on for guidance."""
     pipe = make_dit()
@@ -48,7 +42,10 @@ MAKERS = {
     "ddpm": (lambda: DDPMPipeline(make_unet().eval(), DDPMScheduler()), None),
     "ddim": (lambda: DDIMPipeline(make_unet().eval(), DDPMScheduler()), None),
     "sd": (lambda: make_text("sd"), PNDMScheduler(**LATENT_BETAS, skip_prk_steps=True, set_alpha_to_one=False)),
-    "img2img": (make_img2img, PNDMScheduler(**LATENT_BETAS, skip_prk_steps=True, set_alpha_to_one=False)),
+    "img2img": (
+        lambda: StableDiffusionImg2ImgPipeline(**make_sd(channels=4).components, requires_safety_checker=False),
+        PNDMScheduler(**LATENT_BETAS, skip_prk_steps=True, set_alpha_to_one=False),
+    ),
     "sdxl": (lambda: make_text("sdxl"), EulerDiscreteScheduler(**LATENT_BETAS, timestep_spacing="leading")),
     "pixart": (lambda: make_text("pixart"), DPMSolverMultistepScheduler()),
     "dit": (make_classes, None),
@@ -155,18 +152,20 @@ def test_a_trained_grid_takes_one_network_call_and_one_step_for_each_layer(pipe)
 
 
 @pytest.mark.parametrize("name", [*WITH_PROMPTS, "dit"])
-def test_guidance_doubles_the_batch_and_not_the_calls(name):
-    pipe = make_pipe(name, layer_timesteps=GRID)
+def test_guidance_doubles_the_batch_and_not_the_calls_and_half_precision_stays(name):
+    pipe = make_pipe(name, layer_timesteps=GRID).to(torch.bfloat16)
     calls = watch(pipe)
     images = draw(pipe, num_inference_steps=3, guidance_scale=3.0)
     assert timesteps_of(calls) == GRID[:-1]
     assert all(len(state) == 4 and torch.equal(state[:2], state[2:]) for _, state, _ in calls)
     assert len(images) == 2
+    assert images.dtype == (torch.float32 if name == "dit" else torch.bfloat16)  # an array of numpy
     assert images.isfinite().all()
 
 
 def test_what_the_sampler_was_not_trained_for_is_refused_before_any_network_call(pipe):
-    swap(pipe, layer_timesteps=GRID)
+    """And so is a scheduler that lacks its per-pixel scale, before the first step."""
+    swap(pipe, layer_timesteps=GRID, noise_scale_type="per_pixel")
     calls = watch(pipe)
     with pytest.raises(ValueError, match="trained for 3 steps.*: pass num_inference_steps=3"):
         draw(pipe)
@@ -174,11 +173,12 @@ def test_what_the_sampler_was_not_trained_for_is_refused_before_any_network_call
         with pytest.raises(ValueError, match=r"trained.*\[700, 400, 100"):
             draw(pipe, timesteps=[900, 500, 20])
     assert calls == []
+    with pytest.raises(ValueError, match="no noise_scale was given: sample with HSIVIPipeline"):
+        draw(pipe, num_inference_steps=3)
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_without_noise_it_is_the_stock_ddim(pipe, spacing):
-    common = {"timestep_spacing": spacing, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+def test_without_noise_it_is_the_stock_ddim(pipe):
+    common = {"timestep_spacing": "leading", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
     config, calls, answers = pipe.scheduler.config, watch(pipe), []
     for make in (DDIMScheduler.from_config, HSIVIScheduler.from_config):
         pipe.scheduler = make(config, **common, **({"noise_eta": 0.0} if make.__self__ is HSIVIScheduler else {}))
@@ -216,12 +216,6 @@ def test_custom_timesteps_are_used_as_they_are_without_a_trained_grid(name):
     swap(pipe, layer_timesteps=[900, 500, 20, -1])
     for same in ({"num_inference_steps": 3}, {"timesteps": [900, 500, 20]}):
         assert torch.equal(images, draw(pipe, **same))
-
-
-def test_a_scheduler_that_lacks_its_per_pixel_scale_is_not_run_without(pipe):
-    swap(pipe, layer_timesteps=GRID, noise_scale_type="per_pixel")
-    with pytest.raises(ValueError, match="no noise_scale was given: sample with HSIVIPipeline"):
-        draw(pipe, num_inference_steps=3)
 
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "ddim"])
@@ -355,13 +349,6 @@ def test_sdxl_may_hand_over_to_a_refiner_between_two_layers():
     options = {**arguments(pipe), "image": half, "generator": generator, "denoising_start": 0.5}
     assert torch.equal(refiner(num_inference_steps=3, **options).images, whole)
     assert timesteps_of(calls) == GRID[:-1]
-
-
-def test_half_precision_stays_half_precision():
-    pipe = make_pipe("sd", layer_timesteps=GRID).to(torch.bfloat16)
-    images = draw(pipe, num_inference_steps=3, guidance_scale=3.0)
-    assert images.dtype == torch.bfloat16
-    assert images.isfinite().all()
 
 
 @pytest.mark.parametrize(
