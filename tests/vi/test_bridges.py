@@ -4,16 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from hsivi_diffusers.vi import (
-    Bridge,
-    DiagonalGaussian,
-    DiffusionBridge,
-    GeometricBridge,
-    IsotropicNormal,
-    ScoreMLP,
-    ScoreTarget,
-    as_target,
-)
+from hsivi_diffusers.vi.bridges import Bridge, DiffusionBridge, GeometricBridge
+from hsivi_diffusers.vi.distributions import DiagonalGaussian
+from hsivi_diffusers.vi.networks import ScoreMLP
+from hsivi_diffusers.vi.targets import IsotropicNormal, ScoreTarget, as_target
 from scenarios import linear_layers, matching_bridge
 from training.benchmarks.inference.targets.plane import Banana, GaussianMixture
 

@@ -1,18 +1,10 @@
 import pytest
 import torch
 
-from hsivi_diffusers.vi import (
-    CohortChain,
-    DiagonalGaussian,
-    FrozenPoolChain,
-    PairChain,
-    PairMixingChain,
-    PoolChain,
-    SimulatedChain,
-    draw_marginals,
-    make_chain,
-    simulate,
-)
+from hsivi_diffusers.vi.chains import SimulatedChain, draw_marginals, simulate
+from hsivi_diffusers.vi.distributions import DiagonalGaussian
+from hsivi_diffusers.vi.pools import CohortChain, FrozenPoolChain, PoolChain, make_chain
+from hsivi_diffusers.vi.regression import PairChain, PairMixingChain
 from scenarios import DIMENSION, LinearLayers, linear_layers, matching_bridge
 
 

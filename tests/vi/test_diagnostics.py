@@ -5,19 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsivi_diffusers.vi import (
-    Bridge,
-    ConditionalLayers,
-    DiagonalGaussian,
-    KullbackLeibler,
-    LowerBound,
-    ScoreMatching,
-    WithPairs,
-    draw_marginals,
-)
+from hsivi_diffusers.vi.bridges import Bridge
+from hsivi_diffusers.vi.chains import draw_marginals
 from hsivi_diffusers.vi.diagnosis import diagnose
 from hsivi_diffusers.vi.diagnostics import critic_lag, other_objective, stein_ratio, variance_collapse
+from hsivi_diffusers.vi.distributions import DiagonalGaussian
+from hsivi_diffusers.vi.layers import ConditionalLayers
+from hsivi_diffusers.vi.lower_bound import LowerBound
 from hsivi_diffusers.vi.masses import drift, lost_modes, wrong_masses
+from hsivi_diffusers.vi.objectives import KullbackLeibler, ScoreMatching
+from hsivi_diffusers.vi.regression import WithPairs
 from hsivi_diffusers.vi.targets import gradient
 from scenarios import ExactCritic, GaussianBridge, LinearLayers, linear_layers, matching_bridge
 

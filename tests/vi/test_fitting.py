@@ -4,22 +4,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from hsivi_diffusers.vi import (
-    CohortChain,
-    DiagonalGaussian,
-    DivergenceError,
-    FrozenPoolChain,
-    KullbackLeibler,
-    LowerBound,
-    PairChain,
-    Regression,
-    ScoreMatching,
-    fit,
-    joint,
-    make_chain,
-    sequential,
-)
-from hsivi_diffusers.vi.fitting import step_generator
+from hsivi_diffusers.vi.curricula import joint, sequential
+from hsivi_diffusers.vi.distributions import DiagonalGaussian
+from hsivi_diffusers.vi.fitting import DivergenceError, fit, step_generator
+from hsivi_diffusers.vi.lower_bound import LowerBound
+from hsivi_diffusers.vi.objectives import KullbackLeibler, ScoreMatching
+from hsivi_diffusers.vi.pools import CohortChain, FrozenPoolChain, make_chain
+from hsivi_diffusers.vi.regression import PairChain, Regression
 from scenarios import (
     GaussianBridge,
     LinearCritic,

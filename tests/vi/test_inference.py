@@ -3,24 +3,16 @@ import copy
 import pytest
 import torch
 
-from hsivi_diffusers.vi import (
-    Bridge,
-    ConditionalLayers,
-    DiagonalGaussian,
-    DiffusionBridge,
-    GaussianMLP,
-    GeometricBridge,
-    IndependentLayers,
-    Inference,
-    KullbackLeibler,
-    LogProbTarget,
-    LowerBound,
-    Plateau,
-    ScoreMLP,
-    ScoreTarget,
-    SharedLayers,
-)
 from hsivi_diffusers.vi import inference as inference_module
+from hsivi_diffusers.vi.bridges import Bridge, DiffusionBridge, GeometricBridge
+from hsivi_diffusers.vi.curricula import Plateau
+from hsivi_diffusers.vi.distributions import DiagonalGaussian
+from hsivi_diffusers.vi.inference import Inference
+from hsivi_diffusers.vi.layers import ConditionalLayers, IndependentLayers, SharedLayers
+from hsivi_diffusers.vi.lower_bound import LowerBound
+from hsivi_diffusers.vi.networks import GaussianMLP, ScoreMLP
+from hsivi_diffusers.vi.objectives import KullbackLeibler
+from hsivi_diffusers.vi.targets import LogProbTarget, ScoreTarget
 from training.benchmarks.inference.targets.plane import GaussianMixture
 
 MEAN = torch.tensor([1.0, -0.5])

@@ -3,19 +3,13 @@ import math
 import pytest
 import torch
 
-from hsivi_diffusers.vi import (
-    DiagonalGaussian,
-    GeometricBridge,
-    KullbackLeibler,
-    LayerDraw,
-    LowerBound,
-    Regression,
-    ScoreMatching,
-    ScoreTarget,
-    WithPairs,
-    draw_layer,
-    make_chain,
-)
+from hsivi_diffusers.vi.bridges import GeometricBridge
+from hsivi_diffusers.vi.distributions import DiagonalGaussian
+from hsivi_diffusers.vi.lower_bound import LowerBound
+from hsivi_diffusers.vi.objectives import KullbackLeibler, LayerDraw, ScoreMatching, draw_layer
+from hsivi_diffusers.vi.pools import make_chain
+from hsivi_diffusers.vi.regression import Regression, WithPairs
+from hsivi_diffusers.vi.targets import ScoreTarget
 from scenarios import DIMENSION, ExactCritic, GaussianBridge, LinearCritic, LinearLayers, linear_layers, matching_bridge
 
 
