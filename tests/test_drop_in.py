@@ -1,21 +1,11 @@
 """Our scheduler inside the stock pipelines of diffusers, on networks of random weights."""
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDIMPipeline,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DiffusionPipeline,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionXLImg2ImgPipeline,
-)
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, DiTPipeline
+from diffusers import StableDiffusionImg2ImgPipeline as Img2Img
+from diffusers import StableDiffusionXLImg2ImgPipeline as XLImg2Img
 from diffusers.utils import logging
 
 from hsivi_diffusers import HSIVIScheduler
@@ -33,21 +23,19 @@ LATENT_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_e
 def make_classes():
     """A DiT with the thousand classes that its pipeline counts on for guidance."""
     pipe = make_dit()
-    transformer = DiTTransformer2DModel.from_config(pipe.transformer.config, num_embeds_ada_norm=1000)
+    transformer = diffusers.DiTTransformer2DModel.from_config(pipe.transformer.config, num_embeds_ada_norm=1000)
     return DiTPipeline(transformer.eval(), pipe.vae, DDIMScheduler(clip_sample=False))
 
 
+PNDM = diffusers.PNDMScheduler(**LATENT_BETAS, skip_prk_steps=True, set_alpha_to_one=False)
 # Each with the scheduler of its published weights.
 MAKERS = {
     "ddpm": (lambda: DDPMPipeline(make_unet().eval(), DDPMScheduler()), None),
     "ddim": (lambda: DDIMPipeline(make_unet().eval(), DDPMScheduler()), None),
-    "sd": (lambda: make_text("sd"), PNDMScheduler(**LATENT_BETAS, skip_prk_steps=True, set_alpha_to_one=False)),
-    "img2img": (
-        lambda: StableDiffusionImg2ImgPipeline(**make_sd(channels=4).components, requires_safety_checker=False),
-        PNDMScheduler(**LATENT_BETAS, skip_prk_steps=True, set_alpha_to_one=False),
-    ),
-    "sdxl": (lambda: make_text("sdxl"), EulerDiscreteScheduler(**LATENT_BETAS, timestep_spacing="leading")),
-    "pixart": (lambda: make_text("pixart"), DPMSolverMultistepScheduler()),
+    "sd": (lambda: make_text("sd"), PNDM),
+    "img2img": (lambda: Img2Img(**make_sd(channels=4).components, requires_safety_checker=False), PNDM),
+    "sdxl": (lambda: make_text("sdxl"), diffusers.EulerDiscreteScheduler(**LATENT_BETAS, timestep_spacing="leading")),
+    "pixart": (lambda: make_text("pixart"), diffusers.DPMSolverMultistepScheduler()),
     "dit": (make_classes, None),
 }
 
@@ -90,7 +78,7 @@ def arguments(pipe):
     if isinstance(pipe, DiTPipeline):
         return {"class_labels": [3, 7], "guidance_scale": 1.0, "output_type": "np"}
     common = {"prompt": PROMPTS[:2], "guidance_scale": 1.0, "output_type": "latent"}
-    if isinstance(pipe, StableDiffusionImg2ImgPipeline | StableDiffusionXLImg2ImgPipeline):
+    if isinstance(pipe, Img2Img | XLImg2Img):
         return {**common, "image": gaussian(2, 4, 8, 8, seed=3), "strength": 1.0}
     return {**common, "use_resolution_binning": False} if hasattr(pipe, "transformer") else common
 
@@ -145,7 +133,7 @@ def test_a_trained_grid_takes_one_network_call_and_one_step_for_each_layer(pipe)
     assert timesteps_of(calls) == GRID[:-1]
     assert images.isfinite().all()
     noise = torch.randn(calls[0][1].shape, generator=generator)
-    if not isinstance(pipe, StableDiffusionImg2ImgPipeline):  # whose start is an image with noise
+    if not isinstance(pipe, Img2Img):  # whose start is an image with noise
         assert torch.equal(calls[0][1], noise)
     torch.manual_seed(7)
     assert torch.equal(images, shown(pipe, replay(pipe, calls, None if isinstance(pipe, DiTPipeline) else generator)))
@@ -344,7 +332,7 @@ def test_sdxl_may_hand_over_to_a_refiner_between_two_layers():
     calls = watch(pipe)
     half = draw(pipe, num_inference_steps=3, generator=generator, denoising_end=0.5)
     assert timesteps_of(calls) == [700]
-    refiner = StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False)
+    refiner = XLImg2Img(**pipe.components, add_watermarker=False)
     refiner.set_progress_bar_config(disable=True)
     options = {**arguments(pipe), "image": half, "generator": generator, "denoising_start": 0.5}
     assert torch.equal(refiner(num_inference_steps=3, **options).images, whole)

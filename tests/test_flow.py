@@ -1,15 +1,9 @@
 """Rectified flows: the scheduler on their clock, against the schedulers of diffusers."""
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDPMPipeline,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    FlowMatchLCMScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +52,7 @@ def test_without_noise_it_is_the_euler_method_of_diffusers(options, time_shift_t
 
 
 def test_renoising_is_the_consistency_sampler_of_diffusers():
-    stock = FlowMatchLCMScheduler(shift=2.0)
+    stock = diffusers.FlowMatchLCMScheduler(shift=2.0)
     ours = HSIVIScheduler.from_config(stock.config, kernel="renoise")
     for scheduler in (ours, stock):
         scheduler.set_timesteps(sigmas=SIGMAS)
@@ -71,9 +65,9 @@ def test_renoising_is_the_consistency_sampler_of_diffusers():
     "other",
     [
         FlowMatchEulerDiscreteScheduler(shift=3.0),
-        FlowMatchHeunDiscreteScheduler(shift=3.0),
+        diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
         UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
-        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+        diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )

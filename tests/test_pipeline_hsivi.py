@@ -5,19 +5,11 @@ from functools import partial
 from pathlib import Path
 
 import accelerate
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DiffusionPipeline,
-    EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UNet2DConditionModel,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from diffusers.callbacks import PipelineCallback
 from packaging.version import Version
 from PIL import Image
@@ -213,15 +205,18 @@ def test_bad_calls_are_refused(options, message):
 
 def text_unet():
     blocks = {"down_block_types": ["DownBlock2D"], "mid_block_type": None, "up_block_types": ["UpBlock2D"]}
-    return UNet2DConditionModel(sample_size=8, block_out_channels=[8], norm_num_groups=4, **blocks)
+    return diffusers.UNet2DConditionModel(sample_size=8, block_out_channels=[8], norm_num_groups=4, **blocks)
 
 
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"scheduler": EDMEulerScheduler()}, "got a EDMEulerScheduler, which has neither betas nor a rectified flow"),
-        ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "this model was not distilled"),
-        ({"scheduler": UniPCMultistepScheduler(use_flow_sigmas=True)}, "this model was not distilled"),
+        (
+            {"scheduler": diffusers.EDMEulerScheduler()},
+            "EDMEulerScheduler, which has neither betas nor a rectified flow",
+        ),
+        ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "this model was not distilled"),
+        ({"scheduler": diffusers.UniPCMultistepScheduler(use_flow_sigmas=True)}, "this model was not distilled"),
         ({"scheduler": DDIMScheduler()}, "got a DDIMScheduler: this model was not distilled"),
         ({"scheduler": None}, "got scheduler=None: pass an HSIVIScheduler"),
         ({"scheduler": "ddim"}, "got scheduler='ddim': pass an HSIVIScheduler"),
