@@ -266,22 +266,15 @@ class Ladder(Bridge):
 
 
 @pytest.mark.parametrize("objective", [LowerBound(), KullbackLeibler()])
-def test_layers_and_a_bridge_of_the_users_own_are_fitted(objective):
-    layers, options = Shift(2), {"num_steps": 250, "batch_size": 128, "critic_updates": 2, "width": 16, "depth": 2}
-    inference = Inference(Ladder(2), objective, "joint", layers=layers, learning_rate=0.03, **options)
+def test_layers_a_critic_and_a_bridge_of_the_users_own_are_fitted(objective):
+    layers, critic = Shift(2), None if isinstance(objective, LowerBound) else ScoreMLP(2, width=16, depth=2)
+    options = {"num_steps": 250, "batch_size": 128, "critic_updates": 2, "learning_rate": 0.03}
+    inference = Inference(Ladder(2), objective, "joint", layers=layers, critic=critic, **options)
     inference.run()
     assert inference.layers is layers
+    assert inference.critic is critic
     torch.testing.assert_close(layers.shift.detach(), torch.full((2, 2), 1.5), rtol=0, atol=0.2)
     torch.testing.assert_close(layers.log_std.detach().exp(), torch.ones(2, 2), rtol=0, atol=0.15)
-
-
-def test_a_critic_of_the_users_own_is_trained():
-    critic = ScoreMLP(2, width=4, depth=1)
-    inference = tiny("SM", critic=critic)
-    before = copy.deepcopy(critic.state_dict())
-    inference.run()
-    assert inference.critic is critic
-    assert not critic.state_dict()["network.first.weight"].equal(before["network.first.weight"])
 
 
 # ----- refusals -----
