@@ -263,10 +263,9 @@ def banana(std=1.5, width=0.4, reach=math.inf):
     return Given(law), ScoreBridge(log_prob, 2)
 
 
-@pytest.mark.parametrize(("target", "sampler"), [((0.8, 0.5), (0.65, 0.5)), ((1.5, 0.4), (1.5, 0.4, 1.9))])
-def test_a_banana_without_its_ends_drifts_along_its_ridge(target, sampler):
-    """The second has sd 1.27 instead of 1.64 across its base, as a fit of 4,000 steps has."""
-    (fitting, bridge), (short, _) = banana(*target), banana(*sampler)
+def test_a_banana_without_its_ends_drifts_along_its_ridge():
+    """Its sd is 1.27 instead of 1.64 across its base, as that of a fit of 4,000 steps is."""
+    (fitting, bridge), (short, _) = banana(), banana(reach=1.9)
     found = diagnose(short, bridge, generator=seeded())
     assert signatures(found)[-1] == "drift"
     assert found[-1].value < 0.8

@@ -80,9 +80,9 @@ def test_every_objective_runs_in_every_order_on_every_bridge(objective, training
 @pytest.mark.parametrize(
     ("bridge", "objective", "training", "steps"),
     [
-        (GeometricBridge(gaussian(), 2), "SM", "joint", 400),
+        (GeometricBridge(gaussian(), 2), "SM", "joint", 500),
         (DiffusionBridge(gaussian(), 2), "KL", "joint", 400),
-        (GeometricBridge(ScoreTarget(gaussian_score, 2), 2), LowerBound(surrogate=True), "sequential", 400),
+        (GeometricBridge(ScoreTarget(gaussian_score, 2), 2), LowerBound(surrogate=True), "sequential", 300),
     ],
 )
 def test_the_moments_of_a_gaussian_are_found(bridge, objective, training, steps):
