@@ -20,14 +20,15 @@ SETTINGS = 'TEACHER = "../assets/digits_ddpm"\nOUTPUT_DIR = {folder!r}\nUPDATES 
 # ----- a teacher of the user's own -----
 
 
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """The names that the code of the page has made."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """The names that the code of the page has made; where it ran, since it names a folder there."""
     names = {}
-    for code in re.findall(r"```python\n(.*?)```", (DOCS / "distil" / "own_teacher.md").read_text(), re.DOTALL):
-        exec(code, names)
-    return names
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path_factory.mktemp("own"))
+        for code in re.findall(r"```python\n(.*?)```", (DOCS / "distil" / "own_teacher.md").read_text(), re.DOTALL):
+            exec(code, names)
+        yield names
 
 
 def test_a_plain_network_is_distilled_resumed_loaded_and_started_from(own, tmp_path, monkeypatch, same_tensors):
@@ -79,8 +80,8 @@ def test_what_a_plain_network_cannot_do_is_refused(own, settings, message):
         HSIVITrainer(own["teacher"], HSIVIConfig(**{"num_inference_steps": 2, **settings}))
 
 
-def test_a_network_whose_weights_are_not_finite_is_refused(own):
-    own["teacher"].network.first.bias.data.fill_(torch.nan)
+def test_a_network_whose_weights_are_not_finite_is_refused(own, monkeypatch):
+    monkeypatch.setattr(own["teacher"].network.first.bias, "data", torch.full((16,), torch.nan))
     with pytest.raises(ValueError, match="the ConvNet has weights that are NaN or infinite, the first in first.bias"):
         HSIVITrainer(own["teacher"], HSIVIConfig())
 

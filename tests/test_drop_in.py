@@ -1,21 +1,11 @@
 """Our scheduler inside the stock pipelines of diffusers, on networks of random weights."""
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDIMPipeline,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DiffusionPipeline,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionXLImg2ImgPipeline,
-)
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, DiTPipeline
+from diffusers import StableDiffusionImg2ImgPipeline as Img2Img
+from diffusers import StableDiffusionXLImg2ImgPipeline as XLImg2Img
 from diffusers.utils import logging
 
 from hsivi_diffusers import HSIVIScheduler
@@ -30,27 +20,22 @@ WITH_PROMPTS = ["sd", "img2img", "sdxl", "pixart"]
 LATENT_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 
 
-def make_img2img():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return StableDiffusionImg2ImgPipeline(**make_sd(channels=4).components, requires_safety_checker=False)
-
-
 def make_classes():
     """A DiT with the thousand classes that its pipeline counts on for guidance."""
     pipe = make_dit()
-    transformer = DiTTransformer2DModel.from_config(pipe.transformer.config, num_embeds_ada_norm=1000)
+    transformer = diffusers.DiTTransformer2DModel.from_config(pipe.transformer.config, num_embeds_ada_norm=1000)
     return DiTPipeline(transformer.eval(), pipe.vae, DDIMScheduler(clip_sample=False))
 
 
+PNDM = diffusers.PNDMScheduler(**LATENT_BETAS, skip_prk_steps=True, set_alpha_to_one=False)
 # Each with the scheduler of its published weights.
 MAKERS = {
     "ddpm": (lambda: DDPMPipeline(make_unet().eval(), DDPMScheduler()), None),
     "ddim": (lambda: DDIMPipeline(make_unet().eval(), DDPMScheduler()), None),
-    "sd": (lambda: make_text("sd"), PNDMScheduler(**LATENT_BETAS, skip_prk_steps=True, set_alpha_to_one=False)),
-    "img2img": (make_img2img, PNDMScheduler(**LATENT_BETAS, skip_prk_steps=True, set_alpha_to_one=False)),
-    "sdxl": (lambda: make_text("sdxl"), EulerDiscreteScheduler(**LATENT_BETAS, timestep_spacing="leading")),
-    "pixart": (lambda: make_text("pixart"), DPMSolverMultistepScheduler()),
+    "sd": (lambda: make_text("sd"), PNDM),
+    "img2img": (lambda: Img2Img(**make_sd(channels=4).components, requires_safety_checker=False), PNDM),
+    "sdxl": (lambda: make_text("sdxl"), diffusers.EulerDiscreteScheduler(**LATENT_BETAS, timestep_spacing="leading")),
+    "pixart": (lambda: make_text("pixart"), diffusers.DPMSolverMultistepScheduler()),
     "dit": (make_classes, None),
 }
 
@@ -93,7 +78,7 @@ def arguments(pipe):
     if isinstance(pipe, DiTPipeline):
         return {"class_labels": [3, 7], "guidance_scale": 1.0, "output_type": "np"}
     common = {"prompt": PROMPTS[:2], "guidance_scale": 1.0, "output_type": "latent"}
-    if isinstance(pipe, StableDiffusionImg2ImgPipeline | StableDiffusionXLImg2ImgPipeline):
+    if isinstance(pipe, Img2Img | XLImg2Img):
         return {**common, "image": gaussian(2, 4, 8, 8, seed=3), "strength": 1.0}
     return {**common, "use_resolution_binning": False} if hasattr(pipe, "transformer") else common
 
@@ -148,25 +133,27 @@ def test_a_trained_grid_takes_one_network_call_and_one_step_for_each_layer(pipe)
     assert timesteps_of(calls) == GRID[:-1]
     assert images.isfinite().all()
     noise = torch.randn(calls[0][1].shape, generator=generator)
-    if not isinstance(pipe, StableDiffusionImg2ImgPipeline):  # whose start is an image with noise
+    if not isinstance(pipe, Img2Img):  # whose start is an image with noise
         assert torch.equal(calls[0][1], noise)
     torch.manual_seed(7)
     assert torch.equal(images, shown(pipe, replay(pipe, calls, None if isinstance(pipe, DiTPipeline) else generator)))
 
 
 @pytest.mark.parametrize("name", [*WITH_PROMPTS, "dit"])
-def test_guidance_doubles_the_batch_and_not_the_calls(name):
-    pipe = make_pipe(name, layer_timesteps=GRID)
+def test_guidance_doubles_the_batch_and_not_the_calls_and_half_precision_stays(name):
+    pipe = make_pipe(name, layer_timesteps=GRID).to(torch.bfloat16)
     calls = watch(pipe)
     images = draw(pipe, num_inference_steps=3, guidance_scale=3.0)
     assert timesteps_of(calls) == GRID[:-1]
     assert all(len(state) == 4 and torch.equal(state[:2], state[2:]) for _, state, _ in calls)
     assert len(images) == 2
+    assert images.dtype == (torch.float32 if name == "dit" else torch.bfloat16)  # an array of numpy
     assert images.isfinite().all()
 
 
 def test_what_the_sampler_was_not_trained_for_is_refused_before_any_network_call(pipe):
-    swap(pipe, layer_timesteps=GRID)
+    """And so is a scheduler that lacks its per-pixel scale, before the first step."""
+    swap(pipe, layer_timesteps=GRID, noise_scale_type="per_pixel")
     calls = watch(pipe)
     with pytest.raises(ValueError, match="trained for 3 steps.*: pass num_inference_steps=3"):
         draw(pipe)
@@ -174,11 +161,12 @@ def test_what_the_sampler_was_not_trained_for_is_refused_before_any_network_call
         with pytest.raises(ValueError, match=r"trained.*\[700, 400, 100"):
             draw(pipe, timesteps=[900, 500, 20])
     assert calls == []
+    with pytest.raises(ValueError, match="no noise_scale was given: sample with HSIVIPipeline"):
+        draw(pipe, num_inference_steps=3)
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_without_noise_it_is_the_stock_ddim(pipe, spacing):
-    common = {"timestep_spacing": spacing, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+def test_without_noise_it_is_the_stock_ddim(pipe):
+    common = {"timestep_spacing": "leading", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
     config, calls, answers = pipe.scheduler.config, watch(pipe), []
     for make in (DDIMScheduler.from_config, HSIVIScheduler.from_config):
         pipe.scheduler = make(config, **common, **({"noise_eta": 0.0} if make.__self__ is HSIVIScheduler else {}))
@@ -216,12 +204,6 @@ def test_custom_timesteps_are_used_as_they_are_without_a_trained_grid(name):
     swap(pipe, layer_timesteps=[900, 500, 20, -1])
     for same in ({"num_inference_steps": 3}, {"timesteps": [900, 500, 20]}):
         assert torch.equal(images, draw(pipe, **same))
-
-
-def test_a_scheduler_that_lacks_its_per_pixel_scale_is_not_run_without(pipe):
-    swap(pipe, layer_timesteps=GRID, noise_scale_type="per_pixel")
-    with pytest.raises(ValueError, match="no noise_scale was given: sample with HSIVIPipeline"):
-        draw(pipe, num_inference_steps=3)
 
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "ddim"])
@@ -350,18 +332,11 @@ def test_sdxl_may_hand_over_to_a_refiner_between_two_layers():
     calls = watch(pipe)
     half = draw(pipe, num_inference_steps=3, generator=generator, denoising_end=0.5)
     assert timesteps_of(calls) == [700]
-    refiner = StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False)
+    refiner = XLImg2Img(**pipe.components, add_watermarker=False)
     refiner.set_progress_bar_config(disable=True)
     options = {**arguments(pipe), "image": half, "generator": generator, "denoising_start": 0.5}
     assert torch.equal(refiner(num_inference_steps=3, **options).images, whole)
     assert timesteps_of(calls) == GRID[:-1]
-
-
-def test_half_precision_stays_half_precision():
-    pipe = make_pipe("sd", layer_timesteps=GRID).to(torch.bfloat16)
-    images = draw(pipe, num_inference_steps=3, guidance_scale=3.0)
-    assert images.dtype == torch.bfloat16
-    assert images.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from safetensors.torch import save_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 from hub_server import Hub, run_clients
+from short_run import contents
 from tiny_unet import make_unet
 
 DOCS = Path(__file__).parents[1] / "docs" / "share.md"
@@ -98,9 +101,6 @@ def classify(outcome):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Folders of the three layouts, and the pictures that each must draw."""
-    import torch
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("layouts")
     unet = make_unet().eval()
@@ -122,38 +122,27 @@ def outcomes(saved, tmp_path_factory):
     with Hub() as hub:
         sources = {}
         for layout in {layout for layout, _ in EXPECTED}:
-            files = (path for path in (saved / layout).rglob("*") if path.is_file())
             repo = "alice/" + layout.replace(" ", "-")
-            hub.add_repo(repo, {path.relative_to(saved / layout).as_posix(): path.read_bytes() for path in files})
+            hub.add_repo(repo, {path.as_posix(): data for path, data in contents(saved / layout).items()})
             sources[layout] = {"folder": str(saved / layout), "Hub": repo}
-        lines = try_cells(hub, tmp_path_factory.mktemp("home"), saved, sources)
-    return {(layout, loader, state, place): classify(outcome) for layout, loader, state, place, outcome in lines}
-
-
-def try_cells(hub, home, saved, sources):
-    cells = {
-        state: [
-            (layout, loader, place, LOADERS[loader], sources[layout][place])
-            for layout, loader in EXPECTED
-            for place in PLACES
-            if state == "imported" or loader not in NEED_IMPORT
-        ]
-        for state in STATES
-    }
-    pictures = str(saved / "pictures.safetensors")
-    codes = [CLIENT.format(state=state, cells=of_state, pictures=pictures) for state, of_state in cells.items()]
-    runs = run_clients(codes, hub, home)
+        codes, pictures = [], str(saved / "pictures.safetensors")
+        for state in STATES:
+            cells = [
+                (layout, loader, place, LOADERS[loader], sources[layout][place])
+                for layout, loader, of, place, _ in CASES
+                if of == state
+            ]
+            codes.append(CLIENT.format(state=state, cells=cells, pictures=pictures))
+        runs = run_clients(codes, hub, tmp_path_factory.mktemp("home"))
     assert [run.returncode for run in runs] == [0] * len(codes), runs
     found = [line[5:] for run in runs for line in run.stdout.splitlines() if line.startswith("CELL ")]
-    lines = [json.loads(line) for line in found]
-    assert len(lines) == sum(map(len, cells.values()))
-    return lines
+    return {tuple(cell): classify(outcome) for *cell, outcome in map(json.loads, found)}
 
 
 CASES = [
-    (layout, loader, state, place, marks[STATES.index(state)])
+    (layout, loader, state, place, mark)
     for (layout, loader), marks in EXPECTED.items()
-    for state in STATES
+    for state, mark in zip(STATES, marks, strict=True)
     for place in PLACES
     if state == "imported" or loader not in NEED_IMPORT
 ]

@@ -132,17 +132,6 @@ def test_a_mean_is_read_as_the_image_and_noise_it_was_made_of_and_leads_back(pre
     torch.testing.assert_close(layer.mean(clean, layer.noise_in(sample, clean)), mean)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
-def test_predict_recovers_image_and_noise(prediction_type):
-    scheduler = HSIVIScheduler(prediction_type=prediction_type)
-    clean, noise = output_and_sample(torch.float64)
-    timesteps = torch.tensor([10, 200, 500, 900])
-    sample = scheduler.add_noise(clean, noise, timesteps)
-    output = {"epsilon": noise, "sample": clean, "v_prediction": scheduler.get_velocity(clean, noise, timesteps)}
-    got = scheduler.predict(output[prediction_type], timesteps, sample)
-    torch.testing.assert_close(got, (clean, noise), rtol=1e-4, atol=1e-4)
-
-
 def test_noise_scale_multiplies_the_std_of_its_layer_alone():
     plain, per_layer = HSIVIScheduler(layer_timesteps=GRID), HSIVIScheduler(layer_timesteps=GRID, noise_scale=SCALES)
     output, sample = output_and_sample()
@@ -154,22 +143,6 @@ def test_noise_scale_multiplies_the_std_of_its_layer_alone():
         torch.testing.assert_close(scaled_std, scale * std)
         given_scale = torch.rand(1, 3, 8, 8)
         torch.testing.assert_close(plain.transition(output, level, sample, given_scale)[1], given_scale * std)
-
-
-def test_generators_fix_the_noise_one_for_all_or_one_for_each():
-    scheduler = HSIVIScheduler(layer_timesteps=GRID)
-    output, sample = output_and_sample()
-
-    def step(generator, rows=slice(None)):
-        return scheduler.step(output[rows], 800, sample[rows], generator=generator).prev_sample
-
-    def seeded(seed):
-        return torch.Generator().manual_seed(seed)
-
-    assert torch.equal(step(seeded(1)), step(seeded(1)))
-    assert not torch.equal(step(seeded(1)), step(seeded(2)))
-    each = step([seeded(i) for i in range(4)])
-    torch.testing.assert_close(each[2:3], step(seeded(2), slice(2, 3)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -202,10 +175,10 @@ class NoWaiting(TorchDispatchMode):
         {"kernel": "renoise"},
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_no_call_waits_for_a_gpu(options, dtype):
+def test_no_call_waits_for_a_gpu(options):
     """The device meta, whose tensors have no numbers to be read, stands for one."""
-    scheduler, (output, sample, noise) = HSIVIScheduler(**options), torch.randn(3, *SHAPE, dtype=dtype, device="meta")
+    scheduler, half = HSIVIScheduler(**options), {"dtype": torch.float16, "device": "meta"}
+    output, sample, noise = torch.randn(3, *SHAPE, **half)
     scheduler.set_timesteps(None if scheduler.trained_grids else 5, device="meta")
 
     def call():
@@ -321,7 +294,7 @@ one_grid = st.lists(st.integers(-1, 999), min_size=2, max_size=7, unique=True).m
         }
     )
 )
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_each_count_steps_exactly_as_its_grid_alone(options):
     """And so does a transition of a layer of any grid that gets its end."""
     several = HSIVIScheduler(**options)

@@ -5,19 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsivi_diffusers.vi import (
-    Bridge,
-    ConditionalLayers,
-    DiagonalGaussian,
-    KullbackLeibler,
-    LowerBound,
-    ScoreMatching,
-    WithPairs,
-    draw_marginals,
-)
+from hsivi_diffusers.vi.bridges import Bridge
+from hsivi_diffusers.vi.chains import draw_marginals
 from hsivi_diffusers.vi.diagnosis import diagnose
-from hsivi_diffusers.vi.diagnostics import critic_lag, stein_ratio, variance_collapse
+from hsivi_diffusers.vi.diagnostics import critic_lag, other_objective, stein_ratio, variance_collapse
+from hsivi_diffusers.vi.distributions import DiagonalGaussian
+from hsivi_diffusers.vi.layers import ConditionalLayers
+from hsivi_diffusers.vi.lower_bound import LowerBound
 from hsivi_diffusers.vi.masses import drift, lost_modes, wrong_masses
+from hsivi_diffusers.vi.objectives import KullbackLeibler, ScoreMatching
+from hsivi_diffusers.vi.regression import WithPairs
 from hsivi_diffusers.vi.targets import gradient
 from scenarios import ExactCritic, GaussianBridge, LinearLayers, linear_layers, matching_bridge
 
@@ -48,8 +45,8 @@ def one_layer(modes, std=1.0):
     return Given(law)
 
 
-class DensityBridge(Bridge):
-    """One level, a density on R^d, from a base N(0, I)."""
+class ScoreBridge(Bridge):
+    """One level, of which the score of a density on R^d is known, from a base N(0, I)."""
 
     num_layers = 1
 
@@ -67,14 +64,19 @@ class DensityBridge(Bridge):
         return torch.randn(batch_size, self.dimension, generator=generator, dtype=torch.float64)
 
 
+class DensityBridge(ScoreBridge):
+    def log_prob(self, x, level):
+        return self.log_density(x)
+
+
 def two_modes(gap, dimension=2):
     modes = torch.zeros(2, dimension, dtype=torch.float64)
     modes[0, 0], modes[1, 0] = gap, -gap
     return modes
 
 
-def mixture_bridge(modes, std=1.0):
-    return DensityBridge(lambda x: (-0.5 * (x[:, None] - modes).square().sum(2) / std**2).logsumexp(1), modes.shape[1])
+def mixture_bridge(modes, std=1.0, kind=ScoreBridge):
+    return kind(lambda x: (-0.5 * (x[:, None] - modes).square().sum(2) / std**2).logsumexp(1), modes.shape[1])
 
 
 def draws(layers, bridge, num_draws=2000, seed=0):
@@ -94,15 +96,11 @@ def losses(layers, bridge):
     return lost_modes(bridge, draws(layers, bridge), generator=seeded(1))
 
 
-def drifts(layers, bridge, seed=0):
-    return drift(bridge, draws(layers, bridge, 1000, seed), generator=seeded(seed + 100))
-
-
 def signatures(findings):
     return [finding.signature for finding in findings]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_nothing_is_found_where_the_layers_match_and_the_critic_is_exact(seed):
     layers = linear_layers()
     assert diagnose(layers, matching_bridge(layers), critic=ExactCritic(layers), generator=seeded(seed)) == []
@@ -122,12 +120,12 @@ class ShiftedBridge(GaussianBridge):
         return super().score(x - shift, level)
 
 
-@pytest.mark.parametrize(("offset", "condition", "found"), [(0, 0.0, 0), (0, 2.0, 0), (0.8, 0.0, 0), (0.8, 2.0, 1)])
-def test_a_sampler_is_diagnosed_at_one_condition(offset, condition, found):
+@pytest.mark.parametrize(("offset", "found"), [(0, False), (0.8, True)])
+def test_a_sampler_is_diagnosed_at_one_condition(offset, found):
     layers = linear_layers()
     bridge = ShiftedBridge(layers)
     bridge.shift = bridge.shift + offset
-    at = torch.tensor(condition, dtype=torch.float64)
+    at = torch.tensor(2.0, dtype=torch.float64)
     assert bool(diagnose(layers, bridge, condition=at, generator=seeded())) == found
     assert layers.forward.__func__ is LinearLayers.forward
 
@@ -175,25 +173,17 @@ def scaled(critic, factor=1.0, shift=0.0):
     return lambda x, level, condition, t: factor * critic(x, level, condition, t) + shift
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.5])
-def test_a_scaled_critic_lags_by_the_closed_form(factor):
+# E[s . (s - s*)] / E|s|^2 = (a - 1) / a and 1 + E[(x - E x) . s] / d = 1 - a for s = a s*; a shift of 1 is 1 and 0.
+@pytest.mark.parametrize(
+    ("change", "which", "lags"), [((0.5, 0.0), (2, 1, 0), 1.0), ((1.5, 0.0), (2, 1, 0), 0.5), ((1.0, 1.0), [2], None)]
+)
+def test_a_scaled_or_shifted_critic_lags_by_the_closed_form(change, which, lags):
     layers = linear_layers()
-    critic = scaled(ExactCritic(layers), factor)
-    found = lag(layers, matching_bridge(layers), critic, num_draws=5000)
-    # E[s . (s - s*)] / E|s|^2 = (a - 1) / a and 1 + E[(x - E x) . s] / d = 1 - a for s = a s*.
-    assert signatures(found) == ["critic_lag"] * 3
-    assert [finding.layer for finding in found] == [2, 1, 0]
+    found = lag(layers, matching_bridge(layers), scaled(ExactCritic(layers), *change), which, num_draws=5000)
+    assert [(finding.signature, finding.layer) for finding in found] == [("critic_lag", t) for t in which]
+    lags = lags or 1 / (1 + 1 / float(layers.marginals()[1][2].detach()))
     for finding in found:
-        assert finding.value == pytest.approx(max(abs(factor - 1) / factor, abs(1 - factor)), rel=0.1)
-
-
-def test_a_shifted_critic_lags_by_the_closed_form():
-    layers = linear_layers()
-    critic = scaled(ExactCritic(layers), shift=1.0)
-    (finding,) = lag(layers, matching_bridge(layers), critic, [1], num_draws=5000)
-    square = 1 / float(layers.marginals()[1][1].detach())
-    assert finding.layer == 1
-    assert finding.value == pytest.approx(1 / (1 + square), rel=0.1)
+        assert finding.value == pytest.approx(lags, rel=0.1)
 
 
 def test_a_sign_within_its_error_is_no_finding():
@@ -204,9 +194,7 @@ def test_a_sign_within_its_error_is_no_finding():
     assert len(lag(layers, bridge, scaled(exact, 1.2), num_draws=8000)) == 3
 
 
-@pytest.mark.parametrize(
-    ("dimension", "gap", "std"), [(2, 3.0, 1.0), (2, 3.0, 0.1), (10, 4.0, 0.5), (30, 8.0, 1.0), (2, 10.0, 1.0)]
-)
+@pytest.mark.parametrize(("dimension", "gap", "std"), [(2, 3.0, 0.1), (30, 8.0, 1.0), (2, 10.0, 1.0)])
 def test_a_mode_that_is_never_visited_is_found(dimension, gap, std):
     modes = two_modes(gap, dimension)
     (finding,) = losses(one_layer(modes[:1], std), mixture_bridge(modes, std))
@@ -226,7 +214,7 @@ def test_a_funnel_has_no_lost_modes():
         v = x[:, 0]
         return -v.square() / 18 - 2 * v - 0.5 * x[:, 1:].square().sum(1) * (-v).exp()
 
-    assert losses(Given(law), DensityBridge(log_prob, 5)) == []
+    assert losses(Given(law), ScoreBridge(log_prob, 5)) == []
 
 
 @pytest.mark.parametrize(("reach", "expected"), [(600.0, ["lost_modes"]), (0.0, [])])
@@ -245,17 +233,16 @@ def test_a_mode_beyond_the_base_is_found_from_an_upper_layer_alone(reach, expect
 def test_a_layer_as_narrow_as_its_target_has_not_collapsed(std, found):
     """Both coordinates near the first of x_next: a thin law around the diagonal of the plane."""
     width, layers = 1e-3 * 2**0.5, Given(lambda x_next, t: (x_next[:, :1].expand(-1, 2), std))
-    target = DensityBridge(lambda x: -0.5 * x[:, 0].square() - 0.5 * ((x[:, 1] - x[:, 0]) / width).square(), 2)
-    findings = narrowness(layers, target)
-    assert ("variance_collapse" in signatures(findings)) == found
+    target = ScoreBridge(lambda x: -0.5 * x[:, 0].square() - 0.5 * ((x[:, 1] - x[:, 0]) / width).square(), 2)
+    assert ("variance_collapse" in signatures(narrowness(layers, target))) == found
 
 
 @pytest.mark.parametrize(
     ("shift", "bridge", "message"),
     [
         (math.nan, GaussianBridge([0.0], [1.0]), "numbers of x_0 are not finite: the sampler diverged"),
-        (800.0, DensityBridge(lambda x: -x.exp().sum(1), 3), "score is not finite at draws of x_0: the sampler div"),
-        (400.0, DensityBridge(lambda x: -x.exp().sum(1), 3), "score is too large .* to be squared: the sampler div"),
+        (800.0, ScoreBridge(lambda x: -x.exp().sum(1), 3), "score is not finite at draws of x_0: the sampler div"),
+        (400.0, ScoreBridge(lambda x: -x.exp().sum(1), 3), "score is too large .* to be squared: the sampler div"),
     ],
 )
 def test_a_sampler_that_diverged_is_refused(shift, bridge, message):
@@ -273,46 +260,33 @@ def banana(std=1.5, width=0.4, reach=math.inf):
     def log_prob(x):
         return -0.5 * (x[:, 0] / std).square() - 0.5 * ((x[:, 1] - x[:, 0].square() / 2) / width).square()
 
-    return Given(law), DensityBridge(log_prob, 2)
+    return Given(law), ScoreBridge(log_prob, 2)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("target", "sampler"), [((0.8, 0.5), (0.65, 0.5)), ((1.5, 0.4), (1.5, 0.4, 1.9))])
-def test_a_banana_without_its_ends_drifts_along_its_ridge(target, sampler, seed):
-    """The second has sd 1.27 instead of 1.64 across its base, as a fit of 4,000 steps has."""
-    (fitting, bridge), (short, _) = banana(*target), banana(*sampler)
-    found = diagnose(short, bridge, generator=seeded(seed))
+def test_a_banana_without_its_ends_drifts_along_its_ridge():
+    """Its sd is 1.27 instead of 1.64 across its base, as that of a fit of 4,000 steps is."""
+    (fitting, bridge), (short, _) = banana(), banana(reach=1.9)
+    found = diagnose(short, bridge, generator=seeded())
     assert signatures(found)[-1] == "drift"
     assert found[-1].value < 0.8
-    assert diagnose(fitting, bridge, generator=seeded(seed)) == []
+    assert diagnose(fitting, bridge, generator=seeded()) == []
 
 
 def test_a_distribution_of_torch_that_takes_no_empty_batch_is_diagnosed():
     normal = torch.distributions.MultivariateNormal(torch.zeros(2, dtype=torch.float64), torch.eye(2).double())
-    bridge = WithDensity(normal.log_prob, 2)
-    assert diagnose(one_layer(torch.zeros(1, 2).double()), bridge, generator=seeded()) == []
+    known = diagnose(one_layer(torch.zeros(1, 2).double()), DensityBridge(normal.log_prob, 2), generator=seeded())
+    assert (known, len(known.unchecked)) == ([], 1)
 
 
-@pytest.mark.parametrize(
-    ("objective", "remedy"),
-    [
-        (ScoreMatching(), "train by KullbackLeibler or LowerBound instead of ScoreMatching"),
-        (LowerBound(), "give LowerBound a larger batch, or train by KullbackLeibler"),
-        (KullbackLeibler(), "give the critic more updates, or train by LowerBound"),
-        (WithPairs(KullbackLeibler(), 0.1), "give the critic more updates, or train by LowerBound"),
-        (None, "try another objective"),
-    ],
-)
-def test_remedies_depend_on_the_objective(objective, remedy):
-    modes = two_modes(4.0)
+def test_remedies_depend_on_the_objective():
+    modes, objective = two_modes(4.0), WithPairs(KullbackLeibler(), 0.1)
     found = diagnose(one_layer(modes[:1], std=0.5), mixture_bridge(modes), objective=objective, generator=seeded())
     assert {"lost_modes", "under_dispersed", "drift"} <= set(signatures(found))
-    assert all(remedy in finding.message for finding in found)
-
-
-class WithDensity(DensityBridge):
-    def log_prob(self, x, level):
-        return self.log_density(x)
+    assert all("give the critic more updates, or train by LowerBound" in finding.message for finding in found)
+    assert other_objective(KullbackLeibler()) == other_objective(objective)
+    assert other_objective(ScoreMatching()) == "train by KullbackLeibler or LowerBound instead of ScoreMatching"
+    assert other_objective(LowerBound()) == "give LowerBound a larger batch, or train by KullbackLeibler"
+    assert other_objective(None) == "try another objective"
 
 
 @pytest.mark.parametrize(("share", "found"), [(0.5, []), (0.75, ["wrong_masses"])])
@@ -324,21 +298,17 @@ def test_modes_of_wrong_mass_are_found_by_their_weights(share, found):
         first = torch.distributions.Normal(0.0, 1.0).cdf(x_next[:, :1]) < share
         return torch.where(first, modes[:1], modes[1:]), 1.0
 
-    bridge = WithDensity(mixture_bridge(modes).log_density, 2)
+    bridge = mixture_bridge(modes, kind=DensityBridge)
     findings, why = wrong_masses(Given(law), bridge, draws(Given(law), bridge))
     assert (signatures(findings), why) == (found, None)
     assert all(finding.value == pytest.approx(share - 0.5, abs=0.05) for finding in findings)
-    assert drifts(Given(law), bridge) == []
+    assert drift(bridge, draws(Given(law), bridge, 1000), generator=seeded(100)) == []
 
 
 def test_what_was_not_checked_is_told():
-    layers, modes = one_layer(two_modes(4.0)), two_modes(4.0)
-    diagnosis = diagnose(layers, mixture_bridge(modes), generator=seeded())
+    diagnosis = diagnose(one_layer(two_modes(4.0)), mixture_bridge(two_modes(4.0)), generator=seeded())
     assert diagnosis.unchecked[-1] == "the masses of modes: only the score of the target is known"
     assert str(diagnosis).splitlines()[0] == "no sign of a bad fit was found"
     assert "not checked: modes that attract no start within 20 times the spread of the base" in str(diagnosis)
-    known = diagnose(layers, WithDensity(mixture_bridge(modes).log_density, 2), generator=seeded())
-    assert (known, len(known.unchecked)) == ([], 1)
-    other = GaussianBridge([0.0], [1.0])
-    (*_, why) = diagnose(LinearLayers(scale=[0.0], shift=[4.0], std=[1.0]), other, generator=seeded()).unchecked
-    assert "importance weights use" in why
+    other, layers = GaussianBridge([0.0], [1.0]), LinearLayers(scale=[0.0], shift=[4.0], std=[1.0])
+    assert "importance weights use" in wrong_masses(layers, other, draws(layers, other))[1]

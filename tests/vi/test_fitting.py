@@ -4,23 +4,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from hsivi_diffusers.vi import (
-    CohortChain,
-    DiagonalGaussian,
-    DivergenceError,
-    FrozenPoolChain,
-    KullbackLeibler,
-    LowerBound,
-    PairChain,
-    Regression,
-    ScoreMatching,
-    SimulatedChain,
-    fit,
-    joint,
-    make_chain,
-    sequential,
-)
-from hsivi_diffusers.vi.fitting import step_generator
+from hsivi_diffusers.vi.curricula import joint, sequential
+from hsivi_diffusers.vi.distributions import DiagonalGaussian
+from hsivi_diffusers.vi.fitting import DivergenceError, fit, step_generator
+from hsivi_diffusers.vi.lower_bound import LowerBound
+from hsivi_diffusers.vi.objectives import KullbackLeibler, ScoreMatching
+from hsivi_diffusers.vi.pools import CohortChain, FrozenPoolChain, make_chain
+from hsivi_diffusers.vi.regression import PairChain, Regression
 from scenarios import (
     GaussianBridge,
     LinearCritic,
@@ -42,17 +32,8 @@ class Game:
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=5 * lr)
 
     def fit(self, objective, steps, **options):
-        return fit(
-            self.layers,
-            self.critic,
-            self.bridge,
-            objective,
-            self.chain,
-            options.pop("curriculum", joint(3, steps)),
-            layer_optimizer=self.layer_optimizer,
-            critic_optimizer=self.critic_optimizer,
-            **options,
-        )
+        game = self.layers, self.critic, self.bridge, objective, self.chain, options.pop("curriculum", joint(3, steps))
+        return fit(*game, layer_optimizer=self.layer_optimizer, critic_optimizer=self.critic_optimizer, **options)
 
 
 def target():
@@ -64,15 +45,13 @@ def target():
     return matching_bridge(layers)
 
 
-@pytest.mark.parametrize(
-    ("objective", "source"), [(ScoreMatching(), "pool"), (KullbackLeibler(), "pool"), (KullbackLeibler(), "simulate")]
-)
+@pytest.mark.parametrize(("objective", "source"), [(ScoreMatching(), "pool"), (KullbackLeibler(), "simulate")])
 def test_layers_reach_the_bridge(objective, source):
-    game = Game(target(), source)
-    for _ in game.fit(objective, 900, critic_updates=2):
+    game = Game(target(), source, lr=0.025)
+    for _ in game.fit(objective, 300, critic_updates=2):
         for optimizer in (game.layer_optimizer, game.critic_optimizer):
             for group in optimizer.param_groups:
-                group["lr"] *= 0.996
+                group["lr"] *= 0.988
     mean, variance = (moment[:-1] for moment in game.layers.marginals())
     torch.testing.assert_close(mean, game.bridge.mean, rtol=0, atol=0.1)
     torch.testing.assert_close(variance, game.bridge.variance, rtol=0.12, atol=0)
@@ -88,11 +67,8 @@ def test_one_call_of_the_layers_for_each_critic_update_and_none_for_simulation()
 
 
 def test_seed_rank_and_step_each_change_the_draws():
-    draws = {
-        float(torch.rand(1, generator=step_generator(*key))) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    }
-    assert len(draws) == 4
-    assert torch.rand(1, generator=step_generator(5, 6, 7)) == torch.rand(1, generator=step_generator(5, 6, 7))
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 1)]
+    assert len({float(torch.rand(1, generator=step_generator(*key))) for key in keys}) == 4
 
 
 def test_nan_stops_before_it_touches_a_parameter():
@@ -131,13 +107,9 @@ class Counting(torch.nn.Module):
         return self.critic(*given)
 
 
-def shards_of(game, number, source="pool", size=64):
-    game.chain = [make_chain(source, game.bridge.sample_base, 3, size) for _ in range(number)]
+def shards_of(game, number, source="pool"):
+    game.chain = [make_chain(source, game.bridge.sample_base, 3, 64) for _ in range(number)]
     return game
-
-
-def trained(game):
-    return [*game.layers.parameters(), *game.critic.parameters()]
 
 
 def gradients(game, objective, **options):
@@ -153,8 +125,7 @@ def gradients(game, objective, **options):
 
 
 @pytest.mark.parametrize("objective", [KullbackLeibler(), ScoreMatching()])
-@pytest.mark.parametrize("source", ["pool", "simulate"])
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(("source", "shards"), [("pool", 2), ("simulate", 1)])
 def test_an_update_is_the_mean_over_the_shards_of_all_ranks(objective, source, shards):
     bridge = target()
     together = gradients(shards_of(Game(bridge), 3 * shards, source), objective)
@@ -174,18 +145,14 @@ def test_one_shard_shares_the_critics_answer_where_no_gradient_passes_through_it
     assert game.critic.calls == 3 * calls
 
 
-@pytest.mark.parametrize("critic_updates", [1, 3])
-def test_sharing_the_answer_changes_no_bit(critic_updates):
-    shared, apart = Game(target()), Game(target())
-    steps = [
-        list(game.fit(objective(), 6, critic_updates=critic_updates))
-        for game, objective in ((shared, KullbackLeibler), (apart, SeenThrough))
-    ]
-    for got, wanted in zip(trained(shared), trained(apart), strict=True):
-        assert got.equal(wanted)
-    for got, wanted in zip(*steps, strict=True):
-        assert got.layers.loss.equal(wanted.layers.loss)
-        assert got.critic.loss.equal(wanted.critic.loss)
+def test_sharing_the_answer_changes_no_bit():
+    seen = []
+    for objective in (KullbackLeibler(), SeenThrough()):
+        game = Game(target())
+        steps = list(game.fit(objective, 6, critic_updates=3))
+        losses = [player.loss for step in steps for player in (step.layers, step.critic)]
+        seen.append([*losses, *game.layers.parameters(), *game.critic.parameters()])
+    assert all(shared.equal(apart) for shared, apart in zip(*seen, strict=True))
 
 
 def test_gradients_stay_in_the_process_for_all_shards_but_the_last():
@@ -203,8 +170,8 @@ def test_gradients_stay_in_the_process_for_all_shards_but_the_last():
 
     next(game.fit(KullbackLeibler(), 1, critic_updates=2, no_sync=no_sync, backward=backward))
     update = [*["player", "backward", "end"] * 2, "backward"]
-    players = ["layers", "critic", "critic"]
-    assert events == [player if event == "player" else event for player in players for event in update]
+    wanted = [player if event == "player" else event for player in ("layers", "critic", "critic") for event in update]
+    assert events == wanted
 
 
 def test_the_norm_is_taken_once_an_update_and_told():
@@ -276,33 +243,14 @@ class Alone:
         self.optimizer = torch.optim.Adam(self.layers.parameters(), lr=lr)
 
     def fit(self, curriculum, **options):
-        return fit(
-            self.layers,
-            options.pop("critic", None),
-            self.bridge,
-            options.pop("objective", LowerBound()),
-            self.chain,
-            curriculum,
-            layer_optimizer=self.optimizer,
-            **options,
-        )
-
-    def copy_from(self, other):
-        for name in ("layers", "optimizer", "chain"):
-            getattr(self, name).load_state_dict(copy.deepcopy(getattr(other, name).state_dict()))
-        return self
+        critic, objective = options.pop("critic", None), options.pop("objective", LowerBound())
+        game = self.layers, critic, self.bridge, objective, self.chain, curriculum
+        return fit(*game, layer_optimizer=self.optimizer, **options)
 
 
-def same(one, other):
-    return all(a.equal(b) for a, b in zip(one.layers.parameters(), other.layers.parameters(), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("chain", "curriculum"),
-    [(FrozenPoolChain, sequential(3, 200)), (CohortChain, joint(3, 600)), (SimulatedChain, joint(3, 500))],
-)
+@pytest.mark.parametrize(("chain", "curriculum"), [(FrozenPoolChain, sequential(3, 100)), (CohortChain, joint(3, 450))])
 def test_the_lower_bound_brings_layers_to_the_bridge_without_a_critic(chain, curriculum):
-    game = Alone(chain, 300 if chain is SimulatedChain else 128, num_states=5000)
+    game = Alone(chain, 128, num_states=5000)
     length = curriculum[0].num_steps
     for step in game.fit(curriculum):
         for group in game.optimizer.param_groups:
@@ -372,9 +320,13 @@ def test_a_run_resumed_after_a_stopped_stage_repeats_one_that_went_on(left_at):
     for step in begun.fit(sequential(3, 10), stop_stage=stop_stage):
         if step.step == left_at:
             break
-    resumed = Alone(num_states=100).copy_from(begun)
+    resumed = Alone(num_states=100)
+    for name in ("layers", "optimizer", "chain"):
+        getattr(resumed, name).load_state_dict(copy.deepcopy(getattr(begun, name).state_dict()))
     list(resumed.fit(sequential(3, 10), stop_stage=stop_stage, start_step=step.next_step))
-    assert same(resumed, whole)
+    assert all(
+        one.equal(other) for one, other in zip(resumed.layers.parameters(), whole.layers.parameters(), strict=True)
+    )
 
 
 def test_pairs_of_a_linear_map_are_fitted_exactly_without_a_critic():
@@ -383,10 +335,9 @@ def test_pairs_of_a_linear_map_are_fitted_exactly_without_a_critic():
         return x, 0.7 * x - 0.2, None
 
     layers = LinearLayers([0.1], [0.3], [0.5])
-    optimizer = torch.optim.Adam(layers.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(layers.parameters(), lr=0.05)
     bridge, chain = GaussianBridge([0.0], [1.0]), PairChain(sample_pairs, 1, 32)
-    steps = fit(layers, None, bridge, Regression(), chain, joint(1, 500), layer_optimizer=optimizer)
-    *_, last = steps
+    *_, last = fit(layers, None, bridge, Regression(), chain, joint(1, 300), layer_optimizer=optimizer)
     assert layers.scale.item() == pytest.approx(0.7, abs=1e-6)
     assert layers.shift.item() == pytest.approx(-0.2, abs=1e-6)
     assert last.critic.loss.shape == (0,)
@@ -394,14 +345,10 @@ def test_pairs_of_a_linear_map_are_fitted_exactly_without_a_critic():
 
 def test_where_the_critic_learns_alone_the_layers_stay_as_they_are_to_the_bit():
     game = Game(target())
-    before = copy.deepcopy((game.layers.state_dict(), game.critic.state_dict()))
-    steps = game.fit(KullbackLeibler(), 0, curriculum=joint(3, 6, critic_first=4))
-    for _ in range(4):
-        next(steps)
-    assert all(torch.equal(game.layers.state_dict()[name], value) for name, value in before[0].items())
-    assert not any(torch.equal(game.critic.state_dict()[name], value) for name, value in before[1].items())
-    next(steps)
-    assert not any(torch.equal(game.layers.state_dict()[name], value) for name, value in before[0].items())
+    layers, critic = (copy.deepcopy(module.state_dict()) for module in (game.layers, game.critic))
+    for step in game.fit(KullbackLeibler(), 0, curriculum=joint(3, 6, critic_first=4)):
+        assert not any(critic[name].equal(value) for name, value in game.critic.state_dict().items())
+        assert {layers[name].equal(value) for name, value in game.layers.state_dict().items()} == {step.step < 4}
 
 
 class RootCritic(LinearCritic):
@@ -420,15 +367,12 @@ def test_a_gradient_that_is_not_finite_moves_no_parameter(player, clip):
         game.critic_optimizer = torch.optim.Adam(game.critic.parameters())
     else:
         game.layers.register_parameter("root", torch.nn.Parameter(torch.zeros((), dtype=torch.float64)))
-        game.layers.register_forward_hook(
-            lambda module, _, q: DiagonalGaussian(q.mean + module.root.abs().sqrt(), q.std)
-        )
+        game.layers.register_forward_hook(lambda layer, _, q: DiagonalGaussian(q.mean + layer.root.abs().sqrt(), q.std))
         game.layer_optimizer = torch.optim.Adam(game.layers.parameters())
     before = [each.detach().clone() for each in getattr(game, player).parameters()]
     with pytest.raises(DivergenceError, match=f"the gradient of the {player} is not finite at step 0"):
         next(game.fit(KullbackLeibler(), 1, clip_grad_norm=clip))
-    after = list(getattr(game, player).parameters())
-    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert all(one.equal(other) for one, other in zip(before, getattr(game, player).parameters(), strict=True))
 
 
 def test_an_optimizer_that_skips_overflows_decides_for_itself():
