@@ -157,7 +157,7 @@ class Latents(PipelineTeacher):
         given: dict[str, Any] = {"num_inference_steps": num_inference_steps or max(scheduler.depths)}
         given |= {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
         given |= {**cls.unguided(scheduler), **size_of(scheduler)}
-        images: list[Any] = pipeline(conditions, generator=generators, **given).images
+        images: list[Any] = pipeline([*conditions], generator=generators, **given).images  # Z-Image's writes into it
         return images
 
     @classmethod
@@ -180,11 +180,11 @@ class Latents(PipelineTeacher):
             self._whole.vae.enable_slicing()  # images are decoded one by one
         pipeline = self._whole
         known = signature(pipeline.__call__).parameters
-        negative = [negative_prompt] * len(generators) if negative_prompt else None
-        given: dict[str, Any] = {"negative_prompt": negative, "use_resolution_binning": False}
+        given: dict[str, Any] = {"use_resolution_binning": False}
+        given |= {"negative_prompt": [negative_prompt] * len(generators)} if negative_prompt else {}
         given = {name: value for name, value in given.items() if name in known}
         given |= {"num_inference_steps": num_inference_steps, **self.guided(guidance_scale), **size_of(self.schedule)}
-        images = pipeline(conditions, generator=generators, **given).images
+        images = pipeline([*conditions], generator=generators, **given).images
         calls = num_inference_steps * Guided(self, [guidance_scale]).calls
         return images, calls, type(pipeline.scheduler).__name__
 
@@ -239,12 +239,16 @@ class TextLatents(Latents):
             digests = {path.name: digest_of_folder(path) for path in folder.glob("text_encoder*") if path.is_dir()}
         return digest_of(type(self).__name__, self.pipeline, digests)
 
-    def prompt_tensors(self, encoded: Sequence[Any], are_negative: bool) -> dict[str, Tensor]:
-        """Returns arguments of the network of what `encode_prompt` of the pipeline returned, each (N, ...)."""
+    def prompt_tensors(self, encoded: Sequence[Any], are_negative: bool) -> Mapping[str, Iterable[Tensor]]:
+        """Returns arguments of the network, of N prompts each, of what `encode_prompt` of the pipeline returned."""
         return {name: encoded[places[are_negative]] for name, *places in self.encoded}
 
     def sizes(self) -> dict[str, Tensor]:
         """Returns further arguments of the network that say the size of the images, each of shape (1, ...)."""
+        return {}
+
+    def encoding(self) -> dict[str, Any]:
+        """Returns arguments of `encode_prompt` whose defaults in it are not those of the pipeline's call."""
         return {}
 
     def negative(self, texts: list[str]) -> list[str] | None:
@@ -256,8 +260,8 @@ class TextLatents(Latents):
         """Makes it with two prompts that say nothing."""
         teacher = super().of_configs(configs, schedule)
         shapes = cls.prompt_shapes(teacher.network)
-        teacher.conditions = PromptTable(
-            [{name: torch.zeros(2, *shape, device="cpu") for name, shape in shapes.items()}], {}
+        teacher.conditions = PromptTable(  # in masks a 1 is a token
+            [{name: torch.ones(2, *shape, device="cpu") for name, shape in shapes.items()}], {}
         )
         return teacher
 

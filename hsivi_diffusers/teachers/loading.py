@@ -37,8 +37,9 @@ from .configs import (
     schedule_of,
 )
 from .dit import DiT
-from .flow_transformers import FlowTransformer, StableDiffusion3
+from .flow_transformers import AuraFlow, Sana, StableDiffusion3
 from .latents import Latents, TextLatents
+from .lumina import Lumina2, ZImage
 from .packed_flows import Flux
 from .pixart import PixArt
 from .pixels import Pixels
@@ -55,8 +56,15 @@ KINDS: tuple[type[PipelineTeacher], ...] = (
     PixArt,
     StableDiffusion3,
     Flux,
+    AuraFlow,
+    Sana,
+    Lumina2,
+    ZImage,
 )
-SUPPORTED = "pipelines of a UNet2DModel and a scheduler, DiT, Stable Diffusion 1 and 2, SDXL and PixArt"
+SUPPORTED = (
+    "pipelines of a UNet2DModel and a scheduler, DiT, Stable Diffusion 1, 2, 3 and 3.5, SDXL, PixArt, FLUX.1-dev, "
+    "AuraFlow, Sana, Lumina Image 2.0 and Z-Image"
+)
 # diffusers renamed the argument in 0.40, and warns of the old name.
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
 IN_FLOAT32: dict[str, Any] = {DTYPE: torch.float32}
@@ -88,7 +96,7 @@ def check_configs(name: str, configs: Configs, kind: type[PipelineTeacher]) -> H
         raise ValueError(f"teacher {name} has a {part} of type {found}, a {wanted} is needed")
     kind.check(name, part, configs.network)
     check_agreement(name, part, configs)
-    return schedule_of(name, configs, issubclass(kind, FlowTransformer))
+    return schedule_of(name, configs, kind.knows_size)
 
 
 def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, revision: str | None = None) -> Teacher:
@@ -96,8 +104,9 @@ def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, 
 
     Args:
         teacher: Folder or repo id of a pipeline of diffusers, or such a pipeline itself, which is copied. Supported are
-            pipelines of a `UNet2DModel` and a scheduler, DiT, Stable Diffusion 1 and 2, SDXL and PixArt. The scheduler
-            has betas, or is a rectified flow. Of a `Teacher` the network is copied.
+            pipelines of a `UNet2DModel` and a scheduler, DiT, Stable Diffusion 1, 2, 3 and 3.5, SDXL, PixArt,
+            FLUX.1-dev, AuraFlow, Sana, Lumina Image 2.0 and Z-Image. The scheduler has betas, or is a rectified flow.
+            Of a `Teacher` the network is copied.
         revision: Branch, tag or commit of a repo.
 
     Raises:

@@ -69,6 +69,11 @@ class PromptTable:
         rows |= {name: size.expand(len(chosen), -1) for name, size in self.sizes.items()}
         return {name: row.to(like.device, like.dtype, non_blocking=True) for name, row in rows.items()}
 
+    def lengths(self, mask: str, condition: Tensor) -> list[int]:
+        """Returns the number of tokens of each row, by the name of the mask, without a wait for a GPU."""
+        chosen = [self._places[row] for row in condition.tolist()]
+        return [int(file[mask][place].sum()) for file, place in chosen]
+
 
 def padded(rows: Sequence[Tensor]) -> Tensor:
     """Returns tensors (L, ...) as one of shape (N, longest L, ...), with zeros at the ends of shorter ones."""
@@ -157,6 +162,7 @@ def digest_of(kind: str, pipeline: Any, encoders: Mapping[str, str]) -> str:
     parts = [part for name, part in sorted(pipeline.components.items()) if name.startswith("tokenizer") and part]
     tokenizers = [
         [part.get_vocab(), part.model_max_length, part.padding_side, part.special_tokens_map, _backend(part)]
+        + [template for template in [getattr(part, "chat_template", None)] if template]
         for part in parts
     ]
     versions = [version(name) for name in ("diffusers", "transformers")]
@@ -208,9 +214,8 @@ def _backend(tokenizer: Any) -> dict[str, Any] | None:
 
 def cleans(pipeline: Any) -> bool:
     """Whether the pipeline's own call cleans prompts: PixArt's does, with two libraries that may be missing."""
-    return (
-        "clean_caption" in signature(pipeline.encode_prompt).parameters and is_bs4_available() and is_ftfy_available()
-    )
+    usual = signature(type(pipeline).__call__).parameters.get("clean_caption")
+    return usual is not None and usual.default is True and is_bs4_available() and is_ftfy_available()
 
 
 @torch.no_grad()
@@ -222,6 +227,7 @@ def _encode(
     given: dict[str, Any] = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": are_negative}
     given |= {"prompt_2": None, "prompt_3": None}  # by default the prompt itself
     given |= {"clean_caption": True} if cleans(pipeline) else {}
+    given |= teacher.encoding()
     known = signature(pipeline.encode_prompt).parameters
     for first in range(0, len(texts), BATCH):
         batch = [*texts[first : first + BATCH]]
