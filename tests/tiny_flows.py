@@ -2,24 +2,36 @@
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
@@ -28,6 +40,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -35,12 +48,12 @@ from transformers import (
 from tiny_text import WIDTH, WORDS, make_clip, make_tokenizer
 
 
-def make_vae(channels=4, **settings):
-    """Latents of channels x 8 x 8 are images of 16x16."""
+def make_vae(channels=4, blocks=2, **settings):
+    """With 2 blocks latents of channels x 8 x 8 are images of 16x16, with 4 of 64x64."""
     return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         latent_channels=channels,
         norm_num_groups=4,
         scaling_factor=1.5,
@@ -190,6 +203,103 @@ def make_klein(**settings):
     )
 
 
+def make_auraflow():
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=64,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
+    return AuraFlowPipeline(make_plain_tokenizer(), make_t5(), make_vae(), transformer, scheduler)
+
+
+def make_plain_tokenizer():
+    """Without types of tokens, which the encoders of language models do not take."""
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+def sizes_of_language_model():
+    sizes = {"vocab_size": len(WORDS), "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return {**sizes, **heads, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def make_sana():
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=8,  # with a learned variance
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=WIDTH,
+        sample_size=8,
+        timestep_scale=0.5,
+    )
+    vae = AutoencoderDC(
+        latent_channels=4,
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        encoder_layers_per_block=(1,) * 4,
+        decoder_layers_per_block=(1,) * 4,
+        encoder_qkv_multiscales=((),) * 4,
+        decoder_qkv_multiscales=((),) * 4,
+        scaling_factor=1.5,
+    ).eval()
+    encoder = Gemma2Model(Gemma2Config(**sizes_of_language_model())).eval()
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return SanaPipeline(make_plain_tokenizer(), encoder, vae, transformer, scheduler)
+
+
+def make_lumina2():
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 16, 16),
+        cap_feat_dim=WIDTH,
+    )
+    encoder = Gemma2Model(Gemma2Config(**sizes_of_language_model())).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    return Lumina2Pipeline(transformer, scheduler, make_vae(blocks=4), encoder, make_plain_tokenizer())
+
+
+def make_zimage():
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=(4, 2, 2),
+        axes_lens=(576, 16, 16),
+    )
+    tokenizer = make_plain_tokenizer()
+    # The network pads to multiples of 32 tokens: prompts of three words become 64, those of one become 32.
+    tokenizer.chat_template = "{{ 'a ' * 28 }}{{ messages[0]['content'] }}"
+    encoder = Qwen3Model(Qwen3Config(**sizes_of_language_model())).eval()
+    return ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=6.0), make_vae(), encoder, tokenizer, transformer)
+
+
 FLOWS = {
     "sd3": make_sd3,
     "flux": make_flux,
@@ -197,7 +307,21 @@ FLOWS = {
     "qwen": make_qwen,
     "flux2": make_flux2,
     "klein": make_klein,
+    "auraflow": make_auraflow,
+    "sana": make_sana,
+    "lumina2": make_lumina2,
+    "zimage": make_zimage,
 }
+# Their pipelines send no `mu` to the scheduler, which so can have no shift that depends on the size.
+OF_ANY_SIZE = ("auraflow", "sana")
+
+
+def size_of(pipeline):
+    """Height and width of images of 8 x 12 latents.
+
+    The pipeline of Sana takes multiples of 32 alone, that of Lumina 2 has 8 pixels a latent, whatever its VAE has.
+    """
+    return [64, 96] if isinstance(pipeline, SanaPipeline | Lumina2Pipeline) else [16, 24]
 
 
 def make_flow(kind, **scheduler):

@@ -135,7 +135,9 @@ def make_adapter_card(
     counts, call = scheduler.depths, run["training"].get("call") or {"guidance_scale": 1}
     guidance = EMBEDDED if call.get("guidance_scale", 1) > 1 else _guidance(scheduler)
     about = {"base": base_model or "REPO_OF_THE_TEACHER", "repo_id": repo_id, "steps": counts[-1]}
-    about["call"] = ", ".join(f"{name}={value:g}" for name, value in call.items())
+    about["call"] = ", ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in call.items()
+    )
     usage = ADAPTER_USE.format(**about, guidance=guidance)
     if scheduler.is_flow and scheduler.config.noise_eta == 0 and scheduler.trained_grids[-1][-1] == -1:
         sigmas = [round(u, 6) for u in scheduler.unshifted_sigmas]

@@ -1,13 +1,17 @@
-"""Rectified-flow transformers on latents: v = noise - clean latents; their students are LoRA adapters by default."""
+"""Rectified-flow transformers on latents: v = noise - clean latents; their students are LoRA adapters by default.
+
+Here are Stable Diffusion 3 and 3.5, AuraFlow and Sana.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import AuraFlowTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
@@ -15,8 +19,9 @@ from .adapters import Adapter
 from .latents import TextLatents
 
 # Attention and feed-forward of image and text.
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-TARGETS += ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+JOINT_ATTENTION = [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+TARGETS = [*JOINT_ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 
 
 class FlowTransformer(TextLatents):
@@ -28,6 +33,7 @@ class FlowTransformer(TextLatents):
 
     adapter = Adapter(TARGETS, "transformer")
     prompt_dtype = torch.bfloat16  # of the encoders of the published ones; a prompt of FLUX.1 takes 4 MB
+    knows_size = True
 
     def __init__(self, pipeline: Any, network: Any, schedule: HSIVIScheduler, rows: int = 0) -> None:
         super().__init__(pipeline, network, schedule, rows)
@@ -55,10 +61,14 @@ class FlowTransformer(TextLatents):
 
     def mu(self, config: Mapping[str, Any]) -> float:
         """Returns mu of the config of a scheduler, which is linear in the number of tokens of an image."""
-        tokens = math.prod(self.shape[1:]) / self.patch**2
         few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        return float(low + (high - low) * (tokens - few) / (many - few))
+        return float(low + (high - low) * (self.tokens - few) / (many - few))
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of an image, as the pipeline counts them."""
+        return math.prod(self.shape[1:]) / self.patch**2
 
     def forward(self, network: Any, x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
         return self.unpack(network(self.pack(x), timestep=time, **arguments).sample)
@@ -80,6 +90,7 @@ class StableDiffusion3(FlowTransformer):
 
     pipelines = ("StableDiffusion3Pipeline",)
     network_class = SD3Transformer2DModel
+    adapter = Adapter(TARGETS, "transformer", idle=("attn.add_q_proj",))
     encoded = (("encoder_hidden_states", 0, 1), ("pooled_projections", 2, 3))
 
     @classmethod
@@ -87,3 +98,76 @@ class StableDiffusion3(FlowTransformer):
         config = network.config
         shapes = {"encoder_hidden_states": (77 + 256, config.joint_attention_dim)}
         return {**shapes, "pooled_projections": (config.pooled_projection_dim,)}
+
+
+class AuraFlow(FlowTransformer):
+    """AuraFlow: text of a fixed length, and the time sigma."""
+
+    pipelines = ("AuraFlowPipeline",)
+    network_class = AuraFlowTransformer2DModel
+    encoded = (("encoder_hidden_states", 0, 2),)
+    adapter = Adapter(
+        [*JOINT_ATTENTION]
+        + [f"{part}.{name}" for part in ("ff", "ff_context") for name in ("linear_1", "linear_2", "out_projection")],
+        "transformer",
+    )
+    knows_size = False  # nor does its pipeline
+
+    @staticmethod
+    def default_size(config: Mapping[str, Any]) -> int:
+        """Of the 1024 pixels of the pipeline, whatever `sample_size` says."""
+        return 128
+
+    def resize(self, resolution: Sequence[int]) -> None:
+        super().resize(resolution)
+        # Beyond its positions the network would take those of the other end.
+        most = self.patch * self.factor * math.isqrt(self.network.config.pos_embed_max_size)
+        if max(resolution) > most:
+            raise ValueError(f"resolution={[*resolution]}: this {self.name} has positions for {most} x {most} at most")
+
+    def forward(self, network: Any, x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
+        return super().forward(network, x, time / len(self.schedule), **arguments)
+
+    def unscale(self, x: Tensor) -> Tensor:
+        return x / self.vae.config.scaling_factor  # its pipeline adds no shift
+
+    @classmethod
+    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (256, network.config.joint_attention_dim)}
+
+
+class Sana(FlowTransformer):
+    """Sana: text with a mask, which an instruction precedes, and latents of an AutoencoderDC."""
+
+    pipelines = ("SanaPipeline",)
+    network_class = SanaTransformer2DModel
+    encoded = (("encoder_hidden_states", 0, 2), ("encoder_attention_mask", 1, 3))
+    adapter = Adapter([*ATTENTION, "ff.conv_inverted", "ff.conv_point"], "transformer")
+    knows_size = False  # nor does its pipeline
+
+    def __init__(self, pipeline: Any, network: Any, schedule: HSIVIScheduler, rows: int = 0) -> None:
+        super().__init__(pipeline, network, schedule, rows)
+        if schedule.config.resolution is None:  # of the pipeline it is 1024, for networks of other sizes too
+            self.resize(self.image_shape[1:])
+
+    @property
+    def factor(self) -> int:
+        return int(2 ** (len(self.vae.config.encoder_block_out_channels) - 1))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.vae.config.in_channels, self.factor * self.shape[1], self.factor * self.shape[2]
+
+    def encoding(self) -> dict[str, Any]:
+        name = "complex_human_instruction"
+        return {name: signature(type(self.pipeline).__call__).parameters[name].default}
+
+    def forward(self, network: Any, x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
+        return super().forward(network, x, time * network.config.timestep_scale, **arguments)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        return x[:, : self.shape[0]]  # without a learned variance
+
+    @classmethod
+    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (300, network.config.caption_channels), "encoder_attention_mask": (300,)}

@@ -153,18 +153,20 @@ class Latents(PipelineTeacher):
         guidance_scale: float | None = None,
     ) -> list[Any]:
         """Draws with a stock pipeline, which may pass no generator to the steps, and would guide once more."""
-        scheduler, parameters = pipeline.scheduler, signature(pipeline.__call__).parameters
+        scheduler = pipeline.scheduler
         pipeline.vae.enable_slicing()  # images are decoded one by one
         scheduler.step = partial(type(scheduler).step, scheduler, generator=generators)
         given: dict[str, Any] = {"num_inference_steps": num_inference_steps or max(scheduler.depths)}
-        given |= {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
         given |= cls.call_arguments(scheduler)
-        images: list[Any] = pipeline(**{cls.condition_name: conditions}, generator=generators, **given).images
+        given[cls.condition_name] = [*conditions]  # a copy, for Z-Image's writes into it
+        images: list[Any] = pipeline(generator=generators, **given).images
         return images
 
     @classmethod
     def call_arguments(cls, scheduler: HSIVIScheduler) -> dict[str, Any]:
-        return {**cls.unguided(scheduler), **size_of(scheduler)}
+        known = signature(getattr(diffusers, [*cls.pipelines][0]).__call__).parameters
+        binning = {"use_resolution_binning": False} if "use_resolution_binning" in known else {}
+        return {**cls.unguided(scheduler), **size_of(scheduler), **binning}
 
     @classmethod
     def unguided(cls, scheduler: HSIVIScheduler) -> dict[str, Any]:
@@ -192,9 +194,9 @@ class Latents(PipelineTeacher):
         known = signature(pipeline.__call__).parameters
         negative = self.negative([negative_prompt] * len(generators))
         given: dict[str, Any] = {"negative_prompt": negative, "use_resolution_binning": False}
-        given = {name: value for name, value in given.items() if name in known}
+        given = {name: value for name, value in given.items() if name in known and value is not None}
         given |= {"num_inference_steps": num_inference_steps, **self.guided(guidance_scale), **size_of(self.schedule)}
-        images = pipeline(**{self.condition_name: conditions}, generator=generators, **given).images
+        images = pipeline(**{self.condition_name: [*conditions]}, generator=generators, **given).images
         calls = num_inference_steps * Guided(self, [guidance_scale]).calls
         return images, calls, type(pipeline.scheduler).__name__
 
@@ -252,12 +254,16 @@ class TextLatents(Latents):
             digests = {path.name: digest_of_folder(path) for path in folder.glob("text_encoder*") if path.is_dir()}
         return digest_of(type(self).__name__, self.pipeline, digests)
 
-    def prompt_tensors(self, encoded: Sequence[Any], are_negative: bool) -> dict[str, Tensor]:
-        """Returns arguments of the network of what `encode_prompt` of the pipeline returned, each (N, ...)."""
+    def prompt_tensors(self, encoded: Sequence[Any], are_negative: bool) -> Mapping[str, Iterable[Tensor]]:
+        """Returns arguments of the network, of N prompts each, of what `encode_prompt` of the pipeline returned."""
         return {name: encoded[places[are_negative]] for name, *places in self.encoded}
 
     def sizes(self) -> dict[str, Tensor]:
         """Returns further arguments of the network that say the size of the images, each of shape (1, ...)."""
+        return {}
+
+    def encoding(self) -> dict[str, Any]:
+        """Returns arguments of `encode_prompt` whose defaults in it are not those of the pipeline's call."""
         return {}
 
     @classmethod
@@ -265,8 +271,8 @@ class TextLatents(Latents):
         """Makes it with two prompts that say nothing."""
         teacher = super().of_configs(configs, schedule)
         shapes = cls.prompt_shapes(teacher.network)
-        teacher.conditions = PromptTable(
-            [{name: torch.zeros(2, *shape, device="cpu") for name, shape in shapes.items()}], {}
+        teacher.conditions = PromptTable(  # in masks a 1 is a token
+            [{name: torch.ones(2, *shape, device="cpu") for name, shape in shapes.items()}], {}
         )
         return teacher
 

@@ -37,9 +37,10 @@ from .configs import (
     schedule_of,
 )
 from .dit import DiT
-from .flow_transformers import FlowTransformer, StableDiffusion3
+from .flow_transformers import AuraFlow, Sana, StableDiffusion3
 from .flux2 import Flux2, Flux2Klein
 from .latents import Latents, TextLatents
+from .lumina import Lumina2, ZImage
 from .packed_flows import Chroma, Flux, QwenImage
 from .pixart import PixArt
 from .pixels import Pixels
@@ -60,10 +61,14 @@ KINDS: tuple[type[PipelineTeacher], ...] = (
     QwenImage,
     Flux2,
     Flux2Klein,
+    AuraFlow,
+    Sana,
+    Lumina2,
+    ZImage,
 )
 SUPPORTED = (
-    "pipelines of a UNet2DModel and a scheduler, DiT, Stable Diffusion 1 to 3, SDXL, PixArt, FLUX.1-dev, FLUX.2-dev, "
-    "FLUX.2 Klein base, Chroma and Qwen-Image"
+    "pipelines of a UNet2DModel and a scheduler, DiT, Stable Diffusion 1 to 3.5, SDXL, PixArt, FLUX.1-dev, FLUX.2-dev, "
+    "FLUX.2 Klein base, Chroma, Qwen-Image, AuraFlow, Sana, Lumina Image 2.0 and Z-Image"
 )
 # diffusers renamed the argument in 0.40, and warns of the old name.
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
@@ -96,7 +101,7 @@ def check_configs(name: str, configs: Configs, kind: type[PipelineTeacher]) -> H
         raise ValueError(f"teacher {name} has a {part} of type {found}, a {wanted} is needed")
     kind.check(name, part, configs.network)
     check_agreement(name, part, configs, kind.outputs(configs.network))
-    return schedule_of(name, configs, issubclass(kind, FlowTransformer))
+    return schedule_of(name, configs, kind.knows_size)
 
 
 def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, revision: str | None = None) -> Teacher:
@@ -104,9 +109,9 @@ def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, 
 
     Args:
         teacher: Folder or repo id of a pipeline of diffusers, or such a pipeline itself, which is copied. Supported are
-            pipelines of a `UNet2DModel` and a scheduler, DiT, Stable Diffusion 1 to 3, SDXL, PixArt, FLUX.1-dev,
-            FLUX.2-dev, FLUX.2 Klein base, Chroma and Qwen-Image. The scheduler has betas, or is a rectified flow. Of a
-            `Teacher` the network is copied.
+            pipelines of a `UNet2DModel` and a scheduler, DiT, Stable Diffusion 1 to 3.5, SDXL, PixArt, FLUX.1-dev,
+            FLUX.2-dev, FLUX.2 Klein base, Chroma, Qwen-Image, AuraFlow, Sana, Lumina Image 2.0 and Z-Image. The
+            scheduler has betas, or is a rectified flow. Of a `Teacher` the network is copied.
         revision: Branch, tag or commit of a repo.
 
     Raises:

@@ -69,6 +69,11 @@ class PromptTable:
         rows |= {name: size.expand(len(chosen), -1) for name, size in self.sizes.items()}
         return {name: row.to(like.device, like.dtype, non_blocking=True) for name, row in rows.items()}
 
+    def lengths(self, mask: str, condition: Tensor) -> list[int]:
+        """Returns the number of tokens of each row, by the name of the mask, without a wait for a GPU."""
+        chosen = [self._places[row] for row in condition.tolist()]
+        return [int(file[mask][place].sum()) for file, place in chosen]
+
 
 def padded(rows: Sequence[Tensor]) -> Tensor:
     """Returns tensors (L, ...) as one of shape (N, longest L, ...), with zeros at the ends of shorter ones."""
@@ -212,9 +217,8 @@ def _backend(tokenizer: Any) -> dict[str, Any] | None:
 
 def cleans(pipeline: Any) -> bool:
     """Whether the pipeline's own call cleans prompts: PixArt's does, with two libraries that may be missing."""
-    return (
-        "clean_caption" in signature(pipeline.encode_prompt).parameters and is_bs4_available() and is_ftfy_available()
-    )
+    usual = signature(type(pipeline).__call__).parameters.get("clean_caption")
+    return usual is not None and usual.default is True and is_bs4_available() and is_ftfy_available()
 
 
 @torch.no_grad()
@@ -229,6 +233,7 @@ def _encode(
     known, called = signature(pipeline.encode_prompt).parameters, signature(pipeline.__call__).parameters
     if longest := called.get("max_sequence_length"):  # which is another in `encode_prompt` of some pipelines
         given |= {"max_sequence_length": longest.default}
+    given |= teacher.encoding()
     for first in range(0, len(texts), BATCH):
         batch = [*texts[first : first + BATCH]]
         given |= {"negative_prompt": teacher.negative(batch) if are_negative else None}

@@ -295,10 +295,12 @@ class PipelineTeacher(Teacher):
     Attributes:
         pipelines: Names of the classes of pipelines of this kind.
         network_class: Of the network.
+        knows_size: It sets the shift of noise levels that depend on the size of the images.
     """
 
     pipelines: ClassVar[Collection[str]] = ()
     network_class: ClassVar[type[nn.Module]]
+    knows_size: ClassVar[bool] = False
 
     @classmethod
     def of(cls, pipeline: DiffusionPipeline, schedule: HSIVIScheduler) -> PipelineTeacher:
