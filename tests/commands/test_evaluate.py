@@ -204,6 +204,7 @@ def unloaded(monkeypatch):
         (["--run_dir=nowhere"], "'nowhere' lacks pipeline, options.json, training.json: give the folder of a finished"),
         (["--batch_size=0"], "batch_size=0: give a whole number from 1"),
         (["--num_samples=6"], "num_samples=6: give a whole number from 7"),
+        (["--num_samples=1000000000000"], "num_samples=1000000000000: give a whole number from 7"),
         (["--reference_samples=6"], "reference_samples=6: give a whole number from 7"),
         (["--reference_steps=0"], "reference_steps=0: give a whole number from 1 to 1000"),
         (["--ddpm_steps=-1"], "ddpm_steps=-1: give a whole number from 0"),
