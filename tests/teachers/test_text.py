@@ -86,7 +86,7 @@ def options(text_teachers, prompt_file):
 @pytest.fixture(scope="module")
 def trainer(text_teachers, tmp_path_factory):
     """Of a finished run of the Stable Diffusion of random weights, with adapters."""
-    given = {**GIVEN, "lora_rank": 4, "validation_steps": 5, "learning_rate": 1e-2}
+    given = {**GIVEN, **QUICK, "max_train_steps": 2, "validation_steps": 2, "lora_rank": 4, "learning_rate": 3e-2}
     return train(text_teachers("sd"), tmp_path_factory.mktemp("text") / "run", **given)
 
 
@@ -291,7 +291,7 @@ def test_a_run_goes_on_from_another(run, options, distil, tmp_path):
     before, after = (load_file(folder / "pipeline" / ADAPTER) for folder in (run, tmp_path / "next"))
     assert before.keys() == after.keys()
     for name in ("layers", "critic"):  # a checkpoint holds the adapters alone
-        assert all("lora_" in key for key in load_file(run / "checkpoints" / "checkpoint-4" / f"{name}.safetensors"))
+        assert all("lora_" in key for key in load_file(run / "checkpoints" / "checkpoint-2" / f"{name}.safetensors"))
     assert all(torch.allclose(weight, after[name], atol=1e-6) for name, weight in before.items())
     with pytest.raises(ValueError, match="has an adapter of another rank or network: set lora_rank to that of the run"):
         distil(tmp_path / "other", **{**options, "lora_rank": 2})
@@ -313,6 +313,7 @@ def test_copies_of_all_weights_make_a_stock_pipeline(text_teachers, distil, opti
         load_teacher(str(tmp_path / "run" / "pipeline"))
 
 
+@pytest.mark.slow
 def test_a_run_in_half_precision_draws(text_teachers, tmp_path, fresh_accelerator):
     more = {**QUICK, "lora_rank": 4, "mixed_precision": "bf16", "validation_steps": 1}
     trainer = train(text_teachers("sd"), tmp_path / "run", **GIVEN, **more)
@@ -391,14 +392,14 @@ def test_the_command_draws_prompts(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[1:]))
     cli.main([*sample[:2], f"--prompts={tmp_path / 'prompts.txt'}", f"--output_dir={tmp_path / 'file'}", "--seed=1"])
     assert sorted(path.name for path in (tmp_path / "file").iterdir()) == ["00000.png", "00001.png", "grid.png"]
-    images = [
-        [Image.open(tmp_path / name / f"{number:05d}.png").tobytes() for number in range(3)]
-        for name in ("of_run", "given", "other")
-    ]
-    assert images[0] == images[1]
-    assert not set(images[0]) & set(images[2])
-    assert Image.open(tmp_path / "file" / "00000.png").tobytes() == images[0][1]  # the same seed, and prompt
-    assert Image.open(run / "samples" / "step-5.png").size[0] >= 512
+
+    def images(name):
+        return [Image.open(tmp_path / name / f"{number:05d}.png").tobytes() for number in range(3)]
+
+    assert images("of_run") == images("given")
+    assert not set(images("given")) & set(images("other"))
+    assert Image.open(tmp_path / "file" / "00000.png").tobytes() == images("given")[1]  # the same seed, and prompt
+    assert Image.open(run / "samples" / "step-2.png").size[0] >= 512
 
 
 @pytest.mark.slow
@@ -441,15 +442,13 @@ def test_it_is_pushed_and_pulled_into_the_stock_pipeline_beside_a_style(run, tex
     assert (draw(both) - draw(pulled)).abs().max() > 1e-3
 
 
-def test_a_trainer_pushes_its_adapter(text_teachers, logged_in, tmp_path):
-    settings = {**SHORT, **GIVEN, **QUICK, "validation_steps": 1, "lora_rank": 4}
-    trainer = HSIVITrainer(str(text_teachers("sd")), HSIVIConfig(**settings, output_dir=str(tmp_path / "run")))
+def test_a_trainer_pushes_its_adapter(trainer, run, text_teachers, logged_in, tmp_path):
+    untrained = HSIVITrainer(str(text_teachers("sd")), HSIVIConfig(**{**SHORT, **GIVEN}, output_dir=str(tmp_path)))
     with pytest.raises(ValueError, match=r"no adapter to push yet: call train\(\) first"):
-        trainer.push_to_hub("alice/mine")
-    trainer.train()
+        untrained.push_to_hub("alice/mine")
     trainer.push_to_hub("alice/mine")
     assert with_adapter(text_teachers("sd"), "alice/mine").scheduler.depths == [2]
-    pushed, last = HfApi().hf_hub_download("alice/mine", "samples.png"), tmp_path / "run" / "samples" / "step-1.png"
+    pushed, last = HfApi().hf_hub_download("alice/mine", "samples.png"), run / "samples" / "step-2.png"
     assert Image.open(pushed).tobytes() == Image.open(last).convert("RGB").tobytes()
     text = f"The columns are of the prompts {', '.join(PROMPTS)}, in turn."
     assert text in ModelCard.load("alice/mine").text
@@ -463,8 +462,7 @@ def test_an_adapter_that_is_damaged_or_alone_is_refused(run, text_teachers, tmp_
     teacher = load_teacher(str(text_teachers("sd")))
     assert sorted(adapter_names(teacher.network, teacher.adapter)) == sorted(state)
     name = next(iter(state))
-    whole = (folder / ADAPTER).read_bytes()
-    (folder / ADAPTER).write_bytes(whole[:-100])
+    (folder / ADAPTER).write_bytes((folder / ADAPTER).read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{ADAPTER} is damaged .*: make it again, or remove it"):
         load_student(folder, teacher)
     for kept in ({}, {key: value for key, value in state.items() if key != name}):
@@ -570,6 +568,10 @@ def test_a_teacher_with_an_adapter_is_refused_and_one_it_was_merged_into_is_not(
 NO_LABEL = "has no free class embedding"
 
 
+TEXT = "prompts was given, and the teacher takes no text: leave it out"
+RANK = "no stock pipeline loads a LoRA of a .*: set lora_rank=0"
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
@@ -580,14 +582,8 @@ NO_LABEL = "has no free class embedding"
         ("dit", {"num_inference_steps": [1, 2]}, f"a DiTTransformer2DModel {NO_LABEL}"),
         ("dit", {"guidance_scale": [1.0, 2.0]}, f"a DiTTransformer2DModel {NO_LABEL}"),
         ("dit", {"noise_scale_type": "per_pixel"}, "needs a UNet2DModel, and the teacher is a DiTTransformer2DModel"),
-        *(
-            (kind, options, message)
-            for kind in ("pixels", "dit")
-            for options, message in (
-                (GIVEN, "prompts was given, and the teacher takes no text: leave it out"),
-                ({"lora_rank": 4}, "no stock pipeline loads a LoRA of a .*: set lora_rank=0"),
-            )
-        ),
+        *(("pixels", options, message) for options, message in ((GIVEN, TEXT), ({"lora_rank": 4}, RANK))),
+        *(("dit", options, message) for options, message in ((GIVEN, TEXT), ({"lora_rank": 4}, RANK))),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_prompts_are_encoded(
