@@ -33,6 +33,7 @@ from starlette.routing import Route
 
 ORGS = {"alice": ["org"], "bob": []}
 READS = ("GET", "HEAD")
+LOOPBACK = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 
 class HubError(Exception):
@@ -85,8 +86,6 @@ class Call:
     """What a handler is told of a request; `repo` is None where the address names none."""
 
     params: dict
-    query: dict
-    headers: dict
     body: bytes
     user: str | None
     repo: Repo | None
@@ -113,49 +112,28 @@ def file_sha(path, data):
     return hashlib.sha256(data).hexdigest() if is_lfs(path) else git_sha(data)
 
 
-def list_tree(files):
-    rows = []
-    for path, data in sorted(files.items()):
-        rows.append({"type": "file", "path": path, "size": len(data), "oid": git_sha(data)})
-        if is_lfs(path):
-            rows[-1]["lfs"] = {"oid": file_sha(path, data), "size": len(data), "pointerSize": 134}
-    return rows
-
-
 class Hub:
     """The server and its state: `with Hub() as hub:` runs it in a thread.
 
     Switches: `down` answers 503 to everything; `refuse_uploads` holds the numbers (from 1) of the PUTs of lfs files
     that are answered 403; `after_commit` is called after each commit, which then loses the connection instead of being
-    answered. Records: `requests`, pairs of method and path, and `uploads`, the sha256 of each lfs file stored. `stop()`
-    closes the port, as with no network.
+    answered. `uploads` records the sha256 of each lfs file stored. `stop()` closes the port, as with no network.
     """
 
     def __init__(self):
         self.tokens = {"hf_alice": "alice", "hf_bob": "bob"}
         self.repos = {}
         self.blobs = {}
-        self.requests = []
         self.uploads = []
         self.puts = 0
         self.refuse_uploads = set()
         self.after_commit = None
         self.down = False
-        self.port = 0
         self.app = Starlette(routes=self.routes(), exception_handlers={HubError: self.refuse})
 
     def __enter__(self):
-        return self.start()
-
-    def __exit__(self, *error):
-        self.stop()
-
-    def start(self):
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", self.port))
-        self.port = listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         # h11 is named because `drop` reaches into its connection, asgi3 because uvicorn misreads bound methods.
         options = {"http": "h11", "interface": "asgi3", "lifespan": "off", "timeout_graceful_shutdown": 1}
         self.server = uvicorn.Server(uvicorn.Config(self.serve, log_level="error", **options))
@@ -164,6 +142,9 @@ class Hub:
         while not self.server.started and self.thread.is_alive():
             time.sleep(0.005)
         return self
+
+    def __exit__(self, *error):
+        self.stop()
 
     def stop(self):
         self.server.should_exit = True
@@ -203,7 +184,7 @@ class Hub:
             if "name" in request.path_params:
                 repo = self.readable(request, user) if request.method in READS else self.writable(request, user)
             body = await request.body()
-            reply = handler(Call(request.path_params, request.query_params, request.headers, body, user, repo))
+            reply = handler(Call(request.path_params, body, user, repo))
             if handler == self.commit and self.after_commit:
                 self.after_commit()
                 await self.drop(request)
@@ -213,14 +194,11 @@ class Hub:
         return answer
 
     async def serve(self, scope, receive, send):
-        self.requests.append((scope["method"], scope["path"]))
         app = JSONResponse({"error": "Service Unavailable"}, 503) if self.down else self.app
         await app(scope, receive, send)
 
     async def refuse(self, request, error):
         return JSONResponse(error.body, error.status, error.headers)
-
-    # Who may do what.
 
     def user(self, request):
         """The name behind the token; None without a token."""
@@ -255,8 +233,6 @@ class Hub:
             raise HubError(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
         return repo
 
-    # Accounts and repositories.
-
     def whoami(self, call):
         if call.user is None:
             raise HubError(401, "Invalid credentials in Authorization header")
@@ -268,24 +244,19 @@ class Hub:
         """Asked without a token by `ModelCard.validate`."""
         return {"errors": [], "warnings": []}
 
-    def owned_name(self, call):
+    def create_repo(self, call):
         if call.user is None:
             self.ask_to_log_in(call.params)
         space = call.json.get("organization") or call.user
         if not self.owns(call.user, space):
             raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{space}"')
-        return f"{space}/{call.json['name']}"
-
-    def create_repo(self, call):
-        name = self.owned_name(call)
+        name = f"{space}/{call.json['name']}"
         if name in self.repos:
             raise HubError(409, "You already created this model repo", url=f"{self.url}/{name}")
         # huggingface_hub 0.34 says "private", later releases "visibility".
         private = bool(call.json.get("private")) or call.json.get("visibility") == "private"
         self.add_repo(name, author=call.user, private=private)
         return {"url": f"{self.url}/{name}", "name": name}
-
-    # Reading.
 
     def resolve(self, call):
         path, commit = call.params["path"], call.commit
@@ -305,15 +276,18 @@ class Hub:
         return {"id": repo.id, "author": repo.id.split("/")[0], "sha": commit.sha, **about}
 
     def tree(self, call):
-        return JSONResponse(list_tree(call.commit.files))
+        rows = []
+        for path, data in sorted(call.commit.files.items()):
+            rows.append({"type": "file", "path": path, "size": len(data), "oid": git_sha(data)})
+            if is_lfs(path):
+                rows[-1]["lfs"] = {"oid": file_sha(path, data), "size": len(data), "pointerSize": 134}
+        return JSONResponse(rows)
 
     def commits(self, call):
         return [
             {"id": at.sha, "title": at.title, "message": at.message, "date": at.date, "authors": [{"user": at.author}]}
             for at in (call.commit, *call.commit.parents)
         ]
-
-    # Writing.
 
     def create_branch(self, call):
         call.repo.branches[call.params["branch"]] = call.repo.find(call.json.get("startingPoint", "main"))
@@ -387,7 +361,7 @@ class Hub:
 
 
 @contextmanager
-def signed_in(hub, home, token="hf_alice", offline=False):
+def signed_in(hub, home, offline=False, token="hf_alice"):
     """Within it, the client of this process talks to the hub, and keeps its cache and logins under `home`."""
     settings = {
         "ENDPOINT": hub.url,
@@ -403,36 +377,15 @@ def signed_in(hub, home, token="hf_alice", offline=False):
         mock.patch.object(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, create=True),
         mock.patch.object(hf_api.api, "endpoint", hub.url),
         mock.patch.object(dynamic_modules_utils, "HF_MODULES_CACHE", str(home / "modules")),
-        mock.patch.dict(os.environ, {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_TOKEN": token or ""}),
+        mock.patch.dict(os.environ, {**LOOPBACK, "HF_TOKEN": token}),
     ):
+        # The client connects anew: some releases keep a session that was made offline. The second is of before 1.0.
+        forget_sessions = getattr(utils, "close_session", None) or utils.reset_sessions
         forget_sessions()
         try:
             yield
         finally:
             forget_sessions()
-
-
-def forget_sessions():
-    """Has the client of this process connect anew: some releases keep a session that was made offline."""
-    forget = getattr(utils, "close_session", None) or utils.reset_sessions  # before huggingface_hub 1.0
-    forget()
-
-
-def client_env(hub, home, token=None):
-    """The environment of a process whose client talks to the hub and keeps its cache and logins under `home`."""
-    foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
-    ours = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-        **({"HF_TOKEN": token} if token else {}),
-    }
-    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | ours
 
 
 FORKS = """
@@ -461,7 +414,10 @@ def run_clients(codes, hub, home):
     Returns the completed processes. They share one import, which takes longer than they do, and what `home` caches.
     """
     home.mkdir(parents=True, exist_ok=True)
-    options = {"env": client_env(hub, home), "cwd": home, "text": True, "check": True, "timeout": 600}
+    disabled = [f"HF_HUB_DISABLE_{what}" for what in ("XET", "TELEMETRY", "UPDATE_CHECK", "PROGRESS_BARS")]
+    ours = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), **LOOPBACK, **dict.fromkeys(disabled, "1")}
+    others = {name: text for name, text in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORM"))}
+    options = {"env": others | ours, "cwd": home, "text": True, "check": True, "timeout": 600}
     run = subprocess.run([sys.executable, "-c", FORKS], input=json.dumps(codes), stdout=subprocess.PIPE, **options)
     told = [[(home / f"{place}.{stream}").read_text() for stream in (1, 2)] for place in range(len(codes))]
     statuses = map(int, run.stdout.split())

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hsivi_diffusers import HSIVIPipeline, load_teacher
 from hsivi_diffusers.commands import evaluate
-from hsivi_diffusers.evaluation import features, report
+from hsivi_diffusers.evaluation import features, metrics, report
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.evaluation.figures import draw_samples
 from hsivi_diffusers.evaluation.images import load_images
@@ -46,7 +46,11 @@ def change(folder, **settings):
     return folder
 
 
-# ----- the report -----
+@pytest.fixture(scope="module", autouse=True)
+def few_compared():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(metrics, "MOST", 200)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +156,6 @@ def test_a_solver_that_diverges_loses_no_row_and_one_that_fails_none_before_it(r
     assert [(row["method"], row["not_finite"]) for row in rows if "fd" not in row] == [("UniPC", 1)]
 
 
-# ----- the reference -----
-
-
 def test_the_reference_is_the_teacher_from_other_noise(class_teacher):
     guided = Guided(load_teacher(str(class_teacher)))
     options = evaluate.Evaluation(reference_samples=8, reference_steps=3, batch_size=5, eval_seed=4)
@@ -191,7 +192,9 @@ def test_a_reference_that_nothing_can_be_compared_to_is_refused(teacher, options
         evaluate.load_reference(evaluate.Evaluation(**options), guided, None, 100)
 
 
-# ----- refusals -----
+@pytest.fixture
+def unloaded(monkeypatch):
+    monkeypatch.setattr(evaluate, "load_teacher", lambda *given: pytest.fail("the teacher was loaded"))
 
 
 @pytest.mark.parametrize(
@@ -212,16 +215,14 @@ def test_a_reference_that_nothing_can_be_compared_to_is_refused(teacher, options
         (["--feature_extractor=nowhere"], "feature_extractor='nowhere' holds no ImageClassifier"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(run_copy, monkeypatch, options, message):
-    monkeypatch.setattr(evaluate, "load_teacher", lambda *given: pytest.fail("the teacher was loaded"))
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(run_copy, unloaded, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate.main([f"--run_dir={run_copy}", *options])
     assert not (run_copy / "report.json").exists()
 
 
-def test_a_missing_package_is_refused_before_anything_is_loaded(run_copy, monkeypatch):
+def test_a_missing_package_is_refused_before_anything_is_loaded(run_copy, monkeypatch, unloaded):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(evaluate, "load_teacher", lambda *given: pytest.fail("the teacher was loaded"))
     with pytest.raises(ValueError, match="^matplotlib missing: pip install"):
         evaluate.main([f"--run_dir={run_copy}"])
 
@@ -250,9 +251,6 @@ def test_the_teacher_is_that_of_the_run_with_its_revision_unless_named(run_copy,
         with pytest.raises(KeyboardInterrupt):
             evaluate.main([*arguments(run_copy, extractor), *extra])
     assert asked == [("somebody/teacher", "v2"), ("other", None)]
-
-
-# ----- any run, with nothing but --run_dir -----
 
 
 class Means(torch.nn.Module):

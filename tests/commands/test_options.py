@@ -59,16 +59,13 @@ def test_defaults_are_those_of_the_dataclasses_and_lists_are_not_shared(parse):
     assert parse() == wanted
 
 
-def test_the_command_line_wins_over_a_file_and_this_over_settings_of_before(tmp_path):
+def test_the_command_line_wins_over_a_file_and_this_over_settings_of_before(tmp_path, monkeypatch):
     path = tmp_path / "options.yaml"
     path.write_text("rate: 0.5\nname: x")
     words, before = ["--config", str(path), "--steps=7", "--name", "y"], {"rate": 0.1, "steps": 9, "keep": True, "a": 1}
     (options,) = parse_options([Training], "About.", words, "quiz", before)
     assert (options.rate, options.steps, options.keep, options.name) == (0.5, 7, True, "y")
-
-
-def test_without_args_the_command_line_of_the_program_is_read(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["script", "--rate", "0.25"])
+    monkeypatch.setattr(sys, "argv", ["script", "--rate", "0.25"])  # which is read without words
     assert parse_options([Method, Training], "About.")[1].rate == 0.25
 
 

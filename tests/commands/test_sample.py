@@ -14,6 +14,7 @@ from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.commands import cli, sample
 from hsivi_diffusers.runs.artifacts import run_of
 from hsivi_diffusers.teachers import loading
+from short_run import contents
 
 
 @pytest.fixture
@@ -28,15 +29,11 @@ def draw(fast_run, tmp_path):
     return call
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def pixels(folder, number):
     return np.asarray(Image.open(folder / f"{number:05d}.png")).astype(int)
 
 
-def test_a_file_for_each_image_and_a_grid_of_the_first(draw, capsys):
+def test_a_file_for_each_image_and_a_grid_of_the_first(draw, capsys, monkeypatch):
     folder = draw("samples", "--num_samples=7", "--batch_size=3")
     assert sorted(os.listdir(folder)) == [*[f"{number:05d}.png" for number in range(7)], "grid.png"]
     grid = np.asarray(Image.open(folder / "grid.png").convert("L"))
@@ -47,6 +44,9 @@ def test_a_file_for_each_image_and_a_grid_of_the_first(draw, capsys):
         assert np.array_equal(cell[1:-1:8, 1:-1:8], pixels(folder, number))
         assert set(cell[0]) == {128}
     assert re.fullmatch(r"7 images in \S+samples, 6 of them in \S+grid.png\n", capsys.readouterr().out)
+    monkeypatch.setattr(sample, "MOST_SHOWN", 4)
+    assert Image.open(draw("few", "--num_samples=7", "--batch_size=3") / "grid.png").size == (2 * 66, 2 * 66)
+    assert capsys.readouterr().out.startswith("7 images in ")
 
 
 def test_classes_that_were_not_trained_are_drawn_when_they_are_named_alone(class_run, tmp_path, capsys):
@@ -64,10 +64,12 @@ def test_classes_that_were_not_trained_are_drawn_when_they_are_named_alone(class
     assert capsys.readouterr().out.endswith("; image i is of class number i % 21\n")
 
 
-def test_an_image_depends_on_its_own_seed_only(draw):
+def test_an_image_depends_on_its_own_seed_only(draw, fast_run):
     """Up to one grey level, for the rounding of a batched product may depend on the size of the batch."""
     whole, again = draw("whole", "--num_samples=4"), draw("again", "--num_samples=4")
-    assert contents(whole) == contents(again)
+    assert (
+        contents(whole) == contents(again) == contents(draw("pipeline", "--num_samples=4", run=fast_run / "pipeline"))
+    )
     parts, later = draw("parts", "--num_samples=4", "--batch_size=3"), draw("later", "--num_samples=2", "--seed=2")
     for number in range(4):
         assert abs(pixels(whole, number) - pixels(parts, number)).max() <= 1
@@ -132,19 +134,19 @@ def test_what_cannot_be_drawn_is_refused_before_weights_are_loaded(draw, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "message"),
     [
-        (["--class_label=1"], "this pipeline has no classes, leave it out"),
-        (["--prompt", "a cat"], "this pipeline takes no text, leave it out"),
-        (["--pipeline=digits_t4"], "--pipeline digits_t4 is no folder .* was not found on the Hub .*mean digits_t5"),
-        (["--pipeline=no/body"], "--pipeline no/body is no folder here and was not found on the Hub"),
+        ("--class_label=1", "this pipeline has no classes, leave it out"),
+        ("--prompt=a cat", "this pipeline takes no text, leave it out"),
+        ("--pipeline=digits_t4", "--pipeline digits_t4 is no folder .* was not found on the Hub .*mean digits_t5"),
+        ("--pipeline=no/body", "--pipeline no/body is no folder here and was not found on the Hub"),
     ],
 )
-def test_what_only_the_pipeline_or_the_hub_can_tell_is_refused_too(draw, tmp_path, monkeypatch, options, message):
+def test_what_only_the_pipeline_or_the_hub_can_tell_is_refused_too(draw, tmp_path, monkeypatch, option, message):
     (tmp_path / "digits_t5").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        draw("samples", *options)
+        draw("samples", option)
     assert not (tmp_path / "samples").exists()
 
 
@@ -159,13 +161,6 @@ def test_a_repo_id_reads_no_folder_of_this_machine(tmp_path, monkeypatch):
         assert run_of(name) == {"pretrained_teacher_model": "private"}
     monkeypatch.chdir(tmp_path / "user" / "pipeline")
     assert run_of(".") == {"pretrained_teacher_model": "private"}
-
-
-def test_a_run_stands_for_its_pipeline(draw, fast_run, tmp_path):
-    """All other tests here give the folder of the run."""
-    of_the_run = draw("run", "--num_samples=1")
-    cli.sample([f"--pipeline={fast_run / 'pipeline'}", f"--output_dir={tmp_path / 'same'}", "--num_samples=1"])
-    assert contents(of_the_run) == contents(tmp_path / "same")
 
 
 def test_a_filled_output_folder_is_refused_unless_overwritten(draw, tmp_path):
@@ -196,10 +191,3 @@ def test_images_are_written_as_they_are_drawn(draw, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         draw("samples", "--num_samples=7", "--batch_size=2")
     assert sorted(os.listdir(tmp_path / "samples")) == [f"{number:05d}.png" for number in range(4)]
-
-
-def test_the_contact_sheet_shows_the_first_of_many(draw, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "MOST_SHOWN", 4)
-    folder = draw("samples", "--num_samples=7", "--batch_size=3")
-    assert Image.open(folder / "grid.png").size == (2 * 66, 2 * 66)
-    assert capsys.readouterr().out.startswith("7 images in ")

@@ -68,8 +68,8 @@ def test_a_student_whose_images_are_not_finite_is_reported_too(report):
 def test_of_several_long_baselines_the_best_is_named(report):
     for method, nfe, value in (("HSIVI", 2, 0.3), ("DDIM", 4, 0.9), ("UniPC", 4, 0.1)):
         add(report, method, nfe, value)
-    text = report.closing_lines()
-    assert "KID x 1000 300.00 at 2 network calls; with the most calls, 4: UniPC, 100.00" in text
+    wanted = "KID x 1000 300.00 at 2 network calls; with the most calls, 4: UniPC, 100.00"
+    assert wanted in report.closing_lines()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from hsivi_diffusers.commands import cli
 from hsivi_diffusers.runs.page import LOG, PAGE
 from short_run import contents
 
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
 
 @pytest.fixture
 def train(arguments):
@@ -42,10 +44,7 @@ def test_a_finished_run_is_pushed_with_its_card(logged_in, fast_run, capsys, ref
     card = head.files["README.md"].decode()
     assert "preset fast" in card
     assert "base_model" not in card  # the teacher was a folder
-    assert (
-        head.files["unet/diffusion_pytorch_model.safetensors"]
-        == (fast_run / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()
-    )
+    assert head.files[WEIGHTS] == (fast_run / "pipeline" / WEIGHTS).read_bytes()
     text = refused(cli.main, arguments)
     assert "error: " in text
     assert "--hub_exist_ok" in text
@@ -56,23 +55,26 @@ def test_training_pushes_at_its_end_what_it_saved(logged_in, train, tmp_path, mo
     folder = tmp_path / "run"
     train(folder, "--hub_model_id=org/tiny", "--hub_token=hf_alice")
     files = logged_in.repos["org/tiny"].branches["main"].files
-    made, look, measure, draw, pushed = capsys.readouterr().out.splitlines()[-5:]
-    assert made.endswith(f"; the pipeline is in {folder / 'pipeline'}")
-    assert look == f"look at it: open {folder / 'index.html'} in a browser"
-    assert measure == f"measure it: hsivi evaluate --run_dir {folder}"
-    assert draw == f"draw from it: hsivi sample --pipeline {folder} --output_dir {folder / 'drawn'}"
+    *lines, pushed = capsys.readouterr().out.splitlines()[-5:]
+    assert lines[0].endswith(f"; the pipeline is in {folder / 'pipeline'}")
+    assert lines[1:] == [
+        f"look at it: open {folder / 'index.html'} in a browser",
+        f"measure it: hsivi evaluate --run_dir {folder}",
+        f"draw from it: hsivi sample --pipeline {folder} --output_dir {folder / 'drawn'}",
+    ]
     assert pushed.startswith("pushed to ")
-    saved = folder / "pipeline/unet/diffusion_pytorch_model.safetensors"
-    assert files["unet/diffusion_pytorch_model.safetensors"] == saved.read_bytes()
+    assert files[WEIGHTS] == (folder / "pipeline" / WEIGHTS).read_bytes()
     assert "hsivi" in files["README.md"].decode()
     for path in folder.glob("*.json"):
         assert "hf_alice" not in path.read_text()
 
 
-def test_a_name_that_cannot_be_pushed_to_is_refused_before_the_training(logged_in, train, fast_run, tmp_path, refused):
+def test_what_cannot_be_pushed_to_or_from_is_refused_before_the_training(logged_in, train, fast_run, tmp_path, refused):
     folder = shutil.copytree(fast_run, tmp_path / "run")
     assert "push under your own name" in refused(train, folder, "--hub_model_id=bob/tiny", "--overwrite_output_dir")
+    assert "is not empty" in refused(train, folder, "--hub_model_id=alice/tiny")
     assert contents(folder) == contents(fast_run)
+    assert "alice/tiny" not in logged_in.repos  # none is made where the folder is refused
 
 
 def test_a_push_that_fails_leaves_the_pipeline_and_says_how_to_push_it(logged_in, train, tmp_path, refused):
@@ -102,10 +104,3 @@ def test_a_run_begun_anew_forgets_the_report_of_the_old_one(distil, fast_run, tm
     distil(folder, "--overwrite_output_dir", max_train_steps=1, critic_updates=1)
     left = {"checkpoints", "critic", "notes.txt", "options.json", "pipeline", "training.json"}
     assert {path.name for path in folder.iterdir()} == {".lock", PAGE, LOG, *left}
-
-
-def test_no_repo_is_made_where_the_folder_is_refused(train, tmp_path, refused, logged_in):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").touch()
-    assert "is not empty" in refused(train, tmp_path / "mine", "--hub_model_id=alice/tiny")
-    assert "alice/tiny" not in logged_in.repos

@@ -20,6 +20,8 @@ from tiny_unet import make_unet
 
 GRID = [900, 600, 300, 40]
 RANGE = 0.7
+CLIPS = {"clip_sample": True, "clip_sample_range": RANGE}
+THRESHOLD = {"thresholding": True, "sample_max_value": 2.0}
 SAID = "% of the pixels of the teacher's images, in 20 steps, are outside [-1, 1]"
 
 
@@ -52,10 +54,7 @@ def draw(solver, network):
 @pytest.mark.parametrize("method", ["DPM-Solver++", "DPM-Solver++ SDE", "UniPC", "DEIS", "SA-Solver"])
 def test_a_solver_draws_what_it_would_of_a_network_that_clips(method, prediction_type):
     options = {"prediction_type": prediction_type, "clip_sample": False}
-    plain, clips = (
-        DDPMScheduler(**options),
-        DDPMScheduler(**options | {"clip_sample": True, "clip_sample_range": RANGE}),
-    )
+    plain, clips = DDPMScheduler(**options), DDPMScheduler(**options | CLIPS)
 
     def drawn(teacher, scheduler):
         network = teacher(HSIVIScheduler.from_config(plain.config))
@@ -65,11 +64,7 @@ def test_a_solver_draws_what_it_would_of_a_network_that_clips(method, prediction
     torch.testing.assert_close(drawn(Loud, clips), drawn(Clipped, plain), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"clip_sample": True, "clip_sample_range": RANGE}, {"thresholding": True, "sample_max_value": 2.0}, {}],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", [CLIPS, THRESHOLD, {}])
 @pytest.mark.parametrize(("method", "kind"), [("DDPM", DDPMScheduler), ("DDIM, eta 1", DDIMScheduler)])
 def test_ddpm_and_ddim_clip_as_those_of_diffusers(method, kind, settings):
     stock = kind(**{"clip_sample": False} | settings)
@@ -78,7 +73,7 @@ def test_ddpm_and_ddim_clip_as_those_of_diffusers(method, kind, settings):
     assert torch.equal(draw(solver, network), draw(stock, network))
 
 
-@pytest.mark.parametrize("settings", [{"clip_sample": True}, {"thresholding": True, "sample_max_value": 2.0}], ids=str)
+@pytest.mark.parametrize("settings", [{"clip_sample": True}, THRESHOLD])
 @pytest.mark.parametrize("method", ["DPM-Solver++", "UniPC", "DEIS"])
 def test_a_solver_that_is_saved_clips_by_itself(method, settings, tmp_path):
     """A threshold of at most 1, the usual `sample_max_value`, clips to [-1, 1]."""
@@ -112,24 +107,21 @@ def test_a_pipeline_in_memory_clips_as_it_does_when_it_is_loaded(tmp_path, clip_
 
 @pytest.fixture(scope="module")
 def stock():
-    """A teacher after a few seconds, the images of whose solvers are noise without clipping."""
+    """A teacher, the images of whose solvers are noise without clipping."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return train_stock(100)
+        return train_stock(50)
 
 
 @pytest.mark.parametrize("clips", [True, False])
-def test_pairs_are_in_range_where_the_teacher_clips(make_state, stock, clips):
+def test_pairs_are_in_range_where_the_teacher_clips_and_else_a_run_says_so(
+    make_state, distil, stock, tmp_path, capsys, clips
+):
     pipeline = DDPMPipeline(stock.unet, DDPMScheduler(clip_sample=clips))
-    state = make_state(pipeline, num_inference_steps=1, preset="one_call", num_pairs=16)
-    outside = state.pairs(0).outside
+    outside = make_state(pipeline, num_inference_steps=1, preset="one_call", num_pairs=16).pairs(0).outside
     assert outside == 0 if clips else outside > 0.5
-
-
-@pytest.mark.parametrize("clips", [True, False])
-def test_a_run_says_that_its_teacher_draws_noise(distil, stock, tmp_path, capsys, clips):
-    DDPMPipeline(stock.unet, DDPMScheduler(clip_sample=clips)).save_pretrained(tmp_path / "teacher")
-    distil(tmp_path / "run", pretrained_teacher_model=tmp_path / "teacher", max_train_steps=2, validation_steps=1)
+    pipeline.save_pretrained(tmp_path / "teacher")
+    distil(tmp_path / "run", pretrained_teacher_model=tmp_path / "teacher", max_train_steps=1, validation_steps=1)
     assert capsys.readouterr().out.count(SAID) == (not clips)
 
 

@@ -24,6 +24,7 @@ from short_run import train
 from tiny_dit import make_dit
 
 NONE = 3  # the last of four labels
+QUICK = {"max_train_steps": 1, "critic_updates": 1}
 DRAW = {"guidance_scale": 1.0, "num_inference_steps": 2, "output_type": "np"}
 
 
@@ -106,16 +107,15 @@ def test_the_student_is_a_stock_pipeline_with_our_scheduler(student, run, dit_te
 
 
 def test_without_noise_images_follow_from_the_generator_alone(dit_teacher, tmp_path):
-    pipeline = train(dit_teacher, tmp_path / "run", noise_eta=0.0, guidance_scale=4.0).pipeline
+    pipeline = train(dit_teacher, tmp_path / "run", noise_eta=0.0, guidance_scale=4.0, **QUICK).pipeline
     pipeline.set_progress_bar_config(disable=True)
     first, again = (pipeline([0, 1], generator=torch.Generator().manual_seed(5), **DRAW).images for _ in range(2))
     assert (first == again).all()
 
 
 def test_a_dit_without_a_learned_variance_makes_a_student_that_draws(stock, tmp_path):
-    config = {**stock.transformer.config, "out_channels": None}
-    stock.transformer = DiTTransformer2DModel.from_config(config).eval()
-    train(stock, tmp_path / "run")
+    stock.transformer = DiTTransformer2DModel.from_config({**stock.transformer.config, "out_channels": None}).eval()
+    train(stock, tmp_path / "run", **QUICK)
     assert DiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")([0, 1], **DRAW).images.shape == (2, 16, 16, 3)
 
 
@@ -129,26 +129,17 @@ def test_the_old_name_of_the_class_is_known(dit_teacher, tmp_path):
 
 
 def test_a_subclass_is_as_good(stock):
-    class Mine(DiTPipeline):
-        pass
-
-    class MyTransformer(DiTTransformer2DModel):
-        pass
-
-    mine = Mine(MyTransformer.from_config(stock.transformer.config), stock.vae, stock.scheduler)
-    assert isinstance(load_teacher(mine).network, MyTransformer)
+    mine, my_transformer = type("Mine", (DiTPipeline,), {}), type("MyTransformer", (DiTTransformer2DModel,), {})
+    pipeline = mine(my_transformer.from_config(stock.transformer.config), stock.vae, stock.scheduler)
+    assert isinstance(load_teacher(pipeline).network, my_transformer)
 
 
-def test_a_run_goes_on_from_another(run, dit_teacher, distil, tmp_path):
-    distil(tmp_path / "next", pretrained_teacher_model=dit_teacher, init_from=run)
-    assert (tmp_path / "next" / "pipeline" / "transformer").is_dir()
-
-
-def test_one_step_starts_with_pairs(dit_teacher, distil, tmp_path, monkeypatch):
+def test_one_step_goes_on_from_another_run_and_starts_with_pairs(run, dit_teacher, distil, tmp_path, monkeypatch):
     monkeypatch.setattr(updates, "PAIR_STEPS", 2)
-    options = {"num_inference_steps": 1, "num_pairs": 8}
-    folder = distil(tmp_path / "run", pretrained_teacher_model=dit_teacher, **options)
+    options = {**QUICK, "num_inference_steps": 1, "num_pairs": 8}
+    folder = distil(tmp_path / "next", pretrained_teacher_model=dit_teacher, init_from=run, **options)
     assert json.loads((folder / "training.json").read_text())["network_calls"] > 8 * 15
+    assert (folder / "pipeline" / "transformer").is_dir()
 
 
 @pytest.mark.slow
@@ -163,11 +154,9 @@ def test_it_is_planned_with_its_vae(dit_teacher, make_config, capsys):
 
 
 def test_the_command_draws_each_image_by_its_own_seed(run, tmp_path):
-    for batch in (2, 5):
-        cli.main(
-            ["sample", f"--pipeline={run}", f"--output_dir={tmp_path / str(batch)}", "--num_samples=5"]
-            + [f"--batch_size={batch}", "--class_label", "1", "2"]
-        )
+    sample = ["sample", f"--pipeline={run}", "--num_samples=5", "--class_label", "1", "2"]
+    for batch in ("2", "5"):
+        cli.main([*sample, f"--output_dir={tmp_path / batch}", f"--batch_size={batch}"])
     for number in range(5):
         one, two = (Image.open(tmp_path / batch / f"{number:05d}.png") for batch in ("2", "5"))
         difference = max(abs(a - b) for a, b in zip(one.tobytes(), two.tobytes(), strict=True))
@@ -191,7 +180,7 @@ def test_it_is_pushed_and_pulled_by_the_stock_pipeline(run, student, logged_in):
     assert "a larger `guidance_scale` would guide a second time" in card
 
 
-def test_damaged_weights_of_a_student_are_named(run, tmp_path, capsys):
+def test_damaged_weights_of_a_student_are_named(run, tmp_path):
     folder = shutil.copytree(run / "pipeline", tmp_path / "damaged")
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge
 from hsivi_diffusers.commands import cli, evaluate
-from hsivi_diffusers.distillation import updates
+from hsivi_diffusers.distillation import progress, updates
 from hsivi_diffusers.distillation.config import read_settings
 from hsivi_diffusers.distillation.networks import carry_over, make_networks
 from hsivi_diffusers.distillation.pairs import TeacherPairs
@@ -25,6 +26,7 @@ from short_run import SETTINGS, train
 from tiny_unet import make_unet
 
 GRID = [440, 220, 10]
+QUICK = {"max_train_steps": 1, "critic_updates": 1, "lr_warmup_steps": 0}
 NONE = 3  # the last of four labels
 
 
@@ -42,10 +44,14 @@ def teacher():
 @pytest.fixture(autouse=True)
 def short_fits(monkeypatch):
     monkeypatch.setattr(updates, "PAIR_STEPS", 2)
+    monkeypatch.setattr(progress, "TEACHER_STEPS", 2)
 
 
-def bridge_of(teacher, scales, **options):
-    return TeacherBridge(teacher, HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0, guidance_scale=scales), **options)
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """The trainer of a finished run of two scales, with its teacher."""
+    teacher = DDPMPipeline(unet=make_unet(num_class_embeds=4), scheduler=DDPMScheduler())
+    return teacher, train(teacher, tmp_path_factory.mktemp("several") / "run", guidance_scale=[1.0, 3.0], **QUICK)
 
 
 @pytest.mark.parametrize("scales", [[3.0], [1.0, 2.0, 5.0]])
@@ -70,14 +76,6 @@ def test_decaying_guidance_is_whole_without_noise_and_none_from_its_end_on(teach
         torch.testing.assert_close(decaying(x, times, condition), wanted)
 
 
-@pytest.mark.parametrize(("scales", "calls"), [(None, 1), (3.0, 2), ([1.0, 3.0], 2)])
-def test_a_guided_score_is_two_calls_of_the_teacher(teacher, scales, calls):
-    seen = []
-    teacher.network.register_forward_hook(lambda *_: seen.append(1))
-    bridge_of(teacher, scales).score(torch.randn(2, 1, 8, 8), torch.tensor([10, 100]), torch.tensor([0, 1]))
-    assert len(seen) == calls
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_guidance_is_computed_in_the_precision_of_x(dtype):
     """Of a network in half precision: 1 for the class, 0 for none."""
@@ -96,26 +94,25 @@ def test_guidance_is_computed_in_the_precision_of_x(dtype):
     assert found[0, 0, 0, 0] == torch.tensor(1 + 6.5 * (1 - 323 / 440))
 
 
-@pytest.mark.parametrize("scales", [3.0, [1.0, 2.0, 5.0]])
-def test_the_score_of_the_bridge_is_that_of_the_guided_teacher(teacher, scales):
-    bridge = bridge_of(teacher, scales, decay_guidance=True)
+@pytest.mark.parametrize(("scales", "calls", "classes"), [(None, 1, 4), (3.0, 2, 3), ([1.0, 2.0, 5.0], 2, 3)])
+def test_the_score_of_the_bridge_is_that_of_the_guided_teacher_in_two_calls(teacher, scales, calls, classes):
+    seen, scheduler = [], HSIVIScheduler(layer_timesteps=GRID, noise_eta=1.0, guidance_scale=scales)
+    bridge = TeacherBridge(teacher, scheduler, decay_guidance=scales is not None)
     x, level = torch.randn(6, 1, 8, 8), torch.tensor([10, 100, 300, 500, 700, 800])
     condition = torch.arange(6) % (3 * len(bridge.scales))
     output = Guided(teacher, bridge.scales, GRID[0])(x, level, condition)
-    _, sigma = bridge.scheduler.alpha_sigma(level, x)
+    _, sigma = scheduler.alpha_sigma(level, x)
+    teacher.network.register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(bridge.score(x, level, condition), -output / sigma, rtol=1e-3, atol=1e-4)
-    assert bridge.num_classes == 3
+    assert (len(seen), bridge.num_classes) == (calls, classes)
 
 
 def test_the_guidance_of_a_bridge_ends_where_its_highest_grid_starts(teacher):
     scheduler = HSIVIScheduler(layer_timesteps=[[200, 10], [440, 220, 10]], noise_eta=1.0, guidance_scale=3.0)
-    assert [TeacherBridge(teacher, scheduler, decay_guidance=decays).guidance_end for decays in (True, False)] == [
-        440,
-        None,
-    ]
-    flow = HSIVIScheduler(
-        layer_timesteps=[999, 500, 10], prediction_type="flow_prediction", shift=3.0, guidance_scale=3.0
-    )
+    ends = [TeacherBridge(teacher, scheduler, decay_guidance=decays).guidance_end for decays in (True, False)]
+    assert ends == [440, None]
+    options = {"prediction_type": "flow_prediction", "shift": 3.0, "guidance_scale": 3.0}
+    flow = HSIVIScheduler(layer_timesteps=[999, 500, 10], **options)
     bridge = TeacherBridge(Pixels(teacher.network, flow, (1, 8, 8), 4), flow, decay_guidance=True)
     assert bridge.guidance_end == 1000  # a time of the network
     x, sigma = torch.randn(2, 1, 8, 8), flow.alpha_sigma(torch.tensor([500]), torch.zeros(1))[1].item()
@@ -132,7 +129,7 @@ def test_pairs_and_the_row_of_the_teacher_have_the_guidance_of_the_training(pipe
         made(self, guided, *given, **named)
 
     monkeypatch.setattr(TeacherPairs, "__init__", note)
-    more = {"num_pairs": 8, "num_inference_steps": 1, "validation_steps": 5, "decay_guidance": decays}
+    more = {**QUICK, "num_pairs": 8, "num_inference_steps": 1, "validation_steps": 1, "decay_guidance": decays}
     trainer = train(pipeline, tmp_path / "run", guidance_scale=3.0, **more)
     (start, *_) = trainer.pipeline.scheduler.trained_grids[0]
     assert ends == [start if decays else None] * 2
@@ -154,14 +151,10 @@ def test_a_student_of_several_scales_starts_farther_from_no_class_the_larger_the
             torch.testing.assert_close(network(x, 100, class_labels=2 * classes + place).sample, wanted)
 
 
-# ----- a run -----
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("scales", [3.0, [1.0, 3.0]])
+@pytest.mark.parametrize(("scales", "steps"), [(3.0, 2), ([1.0, 3.0], 1)])
 def test_a_guided_student_is_trained_and_draws_at_its_scale(pipeline, tmp_path, steps, scales):
-    pairs = {"num_pairs": 8} if steps == 1 else {}
-    train(pipeline, tmp_path / "run", num_inference_steps=steps, guidance_scale=scales, validation_steps=2, **pairs)
+    options = {**QUICK, "num_inference_steps": steps, "num_pairs": 0 if steps == 2 else 8, "validation_steps": 1}
+    train(pipeline, tmp_path / "run", guidance_scale=scales, **options)
     student = HSIVIPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert (student.num_classes, student.scheduler.config.guidance_scale) == (3, scales)
 
@@ -200,32 +193,22 @@ def test_what_is_refused(tmp_path, classes, options, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_goes_on_with_the_same_several_scales_alone(pipeline, tmp_path):
-    train(pipeline, tmp_path / "first", guidance_scale=[1.0, 3.0])
+def test_a_run_goes_on_with_the_same_several_scales_alone(several, tmp_path):
+    pipeline, run = several[0], several[1].config.output_dir
     for other in ([1.0, 7.0], 3.0, None):
         with pytest.raises(ValueError, match=r"was trained with guidance_scale=\[1.0, 3.0\], and the new run has"):
-            train(pipeline, tmp_path / "other", guidance_scale=other, init_from=str(tmp_path / "first"))
+            train(pipeline, tmp_path / "other", guidance_scale=other, init_from=run)
     teacher = load_teacher(pipeline)
     config = HSIVIConfig(num_inference_steps=1, guidance_scale=[1.0, 3.0])
     networks = make_networks(teacher, teacher.network, teacher.network, config)
-    carry_over(networks, tmp_path / "first")
-    saved = UNet2DModel.from_pretrained(tmp_path / "first" / "critic")
+    carry_over(networks, Path(run))
+    saved = UNet2DModel.from_pretrained(run, subfolder="critic")
     assert torch.equal(networks.critic.class_embedding.weight, saved.class_embedding.weight)
-
-
-# ----- sharing and measuring -----
-
-
-def test_the_card_names_the_scales(pipeline, tmp_path):
-    student = train(pipeline, tmp_path / "run", guidance_scale=[1.0, 3.0])
-    text = make_card(student.pipeline, "user/name", {"options": {}, "training": {}, "report": {}}).text
-    assert "1.0 or 3.0" in text
-    assert "guidance_scale=3.0" in text
 
 
 def test_a_guided_student_is_measured_against_guided_solvers_of_two_calls_a_step(pipeline, tmp_path, extractor):
     pipeline.save_pretrained(tmp_path / "teacher")
-    train(tmp_path / "teacher", tmp_path / "run", guidance_scale=3.0)
+    train(tmp_path / "teacher", tmp_path / "run", guidance_scale=3.0, **QUICK)
     sizes = ["--num_samples=20", "--reference_samples=20", "--reference_steps=2", "--ddpm_steps=3", "--ddim_steps=0"]
     evaluate.main([f"--run_dir={tmp_path / 'run'}", f"--feature_extractor={extractor}", *sizes, "--solver_steps=2"])
     rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
@@ -245,8 +228,11 @@ def test_solvers_are_compared_at_the_calls_of_the_student(teacher):
         assert {solver.num_steps * calls for _, _, solver, _ in rows[1:]} == {4, 8}
 
 
-def test_the_command_samples_with_the_scale_asked_for(pipeline, tmp_path, capsys):
-    student = train(pipeline, tmp_path / "run", guidance_scale=[1.0, 3.0]).pipeline
+def test_the_command_samples_with_the_scale_asked_for_and_the_card_names_the_scales(several, tmp_path, capsys):
+    student = several[1].pipeline
+    text = make_card(student, "user/name", {"options": {}, "training": {}, "report": {}}).text
+    assert "1.0 or 3.0" in text
+    assert "guidance_scale=3.0" in text
     nn.init.normal_(student.unet.class_embedding.weight, std=5.0)  # so that the scale shows
     student.save_pretrained(tmp_path / "student")
     common = ["sample", f"--pipeline={tmp_path / 'student'}", "--num_samples=3"]

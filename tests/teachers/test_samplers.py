@@ -15,6 +15,7 @@ from short_run import pipeline_of
 from tiny_unet import make_unet
 
 KINDS = ["DDPM", "DDIM, eta 1", "DDIM", "DPM-Solver++", "UniPC"]  # on the grids of diffusers
+ETA = {"eta": 1.0}
 METHODS = [*KINDS, "DPM-Solver++, few-step grid", "UniPC, few-step grid"]
 
 
@@ -69,7 +70,7 @@ def test_every_method_starts_each_batch_from_the_same_noise(teacher, fast_run):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("method", "kind", "settings"), [("DDPM", DDPMPipeline, {}), ("DDIM, eta 1", DDIMPipeline, {"eta": 1.0})]
+    ("method", "kind", "settings"), [("DDPM", DDPMPipeline, {}), ("DDIM, eta 1", DDIMPipeline, ETA)]
 )
 def test_a_solver_is_that_of_diffusers(solver, teacher, method, kind, settings):
     pipeline = kind.from_pretrained(teacher)
@@ -122,11 +123,9 @@ def test_sample_goes_by_batches_and_follows_its_seed():
 @pytest.mark.parametrize("method", [*KINDS, "DEIS"])
 def test_the_labels_go_to_the_network(class_teacher, method):
     loaded, given = load_teacher(str(class_teacher)), []
-    loaded.network.register_forward_pre_hook(
-        lambda module, args, kwargs: given.append(kwargs["class_labels"]), with_kwargs=True
-    )
-    sampler = make_solver(method, 2, Guided(loaded))
-    batches = [*sample(sampler, 5, 4, seed=0, num_classes=3)]
+    hook = loaded.network.register_forward_pre_hook
+    hook(lambda module, args, kwargs: given.append(kwargs["class_labels"]), with_kwargs=True)
+    batches = [*sample(make_solver(method, 2, Guided(loaded)), 5, 4, seed=0, num_classes=3)]
     assert [labels.tolist() for labels in given] == [[0, 1, 2, 0]] * 2 + [[1]] * 2
     assert [len(batch) for batch in batches] == [4, 1]
 
