@@ -503,6 +503,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """Whether the noise levels are those of a rectified flow."""
         return bool(self.config.prediction_type == "flow_prediction")
 
+    @property
+    def is_euler(self) -> bool:
+        """Whether the layers of the trained grids are the steps of FlowMatchEulerDiscreteScheduler of diffusers."""
+        ends = {grid[-1] for grid in self.trained_grids}
+        return self.is_flow and self.config.noise_eta == 0 and self.config.kernel == "ddim" and ends == {-1}
+
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
         """Returns the sample unchanged; other schedulers scale it here."""
         return sample

@@ -139,7 +139,7 @@ def make_adapter_card(
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in call.items()
     )
     usage = ADAPTER_USE.format(**about, guidance=guidance)
-    if scheduler.is_flow and scheduler.config.noise_eta == 0 and scheduler.trained_grids[-1][-1] == -1:
+    if scheduler.is_euler:
         sigmas = [round(u, 6) for u in scheduler.unshifted_sigmas]
         usage += EULER_USE.format(**about, shift=scheduler.config.shift, sigmas=sigmas)
     sections = [
