@@ -19,7 +19,7 @@ WORKERS ?= 2
 # One thread: on a small, busy machine two are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-text test test-slow benchmark benchmark-noise benchmark-kinds benchmark-text docs lint format clean
+.PHONY: demo demo-text test coverage test-slow benchmark benchmark-noise benchmark-kinds benchmark-text docs lint format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {v} was found: make {sys.argv[1]} PYTHON=python3.12")' "$(or $(MAKECMDGOALS),demo)"
@@ -40,7 +40,11 @@ demo-text: $(VENV)/installed
 		--output_dir $(RUN)/drawn --overwrite_output_dir true
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-fail-under=95
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(TEST)
+
+# A third slower than without
+coverage:
+	$(MAKE) test TEST="--cov --cov-fail-under=95"
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet $(PIP_PINS) "bitsandbytes>=0.50"
