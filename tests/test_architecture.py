@@ -76,7 +76,7 @@ def words(path):
 
 
 def test_only_a_teacher_knows_its_kind():
-    """What is asked of a kind of model, or of a noise schedule, is answered in the folder `teachers`."""
+    """Only the folder `teachers` distinguishes kinds of models and of noise schedules."""
     kinds = {name for kind in KINDS for name in (kind.__name__, kind.network_class.__name__, *kind.pipelines)}
     asked = kinds | {"is_flow", "vae"}
     for path in FILES:

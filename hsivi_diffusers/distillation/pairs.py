@@ -92,16 +92,16 @@ class TeacherPairs:
         self.noise, self.condition = noise.cpu(), None if condition is None else condition.cpu()
         schedule, clips = teacher.teacher.schedule, teacher.teacher.clips
         solver, _ = make_scheduler("UniPC", schedule, clock_of(schedule).pair_levels(num_steps))
-        images = torch.empty_like(self.noise[:0]) if made is None else made
-        rest = None if self.condition is None else self.condition[len(images) :]
-        todo = batches(self.noise[len(images) :], rest, batch_size) if len(images) < len(noise) else []
+        parts = [torch.empty_like(self.noise[:0]) if made is None else made]
+        done = len(parts[0])
+        rest = None if self.condition is None else self.condition[done:]
+        todo = batches(self.noise[done:], rest, batch_size) if done < len(noise) else []
         for x, rows in bar(todo, "pairs", leave=False, disable=not show):
             if stop():
-                raise InterruptedRunError(images)
+                raise InterruptedRunError(torch.cat(parts))
             rows = None if rows is None else rows.to(self._device)
-            end = run_solver(teacher, solver, x.to(self._device), num_steps, rows).cpu()
-            images = torch.cat([images, end])
-        self.made = images
+            parts.append(run_solver(teacher, solver, x.to(self._device), num_steps, rows).cpu())
+        self.made = images = torch.cat(parts)
         self.outside = (images.abs() > 1.05).float().mean().item()
         self.end = images.clamp(-1, 1) if clips else images
         if lost := int((~self.end.isfinite()).flatten(1).any(1).sum()):

@@ -290,7 +290,7 @@ class TrainingState:
         return student.eval()
 
     def check_finite(self, step: int) -> None:
-        """Raises DivergenceError if a weight is not finite after so many updates."""
+        """Raises DivergenceError if a weight is not finite after this number of updates."""
         weights = {"the layers": trained(self.layers), "the critic": trained(self.critic)}
         for name, parameters in {**weights, "the average": self.ema.shadow_params}.items():
             if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):

@@ -124,7 +124,7 @@ def to_model_range(images: torch.Tensor) -> torch.Tensor:
 
 
 def enlarge(image: Image.Image, width: int) -> Image.Image:
-    """A small image, its pixels as squares, about so many pixels wide."""
+    """A small image, its pixels as squares, about `width` pixels wide."""
     return ImageOps.scale(image, max(1, width // image.width), Image.Resampling.NEAREST)
 
 

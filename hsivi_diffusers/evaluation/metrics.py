@@ -132,7 +132,7 @@ class Measures:
         return spacing
 
     def _distance(self, images: torch.Tensor, skip: int = 0) -> float:
-        """Median distance to the nearest real image, but for so many that are nearer."""
+        """Median distance to the nearest real image, or with `skip` to the next one after as many."""
         from sklearn.neighbors import NearestNeighbors
 
         real, rows = self.real.flatten(1), images.flatten(1)
@@ -196,7 +196,7 @@ def _small(images: torch.Tensor) -> torch.Tensor:
 
 
 def _choose(size: int, most: int) -> torch.Tensor:
-    """All rows, or so many of them by a fixed seed."""
+    """All rows, or at most `most` of them by a fixed seed."""
     return torch.arange(size) if size <= most else _shuffle(size)[:most]
 
 

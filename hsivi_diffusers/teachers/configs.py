@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +56,8 @@ def read_configs(name: str, revision: str | None) -> Configs:
     """
     check_spelling(name)
     index: dict[str, Any] = {}
-    with suppress(OSError):  # which network and scheduler can do without
+    # Network and scheduler are enough for a plan, but not if the index is damaged.
+    with nullcontext() if (Path(name) / "model_index.json").is_file() else suppress(OSError):
         index = DiffusionPipeline.load_config(name, revision=revision)
     check_pipeline(repr(name), index.get("_class_name"), index)
     parts = parts_of(index) or {"unet", "scheduler"}
@@ -148,7 +149,7 @@ def schedule_of(name: str, configs: Configs, knows_size: bool = False) -> HSIVIS
 
 
 def check_agreement(name: str, part: str, configs: Configs, outputs: int) -> None:
-    """Refuses a network, of so many output channels, and a scheduler that cannot have been trained together."""
+    """Refuses a network with this number of outputs and a scheduler that cannot have been trained together."""
     config, channels = configs.network, configs.network["in_channels"]
     if outputs not in (channels, 2 * channels):
         raise ValueError(

@@ -118,20 +118,25 @@ def fit(
     def update(
         player: str, module: nn.Module, optimizer: Optimizer, make: Callable[[int], _Rows], step: int, move: bool = True
     ) -> Update:
-        made = []
+        made, finite = list[_Rows](), list[Tensor]()
         for micro_batch in range(len(chains)):
             with nullcontext() if micro_batch == len(chains) - 1 else no_sync(module):
                 rows = make(micro_batch)
                 mean = (rows.share * rows.loss).mean()
-                if not bool(torch.isfinite(mean)):
-                    raise DivergenceError(f"the loss of the {player}", step, _layers_of([rows]))
                 backward(mean / len(chains))
             made.append(rows)
+            finite.append(mean.detach().isfinite())
         norm = None
         if move:  # else Adam would average zeros into its moments
             norm = clip_grad_norm(module.parameters()) if clip_grad_norm else None
-            if not (skips_overflows or bool(torch.isfinite(_grad_norm(module) if norm is None else norm))):
-                raise DivergenceError(f"the gradient of the {player}", step, _layers_of(made))
+            if not skips_overflows:
+                finite.append((_grad_norm(module) if norm is None else norm).isfinite().to(finite[0].device))
+        good = torch.stack(finite).tolist()  # the one wait for a GPU; of the losses, then of the gradient
+        if bad := [rows for rows, each in zip(made, good, strict=False) if not each]:
+            raise DivergenceError(f"the loss of the {player}", step, _layers_of(bad))
+        if not good[-1]:
+            raise DivergenceError(f"the gradient of the {player}", step, _layers_of(made))
+        if move:
             optimizer.step()
         optimizer.zero_grad()
         return Update(torch.cat([rows.t for rows in made]), torch.cat([rows.loss.detach() for rows in made]), norm)

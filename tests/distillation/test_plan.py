@@ -252,6 +252,9 @@ def test_the_configs_of_a_teacher_may_lie_in_one_folder(tiny_teacher, tmp_path):
 def test_a_teacher_without_configs_is_refused(planned, tmp_path):
     with pytest.raises(ValueError, match="has no config of a unet.*give a folder or repo id"):
         planned(pretrained_teacher_model=tmp_path)
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match="model_index.json' is not a valid JSON file"):
+        planned(pretrained_teacher_model=tmp_path)
 
 
 def test_the_meter_forgets_what_is_gone():
