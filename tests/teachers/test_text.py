@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors import safe_open
@@ -34,6 +34,7 @@ from short_run import SETTINGS as SHORT
 from short_run import train
 from tiny_dit import make_dit
 from tiny_text import KINDS, PROMPTS, make_text
+from tiny_unet import make_unet
 
 CPU = torch.device("cpu")
 GIVEN = {"prompts": PROMPTS, "guidance_scale": 3.0}
@@ -232,8 +233,35 @@ def test_the_size_of_images_is_given_as_the_stock_call_gives_it():
     pixart = load_teacher(make_text("pixart"))
     assert pixart.sizes() == {}
     pixart.network.use_additional_conditions = True
+    pixart.resize([16, 32])
     sizes = pixart.sizes()
-    assert (sizes["resolution"].tolist(), sizes["aspect_ratio"].tolist()) == ([[16, 16]], [[1.0]])
+    assert (sizes["resolution"].tolist(), sizes["aspect_ratio"].tolist()) == ([[16, 32]], [[0.5]])
+
+
+def test_a_run_has_the_size_that_is_asked_for(kind, tmp_path):
+    trainer = train(make_text(kind), tmp_path, **GIVEN, resolution=[16, 24], max_train_steps=1, lr_warmup_steps=0)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    images = trainer.state.teacher.draw(trainer.pipeline, PROMPTS, generators)
+    assert [image.size for image in images] == [(24, 16)] * 3
+    saved = HSIVIScheduler.from_pretrained(tmp_path / "pipeline", subfolder="scheduler")
+    assert saved.config.resolution == [16, 24]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "size", "message"),
+    [
+        (lambda: make_text("sd"), [16, 18], "resolution=.16, 18.: give height and width, multiples of 4 for a UNet2D"),
+        (make_dit, [16, 32], "resolution=.16, 32.: a DiTTransformer2DModel draws images of 16 x 16 alone"),
+        (
+            lambda: DDPMPipeline(make_unet(), DDIMScheduler()),
+            [16, 16],
+            "a UNet2DModel draws images of 8 x 8 alone: leave it out",
+        ),
+    ],
+)
+def test_a_size_that_a_teacher_cannot_draw_is_refused(teacher, size, message):
+    with pytest.raises(ValueError, match=message):
+        HSIVITrainer(teacher(), HSIVIConfig(num_inference_steps=2, resolution=size, guidance_scale=1.0))
 
 
 def test_prompts_come_from_a_file_or_a_list(prompt_file):
