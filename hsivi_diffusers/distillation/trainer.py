@@ -31,7 +31,7 @@ from ..teachers.loading import load_teacher
 from ..teachers.teacher import Teacher
 from ..vi import CriticObjective, DivergenceError, Step
 from .config import HSIVIConfig, complete
-from .networks import load_networks
+from .networks import HALF, load_networks
 from .pairs import InterruptedRunError as InterruptedRunError
 from .progress import CollapsedRunError as CollapsedRunError
 from .progress import Progress
@@ -106,7 +106,7 @@ class HSIVITrainer:
             inputs["init_from"] = Path(config.init_from) / "pipeline"
         if config.output_dir is not None:
             check_inputs(Output(config.output_dir), WRITTEN, **inputs)
-        loaded = load_teacher(teacher, revision)
+        loaded = load_teacher(teacher, revision, HALF.get(config.precision) if config.lora_rank != 0 else None)
         self.teacher = {"pretrained_teacher_model": name, "revision": revision}
         self.callbacks = list(callbacks)
         self.accelerator = make_accelerator(config)

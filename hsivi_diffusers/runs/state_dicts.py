@@ -122,9 +122,21 @@ class TrainedWeights:
         self.module.load_state_dict(state, strict=False)
 
 
-def hash_weights(hash: hashlib._Hash, module: nn.Module) -> None:
-    """Adds the names, types, shapes and bytes of the weights of a module to a hash."""
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of all tensors in the safetensors files of a model, without variants; None if there are several."""
+    dtypes = set()
+    for path in folder.glob("*.safetensors"):
+        if path.name.count(".") == 1:
+            with naming_damage_of(path), safe_open(path, "pt") as file:
+                dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return known.get(*dtypes) if len(dtypes) == 1 else None
+
+
+def hash_weights(hash: hashlib._Hash, module: nn.Module, single: bool = False) -> None:
+    """Adds the names, types, shapes and bytes of the weights of a module to a hash; `single` as in single precision."""
     for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.float() if single and tensor.is_floating_point() else tensor
         hash.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         hash.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 

@@ -22,7 +22,7 @@ from torch import nn
 from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, naming_damage
 from ..runs.artifacts import ADAPTER, run_of
 from ..runs.folders import near_folder
-from ..runs.state_dicts import naming_damage_of
+from ..runs.state_dicts import naming_damage_of, stored_dtype
 from ..scheduling_hsivi import HSIVIScheduler
 from ..share.push import CUT
 from .adapters import BASE, adapter_names
@@ -104,7 +104,11 @@ def check_configs(name: str, configs: Configs, kind: type[PipelineTeacher]) -> H
     return schedule_of(name, configs, kind.knows_size)
 
 
-def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, revision: str | None = None) -> Teacher:
+def load_teacher(
+    teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Teacher:
     """Loads a teacher in single precision.
 
     Args:
@@ -113,6 +117,8 @@ def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, 
             FLUX.2-dev, FLUX.2 Klein base, Chroma, Qwen-Image, AuraFlow, Sana, Lumina Image 2.0 and Z-Image. The
             scheduler has betas, or is a rectified flow. Of a `Teacher` the network is copied.
         revision: Branch, tag or commit of a repo.
+        dtype: Half precision that will do for the network of a folder or repo, if its file has it and adapters are
+            trained.
 
     Raises:
         ValueError: The pipeline is missing or damaged, or this method cannot distil it.
@@ -128,13 +134,31 @@ def load_teacher(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, 
         raise ValueError(f"teacher is a {type(teacher).__name__}: give a folder, a repo id, or a loaded pipeline")
     name = os.fspath(teacher)
     folder = _fetch(name, revision)
-    loaded = _of_pipeline(_load(name, folder), repr(name), copied=False)
+    dtypes = _dtypes(Path(folder), dtype)
+    loaded = _of_pipeline(_load(name, folder, dtypes), repr(name), copied=False)
+    loaded.loaded_half = loaded.network.dtype == dtype
     if isinstance(loaded, TextLatents):
         index = DiffusionPipeline.load_config(folder)
         without = {part: None for part in (loaded.part, "vae") if part in index}
         loaded.folder = Path(folder)
-        loaded.load_encoders = lambda: _encoders(DiffusionPipeline.from_pretrained(folder, **without, **IN_FLOAT32))
+        loaded.load_encoders = lambda: _encoders(DiffusionPipeline.from_pretrained(folder, **without, **dtypes))
     return loaded
+
+
+def _dtypes(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The argument of `from_pretrained` that loads each part in single precision, or in half if that loses nothing.
+
+    The network stays in `dtype` if it is the base of adapters, and encoders in that of the prompts that are kept.
+    """
+    with suppress(OSError):
+        index = DiffusionPipeline.load_config(folder)
+        kind = kind_named(str(index.get("_class_name")))
+        if issubclass(kind, TextLatents):
+            wanted = {part: kind.prompt_dtype for part in index if part.startswith("text_encoder")}
+            wanted |= {kind.part: dtype if kind.adapter else None}
+            half = {part: each for part, each in wanted.items() if each and each == stored_dtype(folder / part)}
+            return {DTYPE: {**half, "default": torch.float32}} if half else IN_FLOAT32
+    return IN_FLOAT32
 
 
 def _of_pipeline(pipeline: Any, name: str, copied: bool) -> Teacher:
@@ -203,14 +227,14 @@ def _fetch(name: str, revision: str | None) -> str:
         ) from error
 
 
-def _load(name: str, folder: str) -> DiffusionPipeline:
+def _load(name: str, folder: str, dtypes: dict[str, Any]) -> DiffusionPipeline:
     """Loads a pipeline without its text encoders, which are needed only where prompts are not encoded yet."""
     without: dict[str, Any] = {}
     with suppress(OSError):
         index = DiffusionPipeline.load_config(folder)
         without = {part: None for part in index if part.startswith("text_encoder")}
     try:
-        return DiffusionPipeline.from_pretrained(folder, **without, **IN_FLOAT32)
+        return DiffusionPipeline.from_pretrained(folder, **without, **dtypes)
     except Exception as error:
         raise ValueError(f"teacher {name!r} cannot be loaded ({type(error).__name__}: {error}): {REMEDY}") from error
 

@@ -46,12 +46,15 @@ class Teacher:
         clips: The network denoises pixels, whose range is [-1, 1]; not latents.
         adapter: Where a LoRA goes, or None if all weights are trained.
         takes_text: It needs prompts, see `encode_prompts`.
+        loaded_half: The network was loaded in half precision, see `load_teacher`; its hashes are those of single
+            precision.
     """
 
     clips = True
     adapter: ClassVar[Adapter | None] = None
     takes_text: ClassVar[bool] = False
     draw_batch = 100  # images drawn at once, by default
+    loaded_half = False
 
     def __init__(self, network: nn.Module, schedule: HSIVIScheduler, shape: tuple[int, int, int], classes: int = 0):
         self.network: Any = network
@@ -270,7 +273,7 @@ class Teacher:
         """The SHA-256 of the weights as they were loaded, which the file of an adapter names."""
         if not hasattr(self, "_weights_sha256"):
             hash = hashlib.sha256()
-            hash_weights(hash, self.network)
+            hash_weights(hash, self.network, self.loaded_half)
             self._weights_sha256 = hash.hexdigest()
         return self._weights_sha256
 
@@ -285,7 +288,7 @@ class Teacher:
             names = {name for name in config if not name.startswith("_")} - {"quantization_config"}
             names -= {name for name in ("shift_terminal", "resolution") if config.get(name) is None}  # new in 0.3
             hash.update(json.dumps({name: config[name] for name in names}, sort_keys=True, default=str).encode())
-        hash_weights(hash, self.network)
+        hash_weights(hash, self.network, self.loaded_half)
         return {"teacher_sha256": hash.hexdigest()}
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hsivi_diffusers import HSIVIConfig, HSIVIScheduler, load_teacher
+from hsivi_diffusers import HSIVIConfig, HSIVIScheduler, HSIVITrainer, load_teacher
 from hsivi_diffusers.distillation import plan
 from hsivi_diffusers.runs.artifacts import ADAPTER, read_run
 from hsivi_diffusers.share.card import make_adapter_card
@@ -315,3 +316,27 @@ def test_prompts_are_encoded_again_with_another_chat_template():
     given = {"config": {}, "encode_prompt": lambda prompt: prompt}
     digests = {digest_of("", SimpleNamespace(components={"tokenizer": part}, **given), {}) for part in parts}
     assert len(digests) == 3
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_a_teacher_stored_in_bfloat16_stays_so_as_the_base_of_adapters(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(FlowTransformer, "prompt_dtype", torch.bfloat16)
+    pipeline = make_flow(kind).to(torch.bfloat16)
+    pipeline.save_pretrained(tmp_path / "half")
+    pipeline.to(torch.float32).save_pretrained(tmp_path / "single")
+    given = {**SHORT, "resolution": size_of(pipeline), "mixed_precision": "bf16", "learning_rate": 1e-2}
+    whole, half = (train(tmp_path / name, tmp_path / f"{name}_run", **given) for name in ("single", "half"))
+    assert half.state.teacher.loaded_half
+    assert not whole.state.teacher.loaded_half
+    assert half.state.identity["teacher_sha256"] == whole.state.identity["teacher_sha256"]
+    assert half.state.teacher.weights_sha256 == whole.state.teacher.weights_sha256
+    assert {each.dtype for each in half.state.teacher.load_encoders().values()} == {torch.bfloat16}
+    assert half.state.teacher.vae.dtype == torch.float32
+    files = [load_file(tmp_path / f"{name}_run" / "pipeline" / ADAPTER) for name in ("half", "single")]
+    assert files[0].keys() == files[1].keys()
+    assert all(each.dtype == torch.float32 and each.isfinite().all() for each in files[0].values())
+    for rank, dtype in ((0, torch.float32), (2, torch.bfloat16)):  # all weights are trained in single precision
+        trainer = HSIVITrainer(
+            str(tmp_path / "half"), HSIVIConfig(**{**SHORT, "lora_rank": rank}, mixed_precision="bf16")
+        )
+        assert trainer.state.student.network.dtype == dtype
