@@ -41,6 +41,7 @@ LEVEL_SETTINGS = (*BETAS, "prediction_type", "shift")
 OUR_SPACINGS = ("quadratic", "uniform")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
+STOCK = "stock"  # of a flow without a trained grid: that of FlowMatchEulerDiscreteScheduler
 # Settings of schedulers of diffusers that change noise levels or network times; of betas with the value that does not.
 UNREAD = {"snr_shift_scale": 1.0, "timestep_type": "discrete"}
 SIGMAS = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -370,8 +371,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             noise - x0 of a rectified flow and needs no betas.
         layer_timesteps: The trained grid: T+1 strictly descending levels tau_T .. tau_0 in 0..N-1; the last one may
             be -1, where sigma is 0. Only T steps are accepted then. Or a list of such grids with different T.
-        timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`. Where it is
-            left out, a rectified flow has the grid of FlowMatchEulerDiscreteScheduler of diffusers.
+        timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`. That of a
+            rectified flow is "stock" by default: the grid of FlowMatchEulerDiscreteScheduler of diffusers.
         kernel: "ddim" or "renoise", see the formulas above.
         noise_eta: eta of the ddim kernel, in [0, 1]; 0.2 in the paper.
         noise_scale: Factor > 0 on the standard deviation: one for all layers, or with a single grid a list of T, where
@@ -446,8 +447,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         if layer_timesteps is not None:
             layer_timesteps = _check_grids(layer_timesteps, num_train_timesteps)
             # A trained grid needs no spacing, and some diffusers classes accept only their own.
-            spacing = "leading" if timestep_spacing in OUR_SPACINGS else timestep_spacing
+            spacing = "leading" if timestep_spacing in (*OUR_SPACINGS, STOCK) else timestep_spacing
             self.register_to_config(layer_timesteps=layer_timesteps, timestep_spacing=spacing)
+        elif self.is_flow and "timestep_spacing" in self.config.get("_use_default_values", ()):
+            self.register_to_config(timestep_spacing=STOCK)
         noise_scale, guidance_scale = _check_noise_scale(noise_scale, layer_timesteps), _check_guidance(guidance_scale)
         self.register_to_config(noise_scale=noise_scale, guidance_scale=guidance_scale)
         self.levels = self._make_levels(shift)
@@ -503,12 +506,6 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """Whether the noise levels are those of a rectified flow."""
         return bool(self.config.prediction_type == "flow_prediction")
 
-    @property
-    def is_euler(self) -> bool:
-        """Whether the layers of the trained grids are the steps of FlowMatchEulerDiscreteScheduler of diffusers."""
-        ends = {grid[-1] for grid in self.trained_grids}
-        return self.is_flow and self.config.noise_eta == 0 and self.config.kernel == "ddim" and ends == {-1}
-
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
         """Returns the sample unchanged; other schedulers scale it here."""
         return sample
@@ -537,14 +534,14 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: Not exactly one of the three is given, or it does not fit.
         """
-        if self.config.use_dynamic_shifting and mu is not None and not self.trained_grids:
-            shift = math.exp(mu) if self.config.time_shift_type == "exponential" else mu
-            _check_number("the shift that follows from mu", shift, sys.float_info.min)
-            self.levels = self._make_levels(shift)
-        if self.is_flow and not self.trained_grids and timesteps is None:
-            timesteps = self._stock_times(num_inference_steps, sigmas)
-            num_inference_steps, sigmas = num_inference_steps if timesteps is None else None, None
-        grid = _choose_grid(self.config, self.levels, num_inference_steps, timesteps, sigmas)
+        levels = self.levels
+        if self.is_flow and not self.trained_grids:
+            shift = self._shift_of(mu)
+            sigma = self._stock_sigmas(num_inference_steps, shift, sigmas) if timesteps is None else None
+            levels = FlowLevels(len(self), shift, sigma)
+            if sigma is not None:
+                num_inference_steps, timesteps, sigmas = None, (len(self) * sigma).tolist(), None
+        grid = _choose_grid(self.config, levels, num_inference_steps, timesteps, sigmas)
         if grid[0] >= len(self.levels):
             raise ValueError(f"the grid {grid} starts beyond the {len(self.levels)} betas: give trained_betas for all")
         if not self.is_flow and self.alphas_cumprod[grid[-2]] == 1:
@@ -553,37 +550,52 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             )
         if self.config.prediction_type == "epsilon" and self.alphas_cumprod[grid[0]] == 0:
             raise ValueError(f"abar is 0 at {grid[0]}, where a noise prediction does not determine x0: start lower")
-        if self._layers is None or not self._layers.are_of(self.levels, grid, self.config):
-            self._layers = Layers(self.levels, grid, self.config)
+        self.levels = levels
+        if self._layers is None or not self._layers.are_of(levels, grid, self.config):
+            self._layers = Layers(levels, grid, self.config)
         self.num_inference_steps = len(grid) - 1
         self.timesteps = self.levels.time(self._layers.grid[:-1]).to(device)
 
-    def _stock_times(self, num_inference_steps: int | None, sigmas: list[float] | None) -> list[float] | None:
-        """The network's times on the grid of FlowMatchEulerDiscreteScheduler, to which the nearest levels are moved.
+    def _shift_of(self, mu: float | None) -> float:
+        """The shift of a flow without a trained grid; where mu is to give it and is missing, that of before."""
+        if self.config.use_dynamic_shifting and mu is not None:
+            shift = math.exp(min(mu, 700)) if self.config.time_shift_type == "exponential" else mu
+            _check_number("the shift that follows from mu", shift, sys.float_info.min)
+            self._shift = shift
+        return self._shift
 
-        None for another spacing, and without a number of steps.
-        """
+    def _stock_sigmas(self, num_inference_steps: int | None, shift: float, sigmas: Any) -> torch.Tensor | None:
+        """The sigmas of FlowMatchEulerDiscreteScheduler, after the shift; None for another spacing."""
+        size = len(self)
         if sigmas is None:
-            if num_inference_steps is None or "timestep_spacing" not in self.config.get("_use_default_values", ()):
+            if num_inference_steps is None or self.config.timestep_spacing != STOCK:
                 return None
-            make_layer_timesteps(num_inference_steps, "linspace", len(self))  # checks the number
-            last = 1 / len(self) if self.config.use_dynamic_shifting else shifted(1 / len(self), self._shift)
+            make_layer_timesteps(num_inference_steps, "linspace", size)  # checks the number
+            last = 1 / size if self.config.use_dynamic_shifting else shifted(1 / size, shift)
             u = torch.linspace(1, last, num_inference_steps, dtype=torch.float64)
         else:
+            sigmas = _listed(sigmas)
             if num_inference_steps not in (None, len(sigmas)):
                 raise ValueError(f"num_inference_steps={num_inference_steps}, and {len(sigmas)} sigmas: pass one")
             u = torch.tensor([float(each) for each in sigmas], dtype=torch.float64)
             if not len(u) or not bool(((u > 0) & (u <= 1)).all() & (u.diff() < 0).all()):
                 raise ValueError(f"sigmas={u.tolist()}: give descending numbers, from 1 down to above 0")
-        sigma = shifted(u, self._shift).clamp_max(1)  # which rounding may exceed
-        if self.config.shift_terminal and sigma[-1] < 1:
+        sigma = shifted(u, shift).clamp_max(1)  # which rounding may exceed
+        if self.config.shift_terminal is not None and sigma[-1] < 1:
             sigma = 1 - (1 - sigma) * (1 - self.config.shift_terminal) / (1 - sigma[-1])
-        self.levels = FlowLevels(len(self), self._shift, sigma)
-        return [len(self) * each for each in sigma.tolist()]
+        if len(FlowLevels(size, shift).level(size * sigma).unique()) < len(sigma):
+            raise ValueError(f"{len(sigma)} steps are too many: two of their sigmas have the same level of {size}")
+        return sigma
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """Noise levels sigma of the inputs of the layers of the grid that is set, then of its end, shape (T+1,)."""
+        """Of a rectified flow: sigma of the inputs of the layers of the grid that is set, then of its end, (T+1,).
+
+        Raises:
+            AttributeError: It is no flow, or no grid is set yet.
+        """
+        if not self.is_flow or self._layers is None:
+            raise AttributeError("sigmas are of a rectified flow, after set_timesteps")
         return self.alpha_sigma(self.layers.grid, torch.zeros(1))[1].flatten()
 
     @property
@@ -784,7 +796,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             timestep: The network's time at tau_{t+1}, one of `timesteps`, a scalar or shape (B,).
             sample: x_{t+1}.
             generator: Source of the noise: one, or a list of B. Pipelines of rectified flows pass none: the noise of a
-                row then follows from its sample, so that a seed draws the same image again.
+                row then follows from the bits of its sample, so the same call on the same machine draws the same image.
             variance_noise: The noise itself, in the shape of the sample.
             noise_scale: The per-pixel scale, required if `noise_scale_type` is "per_pixel".
             return_dict: Return `HSIVISchedulerOutput` rather than a tuple.
@@ -896,7 +908,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     """Raises ValueError if a single setting is out of range."""
     choices = {
         "prediction_type": PREDICTION_TYPES,
-        "timestep_spacing": TIMESTEP_SPACINGS,
+        "timestep_spacing": (*TIMESTEP_SPACINGS, STOCK),
         "kernel": ("ddim", "renoise"),
     }
     choices |= {"noise_scale_type": ("config", "per_pixel"), "time_shift_type": ("exponential", "linear")}
@@ -909,8 +921,13 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     _check_number("dynamic_thresholding_ratio", settings["dynamic_thresholding_ratio"], 0, 1)
     for name in ("clip_sample_range", "sample_max_value", "shift"):
         _check_number(name, settings[name], sys.float_info.min)
+    if settings["timestep_spacing"] == STOCK and settings["prediction_type"] != "flow_prediction":
+        raise ValueError(f"timestep_spacing={STOCK!r} is of a rectified flow: choose another")
     if settings["shift_terminal"] is not None:
-        _check_number("shift_terminal", settings["shift_terminal"], 0, 1)
+        _check_number("shift_terminal", settings["shift_terminal"], 1e-6, 1 - 1e-6)
+    size, known = settings["resolution"], settings["resolution"] is not None
+    if known and (len(_listed(size)) != 2 or not all(isinstance(side, int) and side > 0 for side in _listed(size))):
+        raise ValueError(f"resolution={size!r}: give height and width in pixels")
     if settings["rescale_betas_zero_snr"] and settings["prediction_type"] == "epsilon":
         raise ValueError(
             "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the sample "
@@ -1020,6 +1037,8 @@ def _choose_grid(
     if sigmas is not None:
         if not is_flow:
             raise ValueError("sigmas are of a rectified flow, and this scheduler has betas: pass timesteps")
+        if timesteps is not None:
+            raise ValueError("sigmas and timesteps were both given: pass one of them")
         if num_inference_steps not in (None, len(sigmas)):
             raise ValueError(f"num_inference_steps={num_inference_steps}, and {len(sigmas)} sigmas: pass one")
         return _choose_trained(trained, len(sigmas), None)

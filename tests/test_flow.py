@@ -1,5 +1,7 @@
 """Rectified flows: the scheduler on their clock, against the schedulers of diffusers."""
 
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaussian_teacher import MEAN, STD, GaussianTeacher
-from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge
+from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge, load_teacher
 from hsivi_diffusers.distillation import updates
 from hsivi_diffusers.distillation.networks import make_scheduler
 from hsivi_diffusers.scheduling_hsivi import _noise_of
@@ -67,6 +69,28 @@ def test_without_noise_it_is_the_euler_method_of_diffusers(options, grid):
     torch.testing.assert_close(ours.sigmas, stock.sigmas, rtol=1e-6, atol=1e-6)
     x = torch.randn(SHAPE)
     torch.testing.assert_close(walk(ours, x), walk(stock, x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_grid_does_not_depend_on_calls_before_or_on_saving(tmp_path):
+    ours = HSIVIScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    ours.set_timesteps(4)
+    stock = ours.timesteps.clone()
+    ours.save_pretrained(tmp_path)
+    again = HSIVIScheduler.from_pretrained(tmp_path)
+    again.set_timesteps(4)
+    assert torch.equal(again.timesteps, stock)
+    again.set_timesteps(sigmas=[1.0, 0.7003, 0.4004])
+    with pytest.raises(ValueError, match="2 steps are too many: two of their sigmas have the same level of 1000"):
+        again.set_timesteps(sigmas=[0.9004, 0.9003])
+    for scheduler in (again, flow(shift=3.0)):
+        scheduler.set_timesteps(timesteps=[1000, 700, 400])
+    assert torch.equal(again.timesteps, scheduler.timesteps)
+
+
+def test_the_hash_of_a_flow_teacher_is_that_of_earlier_versions():
+    """A run begun by one is resumed."""
+    identity = load_teacher(Path(__file__).parents[1] / "assets" / "digits_flow").identity()
+    assert identity["teacher_sha256"].startswith("24ea960141")
 
 
 def test_without_a_generator_the_noise_of_a_flow_follows_from_each_sample():
@@ -181,6 +205,10 @@ TRAINED, SHIFTED = {"layer_timesteps": [999, 700, 300, -1]}, {"use_dynamic_shift
         (set_steps, {"num_inference_steps": 3, "sigmas": [1.0, 0.5]}, "num_inference_steps=3, and 2 sigmas"),
         (set_steps, {"sigmas": [1.5, 0.5]}, r"sigmas=\[1.5, 0.5\]: give descending numbers, from 1 down to above 0"),
         (set_steps, {"sigmas": [0.5, 0.5]}, "give descending numbers"),
+        (set_steps, {"sigmas": [1.0], "timesteps": [1000]}, "sigmas and timesteps were both given: pass one"),
+        (flow, {"shift_terminal": 1.0}, "shift_terminal=1.0: give a number from"),
+        (flow, {"resolution": [512]}, "resolution=.512.: give height and width"),
+        (HSIVIScheduler, {"timestep_spacing": "stock"}, "timestep_spacing='stock' is of a rectified flow"),
         (set_steps, {"timesteps": [5000, 1]}, "leave the teacher's clock"),
         (set_steps, {"timesteps": ["a"]}, "give numbers"),
         (set_steps, {"options": SHIFTED, "sigmas": SIGMAS, "mu": -1}, "the shift that follows from mu=-1"),

@@ -96,9 +96,8 @@ def make_sd3():
 def make_flux(**settings):
     sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": WIDTH}
     heads = {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (2, 2, 4)}
-    transformer = FluxTransformer2DModel(
-        **sizes, **heads, pooled_projection_dim=WIDTH, **{"guidance_embeds": True, **settings}
-    )
+    sizes |= {"pooled_projection_dim": WIDTH, "guidance_embeds": True, **settings}
+    transformer = FluxTransformer2DModel(**sizes, **heads)
     encoders = {"text_encoder": make_clip(), "text_encoder_2": make_t5()}
     tokenizers = {"tokenizer": make_tokenizer(), "tokenizer_2": make_tokenizer()}
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)

@@ -153,8 +153,8 @@ class HSIVIConfig:
     ema_decay: float = option(0.995, "decay of the averaged student, which is saved", common=False)
     lora_rank: int | None = option(
         None,
-        "train LoRA adapters of this rank, which share the teacher's weights; 0 trains copies; by default 64 for "
-        "Stable Diffusion and SDXL, else 0",
+        "train LoRA adapters of this rank, which share the teacher's weights; 0 trains copies; by default 64 where "
+        "the stock pipeline loads them, else 0",
     )
     # ----- hardware -----
     gradient_accumulation_steps: int = option(1, "micro-batches per update in each process")

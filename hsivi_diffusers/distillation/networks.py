@@ -114,8 +114,8 @@ def check_same_teacher(run: Path, teacher_sha256: str) -> None:
     record = read_record(run / "training.json") if (run / "training.json").is_file() else {}
     if record.get("teacher_sha256", teacher_sha256) != teacher_sha256:
         raise ValueError(
-            f"init_from={str(run)!r} was trained with another teacher, of other weights or noise levels: give a run of "
-            "the same teacher"
+            f"init_from={str(run)!r} was trained with another teacher, of other weights, noise levels or size of "
+            "images: give a run of the same teacher"
         )
 
 

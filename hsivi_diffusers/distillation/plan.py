@@ -13,7 +13,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -77,6 +77,20 @@ class Meter(TorchDispatchMode):
     def _drop(self, key: int, size: int, _: Any) -> None:
         del self.alive[key]
         self.now -= size
+
+
+class FlopCounter(FlopCounterMode):
+    """Counts operations; without the tracker of modules, whose hooks keep what gradient checkpointing frees."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker: Any = Untracked()
+
+
+class Untracked(nullcontext[None]):
+    """Stands in for a ModuleTracker of torch."""
+
+    parents, is_bw = frozenset(["Global"]), False
 
 
 def _is_small(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -214,7 +228,7 @@ def _rows(config: HSIVIConfig) -> int:
 def _counting(state: TrainingState) -> Iterator[dict[str, float]]:
     """Counts the rows that each network is called with, and the operations."""
     count: dict[str, float] = {}
-    with state.counting_rows() as rows, FlopCounterMode(display=False) as flops:
+    with state.counting_rows() as rows, FlopCounter() as flops:
         yield count
     count.update(rows, flops=float(flops.get_total_flops()))
 
@@ -268,7 +282,7 @@ def seconds_per_flop(teacher: Teacher, config: HSIVIConfig) -> tuple[float, str]
             float(Guided(teacher)(x, zeros, labels).sum())  # a number, for which a GPU must have finished
         return clock() - begin
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounter() as counter:
         call(1)
     flops = counter.get_total_flops()
     rows = int(min(config.train_batch_size, max(1, CALIBRATION_FLOPS // flops)))

@@ -159,6 +159,8 @@ class HSIVITrainer:
             self.accelerator.wait_for_everyone()
             objective = None if self.state.objective is None else type(self.state.objective).__name__
             identity = {**settings, **self.state.identity, "custom_objective": objective}
+            if (last := self.state.bridge.scheduler.trained_grids[0][-1]) != 0:  # of 0.2 it is 0
+                identity["last_timestep"] = last
             checkpoints = Checkpoints(run, self.accelerator, self.state, identity, complete)
             start, spent = checkpoints.load()
             if self._has_trained and not start:
@@ -233,6 +235,8 @@ class HSIVITrainer:
             "mixed_precision": self.accelerator.mixed_precision,
             "base_model": None if teacher is None or Path(teacher).exists() else teacher,
             "call": self.state.teacher.call_arguments(self.state.bridge.scheduler),
+            "embeds_guidance": self.state.teacher.embeds_guidance,
+            "euler": self.state.teacher.euler_arguments(self.state.bridge.scheduler),
             **self.state.identity,
         }
 

@@ -92,7 +92,7 @@ class Report:
     def write(self) -> None:
         """Writes report.json and report.md."""
         training = self.training
-        guided = training.get("guidance_scale") not in (None, 1)
+        guided = training.get("guidance_scale") not in (None, 1) and not training.get("embeds_guidance")
         measured = f"Measured on {measured_on()}."
         content: dict[str, Any] = {"features": self.features, "reference": self.reference, "headline": self.headline}
         content |= {"floor": self.floor, "measured": measured, "rows": self.rows}

@@ -75,7 +75,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)  # bfloat16 on a GPU
 pipeline.load_lora_weights("{repo_id}")
-pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift})
+pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift}, num_train_timesteps={num_train_timesteps})
 sigmas = {sigmas}
 images = pipeline(prompt="a prompt", num_inference_steps={steps}, sigmas=sigmas, {call}).images
 ```"""
@@ -86,9 +86,10 @@ WITHOUT = (
 SEEDED = """\
 {guidance} If the images must be the same each time, call `torch.manual_seed` before: some pipelines pass no generator
 to the steps."""
-EMBEDDED = "The network takes the guidance scale as an input: keep that of the training."
-GUIDED = "Guidance is in the weights: a larger `guidance_scale` would guide a second time."
-UNGUIDED = "It was trained without guidance, so keep `guidance_scale=1`."
+EMBEDDED = "The network takes the guidance scale as an input: keep `{argument}`, that of the training."
+GUIDED = "Guidance is in the weights, so keep `{argument}`: the pipeline would guide a second time."
+UNGUIDED = "It was trained without guidance, so keep `{argument}`."
+CALL = {"guidance_scale": 1}  # of students of 0.2
 
 
 def is_ours(pipeline: DiffusionPipeline) -> bool:
@@ -121,7 +122,7 @@ def make_card(
     sections = [
         f"A sampler of **{network_calls(counts)}**, distilled from {teacher} without training data, by {METHOD}.",
         f"![Images drawn by this model, {network_calls(counts[-1:])} each](samples.png)" if drawn else _grid(run),
-        f"## Use it\n\n{_usage(pipeline, repo_id, counts, fp16)}",
+        f"## Use it\n\n{_usage(pipeline, repo_id, counts, fp16, run['training'])}",
     ]
     return _assemble(
         repo_id, pipeline.scheduler, run, sections, [], pipeline_tag=tag, license=license, base_model=base_model
@@ -132,16 +133,12 @@ def make_adapter_card(
     scheduler: Any, repo_id: str, run: dict[str, Any], base_model: str | None = None, license: str | None = None
 ) -> ModelCard:
     """Makes the card of a LoRA with its scheduler, which are loaded into a stock pipeline of the teacher."""
-    counts, call = scheduler.depths, run["training"].get("call") or {"guidance_scale": 1}
-    guidance = EMBEDDED if call.get("guidance_scale", 1) > 1 else _guidance(scheduler)
+    counts, training = scheduler.depths, run["training"]
     about = {"base": base_model or "REPO_OF_THE_TEACHER", "repo_id": repo_id, "steps": counts[-1]}
-    about["call"] = ", ".join(
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in call.items()
-    )
-    usage = ADAPTER_USE.format(**about, guidance=guidance)
-    if scheduler.is_euler:
-        sigmas = [round(u, 6) for u in scheduler.unshifted_sigmas]
-        usage += EULER_USE.format(**about, shift=scheduler.config.shift, sigmas=sigmas)
+    about["call"] = ", ".join(_call(training))
+    usage = ADAPTER_USE.format(**about, guidance=_guidance(scheduler, training))
+    if euler := training.get("euler"):
+        usage += EULER_USE.format(**about, **euler)
     sections = [
         f"A LoRA for {_link(base_model)}, which draws in **{network_calls(counts)}**, distilled without images, by "
         f"{METHOD}.",
@@ -183,8 +180,15 @@ def _link(base_model: str | None) -> str:
     return f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained diffusion model"
 
 
-def _guidance(scheduler: Any) -> str:
-    return GUIDED if scheduler.guidance_scales else UNGUIDED
+def _call(training: dict[str, Any]) -> list[str]:
+    """The arguments of a stock pipeline beside prompts and steps, as code; that of guidance is the first."""
+    call = training.get("call") or CALL
+    return [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in call.items()]
+
+
+def _guidance(scheduler: Any, training: dict[str, Any]) -> str:
+    text = EMBEDDED if training.get("embeds_guidance") else GUIDED if scheduler.guidance_scales else UNGUIDED
+    return text.format(argument=_call(training)[0])
 
 
 def _plain(text: Any) -> str:
@@ -206,7 +210,7 @@ def _grid(run: dict[str, Any]) -> str:
 # ----- usage -----
 
 
-def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: bool) -> str:
+def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: bool, training: dict[str, Any]) -> str:
     """Code with the package, in a stock pipeline, and without the package; of several counts with the largest."""
 
     def code(name: str, inputs: str, imports: str, options: str = "") -> str:
@@ -215,11 +219,12 @@ def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: b
     steps, trust = f"num_inference_steps={counts[-1]}", ", trust_remote_code=True"
     if not is_ours(pipeline):
         takes_scale = "guidance_scale" in signature(pipeline.__call__).parameters
-        name, inputs = type(pipeline).__name__, f"{_inputs(pipeline)}{steps}{', guidance_scale=1' * takes_scale}"
+        call = _call(training) if takes_scale or training.get("call") else []
+        name, inputs = type(pipeline).__name__, _inputs(pipeline) + ", ".join([steps, *call])
         imports, files = f"from diffusers import {name}", "`scheduler/hsivi_diffusers.py`"
         installed = code(name, inputs, f"import hsivi_diffusers\n{imports}")
         alone, allowed = code(name, inputs, imports, trust), f"pass {one_of(counts)}, any other is refused"
-        more = SEEDED.format(guidance=_guidance(pipeline.scheduler)) if takes_scale else ""
+        more = SEEDED.format(guidance=_guidance(pipeline.scheduler, training)) if takes_scale else ""
     else:
         scales = pipeline.scheduler.guidance_scales
         inputs = "batch_size=16" + f", {steps}" * (len(counts) > 1)
@@ -341,7 +346,8 @@ def _training(scheduler: Any, run: dict[str, Any]) -> str:
         "teacher gives. No images were used."
     )
     if scales := scheduler.guidance_scales:
-        less = ", decreased with noise during training," if renamed(options).get("decay_guidance") else ""
+        decays = renamed(options).get("decay_guidance") and not training.get("embeds_guidance")
+        less = ", decreased with noise during training," if decays else ""
         text += f" Classifier-free guidance of scale {one_of(scales)}{less} is distilled into the weights."
     settings = ", ".join(f"{name} {_plain(options[name])}" for name in OPTIONS if options.get(name) is not None)
     if settings:

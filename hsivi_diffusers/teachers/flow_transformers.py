@@ -59,6 +59,14 @@ class FlowTransformer(TextLatents):
             shift = math.exp(mu) if self._dynamic["time_shift_type"] == "exponential" else mu
             self.schedule = HSIVIScheduler.from_config(self.schedule.config, shift=shift, use_dynamic_shifting=False)
 
+    @classmethod
+    def euler_arguments(cls, scheduler: HSIVIScheduler) -> dict[str, Any] | None:
+        config, ends = scheduler.config, {grid[-1] for grid in scheduler.trained_grids}
+        if config.noise_eta != 0 or ends != {-1}:
+            return None
+        settings = {"shift": config.shift, "num_train_timesteps": config.num_train_timesteps}
+        return {**settings, "sigmas": [round(u, 6) for u in scheduler.unshifted_sigmas]}
+
     def mu(self, config: Mapping[str, Any]) -> float:
         """Returns mu of the config of a scheduler, which is linear in the number of tokens of an image."""
         few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)

@@ -34,12 +34,14 @@ class Guided:
 
     def __init__(self, teacher: Teacher, scales: Sequence[float] = (1.0,), end: float | None = None) -> None:
         self.teacher, self.scales, self.end = teacher, [*scales], end
-        self.calls = 1 if teacher.embed_guidance(self.scales) or self.scales == [1] else 2
+        self.calls = 1 if teacher.embeds_guidance or self.scales == [1] else 2
+        teacher.set_guidance(self.scales[0])  # of the student and the critic, too
 
     def __call__(self, x: Tensor, time: Any, condition: Tensor | None = None) -> Tensor:
         """Returns the prediction at x, (B, C, H, W), and times of the network; conditions have the shape (B,)."""
         teacher = self.teacher
         if self.calls == 1:
+            teacher.set_guidance(self.scales[0])
             return teacher.call(teacher.network, x, time, condition)
         if condition is None:
             raise ValueError("a guided teacher needs conditions: give one for each row")

@@ -19,7 +19,6 @@ from ..runs.artifacts import read_prompts
 from ..scheduling_hsivi import HSIVIScheduler
 from .adapters import share
 from .configs import Configs
-from .guidance import Guided
 from .prompts import PromptTable, digest_of, digest_of_folder, digest_of_module, encode_prompts
 from .teacher import PipelineTeacher, check_prompts, network_of
 
@@ -134,10 +133,16 @@ class Latents(PipelineTeacher):
     def with_adapter(self, folder: str | Path, weight_name: str, scheduler: HSIVIScheduler) -> DiffusionPipeline:
         """Returns a pipeline of the teacher's tensors, with the adapter of a folder or repo."""
         network = share(self.network.requires_grad_(False))
-        pipeline = self.like(**{self.part: network}, scheduler=scheduler, **self.load_encoders())
+        pipeline = self.like(**{self.part: network}, scheduler=scheduler, **self._of_dtype(network))
         assert self.adapter is not None
         network.load_lora_adapter(str(folder), prefix=self.adapter.prefix, weight_name=weight_name)
         return pipeline
+
+    def _of_dtype(self, network: Any) -> dict[str, Any]:
+        """Encoders and VAE in the precision of a network, for a pipeline."""
+        vae = self.vae if self.vae.dtype == network.dtype else copy.deepcopy(self.vae).to(network.dtype)
+        encoders = {name: part and part.to(network.dtype) for name, part in self.load_encoders().items()}
+        return {**encoders, "vae": vae}
 
     def load_student(self, folder: Path) -> DiffusionPipeline:
         pipeline: DiffusionPipeline = type(self.pipeline).from_pretrained(folder, torch_dtype=torch.float32)
@@ -187,7 +192,7 @@ class Latents(PipelineTeacher):
     ) -> tuple[list[Any], int, str]:
         """Draws with the teacher's pipeline, as it does by itself."""
         if self._whole is None:
-            self._whole = self.like(**self.load_encoders())
+            self._whole = self.like(**self._of_dtype(self.network))
             self._whole.to(self.device).set_progress_bar_config(disable=True)
             self._whole.vae.enable_slicing()  # images are decoded one by one
         pipeline = self._whole
@@ -197,7 +202,7 @@ class Latents(PipelineTeacher):
         given = {name: value for name, value in given.items() if name in known and value is not None}
         given |= {"num_inference_steps": num_inference_steps, **self.guided(guidance_scale), **size_of(self.schedule)}
         images = pipeline(**{self.condition_name: [*conditions]}, generator=generators, **given).images
-        calls = num_inference_steps * Guided(self, [guidance_scale]).calls
+        calls = num_inference_steps * (1 if guidance_scale == 1 or self.embeds_guidance else 2)
         return images, calls, type(pipeline.scheduler).__name__
 
     def guided(self, w: float) -> dict[str, Any]:
@@ -226,7 +231,7 @@ class TextLatents(Latents):
 
     def resize(self, resolution: Sequence[int]) -> None:
         unit = self.factor * self.patch
-        if len(resolution) != 2 or any(side < 1 or side % unit for side in resolution):
+        if len(resolution) != 2 or any(not isinstance(side, int) or side < 1 or side % unit for side in resolution):
             raise ValueError(
                 f"resolution={[*resolution]}: give height and width, multiples of {unit} for a {self.name}, such as "
                 f"{max(512 // unit, 1) * unit} {max(768 // unit, 1) * unit}"

@@ -37,7 +37,8 @@ class Packed(FlowTransformer):
         return fields.reshape(size, channels, height, width)
 
     def forward(self, network: Any, x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
-        return super().forward(network, x, time / len(self.schedule), **arguments)
+        # In half precision the pipelines round the time before they divide it.
+        return super().forward(network, x, time.to(x.dtype) / len(self.schedule), **arguments)
 
     def ids(self, tokens: int, device: torch.device) -> dict[str, Tensor]:
         """Returns the positions (0, row, column) of image tokens, and those of text tokens, which are 0."""
@@ -52,6 +53,7 @@ class Flux(Packed):
     pipelines = ("FluxPipeline",)
     network_class = FluxTransformer2DModel
     encoded: Sequence[tuple[str, int, int]] = (("encoder_hidden_states", 0, 0), ("pooled_projections", 1, 1))
+    embeds_guidance = True
     guidance = 1.0
 
     @classmethod
@@ -62,9 +64,8 @@ class Flux(Packed):
                 "already: give FLUX.1-dev, or a fine-tune of it"
             )
 
-    def embed_guidance(self, scales: Sequence[float]) -> bool:
-        (self.guidance,) = scales
-        return True
+    def set_guidance(self, w: float) -> None:
+        self.guidance = w
 
     def check_students(self, config: Any) -> None:
         super().check_students(config)

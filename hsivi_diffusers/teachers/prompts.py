@@ -72,7 +72,7 @@ class PromptTable:
     def lengths(self, mask: str, condition: Tensor) -> list[int]:
         """Returns the number of tokens of each row, by the name of the mask, without a wait for a GPU."""
         chosen = [self._places[row] for row in condition.tolist()]
-        return [int(file[mask][place].sum()) for file, place in chosen]
+        return [int(file[mask][place].sum(dtype=torch.float32)) for file, place in chosen]  # bfloat16 ends at 256
 
 
 def padded(rows: Sequence[Tensor]) -> Tensor:

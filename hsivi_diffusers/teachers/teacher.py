@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
 from ..runs.state_dicts import hash_weights, load_tensors, save_tensors
-from ..scheduling_hsivi import HSIVIScheduler
+from ..scheduling_hsivi import STOCK, HSIVIScheduler
 from .adapters import Adapter, has_adapter, save_adapter
 from .configs import Configs
 
@@ -46,6 +46,7 @@ class Teacher:
         clips: The network denoises pixels, whose range is [-1, 1]; not latents.
         adapter: Where a LoRA goes, or None if all weights are trained.
         takes_text: It needs prompts, see `encode_prompts`.
+        embeds_guidance: Its networks take the guidance scale as an input, so a guided call is one call.
         loaded_half: The network was loaded in half precision, see `load_teacher`; its hashes are those of single
             precision.
     """
@@ -53,6 +54,7 @@ class Teacher:
     clips = True
     adapter: ClassVar[Adapter | None] = None
     takes_text: ClassVar[bool] = False
+    embeds_guidance: ClassVar[bool] = False
     draw_batch = 100  # images drawn at once, by default
     loaded_half = False
 
@@ -104,9 +106,8 @@ class Teacher:
         """Returns the clean image and the noise that a network sees in x, both (B, C, H, W), at levels (B,)."""
         return self.schedule.predict(self.call(network, x, self.schedule.levels.time(level), condition), level, x)
 
-    def embed_guidance(self, scales: Sequence[float]) -> bool:
-        """Tells the networks the guidance scale from now on, if they take it as an input; returns whether they do."""
-        return False
+    def set_guidance(self, w: float) -> None:
+        """Sets the guidance scale that the networks are called with from now on, if they take it as an input."""
 
     def guide(self, of_condition: Tensor, of_none: Tensor, w: Tensor) -> Tensor:
         """Returns the guided prediction of scale w, shape (B, 1, ...)."""
@@ -210,6 +211,14 @@ class Teacher:
         """Returns what the pipeline of a student is called with, beside prompts and steps, for its card."""
         return {}
 
+    @classmethod
+    def euler_arguments(cls, scheduler: HSIVIScheduler) -> dict[str, Any] | None:
+        """Returns the settings of FlowMatchEulerDiscreteScheduler and the sigmas that draw a student's images.
+
+        None if its pipeline does not take them, or layers have noise.
+        """
+        return None
+
     def save_student(
         self, network: Any, scheduler: HSIVIScheduler, noise_scale: HSIVINoiseScale | None, folder: Path
     ) -> None:
@@ -286,8 +295,9 @@ class Teacher:
                 continue
             # Of quantised weights the config says something else when they have been saved.
             names = {name for name in config if not name.startswith("_")} - {"quantization_config"}
-            names -= {name for name in ("shift_terminal", "resolution") if config.get(name) is None}  # new in 0.3
-            hash.update(json.dumps({name: config[name] for name in names}, sort_keys=True, default=str).encode())
+            names -= {"shift_terminal", "resolution"} & {*config.get("_use_default_values", ())}  # new in 0.3
+            values = {name: "quadratic" if config[name] == STOCK else config[name] for name in names}  # as before 0.3
+            hash.update(json.dumps(values, sort_keys=True, default=str).encode())
         hash_weights(hash, self.network, self.loaded_half)
         return {"teacher_sha256": hash.hexdigest()}
 

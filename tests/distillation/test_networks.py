@@ -235,7 +235,7 @@ def test_runs_that_do_not_fit_are_refused(
     old, old_classes = without_record(fast_run, tmp_path / "old"), without_record(class_run, tmp_path / "old_classes")
     shape = "has networks of another shape than the teacher: give a run of the same"
     for run, settings, message in (
-        (fast_run, {"teacher": other}, "was trained with another teacher, of other weights or noise levels"),
+        (fast_run, {"teacher": other}, "was trained with another teacher, of other weights, noise levels or size"),
         (class_run, {}, "was trained with another teacher"),
         (old, {"teacher": class_teacher, "num_inference_steps": [1, 2]}, shape),
         (old_classes, {"num_inference_steps": [1, 2]}, shape),

@@ -9,6 +9,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation import plan, updates
 from hsivi_diffusers.distillation.config import HSIVIConfig
+from tiny_flows import make_flux
 from tiny_unet import make_unet
 from training.benchmarks.images import make_teacher
 
@@ -148,6 +149,17 @@ def test_half_precision_halves_the_teacher_and_activations_and_shares_of_classes
     assert half.memory["critic"] == 4 * weights
     assert half.memory["activations and gradients"] < measured.memory["activations and gradients"]
     assert (half.calls, half.flops) == (measured.calls, measured.flops)
+
+
+def test_gradient_checkpointing_takes_less_memory(tmp_path):
+    make_flux(num_layers=1, num_single_layers=8).save_pretrained(tmp_path)
+    given = {"prompts": ["a cat"], "guidance_scale": 3.0, "lora_rank": 2, "resolution": [64, 64], "critic_updates": 1}
+    plain, less = (
+        plan.measure(str(tmp_path), None, make_config(**given, gradient_checkpointing=each)) for each in (False, True)
+    )
+    key = "activations and gradients"
+    assert less.memory[key] < 0.5 * plain.memory[key]
+    assert less.flops > plain.flops  # of the second forward pass
 
 
 DIGITS = "--config=training/configs/digits_t5.yaml"

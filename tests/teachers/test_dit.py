@@ -177,7 +177,7 @@ def test_it_is_pushed_and_pulled_by_the_stock_pipeline(run, student, logged_in):
     assert "It was trained without guidance, so keep `guidance_scale=1`." in card
     student.scheduler = HSIVIScheduler.from_config(student.scheduler.config, guidance_scale=3.0)
     card = make_card(student, "alice/dit", {"options": {}, "training": {}, "report": {}}).text
-    assert "a larger `guidance_scale` would guide a second time" in card
+    assert "keep `guidance_scale=1`: the pipeline would guide a second time" in card
 
 
 def test_damaged_weights_of_a_student_are_named(run, tmp_path):
@@ -208,7 +208,7 @@ def test_a_teacher_is_not_drawn_from_and_a_student_does_not_teach(dit_teacher, r
     assert "was not distilled" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a sampler that was distilled: give the teacher it had"):
         load_teacher(str(run / "pipeline"))
-    with pytest.raises(ValueError, match="was trained with another teacher, of other weights or noise levels"):
+    with pytest.raises(ValueError, match="was trained with another teacher, of other weights, noise levels or size"):
         distil(tmp_path / "next", init_from=run)
     with pytest.raises(ValueError, match="HSIVIPipeline draws with a UNet2DModel alone"):
         HSIVIPipeline.from_pretrained(run / "pipeline")

@@ -273,6 +273,25 @@ def test_sana_says_its_size_because_its_pipeline_draws_1024_pixels_by_default():
     assert load_teacher(make_flow("sana")).schedule.config.resolution == [64, 64]
 
 
+def test_long_prompts_of_z_image_keep_their_length(monkeypatch):
+    """Whose mask is kept in bfloat16, which cannot count beyond 256."""
+    monkeypatch.setattr(FlowTransformer, "prompt_dtype", torch.bfloat16)
+    teacher = make_teacher("zimage", ["a " + "a cat " * 115])
+    (length,) = teacher.conditions.lengths("mask", torch.tensor([0]))
+    assert length == teacher.conditions.files[0]["cap_feats"].shape[1] > 256
+
+
+def test_the_guidance_of_a_run_is_its_own_whatever_else_guides():
+    teacher = make_teacher("flux")
+    x, rows = torch.randn(3, *teacher.shape), torch.arange(3)
+    guided = Guided(teacher, [3.5])
+    before = guided(x, 500.0, rows)
+    assert not torch.equal(Guided(teacher)(x, 500.0, rows), before)
+    assert torch.equal(guided(x, 500.0, rows), before)
+    teacher.draw_teacher(PROMPTS, [torch.Generator().manual_seed(0) for _ in PROMPTS], 1, 1.0, "")
+    assert teacher.guidance == 3.5
+
+
 def test_z_image_turbo_is_refused_by_its_name(tmp_path):
     pipeline = make_flow("zimage")
     pipeline.save_pretrained(tmp_path / "Z-Image-Turbo")
@@ -318,6 +337,7 @@ def test_prompts_are_encoded_again_with_another_chat_template():
     assert len(digests) == 3
 
 
+@pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_a_teacher_stored_in_bfloat16_stays_so_as_the_base_of_adapters(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(FlowTransformer, "prompt_dtype", torch.bfloat16)
@@ -335,6 +355,12 @@ def test_a_teacher_stored_in_bfloat16_stays_so_as_the_base_of_adapters(kind, tmp
     files = [load_file(tmp_path / f"{name}_run" / "pipeline" / ADAPTER) for name in ("half", "single")]
     assert files[0].keys() == files[1].keys()
     assert all(each.dtype == torch.float32 and each.isfinite().all() for each in files[0].values())
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    drawn = half.state.teacher.draw(load_student(tmp_path / "half_run" / "pipeline"), PROMPTS, generators)
+    teacher = load_teacher(tmp_path / "half")
+    teacher.resize(size_of(pipeline))
+    drawn += teacher.draw_teacher(PROMPTS, generators, 2, 3.0, "")[0]
+    assert [image.size for image in drawn] == [(24, 16)] * 6
     for rank, dtype in ((0, torch.float32), (2, torch.bfloat16)):  # all weights are trained in single precision
         trainer = HSIVITrainer(
             str(tmp_path / "half"), HSIVIConfig(**{**SHORT, "lora_rank": rank}, mixed_precision="bf16")

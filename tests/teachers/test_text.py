@@ -458,7 +458,7 @@ def test_it_is_pushed_and_pulled_into_the_stock_pipeline_beside_a_style(run, tex
     assert card.data.base_model == "alice/teacher"
     assert 'pipeline.load_lora_weights("alice/lora")' in card.text
     assert "num_inference_steps=2, guidance_scale=1" in card.text
-    assert "a larger `guidance_scale` would guide a second time" in card.text
+    assert "keep `guidance_scale=1`: the pipeline would guide a second time" in card.text
     style = load_file(run / "pipeline" / ADAPTER)
     save_file({name: weight.flip(0) for name, weight in style.items()}, tmp_path / ADAPTER)
     both = DiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
