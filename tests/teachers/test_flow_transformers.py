@@ -4,10 +4,12 @@ import re
 from inspect import signature
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -182,6 +184,25 @@ def test_prompts_are_kept_in_half_the_bytes(monkeypatch):
     given, rounded = (each.arguments(rows, like) for each in (whole, half))
     for name, value in rounded.items():
         assert torch.equal(value, given[name].bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("sd3", "StableDiffusion3Img2Img"), ("flux", "FluxImg2Img"), ("flux", "FluxInpaint")],
+)
+def test_pipelines_that_take_an_image_draw_what_euler_draws(kind, name):
+    pipeline = getattr(diffusers, f"{name}Pipeline").from_pipe(make_flow(kind))
+    pipeline.set_progress_bar_config(disable=True)
+    ours = HSIVIScheduler(prediction_type="flow_prediction", layer_timesteps=[999, 749, 500, 250, -1], noise_eta=0.0)
+    euler = FlowMatchEulerDiscreteScheduler()
+    given = {"image": Image.new("RGB", (24, 16), "red"), "height": 16, "width": 24, "num_inference_steps": 4}
+    given |= {"strength": 0.6, "guidance_scale": 1.0, "output_type": "pt"}
+    given |= {"mask_image": Image.new("L", (24, 16), 255)} if "Inpaint" in name else {}
+    images = []
+    for scheduler, more in ((ours, {}), (euler, {"sigmas": ours.unshifted_sigmas})):
+        pipeline.scheduler = scheduler
+        images.append(pipeline("a red cat", **given, **more, generator=torch.Generator().manual_seed(0)).images)
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-5)
 
 
 def test_noise_of_layers_is_drawn_again_from_the_same_seed(kind):
