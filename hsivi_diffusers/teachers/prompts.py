@@ -198,13 +198,23 @@ def digest_of_folder(folder: Path) -> str:
             continue
         target = path.resolve()
         named = target.parent.name == "blobs" and len(target.name) == 64
-        if named:
-            digest = target.name
-        else:
-            with target.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        hash.update(f"{path.name} {digest}\n".encode())
+        hash.update(f"{path.name} {target.name if named else _sha256_of_file(target)}\n".encode())
     return hash.hexdigest()
+
+
+def _sha256_of_file(path: Path) -> str:
+    """Returns the SHA-256 of a file, which is kept as long as its size and time of change stay: encoders are large."""
+    stat = path.stat()
+    key = hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+    kept = cached_assets_path("hsivi_diffusers", "prompts", "files") / key
+    if kept.is_file() and len(known := kept.read_text()) == len(key):
+        return known
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    partial = kept.with_name(f"{key}.{os.getpid()}")  # other processes may write it, too
+    partial.write_text(digest)
+    partial.replace(kept)
+    return digest
 
 
 def _backend(tokenizer: Any) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Text-to-image teachers: prompts as numbers, adapters on shared weights, and students in the stock pipelines."""
 
 import copy
+import hashlib
 import json
 import logging
 import math
@@ -175,6 +176,20 @@ def test_no_text_encoder_is_loaded_where_the_prompts_are_encoded(text_teachers, 
     assert teacher.pipeline.text_encoder is None
     monkeypatch.setattr(teacher, "load_encoders", lambda: pytest.fail("an encoder was loaded"))
     assert encode(teacher, ["a cat"]).num_rows == 2
+
+
+def test_the_files_of_encoders_are_hashed_again_only_if_they_change(text_teachers, monkeypatch, tmp_path):
+    shutil.copytree(text_teachers("sd"), tmp_path / "teacher")
+    teacher, hashed, digest = load_teacher(tmp_path / "teacher"), [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name))
+    first, again = teacher.encoders_digest(), teacher.encoders_digest()
+    assert first == again
+    assert len(hashed) == len(set(hashed)) > 0
+    hashed.clear()
+    config = tmp_path / "teacher" / "text_encoder" / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert teacher.encoders_digest() != first
+    assert hashed == [str(config)]
 
 
 @pytest.mark.parametrize("damage", [lambda file: file[:-100], lambda file: file[:-100] + bytes(100), None])
