@@ -189,6 +189,8 @@ class HSIVIConfig:
         for name in ("output_dir", "init_from", "prompts"):
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
+        if isinstance(self.resolution, tuple):
+            self.resolution = list(self.resolution)
         for name, (given, value) in (self._filled or {}).items():
             if getattr(self, name) == value:
                 setattr(self, name, given)

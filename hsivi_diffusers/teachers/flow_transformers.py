@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AuraFlowTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel
@@ -32,6 +32,7 @@ class FlowTransformer(TextLatents):
     """
 
     adapter = Adapter(TARGETS, "transformer")
+    sends_sigmas: ClassVar[bool] = False  # its pipeline sends 1, ..., 1/T, before the shift
     prompt_dtype = torch.bfloat16  # of the encoders of the published ones; a prompt of FLUX.1 takes 4 MB
     knows_size = True
 
@@ -51,6 +52,14 @@ class FlowTransformer(TextLatents):
     def resize(self, resolution: Sequence[int]) -> None:
         super().resize(resolution)
         self.set_shift()
+
+    def check_positions(self, number: int) -> None:
+        """Refuses, with ValueError, images with more patches in a row or column than the network has positions for."""
+        most = self.patch * self.factor * number
+        if max(size := self.image_shape[1:]) > most:
+            raise ValueError(
+                f"resolution={[*size]}: this {self.name} has positions for {most} x {most} at most: give a smaller size"
+            )
 
     def set_shift(self) -> None:
         """Sets the shift that follows from the size of the images."""
@@ -72,6 +81,9 @@ class FlowTransformer(TextLatents):
         few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         return float(low + (high - low) * (self.tokens - few) / (many - few))
+
+    def stock_sigmas(self, num_steps: int) -> Tensor | None:
+        return torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64) if self.sends_sigmas else None
 
     @property
     def tokens(self) -> float:
@@ -101,6 +113,10 @@ class StableDiffusion3(FlowTransformer):
     adapter = Adapter(TARGETS, "transformer", idle=("attn.add_q_proj",))
     encoded = (("encoder_hidden_states", 0, 1), ("pooled_projections", 2, 3))
 
+    def resize(self, resolution: Sequence[int]) -> None:
+        super().resize(resolution)
+        self.check_positions(self.network.config.pos_embed_max_size)
+
     @classmethod
     def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
         config = network.config
@@ -129,9 +145,7 @@ class AuraFlow(FlowTransformer):
     def resize(self, resolution: Sequence[int]) -> None:
         super().resize(resolution)
         # Beyond its positions the network would take those of the other end.
-        most = self.patch * self.factor * math.isqrt(self.network.config.pos_embed_max_size)
-        if max(resolution) > most:
-            raise ValueError(f"resolution={[*resolution]}: this {self.name} has positions for {most} x {most} at most")
+        self.check_positions(math.isqrt(self.network.config.pos_embed_max_size))
 
     def forward(self, network: Any, x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
         return super().forward(network, x, time / len(self.schedule), **arguments)

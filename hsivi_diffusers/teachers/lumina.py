@@ -22,6 +22,7 @@ class Lumina2(FlowTransformer):
     pipelines = ("Lumina2Pipeline",)
     network_class = Lumina2Transformer2DModel
     encoded = (("encoder_hidden_states", 0, 2), ("encoder_attention_mask", 1, 3))
+    sends_sigmas = True
     adapter = Adapter([*ATTENTION, *(f"feed_forward.linear_{i}" for i in (1, 2, 3))], "transformer")
 
     @property

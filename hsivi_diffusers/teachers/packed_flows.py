@@ -21,6 +21,7 @@ class Packed(FlowTransformer):
     """Transformers whose tokens are fields of 2 x 2 latents: shape (B, H W / 4, 4 C); their time is sigma."""
 
     patch = 2
+    sends_sigmas = True
 
     @staticmethod
     def channels(config: Mapping[str, Any]) -> int:

@@ -23,7 +23,7 @@ from diffusers import (
 from torch import Tensor
 
 from ..pipeline_hsivi import HSIVIPipeline
-from ..scheduling_hsivi import HSIVIScheduler
+from ..scheduling_hsivi import HSIVIScheduler, shifted
 from .guidance import Guided
 from .levels import clock_of
 from .teacher import Teacher, network_of
@@ -247,7 +247,10 @@ def make_solver(
         levels: Of the steps.
         **settings: Of the solver.
     """
-    scheduler, arguments = make_scheduler(method, teacher.teacher.schedule, levels, **settings)
+    schedule, stock = teacher.teacher.schedule, teacher.teacher.stock_sigmas(num_steps)
+    if method == "Euler" and levels is None and stock is not None:
+        levels = schedule.levels.level(len(schedule) * shifted(stock, schedule.config.shift)).tolist()
+    scheduler, arguments = make_scheduler(method, schedule, levels, **settings)
     return Solver(scheduler, num_steps, teacher.teacher, teacher, arguments)
 
 

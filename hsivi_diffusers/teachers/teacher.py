@@ -109,6 +109,10 @@ class Teacher:
     def set_guidance(self, w: float) -> None:
         """Sets the guidance scale that the networks are called with from now on, if they take it as an input."""
 
+    def stock_sigmas(self, num_steps: int) -> Tensor | None:
+        """Returns the sigmas, before the shift, that the pipeline of a flow sends to its scheduler, if it sends any."""
+        return None
+
     def guide(self, of_condition: Tensor, of_none: Tensor, w: Tensor) -> Tensor:
         """Returns the guided prediction of scale w, shape (B, 1, ...)."""
         return of_none + w * (of_condition - of_none)

@@ -23,6 +23,7 @@ from hsivi_diffusers.teachers.flow_transformers import FlowTransformer
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.loading import kind_of, load_student, read_teacher
 from hsivi_diffusers.teachers.prompts import digest_of
+from hsivi_diffusers.teachers.solvers import make_solver
 from short_run import SETTINGS, train
 from tiny_flows import FLOWS, OF_ANY_SIZE, make_flow, make_flux2, make_klein, size_of
 from tiny_text import PROMPTS
@@ -283,11 +284,21 @@ def test_a_plan_has_prompts_of_full_length(kind, tmp_path, monkeypatch):
     assert count_flops() < 0.8 * whole
 
 
-def test_auraflow_refuses_images_beyond_its_positions():
-    teacher = load_teacher(make_flow("auraflow"))
-    teacher.resize([32, 32])
-    with pytest.raises(ValueError, match="positions for 32 x 32 at most"):
-        teacher.resize([32, 36])
+@pytest.mark.parametrize(("kind", "most"), [("auraflow", 32), ("sd3", 64)])
+def test_images_beyond_the_positions_of_a_network_are_refused(kind, most):
+    teacher = load_teacher(make_flow(kind))
+    teacher.resize([most, most])
+    with pytest.raises(ValueError, match=f"positions for {most} x {most} at most: give a smaller size"):
+        teacher.resize([most, most + 4])
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "lumina2"])
+def test_the_euler_baseline_has_the_grid_of_the_pipeline(kind):
+    pipeline = make_flow(kind)
+    solver = make_solver("Euler", 4, Guided(make_teacher(kind))).scheduler
+    stock(pipeline, num_inference_steps=4)
+    solver.set_timesteps(4)
+    torch.testing.assert_close(solver.timesteps.float(), pipeline.scheduler.timesteps.float(), rtol=0, atol=1.0)
 
 
 def test_sana_says_its_size_because_its_pipeline_draws_1024_pixels_by_default():
