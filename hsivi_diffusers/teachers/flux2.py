@@ -63,28 +63,14 @@ class Flux2(Flux2Base, Flux):
     """FLUX.2-dev: its networks take the guidance scale as an input."""
 
     pipelines = ("Flux2Pipeline",)
-
-    @classmethod
-    def check(cls, name: str, part: str, config: Mapping[str, Any]) -> None:
-        if not config["guidance_embeds"]:
-            raise ValueError(
-                f"teacher {name}: guidance_embeds=False of the {part}, and a Flux2Pipeline takes the guidance scale as "
-                "an input: give FLUX.2-dev, or a fine-tune of it"
-            )
+    undistilled = "FLUX.2-dev"
 
 
 class Flux2Klein(Flux2Base):
-    """The base models of FLUX.2 Klein: their pipeline leads away from the empty prompt alone."""
+    """The base models of FLUX.2 Klein, guided by two calls, of which one has the empty prompt."""
 
     pipelines = ("Flux2KleinPipeline",)
-
-    def check_students(self, config: Any) -> None:
-        super().check_students(config)
-        if config.negative_prompt:
-            raise ValueError(
-                f"negative_prompt={config.negative_prompt!r}: a Flux2KleinPipeline takes no negative prompt: leave it "
-                "out"
-            )
+    takes_negative = False
 
     def arguments(self, condition: Tensor, like: Tensor) -> dict[str, Any]:
         given = super().arguments(condition, like)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -221,10 +221,12 @@ class TextLatents(Latents):
     Attributes:
         encoded: What `encode_prompt` of the pipeline returns: argument of the network, place of the prompt, and of the
             negative prompt.
+        takes_negative: Its pipeline takes negative prompts.
         prompt_dtype: Of encoded prompts on the disk; that of the encoders by default.
     """
 
     takes_text = True
+    takes_negative: ClassVar[bool] = True
     prompt_dtype: torch.dtype | None = None
     condition_name = "prompt"
     encoded: Sequence[tuple[str, int, int]]
@@ -239,6 +241,14 @@ class TextLatents(Latents):
         height, width = (side // self.factor for side in resolution)
         self.shape = (self.shape[0], height, width)
         self.schedule = HSIVIScheduler.from_config(self.schedule.config, resolution=[*resolution])
+
+    def check_students(self, config: Any) -> None:
+        super().check_students(config)
+        if config.negative_prompt and not self.takes_negative:
+            raise ValueError(
+                f"negative_prompt={config.negative_prompt!r}: a {[*self.pipelines][0]} takes no negative prompt: "
+                "leave it out"
+            )
 
     def arguments(self, condition: Tensor, like: Tensor) -> dict[str, Any]:
         return dict(self.conditions.arguments(condition, like))

@@ -55,26 +55,20 @@ class Flux(Packed):
     network_class = FluxTransformer2DModel
     encoded: Sequence[tuple[str, int, int]] = (("encoder_hidden_states", 0, 0), ("pooled_projections", 1, 1))
     embeds_guidance = True
+    takes_negative = False
+    undistilled = "FLUX.1-dev"
     guidance = 1.0
 
     @classmethod
     def check(cls, name: str, part: str, config: Mapping[str, Any]) -> None:
         if not config["guidance_embeds"]:
             raise ValueError(
-                f"teacher {name}: guidance_embeds=False of the {part}, as in FLUX.1-schnell, which is distilled "
-                "already: give FLUX.1-dev, or a fine-tune of it"
+                f"teacher {name}: guidance_embeds=False of the {part}, as in models that are already distilled, such "
+                f"as FLUX.1-schnell: give {cls.undistilled}, or a fine-tune of it"
             )
 
     def set_guidance(self, w: float) -> None:
         self.guidance = w
-
-    def check_students(self, config: Any) -> None:
-        super().check_students(config)
-        if config.negative_prompt:
-            raise ValueError(
-                f"negative_prompt={config.negative_prompt!r}: a {self.name} takes the guidance scale as an input and "
-                "no negative prompt: leave it out"
-            )
 
     def arguments(self, condition: Tensor, like: Tensor) -> dict[str, Any]:
         given = super().arguments(condition, like)
