@@ -112,8 +112,7 @@ def load_with_teacher(name: str, device: str) -> Student:
     given = {"classes": classes_of(pipeline, name), "negative_prompt": run.get("negative_prompt", "")}
     if teacher is None:
         return Student(pipeline, None, about, **given)
-    if pipeline.scheduler.config.resolution is not None:
-        teacher.resize(pipeline.scheduler.config.resolution)
+    teacher.resize(pipeline.scheduler.config.resolution)
     teacher.to(device).network.eval()
     return Student(pipeline, teacher, about, **given)
 

@@ -135,8 +135,7 @@ def make_fake_state(name: str, revision: str | None, config: HSIVIConfig, meter:
         adapted = teacher.rank(config.lora_rank) > 0
         source = teacher if adapted else make_teacher(name, revision)
         student, critic = make_student_and_critic(source, config)
-    if config.resolution is not None:
-        teacher.resize(config.resolution)
+    teacher.resize(config.resolution)
     teacher.check_students(config)
     _make_fake([teacher.network, student, critic])
     with meter:

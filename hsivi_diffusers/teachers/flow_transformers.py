@@ -49,8 +49,8 @@ class FlowTransformer(TextLatents):
     def default_size(config: Mapping[str, Any]) -> int:
         return int(config.get("sample_size") or 128)
 
-    def resize(self, resolution: Sequence[int]) -> None:
-        super().resize(resolution)
+    def set_size(self, resolution: Sequence[int]) -> None:
+        super().set_size(resolution)
         self.set_shift()
 
     def check_positions(self, number: int) -> None:
@@ -113,8 +113,8 @@ class StableDiffusion3(FlowTransformer):
     adapter = Adapter(TARGETS, "transformer", idle=("attn.add_q_proj",))
     encoded = (("encoder_hidden_states", 0, 1), ("pooled_projections", 2, 3))
 
-    def resize(self, resolution: Sequence[int]) -> None:
-        super().resize(resolution)
+    def set_size(self, resolution: Sequence[int]) -> None:
+        super().set_size(resolution)
         self.check_positions(self.network.config.pos_embed_max_size)
 
     @classmethod
@@ -142,8 +142,8 @@ class AuraFlow(FlowTransformer):
         """Of the 1024 pixels of the pipeline, whatever `sample_size` says."""
         return 128
 
-    def resize(self, resolution: Sequence[int]) -> None:
-        super().resize(resolution)
+    def set_size(self, resolution: Sequence[int]) -> None:
+        super().set_size(resolution)
         # Beyond its positions the network would take those of the other end.
         self.check_positions(math.isqrt(self.network.config.pos_embed_max_size))
 
@@ -170,7 +170,7 @@ class Sana(FlowTransformer):
     def __init__(self, pipeline: Any, network: Any, schedule: HSIVIScheduler, rows: int = 0) -> None:
         super().__init__(pipeline, network, schedule, rows)
         if schedule.config.resolution is None:  # of the pipeline it is 1024, for networks of other sizes too
-            self.resize(self.image_shape[1:])
+            self.set_size(self.image_shape[1:])
 
     @property
     def factor(self) -> int:

@@ -231,7 +231,7 @@ class TextLatents(Latents):
     condition_name = "prompt"
     encoded: Sequence[tuple[str, int, int]]
 
-    def resize(self, resolution: Sequence[int]) -> None:
+    def set_size(self, resolution: Sequence[int]) -> None:
         unit = self.factor * self.patch
         if len(resolution) != 2 or any(not isinstance(side, int) or side < 1 or side % unit for side in resolution):
             raise ValueError(

@@ -147,12 +147,17 @@ class Teacher:
 
     # ----- student and critic -----
 
-    def resize(self, resolution: Sequence[int]) -> None:
-        """Sets height and width of the images, before prompts are encoded.
+    def resize(self, resolution: Sequence[int] | None) -> None:
+        """Sets height and width of the images, before prompts are encoded; None leaves those of its pipeline.
 
         Raises:
             ValueError: It draws images of one size, or of others than this.
         """
+        if resolution is not None:
+            self.set_size(resolution)
+
+    def set_size(self, resolution: Sequence[int]) -> None:
+        """Does it; a kind that draws images of several sizes overrides this."""
         _, height, width = self.image_shape
         raise ValueError(
             f"resolution={[*resolution]}: a {self.name} draws images of {height} x {width} alone: leave it out"
