@@ -395,6 +395,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             the input of the last layer, as in diffusers.
         resolution: Height and width of the images it was trained on, where they are not those of the pipeline; for the
             reader, and for programs that draw.
+        max_sequence_length: Tokens that its prompts were cut to, where they are not those of the pipeline; likewise.
         guidance_scale: Scale of classifier-free guidance distilled into the network (1: none), or several scales, of
             which each call picks one; the last class label is then "no class". None: distilled without guidance.
 
@@ -441,6 +442,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         time_shift_type: str = "exponential",
         shift_terminal: float | None = None,
         resolution: list[int] | None = None,
+        max_sequence_length: int | None = None,
         guidance_scale: float | list[float] | None = None,
     ):
         _check_settings(self.config)
@@ -928,6 +930,8 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     size, known = settings["resolution"], settings["resolution"] is not None
     if known and (len(_listed(size)) != 2 or not all(isinstance(side, int) and side > 0 for side in _listed(size))):
         raise ValueError(f"resolution={size!r}: give height and width in pixels")
+    if settings["max_sequence_length"] is not None:
+        _check_number("max_sequence_length", settings["max_sequence_length"], 1, kind=Integral)
     if settings["rescale_betas_zero_snr"] and settings["prediction_type"] == "epsilon":
         raise ValueError(
             "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the sample "

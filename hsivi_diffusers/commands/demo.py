@@ -112,7 +112,7 @@ def load_with_teacher(name: str, device: str) -> Student:
     given = {"classes": classes_of(pipeline, name), "negative_prompt": run.get("negative_prompt", "")}
     if teacher is None:
         return Student(pipeline, None, about, **given)
-    teacher.resize(pipeline.scheduler.config.resolution)
+    teacher.set_sizes(pipeline.scheduler.config)
     teacher.to(device).network.eval()
     return Student(pipeline, teacher, about, **given)
 

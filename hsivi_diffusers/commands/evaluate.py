@@ -168,7 +168,7 @@ def main(args: list[str] | None = None) -> None:
     teacher = load_teacher(training["teacher"], None if options.teacher else training.get("revision"))
     check_channels(network, teacher.image_shape[0])
     student = load_student(run_dir / "pipeline", teacher).to(device)
-    teacher.resize(student.scheduler.config.resolution)
+    teacher.set_sizes(student.scheduler.config)
     prompts = str(run_dir / PROMPTS) if training.get("prompts") else None
     teacher.encode_prompts(prompts, training.get("negative_prompt", ""), torch.device(device))
     teacher.to(device).network.eval()

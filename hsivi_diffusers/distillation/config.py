@@ -121,6 +121,11 @@ class HSIVIConfig:
     resolution: list[int] | None = option(
         None, "height and width of the images, of a text-to-image teacher; those of its pipeline by default"
     )
+    max_sequence_length: int | None = option(
+        None,
+        "tokens that prompts are cut to, of a text-to-image teacher whose pipeline takes it; by default the pipeline's",
+        common=False,
+    )
     negative_prompt: str = option("", "negative prompt used for guidance, of a text-to-image teacher", common=False)
     class_shares: list[float] | None = option(
         None, "share of each class among the images of training, in proportion; equal by default"

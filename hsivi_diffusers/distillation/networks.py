@@ -40,7 +40,7 @@ def load_networks(teacher: Teacher, config: HSIVIConfig, accelerator: Accelerato
 
     With `init_from` they start where an earlier run ended. The second value identifies teacher and prompts by hashes.
     """
-    teacher.resize(config.resolution)
+    teacher.set_sizes(config)
     teacher.check_students(config)  # before prompts are encoded, which may take hours
     teacher.encode_prompts(config.prompts, config.negative_prompt, accelerator.device)
     identity = teacher.identity()

@@ -135,8 +135,9 @@ def make_fake_state(name: str, revision: str | None, config: HSIVIConfig, meter:
         adapted = teacher.rank(config.lora_rank) > 0
         source = teacher if adapted else make_teacher(name, revision)
         student, critic = make_student_and_critic(source, config)
-    teacher.resize(config.resolution)
+    teacher.set_sizes(config)
     teacher.check_students(config)
+    teacher.make_blank_prompts()
     _make_fake([teacher.network, student, critic])
     with meter:
         networks = make_networks(teacher, student, critic, config)

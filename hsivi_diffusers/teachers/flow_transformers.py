@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
 from .adapters import Adapter
-from .latents import TextLatents
+from .latents import CLIP_TOKENS, TextLatents
 
 # Attention and feed-forward of image and text.
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -117,10 +117,8 @@ class StableDiffusion3(FlowTransformer):
         super().set_size(resolution)
         self.check_positions(self.network.config.pos_embed_max_size)
 
-    @classmethod
-    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
-        config = network.config
-        shapes = {"encoder_hidden_states": (77 + 256, config.joint_attention_dim)}
+    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        shapes = {"encoder_hidden_states": (CLIP_TOKENS + self.longest, config.joint_attention_dim)}
         return {**shapes, "pooled_projections": (config.pooled_projection_dim,)}
 
 
@@ -153,9 +151,8 @@ class AuraFlow(FlowTransformer):
     def unscale(self, x: Tensor) -> Tensor:
         return x / self.vae.config.scaling_factor  # its pipeline adds no shift
 
-    @classmethod
-    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
-        return {"encoder_hidden_states": (256, network.config.joint_attention_dim)}
+    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (self.longest, config.joint_attention_dim)}
 
 
 class Sana(FlowTransformer):
@@ -190,6 +187,6 @@ class Sana(FlowTransformer):
     def unpack(self, x: Tensor) -> Tensor:
         return x[:, : self.shape[0]]  # without a learned variance
 
-    @classmethod
-    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
-        return {"encoder_hidden_states": (300, network.config.caption_channels), "encoder_attention_mask": (300,)}
+    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        length = self.longest
+        return {"encoder_hidden_states": (length, config.caption_channels), "encoder_attention_mask": (length,)}

@@ -22,6 +22,8 @@ from .configs import Configs
 from .prompts import PromptTable, digest_of, digest_of_folder, digest_of_module, encode_prompts
 from .teacher import PipelineTeacher, check_prompts, network_of
 
+LENGTH = "max_sequence_length"
+CLIP_TOKENS = 77
 VAE_PIXELS = 2**21  # of images that are decoded at once
 
 
@@ -171,7 +173,7 @@ class Latents(PipelineTeacher):
     def call_arguments(cls, scheduler: HSIVIScheduler) -> dict[str, Any]:
         known = signature(getattr(diffusers, [*cls.pipelines][0]).__call__).parameters
         binning = {"use_resolution_binning": False} if "use_resolution_binning" in known else {}
-        return {**cls.unguided(scheduler), **size_of(scheduler), **binning}
+        return {**cls.unguided(scheduler), **sizes_of(scheduler), **binning}
 
     @classmethod
     def unguided(cls, scheduler: HSIVIScheduler) -> dict[str, Any]:
@@ -200,7 +202,7 @@ class Latents(PipelineTeacher):
         negative = self.negative([negative_prompt] * len(generators))
         given: dict[str, Any] = {"negative_prompt": negative, "use_resolution_binning": False}
         given = {name: value for name, value in given.items() if name in known and value is not None}
-        given |= {"num_inference_steps": num_inference_steps, **self.guided(guidance_scale), **size_of(self.schedule)}
+        given |= {"num_inference_steps": num_inference_steps, **self.guided(guidance_scale), **sizes_of(self.schedule)}
         images = pipeline(**{self.condition_name: [*conditions]}, generator=generators, **given).images
         calls = num_inference_steps * (1 if guidance_scale == 1 or self.embeds_guidance else 2)
         return images, calls, type(pipeline.scheduler).__name__
@@ -210,9 +212,11 @@ class Latents(PipelineTeacher):
         return {"guidance_scale": w}
 
 
-def size_of(schedule: HSIVIScheduler) -> dict[str, int]:
-    """Arguments of a pipeline that say the size of its images, where it is not the default."""
-    return dict(zip(("height", "width"), schedule.config.resolution or (), strict=False))
+def sizes_of(schedule: HSIVIScheduler) -> dict[str, int]:
+    """Arguments of a pipeline that say the size of its images and the length of prompts, where they are no defaults."""
+    size = dict(zip(("height", "width"), schedule.config.resolution or (), strict=False))
+    longest = schedule.config.max_sequence_length
+    return size if longest is None else {**size, LENGTH: longest}
 
 
 class TextLatents(Latents):
@@ -250,6 +254,22 @@ class TextLatents(Latents):
                 "leave it out"
             )
 
+    def set_length(self, max_sequence_length: int) -> None:
+        if LENGTH not in self._called:
+            super().set_length(max_sequence_length)
+        self.schedule = HSIVIScheduler.from_config(self.schedule.config, max_sequence_length=max_sequence_length)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that its pipeline cuts prompts to, in an encoder without a fixed length, if it has one."""
+        usual = self._called[LENGTH].default if LENGTH in self._called else CLIP_TOKENS
+        return int(self.schedule.config.max_sequence_length or usual)
+
+    @property
+    def _called(self) -> Mapping[str, Any]:
+        """Arguments of a call of its pipeline; their defaults may be others than those of `encode_prompt`."""
+        return signature(getattr(self.pipeline, "kind", type(self.pipeline)).__call__).parameters
+
     def arguments(self, condition: Tensor, like: Tensor) -> dict[str, Any]:
         return dict(self.conditions.arguments(condition, like))
 
@@ -281,26 +301,22 @@ class TextLatents(Latents):
         """Returns arguments of `encode_prompt` whose defaults in it are not those of the pipeline's call."""
         return {}
 
-    @classmethod
-    def of_configs(cls, configs: Configs, schedule: HSIVIScheduler) -> Latents:
-        """Makes it with two prompts that say nothing."""
-        teacher = super().of_configs(configs, schedule)
-        shapes = cls.prompt_shapes(teacher.network)
-        teacher.conditions = PromptTable(  # in masks a 1 is a token
+    def make_blank_prompts(self) -> None:
+        shapes = self.prompt_shapes(self.network.config)
+        self.conditions = PromptTable(  # in masks a 1 is a token
             [{name: torch.ones(2, *shape, device="cpu") for name, shape in shapes.items()}], {}
         )
-        return teacher
 
-    @classmethod
-    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of each argument of the network for one prompt."""
+    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each argument of a network of this config for one prompt."""
         raise NotImplementedError
 
 
 class ConfigsOnly:
-    """The parts of a pipeline of which only configs are known: a VAE without a network, to be counted in a plan."""
+    """A pipeline of which only configs are known, and its class: a VAE without weights, to be counted in a plan."""
 
     def __init__(self, configs: Configs) -> None:
+        self.kind = getattr(diffusers, configs.kind)
         with torch.device("meta"):
             config = dict(configs.vae or {})
             self.vae: Any = getattr(diffusers, config["_class_name"]).from_config(config)

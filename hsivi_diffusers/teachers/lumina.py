@@ -51,9 +51,9 @@ class Lumina2(FlowTransformer):
             positions.freqs_cis = positions._precompute_freqs_cis(*axes)
         return teacher
 
-    @classmethod
-    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
-        return {"encoder_hidden_states": (256, network.config.cap_feat_dim), "encoder_attention_mask": (256,)}
+    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        length = self.longest
+        return {"encoder_hidden_states": (length, config.cap_feat_dim), "encoder_attention_mask": (length,)}
 
 
 class ZImage(FlowTransformer):
@@ -96,6 +96,5 @@ class ZImage(FlowTransformer):
         """Its guided velocity is c + scale (c - u)."""
         return {"guidance_scale": w - 1}
 
-    @classmethod
-    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
-        return {"cap_feats": (512, network.config.cap_feat_dim), "mask": (512,)}
+    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        return {"cap_feats": (self.longest, config.cap_feat_dim), "mask": (self.longest,)}

@@ -80,10 +80,8 @@ class Flux(Packed):
         """The scale of the training, which the student takes as its teacher does."""
         return {"guidance_scale": (scheduler.guidance_scales or [1.0])[0]}
 
-    @classmethod
-    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
-        config = network.config
-        shapes = {"encoder_hidden_states": (512, config.joint_attention_dim)}
+    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        shapes = {"encoder_hidden_states": (self.longest, config.joint_attention_dim)}
         return {**shapes, "pooled_projections": (config.pooled_projection_dim,)}
 
 
@@ -105,9 +103,9 @@ class Chroma(Packed):
         with _checkpointed(network, arguments["attention_mask"]):
             return super().forward(network, x, time, **arguments)
 
-    @classmethod
-    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
-        return {"encoder_hidden_states": (512, network.config.joint_attention_dim), "attention_mask": (512,)}
+    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        length = self.longest
+        return {"encoder_hidden_states": (length, config.joint_attention_dim), "attention_mask": (length,)}
 
 
 @contextmanager
@@ -187,7 +185,6 @@ class QwenImage(Packed):
     def decode(self, x: Tensor) -> Tensor:
         return super().decode(x)[:, :, 0]
 
-    @classmethod
-    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
-        width = network.config.joint_attention_dim
-        return {"encoder_hidden_states": (512, width), "encoder_hidden_states_mask": (512,)}
+    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        length = self.longest
+        return {"encoder_hidden_states": (length, config.joint_attention_dim), "encoder_hidden_states_mask": (length,)}

@@ -94,6 +94,8 @@ def encode_prompts(teacher: Any, prompts: Sequence[str], negative: str, device: 
         device: Where to encode.
     """
     digest = teacher.encoders_digest()
+    if teacher.schedule.config.max_sequence_length is not None:
+        digest = hashlib.sha256(f"{digest}{teacher.longest}".encode()).hexdigest()
     if teacher.prompt_dtype is not None:
         digest = hashlib.sha256(f"{digest}{teacher.prompt_dtype}".encode()).hexdigest()
     folder = cached_assets_path("hsivi_diffusers", "prompts", digest[:16])
@@ -240,10 +242,8 @@ def _encode(
     given: dict[str, Any] = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": are_negative}
     given |= {"prompt_2": None, "prompt_3": None}  # by default the prompt itself
     given |= {"clean_caption": True} if cleans(pipeline) else {}
-    known, called = signature(pipeline.encode_prompt).parameters, signature(pipeline.__call__).parameters
-    if longest := called.get("max_sequence_length"):  # which is another in `encode_prompt` of some pipelines
-        given |= {"max_sequence_length": longest.default}
-    given |= teacher.encoding()
+    known = signature(pipeline.encode_prompt).parameters
+    given |= {"max_sequence_length": teacher.longest, **teacher.encoding()}
     for first in range(0, len(texts), BATCH):
         batch = [*texts[first : first + BATCH]]
         given |= {"negative_prompt": teacher.negative(batch) if are_negative else None}

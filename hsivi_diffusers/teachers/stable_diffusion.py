@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from .adapters import Adapter
-from .latents import TextLatents
+from .latents import CLIP_TOKENS, TextLatents
 
 # Attention, feed-forward and convolutions: those of diffusers' LCM-LoRA example.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"]
@@ -44,10 +44,9 @@ class StableDiffusion(TextLatents):
                     "supported: give a text-to-image model that takes text alone"
                 )
 
-    @classmethod
-    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
-        width = network.config.cross_attention_dim  # of all blocks, or of each
-        return {"encoder_hidden_states": (77, width if isinstance(width, int) else width[0])}
+    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        width = config.cross_attention_dim  # of all blocks, or of each
+        return {"encoder_hidden_states": (CLIP_TOKENS, width if isinstance(width, int) else width[0])}
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -69,8 +68,6 @@ class StableDiffusionXL(StableDiffusion):
         """Without a negative prompt SDXL takes zeros."""
         return texts if any(texts) else None
 
-    @classmethod
-    def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
-        config = network.config
+    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return {**super().prompt_shapes(network), "text_embeds": (pooled,), "time_ids": (6,)}
+        return {**super().prompt_shapes(config), "text_embeds": (pooled,), "time_ids": (6,)}

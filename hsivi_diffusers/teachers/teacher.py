@@ -19,6 +19,7 @@ from ..scheduling_hsivi import STOCK, HSIVIScheduler
 from .adapters import Adapter, has_adapter, save_adapter
 from .configs import Configs
 
+NEW = {"shift_terminal", "resolution", "max_sequence_length"}  # keys of schedulers that 0.2 has not
 WEIGHTS = "network.safetensors"  # of a network that is no model of diffusers
 
 
@@ -145,22 +146,36 @@ class Teacher:
         """
         check_prompts(self.takes_text, prompts)
 
+    def make_blank_prompts(self) -> None:
+        """Makes two prompts that say nothing, for a plan, if it takes text."""
+
     # ----- student and critic -----
 
-    def resize(self, resolution: Sequence[int] | None) -> None:
-        """Sets height and width of the images, before prompts are encoded; None leaves those of its pipeline.
+    def set_sizes(self, settings: Any) -> None:
+        """Sets the size of the images and the length of prompts, before these are encoded.
+
+        Args:
+            settings: A config of a run, or of the scheduler of its student; what is None is as in its pipeline.
 
         Raises:
-            ValueError: It draws images of one size, or of others than this.
+            ValueError: It draws images of one size, or of others than this, or has prompts of one length.
         """
-        if resolution is not None:
-            self.set_size(resolution)
+        if settings.resolution is not None:
+            self.set_size(settings.resolution)
+        if settings.max_sequence_length is not None:
+            self.set_length(settings.max_sequence_length)
 
     def set_size(self, resolution: Sequence[int]) -> None:
         """Does it; a kind that draws images of several sizes overrides this."""
         _, height, width = self.image_shape
         raise ValueError(
             f"resolution={[*resolution]}: a {self.name} draws images of {height} x {width} alone: leave it out"
+        )
+
+    def set_length(self, max_sequence_length: int) -> None:
+        """Sets the length of prompts; a kind whose pipeline takes it overrides this."""
+        raise ValueError(
+            f"max_sequence_length={max_sequence_length}: the pipeline of a {self.name} takes none: leave it out"
         )
 
     def check_students(self, config: Any) -> None:
@@ -304,7 +319,7 @@ class Teacher:
                 continue
             # Of quantised weights the config says something else when they have been saved.
             names = {name for name in config if not name.startswith("_")} - {"quantization_config"}
-            names -= {"shift_terminal", "resolution"} & {*config.get("_use_default_values", ())}  # new in 0.3
+            names -= NEW & {*config.get("_use_default_values", ())}
             values = {name: "quadratic" if config[name] == STOCK else config[name] for name in names}  # as before 0.3
             hash.update(json.dumps(values, sort_keys=True, default=str).encode())
         hash_weights(hash, self.network, self.loaded_half)

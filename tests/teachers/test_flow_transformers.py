@@ -68,7 +68,7 @@ def whole_prompts(monkeypatch):
 
 def make_teacher(kind, prompts=PROMPTS, **scheduler):
     teacher = load_teacher(pipeline := make_flow(kind, **scheduler))
-    teacher.resize(size_of(pipeline))
+    teacher.set_size(size_of(pipeline))
     takes_negative = "negative_prompt" in signature(pipeline.__call__).parameters
     teacher.encode_prompts(prompts, "blurry" if takes_negative else "", CPU)
     return teacher
@@ -97,6 +97,21 @@ def test_a_prompt_of_a_batch_has_the_velocity_that_it_has_alone(kind):
         for velocity, time, x in seen:
             ours = guided(teacher.unpack(x).expand(3, -1, -1, -1), torch.full((3,), float(time)), rows)[[row]]
             torch.testing.assert_close(ours, teacher.unpack(velocity), rtol=1e-4, atol=5e-6)
+
+
+def test_prompts_are_cut_to_the_length_that_is_given(kind):
+    prompts = ["a red cat a blue star a green dog", "a blue star"]
+    teacher = make_teacher(kind, prompts)
+    digest = teacher.conditions.digest
+    teacher.set_length(5)
+    teacher.encode_prompts(prompts, "", CPU)
+    assert teacher.conditions.digest != digest
+    assert teacher.call_arguments(teacher.schedule)["max_sequence_length"] == 5
+    seen = velocities(make_flow(kind), prompts, max_sequence_length=5, **teacher.guided(1.0))
+    guided, rows = Guided(teacher, [1.0]), torch.arange(2)
+    for velocity, time, x in seen:
+        ours = guided(teacher.unpack(x), torch.full((2,), float(time)), rows)
+        torch.testing.assert_close(ours, teacher.unpack(velocity), rtol=1e-4, atol=5e-6)
 
 
 @pytest.mark.parametrize("kind", ["chroma", "qwen"])
@@ -255,7 +270,7 @@ def test_a_size_that_does_not_fit_is_refused(kind):
     unit = teacher.factor * teacher.patch
     for size in ([unit], [unit - 1, unit], [0, unit]):
         with pytest.raises(ValueError, match=f"give height and width, multiples of {unit}"):
-            teacher.resize(size)
+            teacher.set_size(size)
 
 
 def test_the_shapes_of_prompts_are_known_from_the_config(kind):
@@ -290,9 +305,9 @@ def test_a_plan_has_prompts_of_full_length(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("kind", "most"), [("auraflow", 32), ("sd3", 64)])
 def test_images_beyond_the_positions_of_a_network_are_refused(kind, most):
     teacher = load_teacher(make_flow(kind))
-    teacher.resize([most, most])
+    teacher.set_size([most, most])
     with pytest.raises(ValueError, match=f"positions for {most} x {most} at most: give a smaller size"):
-        teacher.resize([most, most + 4])
+        teacher.set_size([most, most + 4])
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux", "lumina2"])
@@ -342,7 +357,7 @@ def test_teacher_and_student_are_drawn_again_with_the_same_prompts(kind):
     pipeline, prompts = make_flow(kind), [*PROMPTS]
     size = size_of(pipeline)
     teacher = load_teacher(pipeline)
-    teacher.resize(size)
+    teacher.set_size(size)
     config = {"layer_timesteps": [999, 500, 0], "resolution": size, "guidance_scale": 3.0}
     pipeline.scheduler = HSIVIScheduler.from_config(pipeline.scheduler.config, **config, use_dynamic_shifting=False)
     ways = [
@@ -394,7 +409,7 @@ def test_a_teacher_stored_in_bfloat16_stays_so_as_the_base_of_adapters(kind, tmp
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
     drawn = half.state.teacher.draw(load_student(tmp_path / "half_run" / "pipeline"), PROMPTS, generators)
     teacher = load_teacher(tmp_path / "half")
-    teacher.resize(size_of(pipeline))
+    teacher.set_size(size_of(pipeline))
     drawn += teacher.draw_teacher(PROMPTS, generators, 2, 3.0, "")[0]
     assert [image.size for image in drawn] == [(24, 16)] * 6
     for rank, dtype in ((0, torch.float32), (2, torch.bfloat16)):  # all weights are trained in single precision

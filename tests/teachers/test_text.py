@@ -248,7 +248,7 @@ def test_the_size_of_images_is_given_as_the_stock_call_gives_it():
     pixart = load_teacher(make_text("pixart"))
     assert pixart.sizes() == {}
     pixart.network.use_additional_conditions = True
-    pixart.resize([16, 32])
+    pixart.set_size([16, 32])
     sizes = pixart.sizes()
     assert (sizes["resolution"].tolist(), sizes["aspect_ratio"].tolist()) == ([[16, 32]], [[0.5]])
 
@@ -260,6 +260,13 @@ def test_a_run_has_the_size_that_is_asked_for(kind, tmp_path):
     assert [image.size for image in images] == [(24, 16)] * 3
     saved = HSIVIScheduler.from_pretrained(tmp_path / "pipeline", subfolder="scheduler")
     assert saved.config.resolution == [16, 24]
+
+
+def test_prompts_of_a_pipeline_with_one_length_cannot_be_cut():
+    with pytest.raises(ValueError, match="max_sequence_length=5: the pipeline of a UNet2DConditionModel takes none"):
+        HSIVITrainer(make_text("sd"), HSIVIConfig(**{**GIVEN, "max_sequence_length": 5}))
+    with pytest.raises(ValueError, match="max_sequence_length=0"):
+        HSIVIScheduler(max_sequence_length=0)
 
 
 @pytest.mark.parametrize(
