@@ -154,10 +154,11 @@ def test_a_copy_steps_like_its_original_and_lives_on_its_own(copied, options):
 # ----- other schedulers -----
 
 
-def test_the_compatible_schedulers_are_those_of_the_diffusion_pipelines_and_of_flows():
+def test_the_compatible_schedulers_are_those_of_the_diffusion_pipelines_of_flows_and_of_edm():
     names = {cls.__name__ for cls in HSIVIScheduler().compatibles}
-    flows = {f"FlowMatch{kind}Scheduler" for kind in ("EulerDiscrete", "HeunDiscrete", "LCM")}
-    assert names == {scheduler.name for scheduler in KarrasDiffusionSchedulers} | flows
+    others = {"EDMDPMSolverMultistepScheduler"}
+    others |= {f"FlowMatch{kind}Scheduler" for kind in ("EulerDiscrete", "HeunDiscrete", "LCM")}
+    assert names == {scheduler.name for scheduler in KarrasDiffusionSchedulers} | others
 
 
 @pytest.mark.parametrize("kind", CONVERTED)
@@ -198,11 +199,12 @@ def test_the_levels_of_any_scheduler_of_diffusers_are_kept_or_refused(cls, tmp_p
             if ours.is_flow:
                 assert cls in FLOWS or cls.__name__ == "FlowMapEulerDiscreteScheduler"
                 assert ours.config.shift == other.config.shift
+            elif ours.is_edm:
+                assert ours.config.edm == {name: other.config[name] for name in ours.config.edm}
             else:
                 torch.testing.assert_close(ours.alphas_cumprod, other.alphas_cumprod, check_dtype=False)
             assert walk(ready(ours)).isfinite().all()
-    known = {*STOCK, *FLOWS} - {diffusers.EDMEulerScheduler}
-    assert reason is None or (cls not in known and "not supported" in reason)
+    assert reason is None or (cls not in {*STOCK, *FLOWS} and "not supported" in reason)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ..runs.folders import check_spelling, near_folder
 from ..scheduling_hsivi import HSIVIScheduler
 
 REMEDY = "give a folder or repo id that DiffusionPipeline.from_pretrained loads, such as google/ddpm-cifar10-32"
+LEAST_NOISE = 0.03  # by the standard deviation of the data, at level 0: about that of Stable Diffusion
 # Names of pipelines of diffusers that are refused, as regular expressions, and why.
 REFUSED = {
     "SanaSprint|LatentConsistency|KleinKV": "it is distilled already: give the model that it was distilled from",
@@ -126,13 +127,14 @@ def check_pipeline(name: str, kind: str | None, settings: Mapping[str, Any]) -> 
         )
 
 
-def schedule_of(name: str, configs: Configs, knows_size: bool = False) -> HSIVIScheduler:
+def schedule_of(name: str, configs: Configs, knows_size: bool = False, scales_input: bool = False) -> HSIVIScheduler:
     """Returns the noise schedule of a teacher, or refuses, with ValueError, one that is not supported.
 
     Args:
         name: Of the teacher, for messages.
         configs: Of its pipeline.
         knows_size: Whether this kind of teacher sets a shift that depends on the size of its images.
+        scales_input: Whether its pipelines scale the input of the network.
     """
     if configs.scheduler.get("layer_timesteps"):
         raise ValueError(f"teacher {name} has the scheduler of a sampler that was distilled: give the teacher it had")
@@ -145,6 +147,15 @@ def schedule_of(name: str, configs: Configs, knows_size: bool = False) -> HSIVIS
             f"teacher {name}: its {configs.scheduler['_class_name']} has use_dynamic_shifting, so its noise levels "
             "depend on the size of images: turn it off, and set `shift` to that of the size it was trained on"
         )
+    if schedule.is_edm and not scales_input:
+        raise ValueError(
+            f"teacher {name} has an {configs.scheduler['_class_name']}, which is supported in pipelines of Stable "
+            "Diffusion and SDXL: give such a one, or its network in a `Teacher` of your own"
+        )
+    if schedule.is_edm:  # whose sampler goes where steps and levels of a student would be wasted
+        edm = schedule.config.edm
+        low = max(edm["sigma_min"], LEAST_NOISE * edm["sigma_data"])
+        schedule = HSIVIScheduler.from_config(schedule.config, edm={**edm, "sigma_min": low})
     return schedule
 
 
@@ -166,7 +177,7 @@ def check_agreement(name: str, part: str, configs: Configs, outputs: int) -> Non
 
 def check_levels(name: str, schedule: HSIVIScheduler, scheduler: SchedulerMixin) -> None:
     """Refuses a schedule that has not the noise levels of the scheduler it was made from."""
-    # Some schedulers of diffusers keep 2^-24 instead of a zero at the end.
+    # Some schedulers of diffusers keep 2^-24 instead of a zero at the end. Flows and EDM have no betas.
     ours, theirs = (getattr(each, "alphas_cumprod", torch.zeros(0)).float() for each in (schedule, scheduler))
     if not schedule.is_flow and (len(ours) != len(theirs) or not torch.allclose(ours, theirs, atol=1e-6)):
         raise ValueError(

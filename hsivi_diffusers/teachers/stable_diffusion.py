@@ -32,6 +32,7 @@ class StableDiffusion(TextLatents):
     network_class = UNet2DConditionModel
     part = "unet"
     adapter = Adapter(TARGETS, "unet")
+    scales_input = True
     encoded: Sequence[tuple[str, int, int]] = (("encoder_hidden_states", 0, 1),)
 
     @classmethod
@@ -68,6 +69,13 @@ class StableDiffusionXL(StableDiffusion):
     def negative(self, texts: list[str]) -> list[str] | None:
         """Without a negative prompt SDXL takes zeros."""
         return texts if any(texts) else None
+
+    def unscale(self, x: Tensor) -> Tensor:
+        config, latents = self.vae.config, super().unscale(x)
+        if config.latents_mean is None or config.latents_std is None:
+            return latents
+        mean, std = (x.new_tensor(each).reshape(-1, 1, 1) for each in (config.latents_mean, config.latents_std))
+        return latents * std + mean
 
     @classmethod
     def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:

@@ -87,8 +87,9 @@ class Teacher:
             time: The network's time, one number or (B,), see `HSIVIScheduler.levels`.
             condition: Numbers of classes or prompts, (B,), or None.
         """
-        like = x.to(getattr(network, "dtype", None) or next(network.parameters()).dtype)
         times = torch.as_tensor(time).to(x.device).expand(len(x))
+        scaled = self.schedule.scale_model_input(x, times)
+        like = scaled.to(getattr(network, "dtype", None) or next(network.parameters()).dtype)
         given = {} if condition is None else self.arguments(condition, like)
         return self.forward(network, like, times, **given).to(x.dtype)
 
@@ -304,7 +305,7 @@ class Teacher:
                 continue
             # Of quantised weights the config says something else when they have been saved.
             names = {name for name in config if not name.startswith("_")} - {"quantization_config"}
-            names -= {"shift_terminal", "resolution"} & {*config.get("_use_default_values", ())}  # new in 0.3
+            names -= {"shift_terminal", "resolution", "edm"} & {*config.get("_use_default_values", ())}  # new in 0.3
             values = {name: "quadratic" if config[name] == STOCK else config[name] for name in names}  # as before 0.3
             hash.update(json.dumps(values, sort_keys=True, default=str).encode())
         hash_weights(hash, self.network, self.loaded_half)
@@ -318,11 +319,13 @@ class PipelineTeacher(Teacher):
         pipelines: Names of the classes of pipelines of this kind.
         network_class: Of the network.
         knows_size: It sets the shift of noise levels that depend on the size of the images.
+        scales_input: Its pipelines give the network what `scale_model_input` of their scheduler returns.
     """
 
     pipelines: ClassVar[Collection[str]] = ()
     network_class: ClassVar[type[nn.Module]]
     knows_size: ClassVar[bool] = False
+    scales_input: ClassVar[bool] = False
 
     @classmethod
     def of(cls, pipeline: DiffusionPipeline, schedule: HSIVIScheduler) -> PipelineTeacher:
