@@ -71,10 +71,11 @@ class StableDiffusionXL(StableDiffusion):
         return texts if any(texts) else None
 
     def unscale(self, x: Tensor) -> Tensor:
-        config, latents = self.vae.config, super().unscale(x)
-        if config.latents_mean is None or config.latents_std is None:
+        latents, config = super().unscale(x), self.vae.config
+        given = config.get("latents_mean"), config.get("latents_std")
+        if None in given:
             return latents
-        mean, std = (x.new_tensor(each).reshape(-1, 1, 1) for each in (config.latents_mean, config.latents_std))
+        mean, std = (x.new_tensor(each).reshape(-1, 1, 1) for each in given)
         return latents * std + mean
 
     @classmethod
