@@ -42,7 +42,7 @@ from diffusers.utils.torch_utils import randn_tensor
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 FLOWS = tuple(f"FlowMatch{kind}Scheduler" for kind in ("EulerDiscrete", "HeunDiscrete", "LCM"))
 EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-EDM = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_schedule": "karras", "rho": 7.0}
+EDM = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
 LEVEL_SETTINGS = (*BETAS, "prediction_type", "shift", "edm")
 OUR_SPACINGS = ("quadratic", "uniform")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -254,20 +254,22 @@ class FlowLevels(TimedLevels):
 
 
 class EDMLevels(TimedLevels):
-    """Levels of EDM: s = sigma / alpha rises from `low` to `high`; the network's time is log(s) / 4.
+    """Levels of EDM: s = sigma / alpha rises from `sigma_min` to `sigma_max`; the network's time is log(s) / 4.
+
+    The network was trained for all s between, and laws of its samplers crowd levels where there is little noise. Here
+    log(1 + (s / sigma_data)^2) is linear in the square of the level, nearly as it is with linear betas.
 
     Args:
         size: N.
-        low: s of level 0, above 0.
-        high: s of level N-1.
-        rho: s^(1 / rho) rises linearly (eq. 5 of arXiv 2206.00364); without it log(s) does.
+        sigma_data: Standard deviation of the data.
+        sigma_min: s of level 0, above 0.
+        sigma_max: s of level N-1.
     """
 
-    def __init__(self, size: int, low: float, high: float, rho: float | None) -> None:
+    def __init__(self, size: int, sigma_data: float, sigma_min: float, sigma_max: float) -> None:
+        low, high = (math.log1p((s / sigma_data) ** 2) for s in (sigma_min, sigma_max))
         u = torch.linspace(0, 1, size, dtype=torch.float64)
-        s = low * (high / low) ** u
-        if rho is not None:
-            s = (low ** (1 / rho) * (1 - u) + high ** (1 / rho) * u) ** rho
+        s = sigma_data * torch.expm1(low + (high - low) * u.square()).sqrt()
         s = torch.cat([s, torch.zeros(1, dtype=torch.float64)])
         times = (s.log() / 4).float()
         super().__init__(times, float(times[-2]))
@@ -452,8 +454,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         guidance_scale: Scale of classifier-free guidance distilled into the network (1: none), or several scales, of
             which each call picks one; the last class label is then "no class". None: distilled without guidance.
         edm: For EDM, instead of betas, settings of EDMEulerScheduler of diffusers, with its defaults: `sigma_data`, the
-            standard deviation d of the data; `sigma_min` and `sigma_max`, s of the first and the last level;
-            `sigma_schedule`, how s rises: "karras", with its exponent `rho`, or "exponential".
+            standard deviation d of the data; `sigma_min` and `sigma_max`, s of the first and the last level, see
+            `EDMLevels`.
 
     Raises:
         ValueError: A value is out of range.
@@ -526,8 +528,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         if self.is_flow:
             return FlowLevels(len(self), shift)
         if self.is_edm:
-            rho = config.edm["rho"] if config.edm["sigma_schedule"] == "karras" else None
-            return EDMLevels(len(self), config.edm["sigma_min"], config.edm["sigma_max"], rho)
+            return EDMLevels(len(self), **config.edm)
         schedule = _make_schedule({name: self.config[name] for name in BETAS})
         self.betas, self.alphas, self.alphas_cumprod = schedule.betas, schedule.alphas, schedule.alphas_cumprod
         self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
@@ -1030,8 +1031,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     if (edm := settings["edm"]) is not None:
         for name in edm:
             _check_choice("a setting of edm", name, tuple(EDM))
-        _check_choice("sigma_schedule", edm["sigma_schedule"], ("karras", "exponential"))
-        for name in ("sigma_data", "sigma_min", "rho"):
+        for name in ("sigma_data", "sigma_min"):
             _check_number(name, edm[name], sys.float_info.min)
         _check_number("sigma_max", edm["sigma_max"], edm["sigma_min"])
         _check_choice("prediction_type", settings["prediction_type"], ("epsilon", "v_prediction"))
@@ -1089,7 +1089,8 @@ def _read_settings(config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, 
         )
     is_flow = flow or ("shift" in config and not betas and (not whole or "num_train_timesteps" in config))
     # CosineDPMSolverMultistepScheduler has the same settings except thresholding, and other network times.
-    is_edm = {*EDM} <= {*config} and not betas and ("thresholding" in config or "solver_order" not in config)
+    is_edm = {*EDM, "sigma_schedule"} <= {*config} and not betas
+    is_edm &= "thresholding" in config or "solver_order" not in config
     if whole and not is_flow and not betas and not is_edm:
         raise ValueError(
             f"the config of {name} has no betas, and is neither of a rectified flow nor of EDM; other noise levels are "

@@ -26,7 +26,7 @@ STOCK = [
     EDMEulerScheduler(),
     EDMDPMSolverMultistepScheduler(),
     EDMEulerScheduler(prediction_type="v_prediction", sigma_data=1.0, sigma_max=120.0, sigma_schedule="exponential"),
-    EDMDPMSolverMultistepScheduler(prediction_type="v_prediction", rho=5.0, num_train_timesteps=500),
+    EDMDPMSolverMultistepScheduler(prediction_type="v_prediction", num_train_timesteps=500),
 ]
 GIVEN = {"prompts": PROMPTS, "guidance_scale": 3.0, "lora_rank": 4, "critic_updates": 1, "lr_warmup_steps": 0}
 GIVEN |= {"max_train_steps": 3, "validation_steps": 3, "learning_rate": 0.03}
@@ -52,6 +52,18 @@ def walk(scheduler, x, network=field):
     return x
 
 
+def use_levels(stock, schedule, levels):
+    """Gives a scheduler of diffusers the sigmas of levels, and returns it."""
+    own, s = stock.set_timesteps, all_levels(schedule)[1].flatten()[[*levels]]
+
+    def set_timesteps(num_inference_steps, device=None):
+        own(num_inference_steps, device)
+        stock.timesteps, stock.sigmas = stock.precondition_noise(s), torch.cat([s, torch.zeros(1)])
+
+    stock.set_timesteps = set_timesteps
+    return stock
+
+
 @pytest.mark.parametrize("stock", STOCK)
 def test_input_time_and_prediction_are_those_of_diffusers_at_all_levels(stock):
     schedule = HSIVIScheduler.from_config(stock.config)
@@ -69,17 +81,16 @@ def test_input_time_and_prediction_are_those_of_diffusers_at_all_levels(stock):
 
 @pytest.mark.parametrize("stock", STOCK)
 def test_without_noise_it_is_the_first_order_solver_of_diffusers(stock):
-    """On its own grid of 4 steps, which are levels, for N - 1 is a multiple of 3."""
-    stock = stock.from_config(stock.config, num_train_timesteps=1000, solver_order=1)
-    ours = HSIVIScheduler.from_config(stock.config, noise_eta=0.0, timestep_spacing="linspace")
-    for scheduler in (ours, stock):
-        scheduler.set_timesteps(4)
-    torch.testing.assert_close(ours.timesteps, stock.timesteps, rtol=0, atol=1e-5)
-    noise = torch.randn(2, 2, 3, 3)
-    torch.testing.assert_close(walk(ours, noise), walk(stock, noise), rtol=1e-5, atol=1e-5)
-    at_once = HSIVIScheduler.from_config(ours.config)
-    at_once.set_timesteps(timesteps=stock.timesteps.tolist())
-    assert torch.equal(at_once.timesteps, ours.timesteps)
+    levels, noise = [450, 300, 160, 20], torch.randn(2, 2, 3, 3)
+    ours = HSIVIScheduler.from_config(stock.config, noise_eta=0.0, layer_timesteps=[*levels, -1])
+    stock = use_levels(stock.from_config(stock.config, solver_order=1), ours, levels)
+    stock.set_timesteps(4)
+    torch.testing.assert_close(ours.timesteps, stock.timesteps, rtol=0, atol=1e-6)
+    y = noise / ours.alpha_sigma(torch.tensor([450]), noise)[0]
+    torch.testing.assert_close(walk(ours, noise), walk(stock, y / stock.init_noise_sigma), rtol=1e-5, atol=1e-5)
+    given = HSIVIScheduler.from_config(stock.config)
+    given.set_timesteps(timesteps=stock.timesteps.tolist())  # the nearest levels
+    assert torch.equal(given.timesteps, ours.timesteps)
 
 
 def test_half_precision_scales_the_input_as_diffusers_does():
@@ -122,6 +133,14 @@ def test_settings_that_are_not_of_edm_are_refused(make, message):
         make()
 
 
+def test_levels_rise_as_those_of_linear_betas_do():
+    linear = all_levels(HSIVIScheduler())[1].flatten()
+    schedule = HSIVIScheduler(edm={"sigma_data": 1.0, "sigma_min": float(linear[0]), "sigma_max": float(linear[-1])})
+    s = all_levels(schedule)[1].flatten()
+    torch.testing.assert_close(s[[0, -1]], linear[[0, -1]])
+    torch.testing.assert_close(s[100:], linear[100:], rtol=0.06, atol=0)
+
+
 def test_the_clock_does_not_depend_on_the_unit_of_the_data():
     small, large = (
         clock_of(HSIVIScheduler(edm={"sigma_data": d, "sigma_min": 0.01 * d, "sigma_max": 160 * d})) for d in (0.5, 2.0)
@@ -160,7 +179,6 @@ def draw(pipeline, **options):
 @torch.no_grad()
 def test_the_clean_image_of_a_teacher_is_that_of_its_scheduler(teacher):
     stock, (level, s) = EDMDPMSolverMultistepScheduler(), all_levels(teacher.schedule)
-    assert teacher.schedule.config.edm["sigma_min"] == 0.015  # as little noise as Stable Diffusion has at level 0
     level, s = level[::37], s[::37]
     y = torch.randn(len(s), 4, 8, 8) * (0.25 + s.square()).sqrt()
     condition = torch.arange(len(s)) % 3
@@ -173,11 +191,11 @@ def test_the_clean_image_of_a_teacher_is_that_of_its_scheduler(teacher):
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_solver_of_the_guided_teacher_draws_what_the_stock_pipeline_draws(teacher, folder, scale):
-    """A multistep one, on the levels of the stock grid, through the means of the latents."""
-    stock = DiffusionPipeline.from_pretrained(folder)
-    stock.scheduler = EDMDPMSolverMultistepScheduler(sigma_min=0.015)
+    """A multistep one; the latents have a mean and a standard deviation."""
+    levels, stock = range(999, -1, -111), DiffusionPipeline.from_pretrained(folder)
+    use_levels(stock.scheduler, teacher.schedule, levels)
     images = draw(stock, num_inference_steps=10, guidance_scale=scale)
-    solver = make_solver("DPM-Solver++", 10, Guided(teacher, [scale]), range(999, -1, -111), lower_order_final=True)
+    solver = make_solver("DPM-Solver++", 10, Guided(teacher, [scale]), levels)
     drawn = solver(3, torch.Generator().manual_seed(5), torch.arange(3))
     torch.testing.assert_close(drawn, images, rtol=0, atol=2e-3)
 

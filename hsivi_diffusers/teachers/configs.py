@@ -18,7 +18,6 @@ from ..runs.folders import check_spelling, near_folder
 from ..scheduling_hsivi import HSIVIScheduler
 
 REMEDY = "give a folder or repo id that DiffusionPipeline.from_pretrained loads, such as google/ddpm-cifar10-32"
-LEAST_NOISE = 0.03  # by the standard deviation of the data, at level 0: about that of Stable Diffusion
 # Names of pipelines of diffusers that are refused, as regular expressions, and why.
 REFUSED = {
     "SanaSprint|LatentConsistency|KleinKV": "it is distilled already: give the model that it was distilled from",
@@ -152,10 +151,6 @@ def schedule_of(name: str, configs: Configs, knows_size: bool = False, scales_in
             f"teacher {name} has an {configs.scheduler['_class_name']}, which is supported in pipelines of Stable "
             "Diffusion and SDXL: give such a one, or its network in a `Teacher` of your own"
         )
-    if schedule.is_edm:  # whose sampler goes where steps and levels of a student would be wasted
-        edm = schedule.config.edm
-        low = max(edm["sigma_min"], LEAST_NOISE * edm["sigma_data"])
-        schedule = HSIVIScheduler.from_config(schedule.config, edm={**edm, "sigma_min": low})
     return schedule
 
 
