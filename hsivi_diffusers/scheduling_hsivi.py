@@ -1031,9 +1031,9 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     if (edm := settings["edm"]) is not None:
         for name in edm:
             _check_choice("a setting of edm", name, tuple(EDM))
-        for name in ("sigma_data", "sigma_min"):
             _check_number(name, edm[name], sys.float_info.min)
-        _check_number("sigma_max", edm["sigma_max"], edm["sigma_min"])
+        if edm["sigma_max"] <= edm["sigma_min"]:
+            raise ValueError(f"sigma_max={edm['sigma_max']!r}: give a number above sigma_min={edm['sigma_min']!r}")
         _check_choice("prediction_type", settings["prediction_type"], ("epsilon", "v_prediction"))
     if settings["rescale_betas_zero_snr"] and settings["prediction_type"] == "epsilon":
         raise ValueError(

@@ -121,7 +121,7 @@ COSINE = {"_class_name": "CosineDPMSolverMultistepScheduler", "num_train_timeste
     [
         (lambda: HSIVIScheduler(edm={"sigma": 1}), "a setting of edm='sigma' is unknown: choose one of 'sigma_data'"),
         (lambda: HSIVIScheduler(edm={"sigma_data": 0}), "sigma_data=0: give a number > 0"),
-        (lambda: HSIVIScheduler(edm={"sigma_max": 1e-3}), "sigma_max=0.001: give a number"),
+        (lambda: HSIVIScheduler(edm={"sigma_max": 1e-3}), "sigma_max=0.001: give a number above sigma_min=0.002"),
         (lambda: HSIVIScheduler(edm={}, prediction_type="sample"), "prediction_type='sample' is unknown: choose"),
         (lambda: HSIVIScheduler.from_config({**STOCK[0].config, **COSINE}), "no betas, and is neither of a rectified"),
         (lambda: HSIVIScheduler(edm={}).set_timesteps(timesteps=[999, 500]), "leave the teacher's clock: give numbers"),
