@@ -146,7 +146,7 @@ class HSIVIPipeline(DiffusionPipeline):
         # `step` gets a number and the network a tensor, so that no step waits for a GPU.
         steps = list(zip(self.scheduler.timesteps.tolist(), self.scheduler.timesteps, strict=True))
         for i, (timestep, tensor) in enumerate(self.progress_bar(steps)):
-            model_output = self.unet(latents, tensor, **conditions).sample
+            model_output = self.unet(self.scheduler.scale_model_input(latents, tensor), tensor, **conditions).sample
             latents, _ = self.scheduler.step(
                 model_output, timestep, latents, generator=generator, noise_scale=noise_scale, return_dict=False
             )
@@ -327,10 +327,10 @@ def _wrong_scheduler(scheduler: Any) -> str:
             "scheduler=HSIVIScheduler.from_config(scheduler.config), or in from_pretrained "
             'scheduler=HSIVIScheduler.from_pretrained(repo, subfolder="scheduler")'
         )
-    if not {"beta_start", "trained_betas", "shift"} & {*config}:
+    if not {"beta_start", "trained_betas", "shift", "sigma_schedule"} & {*config}:  # the last of EDM
         return (
-            f"HSIVIPipeline got a {name}, which has neither betas nor a rectified flow: EDM models are not supported. "
-            "Use the pipeline it came with"
+            f"HSIVIPipeline got a {name}, which has no betas, and is neither of a rectified flow nor of EDM: use the "
+            "pipeline it came with"
         )
     return (
         f"HSIVIPipeline got a {name}: this model was not distilled. Distil it with `hsivi distil`, or use the "

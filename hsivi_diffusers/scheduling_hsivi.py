@@ -15,6 +15,10 @@ From betas, alpha = sqrt(abar) and sigma = sqrt(1 - abar), and with noise_scale 
 (Song et al. 2021, eq. 12); the paper's app. B fits eps and noise_scale. A rectified flow has alpha = 1 - sigma (Liu et
 al. 2023, arXiv 2209.03003), and with noise_eta = 0 this is an Euler step. Kernel "renoise" is the re-noising of
 consistency sampling.
+
+EDM (Karras et al. 2022, arXiv 2206.00364) has samples y = x0 + s eps, of which x = y / sqrt(1 + s^2) here: alpha =
+1 / sqrt(1 + s^2), sigma = s alpha. Its network is told log(s) / 4, and it takes z = x / sqrt(sigma^2 + d^2 alpha^2), d
+the standard deviation of the data: a sample of x0 / d, of which it predicts v.
 """
 
 import hashlib
@@ -37,7 +41,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 FLOWS = tuple(f"FlowMatch{kind}Scheduler" for kind in ("EulerDiscrete", "HeunDiscrete", "LCM"))
-LEVEL_SETTINGS = (*BETAS, "prediction_type", "shift")
+EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+EDM = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
+LEVEL_SETTINGS = (*BETAS, "prediction_type", "shift", "edm")
 OUR_SPACINGS = ("quadratic", "uniform")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
@@ -125,7 +131,11 @@ class Levels(ABC):
 
     @abstractmethod
     def level(self, time: torch.Tensor) -> torch.Tensor:
-        """Returns the levels of network times; of a rectified flow the nearest ones."""
+        """Returns the levels of network times; without betas the nearest ones."""
+
+    def position(self, time: torch.Tensor) -> torch.Tensor:
+        """Returns how far network times are from the image, in proportion to which guidance decays."""
+        return time
 
     def alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns alpha and sigma of levels (B,) or (1,), shaped (B, 1, ...) to broadcast with the sample."""
@@ -177,35 +187,23 @@ class BetaLevels(Levels):
         return time.long()
 
 
-class FlowLevels(Levels):
-    """Levels of a rectified flow: alpha = 1 - sigma, sigma = shift u / (1 + (shift - 1) u), u = (level + 1) / N.
-
-    The network's time is N sigma, as in FlowMatchEulerDiscreteScheduler of diffusers.
+class TimedLevels(Levels):
+    """Levels whose network times are not their numbers.
 
     Args:
-        size: N.
-        shift: Above 0.
-        exact: Some sigma, descending, each of which replaces that of the nearest level, so that a grid of a pipeline is
-            followed exactly.
+        times: Of levels 0..N-1, ascending, then that of -1, shape (N+1,), float32.
+        highest: The highest time that is accepted.
     """
 
     accepted = "some of scheduler.timesteps"
 
-    def __init__(self, size: int, shift: float, exact: torch.Tensor | None = None) -> None:
-        sigma = shifted(torch.arange(1, size + 1, dtype=torch.float64) / size, shift)
-        if exact is not None:
-            sigma[torch.searchsorted((sigma[1:] + sigma[:-1]) / 2, exact)] = exact
-        sigma = torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
-        times = (size * sigma).float()
-        rising = times.roll(1)  # from that of level -1, which is 0
-        self._sigma, self._times, self._between = Table(sigma), Table(times), Table((rising[1:] + rising[:-1]) / 2)
+    def __init__(self, times: torch.Tensor, highest: float) -> None:
+        rising = times.roll(1)
+        self._times, self._between = Table(times), Table((rising[1:] + rising[:-1]) / 2)
+        self._highest = highest
 
     def __len__(self) -> int:
         return len(self._times.values) - 1
-
-    def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        sigma = self._sigma.on(sample.device, sample.dtype)[level]
-        return 1 - sigma, sigma
 
     def time(self, level: torch.Tensor) -> torch.Tensor:
         return self._times.on(level.device)[level]
@@ -220,13 +218,71 @@ class FlowLevels(Levels):
         Raises:
             ValueError: They are not numbers, or out of range.
         """
+        remedy = f"give numbers from {self._highest:g} down"
         if not all(isinstance(time, int | float) for time in times):
-            raise ValueError(f"timesteps={times}: give numbers, from {len(self)} down")
+            raise ValueError(f"timesteps={times}: {remedy}")
         levels = self.level(torch.tensor(times))
-        if times and max(times) > len(self) or bool((levels < 0).any()):
-            raise ValueError(f"timesteps={times} leave the teacher's clock: give numbers from {len(self)} down")
+        if times and max(times) > self._highest or bool((levels < 0).any()):
+            raise ValueError(f"timesteps={times} leave the teacher's clock: {remedy}")
         found: list[int] = levels.tolist()
         return found
+
+
+class FlowLevels(TimedLevels):
+    """Levels of a rectified flow: alpha = 1 - sigma, sigma = shift u / (1 + (shift - 1) u), u = (level + 1) / N.
+
+    The network's time is N sigma, as in FlowMatchEulerDiscreteScheduler of diffusers.
+
+    Args:
+        size: N.
+        shift: Above 0.
+        exact: Some sigma, descending, each of which replaces that of the nearest level, so that a grid of a pipeline is
+            followed exactly.
+    """
+
+    def __init__(self, size: int, shift: float, exact: torch.Tensor | None = None) -> None:
+        sigma = shifted(torch.arange(1, size + 1, dtype=torch.float64) / size, shift)
+        if exact is not None:
+            sigma[torch.searchsorted((sigma[1:] + sigma[:-1]) / 2, exact)] = exact
+        sigma = torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
+        super().__init__((size * sigma).float(), size)
+        self._sigma = Table(sigma)
+
+    def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sigma = self._sigma.on(sample.device, sample.dtype)[level]
+        return 1 - sigma, sigma
+
+
+class EDMLevels(TimedLevels):
+    """Levels of EDM: s = sigma / alpha rises from `sigma_min` to `sigma_max`; the network's time is log(s) / 4.
+
+    The network was trained for all s between, and laws of its samplers crowd levels where there is little noise. Here
+    log(1 + (s / sigma_data)^2) is linear in the square of the level, nearly as it is with linear betas.
+
+    Args:
+        size: N.
+        sigma_data: Standard deviation of the data.
+        sigma_min: s of level 0, above 0.
+        sigma_max: s of level N-1.
+    """
+
+    def __init__(self, size: int, sigma_data: float, sigma_min: float, sigma_max: float) -> None:
+        low, high = (math.log1p((s / sigma_data) ** 2) for s in (sigma_min, sigma_max))
+        u = torch.linspace(0, 1, size, dtype=torch.float64)
+        s = sigma_data * torch.expm1(low + (high - low) * u.square()).sqrt()
+        s = torch.cat([s, torch.zeros(1, dtype=torch.float64)])
+        times = (s.log() / 4).float()
+        super().__init__(times, float(times[-2]))
+        self._ratio = Table(s)
+
+    def _alpha_sigma(self, level: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ratio = self._ratio.on(sample.device, sample.dtype)[level]
+        alpha = (1 + ratio.square()).rsqrt()
+        return alpha, ratio * alpha
+
+    def position(self, time: torch.Tensor) -> torch.Tensor:
+        """The levels: times of low noise are negative."""
+        return self.level(time)
 
 
 def shifted(u: Any, shift: float) -> Any:
@@ -368,7 +424,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule: Any name that `DDPMScheduler` accepts.
         trained_betas: The betas, in [0, 1], instead of the three above.
         prediction_type: What the network predicts: "epsilon", "v_prediction", "sample", or "flow_prediction", which is
-            noise - x0 of a rectified flow and needs no betas.
+            noise - x0 of a rectified flow and needs no betas. Of EDM: "v_prediction", or "epsilon", which is -v there.
         layer_timesteps: The trained grid: T+1 strictly descending levels tau_T .. tau_0 in 0..N-1; the last one may
             be -1, where sigma is 0. Only T steps are accepted then. Or a list of such grids with different T.
         timestep_spacing: How grids are made when `layer_timesteps` is None, see `make_layer_timesteps`. That of a
@@ -398,6 +454,9 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         max_sequence_length: Tokens that its prompts were cut to, where they are not those of the pipeline; likewise.
         guidance_scale: Scale of classifier-free guidance distilled into the network (1: none), or several scales, of
             which each call picks one; the last class label is then "no class". None: distilled without guidance.
+        edm: For EDM, instead of betas, settings of EDMEulerScheduler of diffusers, with its defaults: `sigma_data`, the
+            standard deviation d of the data; `sigma_min` and `sigma_max`, s of the first and the last level, see
+            `EDMLevels`.
 
     Raises:
         ValueError: A value is out of range.
@@ -407,7 +466,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     __module__ = "hsivi_diffusers"
 
     _source = Path(__file__).read_text(encoding="utf-8")
-    _compatibles = [*(scheduler.name for scheduler in KarrasDiffusionSchedulers), *FLOWS]
+    _compatibles = [*(scheduler.name for scheduler in KarrasDiffusionSchedulers), *FLOWS, *EDMS]
     order = 1
 
     get_velocity = DDPMScheduler.get_velocity
@@ -444,7 +503,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         resolution: list[int] | None = None,
         max_sequence_length: int | None = None,
         guidance_scale: float | list[float] | None = None,
+        edm: dict[str, Any] | None = None,
     ):
+        if edm is not None:
+            if not isinstance(edm, Mapping):
+                raise ValueError(f"edm={edm!r}: give a dict of {', '.join(EDM)}, of which what is left out is the default")
+            self.register_to_config(edm={**EDM, **edm})
         _check_settings(self.config)
         if layer_timesteps is not None:
             layer_timesteps = _check_grids(layer_timesteps, num_train_timesteps)
@@ -463,10 +527,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         for depth in self.depths if layer_timesteps is not None else []:  # checks each; the largest stays
             self.set_timesteps(depth)
 
-    def _make_levels(self, shift: float) -> BetaLevels | FlowLevels:
-        self._shift = shift
+    def _make_levels(self, shift: float) -> BetaLevels | FlowLevels | EDMLevels:
+        self._shift, config = shift, self.config
         if self.is_flow:
             return FlowLevels(len(self), shift)
+        if self.is_edm:
+            return EDMLevels(len(self), **config.edm)
         schedule = _make_schedule({name: self.config[name] for name in BETAS})
         self.betas, self.alphas, self.alphas_cumprod = schedule.betas, schedule.alphas, schedule.alphas_cumprod
         self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
@@ -484,10 +550,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Makes the scheduler from the config of any scheduler that has betas or is a rectified flow.
+        """Makes the scheduler from the config of any scheduler that has betas, or is of a rectified flow or of EDM.
 
         Raises:
-            ValueError: The noise levels are of another kind, such as those of EDM.
+            ValueError: The noise levels are of another kind.
         """
         if isinstance(config, dict):
             kwargs = _read_settings(config, kwargs)
@@ -508,9 +574,29 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """Whether the noise levels are those of a rectified flow."""
         return bool(self.config.prediction_type == "flow_prediction")
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the sample unchanged; other schedulers scale it here."""
-        return sample
+    @property
+    def is_edm(self) -> bool:
+        """Whether the noise levels, and what the network takes and returns, are those of EDM."""
+        return self.config.edm is not None
+
+    @property
+    def sigma_data(self) -> float | None:
+        """Of EDM: the standard deviation of the data."""
+        edm = self.config.edm
+        return None if edm is None else edm["sigma_data"]
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """Returns what the network takes: the sample itself, of EDM scaled.
+
+        Args:
+            sample: Shape (B, C, H, W).
+            timestep: The network's time, a scalar or shape (B,).
+        """
+        if self.sigma_data is None:
+            return sample
+        whole = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        alpha, sigma = self.alpha_sigma(self.levels.read_times(timestep, sample), whole)
+        return (whole * _input_scale(self.sigma_data, alpha, sigma)).to(sample.dtype)
 
     # ----- the grid -----
 
@@ -546,11 +632,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         grid = _choose_grid(self.config, levels, num_inference_steps, timesteps, sigmas)
         if grid[0] >= len(self.levels):
             raise ValueError(f"the grid {grid} starts beyond the {len(self.levels)} betas: give trained_betas for all")
-        if not self.is_flow and self.alphas_cumprod[grid[-2]] == 1:
+        if isinstance(levels, BetaLevels) and self.alphas_cumprod[grid[-2]] == 1:
             raise ValueError(
                 f"abar is 1 at {grid[-2]}, where a layer would have no noise to remove: raise the first beta"
             )
-        if self.config.prediction_type == "epsilon" and self.alphas_cumprod[grid[0]] == 0:
+        predicts_noise = self.config.prediction_type == "epsilon"
+        if isinstance(levels, BetaLevels) and predicts_noise and self.alphas_cumprod[grid[0]] == 0:
             raise ValueError(f"abar is 0 at {grid[0]}, where a noise prediction does not determine x0: start lower")
         self.levels = levels
         if self._layers is None or not self._layers.are_of(levels, grid, self.config):
@@ -729,7 +816,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def _predict(
         self, model_output: torch.Tensor, sample: torch.Tensor, alpha: Any, sigma: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x0, eps = _split(self.config.prediction_type, model_output, sample, alpha, sigma)
+        x0, eps = _split(self.config.prediction_type, model_output, sample, alpha, sigma, self.sigma_data)
         return self.clip(x0), eps
 
     def transition(
@@ -873,10 +960,25 @@ def _noise_of(sample: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows).to(sample.device)
 
 
+def _input_scale(sigma_data: float, alpha: Any, sigma: Any) -> Any:
+    """Returns the scale at which samples of data with this standard deviation have variance 1."""
+    return (sigma**2 + (sigma_data * alpha) ** 2) ** -0.5
+
+
 def _split(
-    prediction_type: str, model_output: torch.Tensor, sample: torch.Tensor, alpha: Any, sigma: Any
+    prediction_type: str,
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    alpha: Any,
+    sigma: Any,
+    sigma_data: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Converts a prediction to (x0, eps) with sample = alpha x0 + sigma eps."""
+    if sigma_data is not None:  # the scaled sample is one of x0 / sigma_data
+        scale = _input_scale(sigma_data, alpha, sigma)
+        v = -model_output if prediction_type == "epsilon" else model_output
+        x0, eps = _split("v_prediction", v, scale * sample, scale * sigma_data * alpha, scale * sigma)
+        return sigma_data * x0, eps
     if prediction_type == "epsilon":
         return (sample - sigma * model_output) / alpha, model_output
     if prediction_type == "sample":
@@ -932,6 +1034,13 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"resolution={size!r}: give height and width in pixels")
     if settings["max_sequence_length"] is not None:
         _check_number("max_sequence_length", settings["max_sequence_length"], 1, kind=Integral)
+    if (edm := settings["edm"]) is not None:
+        for name in edm:
+            _check_choice("a setting of edm", name, tuple(EDM))
+            _check_number(name, edm[name], sys.float_info.min)
+        if edm["sigma_max"] <= edm["sigma_min"]:
+            raise ValueError(f"sigma_max={edm['sigma_max']!r}: give a number above sigma_min={edm['sigma_min']!r}")
+        _check_choice("prediction_type", settings["prediction_type"], ("epsilon", "v_prediction"))
     if settings["rescale_betas_zero_snr"] and settings["prediction_type"] == "epsilon":
         raise ValueError(
             "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the sample "
@@ -985,10 +1094,14 @@ def _read_settings(config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, 
             "has True and 'flow_prediction', and any other model neither"
         )
     is_flow = flow or ("shift" in config and not betas and (not whole or "num_train_timesteps" in config))
-    if whole and not is_flow and not betas:
+    # CosineDPMSolverMultistepScheduler has the same settings except thresholding, and other network times.
+    is_edm = {*EDM, "sigma_schedule"} <= {*config} and not betas
+    is_edm &= "thresholding" in config or "solver_order" not in config
+    if whole and not is_flow and not betas and not is_edm:
         raise ValueError(
-            f"the config of {name} has neither betas nor a rectified flow; EDM and VE models are not "
-            "supported: use one whose scheduler is like DDPMScheduler or FlowMatchEulerDiscreteScheduler"
+            f"the config of {name} has no betas, and is neither of a rectified flow nor of EDM; other noise levels are "
+            "not supported: use a model whose scheduler is like DDPMScheduler, FlowMatchEulerDiscreteScheduler or "
+            "EDMEulerScheduler"
         )
     unread: Mapping[str, Any] = dict.fromkeys(UNREAD_OF_FLOWS) if is_flow else UNREAD
     if odd := [f"{key}={config[key]!r}" for key in unread if config.get(key) not in (None, False, unread[key])]:
@@ -997,6 +1110,8 @@ def _read_settings(config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, 
             "use a model whose scheduler leaves it out"
         )
     levels = {key: config[key] for key in LEVEL_SETTINGS if key in config}
+    if is_edm:
+        levels["edm"] = {key: config[key] for key in EDM}
     if is_flow:
         shift = config.get("flow_shift", config.get("shift"))
         levels |= {"prediction_type": "flow_prediction", "shift": 1.0 if shift is None else shift}
@@ -1040,7 +1155,7 @@ def _choose_grid(
     is_flow, trained = isinstance(levels, FlowLevels), _grids(settings["layer_timesteps"])
     if sigmas is not None:
         if not is_flow:
-            raise ValueError("sigmas are of a rectified flow, and this scheduler has betas: pass timesteps")
+            raise ValueError("sigmas are of a rectified flow, and this scheduler is of none: pass timesteps")
         if timesteps is not None:
             raise ValueError("sigmas and timesteps were both given: pass one of them")
         if num_inference_steps not in (None, len(sigmas)):
@@ -1048,7 +1163,7 @@ def _choose_grid(
         return _choose_trained(trained, len(sigmas), None)
     if num_inference_steps is not None and timesteps is not None:
         raise ValueError("num_inference_steps and timesteps were both given: pass one of them")
-    if timesteps is not None and isinstance(levels, FlowLevels):
+    if timesteps is not None and isinstance(levels, TimedLevels):
         timesteps = levels.levels_of(_listed(timesteps))
     if trained:
         return _choose_trained(trained, num_inference_steps, timesteps)

@@ -212,9 +212,10 @@ def text_unet():
     ("parts", "message"),
     [
         (
-            {"scheduler": diffusers.EDMEulerScheduler()},
-            "EDMEulerScheduler, which has neither betas nor a rectified flow",
+            {"scheduler": diffusers.ScoreSdeVeScheduler()},
+            "ScoreSdeVeScheduler, which has no betas, and is neither of a rectified flow nor of EDM",
         ),
+        ({"scheduler": diffusers.EDMEulerScheduler()}, "this model was not distilled"),
         ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "this model was not distilled"),
         ({"scheduler": diffusers.UniPCMultistepScheduler(use_flow_sigmas=True)}, "this model was not distilled"),
         ({"scheduler": DDIMScheduler()}, "got a DDIMScheduler: this model was not distilled"),

@@ -28,6 +28,7 @@ CONVERTED = {
     "named": {"layer_timesteps": GRID, "kernel": "renoise", "noise_scale": SCALES, **NAMED},
     "several": {"layer_timesteps": GRIDS, "noise_eta": 1.0, "noise_scale": 0.7},
     "generic": {"noise_eta": 0.7, "noise_scale_type": "per_pixel", **NAMED},
+    "edm": {"layer_timesteps": GRID, "edm": {"sigma_data": 1.0, "sigma_max": 120.0}},
 }
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Without DPMSolverSDEScheduler where torchsde is not installed: a placeholder then.
@@ -154,10 +155,11 @@ def test_a_copy_steps_like_its_original_and_lives_on_its_own(copied, options):
 # ----- other schedulers -----
 
 
-def test_the_compatible_schedulers_are_those_of_the_diffusion_pipelines_and_of_flows():
+def test_the_compatible_schedulers_are_those_of_the_diffusion_pipelines_of_flows_and_of_edm():
     names = {cls.__name__ for cls in HSIVIScheduler().compatibles}
-    flows = {f"FlowMatch{kind}Scheduler" for kind in ("EulerDiscrete", "HeunDiscrete", "LCM")}
-    assert names == {scheduler.name for scheduler in KarrasDiffusionSchedulers} | flows
+    others = {"EDMDPMSolverMultistepScheduler"}
+    others |= {f"FlowMatch{kind}Scheduler" for kind in ("EulerDiscrete", "HeunDiscrete", "LCM")}
+    assert names == {scheduler.name for scheduler in KarrasDiffusionSchedulers} | others
 
 
 @pytest.mark.parametrize("kind", CONVERTED)
@@ -198,11 +200,31 @@ def test_the_levels_of_any_scheduler_of_diffusers_are_kept_or_refused(cls, tmp_p
             if ours.is_flow:
                 assert cls in FLOWS or cls.__name__ == "FlowMapEulerDiscreteScheduler"
                 assert ours.config.shift == other.config.shift
+            elif ours.is_edm:
+                assert ours.config.edm == {name: other.config[name] for name in ours.config.edm}
             else:
                 torch.testing.assert_close(ours.alphas_cumprod, other.alphas_cumprod, check_dtype=False)
             assert walk(ready(ours)).isfinite().all()
-    known = {*STOCK, *FLOWS} - {diffusers.EDMEulerScheduler}
-    assert reason is None or (cls not in known and "not supported" in reason)
+    assert reason is None or (cls not in {*STOCK, *FLOWS} and "not supported" in reason)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 9.0},
+        {"use_exponential_sigmas": True, "prediction_type": "v_prediction"},
+        {"timestep_spacing": "trailing", "interpolation_type": "log_linear"},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ],
+)
+def test_the_grid_of_an_euler_scheduler_changes_no_level(options):
+    """Its samples are x / alpha, and its betas those of any other."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    ours = HSIVIScheduler.from_config(diffusers.EulerDiscreteScheduler(**betas, **options).config)
+    common = {name: options[name] for name in ("rescale_betas_zero_snr", "prediction_type") if name in options}
+    ddim = diffusers.DDIMScheduler(**betas, **common)
+    torch.testing.assert_close(ours.alphas_cumprod, ddim.alphas_cumprod)
+    assert ours.config.prediction_type == ddim.config.prediction_type
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
-"""Text-to-image pipelines of random weights, small enough for any test: Stable Diffusion, SDXL and PixArt."""
+"""Text-to-image pipelines of random weights, small enough for any test: Stable Diffusion, SDXL and PixArt.
+
+And SDXL as Playground 2.5 has it: of EDM, and with latents that have a mean and a standard deviation.
+"""
 
 import torch
 from diffusers import (
     DDIMScheduler,
+    EDMDPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     StableDiffusionPipeline,
@@ -72,16 +76,26 @@ def make_sd(channels=2):
     return StableDiffusionPipeline(**parts, scheduler=make_scheduler(), **none)
 
 
-def make_sdxl():
+def make_sdxl(channels=2):
     unet = make_unet(
         2 * WIDTH,
+        channels,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=6 * 4 + WIDTH,
     )
     encoders = {"text_encoder": make_clip(), "text_encoder_2": make_clip(CLIPTextModelWithProjection)}
     tokenizers = {"tokenizer": make_tokenizer(), "tokenizer_2": make_tokenizer()}
-    return StableDiffusionXLPipeline(make_vae(), **encoders, **tokenizers, unet=unet, scheduler=make_scheduler())
+    parts = {"vae": make_vae(channels), "unet": unet, "scheduler": make_scheduler()}
+    return StableDiffusionXLPipeline(**parts, **encoders, **tokenizers)
+
+
+def make_playground():
+    pipeline = make_sdxl(channels=4)
+    pipeline.scheduler = EDMDPMSolverMultistepScheduler()
+    latents = {"latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.5, 5.2], "scaling_factor": 0.5}
+    pipeline.vae.register_to_config(**latents)
+    return pipeline
 
 
 def make_pixart():
@@ -108,7 +122,7 @@ def make_text(kind):
     """The weights do not depend on the order of the tests; those that start at 0 in diffusers are random too."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline = KINDS[kind]()
+        pipeline = make_playground() if kind == "playground" else KINDS[kind]()
         for part in (pipeline.components.get("unet"), pipeline.components.get("transformer")):
             for parameter in part.parameters() if part else ():
                 if not parameter.any():

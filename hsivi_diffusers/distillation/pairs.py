@@ -17,7 +17,7 @@ from ..runs.state_dicts import save_tensors
 from ..scheduling_hsivi import HSIVIScheduler
 from ..teachers.guidance import Guided
 from ..teachers.levels import clock_of
-from ..teachers.solvers import batches, make_scheduler, run_solver
+from ..teachers.solvers import batches, call_for_solver, make_scheduler, run_solver
 from ..vi.distributions import randn_like
 from ..vi.layers import hierarchy_ends
 from ..vi.regression import half_square
@@ -96,11 +96,12 @@ class TeacherPairs:
         done = len(parts[0])
         rest = None if self.condition is None else self.condition[done:]
         todo = batches(self.noise[done:], rest, batch_size) if done < len(noise) else []
+        call = call_for_solver(teacher)
         for x, rows in bar(todo, "pairs", leave=False, disable=not show):
             if stop():
                 raise InterruptedRunError(torch.cat(parts))
             rows = None if rows is None else rows.to(self._device)
-            parts.append(run_solver(teacher, solver, x.to(self._device), num_steps, rows).cpu())
+            parts.append(run_solver(call, solver, x.to(self._device), num_steps, rows).cpu())
         self.made = images = torch.cat(parts)
         self.outside = (images.abs() > 1.05).float().mean().item()
         self.end = images.clamp(-1, 1) if clips else images

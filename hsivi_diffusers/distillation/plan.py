@@ -194,7 +194,8 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
             with _counting(state) as call, torch.no_grad():
                 zero = torch.zeros(1, dtype=torch.long)
                 classes = zero if state.bridge.num_classes else None
-                Guided(state.teacher)(torch.randn(1, *state.bridge.shape), zero, classes)
+                lowest = state.bridge.scheduler.levels.time(zero)
+                Guided(state.teacher)(torch.randn(1, *state.bridge.shape), lowest, classes)
             config.num_pairs = pairs  # which `fit_calls` counts
         _, one, two = counts
     total = {name: one[name] + (wanted - 1) * (two[name] - one[name]) for name in one}
@@ -277,9 +278,10 @@ def seconds_per_flop(teacher: Teacher, config: HSIVIConfig) -> tuple[float, str]
         x = torch.randn(rows, *teacher.shape, device=device)
         zeros = torch.zeros(rows, dtype=torch.long, device=device)
         labels = zeros if teacher.num_rows else None
+        times = teacher.schedule.levels.time(zeros)
         begin = clock()
         with torch.no_grad(), torch.autocast(device.type, half, enabled=half != torch.float32):
-            float(Guided(teacher)(x, zeros, labels).sum())  # a number, for which a GPU must have finished
+            float(Guided(teacher)(x, times, labels).sum())  # a number, for which a GPU must have finished
         return clock() - begin
 
     with FlopCounter() as counter:

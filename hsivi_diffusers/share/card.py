@@ -339,7 +339,10 @@ def _training(scheduler: Any, run: dict[str, Any]) -> str:
     noise = "layers that add new noise to the clean image"
     if scheduler.config.kernel == "ddim":
         noise = f"DDIM layers of eta {scheduler.config.noise_eta}"
-    times = [scheduler.levels.time(torch.tensor(grid[:-1])).tolist() for grid in scheduler.trained_grids]
+    times = [
+        [round(time, 4) for time in scheduler.levels.time(torch.tensor(grid[:-1])).tolist()]
+        for grid in scheduler.trained_grids
+    ]
     text = (
         f"{network_calls(scheduler.depths).capitalize()} at the timesteps {one_of(times)}, {noise}. Each is a "
         "conditional distribution, trained so that its marginal matches the data at a noise level, whose score the "

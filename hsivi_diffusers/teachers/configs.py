@@ -126,13 +126,14 @@ def check_pipeline(name: str, kind: str | None, settings: Mapping[str, Any]) -> 
         )
 
 
-def schedule_of(name: str, configs: Configs, knows_size: bool = False) -> HSIVIScheduler:
+def schedule_of(name: str, configs: Configs, knows_size: bool = False, scales_input: bool = False) -> HSIVIScheduler:
     """Returns the noise schedule of a teacher, or refuses, with ValueError, one that is not supported.
 
     Args:
         name: Of the teacher, for messages.
         configs: Of its pipeline.
         knows_size: Whether this kind of teacher sets a shift that depends on the size of its images.
+        scales_input: Whether its pipelines scale the input of the network.
     """
     if configs.scheduler.get("layer_timesteps"):
         raise ValueError(f"teacher {name} has the scheduler of a sampler that was distilled: give the teacher it had")
@@ -144,6 +145,11 @@ def schedule_of(name: str, configs: Configs, knows_size: bool = False) -> HSIVIS
         raise ValueError(
             f"teacher {name}: its {configs.scheduler['_class_name']} has use_dynamic_shifting, so its noise levels "
             "depend on the size of images: turn it off, and set `shift` to that of the size it was trained on"
+        )
+    if schedule.is_edm and not scales_input:
+        raise ValueError(
+            f"teacher {name} has an {configs.scheduler['_class_name']}, which is supported in pipelines of Stable "
+            "Diffusion and SDXL: give such a one, or its network in a `Teacher` of your own"
         )
     return schedule
 
@@ -166,7 +172,7 @@ def check_agreement(name: str, part: str, configs: Configs, outputs: int) -> Non
 
 def check_levels(name: str, schedule: HSIVIScheduler, scheduler: SchedulerMixin) -> None:
     """Refuses a schedule that has not the noise levels of the scheduler it was made from."""
-    # Some schedulers of diffusers keep 2^-24 instead of a zero at the end.
+    # Some schedulers of diffusers keep 2^-24 instead of a zero at the end. Flows and EDM have no betas.
     ours, theirs = (getattr(each, "alphas_cumprod", torch.zeros(0)).float() for each in (schedule, scheduler))
     if not schedule.is_flow and (len(ours) != len(theirs) or not torch.allclose(ours, theirs, atol=1e-6)):
         raise ValueError(

@@ -25,8 +25,8 @@ class Guided:
     Args:
         teacher: Its last condition is "no class", if there is guidance.
         scales: w of each g; [1] for no guidance.
-        end: Time of the network at which no guidance is left, above 0: the scale is 1 + (w - 1) max(1 - time / end, 0).
-            Without it the scale is w at all times.
+        end: Time of the network at which no guidance is left: the scale is 1 + (w - 1) max(1 - p / p_end, 0), with p
+            the time, or of EDM its level. Without it the scale is w at all times.
 
     Attributes:
         calls: Network calls of a call: 2 with guidance, else 1; and 1 where the networks take the scale as an input.
@@ -34,6 +34,7 @@ class Guided:
 
     def __init__(self, teacher: Teacher, scales: Sequence[float] = (1.0,), end: float | None = None) -> None:
         self.teacher, self.scales, self.end = teacher, [*scales], end
+        self._end = None if end is None else self._position(end).item()
         self.calls = 1 if teacher.embeds_guidance or self.scales == [1] else 2
         teacher.set_guidance(self.scales[0])  # of the student and the critic, too
 
@@ -47,8 +48,11 @@ class Guided:
             raise ValueError("a guided teacher needs conditions: give one for each row")
         number = len(self.scales)
         w = torch.tensor(self.scales, device=x.device)[condition.to(x.device) % number]
-        if self.end is not None:
-            w = 1 + (w - 1) * (1 - torch.as_tensor(time, device=x.device).float() / self.end).clamp_min(0)
+        if self._end is not None:
+            w = 1 + (w - 1) * (1 - self._position(time).to(x.device).float() / self._end).clamp_min(0)
         none = torch.full_like(condition, teacher.num_rows - 1)
         of_class, of_none = (teacher.call(teacher.network, x, time, each) for each in (condition // number, none))
         return teacher.guide(of_class, of_none, w.to(x).reshape(-1, *[1] * (x.ndim - 1)))
+
+    def _position(self, time: Any) -> Tensor:
+        return self.teacher.schedule.levels.position(torch.as_tensor(time))

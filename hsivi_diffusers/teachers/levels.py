@@ -161,6 +161,14 @@ class BetaClock(Clock):
         return {"trained_betas": self.schedule.betas.tolist()}
 
 
+class EDMClock(BetaClock):
+    """Of EDM, as if the data were divided by their standard deviation, so that images show where they do elsewhere."""
+
+    def _alpha_sigma(self) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha, sigma = super()._alpha_sigma()
+        return self.schedule.config.edm["sigma_data"] * alpha, sigma
+
+
 class FlowClock(Clock):
     """Of a rectified flow: it is pure noise, the base, at its last level alone."""
 
@@ -207,4 +215,5 @@ class FlowClock(Clock):
 
 def clock_of(schedule: HSIVIScheduler) -> Clock:
     """Returns the clock of a schedule."""
-    return FlowClock(schedule) if schedule.is_flow else BetaClock(schedule)
+    kind = FlowClock if schedule.is_flow else EDMClock if schedule.is_edm else BetaClock
+    return kind(schedule)

@@ -101,7 +101,7 @@ def check_configs(name: str, configs: Configs, kind: type[PipelineTeacher]) -> H
         raise ValueError(f"teacher {name} has a {part} of type {found}, a {wanted} is needed")
     kind.check(name, part, configs.network)
     check_agreement(name, part, configs, kind.outputs(configs.network))
-    return schedule_of(name, configs, kind.knows_size)
+    return schedule_of(name, configs, kind.knows_size, kind.scales_input)
 
 
 def load_teacher(
@@ -115,7 +115,8 @@ def load_teacher(
         teacher: Folder or repo id of a pipeline of diffusers, or such a pipeline itself, which is copied. Supported are
             pipelines of a `UNet2DModel` and a scheduler, DiT, Stable Diffusion 1 to 3.5, SDXL, PixArt, FLUX.1-dev,
             FLUX.2-dev, FLUX.2 Klein base, Chroma, Qwen-Image, AuraFlow, Sana, Lumina Image 2.0 and Z-Image. The
-            scheduler has betas, or is a rectified flow. Of a `Teacher` the network is copied.
+            scheduler has betas, or is of a rectified flow, or, of Stable Diffusion and SDXL, of EDM. Of a `Teacher` the
+            network is copied.
         revision: Branch, tag or commit of a repo.
         dtype: Half precision that will do for the network of a folder or repo, if its file has it and adapters are
             trained.

@@ -32,6 +32,7 @@ class StableDiffusion(TextLatents):
     network_class = UNet2DConditionModel
     part = "unet"
     adapter = Adapter(TARGETS, "unet")
+    scales_input = True
     encoded: Sequence[tuple[str, int, int]] = (("encoder_hidden_states", 0, 1),)
 
     @classmethod
@@ -67,6 +68,14 @@ class StableDiffusionXL(StableDiffusion):
     def negative(self, texts: list[str]) -> list[str] | None:
         """Without a negative prompt SDXL takes zeros."""
         return texts if any(texts) else None
+
+    def unscale(self, x: Tensor) -> Tensor:
+        latents, config = super().unscale(x), self.vae.config
+        given = config.get("latents_mean"), config.get("latents_std")
+        if None in given:
+            return latents
+        mean, std = (x.new_tensor(each).reshape(-1, 1, 1) for each in given)
+        return latents * std + mean
 
     def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim

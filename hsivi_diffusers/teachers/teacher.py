@@ -19,7 +19,7 @@ from ..scheduling_hsivi import STOCK, HSIVIScheduler
 from .adapters import Adapter, has_adapter, save_adapter
 from .configs import Configs
 
-NEW = {"shift_terminal", "resolution", "max_sequence_length"}  # keys of schedulers that 0.2 has not
+NEW = {"shift_terminal", "resolution", "max_sequence_length", "edm"}  # keys of schedulers that 0.2 has not
 WEIGHTS = "network.safetensors"  # of a network that is no model of diffusers
 
 
@@ -88,8 +88,9 @@ class Teacher:
             time: The network's time, one number or (B,), see `HSIVIScheduler.levels`.
             condition: Numbers of classes or prompts, (B,), or None.
         """
-        like = x.to(getattr(network, "dtype", None) or next(network.parameters()).dtype)
         times = torch.as_tensor(time).to(x.device).expand(len(x))
+        scaled = self.schedule.scale_model_input(x, times)
+        like = scaled.to(getattr(network, "dtype", None) or next(network.parameters()).dtype)
         given = {} if condition is None else self.arguments(condition, like)
         return self.forward(network, like, times, **given).to(x.dtype)
 
@@ -333,11 +334,13 @@ class PipelineTeacher(Teacher):
         pipelines: Names of the classes of pipelines of this kind.
         network_class: Of the network.
         knows_size: It sets the shift of noise levels that depend on the size of the images.
+        scales_input: Its pipelines give the network what `scale_model_input` of their scheduler returns.
     """
 
     pipelines: ClassVar[Collection[str]] = ()
     network_class: ClassVar[type[nn.Module]]
     knows_size: ClassVar[bool] = False
+    scales_input: ClassVar[bool] = False
 
     @classmethod
     def of(cls, pipeline: DiffusionPipeline, schedule: HSIVIScheduler) -> PipelineTeacher:
