@@ -507,7 +507,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     ):
         if edm is not None:
             if not isinstance(edm, Mapping):
-                raise ValueError(f"edm={edm!r}: give a dict of {', '.join(EDM)}, of which what is left out is the default")
+                raise ValueError(f"edm={edm!r}: give a dict of {', '.join(EDM)}, or of some of them")
             self.register_to_config(edm={**EDM, **edm})
         _check_settings(self.config)
         if layer_timesteps is not None:

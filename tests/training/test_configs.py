@@ -12,6 +12,9 @@ from hsivi_diffusers.commands.options import parse_options
 from hsivi_diffusers.runs.options import differences, flatten
 from hsivi_diffusers.runs.output import Output
 from training.benchmarks.images import benchmark, train_baseline, train_classifier, train_teacher, tune_solvers
+from training.benchmarks.scenes import train_reader
+from training.benchmarks.scenes import train_teacher as train_scene_teacher
+from training.benchmarks.scenes import train_vae as train_scene_vae
 from training.benchmarks.text import train_scorer, train_text_teacher, train_vae
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -26,6 +29,9 @@ GROUPS = {
     "emoji_text": [train_text_teacher.Text, train_teacher.Training, Output],
     "emoji_scorer": [train_scorer.Training],
     "emoji_lcm": BASELINE,
+    **{f"scenes_{name}": [train_scene_vae.Autoencoder, train_teacher.Training, Output] for name in ("vae", "decoder")},
+    "scenes_teacher": [train_scene_teacher.Text, train_teacher.Training, Output],
+    "scenes_reader": [train_reader.Training],
     "digits_evaluation": [evaluate.Evaluation],
     **{
         f"{name}_{method}": BASELINE

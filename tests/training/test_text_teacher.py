@@ -293,8 +293,8 @@ def test_what_cannot_be_compared_is_refused_before_any_training(taught, scorer, 
         ([*text, f"--pairs={tmp_path / 'baseline.yaml'}"], "pairs only cannot be trained: LCM-LoRA is for teachers of"),
         ([*digits, f"--lcm_lora={tmp_path / 'baseline.yaml'}"], "LCM-LoRA cannot be trained"),
         ([*text, "--num_samples=7"], "--num_samples 7: give 8 or more, 2 of each class"),
-        ([text[0], digits[1]], "`captions` goes with text to image"),
-        ([digits[0], text[1]], "`captions` goes with text to image"),
+        ([text[0], digits[1]], "`captions` and `scenes` go with text to image"),
+        ([digits[0], text[1]], "`captions` and `scenes` go with text to image"),
     ):
         with pytest.raises(ValueError, match=message):
             benchmark.main([*common, *words])

@@ -77,7 +77,9 @@ class Options:
     teacher_config: str | None = option(None, "config of train_teacher.py")
     classifier: str | None = option(None, "folder of the ImageClassifier; trained if it is missing")
     classifier_config: str | None = option(None, "config of train_classifier.py")
-    real_data: str = option("digits", "real images, see train_teacher.py; of a text-to-image teacher `captions`")
+    real_data: str = option(
+        "digits", "real images, see train_teacher.py; of a text-to-image teacher `captions` or `scenes`"
+    )
     students: list[str] = option([], "configs of train_hsivi.py, each with the options it is given besides, if any")
     pairs: str | None = option(None, "config of train_baseline.py of a regression on pairs, for one call")
     progressive: str | None = option(None, "config of train_baseline.py of a progressive distillation")
@@ -145,7 +147,7 @@ class Comparison:
         make(Path(str(options.classifier)), programs[1], options.classifier_config, *ANEW)
         self.drawn["networks"] = hash_networks(Path(teacher), Path(str(options.classifier)))
         self.teacher = SetTeacher(teacher, options.real_data, options.guidance_scale)
-        of_class = 2 if self.teacher.held_out else FEWEST  # images of a caption are compared with each other
+        of_class = 2 if self.teacher.captioned else FEWEST  # images of a caption are compared with each other
         if options.num_samples < (fewest := max(FEWEST, of_class * (self.teacher.classes or 1))):
             raise ValueError(f"--num_samples {options.num_samples}: give {fewest} or more, {of_class} of each class")
 
@@ -174,8 +176,8 @@ class Comparison:
         unguided = [method for method in configs if method != LATENT_CONSISTENCY]
         if unguided and options.guidance_scale is not None:
             raise ValueError(f"{', '.join(unguided)} know no guidance: leave out their configs, or --guidance_scale")
-        if odd := [method for method in configs if (method == LATENT_CONSISTENCY) != bool(self.teacher.held_out)]:
-            takes = "takes captions" if self.teacher.held_out else "takes none"
+        if odd := [method for method in configs if (method == LATENT_CONSISTENCY) != bool(self.teacher.captioned)]:
+            takes = "takes captions" if self.teacher.captioned else "takes none"
             raise ValueError(
                 f"{', '.join(odd)} cannot be trained: {LATENT_CONSISTENCY} is for teachers of captions, the others for "
                 f"those of pixels, and this teacher {takes}: leave out their configs"
@@ -334,7 +336,7 @@ class Comparison:
         of_baseline = entry.method in BASELINES
         seeds = self._baseline_seeds(entry.method, entry.nfe) if of_baseline else self.options.seeds
         if entry.seed in (None, seeds[0]) and is_shown(entry.method, entry.nfe):
-            prompts = self.teacher.classes if self.teacher.held_out else None  # real images are of the same ones
+            prompts = self.teacher.classes if self.teacher.captioned else None  # real images are of the same ones
             count = min(SHOWN, len(images))
             chosen = torch.linspace(0, (prompts or count) - 1, count).long()
             self.results.keep_images(name, images[chosen], self.real[chosen] if prompts else self.real)
@@ -346,7 +348,7 @@ class Comparison:
         self.real, self.labels = self.teacher.load_real()
         # From other noise than the rows: a solver of few steps would be near to these images, and not to the teacher.
         converged = self._draw(self._teacher_sampler(), options.eval_seed + 1)
-        given = self.real, self.labels, converged, self.teacher.held_out, self.teacher.rivals
+        given = self.real, self.labels, converged, self.teacher.captioned
         return SetMeasures(Path(str(options.classifier)), *given)
 
     def _draw(self, sampler: Sampler, seed: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import torch
 
 from .sets import load_images, read_emoji
+from .spaces import CaptionMeasures, load_classifier
 
 # Where Debian's package unicode-cldr-core puts the names, licensed as Unicode-3.0.
 CLDR = Path("/usr/share/unicode/cldr/common")
@@ -119,6 +120,27 @@ def choose(captions: list[str]) -> tuple[list[int], list[str], list[int]]:
     images += [[rows[place] for place in torch.randperm(len(rows), generator=generator)] for rows in words.values()]
     prompts = [*(captions[row] for row in held), *words]
     return held, prompts, [of_prompt[turn % len(of_prompt)] for turn in range(EACH) for of_prompt in images]
+
+
+class CaptionedEmoji:
+    """What a benchmark draws and compares with, see `choose`.
+
+    Attributes:
+        prompts: Those held out first.
+        images: Real images of each prompt in turn, uint8 of shape (N, 3, H, W).
+        max_sequence_length: Of the teacher's pipeline, None for its own.
+    """
+
+    max_sequence_length = None
+
+    def __init__(self, resolution: int) -> None:
+        images, captions = load_captioned(resolution)
+        self.held_out, self.prompts, rows = choose(captions)
+        self.images, self._rivals = images[rows], rivals(captions, self.held_out)
+
+    def measures(self, classifier: Path) -> CaptionMeasures:
+        """How images suit the prompts, by the folder of the scorer."""
+        return CaptionMeasures(load_classifier(classifier), self.held_out, self._rivals)
 
 
 @torch.no_grad()

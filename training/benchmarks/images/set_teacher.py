@@ -12,8 +12,12 @@ from hsivi_diffusers import load_teacher
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.solvers import Sampler, Solver, make_solver, sample
 
-from .captions import CAPTIONS, choose, load_captioned, rivals
+from .captions import CAPTIONS, CaptionedEmoji
+from .scene_set import SceneSet
+from .scenes import SCENES
 from .sets import load_images
+
+CAPTIONED: dict[str, Any] = {CAPTIONS: CaptionedEmoji, SCENES: SceneSet}
 
 
 class SetTeacher:
@@ -21,15 +25,14 @@ class SetTeacher:
 
     Args:
         folder: Of its pipeline.
-        real_data: Real images, see train_teacher.py; of a text-to-image teacher `captions`.
+        real_data: Real images, see train_teacher.py; of a text-to-image teacher one of CAPTIONED.
         guidance_scale: Scale of guidance; without one a class-conditional teacher has no label for "no class".
 
     Attributes:
         teacher: The teacher, which knows the captions, if it takes text.
         guided: The same with guidance.
         classes: Number of its classes or prompts, None without.
-        held_out: Place of each held-out caption among those of `load_captioned`; these are drawn first.
-        rivals: Places of the captions that these are told apart from.
+        captioned: Prompts, images and measures of a text-to-image teacher, else None.
 
     Raises:
         ValueError: It takes text, and the images have no captions, or the other way round.
@@ -38,15 +41,14 @@ class SetTeacher:
     def __init__(self, folder: str, real_data: str, guidance_scale: float | None = None) -> None:
         self.teacher = teacher = load_teacher(folder)
         teacher.network.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same images
-        self.real_data, self.held_out, self.rivals = real_data, list[int](), list[int]()
-        self._captioned, texts = None, None
-        if teacher.takes_text != (real_data == CAPTIONS):
-            raise ValueError(f"--real_data {real_data}, and the teacher {folder}: `{CAPTIONS}` goes with text to image")
-        if real_data == CAPTIONS:
-            images, captions = load_captioned(teacher.image_shape[1])
-            self.held_out, texts, rows = choose(captions)
-            self._captioned, self.rivals = images[rows], rivals(captions, self.held_out)
-        teacher.encode_prompts(texts, "", teacher.device)
+        self.real_data = real_data
+        if teacher.takes_text != (real_data in CAPTIONED):
+            kinds = " and ".join(f"`{name}`" for name in CAPTIONED)
+            raise ValueError(f"--real_data {real_data}, and the teacher {folder}: {kinds} go with text to image")
+        self.captioned = CAPTIONED[real_data](teacher.image_shape[1]) if teacher.takes_text else None
+        if self.captioned is not None and self.captioned.max_sequence_length is not None:
+            teacher.set_length(self.captioned.max_sequence_length)
+        teacher.encode_prompts(self.captioned and self.captioned.prompts, "", teacher.device)
         self.classes = teacher.num_conditions(guidance_scale is not None) or None
         self.guided = Guided(teacher, [1.0 if guidance_scale is None else guidance_scale])
 
@@ -58,8 +60,9 @@ class SetTeacher:
         """
         channels, height, _ = self.teacher.image_shape
         labels: Tensor | None
-        if self._captioned is not None:  # read once, with their captions
-            images, labels = self._captioned, torch.arange(len(self._captioned)) % (self.classes or 1)
+        if self.captioned is not None:
+            images = self.captioned.images
+            labels = torch.arange(len(images)) % len(self.captioned.prompts)
         else:
             images, labels = load_images(self.real_data, height, channels)
         if labels is None:

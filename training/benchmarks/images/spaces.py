@@ -17,6 +17,8 @@ from hsivi_diffusers.evaluation.features import EfficientNetFeatures, PixelCompo
 from hsivi_diffusers.evaluation.metrics import Measures
 from hsivi_diffusers.runs.measures import MEASURES
 
+from .scene_reader import SceneReader
+
 MLP = "mlp.safetensors"  # beside the weights of the classifier
 HIDDEN = (256, 64)  # widths of the MLP; the last one are the features
 LARGE = 32  # pixels from which ImageNet features are used
@@ -24,7 +26,7 @@ MOST = 5000  # real images in a KID
 BATCH = 500  # images that are classified at once
 OF_CLASSIFIER = ("precision", "recall", "density", "coverage", "class_tv", "nearest")
 OF_CLASSES = ("accuracy", "class_fd", "class_recall")
-OF_CAPTIONS = ("retrieval", "diversity")
+OF_CAPTIONS = ("retrieval", "right", "diversity")
 
 
 class DenseFeatures(nn.Sequential):
@@ -71,7 +73,7 @@ def make_spaces(classifier: Path, real: Tensor) -> list[Space]:
     Raises:
         ValueError: The folder lacks the MLP.
     """
-    own = _space("classifier", "fd", ImageClassifier.from_pretrained(classifier), real)
+    own = _space("classifier", "fd", load_classifier(classifier), real)
     if real.shape[-1] < LARGE:
         if not (classifier / MLP).is_file():
             raise ValueError(
@@ -84,6 +86,12 @@ def make_spaces(classifier: Path, real: Tensor) -> list[Space]:
         some = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:MOST]
         independent = _space("EfficientNet", "kid", EfficientNetFeatures(), real[some])
     return [own, independent, _space("pixels", "fd", PixelComponents(real), real)]
+
+
+def load_classifier(folder: Path) -> Any:
+    """Loads the network of a set that has logits: an ImageClassifier, or a SceneReader."""
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (ImageClassifier, SceneReader)}
+    return kinds[ImageClassifier.load_config(folder)["_class_name"]].from_pretrained(folder).eval()
 
 
 class ClassMeasures:
@@ -137,11 +145,41 @@ class CaptionMeasures:
         held = asked < self.held_out
         logits = torch.cat([self.scorer.logits(batch)[:, self.candidates] for batch in images[held].split(BATCH)])
         features = torch.cat([self.network(batch) for batch in images[~held].split(BATCH)])
-        of_prompt = [features[asked[~held] == each] for each in asked[~held].unique().tolist()]
         return {
             "retrieval": (logits.argmax(1) == asked[held]).float().mean().item(),
-            "diversity": mean(torch.pdist(each).mean().item() for each in of_prompt if len(each) > 1),
+            "diversity": diversity(features, asked[~held]),
         }
+
+
+class SceneMeasures:
+    """How images suit the scenes that they were asked for.
+
+    - `right`: share of the images of which the reader reads both objects, their relation and the ground as asked for.
+    - `diversity`: mean distance of two images of a prompt in the features of EfficientNet-Lite0; mean over prompts.
+
+    Args:
+        reader: Reads scenes.
+        labels: `Scene.labels` of each prompt, shape (P, 4).
+    """
+
+    def __init__(self, reader: SceneReader, labels: Tensor) -> None:
+        self.reader, self.labels, self.network = reader, labels, EfficientNetFeatures().eval()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, asked: Tensor) -> dict[str, float]:
+        """Returns the numbers above, by name, of images asked for by the numbers of prompts (N,)."""
+        seen = torch.cat([self.reader.read(batch) for batch in images.split(BATCH)])
+        features = torch.cat([self.network(batch) for batch in images.split(BATCH)])
+        return {
+            "right": (seen == self.labels[asked]).all(1).float().mean().item(),
+            "diversity": diversity(features, asked),
+        }
+
+
+def diversity(features: Tensor, asked: Tensor) -> float:
+    """Mean distance of two features of a prompt, by the numbers of prompts (N,); mean over those that have two."""
+    of_prompt = [features[asked == each] for each in asked.unique().tolist()]
+    return mean(torch.pdist(each).mean().item() for each in of_prompt if len(each) > 1)
 
 
 class SetMeasures:
@@ -152,8 +190,7 @@ class SetMeasures:
         real: Its images in [0, 1], shape (N, C, H, W).
         labels: Their classes, shape (N,).
         converged: Images of the teacher in many steps, like the real ones.
-        held_out: Of captioned images, as `rivals`, see `CaptionMeasures`.
-        rivals: Of captioned images.
+        captioned: The set, if its images have captions.
     """
 
     def __init__(
@@ -162,26 +199,27 @@ class SetMeasures:
         real: Tensor,
         labels: Tensor,
         converged: Tensor,
-        held_out: Sequence[int] = (),
-        rivals: Sequence[int] = (),
+        captioned: Any = None,
     ) -> None:
         self.spaces = make_spaces(classifier, real)
         self.teacher_spaces = [space.beside(converged) for space in self.spaces]
-        names = [name for name in OF_CLASSIFIER if not held_out or name != "class_tv"]  # of thousands of captions
-        alone = real.unique(dim=0) if held_out else real  # an image may be of several prompts
+        names = [name for name in OF_CLASSIFIER if captioned is None or name != "class_tv"]  # of thousands of captions
+        alone = real if captioned is None else real.unique(dim=0)  # an image may be of several prompts
         self.measures = Measures(self.spaces[0].measures.network, alone, names)
 
         @cache
-        def make() -> ClassMeasures | CaptionMeasures:
-            network = ImageClassifier.from_pretrained(classifier).eval()
-            return CaptionMeasures(network, held_out, rivals) if held_out else ClassMeasures(network, real, labels)
+        def make() -> Any:
+            if captioned is not None:
+                return captioned.measures(classifier)
+            return ClassMeasures(load_classifier(classifier), real, labels)
 
         self.make_class_measures = make
 
     def __call__(self, images: Tensor, asked: Tensor | None = None) -> dict[str, Any]:
         """Returns distances to the real images and to the teacher's, by space, and the other measures, of images.
 
-        With the classes that they were asked for, shape (N,), also those of `ClassMeasures` or `CaptionMeasures`.
+        With the classes or prompts that they were asked for, shape (N,), also those of `ClassMeasures`, or of the
+        captioned set.
         """
         return {
             "distances": {space.name: space.distance(images) for space in self.spaces},

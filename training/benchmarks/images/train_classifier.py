@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -61,17 +62,23 @@ def split(families: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows[:size], rows[size:]
 
 
+def class_loss(model: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the classes (B,) of images."""
+    return cross_entropy(model.logits(images), labels)
+
+
 def fit(
-    training: Training, channels: int, num_classes: int, draw: Callable[[int], tuple[Tensor, Tensor]]
-) -> ImageClassifier:
-    """Trains a classifier on batches of images and classes, by Adam with a rate that falls to 0 as a cosine."""
-    model = ImageClassifier(channels, num_classes, training.num_features, training.num_halvings)
+    training: Training,
+    model: Any,
+    draw: Callable[[int], tuple[Tensor, Tensor]],
+    loss_of: Callable[[Any, Tensor, Tensor], Tensor],
+) -> Any:
+    """Trains a model on batches of images and labels, by Adam with a rate that falls to 0 as a cosine."""
     optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.max_train_steps)
     progress = bar(range(training.max_train_steps), "classifier")
     for _ in progress:
-        images, labels = draw(training.train_batch_size)
-        loss = cross_entropy(model.logits(images), labels)
+        loss = loss_of(model, *draw(training.train_batch_size))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -107,7 +114,8 @@ def main(args: list[str] | None = None) -> None:
         rows = train[torch.randint(len(train), (size,))]
         return images[rows], labels[rows]
 
-    model = fit(training, data.channels, int(labels.max()) + 1, draw)
+    model = ImageClassifier(data.channels, int(labels.max()) + 1, training.num_features, training.num_halvings)
+    fit(training, model, draw, class_loss)
     with torch.no_grad():
         guesses = torch.cat([model.logits(images[rows]).argmax(1) for rows in held_out.split(500)])
         accuracy = (guesses == labels[held_out]).float().mean().item()

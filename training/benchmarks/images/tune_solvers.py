@@ -65,7 +65,9 @@ class Options:
     dataset: str | None = option(None, "name of the set")
     teacher: str | None = option(None, "folder of the teacher")
     classifier: str | None = option(None, "folder of the ImageClassifier")
-    real_data: str = option("digits", "real images, see train_teacher.py; of a text-to-image teacher `captions`")
+    real_data: str = option(
+        "digits", "real images, see train_teacher.py; of a text-to-image teacher `captions` or `scenes`"
+    )
     guidance_scale: float | None = option(None, "scale of guidance; with another than 1 a step is two network calls")
     guidance_falls: bool = option(False, "guide less the more noise there is, and tune where guidance ends")
     solvers: list[str] = option([*CHOICES], "solvers to tune")

@@ -19,7 +19,7 @@ from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from hsivi_diffusers.runs.folders import claim_output_dir
 
 from ..images.captions import choose, load_captioned, rivals
-from ..images.train_classifier import Training, fit
+from ..images.train_classifier import Training, class_loss, fit
 
 SHRINK, SHIFT, NOISE = 0.15, 0.1, 0.1  # the most, of the side and of the range of values
 
@@ -58,7 +58,8 @@ def main(args: list[str] | None = None) -> None:
         rows = torch.randint(len(images), (size,))
         return change(images[rows]), rows
 
-    scorer = fit(training, 3, len(captions), draw)
+    scorer = ImageClassifier(3, len(captions), training.num_features, training.num_halvings)
+    fit(training, scorer, draw, class_loss)
     scorer.save_pretrained(output_dir)
     every, held_out = list(range(len(captions))), choose(captions)[0]
     others = rivals(captions, held_out)

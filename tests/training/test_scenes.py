@@ -1,0 +1,189 @@
+"""Scenes of two objects, and the autoencoder, teacher and reader of them, on glyphs of one colour each."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from PIL import Image
+
+from hsivi_diffusers import load_teacher
+from training.benchmarks.images import scenes, sets
+from training.benchmarks.images.scene_reader import SceneReader
+from training.benchmarks.images.scene_set import EACH, LONGEST, PROMPTS, SceneSet
+from training.benchmarks.images.scenes import GROUNDS, KINDS, NAMES, RELATIONS, Scene, read_scene
+from training.benchmarks.images.spaces import SceneMeasures, load_classifier
+from training.benchmarks.scenes import train_reader, train_teacher, train_vae
+
+TRAIN = ["--max_train_steps=2", "--train_batch_size=4", "--lr_warmup_steps=1"]
+LOAD_GLYPHS = scenes.load_glyphs
+
+
+def color_of(number):
+    """Far from all grounds, and of each object another."""
+    return (0, 100 + 2 * number, 10 + number)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def glyphs():
+    with pytest.MonkeyPatch.context() as patched:
+        images = [Image.new("RGBA", (40, 30), color_of(number)) for number in range(len(NAMES))]
+        patched.setattr(scenes, "load_glyphs", lambda: images)
+        scenes._object.cache_clear()
+        yield
+    scenes._object.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    train_vae.main([*TRAIN, "--num_scenes=16", "--block_out_channels", "8", "8", "8", f"--output_dir={folder}"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(vae, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    sizes = ["--num_scenes=16", "--width=32", "--num_layers=2", "--text_width=8", "--text_layers=2"]
+    train_teacher.main([*TRAIN, *sizes, f"--vae={vae}", f"--output_dir={folder}"])
+    return folder
+
+
+# ----- scenes -----
+
+
+def test_a_caption_is_read_back():
+    for scene in scenes.draw_scenes(50, None, np.random.default_rng(0)):
+        assert read_scene(scene.caption) == scene
+    first, second = NAMES.index("orange book"), NAMES.index("clock")
+    assert Scene(first, second, "left of", "blue").caption == "an orange book left of a clock on blue"
+    for caption in ("a cat", "a dragon above a cat on pink", "a cat above a clock on gold"):
+        with pytest.raises(ValueError, match="is not the caption of a scene, such as"):
+            read_scene(caption)
+
+
+def test_two_captions_of_one_image_have_the_same_labels_and_are_both_held_out_or_not():
+    for relation, other in (("left of", "right of"), ("above", "below")):
+        a, b = Scene(3, 7, relation, "pink"), Scene(7, 3, other, "pink")
+        assert a.labels == b.labels == [["left of", "above"].index(relation), 3, 7, 3]
+        assert a.held_out == b.held_out
+    pairs = [Scene(a, b, "above", "pink").held_out for a in range(len(NAMES)) for b in range(a)]
+    assert 0.05 < sum(pairs) / len(pairs) < 0.15
+    for held_out in (True, False):
+        drawn = scenes.draw_scenes(20, held_out, np.random.default_rng(1))
+        assert {scene.held_out for scene in drawn} == {held_out}
+
+
+def test_an_image_shows_what_the_caption_says():
+    images, drawn = scenes.make_scenes(60, seed=0)
+    assert {scene.relation for scene in drawn} == {*RELATIONS}
+    for image, scene in zip(images, drawn, strict=True):
+        axis, first, second, ground = scene.labels
+        boxes = []
+        for number in (first, second):
+            rows, columns = (image == torch.tensor(color_of(number))[:, None, None]).all(0).nonzero().T
+            assert len(rows) == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)  # nothing is hidden
+            along, across = (columns, rows) if axis == 0 else (rows, columns)
+            boxes.append((along.min(), along.max(), (across.min() + across.max()) / 2))
+        assert boxes[0][1] < boxes[1][0]
+        apart = (boxes[1][0] + boxes[1][1] - boxes[0][0] - boxes[0][1]) / 2
+        assert abs(boxes[1][2] - boxes[0][2]) <= apart / 2 + 1
+        assert (image == torch.tensor([*GROUNDS.values()][ground])[:, None, None]).all(0).float().mean() > 0.5
+    assert torch.equal(scenes.make_scenes(5, seed=0)[0], images[:5]) is False  # sizes are drawn after all scenes
+    assert torch.equal(scenes.make_scenes(60, seed=0)[0], images)
+
+
+@pytest.mark.skipif(not sets.EMOJI_FONT.is_file(), reason="needs fonts-noto-color-emoji")
+def test_the_font_has_every_object():
+    assert len({glyph.tobytes() for glyph in LOAD_GLYPHS()}) == len(NAMES)
+
+
+def test_a_set_has_images_of_each_prompt_in_turn():
+    found = SceneSet(64)
+    assert len(found.images) == PROMPTS * EACH
+    assert all(read_scene(prompt).held_out for prompt in found.prompts)
+    for place in (0, 1, PROMPTS + 1):
+        first = read_scene(found.prompts[place % PROMPTS]).first
+        assert (found.images[place] == torch.tensor(color_of(first))[:, None, None]).all(0).any()
+    assert torch.equal(SceneSet(64).images, found.images)
+    with pytest.raises(ValueError, match="scenes have 64 x 64 pixels, and the teacher 32"):
+        SceneSet(32)
+
+
+# ----- the reader -----
+
+
+def test_a_scene_is_right_if_all_of_it_is():
+    class Reader(torch.nn.Module):
+        def read(self, images):
+            return images[:, 0, 0, :4].long()
+
+    labels = torch.tensor([[0, 1, 2, 3], [1, 4, 5, 6]])
+    asked = torch.tensor([0, 1, 0, 1])
+    images = torch.zeros(4, 3, 16, 16)
+    images[:, 0, 0, :4] = labels[asked].float()
+    measure = SceneMeasures(Reader(), labels)
+    assert measure(images, asked)["right"] == 1
+    assert measure(images, asked)["diversity"] == 0
+    for place, kind in enumerate((0, 2, 3)):
+        images[place, 0, 0, kind] += 1
+    assert measure(images, asked)["right"] == 0.25
+
+
+def test_the_reader_reads_what_it_has_learned(tmp_path, capsys):
+    """The ground of changed scenes, which is learned first."""
+    folder = tmp_path / "reader"
+    given = ["--num_features=32", "--max_train_steps=60", "--train_batch_size=16", "--learning_rate=3e-3"]
+    train_reader.main([*given, f"--output_dir={folder}"])
+    assert "read of new scenes: 0." in capsys.readouterr().out
+    reader = load_classifier(folder)
+    assert isinstance(reader, SceneReader)
+    images, drawn = scenes.make_scenes(200, seed=5)
+    read = reader.read(images / 255)
+    assert read.shape == (200, len(KINDS))
+    labels = torch.tensor([scene.labels for scene in drawn])
+    assert (read[:, 3] == labels[:, 3]).float().mean() > 0.25  # by chance 1 of 8
+    assert reader(images[:2] / 255).shape == (2, 32)
+
+
+# ----- autoencoder and teacher -----
+
+
+def test_latents_have_mean_0_and_std_1_by_the_factors_of_the_autoencoder(vae):
+    kept = AutoencoderKL.from_pretrained(vae)
+    images, _ = scenes.make_scenes(16, seed=0)
+    kept.register_to_config(**train_vae.scaling(kept, images))
+    mean, _ = scenes.encode(kept, images)
+    assert mean.shape == (16, 8, 16, 16)
+    assert float(mean.float().mean()) == pytest.approx(0, abs=0.01)
+    assert float(mean.float().std()) == pytest.approx(1, rel=0.01)
+
+
+def test_a_decoder_that_is_trained_further_keeps_the_latents(vae, tmp_path, same_tensors):
+    train_vae.main([*TRAIN, "--num_scenes=16", f"--init_from={vae}", f"--output_dir={tmp_path / 'again'}"])
+    before, after = (AutoencoderKL.from_pretrained(folder) for folder in (vae, tmp_path / "again"))
+    assert same_tensors(before.encoder.state_dict(), after.encoder.state_dict())
+    assert same_tensors(before.quant_conv.state_dict(), after.quant_conv.state_dict())
+    assert not same_tensors(before.decoder.state_dict(), after.decoder.state_dict())
+    assert before.config.scaling_factor == after.config.scaling_factor
+
+
+def test_the_teacher_is_a_stock_pipeline_and_is_trained_with_what_it_encodes(teacher):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(teacher)
+    captions = [scene.caption for scene in scenes.draw_scenes(3, None, np.random.default_rng(0))]
+    tokens = pipeline.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    assert pipeline.tokenizer.unk_token_id not in tokens
+    networks = {name: getattr(pipeline, name) for name in (*train_teacher.CLIP, train_teacher.T5)}
+    with torch.no_grad():
+        found = train_teacher.embed(networks, tokens)
+        states, _, pooled, _ = pipeline.encode_prompt(
+            captions, None, None, do_classifier_free_guidance=False, max_sequence_length=LONGEST
+        )
+    torch.testing.assert_close(found["encoder_hidden_states"], states)
+    torch.testing.assert_close(found["pooled_projections"], pooled)
+    loaded = load_teacher(str(teacher))
+    assert (loaded.shape, loaded.image_shape) == ((8, 16, 16), (3, 64, 64))
+    assert json.loads((teacher / "options.json").read_text())["num_layers"] == 2
+    with pytest.raises(ValueError, match="--vae is missing: give the folder of an autoencoder"):
+        train_teacher.main([f"--output_dir={teacher.parent / 'refused'}"])
