@@ -190,23 +190,79 @@ def test_prompts_are_kept_in_half_the_bytes(monkeypatch):
         assert torch.equal(value, given[name].bfloat16().float())
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [("sd3", "StableDiffusion3Img2Img"), ("flux", "FluxImg2Img"), ("flux", "FluxInpaint")],
-)
-def test_pipelines_that_take_an_image_draw_what_euler_draws(kind, name):
-    pipeline = getattr(diffusers, f"{name}Pipeline").from_pipe(make_flow(kind))
+TAKING_IMAGES = [
+    *(("sd3", f"StableDiffusion3{what}") for what in ("Img2Img", "Inpaint")),
+    *(("flux", f"Flux{what}") for what in ("Img2Img", "Inpaint")),
+    ("chroma", "ChromaImg2Img"),  # ChromaInpaintPipeline of diffusers 0.42 asks for a config that no Chroma has
+    *(("qwen", f"QwenImage{what}") for what in ("Img2Img", "Inpaint")),
+    ("klein", "Flux2KleinInpaint"),
+    *(("zimage", f"ZImage{what}") for what in ("Img2Img", "Inpaint")),
+]
+
+
+def derived(kind, name, **parts):
+    """Another pipeline of the parts of a family, with a scheduler of a student, and the arguments of its images."""
+    pipeline = getattr(diffusers, f"{name}Pipeline").from_pipe(stock := make_flow(kind), **parts)
     pipeline.set_progress_bar_config(disable=True)
-    ours = HSIVIScheduler(prediction_type="flow_prediction", layer_timesteps=[999, 749, 500, 250, -1], noise_eta=0.0)
-    euler = FlowMatchEulerDiscreteScheduler()
-    given = {"image": Image.new("RGB", (24, 16), "red"), "height": 16, "width": 24, "num_inference_steps": 4}
-    given |= {"strength": 0.6, "guidance_scale": 1.0, "output_type": "pt"}
+    grid = [999, 749, 500, 250, -1]
+    pipeline.scheduler = HSIVIScheduler(prediction_type="flow_prediction", layer_timesteps=grid, noise_eta=0.0)
+    given = {"prompt": "a red cat", "num_inference_steps": 4, "height": 16, "width": 24, "output_type": "pt"}
+    return pipeline, {**given, **kind_of(stock).unguided(pipeline.scheduler)}
+
+
+@pytest.mark.parametrize(("kind", "name"), TAKING_IMAGES)
+def test_pipelines_that_take_an_image_draw_what_euler_draws(kind, name):
+    pipeline, given = derived(kind, name)
+    ours, euler = pipeline.scheduler, FlowMatchEulerDiscreteScheduler()
+    given |= {"image": Image.new("RGB", (24, 16), "red"), "strength": 0.6}
     given |= {"mask_image": Image.new("L", (24, 16), 255)} if "Inpaint" in name else {}
     images = []
     for scheduler, more in ((ours, {}), (euler, {"sigmas": ours.unshifted_sigmas})):
         pipeline.scheduler = scheduler
-        images.append(pipeline("a red cat", **given, **more, generator=torch.Generator().manual_seed(0)).images)
+        images.append(pipeline(**given, **more, generator=torch.Generator().manual_seed(0)).images)
     torch.testing.assert_close(*images, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "network"),
+    [("sd3", "StableDiffusion3", "SD3"), ("flux", "Flux", "Flux"), ("qwen", "QwenImage", "QwenImage")],
+)
+def test_a_controlnet_that_says_nothing_changes_nothing(kind, name, network):
+    """As a new one does, whose last layers are 0."""
+    network = getattr(diffusers, f"{network}ControlNetModel")
+    controlnet = network.from_config(make_flow(kind).transformer.config)
+    pipeline, given = derived(kind, f"{name}ControlNet", controlnet=controlnet)
+    teacher = make_teacher(kind)
+    given |= {"latents": teacher.pack(torch.randn(1, *teacher.shape))}
+    control, plain = {"control_image": Image.new("RGB", (24, 16), "red")}, derived(kind, name)[0](**given).images
+    torch.testing.assert_close(pipeline(**given, **control).images, plain)
+    torch.nn.init.eye_(controlnet.controlnet_blocks[0].weight)
+    assert (pipeline(**given, **control).images - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "klein", "zimage"])
+def test_the_weights_of_a_style_add_to_those_of_a_student(kind, tmp_path):
+    teacher = make_teacher(kind)
+    for name in ("student", "style"):
+        network = add_adapter(teacher.network, teacher.adapter, 2)
+        for weight in network.parameters():
+            if weight.requires_grad:
+                torch.nn.init.normal_(weight, std=0.3)
+        teacher.save(network, tmp_path / name)
+    both, merged = make_flow(kind), make_flow(kind)
+    before = stock(both, num_inference_steps=2)
+    for name, scale in (("student", 1.0), ("style", 0.5)):
+        both.load_lora_weights(tmp_path / name, weight_name=ADAPTER, adapter_name=name)
+        state = load_file(tmp_path / name / ADAPTER)
+        for path in {path.split(".lora_")[0] for path in state}:
+            down, up = (state[f"{path}.lora_{factor}.weight"] for factor in "AB")
+            merged.transformer.get_submodule(path.removeprefix("transformer.")).weight.data += scale * up @ down
+    both.set_adapters(["student", "style"], [1.0, 0.5])
+    drawn = stock(both, num_inference_steps=2)
+    torch.testing.assert_close(drawn, stock(merged, num_inference_steps=2), rtol=1e-4, atol=1e-5)
+    both.set_adapters(["student"])
+    alone = stock(both, num_inference_steps=2)
+    assert min((drawn - alone).abs().max(), (alone - before).abs().max()) > 1e-3
 
 
 def test_noise_of_layers_is_drawn_again_from_the_same_seed(kind):
