@@ -26,6 +26,10 @@ class Lumina2(FlowTransformer):
     adapter = Adapter([*ATTENTION, *(f"feed_forward.linear_{i}" for i in (1, 2, 3))], "transformer")
 
     @property
+    def positions(self) -> int:
+        return _positions(self.network)
+
+    @property
     def tokens(self) -> float:
         """The channels, which its pipeline takes for the tokens."""
         return self.shape[0]
@@ -64,6 +68,10 @@ class ZImage(FlowTransformer):
     adapter = Adapter([*ATTENTION, *(f"feed_forward.w{i}" for i in (1, 2, 3))], "transformer")
     patch = 2
 
+    @property
+    def positions(self) -> int:
+        return _positions(self.network)
+
     @classmethod
     def check(cls, name: str, part: str, config: Mapping[str, Any]) -> None:
         """Refuses Z-Image-Turbo by its name: its configs are those of Z-Image."""
@@ -99,3 +107,8 @@ class ZImage(FlowTransformer):
     @classmethod
     def prompt_shapes(cls, network: Any) -> dict[str, tuple[int, ...]]:
         return {"cap_feats": (512, network.config.cap_feat_dim), "mask": (512,)}
+
+
+def _positions(network: Any) -> int:
+    """Of rows and columns; the first axis is that of the text."""
+    return int(min(network.config.axes_lens[1:]))

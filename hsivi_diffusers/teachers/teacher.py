@@ -317,11 +317,13 @@ class PipelineTeacher(Teacher):
     Attributes:
         pipelines: Names of the classes of pipelines of this kind.
         network_class: Of the network.
+        is_flow: Its networks predict the velocity of a rectified flow, so a scheduler with betas is not theirs.
         knows_size: It sets the shift of noise levels that depend on the size of the images.
     """
 
     pipelines: ClassVar[Collection[str]] = ()
     network_class: ClassVar[type[nn.Module]]
+    is_flow: ClassVar[bool] = False
     knows_size: ClassVar[bool] = False
 
     @classmethod

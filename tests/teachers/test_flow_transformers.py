@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -88,8 +88,8 @@ def test_the_velocity_is_that_of_the_stock_pipeline(kind, scale):
 
 @pytest.mark.parametrize("kind", ["chroma", "qwen", "lumina2", "zimage"])
 def test_a_prompt_of_a_batch_has_the_velocity_that_it_has_alone(kind):
-    """The pipeline takes each at its own length; other rows of the batch are of other lengths."""
-    prompts = ["blue", "a red cat", "a green dog a blue star"]
+    """The pipeline takes each at its own length, and cuts what is too long; other rows are of other lengths."""
+    prompts = ["blue", "a red cat", "a green dog a blue star " * 100]
     teacher = make_teacher(kind, prompts)
     guided, rows = Guided(teacher, [3.0]), torch.arange(3)
     for row, prompt in enumerate(prompts):
@@ -343,12 +343,25 @@ def test_a_plan_has_prompts_of_full_length(kind, tmp_path, monkeypatch):
     assert count_flops() < 0.8 * whole
 
 
-@pytest.mark.parametrize(("kind", "most"), [("auraflow", 32), ("sd3", 64)])
+@pytest.mark.parametrize(("kind", "most"), [("auraflow", 32), ("sd3", 64), ("lumina2", 256), ("zimage", 64)])
 def test_images_beyond_the_positions_of_a_network_are_refused(kind, most):
-    teacher = load_teacher(make_flow(kind))
+    teacher = make_teacher(kind)
     teacher.resize([most, most])
+    teacher.call(teacher.network, torch.randn(1, *teacher.shape), 500, torch.zeros(1, dtype=torch.long))
     with pytest.raises(ValueError, match=f"positions for {most} x {most} at most: give a smaller size"):
-        teacher.resize([most, most + 4])
+        teacher.resize([most, most + teacher.factor * teacher.patch])
+
+
+def test_a_size_without_a_shift_is_refused():
+    with pytest.raises(ValueError, match=r"resolution=\[100000, 100000\]: .* give a smaller size"):
+        load_teacher(make_flow("flux")).resize([100_000, 100_000])
+
+
+def test_a_scheduler_with_betas_is_refused(kind):
+    pipeline = make_flow(kind)
+    pipeline.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match="is a rectified flow, and its DDIMScheduler has betas: give it a FlowMatch"):
+        load_teacher(pipeline)
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux", "lumina2"])
