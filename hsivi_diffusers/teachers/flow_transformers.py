@@ -82,7 +82,7 @@ class FlowTransformer(TextLatents):
         config, ends = scheduler.config, {grid[-1] for grid in scheduler.trained_grids}
         if config.noise_eta != 0 or ends != {-1}:
             return None
-        settings = {"shift": config.shift, "num_train_timesteps": config.num_train_timesteps}
+        settings = {"shift": round(config.shift, 6), "num_train_timesteps": config.num_train_timesteps}
         return {**settings, "sigmas": [round(u, 6) for u in scheduler.unshifted_sigmas]}
 
     def mu(self, config: Mapping[str, Any]) -> float:

@@ -166,6 +166,7 @@ def test_a_run_ends_in_a_file_that_the_stock_pipeline_loads(kind, tmp_path):
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=ours.config.shift)
     torch.testing.assert_close(stock(pipeline, **given, sigmas=ours.unshifted_sigmas), drawn, rtol=1e-4, atol=1e-5)
     card = make_adapter_card(ours, str(tmp_path / "run" / "pipeline"), read_run(tmp_path / "run"), base_model=teacher)
+    assert not re.search(r"\.\d{7}", card.text)
     images = []
     for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
         names: dict = {}
