@@ -1,4 +1,4 @@
-"""Students of flow transformers, from runs that are killed over the Hub to the stock pipeline of a fresh process."""
+"""Students of flow transformers: from runs that are killed, over a Hub, to the stock pipeline of a fresh process."""
 
 import re
 import signal
