@@ -1163,10 +1163,11 @@ def _choose_grid(
         return _choose_trained(trained, len(sigmas), None)
     if num_inference_steps is not None and timesteps is not None:
         raise ValueError("num_inference_steps and timesteps were both given: pass one of them")
+    given = timesteps
     if timesteps is not None and isinstance(levels, TimedLevels):
         timesteps = levels.levels_of(_listed(timesteps))
     if trained:
-        return _choose_trained(trained, num_inference_steps, timesteps)
+        return _choose_trained(trained, num_inference_steps, timesteps, given)
     if timesteps is not None:
         return _check_timesteps("timesteps + [-1]", [*_listed(timesteps), -1], size)
     if num_inference_steps is None:
@@ -1182,14 +1183,17 @@ def _counts(trained: list[list[int]]) -> str:
 
 
 def _choose_trained(
-    trained: list[list[int]], num_inference_steps: int | None, timesteps: list[int] | list[float] | None
+    trained: list[list[int]],
+    num_inference_steps: int | None,
+    timesteps: list[int] | list[float] | None,
+    given: list[int] | list[float] | None = None,
 ) -> list[int]:
-    """Returns the trained grid that was asked for, by default the one with most steps."""
+    """Returns the trained grid that was asked for, by default the one with most steps; messages name what was given."""
     for grid in reversed(trained):
         if num_inference_steps in (None, len(grid) - 1) and (timesteps is None or _listed(timesteps) == grid[:-1]):
             return grid
     counts = _counts(trained)
-    asked = f"num_inference_steps={num_inference_steps!r}" if timesteps is None else f"timesteps={timesteps}"
+    asked = f"num_inference_steps={num_inference_steps!r}" if given is None else f"timesteps={given}"
     raise ValueError(
         f"{asked}, but this sampler was trained for {counts} steps, layer_timesteps="
         f"{trained[0] if len(trained) == 1 else trained}: pass num_inference_steps={counts}"

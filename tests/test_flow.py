@@ -136,6 +136,12 @@ def test_the_config_of_any_flow_is_understood_and_survives_saving(other, tmp_pat
     torch.testing.assert_close(euler.timesteps, ours.timesteps)
 
 
+def test_timesteps_that_were_not_trained_are_named_as_they_were_given():
+    scheduler = HSIVIScheduler(prediction_type="flow_prediction", layer_timesteps=[999, 499, -1], shift=3.0)
+    with pytest.raises(ValueError, match=r"^timesteps=\[1000, 500.5\], but this sampler was trained for 2 steps"):
+        scheduler.set_timesteps(timesteps=[1000, 500.5])
+
+
 grids = st.lists(st.integers(0, 999), min_size=2, max_size=5, unique=True).map(lambda grid: sorted(grid)[::-1])
 
 

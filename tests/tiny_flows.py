@@ -73,8 +73,8 @@ def make_sd3():
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        in_channels=16,
+        out_channels=16,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
@@ -89,7 +89,7 @@ def make_sd3():
     tokenizers = {name: make_tokenizer() for name in ("tokenizer", "tokenizer_2", "tokenizer_3")}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=scheduler, vae=make_vae(), **encoders, **tokenizers
+        transformer=transformer, scheduler=scheduler, vae=make_vae(16), **encoders, **tokenizers
     )
 
 

@@ -128,11 +128,12 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
         folder = Path(config.output_dir)
         if grids := sample_grids(folder):
             show([*grids.values()][-1])
+        prompt = '--prompt "a prompt" ' if trainer.state.teacher.takes_text else ""
         print(
             f"the training took {summary['seconds']:.0f} s; the pipeline is in {folder / 'pipeline'}\n"
             f"look at it: open {folder / 'index.html'} in a browser\n"
             f"measure it: hsivi evaluate --run_dir {folder}\n"
-            f"draw from it: hsivi sample --pipeline {folder} --output_dir {folder / 'drawn'}"
+            f"draw from it: hsivi sample --pipeline {folder} {prompt}--output_dir {folder / 'drawn'}"
         )
         if hub.push_to_hub:  # last, for the others would not wait long enough
             _push_trained(trainer, hub)

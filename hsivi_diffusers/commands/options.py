@@ -40,6 +40,10 @@ class Parser(argparse.ArgumentParser):
         words = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
         if message.startswith("unrecognized") and words:
             message += did_you_mean(words[0], self._option_string_actions)
+        if found := re.match(r"argument (\S+): invalid (int|float) value: (.*)", message):
+            name, kind, value = found.groups()
+            number, several = "whole number" if kind == "int" else "number", self._option_string_actions[name].nargs
+            message = f"argument {name}: {value}: give {f'{number}s with spaces between' if several else f'a {number}'}"
         self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
 
 

@@ -137,7 +137,8 @@ def make_fake_state(name: str, revision: str | None, config: HSIVIConfig, meter:
         student, critic = make_student_and_critic(source, config)
     teacher.set_sizes(config)
     teacher.check_students(config)
-    teacher.make_blank_prompts()
+    with unset_fake_temporarily():  # prompts have lengths
+        teacher.make_blank_prompts()
     _make_fake([teacher.network, student, critic])
     with meter:
         networks = make_networks(teacher, student, critic, config)

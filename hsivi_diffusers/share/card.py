@@ -338,11 +338,9 @@ def _training(scheduler: Any, run: dict[str, Any]) -> str:
     options, training = run["options"], run["training"]
     noise = "layers that add new noise to the clean image"
     if scheduler.config.kernel == "ddim":
-        noise = f"DDIM layers of eta {scheduler.config.noise_eta}"
-    times = [
-        [round(time, 4) for time in scheduler.levels.time(torch.tensor(grid[:-1])).tolist()]
-        for grid in scheduler.trained_grids
-    ]
+        noise = f"DDIM layers of eta {scheduler.config.noise_eta:g}"
+    grids = [scheduler.levels.time(torch.tensor(grid[:-1])).tolist() for grid in scheduler.trained_grids]
+    times = [f"[{', '.join(f'{time:g}' for time in grid)}]" for grid in grids]
     text = (
         f"{network_calls(scheduler.depths).capitalize()} at the timesteps {one_of(times)}, {noise}. Each is a "
         "conditional distribution, trained so that its marginal matches the data at a noise level, whose score the "
@@ -351,7 +349,8 @@ def _training(scheduler: Any, run: dict[str, Any]) -> str:
     if scales := scheduler.guidance_scales:
         decays = renamed(options).get("decay_guidance") and not training.get("embeds_guidance")
         less = ", decreased with noise during training," if decays else ""
-        text += f" Classifier-free guidance of scale {one_of(scales)}{less} is distilled into the weights."
+        chosen = one_of([f"{w:g}" for w in scales])
+        text += f" Classifier-free guidance of scale {chosen}{less} is distilled into the weights."
     settings = ", ".join(f"{name} {_plain(options[name])}" for name in OPTIONS if options.get(name) is not None)
     if settings:
         text += f"\n\nTrained by hsivi_diffusers: {settings}."

@@ -32,6 +32,7 @@ class FlowTransformer(TextLatents):
     """
 
     adapter = Adapter(TARGETS, "transformer")
+    is_flow = True
     sends_sigmas: ClassVar[bool] = False  # its pipeline sends 1, ..., 1/T, before the shift
     prompt_dtype = torch.bfloat16  # of the encoders of the published ones; a prompt of FLUX.1 takes 4 MB
     knows_size = True
@@ -49,23 +50,31 @@ class FlowTransformer(TextLatents):
     def default_size(config: Mapping[str, Any]) -> int:
         return int(config.get("sample_size") or 128)
 
+    @property
+    def positions(self) -> int | None:
+        """Patches that a row or column of an image may have; None for any number."""
+        return None
+
     def set_size(self, resolution: Sequence[int]) -> None:
         super().set_size(resolution)
-        self.set_shift()
-
-    def check_positions(self, number: int) -> None:
-        """Refuses, with ValueError, images with more patches in a row or column than the network has positions for."""
-        most = self.patch * self.factor * number
-        if max(size := self.image_shape[1:]) > most:
+        if self.positions is not None and max(resolution) > (most := self.patch * self.factor * self.positions):
             raise ValueError(
-                f"resolution={[*size]}: this {self.name} has positions for {most} x {most} at most: give a smaller size"
+                f"resolution={[*resolution]}: this {self.name} has positions for {most} x {most} at most: give a "
+                "smaller size"
             )
+        self.set_shift()
 
     def set_shift(self) -> None:
         """Sets the shift that follows from the size of the images."""
         if self._dynamic is not None:
             mu = self.mu(self._dynamic)
-            shift = math.exp(mu) if self._dynamic["time_shift_type"] == "exponential" else mu
+            try:
+                shift = math.exp(mu) if self._dynamic["time_shift_type"] == "exponential" else mu
+            except OverflowError as error:
+                raise ValueError(
+                    f"resolution={[*self.image_shape[1:]]}: the noise levels would be shifted by exp({mu:.0f}): give a "
+                    "smaller size"
+                ) from error
             self.schedule = HSIVIScheduler.from_config(self.schedule.config, shift=shift, use_dynamic_shifting=False)
 
     @classmethod
@@ -73,7 +82,7 @@ class FlowTransformer(TextLatents):
         config, ends = scheduler.config, {grid[-1] for grid in scheduler.trained_grids}
         if config.noise_eta != 0 or ends != {-1}:
             return None
-        settings = {"shift": config.shift, "num_train_timesteps": config.num_train_timesteps}
+        settings = {"shift": round(config.shift, 6), "num_train_timesteps": config.num_train_timesteps}
         return {**settings, "sigmas": [round(u, 6) for u in scheduler.unshifted_sigmas]}
 
     def mu(self, config: Mapping[str, Any]) -> float:
@@ -113,11 +122,12 @@ class StableDiffusion3(FlowTransformer):
     adapter = Adapter(TARGETS, "transformer", idle=("attn.add_q_proj",))
     encoded = (("encoder_hidden_states", 0, 1), ("pooled_projections", 2, 3))
 
-    def set_size(self, resolution: Sequence[int]) -> None:
-        super().set_size(resolution)
-        self.check_positions(self.network.config.pos_embed_max_size)
+    @property
+    def positions(self) -> int:
+        return int(self.network.config.pos_embed_max_size)
 
-    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.network.config
         shapes = {"encoder_hidden_states": (CLIP_TOKENS + self.longest, config.joint_attention_dim)}
         return {**shapes, "pooled_projections": (config.pooled_projection_dim,)}
 
@@ -140,10 +150,10 @@ class AuraFlow(FlowTransformer):
         """Of the 1024 pixels of the pipeline, whatever `sample_size` says."""
         return 128
 
-    def set_size(self, resolution: Sequence[int]) -> None:
-        super().set_size(resolution)
-        # Beyond its positions the network would take those of the other end.
-        self.check_positions(math.isqrt(self.network.config.pos_embed_max_size))
+    @property
+    def positions(self) -> int:
+        """Beyond these the network would take those of the other end."""
+        return math.isqrt(self.network.config.pos_embed_max_size)
 
     def forward(self, network: Any, x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
         return super().forward(network, x, time / len(self.schedule), **arguments)
@@ -151,8 +161,8 @@ class AuraFlow(FlowTransformer):
     def unscale(self, x: Tensor) -> Tensor:
         return x / self.vae.config.scaling_factor  # its pipeline adds no shift
 
-    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        return {"encoder_hidden_states": (self.longest, config.joint_attention_dim)}
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (self.longest, self.network.config.joint_attention_dim)}
 
 
 class Sana(FlowTransformer):
@@ -187,6 +197,9 @@ class Sana(FlowTransformer):
     def unpack(self, x: Tensor) -> Tensor:
         return x[:, : self.shape[0]]  # without a learned variance
 
-    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         length = self.longest
-        return {"encoder_hidden_states": (length, config.caption_channels), "encoder_attention_mask": (length,)}
+        return {
+            "encoder_hidden_states": (length, self.network.config.caption_channels),
+            "encoder_attention_mask": (length,),
+        }

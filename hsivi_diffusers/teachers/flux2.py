@@ -54,8 +54,8 @@ class Flux2Base(Packed):
         mean, scale = norm.running_mean, (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
         return self.unpack(self.pack(x) * scale.to(x) + mean.to(x))
 
-    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        return {"encoder_hidden_states": (self.longest, config.joint_attention_dim)}
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (self.longest, self.network.config.joint_attention_dim)}
 
 
 class Flux2(Flux2Base, Flux):

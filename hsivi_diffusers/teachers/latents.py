@@ -302,13 +302,13 @@ class TextLatents(Latents):
         return {}
 
     def make_blank_prompts(self) -> None:
-        shapes = self.prompt_shapes(self.network.config)
+        shapes = self.prompt_shapes()
         self.conditions = PromptTable(  # in masks a 1 is a token
             [{name: torch.ones(2, *shape, device="cpu") for name, shape in shapes.items()}], {}
         )
 
-    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of each argument of a network of this config for one prompt."""
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each argument of the network for one prompt."""
         raise NotImplementedError
 
 

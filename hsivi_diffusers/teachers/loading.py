@@ -101,7 +101,13 @@ def check_configs(name: str, configs: Configs, kind: type[PipelineTeacher]) -> H
         raise ValueError(f"teacher {name} has a {part} of type {found}, a {wanted} is needed")
     kind.check(name, part, configs.network)
     check_agreement(name, part, configs, kind.outputs(configs.network))
-    return schedule_of(name, configs, kind.knows_size, kind.scales_input)
+    schedule = schedule_of(name, configs, kind.knows_size, kind.scales_input)
+    if kind.is_flow and not schedule.is_flow:
+        raise ValueError(
+            f"teacher {name}: a {found} is a rectified flow, and its {configs.scheduler['_class_name']} not: "
+            "give it a FlowMatchEulerDiscreteScheduler, with the shift of the model that it was made from"
+        )
+    return schedule
 
 
 def load_teacher(

@@ -26,6 +26,10 @@ class Lumina2(FlowTransformer):
     adapter = Adapter([*ATTENTION, *(f"feed_forward.linear_{i}" for i in (1, 2, 3))], "transformer")
 
     @property
+    def positions(self) -> int:
+        return _positions(self.network)
+
+    @property
     def tokens(self) -> float:
         """The channels, which its pipeline takes for the tokens."""
         return self.shape[0]
@@ -51,9 +55,12 @@ class Lumina2(FlowTransformer):
             positions.freqs_cis = positions._precompute_freqs_cis(*axes)
         return teacher
 
-    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         length = self.longest
-        return {"encoder_hidden_states": (length, config.cap_feat_dim), "encoder_attention_mask": (length,)}
+        return {
+            "encoder_hidden_states": (length, self.network.config.cap_feat_dim),
+            "encoder_attention_mask": (length,),
+        }
 
 
 class ZImage(FlowTransformer):
@@ -63,6 +70,10 @@ class ZImage(FlowTransformer):
     network_class = ZImageTransformer2DModel
     adapter = Adapter([*ATTENTION, *(f"feed_forward.w{i}" for i in (1, 2, 3))], "transformer")
     patch = 2
+
+    @property
+    def positions(self) -> int:
+        return _positions(self.network)
 
     @classmethod
     def check(cls, name: str, part: str, config: Mapping[str, Any]) -> None:
@@ -96,5 +107,10 @@ class ZImage(FlowTransformer):
         """Its guided velocity is c + scale (c - u)."""
         return {"guidance_scale": w - 1}
 
-    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        return {"cap_feats": (self.longest, config.cap_feat_dim), "mask": (self.longest,)}
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"cap_feats": (self.longest, self.network.config.cap_feat_dim), "mask": (self.longest,)}
+
+
+def _positions(network: Any) -> int:
+    """Of rows and columns; the first axis is that of the text."""
+    return int(min(network.config.axes_lens[1:]))

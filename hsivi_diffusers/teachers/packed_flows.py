@@ -80,7 +80,8 @@ class Flux(Packed):
         """The scale of the training, which the student takes as its teacher does."""
         return {"guidance_scale": (scheduler.guidance_scales or [1.0])[0]}
 
-    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.network.config
         shapes = {"encoder_hidden_states": (self.longest, config.joint_attention_dim)}
         return {**shapes, "pooled_projections": (config.pooled_projection_dim,)}
 
@@ -103,9 +104,9 @@ class Chroma(Packed):
         with _checkpointed(network, arguments["attention_mask"]):
             return super().forward(network, x, time, **arguments)
 
-    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        length = self.longest
-        return {"encoder_hidden_states": (length, config.joint_attention_dim), "attention_mask": (length,)}
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        length, width = self.longest, self.network.config.joint_attention_dim
+        return {"encoder_hidden_states": (length, width), "attention_mask": (length,)}
 
 
 @contextmanager
@@ -185,6 +186,9 @@ class QwenImage(Packed):
     def decode(self, x: Tensor) -> Tensor:
         return super().decode(x)[:, :, 0]
 
-    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         length = self.longest
-        return {"encoder_hidden_states": (length, config.joint_attention_dim), "encoder_hidden_states_mask": (length,)}
+        return {
+            "encoder_hidden_states": (length, self.network.config.joint_attention_dim),
+            "encoder_hidden_states_mask": (length,),
+        }

@@ -33,9 +33,9 @@ class PixArt(TextLatents):
             return {}
         return {"resolution": torch.tensor([[height, width]]), "aspect_ratio": torch.tensor([[height / width]])}
 
-    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {
-            "encoder_hidden_states": (self.longest, config.caption_channels),
+            "encoder_hidden_states": (self.longest, self.network.config.caption_channels),
             "encoder_attention_mask": (self.longest,),
         }
         return shapes | ({"resolution": (2,), "aspect_ratio": (1,)} if self.network.use_additional_conditions else {})

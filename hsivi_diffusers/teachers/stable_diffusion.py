@@ -45,8 +45,8 @@ class StableDiffusion(TextLatents):
                     "supported: give a text-to-image model that takes text alone"
                 )
 
-    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        width = config.cross_attention_dim  # of all blocks, or of each
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        width = self.network.config.cross_attention_dim  # of all blocks, or of each
         return {"encoder_hidden_states": (CLIP_TOKENS, width if isinstance(width, int) else width[0])}
 
 
@@ -77,6 +77,7 @@ class StableDiffusionXL(StableDiffusion):
         mean, std = (x.new_tensor(each).reshape(-1, 1, 1) for each in given)
         return latents * std + mean
 
-    def prompt_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.network.config
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return {**super().prompt_shapes(config), "text_embeds": (pooled,), "time_ids": (6,)}
+        return {**super().prompt_shapes(), "text_embeds": (pooled,), "time_ids": (6,)}

@@ -333,12 +333,14 @@ class PipelineTeacher(Teacher):
     Attributes:
         pipelines: Names of the classes of pipelines of this kind.
         network_class: Of the network.
+        is_flow: Its networks predict the velocity of a rectified flow, so a scheduler with betas is not theirs.
         knows_size: It sets the shift of noise levels that depend on the size of the images.
         scales_input: Its pipelines give the network what `scale_model_input` of their scheduler returns.
     """
 
     pipelines: ClassVar[Collection[str]] = ()
     network_class: ClassVar[type[nn.Module]]
+    is_flow: ClassVar[bool] = False
     knows_size: ClassVar[bool] = False
     scales_input: ClassVar[bool] = False
 

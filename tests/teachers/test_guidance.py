@@ -135,7 +135,7 @@ def test_pairs_and_the_row_of_the_teacher_have_the_guidance_of_the_training(pipe
     assert ends == [start if decays else None] * 2
     assert read_settings(tmp_path / "run" / "options.json")["decay_guidance"] == decays
     card = str(make_card(trainer.pipeline, "alice/student", read_run(tmp_path / "run")))
-    assert ("scale 3.0, decreased with noise during training, is distilled" in card) == decays
+    assert ("scale 3, decreased with noise during training, is distilled" in card) == decays
 
 
 def test_a_student_of_several_scales_starts_farther_from_no_class_the_larger_the_scale(teacher):
@@ -231,7 +231,7 @@ def test_solvers_are_compared_at_the_calls_of_the_student(teacher):
 def test_the_command_samples_with_the_scale_asked_for_and_the_card_names_the_scales(several, tmp_path, capsys):
     student = several[1].pipeline
     text = make_card(student, "user/name", {"options": {}, "training": {}, "report": {}}).text
-    assert "1.0 or 3.0" in text
+    assert "scale 1 or 3" in text
     assert "guidance_scale=3.0" in text
     nn.init.normal_(student.unet.class_embedding.weight, std=5.0)  # so that the scale shows
     student.save_pretrained(tmp_path / "student")

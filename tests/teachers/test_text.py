@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import shlex
 import shutil
 from functools import partial, wraps
 from inspect import signature
@@ -451,6 +452,14 @@ def test_the_command_draws_prompts(run, tmp_path):
     assert not set(images("given")) & set(images("other"))
     assert Image.open(tmp_path / "file" / "00000.png").tobytes() == images("given")[1]  # the same seed, and prompt
     assert Image.open(run / "samples" / "step-2.png").size[0] >= 512
+
+
+def test_the_command_tells_how_to_draw_a_prompt(options, distil, tmp_path, capsys):
+    distil(tmp_path / "run", **options)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("draw from it: ")
+    cli.main([*shlex.split(line.removeprefix("draw from it: "))[1:]])
+    assert [path.name for path in (tmp_path / "run" / "drawn").glob("0*.png")] == ["00000.png"]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from hsivi_diffusers import load_teacher
 from hsivi_diffusers.evaluation.classifier import ImageClassifier
 from short_run import call
+from tiny_flows import make_flow
+from tiny_text import make_text
 from training.benchmarks.images import benchmark, captions, sets, train_baseline, trainings
 from training.benchmarks.images.benchmark_pages import measures_table
 from training.benchmarks.images.benchmark_results import (
@@ -170,9 +173,10 @@ def test_more_than_two_thousand_emoji_have_a_name(monkeypatch):
     assert len(captions.hold_out(texts)[1]) == 50
 
 
-def test_the_cost_of_an_update_is_held_against_its_calls(text_teachers, fresh_accelerator, capsys):
-    given = [f"--teacher={text_teachers('sd')}", "--lora_rank=2", "--train_batch_size=2", "--repetitions=1"]
-    bench_step.main(given)
+@pytest.mark.parametrize("make", [partial(make_text, "sd"), partial(make_flow, "sd3")], ids=["sd", "sd3"])
+def test_the_cost_of_an_update_is_held_against_its_calls(make, fresh_accelerator, tmp_path, capsys):
+    make().save_pretrained(tmp_path)
+    bench_step.main([f"--teacher={tmp_path}", "--lora_rank=2", "--train_batch_size=2", "--repetitions=1"])
     pattern = r"an update (\S+) s, its (\d+) calls, (\d+) with a gradient, (\S+) s: (\S+)"
     told = re.search(pattern, capsys.readouterr().out)
     # Five draws of the student, the first with a gradient, an answer of the critic to each, two of the guided teacher.
