@@ -35,6 +35,7 @@ class FlowTransformer(TextLatents):
     is_flow = True
     sends_sigmas: ClassVar[bool] = False  # its pipeline sends 1, ..., 1/T, before the shift
     prompt_dtype = torch.bfloat16  # of the encoders of the published ones; a prompt of FLUX.1 takes 4 MB
+    prompts_of_file = 64  # of FLUX.2 1 GB
     knows_size = True
 
     def __init__(self, pipeline: Any, network: Any, schedule: HSIVIScheduler, rows: int = 0) -> None:

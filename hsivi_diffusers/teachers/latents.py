@@ -227,11 +227,13 @@ class TextLatents(Latents):
             negative prompt.
         takes_negative: Its pipeline takes negative prompts.
         prompt_dtype: Of encoded prompts on the disk; that of the encoders by default.
+        prompts_of_file: Prompts that are encoded, and written to a file, at a time.
     """
 
     takes_text = True
     takes_negative: ClassVar[bool] = True
     prompt_dtype: torch.dtype | None = None
+    prompts_of_file: ClassVar[int] = 512
     condition_name = "prompt"
     encoded: Sequence[tuple[str, int, int]]
 

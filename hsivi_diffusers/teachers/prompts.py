@@ -25,7 +25,6 @@ from ..runs.bars import bar
 from ..runs.folders import in_turn
 from ..runs.state_dicts import hash_weights, load_tensors, save_tensors
 
-FILE_ROWS = 512  # prompts of a file
 BATCH = 32  # prompts that are encoded at once
 SHA256 = "sha256"  # entry of a file of the cache: that of its tensors
 
@@ -99,8 +98,9 @@ def encode_prompts(teacher: Any, prompts: Sequence[str], negative: str, device: 
     if teacher.prompt_dtype is not None:
         digest = hashlib.sha256(f"{digest}{teacher.prompt_dtype}".encode()).hexdigest()
     folder = cached_assets_path("hsivi_diffusers", "prompts", digest[:16])
-    starts = range(0, len(prompts), FILE_ROWS)
-    chunks = [*(([*prompts[start : start + FILE_ROWS]], False) for start in starts), ([negative], True)]
+    rows = teacher.prompts_of_file
+    starts = range(0, len(prompts), rows)
+    chunks = [*(([*prompts[start : start + rows]], False) for start in starts), ([negative], True)]
     names = [hashlib.sha256(json.dumps(chunk).encode()).hexdigest() for chunk in chunks]
     paths = [folder / f"{name}.safetensors" for name in names]
     with in_turn(folder):  # one process encodes, the others find the files

@@ -143,7 +143,7 @@ def test_a_solver_of_the_guided_teacher_draws_what_the_stock_pipeline_draws(text
 def test_prompts_are_encoded_once_and_a_stopped_encoding_goes_on(monkeypatch, kind):
     calls, stock = [], make_text(kind)
     encode_prompt = type(stock).encode_prompt
-    monkeypatch.setattr(prompts, "FILE_ROWS", 2)
+    monkeypatch.setattr(latents.TextLatents, "prompts_of_file", 2)
 
     @wraps(encode_prompt)
     def count(self, prompt, **options):
