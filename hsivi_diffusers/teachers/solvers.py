@@ -184,10 +184,16 @@ class Solver:
         return self.teacher.decode(x)
 
     @property
-    def grid(self) -> str:
-        """The timesteps of the network calls, such as "800, 600, 400, 200, 0"."""
+    def times(self) -> list[float]:
+        """The times of the network at the steps."""
         self.scheduler.set_timesteps(self.num_steps)
-        return shorten(self.scheduler.timesteps.tolist())
+        times: list[float] = self.scheduler.timesteps.tolist()
+        return times
+
+    @property
+    def grid(self) -> str:
+        """The same as text, such as "800, 600, 400, 200, 0"."""
+        return shorten(self.times)
 
 
 def shorten(timesteps: list[float]) -> str:

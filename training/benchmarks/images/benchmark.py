@@ -61,7 +61,7 @@ from .benchmark_results import (
 )
 from .captions import CAPTIONS
 from .set_teacher import SetTeacher
-from .solver_pages import FALLING, WITHOUT, best_solvers
+from .solver_pages import FALLING, INTERVAL, WITHOUT, best_solvers
 from .spaces import SetMeasures
 from .trainings import ANEW, RESUME, Costs, Trainings, UntrainedError, make
 
@@ -231,13 +231,14 @@ class Comparison:
         return self.teacher.solver("DPM-Solver++", self.options.teacher_steps)
 
     def _solvers(self) -> Iterator[Entry]:
-        """The best tuned solver at each number of calls with guidance, constant or falling, and without."""
+        """The best tuned solver at each number of calls with guidance, of any kind, and without."""
         path, dataset = Path(self.options.solvers), self.options.dataset
         if not path.is_file():
             raise ValueError(f"--solvers {path} is missing: name a file that tune_solvers.py has written")
         names = {SOLVER: [dataset]}
         if self.teacher.guided.calls > 1:
-            names = {SOLVER: [dataset, f"{dataset}{FALLING}"], UNGUIDED: [f"{dataset}{WITHOUT}"]}
+            names[SOLVER] += [f"{dataset}{FALLING}", f"{dataset}{INTERVAL}"]
+            names[UNGUIDED] = [f"{dataset}{WITHOUT}"]
         for method, sets in names.items():
             for row in best_solvers([row for row in read_rows(path) if row["dataset"] in sets]):
                 given = row["solver"], row["calls"]
