@@ -93,7 +93,7 @@ def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
     Its `set_timesteps` then accepts their number alone. The noise level after the last one stays as its config has it.
 
     Args:
-        scheduler: A multistep solver with `alphas_cumprod` and `sigmas`, or with `set_levels`, as `TeacherIPNDM`.
+        scheduler: A solver with `alphas_cumprod` and `sigmas`, or with `set_levels`, as `TeacherIPNDM`.
         timesteps: Of the network calls, descending: from N-1 to 0, or, of a rectified flow, N sigma.
     """
     own, steps = scheduler.set_timesteps, torch.tensor(timesteps)
@@ -110,7 +110,7 @@ def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
         else:
             abar = scheduler.alphas_cumprod[steps]
             sigmas = ((1 - abar) / abar).sqrt()
-        scheduler.timesteps, scheduler.sigmas = steps.to(device), torch.cat([sigmas, scheduler.sigmas[-1:]])
+        scheduler.timesteps, scheduler.sigmas = steps.to(device), torch.cat([sigmas, scheduler.sigmas[-1:].cpu()])
 
     scheduler.set_timesteps = set_timesteps
     return scheduler

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DiffusionPipeline
 
 from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.commands.options import parse_options, run_command
@@ -32,6 +32,7 @@ from hsivi_diffusers.runs.folders import in_turn
 from hsivi_diffusers.runs.options import option
 from hsivi_diffusers.teachers.loading import load_student
 from hsivi_diffusers.teachers.solvers import Sampler, Solver, make_student
+from hsivi_diffusers.teachers.teacher import network_of
 
 from . import train_baseline
 from .benchmark_pages import as_word, is_shown, write_pages
@@ -60,6 +61,7 @@ from .benchmark_results import (
     recipe_of,
 )
 from .captions import CAPTIONS
+from .latent_consistency import set_grid
 from .set_teacher import SetTeacher
 from .solver_pages import FALLING, INTERVAL, WITHOUT, best_solvers
 from .spaces import SetMeasures
@@ -284,8 +286,8 @@ class Comparison:
         """One model for all numbers of calls, that has at least the cost of each of their students."""
         folder, costs = self._train_as_long(config, self.options.baseline_steps, seed)
         pipeline, teacher = DiffusionPipeline.from_pretrained(folder / "pipeline"), self.teacher.teacher
-        scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
-        return Solver(scheduler, nfe, teacher, partial(teacher.call, pipeline.unet)), costs
+        scheduler = set_grid(pipeline.scheduler, teacher.schedule, nfe)
+        return Solver(scheduler, nfe, teacher, partial(teacher.call, network_of(pipeline))), costs
 
     def _train_as_long(self, config: str, counts: Sequence[int], seed: int) -> tuple[Path, Costs]:
         """Trains a baseline for at least the seconds and the network calls of our students of these calls."""
