@@ -16,13 +16,13 @@ from training.benchmarks.images import captions, train_baseline
 from training.benchmarks.images.latent_consistency import FlowConsistency, set_grid
 
 CPU = torch.device("cpu")
-LATENTS = torch.randn(6, 8, 8, 8, generator=torch.Generator().manual_seed(0))  # means and stds
 NUMBERS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 def load_latents(teacher, train_data, device):
     teacher.encode_prompts(PROMPTS, "", device)
-    return LATENTS, NUMBERS
+    channels, *size = teacher.shape
+    return torch.randn(6, 2 * channels, *size, generator=torch.Generator().manual_seed(0)), NUMBERS  # means and stds
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_the_target_is_the_student_after_an_euler_step_of_the_guided_velocity(ma
     u = torch.arange(50, 0, -1) / 50
     sigmas = 3 * u / (1 + 2 * u)  # the teacher's shift
     torch.testing.assert_close(made.schedule.levels.time(made.grid), 1000 * sigmas)
-    x, rows, none = torch.randn(3, 4, 8, 8), NUMBERS[:3], torch.full((3,), len(PROMPTS))
+    x, rows, none = torch.randn(3, *made.teacher.shape), NUMBERS[:3], torch.full((3,), len(PROMPTS))
     places = torch.tensor([0, 20, 49])
     lower = torch.cat([sigmas[1:], torch.zeros(1)])
     sigma, below = (each[places, None, None, None] for each in (sigmas, lower))
@@ -62,10 +62,11 @@ def test_the_target_is_the_student_after_an_euler_step_of_the_guided_velocity(ma
 
 
 def test_the_loss_is_the_distance_of_the_student_to_its_target_which_has_no_gradient(made):
+    latents, _ = load_latents(made.teacher, "", CPU)
     torch.manual_seed(1)
-    loss = made.loss(LATENTS, NUMBERS)
+    loss = made.loss(latents, NUMBERS)
     torch.manual_seed(1)
-    mean, std = LATENTS.chunk(2, dim=1)
+    mean, std = latents.chunk(2, dim=1)
     clean = mean + std * torch.randn_like(mean)
     level = made.grid[torch.randint(50, (6,))]
     sigma = made.schedule.levels.time(level)[:, None, None, None] / 1000
@@ -84,12 +85,12 @@ def test_the_stock_scheduler_and_pipeline_draw_what_the_function_says(made, num_
     levels = (1000 * u).round().long() - 1
     assert {*levels.tolist()} <= {*made.grid.tolist()}
     generator = torch.Generator().manual_seed(5)
-    noise = x = torch.randn(3, 4, 8, 8, generator=generator)
+    noise = x = torch.randn(3, *made.teacher.shape, generator=generator)
     state = generator.get_state()
     for place, level in enumerate(levels):
         x0 = made.predict(x, level.expand(3), NUMBERS[:3])
         if place + 1 < num_steps:
-            x = made.schedule.diffuse(x0, torch.randn(3, 4, 8, 8, generator=generator), levels[place + 1].expand(3))
+            x = made.schedule.diffuse(x0, torch.randn(x.shape, generator=generator), levels[place + 1].expand(3))
     call = partial(made.teacher.call, made.student)
     scheduler = set_grid(FlowMatchLCMScheduler.from_config(made.sampler.config), made.schedule, num_steps)
     images = Solver(scheduler, num_steps, made.teacher, call)(3, torch.Generator().manual_seed(5), NUMBERS[:3])
