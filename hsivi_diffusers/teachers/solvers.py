@@ -120,7 +120,7 @@ def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
     Its `set_timesteps` then accepts their number alone. The noise level after the last one stays as its config has it.
 
     Args:
-        scheduler: A multistep solver with `alphas_cumprod` and `sigmas`, or with `set_levels`, as `TeacherIPNDM`.
+        scheduler: A solver with `alphas_cumprod` and `sigmas`, or with `set_levels`, as `TeacherIPNDM`.
         timesteps: Of the network calls, descending: from N-1 to 0, or, of a rectified flow, N sigma.
     """
     own, steps = scheduler.set_timesteps, torch.tensor(timesteps)
@@ -137,7 +137,7 @@ def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
         else:
             abar = scheduler.alphas_cumprod[steps]
             sigmas = ((1 - abar) / abar).sqrt()
-        scheduler.timesteps, scheduler.sigmas = steps.to(device), torch.cat([sigmas, scheduler.sigmas[-1:]])
+        scheduler.timesteps, scheduler.sigmas = steps.to(device), torch.cat([sigmas, scheduler.sigmas[-1:].cpu()])
 
     scheduler.set_timesteps = set_timesteps
     return scheduler
@@ -211,10 +211,16 @@ class Solver:
         return self.teacher.decode(x)
 
     @property
-    def grid(self) -> str:
-        """The timesteps of the network calls, such as "800, 600, 400, 200, 0"."""
+    def times(self) -> list[float]:
+        """The times of the network at the steps."""
         self.scheduler.set_timesteps(self.num_steps)
-        return shorten(self.scheduler.timesteps.tolist())
+        times: list[float] = self.scheduler.timesteps.tolist()
+        return times
+
+    @property
+    def grid(self) -> str:
+        """The same as text, such as "800, 600, 400, 200, 0"."""
+        return shorten(self.times)
 
 
 def shorten(timesteps: list[float]) -> str:

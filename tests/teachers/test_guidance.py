@@ -76,6 +76,33 @@ def test_decaying_guidance_is_whole_without_noise_and_none_from_its_end_on(teach
         torch.testing.assert_close(decaying(x, times, condition), wanted)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("interval", "times", "scales", "calls"),
+    [
+        ((0, 999), 300, [3.0] * 4, 2),
+        ((300, 300), 300, [3.0] * 4, 2),
+        ((301, 999), 300, [1.0] * 4, 1),
+        ((0, 299.5), 300, [1.0] * 4, 1),
+        ((200, 400), [100, 200, 400, 401], [1.0, 3.0, 3.0, 1.0], 2),
+        ((200, 400), [100, 199, 500, 401], [1.0] * 4, 1),
+    ],
+)
+def test_outside_its_interval_there_is_no_guidance_and_one_call(teacher, interval, times, scales, calls):
+    x, condition, times = torch.randn(4, 1, 8, 8), torch.arange(4), torch.tensor(times)
+    wanted = torch.cat(
+        [
+            Guided(teacher, [w])(x[row, None], time, condition[row, None])
+            for row, (w, time) in enumerate(zip(scales, times.expand(4), strict=True))
+        ]
+    )
+    seen = []
+    teacher.network.register_forward_hook(lambda *_: seen.append(1))
+    found = Guided(teacher, [5.0, 3.0], interval=interval)(x, times, 2 * condition + 1)  # of the second scale
+    torch.testing.assert_close(found, wanted)
+    assert len(seen) == calls
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_guidance_is_computed_in_the_precision_of_x(dtype):
     """Of a network in half precision: 1 for the class, 0 for none."""

@@ -534,6 +534,9 @@ def test_a_teacher_that_was_stopped_goes_on(tmp_path, monkeypatch):
 # ----- guidance -----
 
 
+INTERVAL = {"timesteps": [400, 200, 60], "guided_steps": 2, "guidance_interval": [130.0, 1000]}
+
+
 @pytest.fixture
 def guided(arguments, tmp_path):
     """A benchmark of the guided digits teacher: 1 call by ours, 4 by a solver of 2 steps."""
@@ -541,6 +544,7 @@ def guided(arguments, tmp_path):
     rows = [
         tuned("digits", "UniPC", 4, {"timesteps": [400, 140]}, 1.0),
         tuned("digits falling", "UniPC", 4, {"timesteps": [400, 140], "guidance_end": 150}, 0.9),
+        tuned("digits interval", "UniPC", 5, INTERVAL, 0.9),
         tuned("digits without guidance", "UniPC", 3, {"timesteps": [400, 200, 60]}, 2.0),
     ]
     (tmp_path / "solvers.json").write_text(json.dumps({"rows": rows}))
@@ -556,7 +560,8 @@ def test_a_guided_benchmark_draws_all_classes_and_counts_two_calls_a_step(guided
     monkeypatch.setattr(trainings, "call", call)
     benchmark.main(guided)
     rows = {(row["method"], row["nfe"]): row for row in rows_of(tmp_path)}
-    assert rows.keys() == {(REAL, 0), (TEACHER, 6), (TEACHER_SDE, 6), (SOLVER, 4), (UNGUIDED, 3), (OURS, 1)}
+    solvers = {(SOLVER, 4), (SOLVER, 5), (UNGUIDED, 3)}
+    assert rows.keys() == {(REAL, 0), (TEACHER, 6), (TEACHER_SDE, 6), (OURS, 1)} | solvers
     assert rows[SOLVER, 4]["settings"] == {"timesteps": [400, 140], "guidance_end": 150}  # the better one
     assert all(row["guidance_scale"] == 2 for row in rows.values())
     assert rows[REAL, 0]["accuracy"] > 0.95
@@ -591,6 +596,30 @@ def test_an_unguided_solver_is_that_of_the_teacher_without_guidance():
     assert images.equal(plain.draw(plain.solver("UniPC", 3, **settings), 20, 20, 0))
     with pytest.raises(ValueError, match="3 network calls: a guided step has two"):
         guided.solver("UniPC", 3, **settings)
+
+
+def test_a_solver_that_is_guided_in_an_interval_has_more_steps():
+    teacher = set_teacher.SetTeacher(str(ROOT / "assets/digits_guided_ddpm"), "digits", 2.0)
+    seen = []
+    teacher.teacher.network.register_forward_hook(lambda *_: seen.append(1))
+
+    def draw(calls, **settings):
+        seen.clear()
+        images = teacher.draw(teacher.solver("UniPC", calls, **settings), 20, 20, 0)
+        assert len(seen) == calls
+        return images
+
+    grid = {"timesteps": INTERVAL["timesteps"]}
+    whole, some = draw(6, **grid, guided_steps=3, guidance_interval=[0, 1000]), draw(5, **INTERVAL)
+    none = draw(3, **grid, guided_steps=0, guidance_interval=[500, 1000])
+    assert whole.equal(draw(6, **grid))
+    assert none.equal(draw(3, **grid, unguided=True))
+    assert not some.equal(whole)
+    assert not some.equal(none)
+    with pytest.raises(ValueError, match="has 2 steps: give guided_steps=2"):
+        teacher.solver("UniPC", 4, **{**INTERVAL, "guided_steps": 1})
+    with pytest.raises(ValueError, match="of a teacher without guidance: leave it out"):
+        teacher.solver("UniPC", 5, unguided=True, **INTERVAL)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ def test_the_summary_has_the_best_baseline_of_each_space():
 def test_the_measures_have_both_kinds_of_distances_and_methods_in_one_order():
     rows = [row(method, 1, 1.0, 0.5, 0) for method in (f"{OURS} paper", OURS, CONSISTENCY, PROGRESSIVE, PAIRS, SOLVER)]
     rows.append(row(SOLVER, 2, 1.0, 0.5, settings={"guidance_end": 200}))
+    rows.append(row(SOLVER, 3, 1.0, 0.5, settings={"guided_steps": 1, "guidance_interval": [300, 600]}))
     rows += [row(TEACHER, 100, 2.0, 0.2), row(REAL, 0, 3.0, 0.3), row(PAIRS, 1, 3.0, 0.5, 1, recall=0.7)]
     table = measures_table(rows)
     heads = ["classifier", "pixels", "classifier, to teacher", "pixels, to teacher"]
@@ -117,7 +118,8 @@ def test_the_measures_have_both_kinds_of_distances_and_methods_in_one_order():
     assert [line[:2] for line in lines] == [
         *[["", REAL], ["1", f"{SOLVER} (UniPC)"], ["1", PAIRS], ["1", PROGRESSIVE], ["1", CONSISTENCY]],
         *[["1", f"**{OURS}**"], ["1", f"**{OURS} paper**"]],
-        *[["2", f"{SOLVER} (UniPC, falling guidance)"], ["100", TEACHER]],
+        *[["2", f"{SOLVER} (UniPC, falling guidance)"], ["3", f"{SOLVER} (UniPC, guidance in an interval)"]],
+        ["100", TEACHER],
     ]
     assert lines[2][2:6] == ["2 ± 1.4", "0.5 ± 0", "4 ± 2.8", "1 ± 0"]
     assert lines[2][7] == "0.600 ± 0.141"

@@ -304,7 +304,7 @@ def test_what_cannot_be_compared_is_refused_before_any_training(taught, scorer, 
             benchmark.main([*common, *words])
     for program, words, message in (
         (train_text_teacher, [], "--vae is missing: give the folder of an autoencoder"),
-        (train_baseline, [lcm, "--method=lcm_lora"], "--method lcm_lora distils Stable Diffusion, with"),
+        (train_baseline, [lcm, "--method=lcm_lora"], "--train_data digits: --method lcm_lora takes captioned images"),
     ):
         with pytest.raises(ValueError, match=message):
             program.main([*words, f"--output_dir={tmp_path / 'refused'}"])
@@ -318,7 +318,7 @@ def latent_consistency(taught):
     """Of the tiny teacher, with an adapter that has been trained a little."""
     torch.manual_seed(0)
     teacher = load_teacher(str(taught))
-    clean, numbers = load_latents(teacher, torch.device("cpu"))
+    clean, numbers = load_latents(teacher, "captions", torch.device("cpu"))
     made = LatentConsistency(teacher, 4.0, 2)
     for name, weight in made.student.named_parameters():
         if "lora_B" in name:

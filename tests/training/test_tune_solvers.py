@@ -110,7 +110,7 @@ def test_images_are_held_against_the_class_that_was_asked_for(digits):
     )
 
 
-def test_a_guided_step_takes_two_calls_and_falling_guidance_starts_from_what_constant_guidance_has(
+def test_a_guided_step_takes_two_calls_and_other_guidance_starts_from_what_constant_guidance_has(
     arguments, tmp_path, monkeypatch
 ):
     guided = [GUIDED, "--guidance_scale=2", f"--output_dir={tmp_path}"]
@@ -124,6 +124,23 @@ def test_a_guided_step_takes_two_calls_and_falling_guidance_starts_from_what_con
     assert (before["calls"], len(before["settings"]["timesteps"])) == (4, 2)
     assert now["settings"].pop("guidance_end") in (200, 350, 500, 800)
     assert [each["timesteps"] for each in tried] == [pytest.approx(before["settings"]["timesteps"], abs=1)] * 3
+
+    tune_solvers.main([*arguments, *guided, "--guidance_interval=true"])
+    rows = benchmark_results.read_rows(tmp_path / "solvers.json")
+    (now,) = (row for row in rows if row["dataset"] == "digits interval")
+    assert [len(each["timesteps"]) for each in tried[3:]] == [2, 3, 3]
+    assert tried[3]["timesteps"] == tried[0]["timesteps"]
+    assert now["steps"] == len(now["settings"]["timesteps"]) == 4 - now["settings"]["guided_steps"]
+    places = [each.split("=")[1] for each in (GUIDED, arguments[2])]
+    tuning = tune_solvers.Tuning(tune_solvers.Options("digits", *places, guidance_scale=2, calls=[4]))
+    images = tuning.draw("iPNDM", 4, 30, 0, **now["settings"])
+    assert tuning.distances(images) == pytest.approx(now["tuned"], rel=1e-4)
+
+
+def test_an_interval_ends_halfway_to_the_next_steps():
+    times = [800.0, 500.0, 333.4, 100.0]
+    found = [tune_solvers.interval_of(times, *steps, 1000) for steps in ((0, 4), (0, 1), (1, 2), (3, 1))]
+    assert found == [(0, 1000), (650, 1000), (216.7, 650), (0, 216.7)]
 
 
 def test_each_solver_has_a_row_that_is_as_good_as_its_stock_settings_and_the_page_the_best_and_the_floor(path):
@@ -234,7 +251,11 @@ def test_what_was_found_for_one_set_is_a_first_trial_of_another(solver, calls, g
     [
         (["--dataset=", "--teacher=", "--classifier="], "--dataset, --teacher, --classifier missing: give --config"),
         (["--solvers", "Euler"], "--solvers Euler unknown: choose from DDIM"),
-        (["--guidance_falls=true"], "--guidance_falls true has no effect without a --guidance_scale other than 1"),
+        (["--guidance_falls=true"], "--guidance_falls true: give one of them, and a --guidance_scale other than 1"),
+        (
+            [GUIDED, "--guidance_scale=2", "--guidance_falls=true", "--guidance_interval=true"],
+            "--guidance_falls true --guidance_interval true: give one of them",
+        ),
         ([GUIDED, "--guidance_scale=2", "--calls", "4", "3"], r"--calls \[3\]: a guided step is two network calls"),
         ([GUIDED, "--guidance_scale=1"], "has rows of digits of another teacher or classifier: name another --output"),
     ],

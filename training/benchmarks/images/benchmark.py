@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DiffusionPipeline
 
 from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.commands.options import parse_options, run_command
@@ -32,6 +32,7 @@ from hsivi_diffusers.runs.folders import in_turn
 from hsivi_diffusers.runs.options import option
 from hsivi_diffusers.teachers.loading import load_student
 from hsivi_diffusers.teachers.solvers import Sampler, Solver, make_student
+from hsivi_diffusers.teachers.teacher import network_of
 
 from . import train_baseline
 from .benchmark_pages import as_word, is_shown, write_pages
@@ -60,8 +61,9 @@ from .benchmark_results import (
     recipe_of,
 )
 from .captions import CAPTIONS
+from .latent_consistency import set_grid
 from .set_teacher import SetTeacher
-from .solver_pages import FALLING, WITHOUT, best_solvers
+from .solver_pages import FALLING, INTERVAL, WITHOUT, best_solvers
 from .spaces import SetMeasures
 from .trainings import ANEW, RESUME, Costs, Trainings, UntrainedError, make
 
@@ -233,13 +235,14 @@ class Comparison:
         return self.teacher.solver("DPM-Solver++", self.options.teacher_steps)
 
     def _solvers(self) -> Iterator[Entry]:
-        """The best tuned solver at each number of calls with guidance, constant or falling, and without."""
+        """The best tuned solver at each number of calls with guidance, of any kind, and without."""
         path, dataset = Path(self.options.solvers), self.options.dataset
         if not path.is_file():
             raise ValueError(f"--solvers {path} is missing: name a file that tune_solvers.py has written")
         names = {SOLVER: [dataset]}
         if self.teacher.guided.calls > 1:
-            names = {SOLVER: [dataset, f"{dataset}{FALLING}"], UNGUIDED: [f"{dataset}{WITHOUT}"]}
+            names[SOLVER] += [f"{dataset}{FALLING}", f"{dataset}{INTERVAL}"]
+            names[UNGUIDED] = [f"{dataset}{WITHOUT}"]
         for method, sets in names.items():
             for row in best_solvers([row for row in read_rows(path) if row["dataset"] in sets]):
                 given = row["solver"], row["calls"]
@@ -285,8 +288,8 @@ class Comparison:
         """One model for all numbers of calls, that has at least the cost of each of their students."""
         folder, costs = self._train_as_long(config, self.options.baseline_steps, seed)
         pipeline, teacher = DiffusionPipeline.from_pretrained(folder / "pipeline"), self.teacher.teacher
-        scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
-        return Solver(scheduler, nfe, teacher, partial(teacher.call, pipeline.unet)), costs
+        scheduler = set_grid(pipeline.scheduler, teacher.schedule, nfe)
+        return Solver(scheduler, nfe, teacher, partial(teacher.call, network_of(pipeline))), costs
 
     def _train_as_long(self, config: str, counts: Sequence[int], seed: int) -> tuple[Path, Costs]:
         """Trains a baseline for at least the seconds and the network calls of our students of these calls."""

@@ -291,8 +291,9 @@ def costs_table(rows: list[Row]) -> str:
 def label(row: Row) -> str:
     """The method of a row as it is written: ours in bold, a solver with its name."""
     if row["method"] in (SOLVER, UNGUIDED):
-        falls = ", falling guidance" if "guidance_end" in row.get("settings", {}) else ""
-        return f"{row['method']} ({row['solver']}{falls})"
+        kinds = {"guidance_end": ", falling guidance", "guidance_interval": ", guidance in an interval"}
+        kind = "".join(text for name, text in kinds.items() if name in row.get("settings", {}))
+        return f"{row['method']} ({row['solver']}{kind})"
     return f"**{row['method']}**" if is_ours(row["method"]) else row["method"]
 
 

@@ -148,4 +148,5 @@ def encode(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and std of the scaled latents of images in [-1, 1]."""
     laws = [vae.encode(batch).latent_dist for batch in images.split(BATCH)]
     mean, std = (torch.cat([getattr(law, name) for law in laws]) for name in ("mean", "std"))
-    return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+    return (mean - shift) * scale, std * scale

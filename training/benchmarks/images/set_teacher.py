@@ -80,25 +80,32 @@ class SetTeacher:
         calls: int,
         timesteps: Sequence[int] | None = None,
         guidance_end: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guided_steps: int = 0,
         unguided: bool = False,
         **settings: Any,
     ) -> Solver:
         """A solver that makes so many network calls, see `make_solver`; if `unguided`, of the teacher without guidance.
 
-        With `guidance_end` its guidance is weaker the more noise there is, see `Guided`.
+        With `guidance_end` its guidance is weaker the more noise there is; with `guidance_interval` the steps in it,
+        `guided_steps`, are guided, and the others take one call. See `Guided`.
 
         Raises:
             ValueError: They are not those of whole steps.
         """
         guided = Guided(self.teacher) if unguided else self.guided
-        steps, rest = divmod(calls, guided.calls)
+        varies = (guidance_end, guidance_interval) != (None, None)
+        if varies and guided.calls == 1:
+            raise ValueError("guidance_end or guidance_interval of a teacher without guidance: leave it out")
+        steps, rest = (calls - guided_steps, 0) if guidance_interval else divmod(calls, guided.calls)
         if rest:
             raise ValueError(f"{calls} network calls: a guided step has two, give an even number")
-        if guidance_end is not None:
-            if guided.calls == 1:
-                raise ValueError(f"guidance_end={guidance_end} of a teacher without guidance: leave it out")
-            guided = Guided(self.teacher, guided.scales, guidance_end)
-        return make_solver(name, steps, guided, timesteps, **settings)
+        if varies:
+            guided = Guided(self.teacher, guided.scales, guidance_end, guidance_interval)
+        solver = make_solver(name, steps, guided, timesteps, **settings)
+        if guidance_interval and (found := int(guided.guides(solver.times).sum())) != guided_steps:
+            raise ValueError(f"guidance_interval={guidance_interval} has {found} steps: give guided_steps={found}")
+        return solver
 
     def draw(self, sampler: Sampler, size: int, batch_size: int, seed: int) -> Tensor:
         """Images of any sampler, shape (size, C, H, W); with classes image i is of class i mod their number."""

@@ -14,6 +14,7 @@ from .benchmark_results import Row, read_rows
 
 LEAST = 1e-4  # an unbiased KID may be 0 or below
 FALLING = " falling"  # after the name of a set: its solvers with less guidance the more noise there is
+INTERVAL = " interval"  # after the name of a set: its solvers with guidance in an interval of times alone
 WITHOUT = " without guidance"  # after the name of a set: its solvers without guidance, one network call a step
 LABELS = ("solver", "timesteps", "settings")
 

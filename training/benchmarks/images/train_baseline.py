@@ -7,7 +7,7 @@ See `consistency`, `progressive`, `regression` and `latent_consistency` for the 
 images. AdamW has a learning rate that is warmed up and falls as a cosine, in each stage of a progressive distillation;
 gradients are clipped at norm 1, and the weights that are saved are averaged with decay 0.995. The teacher makes pixels;
 where it has classes, the images of --train_data have the same ones, and nothing is guided. For lcm_lora it is a
-text-to-image teacher, and --train_data is `captions`.
+text-to-image teacher, of a rectified flow too, and --train_data is `captions` or `scenes`.
 
 Writes OUTPUT_DIR/pipeline, OUTPUT_DIR/checkpoints and OUTPUT_DIR/training.json. It is one process. With
 --max_train_steps a run is a function of its seed; with --max_train_seconds the clock ends it. A run that is stopped
@@ -35,14 +35,12 @@ from hsivi_diffusers.runs.folders import remove_folder, replace_folder, write_js
 from hsivi_diffusers.runs.options import flatten, option
 from hsivi_diffusers.runs.output import Output, check_inputs, start_run
 from hsivi_diffusers.teachers.pixels import Pixels
-from hsivi_diffusers.teachers.stable_diffusion import StableDiffusion
 from hsivi_diffusers.teachers.teacher import Teacher as Model
 from hsivi_diffusers.vi import cosine
 
 from .baseline import Baseline
-from .captions import CAPTIONS
 from .consistency import ConsistencyDistillation
-from .latent_consistency import LatentConsistency, load_latents
+from .latent_consistency import FlowConsistency, LatentConsistency, load_latents
 from .progressive import ProgressiveDistillation
 from .regression import PairRegression
 from .sets import load_images
@@ -63,7 +61,7 @@ GIVEN = (
 class Teacher:
     _group = "teacher and data"
     pretrained_teacher_model: str | None = option(None, "folder or repo id of a diffusers pipeline")
-    train_data: str = option("digits", "`digits`, a folder, a dataset's name, or for lcm_lora `captions`")
+    train_data: str = option("digits", "`digits`, a folder, a dataset's name, or for lcm_lora `captions` or `scenes`")
 
 
 @dataclass
@@ -115,15 +113,12 @@ def prepare(teacher: Teacher, training: Training, device: torch.device) -> tuple
     model = load_teacher(name)
     if training.method != "lcm_lora":
         return make_distillation(name, model.to(device), training), *load_data(teacher.train_data, model, device)
-    if not isinstance(model, StableDiffusion) or teacher.train_data != CAPTIONS:
-        raise ValueError(
-            f"--method lcm_lora distils Stable Diffusion, with --train_data {CAPTIONS}: {name} is no such teacher, or "
-            f"--train_data {teacher.train_data}"
-        )
-    model.to(device)
-    latents, numbers = load_latents(model, device)
+    if not model.takes_text or model.adapter is None:
+        raise ValueError(f"--method lcm_lora adapts a text-to-image model, and {name} takes no text or no LoRA")
+    latents, numbers = load_latents(model.to(device), teacher.train_data, device)
     given = training.guidance_scale, training.lora_rank, training.start_timestep
-    return LatentConsistency(model, *given), latents, numbers
+    kind = FlowConsistency if model.schedule.is_flow else LatentConsistency
+    return kind(model, *given), latents, numbers
 
 
 def make_distillation(name: str, teacher: Model, training: Training) -> Baseline:

@@ -9,6 +9,9 @@ what was found for other sets, the stock grids and a few good ones; then the tim
 e + (s - e) (k / (n - 1))^p, k = n - 1 .. 0, of the clock. Each solver and number of calls has a row in
 OUTPUT_DIR/solvers.json; solvers.md has the tables. A study that was stopped continues by the same command, and rows
 that exist are kept.
+
+Guidance is constant, or falls with noise (--guidance_falls), or is in an interval of times alone (--guidance_interval,
+arXiv 2404.07724): a step outside it is one network call, so there are more steps. These have rows of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +42,7 @@ from hsivi_diffusers.teachers.solvers import SOLVERS
 
 from .benchmark_results import Row, hash_networks, read_rows, write_rows
 from .set_teacher import SetTeacher
-from .solver_pages import FALLING, WITHOUT, score, write_page
+from .solver_pages import FALLING, INTERVAL, WITHOUT, score, write_page
 from .spaces import make_spaces
 
 # What is tuned of each solver beside its grid, by the names of diffusers.
@@ -57,6 +61,9 @@ GRIDS = ("leading", "trailing", "linspace")  # of diffusers; iPNDM has none for 
 POWER_GRIDS = [(0.7, 0.03, 1.5), (0.8, 0.02, 1.5), (0.9, 0.01, 2.0), (0.95, 0.06, 1.0), (0.44, 0.1, 1.0)]
 POWER_GRIDS += [(0.999, 0.05, 1.0)]
 GUIDANCE_ENDS = (0.2, 0.35, 0.5, 0.8)  # shares of the clock
+# Shares of guided steps, of those that the calls allow, and of the others before them; the first is constant guidance.
+GUIDED_SHARES = [(1.0, 0.0), (0.5, 0.5), (0.5, 0.25), (0.75, 0.5), (0.5, 0.0)]
+SUFFIXES = {"guidance_falls": FALLING, "guidance_interval": INTERVAL}  # of sets whose guidance is not constant
 
 
 @dataclass
@@ -70,6 +77,7 @@ class Options:
     )
     guidance_scale: float | None = option(None, "scale of guidance; with another than 1 a step is two network calls")
     guidance_falls: bool = option(False, "guide less the more noise there is, and tune where guidance ends")
+    guidance_interval: bool = option(False, "guide some of the steps alone, the others take one call, and tune which")
     solvers: list[str] = option([*CHOICES], "solvers to tune")
     calls: list[int] = option([1, 2, 3, 4, 5, 8, 10, 15, 20], "network calls")
     trials: int = option(30, "settings to try for each solver and number of calls")
@@ -106,9 +114,15 @@ class Tuning:
 
     def score(self, solver: str, calls: int, trial: optuna.Trial) -> float:
         """What a trial is worth, see `solver_pages.score`."""
-        settings = suggest(trial, solver, calls // self.teacher.guided.calls, self.clock)
+        guided = trial.suggest_int("guided_steps", 1, calls // 2) if self.options.guidance_interval else 0
+        steps = calls - guided if guided else calls // self.teacher.guided.calls
+        settings = suggest(trial, solver, steps, self.clock)
         if self.options.guidance_falls:
             settings["guidance_end"] = round(self.clock * trial.suggest_float("guidance_end", 0.1, 1.0))
+        if guided:
+            before = round((steps - guided) * trial.suggest_float("before", 0.0, 1.0))
+            times = self.teacher.solver(solver, steps, unguided=True, **settings).times
+            settings |= {"guided_steps": guided, "guidance_interval": interval_of(times, before, guided, self.clock)}
         with torch.autocast(
             self.teacher.teacher.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bf16"
         ):
@@ -127,13 +141,16 @@ class Tuning:
             load_if_exists=True,
         )
         rows, stock_settings = read_rows(Path(options.output_dir) / "solvers.json"), SOLVERS[solver][1]
-        rows = [row for row in rows if not row["dataset"].endswith(FALLING)]
-        if options.guidance_falls:  # starts from what the set has with constant guidance
-            rows = [row for row in rows if options.dataset == row["dataset"] + FALLING]
+        rows = [row for row in rows if not row["dataset"].endswith((FALLING, INTERVAL))]
+        if varies := options.guidance_falls or options.guidance_interval:  # starts from the set's constant guidance
+            rows = [row for row in rows if options.dataset in (row["dataset"] + kind for kind in SUFFIXES.values())]
         others = [row["settings"] for row in rows if (row["solver"], row.get("steps", row["calls"])) == (solver, steps)]
         firsts = [as_trial(solver, found, self.clock) for found in others if found != stock_settings]
         if options.guidance_falls:
             firsts = [{**first, "guidance_end": end} for first in firsts for end in GUIDANCE_ENDS]
+        if options.guidance_interval:
+            guided = [(max(1, round(share * calls / 2)), before) for share, before in GUIDED_SHARES]
+            firsts = [{**first, "guided_steps": g, "before": before} for first in firsts for g, before in guided]
         for first in [*firsts, *first_trials(solver)]:
             study.enqueue_trial(first, skip_if_exists=True)
         done = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
@@ -141,13 +158,13 @@ class Tuning:
         settings = study.best_trial.user_attrs["settings"]
         given = (solver, calls, options.num_samples, options.eval_seed)
         stock, tuned = self.distances(self.draw(*given)), self.distances(self.draw(*given, **settings))
-        if score(stock) < score(tuned) and not options.guidance_falls:  # stock guidance is constant
+        if score(stock) < score(tuned) and not varies:  # stock guidance is constant
             settings, tuned = {}, stock
         return {
             "dataset": options.dataset,
             "solver": solver,
             "calls": calls,
-            "steps": steps,
+            "steps": calls - settings["guided_steps"] if options.guidance_interval else steps,
             "scheduler": SOLVERS[solver][0].__name__,
             "settings": {**stock_settings, **settings},
             "tuned": tuned,
@@ -206,6 +223,12 @@ def suggest(trial: optuna.Trial, solver: str, steps: int, clock: int) -> dict[st
     return {**settings, "timesteps": power_timesteps(steps, first, last, power)}
 
 
+def interval_of(times: list[float], before: int, guided: int, clock: int) -> tuple[float, float]:
+    """Times between which so many steps are, after so many before them: halfway to the next step, or all the way."""
+    borders = [clock, *(round((above + below) / 2, 1) for above, below in pairwise(times)), 0]
+    return borders[before + guided], borders[before]
+
+
 def key_of(row: Row) -> tuple[str, int, str]:
     """What a row is of."""
     return row["dataset"], row["calls"], row["solver"]
@@ -218,10 +241,10 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(f"--{', --'.join(missing)} missing: give --config training/configs/solvers_digits.yaml")
     if str(options.dataset).endswith(WITHOUT) and options.guidance_scale != 1:
         raise ValueError(f"--dataset {options.dataset!r} needs --guidance_scale 1")
-    if options.guidance_falls:
-        if options.guidance_scale in (None, 1):
-            raise ValueError("--guidance_falls true has no effect without a --guidance_scale other than 1")
-        options.dataset = f"{options.dataset}{FALLING}"
+    for name in (chosen := [name for name in SUFFIXES if getattr(options, name)]):
+        if options.guidance_scale in (None, 1) or len(chosen) > 1:
+            raise ValueError(f"--{' true --'.join(chosen)} true: give one of them, and a --guidance_scale other than 1")
+        options.dataset = f"{options.dataset}{SUFFIXES[name]}"
     if unknown := [solver for solver in options.solvers if solver not in CHOICES]:
         raise ValueError(f"--solvers {', '.join(unknown)} unknown: choose from {', '.join(CHOICES)}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
