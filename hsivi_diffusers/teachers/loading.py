@@ -260,7 +260,8 @@ def load_student(source: str | Path, teacher: Teacher | None = None) -> Any:
     folder = Path(source)
     if (folder / ADAPTER).is_file():
         run = run_of(str(source))
-        return _with_adapter(str(source), run.get("pretrained_teacher_model"), run.get("revision"), teacher)
+        dtype = torch.bfloat16 if run.get("mixed_precision") == "bf16" else None
+        return _with_adapter(str(source), run.get("pretrained_teacher_model"), run.get("revision"), teacher, dtype)
     try:
         name = str(DiffusionPipeline.load_config(str(source)).get("_class_name"))
     except OSError:
@@ -286,14 +287,19 @@ def _has_adapter(repo_id: str) -> bool:
     return False
 
 
-def _with_adapter(source: str, name: str | None, revision: str | None, teacher: Teacher | None) -> DiffusionPipeline:
-    """A pipeline of a teacher's tensors, with the adapter and the scheduler of a folder or repo."""
+def _with_adapter(
+    source: str, name: str | None, revision: str | None, teacher: Teacher | None, dtype: torch.dtype | None = None
+) -> DiffusionPipeline:
+    """A pipeline of a teacher's tensors, with the adapter and the scheduler of a folder or repo.
+
+    The teacher is loaded in half precision where its run trained so, see `load_teacher`.
+    """
     if not name and teacher is None:
         raise ValueError(
             f"{source} holds an adapter, and nothing beside it names its teacher: load it as its card says, by "
             "load_lora_weights of a pipeline of the teacher"
         )
-    teacher = teacher or load_teacher(str(name), revision)
+    teacher = teacher or load_teacher(str(name), revision, dtype)
     if not isinstance(teacher, Latents) or teacher.adapter is None:
         raise ValueError(f"{source} holds an adapter, which a {teacher.name} does not take: give the teacher it had")
     with naming_damage():

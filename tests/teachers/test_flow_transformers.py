@@ -475,7 +475,9 @@ def test_a_teacher_stored_in_bfloat16_stays_so_as_the_base_of_adapters(kind, tmp
     assert files[0].keys() == files[1].keys()
     assert all(each.dtype == torch.float32 and each.isfinite().all() for each in files[0].values())
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-    drawn = half.state.teacher.draw(load_student(tmp_path / "half_run" / "pipeline"), PROMPTS, generators)
+    student, other = (load_student(tmp_path / f"{name}_run" / "pipeline") for name in ("half", "single"))
+    assert (student.transformer.dtype, other.transformer.dtype) == (torch.bfloat16, torch.float32)
+    drawn = half.state.teacher.draw(student, PROMPTS, generators)
     teacher = load_teacher(tmp_path / "half")
     teacher.set_size(size_of(pipeline))
     drawn += teacher.draw_teacher(PROMPTS, generators, 2, 3.0, "")[0]
