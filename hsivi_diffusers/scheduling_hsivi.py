@@ -41,9 +41,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 FLOWS = tuple(f"FlowMatch{kind}Scheduler" for kind in ("EulerDiscrete", "HeunDiscrete", "LCM"))
-EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 EDM = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
-LEVEL_SETTINGS = (*BETAS, "prediction_type", "shift", "edm")
+LEVEL_SETTINGS = (*BETAS, "prediction_type", "shift")
 OUR_SPACINGS = ("quadratic", "uniform")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 TIMESTEP_SPACINGS = (*OUR_SPACINGS, "trailing", "leading", "linspace")
@@ -218,11 +217,13 @@ class TimedLevels(Levels):
         Raises:
             ValueError: They are not numbers, or out of range.
         """
-        remedy = f"give numbers from {self._highest:g} down"
+        middle = float(self._between.values[0])  # of the lowest level and clean data, of EDM -inf
+        lowest = middle if middle > -math.inf else float(self._times.values[0])
+        remedy = f"give numbers from {self._highest:g} down to {lowest:g}"
         if not all(isinstance(time, int | float) for time in times):
             raise ValueError(f"timesteps={times}: {remedy}")
         levels = self.level(torch.tensor(times))
-        if times and max(times) > self._highest or bool((levels < 0).any()):
+        if any(not lowest <= time <= self._highest for time in times) or bool((levels < 0).any()):
             raise ValueError(f"timesteps={times} leave the teacher's clock: {remedy}")
         found: list[int] = levels.tolist()
         return found
@@ -466,7 +467,11 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     __module__ = "hsivi_diffusers"
 
     _source = Path(__file__).read_text(encoding="utf-8")
-    _compatibles = [*(scheduler.name for scheduler in KarrasDiffusionSchedulers), *FLOWS, *EDMS]
+    _compatibles = [
+        *(scheduler.name for scheduler in KarrasDiffusionSchedulers),
+        *FLOWS,
+        "EDMDPMSolverMultistepScheduler",
+    ]
     order = 1
 
     get_velocity = DDPMScheduler.get_velocity
@@ -594,6 +599,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """
         if self.sigma_data is None:
             return sample
+        if timestep is None:
+            raise ValueError(
+                "timestep is missing: the input of EDM is scaled by its noise level, give the network's time"
+            )
         whole = sample.to(torch.promote_types(sample.dtype, torch.float32))
         alpha, sigma = self.alpha_sigma(self.levels.read_times(timestep, sample), whole)
         return (whole * _input_scale(self.sigma_data, alpha, sigma)).to(sample.dtype)
@@ -1036,11 +1045,11 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         _check_number("max_sequence_length", settings["max_sequence_length"], 1, kind=Integral)
     if (edm := settings["edm"]) is not None:
         for name in edm:
-            _check_choice("a setting of edm", name, tuple(EDM))
+            _check_choice("key of edm", name, tuple(EDM))
             _check_number(name, edm[name], sys.float_info.min)
         if edm["sigma_max"] <= edm["sigma_min"]:
             raise ValueError(f"sigma_max={edm['sigma_max']!r}: give a number above sigma_min={edm['sigma_min']!r}")
-        _check_choice("prediction_type", settings["prediction_type"], ("epsilon", "v_prediction"))
+        _check_choice("with edm, prediction_type", settings["prediction_type"], ("epsilon", "v_prediction"))
     if settings["rescale_betas_zero_snr"] and settings["prediction_type"] == "epsilon":
         raise ValueError(
             "rescale_betas_zero_snr goes with prediction_type 'v_prediction' or 'sample': at abar = 0 the sample "
@@ -1094,8 +1103,8 @@ def _read_settings(config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, 
             "has True and 'flow_prediction', and any other model neither"
         )
     is_flow = flow or ("shift" in config and not betas and (not whole or "num_train_timesteps" in config))
-    # CosineDPMSolverMultistepScheduler has the same settings except thresholding, and other network times.
-    is_edm = {*EDM, "sigma_schedule"} <= {*config} and not betas
+    # CMStochasticIterativeScheduler has no prediction type, CosineDPMSolverMultistepScheduler no thresholding.
+    is_edm = {*EDM, "prediction_type"} <= {*config} and not betas
     is_edm &= "thresholding" in config or "solver_order" not in config
     if whole and not is_flow and not betas and not is_edm:
         raise ValueError(

@@ -119,13 +119,18 @@ COSINE = {"_class_name": "CosineDPMSolverMultistepScheduler", "num_train_timeste
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: HSIVIScheduler(edm={"sigma": 1}), "a setting of edm='sigma' is unknown: choose one of 'sigma_data'"),
+        (lambda: HSIVIScheduler(edm={"sigma": 1}), "key of edm='sigma' is unknown: choose one of 'sigma_data'"),
         (lambda: HSIVIScheduler(edm={"sigma_data": 0}), "sigma_data=0: give a number > 0"),
         (lambda: HSIVIScheduler(edm={"sigma_max": 1e-3}), "sigma_max=0.001: give a number above sigma_min=0.002"),
         (lambda: HSIVIScheduler(edm=0.5), "edm=0.5: give a dict of sigma_data"),
-        (lambda: HSIVIScheduler(edm={}, prediction_type="sample"), "prediction_type='sample' is unknown: choose"),
+        (lambda: HSIVIScheduler(edm={}, prediction_type="sample"), "with edm, prediction_type='sample' is unknown"),
         (lambda: HSIVIScheduler.from_config({**STOCK[0].config, **COSINE}), "no betas, and is neither of a rectified"),
         (lambda: HSIVIScheduler(edm={}).set_timesteps(timesteps=[999, 500]), "leave the teacher's clock: give numbers"),
+        (
+            lambda: HSIVIScheduler(edm={}).set_timesteps(timesteps=[1.0, -500.0]),
+            "give numbers from 1.09551 down to -1.55",
+        ),
+        (lambda: HSIVIScheduler(edm={}).scale_model_input(torch.zeros(1, 1, 2, 2)), "timestep is missing"),
         (lambda: HSIVIScheduler(edm={}).set_timesteps(sigmas=[80.0, 1.0]), "sigmas are of a rectified flow, and this"),
     ],
 )
@@ -202,7 +207,9 @@ def test_a_solver_of_the_guided_teacher_draws_what_the_stock_pipeline_draws(teac
 
 
 @torch.no_grad()
-def test_solvers_see_betas_at_the_same_levels_and_v(teacher):
+@pytest.mark.parametrize("clips", [False, True])
+def test_solvers_see_betas_at_the_same_levels_and_v(teacher, clips, monkeypatch):
+    monkeypatch.setattr(teacher, "schedule", HSIVIScheduler.from_config(teacher.schedule.config, clip_sample=clips))
     levels, noise, condition = [800, 500, 200, 20], torch.randn(3, 4, 8, 8), torch.arange(3)
     schedule = HSIVIScheduler.from_config(teacher.schedule.config, layer_timesteps=[*levels, -1], noise_eta=0.0)
     wanted = run_solver(Guided(teacher), schedule, noise, 4, condition)

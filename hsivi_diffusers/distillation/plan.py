@@ -116,14 +116,21 @@ class Cost:
     adapted: bool  # the student is an adapter, which is saved without the rest of the pipeline
 
 
-def make_teacher(name: str, revision: str | None, dtype: torch.dtype = torch.float32) -> Teacher:
-    """Makes a teacher of random weights, in a precision, from its configs alone, on the default device."""
+def make_teacher(name: str, revision: str | None, config: HSIVIConfig, dtype: torch.dtype = torch.float32) -> Teacher:
+    """Makes a teacher of random weights, in a precision, from its configs alone, on the default device.
+
+    It has the sizes of a run, and prompts that say nothing.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return read_teacher(name, revision)
+        teacher = read_teacher(name, revision)
     finally:
         torch.set_default_dtype(before)
+    with torch.device("cpu"):  # which knows the numbers of the noise levels
+        teacher.set_sizes(config)
+        teacher.make_blank_prompts()
+    return teacher
 
 
 def make_fake_state(name: str, revision: str | None, config: HSIVIConfig, meter: Meter) -> TrainingState:
@@ -131,14 +138,11 @@ def make_fake_state(name: str, revision: str | None, config: HSIVIConfig, meter:
     half = config.precision != "no"  # the two are of one size
     accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="bf16" if half else "no")
     with unset_fake_temporarily(), torch.device("meta"):  # adapters cannot be added to fake tensors
-        teacher = make_teacher(name, revision, torch.bfloat16 if half else torch.float32)
+        teacher = make_teacher(name, revision, config, torch.bfloat16 if half else torch.float32)
         adapted = teacher.rank(config.lora_rank) > 0
-        source = teacher if adapted else make_teacher(name, revision)
+        source = teacher if adapted else make_teacher(name, revision, config)
         student, critic = make_student_and_critic(source, config)
-    teacher.set_sizes(config)
     teacher.check_students(config)
-    with unset_fake_temporarily():  # prompts have lengths
-        teacher.make_blank_prompts()
     _make_fake([teacher.network, student, critic])
     with meter:
         networks = make_networks(teacher, student, critic, config)
@@ -300,7 +304,7 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
         os.environ.pop(name, None)
     print(f"planning {teacher} from its configs: no weights are loaded", file=sys.stderr, flush=True)
     with torch.device("meta"):
-        known = make_teacher(teacher, revision)
+        known = make_teacher(teacher, revision, config)
     decoder = _bytes(known.decoder_weights())
     check_prompts(known.takes_text, config.prompts)
     cost = measure(teacher, revision, config)
@@ -329,7 +333,7 @@ def _time_lines(teacher: str, revision: str | None, config: HSIVIConfig, cost: C
     """What the updates take, and what comes before them; without a GPU not of a network that would take minutes."""
     if cost.call_flops > MOST_FLOPS and not torch.accelerator.is_available():
         return [f"a call of the teacher takes {cost.call_flops / 1e12:,.1f} TFLOP: plan on the GPU to know the time"]
-    speed, clock = seconds_per_flop(make_teacher(teacher, revision), config)
+    speed, clock = seconds_per_flop(make_teacher(teacher, revision, config), config)
     seconds = speed * cost.flops
     return [
         f"about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all, by the speed of "

@@ -57,6 +57,7 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 SCHEDULE: Range = (f"one of {', '.join(SCHEDULES)}", lambda value: value in SCHEDULES)
 RANGES: dict[str, Range] = {
     "noise_eta": ("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "max_sequence_length": AT_LEAST_1,
     "critic_updates": AT_LEAST_1,
     "guidance_scale": ("numbers from 0 on that differ, 1 for none", lambda value: _is_guidance(value)),
     "class_shares": (

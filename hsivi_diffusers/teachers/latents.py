@@ -259,11 +259,16 @@ class TextLatents(Latents):
     def set_length(self, max_sequence_length: int) -> None:
         if LENGTH not in self._called:
             super().set_length(max_sequence_length)
+        if max_sequence_length > (most := self._called[LENGTH].default):
+            raise ValueError(
+                f"max_sequence_length={max_sequence_length}: the pipeline of a {self.name} cuts prompts to {most}: "
+                "give fewer tokens, or leave it out"
+            )
         self.schedule = HSIVIScheduler.from_config(self.schedule.config, max_sequence_length=max_sequence_length)
 
     @property
     def longest(self) -> int:
-        """Tokens that its pipeline cuts prompts to, in an encoder without a fixed length, if it has one."""
+        """Tokens that prompts are cut to; where a pipeline has CLIP encoders beside another, in the other."""
         usual = self._called[LENGTH].default if LENGTH in self._called else CLIP_TOKENS
         return int(self.schedule.config.max_sequence_length or usual)
 

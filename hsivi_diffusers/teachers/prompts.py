@@ -113,8 +113,19 @@ def encode_prompts(teacher: Any, prompts: Sequence[str], negative: str, device: 
                 for path, texts, are_negative in bar(missing, "encode prompts", leave=False):
                     _write(path, _encode(teacher, pipeline, texts, are_negative, device))
     files = [load_tensors(path) for path in paths]  # mapped into memory
+    if teacher.schedule.config.max_sequence_length is not None and len({*prompts[:2]}) == 2:
+        _check_differ(files[0], teacher.longest)
     digest = hashlib.sha256(f"{digest}{names}".encode()).hexdigest()
     return PromptTable(files, teacher.sizes(), digest, prompts)
+
+
+def _check_differ(file: Mapping[str, Tensor], longest: int) -> None:
+    """Refuses prompts that are all the same once they are cut: a pipeline may write a template before each."""
+    if all(bool((rows == rows[:1]).all()) for rows in file.values()):
+        raise ValueError(
+            f"max_sequence_length={longest} leaves nothing of the prompts that tells them apart: give more, for the "
+            "template of the pipeline counts, or leave it out"
+        )
 
 
 def _is_whole(path: Path) -> bool:

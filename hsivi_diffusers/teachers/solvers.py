@@ -88,12 +88,15 @@ def with_betas(schedule: HSIVIScheduler) -> HSIVIScheduler:
 def call_for_solver(teacher: Guided) -> Call:
     """Returns the calls of a teacher that go with its schedule `with_betas`."""
     schedule = teacher.teacher.schedule
+    if not schedule.is_edm:
+        return teacher
+    schedule = HSIVIScheduler.from_config(schedule.config, clip_sample=False, thresholding=False)  # the solver clips
 
     def call(x: Tensor, level: Any, condition: Tensor | None) -> Tensor:
         output = teacher(x, schedule.levels.time(torch.as_tensor(level)), condition)
         return _predict_v(schedule, output, level, x)
 
-    return call if schedule.is_edm else teacher
+    return call
 
 
 # Class and settings of each baseline; what is not set is of the teacher's config, or the default of diffusers.

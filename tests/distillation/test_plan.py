@@ -221,7 +221,7 @@ def test_what_is_written_is_as_large_as_said(distil, tiny_teacher, measured, tmp
 
 
 def test_the_speed_is_taken_from_a_real_network(teacher):
-    speed, clock = plan.seconds_per_flop(plan.make_teacher(str(teacher), None), make_config())
+    speed, clock = plan.seconds_per_flop(plan.make_teacher(str(teacher), None, make_config()), make_config())
     assert 1e-13 < speed < 1e-6
     assert clock == "CPU time of this process measured alone, 1 thread(s)"
 
@@ -255,7 +255,10 @@ def test_a_plan_by_the_first_process_needs_no_weights_and_writes_nothing(planned
 
 def test_the_configs_of_a_teacher_may_lie_in_one_folder(tiny_teacher, tmp_path):
     """As those of google/ddpm-*."""
-    teachers = [plan.make_teacher(str(copy_configs(tiny_teacher, tmp_path / str(flat), flat)), None) for flat in (0, 1)]
+    teachers = [
+        plan.make_teacher(str(copy_configs(tiny_teacher, tmp_path / str(flat), flat)), None, make_config())
+        for flat in (0, 1)
+    ]
     one, other = ({name: weight.shape for name, weight in each.network.state_dict().items()} for each in teachers)
     assert one == other
     assert teachers[0].schedule.config == teachers[1].schedule.config

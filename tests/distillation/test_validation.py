@@ -21,6 +21,7 @@ from hsivi_diffusers import HSIVIConfig
             ({name: 0}, f"{name}=0: give a number of at least 1")
             for name in ("max_train_steps", "train_batch_size", "critic_updates", "gradient_accumulation_steps")
         ),
+        ({"max_sequence_length": -3}, "max_sequence_length=-3: give a number of at least 1"),
         *(({name: 0}, f"{name}=0: give a") for name in ("checkpointing_steps", "checkpoints_total_limit")),
         *(({name: -1.0}, f"{name}=-1.0: give a number above 0") for name in ("learning_rate", "critic_learning_rate")),
         *(

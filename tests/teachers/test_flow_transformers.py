@@ -103,15 +103,27 @@ def test_prompts_are_cut_to_the_length_that_is_given(kind):
     prompts = ["a red cat a blue star a green dog", "a blue star"]
     teacher = make_teacher(kind, prompts)
     digest = teacher.conditions.digest
-    teacher.set_length(5)
+    longest = {"lumina2": 40, "flux2": 40, "zimage": 34}.get(kind, 5)  # which have long templates
+    teacher.set_length(longest)
     teacher.encode_prompts(prompts, "", CPU)
     assert teacher.conditions.digest != digest
-    assert teacher.call_arguments(teacher.schedule)["max_sequence_length"] == 5
-    seen = velocities(make_flow(kind), prompts, max_sequence_length=5, **teacher.guided(1.0))
+    assert teacher.call_arguments(teacher.schedule)["max_sequence_length"] == longest
+    seen = velocities(make_flow(kind), prompts, max_sequence_length=longest, **teacher.guided(1.0))
     guided, rows = Guided(teacher, [1.0]), torch.arange(2)
     for velocity, time, x in seen:
         ours = guided(teacher.unpack(x), torch.full((2,), float(time)), rows)
         torch.testing.assert_close(ours, teacher.unpack(velocity), rtol=1e-4, atol=5e-6)
+
+
+def test_a_length_that_no_call_takes_or_that_leaves_the_template_alone_is_refused():
+    teacher = make_teacher("lumina2")
+    with pytest.raises(
+        ValueError, match="max_sequence_length=257: the pipeline of a Lumina2.* cuts prompts to 256: give"
+    ):
+        teacher.set_length(257)
+    teacher.set_length(20)
+    with pytest.raises(ValueError, match="max_sequence_length=20 leaves nothing of the prompts that tells them apart"):
+        teacher.encode_prompts(PROMPTS, "", CPU)
 
 
 @pytest.mark.parametrize("kind", ["chroma", "qwen"])

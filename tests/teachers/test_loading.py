@@ -40,6 +40,8 @@ def test_identity_is_of_weights_and_configs(teacher, tmp_path):
     copy = load_teacher(str(shutil.copytree(teacher, tmp_path / "elsewhere")))
     before = copy.identity()
     assert before == load_teacher(str(teacher)).identity()
+    copy.schedule = HSIVIScheduler.from_config(copy.schedule.config)  # as `set_size` does
+    assert copy.identity() == before
     copy.network.half()
     assert copy.identity() != before
 

@@ -551,8 +551,7 @@ def trained_numbers(network):
     return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "rank"), [("sdxl", 4), ("pixart", 0)])
+@pytest.mark.parametrize(("kind", "rank"), [pytest.param("sdxl", 4, marks=pytest.mark.slow), ("pixart", 0)])
 def test_it_is_planned_by_its_configs(text_teachers, prompt_file, make_config, kind, rank, capsys, fresh_accelerator):
     teacher = str(text_teachers(kind))
     config = make_config(prompts=prompt_file, lora_rank=rank, guidance_scale=3.0)

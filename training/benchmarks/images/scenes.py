@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -48,9 +47,9 @@ GROUNDS = {
     "white": (250, 250, 250), "grey": (150, 150, 150), "black": (30, 30, 30), "pink": (255, 190, 205),
     "blue": (160, 200, 250), "green": (165, 220, 165), "yellow": (255, 240, 160), "purple": (205, 180, 235),
 }  # fmt: skip
+PRESENTATION = 0xFE0F  # asks for colour
 HELD_OUT = 10  # of so many pairs of objects one is held out
 BATCH = 256  # images that are encoded at once
-CAPTION = re.compile(f"an? (.+) ({'|'.join(RELATIONS)}) an? (.+) on ({'|'.join(GROUNDS)})")
 
 
 class Scene(NamedTuple):
@@ -84,18 +83,6 @@ class Scene(NamedTuple):
 KINDS = (2, len(NAMES), len(NAMES), len(GROUNDS))
 
 
-def read_scene(caption: str) -> Scene:
-    """Returns the scene of a caption.
-
-    Raises:
-        ValueError: It is not one of a scene.
-    """
-    found = CAPTION.fullmatch(caption)
-    if not found or found[1] not in OBJECTS or found[3] not in OBJECTS:
-        raise ValueError(f"{caption!r} is not the caption of a scene, such as {Scene(0, 1, 'above', 'pink').caption!r}")
-    return Scene(NAMES.index(found[1]), NAMES.index(found[3]), found[2], found[4])
-
-
 def draw_scenes(number: int, held_out: bool | None, random: np.random.Generator) -> list[Scene]:
     """Draws scenes uniformly: of pairs that are held out, of others, or by None of all."""
     scenes: list[Scene] = []
@@ -112,8 +99,7 @@ def draw_scenes(number: int, held_out: bool | None, random: np.random.Generator)
 @cache
 def load_glyphs() -> list[Image.Image]:
     """The image of each object, RGBA, without an empty border."""
-    bitmaps = {points[0]: bitmap for bitmap, points in read_emoji().items() if len(points) == 1}
-    bitmaps |= {points[0]: bitmap for bitmap, points in read_emoji().items() if points[1:] == (0xFE0F,)}
+    bitmaps = {points[0]: bitmap for bitmap, points in read_emoji().items() if points[1:] in ((), (PRESENTATION,))}
     glyphs = [Image.open(io.BytesIO(bitmaps[point])).convert("RGBA") for point in OBJECTS.values()]
     return [glyph.crop(glyph.getchannel("A").getbbox()) for glyph in glyphs]
 

@@ -90,8 +90,8 @@ def make_spaces(classifier: Path, real: Tensor) -> list[Space]:
 
 def load_classifier(folder: Path) -> Any:
     """Loads the network of a set that has logits: an ImageClassifier, or a SceneReader."""
-    kinds: dict[str, Any] = {kind.__name__: kind for kind in (ImageClassifier, SceneReader)}
-    return kinds[ImageClassifier.load_config(folder)["_class_name"]].from_pretrained(folder).eval()
+    kind: Any = SceneReader if ImageClassifier.load_config(folder)["_class_name"] == "SceneReader" else ImageClassifier
+    return kind.from_pretrained(folder).eval()
 
 
 class ClassMeasures:

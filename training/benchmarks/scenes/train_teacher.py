@@ -56,12 +56,11 @@ class Text:
     num_layers: int = option(5, "its layers")
     text_width: int = option(64, "width of a CLIP encoder, half of that of the T5 encoder")
     text_layers: int = option(3, "layers of an encoder")
-    tokens: int = option(LONGEST, "tokens of a caption, longer ones are cut; max_sequence_length of the pipeline")
     caption_dropout: float = option(0.1, "share of the captions that are replaced by nothing")
 
 
-def make_tokenizer(words: Sequence[str], tokens: int) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer that knows these words."""
+def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer that knows these words, and has room for a caption."""
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
     start, unknown, end = SPECIAL[1:]
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=unknown))
@@ -71,7 +70,7 @@ def make_tokenizer(words: Sequence[str], tokens: int) -> PreTrainedTokenizerFast
     )
     names = ("pad_token", "bos_token", "unk_token", "eos_token")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=tokens, **dict(zip(names, SPECIAL, strict=True))
+        tokenizer_object=tokenizer, model_max_length=LONGEST, **dict(zip(names, SPECIAL, strict=True))
     )
 
 
@@ -93,8 +92,8 @@ def make_networks(options: Text, vae: AutoencoderKL, num_words: int) -> nn.Modul
     )
     sizes: dict[str, Any] = {"hidden_size": options.text_width, "projection_dim": options.text_width}
     sizes |= {"intermediate_size": 4 * options.text_width, "num_attention_heads": 4, "vocab_size": num_words}
-    sizes |= {"num_hidden_layers": options.text_layers, "max_position_embeddings": options.tokens}
-    sizes |= {f"{name[1:-1]}_token_id": number for number, name in ((0, "[pad]"), (1, "[bos]"), (3, "[eos]"))}
+    sizes |= {"num_hidden_layers": options.text_layers, "max_position_embeddings": LONGEST}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}
     encoders: dict[str, nn.Module] = {name: CLIPTextModelWithProjection(CLIPTextConfig(**sizes)) for name in CLIP}
     width = 2 * options.text_width
     sizes = {"d_model": width, "d_ff": 2 * width, "d_kv": width // 4, "num_heads": 4, "vocab_size": num_words}
@@ -127,7 +126,7 @@ def main(args: list[str] | None = None) -> None:
     with claimed_alone(run, training.seed) as accelerator:
         device = accelerator.device
         vae = AutoencoderKL.from_pretrained(options.vae).to(device).eval()
-        tokenizer = make_tokenizer(WORDS, options.tokens)
+        tokenizer = make_tokenizer(WORDS)
         networks = make_networks(options, vae, len(tokenizer))
         images, scenes = make_scenes(options.num_scenes, training.seed)
         texts = ["", *(scene.caption for scene in scenes)]  # the first one replaces those that are dropped
