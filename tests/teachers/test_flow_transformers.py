@@ -173,7 +173,7 @@ def test_each_row_may_have_its_own_level(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in {"chroma", "klein", "auraflow"})) for kind in FLOWS]
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in {"sd3", "qwen", "zimage"})) for kind in FLOWS]
 )
 def test_a_run_ends_in_a_file_that_the_stock_pipeline_loads(kind, tmp_path):
     """At eta 0 also without our scheduler: the steps of FlowMatchEuler on the student's sigmas, as the card says."""
@@ -469,7 +469,7 @@ def test_prompts_are_encoded_again_with_another_chat_template():
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def test_a_teacher_stored_in_bfloat16_stays_so_as_the_base_of_adapters(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(FlowTransformer, "prompt_dtype", torch.bfloat16)
     pipeline = make_flow(kind).to(torch.bfloat16)

@@ -551,7 +551,16 @@ def trained_numbers(network):
     return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
 
 
-@pytest.mark.parametrize(("kind", "rank"), [pytest.param("sdxl", 4, marks=pytest.mark.slow), ("pixart", 0)])
+def test_a_call_is_timed_with_prompts_of_the_length_of_the_run(text_teachers, prompt_file, make_config):
+    config = make_config(prompts=prompt_file, guidance_scale=3.0, max_sequence_length=30)
+    teacher = plan.make_teacher(str(text_teachers("pixart")), None, config)
+    assert teacher.conditions.files[0]["encoder_hidden_states"].shape[1] == 30
+    speed, _ = plan.seconds_per_flop(teacher, config)
+    assert speed > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "rank"), [("sdxl", 4), ("pixart", 0)])
 def test_it_is_planned_by_its_configs(text_teachers, prompt_file, make_config, kind, rank, capsys, fresh_accelerator):
     teacher = str(text_teachers(kind))
     config = make_config(prompts=prompt_file, lora_rank=rank, guidance_scale=3.0)

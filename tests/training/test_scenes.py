@@ -128,9 +128,10 @@ def test_a_scene_is_right_if_all_of_it_is():
     assert measure(images, asked)["right"] == 0.25
 
 
-def test_the_reader_reads_what_it_has_learned(tmp_path, capsys):
+def test_the_reader_reads_what_it_has_learned(tmp_path, capsys, monkeypatch):
     """The ground of changed scenes, which is learned first."""
     folder = tmp_path / "reader"
+    monkeypatch.setattr(train_reader, "NEW", 20)
     given = ["--num_features=32", "--max_train_steps=60", "--train_batch_size=16", "--learning_rate=3e-3"]
     train_reader.main([*given, f"--output_dir={folder}"])
     assert "read of new scenes: 0." in capsys.readouterr().out
