@@ -167,6 +167,13 @@ def test_a_decoder_that_is_trained_further_keeps_the_latents(vae, tmp_path, same
     assert before.config.scaling_factor == after.config.scaling_factor
 
 
+def test_a_teacher_goes_on_from_another(teacher, vae, tmp_path, same_tensors):
+    given = [*TRAIN, "--num_scenes=16", f"--vae={vae}", f"--init_from={teacher}", f"--output_dir={tmp_path / 'again'}"]
+    train_teacher.main([*given, "--learning_rate=0", "--seed=1"])
+    before, after = (train_teacher.load_networks(str(folder)) for folder in (teacher, tmp_path / "again"))
+    assert same_tensors(before.state_dict(), after.state_dict())
+
+
 def test_the_teacher_is_a_stock_pipeline_and_is_trained_with_what_it_encodes(teacher):
     pipeline = StableDiffusion3Pipeline.from_pretrained(teacher)
     captions = [scene.caption for scene in scenes.draw_scenes(3, None, np.random.default_rng(0))]

@@ -51,6 +51,7 @@ WORDS = sorted({*" ".join([*NAMES, *RELATIONS, *GROUNDS, "a an on"]).split()})
 class Text:
     _group = "text and latents"
     vae: str | None = option(None, "folder of the autoencoder, by train_vae")
+    init_from: str | None = option(None, "teacher to go on from, a folder; by default its networks are new")
     num_scenes: int = option(65_536, "scenes to train on")
     width: int = option(160, "width of the transformer, a multiple of 32")
     num_layers: int = option(5, "its layers")
@@ -102,6 +103,12 @@ def make_networks(options: Text, vae: AutoencoderKL, num_words: int) -> nn.Modul
     return nn.ModuleDict({"transformer": transformer, **encoders})
 
 
+def load_networks(folder: str) -> nn.ModuleDict:
+    """Loads the networks of a teacher."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, vae=None)
+    return nn.ModuleDict({name: getattr(pipeline, name) for name in ("transformer", *CLIP, T5)})
+
+
 def make_pipeline(
     vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast, networks: nn.ModuleDict
 ) -> StableDiffusion3Pipeline:
@@ -127,7 +134,8 @@ def main(args: list[str] | None = None) -> None:
         device = accelerator.device
         vae = AutoencoderKL.from_pretrained(options.vae).to(device).eval()
         tokenizer = make_tokenizer(WORDS)
-        networks = make_networks(options, vae, len(tokenizer))
+        start = options.init_from
+        networks = load_networks(start) if start else make_networks(options, vae, len(tokenizer))
         images, scenes = make_scenes(options.num_scenes, training.seed)
         texts = ["", *(scene.caption for scene in scenes)]  # the first one replaces those that are dropped
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
