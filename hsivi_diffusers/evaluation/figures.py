@@ -49,7 +49,9 @@ def draw_samples(rows: list[tuple[str, torch.Tensor]], path: Path, titles: list[
     plt.close(figure)
 
 
-def draw_curves(rows: Sequence[dict[str, Any]], labels: Mapping[str, str], path: Path) -> None:
+def draw_curves(
+    rows: Sequence[dict[str, Any]], labels: Mapping[str, str], path: Path, against: str = "network calls"
+) -> None:
     """Draws measures of the rows against network calls, one beside the other.
 
     Args:
@@ -57,6 +59,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], labels: Mapping[str, str], path:
             whose mean is drawn, with bars of one standard deviation.
         labels: Names in the figure by measure; of one that is not in MEASURES lower is better.
         path: PNG to write.
+        against: What `nfe` is.
     """
     plt = pyplot()
     from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
@@ -74,7 +77,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], labels: Mapping[str, str], path:
             style |= {"lw": 2.4, "marker": "*", "ms": 12} if method.startswith("HSIVI") else {}
             axis.errorbar(sorted(points), [*map(mean, numbers)], bars, label=method, capsize=3, **style)
         is_log = not measure.higher_is_better and all(row[name] > 0 for row in rows)
-        axis.set(xscale="log", yscale="log" if is_log else "linear", xlabel="network calls")
+        axis.set(xscale="log", yscale="log" if is_log else "linear", xlabel=against)
         axis.set_title(label, fontsize=9)
         axis.set_ylabel(f"{'higher' if measure.higher_is_better else 'lower'} is better")
         counts = sorted({row["nfe"] for row in rows})

@@ -11,7 +11,7 @@ from hsivi_diffusers.commands import cli, evaluate
 from hsivi_diffusers.commands.options import parse_options
 from hsivi_diffusers.runs.options import differences, flatten
 from hsivi_diffusers.runs.output import Output
-from training.benchmarks.images import benchmark, train_baseline, train_classifier, train_teacher, tune_solvers
+from training.benchmarks.images import benchmark, lengths, train_baseline, train_classifier, train_teacher, tune_solvers
 from training.benchmarks.scenes import train_reader
 from training.benchmarks.scenes import train_teacher as train_scene_teacher
 from training.benchmarks.scenes import train_vae as train_scene_vae
@@ -30,6 +30,7 @@ GROUPS = {
     "emoji_scorer": [train_scorer.Training],
     "emoji_lcm": BASELINE,
     **{f"scenes_{name}": [train_scene_vae.Autoencoder, train_teacher.Training, Output] for name in ("vae", "decoder")},
+    "lengths_digits": [lengths.Options],
     "scenes_teacher": [train_scene_teacher.Text, train_teacher.Training, Output],
     "scenes_reader": [train_reader.Training],
     "digits_evaluation": [evaluate.Evaluation],
