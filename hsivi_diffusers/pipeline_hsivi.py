@@ -327,7 +327,8 @@ def _wrong_scheduler(scheduler: Any) -> str:
             "scheduler=HSIVIScheduler.from_config(scheduler.config), or in from_pretrained "
             'scheduler=HSIVIScheduler.from_pretrained(repo, subfolder="scheduler")'
         )
-    if not {"beta_start", "trained_betas", "shift", "sigma_data"} & {*config}:  # the last of EDM
+    is_edm = {"sigma_data", "prediction_type"} <= {*config}
+    if not is_edm and not {"beta_start", "trained_betas", "shift"} & {*config}:
         return (
             f"HSIVIPipeline got a {name}, which has no betas, and is neither of a rectified flow nor of EDM: use the "
             "pipeline it came with"

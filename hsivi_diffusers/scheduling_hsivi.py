@@ -217,13 +217,14 @@ class TimedLevels(Levels):
         Raises:
             ValueError: They are not numbers, or out of range.
         """
-        middle = float(self._between.values[0])  # of the lowest level and clean data, of EDM -inf
-        lowest = middle if middle > -math.inf else float(self._times.values[0])
+        lowest = float(self._times.values[0])
         remedy = f"give numbers from {self._highest:g} down to {lowest:g}"
         if not all(isinstance(time, int | float) for time in times):
             raise ValueError(f"timesteps={times}: {remedy}")
         levels = self.level(torch.tensor(times))
-        if any(not lowest <= time <= self._highest for time in times) or bool((levels < 0).any()):
+        # Of EDM any low time would be that of the lowest level.
+        is_low = [time < lowest for time in times] if math.isinf(self._times.values[-1]) else (levels < 0).tolist()
+        if any(is_low) or any(not time <= self._highest for time in times):
             raise ValueError(f"timesteps={times} leave the teacher's clock: {remedy}")
         found: list[int] = levels.tolist()
         return found

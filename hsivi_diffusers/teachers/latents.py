@@ -261,8 +261,8 @@ class TextLatents(Latents):
             super().set_length(max_sequence_length)
         if max_sequence_length > (most := self._called[LENGTH].default):
             raise ValueError(
-                f"max_sequence_length={max_sequence_length}: the pipeline of a {self.name} cuts prompts to {most}: "
-                "give fewer tokens, or leave it out"
+                f"max_sequence_length={max_sequence_length}: the pipeline of a {self.name} has {most} by default, and "
+                "more are not supported: give fewer, or leave it out"
             )
         self.schedule = HSIVIScheduler.from_config(self.schedule.config, max_sequence_length=max_sequence_length)
 

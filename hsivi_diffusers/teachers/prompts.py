@@ -121,7 +121,7 @@ def encode_prompts(teacher: Any, prompts: Sequence[str], negative: str, device: 
 
 def _check_differ(file: Mapping[str, Tensor], longest: int) -> None:
     """Refuses prompts that are all the same once they are cut: a pipeline may write a template before each."""
-    if all(bool((rows == rows[:1]).all()) for rows in file.values()):
+    if all(row.equal(rows[0]) for rows in file.values() for row in rows):
         raise ValueError(
             f"max_sequence_length={longest} leaves nothing of the prompts that tells them apart: give more, for the "
             "template of the pipeline counts, or leave it out"

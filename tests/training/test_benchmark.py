@@ -618,7 +618,7 @@ def test_a_solver_that_is_guided_in_an_interval_has_more_steps():
     assert not some.equal(none)
     with pytest.raises(ValueError, match="has 2 steps: give guided_steps=2"):
         teacher.solver("UniPC", 4, **{**INTERVAL, "guided_steps": 1})
-    with pytest.raises(ValueError, match="of a teacher without guidance: leave it out"):
+    with pytest.raises(ValueError, match="of a teacher of EDM, or without guidance: leave it out"):
         teacher.solver("UniPC", 5, unguided=True, **INTERVAL)
 
 

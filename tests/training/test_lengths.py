@@ -6,7 +6,7 @@ import pytest
 
 from short_run import call
 from training.benchmarks.images import lengths, trainings
-from training.benchmarks.images.benchmark_results import REAL, read_rows
+from training.benchmarks.images.benchmark_results import read_rows
 
 ROOT = Path(__file__).parents[2]
 STUDENT = "critic_updates: 1\ncritic_first: 0\nnum_pairs: 0\ntrain_batch_size: 8\nlr_warmup_steps: 1\n"
@@ -31,22 +31,60 @@ def test_each_length_is_trained_once_and_measured_on_each_noise_seed(arguments, 
     of_students = [(row["method"], row["nfe"], row["eval_seed"]) for row in rows if row["train_seed"] == 0]
     wanted = [(f"{steps} step{'s' * (steps > 1)}", n, seed) for n in (1, 4) for steps in (1, 2) for seed in (101, 102)]
     assert of_students == wanted
-    others = [row["method"] for row in rows if row["train_seed"] is None]
-    assert others[:2] == [REAL, REAL]
-    assert others[2] == others[3] in TEACHERS
+    (teacher,) = {row["method"] for row in rows if row["train_seed"] is None}
+    assert teacher in TEACHERS
     assert len({row["distances"]["classifier"] for row in rows}) == len(rows)
     page = (tmp_path / "docs" / "digits.md").read_text()
     assert [line.split(" | ")[:3] for line in page.splitlines() if line.startswith("| 2 steps")] == [
         ["| 2 steps", str(updates), "1"] for updates in (1, 4)
     ]
+    assert f"classifier, to {teacher}" in page
     assert (tmp_path / "docs" / "digits_teacher.png").is_file()
     monkeypatch.setattr(trainings, "call", lambda *given: pytest.fail("it was trained again"))
+    monkeypatch.setattr(lengths.Study, "_draw", lambda *given: pytest.fail("it was drawn again"))
     lengths.main([*arguments, "--seeds", "0"])
     assert read_rows(tmp_path / "docs" / "lengths.json") == rows
+    with pytest.raises(ValueError, match="of other images or networks"):
+        lengths.main([*arguments, "--seeds", "0", "--num_samples=25"])
+    (tmp_path / "student.yaml").write_text(STUDENT.replace("train_batch_size: 8", "train_batch_size: 9"))
+    with pytest.raises(ValueError, match="of other options than --students have now .train_batch_size: 8 -> 9"):
+        lengths.main([*arguments, "--seeds", "0"])
+
+
+def test_the_reference_are_images_of_the_nearer_sampler_and_a_killed_study_goes_on(arguments, tmp_path, monkeypatch):
+    drawn, made, draw = [], lengths.Study._row, lengths.Study._draw
+
+    class Study(lengths.Study):
+        def _score(self, sampler):
+            return [*self.samplers.values()][::-1].index(sampler)
+
+        def _draw(self, sampler, seed):
+            drawn.append(seed)
+            return super()._draw(sampler, seed)
+
+        def _row(self, entry, seed, images):
+            if entry.updates == 1:
+                raise KeyboardInterrupt
+            reference = self.samplers[TEACHERS[1]]
+            again = made(self, entry, seed, draw(self, reference, lengths.REFERENCE))
+            assert all(abs(distance) < 1e-3 for distance in again["teacher_distances"].values())
+            return made(self, entry, seed, images)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lengths, "Study", Study)
+        with pytest.raises(KeyboardInterrupt):
+            lengths.main([*arguments, "--seeds", "0"])
+    rows = read_rows(tmp_path / "docs" / "lengths.json")
+    assert [(row["method"], row["eval_seed"]) for row in rows] == [(TEACHERS[1], 101), (TEACHERS[1], 102)]
+    assert drawn == [lengths.REFERENCE, 101, 102, 101]
+    lengths.main([*arguments, "--seeds", "0"])
+    assert read_rows(tmp_path / "docs" / "lengths.json")[:2] == rows
 
 
 def test_noise_that_was_chosen_on_is_refused(arguments):
     with pytest.raises(ValueError, match=r"--noise_seeds \[100, 101\]: give numbers above 100"):
         lengths.main([*arguments, "--noise_seeds", "100", "101"])
+    with pytest.raises(ValueError, match=r"--factors \[0.1\]: give such as make one update or more of --updates 2"):
+        lengths.main([*arguments, "--factors", "0.1", "1"])
     with pytest.raises(ValueError, match="--dataset, --teacher, --classifier, --student missing: give --config"):
         lengths.main([])

@@ -190,7 +190,9 @@ def test_rows_are_kept_and_trials_too(path, arguments, monkeypatch):
     assert path.read_bytes() == before
     storage = tune_solvers.JournalStorage(tune_solvers.JournalFileBackend(arguments[-1].split("=")[1] + "/trials.log"))
     (name,) = (each for each in optuna.get_all_study_names(storage) if each.startswith("digits, UniPC at 2, "))
-    assert name.endswith(json.loads(before)["rows"][0]["networks"])  # the trials of another teacher are not of it
+    assert name.endswith(
+        f"{json.loads(before)['rows'][0]['networks']}, w=None"
+    )  # the trials of another teacher are not of it
     study = optuna.load_study(study_name=name, storage=storage)
     grids = [trial.params["grid"] for trial in study.trials]
     assert grids[:3] == ["leading", "trailing", "linspace"]
@@ -251,10 +253,14 @@ def test_what_was_found_for_one_set_is_a_first_trial_of_another(solver, calls, g
     [
         (["--dataset=", "--teacher=", "--classifier="], "--dataset, --teacher, --classifier missing: give --config"),
         (["--solvers", "Euler"], "--solvers Euler unknown: choose from DDIM"),
-        (["--guidance_falls=true"], "--guidance_falls true: give one of them, and a --guidance_scale other than 1"),
+        (["--guidance_falls=true"], "--guidance_falls true has no effect without a --guidance_scale other than 1"),
         (
             [GUIDED, "--guidance_scale=2", "--guidance_falls=true", "--guidance_interval=true"],
             "--guidance_falls true --guidance_interval true: give one of them",
+        ),
+        (
+            [GUIDED, "--guidance_scale=2", "--guidance_interval=true", "--calls", "4", "2"],
+            "--calls 2: one guided step has no other beside it, give 4 or more",
         ),
         ([GUIDED, "--guidance_scale=2", "--calls", "4", "3"], r"--calls \[3\]: a guided step is two network calls"),
         ([GUIDED, "--guidance_scale=1"], "has rows of digits of another teacher or classifier: name another --output"),

@@ -253,11 +253,7 @@ class Comparison:
     def _students(self, config: str) -> Iterator[Entry]:
         for seed in self.options.seeds:
             settings = self.trainings.settings(config, seed)  # refused now, and not after the trainings before it
-            if settings.max_sequence_length != (longest := self.teacher.teacher.schedule.config.max_sequence_length):
-                raise ValueError(
-                    f"--students {config} has max_sequence_length {settings.max_sequence_length}, and the benchmark "
-                    f"{longest}: give the same"
-                )
+            self.teacher.check_student(config, settings)
             name = f"{OURS} paper" if settings.preset == "paper" else OURS
             name = name.replace(OURS, ALL_STEPS) if len(settings.depths) > 1 else name
             name = ALL_SCALES if len(settings.scales) > 1 else name

@@ -131,6 +131,10 @@ def load_latents(teacher: Any, train_data: str, device: torch.device) -> tuple[T
     """
     if train_data == SCENES:
         drawn, scenes = make_scenes(NUM_SCENES, seed=0)
+        if (size := (*drawn.shape[1:],)) != teacher.image_shape:
+            raise ValueError(
+                f"scenes are images of {size}, and the teacher's of {teacher.image_shape}: give one of scenes"
+            )
         teacher.set_length(LONGEST)
         teacher.encode_prompts([scene.caption for scene in scenes], "", device)
         mean, std = encode_scenes(teacher.vae.to(device), drawn)

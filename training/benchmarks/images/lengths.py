@@ -1,18 +1,19 @@
-"""Measures what longer training buys: students of one recipe after several multiples of its updates.
+"""Measures what longer training gains: students of one recipe after several multiples of its updates.
 
     python -m training.benchmarks.images.lengths --config training/configs/lengths_digits.yaml
 
 Each student is a training of its own, whose learning rate falls over its whole length. It draws from noise on which
 nothing was chosen, and is compared with real images and with the teacher's converged sampler: of its ODE and its SDE in
-many steps, the one that is nearer to the real images. Rows are in OUTPUT_DIR/lengths.json, the tables in SET.md beside
-it. What was stopped continues by the same command, and rows that exist are kept.
+many steps, the one that is nearer to the real images. Rows are in OUTPUT_DIR/lengths.json, where `nfe` is the number of
+updates; tables and figures are in SET.md beside it. What was stopped continues by the same command, and rows that exist
+are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -20,16 +21,18 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
+from hsivi_diffusers import HSIVIConfig
 from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.figures import draw_curves
 from hsivi_diffusers.evaluation.pages import measured_on, write_table
 from hsivi_diffusers.runs.bars import bar
+from hsivi_diffusers.runs.folders import in_turn
 from hsivi_diffusers.runs.options import option
 from hsivi_diffusers.teachers.loading import load_student
 from hsivi_diffusers.teachers.solvers import Sampler, make_student
 
-from .benchmark_pages import as_word, by_noise, fill_page, in_sets, shrink, three_digits
-from .benchmark_results import REAL, TEACHER, TEACHER_SDE, Results, Row, hash_networks, read_rows
+from .benchmark_pages import as_word, fill_page, in_sets, shrink, three_digits
+from .benchmark_results import TEACHER, TEACHER_SDE, Key, Results, Row, hash_networks, read_rows, recipe_of
 from .set_teacher import SetTeacher
 from .solver_pages import score
 from .spaces import make_spaces
@@ -52,7 +55,7 @@ class Options:
     factors: list[float] = option([0.25, 1, 4], "multiples of these updates")
     steps: list[int] = option([1, 2, 4], "network calls of the students")
     guidance_scale: float | None = option(None, "scale of guidance of teacher and students")
-    seeds: list[int] = option([0], "training seeds")
+    seeds: list[int] = option([0, 1, 2], "training seeds")
     noise_seeds: list[int] = option([101, 102, 103, 104, 105], "seeds of the noise")
     teacher_steps: int = option(100, "network calls of the teacher's converged samplers")
     num_samples: int = option(5000, "images of each row")
@@ -68,6 +71,12 @@ class Entry(NamedTuple):
     updates: int
     seed: int | None
     make: Callable[[], Draw]
+    settings: HSIVIConfig | None = None  # of a student
+
+    @property
+    def key(self) -> Key:
+        """Method, updates and training seed."""
+        return self.method, self.updates, self.seed
 
 
 class Study:
@@ -79,24 +88,27 @@ class Study:
         self.trainings = Trainings(runs, str(options.teacher), options.guidance_scale)
         self.results = Results(Path(options.output_dir), Path(options.runs_dir), str(options.dataset), LENGTHS)
         self.drawn = {name: getattr(options, name) for name in ("num_samples", "batch_size", "teacher_steps")}
+        self.drawn |= {"guidance_scale": options.guidance_scale, "real_data": options.real_data}
         self.drawn["networks"] = hash_networks(Path(str(options.teacher)), Path(str(options.classifier)))
         for folder in (runs, self.results.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
 
     def measure(self) -> None:
-        """Adds the rows that are missing: of real images, of the teacher, and of students, short trainings first."""
-        there = self.results.keys({}, {}, self.drawn)
-        real, _ = self.teacher.load_real()
-        self.spaces = make_spaces(Path(str(self.options.classifier)), real)
-        name, converged = self._converged()
-        self.teacher_spaces = [space.beside(self._draw(converged, REFERENCE)) for space in self.spaces]
-        entries = [
-            Entry(REAL, 0, None, lambda: partial(self._draw_real, real)),
-            Entry(name, 0, None, lambda: partial(self._draw, converged)),
-            *self._students(),
-        ]
+        """Adds the rows that are missing: of the teacher, and of students, short trainings first."""
+        students, seeds = [*self._students()], self.options.noise_seeds
+        there = self.results.keys({entry.key: entry.settings for entry in students}, {}, self.drawn)
+        known = [row["method"] for row in self.results.rows() if row["method"] in self.samplers]
+        keys = [*((method, 0, None) for method in known[:1]), *(entry.key for entry in students)]
+        if known and {*product(keys, seeds)} <= there:
+            return
+        self.spaces = make_spaces(Path(str(self.options.classifier)), self.teacher.load_real()[0])
+        name = known[0] if known else self._nearest()
+        converged = partial(self._draw, self.samplers[name])
+        reference = converged(REFERENCE)
+        self.teacher_spaces = [space.beside(reference) for space in self.spaces]
+        entries = [Entry(name, 0, None, lambda: converged), *students]
         for entry in bar(entries, str(self.options.dataset), unit="row"):
-            if wanted := [seed for seed in self.options.noise_seeds if (entry[:3], seed) not in there]:
+            if wanted := [seed for seed in seeds if (entry.key, seed) not in there]:
                 draw = entry.make()
                 for seed in wanted:
                     self.results.add(self._row(entry, seed, draw(seed)))
@@ -105,45 +117,46 @@ class Study:
         options = self.options
         for factor, seed, steps in product(sorted(options.factors), options.seeds, options.steps):
             updates = round(factor * options.updates)
-            yield Entry(name_of(steps), updates, seed, partial(self._make_student, steps, updates, seed))
+            config = f"{options.student} --num_inference_steps {steps} --max_train_steps {updates}"
+            settings = self.trainings.settings(config, seed)
+            self.teacher.check_student(config, settings)
+            make = partial(self._make_student, config, steps, seed, settings)
+            yield Entry(name_of(steps), updates, seed, make, settings)
 
-    def _make_student(self, steps: int, updates: int, seed: int) -> Draw:
-        config = f"{self.options.student} --num_inference_steps {steps} --max_train_steps {updates}"
-        folder, _ = self.trainings.student(config, seed, self.trainings.settings(config, seed))
+    def _make_student(self, config: str, steps: int, seed: int, settings: HSIVIConfig) -> Draw:
+        folder, _ = self.trainings.student(config, seed, settings)
         teacher = self.teacher.teacher
         student = load_student(folder / "pipeline", teacher)
         return partial(self._draw, make_student(student, teacher, steps, self.options.guidance_scale))
 
-    def _converged(self) -> tuple[str, Sampler]:
-        """The teacher's converged sampler, with its name."""
-        samplers: dict[str, Sampler] = {TEACHER: self._solver("DPM-Solver++")}
-        if not self.teacher.teacher.schedule.is_flow:
-            samplers[TEACHER_SDE] = self._solver("DPM-Solver++ SDE")
-        known = [row["method"] for row in self.results.rows() if row["method"] in samplers]
-        return min(((name, samplers[name]) for name in known[:1] or samplers), key=lambda each: self._score(each[1]))
+    @cached_property
+    def samplers(self) -> dict[str, Sampler]:
+        """The teacher's converged samplers, by name."""
+        solvers = {TEACHER: "DPM-Solver++", TEACHER_SDE: "DPM-Solver++ SDE"}
+        if self.teacher.teacher.schedule.is_flow:
+            del solvers[TEACHER_SDE]
+        return {name: self.teacher.solver(solver, self.options.teacher_steps) for name, solver in solvers.items()}
+
+    def _nearest(self) -> str:
+        """The name of the sampler whose images are nearest to the real ones."""
+        return min(self.samplers, key=lambda name: self._score(self.samplers[name]))
 
     def _score(self, sampler: Sampler) -> float:
         images = self._draw(sampler, CHOICE)
         return score({space.name: space.distance(images) for space in self.spaces})
 
-    def _solver(self, name: str) -> Sampler:
-        return self.teacher.solver(name, self.options.teacher_steps)
-
     def _draw(self, sampler: Sampler, seed: int) -> torch.Tensor:
         return self.teacher.draw(sampler, self.options.num_samples, self.options.batch_size, seed)
-
-    def _draw_real(self, real: torch.Tensor, seed: int) -> torch.Tensor:
-        size, generator = self.options.num_samples, torch.Generator().manual_seed(seed)
-        return real[torch.randint(len(real), (size,), generator=generator)]
 
     def _row(self, entry: Entry, noise_seed: int, images: torch.Tensor) -> Row:
         return {
             "dataset": self.options.dataset,
-            **dict(zip(("method", "nfe", "train_seed"), entry[:3], strict=True)),
+            **dict(zip(("method", "nfe", "train_seed"), entry.key, strict=True)),
             **self.drawn,
             "eval_seed": noise_seed,
             "distances": {space.name: space.distance(images) for space in self.spaces},
             "teacher_distances": {space.name: space.distance(images) for space in self.teacher_spaces},
+            "recipe": entry.settings and recipe_of(entry.settings),
             "measured": measured_on(),
         }
 
@@ -166,21 +179,19 @@ def write_pages(folder: Path) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Mean distances over training and noise seeds, and their standard errors over the noise seeds."""
-    spaces = [*rows[0]["distances"]]
+    """Mean distances and their standard errors over the training seeds, of one or none over the noise seeds."""
+    (teacher,) = {row["method"] for row in rows if row["train_seed"] is None}
+    of_teacher = {space: f"{space}, to {teacher}" for space in rows[0]["distances"]}
     found = pd.DataFrame(
-        {
-            **row,
-            **row["distances"],
-            **{f"{space}, to teacher": each for space, each in row["teacher_distances"].items()},
-        }
-        for row in sorted(rows, key=lambda row: (row["train_seed"] is not None, row["method"], row["nfe"]))
+        {**row, **row["distances"], **{of_teacher[space]: each for space, each in row["teacher_distances"].items()}}
+        for row in sorted(rows, key=lambda row: (row["train_seed"] is not None, len(row["method"]), row["method"]))
     )
-    columns, lines = [*spaces, *(f"{space}, to teacher" for space in spaces)], []
+    columns, lines = [*of_teacher, *of_teacher.values()], []
     for (method, updates), group in found.groupby(["method", "nfe"], sort=False):
-        means = by_noise(group)[columns]
+        seeds = group.train_seed.nunique()
+        means = group.groupby("train_seed" if seeds > 1 else "eval_seed")[columns].mean()
         cells = (three_digits(each.mean(), each.sem()) for _, each in means.items())
-        lines.append([method, updates or "", group.train_seed.nunique() or "", *cells])
+        lines.append([method, updates or "", seeds or "", *cells])
     return write_table(["sampler", "updates", "training seeds", *columns], ("sampler",), lines)
 
 
@@ -188,12 +199,15 @@ def main(args: list[str] | None = None) -> None:
     (options,) = parse_options([Options], __doc__ or "", args=args)
     if missing := [name for name in ("dataset", "teacher", "classifier", "student") if not getattr(options, name)]:
         raise ValueError(f"--{', --'.join(missing)} missing: give --config training/configs/lengths_digits.yaml")
-    if min(options.noise_seeds) <= REFERENCE:
+    if min(options.noise_seeds, default=0) <= REFERENCE:
         raise ValueError(
-            f"--noise_seeds {options.noise_seeds}: give numbers above {REFERENCE}, for others have been chosen on"
+            f"--noise_seeds {options.noise_seeds}: give numbers above {REFERENCE}; settings are chosen on others"
         )
+    if short := [factor for factor in options.factors if round(factor * options.updates) < 1]:
+        raise ValueError(f"--factors {short}: give such as make one update or more of --updates {options.updates}")
     Study(options).measure()
-    write_pages(Path(options.output_dir))
+    with in_turn(Path(options.output_dir)):
+        write_pages(Path(options.output_dir))
 
 
 if __name__ == "__main__":

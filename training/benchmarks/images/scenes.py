@@ -150,6 +150,6 @@ def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     means, stds = [], []
     for batch in bar(images.split(BATCH), "latents"):
         law = vae.encode(to_model_range(batch.to(vae.device))).latent_dist
-        means.append(((law.mean - vae.config.shift_factor) * vae.config.scaling_factor).bfloat16())
+        means.append(((law.mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).bfloat16())
         stds.append((law.std * vae.config.scaling_factor).bfloat16())
     return torch.cat(means), torch.cat(stds)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsivi_diffusers import load_teacher
+from hsivi_diffusers import HSIVIConfig, load_teacher
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.solvers import Sampler, Solver, make_solver, sample
 
@@ -87,16 +87,16 @@ class SetTeacher:
     ) -> Solver:
         """A solver that makes so many network calls, see `make_solver`; if `unguided`, of the teacher without guidance.
 
-        With `guidance_end` its guidance is weaker the more noise there is; with `guidance_interval` the steps in it,
-        `guided_steps`, are guided, and the others take one call. See `Guided`.
+        With `guidance_end` its guidance is weaker the more noise there is; with `guidance_interval` the `guided_steps`
+        steps in it are guided, and the others take one call. See `Guided`.
 
         Raises:
             ValueError: They are not those of whole steps.
         """
         guided = Guided(self.teacher) if unguided else self.guided
         varies = (guidance_end, guidance_interval) != (None, None)
-        if varies and guided.calls == 1:
-            raise ValueError("guidance_end or guidance_interval of a teacher without guidance: leave it out")
+        if varies and (guided.calls == 1 or self.teacher.schedule.is_edm):  # whose solvers have other times than it
+            raise ValueError("guidance_end or guidance_interval of a teacher of EDM, or without guidance: leave it out")
         steps, rest = (calls - guided_steps, 0) if guidance_interval else divmod(calls, guided.calls)
         if rest:
             raise ValueError(f"{calls} network calls: a guided step has two, give an even number")
@@ -106,6 +106,15 @@ class SetTeacher:
         if guidance_interval and (found := int(guided.guides(solver.times).sum())) != guided_steps:
             raise ValueError(f"guidance_interval={guidance_interval} has {found} steps: give guided_steps={found}")
         return solver
+
+    def check_student(self, config: str, settings: HSIVIConfig) -> None:
+        """Refuses, with ValueError, a student whose prompts were cut to another length than those that are drawn."""
+        longest = self.teacher.schedule.config.max_sequence_length
+        if settings.max_sequence_length != longest:
+            raise ValueError(
+                f"{config} has max_sequence_length {settings.max_sequence_length}, and the prompts of {self.real_data} "
+                f"{longest}: give the same"
+            )
 
     def draw(self, sampler: Sampler, size: int, batch_size: int, seed: int) -> Tensor:
         """Images of any sampler, shape (size, C, H, W); with classes image i is of class i mod their number."""

@@ -135,7 +135,8 @@ class Tuning:
         """The settings of the best trial, or the stock ones where they are better on the noise of `eval_seed`."""
         options, steps = self.options, calls // self.teacher.guided.calls
         study = optuna.create_study(
-            study_name=f"{options.dataset}, {solver} at {calls}, {options.tuning_samples} images, {self.networks}",
+            study_name=f"{options.dataset}, {solver} at {calls}, {options.tuning_samples} images, {self.networks}"
+            f", w={options.guidance_scale}",
             storage=JournalStorage(JournalFileBackend(str(Path(options.runs_dir) / "trials.log"))),
             sampler=optuna.samplers.TPESampler(seed=options.tuning_seed, multivariate=True, group=True),
             load_if_exists=True,
@@ -150,7 +151,8 @@ class Tuning:
             firsts = [{**first, "guidance_end": end} for first in firsts for end in GUIDANCE_ENDS]
         if options.guidance_interval:
             guided = [(max(1, round(share * calls / 2)), before) for share, before in GUIDED_SHARES]
-            firsts = [{**first, "guided_steps": g, "before": before} for first in firsts for g, before in guided]
+            differing = {(g, round((calls - 2 * g) * before)): (g, before) for g, before in guided}.values()
+            firsts = [{**first, "guided_steps": g, "before": before} for first in firsts for g, before in differing]
         for first in [*firsts, *first_trials(solver)]:
             study.enqueue_trial(first, skip_if_exists=True)
         done = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
@@ -172,7 +174,10 @@ class Tuning:
             "floor": {space.name: space.floor(options.num_samples) for space in self.spaces},
             **{
                 name: getattr(options, name)
-                for name in ("num_samples", "eval_seed", "tuning_samples", "tuning_seed", "mixed_precision")
+                for name in (
+                    *("num_samples", "eval_seed", "tuning_samples", "tuning_seed", "mixed_precision"),
+                    "guidance_scale",
+                )
             },
             "trials": options.trials,
             "networks": self.networks,
@@ -242,8 +247,12 @@ def main(args: list[str] | None = None) -> None:
     if str(options.dataset).endswith(WITHOUT) and options.guidance_scale != 1:
         raise ValueError(f"--dataset {options.dataset!r} needs --guidance_scale 1")
     for name in (chosen := [name for name in SUFFIXES if getattr(options, name)]):
-        if options.guidance_scale in (None, 1) or len(chosen) > 1:
-            raise ValueError(f"--{' true --'.join(chosen)} true: give one of them, and a --guidance_scale other than 1")
+        if len(chosen) > 1:
+            raise ValueError(f"--{' true --'.join(chosen)} true: give one of them")
+        if options.guidance_scale in (None, 1):
+            raise ValueError(f"--{name} true has no effect without a --guidance_scale other than 1")
+        if options.guidance_interval and min(options.calls) < 4:
+            raise ValueError(f"--calls {min(options.calls)}: one guided step has no other beside it, give 4 or more")
         options.dataset = f"{options.dataset}{SUFFIXES[name]}"
     if unknown := [solver for solver in options.solvers if solver not in CHOICES]:
         raise ValueError(f"--solvers {', '.join(unknown)} unknown: choose from {', '.join(CHOICES)}")
