@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from diffusers.training_utils import cast_training_params
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
 from ..runs.artifacts import ADAPTER
 from ..runs.state_dicts import load_tensors, save_tensors
 
+T = TypeVar("T")
+UNET = "unet"  # prefix of the names of its weights
 BASE = "teacher_weights_sha256"  # entry of the file of an adapter
 
 
@@ -19,7 +24,7 @@ class Adapter(NamedTuple):
     """Where the adapters of a kind of teacher go."""
 
     targets: list[str]  # names of modules, as in peft
-    prefix: str  # of the names in the file that `load_lora_weights` of diffusers loads
+    prefix: str  # of the names in the file that `load_lora_weights` of diffusers loads, see `in_file`
     rank: int = 64  # the default
     idle: tuple[str, ...] = ()  # names in the last block of modules that get no gradient, and no adapter
 
@@ -53,11 +58,28 @@ def idle_names(network: Any, adapter: Adapter) -> list[str]:
 
 
 def adapter_names(network: Any, adapter: Adapter) -> list[str]:
-    """The names of the weights of an adapter of a network, as in the file that `save_adapter` writes."""
+    """The names of the weights of an adapter of a network, as in its state by peft."""
     ends = tuple(f".{target}" for target in adapter.targets)
     left_out = idle_names(network, adapter)
     layers = [name for name, _ in network.named_modules() if f".{name}".endswith(ends) and name not in left_out]
-    return [f"{adapter.prefix}.{name}.lora_{factor}.weight" for name in layers for factor in "AB"]
+    return [f"{name}.lora_{factor}.weight" for name in layers for factor in "AB"]
+
+
+def in_file(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns the weights of an adapter under the names of its file, all of which diffusers loads.
+
+    Those of a UNet are kohya's, `lora_unet_MODULE.lora_down.weight`, with the rank as `alpha`, for ComfyUI and the like
+    know no others; those of a transformer have its prefix, which they know.
+    """
+    named = {f"{prefix}.{name}": value for name, value in state.items()}
+    return convert_state_dict_to_kohya(named) if prefix == UNET else named
+
+
+def of_file(file: Mapping[str, T], names: Collection[str], prefix: str) -> dict[str, T]:
+    """Returns what a file has of the weights of an adapter, by their names; in 0.2 all had the prefix."""
+    keys = [key for key in in_file(dict.fromkeys(names, torch.empty(1)), prefix) if not key.endswith(".alpha")]
+    places = {name: key if key in file else f"{prefix}.{name}" for name, key in zip(names, keys, strict=True)}
+    return {name: file[place] for name, place in places.items() if place in file}
 
 
 def save_adapter(network: Any, folder: Path, prefix: str, weights_sha256: str) -> None:
@@ -66,8 +88,8 @@ def save_adapter(network: Any, folder: Path, prefix: str, weights_sha256: str) -
     The file says nothing more, for the order of its entries is not fixed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{prefix}.{name}": value.contiguous() for name, value in get_peft_model_state_dict(network).items()}
-    save_tensors(tensors, folder / ADAPTER, {BASE: weights_sha256})
+    tensors = {name: value.contiguous() for name, value in get_peft_model_state_dict(network).items()}
+    save_tensors(in_file(tensors, prefix), folder / ADAPTER, {BASE: weights_sha256})
 
 
 def load_adapter(network: Any, folder: Path, prefix: str) -> None:
@@ -79,8 +101,8 @@ def load_adapter(network: Any, folder: Path, prefix: str) -> None:
     path = folder / ADAPTER
     if not path.is_file():
         raise ValueError(f"{folder} holds no {ADAPTER}: give a run that was trained with lora_rank")
-    state = {name.removeprefix(f"{prefix}."): value for name, value in load_tensors(path).items()}
     own = get_peft_model_state_dict(network)
+    state = of_file(load_tensors(path), own, prefix)
     if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
         raise ValueError(f"{folder} has an adapter of another rank or network: set lora_rank to that of the run")
     if damaged := [name for name, value in state.items() if not value.isfinite().all()]:

@@ -102,6 +102,12 @@ class Latents(PipelineTeacher):
         """Returns the latents that the VAE decodes."""
         return x / self.vae.config.scaling_factor
 
+    def unscale_channels(self, x: Tensor) -> Tensor:
+        """Returns latents with the mean and the standard deviation of each channel that the config of the VAE has."""
+        config = self.vae.config
+        mean, std = (x.new_tensor(each).reshape(-1, 1, 1) for each in (config.latents_mean, config.latents_std))
+        return x * std + mean
+
     def decoder_weights(self) -> Iterable[Tensor]:
         return self.vae.parameters()
 
@@ -132,12 +138,11 @@ class Latents(PipelineTeacher):
             pipeline.scheduler = parts["scheduler"]  # some pipelines replace the one they are made with
         return pipeline
 
-    def with_adapter(self, folder: str | Path, weight_name: str, scheduler: HSIVIScheduler) -> DiffusionPipeline:
-        """Returns a pipeline of the teacher's tensors, with the adapter of a folder or repo."""
+    def with_adapter(self, state: Mapping[str, Tensor], scheduler: HSIVIScheduler) -> DiffusionPipeline:
+        """Returns a pipeline of the teacher's tensors, with an adapter, of weights by their names in the network."""
         network = share(self.network.requires_grad_(False))
         pipeline = self.like(**{self.part: network}, scheduler=scheduler, **self._of_dtype(network))
-        assert self.adapter is not None
-        network.load_lora_adapter(str(folder), prefix=self.adapter.prefix, weight_name=weight_name)
+        network.load_lora_adapter(dict(state), prefix=None)
         return pipeline
 
     def _of_dtype(self, network: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ..runs.folders import near_folder
 from ..runs.state_dicts import naming_damage_of, stored_dtype
 from ..scheduling_hsivi import HSIVIScheduler
 from ..share.push import CUT
-from .adapters import BASE, adapter_names
+from .adapters import BASE, adapter_names, of_file
 from .configs import (
     REMEDY,
     Configs,
@@ -303,25 +303,28 @@ def _with_adapter(
     if not isinstance(teacher, Latents) or teacher.adapter is None:
         raise ValueError(f"{source} holds an adapter, which a {teacher.name} does not take: give the teacher it had")
     with naming_damage():
-        _check_adapter(source, teacher)
-        scheduler = HSIVIScheduler.from_pretrained(source, subfolder="scheduler")
-        return teacher.with_adapter(source, ADAPTER, scheduler)
+        state = _read_adapter(source, teacher)
+        return teacher.with_adapter(state, HSIVIScheduler.from_pretrained(source, subfolder="scheduler"))
 
 
-def _check_adapter(source: str, teacher: Latents) -> None:
-    """Refuses damaged or missing weights, and warns of another base, whose half precision may do as well."""
+def _read_adapter(source: str, teacher: Latents) -> dict[str, torch.Tensor]:
+    """Reads the weights of an adapter, by their names in the network.
+
+    Damaged or missing ones are refused, and another base is warned of, whose half precision may do as well.
+    """
     assert teacher.adapter is not None
     path = Path(source) / ADAPTER
     with (
         naming_damage_of(path),
         safe_open(path if path.is_file() else hf_hub_download(source, ADAPTER), framework="pt") as file,
     ):
-        base, names = (file.metadata() or {}).get(BASE), set(file.keys())
-        damaged = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
-    if damaged:
+        base = (file.metadata() or {}).get(BASE)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if damaged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{source} has {len(damaged)} weights that are not finite, such as {damaged[0]}")
     expected = adapter_names(teacher.network, teacher.adapter)
-    if missing := [name for name in expected if name not in names]:
+    state = of_file(tensors, expected, teacher.adapter.prefix)
+    if missing := [name for name in expected if name not in state]:
         raise ValueError(
             f"{source} lacks {len(missing)} of the {len(expected)} weights of its adapter, such as {missing[0]}: copy "
             "the file again from the run, or give the teacher it was trained on"
@@ -331,3 +334,4 @@ def _check_adapter(source: str, teacher: Latents) -> None:
             f"{source} was trained on other weights than it is loaded onto, and its images may be poor: give the "
             "teacher that it was trained on, in the same revision"
         )
+    return state

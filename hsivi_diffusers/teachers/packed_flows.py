@@ -179,9 +179,7 @@ class QwenImage(Packed):
 
     def unscale(self, x: Tensor) -> Tensor:
         """As videos of one frame."""
-        config = self.vae.config
-        mean, std = (x.new_tensor(each).reshape(-1, 1, 1) for each in (config.latents_mean, config.latents_std))
-        return (x * std + mean).unsqueeze(2)
+        return self.unscale_channels(x).unsqueeze(2)
 
     def decode(self, x: Tensor) -> Tensor:
         return super().decode(x)[:, :, 0]

@@ -72,10 +72,7 @@ class StableDiffusionXL(StableDiffusion):
     def unscale(self, x: Tensor) -> Tensor:
         latents, config = super().unscale(x), self.vae.config
         given = config.get("latents_mean"), config.get("latents_std")
-        if None in given:
-            return latents
-        mean, std = (x.new_tensor(each).reshape(-1, 1, 1) for each in given)
-        return latents * std + mean
+        return latents if None in given else self.unscale_channels(latents)
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         config = self.network.config
