@@ -1,7 +1,7 @@
 # make demo   virtual environment, install, distil the digits teacher into 5 steps, evaluate
 # make test   the same environment, the tests
 # make benchmark   few-step samplers of each teacher, measured and drawn into docs/benchmarks; hours, and resumable
-# make demo-text   distil a text-to-image teacher of emoji into 4 steps, and draw names that it was not trained on
+# make demo-text   distil a text-to-image teacher into 4 steps, and draw scenes that it was not trained on
 # make benchmark-noise   what is trained of it, measured on five other draws of noise
 # make benchmark-kinds, make benchmark-text   the same of guided teachers and flows, and of text to image
 # make docs   the pages of docs as a site, in build/docs
@@ -33,10 +33,10 @@ demo: $(VENV)/installed
 		training/train_hsivi.py --config training/configs/digits_t5.yaml --output_dir $(RUN) --resume_from_checkpoint latest
 	$(BIN)/hsivi evaluate --config training/configs/digits_evaluation.yaml --run_dir $(RUN)
 
-demo-text: RUN := runs/emoji_text_t4
+demo-text: RUN := runs/scenes_t4
 demo-text: $(VENV)/installed
-	$(BIN)/hsivi distil --config training/configs/emoji_text_t4.yaml --output_dir $(RUN) --resume_from_checkpoint latest
-	$(BIN)/hsivi sample --pipeline $(RUN) --prompts training/configs/emoji_new_prompts.txt \
+	$(BIN)/hsivi distil --config training/configs/scenes_t4.yaml --output_dir $(RUN) --resume_from_checkpoint latest
+	$(BIN)/hsivi sample --pipeline $(RUN) --prompts training/configs/scenes_new_prompts.txt \
 		--output_dir $(RUN)/drawn --overwrite_output_dir true
 
 test: $(VENV)/installed
@@ -81,9 +81,11 @@ benchmark-kinds: $(VENV)/installed
 benchmark-text: $(VENV)/installed
 	$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_text.yaml
 	$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_text.yaml \
-		--guidance_falls true --solvers iPNDM UniPC
+		--guidance_falls true --calls 2 4 8
 	$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_text.yaml \
-		--guidance_scale 1 --dataset "captions without guidance" --solvers iPNDM UniPC --calls 1 2 4
+		--guidance_interval true --calls 4 8
+	$(BIN)/python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_text.yaml \
+		--guidance_scale 1 --dataset "scenes without guidance" --calls 1 2 4 8
 	$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_text.yaml $(BENCHMARK)
 
 docs: $(VENV)/installed

@@ -534,11 +534,11 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             self.set_timesteps(depth)
 
     def _make_levels(self, shift: float) -> BetaLevels | FlowLevels | EDMLevels:
-        self._shift, config = shift, self.config
+        self._shift = shift
         if self.is_flow:
             return FlowLevels(len(self), shift)
         if self.is_edm:
-            return EDMLevels(len(self), **config.edm)
+            return EDMLevels(len(self), **self.config.edm)
         schedule = _make_schedule({name: self.config[name] for name in BETAS})
         self.betas, self.alphas, self.alphas_cumprod = schedule.betas, schedule.alphas, schedule.alphas_cumprod
         self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]

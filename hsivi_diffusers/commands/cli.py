@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -149,10 +149,10 @@ def _claim_repo(hub: PushAtEnd) -> None:
 
 def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
     """Reads the options of a distillation, and refuses what cannot run; of a resumed run its own are the defaults."""
-    from ..distillation.config import HSIVIConfig, read_settings
+    from ..distillation.config import read_settings
     from ..runs.output import check_init_from
 
-    read = partial(parse_options, [Teacher, HSIVIConfig, PushAtEnd], description, args, prog)
+    read = partial(parse_distillation, args, prog, description)
     teacher, config, hub = read()
     record = _record_of(teacher.resume_from_checkpoint, config.output_dir)
     if record is not None:
@@ -167,6 +167,15 @@ def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple
     if not teacher.pretrained_teacher_model:
         raise ValueError(_why_no_teacher(teacher.resume_from_checkpoint, config.output_dir, record))
     return teacher, config, hub
+
+
+def parse_distillation(
+    args: Sequence[str], prog: str, description: str, before: Mapping[str, Any] | None = None
+) -> tuple[Any, Any, PushAtEnd]:
+    """Reads the options of a distillation, and nothing else."""
+    from ..distillation.config import HSIVIConfig
+
+    return parse_options([Teacher, HSIVIConfig, PushAtEnd], description, args, prog, before)
 
 
 def _why_no_teacher(checkpoint: str | None, output_dir: str | None, record: Path | None) -> str:

@@ -29,7 +29,8 @@ def pyplot() -> Any:
 def draw_samples(rows: list[tuple[str, torch.Tensor]], path: Path, titles: list[str] | None = None) -> None:
     """Draws labelled rows of images in [0, 1], shape (N, C, H, W), with titles of the N columns."""
     plt, columns = pyplot(), len(rows[0][1])
-    size = max(0.62 * columns + 2.6, 520 / DPI), 0.66 * len(rows) + (0.3 if titles else 0)
+    above = 0.15 + 0.15 * max(title.count("\n") + 1 for title in titles) if titles else 0
+    size = max(0.62 * columns + 2.6, 520 / DPI), 0.66 * len(rows) + above
     figure, axis = plt.subplots(figsize=size, layout="compressed")
     style = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
     for line, (_, images) in enumerate(rows):

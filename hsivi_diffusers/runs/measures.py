@@ -1,6 +1,6 @@
 """The measures of images, and their format in tables, figures and cards."""
 
-from statistics import mean, stdev
+import math
 from typing import NamedTuple
 
 
@@ -27,7 +27,7 @@ MEASURES = {
     "accuracy": Measure("accuracy", ".4f", higher_is_better=True),
     "class_fd": Measure("FD of a class"),
     "class_recall": Measure("recall of a class", ".3f", higher_is_better=True),
-    "retrieval": Measure("retrieval", ".3f", higher_is_better=True),
+    "right": Measure("right", ".3f", higher_is_better=True),
     "diversity": Measure("diversity", ".3f", higher_is_better=True),
     "nearest": Measure("nearest", ".3f", higher_is_better=True),
 }
@@ -35,9 +35,8 @@ HALVES = "two halves of the reference"  # the row of the best values that can be
 REPORTED = ("kid", "fd", "precision", "recall", "coverage", "pixel_fd", "swd")  # by `hsivi evaluate`
 
 
-def format_measure(name: str, *values: float) -> str:
-    """Formats a measure: the mean of its values and, of several, their standard deviation."""
+def format_measure(name: str, value: float, spread: float = math.nan) -> str:
+    """Formats a measure, with its spread if that is a number."""
     measure = MEASURES[name]
-    scaled = [measure.factor * value for value in values]
-    spread = f" ± {format(stdev(scaled), measure.form)}" if len(scaled) > 1 else ""
-    return format(mean(scaled), measure.form) + spread
+    around = "" if math.isnan(spread) else f" ± {format(measure.factor * spread, measure.form)}"
+    return format(measure.factor * value, measure.form) + around

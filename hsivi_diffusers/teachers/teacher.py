@@ -19,7 +19,9 @@ from ..scheduling_hsivi import STOCK, HSIVIScheduler
 from .adapters import Adapter, has_adapter, save_adapter
 from .configs import Configs
 
-NEW = {"shift_terminal", "resolution", "max_sequence_length", "edm"}  # keys of schedulers that 0.2 has not
+NEW = {"shift_terminal", "resolution", "edm"}  # keys of schedulers that 0.2 has not
+# Not of the teacher: a run chooses the length of its prompts, and quantised weights say something else once saved.
+OF_RUNS = {"max_sequence_length", "quantization_config"}
 WEIGHTS = "network.safetensors"  # of a network that is no model of diffusers
 
 
@@ -318,8 +320,7 @@ class Teacher:
             config = getattr(part, "config", {})
             if not isinstance(config, Mapping):  # of a network that is not from diffusers
                 continue
-            # Of quantised weights the config says something else when they have been saved.
-            names = {name for name in config if not name.startswith("_")} - {"quantization_config"}
+            names = {name for name in config if not name.startswith("_")} - OF_RUNS
             names -= NEW & {*config.get("_use_default_values", ())}
             values = {name: "quadratic" if config[name] == STOCK else config[name] for name in names}  # as before 0.3
             hash.update(json.dumps(values, sort_keys=True, default=str).encode())

@@ -326,6 +326,41 @@ def test_the_rows_of_the_repository_are_those_of_its_configs(name, more, tmp_pat
 # ----- other noise -----
 
 
+def stop_at(number, monkeypatch):
+    """Interrupts the benchmark at so many draws, once; returns the seeds of those that are made."""
+    drawn = []
+
+    def draw(sampler, *settings):
+        drawn.append(settings[2])
+        if len(drawn) == number:
+            raise KeyboardInterrupt
+        return sample(sampler, *settings)
+
+    monkeypatch.setattr(set_teacher, "sample", draw)
+    return drawn
+
+
+def test_each_seed_of_the_noise_has_a_row_and_a_benchmark_stopped_between_them_continues(copied, monkeypatch, no_pages):
+    folder, arguments = copied
+    monkeypatch.setattr(trainings, "call", never)
+    before, pictures = rows_of(folder), (folder / "runs/digits/pictures.safetensors").read_bytes()
+    given, drawn = [*arguments, "--eval_seeds", "0", "6", "5"], stop_at(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(given)
+    assert drawn == [1, 6, 5]  # first the teacher's images, which rows are compared with
+    benchmark.main(given)
+    rows = rows_of(folder)
+    assert rows[: len(before)] == before
+    assert [benchmark_results.key_of(row) for row in rows[len(before) :]] == [
+        benchmark_results.key_of(row) for row in before for _ in range(2)
+    ]
+    assert [row["eval_seed"] for row in rows[len(before) :]] == [6, 5] * len(before)
+    new = [row["distances"]["classifier"] for row in rows[len(before) :]]
+    assert all(one != other for one, other in zip(new[::2], new[1::2], strict=True))
+    assert len(drawn) == 3 + 1 + 2 * len(before) - 1
+    assert (folder / "runs/digits/pictures.safetensors").read_bytes() == pictures
+
+
 def test_other_noise_measures_again_what_is_trained_and_continues_where_it_was_stopped(copied, monkeypatch, no_pages):
     folder, arguments = copied
     before, runs = rows_of(folder), folder / "runs/digits"
@@ -334,15 +369,7 @@ def test_other_noise_measures_again_what_is_trained_and_continues_where_it_was_s
     given = [text for text in arguments if not text.startswith(("--progressive", "--consistency"))]
     given += ["--baseline_steps=1", "--students", str(folder / "student.yaml")]
     given += [f"--stored={runs / 'student_seed0'}", "--noise_seeds", "8", "7"]
-    drawn = []
-
-    def stopped(sampler, *settings):
-        drawn.append(settings[2])
-        if len(drawn) == 5:
-            raise KeyboardInterrupt
-        return sample(sampler, *settings)
-
-    monkeypatch.setattr(set_teacher, "sample", stopped)
+    drawn = stop_at(5, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         benchmark.main(given)
     first = benchmark_results.read_rows(folder / "docs/noise.json")
@@ -430,7 +457,7 @@ OTHER_TEACHER = "was trained of another teacher than .* is now: name another"
     ("edit", "given", "message"),
     [
         (None, "--batch_size=10", r"of other images or networks \(batch_size: 15 -> 10\): name"),
-        (None, "--eval_seed=1", r"of other images or networks \(eval_seed: 0 -> 1\): name"),
+        (None, "--eval_seeds=2", r"has rows of the noise seeds \[0\], and --eval_seeds has not: remove them, or name"),
         (None, "--teacher_steps=4", r"of other images or networks \(teacher_steps: 3 -> 4\): name"),
         (with_rows(REAL, networks="x"), "", f"real images .* {OTHER_NETWORKS}"),
         (with_solvers(*SOLVERS[1:]), "", "tuned solver at 2 of other settings .*solver: UniPC -> DEIS;"),
@@ -455,6 +482,8 @@ OTHER_TEACHER = "was trained of another teacher than .* is now: name another"
         (None, ["--students", "STUDENT --max_train_steps 0"], "max_train_steps=0: give a number of at least 1"),
         (None, ["--students", "STUDENT", "STUDENT --learning_rate 0.1"], "--students have HSIVI at 1 more than once"),
         (with_images, "--real_data=FOLDER/real", "real has no labels: give a set with classes"),
+        (None, "--eval_seeds 0 1", r"--eval_seeds has 1, the noise of the teacher's images: name others"),
+        (None, "--eval_seeds 0 3 --noise_seeds 7", "--noise_seeds measure what has one of --eval_seeds again, and"),
         (None, "--noise_seeds 101 0", r"--noise_seeds has \[0\], the noise of results.json or of the teacher"),
         (None, "--noise_seeds 101 1", r"--noise_seeds has \[1\], the noise of results.json or of the teacher"),
         (None, "--teacher=FOLDER/none", "is missing: give the config of training.benchmarks.images.train_teacher"),
@@ -587,6 +616,24 @@ def test_a_student_is_trained_on_the_scales_and_classes_of(arguments, tmp_path, 
     ((program, given),) = called
     assert (program, given[-1 - len(words) :]) == (trainings.DISTIL, ["--guidance_scale", *words])
     assert Path(given[given.index("--output_dir") + 1]).parent == tmp_path / place
+
+
+def test_a_student_may_start_from_another_of_the_same_seed_and_has_the_cost_of_both(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainings, "call", call)
+    student = next(text for text in arguments if text.endswith("student.yaml"))
+    made = trainings.Trainings(tmp_path / "digits", str(ROOT / "assets/digits_ddpm"), None)
+    two, folders, costs = f"{student} --num_inference_steps 2", [], []
+    again = f"{student} --init_from {{runs}}/student_num_inference_steps_2_seed{{seed}}"
+    wanted = made.settings(again, 3)  # before there is a run to start from
+    for config in (two, again):
+        folder, cost = made.student(config, 3, made.settings(config, 3))
+        folders.append(folder)
+        costs.append(cost)
+    assert [folder.name for folder in folders] == ["student_num_inference_steps_2_seed3", "student_seed3"]
+    assert wanted.init_from == str(folders[0])
+    own = json.loads((folders[1] / "training.json").read_text())
+    for name in ("seconds", "network_calls"):
+        assert costs[1][name] == own[name] + costs[0][name]
 
 
 def test_an_unguided_solver_is_that_of_the_teacher_without_guidance():

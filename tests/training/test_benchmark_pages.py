@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[2]
 def row(method, nfe, one, other, seed=None, **more):
     """A row with distances in two spaces, twice as large to the teacher's images."""
     distances = {"classifier": one, "pixels": other}
-    measured = dict.fromkeys(OF_CLASSIFIER, 0.5) | {"num_samples": 20, "solver": "UniPC"}
+    measured = dict.fromkeys(OF_CLASSIFIER, 0.5) | {"num_samples": 20, "solver": "UniPC", "eval_seed": 0}
     return {
         **{"dataset": "digits", "method": method, "nfe": nfe, "train_seed": seed, "distances": distances},
         "teacher_distances": {space: 2 * distance for space, distance in distances.items()},
@@ -177,6 +177,31 @@ def test_a_mean_over_noise_has_its_standard_error_and_training_seeds_count_once_
     assert lines_of(noise_table(rows)) == [["4", f"**{OURS}**", "2", "3 ± 1", "0.75 ± 0.25"]]
 
 
+def test_rows_of_several_noise_seeds_have_a_standard_error_of_both_kinds_of_seeds():
+    """The teacher's variance over the noise is 2, that of ours 2 over the noise and 8 over the trainings."""
+    rows = on_noise(TEACHER, 100, 1.0, 3.0) + on_noise(OURS, 1, 1.0, 3.0, seed=0) + on_noise(OURS, 1, 5.0, 7.0, seed=1)
+    rows += on_noise(SOLVER, 1, 9.0, 9.0)
+    assert lines_of(floor_table(rows)) == [["teacher at 100", "2 ± 1", "0.5 ± 0.25"]]
+    assert lines_of(summary_table(rows)) == [["1", "9 ± 0", "", "**4 ± 2.2**", "2.25 ± 0", "", "**1 ± 0.56**"]]
+    rows[3]["recall"] = 0.7
+    assert [line[6 + OF_CLASSIFIER.index("recall")] for line in lines_of(measures_table(rows))] == [
+        *("0.500 ± 0.000", "0.550 ± 0.071", "0.500 ± 0.000")
+    ]
+    assert "differences" in benchmark_pages.make_tables(rows)
+    assert lines_of(differences_table(rows)) == [
+        ["1", f"**{OURS}** - {SOLVER} (UniPC) at 1", "-5 ± 2.2", "-1.25 ± 0.56"]
+    ]
+
+
+def test_a_curve_has_the_means_over_the_noise_for_each_training():
+    rows = on_noise(OURS, 1, 1.0, 3.0, seed=0) + on_noise(OURS, 1, 5.0, 7.0, seed=1) + on_noise(SOLVER, 2, 1.0, 2.0)
+    found = benchmark_pages.over_noise([{**each, **each["distances"]} for each in rows], ["classifier", "recall"])
+    assert [(each["method"], each["nfe"], each["classifier"]) for each in found] == [
+        *[(OURS, 1, 2.0), (OURS, 1, 6.0), (SOLVER, 2, 1.5)]
+    ]
+    assert {each["recall"] for each in found} == {0.5}
+
+
 def test_a_difference_is_paired_by_the_noise_that_both_rows_have():
     ours, solver = on_noise(OURS, 4, 1.0, 2.0, 9.0, seed=0), on_noise(SOLVER, 4, 50.0, 4.0, 11.0, first=100)
     name = f"**{OURS}** - {SOLVER} (UniPC) at 4"
@@ -201,6 +226,23 @@ def test_ours_are_compared_with_solvers_of_up_to_twice_as_many_calls():
 
 
 # ----- the page -----
+
+
+def test_a_figure_of_scenes_has_their_prompts_and_a_curve_of_the_right_ones(tmp_path, monkeypatch):
+    drawn, curves = [], []
+    monkeypatch.setattr(benchmark_pages, "draw_samples", lambda *given: drawn.append(given))
+    monkeypatch.setattr(benchmark_pages, "draw_curves", lambda rows, labels, path: curves.append(labels))
+    rows = [row(method, 1, 1.0, 0.5, right=0.5, diversity=3.0, class_shares=[]) for method in (OURS, REAL)]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    results, images = Results(tmp_path, tmp_path / "runs", "digits"), torch.rand(2, 3, 8, 8)
+    results.images_path.parent.mkdir(parents=True)
+    results.keep_images(f"{OURS} at 1", images, images, ["a red apple above a cat on blue", "short"])
+    write_pages(tmp_path, tmp_path / "runs")
+    ((_, _, titles),) = drawn
+    assert titles == ["a red\napple\nabove a\ncat on\nblue", "short"]
+    assert [list(each) for each in curves] == [["classifier", "pixels", "right", "diversity"]]
+    lines = (tmp_path / "digits.md").read_text().split("<!-- table: measures -->")[1].splitlines()
+    assert [line.count("0.500") for line in lines if REAL in line] == [len(OF_CLASSIFIER) + 1]  # they are new ones
 
 
 def test_each_set_has_a_page_of_all_tables_and_figures_of_what_is_measured_and_kept(tmp_path, monkeypatch):

@@ -12,24 +12,19 @@ from hsivi_diffusers.commands.options import parse_options
 from hsivi_diffusers.runs.options import differences, flatten
 from hsivi_diffusers.runs.output import Output
 from training.benchmarks.images import benchmark, lengths, train_baseline, train_classifier, train_teacher, tune_solvers
-from training.benchmarks.scenes import train_reader
+from training.benchmarks.scenes import train_reader, train_vae
 from training.benchmarks.scenes import train_teacher as train_scene_teacher
-from training.benchmarks.scenes import train_vae as train_scene_vae
-from training.benchmarks.text import train_scorer, train_text_teacher, train_vae
 
 TRAINING = Path(__file__).parents[2] / "training"
 CONFIGS = TRAINING / "configs"
 SETS = ("fashion", "emoji", "mnist")
-STUDENTS = ("digits_t5", "digits_t1248", "fashion_t4", "emoji_t4", "mnist_t4", "emoji_text_t4")
+STUDENTS = ("digits_t5", "digits_t1248", "fashion_t4", "emoji_t4", "mnist_t4", "scenes_t4")
 TEACHER = [train_teacher.Data, train_teacher.Network, train_teacher.Training, Output]
 BASELINE = [train_baseline.Teacher, train_baseline.Training, Output]
 GROUPS = {
     **{f"{name}_teacher": TEACHER for name in ("digits", "digits_guided", "digits_flow", *SETS)},
-    "emoji_vae": [train_vae.Autoencoder, train_teacher.Training, Output],
-    "emoji_text": [train_text_teacher.Text, train_teacher.Training, Output],
-    "emoji_scorer": [train_scorer.Training],
-    "emoji_lcm": BASELINE,
-    **{f"scenes_{name}": [train_scene_vae.Autoencoder, train_teacher.Training, Output] for name in ("vae", "decoder")},
+    "scenes_lcm": BASELINE,
+    **{f"scenes_{name}": [train_vae.Autoencoder, train_teacher.Training, Output] for name in ("vae", "decoder")},
     "lengths_digits": [lengths.Options],
     "scenes_teacher": [train_scene_teacher.Text, train_teacher.Training, Output],
     "scenes_reader": [train_reader.Training],

@@ -63,7 +63,7 @@ def test_the_reference_are_images_of_the_nearer_sampler_and_a_killed_study_goes_
             return super()._draw(sampler, seed)
 
         def _row(self, entry, seed, images):
-            if entry.updates == 1:
+            if entry.nfe == 1:
                 raise KeyboardInterrupt
             reference = self.samplers[TEACHERS[1]]
             again = made(self, entry, seed, draw(self, reference, lengths.REFERENCE))

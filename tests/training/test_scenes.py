@@ -1,6 +1,9 @@
 """Scenes of two objects, and the autoencoder, teacher and reader of them, on glyphs of one colour each."""
 
 import json
+import re
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +12,29 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image
 
 from hsivi_diffusers import load_teacher
-from training.benchmarks.images import scenes, sets
+from short_run import call
+from tiny_flows import make_flow
+from tiny_text import make_text
+from training.benchmarks.images import benchmark, latent_consistency, scene_set, scenes, sets, trainings
+from training.benchmarks.images.benchmark_pages import measures_table
+from training.benchmarks.images.benchmark_results import (
+    LATENT_CONSISTENCY,
+    NO_LORA,
+    OURS,
+    REAL,
+    SOLVER,
+    TEACHER,
+    read_pictures,
+    read_prompts,
+    read_rows,
+)
 from training.benchmarks.images.scene_reader import SceneReader
 from training.benchmarks.images.scene_set import EACH, LONGEST, PROMPTS, SceneSet
 from training.benchmarks.images.scenes import GROUNDS, KINDS, NAMES, RELATIONS, Scene
 from training.benchmarks.images.spaces import SceneMeasures, load_classifier
-from training.benchmarks.scenes import train_reader, train_teacher, train_vae
+from training.benchmarks.scenes import bench_step, train_reader, train_teacher, train_vae
 
+ROOT = Path(__file__).parents[2]
 TRAIN = ["--max_train_steps=2", "--train_batch_size=4", "--lr_warmup_steps=1"]
 LOAD_GLYPHS = scenes.load_glyphs
 
@@ -104,6 +123,12 @@ def test_a_set_has_images_of_each_prompt_in_turn():
         first = found.scenes[place % PROMPTS].first
         assert (found.images[place] == torch.tensor(color_of(first))[:, None, None]).all(0).any()
     assert torch.equal(SceneSet(64).images, found.images)
+    new, again = (found.draw(torch.tensor([2, 0]), torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(new, again)
+    assert not torch.equal(new[1], found.images[0] / 255)
+    for image, number in zip(new, (2, 0), strict=True):  # of the same prompts
+        first = found.scenes[number].first
+        assert (image == torch.tensor(color_of(first))[:, None, None] / 255).all(0).any()
     with pytest.raises(ValueError, match="scenes have 64 x 64 pixels, and the teacher 32"):
         SceneSet(32)
 
@@ -192,3 +217,116 @@ def test_the_teacher_is_a_stock_pipeline_and_is_trained_with_what_it_encodes(tea
     assert json.loads((teacher / "options.json").read_text())["num_layers"] == 2
     with pytest.raises(ValueError, match="--vae is missing: give the folder of an autoencoder"):
         train_teacher.main([f"--output_dir={teacher.parent / 'refused'}"])
+
+
+@pytest.mark.parametrize(
+    "make", [None, partial(make_text, "sd"), partial(make_flow, "sd3")], ids=["scenes", "sd", "sd3"]
+)
+def test_the_cost_of_an_update_is_held_against_its_calls(make, fresh_accelerator, tmp_path, capsys):
+    given = []
+    if make is not None:
+        make().save_pretrained(tmp_path)
+        given = [f"--teacher={tmp_path}"]
+    bench_step.main([*given, "--lora_rank=2", "--train_batch_size=2", "--repetitions=1"])
+    pattern = r"an update (\S+) s, its (\d+) calls, (\d+) with a gradient, (\S+) s: (\S+)"
+    told = re.search(pattern, capsys.readouterr().out)
+    # Five draws of the student, the first with a gradient, an answer of the critic to each, two of the guided teacher.
+    assert [told[2], told[3]] == ["12", "6"]
+    assert all(float(told[place]) > 0 for place in (1, 4, 5))
+
+
+# ----- the benchmark -----
+
+
+@pytest.mark.slow  # three trainings and seven rows; the benchmark of images has the same steps
+def test_the_benchmark_of_scenes(teacher, tmp_path, monkeypatch):
+    """A LoRA, a whole copy and an LCM-LoRA of the same cost, beside the guided teacher and a solver of two steps."""
+    monkeypatch.setattr(trainings, "call", call)
+    monkeypatch.setattr(benchmark, "write_pages", lambda *folders: None)  # figures take most of the time
+    monkeypatch.setattr(scene_set, "PROMPTS", 4)
+    monkeypatch.setattr(benchmark, "SHOWN", 2)
+    monkeypatch.setattr(latent_consistency, "NUM_SCENES", 8)
+    SceneReader(32).save_pretrained(tmp_path / "reader")
+    student, lcm = tmp_path / "student.yaml", tmp_path / "lcm.yaml"
+    (tmp_path / "prompts.txt").write_text("a cat above a dog on blue\na clock left of a tree on pink\n")
+    sizes = "num_inference_steps: 1\nmax_train_steps: 1\ntrain_batch_size: 2\ncritic_updates: 1\nvalidation_steps: 0\n"
+    sizes += f"num_pairs: 0\nmax_sequence_length: {LONGEST}\n"
+    student.write_text(f"prompts: {tmp_path / 'prompts.txt'}\nguidance_scale: 4\n{sizes}")
+    lcm.write_text("method: lcm_lora\ntrain_data: scenes\ntrain_batch_size: 2\nlora_rank: 2\n")
+    tuned = {"dataset": "scenes", "solver": "UniPC", "calls": 4, "settings": {"timesteps": [999, 300]}}
+    tuned["tuned"] = dict.fromkeys(("classifier", "EfficientNet", "pixels"), 1.0)
+    (tmp_path / "solvers.json").write_text(json.dumps({"rows": [tuned]}))
+    benchmark.main(
+        [
+            *["--dataset=scenes", "--real_data=scenes", f"--teacher={teacher}", f"--classifier={tmp_path / 'reader'}"],
+            *["--students", str(student), f"{student} --lora_rank 0", f"--lcm_lora={lcm}", "--baseline_steps=1"],
+            *["--seeds=0", "--guidance_scale=4", "--teacher_steps=6", "--num_samples=8", "--batch_size=8"],
+            *[f"--solvers={tmp_path / 'solvers.json'}", f"--output_dir={tmp_path / 'docs'}"],
+            f"--runs_dir={tmp_path / 'runs'}",
+        ]
+    )
+    found = read_rows(tmp_path / "docs" / "results.json")
+    rows = {(row["method"], row["nfe"]): row for row in found}
+    trained = {(OURS, 1), (NO_LORA, 1), (LATENT_CONSISTENCY, 1)}
+    assert rows.keys() == {(REAL, 0), (TEACHER, 6), (SOLVER, 4)} | trained
+    assert all(row["diversity"] > 0 and 0 <= row["right"] <= 1 for row in rows.values())
+    assert rows[LATENT_CONSISTENCY, 1]["train_calls"] >= rows[OURS, 1]["train_calls"] > 0
+    prompts = read_prompts(tmp_path / "runs", "scenes")
+    of_set = SceneSet(64)
+    assert prompts == of_set.prompts[::2]
+    assert torch.equal(read_pictures(tmp_path / "runs", "scenes")["real"], of_set.images[:4:2])
+    heads = measures_table(found).split("\n")[0]
+    assert "right" in heads
+    assert "class TV" not in heads
+
+
+def test_what_cannot_be_compared_is_refused_before_any_training(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainings, "call", lambda *_: pytest.fail("something was trained"))
+    monkeypatch.setattr(scene_set, "PROMPTS", 4)
+    (tmp_path / "solvers.json").write_text(json.dumps({"rows": []}))
+    (tmp_path / "baseline.yaml").write_text("method: lcm_lora\ntrain_data: scenes\n")
+    common = ["--dataset=scenes", f"--solvers={tmp_path / 'solvers.json'}", f"--output_dir={tmp_path / 'docs'}"]
+    common += [f"--runs_dir={tmp_path / 'runs'}", "--num_samples=16", "--teacher_steps=2"]
+    common += [f"--classifier={ROOT / 'assets' / 'digits_classifier'}"]
+    text = [f"--teacher={teacher}", "--real_data=scenes"]
+    digits = [f"--teacher={ROOT / 'assets' / 'digits_ddpm'}", "--real_data=digits"]
+    for words, message in (
+        (
+            [*text, f"--pairs={tmp_path / 'baseline.yaml'}"],
+            "pairs only cannot be trained: LCM-LoRA is for teachers tha",
+        ),
+        ([*digits, f"--lcm_lora={tmp_path / 'baseline.yaml'}"], "LCM-LoRA cannot be trained"),
+        ([*text, "--num_samples=7"], "--num_samples 7: give 8 or more, 2 of each class"),
+        ([text[0], digits[1]], "--real_data digits, and the teacher .*: `scenes` goes with text to image"),
+        ([digits[0], text[1]], "--real_data scenes, and the teacher .*: `scenes` goes with text to image"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            benchmark.main([*common, *words])
+
+
+# ----- the teacher of the repository -----
+
+
+def as_scene(caption):
+    objects = r"an? (.+)"
+    first, relation, second, ground = re.fullmatch(
+        f"{objects} ({'|'.join(RELATIONS)}) {objects} on (.+)", caption
+    ).groups()
+    return Scene(NAMES.index(first), NAMES.index(second), relation, ground)
+
+
+def test_the_stock_pipeline_draws_from_the_teacher_of_the_repository_what_it_was_not_trained_on():
+    """Its parts are of several precisions in their files, and of one when they are loaded."""
+    new, trained = (
+        (ROOT / "training" / "configs" / f"scenes_{kind}.txt").read_text().splitlines()
+        for kind in ("new_prompts", "prompts")
+    )
+    assert (len(new), len({*trained})) == (50, 1000)
+    assert [as_scene(prompt).held_out for prompt in [*new, *trained]] == [True] * 50 + [False] * 1000
+    pipeline = StableDiffusion3Pipeline.from_pretrained(ROOT / "assets" / "scenes")
+    told = pipeline.tokenizer(new, truncation=True).input_ids
+    assert not any(pipeline.tokenizer.unk_token_id in row for row in told)
+    given = {"guidance_scale": 4.0, "max_sequence_length": LONGEST, "output_type": "np"}
+    images = pipeline(new[:2], num_inference_steps=2, **given).images
+    assert images.shape == (2, 64, 64, 3)
+    assert images.std() > 0.05

@@ -1,8 +1,10 @@
 """`training/benchmarks/images/tune_solvers.py` and its spaces."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -53,8 +55,11 @@ def test_real_images_are_nearer_to_real_ones_than_noise_in_every_space(digits, s
     assert [space.name for space in spaces] == ["classifier", "MLP", "pixels"]
     for space in spaces:
         assert space.distance(real) < 1e-3
-        assert 0 < space.floor(500) < space.distance(noise) / 10
-        assert space.floor(5000) < space.floor(500) / 3
+        drawn = [
+            real[torch.randint(len(real), (size,), generator=torch.Generator().manual_seed(0))] for size in (500, 5000)
+        ]
+        assert 0 < space.distance(drawn[0]) < space.distance(noise) / 10
+        assert space.distance(drawn[1]) < space.distance(drawn[0]) / 3
 
 
 def test_a_space_beside_has_other_images_in_the_place_of_the_real_ones(digits, spaces):
@@ -108,6 +113,17 @@ def test_images_are_held_against_the_class_that_was_asked_for(digits):
     assert measures(real, asked)["accuracy"] == pytest.approx(
         (right["accuracy"] * (~half).sum() / len(half)).item(), abs=0.01
     )
+
+
+def test_scenes_that_are_not_right_count_and_images_that_are_not_finite_are_the_worst():
+    tuning = tune_solvers.Tuning.__new__(tune_solvers.Tuning)
+    tuning.spaces, tuning.teacher, tuning.measures = [], SimpleNamespace(asked=torch.arange), SimpleNamespace()
+    for right, wrong in ((0.75, 0.25), (1.0, 0.125)):  # half of one of four, so that a logarithm is finite
+        tuning.measures.right = lambda images, asked, right=right: right if len(images) == len(asked) else None
+        assert tuning.distances(torch.zeros(4, 3, 8, 8)) == {"wrong": wrong}
+    assert tuning.distances(torch.full((4, 3, 8, 8), torch.nan)) == {"wrong": math.inf}
+    tuning.measures = None
+    assert tuning.distances(torch.zeros(4, 3, 8, 8)) == {}
 
 
 def test_a_guided_step_takes_two_calls_and_other_guidance_starts_from_what_constant_guidance_has(

@@ -6,7 +6,7 @@ Trains what is missing (teacher, classifier, students, baselines), draws the sam
 the same noise, measures them against real ones, and writes OUTPUT_DIR/results.json, and with it the tables and figures
 of OUTPUT_DIR. Rows that exist are kept, and only what a missing row needs is trained, so a benchmark that was stopped
 continues by the same command (the classifier, a minute, starts over). To measure again, name another --output_dir; to
-train again, another --runs_dir too.
+train again, another --runs_dir too. Each of --eval_seeds, draws of noise, has rows of its own, and tables have means.
 
 With --noise_seeds it measures on other draws of noise what is trained already, and writes OUTPUT_DIR/noise.json.
 """
@@ -56,17 +56,19 @@ from .benchmark_results import (
     UNGUIDED,
     Key,
     Results,
+    Row,
     hash_networks,
     read_rows,
     recipe_of,
 )
-from .captions import CAPTIONS
 from .latent_consistency import set_grid
+from .scenes import SCENES
 from .set_teacher import SetTeacher
 from .solver_pages import FALLING, INTERVAL, WITHOUT, best_solvers
 from .spaces import SetMeasures
 from .trainings import ANEW, RESUME, Costs, Trainings, UntrainedError, make
 
+REFERENCE_SEED = 1  # of the noise of the teacher's images that all rows are compared with
 SHOWN = 10  # images of a row in the figure
 MAKERS = ("images.train_teacher", "images.train_classifier")  # of teacher and classifier
 
@@ -79,9 +81,7 @@ class Options:
     teacher_config: str | None = option(None, "config of train_teacher.py")
     classifier: str | None = option(None, "folder of the ImageClassifier; trained if it is missing")
     classifier_config: str | None = option(None, "config of train_classifier.py")
-    real_data: str = option(
-        "digits", "real images, see train_teacher.py; of a text-to-image teacher `captions` or `scenes`"
-    )
+    real_data: str = option("digits", "real images, see train_teacher.py; of a text-to-image teacher `scenes`")
     students: list[str] = option([], "configs of train_hsivi.py, each with the options it is given besides, if any")
     pairs: str | None = option(None, "config of train_baseline.py of a regression on pairs, for one call")
     progressive: str | None = option(None, "config of train_baseline.py of a progressive distillation")
@@ -98,7 +98,7 @@ class Options:
     teacher_steps: int = option(100, "network calls of the teacher's converged samplers, DPM-Solver++ and its SDE")
     num_samples: int = option(10_000, "images of each row")
     batch_size: int = option(500, "images at once")
-    eval_seed: int = option(0, "seed of the noise")
+    eval_seeds: list[int] = option([0], "seeds of the noise; each has a row of its own")
     noise_seeds: list[int] = option(
         [], "seeds of other noise, to measure what is trained already, into noise.json beside results.json"
     )
@@ -130,12 +130,14 @@ class Comparison:
         self.options = options
         # What a row tells of its images, and of the teacher's; the noise of a batch depends on its size.
         self.drawn = {name: getattr(options, name) for name in ("num_samples", "batch_size", "teacher_steps")}
-        if not options.noise_seeds:
-            self.drawn["eval_seed"] = options.eval_seed
-        elif used := {options.eval_seed, options.eval_seed + 1}.intersection(options.noise_seeds):
+        if REFERENCE_SEED in options.eval_seeds:
+            raise ValueError(f"--eval_seeds has {REFERENCE_SEED}, the noise of the teacher's images: name others")
+        if options.noise_seeds and (used := {*options.eval_seeds, REFERENCE_SEED}.intersection(options.noise_seeds)):
             raise ValueError(
                 f"--noise_seeds has {sorted(used)}, the noise of results.json or of the teacher's images: name others"
             )
+        if options.noise_seeds and len(options.eval_seeds) > 1:
+            raise ValueError("--noise_seeds measure what has one of --eval_seeds again, and there are several")
         if options.guidance_scale is not None:
             self.drawn["guidance_scale"] = options.guidance_scale
         runs, teacher = Path(options.runs_dir) / str(options.dataset), str(options.teacher)
@@ -143,20 +145,20 @@ class Comparison:
         self.results = Results(Path(options.output_dir), Path(options.runs_dir), str(options.dataset))
         for folder in (runs, self.results.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        makers = ("text.train_text_teacher", "text.train_scorer") if options.real_data == CAPTIONS else MAKERS
+        makers = ("scenes.train_teacher", "scenes.train_reader") if options.real_data == SCENES else MAKERS
         programs = [f"training.benchmarks.{maker}" for maker in makers]
         make(Path(teacher), programs[0], options.teacher_config, *RESUME)
         make(Path(str(options.classifier)), programs[1], options.classifier_config, *ANEW)
         self.drawn["networks"] = hash_networks(Path(teacher), Path(str(options.classifier)))
         self.teacher = SetTeacher(teacher, options.real_data, options.guidance_scale)
-        of_class = 2 if self.teacher.captioned else FEWEST  # images of a caption are compared with each other
+        of_class = 2 if self.teacher.scenes else FEWEST  # images of a prompt are compared with each other
         if options.num_samples < (fewest := max(FEWEST, of_class * (self.teacher.classes or 1))):
             raise ValueError(f"--num_samples {options.num_samples}: give {fewest} or more, {of_class} of each class")
 
     def entries(self) -> list[Entry]:
         """Every row: the floor, the teacher and its solvers, students, and the baselines that have their cost."""
         entries = [
-            Entry(REAL, 0, None, partial(self._costless, self._draw_real)),
+            Entry(REAL, 0, None, partial(self._costless, self.teacher.draw_real)),
             *self._teachers(),
             *self._solvers(),
             *(entry for config in self.options.students for entry in self._students(config)),
@@ -178,11 +180,11 @@ class Comparison:
         unguided = [method for method in configs if method != LATENT_CONSISTENCY]
         if unguided and options.guidance_scale is not None:
             raise ValueError(f"{', '.join(unguided)} know no guidance: leave out their configs, or --guidance_scale")
-        if odd := [method for method in configs if (method == LATENT_CONSISTENCY) != bool(self.teacher.captioned)]:
-            takes = "takes captions" if self.teacher.captioned else "takes none"
+        if odd := [method for method in configs if (method == LATENT_CONSISTENCY) != bool(self.teacher.scenes)]:
+            takes = "takes text" if self.teacher.scenes else "takes none"
             raise ValueError(
-                f"{', '.join(odd)} cannot be trained: {LATENT_CONSISTENCY} is for teachers of captions, the others for "
-                f"those of pixels, and this teacher {takes}: leave out their configs"
+                f"{', '.join(odd)} cannot be trained: {LATENT_CONSISTENCY} is for teachers that take text, the others "
+                f"for those of pixels, and this teacher {takes}: leave out their configs"
             )
         if configs and (lacking := sorted({*options.baseline_seeds} - {*options.seeds})):
             raise ValueError(
@@ -213,15 +215,6 @@ class Comparison:
 
     def _costless(self, sampler: Sampler) -> tuple[Sampler, Costs]:
         return sampler, {}
-
-    def _draw_real(
-        self, batch_size: int, generator: torch.Generator, labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Real images, drawn with replacement, of the labels if there are any: what a perfect sampler would draw."""
-        if labels is None:
-            return self.real[torch.randint(len(self.real), (batch_size,), generator=generator)]
-        weights = (labels[:, None] == self.labels).float()
-        return self.real[torch.multinomial(weights, 1, generator=generator).squeeze(1)]
 
     def _teachers(self) -> Iterator[Entry]:
         """The converged samplers of the teacher, of its ODE and, if it has betas, of its SDE."""
@@ -299,61 +292,70 @@ class Comparison:
     def measure(self) -> None:
         """Adds the rows that are missing, one after the other; on noise seeds those of the fewest calls first."""
         options, entries = self.options, self.entries()
-        seeds, results = [options.eval_seed], self.results
+        seeds, results = options.eval_seeds, self.results
         if options.noise_seeds:
             folders = Path(options.output_dir), Path(options.runs_dir)
             seeds, results = options.noise_seeds, Results(*folders, str(options.dataset), NOISE)
             entries.sort(key=lambda entry: entry.nfe)
         told = {entry.key: entry.told for entry in entries}
         there = results.keys({entry.key: entry.settings for entry in entries}, told, self.drawn)
-        wanted = [(entry, seed) for entry in entries for seed in seeds if (entry.key, seed) not in there]
-        progress = bar(wanted, str(options.dataset), unit="row")
-        for entry, seed in progress:
-            name = f"{entry.method} at {entry.nfe}"
-            progress.set_postfix_str(name)
+        if not options.noise_seeds and (odd := sorted({seed for _, seed in there}.difference(seeds))):
+            raise ValueError(
+                f"{results.path} has rows of the noise seeds {odd}, and --eval_seeds has not: remove them, or name "
+                "another --output_dir"
+            )
+        wanted = [(entry, [seed for seed in seeds if (entry.key, seed) not in there]) for entry in entries]
+        progress = bar([each for each in wanted if each[1]], str(options.dataset), unit="row")
+        for entry, missing in progress:
+            progress.set_postfix_str(f"{entry.method} at {entry.nfe}")
             try:
                 sampler, costs = entry.make()
             except UntrainedError:
                 continue
-            measures = self.measures  # it loads the real images
-            images = self._draw(sampler, seed)
-            row = {
-                "dataset": options.dataset,
-                "method": entry.method,
-                "nfe": entry.nfe,
-                "train_seed": entry.seed,
-                **self.drawn,
-                "eval_seed": seed,
-                **measures(images, self.teacher.asked(len(images))),
-                "train_seconds": costs.get("seconds"),
-                "train_calls": costs.get("network_calls"),
-                "recipe": entry.settings and recipe_of(entry.settings),
-                **entry.told,
-                "measured": measured_on(),
-            }
-            if not options.noise_seeds:
-                self._keep_images(entry, name, images)  # before the row
-            results.add(row)
+            measures = self.measures  # it loads the real images, and draws the teacher's
+            for seed in missing:
+                images = self._draw(sampler, seed)
+                if not options.noise_seeds and seed == seeds[0]:
+                    self._keep_images(entry, images)  # before the row
+                results.add(self._row(entry, seed, measures(images, self.teacher.asked(len(images))), costs))
 
-    def _keep_images(self, entry: Entry, name: str, images: torch.Tensor) -> None:
+    def _row(self, entry: Entry, seed: int, measured: Row, costs: Costs) -> Row:
+        return {
+            "dataset": self.options.dataset,
+            "method": entry.method,
+            "nfe": entry.nfe,
+            "train_seed": entry.seed,
+            **self.drawn,
+            "eval_seed": seed,
+            **measured,
+            "train_seconds": costs.get("seconds"),
+            "train_calls": costs.get("network_calls"),
+            "recipe": entry.settings and recipe_of(entry.settings),
+            **entry.told,
+            "measured": measured_on(),
+        }
+
+    def _keep_images(self, entry: Entry, images: torch.Tensor) -> None:
         """Keeps the first images of a row that is shown, of its first training seed."""
         of_baseline = entry.method in BASELINES
         seeds = self._baseline_seeds(entry.method, entry.nfe) if of_baseline else self.options.seeds
         if entry.seed in (None, seeds[0]) and is_shown(entry.method, entry.nfe):
-            prompts = self.teacher.classes if self.teacher.captioned else None  # real images are of the same ones
-            count = min(SHOWN, len(images))
-            chosen = torch.linspace(0, (prompts or count) - 1, count).long()
-            self.results.keep_images(name, images[chosen], self.real[chosen] if prompts else self.real)
+            name = f"{entry.method} at {entry.nfe}"
+            (real, _), scenes = self.teacher.real, self.teacher.scenes
+            if scenes is None:
+                self.results.keep_images(name, images[:SHOWN], real)
+                return
+            chosen = torch.arange(0, len(scenes.prompts), -(-len(scenes.prompts) // SHOWN))
+            prompts = [scenes.prompts[number] for number in chosen]
+            self.results.keep_images(name, images[chosen], real[chosen], prompts)  # image i is of prompt i
 
     @cached_property
     def measures(self) -> SetMeasures:
         """The measures of the set, beside images of the teacher."""
-        options = self.options
-        self.real, self.labels = self.teacher.load_real()
+        options, real = self.options, self.teacher.real  # refused before anything is drawn
         # From other noise than the rows: a solver of few steps would be near to these images, and not to the teacher.
-        converged = self._draw(self._teacher_sampler(), options.eval_seed + 1)
-        given = self.real, self.labels, converged, self.teacher.captioned
-        return SetMeasures(Path(str(options.classifier)), *given)
+        converged = self._draw(self._teacher_sampler(), REFERENCE_SEED)
+        return SetMeasures(Path(str(options.classifier)), *real, converged, self.teacher.scenes)
 
     def _draw(self, sampler: Sampler, seed: int) -> torch.Tensor:
         return self.teacher.draw(sampler, self.options.num_samples, self.options.batch_size, seed)

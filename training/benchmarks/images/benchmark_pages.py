@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import pandas as pd
@@ -32,15 +33,18 @@ from .benchmark_results import (
     UNGUIDED,
     Row,
     read_pictures,
+    read_prompts,
     read_rows,
 )
-from .spaces import OF_CAPTIONS, OF_CLASSES, OF_CLASSIFIER
+from .spaces import OF_CLASSES, OF_CLASSIFIER, OF_SCENES
 
 Key = tuple[int, str]  # NFE and method
 ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, UNGUIDED, *BASELINES, OURS)
 CURVES = ("recall", "coverage")
 OF_NEIGHBOURS = ("precision", "recall", "density", "coverage", "nearest", "class_recall")  # of copies they tell nothing
+TITLE = 10  # characters in a line of a prompt above a figure
 SHOWN_SOLVERS = (1, 2, 4, 10, 20)
+TO = ", compared with"  # after the name of a space
 MANY_COLORS = 4096  # of a figure of colour images, not of curves
 
 
@@ -54,13 +58,15 @@ def write_pages(folder: Path, runs: Path) -> None:
         word = as_word(name)
         paths = {kind: folder / f"{kind}_{word}.png" for kind in ("samples", "curves", "classes")}
         if flat := [{**row, **row["distances"]} for row in sorted(rows, key=rank) if row["nfe"]]:
-            shown = [*flat[0]["distances"], *CURVES]
-            draw_curves(flat, {each: each for each in shown}, paths["curves"])
+            shown = [*flat[0]["distances"], *(OF_SCENES if OF_SCENES[0] in flat[0] else CURVES)]
+            draw_curves(over_noise(flat, shown), {each: each for each in shown}, paths["curves"])
             draw_classes(rows, paths["classes"])
         names = {f"{row['method']} at {row['nfe']}" for row in rows if is_shown(row["method"], row["nfe"])}
         kept = read_pictures(runs, name)
         if names and names <= kept.keys():
-            draw_samples(picture_rows({each: kept[each] for each in (*names, "real")}), paths["samples"])
+            prompts = read_prompts(runs, name)
+            titles = prompts and [fill(prompt, TITLE) for prompt in prompts]
+            draw_samples(picture_rows({each: kept[each] for each in (*names, "real")}), paths["samples"], titles)
         for path in paths.values():
             shrink(path)
         figures = [path.name for path in paths.values()]
@@ -101,9 +107,12 @@ def make_tables(rows: list[Row], noise: list[Row] | None = None) -> dict[str, st
     """The tables of a set, by name: of its rows, and of those of other noise if there are any."""
     makers = {"summary": summary_table, "floor": floor_table}
     makers |= {"measures": measures_table, "costs": costs_table}
-    of_noise = {"noise": noise_table, "differences": differences_table} if noise else {}
     tables = {name: make(rows) for name, make in makers.items()}
-    return tables | {name: make(noise or []) for name, make in of_noise.items()}
+    if rows_of_noise(rows):
+        tables["differences"] = differences_table(rows)
+    elif noise:
+        tables |= {"noise": noise_table(noise), "differences": differences_table(noise)}
+    return tables
 
 
 def in_sets(rows: list[Row]) -> dict[str, list[Row]]:
@@ -152,10 +161,11 @@ def frame(rows: list[Row]) -> pd.DataFrame:
 
 
 class Distances:
-    """Distances in the rows of a set: their means over the training seeds, and how these are written.
+    """Distances in the rows of a set: their means over the seeds, and how these are written.
 
     Attributes:
         spaces: Names of the spaces.
+        noise: Whether there are several noise seeds.
         groups: Rows by NFE and method.
         means: By NFE and method, with the columns `SPACE` and `SPACE, to teacher`.
         texts: The same as text.
@@ -165,9 +175,13 @@ class Distances:
     def __init__(self, rows: list[Row]) -> None:
         self.spaces = [*rows[0]["distances"]]
         self.groups = frame(rows).groupby(["nfe", "method"], sort=False)
-        columns = self.groups[[*self.spaces, *(f"{space}, to teacher" for space in self.spaces)]]
-        self.means = columns.mean()
-        self.texts = columns.agg(lambda each: three_digits(each.mean(), each.std()))
+        columns = [*self.spaces, *(f"{space}, to teacher" for space in self.spaces)]
+        self.means = self.groups[columns].mean()
+        self.noise = rows_of_noise(rows)
+        kept = self.groups[["eval_seed", "train_seed", *columns]]
+        spreads = kept.apply(lambda each: spread(each, columns, self.noise))
+        self.texts = pd.DataFrame({name: map(three_digits, self.means[name], spreads[name]) for name in columns})
+        self.texts.index = self.means.index
         self.keys: list[Key] = [*self.means.index]
 
     def lowest(self, space: str, *keys: Key | None) -> Key | None:
@@ -223,7 +237,7 @@ def _name(key: Key | None) -> str:
 
 
 def floor_table(rows: list[Row]) -> str:
-    """Distances of real images to themselves, and of the teacher: what is good."""
+    """Distances of real images, and of the teacher's: what is good."""
     table = Distances(rows)
     lines = [
         [f"{method} at {nfe}" if nfe else method, *table.texts.loc[(nfe, method), table.spaces]]
@@ -236,10 +250,11 @@ def floor_table(rows: list[Row]) -> str:
 def measures_table(rows: list[Row]) -> str:
     """Every measure: distances to real images and to the teacher's, and those of the classifier's features."""
     table, lines = Distances(rows), []
-    names = [name for name in (*OF_CLASSIFIER, *OF_CLASSES, *OF_CAPTIONS) if all(name in row for row in rows)]
+    names = [name for name in (*OF_CLASSIFIER, *OF_CLASSES, *OF_SCENES) if all(name in row for row in rows)]
     for (nfe, method), group in table.groups:
-        empty = OF_NEIGHBOURS if method == REAL else ()
-        cells = ["" if each in empty else format_measure(each, *group[each]) for each in names]
+        empty = OF_NEIGHBOURS if method == REAL and OF_SCENES[0] not in names else ()  # real scenes are new ones
+        spreads = spread(group, names, table.noise)
+        cells = ["" if each in empty else format_measure(each, group[each].mean(), spreads[each]) for each in names]
         lines.append([nfe or "", group.label.iloc[0], *table.texts.loc[(nfe, method)], *cells])
     return write_table(["NFE", "method", *table.texts, *(MEASURES[each].head for each in names)], ("method",), lines)
 
@@ -255,16 +270,44 @@ def noise_table(rows: list[Row]) -> str:
 
 
 def differences_table(rows: list[Row]) -> str:
-    """Distance of ours less that of the solvers of as many to twice as many NFE, paired by the noise seeds."""
+    """Distance of ours less that of solvers of as many to twice as many NFE, paired by the noise seeds."""
     spaces, lines = [*rows[0]["distances"]], []
     groups = frame(rows).groupby(["nfe", "method"], sort=False)
     for (nfe, method), ours in groups:
         for (calls, other), solver in groups:
-            if is_ours(method) and other == SOLVER and nfe <= calls <= 2 * nfe:
-                difference = (by_noise(ours)[spaces] - by_noise(solver)[spaces]).dropna()
-                cells = (three_digits(each.mean(), each.sem()) if len(each) else "" for _, each in difference.items())
-                lines.append([nfe, f"{ours.label.iloc[0]} - {solver.label.iloc[0]} at {calls}", *cells])
+            if is_ours(method) and other in (SOLVER, UNGUIDED) and nfe <= calls <= 2 * nfe:
+                paired = ours.merge(by_noise(solver)[spaces], on="eval_seed", suffixes=("", TO))
+                for space in spaces:
+                    paired[space] -= paired[space + TO]
+                cells = map(three_digits, paired[spaces].mean(), spread(paired, spaces, noise=True))
+                texts = [*cells] if len(paired) else [""] * len(spaces)
+                lines.append([nfe, f"{ours.label.iloc[0]} - {solver.label.iloc[0]} at {calls}", *texts])
     return write_table(["NFE", "difference", *spaces], ("difference",), lines)
+
+
+def rows_of_noise(rows: list[Row]) -> bool:
+    """Whether rows are of several noise seeds."""
+    return len({row["eval_seed"] for row in rows}) > 1
+
+
+def spread(group: pd.DataFrame, names: Sequence[str], noise: bool) -> pd.Series:
+    """Standard deviation over the training seeds; of a set with several noise seeds the standard error of the mean.
+
+    Both kinds of seeds enter it: the variances of the means over the other kind, each divided by the number of seeds.
+    What depends on both at once is counted twice, so it is rather too large.
+    """
+    trained, drawn = (group.groupby(kind, dropna=False)[[*names]].mean() for kind in ("train_seed", "eval_seed"))
+    if not noise:
+        return trained.std()
+    variances = [each.var() / len(each) for each in (trained, drawn) if len(each) > 1]
+    return sum(variances) ** 0.5 if variances else trained.std()
+
+
+def over_noise(rows: list[Row], names: Sequence[str]) -> list[Row]:
+    """The means over the noise seeds, in the order of the rows."""
+    groups = pd.DataFrame(rows).groupby(["method", "nfe", "train_seed"], sort=False, dropna=False)
+    found: list[Row] = groups[[*names]].mean().reset_index().to_dict("records")
+    return found
 
 
 def by_noise(group: pd.DataFrame) -> pd.DataFrame:
@@ -315,7 +358,7 @@ def draw_classes(rows: list[Row], path: Path) -> None:
         for (nfe, method), group in frame(rows).groupby(["nfe", "method"])
         if group.class_shares.all() and (method not in (REAL, SOLVER, UNGUIDED) or (method, nfe) == (SOLVER, 10))
     }
-    if not shown:  # nothing of it is measured yet, or there are captions
+    if not shown:  # nothing of it is measured yet, or it is of scenes
         return
     plt = pyplot()
     columns = min(4, len(shown))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hsivi_diffusers.distillation.config import HSIVIConfig, complete
@@ -17,7 +18,7 @@ from hsivi_diffusers.runs.options import differences
 
 Row = dict[str, Any]
 Key = tuple[str, int, int | None]  # method, NFE and training seed
-RESULTS, NOISE = "results.json", "noise.json"  # rows of one noise seed, and of others
+RESULTS, NOISE = "results.json", "noise.json"  # rows, and those of trained ones on other noise
 
 OURS = "HSIVI"
 REAL, TEACHER, TEACHER_SDE, SOLVER = "real images", "teacher", "teacher, SDE", "tuned solver"
@@ -27,6 +28,7 @@ LATENT_CONSISTENCY = "LCM-LoRA"
 BASELINES = (PAIRS, PROGRESSIVE, CONSISTENCY, LATENT_CONSISTENCY)
 NO_LORA, NO_NOISE, STORED = f"{OURS}, no LoRA", f"{OURS}, eta 0", f"{OURS}, stored"
 ALL_STEPS, ALL_SCALES = f"{OURS}, one for all", f"{OURS}, one for all scales"
+PROMPTS = "prompts"  # in the metadata of the images of figures
 RECIPE = ("preset", "num_inference_steps", "max_train_steps")
 
 
@@ -54,6 +56,13 @@ def read_pictures(runs: Path, dataset: str) -> dict[str, torch.Tensor]:
     """The first images of each row of a set that was measured here, as bytes, by `METHOD at NFE`."""
     path = pictures_path(runs, dataset)
     return load_file(path) if path.exists() else {}
+
+
+def read_prompts(runs: Path, dataset: str) -> list[str] | None:
+    """The prompts of these images, None if they have none."""
+    with safe_open(pictures_path(runs, dataset), "pt") as file:
+        prompts: list[str] | None = json.loads((file.metadata() or {}).get(PROMPTS, "null"))
+    return prompts
 
 
 def pictures_path(runs: Path, dataset: str) -> Path:
@@ -123,12 +132,15 @@ class Results:
             others = [each for each in rows if (each["dataset"], key_of(each), each["eval_seed"]) != own]
             write_rows(self.path, [*others, row])
 
-    def keep_images(self, name: str, images: torch.Tensor, real: torch.Tensor) -> None:
+    def keep_images(
+        self, name: str, images: torch.Tensor, real: torch.Tensor, prompts: Sequence[str] | None = None
+    ) -> None:
         """Keeps images of a row under its name, and as many real ones, all in [0, 1], (N, C, H, W), as bytes."""
         shown = real[torch.linspace(0, len(real) - 1, len(images)).long()]
         drawn, shown = ((255 * each).round().to(torch.uint8).contiguous() for each in (images, shown))
         before = load_file(self.images_path) if self.images_path.exists() else {}
-        save_file({**before, name: drawn, "real": shown}, self.images_path)
+        told = None if prompts is None else {PROMPTS: json.dumps([*prompts])}
+        save_file({**before, name: drawn, "real": shown}, self.images_path, told)
 
 
 def recipe_of(config: HSIVIConfig) -> dict[str, Any]:

@@ -42,10 +42,7 @@ class ConsistencyDistillation(Baseline):
         super().__init__(teacher)
         self.target: Any = copy.deepcopy(teacher.network)
         self.unclipped = HSIVIScheduler.from_config(self.schedule.config, clip_sample=False, thresholding=False)
-        self._make_grid(num_timesteps, start)
         self.parts = {"student": self.student, "target": self.target}
-
-    def _make_grid(self, num_timesteps: int, start: int | None = None) -> None:
         self.sampler = make_sampler(self.schedule, num_timesteps, start)
         self.sampler.set_timesteps(num_timesteps)
         self.grid = self.sampler.timesteps.to(self.teacher.device)

@@ -11,12 +11,11 @@ are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -31,16 +30,16 @@ from hsivi_diffusers.runs.options import option
 from hsivi_diffusers.teachers.loading import load_student
 from hsivi_diffusers.teachers.solvers import Sampler, make_student
 
+from .benchmark import Entry
 from .benchmark_pages import as_word, fill_page, in_sets, shrink, three_digits
-from .benchmark_results import TEACHER, TEACHER_SDE, Key, Results, Row, hash_networks, read_rows, recipe_of
+from .benchmark_results import TEACHER, TEACHER_SDE, Results, Row, hash_networks, read_rows, recipe_of
 from .set_teacher import SetTeacher
 from .solver_pages import score
 from .spaces import make_spaces
-from .trainings import Trainings
+from .trainings import Costs, Trainings
 
 LENGTHS = "lengths.json"
 CHOICE, REFERENCE = 99, 100  # seeds of the noise by which the teacher's sampler is chosen, and that of its images
-Draw = Callable[[int], torch.Tensor]  # images in [0, 1], by the seed of the noise
 
 
 @dataclass
@@ -62,21 +61,6 @@ class Options:
     batch_size: int = option(500, "images at once")
     output_dir: str = option("docs/benchmarks/lengths", "rows, tables and figures")
     runs_dir: str = option("runs/lengths", "trainings, in a folder for each set")
-
-
-class Entry(NamedTuple):
-    """A row before it is measured; `make` trains what it needs."""
-
-    method: str
-    updates: int
-    seed: int | None
-    make: Callable[[], Draw]
-    settings: HSIVIConfig | None = None  # of a student
-
-    @property
-    def key(self) -> Key:
-        """Method, updates and training seed."""
-        return self.method, self.updates, self.seed
 
 
 class Study:
@@ -101,17 +85,17 @@ class Study:
         keys = [*((method, 0, None) for method in known[:1]), *(entry.key for entry in students)]
         if known and {*product(keys, seeds)} <= there:
             return
-        self.spaces = make_spaces(Path(str(self.options.classifier)), self.teacher.load_real()[0])
+        self.spaces = make_spaces(Path(str(self.options.classifier)), self.teacher.real[0])
         name = known[0] if known else self._nearest()
-        converged = partial(self._draw, self.samplers[name])
-        reference = converged(REFERENCE)
+        converged = self.samplers[name]
+        reference = self._draw(converged, REFERENCE)
         self.teacher_spaces = [space.beside(reference) for space in self.spaces]
-        entries = [Entry(name, 0, None, lambda: converged), *students]
+        entries = [Entry(name, 0, None, lambda: (converged, {})), *students]
         for entry in bar(entries, str(self.options.dataset), unit="row"):
             if wanted := [seed for seed in seeds if (entry.key, seed) not in there]:
-                draw = entry.make()
+                sampler, _ = entry.make()
                 for seed in wanted:
-                    self.results.add(self._row(entry, seed, draw(seed)))
+                    self.results.add(self._row(entry, seed, self._draw(sampler, seed)))
 
     def _students(self) -> Iterator[Entry]:
         options = self.options
@@ -123,11 +107,11 @@ class Study:
             make = partial(self._make_student, config, steps, seed, settings)
             yield Entry(name_of(steps), updates, seed, make, settings)
 
-    def _make_student(self, config: str, steps: int, seed: int, settings: HSIVIConfig) -> Draw:
-        folder, _ = self.trainings.student(config, seed, settings)
+    def _make_student(self, config: str, steps: int, seed: int, settings: HSIVIConfig) -> tuple[Sampler, Costs]:
+        folder, costs = self.trainings.student(config, seed, settings)
         teacher = self.teacher.teacher
         student = load_student(folder / "pipeline", teacher)
-        return partial(self._draw, make_student(student, teacher, steps, self.options.guidance_scale))
+        return make_student(student, teacher, steps, self.options.guidance_scale), costs
 
     @cached_property
     def samplers(self) -> dict[str, Sampler]:

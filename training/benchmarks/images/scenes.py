@@ -48,8 +48,8 @@ GROUNDS = {
     "blue": (160, 200, 250), "green": (165, 220, 165), "yellow": (255, 240, 160), "purple": (205, 180, 235),
 }  # fmt: skip
 PRESENTATION = 0xFE0F  # asks for colour
-HELD_OUT = 10  # of so many pairs of objects one is held out
-BATCH = 256  # images that are encoded at once
+HELD_OUT = 10  # one pair of objects in ten is held out
+BATCH = 64  # images that are encoded at once
 
 
 class Scene(NamedTuple):
@@ -106,7 +106,7 @@ def load_glyphs() -> list[Image.Image]:
 
 @cache
 def _object(number: int, size: int) -> Image.Image:
-    """An object whose longer side has so many pixels."""
+    """An object, resized so that its longer side has `size` pixels."""
     glyph = load_glyphs()[number]
     share = size / max(glyph.size)
     return glyph.resize((max(round(glyph.width * share), 1), max(round(glyph.height * share), 1)), Image.Resampling.BOX)
@@ -147,9 +147,10 @@ def make_scenes(number: int, seed: int, held_out: bool | None = False) -> tuple[
 @torch.no_grad()
 def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of the scaled latents of images, uint8, in bfloat16."""
+    shift, factor = vae.config.shift_factor, vae.config.scaling_factor
     means, stds = [], []
     for batch in bar(images.split(BATCH), "latents"):
         law = vae.encode(to_model_range(batch.to(vae.device))).latent_dist
-        means.append(((law.mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).bfloat16())
-        stds.append((law.std * vae.config.scaling_factor).bfloat16())
+        means.append(((law.mean - shift) * factor).bfloat16())
+        stds.append((law.std * factor).bfloat16())
     return torch.cat(means), torch.cat(stds)

@@ -1,8 +1,9 @@
-"""The teacher of a set as tuning and benchmark draw from it: guided or not, all its classes or captions in turn."""
+"""The teacher of a set as tuning and benchmark draw from it: guided or not, all its classes or prompts in turn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,12 +13,9 @@ from hsivi_diffusers import HSIVIConfig, load_teacher
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.solvers import Sampler, Solver, make_solver, sample
 
-from .captions import CAPTIONS, CaptionedEmoji
-from .scene_set import SceneSet
+from .scene_set import LONGEST, SceneSet
 from .scenes import SCENES
 from .sets import load_images
-
-CAPTIONED: dict[str, Any] = {CAPTIONS: CaptionedEmoji, SCENES: SceneSet}
 
 
 class SetTeacher:
@@ -25,44 +23,44 @@ class SetTeacher:
 
     Args:
         folder: Of its pipeline.
-        real_data: Real images, see train_teacher.py; of a text-to-image teacher one of CAPTIONED.
+        real_data: Real images, see train_teacher.py; of a text-to-image teacher `scenes`.
         guidance_scale: Scale of guidance; without one a class-conditional teacher has no label for "no class".
 
     Attributes:
-        teacher: The teacher, which knows the captions, if it takes text.
+        teacher: The teacher, which knows the prompts, if it takes text.
         guided: The same with guidance.
         classes: Number of its classes or prompts, None without.
-        captioned: Prompts, images and measures of a text-to-image teacher, else None.
+        scenes: Prompts, images and measures of a text-to-image teacher, else None.
 
     Raises:
-        ValueError: It takes text, and the images have no captions, or the other way round.
+        ValueError: It takes text, and the images are no scenes, or the other way round.
     """
 
     def __init__(self, folder: str, real_data: str, guidance_scale: float | None = None) -> None:
         self.teacher = teacher = load_teacher(folder)
         teacher.network.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU, the same images
         self.real_data = real_data
-        if teacher.takes_text != (real_data in CAPTIONED):
-            kinds = " and ".join(f"`{name}`" for name in CAPTIONED)
-            raise ValueError(f"--real_data {real_data}, and the teacher {folder}: {kinds} go with text to image")
-        self.captioned = CAPTIONED[real_data](teacher.image_shape[1]) if teacher.takes_text else None
-        if self.captioned is not None and self.captioned.max_sequence_length is not None:
-            teacher.set_length(self.captioned.max_sequence_length)
-        teacher.encode_prompts(self.captioned and self.captioned.prompts, "", teacher.device)
+        if teacher.takes_text != (real_data == SCENES):
+            raise ValueError(f"--real_data {real_data}, and the teacher {folder}: `{SCENES}` goes with text to image")
+        self.scenes = SceneSet(teacher.image_shape[1]) if teacher.takes_text else None
+        if self.scenes is not None:
+            teacher.set_length(LONGEST)
+        teacher.encode_prompts(self.scenes and self.scenes.prompts, "", teacher.device)
         self.classes = teacher.num_conditions(guidance_scale is not None) or None
         self.guided = Guided(teacher, [1.0 if guidance_scale is None else guidance_scale])
 
-    def load_real(self) -> tuple[Tensor, Tensor]:
-        """Loads the real images in [0, 1], of the shape of the teacher's, (N, C, H, W), and their classes, (N,).
+    @cached_property
+    def real(self) -> tuple[Tensor, Tensor]:
+        """The real images in [0, 1], of the shape of the teacher's, (N, C, H, W), and their classes or prompts, (N,).
 
         Raises:
             ValueError: They have no classes, or not all of the teacher's.
         """
         channels, height, _ = self.teacher.image_shape
         labels: Tensor | None
-        if self.captioned is not None:
-            images = self.captioned.images
-            labels = torch.arange(len(images)) % len(self.captioned.prompts)
+        if self.scenes is not None:
+            images = self.scenes.images
+            labels = torch.arange(len(images)) % len(self.scenes.prompts)
         else:
             images, labels = load_images(self.real_data, height, channels)
         if labels is None:
@@ -120,6 +118,16 @@ class SetTeacher:
         """Images of any sampler, shape (size, C, H, W); with classes image i is of class i mod their number."""
         return torch.cat([*sample(sampler, size, batch_size, seed, self.classes)])
 
+    def draw_real(self, batch_size: int, generator: torch.Generator, labels: Tensor | None = None) -> Tensor:
+        """A sampler of real images, of classes or prompts if it is asked for some: new scenes, or with replacement."""
+        if self.scenes is not None and labels is not None:
+            return self.scenes.draw(labels, generator)
+        images, classes = self.real
+        if labels is None:
+            return images[torch.randint(len(images), (batch_size,), generator=generator)]
+        weights = (labels[:, None] == classes).float()
+        return images[torch.multinomial(weights, 1, generator=generator).squeeze(1)]
+
     def asked(self, size: int) -> Tensor | None:
-        """The classes of so many images of `draw`, shape (size,), None without."""
+        """The class or prompt number of each image that `draw` returns, shape (size,); None if the teacher has none."""
         return None if self.classes is None else torch.arange(size) % self.classes

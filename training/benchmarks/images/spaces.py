@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -26,7 +25,7 @@ MOST = 5000  # real images in a KID
 BATCH = 500  # images that are classified at once
 OF_CLASSIFIER = ("precision", "recall", "density", "coverage", "class_tv", "nearest")
 OF_CLASSES = ("accuracy", "class_fd", "class_recall")
-OF_CAPTIONS = ("retrieval", "right", "diversity")
+OF_SCENES = ("right", "diversity")
 
 
 class DenseFeatures(nn.Sequential):
@@ -55,11 +54,6 @@ class Space(NamedTuple):
         """Returns the same space with these images, instead of the real ones, as the reference."""
         some = images[:MOST] if self.measure == "kid" else images
         return Space(self.name, self.measure, Measures(self.measures.network, some, [self.measure]))
-
-    def floor(self, size: int) -> float:
-        """The distance of so many real images, drawn with replacement: what a perfect sampler would have."""
-        real = self.measures.real
-        return self.distance(real[torch.randint(len(real), (size,), generator=torch.Generator().manual_seed(0))])
 
 
 def make_spaces(classifier: Path, real: Tensor) -> list[Space]:
@@ -121,36 +115,6 @@ class ClassMeasures:
         return {"accuracy": (seen == asked).float().mean().item(), **means}
 
 
-class CaptionMeasures:
-    """How images suit the captions that they were asked for.
-
-    - `retrieval`: share of the images of held-out captions whose own the scorer puts first, among those and their
-      rivals: of the same subjects, in other tones.
-    - `diversity`: mean distance of two images of a prompt in the features of EfficientNet-Lite0; mean over the prompts
-      that have two. Those held out do not count, for each has one real image.
-
-    Args:
-        scorer: Its classes are captions.
-        held_out: Its class of each held-out caption, the first ones that are asked for.
-        rivals: Its classes of their rivals.
-    """
-
-    def __init__(self, scorer: ImageClassifier, held_out: Sequence[int], rivals: Sequence[int] = ()) -> None:
-        self.scorer, self.network = scorer, EfficientNetFeatures().eval()
-        self.held_out, self.candidates = len(held_out), [*held_out, *rivals]
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, asked: Tensor) -> dict[str, float]:
-        """Returns the numbers above, by name, of images asked for by the numbers of prompts (N,)."""
-        held = asked < self.held_out
-        logits = torch.cat([self.scorer.logits(batch)[:, self.candidates] for batch in images[held].split(BATCH)])
-        features = torch.cat([self.network(batch) for batch in images[~held].split(BATCH)])
-        return {
-            "retrieval": (logits.argmax(1) == asked[held]).float().mean().item(),
-            "diversity": diversity(features, asked[~held]),
-        }
-
-
 class SceneMeasures:
     """How images suit the scenes that they were asked for.
 
@@ -166,14 +130,16 @@ class SceneMeasures:
         self.reader, self.labels, self.network = reader, labels, EfficientNetFeatures().eval()
 
     @torch.no_grad()
+    def right(self, images: Tensor, asked: Tensor) -> float:
+        """Returns `right` of images asked for by the numbers of prompts (N,)."""
+        seen = torch.cat([self.reader.read(batch) for batch in images.split(BATCH)])
+        return float((seen == self.labels[asked]).all(1).float().mean())
+
+    @torch.no_grad()
     def __call__(self, images: Tensor, asked: Tensor) -> dict[str, float]:
         """Returns the numbers above, by name, of images asked for by the numbers of prompts (N,)."""
-        seen = torch.cat([self.reader.read(batch) for batch in images.split(BATCH)])
         features = torch.cat([self.network(batch) for batch in images.split(BATCH)])
-        return {
-            "right": (seen == self.labels[asked]).all(1).float().mean().item(),
-            "diversity": diversity(features, asked),
-        }
+        return {"right": self.right(images, asked), "diversity": diversity(features, asked)}
 
 
 def diversity(features: Tensor, asked: Tensor) -> float:
@@ -190,7 +156,7 @@ class SetMeasures:
         real: Its images in [0, 1], shape (N, C, H, W).
         labels: Their classes, shape (N,).
         converged: Images of the teacher in many steps, like the real ones.
-        captioned: The set, if its images have captions.
+        scenes: The set, if it is of scenes.
     """
 
     def __init__(
@@ -199,18 +165,17 @@ class SetMeasures:
         real: Tensor,
         labels: Tensor,
         converged: Tensor,
-        captioned: Any = None,
+        scenes: Any = None,
     ) -> None:
         self.spaces = make_spaces(classifier, real)
         self.teacher_spaces = [space.beside(converged) for space in self.spaces]
-        names = [name for name in OF_CLASSIFIER if captioned is None or name != "class_tv"]  # of thousands of captions
-        alone = real if captioned is None else real.unique(dim=0)  # an image may be of several prompts
-        self.measures = Measures(self.spaces[0].measures.network, alone, names)
+        names = [name for name in OF_CLASSIFIER if scenes is None or name != "class_tv"]
+        self.measures = Measures(self.spaces[0].measures.network, real, names)
 
         @cache
         def make() -> Any:
-            if captioned is not None:
-                return captioned.measures(classifier)
+            if scenes is not None:
+                return scenes.measures(classifier)
             return ClassMeasures(load_classifier(classifier), real, labels)
 
         self.make_class_measures = make
@@ -218,8 +183,8 @@ class SetMeasures:
     def __call__(self, images: Tensor, asked: Tensor | None = None) -> dict[str, Any]:
         """Returns distances to the real images and to the teacher's, by space, and the other measures, of images.
 
-        With the classes or prompts that they were asked for, shape (N,), also those of `ClassMeasures`, or of the
-        captioned set.
+        With the classes or prompts that they were asked for, shape (N,), also those of `ClassMeasures` or
+        `SceneMeasures`.
         """
         return {
             "distances": {space.name: space.distance(images) for space in self.spaces},

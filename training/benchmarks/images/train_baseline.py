@@ -7,7 +7,7 @@ See `consistency`, `progressive`, `regression` and `latent_consistency` for the 
 images. AdamW has a learning rate that is warmed up and falls as a cosine, in each stage of a progressive distillation;
 gradients are clipped at norm 1, and the weights that are saved are averaged with decay 0.995. The teacher makes pixels;
 where it has classes, the images of --train_data have the same ones, and nothing is guided. For lcm_lora it is a
-text-to-image teacher, of a rectified flow too, and --train_data is `captions` or `scenes`.
+text-to-image teacher of a rectified flow, and --train_data is `scenes`.
 
 Writes OUTPUT_DIR/pipeline, OUTPUT_DIR/checkpoints and OUTPUT_DIR/training.json. It is one process. With
 --max_train_steps a run is a function of its seed; with --max_train_seconds the clock ends it. A run that is stopped
@@ -40,7 +40,7 @@ from hsivi_diffusers.vi import cosine
 
 from .baseline import Baseline
 from .consistency import ConsistencyDistillation
-from .latent_consistency import FlowConsistency, LatentConsistency, load_latents
+from .latent_consistency import LatentConsistency, load_latents
 from .progressive import ProgressiveDistillation
 from .regression import PairRegression
 from .sets import load_images
@@ -61,7 +61,7 @@ GIVEN = (
 class Teacher:
     _group = "teacher and data"
     pretrained_teacher_model: str | None = option(None, "folder or repo id of a diffusers pipeline")
-    train_data: str = option("digits", "`digits`, a folder, a dataset's name, or for lcm_lora `captions` or `scenes`")
+    train_data: str = option("digits", "`digits`, a folder, a dataset's name, or for lcm_lora `scenes`")
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Training:
     num_pairs: int = option(20_000, "of --method regression: pairs")
     guidance_scale: float = option(1.0, "of --method lcm_lora: scale of guidance of the teacher")
     lora_rank: int = option(64, "of --method lcm_lora: rank of the adapter")
-    start_timestep: int | None = option(None, "of the first step; by default that of the method")
+    start_timestep: int | None = option(None, "not of --method lcm_lora: first timestep; by default that of the method")
     seed: int = option(0, "seed of batches and noise")
     max_train_steps: int = option(1000, "number of updates")
     max_train_seconds: float | None = option(None, "wall-clock seconds of updates, instead of their number")
@@ -108,17 +108,19 @@ def hash_teacher(teacher: Model) -> str:
 
 
 def prepare(teacher: Teacher, training: Training, device: torch.device) -> tuple[Baseline, Tensor, Tensor | None]:
-    """Loads the teacher, and the data: images or latents, and their classes or the numbers of their captions."""
+    """Loads the teacher, and the data: images or latents, and their classes or the numbers of their prompts."""
     name = str(teacher.pretrained_teacher_model)
     model = load_teacher(name)
     if training.method != "lcm_lora":
         return make_distillation(name, model.to(device), training), *load_data(teacher.train_data, model, device)
-    if not model.takes_text or model.adapter is None:
-        raise ValueError(f"--method lcm_lora adapts a text-to-image model, and {name} takes no text or no LoRA")
+    if not (model.takes_text and model.schedule.is_flow) or model.adapter is None:
+        raise ValueError(f"--method lcm_lora adapts a rectified flow that takes text, by a LoRA, and {name} is not one")
+    if training.start_timestep is not None:
+        raise ValueError(
+            f"start_timestep={training.start_timestep}: --method lcm_lora starts at pure noise, leave it out"
+        )
     latents, numbers = load_latents(model.to(device), teacher.train_data, device)
-    given = training.guidance_scale, training.lora_rank, training.start_timestep
-    kind = FlowConsistency if model.schedule.is_flow else LatentConsistency
-    return kind(model, *given), latents, numbers
+    return LatentConsistency(model, training.guidance_scale, training.lora_rank), latents, numbers
 
 
 def make_distillation(name: str, teacher: Model, training: Training) -> Baseline:

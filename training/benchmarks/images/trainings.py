@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hsivi_diffusers.commands.cli import read_distillation
+from hsivi_diffusers.commands.cli import parse_distillation
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.runs.artifacts import read_record
 from hsivi_diffusers.runs.folders import LOCK, remove_folder, replace_folder
@@ -24,6 +24,7 @@ from .benchmark_results import recorded
 
 DISTIL = "hsivi_diffusers distil"
 RESUME = ("--resume_from_checkpoint", "latest")
+START = "--init_from"
 ANEW = ("--overwrite_output_dir", "true")
 Costs = dict[str, Any]  # of a training: its training.json
 
@@ -54,7 +55,8 @@ class Trainings:
             ValueError: It cannot run, or has other scales.
         """
         settings: HSIVIConfig
-        _, settings, _ = read_distillation(self._arguments(config, seed), config, "")
+        _, settings, _ = parse_distillation(self._arguments(config, seed), config, "")
+        settings.check()
         if settings.guidance_scale is None and self.guidance_scale is not None:
             settings.guidance_scale = self.guidance_scale
         if settings.scales and self.guidance_scale not in settings.scales:
@@ -68,7 +70,10 @@ class Trainings:
         return settings
 
     def student(self, config: str, seed: int, settings: HSIVIConfig) -> tuple[Path, Costs]:
-        """Folder and cost of a student of `settings`."""
+        """Folder and cost of a student of `settings`, with that of the one it starts from.
+
+        That one is named by `--init_from {runs}/NAME_seed{seed}`, and is trained before.
+        """
         words = ["--guidance_scale", *map(str, settings.scales)] if settings.scales else []
         words += ["--class_shares", *map(str, settings.class_shares)] if settings.class_shares else []
         folder, costs = self._train(config, seed, DISTIL, [*RESUME, *words], shared=len(settings.scales) > 1)
@@ -77,7 +82,16 @@ class Trainings:
                 f"{folder} was trained with other options than {config} has ({changed}): name another "
                 "--runs_dir and --output_dir, or remove it and its rows"
             )
-        return folder, costs
+        return folder, self._with_start(costs, settings.init_from)
+
+    def _with_start(self, costs: Costs, start: str | None) -> Costs:
+        """The cost of a run with that of the run it starts from, and so on."""
+        if start is None:
+            return costs
+        before = json.loads((Path(start) / "training.json").read_text())
+        before = self._with_start(before, read_record(Path(start) / "options.json")["init_from"])
+        pairs = {name: (costs[name], before[name]) for name in ("seconds", "network_calls")}
+        return costs | {name: None if None in pair else sum(pair) for name, pair in pairs.items()}
 
     def baseline(self, config: str, seed: int, seconds: float, calls: int) -> tuple[Path, Costs]:
         """Folder and cost of a baseline that has at least so many seconds and network calls."""
@@ -97,13 +111,16 @@ class Trainings:
 
     def _arguments(self, config: str, seed: int) -> list[str]:
         """What the program of a config is called with, for the teacher and a seed."""
-        return ["--config", *shlex.split(config), f"--seed={seed}", f"--pretrained_teacher_model={self.teacher}"]
+        words = [word.format(runs=self.runs, seed=seed) for word in shlex.split(config)]
+        return ["--config", *words, f"--seed={seed}", f"--pretrained_teacher_model={self.teacher}"]
 
     def _train(
         self, config: str, seed: int, program: str, arguments: Sequence[str], shared: bool = False
     ) -> tuple[Path, Costs]:
         """Folder and cost of the training of a config and a seed: done before, or now."""
         path, *others = shlex.split(config)
+        if START in others:
+            del others[others.index(START) : others.index(START) + 2]
         words = [word.removeprefix("--").replace("/", "-") for word in others]
         runs = self.runs.with_name(f"scales_of_{Path(self.teacher).name}") if shared else self.runs
         folder = runs / "_".join([Path(path).stem, *words, f"seed{seed}"])

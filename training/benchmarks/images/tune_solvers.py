@@ -3,12 +3,12 @@
     python -m training.benchmarks.images.tune_solvers --config training/configs/solvers_digits.yaml
 
 For each solver and number of calls, Optuna's TPE looks for the settings with the least mean log distance to real
-images in three spaces (`spaces.py`). A trial draws from noise of `--tuning_seed`. The best settings are then measured
-with more images, in float32, from noise of `--eval_seed`, beside the stock settings of diffusers. The first trials are
-what was found for other sets, the stock grids and a few good ones; then the timesteps are
-e + (s - e) (k / (n - 1))^p, k = n - 1 .. 0, of the clock. Each solver and number of calls has a row in
-OUTPUT_DIR/solvers.json; solvers.md has the tables. A study that was stopped continues by the same command, and rows
-that exist are kept.
+images in three spaces (`spaces.py`); of scenes the share that is not right counts as a fourth distance. A trial draws
+from noise of `--tuning_seed`. The best settings are then measured with more images, in float32, from noise of
+`--eval_seed`, beside the stock settings of diffusers. The first trials are what was found for other sets, the stock
+grids and a few good ones; then the timesteps are e + (s - e) (k / (n - 1))^p, k = n - 1 .. 0, of the clock. Each solver
+and number of calls has a row in OUTPUT_DIR/solvers.json; solvers.md has the tables. A study that was stopped continues
+by the same command, and rows that exist are kept.
 
 Guidance is constant, or falls with noise (--guidance_falls), or is in an interval of times alone (--guidance_interval,
 arXiv 2404.07724): a step outside it is one network call, so there are more steps. These have rows of their own.
@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -55,6 +56,7 @@ CHOICES: dict[str, dict[str, list[Any]]] = {
     "SA-Solver": {"predictor_order": [1, 2, 3], "corrector_order": [1, 2, 3]},
     "iPNDM": {},
 }
+WRONG = "wrong"  # share of scenes that are not right
 FINAL = ("DPM-Solver++", "DPM-Solver++ SDE", "UniPC")  # end at sigma 0, or at the lowest of the clock
 GRIDS = ("leading", "trailing", "linspace")  # of diffusers; iPNDM has none for a teacher
 # Start and end, as shares of the clock, and power; the last one is for flows, which start at pure noise.
@@ -72,9 +74,7 @@ class Options:
     dataset: str | None = option(None, "name of the set")
     teacher: str | None = option(None, "folder of the teacher")
     classifier: str | None = option(None, "folder of the ImageClassifier")
-    real_data: str = option(
-        "digits", "real images, see train_teacher.py; of a text-to-image teacher `captions` or `scenes`"
-    )
+    real_data: str = option("digits", "real images, see train_teacher.py; of a text-to-image teacher `scenes`")
     guidance_scale: float | None = option(None, "scale of guidance; with another than 1 a step is two network calls")
     guidance_falls: bool = option(False, "guide less the more noise there is, and tune where guidance ends")
     guidance_interval: bool = option(False, "guide some of the steps alone, the others take one call, and tune which")
@@ -101,16 +101,37 @@ class Tuning:
         self.clock = len(self.teacher.teacher.schedule)
         if odd := [calls for calls in options.calls if calls % self.teacher.guided.calls]:
             raise ValueError(f"--calls {odd}: a guided step is two network calls: give even numbers")
-        self.spaces = make_spaces(Path(str(options.classifier)), self.teacher.load_real()[0])
+        self.spaces = make_spaces(Path(str(options.classifier)), self.teacher.real[0])
+        scenes = self.teacher.scenes
+        self.measures: Any = scenes and scenes.measures(Path(str(options.classifier)))
 
     def draw(self, solver: str, calls: int, size: int, seed: int, **settings: Any) -> Tensor:
         """Images of a solver, shape (size, C, H, W)."""
         return self.teacher.draw(self.teacher.solver(solver, calls, **settings), size, self.options.batch_size, seed)
 
     def distances(self, images: Tensor) -> dict[str, float]:
-        """Distances of images to the real ones, by the name of the space; infinite if an image is not finite."""
+        """Distances of images to the real ones, by the name of the space; infinite if an image is not finite.
+
+        Of scenes also the share that is not right.
+        """
+        measures: dict[str, Callable[[Tensor], float]] = {space.name: space.distance for space in self.spaces}
+        if self.measures is not None:
+            measures[WRONG] = self.wrong
         finite = bool(images.isfinite().all())
-        return {space.name: space.distance(images) if finite else math.inf for space in self.spaces}
+        return {name: measure(images) if finite else math.inf for name, measure in measures.items()}
+
+    def wrong(self, images: Tensor) -> float:
+        """The share of the images that do not show the scene that was asked for, of none one half of an image."""
+        right = self.measures.right(images, self.teacher.asked(len(images)))
+        return max(1 - right, 0.5 / len(images))
+
+    @cached_property
+    def floor(self) -> dict[str, float]:
+        """The distances of as many real images as a row has."""
+        options = self.options
+        return self.distances(
+            self.teacher.draw(self.teacher.draw_real, options.num_samples, options.batch_size, options.eval_seed)
+        )
 
     def score(self, solver: str, calls: int, trial: optuna.Trial) -> float:
         """What a trial is worth, see `solver_pages.score`."""
@@ -136,7 +157,7 @@ class Tuning:
         options, steps = self.options, calls // self.teacher.guided.calls
         study = optuna.create_study(
             study_name=f"{options.dataset}, {solver} at {calls}, {options.tuning_samples} images, {self.networks}"
-            f", w={options.guidance_scale}",
+            f", w={options.guidance_scale}{f', {WRONG}' if self.measures else ''}",
             storage=JournalStorage(JournalFileBackend(str(Path(options.runs_dir) / "trials.log"))),
             sampler=optuna.samplers.TPESampler(seed=options.tuning_seed, multivariate=True, group=True),
             load_if_exists=True,
@@ -171,7 +192,7 @@ class Tuning:
             "settings": {**stock_settings, **settings},
             "tuned": tuned,
             "stock": stock,
-            "floor": {space.name: space.floor(options.num_samples) for space in self.spaces},
+            "floor": self.floor,
             **{
                 name: getattr(options, name)
                 for name in (
@@ -229,7 +250,7 @@ def suggest(trial: optuna.Trial, solver: str, steps: int, clock: int) -> dict[st
 
 
 def interval_of(times: list[float], before: int, guided: int, clock: int) -> tuple[float, float]:
-    """Times between which so many steps are, after so many before them: halfway to the next step, or all the way."""
+    """Ends of the interval that has the `guided` steps after the first `before`: halfway to the neighbouring steps."""
     borders = [clock, *(round((above + below) / 2, 1) for above, below in pairwise(times)), 0]
     return borders[before + guided], borders[before]
 

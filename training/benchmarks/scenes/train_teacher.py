@@ -11,7 +11,6 @@ that is stopped continues with --resume_from_checkpoint latest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,19 +59,15 @@ class Text:
     caption_dropout: float = option(0.1, "share of the captions that are replaced by nothing")
 
 
-def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer that knows these words, and has room for a caption."""
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
-    start, unknown, end = SPECIAL[1:]
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=unknown))
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Returns a tokenizer that knows the words of captions, and has room for one."""
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[unknown]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{start} $A {end}", special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])]
-    )
-    names = ("pad_token", "bos_token", "unk_token", "eos_token")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=LONGEST, **dict(zip(names, SPECIAL, strict=True))
-    )
+    ends = [(word, vocabulary[word]) for word in ("[start]", "[end]")]
+    tokenizer.post_processor = TemplateProcessing(single="[start] $A [end]", special_tokens=ends)
+    names = {"pad_token": "[pad]", "bos_token": "[start]", "eos_token": "[end]", "unk_token": "[unknown]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=LONGEST, **names)
 
 
 def make_networks(options: Text, vae: AutoencoderKL, num_words: int) -> nn.ModuleDict:
@@ -133,7 +128,7 @@ def main(args: list[str] | None = None) -> None:
     with claimed_alone(run, training.seed) as accelerator:
         device = accelerator.device
         vae = AutoencoderKL.from_pretrained(options.vae).to(device).eval()
-        tokenizer = make_tokenizer(WORDS)
+        tokenizer = make_tokenizer()
         start = options.init_from
         networks = load_networks(start) if start else make_networks(options, vae, len(tokenizer))
         images, scenes = make_scenes(options.num_scenes, training.seed)
