@@ -292,6 +292,11 @@ def make_accelerator(config: HSIVIConfig) -> Accelerator:
             f"mixed_precision={config.precision!r}, and this process has trained in {accelerator.mixed_precision!r}, "
             "which accelerate keeps: give that precision, or start a new process"
         )
+    on_cpu = accelerator.device.type == "cpu"
+    if accelerator.mixed_precision == "bf16" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        accelerator.print(
+            "this CPU has no instructions for mixed_precision='bf16', and takes up to 70 times longer: give 'no'"
+        )
     return accelerator
 
 

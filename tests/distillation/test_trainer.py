@@ -444,6 +444,13 @@ def test_fp16_on_a_cpu_is_refused(distil, tmp_path, fresh_accelerator):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_bf16_that_a_cpu_lacks_is_told(native, monkeypatch, capsys, fresh_accelerator):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    make_accelerator(HSIVIConfig(mixed_precision="bf16"))
+    assert ("no instructions" in capsys.readouterr().out) == (not native)
+
+
 @pytest.mark.parametrize("wanted", [False, True])
 def test_tf32_is_allowed_where_it_is_asked_for(request, wanted):
     for flag in (torch.backends.cuda.matmul, torch.backends.cudnn):
