@@ -14,7 +14,7 @@ from .validation import check_choices, check_ranges, check_together, check_types
 
 FOLDER = {"output_dir", "overwrite_output_dir"}
 # Hardware, checkpointing and reporting, which do not decide what is trained.
-MAY_CHANGE = {"gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32"}
+MAY_CHANGE = {"gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32", "shard_base"}
 MAY_CHANGE |= {"checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to"}
 PAIRS_OF_LATENTS = 1920  # num_pairs of preset "latent" for one step
 
@@ -167,6 +167,9 @@ class HSIVIConfig:
         None, "precision of the networks; by default that of `accelerate config`"
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    shard_base: bool = option(
+        False, "split the frozen weights under adapters over the processes (FSDP2), to save memory", common=False
+    )
     use_8bit_adam: bool = option(False, "keep Adam's moments in 8 bits, by bitsandbytes, to save memory", common=False)
     allow_tf32: bool = option(False, "use TF32 for matrix products on Ampere GPUs and later", common=False)
     # ----- the run -----

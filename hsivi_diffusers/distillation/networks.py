@@ -20,6 +20,7 @@ from ..teachers.loading import load_student
 from ..teachers.teacher import Teacher, network_of
 from .config import START_RULES, HSIVIConfig
 from .game import label_layers, label_scales
+from .sharding import check_sharding, shard_base
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -50,7 +51,12 @@ def load_networks(teacher: Teacher, config: HSIVIConfig, accelerator: Accelerato
         carry_over(networks, Path(config.init_from))
     if has_adapter(networks.student):
         _ = teacher.weights_sha256  # of the weights as they are now
-    teacher.to(accelerator.device, HALF.get(accelerator.mixed_precision))
+    half = HALF.get(accelerator.mixed_precision)
+    if config.shard_base:
+        check_sharding(networks.student, accelerator)
+        nn.Module.to(teacher.network, dtype=half)  # on the CPU, for a device need not have room for it
+        shard_base([teacher.network, networks.student, networks.critic], accelerator.device)
+    teacher.to(accelerator.device, half)
     return networks, identity
 
 

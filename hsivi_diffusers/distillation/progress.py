@@ -180,8 +180,10 @@ class Progress:
         Returns the ratios of `beside_teacher`, in every process.
         """
         ratios = torch.ones(len(RATIOS), device=self.accelerator.device)
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if main or self.config.shard_base:  # whose weights the processes gather together
             images = torch.cat([self._teacher_row, self._draw_student((ROWS - 1) * COLUMNS)])
+        if main:
             shown = images.permute(0, 2, 3, 1).numpy()
             folder = self.folder / "samples"
             folder.mkdir(parents=True, exist_ok=True)
@@ -267,15 +269,16 @@ class Progress:
 
     def _draw_student(self, size: int) -> Tensor:
         """Images of the averaged student in [0, 1], shape (size, C, H, W), of the same classes in each row."""
-        student, row, bridge = self.state.averaged(), self._conditions, self.state.bridge
+        row, bridge = self._conditions, self.state.bridge
         condition = None if row is None else row.repeat(size // COLUMNS).to(self.state.teacher.device)
-        generator, steps = torch.Generator().manual_seed(0), max(student.depths)
+        generator = torch.Generator().manual_seed(0)
         noise = torch.randn(size, *bridge.shape, generator=generator).to(self.state.teacher.device)
-        scale = None if student.noise_scale is None else student.noise_scale()
-        given = {"generator": generator, "noise_scale": scale}
-        call = partial(self.state.teacher.call, student.network)
-        drawn = [
-            run_solver(call, student.scheduler, x, steps, row, **given)
-            for x, row in batches(noise, condition, self.config.train_batch_size)  # which there is memory for
-        ]
+        with self.state.averaging() as student:
+            scale = None if student.noise_scale is None else student.noise_scale()
+            given = {"generator": generator, "noise_scale": scale}
+            call, steps = partial(self.state.teacher.call, student.network), max(student.depths)
+            drawn = [
+                run_solver(call, student.scheduler, x, steps, row, **given)
+                for x, row in batches(noise, condition, self.config.train_batch_size)  # which there is memory for
+            ]
         return self.state.teacher.decode(torch.cat(drawn)).cpu()

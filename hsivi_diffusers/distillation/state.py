@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from ..runs.folders import remove_folder, replace_folder
 from ..runs.state_dicts import TrainedWeights, load_tensors, save_tensors
 from ..scheduling_hsivi import HSIVIScheduler
-from ..teachers.adapters import has_adapter, share
+from ..teachers.adapters import has_adapter
 from ..teachers.levels import clock_of
 from ..vi import Chain, CriticObjective, DivergenceError, PairMixingChain, make_chain, step_generator
 from .config import HSIVIConfig
 from .game import StudentCritic, StudentLayers, TeacherBridge
 from .networks import Networks
 from .pairs import PAIR_CALLS, InterruptedRunError, TeacherPairs, read_images, write_images
+from .sharding import leave_to_fsdp
 
 PAIRS = "pairs"  # folder of a run
 NOISE_SCALE_LEARNING_RATE = 1e-2
@@ -123,6 +124,9 @@ class TrainingState:
         num_layers = self.bridge.num_layers if len(config.depths) > 1 else 0
         critic = StudentCritic(networks.critic.train(), self.teacher, scheduler, num_layers)
         layer_optimizer, critic_optimizer = self._make_optimizers(networks)
+        if config.shard_base:
+            for module in (self.student, critic):
+                leave_to_fsdp(module)
         self.layers, self.critic, self.layer_optimizer, self.critic_optimizer = accelerator.prepare(
             self.student, critic, layer_optimizer, critic_optimizer
         )
@@ -278,16 +282,28 @@ class TrainingState:
 
     def make_pipeline(self) -> Any:
         """The averaged layers as a pipeline of their own, on the device of the run."""
-        student = self.averaged(copy.deepcopy)  # no weight of the run is in it
-        return self.teacher.student_pipeline(student.network, student.scheduler, student.noise_scale)
-
-    def averaged(self, copied: Callable[[StudentLayers], StudentLayers] = share) -> StudentLayers:
-        """A copy of the layers with the averaged weights, in evaluation mode."""
-        student = copied(self.student)
-        self.ema.copy_to(trained(student))
+        if self.config.shard_base:
+            raise ValueError(
+                "no process of a run with shard_base=True has the whole student: load OUTPUT_DIR/pipeline at the end"
+            )
+        with self.averaging():
+            student = copy.deepcopy(self.student)  # no weight of the run is in it
         if self.config.gradient_checkpointing:
             student.network.disable_gradient_checkpointing()
-        return student.eval()
+        return self.teacher.student_pipeline(student.network, student.scheduler, student.noise_scale)
+
+    @contextmanager
+    def averaging(self) -> Iterator[StudentLayers]:
+        """Lends the layers with the averaged weights, in evaluation mode; their calls are not counted."""
+        weights = trained(self.student)
+        self.ema.store(weights)
+        self.ema.copy_to(weights)
+        try:
+            with self.counting_paused():
+                yield self.student.eval()
+        finally:
+            self.ema.restore(weights)
+            self.student.train()
 
     def check_finite(self, step: int) -> None:
         """Raises DivergenceError if a weight is not finite after this number of updates."""
@@ -322,5 +338,5 @@ class TrainingState:
             replace_folder(unfinished, output_dir / name)
 
     def _save_student(self, folder: Path) -> None:
-        student = self.averaged(share if has_adapter(self.student.network) else copy.deepcopy)
-        self.teacher.save_student(student.network, student.scheduler, student.noise_scale, folder)
+        with self.averaging() as student:
+            self.teacher.save_student(student.network, student.scheduler, student.noise_scale, folder)

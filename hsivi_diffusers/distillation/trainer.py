@@ -277,7 +277,7 @@ def make_accelerator(config: HSIVIConfig) -> Accelerator:
         raise ValueError(
             f"the launcher asks for {accelerator.distributed_type.value}, which under accelerate takes one model, and "
             "two are trained here, student and critic: launch with data parallelism, see training/accelerate_configs, "
-            "and save memory with mixed_precision bf16, gradient_checkpointing and gradient_accumulation_steps"
+            "and save memory with shard_base, mixed_precision bf16 and gradient_checkpointing"
         )
     started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if started != accelerator.num_processes:

@@ -40,7 +40,7 @@ def test_the_config_for_the_cpu_starts_two_processes(arguments, launch, tmp_path
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_plugins_for_a_single_model_are_refused(distil, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(trainer, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
-    message = f"asks for {kind.value}, .* two are trained.*mixed_precision bf16, gradient_checkpointing"
+    message = f"asks for {kind.value}, .* two are trained.*shard_base, mixed_precision bf16 and gradient_checkpointing"
     with pytest.raises(ValueError, match=message):
         distil(tmp_path / "run")
     assert not (tmp_path / "run").exists()
