@@ -27,6 +27,7 @@ from ..runs.output import Output, check_init_from, check_inputs, claimed, finish
 from ..runs.page import LOG, PAGE, write_page
 from ..share.push import push
 from ..teachers.adapters import has_adapter
+from ..teachers.comfyui import find_workflow
 from ..teachers.loading import load_teacher
 from ..teachers.teacher import Teacher
 from ..vi import CriticObjective, DivergenceError, Step
@@ -237,6 +238,7 @@ class HSIVITrainer:
             "call": self.state.teacher.call_arguments(self.state.bridge.scheduler),
             "embeds_guidance": self.state.teacher.embeds_guidance,
             "euler": self.state.teacher.euler_arguments(self.state.bridge.scheduler),
+            "comfyui": find_workflow(self.state.teacher, self.state.bridge.scheduler),
             **self.state.identity,
         }
 

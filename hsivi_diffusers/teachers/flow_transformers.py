@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
 from .adapters import Adapter
+from .comfyui import Files
 from .latents import CLIP_TOKENS, TextLatents
 
 # Attention and feed-forward of image and text.
@@ -121,6 +122,11 @@ class StableDiffusion3(FlowTransformer):
     pipelines = ("StableDiffusion3Pipeline",)
     network_class = SD3Transformer2DModel
     adapter = Adapter(TARGETS, "transformer", idle=("attn.add_q_proj",))
+    comfyui = Files(
+        encoders=("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors"),
+        latent="EmptySD3LatentImage",
+        pads_text=True,
+    )
     encoded = (("encoder_hidden_states", 0, 1), ("pooled_projections", 2, 3))
 
     @property
@@ -144,6 +150,7 @@ class AuraFlow(FlowTransformer):
         + [f"{part}.{name}" for part in ("ff", "ff_context") for name in ("linear_1", "linear_2", "out_projection")],
         "transformer",
     )
+    comfyui = Files(pads_text=True)
     knows_size = False  # nor does its pipeline
 
     @staticmethod

@@ -63,6 +63,7 @@ class Flux2(Flux2Base, Flux):
 
     pipelines = ("Flux2Pipeline",)
     undistilled = "FLUX.2-dev"
+    comfyui = None
 
 
 class Flux2Klein(Flux2Base):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
 from .adapters import Adapter
+from .comfyui import Files
 from .configs import Configs
 from .flow_transformers import ATTENTION, FlowTransformer
 from .latents import Latents
@@ -69,6 +70,12 @@ class ZImage(FlowTransformer):
     pipelines = ("ZImagePipeline",)
     network_class = ZImageTransformer2DModel
     adapter = Adapter([*ATTENTION, *(f"feed_forward.w{i}" for i in (1, 2, 3))], "transformer")
+    comfyui = Files(
+        encoders=("qwen_3_4b.safetensors",),
+        decoder="ae.safetensors",
+        type="lumina2",
+        latent="EmptySD3LatentImage",
+    )
     patch = 2
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..scheduling_hsivi import HSIVIScheduler
 from .adapters import Adapter
+from .comfyui import Files
 from .configs import Configs
 from .flow_transformers import TARGETS, FlowTransformer
 from .latents import Latents
@@ -57,6 +58,13 @@ class Flux(Packed):
     embeds_guidance = True
     takes_negative = False
     undistilled = "FLUX.1-dev"
+    comfyui: ClassVar[Files | None] = Files(
+        encoders=("clip_l.safetensors", "t5xxl_fp16.safetensors"),
+        decoder="ae.safetensors",
+        type="flux",
+        latent="EmptySD3LatentImage",
+        pads_text=True,
+    )
     guidance = 1.0
 
     @classmethod
@@ -133,6 +141,12 @@ class QwenImage(Packed):
         [*TARGETS[:8], *(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2"))],
         "transformer",
         idle=("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    )
+    comfyui = Files(
+        encoders=("qwen_2.5_vl_7b_fp8_scaled.safetensors",),
+        decoder="qwen_image_vae.safetensors",
+        type="qwen_image",
+        latent="EmptySD3LatentImage",
     )
 
     @classmethod

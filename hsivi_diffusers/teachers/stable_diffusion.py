@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from .adapters import Adapter
+from .comfyui import Files
 from .latents import CLIP_TOKENS, TextLatents
 
 # Attention, feed-forward and convolutions: those of diffusers' LCM-LoRA example.
@@ -32,6 +33,7 @@ class StableDiffusion(TextLatents):
     network_class = UNet2DConditionModel
     part = "unet"
     adapter = Adapter(TARGETS, "unet")
+    comfyui = Files()
     scales_input = True
     encoded: Sequence[tuple[str, int, int]] = (("encoder_hidden_states", 0, 1),)
 
@@ -54,6 +56,7 @@ class StableDiffusionXL(StableDiffusion):
     """SDXL: two encoders, and a network that takes the pooled text and the size of the image too."""
 
     pipelines = ("StableDiffusionXLPipeline",)
+    comfyui = Files(knows_edm=True)
     encoded = (("encoder_hidden_states", 0, 1), ("text_embeds", 2, 3))
 
     def arguments(self, condition: Tensor, like: Tensor) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ..modeling_hsivi import HSIVINoiseScale
 from ..runs.state_dicts import hash_weights, load_tensors, save_tensors
 from ..scheduling_hsivi import STOCK, HSIVIScheduler
 from .adapters import Adapter, has_adapter, save_adapter
+from .comfyui import Files
 from .configs import Configs
 
 NEW = {"shift_terminal", "resolution", "edm"}  # keys of schedulers that 0.2 has not
@@ -48,6 +49,7 @@ class Teacher:
     Attributes:
         clips: The network denoises pixels, whose range is [-1, 1]; not latents.
         adapter: Where a LoRA goes, or None if all weights are trained.
+        comfyui: How ComfyUI loads this kind, or None if no workflow is known, see `make_workflow`.
         takes_text: It needs prompts, see `encode_prompts`.
         embeds_guidance: Its networks take the guidance scale as an input, so a guided call is one call.
         loaded_half: The network was loaded in half precision, see `load_teacher`; its hashes are those of single
@@ -56,6 +58,7 @@ class Teacher:
 
     clips = True
     adapter: ClassVar[Adapter | None] = None
+    comfyui: ClassVar[Files | None] = None
     takes_text: ClassVar[bool] = False
     embeds_guidance: ClassVar[bool] = False
     draw_batch = 100  # images drawn at once, by default
