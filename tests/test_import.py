@@ -63,7 +63,7 @@ def test_type_checkers_see_the_names():
 
 def test_what_a_command_refuses_by_its_options_alone_costs_no_import_of_torch():
     asked = [["--help"], ["distil", "--help"], ["plan", "--num_inference_steps", "x"], ["sample", "--num_samples", "0"]]
-    asked += [["push"], ["distil", "--num_inference_steps", "0"]]
+    asked += [["push"], ["export"], ["distil", "--num_inference_steps", "0"]]
     lines = ["import contextlib", "from hsivi_diffusers.commands import cli"]
     for words in asked:
         lines += ["with contextlib.suppress(SystemExit):", f"    cli.main({words})"]

@@ -1,4 +1,4 @@
-"""The command `hsivi`: distil a model, plan it, sample, evaluate, push to the Hub, and show it in the browser."""
+"""The command `hsivi`: distil a model, plan it, sample, evaluate, push, export, and show it in the browser."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ..runs.artifacts import holds_pipeline, pipeline_of, read_record, sample_grids
+from ..runs.artifacts import ADAPTER, holds_pipeline, pipeline_of, read_record, sample_grids
 from ..runs.options import did_you_mean, option
 from .options import parse_options, print_error, run_command, with_dashes
 from .sample import sample  # torch and diffusers, which take seconds, are imported by what needs them
@@ -26,6 +26,7 @@ commands:
   sample     draw images from a distilled pipeline
   evaluate   measure a run against solvers of its teacher
   push       push a run to the Hub, with its model card
+  export     write the LoRA of a run for ComfyUI, with a workflow
   demo       draw in the browser, a student beside its teacher
 
 `hsivi COMMAND --help` lists the common options of a command, `--help_all` all of them, and `hsivi --version` the
@@ -50,6 +51,13 @@ PUSH = """Push the pipeline of a finished run to the Hub, with a model card made
     hsivi push --run_dir runs/digits_t5 --hub_model_id user/digits-hsivi-5 --license apache-2.0
 
 Run `hsivi evaluate` first: the card then says how good the sampler is."""
+
+
+EXPORT = """Write the LoRA of a finished run for another program, with what it needs there.
+
+    hsivi export --run_dir runs/sd4 --format comfyui --output_dir runs/sd4/comfyui
+
+Writes the LoRA, workflow.json and README.md."""
 
 
 @dataclass
@@ -97,6 +105,14 @@ class Push(Hub):
     license: str | None = option(None, "identifier of the licence, such as apache-2.0, for the card")
     fp16: bool = option(True, "push the weights in half precision too, as the variant fp16")
     hub_revision: str | None = option(None, "branch to push to; created if it does not exist")
+
+
+@dataclass
+class Export:
+    _group = "export"
+    run_dir: str | None = option(None, "folder of a run whose result is a LoRA")
+    format: Literal["comfyui"] = option("comfyui", "program that it is for")
+    output_dir: str | None = option(None, "folder to write; a new or empty one")
 
 
 def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
@@ -266,12 +282,39 @@ def push_run(args: Sequence[str]) -> None:
     print(f"pushed to {url}")
 
 
+def export_run(args: Sequence[str]) -> None:
+    """Runs `hsivi export`."""
+    (options,) = parse_options([Export], EXPORT, args, "hsivi export")
+    for name in ("run_dir", "output_dir"):
+        if not getattr(options, name):
+            raise ValueError(f"--{name} is missing: name a folder")
+    adapter, record = Path(options.run_dir) / "pipeline", Path(options.run_dir) / "training.json"
+    if not record.is_file() or not holds_pipeline(adapter):
+        raise ValueError(f"{options.run_dir} holds no finished run: give the folder that `hsivi distil` wrote")
+    if not (adapter / ADAPTER).is_file():
+        raise ValueError(
+            f"{adapter} holds a whole pipeline and no LoRA, which ComfyUI does not load: draw with `hsivi sample`, or "
+            "train Stable Diffusion, SDXL or a flow transformer with a lora_rank above 0"
+        )
+    from ..share.comfyui import export
+    from ..share.push import check_adapter
+
+    steps = check_adapter(adapter).depths[-1]
+    name = f"{Path(options.run_dir).resolve().name}_{steps}_steps"
+    lora = export(adapter, read_record(record), name, Path(options.output_dir))
+    print(
+        f"copy {lora} to models/loras of ComfyUI, and open {lora.parent / 'workflow.json'} in its window\n"
+        f"what to choose there: {lora.parent / 'README.md'}"
+    )
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "distil": distil,
     "plan": plan,
     "sample": sample,
     "evaluate": evaluate,
     "push": push_run,
+    "export": export_run,
     "demo": demo,
 }
 

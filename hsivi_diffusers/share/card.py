@@ -130,9 +130,17 @@ def make_card(
 
 
 def make_adapter_card(
-    scheduler: Any, repo_id: str, run: dict[str, Any], base_model: str | None = None, license: str | None = None
+    scheduler: Any,
+    repo_id: str,
+    run: dict[str, Any],
+    base_model: str | None = None,
+    license: str | None = None,
+    comfyui: str | None = None,
 ) -> ModelCard:
-    """Makes the card of a LoRA with its scheduler, which are loaded into a stock pipeline of the teacher."""
+    """Makes the card of a LoRA with its scheduler, which are loaded into a stock pipeline of the teacher.
+
+    `comfyui` says how it is used there, if it can be; the others are those of `make_card`.
+    """
     counts, training = scheduler.depths, run["training"]
     about = {"base": base_model or "REPO_OF_THE_TEACHER", "repo_id": repo_id, "steps": counts[-1]}
     about["call"] = ", ".join(_call(training))
@@ -144,6 +152,7 @@ def make_adapter_card(
         f"{METHOD}.",
         _grid(run),
         f"## Use it\n\n{usage}",
+        f"## Use it in ComfyUI\n\n{comfyui}" if comfyui else "",
     ]
     return _assemble(
         repo_id,

@@ -29,6 +29,7 @@ from ..runs.artifacts import ADAPTER, read_record, read_run
 from ..runs.state_dicts import load_tensors
 from ..scheduling_hsivi import HSIVIScheduler
 from .card import is_ours, make_adapter_card, make_card
+from .comfyui import read_workflow, save_workflow, workflow_text
 
 AGAIN = "Nothing of yours was lost. Push again later: what has arrived is not sent twice."
 CUT = (OSError, RuntimeError, HTTPError)  # raised by a cut connection
@@ -290,7 +291,12 @@ def write_adapter_repo(
     shutil.copy(adapter / ADAPTER, folder)
     scheduler.save_pretrained(folder / "scheduler")
     _save_figures(folder, run)
-    make_adapter_card(scheduler, repo_id, run, **about).save(folder / "README.md")
+    comfyui = None
+    with suppress(ValueError):  # most students have a workflow
+        nodes = read_workflow(run["training"], f"{repo_id.split('/')[-1]}.safetensors")
+        save_workflow(nodes, folder)
+        comfyui = workflow_text(nodes, ADAPTER, about["base_model"])
+    make_adapter_card(scheduler, repo_id, run, **about, comfyui=comfyui).save(folder / "README.md")
     _make_private(folder, {})
 
 

@@ -9,7 +9,7 @@ import pytest
 import hsivi_diffusers
 from hsivi_diffusers.commands import cli
 
-CHOICES = "choose one of distil, plan, sample, evaluate, push, demo"
+CHOICES = "choose one of distil, plan, sample, evaluate, push, export, demo"
 
 
 @pytest.mark.parametrize(
