@@ -35,7 +35,7 @@ class Sampling:
     seed: int = option(0, "image i has the seed `seed + i`")
     class_label: list[int] = option([], "classes to draw, one image of each in turn; all by default")
     prompt: list[str] = option([], "prompts for a text-to-image student, drawn in turn; those of the run by default")
-    prompts: str | None = option(None, "text file with such prompts, one in a line")
+    prompts: str | None = option(None, "text file with such prompts, one in a line, or default")
     guidance_scale: float | None = option(None, "one of the guidance scales it was trained with; the lowest by default")
     device: str | None = option(None, "cpu, cuda or another torch device; the GPU if there is one")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..runs.artifacts import read_record
+from ..runs.artifacts import DEFAULT, read_record
 from ..runs.options import did_you_mean, option, renamed
 from .validation import check_choices, check_ranges, check_together, check_types
 
@@ -116,7 +116,7 @@ class HSIVIConfig:
         True, "decrease guidance linearly with noise during training, to none at the first step"
     )
     prompts: str | list[str] | None = option(
-        None, "of a text-to-image teacher: text file with one prompt per line, or a list"
+        None, "of a text-to-image teacher: text file with one prompt per line, a list, or default for 3,000 of our own"
     )
     resolution: list[int] | None = option(
         None, "height and width of the images, of a text-to-image teacher; those of its pipeline by default"
@@ -197,6 +197,8 @@ class HSIVIConfig:
         for name in ("output_dir", "init_from", "prompts"):
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
+                if name == "prompts" and self.prompts == DEFAULT:  # a path is a file
+                    self.prompts = os.path.join(os.curdir, DEFAULT)
         if isinstance(self.resolution, tuple):
             self.resolution = list(self.resolution)
         for name, (given, value) in (self._filled or {}).items():

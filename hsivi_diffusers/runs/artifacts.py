@@ -8,26 +8,30 @@ from typing import Any
 
 from PIL import Image
 
+from .default_prompts import default_prompts
+
 ADAPTER = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` of diffusers looks for
 PROMPTS = "prompts.txt"  # in the folder of a run
+DEFAULT = "default"  # names the list of the package; a file of this name is "./default"
 GRID_COLUMNS = 8  # of a sample grid
 CARD_GRID_WIDTH = 1600  # pixels of a sample grid in a card, at most
 NUMBERS = ("seconds", "network_calls", "peak_memory_mib", "processes")  # of training.json
 
 
 def read_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """Returns the prompts of a list, or of a text file with one prompt per line.
+    """Returns the prompts of a list, or of a text file with one prompt per line, or `default_prompts` for "default".
 
     Raises:
         ValueError: There is no such file, it is not text, a prompt of a list has a line break, or there are no prompts.
     """
-    accepted = "give the path of a text file with one prompt per line, or from Python a list"
-    texts = prompts
-    if isinstance(prompts, str):
-        if not Path(prompts).is_file():
+    accepted = "give the path of a text file with one prompt per line, 'default' for those of the package, or from "
+    accepted += "Python a list"
+    texts = default_prompts() if prompts == DEFAULT else prompts
+    if isinstance(texts, str):
+        if not Path(texts).is_file():
             raise ValueError(f"prompts={prompts!r} is no file: {accepted}")
         try:
-            texts = Path(prompts).read_bytes().decode("utf-8-sig").split("\n")  # splitlines() splits at U+2028, too
+            texts = Path(texts).read_bytes().decode("utf-8-sig").split("\n")  # splitlines() splits at U+2028, too
         except UnicodeDecodeError as error:
             raise ValueError(f"prompts={prompts!r} is no text in UTF-8 ({error}): {accepted}") from error
     found = [stripped for text in texts if (stripped := text.strip())]

@@ -446,8 +446,8 @@ def check_prompts(takes_text: bool, prompts: Any) -> None:
         raise ValueError("prompts was given, and the teacher takes no text: leave it out")
     if takes_text and prompts is None:
         raise ValueError(
-            "prompts is missing, and the teacher takes text: give a text file with one prompt in a line, or from "
-            "Python a list"
+            "prompts is missing, and the teacher takes text: give a text file with one prompt in a line, 'default' for "
+            "those of the package, or from Python a list"
         )
 
 

@@ -66,6 +66,13 @@ def test_short_runs_and_runs_that_go_on_need_no_long_start():
     assert HSIVIConfig(num_inference_steps=1, prompts=["a"]).num_pairs == 1920
 
 
+def test_a_path_to_a_file_called_default_is_a_file():
+    assert HSIVIConfig(prompts="default").record()["prompts"] == "default"
+    path = HSIVIConfig(prompts=Path("default")).record()["prompts"]
+    assert path != "default"
+    assert Path(path) == Path("default")
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [

@@ -86,6 +86,7 @@ def test_what_cannot_run_is_refused(settings, message):
         {"max_train_steps": 60, "lr_warmup_steps": 60},
         {"class_shares": [1e20, 0.0, 1.0]},
         {"prompts": ["a", "b"], "guidance_scale": [1.0, 4.5], "class_shares": [1.0, 2.0], "negative_prompt": "c"},
+        {"prompts": "default", "guidance_scale": 4.5, "class_shares": [1.0] * 3000},
         {"noise_eta": 0.0},
         {"preset": "paper", "scoring": "random", "level_min": 20},
     ],

@@ -3,6 +3,7 @@
 import pytest
 
 from hsivi_diffusers.runs.artifacts import read_prompts
+from hsivi_diffusers.runs.default_prompts import default_prompts
 
 
 @pytest.mark.parametrize(
@@ -22,3 +23,11 @@ def test_prompts_of_a_file_are_its_lines(tmp_path, content, prompts):
 def test_a_prompt_of_a_list_has_no_line_break(text):
     with pytest.raises(ValueError, match="the prompt 'a cat.*a dog' has a line break: give each prompt in one line"):
         read_prompts(["an owl", text])
+
+
+def test_default_names_the_prompts_of_the_package_whatever_lies_in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "default").write_text("a cat\n")
+    assert read_prompts("default") == [*default_prompts()]
+    assert read_prompts("./default") == ["a cat"]
+    assert read_prompts(["default"]) == ["default"]

@@ -26,6 +26,7 @@ from hsivi_diffusers.distillation import plan, progress, updates
 from hsivi_diffusers.distillation.networks import make_scheduler
 from hsivi_diffusers.distillation.updates import run_updates
 from hsivi_diffusers.runs.artifacts import ADAPTER, read_prompts, read_run
+from hsivi_diffusers.runs.default_prompts import default_prompts
 from hsivi_diffusers.teachers import latents, prompts
 from hsivi_diffusers.teachers.adapters import adapter_names, add_adapter, of_file, share
 from hsivi_diffusers.teachers.guidance import Guided
@@ -606,6 +607,17 @@ def test_a_resume_that_is_refused_leaves_the_prompts_of_the_run(options, distil,
     with pytest.raises(ValueError, match="prompts_sha256"):
         distil(folder, **{**options, "prompts": prompts}, resume_from_checkpoint="latest")
     assert (folder / "prompts.txt").read_text() == "a red cat\n"
+
+
+def test_a_run_of_the_default_prompts_records_their_name_and_continues(options, distil, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "default").write_text("a red cat\n")
+    given = {**options, "prompts": "default", "checkpointing_steps": 1}
+    folder = distil(tmp_path / "run", **{**given, "max_train_steps": 1})
+    assert json.loads((folder / "options.json").read_text())["prompts"] == "default"
+    assert tuple((folder / "prompts.txt").read_text().splitlines()) == default_prompts()
+    assert read_run(folder)["prompts"] == [*default_prompts()[:8]]
+    cli.distil([f"--output_dir={folder}", "--resume_from_checkpoint=latest"])
 
 
 def test_the_prompts_of_the_columns_are_those_that_were_trained(run, tmp_path):
