@@ -196,12 +196,12 @@ FLOW_SAMPLERS = {"euler": "EulerDiscrete", "lcm": "LCM"}
 
 def draw_here(kind, scheduler, noise, generator):
     """Latents of the stock pipeline of the teacher with our scheduler."""
-    pipeline = pipeline_of(kind)
-    pipeline.scheduler = scheduler
     step = scheduler.step  # to which the pipelines of flows pass no generator
     scheduler.step = lambda *given, **more: step(*given, **{**more, "generator": generator})
     given = {"prompt": [PROMPT] * len(noise), "num_inference_steps": scheduler.depths[-1], "guidance_scale": 1.0}
-    return pipeline(**given, latents=noise.clone(), output_type="latent").images
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pipeline_of(kind), "scheduler", scheduler)
+        return pipeline_of(kind)(**given, latents=noise.clone(), output_type="latent").images
 
 
 EQUAL = [
