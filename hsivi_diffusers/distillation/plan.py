@@ -320,6 +320,7 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
         *_table("memory of a process, MiB", cost.memory, MIB, ",.1f"),
         f"  {'in all, at the peak':40s}{sum(cost.memory.values()) / MIB:>16,.1f}",
         "  (libraries, of this process, and pairs are in main memory; the rest is on the device)",
+        *(["  (shard_base leaves 1/N of the teacher in each of the N processes of a machine)"] * config.shard_base),
         "",
         f"an update calls for each row: {calls}; {cost.flops / 1e9:,.1f} GFLOP in a process",
         *_time_lines(teacher, revision, config, cost),

@@ -253,6 +253,15 @@ def test_a_plan_by_the_first_process_needs_no_weights_and_writes_nothing(planned
     assert "by the speed of one network (CPU time of this process measured alone, 1 thread(s))" in text
 
 
+@pytest.mark.parametrize("split", ["false", "true"])
+def test_a_plan_says_what_processes_share(planned, text_teachers, tmp_path, split):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat")
+    given = {"pretrained_teacher_model": text_teachers("sd"), "prompts": prompts, "guidance_scale": 3.0, "lora_rank": 2}
+    text = planned(**given, shard_base=split)
+    assert ("leaves 1/N of the teacher in each of the N processes" in text) == (split == "true")
+
+
 def test_the_configs_of_a_teacher_may_lie_in_one_folder(tiny_teacher, tmp_path):
     """As those of google/ddpm-*."""
     teachers = [
