@@ -166,7 +166,7 @@ def _claim_repo(hub: PushAtEnd) -> None:
 def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
     """Reads the options of a distillation, and refuses what cannot run; of a resumed run its own are the defaults."""
     from ..distillation.config import read_settings
-    from ..runs.output import check_init_from
+    from ..runs.output import check_init_from, is_run
 
     read = partial(parse_distillation, args, prog, description)
     teacher, config, hub = read()
@@ -175,7 +175,7 @@ def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple
         teacher, config, hub = read(before=read_settings(record))
     config.check()
     hub.check()
-    if config.init_from is not None:
+    if config.init_from is not None and is_run(Path(config.init_from)):
         check_init_from(Path(config.init_from))
         if teacher.pretrained_teacher_model is None:
             before = read_record(Path(config.init_from) / "options.json")

@@ -176,7 +176,10 @@ class HSIVIConfig:
     output_dir: str | None = option(None, "folder of the run")
     overwrite_output_dir: bool = option(False, "start over in a folder that is not empty; removes the earlier run")
     init_from: str | None = option(
-        None, "folder of a finished run whose student, critic and noise scale to start from, on any grid", common=False
+        None,
+        "what to start from: folder of a finished run (student, critic and noise scale, on any grid), or a published "
+        "student: a LoRA as file, folder, ORG/REPO or ORG/REPO/FILE, or a network of diffusers",
+        common=False,
     )
     checkpointing_steps: int = option(500, "student updates between checkpoints")
     checkpoints_total_limit: int = option(2, "checkpoints to keep", common=False)
@@ -230,7 +233,7 @@ class HSIVIConfig:
         if self.preset == "latent" and self.depths == [1]:
             values["num_pairs"] = PAIRS_OF_LATENTS
         values["critic_first"] = min(values["critic_first"], self.max_train_steps // 6)  # in short runs a sixth at most
-        if self.init_from:  # student and critic have learned already
+        if self.init_from:  # the student has learned already
             values |= {"num_pairs": 0, "critic_first": 0}
         return values
 

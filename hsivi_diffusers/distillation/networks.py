@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
 from ..runs.artifacts import ADAPTER, read_record
+from ..runs.output import is_run
 from ..scheduling_hsivi import HSIVIScheduler
-from ..teachers.adapters import add_adapter, has_adapter, load_adapter
+from ..teachers.adapters import add_adapter, has_adapter, rank_of
 from ..teachers.levels import clock_of
 from ..teachers.loading import load_student
+from ..teachers.starts import load_weights, with_lora
 from ..teachers.teacher import Teacher, network_of
 from .config import START_RULES, HSIVIConfig
 from .game import label_layers, label_scales
@@ -39,16 +41,18 @@ class Networks:
 def load_networks(teacher: Teacher, config: HSIVIConfig, accelerator: Accelerator) -> tuple[Networks, dict[str, str]]:
     """Copies student and critic from the teacher, whose network is cast to the precision of its calls.
 
-    With `init_from` they start where an earlier run ended. The second value identifies teacher and prompts by hashes.
+    With `init_from` they start where an earlier run ended, or the student as one that was published. The second value
+    identifies teacher and prompts by hashes.
     """
     teacher.set_sizes(config)
-    teacher.check_students(config)  # before prompts are encoded, which may take hours
+    teacher.check_students(config)
+    student_and_critic = make_student_and_critic(teacher, config)  # before prompts are encoded, which may take hours
     teacher.encode_prompts(config.prompts, config.negative_prompt, accelerator.device)
     identity = teacher.identity()
-    networks = make_networks(teacher, *make_student_and_critic(teacher, config), config)
-    if config.init_from is not None:
-        check_same_teacher(Path(config.init_from), identity["teacher_sha256"])
-        carry_over(networks, Path(config.init_from))
+    networks = make_networks(teacher, *student_and_critic, config)
+    if config.init_from is not None and is_run(run := Path(config.init_from)):
+        check_same_teacher(run, identity["teacher_sha256"])
+        carry_over(networks, run)
     if has_adapter(networks.student):
         _ = teacher.weights_sha256  # of the weights as they are now
     half = HALF.get(accelerator.mixed_precision)
@@ -61,11 +65,33 @@ def load_networks(teacher: Teacher, config: HSIVIConfig, accelerator: Accelerato
 
 
 def make_student_and_critic(teacher: Teacher, config: HSIVIConfig) -> tuple[Any, Any]:
-    """Returns copies of the teacher's network, or its own weights with an adapter each."""
-    if (rank := teacher.rank(config.lora_rank)) and teacher.adapter is not None:
-        student, critic = (add_adapter(teacher.network, teacher.adapter, rank) for _ in range(2))
+    """Returns copies of the teacher's network, or its own weights with an adapter each.
+
+    The adapters are those that `init_from` names, and so are the weights of a copy, unless it names a run.
+
+    Raises:
+        ValueError: See `with_lora` and `load_weights`.
+    """
+    start, network, rank = config.init_from, teacher.network, teacher.rank(config.lora_rank)
+    if not rank or teacher.adapter is None:
+        student, critic = copy.deepcopy(network), copy.deepcopy(network)
+        if start is not None and not is_run(Path(start)):
+            load_weights(student, start)
         return student, critic
-    return copy.deepcopy(teacher.network), copy.deepcopy(teacher.network)
+    starts = [start, None]
+    if start is not None and is_run(run := Path(start)):
+        if not (run / "pipeline" / ADAPTER).is_file():
+            raise ValueError(f"init_from={start!r} holds no {ADAPTER}: give a run that was trained with lora_rank")
+        starts = [str(run / name / ADAPTER) for name in ("pipeline", "critic")]
+    student, critic = (
+        add_adapter(network, teacher.adapter, rank) if source is None else with_lora(teacher, source)
+        for source in starts
+    )
+    if start is not None and config.lora_rank not in (None, found := rank_of(student)):
+        raise ValueError(
+            f"init_from={start!r} has a LoRA of rank {found}, and lora_rank={config.lora_rank}: leave that out"
+        )
+    return student, critic
 
 
 def make_networks(teacher: Teacher, student: Any, critic: Any, config: HSIVIConfig) -> Networks:
@@ -127,9 +153,7 @@ def check_same_teacher(run: Path, teacher_sha256: str) -> None:
 def carry_over(networks: Networks, run: Path) -> None:
     """Lets student, critic and noise scale start where a finished run ended; refuses those that do not fit."""
     teacher = networks.teacher
-    if teacher.adapter is not None and has_adapter(networks.student):
-        for network, name in ((networks.student, "pipeline"), (networks.critic, "critic")):
-            load_adapter(network, run / name, teacher.adapter.prefix)
+    if has_adapter(networks.student):  # it has that of the run already
         return
     if (run / "pipeline" / ADAPTER).is_file():
         raise ValueError(f"init_from={str(run)!r} was trained with lora_rank, and the new run has copies: set its rank")

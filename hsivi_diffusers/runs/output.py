@@ -67,8 +67,13 @@ def check_inputs(run: Output, written: Sequence[str], **inputs: str | Path | Non
             )
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run, finished or not."""
+    return (path / "options.json").is_file() or (path / "checkpoints").is_dir()
+
+
 def check_init_from(run: Path) -> None:
-    """Refuses, with ValueError, a folder that is not a finished run."""
+    """Refuses, with ValueError, the folder of a run that has not ended."""
     missing = [name for name in ("pipeline", "critic", "options.json") if not (run / name).exists()]
     if missing:
         raise ValueError(f"init_from={str(run)!r} lacks {', '.join(missing)}: give the folder of a finished run")

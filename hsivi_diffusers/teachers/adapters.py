@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_unet_state_dict_to_peft
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 
 from ..runs.artifacts import ADAPTER
-from ..runs.state_dicts import load_tensors, save_tensors
+from ..runs.state_dicts import save_tensors
 
 T = TypeVar("T")
 UNET = "unet"  # prefix of the names of its weights
@@ -23,7 +25,7 @@ BASE = "teacher_weights_sha256"  # entry of the file of an adapter
 class Adapter(NamedTuple):
     """Where the adapters of a kind of teacher go."""
 
-    targets: list[str]  # names of modules, as in peft
+    targets: list[str] | str  # ends of names of modules, or a pattern for whole ones, as in peft
     prefix: str  # of the names in the file that `load_lora_weights` of diffusers loads, see `in_file`
     rank: int = 64  # the default
     idle: tuple[str, ...] = ()  # names in the last block of modules that get no gradient, and no adapter
@@ -57,29 +59,35 @@ def idle_names(network: Any, adapter: Adapter) -> list[str]:
     return [f"transformer_blocks.{len(network.transformer_blocks) - 1}.{name}" for name in adapter.idle]
 
 
-def adapter_names(network: Any, adapter: Adapter) -> list[str]:
-    """The names of the weights of an adapter of a network, as in its state by peft."""
-    ends = tuple(f".{target}" for target in adapter.targets)
-    left_out = idle_names(network, adapter)
-    layers = [name for name, _ in network.named_modules() if f".{name}".endswith(ends) and name not in left_out]
-    return [f"{name}.lora_{factor}.weight" for name in layers for factor in "AB"]
+def factor_names(network: Any) -> list[str]:
+    """The names that A and B of all modules of a network would have, as in its state by peft."""
+    return [f"{name}.lora_{factor}.weight" for name, _ in network.named_modules() for factor in "AB"]
 
 
 def in_file(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Returns the weights of an adapter under the names of its file, all of which diffusers loads.
 
     Those of a UNet are kohya's, `lora_unet_MODULE.lora_down.weight`, with the rank as `alpha`, for ComfyUI and the like
-    know no others; those of a transformer have its prefix, which they know.
+    know no others; those of a transformer have its prefix, which they know. So have those of a UNet with a module whose
+    name diffusers does not make out of kohya's.
     """
     named = {f"{prefix}.{name}": value for name, value in state.items()}
-    return convert_state_dict_to_kohya(named) if prefix == UNET else named
+    if prefix != UNET:
+        return named
+    kohya = convert_state_dict_to_kohya(named)
+    read, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(kohya))
+    again = convert_unet_state_dict_to_peft({name.removeprefix(f"{prefix}."): value for name, value in read.items()})
+    return kohya if again.keys() == state.keys() else named
 
 
 def of_file(file: Mapping[str, T], names: Collection[str], prefix: str) -> dict[str, T]:
     """Returns what a file has of the weights of an adapter, by their names; in 0.2 all had the prefix."""
-    keys = [key for key in in_file(dict.fromkeys(names, torch.empty(1)), prefix) if not key.endswith(".alpha")]
-    places = {name: key if key in file else f"{prefix}.{name}" for name, key in zip(names, keys, strict=True)}
-    return {name: file[place] for name, place in places.items() if place in file}
+    places = {f"{prefix}.{name}": name for name in names}
+    if prefix == UNET:
+        kohya = convert_state_dict_to_kohya(dict.fromkeys(places, torch.empty(1)))
+        keys = [key for key in kohya if not key.endswith(".alpha")]
+        places |= dict(zip(keys, names, strict=True))
+    return {name: file[place] for place, name in places.items() if place in file}
 
 
 def save_adapter(network: Any, folder: Path, prefix: str, weights_sha256: str) -> None:
@@ -92,24 +100,11 @@ def save_adapter(network: Any, folder: Path, prefix: str, weights_sha256: str) -
     save_tensors(in_file(tensors, prefix), folder / ADAPTER, {BASE: weights_sha256})
 
 
-def load_adapter(network: Any, folder: Path, prefix: str) -> None:
-    """Loads what `save_adapter` wrote into a network with an adapter of that rank.
-
-    Raises:
-        ValueError: There is none, it is damaged, or it is of another rank or network.
-    """
-    path = folder / ADAPTER
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no {ADAPTER}: give a run that was trained with lora_rank")
-    own = get_peft_model_state_dict(network)
-    state = of_file(load_tensors(path), own, prefix)
-    if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
-        raise ValueError(f"{folder} has an adapter of another rank or network: set lora_rank to that of the run")
-    if damaged := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise ValueError(f"{path} has {len(damaged)} weights that are not finite, such as {damaged[0]}")
-    set_peft_model_state_dict(network, state)
-
-
 def has_adapter(network: Any) -> bool:
-    """Whether `add_adapter` made it."""
+    """Whether it has an adapter."""
     return hasattr(network, "peft_config")
+
+
+def rank_of(network: Any) -> int:
+    """The highest rank of its adapter."""
+    return max(len(value) for name, value in get_peft_model_state_dict(network).items() if ".lora_A." in name)

@@ -77,6 +77,11 @@ class Latents(PipelineTeacher):
         return int(config["in_channels"])
 
     @property
+    def pipeline_class(self) -> Any:
+        """The class of its pipeline, also where only the configs of that are known."""
+        return getattr(self.pipeline, "kind", type(self.pipeline))
+
+    @property
     def factor(self) -> int:
         """Height of an image by that of its latents."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
@@ -280,7 +285,7 @@ class TextLatents(Latents):
     @property
     def _called(self) -> Mapping[str, Any]:
         """Arguments of a call of its pipeline; their defaults may be others than those of `encode_prompt`."""
-        return signature(getattr(self.pipeline, "kind", type(self.pipeline)).__call__).parameters
+        return signature(self.pipeline_class.__call__).parameters
 
     def arguments(self, condition: Tensor, like: Tensor) -> dict[str, Any]:
         return dict(self.conditions.arguments(condition, like))

@@ -25,7 +25,7 @@ from ..runs.folders import near_folder
 from ..runs.state_dicts import naming_damage_of, stored_dtype
 from ..scheduling_hsivi import HSIVIScheduler
 from ..share.push import CUT
-from .adapters import BASE, adapter_names, of_file
+from .adapters import BASE, factor_names, of_file
 from .configs import (
     REMEDY,
     Configs,
@@ -322,12 +322,13 @@ def _read_adapter(source: str, teacher: Latents) -> dict[str, torch.Tensor]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if damaged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{source} has {len(damaged)} weights that are not finite, such as {damaged[0]}")
-    expected = adapter_names(teacher.network, teacher.adapter)
-    state = of_file(tensors, expected, teacher.adapter.prefix)
-    if missing := [name for name in expected if name not in state]:
+    state = of_file(tensors, factor_names(teacher.network), teacher.adapter.prefix)
+    given = sum(not name.endswith(".alpha") for name in tensors)
+    modules = {name.rpartition(".lora_")[0] for name in state}
+    if len(state) < max(given, 2 * len(modules), 1):
         raise ValueError(
-            f"{source} lacks {len(missing)} of the {len(expected)} weights of its adapter, such as {missing[0]}: copy "
-            "the file again from the run, or give the teacher it was trained on"
+            f"{source} has {given} weights of an adapter, of which {len(state)} fit the teacher's network, for "
+            f"{len(modules)} modules with two each: copy the file again from the run, or give the teacher it had"
         )
     if base is not None and base != teacher.weights_sha256:
         logger.warning(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from hsivi_diffusers.distillation import state
 from hsivi_diffusers.distillation.networks import load_networks, make_scheduler
 from hsivi_diffusers.runs.artifacts import ADAPTER
 from short_run import pipeline_of
+from tiny_lora import write_lora
 from tiny_text import PROMPTS, make_text
 from tiny_unet import save_teacher
 
@@ -161,6 +163,26 @@ def test_a_curriculum_of_two_and_one_steps(pixel_run, teacher, tmp_path):
         pipeline, run = pipeline_of(tmp_path / str(steps)), tmp_path / str(steps)
         assert len(pipeline.scheduler.timesteps) == steps
         assert pipeline(2, output_type="pt").images.isfinite().all()
+
+
+def test_a_run_from_a_lora_is_killed_resumed_and_the_start_of_another(
+    launch, distil, text_teachers, tmp_path, differences
+):
+    lora, prompts, teacher = tmp_path / "lora.safetensors", tmp_path / "prompts.txt", text_teachers("sd")
+    write_lora(make_text("sd"), lora, 3, ["conv_in"])
+    prompts.write_text("\n".join(PROMPTS))
+    options = {"pretrained_teacher_model": teacher, "prompts": prompts, "guidance_scale": 3.0, "init_from": lora}
+    options |= {"learning_rate": 1e-2, "critic_updates": 1, "max_train_steps": 4}
+    once, run = distil(tmp_path / "once", **options), tmp_path / "run"
+    assert launch(run, kill={"point": "SIGKILL", "step": 3}, **options)[0] == [-signal.SIGKILL]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert launch(run, resume_from_checkpoint="latest", **options)[0] == [0]
+    assert differences(run, once) == []
+    following = {**options, "init_from": run, "max_train_steps": 1, "learning_rate": 1e-12, "num_inference_steps": 1}
+    distil(tmp_path / "next", **following)
+    weights = [load_file(folder / "pipeline" / ADAPTER) for folder in (run, tmp_path / "next")]
+    assert any("conv_in" in name for name in weights[0])
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
 
 
 def test_student_and_critic_start_where_the_run_ended(begin, fast_run, same_tensors):

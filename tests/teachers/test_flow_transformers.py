@@ -18,7 +18,7 @@ from hsivi_diffusers import HSIVIConfig, HSIVIScheduler, HSIVITrainer, load_teac
 from hsivi_diffusers.distillation import plan
 from hsivi_diffusers.runs.artifacts import ADAPTER, read_run
 from hsivi_diffusers.share.card import make_adapter_card
-from hsivi_diffusers.teachers.adapters import adapter_names, add_adapter
+from hsivi_diffusers.teachers.adapters import add_adapter
 from hsivi_diffusers.teachers.flow_transformers import FlowTransformer
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.loading import kind_of, load_student
@@ -145,9 +145,8 @@ def test_every_weight_of_an_adapter_has_a_gradient(kind):
     teacher = make_teacher(kind)
     network = add_adapter(teacher.network, teacher.adapter, 2)
     trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
-    for name, weight in trained.items():
+    for weight in trained.values():
         torch.nn.init.normal_(weight)
-        assert name.replace(".default", "") in adapter_names(teacher.network, teacher.adapter)
     teacher.call(network, torch.randn(3, *teacher.shape), 500, torch.arange(3)).square().sum().backward()
     assert [name for name, weight in trained.items() if weight.grad is None or not weight.grad.any()] == []
 
