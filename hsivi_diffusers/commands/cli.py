@@ -98,6 +98,13 @@ class PushAtEnd(Hub):
 
 
 @dataclass
+class OnCard(PushAtEnd):
+    _group = "plan"
+    card: str | None = option(None, "graphics card to estimate the time for, such as `RTX 4090` or H100")
+    price_per_hour: float | None = option(None, "of the card, in any currency")
+
+
+@dataclass
 class Push(Hub):
     run_dir: str | None = option(None, "folder of a run; its pipeline is pushed")
     pipeline: str | None = option(None, "folder of a pipeline, instead of a run")
@@ -163,12 +170,14 @@ def _claim_repo(hub: PushAtEnd) -> None:
             claim(str(hub.hub_model_id), **hub.settings())
 
 
-def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple[Any, Any, PushAtEnd]:
+def read_distillation(
+    args: Sequence[str], prog: str, description: str, last: type[PushAtEnd] = PushAtEnd
+) -> tuple[Any, Any, Any]:
     """Reads the options of a distillation, and refuses what cannot run; of a resumed run its own are the defaults."""
     from ..distillation.config import read_settings
     from ..runs.output import check_init_from, is_run
 
-    read = partial(parse_distillation, args, prog, description)
+    read = partial(parse_distillation, args, prog, description, last=last)
     teacher, config, hub = read()
     record = _record_of(teacher.resume_from_checkpoint, config.output_dir)
     if record is not None:
@@ -186,12 +195,16 @@ def read_distillation(args: Sequence[str], prog: str, description: str) -> tuple
 
 
 def parse_distillation(
-    args: Sequence[str], prog: str, description: str, before: Mapping[str, Any] | None = None
-) -> tuple[Any, Any, PushAtEnd]:
+    args: Sequence[str],
+    prog: str,
+    description: str,
+    before: Mapping[str, Any] | None = None,
+    last: type[PushAtEnd] = PushAtEnd,
+) -> tuple[Any, Any, Any]:
     """Reads the options of a distillation, and nothing else."""
     from ..distillation.config import HSIVIConfig
 
-    return parse_options([Teacher, HSIVIConfig, PushAtEnd], description, args, prog, before)
+    return parse_options([Teacher, HSIVIConfig, last], description, args, prog, before)
 
 
 def _why_no_teacher(checkpoint: str | None, output_dir: str | None, record: Path | None) -> str:
@@ -241,10 +254,10 @@ def _push_trained(trainer: Any, hub: PushAtEnd) -> None:
 
 def plan(args: Sequence[str]) -> None:
     """Runs `hsivi plan`."""
-    teacher, config, _ = read_distillation(args, "hsivi plan", PLAN)
+    teacher, config, on = read_distillation(args, "hsivi plan", PLAN, OnCard)
     from ..distillation.plan import print_plan
 
-    print_plan(teacher.pretrained_teacher_model, config, teacher.revision)
+    print_plan(teacher.pretrained_teacher_model, config, teacher.revision, on.card, on.price_per_hour)
 
 
 def evaluate(args: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """Estimates memory and time by running a few updates on fake tensors.
 
 The networks are made from their configs, without weights, as fake tensors of torch: they have a shape and no values.
-`Meter` adds up what would be alive at each moment; time alone is measured on real tensors, on a single network.
+`Meter` adds up what would be alive at each moment; time alone is measured on real tensors, on a single network, or
+estimated for a card of `CARDS`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ..teachers.adapters import has_adapter
 from ..teachers.guidance import Guided
 from ..teachers.loading import read_teacher
 from ..teachers.teacher import Teacher, check_prompts
+from .cards import COMPUTE, LAUNCH, TRAFFIC, Card, Work, find_card
 from .config import HSIVIConfig
 from .networks import HALF, make_networks, make_student_and_critic
 from .state import TrainingState, trained
@@ -39,22 +41,26 @@ from .updates import PAIR_STEPS, fit_calls, run_updates
 
 MIB = 2**20
 CALIBRATION_FLOPS = 2e11  # about what the calls may cost that the speed is taken from
+IN_MAIN_MEMORY = ("libraries", "pairs")
 MOST_FLOPS = 1e12  # of a call that is timed on a CPU
 
 
 class Meter(TorchDispatchMode):
     """Counts the bytes of the fake tensors that are alive, beside a `FakeTensorMode`: `now`, and at the `peak`.
 
-    Indices, levels and other small numbers stay real, so that the loop takes the branches it would take.
+    It counts operations, too, and the `traffic`, the bytes that they read and write. Indices, levels and other small
+    numbers stay real, so that the loop takes the branches it would take.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.traffic = self.operations = 0
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # two thirds of all
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True  # of a loss: it is finite
@@ -62,7 +68,11 @@ class Meter(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        self.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor)]
+        self.add(made)
+        if not any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns):  # no view
+            self.operations += 1
+            self.traffic += _bytes([*tensors, *made])
         return result
 
     def add(self, tensors: Iterable[Tensor]) -> None:
@@ -109,8 +119,8 @@ class Cost:
     parameters: dict[str, int]  # numbers in each network
     memory: dict[str, int]  # bytes by use; together they are the peak
     calls: dict[str, float]  # of student, critic and teacher, for each row of the batch
-    flops: float
-    call_flops: float  # of a call of one network for one row, without a gradient
+    work: Work
+    call: Work  # of a call of one network for one row, without a gradient
     fit_calls: tuple[int, int]  # before the updates, see `fit_calls`
     written: dict[str, int]  # bytes of each thing that is saved
     adapted: bool  # the student is an adapter, which is saved without the rest of the pipeline
@@ -177,33 +187,33 @@ def _collecting_often() -> Iterator[None]:
 
 
 def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
-    """Runs the loop on fake tensors: two steps with one critic update, and one with two; the rest is as many more."""
+    """Runs the loop on fake tensors: a step with one critic update, and one with two; the rest is as many more."""
     libraries = psutil.Process().memory_info().rss
     wanted, pairs = config.critic_updates, config.num_pairs
     # Of the first updates in which the critic learns alone, the student's optimizer would have no moments yet.
     shares = None if config.prompts else config.class_shares  # a plan has but one prompt
-    config = replace(config, critic_updates=1, critic_first=0, max_train_steps=3, num_pairs=0, class_shares=shares)
+    config = replace(config, critic_updates=1, critic_first=0, max_train_steps=2, num_pairs=0, class_shares=shares)
     eight_bit, config.use_8bit_adam = config.use_8bit_adam, False  # bitsandbytes takes no fake tensors
     counts: list[dict[str, float]] = []
     with _collecting_often(), FakeTensorMode(allow_non_fake_inputs=True):
         meter = Meter()
         state = make_fake_state(name, revision, config, meter)
         with meter:
-            for step, critic_updates in enumerate([1, 1, min(wanted, 2)]):
+            for step, critic_updates in enumerate([1, min(wanted, 2)]):
                 config.critic_updates = critic_updates
-                with _counting(state) as count:
+                with _counting(state, meter) as count:
                     next(run_updates(state, step))
                 gc.collect()
                 counts.append(count)
             peak = meter.peak
-            with _counting(state) as call, torch.no_grad():
+            with _counting(state, meter) as call, torch.no_grad():
                 zero = torch.zeros(1, dtype=torch.long)
                 classes = zero if state.bridge.num_classes else None
                 lowest = state.bridge.scheduler.levels.time(zero)
                 Guided(state.teacher)(torch.randn(1, *state.bridge.shape), lowest, classes)
             config.num_pairs = pairs  # which `fit_calls` counts
-        _, one, two = counts
-    total = {name: one[name] + (wanted - 1) * (two[name] - one[name]) for name in one}
+        one, last = counts  # the optimizers have their moments in the last alone
+    total = {name: last[name] + max(wanted - 2, 0) * (last[name] - one[name]) for name in one}
     static, limit = _static(state, eight_bit), config.checkpoints_total_limit
     memory = {**static, "activations and gradients": peak - sum(_static(state).values()), "libraries": libraries}
     if pairs:
@@ -213,8 +223,8 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
         parameters={name: sum(each.numel() for each in weights) for name, weights in parts.items()},
         memory=memory,
         calls={name: total[name] / _rows(config) for name in ("student", "critic", "teacher")},
-        flops=total["flops"],
-        call_flops=call["flops"],
+        work=Work(*(total[name] for name in Work._fields)),
+        call=Work(*(call[name] for name in Work._fields)),
         fit_calls=fit_calls(state),
         written={
             "pipeline": static["student"],
@@ -231,12 +241,14 @@ def _rows(config: HSIVIConfig) -> int:
 
 
 @contextmanager
-def _counting(state: TrainingState) -> Iterator[dict[str, float]]:
-    """Counts the rows that each network is called with, and the operations."""
+def _counting(state: TrainingState, meter: Meter) -> Iterator[dict[str, float]]:
+    """Counts the rows that each network is called with, and the work."""
     count: dict[str, float] = {}
+    traffic, operations = meter.traffic, meter.operations
     with state.counting_rows() as rows, FlopCounter() as flops:
         yield count
     count.update(rows, flops=float(flops.get_total_flops()))
+    count.update(traffic=meter.traffic - traffic, operations=meter.operations - operations)
 
 
 def _static(state: TrainingState, eight_bit: bool = False) -> dict[str, int]:
@@ -296,8 +308,30 @@ def seconds_per_flop(teacher: Teacher, config: HSIVIConfig) -> tuple[float, str]
     return min(call(rows) for _ in range(3)) / (rows * flops), name
 
 
-def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -> None:
-    """Prints what a run would cost in one process; under a launcher the first one prints."""
+def print_plan(
+    teacher: str,
+    config: HSIVIConfig,
+    revision: str | None = None,
+    card: str | None = None,
+    price_per_hour: float | None = None,
+) -> None:
+    """Prints what a run would cost in one process; under a launcher the first one prints.
+
+    Args:
+        teacher: Folder or repo id of its pipeline.
+        config: Of the run.
+        revision: Of the repo.
+        card: Name of a card of `CARDS`, to estimate the time for; else it is that of this machine.
+        price_per_hour: Of the card, in any currency.
+
+    Raises:
+        ValueError: The card is not known, or is not made for the precision of the run; or a price has no card.
+    """
+    named = None if card is None else find_card(card)
+    if named and config.precision == "bf16" and not named[1].has_bf16:
+        raise ValueError(f"card={named[0]!r} is slow in bf16: give mixed_precision fp16")
+    if price_per_hour is not None and (named is None or price_per_hour < 0):
+        raise ValueError(f"price_per_hour={price_per_hour}: give a price from 0 on, and the card")
     if int(os.environ.get("RANK", 0)) > 0:
         return
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # accelerate would wait for the others
@@ -322,8 +356,8 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
         "  (libraries, of this process, and pairs are in main memory; the rest is on the device)",
         *(["  (shard_base leaves 1/N of the teacher in each of the N processes of a machine)"] * config.shard_base),
         "",
-        f"an update calls for each row: {calls}; {cost.flops / 1e9:,.1f} GFLOP in a process",
-        *_time_lines(teacher, revision, config, cost),
+        f"an update calls for each row: {calls}; {cost.work.flops / 1e9:,.1f} GFLOP in a process",
+        *(_card_lines(*named, price_per_hour, config, cost) if named else _time_lines(teacher, revision, config, cost)),
         "",
         *_table("written, MiB", cost.written, MIB, ",.1f"),
     ]
@@ -332,14 +366,38 @@ def print_plan(teacher: str, config: HSIVIConfig, revision: str | None = None) -
 
 def _time_lines(teacher: str, revision: str | None, config: HSIVIConfig, cost: Cost) -> list[str]:
     """What the updates take, and what comes before them; without a GPU not of a network that would take minutes."""
-    if cost.call_flops > MOST_FLOPS and not torch.accelerator.is_available():
-        return [f"a call of the teacher takes {cost.call_flops / 1e12:,.1f} TFLOP: plan on the GPU to know the time"]
+    if cost.call.flops > MOST_FLOPS and not torch.accelerator.is_available():
+        return [
+            f"a call of the teacher takes {cost.call.flops / 1e12:,.1f} TFLOP: plan on the GPU to know the time, or "
+            "name one, such as --card H100"
+        ]
     speed, clock = seconds_per_flop(make_teacher(teacher, revision, config), config)
-    seconds = speed * cost.flops
+    seconds = speed * cost.work.flops
     return [
         f"about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all, by the speed of "
         f"one network ({clock})",
-        *_fit_line(config, cost.fit_calls, speed * cost.call_flops),
+        *_fit_line(config, cost.fit_calls, speed * cost.call.flops),
+    ]
+
+
+def _card_lines(name: str, card: Card, price: float | None, config: HSIVIConfig, cost: Cost) -> list[str]:
+    """The same on a card that is not here, with what it costs and whether the memory is enough."""
+    half = config.precision != "no"
+    seconds, call = (card.seconds(work, half) for work in (cost.work, cost.call))
+    made, fitted = cost.fit_calls
+    total = seconds * config.max_train_steps + call * (made + 3 * fitted)
+    money = "" if price is None else f", which cost {price * total / 3600:,.2f} at {price:g} an hour"
+    needed, there = sum(cost.memory[use] for use in cost.memory if use not in IN_MAIN_MEMORY) / MIB, 1024 * card.memory
+    room = (
+        "it fits" if needed < there else "it does not fit: take a smaller batch, --gradient_checkpointing, or another"
+    )
+    return [
+        f"{name}: about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all{money}",
+        *_fit_line(config, cost.fit_calls, call),
+        f"  (assumed: {COMPUTE:.0%} of {card.half if half else card.single:g} TFLOP/s, {TRAFFIC:.0%} of "
+        f"{card.bandwidth:,} GB/s, and at least {1e6 * LAUNCH:.0f} microseconds for each of "
+        f"{cost.work.operations:,.0f} operations)",
+        f"  {needed:,.0f} MiB of its {there:,} are planned: {room}",
     ]
 
 

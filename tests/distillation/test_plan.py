@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation import plan, updates
+from hsivi_diffusers.distillation.cards import CARDS
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from tiny_flows import make_flux
 from tiny_unet import make_unet
@@ -133,7 +136,7 @@ def test_accumulation_takes_the_memory_of_one_batch(measure):
     )
     assert four.memory["activations and gradients"] < 1.1 * one.memory["activations and gradients"]
     assert four.calls == one.calls
-    assert four.flops == pytest.approx(4 * one.flops, rel=0.01)
+    assert four.work.flops == pytest.approx(4 * one.work.flops, rel=0.01)
 
 
 def test_half_precision_halves_the_teacher_and_activations_and_shares_of_classes_cost_nothing(
@@ -148,7 +151,7 @@ def test_half_precision_halves_the_teacher_and_activations_and_shares_of_classes
     assert half.memory["student"] == 4 * (weights + 64)
     assert half.memory["critic"] == 4 * weights
     assert half.memory["activations and gradients"] < measured.memory["activations and gradients"]
-    assert (half.calls, half.flops) == (measured.calls, measured.flops)
+    assert (half.calls, half.work.flops) == (measured.calls, measured.work.flops)
 
 
 def test_gradient_checkpointing_takes_less_memory(tmp_path):
@@ -159,7 +162,7 @@ def test_gradient_checkpointing_takes_less_memory(tmp_path):
     )
     key = "activations and gradients"
     assert less.memory[key] < 0.5 * plain.memory[key]
-    assert less.flops > plain.flops  # of the second forward pass
+    assert less.work.flops > plain.work.flops  # of the second forward pass
 
 
 DIGITS = "--config=training/configs/digits_t5.yaml"
@@ -200,13 +203,13 @@ def test_calls_are_those_of_the_loop(one_call, measured):
 def test_a_guided_pair_costs_twice_as_many_calls_of_the_same_network(measure, measured, one_call, tiny_class_teacher):
     guided = measure(tiny_class_teacher, guidance_scale=3.0, num_pairs=100, critic_updates=1)
     assert (one_call.fit_calls[0], *guided.fit_calls) == (1500, 3000, 4 * updates.PAIR_STEPS)
-    assert guided.call_flops == measured.call_flops
+    assert guided.call.flops == measured.call.flops
 
 
 @pytest.mark.slow
 def test_further_critic_updates_are_counted_without_being_run(measure):
     one, two, five = (measure(preset="paper", num_inference_steps=1, critic_updates=updates) for updates in (1, 2, 5))
-    assert five.flops == pytest.approx(one.flops + 4 * (two.flops - one.flops))
+    assert five.work == pytest.approx([a + 4 * (b - a) for a, b in zip(one.work, two.work, strict=True)], rel=0.02)
 
 
 def test_what_is_written_is_as_large_as_said(distil, tiny_teacher, measured, tmp_path):
@@ -251,6 +254,53 @@ def test_a_plan_by_the_first_process_needs_no_weights_and_writes_nothing(planned
     for part in ("memory of a process", "Adam's moments", "in all, at the peak", "GFLOP", "2 checkpoints"):
         assert part in text
     assert "by the speed of one network (CPU time of this process measured alone, 1 thread(s))" in text
+
+
+def test_a_plan_for_a_card_says_its_time_its_price_and_what_is_assumed(planned, tiny_teacher, monkeypatch):
+    monkeypatch.setattr(plan, "seconds_per_flop", None)  # nothing is timed
+    given = {
+        "pretrained_teacher_model": tiny_teacher,
+        "max_train_steps": 1000,
+        "num_inference_steps": 1,
+        "num_pairs": 8,
+    }
+    text = planned(**given, card="h100", price_per_hour=36)
+    (line,) = (line for line in text.split("\n") if line.startswith("H100: about "))
+    seconds, total, price = re.fullmatch(
+        r"H100: about (.+) s an update and (.+) s in all, which cost (.+) at 36 an hour", line
+    ).groups()
+    assert float(total) == pytest.approx(1000 * float(seconds), rel=0.5)
+    assert float(price) > float(total) / 100  # with that of the pairs
+    assert "before them about" in text
+    assert "(assumed: 40% of 67 TFLOP/s, 70% of 3,350 GB/s, and at least 10 microseconds for each of" in text
+    assert re.search(r"\d MiB of its 81,920 are planned: it fits", text)
+    for wrong, message in (
+        ({"card": "T4", "mixed_precision": "bf16"}, "card='T4' is slow in bf16: give mixed_precision fp16"),
+        ({"price_per_hour": 2}, "price_per_hour=2.0: give a price from 0 on, and the card"),
+        ({"card": "H100", "price_per_hour": -1}, "price_per_hour=-1.0: give a price from 0 on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            planned(**given, **wrong)
+
+
+def test_what_is_too_large_for_a_card_is_said(measured, monkeypatch):
+    cost = replace(measured, memory={"teacher": 25 * 2**30, "libraries": 1})
+    lines = plan._card_lines("L4", CARDS["L4"], None, make_config(), cost)
+    assert lines[-1] == "  25,600 MiB of its 24,576 are planned: it does not fit: take a smaller batch, " + (
+        "--gradient_checkpointing, or another"
+    )
+
+
+def test_the_meter_counts_what_is_read_and_written_and_no_views():
+    meter = plan.Meter()
+    with plan.FakeTensorMode(allow_non_fake_inputs=True), meter:
+        one = torch.empty(100, 100)
+        begin = meter.traffic, meter.operations
+        two = one.t() + one  # reads two, and writes one
+        two += one
+        two[:10]
+    assert meter.traffic - begin[0] == (3 + 3) * 40_000
+    assert meter.operations - begin[1] == 2
 
 
 @pytest.mark.parametrize("split", ["false", "true"])
