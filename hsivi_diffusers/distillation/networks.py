@@ -57,7 +57,7 @@ def load_networks(teacher: Teacher, config: HSIVIConfig, accelerator: Accelerato
         _ = teacher.weights_sha256  # of the weights as they are now
     half = HALF.get(accelerator.mixed_precision)
     if config.shard_base:
-        check_sharding(teacher, networks.student, accelerator)
+        check_sharding(networks.student, accelerator)
         nn.Module.to(teacher.network, dtype=half)  # on the CPU, for a device need not have room for it
         shard_base([teacher.network, networks.student, networks.critic], accelerator.device)
     teacher.to(accelerator.device, half)

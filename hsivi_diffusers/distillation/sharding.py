@@ -15,10 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ..teachers.adapters import has_adapter
-from ..teachers.teacher import Teacher
 
 
-def check_sharding(teacher: Teacher, student: Any, accelerator: Accelerator) -> None:
+def check_sharding(student: Any, accelerator: Accelerator) -> None:
     """Refuses, with ValueError, a run whose weights cannot be split."""
     if "ignored_params" not in signature(fully_shard).parameters:
         raise ValueError(f"shard_base=True needs torch 2.7, and {torch.__version__} is installed: update it")
@@ -26,11 +25,6 @@ def check_sharding(teacher: Teacher, student: Any, accelerator: Accelerator) -> 
         raise ValueError(
             "shard_base=True splits the frozen weights under LoRA adapters, and this run trains all weights: set "
             "lora_rank, or leave it out"
-        )
-    if not teacher.can_be_split:
-        raise ValueError(
-            f"shard_base=True: runs of a {teacher.name} were not seen to end, those of Stable Diffusion, SDXL and "
-            "Stable Diffusion 3 were: leave it out"
         )
     if getattr(student, "is_quantized", False):
         raise ValueError("shard_base=True cannot split quantised weights: take either one")

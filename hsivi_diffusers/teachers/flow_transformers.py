@@ -122,7 +122,6 @@ class StableDiffusion3(FlowTransformer):
     pipelines = ("StableDiffusion3Pipeline",)
     network_class = SD3Transformer2DModel
     adapter = Adapter(TARGETS, "transformer", idle=("attn.add_q_proj",))
-    can_be_split = True
     comfyui = Files(
         encoders=("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors"),
         latent="EmptySD3LatentImage",

@@ -34,7 +34,6 @@ class StableDiffusion(TextLatents):
     part = "unet"
     adapter = Adapter(TARGETS, "unet")
     comfyui = Files()
-    can_be_split = True
     scales_input = True
     encoded: Sequence[tuple[str, int, int]] = (("encoder_hidden_states", 0, 1),)
 

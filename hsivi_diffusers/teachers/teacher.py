@@ -49,7 +49,6 @@ class Teacher:
     Attributes:
         clips: The network denoises pixels, whose range is [-1, 1]; not latents.
         adapter: Where a LoRA goes, or None if all weights are trained.
-        can_be_split: Runs whose weights FSDP2 splits over processes were tested; that of a tiny FLUX did not end.
         comfyui: How ComfyUI loads this kind, or None if no workflow is known, see `make_workflow`.
         takes_text: It needs prompts, see `encode_prompts`.
         embeds_guidance: Its networks take the guidance scale as an input, so a guided call is one call.
@@ -60,7 +59,6 @@ class Teacher:
     clips = True
     adapter: ClassVar[Adapter | None] = None
     comfyui: ClassVar[Files | None] = None
-    can_be_split: ClassVar[bool] = False
     takes_text: ClassVar[bool] = False
     embeds_guidance: ClassVar[bool] = False
     draw_batch = 100  # images drawn at once, by default

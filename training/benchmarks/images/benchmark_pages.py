@@ -41,6 +41,7 @@ from .spaces import OF_CLASSES, OF_CLASSIFIER, OF_SCENES
 Key = tuple[int, str]  # NFE and method
 ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, UNGUIDED, *BASELINES, OURS)
 CURVES = ("recall", "coverage")
+RIGHT, DIVERSITY = OF_SCENES
 OF_NEIGHBOURS = ("precision", "recall", "density", "coverage", "nearest", "class_recall")  # of copies they tell nothing
 TITLE = 10  # characters in a line of a prompt above a figure
 SHOWN_SOLVERS = (1, 2, 4, 10, 20)
@@ -58,7 +59,7 @@ def write_pages(folder: Path, runs: Path) -> None:
         word = as_word(name)
         paths = {kind: folder / f"{kind}_{word}.png" for kind in ("samples", "curves", "classes")}
         if flat := [{**row, **row["distances"]} for row in sorted(rows, key=rank) if row["nfe"]]:
-            shown = [*flat[0]["distances"], *(OF_SCENES if OF_SCENES[0] in flat[0] else CURVES)]
+            shown = [*flat[0]["distances"], *(OF_SCENES if RIGHT in flat[0] else CURVES)]
             draw_curves(over_noise(flat, shown), {each: each for each in shown}, paths["curves"])
             draw_classes(rows, paths["classes"])
         names = {f"{row['method']} at {row['nfe']}" for row in rows if is_shown(row["method"], row["nfe"])}
@@ -165,6 +166,7 @@ class Distances:
 
     Attributes:
         spaces: Names of the spaces.
+        measures: These, and of scenes `right` before them, of which the highest is best.
         noise: Whether there are several noise seeds.
         groups: Rows by NFE and method.
         means: By NFE and method, with the columns `SPACE` and `SPACE, to teacher`.
@@ -174,8 +176,9 @@ class Distances:
 
     def __init__(self, rows: list[Row]) -> None:
         self.spaces = [*rows[0]["distances"]]
+        self.measures = [RIGHT, *self.spaces] if RIGHT in rows[0] else self.spaces
         self.groups = frame(rows).groupby(["nfe", "method"], sort=False)
-        columns = [*self.spaces, *(f"{space}, to teacher" for space in self.spaces)]
+        columns = [*self.measures, *(f"{space}, to teacher" for space in self.spaces)]
         self.means = self.groups[columns].mean()
         self.noise = rows_of_noise(rows)
         kept = self.groups[["eval_seed", "train_seed", *columns]]
@@ -184,33 +187,34 @@ class Distances:
         self.texts.index = self.means.index
         self.keys: list[Key] = [*self.means.index]
 
-    def lowest(self, space: str, *keys: Key | None) -> Key | None:
-        """The key of the lowest distance, of those that there are."""
+    def best(self, measure: str, *keys: Key | None) -> Key | None:
+        """The key of the best value, of those that there are."""
         there = [key for key in self.keys if key in keys]
-        return min(there, key=lambda key: self.means.at[key, space], default=None)
+        sign = -1 if measure == RIGHT else 1
+        return min(there, key=lambda key: sign * self.means.at[key, measure], default=None)
 
-    def best_baseline(self, space: str, nfe: int) -> Key | None:
-        """The key of the baseline of the lowest distance."""
-        return self.lowest(space, *((nfe, name) for name in (UNGUIDED, *BASELINES)))
+    def best_baseline(self, measure: str, nfe: int) -> Key | None:
+        """The key of the best baseline."""
+        return self.best(measure, *((nfe, name) for name in (UNGUIDED, *BASELINES)))
 
-    def cells(self, space: str, *named: tuple[Key | None, str]) -> list[str]:
-        """The distances of keys, each with words after it, the lowest of several in bold; empty without rows."""
+    def cells(self, measure: str, *named: tuple[Key | None, str]) -> list[str]:
+        """The values of keys, each with words after it, the best of several in bold; empty without rows."""
         there = [key for key, _ in named if key in self.keys]
-        lowest = self.lowest(space, *there) if len(there) > 1 else None
-        texts = [f"{self.texts.at[key, space]}{words}" if key in there else "" for key, words in named]
-        return [f"**{text}**" if key and key == lowest else text for (key, _), text in zip(named, texts, strict=True)]
+        best = self.best(measure, *there) if len(there) > 1 else None
+        texts = [f"{self.texts.at[key, measure]}{words}" if key in there else "" for key, words in named]
+        return [f"**{text}**" if key and key == best else text for (key, _), text in zip(named, texts, strict=True)]
 
 
 def summary_table(rows: list[Row]) -> str:
-    """Distances at each NFE, of the tuned solver, the baseline that is best in the space, and ours."""
+    """Distances at each NFE, and of scenes the share that is right: tuned solver, the best baseline in it, and ours."""
     table, lines = Distances(rows), []
     for nfe in dict.fromkeys(nfe for nfe, method in table.keys if method in (SOLVER, OURS)):
         cells = []
-        for space in table.spaces:
-            best = table.best_baseline(space, nfe)
-            cells += table.cells(space, ((nfe, SOLVER), ""), (best, _name(best)), ((nfe, OURS), ""))
+        for measure in table.measures:
+            best = table.best_baseline(measure, nfe)
+            cells += table.cells(measure, ((nfe, SOLVER), ""), (best, _name(best)), ((nfe, OURS), ""))
         lines.append([nfe, *cells])
-    heads = [f"{space}: {word}" for space in table.spaces for word in ("tuned solver", "best baseline", OURS)]
+    heads = [f"{measure}: {word}" for measure in table.measures for word in ("tuned solver", "best baseline", OURS)]
     return write_table(["NFE", *heads], (), lines)
 
 
@@ -224,7 +228,7 @@ def glance_table(sets: dict[str, list[Row]]) -> str:
         table = Distances(rows)
         space, *_ = table.spaces
         for nfe in (nfe for nfe, method in table.keys if method == OURS):
-            solver = table.lowest(space, *(key for key in table.keys if key[1] == SOLVER and key[0] <= nfe))
+            solver = table.best(space, *(key for key in table.keys if key[1] == SOLVER and key[0] <= nfe))
             words = f" {table.groups.get_group(solver).solver.iloc[0]}" if solver else ""
             words += f" at {solver[0]}" if solver and solver[0] < nfe else ""
             best = table.best_baseline(space, nfe)
@@ -240,19 +244,19 @@ def floor_table(rows: list[Row]) -> str:
     """Distances of real images, and of the teacher's: what is good."""
     table = Distances(rows)
     lines = [
-        [f"{method} at {nfe}" if nfe else method, *table.texts.loc[(nfe, method), table.spaces]]
+        [f"{method} at {nfe}" if nfe else method, *table.texts.loc[(nfe, method), table.measures]]
         for nfe, method in table.keys
         if method in (REAL, TEACHER, TEACHER_SDE)
     ]
-    return write_table(["", *table.spaces], ("",), lines)
+    return write_table(["", *table.measures], ("",), lines)
 
 
 def measures_table(rows: list[Row]) -> str:
     """Every measure: distances to real images and to the teacher's, and those of the classifier's features."""
     table, lines = Distances(rows), []
-    names = [name for name in (*OF_CLASSIFIER, *OF_CLASSES, *OF_SCENES) if all(name in row for row in rows)]
+    names = [name for name in (*OF_CLASSIFIER, *OF_CLASSES, DIVERSITY) if all(name in row for row in rows)]
     for (nfe, method), group in table.groups:
-        empty = OF_NEIGHBOURS if method == REAL and OF_SCENES[0] not in names else ()  # real scenes are new ones
+        empty = OF_NEIGHBOURS if method == REAL and DIVERSITY not in names else ()  # real scenes are new ones
         spreads = spread(group, names, table.noise)
         cells = ["" if each in empty else format_measure(each, group[each].mean(), spreads[each]) for each in names]
         lines.append([nfe or "", group.label.iloc[0], *table.texts.loc[(nfe, method)], *cells])
@@ -271,7 +275,7 @@ def noise_table(rows: list[Row]) -> str:
 
 def differences_table(rows: list[Row]) -> str:
     """Distance of ours less that of solvers of as many to twice as many NFE, paired by the noise seeds."""
-    spaces, lines = [*rows[0]["distances"]], []
+    spaces, lines = Distances(rows).measures, []
     groups = frame(rows).groupby(["nfe", "method"], sort=False)
     for (nfe, method), ours in groups:
         for (calls, other), solver in groups:
@@ -317,7 +321,7 @@ def by_noise(group: pd.DataFrame) -> pd.DataFrame:
 
 def costs_table(rows: list[Row]) -> str:
     """What each training cost, seed by seed, and as a multiple of what ours at the same NFE cost."""
-    table, lines = frame(rows), []
+    table, lines = frame(rows).drop_duplicates(["nfe", "method", "train_seed"]), []
     ours = table[table.method == OURS].set_index(["nfe", "train_seed"])
     for (nfe, method), group in table[table.train_seconds.notna()].groupby(["nfe", "method"], sort=False):
         cells = []
