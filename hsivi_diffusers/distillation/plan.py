@@ -187,19 +187,22 @@ def _collecting_often() -> Iterator[None]:
 
 
 def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
-    """Runs the loop on fake tensors: a step with one critic update, and one with two; the rest is as many more."""
+    """Runs the loop on fake tensors: two steps with one critic update, and one with two; the rest is as many more.
+
+    In the first the chains are begun, and the optimizers have no moments yet.
+    """
     libraries = psutil.Process().memory_info().rss
     wanted, pairs = config.critic_updates, config.num_pairs
     # Of the first updates in which the critic learns alone, the student's optimizer would have no moments yet.
     shares = None if config.prompts else config.class_shares  # a plan has but one prompt
-    config = replace(config, critic_updates=1, critic_first=0, max_train_steps=2, num_pairs=0, class_shares=shares)
+    config = replace(config, critic_updates=1, critic_first=0, max_train_steps=3, num_pairs=0, class_shares=shares)
     eight_bit, config.use_8bit_adam = config.use_8bit_adam, False  # bitsandbytes takes no fake tensors
     counts: list[dict[str, float]] = []
     with _collecting_often(), FakeTensorMode(allow_non_fake_inputs=True):
         meter = Meter()
         state = make_fake_state(name, revision, config, meter)
         with meter:
-            for step, critic_updates in enumerate([1, min(wanted, 2)]):
+            for step, critic_updates in enumerate([1, 1, min(wanted, 2)]):
                 config.critic_updates = critic_updates
                 with _counting(state, meter) as count:
                     next(run_updates(state, step))
@@ -212,8 +215,8 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
                 lowest = state.bridge.scheduler.levels.time(zero)
                 Guided(state.teacher)(torch.randn(1, *state.bridge.shape), lowest, classes)
             config.num_pairs = pairs  # which `fit_calls` counts
-        one, last = counts  # the optimizers have their moments in the last alone
-    total = {name: last[name] + max(wanted - 2, 0) * (last[name] - one[name]) for name in one}
+        _, one, two = counts
+    total = {name: one[name] + (wanted - 1) * (two[name] - one[name]) for name in one}
     static, limit = _static(state, eight_bit), config.checkpoints_total_limit
     memory = {**static, "activations and gradients": peak - sum(_static(state).values()), "libraries": libraries}
     if pairs:

@@ -309,6 +309,7 @@ def test_a_plan_says_what_processes_share(planned, text_teachers, tmp_path, spli
     prompts.write_text("a red cat")
     given = {"pretrained_teacher_model": text_teachers("sd"), "prompts": prompts, "guidance_scale": 3.0, "lora_rank": 2}
     text = planned(**given, shard_base=split)
+    assert "an update calls for each row: student 2.0, critic 2.0, teacher 2.0;" in text  # and more in the first
     assert ("leaves 1/N of the teacher in each of the N processes" in text) == (split == "true")
 
 
