@@ -28,6 +28,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +37,10 @@ import torch
 from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
+
+logger = logging.get_logger(__name__)
 
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 FLOWS = tuple(f"FlowMatch{kind}Scheduler" for kind in ("EulerDiscrete", "HeunDiscrete", "LCM"))
@@ -594,10 +597,15 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """Returns what the network takes: the sample itself, of EDM scaled.
 
+        If the student's weights hold guidance, it warns once of a pipeline that guides a second time, which gives every
+        sample twice. Pipelines of rectified flows do not call this.
+
         Args:
             sample: Shape (B, C, H, W).
             timestep: The network's time, a scalar or shape (B,).
         """
+        if self.guidance_scales and _is_doubled(sample):
+            _warn_of_guidance(tuple(self.guidance_scales))
         if self.sigma_data is None:
             return sample
         if timestep is None:
@@ -968,6 +976,20 @@ def _noise_of(sample: torch.Tensor) -> torch.Tensor:
             torch.randn(row.shape, generator=torch.Generator().manual_seed(int.from_bytes(seed)), dtype=row.dtype)
         )
     return torch.stack(rows).to(sample.device)
+
+
+def _is_doubled(sample: torch.Tensor) -> bool:
+    """Whether the second half of a batch is the first once more."""
+    half, odd = divmod(len(sample), 2)
+    return half > 0 and not odd and torch.equal(sample[:half], sample[half:])
+
+
+@cache
+def _warn_of_guidance(scales: tuple[float, ...]) -> None:
+    logger.warning(
+        f"this student has guidance of scale {' or '.join(map(str, scales))} in its weights, and is given every sample "
+        "twice, as by a pipeline that guides a second time: pass guidance_scale=1"
+    )
 
 
 def _input_scale(sigma_data: float, alpha: Any, sigma: Any) -> Any:
