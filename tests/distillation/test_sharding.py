@@ -13,13 +13,12 @@ from hsivi_diffusers.distillation import sharding
 from hsivi_diffusers.distillation.sharding import check_sharding, shard_base
 from hsivi_diffusers.teachers.adapters import add_adapter
 from hsivi_diffusers.teachers.loading import load_teacher
-from tiny_flows import FLOWS, make_flow
+from tiny_flows import FLOWS, make_flow, size_of
 from tiny_text import make_text
 
 PROMPTS = "a red cat", "a blue star", "a green dog"
 SHORT = {"guidance_scale": 3.0, "lora_rank": 2, "max_train_steps": 3, "critic_updates": 1, "checkpointing_steps": 2}
 MAKE = {"sdxl": partial(make_text, "sdxl")} | {kind: partial(make_flow, kind) for kind in FLOWS}
-CUT = {"flux": 8, "qwen": 8, "chroma": 8, "lumina2": 8, "zimage": 8, "flux2": 8, "klein": 8}  # tokens, of up to 1,024
 SPLIT = {"shard_base": "true", "validation_steps": 1}  # grids, for which the processes gather weights together
 
 
@@ -67,7 +66,7 @@ def run(launch, distil, tmp_path_factory):
         return folder / kind
 
     def do(output_dir, kind, processes=2, status=0, kill=None, **options):
-        options = options | ({"max_sequence_length": CUT[kind]} if kind in CUT else {})
+        options |= {"resolution": tuple(size_of(make_flow(kind)))} if kind in FLOWS else {}
         options = {**SHORT, "pretrained_teacher_model": teacher(kind), "prompts": prompts, **options}
         options["gradient_accumulation_steps"] = 2 // processes
         if processes == 1:
