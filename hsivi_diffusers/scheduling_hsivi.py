@@ -28,7 +28,6 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -530,6 +529,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(noise_scale=noise_scale, guidance_scale=guidance_scale)
         self.levels = self._make_levels(shift)
         self.init_noise_sigma = 1.0
+        self._warned = False
         self.num_inference_steps: int | None = None
         self.timesteps = self.levels.time(torch.arange(len(self.levels)).flip(0))
         self._layers: Layers | None = None
@@ -604,8 +604,12 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             sample: Shape (B, C, H, W).
             timestep: The network's time, a scalar or shape (B,).
         """
-        if self.guidance_scales and _is_doubled(sample):
-            _warn_of_guidance(tuple(self.guidance_scales))
+        if self.guidance_scales and not self._warned and _is_doubled(sample):
+            self._warned = True
+            logger.warning(
+                f"this student has guidance of scale {' or '.join(map(str, self.guidance_scales))} in its weights, and "
+                "is given every sample twice, as by a pipeline that guides again: if it does, pass guidance_scale=1"
+            )
         if self.sigma_data is None:
             return sample
         if timestep is None:
@@ -982,14 +986,6 @@ def _is_doubled(sample: torch.Tensor) -> bool:
     """Whether the second half of a batch is the first once more."""
     half, odd = divmod(len(sample), 2)
     return half > 0 and not odd and torch.equal(sample[:half], sample[half:])
-
-
-@cache
-def _warn_of_guidance(scales: tuple[float, ...]) -> None:
-    logger.warning(
-        f"this student has guidance of scale {' or '.join(map(str, scales))} in its weights, and is given every sample "
-        "twice, as by a pipeline that guides a second time: pass guidance_scale=1"
-    )
 
 
 def _input_scale(sigma_data: float, alpha: Any, sigma: Any) -> Any:

@@ -189,6 +189,11 @@ def read_distillation(
         if teacher.pretrained_teacher_model is None:
             before = read_record(Path(config.init_from) / "options.json")
             teacher.pretrained_teacher_model, teacher.revision = before["pretrained_teacher_model"], before["revision"]
+    if not teacher.pretrained_teacher_model and config.init_from is not None:
+        raise ValueError(
+            f"--init_from {config.init_from} is no folder of a run, which would name the teacher: check the spelling, "
+            "or give --pretrained_teacher_model, too"
+        )
     if not teacher.pretrained_teacher_model:
         raise ValueError(_why_no_teacher(teacher.resume_from_checkpoint, config.output_dir, record))
     return teacher, config, hub

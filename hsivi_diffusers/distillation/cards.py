@@ -49,6 +49,7 @@ class Work(NamedTuple):
 
 
 # NVIDIA's data sheets, and for GeForce cards its white papers of Ampere GA102, Ada and Blackwell: without sparsity.
+# A100, H100 and H200 are those with SXM sockets.
 CARDS = {
     "T4": Card(65, 8.1, 320, 16, has_bf16=False),
     "L4": Card(121, 30.3, 300, 24),
@@ -57,8 +58,9 @@ CARDS = {
     "RTX 3090": Card(71, 35.6, 936, 24),
     "RTX 4090": Card(165.2, 82.6, 1008, 24),
     "RTX 5090": Card(209.5, 104.8, 1792, 32),
-    "A100 40GB": Card(312, 19.5, 1555, 40),
     "A100": Card(312, 19.5, 2039, 80),
+    "A100 40GB": Card(312, 19.5, 1555, 40),
+    "A100 80GB": Card(312, 19.5, 2039, 80),
     "H100": Card(989, 67, 3350, 80),
     "H200": Card(989, 67, 4800, 141),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from ..modeling_hsivi import HSIVINoiseScale
 from ..runs.artifacts import ADAPTER, read_record
 from ..runs.output import is_run
+from ..runs.state_dicts import load_tensors
 from ..scheduling_hsivi import HSIVIScheduler
-from ..teachers.adapters import add_adapter, has_adapter, rank_of
+from ..teachers.adapters import add_adapter, has_adapter, rank_of, read_adapter, with_factors
 from ..teachers.levels import clock_of
 from ..teachers.loading import load_student
-from ..teachers.starts import load_weights, with_lora
+from ..teachers.starts import load_weights, read_lora
 from ..teachers.teacher import Teacher, network_of
 from .config import START_RULES, HSIVIConfig
 from .game import label_layers, label_scales
@@ -45,13 +47,15 @@ def load_networks(teacher: Teacher, config: HSIVIConfig, accelerator: Accelerato
     identifies teacher and prompts by hashes.
     """
     teacher.set_sizes(config)
-    teacher.check_students(config)
-    student_and_critic = make_student_and_critic(teacher, config)  # before prompts are encoded, which may take hours
+    teacher.check_students(config)  # before prompts are encoded, which may take hours
+    run = None if config.init_from is None or not is_run(Path(config.init_from)) else Path(config.init_from)
+    if run is not None:
+        check_same_teacher(run, Teacher.identity(teacher)["teacher_sha256"])
+    adapted = make_student_and_critic(teacher, config) if teacher.rank(config.lora_rank) else None  # may be refused
     teacher.encode_prompts(config.prompts, config.negative_prompt, accelerator.device)
     identity = teacher.identity()
-    networks = make_networks(teacher, *student_and_critic, config)
-    if config.init_from is not None and is_run(run := Path(config.init_from)):
-        check_same_teacher(run, identity["teacher_sha256"])
+    networks = make_networks(teacher, *(adapted or make_student_and_critic(teacher, config)), config)
+    if run is not None:
         carry_over(networks, run)
     if has_adapter(networks.student):
         _ = teacher.weights_sha256  # of the weights as they are now
@@ -70,7 +74,7 @@ def make_student_and_critic(teacher: Teacher, config: HSIVIConfig) -> tuple[Any,
     The adapters are those that `init_from` names, and so are the weights of a copy, unless it names a run.
 
     Raises:
-        ValueError: See `with_lora` and `load_weights`.
+        ValueError: See `read_adapter`, `read_lora` and `load_weights`.
     """
     start, network, rank = config.init_from, teacher.network, teacher.rank(config.lora_rank)
     if not rank or teacher.adapter is None:
@@ -78,14 +82,17 @@ def make_student_and_critic(teacher: Teacher, config: HSIVIConfig) -> tuple[Any,
         if start is not None and not is_run(Path(start)):
             load_weights(student, start)
         return student, critic
-    starts = [start, None]
+    states: list[Mapping[str, Tensor] | None] = [None, None]
     if start is not None and is_run(run := Path(start)):
-        if not (run / "pipeline" / ADAPTER).is_file():
+        paths = [run / name / ADAPTER for name in ("pipeline", "critic")]
+        if not paths[0].is_file():
             raise ValueError(f"init_from={start!r} holds no {ADAPTER}: give a run that was trained with lora_rank")
-        starts = [str(run / name / ADAPTER) for name in ("pipeline", "critic")]
+        states = [read_adapter(load_tensors(path), network, teacher.adapter.prefix, str(path)) for path in paths]
+    elif start is not None:
+        states = [read_lora(teacher, start), None]
     student, critic = (
-        add_adapter(network, teacher.adapter, rank) if source is None else with_lora(teacher, source)
-        for source in starts
+        add_adapter(network, teacher.adapter, rank) if state is None else with_factors(network, teacher.adapter, state)
+        for state in states
     )
     if start is not None and config.lora_rank not in (None, found := rank_of(student)):
         raise ValueError(

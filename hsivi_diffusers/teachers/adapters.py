@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -59,9 +60,51 @@ def idle_names(network: Any, adapter: Adapter) -> list[str]:
     return [f"transformer_blocks.{len(network.transformer_blocks) - 1}.{name}" for name in adapter.idle]
 
 
+def with_factors(network: Any, adapter: Adapter, state: Mapping[str, torch.Tensor]) -> Any:
+    """Returns a network that shares the tensors of another, with an adapter of given weights, in float32.
+
+    Args:
+        network: The teacher's; it is frozen.
+        adapter: For what gets no adapter.
+        state: A and B by their names in the network. All modules get the highest rank; B is 0 where it has less.
+    """
+    modules = dict.fromkeys(name.rpartition(".lora_")[0] for name in state)
+    rank = max(len(value) for name, value in state.items() if ".lora_A." in name)
+    adapted = add_adapter(network, adapter._replace(targets="|".join(map(re.escape, modules))), rank)
+    for name, weight in get_peft_model_state_dict(adapted).items():
+        if ".lora_B." in name:
+            weight.zero_()
+        weight[tuple(map(slice, state[name].shape))] = state[name].to(weight)
+    return adapted
+
+
 def factor_names(network: Any) -> list[str]:
     """The names that A and B of all modules of a network would have, as in its state by peft."""
     return [f"{name}.lora_{factor}.weight" for name, _ in network.named_modules() for factor in "AB"]
+
+
+def read_adapter(tensors: Mapping[str, T], network: Any, prefix: str, source: str) -> dict[str, T]:
+    """Returns the weights of an adapter by their names in the network, of those in the file that `save_adapter` wrote.
+
+    Raises:
+        ValueError: Some are missing, not finite, or of another network.
+    """
+    state = of_file(tensors, factor_names(network), prefix)
+    given = sum(not name.endswith(".alpha") for name in tensors)
+    modules = {name.rpartition(".lora_")[0] for name in state}
+    if len(state) < max(given, 2 * len(modules), 1):
+        raise ValueError(
+            f"{source} has {given} weights of an adapter, of which {len(state)} fit the teacher's network, for "
+            f"{len(modules)} modules with two each: copy the file again from the run, or give the teacher it had"
+        )
+    check_finite(tensors, source)
+    return state
+
+
+def check_finite(tensors: Mapping[str, Any], source: str) -> None:
+    """Refuses, with ValueError, weights that are not finite."""
+    if damaged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{source} has {len(damaged)} weights that are not finite, such as {damaged[0]}")
 
 
 def in_file(state: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ..runs.folders import near_folder
 from ..runs.state_dicts import naming_damage_of, stored_dtype
 from ..scheduling_hsivi import HSIVIScheduler
 from ..share.push import CUT
-from .adapters import BASE, factor_names, of_file
+from .adapters import BASE, read_adapter
 from .configs import (
     REMEDY,
     Configs,
@@ -320,16 +320,7 @@ def _read_adapter(source: str, teacher: Latents) -> dict[str, torch.Tensor]:
     ):
         base = (file.metadata() or {}).get(BASE)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if damaged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{source} has {len(damaged)} weights that are not finite, such as {damaged[0]}")
-    state = of_file(tensors, factor_names(teacher.network), teacher.adapter.prefix)
-    given = sum(not name.endswith(".alpha") for name in tensors)
-    modules = {name.rpartition(".lora_")[0] for name in state}
-    if len(state) < max(given, 2 * len(modules), 1):
-        raise ValueError(
-            f"{source} has {given} weights of an adapter, of which {len(state)} fit the teacher's network, for "
-            f"{len(modules)} modules with two each: copy the file again from the run, or give the teacher it had"
-        )
+    state = read_adapter(tensors, teacher.network, teacher.adapter.prefix, source)
     if base is not None and base != teacher.weights_sha256:
         logger.warning(
             f"{source} was trained on other weights than it is loaded onto, and its images may be poor: give the "

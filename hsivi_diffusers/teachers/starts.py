@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging
+from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from peft.tuners.lora import LoraLayer
 
 from ..runs.artifacts import ADAPTER
-from .adapters import add_adapter, idle_names, share
+from .adapters import check_finite, idle_names, share
 from .latents import Latents
 from .teacher import Teacher
 
@@ -25,47 +24,47 @@ ACCEPTED = (
 )
 
 
-def with_lora(teacher: Teacher, source: str) -> Any:
-    r"""Returns a network that shares the tensors of a teacher's, with the adapter of a file, in float32.
-
-    It has the modules of the file, all with its highest rank r, and W + B A is what the stock pipeline computes: B has
-    the scale $\alpha / r$ of the file, and is 0 at further ranks.
+def read_lora(teacher: Teacher, source: str) -> dict[str, torch.Tensor]:
+    r"""Reads a LoRA as the stock pipeline of a teacher does.
 
     Args:
-        teacher: Whose pipeline reads the file. Its network is frozen.
+        teacher: Its network may have no values, for a plan.
         source: File, folder, ORG/REPO or ORG/REPO/FILE; without a file it is `pytorch_lora_weights.safetensors`.
+
+    Returns:
+        A and B by their names in the network, in float32; the scale $\alpha / r$ of the file is in B.
 
     Raises:
         ValueError: There is none, it is damaged, has weights that are not finite, or is of another network.
     """
-    network, adapter = teacher.network, teacher.adapter
-    assert isinstance(teacher, Latents)
-    assert adapter is not None
-    loaded, (place, file) = share(network.requires_grad_(False)), _place_of(source)
+    adapter = teacher.adapter
+    if not isinstance(teacher, Latents) or adapter is None:
+        raise ValueError(f"init_from={source!r}: no stock pipeline loads a LoRA of a {teacher.name}: give a run")
+    network, (place, file) = share(teacher.network.requires_grad_(False)), _place_of(source)
     options = {"use_safetensors": True, "return_lora_metadata": True, "return_alphas": True}
     idle = tuple(f"{adapter.prefix}.{name}." for name in idle_names(network, adapter))
-    with _naming(source), torch.device("cpu"):  # also where the network has no values, for a plan
+    with _naming(source), torch.device("cpu"):
         read, *alphas, metadata = teacher.pipeline_class.lora_state_dict(
             place, weight_name=file or ADAPTER, unet_config=network.config, **options
         )
-        read = {name: value for name, value in read.items() if not name.startswith(idle)}
+        read = {name: value.float() for name, value in read.items() if not name.startswith(idle)}
         given = {"network_alphas": alphas[0] if alphas else None, "metadata": metadata}
-        loaded.load_lora_adapter(read, prefix=adapter.prefix, adapter_name=NAME, low_cpu_mem_usage=True, **given)
-    _check_finite(source, read)
-    layers: dict[str, Any] = {name: layer for name, layer in loaded.named_modules() if isinstance(layer, LoraLayer)}
-    if not layers or len(read) > 2 * len(layers):
+        network.load_lora_adapter(read, prefix=adapter.prefix, adapter_name=NAME, low_cpu_mem_usage=True, **given)
+        own = {name.removeprefix(f"{adapter.prefix}."): value for name, value in read.items()}
+        state = own if any(".lora_A." in name for name in own) else convert_unet_state_dict_to_peft(own)
+    layers: dict[str, Any] = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+    scales = {
+        f"{name}.lora_{factor}.weight": layer.scaling[NAME] if factor == "B" else 1.0
+        for name, layer in layers.items()
+        for factor in "AB"
+    }
+    if odd := sorted(scales.keys() ^ state.keys()):
         raise ValueError(
-            f"init_from={source!r} has {len(read) - 2 * len(layers)} of {len(read)} weights that are no LoRA of the "
-            f"teacher's {adapter.prefix}: {ACCEPTED}"
+            f"init_from={source!r} lacks weights of its LoRA, or has others than those of the teacher's "
+            f"{adapter.prefix}: {len(odd)} of {len(scales.keys() | state.keys())}, such as {odd[0]}: {ACCEPTED}"
         )
-    rank = max(layer.r[NAME] for layer in layers.values())
-    adapted = add_adapter(network, adapter._replace(targets="|".join(map(re.escape, layers))), rank)
-    for name, layer in layers.items():
-        own: Any = adapted.get_submodule(name)
-        down, up = (factors[NAME].weight.data for factors in (layer.lora_A, layer.lora_B))
-        own.lora_A[NAME].weight.data[: len(down)] = down
-        own.lora_B[NAME].weight.data.zero_()[:, : len(down)] = up * layer.scaling[NAME]
-    return adapted
+    check_finite(read, f"init_from={source!r}")
+    return {name: state[name] * scale for name, scale in scales.items()}
 
 
 def load_weights(network: Any, source: str) -> None:
@@ -78,7 +77,7 @@ def load_weights(network: Any, source: str) -> None:
     with _naming(source):
         state = type(network).from_pretrained(place, subfolder=subfolder).state_dict()
         network.load_state_dict(state)
-    _check_finite(source, state)
+    check_finite(state, f"init_from={source!r}")
 
 
 def _place_of(source: str) -> tuple[str, str | None]:
@@ -90,11 +89,6 @@ def _place_of(source: str) -> tuple[str, str | None]:
         return source, None
     owner, *repo = source.split("/", 2)
     return "/".join([owner, *repo[:1]]), "/".join(repo[1:]) or None
-
-
-def _check_finite(source: str, state: dict[str, torch.Tensor]) -> None:
-    if damaged := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise ValueError(f"init_from={source!r} has {len(damaged)} weights that are not finite, such as {damaged[0]}")
 
 
 @contextmanager

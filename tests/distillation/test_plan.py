@@ -267,28 +267,43 @@ def test_a_plan_for_a_card_says_its_time_its_price_and_what_is_assumed(planned, 
     text = planned(**given, card="h100", price_per_hour=36)
     (line,) = (line for line in text.split("\n") if line.startswith("H100: about "))
     seconds, total, price = re.fullmatch(
-        r"H100: about (.+) s an update and (.+) s in all, which cost (.+) at 36 an hour", line
+        r"H100: about (.+) s an update and (.+) s for all; all costs (.+) at 36 an hour", line
     ).groups()
     assert float(total) == pytest.approx(1000 * float(seconds), rel=0.5)
     assert float(price) > float(total) / 100  # with that of the pairs
     assert "before them about" in text
-    assert "(assumed: 40% of 67 TFLOP/s, 70% of 3,350 GB/s, and at least 10 microseconds for each of" in text
+    assert (
+        "(assumed: 40% of 67 TFLOP/s, without TF32, 70% of 3,350 GB/s, and at least 10 microseconds for each of" in text
+    )
     assert re.search(r"\d MiB of its 81,920 are planned: it fits", text)
     for wrong, message in (
         ({"card": "T4", "mixed_precision": "bf16"}, "card='T4' is slow in bf16: give mixed_precision fp16"),
         ({"price_per_hour": 2}, "price_per_hour=2.0: give a price from 0 on, and the card"),
         ({"card": "H100", "price_per_hour": -1}, "price_per_hour=-1.0: give a price from 0 on"),
+        ({"card": "H100", "price_per_hour": "nan"}, "price_per_hour=nan: give a price from 0 on"),
     ):
         with pytest.raises(ValueError, match=message):
             planned(**given, **wrong)
 
 
-def test_what_is_too_large_for_a_card_is_said(measured, monkeypatch):
-    cost = replace(measured, memory={"teacher": 25 * 2**30, "libraries": 1})
-    lines = plan._card_lines("L4", CARDS["L4"], None, make_config(), cost)
-    assert lines[-1] == "  25,600 MiB of its 24,576 are planned: it does not fit: take a smaller batch, " + (
-        "--gradient_checkpointing, or another"
-    )
+@pytest.mark.parametrize(
+    ("gib", "verdict"), [(19, "it fits"), (22, "it may not fit: take"), (25, "it does not fit: take")]
+)
+def test_whether_a_card_has_room_is_said(measured, gib, verdict):
+    cost = replace(measured, memory={"teacher": gib * 2**30, "libraries": 2**40})
+    *_, line = plan._card_lines("L4", CARDS["L4"], None, make_config(), cost)
+    assert line.startswith(f"  {1024 * gib:,} MiB of its 24,576 are planned: {verdict}")
+    assert "planned" not in plan._card_lines("L4", CARDS["L4"], None, make_config(shard_base=True), cost)[-1]
+
+
+def test_attention_is_counted_on_the_cpu_too():
+    query = torch.randn(2, 4, 16, 8, requires_grad=True)
+    with plan.FlopCounter() as forward:
+        out = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    with plan.FlopCounter() as backward:
+        out.sum().backward()
+    assert forward.get_total_flops() == 2 * 2 * (2 * 4 * 16 * 16 * 8)  # two products of 2 operations a term
+    assert backward.get_total_flops() == 2.5 * forward.get_total_flops()
 
 
 def test_the_meter_counts_what_is_read_and_written_and_no_views():

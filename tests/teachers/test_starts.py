@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from hsivi_diffusers import HSIVIConfig, load_teacher
 from hsivi_diffusers.distillation.networks import load_networks, make_student_and_critic
 from hsivi_diffusers.runs.artifacts import ADAPTER
-from hsivi_diffusers.teachers.adapters import idle_names, rank_of
+from hsivi_diffusers.teachers.adapters import factor_names, idle_names, of_file, rank_of
 from hsivi_diffusers.teachers.loading import load_student, read_teacher
 from hsivi_diffusers.teachers.teacher import network_of
 from hub_server import signed_in
@@ -152,6 +152,18 @@ def test_a_lora_is_read_without_the_weights_of_the_teacher(folders, tmp_path):
     assert rank_of(student) == 70
 
 
+def test_factors_are_not_rounded_to_the_precision_of_the_teacher(folders, tmp_path):
+    lora = write_lora(make_text("sd"), tmp_path / "lora.safetensors", 4, alpha=4.0)
+    teacher = load_teacher(str(folders["sd"]))
+    teacher.network.to(torch.bfloat16)
+    config = HSIVIConfig(2, prompts=PROMPTS, guidance_scale=2.0, init_from=str(lora))
+    student, _ = make_student_and_critic(teacher, config)
+    read = of_file(load_file(lora), factor_names(teacher.network), "unet")
+    state = get_peft_model_state_dict(student)
+    assert state.keys() == read.keys()
+    assert all(torch.equal(weight, read[name]) for name, weight in state.items())
+
+
 # ----- a network -----
 
 
@@ -207,6 +219,16 @@ def pair(module):
     return {f"{module}.lora_{each}.weight": torch.ones(2, 2) for each in ("down", "up")}
 
 
+def without(path, factor):
+    """A file in the notation of peft that lacks one of its weights."""
+    pipeline = make_text("sd")
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="default")
+    weights = {f"unet.{name}": weight for name, weight in get_peft_model_state_dict(pipeline.unet).items()}
+    del weights[next(name for name in weights if factor in name)]
+    save_file(weights, path)
+    return path
+
+
 NAN = {"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.full((16, 4, 1, 1), torch.nan)}
 UNREAD = r"init_from=.* cannot be read \(\w+: .*\): give the folder of a finished run; or a LoRA of such a network"
 
@@ -220,12 +242,18 @@ UNREAD = r"init_from=.* cannot be read \(\w+: .*\): give the folder of a finishe
         (
             lambda path: changed(path, pair("lora_te_text_model_encoder_layers_0_self_attn_q_proj")),
             {},
-            r"has 2 of \d+ weights that are no LoRA of the teacher's unet: give",
+            r"lacks weights of its LoRA, or has others than those of the teacher's unet: 2 of \d+, such as text",
         ),
-        (lambda path: changed(path, pair("lora_unet_conv_far")), {}, r"has 2 of \d+ weights that are no LoRA .*: give"),
+        (
+            lambda path: changed(path, pair("lora_unet_conv_far")),
+            {},
+            r"lacks weights of its LoRA, or has others .*: 2 of \d+, such as .*: give",
+        ),
         (lambda path: write_lora(make_text("sdxl"), path, 2), {}, UNREAD),
-        (lambda path: write_lora(make_pipeline("sd3"), path, 2), {}, "are no LoRA of the teacher's unet: give"),
+        (lambda path: write_lora(make_pipeline("sd3"), path, 2), {}, "has others than those of the teacher's unet"),
         (lambda path: changed(path, NAN), {}, "has 1 weights that are not finite, such as unet.mid_block.att"),
+        (lambda path: without(path, "lora_A"), {}, "lacks weights of its LoRA, or has others .*: 1 of "),
+        (lambda path: without(path, "lora_B"), {}, "lacks weights of its LoRA, or has others .*: 1 of |cannot be read"),
         (lambda path: path, {"lora_rank": 2}, "has a LoRA of rank 4, and lora_rank=2: leave that out"),
         (lambda path: path, {"lora_rank": 0}, UNREAD),
     ],
@@ -235,7 +263,7 @@ def test_what_cannot_be_the_start_is_refused_in_one_line(folders, tmp_path, capf
     with pytest.raises(ValueError, match=message) as refused:
         begin(folders["sd"], start, **settings)
     assert "\n" not in str(refused.value)
-    assert not [line for line in capfd.readouterr().err.split("\n") if line and "pipeline components" not in line]
+    assert not [line for line in capfd.readouterr().err.split("\n") if line and "it/s" not in line]
 
 
 def test_a_network_of_another_shape_is_refused(folders, teacher, tmp_path):
