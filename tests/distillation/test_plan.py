@@ -155,7 +155,7 @@ def test_half_precision_halves_the_teacher_and_activations_and_shares_of_classes
 
 
 def test_gradient_checkpointing_takes_less_memory(tmp_path):
-    make_flux(num_layers=1, num_single_layers=8).save_pretrained(tmp_path)
+    make_flux(num_layers=1, num_single_layers=4).save_pretrained(tmp_path)
     given = {"prompts": ["a cat"], "guidance_scale": 3.0, "lora_rank": 2, "resolution": [64, 64], "critic_updates": 1}
     plain, less = (
         plan.measure(str(tmp_path), None, make_config(**given, gradient_checkpointing=each)) for each in (False, True)
@@ -253,6 +253,7 @@ def test_a_plan_by_the_first_process_needs_no_weights_and_writes_nothing(planned
     assert "student 2.0, critic 2.0, teacher 1.0" in text  # two critic updates, the first on the answer for the layers
     for part in ("memory of a process", "Adam's moments", "in all, at the peak", "GFLOP", "2 checkpoints"):
         assert part in text
+    assert "of the N processes" not in text
     assert "by the speed of one network (CPU time of this process measured alone, 1 thread(s))" in text
 
 
@@ -270,7 +271,7 @@ def test_a_plan_for_a_card_says_its_time_its_price_and_what_is_assumed(planned, 
         r"H100: about (.+) s an update and (.+) s for all; all costs (.+) at 36 an hour", line
     ).groups()
     assert float(total) == pytest.approx(1000 * float(seconds), rel=0.5)
-    assert float(price) > float(total) / 100  # with that of the pairs
+    assert float(price) >= float(total) / 100  # with that of the pairs
     assert "before them about" in text
     assert (
         "(assumed: 40% of 67 TFLOP/s, without TF32, 70% of 3,350 GB/s, and at least 10 microseconds for each of" in text
@@ -318,14 +319,13 @@ def test_the_meter_counts_what_is_read_and_written_and_no_views():
     assert meter.operations - begin[1] == 2
 
 
-@pytest.mark.parametrize("split", ["false", "true"])
-def test_a_plan_says_what_processes_share(planned, text_teachers, tmp_path, split):
+def test_a_plan_says_what_processes_share(planned, text_teachers, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat")
     given = {"pretrained_teacher_model": text_teachers("sd"), "prompts": prompts, "guidance_scale": 3.0, "lora_rank": 2}
-    text = planned(**given, shard_base=split)
+    text = planned(**given, shard_base="true")
     assert "an update calls for each row: student 2.0, critic 2.0, teacher 2.0;" in text  # and more in the first
-    assert ("leaves 1/N of the teacher in each of the N processes" in text) == (split == "true")
+    assert "leaves 1/N of the teacher in each of the N processes" in text
 
 
 def test_the_configs_of_a_teacher_may_lie_in_one_folder(tiny_teacher, tmp_path):

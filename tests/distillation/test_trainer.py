@@ -287,7 +287,10 @@ def test_a_run_with_an_objective_of_the_user_is_resumed_with_it(teacher, tmp_pat
         ({"teacher": "/nowhere/at/all"}, "'/nowhere/at/all' is no folder here: give"),
         ({"teacher": Path("/nowhere/at/all")}, "'/nowhere/at/all' is no folder here: give"),
         ({"teacher": torch.nn.Linear(1, 1)}, "teacher is a Linear: give a folder, a repo id, or a loaded pipeline"),
-        ({"config": HSIVIConfig(init_from="nowhere")}, "init_from='nowhere' lacks pipeline, critic, options.json"),
+        (
+            {"config": HSIVIConfig(init_from="nowhere")},
+            "init_from='nowhere' cannot be read .*: give the folder of a finished run",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(teacher, given, message):
