@@ -98,7 +98,7 @@ class PushAtEnd(Hub):
 
 
 @dataclass
-class OnCard(PushAtEnd):
+class OnCard:
     _group = "plan"
     card: str | None = option(None, "graphics card to estimate the time for, such as `RTX 4090` or H100")
     price_per_hour: float | None = option(None, "of the card, in any currency")
@@ -170,25 +170,29 @@ def _claim_repo(hub: PushAtEnd) -> None:
             claim(str(hub.hub_model_id), **hub.settings())
 
 
-def read_distillation(
-    args: Sequence[str], prog: str, description: str, last: type[PushAtEnd] = PushAtEnd
-) -> tuple[Any, Any, Any]:
-    """Reads the options of a distillation, and refuses what cannot run; of a resumed run its own are the defaults."""
-    from ..distillation.config import read_settings
-    from ..runs.output import check_init_from, is_run
+def read_distillation(args: Sequence[str], prog: str, description: str, *more: type[Any]) -> tuple[Any, ...]:
+    """Reads the options of a distillation, and refuses what cannot run; of a resumed run its own are the defaults.
 
-    read = partial(parse_distillation, args, prog, description, last=last)
-    teacher, config, hub = read()
+    Args:
+        args: Words of the command line.
+        prog: Name of the program.
+        description: What it does.
+        more: Further groups of options, whose instances are returned after those of teacher, distillation and hub.
+    """
+    from ..distillation.config import read_settings
+    from ..runs.output import run_of
+
+    read = partial(parse_distillation, args, prog, description, *more)
+    teacher, config, hub, *rest = read()
     record = _record_of(teacher.resume_from_checkpoint, config.output_dir)
     if record is not None:
-        teacher, config, hub = read(before=read_settings(record))
+        teacher, config, hub, *rest = read(before=read_settings(record))
     config.check()
     hub.check()
-    if config.init_from is not None and is_run(Path(config.init_from)):
-        check_init_from(Path(config.init_from))
-        if teacher.pretrained_teacher_model is None:
-            before = read_record(Path(config.init_from) / "options.json")
-            teacher.pretrained_teacher_model, teacher.revision = before["pretrained_teacher_model"], before["revision"]
+    run = run_of(config.init_from)
+    if run is not None and teacher.pretrained_teacher_model is None:
+        before = read_record(run / "options.json")
+        teacher.pretrained_teacher_model, teacher.revision = before["pretrained_teacher_model"], before["revision"]
     if not teacher.pretrained_teacher_model and config.init_from is not None:
         raise ValueError(
             f"--init_from {config.init_from} is no folder of a run, which would name the teacher: check the spelling, "
@@ -196,20 +200,16 @@ def read_distillation(
         )
     if not teacher.pretrained_teacher_model:
         raise ValueError(_why_no_teacher(teacher.resume_from_checkpoint, config.output_dir, record))
-    return teacher, config, hub
+    return teacher, config, hub, *rest
 
 
 def parse_distillation(
-    args: Sequence[str],
-    prog: str,
-    description: str,
-    before: Mapping[str, Any] | None = None,
-    last: type[PushAtEnd] = PushAtEnd,
-) -> tuple[Any, Any, Any]:
+    args: Sequence[str], prog: str, description: str, *more: type[Any], before: Mapping[str, Any] | None = None
+) -> tuple[Any, ...]:
     """Reads the options of a distillation, and nothing else."""
     from ..distillation.config import HSIVIConfig
 
-    return parse_options([Teacher, HSIVIConfig, last], description, args, prog, before)
+    return parse_options([Teacher, HSIVIConfig, PushAtEnd, *more], description, args, prog, before)
 
 
 def _why_no_teacher(checkpoint: str | None, output_dir: str | None, record: Path | None) -> str:
@@ -259,7 +259,7 @@ def _push_trained(trainer: Any, hub: PushAtEnd) -> None:
 
 def plan(args: Sequence[str]) -> None:
     """Runs `hsivi plan`."""
-    teacher, config, on = read_distillation(args, "hsivi plan", PLAN, OnCard)
+    teacher, config, _, on = read_distillation(args, "hsivi plan", PLAN, OnCard)
     from ..distillation.plan import print_plan
 
     print_plan(teacher.pretrained_teacher_model, config, teacher.revision, on.card, on.price_per_hour)

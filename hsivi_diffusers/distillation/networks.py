@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
 from ..runs.artifacts import ADAPTER, read_record
-from ..runs.output import is_run
+from ..runs.output import run_of
 from ..runs.state_dicts import load_tensors
 from ..scheduling_hsivi import HSIVIScheduler
 from ..teachers.adapters import add_adapter, has_adapter, rank_of, read_adapter, with_factors
@@ -48,14 +48,15 @@ def load_networks(teacher: Teacher, config: HSIVIConfig, accelerator: Accelerato
     """
     teacher.set_sizes(config)
     teacher.check_students(config)  # before prompts are encoded, which may take hours
-    run = None if config.init_from is None or not is_run(Path(config.init_from)) else Path(config.init_from)
+    identity, run = teacher.identity(), run_of(config.init_from)
     if run is not None:
-        check_same_teacher(run, Teacher.identity(teacher)["teacher_sha256"])
+        check_same_teacher(run, identity["teacher_sha256"])
     adapted = make_student_and_critic(teacher, config) if teacher.rank(config.lora_rank) else None  # may be refused
     teacher.encode_prompts(config.prompts, config.negative_prompt, accelerator.device)
-    identity = teacher.identity()
+    if teacher.takes_text:
+        identity["prompts_sha256"] = teacher.conditions.digest
     networks = make_networks(teacher, *(adapted or make_student_and_critic(teacher, config)), config)
-    if run is not None:
+    if run is not None and adapted is None:
         carry_over(networks, run)
     if has_adapter(networks.student):
         _ = teacher.weights_sha256  # of the weights as they are now
@@ -77,13 +78,14 @@ def make_student_and_critic(teacher: Teacher, config: HSIVIConfig) -> tuple[Any,
         ValueError: See `read_adapter`, `read_lora` and `load_weights`.
     """
     start, network, rank = config.init_from, teacher.network, teacher.rank(config.lora_rank)
+    run = run_of(start)
     if not rank or teacher.adapter is None:
         student, critic = copy.deepcopy(network), copy.deepcopy(network)
-        if start is not None and not is_run(Path(start)):
+        if start is not None and run is None:
             load_weights(student, start)
         return student, critic
     states: list[Mapping[str, Tensor] | None] = [None, None]
-    if start is not None and is_run(run := Path(start)):
+    if run is not None:
         paths = [run / name / ADAPTER for name in ("pipeline", "critic")]
         if not paths[0].is_file():
             raise ValueError(f"init_from={start!r} holds no {ADAPTER}: give a run that was trained with lora_rank")
@@ -158,10 +160,8 @@ def check_same_teacher(run: Path, teacher_sha256: str) -> None:
 
 
 def carry_over(networks: Networks, run: Path) -> None:
-    """Lets student, critic and noise scale start where a finished run ended; refuses those that do not fit."""
+    """Lets copies and the noise scale start where those of a finished run ended; refuses those that do not fit."""
     teacher = networks.teacher
-    if has_adapter(networks.student):  # it has that of the run already
-        return
     if (run / "pipeline" / ADAPTER).is_file():
         raise ValueError(f"init_from={str(run)!r} was trained with lora_rank, and the new run has copies: set its rank")
     pipeline = load_student(run / "pipeline", teacher)

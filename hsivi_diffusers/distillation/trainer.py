@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from ..runs.artifacts import PROMPTS, read_record
 from ..runs.checkpoints import Checkpoints
 from ..runs.folders import remove_folder, write_json, write_text
-from ..runs.output import Output, check_init_from, check_inputs, claimed, finished, is_run, start_run
+from ..runs.output import Output, check_inputs, claimed, finished, run_of, start_run
 from ..runs.page import LOG, PAGE, write_page
 from ..share.push import push
 from ..teachers.adapters import has_adapter
@@ -102,11 +102,8 @@ class HSIVITrainer:
         name = os.fspath(teacher) if isinstance(teacher, str | os.PathLike) else None
         inputs: dict[str, Any] = {"pretrained_teacher_model": name}
         inputs["prompts"] = config.prompts if isinstance(config.prompts, str) else None
-        if config.init_from is not None:
-            inputs["init_from"] = start = Path(config.init_from)
-            if is_run(start):
-                check_init_from(start)
-                inputs["init_from"] = start / "pipeline"
+        run = run_of(config.init_from)
+        inputs["init_from"] = config.init_from if run is None else run / "pipeline"
         if config.output_dir is not None:
             check_inputs(Output(config.output_dir), WRITTEN, **inputs)
         loaded = load_teacher(teacher, revision, HALF.get(config.precision) if config.lora_rank != 0 else None)

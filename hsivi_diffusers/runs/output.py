@@ -67,16 +67,24 @@ def check_inputs(run: Output, written: Sequence[str], **inputs: str | Path | Non
             )
 
 
-def is_run(path: Path) -> bool:
-    """Whether a folder is that of a run, finished or not."""
-    return (path / "options.json").is_file() or (path / "checkpoints").is_dir()
+def run_of(init_from: str | None) -> Path | None:
+    """Returns the folder of the finished run that `init_from` names; None if it names something else, or nothing.
 
-
-def check_init_from(run: Path) -> None:
-    """Refuses, with ValueError, the folder of a run that has not ended."""
+    Raises:
+        ValueError: The run has not ended.
+    """
+    run = Path(init_from or "")
+    if init_from is None or not _holds_run(run):
+        return None
     missing = [name for name in ("pipeline", "critic", "options.json") if not (run / name).exists()]
     if missing:
-        raise ValueError(f"init_from={str(run)!r} lacks {', '.join(missing)}: give the folder of a finished run")
+        raise ValueError(f"init_from={init_from!r} lacks {', '.join(missing)}: give the folder of a finished run")
+    return run
+
+
+def _holds_run(path: Path) -> bool:
+    """Whether a folder is that of a run, finished or not."""
+    return (path / "options.json").is_file() or (path / "checkpoints").is_dir()
 
 
 def check_place(run: Output) -> Path:
@@ -88,8 +96,7 @@ def check_place(run: Output) -> Path:
     """
     path, resumes = Path(str(run.output_dir)), run.resume_from_checkpoint is not None
     anew = path.is_dir() and _only_started(path)
-    holds_run = (path / "options.json").is_file() or (path / "checkpoints").is_dir()
-    if resumes and path.is_dir() and not anew and not holds_run:
+    if resumes and path.is_dir() and not anew and not _holds_run(path):
         raise ValueError(
             f"--output_dir {path} is not empty and holds no run to continue with: name another folder, or pass "
             f"--overwrite_output_dir instead of --resume_from_checkpoint {run.resume_from_checkpoint}"

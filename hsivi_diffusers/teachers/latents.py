@@ -294,9 +294,6 @@ class TextLatents(Latents):
         check_prompts(True, prompts)
         self.conditions = encode_prompts(self, read_prompts(prompts), negative, device)
 
-    def identity(self) -> dict[str, str]:
-        return {**super().identity(), "prompts_sha256": self.conditions.digest}
-
     def encoders_digest(self) -> str:
         """Returns a hash of encoders and tokenizers, without loading an encoder that is not."""
         folder: Path | None = self.folder

@@ -317,7 +317,7 @@ class Teacher:
         return self._weights_sha256
 
     def identity(self) -> dict[str, str]:
-        """Hashes of weights and configs, and of prompts; where they were loaded from does not enter."""
+        """Hash of weights and configs; where they were loaded from does not enter."""
         hash = hashlib.sha256()
         for part in (self.network, self.schedule):
             config = getattr(part, "config", {})

@@ -241,7 +241,7 @@ def test_a_teacher_is_known_wherever_it_is_loaded_from(tmp_path):
     for folder in (tmp_path / "one", tmp_path / "two"):
         make_text("sd").save_pretrained(folder)
         (folder / "text_encoder" / "model.fp16.safetensors").write_bytes(folder.name.encode())  # a variant
-        digests.add(encode(load_teacher(str(folder)), ["a cat"]).identity()["prompts_sha256"])
+        digests.add(encode(load_teacher(str(folder)), ["a cat"]).conditions.digest)
     assert len(digests) == 1
 
 

@@ -102,7 +102,7 @@ class Results:
                 )
             if (config := students.get(key_of(row))) is None:
                 continue
-            if other := differences(recorded({**row["recipe"], "seed": config.seed}, config), settings_of(config)):
+            if other := differences(recorded({**row["recipe"], "seed": config.seed}, config), settings_of_row(config)):
                 raise ValueError(
                     f"{name}, seed {row['train_seed']}, of other options than --students have now ({other}): remove "
                     "that row, or name another --output_dir"
@@ -145,21 +145,16 @@ class Results:
 
 def recipe_of(config: HSIVIConfig) -> dict[str, Any]:
     """Preset, steps and updates of a student, and its settings that are not those of the preset."""
-    settings = settings_of(config)
+    settings = settings_of_row(config)
     given = {name: settings[name] for name in RECIPE}
     usual = HSIVIConfig(**given).settings()
     return {**given, **{name: value for name, value in settings.items() if value != usual[name] and name != "seed"}}
 
 
-def settings_of(config: HSIVIConfig) -> dict[str, Any]:
-    """The settings of a student, of its start the name alone: the folder of trainings may be another."""
-    return with_start(config.settings())
-
-
-def with_start(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of settings that may have a path."""
-    start = settings["init_from"]
-    return {**settings, "init_from": start and Path(start).name}
+def settings_of_row(config: HSIVIConfig) -> dict[str, Any]:
+    """The settings of a student, of its start the name alone: rows may be measured with another folder of trainings."""
+    settings = config.settings()
+    return {**settings, "init_from": settings["init_from"] and Path(settings["init_from"]).name}
 
 
 def recorded(settings: Mapping[str, Any], config: HSIVIConfig) -> dict[str, Any]:
@@ -167,7 +162,7 @@ def recorded(settings: Mapping[str, Any], config: HSIVIConfig) -> dict[str, Any]
 
     At guidance_scale 1 version 0.2 did not train the last class, "no class", which class_shares of `config` say now.
     """
-    completed = with_start(complete(settings))
+    completed = complete(settings)
     if completed["guidance_scale"] == 1 and completed["class_shares"] is None:
         completed["class_shares"] = config.class_shares
     return completed

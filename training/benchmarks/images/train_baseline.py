@@ -104,7 +104,7 @@ def recipe_of(config: str) -> dict[str, Any]:
 
 def hash_teacher(teacher: Model) -> str:
     """The SHA-256 of a teacher, as training.json of its students and baselines has it."""
-    return Model.identity(teacher)["teacher_sha256"]  # without that of prompts
+    return teacher.identity()["teacher_sha256"]
 
 
 def prepare(teacher: Teacher, training: Training, device: torch.device) -> tuple[Baseline, Tensor, Tensor | None]:

@@ -20,7 +20,7 @@ from hsivi_diffusers.teachers.loading import load_teacher
 from hsivi_diffusers.teachers.teacher import Teacher
 
 from . import train_baseline
-from .benchmark_results import recorded, settings_of
+from .benchmark_results import recorded
 
 DISTIL = "hsivi_diffusers distil"
 RESUME = ("--resume_from_checkpoint", "latest")
@@ -77,7 +77,7 @@ class Trainings:
         words = ["--guidance_scale", *map(str, settings.scales)] if settings.scales else []
         words += ["--class_shares", *map(str, settings.class_shares)] if settings.class_shares else []
         folder, costs = self._train(config, seed, DISTIL, [*RESUME, *words], shared=len(settings.scales) > 1)
-        if changed := differences(recorded(read_record(folder / "options.json"), settings), settings_of(settings)):
+        if changed := differences(recorded(read_record(folder / "options.json"), settings), settings.settings()):
             raise ValueError(
                 f"{folder} was trained with other options than {config} has ({changed}): name another "
                 "--runs_dir and --output_dir, or remove it and its rows"
