@@ -1,8 +1,8 @@
 """Hierarchical semi-implicit variational inference: the method itself, in torch only.
 
 Reading order: `distributions`, `targets`, `bridges`, `layers`, `chains`, `pools`, `objectives`, `lower_bound`,
-`regression`, `curricula`, `fitting`; then `networks` and `inference` for small targets, and the checks of a fit:
-`diagnostics`, `langevin`, `masses`, `diagnosis`.
+`regression`, `curricula`, `fitting`; then `networks`, `progress` and `inference` for small targets, and the checks of a
+fit: `diagnostics`, `langevin`, `masses`, `diagnosis`.
 """
 
 from .bridges import Bridge, DiffusionBridge, GeometricBridge

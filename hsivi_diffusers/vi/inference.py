@@ -20,6 +20,7 @@ from .lower_bound import LowerBound
 from .networks import GaussianMLP, ScoreMLP
 from .objectives import CriticObjective, KullbackLeibler, Objective, ScoreMatching
 from .pools import CohortChain, FrozenPoolChain, PoolChain
+from .progress import with_bar
 
 Training = Literal["sequential", "joint"]
 NUM_PROBES = 256  # draws of the base at which the target is checked before training
@@ -137,9 +138,10 @@ class Inference:
             self._set_rate(step.next_step)
             yield step
 
-    def run(self) -> None:
-        """Trains to the end."""
-        for _ in self.steps():
+    def run(self, progress: bool = True) -> None:
+        """Trains to the end, in a terminal or a notebook with a progress bar, if tqdm is installed."""
+        total = sum(stage.num_steps for stage in self.curriculum)
+        for _ in with_bar(self.steps(), self.next_step, total) if progress else self.steps():
             pass
 
     def marginals(self, size: int, seed: int = 0) -> list[Tensor]:

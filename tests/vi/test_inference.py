@@ -1,4 +1,6 @@
 import copy
+import io
+import sys
 
 import pytest
 import torch
@@ -190,6 +192,24 @@ def test_draws_of_all_layers_are_from_one_chain():
     assert torch.equal(draws[3], inference.bridge.sample_base(7, torch.Generator().manual_seed(2)))
     assert not torch.equal(draws[0], inference.sample(7, seed=3))
     assert not any(x.requires_grad for x in draws)
+
+
+# ----- what else a fit tells -----
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_run_shows_its_progress_from_where_it_was_left(progress, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", written := Terminal())
+    inference = run_to(tiny(training="sequential"), 3)
+    assert written.getvalue() == ""
+    inference.run(progress)
+    assert inference.next_step == 6
+    assert ("4/6 " in written.getvalue(), "6/6 " in written.getvalue()) == (progress, progress)
 
 
 # ----- plateaus -----
