@@ -1,8 +1,8 @@
 """Hierarchical semi-implicit variational inference: the method itself, in torch only.
 
 Reading order: `distributions`, `targets`, `bridges`, `layers`, `chains`, `pools`, `objectives`, `lower_bound`,
-`regression`, `curricula`, `fitting`; then `networks`, `progress` and `inference` for small targets, and the checks of a
-fit: `diagnostics`, `langevin`, `masses`, `diagnosis`.
+`regression`, `curricula`, `fitting`; then `networks`, `parameters`, `progress` and `inference` for small targets, and
+the checks of a fit: `diagnostics`, `langevin`, `masses`, `diagnosis`.
 """
 
 from .bridges import Bridge, DiffusionBridge, GeometricBridge
@@ -17,6 +17,7 @@ from .layers import ConditionalLayers, IndependentLayers, SharedLayers
 from .lower_bound import LowerBound
 from .networks import GaussianMLP, ResidualMLP, ScoreMLP
 from .objectives import CriticObjective, KullbackLeibler, LayerDraw, Objective, ScoreMatching, draw_layer
+from .parameters import NamedTarget
 from .pools import CohortChain, FrozenPoolChain, PoolChain, make_chain
 from .regression import PairChain, PairMixingChain, Regression, WithPairs
 from .targets import (
@@ -52,6 +53,7 @@ __all__ = [
     "LayerDraw",
     "LogProbTarget",
     "LowerBound",
+    "NamedTarget",
     "Objective",
     "PairChain",
     "PairMixingChain",

@@ -54,7 +54,7 @@ class IsotropicNormal(SampledTarget):
     def __init__(self, dimension: int, std: float = 1.0, device: torch.device | str | None = None) -> None:
         if not std > 0:
             raise ValueError(f"std={std}: a standard deviation is positive")
-        self.dimension, self.std, self.device = _check_dimension(dimension), std, device
+        self.dimension, self.std, self.device = check_dimension(dimension), std, device
 
     def log_prob(self, x: Tensor) -> Tensor:
         constant = self.dimension * math.log(self.std * math.sqrt(2 * math.pi))
@@ -95,10 +95,10 @@ class LogProbTarget(Target):
 
     def __init__(self, log_prob: LogProb, dimension: int) -> None:
         self._log_prob = log_prob
-        self.dimension = _check_dimension(dimension)
+        self.dimension = check_dimension(dimension)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return _checked(self._log_prob(x), x, x.shape[:1], "log_prob")
+        return check_value(self._log_prob(x), x, x.shape[:1], "log_prob")
 
 
 class ScoreTarget(Target):
@@ -109,10 +109,10 @@ class ScoreTarget(Target):
 
     def __init__(self, score: Callable[[Tensor], Tensor], dimension: int) -> None:
         self._score = score
-        self.dimension = _check_dimension(dimension)
+        self.dimension = check_dimension(dimension)
 
     def score(self, x: Tensor) -> Tensor:
-        return _checked(self._score(x), x, x.shape, "score")
+        return check_value(self._score(x), x, x.shape, "score")
 
 
 def as_target(source: Target | Distribution) -> Target:
@@ -131,13 +131,13 @@ def as_target(source: Target | Distribution) -> Target:
     )
 
 
-def _check_dimension(dimension: int) -> int:
+def check_dimension(dimension: int) -> int:
     if not isinstance(dimension, int) or not 1 <= dimension <= MAX_DIMENSION:
         raise ValueError(f"dimension={dimension}: give the number of coordinates, a whole number from 1 to 1,000,000")
     return dimension
 
 
-def _checked(value: object, x: Tensor, shape: torch.Size, name: str) -> Tensor:
+def check_value(value: object, x: Tensor, shape: torch.Size, name: str) -> Tensor:
     """Returns the output of a user's function at x if it can be used."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} returned a {type(value).__name__}: write it in torch, and return a tensor")
