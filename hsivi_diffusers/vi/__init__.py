@@ -1,8 +1,8 @@
 """Hierarchical semi-implicit variational inference: the method itself, in torch only.
 
 Reading order: `distributions`, `targets`, `bridges`, `layers`, `chains`, `pools`, `objectives`, `lower_bound`,
-`regression`, `curricula`, `fitting`; then `networks`, `parameters`, `progress` and `inference` for small targets, and
-the checks of a fit: `diagnostics`, `langevin`, `masses`, `diagnosis`.
+`regression`, `curricula`, `fitting`; then `networks`, `parameters` and `inference` for small targets, with `progress`
+and `inference_data`; and the checks of a fit: `importance`, `diagnostics`, `langevin`, `masses`, `diagnosis`.
 """
 
 from .bridges import Bridge, DiffusionBridge, GeometricBridge
@@ -12,6 +12,7 @@ from .diagnosis import Diagnosis, diagnose
 from .diagnostics import Finding
 from .distributions import DiagonalGaussian
 from .fitting import DivergenceError, Step, Update, fit, step_generator
+from .importance import effective_sample_size, log_density, pareto_k
 from .inference import Inference
 from .layers import ConditionalLayers, IndependentLayers, SharedLayers
 from .lower_bound import LowerBound
@@ -77,9 +78,12 @@ __all__ = [
     "diagnose",
     "draw_layer",
     "draw_marginals",
+    "effective_sample_size",
     "fit",
     "joint",
+    "log_density",
     "make_chain",
+    "pareto_k",
     "sequential",
     "simulate",
     "step_generator",

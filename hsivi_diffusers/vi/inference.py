@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -14,15 +14,19 @@ from .bridges import Bridge
 from .chains import Chain, draw_marginals
 from .curricula import Plateau, Stage, cosine, joint, sequential
 from .diagnosis import Diagnosis, diagnose
-from .fitting import Step, fit
+from .fitting import Step, fit, step_generator
+from .importance import effective_sample_size, log_density, pareto_k
+from .inference_data import inference_data, load_arviz
 from .layers import ConditionalLayers, IndependentLayers, SharedLayers
 from .lower_bound import LowerBound
 from .networks import GaussianMLP, ScoreMLP
 from .objectives import CriticObjective, KullbackLeibler, Objective, ScoreMatching
+from .parameters import NamedTarget
 from .pools import CohortChain, FrozenPoolChain, PoolChain
 from .progress import with_bar
 
 Training = Literal["sequential", "joint"]
+Constrain = Callable[[Tensor], Mapping[str, Tensor]]
 NUM_PROBES = 256  # draws of the base at which the target is checked before training
 MAX_GRAD_NORM = 10.0  # of both players
 OBJECTIVES: dict[str, Callable[[], Objective]] = {"LB": LowerBound, "SM": ScoreMatching, "KL": KullbackLeibler}
@@ -152,6 +156,49 @@ class Inference:
     def sample(self, size: int, seed: int = 0) -> Tensor:
         """Draws from the fitted law, shape (size, d); one seed gives the same draws."""
         return self.marginals(size, seed)[0]
+
+    def log_prob(self, x: Tensor, num_inputs: int = 4096, seed: int = 0) -> Tensor:
+        """Estimates log q(x) of the fitted law, shape (N,), at x of shape (N, d): a lower bound in expectation.
+
+        It becomes tight as the number of inputs of layer 0 grows; see `importance.log_density`.
+        """
+        return log_density(self.layers, self.bridge, x, num_inputs, step_generator(seed, -1, 0))
+
+    def to_arviz(self, size: int = 1000, seed: int = 0, constrain: Constrain | None = None) -> Any:
+        """Returns `sample(size, seed)` as an `arviz.InferenceData`: pip install "hsivi-diffusers[inference]".
+
+        The draws are independent, one chain of them: their effective sample size is `size` in all coordinates, and
+        R-hat says nothing, neither that the fit is good nor that it is bad. Whether it is good, say the diagnostics of
+        its importance weights w = p / q, and `diagnose`.
+
+        `posterior` has the variables. `sample_stats` has, if the log-density of the target is known, `lp`, log p +
+        constant, and `log_q`, the estimate of `log_prob`, each of x in R^d; and as attributes `pareto_k`, below 0.7
+        for a good fit, and `importance_ess` of the weights, from 1 to `size` (see `importance`). As `log_q` is too low
+        on average, both make a fit look worse than it is, mostly where layer 0 is narrow.
+
+        Args:
+            size: Number of draws, >= 25.
+            seed: Of the draws.
+            constrain: x of shape (N, d) -> variables of shape (N, ...) by their names, for draws of whitened targets;
+                by default the parameters of a `NamedTarget`, and of another target "x".
+
+        Raises:
+            ImportError: arviz is missing.
+            ValueError: There are fewer than 25 draws.
+        """
+        load_arviz()  # now, not after the draws
+        target = getattr(self.bridge, "target", None)
+        if constrain is None:
+            constrain = target.constrain if isinstance(target, NamedTarget) else lambda x: {"x": x}
+        x = self.sample(size, seed)
+        statistics: dict[str, Tensor] = {}
+        attributes: dict[str, float] = {}
+        with suppress(NotImplementedError):  # only the score is known
+            lp = self.bridge.log_prob(x, self.bridge.level(torch.zeros(size, dtype=torch.long, device=x.device)))
+            statistics = {"lp": lp, "log_q": self.log_prob(x, seed=seed)}
+            log_weights = lp - statistics["log_q"]
+            attributes = {"pareto_k": pareto_k(log_weights), "importance_ess": effective_sample_size(log_weights)}
+        return inference_data(constrain(x), statistics, attributes)
 
     def diagnose(self, seed: int = 0) -> Diagnosis:
         """Checks the fit, see `diagnosis.diagnose`; each finding has a message with the remedy."""

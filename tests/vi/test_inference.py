@@ -4,16 +4,19 @@ import sys
 
 import pytest
 import torch
+from torch.distributions import constraints
 
 from hsivi_diffusers.vi import inference as inference_module
 from hsivi_diffusers.vi.bridges import Bridge, DiffusionBridge, GeometricBridge
 from hsivi_diffusers.vi.curricula import Plateau
 from hsivi_diffusers.vi.distributions import DiagonalGaussian
+from hsivi_diffusers.vi.importance import effective_sample_size, pareto_k
 from hsivi_diffusers.vi.inference import Inference
 from hsivi_diffusers.vi.layers import ConditionalLayers, IndependentLayers, SharedLayers
 from hsivi_diffusers.vi.lower_bound import LowerBound
 from hsivi_diffusers.vi.networks import GaussianMLP, ScoreMLP
 from hsivi_diffusers.vi.objectives import KullbackLeibler
+from hsivi_diffusers.vi.parameters import NamedTarget
 from hsivi_diffusers.vi.targets import LogProbTarget, ScoreTarget
 from training.benchmarks.inference.targets.plane import GaussianMixture
 
@@ -210,6 +213,52 @@ def test_a_run_shows_its_progress_from_where_it_was_left(progress, monkeypatch):
     inference.run(progress)
     assert inference.next_step == 6
     assert ("4/6 " in written.getvalue(), "6/6 " in written.getvalue()) == (progress, progress)
+
+
+def test_the_density_of_a_fit_is_estimated_from_other_inputs_than_those_of_its_draws():
+    layers = IndependentLayers([GaussianMLP(2, width=8, initial_std=0.5)])
+    inference = tiny(of=GeometricBridge(gaussian(), 1), layers=layers)
+    torch.nn.init.zeros_(layers.networks[0].network.last.weight)
+    x = inference.sample(300, seed=1)
+    exact = torch.distributions.Normal(0.0, 1.25**0.5).log_prob(x).sum(1)  # x_1 + 0.5 noise
+    torch.testing.assert_close(inference.log_prob(x, 20_000, seed=1), exact, rtol=0, atol=0.3)
+    assert torch.equal(inference.log_prob(x, 300, seed=1), inference.log_prob(x, 300, seed=1))
+    gaps = torch.stack([inference.log_prob(x, 300, seed=seed) - exact for seed in range(20)]).mean(1)
+    assert float(gaps.max()) < 0  # a lower bound, also with the seed and the number of the draws
+
+
+def named():
+    def log_prob(of):
+        return -0.5 * of["theta"].square().sum(1) - of["tau"]
+
+    return NamedTarget(log_prob, {"theta": (constraints.real, (3,)), "tau": constraints.positive})
+
+
+def test_draws_of_named_parameters_become_a_dataset_with_the_state_of_the_weights():
+    pytest.importorskip("arviz")
+    target = named()
+    inference = tiny(of=GeometricBridge(target, 2))
+    x, data = inference.sample(40, seed=3), inference.to_arviz(40, seed=3)
+    for name, value in target.constrain(x).items():
+        assert torch.equal(torch.tensor(data.posterior[name].values[0]), value)
+    statistics = {name: torch.tensor(value.values[0]) for name, value in data.sample_stats.items()}
+    assert statistics.keys() == {"lp", "log_q"}
+    torch.testing.assert_close(statistics["lp"], target.log_prob(x))
+    assert torch.equal(statistics["log_q"], inference.log_prob(x, seed=3))
+    weights = statistics["lp"] - statistics["log_q"]
+    assert data.sample_stats.attrs["pareto_k"] == pytest.approx(pareto_k(weights))
+    assert data.sample_stats.attrs["importance_ess"] == pytest.approx(effective_sample_size(weights))
+
+
+def test_variables_may_be_of_the_users_own_and_a_score_alone_gives_no_statistics():
+    pytest.importorskip("arviz")
+    inference = tiny("KL", of=GeometricBridge(ScoreTarget(gaussian_score, 2), 2))
+    x = inference.sample(30)
+    assert torch.equal(torch.tensor(inference.to_arviz(30).posterior["x"].values[0]), x)
+    data = inference.to_arviz(30, constrain=lambda x: {"sum": x.sum(1)})
+    assert list(data.posterior) == ["sum"]
+    assert torch.equal(torch.tensor(data.posterior["sum"].values[0]), x.sum(1))
+    assert data.groups() == ["posterior"]
 
 
 # ----- plateaus -----
