@@ -18,7 +18,7 @@ from training.benchmarks.inference.benchmark_targets import load_reference
 from training.benchmarks.inference.fit_target import Output, fit_one, write_pages
 from training.benchmarks.inference.study import NULLS, read_study, run_job, run_study
 from training.benchmarks.inference.study_figures import FIGURES, draw_fits, draw_marginals_figure
-from training.benchmarks.inference.study_rows import NULL_LABELS, frame_of
+from training.benchmarks.inference.study_rows import NULL_LABELS, csv_of, frame_of
 from training.benchmarks.inference.study_tables import TABLES
 from training.benchmarks.inference.target_fit import Fit, prepare, score_network, width_of
 
@@ -321,6 +321,16 @@ def test_the_winner_of_pairs_is_told_and_pairs_that_failed():
     assert table[3][:3] == ["LB, KL", "JS", "1"]
 
 
+def test_the_summary_has_one_layer_and_layers_trained_together_on_one_bridge():
+    rows = [null_row("exact", 0.01), fitted_row(0.5, T=1, method="SIVI")]
+    rows += [fitted_row(0.9, T=3), fitted_row(0.8, T=3, bridge="diffusion")]
+    rows += [fitted_row(0.3, T=3, bridge="diffusion", training="joint"), posterior_row(0.2, T=3, training="joint")]
+    table = lines(rows, "summary")
+    assert table[0] == ["objective", "T", "ring, JS", "rare_events, mean error"]
+    assert table[2] == ["exact, the floor", "", "0.0100", "–"]
+    assert table[3:5] == [["LB", "1", "0.500", "–"], ["LB", "3", "0.300", "0.200"]]
+
+
 def test_signs_of_failure_are_held_against_the_truth():
     rows = [null_row("exact", 0.01), fitted_row(0.2, findings=["lost_modes"], modes_found=7.0)]
     rows += [fitted_row(0.3, seed=1), fitted_row(0.02, seed=2, findings=["critic_lag"])]
@@ -335,6 +345,9 @@ def test_a_part_of_the_results_makes_a_page_of_what_there_is(rows, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
     write_pages(tmp_path)
     text = (tmp_path / "study.md").read_text()
+    heads, *fits = (tmp_path / "study.csv").read_text().splitlines()
+    assert heads.startswith("study,method,T,")
+    assert len(fits) == len(rows)
     for name in TABLES:
         assert f"<!-- table: {name} -->\n\n" in text
     assert "<!-- table: size -->\n\nNot run yet.\n\n<!-- end of table -->" in text
@@ -367,6 +380,7 @@ def test_numbers_have_three_digits(value, text):
 def test_the_page_in_the_docs_is_what_the_program_writes():
     page = (DOCS / "study.md").read_text()
     rows = frame_of(json.loads((DOCS / "results.json").read_text())["rows"])
+    assert csv_of(rows) == (DOCS / "study.csv").read_text()
     assert fill_tables(page, {name: make(rows) for name, make in TABLES.items()}) == page
 
 

@@ -12,7 +12,8 @@ A study, which continues where it was stopped:
 
     python -m training.benchmarks.inference.fit_target --study training/configs/study_*.yaml
 
-writes docs/inference/results.json, and the figures and tables of docs/inference/study.md that are made from it.
+writes docs/inference/results.json, and what is made from it: docs/inference/study.csv, and the figures and tables of
+study.md. A page that is begun in a folder of your own has more tables.
 `--quick true` does a short version of each study and writes to runs/inference_quick.
 
 A target of your own is fitted by a few lines of Python; see docs/inference/index.md.
@@ -35,11 +36,11 @@ from hsivi_diffusers.runs.options import option
 
 from .study import read_study, run_study
 from .study_figures import FIGURES, draw_fits, draw_marginals_figure, save
-from .study_rows import frame_of
+from .study_rows import csv_of, frame_of
 from .study_tables import TABLES
 from .target_fit import Fit, measure, run
 
-PAGE = "study.md"  # of the folder of a study
+PAGE, CSV = "study.md", "study.csv"  # of the folder of a study
 
 
 @dataclass
@@ -93,7 +94,10 @@ def study_all(study: Study, output: Output) -> None:
 
 
 def write_pages(folder: Path) -> None:
-    """Makes the figures of a folder's results.json, and the tables of its study.md, which is begun if there is none."""
+    """Makes figures, study.csv and the tables of study.md from a folder's results.json.
+
+    The CSV has a line a fit. The page is begun, with all tables, if there is none.
+    """
     path, page = folder / "results.json", folder / PAGE
     if not path.exists():
         raise ValueError(f"{path} is missing: do a study first, with --study")
@@ -105,6 +109,7 @@ def write_pages(folder: Path) -> None:
     for name, draw in FIGURES.items():
         save(draw(rows), folder / name)
     write_text(page, text)
+    write_text(folder / CSV, csv_of(rows))
 
 
 def main(args: list[str] | None = None) -> None:

@@ -41,6 +41,14 @@ def frame_of(rows: Iterable[Row]) -> pd.DataFrame:
     return frame.astype({"T": "Int64"})
 
 
+def csv_of(frame: pd.DataFrame) -> str:
+    """The rows as CSV, with four digits."""
+    findings = frame["findings"].map(lambda found: " ".join(found) if isinstance(found, list) else found)
+    failed = frame["failed"].map(lambda why: " ".join(why.split()), na_action="ignore")
+    frame = frame.assign(findings=findings, failed=failed)
+    return frame.to_csv(index=False, float_format="%.4g", lineterminator="\n")
+
+
 def select(frame: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
     """Rows with the given values, where a tuple is a choice of them."""
     for name, value in wanted.items():

@@ -199,6 +199,30 @@ def _every_fit(study: str, measures: Sequence[str], rows: pd.DataFrame) -> str:
 
 # What is better
 
+
+def _summary_table(rows: pd.DataFrame) -> str:
+    """The errors of all layers trained together: JS on the diffusion bridge, of posteriors the mean error."""
+    columns: list[tuple[str, dict[str, str], str]] = [
+        (target, {"study": "plane", "bridge": "diffusion"}, "js") for target in PLANE
+    ]
+    columns += [(target, {"study": "posteriors", "bridge": "geometric"}, "mean_error") for target in POSTERIORS]
+    columns = [each for each in columns if len(select(rows, study=each[1]["study"], target=each[0]))]
+
+    def line(objective: str | None, number: int) -> list[str]:
+        cells = []
+        for target, at, key in columns:
+            here = select(rows, study=at["study"], target=target)
+            deep = {"bridge": at["bridge"], "training": "joint"}
+            fits = select(along(fits_of(here), objective, **deep), T=number) if objective else None
+            cells.append(_mean(select(here, method="exact") if fits is None else fits, key))
+        return cells
+
+    counts = [number for number in values_of(fits_of(rows, study=("plane", "posteriors")), "T") if number in (1, 3, 5)]
+    lines = [[objective, number, *line(objective, number)] for objective in OBJECTIVES for number in counts]
+    heads = [f"{target}, {MEASURES[key]}" for target, _, key in columns]
+    return _table(["objective", "T", *heads], [["exact, the floor", "", *line(None, 0)], *lines] if counts else [])
+
+
 _SAME = ["study", "target", "T", "objective", "bridge", "training", "seed", "whitening", "parameters_wanted", "depth"]
 
 
@@ -264,6 +288,7 @@ def _findings_table(rows: pd.DataFrame) -> str:
 
 
 TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
+    "summary": _summary_table,
     "checkerboard": partial(_plane_table, "checkerboard"),
     "ring": partial(_plane_table, "ring"),
     "shapes": _shapes_table,
