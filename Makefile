@@ -89,6 +89,7 @@ benchmark-text: $(VENV)/installed
 	$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_text.yaml $(BENCHMARK)
 
 docs: $(VENV)/installed
+	rm -rf docs/api
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 	@echo "the pages are in build/docs/index.html"
 
