@@ -9,12 +9,64 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from hsivi_diffusers import HSIVIConfig, HSIVITrainer
+from hsivi_diffusers import HSIVIConfig, HSIVITrainer, vi
 from hsivi_diffusers.distillation import updates
 from hsivi_diffusers.runs.output import finished
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 SETTINGS = 'TEACHER = "../assets/digits_ddpm"\nOUTPUT_DIR = {folder!r}\nUPDATES = 2'
+
+
+# ----- pages -----
+
+
+def prose_of(page):
+    """A page without its blocks of code."""
+    return re.sub(r"^ *(`{3,}).*?^ *\1$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors_of(page):
+    """The anchors of the headings of a page, as GitHub and Sphinx make them."""
+    heads = re.findall(r"^#+ (.*)$", prose_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.strip().lower()).replace(" ", "-") for head in heads}
+
+
+def links_of(page):
+    """The links of a page to files here: target, and anchor or ""."""
+    found = re.findall(r"\]\(([^()\s]+)\)", prose_of(page))
+    return [link.partition("#")[::2] for link in found if not re.match(r"\w+:", link)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_links_to_what_is_there(page):
+    for target, anchor in links_of(page):
+        other = (page.parent / target).resolve() if target else page
+        assert other.exists(), target
+        assert not anchor or anchor in anchors_of(other), f"{target}#{anchor}"
+
+
+def test_every_csv_is_linked_from_a_page_beside_it():
+    linked = {(page.parent / target).resolve() for page in PAGES for target, _ in links_of(page)}
+    assert linked >= {*DOCS.rglob("*.csv")}
+
+
+def test_the_api_has_every_name_of_the_core():
+    assert {*vi.__all__} <= {*re.findall(r"^   (\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)}
+
+
+def test_the_pages_are_short_enough_to_be_read():
+    """Words have a letter or a digit: bars and rules of tables are none."""
+    pages = [*DOCS.rglob("*.md"), *DOCS.glob("*.ipynb")]
+    assert sum(len(re.findall(r"\S*\w\S*", page.read_text())) for page in pages) <= 30_000
+
+
+def test_blocks_of_shell_are_marked_as_such():
+    for page in PAGES:
+        blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), re.DOTALL | re.MULTILINE)
+        unmarked = [code for mark, code in blocks if not mark]
+        assert not [code for code in unmarked if re.match(r" *(hsivi|python|make|pip|accelerate) ", code)]
 
 
 # ----- a teacher of the user's own -----
