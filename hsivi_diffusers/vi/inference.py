@@ -167,14 +167,13 @@ class Inference:
     def to_arviz(self, size: int = 1000, seed: int = 0, constrain: Constrain | None = None) -> Any:
         """Returns `sample(size, seed)` as an `arviz.InferenceData`: pip install "hsivi-diffusers[inference]".
 
-        The draws are independent, one chain of them: their effective sample size is `size` in all coordinates, and
-        R-hat says nothing, neither that the fit is good nor that it is bad. Whether it is good, say the diagnostics of
-        its importance weights w = p / q, and `diagnose`.
+        The draws are independent and stand as one chain: their effective sample size is `size` in all coordinates, and
+        R-hat tells nothing about the fit. Judge it by its importance weights w = p / q, and by `diagnose`.
 
-        `posterior` has the variables. `sample_stats` has, if the log-density of the target is known, `lp`, log p +
-        constant, and `log_q`, the estimate of `log_prob`, each of x in R^d; and as attributes `pareto_k`, below 0.7
-        for a good fit, and `importance_ess` of the weights, from 1 to `size` (see `importance`). As `log_q` is too low
-        on average, both make a fit look worse than it is, mostly where layer 0 is narrow.
+        The group `posterior` has the variables. If the log-density of the target is known, `sample_stats` has at each
+        draw x in R^d `lp`, log p(x) + constant, and `log_q`, the estimate of `log_prob`; and as attributes `pareto_k`,
+        below 0.7 for a good fit, and `importance_ess`, from 1 to `size`, of the weights (see `importance`). The noise
+        of `log_q` makes both look worse than they are, mostly where layer 0 is narrow.
 
         Args:
             size: Number of draws, >= 25.
