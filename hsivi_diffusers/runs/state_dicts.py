@@ -19,9 +19,17 @@ from torch import Tensor, nn
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file; a full disk is an OSError that names it."""
+    """Writes a safetensors file; a full disk is an OSError that names it.
+
+    Of tensors that share their memory, which safetensors refuses, all but the first are copied.
+    """
+    single, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        single[name] = (tensor.clone() if storage in seen else tensor).contiguous()
+        seen.add(storage)
     try:
-        save_file(tensors, path, metadata)
+        save_file(single, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error}): make room on the disk, or name another folder") from error
 
@@ -52,10 +60,6 @@ def save_state_dict(state: Mapping[Any, Any], path: Path) -> None:
     """
     tensors: dict[str, Tensor] = {}
     rest = json.dumps(_take_tensors(state, "", tensors))
-    seen: set[int] = set()
-    for name, tensor in tensors.items():  # safetensors refuses what is shared, as the codes of 8-bit moments are
-        tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
     save_tensors(tensors, path, {"rest": rest})
 
 

@@ -275,7 +275,7 @@ def write_repo(folder: Path, pipeline: Any, repo_id: str, run: dict[str, Any], f
     for name, part in pipeline.components.items():
         if fp16 and isinstance(part, torch.nn.Module):
             kind: Any = type(getattr(part, "_orig_mod", part))  # compiled or not
-            half = torch.nn.Module.to(kind.from_pretrained(folder / name), torch.float16)
+            half = kind.from_pretrained(folder / name, torch_dtype=torch.float16)  # not read as a whole before
             half.save_pretrained(folder / name, variant="fp16")
     if drawn:
         run = {**run, "grid": draw_grid(pipeline)}

@@ -267,9 +267,7 @@ class Teacher:
             network.save_pretrained(folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            save_tensors(
-                {name: value.clone().contiguous() for name, value in network.state_dict().items()}, folder / WEIGHTS
-            )
+            save_tensors(network.state_dict(), folder / WEIGHTS)
 
     def load(self, like: Any, folder: Path) -> dict[str, Tensor]:
         """Returns the weights of a network that `save` wrote."""

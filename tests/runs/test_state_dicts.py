@@ -31,6 +31,15 @@ def test_a_state_dict_is_read_bit_for_bit(tmp_path):
     assert read["list"][1:] == [0.1, None, "x", True]
 
 
+def test_tensors_that_share_their_memory_are_each_written(tmp_path):
+    base = torch.arange(6.0)
+    tensors = {"base": base, "again": base, "end": base[2:], "turned": base.reshape(2, 3).t()}
+    save_tensors(tensors, tmp_path / "state.safetensors")
+    for name, tensor in load_tensors(tmp_path / "state.safetensors").items():
+        torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=0)
+    assert tensors["again"] is base
+
+
 def test_something_else_is_not_written_as_state(tmp_path):
     with pytest.raises(TypeError):
         save_state_dict({"a": object()}, tmp_path / "file")
