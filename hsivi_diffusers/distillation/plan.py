@@ -13,8 +13,9 @@ import os
 import sys
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,8 +27,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from ..teachers.adapters import has_adapter
 from ..teachers.guidance import Guided
@@ -45,36 +45,51 @@ IN_MAIN_MEMORY = ("libraries", "pairs")
 MARGIN = 1.2  # of memory: measured peaks were up to 1.14 of planned ones, and a driver takes some
 MOST_FLOPS = 1e12  # of a call that is timed on a CPU
 
+_aten = torch.ops.aten
+FLOPS = {  # those of attention on the CPU, too, which torch leaves out
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
 
 class Meter(TorchDispatchMode):
     """Counts the bytes of the fake tensors that are alive, beside a `FakeTensorMode`: `now`, and at the `peak`.
 
-    It counts operations, too, and the `traffic`, the bytes that they read and write. Indices, levels and other small
-    numbers stay real, so that the loop takes the branches it would take.
+    It counts operations, too, their `flops`, and the `traffic`, the bytes that they read and write. Indices, levels and
+    other small numbers stay real, so that the loop takes the branches it would take.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.traffic = self.operations = 0
+        self.now = self.peak = self.flops = self.traffic = self.operations = 0
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # two thirds of all
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [*_tensors((args, *kwargs.values()))]
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True  # of a loss: it is finite
         if not any(isinstance(x, FakeTensor) for x in tensors) if tensors else _is_small(func, args, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor)]
+        made = [*_tensors(result)]
         self.add(made)
         if not any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns):  # no view
             self.operations += 1
             self.traffic += _bytes([*tensors, *made])
+            if (count := FLOPS.get(func.overloadpacket)) is not None:
+                self.flops += count(*args, **kwargs, out_val=result)
         return result
+
+    def work(self) -> dict[str, int]:
+        """Counts since the meter was made, by the names of `Work`."""
+        return {name: getattr(self, name) for name in Work._fields}
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Counts their storages from now on, until they are gone; one that is counted already is not counted twice."""
@@ -90,29 +105,13 @@ class Meter(TorchDispatchMode):
         self.now -= size
 
 
-class FlopCounter(FlopCounterMode):
-    """Counts operations, those of attention on the CPU, too, which torch leaves out.
-
-    It has no tracker of modules, whose hooks keep what gradient checkpointing frees.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(display=False)
-        aten, known = torch.ops.aten, self.flop_registry
-        self.flop_registry = {
-            **known,
-            aten._scaled_dot_product_flash_attention_for_cpu: known[aten._scaled_dot_product_flash_attention],
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: known[
-                aten._scaled_dot_product_flash_attention_backward
-            ],
-        }
-        self.mod_tracker: Any = Untracked()
-
-
-class Untracked(nullcontext[None]):
-    """Stands in for a ModuleTracker of torch."""
-
-    parents, is_bw = frozenset(["Global"]), False
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those of an operation's arguments, or of its result."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
 
 
 def _is_small(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -199,36 +198,34 @@ def _collecting_often() -> Iterator[None]:
 
 
 def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
-    """Runs the loop on fake tensors: two steps with one critic update, and one with two; the rest is as many more.
+    """Runs an update on fake tensors, of two critic updates at most: the others are as many more.
 
-    In the first the chains are begun, and the optimizers have no moments yet.
+    Before it chains are begun and optimizers have their moments, as after the first update of a run.
     """
     libraries = psutil.Process().memory_info().rss
     wanted, pairs = config.critic_updates, config.num_pairs
-    # Of the first updates in which the critic learns alone, the student's optimizer would have no moments yet.
     shares = None if config.prompts else config.class_shares  # a plan has but one prompt
-    config = replace(config, critic_updates=1, critic_first=0, max_train_steps=3, num_pairs=0, class_shares=shares)
+    once: dict[str, Any] = {"critic_updates": min(wanted, 2), "critic_first": 0, "max_train_steps": 2, "num_pairs": 0}
+    config = replace(config, **once, class_shares=shares)
     eight_bit, config.use_8bit_adam = config.use_8bit_adam, False  # bitsandbytes takes no fake tensors
-    counts: list[dict[str, float]] = []
     with _collecting_often(), FakeTensorMode(allow_non_fake_inputs=True):
         meter = Meter()
         state = make_fake_state(name, revision, config, meter)
         with meter:
-            for step, critic_updates in enumerate([1, 1, min(wanted, 2)]):
-                config.critic_updates = critic_updates
-                with _counting(state, meter) as count:
-                    next(run_updates(state, step))
-                gc.collect()
-                counts.append(count)
+            _begin(state)
+            total, further = _measure_update(state, meter)
+            gc.collect()
             peak = meter.peak
-            with _counting(state, meter) as call, torch.no_grad():
+            before = meter.work()
+            with torch.no_grad():
                 zero = torch.zeros(1, dtype=torch.long)
                 classes = zero if state.bridge.num_classes else None
                 lowest = state.bridge.scheduler.levels.time(zero)
                 Guided(state.teacher)(torch.randn(1, *state.bridge.shape), lowest, classes)
+            call = Counter(meter.work()) - Counter(before)
             config.num_pairs = pairs  # which `fit_calls` counts
-        _, one, two = counts
-    total = {name: one[name] + (wanted - 1) * (two[name] - one[name]) for name in one}
+    for _ in range(wanted - config.critic_updates):
+        total += further
     static, limit = _static(state, eight_bit), config.checkpoints_total_limit
     memory = {**static, "activations and gradients": peak - sum(_static(state).values()), "libraries": libraries}
     if pairs:
@@ -250,20 +247,35 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
     )
 
 
+def _begin(state: TrainingState) -> None:
+    """Fills the chains, and makes the moments of both optimizers."""
+    for chain in state.chains:
+        chain.draw(state.layers)
+    for optimizer in (state.layer_optimizer, state.critic_optimizer):
+        for weight in (each for group in optimizer.param_groups for each in group["params"]):
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _measure_update(state: TrainingState, meter: Meter) -> tuple[Counter[str], Counter[str]]:
+    """Counts of an update, and those of its last critic update: work, and the rows that each network is called with."""
+    with state.counting_rows() as rows:
+        marks = [Counter(**meter.work(), **rows)]
+
+        def mark(*_: Any) -> None:
+            marks.append(Counter(**meter.work(), **rows))
+
+        handle = state.critic_optimizer.optimizer.register_step_post_hook(mark)
+        next(run_updates(state, 0))
+        handle.remove()
+        mark()
+    return marks[-1] - marks[0], marks[-2] - marks[-3]
+
+
 def _rows(config: HSIVIConfig) -> int:
     """Rows of an update in one process."""
     return config.train_batch_size * config.gradient_accumulation_steps
-
-
-@contextmanager
-def _counting(state: TrainingState, meter: Meter) -> Iterator[dict[str, float]]:
-    """Counts the rows that each network is called with, and the work."""
-    count: dict[str, float] = {}
-    traffic, operations = meter.traffic, meter.operations
-    with state.counting_rows() as rows, FlopCounter() as flops:
-        yield count
-    count.update(rows, flops=float(flops.get_total_flops()))
-    count.update(traffic=meter.traffic - traffic, operations=meter.operations - operations)
 
 
 def _static(state: TrainingState, eight_bit: bool = False) -> dict[str, int]:
@@ -290,8 +302,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def seconds_per_flop(teacher: Teacher, config: HSIVIConfig) -> tuple[float, str]:
-    """Times a call of one real network of random weights; returns seconds per FLOP and what they are of.
+def seconds_per_flop(teacher: Teacher, config: HSIVIConfig, flops: float) -> tuple[float, str]:
+    """Times calls of one real network of random weights, of `flops` a row; returns seconds per FLOP, and of what clock.
 
     On a CPU it is the CPU time of this process over its threads, so that other work on the machine does not count. As
     many rows of the batch are used as the calls may cost, so that a small network is timed in the batch it gets.
@@ -316,10 +328,8 @@ def seconds_per_flop(teacher: Teacher, config: HSIVIConfig) -> tuple[float, str]
             float(Guided(teacher)(x, times, labels).sum())  # a number, for which a GPU must have finished
         return clock() - begin
 
-    with FlopCounter() as counter:
-        call(1)
-    flops = counter.get_total_flops()
     rows = int(min(config.train_batch_size, max(1, CALIBRATION_FLOPS // flops)))
+    call(rows)
     return min(call(rows) for _ in range(3)) / (rows * flops), name
 
 
@@ -386,7 +396,7 @@ def _time_lines(teacher: str, revision: str | None, config: HSIVIConfig, cost: C
             f"a call of the teacher takes {cost.call.flops / 1e12:,.1f} TFLOP: plan on the GPU to know the time, or "
             "name one, such as --card H100"
         ]
-    speed, clock = seconds_per_flop(make_teacher(teacher, revision, config), config)
+    speed, clock = seconds_per_flop(make_teacher(teacher, revision, config), config, cost.call.flops)
     seconds = speed * cost.work.flops
     return [
         f"about {seconds:,.2f} s an update and {_duration(seconds * config.max_train_steps)} in all, by the speed of "
