@@ -111,6 +111,16 @@ def test_a_split_run_resumes_to_the_weights_of_one_process(run, whole, tmp_path,
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_longer_split_run_stays_with_that_of_one_process(run, tmp_path):
+    given = {"max_train_steps": 20, "checkpointing_steps": 20}
+    one, two = run(tmp_path / "one", "sd3", processes=1, **given), run(tmp_path / "two", "sd3", **given, **SPLIT)
+    found, wanted = tensors(two), tensors(one)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("network", "processes", "refusal"),
     [
