@@ -79,10 +79,8 @@ def test_a_glance_at_all_sets_has_the_best_of_each_kind_in_their_first_space(tmp
     before, table, after = (tmp_path / "README.md").read_text().split("\n\n")
     assert (before.splitlines()[0], after.splitlines()[-1]) == ("before", "after")
     assert lines_of(table) == [
-        ["digits", "1", "", "3.5 (progressive)", "**1.5 ± 0.71**"],
-        ["letters", "1", "", "", "6"],
-        ["letters", "2", "**5.5 UniPC**", "", "6"],
-        ["letters", "5", "**5.5 UniPC at 2**", "", "6"],
+        ["digits", "**1.5 ± 0.71** (–, 3.5)", "", ""],
+        ["letters", "6 (–, –)", "6 (**5.5**, –)", "6 (**5.5**, –)"],
     ]
 
 

@@ -221,19 +221,23 @@ def summary_table(rows: list[Row]) -> str:
 def glance_table(sets: dict[str, list[Row]]) -> str:
     """Of every set, at the NFE of our students, the distances in its first space: what the README shows.
 
-    The solver is that of the lowest distance at as many NFE or fewer, of those that are best in all spaces at theirs.
+    Behind ours are the solver of the lowest distance at as many NFE or fewer, of those that are best in all spaces at
+    theirs, and the best baseline.
     """
-    lines = []
-    for name, rows in sets.items():
-        table = Distances(rows)
-        space, *_ = table.spaces
-        for nfe in (nfe for nfe, method in table.keys if method == OURS):
-            solver = table.best(space, *(key for key in table.keys if key[1] == SOLVER and key[0] <= nfe))
-            words = f" {table.groups.get_group(solver).solver.iloc[0]}" if solver else ""
-            words += f" at {solver[0]}" if solver and solver[0] < nfe else ""
-            best = table.best_baseline(space, nfe)
-            lines.append([name, nfe, *table.cells(space, (solver, words), (best, _name(best)), ((nfe, OURS), ""))])
-    return write_table(["set", "NFE", "tuned solver", "best baseline", OURS], ("set",), lines)
+    tables = {name: Distances(rows) for name, rows in sets.items()}
+    shown = sorted({nfe for table in tables.values() for nfe, method in table.keys if method == OURS})
+    lines = [[name, *(_glance(table, nfe) for nfe in shown)] for name, table in tables.items()]
+    return write_table(["set", *(f"{nfe} NFE" for nfe in shown)], ("set",), lines)
+
+
+def _glance(table: Distances, nfe: int) -> str:
+    space, *_ = table.spaces
+    if (nfe, OURS) not in table.keys:
+        return ""
+    solver = table.best(space, *(key for key in table.keys if key[1] == SOLVER and key[0] <= nfe))
+    named = ((nfe, OURS), ""), (solver, ""), (table.best_baseline(space, nfe), "")
+    ours, *others = (cell or "–" for cell in table.cells(space, *named))
+    return f"{ours} ({', '.join(others)})"
 
 
 def _name(key: Key | None) -> str:
