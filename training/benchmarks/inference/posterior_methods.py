@@ -26,7 +26,7 @@ from .targets.whitened import FullNormal, Whitened
 
 @dataclass(frozen=True)
 class Settings:
-    """What the rows are made with; chosen on seed 9."""
+    """What the rows are made with; objective and base of HSIVI were chosen on seed 9 of the schools and the funnel."""
 
     draws: int = 2000  # of each method
     warmup: int = 500  # of each chain of NUTS
@@ -39,7 +39,7 @@ class Settings:
     num_layers: int = 3
     num_steps: int = 4000
     batch_size: int = 256
-    base_std: float = 1.0
+    base_std: float = 2.0  # the full-rank fit is often too narrow
 
 
 QUICK = Settings(
