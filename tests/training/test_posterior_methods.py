@@ -37,7 +37,7 @@ def test_every_method_draws_as_many_as_it_should_and_one_seed_is_one_fit(method)
 
 
 def test_hsivi_fits_in_the_coordinates_of_the_full_rank_fit():
-    settings = replace(Settings(), gaussian_steps=500, gaussian_rate=0.05, num_steps=3, draws=4000)
+    settings = replace(Settings(), gaussian_steps=500, gaussian_rate=0.05, num_steps=3, draws=4000, base_std=1.0)
     fitted = METHODS["hsivi"](gaussian(), 0, settings)
     torch.testing.assert_close(fitted.x.mean(0), MEAN, rtol=0, atol=0.3)
     assert float(torch.corrcoef(fitted.x.T)[0, 1]) == pytest.approx(0.8, abs=0.15)
