@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from ..runs.measures import MEASURES, Measure
 
 DPI = 130
+STYLES = (":", "--", "-.")  # of horizontal lines
 GAP = 0.06  # between two images of a figure, of the width of one
 
 
@@ -51,7 +53,11 @@ def draw_samples(rows: list[tuple[str, torch.Tensor]], path: Path, titles: list[
 
 
 def draw_curves(
-    rows: Sequence[dict[str, Any]], labels: Mapping[str, str], path: Path, against: str = "network calls"
+    rows: Sequence[dict[str, Any]],
+    labels: Mapping[str, str],
+    path: Path,
+    against: str = "network calls",
+    lines: Sequence[str] = (),
 ) -> None:
     """Draws measures of the rows against network calls, one beside the other.
 
@@ -61,15 +67,17 @@ def draw_curves(
         labels: Names in the figure by measure; of one that is not in MEASURES lower is better.
         path: PNG to write.
         against: What `nfe` is.
+        lines: Methods that are drawn as horizontal lines, such as the teacher.
     """
     plt = pyplot()
     from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
+    curves, straight = [[row for row in rows if (row["method"] in lines) == each] for each in (False, True)]
     figure, axes = plt.subplots(1, len(labels), figsize=(5 * len(labels), 4.6), squeeze=False, layout="constrained")
     for axis, (name, label) in zip(axes[0], labels.items(), strict=True):
         measure = MEASURES.get(name, Measure(label))
         values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for row in rows:
+        for row in curves:
             values[row["method"]][row["nfe"]].append(measure.factor * row[name])
         for place, (method, points) in enumerate(values.items()):
             numbers = [points[nfe] for nfe in sorted(points)]
@@ -77,11 +85,15 @@ def draw_curves(
             style = {"lw": 1.2, "marker": "o", "ms": 4, "color": f"C{place % 10}"}
             style |= {"lw": 2.4, "marker": "*", "ms": 12} if method.startswith("HSIVI") else {}
             axis.errorbar(sorted(points), [*map(mean, numbers)], bars, label=method, capsize=3, **style)
-        is_log = not measure.higher_is_better and all(row[name] > 0 for row in rows)
+        is_log = not measure.higher_is_better and all(row[name] > 0 for row in curves)
+        for method, style in zip(lines, STYLES, strict=False):
+            if numbers := [measure.factor * row[name] for row in straight if row["method"] == method]:
+                height = mean(numbers)
+                axis.axhline(height if height > 0 or not is_log else math.nan, color="0.3", ls=style, label=method)
         axis.set(xscale="log", yscale="log" if is_log else "linear", xlabel=against)
         axis.set_title(label, fontsize=9)
         axis.set_ylabel(f"{'higher' if measure.higher_is_better else 'lower'} is better")
-        counts = sorted({row["nfe"] for row in rows})
+        counts = sorted({row["nfe"] for row in curves})
         axis.xaxis.set_major_locator(FixedLocator(counts) if len(counts) < 7 else LogLocator(subs=(1, 2, 5)))
         if is_log:
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

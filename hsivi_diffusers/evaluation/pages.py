@@ -38,10 +38,11 @@ def fill_tables(text: str, tables: dict[str, str]) -> str:
     return filled
 
 
-def new_parts(tables: list[str], figures: list[str]) -> str:
-    """What a page without them gets: a section with markers for every table, then the figures, which lie beside it."""
+def new_parts(tables: list[str], files: list[str]) -> str:
+    """What a page without them gets: a section with markers for every table, then figures and files beside it."""
     sections = [f"\n## {name.replace('_', ' ')}\n\n<!-- table: {name} -->\n<!-- end of table -->\n" for name in tables]
-    return "".join([*sections, *(f"\n![{name.rsplit('.', 1)[0]}]({name})\n" for name in figures)])
+    links = (f"{'!' * name.endswith('.png')}[{name.rsplit('.', 1)[0]}]({name})" for name in files)
+    return "".join([*sections, *(f"\n{link}\n" for link in links)])
 
 
 def measured_on() -> str:

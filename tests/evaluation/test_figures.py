@@ -92,3 +92,16 @@ def test_a_curve_may_go_below_zero(path):
     places = (np.abs(found - wanted).sum(2) < 20).nonzero()[1]
     assert places.min() < 0.3 * found.shape[1]
     assert places.max() > 0.8 * found.shape[1]
+
+
+def test_lines_have_the_height_of_their_mean_and_no_place_among_the_calls(path, axes):
+    rows = [{"method": "HSIVI", "nfe": nfe, "kid": 2.0 / nfe} for nfe in (1, 2)]
+    rows += [{"method": "teacher", "nfe": 100, "kid": kid} for kid in (0.4, 0.6)]
+    rows.append({"method": "floor", "nfe": 0, "kid": -0.1})
+    draw_curves(rows, {"kid": "KID"}, path, lines=("floor", "teacher"))
+    (axis,) = axes()
+    heights = {line.get_label(): line.get_ydata()[0] for line in axis.lines if not line.get_label().startswith("_")}
+    assert heights["teacher"] == 500
+    assert np.isnan(heights["floor"])  # which a logarithmic axis has no place for
+    assert axis.get_yscale() == "log"
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2"]

@@ -13,10 +13,10 @@ from PIL import Image
 from hsivi_diffusers.evaluation import pages
 from training.benchmarks.images import benchmark_pages
 from training.benchmarks.images.benchmark_pages import (
-    costs_table,
+    costs,
     differences_table,
     floor_table,
-    measures_table,
+    measures,
     noise_table,
     summary_table,
     three_digits,
@@ -118,15 +118,15 @@ def test_the_measures_have_both_kinds_of_distances_and_methods_in_one_order():
     rows.append(row(SOLVER, 2, 1.0, 0.5, settings={"guidance_end": 200}))
     rows.append(row(SOLVER, 3, 1.0, 0.5, settings={"guided_steps": 1, "guidance_interval": [300, 600]}))
     rows += [row(TEACHER, 100, 2.0, 0.2), row(REAL, 0, 3.0, 0.3), row(PAIRS, 1, 3.0, 0.5, 1, recall=0.7)]
-    table = measures_table(rows)
+    table = measures(rows)
     heads = ["classifier", "pixels", "classifier, to teacher", "pixels, to teacher"]
-    assert table.splitlines()[0].startswith(f"| NFE | method | {' | '.join(heads)} | precision | recall |")
-    lines = lines_of(table)
+    assert [*table][:8] == ["NFE", "method", *heads, "precision", "recall"]
+    lines = table.values.tolist()
     assert [line[:2] for line in lines] == [
-        *[["", REAL], ["1", f"{SOLVER} (UniPC)"], ["1", PAIRS], ["1", PROGRESSIVE], ["1", CONSISTENCY]],
-        *[["1", f"**{OURS}**"], ["1", f"**{OURS} paper**"]],
-        *[["2", f"{SOLVER} (UniPC, falling guidance)"], ["3", f"{SOLVER} (UniPC, guidance in an interval)"]],
-        ["100", TEACHER],
+        *[["", REAL], [1, f"{SOLVER} (UniPC)"], [1, PAIRS], [1, PROGRESSIVE], [1, CONSISTENCY]],
+        *[[1, OURS], [1, f"{OURS} paper"]],
+        *[[2, f"{SOLVER} (UniPC, falling guidance)"], [3, f"{SOLVER} (UniPC, guidance in an interval)"]],
+        [100, TEACHER],
     ]
     assert lines[2][2:6] == ["2 ± 1.4", "0.5 ± 0", "4 ± 2.8", "1 ± 0"]
     assert lines[2][7] == "0.600 ± 0.141"
@@ -142,7 +142,7 @@ def test_a_solver_without_guidance_is_a_baseline_that_costs_nothing():
         row(OURS, 4, 1.0, 0.8, 0),
     ]
     assert lines_of(summary_table(rows)) == [["4", "9", "2 (unguided)", "**1**", "0.9", "**0.5 (consistency)**", "0.8"]]
-    assert f"{UNGUIDED} (UniPC)" in measures_table(rows)
+    assert f"{UNGUIDED} (UniPC)" in [*measures(rows).method]
 
 
 def test_costs_are_told_seed_by_seed_and_as_multiples_of_those_of_ours():
@@ -152,12 +152,12 @@ def test_costs_are_told_seed_by_seed_and_as_multiples_of_those_of_ours():
     rows = [row(SOLVER, 1, 9.0, 0.9), trained(OURS, 1, 0, 100.4, 2_000_000), trained(OURS, 1, 1, 50.0, 2_000_000)]
     rows += [trained(PAIRS, 1, 1, 75.0, 3_000_000), trained(PAIRS, 1, 0, 100.4, 2_500_000)]
     rows += [trained(PROGRESSIVE, 2, 0, 80.0, 1_000_000)]  # ours of as many calls are missing
-    assert lines_of(costs_table(rows)) == [
-        ["1", PAIRS, "75, 100", "1.50, 1.00", "3.00, 2.50", "1.50, 1.25"],
-        ["1", f"**{OURS}**", "100, 50", "", "2.00, 2.00", ""],
-        ["2", PROGRESSIVE, "80", "", "1.00", ""],
+    assert costs(rows).values.tolist() == [
+        [1, PAIRS, "75, 100", "1.50, 1.00", "3.00, 2.50", "1.50, 1.25"],
+        [1, OURS, "100, 50", "", "2.00, 2.00", ""],
+        [2, PROGRESSIVE, "80", "", "1.00", ""],
     ]
-    assert lines_of(costs_table([trained(OURS, 1, 0, 100.4, None)])) == [["1", f"**{OURS}**", "100", "", "", ""]]
+    assert costs([trained(OURS, 1, 0, 100.4, None)]).values.tolist() == [[1, OURS, "100", "", "", ""]]
 
 
 @pytest.mark.parametrize(
@@ -191,9 +191,7 @@ def test_rows_of_several_noise_seeds_have_a_standard_error_of_both_kinds_of_seed
     assert lines_of(floor_table(rows)) == [["teacher at 100", "2 ± 1", "0.5 ± 0.25"]]
     assert lines_of(summary_table(rows)) == [["1", "9 ± 0", "", "**4 ± 2.2**", "2.25 ± 0", "", "**1 ± 0.56**"]]
     rows[3]["recall"] = 0.7
-    assert [line[6 + OF_CLASSIFIER.index("recall")] for line in lines_of(measures_table(rows))] == [
-        *("0.500 ± 0.000", "0.550 ± 0.071", "0.500 ± 0.000")
-    ]
+    assert [*measures(rows).recall] == ["0.500 ± 0.000", "0.550 ± 0.071", "0.500 ± 0.000"]
     assert "differences" in benchmark_pages.make_tables(rows)
     assert lines_of(differences_table(rows)) == [
         ["1", f"**{OURS}** - {SOLVER} (UniPC) at 1", "-5 ± 2.2", "-1.25 ± 0.56"]
@@ -238,7 +236,7 @@ def test_ours_are_compared_with_solvers_of_up_to_twice_as_many_calls():
 def test_a_figure_of_scenes_has_their_prompts_and_a_curve_of_the_right_ones(tmp_path, monkeypatch):
     drawn, curves = [], []
     monkeypatch.setattr(benchmark_pages, "draw_samples", lambda *given: drawn.append(given))
-    monkeypatch.setattr(benchmark_pages, "draw_curves", lambda rows, labels, path: curves.append(labels))
+    monkeypatch.setattr(benchmark_pages, "draw_curves", lambda rows, labels, path, lines: curves.append(labels))
     rows = [row(method, 1, 1.0, 0.5, right=0.5, diversity=3.0, class_shares=[]) for method in (OURS, REAL)]
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
     results, images = Results(tmp_path, tmp_path / "runs", "digits"), torch.rand(2, 3, 8, 8)
@@ -247,14 +245,19 @@ def test_a_figure_of_scenes_has_their_prompts_and_a_curve_of_the_right_ones(tmp_
     write_pages(tmp_path, tmp_path / "runs")
     ((_, _, titles),) = drawn
     assert titles == ["a red\napple\nabove a\ncat on\nblue", "short"]
-    assert [list(each) for each in curves] == [["classifier", "pixels", "right", "diversity"]]
-    lines = (tmp_path / "digits.md").read_text().split("<!-- table: measures -->")[1].splitlines()
+    assert [list(each) for each in curves] == [["right", "classifier", "pixels"]]
+    lines = (tmp_path / "measures_digits.csv").read_text().splitlines()
     assert [line.count("0.500") for line in lines if REAL in line] == [len(OF_CLASSIFIER)]  # they are new ones
 
 
 def test_each_set_has_a_page_of_all_tables_and_figures_of_what_is_measured_and_kept(tmp_path, monkeypatch):
     curves, draw_curves = [], benchmark_pages.draw_curves
-    monkeypatch.setattr(benchmark_pages, "draw_curves", lambda *given: curves.append(given) or draw_curves(*given))
+
+    def draw(*given, lines):
+        curves.append(given)
+        draw_curves(*given, lines=lines)
+
+    monkeypatch.setattr(benchmark_pages, "draw_curves", draw)
     rows = [row(REAL, 0, 0.1, 0.01), row(OURS, 1, 1.0, -0.1, 0), row(TEACHER, 100, 0.2, 0.02)]
     rows += [row(REAL, 0, 0.1, 0.01, dataset="begun"), row(SOLVER, 2, 0.1, 0.01, dataset="a solver.2")]
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
@@ -269,7 +272,12 @@ def test_each_set_has_a_page_of_all_tables_and_figures_of_what_is_measured_and_k
         write_pages(tmp_path, tmp_path / "runs")
         assert sorted(path.name for path in tmp_path.glob("*.png")) == [*figures, *more]
         texts = {page: (tmp_path / f"{page}.md").read_text() for page in ("digits", "begun", "a_solver_2")}
-        for table in ("summary", "floor", "measures", "costs"):
+        for kind in ("measures", "costs"):
+            for page, text in texts.items():
+                assert (
+                    text.count(f"[{kind}_{page}]({kind}_{page}.csv)") == (tmp_path / f"{kind}_{page}.csv").exists() == 1
+                )
+        for table in ("summary", "floor"):
             assert [text.count(f"<!-- table: {table} -->") for text in texts.values()] == [1, 1, 1]
         for table in ("noise", "differences"):
             assert [text.count(f"<!-- table: {table} -->") for text in texts.values()] == [1, 0, 0]
@@ -280,8 +288,8 @@ def test_each_set_has_a_page_of_all_tables_and_figures_of_what_is_measured_and_k
         before = before or texts
     assert [before[page] == texts[page] for page in texts] == [False, True, True]
     (shown, labels, path), *_ = curves
-    assert [(each["method"], each["classifier"]) for each in shown] == [(TEACHER, 0.2), (OURS, 1.0)]
-    assert list(labels) == ["classifier", "pixels", "recall", "coverage"]
+    assert [(each["method"], each["classifier"]) for each in shown] == [(REAL, 0.1), (TEACHER, 0.2), (OURS, 1.0)]
+    assert list(labels.values()) == ["distance, classifier", "distance, pixels"]
     assert path == tmp_path / "curves_digits.png"
 
 
@@ -335,6 +343,8 @@ def test_the_tables_of_the_docs_are_those_of_the_results(tmp_path):
         for name, rows in benchmark_pages.in_sets(read_rows(folder / "results.json")).items():
             page = (folder / f"{benchmark_pages.as_word(name)}.md").read_text(encoding="utf-8")
             assert pages.fill_tables(page, benchmark_pages.make_tables(rows, noise.get(name))) == page
+            for kind, text in benchmark_pages.make_files(rows).items():
+                assert (folder / f"{kind}_{benchmark_pages.as_word(name)}.csv").read_text(encoding="utf-8") == text
     for page in (ROOT / "README.md", docs / "index.md"):
         filled = Path(shutil.copy(page, tmp_path))
         benchmark_pages.fill_glance(docs, filled)

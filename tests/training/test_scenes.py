@@ -16,7 +16,7 @@ from short_run import call
 from tiny_flows import make_flow
 from tiny_text import make_text
 from training.benchmarks.images import benchmark, latent_consistency, scene_set, scenes, sets, trainings
-from training.benchmarks.images.benchmark_pages import measures_table
+from training.benchmarks.images.benchmark_pages import measures
 from training.benchmarks.images.benchmark_results import (
     LATENT_CONSISTENCY,
     NO_LORA,
@@ -275,7 +275,7 @@ def test_the_benchmark_of_scenes(teacher, tmp_path, monkeypatch):
     of_set = SceneSet(64)
     assert prompts == of_set.prompts[::2]
     assert torch.equal(read_pictures(tmp_path / "runs", "scenes")["real"], of_set.images[:4:2])
-    heads = measures_table(found).split("\n")[0]
+    heads = [*measures(found)]
     assert "right" in heads
     assert "class TV" not in heads
 

@@ -40,7 +40,7 @@ from .spaces import OF_CLASSES, OF_CLASSIFIER, OF_SCENES
 
 Key = tuple[int, str]  # NFE and method
 ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, UNGUIDED, *BASELINES, OURS)
-CURVES = ("recall", "coverage")
+LINES = (REAL, TEACHER, TEACHER_SDE)  # of the figure
 RIGHT, DIVERSITY = OF_SCENES
 OF_NEIGHBOURS = ("precision", "recall", "density", "coverage", "nearest", "class_recall")  # of copies they tell nothing
 TITLE = 10  # characters in a line of a prompt above a figure
@@ -50,7 +50,7 @@ MANY_COLORS = 4096  # of a figure of colour images, not of curves
 
 
 def write_pages(folder: Path, runs: Path) -> None:
-    """Fills the tables of FOLDER/SET.md of each set, which is begun if there is none, and draws its figures.
+    """Fills the tables of FOLDER/SET.md of each set, which is begun if there is none, and writes its figures and files.
 
     Images are drawn where RUNS has those of all rows, for a row that was measured elsewhere has none.
     """
@@ -58,9 +58,11 @@ def write_pages(folder: Path, runs: Path) -> None:
     for name, rows in in_sets(read_rows(folder / RESULTS)).items():
         word = as_word(name)
         paths = {kind: folder / f"{kind}_{word}.png" for kind in ("samples", "curves", "classes")}
-        if flat := [{**row, **row["distances"]} for row in sorted(rows, key=rank) if row["nfe"]]:
-            shown = [*flat[0]["distances"], *(OF_SCENES if RIGHT in flat[0] else CURVES)]
-            draw_curves(over_noise(flat, shown), {each: each for each in shown}, paths["curves"])
+        if any(row["method"] not in LINES for row in rows):
+            flat = [{**row, **row["distances"]} for row in sorted(rows, key=rank)]
+            shown = [*([RIGHT] if RIGHT in flat[0] else []), *flat[0]["distances"]]
+            labels = {each: MEASURES[each].head if each in MEASURES else f"distance, {each}" for each in shown}
+            draw_curves(over_noise(flat, shown), labels, paths["curves"], lines=LINES)
             draw_classes(rows, paths["classes"])
         names = {f"{row['method']} at {row['nfe']}" for row in rows if is_shown(row["method"], row["nfe"])}
         kept = read_pictures(runs, name)
@@ -70,8 +72,12 @@ def write_pages(folder: Path, runs: Path) -> None:
             draw_samples(picture_rows({each: kept[each] for each in (*names, "real")}), paths["samples"], titles)
         for path in paths.values():
             shrink(path)
-        figures = [path.name for path in paths.values()]
-        fill_page(folder / f"{word}.md", name, make_tables(rows, noise.get(name)), figures)
+        for kind, table in make_files(rows).items():
+            paths[kind] = folder / f"{kind}_{word}.csv"
+            write_text(paths[kind], table)
+        fill_page(
+            folder / f"{word}.md", name, make_tables(rows, noise.get(name)), [path.name for path in paths.values()]
+        )
 
 
 def shrink(path: Path) -> None:
@@ -96,24 +102,27 @@ def fill_glance(folder: Path, *pages: Path) -> None:
         write_text(page, fill_tables(page.read_text(encoding="utf-8"), tables))
 
 
-def fill_page(page: Path, title: str, tables: dict[str, str], figures: Sequence[str] = ()) -> None:
-    """Fills the tables of a page, which is begun if there is none, and adds those and the figures that it lacks."""
+def fill_page(page: Path, title: str, tables: dict[str, str], files: Sequence[str] = ()) -> None:
+    """Fills the tables of a page, which is begun if there is none, and adds those, figures and files that it lacks."""
     text = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n"
     lacking = [table for table in tables if f"<!-- table: {table} -->" not in text]
-    drawn = [figure for figure in figures if f"({figure})" not in text and (page.parent / figure).exists()]
-    write_text(page, fill_tables(text + new_parts(lacking, drawn), tables))
+    there = [file for file in files if f"({file})" not in text and (page.parent / file).exists()]
+    write_text(page, fill_tables(text + new_parts(lacking, there), tables))
 
 
 def make_tables(rows: list[Row], noise: list[Row] | None = None) -> dict[str, str]:
     """The tables of a set, by name: of its rows, and of those of other noise if there are any."""
-    makers = {"summary": summary_table, "floor": floor_table}
-    makers |= {"measures": measures_table, "costs": costs_table}
-    tables = {name: make(rows) for name, make in makers.items()}
+    tables = {"summary": summary_table(rows), "floor": floor_table(rows)}
     if rows_of_noise(rows):
         tables["differences"] = differences_table(rows)
     elif noise:
         tables |= {"noise": noise_table(noise), "differences": differences_table(noise)}
     return tables
+
+
+def make_files(rows: list[Row]) -> dict[str, str]:
+    """The longer tables of a set, as the text of CSV files, by name."""
+    return {"measures": measures(rows).to_csv(index=False), "costs": costs(rows).to_csv(index=False)}
 
 
 def in_sets(rows: list[Row]) -> dict[str, list[Row]]:
@@ -255,7 +264,7 @@ def floor_table(rows: list[Row]) -> str:
     return write_table(["", *table.measures], ("",), lines)
 
 
-def measures_table(rows: list[Row]) -> str:
+def measures(rows: list[Row]) -> pd.DataFrame:
     """Every measure: distances to real images and to the teacher's, and those of the classifier's features."""
     table, lines = Distances(rows), []
     names = [name for name in (*OF_CLASSIFIER, *OF_CLASSES, DIVERSITY) if all(name in row for row in rows)]
@@ -263,8 +272,8 @@ def measures_table(rows: list[Row]) -> str:
         empty = OF_NEIGHBOURS if method == REAL and DIVERSITY not in names else ()  # real scenes are new ones
         spreads = spread(group, names, table.noise)
         cells = ["" if each in empty else format_measure(each, group[each].mean(), spreads[each]) for each in names]
-        lines.append([nfe or "", group.label.iloc[0], *table.texts.loc[(nfe, method)], *cells])
-    return write_table(["NFE", "method", *table.texts, *(MEASURES[each].head for each in names)], ("method",), lines)
+        lines.append([nfe or "", group.label.iloc[0].strip("*"), *table.texts.loc[(nfe, method)], *cells])
+    return pd.DataFrame(lines, columns=["NFE", "method", *table.texts, *(MEASURES[each].head for each in names)])
 
 
 def noise_table(rows: list[Row]) -> str:
@@ -323,7 +332,7 @@ def by_noise(group: pd.DataFrame) -> pd.DataFrame:
     return group.groupby("eval_seed").mean(numeric_only=True)
 
 
-def costs_table(rows: list[Row]) -> str:
+def costs(rows: list[Row]) -> pd.DataFrame:
     """What each training cost, seed by seed, and as a multiple of what ours at the same NFE cost."""
     table, lines = frame(rows).drop_duplicates(["nfe", "method", "train_seed"]), []
     ours = table[table.method == OURS].set_index(["nfe", "train_seed"])
@@ -334,9 +343,9 @@ def costs_table(rows: list[Row]) -> str:
             times = (known / ours[name].reindex(known.index)).dropna() if method in BASELINES else []
             cells.append(", ".join(format(each / unit, form) for each in known))
             cells.append(", ".join(f"{each:.2f}" for each in times))
-        lines.append([nfe, group.label.iloc[0], *cells])
-    heads = ["seconds", "times ours", "million forward passes", "times ours"]
-    return write_table(["NFE", "method", *heads], ("method",), lines)
+        lines.append([nfe, group.label.iloc[0].strip("*"), *cells])
+    heads = ["seconds", "seconds, times ours", "million forward passes", "forward passes, times ours"]
+    return pd.DataFrame(lines, columns=["NFE", "method", *heads])
 
 
 def label(row: Row) -> str:
