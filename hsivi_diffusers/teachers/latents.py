@@ -20,6 +20,7 @@ from ..scheduling_hsivi import HSIVIScheduler
 from .adapters import share
 from .configs import Configs
 from .prompts import PromptTable, digest_of, digest_of_folder, digest_of_module, encode_prompts
+from .solvers import make_scheduler
 from .teacher import PipelineTeacher, check_prompts, network_of
 
 LENGTH = "max_sequence_length"
@@ -201,13 +202,15 @@ class Latents(PipelineTeacher):
         num_inference_steps: int,
         guidance_scale: float,
         negative_prompt: str,
+        solver: str | None = None,
     ) -> tuple[list[Any], int, str]:
-        """Draws with the teacher's pipeline, as it does by itself."""
+        """Draws with the teacher's pipeline, as it does by itself, or, unless its scheduler is EDM's, by a solver."""
         if self._whole is None:
             self._whole = self.like(**self._of_dtype(self.network))
             self._whole.to(self.device).set_progress_bar_config(disable=True)
             self._whole.vae.enable_slicing()  # images are decoded one by one
-        pipeline = self._whole
+        pipeline, swapped = self._whole, solver is not None and not self.schedule.is_edm
+        pipeline.scheduler = self._solver(str(solver)) if swapped else self.pipeline.scheduler
         known = signature(pipeline.__call__).parameters
         negative = self.negative([negative_prompt] * len(generators))
         given: dict[str, Any] = {"negative_prompt": negative, "use_resolution_binning": False}
@@ -215,7 +218,18 @@ class Latents(PipelineTeacher):
         given |= {"num_inference_steps": num_inference_steps, **self.guided(guidance_scale), **sizes_of(self.schedule)}
         images = pipeline(**{self.condition_name: [*conditions]}, generator=generators, **given).images
         calls = num_inference_steps * (1 if guidance_scale == 1 or self.embeds_guidance else 2)
-        return images, calls, type(pipeline.scheduler).__name__
+        return images, calls, str(solver) if swapped else type(pipeline.scheduler).__name__
+
+    def _solver(self, name: str) -> Any:
+        """Returns a solver that a pipeline is run with, on its own grid: some pipelines send one, or a shift."""
+        solver, _ = make_scheduler(name, self.schedule)
+        own = solver.set_timesteps
+
+        def set_timesteps(num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, **_: Any) -> None:
+            own(len(sigmas) if sigmas is not None else num_inference_steps, device=device)
+
+        solver.set_timesteps = set_timesteps
+        return solver
 
     def guided(self, w: float) -> dict[str, Any]:
         """Returns the argument with which the teacher's pipeline guides at scale w."""

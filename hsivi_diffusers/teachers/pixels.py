@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,16 @@ class Pixels(PipelineTeacher):
         num_inference_steps: int,
         guidance_scale: float,
         negative_prompt: str,
+        solver: str | None = None,
     ) -> tuple[list[Any], int, str]:
-        """Draws by the solver of the teacher's reference images."""
+        """Draws by the solver of the teacher's reference images, or by another."""
         guided, clock = Guided(self, [guidance_scale]), clock_of(self.schedule)
-        solver, given = make_scheduler(clock.reference, self.schedule, clock.pair_levels(num_inference_steps))
+        levels = clock.pair_levels(num_inference_steps) if solver is None else None
+        scheduler, given = make_scheduler(solver or clock.reference, self.schedule, levels)
+        if "generator" in signature(scheduler.step).parameters:
+            given["generator"] = generators
         noise = [torch.randn(1, *self.shape, generator=each, device=self.device) for each in generators]
         labels = None if conditions is None else torch.tensor(conditions, device=self.device)
-        x = run_solver(guided, solver, torch.cat(noise), num_inference_steps, labels, generator=generators, **given)
+        x = run_solver(guided, scheduler, torch.cat(noise), num_inference_steps, labels, **given)
         images = DiffusionPipeline.numpy_to_pil(self.decode(x).permute(0, 2, 3, 1).cpu().numpy())
-        return images, num_inference_steps * guided.calls, clock.reference
+        return images, num_inference_steps * guided.calls, solver or clock.reference

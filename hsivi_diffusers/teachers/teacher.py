@@ -391,8 +391,12 @@ class PipelineTeacher(Teacher):
         num_inference_steps: int,
         guidance_scale: float,
         negative_prompt: str,
+        solver: str | None = None,
     ) -> tuple[list[Any], int, str]:
-        """Draws images of the teacher; returns them, network calls for each, and the name of the sampler."""
+        """Draws images of the teacher; returns them, network calls for each, and the name of the sampler.
+
+        The sampler is the kind's own, or a key of `SOLVERS` on the grid that diffusers gives it.
+        """
         raise NotImplementedError
 
 

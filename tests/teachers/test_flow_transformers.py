@@ -1,6 +1,7 @@
 """Rectified-flow transformers: the velocity of their stock pipelines, and students in these pipelines."""
 
 import re
+from functools import partial
 from inspect import signature
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from hsivi_diffusers.teachers.flow_transformers import FlowTransformer
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.loading import kind_of, load_student
 from hsivi_diffusers.teachers.prompts import digest_of
-from hsivi_diffusers.teachers.solvers import make_solver
+from hsivi_diffusers.teachers.solvers import make_scheduler, make_solver, run_solver
 from hsivi_diffusers.teachers.teacher import Teacher
 from short_run import SETTINGS, train
 from tiny_flows import FLOWS, OF_ANY_SIZE, make_flow, make_flux2, make_klein, size_of
@@ -160,6 +161,23 @@ def test_the_pipeline_of_a_teacher_guides_without_a_negative_prompt(kind):
         for scale in (1.0, 30.0)
     )
     assert [image.tobytes() for image in plain] != [image.tobytes() for image in guided]
+
+
+def test_a_solver_draws_in_the_pipeline_of_a_teacher(kind):
+    teacher = make_teacher(kind)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
+    noise = torch.cat([torch.randn(1, *teacher.shape, generator=each.clone_state()) for each in generators])
+    draw = partial(teacher.draw_teacher, PROMPTS, num_inference_steps=3, guidance_scale=1.0, negative_prompt="")
+    images, calls, name = draw([each.clone_state() for each in generators], solver="UniPC")
+    assert (calls, name) == (3, "UniPC")
+    stock, _, name = draw(generators)
+    assert name.endswith("Scheduler")
+    assert [image.tobytes() for image in images] != [image.tobytes() for image in stock]
+    if kind in ("flux2", "klein"):  # whose pipelines draw the noise of patches
+        return
+    x = run_solver(Guided(teacher), make_scheduler("UniPC", teacher.schedule)[0], noise, 3, torch.arange(len(PROMPTS)))
+    own = DiffusionPipeline.numpy_to_pil(teacher.decode(x).permute(0, 2, 3, 1).numpy())
+    assert all(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1 for a, b in zip(images, own, strict=True))
 
 
 def test_each_row_may_have_its_own_level(kind):
