@@ -13,7 +13,7 @@ from .default_prompts import default_prompts
 ADAPTER = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` of diffusers looks for
 PROMPTS = "prompts.txt"  # in the folder of a run
 DEFAULT = "default"  # names the list of the package; a file of this name is "./default"
-GRID_COLUMNS = 8  # of a sample grid
+GRID_ROWS, GRID_COLUMNS = 4, 8  # of a sample grid, whose first row is the teacher's
 CARD_GRID_WIDTH = 1600  # pixels of a sample grid in a card, at most
 NUMBERS = ("seconds", "network_calls", "peak_memory_mib", "processes")  # of training.json
 
@@ -54,6 +54,14 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, see `read_record`; empty if there is none, or a damaged one."""
+    try:
+        return read_record(path)
+    except (OSError, ValueError):
+        return {}
+
+
 def holds_pipeline(folder: Path) -> bool:
     """Whether a folder holds a saved pipeline, or a LoRA."""
     return any((folder / name).is_file() for name in ("model_index.json", ADAPTER))
@@ -81,6 +89,13 @@ def sample_grids(run_dir: Path) -> dict[int, Path]:
     """The sample grids of a run, by the number of updates before them, ascending."""
     paths = [path for path in run_dir.glob("samples/step-*.png") if path.stem.removeprefix("step-").isdecimal()]
     return dict(sorted((int(path.stem.removeprefix("step-")), path) for path in paths))
+
+
+def column_prompts(prompts: Sequence[str], options: dict[str, Any]) -> list[str]:
+    """The prompts of the columns of a sample grid, in turn: the first that are trained."""
+    shares = options.get("class_shares")
+    trained = shares if isinstance(shares, list) else [1.0] * len(prompts)
+    return [prompt for prompt, share in zip(prompts, trained, strict=False) if share][:GRID_COLUMNS]
 
 
 def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -121,9 +136,7 @@ def read_run(run_dir: str | Path | None, grid: Sequence[Any] | None = None) -> d
         figures["grid"] = [*grids.values()][-1]
     prompts = folder / PROMPTS
     if run["options"].get("prompts") and prompts.is_file() and not prompts.is_symlink():
-        texts = read_prompts(str(prompts))
-        shares = run["options"].get("class_shares") or [1.0] * len(texts)  # a column has a prompt that was trained
-        run["prompts"] = [text for text, share in zip(texts, shares, strict=False) if share][:GRID_COLUMNS]
+        run["prompts"] = column_prompts(read_prompts(str(prompts)), run["options"])
     run |= {name: _read_figure(path) for name, path in figures.items() if path.is_file() or path.is_symlink()}
     if "grid" in run:
         run["grid"].thumbnail((CARD_GRID_WIDTH, CARD_GRID_WIDTH))

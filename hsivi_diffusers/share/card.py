@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..pipeline_hsivi import HSIVIPipeline, network_calls, one_of
 from ..runs.measures import HALVES, MEASURES, REPORTED, format_measure
 from ..runs.options import renamed
+from ..runs.student_code import adapter_code, call_arguments, literal
 
 # Metric types of the model-index.
 DISTANCES = {
@@ -52,14 +53,7 @@ With the package `hsivi_diffusers` installed (without it, use the code in this r
 The number of steps is part of the sampler: {counts}."""
 ADAPTER_USE = """\
 ```python
-import torch
-from diffusers import DiffusionPipeline
-from hsivi_diffusers import HSIVIScheduler
-
-pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)  # bfloat16 on a GPU
-pipeline.load_lora_weights("{repo_id}")
-pipeline.scheduler = HSIVIScheduler.from_pretrained("{repo_id}", subfolder="scheduler")
-images = pipeline(prompt="a prompt", num_inference_steps={steps}, {call}).images
+{code}
 ```
 
 {guidance} Negative prompts have no effect. It can be combined with style LoRAs: give each an `adapter_name`, and select
@@ -89,7 +83,6 @@ to the steps."""
 EMBEDDED = "The network takes the guidance scale as an input: keep `{argument}`, that of the training."
 GUIDED = "Guidance is in the weights, so keep `{argument}`: the pipeline would guide a second time."
 UNGUIDED = "It was trained without guidance, so keep `{argument}`."
-CALL = {"guidance_scale": 1}  # of students of 0.2
 
 
 def is_ours(pipeline: DiffusionPipeline) -> bool:
@@ -143,8 +136,9 @@ def make_adapter_card(
     """
     counts, training = scheduler.depths, run["training"]
     about = {"base": base_model or "REPO_OF_THE_TEACHER", "repo_id": repo_id, "steps": counts[-1]}
-    about["call"] = ", ".join(_call(training))
-    usage = ADAPTER_USE.format(**about, guidance=_guidance(scheduler, training))
+    about["call"] = ", ".join(call_arguments(training))
+    code = adapter_code(literal(str(about["base"])), literal(repo_id), counts[-1], training)
+    usage = ADAPTER_USE.format(code=code, guidance=_guidance(scheduler, training))
     if euler := training.get("euler"):
         usage += EULER_USE.format(**about, **euler)
     sections = [
@@ -189,15 +183,9 @@ def _link(base_model: str | None) -> str:
     return f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained diffusion model"
 
 
-def _call(training: dict[str, Any]) -> list[str]:
-    """The arguments of a stock pipeline beside prompts and steps, as code; that of guidance is the first."""
-    call = training.get("call") or CALL
-    return [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in call.items()]
-
-
 def _guidance(scheduler: Any, training: dict[str, Any]) -> str:
     text = EMBEDDED if training.get("embeds_guidance") else GUIDED if scheduler.guidance_scales else UNGUIDED
-    return text.format(argument=_call(training)[0])
+    return text.format(argument=call_arguments(training)[0])
 
 
 def _plain(text: Any) -> str:
@@ -228,7 +216,7 @@ def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: b
     steps, trust = f"num_inference_steps={counts[-1]}", ", trust_remote_code=True"
     if not is_ours(pipeline):
         takes_scale = "guidance_scale" in signature(pipeline.__call__).parameters
-        call = _call(training) if takes_scale or training.get("call") else []
+        call = call_arguments(training) if takes_scale or training.get("call") else []
         name, inputs = type(pipeline).__name__, _inputs(pipeline) + ", ".join([steps, *call])
         imports, files = f"from diffusers import {name}", "`scheduler/hsivi_diffusers.py`"
         installed = code(name, inputs, f"import hsivi_diffusers\n{imports}")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hsivi_diffusers.runs.artifacts import read_prompts
+from hsivi_diffusers.runs.artifacts import column_prompts, read_json, read_prompts
 from hsivi_diffusers.runs.default_prompts import default_prompts
 
 
@@ -31,3 +31,16 @@ def test_default_names_the_prompts_of_the_package_whatever_lies_in_the_folder(tm
     assert read_prompts("default") == [*default_prompts()]
     assert read_prompts("./default") == ["a cat"]
     assert read_prompts(["default"]) == ["default"]
+
+
+def test_the_columns_of_a_grid_have_the_first_prompts_that_are_trained():
+    prompts = [f"prompt {number}" for number in range(12)]
+    assert column_prompts(prompts, {}) == column_prompts(prompts, {"class_shares": None}) == prompts[:8]
+    assert column_prompts(prompts, {"class_shares": [0, 1] * 6}) == prompts[1::2]
+
+
+@pytest.mark.parametrize(("content", "record"), [('{"a": 1}', {"a": 1}), ("{", {}), ("[1]", {}), (None, {})])
+def test_a_missing_or_damaged_record_is_empty(tmp_path, content, record):
+    if content is not None:
+        (tmp_path / "record.json").write_text(content)
+    assert read_json(tmp_path / "record.json") == record
