@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from ..distillation.config import usual_options
 from ..evaluation.features import check_channels, check_packages, load_network
 from ..evaluation.images import check_source, load_images
 from ..evaluation.metrics import FEWEST, PACKAGES, Measures, split_halves
 from ..evaluation.report import OURS, Report, load_run
-from ..runs.artifacts import PROMPTS
+from ..runs.artifacts import PROMPTS, read_json
 from ..runs.bars import bar
 from ..runs.measures import REPORTED
 from ..runs.options import option
-from ..runs.page import read_json, write_page
+from ..runs.page import write_page
 from ..teachers.guidance import Guided
 from ..teachers.levels import clock_of
 from ..teachers.loading import load_student, load_teacher
@@ -190,5 +191,5 @@ def main(args: list[str] | None = None) -> None:
         images = draw(f"{method} at {nfe}", sampler, size, batch_size, seed, classes)
         report.add(method, nfe, grid, images, measures, seed)
     report.draw(reference, labels, classes)
-    write_page(run_dir)
+    write_page(run_dir, usual_options(training))
     print(report.closing_lines())

@@ -283,6 +283,16 @@ class HSIVIConfig:
         check_together(self, self.usual())
 
 
+def usual_options(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run would have recorded, given steps, preset and updates alone; empty for a record that is damaged."""
+    names = ("num_inference_steps", "preset", "max_train_steps", "init_from")
+    try:
+        config = HSIVIConfig(**{name: recorded[name] for name in names if name in recorded})
+    except (ValueError, TypeError):
+        return {}
+    return {**config.record(), "init_from": None, "mixed_precision": "no"}
+
+
 def removed(config: HSIVIConfig) -> dict[str, Any]:
     """Options of version 0.2 that were removed, with what follows now from the options that are left."""
     several = len(config.depths) > 1

@@ -20,24 +20,24 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from ..runs.artifacts import GRID_COLUMNS as COLUMNS
+from ..runs.artifacts import GRID_ROWS as ROWS
 from ..runs.bars import bar
 from ..runs.folders import write_text
+from ..runs.measures import BOUND, RATIOS, format_ratios
 from ..runs.page import LOG, REFRESH, read_log, write_page
 from ..teachers.solvers import batches, run_solver
 from ..vi import Step
-from .config import HSIVIConfig
+from .config import HSIVIConfig, usual_options
 from .pairs import TeacherPairs
 from .state import TrainingState
 
 EVERY = 20  # updates between two lines of the trackers
-ROWS = 4  # of a sample grid, whose first row is the teacher's
 TEACHER_STEPS = 20  # solver steps of the teacher's row
 OUTSIDE = 0.25  # share of their pixels out of range above which a run says so; of good teachers at most 0.14
 WIDTH = 512  # pixels that a sample grid has at least
-# Of contrast and diversity divided by the teacher's: where a run warns, and where two grids in a row stop it. Healthy
-# runs have been at 0.8 to 1.1 after a tenth; digits at a hundred times the student's rate ended at a diversity of 0.15.
-BOUND, LIMIT = 1.5, 3.0
-RATIOS = ("images/contrast", "images/diversity")
+# Of the RATIOS, where two grids in a row stop a run: digits at a hundred times the student's rate ended at a diversity
+# of 0.15.
+LIMIT = 3.0
 RATES = ("learning_rate", "critic_learning_rate")
 
 
@@ -140,7 +140,7 @@ class Progress:
                 self._write_page()
 
     def _write_page(self) -> None:
-        write_page(self.folder)
+        write_page(self.folder, usual_options(self.config.record()))
         self.page_written = time.perf_counter()
 
     def _add_line(self, line: dict[str, Any]) -> None:
@@ -191,8 +191,10 @@ class Progress:
             grid = make_image_grid(DiffusionPipeline.numpy_to_pil(cells), ROWS, COLUMNS)
             factor = -(-WIDTH // grid.width)
             size = (factor * grid.width, factor * grid.height)
-            grid.resize(size, Image.Resampling.NEAREST).save(folder / f"step-{step}.png")
+            path = folder / f"step-{step}.png"
+            grid.resize(size, Image.Resampling.NEAREST).save(path)
             compared = beside_teacher(images)
+            tqdm.write(f"after {step} updates: {format_ratios(compared)}, {path}")
             self._log(step, compared)
             ratios.copy_(torch.tensor([*compared.values()]))
             self._write_page()

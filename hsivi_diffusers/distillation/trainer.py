@@ -31,7 +31,7 @@ from ..teachers.comfyui import find_workflow
 from ..teachers.loading import load_teacher
 from ..teachers.teacher import Teacher
 from ..vi import CriticObjective, DivergenceError, Step
-from .config import HSIVIConfig, complete
+from .config import HSIVIConfig, complete, usual_options
 from .networks import HALF, load_networks
 from .pairs import InterruptedRunError as InterruptedRunError
 from .progress import CollapsedRunError as CollapsedRunError
@@ -184,7 +184,7 @@ class HSIVITrainer:
                 self.state.save(checkpoints.output_dir)
                 remove_folder(checkpoints.output_dir / PAIRS)
                 write_json(record, summary)
-                write_page(checkpoints.output_dir)
+                write_page(checkpoints.output_dir, usual_options(config.record()))
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         return summary

@@ -1,7 +1,8 @@
 """The measures of images, and their format in tables, figures and cards."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Measure(NamedTuple):
@@ -32,6 +33,10 @@ MEASURES = {
     "nearest": Measure("nearest", ".3f", higher_is_better=True),
 }
 HALVES = "two halves of the reference"  # the row of the best values that can be expected
+# Of the images in a sample grid as ratios to the teacher's, see `beside_teacher`. A run warns outside of 1 / BOUND to
+# BOUND; healthy ones have been at 0.8 to 1.1 after a tenth.
+RATIOS = ("images/contrast", "images/diversity")
+BOUND = 1.5
 REPORTED = ("kid", "fd", "precision", "recall", "coverage", "pixel_fd", "swd")  # by `hsivi evaluate`
 
 
@@ -40,3 +45,11 @@ def format_measure(name: str, value: float, spread: float = math.nan) -> str:
     measure = MEASURES[name]
     around = "" if math.isnan(spread) else f" ± {format(measure.factor * spread, measure.form)}"
     return format(measure.factor * value, measure.form) + around
+
+
+def format_ratios(line: Mapping[str, Any]) -> str:
+    """Says how the images of a grid compare with the teacher's; empty where that was not measured."""
+    if not set(RATIOS) <= line.keys():
+        return ""
+    contrast, diversity = (line[name] for name in RATIOS)
+    return f"{contrast:.2f} times the teacher's contrast, {diversity:.2f} times its diversity"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hsivi_diffusers import HSIVIConfig
-from hsivi_diffusers.distillation.config import PRESETS, complete, read_settings, removed
+from hsivi_diffusers.distillation.config import PRESETS, complete, read_settings, removed, usual_options
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,24 @@ def test_a_record_is_read_back(tmp_path):
     config = HSIVIConfig(num_inference_steps=1, learning_rate=0.5)
     (tmp_path / "options.json").write_text(json.dumps({"revision": None, **config.record()}))
     assert read_settings(tmp_path / "options.json") == {"revision": None, **config.record()}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_differs_from_the_preset_is_what_was_given(monkeypatch, preset):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    plain = HSIVIConfig(num_inference_steps=4, preset=preset, max_train_steps=60).record()
+    assert plain == usual_options(plain)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    given = {"init_from": "runs/a", "learning_rate": 0.5, "validation_steps": 0, "num_inference_steps": [1, 2]}
+    record = HSIVIConfig(preset=preset, **given).record()
+    usual = usual_options(record)
+    differing = {name for name, value in record.items() if value != usual[name]}
+    assert differing == {"init_from", "learning_rate", "validation_steps", "mixed_precision"}
+
+
+@pytest.mark.parametrize("record", [{"preset": "x"}, {"num_inference_steps": ["a"]}, {"max_train_steps": [1]}])
+def test_a_damaged_record_has_no_usual_options(record):
+    assert usual_options(record) == {}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

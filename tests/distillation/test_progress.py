@@ -116,6 +116,18 @@ def test_grids_go_to_the_tracker_and_to_files_at_the_start_in_between_and_at_the
         assert grid.std() > 0
 
 
+def test_each_grid_is_printed_with_its_contrast_and_diversity(distil, tmp_path, capsys):
+    run = distil(tmp_path / "run", max_train_steps=2, critic_updates=1, validation_steps=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "times its diversity" in line]
+    ratios = [[line[name] for name in progress.RATIOS] for line in read_log(run) if "images/contrast" in line]
+    assert lines == [
+        f"after {step} updates: {contrast:.2f} times the teacher's contrast, {diversity:.2f} times its diversity, "
+        f"{run / 'samples' / f'step-{step}.png'}"
+        for step, (contrast, diversity) in enumerate(ratios)
+    ]
+    assert len(lines) == 3
+
+
 def test_a_tenth_of_the_run_lies_between_two_grids(make_state, tmp_path, monkeypatch):
     drawn_at = []
     monkeypatch.setattr(progress.Progress, "draw", lambda self, step: drawn_at.append(step))
