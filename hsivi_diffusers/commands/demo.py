@@ -1,43 +1,67 @@
-"""A page in the browser with a student beside its teacher: `hsivi demo`.
+"""A page in the browser that compares students with solvers and teachers: `hsivi demo`.
 
 What a visitor chooses travels with each request, so several can use the page at once; networks draw for one at a time.
-Visitors reach the folders that the page was started with, and repos of the Hub.
+Visitors reach the folders that the page was started with, and repos of the Hub. The browser loads nothing from other
+hosts.
 """
 
 from __future__ import annotations
 
+import math
 import socket
-import time
-from collections.abc import Callable, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
-from huggingface_hub import ModelCard
 from PIL import Image
 
-from ..evaluation.images import enlarge
-from ..pipeline_hsivi import network_calls
-from ..runs.artifacts import run_of
 from ..runs.options import option
-from ..share.push import check_repo_id
-from ..teachers.loading import kind_of, load_teacher
+from ..teachers.loading import kind_of
+from .comparison import SOLVER, Panel, Request, Student, Students, compare, draw_strip, names_repo
 from .options import check_numbers, parse_options
-from .sample import classes_of, draw, load_sampler, usable_device
+from .sample import usable_device
 
-DEMO = """Open a page in the browser that draws from distilled samplers, each beside its teacher.
+DEMO = """Open a page in the browser that draws from distilled samplers, each beside a solver and its teacher.
 
     hsivi demo --pipeline runs/digits_t5"""
 BUNDLED = [Path("assets/students") / name for name in ("emoji_t4", "fashion_t4", "digits_t4")]  # in a clone
-WIDTH = 192  # pixels that an image has on the page, about
 MOST_STEPS, MOST_IMAGES = 100, 16  # of the teacher; of a request
+LAST_SEED = 2**53
+COUNTS = [1, 4, 9, 16]  # images of a square
 MOST_LETTERS = 1000  # of a prompt; text encoders read 77 to 512 tokens of it
+SMALL = 256  # pixels; the pixels of smaller images are shown as squares
 IN_TURN = "all in turn"
-Drawn = tuple[list[Image.Image], int, str]  # images, network calls for each, and what drew them
-KEPT = 3600  # seconds that drawn images stay on the disk
+STUDENT = "Student, or a repo id"
+TITLES = ("Student", "Solver", "Teacher")
+INTRO = f"""# Student, solver and teacher from the same noise
+The distilled student is compared with the solver {SOLVER}, which calls the teacher's network as often as the student
+calls its own, and with the teacher in many calls."""
+HINT = "<p>Press Draw.</p>"
+FONTS = ["Inter", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]  # those of the visitor's machine
+MONO = ["Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+THEME = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="sm", font=FONTS, font_mono=MONO).set(
+    body_background_fill="*neutral_50", block_background_fill="white", body_text_color_subdued="*neutral_500"
+)
+CSS = """
+.gradio-container { max-width: 1200px !important; margin: 0 auto !important }
+.controls { align-items: end } .controls button { min-height: 3rem }
+#results, #results .html-container { padding: 0 !important; overflow-wrap: anywhere }
+#results h2 { font-size: 1.1rem; font-weight: 600; margin: .5rem 0 0 }
+#results p, #results figcaption { color: var(--body-text-color-subdued); margin: 0 0 .5rem }
+#results figure { margin: 0 } #results img, #results i { display: block; width: 100%; margin: 0; border-radius: 3px }
+#results i { aspect-ratio: 1; background: var(--border-color-primary); opacity: .5 }
+.columns { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 1.5rem }
+.images { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 4px }
+.pixels { image-rendering: pixelated }
+.strip { margin-top: 1rem } .strip h2 { padding-bottom: .5rem }
+.strip div { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: 1rem }
+@media (max-width: 700px) { .columns { grid-template-columns: minmax(0, 1fr) } }
+"""
 
 
 @dataclass
@@ -51,164 +75,64 @@ class Demo:
     device: str | None = option(None, "cpu, cuda or another torch device; the GPU if there is one")
 
 
-@dataclass(frozen=True)
-class Student:
-    """A distilled pipeline, and its teacher beside it, which may be missing, on a device."""
-
-    pipeline: Any
-    teacher: Any
-    about: str  # name of the teacher, or why there is none
-    classes: Sequence[int]  # that it was trained on
-    negative_prompt: str  # that it was trained with
-
-    @property
-    def takes_text(self) -> bool:
-        """Whether it draws prompts."""
-        return kind_of(self.pipeline).takes_text
-
-    @property
-    def scales(self) -> list[float]:
-        """The guidance scales that it was trained with; [1] if none."""
-        return self.pipeline.scheduler.guidance_scales or [1.0]
+def picture(image: Image.Image, about: str) -> str:
+    """An image as HTML, with the image in it."""
+    small, file = max(image.size) < SMALL, BytesIO()
+    kind = "PNG" if small else "WEBP"
+    image.save(file, kind, quality=90)
+    content = b64encode(file.getvalue()).decode()
+    kept = ' class="pixels"' * small
+    return f'<img{kept} src="data:image/{kind.lower()};base64,{content}" alt="{about}" title="{about}">'
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a visitor asks for."""
-
-    count: int
-    seed: int
-    condition: int | str | None  # a class or a prompt; None: every class in turn
-    scale: float
-
-    def generators(self, device: Any) -> list[torch.Generator]:
-        """One for each image: image i has the seed `seed + i`."""
-        return [torch.Generator(device).manual_seed(self.seed + number) for number in range(self.count)]
-
-    def conditions(self, classes: Sequence[int]) -> list[Any] | None:
-        """The class or prompt of each image; None of a pipeline without."""
-        if self.condition is None:
-            return [classes[number % len(classes)] for number in range(self.count)] if classes else None
-        return [self.condition] * self.count
+def column(panel: Panel, cells: Sequence[str]) -> str:
+    """A panel as HTML: its heading, and its images, or their empty places, in a square."""
+    square = f'<div class="images" style="--columns: {math.ceil(math.sqrt(len(cells)))}">{"".join(cells)}</div>'
+    return f"<section><h2>{escape(panel.title)}</h2><p>{escape(panel.text)}</p>{square}</section>"
 
 
-def load_with_teacher(name: str, device: str) -> Student:
-    """Loads a student, and the teacher that its run or its card names.
-
-    Raises:
-        ValueError: There is none, or its card names something else than a repo as its teacher.
-    """
-    run = run_of(name)
-    source = run.get("pretrained_teacher_model") or teacher_of_card(name)
-    teacher, about = None, "not named by its run or its card"
-    if source is not None:
-        about = source if names_repo(source) else Path(source).name  # visitors need not know where a folder lies
-        try:
-            teacher = load_teacher(source, run.get("revision"))
-        except (OSError, ValueError) as error:
-            about = f"{about} was not loaded ({type(error).__name__})"
-    pipeline = load_sampler(name, teacher).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    given = {"classes": classes_of(pipeline, name), "negative_prompt": run.get("negative_prompt", "")}
-    if teacher is None:
-        return Student(pipeline, None, about, **given)
-    teacher.set_sizes(pipeline.scheduler.config)
-    teacher.to(device).network.eval()
-    return Student(pipeline, teacher, about, **given)
+def strip(panels: Sequence[Panel], about: str) -> str:
+    """The first image of each panel as HTML, above what drew it."""
+    each = list[str]()
+    for panel in panels:
+        image, text = picture(panel.images[0], about), f"<b>{escape(panel.title)}</b><br>{escape(panel.text)}"
+        each.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
+    return f'<section class="strip"><h2>The first image by network calls</h2><div>{"".join(each)}</div></section>'
 
 
-def names_repo(name: str) -> bool:
-    """Whether it is the id of a repo, and nothing of that name is here."""
-    try:
-        check_repo_id(name)
-    except ValueError:
-        return False
-    return not Path(name).exists()
-
-
-def teacher_of_card(name: str) -> str | None:
-    """The repo of the teacher that a card names; None without one.
-
-    Raises:
-        ValueError: It names a folder of this machine, which a repo of somebody else must not reach.
-    """
-    card = Path(name) / "README.md"
-    if Path(name).is_dir() and not card.is_file():
-        return None
-    try:
-        source = ModelCard.load(card if card.is_file() else name).data.base_model
-    except Exception:  # no card, a damaged one, or no connection
-        return None
-    if isinstance(source, str) and not names_repo(source):
-        raise ValueError(f"the card of {name} names a teacher that is no repo id such as user/name")
-    return source if isinstance(source, str) else None
-
-
-def draw_student(student: Student, request: Request, num_steps: int) -> Drawn:
-    """Draws with a student."""
-    pipeline, conditions = student.pipeline, request.conditions(student.classes)
-    scale = request.scale if pipeline.scheduler.guidance_scales else None
-    return draw(pipeline, conditions, request.generators(pipeline.device), num_steps, scale), num_steps, "Student"
-
-
-@torch.no_grad()
-def draw_teacher(student: Student, request: Request, num_steps: int) -> Drawn:
-    """Draws with the teacher of a student."""
-    teacher = student.teacher
-    given = request.conditions(student.classes), request.generators(teacher.device), num_steps, request.scale
-    images, calls, sampler = teacher.draw_teacher(*given, student.negative_prompt)
-    return images, calls, f"Teacher, {sampler}"
-
-
-def timed(drawn: Callable[[], Drawn]) -> tuple[str, list[Image.Image]]:
-    """A line with network calls and milliseconds, and the images, enlarged."""
-    start = time.perf_counter()
-    images, calls, who = drawn()
-    milliseconds = 1000 * (time.perf_counter() - start) / len(images)
-    return f"{who}: {network_calls([calls])}, {milliseconds:.0f} ms an image", [
-        enlarge(image, WIDTH) for image in images
-    ]
-
-
-class Students:
-    """Students by name; the one that was used last is kept.
-
-    Args:
-        names: Folders and repo ids that may be asked for, besides repos of the Hub.
-        device: Where they draw.
-    """
-
-    def __init__(self, names: Sequence[str], device: str) -> None:
-        self.names, self.device, self._kept = [*names], device, dict[str, Student]()
-
-    def __call__(self, name: str) -> Student:
-        """Returns the student of that name.
-
-        Raises:
-            ValueError: It may not be asked for, or there is none.
-        """
-        if name not in self.names and not names_repo(name):
-            raise ValueError(
-                f"{name!r} is neither a student of the list nor a repo id such as user/name; a folder must be named "
-                f"when the page is started: hsivi demo --pipeline {name}"
-            )
-        if name not in self._kept:
-            self._kept.clear()  # first, for there may be no memory for both
-            self._kept[name] = load_with_teacher(name, self.device)
-        return self._kept[name]
-
-
-def choose(students: Students, name: str) -> list[Any]:
-    """What can be asked of a student: its steps, its classes, a prompt, its scales of guidance; and its teacher."""
+def choose(students: Students, name: str) -> Iterator[list[Any]]:
+    """Yields what can be asked of a student: its steps, classes, a prompt, scales of guidance; and its teacher."""
     student = students(name)
-    depths, classes, scales = student.pipeline.scheduler.depths, student.classes, student.scales
-    return [
+    depths, classes, scales, ideas = student.depths, student.classes, student.scales, student.ideas
+    yield [
         gr.update(choices=depths, value=depths[-1], interactive=len(depths) > 1),
         gr.update(choices=[IN_TURN, *map(str, classes)], value=IN_TURN, visible=bool(classes)),
-        gr.update(visible=student.takes_text),
+        gr.update(visible=student.takes_text, value="".join(ideas[:1])),
+        gr.update(samples=[[idea] for idea in ideas], visible=bool(ideas)),
         gr.update(choices=scales, value=scales[0], visible=scales != [1.0]),
+        gr.update(value=COUNTS[1] if kind_of(student.pipeline).draw_batch < COUNTS[2] else COUNTS[2]),
         f"Teacher: {student.about}",
+        HINT,
     ]
+
+
+def ask(student: Student, label: str | None, prompt: str | None, scale: float, count: int, seed: int | None) -> Request:
+    """Returns what a visitor asks for.
+
+    Raises:
+        ValueError: It is too much, or there is no prompt where one is needed.
+    """
+    if not 1 <= count <= MOST_IMAGES:
+        raise ValueError(f"{count} images: give a number from 1 to {MOST_IMAGES}")
+    text = (prompt or "").strip()
+    condition: int | str | None = None
+    if student.takes_text:
+        if not 1 <= len(text) <= MOST_LETTERS:
+            raise ValueError(f"the prompt has {len(text)} letters: say what to draw in 1 to {MOST_LETTERS}")
+        condition = text
+    elif student.classes and label not in (None, IN_TURN):  # the fields of the student before may still be filled
+        condition = int(str(label))
+    return Request(int(count), int(seed or 0), condition, float(scale))
 
 
 def show(
@@ -221,36 +145,37 @@ def show(
     scale: float,
     count: int,
     seed: int,
-) -> list[Any]:
-    """Images of student and teacher, each with a line of network calls and time."""
-    student, text = students(name), (prompt or "").strip()
-    for what, number, most in (("teacher steps", teacher_steps, MOST_STEPS), ("images", count, MOST_IMAGES)):
-        if not 1 <= number <= most:
-            raise ValueError(f"{number} {what}: give a number from 1 to {most}")
-    condition: int | str | None = None if label in (None, IN_TURN) else int(label)
-    if student.takes_text:
-        if not 1 <= len(text) <= MOST_LETTERS:
-            raise ValueError(f"the prompt has {len(text)} letters: say what to draw in 1 to {MOST_LETTERS}")
-        condition = text
-    elif not student.classes:  # a class or prompt of the student before may still be in its hidden field
-        condition = None
-    request = Request(int(count), int(seed or 0), condition, float(scale))
-    ours = timed(partial(draw_student, student, request, int(steps)))
-    theirs: tuple[str, list[Image.Image]] = f"Teacher: {student.about}", []
-    if student.teacher is not None:
-        try:
-            theirs = timed(partial(draw_teacher, student, request, int(teacher_steps)))
-        except Exception as error:  # its pipeline may not draw with what the student was trained on
-            theirs = f"Teacher: it could not draw ({type(error).__name__}: {error})", []
-    return [*ours, *theirs]
+) -> Iterator[str]:
+    """Yields images of student, solver and teacher as HTML, as they are drawn, and a strip of one noise."""
+    student = students(name)
+    if not 1 <= teacher_steps <= MOST_STEPS:
+        raise ValueError(f"{teacher_steps} teacher steps: give a number from 1 to {MOST_STEPS}")
+    request = ask(student, label, prompt, scale, count, seed)
+    conditions = request.conditions(student.classes) or [""] * request.count
+    abouts = [escape(f"{what} seed {request.seed + i}".strip()) for i, what in enumerate(conditions)]
+    columns = [column(Panel(title, "drawing ..."), ["<i></i>"] * request.count) for title in TITLES]
+    yield page_of(columns)
+    drawn = list[Panel]()
+    for panel in compare(student, request, int(steps), int(teacher_steps)):
+        columns[len(drawn)] = column(panel, [picture(*each) for each in zip(panel.images, abouts, strict=False)])
+        drawn.append(panel)
+        yield page_of(columns)
+    if over_calls := [panel for panel in draw_strip(student, request) if panel.images]:
+        others = [panel for panel in drawn if panel.images and panel.title != over_calls[0].title]
+        yield page_of(columns) + strip([*over_calls, *others], abouts[0])
 
 
-def on_page(function: Callable[..., list[Any]], *given: Any) -> Callable[..., list[Any]]:
+def page_of(columns: Sequence[str]) -> str:
+    """Columns side by side, or on a phone one below the other."""
+    return f'<div class="columns">{"".join(columns)}</div>'
+
+
+def on_page(function: Callable[..., Iterator[Any]], *given: Any) -> Callable[..., Iterator[Any]]:
     """Returns the function with the first arguments given, and shows what it raises as one line on the page."""
 
-    def call(*chosen: Any) -> list[Any]:
+    def call(*chosen: Any) -> Iterator[Any]:
         try:
-            return function(*given, *chosen)
+            yield from function(*given, *chosen)
         except Exception as error:
             expected = isinstance(error, OSError | ValueError)
             text = str(error).removeprefix("--pipeline ") if expected else f"{type(error).__name__}: {error}"
@@ -262,30 +187,46 @@ def on_page(function: Callable[..., list[Any]], *given: Any) -> Callable[..., li
 def make_page(names: Sequence[str], device: str) -> gr.Blocks:
     """Makes the page, to be launched."""
     students = Students(names, device)
-    with gr.Blocks(title="hsivi_diffusers", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
-        gr.Markdown("# A student beside its teacher")
+    with gr.Blocks(title="hsivi demo", analytics_enabled=False, fill_width=True) as page:
+        gr.Markdown(INTRO)
         with gr.Row():
-            name = gr.Dropdown(students.names, value=names[0], label="Student, or a repo id", allow_custom_value=True)
+            name = gr.Dropdown(students.names, value=names[0], label=STUDENT, allow_custom_value=True, min_width=280)
             steps = gr.Dropdown([1], value=1, label="Steps of the student")
             teacher_steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps of the teacher")
         with gr.Row():
             label = gr.Dropdown([IN_TURN], value=IN_TURN, label="Class", visible=False)
-            prompt = gr.Textbox("", label="Prompt", visible=False, max_length=MOST_LETTERS)
+            prompt = gr.Textbox("", label="Prompt", visible=False, max_length=MOST_LETTERS, scale=3, min_width=280)
             scale = gr.Dropdown([1.0], value=1.0, label="Guidance scale", visible=False)
-            count = gr.Slider(1, MOST_IMAGES, 8, step=1, label="Images")
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53)
-        button, about = gr.Button("Draw", variant="primary"), gr.Markdown()
-        with gr.Row():
-            shown = list[gr.Component]()
-            for who in ("Student", "Teacher"):
-                with gr.Column():
-                    shown += [gr.Markdown(who), gr.Gallery(columns=4, object_fit="contain", show_label=False)]
+        ideas = gr.Dataset(components=[prompt], samples=[], label="Prompts of the run", visible=False)
+        with gr.Row(elem_classes="controls"):
+            count = gr.Radio(COUNTS, value=COUNTS[1], label="Images", min_width=280)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LAST_SEED, min_width=120)
+            button = gr.Button("Draw", variant="primary", min_width=120)
+            following = gr.Button("Next seed", min_width=120)
+        about, results = gr.Markdown(), gr.HTML(HINT, elem_id="results")
         one_by_one: dict[str, Any] = {"concurrency_id": "networks", "concurrency_limit": 1}
-        chosen, asked = [steps, label, prompt, scale, about], [name, steps, teacher_steps, label, prompt, scale]
-        for event in (name.change, page.load):
-            event(on_page(choose, students), name, chosen, api_name="choose", **one_by_one)
-        button.click(on_page(show, students), [*asked, count, seed], shown, api_name="draw", **one_by_one)
+        chosen = [steps, label, prompt, ideas, scale, count, about, results]
+        gr.on([name.change, page.load], on_page(choose, students), name, chosen, api_name="choose", **one_by_one)
+        asked = [name, steps, teacher_steps, label, prompt, scale, count, seed]
+        shown = on_page(show, students), asked, results
+        gr.on([button.click, prompt.submit], *shown, api_name="draw", show_progress="hidden", **one_by_one)
+        moved = following.click(next_seed, [seed, count], seed, api_visibility="private")
+        moved.success(*shown, api_visibility="private", show_progress="hidden", **one_by_one)
+        ideas.click(lambda row: row[0], ideas, prompt, api_visibility="private")
     return page
+
+
+def next_seed(seed: int | None, count: int) -> int:
+    """The seed of images with none of the noise of those before."""
+    return min((seed or 0) + count, LAST_SEED)
+
+
+def launch(page: gr.Blocks, **where: Any) -> str:
+    """Serves a page until the process ends, and returns its address."""
+    # Nothing needs to be uploaded, and the least that can be allowed is a byte. Quiet, for gradio offers to share.
+    kept: dict[str, Any] = {"max_file_size": 1, "run_history": False, "footer_links": [], "theme": THEME, "css": CSS}
+    _, address, _ = page.launch(**where, **kept, quiet=True, prevent_thread_lock=True)
+    return str(address)
 
 
 def check_address(options: Demo) -> None:
@@ -314,8 +255,6 @@ def main(args: Sequence[str]) -> None:
         raise ValueError(f"--pipeline {unknown[0]} is no folder, and no repo id such as user/name: check the spelling")
     check_address(options)
     page = make_page(names, usable_device(options.device))
-    # Nothing needs to be uploaded, and the least that can be allowed is a byte. Quiet, for gradio offers to share.
-    where = {"server_name": options.server_name, "server_port": options.server_port}
-    _, address, _ = page.launch(**where, max_file_size=1, quiet=True, prevent_thread_lock=True)
+    address = launch(page, server_name=options.server_name, server_port=options.server_port)
     print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()
