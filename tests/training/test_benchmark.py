@@ -311,7 +311,7 @@ def test_images_of_what_is_shown_are_kept_beside_the_trainings(folder):
     ],
 )
 def test_the_rows_of_the_repository_are_those_of_its_configs(name, more, tmp_path, monkeypatch):
-    """None is refused, and each is of an entry; on other noise, and of text, not all entries are measured yet."""
+    """None is refused, and each is of an entry; on other noise not all entries are measured."""
     monkeypatch.chdir(ROOT)
     given = ["--config", f"training/configs/benchmark_{name}.yaml", f"--runs_dir={tmp_path}", *more]
     (options,) = parse_options([benchmark.Options], "", given)
@@ -322,7 +322,7 @@ def test_the_rows_of_the_repository_are_those_of_its_configs(name, more, tmp_pat
     settings, told = ({key: getattr(entry, kind) for key, entry in entries.items()} for kind in ("settings", "told"))
     keys = {key for key, _ in results.keys(settings, told, comparison.drawn)}
     assert keys <= entries.keys()
-    assert options.noise_seeds or name == "text" or keys == entries.keys()
+    assert options.noise_seeds or keys == entries.keys()
 
 
 # ----- other noise -----
