@@ -381,7 +381,7 @@ def test_a_browser_draws_and_changes_students(visit, several_run):
     page.get_by_role("button", name="Draw").click()
     expect(page.locator(".strip img")).to_have_count(6)
     expect(page.locator(".columns img")).to_have_count(27)
-    expect(page.get_by_text("2 network calls, ")).to_have_count(3)  # student, solver, strip
+    expect(page.get_by_text("2 network calls, ")).to_have_count(4)  # two of them in the strip
     go_to(page, several_run)
     expect(page.get_by_label("Steps of the student")).to_have_value("4")
     expect(page.locator("#results img")).to_have_count(0)
