@@ -59,7 +59,7 @@ def draw_curves(
     against: str = "network calls",
     lines: Sequence[str] = (),
 ) -> None:
-    """Draws measures of the rows against network calls, one beside the other.
+    """Draws measures of the rows against network calls, one beside the other, from four on in two lines.
 
     Args:
         rows: With `method`, `nfe` and the measures. Several rows of one method and number of calls are training seeds,
@@ -73,8 +73,11 @@ def draw_curves(
     from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
     curves, straight = [[row for row in rows if (row["method"] in lines) == each] for each in (False, True)]
-    figure, axes = plt.subplots(1, len(labels), figsize=(5 * len(labels), 4.6), squeeze=False, layout="constrained")
-    for axis, (name, label) in zip(axes[0], labels.items(), strict=True):
+    rows_of_axes = 1 if len(labels) < 4 else 2
+    columns = -(-len(labels) // rows_of_axes)
+    size = 5 * columns, 4.6 * rows_of_axes
+    figure, axes = plt.subplots(rows_of_axes, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis, (name, label) in zip(axes.flat, labels.items(), strict=False):
         measure = MEASURES.get(name, Measure(label))
         values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in curves:
