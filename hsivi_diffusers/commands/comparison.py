@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from ..pipeline_hsivi import network_calls
-from ..runs.artifacts import PROMPTS, folder_of_run, read_prompts, run_of
+from ..runs.artifacts import PROMPTS, column_prompts, folder_of_run, read_prompts, run_of
 from ..share.push import check_repo_id
 from ..teachers.loading import kind_of, load_teacher
 from .sample import classes_of, draw, load_sampler
@@ -102,7 +102,7 @@ def load_with_teacher(name: str, device: str) -> Student:
             about = f"{about} was not loaded ({type(error).__name__})"
     pipeline = load_sampler(name, teacher).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    ideas = read_prompts(str(prompts))[:IDEAS] if prompts.is_file() else []
+    ideas = column_prompts(read_prompts(str(prompts)), run)[:IDEAS] if prompts.is_file() else []
     given = classes_of(pipeline, name), run.get("negative_prompt", ""), ideas
     if teacher is None:
         return Student(pipeline, None, about, *given)

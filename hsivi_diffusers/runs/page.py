@@ -190,7 +190,12 @@ def _folded(title: str, content: str) -> str:
 
 
 def _report(run_dir: Path, report: dict[str, Any]) -> list[str]:
-    rows = [row for row in report.get("rows") or [] if isinstance(row, dict) and {"nfe", "method"} <= row.keys()]
+    found = report.get("rows")
+    rows = [
+        row
+        for row in (found if isinstance(found, list) else [])
+        if isinstance(row, dict) and {"nfe", "method"} <= row.keys()
+    ]
     if not rows:
         return []
     about = f"Features: {report.get('features')}. Reference: {report.get('reference')}. {report.get('measured')}"

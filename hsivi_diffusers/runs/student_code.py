@@ -39,7 +39,11 @@ def literal(text: str) -> str:
 def call_arguments(training: Mapping[str, Any]) -> list[str]:
     """Arguments of a stock pipeline beside prompts and steps, as code; that of guidance is the first."""
     call = training.get("call")
-    named = {name: value for name, value in (call if isinstance(call, dict) else CALL).items() if name.isidentifier()}
+    named = {
+        name: value
+        for name, value in (call if call and isinstance(call, dict) else CALL).items()
+        if name.isidentifier()
+    }
     return [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}" for name, value in named.items()]
 
 

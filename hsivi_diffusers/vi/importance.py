@@ -17,6 +17,7 @@ from .bridges import Bridge
 from .chains import draw_marginals
 from .layers import ConditionalLayers
 
+FEWEST = 25  # weights of `pareto_k`
 ROWS = 256  # of x at a time, each against all inputs
 
 
@@ -70,12 +71,17 @@ def pareto_k(log_weights: Tensor) -> float:
     Args:
         log_weights: log w + constant of independent draws, shape (N,), N >= 25.
 
+    Returns:
+        k-hat; infinite if a weight is NaN or infinite, or all are 0.
+
     Raises:
         ValueError: There are fewer than 25 weights.
     """
     size = len(log_weights)
-    if size < 25:
-        raise ValueError(f"{size} weights have no tail to look at: give 25 or more")
+    if size < FEWEST:
+        raise ValueError(f"{size} weights have no tail to look at: give {FEWEST} or more")
+    if not log_weights.max().isfinite():
+        return math.inf
     weights = (log_weights.double() - log_weights.max()).exp().sort().values
     tail = math.ceil(min(size / 5, 3 * math.sqrt(size)))
     excess = weights[-tail:] - weights[-tail - 1]

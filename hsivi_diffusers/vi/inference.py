@@ -15,7 +15,7 @@ from .chains import Chain, draw_marginals
 from .curricula import Plateau, Stage, cosine, joint, sequential
 from .diagnosis import Diagnosis, diagnose
 from .fitting import Step, fit, step_generator
-from .importance import effective_sample_size, log_density, pareto_k
+from .importance import FEWEST, effective_sample_size, log_density, pareto_k
 from .inference_data import inference_data, load_arviz
 from .layers import ConditionalLayers, IndependentLayers, SharedLayers
 from .lower_bound import LowerBound
@@ -164,6 +164,7 @@ class Inference:
         """
         return log_density(self.layers, self.bridge, x, num_inputs, step_generator(seed, -1, 0))
 
+    @torch.no_grad()
     def to_arviz(self, size: int = 1000, seed: int = 0, constrain: Constrain | None = None) -> Any:
         """Returns `sample(size, seed)` as an `arviz.InferenceData`: pip install "hsivi-diffusers[inference]".
 
@@ -186,14 +187,18 @@ class Inference:
             ValueError: There are fewer than 25 draws.
         """
         load_arviz()  # now, not after the draws
+        if size < FEWEST:
+            raise ValueError(f"size={size}: give {FEWEST} draws or more")
         target = getattr(self.bridge, "target", None)
         if constrain is None:
             constrain = target.constrain if isinstance(target, NamedTarget) else lambda x: {"x": x}
         x = self.sample(size, seed)
         statistics: dict[str, Tensor] = {}
         attributes: dict[str, float] = {}
+        lp: Tensor | None = None
         with suppress(NotImplementedError):  # only the score is known
             lp = self.bridge.log_prob(x, self.bridge.level(torch.zeros(size, dtype=torch.long, device=x.device)))
+        if lp is not None:
             statistics = {"lp": lp, "log_q": self.log_prob(x, seed=seed)}
             log_weights = lp - statistics["log_q"]
             attributes = {"pareto_k": pareto_k(log_weights), "importance_ess": effective_sample_size(log_weights)}

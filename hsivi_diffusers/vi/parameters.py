@@ -49,8 +49,8 @@ class NamedTarget(Target):
         dimension: d, of all parameters without their constraints: K - 1 for a simplex of K numbers.
 
     Raises:
-        ValueError: A constraint is none, is discrete or has no bijection; a shape does not fit its constraint;
-            `log_prob` asks for a name that is no parameter, returns another shape, or is not finite at x = 0.
+        ValueError: A constraint is none, is discrete or has no bijection; a shape does not fit its constraint. Later:
+            `log_prob` asks for a name that is no parameter, or returns another shape.
     """
 
     def __init__(
@@ -62,7 +62,6 @@ class NamedTarget(Target):
         self.parameters = {name: _parameter(name, of) for name, of in parameters.items()}
         self._sizes = [parameter.free_shape.numel() for parameter in self.parameters.values()]
         self.dimension = check_dimension(sum(self._sizes))
-        self._check_start()
 
     def constrain(self, x: Tensor) -> Samples:
         """Returns the parameters at x of shape (B, d): for each name a tensor of shape (B, *shape)."""
@@ -72,7 +71,8 @@ class NamedTarget(Target):
         """Returns the x of shape (B, d) with `constrain(x)` equal to the samples, tensors of shape (B, *shape).
 
         Raises:
-            ValueError: A name is missing or unknown, a shape is another, or a value is outside its constraint.
+            ValueError: A name is missing or unknown, a shape is another, or a value is outside its constraint or at its
+                end.
         """
         if samples.keys() != self.parameters.keys():
             raise ValueError(f"the samples are {_listed(samples)}, and the parameters {_listed(self.parameters)}")
@@ -84,6 +84,9 @@ class NamedTarget(Target):
             if bad := int((~parameter.constraint.check(value)).sum()):
                 raise ValueError(f"{name}: {bad} of its values do not satisfy the constraint {parameter.constraint}")
         free = [self.parameters[name].transform.inv(samples[name]) for name in self.parameters]
+        for name, each in zip(self.parameters, free, strict=True):
+            if bad := int((~each.isfinite()).sum()):
+                raise ValueError(f"{name}: {bad} of its values are at the end of {self.parameters[name].constraint}")
         return torch.cat([each.reshape(size, of) for each, of in zip(free, self._sizes, strict=True)], 1)
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -98,17 +101,6 @@ class NamedTarget(Target):
         """x_i of each parameter, of shape (B, *free_shape)."""
         parts = zip(self.parameters.items(), x.split(self._sizes, 1), strict=True)
         return {name: part.reshape(len(x), *parameter.free_shape) for (name, parameter), part in parts}
-
-    def _check_start(self) -> None:
-        x = torch.zeros(1, self.dimension)
-        with torch.no_grad():
-            value = float(self.log_prob(x))
-        if not torch.tensor(value).isfinite():
-            place = ", ".join(f"{name} = {float(of.flatten()[0]):.3g}" for name, of in self.constrain(x).items())
-            raise ValueError(
-                f"log_prob is {value} at the start x = 0, {place} (the first number of each): it must be finite "
-                "wherever the constraints hold"
-            )
 
 
 class _Named(dict[str, Tensor]):
@@ -128,15 +120,15 @@ def _parameter(name: str, of: Constraint | tuple[Constraint, tuple[int, ...]]) -
         )
     if not isinstance(shape, tuple) or not all(isinstance(size, int) and size >= 1 for size in shape):
         raise ValueError(f"{name} has the shape {shape!r}: give a tuple of whole numbers >= 1, such as (8,)")
-    if len(shape) < constraint.event_dim:
-        raise ValueError(
-            f"{name} has the shape {shape}: {constraint} constrains the last {constraint.event_dim} dimensions together"
-        )
     try:
-        transform = biject_to(constraint)
+        transform, together = biject_to(constraint), constraint.event_dim
     except NotImplementedError as error:
-        remedy = "sum a discrete parameter out" if constraint.is_discrete else "take another constraint"
+        remedy = "sum a discrete parameter out, or take another constraint"
         raise ValueError(f"{name}: torch has no bijection from R^n to {constraint}: {remedy}") from error
+    if len(shape) < together:
+        raise ValueError(
+            f"{name} has the shape {shape}: {constraint} constrains the last {together} dimensions together"
+        )
     try:
         free_shape = torch.Size(transform.inverse_shape(torch.Size(shape)))
     except ValueError as error:

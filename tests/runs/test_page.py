@@ -260,6 +260,7 @@ def test_other_files_among_the_grids_and_damaged_lines_of_the_log_do_no_harm(fol
     ("name", "content"),
     [
         ("report.json", "{"),
+        ("report.json", '{"rows": 5}'),
         ("report.json", '{"rows": [1, {"nfe": 1}], "floor": 3}'),
         ("report.json", '{"rows": [{"nfe": 1, "method": "x", "fd": "<b>"}], "floor": {"fd": null}}'),
         ("training.json", '{"seconds": "x"}'),

@@ -107,6 +107,16 @@ def test_k_is_that_of_arviz(size):
     assert pareto_k(log_weights) == pytest.approx(float(arviz.psislw(log_weights.numpy())[1]), rel=1e-6)
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_no_good_fit(odd):
+    log_weights = torch.randn(1000)
+    log_weights[0] = -float("inf")  # the density may be 0 there
+    assert pareto_k(log_weights) < 0.7
+    log_weights[1] = odd
+    assert pareto_k(log_weights) == float("inf")
+    assert pareto_k(torch.full((30,), -float("inf"))) == float("inf")
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [

@@ -261,6 +261,16 @@ def test_variables_may_be_of_the_users_own_and_a_score_alone_gives_no_statistics
     assert data.groups() == ["posterior"]
 
 
+def test_a_density_with_weights_of_its_own_is_handed_over_and_too_few_draws_are_refused():
+    pytest.importorskip("arviz")
+    scale = torch.nn.Parameter(torch.ones(2))
+    target = LogProbTarget(lambda x: -0.5 * (x * scale).square().sum(1), 2)
+    inference = tiny(of=GeometricBridge(target, 2))
+    assert inference.to_arviz(30).sample_stats["lp"].shape == (1, 30)
+    with pytest.raises(ValueError, match="size=24: give 25 draws or more"):
+        inference.to_arviz(24)
+
+
 # ----- plateaus -----
 
 
