@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 LOCK = ".lock"  # file in a folder that is locked; it stays there
 
 
-def check_output_dir(output_dir: str | None, keep: bool) -> Path:
-    """Returns the output folder, which must be empty or new unless `keep` is true.
+def check_output_dir(output_dir: str | None, keep: bool, remedy: str = "") -> Path:
+    """Returns the output folder, which must be empty or new unless `keep` is true; `remedy` is what else can be done.
 
     Raises:
         ValueError: No folder was named, it is a file, or it is not empty and `keep` is false.
@@ -31,9 +31,7 @@ def check_output_dir(output_dir: str | None, keep: bool) -> Path:
         raise ValueError(f"--output_dir {path} is a file: name a folder")
     if path.is_dir() and not keep and any(entry.name != LOCK for entry in path.iterdir()):
         raise ValueError(
-            f"--output_dir {path} is not empty: name another folder, pass --overwrite_output_dir, or resume a training "
-            "with --resume_from_checkpoint latest; in Python HSIVIConfig(overwrite_output_dir=True), or "
-            "trainer.train(resume_from_checkpoint='latest')"
+            f"--output_dir {path} is not empty: name another folder, or pass --overwrite_output_dir{remedy}"
         )
     return path
 

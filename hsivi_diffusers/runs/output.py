@@ -21,6 +21,10 @@ WRITTEN_AT_ONCE = {f"{name}{end}" for name in (PAGE, LOG, PROMPTS) for end in ("
 STARTED = (
     OPTIONS | WRITTEN_AT_ONCE | {"logs", "samples", "checkpoints", "pairs"}
 )  # in a folder before the first checkpoint
+RESUMPTION = (
+    ", or resume a training with --resume_from_checkpoint latest; in Python HSIVIConfig(overwrite_output_dir=True), or "
+    "trainer.train(resume_from_checkpoint='latest')"
+)
 ANEW = "start over with --overwrite_output_dir and without --resume_from_checkpoint"
 
 Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -101,7 +105,7 @@ def check_place(run: Output) -> Path:
             f"--output_dir {path} is not empty and holds no run to continue with: name another folder, or pass "
             f"--overwrite_output_dir instead of --resume_from_checkpoint {run.resume_from_checkpoint}"
         )
-    return check_output_dir(run.output_dir, run.overwrite_output_dir or resumes or anew)
+    return check_output_dir(run.output_dir, run.overwrite_output_dir or resumes or anew, RESUMPTION)
 
 
 @contextmanager

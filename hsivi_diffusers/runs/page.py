@@ -242,7 +242,8 @@ def _options(options: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
     }
     others = {name: value for name, value in options.items() if name not in given}
     preset = escape(str(options.get("preset")))
-    text = f"These differ from the preset {preset}:" if given else f"All are those of the preset {preset}."
+    text = f"Beside steps and updates all are those of the preset {preset}."
+    text = f"These differ from the preset {preset}:" if given else text
     table = [_option_table(given)] if given else []
     return [
         "<h2>Options</h2>",

@@ -170,7 +170,7 @@ def test_a_filled_output_folder_is_refused_unless_overwritten(draw, tmp_path):
     for name in others:
         (folder / name).touch()
     for run in ({}, {"run": tmp_path / "nowhere"}):  # before a pipeline is looked for
-        with pytest.raises(ValueError, match="is not empty"):
+        with pytest.raises(ValueError, match="is not empty: name another folder, or pass --overwrite_output_dir$"):
             draw("samples", "--num_samples=1", **run)
     assert set(os.listdir(folder)) == others
     for number in (9, 4):

@@ -184,7 +184,7 @@ def test_only_what_differs_from_the_preset_is_shown_and_the_rest_is_folded(folde
     assert "mixed_precision" in names
     assert text.rindex("<details>") < text.index("<td>pretrained_teacher_model</td>") < text.rindex("</details>")
     (folder / "options.json").write_text(json.dumps({**options, "class_shares": None, "learning_rate": 1e-4}))
-    assert "All are those of the preset fast." in page(folder, **usual_options(options))
+    assert "Beside steps and updates all are those of the preset fast." in page(folder, **usual_options(options))
 
 
 def test_the_commands_are_on_the_page_as_they_are_to_be_copied(folder, monkeypatch):
