@@ -180,7 +180,7 @@ def read_distillation(args: Sequence[str], prog: str, description: str, *more: t
         more: Further groups of options, whose instances are returned after those of teacher, distillation and hub.
     """
     from ..distillation.config import read_settings
-    from ..runs.output import run_of
+    from ..runs.output import starting_run
 
     read = partial(parse_distillation, args, prog, description, *more)
     teacher, config, hub, *rest = read()
@@ -189,7 +189,7 @@ def read_distillation(args: Sequence[str], prog: str, description: str, *more: t
         teacher, config, hub, *rest = read(before=read_settings(record))
     config.check()
     hub.check()
-    run = run_of(config.init_from)
+    run = starting_run(config.init_from)
     if run is not None and teacher.pretrained_teacher_model is None:
         before = read_record(run / "options.json")
         teacher.pretrained_teacher_model, teacher.revision = before["pretrained_teacher_model"], before["revision"]

@@ -20,9 +20,8 @@ from ..share.push import check_repo_id
 from ..teachers.loading import kind_of, load_teacher
 from .sample import classes_of, draw, load_sampler
 
-SOLVER = (
-    "UniPC"  # the best general solver of ODEs at 4 and 8 calls on the grids of diffusers, docs/benchmarks/solvers.md
-)
+# The best general solver of ODEs at 4 and 8 calls on the grids of diffusers, docs/benchmarks/solvers.md.
+SOLVER = "UniPC"
 GUIDED_FROM = 16  # calls; with fewer, constant guidance, which takes two calls a step, makes the images worse
 STRIP = (1, 2, 4, 8)  # calls of a solver
 IDEAS = 6  # prompts of the run that are offered

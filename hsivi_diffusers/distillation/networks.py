@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
 from ..runs.artifacts import ADAPTER, read_record
-from ..runs.output import run_of
+from ..runs.output import starting_run
 from ..runs.state_dicts import load_tensors
 from ..scheduling_hsivi import HSIVIScheduler
 from ..teachers.adapters import add_adapter, has_adapter, rank_of, read_adapter, with_factors
@@ -48,7 +48,7 @@ def load_networks(teacher: Teacher, config: HSIVIConfig, accelerator: Accelerato
     """
     teacher.set_sizes(config)
     teacher.check_students(config)  # before prompts are encoded, which may take hours
-    identity, run = teacher.identity(), run_of(config.init_from)
+    identity, run = teacher.identity(), starting_run(config.init_from)
     if run is not None:
         check_same_teacher(run, identity["teacher_sha256"])
     adapted = make_student_and_critic(teacher, config) if teacher.rank(config.lora_rank) else None  # may be refused
@@ -78,7 +78,7 @@ def make_student_and_critic(teacher: Teacher, config: HSIVIConfig) -> tuple[Any,
         ValueError: See `read_adapter`, `read_lora` and `load_weights`.
     """
     start, network, rank = config.init_from, teacher.network, teacher.rank(config.lora_rank)
-    run = run_of(start)
+    run = starting_run(start)
     if not rank or teacher.adapter is None:
         student, critic = copy.deepcopy(network), copy.deepcopy(network)
         if start is not None and run is None:

@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from ..runs.artifacts import PROMPTS, read_record
 from ..runs.checkpoints import Checkpoints
 from ..runs.folders import remove_folder, write_json, write_text
-from ..runs.output import Output, check_inputs, claimed, finished, run_of, start_run
+from ..runs.output import Output, check_inputs, claimed, finished, start_run, starting_run
 from ..runs.page import LOG, PAGE, write_page
 from ..share.push import push
 from ..teachers.adapters import has_adapter
@@ -102,7 +102,7 @@ class HSIVITrainer:
         name = os.fspath(teacher) if isinstance(teacher, str | os.PathLike) else None
         inputs: dict[str, Any] = {"pretrained_teacher_model": name}
         inputs["prompts"] = config.prompts if isinstance(config.prompts, str) else None
-        run = run_of(config.init_from)
+        run = starting_run(config.init_from)
         inputs["init_from"] = config.init_from if run is None else run / "pipeline"
         if config.output_dir is not None:
             check_inputs(Output(config.output_dir), WRITTEN, **inputs)

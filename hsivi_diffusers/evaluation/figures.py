@@ -89,10 +89,10 @@ def draw_curves(
             style |= {"lw": 2.4, "marker": "*", "ms": 12} if method.startswith("HSIVI") else {}
             axis.errorbar(sorted(points), [*map(mean, numbers)], bars, label=method, capsize=3, **style)
         is_log = not measure.higher_is_better and all(row[name] > 0 for row in curves)
-        for method, style in zip(lines, STYLES, strict=False):
-            if numbers := [measure.factor * row[name] for row in straight if row["method"] == method]:
-                height = mean(numbers)
-                axis.axhline(height if height > 0 or not is_log else math.nan, color="0.3", ls=style, label=method)
+        for method, dashes in zip(lines, STYLES, strict=False):
+            if found := [measure.factor * row[name] for row in straight if row["method"] == method]:
+                height = mean(found)
+                axis.axhline(height if height > 0 or not is_log else math.nan, color="0.3", ls=dashes, label=method)
         axis.set(xscale="log", yscale="log" if is_log else "linear", xlabel=against)
         axis.set_title(label, fontsize=9)
         axis.set_ylabel(f"{'higher' if measure.higher_is_better else 'lower'} is better")

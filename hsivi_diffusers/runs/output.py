@@ -71,7 +71,7 @@ def check_inputs(run: Output, written: Sequence[str], **inputs: str | Path | Non
             )
 
 
-def run_of(init_from: str | None) -> Path | None:
+def starting_run(init_from: str | None) -> Path | None:
     """Returns the folder of the finished run that `init_from` names; None if it names something else, or nothing.
 
     Raises:

@@ -169,9 +169,7 @@ def _images(run_dir: Path, options: dict[str, Any], grids: Sequence[tuple[int, s
     if (path := run_dir / PROMPTS).is_file():
         prompts = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
         items = "".join(f"<li>{escape(prompt)}</li>" for prompt in column_prompts(prompts, options))
-        parts.append(
-            f"<details><summary>Prompts of the columns, from left to right</summary><ol>{items}</ol></details>"
-        )
+        parts.append(_folded("Prompts of the columns, from left to right", f"<ol>{items}</ol>"))
     return parts
 
 

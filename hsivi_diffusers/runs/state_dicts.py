@@ -78,7 +78,7 @@ def load_state_dict(path: Path) -> dict[Any, Any]:
 def _take_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Moves the tensors of a tree to a flat dictionary; mappings become pairs, since JSON has no numbers as keys."""
     if isinstance(tree, Tensor):
-        tensors[name] = tree.detach().contiguous()
+        tensors[name] = tree.detach()
         return {"tensor": name}
     if isinstance(tree, Mapping):
         start = f"{name}/" if name else ""
