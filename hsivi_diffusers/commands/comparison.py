@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +173,14 @@ def timed(draws: Callable[[Student, Request, int], Drawn], student: Student, req
     return Panel(title, f"{network_calls([calls])}{remark}, {milliseconds:,.0f} ms{of}", images)
 
 
-def of_teacher(title: str, draws: Callable[[], Panel], student: Student) -> Panel:
+def of_teacher(
+    title: str, draws: Callable[[Student, Request, int], Drawn], student: Student, request: Request, number: int
+) -> Panel:
     """Draws with a teacher, if there is one that can."""
     if student.teacher is None:
         return Panel(title, f"no teacher: {student.about}")
     try:
-        return draws()
+        return timed(draws, student, request, number)
     except Exception as error:  # its pipeline may not draw with what the student was trained on
         return Panel(title, f"it could not draw ({type(error).__name__}: {error})")
 
@@ -187,19 +188,21 @@ def of_teacher(title: str, draws: Callable[[], Panel], student: Student) -> Pane
 def compare(student: Student, request: Request, num_steps: int, teacher_steps: int) -> Iterator[Panel]:
     """Yields images of the student, of a solver in as many network calls, and of the teacher in more."""
     yield timed(draw_student, student, request, num_steps)
-    for title, draws, number in (("Solver", draw_solver, num_steps), ("Teacher", draw_teacher, teacher_steps)):
-        yield of_teacher(title, partial(timed, draws, student, request, number), student)
+    yield of_teacher("Solver", draw_solver, student, request, num_steps)
+    yield of_teacher("Teacher", draw_teacher, student, request, teacher_steps)
 
 
-def draw_strip(student: Student, request: Request) -> Iterator[Panel]:
-    """Yields the first image in several numbers of network calls, of the student, or if it has one, of the solver."""
-    first = replace(request, count=1)
-    if len(student.depths) > 1:
-        yield from (timed(draw_student, student, first, depth) for depth in student.depths)
-    elif student.teacher is not None:
-        yield from (
-            of_teacher("Solver", partial(timed, draw_solver, student, first, calls), student) for calls in STRIP
-        )
+def draw_strip(student: Student, request: Request, num_steps: int, teacher_steps: int) -> list[Panel]:
+    """Draws the first image alone, in several numbers of network calls by the student, or if it has one, the solver.
+
+    The others draw it in one, last.
+    """
+    first, several = replace(request, count=1), len(student.depths) > 1
+    ours = [timed(draw_student, student, first, depth) for depth in student.depths]
+    numbers = [num_steps] if several else STRIP
+    solvers = [of_teacher("Solver", draw_solver, student, first, number) for number in numbers]
+    teacher = of_teacher("Teacher", draw_teacher, student, first, teacher_steps)
+    return [*ours, *solvers, teacher] if several else [*solvers, *ours, teacher]
 
 
 class Students:

@@ -153,21 +153,23 @@ def show(
     request = ask(student, label, prompt, scale, count, seed)
     conditions = request.conditions(student.classes) or [""] * request.count
     abouts = [escape(f"{what} seed {request.seed + i}".strip()) for i, what in enumerate(conditions)]
-    columns = [column(Panel(title, "drawing ..."), ["<i></i>"] * request.count) for title in TITLES]
-    yield page_of(columns)
-    drawn = list[Panel]()
-    for panel in compare(student, request, int(steps), int(teacher_steps)):
-        columns[len(drawn)] = column(panel, [picture(*each) for each in zip(panel.images, abouts, strict=False)])
-        drawn.append(panel)
-        yield page_of(columns)
-    if over_calls := [panel for panel in draw_strip(student, request) if panel.images]:
-        others = [panel for panel in drawn if panel.images and panel.title != over_calls[0].title]
-        yield page_of(columns) + strip([*over_calls, *others], abouts[0])
+    given, drawn = (student, request, int(steps), int(teacher_steps)), list[str]()
 
+    def page_so_far(text: str) -> str:
+        waiting = [column(Panel(title, text), ["<i></i>"] * request.count) for title in TITLES[len(drawn) :]]
+        return f'<div class="columns">{"".join([*drawn, *waiting])}</div>'  # on a phone one below the other
 
-def page_of(columns: Sequence[str]) -> str:
-    """Columns side by side, or on a phone one below the other."""
-    return f'<div class="columns">{"".join(columns)}</div>'
+    yield page_so_far("drawing ...")
+    try:
+        for panel in compare(*given):
+            drawn.append(column(panel, [picture(*each) for each in zip(panel.images, abouts, strict=False)]))
+            yield page_so_far("drawing ...")
+        panels = [panel for panel in draw_strip(*given) if panel.images]
+    except Exception:
+        yield page_so_far("not drawn")
+        raise
+    if len(panels) > 1:
+        yield page_so_far("") + strip(panels, abouts[0])
 
 
 def on_page(function: Callable[..., Iterator[Any]], *given: Any) -> Callable[..., Iterator[Any]]:

@@ -33,6 +33,7 @@ from gradio_client.exceptions import AppError
 from hsivi_diffusers.commands import comparison, demo
 
 SAMPLER = "DPM-Solver++ SDE"  # of teachers on pixels
+SOLVER = "Solver (UniPC)"
 QUICK = {"max_train_steps": 1, "critic_updates": 1}
 ASKED = {"label": demo.IN_TURN, "prompt": "", "scale": 1.0, "count": 3, "seed": 7}
 TEACHER_STEPS = 3
@@ -120,14 +121,18 @@ def test_solver_and_teacher_start_from_the_same_noise(students, fast_run, teache
 def test_a_student_of_one_step_count_has_a_strip_of_the_solver_and_one_of_several_its_own(
     students, fast_run, several_run
 ):
-    for name, title, calls in ((fast_run, "Solver (UniPC)", [1, 2, 4, 8]), (several_run, "Student", [1, 2, 4])):
+    for name, titles, calls in (
+        (fast_run, [SOLVER] * 4 + ["Student"], [1, 2, 4, 8, 2]),
+        (several_run, ["Student"] * 3 + [SOLVER], [1, 2, 4, 4]),
+    ):
         student = students(str(name))
-        panels = [*comparison.draw_strip(student, demo.ask(student, **ASKED))]
-        assert [panel.title for panel in panels] == [title] * len(calls)
-        assert [int(panel.text.split()[0]) for panel in panels] == calls
+        panels = comparison.draw_strip(student, demo.ask(student, **ASKED), calls[-1], TEACHER_STEPS)
+        assert [panel.title for panel in panels] == [*titles, f"Teacher ({SAMPLER})"]
+        assert [int(panel.text.split()[0]) for panel in panels] == [*calls, TEACHER_STEPS]
         assert all(len(panel.images) == 1 for panel in panels)
-        assert all("for" not in panel.text for panel in panels)
-    assert same(panels[-1].images[0], compare(students, several_run, 4)[0].images[0])  # from the same noise
+        assert all("for" not in panel.text for panel in panels)  # the time of each is that of one image
+    ours, *_ = compare(students, several_run, 4)
+    assert same(panels[2].images[0], ours.images[0])  # from the same noise
 
 
 def test_the_page_grows_column_by_column(students, fast_run):
@@ -140,6 +145,19 @@ def test_the_page_grows_column_by_column(students, fast_run):
     first, last = images_of(stages[-1])[0], images_of(show(students, fast_run, 2, count=4, seed=10)[1])[0]
     assert not same(first, last)
     assert same(images_of(stages[1])[3], last)
+
+
+def test_nothing_seems_to_be_drawn_after_the_student_has_failed(students, fast_run, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    students(str(fast_run))
+    monkeypatch.setattr(comparison, "draw_student", fail)
+    stages = demo.show(students, str(fast_run), 2, TEACHER_STEPS, *ASKED.values())
+    assert next(stages).count("drawing") == 3
+    assert next(stages).count("not drawn") == 3
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(stages)
 
 
 def test_steps_and_classes_can_be_chosen_where_there_are_several(students, several_run, class_run, teacher):
@@ -170,8 +188,8 @@ def test_a_guided_solver_has_as_many_calls_as_the_student(distil, class_teacher,
     assert texts[1] == ["2 network calls", "2 network calls without guidance", "6 network calls"]
     student = students(str(run))
     request = demo.ask(student, **{**ASKED, "scale": 3.0})
-    strip = [panel.text.split(",")[0] for panel in comparison.draw_strip(student, request)]
-    assert strip[2:] == ["4 network calls without guidance", "8 network calls without guidance"]
+    strip = [panel.text.split(",")[0] for panel in comparison.draw_strip(student, request, 2, TEACHER_STEPS)]
+    assert strip[2:4] == ["4 network calls without guidance", "8 network calls without guidance"]
     assert comparison.draw_solver(student, request, 16)[1:] == (16, "Solver (UniPC)", "")
     with pytest.raises(ValueError, match="guidance_scale=2"):
         show(students, run, 2, scale=2.0)
