@@ -29,6 +29,7 @@ from ..share.push import push
 from ..teachers.adapters import has_adapter
 from ..teachers.comfyui import find_workflow
 from ..teachers.loading import load_teacher
+from ..teachers.starts import check_start
 from ..teachers.teacher import Teacher
 from ..vi import CriticObjective, DivergenceError, Step
 from .config import HSIVIConfig, complete, usual_options
@@ -104,6 +105,8 @@ class HSIVITrainer:
         inputs["prompts"] = config.prompts if isinstance(config.prompts, str) else None
         run = starting_run(config.init_from)
         inputs["init_from"] = config.init_from if run is None else run / "pipeline"
+        if config.init_from is not None and run is None:
+            check_start(config.init_from)
         if config.output_dir is not None:
             check_inputs(Output(config.output_dir), WRITTEN, **inputs)
         loaded = load_teacher(teacher, revision, HALF.get(config.precision) if config.lora_rank != 0 else None)

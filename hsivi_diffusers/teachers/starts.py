@@ -13,6 +13,8 @@ from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from peft.tuners.lora import LoraLayer
 
 from ..runs.artifacts import ADAPTER
+from ..runs.folders import check_spelling
+from ..share.push import check_repo_id
 from .adapters import check_finite, idle_names, share
 from .latents import Latents
 from .teacher import Teacher
@@ -22,6 +24,17 @@ ACCEPTED = (
     "give the folder of a finished run; or a LoRA of such a network, as a file, folder, ORG/REPO or ORG/REPO/FILE; or, "
     "where all weights are trained, a network of diffusers, as a folder or ORG/REPO"
 )
+
+
+def check_start(source: str) -> None:
+    """Refuses, with ValueError, what is not here and has no name of the Hub: before a teacher is loaded."""
+    place, _ = _place_of(source)
+    if not Path(source).exists():
+        with _naming(source):
+            if Path(place).is_dir():
+                raise FileNotFoundError(f"the folder {place} has no such file")
+            check_spelling(place)
+            check_repo_id(place)
 
 
 def read_lora(teacher: Teacher, source: str) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from hsivi_diffusers.distillation.networks import load_networks, make_student_an
 from hsivi_diffusers.runs.artifacts import ADAPTER
 from hsivi_diffusers.teachers.adapters import factor_names, idle_names, of_file, rank_of
 from hsivi_diffusers.teachers.loading import load_student, read_teacher
+from hsivi_diffusers.teachers.starts import check_start
 from hsivi_diffusers.teachers.teacher import network_of
 from hub_server import signed_in
 from short_run import contents
@@ -203,6 +204,24 @@ def test_a_file_and_a_repo_of_the_hub_are_fetched_once(folders, hub, tmp_path):
 
 
 # ----- refusals -----
+
+
+def test_a_mistyped_start_is_refused_before_a_teacher_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "lora").mkdir(parents=True)
+    (tmp_path / "runs" / "lora" / "fast.safetensors").touch()
+    for name in ("runs/lora", "runs/lora/fast.safetensors", "user/name", "user/name/fast.safetensors"):
+        check_start(name)
+    mistyped = {
+        "lora": "does not say whose it is",
+        "./none.safetensors": "is no folder here",
+        "runs/loras": "did you mean runs/lora[?]",
+        "runs/lora/past.safetensors": "the folder runs/lora has no such file",
+        str(tmp_path / "none.safetensors"): "is no folder here",
+    }
+    for name, message in mistyped.items():
+        with pytest.raises(ValueError, match=rf"init_from='{name}' cannot be read .*{message}.*: give the folder of a"):
+            check_start(name)
 
 
 def broken(path):
