@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..runs.artifacts import ADAPTER, holds_pipeline, pipeline_of, read_record, sample_grids
+from ..runs.next_steps import resumption
 from ..runs.options import did_you_mean, option
 from .options import parse_options, print_error, run_command, with_dashes
 from .sample import sample  # torch and diffusers, which take seconds, are imported by what needs them
@@ -141,7 +142,11 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     try:
         summary = trainer.train(teacher.resume_from_checkpoint)
     except InterruptedRunError as error:
-        trainer.accelerator.print(with_dashes(str(error)))
+        command = resumption(config.output_dir)
+        if trainer.accelerator.num_processes > 1:
+            command = command.replace("hsivi", "accelerate launch -m hsivi_diffusers", 1)
+        again = ", and the options of the Hub" * hub.push_to_hub
+        trainer.accelerator.print(f"{with_dashes(str(error))}\ncontinue it: {command}{again}")
         raise SystemExit(INTERRUPTED) from error
     except CollapsedRunError as error:
         raise SystemExit(f"error: {with_dashes(str(error))}") from error

@@ -148,11 +148,11 @@ class Progress:
             log.write(json.dumps(line) + "\n")
 
     def _rewind(self, start: int, draws: bool) -> None:
-        """Takes out of the log what a resumed run does again, with the grid of its start if it draws, and its end."""
+        """Takes out of the log what a resumed run does again, with the grid of its start if it draws, and its ends."""
         if self.accelerator.is_main_process:
             again = {"stopped", *RATIOS} if draws else {"stopped"}
             kept = [line for line in read_log(self.folder) if line["step"] <= start]
-            kept = [line for line in kept if line["step"] < start or again.isdisjoint(line)]
+            kept = [line for line in kept if len(line) > 1 and (line["step"] < start or again.isdisjoint(line))]
             write_text(self.folder / LOG, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def _restart_clock(self, step: int) -> None:
@@ -235,10 +235,14 @@ class Progress:
         rates = [f"{name} {getattr(config, name)} (preset {usual.preset}: {getattr(usual, name)})" for name in RATES]
         text += f"; start anew with other rates than {' and '.join(rates)}, or, to go on all the same, "
         text += "continue with validation_steps 0 and resume_from_checkpoint latest"
-        if self.accelerator.is_main_process:
-            self._add_line({"step": step, "stopped": text})
-            self._write_page()
+        self.leave(step, stopped=text)
         raise CollapsedRunError(text)
+
+    def leave(self, step: int, **told: str) -> None:
+        """Lets the page of a run that does not go on here say how many updates it has, and what it is told."""
+        if self.accelerator.is_main_process:
+            self._add_line({"step": step, **told})
+            self._write_page()
 
     @property
     def _conditions(self) -> Tensor | None:

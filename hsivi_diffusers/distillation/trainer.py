@@ -165,7 +165,7 @@ class HSIVITrainer:
             if (last := self.state.bridge.scheduler.trained_grids[0][-1]) != 0:  # of 0.2 it is 0
                 identity["last_timestep"] = last
             checkpoints = Checkpoints(run, self.accelerator, self.state, identity, complete)
-            start, spent = checkpoints.load()
+            start, *_ = before = checkpoints.load()
             if self._has_trained and not start:
                 raise ValueError("this trainer has trained, and there is no checkpoint: make a new HSIVITrainer")
             if main:  # a run that cannot be resumed keeps its own
@@ -177,12 +177,12 @@ class HSIVITrainer:
                 write_text(checkpoints.output_dir / PROMPTS, "\n".join(self.state.teacher.conditions.prompts) + "\n")
             if start >= config.max_train_steps:
                 self.accelerator.print(f"nothing is left to do, the run had {start} updates")
-            with signals_as_trigger(self.accelerator), self.state.counting_rows() as rows:
-                seconds = self._run(checkpoints, start, spent)
+            with signals_as_trigger(self.accelerator), self.state.counting_rows():
+                seconds, calls = self._run(checkpoints, *before)
             record = checkpoints.output_dir / "training.json"
             summary = read_record(record) if start >= config.max_train_steps and record.exists() else {}
             if "seconds" not in summary:
-                summary = self._summarise(start, seconds, sum(rows.values()) * self.accelerator.num_processes)
+                summary = self._summarise(seconds, calls)
             if main:
                 self.state.save(checkpoints.output_dir)
                 remove_folder(checkpoints.output_dir / PAIRS)
@@ -192,28 +192,34 @@ class HSIVITrainer:
             self.accelerator.end_training()
         return summary
 
-    def _run(self, checkpoints: Checkpoints, start: int, spent: float) -> float:
-        """Runs the updates from `start` on, before which `spent` seconds went by; returns the seconds of all."""
-        total, clock, done, seconds = self.config.max_train_steps, time.perf_counter(), start, spent
+    def _run(self, checkpoints: Checkpoints, start: int, seconds: float, calls: int | None) -> tuple[float, int | None]:
+        """Runs the updates from `start` on; takes seconds and network calls of those before, returns those of all."""
+        total, clock, done = self.config.max_train_steps, time.perf_counter(), start
+
+        def spent() -> tuple[float, int | None]:
+            counted = sum(self.state.called.values()) * self.accelerator.num_processes
+            return seconds + time.perf_counter() - clock, None if calls is None else calls + counted
+
         try:
             for step in self.progress.watch(run_updates(self.state, start), start, self._call_back):
-                done, seconds = step.step + 1, spent + time.perf_counter() - clock
+                done = step.step + 1
                 stop = self.accelerator.check_trigger()
                 if done % self.config.checkpointing_steps == 0 or done == total or stop:
-                    checkpoints.save(done, seconds)
+                    checkpoints.save(done, *spent())
                 if stop and done < total:
+                    self.progress.leave(done)
                     raise InterruptedRunError(
                         f"stopped and saved after update {done}: continue with resume_from_checkpoint latest"
                     )
         except CollapsedRunError:
             if done % self.config.checkpointing_steps:  # else it is saved
-                checkpoints.save(done, seconds)
+                checkpoints.save(done, *spent())
             raise
         except DivergenceError as error:
             saved = finished(checkpoints.output_dir)
             error.add_note(f"the last good checkpoint is {saved[-1]}" if saved else "there was no checkpoint yet")
             raise
-        return spent + time.perf_counter() - clock
+        return spent()
 
     def _call_back(self, step: Step) -> dict[str, float]:
         numbers: dict[str, float] = {}
@@ -224,14 +230,12 @@ class HSIVITrainer:
             numbers.update(returned)
         return numbers
 
-    def _summarise(self, start: int, seconds: float, counted: int) -> dict[str, Any]:
-        """The content of training.json; the calls of a whole run follow from those counted after `start`."""
-        teacher, total, calls = self.teacher["pretrained_teacher_model"], self.config.max_train_steps, None
-        if start < total:
-            calls = round(counted * total / (total - start)) + sum(fit_calls(self.state))
+    def _summarise(self, seconds: float, calls: int | None) -> dict[str, Any]:
+        """The content of training.json, of the seconds and network calls of all updates."""
+        teacher = self.teacher["pretrained_teacher_model"]
         return {
             "seconds": seconds,
-            "network_calls": calls,
+            "network_calls": None if calls is None else calls + sum(fit_calls(self.state)),
             "peak_memory_mib": peak_memory(self.accelerator.device),
             "processes": self.accelerator.num_processes,
             "gradient_accumulation_steps": self.config.gradient_accumulation_steps,

@@ -40,7 +40,7 @@ class Checkpoints:
     """Folders OUTPUT_DIR/checkpoints/checkpoint-STEP; nothing else of that folder is touched.
 
     Each holds the parts of the state as safetensors, what the state saves, the generators of each process as JSON, and
-    progress.json, written last: updates done, seconds spent, number of micro-batches, the identity of the run, and the
+    progress.json, written last: updates done, what they cost, number of micro-batches, the identity of the run, and the
     SHA-256 of every other file, which finds damage and is no signature. No pickle is written or read.
 
     All processes must see the same output folder.
@@ -68,8 +68,8 @@ class Checkpoints:
         self.place = _place(self.output_dir)
         self.random = f"random-{accelerator.process_index}.json"
 
-    def save(self, step: int, seconds: float) -> None:
-        """Saves the state after `step` updates, under its final name only when it is all on the disk.
+    def save(self, step: int, seconds: float, network_calls: int | None = None) -> None:
+        """Saves the state after `step` updates, and what they cost, under its final name only when all is on the disk.
 
         Raises:
             ValueError: The output folder was moved or deleted since the run began, or not all processes see it.
@@ -92,7 +92,7 @@ class Checkpoints:
         write_text(partial / self.random, json.dumps(random_state(self.accelerator.device)))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self._finish(partial, final, {"step": step, "seconds": seconds})
+            self._finish(partial, final, {"step": step, "seconds": seconds, "network_calls": network_calls})
         self.accelerator.wait_for_everyone()
 
     def _finish(self, partial: Path, final: Path, progress: dict[str, Any]) -> None:
@@ -113,8 +113,8 @@ class Checkpoints:
         unwrap = self.accelerator.unwrap_model
         return {name: unwrap(part) if isinstance(part, nn.Module) else part for name, part in parts.items()}
 
-    def load(self) -> tuple[int, float]:
-        """Restores what --resume_from_checkpoint names; returns updates done and seconds spent.
+    def load(self) -> tuple[int, float, int | None]:
+        """Restores what --resume_from_checkpoint names; returns updates, their seconds, and network calls if known.
 
         `latest` is the newest checkpoint that is whole. Unfinished checkpoints of a killed run are removed.
 
@@ -131,7 +131,7 @@ class Checkpoints:
         if error is not None:
             raise ValueError(error)
         if path is None:
-            return 0, 0.0
+            return 0, 0.0, 0
         self._check_shared(path)
         progress = read_progress(path)
         self._check(path, progress)
@@ -140,7 +140,7 @@ class Checkpoints:
         self.state.load_state(path)
         if (path / self.random).is_file():  # else it was saved by fewer processes
             set_random_state(json.loads((path / self.random).read_text(encoding="utf-8")), self.accelerator.device)
-        return progress["step"], progress["seconds"]
+        return progress["step"], progress["seconds"], progress.get("network_calls")  # version 0.2 did not count them
 
     def _check(self, path: Path, progress: Mapping[str, Any]) -> None:
         """Refuses a checkpoint that this run cannot continue from."""

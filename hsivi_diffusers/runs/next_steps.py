@@ -33,7 +33,7 @@ def next_steps(
     run = path.relative_to(here) if path.is_relative_to(here) else path
     first = ("Open this folder in a terminal", join(["cd", str(here)]))
     if not training:
-        return [first, _resumption(str(run), options, stopped)]
+        return [first, _continuation(str(run), options, stopped)]
     if not (path / "pipeline").is_dir():
         return []
     code = ("Load it in Python", student_code(path / "pipeline", str(run / "pipeline"), options, training))
@@ -53,10 +53,13 @@ def next_steps(
     return [(title, text if isinstance(text, str) else join(text)) for title, text in steps] + [code]
 
 
-def _resumption(run: str, options: Mapping[str, Any], stopped: bool) -> tuple[str, str]:
+def _continuation(run: str, options: Mapping[str, Any], stopped: bool) -> tuple[str, str]:
     title = "Continue all the same" if stopped else "Continue if it was interrupted"
     if not options.get("pretrained_teacher_model"):
         return title, IN_PYTHON
-    without_grids = ["--validation_steps", "0"] if stopped else []
-    command = ["hsivi", "distil", "--output_dir", run, "--resume_from_checkpoint", "latest", *without_grids]
-    return title, join(command)
+    return title, resumption(run) + " --validation_steps 0" * stopped
+
+
+def resumption(run: str) -> str:
+    """The command that continues a run, with the options that it had."""
+    return join(["hsivi", "distil", "--output_dir", run, "--resume_from_checkpoint", "latest"])

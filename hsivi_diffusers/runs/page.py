@@ -139,7 +139,7 @@ def _cost(options: dict[str, Any], training: dict[str, Any], state: str) -> str:
     text = f"{steps} steps, distilled from {teacher} in {updates} updates."
     if not training.get("seconds"):
         return f"{text} The training {state}."
-    calls = f", {training['network_calls']:,} network calls" if training.get("network_calls") else ""
+    calls = f", {training['network_calls']:,} network calls of one image each" if training.get("network_calls") else ""
     precision = training.get("mixed_precision") or "no"
     return f"{text} It took {training['seconds']:.0f} s{calls}, in {'float32' if precision == 'no' else precision}."
 

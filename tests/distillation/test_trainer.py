@@ -26,6 +26,7 @@ from hsivi_diffusers.distillation import state, trainer, updates
 from hsivi_diffusers.distillation.config import removed
 from hsivi_diffusers.distillation.trainer import InterruptedRunError, make_accelerator
 from hsivi_diffusers.runs.output import finished, read_progress, seal
+from hsivi_diffusers.runs.page import read_log
 from hsivi_diffusers.runs.state_dicts import load_state_dict, save_state_dict
 from hsivi_diffusers.vi import KullbackLeibler, Regression, ScoreMatching
 from short_run import SETTINGS, contents, pipeline_of
@@ -288,7 +289,7 @@ def test_a_run_with_an_objective_of_the_user_is_resumed_with_it(teacher, tmp_pat
         ({"teacher": Path("/nowhere/at/all")}, "'/nowhere/at/all' is no folder here: give"),
         ({"teacher": torch.nn.Linear(1, 1)}, "teacher is a Linear: give a folder, a repo id, or a loaded pipeline"),
         (
-            {"config": HSIVIConfig(init_from="nowhere")},
+            {"teacher": "/nowhere/at/all", "config": HSIVIConfig(init_from="nowhere")},
             "init_from='nowhere' cannot be read .*: give the folder of a finished run",
         ),
     ],
@@ -483,7 +484,7 @@ def test_a_resumed_run_equals_one_at_once(request, distil, tmp_path, starts, dif
     assert starts == [*([None] if "num_pairs" in options else []), 0, 2]  # the pairs are not fitted again
     assert differences(tmp_path / "run", at_once) == []
     calls = [json.loads((run / "training.json").read_text())["network_calls"] for run in (at_once, tmp_path / "run")]
-    assert calls[0] == pytest.approx(calls[1], abs=16)  # a pool is filled in calls of a few rows more
+    assert calls[0] == calls[1]
 
 
 def test_a_run_that_is_stopped_is_saved_and_goes_on_to_the_same_bits(teacher, tmp_path, fast_run, differences):
@@ -500,9 +501,11 @@ def test_a_run_that_is_stopped_is_saved_and_goes_on_to_the_same_bits(teacher, tm
             make(teacher, run, [partial(send, sign, done)]).train("latest")
         assert signal.getsignal(sign) is handler
         assert not (run / "pipeline").exists()
+        assert f"has done {done} of them" in (run / "index.html").read_text()
     assert checkpoints(run) == ["checkpoint-2", "checkpoint-3"]
     make(teacher, run, [lambda _, step: steps.append(step.step), partial(send, signal.SIGTERM, 5)]).train("latest")
     assert steps == [3, 4]
+    assert [line["step"] for line in read_log(run)] == [line["step"] for line in read_log(fast_run)]
     assert differences(run, fast_run) == []
 
 

@@ -267,7 +267,7 @@ def test_checkpoints_are_pruned_in_the_order_of_their_numbers_and_never_count_on
     assert names(tmp_path / "run") == ["checkpoint-10", "checkpoint-6", "checkpoint-9"]
     assert json.loads((folder / "checkpoint-9" / "progress.json").read_text())["step"] == 9
     resumed = tiny(checkpoints_total_limit=1, resume_from_checkpoint=folder / "checkpoint-6")
-    assert resumed.load() == (6, 0.0)
+    assert resumed.load() == (6, 0.0, None)
     resumed.save(7, 0.0)
     assert names(tmp_path / "run") == ["checkpoint-10", "checkpoint-7", "checkpoint-9"]
 
@@ -278,7 +278,7 @@ def test_what_is_not_ours_is_left_alone(tiny, tmp_path, name):
     tiny().save(1, 0.0)
     shutil.copytree(folder / "checkpoint-1", folder / name)
     tiny(checkpoints_total_limit=1).save(2, 0.0)
-    assert tiny(resume_from_checkpoint="latest").load() == (2, 0.0)
+    assert tiny(resume_from_checkpoint="latest").load() == (2, 0.0, None)
     assert names(tmp_path / "run") == sorted(["checkpoint-2", name])
     assert len(list((folder / name).iterdir())) == 4
 
@@ -429,7 +429,9 @@ def test_a_signal_to_one_of_the_processes_saves_and_all_leave_with_the_status_tr
 ):
     statuses, text = launch(tmp_path / "run", kill={"point": "SIGINT", "step": 3, "rank": 1}, **TWO)
     assert statuses == [PREEMPTED] * 2, text
-    assert "stopped and saved after update 3: continue with --resume_from_checkpoint latest" in text
+    assert "stopped and saved after update 3: continue with --resume_from_checkpoint latest\n" in text
+    command = f"accelerate launch -m hsivi_diffusers distil --output_dir {tmp_path / 'run'}"
+    assert f"\ncontinue it: {command} --resume_from_checkpoint latest\n" in text
     assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"]
     assert not (tmp_path / "run" / "pipeline").exists()
     assert launch(tmp_path / "run", resume_from_checkpoint="latest", **TWO)[0] == [0, 0]

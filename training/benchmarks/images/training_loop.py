@@ -104,7 +104,7 @@ class TrainingLoop:
                 return self.steps / max_steps
             return min(self.seconds / max_seconds, self.steps / least if least else math.inf)
 
-        self.steps, self.seconds = self.checkpoints.load()
+        self.steps, self.seconds, _ = self.checkpoints.load()
         if self.steps and fraction() < 1:
             restore()
         clock = time.perf_counter() - self.seconds
