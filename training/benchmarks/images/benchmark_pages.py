@@ -39,8 +39,8 @@ from .benchmark_results import (
 from .spaces import OF_CLASSES, OF_CLASSIFIER, OF_SCENES
 
 Key = tuple[int, str]  # NFE and method
-ORDER = (REAL, TEACHER, TEACHER_SDE, SOLVER, UNGUIDED, *BASELINES, OURS)
 LINES = (REAL, TEACHER, TEACHER_SDE)  # of the figure
+ORDER = (*LINES, SOLVER, UNGUIDED, *BASELINES, OURS)
 RIGHT, DIVERSITY = OF_SCENES
 OF_NEIGHBOURS = ("precision", "recall", "density", "coverage", "nearest", "class_recall")  # of copies they tell nothing
 TITLE = 10  # characters in a line of a prompt above a figure
