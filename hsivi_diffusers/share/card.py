@@ -5,6 +5,8 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, metadata
 from inspect import signature
 from typing import Any
 
@@ -40,7 +42,7 @@ pipeline = {name}.from_pretrained("{repo_id}"{options})
 images = pipeline({inputs}).images
 ```"""
 USE = """\
-With the package `hsivi_diffusers` installed (without it, use the code in this repository, below):
+With {package} (without it, use the code in this repository, below):
 
 {installed}
 
@@ -52,6 +54,8 @@ With the package `hsivi_diffusers` installed (without it, use the code in this r
 
 The number of steps is part of the sampler: {counts}."""
 ADAPTER_USE = """\
+With {package}:
+
 ```python
 {code}
 ```
@@ -138,7 +142,7 @@ def make_adapter_card(
     about = {"base": base_model or "REPO_OF_THE_TEACHER", "repo_id": repo_id, "steps": counts[-1]}
     about["call"] = ", ".join(call_arguments(training))
     code = adapter_code(literal(str(about["base"])), literal(repo_id), counts[-1], training)
-    usage = ADAPTER_USE.format(code=code, guidance=_guidance(scheduler, training))
+    usage = ADAPTER_USE.format(package=_package(), code=code, guidance=_guidance(scheduler, training))
     if euler := training.get("euler"):
         usage += EULER_USE.format(**about, **euler)
     sections = [
@@ -181,6 +185,16 @@ def _assemble(
 
 def _link(base_model: str | None) -> str:
     return f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained diffusion model"
+
+
+def _package() -> str:
+    """The package, and how to install it, if its repository has an address."""
+    address = ""
+    with suppress(PackageNotFoundError):  # where it runs from a folder
+        address = metadata("hsivi-diffusers")["Home-page"] or ""
+    known = address and ".invalid/" not in address
+    by = f' by `pip install "hsivi-diffusers @ git+{address}"`' if known else ""
+    return f"the package `hsivi_diffusers` installed{by}"
 
 
 def _guidance(scheduler: Any, training: dict[str, Any]) -> str:
@@ -233,7 +247,7 @@ def _usage(pipeline: DiffusionPipeline, repo_id: str, counts: list[int], fp16: b
         alone = code("DiffusionPipeline", inputs, "from diffusers import DiffusionPipeline", options)
         allowed, more = f"{one_of(counts)}, and no other", _stock_usage(pipeline, code, steps, fp16)
     without = textwrap.fill(WITHOUT.format(files=files), 120)
-    text = USE.format(installed=installed, more=more, without=without, alone=alone, counts=allowed)
+    text = USE.format(package=_package(), installed=installed, more=more, without=without, alone=alone, counts=allowed)
     return re.sub("\n{3,}", "\n\n", text)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load, load_file, save_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler, push
 from hsivi_diffusers.runs.artifacts import ADAPTER
+from hsivi_diffusers.share import card as cards
 from hsivi_diffusers.share import push as hub
 from hsivi_diffusers.share.card import make_card
 from hsivi_diffusers.share.push import CUT, read_run
@@ -203,6 +204,13 @@ def test_what_was_not_measured_is_a_dash_and_no_metric(changed, metrics, cells):
     card = card_of({"rows": [*ROWS[1:], {**ROWS[0], **changed}]})
     assert [result.metric_type for result in card.data.eval_results or []] == metrics
     assert f"| 4 | **HSIVI, this model** | {cells} | 500 |" in card.text
+
+
+@pytest.mark.parametrize("address", [None, "https://address.invalid/here", "https://example.org/here"])
+def test_a_card_says_how_to_install_the_package_if_its_repository_has_an_address(monkeypatch, address):
+    monkeypatch.setattr(cards, "metadata", lambda name: {"Home-page": address})
+    by = ' by `pip install "hsivi-diffusers @ git+https://example.org/here"`' if "example.org" in str(address) else ""
+    assert f"With the package `hsivi_diffusers` installed{by} (without it, use the code" in card_of({}).text
 
 
 COST = {"seconds": 12.3, "processes": 1, "peak_memory_mib": 6759}
