@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .teachers.loading import load_teacher as load_teacher
     from .teachers.teacher import Teacher as Teacher
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # Each name with its module. A new name needs a line here and one above, for type checkers.
 _MODULES = {

@@ -1,16 +1,21 @@
 """Pages and notebooks of the docs do what they say."""
 
 import ast
+import configparser
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+import yaml
 from nbclient import NotebookClient
 
+import hsivi_diffusers
 from hsivi_diffusers import HSIVIConfig, HSIVITrainer, vi
 from hsivi_diffusers.distillation import updates
+from hsivi_diffusers.distillation.config import removed
+from hsivi_diffusers.runs.options import RENAMED
 from hsivi_diffusers.runs.output import finished
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +59,25 @@ def test_every_csv_is_linked_from_a_page_beside_it():
 
 def test_the_api_has_every_name_of_the_core():
     assert {*vi.__all__} <= {*re.findall(r"^   (\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)}
+
+
+def test_version_and_address_are_the_same_wherever_they_are_named():
+    """The version is that of `__init__.py`, the address that of setup.cfg."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["repository-code"]) == (hsivi_diffusers.__version__, setup["metadata"]["url"])
+    newest, date = re.search(r"^## \[(\S+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).groups()
+    assert (newest, date) == (citation["version"], str(citation["date-released"]))
+    for page in PAGES:
+        named = {*re.findall(r"git\+([^\s\"]+)", page.read_text())}
+        assert named in (set(), {setup["metadata"]["url"]}), page
+        assert named or page.name not in ("README.md", "install.md"), page
+
+
+def test_every_option_that_was_removed_or_renamed_is_in_the_notes_of_the_migration():
+    notes = (DOCS / "migration.md").read_text()
+    assert [name for name in [*removed(HSIVIConfig()), *RENAMED, *RENAMED.values()] if f"`{name}`" not in notes] == []
 
 
 @pytest.mark.parametrize("name", ["distil", "infer"])
