@@ -11,7 +11,7 @@ import math
 import socket
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +26,7 @@ from .comparison import SOLVER, Panel, Request, Student, Students, compare, draw
 from .options import check_numbers, parse_options
 from .sample import usable_device
 
+Judge = Callable[[Sequence[Image.Image], Sequence[Any]], str]  # images and their classes or prompts -> a remark
 DEMO = """Open a page in the browser that draws from distilled samplers, each beside a solver and its teacher.
 
     hsivi demo --pipeline runs/digits_t5"""
@@ -137,6 +138,7 @@ def ask(student: Student, label: str | None, prompt: str | None, scale: float, c
 
 def show(
     students: Students,
+    judge: Judge | None,
     name: str,
     steps: int,
     teacher_steps: int,
@@ -162,6 +164,8 @@ def show(
     yield page_so_far("drawing ...")
     try:
         for panel in compare(*given):
+            if judge is not None and panel.images and (remark := judge(panel.images, conditions)):
+                panel = replace(panel, text=f"{panel.text}; {remark}")
             drawn.append(column(panel, [picture(*each) for each in zip(panel.images, abouts, strict=False)]))
             yield page_so_far("drawing ...")
         panels = [panel for panel in draw_strip(*given) if panel.images]
@@ -186,8 +190,8 @@ def on_page(function: Callable[..., Iterator[Any]], *given: Any) -> Callable[...
     return call
 
 
-def make_page(names: Sequence[str], device: str) -> gr.Blocks:
-    """Makes the page, to be launched."""
+def make_page(names: Sequence[str], device: str, judge: Judge | None = None) -> gr.Blocks:
+    """Makes the page, to be launched; what a judge says of images stands above them."""
     students = Students(names, device)
     with gr.Blocks(title="hsivi demo", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(INTRO)
@@ -210,7 +214,7 @@ def make_page(names: Sequence[str], device: str) -> gr.Blocks:
         chosen = [steps, label, prompt, ideas, scale, count, about, results]
         gr.on([name.change, page.load], on_page(choose, students), name, chosen, api_name="choose", **one_by_one)
         asked = [name, steps, teacher_steps, label, prompt, scale, count, seed]
-        shown = on_page(show, students), asked, results
+        shown = on_page(show, students, judge), asked, results
         gr.on([button.click, prompt.submit], *shown, api_name="draw", show_progress="hidden", **one_by_one)
         moved = following.click(next_seed, [seed, count], seed, api_visibility="private")
         moved.success(*shown, api_visibility="private", show_progress="hidden", **one_by_one)
@@ -247,16 +251,25 @@ def check_address(options: Demo) -> None:
         raise ValueError(f"{where}: {error}; give an address of this machine, and a free port") from error
 
 
-def main(args: Sequence[str]) -> None:
-    """Runs `hsivi demo`."""
-    (options,) = parse_options([Demo], DEMO, args, "hsivi demo")
+def serve(options: Demo, judge: Judge | None = None) -> None:
+    """Serves the page until Ctrl-C.
+
+    Raises:
+        ValueError: There is no student, or a name, the address or the port cannot be used.
+    """
     names = options.pipeline or [str(folder) for folder in BUNDLED if folder.is_dir()]
     if not names:
         raise ValueError("--pipeline is missing: give folders of runs, or repo ids")
     if unknown := [name for name in names if not Path(name).is_dir() and not names_repo(name)]:
         raise ValueError(f"--pipeline {unknown[0]} is no folder, and no repo id such as user/name: check the spelling")
     check_address(options)
-    page = make_page(names, usable_device(options.device))
+    page = make_page(names, usable_device(options.device), judge)
     address = launch(page, server_name=options.server_name, server_port=options.server_port)
     print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs `hsivi demo`."""
+    (options,) = parse_options([Demo], DEMO, args, "hsivi demo")
+    serve(options)

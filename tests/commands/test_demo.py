@@ -80,9 +80,9 @@ def compare(students, name, steps, **asked):
     return [*comparison.compare(student, demo.ask(student, **{**ASKED, **asked}), steps, TEACHER_STEPS)]
 
 
-def show(students, name, steps, teacher_steps=TEACHER_STEPS, **asked):
+def show(students, name, steps, teacher_steps=TEACHER_STEPS, judge=None, **asked):
     """The page after a draw, and as it grew."""
-    return [*demo.show(students, str(name), steps, teacher_steps, *{**ASKED, **asked}.values())]
+    return [*demo.show(students, judge, str(name), steps, teacher_steps, *{**ASKED, **asked}.values())]
 
 
 def choose(students, name):
@@ -153,7 +153,7 @@ def test_nothing_seems_to_be_drawn_after_the_student_has_failed(students, fast_r
 
     students(str(fast_run))
     monkeypatch.setattr(comparison, "draw_student", fail)
-    stages = demo.show(students, str(fast_run), 2, TEACHER_STEPS, *ASKED.values())
+    stages = demo.show(students, None, str(fast_run), 2, TEACHER_STEPS, *ASKED.values())
     assert next(stages).count("drawing") == 3
     assert next(stages).count("not drawn") == 3
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -177,6 +177,14 @@ def test_a_class_is_drawn_that_is_asked_for_and_a_prompt_of_the_student_before_i
     assert re.findall('alt="(.*?)"', show(students, class_run, 2)[1]) == ["0 seed 7", "1 seed 8", "2 seed 9"]
     images = compare(students, fast_run, 2, label="1", prompt="a hidden cat")[0].images
     assert all(same(*each) for each in zip(images, drawn(fast_run), strict=True))
+
+
+def test_what_a_judge_says_of_images_and_conditions_stands_above_them(students, class_run):
+    def judge(images, conditions):
+        return f"{len(images)} of the classes {conditions}" if "7" not in str(conditions) else ""
+
+    assert show(students, class_run, 2, judge=judge)[-1].count("ms for 3 images; 3 of the classes [0, 1, 2]</p>") == 3
+    assert "; " not in re.sub("<img[^>]*>", "", show(students, class_run, 2)[-1]).partition("strip")[0]
 
 
 def test_a_guided_solver_has_as_many_calls_as_the_student(distil, class_teacher, tmp_path):

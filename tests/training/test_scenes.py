@@ -15,7 +15,7 @@ from hsivi_diffusers import load_teacher
 from short_run import call
 from tiny_flows import make_flow
 from tiny_text import make_text
-from training.benchmarks.images import benchmark, latent_consistency, scene_set, scenes, sets, trainings
+from training.benchmarks.images import benchmark, latent_consistency, scene_demo, scene_set, scenes, sets, trainings
 from training.benchmarks.images.benchmark_pages import measures
 from training.benchmarks.images.benchmark_results import (
     LATENT_CONSISTENCY,
@@ -77,6 +77,39 @@ def test_a_caption_names_objects_relation_and_ground():
     assert Scene(first, second, "left of", "blue").caption == "an orange book left of a clock on blue"
     captions = [scene.caption for scene in scenes.draw_scenes(500, None, np.random.default_rng(0))]
     assert max(len(caption.split()) for caption in captions) == LONGEST - 2  # beside start and end
+
+
+def test_a_caption_gives_its_scene_and_no_other_text_does():
+    for scene in scenes.draw_scenes(100, None, np.random.default_rng(0)):
+        assert Scene.from_caption(scene.caption) == scene
+    for other in ("a cat", "a cat left of dog on blue", "an cat left of a dog on blue", "a cat above a dog on red", ""):
+        assert Scene.from_caption(other) is None
+
+
+def test_the_demo_counts_the_images_that_show_their_scene(monkeypatch):
+    """The reader is replaced by one that reads what it was told, of the images of the scenes."""
+    drawn, asked = scenes.make_scenes(2, seed=0)
+    reader, prompts = SceneReader(), [scene.caption for scene in asked]
+
+    def read(images):
+        labels = [asked[[torch.equal(image, each) for each in drawn / 255].index(True)].labels for image in images]
+        return torch.tensor(labels)
+
+    monkeypatch.setattr(reader, "read", read)
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in drawn]
+    judge = scene_demo.make_judge(reader)
+    assert judge(images, prompts) == "2 of 2 show the scene"
+    assert judge(images, [prompts[0]] * 2) == "1 of 2 show the scene"
+    assert judge(images, [prompts[0], "a cat"]) == ""
+
+
+def test_the_demo_of_scenes_takes_the_options_of_the_demo(monkeypatch):
+    served = []
+    monkeypatch.setattr(scene_demo, "serve", lambda options, judge: served.append((options.pipeline, judge)))
+    scene_demo.main(["--pipeline", "runs/scenes_t4"])
+    ((names, judge),) = served
+    assert names == ["runs/scenes_t4"]
+    assert callable(judge)
 
 
 def test_two_captions_of_one_image_have_the_same_labels_and_are_both_held_out_or_not():

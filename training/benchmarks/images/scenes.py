@@ -65,6 +65,18 @@ class Scene(NamedTuple):
         first, second = (f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in (NAMES[i] for i in self[:2]))
         return f"{first} {self.relation} {second} on {self.ground}"
 
+    @classmethod
+    def from_caption(cls, caption: str) -> Scene | None:
+        """The scene of a caption; None if it is none of these."""
+        for relation in RELATIONS:
+            first, _, rest = caption.partition(f" {relation} ")
+            second, _, ground = rest.rpartition(" on ")
+            names = [each.partition(" ")[2] for each in (first, second)]
+            if {*names} <= OBJECTS.keys() and ground in GROUNDS:
+                scene = cls(NAMES.index(names[0]), NAMES.index(names[1]), relation, ground)
+                return scene if scene.caption == caption else None
+        return None
+
     @property
     def held_out(self) -> bool:
         """Whether its pair of objects is held out, by a hash of their names."""
