@@ -15,6 +15,7 @@ import pytest
 import hsivi_diffusers
 import hsivi_diffusers.vi
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
+from hsivi_diffusers.commands.options import EXTRAS
 from hsivi_diffusers.share.registration import register
 from tiny_unet import make_unet
 
@@ -119,6 +120,23 @@ def test_the_core_loads_torch_alone_and_all_names_no_training_dependency(load):
     assert "hsivi_diffusers.distillation" in added
     assert packages(added) <= {"hsivi_diffusers", "diffusers", "huggingface_hub"}
     assert not {*added} & {*TRAINING}
+
+
+def test_a_student_is_drawn_and_measured_without_the_packages_that_train(tmp_path):
+    """Those of the extra train, and transformers, which one of them brings; huggingface_hub brings filelock."""
+    student = Path(__file__).parents[1] / "assets" / "students" / "digits_t4" / "pipeline"
+    words = ["sample", f"--pipeline={student}", "--num_samples=1", f"--output_dir={tmp_path / 'drawn'}", "--device=cpu"]
+    missing = run(
+        f"missing = {[*{*EXTRAS['train'], 'transformers'} - {'filelock'}]}",
+        "for name in missing: sys.modules[name] = None",
+        "from hsivi_diffusers.commands import cli",
+        f"cli.main({words})",
+        "import hsivi_diffusers.commands.evaluate, hsivi_diffusers.share.push",
+        "print()",
+        tell("[name for name in missing if sys.modules[name] is not None]"),
+    )
+    assert missing == []
+    assert len([*(tmp_path / "drawn").rglob("*.png")]) > 0
 
 
 def test_a_diffusers_that_is_imported_later_knows_the_pipeline(tmp_path, monkeypatch):

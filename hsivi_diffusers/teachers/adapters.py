@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_unet_state_dict_to_peft
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
-from peft import LoraConfig, get_peft_model_state_dict
 
 from ..runs.artifacts import ADAPTER
 from ..runs.state_dicts import save_tensors
@@ -48,6 +46,8 @@ def add_adapter(network: Any, adapter: Adapter, rank: int) -> Any:
         adapter: Where the adapter goes.
         rank: r of the adapter W + B A, with A of shape (r, inputs) and B of shape (outputs, r); alpha is r.
     """
+    from peft import LoraConfig  # of the extra train, which drawing and measuring do not need
+
     adapted = share(network.requires_grad_(False))
     left_out = idle_names(network, adapter) or None
     adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=adapter.targets, exclude_modules=left_out))
@@ -71,15 +71,22 @@ def with_factors(network: Any, adapter: Adapter, state: Mapping[str, torch.Tenso
     modules = dict.fromkeys(name.rpartition(".lora_")[0] for name in state)
     rank = max(len(value) for name, value in state.items() if ".lora_A." in name)
     adapted = add_adapter(network, adapter._replace(targets="|".join(map(re.escape, modules))), rank)
-    for name, weight in get_peft_model_state_dict(adapted).items():
+    for name, weight in weights_of(adapted).items():
         if ".lora_B." in name:
             weight.zero_()
         weight[tuple(map(slice, state[name].shape))] = state[name].to(weight)
     return adapted
 
 
+def weights_of(network: Any) -> dict[str, torch.Tensor]:
+    """A and B of the adapter of a network, by their names in it, as its state by peft."""
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(network))
+
+
 def factor_names(network: Any) -> list[str]:
-    """The names that A and B of all modules of a network would have, as in its state by peft."""
+    """The names that A and B of all modules of a network would have, see `weights_of`."""
     return [f"{name}.lora_{factor}.weight" for name, _ in network.named_modules() for factor in "AB"]
 
 
@@ -117,6 +124,8 @@ def in_file(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     named = {f"{prefix}.{name}": value for name, value in state.items()}
     if prefix != UNET:
         return named
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin  # not without transformers
+
     kohya = convert_state_dict_to_kohya(named)
     read, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(kohya))
     again = convert_unet_state_dict_to_peft({name.removeprefix(f"{prefix}."): value for name, value in read.items()})
@@ -139,7 +148,7 @@ def save_adapter(network: Any, folder: Path, prefix: str, weights_sha256: str) -
     The file says nothing more, for the order of its entries is not fixed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.contiguous() for name, value in get_peft_model_state_dict(network).items()}
+    tensors = {name: value.contiguous() for name, value in weights_of(network).items()}
     save_tensors(in_file(tensors, prefix), folder / ADAPTER, {BASE: weights_sha256})
 
 
@@ -150,4 +159,4 @@ def has_adapter(network: Any) -> bool:
 
 def rank_of(network: Any) -> int:
     """The highest rank of its adapter."""
-    return max(len(value) for name, value in get_peft_model_state_dict(network).items() if ".lora_A." in name)
+    return max(len(value) for name, value in weights_of(network).items() if ".lora_A." in name)
