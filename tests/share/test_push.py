@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, PNDMPipeline, PNDMScheduler
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -614,11 +614,11 @@ def test_the_run_of_several_grids_is_known_by_all_of_them(tmp_path):
             read_run(tmp_path, others)
 
 
-def test_a_hub_that_is_not_reached_is_told_with_the_remedy(logged_in, pipeline):
+def test_a_hub_that_is_not_reached_is_told_with_the_remedy(logged_in, pipeline, tmp_path):
     logged_in.stop()
     with pytest.raises(CUT) as unreached:
         push(pipeline, "alice/new")
     assert "The Hub was not reached, or the connection was cut. Nothing of yours was lost." in told(unreached)
-    with mock.patch.object(constants, "HF_HUB_OFFLINE", True), pytest.raises(OfflineModeIsEnabled) as offline:
+    with signed_in(logged_in, tmp_path / "home", offline=True), pytest.raises(OfflineModeIsEnabled) as offline:
         push(pipeline, "alice/new")
     assert offline.value.__notes__ == ["Unset HF_HUB_OFFLINE to push."]
