@@ -1,7 +1,7 @@
-"""Estimates memory and time by running a few updates on fake tensors.
+"""Estimates memory and time by running a few updates on tensors without values.
 
-The networks are made from their configs, without weights, as fake tensors of torch: they have a shape and no values.
-`Meter` adds up what would be alive at each moment; time alone is measured on real tensors, on a single network, or
+The networks are made from their configs, without weights, as `Hollow` tensors: they have a shape and no values. `Meter`
+adds up what would be alive at each moment; time alone is measured on real tensors, on a single network, or
 estimated for a card of `CARDS`.
 """
 
@@ -14,18 +14,18 @@ import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -45,7 +45,10 @@ IN_MAIN_MEMORY = ("libraries", "pairs")
 MARGIN = 1.2  # of memory: measured peaks were up to 1.14 of planned ones, and a driver takes some
 MOST_FLOPS = 1e12  # of a call that is timed on a CPU
 
+CPU, META = torch.device("cpu"), torch.device("meta")
+
 _aten = torch.ops.aten
+_device = torch.ops.prim.device.default
 FLOPS = {  # those of attention on the CPU, too, which torch leaves out
     **flop_registry,
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
@@ -55,36 +58,93 @@ FLOPS = {  # those of attention on the CPU, too, which torch leaves out
 }
 
 
+class Hollow(Tensor):
+    """A meta tensor that passes for one on the CPU, so that autocast and autograd do as with a real one."""
+
+    @staticmethod
+    def __new__(cls, meta: Tensor) -> Hollow:
+        return Tensor._make_subclass(cls, meta, dispatch_device=True, device_for_backend_keys=CPU)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is not _device:
+            raise NotImplementedError(f"{func} on tensors without values: do it within a Meter")
+        return META if torch._C._meta_in_tls_dispatch_include() else CPU  # inside of a kernel, and outside
+
+    def tolist(self) -> list[Any]:  # which torch refuses of other classes than its own
+        return [each.item() for each in self]
+
+
+class Counts(NamedTuple):
+    """Of an operation."""
+
+    operations: int
+    traffic: int
+    flops: int
+
+
 class Meter(TorchDispatchMode):
-    """Counts the bytes of the fake tensors that are alive, beside a `FakeTensorMode`: `now`, and at the `peak`.
+    """Runs operations on `Hollow` tensors, and counts the bytes of those that are alive: `now`, and at the `peak`.
 
     It counts operations, too, their `flops`, and the `traffic`, the bytes that they read and write. Indices, levels and
     other small numbers stay real, so that the loop takes the branches it would take.
+
+    What comes of an operation that makes new tensors is told by the fake tensors of torch, which are exact and slow:
+    they are asked once for each kind of arguments.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.flops = self.traffic = self.operations = 0
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.known: dict[Any, tuple[Any, Counts]] = {}
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _device:  # two thirds of all
+            return Hollow.__torch_dispatch__(func, types, args)
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # two thirds of all
-            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        key = func, _describe((args, *kwargs.items()))
+        if (known := self.known.get(key)) is not None:
+            return self._note(_make(known[0]), known[1])
         tensors = [*_tensors((args, *kwargs.values()))]
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        hollow = any(isinstance(x, Hollow) for x in tensors)
+        if func is torch.ops.aten._local_scalar_dense.default and hollow:
             return True  # of a loss: it is finite
-        if not any(isinstance(x, FakeTensor) for x in tensors) if tensors else _is_small(func, args, kwargs):
-            with unset_fake_temporarily():
-                return func(*args, **kwargs)
-        result = func(*args, **kwargs)
-        made = [*_tensors(result)]
-        self.add(made)
-        if not any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns):  # no view
-            self.operations += 1
-            self.traffic += _bytes([*tensors, *made])
-            if (count := FLOPS.get(func.overloadpacket)) is not None:
-                self.flops += count(*args, **kwargs, out_val=result)
+        if not (hollow if tensors else _is_large(func, args, kwargs)):
+            return func(*args, **kwargs)
+        if _shares_storage(func):
+            result = self._run_on_meta(func, args, kwargs)
+            return self._note(result, _count(func, args, kwargs, result))
+        result = self._run_on_fakes(func, args, kwargs)
+        described, counts = self.known[key] = _describe(result), _count(func, args, kwargs, result)
+        return self._note(_make(described), counts)
+
+    def _run_on_meta(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Runs an operation whose result shares the storage of its arguments."""
+
+        def hollow(x: Tensor) -> Tensor:
+            return x if isinstance(x, Hollow) else Hollow(x.to(META))
+
+        args, kwargs = _map(hollow, args), {name: _map(hollow, value) for name, value in kwargs.items()}
+        with in_kernel_invocation_manager(self.fake):
+            result = func(*args, **kwargs)
+        return _map(hollow, result)
+
+    def _run_on_fakes(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        def fake(x: Tensor) -> Tensor:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, Hollow) else x
+
+        with self.fake:
+            return func(*_map(fake, args), **{name: _map(fake, value) for name, value in kwargs.items()})
+
+    def _note(self, result: Any, counts: Counts) -> Any:
+        self.add(_tensors(result))
+        self.operations += counts.operations
+        self.traffic += counts.traffic
+        self.flops += counts.flops
         return result
 
     def work(self) -> dict[str, int]:
@@ -114,13 +174,55 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def _is_small(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tells whether a new tensor holds indices, or one number for each row."""
+def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Changes the tensors of an operation's arguments, or of its result."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(_map(change, each) for each in value) if isinstance(value, list | tuple) else value
+
+
+def _describe(value: Any) -> Any:
+    """All that counts of an operation's arguments, or of its result; `_make` makes the latter again."""
+    if isinstance(value, Tensor):
+        return type(value), value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return list, tuple([_describe(each) for each in value])
+    return type(value), value  # 1 is equal to 1.0
+
+
+def _make(described: Any) -> Any:
+    kind, *what = described
+    if kind is list:
+        return tuple([_make(each) for each in what[0]])
+    if not issubclass(kind, Tensor):
+        return what[0]
+    shape, stride, dtype = what
+    return Hollow(torch.empty_strided(shape, stride, dtype=dtype, device=META))
+
+
+def _shares_storage(func: Any) -> bool:
+    """Tells whether an operation changes tensors, or returns views of them."""
+    return func is torch.ops.aten._unsafe_view.default or any(each.alias_info for each in func._schema.arguments)
+
+
+def _count(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Counts:
+    if any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns):  # a view
+        return Counts(0, 0, 0)
+    count = FLOPS.get(func.overloadpacket)
+    traffic = _bytes(_tensors((args, *kwargs.values(), result)))
+    return Counts(1, traffic, count(*args, **kwargs, out_val=result) if count else 0)
+
+
+def _is_large(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tells whether an operation makes a tensor that holds neither indices nor one number for each row."""
     aten = torch.ops.aten
     if func.overloadpacket in (aten.randint, aten.randperm, aten.arange, aten.linspace):
-        return True
+        return False
+    if not any(each.name == "device" for each in func._schema.arguments):
+        return False
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
-    return not dtype.is_floating_point or (bool(args) and isinstance(args[0], list | torch.Size) and len(args[0]) < 2)
+    is_short = bool(args) and isinstance(args[0], list | torch.Size) and len(args[0]) < 2
+    return dtype.is_floating_point and not is_short
 
 
 @dataclass
@@ -154,36 +256,33 @@ def make_teacher(name: str, revision: str | None, config: HSIVIConfig, dtype: to
     return teacher
 
 
-def make_fake_state(name: str, revision: str | None, config: HSIVIConfig, meter: Meter) -> TrainingState:
-    """Makes the state of the run without weights; to be called within a `FakeTensorMode`."""
+def make_hollow_state(name: str, revision: str | None, config: HSIVIConfig, meter: Meter) -> TrainingState:
+    """Makes the state of the run without weights; its tensors are `Hollow`."""
     half = config.precision != "no"  # the two are of one size
     accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="bf16" if half else "no")
-    with unset_fake_temporarily(), torch.device("meta"):  # adapters cannot be added to fake tensors
+    with torch.device("meta"):  # adapters cannot be added to hollow tensors
         teacher = make_teacher(name, revision, config, torch.bfloat16 if half else torch.float32)
         adapted = teacher.rank(config.lora_rank) > 0
         source = teacher if adapted else make_teacher(name, revision, config)
         student, critic = make_student_and_critic(source, config)
     teacher.check_students(config)
-    _make_fake([teacher.network, student, critic])
     with meter:
-        networks = make_networks(teacher, student, critic, config)
-    meter.add(parameter for network in (teacher.network, student, critic) for parameter in network.parameters())
-    with meter:
-        return TrainingState(networks, config, accelerator)
+        _make_hollow([teacher.network, student, critic])
+        return TrainingState(make_networks(teacher, student, critic, config), config, accelerator)
 
 
-def _make_fake(networks: Sequence[nn.Module]) -> None:
-    """Replaces meta tensors by fake tensors on the CPU; networks that shared a tensor still do."""
-    fakes: dict[int, Any] = {}
+def _make_hollow(networks: Sequence[nn.Module]) -> None:
+    """Replaces meta tensors by hollow ones; networks that shared a tensor still do."""
+    hollow: dict[int, Any] = {}
     for module in (part for network in networks for part in network.modules()):
         held: list[dict[str, Any]] = [module._parameters, module._buffers]
         for tensors in held:
             for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in fakes:
-                    fake = torch.empty_like(tensor, device="cpu")
+                if tensor is not None and id(tensor) not in hollow:
+                    empty = Hollow(tensor.detach())
                     is_weight = isinstance(tensor, nn.Parameter)
-                    fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
-                tensors[name] = None if tensor is None else fakes[id(tensor)]
+                    hollow[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
+                tensors[name] = None if tensor is None else hollow[id(tensor)]
 
 
 @contextmanager
@@ -198,7 +297,7 @@ def _collecting_often() -> Iterator[None]:
 
 
 def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
-    """Runs an update on fake tensors, of two critic updates at most: the others are as many more.
+    """Runs an update on tensors without values, of two critic updates at most: the others are as many more.
 
     Before it chains are begun and optimizers have their moments, as after the first update of a run.
     """
@@ -207,10 +306,10 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
     shares = None if config.prompts else config.class_shares  # a plan has but one prompt
     once: dict[str, Any] = {"critic_updates": min(wanted, 2), "critic_first": 0, "max_train_steps": 2, "num_pairs": 0}
     config = replace(config, **once, class_shares=shares)
-    eight_bit, config.use_8bit_adam = config.use_8bit_adam, False  # bitsandbytes takes no fake tensors
-    with _collecting_often(), FakeTensorMode(allow_non_fake_inputs=True):
+    eight_bit, config.use_8bit_adam = config.use_8bit_adam, False  # bitsandbytes takes no hollow tensors
+    with _collecting_often():
         meter = Meter()
-        state = make_fake_state(name, revision, config, meter)
+        state = make_hollow_state(name, revision, config, meter)
         with meter:
             _begin(state)
             total, further = _measure_update(state, meter)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.distillation import plan, updates
@@ -85,10 +86,9 @@ def sizes_of(teacher):
 
 
 def test_a_plan_is_of_the_levels_of_the_run(tmp_path, make_state):
-    """They follow from the numbers of the schedule, which a fake tensor has not."""
+    """They follow from the numbers of the schedule, which a tensor without values has not."""
     DDPMPipeline(make_unet(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(tmp_path)
-    with plan.FakeTensorMode(allow_non_fake_inputs=True):
-        planned = plan.make_fake_state(str(tmp_path), None, make_config(), plan.Meter())
+    planned = plan.make_hollow_state(str(tmp_path), None, make_config(), plan.Meter())
     run = make_state(tmp_path, lr_warmup_steps=50)
     assert planned.bridge.level_range == run.bridge.level_range
     assert planned.bridge.scheduler.config.layer_timesteps == run.bridge.scheduler.config.layer_timesteps
@@ -298,7 +298,7 @@ def test_whether_a_card_has_room_is_said(measured, gib, verdict):
 
 
 def test_attention_is_counted_on_the_cpu_too():
-    with plan.FakeTensorMode(allow_non_fake_inputs=True), plan.Meter() as meter:
+    with plan.Meter() as meter:
         query = torch.empty(2, 4, 16, 8, requires_grad=True)
         out = torch.nn.functional.scaled_dot_product_attention(query, query, query)
         forward = meter.flops
@@ -309,7 +309,7 @@ def test_attention_is_counted_on_the_cpu_too():
 
 def test_the_meter_counts_what_is_read_and_written_and_no_views():
     meter = plan.Meter()
-    with plan.FakeTensorMode(allow_non_fake_inputs=True), meter:
+    with meter:
         one = torch.empty(100, 100)
         begin = meter.traffic, meter.operations
         two = one.t() + one  # reads two, and writes one
@@ -347,9 +347,40 @@ def test_a_teacher_without_configs_is_refused(planned, tmp_path):
         planned(pretrained_teacher_model=tmp_path)
 
 
+class Record(TorchDispatchMode):
+    """What operations made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.ops.prim.device.default:
+            self.made.append((func, [(x.shape, x.stride(), x.dtype) for x in plan._tensors(result)]))
+        return result
+
+
+def test_tensors_without_values_become_what_real_ones_become():
+    """The second time from what is known; copies of gradients depend on the order in memory that convolutions take."""
+
+    def record(network):
+        with Record() as record:
+            for _ in range(2):
+                network(torch.randn(2, 1, 8, 8), 5).sample.square().mean().backward()
+        return record.made
+
+    real, hollow = make_unet(), make_unet().to("meta")
+    with plan.Meter() as meter:
+        plan._make_hollow([hollow])
+        made = record(hollow)
+    assert made == record(real)
+    assert 0 < len(meter.known) < len(made) / 2
+
+
 def test_the_meter_forgets_what_is_gone():
     meter = plan.Meter()
-    with plan.FakeTensorMode(allow_non_fake_inputs=True), meter:
+    with meter:
         one = torch.empty(100, 100)
         two = one + 1
         view = two[:10]
