@@ -295,15 +295,18 @@ class TrainingState:
     @contextmanager
     def averaging(self) -> Iterator[StudentLayers]:
         """Lends the layers with the averaged weights, in evaluation mode; their calls are not counted."""
-        weights = trained(self.student)
-        self.ema.store(weights)
-        self.ema.copy_to(weights)
+        self._swap_average()
         try:
             with self.counting_paused():
                 yield self.student.eval()
         finally:
-            self.ema.restore(weights)
+            self._swap_average()
             self.student.train()
+
+    def _swap_average(self) -> None:
+        """Exchanges the trained weights and their averages, in place: `EMAModel` would copy through main memory."""
+        for average, weight in zip(self.ema.shadow_params, trained(self.student), strict=True):
+            average.data, weight.data = weight.data, average.data
 
     def check_finite(self, step: int) -> None:
         """Raises DivergenceError if a weight is not finite after this number of updates."""

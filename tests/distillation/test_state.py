@@ -83,12 +83,15 @@ def test_the_average_is_that_of_the_weights(make_state):
         weights = [weight.detach().clone() for weight in made.student.parameters()]
         averaged = [a.lerp(w, 0.85) for a, w in zip(averaged, weights, strict=True)] if averaged else weights
     assert not torch.equal(averaged[0], weights[0])
+    own, average = ([each.data_ptr() for each in of] for of in (made.student.parameters(), made.ema.shadow_params))
     with made.averaging() as student:
         assert not student.training
+        assert [each.data_ptr() for each in student.parameters()] == average  # exchanged, not copied
         for got, wanted in zip(student.parameters(), averaged, strict=True):
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
     assert made.student.training
     assert all(map(torch.equal, made.student.parameters(), weights))
+    assert [each.data_ptr() for each in made.student.parameters()] == own
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])
