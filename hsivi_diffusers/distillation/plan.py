@@ -238,6 +238,11 @@ class Cost:
     written: dict[str, int]  # bytes of each thing that is saved
     adapted: bool  # the student is an adapter, which is saved without the rest of the pipeline
 
+    @property
+    def on_device(self) -> int:
+        """Bytes that a GPU holds; the rest is in main memory."""
+        return sum(size for use, size in self.memory.items() if use not in IN_MAIN_MEMORY)
+
 
 def make_teacher(name: str, revision: str | None, config: HSIVIConfig, dtype: torch.dtype = torch.float32) -> Teacher:
     """Makes a teacher of random weights, in a precision, from its configs alone, on the default device.
@@ -477,7 +482,8 @@ def print_plan(
         "",
         *_table("memory of a process, MiB", cost.memory, MIB, ",.1f"),
         f"  {'in all, at the peak':40s}{sum(cost.memory.values()) / MIB:>16,.1f}",
-        "  (libraries, of this process, and pairs are in main memory; the rest is on the device)",
+        f"  {'of that in main memory':40s}{(sum(cost.memory.values()) - cost.on_device) / MIB:>16,.1f}",
+        f"  {'of that on the device':40s}{cost.on_device / MIB:>16,.1f}",
         *(["  (shard_base leaves 1/N of the teacher in each of the N processes of a machine)"] * config.shard_base),
         "",
         f"an update calls for each row: {calls}; {cost.work.flops / 1e9:,.1f} GFLOP in a process",
@@ -512,7 +518,7 @@ def _card_lines(name: str, card: Card, price: float | None, config: HSIVIConfig,
     call, (made, fitted) = card.seconds(batch, half) / rows, cost.fit_calls
     total = seconds * config.max_train_steps + call * (made + 3 * fitted)
     money = "" if price is None else f"; all costs {price * total / 3600:,.2f} at {price:g} an hour"
-    needed, there = sum(cost.memory[use] for use in cost.memory if use not in IN_MAIN_MEMORY) / MIB, 1024 * card.memory
+    needed, there = cost.on_device / MIB, 1024 * card.memory
     room = "it fits" if MARGIN * needed < there else "it may not fit" if needed < there else "it does not fit"
     remedy = "" if MARGIN * needed < there else ": take a smaller batch, --gradient_checkpointing, or another card"
     verdict = f"  {needed:,.0f} MiB of its {there:,} are planned: {room}{remedy}"

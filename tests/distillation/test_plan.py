@@ -277,6 +277,10 @@ def test_a_plan_for_a_card_says_its_time_its_price_and_what_is_assumed(planned, 
         "(assumed: 40% of 67 TFLOP/s, without TF32, 70% of 3,350 GB/s, and at least 10 microseconds for each of" in text
     )
     assert re.search(r"\d MiB of its 81,920 are planned: it fits", text)
+    parts = {what: float(size.replace(",", "")) for what, size in re.findall(r"^  (\S.*?)  +([\d,.]+)$", text, re.M)}
+    main, device = (parts[f"of that {where}"] for where in ("in main memory", "on the device"))
+    assert main == pytest.approx(parts["libraries"] + parts["pairs"], abs=0.2)
+    assert main + device == pytest.approx(parts["in all, at the peak"], abs=0.2)
     for wrong, message in (
         ({"card": "T4", "mixed_precision": "bf16"}, "card='T4' is slow in bf16: give mixed_precision fp16"),
         ({"price_per_hour": 2}, "price_per_hour=2.0: give a price from 0 on, and the card"),
