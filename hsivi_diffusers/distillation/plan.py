@@ -316,7 +316,7 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
         meter = Meter()
         state = make_hollow_state(name, revision, config, meter)
         with meter:
-            _begin(state)
+            begin(state)
             total, further = _measure_update(state, meter)
             gc.collect()
             peak = meter.peak
@@ -351,7 +351,7 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
     )
 
 
-def _begin(state: TrainingState) -> None:
+def begin(state: TrainingState) -> None:
     """Fills the chains, and makes the moments of both optimizers."""
     for chain in state.chains:
         chain.draw(state.layers)
