@@ -142,9 +142,7 @@ def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
     try:
         summary = trainer.train(teacher.resume_from_checkpoint)
     except InterruptedRunError as error:
-        command = resumption(config.output_dir)
-        if trainer.accelerator.num_processes > 1:
-            command = command.replace("hsivi", "accelerate launch -m hsivi_diffusers", 1)
+        command = resumption(config.output_dir, launched=trainer.accelerator.num_processes > 1)
         again = ", and the options of the Hub" * hub.push_to_hub
         trainer.accelerator.print(f"{with_dashes(str(error))}\ncontinue it: {command}{again}")
         raise SystemExit(INTERRUPTED) from error

@@ -60,6 +60,7 @@ def _continuation(run: str, options: Mapping[str, Any], stopped: bool) -> tuple[
     return title, resumption(run) + " --validation_steps 0" * stopped
 
 
-def resumption(run: str) -> str:
-    """The command that continues a run, with the options that it had."""
-    return join(["hsivi", "distil", "--output_dir", run, "--resume_from_checkpoint", "latest"])
+def resumption(run: str, launched: bool = False) -> str:
+    """The command that continues a run, with the options that it had; `launched` in several processes."""
+    program = ["accelerate", "launch", "-m", "hsivi_diffusers"] if launched else ["hsivi"]
+    return join([*program, "distil", "--output_dir", run, "--resume_from_checkpoint", "latest"])
