@@ -170,7 +170,7 @@ def test_a_set_has_images_of_each_prompt_in_turn():
 
 
 def test_a_scene_is_right_if_all_of_it_is():
-    class Reader(torch.nn.Module):
+    class Reader(SceneReader):
         def read(self, images):
             return images[:, 0, 0, :4].long()
 

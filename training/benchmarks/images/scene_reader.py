@@ -50,3 +50,7 @@ class SceneReader(ModelMixin, ConfigMixin):
     def read(self, images: Tensor) -> Tensor:
         """Returns the labels of the scenes that images show, shape (B, 4)."""
         return torch.stack([each.argmax(1) for each in self.logits(images)], dim=1)
+
+    def agrees(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Whether all that is read of an image is as its labels (B, 4) say: booleans of shape (B,)."""
+        return (self.read(images) == labels).all(1)

@@ -132,8 +132,8 @@ class SceneMeasures:
     @torch.no_grad()
     def right(self, images: Tensor, asked: Tensor) -> float:
         """Returns `right` of images asked for by the numbers of prompts (N,)."""
-        seen = torch.cat([self.reader.read(batch) for batch in images.split(BATCH)])
-        return float((seen == self.labels[asked]).all(1).float().mean())
+        batches = zip(images.split(BATCH), self.labels[asked].split(BATCH), strict=True)
+        return float(torch.cat([self.reader.agrees(*batch) for batch in batches]).float().mean())
 
     @torch.no_grad()
     def __call__(self, images: Tensor, asked: Tensor) -> dict[str, float]:
