@@ -45,6 +45,8 @@ IN_MAIN_MEMORY = ("libraries", "pairs")
 MARGIN = 1.2  # of memory: measured peaks were up to 1.14 of planned ones, and a driver takes some
 MOST_FLOPS = 1e12  # of a call that is timed on a CPU
 
+ONE_UPDATE: dict[str, Any] = {"critic_first": 0, "max_train_steps": 2, "num_pairs": 0}  # of a run, alone
+
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 _aten = torch.ops.aten
@@ -111,7 +113,7 @@ class Meter(TorchDispatchMode):
             return self._note(_make(known[0]), known[1])
         tensors = [*_tensors((args, *kwargs.values()))]
         hollow = any(isinstance(x, Hollow) for x in tensors)
-        if func is torch.ops.aten._local_scalar_dense.default and hollow:
+        if func is _aten._local_scalar_dense.default and hollow:
             return True  # of a loss: it is finite
         if not (hollow if tensors else _is_large(func, args, kwargs)):
             return func(*args, **kwargs)
@@ -202,7 +204,7 @@ def _make(described: Any) -> Any:
 
 def _shares_storage(func: Any) -> bool:
     """Tells whether an operation changes tensors, or returns views of them."""
-    return func is torch.ops.aten._unsafe_view.default or any(each.alias_info for each in func._schema.arguments)
+    return func is _aten._unsafe_view.default or any(each.alias_info for each in func._schema.arguments)
 
 
 def _count(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Counts:
@@ -215,8 +217,7 @@ def _count(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Counts:
 
 def _is_large(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Tells whether an operation makes a tensor that holds neither indices nor one number for each row."""
-    aten = torch.ops.aten
-    if func.overloadpacket in (aten.randint, aten.randperm, aten.arange, aten.linspace):
+    if func.overloadpacket in (_aten.randint, _aten.randperm, _aten.arange, _aten.linspace):
         return False
     if not any(each.name == "device" for each in func._schema.arguments):
         return False
@@ -261,19 +262,33 @@ def make_teacher(name: str, revision: str | None, config: HSIVIConfig, dtype: to
     return teacher
 
 
+def make_players(name: str, revision: str | None, config: HSIVIConfig) -> tuple[Teacher, Any, Any]:
+    """Makes the teacher of a run, its student and its critic, of random weights, in the precisions of the run."""
+    teacher = make_teacher(name, revision, config, torch.bfloat16 if _is_half(config) else torch.float32)
+    adapted = teacher.rank(config.lora_rank) > 0
+    source = teacher if adapted else make_teacher(name, revision, config)
+    student, critic = make_student_and_critic(source, config)
+    teacher.check_students(config)
+    return teacher, student, critic
+
+
+def make_state(players: tuple[Teacher, Any, Any], config: HSIVIConfig, **settings: Any) -> TrainingState:
+    """Makes the state of a run on the CPU, whose accelerator has these settings."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if _is_half(config) else "no", **settings)
+    return TrainingState(make_networks(*players, config), config, accelerator)
+
+
+def _is_half(config: HSIVIConfig) -> bool:
+    return config.precision != "no"  # bf16 and fp16 are of one size
+
+
 def make_hollow_state(name: str, revision: str | None, config: HSIVIConfig, meter: Meter) -> TrainingState:
     """Makes the state of the run without weights; its tensors are `Hollow`."""
-    half = config.precision != "no"  # the two are of one size
-    accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="bf16" if half else "no")
     with torch.device("meta"):  # adapters cannot be added to hollow tensors
-        teacher = make_teacher(name, revision, config, torch.bfloat16 if half else torch.float32)
-        adapted = teacher.rank(config.lora_rank) > 0
-        source = teacher if adapted else make_teacher(name, revision, config)
-        student, critic = make_student_and_critic(source, config)
-    teacher.check_students(config)
+        teacher, student, critic = make_players(name, revision, config)
     with meter:
         _make_hollow([teacher.network, student, critic])
-        return TrainingState(make_networks(teacher, student, critic, config), config, accelerator)
+        return make_state((teacher, student, critic), config, device_placement=False)
 
 
 def _make_hollow(networks: Sequence[nn.Module]) -> None:
@@ -309,8 +324,7 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
     libraries = psutil.Process().memory_info().rss
     wanted, pairs = config.critic_updates, config.num_pairs
     shares = None if config.prompts else config.class_shares  # a plan has but one prompt
-    once: dict[str, Any] = {"critic_updates": min(wanted, 2), "critic_first": 0, "max_train_steps": 2, "num_pairs": 0}
-    config = replace(config, **once, class_shares=shares)
+    config = replace(config, **ONE_UPDATE, critic_updates=min(wanted, 2), class_shares=shares)
     eight_bit, config.use_8bit_adam = config.use_8bit_adam, False  # bitsandbytes takes no hollow tensors
     with _collecting_often():
         meter = Meter()

@@ -15,28 +15,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-
 from hsivi_diffusers import HSIVIConfig
 from hsivi_diffusers.commands.cli import parse_distillation
 from hsivi_diffusers.commands.options import run_command
 from hsivi_diffusers.distillation import plan
-from hsivi_diffusers.distillation.networks import make_networks, make_student_and_critic
-from hsivi_diffusers.distillation.state import TrainingState
 from hsivi_diffusers.distillation.updates import run_updates
 
 PROCESS = Path("/proc/self")
 
 
-def peak_of_update(folder: str, config: HSIVIConfig) -> int:
+def peak_of_update(name: str, revision: str | None, config: HSIVIConfig) -> int:
     """Most bytes that the process holds during an update."""
-    config = replace(config, critic_first=0, max_train_steps=2, num_pairs=0)
-    AcceleratorState._reset_state(True)  # of the plan, whose precision may be another
-    accelerator = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
-    teacher = plan.make_teacher(folder, None, config)
-    networks = make_networks(teacher, *make_student_and_critic(teacher, config), config)
-    state = TrainingState(networks, config, accelerator)
+    config = replace(config, **plan.ONE_UPDATE)
+    state = plan.make_state(plan.make_players(name, revision, config), config)
     plan.begin(state)
     (PROCESS / "clear_refs").write_text("5")  # the peak begins here
     next(run_updates(state, 0))
@@ -47,9 +38,9 @@ def peak_of_update(folder: str, config: HSIVIConfig) -> int:
 def main(args: list[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     teacher, config, _ = parse_distillation(given, "python -m training.benchmarks.images.bench_plan", __doc__ or "")
-    folder = str(teacher.pretrained_teacher_model)
-    planned = sum(plan.measure(folder, teacher.revision, config).memory.values())
-    measured = peak_of_update(folder, config)
+    named = str(teacher.pretrained_teacher_model), teacher.revision
+    planned = sum(plan.measure(*named, config).memory.values())
+    measured = peak_of_update(*named, config)
     print(f"planned {planned >> 20}, measured {measured >> 20} MiB, ratio {planned / measured:.2f}")
 
 
