@@ -7,9 +7,12 @@ import os
 import platform
 import re
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 
 import diffusers
 import torch
+
+from ..runs.folders import write_text
 
 
 def write_table(heads: Sequence[str], left: Collection[str], lines: Iterable[Sequence[object]]) -> str:
@@ -36,6 +39,14 @@ def fill_tables(text: str, tables: dict[str, str]) -> str:
     if count != (begun := text.count("<!-- table: ")):
         raise ValueError(f"{begun} tables begin and {count} end: close each by <!-- end of table -->")
     return filled
+
+
+def fill_page(page: Path, title: str, tables: dict[str, str], files: Sequence[str] = ()) -> None:
+    """Fills the tables of a page, which is begun if there is none, and adds those, figures and files that it lacks."""
+    text = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n"
+    lacking = [table for table in tables if f"<!-- table: {table} -->" not in text]
+    there = [file for file in files if f"({file})" not in text and (page.parent / file).exists()]
+    write_text(page, fill_tables(text + new_parts(lacking, there), tables))
 
 
 def new_parts(tables: list[str], files: list[str]) -> str:

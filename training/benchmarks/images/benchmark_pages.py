@@ -17,7 +17,7 @@ import pandas as pd
 from PIL import Image
 
 from hsivi_diffusers.evaluation.figures import draw_curves, draw_samples, pyplot
-from hsivi_diffusers.evaluation.pages import fill_tables, new_parts, write_table
+from hsivi_diffusers.evaluation.pages import fill_page, fill_tables, write_table
 from hsivi_diffusers.runs.folders import write_text
 from hsivi_diffusers.runs.measures import MEASURES, format_measure
 
@@ -100,14 +100,6 @@ def fill_glance(folder: Path, *pages: Path) -> None:
     tables = {"glance": glance_table(in_sets(rows))}
     for page in pages:
         write_text(page, fill_tables(page.read_text(encoding="utf-8"), tables))
-
-
-def fill_page(page: Path, title: str, tables: dict[str, str], files: Sequence[str] = ()) -> None:
-    """Fills the tables of a page, which is begun if there is none, and adds those, figures and files that it lacks."""
-    text = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n"
-    lacking = [table for table in tables if f"<!-- table: {table} -->" not in text]
-    there = [file for file in files if f"({file})" not in text and (page.parent / file).exists()]
-    write_text(page, fill_tables(text + new_parts(lacking, there), tables))
 
 
 def make_tables(rows: list[Row], noise: list[Row] | None = None) -> dict[str, str]:

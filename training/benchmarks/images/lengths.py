@@ -23,7 +23,7 @@ import torch
 from hsivi_diffusers import HSIVIConfig
 from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.figures import draw_curves
-from hsivi_diffusers.evaluation.pages import measured_on, write_table
+from hsivi_diffusers.evaluation.pages import fill_page, measured_on, write_table
 from hsivi_diffusers.runs.bars import bar
 from hsivi_diffusers.runs.folders import in_turn
 from hsivi_diffusers.runs.options import option
@@ -31,7 +31,7 @@ from hsivi_diffusers.teachers.loading import load_student
 from hsivi_diffusers.teachers.solvers import Sampler, make_student
 
 from .benchmark import Entry
-from .benchmark_pages import as_word, fill_page, in_sets, shrink, three_digits
+from .benchmark_pages import as_word, in_sets, shrink, three_digits
 from .benchmark_results import TEACHER, TEACHER_SDE, Results, Row, hash_networks, read_rows, recipe_of
 from .set_teacher import SetTeacher
 from .solver_pages import score

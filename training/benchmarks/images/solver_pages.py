@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
-from hsivi_diffusers.evaluation.pages import write_table
+from hsivi_diffusers.evaluation.pages import fill_page, write_table
 
-from .benchmark_pages import as_word, fill_page, in_sets, three_digits
+from .benchmark_pages import as_word, in_sets, three_digits
 from .benchmark_results import Row, read_rows
 
 LEAST = 1e-4  # an unbiased KID may be 0 or below

@@ -2,7 +2,7 @@
 
     python -m training.benchmarks.inference.posteriors --output_dir runs/posteriors
 
-writes OUTPUT_DIR/rows.json, rows.csv, and the tables of posteriors.md, against a long run of NUTS of each posterior or
+writes OUTPUT_DIR/rows.json, rows.csv, and the table of posteriors.md, against a long run of NUTS of each posterior or
 exact draws, which are kept in OUTPUT_DIR as well. A run that was stopped continues by the same command. `--quick true`
 makes rows that mean nothing, in seconds.
 
@@ -19,21 +19,22 @@ The floor is "exact", exact draws against others of them, or without these "nuts
 
 from __future__ import annotations
 
-import csv
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsivi_diffusers.commands.options import parse_options, run_command
-from hsivi_diffusers.evaluation.pages import measured_on, write_table
+from hsivi_diffusers.evaluation.pages import fill_page, write_table
 from hsivi_diffusers.runs.folders import check_output_dir, sole_writer, write_json, write_text
 from hsivi_diffusers.runs.options import option
 from hsivi_diffusers.vi import DivergenceError
@@ -41,18 +42,21 @@ from hsivi_diffusers.vi import DivergenceError
 from .agreement import moments, sliced_wasserstein
 from .posterior_methods import METHODS, QUICK, Fitted, Settings, run_chain
 from .posterior_models import MODELS, Model
+from .study_tables import mean_cell, sd_ratios_cell
 
 Row = dict[str, Any]
 EXACT = "exact"  # the floor of a model with exact draws: others of them
 REFERENCE_SEED = 1000  # of the first chain
-COLUMNS = {
-    "mean_error": "mean error",
-    "sd_ratio_min": "least sd ratio",
-    "sd_ratio_max": "greatest sd ratio",
-    "swd": "SWD",
-    "pareto_k": "k-hat",
-    "seconds": "CPU seconds",
+NAMES = {
+    EXACT: "exact",
+    "nuts": "NUTS",
+    "mean_field": "ADVI, mean field",
+    "full_rank": "ADVI, full rank",
+    "hsivi": "HSIVI",
 }
+HEADS = ["mean error", "sd ratios", "SWD", "k-hat", "CPU seconds"]
+COLUMNS = ["model", "method", "seed", "mean_error", "sd_ratio_min", "sd_ratio_max", "swd", "pareto_k", "seconds"]
+COLUMNS += ["divergences", "failed"]
 
 
 @dataclass
@@ -157,36 +161,22 @@ def run_reference(model: Model, settings: Settings) -> tuple[Tensor, dict[str, A
     return walked, notes
 
 
-def write_tables(rows: Sequence[Row], folder: Path) -> None:
-    """Writes rows.csv and posteriors.md, with a table for each model: means over seeds, and least and greatest."""
-    heads = ["model", "method", "seed", *COLUMNS, "divergences", "failed"]
-    with (folder / "rows.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, heads, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    sections = [f"\n## {name}\n\n{table(rows, name)}\n" for name in dict.fromkeys(row["model"] for row in rows)]
-    write_text(folder / "posteriors.md", "".join([f"# Posteriors\n\nMeasured on {measured_on()}.\n", *sections]))
+def write_pages(rows: Sequence[Row], folder: Path) -> None:
+    """Writes rows.csv, and fills the table of posteriors.md, which is begun if there is none."""
+    found = pd.DataFrame(rows, columns=COLUMNS)
+    write_text(folder / "rows.csv", found.to_csv(index=False))
+    fill_page(folder / "posteriors.md", "Posteriors", {"posteriors": table(found)})
 
 
-def table(rows: Sequence[Row], name: str) -> str:
-    """The table of one model, a line for each method."""
-    lines = []
-    for method in [EXACT, *METHODS]:
-        of = [row for row in rows if (row["model"], row["method"]) == (name, method)]
-        if of:
-            failed = sum("failed" in row for row in of)
-            cells = [_cell(row[column] for row in of if column in row) for column in COLUMNS]
-            lines.append([method.replace("_", " "), *cells, f"{len(of) - failed} of {len(of)}"])
-    return write_table(["method", *COLUMNS.values(), "fits"], ["method"], lines)
-
-
-def _cell(values: Iterable[float]) -> str:
-    """The mean, with the least and the greatest in brackets; empty without values."""
-    numbers = [*values]
-    if not numbers:
-        return ""
-    least, mean, greatest = (f"{each:.3g}" for each in (min(numbers), sum(numbers) / len(numbers), max(numbers)))
-    return mean if least == greatest else f"{mean} ({least}..{greatest})"
+def table(rows: pd.DataFrame) -> str:
+    """A line for each posterior and method, exact draws first."""
+    groups, lines = dict(list(rows.groupby(["model", "method"]))), []
+    for name, method in product(rows["model"].unique(), NAMES):
+        if (of := groups.get((name, method))) is not None:
+            cells = [mean_cell(of, "mean_error"), sd_ratios_cell(of)]
+            cells += [mean_cell(of, key, failures=False) for key in ("swd", "pareto_k", "seconds")]
+            lines.append([name.replace("_", " "), NAMES[method], *cells])
+    return write_table(["posterior", "method", *HEADS], ["posterior", "method"], lines)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -196,7 +186,7 @@ def main(args: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     with sole_writer(folder):
         rows = make_rows(options.models, options.seeds, QUICK if options.quick else Settings(), folder)
-        write_tables(rows, folder)
+        write_pages(rows, folder)
     print(f"{folder / 'posteriors.md'} is made")
 
 

@@ -68,7 +68,7 @@ def _count(value: float) -> str:
     return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
 
 
-def _mean(rows: pd.DataFrame, key: str, failures: bool = True) -> str:
+def mean_cell(rows: pd.DataFrame, key: str, failures: bool = True) -> str:
     """A cell: mean (least..greatest) if the seeds differ much, else the mean, and how many failed."""
     number = _count if key == "modes_found" else _number
     values, failed = rows[key].dropna(), rows["failed"].count()
@@ -80,7 +80,7 @@ def _mean(rows: pd.DataFrame, key: str, failures: bool = True) -> str:
     return ", ".join(parts) or "–"
 
 
-def _sd_ratios(rows: pd.DataFrame) -> str:
+def sd_ratios_cell(rows: pd.DataFrame) -> str:
     """A cell: the least and the greatest ratio of any seed."""
     low, high = rows["sd_ratio_min"].min(), rows["sd_ratio_max"].max()
     return "–" if math.isnan(low) else f"{_number(low)}..{_number(high)}"
@@ -107,7 +107,7 @@ def _plane_grid(target: str, rows: pd.DataFrame) -> str:
     lines = []
     for objective, bridge, training in product(OBJECTIVES, BRIDGES, TRAINING):
         line = along(fits, objective, bridge=bridge, training=training)
-        lines.append([objective, bridge, training, *(_mean(select(line, T=T), "js") for T in layers)])
+        lines.append([objective, bridge, training, *(mean_cell(select(line, T=T), "js") for T in layers)])
     return _table(["objective", "bridge", "training", *_over(layers)], lines if len(fits) else [])
 
 
@@ -118,7 +118,7 @@ def _plane_table(target: str, rows: pd.DataFrame) -> str:
     if not nulls:
         return grid
     keys = ("js", "swd", "ksd", "modes_found", "mode_tv", "mode_max_error")
-    lines = [[label, *(_mean(here, key) for key in keys)] for label, here in nulls]
+    lines = [[label, *(mean_cell(here, key) for key in keys)] for label, here in nulls]
     first = write_table(["no fit", *(MEASURES[key] for key in keys)], LABELS, lines)
     return f"{first}\n\nJS of the fits:\n\n{grid}"
 
@@ -130,7 +130,7 @@ def _shapes_table(rows: pd.DataFrame) -> str:
         return NOT_RUN
 
     def cells(some: pd.DataFrame) -> list[str]:
-        return [_mean(select(some, target=target), "js") for target in targets]
+        return [mean_cell(select(some, target=target), "js") for target in targets]
 
     lines = [[label, "", "", "", *cells(some)] for label, some in _nulls(here)]
     for objective in OBJECTIVES:
@@ -146,7 +146,7 @@ def _size_table(rows: pd.DataFrame) -> str:
     fits = fits_of(rows, study="size")
     sizes = values_of(fits, "parameters_wanted")
     axes = {"objective": OBJECTIVES, "T": values_of(fits, "T"), "depth": values_of(fits, "depth")}
-    lines = _lines(fits, axes, lambda some: [_mean(select(some, parameters_wanted=size), "js") for size in sizes])
+    lines = _lines(fits, axes, lambda some: [mean_cell(select(some, parameters_wanted=size), "js") for size in sizes])
     return _table(["objective", "T", "depth", *(f"{size:,} parameters" for size in sizes)], lines)
 
 
@@ -156,7 +156,7 @@ _POSTERIOR_HEADS = ("mean error", "sd ratios", "covariance error")
 
 
 def _posterior_cells(rows: pd.DataFrame) -> list[str]:
-    return [_mean(rows, "mean_error"), _sd_ratios(rows), _mean(rows, "covariance_error", failures=False)]
+    return [mean_cell(rows, "mean_error"), sd_ratios_cell(rows), mean_cell(rows, "covariance_error", failures=False)]
 
 
 def _posterior_table(target: str, rows: pd.DataFrame) -> str:
@@ -166,7 +166,7 @@ def _posterior_table(target: str, rows: pd.DataFrame) -> str:
         for training in ("–",) if number == 1 else TRAINING:
             some = fits_of(here, objective=objective, T=number, training=TRAINING if number == 1 else training)
             if len(some):
-                cells = [*_posterior_cells(some), _mean(some, "seconds", failures=False)]
+                cells = [*_posterior_cells(some), mean_cell(some, "seconds", failures=False)]
                 lines.append([objective, training, str(number), *cells])
     return _table(["objective", "training", "T", *_POSTERIOR_HEADS, "seconds"], lines)
 
@@ -189,9 +189,9 @@ def _every_fit(study: str, measures: Sequence[str], rows: pd.DataFrame) -> str:
     for number, row in fits.iterrows():
         alone = fits.loc[[number]]
         last = ", ".join(row["findings"]) or "–" if pd.isna(row["failed"]) else f"failed: {row['failed']}"
-        cells = [_mean(alone, key, failures=False) for key in measures]
-        ratios = [_sd_ratios(alone)] if wide else []
-        cost = _mean(alone, "seconds", failures=False)
+        cells = [mean_cell(alone, key, failures=False) for key in measures]
+        ratios = [sd_ratios_cell(alone)] if wide else []
+        cost = mean_cell(alone, "seconds", failures=False)
         lines.append([*row[order], " ".join(last.replace("|", "/").split()), *cells, *ratios, cost])
     heads = [*(MEASURES[key] for key in measures), *(["sd ratios"] if wide else []), "seconds"]
     return _table([*order, "findings", *heads], lines)
@@ -214,7 +214,7 @@ def _summary_table(rows: pd.DataFrame) -> str:
             here = select(rows, study=at["study"], target=target)
             deep = {"bridge": at["bridge"], "training": "joint"}
             fits = select(along(fits_of(here), objective, **deep), T=number) if objective else None
-            cells.append(_mean(select(here, method="exact") if fits is None else fits, key))
+            cells.append(mean_cell(select(here, method="exact") if fits is None else fits, key))
         return cells
 
     counts = [number for number in values_of(fits_of(rows, study=("plane", "posteriors")), "T") if number in (1, 3, 5)]
