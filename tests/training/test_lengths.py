@@ -81,6 +81,14 @@ def test_the_reference_are_images_of_the_nearer_sampler_and_a_killed_study_goes_
     assert read_rows(tmp_path / "docs" / "lengths.json")[:2] == rows
 
 
+def test_the_pages_in_the_docs_are_those_of_their_rows(tmp_path):
+    docs = ROOT / "docs" / "benchmarks" / "lengths"
+    for name in ("lengths.json", "digits.md"):
+        (tmp_path / name).write_text((docs / name).read_text())
+    lengths.write_pages(tmp_path)
+    assert (tmp_path / "digits.md").read_text() == (docs / "digits.md").read_text()
+
+
 def test_noise_that_was_chosen_on_is_refused(arguments):
     with pytest.raises(ValueError, match=r"--noise_seeds \[100, 101\]: give numbers above 100"):
         lengths.main([*arguments, "--noise_seeds", "100", "101"])

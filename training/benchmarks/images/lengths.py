@@ -152,12 +152,13 @@ def name_of(steps: int) -> str:
 def write_pages(folder: Path) -> None:
     """Fills the table of FOLDER/SET.md of each set, and draws its figures."""
     for name, rows in in_sets(read_rows(folder / LENGTHS)).items():
-        students, figures = [row for row in rows if row["train_seed"] is not None], []
+        rows.sort(key=lambda row: (row["train_seed"] is not None, len(row["method"]), row["method"]))
+        figures = []
         for kind, key in (("teacher", "teacher_distances"), ("real", "distances")):
             figures.append(path := folder / f"{as_word(name)}_{kind}.png")
-            flat = [{**row, **row[key]} for row in students]
-            if flat:
-                draw_curves(flat, {each: each for each in flat[0][key]}, path, "updates")
+            flat = [{**row, **row[key]} for row in rows]
+            if any(row["train_seed"] is not None for row in rows):
+                draw_curves(flat, {each: each for each in flat[0][key]}, path, "updates", (TEACHER, TEACHER_SDE))
                 shrink(path)
         fill_page(folder / f"{as_word(name)}.md", name, {"lengths": table(rows)}, [path.name for path in figures])
 
@@ -168,7 +169,7 @@ def table(rows: list[Row]) -> str:
     of_teacher = {space: f"{space}, to {teacher}" for space in rows[0]["distances"]}
     found = pd.DataFrame(
         {**row, **row["distances"], **{of_teacher[space]: each for space, each in row["teacher_distances"].items()}}
-        for row in sorted(rows, key=lambda row: (row["train_seed"] is not None, len(row["method"]), row["method"]))
+        for row in rows
     )
     columns, lines = [*of_teacher, *of_teacher.values()], []
     for (method, updates), group in found.groupby(["method", "nfe"], sort=False):
