@@ -16,6 +16,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["JOBLIB_MULTIPROCESSING"] = "0"  # prdc would start eight threads for each matrix of distances
 os.environ["ACCELERATE_USE_CPU"] = "true"  # bit-identical runs are promised on one machine's CPU
 os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp()  # read when huggingface_hub is imported
 
@@ -40,7 +41,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def seeded():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed keeps the stack for each kind of device
 
 
 @pytest.fixture

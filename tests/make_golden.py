@@ -24,7 +24,8 @@ def make_pipeline():
     scheduler = HSIVIScheduler(
         layer_timesteps=[800, 450, 200, 50, 0], kernel="ddim", noise_eta=0.8, noise_scale_type="per_pixel"
     )
-    return HSIVIPipeline(unet=make_unet().eval(), scheduler=scheduler, unet_noise_scale=noise_scale)
+    unet = make_unet(block_out_channels=(8, 8), mid_block_type="UNetMidBlock2D").eval()
+    return HSIVIPipeline(unet=unet, scheduler=scheduler, unet_noise_scale=noise_scale)
 
 
 def draw(pipeline):

@@ -10,12 +10,13 @@ from diffusers.utils import logging
 
 from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.share.card import make_card
+from slow import others_slow
 from tiny_dit import make_dit, make_vae
 from tiny_text import PROMPTS, make_sd, make_text
 from tiny_unet import make_unet
 
 GRID = [700, 400, 100, 0]
-WITH_PROMPTS = ["sd", "img2img", "sdxl", "pixart"]
+WITH_PROMPTS = others_slow(["sd", "img2img", "sdxl", "pixart"], "sd", "img2img", "pixart")
 # What the scheduler_config.json of Stable Diffusion 1.5 (PNDM) and XL (Euler) have.
 LATENT_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 
@@ -55,7 +56,7 @@ def swap(pipe, **options):
     pipe.scheduler = HSIVIScheduler.from_config(pipe.scheduler.config, **options)
 
 
-@pytest.fixture(params=MAKERS)
+@pytest.fixture(params=others_slow(MAKERS, *(name for name in MAKERS if name != "sdxl")))
 def pipe(request):
     return make_pipe(request.param)
 
@@ -151,7 +152,7 @@ def test_guidance_doubles_the_batch_and_not_the_calls_and_half_precision_stays(n
     assert images.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", others_slow(["sd", "sdxl"], "sd"))
 def test_a_student_of_guidance_that_is_guided_again_says_so_once(name, log):
     for held, guided, times in ((None, 3.0, 0), (3.0, 1.0, 0), (3.0, 3.0, 1)):
         pipe = make_pipe(name, layer_timesteps=GRID, guidance_scale=held)
@@ -217,7 +218,7 @@ def test_custom_timesteps_are_used_as_they_are_without_a_trained_grid(name):
         assert torch.equal(images, draw(pipe, **same))
 
 
-@pytest.mark.parametrize("name", [name for name in MAKERS if name != "ddim"])
+@pytest.mark.parametrize("name", others_slow(MAKERS, "ddpm", "sd", "img2img", "pixart", "dit"))
 def test_a_saved_pipeline_loads_with_our_scheduler_and_gives_the_same_pixels(name, tmp_path):
     pipe = make_pipe(name, layer_timesteps=GRID, noise_scale=[1.0, 0.9, 0.8])
     pipe.save_pretrained(tmp_path)
@@ -298,7 +299,7 @@ def test_sd_rewrites_our_config_but_neither_a_trained_grid_nor_its_samples():
     assert other.step(output, 751, sample).pred_original_sample.abs().max() > 1
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "img2img"])
+@pytest.mark.parametrize("name", others_slow(["sd", "sdxl", "img2img"], "sd", "img2img"))
 def test_a_callback_sees_every_layer_and_may_replace_the_latents(name):
     pipe, seen = make_pipe(name, layer_timesteps=GRID), []
 

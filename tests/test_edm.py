@@ -19,6 +19,7 @@ from hsivi_diffusers.teachers.loading import load_student
 from hsivi_diffusers.teachers.solvers import SOLVERS, make_scheduler, make_solver, make_student, run_solver
 from hsivi_diffusers.teachers.teacher import Teacher
 from short_run import train
+from slow import others_slow
 from tiny_text import PROMPTS
 from tiny_unet import make_unet
 
@@ -195,7 +196,7 @@ def test_the_clean_image_of_a_teacher_is_that_of_its_scheduler(teacher):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("scale", others_slow([1.0, 3.0], 3.0))
 def test_a_solver_of_the_guided_teacher_draws_what_the_stock_pipeline_draws(teacher, folder, scale):
     """A multistep one; the latents have a mean and a standard deviation."""
     levels, stock = range(999, -1, -111), DiffusionPipeline.from_pretrained(folder)
@@ -207,7 +208,7 @@ def test_a_solver_of_the_guided_teacher_draws_what_the_stock_pipeline_draws(teac
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("clips", others_slow([False, True], True))
 def test_solvers_see_betas_at_the_same_levels_and_v(teacher, clips, monkeypatch):
     monkeypatch.setattr(teacher, "schedule", HSIVIScheduler.from_config(teacher.schedule.config, clip_sample=clips))
     levels, noise, condition = [800, 500, 200, 20], torch.randn(3, 4, 8, 8), torch.arange(3)
@@ -263,6 +264,7 @@ def test_the_stock_pipeline_draws_with_the_file_what_the_trainer_draws(trainer, 
     torch.testing.assert_close(drawn, images, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_at_once(trainer, folder, tmp_path, differences):
     run = Path(trainer.config.output_dir)
     other = shutil.copytree(run, tmp_path / "run")

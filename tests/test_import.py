@@ -122,6 +122,7 @@ def test_the_core_loads_torch_alone_and_all_names_no_training_dependency(load):
     assert not {*added} & {*TRAINING}
 
 
+@pytest.mark.slow
 def test_a_student_is_drawn_and_measured_without_the_packages_that_train(tmp_path):
     """Those of the extra train, and transformers, which one of them brings; huggingface_hub brings filelock."""
     student = Path(__file__).parents[1] / "assets" / "students" / "digits_t4" / "pipeline"

@@ -31,6 +31,7 @@ from tiny_dit import make_vae
 WORDS = ["[pad]", "[start]", "[end]", "[unk]", "a", "red", "green", "blue", "cat", "dog", "star", "blurry"]
 PROMPTS = ["a red cat", "a green dog", "a blue star"]
 LENGTH, WIDTH = 8, 16  # tokens of a prompt; numbers of the embedding of one
+MIDDLE = {"mid_block_type": "UNetMidBlock2DCrossAttn"}  # of a UNet, which has none where this is not given
 
 
 def make_tokenizer():
@@ -65,24 +66,25 @@ def make_unet(width=WIDTH, channels=2, **settings):
         norm_num_groups=4,
         attention_head_dim=4,
         cross_attention_dim=width,
-        **settings,
+        **{"mid_block_type": None, **settings},
     ).eval()
 
 
-def make_sd(channels=2):
+def make_sd(channels=2, **of_unet):
     parts = {"vae": make_vae(channels), "text_encoder": make_clip(), "tokenizer": make_tokenizer()}
-    parts["unet"] = make_unet(channels=channels)
+    parts["unet"] = make_unet(channels=channels, **of_unet)
     none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline(**parts, scheduler=make_scheduler(), **none)
 
 
-def make_sdxl(channels=2):
+def make_sdxl(channels=2, **of_unet):
     unet = make_unet(
         2 * WIDTH,
         channels,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=6 * 4 + WIDTH,
+        **of_unet,
     )
     encoders = {"text_encoder": make_clip(), "text_encoder_2": make_clip(CLIPTextModelWithProjection)}
     tokenizers = {"tokenizer": make_tokenizer(), "tokenizer_2": make_tokenizer()}
@@ -118,11 +120,11 @@ def make_pixart():
 KINDS = {"sd": make_sd, "sdxl": make_sdxl, "pixart": make_pixart}
 
 
-def make_text(kind):
+def make_text(kind, **of_unet):
     """The weights do not depend on the order of the tests; those that start at 0 in diffusers are random too."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline = make_playground() if kind == "playground" else KINDS[kind]()
+        pipeline = make_playground() if kind == "playground" else KINDS[kind](**of_unet)
         for part in (pipeline.components.get("unet"), pipeline.components.get("transformer")):
             for parameter in part.parameters() if part else ():
                 if not parameter.any():

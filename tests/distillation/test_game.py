@@ -173,10 +173,10 @@ def test_a_layer_of_several_grids_is_that_of_its_grid_alone(unet):
     ("scoring", "learned", "objective"),
     [
         ("own", "per_pixel", ScoreMatching()),
-        ("own", "config", KullbackLeibler()),
+        pytest.param("own", "config", KullbackLeibler(), marks=pytest.mark.slow),
         ("random", "config", ScoreMatching()),
-        ("random", "per_pixel", KullbackLeibler()),
-        ("between", "config", KullbackLeibler()),
+        pytest.param("random", "per_pixel", KullbackLeibler(), marks=pytest.mark.slow),
+        pytest.param("between", "config", KullbackLeibler(), marks=pytest.mark.slow),
         ("between", "per_pixel", KullbackLeibler()),
     ],
 )

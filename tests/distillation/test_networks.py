@@ -165,6 +165,7 @@ def test_a_curriculum_of_two_and_one_steps(pixel_run, teacher, tmp_path):
         assert pipeline(2, output_type="pt").images.isfinite().all()
 
 
+@pytest.mark.slow  # other runs are killed and resumed, and other LoRAs the start of one, by default
 def test_a_run_from_a_lora_is_killed_resumed_and_the_start_of_another(
     launch, distil, text_teachers, tmp_path, differences
 ):

@@ -13,6 +13,7 @@ from hsivi_diffusers.distillation import sharding
 from hsivi_diffusers.distillation.sharding import check_sharding, shard_base
 from hsivi_diffusers.teachers.adapters import add_adapter
 from hsivi_diffusers.teachers.loading import load_teacher
+from slow import others_slow
 from tiny_flows import FLOWS, make_flow, size_of
 from tiny_text import make_text
 
@@ -30,7 +31,7 @@ def two_processes():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", others_slow(MAKE, "sdxl", "zimage"))
 def test_networks_keep_half_of_what_they_share_and_all_that_is_trained(kind, two_processes):
     teacher = load_teacher(MAKE[kind]())
     players = [add_adapter(teacher.network, teacher.adapter, 2) for _ in range(2)]

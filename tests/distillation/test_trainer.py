@@ -30,6 +30,7 @@ from hsivi_diffusers.runs.page import read_log
 from hsivi_diffusers.runs.state_dicts import load_state_dict, save_state_dict
 from hsivi_diffusers.vi import KullbackLeibler, Regression, ScoreMatching
 from short_run import SETTINGS, contents, pipeline_of
+from slow import others_slow
 from tiny_text import PROMPTS
 from tiny_unet import make_unet
 
@@ -318,7 +319,9 @@ def test_a_trainer_trains_once_unless_it_goes_on(teacher, tmp_path):
     assert made.train(resume_from_checkpoint="latest") == first  # though the config would overwrite
 
 
-@pytest.mark.parametrize("more", [SHORT, ONE], ids=["callback", "pairs"])
+@pytest.mark.parametrize(
+    "more", [pytest.param(SHORT, id="callback"), pytest.param(ONE, id="pairs", marks=pytest.mark.slow)]
+)
 def test_a_trainer_that_stopped_before_its_first_checkpoint_does_not_start_over_in_its_trained_state(
     teacher, one_run, tmp_path, more, monkeypatch, differences
 ):
@@ -418,17 +421,21 @@ def test_overwriting_starts_over(distil, fast_run, paper_run, tmp_path, starts, 
 def bf16_runs(launch, tmp_path_factory):
     """Runs in bf16, by preset, in processes of their own: accelerate keeps one precision for a process."""
     folders = tmp_path_factory.mktemp("bf16")
-    for preset in ("fast", "paper"):
+
+    @cache
+    def run(preset):
         statuses, text = launch(folders / preset, preset=preset, mixed_precision="bf16", **SHORT)
         assert statuses == [0], text
-    return folders
+        return folders / preset
+
+    return run
 
 
-@pytest.mark.parametrize("preset", ["fast", "paper"])
+@pytest.mark.parametrize("preset", others_slow(["fast", "paper"], "paper"))
 def test_bf16_trains_near_to_full_precision(distil, bf16_runs, tmp_path, preset):
     full = distil(tmp_path / "full", preset=preset, **SHORT)
     for name in (f"pipeline/{WEIGHTS}", f"critic/{Path(WEIGHTS).name}"):
-        got, wanted = load_file(bf16_runs / preset / name), load_file(full / name)
+        got, wanted = load_file(bf16_runs(preset) / name), load_file(full / name)
         assert any(not got[key].equal(tensor) for key, tensor in wanted.items())
         for key, tensor in wanted.items():
             assert got[key].dtype == torch.float32
@@ -439,7 +446,7 @@ def test_a_bf16_run_resumes(launch, bf16_runs, tmp_path, differences):
     options = {"mixed_precision": "bf16", "preset": "paper", **SHORT}
     assert launch(tmp_path / "run", kill={"point": "SIGTERM", "step": 1}, **options)[0] == [75]
     assert launch(tmp_path / "run", resume_from_checkpoint="latest", **options)[0] == [0]
-    assert differences(tmp_path / "run", bf16_runs / "paper") == []
+    assert differences(tmp_path / "run", bf16_runs("paper")) == []
 
 
 def test_fp16_on_a_cpu_is_refused(distil, tmp_path, fresh_accelerator):
@@ -471,9 +478,12 @@ def test_tf32_is_allowed_where_it_is_asked_for(request, wanted):
     ("of", "options"),
     [
         ("fast_run", {"preset": "fast"}),
-        ("several_run", {"preset": "fast", "num_inference_steps": (2, 4, 1)}),
-        (None, {"preset": "paper", "num_inference_steps": (1, 2), "critic_updates": 1}),
-        (None, {**ONE, "num_inference_steps": 2}),
+        pytest.param("several_run", {"preset": "fast", "num_inference_steps": (2, 4, 1)}, marks=pytest.mark.slow),
+        pytest.param(
+            None, {"preset": "paper", "num_inference_steps": (1, 2), "critic_updates": 1}, marks=pytest.mark.slow
+        ),
+        pytest.param(None, {**ONE, "num_inference_steps": 2}, marks=pytest.mark.slow),
+        ("one_run", ONE),
     ],
 )
 def test_a_resumed_run_equals_one_at_once(request, distil, tmp_path, starts, differences, of, options):
@@ -670,7 +680,7 @@ def parallel(train, tmp_path_factory):
     return cache(lambda kind: train(folders / kind, kind, **PROCESSES))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", others_slow(KINDS, "fast", "pairs"))
 def test_two_processes_equal_two_accumulated_batches_and_not_one(parallel, accumulated, fast_run, differences, kind):
     folder = parallel(kind)
     assert differences(folder, accumulated(kind)) == []
@@ -683,8 +693,14 @@ def test_two_processes_equal_two_accumulated_batches_and_not_one(parallel, accum
 
 @pytest.mark.parametrize(
     ("kind", "second"),
-    [("fast", PROCESSES), ("paper", ACCUMULATION), ("guided", PROCESSES), ("flow", ACCUMULATION)]
-    + [("text", ACCUMULATION), ("pairs", PROCESSES)],
+    [
+        ("fast", PROCESSES),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("paper", ACCUMULATION), ("guided", PROCESSES), ("flow", ACCUMULATION), ("text", ACCUMULATION))
+        ),
+        ("pairs", ACCUMULATION),
+    ],
 )
 def test_a_run_resumes_with_its_batches_in_other_processes(
     train, accumulated, parallel, tmp_path, differences, kind, second
@@ -701,7 +717,7 @@ def test_a_run_resumes_with_its_batches_in_other_processes(
     ("point", "step", "status", "second"),
     [
         ("making pairs", 1, 75, ACCUMULATION),
-        ("SIGTERM", 2, 75, ACCUMULATION),  # in the fit to the pairs
+        pytest.param("SIGTERM", 2, 75, ACCUMULATION, marks=pytest.mark.slow),  # in the fit to the pairs
         ("images of pairs", 0, -signal.SIGKILL, PROCESSES),
     ],
 )

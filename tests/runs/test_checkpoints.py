@@ -23,6 +23,7 @@ from hsivi_diffusers.runs import checkpoints as runs_checkpoints
 from hsivi_diffusers.runs.checkpoints import Checkpoints
 from hsivi_diffusers.runs.output import Output, claimed, find_damage
 from short_run import contents
+from slow import others_slow
 from training.benchmarks.images import train_baseline, train_teacher, training_loop
 from training.benchmarks.images.training_loop import TrainingLoop
 
@@ -356,7 +357,7 @@ def saved(monkeypatch):
     return steps
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", others_slow([2, 5], 2))
 def test_a_training_that_was_stopped_goes_on_to_the_same_bits(train, whole, tmp_path, saved, stop_after, step):
     stop_after(step)
     with pytest.raises(KeyboardInterrupt):

@@ -216,6 +216,7 @@ def test_it_tells_whether_the_training_has_ended(folder):
 
 def test_a_run_writes_its_page_and_a_resumed_one_logs_each_update_once(distil, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 1)
+    monkeypatch.setattr(progress, "TEACHER_STEPS", 2)
     options = {"checkpointing_steps": 3, "validation_steps": 5, "critic_updates": 1}
     run = distil(tmp_path / "run", **options)
     shutil.rmtree(run / "checkpoints" / "checkpoint-5")
@@ -235,6 +236,7 @@ def test_a_run_writes_its_page_and_a_resumed_one_logs_each_update_once(distil, t
     assert '[5, "samples/step-5.png", "It has ' in text
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run_that_was_resumed_is_that_of_one_that_was_not(distil, tmp_path):
     options = {"checkpointing_steps": 2, "validation_steps": 2, "critic_updates": 1}
     run = distil(tmp_path / "run", **options)

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -33,6 +34,13 @@ ROWS = [
     {"dataset": "digits", "method": method, "nfe": nfe, "num_samples": 500, "fd": fd, "swd": 0.02}
     for method, nfe, fd in (("HSIVI", 4, 1.25), ("DDIM", 4, 9.5), ("DDPM", 100, 0.75))
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_grids():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(hub, "draw_grid", partial(hub.draw_grid, rows=1, columns=2))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from hsivi_diffusers.runs.artifacts import ADAPTER
 from hsivi_diffusers.teachers.adapters import UNET, add_adapter, factor_names, in_file, of_file, save_adapter
 from hsivi_diffusers.teachers.stable_diffusion import StableDiffusion, StableDiffusionXL
-from tiny_text import make_text
+from tiny_text import MIDDLE, make_text
 
 # Modules of a UNet that ComfyUI changes by `lora_unet_NAME`: UNET_MAP_RESNET, UNET_MAP_ATTENTIONS, TRANSFORMER_BLOCKS,
 # UNET_MAP_BASIC and the samplers in `unet_to_diffusers` of comfy/utils.py, as `model_lora_keys_unet` of comfy/lora.py
@@ -33,7 +33,7 @@ KINDS = {"sd": StableDiffusion, "sdxl": StableDiffusionXL}
 
 def make_unet(kind, rank=2):
     """A UNet with a LoRA that changes it a good deal."""
-    unet = add_adapter(make_text(kind).unet, KINDS[kind].adapter, rank)
+    unet = add_adapter(make_text(kind, **MIDDLE).unet, KINDS[kind].adapter, rank)
     for name, weight in unet.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight, std=0.3)
@@ -46,7 +46,7 @@ def test_every_weight_of_the_file_of_a_unet_has_a_name_that_comfyui_knows_and_do
 ):
     unet = make_unet(kind)
     save_adapter(unet, tmp_path, UNET, "hash")
-    file, plain = load_file(tmp_path / ADAPTER), make_text(kind).unet
+    file, plain = load_file(tmp_path / ADAPTER), make_text(kind, **MIDDLE).unet
     known = [name for name, _ in plain.named_modules() if any(re.fullmatch(pattern, name) for pattern in COMFYUI)]
     wrapped = {name.split(".lora_A")[0] for name in unet.state_dict() if "lora_A" in name}
     assert wrapped <= {*known}
@@ -78,7 +78,7 @@ def test_an_adapter_is_read_from_its_file_and_from_one_of_version_0_2(kind, tmp_
     save_file({f"unet.{name}": weight for name, weight in state.items()}, tmp_path / "before" / ADAPTER)
     for folder in ("now", "before"):
         assert same_tensors(of_file(load_file(tmp_path / folder / ADAPTER), factor_names(unet), UNET), state)
-        pipeline = make_text(kind)
+        pipeline = make_text(kind, **MIDDLE)
         pipeline.load_lora_weights(tmp_path / folder, weight_name=ADAPTER)
         found = {name.replace("default_0", "default"): weight for name, weight in pipeline.unet.state_dict().items()}
         assert same_tensors(found, unet.state_dict())

@@ -110,7 +110,7 @@ def stock():
     """A teacher, the images of whose solvers are noise without clipping."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return train_stock(50)
+        return train_stock(10)
 
 
 @pytest.mark.parametrize("clips", [True, False])

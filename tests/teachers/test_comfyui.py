@@ -17,6 +17,7 @@ from hsivi_diffusers.teachers.adapters import add_adapter, in_file
 from hsivi_diffusers.teachers.comfyui import equal_sampler, find_workflow, make_workflow
 from hsivi_diffusers.teachers.flow_transformers import FlowTransformer
 from hsivi_diffusers.teachers.loading import load_teacher
+from slow import others_slow
 from tiny_flows import FLOWS, make_flow
 from tiny_text import KINDS as TEXT
 from tiny_text import make_text
@@ -260,7 +261,7 @@ def ancestral(y, x0, s, down_to, eta, s_noise, noise):
     return x0 + down / s * (y - x0) + up * s_noise * noise
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "playground"])
+@pytest.mark.parametrize("kind", others_slow(["sd", "sdxl", "playground"], "sd", "playground"))
 @pytest.mark.parametrize(("eta", "s_noise"), [(0.2, 1.0), (0.7, 1.0), (1.0, 1.3), (0.5, 0.8)])
 @torch.no_grad()
 def test_any_eta_and_one_scale_of_noise_are_settings_of_the_sampler(kind, eta, s_noise):

@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from inspect import signature
+from itertools import product
 from types import SimpleNamespace
 
 import diffusers
@@ -25,14 +26,17 @@ from hsivi_diffusers.teachers.prompts import digest_of
 from hsivi_diffusers.teachers.solvers import make_scheduler, make_solver, run_solver
 from hsivi_diffusers.teachers.teacher import Teacher
 from short_run import SETTINGS, train
+from slow import others_slow
 from tiny_flows import FLOWS, OF_ANY_SIZE, make_flow, make_flux2, make_klein, size_of
 from tiny_text import PROMPTS
 
 CPU = torch.device("cpu")
 SHORT = {"prompts": PROMPTS, "guidance_scale": 3.0, "lora_rank": 2, "validation_steps": 0}
+QUICK = {"max_train_steps": 2, "critic_updates": 1, "lr_warmup_steps": 0}
+USUAL = "sd3", "qwen", "zimage"  # whose latents, prompts and calls differ most
 
 
-@pytest.fixture(params=FLOWS)
+@pytest.fixture(params=others_slow(FLOWS, *USUAL))
 def kind(request):
     return request.param
 
@@ -74,7 +78,9 @@ def make_teacher(kind, prompts=PROMPTS, **scheduler):
     return teacher
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("kind", "scale"), others_slow(product(FLOWS, [1.0, 3.0]), ("sd3", 1.0), *((kind, 3.0) for kind in FLOWS))
+)
 def test_the_velocity_is_that_of_the_stock_pipeline(kind, scale):
     """At each step, of each prompt, guided or not."""
     teacher = make_teacher(kind)
@@ -86,7 +92,7 @@ def test_the_velocity_is_that_of_the_stock_pipeline(kind, scale):
         torch.testing.assert_close(ours, teacher.unpack(velocity), rtol=1e-4, atol=5e-6)
 
 
-@pytest.mark.parametrize("kind", ["chroma", "qwen", "lumina2", "zimage"])
+@pytest.mark.parametrize("kind", others_slow(["chroma", "qwen", "lumina2", "zimage"], "zimage"))
 def test_a_prompt_of_a_batch_has_the_velocity_that_it_has_alone(kind):
     """The pipeline takes each at its own length, and cuts what is too long; other rows are of other lengths."""
     prompts = ["blue", "a red cat", "a green dog a blue star " * 100]
@@ -150,7 +156,7 @@ def test_every_weight_of_an_adapter_has_a_gradient(kind):
     assert [name for name, weight in trained.items() if weight.grad is None or not weight.grad.any()] == []
 
 
-@pytest.mark.parametrize("kind", ["chroma", "qwen"])
+@pytest.mark.parametrize("kind", others_slow(["chroma", "qwen"], "qwen"))
 def test_the_pipeline_of_a_teacher_guides_without_a_negative_prompt(kind):
     teacher = make_teacher(kind)
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
@@ -188,14 +194,12 @@ def test_each_row_may_have_its_own_level(kind):
         torch.testing.assert_close(one, whole[i : i + 1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in {"sd3", "qwen", "zimage"})) for kind in FLOWS]
-)
+@pytest.mark.parametrize("kind", others_slow(FLOWS, "zimage"))
 def test_a_run_ends_in_a_file_that_the_stock_pipeline_loads(kind, tmp_path):
     """At eta 0 also without our scheduler: the steps of FlowMatchEuler on the student's sigmas, as the card says."""
     teacher, size = str(tmp_path / "teacher"), size_of(make_flow(kind))
     make_flow(kind).save_pretrained(teacher)
-    config = {**SHORT, "resolution": size, "noise_eta": 0.0, "learning_rate": 1e-2, "num_inference_steps": 2}
+    config = {**SHORT, **QUICK, "resolution": size, "noise_eta": 0.0, "learning_rate": 1e-2, "num_inference_steps": 2}
     trainer = train(teacher, tmp_path / "run", **config)
     pipeline = DiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -244,6 +248,9 @@ TAKING_IMAGES = [
 ]
 
 
+CONTROLLED = [("sd3", "StableDiffusion3", "SD3"), ("flux", "Flux", "Flux"), ("qwen", "QwenImage", "QwenImage")]
+
+
 def derived(kind, name, **parts):
     """Another pipeline of the parts of a family, with a scheduler of a student, and the arguments of its images."""
     pipeline = getattr(diffusers, f"{name}Pipeline").from_pipe(stock := make_flow(kind), **parts)
@@ -254,7 +261,7 @@ def derived(kind, name, **parts):
     return pipeline, {**given, **kind_of(stock).unguided(pipeline.scheduler)}
 
 
-@pytest.mark.parametrize(("kind", "name"), TAKING_IMAGES)
+@pytest.mark.parametrize(("kind", "name"), others_slow(TAKING_IMAGES, *TAKING_IMAGES[:2], ("zimage", "ZImageImg2Img")))
 def test_pipelines_that_take_an_image_draw_what_euler_draws(kind, name):
     pipeline, given = derived(kind, name)
     ours, euler = pipeline.scheduler, FlowMatchEulerDiscreteScheduler()
@@ -269,7 +276,7 @@ def test_pipelines_that_take_an_image_draw_what_euler_draws(kind, name):
 
 @pytest.mark.parametrize(
     ("kind", "name", "network"),
-    [("sd3", "StableDiffusion3", "SD3"), ("flux", "Flux", "Flux"), ("qwen", "QwenImage", "QwenImage")],
+    others_slow(CONTROLLED, CONTROLLED[0]),
 )
 def test_a_controlnet_that_says_nothing_changes_nothing(kind, name, network):
     """As a new one does, whose last layers are 0."""
@@ -284,7 +291,7 @@ def test_a_controlnet_that_says_nothing_changes_nothing(kind, name, network):
     assert (pipeline(**given, **control).images - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "klein", "zimage"])
+@pytest.mark.parametrize("kind", others_slow(["sd3", "flux", "klein", "zimage"], "sd3"))
 def test_the_weights_of_a_style_add_to_those_of_a_student(kind, tmp_path):
     teacher = make_teacher(kind)
     for name in ("student", "style"):
@@ -318,6 +325,7 @@ def test_noise_of_layers_is_drawn_again_from_the_same_seed(kind):
     assert torch.equal(first, again)
 
 
+@pytest.mark.parametrize("kind", others_slow(FLOWS, *USUAL, "flux2", *OF_ANY_SIZE))
 def test_a_shift_that_depends_on_the_size_is_that_of_the_pipeline(kind):
     """At its default number of steps, on which that of FLUX.2 depends too."""
     pipeline = make_flow(kind, use_dynamic_shifting=True, base_shift=0.3, max_shift=2.0)
@@ -337,6 +345,7 @@ def test_a_shift_that_depends_on_the_size_is_that_of_the_pipeline(kind):
     assert not teacher.schedule.config.use_dynamic_shifting
 
 
+@pytest.mark.parametrize("kind", others_slow(FLOWS, *USUAL, "flux2", *OF_ANY_SIZE))
 def test_images_are_decoded_as_the_pipeline_does(kind):
     """From the latents of the last step: some pipelines return scaled ones as output_type 'latent'."""
     pipeline, teacher, seen = make_flow(kind), make_teacher(kind), []
@@ -358,6 +367,7 @@ def test_a_size_that_does_not_fit_is_refused(kind):
             teacher.set_size(size)
 
 
+@pytest.mark.parametrize("kind", others_slow(FLOWS, *(kind for kind in FLOWS if kind != "flux2")))
 def test_the_shapes_of_prompts_are_known_from_the_config(kind):
     teacher = make_teacher(kind)
     shapes = teacher.prompt_shapes()
@@ -365,7 +375,7 @@ def test_the_shapes_of_prompts_are_known_from_the_config(kind):
     assert {name: shape[1:] for name, shape in shapes.items()} == {name: encoded[name].shape[2:] for name in encoded}
 
 
-@pytest.mark.parametrize("kind", ["qwen", "zimage"])
+@pytest.mark.parametrize("kind", others_slow(["qwen", "zimage"], "qwen"))
 def test_a_plan_has_prompts_of_full_length(kind, tmp_path, monkeypatch):
     """Lengths are numbers, which tensors without values do not have."""
     make_flow(kind).save_pretrained(tmp_path)
@@ -380,8 +390,9 @@ def test_a_plan_has_prompts_of_full_length(kind, tmp_path, monkeypatch):
             teacher.call(teacher.network, torch.randn(1, *teacher.shape), zero, zero)
         return meter.flops
 
-    assert count_flops(256) < 0.8 * count_flops(None)
-    assert count_flops(512) == count_flops(None)
+    whole = count_flops(None)
+    assert count_flops(256) < 0.8 * whole
+    assert count_flops(512) == whole
 
 
 @pytest.mark.parametrize(("kind", "most"), [("auraflow", 32), ("sd3", 64), ("lumina2", 256), ("zimage", 64)])
@@ -405,7 +416,7 @@ def test_a_scheduler_with_betas_is_refused(kind):
         load_teacher(pipeline)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "lumina2"])
+@pytest.mark.parametrize("kind", others_slow(["sd3", "flux", "lumina2"], "sd3", "flux"))
 def test_the_euler_baseline_has_the_grid_of_the_pipeline(kind):
     pipeline = make_flow(kind)
     solver = make_solver("Euler", 4, Guided(make_teacher(kind))).scheduler
@@ -446,7 +457,7 @@ def test_z_image_turbo_is_refused_by_its_name(tmp_path):
             load_teacher(teacher)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "zimage"])
+@pytest.mark.parametrize("kind", others_slow(["sd3", "zimage"], "zimage"))
 def test_teacher_and_student_are_drawn_again_with_the_same_prompts(kind):
     """The pipeline of Z-Image writes its template into the list of prompts, which would get it twice."""
     pipeline, prompts = make_flow(kind), [*PROMPTS]
@@ -484,13 +495,13 @@ def test_prompts_are_encoded_again_with_another_chat_template():
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-@pytest.mark.parametrize("kind", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", others_slow(["sd3", "flux"], "sd3"))
 def test_a_teacher_stored_in_bfloat16_stays_so_as_the_base_of_adapters(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(FlowTransformer, "prompt_dtype", torch.bfloat16)
     pipeline = make_flow(kind).to(torch.bfloat16)
     pipeline.save_pretrained(tmp_path / "half")
     pipeline.to(torch.float32).save_pretrained(tmp_path / "single")
-    given = {**SHORT, "resolution": size_of(pipeline), "mixed_precision": "bf16", "learning_rate": 1e-2}
+    given = {**SHORT, **QUICK, "resolution": size_of(pipeline), "mixed_precision": "bf16", "learning_rate": 1e-2}
     whole, half = (train(tmp_path / name, tmp_path / f"{name}_run", **given) for name in ("single", "half"))
     assert half.state.teacher.loaded_half
     assert not whole.state.teacher.loaded_half
@@ -509,8 +520,6 @@ def test_a_teacher_stored_in_bfloat16_stays_so_as_the_base_of_adapters(kind, tmp
     teacher.set_size(size_of(pipeline))
     drawn += teacher.draw_teacher(PROMPTS, generators, 2, 3.0, "")[0]
     assert [image.size for image in drawn] == [(24, 16)] * 6
-    for rank, dtype in ((0, torch.float32), (2, torch.bfloat16)):  # all weights are trained in single precision
-        trainer = HSIVITrainer(
-            str(tmp_path / "half"), HSIVIConfig(**{**SHORT, "lora_rank": rank}, mixed_precision="bf16")
-        )
-        assert trainer.state.student.network.dtype == dtype
+    assert half.state.student.network.dtype == torch.bfloat16
+    trainer = HSIVITrainer(str(tmp_path / "half"), HSIVIConfig(**{**SHORT, "lora_rank": 0}, mixed_precision="bf16"))
+    assert trainer.state.student.network.dtype == torch.float32  # for all weights are trained

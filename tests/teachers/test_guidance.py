@@ -23,6 +23,7 @@ from hsivi_diffusers.teachers.loading import load_teacher
 from hsivi_diffusers.teachers.pixels import Pixels
 from hsivi_diffusers.teachers.teacher import Teacher
 from short_run import SETTINGS, train
+from slow import others_slow
 from tiny_unet import make_unet
 
 GRID = [440, 220, 10]
@@ -147,7 +148,7 @@ def test_the_guidance_of_a_bridge_ends_where_its_highest_grid_starts(teacher):
     torch.testing.assert_close(bridge.guided(*given), Guided(teacher, [3 - 2 * sigma])(*given))
 
 
-@pytest.mark.parametrize("decays", [True, False])
+@pytest.mark.parametrize("decays", others_slow([True, False], True))
 def test_pairs_and_the_row_of_the_teacher_have_the_guidance_of_the_training(pipeline, tmp_path, decays, monkeypatch):
     ends, made = [], TeacherPairs.__init__
 

@@ -346,20 +346,22 @@ def test_each_seed_of_the_noise_has_a_row_and_a_benchmark_stopped_between_them_c
     folder, arguments = copied
     monkeypatch.setattr(trainings, "call", never)
     before, pictures = rows_of(folder), (folder / "runs/digits/pictures.safetensors").read_bytes()
-    given, drawn = [*arguments, "--eval_seeds", "0", "6", "5"], stop_at(3, monkeypatch)
+    given = [text for text in arguments if not text.startswith(("--progressive", "--consistency"))]
+    given += ["--students", str(folder / "student.yaml"), "--baseline_steps=1", "--eval_seeds", "0", "6", "5"]
+    keys = [(REAL, 0), (TEACHER, 3), (TEACHER_SDE, 3), (SOLVER, 1), (SOLVER, 2), (OURS, 1), (PAIRS, 1)]
+    drawn = stop_at(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         benchmark.main(given)
     assert drawn == [1, 6, 5]  # first the teacher's images, which rows are compared with
     benchmark.main(given)
     rows = rows_of(folder)
     assert rows[: len(before)] == before
-    assert [benchmark_results.key_of(row) for row in rows[len(before) :]] == [
-        benchmark_results.key_of(row) for row in before for _ in range(2)
-    ]
-    assert [row["eval_seed"] for row in rows[len(before) :]] == [6, 5] * len(before)
-    new = [row["distances"]["classifier"] for row in rows[len(before) :]]
-    assert all(one != other for one, other in zip(new[::2], new[1::2], strict=True))
-    assert len(drawn) == 3 + 1 + 2 * len(before) - 1
+    new = rows[len(before) :]
+    assert [(row["method"], row["nfe"]) for row in new] == [key for key in keys for _ in range(2)]
+    assert [row["eval_seed"] for row in new] == [6, 5] * len(keys)
+    distances = [row["distances"]["classifier"] for row in new]
+    assert all(one != other for one, other in zip(distances[::2], distances[1::2], strict=True))
+    assert len(drawn) == 3 + 1 + 2 * len(keys) - 1
     assert (folder / "runs/digits/pictures.safetensors").read_bytes() == pictures
 
 

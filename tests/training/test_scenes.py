@@ -253,7 +253,12 @@ def test_the_teacher_is_a_stock_pipeline_and_is_trained_with_what_it_encodes(tea
 
 
 @pytest.mark.parametrize(
-    "make", [None, partial(make_text, "sd"), partial(make_flow, "sd3")], ids=["scenes", "sd", "sd3"]
+    "make",
+    [
+        pytest.param(None, id="scenes", marks=pytest.mark.slow),
+        pytest.param(partial(make_text, "sd"), id="sd", marks=pytest.mark.slow),
+        pytest.param(partial(make_flow, "sd3"), id="sd3"),
+    ],
 )
 def test_the_cost_of_an_update_is_held_against_its_calls(make, fresh_accelerator, tmp_path, capsys):
     given = []

@@ -18,7 +18,7 @@ from hsivi_diffusers.distillation.state import trained
 from hsivi_diffusers.runs.artifacts import ADAPTER
 from hsivi_diffusers.teachers.adapters import add_adapter, save_adapter
 from hsivi_diffusers.teachers.stable_diffusion import StableDiffusion
-from tiny_text import make_scheduler, make_sd
+from tiny_text import MIDDLE, make_scheduler, make_sd
 
 SIZE = 16  # pixels; latents have half of it
 LATENTS = torch.randn(1, 4, SIZE // 2, SIZE // 2, generator=torch.Generator().manual_seed(1))
@@ -43,7 +43,7 @@ def make_parts():
     """The parts of a Stable Diffusion of four channels, which inpainting asks for."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return make_sd(channels=4).components
+        return make_sd(channels=4, **MIDDLE).components
 
 
 def make(kind, adapter=None, **parts):

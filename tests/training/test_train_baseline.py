@@ -17,6 +17,7 @@ from hsivi_diffusers import HSIVIScheduler, load_teacher
 from hsivi_diffusers.runs.checkpoints import Checkpoints
 from hsivi_diffusers.runs.output import Output
 from hsivi_diffusers.teachers.solvers import Solver
+from slow import others_slow
 from tiny_unet import make_unet
 from training.benchmarks.images import consistency, regression, train_baseline, training_loop
 from training.benchmarks.images.consistency import ConsistencyDistillation
@@ -109,7 +110,7 @@ def test_a_pipeline_is_there_whole_or_not_at_all(unet, tmp_path, monkeypatch):
     assert not (tmp_path / "pipeline").exists()
 
 
-@every_method
+@pytest.mark.parametrize("method", others_slow(["consistency", "progressive", "regression"], "regression"))
 def test_a_run_in_half_precision_is_nearly_the_same_and_training_json_tells_it(
     train, finish, method, teacher, monkeypatch
 ):
@@ -199,7 +200,11 @@ def test_another_seed_is_another_run(train, trained, same_tensors):
 
 
 @pytest.mark.parametrize(
-    ("method", "step"), [("consistency", 2), ("regression", 2), *[("progressive", i) for i in (1, 2, 3)]]
+    ("method", "step"),
+    others_slow(
+        [("consistency", 2), ("regression", 2), *[("progressive", i) for i in (1, 2, 3)]],
+        *(("regression", 2), ("progressive", 2)),
+    ),
 )
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     train, finish, tmp_path, monkeypatch, method, step, same_tensors

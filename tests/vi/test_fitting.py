@@ -45,7 +45,10 @@ def target():
     return matching_bridge(layers)
 
 
-@pytest.mark.parametrize(("objective", "source"), [(ScoreMatching(), "pool"), (KullbackLeibler(), "simulate")])
+@pytest.mark.parametrize(
+    ("objective", "source"),
+    [(ScoreMatching(), "pool"), pytest.param(KullbackLeibler(), "simulate", marks=pytest.mark.slow)],
+)
 def test_layers_reach_the_bridge(objective, source):
     game = Game(target(), source, lr=0.025)
     for _ in game.fit(objective, 300, critic_updates=2):
@@ -248,7 +251,10 @@ class Alone:
         return fit(*game, layer_optimizer=self.optimizer, **options)
 
 
-@pytest.mark.parametrize(("chain", "curriculum"), [(FrozenPoolChain, sequential(3, 100)), (CohortChain, joint(3, 450))])
+@pytest.mark.parametrize(
+    ("chain", "curriculum"),
+    [(FrozenPoolChain, sequential(3, 100)), pytest.param(CohortChain, joint(3, 450), marks=pytest.mark.slow)],
+)
 def test_the_lower_bound_brings_layers_to_the_bridge_without_a_critic(chain, curriculum):
     game = Alone(chain, 128, num_states=5000)
     length = curriculum[0].num_steps

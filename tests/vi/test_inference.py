@@ -18,6 +18,7 @@ from hsivi_diffusers.vi.networks import GaussianMLP, ScoreMLP
 from hsivi_diffusers.vi.objectives import KullbackLeibler
 from hsivi_diffusers.vi.parameters import NamedTarget
 from hsivi_diffusers.vi.targets import LogProbTarget, ScoreTarget
+from slow import others_slow
 from training.benchmarks.inference.targets.plane import GaussianMixture
 
 MEAN = torch.tensor([1.0, -0.5])
@@ -85,9 +86,12 @@ def test_every_objective_runs_in_every_order_on_every_bridge(objective, training
 @pytest.mark.parametrize(
     ("bridge", "objective", "training", "steps"),
     [
-        (GeometricBridge(gaussian(), 2), "SM", "joint", 500),
+        pytest.param(GeometricBridge(gaussian(), 2), "SM", "joint", 500, marks=pytest.mark.slow),
         (DiffusionBridge(gaussian(), 2), "KL", "joint", 400),
-        (GeometricBridge(ScoreTarget(gaussian_score, 2), 2), LowerBound(surrogate=True), "sequential", 300),
+        pytest.param(
+            *(GeometricBridge(ScoreTarget(gaussian_score, 2), 2), LowerBound(surrogate=True), "sequential", 300),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_moments_of_a_gaussian_are_found(bridge, objective, training, steps):
@@ -167,7 +171,12 @@ def test_one_seed_is_one_fit_and_leaves_the_global_random_state_alone(objective,
 
 
 @each_objective
-@pytest.mark.parametrize(("training", "stop"), [("sequential", 0), ("sequential", 2), ("sequential", 4), ("joint", 2)])
+@pytest.mark.parametrize(
+    ("training", "stop"),
+    others_slow(
+        [("sequential", 0), ("sequential", 2), ("sequential", 4), ("joint", 2)], ("sequential", 2), ("joint", 2)
+    ),
+)
 def test_a_resumed_fit_repeats_one_that_was_never_stopped(objective, training, stop, tmp_path):
     """Its loop may be left and gone on with, and its state taken from a file or from memory, where it stays."""
     whole, begun, *fresh = (tiny(objective, training, plateau=short_plateau(window=2, patience=9)) for _ in range(4))
@@ -344,7 +353,7 @@ class Ladder(Bridge):
         return torch.randn(batch_size, 2, generator=generator)
 
 
-@pytest.mark.parametrize("objective", [LowerBound(), KullbackLeibler()])
+@pytest.mark.parametrize("objective", [LowerBound(), pytest.param(KullbackLeibler(), marks=pytest.mark.slow)])
 def test_layers_a_critic_and_a_bridge_of_the_users_own_are_fitted(objective):
     layers, critic = Shift(2), None if isinstance(objective, LowerBound) else ScoreMLP(2, width=16, depth=2)
     options = {"num_steps": 250, "batch_size": 128, "critic_updates": 2, "learning_rate": 0.03}

@@ -11,6 +11,7 @@ from hsivi_diffusers.vi.pools import make_chain
 from hsivi_diffusers.vi.regression import Regression, WithPairs
 from hsivi_diffusers.vi.targets import ScoreTarget
 from scenarios import DIMENSION, ExactCritic, GaussianBridge, LinearCritic, LinearLayers, linear_layers, matching_bridge
+from slow import others_slow
 
 
 def make_draw(layers, bridge, size=64, **options):
@@ -217,7 +218,7 @@ def test_the_bound_is_zero_row_by_row_where_layers_match_and_do_not_look_at_thei
     torch.testing.assert_close(loss, torch.zeros(64, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("t", range(3))
+@pytest.mark.parametrize("t", others_slow(range(3), 1))
 def test_the_bound_falls_with_the_number_of_extra_draws_from_kl_and_the_mutual_information_to_kl(t):
     layers, size = linear_layers(), 1200
     bridge = shifted(matching_bridge(layers))

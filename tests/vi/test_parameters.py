@@ -74,6 +74,7 @@ def test_several_parameters_stand_side_by_side_with_the_sum_of_their_jacobians()
     assert target.unconstrain(target.constrain(x[:0])).shape == (0, 13)
 
 
+@pytest.mark.slow
 def test_a_fit_finds_the_moments_of_a_gamma_law():
     law = Gamma(4.0, 2.0)
     target = NamedTarget(lambda theta: law.log_prob(theta["tau"]), {"tau": constraints.positive})
