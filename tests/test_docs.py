@@ -136,7 +136,7 @@ def test_a_plain_network_is_distilled_resumed_loaded_and_started_from(own, tmp_p
             trainer.accelerator.set_trigger()
 
     monkeypatch.setattr(updates, "PAIR_STEPS", 2)
-    given = {"num_inference_steps": 2, "max_train_steps": 20, "train_batch_size": 8}
+    given = {"num_inference_steps": 2, "max_train_steps": 20, "train_batch_size": 8, "validation_steps": 0}
     again = HSIVIConfig(**given, output_dir=tmp_path / "again")
     with pytest.raises(Exception, match="saved after update 6"):
         HSIVITrainer(teacher, again, callbacks=[stop]).train()

@@ -73,6 +73,12 @@ def text_run(distil, text_teachers, tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def prompted(text_run):
+    """A LoRA of Stable Diffusion: to be read, not written to."""
+    return text_run("sd", negative_prompt="a dog")
+
+
 def seeds(count, first):
     return [torch.Generator().manual_seed(first + number) for number in range(count)]
 
@@ -210,8 +216,8 @@ def test_a_guided_solver_has_as_many_calls_as_the_student(distil, class_teacher,
         show(students, run, 2, scale=2.0)
 
 
-def test_a_prompt_is_drawn_and_asked_for(text_run):
-    run = text_run("sd")
+def test_a_prompt_is_drawn_and_asked_for(prompted, tmp_path):
+    run = shutil.copytree(prompted, tmp_path / "run")
     students = comparison.Students([str(run)], "cpu")
     chosen = choose(students, run)
     assert chosen["prompt"] == {"visible": True, "value": "a cat", "__type__": "update"}
@@ -240,9 +246,8 @@ def test_a_prompt_is_drawn_and_asked_for(text_run):
     assert 'alt="&quot;&lt;i&gt;x seed 7"' in show(students, run, 2, prompt='"<i>x')[-1]
 
 
-def test_the_negative_prompt_of_the_run_is_the_teachers(text_run, text_teachers):
-    run = text_run("sd", negative_prompt="a dog")
-    panel = compare(comparison.Students([str(run)], "cpu"), run, 2, prompt="a cat", scale=2.0, count=1)[2]
+def test_the_negative_prompt_of_the_run_is_the_teachers(prompted, text_teachers):
+    panel = compare(comparison.Students([str(prompted)], "cpu"), prompted, 2, prompt="a cat", scale=2.0, count=1)[2]
     stock = DiffusionPipeline.from_pretrained(text_teachers("sd"), torch_dtype=torch.float32)
     given = {"negative_prompt": ["a dog"], "guidance_scale": 2.0, "generator": seeds(1, 7), "num_inference_steps": 3}
     assert same(panel.images[0], stock(["a cat"], **given).images[0])

@@ -7,8 +7,10 @@ from training.benchmarks.images import bench_plan
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_it_compares_the_plan_with_the_peak_of_an_update(text_teachers, capsys):
-    given = ["--train_batch_size=1", "--num_inference_steps=2", "--guidance_scale=2", "--prompts=default"]
+def test_it_compares_the_plan_with_the_peak_of_an_update(text_teachers, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red cat")
+    given = ["--train_batch_size=1", "--num_inference_steps=2", "--guidance_scale=2"]
+    given += [f"--prompts={tmp_path / 'prompts.txt'}"]
     bench_plan.main([f"--pretrained_teacher_model={text_teachers('sd')}", *given, "--critic_updates=1"])
     told = re.fullmatch(r"planned (\d+), measured (\d+) MiB, ratio (\d\.\d\d)\n", capsys.readouterr().out)
     planned, measured, ratio = map(float, told.groups())

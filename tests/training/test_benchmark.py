@@ -307,7 +307,10 @@ def test_images_of_what_is_shown_are_kept_beside_the_trainings(folder):
         *[(name, ()) for name in ("digits", "fashion", "mnist", "emoji", "flow", "guided")],
         *[("guided", (f"--guidance_scale={w}", f"--dataset=w={w}")) for w in (1, 4)],
         ("digits", ("--noise_seeds", "101", "102", "103", "104", "105")),
-        pytest.param("text", (), marks=pytest.mark.skipif(not EMOJI_FONT.is_file(), reason="needs its font")),
+        pytest.param(
+            *("text", ()),
+            marks=[pytest.mark.slow, pytest.mark.skipif(not EMOJI_FONT.is_file(), reason="needs its font")],
+        ),
     ],
 )
 def test_the_rows_of_the_repository_are_those_of_its_configs(name, more, tmp_path, monkeypatch):
@@ -495,10 +498,12 @@ OTHER_TEACHER = "was trained of another teacher than .* is now: name another"
         (None, "--teacher=", "--teacher missing: give --config training/configs/benchmark_digits.yaml"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_any_training(copied, monkeypatch, edit, given, message):
-    folder, arguments = copied
+def test_what_cannot_be_compared_is_refused_before_any_training(
+    request, folder, arguments, monkeypatch, edit, given, message
+):
     monkeypatch.setattr(trainings, "call", never)
     if edit:
+        folder, arguments = request.getfixturevalue("copied")
         edit(folder)
     before = rows_of(folder)
     given = given.split() if isinstance(given, str) else given
