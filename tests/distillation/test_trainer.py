@@ -442,6 +442,7 @@ def test_bf16_trains_near_to_full_precision(distil, bf16_runs, tmp_path, preset)
             torch.testing.assert_close(got[key], tensor, rtol=0, atol=4e-3)
 
 
+@pytest.mark.slow
 def test_a_bf16_run_resumes(launch, bf16_runs, tmp_path, differences):
     options = {"mixed_precision": "bf16", "preset": "paper", **SHORT}
     assert launch(tmp_path / "run", kill={"point": "SIGTERM", "step": 1}, **options)[0] == [75]
@@ -718,7 +719,7 @@ def test_a_run_resumes_with_its_batches_in_other_processes(
     [
         ("making pairs", 1, 75, ACCUMULATION),
         pytest.param("SIGTERM", 2, 75, ACCUMULATION, marks=pytest.mark.slow),  # in the fit to the pairs
-        ("images of pairs", 0, -signal.SIGKILL, PROCESSES),
+        pytest.param("images of pairs", 0, -signal.SIGKILL, PROCESSES, marks=pytest.mark.slow),
     ],
 )
 def test_processes_that_are_ended_before_their_first_update_go_on_to_the_same_bits(

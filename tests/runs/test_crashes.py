@@ -6,11 +6,11 @@ import signal
 import pytest
 
 from hsivi_diffusers.runs.output import find_damage
+from slow import others_slow
 
 STEPS = 4
 OPTIONS = {"max_train_steps": STEPS, "checkpointing_steps": 1, "critic_updates": 1}
-POINTS = ["half a file", "progress", "renamed", "half removed", "pipeline"]
-POINTS += [pytest.param(point, marks=pytest.mark.slow) for point in ("state", "half a part", "chains")]
+POINTS = ["half a file", "progress", "renamed", "half removed", "pipeline", "state", "half a part", "chains"]
 KILLED = [-signal.SIGKILL]
 
 
@@ -25,7 +25,7 @@ def check_checkpoints(folder):
         assert path.suffix == ".retired" or find_damage(path) is None
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", others_slow(POINTS, "half a file", "pipeline"))
 def test_a_run_killed_while_it_saves_ends_as_if_it_had_not_been(launch, at_once, tmp_path, differences, point):
     folder = tmp_path / "run"
     resume = {"resume_from_checkpoint": "latest", **OPTIONS}
