@@ -322,7 +322,11 @@ def test_a_start_without_a_checkpoint_is_taken_up_again(tmp_path, left, resume):
 # ----- teachers and baselines -----
 
 
-@pytest.fixture(scope="module", params=[train_teacher, train_baseline], ids=lambda program: program.__name__)
+@pytest.fixture(
+    scope="module",
+    params=others_slow([train_teacher, train_baseline], train_baseline),
+    ids=lambda program: program.__name__,
+)
 def train(request, teacher):
     """Trains for five updates of 4 rows, with checkpoints after 2, 4 and 5."""
     own = {

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from hsivi_diffusers.runs.artifacts import ADAPTER
 from hsivi_diffusers.teachers.adapters import UNET, add_adapter, factor_names, in_file, of_file, save_adapter
 from hsivi_diffusers.teachers.stable_diffusion import StableDiffusion, StableDiffusionXL
+from slow import others_slow
 from tiny_text import MIDDLE, make_text
 
 # Modules of a UNet that ComfyUI changes by `lora_unet_NAME`: UNET_MAP_RESNET, UNET_MAP_ATTENTIONS, TRANSFORMER_BLOCKS,
@@ -69,7 +70,7 @@ def test_every_weight_of_the_file_of_a_unet_has_a_name_that_comfyui_knows_and_do
 UP_DOWN_ALPHA = ("lora_up.weight", "lora_down.weight", "alpha")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", others_slow(KINDS, "sd"))
 def test_an_adapter_is_read_from_its_file_and_from_one_of_version_0_2(kind, tmp_path, same_tensors):
     unet = make_unet(kind)
     save_adapter(unet, tmp_path / "now", UNET, "hash")

@@ -116,6 +116,7 @@ def test_before_an_update_the_student_is_the_stock_pipeline_with_the_lora(folder
         assert not any(name.startswith(idle) for name in get_peft_model_state_dict(student))
 
 
+@pytest.mark.parametrize("kind", others_slow(FURTHER, "sd"))
 def test_its_file_is_that_of_a_student_and_the_start_of_another(folders, kind, tmp_path):
     """The stock pipeline, `load_student` and a run read it, with the modules that our adapters have not."""
     lora = write_lora(make_pipeline(kind), tmp_path / "x.safetensors", 3, FURTHER[kind], ranks={"to_q": 5})

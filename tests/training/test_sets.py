@@ -58,6 +58,7 @@ def test_clothes_come_from_the_hub_where_there_are_no_files(tmp_path, monkeypatc
     assert labels.tolist() == [4]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sets.FASHION_MNIST.is_dir(), reason="needs the package dataset-fashion-mnist")
 def test_the_clothes_of_the_package_are_ten_of_equal_number():
     images, labels = sets.load_images("fashion-mnist", resolution=32, channels=1)
@@ -134,6 +135,7 @@ def test_a_missing_font_is_refused(tmp_path, monkeypatch):
         sets.load_images("emoji", resolution=8, channels=3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sets.EMOJI_FONT.is_file(), reason="needs the package fonts-noto-color-emoji")
 def test_the_emoji_of_the_package_are_of_every_kind():
     images, labels = sets.load_images("emoji", resolution=32, channels=3)

@@ -267,6 +267,7 @@ def banana(std=1.5, width=0.4, reach=math.inf):
     return Given(law), ScoreBridge(log_prob, 2)
 
 
+@pytest.mark.slow
 def test_a_banana_without_its_ends_drifts_along_its_ridge():
     """Its sd is 1.27 instead of 1.64 across its base, as that of a fit of 4,000 steps is."""
     found = diagnose(*banana(reach=1.9), generator=seeded())
