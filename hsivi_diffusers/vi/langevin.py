@@ -44,6 +44,7 @@ def langevin(
     The score is all that is known: log p(u') - log p(u) is Simpson's rule along the line, (u' - u) . (g + 4 g_m + g')
     / 6 with g_m in the middle, exact where log p is a polynomial of degree four. With the step h the logarithm of the
     acceptance ratio is 2/3 (u' - u) . (g_m - (g + g') / 2) + h (|g|^2 - |g'|^2) / 8. A step calls the score twice.
+    Where the score is not finite a chain never goes, and one that starts there stays, with a NaN of Stein's identity.
     Chains that go on `together` have one step size, fixed after the first half, so that draws of p stay draws of p; by
     default each has its own.
 
@@ -59,6 +60,7 @@ def langevin(
     for index in range(num_steps):
         step = log_step.exp()
         move = 0.5 * step[:, None] * g + step.sqrt()[:, None] * randn_like(u, generator)
+        move = torch.where(move.isfinite().all(1, keepdim=True), move, 0)
         middle, ahead = score(u + 0.5 * move), score(u + move)
         log_ratio = (move * (2 * middle - g - ahead)).sum(1) / 3
         log_ratio += step / 8 * (g.square().sum(1) - ahead.square().sum(1))

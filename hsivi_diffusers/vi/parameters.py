@@ -8,6 +8,7 @@ x_m side by side (change of variables; Kucukelbir et al. 2017, arXiv 1603.00788,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -90,6 +91,29 @@ class NamedTarget(Target):
         return torch.cat([each.reshape(size, of) for each, of in zip(free, self._sizes, strict=True)], 1)
 
     def log_prob(self, x: Tensor) -> Tensor:
+        """Returns the log-density, shape (B,).
+
+        It is -inf, with an infinite score, where a parameter is rounded to an end of its constraint that the
+        distributions of `log_prob` refuse, such as a scale of exp(-200) = 0.
+        """
+        try:
+            return self._log_density(x)
+        except ValueError:
+            if bool((inside := self._inside(x.detach())).all()):
+                raise
+        value = self._log_density(torch.where(inside[:, None], x, 0))
+        outside = torch.where(inside[:, None], x.detach(), x)  # keeps the infinite score from the rows inside
+        return torch.where(inside, value, -math.inf * outside.square().sum(1))
+
+    def _inside(self, x: Tensor) -> Tensor:
+        """Whether each row's parameters satisfy their constraints, rounded as they are, shape (B,)."""
+        inside = x.isfinite().all(1)
+        for name, theta in self.constrain(x).items():
+            holds = self.parameters[name].constraint.check(theta)
+            inside &= holds.reshape(len(x), -1).all(1) & theta.reshape(len(x), -1).isfinite().all(1)
+        return inside
+
+    def _log_density(self, x: Tensor) -> Tensor:
         free = self._split(x)
         theta = _Named({name: self.parameters[name].transform(free[name]) for name in free})
         value = check_value(self._log_prob(theta), x, x.shape[:1], "log_prob")

@@ -7,6 +7,7 @@ from torch.distributions import (
     Dirichlet,
     Exponential,
     Gamma,
+    HalfNormal,
     Independent,
     LKJCholesky,
     Normal,
@@ -15,6 +16,7 @@ from torch.distributions import (
     constraints,
 )
 
+from hsivi_diffusers.vi import masses
 from hsivi_diffusers.vi.bridges import GeometricBridge
 from hsivi_diffusers.vi.inference import Inference
 from hsivi_diffusers.vi.parameters import NamedTarget
@@ -72,6 +74,36 @@ def test_several_parameters_stand_side_by_side_with_the_sum_of_their_jacobians()
     torch.testing.assert_close(target.unconstrain(values), x)
     assert target.constrain(x[:0])["theta"].shape == (0, 2, 3)
     assert target.unconstrain(target.constrain(x[:0])).shape == (0, 13)
+
+
+def test_a_parameter_rounded_to_the_end_of_its_constraint_has_no_density_and_no_finite_score():
+    def log_prob(of):  # torch refuses a scale that is not positive
+        return Normal(of["mu"], of["sigma"]).log_prob(torch.tensor(0.5)) - of["sigma"]
+
+    target = NamedTarget(log_prob, {"mu": constraints.real, "sigma": constraints.positive})
+    inside = torch.tensor([[0.3, -1.0], [2.0, 0.5]])
+    x = torch.cat([inside, torch.tensor([[1.0, -200.0], [0.0, 200.0]])])
+    value, score = target.log_prob(x), target.score(x)
+    assert value[2:].tolist() == [-torch.inf, -torch.inf]
+    assert not score[2:].isfinite().all(1).any()
+    torch.testing.assert_close(value[:2], target.log_prob(inside))
+    torch.testing.assert_close(score[:2], target.score(inside))
+
+
+def test_a_regression_with_a_scale_is_diagnosed(monkeypatch):
+    monkeypatch.setattr(masses, "NUM_STEPS", 30)
+    z = torch.linspace(-1, 1, 20)
+    y = 1 + 2 * z - z.square() + 0.3 * torch.sin(9 * z)
+
+    def log_prob(of):
+        mean = of["a"][:, None] + of["b"] @ torch.stack([z, z.square()])
+        prior = Normal(0.0, 5.0).log_prob(of["a"]) + Normal(0.0, 5.0).log_prob(of["b"]).sum(1)
+        return prior + HalfNormal(1.0).log_prob(of["sigma"]) + Normal(mean, of["sigma"][:, None]).log_prob(y).sum(1)
+
+    parameters = {"a": constraints.real, "b": (constraints.real, (2,)), "sigma": constraints.positive}
+    inference = Inference(GeometricBridge(NamedTarget(log_prob, parameters), 1), num_steps=100, seed=0)
+    inference.run(progress=False)
+    assert "modes that attract no start" in str(inference.diagnose())
 
 
 @pytest.mark.slow
