@@ -241,6 +241,7 @@ class HSIVITrainer:
             "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
             "mixed_precision": self.accelerator.mixed_precision,
             "base_model": None if teacher is None or Path(teacher).exists() else teacher,
+            "start": published_start(self.config.init_from),
             "call": self.state.teacher.call_arguments(self.state.bridge.scheduler),
             "embeds_guidance": self.state.teacher.embeds_guidance,
             "euler": self.state.teacher.euler_arguments(self.state.bridge.scheduler),
@@ -257,6 +258,14 @@ class HSIVITrainer:
         if run_dir is None or not self._has_trained:
             raise ValueError("there is no adapter to push yet: call train() first")
         return push(run_dir / "pipeline", repo_id, run_dir=run_dir, **options)
+
+
+def published_start(init_from: str | None) -> str | None:
+    """What was published that the student, or the run that it starts from, began with."""
+    if run := starting_run(init_from):
+        start: str | None = read_record(run / "training.json").get("start")
+        return start
+    return None if init_from is None or Path(init_from).exists() else init_from
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -357,6 +357,8 @@ def _training(scheduler: Any, run: dict[str, Any]) -> str:
         "conditional distribution, trained so that its marginal matches the data at a noise level, whose score the "
         "teacher gives. No images were used."
     )
+    if start := training.get("start"):
+        text += f" The student started from {_plain(start)}, which may have used some; its licence applies here, too."
     if scales := scheduler.guidance_scales:
         decays = renamed(options).get("decay_guidance") and not training.get("embeds_guidance")
         less = ", decreased with noise during training," if decays else ""

@@ -109,6 +109,18 @@ def test_a_run_makes_a_pipeline_of_its_layers_and_records_its_options(request, t
     assert images.std() > 0.05
 
 
+def test_a_run_records_the_published_weights_that_it_or_the_run_before_it_started_from(fast_run, tmp_path):
+    (tmp_path / "lora.safetensors").touch()
+    for source in ("ORG/REPO", "ORG/REPO/lora.safetensors"):
+        assert trainer.published_start(source) == source
+    assert trainer.published_start(str(tmp_path / "lora.safetensors")) is None
+    run = shutil.copytree(fast_run, tmp_path / "run")
+    assert trainer.published_start(str(run)) is None
+    training = json.loads((run / "training.json").read_text())
+    (run / "training.json").write_text(json.dumps({**training, "start": "ORG/REPO"}))
+    assert trainer.published_start(str(run)) == "ORG/REPO"
+
+
 def test_every_network_is_trained(paper_run, teacher):
     before = load_teacher(teacher).network.state_dict()
     student, critic = (load_file(paper_run / name) for name in (f"pipeline/{WEIGHTS}", f"critic/{Path(WEIGHTS).name}"))

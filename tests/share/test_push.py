@@ -221,17 +221,23 @@ def test_a_card_says_how_to_install_the_package_if_its_repository_has_an_address
     assert f"With the package `hsivi_diffusers` installed{by} (without it, use the code" in card_of({}).text
 
 
+def test_a_card_names_the_published_weights_that_a_student_started_from():
+    assert "started from" not in card_of({}).text
+    source = "ORG/Hyper-SD/Hyper-SD15-4steps-lora.safetensors"
+    assert f"The student started from {source}, which may have" in card_of({}, {"start": source}).text
+
+
 COST = {"seconds": 12.3, "processes": 1, "peak_memory_mib": 6759}
 EVIL = "fast\n# Heading <script>alert(1)</script> [link](https://evil.example) `code` ![](x) *b* _i_ | c"
 
 
 def test_nothing_of_the_files_of_a_run_becomes_markdown():
     rows = [{**ROWS[0], "nfe": EVIL, "num_samples": EVIL}, {**ROWS[1], "nfe": EVIL, "method": EVIL}]
-    run = {"options": {"preset": EVIL, "seed": EVIL}, "training": {"base_model": EVIL}}
+    run = {"options": {"preset": EVIL, "seed": EVIL}, "training": {"base_model": EVIL, "start": EVIL}}
     run["report"] = {"rows": rows, "features": EVIL, "measured": EVIL}
     plain = make_card(make_pipeline(), "alice/digits", {**run, "options": {}, "report": {}}).text
     text = make_card(make_pipeline(), "alice/digits", run).text
-    assert text.count("&lt;script&gt;") == 8
+    assert text.count("&lt;script&gt;") == 9
     for mark in ("<script>", "[link](", "![](x)", "*b*", " _i_", " | c", " `code`"):
         assert mark not in text
     headings, wanted = ([line for line in each.splitlines() if line.startswith("#")] for each in (text, plain))
