@@ -177,6 +177,8 @@ class HSIVITrainer:
                 write_text(checkpoints.output_dir / PROMPTS, "\n".join(self.state.teacher.conditions.prompts) + "\n")
             if start >= config.max_train_steps:
                 self.accelerator.print(f"nothing is left to do, the run had {start} updates")
+            elif has_adapter(self.state.student.network) and "refused" in (found := self._find_workflow()):
+                self.accelerator.print(f"`hsivi export --format comfyui` will refuse this student: {found['refused']}")
             with signals_as_trigger(self.accelerator), self.state.counting_rows():
                 seconds, calls = self._run(checkpoints, *before)
             record = checkpoints.output_dir / "training.json"
@@ -245,9 +247,12 @@ class HSIVITrainer:
             "call": self.state.teacher.call_arguments(self.state.bridge.scheduler),
             "embeds_guidance": self.state.teacher.embeds_guidance,
             "euler": self.state.teacher.euler_arguments(self.state.bridge.scheduler),
-            "comfyui": find_workflow(self.state.teacher, self.state.bridge.scheduler),
+            "comfyui": self._find_workflow(),
             **self.state.identity,
         }
+
+    def _find_workflow(self) -> dict[str, Any]:
+        return find_workflow(self.state.teacher, self.state.bridge.scheduler)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Pushes the averaged student with its model card; see `hsivi_diffusers.push` for options; returns the URL."""

@@ -7,6 +7,7 @@ import pytest
 
 from hsivi_diffusers.commands import cli
 from hsivi_diffusers.runs.artifacts import ADAPTER
+from tiny_flows import make_flow, size_of
 from tiny_text import PROMPTS
 
 
@@ -75,3 +76,15 @@ def test_a_record_of_an_earlier_version_is_written_again_by_resuming(run, tmp_pa
     (other / "training.json").unlink()
     cli.main(["distil", f"--output_dir={other}", "--resume_from_checkpoint=latest"])
     assert json.loads((other / "training.json").read_text())["comfyui"] == record["comfyui"]
+
+
+@pytest.mark.parametrize("eta", [0, 1])
+def test_a_training_says_at_once_whether_its_student_cannot_be_exported(distil, tmp_path, capsys, eta):
+    (flow := make_flow("sd3")).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    options = {"pretrained_teacher_model": tmp_path / "teacher", "prompts": tmp_path / "prompts.txt", "lora_rank": 2}
+    options |= {"resolution": (*size_of(flow),), "guidance_scale": 2.0, "noise_eta": eta}
+    distil(tmp_path / "run", **options, train_batch_size=2, max_train_steps=1, critic_updates=1, lr_warmup_steps=0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "comfyui" in line]
+    assert len(lines) == eta
+    assert all("will refuse this student" in line and "distil with --noise_eta 0" in line for line in lines)
