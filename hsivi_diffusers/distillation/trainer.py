@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, LoggerType, set_seed
 from diffusers import DiffusionPipeline
 
 from ..runs.artifacts import PROMPTS, read_record
@@ -100,6 +101,7 @@ class HSIVITrainer:
         config.check()
         check_objective(objective, config)
         adam_of(config)  # refused now, and not after the teacher is loaded
+        check_tracker(config.report_to)
         name = os.fspath(teacher) if isinstance(teacher, str | os.PathLike) else None
         inputs: dict[str, Any] = {"pretrained_teacher_model": name}
         inputs["prompts"] = config.prompts if isinstance(config.prompts, str) else None
@@ -320,6 +322,16 @@ def make_accelerator(config: HSIVIConfig) -> Accelerator:
             "this CPU has no instructions for mixed_precision='bf16', and takes up to 70 times longer: give 'no'"
         )
     return accelerator
+
+
+def check_tracker(name: str | None) -> None:
+    """Refuses, with ValueError, an unknown tracker, and one without its package, which accelerate would leave out."""
+    known = [each for each in LoggerType.list() if each != "all"]
+    if name not in (None, "all", *known):
+        raise ValueError(f"report_to={name!r} is unknown: choose one of {', '.join(known)}, or all")
+    if name is not None and not any(map(find_spec, known if name == "all" else [name])):
+        package = "tensorboard" if name == "all" else name
+        raise ValueError(f"report_to={name!r}, and its package is not installed: pip install {package}")
 
 
 @contextmanager

@@ -773,3 +773,18 @@ def test_trackers_get_the_options_and_are_ended(distil, tmp_path, monkeypatch, e
     options = yaml.safe_load(record.read_text())
     assert (options["learning_rate"], options["num_inference_steps"], options["max_grad_norm"]) == (1e-4, "[2]", None)
     assert options["pretrained_teacher_model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tensorbord", "report_to='tensorbord' is unknown: choose one of .*tensorboard, wandb, .* or all"),
+        ("tensorboard", "report_to='tensorboard', and its package is not installed: pip install tensorboard"),
+        ("all", "report_to='all', and its package is not installed: pip install tensorboard"),
+    ],
+)
+def test_a_tracker_without_its_package_is_refused_before_the_teacher_is_loaded(monkeypatch, name, message):
+    """accelerate would leave it out; tensorboardX, which it takes for tensorboard, cannot write the options."""
+    monkeypatch.setattr(trainer, "find_spec", lambda package: None)
+    with pytest.raises(ValueError, match=message):
+        make("no teacher", report_to=name)
