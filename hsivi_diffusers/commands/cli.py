@@ -59,6 +59,9 @@ EXPORT = """Write the LoRA of a finished run for another program, with what it n
     hsivi export --run_dir runs/sd4 --format comfyui --output_dir runs/sd4/comfyui
 
 Writes the LoRA, workflow.json and README.md."""
+DEMO = """Open a page in the browser that draws from distilled samplers, each beside a solver and its teacher.
+
+    hsivi demo --pipeline runs/digits_t5"""
 
 
 @dataclass
@@ -121,6 +124,17 @@ class Export:
     run_dir: str | None = option(None, "folder of a run whose result is a LoRA")
     format: Literal["comfyui"] = option("comfyui", "program that it is for")
     output_dir: str | None = option(None, "folder to write; a new or empty one")
+
+
+@dataclass
+class Demo:
+    _group = "demo"
+    pipeline: list[str] = option(
+        [], "distilled pipelines to choose from: folders, of runs too, or repo ids; in a clone its students by default"
+    )
+    server_name: str = option("127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
+    server_port: int | None = option(None, "port; the first free one from 7860 on by default")
+    device: str | None = option(None, "cpu, cuda or another torch device; the GPU if there is one")
 
 
 def distil(args: Sequence[str], prog: str = "hsivi distil") -> None:
@@ -277,11 +291,12 @@ def evaluate(args: Sequence[str]) -> None:
 
 def demo(args: Sequence[str]) -> None:
     """Runs `hsivi demo`."""
+    (options,) = parse_options([Demo], DEMO, args, "hsivi demo")
     if find_spec("gradio") is None:
         raise ValueError("gradio is missing: pip install 'hsivi-diffusers[demo]'")
-    from .demo import main
+    from .demo import serve
 
-    main(args)
+    serve(options)
 
 
 def push_run(args: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import math
 import socket
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -20,16 +20,12 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ..runs.options import option
 from ..teachers.loading import kind_of
 from .comparison import SOLVER, Panel, Request, Student, Students, compare, draw_strip, names_repo
-from .options import check_numbers, parse_options
+from .options import check_numbers
 from .sample import usable_device
 
 Judge = Callable[[Sequence[Image.Image], Sequence[Any]], str]  # images and their classes or prompts -> a remark
-DEMO = """Open a page in the browser that draws from distilled samplers, each beside a solver and its teacher.
-
-    hsivi demo --pipeline runs/digits_t5"""
 BUNDLED = [Path("assets/students") / name for name in ("emoji_t4", "fashion_t4", "digits_t4")]  # in a clone
 MOST_STEPS, MOST_IMAGES = 100, 16  # of the teacher; of a request
 LAST_SEED = 2**53
@@ -63,17 +59,6 @@ CSS = """
 .strip div { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: 1rem }
 @media (max-width: 700px) { .columns { grid-template-columns: minmax(0, 1fr) } }
 """
-
-
-@dataclass
-class Demo:
-    _group = "demo"
-    pipeline: list[str] = option(
-        [], "distilled pipelines to choose from: folders, of runs too, or repo ids; in a clone its students by default"
-    )
-    server_name: str = option("127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
-    server_port: int | None = option(None, "port; the first free one from 7860 on by default")
-    device: str | None = option(None, "cpu, cuda or another torch device; the GPU if there is one")
 
 
 def picture(image: Image.Image, about: str) -> str:
@@ -235,7 +220,7 @@ def launch(page: gr.Blocks, **where: Any) -> str:
     return str(address)
 
 
-def check_address(options: Demo) -> None:
+def check_address(options: Any) -> None:
     """Refuses an address or a port that cannot be listened at, which gradio tries for minutes.
 
     Raises:
@@ -251,8 +236,8 @@ def check_address(options: Demo) -> None:
         raise ValueError(f"{where}: {error}; give an address of this machine, and a free port") from error
 
 
-def serve(options: Demo, judge: Judge | None = None) -> None:
-    """Serves the page until Ctrl-C.
+def serve(options: Any, judge: Judge | None = None) -> None:
+    """Serves the page until Ctrl-C; the options are a `Demo`.
 
     Raises:
         ValueError: There is no student, or a name, the address or the port cannot be used.
@@ -267,9 +252,3 @@ def serve(options: Demo, judge: Judge | None = None) -> None:
     address = launch(page, server_name=options.server_name, server_port=options.server_port)
     print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()
-
-
-def main(args: Sequence[str]) -> None:
-    """Runs `hsivi demo`."""
-    (options,) = parse_options([Demo], DEMO, args, "hsivi demo")
-    serve(options)

@@ -68,12 +68,19 @@ def ask(capsys, *args):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_shows_its_options(capsys, command):
-    if command == "demo":
-        pytest.importorskip("gradio", reason="needs the extra demo")
     text = ask(capsys, command, "--help")
     assert text.startswith(f"usage: hsivi {command} ")
     assert "--config" in text
     assert len(ask(capsys, command, "--help_all")) >= len(text)
+
+
+def test_the_demo_needs_gradio_and_its_help_does_not(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "hsivi_diffusers.commands.demo", None)
+    assert "--server_port" in ask(capsys, "demo", "--help")
+    with pytest.raises(SystemExit):
+        cli.main(["demo"])
+    assert capsys.readouterr().err == "error: gradio is missing: pip install 'hsivi-diffusers[demo]'\n"
 
 
 def test_the_help_of_a_distillation_has_the_defaults_of_the_preset_that_is_named(capsys):

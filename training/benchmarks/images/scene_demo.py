@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hsivi_diffusers.commands.demo import Demo, Judge, serve
+from hsivi_diffusers.commands.cli import Demo
+from hsivi_diffusers.commands.demo import Judge, serve
 from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.evaluation.images import stack_images
 
