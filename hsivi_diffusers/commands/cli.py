@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..runs.artifacts import ADAPTER, holds_pipeline, pipeline_of, read_record, sample_grids
+from ..runs.folders import check_spelling
 from ..runs.next_steps import resumption
 from ..runs.options import did_you_mean, option
 from .options import parse_options, print_error, run_command, with_dashes
@@ -217,6 +218,7 @@ def read_distillation(args: Sequence[str], prog: str, description: str, *more: t
         )
     if not teacher.pretrained_teacher_model:
         raise ValueError(_why_no_teacher(teacher.resume_from_checkpoint, config.output_dir, record))
+    check_spelling(teacher.pretrained_teacher_model)  # before torch is imported
     return teacher, config, hub, *rest
 
 

@@ -91,7 +91,7 @@ def _load_dataset(name: str) -> tuple[Iterable[Image.Image], torch.Tensor | None
 def check_source(name: str) -> None:
     """Raises ValueError if images of a source cannot be asked for: it is no folder, and datasets are not installed."""
     if name != "digits" and not Path(name).is_dir():
-        check_spelling(name)
+        check_spelling(name, has_owner=False)
         try:
             import datasets  # noqa: F401
         except ImportError as error:

@@ -119,24 +119,38 @@ def _to_disk(path: Path) -> None:
 
 
 def near_folder(folder: Path, likeness: float = 0.6) -> str:
-    """Ends a message about a missing folder: suggests one of nearly that name, if there is one."""
-    if folder.exists() or not folder.parent.is_dir():
+    """Ends a message about a missing folder: suggests one of nearly that name, or says that only its parent is here."""
+    if near := _near(folder, likeness):
+        return f"; did you mean {near}?"
+    parent = folder.parent
+    if folder.exists() or not (parent.name and parent.is_dir()):
         return ""
+    return f"; the folder {parent} is here, and has no {folder.name}"
+
+
+def _near(folder: Path, likeness: float) -> Path | None:
+    """A folder of nearly the name of one that is missing, if there is one."""
+    if folder.exists() or not folder.parent.is_dir():
+        return None
     names = [each.name for each in folder.parent.iterdir() if each.is_dir()]
-    near = difflib.get_close_matches(folder.name, names, 1, likeness)
-    return f"; did you mean {folder.parent / near[0]}?" if near else ""
+    return next((folder.parent / name for name in difflib.get_close_matches(folder.name, names, 1, likeness)), None)
 
 
-def check_spelling(name: str) -> None:
+def check_spelling(name: str, has_owner: bool = True) -> None:
     """Refuses a mistyped folder before the Hub is asked for it, which can take a minute.
+
+    Args:
+        name: Of a folder or repo.
+        has_owner: Whether a repo is named with its owner, as all but data sets are.
 
     Raises:
         ValueError: There is no such folder, and it is written like one, or there is one of nearly this name. Names with
             other numbers are different ones: of `user/model-v1` only `user/model-v2` may be here.
     """
     path = Path(name)
-    near = near_folder(path, 0.85)
-    is_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
+    near = str(_near(path, 0.85) or "")
+    slashes = (1,) if has_owner else (0, 1)
+    is_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") not in slashes or "\\" in name
     if not path.exists() and (is_local or (near and re.findall(r"\d", name) == re.findall(r"\d", near))):
         raise ValueError(
             f"{name!r} is no folder here: give a folder, or a repo id such as user/name{near_folder(path)}"

@@ -17,6 +17,10 @@ CHOICES = "choose one of distil, plan, sample, evaluate, push, export, demo"
     [
         (["distil", "--output_dir", "x"], "--pretrained_teacher_model is missing"),
         (["distil", "--pretrained_teacher_model", "./nowhere", "--output_dir", "x"], "'./nowhere' is no folder here"),
+        (
+            ["plan", "--pretrained_teacher_model=teacher"],
+            "'teacher' is no folder here: give a folder, or a repo id such",
+        ),
         (["distil", "--pretrained_teacher_model", "a/b"], "--output_dir is missing"),
         (["distil", "--output_dir=x", "--resume_from_checkpoint=latest"], "--output_dir x holds no run to resume"),
         (["plan", "--num_inference_steps", "0"], "--num_inference_steps=[0]: give one number of steps of at least 1"),

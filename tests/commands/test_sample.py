@@ -138,12 +138,12 @@ def test_what_cannot_be_drawn_is_refused_before_weights_are_loaded(draw, tmp_pat
     [
         ("--class_label=1", "this pipeline has no classes, leave it out"),
         ("--prompt=a cat", "this pipeline takes no text, leave it out"),
-        ("--pipeline=digits_t4", "--pipeline digits_t4 is no folder .* was not found on the Hub .*mean digits_t5"),
+        ("--pipeline=me/digits_t4", "--pipeline me/digits_t4 is no folder .* not found on the Hub .*mean me/digits_t5"),
         ("--pipeline=no/body", "--pipeline no/body is no folder here and was not found on the Hub"),
     ],
 )
 def test_what_only_the_pipeline_or_the_hub_can_tell_is_refused_too(draw, tmp_path, monkeypatch, option, message):
-    (tmp_path / "digits_t5").mkdir()
+    (tmp_path / "me" / "digits_t5").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         draw("samples", option)

@@ -231,7 +231,7 @@ def test_a_mistyped_start_is_refused_before_a_teacher_is_loaded(tmp_path, monkey
     for name in ("runs/lora", "runs/lora/fast.safetensors", "user/name", "user/name/fast.safetensors"):
         check_start(name)
     mistyped = {
-        "lora": "does not say whose it is",
+        "lora": "is no folder here",
         "./none.safetensors": "is no folder here",
         "runs/loras": "did you mean runs/lora[?]",
         "runs/lora/past.safetensors": "the folder runs/lora has no such file",
