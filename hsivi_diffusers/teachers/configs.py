@@ -14,10 +14,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, SchedulerMixin, UNet2DModel
 
 from ..pipeline_hsivi import parts_of
+from ..runs.artifacts import ADAPTER
 from ..runs.folders import check_spelling, near_folder
 from ..scheduling_hsivi import HSIVIScheduler
 
 REMEDY = "give a folder or repo id that DiffusionPipeline.from_pretrained loads, such as google/ddpm-cifar10-32"
+OF_STUDENT = "give the teacher it had, and, to train its student further, name the run or LoRA by init_from"
 # Names of pipelines of diffusers that are refused, as regular expressions, and why.
 REFUSED = {
     "SanaSprint|LatentConsistency|KleinKV": "it is distilled already: give the model that it was distilled from",
@@ -55,6 +57,7 @@ def read_configs(name: str, revision: str | None) -> Configs:
         OSError: A config is missing.
     """
     check_spelling(name)
+    check_no_student(name)
     index: dict[str, Any] = {}
     # Network and scheduler are enough for a plan, but not if the index is damaged.
     with nullcontext() if (Path(name) / "model_index.json").is_file() else suppress(OSError):
@@ -67,6 +70,14 @@ def read_configs(name: str, revision: str | None) -> Configs:
         network["_class_name"] = DiTTransformer2DModel.__name__  # as diffusers does
     vae = dict(AutoencoderKL.load_config(name, subfolder="vae", revision=revision)) if "vae" in parts else None
     return Configs(index.get("_class_name", "pipeline"), parts, network, scheduler, vae)
+
+
+def check_no_student(name: str) -> None:
+    """Refuses, with ValueError, the folder of a run or of a LoRA as a teacher."""
+    folder = Path(name)
+    kind = "run" if (folder / "options.json").is_file() else "LoRA" if (folder / ADAPTER).is_file() else None
+    if kind is not None and not (folder / "model_index.json").is_file():
+        raise ValueError(f"teacher {name!r} is the folder of a {kind}: {OF_STUDENT}")
 
 
 def _read_config(name: str, part: str, kind: str | None, revision: str | None) -> dict[str, Any]:
@@ -136,7 +147,7 @@ def schedule_of(name: str, configs: Configs, knows_size: bool = False, scales_in
         scales_input: Whether its pipelines scale the input of the network.
     """
     if configs.scheduler.get("layer_timesteps"):
-        raise ValueError(f"teacher {name} has the scheduler of a sampler that was distilled: give the teacher it had")
+        raise ValueError(f"teacher {name} has the scheduler of a sampler that was distilled: {OF_STUDENT}")
     try:
         schedule: HSIVIScheduler = HSIVIScheduler.from_config({**configs.scheduler})
     except ValueError as error:

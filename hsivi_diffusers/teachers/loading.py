@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
+from diffusers.utils import is_transformers_available, logging
 from huggingface_hub import ModelCard, file_exists, hf_hub_download
 from safetensors import safe_open
 from torch import nn
@@ -27,6 +27,7 @@ from ..scheduling_hsivi import HSIVIScheduler
 from ..share.push import CUT
 from .adapters import BASE, read_adapter
 from .configs import (
+    OF_STUDENT,
     REMEDY,
     Configs,
     check_agreement,
@@ -90,11 +91,13 @@ def check_configs(name: str, configs: Configs, kind: type[PipelineTeacher]) -> H
     part = part_of(configs.parts)
     others = sorted({*configs.parts} - {part, "scheduler"})
     if "unet_noise_scale" in configs.parts or configs.kind == HSIVIPipeline.__name__:
-        raise ValueError(f"teacher {name} is an HSIVIPipeline, a sampler that was distilled: give the teacher it had")
+        raise ValueError(f"teacher {name} is an HSIVIPipeline, a sampler that was distilled: {OF_STUDENT}")
     if kind is Pixels and (others or part == "transformer"):
         raise ValueError(
             f"teacher {name} is a {configs.kind} with {', '.join(others or [part])}: only {SUPPORTED} can be distilled"
         )
+    if kind.takes_text and not is_transformers_available():
+        raise ValueError(f"teacher {name} is a {configs.kind}, and transformers is missing: pip install transformers")
     found, wanted = configs.network["_class_name"], kind.network_class.__name__
     bases = (each.__name__ for each in getattr(diffusers, str(found), object).__mro__)
     if wanted not in (found, *bases):

@@ -56,7 +56,9 @@ def test_a_mistyped_folder_is_refused_with_the_one_that_is_there(tmp_path, monke
     for name, message in (
         (str(tmp_path / "nothing"), "is no folder here"),
         ("./nothing", "is no folder here"),
-        ("nobody/nothing", "'nobody/nothing' is no folder here, and was not loaded from the Hub"),
+        ("nothing", "is no folder here"),
+        ("nobody/nothing", "'nobody/nothing' is no folder here, and was not loaded from the Hub .*ddpm-cifar10-32$"),
+        ("empty/nothing", "was not loaded from the Hub .*; the folder empty is here, and has no nothing$"),
         (str(tmp_path / "empty"), "empty' cannot be loaded"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -131,6 +133,14 @@ def test_what_is_no_teacher_is_refused_before_its_weights_are_loaded(tmp_path, m
         weights.unlink()
     for read in (load_teacher, read_teacher):
         with pytest.raises(ValueError, match=message):
+            read(str(tmp_path))
+
+
+@pytest.mark.parametrize(("file", "kind"), [("options.json", "run"), ("pytorch_lora_weights.safetensors", "LoRA")])
+def test_what_was_distilled_is_no_teacher(tmp_path, file, kind):
+    (tmp_path / file).write_text("{}")
+    for read in (load_teacher, read_teacher):
+        with pytest.raises(ValueError, match=f"is the folder of a {kind}: give the teacher it had, .* by init_from"):
             read(str(tmp_path))
 
 

@@ -27,7 +27,7 @@ from hsivi_diffusers.distillation.updates import run_updates
 from hsivi_diffusers.runs import artifacts
 from hsivi_diffusers.runs.artifacts import ADAPTER, read_prompts, read_run
 from hsivi_diffusers.runs.default_prompts import default_prompts
-from hsivi_diffusers.teachers import latents, prompts
+from hsivi_diffusers.teachers import latents, loading, prompts
 from hsivi_diffusers.teachers.adapters import add_adapter, factor_names, of_file, share
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.loading import load_student
@@ -111,6 +111,12 @@ def run(trainer):
 def encode(teacher, texts, negative=""):
     teacher.encode_prompts(texts, negative, CPU)
     return teacher
+
+
+def test_a_text_teacher_without_transformers_is_refused_with_the_remedy(text_teachers, monkeypatch):
+    monkeypatch.setattr(loading, "is_transformers_available", lambda: False)
+    with pytest.raises(ValueError, match="is a StableDiffusionPipeline, and transformers is missing: pip install tr"):
+        load_teacher(text_teachers("sd"))
 
 
 def test_an_adapter_on_other_weights_is_reported(run, text_teachers, tmp_path, caplog):
