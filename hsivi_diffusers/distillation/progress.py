@@ -23,7 +23,7 @@ from ..runs.artifacts import GRID_COLUMNS as COLUMNS
 from ..runs.artifacts import GRID_ROWS as ROWS
 from ..runs.bars import bar
 from ..runs.folders import write_text
-from ..runs.measures import BOUND, RATIOS, format_ratios
+from ..runs.measures import BOUND, RATIOS, counted, format_ratios
 from ..runs.page import LOG, REFRESH, read_log, write_page
 from ..teachers.solvers import batches, run_solver
 from ..vi import Step
@@ -78,6 +78,7 @@ class Progress:
         self.state, self.config, self.accelerator = state, state.config, state.accelerator
         self.running: dict[str, float] = {}
         self.unread: list[Tensor] = []  # mean losses of updates, still on the device: to read them is to wait for it
+        self.warned = False
         self.far = 0  # grids in a row, up to the last one, that are far from the teacher's
         self.folder = Path(str(self.config.output_dir))
         channels = state.teacher.image_shape[0]
@@ -194,7 +195,7 @@ class Progress:
             path = folder / f"step-{step}.png"
             grid.resize(size, Image.Resampling.NEAREST).save(path)
             compared = beside_teacher(images)
-            tqdm.write(f"after {step} updates: {format_ratios(compared)}, {path}")
+            tqdm.write(f"after {counted(step, 'update')}: {format_ratios(compared)}, {path}")
             self._log(step, compared)
             ratios.copy_(torch.tensor([*compared.values()]))
             self._write_page()
@@ -207,7 +208,7 @@ class Progress:
         return shared
 
     def _judge(self, step: int, ratios: list[float]) -> None:
-        """Warns when contrast or diversity leaves the usual range; stops the run after two bad grids."""
+        """Warns once when contrast or diversity leaves the usual range; stops the run after two bad grids."""
         total = self.config.max_train_steps
         if not ratios or 10 * step < total:
             return
@@ -220,9 +221,10 @@ class Progress:
 
         def describe(found: dict[str, float]) -> str:
             text = " and ".join(f"{ratio:.2f} times the {name}" for name, ratio in found.items())
-            return f"after {step} updates the images have {text} of the teacher's"
+            return f"after {counted(step, 'update')} the images have {text} of the teacher's"
 
-        if (unusual := outside(BOUND)) and self.accelerator.is_main_process:
+        if (unusual := outside(BOUND)) and not self.warned and self.accelerator.is_main_process:
+            self.warned = True
             tqdm.write(f"{describe(unusual)}, and {1 / BOUND:.2f} to {BOUND} is usual: {where}")
         self.far = self.far + 1 if outside(LIMIT) else 0
         if self.far > 1 and step < total:

@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 from ..runs.artifacts import PROMPTS, read_record
 from ..runs.checkpoints import Checkpoints
 from ..runs.folders import remove_folder, write_json, write_text
+from ..runs.measures import counted
 from ..runs.output import Output, check_inputs, claimed, finished, start_run, starting_run
 from ..runs.page import LOG, PAGE, write_page
 from ..share.push import push
@@ -178,7 +179,7 @@ class HSIVITrainer:
             if main and self.state.teacher.takes_text:  # a run that is refused keeps its own
                 write_text(checkpoints.output_dir / PROMPTS, "\n".join(self.state.teacher.conditions.prompts) + "\n")
             if start >= config.max_train_steps:
-                self.accelerator.print(f"nothing is left to do, the run had {start} updates")
+                self.accelerator.print(f"nothing is left to do, the run had {counted(start, 'update')}")
             elif has_adapter(self.state.student.network) and "refused" in (found := self._find_workflow()):
                 self.accelerator.print(f"`hsivi export --format comfyui` will refuse this student: {found['refused']}")
             with signals_as_trigger(self.accelerator), self.state.counting_rows():

@@ -132,7 +132,7 @@ def _line(number: int, curve: Curve, last: int, axis: Axis) -> str:
         return drawn
     dots = zip(points, curve, strict=True)
     return drawn + "".join(
-        f'<circle class="{_style(number)}" cx="{x:.1f}" cy="{y:.1f}" r="2.2"><title>after {step} updates: {value:.4g}'
+        f'<circle class="{_style(number)}" cx="{x:.1f}" cy="{y:.1f}" r="2.2"><title>after update {step}: {value:.4g}'
         "</title></circle>"
         for (x, y), (step, value) in dots
     )

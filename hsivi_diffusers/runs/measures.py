@@ -47,6 +47,11 @@ def format_measure(name: str, value: float, spread: float = math.nan) -> str:
     return format(measure.factor * value, measure.form) + around
 
 
+def counted(number: Any, noun: str) -> str:
+    """Writes a number with its noun: `1 update`, `2 updates`."""
+    return f"{number} {noun}{'s' * (str(number) != '1')}"
+
+
 def format_ratios(line: Mapping[str, Any]) -> str:
     """Says how the images of a grid compare with the teacher's; empty where that was not measured."""
     if not set(RATIOS) <= line.keys():

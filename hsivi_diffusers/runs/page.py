@@ -16,7 +16,7 @@ from typing import Any
 from .artifacts import GRID_ROWS, PROMPTS, column_prompts, read_json, sample_grids
 from .curves import charts
 from .folders import write_text
-from .measures import BOUND, HALVES, MEASURES, REPORTED, format_measure, format_ratios
+from .measures import BOUND, HALVES, MEASURES, REPORTED, counted, format_measure, format_ratios
 from .next_steps import next_steps
 from .options import renamed
 from .page_design import SCRIPT, STYLE
@@ -136,7 +136,7 @@ def _cost(options: dict[str, Any], training: dict[str, Any], state: str) -> str:
     counts = options.get("num_inference_steps")
     steps = ", ".join(map(str, counts if isinstance(counts, list) else [counts]))
     teacher, updates = options.get("pretrained_teacher_model"), options.get("max_train_steps")
-    text = f"{steps} steps, distilled from {teacher} in {updates} updates."
+    text = f"{counted(steps, 'step')}, distilled from {teacher} in {counted(updates, 'update')}."
     if not training.get("seconds"):
         return f"{text} The training {state}."
     calls = f", {training['network_calls']:,} network calls of one image each" if training.get("network_calls") else ""

@@ -212,6 +212,8 @@ def test_it_tells_whether_the_training_has_ended(folder):
     cost = {"seconds": 61.2, "network_calls": 12345, "mixed_precision": "bf16"}
     (folder / "training.json").write_text(json.dumps(cost))
     assert "in 9 updates. It took 61 s, 12,345 network calls of one image each, in bf16." in page(folder)
+    (folder / "options.json").write_text('{"num_inference_steps": [1], "max_train_steps": 1}')
+    assert "<p>1 step, distilled from None in 1 update. It took 61 s" in page(folder)
 
 
 def test_a_run_writes_its_page_and_a_resumed_one_logs_each_update_once(distil, tmp_path, monkeypatch):
