@@ -52,7 +52,8 @@ PUSH = """Push the pipeline of a finished run to the Hub, with a model card made
 
     hsivi push --run_dir runs/digits_t5 --hub_model_id user/digits-hsivi-5 --license apache-2.0
 
-Run `hsivi evaluate` first: the card then says how good the sampler is."""
+Run `hsivi evaluate` first: the card then says how good the sampler is. With --output_dir FOLDER the files and the card
+are written there, to look at them, and nothing is pushed."""
 
 
 EXPORT = """Write the LoRA of a finished run for another program, with what it needs there.
@@ -117,6 +118,7 @@ class Push(Hub):
     license: str | None = option(None, "identifier of the licence, such as apache-2.0, for the card")
     fp16: bool = option(True, "push the weights in half precision too, as the variant fp16")
     hub_revision: str | None = option(None, "branch to push to; created if it does not exist")
+    output_dir: str | None = option(None, "new folder to write the files and the card to, instead of pushing them")
 
 
 @dataclass
@@ -313,11 +315,16 @@ def push_run(args: Sequence[str]) -> None:
         raise ValueError(f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline")
     from ..share.push import push
 
-    settings = {name: getattr(options, name) for name in ("run_dir", "base_model", "license", "fp16")}
+    settings = {name: getattr(options, name) for name in ("run_dir", "base_model", "license", "fp16", "output_dir")}
     settings |= {"revision": options.hub_revision, **options.settings()}
     with hub_errors_as_oserror():
         url = push(folder, options.hub_model_id, **settings)
-    print(f"pushed to {url}")
+    if options.output_dir is None:
+        print(f"pushed to {url}")
+        return
+    for path in sorted(path for path in Path(url).rglob("*") if path.is_file()):
+        print(f"{path.stat().st_size:>13,} {path}")
+    print(f"nothing was pushed: read the card, {Path(url) / 'README.md'}, and push by the same without --output_dir")
 
 
 def export_run(args: Sequence[str]) -> None:

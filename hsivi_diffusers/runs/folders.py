@@ -36,6 +36,12 @@ def check_output_dir(output_dir: str | None, keep: bool, remedy: str = "") -> Pa
     return path
 
 
+def check_empty(path: Path) -> None:
+    """Refuses, with ValueError, an output folder that is not new or empty."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"--output_dir {path} is not an empty folder: name a new one")
+
+
 def claim_output_dir(output_dir: str | None, keep: bool) -> Path:
     """Makes the output folder, see `check_output_dir`."""
     path = check_output_dir(output_dir, keep)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.artifacts import ADAPTER
-from ..runs.folders import replace_folder
+from ..runs.folders import check_empty, replace_folder
 
 WORKFLOW = "workflow.json"
 LORA = "lora_name"  # the input of a node that names the file of the student
@@ -107,8 +107,7 @@ def export(adapter: Path, training: dict[str, Any], name: str, output_dir: Path)
     """
     lora = f"{name}.safetensors"
     nodes = read_workflow(training, lora)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"--output_dir {output_dir} is not an empty folder: name a new one")
+    check_empty(output_dir)
     output_dir = output_dir.absolute()
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = output_dir.with_name(f".{output_dir.name}.partial")

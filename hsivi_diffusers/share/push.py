@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from PIL import ImageOps
 from ..evaluation.images import enlarge
 from ..pipeline_hsivi import HSIVIPipeline, check_finite_weights, network_calls
 from ..runs.artifacts import ADAPTER, read_record, read_run
+from ..runs.folders import check_empty
 from ..runs.state_dicts import load_tensors
 from ..scheduling_hsivi import HSIVIScheduler
 from .card import is_ours, make_adapter_card, make_card
@@ -55,6 +56,7 @@ def push(
     revision: str | None = None,
     commit_message: str | None = None,
     token: str | bool | None = None,
+    output_dir: str | Path | None = None,
 ) -> str:
     """Uploads a distilled pipeline, or a LoRA file with its scheduler, with its model card, all in one commit.
 
@@ -75,30 +77,37 @@ def push(
         revision: Branch to push to; created if missing.
         commit_message: Of the commit.
         token: Access token; that of `hf auth login` by default.
+        output_dir: A new or empty folder, to look at the files first: they are written there, and the Hub is not asked.
 
     Returns:
-        URL of the commit.
+        URL of the commit, or the output folder.
 
     Raises:
         ValueError: The pipeline has no trained grid, has weights that are not finite or would not load as it is,
             `run_dir` is not the folder of its run, `repo_id` or `base_model` is not the name of a repo, or a repo that
-            should be private is public.
+            should be private is public, or the output folder is not empty.
         HfHubHTTPError: The Hub refuses: no valid token, no right to write, or a name that is taken.
     """
     for name in [repo_id] if base_model is None else [repo_id, base_model]:
         check_repo_id(name)
+    if output_dir is not None:
+        check_empty(Path(output_dir))
     folder = Path(pipeline) if isinstance(pipeline, str | Path) else None
     adapter = folder if folder is not None and (folder / ADAPTER).is_file() else None
     if folder is not None and adapter is None:
         pipeline = load_folder(folder)
     scheduler = check_pipeline(pipeline) if adapter is None else check_adapter(adapter)
     run, api = read_run(run_dir, scheduler.config.layer_timesteps), _open_hub(token)
-    with tempfile.TemporaryDirectory() as files:
-        about: dict[str, Any] = {"base_model": base_model or _public_teacher(api, run), "license": license}
+    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(str(output_dir)) as files:
+        asked = None if output_dir is not None else api
+        about: dict[str, Any] = {"base_model": base_model or _public_teacher(asked, run), "license": license}
+        Path(files).mkdir(parents=True, exist_ok=True)
         if adapter is None:
             write_repo(Path(files), pipeline, repo_id, run, fp16, **about)
         else:
             write_adapter_repo(Path(files), adapter, scheduler, repo_id, run, **about)
+        if output_dir is not None:
+            return files
         claim(repo_id, exist_ok=exist_ok, private=private, token=token)
         with remedies(repo_id):
             if revision is not None:
@@ -154,15 +163,15 @@ def check_pipeline(pipeline: Any) -> Any:
     return pipeline.scheduler
 
 
-def _public_teacher(api: HfApi, run: dict[str, Any]) -> str | None:
-    """Returns the teacher of the run if the Hub has a repo of that name; a local path stays private."""
+def _public_teacher(api: HfApi | None, run: dict[str, Any]) -> str | None:
+    """Returns the teacher of the run if the Hub has it, where that is asked; a local path stays private."""
     name = run["training"].get("base_model")
     try:
         check_repo_id(name)
     except ValueError:
         return None
     with remedies(name):
-        return name if api.repo_exists(name) else None
+        return name if api is None or api.repo_exists(name) else None
 
 
 def _upload(api: HfApi, repo_id: str, folder: str, revision: str | None, message: str, stale: list[str]) -> str:

@@ -50,6 +50,21 @@ def test_a_finished_run_is_pushed_with_its_card(logged_in, fast_run, capsys, ref
     assert "--hub_exist_ok" in text
 
 
+def test_what_would_be_pushed_is_written_without_a_hub(logged_in, fast_run, tmp_path, capsys, refused):
+    arguments = ["push", f"--run_dir={fast_run}", "--hub_model_id=alice/fast"]
+    cli.main([*arguments, f"--output_dir={tmp_path / 'files'}"])
+    *listed, last = capsys.readouterr().out.splitlines()[-10:]
+    assert last.startswith(f"nothing was pushed: read the card, {tmp_path / 'files' / 'README.md'}")
+    assert logged_in.repos == {}
+    assert "is not an empty folder" in refused(cli.main, [*arguments, f"--output_dir={tmp_path}"])
+    cli.main(arguments)
+    written = {str(path): data for path, data in contents(tmp_path / "files").items()}
+    pushed = dict(logged_in.repos["alice/fast"].branches["main"].files)
+    del pushed[".gitattributes"]  # of the Hub
+    assert written == pushed
+    assert all(any(line.endswith(f"/{name}") for line in listed) for name in written)
+
+
 def test_training_pushes_at_its_end_what_it_saved(logged_in, train, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
     folder = tmp_path / "run"
