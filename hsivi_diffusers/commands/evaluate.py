@@ -2,13 +2,15 @@
 
     hsivi evaluate --run_dir runs/my_run
 
-Writes RUN_DIR/report.json, report.md, samples.png and curve.png, and adds them to RUN_DIR/index.html. Images are
-compared to a reference: images that the teacher draws in many steps, or, with --real_data, real images. All methods
-start from the same noise, with the same balanced class labels; the reference has noise of its own.
+Writes RUN_DIR/report.json, report.md, samples.png and curve.png, and adds them to RUN_DIR/index.html; with --output_dir
+the four go there, and the run stays as it is. Images are compared to a reference: images that the teacher draws in many
+steps, or, with --real_data, real images. All methods start from the same noise, with the same balanced class labels;
+the reference has noise of its own.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from ..evaluation.metrics import FEWEST, PACKAGES, Measures, split_halves
 from ..evaluation.report import OURS, Report, load_run
 from ..runs.artifacts import PROMPTS, read_json
 from ..runs.bars import bar
+from ..runs.folders import claim_output_dir
 from ..runs.measures import REPORTED
 from ..runs.options import option
 from ..runs.page import write_page
@@ -39,7 +42,8 @@ BASELINES = ("DDIM", "Euler", *ON_GRID)
 @dataclass
 class Evaluation:
     _group = "evaluation"
-    run_dir: str | None = option(None, "folder of a finished distillation; the report goes there")
+    run_dir: str | None = option(None, "folder of a finished distillation")
+    output_dir: str | None = option(None, "folder of the report; by default that of the run, for its page and card")
     teacher: str | None = option(None, "folder or repo id of the teacher; that of the run by default")
     real_data: str | None = option(
         None,
@@ -158,6 +162,9 @@ def main(args: list[str] | None = None) -> None:
     options.check()
     run_dir = Path(options.run_dir)
     training = load_run(run_dir)
+    output = claim_output_dir(options.output_dir or options.run_dir, keep=True)
+    if not os.access(output, os.W_OK):
+        raise ValueError(f"{output} cannot be written to: name another folder for the report by --output_dir")
     training["teacher"] = options.teacher or training["pretrained_teacher_model"]
     if training["teacher"] is None:
         raise ValueError(
@@ -181,15 +188,16 @@ def main(args: list[str] | None = None) -> None:
     samplers = list(make_samplers(options, student, guided))  # refuses counts without a grid
     reference, labels, name = load_reference(options, guided, classes, batch)
     measures = Measures(network.to(device), reference, REPORTED)
-    if before := read_json(run_dir / "report.json").get("features"):
-        print(f"The report in {run_dir} (features: {before}) will be replaced.")
+    if before := read_json(output / "report.json").get("features"):
+        print(f"The report in {output} (features: {before}) will be replaced.")
 
     headline, features = "fd" if options.feature_extractor else "kid", options.feature_name or features
-    report = Report(run_dir, training, headline, features, name, split_halves(network, reference, REPORTED))
+    report = Report(output, training, headline, features, name, split_halves(network, reference, REPORTED))
     size, batch_size, seed = options.num_samples, batch, options.eval_seed
     for method, nfe, sampler, grid in samplers:
         images = draw(f"{method} at {nfe}", sampler, size, batch_size, seed, classes)
         report.add(method, nfe, grid, images, measures, seed)
     report.draw(reference, labels, classes)
-    write_page(run_dir, usual_options(training))
+    if output.samefile(run_dir):
+        write_page(run_dir, usual_options(training))
     print(report.closing_lines())

@@ -14,6 +14,7 @@ from ..runs.artifacts import read_record
 from ..runs.folders import write_json, write_text
 from ..runs.measures import HALVES, MEASURES, REPORTED, format_measure
 from ..runs.options import renamed
+from ..runs.page import PAGE
 from .figures import draw_curves, draw_samples
 from .metrics import Measures
 from .pages import measured_on, write_table
@@ -56,7 +57,7 @@ class Report:
     """What was measured of a run, with a row for each method and number of network calls.
 
     Attributes:
-        run_dir: Folder of the run, which the report is written to.
+        output_dir: Folder that the report is written to, of the run or another one.
         training: Options and cost of the run, the teacher's name, and as `guidance_scale` the one that is measured.
         headline: Measure that the rows are sorted by and the curve shows, "kid" or "fd".
         features: Name of the features.
@@ -66,7 +67,7 @@ class Report:
         shown: The first images of each method and number of network calls.
     """
 
-    run_dir: Path
+    output_dir: Path
     training: dict[str, Any]
     headline: str
     features: str
@@ -96,7 +97,7 @@ class Report:
         measured = f"Measured on {measured_on()}."
         content: dict[str, Any] = {"features": self.features, "reference": self.reference, "headline": self.headline}
         content |= {"floor": self.floor, "measured": measured, "rows": self.rows}
-        write_json(self.run_dir / "report.json", content)
+        write_json(self.output_dir / "report.json", content)
         unknown = [label for label, share in enumerate(training.get("class_shares") or []) if not share]
         sentences = [
             f"Teacher `{training['teacher']}`. Reference: {self.reference}.",
@@ -107,8 +108,8 @@ class Report:
             f"Classes that the student was not trained on: {', '.join(map(str, unknown))}." if unknown else "",
         ]
         intro = " ".join(sentence for sentence in sentences if sentence)
-        text = "\n\n".join([f"# {self.run_dir.resolve().name}", intro, self._table(), NOTES, measured])
-        write_text(self.run_dir / "report.md", f"{text}\n")
+        text = "\n\n".join([f"# {self.output_dir.resolve().name}", intro, self._table(), NOTES, measured])
+        write_text(self.output_dir / "report.md", f"{text}\n")
 
     def _table(self) -> str:
         names = [self.headline, *(name for name in REPORTED if name != self.headline)]
@@ -132,9 +133,9 @@ class Report:
         columns = min(COLUMNS, *map(len, self.shown.values()))
         titles = [f"class {i % classes}" for i in range(columns)] if classes else None
         reference = "reference", pick(images, labels, classes, columns)
-        draw_samples([*image_rows(self.shown), reference], self.run_dir / "samples.png", titles)
+        draw_samples([*image_rows(self.shown), reference], self.output_dir / "samples.png", titles)
         label = f"{MEASURES[self.headline].head}, {self.features}"
-        draw_curves(self._measured(self.rows), {self.headline: label}, self.run_dir / "curve.png")
+        draw_curves(self._measured(self.rows), {self.headline: label}, self.output_dir / "curve.png")
 
     def _measured(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return [row for row in rows if self.headline in row]
@@ -147,18 +148,23 @@ class Report:
         def value(row: dict[str, Any]) -> str:
             return format_measure(self.headline, row[self.headline]) if self.headline in row else "not finite"
 
+        named = [ours]
         compared = f"{MEASURES[self.headline].head} {value(ours)} at {ours['nfe']} network calls"
         if equal := [row for row in baselines if row["nfe"] == ours["nfe"]]:
             best = min(equal, key=lambda row: row[self.headline])
+            named.append(best)
             compared += f"; best solver at as many calls: {best['method']}, {value(best)}"
         longest = max(baselines, key=lambda row: (row["nfe"], -row[self.headline]), default=ours)
         if longest["nfe"] > ours["nfe"]:
+            named.append(longest)
             compared += f"; with the most calls, {longest['nfe']}: {longest['method']}, {value(longest)}"
-        return (
-            f"Wrote:  index.html, report.md, report.json, samples.png, curve.png in {self.run_dir}\n"
-            f"Result: {compared}\n"
-            f"Next:   open {self.run_dir / 'index.html'} in a browser"
-        )
+        if self.headline == "kid" and any(row.get("kid", 0) < 0 for row in named):
+            compared += "; KID is estimated without bias, so near the best it may fall below 0"
+        written = ["report.md", "report.json", "samples.png", "curve.png"]
+        following = f"read {self.output_dir / 'report.md'}"
+        if (page := self.output_dir / PAGE).is_file():
+            written, following = [PAGE, *written], f"open {page} in a browser"
+        return f"Wrote:  {', '.join(written)} in {self.output_dir}\nResult: {compared}\nNext:   {following}"
 
 
 def image_rows(shown: dict[tuple[str, int], torch.Tensor]) -> list[tuple[str, torch.Tensor]]:

@@ -20,6 +20,7 @@ from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.levels import clock_of
 from hsivi_diffusers.teachers.solvers import make_solver, make_student, sample
 from hsivi_diffusers.teachers.teacher import Teacher
+from short_run import contents
 from tiny_unet import make_unet
 
 SOLVERS = ["DDIM", "DPM-Solver++", "DPM-Solver++, few-step grid", "UniPC", "UniPC, few-step grid"]
@@ -224,6 +225,22 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(run_copy, 
 def test_a_missing_package_is_refused_before_anything_is_loaded(run_copy, monkeypatch, unloaded):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="^matplotlib missing: pip install"):
+        evaluate.main([f"--run_dir={run_copy}"])
+
+
+def test_a_report_elsewhere_leaves_the_run_as_it_is(run_copy, extractor, tmp_path, printed):
+    before, folder = contents(run_copy), tmp_path / "new" / "report"
+    few = ["--ddim_steps=0", "--ddpm_steps=0", "--solver_steps=2", f"--output_dir={folder}"]
+    text = printed(evaluate.main, [*arguments(run_copy, extractor), *few])
+    assert contents(run_copy) == before
+    assert {path.name for path in folder.iterdir()} == {"report.md", "report.json", "samples.png", "curve.png"}
+    assert f"Wrote:  report.md, report.json, samples.png, curve.png in {folder}\n" in text
+    assert text.endswith(f"Next:   read {folder / 'report.md'}\n")
+
+
+def test_a_run_that_cannot_be_written_to_is_refused_before_anything_is_loaded(run_copy, unloaded, monkeypatch):
+    monkeypatch.setattr(evaluate.os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="cannot be written to: name another folder for the report by --output_dir"):
         evaluate.main([f"--run_dir={run_copy}"])
 
 

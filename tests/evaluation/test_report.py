@@ -24,11 +24,11 @@ def add(report, method, nfe, value, count=9):
     images = torch.full((count, 1, 8, 8), 0.5)
     images[:] = value
     report.add(method, nfe, "800, 200", images, measures, 1)
-    return json.loads((report.run_dir / "report.json").read_text())["rows"]
+    return json.loads((report.output_dir / "report.json").read_text())["rows"]
 
 
 def text_of(report):
-    return (report.run_dir / "report.md").read_text()
+    return (report.output_dir / "report.md").read_text()
 
 
 def test_a_row_is_written_as_soon_as_it_is_measured(report):
@@ -55,8 +55,8 @@ def test_images_that_are_not_finite_lose_no_row(report):
     assert "| 2 | UniPC | 2 images are not finite | - |" in lines[2]
     assert "best solver at as many calls: DDIM, 500.00" in report.closing_lines()
     report.draw(torch.rand(20, 1, 8, 8), None, None)
-    assert (report.run_dir / "samples.png").is_file()
-    assert (report.run_dir / "curve.png").is_file()
+    assert (report.output_dir / "samples.png").is_file()
+    assert (report.output_dir / "curve.png").is_file()
 
 
 def test_a_student_whose_images_are_not_finite_is_reported_too(report):
@@ -70,6 +70,14 @@ def test_of_several_long_baselines_the_best_is_named(report):
         add(report, method, nfe, value)
     wanted = "KID x 1000 300.00 at 2 network calls; with the most calls, 4: UniPC, 100.00"
     assert wanted in report.closing_lines()
+
+
+@pytest.mark.parametrize("value", [-0.0004, 0.1])
+def test_a_kid_below_0_is_explained(report, value):
+    add(report, "HSIVI", 2, 0.3)
+    add(report, "DDPM", 4, value)
+    text = "; KID is estimated without bias, so near the best it may fall below 0\n"
+    assert (text in report.closing_lines()) == (value < 0)
 
 
 @pytest.mark.parametrize(
