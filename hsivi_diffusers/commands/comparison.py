@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -22,6 +23,8 @@ from .sample import classes_of, draw, load_sampler
 # The best general solver of ODEs at 4 and 8 calls on the grids of diffusers, docs/benchmarks/solvers.md.
 SOLVER = "UniPC"
 GUIDED_FROM = 16  # calls; with fewer, constant guidance, which takes two calls a step, makes the images worse
+ON_GRID = ", default grid of diffusers"
+ADDS_NOISE = ", stochastic, so its images differ"  # those of the student and the solver are of the same noise
 STRIP = (1, 2, 4, 8)  # calls of a solver
 IDEAS = 6  # prompts of the run that are offered
 Drawn = tuple[list[Image.Image], int, str, str]  # images, network calls for each, what drew them, and a remark
@@ -151,7 +154,9 @@ def draw_teacher(student: Student, request: Request, num_steps: int, solver: str
     given = request.conditions(student.classes), request.generators(teacher.device), num_steps, request.scale
     images, calls, sampler = teacher.draw_teacher(*given, student.negative_prompt, solver)
     name = sampler.removesuffix("Scheduler").removesuffix("Discrete")
-    return images, calls, f"{'Solver' if solver else 'Teacher'} ({name})", ""
+    if solver:
+        return images, calls, f"Solver ({name})", ON_GRID
+    return images, calls, f"Teacher ({name})", ADDS_NOISE if re.search("SDE|DDPM|Ancestral", name) else ""
 
 
 def draw_solver(student: Student, request: Request, calls: int) -> Drawn:
@@ -161,7 +166,7 @@ def draw_solver(student: Student, request: Request, calls: int) -> Drawn:
     if calls >= GUIDED_FROM:
         return draw_teacher(student, request, calls // 2, SOLVER)
     images, calls, title, _ = draw_teacher(student, replace(request, scale=1.0), calls, SOLVER)
-    return images, calls, title, " without guidance"
+    return images, calls, title, f" without guidance{ON_GRID}"
 
 
 def timed(draws: Callable[[Student, Request, int], Drawn], student: Student, request: Request, number: int) -> Panel:

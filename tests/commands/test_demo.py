@@ -128,7 +128,8 @@ def test_solver_and_teacher_start_from_the_same_noise(students, fast_run, teache
         (image,) = HSIVIPipeline.numpy_to_pil(solver(1, *seeds(1, 7)).permute(0, 2, 3, 1).numpy())
         assert same(panel.images[0], image)
     assert [panel.title for panel in panels] == ["Solver (UniPC)", f"Teacher ({SAMPLER})"]
-    assert [panel.text.split(",")[0] for panel in panels] == ["2 network calls", "3 network calls"]
+    told = ["2 network calls, default grid of diffusers", "3 network calls, stochastic, so its images differ"]
+    assert [panel.text.rpartition(", ")[0] for panel in panels] == told
 
 
 def test_a_student_of_one_step_count_has_a_strip_of_the_solver_and_one_of_several_its_own(
@@ -211,7 +212,7 @@ def test_a_guided_solver_has_as_many_calls_as_the_student(distil, class_teacher,
     request = demo.ask(student, **{**ASKED, "scale": 3.0})
     strip = [panel.text.split(",")[0] for panel in comparison.draw_strip(student, request, 2, TEACHER_STEPS)]
     assert strip[2:4] == ["4 network calls without guidance", "8 network calls without guidance"]
-    assert comparison.draw_solver(student, request, 16)[1:] == (16, "Solver (UniPC)", "")
+    assert comparison.draw_solver(student, request, 16)[1:] == (16, "Solver (UniPC)", comparison.ON_GRID)
     with pytest.raises(ValueError, match="guidance_scale=2"):
         show(students, run, 2, scale=2.0)
 
@@ -225,6 +226,7 @@ def test_a_prompt_is_drawn_and_asked_for(prompted, tmp_path):
     panels = compare(students, run, 2, prompt="a cat", scale=2.0, count=2)
     assert [len(panel.images) for panel in panels] == [2, 2, 2]
     assert [panel.title for panel in panels] == ["Student", "Solver (UniPC)", "Teacher (DDIM)"]
+    assert "stochastic" not in panels[2].text
     assert [panel.text.split(",")[0] for panel in panels] == [
         "2 network calls",
         "2 network calls without guidance",
