@@ -12,7 +12,7 @@ from .measures import BOUND
 Curve = list[tuple[int, float]]  # number of updates and value, in the order of the log
 
 WIDTH, HEIGHT = 420, 218
-LEFT, RIGHT, TOP, BOTTOM = 56, 408, 12, 176  # edges of the axes in it
+LEFT, RIGHT, TOP, BOTTOM = 56, 384, 12, 176  # edges of the axes in it; the last label, centred at RIGHT, has room
 COLORS = 6  # styles of curves, .c0 to .c5
 MOST_POINTS = 400  # of a curve; of longer ones means are shown
 MOST_MARKED = 40  # points that are drawn as dots, too

@@ -241,7 +241,7 @@ def _options(options: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
     }
     others = {name: value for name, value in options.items() if name not in given}
     preset = escape(str(options.get("preset")))
-    text = f"Beside steps and updates all are those of the preset {preset}."
+    text = f"All options but steps and updates have the values of the preset {preset}."
     text = f"These differ from the preset {preset}:" if given else text
     table = [_option_table(given)] if given else []
     return [

@@ -25,7 +25,7 @@ img { display: block; max-width: 100% } .rows img { width: 100% }
 button { font: inherit; padding: .2rem .8rem; border: 1px solid var(--line); border-radius: 6px; cursor: pointer;
   background: var(--area); color: var(--text); min-width: 5.5rem } button:hover { border-color: var(--mark) }
 :focus-visible { outline: 2px solid var(--mark); outline-offset: 2px }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px), 1fr)); gap: .5rem 1.5rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); gap: .5rem 1.5rem }
 .chart ul { display: flex; flex-wrap: wrap; gap: 0 1rem; list-style: none; margin: 0; padding: 0; color: var(--text) }
 .chart figcaption { font-size: .9rem } .chart > svg { width: 100%; display: block }
 svg text { font: 12px system-ui, sans-serif; fill: var(--soft) }

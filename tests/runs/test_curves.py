@@ -49,6 +49,12 @@ def test_points_are_where_their_values_belong_on_a_logarithmic_scale():
     assert legend == ["student 2.5", "critic 100"]
 
 
+def test_the_last_label_of_updates_is_whole():
+    root = ElementTree.fromstring(curves.charts([{"step": step, "loss/student": 1.0} for step in (0, 10**6)])[0][0])
+    (label,) = (text for text in root.iter("text") if text.text == "1,000,000")
+    assert float(label.get("x")) + 9 * 7 / 2 <= curves.WIDTH  # nine letters, centred, of 7 units each
+
+
 def test_the_usual_range_and_the_teachers_value_are_marked_beside_contrast_and_diversity():
     log = [{"step": step, "images/contrast": 0.5, "images/diversity": 2.0} for step in (0, 9)]
     root = ElementTree.fromstring(curves.charts(log)[0][0])

@@ -45,8 +45,13 @@ def test_a_finished_run_is_drawn_from_measured_and_pushed(run, tmp_path):
     assert run.is_dir()
     assert Path(read(sample).output_dir) == run / "drawn"
     read(sample).check()
-    assert read(push).hub_model_id == "user/name"
+    assert (read(push).hub_model_id, read(push).license) == ("user/name", "apache-2.0")
     assert read(evaluate).teacher is None
+
+
+def test_a_run_that_was_measured_is_not_to_be_measured(run):
+    (run / "report.json").write_text("{}")
+    assert [words[1] for words in commands(run)[1:]] == ["sample", "push"]
 
 
 def test_a_teacher_that_was_given_from_python_is_named_for_the_measurement(run):

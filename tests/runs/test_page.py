@@ -184,7 +184,7 @@ def test_only_what_differs_from_the_preset_is_shown_and_the_rest_is_folded(folde
     assert "mixed_precision" in names
     assert text.rindex("<details>") < text.index("<td>pretrained_teacher_model</td>") < text.rindex("</details>")
     (folder / "options.json").write_text(json.dumps({**options, "class_shares": None, "learning_rate": 1e-4}))
-    assert "Beside steps and updates all are those of the preset fast." in page(folder, **usual_options(options))
+    assert "options but steps and updates have the values of the preset fast." in page(folder, **usual_options(options))
 
 
 def test_the_commands_are_on_the_page_as_they_are_to_be_copied(folder, monkeypatch):
@@ -245,7 +245,7 @@ def test_the_page_of_a_run_that_was_resumed_is_that_of_one_that_was_not(distil, 
     measured = r"It took [^<]*|<figcaption>Images per second.*?</figure>"
     written = re.sub(measured, "", (run / "index.html").read_text())
     assert "--learning_rate" not in written
-    assert "All are those of the preset fast" not in written
+    assert "All options but" not in written
     assert "<td>critic_learning_rate</td>" in written
     shutil.rmtree(run / "checkpoints" / "checkpoint-5")
     distil(run, resume_from_checkpoint="latest", **options)
