@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +98,15 @@ def push(
         pipeline = load_folder(folder)
     scheduler = check_pipeline(pipeline) if adapter is None else check_adapter(adapter)
     run, api = read_run(run_dir, scheduler.config.layer_timesteps), _open_hub(token)
-    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(str(output_dir)) as files:
+    with tempfile.TemporaryDirectory() as files:
         asked = None if output_dir is not None else api
         about: dict[str, Any] = {"base_model": base_model or _public_teacher(asked, run), "license": license}
-        Path(files).mkdir(parents=True, exist_ok=True)
         if adapter is None:
             write_repo(Path(files), pipeline, repo_id, run, fp16, **about)
         else:
             write_adapter_repo(Path(files), adapter, scheduler, repo_id, run, **about)
         if output_dir is not None:
-            return files
+            return str(shutil.copytree(files, output_dir, dirs_exist_ok=True))
         claim(repo_id, exist_ok=exist_ok, private=private, token=token)
         with remedies(repo_id):
             if revision is not None:
