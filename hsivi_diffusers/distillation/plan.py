@@ -485,8 +485,10 @@ def print_plan(
     decoder = _bytes(known.decoder_weights())
     check_prompts(known.takes_text, config.prompts)
     cost = measure(teacher, revision, config)
-    cost.memory |= {"VAE": decoder} if decoder else {}
-    cost.written["pipeline"] += 0 if cost.adapted else decoder
+    if decoder:
+        cost = replace(cost, memory={**cost.memory, "VAE": decoder})
+        if not cost.adapted:
+            cost.written = {**cost.written, "pipeline": cost.written["pipeline"] + decoder}
     calls = ", ".join(f"{name} {number:.1f}" for name, number in cost.calls.items())
     lines = [
         f"{teacher}, {', '.join(map(str, config.depths))} steps, preset {config.preset}: "
