@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from ..runs.artifacts import ADAPTER
 from ..runs.folders import check_empty, replace_folder
 
 WORKFLOW = "workflow.json"
+NO_WORKFLOW = "this student has no workflow of ComfyUI"
 LORA = "lora_name"  # the input of a node that names the file of the student
 # Inputs of nodes that a workflow of the user's own must have too.
 SETTINGS = {
@@ -41,8 +44,13 @@ guide on top of it:
 Sampler and sigmas were checked against those of diffusers; ComfyUI itself was not run."""
 
 
-def read_workflow(training: dict[str, Any], lora: str) -> dict[str, Any]:
-    """Returns the nodes of a workflow that loads a LoRA of this name, by the record of a run.
+def read_workflow(adapter: Path, training: dict[str, Any], lora: str) -> dict[str, Any]:
+    """Returns the nodes of a workflow that loads a LoRA, by the record of its run.
+
+    Args:
+        adapter: Folder of the LoRA.
+        training: The record training.json of its run.
+        lora: Name of its file there.
 
     Raises:
         ValueError: There is none.
@@ -52,7 +60,12 @@ def read_workflow(training: dict[str, Any], lora: str) -> dict[str, Any]:
         "--output_dir RUN --resume_from_checkpoint latest), which writes it again"
     }
     if "refused" in found:
-        raise ValueError(f"this student has no workflow of ComfyUI: {found['refused']}")
+        raise ValueError(f"{NO_WORKFLOW}: {found['refused']}")
+    with safe_open(adapter / ADAPTER, framework="pt") as file:
+        if odd := [name for name in file.keys() if name.startswith("unet.")]:  # noqa: SIM118, it is no dictionary
+            raise ValueError(
+                f"{NO_WORKFLOW}: its LoRA has modules whose names it would not read, among them that of {odd[0]}"
+            )
     return {
         number: {**node, "inputs": {**node["inputs"], LORA: lora}} if LORA in node["inputs"] else node
         for number, node in found["nodes"].items()
@@ -106,7 +119,7 @@ def export(adapter: Path, training: dict[str, Any], name: str, output_dir: Path)
         ValueError: There is no workflow for such a student, or the folder is not empty.
     """
     lora = f"{name}.safetensors"
-    nodes = read_workflow(training, lora)
+    nodes = read_workflow(adapter, training, lora)
     check_empty(output_dir)
     output_dir = output_dir.absolute()
     output_dir.parent.mkdir(parents=True, exist_ok=True)

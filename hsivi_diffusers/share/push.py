@@ -301,7 +301,7 @@ def write_adapter_repo(
     _save_figures(folder, run)
     comfyui = None
     with suppress(ValueError):  # most students have a workflow
-        nodes = read_workflow(run["training"], f"{repo_id.split('/')[-1]}.safetensors")
+        nodes = read_workflow(adapter, run["training"], f"{repo_id.split('/')[-1]}.safetensors")
         save_workflow(nodes, folder)
         comfyui = workflow_text(nodes, ADAPTER, about["base_model"])
     make_adapter_card(scheduler, repo_id, run, **about, comfyui=comfyui).save(folder / "README.md")

@@ -5,8 +5,9 @@ import re
 import shutil
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hsivi_diffusers import HSIVIScheduler, push
 from hsivi_diffusers.runs.artifacts import ADAPTER
@@ -83,8 +84,18 @@ def test_a_student_without_a_workflow_is_refused_with_the_reason(run, tmp_path):
     with pytest.raises(ValueError, match="this student has no workflow of ComfyUI: noise_eta=1 of a rectified flow"):
         export(run / "pipeline", refused, "sd4", tmp_path / "new")
     with pytest.raises(ValueError, match="of an earlier version: remove that file, and resume the run"):
-        read_workflow({"seconds": 1.0}, "sd4.safetensors")
+        read_workflow(run / "pipeline", {"seconds": 1.0}, "sd4.safetensors")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_lora_with_names_that_comfyui_does_not_read_is_refused_and_pushed_without(run, training, logged_in, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "odd")
+    weights = load_file(folder / "pipeline" / ADAPTER)
+    save_file({**weights, "unet.new.lora_A.weight": torch.ones(1)}, folder / "pipeline" / ADAPTER)
+    with pytest.raises(ValueError, match="names it would not read, among them that of unet.new.lora_A.weight"):
+        export(folder / "pipeline", training, "sd4", tmp_path / "new")
+    push(folder / "pipeline", "alice/odd", run_dir=folder)
+    assert WORKFLOW not in logged_in.repos["alice/odd"].branches["main"].files
 
 
 def test_a_push_of_a_lora_has_the_workflow_and_its_settings_in_the_card(run, logged_in):
@@ -92,7 +103,9 @@ def test_a_push_of_a_lora_has_the_workflow_and_its_settings_in_the_card(run, log
     push(run / "pipeline", "alice/four-steps", run_dir=run)
     files = logged_in.repos["alice/four-steps"].branches["main"].files
     nodes = json.loads(files[WORKFLOW])
-    assert nodes == read_workflow(json.loads((run / "training.json").read_text()), "four-steps.safetensors")
+    assert nodes == read_workflow(
+        run / "pipeline", json.loads((run / "training.json").read_text()), "four-steps.safetensors"
+    )
     text = ModelCard(files["README.md"].decode()).text
     section = text.split("## Use it in ComfyUI\n")[1].split("\n## ")[0]
     assert f"Save `{ADAPTER}` as `models/loras/four-steps.safetensors`" in section
