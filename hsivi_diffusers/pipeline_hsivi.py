@@ -335,6 +335,6 @@ def _wrong_scheduler(scheduler: Any) -> str:
         )
     return (
         f"HSIVIPipeline got a {name}: this model was not distilled. Distil it with `hsivi distil`, or use the "
-        "pipeline it came with. To sample it as it is, with DDIM and some noise, pass "
-        'scheduler=HSIVIScheduler.from_pretrained(repo, subfolder="scheduler") and call it with num_inference_steps=10'
+        "pipeline it came with. To sample it as it is, with DDIM and some noise, pass in Python "
+        'scheduler=HSIVIScheduler.from_pretrained(repo, subfolder="scheduler"), and the number of steps to its call'
     )

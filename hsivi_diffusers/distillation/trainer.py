@@ -30,9 +30,9 @@ from ..runs.page import LOG, PAGE, write_page
 from ..share.push import push
 from ..teachers.adapters import has_adapter
 from ..teachers.comfyui import find_workflow
-from ..teachers.loading import load_teacher
+from ..teachers.loading import load_teacher, takes_text
 from ..teachers.starts import check_start
-from ..teachers.teacher import Teacher
+from ..teachers.teacher import Teacher, check_prompts
 from ..vi import CriticObjective, DivergenceError, Step
 from .config import HSIVIConfig, complete, usual_options
 from .networks import HALF, load_networks
@@ -112,6 +112,9 @@ class HSIVITrainer:
             check_start(config.init_from)
         if config.output_dir is not None:
             check_inputs(Output(config.output_dir), WRITTEN, **inputs)
+        with suppress(OSError):  # what is missing, the loading reports
+            if config.prompts is None and takes_text(teacher, revision):
+                check_prompts(True, None)
         loaded = load_teacher(teacher, revision, HALF.get(config.precision) if config.lora_rank != 0 else None)
         self.teacher = {"pretrained_teacher_model": name, "revision": revision}
         self.callbacks = list(callbacks)

@@ -79,6 +79,7 @@ RANGES: dict[str, Range] = {
     "gradient_accumulation_steps": AT_LEAST_1,
     "checkpointing_steps": AT_LEAST_1,
     "checkpoints_total_limit": AT_LEAST_1,
+    "seed": ("a whole number from 0 to 4,294,967,295", lambda value: 0 <= value < 2**32),
     "validation_steps": ("a number of at least 1, or 0 for no images", lambda value: value >= 0),
 }
 

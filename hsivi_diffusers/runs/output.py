@@ -25,6 +25,7 @@ RESUMPTION = (
     ", or resume a training with --resume_from_checkpoint latest; in Python HSIVIConfig(overwrite_output_dir=True), or "
     "trainer.train(resume_from_checkpoint='latest')"
 )
+TEACHER = "pretrained_teacher_model"
 ANEW = "start over with --overwrite_output_dir and without --resume_from_checkpoint"
 
 Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -156,6 +157,11 @@ def start_run(
                 old.unlink(missing_ok=True)
     else:
         for folder, recorded in _recorded(output_dir, checkpoint):
+            if settings.get(TEACHER) and TEACHER in recorded and recorded[TEACHER] is None:
+                raise ValueError(
+                    f"{folder} holds a run whose teacher was loaded in Python: resume it there, with that pipeline, "
+                    f"name another --output_dir{remedy}, or {ANEW}"
+                )
             if changed := differences(complete(recorded), settings):
                 raise ValueError(
                     f"{folder} holds a run with other options ({changed}): resume with the same ones, name another "

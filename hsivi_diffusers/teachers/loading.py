@@ -155,6 +155,20 @@ def load_teacher(
     return loaded
 
 
+def takes_text(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, revision: str | None = None) -> bool:
+    """Whether a teacher is known to take text, by its configs alone; see `load_teacher`.
+
+    Raises:
+        ValueError: The name is mistyped, or that of a student.
+        OSError: A config is missing.
+    """
+    if isinstance(teacher, Teacher):
+        return teacher.takes_text
+    named = isinstance(teacher, str | os.PathLike)
+    kind = kind_named(read_configs(os.fspath(teacher), revision).kind) if named else kind_of(teacher)
+    return kind.takes_text
+
+
 def _dtypes(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     """The argument of `from_pretrained` that loads each part in single precision, or in half if that loses nothing.
 

@@ -149,7 +149,13 @@ class Inference:
             pass
 
     def marginals(self, size: int, seed: int = 0) -> list[Tensor]:
-        """Draws [x_0, ..., x_T], each of shape (size, d): x_0 from the fitted law, x_t from q_t, x_T from the base."""
+        """Draws [x_0, ..., x_T], each of shape (size, d): x_0 from the fitted law, x_t from q_t, x_T from the base.
+
+        Raises:
+            ValueError: size < 0.
+        """
+        if size < 0:
+            raise ValueError(f"size={size}: give a number of draws from 0 on")
         generator = torch.Generator().manual_seed(seed)
         return draw_marginals(self.layers, self.bridge.sample_base(size, generator), generator)
 
@@ -160,8 +166,16 @@ class Inference:
     def log_prob(self, x: Tensor, num_inputs: int = 4096, seed: int = 0) -> Tensor:
         """Estimates log q(x) of the fitted law, shape (N,), at x of shape (N, d): a lower bound in expectation.
 
-        It becomes tight as the number of inputs of layer 0 grows; see `importance.log_density`.
+        It becomes tight as the number of inputs of layer 0 grows; see `importance.log_density`. For a `NamedTarget` x
+        is without constraints: `target.unconstrain(samples)`.
+
+        Raises:
+            ValueError: x has another shape, or num_inputs < 1.
         """
+        shape = tuple(self.bridge.sample_base(1, torch.Generator()).shape[1:])
+        if not isinstance(x, Tensor) or x.shape[1:] != shape:
+            given = f"the shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"the type {type(x).__name__}"
+            raise ValueError(f"x has {given}: give draws of shape (N, {', '.join(map(str, shape))}), a tensor")
         return log_density(self.layers, self.bridge, x, num_inputs, step_generator(seed, -1, 0))
 
     @torch.no_grad()

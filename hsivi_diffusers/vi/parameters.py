@@ -122,7 +122,13 @@ class NamedTarget(Target):
         return value
 
     def _split(self, x: Tensor) -> Samples:
-        """x_i of each parameter, of shape (B, *free_shape)."""
+        """x_i of each parameter, of shape (B, *free_shape).
+
+        Raises:
+            ValueError: x has another shape than (B, d).
+        """
+        if x.ndim != 2 or x.shape[1] != self.dimension:
+            raise ValueError(f"x has the shape {tuple(x.shape)}: give (B, {self.dimension}), without constraints")
         parts = zip(self.parameters.items(), x.split(self._sizes, 1), strict=True)
         return {name: part.reshape(len(x), *parameter.free_shape) for (name, parameter), part in parts}
 

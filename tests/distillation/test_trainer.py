@@ -221,6 +221,12 @@ def test_a_run_from_python_has_the_bits_of_the_command(run, fast_run, difference
     assert json.loads((run["folder"] / "options.json").read_text())["pretrained_teacher_model"] is None
 
 
+def test_a_run_of_a_loaded_teacher_is_not_resumed_by_a_name(run, distil, tmp_path):
+    folder = shutil.copytree(run["folder"], tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run whose teacher was loaded in Python: resume it there, with that"):
+        distil(folder, resume_from_checkpoint="latest")
+
+
 def test_a_loaded_teacher_stays_as_it_was(run, teacher, same_tensors):
     before = DDPMPipeline.from_pretrained(teacher)
     assert same_tensors(run["teacher"].unet.state_dict(), before.unet.state_dict())

@@ -33,6 +33,7 @@ from hsivi_diffusers import HSIVIConfig
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0: give a number above 0, or leave it out"),
         ({"noise_eta": 1.5}, "noise_eta=1.5: give a number from 0 to 1"),
         ({"noise_eta": -0.1}, "noise_eta=-0.1: give a number from 0 to 1"),
+        *(({"seed": seed}, f"seed={seed}: give a whole number from 0 to 4,294,967,295") for seed in (-3, 2**32)),
         ({"lora_rank": -1}, "lora_rank=-1: give a number from 0 on, or leave it out"),
         ({"guidance_scale": [2.0, 2.0]}, r"guidance_scale=\[2.0, 2.0\]: give numbers from 0 on that differ"),
         ({"guidance_scale": -1.0}, "guidance_scale=-1.0: give numbers from 0 on that differ, 1 for none"),

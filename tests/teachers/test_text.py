@@ -301,8 +301,10 @@ def test_prompts_of_a_pipeline_with_one_length_cannot_be_cut():
     ],
 )
 def test_a_size_that_a_teacher_cannot_draw_is_refused(teacher, size, message):
+    pipeline = teacher()
+    prompts = PROMPTS if hasattr(pipeline, "tokenizer") else None
     with pytest.raises(ValueError, match=message):
-        HSIVITrainer(teacher(), HSIVIConfig(num_inference_steps=2, resolution=size, guidance_scale=1.0))
+        HSIVITrainer(pipeline, HSIVIConfig(2, prompts=prompts, resolution=size, guidance_scale=1.0))
 
 
 def test_prompts_come_from_a_file_or_a_list(prompt_file):
@@ -672,6 +674,16 @@ def test_a_teacher_with_an_adapter_is_refused_and_one_it_was_merged_into_is_not(
 
 
 NO_LABEL = "has no free class embedding"
+
+
+def test_prompts_that_are_missing_are_missed_before_anything_is_loaded(text_teachers, make_config, monkeypatch):
+    teacher = str(text_teachers("sd"))
+    loaded = load_teacher(teacher)
+    name = "hsivi_diffusers.distillation.trainer.load_teacher"
+    monkeypatch.setattr(name, lambda *given: pytest.fail("it was loaded"))
+    for given in (teacher, loaded, make_text("sd")):
+        with pytest.raises(ValueError, match="prompts is missing, and the teacher takes text: give a text file"):
+            HSIVITrainer(given, make_config())
 
 
 TEXT = "prompts was given, and the teacher takes no text: leave it out"

@@ -1,5 +1,6 @@
 import copy
 import io
+import re
 import sys
 
 import pytest
@@ -398,6 +399,19 @@ def of(log_prob):
 def test_what_cannot_run_is_refused_before_it_starts(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda fit: fit.sample(-3), "size=-3: give a number of draws from 0 on"),
+        (lambda fit: fit.log_prob(torch.zeros(4, 3)), r"x has the shape (4, 3): give draws of shape (N, 2), a tensor"),
+        (lambda fit: fit.log_prob({"x": torch.zeros(4, 2)}), "x has the type dict: give draws of shape (N, 2)"),
+    ],
+)
+def test_what_a_fit_cannot_answer_is_refused_in_one_line(act, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        act(tiny())
 
 
 def test_a_fit_looks_at_the_critic_where_it_still_knows_the_layer(monkeypatch):

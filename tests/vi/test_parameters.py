@@ -141,6 +141,7 @@ def at_zero(log_prob, parameters):
             lambda: NamedTarget(flat, {"a": (constraints.corr_cholesky, (2, 3))}),
             "a has the shape (2, 3), which CorrCholesky() does not fit: Input is not square",
         ),
+        (lambda: good().constrain(torch.zeros(4, 2)), "x has the shape (4, 2): give (B, 3), without constraints"),
         (lambda: NamedTarget(flat, {"a": "positive"}), "a: 'positive' is no constraint: give one of torch.distrib"),
         (lambda: NamedTarget(flat, {"a": constraints.greater_than}), "is no constraint: give one of torch.distrib"),
         (
