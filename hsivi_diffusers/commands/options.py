@@ -38,8 +38,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         words = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-        if message.startswith("unrecognized") and words:
-            message += did_you_mean(words[0], self._option_string_actions)
+        if message.startswith("unrecognized"):
+            message += "".join(did_you_mean(word, self._option_string_actions) for word in words)
         if found := re.match(r"argument (\S+): invalid (int|float) value: (.*)", message):
             name, kind, value = found.groups()
             number, several = "whole number" if kind == "int" else "number", self._option_string_actions[name].nargs

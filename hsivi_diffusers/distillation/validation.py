@@ -109,10 +109,10 @@ def check_ranges(config: Any) -> None:
 
 def check_together(config: Any, usual: Any) -> None:
     """Refuses settings that exclude each other, or have no effect; `usual` are those of the preset."""
-    if config.prompts is not None and config.guidance_scale is None:
-        raise ValueError("guidance_scale is missing: with prompts give one, such as 4.5, or 1 for none")
     if config.prompts is not None:
         number = len(read_prompts(config.prompts))
+        if config.guidance_scale is None:
+            raise ValueError("guidance_scale is missing: with prompts give one, such as 4.5, or 1 for none")
         if config.class_shares is not None and len(config.class_shares) != number:
             raise ValueError(f"class_shares has {len(config.class_shares)} numbers for {number} prompts: give as many")
     if not (config.decay_guidance or config.has_guidance):

@@ -129,6 +129,7 @@ def test_lists_and_switches_on_the_command_line(parse):
         (None, ["--keep", "perhaps"], "'perhaps' is not true or false"),
         (None, ["--bogus", "1"], "unrecognized arguments: --bogus 1"),
         (None, ["--step", "1"], r"unrecognized arguments: --step 1; did you mean --steps\?"),
+        (None, ["--step", "1", "--rat=2"], r".*; did you mean --steps\?; did you mean --rate\?"),
         (None, ["stray"], "unrecognized arguments: stray"),
     ],
 )

@@ -47,6 +47,7 @@ from hsivi_diffusers import HSIVIConfig
         ({"lr_warmup_steps": 1001}, "lr_warmup_steps=1001: give a number of updates up to max_train_steps=1000"),
         ({"max_train_steps": 60, "lr_warmup_steps": 61}, "lr_warmup_steps=61: .* up to max_train_steps=60"),
         # together
+        ({"prompts": "nowhere.txt"}, "prompts='nowhere.txt' is no file"),
         ({"prompts": ["a"]}, "guidance_scale is missing: with prompts give one, such as 4.5, or 1 for none"),
         (
             {"prompts": ["a"], "guidance_scale": 1.0, "class_shares": [1.0, 2.0]},
