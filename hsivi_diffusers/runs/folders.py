@@ -151,13 +151,16 @@ def check_spelling(name: str, has_owner: bool = True) -> None:
 
     Raises:
         ValueError: There is no such folder, and it is written like one, or there is one of nearly this name. Names with
-            other numbers are different ones: of `user/model-v1` only `user/model-v2` may be here.
+            other numbers are different ones, but for runs: of `user/model-v1` only `user/model-v2` may be here.
     """
     path = Path(name)
     near = str(_near(path, 0.85) or "")
     slashes = (1,) if has_owner else (0, 1)
     is_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") not in slashes or "\\" in name
-    if not path.exists() and (is_local or (near and re.findall(r"\d", name) == re.findall(r"\d", near))):
+    means_near = near and (
+        (Path(near) / "options.json").is_file() or re.findall(r"\d", name) == re.findall(r"\d", near)
+    )
+    if not path.exists() and (is_local or means_near):
         raise ValueError(
             f"{name!r} is no folder here: give a folder, or a repo id such as user/name{near_folder(path)}"
         )

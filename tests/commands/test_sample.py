@@ -118,13 +118,15 @@ def test_a_conditional_pipeline_draws_all_classes_in_turn_or_those_that_are_name
         (["--pipeline=./nowhere"], r"'./nowhere' is no folder here: give a folder, or a repo id such as user/name$"),
         (["--pipeline={tmp}/nowhere"], "nowhere' is no folder here"),
         (["--pipeline=assets/digitst5"], r"digitst5' is no folder here.*; did you mean assets/digits_t5\?"),
+        (["--pipeline=runs/digits_t44"], r"digits_t44' is no folder here.*; did you mean runs/digits_t4\?"),
         (["--pipeline={tmp}/unfinished"], "unfinished holds no pipeline: give the folder of a pipeline or of a finish"),
         (["--pipeline={tmp}/damaged"], "model_index.json is damaged"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_weights_are_loaded(draw, tmp_path, monkeypatch, options, message):
-    for folder in ("unfinished", "damaged", "assets/digits_t5"):
+    for folder in ("unfinished", "damaged", "assets/digits_t5", "runs/digits_t4"):
         (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "runs" / "digits_t4" / "options.json").touch()
     (tmp_path / "damaged" / "model_index.json").write_text("[1]")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading, "load_student", lambda *given: pytest.fail("weights were loaded"))
