@@ -486,9 +486,9 @@ def print_plan(
     check_prompts(known.takes_text, config.prompts)
     cost = measure(teacher, revision, config)
     if decoder:
-        cost = replace(cost, memory={**cost.memory, "VAE": decoder})
-        if not cost.adapted:
-            cost.written = {**cost.written, "pipeline": cost.written["pipeline"] + decoder}
+        pipeline = cost.written["pipeline"] + (0 if cost.adapted else decoder)
+        memory, written = {**cost.memory, "VAE": decoder}, {**cost.written, "pipeline": pipeline}
+        cost = replace(cost, memory=memory, written=written)
     calls = ", ".join(f"{name} {number:.1f}" for name, number in cost.calls.items())
     lines = [
         f"{teacher}, {', '.join(map(str, config.depths))} steps, preset {config.preset}: "

@@ -30,9 +30,9 @@ from ..runs.page import LOG, PAGE, write_page
 from ..share.push import push
 from ..teachers.adapters import has_adapter
 from ..teachers.comfyui import find_workflow
-from ..teachers.loading import load_teacher, takes_text
+from ..teachers.loading import load_teacher
 from ..teachers.starts import check_start
-from ..teachers.teacher import Teacher, check_prompts
+from ..teachers.teacher import Teacher
 from ..vi import CriticObjective, DivergenceError, Step
 from .config import HSIVIConfig, complete, usual_options
 from .networks import HALF, load_networks
@@ -112,10 +112,8 @@ class HSIVITrainer:
             check_start(config.init_from)
         if config.output_dir is not None:
             check_inputs(Output(config.output_dir), WRITTEN, **inputs)
-        with suppress(OSError):  # what is missing, the loading reports
-            if config.prompts is None and takes_text(teacher, revision):
-                check_prompts(True, None)
-        loaded = load_teacher(teacher, revision, HALF.get(config.precision) if config.lora_rank != 0 else None)
+        dtype = HALF.get(config.precision) if config.lora_rank != 0 else None
+        loaded = load_teacher(teacher, revision, dtype, config.prompts is not None)
         self.teacher = {"pretrained_teacher_model": name, "revision": revision}
         self.callbacks = list(callbacks)
         self.accelerator = make_accelerator(config)
@@ -248,7 +246,7 @@ class HSIVITrainer:
             "processes": self.accelerator.num_processes,
             "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
             "mixed_precision": self.accelerator.mixed_precision,
-            "base_model": None if teacher is None or Path(teacher).exists() else teacher,
+            "base_model": _if_published(teacher),
             "start": published_start(self.config.init_from),
             "call": self.state.teacher.call_arguments(self.state.bridge.scheduler),
             "embeds_guidance": self.state.teacher.embeds_guidance,
@@ -276,7 +274,12 @@ def published_start(init_from: str | None) -> str | None:
     if run := starting_run(init_from):
         start: str | None = read_record(run / "training.json").get("start")
         return start
-    return None if init_from is None or Path(init_from).exists() else init_from
+    return _if_published(init_from)
+
+
+def _if_published(name: str | None) -> str | None:
+    """The name of a repo, or of a file in one; None for what is here."""
+    return None if name is None or Path(name).exists() else name
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -154,11 +154,11 @@ def check_spelling(name: str, has_owner: bool = True) -> None:
             other numbers are different ones, but for runs: of `user/model-v1` only `user/model-v2` may be here.
     """
     path = Path(name)
-    near = str(_near(path, 0.85) or "")
     slashes = (1,) if has_owner else (0, 1)
     is_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") not in slashes or "\\" in name
-    means_near = near and (
-        (Path(near) / "options.json").is_file() or re.findall(r"\d", name) == re.findall(r"\d", near)
+    near = _near(path, 0.85)
+    means_near = near is not None and (
+        (near / "options.json").is_file() or re.findall(r"\d", name) == re.findall(r"\d", str(near))
     )
     if not path.exists() and (is_local or means_near):
         raise ValueError(

@@ -39,16 +39,16 @@ def next_steps(
     code = ("Load it in Python", student_code(path / "pipeline", str(run / "pipeline"), options, training))
     if not holds_pipeline(path / "pipeline"):
         return [first, code]
-    push = ["hsivi", "push", "--run_dir", str(run), "--hub_model_id", "user/name"]
+    push = ["hsivi", "push", "--run_dir", str(run), "--hub_model_id", "user/name", "--license", "apache-2.0"]
     named = [] if options.get("pretrained_teacher_model") else ["--teacher", "FOLDER_OR_REPO_OF_THE_TEACHER"]
     steps = [
         first,
         ("Draw images", ["hsivi", "sample", "--pipeline", str(run), "--output_dir", str(run / "drawn")]),
-        ("Compare it with solvers of its teacher", ["hsivi", "evaluate", "--run_dir", str(run), *named]),
-        ("Publish it, under your name and a licence that its teacher's allows", [*push, "--license", "apache-2.0"]),
     ]
-    if (path / "report.json").is_file():
-        del steps[2]
+    if not (path / "report.json").is_file():
+        evaluate = ["hsivi", "evaluate", "--run_dir", str(run), *named]
+        steps.append(("Compare it with solvers of its teacher", evaluate))
+    steps.append(("Publish it, under your name and a licence that its teacher's allows", push))
     workflow = training.get("comfyui")
     if (path / "pipeline" / ADAPTER).is_file() and isinstance(workflow, dict) and "nodes" in workflow:
         export = ["hsivi", "export", "--run_dir", str(run), "--format", "comfyui", "--output_dir", str(run / "comfyui")]

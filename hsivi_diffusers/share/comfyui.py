@@ -10,6 +10,8 @@ from safetensors import safe_open
 
 from ..runs.artifacts import ADAPTER
 from ..runs.folders import check_empty, replace_folder
+from ..runs.state_dicts import naming_damage_of
+from ..teachers.adapters import UNET
 
 WORKFLOW = "workflow.json"
 NO_WORKFLOW = "this student has no workflow of ComfyUI"
@@ -61,11 +63,13 @@ def read_workflow(adapter: Path, training: dict[str, Any], lora: str) -> dict[st
     }
     if "refused" in found:
         raise ValueError(f"{NO_WORKFLOW}: {found['refused']}")
-    with safe_open(adapter / ADAPTER, framework="pt") as file:
-        if odd := [name for name in file.keys() if name.startswith("unet.")]:  # noqa: SIM118, it is no dictionary
-            raise ValueError(
-                f"{NO_WORKFLOW}: its LoRA has modules whose names it would not read, among them that of {odd[0]}"
-            )
+    path = adapter / ADAPTER
+    with naming_damage_of(path), safe_open(path, framework="pt") as file:
+        odd = [name for name in file.keys() if name.startswith(f"{UNET}.")]  # noqa: SIM118  # it is no mapping
+    if odd:
+        raise ValueError(
+            f"{NO_WORKFLOW}: its LoRA has modules whose names it would not read, among them that of {odd[0]}"
+        )
     return {
         number: {**node, "inputs": {**node["inputs"], LORA: lora}} if LORA in node["inputs"] else node
         for number, node in found["nodes"].items()

@@ -46,7 +46,7 @@ from .packed_flows import Chroma, Flux, QwenImage
 from .pixart import PixArt
 from .pixels import Pixels
 from .stable_diffusion import StableDiffusion, StableDiffusionXL
-from .teacher import PipelineTeacher, Teacher, network_of
+from .teacher import PipelineTeacher, Teacher, check_prompts, network_of
 
 logger = logging.get_logger(__name__)
 
@@ -117,6 +117,7 @@ def load_teacher(
     teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
+    has_prompts: bool = True,
 ) -> Teacher:
     """Loads a teacher in single precision.
 
@@ -129,10 +130,13 @@ def load_teacher(
         revision: Branch, tag or commit of a repo.
         dtype: Half precision that will do for the network of a folder or repo, if its file has it and adapters are
             trained.
+        has_prompts: Whether there are prompts, without which a teacher that takes text is refused before it is loaded.
 
     Raises:
         ValueError: The pipeline is missing or damaged, or this method cannot distil it.
     """
+    if isinstance(teacher, Teacher | DiffusionPipeline):
+        _check_has_prompts(teacher if isinstance(teacher, Teacher) else kind_of(teacher), has_prompts)
     if isinstance(teacher, Teacher):
         check_finite_weights(teacher.network, f"the {teacher.name}")
         loaded = copy.copy(teacher)
@@ -143,7 +147,7 @@ def load_teacher(
     if not isinstance(teacher, str | os.PathLike):
         raise ValueError(f"teacher is a {type(teacher).__name__}: give a folder, a repo id, or a loaded pipeline")
     name = os.fspath(teacher)
-    folder = _fetch(name, revision)
+    folder = _fetch(name, revision, has_prompts)
     dtypes = _dtypes(Path(folder), dtype)
     loaded = _of_pipeline(_load(name, folder, dtypes), repr(name), copied=False)
     loaded.loaded_half = loaded.network.dtype == dtype
@@ -153,20 +157,6 @@ def load_teacher(
         loaded.folder = Path(folder)
         loaded.load_encoders = lambda: _encoders(DiffusionPipeline.from_pretrained(folder, **without, **dtypes))
     return loaded
-
-
-def takes_text(teacher: str | os.PathLike[str] | DiffusionPipeline | Teacher, revision: str | None = None) -> bool:
-    """Whether a teacher is known to take text, by its configs alone; see `load_teacher`.
-
-    Raises:
-        ValueError: The name is mistyped, or that of a student.
-        OSError: A config is missing.
-    """
-    if isinstance(teacher, Teacher):
-        return teacher.takes_text
-    named = isinstance(teacher, str | os.PathLike)
-    kind = kind_named(read_configs(os.fspath(teacher), revision).kind) if named else kind_of(teacher)
-    return kind.takes_text
 
 
 def _dtypes(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -234,12 +224,19 @@ def read_teacher(name: str, revision: str | None = None) -> Teacher:
     return kind.of_configs(configs, schedule)
 
 
-def _fetch(name: str, revision: str | None) -> str:
+def _check_has_prompts(kind: Teacher | type[PipelineTeacher], has_prompts: bool) -> None:
+    if kind.takes_text and not has_prompts:
+        check_prompts(True, None)
+
+
+def _fetch(name: str, revision: str | None, has_prompts: bool) -> str:
     """Returns the folder of a pipeline, downloaded if it is a repo; refuses by its configs what is no teacher."""
     path = Path(name)
     with suppress(OSError):  # what is missing, the loading itself reports
         configs = read_configs(name, revision)
-        check_configs(repr(name), configs, kind_named(configs.kind))
+        kind = kind_named(configs.kind)
+        check_configs(repr(name), configs, kind)
+        _check_has_prompts(kind, has_prompts)
     if path.is_dir():
         return name
     try:

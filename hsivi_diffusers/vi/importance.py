@@ -41,11 +41,15 @@ def log_density(
         log q_K(x), shape (N,); exact if layer 0 ignores its input.
 
     Raises:
-        ValueError: num_inputs < 1.
+        ValueError: x has another shape, or num_inputs < 1.
     """
     if num_inputs < 1:
         raise ValueError(f"num_inputs={num_inputs}: give 1 input of the last layer or more")
     x_next = draw_marginals(layers, bridge.sample_base(num_inputs, generator), generator)[1]
+    shape = tuple(x_next.shape[1:])
+    if not isinstance(x, Tensor) or x.shape[1:] != shape:
+        given = f"the shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"the type {type(x).__name__}"
+        raise ValueError(f"x has {given}: give draws of shape (N, {', '.join(map(str, shape))}), a tensor")
     q = layers(x_next, torch.zeros(num_inputs, dtype=torch.long, device=x_next.device))
     rows = [q.pairwise_log_prob(each).logsumexp(1) for each in x.split(ROWS)]
     return torch.cat(rows) - math.log(num_inputs)

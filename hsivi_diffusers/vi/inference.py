@@ -172,10 +172,6 @@ class Inference:
         Raises:
             ValueError: x has another shape, or num_inputs < 1.
         """
-        shape = tuple(self.bridge.sample_base(1, torch.Generator()).shape[1:])
-        if not isinstance(x, Tensor) or x.shape[1:] != shape:
-            given = f"the shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"the type {type(x).__name__}"
-            raise ValueError(f"x has {given}: give draws of shape (N, {', '.join(map(str, shape))}), a tensor")
         return log_density(self.layers, self.bridge, x, num_inputs, step_generator(seed, -1, 0))
 
     @torch.no_grad()
