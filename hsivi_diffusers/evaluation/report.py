@@ -96,7 +96,7 @@ class Report:
         guided = training.get("guidance_scale") not in (None, 1) and not training.get("embeds_guidance")
         measured = f"Measured on {measured_on()}."
         content: dict[str, Any] = {"features": self.features, "reference": self.reference, "headline": self.headline}
-        content |= {"floor": self.floor, "measured": measured, "rows": self.rows}
+        content |= {"floor": self.floor, "measured": measured, "rows": self._ranked()}
         write_json(self.output_dir / "report.json", content)
         unknown = [label for label, share in enumerate(training.get("class_shares") or []) if not share]
         sentences = [
@@ -111,6 +111,10 @@ class Report:
         text = "\n\n".join([f"# {self.output_dir.resolve().name}", intro, self._table(), NOTES, measured])
         write_text(self.output_dir / "report.md", f"{text}\n")
 
+    def _ranked(self) -> list[dict[str, Any]]:
+        """The rows by network calls, and the best of each number of calls first."""
+        return sorted(self.rows, key=lambda row: (row["nfe"], row.get(self.headline, math.inf)))
+
     def _table(self) -> str:
         names = [self.headline, *(name for name in REPORTED if name != self.headline)]
         measures = [MEASURES[name].head for name in names]
@@ -118,7 +122,7 @@ class Report:
         lines: list[list[Any]] = []
         if self.floor:
             lines.append(["", HALVES, *(format_measure(name, self.floor[name]) for name in names), *[""] * 5])
-        for row in sorted(self.rows, key=lambda row: (row["nfe"], row.get(self.headline, math.inf))):
+        for row in self._ranked():
             method, seed, seconds = row["method"], "", ""
             if method == OURS:
                 method, seed, seconds = f"**{OURS}**", row["train_seed"], format(row["train_seconds"], ".0f")

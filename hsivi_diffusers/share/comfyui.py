@@ -125,9 +125,9 @@ def export(adapter: Path, training: dict[str, Any], name: str, output_dir: Path)
     lora = f"{name}.safetensors"
     nodes = read_workflow(adapter, training, lora)
     check_empty(output_dir)
-    output_dir = output_dir.absolute()
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    whole = output_dir.absolute()
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    partial = whole.with_name(f".{whole.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -135,7 +135,7 @@ def export(adapter: Path, training: dict[str, Any], name: str, output_dir: Path)
         save_workflow(nodes, partial)
         text = f"# {name} in ComfyUI\n\n{workflow_text(nodes, lora, training.get('base_model'))}\n"
         (partial / "README.md").write_text(text, encoding="utf-8")
-        replace_folder(partial, output_dir)
+        replace_folder(partial, whole)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return output_dir / lora

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -34,9 +35,10 @@ def refused(capsys):
     return call
 
 
-def test_a_run_is_exported_for_comfyui(run, tmp_path, capsys):
-    cli.main(["export", f"--run_dir={run}", "--format=comfyui", f"--output_dir={tmp_path / 'comfyui'}"])
-    lora = tmp_path / "comfyui" / "sd2_2_steps.safetensors"
+def test_a_run_is_exported_for_comfyui(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["export", f"--run_dir={run}", "--format=comfyui", "--output_dir=comfyui"])
+    lora = Path("comfyui", "sd2_2_steps.safetensors")  # as it was asked for
     assert f"copy {lora} to models/loras of ComfyUI" in capsys.readouterr().out
     assert lora.read_bytes() == (run / "pipeline" / ADAPTER).read_bytes()
     nodes = json.loads((tmp_path / "comfyui" / "workflow.json").read_text())

@@ -37,7 +37,8 @@ def test_a_row_is_written_as_soon_as_it_is_measured(report):
     assert ours == {**made, "num_samples": 9, **dict.fromkeys(REPORTED, 0.25), "train_seconds": 2.0}
     assert [*ours][-1] == "train_seconds"
     assert "| 2 | **HSIVI** | 250.00 |" in text_of(report)
-    _, other = add(report, "DDIM", 2, 0.5)
+    first, other = add(report, "DDIM", 2, 0.5)
+    assert first == ours
     assert (other["train_seed"], other["train_seconds"]) == (None, None)
     assert "| 2 | DDIM | 500.00 |" in text_of(report)
 
@@ -48,8 +49,8 @@ def test_images_that_are_not_finite_lose_no_row(report):
     images[2, 0, 0, 0], images[4] = math.nan, math.inf
     report.add("UniPC", 2, "800, 200", images, measures, 1)
     rows = add(report, "DDIM", 2, 0.5)
-    assert [row.get("kid") for row in rows] == [0.25, None, 0.5]
-    assert [row.get("not_finite") for row in rows] == [None, 2, None]
+    assert [row.get("kid") for row in rows] == [0.25, 0.5, None]
+    assert [row.get("not_finite") for row in rows] == [None, None, 2]
     lines = [line for line in text_of(report).splitlines() if line.startswith("| 2 |")]
     assert [line.split(" | ")[1].strip("*") for line in lines] == ["HSIVI", "DDIM", "UniPC"]  # the last, unmeasured
     assert "| 2 | UniPC | 2 images are not finite | - |" in lines[2]
