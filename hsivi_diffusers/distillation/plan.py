@@ -33,6 +33,7 @@ from ..teachers.adapters import has_adapter
 from ..teachers.guidance import Guided
 from ..teachers.loading import read_teacher
 from ..teachers.teacher import Teacher, check_prompts
+from ..vi import ConditionalLayers, DiagonalGaussian
 from .cards import COMPUTE, LAUNCH, TRAFFIC, Card, Work, find_card
 from .config import HSIVIConfig
 from .networks import HALF, make_networks, make_student_and_critic
@@ -366,14 +367,22 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
 
 
 def begin(state: TrainingState) -> None:
-    """Fills the chains, and makes the moments of both optimizers."""
+    """Fills the chains, without network calls, and makes the moments of both optimizers."""
+    still = _Still()
     for chain in state.chains:
-        chain.draw(state.layers)
+        chain.draw(still)
     for optimizer in (state.layer_optimizer, state.critic_optimizer):
         for weight in (each for group in optimizer.param_groups for each in group["params"]):
             weight.grad = torch.zeros_like(weight)
         optimizer.step()
         optimizer.zero_grad()
+
+
+class _Still(ConditionalLayers):
+    """Layers that cost no network call, and leave the mean where it is."""
+
+    def forward(self, x_next: Tensor, t: Tensor, condition: Any = None) -> DiagonalGaussian:
+        return DiagonalGaussian(x_next, torch.ones(1))
 
 
 def _measure_update(state: TrainingState, meter: Meter) -> tuple[Counter[str], Counter[str]]:
