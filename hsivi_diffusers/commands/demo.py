@@ -37,7 +37,8 @@ STUDENT = "Student, or a repo id"
 TITLES = ("Student", "Solver", "Teacher")
 INTRO = f"""# Student, solver and teacher from the same noise
 The distilled student is compared with the solver {SOLVER}, which calls the teacher's network as often as the student
-calls its own, and with the teacher in many calls."""
+calls its own, and with the teacher in many calls. The solver has the timesteps that diffusers gives it; others, chosen
+for this teacher, may be better: `hsivi evaluate` tries them."""
 HINT = "<p>Press Draw.</p>"
 FONTS = ["Inter", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]  # those of the visitor's machine
 MONO = ["Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
@@ -175,13 +176,14 @@ def on_page(function: Callable[..., Iterator[Any]], *given: Any) -> Callable[...
     return call
 
 
-def make_page(names: Sequence[str], device: str, judge: Judge | None = None) -> gr.Blocks:
+def make_page(students: Students, judge: Judge | None = None) -> gr.Blocks:
     """Makes the page, to be launched; what a judge says of images stands above them."""
-    students = Students(names, device)
     with gr.Blocks(title="hsivi demo", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(INTRO)
         with gr.Row():
-            name = gr.Dropdown(students.names, value=names[0], label=STUDENT, allow_custom_value=True, min_width=280)
+            name = gr.Dropdown(
+                students.names, value=students.names[0], label=STUDENT, allow_custom_value=True, min_width=280
+            )
             steps = gr.Dropdown([1], value=1, label="Steps of the student")
             teacher_steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps of the teacher")
         with gr.Row():
@@ -248,7 +250,9 @@ def serve(options: Any, judge: Judge | None = None) -> None:
     if unknown := [name for name in names if not Path(name).is_dir() and not names_repo(name)]:
         raise ValueError(f"--pipeline {unknown[0]} is no folder, and no repo id such as user/name: check the spelling")
     check_address(options)
-    page = make_page(names, usable_device(options.device), judge)
+    students = Students(names, usable_device(options.device))
+    students(names[0])  # a name that leads nowhere is refused here, and not on the page
+    page = make_page(students, judge)
     address = launch(page, server_name=options.server_name, server_port=options.server_port)
     print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()

@@ -37,7 +37,6 @@ from .options import check_numbers, parse_options
 
 ON_GRID = ("DPM-Solver++", "UniPC")  # of `few_step_levels` too: neither grid is the better one for every teacher
 BASELINES = ("DDIM", "Euler", *ON_GRID)
-FEW = 200  # images, of a method or the reference, of fewer of which the order of the methods is mostly chance
 
 
 @dataclass
@@ -188,17 +187,13 @@ def main(args: list[str] | None = None) -> None:
     guided, batch = Guided(teacher, [training["guidance_scale"]]), options.batch_size or teacher.draw_batch
     samplers = list(make_samplers(options, student, guided))  # refuses counts without a grid
     reference, labels, name = load_reference(options, guided, classes, batch)
-    if min(options.num_samples, len(reference)) < FEW:
-        print(
-            f"{options.num_samples} images and {len(reference)} of the reference are too few to rank methods: give "
-            f"{FEW} or more of each"
-        )
-    measures = Measures(network.to(device), reference, REPORTED)
+    names = (*REPORTED, "kid_error")
+    measures = Measures(network.to(device), reference, names)
     if before := read_json(output / "report.json").get("features"):
         print(f"The report in {output} (features: {before}) will be replaced.")
 
     headline, features = "fd" if options.feature_extractor else "kid", options.feature_name or features
-    report = Report(output, training, headline, features, name, split_halves(network, reference, REPORTED))
+    report = Report(output, training, headline, features, name, split_halves(network, reference, names))
     size, batch_size, seed = options.num_samples, batch, options.eval_seed
     for method, nfe, sampler, grid in samplers:
         images = draw(f"{method} at {nfe}", sampler, size, batch_size, seed, classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ MOST = 5000  # images of a side where the cost grows with their square
 MOST_COPIES = 2000  # images whose nearest real one is looked for
 PRDC = ("precision", "recall", "density", "coverage")
 PACKAGES = ("torchmetrics", "prdc", "ot", "sklearn")
+GROUPS = 10  # of the jackknife
 NAMES = ("fd", "kid", *PRDC, "pixel_fd", "swd", "class_tv", "nearest")
 SIDE = 64  # pixels of a side that pixel_fd and swd see at most
 
@@ -40,6 +42,8 @@ class Measures:
     - `kid`: squared maximum mean discrepancy of the features under the kernel (x . y / s + 1)^3, where s is the mean of
       |x|^2 in the real ones; unbiased, so that it may be negative; of at most 5,000 of each set. s makes it independent
       of the scale of the features, which FD is not.
+    - `kid_error`, only where it is named: standard error of `kid` over draws of as many images, by the jackknife over
+      ten groups, rather too large. That of the real images, which all samplers share, is not in it.
     - `precision`, `density`: how many images lie among the real ones; `recall`, `coverage`: how many of the real ones
       lie among, or close to, the images. By prdc, in the features, of 5 neighbours, of at most 5,000 of each set.
     - `pixel_fd`: Frechet distance of up to 64 principal components of the pixels of the real images, of at most 5,000
@@ -54,7 +58,7 @@ class Measures:
     Args:
         network: Module from images to features; for `class_tv` with `head` from features to logits.
         real: Real images, or other reference images, shape (N, C, H, W).
-        names: Which of these to measure; by default all that the network can.
+        names: Which of these to measure; by default all others that the network can.
 
     Attributes:
         real_shares: Share of each class in the real images, as the classifier sees them; empty without `class_tv`.
@@ -94,8 +98,9 @@ class Measures:
         if "fd" in self.names:
             found["fd"] = self.frechet(features)
         if "kid" in self.names:
-            across = _mean_kernel(self.gamma, some, self.features)
-            found["kid"] = self.kernel + _mean_kernel(self.gamma, some) - 2 * across
+            found["kid"] = self._kid(some)
+        if "kid_error" in self.names:
+            found["kid_error"] = self._kid_error(some)
         if any(name in self.names for name in PRDC):
             with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of rows
                 found |= compute_prdc(self.features.numpy(), some.numpy(), NEIGHBOURS)
@@ -124,6 +129,15 @@ class Measures:
         logits = head(features.to(next(head.parameters(), features).device))
         shares: list[float] = (logits.argmax(1).bincount(minlength=logits.shape[1]) / len(logits)).tolist()
         return shares
+
+    def _kid(self, features: torch.Tensor) -> float:
+        across = _mean_kernel(self.gamma, features, self.features)
+        return self.kernel + _mean_kernel(self.gamma, features) - 2 * across
+
+    def _kid_error(self, features: torch.Tensor) -> float:
+        groups = features.tensor_split(min(GROUPS, len(features)))  # of images in turn of all classes
+        others = (torch.cat([*groups[:i], *groups[i + 1 :]]) for i in range(len(groups)))
+        return math.sqrt(len(groups) - 1) * torch.tensor([*map(self._kid, others)]).std(correction=0).item()
 
     def _space(self) -> float:
         """Median distance from a real image to the nearest other one."""

@@ -12,7 +12,7 @@ import torch
 
 from ..runs.artifacts import read_record
 from ..runs.folders import write_json, write_text
-from ..runs.measures import HALVES, MEASURES, REPORTED, format_measure
+from ..runs.measures import HALVES, MEASURES, REPORTED, format_cell
 from ..runs.options import renamed
 from ..runs.page import PAGE
 from .figures import draw_curves, draw_samples
@@ -25,14 +25,15 @@ GUIDED = "Teacher and solvers use guidance, too: one of their steps is two netwo
 FELL = "In training the guidance of HSIVI decreased with noise, so that it has less of it than these."
 NOTES = """\
 KID is the squared maximum mean discrepancy of the features under the kernel (x . y / s + 1)^3, with s the mean of
-|x|^2 in the reference; FD is the Frechet distance of the features. Both depend on the features named above: they
-are not the KID and FID of Inception features, and compare within this table only. KID has no bias, so a value near
-the best may fall below 0; FD falls with the number of images. FD of pixels is that of up to 64 of their principal
+|x|^2 in the reference; FD is the Frechet distance of the features. Both depend on the features named above: they are
+not the KID and FID of Inception features, and compare within this table only. KID has no bias, so a value near the
+best may fall below 0; FD falls with the number of images. FD of pixels is that of up to 64 of their principal
 components, SWD the sliced Wasserstein distance of the pixels, both at 64 x 64 pixels at most. Lower is better, but in
-precision, recall and coverage. Two halves of the reference, one measured against the other, show what is good; a row is
-measured against all of it, and may be better. DDIM has eta 0; DPM-Solver++ is 2M. All methods start from the same noise
-and have the same class labels, if any, in equal numbers. The last column has the timesteps of the network calls;
-another grid can make a baseline better."""
+precision, recall and coverage. KID has its standard error over draws of as many images, so methods that differ by
+less than three of them may be level. Two halves of the reference, one measured against the other, show what is good;
+a row is measured against all of it, and may be better. DDIM has eta 0; DPM-Solver++ is 2M. All methods start from the
+same noise and have the same class labels, if any, in equal numbers. The last column has the timesteps of the network
+calls; another grid can make a baseline better."""
 
 
 def load_run(run_dir: Path) -> dict[str, Any]:
@@ -121,12 +122,12 @@ class Report:
         heads = ["NFE", "method", *measures, "images", "train seed", "eval seed", "training s", "grid"]
         lines: list[list[Any]] = []
         if self.floor:
-            lines.append(["", HALVES, *(format_measure(name, self.floor[name]) for name in names), *[""] * 5])
+            lines.append(["", HALVES, *(format_cell(name, self.floor) for name in names), *[""] * 5])
         for row in self._ranked():
             method, seed, seconds = row["method"], "", ""
             if method == OURS:
                 method, seed, seconds = f"**{OURS}**", row["train_seed"], format(row["train_seconds"], ".0f")
-            cells = [format_measure(name, row[name]) if name in row else "-" for name in names]
+            cells = [format_cell(name, row, "-") for name in names]
             if "not_finite" in row:
                 cells[0] = f"{row['not_finite']} images are not finite"
             lines.append([row["nfe"], method, *cells, row["num_samples"], seed, row["eval_seed"], seconds, row["grid"]])
@@ -144,13 +145,20 @@ class Report:
     def _measured(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return [row for row in rows if self.headline in row]
 
+    def _are_level(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
+        """Whether two rows differ by less than twice the standard error of the difference, where that is known."""
+        error = f"{self.headline}_error"
+        if not {self.headline, error} <= one.keys() & other.keys():
+            return False
+        return bool(abs(one[self.headline] - other[self.headline]) < 2 * math.hypot(one[error], other[error]))
+
     def closing_lines(self) -> str:
         """What was written, how HSIVI compares at its largest number of network calls, and what to do next."""
         ours = max((row for row in self.rows if row["method"] == OURS), key=lambda row: row["nfe"])
         baselines = self._measured([row for row in self.rows if row["method"] != OURS])
 
         def value(row: dict[str, Any]) -> str:
-            return format_measure(self.headline, row[self.headline]) if self.headline in row else "not finite"
+            return format_cell(self.headline, row, "not finite")
 
         named = [ours]
         compared = f"{MEASURES[self.headline].head} {value(ours)} at {ours['nfe']} network calls"
@@ -158,6 +166,7 @@ class Report:
             best = min(equal, key=lambda row: row[self.headline])
             named.append(best)
             compared += f"; best solver at as many calls: {best['method']}, {value(best)}"
+            compared += ", which is no difference that so few images could tell" * self._are_level(ours, best)
         longest = max(baselines, key=lambda row: (row["nfe"], -row[self.headline]), default=ours)
         if longest["nfe"] > ours["nfe"]:
             named.append(longest)

@@ -47,6 +47,16 @@ def format_measure(name: str, value: float, spread: float = math.nan) -> str:
     return format(measure.factor * value, measure.form) + around
 
 
+def format_cell(name: str, row: Mapping[str, Any], missing: str = "") -> str:
+    """Formats a measure of a row, with its standard error if the row has that; `missing` where it has no number."""
+    value, error = (_number(row.get(key)) for key in (name, f"{name}_error"))
+    return missing if math.isnan(value) else format_measure(name, value, error)
+
+
+def _number(value: Any) -> float:
+    return value if isinstance(value, int | float) and math.isfinite(value) else math.nan
+
+
 def counted(number: Any, noun: str) -> str:
     """Writes a number with its noun: `1 update`, `2 updates`."""
     return f"{number} {noun}{'s' * (str(number) != '1')}"

@@ -16,7 +16,7 @@ from typing import Any
 from .artifacts import GRID_ROWS, PROMPTS, column_prompts, read_json, sample_grids
 from .curves import charts
 from .folders import write_text
-from .measures import BOUND, HALVES, MEASURES, REPORTED, counted, format_measure, format_ratios
+from .measures import BOUND, HALVES, MEASURES, REPORTED, counted, format_cell, format_ratios
 from .next_steps import next_steps
 from .options import renamed
 from .page_design import SCRIPT, STYLE
@@ -49,7 +49,8 @@ row. Both are ratios to the teacher's row: 1 is best, and after a tenth of the r
 {BOUND}, the shaded range, are reported. The loss does not measure quality: look at the images."""
 QUALITY = """\
 KID and FD compare features with those of the reference, FD of pixels and SWD compare pixels, at most 64 x 64 of them:
-lower is better. KID is estimated without bias, so near the best it may fall below 0. The row of two halves of the
+lower is better. KID is estimated without bias, so near the best it may fall below 0; ± is the standard error over
+draws of as many images. The row of two halves of the
 reference, one measured against the other, shows the best values to expect; the other rows are measured against the
 whole reference and may be better.
 Precision is the fraction of the images that lie among those of the reference, recall and coverage are fractions of the
@@ -210,14 +211,10 @@ def _report(run_dir: Path, report: dict[str, Any]) -> list[str]:
 
 def _quality(rows: Sequence[dict[str, Any]], floor: Any) -> str:
     measures = [name for name in REPORTED if any(name in row for row in rows)]
-    lines = [[row["nfe"], row["method"], *(_cell(name, row) for name in measures)] for row in rows]
+    lines = [[row["nfe"], row["method"], *(format_cell(name, row) for name in measures)] for row in rows]
     if isinstance(floor, dict):
-        lines.insert(0, ["", HALVES, *(_cell(name, floor) for name in measures)])
+        lines.insert(0, ["", HALVES, *(format_cell(name, floor) for name in measures)])
     return _table(["NFE", "method", *(MEASURES[name].head for name in measures)], lines, "measures")
-
-
-def _cell(name: str, row: dict[str, Any]) -> str:
-    return format_measure(name, row[name]) if isinstance(row.get(name), int | float) else ""
 
 
 def _next(run_dir: Path, options: dict[str, Any], training: dict[str, Any], stopped: bool) -> list[str]:

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..pipeline_hsivi import HSIVIPipeline, network_calls, one_of
-from ..runs.measures import HALVES, MEASURES, REPORTED, format_measure
+from ..runs.measures import HALVES, MEASURES, REPORTED, format_cell
 from ..runs.options import renamed
 from ..runs.student_code import adapter_code, call_arguments, literal
 
@@ -321,7 +321,7 @@ def _quality(run: dict[str, Any]) -> str:
 
     def line(row: dict[str, Any]) -> list[str]:
         method = "**HSIVI, this model**" if row["method"] == "HSIVI" else _plain(row["method"])
-        values = [format_measure(metric, row[metric]) if _measured(row, metric) else "-" for metric in metrics]
+        values = [format_cell(metric, row, "-") for metric in metrics]
         return [_plain(row["nfe"]), method, *values, _plain(row["num_samples"])]
 
     rows.sort(key=lambda row: (row["nfe"], row[headline] if _measured(row, headline) else math.inf))
@@ -335,7 +335,7 @@ def _quality(run: dict[str, Any]) -> str:
         f"to {_plain(report.get('reference') or 'the reference')}."
     )
     notes += " FD of pixels: of up to 64 of their principal components." if "pixel_fd" in metrics else ""
-    notes += " A KID below 0 is measurement noise." if headline == "kid" else ""
+    notes += " A KID below 0 is measurement noise; ± is its standard error." if headline == "kid" else ""
     notes += f" {_plain(report['measured'])}" if report.get("measured") else ""
     figures = {"samples": "![Rows of images of each method](comparison.png)", "curve": "![The curve](curve.png)"}
     table = "\n".join([first, f"|---:|---|{'---:|' * (len(heads) - 2)}", *lines])

@@ -54,7 +54,7 @@ def students(fast_run, several_run, class_run):
 
 @pytest.fixture(scope="module")
 def address(fast_run, several_run):
-    page = demo.make_page([str(fast_run), str(several_run)], "cpu")
+    page = demo.make_page(comparison.Students([str(fast_run), str(several_run)], "cpu"))
     yield demo.launch(page)
     page.close()
 
@@ -343,6 +343,7 @@ def test_no_file_is_taken_or_served(address, fast_run):
     [
         ([], "--pipeline is missing: give folders of runs"),
         (["--pipeline=nowhere"], "--pipeline nowhere is no folder, and no repo id"),
+        (["--pipeline=runs/nowhere"], "--pipeline runs/nowhere is no folder here and was not found on the Hub"),
         (["--pipeline=a/b", "--server_port=99999"], "--server_port=99999: give a whole number from 1 to 65535"),
         (["--pipeline=a/b", "--server_port=0"], "--server_port=0: give a whole number from 1 to 65535"),
         (["--pipeline=a/b", "--server_port={taken}"], "--server_name 127.0.0.1 --server_port {taken}: "),
@@ -441,7 +442,7 @@ def test_two_browsers_see_their_own_seeds(visit):
 
 @pytest.mark.slow
 def test_a_browser_of_the_width_of_a_phone_draws_prompts(visit, text_run):
-    page = demo.make_page([str(text_run("sd"))], "cpu")
+    page = demo.make_page(comparison.Students([str(text_run("sd"))], "cpu"))
     phone, expect = visit(demo.launch(page), width=390)
     phone.get_by_label("Prompt").fill("cat " * 240)
     phone.get_by_role("button", name="Draw").click()

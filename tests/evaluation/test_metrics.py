@@ -69,6 +69,17 @@ def test_only_what_was_asked_for_is_measured(measures, real, monkeypatch):
     assert measures.shares == measures.real_shares == []
 
 
+def test_the_error_of_kid_is_its_spread_over_draws_of_images(real):
+    measures, generator = Measures(Corners(), real, ["kid", "kid_error"]), torch.Generator().manual_seed(1)
+    for brighter in (0.0, 0.2):  # without a bias both are of the order 1 / images, with one 1 / sqrt(images)
+        draws = [real[torch.randint(120, (80,), generator=generator)] + brighter for _ in range(60)]
+        found = [measures(each.clamp(0, 1)) for each in draws]
+        kids, errors = ([each[name] for each in found] for name in ("kid", "kid_error"))
+        assert np.std(kids) < 1.2 * np.mean(errors) < 2 * np.std(kids)
+    seven = measures(real[:7])["kid_error"]  # fewer than there are groups: one is left out at a time
+    assert seven > 0
+
+
 @torch.no_grad()
 def test_fd_is_that_of_two_gaussians_in_the_features(measures, real):
     images = real[:50].flip(3) ** 2

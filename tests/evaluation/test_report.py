@@ -66,6 +66,18 @@ def test_a_student_whose_images_are_not_finite_is_reported_too(report):
     assert "Result: KID x 1000 not finite at 2 network calls; with the most calls, 4: DDIM" in report.closing_lines()
 
 
+@pytest.mark.parametrize(("error", "level"), [(0.1, False), (0.15, True)])  # the difference is 0.4
+def test_a_difference_within_the_errors_names_no_winner(report, error, level):
+    add(report, "HSIVI", 2, 0.2)
+    add(report, "DDIM", 2, 0.6)
+    for row in report.rows:
+        row["kid_error"] = error
+    report.write()
+    assert f"| 2 | **HSIVI** | 200.00 ± {1000 * error:.2f} | 0.20 |" in text_of(report)
+    line = f"DDIM, 600.00 ± {1000 * error:.2f}{', which is no difference that so few images could tell' * level}"
+    assert report.closing_lines().splitlines()[1].endswith(line)
+
+
 def test_of_several_long_baselines_the_best_is_named(report):
     for method, nfe, value in (("HSIVI", 2, 0.3), ("DDIM", 4, 0.9), ("UniPC", 4, 0.1)):
         add(report, method, nfe, value)
