@@ -3,6 +3,8 @@
 import ast
 import configparser
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -100,6 +102,12 @@ def test_blocks_of_shell_are_marked_as_such():
         blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), re.DOTALL | re.MULTILINE)
         unmarked = [code for mark, code in blocks if not mark]
         assert not [code for code in unmarked if re.match(r" *(hsivi|python|make|pip|accelerate) ", code)]
+
+
+def test_every_block_of_the_readme_imports_what_it_uses():
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        check = [sys.executable, "-m", "ruff", "check", "--select=F", "--isolated", "-"]
+        subprocess.run(check, input=code, text=True, check=True)
 
 
 # ----- a teacher of the user's own -----
