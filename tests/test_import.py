@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -157,3 +158,10 @@ def test_a_diffusers_that_is_imported_later_knows_the_pipeline(tmp_path, monkeyp
     assert diffusers.HSIVIPipeline is package.HSIVIPipeline
     assert diffusers.pipelines.a_package is package
     assert sys.meta_path == before
+
+
+def test_a_folder_of_its_name_does_not_hide_the_package(tmp_path):
+    """Python runs in the folder above a clone."""
+    (tmp_path / "hsivi_diffusers").mkdir()
+    code = "from hsivi_diffusers import __version__"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, check=True)
