@@ -42,11 +42,11 @@ def other_objective(objective: Objective | None) -> str:
     if isinstance(objective, WithPairs):
         objective = objective.objective
     if isinstance(objective, ScoreMatching):
-        return "train by KullbackLeibler or LowerBound instead of ScoreMatching"
+        return "train by LB or KL instead of SM"
     if isinstance(objective, LowerBound):
-        return "give LowerBound a larger batch, or train by KullbackLeibler"
+        return "give LB a larger batch, or train by KL with several critic updates"
     if isinstance(objective, KullbackLeibler):
-        return "give the critic more updates, or train by LowerBound"
+        return "give the critic more updates, 3 or 5, or train by LB"
     return "try another objective"
 
 

@@ -26,7 +26,7 @@ class DivergenceError(FloatingPointError):
     def __init__(self, subject: str, step: int, layers: Sequence[int]) -> None:
         super().__init__(
             f"{subject} is not finite at step {step} (layers t = {', '.join(map(str, layers))}): "
-            "start a new run with a lower learning rate or more critic updates; if this is the first step, check "
+            "start a new run with more critic updates or a lower learning rate; if this is the first step, check "
             "that the target is finite on all of R^d"
         )
         self.step, self.layers = step, list(layers)

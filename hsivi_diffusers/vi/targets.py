@@ -98,7 +98,15 @@ class LogProbTarget(Target):
         self.dimension = check_dimension(dimension)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return check_value(self._log_prob(x), x, x.shape[:1], "log_prob")
+        try:
+            value = self._log_prob(x)
+        except Exception as error:
+            error.add_note(
+                f"log_prob was called with x of shape {tuple(x.shape)}: check dimension={self.dimension}; parameters "
+                "with bounds, such as a scale, need a NamedTarget"
+            )
+            raise
+        return check_value(value, x, x.shape[:1], "log_prob")
 
 
 class ScoreTarget(Target):

@@ -291,10 +291,10 @@ def test_remedies_depend_on_the_objective():
     modes, objective = two_modes(4.0), WithPairs(KullbackLeibler(), 0.1)
     found = diagnose(one_layer(modes[:1], std=0.5), mixture_bridge(modes), objective=objective, generator=seeded())
     assert {"lost_modes", "under_dispersed", "drift"} <= set(signatures(found))
-    assert all("give the critic more updates, or train by LowerBound" in finding.message for finding in found)
+    assert all("give the critic more updates, 3 or 5, or train by LB" in finding.message for finding in found)
     assert other_objective(KullbackLeibler()) == other_objective(objective)
-    assert other_objective(ScoreMatching()) == "train by KullbackLeibler or LowerBound instead of ScoreMatching"
-    assert other_objective(LowerBound()) == "give LowerBound a larger batch, or train by KullbackLeibler"
+    assert other_objective(ScoreMatching()) == "train by LB or KL instead of SM"
+    assert other_objective(LowerBound()) == "give LB a larger batch, or train by KL with several critic updates"
     assert other_objective(None) == "try another objective"
 
 

@@ -106,3 +106,12 @@ def test_a_function_without_a_gradient_is_refused_where_one_is_needed(cut):
 def test_what_is_no_density_on_vectors_is_refused(act, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         act()
+
+
+def test_an_error_of_the_users_function_says_what_it_was_called_with():
+    with pytest.raises(RuntimeError, match="size of tensor") as info:
+        LogProbTarget(lambda x: (x - torch.zeros(3)).square().sum(1), 2).log_prob(torch.zeros(4, 2))
+    assert info.value.__notes__ == [
+        "log_prob was called with x of shape (4, 2): check dimension=2; parameters with bounds, such as a scale, need "
+        "a NamedTarget"
+    ]
