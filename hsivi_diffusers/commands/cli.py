@@ -313,6 +313,7 @@ def push_run(args: Sequence[str]) -> None:
     folder = Path(options.pipeline) if options.pipeline else pipeline_of(options.run_dir)
     if not holds_pipeline(folder):
         raise ValueError(f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline")
+    from ..share.card import gaps
     from ..share.push import push
 
     settings = {name: getattr(options, name) for name in ("run_dir", "base_model", "license", "fp16", "output_dir")}
@@ -324,7 +325,10 @@ def push_run(args: Sequence[str]) -> None:
         return
     for path in sorted(path for path in Path(url).rglob("*") if path.is_file()):
         print(f"{path.stat().st_size:>13,} {path}")
-    print(f"nothing was pushed: read the card, {Path(url) / 'README.md'}, and push by the same without --output_dir")
+    card = Path(url) / "README.md"
+    for gap in gaps(card.read_text(encoding="utf-8")):
+        print(gap)
+    print(f"nothing was pushed: read the card, {card}, and push by the same without --output_dir")
 
 
 def export_run(args: Sequence[str]) -> None:

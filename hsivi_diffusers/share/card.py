@@ -84,6 +84,7 @@ WITHOUT = (
 SEEDED = """\
 {guidance} If the images must be the same each time, call `torch.manual_seed` before: some pipelines pass no generator
 to the steps."""
+UNMEASURED = "Not measured yet."
 EMBEDDED = "The network takes the guidance scale as an input: keep `{argument}`, that of the training."
 GUIDED = "Guidance is in the weights, so keep `{argument}`: the pipeline would guide a second time."
 UNGUIDED = "It was trained without guidance, so keep `{argument}`."
@@ -181,6 +182,13 @@ def _assemble(
     sections = [*sections, f"## Quality\n\n{_quality(run)}", f"## Training\n\n{_training(scheduler, run)}"]
     body = "\n\n".join(section for section in [f"# {name}", *sections, f"## Limits\n\n{limits}"] if section)
     return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n")
+
+
+def gaps(card: str) -> list[str]:
+    """What the text of a card lacks, and the remedy."""
+    named = ModelCard(card).data.base_model
+    lacks = [] if named else ["the card does not name the teacher: if the Hub has it, give its repo by --base_model"]
+    return [*lacks, *(["the card has no measurements: run `hsivi evaluate` first"] if UNMEASURED in card else [])]
 
 
 def _link(base_model: str | None) -> str:
@@ -314,7 +322,7 @@ def _quality(run: dict[str, Any]) -> str:
     report = run["report"]
     rows = _rows(report)
     if not rows:
-        return "Not measured yet."
+        return UNMEASURED
     headline = report["headline"] if report.get("headline") in REPORTED else "fd"
     others = [metric for metric in REPORTED if metric != headline and any(_measured(row, metric) for row in rows)]
     metrics = [headline, *others]

@@ -53,7 +53,9 @@ def test_a_finished_run_is_pushed_with_its_card(logged_in, fast_run, capsys, ref
 def test_what_would_be_pushed_is_written_without_a_hub(logged_in, fast_run, tmp_path, capsys, refused):
     arguments = ["push", f"--run_dir={fast_run}", "--hub_model_id=alice/fast"]
     cli.main([*arguments, f"--output_dir={tmp_path / 'files'}"])
-    *listed, last = capsys.readouterr().out.splitlines()[-10:]
+    *listed, unnamed, unmeasured, last = capsys.readouterr().out.splitlines()[-12:]
+    assert unnamed == "the card does not name the teacher: if the Hub has it, give its repo by --base_model"
+    assert unmeasured == "the card has no measurements: run `hsivi evaluate` first"
     assert last.startswith(f"nothing was pushed: read the card, {tmp_path / 'files' / 'README.md'}")
     assert logged_in.repos == {}
     assert "is not an empty folder" in refused(cli.main, [*arguments, f"--output_dir={tmp_path}"])
