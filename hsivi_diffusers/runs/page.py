@@ -34,7 +34,8 @@ GRID = """\
 <a id="whole" href="{source}"><img id="image" src="{source}" alt="Sample grid after {updates} updates: the first of \
 {rows} rows is the teacher's, the others are the student's"></a></div>
 <figcaption>After <output id="updates">{updates}</output> updates. First row: the teacher, in many steps. Below: the
-student, from the same noise. <span id="compared">{compared}</span></figcaption>
+student, its first row from the teacher's noise. A student that adds noise draws other images from it: compare quality,
+not columns. <span id="compared">{compared}</span></figcaption>
 </figure>"""
 CONTROLS = """\
 <div class="controls" data-script hidden><button type="button" id="play">Play</button>

@@ -220,7 +220,7 @@ def _grid(run: dict[str, Any]) -> str:
     if "grid" not in run:
         return ""
     text = "First row: the teacher in many steps. Below: this model"
-    figure = f"![{text}](samples.png)\n\n{text}, from the same noise."
+    figure = f"![{text}](samples.png)\n\n{text}, its first row from the teacher's noise."
     if prompts := run.get("prompts"):
         figure += f" The columns are of the prompts {', '.join(map(_plain, prompts))}, in turn."
     return figure
