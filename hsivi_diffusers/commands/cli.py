@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ..runs.artifacts import ADAPTER, holds_pipeline, pipeline_of, read_record, sample_grids
 from ..runs.folders import check_spelling
-from ..runs.next_steps import resumption
+from ..runs.next_steps import resumption, to_finish
 from ..runs.options import did_you_mean, option
 from .options import parse_options, print_error, run_command, with_dashes
 from .sample import sample  # torch and diffusers, which take seconds, are imported by what needs them
@@ -312,7 +312,8 @@ def push_run(args: Sequence[str]) -> None:
         raise ValueError("--run_dir is missing: give the folder of a run, or --pipeline FOLDER")
     folder = Path(options.pipeline) if options.pipeline else pipeline_of(options.run_dir)
     if not holds_pipeline(folder):
-        raise ValueError(f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline")
+        text = f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline"
+        raise ValueError(text + to_finish(folder))
     from ..share.card import gaps
     from ..share.push import push
 
@@ -339,7 +340,8 @@ def export_run(args: Sequence[str]) -> None:
             raise ValueError(f"--{name} is missing: name a folder")
     adapter, record = Path(options.run_dir) / "pipeline", Path(options.run_dir) / "training.json"
     if not record.is_file() or not holds_pipeline(adapter):
-        raise ValueError(f"{options.run_dir} holds no finished run: give the folder that `hsivi distil` wrote")
+        text = f"{options.run_dir} holds no finished run: give the folder that `hsivi distil` wrote"
+        raise ValueError(text + to_finish(Path(options.run_dir)))
     if not (adapter / ADAPTER).is_file():
         raise ValueError(
             f"{adapter} holds a whole pipeline and no LoRA, which ComfyUI does not load: draw with `hsivi sample`, or "

@@ -26,7 +26,7 @@ from .options import check_numbers
 from .sample import usable_device
 
 Judge = Callable[[Sequence[Image.Image], Sequence[Any]], str]  # images and their classes or prompts -> a remark
-BUNDLED = [Path("assets/students") / name for name in ("scenes_t4", "emoji_t4", "fashion_t4", "digits_t4")]  # in a clone
+BUNDLED = [Path("assets/students", f"{name}_t4") for name in ("scenes", "emoji", "fashion", "digits")]  # in a clone
 MOST_STEPS, MOST_IMAGES = 100, 16  # of the teacher; of a request
 LAST_SEED = 2**53
 COUNTS = [1, 4, 9, 16]  # images of a square

@@ -12,6 +12,7 @@ from typing import Any
 from ..runs.artifacts import PROMPTS, folder_of_run, holds_pipeline, pipeline_of, read_prompts, read_record, run_of
 from ..runs.bars import bar
 from ..runs.folders import check_output_dir, check_spelling, claim_output_dir, near_folder
+from ..runs.next_steps import to_finish
 from ..runs.options import option
 from .options import check_numbers, parse_options
 
@@ -191,8 +192,8 @@ def folder_of_pipeline(name: str | None) -> Path | str:
         return name
     if not holds_pipeline(folder):
         raise ValueError(
-            f"--pipeline {name} holds no pipeline: give the folder of a pipeline or of a finished run; an unfinished "
-            "run is resumed by `hsivi distil`, and a student of a Teacher of your own loaded by load_student in Python"
+            f"--pipeline {name} holds no pipeline: give the folder of a pipeline or of a finished run, or load a "
+            f"student of a Teacher of your own by load_student in Python{to_finish(folder)}"
         )
     if (index := folder / "model_index.json").is_file():
         read_record(index)

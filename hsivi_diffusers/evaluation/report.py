@@ -13,6 +13,7 @@ import torch
 from ..runs.artifacts import read_record
 from ..runs.folders import write_json, write_text
 from ..runs.measures import HALVES, MEASURES, REPORTED, format_cell
+from ..runs.next_steps import to_finish
 from ..runs.options import renamed
 from ..runs.page import PAGE
 from .figures import draw_curves, draw_samples
@@ -44,7 +45,8 @@ def load_run(run_dir: Path) -> dict[str, Any]:
     """
     missing = [name for name in ("pipeline", "options.json", "training.json") if not (run_dir / name).exists()]
     if missing:
-        raise ValueError(f"run_dir={str(run_dir)!r} lacks {', '.join(missing)}: give the folder of a finished run")
+        text = f"run_dir={str(run_dir)!r} lacks {', '.join(missing)}: give the folder of a finished run"
+        raise ValueError(text + to_finish(run_dir))
     if (index := run_dir / "pipeline" / "model_index.json").is_file():
         read_record(index)
     run = {**read_record(run_dir / "options.json"), **read_record(run_dir / "training.json")}

@@ -63,6 +63,12 @@ def _continuation(run: str, options: Mapping[str, Any], stopped: bool) -> tuple[
     return title, resumption(run) + " --validation_steps 0" * stopped
 
 
+def to_finish(run: Path) -> str:
+    """How to continue a run that has not ended, as the end of a refusal; empty for any other folder."""
+    begun = (run / "options.json").is_file() and not (run / "training.json").is_file()
+    return f"; this one has not ended, continue it: {resumption(str(run))}" if begun else ""
+
+
 def resumption(run: str, launched: bool = False) -> str:
     """The command that continues a run, with the options that it had; `launched` in several processes."""
     program = ["accelerate", "launch", "-m", "hsivi_diffusers"] if launched else ["hsivi"]

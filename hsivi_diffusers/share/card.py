@@ -186,7 +186,7 @@ def _assemble(
 
 def gaps(card: str) -> list[str]:
     """What the text of a card lacks, and the remedy."""
-    named = ModelCard(card).data.base_model
+    named = ModelCard(card).data.get("base_model")
     lacks = [] if named else ["the card does not name the teacher: if the Hub has it, give its repo by --base_model"]
     return [*lacks, *(["the card has no measurements: run `hsivi evaluate` first"] if UNMEASURED in card else [])]
 

@@ -123,7 +123,7 @@ def test_the_reference_is_shown_class_by_class():
     ("name", "content", "message"),
     [
         ("pipeline", None, "lacks pipeline: give the folder of a finished run"),
-        ("training.json", None, "lacks training.json: give the folder of a finished run"),
+        ("training.json", None, "finished run; this one has not ended, continue it: hsivi distil --output_dir "),
         ("options.json", "[]", None),
         ("training.json", '{"updates": 3', "training.json is damaged"),
         ("training.json", "{}", "training.json in .* is damaged: it lacks seconds"),
