@@ -313,7 +313,7 @@ def push_run(args: Sequence[str]) -> None:
     folder = Path(options.pipeline) if options.pipeline else pipeline_of(options.run_dir)
     if not holds_pipeline(folder):
         text = f"{folder} holds no pipeline: give the folder of a finished run, or a saved pipeline"
-        raise ValueError(text + to_finish(folder))
+        raise ValueError(text + to_finish(Path(options.run_dir or folder)))
     from ..share.card import gaps
     from ..share.push import push
 
@@ -327,7 +327,7 @@ def push_run(args: Sequence[str]) -> None:
     for path in sorted(path for path in Path(url).rglob("*") if path.is_file()):
         print(f"{path.stat().st_size:>13,} {path}")
     card = Path(url) / "README.md"
-    for gap in gaps(card.read_text(encoding="utf-8")):
+    for gap in gaps(card.read_text(encoding="utf-8"), bool(options.run_dir)):
         print(gap)
     print(f"nothing was pushed: read the card, {card}, and push by the same without --output_dir")
 

@@ -38,7 +38,7 @@ TITLES = ("Student", "Solver", "Teacher")
 INTRO = f"""# Student, solver and teacher from the same noise
 The distilled student is compared with the solver {SOLVER}, which calls the teacher's network as often as the student
 calls its own, and with the teacher in many calls. The solver has the timesteps that diffusers gives it; others, chosen
-for this teacher, may be better: `hsivi evaluate` tries them."""
+for this teacher, may be better: `hsivi evaluate` tries another grid."""
 HINT = "<p>Press Draw.</p>"
 FONTS = ["Inter", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]  # those of the visitor's machine
 MONO = ["Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]

@@ -187,7 +187,7 @@ def main(args: list[str] | None = None) -> None:
     guided, batch = Guided(teacher, [training["guidance_scale"]]), options.batch_size or teacher.draw_batch
     samplers = list(make_samplers(options, student, guided))  # refuses counts without a grid
     reference, labels, name = load_reference(options, guided, classes, batch)
-    names = (*REPORTED, "kid_error")
+    names = (*REPORTED, "kid_error", "kid_folds")
     measures = Measures(network.to(device), reference, names)
     if before := read_json(output / "report.json").get("features"):
         print(f"The report in {output} (features: {before}) will be replaced.")

@@ -193,7 +193,7 @@ def folder_of_pipeline(name: str | None) -> Path | str:
     if not holds_pipeline(folder):
         raise ValueError(
             f"--pipeline {name} holds no pipeline: give the folder of a pipeline or of a finished run, or load a "
-            f"student of a Teacher of your own by load_student in Python{to_finish(folder)}"
+            f"student of a Teacher of your own by load_student in Python{to_finish(folder_of_run(name))}"
         )
     if (index := folder / "model_index.json").is_file():
         read_record(index)

@@ -42,8 +42,10 @@ class Measures:
     - `kid`: squared maximum mean discrepancy of the features under the kernel (x . y / s + 1)^3, where s is the mean of
       |x|^2 in the real ones; unbiased, so that it may be negative; of at most 5,000 of each set. s makes it independent
       of the scale of the features, which FD is not.
+    - `kid_folds`, only where it is named: `kid` without each of ten random groups of the images, the same ones of
+      every call with as many images.
     - `kid_error`, only where it is named: standard error of `kid` over draws of as many images, by the jackknife over
-      ten groups, rather too large. That of the real images, which all samplers share, is not in it.
+      these groups. That of the real images, which all samplers share, is not in it.
     - `precision`, `density`: how many images lie among the real ones; `recall`, `coverage`: how many of the real ones
       lie among, or close to, the images. By prdc, in the features, of 5 neighbours, of at most 5,000 of each set.
     - `pixel_fd`: Frechet distance of up to 64 principal components of the pixels of the real images, of at most 5,000
@@ -85,7 +87,7 @@ class Measures:
         self.spacing = self._space() if "nearest" in self.names else 1.0
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> dict[str, float]:
+    def __call__(self, images: torch.Tensor) -> dict[str, Any]:
         """Returns the numbers above, by name, of images, shape (M, C, H, W)."""
         import ot
         from prdc import compute_prdc
@@ -98,9 +100,11 @@ class Measures:
         if "fd" in self.names:
             found["fd"] = self.frechet(features)
         if "kid" in self.names:
-            found["kid"] = self._kid(some)
-        if "kid_error" in self.names:
-            found["kid_error"] = self._kid_error(some)
+            across = _mean_kernel(self.gamma, some, self.features)
+            found["kid"] = self.kernel + _mean_kernel(self.gamma, some) - 2 * across
+        if {"kid_error", "kid_folds"}.intersection(self.names):
+            folds = self._folds(some)
+            found |= {"kid_error": jackknife(folds), "kid_folds": folds.tolist()}
         if any(name in self.names for name in PRDC):
             with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of rows
                 found |= compute_prdc(self.features.numpy(), some.numpy(), NEIGHBOURS)
@@ -113,7 +117,7 @@ class Measures:
             found["class_tv"] = total_variation(self.shares, self.real_shares)
         if "nearest" in self.names:
             found["nearest"] = self._distance(images[_choose(len(images), MOST_COPIES)]) / self.spacing
-        return {name: float(found[name]) for name in self.names}
+        return {name: found[name] if name == "kid_folds" else float(found[name]) for name in self.names}
 
     @torch.no_grad()
     def _extract(self, images: torch.Tensor) -> torch.Tensor:
@@ -130,14 +134,22 @@ class Measures:
         shares: list[float] = (logits.argmax(1).bincount(minlength=logits.shape[1]) / len(logits)).tolist()
         return shares
 
-    def _kid(self, features: torch.Tensor) -> float:
-        across = _mean_kernel(self.gamma, features, self.features)
-        return self.kernel + _mean_kernel(self.gamma, features) - 2 * across
+    def _folds(self, features: torch.Tensor) -> torch.Tensor:
+        """KID without each group: the sums of the kernel over all pairs of groups make all of them."""
+        from torchmetrics.image.kid import poly_kernel
 
-    def _kid_error(self, features: torch.Tensor) -> float:
-        groups = features.tensor_split(min(GROUPS, len(features)))  # of images in turn of all classes
-        others = (torch.cat([*groups[:i], *groups[i + 1 :]]) for i in range(len(groups)))
-        return math.sqrt(len(groups) - 1) * torch.tensor([*map(self._kid, others)]).std(correction=0).item()
+        groups = features.double()[_shuffle(len(features))].tensor_split(min(GROUPS, len(features)))
+        real, gamma = self.features.double(), self.gamma
+
+        def total(one: torch.Tensor, other: torch.Tensor) -> float:
+            return poly_kernel(one, other, gamma=gamma).sum().item()
+
+        within = torch.tensor([[total(one, other) for other in groups] for one in groups], dtype=torch.float64)
+        across = torch.tensor([total(group, real) for group in groups], dtype=torch.float64)
+        within -= torch.diag(torch.stack([(gamma * group.square().sum(1) + 1).pow(3).sum() for group in groups]))
+        left = len(features) - torch.tensor([len(group) for group in groups])
+        rest = within.sum() - within.sum(0) - within.sum(1) + within.diagonal()
+        return self.kernel + rest / (left * (left - 1)) - 2 * (across.sum() - across) / (left * len(real))
 
     def _space(self) -> float:
         """Median distance from a real image to the nearest other one."""
@@ -161,6 +173,11 @@ def split_halves(network: torch.nn.Module, real: torch.Tensor, names: Sequence[s
         return {}
     one, other = real[_shuffle(len(real))].tensor_split(2)
     return Measures(network, one, names)(other)
+
+
+def jackknife(folds: torch.Tensor) -> float:
+    """The standard error of a number, by its values without each of several groups of equal sizes, shape (G,)."""
+    return math.sqrt(len(folds) - 1) * folds.std(correction=0).item()
 
 
 class _Frechet:

@@ -17,7 +17,7 @@ from ..runs.next_steps import to_finish
 from ..runs.options import renamed
 from ..runs.page import PAGE
 from .figures import draw_curves, draw_samples
-from .metrics import Measures
+from .metrics import Measures, jackknife
 from .pages import measured_on, write_table
 
 COLUMNS = 16  # images in a row of samples.png
@@ -30,11 +30,11 @@ KID is the squared maximum mean discrepancy of the features under the kernel (x 
 not the KID and FID of Inception features, and compare within this table only. KID has no bias, so a value near the
 best may fall below 0; FD falls with the number of images. FD of pixels is that of up to 64 of their principal
 components, SWD the sliced Wasserstein distance of the pixels, both at 64 x 64 pixels at most. Lower is better, but in
-precision, recall and coverage. KID has its standard error over draws of as many images, so methods that differ by
-less than three of them may be level. Two halves of the reference, one measured against the other, show what is good;
-a row is measured against all of it, and may be better. DDIM has eta 0; DPM-Solver++ is 2M. All methods start from the
-same noise and have the same class labels, if any, in equal numbers. The last column has the timesteps of the network
-calls; another grid can make a baseline better."""
+precision, recall and coverage. The number after ± is the standard error of KID over draws of as many images. Two
+halves of the reference, one measured against the other, show what is good; a row is measured against all of it, and
+may be better. DDIM has eta 0; DPM-Solver++ is 2M. All methods start from the same noise and have the same class
+labels, if any, in equal numbers. The last column has the timesteps of the network calls; another grid can make a
+baseline better."""
 
 
 def load_run(run_dir: Path) -> dict[str, Any]:
@@ -148,11 +148,14 @@ class Report:
         return [row for row in rows if self.headline in row]
 
     def _are_level(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
-        """Whether two rows differ by less than twice the standard error of the difference, where that is known."""
-        error = f"{self.headline}_error"
-        if not {self.headline, error} <= one.keys() & other.keys():
+        """Whether two rows, of the same noise, differ by less than twice the standard error of the difference.
+
+        That is of KID alone; the reference, which both have, is not in it.
+        """
+        if self.headline != "kid" or not {"kid", "kid_folds"} <= one.keys() & other.keys():
             return False
-        return bool(abs(one[self.headline] - other[self.headline]) < 2 * math.hypot(one[error], other[error]))
+        folds = torch.tensor(one["kid_folds"]) - torch.tensor(other["kid_folds"])
+        return abs(one["kid"] - other["kid"]) < 2 * jackknife(folds)
 
     def closing_lines(self) -> str:
         """What was written, how HSIVI compares at its largest number of network calls, and what to do next."""
@@ -168,7 +171,7 @@ class Report:
             best = min(equal, key=lambda row: row[self.headline])
             named.append(best)
             compared += f"; best solver at as many calls: {best['method']}, {value(best)}"
-            compared += ", which is no difference that so few images could tell" * self._are_level(ours, best)
+            compared += ", too close to tell apart by this many images" * self._are_level(ours, best)
         longest = max(baselines, key=lambda row: (row["nfe"], -row[self.headline]), default=ours)
         if longest["nfe"] > ours["nfe"]:
             named.append(longest)

@@ -34,8 +34,8 @@ GRID = """\
 <a id="whole" href="{source}"><img id="image" src="{source}" alt="Sample grid after {updates} updates: the first of \
 {rows} rows is the teacher's, the others are the student's"></a></div>
 <figcaption>After <output id="updates">{updates}</output> updates. First row: the teacher, in many steps. Below: the
-student, its first row from the teacher's noise. A student that adds noise draws other images from it: compare quality,
-not columns. <span id="compared">{compared}</span></figcaption>
+student; its first row starts from the teacher's noise, but a student that adds noise draws other images from it.
+<span id="compared">{compared}</span></figcaption>
 </figure>"""
 CONTROLS = """\
 <div class="controls" data-script hidden><button type="button" id="play">Play</button>
@@ -50,10 +50,9 @@ row. Both are ratios to the teacher's row: 1 is best, and after a tenth of the r
 {BOUND}, the shaded range, are reported. The loss does not measure quality: look at the images."""
 QUALITY = """\
 KID and FD compare features with those of the reference, FD of pixels and SWD compare pixels, at most 64 x 64 of them:
-lower is better. KID is estimated without bias, so near the best it may fall below 0; ± is the standard error over
-draws of as many images. The row of two halves of the
-reference, one measured against the other, shows the best values to expect; the other rows are measured against the
-whole reference and may be better.
+lower is better. KID is estimated without bias, so near the best it may fall below 0; a number after ± is its
+standard error over draws of as many images. The row of two halves of the reference, one measured against the other,
+shows the best values to expect; the other rows are measured against the whole reference and may be better.
 Precision is the fraction of the images that lie among those of the reference, recall and coverage are fractions of the
 reference that the images cover: higher is better. NFE is the number of network calls per image. The "few-step grid" of
 a solver starts where an image begins to show in the noise, for a rectified flow at pure noise; the other rows have the

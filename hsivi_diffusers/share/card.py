@@ -184,11 +184,12 @@ def _assemble(
     return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n")
 
 
-def gaps(card: str) -> list[str]:
-    """What the text of a card lacks, and the remedy."""
+def gaps(card: str, of_run: bool) -> list[str]:
+    """What the text of a card lacks, made with the folder of a run or without, and the remedy."""
     named = ModelCard(card).data.get("base_model")
     lacks = [] if named else ["the card does not name the teacher: if the Hub has it, give its repo by --base_model"]
-    return [*lacks, *(["the card has no measurements: run `hsivi evaluate` first"] if UNMEASURED in card else [])]
+    remedy = "run `hsivi evaluate` first" if of_run else "name the folder of an evaluated run by --run_dir"
+    return [*lacks, *([f"the card has no measurements: {remedy}"] if UNMEASURED in card else [])]
 
 
 def _link(base_model: str | None) -> str:
@@ -220,7 +221,7 @@ def _grid(run: dict[str, Any]) -> str:
     if "grid" not in run:
         return ""
     text = "First row: the teacher in many steps. Below: this model"
-    figure = f"![{text}](samples.png)\n\n{text}, its first row from the teacher's noise."
+    figure = f"![{text}](samples.png)\n\n{text}; its first row starts from the teacher's noise."
     if prompts := run.get("prompts"):
         figure += f" The columns are of the prompts {', '.join(map(_plain, prompts))}, in turn."
     return figure
@@ -343,7 +344,8 @@ def _quality(run: dict[str, Any]) -> str:
         f"to {_plain(report.get('reference') or 'the reference')}."
     )
     notes += " FD of pixels: of up to 64 of their principal components." if "pixel_fd" in metrics else ""
-    notes += " A KID below 0 is measurement noise; ± is its standard error." if headline == "kid" else ""
+    notes += " A KID below 0 is measurement noise." if "kid" in metrics else ""
+    notes += " The number after ± is the standard error of KID." if any("kid_error" in row for row in rows) else ""
     notes += f" {_plain(report['measured'])}" if report.get("measured") else ""
     figures = {"samples": "![Rows of images of each method](comparison.png)", "curve": "![The curve](curve.png)"}
     table = "\n".join([first, f"|---:|---|{'---:|' * (len(heads) - 2)}", *lines])

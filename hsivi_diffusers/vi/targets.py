@@ -102,8 +102,8 @@ class LogProbTarget(Target):
             value = self._log_prob(x)
         except Exception as error:
             error.add_note(
-                f"log_prob was called with x of shape {tuple(x.shape)}: check dimension={self.dimension}; parameters "
-                "with bounds, such as a scale, need a NamedTarget"
+                f"log_prob was called with x of shape {tuple(x.shape)}: if that is wrong, check "
+                f"dimension={self.dimension}; if x has parameters with bounds, such as a scale, take a NamedTarget"
             )
             raise
         return check_value(value, x, x.shape[:1], "log_prob")

@@ -25,7 +25,7 @@ from tiny_unet import make_unet
 
 SOLVERS = ["DDIM", "DPM-Solver++", "DPM-Solver++, few-step grid", "UniPC", "UniPC, few-step grid"]
 KEYS = ["dataset", "method", "nfe", "grid", "train_seed", "eval_seed", "num_samples"]
-KEYS += [*REPORTED, "kid_error", "train_seconds"]
+KEYS += [*REPORTED, "kid_error", "kid_folds", "train_seconds"]
 
 
 def arguments(run_dir, extractor):
@@ -291,7 +291,7 @@ def test_a_class_conditional_run_is_evaluated_without_further_options(class_run,
     assert sorted(keys) == sorted([("HSIVI", 2), *[(name, nfe) for nfe in (2, 4) for name in SOLVERS], ("DDPM", 4)])
     assert content["reference"] == "teacher, DPM-Solver++ SDE at 3 steps"
     assert content["headline"] == "kid"
-    assert [*content["floor"]] == [*REPORTED, "kid_error"]
+    assert [*content["floor"]] == [*REPORTED, "kid_error", "kid_folds"]
     text = (folder / "report.md").read_text()
     assert "| NFE | method | KID x 1000 |" in text
     kid, error = (1000 * content["floor"][name] for name in ("kid", "kid_error"))

@@ -76,8 +76,18 @@ def test_the_error_of_kid_is_its_spread_over_draws_of_images(real):
         found = [measures(each.clamp(0, 1)) for each in draws]
         kids, errors = ([each[name] for each in found] for name in ("kid", "kid_error"))
         assert np.std(kids) < 1.2 * np.mean(errors) < 2 * np.std(kids)
-    seven = measures(real[:7])["kid_error"]  # fewer than there are groups: one is left out at a time
-    assert seven > 0
+    names = ["kid", "kid_error", "kid_folds"]
+    seven = Measures(Corners(), real, names)(real[:7])  # fewer than there are groups: one is left out at a time
+    assert len(seven["kid_folds"]) == 7
+    assert seven["kid_error"] == pytest.approx(math.sqrt(6) * np.std(seven["kid_folds"]))
+
+
+def test_kid_without_a_group_is_that_of_the_other_images(real):
+    """Groups are random: images in the order of many classes would leave out whole classes."""
+    measures, images = Measures(Corners(), real, ["kid", "kid_folds"]), real[:80] ** 2
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    left = [torch.cat([order[: 8 * i], order[8 * i + 8 :]]) for i in range(10)]
+    assert measures(images)["kid_folds"] == pytest.approx([measures(images[rows])["kid"] for rows in left])
 
 
 @torch.no_grad()

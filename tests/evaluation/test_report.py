@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,16 +67,18 @@ def test_a_student_whose_images_are_not_finite_is_reported_too(report):
     assert "Result: KID x 1000 not finite at 2 network calls; with the most calls, 4: DDIM" in report.closing_lines()
 
 
-@pytest.mark.parametrize(("error", "level"), [(0.1, False), (0.15, True)])  # the difference is 0.4
-def test_a_difference_within_the_errors_names_no_winner(report, error, level):
+@pytest.mark.parametrize(("other", "headline", "level"), [(1, "kid", False), (-1, "kid", True), (-1, "fd", False)])
+def test_a_difference_within_its_error_names_no_winner(report, other, headline, level):
+    """Of rows on the same noise, whose errors may be the same ones: the difference is 0.4, its error 0 or 0.6."""
+    report = replace(report, headline=headline)
     add(report, "HSIVI", 2, 0.2)
     add(report, "DDIM", 2, 0.6)
-    for row in report.rows:
-        row["kid_error"] = error
+    for row, sign in zip(report.rows, (1, other), strict=True):
+        row |= {"kid_error": 0.3, "kid_folds": [row["kid"] + sign * 0.1, row["kid"] - sign * 0.1] * 5}
     report.write()
-    assert f"| 2 | **HSIVI** | 200.00 ± {1000 * error:.2f} | 0.20 |" in text_of(report)
-    line = f"DDIM, 600.00 ± {1000 * error:.2f}{', which is no difference that so few images could tell' * level}"
-    assert report.closing_lines().splitlines()[1].endswith(line)
+    assert ("| 2 | **HSIVI** | 200.00 ± 300.00 | 0.20 |" in text_of(report)) == (headline == "kid")
+    closing = report.closing_lines().splitlines()[1]
+    assert closing.endswith(", too close to tell apart by this many images") == level
 
 
 def test_of_several_long_baselines_the_best_is_named(report):
@@ -123,7 +126,7 @@ def test_the_reference_is_shown_class_by_class():
     ("name", "content", "message"),
     [
         ("pipeline", None, "lacks pipeline: give the folder of a finished run"),
-        ("training.json", None, "finished run; this one has not ended, continue it: hsivi distil --output_dir "),
+        ("training.json", None, "finished run; this run has not ended: continue it by hsivi distil --output_dir "),
         ("options.json", "[]", None),
         ("training.json", '{"updates": 3', "training.json is damaged"),
         ("training.json", "{}", "training.json in .* is damaged: it lacks seconds"),

@@ -112,6 +112,6 @@ def test_an_error_of_the_users_function_says_what_it_was_called_with():
     with pytest.raises(RuntimeError, match="size of tensor") as info:
         LogProbTarget(lambda x: (x - torch.zeros(3)).square().sum(1), 2).log_prob(torch.zeros(4, 2))
     assert info.value.__notes__ == [
-        "log_prob was called with x of shape (4, 2): check dimension=2; parameters with bounds, such as a scale, need "
-        "a NamedTarget"
+        "log_prob was called with x of shape (4, 2): if that is wrong, check dimension=2; if x has parameters with "
+        "bounds, such as a scale, take a NamedTarget"
     ]
