@@ -2,7 +2,6 @@
 # make test   the same environment, the tests
 # make benchmark   few-step samplers of each teacher, measured and drawn into docs/benchmarks; hours, and resumable
 # make demo-text   distil a text-to-image teacher into 4 steps, and draw scenes that it was not trained on
-# make benchmark-noise   what is trained of it, measured on five other draws of noise
 # make benchmark-kinds, make benchmark-text   the same of guided teachers and flows, and of text to image
 # make docs   the pages of docs as a site, in build/docs
 # make lint   ruff and mypy, as pre-commit and CI run them
@@ -19,7 +18,7 @@ WORKERS ?= 2
 # One thread: on a small, busy machine two are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-text test coverage test-slow benchmark benchmark-noise benchmark-kinds benchmark-text docs lint format clean
+.PHONY: demo demo-text test coverage test-slow benchmark benchmark-kinds benchmark-text docs lint format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {v} was found: make {sys.argv[1]} PYTHON=python3.12")' "$(or $(MAKECMDGOALS),demo)"
@@ -57,13 +56,6 @@ benchmark: $(VENV)/installed
 		$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_$$set.yaml $(BENCHMARK) || exit; \
 	done
 	$(BIN)/python -m training.benchmarks.images.benchmark_pages
-
-# Solvers, real images and what is trained, on noise on which nothing was chosen, into docs/benchmarks/noise.json
-benchmark-noise: $(VENV)/installed
-	for set in digits mnist fashion emoji; do \
-		$(BIN)/python -m training.benchmarks.images.benchmark --config training/configs/benchmark_$$set.yaml \
-			--noise_seeds 101 102 103 104 105 $(BENCHMARK) || exit; \
-	done
 
 # `benchmark` of a rectified flow and of guided teachers, a scale and the calls of its solvers each, in docs/benchmarks/kinds
 benchmark-kinds: $(VENV)/installed

@@ -105,7 +105,8 @@ def test_blocks_of_shell_are_marked_as_such():
 
 
 def test_every_block_of_the_readme_imports_what_it_uses():
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+    assert (blocks := re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    for code in blocks:
         check = [sys.executable, "-m", "ruff", "check", "--select=F", "--isolated", "-"]
         subprocess.run(check, input=code, text=True, check=True)
 

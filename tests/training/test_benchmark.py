@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hsivi_diffusers import HSIVIPipeline, HSIVIScheduler
 from hsivi_diffusers.commands.options import parse_options
@@ -25,7 +25,6 @@ from training.benchmarks.images.benchmark_results import (
     PROGRESSIVE,
     REAL,
     SOLVER,
-    STORED,
     TEACHER,
     TEACHER_SDE,
     UNGUIDED,
@@ -306,7 +305,6 @@ def test_images_of_what_is_shown_are_kept_beside_the_trainings(folder):
     [
         *[(name, ()) for name in ("digits", "fashion", "mnist", "emoji", "flow", "guided")],
         *[("guided", (f"--guidance_scale={w}", f"--dataset=w={w}")) for w in (1, 4)],
-        ("digits", ("--noise_seeds", "101", "102", "103", "104", "105")),
         pytest.param(
             *("text", ()),
             marks=[pytest.mark.slow, pytest.mark.skipif(not EMOJI_FONT.is_file(), reason="needs its font")],
@@ -314,18 +312,14 @@ def test_images_of_what_is_shown_are_kept_beside_the_trainings(folder):
     ],
 )
 def test_the_rows_of_the_repository_are_those_of_its_configs(name, more, tmp_path, monkeypatch):
-    """None is refused, and each is of an entry; on other noise not all entries are measured."""
     monkeypatch.chdir(ROOT)
     given = ["--config", f"training/configs/benchmark_{name}.yaml", f"--runs_dir={tmp_path}", *more]
     (options,) = parse_options([benchmark.Options], "", given)
     comparison = benchmark.Comparison(options)
     entries = {entry.key: entry for entry in comparison.entries()}
-    file = benchmark_results.NOISE if options.noise_seeds else benchmark_results.RESULTS
-    results = benchmark_results.Results(Path(options.output_dir), tmp_path, options.dataset, file)
+    results = benchmark_results.Results(Path(options.output_dir), tmp_path, options.dataset)
     settings, told = ({key: getattr(entry, kind) for key, entry in entries.items()} for kind in ("settings", "told"))
-    keys = {key for key, _ in results.keys(settings, told, comparison.drawn)}
-    assert keys <= entries.keys()
-    assert options.noise_seeds or keys == entries.keys()
+    assert {key for key, _ in results.keys(settings, told, comparison.drawn)} == entries.keys()
 
 
 # ----- other noise -----
@@ -366,38 +360,6 @@ def test_each_seed_of_the_noise_has_a_row_and_a_benchmark_stopped_between_them_c
     assert all(one != other for one, other in zip(distances[::2], distances[1::2], strict=True))
     assert len(drawn) == 3 + 1 + 2 * len(keys) - 1
     assert (folder / "runs/digits/pictures.safetensors").read_bytes() == pictures
-
-
-def test_other_noise_measures_again_what_is_trained_and_continues_where_it_was_stopped(copied, monkeypatch, no_pages):
-    folder, arguments = copied
-    before, runs = rows_of(folder), folder / "runs/digits"
-    shutil.rmtree(runs / "regression_seed0")
-    monkeypatch.setattr(trainings, "call", never)
-    given = [text for text in arguments if not text.startswith(("--progressive", "--consistency"))]
-    given += ["--baseline_steps=1", "--students", str(folder / "student.yaml")]
-    given += [f"--stored={runs / 'student_seed0'}", "--noise_seeds", "8", "7"]
-    drawn = stop_at(5, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        benchmark.main(given)
-    first = benchmark_results.read_rows(folder / "docs/noise.json")
-    assert drawn == [1, 8, 7, 8, 7]  # first the teacher's images, which rows are compared with
-    benchmark.main(given)
-    rows = benchmark_results.read_rows(folder / "docs/noise.json")
-    assert rows[:3] == first
-    assert len(drawn) == 6 + len(rows) - len(first)
-    keys = [(REAL, 0), (SOLVER, 1), (OURS, 1), (STORED, 1), (SOLVER, 2), (TEACHER, 3), (TEACHER_SDE, 3)]
-    assert [(row["method"], row["nfe"], row["eval_seed"]) for row in rows] == [
-        (*key, s) for key in keys for s in (8, 7)
-    ]
-    assert rows_of(folder) == before
-    ours, stored = ([row["distances"] for row in rows if row["method"] == name] for name in (OURS, STORED))
-    assert ours == stored
-    assert rows[0]["distances"] != rows[1]["distances"]
-    assert no_pages == [(folder / "docs", folder / "runs")]
-    weights = runs / "student_seed0/pipeline/unet/diffusion_pytorch_model.safetensors"
-    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
-    with pytest.raises(ValueError, match="noise.json has HSIVI, stored at 1 of other settings .*student: .* -> "):
-        benchmark.main(given)
 
 
 # ----- refusals -----
@@ -490,9 +452,6 @@ OTHER_TEACHER = "was trained of another teacher than .* is now: name another"
         (None, ["--students", "STUDENT", "STUDENT --learning_rate 0.1"], "--students have HSIVI at 1 more than once"),
         (with_images, "--real_data=FOLDER/real", "real has no labels: give a set with classes"),
         (None, "--eval_seeds 0 1", r"--eval_seeds has 1, the noise of the teacher's images: name others"),
-        (None, "--eval_seeds 0 3 --noise_seeds 7", "--noise_seeds measure what has one of --eval_seeds again, and"),
-        (None, "--noise_seeds 101 0", r"--noise_seeds has \[0\], the noise of results.json or of the teacher"),
-        (None, "--noise_seeds 101 1", r"--noise_seeds has \[1\], the noise of results.json or of the teacher"),
         (None, "--teacher=FOLDER/none", "is missing: give the config of training.benchmarks.images.train_teacher"),
         (None, "--dataset= --classifier=", "--dataset, --classifier missing: give --config training/conf"),
         (None, "--teacher=", "--teacher missing: give --config training/configs/benchmark_digits.yaml"),

@@ -17,20 +17,17 @@ from training.benchmarks.images.benchmark_pages import (
     differences_table,
     floor_table,
     measures,
-    noise_table,
     summary_table,
     three_digits,
     write_pages,
 )
 from training.benchmarks.images.benchmark_results import (
     CONSISTENCY,
-    NOISE,
     OURS,
     PAIRS,
     PROGRESSIVE,
     REAL,
     SOLVER,
-    STORED,
     TEACHER,
     UNGUIDED,
     Results,
@@ -91,7 +88,7 @@ def test_the_summary_has_the_best_baseline_of_each_space():
     rows = [row(REAL, 0, 0.1, 0.01), row(TEACHER, 100, 0.2, 0.02), row(SOLVER, 1, 9.0, 0.9), row(SOLVER, 3, 4.0, 0.4)]
     rows += [row(PAIRS, 1, 3.0, 0.5, 0), row(PAIRS, 1, 2.0, 0.5, 1), row(PROGRESSIVE, 1, 4.0, 0.3, 0)]
     rows += [row(CONSISTENCY, 2, 1.5, 0.2, 0), row(OURS, 1, 1.0, 0.1, 0), row(OURS, 1, 2.0, 0.2, 1)]
-    rows += [row(f"{OURS} paper", 2, 0.1, 0.1, 0)]
+    rows += [row(f"{OURS}, eta 0", 2, 0.1, 0.1, 0)]
     table = summary_table(rows)
     heads = [
         f"{space}: {word}" for space in ("classifier", "pixels") for word in ("tuned solver", "best baseline", OURS)
@@ -114,7 +111,7 @@ def test_the_share_of_right_scenes_comes_first_and_the_highest_is_best():
 
 
 def test_the_measures_have_both_kinds_of_distances_and_methods_in_one_order():
-    rows = [row(method, 1, 1.0, 0.5, 0) for method in (f"{OURS} paper", OURS, CONSISTENCY, PROGRESSIVE, PAIRS, SOLVER)]
+    rows = [row(method, 1, 1.0, 0.5, 0) for method in (f"{OURS}, eta 0", OURS, CONSISTENCY, PROGRESSIVE, PAIRS, SOLVER)]
     rows.append(row(SOLVER, 2, 1.0, 0.5, settings={"guidance_end": 200}))
     rows.append(row(SOLVER, 3, 1.0, 0.5, settings={"guided_steps": 1, "guidance_interval": [300, 600]}))
     rows += [row(TEACHER, 100, 2.0, 0.2), row(REAL, 0, 3.0, 0.3), row(PAIRS, 1, 3.0, 0.5, 1, recall=0.7)]
@@ -124,7 +121,7 @@ def test_the_measures_have_both_kinds_of_distances_and_methods_in_one_order():
     lines = table.values.tolist()
     assert [line[:2] for line in lines] == [
         *[["", REAL], [1, f"{SOLVER} (UniPC)"], [1, PAIRS], [1, PROGRESSIVE], [1, CONSISTENCY]],
-        *[[1, OURS], [1, f"{OURS} paper"]],
+        *[[1, OURS], [1, f"{OURS}, eta 0"]],
         *[[2, f"{SOLVER} (UniPC, falling guidance)"], [3, f"{SOLVER} (UniPC, guidance in an interval)"]],
         [100, TEACHER],
     ]
@@ -176,14 +173,6 @@ def on_noise(method, nfe, *distances, seed=None, first=101, **more):
     return [row(method, nfe, each, each / 4, seed, eval_seed=first + i, **more) for i, each in enumerate(distances)]
 
 
-def test_a_mean_over_noise_has_its_standard_error_and_training_seeds_count_once_for_each():
-    rows = on_noise(SOLVER, 4, 1.0, 2.0, 3.0, 4.0, 10.0) + on_noise(REAL, 0, 5.0)
-    lines = [["", REAL, "1", "5", "1.25"], ["4", f"{SOLVER} (UniPC)", "5", "4 ± 1.6", "1 ± 0.4"]]  # sqrt(50 / 4 / 5)
-    assert lines_of(noise_table(rows)) == lines
-    rows = on_noise(OURS, 4, 1.0, 3.0, seed=0) + on_noise(OURS, 4, 3.0, 5.0, seed=1)
-    assert lines_of(noise_table(rows)) == [["4", f"**{OURS}**", "2", "3 ± 1", "0.75 ± 0.25"]]
-
-
 def test_rows_of_several_noise_seeds_have_a_standard_error_of_both_kinds_of_seeds():
     """The teacher's variance over the noise is 2, that of ours 2 over the noise and 8 over the trainings."""
     rows = on_noise(TEACHER, 100, 1.0, 3.0) + on_noise(OURS, 1, 1.0, 3.0, seed=0) + on_noise(OURS, 1, 5.0, 7.0, seed=1)
@@ -192,7 +181,7 @@ def test_rows_of_several_noise_seeds_have_a_standard_error_of_both_kinds_of_seed
     assert lines_of(summary_table(rows)) == [["1", "9 ± 0", "", "**4 ± 2.2**", "2.25 ± 0", "", "**1 ± 0.56**"]]
     rows[3]["recall"] = 0.7
     assert [*measures(rows).recall] == ["0.500 ± 0.000", "0.550 ± 0.071", "0.500 ± 0.000"]
-    assert "differences" in benchmark_pages.make_tables(rows)
+    assert benchmark_pages.make_tables(rows)["differences"] == differences_table(rows)
     assert lines_of(differences_table(rows)) == [
         ["1", f"**{OURS}** - {SOLVER} (UniPC) at 1", "-5 ± 2.2", "-1.25 ± 0.56"]
     ]
@@ -215,18 +204,11 @@ def test_a_difference_is_paired_by_the_noise_that_both_rows_have():
 
 
 def test_ours_are_compared_with_solvers_of_up_to_twice_as_many_calls():
-    rows = on_noise(STORED, 4, 1.0, 2.0, seed=0) + on_noise(REAL, 0, 0.5)
+    rows = on_noise(OURS, 4, 1.0, 2.0, seed=0) + on_noise(REAL, 0, 0.5)
     for calls in (2, 4, 8, 10):
         rows += on_noise(SOLVER, calls, 4.0, 4.0)
-    assert [line[:3] for line in lines_of(noise_table(rows))] == [
-        ["", REAL, "1"],
-        ["2", f"{SOLVER} (UniPC)", "2"],
-        ["4", f"{SOLVER} (UniPC)", "2"],
-        ["4", f"**{STORED}**", "2"],
-        *(([str(calls), f"{SOLVER} (UniPC)", "2"]) for calls in (8, 10)),
-    ]
     assert lines_of(differences_table(rows)) == [
-        ["4", f"**{STORED}** - {SOLVER} (UniPC) at {calls}", "-2.5 ± 0.5", "-0.625 ± 0.12"] for calls in (4, 8)
+        ["4", f"**{OURS}** - {SOLVER} (UniPC) at {calls}", "-2.5 ± 0.5", "-0.625 ± 0.12"] for calls in (4, 8)
     ]
 
 
@@ -261,7 +243,6 @@ def test_each_set_has_a_page_of_all_tables_and_figures_of_what_is_measured_and_k
     rows = [row(REAL, 0, 0.1, 0.01), row(OURS, 1, 1.0, -0.1, 0), row(TEACHER, 100, 0.2, 0.02)]
     rows += [row(REAL, 0, 0.1, 0.01, dataset="begun"), row(SOLVER, 2, 0.1, 0.01, dataset="a solver.2")]
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "noise.json").write_text(json.dumps({"rows": [row(OURS, 1, 1.0, 0.1, 0, eval_seed=7)]}))
     (tmp_path / "digits.md").write_text("# By hand\n")
     results, images = Results(tmp_path, tmp_path / "runs", "digits"), torch.rand(3, 1, 8, 8)
     results.images_path.parent.mkdir(parents=True)
@@ -279,8 +260,7 @@ def test_each_set_has_a_page_of_all_tables_and_figures_of_what_is_measured_and_k
                 )
         for table in ("summary", "floor"):
             assert [text.count(f"<!-- table: {table} -->") for text in texts.values()] == [1, 1, 1]
-        for table in ("noise", "differences"):
-            assert [text.count(f"<!-- table: {table} -->") for text in texts.values()] == [1, 0, 0]
+        assert not any("differences" in text for text in texts.values())
         assert texts["digits"].startswith("# By hand\n")
         for figure in [*figures, *more]:
             assert f"({figure})" in texts["a_solver_2" if "solver" in figure else "digits"]
@@ -339,10 +319,9 @@ def test_the_figure_of_samples_has_images_of(method, nfe, shown):
 def test_the_tables_of_the_docs_are_those_of_the_results(tmp_path):
     docs = ROOT / "docs" / "benchmarks"
     for folder in (docs, docs / "kinds", docs / "text"):
-        noise = benchmark_pages.in_sets(read_rows(folder / NOISE))
         for name, rows in benchmark_pages.in_sets(read_rows(folder / "results.json")).items():
             page = (folder / f"{benchmark_pages.as_word(name)}.md").read_text(encoding="utf-8")
-            assert pages.fill_tables(page, benchmark_pages.make_tables(rows, noise.get(name))) == page
+            assert pages.fill_tables(page, benchmark_pages.make_tables(rows)) == page
             for kind, text in benchmark_pages.make_files(rows).items():
                 assert (folder / f"{kind}_{benchmark_pages.as_word(name)}.csv").read_text(encoding="utf-8") == text
     for page in (ROOT / "README.md", docs / "index.md"):

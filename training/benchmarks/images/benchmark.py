@@ -7,8 +7,6 @@ the same noise, measures them against real ones, and writes OUTPUT_DIR/results.j
 of OUTPUT_DIR. Rows that exist are kept, and only what a missing row needs is trained, so a benchmark that was stopped
 continues by the same command (the classifier, a minute, starts over). To measure again, name another --output_dir; to
 train again, another --runs_dir too. Each of --eval_seeds, draws of noise, has rows of its own, and tables have means.
-
-With --noise_seeds it measures on other draws of noise what is trained already, and writes OUTPUT_DIR/noise.json.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from diffusers import DiffusionPipeline
 
 from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.commands.options import parse_options, run_command
-from hsivi_diffusers.distillation.config import HSIVIConfig, read_settings
+from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.evaluation.metrics import FEWEST
 from hsivi_diffusers.evaluation.pages import measured_on
 from hsivi_diffusers.runs.bars import bar
@@ -44,13 +42,11 @@ from .benchmark_results import (
     LATENT_CONSISTENCY,
     NO_LORA,
     NO_NOISE,
-    NOISE,
     OURS,
     PAIRS,
     PROGRESSIVE,
     REAL,
     SOLVER,
-    STORED,
     TEACHER,
     TEACHER_SDE,
     UNGUIDED,
@@ -66,7 +62,7 @@ from .scenes import SCENES
 from .set_teacher import SetTeacher
 from .solver_pages import FALLING, INTERVAL, WITHOUT, best_solvers
 from .spaces import SetMeasures
-from .trainings import ANEW, RESUME, Costs, Trainings, UntrainedError, make
+from .trainings import ANEW, RESUME, Costs, Trainings, make
 
 REFERENCE_SEED = 1  # of the noise of the teacher's images that all rows are compared with
 SHOWN = 10  # images of a row in the figure
@@ -99,10 +95,6 @@ class Options:
     num_samples: int = option(10_000, "images of each row")
     batch_size: int = option(500, "images at once")
     eval_seeds: list[int] = option([0], "seeds of the noise; each has a row of its own")
-    noise_seeds: list[int] = option(
-        [], "seeds of other noise, to measure what is trained already, into noise.json beside results.json"
-    )
-    stored: str | None = option(None, "folder of a finished student, which --noise_seeds measure, too")
     output_dir: str = option("docs/benchmarks", "results, tables and figures")
     runs_dir: str = option("runs/benchmark", "trainings and images of the figures, in a folder for each set")
 
@@ -132,16 +124,10 @@ class Comparison:
         self.drawn = {name: getattr(options, name) for name in ("num_samples", "batch_size", "teacher_steps")}
         if REFERENCE_SEED in options.eval_seeds:
             raise ValueError(f"--eval_seeds has {REFERENCE_SEED}, the noise of the teacher's images: name others")
-        if options.noise_seeds and (used := {*options.eval_seeds, REFERENCE_SEED}.intersection(options.noise_seeds)):
-            raise ValueError(
-                f"--noise_seeds has {sorted(used)}, the noise of results.json or of the teacher's images: name others"
-            )
-        if options.noise_seeds and len(options.eval_seeds) > 1:
-            raise ValueError("--noise_seeds measure what has one of --eval_seeds again, and there are several")
         if options.guidance_scale is not None:
             self.drawn["guidance_scale"] = options.guidance_scale
         runs, teacher = Path(options.runs_dir) / str(options.dataset), str(options.teacher)
-        self.trainings = Trainings(runs, teacher, options.guidance_scale, found_only=bool(options.noise_seeds))
+        self.trainings = Trainings(runs, teacher, options.guidance_scale)
         self.results = Results(Path(options.output_dir), Path(options.runs_dir), str(options.dataset))
         for folder in (runs, self.results.path.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -166,10 +152,10 @@ class Comparison:
         keys = [entry.key for entry in entries]
         if twice := sorted({f"{key[0]} at {key[1]}" for key in keys if keys.count(key) > 1}):
             raise ValueError(
-                f"--students have {', '.join(twice)} more than once: compare one student of each preset and number of "
+                f"--students have {', '.join(twice)} more than once: compare one student of each kind and number of "
                 "calls, and the others in another --output_dir"
             )
-        return [*entries, *self._baselines(keys), *self._stored()]
+        return [*entries, *self._baselines(keys)]
 
     def _baselines(self, keys: list[Key]) -> Iterator[Entry]:
         """The baselines that have a config, of which those are refused that none of the students has a row for."""
@@ -247,8 +233,7 @@ class Comparison:
         for seed in self.options.seeds:
             settings = self.trainings.settings(config, seed)  # refused now, and not after the trainings before it
             self.teacher.check_student(config, settings)
-            name = f"{OURS} paper" if settings.preset == "paper" else OURS
-            name = name.replace(OURS, ALL_STEPS) if len(settings.depths) > 1 else name
+            name = ALL_STEPS if len(settings.depths) > 1 else OURS
             name = ALL_SCALES if len(settings.scales) > 1 else name
             name = NO_LORA if settings.prompts and settings.lora_rank == 0 else name
             name = NO_NOISE if settings.noise_eta == 0 else name
@@ -261,17 +246,6 @@ class Comparison:
 
     def _sampler(self, pipeline: Any, nfe: int) -> Sampler:
         return make_student(pipeline, self.teacher.teacher, nfe, self.options.guidance_scale)
-
-    def _stored(self) -> Iterator[Entry]:
-        """A finished student, on noise seeds."""
-        if self.options.stored is None or not self.options.noise_seeds:
-            return
-        folder = Path(self.options.stored)
-        pipeline = load_student(folder / "pipeline", self.teacher.teacher)
-        nfe, seed = max(pipeline.scheduler.depths), read_settings(folder / "options.json")["seed"]
-        make = partial(self._costless, self._sampler(pipeline, nfe))
-        told = {"student": hash_networks(folder / "pipeline")}
-        yield Entry(STORED, nfe, seed, make, told=told)
 
     def _make_baseline(self, config: str, nfe: int, seed: int) -> tuple[Sampler, Costs]:
         """A progressive distillation to so many calls, or a regression on pairs, whose student takes one."""
@@ -290,16 +264,11 @@ class Comparison:
         return self.trainings.baseline(config, seed, *self.results.cost_of(OURS, counts, seed))
 
     def measure(self) -> None:
-        """Adds the rows that are missing, one after the other; on noise seeds those of the fewest calls first."""
-        options, entries = self.options, self.entries()
-        seeds, results = options.eval_seeds, self.results
-        if options.noise_seeds:
-            folders = Path(options.output_dir), Path(options.runs_dir)
-            seeds, results = options.noise_seeds, Results(*folders, str(options.dataset), NOISE)
-            entries.sort(key=lambda entry: entry.nfe)
-        told = {entry.key: entry.told for entry in entries}
+        """Adds the rows that are missing, one after the other."""
+        options, entries, results = self.options, self.entries(), self.results
+        seeds, told = options.eval_seeds, {entry.key: entry.told for entry in entries}
         there = results.keys({entry.key: entry.settings for entry in entries}, told, self.drawn)
-        if not options.noise_seeds and (odd := sorted({seed for _, seed in there}.difference(seeds))):
+        if odd := sorted({seed for _, seed in there}.difference(seeds)):
             raise ValueError(
                 f"{results.path} has rows of the noise seeds {odd}, and --eval_seeds has not: remove them, or name "
                 "another --output_dir"
@@ -308,14 +277,11 @@ class Comparison:
         progress = bar([each for each in wanted if each[1]], str(options.dataset), unit="row")
         for entry, missing in progress:
             progress.set_postfix_str(f"{entry.method} at {entry.nfe}")
-            try:
-                sampler, costs = entry.make()
-            except UntrainedError:
-                continue
+            sampler, costs = entry.make()
             measures = self.measures  # it loads the real images, and draws the teacher's
             for seed in missing:
                 images = self._draw(sampler, seed)
-                if not options.noise_seeds and seed == seeds[0]:
+                if seed == seeds[0]:
                     self._keep_images(entry, images)  # before the row
                 results.add(self._row(entry, seed, measures(images, self.teacher.asked(len(images))), costs))
 

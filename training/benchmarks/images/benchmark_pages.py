@@ -1,4 +1,4 @@
-"""Tables and figures of a benchmark, from its results.json and noise.json.
+"""Tables and figures of a benchmark, from its results.json.
 
     python -m training.benchmarks.images.benchmark_pages
 
@@ -23,7 +23,6 @@ from hsivi_diffusers.runs.measures import MEASURES, format_measure
 
 from .benchmark_results import (
     BASELINES,
-    NOISE,
     OURS,
     REAL,
     RESULTS,
@@ -54,7 +53,6 @@ def write_pages(folder: Path, runs: Path) -> None:
 
     Images are drawn where RUNS has those of all rows, for a row that was measured elsewhere has none.
     """
-    noise = in_sets(read_rows(folder / NOISE))
     for name, rows in in_sets(read_rows(folder / RESULTS)).items():
         word = as_word(name)
         paths = {kind: folder / f"{kind}_{word}.png" for kind in ("samples", "curves", "classes")}
@@ -75,9 +73,7 @@ def write_pages(folder: Path, runs: Path) -> None:
         for kind, table in make_files(rows).items():
             paths[kind] = folder / f"{kind}_{word}.csv"
             write_text(paths[kind], table)
-        fill_page(
-            folder / f"{word}.md", name, make_tables(rows, noise.get(name)), [path.name for path in paths.values()]
-        )
+        fill_page(folder / f"{word}.md", name, make_tables(rows), [path.name for path in paths.values()])
 
 
 def shrink(path: Path) -> None:
@@ -102,13 +98,11 @@ def fill_glance(folder: Path, *pages: Path) -> None:
         write_text(page, fill_tables(page.read_text(encoding="utf-8"), tables))
 
 
-def make_tables(rows: list[Row], noise: list[Row] | None = None) -> dict[str, str]:
-    """The tables of a set, by name: of its rows, and of those of other noise if there are any."""
+def make_tables(rows: list[Row]) -> dict[str, str]:
+    """The tables of a set, by name."""
     tables = {"summary": summary_table(rows), "floor": floor_table(rows)}
     if rows_of_noise(rows):
         tables["differences"] = differences_table(rows)
-    elif noise:
-        tables |= {"noise": noise_table(noise), "differences": differences_table(noise)}
     return tables
 
 
@@ -266,16 +260,6 @@ def measures(rows: list[Row]) -> pd.DataFrame:
         cells = ["" if each in empty else format_measure(each, group[each].mean(), spreads[each]) for each in names]
         lines.append([nfe or "", group.label.iloc[0].strip("*"), *table.texts.loc[(nfe, method)], *cells])
     return pd.DataFrame(lines, columns=["NFE", "method", *table.texts, *(MEASURES[each].head for each in names)])
-
-
-def noise_table(rows: list[Row]) -> str:
-    """Mean distance over the noise seeds, and its standard error."""
-    spaces, lines = [*rows[0]["distances"]], []
-    for (nfe, _), group in frame(rows).groupby(["nfe", "method"], sort=False):
-        means = by_noise(group)[spaces]
-        cells = (three_digits(each.mean(), each.sem()) for _, each in means.items())
-        lines.append([nfe or "", group.label.iloc[0], len(means), *cells])
-    return write_table(["NFE", "method", "noise seeds", *spaces], ("method",), lines)
 
 
 def differences_table(rows: list[Row]) -> str:

@@ -1,4 +1,4 @@
-"""The results of a benchmark: rows in results.json and noise.json, and beside the trainings images for figures."""
+"""The results of a benchmark: rows in results.json, and beside the trainings images for figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hsivi_diffusers.runs.options import differences
 
 Row = dict[str, Any]
 Key = tuple[str, int, int | None]  # method, NFE and training seed
-RESULTS, NOISE = "results.json", "noise.json"  # rows, and those of trained ones on other noise
+RESULTS = "results.json"
 
 OURS = "HSIVI"
 REAL, TEACHER, TEACHER_SDE, SOLVER = "real images", "teacher", "teacher, SDE", "tuned solver"
@@ -26,7 +26,7 @@ UNGUIDED = "unguided solver"  # tuned too; beside teachers under guidance
 PAIRS, PROGRESSIVE, CONSISTENCY = "pairs only", "progressive distillation", "consistency distillation"
 LATENT_CONSISTENCY = "LCM-LoRA"
 BASELINES = (PAIRS, PROGRESSIVE, CONSISTENCY, LATENT_CONSISTENCY)
-NO_LORA, NO_NOISE, STORED = f"{OURS}, no LoRA", f"{OURS}, eta 0", f"{OURS}, stored"
+NO_LORA, NO_NOISE = f"{OURS}, no LoRA", f"{OURS}, eta 0"
 ALL_STEPS, ALL_SCALES = f"{OURS}, one for all", f"{OURS}, one for all scales"
 PROMPTS = "prompts"  # in the metadata of the images of figures
 RECIPE = ("preset", "num_inference_steps", "max_train_steps")
@@ -76,7 +76,7 @@ class Results:
         folder: Of the file of the rows.
         runs: Of the trainings, and of the images that figures show.
         dataset: Name of the set.
-        name: Of the file, RESULTS or NOISE.
+        name: Of the file.
     """
 
     def __init__(self, folder: Path, runs: Path, dataset: str, name: str = RESULTS) -> None:

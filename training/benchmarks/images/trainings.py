@@ -29,10 +29,6 @@ ANEW = ("--overwrite_output_dir", "true")
 Costs = dict[str, Any]  # of a training: its training.json
 
 
-class UntrainedError(Exception):
-    """A training is missing, and none is to be made."""
-
-
 class Trainings:
     """Students and baselines of one teacher, at one scale of guidance.
 
@@ -40,11 +36,10 @@ class Trainings:
         runs: Folder of their folders. Students of several scales are beside it, for other scales share them.
         teacher: Folder of the teacher.
         guidance_scale: The scale that students take in, or have among several; None without guidance.
-        found_only: Raise `UntrainedError` for what is missing instead of training it.
     """
 
-    def __init__(self, runs: Path, teacher: str, guidance_scale: float | None, found_only: bool = False) -> None:
-        self.runs, self.teacher, self.guidance_scale, self.found_only = runs, teacher, guidance_scale, found_only
+    def __init__(self, runs: Path, teacher: str, guidance_scale: float | None) -> None:
+        self.runs, self.teacher, self.guidance_scale = runs, teacher, guidance_scale
 
     def settings(self, config: str, seed: int) -> HSIVIConfig:
         """The settings of a student, with the scale of guidance if it names none.
@@ -125,8 +120,6 @@ class Trainings:
         runs = self.runs.with_name(f"scales_of_{Path(self.teacher).name}") if shared else self.runs
         folder = runs / "_".join([Path(path).stem, *words, f"seed{seed}"])
         if not (folder / "training.json").exists():
-            if self.found_only:
-                raise UntrainedError(folder)
             call(program, [*self._arguments(config, seed), "--output_dir", str(folder), *arguments])
         costs = json.loads((folder / "training.json").read_text())
         if "teacher_sha256" in costs and costs["teacher_sha256"] != self._teacher_sha256:
