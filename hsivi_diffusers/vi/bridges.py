@@ -48,6 +48,10 @@ class Bridge(ABC):
         """Returns the level of p_t, shape (B,); t itself by default."""
         return t
 
+    def coordinate(self, k: int) -> str:
+        """What a message calls x_k."""
+        return f"coordinate {k}"
+
     def sample_level(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws levels at which layers t are scored, of the shape of t, for `scoring="random"`."""
         raise NotImplementedError(f'{type(self).__name__} has no random levels: use scoring="own"')
@@ -102,6 +106,9 @@ class GeometricBridge(Bridge):
     def score(self, x: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns (1 - lambda) S_base(x) + lambda S_target(x), shape (B, d)."""
         return _mix(level.to(x)[:, None], self.base.score, self.target.score, x)
+
+    def coordinate(self, k: int) -> str:
+        return self.target.coordinate(k)
 
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         return self.base.sample(batch_size, generator)

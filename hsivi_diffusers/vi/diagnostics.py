@@ -81,15 +81,15 @@ def variance_collapse(
         narrow = int((ratio < STD_RATIO).sum())
         if narrow:
             message = (
-                f"layer {t} is deterministic in {narrow} of {len(ratio)} coordinates: in coordinate "
-                f"{int(ratio.argmin())} its std is {float(ratio.min()):.2g} of the spread of its outputs. Start from a "
-                f"larger std, lower the layers' learning rate, or {other_objective(objective)}"
+                f"layer {t} is deterministic in {narrow} of {len(ratio)} coordinates: in "
+                f"{bridge.coordinate(int(ratio.argmin()))} its std is {float(ratio.min()):.2g} of the spread of its "
+                f"outputs. Start from a larger std, lower the layers' learning rate, or {other_objective(objective)}"
             )
             found.append(Finding("variance_collapse", t, float(ratio.min()), STD_RATIO, message))
-    return found + _wrong_spread(marginals[0], score, objective)  # the score at the last layer, t = 0
+    return found + _wrong_spread(marginals[0], score, bridge, objective)  # the score at the last layer, t = 0
 
 
-def _wrong_spread(x: Tensor, score: Tensor, objective: Objective | None) -> list[Finding]:
+def _wrong_spread(x: Tensor, score: Tensor, bridge: Bridge, objective: Objective | None) -> list[Finding]:
     """At most one "under_dispersed" and one "over_dispersed", by `stein_ratio`."""
     ratio, error = stein_ratio(x, score)
     errors = math.sqrt(STANDARD_ERRORS**2 + 2 * math.log(len(ratio)))  # the extreme of d ratios strays farther than one
@@ -116,7 +116,7 @@ def _wrong_spread(x: Tensor, score: Tensor, objective: Objective | None) -> list
         if bool(seen.any()):
             worst = int((ratio - 1).abs().masked_fill(~seen, -math.inf).argmax())
             message = (
-                f"x_0 is {where}: in coordinate {worst} the Stein ratio E[-(x - E x) S(x)] is "
+                f"x_0 is {where}: in {bridge.coordinate(worst)} the Stein ratio E[-(x - E x) S(x)] is "
                 f"{float(ratio[worst]):.3g}, and 1 for the target. {remedy}"
             )
             found.append(Finding(signature, 0, float(ratio[worst]), threshold, message))

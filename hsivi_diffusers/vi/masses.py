@@ -91,13 +91,15 @@ def drift(
     for num_steps in (NUM_STEPS, 2 * NUM_STEPS):
         u, stein = langevin(lambda u: score(u @ inverse) @ inverse.T, u, num_steps, generator, together=True)
         done += num_steps
-        found = _changes(before, u @ inverse, done, objective)
+        found = _changes(bridge, before, u @ inverse, done, objective)
         if found or float(stein.mean(0).min()) > MIXED:
             break
     return found
 
 
-def _changes(before: Tensor, after: Tensor, num_steps: int, objective: Objective | None) -> list[Finding]:
+def _changes(
+    bridge: Bridge, before: Tensor, after: Tensor, num_steps: int, objective: Objective | None
+) -> list[Finding]:
     """At most one "drift", between rows of draws before and after the steps."""
     center, variance = after.mean(0), after.var(0).clamp_min(torch.finfo(after.dtype).tiny)
     square = ((before - center).square() - (after - center).square()) / variance
@@ -111,9 +113,9 @@ def _changes(before: Tensor, after: Tensor, num_steps: int, objective: Objective
     worst = int((changes.log().abs() + shift.mean(0).abs()).masked_fill(~wrong, -math.inf).argmax())
     message = (
         f"x_0 does not stay as it is under Langevin steps in the target in {int(wrong.sum())} of {len(wrong)} "
-        f"coordinates: in coordinate {worst} the variance of the draws is {float(changes[worst]):.2g} of that after "
-        f"{num_steps} steps, their mean {float(shift.mean(0)[worst]):+.2g} standard deviations off. Train longer or "
-        f"with more layers; otherwise {other_objective(objective)}"
+        f"coordinates: in {bridge.coordinate(worst)} the variance of the draws is {float(changes[worst]):.2g} of that "
+        f"after {num_steps} steps, their mean {float(shift.mean(0)[worst]):+.2g} standard deviations off. Train longer "
+        f"or with more layers; otherwise {other_objective(objective)}"
     )
     return [Finding("drift", 0, float(changes[worst]), SAME, message)]
 
@@ -149,9 +151,9 @@ def wrong_masses(
     if not float(gaps.max()) > DISTANCE:
         return [], None
     message = (
-        f"the masses are wrong: weighted by p / q, the draws have another distribution in coordinate "
-        f"{int(gaps.argmax())}, by {float(gaps.max()):.2g} of all mass. Train longer, with more layers, a diffusion "
-        "bridge or a wider base"
+        f"the masses are wrong: weighted by p / q, the draws have another distribution in "
+        f"{bridge.coordinate(int(gaps.argmax()))}, by {float(gaps.max()):.2g} of all mass. Train longer, with more "
+        "layers, a diffusion bridge or a wider base"
     )
     return [Finding("wrong_masses", 0, float(gaps.max()), DISTANCE, message)], None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,12 @@ class NamedTarget(Target):
             if bad := int((~each.isfinite()).sum()):
                 raise ValueError(f"{name}: {bad} of its values are at the end of {self.parameters[name].constraint}")
         return torch.cat([each.reshape(size, of) for each, of in zip(free, self._sizes, strict=True)], 1)
+
+    def coordinate(self, k: int) -> str:
+        """x_k and the parameter it is of, such as "coordinate 3 (w[2])"; x has it without its constraint."""
+        indices = {name: product(*map(range, of.free_shape)) for name, of in self.parameters.items()}
+        names = [f"{name}{[*index] or ''}" for name, each in indices.items() for index in each]
+        return f"coordinate {k} ({names[k]})"
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Returns the log-density, shape (B,).

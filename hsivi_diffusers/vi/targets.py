@@ -35,6 +35,10 @@ class Target(ABC):
         """Returns grad_x log p(x), shape (B, d); on the graph of x where x has one."""
         return gradient(self.log_prob, x)
 
+    def coordinate(self, k: int) -> str:
+        """What a message calls x_k."""
+        return f"coordinate {k}"
+
 
 class SampledTarget(Target):
     """A density with exact draws, such as the base of a bridge."""
