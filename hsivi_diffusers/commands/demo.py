@@ -177,19 +177,20 @@ def on_page(function: Callable[..., Iterator[Any]], *given: Any) -> Callable[...
 
 
 def make_page(students: Students, judge: Judge | None = None) -> gr.Blocks:
-    """Makes the page, to be launched; what a judge says of images stands above them."""
+    """Makes the page, to be launched, for the first student; what a judge says of images stands above them."""
+    first = students(students.names[0])
     with gr.Blocks(title="hsivi demo", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(INTRO)
         with gr.Row():
             name = gr.Dropdown(
                 students.names, value=students.names[0], label=STUDENT, allow_custom_value=True, min_width=280
             )
-            steps = gr.Dropdown([1], value=1, label="Steps of the student")
+            steps = gr.Dropdown(first.depths, value=first.depths[-1], label="Steps of the student")
             teacher_steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps of the teacher")
         with gr.Row():
             label = gr.Dropdown([IN_TURN], value=IN_TURN, label="Class", visible=False)
             prompt = gr.Textbox("", label="Prompt", visible=False, max_length=MOST_LETTERS, scale=3, min_width=280)
-            scale = gr.Dropdown([1.0], value=1.0, label="Guidance scale", visible=False)
+            scale = gr.Dropdown(first.scales, value=first.scales[0], label="Guidance scale", visible=False)
         ideas = gr.Dataset(components=[prompt], samples=[], label="Prompts of the run", visible=False)
         with gr.Row(elem_classes="controls"):
             count = gr.Radio(COUNTS, value=COUNTS[1], label="Images", min_width=280)
@@ -251,8 +252,8 @@ def serve(options: Any, judge: Judge | None = None) -> None:
         raise ValueError(f"--pipeline {unknown[0]} is no folder, and no repo id such as user/name: check the spelling")
     check_address(options)
     students = Students(names, usable_device(options.device))
-    students(names[0])  # a name that leads nowhere is refused here, and not on the page
-    page = make_page(students, judge)
+    print(f"loading {names[0]}", flush=True)
+    page = make_page(students, judge)  # which refuses a first name that leads nowhere
     address = launch(page, server_name=options.server_name, server_port=options.server_port)
     print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()

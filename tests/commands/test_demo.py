@@ -370,7 +370,9 @@ def test_the_command_listens_where_it_says(fast_run, monkeypatch, capsys):
     monkeypatch.setattr(demo.gr.Blocks, "block_thread", lambda page: pages.append(page))
     cli.demo([f"--pipeline={fast_run}", f"--server_port={port}"])
     assert httpx.get(f"http://127.0.0.1:{port}/").status_code == 200
-    assert capsys.readouterr().out.startswith(f"open http://127.0.0.1:{port}/ in a browser")
+    loading, opened = capsys.readouterr().out.splitlines()
+    assert loading == f"loading {fast_run}"
+    assert opened.startswith(f"open http://127.0.0.1:{port}/ in a browser")
     pages[0].close()
 
 
