@@ -22,6 +22,7 @@ MOST_COPIES = 2000  # images whose nearest real one is looked for
 PRDC = ("precision", "recall", "density", "coverage")
 PACKAGES = ("torchmetrics", "prdc", "ot", "sklearn")
 GROUPS = 10  # of the jackknife
+KID = {"kid", "kid_error", "kid_folds"}
 NAMES = ("fd", "kid", *PRDC, "pixel_fd", "swd", "class_tv", "nearest")
 SIDE = 64  # pixels of a side that pixel_fd and swd see at most
 
@@ -83,7 +84,7 @@ class Measures:
             self.pixel_frechet = _Frechet(self.components(self.small))
         self.shares = self.real_shares = self._count(features)
         self.gamma = 1 / self.features.square().sum(1).mean().item()
-        self.kernel = _mean_kernel(self.gamma, self.features) if "kid" in self.names else 0.0
+        self.kernel = _mean_kernel(self.gamma, self.features) if KID.intersection(self.names) else 0.0
         self.spacing = self._space() if "nearest" in self.names else 1.0
 
     @torch.no_grad()
@@ -99,12 +100,9 @@ class Measures:
         self.shares = self._count(features)
         if "fd" in self.names:
             found["fd"] = self.frechet(features)
-        if "kid" in self.names:
-            across = _mean_kernel(self.gamma, some, self.features)
-            found["kid"] = self.kernel + _mean_kernel(self.gamma, some) - 2 * across
-        if {"kid_error", "kid_folds"}.intersection(self.names):
-            folds = self._folds(some)
-            found |= {"kid_error": jackknife(folds), "kid_folds": folds.tolist()}
+        if KID.intersection(self.names):
+            kid, folds = self._kid(some)
+            found |= {"kid": kid, "kid_error": jackknife(folds), "kid_folds": folds.tolist()}
         if any(name in self.names for name in PRDC):
             with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of rows
                 found |= compute_prdc(self.features.numpy(), some.numpy(), NEIGHBOURS)
@@ -134,22 +132,25 @@ class Measures:
         shares: list[float] = (logits.argmax(1).bincount(minlength=logits.shape[1]) / len(logits)).tolist()
         return shares
 
-    def _folds(self, features: torch.Tensor) -> torch.Tensor:
-        """KID without each group: the sums of the kernel over all pairs of groups make all of them."""
+    def _kid(self, features: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """KID, and KID without each group: the sums of the kernel over all pairs of groups make both."""
         from torchmetrics.image.kid import poly_kernel
 
-        groups = features.double()[_shuffle(len(features))].tensor_split(min(GROUPS, len(features)))
-        real, gamma = self.features.double(), self.gamma
+        rows, real, gamma = features.double()[_shuffle(len(features))], self.features.double(), self.gamma
+        groups = rows.tensor_split(min(GROUPS, len(rows)))
+        sizes = [len(group) for group in groups]
+        columns = [poly_kernel(group, rows, gamma=gamma).sum(0).split(sizes) for group in groups]
+        within = torch.stack([torch.stack([each.sum() for each in of_group]) for of_group in columns])
+        within -= torch.diag(torch.stack([_diagonal(gamma, group).sum() for group in groups]))
+        across = torch.stack([poly_kernel(group, real, gamma=gamma).sum() for group in groups])
 
-        def total(one: torch.Tensor, other: torch.Tensor) -> float:
-            return poly_kernel(one, other, gamma=gamma).sum().item()
+        def kid(within: torch.Tensor, across: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+            return self.kernel + within / (count * (count - 1)) - 2 * across / (count * len(real))
 
-        within = torch.tensor([[total(one, other) for other in groups] for one in groups], dtype=torch.float64)
-        across = torch.tensor([total(group, real) for group in groups], dtype=torch.float64)
-        within -= torch.diag(torch.stack([(gamma * group.square().sum(1) + 1).pow(3).sum() for group in groups]))
-        left = len(features) - torch.tensor([len(group) for group in groups])
-        rest = within.sum() - within.sum(0) - within.sum(1) + within.diagonal()
-        return self.kernel + rest / (left * (left - 1)) - 2 * (across.sum() - across) / (left * len(real))
+        count = torch.tensor(sizes)
+        left = within.sum() - within.sum(0) - within.sum(1) + within.diagonal()
+        whole = kid(within.sum(), across.sum(), count.sum())
+        return whole.item(), kid(left, across.sum() - across, count.sum() - count)
 
     def _space(self) -> float:
         """Median distance from a real image to the nearest other one."""
@@ -235,13 +236,15 @@ def _shuffle(size: int) -> torch.Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(0))
 
 
-def _mean_kernel(gamma: float, features: torch.Tensor, others: torch.Tensor | None = None) -> float:
-    """Mean of (gamma x . y + 1)^3 over all pairs, without those of a row with itself where there are no others."""
+def _mean_kernel(gamma: float, features: torch.Tensor) -> float:
+    """Mean of (gamma x . y + 1)^3 over all pairs of different rows."""
     from torchmetrics.image.kid import poly_kernel
 
-    rows, columns = features.double(), (features if others is None else others).double()
-    total = sum(poly_kernel(batch, columns, gamma=gamma).sum().item() for batch in rows.split(1000))
-    if others is not None:
-        return total / (len(rows) * len(columns))
-    itself = (gamma * rows.square().sum(1) + 1).pow(3).sum().item()
-    return (total - itself) / (len(rows) * (len(rows) - 1))
+    rows = features.double()
+    total = sum(poly_kernel(batch, rows, gamma=gamma).sum().item() for batch in rows.split(1000))
+    return (total - _diagonal(gamma, rows).sum().item()) / (len(rows) * (len(rows) - 1))
+
+
+def _diagonal(gamma: float, rows: torch.Tensor) -> torch.Tensor:
+    """The same kernel of each row with itself."""
+    return (gamma * rows.square().sum(1) + 1).pow(3)

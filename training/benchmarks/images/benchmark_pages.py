@@ -91,8 +91,8 @@ def fill_glance(folder: Path, *pages: Path) -> None:
     Raises:
         ValueError: There are no results.
     """
-    if not (rows := read_rows(folder / "results.json")):
-        raise ValueError(f"{folder / 'results.json'} is missing: run the benchmark first, in the folder of the clone")
+    if not (rows := read_rows(folder / RESULTS)):
+        raise ValueError(f"{folder / RESULTS} is missing: run the benchmark first, in the folder of the clone")
     tables = {"glance": glance_table(in_sets(rows))}
     for page in pages:
         write_text(page, fill_tables(page.read_text(encoding="utf-8"), tables))
