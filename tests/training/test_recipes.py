@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def options_of(recipe, *more):
     teacher, config, _ = parse_options([Teacher, HSIVIConfig, PushAtEnd], "", given)
     config.check()
     return teacher, config
+
+
+def config_from_the_teacher(recipe, *more):
+    """The config of a recipe without the run that it starts from, whose student is of the same shapes."""
+    return replace(options_of(recipe, *more)[1], init_from=None)
 
 
 def folder_of(recipe):
@@ -99,7 +105,7 @@ def test_a_run_that_another_starts_from_is_a_recipe_of_the_same_teacher_with_mor
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_can_be_planned(recipe):
     """In the batch and the precision it says."""
-    cost = plan.measure(folder_of(recipe), None, options_of(recipe)[1])
+    cost = plan.measure(folder_of(recipe), None, config_from_the_teacher(recipe))
     assert cost.calls["teacher"] == 1
     assert cost.memory["activations and gradients"] > cost.memory["teacher"] / 10
     assert cost.work.flops > 1e11
@@ -112,7 +118,7 @@ def test_a_recipe_can_be_planned(recipe):
 def test_a_recipe_makes_two_updates(recipe):
     """One row and one critic update at a time, on images of 32x32, or it would take minutes; with all weights."""
     few = ("--train_batch_size=1", "--gradient_accumulation_steps=1", "--critic_updates=1")
-    config = options_of(recipe, *few, "--lr_warmup_steps=0")[1]  # in a warm-up the first updates are not seen
+    config = config_from_the_teacher(recipe, *few, "--lr_warmup_steps=0")  # in a warm-up first updates are not seen
     torch.manual_seed(0)
     teacher = read_teacher(folder_of(recipe))
     teacher.shape = (3, 32, 32)
