@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from ..runs.artifacts import ADAPTER, holds_pipeline, pipeline_of, read_record, sample_grids
+from ..runs.artifacts import ADAPTER, OPTIONS, TRAINING, holds_pipeline, pipeline_of, read_record, sample_grids
 from ..runs.folders import check_spelling
 from ..runs.next_steps import resumption, to_finish
 from ..runs.options import did_you_mean, option
@@ -211,7 +211,7 @@ def read_distillation(args: Sequence[str], prog: str, description: str, *more: t
     hub.check()
     run = starting_run(config.init_from)
     if run is not None and teacher.pretrained_teacher_model is None:
-        before = read_record(run / "options.json")
+        before = read_record(run / OPTIONS)
         teacher.pretrained_teacher_model, teacher.revision = before["pretrained_teacher_model"], before["revision"]
     if not teacher.pretrained_teacher_model and config.init_from is not None:
         raise ValueError(
@@ -249,7 +249,7 @@ def _record_of(checkpoint: str | None, output_dir: str | None) -> Path | None:
     """The options.json of the run that is continued, if there is one."""
     if not checkpoint or not output_dir:
         return None
-    record = (Path(output_dir) if checkpoint == "latest" else Path(checkpoint).parent.parent) / "options.json"
+    record = (Path(output_dir) if checkpoint == "latest" else Path(checkpoint).parent.parent) / OPTIONS
     return record if record.is_file() else None
 
 
@@ -338,7 +338,7 @@ def export_run(args: Sequence[str]) -> None:
     for name in ("run_dir", "output_dir"):
         if not getattr(options, name):
             raise ValueError(f"--{name} is missing: name a folder")
-    adapter, record = Path(options.run_dir) / "pipeline", Path(options.run_dir) / "training.json"
+    adapter, record = Path(options.run_dir) / "pipeline", Path(options.run_dir) / TRAINING
     if not record.is_file() or not holds_pipeline(adapter):
         text = f"{options.run_dir} holds no finished run: give the folder that `hsivi distil` wrote"
         raise ValueError(text + to_finish(Path(options.run_dir)))

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..modeling_hsivi import HSIVINoiseScale
-from ..runs.artifacts import ADAPTER, read_record
+from ..runs.artifacts import ADAPTER, TRAINING, read_record
 from ..runs.output import starting_run
 from ..runs.state_dicts import load_tensors
 from ..scheduling_hsivi import HSIVIScheduler
@@ -151,7 +151,7 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
 
 def check_same_teacher(run: Path, teacher_sha256: str) -> None:
     """Refuses, with ValueError, a run whose record names another teacher."""
-    record = read_record(run / "training.json") if (run / "training.json").is_file() else {}
+    record = read_record(run / TRAINING) if (run / TRAINING).is_file() else {}
     if record.get("teacher_sha256", teacher_sha256) != teacher_sha256:
         raise ValueError(
             f"init_from={str(run)!r} was trained with another teacher, of other weights, noise levels or size of "

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, LoggerType, set_seed
 from diffusers import DiffusionPipeline
 
-from ..runs.artifacts import PROMPTS, read_record
+from ..runs.artifacts import OPTIONS, PROMPTS, TRAINING, read_record
 from ..runs.checkpoints import Checkpoints
 from ..runs.folders import remove_folder, write_json, write_text
 from ..runs.measures import counted
@@ -43,7 +43,7 @@ from .state import PAIRS, TrainingState, adam_of
 from .updates import check_objective, fit_calls, run_updates
 
 WRITTEN = (
-    "training.json",
+    TRAINING,
     PAGE,
     LOG,
     PROMPTS,
@@ -173,7 +173,7 @@ class HSIVITrainer:
             if self._has_trained and not start:
                 raise ValueError("this trainer has trained, and there is no checkpoint: make a new HSIVITrainer")
             if main:  # a run that cannot be resumed keeps its own
-                write_json(checkpoints.output_dir / "options.json", {**self.teacher, **config.record()})
+                write_json(checkpoints.output_dir / OPTIONS, {**self.teacher, **config.record()})
             self._has_trained = True
             if config.report_to:
                 stack.enter_context(trackers(self.accelerator, {**self.teacher, **config.record()}))
@@ -185,7 +185,7 @@ class HSIVITrainer:
                 self.accelerator.print(f"`hsivi export --format comfyui` will refuse this student: {found['refused']}")
             with signals_as_trigger(self.accelerator), self.state.counting_rows():
                 seconds, calls = self._run(checkpoints, *before)
-            record = checkpoints.output_dir / "training.json"
+            record = checkpoints.output_dir / TRAINING
             summary = read_record(record) if start >= config.max_train_steps and record.exists() else {}
             if "seconds" not in summary:
                 summary = self._summarise(seconds, calls)
@@ -261,7 +261,7 @@ class HSIVITrainer:
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Pushes the averaged student with its model card; see `hsivi_diffusers.push` for options; returns the URL."""
         folder = self.config.output_dir
-        run_dir = Path(folder) if folder and (Path(folder) / "training.json").is_file() else None
+        run_dir = Path(folder) if folder and (Path(folder) / TRAINING).is_file() else None
         if not has_adapter(self.state.student.network):
             return push(self.pipeline, repo_id, run_dir=run_dir, **options)
         if run_dir is None or not self._has_trained:
@@ -272,7 +272,7 @@ class HSIVITrainer:
 def published_start(init_from: str | None) -> str | None:
     """What was published that the student, or the run that it starts from, began with."""
     if run := starting_run(init_from):
-        start: str | None = read_record(run / "training.json").get("start")
+        start: str | None = read_record(run / TRAINING).get("start")
         return start
     return _if_published(init_from)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..runs.artifacts import read_record
+from ..runs.artifacts import OPTIONS, TRAINING, read_record
 from ..runs.folders import write_json, write_text
 from ..runs.measures import HALVES, MEASURES, REPORTED, format_cell
 from ..runs.next_steps import to_finish
@@ -43,13 +43,13 @@ def load_run(run_dir: Path) -> dict[str, Any]:
     Raises:
         ValueError: The run is not finished, or one of its records is damaged.
     """
-    missing = [name for name in ("pipeline", "options.json", "training.json") if not (run_dir / name).exists()]
+    missing = [name for name in ("pipeline", OPTIONS, TRAINING) if not (run_dir / name).exists()]
     if missing:
         text = f"run_dir={str(run_dir)!r} lacks {', '.join(missing)}: give the folder of a finished run"
         raise ValueError(text + to_finish(run_dir))
     if (index := run_dir / "pipeline" / "model_index.json").is_file():
         read_record(index)
-    run = {**read_record(run_dir / "options.json"), **read_record(run_dir / "training.json")}
+    run = {**read_record(run_dir / OPTIONS), **read_record(run_dir / TRAINING)}
     if missing := [name for name in ("pretrained_teacher_model", "seed", "seconds") if name not in run]:
         raise ValueError(f"options.json or training.json in {run_dir} is damaged: it lacks {', '.join(missing)}")
     return run

@@ -11,7 +11,8 @@ from PIL import Image
 from .default_prompts import default_prompts
 
 ADAPTER = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` of diffusers looks for
-PROMPTS = "prompts.txt"  # in the folder of a run
+# Files in the folder of a run: what it was asked for, from its start on; what came of it, at its end; its prompts.
+OPTIONS, TRAINING, PROMPTS = "options.json", "training.json", "prompts.txt"
 DEFAULT = "default"  # names the list of the package; a file of this name is "./default"
 GRID_ROWS, GRID_COLUMNS = 4, 8  # of a sample grid, whose first row is the teacher's
 CARD_GRID_WIDTH = 1600  # pixels of a sample grid in a card, at most
@@ -81,7 +82,7 @@ def folder_of_run(name: str) -> Path:
 
 def run_of(name: str) -> dict[str, Any]:
     """The options that a pipeline was trained with, empty without a run."""
-    record = folder_of_run(name) / "options.json"
+    record = folder_of_run(name) / OPTIONS
     return read_record(record) if record.is_file() else {}
 
 

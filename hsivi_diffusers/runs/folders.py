@@ -15,6 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .artifacts import OPTIONS
+
 LOCK = ".lock"  # file in a folder that is locked; it stays there
 
 
@@ -158,7 +160,7 @@ def check_spelling(name: str, has_owner: bool = True) -> None:
     is_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") not in slashes or "\\" in name
     near = _near(path, 0.85)
     means_near = near is not None and (
-        (near / "options.json").is_file() or re.findall(r"\d", name) == re.findall(r"\d", str(near))
+        (near / OPTIONS).is_file() or re.findall(r"\d", name) == re.findall(r"\d", str(near))
     )
     if not path.exists() and (is_local or means_near):
         raise ValueError(

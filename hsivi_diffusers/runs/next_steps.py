@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import join
 from typing import Any
 
-from .artifacts import ADAPTER, holds_pipeline, read_json
+from .artifacts import ADAPTER, OPTIONS, TRAINING, holds_pipeline, read_json
 from .student_code import student_code
 
 IN_PYTHON = """\
@@ -65,8 +65,8 @@ def _continuation(run: str, options: Mapping[str, Any], stopped: bool) -> tuple[
 
 def to_finish(run: Path) -> str:
     """How to continue a run that has not ended, as the end of a refusal; empty for any other folder."""
-    options = read_json(run / "options.json")
-    if not options or (run / "training.json").is_file():
+    options = read_json(run / OPTIONS)
+    if not options or (run / TRAINING).is_file():
         return ""
     by = resumption(str(run)) if options.get("pretrained_teacher_model") else "HSIVITrainer of its teacher, in Python"
     return f"; this run has not ended: continue it by {by}"

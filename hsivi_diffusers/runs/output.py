@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .artifacts import PROMPTS, read_record
+from .artifacts import OPTIONS, PROMPTS, read_record
 from .folders import LOCK, check_output_dir, remove_folder, sole_writer
 from .options import differences, option
 from .page import LOG, PAGE
 
-OPTIONS = {"options.json", "options.json.partial"}
+OPTIONS_WRITTEN = {OPTIONS, f"{OPTIONS}.partial"}
 WRITTEN_AT_ONCE = {f"{name}{end}" for name in (PAGE, LOG, PROMPTS) for end in ("", ".partial")}
 STARTED = (
-    OPTIONS | WRITTEN_AT_ONCE | {"logs", "samples", "checkpoints", "pairs"}
+    OPTIONS_WRITTEN | WRITTEN_AT_ONCE | {"logs", "samples", "checkpoints", "pairs"}
 )  # in a folder before the first checkpoint
 RESUMPTION = (
     ", or resume a training with --resume_from_checkpoint latest; in Python HSIVIConfig(overwrite_output_dir=True), or "
@@ -81,7 +81,7 @@ def starting_run(init_from: str | None) -> Path | None:
     run = Path(init_from or "")
     if init_from is None or not _holds_run(run):
         return None
-    missing = [name for name in ("pipeline", "critic", "options.json") if not (run / name).exists()]
+    missing = [name for name in ("pipeline", "critic", OPTIONS) if not (run / name).exists()]
     if missing:
         raise ValueError(f"init_from={init_from!r} lacks {', '.join(missing)}: give the folder of a finished run")
     return run
@@ -89,7 +89,7 @@ def starting_run(init_from: str | None) -> Path | None:
 
 def _holds_run(path: Path) -> bool:
     """Whether a folder is that of a run, finished or not."""
-    return (path / "options.json").is_file() or (path / "checkpoints").is_dir()
+    return (path / OPTIONS).is_file() or (path / "checkpoints").is_dir()
 
 
 def check_place(run: Output) -> Path:
@@ -126,7 +126,7 @@ def _only_started(path: Path) -> bool:
     """Whether a folder holds only the start of a run that stopped before its first checkpoint."""
     checkpoints, names = path / "checkpoints", {entry.name for entry in path.iterdir()} - {LOCK}
     unfinished = all(is_partial(entry) for entry in checkpoints.iterdir()) if checkpoints.is_dir() else True
-    return unfinished and names <= STARTED and (bool(names & OPTIONS) or not names)
+    return unfinished and names <= STARTED and (bool(names & OPTIONS_WRITTEN) or not names)
 
 
 def start_run(
@@ -176,7 +176,7 @@ def start_run(
 
 def _recorded(output_dir: Path, checkpoint: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The folder and settings of the run to resume: from options.json, or from a checkpoint if it is missing."""
-    record = output_dir / "options.json"
+    record = output_dir / OPTIONS
     if record.is_file():
         yield output_dir, read_record(record)
     if not record.is_file() or checkpoint != "latest":

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, SchedulerMixin, UNet2DModel
 
 from ..pipeline_hsivi import parts_of
-from ..runs.artifacts import ADAPTER
+from ..runs.artifacts import ADAPTER, OPTIONS
 from ..runs.folders import check_spelling, near_folder
 from ..scheduling_hsivi import HSIVIScheduler
 
@@ -75,7 +75,7 @@ def read_configs(name: str, revision: str | None) -> Configs:
 def check_no_student(name: str) -> None:
     """Refuses, with ValueError, the folder of a run or of a LoRA as a teacher."""
     folder = Path(name)
-    kind = "run" if (folder / "options.json").is_file() else "LoRA" if (folder / ADAPTER).is_file() else None
+    kind = "run" if (folder / OPTIONS).is_file() else "LoRA" if (folder / ADAPTER).is_file() else None
     if kind is not None and not (folder / "model_index.json").is_file():
         raise ValueError(f"teacher {name!r} is the folder of a {kind}: {OF_STUDENT}")
 

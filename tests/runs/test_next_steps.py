@@ -1,5 +1,6 @@
 """The commands for a run, by its state."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -100,3 +101,19 @@ def test_a_run_elsewhere_is_named_by_its_whole_path(run, tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     assert read(commands(tmp_path / run)[2]).run_dir == str(tmp_path / run)
+
+
+@pytest.mark.parametrize("words", ["sample --pipeline", "push --hub_model_id user/name --run_dir", "export --run_dir"])
+@pytest.mark.parametrize("teacher", [OPTIONS, {"num_inference_steps": [4]}])
+def test_a_command_for_finished_runs_says_how_an_unfinished_one_goes_on(run, tmp_path, capsys, words, teacher):
+    (run / "pipeline" / "model_index.json").unlink()
+    (run / "options.json").write_text(json.dumps(teacher))
+    program, *named = words.split()
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([program, "--output_dir", str(tmp_path / "drawn"), *named, str(run)])
+    *_, remedy = capsys.readouterr().err.strip().split("; this run has not ended: continue it by ")
+    if teacher is not OPTIONS:
+        assert remedy == "HSIVITrainer of its teacher, in Python"
+        return
+    _, config, _ = cli.parse_distillation(shlex.split(remedy)[2:], "hsivi distil", "")
+    assert Path(config.output_dir).samefile(run)
