@@ -230,11 +230,11 @@ class HSIVIConfig:
     def _of_preset(self) -> dict[str, Any]:
         """The values of the preset for as many steps and updates."""
         values = dict(PRESETS[str(self.preset)])
-        if self.preset == "latent" and self.depths == [1]:
+        if self.preset == "latent" and self.depths == [1] and not self.init_from:
             values["num_pairs"] = PAIRS_OF_LATENTS
         values["critic_first"] = min(values["critic_first"], self.max_train_steps // 6)  # in short runs a sixth at most
-        if self.init_from:  # the student has learned already
-            values |= {"num_pairs": 0, "critic_first": 0}
+        if self.init_from:  # the critic has learned already
+            values["critic_first"] = 0
         return values
 
     @property

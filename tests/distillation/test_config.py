@@ -62,7 +62,8 @@ def test_an_attribute_that_was_set_counts_as_given():
 def test_short_runs_and_runs_that_go_on_need_no_long_start():
     assert HSIVIConfig(num_inference_steps=1, max_train_steps=12).critic_first == 2
     again = HSIVIConfig(num_inference_steps=1, init_from="runs/before")
-    assert (again.num_pairs, again.critic_first) == (0, 0)
+    assert (again.num_pairs, again.critic_first) == (6400, 0)
+    assert replace(again, prompts=["a"]).num_pairs == 0
     assert HSIVIConfig(num_inference_steps=1, prompts=["a"]).num_pairs == 1920
 
 
