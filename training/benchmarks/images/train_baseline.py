@@ -31,6 +31,7 @@ from hsivi_diffusers.commands.options import parse_options, run_command
 from hsivi_diffusers.distillation.pairs import PAIR_CALLS
 from hsivi_diffusers.distillation.state import trained
 from hsivi_diffusers.evaluation.images import to_model_range
+from hsivi_diffusers.runs.artifacts import OPTIONS, TRAINING
 from hsivi_diffusers.runs.folders import remove_folder, replace_folder, write_json
 from hsivi_diffusers.runs.options import flatten, option
 from hsivi_diffusers.runs.output import Output, check_inputs, start_run
@@ -47,7 +48,7 @@ from .sets import load_images
 from .training_loop import TrainingLoop, claimed_alone
 
 EMA_DECAY, MAX_GRAD_NORM = 0.995, 1.0
-WRITTEN = ("training.json", "pipeline")
+WRITTEN = (TRAINING, "pipeline")
 OF_METHOD = {"num_inference_steps": "progressive", "num_stages": "progressive", "num_pairs": "regression"}
 OF_METHOD |= {"guidance_scale": "lcm_lora", "lora_rank": "lcm_lora"}
 # What a benchmark gives, see `settings_of`.
@@ -233,14 +234,14 @@ def main(args: list[str] | None = None) -> None:
         distillation, images, classes = prepare(teacher, training, accelerator.device)
         settings = recorded(teacher, training)
         start_run(run, settings, WRITTEN)
-        write_json(output_dir / "options.json", settings)
+        write_json(output_dir / OPTIONS, settings)
         identity = {**settings, "teacher_sha256": hash_teacher(distillation.teacher)}
         steps, seconds = train(distillation, images, classes, training, run, accelerator, identity)
         save(distillation, output_dir)
         calls = distillation.calls_per_image * steps * training.train_batch_size  # forward passes of an image
         calls += training.num_pairs * PAIR_CALLS if training.method == "regression" else 0
         record = {**identity, "max_train_steps": steps, "seconds": seconds, "network_calls": calls}
-        write_json(output_dir / "training.json", record)
+        write_json(output_dir / TRAINING, record)
     print(f"{steps} updates in {seconds:.0f} s; the pipeline is in {output_dir / 'pipeline'}")
 
 

@@ -20,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from hsivi_diffusers.distillation.state import trained
+from hsivi_diffusers.runs.artifacts import OPTIONS
 from hsivi_diffusers.runs.bars import bar
 from hsivi_diffusers.runs.checkpoints import Checkpoints
 from hsivi_diffusers.runs.folders import write_json
@@ -170,7 +171,7 @@ def fit(
     ((name, network),) = named.items()
     settings = flatten([*groups, training])
     start_run(run, settings, written)
-    write_json(Path(str(run.output_dir)) / "options.json", settings)
+    write_json(Path(str(run.output_dir)) / OPTIONS, settings)
     optimizer = torch.optim.AdamW(network.parameters(), lr=training.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, training.lr_warmup_steps, training.max_train_steps)
     network, optimizer = accelerator.prepare(network, optimizer)

@@ -13,7 +13,7 @@ from typing import Any
 
 from hsivi_diffusers.commands.cli import parse_distillation
 from hsivi_diffusers.distillation.config import HSIVIConfig
-from hsivi_diffusers.runs.artifacts import read_record
+from hsivi_diffusers.runs.artifacts import OPTIONS, TRAINING, read_record
 from hsivi_diffusers.runs.folders import LOCK, remove_folder, replace_folder
 from hsivi_diffusers.runs.options import differences
 from hsivi_diffusers.teachers.loading import load_teacher
@@ -72,7 +72,7 @@ class Trainings:
         words = ["--guidance_scale", *map(str, settings.scales)] if settings.scales else []
         words += ["--class_shares", *map(str, settings.class_shares)] if settings.class_shares else []
         folder, costs = self._train(config, seed, DISTIL, [*RESUME, *words], shared=len(settings.scales) > 1)
-        if changed := differences(recorded(read_record(folder / "options.json"), settings), settings.settings()):
+        if changed := differences(recorded(read_record(folder / OPTIONS), settings), settings.settings()):
             raise ValueError(
                 f"{folder} was trained with other options than {config} has ({changed}): name another "
                 "--runs_dir and --output_dir, or remove it and its rows"
@@ -83,8 +83,8 @@ class Trainings:
         """The cost of a run with that of the run it starts from, and so on."""
         if start is None:
             return costs
-        before = json.loads((Path(start) / "training.json").read_text())
-        before = self._with_start(before, read_record(Path(start) / "options.json")["init_from"])
+        before = json.loads((Path(start) / TRAINING).read_text())
+        before = self._with_start(before, read_record(Path(start) / OPTIONS)["init_from"])
         pairs = {name: (costs[name], before[name]) for name in ("seconds", "network_calls")}
         return costs | {name: None if None in pair else sum(pair) for name, pair in pairs.items()}
 
@@ -119,9 +119,9 @@ class Trainings:
         words = [word.removeprefix("--").replace("/", "-") for word in others]
         runs = self.runs.with_name(f"scales_of_{Path(self.teacher).name}") if shared else self.runs
         folder = runs / "_".join([Path(path).stem, *words, f"seed{seed}"])
-        if not (folder / "training.json").exists():
+        if not (folder / TRAINING).exists():
             call(program, [*self._arguments(config, seed), "--output_dir", str(folder), *arguments])
-        costs = json.loads((folder / "training.json").read_text())
+        costs = json.loads((folder / TRAINING).read_text())
         if "teacher_sha256" in costs and costs["teacher_sha256"] != self._teacher_sha256:
             raise ValueError(
                 f"{folder} was trained of another teacher than {self.teacher} is now: name another --runs_dir and "
