@@ -85,15 +85,15 @@ def send_signal(name, step):
 
 def stop_pairs(name, step):
     """Has this process send itself SIGTERM before a batch of pairs."""
-    run_solver, left = pairs.run_solver, [step]
+    solver_states, left = pairs.solver_states, [step]
 
     def counting(*given, **named):
         left[0] -= 1
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return run_solver(*given, **named)
+        return solver_states(*given, **named)
 
-    pairs.run_solver = counting
+    pairs.solver_states = counting
 
 
 def collapse(name, step):

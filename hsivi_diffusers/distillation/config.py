@@ -143,7 +143,9 @@ class HSIVIConfig:
     critic_updates: int = option(BY_PRESET, "critic updates per student update", common=False)
     critic_first: int = option(BY_PRESET, "updates at the start in which only the critic is trained", common=False)
     num_pairs: int = option(
-        BY_PRESET, "pairs of noise and the teacher's image of it, fitted first; 0 for none", common=False
+        BY_PRESET,
+        "pairs of noise and where the teacher's ODE leads it, that the first step learns; 0 for none",
+        common=False,
     )
     # ----- training -----
     seed: int = option(0, "seed of batches, noise and dropout")

@@ -1,10 +1,11 @@
-"""Pairs of noise and what a solver of the teacher's ODE makes of it."""
+"""Pairs of noise and where a solver of the teacher's ODE leads it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,31 +18,30 @@ from ..runs.state_dicts import save_tensors
 from ..scheduling_hsivi import HSIVIScheduler
 from ..teachers.guidance import Guided
 from ..teachers.levels import clock_of
-from ..teachers.solvers import batches, call_for_solver, make_scheduler, run_solver
-from ..vi.distributions import randn_like
+from ..teachers.solvers import batches, call_for_solver, make_scheduler, solver_states
 from ..vi.layers import hierarchy_ends
 from ..vi.regression import half_square
 
-PAIR_CALLS = 15  # steps of the teacher for a pair
+PAIR_CALLS = 15  # steps of the teacher from noise to an image
 
 
 class InterruptedRunError(Exception):
     """SIGTERM or Ctrl-C ended a run; its progress is saved, and the message says how to continue."""
 
 
-def read_images(path: Path, about: str) -> Tensor | None:
-    """Returns the images of pairs that `write_images` wrote; None if there are none of such a run, or damaged ones."""
+def read_ends(path: Path, about: str) -> Tensor | None:
+    """Returns the ends of pairs that `write_ends` wrote; None if there are none of such a run, or damaged ones."""
     with suppress(FileNotFoundError, SafetensorError), safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("about") == _digest(about):
-            return file.get_tensor("images")
+            return file.get_tensor("ends")
     return None
 
 
-def write_images(path: Path, images: Tensor, about: str) -> None:
-    """Writes the images of pairs, with a hash of all that decides them."""
+def write_ends(path: Path, ends: Tensor, about: str) -> None:
+    """Writes the ends of pairs, with a hash of all that decides them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_tensors({"images": images}, partial, {"about": _digest(about)})
+    save_tensors({"ends": ends}, partial, {"about": _digest(about)})
     partial.replace(path)
 
 
@@ -49,79 +49,141 @@ def _digest(about: str) -> str:
     return hashlib.sha256(about.encode()).hexdigest()
 
 
-class TeacherPairs:
-    """Pairs (x_T, x_0) of noise and what a solver of the teacher's ODE makes of it, drawn with replacement.
+def layers_by_pairs(depths: Sequence[int]) -> list[int]:
+    """The layers that learn from pairs alone: the first of each grid of three steps or more.
 
-    The layer that takes noise is to lead from x_T to x_0, those below it from x_0, diffused to their input, back to
-    it. The solver is UniPC of diffusers, on the grid of `Clock.pair_levels`. The pairs are kept in main memory; what is
-    drawn goes to the device of the teacher.
+    Of two steps the first ends so near to images that regression blurs them: level 77 of 1,000 on the digits.
+    """
+    first, _ = hierarchy_ends(depths)
+    return [t for t, depth in zip(first.tolist(), depths, strict=True) if depth > 2]
+
+
+def end_levels(scheduler: HSIVIScheduler) -> list[int | None]:
+    """Returns the level to which pairs of the first layer of each grid follow the ODE; None for the image.
+
+    The mean of a layer is its output without noise, so its pairs are to have the law of alpha_t x_0 + d z, with
+    d^2 = sigma_t^2 - c^2. The ODE leads noise to it at the level s where sigma_s / alpha_s = d / alpha_t, but for the
+    factor alpha_t / alpha_s. Without noise, c = 0, s is tau_t. Pairs of one and two steps lead to images.
+    """
+    first, _ = hierarchy_ends(scheduler.depths)
+    alpha, sigma = scheduler.alpha_sigma(torch.arange(len(scheduler)), torch.zeros(1))
+    inputs, outputs = scheduler.input_level(first), scheduler.output_level(first)
+    layer = scheduler.layers.coefficients(inputs, torch.zeros(1), outputs)
+    distance = ((sigma / alpha).log()[:, None] - (layer.direction / layer.alpha).log()).abs()
+    nearest = distance.argmin(0).flatten().tolist()
+    alone = layers_by_pairs(scheduler.depths)
+    return [level if t in alone else None for t, level in zip(first.tolist(), nearest, strict=True)]
+
+
+def pair_levels(schedule: HSIVIScheduler, ends: Sequence[int | None], num_steps: int = PAIR_CALLS) -> list[int]:
+    """Returns the levels of the network calls from noise to the lowest end, see `follow_ode`.
+
+    Raises:
+        ValueError: There are more steps than timesteps for them.
+    """
+    inner = {end for end in ends if end is not None}
+    levels = sorted({*clock_of(schedule).pair_levels(num_steps), *inner}, reverse=True)
+    return levels if None in ends else levels[: levels.index(min(inner))]
+
+
+def follow_ode(
+    teacher: Guided,
+    noise: Tensor,
+    condition: Tensor | None = None,
+    ends: Sequence[int | None] = (None,),
+    num_steps: int = PAIR_CALLS,
+    batch_size: int = 64,
+    show: bool = False,
+    made: Tensor | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Tensor:
+    """Returns where a solver of the teacher's ODE leads noise, shape (N, E, C, H, W), on the CPU.
+
+    The solver is UniPC of diffusers, on the grid of `Clock.pair_levels` and the ends.
 
     Args:
         teacher: Guided or not. Its scheduler's clipping is honoured.
-        scheduler: Gives the grid of the layers.
-        noise: x_T ~ N(0, I), shape (N, C, H, W); `end` has the images or latents x_0.
-        condition: Condition of each pair, shape (N,), or None.
-        num_steps: Solver steps for a pair.
-        batch_size: Pairs that the network is called with at once.
+        noise: x_T ~ N(0, I), shape (N, C, H, W).
+        condition: Condition of each row, shape (N,), or None.
+        ends: E levels; None for the image or latents, not clipped.
+        num_steps: Solver steps to the image.
+        batch_size: Rows that the network is called with at once.
         show: Show a progress bar.
-        made: Images x_0 that were made before, (M, C, H, W) with M <= N.
-        stop: Asked between batches; if it returns true, `InterruptedRunError` is raised, with the images made so far.
-
-    Attributes:
-        made: Images x_0 before pixels are clipped.
-        outside: Share of the numbers of x_0 that are beyond 1.05 in absolute value, before.
+        made: What was made before, (M, E, C, H, W) with M <= N.
+        stop: Asked between batches; if it returns true, `InterruptedRunError` is raised, with what was made so far.
 
     Raises:
-        ValueError: An image is not finite, or there are more steps than timesteps for them.
+        ValueError: A number is not finite, or there are more steps than timesteps for them.
         InterruptedRunError: See `stop`.
+    """
+    schedule, device = teacher.teacher.schedule, teacher.teacher.device
+    called = pair_levels(schedule, ends, num_steps)
+    below = [end for end in ends if end is not None and end not in called][:1]  # where the solver stops, uncalled
+    levels = [*called, *below]
+    solver, _ = make_scheduler("UniPC", schedule, levels)
+    places = [len(called) if end is None or end in below else levels.index(end) for end in ends]
+    parts = [noise.new_empty(0, len(ends), *noise.shape[1:]) if made is None else made]
+    done = len(parts[0])
+    rest = None if condition is None else condition[done:]
+    todo = batches(noise[done:], rest, batch_size) if done < len(noise) else []
+    call = call_for_solver(teacher)
+    for x, rows in bar(todo, "pairs", leave=False, disable=not show):
+        if stop():
+            raise InterruptedRunError(torch.cat(parts))
+        rows = None if rows is None else rows.to(device)
+        states = solver_states(call, solver, x.to(device), len(levels), rows)
+        reached = [state.cpu() for state in islice(states, len(called))]
+        parts.append(torch.stack([reached[place - 1] for place in places], 1))
+    ended = torch.cat(parts)
+    if lost := int((~ended.isfinite()).flatten(1).any(1).sum()):
+        raise ValueError(
+            f"{lost} of {len(noise)} pairs contain NaN or inf: check the teacher's samples, and if it runs in "
+            "fp16, take bf16 or single precision"
+        )
+    return ended
+
+
+class TeacherPairs:
+    """Pairs of noise and the mean to which the teacher's ODE leads it, of layers that take noise.
+
+    They are drawn with replacement, and kept in main memory; what is drawn goes to a device.
+
+    Args:
+        scheduler: Gives the grids of the layers.
+        noise: x_T ~ N(0, I), shape (N, C, H, W).
+        ended: By `follow_ode` at the `end_levels` of the scheduler, shape (N, G, C, H, W), of G grids.
+        condition: Condition of each pair, shape (N,), or None.
+        clips: Clip images to [-1, 1].
+        device: Of what is drawn.
     """
 
     def __init__(
         self,
-        teacher: Guided,
         scheduler: HSIVIScheduler,
         noise: Tensor,
+        ended: Tensor,
         condition: Tensor | None = None,
-        num_steps: int = PAIR_CALLS,
-        batch_size: int = 64,
-        show: bool = False,
-        made: Tensor | None = None,
-        stop: Callable[[], bool] = lambda: False,
+        clips: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self._device, self.scheduler = teacher.teacher.device, scheduler
-        self.noise, self.condition = noise.cpu(), None if condition is None else condition.cpu()
-        schedule, clips = teacher.teacher.schedule, teacher.teacher.clips
-        solver, _ = make_scheduler("UniPC", schedule, clock_of(schedule).pair_levels(num_steps))
-        parts = [torch.empty_like(self.noise[:0]) if made is None else made]
-        done = len(parts[0])
-        rest = None if self.condition is None else self.condition[done:]
-        todo = batches(self.noise[done:], rest, batch_size) if done < len(noise) else []
-        call = call_for_solver(teacher)
-        for x, rows in bar(todo, "pairs", leave=False, disable=not show):
-            if stop():
-                raise InterruptedRunError(torch.cat(parts))
-            rows = None if rows is None else rows.to(self._device)
-            parts.append(run_solver(call, solver, x.to(self._device), num_steps, rows).cpu())
-        self.made = images = torch.cat(parts)
-        self.outside = (images.abs() > 1.05).float().mean().item()
-        self.end = images.clamp(-1, 1) if clips else images
-        if lost := int((~self.end.isfinite()).flatten(1).any(1).sum()):
-            raise ValueError(
-                f"{lost} of {len(noise)} pairs contain NaN or inf: check the teacher's samples, and if it runs in "
-                "fp16, take bf16 or single precision"
-            )
+        self.noise, self.condition, self._device = noise, condition, device
+        self._first, _ = hierarchy_ends(scheduler.depths)
+        means = []
+        for t, end, x in zip(self._first.split(1), end_levels(scheduler), ended.unbind(1), strict=True):
+            layer = scheduler.layers.coefficients(scheduler.input_level(t), noise, scheduler.output_level(t))
+            if end is None:
+                x0 = x.clamp(-1, 1) if clips else x
+                means.append(layer.mean(x0, layer.noise_in(noise, x0)))
+            else:
+                means.append(layer.alpha / scheduler.alpha_sigma(torch.tensor([end]), noise)[0] * x)
+        self.mean = torch.stack(means, 1)
 
     def sample(self, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Draws (x_{t+1}, the mean of layer t whose clean image is x_0, condition) of layers t (B,) for `PairChain`."""
+        """Draws (x_T, the mean of layer t, condition) of layers t, shape (B,), that take noise, for `PairChain`."""
         index = torch.randint(len(self.noise), (len(t),), generator=generator)
-        x_next, x0 = self.noise[index].to(self._device), self.end[index].to(self._device)
-        timestep, below = self.scheduler.input_level(t), ~torch.isin(t, hierarchy_ends(self.scheduler.depths)[0])
-        if bool(below.any()):
-            diffused = self.scheduler.diffuse(x0, randn_like(x0, generator), timestep)
-            x_next = torch.where(below.to(x0.device)[:, None, None, None], diffused, x_next)
-        layer = self.scheduler.layers.coefficients(timestep, x_next, self.scheduler.output_level(t))
-        end = layer.mean(x0, layer.noise_in(x_next, x0))
-        return x_next, end, None if self.condition is None else self.condition[index].to(self._device)
+        mean = self.mean[index, (self._first < t[:, None]).sum(1)]
+        condition = None if self.condition is None else self.condition[index].to(self._device)
+        return self.noise[index].to(self._device), mean.to(self._device), condition
 
 
 def image_loss(scheduler: HSIVIScheduler, coarse: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:

@@ -348,7 +348,7 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
     static, limit = _static(state, eight_bit), config.checkpoints_total_limit
     memory = {**static, "activations and gradients": peak - sum(_static(state).values()), "libraries": libraries}
     if pairs:
-        memory["pairs"] = 2 * 4 * pairs * math.prod(state.bridge.shape)
+        memory["pairs"] = (1 + len(config.depths)) * 4 * pairs * math.prod(state.bridge.shape)
     parts = {"teacher": [*state.teacher.network.parameters()], "trained of the student": trained(state.student)}
     return Cost(
         parameters={name: sum(each.numel() for each in weights) for name, weights in parts.items()},

@@ -28,7 +28,7 @@ from ..runs.page import LOG, REFRESH, read_log, write_page
 from ..teachers.solvers import batches, run_solver
 from ..vi import Step
 from .config import HSIVIConfig, usual_options
-from .pairs import TeacherPairs
+from .pairs import follow_ode
 from .state import TrainingState
 
 EVERY = 20  # updates between two lines of the trackers
@@ -259,21 +259,21 @@ class Progress:
         bridge, teacher = self.state.bridge, self.state.teacher
         num_steps = min(TEACHER_STEPS, len(bridge.scheduler) // 2)  # a schedule may have few timesteps
         with self.state.counting_paused():
-            pairs = TeacherPairs(
+            images = follow_ode(
                 bridge.guided,
-                bridge.scheduler,
                 torch.randn(COLUMNS, *bridge.shape, generator=torch.Generator().manual_seed(0)),
                 self._conditions,
-                num_steps,
-                self.config.train_batch_size,
-            )
-        if teacher.clips and pairs.outside > OUTSIDE:
+                num_steps=num_steps,
+                batch_size=self.config.train_batch_size,
+            ).squeeze(1)
+        outside = (images.abs() > 1.05).float().mean().item()
+        if teacher.clips and outside > OUTSIDE:
             tqdm.write(
-                f"{100 * pairs.outside:.0f} % of the pixels of the teacher's images, in {num_steps} steps, are outside "
+                f"{100 * outside:.0f} % of the pixels of the teacher's images, in {num_steps} steps, are outside "
                 "[-1, 1], so they are poor: if its DDPMPipeline draws better, set clip_sample=True in its scheduler; "
                 "else train the teacher for longer"
             )
-        return teacher.decode(pairs.end).cpu()
+        return teacher.decode(images.clamp(-1, 1) if teacher.clips else images).cpu()
 
     def _draw_student(self, size: int) -> Tensor:
         """Images of the averaged student in [0, 1], shape (size, C, H, W), of the same classes in each row."""

@@ -26,7 +26,16 @@ from ..vi import Chain, CriticObjective, DivergenceError, PairMixingChain, make_
 from .config import HSIVIConfig
 from .game import StudentCritic, StudentLayers, TeacherBridge
 from .networks import Networks
-from .pairs import PAIR_CALLS, InterruptedRunError, TeacherPairs, read_images, write_images
+from .pairs import (
+    PAIR_CALLS,
+    InterruptedRunError,
+    TeacherPairs,
+    end_levels,
+    follow_ode,
+    pair_levels,
+    read_ends,
+    write_ends,
+)
 from .sharding import leave_to_fsdp
 
 PAIRS = "pairs"  # folder of a run
@@ -79,7 +88,7 @@ def check_number_of_shares(config: HSIVIConfig, classes: int) -> None:
 def check_pairs(config: HSIVIConfig, scheduler: HSIVIScheduler) -> None:
     """Refuses, with ValueError, pairs of a schedule with fewer timesteps than their solver takes steps."""
     try:
-        _ = clock_of(scheduler).pair_levels(PAIR_CALLS) if config.num_pairs else []
+        _ = pair_levels(scheduler, end_levels(scheduler)) if config.num_pairs else []
     except ValueError as error:
         raise ValueError(
             f"num_pairs={config.num_pairs}: a pair takes {PAIR_CALLS} solver steps, and the teacher's schedule has "
@@ -206,16 +215,17 @@ class TrainingState:
         draw = self.sample_condition
         condition = None if draw is None else draw(number, generator)
         noise = torch.randn(number, *self.bridge.shape, generator=generator)  # of all pairs: too many for a GPU
-        path, about = self._pairs_path(index), json.dumps([self.identity, config.settings(), number], default=str)
-        made = None if path is None else read_images(path, about)
+        ends = end_levels(self.bridge.scheduler)
+        path, about = self._pairs_path(index), json.dumps([self.identity, config.settings(), number, ends], default=str)
+        made = None if path is None else read_ends(path, about)
         # As many in all processes, so that each asks as often whether to stop.
         known = min(gather_object([0 if made is None else len(made)]))
         try:
-            pairs = TeacherPairs(
+            ended = follow_ode(
                 self.bridge.guided,
-                self.bridge.scheduler,
                 noise,
                 condition,
+                ends,
                 batch_size=config.train_batch_size,
                 show=self.accelerator.is_main_process,
                 made=None if made is None else made[:known],
@@ -223,11 +233,13 @@ class TrainingState:
             )
         except InterruptedRunError as error:
             if path is not None:
-                write_images(path, error.args[0], about)
+                write_ends(path, error.args[0], about)
             raise
-        if path is not None and len(pairs.made) > known:
-            write_images(path, pairs.made, about)
-        return pairs
+        if path is not None and len(ended) > known:
+            write_ends(path, ended, about)
+        condition = None if condition is None else condition.cpu()
+        clips, device = self.teacher.clips, self.teacher.device
+        return TeacherPairs(self.bridge.scheduler, noise, ended, condition, clips, device)
 
     def _pairs_path(self, index: int) -> Path | None:
         folder = self.config.output_dir

@@ -29,7 +29,7 @@ from ..vi import (
 from ..vi.objectives import Scoring
 from .config import HSIVIConfig
 from .game import TeacherBridge
-from .pairs import PAIR_CALLS, InterruptedRunError, image_loss
+from .pairs import InterruptedRunError, end_levels, image_loss, layers_by_pairs, pair_levels
 from .state import TrainingState, trained
 
 MAX_OVERFLOWS = 50
@@ -85,7 +85,8 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
             ) from error
     objective = state.objective or make_objective(config, state.bridge)
     if config.num_pairs:
-        objective = WithPairs(objective, PAIR_WEIGHT, image_loss(state.bridge.scheduler, COARSE_WEIGHT))
+        loss = image_loss(state.bridge.scheduler, COARSE_WEIGHT)
+        objective = WithPairs(objective, PAIR_WEIGHT, loss, alone=layers_by_pairs(state.student.depths))
     steps = _fit(
         state,
         objective,
@@ -155,13 +156,13 @@ def _fit(
 
 def fit_calls(state: TrainingState) -> tuple[int, int]:
     """Network calls, in all processes, that make the pairs, and that fit the layers to them before the updates."""
-    pairs = state.pairs_per_micro_batch * state.micro_batches
-    calls = PAIR_CALLS * state.bridge.guided.calls
+    pairs, scheduler = state.pairs_per_micro_batch * state.micro_batches, state.bridge.scheduler
+    calls = len(pair_levels(scheduler, end_levels(scheduler))) * state.bridge.guided.calls
     return (pairs * calls, PAIR_STEPS * state.rows) if pairs else (0, 0)
 
 
 def _regress(state: TrainingState) -> None:
-    """Fits the layers to the pairs by their optimizer, at a rate that falls to 0.
+    """Fits the layers that take noise to the pairs by their optimizer, at a rate that falls to 0.
 
     The optimizer then starts over.
     """

@@ -170,10 +170,10 @@ def batches(x: Tensor, condition: Tensor | None, size: int) -> list[tuple[Tensor
 
 
 @torch.no_grad()
-def run_solver(
+def solver_states(
     call: Call, solver: Any, x: Tensor, num_steps: int, condition: Tensor | None = None, **arguments: Any
-) -> Tensor:
-    """Follows `num_steps` of a diffusers scheduler from noise x to an image, both of shape (B, C, H, W).
+) -> Iterator[Tensor]:
+    """Yields the state after each of `num_steps` of a diffusers scheduler from noise x, all of shape (B, C, H, W).
 
     A variance that the teacher predicts is dropped, unless the solver takes one. The condition has shape (B,); the
     other arguments are those of `solver.step`.
@@ -183,7 +183,15 @@ def run_solver(
     for timestep in solver.timesteps:
         output = call(x, timestep, condition)
         x = solver.step(output if takes_variance else output[:, : x.shape[1]], timestep, x, **arguments).prev_sample
-    return x
+        yield x
+
+
+def run_solver(
+    call: Call, solver: Any, x: Tensor, num_steps: int, condition: Tensor | None = None, **arguments: Any
+) -> Tensor:
+    """Returns the image that these steps end in, see `solver_states`."""
+    *_, image = solver_states(call, solver, x, num_steps, condition, **arguments)
+    return image
 
 
 class Sampler(Protocol):

@@ -15,14 +15,15 @@ from .layers import ConditionalLayers
 from .objectives import Critic, CriticObjective, LayerDraw, Objective, row_sum
 
 ResidualLoss = Callable[[Tensor, Tensor], Tensor]
+ALONE_WEIGHT = 0.05  # of the pairs of layers that nothing else is asked of, see `WithPairs`
 SamplePairs = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor, Tensor | None]]
 
 
 class PairChain(Chain):
-    """Pairs of a map from the base to the target, such as the teacher's ODE: for `Regression`.
+    """Pairs of a map from the base to the mean of a layer that takes it: for `Regression`.
 
-    `sample_pairs` draws the pairs of layers t: (t of shape (B,), generator) -> (x_{t+1}, end, condition), tensors of
-    shape (B, ...); the condition may be None. With a single layer a pair is (x_1, x_0). The rest is as in `Chain`.
+    `sample_pairs` draws the pairs of layers t, the first of their hierarchies: (t of shape (B,), generator) -> (x_T,
+    end, condition), tensors of shape (B, ...); the condition may be None. The rest is as in `Chain`.
     """
 
     def __init__(self, sample_pairs: SamplePairs, num_layers: int | Sequence[int], batch_size: int) -> None:
@@ -36,7 +37,7 @@ class PairChain(Chain):
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
         alone = self.num_layers == 1
-        t = torch.zeros(self.batch_size, dtype=torch.long) if alone else self._any_layer(generator)
+        t = torch.zeros(self.batch_size, dtype=torch.long) if alone else self.first[self._any_layer(generator)]
         x_next, end, condition = self.sample_pairs(t, generator)
         return ChainBatch(x_next=x_next, t=t.to(x_next.device), condition=condition, end=end)
 
@@ -108,20 +109,31 @@ class WithPairs(CriticObjective):
     the masses of the map, a larger one costs detail. The weight > 0 is in units of `KullbackLeibler` with a weight
     sigma^2: try 0.005.
 
+    Of several layers the first has a smooth map to learn, of which regression loses little. Rows of `alone`, layers
+    with such pairs, have 0.05 times `Regression` as their only loss.
+
     Raises:
         ValueError: The weight is not above 0.
     """
 
-    def __init__(self, objective: CriticObjective, weight: float, loss: ResidualLoss = half_square) -> None:
+    def __init__(
+        self,
+        objective: CriticObjective,
+        weight: float,
+        loss: ResidualLoss = half_square,
+        alone: Sequence[int] = (),
+    ) -> None:
         if not weight > 0:
             raise ValueError(f"weight={weight}: give a number > 0, or take the objective without pairs")
         super().__init__(objective.level_weight)
-        self.objective, self.weight = objective, weight
+        self.objective, self.weight, self.alone = objective, weight, torch.tensor([*alone], dtype=torch.long)
         self.regression = Regression(loss)
         self.critic_gradient = objective.critic_gradient
 
     def layer_loss(self, critic: Critic, bridge: Bridge, draw: LayerDraw) -> Tensor:
         """Returns the objective's loss + weight times that of `Regression`, which is 0 in rows without a pair.
+
+        Rows of the layers `alone` have the latter with a weight of their own.
 
         Raises:
             ValueError: No row has a pair.
@@ -129,8 +141,9 @@ class WithPairs(CriticObjective):
         pairs = draw
         if draw.residual is not None:
             pairs = replace(draw, residual=torch.where(draw.residual.isnan(), 0, draw.residual))
-        loss = self.objective.layer_loss(critic, bridge, draw)
-        return loss + self.weight * self.regression.layer_loss(critic, bridge, pairs)
+        loss, of_pairs = (each.layer_loss(critic, bridge, pairs) for each in (self.objective, self.regression))
+        alone = torch.isin(draw.t, self.alone.to(draw.t.device))
+        return torch.where(alone, ALONE_WEIGHT * of_pairs, loss + self.weight * of_pairs)
 
     def critic_loss(self, critic: Critic, draw: LayerDraw) -> Tensor:
         return self.objective.critic_loss(critic, draw)

@@ -1,5 +1,6 @@
-"""Pairs of noise and what the solver of the teacher's ODE makes of it."""
+"""Pairs of noise and where the solver of the teacher's ODE leads it."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,17 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from gaussian_teacher import MEAN, STD, GaussianTeacher
 from hsivi_diffusers import HSIVIScheduler, Teacher
-from hsivi_diffusers.distillation.pairs import InterruptedRunError, TeacherPairs, image_loss, read_images, write_images
+from hsivi_diffusers.distillation.pairs import (
+    InterruptedRunError,
+    TeacherPairs,
+    end_levels,
+    follow_ode,
+    image_loss,
+    layers_by_pairs,
+    pair_levels,
+    read_ends,
+    write_ends,
+)
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.levels import clock_of
 from hsivi_diffusers.teachers.loading import load_teacher
@@ -19,11 +30,15 @@ from hsivi_diffusers.vi.regression import half_square
 from tiny_unet import make_unet
 
 
-def pairs_of(unet, noise, condition=None, grid=(440, 0), num_steps=2, noise_eta=1.0, **options):
-    schedule = options.pop("schedule", None) or HSIVIScheduler()
-    teacher = Pixels.of(SimpleNamespace(unet=unet), schedule)
-    student = HSIVIScheduler.from_config(schedule.config, layer_timesteps=list(grid), noise_eta=noise_eta)
-    return TeacherPairs(Guided(teacher), student, noise, condition, num_steps, **options)
+def images_of(unet, noise, condition=None, num_steps=2, schedule=None, **options):
+    """Where the ODE leads noise, (N, C, H, W), not clipped."""
+    teacher = Pixels.of(SimpleNamespace(unet=unet), schedule or HSIVIScheduler())
+    return follow_ode(Guided(teacher), noise, condition, num_steps=num_steps, **options).squeeze(1)
+
+
+def gaussian_teacher(schedule):
+    """Of N(MEAN, STD^2) in each pixel, whose ODE leads to MEAN + STD x_T."""
+    return Guided(Teacher(GaussianTeacher(schedule), schedule, (1, 8, 8)))
 
 
 @pytest.mark.parametrize(
@@ -37,15 +52,15 @@ def test_pairs_are_noise_and_what_diffusers_solver_makes_of_it(settings, classes
     config = DDPMScheduler(**settings, clip_sample=False).config
     schedule = HSIVIScheduler.from_config(config)
     noise, condition = torch.randn(5, 1, 8, 8), None if classes is None else torch.tensor([0, 1, 2, 0, 1])
-    pairs = pairs_of(unet, noise, condition, num_steps=3, batch_size=2, schedule=schedule)
+    images = images_of(unet, noise, condition, num_steps=3, batch_size=2, schedule=schedule)
     solver = use_grid(UniPCMultistepScheduler.from_config(config), clock_of(schedule).pair_levels(3))
     solver.set_timesteps(3)
     x = noise
     for timestep in solver.timesteps:
         with torch.no_grad():
             x = solver.step(unet(x, timestep, class_labels=condition).sample, timestep, x).prev_sample
-    torch.testing.assert_close(pairs.end, x.clamp(-1, 1), atol=1e-4, rtol=1e-4)
-    assert not pairs.end.requires_grad
+    torch.testing.assert_close(images, x, atol=1e-4, rtol=1e-4)
+    assert not images.requires_grad
 
 
 @pytest.mark.parametrize("settings", [{"solver_order": 1}, {"final_sigmas_type": "sigma_min"}, {"predict_x0": False}])
@@ -53,7 +68,7 @@ def test_pairs_do_not_depend_on_how_the_teachers_pipeline_samples(unet, settings
     noise, ends = torch.randn(3, 1, 8, 8), []
     for scheduler in (UniPCMultistepScheduler(), UniPCMultistepScheduler(**settings)):
         teacher = load_teacher(DDPMPipeline(unet=unet, scheduler=scheduler))
-        ends.append(TeacherPairs(Guided(teacher), HSIVIScheduler(layer_timesteps=[440, 0]), noise, num_steps=3).end)
+        ends.append(follow_ode(Guided(teacher), noise, num_steps=3))
     assert torch.equal(*ends)
 
 
@@ -67,38 +82,80 @@ def test_pairs_do_not_depend_on_how_the_teachers_pipeline_samples(unet, settings
     ids=str,
 )
 def test_pairs_follow_the_ode_on_every_clock(clock):
-    """Of N(0.3, 0.4^2) in each pixel, whose ODE leads to 0.3 + 0.4 x_T; on the linear clock "leading" has .044."""
-    schedule = HSIVIScheduler(**clock)
+    """On the linear clock "leading" has .044."""
     noise = torch.randn(20, 1, 8, 8).clamp(-1.7, 1.7)
-    teacher = Teacher(GaussianTeacher(schedule), schedule, (1, 8, 8))
-    pairs = TeacherPairs(Guided(teacher), HSIVIScheduler(**clock, layer_timesteps=[44, 0]), noise)
-    assert (pairs.end - MEAN - STD * noise).square().mean().sqrt() < 0.03
+    images = follow_ode(gaussian_teacher(HSIVIScheduler(**clock)), noise)
+    assert (images.squeeze(1) - MEAN - STD * noise).square().mean().sqrt() < 0.03
+
+
+@pytest.mark.parametrize("clock", [{}, {"beta_schedule": "squaredcos_cap_v2"}, {"prediction_type": "flow_prediction"}])
+@pytest.mark.parametrize("noise_eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "grid", [[700, 500, 300, 0], [[600, 0], [700, 300, 0], [800, 600, 400, 200, 0]]], ids=["one", "many"]
+)
+def test_first_layers_that_meet_their_pairs_draw_the_marginals_of_the_data(clock, noise_eta, grid):
+    """With the noise of the layer: N(alpha MEAN, alpha^2 STD^2 + sigma^2)."""
+    student = HSIVIScheduler(**clock, layer_timesteps=grid, noise_eta=noise_eta)
+    noise, ends = torch.randn(600, 1, 8, 8), end_levels(student)
+    pairs = TeacherPairs(student, noise, follow_ode(gaussian_teacher(HSIVIScheduler(**clock)), noise, ends=ends))
+    assert [end is None for end in ends] == [depth < 3 for depth in student.depths]
+    for t in torch.tensor(layers_by_pairs(student.depths)).split(1):
+        x, mean, _ = pairs.sample(t.expand(6000), torch.Generator().manual_seed(0))
+        layer = student.layers.coefficients(student.input_level(t), x, student.output_level(t))
+        drawn = mean + layer.c * torch.randn(x.shape)
+        alpha, sigma = (each.item() for each in student.alpha_sigma(student.output_level(t), x))
+        assert drawn.mean().item() == pytest.approx(alpha * MEAN, abs=0.02)
+        assert drawn.std().item() == pytest.approx(math.hypot(alpha * STD, sigma), rel=0.02)
+        centred = (mean - mean.mean()) / mean.std()
+        assert (centred * x).mean().item() == pytest.approx(1, abs=0.02)  # each is led from its own noise
+
+
+def test_the_network_is_not_called_below_the_ends():
+    teacher, called = gaussian_teacher(HSIVIScheduler()), []
+    schedule, network = teacher.teacher.schedule, teacher.teacher.network
+    network.register_forward_pre_hook(lambda _, given: called.append(int(given[1].flatten()[0])))
+    full = clock_of(schedule).pair_levels(15)
+    for ends in ([230], [full[3]], [500, 230], [None, 230]):
+        called.clear()
+        follow_ode(teacher, torch.randn(2, 1, 8, 8), ends=ends)
+        assert called == pair_levels(schedule, ends)
+    assert pair_levels(schedule, [230]) == [level for level in full if level > 230]
+    assert pair_levels(schedule, [500, 230]) == sorted([500, *pair_levels(schedule, [230])], reverse=True)
+    assert pair_levels(schedule, [None]) == full
+
+
+def test_several_ends_are_on_one_way(unet):
+    teacher, noise = Guided(Pixels.of(SimpleNamespace(unet=unet), HSIVIScheduler())), torch.randn(3, 1, 8, 8)
+    images, first, second = follow_ode(teacher, noise, ends=[None, 400, 154]).unbind(1)
+    assert torch.equal(first, follow_ode(teacher, noise, ends=[400]).squeeze(1))
+    assert not torch.equal(images, second)
 
 
 def test_pairs_of_a_schedule_that_the_solver_has_no_name_for_have_its_betas(unet):
     schedule = HSIVIScheduler(beta_schedule="sigmoid")
-    pairs = pairs_of(unet, torch.randn(2, 1, 8, 8), num_steps=1, schedule=schedule)
+    noise = torch.randn(2, 1, 8, 8)
+    images = images_of(unet, noise, num_steps=1, schedule=schedule)
     (only,) = clock_of(schedule).pair_levels(1)
-    alpha, sigma = schedule.alpha_sigma(torch.tensor([only, only]), pairs.noise)
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([only, only]), noise)
     with torch.no_grad():
-        clean = (pairs.noise - sigma * unet(pairs.noise, only).sample) / alpha
-    torch.testing.assert_close(pairs.end, clean.clamp(-1, 1), atol=1e-4, rtol=1e-4)
+        clean = (noise - sigma * unet(noise, only).sample) / alpha
+    torch.testing.assert_close(images, clean, atol=1e-4, rtol=1e-4)
 
 
 def test_pairs_of_a_teacher_that_predicts_a_variance_are_those_of_its_mean():
     unet = make_unet(in_channels=3, out_channels=6).eval()
     noise, whole = torch.randn(2, 3, 8, 8), unet.forward
-    pairs = pairs_of(unet, noise, num_steps=3)
+    images = images_of(unet, noise, num_steps=3)
     unet.forward = lambda *given, **named: UNet2DOutput(sample=whole(*given, **named).sample[:, :3])
-    assert torch.equal(pairs.end, pairs_of(unet, noise, num_steps=3).end)
-    assert pairs.end.shape == noise.shape
+    assert torch.equal(images, images_of(unet, noise, num_steps=3))
+    assert images.shape == noise.shape
 
 
 def test_pairs_that_are_not_finite_are_refused():
     unet = make_unet()
     next(unet.parameters()).data.fill_(float("inf"))
     with pytest.raises(ValueError, match="6 of 6 pairs contain NaN or inf: .* take bf16"):
-        pairs_of(unet, torch.randn(6, 1, 8, 8))
+        images_of(unet, torch.randn(6, 1, 8, 8))
 
 
 def test_pairs_continue_after_those_that_were_made_to_the_same_bits(unet):
@@ -108,56 +165,42 @@ def test_pairs_continue_after_those_that_were_made_to_the_same_bits(unet):
         asked.append(None)
         return len(asked) == 3
 
-    whole = pairs_of(unet, noise, batch_size=2)
+    whole = images_of(unet, noise, batch_size=2)
     with pytest.raises(InterruptedRunError) as stopped:
-        pairs_of(unet, noise, batch_size=2, stop=stop)
-    (images,) = stopped.value.args
-    assert torch.equal(images, whole.made[:4])
+        images_of(unet, noise, batch_size=2, stop=stop)
+    (made,) = stopped.value.args
+    assert torch.equal(made.squeeze(1), whole[:4])
     sizes, forward = [], unet.forward
     unet.forward = lambda x, *given, **named: sizes.append(len(x)) or forward(x, *given, **named)
-    assert torch.equal(pairs_of(unet, noise, batch_size=2, made=images).end, whole.end)
+    assert torch.equal(images_of(unet, noise, batch_size=2, made=made), whole)
     assert sizes == [1, 1]
 
 
-def test_images_are_kept_for_the_same_run_and_damaged_ones_are_not_read(tmp_path):
-    path, images = tmp_path / "pairs" / "0.safetensors", torch.randn(3, 1, 8, 8)
-    assert read_images(path, "this run") is None
-    write_images(path, images, "this run")
-    assert torch.equal(read_images(path, "this run"), images)
-    assert read_images(path, "another run") is None
+def test_ends_are_kept_for_the_same_run_and_damaged_ones_are_not_read(tmp_path):
+    path, ends = tmp_path / "pairs" / "0.safetensors", torch.randn(3, 1, 1, 8, 8)
+    assert read_ends(path, "this run") is None
+    write_ends(path, ends, "this run")
+    assert torch.equal(read_ends(path, "this run"), ends)
+    assert read_ends(path, "another run") is None
     path.write_bytes(path.read_bytes()[:-10])
-    assert read_images(path, "this run") is None
+    assert read_ends(path, "this run") is None
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
-def test_pairs_are_drawn_as_pairs(unet):
-    noise = torch.randn(6, 1, 8, 8)
-    pairs = pairs_of(unet, noise)
-    x, end, label = pairs.sample(torch.zeros(50, dtype=torch.long), torch.Generator().manual_seed(0))
-    places = [(noise == row).flatten(1).all(1).nonzero().item() for row in x]
-    assert set(places) == set(range(6))
-    torch.testing.assert_close(end, pairs.end[places], atol=1e-3, rtol=0)  # alpha is nearly 1 there
-    assert label is None
-
-
-@pytest.mark.parametrize("noise_eta", [0.2, 1.0])
-def test_pairs_of_several_layers_lead_each_to_its_image(noise_eta):
-    """The first layer from the noise of the pair, the others from its image, diffused to their input."""
-    unet = make_unet(num_class_embeds=6).eval()
-    given = {"grid": [700, 300, 0], "noise_eta": noise_eta}
-    pairs = pairs_of(unet, torch.randn(6, 1, 8, 8), torch.arange(6), **given)
-    t, grid = torch.arange(400) % 2, pairs.scheduler
-    x, end, place = pairs.sample(t, torch.Generator().manual_seed(0))
-    clean, first = pairs.end[place], t == 1
-    assert torch.equal(x[first], pairs.noise[place[first]])
-    alpha, sigma = grid.alpha_sigma(grid.input_level(t), x)
-    noise = ((x - alpha * clean) / sigma)[~first]
-    assert noise.mean().item() == pytest.approx(0, abs=0.05)
-    assert noise.std().item() == pytest.approx(1, abs=0.05)
-    # what a network that answers with the image would have for its mean
-    answers = HSIVIScheduler.from_config(grid.config, prediction_type="sample", clip_sample=False)
-    mean, _ = answers.transition(clean, grid.input_level(t), x)
+@pytest.mark.parametrize("clips", [False, True])
+def test_pairs_are_drawn_as_pairs(clips):
+    """Of one step the mean is that of a network that answers with the image."""
+    noise, images, labels = torch.randn(6, 1, 8, 8), 2 * torch.randn(6, 1, 1, 8, 8), torch.arange(6)
+    scheduler = HSIVIScheduler(layer_timesteps=[440, 0], noise_eta=1.0, prediction_type="sample", clip_sample=False)
+    t = torch.zeros(50, dtype=torch.long)
+    pairs = TeacherPairs(scheduler, noise, images, labels, clips)
+    x, end, places = pairs.sample(t, torch.Generator().manual_seed(0))
+    assert set(places.tolist()) == set(range(6))
+    assert torch.equal(x, noise[places])
+    answers = images.squeeze(1)[places]
+    mean, _ = scheduler.transition(answers.clamp(-1, 1) if clips else answers, scheduler.input_level(t), x)
     torch.testing.assert_close(end, mean, atol=1e-5, rtol=1e-4)
+    assert TeacherPairs(scheduler, noise, images).sample(t)[2] is None
 
 
 def test_the_coarse_part_of_an_image_counts_more_and_the_rest_as_before():

@@ -113,15 +113,15 @@ def test_pairs_of_a_class_conditional_teacher_have_classes(make_state, class_tea
     assert len(condition) == 24
 
 
-def test_kept_images_are_of_the_same_options_and_number(make_state, tmp_path, monkeypatch):
+def test_kept_ends_are_of_the_same_options_and_number(make_state, tmp_path, monkeypatch):
     """Those of fewer pairs, of a run with more micro-batches, follow from other noise."""
-    drawn, run_solver = [], pairs.run_solver
-    monkeypatch.setattr(pairs, "run_solver", lambda *given: drawn.append(len(given[2])) or run_solver(*given))
+    drawn, solve = [], pairs.solver_states
+    monkeypatch.setattr(pairs, "solver_states", lambda *given: drawn.append(len(given[2])) or solve(*given))
 
     def ends(**settings):
         made = make_state(output_dir=tmp_path, **ONE, **settings)
         drawn.clear()
-        return made.pairs(0).end, sum(drawn)
+        return made.pairs(0).mean, sum(drawn)
 
     first, number = ends()
     again, remade = ends()

@@ -11,10 +11,10 @@ from torch import nn
 
 from hsivi_diffusers import HSIVIConfig, HSIVIPipeline, HSIVIScheduler, HSIVITrainer, TeacherBridge
 from hsivi_diffusers.commands import cli, evaluate
-from hsivi_diffusers.distillation import progress, updates
+from hsivi_diffusers.distillation import progress, state, updates
 from hsivi_diffusers.distillation.config import read_settings
 from hsivi_diffusers.distillation.networks import carry_over, make_networks
-from hsivi_diffusers.distillation.pairs import TeacherPairs
+from hsivi_diffusers.distillation.pairs import follow_ode
 from hsivi_diffusers.distillation.progress import Progress
 from hsivi_diffusers.runs.artifacts import read_run
 from hsivi_diffusers.share.card import make_card
@@ -150,13 +150,14 @@ def test_the_guidance_of_a_bridge_ends_where_its_highest_grid_starts(teacher):
 
 @pytest.mark.parametrize("decays", others_slow([True, False], True))
 def test_pairs_and_the_row_of_the_teacher_have_the_guidance_of_the_training(pipeline, tmp_path, decays, monkeypatch):
-    ends, made = [], TeacherPairs.__init__
+    ends = []
 
-    def note(self, guided, *given, **named):
+    def note(guided, *given, **named):
         ends.append(guided.end)
-        made(self, guided, *given, **named)
+        return follow_ode(guided, *given, **named)
 
-    monkeypatch.setattr(TeacherPairs, "__init__", note)
+    for module in (progress, state):
+        monkeypatch.setattr(module, "follow_ode", note)
     more = {**QUICK, "num_pairs": 8, "num_inference_steps": 1, "validation_steps": 1, "decay_guidance": decays}
     trainer = train(pipeline, tmp_path / "run", guidance_scale=3.0, **more)
     (start, *_) = trainer.pipeline.scheduler.trained_grids[0]

@@ -228,7 +228,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
 
 def test_pairs_that_a_run_makes_again_are_the_same_and_take_none_of_its_time(unet, tmp_path, monkeypatch):
     """Here pairs take 100 seconds, and an update one; in half precision."""
-    made, now, make_pairs, descend, save = [], [0.0], regression.TeacherPairs, TrainingLoop.descend, Checkpoints.save
+    made, now, make_pairs, descend, save = [], [0.0], regression.follow_ode, TrainingLoop.descend, Checkpoints.save
 
     def slow(seconds, function):
         def call(*given, **named):
@@ -243,7 +243,7 @@ def test_pairs_that_a_run_makes_again_are_the_same_and_take_none_of_its_time(une
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training_loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(regression, "TeacherPairs", slow(100, make_pairs))
+    monkeypatch.setattr(regression, "follow_ode", slow(100, make_pairs))
     monkeypatch.setattr(TrainingLoop, "descend", slow(1, descend))
     output = Output(str(tmp_path), checkpointing_steps=2)
     training = Training(method="regression", max_train_seconds=105.0, train_batch_size=2)
@@ -262,7 +262,7 @@ def test_pairs_that_a_run_makes_again_are_the_same_and_take_none_of_its_time(une
     assert run() == (5, 105.0)
     assert now == [205.0]
     first, again = (each for each in made if each is not None)
-    assert torch.equal(first.end, again.end)
+    assert torch.equal(first, again)
     assert run() == (5, 105.0)  # it has ended, and needs no pairs
     assert now == [205.0]
 

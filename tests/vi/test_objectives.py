@@ -278,6 +278,22 @@ def test_the_surrogate_needs_a_score_alone():
         bound(draw, bridge)
 
 
+def test_layers_with_pairs_alone_have_no_other_loss():
+    """And the others the objective's, with the weight of the pairs beside it."""
+    layers = linear_layers()
+    bridge, t, x = matching_bridge(layers), torch.tensor([2, 0, 2, 1]), torch.randn(4, DIMENSION, dtype=torch.float64)
+    end = torch.where(t[:, None] > 0, torch.ones_like(x), torch.nan)
+    draw = draw_layer(layers(x, t), t, bridge, end=end, generator=torch.Generator().manual_seed(0))
+    critic, kl = ExactCritic(layers), KullbackLeibler()
+    usual, pairs = kl.layer_loss(critic, bridge, draw), 0.5 * (layers(x, t).mean - 1).square().sum(1)
+    expected = torch.stack([0.05 * pairs[0], usual[1], 0.05 * pairs[2], usual[3] + 0.3 * pairs[3]])
+    torch.testing.assert_close(WithPairs(kl, 0.3, alone=[2]).layer_loss(critic, bridge, draw), expected)
+    loss = WithPairs(KullbackLeibler(), 0.3, alone=[2]).layer_loss(critic, bridge, draw)
+    slopes = torch.autograd.grad(loss.sum(), layers.scale, retain_graph=True)[0]
+    (of_pairs,) = torch.autograd.grad(0.05 * pairs[[0, 2]].sum(), layers.scale)
+    torch.testing.assert_close(slopes[2], of_pairs[2])
+
+
 def refused(objective, **options):
     """The loss of an objective that cannot have one for this draw; each row has a level of its own."""
     layers = linear_layers()

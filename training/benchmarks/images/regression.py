@@ -14,7 +14,7 @@ from hsivi_diffusers import HSIVIPipeline
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from hsivi_diffusers.distillation.game import StudentLayers
 from hsivi_diffusers.distillation.networks import make_scheduler
-from hsivi_diffusers.distillation.pairs import TeacherPairs, image_loss
+from hsivi_diffusers.distillation.pairs import TeacherPairs, follow_ode, image_loss
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.teacher import Teacher
 from hsivi_diffusers.vi import step_generator
@@ -48,7 +48,9 @@ class PairRegression(Baseline):
         noise = torch.randn(self.num_pairs, *self.teacher.shape, generator=step_generator(self.seed, 0, -1))
         classes = self.teacher.num_conditions()
         condition = torch.arange(self.num_pairs) % classes if classes else None
-        return TeacherPairs(Guided(self.teacher), self.layers.scheduler, noise, condition, show=True)
+        images = follow_ode(Guided(self.teacher), noise, condition, show=True)
+        given = condition, self.teacher.clips, self.teacher.device
+        return TeacherPairs(self.layers.scheduler, noise, images, *given)
 
     def loss(self, clean: Tensor, condition: Tensor | None = None) -> Tensor:
         """Returns the loss of as many pairs as there are real images, which it does not look at."""
