@@ -41,7 +41,7 @@ POINTS = {
     "between retire and rename": (folders.os, "replace", r"partial-{step}$"),
     "renamed": (checkpoints, "remove_folder", r"checkpoint-\d+$"),
     "half removed": (folders.shutil, "rmtree", r"checkpoint-\d+.retired$"),
-    "images of pairs": (state, "write_images", r"pairs/"),
+    "ends of pairs": (state, "write_ends", r"pairs/"),
     "pipeline": (folders.os, "replace", r"pipeline.partial$"),
 }
 

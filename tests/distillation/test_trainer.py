@@ -737,7 +737,7 @@ def test_a_run_resumes_with_its_batches_in_other_processes(
     [
         ("making pairs", 1, 75, ACCUMULATION),
         pytest.param("SIGTERM", 2, 75, ACCUMULATION, marks=pytest.mark.slow),  # in the fit to the pairs
-        pytest.param("images of pairs", 0, -signal.SIGKILL, PROCESSES, marks=pytest.mark.slow),
+        pytest.param("ends of pairs", 0, -signal.SIGKILL, PROCESSES, marks=pytest.mark.slow),
     ],
 )
 def test_processes_that_are_ended_before_their_first_update_go_on_to_the_same_bits(
