@@ -81,9 +81,15 @@ def pair_levels(schedule: HSIVIScheduler, ends: Sequence[int | None], num_steps:
     Raises:
         ValueError: There are more steps than timesteps for them.
     """
+    levels, calls = _grid(schedule, ends, num_steps)
+    return levels[: max(calls)]
+
+
+def _grid(schedule: HSIVIScheduler, ends: Sequence[int | None], num_steps: int) -> tuple[list[int], list[int]]:
+    """Returns levels of a solver, the ends among them, and the network calls that lead to each end."""
     inner = {end for end in ends if end is not None}
     levels = sorted({*clock_of(schedule).pair_levels(num_steps), *inner}, reverse=True)
-    return levels if None in ends else levels[: levels.index(min(inner))]
+    return levels, [len(levels) if end is None else levels.index(end) for end in ends]
 
 
 def follow_ode(
@@ -117,11 +123,8 @@ def follow_ode(
         InterruptedRunError: See `stop`.
     """
     schedule, device = teacher.teacher.schedule, teacher.teacher.device
-    called = pair_levels(schedule, ends, num_steps)
-    below = [end for end in ends if end is not None and end not in called][:1]  # where the solver stops, uncalled
-    levels = [*called, *below]
+    levels, calls = _grid(schedule, ends, num_steps)
     solver, _ = make_scheduler("UniPC", schedule, levels)
-    places = [len(called) if end is None or end in below else levels.index(end) for end in ends]
     parts = [noise.new_empty(0, len(ends), *noise.shape[1:]) if made is None else made]
     done = len(parts[0])
     rest = None if condition is None else condition[done:]
@@ -132,8 +135,9 @@ def follow_ode(
             raise InterruptedRunError(torch.cat(parts))
         rows = None if rows is None else rows.to(device)
         states = solver_states(call, solver, x.to(device), len(levels), rows)
-        reached = [state.cpu() for state in islice(states, len(called))]
-        parts.append(torch.stack([reached[place - 1] for place in places], 1))
+        numbered = enumerate(islice(states, max(calls)), 1)
+        reached = {number: state.cpu() for number, state in numbered if number in calls}
+        parts.append(torch.stack([reached[number] for number in calls], 1))
     ended = torch.cat(parts)
     if lost := int((~ended.isfinite()).flatten(1).any(1).sum()):
         raise ValueError(

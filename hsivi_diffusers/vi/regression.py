@@ -15,8 +15,8 @@ from .layers import ConditionalLayers
 from .objectives import Critic, CriticObjective, LayerDraw, Objective, row_sum
 
 ResidualLoss = Callable[[Tensor, Tensor], Tensor]
-ALONE_WEIGHT = 0.05  # of the pairs of layers that nothing else is asked of, see `WithPairs`
 SamplePairs = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor, Tensor | None]]
+ALONE_WEIGHT = 0.05  # of the pairs of layers that nothing else is asked of, see `WithPairs`
 
 
 class PairChain(Chain):

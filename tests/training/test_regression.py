@@ -27,9 +27,8 @@ def images_of(made):
     """The clean images that the ends of the pairs stand for."""
     scheduler, t = made.layers.scheduler, torch.zeros(1, dtype=torch.long)
     noise, (end,) = made.pairs.noise, made.pairs.mean.unbind(1)
-    return scheduler.layers.coefficients(scheduler.input_level(t), noise, scheduler.output_level(t)).invert(end, noise)[
-        0
-    ]
+    layer = scheduler.layers.coefficients(scheduler.input_level(t), noise, scheduler.output_level(t))
+    return layer.invert(end, noise)[0]
 
 
 def test_the_loss_is_half_the_squared_distance_of_clean_images_of_pairs(unet):
