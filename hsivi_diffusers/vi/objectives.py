@@ -52,6 +52,12 @@ class LayerDraw:
         residual = None if self.residual is None else self.residual.detach()
         return replace(self, q=self.q.detach(), x=self.x.detach(), residual=residual)
 
+    def take(self, rows: Tensor) -> LayerDraw:
+        """The rows of these numbers, shape (R,)."""
+        q = DiagonalGaussian(self.q.mean[rows], self.q.std.expand_as(self.q.mean)[rows])
+        condition, residual = (None if each is None else each[rows] for each in (self.condition, self.residual))
+        return LayerDraw(q, self.x[rows], self.level[rows], self.t[rows], condition, residual)
+
 
 def draw_layer(
     q: DiagonalGaussian,
@@ -111,6 +117,10 @@ class CriticObjective(Objective):
 
     def __init__(self, level_weight: Weight = unit_weight) -> None:
         self.level_weight = level_weight
+
+    def scored(self, draw: LayerDraw) -> LayerDraw:
+        """The rows that the critic is asked for, by the loss of the layers, and trained on: here all."""
+        return draw
 
     def critic_loss(self, critic: Critic, draw: LayerDraw) -> Tensor:
         """Returns w/2 |s(x) - grad log q(x | x_next)|^2, shape (B,); the draw is cut from the graph of the layers."""

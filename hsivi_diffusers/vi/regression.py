@@ -138,12 +138,22 @@ class WithPairs(CriticObjective):
         Raises:
             ValueError: No row has a pair.
         """
-        pairs = draw
         if draw.residual is not None:
-            pairs = replace(draw, residual=torch.where(draw.residual.isnan(), 0, draw.residual))
-        loss, of_pairs = (each.layer_loss(critic, bridge, pairs) for each in (self.objective, self.regression))
-        alone = torch.isin(draw.t, self.alone.to(draw.t.device))
-        return torch.where(alone, ALONE_WEIGHT * of_pairs, loss + self.weight * of_pairs)
+            draw = replace(draw, residual=torch.where(draw.residual.isnan(), 0, draw.residual))
+        of_pairs = self.regression.layer_loss(critic, bridge, draw)
+        others = self._others(draw.t)
+        loss = torch.where(others, self.weight * of_pairs, ALONE_WEIGHT * of_pairs)
+        scored = self.objective.layer_loss(critic, bridge, self.scored(draw))
+        return loss + torch.zeros_like(loss).masked_scatter(others, scored.to(loss))
+
+    def _others(self, t: Tensor) -> Tensor:
+        """Which rows are of layers that are not `alone`."""
+        return torch.isin(t, self.alone.to(t.device), invert=True)
+
+    def scored(self, draw: LayerDraw) -> LayerDraw:
+        """All rows but those of the layers `alone`; all if there are no others, for every process asks its critic."""
+        rows = self._others(draw.t).nonzero().squeeze(1)
+        return draw.take(rows) if len(rows) else draw
 
     def critic_loss(self, critic: Critic, draw: LayerDraw) -> Tensor:
         return self.objective.critic_loss(critic, draw)

@@ -10,8 +10,9 @@ from hsivi_diffusers.vi.fitting import DivergenceError, fit, step_generator
 from hsivi_diffusers.vi.lower_bound import LowerBound
 from hsivi_diffusers.vi.objectives import KullbackLeibler, ScoreMatching
 from hsivi_diffusers.vi.pools import CohortChain, FrozenPoolChain, make_chain
-from hsivi_diffusers.vi.regression import PairChain, Regression
+from hsivi_diffusers.vi.regression import PairChain, PairMixingChain, Regression, WithPairs
 from scenarios import (
+    DIMENSION,
     GaussianBridge,
     LinearCritic,
     LinearLayers,
@@ -347,6 +348,20 @@ def test_pairs_of_a_linear_map_are_fitted_exactly_without_a_critic():
     assert layers.scale.item() == pytest.approx(0.7, abs=1e-6)
     assert layers.shift.item() == pytest.approx(-0.2, abs=1e-6)
     assert last.critic.loss.shape == (0,)
+
+
+@pytest.mark.parametrize(("alone", "critic_rows"), [([], {0, 1, 2}), ([2], {0, 1})])
+def test_layers_with_pairs_alone_have_no_critic(alone, critic_rows):
+    def sample_pairs(t, generator):
+        x = torch.randn(len(t), DIMENSION, generator=generator, dtype=torch.float64)
+        return x, 0.7 * x - 0.2, None
+
+    game = Game(target())
+    game.chain = PairMixingChain(game.chain, sample_pairs)
+    for step in game.fit(WithPairs(KullbackLeibler(), 0.1, alone=alone), 4, critic_updates=2):
+        assert set(step.layers.t.tolist()) == {0, 1, 2}
+        assert set(step.critic.t.tolist()) == critic_rows
+        assert step.critic.loss.shape == step.critic.t.shape
 
 
 def test_where_the_critic_learns_alone_the_layers_stay_as_they_are_to_the_bit():

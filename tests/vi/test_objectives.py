@@ -294,6 +294,28 @@ def test_layers_with_pairs_alone_have_no_other_loss():
     torch.testing.assert_close(slopes[2], of_pairs[2])
 
 
+@pytest.mark.parametrize(("t", "scored"), [([2, 0, 2, 1], [0, 1]), ([1, 0], [1, 0]), ([2, 2], [2, 2])])
+def test_teacher_and_critic_are_asked_for_the_rows_of_other_layers_alone(t, scored):
+    """Unless there are none: in a sharded run every process takes part in each call."""
+    layers, t, asked = linear_layers(), torch.tensor(t), []
+    bridge, x = matching_bridge(layers), torch.randn(len(t), DIMENSION, dtype=torch.float64)
+
+    class Asked(ExactCritic):
+        def forward(self, x, level, condition, t):
+            asked.append([*zip(condition.tolist(), t.tolist(), strict=True)])
+            return super().forward(x, level, condition, t)
+
+    q = DiagonalGaussian(layers(x, t).mean, torch.full((), 0.5, dtype=torch.float64))
+    draw = draw_layer(q, t, bridge, end=torch.ones_like(x), condition=10 * t)
+    objective = WithPairs(KullbackLeibler(), 0.3, alone=[2])
+    loss = objective.layer_loss(Asked(layers), bridge, draw)
+    of_critic = objective.critic_loss(Asked(layers), objective.scored(draw))
+    assert asked == [[(10 * each, each) for each in scored]] * 2
+    assert (loss.shape, of_critic.shape) == (t.shape, (len(scored),))
+    loss.sum().backward()
+    assert layers.scale.grad.isfinite().all()
+
+
 def refused(objective, **options):
     """The loss of an objective that cannot have one for this draw; each row has a level of its own."""
     layers = linear_layers()
