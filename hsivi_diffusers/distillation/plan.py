@@ -562,8 +562,9 @@ def _fit_line(config: HSIVIConfig, calls: tuple[int, int], seconds: float) -> li
     if not config.num_pairs:
         return []
     made, fitted = calls
-    what = f"{config.num_pairs:,} pairs in {made:,} calls of the teacher and {PAIR_STEPS:,} updates"
-    return [f"before them about {_duration(seconds * (made + 3 * fitted))} for {what} of the layers alone"]
+    what = f"{config.num_pairs:,} pairs in {made:,} calls of the teacher"
+    what += f" and {PAIR_STEPS:,} updates of the layers alone" * bool(fitted)
+    return [f"before them about {_duration(seconds * (made + 3 * fitted))} for {what}"]
 
 
 def _table(title: str, numbers: Mapping[str, float], unit: float, form: str) -> list[str]:

@@ -76,7 +76,7 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
             with state.counting_paused():  # `fit_calls` knows them
                 for index in range(len(state.chains)):
                     state.pairs(index)
-                if start_step == 0:
+                if start_step == 0 and _fits(state):
                     _regress(state)
         except InterruptedRunError as error:
             raise InterruptedRunError(
@@ -157,8 +157,18 @@ def _fit(
 def fit_calls(state: TrainingState) -> tuple[int, int]:
     """Network calls, in all processes, that make the pairs, and that fit the layers to them before the updates."""
     pairs, scheduler = state.pairs_per_micro_batch * state.micro_batches, state.bridge.scheduler
+    if not pairs:
+        return 0, 0
     calls = len(pair_levels(scheduler, end_levels(scheduler))) * state.bridge.guided.calls
-    return (pairs * calls, PAIR_STEPS * state.rows) if pairs else (0, 0)
+    return pairs * calls, PAIR_STEPS * state.rows if _fits(state) else 0
+
+
+def _fits(state: TrainingState) -> bool:
+    """Whether the layers are fitted to the pairs before the updates: where any of these lead to images.
+
+    The others are easily learned beside the objective; before it their fit would spoil the layers below.
+    """
+    return len(layers_by_pairs(state.student.depths)) < len(state.student.depths)
 
 
 def _regress(state: TrainingState) -> None:

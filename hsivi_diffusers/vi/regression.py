@@ -143,17 +143,21 @@ class WithPairs(CriticObjective):
         of_pairs = self.regression.layer_loss(critic, bridge, draw)
         others = self._others(draw.t)
         loss = torch.where(others, self.weight * of_pairs, ALONE_WEIGHT * of_pairs)
-        scored = self.objective.layer_loss(critic, bridge, self.scored(draw))
-        return loss + torch.zeros_like(loss).masked_scatter(others, scored.to(loss))
+        of_objective = self.objective.layer_loss(critic, bridge, self._take_others(draw))
+        return loss + torch.zeros_like(loss, dtype=of_objective.dtype).masked_scatter(others, of_objective)
 
     def _others(self, t: Tensor) -> Tensor:
         """Which rows are of layers that are not `alone`."""
         return torch.isin(t, self.alone.to(t.device), invert=True)
 
-    def scored(self, draw: LayerDraw) -> LayerDraw:
-        """All rows but those of the layers `alone`; all if there are no others, for every process asks its critic."""
+    def _take_others(self, draw: LayerDraw) -> LayerDraw:
+        """Their rows; all if there are none, since in a sharded run every process takes part in each call."""
         rows = self._others(draw.t).nonzero().squeeze(1)
         return draw.take(rows) if len(rows) else draw
+
+    def scored(self, draw: LayerDraw) -> LayerDraw:
+        """The rows of layers that are not `alone`, which nobody scores; all if there are none."""
+        return self.objective.scored(self._take_others(draw))
 
     def critic_loss(self, critic: Critic, draw: LayerDraw) -> Tensor:
         return self.objective.critic_loss(critic, draw)

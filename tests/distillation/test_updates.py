@@ -15,6 +15,7 @@ from hsivi_diffusers.vi import (
     PairChain,
     PairMixingChain,
     PoolChain,
+    Regression,
     ScoreMatching,
     WithPairs,
 )
@@ -112,6 +113,16 @@ def test_one_and_two_steps_keep_their_objective_beside_the_pairs(make_one, monke
     next(run_updates(make_one(num_inference_steps=[1, 2, 4]), 0))
     next(run_updates(make_one(), 0))
     assert [each.alone.tolist() for each in seen if isinstance(each, WithPairs)] == [[6], []]
+
+
+@pytest.mark.parametrize(("steps", "fits"), [(1, 1), (2, 1), (4, 0), ([1, 4], 1), ([3, 4], 0)])
+def test_layers_are_fitted_before_the_updates_where_pairs_lead_to_images(make_one, monkeypatch, steps, fits):
+    seen, fit = [], updates.fit
+    monkeypatch.setattr(updates, "fit", lambda *given, **named: seen.append(type(given[3])) or fit(*given, **named))
+    made = make_one(num_inference_steps=steps, critic_first=0)
+    next(run_updates(made, 0))
+    assert seen == [Regression] * fits + [WithPairs]
+    assert updates.fit_calls(made)[1] == fits * updates.PAIR_STEPS * made.rows
 
 
 def test_the_weight_of_the_pairs_falls_as_the_rate_does(make_one, monkeypatch):

@@ -8,7 +8,7 @@ from hsivi_diffusers.vi.distributions import DiagonalGaussian
 from hsivi_diffusers.vi.lower_bound import LowerBound
 from hsivi_diffusers.vi.objectives import KullbackLeibler, LayerDraw, ScoreMatching, draw_layer
 from hsivi_diffusers.vi.pools import make_chain
-from hsivi_diffusers.vi.regression import Regression, WithPairs
+from hsivi_diffusers.vi.regression import ALONE_WEIGHT, Regression, WithPairs
 from hsivi_diffusers.vi.targets import ScoreTarget
 from scenarios import DIMENSION, ExactCritic, GaussianBridge, LinearCritic, LinearLayers, linear_layers, matching_bridge
 from slow import others_slow
@@ -286,11 +286,11 @@ def test_layers_with_pairs_alone_have_no_other_loss():
     draw = draw_layer(layers(x, t), t, bridge, end=end, generator=torch.Generator().manual_seed(0))
     critic, kl = ExactCritic(layers), KullbackLeibler()
     usual, pairs = kl.layer_loss(critic, bridge, draw), 0.5 * (layers(x, t).mean - 1).square().sum(1)
-    expected = torch.stack([0.05 * pairs[0], usual[1], 0.05 * pairs[2], usual[3] + 0.3 * pairs[3]])
+    expected = torch.stack([ALONE_WEIGHT * pairs[0], usual[1], ALONE_WEIGHT * pairs[2], usual[3] + 0.3 * pairs[3]])
     torch.testing.assert_close(WithPairs(kl, 0.3, alone=[2]).layer_loss(critic, bridge, draw), expected)
     loss = WithPairs(KullbackLeibler(), 0.3, alone=[2]).layer_loss(critic, bridge, draw)
     slopes = torch.autograd.grad(loss.sum(), layers.scale, retain_graph=True)[0]
-    (of_pairs,) = torch.autograd.grad(0.05 * pairs[[0, 2]].sum(), layers.scale)
+    (of_pairs,) = torch.autograd.grad(ALONE_WEIGHT * pairs[[0, 2]].sum(), layers.scale)
     torch.testing.assert_close(slopes[2], of_pairs[2])
 
 
@@ -314,6 +314,21 @@ def test_teacher_and_critic_are_asked_for_the_rows_of_other_layers_alone(t, scor
     assert (loss.shape, of_critic.shape) == (t.shape, (len(scored),))
     loss.sum().backward()
     assert layers.scale.grad.isfinite().all()
+
+
+def test_an_objective_with_pairs_may_have_another_within():
+    layers, t = linear_layers(), torch.tensor([2, 0, 1, 0])
+    bridge, x = matching_bridge(layers), torch.randn(4, DIMENSION, dtype=torch.float64)
+    draw = draw_layer(layers(x, t), t, bridge, end=torch.ones_like(x))
+    inner = WithPairs(KullbackLeibler(), 0.3, alone=[1])
+    objective = WithPairs(inner, 0.2, alone=[2])
+    assert objective.scored(draw).t.tolist() == [0, 0]
+    shared = ExactCritic(layers)(objective.scored(draw).x, objective.scored(draw).level)
+    loss = objective.layer_loss(lambda *_: shared, bridge, draw)
+    of_pairs = Regression().layer_loss(no_critic, None, draw)
+    of_inner = inner.layer_loss(ExactCritic(layers), bridge, draw)
+    torch.testing.assert_close(loss[1:], (of_inner + 0.2 * of_pairs)[1:])
+    torch.testing.assert_close(loss[0], ALONE_WEIGHT * of_pairs[0])
 
 
 def refused(objective, **options):
