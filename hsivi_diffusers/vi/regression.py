@@ -16,7 +16,7 @@ from .objectives import Critic, CriticObjective, LayerDraw, Objective, row_sum
 
 ResidualLoss = Callable[[Tensor, Tensor], Tensor]
 SamplePairs = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor, Tensor | None]]
-ALONE_WEIGHT = 0.05  # of the pairs of layers that nothing else is asked of, see `WithPairs`
+ALONE_WEIGHT = 0.01  # of the pairs of layers that nothing else is asked of, see `WithPairs`
 
 
 class PairChain(Chain):
@@ -110,7 +110,7 @@ class WithPairs(CriticObjective):
     sigma^2: try 0.005.
 
     Of several layers the first has a smooth map to learn, of which regression loses little. Rows of `alone`, layers
-    with such pairs, have 0.05 times `Regression` as their only loss.
+    with such pairs, have 0.01 times `Regression` as their only loss.
 
     Raises:
         ValueError: The weight is not above 0.
