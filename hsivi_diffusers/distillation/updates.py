@@ -168,7 +168,7 @@ def _fits(state: TrainingState) -> bool:
 
     The others are easily learned beside the objective; before it their fit would spoil the layers below.
     """
-    return len(layers_by_pairs(state.student.depths)) < len(state.student.depths)
+    return None in end_levels(state.bridge.scheduler)
 
 
 def _regress(state: TrainingState) -> None:

@@ -201,7 +201,7 @@ class _Losses:
 
     def layer_rows(self, micro_batch: int) -> _Rows:
         draw = self._draw(micro_batch)
-        cut = self._scored(draw.detach())
+        cut = self.objective.scored(draw.detach())
         critic_seen: Critic = self.critic_seen
         critic: Critic = self.critic
         if self.shares_answer:
@@ -217,14 +217,11 @@ class _Losses:
             draw, critic = self.left.pop(micro_batch)
         else:
             with torch.no_grad():
-                draw = self._scored(self._draw(micro_batch))
+                draw = self.objective.scored(self._draw(micro_batch))
             critic = self.critic
         assert isinstance(self.objective, CriticObjective)
         loss = self.objective.critic_loss(critic, draw)
         return _Rows(draw.t, loss, torch.ones_like(loss))
-
-    def _scored(self, draw: LayerDraw) -> LayerDraw:
-        return self.objective.scored(draw) if isinstance(self.objective, CriticObjective) else draw
 
     def _draw(self, micro_batch: int) -> LayerDraw:
         chain, generator = self.chains[micro_batch], self.generators[micro_batch]

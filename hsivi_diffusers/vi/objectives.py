@@ -105,6 +105,10 @@ class Objective(ABC):
         The critic is (x, level, condition, t) -> estimate of grad log q(x), of the shape of x.
         """
 
+    def scored(self, draw: LayerDraw) -> LayerDraw:
+        """The rows that a critic is asked for, by the loss of the layers, and trained on: here all."""
+        return draw
+
 
 class CriticObjective(Objective):
     """Base class of objectives with a critic: the critic's loss, and the weights.
@@ -117,10 +121,6 @@ class CriticObjective(Objective):
 
     def __init__(self, level_weight: Weight = unit_weight) -> None:
         self.level_weight = level_weight
-
-    def scored(self, draw: LayerDraw) -> LayerDraw:
-        """The rows that the critic is asked for, by the loss of the layers, and trained on: here all."""
-        return draw
 
     def critic_loss(self, critic: Critic, draw: LayerDraw) -> Tensor:
         """Returns w/2 |s(x) - grad log q(x | x_next)|^2, shape (B,); the draw is cut from the graph of the layers."""

@@ -153,7 +153,7 @@ class WithPairs(CriticObjective):
     def _take_others(self, draw: LayerDraw) -> LayerDraw:
         """Their rows; all if there are none, since in a sharded run every process takes part in each call."""
         rows = self._others(draw.t).nonzero().squeeze(1)
-        return draw.take(rows) if len(rows) else draw
+        return draw.take(rows) if 0 < len(rows) < len(draw.t) else draw
 
     def scored(self, draw: LayerDraw) -> LayerDraw:
         """The rows of layers that are not `alone`, which nobody scores; all if there are none."""
