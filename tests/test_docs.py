@@ -155,11 +155,12 @@ def test_a_plain_network_is_distilled_resumed_loaded_and_started_from(own, tmp_p
     assert same_tensors(averaged(resumed), whole)
 
     given["num_inference_steps"] = 1
+    given["num_pairs"] = 8
     further = HSIVITrainer(teacher, HSIVIConfig(**given, init_from=config.output_dir, output_dir=tmp_path / "one"))
     assert same_tensors(further.state.student.network.state_dict(), whole)
     further.train()
     assert further.pipeline(batch_size=1).images.isfinite().all()
-    pairs = HSIVITrainer(teacher, HSIVIConfig(**given, num_pairs=8, output_dir=tmp_path / "pairs"))
+    pairs = HSIVITrainer(teacher, HSIVIConfig(**given, output_dir=tmp_path / "pairs"))
     assert pairs.train()["network_calls"] > 15 * 8
 
 

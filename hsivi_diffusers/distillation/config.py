@@ -16,7 +16,8 @@ FOLDER = {"output_dir", "overwrite_output_dir"}
 # Hardware, checkpointing and reporting, which do not decide what is trained.
 MAY_CHANGE = {"gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32", "shard_base"}
 MAY_CHANGE |= {"checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to"}
-PAIRS_OF_LATENTS = 1920  # num_pairs of preset "latent" for one step
+PAIRS = 6400  # of preset "one_call", and of "fast" for three steps or more
+PAIRS_OF_LATENTS = 1920  # of preset "latent" for one step
 
 FAST: dict[str, Any] = {
     "timestep_spacing": "uniform",
@@ -40,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **FAST,
         "critic_updates": 2,
         "critic_first": 50,
-        "num_pairs": 6400,
+        "num_pairs": PAIRS,
         "learning_rate": 3e-5,
         "critic_learning_rate": 5e-4,
         "max_grad_norm": 20.0,
@@ -232,8 +233,11 @@ class HSIVIConfig:
     def _of_preset(self) -> dict[str, Any]:
         """The values of the preset for as many steps and updates."""
         values = dict(PRESETS[str(self.preset)])
-        if self.preset == "latent" and self.depths == [1] and not self.init_from:
-            values["num_pairs"] = PAIRS_OF_LATENTS
+        if not self.init_from:
+            if self.preset == "fast" and min(self.depths, default=0) > 2 and self.noise_scale_type != "per_pixel":
+                values["num_pairs"] = min(PAIRS, 16 * self.max_train_steps)
+            if self.preset == "latent" and self.depths == [1]:
+                values["num_pairs"] = PAIRS_OF_LATENTS
         values["critic_first"] = min(values["critic_first"], self.max_train_steps // 6)  # in short runs a sixth at most
         if self.init_from:  # the critic has learned already
             values["critic_first"] = 0

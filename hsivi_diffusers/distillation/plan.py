@@ -37,6 +37,7 @@ from ..vi import ConditionalLayers, DiagonalGaussian
 from .cards import COMPUTE, LAUNCH, TRAFFIC, Card, Work, find_card
 from .config import HSIVIConfig
 from .networks import HALF, make_networks, make_student_and_critic
+from .pairs import TeacherPairs
 from .state import TrainingState, trained
 from .updates import PAIR_STEPS, fit_calls, run_updates
 
@@ -46,7 +47,7 @@ IN_MAIN_MEMORY = ("libraries", "pairs")
 MARGIN = 1.2  # of memory: measured peaks were up to 1.14 of planned ones, and a driver takes some
 MOST_FLOPS = 1e12  # of a call that is timed on a CPU
 
-ONE_UPDATE: dict[str, Any] = {"critic_first": 0, "max_train_steps": 2, "num_pairs": 0}  # of a run, alone
+ONE_UPDATE: dict[str, Any] = {"critic_first": 0, "max_train_steps": 2}  # of a run, alone
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -323,7 +324,7 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
     Before it chains are begun and optimizers have their moments, as after the first update of a run.
     """
     libraries = psutil.Process().memory_info().rss
-    wanted, pairs = config.critic_updates, config.num_pairs
+    wanted = config.critic_updates
     shares = None if config.prompts else config.class_shares  # a plan has but one prompt
     config = replace(config, **ONE_UPDATE, critic_updates=min(wanted, 2), class_shares=shares)
     eight_bit, config.use_8bit_adam = config.use_8bit_adam, False  # bitsandbytes takes no hollow tensors
@@ -342,13 +343,12 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
                 lowest = state.bridge.scheduler.levels.time(zero)
                 Guided(state.teacher)(torch.randn(1, *state.bridge.shape), lowest, classes)
             call = Counter(meter.work()) - Counter(before)
-            config.num_pairs = pairs  # which `fit_calls` counts
     for _ in range(wanted - config.critic_updates):
         total += further
     static, limit = _static(state, eight_bit), config.checkpoints_total_limit
     memory = {**static, "activations and gradients": peak - sum(_static(state).values()), "libraries": libraries}
-    if pairs:
-        memory["pairs"] = (1 + len(config.depths)) * 4 * pairs * math.prod(state.bridge.shape)
+    if config.num_pairs:
+        memory["pairs"] = (1 + len(config.depths)) * 4 * config.num_pairs * math.prod(state.bridge.shape)
     parts = {"teacher": [*state.teacher.network.parameters()], "trained of the student": trained(state.student)}
     return Cost(
         parameters={name: sum(each.numel() for each in weights) for name, weights in parts.items()},
@@ -367,8 +367,9 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
 
 
 def begin(state: TrainingState) -> None:
-    """Fills the chains, without network calls, and makes the moments of both optimizers."""
+    """Fills the chains and makes pairs, without network calls, and makes the moments of both optimizers."""
     still = _Still()
+    state.pairs = partial(_one_pair, state)
     for chain in state.chains:
         chain.draw(still)
     for optimizer in (state.layer_optimizer, state.critic_optimizer):
@@ -376,6 +377,14 @@ def begin(state: TrainingState) -> None:
             weight.grad = torch.zeros_like(weight)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _one_pair(state: TrainingState, _: int) -> TeacherPairs:
+    """Stands for all: what an update takes of them is as large."""
+    scheduler, shape = state.bridge.scheduler, state.bridge.shape
+    condition = torch.zeros(1, dtype=torch.long) if state.bridge.num_classes else None
+    ends = torch.zeros(1, len(scheduler.depths), *shape)
+    return TeacherPairs(scheduler, torch.zeros(1, *shape), ends, condition, device=state.teacher.device)
 
 
 class _Still(ConditionalLayers):
@@ -394,7 +403,7 @@ def _measure_update(state: TrainingState, meter: Meter) -> tuple[Counter[str], C
             marks.append(Counter(**meter.work(), **rows))
 
         handle = state.critic_optimizer.optimizer.register_step_post_hook(mark)
-        next(run_updates(state, 0))
+        next(run_updates(state, 1))  # after the fit to pairs
         handle.remove()
         mark()
     return marks[-1] - marks[0], marks[-2] - marks[-3]

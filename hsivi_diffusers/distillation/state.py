@@ -151,7 +151,7 @@ class TrainingState:
             "average": self.ema,
         }
         self.called: dict[str, int] = {}  # see `counting_rows`
-        self.pairs = cache(self._make_pairs)  # made or read when first used
+        self.pairs: Callable[[int], TeacherPairs] = cache(self._make_pairs)  # made or read when first used
         self.chains = [self.make_chain(index) for index in range(config.gradient_accumulation_steps)]
 
     def _make_optimizers(self, networks: Networks) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:

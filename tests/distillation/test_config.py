@@ -28,8 +28,29 @@ from hsivi_diffusers.distillation.config import PRESETS, complete, read_settings
 def test_the_preset_follows_from_steps_and_prompts_unless_it_is_given(given, preset, again):
     config = again(HSIVIConfig(**given))
     assert config.preset == preset
-    assert {name: getattr(config, name) for name in PRESETS[preset]} == PRESETS[preset]
+    values = {name: value for name, value in PRESETS[preset].items() if name != "num_pairs"}  # which steps decide, too
+    assert {name: getattr(config, name) for name in values} == values
     assert config == HSIVIConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "pairs"),
+    [
+        ({"num_inference_steps": 1}, 6400),
+        ({"num_inference_steps": 2}, 0),
+        ({"num_inference_steps": 3}, 6400),
+        ({"num_inference_steps": [4, 8]}, 6400),
+        ({"max_train_steps": 100}, 1600),
+        ({"num_inference_steps": [1, 2, 4, 8]}, 0),
+        ({"num_pairs": 0}, 0),
+        ({"init_from": "runs/student"}, 0),
+        ({"noise_scale_type": "per_pixel"}, 0),
+        ({"preset": "paper"}, 0),
+        ({"preset": "latent"}, 0),
+    ],
+)
+def test_the_first_of_three_steps_or_more_learns_from_pairs_as_one_step_does(given, pairs):
+    assert HSIVIConfig(**given).num_pairs == pairs
 
 
 @pytest.mark.parametrize(

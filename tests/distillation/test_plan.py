@@ -182,6 +182,10 @@ def test_calls_are_those_of_the_loop(one_call, measured):
     assert one_call.calls == {"student": 21 - 1, "critic": 21, "teacher": 1}
 
 
+def test_steps_that_learn_from_pairs_alone_cost_no_call_of_teacher_and_critic(measure):
+    assert measure(num_inference_steps=4, critic_updates=1).calls == {"student": 1, "critic": 0.75, "teacher": 0.75}
+
+
 def test_a_guided_pair_costs_twice_as_many_calls_of_the_same_network(measure, measured, one_call, class_teacher):
     """Those of four steps do not lead to the image, and take 10 calls instead of 15."""
     guided = measure(class_teacher, guidance_scale=3.0, num_inference_steps=4, num_pairs=100, critic_updates=1)
