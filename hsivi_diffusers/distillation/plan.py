@@ -324,9 +324,10 @@ def measure(name: str, revision: str | None, config: HSIVIConfig) -> Cost:
     Before it chains are begun and optimizers have their moments, as after the first update of a run.
     """
     libraries = psutil.Process().memory_info().rss
-    wanted = config.critic_updates
+    wanted, pairs = config.critic_updates, config.num_pairs
     shares = None if config.prompts else config.class_shares  # a plan has but one prompt
     config = replace(config, **ONE_UPDATE, critic_updates=min(wanted, 2), class_shares=shares)
+    config.num_pairs = pairs  # of which short runs have fewer
     eight_bit, config.use_8bit_adam = config.use_8bit_adam, False  # bitsandbytes takes no hollow tensors
     with _collecting_often():
         meter = Meter()

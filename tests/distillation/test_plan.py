@@ -183,7 +183,10 @@ def test_calls_are_those_of_the_loop(one_call, measured):
 
 
 def test_steps_that_learn_from_pairs_alone_cost_no_call_of_teacher_and_critic(measure):
-    assert measure(num_inference_steps=4, critic_updates=1).calls == {"student": 1, "critic": 0.75, "teacher": 0.75}
+    four = measure(num_inference_steps=4, critic_updates=1)
+    assert four.calls == {"student": 1, "critic": 0.75, "teacher": 0.75}
+    assert four.fit_calls == (6400 * 10, 0)  # of a run of 1,000 updates
+    assert four.memory["pairs"] == 6400 * 2 * 64 * 4
 
 
 def test_a_guided_pair_costs_twice_as_many_calls_of_the_same_network(measure, measured, one_call, class_teacher):

@@ -30,7 +30,7 @@ def peak_of_update(name: str, revision: str | None, config: HSIVIConfig) -> int:
     state = plan.make_state(plan.make_players(name, revision, config), config)
     plan.begin(state)
     (PROCESS / "clear_refs").write_text("5")  # the peak begins here
-    next(run_updates(state, 0))
+    next(run_updates(state, 1))  # after the fit to pairs
     (line,) = (each for each in (PROCESS / "status").read_text().splitlines() if each.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
@@ -39,7 +39,8 @@ def main(args: list[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     teacher, config, _ = parse_distillation(given, "python -m training.benchmarks.images.bench_plan", __doc__ or "")
     named = str(teacher.pretrained_teacher_model), teacher.revision
-    planned = sum(plan.measure(*named, config).memory.values())
+    memory = plan.measure(*named, config).memory
+    planned = sum(memory.values()) - memory.get("pairs", 0)  # of which the update has but one
     measured = peak_of_update(*named, config)
     print(f"planned {planned >> 20}, measured {measured >> 20} MiB, ratio {planned / measured:.2f}")
 
