@@ -16,7 +16,7 @@ FOLDER = {"output_dir", "overwrite_output_dir"}
 # Hardware, checkpointing and reporting, which do not decide what is trained.
 MAY_CHANGE = {"gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32", "shard_base"}
 MAY_CHANGE |= {"checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to"}
-PAIRS = 6400  # of preset "one_call", and of "fast" for three steps or more
+PAIRS = 6400  # of preset "one_call", and of "fast" if a number of steps is three or more
 PAIRS_OF_LATENTS = 1920  # of preset "latent" for one step
 
 FAST: dict[str, Any] = {
@@ -234,7 +234,7 @@ class HSIVIConfig:
         """The values of the preset for as many steps and updates."""
         values = dict(PRESETS[str(self.preset)])
         if not self.init_from:
-            if self.preset == "fast" and min(self.depths, default=0) > 2 and self.noise_scale_type != "per_pixel":
+            if self.preset == "fast" and max(self.depths, default=0) > 2 and self.noise_scale_type != "per_pixel":
                 values["num_pairs"] = min(PAIRS, 16 * self.max_train_steps)
             if self.preset == "latent" and self.depths == [1]:
                 values["num_pairs"] = PAIRS_OF_LATENTS

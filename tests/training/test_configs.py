@@ -26,6 +26,7 @@ GROUPS = {
     "scenes_lcm": BASELINE,
     **{f"scenes_{name}": [train_vae.Autoencoder, train_teacher.Training, Output] for name in ("vae", "decoder")},
     "lengths_digits": [lengths.Options],
+    "lengths_fashion": [lengths.Options],
     "lengths_mnist": [lengths.Options],
     "scenes_teacher": [train_scene_teacher.Text, train_teacher.Training, Output],
     "scenes_reader": [train_reader.Training],
