@@ -561,7 +561,7 @@ def test_a_checkpoint_is_resumed_by_its_path_and_a_finished_run_to_itself(
     ("of", "lost", "options", "message"),
     [
         ("fast_run", False, {"learning_rate": 0.1, "seed": 1}, "seed: 0 -> 1; learning_rate: 0.0001 -> 0.1"),
-        ("several_run", True, {"num_inference_steps": [1, 4]}, r"num_inference_steps: \[1, 2, 4\] -> \[1, 4\]"),
+        ("several_run", True, {"num_inference_steps": (1, 4)}, r"num_inference_steps: \[1, 2, 4\] -> \[1, 4\]"),
     ],
 )
 def test_resuming_with_other_options_is_refused_and_names_them(
