@@ -187,6 +187,10 @@ def test_steps_that_learn_from_pairs_alone_cost_no_call_of_teacher_and_critic(me
     assert four.calls == {"student": 1, "critic": 0.75, "teacher": 0.75}
     assert four.fit_calls == (6400 * 10, 0)  # of a run of 1,000 updates
     assert four.memory["pairs"] == 6400 * 2 * 64 * 4
+    several = measure(num_inference_steps=[1, 2, 4], critic_updates=1, train_batch_size=48)
+    assert several.calls["student"] == 1 > several.calls["critic"] == several.calls["teacher"]
+    assert several.fit_calls == (6400 * 16, 500 * 48)  # those of 1 and 2 steps lead to images, and are fitted first
+    assert several.memory["pairs"] == 6400 * 4 * 64 * 4
 
 
 def test_a_guided_pair_costs_twice_as_many_calls_of_the_same_network(measure, measured, one_call, class_teacher):

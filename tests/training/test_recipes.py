@@ -109,6 +109,7 @@ def test_a_recipe_can_be_planned(recipe):
     cost = plan.measure(folder_of(recipe), None, config)
     by_pairs = bool(config.num_pairs) / config.depths[0]  # the share of rows that nobody scores, drawn at random
     assert cost.calls["teacher"] == pytest.approx(1 - by_pairs, abs=4 * (by_pairs / config.train_batch_size) ** 0.5)
+    assert (cost.calls["teacher"] < 1) == bool(config.num_pairs)
     assert cost.memory["activations and gradients"] > cost.memory["teacher"] / 10
     assert cost.work.flops > 1e11
 
