@@ -10,7 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsivi_diffusers.commands import cli
-from hsivi_diffusers.distillation import plan
+from hsivi_diffusers.distillation import plan, updates
 from hsivi_diffusers.distillation.cards import CARDS
 from hsivi_diffusers.distillation.config import HSIVIConfig
 from tiny_flows import make_flux
@@ -189,7 +189,10 @@ def test_steps_that_learn_from_pairs_alone_cost_no_call_of_teacher_and_critic(me
     assert four.memory["pairs"] == 6400 * 2 * 64 * 4
     several = measure(num_inference_steps=[1, 2, 4], critic_updates=1, train_batch_size=48)
     assert several.calls["student"] == 1 > several.calls["critic"] == several.calls["teacher"]
-    assert several.fit_calls == (6400 * 16, 500 * 48)  # those of 1 and 2 steps lead to images, and are fitted first
+    assert several.fit_calls == (
+        6400 * 16,
+        updates.PAIR_STEPS * 48,
+    )  # those of 1 and 2 steps lead to images, and are fitted first
     assert several.memory["pairs"] == 6400 * 4 * 64 * 4
 
 
