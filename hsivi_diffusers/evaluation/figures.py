@@ -14,7 +14,7 @@ import torch
 from ..runs.measures import MEASURES, Measure
 
 DPI = 130
-STYLES = (":", "--", "-.")  # of horizontal lines
+STYLES = (":", "--", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)))  # of horizontal lines
 GAP = 0.06  # between two images of a figure, of the width of one
 
 

@@ -115,6 +115,11 @@ class Entry(NamedTuple):
         return self.method, self.nfe, self.seed
 
 
+def costless(sampler: Sampler) -> tuple[Sampler, Costs]:
+    """What `make` of an entry returns for a sampler that needs no training."""
+    return sampler, {}
+
+
 class Comparison:
     """Teacher, measures and results of one set."""
 
@@ -144,7 +149,7 @@ class Comparison:
     def entries(self) -> list[Entry]:
         """Every row: the floor, the teacher and its solvers, students, and the baselines that have their cost."""
         entries = [
-            Entry(REAL, 0, None, partial(self._costless, self.teacher.draw_real)),
+            Entry(REAL, 0, None, partial(costless, self.teacher.draw_real)),
             *self._teachers(),
             *self._solvers(),
             *(entry for config in self.options.students for entry in self._students(config)),
@@ -199,16 +204,13 @@ class Comparison:
         there = {row["train_seed"] for row in rows}
         return self.options.baseline_seeds or sorted(there) or self.options.seeds[:1]
 
-    def _costless(self, sampler: Sampler) -> tuple[Sampler, Costs]:
-        return sampler, {}
-
     def _teachers(self) -> Iterator[Entry]:
         """The converged samplers of the teacher, of its ODE and, if it has betas, of its SDE."""
         samplers = {TEACHER: self._teacher_sampler()}
         if not self.teacher.teacher.schedule.is_flow:
             samplers[TEACHER_SDE] = self.teacher.solver("DPM-Solver++ SDE", self.options.teacher_steps)
         for name, sampler in samplers.items():
-            yield Entry(name, self.options.teacher_steps, None, partial(self._costless, sampler))
+            yield Entry(name, self.options.teacher_steps, None, partial(costless, sampler))
 
     def _teacher_sampler(self) -> Solver:
         return self.teacher.solver("DPM-Solver++", self.options.teacher_steps)
@@ -227,7 +229,7 @@ class Comparison:
                 given = row["solver"], row["calls"]
                 solver = self.teacher.solver(*given, unguided=method == UNGUIDED, **row["settings"])
                 told = {"solver": row["solver"], "settings": row["settings"]}
-                yield Entry(method, row["calls"], None, partial(self._costless, solver), told=told)
+                yield Entry(method, row["calls"], None, partial(costless, solver), told=told)
 
     def _students(self, config: str) -> Iterator[Entry]:
         for seed in self.options.seeds:

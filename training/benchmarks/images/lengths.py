@@ -4,9 +4,9 @@
 
 Each student is a training of its own, whose learning rate falls over its whole length. It draws from noise on which
 nothing was chosen, and is compared with real images and with the teacher's converged sampler: of its ODE and its SDE in
-many steps, the one that is nearer to the real images. Rows are in OUTPUT_DIR/lengths.json, where `nfe` is the number of
-updates; tables and figures are in SET.md beside it. What was stopped continues by the same command, and rows that exist
-are kept.
+many steps, the one that is nearer to the real images. Real images and tuned solvers have rows beside it. Rows are in
+OUTPUT_DIR/lengths.json, where `nfe` is the number of updates; tables and figures are in SET.md beside it. What was
+stopped continues by the same command, and rows that exist are kept.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from hsivi_diffusers.runs.options import option
 from hsivi_diffusers.teachers.loading import load_student
 from hsivi_diffusers.teachers.solvers import Sampler, make_student
 
-from .benchmark import Entry
+from .benchmark import Entry, costless
 from .benchmark_pages import as_word, in_sets, shrink, three_digits
-from .benchmark_results import TEACHER, TEACHER_SDE, Results, Row, hash_networks, read_rows, recipe_of
+from .benchmark_results import REAL, SOLVER, TEACHER, TEACHER_SDE, Results, Row, hash_networks, read_rows, recipe_of
 from .set_teacher import SetTeacher
-from .solver_pages import score
+from .solver_pages import best_solvers, score
 from .spaces import make_spaces
 from .trainings import Costs, Trainings
 
@@ -56,6 +56,8 @@ class Options:
     guidance_scale: float | None = option(None, "scale of guidance of teacher and students")
     seeds: list[int] = option([0, 1, 2], "training seeds")
     noise_seeds: list[int] = option([101, 102, 103, 104, 105], "seeds of the noise")
+    solvers: str = option("docs/benchmarks/solvers.json", "solvers that were tuned, by tune_solvers.py")
+    solver_steps: list[int] = option([4, 8, 15], "network calls of the solvers")
     teacher_steps: int = option(100, "network calls of the teacher's converged samplers")
     num_samples: int = option(5000, "images of each row")
     batch_size: int = option(500, "images at once")
@@ -79,10 +81,11 @@ class Study:
 
     def measure(self) -> None:
         """Adds the rows that are missing: of the teacher, and of students, short trainings first."""
-        students, seeds = [*self._students()], self.options.noise_seeds
-        there = self.results.keys({entry.key: entry.settings for entry in students}, {}, self.drawn)
+        free, students, seeds = [*self._untrained()], [*self._students()], self.options.noise_seeds
+        settings, told = {entry.key: entry.settings for entry in students}, {entry.key: entry.told for entry in free}
+        there = self.results.keys(settings, told, self.drawn)
         known = [row["method"] for row in self.results.rows() if row["method"] in self.samplers]
-        keys = [*((method, 0, None) for method in known[:1]), *(entry.key for entry in students)]
+        keys = [*((method, 0, None) for method in known[:1]), *(entry.key for entry in [*free, *students])]
         if known and {*product(keys, seeds)} <= there:
             return
         self.spaces = make_spaces(Path(str(self.options.classifier)), self.teacher.real[0])
@@ -90,12 +93,28 @@ class Study:
         converged = self.samplers[name]
         reference = self._draw(converged, REFERENCE)
         self.teacher_spaces = [space.beside(reference) for space in self.spaces]
-        entries = [Entry(name, 0, None, lambda: (converged, {})), *students]
+        entries = [Entry(name, 0, None, partial(costless, converged)), *free, *students]
         for entry in bar(entries, str(self.options.dataset), unit="row"):
             if wanted := [seed for seed in seeds if (entry.key, seed) not in there]:
                 sampler, _ = entry.make()
                 for seed in wanted:
                     self.results.add(self._row(entry, seed, self._draw(sampler, seed)))
+
+    def _untrained(self) -> Iterator[Entry]:
+        """Real images, and the best tuned solver at each number of calls."""
+        options = self.options
+        yield Entry(REAL, 0, None, partial(costless, self.teacher.draw_real))
+        rows = [row for row in read_rows(Path(options.solvers)) if row["dataset"] == options.dataset]
+        best = {row["calls"]: row for row in best_solvers(rows)}
+        if lacking := sorted({*options.solver_steps} - {*best}):
+            raise ValueError(
+                f"--solver_steps has {lacking}, and {options.solvers} has solvers of {options.dataset} at {[*best]}: "
+                "tune others by tune_solvers.py, or leave them out"
+            )
+        for calls in options.solver_steps:
+            told = {name: best[calls][name] for name in ("solver", "settings")}
+            solver = self.teacher.solver(told["solver"], calls, **told["settings"])
+            yield Entry(f"{SOLVER} at {calls}", 0, None, partial(costless, solver), told=told)
 
     def _students(self) -> Iterator[Entry]:
         options = self.options
@@ -141,6 +160,7 @@ class Study:
             "distances": {space.name: space.distance(images) for space in self.spaces},
             "teacher_distances": {space.name: space.distance(images) for space in self.teacher_spaces},
             "recipe": entry.settings and recipe_of(entry.settings),
+            **entry.told,
             "measured": measured_on(),
         }
 
@@ -158,14 +178,15 @@ def write_pages(folder: Path) -> None:
             figures.append(path := folder / f"{as_word(name)}_{kind}.png")
             flat = [{**row, **row[key]} for row in rows]
             if any(row["train_seed"] is not None for row in rows):
-                draw_curves(flat, {each: each for each in flat[0][key]}, path, "updates", (TEACHER, TEACHER_SDE))
+                lines = [*dict.fromkeys(row["method"] for row in rows if row["train_seed"] is None)]
+                draw_curves(flat, {each: each for each in flat[0][key]}, path, "updates", lines)
                 shrink(path)
         fill_page(folder / f"{as_word(name)}.md", name, {"lengths": table(rows)}, [path.name for path in figures])
 
 
 def table(rows: list[Row]) -> str:
     """Mean distances and their standard errors over the training seeds, of one or none over the noise seeds."""
-    (teacher,) = {row["method"] for row in rows if row["train_seed"] is None}
+    (teacher,) = {row["method"] for row in rows if row["method"] in (TEACHER, TEACHER_SDE)}
     of_teacher = {space: f"{space}, to {teacher}" for space in rows[0]["distances"]}
     found = pd.DataFrame(
         {**row, **row["distances"], **{of_teacher[space]: each for space, each in row["teacher_distances"].items()}}
