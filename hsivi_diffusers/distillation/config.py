@@ -232,14 +232,15 @@ class HSIVIConfig:
 
     def _of_preset(self) -> dict[str, Any]:
         """The values of the preset for as many steps and updates."""
-        values = dict(PRESETS[str(self.preset)])
-        if not self.init_from:
-            if self.preset == "fast" and max(self.depths, default=0) > 2 and self.noise_scale_type != "per_pixel":
-                values["num_pairs"] = min(PAIRS, 16 * self.max_train_steps)
-            if self.preset == "latent" and self.depths == [1]:
-                values["num_pairs"] = PAIRS_OF_LATENTS
+        values, per_pixel = dict(PRESETS[str(self.preset)]), self.noise_scale_type == "per_pixel"
+        if self.init_from:
+            values["num_pairs"] *= not per_pixel
+        elif self.preset == "fast" and max(self.depths, default=0) > 2 and not per_pixel:
+            values["num_pairs"] = min(PAIRS, 16 * self.max_train_steps)
+        elif self.preset == "latent" and self.depths == [1]:
+            values["num_pairs"] = PAIRS_OF_LATENTS
         values["critic_first"] = min(values["critic_first"], self.max_train_steps // 6)  # in short runs a sixth at most
-        if self.init_from:  # the critic has learned already
+        if self.init_from:  # the critic has learned already, but for levels of a first step that has pairs alone
             values["critic_first"] = 0
         return values
 
@@ -290,8 +291,8 @@ class HSIVIConfig:
 
 
 def usual_options(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run would have recorded, given steps, preset and updates alone; empty for a record that is damaged."""
-    names = ("num_inference_steps", "preset", "max_train_steps", "init_from")
+    """What a run would have recorded, given what decides its preset alone; empty for a record that is damaged."""
+    names = ("num_inference_steps", "preset", "max_train_steps", "init_from", "noise_scale_type")
     try:
         config = HSIVIConfig(**{name: recorded[name] for name in names if name in recorded})
     except (ValueError, TypeError):
@@ -301,11 +302,11 @@ def usual_options(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 def removed(config: HSIVIConfig) -> dict[str, Any]:
     """Options of version 0.2 that were removed, with what follows now from the options that are left."""
-    several = len(config.depths) > 1
+    several, led_to_images = len(config.depths) > 1, not config.num_pairs or max(config.depths) < 3
     rule = START_RULES[config.preset]
     kind, value = ("", None) if rule is None or config.start_timestep is not None else rule
     return {
-        "pair_steps": 500,
+        "pair_steps": 500 if led_to_images else None,  # None: those of version 0.2 do not follow, whatever they were
         "pair_weight": 0.005,
         "start_signal": value if kind == "signal" else None,
         "start_noise": value if kind == "noise" else None,

@@ -23,6 +23,7 @@ from ..vi.layers import hierarchy_ends
 from ..vi.regression import half_square
 
 PAIR_CALLS = 15  # steps of the teacher from noise to an image
+ROWS = 64  # pairs that are computed at once
 
 
 class InterruptedRunError(Exception):
@@ -125,20 +126,24 @@ def follow_ode(
     schedule, device = teacher.teacher.schedule, teacher.teacher.device
     levels, calls = _grid(schedule, ends, num_steps)
     solver, _ = make_scheduler("UniPC", schedule, levels)
-    parts = [noise.new_empty(0, len(ends), *noise.shape[1:]) if made is None else made]
-    done = len(parts[0])
+    done = 0 if made is None else len(made)
+    if made is not None and done == len(noise):
+        ended = made
+    else:
+        ended = noise.new_empty(len(noise), len(ends), *noise.shape[1:])  # parts put together later take twice as much
+        ended[:done] = 0 if made is None else made
     rest = None if condition is None else condition[done:]
     todo = batches(noise[done:], rest, batch_size) if done < len(noise) else []
     call = call_for_solver(teacher)
     for x, rows in bar(todo, "pairs", leave=False, disable=not show):
         if stop():
-            raise InterruptedRunError(torch.cat(parts))
+            raise InterruptedRunError(ended[:done].clone())
         rows = None if rows is None else rows.to(device)
         states = solver_states(call, solver, x.to(device), len(levels), rows)
         numbered = enumerate(islice(states, max(calls)), 1)
-        reached = {number: state.cpu() for number, state in numbered if number in calls}
-        parts.append(torch.stack([reached[number] for number in calls], 1))
-    ended = torch.cat(parts)
+        reached = {0: x, **{number: state.cpu() for number, state in numbered if number in calls}}
+        ended[done : done + len(x)] = torch.stack([reached[number] for number in calls], 1)
+        done += len(x)
     if lost := int((~ended.isfinite()).flatten(1).any(1).sum()):
         raise ValueError(
             f"{lost} of {len(noise)} pairs contain NaN or inf: check the teacher's samples, and if it runs in "
@@ -155,7 +160,8 @@ class TeacherPairs:
     Args:
         scheduler: Gives the grids of the layers.
         noise: x_T ~ N(0, I), shape (N, C, H, W).
-        ended: By `follow_ode` at the `end_levels` of the scheduler, shape (N, G, C, H, W), of G grids.
+        ended: By `follow_ode` at the `end_levels` of the scheduler, shape (N, G, C, H, W), of G grids. The means are
+            written into it, since there may be memory for one of them only.
         condition: Condition of each pair, shape (N,), or None.
         clips: Clip images to [-1, 1].
         device: Of what is drawn.
@@ -172,15 +178,15 @@ class TeacherPairs:
     ) -> None:
         self.noise, self.condition, self._device = noise, condition, device
         self._first, _ = hierarchy_ends(scheduler.depths)
-        means = []
-        for t, end, x in zip(self._first.split(1), end_levels(scheduler), ended.unbind(1), strict=True):
+        for t, end, means in zip(self._first.split(1), end_levels(scheduler), ended.unbind(1), strict=True):
             layer = scheduler.layers.coefficients(scheduler.input_level(t), noise, scheduler.output_level(t))
-            if end is None:
-                x0 = x.clamp(-1, 1) if clips else x
-                means.append(layer.mean(x0, layer.noise_in(noise, x0)))
-            else:
-                means.append(layer.alpha / scheduler.alpha_sigma(torch.tensor([end]), noise)[0] * x)
-        self.mean = torch.stack(means, 1)
+            for x_next, x in zip(noise.split(ROWS), means.split(ROWS), strict=True):
+                if end is None:
+                    x0 = x.clamp(-1, 1) if clips else x
+                    x.copy_(layer.mean(x0, layer.noise_in(x_next, x0)))
+                else:
+                    x.mul_(layer.alpha / scheduler.alpha_sigma(torch.tensor([end]), noise)[0])
+        self.mean = ended
 
     def sample(self, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Draws (x_T, the mean of layer t, condition) of layers t, shape (B,), that take noise, for `PairChain`."""

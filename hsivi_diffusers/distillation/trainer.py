@@ -73,7 +73,8 @@ class HSIVITrainer:
             `vi.Step`: `step.step` is its number, from 0, and `step.layers.loss` the losses, shape (B,).
             `trainer.pipeline` is the student so far. A dictionary of numbers that it returns is shown in the bar and by
             the trackers of the main process.
-        objective: Instead of that of the config: any `vi.CriticObjective`, with weights in score units.
+        objective: Instead of that of the config: any `vi.CriticObjective`, with weights in score units. Layers that
+            learn from pairs alone do not ask it; with num_pairs=0 there are none.
 
     Raises:
         ValueError: The config cannot run, or the teacher cannot be loaded or distilled.

@@ -36,7 +36,7 @@ class LayerDraw:
     level: Tensor  # of q on the bridge, shape (B,)
     t: Tensor  # layer of each row, shape (B,)
     condition: Tensor | None = None  # of each row
-    residual: Tensor | None = None  # mean of the layer, at its own level, minus the end of the pair; NaN without a pair
+    residual: Tensor | None = None  # mean of the layer, at its own level, minus the end of the pair; 0 without a pair
 
     @property
     def layer_score(self) -> Tensor:
@@ -80,7 +80,7 @@ def draw_layer(
     """
     if scoring not in ("own", "random"):
         raise ValueError(f"scoring={scoring!r} is unknown: choose 'own' or 'random'")
-    residual = None if end is None else q.mean - end
+    residual = None if end is None else torch.where(end.isnan(), 0, q.mean - end)
     level = bridge.level(t) if scoring == "own" else bridge.sample_level(t, generator)
     noise = randn_like(q.mean, generator)
     if scoring == "random":

@@ -36,8 +36,8 @@ class PairChain(Chain):
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        alone = self.num_layers == 1
-        t = torch.zeros(self.batch_size, dtype=torch.long) if alone else self.first[self._any_layer(generator)]
+        one = self.num_layers == 1
+        t = torch.zeros(self.batch_size, dtype=torch.long) if one else self.first[self._any_layer(generator)]
         x_next, end, condition = self.sample_pairs(t, generator)
         return ChainBatch(x_next=x_next, t=t.to(x_next.device), condition=condition, end=end)
 
@@ -138,8 +138,6 @@ class WithPairs(CriticObjective):
         Raises:
             ValueError: No row has a pair.
         """
-        if draw.residual is not None:
-            draw = replace(draw, residual=torch.where(draw.residual.isnan(), 0, draw.residual))
         of_pairs = self.regression.layer_loss(critic, bridge, draw)
         others = self._others(draw.t)
         loss = torch.where(others, self.weight * of_pairs, ALONE_WEIGHT * of_pairs)

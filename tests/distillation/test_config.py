@@ -45,6 +45,8 @@ def test_the_preset_follows_from_steps_and_prompts_unless_it_is_given(given, pre
         ({"num_inference_steps": [1, 2]}, 0),
         ({"num_pairs": 0}, 0),
         ({"init_from": "runs/student"}, 0),
+        ({"num_inference_steps": 1, "init_from": "runs/student"}, 6400),
+        ({"num_inference_steps": 1, "init_from": "runs/student", "noise_scale_type": "per_pixel"}, 0),
         ({"noise_scale_type": "per_pixel"}, 0),
         ({"preset": "paper"}, 0),
         ({"preset": "latent"}, 0),
@@ -199,6 +201,9 @@ def test_what_was_removed_follows_as_the_presets_of_version_0_2_had_it(preset):
     ("given", "name", "value", "accepted"),
     [
         ({}, "pair_steps", 3, False),
+        ({}, "pair_steps", 500, False),  # its pairs led to images
+        ({"num_pairs": 0}, "pair_steps", 500, True),
+        ({"num_inference_steps": 1}, "pair_steps", 500, True),
         ({}, "start_noise", 9.0, False),
         ({}, "loss_weight", "sigma2", False),
         ({"preset": "paper"}, "loss_weight", "sigma2", True),

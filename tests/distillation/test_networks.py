@@ -157,7 +157,7 @@ def begin(teacher):
 def test_a_curriculum_of_two_and_one_steps(pixel_run, teacher, tmp_path):
     run = pixel_run
     for steps in (2, 1):
-        options = {"noise_scale_type": "per_pixel", "max_train_steps": 2, "train_batch_size": 4, "num_pairs": 0}
+        options = {"noise_scale_type": "per_pixel", "max_train_steps": 2, "train_batch_size": 4}
         config = HSIVIConfig(steps, init_from=run, output_dir=tmp_path / str(steps), **options)
         HSIVITrainer(teacher, config).train()
         pipeline, run = pipeline_of(tmp_path / str(steps)), tmp_path / str(steps)

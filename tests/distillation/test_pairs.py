@@ -128,7 +128,26 @@ def test_several_ends_are_on_one_way(unet):
     teacher, noise = Guided(Pixels.of(SimpleNamespace(unet=unet), HSIVIScheduler())), torch.randn(3, 1, 8, 8)
     images, first, second = follow_ode(teacher, noise, ends=[None, 400, 154]).unbind(1)
     assert torch.equal(first, follow_ode(teacher, noise, ends=[400]).squeeze(1))
-    assert not torch.equal(images, second)
+    for end, state in ((None, images), (154, second)):  # on other grids
+        torch.testing.assert_close(state, follow_ode(teacher, noise, ends=[end]).squeeze(1), atol=0.02, rtol=0)
+
+
+def test_an_end_above_the_levels_of_the_solver_is_the_noise_itself():
+    """Zero terminal SNR, and a first step that ends at a high level."""
+    clock = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    schedule = HSIVIScheduler(**clock, layer_timesteps=[990, 960, 500, 0], noise_eta=0.0)
+    noise, ends = torch.randn(3, 1, 8, 8), end_levels(schedule)
+    assert ends == [960]
+    assert pair_levels(schedule, ends) == []
+    assert torch.equal(follow_ode(gaussian_teacher(schedule), noise, ends=ends).squeeze(1), noise)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 8])
+def test_a_first_step_from_pure_noise_that_keeps_nothing_of_it_has_pairs_to_the_lowest_level(steps):
+    grid = [1000 - round(1000 * step / steps) for step in range(steps + 1)]
+    flow = {"prediction_type": "flow_prediction", "layer_timesteps": [999, *grid[1:]]}
+    assert end_levels(HSIVIScheduler(**flow, noise_eta=1.0)) == [0]
+    assert end_levels(HSIVIScheduler(**flow, noise_eta=0.0)) == [grid[1]]
 
 
 def test_pairs_of_a_schedule_that_the_solver_has_no_name_for_have_its_betas(unet):
@@ -193,13 +212,15 @@ def test_pairs_are_drawn_as_pairs(clips):
     noise, images, labels = torch.randn(6, 1, 8, 8), 2 * torch.randn(6, 1, 1, 8, 8), torch.arange(6)
     scheduler = HSIVIScheduler(layer_timesteps=[440, 0], noise_eta=1.0, prediction_type="sample", clip_sample=False)
     t = torch.zeros(50, dtype=torch.long)
+    given = images.clone()
     pairs = TeacherPairs(scheduler, noise, images, labels, clips)
     x, end, places = pairs.sample(t, torch.Generator().manual_seed(0))
     assert set(places.tolist()) == set(range(6))
     assert torch.equal(x, noise[places])
-    answers = images.squeeze(1)[places]
+    answers = given.squeeze(1)[places]
     mean, _ = scheduler.transition(answers.clamp(-1, 1) if clips else answers, scheduler.input_level(t), x)
     torch.testing.assert_close(end, mean, atol=1e-5, rtol=1e-4)
+    assert pairs.mean.data_ptr() == images.data_ptr()  # all pairs at once may be as much as there is memory for
     assert TeacherPairs(scheduler, noise, images).sample(t)[2] is None
 
 

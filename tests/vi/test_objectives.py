@@ -149,11 +149,17 @@ def test_a_row_without_a_pair_has_no_regression():
     q = DiagonalGaussian(torch.tensor([[1.0], [2.0]], requires_grad=True), torch.ones(2, 1))
     end = torch.tensor([[torch.nan], [0.5]])
     draw = draw_layer(q, torch.zeros(2, dtype=torch.long), matching_bridge(linear_layers()), end=end)
-    assert Regression().layer_loss(no_critic, None, draw).isnan().tolist() == [True, False]
+    assert Regression().layer_loss(no_critic, None, draw).tolist() == [0.0, 1.5**2 / 2]
     loss = WithPairs(Constant(), 2.0).layer_loss(no_critic, None, draw)
     assert loss.tolist() == [2.0, 2 + 2 * 1.5**2 / 2]
     (gradient,) = torch.autograd.grad(loss.sum(), q.mean)
     assert gradient.tolist() == [[0.0], [3.0]]
+
+
+def test_a_network_that_answers_with_nan_is_seen_in_its_pairs():
+    q, t = DiagonalGaussian(torch.tensor([[torch.nan], [2.0]]), torch.ones(2, 1)), torch.zeros(2, dtype=torch.long)
+    draw = draw_layer(q, t, matching_bridge(linear_layers()), end=torch.full((2, 1), 0.5))
+    assert WithPairs(Constant(), 2.0).layer_loss(no_critic, None, draw).isnan().tolist() == [True, False]
 
 
 def test_a_loss_of_residuals_may_be_given():
