@@ -18,6 +18,7 @@ from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.solvers import SOLVERS, make_scheduler, make_solver, sample
 from training.benchmarks.images import benchmark_results, solver_pages, tune_solvers
 from training.benchmarks.images import spaces as spaces_module
+from training.benchmarks.images.set_teacher import SetTeacher
 from training.benchmarks.images.spaces import OF_CLASSIFIER, ClassMeasures, SetMeasures, Space, make_spaces
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -231,6 +232,50 @@ def test_a_set_starts_from_what_was_found_for_another(path, arguments, tmp_path)
     assert now["settings"].get("timesteps", []) == pytest.approx(before["settings"].get("timesteps", []), abs=1)
 
 
+def test_polish_that_moves_nothing_is_the_tuned_solver(digits):
+    times = [700.0, 395.0, 159.0, 30.0]
+    start, teacher = tune_solvers.Polish(times, 1000), SetTeacher(str(ASSETS / "digits_ddpm"), "digits")
+    tuned = teacher.draw(teacher.solver("UniPC", 4, [700, 395, 159, 30]), 8, 8, 0)
+    same = teacher.solver("UniPC", 4, **start.moved([0.0] * start.size))
+    torch.testing.assert_close(teacher.draw(same, 8, 8, 0), tuned, atol=1e-4, rtol=0)
+    for number in range(start.size):  # each of them does something
+        other = teacher.solver("UniPC", 4, **start.moved([5.0 * (each == number) for each in range(start.size)]))
+        assert (teacher.draw(other, 8, 8, 0) - tuned).abs().max() > 1e-3
+
+
+def test_the_network_is_told_other_times_than_those_of_the_solvers_levels():
+    teacher, told = SetTeacher(str(ASSETS / "digits_ddpm"), "digits"), []
+    polish = {"told": [650.0, 90.5], "noise_scale": 1.5, "contrast": 0.5, "brightness": 0.25}
+    solver = teacher.solver("UniPC", 2, [700.5, 100.0], polish=polish)
+    teacher.teacher.network.register_forward_pre_hook(lambda _, given: told.append(given))
+    image = teacher.draw(solver, 1, 1, 0)
+    assert [float(time) for _, time in told] == polish["told"]
+    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(told[0][0], 1.5 * noise)
+    assert 0.375 - 1e-6 <= image.min() < image.max() <= 0.875 + 1e-6  # a clipped image of half the contrast
+    alphas = HSIVIScheduler().alphas_cumprod
+    sigmas = (1 / alphas[[700, 701, 100]] - 1).sqrt().double()
+    expected = torch.stack([(sigmas[0] * sigmas[1]).sqrt(), sigmas[2]]).float()
+    torch.testing.assert_close(solver.scheduler.sigmas[:2], expected, rtol=1e-5, atol=0)
+
+
+def test_a_polished_solver_is_nearer_on_the_noise_of_the_trials_and_has_a_row_of_its_own(path, arguments, tmp_path):
+    shutil.copytree(path.parent, tmp_path / "docs")
+    sizes = ["--trials=40", "--tuning_samples=100", "--num_samples=100", "--eval_seed=9", "--polish=true"]
+    polish = [*arguments, *sizes, f"--output_dir={tmp_path / 'docs'}"]
+    tune_solvers.main(polish)
+    tuned, _, row = benchmark_results.read_rows(tmp_path / "docs/solvers.json")
+    assert (row["dataset"], row["solver"], row["calls"], row["trials"]) == ("digits polished", "UniPC", 2, 40)
+    assert row["settings"].keys() == {*tuned["settings"], "timesteps", "polish"} - {"timestep_spacing"}
+    assert solver_pages.score(row["tuned"]) < solver_pages.score(row["stock"])
+    assert "told" in (tmp_path / "docs/solvers.md").read_text()
+    # Another set, which starts from the rows of others, but not from those.
+    more = ["--dataset=again", "--solvers", "UniPC", "--trials=1", f"--runs_dir={tmp_path / 'runs'}"]
+    tune_solvers.main([*arguments, *more, f"--output_dir={tmp_path / 'docs'}"])
+    with pytest.raises(ValueError, match="has no UniPC of digits at 3, where --polish begins: tune it first"):
+        tune_solvers.main([*polish, "--calls", "3"])
+
+
 @pytest.mark.parametrize("solver", tune_solvers.CHOICES)
 def test_the_first_trials_have_the_defaults_of_diffusers(solver):
     usual = tune_solvers.usual(solver)
@@ -279,6 +324,11 @@ def test_what_was_found_for_one_set_is_a_first_trial_of_another(solver, calls, g
             "--calls 2: one guided step has no other beside it, give 4 or more",
         ),
         ([GUIDED, "--guidance_scale=2", "--calls", "4", "3"], r"--calls \[3\]: a guided step is two network calls"),
+        (
+            ["--polish=true", f"--teacher={ASSETS / 'digits_flow'}"],
+            "--polish true is for teachers of betas, not for rect",
+        ),
+        ([GUIDED, "--guidance_scale=2", "--polish=true", "--guidance_falls=true"], "--polish true goes with constant"),
         ([GUIDED, "--guidance_scale=1"], "has rows of digits of another teacher or classifier: name another --output"),
     ],
 )

@@ -44,6 +44,7 @@ from .benchmark_results import (
     NO_NOISE,
     OURS,
     PAIRS,
+    POLISHED,
     PROGRESSIVE,
     REAL,
     SOLVER,
@@ -60,7 +61,7 @@ from .benchmark_results import (
 from .latent_consistency import set_grid
 from .scenes import SCENES
 from .set_teacher import SetTeacher
-from .solver_pages import FALLING, INTERVAL, WITHOUT, best_solvers
+from .solver_pages import FALLING, INTERVAL, POLISHED_SET, WITHOUT, best_solvers
 from .spaces import SetMeasures
 from .trainings import ANEW, RESUME, Costs, Trainings, make
 
@@ -216,11 +217,11 @@ class Comparison:
         return self.teacher.solver("DPM-Solver++", self.options.teacher_steps)
 
     def _solvers(self) -> Iterator[Entry]:
-        """The best tuned solver at each number of calls with guidance, of any kind, and without."""
-        path, dataset = Path(self.options.solvers), self.options.dataset
+        """The best tuned solver at each number of calls with guidance, of any kind, and without, and polished ones."""
+        path, dataset = Path(self.options.solvers), str(self.options.dataset)
         if not path.is_file():
             raise ValueError(f"--solvers {path} is missing: name a file that tune_solvers.py has written")
-        names = {SOLVER: [dataset]}
+        names = {SOLVER: [dataset], POLISHED: [f"{dataset}{POLISHED_SET}"]}
         if self.teacher.guided.calls > 1:
             names[SOLVER] += [f"{dataset}{FALLING}", f"{dataset}{INTERVAL}"]
             names[UNGUIDED] = [f"{dataset}{WITHOUT}"]

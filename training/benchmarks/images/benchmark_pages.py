@@ -24,6 +24,7 @@ from hsivi_diffusers.runs.measures import MEASURES, format_measure
 from .benchmark_results import (
     BASELINES,
     OURS,
+    POLISHED,
     REAL,
     RESULTS,
     SOLVER,
@@ -39,7 +40,8 @@ from .spaces import OF_CLASSES, OF_CLASSIFIER, OF_SCENES
 
 Key = tuple[int, str]  # NFE and method
 LINES = (REAL, TEACHER, TEACHER_SDE)  # of the figure
-ORDER = (*LINES, SOLVER, UNGUIDED, *BASELINES, OURS)
+SOLVERS = (SOLVER, UNGUIDED, POLISHED)
+ORDER = (*LINES, *SOLVERS, *BASELINES, OURS)
 RIGHT, DIVERSITY = OF_SCENES
 OF_NEIGHBOURS = ("precision", "recall", "density", "coverage", "nearest", "class_recall")  # of copies they tell nothing
 TITLE = 10  # characters in a line of a prompt above a figure
@@ -190,7 +192,7 @@ class Distances:
 
     def best_baseline(self, measure: str, nfe: int) -> Key | None:
         """The key of the best baseline."""
-        return self.best(measure, *((nfe, name) for name in (UNGUIDED, *BASELINES)))
+        return self.best(measure, *((nfe, name) for name in (UNGUIDED, POLISHED, *BASELINES)))
 
     def cells(self, measure: str, *named: tuple[Key | None, str]) -> list[str]:
         """The values of keys, each with words after it, the best of several in bold; empty without rows."""
@@ -268,7 +270,7 @@ def differences_table(rows: list[Row]) -> str:
     groups = frame(rows).groupby(["nfe", "method"], sort=False)
     for (nfe, method), ours in groups:
         for (calls, other), solver in groups:
-            if is_ours(method) and other in (SOLVER, UNGUIDED) and nfe <= calls <= 2 * nfe:
+            if is_ours(method) and other in SOLVERS and nfe <= calls <= 2 * nfe:
                 paired = ours.merge(by_noise(solver)[spaces], on="eval_seed", suffixes=("", TO))
                 for space in spaces:
                     paired[space] -= paired[space + TO]
@@ -326,7 +328,7 @@ def costs(rows: list[Row]) -> pd.DataFrame:
 
 def label(row: Row) -> str:
     """The method of a row as it is written: ours in bold, a solver with its name."""
-    if row["method"] in (SOLVER, UNGUIDED):
+    if row["method"] in SOLVERS:
         kinds = {"guidance_end": ", falling guidance", "guidance_interval": ", guidance in an interval"}
         kind = "".join(text for name, text in kinds.items() if name in row.get("settings", {}))
         return f"{row['method']} ({row['solver']}{kind})"
@@ -349,7 +351,7 @@ def draw_classes(rows: list[Row], path: Path) -> None:
     shown = {
         (method, nfe): group
         for (nfe, method), group in frame(rows).groupby(["nfe", "method"])
-        if group.class_shares.all() and (method not in (REAL, SOLVER, UNGUIDED) or (method, nfe) == (SOLVER, 10))
+        if group.class_shares.all() and (method not in (REAL, *SOLVERS) or (method, nfe) == (SOLVER, 10))
     }
     if not shown:  # nothing of it is measured yet, or it is of scenes
         return

@@ -23,6 +23,7 @@ RESULTS = "results.json"
 OURS = "HSIVI"
 REAL, TEACHER, TEACHER_SDE, SOLVER = "real images", "teacher", "teacher, SDE", "tuned solver"
 UNGUIDED = "unguided solver"  # tuned too; beside teachers under guidance
+POLISHED = "polished solver"  # tuned further, see `PolishedSolver`
 PAIRS, PROGRESSIVE, CONSISTENCY = "pairs only", "progressive distillation", "consistency distillation"
 LATENT_CONSISTENCY = "LCM-LoRA"
 BASELINES = (PAIRS, PROGRESSIVE, CONSISTENCY, LATENT_CONSISTENCY)

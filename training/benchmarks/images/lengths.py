@@ -185,7 +185,7 @@ def write_pages(folder: Path) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Mean distances and their standard errors over the training seeds, of one or none over the noise seeds."""
+    """Mean distances and their standard errors over the training seeds, of fewer than three over the noise seeds."""
     (teacher,) = {row["method"] for row in rows if row["method"] in (TEACHER, TEACHER_SDE)}
     of_teacher = {space: f"{space}, to {teacher}" for space in rows[0]["distances"]}
     found = pd.DataFrame(
@@ -195,7 +195,7 @@ def table(rows: list[Row]) -> str:
     columns, lines = [*of_teacher, *of_teacher.values()], []
     for (method, updates), group in found.groupby(["method", "nfe"], sort=False):
         seeds = group.train_seed.nunique()
-        means = group.groupby("train_seed" if seeds > 1 else "eval_seed")[columns].mean()
+        means = group.groupby("train_seed" if seeds > 2 else "eval_seed")[columns].mean()
         cells = (three_digits(each.mean(), each.sem()) for _, each in means.items())
         lines.append([method, updates or "", seeds or "", *cells])
     return write_table(["sampler", "updates", "training seeds", *columns], ("sampler",), lines)

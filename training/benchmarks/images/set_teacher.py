@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from hsivi_diffusers import HSIVIConfig, load_teacher
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.solvers import Sampler, Solver, make_solver, sample
 
+from .polished_solver import PolishedSolver, tell
 from .scene_set import LONGEST, SceneSet
 from .scenes import SCENES
 from .sets import load_images
@@ -76,17 +77,19 @@ class SetTeacher:
         self,
         name: str,
         calls: int,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[Any] | None = None,
         guidance_end: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guided_steps: int = 0,
         unguided: bool = False,
+        polish: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Solver:
         """A solver that makes so many network calls, see `make_solver`; if `unguided`, of the teacher without guidance.
 
         With `guidance_end` its guidance is weaker the more noise there is; with `guidance_interval` the `guided_steps`
-        steps in it are guided, and the others take one call. See `Guided`.
+        steps in it are guided, and the others take one call. See `Guided`. With `polish` it is a `PolishedSolver` that
+        is `told` other timesteps.
 
         Raises:
             ValueError: They are not those of whole steps.
@@ -100,6 +103,10 @@ class SetTeacher:
             raise ValueError(f"{calls} network calls: a guided step has two, give an even number")
         if varies:
             guided = Guided(self.teacher, guided.scales, guidance_end, guidance_interval)
+        if polish is not None and timesteps is not None:
+            solver, fields = make_solver(name, steps, guided, **settings), {**polish}
+            tell(solver.scheduler, timesteps, fields.pop("told"))
+            return PolishedSolver(solver.scheduler, steps, solver.teacher, solver.call, **fields)
         solver = make_solver(name, steps, guided, timesteps, **settings)
         if guidance_interval and (found := int(guided.guides(solver.times).sum())) != guided_steps:
             raise ValueError(f"guidance_interval={guidance_interval} has {found} steps: give guided_steps={found}")

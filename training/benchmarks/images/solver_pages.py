@@ -15,6 +15,7 @@ from .benchmark_results import Row, read_rows
 LEAST = 1e-4  # an unbiased KID may be 0 or below
 FALLING = " falling"  # after the name of a set: its solvers with less guidance the more noise there is
 INTERVAL = " interval"  # after the name of a set: its solvers with guidance in an interval of times alone
+POLISHED_SET = " polished"  # after the name of a set: its solvers with settings that diffusers has no options for
 WITHOUT = " without guidance"  # after the name of a set: its solvers without guidance, one network call a step
 LABELS = ("solver", "timesteps", "settings")
 
@@ -41,7 +42,8 @@ def settings_table(rows: list[Row]) -> str:
     """The best solver at each NFE: its distances, tuned / stock, and its settings in diffusers."""
     lines = []
     for row in rows:
-        settings = dict(row["settings"])
+        settings = {**row["settings"]}
+        settings |= settings.pop("polish", {})
         spacing = settings.pop("timestep_spacing", "own")
         timesteps = ", ".join(map(str, settings.pop("timesteps", [spacing])))
         distances = (

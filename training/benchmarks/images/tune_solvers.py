@@ -12,13 +12,16 @@ by the same command, and rows that exist are kept.
 
 Guidance is constant, or falls with noise (--guidance_falls), or is in an interval of times alone (--guidance_interval,
 arXiv 2404.07724): a step outside it is one network call, so there are more steps. These have rows of their own.
+
+With --polish, UniPC is tuned further, from its row: all its timesteps, what the network is told of each, the scale of
+the noise, contrast and brightness, by COBYQA of scipy in --trials steps. See `PolishedSolver`; rows of their own, too.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from inspect import signature
@@ -32,6 +35,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from scipy.optimize import minimize
 from torch import Tensor
 
 from hsivi_diffusers.commands.options import parse_options, run_command
@@ -43,7 +47,7 @@ from hsivi_diffusers.teachers.solvers import SOLVERS
 
 from .benchmark_results import Row, hash_networks, read_rows, write_rows
 from .set_teacher import SetTeacher
-from .solver_pages import FALLING, INTERVAL, WITHOUT, score, write_page
+from .solver_pages import FALLING, INTERVAL, POLISHED_SET, WITHOUT, score, write_page
 from .spaces import make_spaces
 
 # What is tuned of each solver beside its grid, by the names of diffusers.
@@ -57,6 +61,7 @@ CHOICES: dict[str, dict[str, list[Any]]] = {
     "iPNDM": {},
 }
 WRONG = "wrong"  # share of scenes that are not right
+WORST = 20.0  # mean log distance that stands for an infinite one
 FINAL = ("DPM-Solver++", "DPM-Solver++ SDE", "UniPC")  # end at sigma 0, or at the lowest of the clock
 GRIDS = ("leading", "trailing", "linspace")  # of diffusers; iPNDM has none for a teacher
 # Start and end, as shares of the clock, and power; the last one is for flows, which start at pure noise.
@@ -79,6 +84,7 @@ class Options:
     guidance_falls: bool = option(False, "guide less the more noise there is, and tune where guidance ends")
     guidance_interval: bool = option(False, "guide some of the steps alone, the others take one call, and tune which")
     solvers: list[str] = option([*CHOICES], "solvers to tune")
+    polish: bool = option(False, "tune the tuned UniPC further, by numbers that diffusers has no options for")
     calls: list[int] = option([1, 2, 3, 4, 5, 8, 10, 15, 20], "network calls")
     trials: int = option(30, "settings to try for each solver and number of calls")
     tuning_samples: int = option(2000, "images of a trial")
@@ -101,6 +107,9 @@ class Tuning:
         self.clock = len(self.teacher.teacher.schedule)
         if odd := [calls for calls in options.calls if calls % self.teacher.guided.calls]:
             raise ValueError(f"--calls {odd}: a guided step is two network calls: give even numbers")
+        schedule = self.teacher.teacher.schedule
+        if options.polish and (schedule.is_flow or schedule.is_edm):
+            raise ValueError("--polish true is for teachers of betas, not for rectified flows or EDM: leave it out")
         self.spaces = make_spaces(Path(str(options.classifier)), self.teacher.real[0])
         scenes = self.teacher.scenes
         self.measures: Any = scenes and scenes.measures(Path(str(options.classifier)))
@@ -163,7 +172,7 @@ class Tuning:
             load_if_exists=True,
         )
         rows, stock_settings = read_rows(Path(options.output_dir) / "solvers.json"), SOLVERS[solver][1]
-        rows = [row for row in rows if not row["dataset"].endswith((FALLING, INTERVAL))]
+        rows = [row for row in rows if not row["dataset"].endswith((FALLING, INTERVAL, POLISHED_SET))]
         if varies := options.guidance_falls or options.guidance_interval:  # starts from the set's constant guidance
             rows = [row for row in rows if options.dataset in (row["dataset"] + kind for kind in SUFFIXES.values())]
         others = [row["settings"] for row in rows if (row["solver"], row.get("steps", row["calls"])) == (solver, steps)]
@@ -183,13 +192,61 @@ class Tuning:
         stock, tuned = self.distances(self.draw(*given)), self.distances(self.draw(*given, **settings))
         if score(stock) < score(tuned) and not varies:  # stock guidance is constant
             settings, tuned = {}, stock
+        steps = calls - settings["guided_steps"] if options.guidance_interval else steps
+        return self._row(solver, calls, steps, {**stock_settings, **settings}, stock, tuned)
+
+    def polish(self, solver: str, calls: int) -> Row:
+        """The tuned solver, and what it becomes with all of `Polish`; `stock` has the distances of the former."""
+        options, steps = self.options, calls // self.teacher.guided.calls
+        before = {**self._tuned(solver, calls)["settings"]}
+        start = Polish(self.teacher.solver(solver, calls, **before).times, self.clock)
+        rest = {name: value for name, value in before.items() if not name.startswith("timestep")}
+
+        def worth(point: Sequence[float]) -> float:
+            moved = {**rest, **start.moved(point)}
+            images = self.draw(solver, calls, options.tuning_samples, options.tuning_seed, **moved)
+            return min(score(self.distances(images)), WORST)
+
+        found = minimize(
+            worth,
+            [0.0] * start.size,
+            method="COBYQA",
+            options={"maxfev": options.trials, "initial_tr_radius": 0.5, "final_tr_radius": 0.01},
+        )
+        settings, given = {**rest, **start.moved(found.x)}, (solver, calls, options.num_samples, options.eval_seed)
+        tuned, polished = (self.distances(self.draw(*given, **each)) for each in (before, settings))
+        return self._row(solver, calls, steps, settings, tuned, polished)
+
+    def _tuned(self, solver: str, calls: int) -> Row:
+        """The row of a tuned solver.
+
+        Raises:
+            ValueError: There is none.
+        """
+        options, path = self.options, Path(self.options.output_dir) / "solvers.json"
+        name = str(options.dataset).removesuffix(POLISHED_SET)
+        for row in read_rows(path):
+            if key_of(row) == (name, calls, solver):
+                return row
+        raise ValueError(f"{path} has no {solver} of {name} at {calls}, where --polish begins: tune it first")
+
+    def _row(
+        self,
+        solver: str,
+        calls: int,
+        steps: int,
+        settings: dict[str, Any],
+        stock: dict[str, float],
+        tuned: dict[str, float],
+    ) -> Row:
+        options = self.options
         return {
             "dataset": options.dataset,
             "solver": solver,
             "calls": calls,
-            "steps": calls - settings["guided_steps"] if options.guidance_interval else steps,
+            "steps": steps,
             "scheduler": SOLVERS[solver][0].__name__,
-            "settings": {**stock_settings, **settings},
+            "settings": settings,
             "tuned": tuned,
             "stock": stock,
             "floor": self.floor,
@@ -203,6 +260,40 @@ class Tuning:
             "trials": options.trials,
             "networks": self.networks,
             "measured": measured_on(),
+        }
+
+
+@dataclass(frozen=True)
+class Polish:
+    """The settings of a `PolishedSolver` by numbers of size 1: 2 n + 3 of n timesteps, all 0 for the solver as it is.
+
+    Two for each timestep, 0.1 of its logarithm and of that of what the network is told over it; 0.1 of the logarithm of
+    the scale of the noise, 0.02 of that of the contrast, and 0.02 of the brightness.
+    """
+
+    timesteps: Sequence[float]
+    clock: int
+
+    @property
+    def size(self) -> int:
+        return 2 * len(self.timesteps) + 3
+
+    def moved(self, point: Sequence[float]) -> dict[str, Any]:
+        """Settings of `SetTeacher.solver`."""
+        count = len(self.timesteps)
+        highest = self.clock - 1.0
+        moved = [min(t * math.exp(0.1 * by), highest) for t, by in zip(self.timesteps, point[:count], strict=True)]
+        times = sorted(moved, reverse=True)
+        told = [min(t * math.exp(0.1 * by), highest) for t, by in zip(times, point[count : 2 * count], strict=True)]
+        noise, contrast, brightness = point[2 * count :]
+        return {
+            "timesteps": [round(t, 2) for t in times],
+            "polish": {
+                "told": [round(t, 2) for t in told],
+                "noise_scale": round(math.exp(0.1 * noise), 4),
+                "contrast": round(math.exp(0.02 * contrast), 4),
+                "brightness": round(0.02 * brightness, 4),
+            },
         }
 
 
@@ -275,6 +366,10 @@ def main(args: list[str] | None = None) -> None:
         if options.guidance_interval and min(options.calls) < 4:
             raise ValueError(f"--calls {min(options.calls)}: one guided step has no other beside it, give 4 or more")
         options.dataset = f"{options.dataset}{SUFFIXES[name]}"
+    if options.polish:
+        if options.guidance_falls or options.guidance_interval:
+            raise ValueError("--polish true goes with constant guidance: leave out what varies it")
+        options.dataset, options.solvers = f"{options.dataset}{POLISHED_SET}", ["UniPC"]
     if unknown := [solver for solver in options.solvers if solver not in CHOICES]:
         raise ValueError(f"--solvers {', '.join(unknown)} unknown: choose from {', '.join(CHOICES)}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -289,7 +384,7 @@ def main(args: list[str] | None = None) -> None:
     for calls in options.calls:
         for solver in options.solvers:
             if (options.dataset, calls, solver) not in map(key_of, read_rows(path)):
-                row = tuning.tune(solver, calls)
+                row = tuning.polish(solver, calls) if options.polish else tuning.tune(solver, calls)
                 with in_turn(path.parent):
                     write_rows(path, sorted([*read_rows(path), row], key=key_of))
                     write_page(path.parent)
