@@ -80,8 +80,8 @@ def run_updates(state: TrainingState, start_step: int) -> Iterator[Step]:
                     _regress(state)
         except InterruptedRunError as error:
             raise InterruptedRunError(
-                f"stopped before update {start_step + 1}, the pairs made so far were kept: continue with "
-                "resume_from_checkpoint latest, from Python in a new HSIVITrainer"
+                f"stopped before update {start_step + 1}; the pairs made so far were kept, a fit to them starts anew: "
+                "continue with resume_from_checkpoint latest, from Python in a new HSIVITrainer"
             ) from error
     objective = state.objective or make_objective(config, state.bridge)
     if config.num_pairs:

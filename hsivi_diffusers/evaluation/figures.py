@@ -38,7 +38,7 @@ def draw_samples(rows: list[tuple[str, torch.Tensor]], path: Path, titles: list[
     for line, (_, images) in enumerate(rows):
         for column, image in zip(range(columns), images, strict=True):
             place = (column, column + 1 - GAP, line + 1 - GAP, line)  # left, right, bottom, top
-            axis.imshow(image.permute(1, 2, 0).squeeze(-1), extent=place, **style)
+            axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), extent=place, **style)
     axis.set(xlim=(0, columns), ylim=(len(rows), 0), xticks=[])
     axis.set_yticks([line + 0.5 for line in range(len(rows))], [label for label, _ in rows], fontsize=11)
     for text in axis.get_yticklabels():

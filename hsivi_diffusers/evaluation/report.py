@@ -158,22 +158,25 @@ class Report:
         return abs(one["kid"] - other["kid"]) < 2 * jackknife(folds)
 
     def closing_lines(self) -> str:
-        """What was written, how HSIVI compares at its largest number of network calls, and what to do next."""
-        ours = max((row for row in self.rows if row["method"] == OURS), key=lambda row: row["nfe"])
+        """What was written, how HSIVI compares at each of its numbers of network calls, and what to do next."""
+        ours = sorted((row for row in self.rows if row["method"] == OURS), key=lambda row: row["nfe"])
         baselines = self._measured([row for row in self.rows if row["method"] != OURS])
 
         def value(row: dict[str, Any]) -> str:
             return format_cell(self.headline, row, "not finite")
 
-        named = [ours]
-        compared = f"{MEASURES[self.headline].head} {value(ours)} at {ours['nfe']} network calls"
-        if equal := [row for row in baselines if row["nfe"] == ours["nfe"]]:
-            best = min(equal, key=lambda row: row[self.headline])
-            named.append(best)
-            compared += f"; best solver at as many calls: {best['method']}, {value(best)}"
-            compared += ", too close to tell apart by this many images" * self._are_level(ours, best)
-        longest = max(baselines, key=lambda row: (row["nfe"], -row[self.headline]), default=ours)
-        if longest["nfe"] > ours["nfe"]:
+        named, parts = [*ours], []
+        for row in ours:
+            calls = f"{row['nfe']} network call{'s' * (row['nfe'] > 1)}"
+            parts.append(f"{MEASURES[self.headline].head} {value(row)} at {calls}")
+            if equal := [each for each in baselines if each["nfe"] == row["nfe"]]:
+                best = min(equal, key=lambda each: each[self.headline])
+                named.append(best)
+                parts.append(f"best solver at as many calls: {best['method']}, {value(best)}")
+                parts[-1] += ", too close to tell apart by this many images" * self._are_level(row, best)
+        compared = "; ".join(parts)
+        longest = max(baselines, key=lambda row: (row["nfe"], -row[self.headline]), default=ours[-1])
+        if longest["nfe"] > ours[-1]["nfe"]:
             named.append(longest)
             compared += f"; with the most calls, {longest['nfe']}: {longest['method']}, {value(longest)}"
         if self.headline == "kid" and any(row.get("kid", 0) < 0 for row in named):

@@ -29,7 +29,7 @@ DISTANCES = {
 # Options of the run that the card lists.
 OPTIONS = (
     *("preset", "objective", "scoring", "guidance_scale", "lora_rank", "max_train_steps", "train_batch_size"),
-    *("learning_rate", "critic_learning_rate", "seed"),
+    *("learning_rate", "critic_learning_rate", "num_pairs", "seed"),
 )
 METHOD = (
     "hierarchical semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153))"
@@ -367,6 +367,8 @@ def _training(scheduler: Any, run: dict[str, Any]) -> str:
         "conditional distribution, trained so that its marginal matches the data at a noise level, whose score the "
         "teacher gives. No images were used."
     )
+    if options.get("num_pairs"):
+        text += " Pairs of noise and the point to which the teacher's ODE leads it taught the first one."
     if start := training.get("start"):
         text += f" The student started from {_plain(start)}, which may have used some; its licence applies here, too."
     if scales := scheduler.guidance_scales:

@@ -749,7 +749,9 @@ def test_processes_that_are_ended_before_their_first_update_go_on_to_the_same_bi
     assert statuses[-1] == status, text
     if status == 75:
         assert statuses == [75, 75]
-        assert "stopped before update 1, the pairs made so far were kept: continue with" in text
+        assert (
+            "stopped before update 1; the pairs made so far were kept, a fit to them starts anew: continue with" in text
+        )
         assert len([*(run / "pairs").glob("*.safetensors")]) == 2
     assert not any((run / name).exists() for name in ("checkpoints", "pipeline"))
     train(run, "pairs", resume_from_checkpoint="latest", **second)

@@ -88,6 +88,16 @@ def test_of_several_long_baselines_the_best_is_named(report):
     assert wanted in report.closing_lines()
 
 
+def test_each_number_of_calls_is_compared(report):
+    for method, nfe, value in (("HSIVI", 4, 0.3), ("HSIVI", 1, 0.5), ("DDIM", 1, 0.9), ("UniPC", 8, 0.1)):
+        add(report, method, nfe, value)
+    wanted = (
+        "Result: KID x 1000 500.00 at 1 network call; best solver at as many calls: DDIM, 900.00; KID x 1000 300.00 at "
+        "4 network calls; with the most calls, 8: UniPC, 100.00"
+    )
+    assert wanted in report.closing_lines()
+
+
 @pytest.mark.parametrize("value", [-0.0004, 0.1])
 def test_a_kid_below_0_is_explained(report, value):
     add(report, "HSIVI", 2, 0.3)
