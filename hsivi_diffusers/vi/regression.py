@@ -150,6 +150,8 @@ class WithPairs(CriticObjective):
 
     def _take_others(self, draw: LayerDraw) -> LayerDraw:
         """Their rows; all if there are none, since in a sharded run every process takes part in each call."""
+        if not len(self.alone):  # a GPU would wait for the numbers of the rows
+            return draw
         rows = self._others(draw.t).nonzero().squeeze(1)
         return draw.take(rows) if 0 < len(rows) < len(draw.t) else draw
 

@@ -198,7 +198,7 @@ class Tuning:
     def polish(self, solver: str, calls: int) -> Row:
         """The tuned solver, and what it becomes with all of `Polish`; `stock` has the distances of the former."""
         options, steps = self.options, calls // self.teacher.guided.calls
-        before = {**self._tuned(solver, calls)["settings"]}
+        before = {**self.tuned(solver, calls)["settings"]}
         start = Polish(self.teacher.solver(solver, calls, **before).times, self.clock)
         rest = {name: value for name, value in before.items() if not name.startswith("timestep")}
 
@@ -217,7 +217,7 @@ class Tuning:
         tuned, polished = (self.distances(self.draw(*given, **each)) for each in (before, settings))
         return self._row(solver, calls, steps, settings, tuned, polished)
 
-    def _tuned(self, solver: str, calls: int) -> Row:
+    def tuned(self, solver: str, calls: int) -> Row:
         """The row of a tuned solver.
 
         Raises:
@@ -387,6 +387,8 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(
             f"{path} has rows of {options.dataset} of another teacher or classifier: name another --output_dir"
         )
+    for calls in options.calls if options.polish else []:
+        tuning.tuned("UniPC", calls)  # refused now, and not after the calls before it
     for calls in options.calls:
         for solver in options.solvers:
             if (options.dataset, calls, solver) not in map(key_of, read_rows(path)):
