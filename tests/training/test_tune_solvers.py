@@ -260,6 +260,19 @@ def test_a_polished_solver_is_nearer_on_the_noise_of_the_trials_and_has_a_row_of
         tune_solvers.main([*polish, "--calls", "3"])
 
 
+def test_a_tuned_solver_that_is_better_than_what_polish_finds_is_kept(path, arguments, tmp_path, monkeypatch):
+    shutil.copytree(path.parent, tmp_path / "docs")
+    bad = SimpleNamespace(x=torch.tensor([0.0, 0.0, 0.0, 0.0, 9.0, -40.0, 0.0]))
+    monkeypatch.setattr(tune_solvers, "minimize", lambda *given, **options: bad)
+    tune_solvers.main([*arguments, "--polish=true", f"--output_dir={tmp_path / 'docs'}"])
+    *_, row = benchmark_results.read_rows(tmp_path / "docs/solvers.json")
+    assert row["tuned"] == row["stock"]
+    assert row["settings"]["polish"] == {
+        "told": row["settings"]["timesteps"],
+        **{"noise_scale": 1.0, "contrast": 1.0, "brightness": 0.0},
+    }
+
+
 @pytest.mark.parametrize("solver", tune_solvers.CHOICES)
 def test_the_first_trials_have_the_defaults_of_diffusers(solver):
     usual = tune_solvers.usual(solver)

@@ -215,6 +215,8 @@ class Tuning:
         )
         settings, given = {**rest, **start.moved(found.x)}, (solver, calls, options.num_samples, options.eval_seed)
         tuned, polished = (self.distances(self.draw(*given, **each)) for each in (before, settings))
+        if score(tuned) < score(polished):
+            settings, polished = {**rest, **start.moved([0.0] * start.size)}, tuned
         return self._row(solver, calls, steps, settings, tuned, polished)
 
     def tuned(self, solver: str, calls: int) -> Row:
