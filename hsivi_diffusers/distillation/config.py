@@ -233,12 +233,12 @@ class HSIVIConfig:
     def _of_preset(self) -> dict[str, Any]:
         """The values of the preset for as many steps and updates."""
         values, per_pixel = dict(PRESETS[str(self.preset)]), self.noise_scale_type == "per_pixel"
-        if self.init_from:
-            values["num_pairs"] *= not per_pixel
-        elif self.preset == "fast" and max(self.depths, default=0) > 2 and not per_pixel:
+        if self.preset == "fast" and max(self.depths, default=0) > 2 and not per_pixel:
             values["num_pairs"] = min(PAIRS, 16 * self.max_train_steps)
-        elif self.preset == "latent" and self.depths == [1]:
+        elif self.preset == "latent" and self.depths == [1] and not self.init_from:
             values["num_pairs"] = PAIRS_OF_LATENTS
+        elif self.preset == "one_call" and self.init_from and per_pixel:
+            values["num_pairs"] = 0
         values["critic_first"] = min(values["critic_first"], self.max_train_steps // 6)  # in short runs a sixth at most
         if self.init_from:  # the critic has learned already, but for levels of a first step that has pairs alone
             values["critic_first"] = 0
