@@ -117,7 +117,7 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
 OF_TEACHER = {*signature(HSIVIScheduler).parameters, "variance_type", "_use_default_values"}
 
 
-def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
+def use_grid(scheduler: Any, timesteps: Sequence[float], sigmas: Tensor | None = None) -> Any:
     """Gives a solver of diffusers timesteps of your choice, and returns it; a pipeline can then be run with it.
 
     Its `set_timesteps` then accepts their number alone. The noise level after the last one stays as its config has it.
@@ -125,6 +125,8 @@ def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
     Args:
         scheduler: A solver with `alphas_cumprod` and `sigmas`, or with `set_levels`, as `TeacherIPNDM`.
         timesteps: Of the network calls, descending: from N-1 to 0, or, of a rectified flow, N sigma.
+        sigmas: sigma / alpha of the steps of a solver with `alphas_cumprod`, shape (n,); by default those of the
+            timesteps.
     """
     own, steps = scheduler.set_timesteps, torch.tensor(timesteps)
 
@@ -135,12 +137,14 @@ def use_grid(scheduler: Any, timesteps: Sequence[float]) -> Any:
         if hasattr(scheduler, "set_levels"):
             scheduler.set_levels(steps)
             return
-        if scheduler.config.get("use_flow_sigmas") or not hasattr(scheduler, "alphas_cumprod"):
-            sigmas = (steps / scheduler.config.num_train_timesteps).clamp_max(1 - 1e-6)  # log alpha is asked for
+        if sigmas is not None:
+            levels = sigmas
+        elif scheduler.config.get("use_flow_sigmas") or not hasattr(scheduler, "alphas_cumprod"):
+            levels = (steps / scheduler.config.num_train_timesteps).clamp_max(1 - 1e-6)  # log alpha is asked for
         else:
             abar = scheduler.alphas_cumprod[steps]
-            sigmas = ((1 - abar) / abar).sqrt()
-        scheduler.timesteps, scheduler.sigmas = steps.to(device), torch.cat([sigmas, scheduler.sigmas[-1:].cpu()])
+            levels = ((1 - abar) / abar).sqrt()
+        scheduler.timesteps, scheduler.sigmas = steps.to(device), torch.cat([levels, scheduler.sigmas[-1:].cpu()])
 
     scheduler.set_timesteps = set_timesteps
     return scheduler

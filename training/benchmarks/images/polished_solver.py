@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsivi_diffusers.teachers.solvers import Solver, run_solver
+from hsivi_diffusers.teachers.solvers import Solver, run_solver, use_grid
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,7 @@ def tell(scheduler: Any, timesteps: Sequence[float], told: Sequence[float]) -> A
     That a network in a short chain is told another time than that of its input is of arXiv 2305.15583; both are tuned
     in arXiv 2405.15506. Timesteps descend, from N - 1 to 0, and may have fractions.
     """
-    own, shown = scheduler.set_timesteps, torch.tensor(told)
-    sigmas = sigma_at(scheduler.alphas_cumprod, torch.tensor(timesteps))
-
-    def set_timesteps(num_inference_steps: int, device: Any = None) -> None:
-        own(num_inference_steps, device=device)
-        scheduler.timesteps = shown.to(device)
-        scheduler.sigmas = torch.cat([sigmas, scheduler.sigmas[-1:].cpu()])
-
-    scheduler.set_timesteps = set_timesteps
-    return scheduler
+    return use_grid(scheduler, told, sigma_at(scheduler.alphas_cumprod, torch.tensor(timesteps)))
 
 
 def sigma_at(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
