@@ -114,7 +114,8 @@ class HSIVIPipeline(DiffusionPipeline):
             batch_size: Number of images.
             generator: Source of all noise; a list gives each image its own.
             num_inference_steps: T, one of the trained numbers of steps; None means the largest.
-            latents: x_T, shape (batch_size, C, H, W); drawn by default.
+            latents: x_T, shape (batch_size, C, H, W); drawn by default. A student with a `noise_cutoff` is given its
+                low frequencies.
             class_labels: Shape (batch_size,), required for a class-conditional UNet.
             guidance_scale: A scale of classifier-free guidance that was distilled into the UNet; it costs no extra
                 network call. None means the lowest; without guidance, 1 is accepted too.
@@ -136,7 +137,7 @@ class HSIVIPipeline(DiffusionPipeline):
         weight = self.unet.conv_in.weight
         hooked = _is_hooked(self.unet)  # `self.device` takes as long as a call of a small network
         device, dtype = (self._execution_device, self.unet.dtype) if hooked else (weight.device, weight.dtype)
-        latents = _prepare_latents(self.unet, batch_size, latents, generator, device, dtype)
+        latents = self.scheduler.low_pass(_prepare_latents(self.unet, batch_size, latents, generator, device, dtype))
         guidance = self.scheduler.guidance_index(guidance_scale)
         conditions = self._prepare_class_labels(batch_size, class_labels, device, guidance)
         per_pixel = self.scheduler.config.noise_scale_type == "per_pixel"

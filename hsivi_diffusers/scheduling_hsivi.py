@@ -16,6 +16,8 @@ From betas, alpha = sqrt(abar) and sigma = sqrt(1 - abar), and with noise_scale 
 al. 2023, arXiv 2209.03003), and with noise_eta = 0 this is an Euler step. Kernel "renoise" is the re-noising of
 consistency sampling.
 
+A sampler of one step may have a `noise_cutoff`: then x_T is noise without the spatial frequencies above it.
+
 EDM (Karras et al. 2022, arXiv 2206.00364) has samples y = x0 + s eps, of which x = y / sqrt(1 + s^2) here: alpha =
 1 / sqrt(1 + s^2), sigma = s alpha. Its network is told log(s) / 4, and it takes z = x / sqrt(sigma^2 + d^2 alpha^2), d
 the standard deviation of the data: a sample of x0 / d, of which it predicts v.
@@ -461,6 +463,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         edm: For EDM, instead of betas, settings of EDMEulerScheduler of diffusers, with its defaults: `sigma_data`, the
             standard deviation d of the data; `sigma_min` and `sigma_max`, s of the first and the last level, see
             `EDMLevels`.
+        noise_cutoff: Of a sampler of one step: it takes noise without spatial frequencies above this many cycles per
+            image height and width, see `low_pass`. None: it takes all.
 
     Raises:
         ValueError: A value is out of range.
@@ -512,6 +516,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         max_sequence_length: int | None = None,
         guidance_scale: float | list[float] | None = None,
         edm: dict[str, Any] | None = None,
+        noise_cutoff: float | None = None,
     ):
         if edm is not None:
             if not isinstance(edm, Mapping):
@@ -530,6 +535,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         self.levels = self._make_levels(shift)
         self.init_noise_sigma = 1.0
         self._warned = False
+        if noise_cutoff is not None and [len(grid) for grid in self.trained_grids] != [2]:
+            raise ValueError(f"noise_cutoff={noise_cutoff} is of a trained grid of one step: leave it out")
         self.num_inference_steps: int | None = None
         self.timesteps = self.levels.time(torch.arange(len(self.levels)).flip(0))
         self._layers: Layers | None = None
@@ -619,6 +626,18 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         whole = sample.to(torch.promote_types(sample.dtype, torch.float32))
         alpha, sigma = self.alpha_sigma(self.levels.read_times(timestep, sample), whole)
         return (whole * _input_scale(self.sigma_data, alpha, sigma)).to(sample.dtype)
+
+    def low_pass(self, noise: torch.Tensor) -> torch.Tensor:
+        """Returns noise x_T as the sampler takes it: without frequencies above `noise_cutoff`; as given without one.
+
+        Of the Fourier coefficient of u cycles per height and v per width nothing is left if u^2 + v^2 is above the
+        square of the cutoff, and all of it otherwise. One step turns the fine noise that it is given into grain.
+
+        Args:
+            noise: Shape (B, C, H, W).
+        """
+        cutoff = self.config.noise_cutoff
+        return noise if cutoff is None else _low_pass(noise, cutoff)
 
     # ----- the grid -----
 
@@ -914,10 +933,13 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             **kwargs: Arguments of other schedulers that pipelines pass, such as `eta`; ignored.
 
         Raises:
-            ValueError: As `transition`; or generator and variance_noise are both given.
+            ValueError: As `transition`; or generator and variance_noise are both given, or the sample has frequencies
+                above the `noise_cutoff`.
         """
         dtype = sample.dtype
         model_output, sample = _match(model_output, sample)
+        if (cutoff := self.config.noise_cutoff) is not None:
+            _check_low(sample, cutoff)
         layer = self.layers.at(timestep, sample)
         mean, std, x0 = self._transition(model_output, sample, layer, noise_scale)
         if generator is not None and variance_noise is not None:
@@ -980,6 +1002,25 @@ def _noise_of(sample: torch.Tensor) -> torch.Tensor:
             torch.randn(row.shape, generator=torch.Generator().manual_seed(int.from_bytes(seed)), dtype=row.dtype)
         )
     return torch.stack(rows).to(sample.device)
+
+
+def _low_pass(x: torch.Tensor, cutoff: float) -> torch.Tensor:
+    """Returns x without the spatial frequencies above a number of cycles per image, in its dtype."""
+    height, width = x.shape[-2:]
+    rows = torch.fft.fftfreq(height, 1 / height, device=x.device)[:, None]
+    columns = torch.fft.rfftfreq(width, 1 / width, device=x.device)
+    coefficients = torch.fft.rfft2(x.to(torch.promote_types(x.dtype, torch.float32)))
+    kept = rows.square() + columns.square() <= cutoff**2
+    return torch.fft.irfft2(coefficients * kept, s=(height, width)).to(x.dtype)
+
+
+def _check_low(sample: torch.Tensor, cutoff: float) -> None:
+    """Raises ValueError if more than a hundredth of a sample's variance is above a frequency."""
+    if bool((sample - _low_pass(sample, cutoff)).square().mean() > 0.01 * sample.square().mean()):
+        raise ValueError(
+            f"the sample has noise above {cutoff:g} cycles per image, which this student was trained without: draw "
+            "with HSIVIPipeline, or start from scheduler.low_pass(noise)"
+        )
 
 
 def _is_doubled(sample: torch.Tensor) -> bool:
@@ -1062,6 +1103,8 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"resolution={size!r}: give height and width in pixels")
     if settings["max_sequence_length"] is not None:
         _check_number("max_sequence_length", settings["max_sequence_length"], 1, kind=Integral)
+    if settings["noise_cutoff"] is not None:
+        _check_number("noise_cutoff", settings["noise_cutoff"], sys.float_info.min)
     if (edm := settings["edm"]) is not None:
         for name in edm:
             _check_choice("key of edm", name, tuple(EDM))

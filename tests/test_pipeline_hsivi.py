@@ -118,6 +118,22 @@ class Blank(PipelineCallback):
         return {"latents": torch.zeros(3, 1, 8, 8)}
 
 
+def test_a_student_without_fine_noise_gets_the_rest_and_no_other_pipeline_may_forget_it(unet, tmp_path):
+    HSIVIPipeline(unet, HSIVIScheduler(layer_timesteps=[440, 0], noise_cutoff=2.0)).save_pretrained(tmp_path)
+    pipeline = HSIVIPipeline.from_pretrained(tmp_path)
+    scheduler, seeded = pipeline.scheduler, partial(torch.Generator().manual_seed, 3)
+    noise = torch.randn(2, 1, 8, 8, generator=seeded())
+    x, time = scheduler.low_pass(noise), scheduler.timesteps[0]
+    expected = scheduler.step(pipeline.unet(x, time).sample, time, x).prev_sample
+    for given in ({"generator": seeded()}, {"latents": noise}, {"latents": x}):
+        drawn = pipeline(2, **given, output_type="latent").images
+        torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(
+        ValueError, match="noise above 2 cycles .* draw with HSIVIPipeline, or start from scheduler.low"
+    ):
+        DDPMPipeline(pipeline.unet, scheduler)(2, num_inference_steps=1)
+
+
 def test_a_callback_sees_and_may_replace_the_state(unet):
     pipeline, seen, start = make_pipeline(unet, noise_eta=0.0), [], torch.randn(3, 1, 8, 8, generator=seeded(1))
 

@@ -472,3 +472,38 @@ def test_what_cannot_be_is_refused_with_a_remedy(function, arguments, message):
 def test_what_a_noise_prediction_does_not_determine_others_do():
     HSIVIScheduler(**NO_SIGNAL).set_timesteps(timesteps=[1, 0])
     HSIVIScheduler(**NO_SIGNAL, prediction_type="v_prediction").set_timesteps(3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(8, 8), (8, 12), (9, 7)])
+def test_low_noise_keeps_what_is_below_the_cutoff_and_nothing_above(size, dtype):
+    scheduler = HSIVIScheduler(layer_timesteps=[440, 0], noise_cutoff=2.5)
+    noise = torch.randn(4, 2, *size, dtype=torch.float64).to(dtype)
+    low = scheduler.low_pass(noise)
+    assert (low.dtype, low.shape) == (dtype, noise.shape)
+    u, v = (torch.fft.fftfreq(side, 1 / side) for side in size)
+    kept = (u[:, None] ** 2 + v**2).sqrt() <= 2.5
+    before, after = (torch.fft.fft2(each.double()) for each in (noise, low))
+    tolerance = 1e-5 + 200 * torch.finfo(dtype).eps
+    torch.testing.assert_close(after, before * kept, atol=tolerance, rtol=0)
+    torch.testing.assert_close(scheduler.low_pass(low), low, atol=tolerance, rtol=0)
+    scheduler.step(low, 440, low)  # is accepted
+    with pytest.raises(ValueError, match="noise above 2.5 cycles"):
+        scheduler.step(noise, 440, noise)
+    assert HSIVIScheduler().low_pass(noise) is noise
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"noise_cutoff": 0.0, "layer_timesteps": [440, 0]}, "noise_cutoff=0.0"),
+        ({"noise_cutoff": 8.0}, "noise_cutoff=8.0 is of a trained grid of one step: leave it out"),
+        (
+            {"noise_cutoff": 8.0, "layer_timesteps": [440, 220, 0]},
+            "noise_cutoff=8.0 is of a trained grid of one step",
+        ),
+    ],
+)
+def test_a_cutoff_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        HSIVIScheduler(**settings)

@@ -29,6 +29,7 @@ FAST: dict[str, Any] = {
     "critic_updates": 1,
     "critic_first": 0,
     "num_pairs": 0,
+    "noise_cutoff": None,
     "train_batch_size": 64,
     "learning_rate": 1e-4,
     "critic_learning_rate": 1e-3,
@@ -42,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "critic_updates": 2,
         "critic_first": 50,
         "num_pairs": PAIRS,
+        "noise_cutoff": 8.0,
         "learning_rate": 3e-5,
         "critic_learning_rate": 5e-4,
         "max_grad_norm": 20.0,
@@ -148,6 +150,11 @@ class HSIVIConfig:
         "pairs of noise and where the teacher's ODE leads it, that the first step learns; 0 for none",
         common=False,
     )
+    noise_cutoff: float | None = option(
+        BY_PRESET,
+        "of one step: cycles per image above which its noise is left out, which would become grain; 0 leaves all",
+        common=False,
+    )
     # ----- training -----
     seed: int = option(0, "seed of batches, noise and dropout")
     max_train_steps: int = option(1000, "student updates")
@@ -239,6 +246,8 @@ class HSIVIConfig:
             values["num_pairs"] = PAIRS_OF_LATENTS
         elif self.preset == "one_call" and self.init_from and per_pixel:
             values["num_pairs"] = 0
+        if self.depths != [1]:
+            values["noise_cutoff"] = None
         values["critic_first"] = min(values["critic_first"], self.max_train_steps // 6)  # in short runs a sixth at most
         if self.init_from:  # the critic has learned already, but for levels of a first step that has pairs alone
             values["critic_first"] = 0
@@ -333,7 +342,7 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: The run had an option of version 0.2 that was removed, at another value than follows now.
     """
-    recorded = renamed(recorded)
+    recorded = {"noise_cutoff": None, **renamed(recorded)}  # which runs of version 0.3 had not
     config = HSIVIConfig(**{each.name: recorded[each.name] for each in fields(HSIVIConfig) if each.name in recorded})
     now_follows = removed(config)
     if now_follows.keys() & recorded.keys() and config.scales and not config.has_guidance and config.prompts is None:

@@ -179,8 +179,9 @@ class TeacherBridge(Bridge):
         return noise_score(self.guided(x, self.scheduler.levels.time(level), condition), self.scheduler, x, level)
 
     def sample_base(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws x_T ~ N(0, I) on the teacher's device."""
-        return torch.randn(batch_size, *self.shape, generator=generator).to(self.teacher.device)
+        """Draws x_T ~ N(0, I) on the teacher's device, without what is above a `noise_cutoff`."""
+        noise = torch.randn(batch_size, *self.shape, generator=generator)
+        return self.scheduler.low_pass(noise).to(self.teacher.device)
 
     def level(self, t: Tensor) -> Tensor:
         """Returns tau_t, shape (B,)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,8 +137,10 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
         [*HSIVIScheduler.make_layer_timesteps(count, config.timestep_spacing, len(schedule), first)[:-1], end]
         for count, first in zip(counts, starts, strict=True)
     ]
+    cutoff, corner = config.noise_cutoff or math.inf, math.hypot(*(size // 2 for size in shape[-2:]))
     return HSIVIScheduler.from_config(
         schedule.config,
+        noise_cutoff=cutoff if cutoff < corner else None,  # small images have no such frequencies
         layer_timesteps=grids,
         timestep_spacing=config.timestep_spacing,
         kernel="ddim",

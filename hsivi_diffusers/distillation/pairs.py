@@ -176,6 +176,7 @@ class TeacherPairs:
         clips: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
+        noise = scheduler.low_pass(noise)  # the student's; the ODE started from all of it
         self.noise, self.condition, self._device = noise, condition, device
         self._first, _ = hierarchy_ends(scheduler.depths)
         for t, end, means in zip(self._first.split(1), end_levels(scheduler), ended.unbind(1), strict=True):

@@ -66,6 +66,7 @@ RANGES: dict[str, Range] = {
     ),
     "level_min": FROM_0,
     "num_pairs": FROM_0,
+    "noise_cutoff": FROM_0,
     "lora_rank": ("a number from 0 on, or leave it out", lambda value: value >= 0),
     "max_train_steps": AT_LEAST_1,
     "train_batch_size": AT_LEAST_1,
@@ -126,6 +127,10 @@ def check_together(config: Any, usual: Any) -> None:
         raise ValueError(
             f"noise_scale_type={config.noise_scale_type!r} has nothing to learn from pairs, whose ends have no noise: "
             "leave it out, or set num_pairs to 0"
+        )
+    if config.noise_cutoff and config.depths != [1]:
+        raise ValueError(
+            f"noise_cutoff={config.noise_cutoff} is of one step: leave it out, or set num_inference_steps to 1"
         )
     if config.scoring == "between" and config.objective != "KL":
         raise ValueError(

@@ -29,7 +29,7 @@ DISTANCES = {
 # Options of the run that the card lists.
 OPTIONS = (
     *("preset", "objective", "scoring", "guidance_scale", "lora_rank", "max_train_steps", "train_batch_size"),
-    *("learning_rate", "critic_learning_rate", "num_pairs", "seed"),
+    *("learning_rate", "critic_learning_rate", "num_pairs", "noise_cutoff", "seed"),
 )
 METHOD = (
     "hierarchical semi-implicit variational inference (HSIVI, [arXiv 2310.17153](https://arxiv.org/abs/2310.17153))"

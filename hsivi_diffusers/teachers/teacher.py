@@ -417,7 +417,7 @@ class StudentSampler:
         """Returns images in [0, 1] as `.images`, shape (batch_size, C, H, W)."""
         self.scheduler.set_timesteps(num_inference_steps)
         device = next(self.network.parameters()).device
-        x = torch.randn(batch_size, *self.teacher.shape, generator=generator).to(device)
+        x = self.scheduler.low_pass(torch.randn(batch_size, *self.teacher.shape, generator=generator)).to(device)
         for time in self.scheduler.timesteps:
             output = self.teacher.call(self.network, x, time, class_labels)
             x = self.scheduler.step(output, time, x, generator=generator, return_dict=False)[0]

@@ -53,6 +53,25 @@ def test_one_step_starts_at_a_noise_whatever_the_size_of_the_images(shape, start
     assert (sigma / alpha >= 2.5 * shape[0] ** 0.5).flatten().tolist() == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("shape", "settings", "cutoff"),
+    [
+        ((1, 32, 32), {}, 8.0),
+        ((3, 16, 16), {}, 8.0),
+        ((1, 8, 8), {}, None),  # whose highest frequency is below
+        ((1, 8, 8), {"noise_cutoff": 3.0}, 3.0),
+        ((1, 32, 32), {"noise_cutoff": 0}, None),
+        ((1, 32, 32), {"preset": "paper"}, None),
+        ((1, 32, 32), {"num_inference_steps": 2}, None),
+        ((1, 32, 32), {"num_inference_steps": 2, "preset": "one_call"}, None),
+    ],
+)
+def test_one_step_leaves_fine_noise_out_where_images_have_finer_structure(shape, settings, cutoff):
+    config = HSIVIConfig(**{"num_inference_steps": 1, **settings})
+    config.check()
+    assert make_scheduler(HSIVIScheduler(), config, shape).config.noise_cutoff == cutoff
+
+
 @pytest.mark.parametrize("settings", [{"num_inference_steps": 4}, {"num_inference_steps": 1}, {"start_timestep": 999}])
 def test_a_student_of_a_rectified_flow_starts_at_pure_noise(settings):
     schedule = HSIVIScheduler(prediction_type="flow_prediction", shift=3.0)

@@ -224,6 +224,16 @@ def test_pairs_are_drawn_as_pairs(clips):
     assert TeacherPairs(scheduler, noise, images).sample(t)[2] is None
 
 
+def test_a_student_without_fine_noise_sees_the_rest_of_the_noise_that_the_ode_started_from():
+    noise, images = torch.randn(6, 1, 8, 8), torch.randn(6, 1, 1, 8, 8)
+    scheduler = HSIVIScheduler(layer_timesteps=[440, 0], prediction_type="sample", noise_cutoff=2.0)
+    t, given = torch.zeros(50, dtype=torch.long), images.clone()
+    x, end, places = TeacherPairs(scheduler, noise, images, torch.arange(6)).sample(t)
+    assert torch.equal(x, scheduler.low_pass(noise)[places])
+    mean, _ = scheduler.transition(given.squeeze(1)[places], scheduler.input_level(t), x)
+    torch.testing.assert_close(end, mean, atol=1e-5, rtol=1e-4)
+
+
 def test_the_coarse_part_of_an_image_counts_more_and_the_rest_as_before():
     """On 8x8 pixels its fields have 2x2: what is constant there is coarse, what has mean 0 in each is not."""
     fields = torch.randn(2, 3, 4, 4, dtype=torch.float64)
