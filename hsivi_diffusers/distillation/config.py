@@ -152,7 +152,7 @@ class HSIVIConfig:
     )
     noise_cutoff: float | None = option(
         BY_PRESET,
-        "of one step: cycles per image above which its noise is left out, which would become grain; 0 leaves all",
+        "of one step of pixels: cycles per image above which noise, which would become grain, is left out; 0 for none",
         common=False,
     )
     # ----- training -----

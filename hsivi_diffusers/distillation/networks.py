@@ -108,7 +108,7 @@ def make_networks(teacher: Teacher, student: Any, critic: Any, config: HSIVIConf
     """Returns the networks with the grid of the student; the noise scale is 1."""
     for network in (teacher.network, student, critic):
         teacher.prepare(network)
-    scheduler = make_scheduler(teacher.schedule, config, teacher.shape)
+    scheduler = make_scheduler(teacher.schedule, config, teacher.shape, teacher.clips)
     if len(scales := scheduler.guidance_scales) > 1:  # which the labels of student and critic hold
         student, critic = (label_scales(teacher, network, scales) for network in (student, critic))
     noise_scale = HSIVINoiseScale(teacher.shape) if config.noise_scale_type == "per_pixel" else None
@@ -117,8 +117,10 @@ def make_networks(teacher: Teacher, student: Any, critic: Any, config: HSIVIConf
     return Networks(teacher, student, critic, scheduler, noise_scale)
 
 
-def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[int, ...]) -> HSIVIScheduler:
-    """Returns the teacher's noise schedule with the grid, or grids, of a student."""
+def make_scheduler(
+    schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[int, ...], is_pixels: bool = True
+) -> HSIVIScheduler:
+    """Returns the teacher's noise schedule with the grid, or grids, of a student; without a noise cutoff of latents."""
     rule, counts, last = START_RULES[config.preset], config.depths, len(schedule) - 1
     if config.start_timestep is not None and not max(counts) <= config.start_timestep <= last:
         raise ValueError(
@@ -137,10 +139,10 @@ def make_scheduler(schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[i
         [*HSIVIScheduler.make_layer_timesteps(count, config.timestep_spacing, len(schedule), first)[:-1], end]
         for count, first in zip(counts, starts, strict=True)
     ]
-    cutoff, corner = config.noise_cutoff or math.inf, math.hypot(*(size // 2 for size in shape[-2:]))
+    cutoff, nyquist = config.noise_cutoff or math.inf, min(shape[-2:]) / 2
     return HSIVIScheduler.from_config(
         schedule.config,
-        noise_cutoff=cutoff if cutoff < corner else None,  # small images have no such frequencies
+        noise_cutoff=cutoff if is_pixels and cutoff < nyquist else None,  # small images have no such frequencies
         layer_timesteps=grids,
         timestep_spacing=config.timestep_spacing,
         kernel="ddim",

@@ -268,6 +268,8 @@ def _stock_usage(pipeline: HSIVIPipeline, code: Any, steps: str, fp16: bool) -> 
         return f"{text}\n\nA stock DDPMPipeline cannot draw with it, because it passes no class labels."
     if pipeline.unet_noise_scale is not None:
         return f"{text}\n\nA stock DDPMPipeline cannot draw with it, because it has no learned noise scale per pixel."
+    if pipeline.scheduler.config.noise_cutoff is not None:
+        return f"{text}\n\nA stock DDPMPipeline cannot draw with it, because it draws noise of all frequencies."
     imports = "import hsivi_diffusers\nfrom diffusers import DDPMPipeline"
     return f"{text}\n\nIn a pipeline of diffusers:\n\n{code('DDPMPipeline', f'batch_size=16, {steps}', imports)}"
 

@@ -57,8 +57,8 @@ def test_one_step_starts_at_a_noise_whatever_the_size_of_the_images(shape, start
     ("shape", "settings", "cutoff"),
     [
         ((1, 32, 32), {}, 8.0),
-        ((3, 16, 16), {}, 8.0),
-        ((1, 8, 8), {}, None),  # whose highest frequency is below
+        ((3, 64, 48), {}, 8.0),
+        ((1, 16, 16), {}, None),  # whose highest frequency is 8
         ((1, 8, 8), {"noise_cutoff": 3.0}, 3.0),
         ((1, 32, 32), {"noise_cutoff": 0}, None),
         ((1, 32, 32), {"preset": "paper"}, None),
@@ -70,6 +70,7 @@ def test_one_step_leaves_fine_noise_out_where_images_have_finer_structure(shape,
     config = HSIVIConfig(**{"num_inference_steps": 1, **settings})
     config.check()
     assert make_scheduler(HSIVIScheduler(), config, shape).config.noise_cutoff == cutoff
+    assert make_scheduler(HSIVIScheduler(), config, shape, is_pixels=False).config.noise_cutoff is None
 
 
 @pytest.mark.parametrize("settings", [{"num_inference_steps": 4}, {"num_inference_steps": 1}, {"start_timestep": 999}])
