@@ -231,6 +231,14 @@ COST = {"seconds": 12.3, "processes": 1, "peak_memory_mib": 6759}
 EVIL = "fast\n# Heading <script>alert(1)</script> [link](https://evil.example) `code` ![](x) *b* _i_ | c"
 
 
+@pytest.mark.parametrize(("cutoff", "takes_stock"), [(None, True), (2.0, False)])
+def test_a_card_has_code_for_a_stock_pipeline_if_that_draws_the_noise_of_the_student(cutoff, takes_stock):
+    scheduler = HSIVIScheduler(layer_timesteps=[440, 0], noise_cutoff=cutoff)
+    card = make_card(HSIVIPipeline(make_unet(), scheduler), "alice/one", {"options": {}, "training": {}, "report": {}})
+    assert ("import DDPMPipeline" in card.text) == takes_stock
+    assert ("A stock DDPMPipeline cannot draw with it, because it draws noise of all" in card.text) != takes_stock
+
+
 def test_nothing_of_the_files_of_a_run_becomes_markdown():
     rows = [{**ROWS[0], "nfe": EVIL, "num_samples": EVIL}, {**ROWS[1], "nfe": EVIL, "method": EVIL}]
     run = {"options": {"preset": EVIL, "seed": EVIL}, "training": {"base_model": EVIL, "start": EVIL}}
