@@ -464,7 +464,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             standard deviation d of the data; `sigma_min` and `sigma_max`, s of the first and the last level, see
             `EDMLevels`.
         noise_cutoff: Of a sampler of one step: it takes noise without spatial frequencies above this many cycles per
-            image height and width, see `low_pass`. None: it takes all.
+            image height and width, see `low_pass`. None leaves nothing out.
 
     Raises:
         ValueError: A value is out of range.
@@ -1007,8 +1007,8 @@ def _noise_of(sample: torch.Tensor) -> torch.Tensor:
 def _low_pass(x: torch.Tensor, cutoff: float) -> torch.Tensor:
     """Returns x without the spatial frequencies above a number of cycles per image, in its dtype."""
     height, width = x.shape[-2:]
-    rows = torch.fft.fftfreq(height, 1 / height, device=x.device)[:, None]
-    columns = torch.fft.rfftfreq(width, 1 / width, device=x.device)
+    rows = (height * torch.fft.fftfreq(height, device=x.device)).round()[:, None]
+    columns = (width * torch.fft.rfftfreq(width, device=x.device)).round()
     coefficients = torch.fft.rfft2(x.to(torch.promote_types(x.dtype, torch.float32)))
     kept = rows.square() + columns.square() <= cutoff**2
     return torch.fft.irfft2(coefficients * kept, s=(height, width)).to(x.dtype)
