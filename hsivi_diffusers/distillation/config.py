@@ -152,8 +152,8 @@ class HSIVIConfig:
     )
     noise_cutoff: float | None = option(
         BY_PRESET,
-        "of one step to pixels: spatial frequency, in cycles per image, above which the noise that it starts from is left "
-        "out, which would become grain; 0 leaves none out",
+        "of one step to pixels: spatial frequency, in cycles per image, above which its noise is left out, since that "
+        "would become grain; 0 leaves none out",
         common=False,
     )
     # ----- training -----
