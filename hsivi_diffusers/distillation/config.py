@@ -29,7 +29,6 @@ FAST: dict[str, Any] = {
     "critic_updates": 1,
     "critic_first": 0,
     "num_pairs": 0,
-    "noise_cutoff": None,
     "train_batch_size": 64,
     "learning_rate": 1e-4,
     "critic_learning_rate": 1e-3,
@@ -43,7 +42,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "critic_updates": 2,
         "critic_first": 50,
         "num_pairs": PAIRS,
-        "noise_cutoff": 8.0,
         "learning_rate": 3e-5,
         "critic_learning_rate": 5e-4,
         "max_grad_norm": 20.0,
@@ -151,9 +149,9 @@ class HSIVIConfig:
         common=False,
     )
     noise_cutoff: float | None = option(
-        BY_PRESET,
-        "of one step to pixels: spatial frequency, in cycles per image, above which its noise is left out, since that "
-        "would become grain; 0 leaves none out",
+        None,
+        "of one step to pixels: spatial frequency, in cycles per image, such as 8, above which its noise is left out, "
+        "against grain; by default none is",
         common=False,
     )
     # ----- training -----
@@ -247,8 +245,6 @@ class HSIVIConfig:
             values["num_pairs"] = PAIRS_OF_LATENTS
         elif self.preset == "one_call" and self.init_from and per_pixel:
             values["num_pairs"] = 0
-        if self.depths != [1]:
-            values["noise_cutoff"] = None
         values["critic_first"] = min(values["critic_first"], self.max_train_steps // 6)  # in short runs a sixth at most
         if self.init_from:  # the critic has learned already, but for levels of a first step that has pairs alone
             values["critic_first"] = 0
@@ -343,7 +339,7 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: The run had an option of version 0.2 that was removed, at another value than follows now.
     """
-    recorded = {"noise_cutoff": None, **renamed(recorded)}  # which runs of version 0.3 had not
+    recorded = renamed(recorded)
     config = HSIVIConfig(**{each.name: recorded[each.name] for each in fields(HSIVIConfig) if each.name in recorded})
     now_follows = removed(config)
     if now_follows.keys() & recorded.keys() and config.scales and not config.has_guidance and config.prompts is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +119,7 @@ def make_networks(teacher: Teacher, student: Any, critic: Any, config: HSIVIConf
 def make_scheduler(
     schedule: HSIVIScheduler, config: HSIVIConfig, shape: tuple[int, ...], is_pixels: bool = True
 ) -> HSIVIScheduler:
-    """Returns the teacher's noise schedule with the grid, or grids, of a student; without a noise cutoff of latents."""
+    """Returns the teacher's noise schedule with the grid, or grids, of a student."""
     rule, counts, last = START_RULES[config.preset], config.depths, len(schedule) - 1
     if config.start_timestep is not None and not max(counts) <= config.start_timestep <= last:
         raise ValueError(
@@ -139,10 +138,13 @@ def make_scheduler(
         [*HSIVIScheduler.make_layer_timesteps(count, config.timestep_spacing, len(schedule), first)[:-1], end]
         for count, first in zip(counts, starts, strict=True)
     ]
-    cutoff, nyquist = config.noise_cutoff or math.inf, min(shape[-2:]) / 2
+    cutoff, highest_frequency = config.noise_cutoff, min(shape[-2:]) / 2
+    if cutoff is not None and not (is_pixels and cutoff < highest_frequency):
+        accepted = f"a number below {highest_frequency:g} for these images" if is_pixels else "none, for latents"
+        raise ValueError(f"noise_cutoff={cutoff:g}: give {accepted}, or leave it out")
     return HSIVIScheduler.from_config(
         schedule.config,
-        noise_cutoff=cutoff if is_pixels and cutoff < nyquist else None,  # small images have no such frequencies
+        noise_cutoff=cutoff,
         layer_timesteps=grids,
         timestep_spacing=config.timestep_spacing,
         kernel="ddim",

@@ -66,7 +66,7 @@ RANGES: dict[str, Range] = {
     ),
     "level_min": FROM_0,
     "num_pairs": FROM_0,
-    "noise_cutoff": FROM_0,
+    "noise_cutoff": ABOVE_0_OR_NONE,
     "lora_rank": ("a number from 0 on, or leave it out", lambda value: value >= 0),
     "max_train_steps": AT_LEAST_1,
     "train_batch_size": AT_LEAST_1,
@@ -128,7 +128,7 @@ def check_together(config: Any, usual: Any) -> None:
             f"noise_scale_type={config.noise_scale_type!r} has nothing to learn from pairs, whose ends have no noise: "
             "leave it out, or set num_pairs to 0"
         )
-    if config.noise_cutoff and config.depths != [1]:
+    if config.noise_cutoff is not None and config.depths != [1]:
         raise ValueError(
             f"noise_cutoff={config.noise_cutoff} is of one step: leave it out, or set num_inference_steps to 1"
         )

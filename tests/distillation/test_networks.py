@@ -53,24 +53,15 @@ def test_one_step_starts_at_a_noise_whatever_the_size_of_the_images(shape, start
     assert (sigma / alpha >= 2.5 * shape[0] ** 0.5).flatten().tolist() == [False, True]
 
 
-@pytest.mark.parametrize(
-    ("shape", "settings", "cutoff"),
-    [
-        ((1, 32, 32), {}, 8.0),
-        ((3, 64, 48), {}, 8.0),
-        ((1, 16, 16), {}, None),  # whose highest frequency is 8
-        ((1, 8, 8), {"noise_cutoff": 3.0}, 3.0),
-        ((1, 32, 32), {"noise_cutoff": 0}, None),
-        ((1, 32, 32), {"preset": "paper"}, None),
-        ((1, 32, 32), {"num_inference_steps": 2}, None),
-        ((1, 32, 32), {"num_inference_steps": 2, "preset": "one_call"}, None),
-    ],
-)
-def test_one_step_leaves_fine_noise_out_where_images_have_finer_structure(shape, settings, cutoff):
-    config = HSIVIConfig(**{"num_inference_steps": 1, **settings})
+def test_a_noise_cutoff_is_one_that_leaves_something_out_of_pixels():
+    config = HSIVIConfig(num_inference_steps=1, noise_cutoff=8.0)
     config.check()
-    assert make_scheduler(HSIVIScheduler(), config, shape).config.noise_cutoff == cutoff
-    assert make_scheduler(HSIVIScheduler(), config, shape, is_pixels=False).config.noise_cutoff is None
+    assert make_scheduler(HSIVIScheduler(), config, (3, 64, 48)).config.noise_cutoff == 8
+    assert make_scheduler(HSIVIScheduler(), HSIVIConfig(num_inference_steps=1), (3, 64, 48)).config.noise_cutoff is None
+    with pytest.raises(ValueError, match="noise_cutoff=8: give a number below 8 for these images, or leave it out"):
+        make_scheduler(HSIVIScheduler(), config, (1, 16, 16))
+    with pytest.raises(ValueError, match="noise_cutoff=8: give none, for latents, or leave it out"):
+        make_scheduler(HSIVIScheduler(), config, (4, 64, 64), is_pixels=False)
 
 
 @pytest.mark.parametrize("settings", [{"num_inference_steps": 4}, {"num_inference_steps": 1}, {"start_timestep": 999}])

@@ -66,7 +66,7 @@ from hsivi_diffusers import HSIVIConfig
         ({"prompts": "nowhere.txt", "guidance_scale": 2.0}, "prompts='nowhere.txt' is no file"),
         ({"num_pairs": 8, "noise_scale_type": "per_pixel"}, "'per_pixel' has nothing to learn from pairs"),
         ({"noise_cutoff": 8.0}, "noise_cutoff=8.0 is of one step: leave it out, or set num_inference_steps to 1"),
-        ({"noise_cutoff": -1.0, "num_inference_steps": 1}, "noise_cutoff=-1.0: give a number from 0 on"),
+        ({"noise_cutoff": -1.0, "num_inference_steps": 1}, "noise_cutoff=-1.0: give a number above 0, or leave it out"),
         ({"objective": "SM"}, "scoring='between' with objective='SM': .* set objective to 'KL', or scoring to 'random"),
         ({"preset": "paper", "noise_eta": 0.0}, "noise_eta=0, and outputs without noise have no score"),
         ({"noise_eta": 0.0, "scoring": "own"}, "noise_eta=0, and outputs without noise have no score: set objective"),
