@@ -536,7 +536,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
         self._warned = False
         if noise_cutoff is not None and [len(grid) for grid in self.trained_grids] != [2]:
-            raise ValueError(f"noise_cutoff={noise_cutoff} is of a trained grid of one step: leave it out")
+            raise ValueError(f"noise_cutoff={noise_cutoff} is of a trained grid of one step: set it to None")
         self.num_inference_steps: int | None = None
         self.timesteps = self.levels.time(torch.arange(len(self.levels)).flip(0))
         self._layers: Layers | None = None

@@ -497,7 +497,7 @@ def test_low_noise_keeps_what_is_below_the_cutoff_and_nothing_above(size, dtype)
     ("settings", "message"),
     [
         ({"noise_cutoff": 0.0, "layer_timesteps": [440, 0]}, "noise_cutoff=0.0"),
-        ({"noise_cutoff": 8.0}, "noise_cutoff=8.0 is of a trained grid of one step: leave it out"),
+        ({"noise_cutoff": 8.0}, "noise_cutoff=8.0 is of a trained grid of one step: set it to None"),
         (
             {"noise_cutoff": 8.0, "layer_timesteps": [440, 220, 0]},
             "noise_cutoff=8.0 is of a trained grid of one step",

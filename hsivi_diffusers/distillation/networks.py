@@ -140,8 +140,10 @@ def make_scheduler(
     ]
     cutoff, highest_frequency = config.noise_cutoff, min(shape[-2:]) / 2
     if cutoff is not None and not (is_pixels and cutoff < highest_frequency):
-        accepted = f"a number below {highest_frequency:g} for these images" if is_pixels else "none, for latents"
-        raise ValueError(f"noise_cutoff={cutoff:g}: give {accepted}, or leave it out")
+        reason = (
+            f"leaves nothing out from {highest_frequency:g} on in these images" if is_pixels else "is not for latents"
+        )
+        raise ValueError(f"noise_cutoff={cutoff:g} {reason}: leave it out{', or give less' * is_pixels}")
     return HSIVIScheduler.from_config(
         schedule.config,
         noise_cutoff=cutoff,

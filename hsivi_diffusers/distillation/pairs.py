@@ -176,7 +176,10 @@ class TeacherPairs:
         clips: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        noise = scheduler.low_pass(noise)  # the student's; the ODE started from all of it
+        # The student's, in parts, for memory; the ODE started from all of it.
+        noise = (
+            torch.cat([scheduler.low_pass(x) for x in noise.split(ROWS)]) if scheduler.config.noise_cutoff else noise
+        )
         self.noise, self.condition, self._device = noise, condition, device
         self._first, _ = hierarchy_ends(scheduler.depths)
         for t, end, means in zip(self._first.split(1), end_levels(scheduler), ended.unbind(1), strict=True):

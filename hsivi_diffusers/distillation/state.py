@@ -216,7 +216,8 @@ class TrainingState:
         condition = None if draw is None else draw(number, generator)
         noise = torch.randn(number, *self.bridge.shape, generator=generator)  # of all pairs: too many for a GPU
         ends = end_levels(self.bridge.scheduler)
-        path, about = self._pairs_path(index), json.dumps([self.identity, config.settings(), number, ends], default=str)
+        settings = {name: value for name, value in config.settings().items() if name != "noise_cutoff"}
+        path, about = self._pairs_path(index), json.dumps([self.identity, settings, number, ends], default=str)
         made = None if path is None else read_ends(path, about)
         # As many in all processes, so that each asks as often whether to stop.
         known = min(gather_object([0 if made is None else len(made)]))

@@ -222,6 +222,8 @@ class Solver:
         labels = None if labels is None else labels.to(device)
         given = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
         noise = torch.randn(batch_size, *self.teacher.shape, generator=generator).to(device)
+        if isinstance(self.scheduler, HSIVIScheduler):  # of a student of one step, perhaps
+            noise = self.scheduler.low_pass(noise)
         x = run_solver(self.call, self.scheduler, noise, self.num_steps, labels, **self.settings, **given)
         return self.teacher.decode(x)
 

@@ -20,7 +20,7 @@ from .adapters import Adapter, has_adapter, save_adapter
 from .comfyui import Files
 from .configs import Configs
 
-NEW = {"shift_terminal", "resolution", "edm"}  # keys of schedulers that 0.2 has not
+NEW = {"shift_terminal", "resolution", "edm", "noise_cutoff"}  # keys of schedulers that earlier versions have not
 # Not of the teacher: a run chooses the length of its prompts, and quantised weights say something else once saved.
 OF_RUNS = {"max_sequence_length", "quantization_config"}
 WEIGHTS = "network.safetensors"  # of a network that is no model of diffusers

@@ -58,9 +58,11 @@ def test_a_noise_cutoff_is_one_that_leaves_something_out_of_pixels():
     config.check()
     assert make_scheduler(HSIVIScheduler(), config, (3, 64, 48)).config.noise_cutoff == 8
     assert make_scheduler(HSIVIScheduler(), HSIVIConfig(num_inference_steps=1), (3, 64, 48)).config.noise_cutoff is None
-    with pytest.raises(ValueError, match="noise_cutoff=8: give a number below 8 for these images, or leave it out"):
+    with pytest.raises(
+        ValueError, match="noise_cutoff=8 leaves nothing out from 8 on in these images: leave it out, or give less"
+    ):
         make_scheduler(HSIVIScheduler(), config, (1, 16, 16))
-    with pytest.raises(ValueError, match="noise_cutoff=8: give none, for latents, or leave it out"):
+    with pytest.raises(ValueError, match="noise_cutoff=8 is not for latents: leave it out"):
         make_scheduler(HSIVIScheduler(), config, (4, 64, 64), is_pixels=False)
 
 
