@@ -8,10 +8,13 @@ from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gaussian_teacher import as_teacher
+from hsivi_diffusers import HSIVIScheduler
 from hsivi_diffusers.teachers.guidance import Guided
 from hsivi_diffusers.teachers.levels import power_timesteps
 from hsivi_diffusers.teachers.loading import load_teacher
-from hsivi_diffusers.teachers.solvers import Solver, make_solver, sample, use_grid
+from hsivi_diffusers.teachers.solvers import Solver, make_solver, make_student, sample, use_grid
+from hsivi_diffusers.teachers.teacher import StudentSampler
 
 
 def teacher_of(unet, scheduler=None, **options):
@@ -102,3 +105,10 @@ def test_power_timesteps_descend_from_the_start_to_the_end(num_steps, end, lengt
 def test_more_steps_than_timesteps_are_refused():
     with pytest.raises(ValueError, match="12 solver steps: give from 1 to 11"):
         power_timesteps(12, 10, 0, 1.0)
+
+
+def test_a_student_without_fine_noise_that_no_pipeline_holds_is_measured_as_it_draws(unet):
+    teacher = as_teacher(unet, HSIVIScheduler())
+    student = StudentSampler(teacher, unet, HSIVIScheduler(layer_timesteps=[440, 0], noise_cutoff=2.0))
+    drawn, measured = (draw(3, torch.Generator().manual_seed(0)) for draw in (student, make_student(student, teacher)))
+    torch.testing.assert_close(measured, drawn.images, atol=1e-6, rtol=0)
