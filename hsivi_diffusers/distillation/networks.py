@@ -138,12 +138,14 @@ def make_scheduler(
         [*HSIVIScheduler.make_layer_timesteps(count, config.timestep_spacing, len(schedule), first)[:-1], end]
         for count, first in zip(counts, starts, strict=True)
     ]
-    cutoff, highest_frequency = config.noise_cutoff, min(shape[-2:]) / 2
-    if cutoff is not None and not (is_pixels and cutoff < highest_frequency):
-        reason = (
-            f"leaves nothing out from {highest_frequency:g} on in these images" if is_pixels else "is not for latents"
+    cutoff, nyquist = config.noise_cutoff, min(shape[-2:]) / 2
+    if cutoff is not None and not is_pixels:
+        raise ValueError(f"noise_cutoff={cutoff:g} is not for latents: leave it out")
+    if cutoff is not None and cutoff >= nyquist:
+        raise ValueError(
+            f"noise_cutoff={cutoff:g} leaves nothing out from {nyquist:g} on in these images: leave it out, or give "
+            "less"
         )
-        raise ValueError(f"noise_cutoff={cutoff:g} {reason}: leave it out{', or give less' * is_pixels}")
     return HSIVIScheduler.from_config(
         schedule.config,
         noise_cutoff=cutoff,

@@ -285,7 +285,6 @@ class Progress:
             scale = None if student.noise_scale is None else student.noise_scale()
             given = {"generator": generator, "noise_scale": scale}
             call, steps = partial(self.state.teacher.call, student.network), max(student.depths)
-            noise = student.scheduler.low_pass(noise)
             drawn = [
                 run_solver(call, student.scheduler, x, steps, row, **given)
                 for x, row in batches(noise, condition, self.config.train_batch_size)  # which there is memory for

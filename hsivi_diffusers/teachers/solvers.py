@@ -183,6 +183,8 @@ def solver_states(
     other arguments are those of `solver.step`.
     """
     solver.set_timesteps(num_steps, device=x.device)
+    if isinstance(solver, HSIVIScheduler):
+        x = solver.low_pass(x)
     takes_variance = isinstance(solver, DDPMScheduler) and solver.config.variance_type.startswith("learned")
     for timestep in solver.timesteps:
         output = call(x, timestep, condition)
@@ -222,8 +224,6 @@ class Solver:
         labels = None if labels is None else labels.to(device)
         given = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
         noise = torch.randn(batch_size, *self.teacher.shape, generator=generator).to(device)
-        if isinstance(self.scheduler, HSIVIScheduler):  # of a student of one step, perhaps
-            noise = self.scheduler.low_pass(noise)
         x = run_solver(self.call, self.scheduler, noise, self.num_steps, labels, **self.settings, **given)
         return self.teacher.decode(x)
 

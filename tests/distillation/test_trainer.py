@@ -186,6 +186,15 @@ def test_a_run_counts_the_calls_of_its_pairs_and_makes_a_pipeline_of_one_call(di
     assert not (run / "pairs").exists()
 
 
+def test_a_run_without_fine_noise_shows_and_makes_images_of_the_rest(teacher, tmp_path):
+    settings = {**ONE, **SHORT, "critic_first": 0, "noise_cutoff": 2.0, "validation_steps": 1}
+    make(load_teacher(str(teacher)), str(tmp_path), **settings).train()
+    assert {"step-0.png", "step-1.png", "step-2.png"} <= {*os.listdir(tmp_path / "samples")}
+    pipeline = pipeline_of(tmp_path)
+    assert pipeline.scheduler.config.noise_cutoff == 2
+    assert pipeline(3, output_type="pt").images.isfinite().all()
+
+
 def test_activations_computed_twice_give_the_same_weights(distil, paper_run, tmp_path, differences):
     assert differences(distil(tmp_path / "run", preset="paper", gradient_checkpointing=True), paper_run) == []
 
