@@ -24,6 +24,7 @@ from ..vi.regression import half_square
 
 PAIR_CALLS = 15  # steps of the teacher from noise to an image
 ROWS = 64  # pairs that are computed at once
+PAIR_SHARE = 0.25  # of the rows of a first layer that has KL, too; the rest take fresh noise
 
 
 class InterruptedRunError(Exception):

@@ -28,10 +28,12 @@ from .game import StudentCritic, StudentLayers, TeacherBridge
 from .networks import Networks
 from .pairs import (
     PAIR_CALLS,
+    PAIR_SHARE,
     InterruptedRunError,
     TeacherPairs,
     end_levels,
     follow_ode,
+    layers_by_pairs,
     pair_levels,
     read_ends,
     write_ends,
@@ -182,7 +184,10 @@ class TrainingState:
             self.config.train_batch_size,
             self.sample_condition,
         )
-        return PairMixingChain(chain, partial(self.sample_pairs, index)) if self.config.num_pairs else chain
+        if not self.config.num_pairs:
+            return chain
+        alone = layers_by_pairs(chain.depths)
+        return PairMixingChain(chain, partial(self.sample_pairs, index), alone, PAIR_SHARE)
 
     def sample_pairs(
         self, index: int, t: Tensor, generator: torch.Generator | None

@@ -34,7 +34,7 @@ from .state import TrainingState, trained
 
 MAX_OVERFLOWS = 50
 PAIR_STEPS = 500  # updates of the fit to pairs
-PAIR_WEIGHT = 0.005  # of the pairs in the student's loss after that fit; it falls as the student's rate does
+PAIR_WEIGHT = 0.02  # of the pairs in the loss of their rows after that fit; it falls as the student's rate does
 PAIR_LEARNING_RATE = 5e-4  # of the fit to pairs; it falls to 0
 LATENT_PAIR_RATE = 2.5  # that of preset "latent", whose networks are of all sizes, in learning rates of the run
 COARSE_WEIGHT = 20.0  # of the means over 4 x 4 fields in the loss of the pairs

@@ -43,21 +43,30 @@ class PairChain(Chain):
 
 
 class PairMixingChain(Chain):
-    """Another chain, whose rows of layers that take the base are replaced by pairs: for `WithPairs`."""
+    """Another chain, where pairs replace rows of the layers that take the base: for `WithPairs`.
 
-    def __init__(self, chain: Chain, sample_pairs: SamplePairs) -> None:
+    Args:
+        chain: The other chain.
+        sample_pairs: See `PairChain`.
+        alone: Layers that learn from pairs alone; all of their rows are replaced.
+        share: The probability that a row of the other layers is replaced, 0 to 1. The rest keep fresh draws of the
+            base: of pairs that return many times a layer learns more than of the base that it draws from.
+    """
+
+    def __init__(self, chain: Chain, sample_pairs: SamplePairs, alone: Sequence[int] = (), share: float = 1.0) -> None:
         super().__init__(chain.sample_base, chain.depths, chain.batch_size, chain.sample_condition)
-        self.chain = chain
-        self.sample_pairs = sample_pairs
+        self.chain, self.sample_pairs, self.share = chain, sample_pairs, share
+        self.alone = torch.tensor([*alone], dtype=torch.long)
 
     def draw(
         self, layers: ConditionalLayers, generator: torch.Generator | None = None, beta: Tensor | None = None
     ) -> ChainBatch:
-        """Draws a batch of the chain, and a pair instead of each base draw; `end` is NaN in the other rows."""
+        """Draws a batch of the chain, with pairs for base draws as the class says; `end` is NaN in the other rows."""
         batch = self.chain.draw(layers, generator, beta)
         first = self.first.to(batch.t.device)[batch.t]
         x_next, end, condition = self.sample_pairs(first.cpu(), generator)
-        starts = batch.t == first
+        drawn = torch.rand(len(first), generator=generator) < self.share
+        starts = (batch.t == first) & (drawn | torch.isin(first.cpu(), self.alone)).to(first.device)
         rows = starts.reshape(-1, *[1] * (end.ndim - 1))
         if condition is not None and batch.condition is not None:
             condition = torch.where(starts.reshape(-1, *[1] * (condition.ndim - 1)), condition, batch.condition)

@@ -102,7 +102,14 @@ def test_every_schedule_of_learning_rates_that_is_accepted_can_be_trained(make, 
 
 def test_each_micro_batch_has_its_share_of_the_pairs(make_state):
     made = make_state(**{**ONE, "num_pairs": 6}, gradient_accumulation_steps=2)
-    seen = [{row.sum().item() for _ in range(20) for row in chain.draw(made.layers).x_next} for chain in made.chains]
+    t, seen = torch.zeros(40, dtype=torch.long), []
+    for chain in made.chains:
+        batches = [chain.draw(made.layers) for _ in range(100)]
+        inputs = torch.cat([each.x_next for each in batches]).flatten(1)
+        fresh = torch.cat([each.end for each in batches]).flatten(1).isnan().any(1)
+        seen.append({row.sum().item() for row in inputs[~fresh]})
+        assert seen[-1] == {row.sum().item() for row in chain.sample_pairs(t, None)[0]}
+        assert len(inputs[fresh].unique(dim=0)) == fresh.sum() > len(inputs) / 2
     assert [len(each) for each in seen] == [3, 3]
     assert not seen[0] & seen[1]
 

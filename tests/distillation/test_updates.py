@@ -70,11 +70,12 @@ def test_an_objective_of_the_user_is_refused_where_it_would_be_biased(objective,
 def test_the_layer_is_fitted_to_the_pairs_first_and_the_optimizer_starts_over(make_one, monkeypatch):
     monkeypatch.setattr(updates, "PAIR_LEARNING_RATE", 5e-3)
     made = make_one(pair_steps=30)
-    before, batch = copies(made.critic), made.chains[0].draw(made.layers)
+    before, t = copies(made.critic), torch.zeros(20, dtype=torch.long)
+    x_next, end, _ = made.sample_pairs(0, t, None)
 
     def distance():
         with torch.no_grad():
-            return (made.layers(batch.x_next, batch.t).mean - batch.end).square().mean()
+            return (made.layers(x_next, t).mean - end).square().mean()
 
     at_first = distance()
     updates._regress(made)

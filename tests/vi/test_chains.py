@@ -377,3 +377,20 @@ def test_pairs_are_mixed_in_where_a_chain_starts_and_nowhere_else(num_layers):
     assert batch.end[~starts].isnan().all()
     assert torch.equal(batch.condition, 5 + first)
     assert chain.state_dict().keys() == pool.state_dict().keys()
+
+
+@pytest.mark.parametrize(("depths", "alone"), [([1], []), ([1, 3], [3]), ([1, 3], [])])
+def test_a_share_of_the_rows_has_pairs_and_the_others_keep_fresh_draws(depths, alone):
+    def sample_pairs(t, generator):
+        return torch.full((len(t), DIMENSION), 100.0), torch.full((len(t), DIMENSION), 7.0), 5 + t
+
+    inner = SimulatedChain(bases, depths, 4000, lambda size, generator: torch.full((size,), -1))
+    chain = PairMixingChain(inner, sample_pairs, alone, 0.25)
+    batch = chain.draw(lambda x_next, t, condition: DiagonalGaussian(x_next, torch.zeros(())), generator())
+    paired = ~batch.end.isnan().any(1)
+    starts, by_pairs = batch.t == chain.first[batch.t], torch.isin(batch.t, torch.tensor(alone))
+    assert not paired[~starts].any()
+    assert paired[by_pairs].all()
+    assert paired[starts & ~by_pairs].float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(batch.x_next == 100, paired[:, None].expand(-1, DIMENSION))
+    assert torch.equal(batch.condition, torch.where(paired, 5 + chain.first[batch.t], -1))
