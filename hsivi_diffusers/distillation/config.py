@@ -16,8 +16,8 @@ FOLDER = {"output_dir", "overwrite_output_dir"}
 # Hardware, checkpointing and reporting, which do not decide what is trained.
 MAY_CHANGE = {"gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32", "shard_base"}
 MAY_CHANGE |= {"checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to"}
-PAIRS = 6400  # of preset "one_call", and of "fast" if a number of steps is three or more
-PAIRS_OF_LATENTS = 1920  # of preset "latent" for one step
+NUM_PAIRS = 6400  # of preset "one_call", and of "fast" if a number of steps is three or more
+NUM_PAIRS_OF_LATENTS = 1920  # of preset "latent" for one step
 
 FAST: dict[str, Any] = {
     "timestep_spacing": "uniform",
@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **FAST,
         "critic_updates": 2,
         "critic_first": 50,
-        "num_pairs": PAIRS,
+        "num_pairs": NUM_PAIRS,
         "learning_rate": 3e-5,
         "critic_learning_rate": 5e-4,
         "max_grad_norm": 20.0,
@@ -240,9 +240,9 @@ class HSIVIConfig:
         """The values of the preset for as many steps and updates."""
         values, per_pixel = dict(PRESETS[str(self.preset)]), self.noise_scale_type == "per_pixel"
         if self.preset == "fast" and max(self.depths, default=0) > 2 and not per_pixel:
-            values["num_pairs"] = min(PAIRS, 16 * self.max_train_steps)
+            values["num_pairs"] = min(NUM_PAIRS, 16 * self.max_train_steps)
         elif self.preset == "latent" and self.depths == [1] and not self.init_from:
-            values["num_pairs"] = PAIRS_OF_LATENTS
+            values["num_pairs"] = NUM_PAIRS_OF_LATENTS
         elif self.preset == "one_call" and self.init_from and per_pixel:
             values["num_pairs"] = 0
         values["critic_first"] = min(values["critic_first"], self.max_train_steps // 6)  # in short runs a sixth at most

@@ -123,6 +123,11 @@ def check_together(config: Any, usual: Any) -> None:
             f"negative_prompt={config.negative_prompt!r} has no effect without prompts and a guidance_scale other than "
             "1: leave it out"
         )
+    if config.preset == "one_call" and config.depths != [1]:
+        raise ValueError(
+            f"preset='one_call' with num_inference_steps={config.num_inference_steps}: it is for 1 step: leave the "
+            "preset out"
+        )
     if config.num_pairs and config.noise_scale_type != "config":
         raise ValueError(
             f"noise_scale_type={config.noise_scale_type!r} has nothing to learn from pairs, whose ends have no noise: "

@@ -65,6 +65,10 @@ from hsivi_diffusers import HSIVIConfig
         ),
         ({"prompts": "nowhere.txt", "guidance_scale": 2.0}, "prompts='nowhere.txt' is no file"),
         ({"num_pairs": 8, "noise_scale_type": "per_pixel"}, "'per_pixel' has nothing to learn from pairs"),
+        (
+            {"preset": "one_call"},
+            r"preset=.one_call. with num_inference_steps=\[5\]: it is for 1 step: leave the preset",
+        ),
         ({"noise_cutoff": 8.0}, "noise_cutoff=8.0 is of one step: leave it out, or set num_inference_steps to 1"),
         ({"noise_cutoff": -1.0, "num_inference_steps": 1}, "noise_cutoff=-1.0: give a number above 0, or leave it out"),
         ({"objective": "SM"}, "scoring='between' with objective='SM': .* set objective to 'KL', or scoring to 'random"),
