@@ -16,7 +16,8 @@ FOLDER = {"output_dir", "overwrite_output_dir"}
 # Hardware, checkpointing and reporting, which do not decide what is trained.
 MAY_CHANGE = {"gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32", "shard_base"}
 MAY_CHANGE |= {"checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to"}
-NUM_PAIRS = 6400  # of preset "one_call", and of "fast" if a number of steps is three or more
+FIRST_BY_PAIRS = 3  # steps; from so many on the first learns from pairs alone
+NUM_PAIRS = 6400  # of preset "one_call", and of "fast" if a number of steps is FIRST_BY_PAIRS or more
 NUM_PAIRS_OF_LATENTS = 1920  # of preset "latent" for one step
 
 FAST: dict[str, Any] = {
@@ -239,7 +240,7 @@ class HSIVIConfig:
     def _of_preset(self) -> dict[str, Any]:
         """The values of the preset for as many steps and updates."""
         values, per_pixel = dict(PRESETS[str(self.preset)]), self.noise_scale_type == "per_pixel"
-        if self.preset == "fast" and max(self.depths, default=0) > 2 and not per_pixel:
+        if self.preset == "fast" and max(self.depths, default=0) >= FIRST_BY_PAIRS and not per_pixel:
             values["num_pairs"] = min(NUM_PAIRS, 16 * self.max_train_steps)
         elif self.preset == "latent" and self.depths == [1] and not self.init_from:
             values["num_pairs"] = NUM_PAIRS_OF_LATENTS
@@ -308,7 +309,7 @@ def usual_options(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 def removed(config: HSIVIConfig) -> dict[str, Any]:
     """Options of version 0.2 that were removed, with what follows now from the options that are left."""
-    several, led_to_images = len(config.depths) > 1, not config.num_pairs or max(config.depths) < 3
+    several, led_to_images = len(config.depths) > 1, not config.num_pairs or max(config.depths) < FIRST_BY_PAIRS
     rule = START_RULES[config.preset]
     kind, value = ("", None) if rule is None or config.start_timestep is not None else rule
     return {

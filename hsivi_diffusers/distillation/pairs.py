@@ -21,6 +21,7 @@ from ..teachers.levels import clock_of
 from ..teachers.solvers import batches, call_for_solver, make_scheduler, solver_states
 from ..vi.layers import hierarchy_ends
 from ..vi.regression import half_square
+from .config import FIRST_BY_PAIRS
 
 PAIR_CALLS = 15  # steps of the teacher from noise to an image
 ROWS = 64  # pairs that are computed at once
@@ -52,12 +53,12 @@ def _digest(about: str) -> str:
 
 
 def layers_by_pairs(depths: Sequence[int]) -> list[int]:
-    """The layers that learn from pairs alone: the first of each grid of three steps or more.
+    """The layers that learn from pairs alone: the first of each grid of `FIRST_BY_PAIRS` steps or more.
 
     Of two steps the first ends so near to images that regression blurs them: level 77 of 1,000 on the digits.
     """
     first, _ = hierarchy_ends(depths)
-    return [t for t, depth in zip(first.tolist(), depths, strict=True) if depth > 2]
+    return [t for t, depth in zip(first.tolist(), depths, strict=True) if depth >= FIRST_BY_PAIRS]
 
 
 def end_levels(scheduler: HSIVIScheduler) -> list[int | None]:
