@@ -510,7 +510,12 @@ def test_tf32_is_allowed_where_it_is_asked_for(request, wanted):
         pytest.param(
             None, False, {"preset": "paper", "num_inference_steps": (1, 2), "critic_updates": 1}, marks=pytest.mark.slow
         ),
-        pytest.param(None, True, {**ONE, "num_inference_steps": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            None,
+            True,
+            {"preset": "fast", "num_inference_steps": 2, "num_pairs": 12, "critic_first": 1},
+            marks=pytest.mark.slow,
+        ),
         ("one_run", True, ONE),
     ],
 )
